@@ -1,0 +1,56 @@
+"""What the ledger may refuse or fail with; each class carries a stable `code`."""
+
+from __future__ import annotations
+
+
+class LedgerProblem(Exception):
+    """Something is wrong with the ledger."""
+
+    code = "ledger_problem"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip().splitlines()[0])
+
+
+class NotEncodable(LedgerProblem):
+    """The event holds a value that the canonical form does not have."""
+
+    code = "not_encodable"
+
+
+class LogUnavailable(LedgerProblem):
+    """The ledger cannot be written at the moment, so nothing was accepted; try again shortly."""
+
+    code = "log_unavailable"
+
+
+class LogClosed(LogUnavailable):
+    """The ledger is closed, because the server stops; nothing was accepted."""
+
+    code = "shutting_down"
+
+
+class FutureSchema(LedgerProblem):
+    """The database was written by a newer loadledger; run that version, or a later one, on it."""
+
+    code = "future_schema"
+
+
+class ForeignDatabase(LedgerProblem):
+    """The file is a database, but not a ledger of loadledger; nothing in it was touched."""
+
+    code = "foreign_database"
+
+
+class DataInUse(LedgerProblem):
+    """Another process is using this data directory."""
+
+    code = "data_in_use"
+
+
+class RequestRefused(LedgerProblem):
+    """The present state does not allow the request; the code says why."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

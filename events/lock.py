@@ -1,0 +1,35 @@
+"""One process a data directory: `flock` on `<data>/lock`, which the kernel gives back however we end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from events.errors import DataInUse
+
+
+@contextmanager
+def hold(data: Path) -> Iterator[None]:
+    """Hold the lock of the data directory `data` and write who holds it into it.
+
+    Raises:
+        DataInUse: `data_in_use`, naming the holder.
+    """
+    path = data / "lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 64).decode(errors="replace").strip() or "an unknown process"
+            raise DataInUse(
+                f"{data} is in use by process {holder}; stop it, or choose another --data"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

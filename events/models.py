@@ -1,0 +1,275 @@
+"""The `Models` projection: what is loaded, by whom, from which bytes. A pure fold, one entity at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import assert_never
+
+from events.clock import seconds_between
+from events.jobs import Failure, Job, LoadParameters
+from events.types import (
+    AccessDenied,
+    CancelRequested,
+    Cause,
+    Event,
+    JobCancelled,
+    LoadedFile,
+    LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelUnloaded,
+    ServerStarted,
+    ServerStopped,
+    Unknown,
+    UnloadFailed,
+    UnloadRequested,
+    UnloadStarted,
+    WorkerExited,
+)
+
+INCIDENT_WINDOW_S = 600
+"""Deaths and failed recoveries count for ten minutes (DESIGN.md, "Crash")."""
+
+CRASH_LOOP = "crash_loop"
+"""The code of a load that is not tried any more, because it kept dying."""
+
+_RELOADS = (Cause.RECOVERY, Cause.RESTART)
+
+
+class ModelState(StrEnum):
+    """What a model is; `lost` is: was loaded when its worker or the server died, and is wanted back."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The load that a model serves from, is being unloaded from, or lost."""
+
+    load_job_id: str
+    version: int
+    position: int
+    loaded_at: str
+    loaded_by: str
+    worker_ids: tuple[str, ...]
+    files: tuple[LoadedFile, ...]
+    memory_bytes: int
+    peak_memory_bytes: int
+    parameters: LoadParameters
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLoad:
+    """A load of this model that has not ended."""
+
+    job_id: str
+    version: int
+    started: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model. `phase` is its state as far as what serves goes: never `loading`, see `state`."""
+
+    id: str
+    phase: ModelState = ModelState.UNLOADED
+    serving: Serving | None = None
+    rank: int | None = None
+    loads: tuple[PendingLoad, ...] = ()
+    unloads: tuple[str, ...] = ()
+    error: Failure | None = None
+    last_version: int | None = None
+    lost_by: Cause | None = None
+    incidents: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> ModelState:
+        """The model's state: a model that serves stays `loaded` while another version of it is loading."""
+        if self.phase in (ModelState.LOADED, ModelState.UNLOADING) or self.under_way is None:
+            return self.phase
+        return ModelState.LOADING
+
+    @property
+    def under_way(self) -> PendingLoad | None:
+        """The load that has begun and not ended."""
+        return next((load for load in self.loads if load.started), None)
+
+    @property
+    def version(self) -> int | None:
+        """The version that serves, else the one that is loading, else the last that was tried."""
+        if self.serving is not None:
+            return self.serving.version
+        return self.under_way.version if self.under_way is not None else self.last_version
+
+    @property
+    def next_version(self) -> int | None:
+        """The version that will take the place of the one that serves."""
+        return self.under_way.version if self.phase is ModelState.LOADED and self.under_way else None
+
+
+def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | None:
+    """Return the model after `event`, where `job` is the event's job as it was before the event."""
+    if isinstance(event.data, ServerStarted):
+        return None if model is None else _restarted(model)
+    if event.model_id is None or (model is not None and event.model_id != model.id):
+        return model
+    return _evolved(model or Model(event.model_id), event, job)
+
+
+def _evolved(model: Model, event: Event, job: Job | None) -> Model:
+    match event.data:
+        case LoadRequested():
+            return _load_requested(model, event)
+        case LoadStarted():
+            return _load_started(model, event)
+        case ModelLoaded() as data:
+            return _loaded(model, event, data, job)
+        case LoadFailed(code=code, message=message):
+            return _load_failed(model, event, Failure(code, message), job)
+        case UnloadRequested() as data:
+            return _unload_requested(model, event, data)
+        case UnloadStarted():
+            own = event.job_id in model.unloads and model.phase is ModelState.LOADED
+            return replace(model, phase=ModelState.UNLOADING) if own else model
+        case ModelUnloaded():
+            return _unloaded(model, event) if event.job_id in model.unloads else model
+        case UnloadFailed():
+            return _unload_failed(model, event)
+        case JobCancelled():
+            return _without(model, event.job_id)
+        case WorkerExited():
+            return _worker_exited(model, event)
+        case CancelRequested() | AccessDenied() | ServerStarted() | ServerStopped() | Unknown():
+            return model
+        case _ as never:
+            assert_never(never)
+
+
+def _restarted(model: Model) -> Model:
+    """No process of before is there any more: what was loaded is lost, what was loading has not begun."""
+    gone = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
+    return replace(
+        model,
+        phase=ModelState.LOST if gone else model.phase,
+        lost_by=Cause.RESTART if gone or model.phase is ModelState.LOST else model.lost_by,
+        loads=tuple(replace(load, started=False) for load in model.loads),
+    )
+
+
+def _load_requested(model: Model, event: Event) -> Model:
+    if event.version is None:
+        return model
+    return replace(model, loads=(*model.loads, PendingLoad(event.id, event.version)))
+
+
+def _load_started(model: Model, event: Event) -> Model:
+    loads = tuple(
+        replace(load, started=True) if load.job_id == event.job_id else load for load in model.loads
+    )
+    return replace(model, loads=loads, last_version=event.version)
+
+
+def _loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> Model:
+    if job is None or job.load is None or event.version is None:
+        return model
+    by_system = job.cause in _RELOADS
+    serving = Serving(
+        load_job_id=job.id,
+        version=event.version,
+        position=event.position,
+        loaded_at=event.recorded_at,
+        loaded_by=job.requested_by,
+        worker_ids=data.worker_ids,
+        files=data.files,
+        memory_bytes=data.memory_bytes,
+        peak_memory_bytes=data.peak_memory_bytes,
+        parameters=job.load,
+    )
+    return replace(
+        _without(model, job.id),
+        phase=ModelState.LOADED,
+        serving=serving,
+        rank=model.rank if by_system and model.rank is not None else event.position,
+        error=None,
+        last_version=event.version,
+        lost_by=None,
+        incidents=model.incidents if by_system else (),
+    )
+
+
+def _load_failed(model: Model, event: Event, error: Failure, job: Job | None) -> Model:
+    """What serves goes on serving, and what is wanted back stays wanted, until it kept dying."""
+    model = replace(_without(model, event.job_id), error=error, last_version=event.version)
+    if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
+        return model
+    if model.phase is ModelState.LOST and error.code != CRASH_LOOP:
+        if job is not None and job.cause in _RELOADS:
+            return _with_incident(replace(model, lost_by=Cause.RECOVERY), event)
+        if model.serving is not None and model.serving.version != event.version:
+            return model
+    return replace(model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None)
+
+
+def _unload_requested(model: Model, event: Event, data: UnloadRequested) -> Model:
+    """An unload is this model's own only if it ends its present load, or one that it waits for."""
+    present = {load.job_id for load in model.loads}
+    if model.serving is not None:
+        present.add(model.serving.load_job_id)
+    return replace(model, unloads=(*model.unloads, event.id)) if data.load_job_id in present else model
+
+
+def _unloaded(model: Model, event: Event) -> Model:
+    return replace(
+        _without(model, event.job_id),
+        phase=ModelState.UNLOADED,
+        serving=None,
+        rank=None,
+        error=None,
+        lost_by=None,
+        incidents=(),
+    )
+
+
+def _unload_failed(model: Model, event: Event) -> Model:
+    if event.job_id not in model.unloads:
+        return model
+    phase = ModelState.LOADED if model.phase is ModelState.UNLOADING else model.phase
+    return replace(_without(model, event.job_id), phase=phase)
+
+
+def _worker_exited(model: Model, event: Event) -> Model:
+    serving = model.serving
+    if serving is None or event.worker_id not in serving.worker_ids or model.phase is not ModelState.LOADED:
+        return model
+    left = tuple(worker for worker in serving.worker_ids if worker != event.worker_id)
+    if left:
+        return replace(model, serving=replace(serving, worker_ids=left))
+    lost = replace(model, phase=ModelState.LOST, lost_by=Cause.RECOVERY)
+    return _with_incident(lost, event) if _charged(event) else lost
+
+
+def _charged(event: Event) -> bool:
+    """An exit that nobody can know is the fork server's end, not the model's doing."""
+    data = event.data
+    return isinstance(data, WorkerExited) and (data.exit_code is not None or data.signal is not None)
+
+
+def _with_incident(model: Model, event: Event) -> Model:
+    now = event.recorded_at
+    recent = (past for past in model.incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
+    return replace(model, incidents=(*recent, now))
+
+
+def _without(model: Model, job_id: str | None) -> Model:
+    return replace(
+        model,
+        loads=tuple(load for load in model.loads if load.job_id != job_id),
+        unloads=tuple(unload for unload in model.unloads if unload != job_id),
+    )

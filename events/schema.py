@@ -1,0 +1,125 @@
+"""Opening the ledger's database: numbered migrations, each in one transaction."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+from events.errors import ForeignDatabase, FutureSchema
+
+APPLICATION_ID = 0x4C4C6467
+"""SQLite's application_id of our files: "LLdg"."""
+
+_NAME = re.compile(r"^(\d{4})_\w+\.sql$")
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the ledger for writing, durably, creating and migrating it where needed.
+
+    The connection may be used from any thread, by one at a time.
+
+    Raises:
+        FutureSchema: `future_schema`, a newer release wrote it.
+        ForeignDatabase: `foreign_database`, it is somebody else's.
+        sqlite3.Error: it cannot be opened or is not a database.
+    """
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA busy_timeout = 5000")
+        _refuse_foreign(connection)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        migrate(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """Open the ledger beside a running server, or without one; nothing can be written through this."""
+    connection = sqlite3.connect(read_only_uri(path), uri=True, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA busy_timeout = 5000")
+    return connection
+
+
+def read_only_uri(path: Path) -> str:
+    """Return SQLite's name for opening `path` read-only."""
+    return f"{path.absolute().as_uri()}?mode=ro"
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Apply what has not been applied yet.
+
+    Raises:
+        FutureSchema: the database has migrations that this release does not know.
+    """
+    done = check_readable(connection)
+    known = _migrations()
+    for number, script in known[done:]:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if _pragma(connection, "user_version") < number:
+                _apply(connection, number, script)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.rollback()
+            raise
+
+
+def check_readable(connection: sqlite3.Connection) -> int:
+    """Return how many migrations the database has.
+
+    Raises:
+        FutureSchema: `future_schema`, more than this release knows.
+    """
+    done, known = _pragma(connection, "user_version"), len(_migrations())
+    if done > known:
+        raise FutureSchema(
+            f"the ledger has schema {done}, this loadledger knows {known}: use the release that wrote it, "
+            "or a later one",
+        )
+    return done
+
+
+def _apply(connection: sqlite3.Connection, number: int, script: str) -> None:
+    for statement in _statements(script):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {number}")
+
+
+def _refuse_foreign(connection: sqlite3.Connection) -> None:
+    is_ours = _pragma(connection, "application_id") == APPLICATION_ID
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if tables and not is_ours:
+        raise ForeignDatabase
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    (value,) = connection.execute(f"PRAGMA {name}").fetchone()
+    return int(value)
+
+
+def _migrations() -> list[tuple[int, str]]:
+    """Return the scripts in order; a gap in the numbers is a mistake in the package."""
+    found = sorted(
+        (int(match[1]), file.read_text(encoding="utf-8"))
+        for file in resources.files("migrations").iterdir()
+        if (match := _NAME.match(file.name))
+    )
+    assert [number for number, _ in found] == list(range(1, len(found) + 1))
+    return found
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield single statements; `executescript` would commit before it begins."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

@@ -1,0 +1,336 @@
+"""The event types, with all their fields. They are hashed for ever: add fields, never change or remove one.
+
+`type` is a stable string that stands here once; it never comes from a Python path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import msgspec
+
+from events.canonical import canonical
+
+
+class Cause(StrEnum):
+    """Why a load or an unload was requested."""
+
+    REQUEST = "request"
+    DEMAND = "demand"
+    SWAP = "swap"
+    EVICTION = "eviction"
+    IDLE = "idle"
+    RECOVERY = "recovery"
+    RESTART = "restart"
+
+
+SYSTEM = "system"
+"""The actor of what the server does of its own accord; no token may carry it as its subject."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """The key of an idempotent request, hashed, and the fingerprint of what was asked (hex SHA-256 each)."""
+
+    key_hash: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFile:
+    """One file of a loaded version as it was read: path relative to the version's folder."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The prepared form that a load used instead of the repository's file, and its hash."""
+
+    form: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How long the parts of a load took, in microseconds; null where a part did not take place."""
+
+    waiting_us: int
+    starting_us: int
+    loading_us: int
+    hashing_us: int
+    warming_up_us: int | None
+    measuring_us: int
+    total_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequested:
+    """Somebody, or the system, asked for a version to be loaded. The event's id is the job's."""
+
+    TYPE: ClassVar[str] = "LoadRequested"
+    priority: str
+    timeout_s: int
+    keep_alive_s: int | None
+    memory_limit_bytes: int | None
+    strategy: str
+    pinned: bool
+    instances: int
+    cause: Cause
+    cause_event_id: str | None = None
+    idempotency: Idempotency | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStarted:
+    """The load began; `attempt` counts from 1, one more for each start of the server amid the load."""
+
+    TYPE: ClassVar[str] = "LoadStarted"
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoaded:
+    """The version can serve, and from here on does."""
+
+    TYPE: ClassVar[str] = "ModelLoaded"
+    files: tuple[LoadedFile, ...]
+    worker_ids: tuple[str, ...]
+    prepared: Prepared | None
+    memory_bytes: int
+    peak_memory_bytes: int
+    durations: Durations
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The load ended without a model that can serve."""
+
+    TYPE: ClassVar[str] = "LoadFailed"
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadRequested:
+    """Somebody, or the system, asked for the end of the load `load_job_id`. The event's id is the job's."""
+
+    TYPE: ClassVar[str] = "UnloadRequested"
+    force: bool
+    load_job_id: str
+    cause: Cause
+    cause_event_id: str | None = None
+    idempotency: Idempotency | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadStarted:
+    """The model takes no more requests; those that run are waited for."""
+
+    TYPE: ClassVar[str] = "UnloadStarted"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUnloaded:
+    """The process is gone, and all its memory with it."""
+
+    TYPE: ClassVar[str] = "ModelUnloaded"
+    freed_bytes: int
+    drained_requests: int
+    aborted_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadFailed:
+    """The unload ended and the model is still there."""
+
+    TYPE: ClassVar[str] = "UnloadFailed"
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """Somebody asked for the job `job_id` of this event to be cancelled."""
+
+    TYPE: ClassVar[str] = "CancelRequested"
+    idempotency: Idempotency | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelled:
+    """The job ended before it did anything that lasts."""
+
+    TYPE: ClassVar[str] = "JobCancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class AccessDenied:
+    """`actor` was refused `action` for lack of a role, `count` times."""
+
+    TYPE: ClassVar[str] = "AccessDenied"
+    action: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited:
+    """A worker's process ended and nobody had asked; both numbers are null when nobody can know them."""
+
+    TYPE: ClassVar[str] = "WorkerExited"
+    exit_code: int | None
+    signal: int | None
+    stderr: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStarted:
+    """The server started on this log, whose last event before, if any, was recorded at `down_since`.
+
+    `unclean` says that the last one was not `ServerStopped`. The time between is not charged to any job.
+    """
+
+    TYPE: ClassVar[str] = "ServerStarted"
+    unclean: bool
+    down_since: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStopped:
+    """The server stopped in order; nothing is appended per model."""
+
+    TYPE: ClassVar[str] = "ServerStopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """An event of a type or schema version that this release does not know: kept, and skipped by folds."""
+
+    type: str
+    schema: int
+    data: Mapping[str, Any] = field(hash=False)
+
+
+Data = (
+    LoadRequested
+    | LoadStarted
+    | ModelLoaded
+    | LoadFailed
+    | UnloadRequested
+    | UnloadStarted
+    | ModelUnloaded
+    | UnloadFailed
+    | CancelRequested
+    | JobCancelled
+    | AccessDenied
+    | WorkerExited
+    | ServerStarted
+    | ServerStopped
+)
+"""Every type this release writes."""
+
+TYPES: Mapping[str, type[Data]] = {kind.TYPE: kind for kind in Data.__args__}
+SCHEMA = 1
+"""The version of all types so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An event before the writer gave it its position and time."""
+
+    id: str
+    data: Data
+    actor: str
+    job_id: str | None = None
+    model_id: str | None = None
+    version: int | None = None
+    worker_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An immutable fact at its place in the log."""
+
+    position: int
+    id: str
+    data: Data | Unknown
+    actor: str
+    recorded_at: str
+    job_id: str | None = None
+    model_id: str | None = None
+    version: int | None = None
+    worker_id: str | None = None
+
+    @property
+    def type(self) -> str:
+        """The stable name of what happened."""
+        return self.data.type if isinstance(self.data, Unknown) else self.data.TYPE
+
+
+def recorded(draft: Draft, position: int, recorded_at: str) -> Event:
+    """Return the event that `draft` becomes at `position`."""
+    return Event(
+        position=position,
+        recorded_at=recorded_at,
+        id=draft.id,
+        data=draft.data,
+        actor=draft.actor,
+        job_id=draft.job_id,
+        model_id=draft.model_id,
+        version=draft.version,
+        worker_id=draft.worker_id,
+    )
+
+
+def to_body(event: Event) -> str:
+    """Return the canonical JSON of the whole event, which is what is stored and hashed.
+
+    Raises:
+        NotEncodable: a value that the canonical form does not have.
+    """
+    unknown = event.data if isinstance(event.data, Unknown) else None
+    return canonical(
+        {
+            "position": event.position,
+            "id": event.id,
+            "type": event.type,
+            "schema": unknown.schema if unknown else SCHEMA,
+            "job_id": event.job_id,
+            "model_id": event.model_id,
+            "version": event.version,
+            "worker_id": event.worker_id,
+            "actor": event.actor,
+            "recorded_at": event.recorded_at,
+            "data": unknown.data if unknown else msgspec.to_builtins(event.data),
+        },
+    )
+
+
+def from_body(body: str) -> Event:
+    """Return the event whose body this is; what this release does not know becomes `Unknown`."""
+    raw = json.loads(body)
+    return Event(
+        position=raw["position"],
+        id=raw["id"],
+        data=_data(raw["type"], raw["schema"], raw["data"]),
+        actor=raw["actor"],
+        recorded_at=raw["recorded_at"],
+        job_id=raw["job_id"],
+        model_id=raw["model_id"],
+        version=raw["version"],
+        worker_id=raw["worker_id"],
+    )
+
+
+def _data(name: str, schema: int, raw: dict[str, Any]) -> Data | Unknown:
+    kind = TYPES.get(name)
+    if kind is None or schema != SCHEMA:
+        return Unknown(name, schema, raw)
+    return msgspec.convert(raw, kind)
