@@ -100,7 +100,7 @@ def accept(state: State, command: Command, new_id: Callable[[], str]) -> Decisio
 
 
 def _load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
-    unended = state.unended(command.model_id)
+    unended = state.queue(command.model_id)
     last = unended[-1] if unended else None
     if last is not None and last.kind is JobKind.LOAD and last.version == command.version:
         return Existing(last.id)
@@ -148,10 +148,12 @@ def _is_limited(cause: Cause) -> bool:
 
 
 def _unload(state: State, command: RequestUnload, new_id: Callable[[], str]) -> Decision:
-    model_id = command.model_id or _model_to_unload(state, force=command.force)
+    model_id = command.model_id
+    if model_id is None:
+        model_id = _model_to_unload(state, force=command.force)
     if model_id is None:
         return Refused("nothing_loaded", "no model is loaded; GET /api/v1/models shows their states")
-    unended = state.unended(model_id)
+    unended = state.queue(model_id)
     last = unended[-1] if unended else None
     if last is not None and last.kind is JobKind.UNLOAD and (last.forced or not command.force):
         return Existing(last.id)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 
 from events.errors import NotEncodable
 
@@ -51,13 +50,13 @@ def _check(value: object, where: str) -> None:
             return
         case int():
             if not -_MAX <= value < _MAX:
-                raise NotEncodable(f"{where}: {value} does not fit into 64 bits")
-        case Mapping():
+                raise NotEncodable(f"{where}: the integer does not fit into 64 bits")
+        case dict():
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise NotEncodable(f"{where}: the key {key!r} is not a string")
                 _check(item, f"{where}.{key}")
-        case Sequence() if not isinstance(value, bytes | bytearray | memoryview):
+        case list() | tuple():
             for index, item in enumerate(value):
                 _check(item, f"{where}[{index}]")
         case _:

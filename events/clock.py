@@ -7,6 +7,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 _FORM = "%Y-%m-%dT%H:%M:%S.%fZ"
+_LAST = "9999-12-31T23:59:59.999999Z"
 
 
 def stamp(moment: datetime) -> str:
@@ -20,8 +21,11 @@ def moment(text: str) -> datetime:
 
 
 def later(text: str, seconds: float) -> str:
-    """Return the stamp `seconds` after the stamp `text`."""
-    return stamp(moment(text) + timedelta(seconds=seconds))
+    """Return the stamp `seconds` after the stamp `text`; past the year 9999 it is the last there is."""
+    try:
+        return stamp(moment(text) + timedelta(seconds=seconds))
+    except OverflowError:
+        return _LAST
 
 
 def seconds_between(earlier: str, later_one: str) -> float:

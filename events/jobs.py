@@ -121,7 +121,7 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
 
 
 def _requested(event: Event, data: LoadRequested | UnloadRequested) -> Job | None:
-    if event.model_id is None:
+    if event.model_id is None or event.job_id != event.id:
         return None
     is_load = isinstance(data, LoadRequested)
     return Job(

@@ -71,6 +71,7 @@ class Log:
         self._writer: asyncio.Task[None] | None = None
         self._wakeups: set[asyncio.Event] = set()
         self._closing = False
+        self._unsynced = False
         self.state = State()
         self.head = Head()
 
@@ -86,8 +87,8 @@ class Log:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called: nothing more will be appended."""
-        return self._closing
+        """Whether `close` has written what was waiting: nothing more will be appended."""
+        return self._closing and (self._writer is None or self._writer.done())
 
     @property
     def writer(self) -> asyncio.Task[None]:
@@ -155,12 +156,17 @@ class Log:
             wakeup.set()
 
     async def _write_groups(self) -> None:
-        while True:
-            group, last = await self._next_group()
-            if group:
-                await self._write(group)
-            if last:
-                return
+        group: list[_Waiting] = []
+        try:
+            last = False
+            while not last:
+                group, last = await self._next_group()
+                if group:
+                    await self._write(group)
+        finally:  # should the writer die, nobody waits for ever
+            while not self._queue.empty():
+                group += filter(None, [self._queue.get_nowait()])
+            _fail(group, LogClosed())
 
     async def _next_group(self) -> tuple[list[_Waiting], bool]:
         group: list[_Waiting] = []
@@ -185,8 +191,11 @@ class Log:
             _log.exception("a group of commands could not be decided; none of them was applied")
             _fail(group, error)
             return
-        if rows and not await self._commit(rows, attempt):
-            _fail(group, LogUnavailable())
+        try:
+            if rows:
+                await self._commit(rows, attempt)
+        except LogUnavailable as error:
+            _fail(group, error)
             return
         attempt.commit()
         self.head = head
@@ -213,29 +222,43 @@ class Log:
                 waiting.done.set_exception(error)
         return attempt, rows, head
 
-    async def _commit(self, rows: Sequence[Row], attempt: Attempt) -> bool:
+    async def _commit(self, rows: Sequence[Row], attempt: Attempt) -> None:
+        """Make a group durable; an error in COMMIT may come after the commit, so the file is asked then.
+
+        Raises:
+            LogUnavailable: it was not written, or nobody can know at the moment.
+        """
         connection = self._connection
         assert connection is not None
         try:
             await self._in_thread(lambda: store.write_group(connection, rows, attempt.changes))
-        except sqlite3.Error:
+        except sqlite3.Error as error:
             _log.exception("the ledger could not be written")
-            self._drop_connection()
-            return await self._was_committed(rows[-1])
-        return True
+            self._unsynced = self._unsynced or error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR
+            await self._in_thread(self._drop_connection)
+            await self._find(rows[-1])
 
-    async def _was_committed(self, last: Row) -> bool:
-        """An error in COMMIT may come after the commit: only the file knows. Leaves the state reread."""
+    async def _find(self, last: Row) -> None:
+        """Reread the file, and return if `last` is its head.
+
+        Raises:
+            LogUnavailable: it is not, or the file cannot be read.
+        """
         try:
             await self._reopen()
-        except LedgerProblem:
-            return False
-        return self.head.position == last.position and self.head.hash == last.hash
+        except LedgerProblem as error:
+            raise LogUnavailable(
+                f"{error}; whether the last requests were recorded will be seen then"
+            ) from error
+        if (self.head.position, self.head.hash) != (last.position, last.hash):
+            raise LogUnavailable
 
     async def _reopen(self) -> None:
         def read() -> tuple[sqlite3.Connection, Head, State]:
             connection = connect(self._path)
             try:
+                if self._unsynced:
+                    store.sync(connection)
                 return connection, store.read_head(connection), store.read_state(connection)
             except BaseException:
                 connection.close()
@@ -245,6 +268,8 @@ class Log:
             self._connection, self.head, self.state = await self._in_thread(read)
         except sqlite3.Error as error:
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
+        self._unsynced = False
+        self.notify()  # there may be events that nobody was told of, after an error in COMMIT
 
     def _drop_connection(self) -> None:
         if self._connection is not None:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import assert_never
 
 from events.clock import seconds_between
-from events.jobs import Failure, Job, LoadParameters
+from events.jobs import Failure, Job, JobStatus, LoadParameters
 from events.types import (
     AccessDenied,
     CancelRequested,
@@ -36,6 +36,7 @@ CRASH_LOOP = "crash_loop"
 """The code of a load that is not tried any more, because it kept dying."""
 
 _RELOADS = (Cause.RECOVERY, Cause.RESTART)
+_ASKED_FOR = (Cause.REQUEST, Cause.DEMAND)
 
 
 class ModelState(StrEnum):
@@ -87,6 +88,7 @@ class Model:
     error: Failure | None = None
     last_version: int | None = None
     lost_by: Cause | None = None
+    lost_at: str | None = None
     incidents: tuple[str, ...] = ()
 
     @property
@@ -117,7 +119,7 @@ class Model:
 def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | None:
     """Return the model after `event`, where `job` is the event's job as it was before the event."""
     if isinstance(event.data, ServerStarted):
-        return None if model is None else _restarted(model)
+        return None if model is None else _restarted(model, event)
     if event.model_id is None or (model is not None and event.model_id != model.id):
         return model
     return _evolved(model or Model(event.model_id), event, job)
@@ -126,7 +128,7 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
 def _evolved(model: Model, event: Event, job: Job | None) -> Model:
     match event.data:
         case LoadRequested():
-            return _load_requested(model, event)
+            return _load_requested(model, event) if job is None else model
         case LoadStarted():
             return _load_started(model, event)
         case ModelLoaded() as data:
@@ -134,42 +136,43 @@ def _evolved(model: Model, event: Event, job: Job | None) -> Model:
         case LoadFailed(code=code, message=message):
             return _load_failed(model, event, Failure(code, message), job)
         case UnloadRequested() as data:
-            return _unload_requested(model, event, data)
+            return _unload_requested(model, event, data) if job is None else model
         case UnloadStarted():
             own = event.job_id in model.unloads and model.phase is ModelState.LOADED
             return replace(model, phase=ModelState.UNLOADING) if own else model
         case ModelUnloaded():
             return _unloaded(model, event) if event.job_id in model.unloads else model
-        case UnloadFailed():
-            return _unload_failed(model, event)
-        case JobCancelled():
-            return _without(model, event.job_id)
-        case WorkerExited():
-            return _worker_exited(model, event)
+        case UnloadFailed() | JobCancelled():
+            return _given_up(model, event, job)
+        case WorkerExited() as data:
+            return _worker_exited(model, event, data)
         case CancelRequested() | AccessDenied() | ServerStarted() | ServerStopped() | Unknown():
             return model
         case _ as never:
             assert_never(never)
 
 
-def _restarted(model: Model) -> Model:
+def _restarted(model: Model, event: Event) -> Model:
     """No process of before is there any more: what was loaded is lost, what was loading has not begun."""
     gone = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
     return replace(
         model,
         phase=ModelState.LOST if gone else model.phase,
         lost_by=Cause.RESTART if gone or model.phase is ModelState.LOST else model.lost_by,
+        lost_at=event.recorded_at if gone else model.lost_at,
         loads=tuple(replace(load, started=False) for load in model.loads),
     )
 
 
 def _load_requested(model: Model, event: Event) -> Model:
-    if event.version is None:
+    if event.version is None or event.job_id != event.id:
         return model
     return replace(model, loads=(*model.loads, PendingLoad(event.id, event.version)))
 
 
 def _load_started(model: Model, event: Event) -> Model:
+    if not _waits_for(model, event):
+        return model
     loads = tuple(
         replace(load, started=True) if load.job_id == event.job_id else load for load in model.loads
     )
@@ -179,7 +182,7 @@ def _load_started(model: Model, event: Event) -> Model:
 def _loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> Model:
     if job is None or job.load is None or event.version is None:
         return model
-    by_system = job.cause in _RELOADS
+    by_system = job.cause not in _ASKED_FOR
     serving = Serving(
         load_job_id=job.id,
         version=event.version,
@@ -206,12 +209,14 @@ def _loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> M
 
 def _load_failed(model: Model, event: Event, error: Failure, job: Job | None) -> Model:
     """What serves goes on serving, and what is wanted back stays wanted, until it kept dying."""
+    if not _waits_for(model, event):
+        return model
     model = replace(_without(model, event.job_id), error=error, last_version=event.version)
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
         return model
-    if model.phase is ModelState.LOST and error.code != CRASH_LOOP:
-        if job is not None and job.cause in _RELOADS:
-            return _with_incident(replace(model, lost_by=Cause.RECOVERY), event)
+    if model.phase is ModelState.LOST:
+        if job is not None and job.cause in _RELOADS and error.code != CRASH_LOOP:
+            return _with_incident(_lost(model, event), event)
         if model.serving is not None and model.serving.version != event.version:
             return model
     return replace(model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None)
@@ -219,6 +224,8 @@ def _load_failed(model: Model, event: Event, error: Failure, job: Job | None) ->
 
 def _unload_requested(model: Model, event: Event, data: UnloadRequested) -> Model:
     """An unload is this model's own only if it ends its present load, or one that it waits for."""
+    if event.job_id != event.id:
+        return model
     present = {load.job_id for load in model.loads}
     if model.serving is not None:
         present.add(model.serving.load_job_id)
@@ -237,34 +244,51 @@ def _unloaded(model: Model, event: Event) -> Model:
     )
 
 
-def _unload_failed(model: Model, event: Event) -> Model:
-    if event.job_id not in model.unloads:
-        return model
-    phase = ModelState.LOADED if model.phase is ModelState.UNLOADING else model.phase
-    return replace(_without(model, event.job_id), phase=phase)
+def _given_up(model: Model, event: Event, job: Job | None) -> Model:
+    """A job that ended without its effect; the model whose unload had begun is loaded again."""
+    begun = job is not None and job.status is JobStatus.IN_PROGRESS and event.job_id in model.unloads
+    back = begun and model.phase is ModelState.UNLOADING
+    return replace(_without(model, event.job_id), phase=ModelState.LOADED if back else model.phase)
 
 
-def _worker_exited(model: Model, event: Event) -> Model:
+def _worker_exited(model: Model, event: Event, data: WorkerExited) -> Model:
     serving = model.serving
     if serving is None or event.worker_id not in serving.worker_ids or model.phase is not ModelState.LOADED:
         return model
     left = tuple(worker for worker in serving.worker_ids if worker != event.worker_id)
     if left:
         return replace(model, serving=replace(serving, worker_ids=left))
-    lost = replace(model, phase=ModelState.LOST, lost_by=Cause.RECOVERY)
-    return _with_incident(lost, event) if _charged(event) else lost
+    lost = replace(_lost(model, event), error=Failure("worker_died", _end(data)))
+    unknown = data.exit_code is None and data.signal is None
+    return (
+        lost if unknown else _with_incident(lost, event)
+    )  # unknown: the fork server's end, not this model's
 
 
-def _charged(event: Event) -> bool:
-    """An exit that nobody can know is the fork server's end, not the model's doing."""
-    data = event.data
-    return isinstance(data, WorkerExited) and (data.exit_code is not None or data.signal is not None)
+def _end(data: WorkerExited) -> str:
+    if data.signal is not None:
+        return f"its worker was killed by signal {data.signal}"
+    code = data.exit_code
+    return (
+        f"its worker ended with exit code {code}"
+        if code is not None
+        else "its worker ended with the fork server"
+    )
+
+
+def _lost(model: Model, event: Event) -> Model:
+    return replace(model, phase=ModelState.LOST, lost_by=Cause.RECOVERY, lost_at=event.recorded_at)
 
 
 def _with_incident(model: Model, event: Event) -> Model:
     now = event.recorded_at
     recent = (past for past in model.incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
     return replace(model, incidents=(*recent, now))
+
+
+def _waits_for(model: Model, event: Event) -> bool:
+    """Whether the event is of a load of this model that has not ended."""
+    return any(load.job_id == event.job_id for load in model.loads)
 
 
 def _without(model: Model, job_id: str | None) -> Model:

@@ -63,11 +63,15 @@ class Reader:
         status: JobStatus | None = None,
     ) -> Page[Job]:
         """Return jobs, newest first: at most `limit`, created at positions below the cursor `before`."""
+        clauses = {
+            "created_position < :before": before,
+            "model_id = :model_id": model_id,
+            "status = :status": status,
+        }  # only what is asked for, so that its index is used
+        where = " AND ".join(clause for clause, value in clauses.items() if value is not None) or "TRUE"
         rows = await self._all(
-            "SELECT projected.position, page.body FROM projected LEFT JOIN ("
-            " SELECT body, created_position FROM jobs"
-            " WHERE (:before IS NULL OR created_position < :before)"
-            " AND (:model_id IS NULL OR model_id = :model_id) AND (:status IS NULL OR status = :status)"
+            "SELECT projected.position, page.body FROM projected LEFT JOIN ("  # noqa: S608 - literals above
+            f" SELECT body, created_position FROM jobs WHERE {where}"
             " ORDER BY created_position DESC LIMIT :limit + 1) AS page ORDER BY page.created_position DESC",
             {"before": before, "model_id": model_id, "status": status, "limit": limit},
         )
@@ -85,7 +89,17 @@ class Reader:
 
 @asynccontextmanager
 async def open_reader(path: Path) -> AsyncIterator[Reader]:
-    """Open the ledger for reading; closed on exit."""
-    async with aiosqlite.connect(read_only_uri(path), uri=True, isolation_level=None) as connection:
+    """Open the ledger for reading; closed on exit.
+
+    Raises:
+        LogUnavailable: `log_unavailable`, there is none, or it cannot be opened.
+    """
+    try:
+        connection = await aiosqlite.connect(read_only_uri(path), uri=True, isolation_level=None)
+    except sqlite3.Error as error:
+        raise LogUnavailable(f"the ledger {path.name} cannot be opened: {error}") from error
+    try:
         await connection.execute("PRAGMA busy_timeout = 5000")
         yield Reader(connection)
+    finally:
+        await connection.close()

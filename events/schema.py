@@ -29,7 +29,7 @@ def connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA busy_timeout = 5000")
-        _refuse_foreign(connection)
+        refuse_foreign(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         migrate(connection)
@@ -92,10 +92,15 @@ def _apply(connection: sqlite3.Connection, number: int, script: str) -> None:
     connection.execute(f"PRAGMA user_version = {number}")
 
 
-def _refuse_foreign(connection: sqlite3.Connection) -> None:
-    is_ours = _pragma(connection, "application_id") == APPLICATION_ID
+def refuse_foreign(connection: sqlite3.Connection) -> None:
+    """Raise unless the database is a ledger, or empty and nobody's.
+
+    Raises:
+        ForeignDatabase: `foreign_database`.
+    """
+    owner = _pragma(connection, "application_id")
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if tables and not is_ours:
+    if owner != APPLICATION_ID and (tables or owner or _pragma(connection, "user_version")):
         raise ForeignDatabase
 
 
@@ -123,3 +128,5 @@ def _statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
+    if statement.strip():
+        yield statement

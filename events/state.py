@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from events.jobs import Job, evolve_job
 from events.models import Model, ModelState, evolve_model
-from events.types import Event, ServerStarted
+from events.types import Cause, Event, ServerStarted
 
 
 @dataclass(slots=True)
@@ -27,6 +27,15 @@ class State:
         """Return the jobs that have not ended, of one model or of all, oldest first."""
         jobs = (job for job in self.jobs.values() if not job.ended and model_id in (None, job.model_id))
         return sorted(jobs, key=lambda job: job.created_position)
+
+    def queue(self, model_id: str) -> list[Job]:
+        """Return the model's unended jobs in the order in which they are carried out."""
+        return [job for job in self.unended(model_id) if in_queue(job)]
+
+    def unended_job(self, job_id: str | None) -> Job | None:
+        """Return the job unless it has ended: whether an ended one is still at hand must not matter."""
+        job = self.jobs.get(job_id) if job_id is not None else None
+        return None if job is None or job.ended else job
 
     def active(self) -> Model | None:
         """Return the active model (DESIGN.md, "Vocabulary"), or None when nothing is loaded."""
@@ -52,6 +61,11 @@ class State:
                 self.jobs.pop(job.id, None)
 
 
+def in_queue(job: Job) -> bool:
+    """Whether a job has its turn among its model's: the end of a load that was swapped out has none."""
+    return job.cause is not Cause.SWAP
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """The entities that an event, or a group of them, changed."""
@@ -61,7 +75,7 @@ class Changes:
 
 
 def _evolve(state: State, event: Event) -> tuple[dict[str, Model], dict[str, Job]]:
-    before = state.jobs.get(event.job_id) if event.job_id is not None else None
+    before = state.unended_job(event.job_id)
     models: dict[str, Model] = {}
     for key in _models_touched(state, event):
         old_model = state.models.get(key)
@@ -70,7 +84,7 @@ def _evolve(state: State, event: Event) -> tuple[dict[str, Model], dict[str, Job
             models[key] = new_model
     jobs: dict[str, Job] = {}
     for key in _jobs_touched(state, event):
-        old_job = state.jobs.get(key)
+        old_job = state.unended_job(key)
         new_job = evolve_job(old_job, event)
         if new_job is not None and new_job is not old_job:
             jobs[key] = new_job

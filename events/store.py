@@ -78,6 +78,20 @@ def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Ch
         raise
 
 
+def sync(connection: sqlite3.Connection) -> None:
+    """Write all that is in the WAL to the database, synced, and begin the WAL anew.
+
+    After a failed fsync the kernel takes the pages for clean, and the next fsync says nothing about them:
+    what is read back need not be on the disk.
+
+    Raises:
+        sqlite3.Error: it cannot be written, or a reader's snapshot is in the way.
+    """
+    (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if busy:
+        raise sqlite3.OperationalError("a reader keeps the log from being synced")
+
+
 def write_projections(
     connection: sqlite3.Connection,
     models: Iterable[Model],
@@ -91,7 +105,7 @@ def write_projections(
     )
     connection.executemany(
         "INSERT INTO jobs (created_position, id, body) VALUES (?, ?, ?)"
-        " ON CONFLICT (created_position) DO UPDATE SET body = excluded.body",
+        " ON CONFLICT (id) DO UPDATE SET created_position = excluded.created_position, body = excluded.body",
         [(job.created_position, job.id, as_text(job)) for job in jobs],
     )
     connection.execute("UPDATE projected SET position = ?", (position,))

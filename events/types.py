@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from events.canonical import canonical
+from events.errors import NotEncodable
 
 
 class Cause(StrEnum):
@@ -296,6 +297,10 @@ def to_body(event: Event) -> str:
         NotEncodable: a value that the canonical form does not have.
     """
     unknown = event.data if isinstance(event.data, Unknown) else None
+    try:
+        data = unknown.data if unknown else msgspec.to_builtins(event.data)
+    except TypeError as error:
+        raise NotEncodable(f"$.data: {error}") from None
     return canonical(
         {
             "position": event.position,
@@ -308,7 +313,7 @@ def to_body(event: Event) -> str:
             "worker_id": event.worker_id,
             "actor": event.actor,
             "recorded_at": event.recorded_at,
-            "data": unknown.data if unknown else msgspec.to_builtins(event.data),
+            "data": data,
         },
     )
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from events import store
-from events.canonical import chain
+from events.canonical import GENESIS, chain
+from events.errors import LogUnavailable
 from events.jobs import Job
-from events.schema import check_readable, connect_read_only
+from events.schema import check_readable, connect_read_only, refuse_foreign
 from events.state import State
 from events.types import from_body
 
@@ -62,12 +63,12 @@ class _Fold:
             raise _Bad(position, "the hash is not that of the previous hash and the body")
         try:
             event = from_body(text)
-        except (ValueError, KeyError, TypeError) as error:
-            raise _Bad(position, f"the body is not an event: {error}") from None
+            changed = self.state.apply(event).jobs
+        except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
+            raise _Bad(position, f"the body is not an event: {error!r}") from None
         if event.position != position:
             raise _Bad(position, f"the body says position {event.position}")
         self.position, self.hash = position, digest
-        changed = self.state.apply(event).jobs
         self.jobs.update(changed)
         self.state.forget_ended(changed.values())
 
@@ -79,22 +80,36 @@ def verify(path: Path) -> Verification:
 
     Raises:
         FutureSchema: `future_schema`.
-        sqlite3.Error: the file cannot be opened or is no database.
+        ForeignDatabase: `foreign_database`.
+        LogUnavailable: `log_unavailable`, the file cannot be read, or is no database.
     """
-    with closing(connect_read_only(path)) as connection:
-        check_readable(connection)
-        connection.text_factory = bytes
-        connection.execute("BEGIN")
-        position, digest = connection.execute("SELECT position, hash FROM base").fetchone()
-        fold = _Fold(position, digest)
-        finding = None
-        try:
-            for row in _rows(connection):
-                fold.take(*row)
-            _compare(connection, fold)
-        except _Bad as bad:
-            finding = bad.finding
-        return Verification(fold.position - fold.base, fold.position, fold.hash, finding)
+    try:
+        with closing(connect_read_only(path)) as connection:
+            refuse_foreign(connection)
+            check_readable(connection)
+            connection.text_factory = bytes
+            connection.execute("BEGIN")
+            return _verify(connection)
+    except sqlite3.Error as error:
+        raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
+
+
+def _verify(connection: sqlite3.Connection) -> Verification:
+    fold = _Fold(*(connection.execute("SELECT position, hash FROM base").fetchone() or (0, b"")))
+    finding = None
+    try:
+        if len(fold.hash) != len(GENESIS):
+            raise _Bad(0, "the base of the chain is missing")
+        for row in _rows(connection):
+            fold.take(*row)
+        _compare(connection, fold)
+    except _Bad as bad:
+        finding = bad.finding
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+            raise
+        finding = Finding(fold.position + 1, f"the file is damaged: {error}")
+    return Verification(fold.position - fold.base, fold.position, fold.hash, finding)
 
 
 def _rows(connection: sqlite3.Connection) -> Iterator[tuple[int, bytes, bytes]]:
@@ -103,21 +118,23 @@ def _rows(connection: sqlite3.Connection) -> Iterator[tuple[int, bytes, bytes]]:
 
 def _text(position: int, body: bytes) -> str:
     try:
-        return body.decode()
-    except UnicodeDecodeError:
+        return str(body, "utf-8")
+    except (UnicodeDecodeError, TypeError):
         raise _Bad(position, "the body is not UTF-8") from None
 
 
 def _compare(connection: sqlite3.Connection, fold: _Fold) -> None:
     """The stored projections must be what the log gives; a difference is named at the head."""
-    (position,) = connection.execute("SELECT position FROM projected").fetchone()
-    if position != fold.position:
-        raise _Bad(fold.position, f"the stored projections are at position {position}")
-    models = {key: store.as_text(model).encode() for key, model in fold.state.models.items()}
-    jobs = {key: store.as_text(job).encode() for key, job in fold.jobs.items()}
-    for name, expected in (("models", models), ("jobs", jobs)):
-        for key, body in connection.execute(f"SELECT id, body FROM {name}"):  # noqa: S608 - two literals
-            if expected.pop(key.decode(), None) != body:
-                raise _Bad(fold.position, f"the stored {name} differ from the log's at {key.decode()!r}")
+    position = connection.execute("SELECT position FROM projected").fetchone()
+    if position != (fold.position,):
+        raise _Bad(fold.position, f"the stored projections are at position {position and position[0]}")
+    models = {key.encode(): store.as_text(model).encode() for key, model in fold.state.models.items()}
+    jobs = {key.encode(): store.as_text(job).encode() for key, job in fold.jobs.items()}
+    order = "created_position IS json_extract(body, '$.created_position')"
+    for name, sound, expected in (("models", "TRUE", models), ("jobs", order, jobs)):
+        for key, body, is_sound in connection.execute(f"SELECT id, body, {sound} FROM {name}"):  # noqa: S608
+            if expected.pop(key, None) != body or not is_sound:
+                shown = bytes(key).decode(errors="replace")
+                raise _Bad(fold.position, f"the stored {name} differ from the log's at {shown!r}")
         if expected:
-            raise _Bad(fold.position, f"the stored {name} lack {next(iter(expected))!r}")
+            raise _Bad(fold.position, f"the stored {name} lack {next(iter(expected)).decode()!r}")

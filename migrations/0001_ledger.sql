@@ -1,14 +1,14 @@
 -- The event log. What is queried by is generated from the body, so it cannot disagree with what is hashed.
 CREATE TABLE events (
   position INTEGER PRIMARY KEY AUTOINCREMENT,
-  body TEXT NOT NULL,
+  body TEXT NOT NULL CHECK (typeof(body) = 'text'),
   hash BLOB NOT NULL CHECK (typeof(hash) = 'blob' AND length(hash) = 32),
   type TEXT GENERATED ALWAYS AS (json_extract(body, '$.type')) VIRTUAL NOT NULL,
   model_id TEXT GENERATED ALWAYS AS (json_extract(body, '$.model_id')) VIRTUAL,
   job_id TEXT GENERATED ALWAYS AS (json_extract(body, '$.job_id')) VIRTUAL,
   actor TEXT GENERATED ALWAYS AS (json_extract(body, '$.actor')) VIRTUAL NOT NULL,
   recorded_at TEXT GENERATED ALWAYS AS (json_extract(body, '$.recorded_at')) VIRTUAL NOT NULL,
-  CHECK (json_extract(body, '$.position') = position)
+  CHECK (json_type(body, '$.position') IS 'integer' AND json_extract(body, '$.position') IS position)
 );
 
 CREATE INDEX events_by_type ON events (type, position);
@@ -41,6 +41,13 @@ END;
 CREATE TRIGGER events_never_go BEFORE DELETE ON events
 BEGIN
   SELECT RAISE(ABORT, 'events are never deleted');
+END;
+
+-- INSERT OR REPLACE deletes without firing the trigger on DELETE.
+CREATE TRIGGER base_is_one BEFORE INSERT ON base
+WHEN EXISTS (SELECT 1 FROM base)
+BEGIN
+  SELECT RAISE(ABORT, 'the base of the chain is never replaced');
 END;
 
 CREATE TRIGGER base_never_changes BEFORE UPDATE ON base

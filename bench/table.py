@@ -1,0 +1,41 @@
+"""A result beside its goal, and the table of all of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        what: What was measured, and beside what.
+        ours: Our figure, with its unit.
+        beside: The figure that ours is divided by, with its unit.
+        ratio: Ours ÷ beside.
+        goal: The goal in words, empty when the row is there for comparison only.
+        reached: Whether the goal is met; null where there is none.
+    """
+
+    what: str
+    ours: str
+    beside: str
+    ratio: float
+    goal: str = ""
+    reached: bool | None = None
+
+
+def table(rows: Iterable[Row], *, title: str, caption: str) -> Table:
+    """Return the rows as a table to print; the caption says under which conditions they were measured."""
+    shown = Table(title=title, caption=Text(caption), caption_justify="left")
+    shown.add_column("what")
+    for name in ("ours", "beside", "ratio", "goal"):
+        shown.add_column(name, justify="right")
+    shown.add_column("reached")
+    marks = {True: "[green]yes", False: "[red]no", None: ""}
+    for row in rows:
+        shown.add_row(row.what, row.ours, row.beside, f"{row.ratio:.2f}", row.goal, marks[row.reached])
+    return shown

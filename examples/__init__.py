@@ -1,0 +1,1 @@
+"""A model repository with two versions of a digits classifier, unseen digits, and how they were made."""

@@ -1,0 +1,1 @@
+"""Runs models: repository, scheduler, consumer, workers. No HTTP; ONNX Runtime only in the workers."""

@@ -1,0 +1,321 @@
+"""The consumer: the single coroutine that applies requested events against workers.
+
+It asks the scheduler, does the one thing it says, and asks again; effects are tasks that report back by
+waking it. Every outcome is recorded here and nowhere else, so a job ends once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+
+from events.accept import Record, RequestLoad
+from events.canonical import bounded
+from events.clock import seconds_between, stamp, utc_now, uuid7
+from events.errors import LogUnavailable
+from events.jobs import Failure, Job
+from events.log import Log
+from events.models import CRASH_LOOP, Model
+from events.types import (
+    SYSTEM,
+    Cause,
+    Data,
+    Draft,
+    Durations,
+    JobCancelled,
+    LoadedFile,
+    LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelUnloaded,
+    UnloadRequested,
+    UnloadStarted,
+    WorkerExited,
+)
+from runtime.live import LiveLoad, run_load, run_unload
+from runtime.pool import WorkerPool
+from runtime.repository import Repository
+from runtime.scheduler import (
+    Action,
+    CancelLoad,
+    CompleteLoad,
+    Decision,
+    FailLoad,
+    FinishUnload,
+    GiveUp,
+    Kill,
+    Policy,
+    RecordDeath,
+    RequestReload,
+    StartLoad,
+    StartUnload,
+    decide,
+)
+from runtime.wire import LoadedFile as HashedFile
+from runtime.workers import LoadReport
+
+_log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4096
+MAX_REMEMBERED_VERSIONS = 1000
+"""Versions whose files' hashes are remembered by identity, so that the same bytes are not hashed again."""
+LOG_RETRY_S = 0.5
+"""How long to wait before an outcome is recorded again, when the ledger could not be written."""
+
+
+class Consumer:
+    """Applies what the log requests; give it the log, the workers and where models are.
+
+    Args:
+        log: open, with `ServerStarted` appended.
+        pool: open.
+        repository: where versions are resolved.
+        policy: what the scheduler is told.
+        drain_timeout_s: how long an unload without force waits for running requests.
+        now: the clock.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        pool: WorkerPool,
+        repository: Repository,
+        *,
+        policy: Policy,
+        drain_timeout_s: float,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._log = log
+        self._pool = pool
+        self._repository = repository
+        self._policy = policy
+        self._drain_timeout_s = drain_timeout_s
+        self._now = now
+        self._wakeup = log.subscribe()
+        self._stopping = False
+        self._hashed: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
+        self._decision = Decision()
+        self.live: dict[str, LiveLoad] = {}
+
+    async def run(self) -> None:
+        """Work until `stop`; that it ends before is a defect worth dying for."""
+        while not self._stopping:
+            self._wakeup.clear()
+            self._sweep()
+            running = {key: load.view(self._log.state.jobs.get(key)) for key, load in self.live.items()}
+            now = stamp(self._now())
+            self._decision = decide(
+                self._log.state,
+                running,
+                self._policy,
+                now,
+                fork_server_up=self._pool.healthy,
+            )
+            if self._decision.action is None:
+                await self._sleep(self._decision.wake_at, now)
+                continue
+            try:
+                await self._act(self._decision.action)
+            except LogUnavailable:
+                _log.warning("the ledger cannot be written; %s waits", type(self._decision.action).__name__)
+                self._wakeup.clear()
+                await self._sleep(None, now, at_most_s=LOG_RETRY_S)
+
+    async def stop(self) -> None:
+        """End the coroutine and all effects; appends nothing."""
+        self._stopping = True
+        self._wakeup.set()
+        self._log.unsubscribe(self._wakeup)
+        tasks = [task for load in self.live.values() for task in load.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def stage(self, job: Job) -> str | None:
+        """Return the live stage of a job: of a load where its worker is, of an unload what it waits for."""
+        if job.unload is None:
+            load = self.live.get(job.id)
+            return load.stage if load is not None and load.report is None else None
+        target = self.live.get(job.unload.load_job_id)
+        return None if target is None or not target.draining else target.stage
+
+    def waiting_for(self, job: Job) -> str | None:
+        """Return what a pending job waits for, as of the last decision."""
+        return self._decision.waiting_for.get(job.id)
+
+    async def _sleep(self, until: str | None, now: str, at_most_s: float | None = None) -> None:
+        seconds = at_most_s if until is None else max(0.0, seconds_between(now, until))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wakeup.wait()
+
+    def _sweep(self) -> None:
+        for key in [key for key, load in self.live.items() if load.discarded and load.over]:
+            del self.live[key]
+
+    async def _act(self, action: Action) -> None:
+        match action:
+            case StartLoad(job):
+                await self._start_load(job)
+            case CompleteLoad(job, replaces):
+                await self._complete_load(job, replaces)
+            case FailLoad(job, code, message):
+                await self._fail_load(job, Failure(code, message) if code is not None else None)
+            case CancelLoad(job):
+                await self._record(_draft(job, JobCancelled()))
+                self._discard(job.id)
+            case StartUnload(job, load_job_id):
+                await self._start_unload(job, load_job_id)
+            case Kill(load_job_id):
+                self.live[load_job_id].kill()
+            case FinishUnload(jobs, load_job_id):
+                await self._finish_unload(jobs, load_job_id)
+            case RecordDeath(load_job_id):
+                await self._record(self._death(self.live[load_job_id]))
+                self._discard(load_job_id)
+            case RequestReload(model, cause):
+                await self._request_reload(model, cause)
+            case GiveUp(model, message):
+                await self._give_up(model, message)
+
+    async def _start_load(self, job: Job) -> None:
+        assert job.load is not None
+        assert job.version is not None
+        load = LiveLoad(job.id, job.model_id, job.version, job.load, uuid7(), self._wakeup.set)
+        await self._record(_draft(job, LoadStarted(job.attempt + 1), load.worker_id))
+        self.live[job.id] = load
+        known = self._hashed.get((job.model_id, job.version), ())
+        load.spawn(asyncio.create_task(run_load(load, self._pool, self._repository, known)))
+
+    async def _complete_load(self, job: Job, replaces: str | None) -> None:
+        load = self.live[job.id]
+        assert load.report is not None
+        self._remember(load, load.report)
+        loaded = _draft(job, self._model_loaded(job, load, load.report), load.worker_id)
+        old = self.live.get(replaces) if replaces is not None else None
+        if old is None:
+            await self._record(loaded)
+            return
+        request = UnloadRequested(
+            force=False, load_job_id=old.job_id, cause=Cause.SWAP, cause_event_id=loaded.id
+        )
+        swap_id = uuid7()
+        swap = Draft(swap_id, request, SYSTEM, swap_id, job.model_id, old.version, old.worker_id)
+        await self._record(loaded, swap)
+
+    def _model_loaded(self, job: Job, load: LiveLoad, report: LoadReport) -> ModelLoaded:
+        assert job.started_at is not None
+        total_s = seconds_between(job.created_at, stamp(self._now()))
+        return ModelLoaded(
+            files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in report.files),
+            worker_ids=(load.worker_id,),
+            prepared=None,
+            memory_bytes=report.memory_bytes,
+            peak_memory_bytes=report.peak_memory_bytes,
+            durations=Durations(
+                waiting_us=_us(seconds_between(job.created_at, job.started_at)),
+                starting_us=load.starting_us,
+                loading_us=report.loading_us,
+                hashing_us=report.hashing_us,
+                warming_up_us=None,
+                measuring_us=report.measuring_us,
+                total_us=_us(total_s),
+            ),
+        )
+
+    def _remember(self, load: LiveLoad, report: LoadReport) -> None:
+        self._hashed[load.model_id, load.version] = report.files
+        while len(self._hashed) > MAX_REMEMBERED_VERSIONS:
+            del self._hashed[next(iter(self._hashed))]
+
+    async def _fail_load(self, job: Job, reason: Failure | None) -> None:
+        load = self.live.get(job.id)
+        drafts: list[Draft] = []
+        if load is not None and load.gone and not load.killed:
+            drafts.append(self._death(load))
+        if reason is None:
+            reason = load.failure if load is not None else None
+        if reason is None:
+            reason = Failure("worker_died", "the worker died right after it had loaded the model")
+        failed = LoadFailed(reason.code, bounded(reason.message, MAX_MESSAGE_BYTES))
+        await self._record(*drafts, _draft(job, failed, load.worker_id if load else None))
+        self._discard(job.id)
+
+    async def _start_unload(self, job: Job, load_job_id: str) -> None:
+        load = self.live.get(load_job_id)
+        is_first = load is not None and not load.draining and not load.gone
+        if load is not None:
+            load.draining = True  # routing stops before the fact is recorded
+            load.stage = "draining"
+        await self._record(_draft(job, UnloadStarted(), load.worker_id if load else None))
+        if load is not None and is_first and not job.forced:
+            load.spawn(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
+
+    async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
+        load = self.live.get(load_job_id)
+        drafts: list[Draft] = []
+        if load is not None and not load.killed:
+            drafts.append(self._death(load))
+        freed, drained, aborted = (0, 0, 0) if load is None else _counts(load)
+        unloaded = ModelUnloaded(freed, drained, aborted)
+        drafts += [_draft(job, unloaded, load.worker_id if load else None) for job in jobs]
+        await self._record(*drafts)
+        self._discard(load_job_id)
+
+    async def _request_reload(self, model: Model, cause: Cause) -> None:
+        serving = model.serving
+        assert serving is not None
+        command = RequestLoad(model.id, serving.version, (), SYSTEM, serving.parameters, cause)
+        await self._log.submit(command)
+
+    async def _give_up(self, model: Model, message: str) -> None:
+        serving = model.serving
+        assert serving is not None
+        parameters = serving.parameters
+        job_id = uuid7()
+        request = LoadRequested(
+            priority=parameters.priority,
+            timeout_s=parameters.timeout_s,
+            keep_alive_s=parameters.keep_alive_s,
+            memory_limit_bytes=parameters.memory_limit_bytes,
+            strategy=parameters.strategy,
+            pinned=parameters.pinned,
+            instances=parameters.instances,
+            cause=Cause.RECOVERY,
+        )
+        failed = LoadFailed(CRASH_LOOP, bounded(message, MAX_MESSAGE_BYTES))
+        await self._record(
+            Draft(job_id, request, SYSTEM, job_id, model.id, serving.version),
+            Draft(uuid7(), failed, SYSTEM, job_id, model.id, serving.version),
+        )
+
+    def _death(self, load: LiveLoad) -> Draft:
+        assert load.worker is not None
+        end = load.worker.ended.result()
+        data = WorkerExited(end.exit_code, end.signal, tuple(load.worker.stderr_tail()))
+        return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, load.worker_id)
+
+    def _discard(self, load_job_id: str) -> None:
+        load = self.live.get(load_job_id)
+        if load is not None:
+            load.discarded = True
+            load.kill()
+
+    async def _record(self, *drafts: Draft) -> None:
+        await self._log.submit(Record(drafts))
+
+
+def _draft(job: Job, data: Data, worker_id: str | None = None) -> Draft:
+    return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
+
+
+def _counts(load: LiveLoad) -> tuple[int, int, int]:
+    return load.freed_bytes, load.drained_requests, load.aborted_requests
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1_000_000))

@@ -1,0 +1,104 @@
+"""What can go wrong in this package: one root, stable codes, data as attributes.
+
+HTTP status codes are not here; the server has one table from `code` to status.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a worker's process ended: an exit code, or the signal that killed it; both None when unknown."""
+
+    exit_code: int | None
+    signal: int | None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"killed by signal {self.signal}"
+        return "for an unknown reason" if self.exit_code is None else f"with exit code {self.exit_code}"
+
+
+class RuntimeProblem(Exception):
+    """Something in the model runtime went wrong."""
+
+    code: str = "runtime_problem"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip())
+
+
+class InvalidModelId(RuntimeProblem):
+    """A model id is 1 to 128 of A-Z a-z 0-9 . _ - and begins with a letter or a digit."""
+
+    code = "invalid_model_id"
+
+
+class UnknownModel(RuntimeProblem):
+    """The repository has no such model."""
+
+    code = "unknown_model"
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"model {model_id!r} is not in the repository")
+        self.model_id = model_id
+
+
+class UnknownVersion(RuntimeProblem):
+    """The repository has the model, but no such complete version of it."""
+
+    code = "unknown_version"
+
+    def __init__(self, model_id: str, version: int) -> None:
+        super().__init__(f"model {model_id!r} has no version {version}")
+        self.model_id = model_id
+        self.version = version
+
+
+class ForkServerUnavailable(RuntimeProblem):
+    """The fork server did not answer; a new one is being started."""
+
+    code = "fork_server_unavailable"
+
+
+class LoadRefused(RuntimeProblem):
+    """A load failed for a stated reason.
+
+    Args:
+        code: `invalid_model`, `model_changed`, `unsafe_file` or `out_of_memory`.
+        message: what to tell whoever asked, the runtime's own words where it has some.
+    """
+
+    code = "load_failed"
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class WorkerDied(RuntimeProblem):
+    """The worker's process ended before it answered."""
+
+    code = "worker_died"
+
+    def __init__(self, end: Exit) -> None:
+        super().__init__(f"the worker ended {end}")
+        self.end = end
+
+
+class InvalidInput(RuntimeProblem):
+    """The model does not take these inputs, or does not have these outputs."""
+
+    code = "invalid_input"
+
+
+class InferenceFailed(RuntimeProblem):
+    """The model could not be run on these inputs; the message is the runtime's."""
+
+    code = "inference_failed"
+
+
+class InferenceCancelled(RuntimeProblem):
+    """The inference was stopped before it had an answer."""
+
+    code = "inference_cancelled"

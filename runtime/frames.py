@@ -1,0 +1,72 @@
+"""Cutting a stream of bytes into the frames of `runtime.wire`, with as few copies as may be."""
+
+from typing import Generic
+
+import msgspec
+
+from runtime.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PREFIX, Frame, M, MalformedFrame, decode
+
+CHUNK_BYTES = 64 * 2**10
+"""Frames that fit are cut out of one read; a longer one is read straight into a buffer of its own."""
+
+
+class FrameReader(Generic[M]):
+    """Cuts what arrives on a channel into frames.
+
+    Read into `buffer()`, then say with `advance` how much it was. The tensors' data of a frame refers to
+    memory that nothing else uses.
+
+    Args:
+        decoder: knows the messages that are allowed here.
+    """
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[M]) -> None:
+        self._decoder = decoder
+        self._chunk = bytearray(CHUNK_BYTES)
+        self._body: bytearray | None = None
+        self._header_bytes = 0
+        self._filled = 0
+
+    def buffer(self) -> memoryview:
+        """Give the place for the next bytes; never empty."""
+        return memoryview(self._chunk if self._body is None else self._body)[self._filled :]
+
+    def advance(self, count: int) -> list[Frame[M]]:
+        """Take note of `count` more bytes in the buffer; returns the frames that are complete with them.
+
+        Raises:
+            MalformedFrame: what came is no frame.
+        """
+        self._filled += count
+        if self._body is None:
+            return self._cut()
+        if self._filled < len(self._body):
+            return []
+        frame = decode(memoryview(self._body), self._header_bytes, self._decoder)
+        self._body, self._filled = None, 0
+        return [frame]
+
+    def _cut(self) -> list[Frame[M]]:
+        frames: list[Frame[M]] = []
+        start = 0
+        while self._filled - start >= PREFIX.size:
+            header, payload = PREFIX.unpack_from(self._chunk, start)
+            if header > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
+                raise MalformedFrame("a frame of more than the allowed length")
+            start += PREFIX.size
+            end = start + header + payload
+            if end > self._filled:
+                self._begin_body(start, header, payload)
+                return frames
+            # A copy, since the chunk is used again.
+            frames.append(decode(memoryview(bytes(self._chunk[start:end])), header, self._decoder))
+            start = end
+        self._chunk[: self._filled - start] = self._chunk[start : self._filled]
+        self._filled -= start
+        return frames
+
+    def _begin_body(self, start: int, header: int, payload: int) -> None:
+        self._body = bytearray(header + payload)  # zeroed by the kernel as it is touched, not before
+        self._header_bytes = header
+        self._body[: self._filled - start] = self._chunk[start : self._filled]
+        self._filled -= start

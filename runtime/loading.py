@@ -1,0 +1,246 @@
+"""What a worker does with `Load`: check the files, create the session, hash and measure beside it."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime import memory
+from runtime.errors import LoadRefused
+from runtime.onnxfile import check_external_data
+from runtime.repository import MODEL_FILE, FileIdentity, identify, open_identified
+from runtime.wire import BY_ONNX, Load, Loaded, LoadedFile, TensorSpec
+
+HASH_BLOCK_BYTES = 2**20
+SAMPLE_INTERVAL_S = 0.005
+"""Of the memory taken while loading. A sample costs 0.1 to 1 ms, beside the load and not in it."""
+SMALLEST_MODEL = bytes.fromhex(
+    "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
+    "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
+    "120167"  # its name, g
+    "5a0b 0a0178 12060a0408011200"  # the input x: a float without dimensions
+    "620b 0a0179 12060a0408011200"  # the output y
+    "4204 0a00 1011"  # the operators of ONNX's opset 17
+)
+"""`y = x` in ONNX's own format, for a process that has no library to write it with."""
+OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
+"""How ONNX Runtime says so; it has no code of its own for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A session that can serve, and what to tell the server of it."""
+
+    session: ort.InferenceSession
+    report: Loaded
+
+
+def load(order: Load, on_stage: Callable[[str], None]) -> Model:
+    """Load the model that the order names.
+
+    Raises:
+        LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`.
+    """
+    try:
+        return _load(order, on_stage)
+    except MemoryError as error:
+        raise _out_of_memory(order, str(error) or "MemoryError") from None
+
+
+def _load(order: Load, on_stage: Callable[[str], None]) -> Model:
+    on_stage("loading")
+    folder, root = Path(order.folder), Path(os.path.realpath(order.root))
+    before = identify(folder, root)
+    with _Hashing(folder, before, order.known) as hashing, _Sampling() as sampling:
+        started = time.perf_counter_ns()
+        try:
+            session = _create_checked(order, folder, root)
+            loading_us = _since(started)
+            files = hashing.result()
+        finally:  # if they changed, that is the reason for whatever went wrong as well
+            _check_unchanged(before, folder, root)
+    on_stage("measuring")
+    started = time.perf_counter_ns()
+    ctypes.CDLL(None).malloc_trim(0)  # in 2 ms gives back what loading took and freed: as much as it kept
+    memory_bytes = memory.private_bytes()
+    report = Loaded(
+        files=files,
+        inputs=tuple(_spec(node) for node in session.get_inputs()),
+        outputs=tuple(_spec(node) for node in session.get_outputs()),
+        memory_bytes=memory_bytes,
+        peak_memory_bytes=max(sampling.peak, memory_bytes),
+        loading_us=loading_us,
+        hashing_us=hashing.took_us,
+        measuring_us=_since(started),
+    )
+    return Model(session, report)
+
+
+def _check_unchanged(before: list[FileIdentity], folder: Path, root: Path) -> None:
+    if identify(folder, root) != before:
+        raise LoadRefused("model_changed", "the model's files changed while they were loaded")
+
+
+def warm_up() -> None:
+    """Create, run and drop the smallest session, before workers are forked.
+
+    With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
+    otherwise spend again (measured with 1.31). It leaves one thread, and no descriptor.
+    """
+    session = ort.InferenceSession(SMALLEST_MODEL, options(1), providers=["CPUExecutionProvider"])
+    session.run(None, {"x": np.zeros((), np.float32)})
+
+
+def options(threads: int) -> ort.SessionOptions:
+    """Give the options of a session that computes with this many threads."""
+    chosen = ort.SessionOptions()
+    chosen.intra_op_num_threads = threads
+    chosen.inter_op_num_threads = 1
+    chosen.log_severity_level = 3  # errors: its warnings would push what matters out of the stderr tail
+    if threads > 1:  # a thread that spins takes a core from the other models' workers
+        chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return chosen
+
+
+def _create_checked(order: Load, folder: Path, root: Path) -> ort.InferenceSession:
+    """Create the session, of a file all of whose references have been seen."""
+    path = folder / MODEL_FILE
+    if order.memory_limit_bytes is not None:  # here, when this process has all its threads
+        _limit_memory(order.memory_limit_bytes)
+    readable = check_external_data(path, folder, root)
+    session = _create(path, order)
+    if not readable:  # whatever it is that the runtime read there, nobody has checked it
+        raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
+    return session
+
+
+def _create(path: Path, order: Load) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(
+            str(path), options(order.threads), providers=["CPUExecutionProvider"], enable_fallback=False
+        )
+    except MemoryError as error:
+        raise _out_of_memory(order, str(error)) from None
+    except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
+        text = str(error) or type(error).__name__
+        if any(words in text for words in OUT_OF_MEMORY):
+            raise _out_of_memory(order, text) from None
+        raise LoadRefused("invalid_model", text) from None
+
+
+def _out_of_memory(order: Load, text: str) -> LoadRefused:
+    limit = order.memory_limit_bytes
+    reason = "the machine has no more" if limit is None else f"the limit is {limit} bytes"
+    return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {text}")
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    """Let the process have this much more than it has: beyond it, allocations fail.
+
+    RLIMIT_DATA counts what is mapped, touched or not, so what an empty worker has is no part of the limit.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = memory.data_bytes() + limit_bytes
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+
+
+def _spec(node: ort.NodeArg) -> TensorSpec:
+    datatype = BY_ONNX.get(node.type)
+    shape = tuple(length if isinstance(length, int) else -1 for length in node.shape)
+    return TensorSpec(node.name, node.type if datatype is None else datatype.name, shape)
+
+
+def _since(started_ns: int) -> int:
+    return (time.perf_counter_ns() - started_ns) // 1000
+
+
+class _Hashing:
+    """Hashes the files in a thread, beside what happens inside of the `with` block."""
+
+    def __init__(self, folder: Path, files: Iterable[FileIdentity], known: Iterable[LoadedFile]) -> None:
+        self.took_us = 0
+        self._folder = folder
+        self._files = files
+        self._known = {_key(file): file.sha256 for file in known}
+        self._hashed: list[LoadedFile] = []
+        self._problem: Exception | None = None
+        self._given_up = False
+        self._thread = threading.Thread(target=self._run, name="hashing")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._given_up = True  # after `result` it has no effect
+        self._thread.join()
+
+    def result(self) -> tuple[LoadedFile, ...]:
+        """Wait for the hashes.
+
+        Raises:
+            LoadRefused: `model_changed`, for a file that is no longer the one that was identified.
+        """
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+        return tuple(self._hashed)
+
+    def _run(self) -> None:
+        started = time.perf_counter_ns()
+        try:
+            for file in self._files:
+                digest = self._known.get(_key(file)) or self._digest(file)
+                self._hashed.append(
+                    LoadedFile(file.path, *_key(file)[1:], sha256=digest),
+                )
+        except (OSError, LoadRefused, MemoryError) as error:
+            self._problem = error
+        self.took_us = _since(started)
+
+    def _digest(self, file: FileIdentity) -> str:
+        digest = hashlib.sha256()
+        descriptor = open_identified(self._folder, file)
+        try:
+            while not self._given_up and (block := os.read(descriptor, HASH_BLOCK_BYTES)):
+                digest.update(block)
+        finally:
+            os.close(descriptor)
+        return digest.hexdigest()
+
+
+class _Sampling:
+    """Watches the process's memory in a thread while the `with` block runs."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampling")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(MemoryError):  # then the peak is known well enough
+            while not self._over.wait(SAMPLE_INTERVAL_S):
+                self.peak = max(self.peak, memory.private_bytes())
+
+
+def _key(file: FileIdentity | LoadedFile) -> tuple[str, int, int, int, int, int]:
+    return file.path, file.dev, file.inode, file.bytes, file.mtime_ns, file.ctime_ns

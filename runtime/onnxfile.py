@@ -1,0 +1,177 @@
+"""What files an ONNX file refers to, found before ONNX Runtime reads it.
+
+A model can keep tensors in other files, by paths that it states itself; a hostile one states
+`../../etc/shadow`. This walks the protobuf wire format of the file, with the few field numbers that lead to
+tensors (onnx.proto3 of ONNX 1.23), and steps over everything else by its length: the weights are never read.
+It is no validation: it sees a superset of the locations that a runtime can see, and nothing more.
+"""
+
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from enum import Enum, auto
+from pathlib import Path, PurePosixPath
+
+from runtime.errors import LoadRefused
+from runtime.repository import inside
+
+MAX_DEPTH = 100
+"""Of messages in messages. Protobuf's own parsers stop here."""
+MAX_VARINT_BYTES = 10
+"""Of a 64-bit integer, seven bits to the byte."""
+MAX_TAG = 2**32 - 1
+"""Parsers in C++ cut a longer tag off, and so would see another field than this one."""
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+
+
+class Unparsable(ValueError):
+    """The file is no protobuf message, or one nested too deeply."""
+
+
+class Kind(Enum):
+    """The ONNX messages that lead to a tensor."""
+
+    MODEL = auto()
+    TRAINING = auto()
+    GRAPH = auto()
+    FUNCTION = auto()
+    NODE = auto()
+    ATTRIBUTE = auto()
+    SPARSE = auto()
+    TENSOR = auto()
+    EXTERNAL_DATA = auto()
+
+
+FIELDS: dict[Kind, dict[int, Kind]] = {
+    Kind.MODEL: {7: Kind.GRAPH, 20: Kind.TRAINING, 25: Kind.FUNCTION},
+    Kind.TRAINING: {1: Kind.GRAPH, 2: Kind.GRAPH},
+    Kind.GRAPH: {1: Kind.NODE, 5: Kind.TENSOR, 15: Kind.SPARSE},
+    Kind.FUNCTION: {7: Kind.NODE, 11: Kind.ATTRIBUTE},
+    Kind.NODE: {5: Kind.ATTRIBUTE},
+    Kind.ATTRIBUTE: {
+        5: Kind.TENSOR,
+        6: Kind.GRAPH,
+        10: Kind.TENSOR,
+        11: Kind.GRAPH,
+        22: Kind.SPARSE,
+        23: Kind.SPARSE,
+    },
+    Kind.SPARSE: {1: Kind.TENSOR, 2: Kind.TENSOR},
+    Kind.TENSOR: {13: Kind.EXTERNAL_DATA},
+}
+KEY, VALUE = 1, 2
+"""Fields of an entry of external data (StringStringEntryProto)."""
+
+
+def check_external_data(path: Path, folder: Path, root: Path) -> bool:
+    """Refuse a model that refers to a file which it has no business with.
+
+    Args:
+        path: the ONNX file.
+        folder: the version's folder, which relative locations begin from.
+        root: the repository's root, without links.
+
+    Returns:
+        Whether the whole file could be read. If not, nothing has been proved about it.
+
+    Raises:
+        LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
+            file inside the repository.
+    """
+    try:
+        for location in external_locations(path):
+            _check_location(location, folder, root)
+    except Unparsable:
+        return False
+    return True
+
+
+def external_locations(path: Path) -> Iterator[str]:
+    """Give every external-data location in an ONNX file, used or not, in the order of the file.
+
+    Raises:
+        Unparsable: what has been given up to then need not be all.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise Unparsable("the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield from _walk(data)
+
+
+def _check_location(location: str, folder: Path, root: Path) -> None:
+    pure = PurePosixPath(location)
+    # "*/_ORT_MEM_ADDR_/*" makes ONNX Runtime take the offset for an address in its own memory.
+    if not location or "\0" in location or "*" in location or pure.is_absolute() or ".." in pure.parts:
+        raise LoadRefused("unsafe_file", f"external data at {location!r} is not inside the model's folder")
+    if not inside(folder / location, root):
+        raise LoadRefused("unsafe_file", f"external data at {location!r} leads out of the repository")
+    try:
+        regular = stat.S_ISREG((folder / location).stat().st_mode)
+    except (OSError, ValueError):
+        regular = False
+    if not regular:
+        raise LoadRefused("unsafe_file", f"external data at {location!r} is not a regular file")
+
+
+def _walk(data: mmap.mmap) -> Iterator[str]:
+    """Step through the messages depth first, with a stack of our own: (kind, position, end) each."""
+    stack = [(Kind.MODEL, 0, len(data))]
+    while stack:
+        kind, position, end = stack.pop()
+        if kind is Kind.EXTERNAL_DATA:
+            yield from _location(data, position, end)
+            continue
+        inner = FIELDS[kind]
+        while position < end:
+            number, start, position = _field(data, position, end)
+            if number in inner and start >= 0:
+                if len(stack) >= MAX_DEPTH:
+                    raise Unparsable("nested too deeply")
+                stack.append((kind, position, end))
+                stack.append((inner[number], start, position))
+                break
+
+
+def _location(data: mmap.mmap, position: int, end: int) -> Iterator[str]:
+    """Read one entry of external data; of a field that is there twice the last one counts."""
+    key, value = b"", b""
+    while position < end:
+        number, start, position = _field(data, position, end)
+        if start >= 0 and number == KEY:
+            key = data[start:position]
+        elif start >= 0 and number == VALUE:
+            value = data[start:position]
+    if key == b"location":
+        yield os.fsdecode(value)
+
+
+def _field(data: mmap.mmap, position: int, end: int) -> tuple[int, int, int]:
+    """Read one field: its number, where its bytes start (-1 if it has no length), where the next one is."""
+    tag, position = _varint(data, position, end)
+    number, wire = tag >> 3, tag & 7
+    start = -1
+    if wire == LENGTH:
+        length, start = _varint(data, position, end)
+        position = start + length
+    elif wire == VARINT:
+        _, position = _varint(data, position, end)
+    elif wire in {FIXED64, FIXED32}:
+        position += 8 if wire == FIXED64 else 4
+    else:
+        raise Unparsable("a wire type that nothing here uses")
+    if number == 0 or tag > MAX_TAG or position > end:
+        raise Unparsable("a field that cannot be, or ends outside of its message")
+    return number, start, position
+
+
+def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+    result = shift = 0
+    for offset in range(position, min(end, position + MAX_VARINT_BYTES)):
+        byte = data[offset]
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:  # noqa: PLR2004 - the bit that says another byte follows
+            return result, offset + 1
+        shift += 7
+    raise Unparsable("a number without an end")

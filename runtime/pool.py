@@ -1,0 +1,159 @@
+"""Makes workers, and keeps a fork server running to make them from."""
+
+import asyncio
+import contextlib
+import os
+import socket
+
+from runtime.errors import ForkServerUnavailable
+from runtime.forkclient import Child, ForkServer
+from runtime.workers import Worker
+
+LAUNCH_LIMIT_S = 10.0
+"""For a new fork server to import everything; it takes 0.2 s."""
+FORK_LIMIT_S = 5.0
+"""For a fork, which takes 4 ms. A fork server that does not answer is killed, and its workers with it."""
+RETRY_S = (0.1, 5.0)
+"""Between launches when the fork server does not come up: the first pause, doubling to the last."""
+BUFFER_BYTES = 2**20
+"""Of a channel's socket, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
+
+
+class WorkerPool:
+    """The workers of one server, all forked from one fork server, which is replaced when it ends.
+
+    Args:
+        threads: how many threads each worker computes with.
+    """
+
+    def __init__(self, *, threads: int = 1) -> None:
+        self._threads = threads
+        self._fork_server: ForkServer | None = None
+        self._up = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._workers: set[Worker] = set()
+        self._closed = False
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the fork server is up."""
+        return self._up.is_set()
+
+    async def open(self) -> None:
+        """Start the fork server and wait until it has imported everything.
+
+        The thread that runs this must live as long as the pool: the kernel ends the fork server with it.
+
+        Raises:
+            ForkServerUnavailable: `fork_server_unavailable`.
+        """
+        fork_server = await self._launch()
+        self._keeper = asyncio.create_task(self._keep(fork_server), name="fork server")
+
+    async def start(self, worker_id: str) -> Worker:
+        """Fork a worker.
+
+        Raises:
+            ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new one is being started.
+        """
+        fork_server = await self._available()
+        data, data_end = _socketpair()
+        control, control_end = _socketpair()
+        read, write = os.pipe2(os.O_CLOEXEC)
+        with contextlib.ExitStack() as undo:
+            for end in (data, control):
+                undo.callback(end.close)
+            undo.callback(os.close, read)
+            asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
+            data_end.close()
+            control_end.close()
+            os.close(write)
+            child = await self._answer(fork_server, asked)
+            undo.pop_all()
+        worker = Worker(worker_id, child, read, self._threads)
+        self._workers.add(worker)
+        worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
+        await worker.connect(data, control)
+        return worker
+
+    async def close(self) -> None:
+        """Kill what is left and wait until it is gone; the pool cannot be opened again."""
+        self._closed = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+        workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+        if workers:
+            await asyncio.wait({worker.ended for worker in workers})
+        if self._fork_server is not None:  # last, for it is who reaps them
+            self._fork_server.kill()
+            await asyncio.shield(self._fork_server.ended)
+
+    async def _launch(self) -> ForkServer:
+        fork_server = self._fork_server = ForkServer.launch(os.environ)
+        fork_server.ended.add_done_callback(lambda _: self._up.clear())
+        try:
+            async with asyncio.timeout(LAUNCH_LIMIT_S):
+                await asyncio.shield(fork_server.ready)
+        except BaseException as error:
+            fork_server.kill()
+            await asyncio.shield(fork_server.ended)
+            if isinstance(error, TimeoutError):
+                raise ForkServerUnavailable("the fork server does not come up") from None
+            raise
+        self._up.set()
+        return fork_server
+
+    async def _keep(self, fork_server: ForkServer) -> None:
+        """Replace the fork server whenever it ends."""
+        pause_s = 0.0
+        while True:
+            await asyncio.shield(fork_server.ended)
+            await asyncio.sleep(pause_s)
+            try:
+                fork_server = await self._launch()
+                pause_s = 0.0
+            except ForkServerUnavailable:
+                pause_s = min(max(RETRY_S[0], 2 * pause_s), RETRY_S[1])
+
+    async def _available(self) -> ForkServer:
+        try:
+            async with asyncio.timeout(LAUNCH_LIMIT_S):
+                await self._up.wait()
+        except TimeoutError:
+            raise ForkServerUnavailable from None
+        if self._fork_server is None or self._closed:
+            raise ForkServerUnavailable("the pool is closed")
+        return self._fork_server
+
+    async def _answer(self, fork_server: ForkServer, asked: asyncio.Future[Child]) -> Child:
+        """Wait for the fork server's answer; whoever is not there to take a child leaves it to be killed."""
+        try:
+            async with asyncio.timeout(FORK_LIMIT_S):
+                child = await asyncio.shield(asked)
+        except TimeoutError:
+            fork_server.kill()
+            asked.add_done_callback(_discard)
+            raise ForkServerUnavailable("the fork server did not answer and is replaced") from None
+        except asyncio.CancelledError:
+            asked.add_done_callback(_discard)
+            raise
+        if self._closed:
+            _discard(asked)
+            raise ForkServerUnavailable("the pool is closed")
+        return child
+
+
+def _discard(asked: asyncio.Future[Child]) -> None:
+    if asked.exception() is None:  # its channels are closed at this end, so it ends by itself
+        os.close(asked.result().pidfd)
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    ours.setblocking(False)
+    return ours, theirs

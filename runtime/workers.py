@@ -1,0 +1,313 @@
+"""The server's side of a worker: load, infer, measure, stop, kill, and one fact, its end."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime import memory
+from runtime.channel import Channel
+from runtime.errors import (
+    Exit,
+    InferenceCancelled,
+    InferenceFailed,
+    InvalidInput,
+    LoadRefused,
+    RuntimeProblem,
+    WorkerDied,
+)
+from runtime.forkclient import Child
+from runtime.stderr import StderrTail
+from runtime.wire import (
+    FROM_WORKER,
+    Cancel,
+    Failure,
+    Frame,
+    FromWorker,
+    Infer,
+    Load,
+    Loaded,
+    LoadedFile,
+    LoadFailed,
+    Outcome,
+    Stage,
+    Tensor,
+    heads,
+    plain_text,
+)
+
+LAST_WORDS_S = 1.0
+"""After a worker's death: how long its exit status, and what it still had to say, are waited for."""
+PROBLEMS: dict[str, type[RuntimeProblem]] = {
+    problem.code: problem for problem in (InvalidInput, InferenceFailed, InferenceCancelled)
+}
+
+LoadReport = Loaded
+"""What a load came to: files with identities and hashes, inputs, outputs, memory, durations."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """What to load: a version's folder in the repository at `root`.
+
+    Files that are `known` by identity are not hashed again. `memory_limit_bytes` is what the model may take
+    beside the empty worker; None is no limit.
+    """
+
+    root: Path
+    folder: Path
+    known: tuple[LoadedFile, ...] = ()
+    memory_limit_bytes: int | None = None
+
+
+class Worker:
+    """One worker process; a pool's `start` makes them.
+
+    Attributes:
+        worker_id: the name that the server has for it.
+        pid: its process id, of use for people and /proc only: after `ended` it may be another's.
+        ended: set once, when the process is gone. Wait for it with `asyncio.wait` or through
+            `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
+    """
+
+    def __init__(self, worker_id: str, child: Child, stderr: int, threads: int) -> None:
+        self.worker_id = worker_id
+        self.pid = child.pid
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[Exit] = self._loop.create_future()
+        self._child = child
+        self._stderr = StderrTail(stderr)
+        self._threads = threads
+        self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
+        self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
+        self._ids = itertools.count()
+        self._asked: dict[int, asyncio.Future[list[Tensor]]] = {}
+        self._sending = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loading: _Loading | None = None
+        self._stopping = False
+        self._last_words: asyncio.TimerHandle | None = None
+        self._loop.add_reader(child.pidfd, self._on_gone)
+
+    async def connect(self, data: socket.socket, control: socket.socket) -> None:
+        """Take over this side's ends of the channels; the pool does this once."""
+
+        async def both() -> None:
+            await self._data.connect(data)
+            await self._control.connect(control)
+
+        try:  # half of it would leave a socket that nobody closes
+            await asyncio.shield(asyncio.ensure_future(both()))
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def in_flight(self) -> int:
+        """How many inferences are queued or running, those included whose caller has gone."""
+        return len(self._asked) + self._sending
+
+    async def drained(self) -> None:
+        """Wait until nothing is in flight; a dead worker is drained."""
+        while self.in_flight:
+            await self._idle.wait()
+
+    async def load(self, order: LoadOrder, on_stage: Callable[[str], None]) -> LoadReport:
+        """Load a model; once per worker, which ends by itself when this fails.
+
+        Args:
+            order: what to load.
+            on_stage: is called with `loading`, then `measuring`.
+
+        Raises:
+            LoadRefused: with the code of the reason.
+            WorkerDied: `worker_died`.
+        """
+        answer: asyncio.Future[LoadReport] = self._loop.create_future()
+        self._loading = _Loading(answer, on_stage)
+        self._send(
+            Load(str(order.root), str(order.folder), self._threads, order.memory_limit_bytes, order.known)
+        )
+        return await answer
+
+    async def infer(self, inputs: Sequence[Tensor], outputs: Sequence[str] = ()) -> list[Tensor]:
+        """Run the model; if the task that waits for this is cancelled, so is the inference.
+
+        Args:
+            inputs: by name, in any order; their data must not change until this returns.
+            outputs: names; none means all that are tensors.
+
+        Raises:
+            InvalidInput: `invalid_input`.
+            InferenceFailed: `inference_failed`.
+            InferenceCancelled: `inference_cancelled`.
+            WorkerDied: `worker_died`.
+        """
+        self._idle.clear()
+        self._sending += 1
+        try:
+            await self._data.writable()
+            answer: asyncio.Future[list[Tensor]] = self._loop.create_future()
+            number = next(self._ids)
+            self._send(Infer(number, heads(inputs), tuple(outputs)), inputs)
+            self._asked[number] = answer
+        finally:
+            self._sending -= 1
+            self._note_idle()
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._control.send(Cancel(number))
+            raise
+
+    async def measure(self) -> int:
+        """Measure the worker's private bytes.
+
+        Raises:
+            WorkerDied: `worker_died`.
+        """
+        try:
+            measured = await asyncio.to_thread(memory.private_bytes, self.pid)
+        except ProcessLookupError:
+            measured = 0
+        if self._is_gone():  # or the process that was measured may have been another with its number
+            raise WorkerDied(await asyncio.shield(self.ended))
+        return measured
+
+    async def stop(self, grace_s: float = 1.0) -> Exit:
+        """End the worker, whatever it does: by closing its channels, then, after `grace_s`, by force."""
+        self._stopping = True
+        self._data.abort()
+        self._control.abort()
+        await asyncio.wait({self.ended}, timeout=grace_s)
+        self.kill()
+        return await asyncio.shield(self.ended)
+
+    def kill(self) -> None:
+        """Kill the worker at once; it may be stopped, or gone already."""
+        if not self.ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
+
+    def stderr_tail(self) -> list[str]:
+        """Give the last lines that the worker wrote: at most 64, 16 KiB."""
+        return self._stderr.lines()
+
+    def _send(self, message: Load | Infer, tensors: Sequence[Tensor] = ()) -> None:
+        if self.ended.done():
+            raise WorkerDied(self.ended.result())
+        self._data.send(message, tensors)
+
+    def _note_idle(self) -> None:
+        if not self.in_flight:
+            self._idle.set()
+
+    def _on_frame(self, frame: Frame[FromWorker]) -> None:
+        message, tensors = frame
+        match message:
+            case Stage(stage) if self._loading is not None:
+                self._loading.on_stage(plain_text(stage))
+            case Loaded() | LoadFailed() if self._loading is not None:
+                self._loading.settle(message)
+                self._loading = None
+            case Outcome(number) if number in self._asked:
+                answer = self._asked.pop(number)
+                if not answer.done():
+                    answer.set_result(list(tensors))
+            case Failure(number, code, text) if number in self._asked:
+                answer = self._asked.pop(number)
+                if not answer.done():
+                    answer.set_exception(PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
+            case _:
+                self.kill()
+        self._note_idle()
+
+    def _on_unexpected(self, _: Frame[FromWorker]) -> None:
+        self.kill()  # a worker says nothing on its control channel
+
+    def _on_lost(self) -> None:
+        if not self._stopping:
+            self.kill()
+        self._finish_when_told()
+
+    def _is_gone(self) -> bool:
+        if self.ended.done():
+            return True
+        poll = select.poll()
+        poll.register(self._child.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _on_gone(self) -> None:
+        """The process is gone. How, the fork server says; what it said last is still on its way."""
+        self._loop.remove_reader(self._child.pidfd)
+        self._last_words = self._loop.call_later(LAST_WORDS_S, self._finish)
+        self._child.end.add_done_callback(lambda _: self._finish_when_told())
+        self._finish_when_told()
+
+    def _finish_when_told(self) -> None:
+        if self._last_words is not None and self._child.end.done() and self._data.lost and self._control.lost:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.ended.done() or self._last_words is None:
+            return
+        self._last_words.cancel()
+        end = self._child.end.result() if self._child.end.done() else Exit(None, None)
+        if end == Exit(None, None):
+            end = _reap(self._child.pidfd)
+        os.close(self._child.pidfd)
+        self._data.abort()
+        self._control.abort()
+        self._stderr.close()
+        self.ended.set_result(end)
+        self._fail(WorkerDied(end))
+
+    def _fail(self, problem: WorkerDied) -> None:
+        waiting: list[asyncio.Future[Any]] = [*self._asked.values()]
+        if self._loading is not None:
+            waiting.append(self._loading.answer)
+        for answer in waiting:
+            if not answer.done():
+                answer.set_exception(problem)
+        self._asked.clear()
+        self._note_idle()
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """A load that has not been answered yet."""
+
+    answer: asyncio.Future[LoadReport]
+    on_stage: Callable[[str], None]
+
+    def settle(self, message: Loaded | LoadFailed) -> None:
+        if self.answer.done():  # whoever asked has gone
+            return
+        if isinstance(message, Loaded):
+            self.answer.set_result(message)
+        else:
+            self.answer.set_exception(LoadRefused(message.code, plain_text(message.message)))
+
+
+def _reap(pidfd: int) -> Exit:
+    """Learn how an orphan ended.
+
+    When the fork server dies first, its children become those of the next reaper above it. In a container
+    that may be this very process, and then nobody else removes them.
+    """
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except OSError:
+        return Exit(None, None)
+    if info is None:
+        return Exit(None, None)
+    exited = info.si_code == os.CLD_EXITED
+    return Exit(info.si_status, None) if exited else Exit(None, info.si_status)

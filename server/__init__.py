@@ -1,0 +1,1 @@
+"""Speaks HTTP: routes, authentication, errors, command line. Only here is the web framework known."""

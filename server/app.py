@@ -1,0 +1,129 @@
+"""The application: its routes and middlewares, and its resources, each opened and closed in one place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from events.lock import hold
+from events.log import Log
+from events.reader import open_reader
+from runtime.consumer import Consumer
+from runtime.pool import WorkerPool
+from runtime.repository import Repository
+from runtime.router import Router
+from runtime.scheduler import Policy
+from server.appkeys import (
+    CONFIG,
+    CONSUMER,
+    CONSUMER_TASK,
+    LOG,
+    OPENAPI,
+    POOL,
+    READER,
+    REPOSITORY,
+    ROUTER,
+    STOPPING,
+)
+from server.auth import auth_middleware, create_verifier
+from server.config import Config
+from server.docspage import docs_routes
+from server.errors import errors_middleware
+from server.health import health_routes
+from server.inference import MAX_BODY_BYTES, inference_routes
+from server.keys import ensure_data_dir
+from server.management import management_routes
+from server.openapi import openapi_yaml
+from server.ratelimit import RateLimits, add_quota_headers
+from server.routes import Route, add_routes
+from server.validation import validation_middleware
+
+LEDGER = "ledger.db"
+"""The log's file in the data directory."""
+
+
+def all_routes() -> list[Route]:
+    """Return every route of the server."""
+    return [*health_routes(), *management_routes(), *inference_routes(), *docs_routes()]
+
+
+def create_app(config: Config) -> web.Application:
+    """Return the application; nothing is opened before it starts."""
+    limits = RateLimits(config)
+    app = web.Application(
+        middlewares=[
+            errors_middleware,
+            auth_middleware(create_verifier(config), limits),
+            validation_middleware,
+        ],
+        client_max_size=MAX_BODY_BYTES,
+    )
+    routes = all_routes()
+    add_routes(app, routes)
+    app[CONFIG] = config
+    app[OPENAPI] = openapi_yaml(routes)
+    app[STOPPING] = asyncio.Event()
+    app.on_response_prepare.append(add_quota_headers)
+    app.on_shutdown.append(_begin_stop)
+    app.cleanup_ctx.extend([_data_directory, _workers, _ledger, _reading, _applying])
+    return app
+
+
+async def _begin_stop(app: web.Application) -> None:
+    """Let long waits answer with what they have: clean-up waits for their handlers."""
+    app[STOPPING].set()
+    app[LOG].notify()
+
+
+async def _data_directory(app: web.Application) -> AsyncIterator[None]:
+    data = app[CONFIG].data
+    await asyncio.to_thread(ensure_data_dir, data)
+    with hold(data):
+        yield
+
+
+async def _workers(app: web.Application) -> AsyncIterator[None]:
+    app[REPOSITORY] = Repository(app[CONFIG].repository)
+    app[POOL] = pool = WorkerPool(threads=app[CONFIG].threads)
+    await pool.open()
+    try:
+        yield
+    finally:
+        await pool.close()
+
+
+async def _ledger(app: web.Application) -> AsyncIterator[None]:
+    app[LOG] = log = Log(app[CONFIG].data / LEDGER)
+    await log.open()
+    try:
+        await log.server_started()
+        yield
+        await log.server_stopped()
+    finally:
+        await log.close()
+
+
+async def _reading(app: web.Application) -> AsyncIterator[None]:
+    async with open_reader(app[LOG].path) as reader:
+        app[READER] = reader
+        yield
+
+
+async def _applying(app: web.Application) -> AsyncIterator[None]:
+    config = app[CONFIG]
+    app[CONSUMER] = consumer = Consumer(
+        app[LOG],
+        app[POOL],
+        app[REPOSITORY],
+        policy=Policy(config.cores()),
+        drain_timeout_s=config.drain_timeout_s,
+    )
+    app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY])
+    app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
+    try:
+        yield
+    finally:
+        await consumer.stop()
+        await asyncio.wait([task])

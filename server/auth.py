@@ -1,0 +1,205 @@
+"""Who is asking, and may they: bearer tokens (RFC 6750, 7519, 8725), roles, and the one middleware."""
+
+import hashlib
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from server.config import Config
+from server.credentials import (
+    PRINCIPAL,
+    Forbidden,
+    InvalidToken,
+    MalformedAuthorization,
+    Principal,
+    bearer_token,
+)
+from server.keyring import KeyRing, VerificationKey, open_key_ring
+from server.keys import ROLES, subject_refusal
+from server.ratelimit import QUOTA, RateLimits
+from server.routes import Access, LimitClass, Route, matched_route
+
+__all__ = ["PRINCIPAL", "Principal", "Verifier", "auth_middleware", "create_verifier"]
+
+CLOCK_SKEW_S = 60.0
+"""How far an issuer's clock may be ahead, for `nbf` and `iat`. `exp` is taken at its word."""
+
+MAX_REMEMBERED = 4096
+"""Verified tokens kept, some 2 MB; one more costs a signature check (about 0.1 ms), nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    principal: Principal
+    expires_at: float
+    kid: str | None
+    key: VerificationKey
+
+
+class Verifier:
+    """Checks tokens; remembers valid ones by their SHA-256 until they expire or their key is gone."""
+
+    def __init__(
+        self,
+        keys: KeyRing,
+        audience: str,
+        issuer: str | None = None,
+        roles_claim: str = "roles",
+        capacity: int = MAX_REMEMBERED,
+    ) -> None:
+        self._keys = keys
+        self._audience = audience
+        self._issuer = issuer
+        self._roles_claim = roles_claim
+        self._capacity = capacity
+        self._remembered: OrderedDict[bytes, _Remembered] = OrderedDict()
+
+    def verify(self, token: str, now: float) -> Principal:
+        """Return who a token speaks for.
+
+        Args:
+            token: As sent, without `Bearer`.
+            now: Seconds since the epoch.
+
+        Raises:
+            InvalidToken: it is not valid here and now (`invalid_token`).
+        """
+        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+        known = self._remembered.get(digest)
+        if known is not None and known.expires_at > now and self._keys.find(known.kid, now) is known.key:
+            self._remembered.move_to_end(digest)
+            return known.principal
+        self._remembered.pop(digest, None)
+        verified = self._verify_afresh(token, now)
+        self._remembered[digest] = verified
+        if len(self._remembered) > self._capacity:
+            self._remembered.popitem(last=False)
+        return verified.principal
+
+    def _verify_afresh(self, token: str, now: float) -> _Remembered:
+        kid = _kid_of(token)
+        key = self._keys.find(kid, now)
+        if key is None:
+            raise InvalidToken("the token is signed with a key that is not known here")
+        claims = self._claims(token, key)
+        expires_at = _check_times(claims, now)
+        return _Remembered(self._principal(claims), expires_at, kid, key)
+
+    def _claims(self, token: str, key: VerificationKey) -> Mapping[str, Any]:
+        options: jwt.types.Options = {
+            "require": ["sub", "exp", "aud"],
+            "verify_exp": False,  # the times are compared with our caller's, in _check_times
+            "verify_nbf": False,
+            "verify_iat": False,
+            "verify_iss": self._issuer is not None,
+        }
+        try:
+            return jwt.decode(
+                token,
+                key.public,
+                [key.algorithm],
+                options=options,
+                audience=self._audience,
+                issuer=self._issuer,
+            )
+        except (jwt.PyJWTError, ValueError, TypeError) as error:
+            raise InvalidToken(f"the token is not valid: {error}") from None
+
+    def _principal(self, claims: Mapping[str, Any]) -> Principal:
+        subject = claims["sub"]
+        refusal = subject_refusal(subject) if isinstance(subject, str) else "the subject must be text"
+        if refusal is not None:
+            raise InvalidToken(refusal)
+        roles = _followed(claims, self._roles_claim)
+        if not isinstance(roles, list):
+            raise InvalidToken(f"the claim {self._roles_claim} must be a list of roles")
+        return Principal(subject, ROLES.intersection(role for role in roles if isinstance(role, str)))
+
+
+def create_verifier(config: Config) -> Verifier:
+    """Return the verifier that a configuration asks for. Nothing is read yet."""
+    keys = open_key_ring(config.data, config.jwt_keys)
+    return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
+
+
+def auth_middleware(
+    verifier: Verifier, limits: RateLimits, clock: Callable[[], float] = time.time
+) -> Middleware:
+    """Return the middleware that lets through who may, in the order 429 (address), 401, 429 (subject), 403.
+
+    Unknown paths and wrong methods need a token of any role, so that nobody explores them without one.
+    """
+
+    @web.middleware
+    async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
+        route = matched_route(request)
+        if route is not None and route.access is Access.PUBLIC:
+            return await handler(request)
+        principal = await _authenticate(request, verifier, limits, clock())
+        request[PRINCIPAL] = principal
+        await _admit(request, principal, route, limits)
+        return await handler(request)
+
+    return authorise
+
+
+async def _authenticate(
+    request: web.Request, verifier: Verifier, limits: RateLimits, now: float
+) -> Principal:
+    await limits.check_peer(request.remote)
+    try:
+        return verifier.verify(bearer_token(request.headers.getall(hdrs.AUTHORIZATION, [])), now)
+    except (InvalidToken, MalformedAuthorization):
+        # Not those without credentials: they guess nothing, and their neighbours would be locked out.
+        await limits.count_failure(request.remote)
+        raise
+
+
+async def _admit(request: web.Request, principal: Principal, route: Route | None, limits: RateLimits) -> None:
+    limit = LimitClass.READS if route is None else route.limit
+    access = Access.ANY if route is None else route.access
+    quota = await limits.count(limit, principal.subject)
+    if quota is not None:
+        request[QUOTA] = quota
+    if not principal.roles & access.value:
+        raise Forbidden(principal, access)
+
+
+def _kid_of(token: str) -> str | None:
+    try:
+        kid = jwt.get_unverified_header(token).get("kid")
+    except (jwt.PyJWTError, ValueError, RecursionError) as error:
+        raise InvalidToken(f"the token is not a JWT: {error}") from None
+    return kid if isinstance(kid, str) else None
+
+
+def _check_times(claims: Mapping[str, Any], now: float) -> float:
+    """Check `exp`, `nbf` and `iat` (RFC 7519 section 4.1) and return `exp`."""
+    times = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
+    for name, value in times.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InvalidToken(f"the token's {name} must be a number")
+    if times["exp"] <= now:
+        raise InvalidToken("the token has expired")
+    if max(times.get("nbf", now), times.get("iat", now)) > now + CLOCK_SKEW_S:
+        raise InvalidToken("the token is not valid yet")
+    return float(times["exp"])
+
+
+def _followed(claims: Mapping[str, Any], path: str) -> object:
+    """Return the claim of that name, or at the end of the dotted path; an empty list if there is none."""
+    if path in claims:
+        return claims[path]
+    found: object = claims
+    for step in path.split("."):
+        if not isinstance(found, Mapping) or step not in found:
+            return []
+        found = found[step]
+    return found

@@ -1,0 +1,72 @@
+"""`/docs`: the OpenAPI document as a page, from files that are on this machine, under a strict policy."""
+
+import asyncio
+from importlib import resources
+from importlib.resources.abc import Traversable
+
+from aiohttp import hdrs, web
+from aiohttp_apispec import docs
+
+from server.routes import Access, LimitClass, Route
+
+# Scripts and styles come from files here and nowhere else. Swagger UI sets style attributes, which can do no
+# harm alone, and has its icons as data: URLs in its style sheet.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src-elem 'self'; style-src-attr 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page's Content-Security-Policy."""
+
+_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    hdrs.CACHE_CONTROL: "max-age=3600",
+}
+
+_BUNDLED = resources.files("aiohttp_apispec") / "static"
+_OURS = resources.files("server") / "static"
+
+_FILES: dict[str, tuple[Traversable, str]] = {
+    "init.js": (_OURS / "init.js", "text/javascript"),
+    "swagger-ui-bundle.js": (_BUNDLED / "swagger-ui-bundle.js", "text/javascript"),
+    "swagger-ui.css": (_BUNDLED / "swagger-ui.css", "text/css"),
+    "favicon-32x32.png": (_BUNDLED / "favicon-32x32.png", "image/png"),
+}
+
+
+def docs_routes() -> list[Route]:
+    """Return the page's routes: itself and each of the files it needs."""
+    paths = ["/docs", *(f"/docs/static/{name}" for name in _FILES)]
+    handlers = [show_docs, *(show_file for _ in _FILES)]
+    return [
+        Route("GET", path, handler, Access.PUBLIC, LimitClass.NONE)
+        for path, handler in zip(paths, handlers, strict=True)
+    ]
+
+
+@docs(
+    tags=["documentation"],
+    summary="This document as a page",
+    produces=["text/html"],
+    responses={"200": {"description": "The page."}},
+)
+async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler's signature
+    """Answer with the page."""
+    return await _file(_OURS / "docs.html", "text/html")
+
+
+@docs(
+    tags=["documentation"],
+    summary="A file of the page",
+    responses={"200": {"description": "The file."}},
+)
+async def show_file(request: web.Request) -> web.Response:
+    """Answer with the file that the path ends in; only paths of files have this handler."""
+    return await _file(*_FILES[request.path.rpartition("/")[2]])
+
+
+async def _file(file: Traversable, media_type: str) -> web.Response:
+    content = await asyncio.to_thread(file.read_bytes)
+    charset = "utf-8" if media_type.startswith("text/") else None
+    return web.Response(body=content, content_type=media_type, charset=charset, headers=_HEADERS)

@@ -1,0 +1,233 @@
+"""The one table of error codes, and the one middleware that turns every error into an RFC 9457 body.
+
+A domain error is any exception with a string attribute `code` that stands in the table. Its text is the
+`detail`. It may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings).
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+from uuid import uuid4
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from aiohttp_apispec import docs
+
+log = logging.getLogger(__name__)
+
+Decorated = TypeVar("Decorated", bound=Callable[..., object])
+
+QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+# Long enough for any message of ours; a hostile field name must not be echoed by the megabyte.
+DETAIL_CHARACTERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    """What a code means in HTTP: its status, its stable title, and its registered problem type."""
+
+    status: int
+    title: str
+    registered_type: str | None = None
+
+
+ERRORS: Mapping[str, ErrorKind] = {
+    "invalid_request": ErrorKind(400, "The request is malformed"),
+    "invalid_body": ErrorKind(400, "The request body is not what this route takes"),
+    "invalid_parameter": ErrorKind(400, "A parameter is not what this route takes"),
+    "not_supported": ErrorKind(400, "This is not supported yet"),
+    "invalid_model_id": ErrorKind(400, "Not a model id"),
+    "inference_failed": ErrorKind(400, "The model could not compute an answer"),
+    "invalid_input": ErrorKind(400, "The input does not fit the model"),
+    "no_credentials": ErrorKind(401, "A bearer token is needed"),
+    "invalid_token": ErrorKind(401, "The bearer token is not valid"),
+    "forbidden": ErrorKind(403, "The token's roles do not allow this"),
+    "not_found": ErrorKind(404, "There is nothing here"),
+    "unknown_model": ErrorKind(404, "No such model"),
+    "unknown_version": ErrorKind(404, "No such version of the model"),
+    "unknown_job": ErrorKind(404, "No such job"),
+    "not_ready": ErrorKind(400, "The model is not ready"),
+    "not_representable": ErrorKind(400, "JSON cannot carry the answer"),
+    "method_not_allowed": ErrorKind(405, "This route does not take the method"),
+    "nothing_loaded": ErrorKind(409, "No model is loaded"),
+    "not_loaded": ErrorKind(409, "The model is not loaded"),
+    "body_too_large": ErrorKind(413, "The request body is too large"),
+    "unsupported_media_type": ErrorKind(415, "The request body is not declared as JSON"),
+    "rate_limited": ErrorKind(429, "Too many requests", QUOTA_EXCEEDED),
+    "too_many_failures": ErrorKind(429, "Too many failed authentications", QUOTA_EXCEEDED),
+    "queue_full": ErrorKind(429, "Too many jobs are waiting"),
+    "internal": ErrorKind(500, "The server failed"),
+    "model_not_loaded": ErrorKind(503, "The model is not loaded"),
+    "model_unloading": ErrorKind(503, "The model is being unloaded"),
+    "worker_died": ErrorKind(503, "The model's process ended"),
+    "inference_cancelled": ErrorKind(503, "The inference was cancelled"),
+    "log_unavailable": ErrorKind(503, "The event log cannot be written"),
+    "fork_server_unavailable": ErrorKind(503, "No worker can be started"),
+    "unhealthy": ErrorKind(503, "The server is not well"),
+    "shutting_down": ErrorKind(503, "The server is stopping"),
+    "inference_timeout": ErrorKind(504, "The inference took too long"),
+}
+"""Every code a client can meet. Adding one here is all it takes to answer with it."""
+
+# aiohttp's own exceptions, by status; any other 4xx is reported under its status as `invalid_request`.
+_FRAMEWORK_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+
+class ServerProblem(Exception):
+    """The request could not be served."""
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, detail: str = "", *, http_headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail or (type(self).__doc__ or "").strip())
+        self.http_headers: Mapping[str, str] = http_headers or {}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One error answer, before it is written down."""
+
+    code: str
+    status: int
+    detail: str
+    instance: str | None
+    headers: Mapping[str, str]
+    members: Mapping[str, object]
+
+
+def errors(*codes: str) -> Callable[[Decorated], Decorated]:
+    """Name the codes a handler can answer, for the OpenAPI document; the route's own codes are implied.
+
+    Raises:
+        KeyError: a code is not in `ERRORS`.
+    """
+    for code in codes:
+        ERRORS[code]
+
+    def decorate(handler: Decorated) -> Decorated:
+        earlier: dict[str, Any] = getattr(handler, "__apispec__", {})
+        named = (*earlier.get("x-error-codes", ()), *codes)
+        decorated: Decorated = docs(**{"x-error-codes": named})(handler)
+        return decorated
+
+    return decorate
+
+
+def problem_of(error: Exception) -> Problem:
+    """Say what an exception means to a client; one that is not in the table is logged and not told."""
+    if isinstance(error, web.HTTPException):
+        return _of_framework(error)
+    if isinstance(error, web.RequestPayloadError):
+        return _problem("invalid_request", f"the request body could not be read: {error}")
+    code = getattr(error, "code", None)
+    if not isinstance(code, str) or code not in ERRORS or code == "internal":
+        return _unexpected(error)
+    members = getattr(error, "problem_members", {})
+    return _problem(code, str(error), headers=dict(_headers_of(error)), members=members)
+
+
+def problem_response(problem: Problem, path: str) -> web.Response:
+    """Write a problem as its RFC 9457 body, in the media type that clients of `path` read."""
+    kind = ERRORS[problem.code]
+    detail = _printable(problem.detail)
+    body: dict[str, object] = {
+        "type": kind.registered_type or f"urn:loadledger:error:{problem.code}",
+        "title": kind.title,
+        "status": problem.status,
+        "detail": detail,
+        **({"instance": problem.instance} if problem.instance else {}),
+        "code": problem.code,
+        "error": detail,  # the only member that clients of the Open Inference Protocol read
+        **problem.members,
+    }
+    return web.Response(
+        status=problem.status,
+        body=json.dumps(body).encode(),
+        content_type=media_type_of(path),
+        headers=dict(problem.headers),
+    )
+
+
+def media_type_of(path: str) -> str:
+    """Return the content type of errors under `path`."""
+    is_inference = path == "/v2" or path.startswith("/v2/")
+    return "application/json" if is_inference else "application/problem+json"
+
+
+@web.middleware
+async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error below with one shape; must be the outermost middleware."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:  # noqa: PLR2004 -- redirects and the like are answers, not errors
+            raise
+        return _answer(request, error)
+    except Exception as error:  # noqa: BLE001 -- the last place where one can be turned into an answer
+        return _answer(request, error)
+
+
+def _answer(request: web.Request, error: Exception) -> web.Response:
+    problem = problem_of(error)
+    if request.writer.output_size > 0:
+        # A second status line in the middle of a stream would be read as data: break the connection instead.
+        raise error
+    return problem_response(problem, request.path)
+
+
+def _problem(
+    code: str,
+    detail: str,
+    *,
+    instance: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    members: Mapping[str, object] | None = None,
+) -> Problem:
+    return Problem(code, ERRORS[code].status, detail, instance, headers or {}, members or {})
+
+
+def _of_framework(error: web.HTTPException) -> Problem:
+    if error.status >= 500:  # noqa: PLR2004 -- not a client's mistake
+        return _unexpected(error)
+    code = _FRAMEWORK_CODES.get(error.status, "invalid_request")
+    headers = {
+        name: value for name, value in error.headers.items() if name.lower() in {"allow", "retry-after"}
+    }
+    detail = _FRAMEWORK_DETAILS.get(code) or error.text or error.reason
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        detail = f"{error.method} is not one of the methods here: {headers.get('Allow', '')}"
+    return Problem(code, error.status, detail, None, headers, {})
+
+
+_FRAMEWORK_DETAILS = {
+    "not_found": "no route has this path; /openapi.yaml lists the routes",
+    "body_too_large": "the request body is larger than this route takes",
+}
+
+
+def _unexpected(error: Exception) -> Problem:
+    reference = uuid4()
+    log.error("request failed, reference %s", reference, exc_info=error)
+    detail = f"the server failed; its log has the reason under {reference}"
+    return _problem("internal", detail, instance=f"urn:uuid:{reference}")
+
+
+def _headers_of(error: Exception) -> Iterator[tuple[str, str]]:
+    yield from getattr(error, "http_headers", {}).items()
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        # Whole seconds, rounded up: coming back early would be refused again.
+        yield "Retry-After", str(max(1, math.ceil(retry_after_s)))
+
+
+def _printable(detail: str) -> str:
+    clean = detail.encode("utf-8", "replace").decode()
+    return clean if len(clean) <= DETAIL_CHARACTERS else clean[: DETAIL_CHARACTERS - 1] + "…"

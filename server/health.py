@@ -1,0 +1,78 @@
+"""Is the server alive, and can it work? Loads and failed models change neither."""
+
+from __future__ import annotations
+
+from aiohttp import web
+from aiohttp_apispec import docs, response_schema
+
+from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING
+from server.errors import ServerProblem, errors
+from server.routes import Access, LimitClass, Route
+from server.schemas import HealthSchema
+
+
+class Unhealthy(ServerProblem):
+    """The server cannot work at the moment."""
+
+    code = "unhealthy"
+
+
+@docs(tags=["health"], summary="Whether the process is worth keeping")
+@response_schema(HealthSchema(), 200, description="It is.")
+@errors("unhealthy")
+async def live(request: web.Request) -> web.Response:
+    """Answer 200 as long as consumer and writer run; the process ends by itself when they do not."""
+    return _answer(live_checks(request.app))
+
+
+@docs(tags=["health"], summary="Whether requests can be served")
+@response_schema(HealthSchema(), 200, description="They can.")
+@errors("unhealthy")
+async def ready(request: web.Request) -> web.Response:
+    """Answer 200 when the log can be written, the consumer works and workers can be started."""
+    return _answer(ready_checks(request.app))
+
+
+@docs(
+    tags=["documentation"],
+    summary="This document",
+    produces=["application/yaml"],
+    responses={"200": {"description": "OpenAPI 3.0.3."}},
+)
+async def show_openapi(request: web.Request) -> web.Response:
+    """Answer with the document generated at start."""
+    return web.Response(text=request.app[OPENAPI], content_type="application/yaml")
+
+
+def health_routes() -> list[Route]:
+    """Return the routes of this module; all are public and not limited."""
+    public = (Access.PUBLIC, LimitClass.NONE)
+    return [
+        Route("GET", "/health/live", live, *public),
+        Route("GET", "/health/ready", ready, *public),
+        Route("GET", "/v2/health/live", live, *public),
+        Route("GET", "/v2/health/ready", ready, *public),
+        Route("GET", "/openapi.yaml", show_openapi, *public),
+    ]
+
+
+def live_checks(app: web.Application) -> dict[str, bool]:
+    """Return what must hold for the process to be worth keeping."""
+    return {"consumer": not app[CONSUMER_TASK].done(), "writer": not app[LOG].writer.done()}
+
+
+def ready_checks(app: web.Application) -> dict[str, bool]:
+    """Return what must hold for requests to be served."""
+    return {
+        **live_checks(app),
+        "log": app[LOG].healthy,
+        "fork_server": app[POOL].healthy,
+        "serving": not app[STOPPING].is_set(),
+    }
+
+
+def _answer(checks: dict[str, bool]) -> web.Response:
+    failed = [name for name, well in checks.items() if not well]
+    if failed:
+        raise Unhealthy(f"not well: {', '.join(failed)}")
+    return web.json_response({"status": "ok", "checks": checks})

@@ -1,0 +1,234 @@
+"""The keys that sign tokens and the ledger, and what makes tokens out of them.
+
+`<data>/keys/<kid>.pem` are Ed25519 keys of ours; the newest signs, all verify. `<data>/ledger.key` signs the
+ledger and nothing else. Tokens cannot be revoked, keys can: by removing their file.
+"""
+
+import os
+import re
+import secrets
+import time
+import unicodedata
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+ROLES = frozenset({"admin", "predict", "audit"})
+"""Every role there is."""
+
+MAX_SUBJECT_CHARACTERS = 128
+ALGORITHM = "EdDSA"
+
+# The stamp comes first: the order of names is the order of creation. The rest keeps two processes apart.
+_KID = re.compile(r"[0-9]{8}T[0-9]{12}Z-[0-9a-f]{8}")
+_STAMP = "%Y%m%dT%H%M%S%fZ"
+
+
+class KeyProblem(Exception):
+    """A key cannot be used as asked; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """A signing key of ours.
+
+    Attributes:
+        kid: Its name, in the header of the tokens it signed.
+        created_at: In UTC.
+        signs: Whether it is the one that signs new tokens.
+    """
+
+    kid: str
+    created_at: datetime
+    signs: bool
+
+
+def ensure_data_dir(data: Path) -> None:
+    """Create what is missing: the directory (0700), a first token key and the ledger's key (0600)."""
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not list_keys(data):
+        create_key(data)
+    ledger_key = data / "ledger.key"
+    if not ledger_key.exists():
+        with suppress(FileExistsError):  # another process was faster; its key is as good
+            _write_new(ledger_key, _new_pem())
+
+
+def create_key(data: Path, now: datetime | None = None) -> str:
+    """Create a key that signs from now on, and return its kid."""
+    folder = keys_folder(data)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stamp = (now or datetime.now(UTC)).astimezone(UTC)
+    earlier = list_keys(data)
+    if earlier:  # a clock that was set back must not make the new key look older
+        stamp = max(stamp, earlier[-1].created_at + timedelta(microseconds=1))
+    kid = f"{stamp.strftime(_STAMP)}-{secrets.token_hex(4)}"
+    _write_new(folder / f"{kid}.pem", _new_pem())
+    return kid
+
+
+def rotate(data: Path) -> str:
+    """Create the key that signs from now on; the earlier ones verify until they are revoked."""
+    ensure_data_dir(data)
+    return create_key(data)
+
+
+def revoke(data: Path, kid: str) -> None:
+    """Remove a key; a running server refuses its tokens within about a second.
+
+    Raises:
+        KeyProblem: there is no such key.
+    """
+    unknown = KeyProblem(f"there is no key {kid[:64]!r}; `loadledger key list` shows them")
+    if not is_kid(kid):
+        raise unknown
+    path = keys_folder(data) / f"{kid}.pem"
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        raise unknown from None
+    _sync_folder(path.parent)
+
+
+def list_keys(data: Path) -> list[KeyInfo]:
+    """Return our keys, oldest first; the last one signs."""
+    try:
+        names = [path.name for path in keys_folder(data).iterdir()]
+    except FileNotFoundError:
+        return []
+    kids = sorted(name.removesuffix(".pem") for name in names if is_kid_file(name))
+    return [KeyInfo(kid, _created_at(kid), signs=kid == kids[-1]) for kid in kids]
+
+
+def keys_folder(data: Path) -> Path:
+    """Return where the token keys are."""
+    return data / "keys"
+
+
+def is_kid(kid: str) -> bool:
+    """Tell whether this can be one of our kids; anything else never gets near the file system."""
+    try:
+        return _KID.fullmatch(kid) is not None and _created_at(kid) is not None
+    except ValueError:  # digits, but no date
+        return False
+
+
+def is_kid_file(name: str) -> bool:
+    """Tell whether a file of this name in the key folder is a key."""
+    return name.endswith(".pem") and is_kid(name.removesuffix(".pem"))
+
+
+def subject_refusal(subject: str) -> str | None:
+    """Say why this cannot be a subject; None when it can. Events carry it as their actor."""
+    if not 1 <= len(subject) <= MAX_SUBJECT_CHARACTERS:
+        return f"the subject must have 1 to {MAX_SUBJECT_CHARACTERS} characters"
+    if not subject.isprintable():
+        return "the subject must be printable"
+    if unicodedata.normalize("NFKC", subject).strip().casefold() == "system":
+        return "the subject system is the server's own"
+    return None
+
+
+def issue_token(
+    data: Path,
+    subject: str,
+    roles: Collection[str],
+    *,
+    expires_s: float,
+    audience: str,
+    issuer: str | None = None,
+) -> str:
+    """Sign a token with the newest key.
+
+    Raises:
+        KeyProblem: for a subject, role or time that no server would take, or when there is no key.
+    """
+    refusal = subject_refusal(subject) or _roles_refusal(roles)
+    if refusal is None and not 0 < expires_s < 100 * 365 * 86400:
+        refusal = "a token must expire in the future, and within 100 years"
+    if refusal is not None:
+        raise KeyProblem(refusal)
+    kid, key = _signing_key(data)
+    now = int(time.time())
+    claims = {
+        "sub": subject,
+        "aud": audience,
+        "roles": sorted(set(roles)),
+        "iat": now,
+        "exp": now + int(expires_s),
+    }
+    if issuer is not None:
+        claims["iss"] = issuer
+    return jwt.encode(claims, key, algorithm=ALGORITHM, headers={"kid": kid})
+
+
+def load_private_key(path: Path) -> Ed25519PrivateKey:
+    """Read an Ed25519 private key.
+
+    Raises:
+        KeyProblem: the file is none.
+    """
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, TypeError, ValueError) as error:
+        raise KeyProblem(f"{path} is not a readable private key: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyProblem(f"{path} is not an Ed25519 key")
+    return key
+
+
+def _signing_key(data: Path) -> tuple[str, Ed25519PrivateKey]:
+    known = list_keys(data)
+    if not known:
+        raise KeyProblem(f"there is no key under {keys_folder(data)}; `loadledger key rotate` creates one")
+    kid = known[-1].kid
+    return kid, load_private_key(keys_folder(data) / f"{kid}.pem")
+
+
+def _roles_refusal(roles: Collection[str]) -> str | None:
+    unknown = sorted(set(roles) - ROLES)
+    if unknown or not roles:
+        return f"roles are {', '.join(sorted(ROLES))}; not {', '.join(unknown) or 'none'}"
+    return None
+
+
+def _created_at(kid: str) -> datetime:
+    return datetime.strptime(kid.partition("-")[0], _STAMP).replace(tzinfo=UTC)
+
+
+def _new_pem() -> bytes:
+    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Create a file at once and durably: nobody, not even after a crash, sees it half-written."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        os.link(draft, path)  # unlike a rename, it refuses to replace
+    finally:
+        draft.unlink()
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,231 @@
+"""The OpenAPI 3.0.3 document, generated from the routes and from what their handlers are decorated with.
+
+aiohttp-apispec keeps that at `handler.__apispec__`; it is only read here, so that two applications over the
+same handlers give the same bytes. What every route has in common is added from the route: its token, its
+limit, and the errors that follow from them and from its schemas.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import yaml
+from apispec import APISpec
+from apispec.ext.marshmallow import MarshmallowPlugin
+from marshmallow import Schema, fields
+
+from server.errors import ERRORS, media_type_of
+from server.routes import Access, LimitClass, Route
+from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
+
+OPENAPI_VERSION = "3.0.3"
+"""What the bundled Swagger UI 4.1 can show; it cannot show 3.1."""
+
+TOKEN = "token"  # noqa: S105 -- the name of the security scheme
+
+_DESCRIPTION = (
+    "Loads and unloads ONNX models, each in a process of its own, and keeps a ledger of who asked for what "
+    "and what came of it. Every error has the same body, whose `code` is stable."
+)
+_HEADERS_BY_STATUS = {
+    401: ["WWW-Authenticate"],
+    403: ["WWW-Authenticate"],
+    429: ["Retry-After", "RateLimit", "RateLimit-Policy"],
+    503: ["Retry-After"],
+}
+_LOCATIONS = {
+    "match_info": "path",
+    "path": "path",
+    "querystring": "query",
+    "query": "query",
+    "headers": "header",
+}
+
+
+class ProblemSchema(Schema):
+    """The one body of all errors (RFC 9457)."""
+
+    type = fields.String(required=True, metadata={"format": "uri", "description": "Identifies the problem."})
+    title = fields.String(required=True, metadata={"description": "What the code means; always the same."})
+    status = fields.Integer(required=True, metadata={"description": "The HTTP status."})
+    detail = fields.String(required=True, metadata={"description": "What happened here, for people."})
+    instance = fields.String(
+        metadata={"format": "uri", "description": "What to look for in the server's log."}
+    )
+    code = fields.String(required=True, metadata={"description": "Stable; what programs decide by."})
+    error = fields.String(
+        required=True, metadata={"description": "Same as detail, for Open Inference clients."}
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in the order given, without anchors: each place can be read on its own."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 -- the base class asks per value
+        return True
+
+
+def openapi_yaml(routes: Iterable[Route]) -> str:
+    """Return the document as YAML; the same routes give the same text."""
+    document = openapi_document(routes)
+    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
+    """Return the document as plain values."""
+    spec = _empty_spec()
+    taken: set[str] = set()
+    for route in routes:
+        operation = _operation(route)
+        operation["operationId"] = _unique(operation["operationId"], taken)
+        spec.path(path=documented_path(route.path), operations={route.method.lower(): operation})
+    document: dict[str, Any] = spec.to_dict()
+    return document
+
+
+def documented_path(path: str) -> str:
+    """Return a route's path without the regular expressions of its variables."""
+    return re.sub(r"\{(\w+):(?:[^{}]|\{[^{}]*\})*\}", r"{\1}", path)
+
+
+def error_codes(route: Route) -> list[str]:
+    """Return every code that a route can answer with: its handler's own, and what follows from the route."""
+    described = _described(route)
+    return sorted({*described.get("x-error-codes", ()), *_implied(route)}, key=list(ERRORS).index)
+
+
+def _empty_spec() -> APISpec:
+    plugin = MarshmallowPlugin()
+    spec = APISpec(
+        title="loadledger",
+        version=metadata.version("loadledger"),
+        openapi_version=OPENAPI_VERSION,
+        plugins=[plugin],
+        info={"description": _DESCRIPTION, "license": {"name": "Apache-2.0"}},
+    )
+    for strict, plain in (
+        (StrictInteger, fields.Integer),
+        (ParameterInteger, fields.Integer),
+        (StrictBoolean, fields.Boolean),
+        (ParameterBoolean, fields.Boolean),
+    ):
+        plugin.map_to_openapi_type(strict, plain)  # type: ignore[no-untyped-call]
+    bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+    spec.components.security_scheme(TOKEN, bearer)
+    spec.components.schema("Problem", schema=ProblemSchema)
+    return spec
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    described = _described(route)
+    operation = {
+        name: described[name]
+        for name in ("tags", "summary", "description", "operationId", "deprecated")
+        if name in described
+    }
+    operation.setdefault("operationId", getattr(route.handler, "__name__", "operation"))
+    operation["description"] = _with_access(operation.get("description", ""), route.access)
+    operation["parameters"] = list(_parameters(route, described))
+    body = _request_body(described)
+    if body is not None:
+        operation["requestBody"] = body
+    operation["responses"] = {**_responses(described), **_error_responses(route)}
+    operation["security"] = [] if route.access is Access.PUBLIC else [{TOKEN: []}]
+    return operation
+
+
+def _described(route: Route) -> Mapping[str, Any]:
+    return getattr(route.handler, "__apispec__", {})
+
+
+def _with_access(description: str, access: Access) -> str:
+    if access is Access.PUBLIC:
+        who = "Needs no token."
+    elif access is Access.ANY:
+        who = "Needs a token of any role."
+    else:
+        who = f"Needs the role {' or '.join(sorted(access.value))}."
+    return f"{description.strip()}\n\n{who}".strip()
+
+
+def _parameters(route: Route, described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    declared: set[str] = set()
+    for entry in described.get("schemas", ()):
+        location = _LOCATIONS.get(entry["location"])
+        if location is not None:
+            declared |= set(entry["schema"].load_fields)
+            yield {"in": location, "schema": entry["schema"]}
+    for parameter in described.get("parameters", ()):
+        declared.add(parameter["name"])
+        yield dict(parameter)
+    for name in re.findall(r"\{(\w+)\}", documented_path(route.path)):
+        if name not in declared:
+            yield {"in": "path", "name": name, "required": True, "schema": {"type": "string"}}
+
+
+def _request_body(described: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "requestBody" in described:  # of a route that reads its body itself
+        return dict(described["requestBody"])
+    for entry in described.get("schemas", ()):
+        if entry["location"] == "json":
+            content: dict[str, Any] = {"schema": entry["schema"]}
+            example = {name: value for name, value in entry["example"].items() if name != "add_to_refs"}
+            if example:
+                content["example"] = example
+            return {"required": entry["options"]["required"], "content": {"application/json": content}}
+    return None
+
+
+def _responses(described: Mapping[str, Any]) -> dict[str, Any]:
+    responses = described.get("responses", {})
+    media_types = described.get("produces", ["application/json"])
+    return {status: _response(responses[status], media_types) for status in sorted(responses)}
+
+
+def _response(declared: Mapping[str, Any], media_types: Iterable[str]) -> dict[str, Any]:
+    response = {name: declared[name] for name in ("headers", "content") if name in declared}
+    response["description"] = declared.get("description") or "Done."
+    if declared.get("schema") is not None:
+        response["content"] = {media_type: {"schema": declared["schema"]} for media_type in media_types}
+    return response
+
+
+def _error_responses(route: Route) -> dict[str, Any]:
+    codes: defaultdict[int, list[str]] = defaultdict(list)
+    for code in error_codes(route):
+        codes[ERRORS[code].status].append(code)
+    return {str(status): _error_response(route, codes[status]) for status in sorted(codes)}
+
+
+def _error_response(route: Route, codes: list[str]) -> dict[str, Any]:
+    allowed = {"type": "object", "properties": {"code": {"type": "string", "enum": codes}}}
+    schema = {"allOf": [{"$ref": "#/components/schemas/Problem"}, allowed]}
+    description = "; ".join(f"`{code}`: {ERRORS[code].title}" for code in codes)
+    response: dict[str, Any] = {"description": description}
+    headers = _HEADERS_BY_STATUS.get(ERRORS[codes[0]].status)
+    if headers:
+        response["headers"] = {name: {"schema": {"type": "string"}} for name in headers}
+    return {**response, "content": {media_type_of(route.path): {"schema": schema}}}
+
+
+def _implied(route: Route) -> Iterator[str]:
+    yield "internal"
+    if route.access is not Access.PUBLIC:
+        yield from ("invalid_request", "no_credentials", "invalid_token", "forbidden", "too_many_failures")
+        if route.limit is not LimitClass.NONE:
+            yield "rate_limited"
+    locations = {declared["location"] for declared in getattr(route.handler, "__schemas__", ())}
+    if "json" in locations:
+        yield from ("invalid_body", "unsupported_media_type", "body_too_large")
+    if locations - {"json"}:
+        yield "invalid_parameter"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidates = (name if number == 1 else f"{name}_{number}" for number in range(1, len(taken) + 2))
+    free = next(candidate for candidate in candidates if candidate not in taken)
+    taken.add(free)
+    return free

@@ -1,0 +1,211 @@
+"""The management API on the wire, as marshmallow schemas: checked on the way in, and documented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marshmallow import Schema, fields, validate
+
+from events.jobs import JobKind, JobStatus
+from events.models import ModelState
+from events.types import Cause
+from runtime.repository import MAX_VERSION, MODEL_ID
+from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
+
+MAX_PAGE = 1000
+_ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
+
+
+def _values(kind: type[JobKind | JobStatus | ModelState | Cause]) -> Any:
+    return validate.OneOf([member.value for member in kind])
+
+
+class ModelPathSchema(Schema):
+    """The model named by the path."""
+
+    id = fields.String(
+        required=True,
+        validate=validate.Regexp(rf"(?:{MODEL_ID.pattern})\Z", error=_ID_RULE),
+        metadata={"description": "A model's folder in the repository.", "example": "digits"},
+    )
+
+
+class ModelVersionPathSchema(ModelPathSchema):
+    """The model and the version named by the path."""
+
+    version = ParameterInteger(required=True, validate=validate.Range(1, MAX_VERSION))
+
+
+class JobPathSchema(Schema):
+    """The job named by the path."""
+
+    job_id = fields.String(required=True, validate=validate.Length(1, 64))
+
+
+class LoadBodySchema(Schema):
+    """How to load; all of it may be left out."""
+
+    version = StrictInteger(
+        validate=validate.Range(1, MAX_VERSION),
+        metadata={"description": "The highest version if left out, resolved when the load is accepted."},
+    )
+    timeout_s = StrictInteger(
+        validate=validate.Range(1, 3600),
+        load_default=300,
+        metadata={"description": "Seconds from acceptance, waiting included, after which the load fails."},
+    )
+    memory_limit_bytes = StrictInteger(
+        validate=validate.Range(min=2**20),
+        allow_none=True,
+        load_default=None,
+        metadata={"description": "What the model may take; more is the load's failure, `out_of_memory`."},
+    )
+    priority = fields.String(
+        validate=validate.OneOf(["high", "normal", "low"]),
+        load_default="normal",
+        metadata={"description": "Only `normal` so far."},
+    )
+    keep_alive_s = StrictInteger(
+        validate=validate.Range(min=-1),
+        allow_none=True,
+        load_default=None,
+        metadata={"description": "Not supported yet."},
+    )
+    strategy = fields.String(
+        validate=validate.OneOf(["beside", "in_place", "auto"]),
+        load_default="beside",
+        metadata={"description": "Only `beside` so far: the old version serves until the new one can."},
+    )
+    pinned = StrictBoolean(load_default=False, metadata={"description": "Only `false` so far."})
+    instances = StrictInteger(
+        validate=validate.Range(1, 64),
+        load_default=1,
+        metadata={"description": "Only 1 so far."},
+    )
+
+
+class UnloadBodySchema(Schema):
+    """An unload takes no body, or an empty object."""
+
+
+class UnloadQuerySchema(Schema):
+    """How to unload."""
+
+    force = ParameterBoolean(
+        load_default=False,
+        metadata={"description": "Do not wait for running requests; wins over a load and a stuck worker."},
+    )
+
+
+class NothingSchema(Schema):
+    """No parameters."""
+
+
+class PageQuerySchema(Schema):
+    """Which page of a list."""
+
+    limit = ParameterInteger(load_default=100, validate=validate.Range(1, MAX_PAGE))
+
+
+class ModelsQuerySchema(PageQuerySchema):
+    """Which page of the models."""
+
+    cursor = fields.String(load_default="", metadata={"description": "The `next_cursor` of the page before."})
+
+
+class JobsQuerySchema(PageQuerySchema):
+    """Which page of which jobs."""
+
+    cursor = ParameterInteger(
+        load_default=None,
+        validate=validate.Range(min=1),
+        metadata={"description": "The `next_cursor` of the page before."},
+    )
+    model = fields.String(load_default=None, metadata={"description": "Only jobs of this model."})
+    status = fields.String(load_default=None, validate=_values(JobStatus))
+
+
+class FailureSchema(Schema):
+    """Why a job or a model failed."""
+
+    code = fields.String(required=True)
+    message = fields.String(required=True)
+
+
+class JobSchema(Schema):
+    """A job: one accepted load or unload."""
+
+    id = fields.String(required=True)
+    kind = fields.String(required=True, validate=_values(JobKind))
+    model_id = fields.String(required=True)
+    version = fields.Integer(required=True, allow_none=True)
+    status = fields.String(required=True, validate=_values(JobStatus))
+    stage = fields.String(
+        required=True,
+        allow_none=True,
+        metadata={"description": "Live: starting, loading, measuring; draining, stopping."},
+    )
+    waiting_for = fields.String(required=True, allow_none=True)
+    created_at = fields.String(required=True)
+    started_at = fields.String(required=True, allow_none=True)
+    finished_at = fields.String(required=True, allow_none=True)
+    requested_by = fields.String(required=True)
+    cause = fields.String(required=True, validate=_values(Cause))
+    attempt = fields.Integer(required=True)
+    position = fields.Integer(required=True, metadata={"description": "Of its latest event in the log."})
+    parameters = fields.Dict(required=True, metadata={"description": "Of its request."})
+    error = fields.Nested(FailureSchema, required=True, allow_none=True)
+
+
+class FileSchema(Schema):
+    """A file of a loaded version, as it was read."""
+
+    path = fields.String(required=True)
+    bytes = fields.Integer(required=True)
+    mtime_ns = fields.Integer(required=True)
+    sha256 = fields.String(required=True)
+
+
+class ModelSchema(Schema):
+    """A model of the repository, or one that is loaded."""
+
+    id = fields.String(required=True)
+    versions = fields.List(fields.Integer(), required=True, metadata={"description": "In the repository."})
+    state = fields.String(required=True, validate=_values(ModelState))
+    version = fields.Integer(required=True, allow_none=True)
+    next_version = fields.Integer(required=True, allow_none=True)
+    active = fields.Boolean(required=True)
+    loaded_at = fields.String(required=True, allow_none=True)
+    loaded_by = fields.String(required=True, allow_none=True)
+    job_id = fields.String(required=True, allow_none=True)
+    position = fields.Integer(
+        required=True,
+        allow_none=True,
+        metadata={"description": "Of the `ModelLoaded` behind it."},
+    )
+    files = fields.List(fields.Nested(FileSchema), required=True)
+    memory_bytes = fields.Integer(required=True, allow_none=True)
+    error = fields.Nested(FailureSchema, required=True, allow_none=True)
+
+
+class ModelListSchema(Schema):
+    """One page of the models, by id."""
+
+    models = fields.List(fields.Nested(ModelSchema), required=True)
+    as_of = fields.Integer(required=True, metadata={"description": "The position this reflects."})
+    next_cursor = fields.String(required=True, allow_none=True)
+
+
+class JobListSchema(Schema):
+    """One page of the jobs, newest first."""
+
+    jobs = fields.List(fields.Nested(JobSchema), required=True)
+    as_of = fields.Integer(required=True, metadata={"description": "The position this reflects."})
+    next_cursor = fields.Integer(required=True, allow_none=True)
+
+
+class HealthSchema(Schema):
+    """What was looked at, and that all of it is well."""
+
+    status = fields.String(required=True)
+    checks = fields.Dict(required=True, keys=fields.String(), values=fields.Boolean())

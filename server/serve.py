@@ -1,0 +1,69 @@
+"""Running the server: the loop, the signals, and an end that says why."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+import uvloop
+from aiohttp import web
+
+from server.app import create_app
+from server.appkeys import CONSUMER_TASK, LOG
+from server.config import Config
+
+_log = logging.getLogger(__name__)
+
+
+def serve(config: Config, announce: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or SIGINT; return the process's exit code: 0, or 1 when a part of the server died.
+
+    Args:
+        config: how to run.
+        announce: told the server's URL once it is ready.
+
+    Raises:
+        LedgerProblem: the data directory is in use, or its ledger cannot be opened.
+        RuntimeProblem: the fork server cannot be started.
+        OSError: the address cannot be listened on.
+    """
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, announce))
+
+
+async def _serve(config: Config, announce: Callable[[str], None]) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    app = create_app(config)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=config.drain_timeout_s)
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, config.host, config.port)
+        await site.start()
+        announce(_url(runner, config))
+        return await _until_end(app, stop)
+    finally:
+        await runner.cleanup()
+
+
+async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
+    """Wait for a signal, or for the end of what must not end: better no server than one that does nothing."""
+    vital = {app[CONSUMER_TASK], app[LOG].writer}
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({stopping, *vital}, return_when=asyncio.FIRST_COMPLETED)
+    dead = [task for task in vital if task.done()]
+    for task in dead:
+        _log.critical("the %s ended; the server stops", task.get_name(), exc_info=task.exception())
+    stopping.cancel()
+    return 1 if dead else 0
+
+
+def _url(runner: web.AppRunner, config: Config) -> str:
+    port = runner.addresses[0][1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{port}"

@@ -1,0 +1,131 @@
+"""JSON tensors of the Open Inference Protocol v2, to and from raw little-endian bytes.
+
+Source of the rules: the protocol's "Tensor Data": flat or nested, row-major, elements as many as the shape
+has; FP16 and BF16 have no JSON form.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from runtime.errors import InvalidInput
+from runtime.wire import DATATYPES, Tensor
+
+MAX_DIMENSIONS = 32
+"""numpy's arrays have up to 64; nobody sends this many, and nesting costs stack."""
+
+_BINARY_ONLY = ("FP16", "BF16")
+_ELEMENT: dict[str, type] = {"BOOL": bool, "BYTES": str, "FP32": float, "FP64": float}
+
+
+def decode_tensor(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) -> Tensor:
+    """Return the tensor that `data`, JSON text, stands for.
+
+    Raises:
+        InvalidInput: `invalid_input`, naming the input and what is wrong with it.
+    """
+    _check_head(name, datatype, shape)
+    text = bytes(data)
+    depth = len(text) - len(text.lstrip(b"[ \t\r\n"))
+    depth = text[:depth].count(b"[")
+    if depth not in (1, len(shape)) or depth == 0:
+        raise InvalidInput(f"input '{name}': data must be a flat list, or nested as its shape {list(shape)}")
+    try:
+        values = _decoder(_ELEMENT.get(datatype, int), depth).decode(text)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidInput(f"input '{name}': data is not {datatype}: {error}") from None
+    if datatype == "BYTES":
+        return Tensor(name, datatype, tuple(shape), _strings(name, shape, values))
+    return Tensor(name, datatype, tuple(shape), _numbers(name, datatype, shape, values))
+
+
+def encode_data(tensor: Tensor) -> list[Any]:
+    """Return the tensor's elements, flat and row-major, as JSON can carry them.
+
+    Raises:
+        NotRepresentable: `not_representable`, JSON has no form for them.
+    """
+    if tensor.datatype in _BINARY_ONLY:
+        raise NotRepresentable(f"output '{tensor.name}': {tensor.datatype} cannot be sent as JSON")
+    if tensor.datatype == "BYTES":
+        return _texts(tensor)
+    values = np.frombuffer(tensor.data, DATATYPES[tensor.datatype].numpy)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise NotRepresentable(f"output '{tensor.name}' holds NaN or infinity, which JSON cannot carry")
+    elements: list[Any] = values.tolist()
+    return elements
+
+
+class NotRepresentable(InvalidInput):
+    """JSON cannot carry what the model answered."""
+
+    code = "not_representable"
+
+
+def _check_head(name: str, datatype: str, shape: Sequence[int]) -> None:
+    if datatype not in DATATYPES:
+        raise InvalidInput(f"input '{name}': '{datatype[:64]}' is no datatype; known: {', '.join(DATATYPES)}")
+    if datatype in _BINARY_ONLY:
+        raise InvalidInput(f"input '{name}': {datatype} cannot be sent as JSON")
+    if len(shape) > MAX_DIMENSIONS or any(not 0 <= length < 2**31 for length in shape):
+        raise InvalidInput(f"input '{name}': {list(shape)[:8]} is not a shape")
+
+
+@cache
+def _decoder(element: type, depth: int) -> msgspec.json.Decoder[list[Any]]:
+    nested: Any = element
+    for _ in range(depth):
+        nested = list[nested]
+    return msgspec.json.Decoder(nested)
+
+
+def _numbers(name: str, datatype: str, shape: Sequence[int], values: list[Any]) -> bytes:
+    try:
+        with np.errstate(over="ignore"):  # checked below
+            array = np.array(values, DATATYPES[datatype].numpy)
+    except (OverflowError, ValueError) as error:
+        raise InvalidInput(f"input '{name}': data is not {datatype} of one shape: {error}") from None
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidInput(f"input '{name}': a number is out of the range of {datatype}")
+    _check_count(name, shape, array.shape)
+    return array.tobytes()
+
+
+def _strings(name: str, shape: Sequence[int], values: list[Any]) -> bytes:
+    array = np.empty(0, object)
+    try:
+        array = np.array(values, object)
+    except ValueError as error:
+        raise InvalidInput(f"input '{name}': data is not of one shape: {error}") from None
+    _check_count(name, shape, array.shape)
+    encoded = [element.encode() for element in array.ravel()]
+    return b"".join(struct.pack("<I", len(element)) + element for element in encoded)
+
+
+def _check_count(name: str, shape: Sequence[int], found: tuple[int, ...]) -> None:
+    if found == tuple(shape) or (len(found) == 1 and found[0] == math.prod(shape)):
+        return
+    if 0 in shape and math.prod(found) == 0:
+        return
+    raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
+
+
+def _texts(tensor: Tensor) -> list[str]:
+    data, position, texts = memoryview(tensor.data), 0, list[str]()
+    take: Callable[[memoryview, int], tuple[int]] = struct.Struct("<I").unpack_from
+    while position < len(data):
+        (length,) = take(data, position)
+        position += 4
+        try:
+            texts.append(str(data[position : position + length], "utf-8"))
+        except UnicodeDecodeError:
+            raise NotRepresentable(f"output '{tensor.name}' is not UTF-8, which JSON needs") from None
+        position += length
+    return texts

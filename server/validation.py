@@ -1,0 +1,206 @@
+"""Checks what a request carries against the schemas its handler was decorated with, before the handler runs.
+
+The schemas are those of aiohttp-apispec's decorators (`handler.__schemas__`). Each error is a 400 that names
+the field and what is allowed there. What was read is at `json_body(request)` and its like.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields
+
+from server import strictjson
+from server.errors import ServerProblem
+
+MAX_JSON_BYTES = 1024 * 1024
+"""Management bodies are some hundred bytes; this is room for any of them and cheap to parse."""
+
+MAX_REPORTED = 10  # mistakes told at once; the rest is counted
+
+_JSON: web.RequestKey[Any] = web.RequestKey("json", object)
+_PATH: web.RequestKey[Any] = web.RequestKey("match_info", object)
+_QUERY: web.RequestKey[Any] = web.RequestKey("querystring", object)
+_HEADERS: web.RequestKey[Any] = web.RequestKey("headers", object)
+
+_INT64 = range(-(2**63), 2**63)
+_NOT_INTEGER = "Must be an integer of 64 bits."
+_NOT_BOOLEAN = "Must be true or false."
+
+
+class InvalidBody(ServerProblem):
+    """The body is not what this route takes."""
+
+    code = "invalid_body"
+
+
+class InvalidParameter(ServerProblem):
+    """A parameter is not what this route takes."""
+
+    code = "invalid_parameter"
+
+
+class UnsupportedMediaType(ServerProblem):
+    """A body must be declared as Content-Type: application/json, in UTF-8."""
+
+    code = "unsupported_media_type"
+
+
+class BodyTooLarge(ServerProblem):
+    """The body must not be larger than 1 MiB."""
+
+    code = "body_too_large"
+
+
+class StrictInteger(fields.Integer):
+    """A JSON integer of 64 bits: not 1.5, not "3", not true."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int) or value not in _INT64:
+            raise ValidationError(_NOT_INTEGER)
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+class StrictBoolean(fields.Boolean):
+    """JSON's true or false and nothing that resembles them."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValidationError(_NOT_BOOLEAN)
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+class ParameterInteger(fields.Integer):
+    """An integer of 64 bits in a path, a query or a header: decimal digits, no spaces, no leading +."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if re.fullmatch(r"-?[0-9]{1,19}", str(value), re.ASCII) is None or int(value) not in _INT64:
+            raise ValidationError(_NOT_INTEGER)
+        return super()._deserialize(int(value), attr, data, **kwargs)
+
+
+class ParameterBoolean(fields.Boolean):
+    """`true` or `false` in a query."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if value not in {"true", "false"}:
+            raise ValidationError(_NOT_BOOLEAN)
+        return super()._deserialize(value == "true", attr, data, **kwargs)
+
+
+class NothingSchema(Schema):
+    """A place where nothing is taken: a query string without parameters, for one."""
+
+
+def json_body(request: web.Request) -> Any:
+    """Return the body as its schema loaded it; an empty body is an empty object."""
+    return request[_JSON]
+
+
+def path_parameters(request: web.Request) -> Any:
+    """Return the variable parts of the path as their schema loaded them."""
+    return request[_PATH]
+
+
+def query_parameters(request: web.Request) -> Any:
+    """Return the query parameters as their schema loaded them."""
+    return request[_QUERY]
+
+
+def header_fields(request: web.Request) -> Any:
+    """Return the header fields as their schema loaded them."""
+    return request[_HEADERS]
+
+
+@web.middleware
+async def validation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Check path, query, header and body of a request whose handler has schemas; must be inside of auth."""
+    for declared in getattr(request.match_info.handler, "__schemas__", ()):
+        schema: Schema = declared["schema"]
+        match declared["location"]:
+            case "json":
+                request[_JSON] = _load(schema, await _body(request), "body", InvalidBody)
+            case "match_info" | "path":
+                request[_PATH] = _load(schema, dict(request.match_info), "path", InvalidParameter)
+            case "querystring" | "query":
+                request[_QUERY] = _load(schema, _query(request), "query", InvalidParameter)
+            case "headers":
+                request[_HEADERS] = _load(schema, _headers(request, schema), "headers", InvalidParameter)
+            case location:
+                raise NotImplementedError(f"no route of ours takes {location}")
+    return await handler(request)
+
+
+async def _body(request: web.Request) -> Any:
+    body = await _read(request)
+    if not body:
+        return {}
+    media_type, charset = request.content_type, request.charset or "utf-8"
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaType
+    if charset.lower() != "utf-8":
+        raise UnsupportedMediaType
+    try:
+        return strictjson.loads(body)
+    except strictjson.InvalidJson as error:
+        raise InvalidBody(str(error)) from None
+
+
+async def _read(request: web.Request) -> bytes:
+    """Read a body of at most 1 MiB; the application's own limit is the larger one of inference."""
+    if (request.content_length or 0) > MAX_JSON_BYTES:
+        raise BodyTooLarge
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MAX_JSON_BYTES:
+            raise BodyTooLarge
+    return bytes(body)
+
+
+def _query(request: web.Request) -> Mapping[str, str]:
+    for name in request.query:
+        if len(request.query.getall(name)) > 1:
+            raise InvalidParameter(f"query: {name}: Must be given once.")
+    return dict(request.query)
+
+
+def _headers(request: web.Request, schema: Schema) -> Mapping[str, str]:
+    names = [field.data_key or name for name, field in schema.load_fields.items()]
+    # RFC 9110 section 5.3: several fields of one name mean their values in one, separated by commas.
+    return {name: ", ".join(request.headers.getall(name)) for name in names if name in request.headers}
+
+
+def _load(schema: Schema, value: Any, where: str, refusal: type[ServerProblem]) -> Any:
+    if not isinstance(value, dict):
+        raise refusal(f"{where}: Must be a JSON object.")
+    try:
+        return schema.load(value, unknown=EXCLUDE if where == "headers" else RAISE)
+    except ValidationError as error:
+        raise refusal(_told(schema, error, where)) from None
+
+
+def _told(schema: Schema, error: ValidationError, where: str) -> str:
+    mistakes = list(_mistakes(error.messages, ""))
+    told = [
+        f"{where}: {field + ': ' if field else ''}{message}" for field, message in mistakes[:MAX_REPORTED]
+    ]
+    if any(message == schema.error_messages["unknown"] for _, message in mistakes):
+        names = sorted(field.data_key or name for name, field in schema.load_fields.items())
+        told.append(f"known are {', '.join(names)}" if names else "nothing is taken here")
+    if len(mistakes) > MAX_REPORTED:
+        told.append(f"and {len(mistakes) - MAX_REPORTED} more")
+    return "; ".join(told)
+
+
+def _mistakes(messages: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Flatten marshmallow's tree of messages to (field, message), in the order of their names."""
+    if isinstance(messages, dict):
+        for name in sorted(messages, key=str):
+            step = "" if name == "_schema" else f".{name}" if path else str(name)
+            yield from _mistakes(messages[name], path + step)
+    else:
+        for message in messages if isinstance(messages, list) else [messages]:
+            yield path, str(message)

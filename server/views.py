@@ -1,0 +1,61 @@
+"""Jobs and models as the management API shows them: plain values, ready for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from events.jobs import Failure, Job
+from events.models import Model
+from events.state import State
+from runtime.consumer import Consumer
+
+
+def job_view(job: Job, consumer: Consumer) -> dict[str, Any]:
+    """Return a job with the live values of the consumer laid over it."""
+    parameters = msgspec.to_builtins(job.load if job.load is not None else job.unload)
+    return {
+        "id": job.id,
+        "kind": job.kind.value,
+        "model_id": job.model_id,
+        "version": job.version,
+        "status": job.status.value,
+        "stage": None if job.ended else consumer.stage(job),
+        "waiting_for": None if job.ended else consumer.waiting_for(job),
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "requested_by": job.requested_by,
+        "cause": job.cause.value,
+        "attempt": job.attempt,
+        "position": job.position,
+        "parameters": parameters,
+        "error": _failure(job.error),
+    }
+
+
+def model_view(model_id: str, state: State, versions: list[int]) -> dict[str, Any]:
+    """Return a model of the state, or one that is only in the repository, with its `versions` there."""
+    model = state.models.get(model_id) or Model(model_id)
+    active = state.active()
+    serving = model.serving
+    return {
+        "id": model.id,
+        "versions": versions,
+        "state": model.state.value,
+        "version": model.version,
+        "next_version": model.next_version,
+        "active": active is not None and active.id == model.id,
+        "loaded_at": serving.loaded_at if serving else None,
+        "loaded_by": serving.loaded_by if serving else None,
+        "job_id": serving.load_job_id if serving else None,
+        "position": serving.position if serving else None,
+        "files": msgspec.to_builtins(serving.files) if serving else [],
+        "memory_bytes": serving.memory_bytes if serving else None,
+        "error": _failure(model.error),
+    }
+
+
+def _failure(error: Failure | None) -> dict[str, str] | None:
+    return {"code": error.code, "message": error.message} if error is not None else None

@@ -1,0 +1,60 @@
+"""The distribution `loadledger`: four import packages, one command, and the files that ship with them."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TEST = [
+    "hypothesis>=6.150",
+    "mypy==2.4.*",
+    "onnx>=1.20",
+    "openapi-spec-validator>=0.7",
+    "pytest>=9",
+    "pytest-aiohttp>=1.1",
+    "pytest-xdist>=3.8",
+    "ruff==0.17.*",
+    "setuptools>=77",  # the packaging test builds the wheel without a network
+    "types-PyYAML",
+]
+
+setup(
+    name="loadledger",
+    version="0.1.0",
+    description="Loads and unloads ONNX models over HTTP, a process for each, with a ledger of who did what.",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",  # `license` has been out of use since setuptools 77
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["events", "migrations", "runtime", "server", "server.examples"],
+    package_dir={"server.examples": "examples"},
+    package_data={
+        "events": ["py.typed"],
+        "migrations": ["*.sql"],
+        "runtime": ["py.typed"],
+        "server": ["py.typed", "static/*"],
+        "server.examples": ["digits/*/model.onnx", "digits.json"],
+    },
+    install_requires=[
+        "PyJWT[crypto]>=2.10",
+        "PyYAML>=6",
+        "aiohttp>=3.14,<3.15",
+        "aiohttp-apispec==3.0.0b2",  # the only release that works with marshmallow 4 and Python >= 3.12
+        "aiosqlite>=0.22,<0.23",
+        "apispec>=6.8,<7",
+        "click>=8.1",
+        "environs>=14",
+        "limits>=5",
+        "marshmallow>=4,<5",
+        "msgspec>=0.20",
+        "numpy>=2",
+        "onnxruntime>=1.24",
+        "rich>=14",
+        "uvloop>=0.22",
+    ],
+    extras_require={
+        "test": TEST,
+        "examples": ["scikit-learn>=1.7", "skl2onnx>=1.20"],  # to train examples/ again
+    },
+    entry_points={"console_scripts": ["loadledger=server.cli:main"]},
+)

@@ -1,0 +1,240 @@
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient
+from aiohttp_apispec import json_schema
+from marshmallow import Schema
+from pytest_aiohttp import AiohttpClient
+
+from server.config import Config
+from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem, errors
+from server.routes import Access, LimitClass
+from support.smallapp import bearer, route, small_app, small_config
+
+Client = TestClient[web.Request, web.Application]
+MEMBERS = {"type", "title", "status", "detail", "code", "error"}
+
+
+class Domain(Exception):
+    """An error of another package, of which this one knows nothing but its code."""
+
+    def __init__(self, code: object, text: str = "what happened", **attributes: object) -> None:
+        super().__init__(text)
+        self.code = code
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return small_config(tmp_path / "data", limit_auth_failures="off")
+
+
+@pytest.fixture
+async def answer_of(config: Config, aiohttp_client: AiohttpClient) -> Callable[..., Any]:
+    async def get(error: Exception, path: str = "/x") -> tuple[aiohttp.ClientResponse, dict[str, Any]]:
+        async def handler(request: web.Request) -> web.Response:  # noqa: ARG001
+            raise error
+
+        client = await aiohttp_client(small_app([route(path, handler)], config))
+        answer = await client.get(path, headers=bearer(config))
+        return answer, await answer.json(content_type=None)
+
+    return get
+
+
+@pytest.mark.parametrize("code", list(ERRORS))
+async def test_each_code_has_one_body(answer_of: Callable[..., Any], code: str) -> None:
+    answer, body = await answer_of(Domain(code))
+    assert answer.status == ERRORS[code].status == body["status"]
+    assert answer.content_type == "application/problem+json"
+    assert (body["code"], body["title"], body["error"]) == (code, ERRORS[code].title, body["detail"])
+    assert body["type"] == ERRORS[code].registered_type or body["type"] == f"urn:loadledger:error:{code}"
+    assert set(body) - {"instance"} == MEMBERS
+    if code != "internal":
+        assert body["detail"] == "what happened"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Domain("no such code", "secret"),
+        Domain(7, "secret"),
+        KeyError("secret"),
+        web.HTTPBadGateway(text="secret"),
+    ],
+)
+async def test_an_unexpected_error_is_logged_with_an_id_and_not_told(
+    answer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    with caplog.at_level(logging.ERROR, "server.errors"):
+        answer, body = await answer_of(error)
+    assert (answer.status, body["code"]) == (500, "internal")
+    assert "secret" not in json.dumps(body)
+    reference = body["instance"].removeprefix("urn:uuid:")
+    assert reference in body["detail"]
+    assert reference in caplog.text
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize(("seconds", "field"), [(0, "1"), (0.2, "1"), (2, "2"), (2.1, "3")])
+async def test_retry_after_is_whole_seconds_and_never_early(
+    answer_of: Callable[..., Any], seconds: float, field: str
+) -> None:
+    answer, _ = await answer_of(Domain("model_unloading", retry_after_s=seconds))
+    assert answer.headers["Retry-After"] == field
+
+
+async def test_members_and_header_fields_of_an_error_are_added(answer_of: Callable[..., Any]) -> None:
+    error = Domain("not_loaded", problem_members={"load": "/x"}, http_headers={"Link": "</x>"})
+    answer, body = await answer_of(error)
+    assert (body["load"], answer.headers["Link"]) == ("/x", "</x>")
+
+
+async def test_a_detail_that_is_no_text_or_too_long_is_made_fit(answer_of: Callable[..., Any]) -> None:
+    answer, body = await answer_of(Domain("unknown_model", "\ud800" * 100_000))
+    assert answer.status == 404
+    assert len(body["detail"]) == DETAIL_CHARACTERS
+    assert set(body["detail"]) == {"?", "…"}
+
+
+@pytest.mark.parametrize(
+    ("path", "media_type"),
+    [("/v2", "application/json"), ("/v2/models", "application/json"), ("/v20", "application/problem+json")],
+)
+async def test_inference_clients_get_their_media_type(
+    answer_of: Callable[..., Any], path: str, media_type: str
+) -> None:
+    answer, body = await answer_of(Domain("unknown_model"), path)
+    assert (answer.content_type, set(body)) == (media_type, MEMBERS)
+
+
+async def test_every_kind_of_route_answers_with_the_one_body(
+    config: Config, aiohttp_client: AiohttpClient
+) -> None:
+    @json_schema(Schema())
+    async def takes_json(request: web.Request) -> web.Response:
+        return web.json_response({"size": len(await request.read())})
+
+    async def reads(request: web.Request) -> web.Response:
+        return web.json_response({"size": len(await request.read())})
+
+    routes = [
+        route("/public", access=Access.PUBLIC, limit=LimitClass.NONE),
+        route("/admin", access=Access.ADMIN),
+        route("/json", takes_json, method="POST"),
+        route("/v2/read", reads, method="POST"),
+    ]
+    app = small_app(routes, config)
+    app._client_max_size = 1000
+    client = await aiohttp_client(app)
+    big, headers, auditor = b"x" * 2000, bearer(config), bearer(config, "audit")
+    typed = {**headers, "Content-Type": "application/json"}
+    expected = [
+        (await client.get("/admin"), 401, "no_credentials"),
+        (await client.get("/admin", headers=auditor), 403, "forbidden"),
+        (await client.get("/none", headers=headers), 404, "not_found"),
+        (await client.get("/v2/none", headers=headers), 404, "not_found"),
+        (await client.delete("/public", headers=headers), 405, "method_not_allowed"),
+        (await client.post("/json", headers=headers, data=b"{}"), 415, "unsupported_media_type"),
+        (await client.post("/json", headers=typed, data=b"{"), 400, "invalid_body"),
+        (await client.post("/v2/read", headers=headers, data=big), 413, "body_too_large"),
+    ]
+    for answer, status, code in expected:
+        body = await answer.json(content_type=None)
+        assert (answer.status, body["status"], body["code"], set(body)) == (status, status, code, MEMBERS)
+        assert answer.content_type == f"application/{'' if '/v2' in answer.url.path else 'problem+'}json"
+
+
+async def test_a_wrong_method_is_told_the_right_ones(config: Config, aiohttp_client: AiohttpClient) -> None:
+    client = await aiohttp_client(small_app([route()], config))
+    answer = await client.delete("/x", headers=bearer(config))
+    assert answer.headers["Allow"] == "GET,HEAD"
+    assert "GET,HEAD" in (await answer.json())["detail"]
+
+
+async def test_a_redirect_is_no_error(
+    answer_of: Callable[..., Any], config: Config, aiohttp_client: AiohttpClient
+) -> None:
+    async def moved(request: web.Request) -> web.Response:  # noqa: ARG001
+        raise web.HTTPSeeOther("/elsewhere")
+
+    client = await aiohttp_client(small_app([route("/x", moved)], config))
+    answer = await client.get("/x", headers=bearer(config), allow_redirects=False)
+    assert (answer.status, answer.headers["Location"]) == (303, "/elsewhere")
+
+
+async def test_an_error_in_the_middle_of_an_answer_breaks_the_connection(
+    config: Config, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"half")
+        raise RuntimeError("secret")
+
+    client = await aiohttp_client(small_app([route("/x", stream)], config))
+    answer = await client.get("/x", headers=bearer(config))
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await answer.read()
+    assert "reference" in caplog.text
+
+
+async def _raw(client: Client, head: str, body: bytes = b"") -> bytes:
+    """Send a head, wait to be asked for the body if it says so, and read what comes until the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n")
+    if "100-continue" in head:
+        await asyncio.wait_for(reader.readuntil(b"100 Continue\r\n\r\n"), 10)
+    writer.write(body)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ("Transfer-Encoding: chunked", b"zz\r\n"),
+        ("Content-Encoding: gzip\r\nContent-Length: 4", b"nope"),
+    ],
+)
+async def test_a_body_that_cannot_be_read_is_a_bad_request(
+    config: Config, aiohttp_client: AiohttpClient, headers: str, body: bytes
+) -> None:
+    @json_schema(Schema())
+    async def handler(request: web.Request) -> web.Response:  # noqa: ARG001
+        return web.Response()
+
+    client = await aiohttp_client(small_app([route("/x", handler, method="POST")], config))
+    token = bearer(config)["Authorization"]
+    head = f"POST /x HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\nExpect: 100-continue\r\n{headers}"
+    answer = await _raw(client, head, body)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    problem = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert (problem["code"], set(problem)) == ("invalid_request", MEMBERS)
+
+
+async def test_expectations_are_met_or_ignored(config: Config, aiohttp_client: AiohttpClient) -> None:
+    client = await aiohttp_client(small_app([route()], config))
+    token = bearer(config)["Authorization"]
+    for expectation in ("100-continue", "tea"):
+        head = f"GET /x HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\nExpect: {expectation}"
+        assert (await _raw(client, head)).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_code_that_is_not_in_the_table_cannot_be_named() -> None:
+    with pytest.raises(KeyError):
+        errors("unknown_model", "no such code")
+
+
+def test_the_docstring_is_the_default_message() -> None:
+    assert str(ServerProblem()) == "The request could not be served."

@@ -1,0 +1,226 @@
+"""Real ONNX models for the tests, each the smallest that shows what its name says.
+
+Builders return a `ModelProto`; `save` and `save_bytes` put one into a model repository in the layout that
+the server reads, `<root>/<model>/<version>/model.onnx`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from onnx import (
+    FunctionProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TypeProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
+
+IR_VERSION = 10
+OPSET = 18
+
+FLOAT: int = TensorProto.FLOAT
+INT64: int = TensorProto.INT64
+STRING: int = TensorProto.STRING
+BOOL: int = TensorProto.BOOL
+
+CORRUPT = b"\x08\x0a\x12\x07backend\x3a\xff\xff\x01not a graph" + bytes(range(256))
+"""Begins like a model and breaks off inside its graph."""
+TEXT = b"this is no model, it is a sentence\n"
+"""A text file under a model's name."""
+ENDLESS = 2**62
+"""For `counting_loop`: more trips than anything lives to see."""
+LOWEST = -(2**63)
+"""For `crash_on_run`: the 64-bit integer whose negative does not exist."""
+
+
+def save(model: ModelProto, root: Path, model_id: str, version: int = 1) -> Path:
+    """Write a model into the repository at `root`; returns the version's folder."""
+    return save_bytes(model.SerializeToString(), root, model_id, version)
+
+
+def save_bytes(data: bytes, root: Path, model_id: str, version: int = 1) -> Path:
+    """Write any bytes as a model's file: empty, corrupt, text; returns the version's folder."""
+    folder = root / model_id / str(version)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx").write_bytes(data)
+    return folder
+
+
+def value(name: str, element: int, shape: Sequence[int | str | None] | None) -> ValueInfoProto:
+    """Describe a tensor that goes in or out; a name or None in the shape is a dynamic dimension."""
+    return helper.make_tensor_value_info(name, element, shape)
+
+
+def model(
+    nodes: Sequence[NodeProto],
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    initializers: Sequence[TensorProto] = (),
+    functions: Sequence[FunctionProto] = (),
+) -> ModelProto:
+    """Put a graph into a model, with the opsets that the builders here use."""
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, initializers)
+    opsets = [
+        helper.make_opsetid("", OPSET),
+        helper.make_opsetid("ai.onnx.ml", 3),
+        helper.make_opsetid("local", 1),
+    ]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, functions=functions)
+
+
+def identity(element: int = FLOAT, shape: Sequence[int | str | None] = (None,)) -> ModelProto:
+    """`y = x`, of any element type and shape; the default is a vector of floats of any length."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return model([node], [value("x", element, shape)], [value("y", element, shape)])
+
+
+def strings() -> ModelProto:
+    """`y = x` for a vector of strings (the protocol's BYTES)."""
+    return identity(STRING)
+
+
+def add(constant: float = 1.0) -> ModelProto:
+    """`y = x + constant`, on a vector of floats: tells versions of a model apart by their answers."""
+    nodes = [helper.make_node("Add", ["x", "c"], ["y"])]
+    weights = [numpy_helper.from_array(np.array([constant], np.float32), "c")]
+    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])], weights)
+
+
+def subtract() -> ModelProto:
+    """`y = a - b`: two inputs, whose order matters."""
+    nodes = [helper.make_node("Sub", ["a", "b"], ["y"])]
+    return model(nodes, [value("a", FLOAT, [None]), value("b", FLOAT, [None])], [value("y", FLOAT, [None])])
+
+
+def weights(megabytes: int, *, layers: int = 8, seed: int = 0) -> ModelProto:
+    """A chain of `x @ w` of this size in all (10**6 bytes): something that takes memory to hold."""
+    side = max(1, int((megabytes * 1_000_000 / 4 / layers) ** 0.5))
+    rng = np.random.default_rng(seed)
+    tensors = [
+        numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, f"w{i}")
+        for i in range(layers)
+    ]
+    names = ["x", *(f"h{i}" for i in range(layers - 1)), "y"]
+    nodes = [
+        helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], name=f"layer{i}")
+        for i in range(layers)
+    ]
+    return model(nodes, [value("x", FLOAT, [None, side])], [value("y", FLOAT, [None, side])], tensors)
+
+
+def slow_model(side: int = 1500, depth: int = 30) -> ModelProto:
+    """Slow to load, not to run: ONNX Runtime folds this chain of constant MatMuls while it loads.
+
+    Thirty products of 1500 by 1500 take some seconds on one core; the file has one matrix of 9 MB.
+    """
+    rng = np.random.default_rng(0)
+    tensors = [numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, "w")]
+    names = ["w", *(f"h{i}" for i in range(depth))]
+    nodes = [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(depth)]
+    nodes.append(helper.make_node("Add", ["x", names[-1]], ["y"]))
+    shape = [side, side]
+    return model(nodes, [value("x", FLOAT, shape)], [value("y", FLOAT, shape)], tensors)
+
+
+def counting_loop() -> ModelProto:
+    """`count = trips`, by counting: runs as long as its input says, so `ENDLESS` never returns by itself."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["going"], ["going_out"]),
+            helper.make_node("Add", ["total", "one"], ["total_out"]),
+        ],
+        "body",
+        [value("trip", INT64, []), value("going", BOOL, []), value("total", INT64, [])],
+        [value("going_out", BOOL, []), value("total_out", INT64, [])],
+        [helper.make_tensor("one", INT64, [], [1])],
+    )
+    nodes = [helper.make_node("Loop", ["trips", "go", "zero"], ["count"], body=body)]
+    start = [helper.make_tensor("go", BOOL, [], [True]), helper.make_tensor("zero", INT64, [], [0])]
+    return model(nodes, [value("trips", INT64, [])], [value("count", INT64, [])], start)
+
+
+def memory_bomb_on_load(count: int = 225_000_000) -> ModelProto:
+    """A file of 300 bytes that takes 900 MB (4 bytes times count) to load: a sparse constant."""
+    sparse = helper.make_sparse_tensor(
+        helper.make_tensor("v", FLOAT, [1], [1.0]), helper.make_tensor("i", INT64, [1], [0]), [count]
+    )
+    nodes = [
+        helper.make_node("Constant", [], ["m"], sparse_value=sparse),
+        helper.make_node("Add", ["x", "m"], ["y"]),
+    ]
+    return model(nodes, [value("x", FLOAT, [count])], [value("y", FLOAT, [count])])
+
+
+def memory_bomb_on_run() -> ModelProto:
+    """Takes 4 bytes times the product of its input (a shape) to answer with one number."""
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["sum"], keepdims=0),
+    ]
+    return model(nodes, [value("shape", INT64, [None])], [value("sum", FLOAT, [])])
+
+
+def crash_on_load() -> ModelProto:
+    """Kills the process that loads it (SIGFPE on x86): folds the one division that overflows."""
+    tensors = [helper.make_tensor("a", INT64, [1], [LOWEST]), helper.make_tensor("b", INT64, [1], [-1])]
+    nodes = [helper.make_node("Div", ["a", "b"], ["d"]), helper.make_node("Add", ["x", "d"], ["y"])]
+    return model(nodes, [value("x", INT64, [1])], [value("y", INT64, [1])], tensors)
+
+
+def crash_on_run() -> ModelProto:
+    """`y = a / b` of integers: kills the process that runs it (SIGFPE on x86) for `LOWEST / -1`."""
+    nodes = [helper.make_node("Div", ["a", "b"], ["y"])]
+    return model(nodes, [value("a", INT64, [None]), value("b", INT64, [None])], [value("y", INT64, [None])])
+
+
+def unknown_operator() -> ModelProto:
+    """A valid file with an operator that no runtime has."""
+    node = helper.make_node("Frobnicate", ["x"], ["y"])
+    return model([node], [value("x", FLOAT, [None])], [value("y", FLOAT, [None])])
+
+
+def external(location: str, *, count: int = 4) -> ModelProto:
+    """`y = x + w` with w (`count` floats) in a file of its own, at `location` beneath the version's folder.
+
+    The file itself is the caller's to write (`external_bytes`), or not to.
+    """
+    tensor = external_tensor("w", location, count)
+    nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
+    return model(nodes, [value("x", FLOAT, [count])], [value("y", FLOAT, [count])], [tensor])
+
+
+def external_tensor(name: str, location: str, count: int = 4) -> TensorProto:
+    """Make a tensor of `count` floats whose bytes are in another file."""
+    tensor = TensorProto(name=name, data_type=FLOAT, dims=[count], data_location=TensorProto.EXTERNAL)
+    for key, text in (("location", location), ("offset", "0"), ("length", str(4 * count))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, text
+    return tensor
+
+
+def external_bytes(count: int = 4) -> bytes:
+    """Give the content of the file beside `external`: the floats from 0 up."""
+    return np.arange(count, dtype=np.float32).tobytes()
+
+
+def zip_map() -> ModelProto:
+    """A classifier's usual ending: `scores` comes out as a tensor and as a sequence of maps (`named`)."""
+    nodes = [
+        helper.make_node("Identity", ["x"], ["scores"]),
+        helper.make_node("ZipMap", ["x"], ["named"], domain="ai.onnx.ml", classlabels_int64s=[0, 1]),
+    ]
+    element = helper.make_map_type_proto(INT64, helper.make_tensor_type_proto(FLOAT, []))
+    maps: TypeProto = helper.make_sequence_type_proto(element)
+    outputs = [value("scores", FLOAT, [None, 2]), helper.make_value_info("named", maps)]
+    return model(nodes, [value("x", FLOAT, [None, 2])], outputs)
+
+
+def sequence_input() -> ModelProto:
+    """The length of a sequence of tensors: an input that the inference protocol has no name for."""
+    sequence = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, [None]))
+    nodes = [helper.make_node("SequenceLength", ["s"], ["length"])]
+    return model(nodes, [helper.make_value_info("s", sequence)], [value("length", INT64, [])])

@@ -1,0 +1,163 @@
+"""The wheel has all that the server needs and nothing else, and runs where nothing of the tree is."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import venv
+import zipfile
+from email.message import Message
+from email.parser import BytesParser
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("events", "migrations", "runtime", "server")
+EXAMPLES = ("*.py", "digits.json", "digits/*/model.onnx")
+# Generous: a start takes under a second, on a machine that does other things too.
+LIMIT_S = 60
+
+
+def source_files() -> set[str]:
+    """Where each file that must ship lies in the wheel: all of the packages, and of the examples these."""
+    code = {path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
+    names = {path.relative_to(ROOT).as_posix() for path in code if "__pycache__" not in path.parts}
+    examples = {path for pattern in EXAMPLES for path in (ROOT / "examples").glob(pattern)}
+    return names | {f"server/{path.relative_to(ROOT).as_posix()}" for path in examples}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built without a network from a copy: a build leaves files that a later one would pack."""
+    tree, built = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for package in (*PACKAGES, "examples", "tests", "bench"):
+        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    run([*pip, "--wheel-dir", str(built), str(tree)], cwd=tree)
+    [path] = built.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment that has the wheel, and sees this environment's packages behind it."""
+    home = tmp_path_factory.mktemp("installed")
+    venv.create(home, with_pip=False, symlinks=True)
+    [packages] = home.glob("lib/python*/site-packages")
+    # The folders come after the environment's own, and the .pth files in them are not followed: if the
+    # distribution is installed there too, even as editable, what is imported is the wheel's.
+    ours = [entry for entry in sys.path if Path(entry).name in {"site-packages", "dist-packages"}]
+    (packages / "dependencies.pth").write_text("\n".join(ours) + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--quiet"]
+    run([*pip, "--no-deps", "--no-index", "--ignore-installed", str(wheel)], cwd=home)
+    return home
+
+
+@pytest.fixture
+def examples(installed: Path) -> Path:
+    """The model repository that ships in the wheel."""
+    [path] = installed.glob("lib/python*/site-packages/server/examples")
+    return path
+
+
+def run(command: list[str], *, cwd: Path) -> str:
+    """Return what the command printed; it must end with 0."""
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Nothing that would lead back to the tree, such as PYTHONPATH, and no settings of who runs the tests."""
+    return {"PATH": os.defpath, "HOME": str(home), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return BytesParser().parsebytes(archive.read(name))
+
+
+def test_the_wheel_has_every_module_and_data_file_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == source_files()
+
+
+def test_the_wheel_has_the_log_s_schema_the_console_and_something_to_load(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert any(re.fullmatch(r"migrations/0001_\w+\.sql", name) for name in names)
+    assert any(name.startswith("server/static/") for name in names)
+    assert {
+        "server/examples/digits.json",
+        *(f"server/examples/digits/{v}/model.onnx" for v in (1, 2)),
+    } <= set(names)
+
+
+def test_the_metadata_says_the_license_the_command_and_the_one_version_that_works(wheel: Path) -> None:
+    about = metadata(wheel)
+    assert about["License-Expression"] == "Apache-2.0"
+    assert "aiohttp-apispec==3.0.0b2" in about.get_all("Requires-Dist", [])
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        assert archive.read(name).decode().split() == [
+            "[console_scripts]",
+            "loadledger",
+            "=",
+            "server.cli:main",
+        ]
+
+
+def test_what_is_imported_in_the_new_environment_is_the_wheel_s(installed: Path, tmp_path: Path) -> None:
+    show = "import events, runtime, server; print(events.__file__, runtime.__file__, server.__file__)"
+    files = run([str(installed / "bin" / "python"), "-c", show], cwd=tmp_path).split()
+    assert all(Path(file).is_relative_to(installed) for file in files)
+
+
+def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) -> None:
+    out = run([str(installed / "bin" / "loadledger"), "--help"], cwd=tmp_path)
+    assert "serve" in out
+    assert "demo" in out
+
+
+async def test_the_installed_server_starts_anywhere_answers_and_ends_on_sigterm_with_0(
+    installed: Path, examples: Path, tmp_path: Path
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(str(installed / "bin" / "loadledger"), "serve", "--port", "0"),
+        *("--repository", str(examples), "--data", str(tmp_path / "data")),
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            url = await ready_url(process)
+            async with aiohttp.ClientSession() as client, client.get(f"{url}/health/live") as answer:
+                assert answer.status == 200
+            process.send_signal(signal.SIGTERM)
+            await process.communicate()
+        assert process.returncode == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def ready_url(process: asyncio.subprocess.Process) -> str:
+    """Return the address that `serve` prints when it is ready."""
+    assert process.stdout is not None
+    async for line in process.stdout:
+        if found := re.search(rb"http://127\.0\.0\.1:\d+", line):
+            return found[0].decode()
+    pytest.fail(f"serve ended with {await process.wait()} before it was ready")

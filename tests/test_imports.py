@@ -1,0 +1,127 @@
+"""The house rules about imports, read from the source: who may know whom, and who may know which library."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("events", "migrations", "runtime", "server")
+WORKER = "runtime.worker"
+# What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
+CHILD_PROCESSES = ("runtime.forkserver", WORKER)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every name that the file imports, inside functions too; `from a import b` gives `a` and `a.b`."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            # A name that only run time knows could not be held to the rules.
+            assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}"
+            yield str(node.args[0].value)
+
+
+IMPORTS = {
+    module_name(path): set(imports(path)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+}
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def importers_of(*libraries: str) -> set[str]:
+    return {module for module, names in IMPORTS.items() if any(top(name) in libraries for name in names)}
+
+
+def packages_that_import(*libraries: str) -> set[str]:
+    return {top(module) for module in importers_of(*libraries)}
+
+
+def own(names: set[str]) -> set[str]:
+    """The project's modules among names; importing `a.b` runs `a` too."""
+    found = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)}
+    return found & IMPORTS.keys()
+
+
+def reachable(module: str) -> set[str]:
+    """The project's modules that are imported when this one is."""
+    found: set[str] = set()
+    todo = {module}
+    while todo:
+        name = todo.pop()
+        found |= own({name})
+        todo |= own(IMPORTS[name] | {name}) - found
+    return found
+
+
+def only_the_worker_uses() -> set[str]:
+    """The worker's module, and those that nothing but these imports."""
+    found = {WORKER}
+    while True:
+        users = {module: {user for user in IMPORTS if module in own(IMPORTS[user])} for module in IMPORTS}
+        more = {module for module, by in users.items() if by and by <= found} - found
+        if not more:
+            return found
+        found |= more
+
+
+@pytest.mark.parametrize(
+    ("package", "above"),
+    [
+        ("migrations", {"events", "runtime", "server"}),
+        ("events", {"runtime", "server"}),
+        ("runtime", {"server"}),
+    ],
+)
+def test_imports_point_from_server_to_runtime_to_events(package: str, above: set[str]) -> None:
+    back = {
+        (module, name)
+        for module, names in IMPORTS.items()
+        for name in names
+        if top(module) == package and top(name) in above
+    }
+    assert not back
+
+
+def test_the_web_framework_appears_in_server_only() -> None:
+    assert packages_that_import("aiohttp", "aiohttp_apispec") == {"server"}
+
+
+def test_sqlite_appears_in_events_only() -> None:
+    assert packages_that_import("sqlite3", "aiosqlite") == {"events"}
+
+
+def test_onnx_runtime_appears_in_the_worker_only() -> None:
+    assert importers_of("onnxruntime")
+    assert importers_of("onnxruntime") <= only_the_worker_uses()
+
+
+@pytest.mark.parametrize("module", CHILD_PROCESSES)
+def test_a_child_process_imports_nothing_of_server_or_events(module: str) -> None:
+    assert not {name for name in reachable(module) if top(name) in {"server", "events"}}
+
+
+def test_no_module_hides_an_import_behind_type_checking() -> None:
+    hidden = {
+        path.relative_to(ROOT)
+        for folder in (*PACKAGES, "bench", "examples", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        # A name by itself, after a dot, and in a `from typing import`.
+        if "TYPE_CHECKING" in {getattr(node, field, None) for field in ("id", "attr", "name")}
+    }
+    assert not hidden
