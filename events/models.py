@@ -203,6 +203,7 @@ def _loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> M
         error=None,
         last_version=event.version,
         lost_by=None,
+        lost_at=None,
         incidents=model.incidents if by_system else (),
     )
 
@@ -219,7 +220,7 @@ def _load_failed(model: Model, event: Event, error: Failure, job: Job | None) ->
             return _with_incident(_lost(model, event), event)
         if model.serving is not None and model.serving.version != event.version:
             return model
-    return replace(model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None)
+    return replace(model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None, lost_at=None)
 
 
 def _unload_requested(model: Model, event: Event, data: UnloadRequested) -> Model:
@@ -240,6 +241,7 @@ def _unloaded(model: Model, event: Event) -> Model:
         rank=None,
         error=None,
         lost_by=None,
+        lost_at=None,
         incidents=(),
     )
 

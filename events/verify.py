@@ -95,11 +95,12 @@ def verify(path: Path) -> Verification:
 
 
 def _verify(connection: sqlite3.Connection) -> Verification:
-    fold = _Fold(*(connection.execute("SELECT position, hash FROM base").fetchone() or (0, b"")))
+    base = connection.execute("SELECT position, hash FROM base").fetchone()
+    if base is None:
+        return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing"))
+    fold = _Fold(*base)
     finding = None
     try:
-        if len(fold.hash) != len(GENESIS):
-            raise _Bad(0, "the base of the chain is missing")
         for row in _rows(connection):
             fold.take(*row)
         _compare(connection, fold)

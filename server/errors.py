@@ -52,6 +52,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "not_ready": ErrorKind(400, "The model is not ready"),
     "not_representable": ErrorKind(400, "JSON cannot carry the answer"),
     "method_not_allowed": ErrorKind(405, "This route does not take the method"),
+    "body_timeout": ErrorKind(408, "The request body did not come"),
     "nothing_loaded": ErrorKind(409, "No model is loaded"),
     "not_loaded": ErrorKind(409, "The model is not loaded"),
     "body_too_large": ErrorKind(413, "The request body is too large"),

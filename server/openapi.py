@@ -219,7 +219,7 @@ def _implied(route: Route) -> Iterator[str]:
             yield "rate_limited"
     locations = {declared["location"] for declared in getattr(route.handler, "__schemas__", ())}
     if "json" in locations:
-        yield from ("invalid_body", "unsupported_media_type", "body_too_large")
+        yield from ("invalid_body", "unsupported_media_type", "body_too_large", "body_timeout")
     if locations - {"json"}:
         yield "invalid_parameter"
 

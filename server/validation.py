@@ -4,6 +4,7 @@ The schemas are those of aiohttp-apispec's decorators (`handler.__schemas__`). E
 the field and what is allowed there. What was read is at `json_body(request)` and its like.
 """
 
+import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,9 @@ from server.errors import ServerProblem
 
 MAX_JSON_BYTES = 1024 * 1024
 """Management bodies are some hundred bytes; this is room for any of them and cheap to parse."""
+
+BODY_IDLE_S = 30.0
+"""Also ends what nobody else does: after a malformed chunk the framework lets a reader wait for ever."""
 
 MAX_REPORTED = 10  # mistakes told at once; the rest is counted
 
@@ -49,9 +53,18 @@ class UnsupportedMediaType(ServerProblem):
 
 
 class BodyTooLarge(ServerProblem):
-    """The body must not be larger than 1 MiB."""
+    """The body is larger than this route takes."""
 
     code = "body_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the body must not be larger than {max_bytes} bytes")
+
+
+class BodyTimeout(ServerProblem):
+    """The rest of the body did not come in time."""
+
+    code = "body_timeout"
 
 
 class StrictInteger(fields.Integer):
@@ -114,6 +127,27 @@ def header_fields(request: web.Request) -> Any:
     return request[_HEADERS]
 
 
+async def read_body(request: web.Request, max_bytes: int, idle_s: float = BODY_IDLE_S) -> bytes:
+    """Read a whole body, within a limit of its own: the application's is the largest that any route takes.
+
+    Raises:
+        BodyTooLarge: by its declared length or by what came (`body_too_large`).
+        BodyTimeout: nothing came for `idle_s` seconds (`body_timeout`).
+    """
+    if (request.content_length or 0) > max_bytes:
+        raise BodyTooLarge(max_bytes)
+    body = bytearray()
+    try:
+        while not request.content.at_eof():
+            async with asyncio.timeout(idle_s):
+                body += await request.content.readany()
+            if len(body) > max_bytes:
+                raise BodyTooLarge(max_bytes)
+    except TimeoutError:
+        raise BodyTimeout from None
+    return bytes(body)
+
+
 @web.middleware
 async def validation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Check path, query, header and body of a request whose handler has schemas; must be inside of auth."""
@@ -134,7 +168,7 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
 
 
 async def _body(request: web.Request) -> Any:
-    body = await _read(request)
+    body = await read_body(request, MAX_JSON_BYTES)
     if not body:
         return {}
     media_type, charset = request.content_type, request.charset or "utf-8"
@@ -146,18 +180,6 @@ async def _body(request: web.Request) -> Any:
         return strictjson.loads(body)
     except strictjson.InvalidJson as error:
         raise InvalidBody(str(error)) from None
-
-
-async def _read(request: web.Request) -> bytes:
-    """Read a body of at most 1 MiB; the application's own limit is the larger one of inference."""
-    if (request.content_length or 0) > MAX_JSON_BYTES:
-        raise BodyTooLarge
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MAX_JSON_BYTES:
-            raise BodyTooLarge
-    return bytes(body)
 
 
 def _query(request: web.Request) -> Mapping[str, str]:

@@ -12,11 +12,12 @@ from aiohttp.test_utils import TestClient
 from aiohttp_apispec import json_schema
 from marshmallow import Schema
 from pytest_aiohttp import AiohttpClient
+from support.smallapp import bearer, route, small_app, small_config
 
 from server.config import Config
 from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem, errors
 from server.routes import Access, LimitClass
-from support.smallapp import bearer, route, small_app, small_config
+from server.validation import read_body
 
 Client = TestClient[web.Request, web.Application]
 MEMBERS = {"type", "title", "status", "detail", "code", "error"}
@@ -160,9 +161,7 @@ async def test_a_wrong_method_is_told_the_right_ones(config: Config, aiohttp_cli
     assert "GET,HEAD" in (await answer.json())["detail"]
 
 
-async def test_a_redirect_is_no_error(
-    answer_of: Callable[..., Any], config: Config, aiohttp_client: AiohttpClient
-) -> None:
+async def test_a_redirect_is_no_error(config: Config, aiohttp_client: AiohttpClient) -> None:
     async def moved(request: web.Request) -> web.Response:  # noqa: ARG001
         raise web.HTTPSeeOther("/elsewhere")
 
@@ -187,40 +186,44 @@ async def test_an_error_in_the_middle_of_an_answer_breaks_the_connection(
     assert "reference" in caplog.text
 
 
-async def _raw(client: Client, head: str, body: bytes = b"") -> bytes:
-    """Send a head, wait to be asked for the body if it says so, and read what comes until the end."""
+async def _raw(client: Client, head: str, body: bytes = b"") -> tuple[bytes, bytes]:
+    """Send a head, wait to be asked for the body if it says so, and read the head and body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n")
-    if "100-continue" in head:
-        await asyncio.wait_for(reader.readuntil(b"100 Continue\r\n\r\n"), 10)
-    writer.write(body)
-    answer = await asyncio.wait_for(reader.read(), 10)
-    writer.close()
-    await writer.wait_closed()
-    return answer
+    try:
+        async with asyncio.timeout(10):
+            writer.write(head.encode() + b"\r\n\r\n")
+            if "100-continue" in head:
+                await reader.readuntil(b"100 Continue\r\n\r\n")
+            writer.write(body)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            length = int(answer.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
+            return answer, await reader.readexactly(length)
+    finally:
+        writer.close()
+        await writer.wait_closed()
 
 
 @pytest.mark.parametrize(
-    ("headers", "body"),
+    ("headers", "body", "code"),
     [
-        ("Transfer-Encoding: chunked", b"zz\r\n"),
-        ("Content-Encoding: gzip\r\nContent-Length: 4", b"nope"),
+        ("Transfer-Encoding: chunked", b"zz\r\n", "body_timeout"),
+        ("Content-Length: 4", b"no", "body_timeout"),
+        ("Content-Encoding: gzip\r\nContent-Length: 4", b"nope", "invalid_request"),
     ],
 )
-async def test_a_body_that_cannot_be_read_is_a_bad_request(
-    config: Config, aiohttp_client: AiohttpClient, headers: str, body: bytes
+async def test_a_body_that_cannot_be_read_is_the_client_s_error(
+    config: Config, aiohttp_client: AiohttpClient, headers: str, body: bytes, code: str
 ) -> None:
-    @json_schema(Schema())
-    async def handler(request: web.Request) -> web.Response:  # noqa: ARG001
-        return web.Response()
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=await read_body(request, 100, idle_s=0.1))
 
     client = await aiohttp_client(small_app([route("/x", handler, method="POST")], config))
     token = bearer(config)["Authorization"]
     head = f"POST /x HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\nExpect: 100-continue\r\n{headers}"
-    answer = await _raw(client, head, body)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    problem = json.loads(answer.partition(b"\r\n\r\n")[2])
-    assert (problem["code"], set(problem)) == ("invalid_request", MEMBERS)
+    answer, content = await _raw(client, head, body)
+    problem = json.loads(content)
+    assert (problem["code"], set(problem)) == (code, MEMBERS)
+    assert answer.startswith(f"HTTP/1.1 {ERRORS[code].status} ".encode())
 
 
 async def test_expectations_are_met_or_ignored(config: Config, aiohttp_client: AiohttpClient) -> None:
@@ -228,7 +231,8 @@ async def test_expectations_are_met_or_ignored(config: Config, aiohttp_client: A
     token = bearer(config)["Authorization"]
     for expectation in ("100-continue", "tea"):
         head = f"GET /x HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\nExpect: {expectation}"
-        assert (await _raw(client, head)).startswith(b"HTTP/1.1 200 OK")
+        answer, _ = await _raw(client, head)
+        assert answer.startswith(b"HTTP/1.1 200 OK")
 
 
 def test_a_code_that_is_not_in_the_table_cannot_be_named() -> None:

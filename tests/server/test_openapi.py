@@ -146,7 +146,7 @@ def test_the_codes_of_a_route_are_its_own_and_those_that_follow() -> None:
     assert set(error_codes(ROUTES[0])) == {
         "unknown_model", "unknown_version", "log_unavailable", "internal", "invalid_request", "no_credentials",
         "invalid_token", "forbidden", "too_many_failures", "rate_limited", "invalid_body",
-        "unsupported_media_type", "body_too_large", "invalid_parameter",
+        "unsupported_media_type", "body_too_large", "body_timeout", "invalid_parameter",
     }  # fmt: skip
     assert error_codes(ROUTES[1]) == ["internal"]
 

@@ -5,11 +5,11 @@ from aiohttp import web
 from aiohttp_apispec import json_schema
 from marshmallow import Schema
 from pytest_aiohttp import AiohttpClient
+from support.smallapp import bearer, route, small_app, small_config
 
 from server.errors import QUOTA_EXCEEDED
 from server.ratelimit import CounterStorage, RateLimited, RateLimits, peer_of
 from server.routes import Access, LimitClass
-from support.smallapp import bearer, route, small_app, small_config
 
 
 class Clock:

@@ -1,0 +1,242 @@
+"""`loadledger demo`: the whole story in a few seconds, on a real server, a real model and a real ledger.
+
+It talks to a server of its own over HTTP like anybody else, looks at the process tree from outside, and
+fails when what it sees is not what the README says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+from rich.console import Console
+from rich.table import Table
+
+from events.reader import open_reader
+from events.types import Event, LoadRequested, ModelLoaded, ModelUnloaded, UnloadRequested
+from events.verify import verify
+from runtime.memory import descendants, tree_bytes
+from server.app import LEDGER
+from server.keys import ensure_data_dir, issue_token
+
+MAX_KEPT_BYTES = 8 * 2**20
+"""How much more than before the tree may have after the unload: allocators of a serving process breathe."""
+
+STOP_LIMIT_S = 60
+GONE_LIMIT_S = 10
+_MB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    url: str
+    process: subprocess.Popen[str]
+    data: Path
+    admin: str
+    predict: str
+
+    def call(self, method: str, path: str, token: str, body: object = None) -> dict[str, Any]:
+        """Send one request and return the JSON answer; an error status raises."""
+        headers = {
+            "Authorization": f"Bearer {token}",
+            "Content-Type": "application/json",
+            "Prefer": "wait=60",
+        }
+        data = json.dumps(body).encode() if body is not None else None
+        request = Request(self.url + path, data, headers, method=method)  # noqa: S310 - our own URL
+        with urlopen(request, timeout=90) as answer:  # noqa: S310
+            parsed: dict[str, Any] = json.loads(answer.read())
+        return parsed
+
+    def load(self, version: int) -> float:
+        """Load a version of the digits and return the milliseconds from request to ready."""
+        began = time.perf_counter()
+        job = self.call("POST", "/api/v1/models/digits/load", self.admin, {"version": version})
+        _require(job["status"] == "completed", f"the job completes: {job['error']}")
+        return 1000 * (time.perf_counter() - began)
+
+    def unload(self) -> float:
+        """Unload the digits and return the milliseconds until their process was gone."""
+        began = time.perf_counter()
+        job = self.call("POST", "/api/v1/models/digits/unload", self.admin)
+        _require(job["status"] == "completed", f"the job completes: {job['error']}")
+        return 1000 * (time.perf_counter() - began)
+
+    def accuracy(self, digits: dict[str, Any]) -> float:
+        """Classify all held-out digits over HTTP and return the share that is right."""
+        inputs = digits["inputs"]
+        tensor = {"name": "pixels", "datatype": "FP32", "shape": [len(inputs), 64], "data": inputs}
+        answer = self.call("POST", "/v2/models/digits/infer", self.predict, {"inputs": [tensor]})
+        labels = next(output["data"] for output in answer["outputs"] if output["name"] == "label")
+        right = [said == true for said, true in zip(labels, digits["labels"], strict=True)]
+        return float(sum(right)) / len(right)
+
+    def memory_bytes(self) -> int:
+        """Return what the whole process tree takes (sum of PSS)."""
+        return tree_bytes(self.process.pid)
+
+    def processes(self) -> set[int]:
+        """Return the process ids of the tree."""
+        return set(descendants(self.process.pid))
+
+
+class _Failed(Exception):
+    pass
+
+
+def run() -> int:
+    """Show it; return 0 if all of it was so, else 1."""
+    console = Console(highlight=False)
+    examples = resources.files("server.examples")
+    digits = json.loads((examples / "digits.json").read_text(encoding="utf-8"))
+    try:
+        with (
+            resources.as_file(examples) as repository,
+            tempfile.TemporaryDirectory(prefix="loadledger-demo-") as folder,
+        ):
+            _show(console, repository, Path(folder) / "data", digits)
+    except _Failed as failure:
+        console.print(f"[red]not so:[/] {failure}")
+        return 1
+    return 0
+
+
+def _show(console: Console, repository: Path, data: Path, digits: dict[str, Any]) -> None:
+    with _serving(repository, data) as server:
+        console.print(f"[bold]loadledger[/] serves {server.url}; alice is its admin, bob may predict\n")
+        _warm_up(server, digits)
+        before, nothing_loaded = server.memory_bytes(), server.processes()
+        first = _load(console, server, 1, nothing_loaded)
+        with_model = server.memory_bytes()
+        plain = _classify(console, server, 1, digits)
+        second = _load(console, server, 2, nothing_loaded | {first})
+        better = _classify(console, server, 2, digits)
+        _require(better > plain, "version 2 is better than version 1")
+        _require(_is_gone(first), f"process {first} of version 1 is gone after the swap")
+        took_ms = server.unload()
+        _require(_is_gone(second), f"process {second} is gone after the unload")
+        console.print(f"unloaded in {took_ms:.0f} ms: process {second} is gone")
+        _memory(console, before, with_model, server.memory_bytes())
+    _ledger(console, data / LEDGER)
+
+
+@contextmanager
+def _serving(repository: Path, data: Path) -> Iterator[_Server]:
+    ensure_data_dir(data)
+    # -P: what lies in the current directory must not be taken for our packages.
+    command = [sys.executable, "-P", "-m", "server", "serve", "--port", "0"]
+    command += ["--repository", str(repository), "--data", str(data)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")}
+    with subprocess.Popen(  # noqa: S603 - our own interpreter and package
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().rpartition(" ")[2].strip()
+            _require(url.startswith("http"), "the server starts; see above")
+            yield _Server(url, process, data, _token(data, "alice", "admin"), _token(data, "bob", "predict"))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(STOP_LIMIT_S)
+    _require(status == 0, "the server stops in order")
+
+
+def _token(data: Path, subject: str, role: str) -> str:
+    return issue_token(data, subject, [role], expires_s=600, audience="loadledger")
+
+
+def _warm_up(server: _Server, digits: dict[str, Any]) -> None:
+    """Let the server take what it needs once, so that what follows is the models' alone."""
+    for version in (1, 2):
+        server.load(version)
+        server.accuracy(digits)
+    server.unload()
+
+
+def _load(console: Console, server: _Server, version: int, others: set[int]) -> int:
+    took_ms = server.load(version)
+    new = server.processes() - others
+    _require(len(new) == 1, "the model has a process of its own")
+    pid = new.pop()
+    console.print(f"version {version} loaded in {took_ms:.0f} ms, in a process of its own: {pid}")
+    return pid
+
+
+def _classify(console: Console, server: _Server, version: int, digits: dict[str, Any]) -> float:
+    accuracy = server.accuracy(digits)
+    count = len(digits["labels"])
+    console.print(f"version {version} reads {accuracy:.1%} of {count} handwritten digits right, over HTTP\n")
+    return accuracy
+
+
+def _memory(console: Console, before: int, with_model: int, after: int) -> None:
+    console.print(
+        f"memory of all processes: {before / _MB:.1f} MB before, {with_model / _MB:.1f} MB with a model, "
+        f"{after / _MB:.1f} MB after\n",
+        soft_wrap=True,
+    )
+    _require(after <= before + MAX_KEPT_BYTES, "all the model's memory is back")
+
+
+def _ledger(console: Console, path: Path) -> None:
+    table = Table(title="the ledger", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("#", "time", "who", "what", "model", "detail"):
+        table.add_column(name, justify="right" if name == "#" else "left", no_wrap=True)
+    for event in asyncio.run(_events(path)):
+        model = f"{event.model_id}/{event.version}" if event.model_id else ""
+        when = event.recorded_at[11:23]
+        table.add_row(str(event.position), when, event.actor, event.type, model, _detail(event))
+    console.print(table)
+    verification = verify(path)
+    _require(verification.verified, f"the chain verifies: {verification.finding}")
+    console.print(f"chain verified: {verification.events} events, head {verification.hash.hex()[:16]}…")
+
+
+async def _events(path: Path) -> list[Event]:
+    async with open_reader(path) as reader:
+        return await reader.events(0)
+
+
+def _detail(event: Event) -> str:
+    match event.data:
+        case LoadRequested(cause=cause) | UnloadRequested(cause=cause):
+            return cause.value
+        case ModelLoaded(files=files, memory_bytes=memory_bytes):
+            return f"{memory_bytes / _MB:.1f} MB, sha256 {files[0].sha256[:8]}…"
+        case ModelUnloaded(freed_bytes=freed_bytes):
+            return f"{freed_bytes / _MB:.1f} MB freed"
+    return ""
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether the process ends within a generous limit; it may just be on its way out."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], GONE_LIMIT_S)[0])
+    finally:
+        os.close(descriptor)
+
+
+def _require(so: object, what: str) -> None:
+    if not so:
+        raise _Failed(what)

@@ -1,0 +1,81 @@
+"""Times and ids as the ledger writes them."""
+
+import re
+import time
+import uuid
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import PLAIN
+
+from events.clock import later, moment, seconds_between, stamp, utc_now, uuid7
+
+MOMENTS = st.datetimes(timezones=st.just(UTC))
+
+
+@PLAIN
+@given(MOMENTS)
+def test_a_stamp_reads_back_as_the_same_moment(when: datetime) -> None:
+    assert moment(stamp(when)) == when
+
+
+@PLAIN
+@given(MOMENTS, MOMENTS)
+def test_stamps_sort_as_the_moments_do(one: datetime, other: datetime) -> None:
+    assert (stamp(one) < stamp(other)) == (one < other)
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        (datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "2026-01-02T03:04:05.000000Z"),
+        (datetime(1, 1, 1, tzinfo=UTC), "0001-01-01T00:00:00.000000Z"),
+        (datetime(2026, 1, 1, 1, tzinfo=timezone(timedelta(hours=2))), "2025-12-31T23:00:00.000000Z"),
+    ],
+)
+def test_a_stamp_has_six_digits_and_is_utc(when: datetime, expected: str) -> None:
+    assert stamp(when) == expected
+
+
+@PLAIN
+@given(
+    st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)), st.integers(0, 10**9)
+)  # noqa: DTZ001 - hypothesis adds the zone
+def test_later_and_seconds_between_are_each_others_inverse(when: datetime, seconds: int) -> None:
+    start = stamp(when)
+    assert seconds_between(start, later(start, seconds)) == seconds
+    assert later(later(start, seconds), -seconds) == start
+
+
+@pytest.mark.parametrize("seconds", [10**12, 2**63 - 1])
+def test_a_time_beyond_the_calendar_is_its_last_moment(seconds: int) -> None:
+    assert later("2026-01-01T00:00:00.000000Z", seconds) == "9999-12-31T23:59:59.999999Z"
+
+
+def test_the_present_moment_is_utc_and_now() -> None:
+    assert utc_now().tzinfo is UTC
+    assert abs(utc_now().timestamp() - time.time()) < 60
+
+
+def test_an_id_is_a_uuid_of_version_7_in_its_usual_form() -> None:
+    for _ in range(200):
+        text = uuid7()
+        assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", text)
+        assert uuid.UUID(text).version == 7
+        assert uuid.UUID(text).variant == uuid.RFC_4122
+
+
+def test_an_id_begins_with_its_milliseconds() -> None:
+    before = time.time_ns() // 1_000_000
+    milliseconds = uuid.UUID(uuid7()).int >> 80
+    assert before <= milliseconds <= time.time_ns() // 1_000_000
+
+
+def test_ids_of_different_milliseconds_sort_by_time_and_none_comes_twice() -> None:
+    found: list[str] = []
+    while len({each[:13] for each in found}) < 5:
+        found.append(uuid7())
+    assert len(set(found)) == len(found)
+    assert [each[:13] for each in found] == sorted(each[:13] for each in found)

@@ -1,0 +1,90 @@
+"""Memory of processes, from /proc's texts and from the real thing."""
+
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.memory import (
+    data_bytes,
+    descendants,
+    parse_field,
+    parse_parent,
+    parse_private,
+    parse_pss,
+    private_bytes,
+    tree_bytes,
+)
+
+ROLLUP = """\
+55cf01eef000-7ffd3aff2000 ---p 00000000 00:00 0                          [rollup]
+Rss:               10240 kB
+Pss:                5000 kB
+Pss_Dirty:          4000 kB
+Shared_Clean:       3000 kB
+Private_Clean:       100 kB
+Private_Dirty:      2000 kB
+Private_Hugetlb:      24 kB
+Swap:                  0 kB
+"""
+
+NEST = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "print('ready', flush=True); input()"], stdin=subprocess.PIPE)
+input()
+child.communicate(b"\\n")
+"""
+
+
+def test_private_pages_of_every_kind_are_summed() -> None:
+    assert parse_private(ROLLUP) == 2124 * 1024
+
+
+def test_proportional_size_is_read() -> None:
+    assert parse_pss(ROLLUP) == 5000 * 1024
+
+
+def test_field_that_is_not_there_is_nothing() -> None:
+    assert parse_field(ROLLUP, "VmData") == 0
+
+
+@given(name=st.text(max_size=16))
+def test_parent_is_read_whatever_the_command_is_called(name: str) -> None:
+    assert parse_parent(f"12 ({name}) S 7 12 12 0 -1 4194304") == 7
+
+
+def test_own_memory_grows_by_what_is_touched() -> None:
+    size = 32 * 2**20
+    private, data = private_bytes(), data_bytes()
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        block[:] = bytes(size)
+        assert private_bytes() - private > 0.9 * size
+        assert data_bytes() - data > 0.9 * size
+
+
+def test_tree_counts_descendants() -> None:
+    own = tree_bytes(os.getpid())
+    with subprocess.Popen(
+        [sys.executable, "-c", NEST], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"  # from the grandchild
+        found = descendants(child.pid)
+        assert len(found) == 1
+        assert set(descendants(os.getpid())) >= {child.pid, *found}
+        assert tree_bytes(os.getpid()) > tree_bytes(child.pid) > tree_bytes(found[0]) > 0
+        assert tree_bytes(os.getpid()) > own
+        child.communicate(b"\n")
+
+
+def test_process_that_is_gone_is_an_error() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    with pytest.raises(ProcessLookupError):
+        private_bytes(child.pid)
+    with pytest.raises(ProcessLookupError):
+        tree_bytes(child.pid)

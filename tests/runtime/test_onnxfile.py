@@ -1,0 +1,198 @@
+"""Finding what an ONNX file refers to, on files that the onnx package writes."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from runtime.errors import LoadRefused
+from runtime.onnxfile import Unparsable, check_external_data, external_locations
+from support import models
+from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value
+
+
+def locations(model: onnx.ModelProto, tmp_path: Path) -> list[str]:
+    return list(external_locations(save(model, tmp_path, "m") / "model.onnx"))
+
+
+def check(location: str, root: Path) -> bool:
+    folder = save(models.external(location), root, "m")
+    return check_external_data(folder / "model.onnx", folder, root)
+
+
+def body(name: str) -> onnx.GraphProto:
+    constant = helper.make_node("Constant", [], ["out"], value=external_tensor("v", name))
+    return helper.make_graph(
+        [constant], "body", [], [value("out", FLOAT, [4])], [external_tensor("i", f"{name}+")]
+    )
+
+
+def test_every_place_of_a_tensor_is_seen(tmp_path: Path) -> None:
+    sparse = helper.make_sparse_tensor(
+        external_tensor("values", "sparse values", 1), external_tensor("indices", "sparse indices", 1), [9]
+    )
+    nodes = [
+        helper.make_node("Constant", [], ["a"], value=external_tensor("t", "attribute")),
+        helper.make_node(
+            "Custom", [], ["b"], many=[external_tensor("t", "in a list"), external_tensor("t", "of two")]
+        ),
+        helper.make_node("Constant", [], ["c"], sparse_value=sparse),
+        helper.make_node("If", ["go"], ["d"], then_branch=body("then"), else_branch=body("else")),
+        helper.make_node("Custom", [], ["e"], graphs=[body("one of"), body("several")]),
+        helper.make_node("Custom", [], ["f"], sparse_list=[sparse]),
+    ]
+    inner = helper.make_node("Constant", [], ["y"], value=external_tensor("t", "function"))
+    function = helper.make_function(
+        "local",
+        "F",
+        [],
+        ["y"],
+        [inner],
+        [helper.make_opsetid("", 18)],
+        attribute_protos=[helper.make_attribute("default", external_tensor("t", "default"))],
+    )
+    model = models.model(
+        nodes, [], [value("y", FLOAT, [4])], [external_tensor("w", "initializer")], [function]
+    )
+    model.graph.sparse_initializer.append(sparse)
+    training = model.training_info.add()
+    training.initialization.CopyFrom(body("initialization"))
+    training.algorithm.CopyFrom(body("algorithm"))
+    subgraphs = ["then", "else", "one of", "several", "initialization", "algorithm"]
+    expected = ["initializer", "attribute", "in a list", "of two", "function", "default"]
+    expected += 3 * ["sparse values", "sparse indices"] + subgraphs + [f"{name}+" for name in subgraphs]
+    assert sorted(locations(model, tmp_path)) == sorted(expected)
+
+
+def test_model_without_external_data_has_none(tmp_path: Path) -> None:
+    for model in (models.weights(1), models.counting_loop(), models.strings(), models.zip_map()):
+        assert locations(model, tmp_path) == []
+
+
+def test_last_of_two_values_counts_as_it_does_for_protobuf(tmp_path: Path) -> None:
+    tensor = external_tensor("w", "first")
+    entry = TensorProto(name="w").external_data.add(key="key", value="harmless").SerializeToString()
+    entry += b"\x0a\x08location\x12\x04last"
+    raw = tensor.SerializeToString() + b"\x6a" + bytes([len(entry)]) + entry
+    model = models.external("x")
+    del model.graph.initializer[0]
+    graph = model.graph.SerializeToString() + b"\x2a" + bytes([len(raw)]) + raw
+    model.ClearField("graph")
+    file = model.SerializeToString() + b"\x3a\x80\x80\x80\x00"[:1] + _varint(len(graph)) + graph
+    folder = save_bytes(file, tmp_path, "m")
+    parsed = onnx.ModelProto.FromString(file).graph.initializer[0].external_data[-1]
+    assert (parsed.key, parsed.value) == ("location", "last")
+    assert list(external_locations(folder / "model.onnx")) == ["first", "last"]
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        models.TEXT,
+        models.CORRUPT,
+        b"\x3a",
+        b"\x3a\x7f",
+        b"\xff" * 11,
+        b"\x00\x00",
+        b"\x0b\x0c",
+        b"\x0d\x00",
+    ],
+)
+def test_what_is_no_protobuf_is_not_parsed(tmp_path: Path, data: bytes) -> None:
+    folder = save_bytes(data, tmp_path, "m")
+    with pytest.raises(Unparsable):
+        list(external_locations(folder / "model.onnx"))
+    assert not check_external_data(folder / "model.onnx", folder, tmp_path)
+
+
+def test_tag_that_other_parsers_cut_off_is_not_parsed(tmp_path: Path) -> None:
+    graph = models.external("../x").graph.SerializeToString()
+    folder = save_bytes(b"\xba\x80\x80\x80\x10" + _varint(len(graph)) + graph, tmp_path, "m")
+    with pytest.raises(Unparsable):
+        list(external_locations(folder / "model.onnx"))
+
+
+def test_nesting_is_bounded(tmp_path: Path) -> None:
+    data = b""
+    for _ in range(60):  # graph > node > attribute > graph …
+        node = (
+            b"\x2a" + _varint(len(data) + 1 + len(_varint(len(data)))) + b"\x32" + _varint(len(data)) + data
+        )
+        data = b"\x0a" + _varint(len(node)) + node
+    folder = save_bytes(b"\x3a" + _varint(len(data)) + data, tmp_path, "m")
+    with pytest.raises(Unparsable, match="deep"):
+        list(external_locations(folder / "model.onnx"))
+
+
+@given(data=st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.onnx"
+    path.write_bytes(data)
+    with contextlib.suppress(Unparsable):
+        list(external_locations(path))
+
+
+@given(cut=st.integers(0, 400), garbage=st.binary(max_size=4))
+def test_damaged_models_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, garbage: bytes
+) -> None:
+    data = models.counting_loop().SerializeToString()
+    path = tmp_path_factory.getbasetemp() / "damaged.onnx"
+    path.write_bytes(data[:cut] + garbage + data[cut + len(garbage) :])
+    with contextlib.suppress(Unparsable):
+        list(external_locations(path))
+
+
+def test_file_beside_the_model_is_allowed(tmp_path: Path) -> None:
+    folder = save(models.external("x"), tmp_path, "m")
+    (folder / "data").mkdir()
+    for name in ("w.bin", "data/w.bin"):
+        (folder / name).write_bytes(external_bytes())
+        assert check(name, tmp_path)
+    assert check("./w.bin", tmp_path)
+    (tmp_path / "shared.bin").write_bytes(external_bytes())
+    (folder / "link.bin").symlink_to(tmp_path / "shared.bin")
+    assert check("link.bin", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "",
+        "/etc/passwd",
+        "../2/w.bin",
+        "../../../etc/passwd",
+        "data/../../x",
+        "none",
+        "a\0b",
+        "data",
+        "fifo",
+        "out",
+    ]
+    + ["*/_ORT_MEM_ADDR_/*", "out/passwd", "w.bin/x", "x" * 5000],
+)
+def test_locations_that_are_none_of_the_models_business_are_refused(tmp_path: Path, location: str) -> None:
+    folder = save(models.external("x"), tmp_path, "m")
+    (folder / "data").mkdir()
+    (folder / "w.bin").write_bytes(external_bytes())
+    (folder / "*" / "_ORT_MEM_ADDR_").mkdir(parents=True)
+    (folder / "*" / "_ORT_MEM_ADDR_" / "*").write_bytes(external_bytes())
+    os.mkfifo(folder / "fifo")
+    (folder / "out").symlink_to("/etc")
+    with pytest.raises(LoadRefused) as refusal:
+        check(location, tmp_path)
+    assert refusal.value.code == "unsafe_file"

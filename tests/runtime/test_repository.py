@@ -1,0 +1,201 @@
+"""The model repository, on a real folder."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
+from runtime.repository import MAX_FILES, Repository, identify, open_identified
+from support.models import add, save, save_bytes
+
+
+def test_models_and_versions_are_there_the_moment_they_are_complete(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    assert repository.models() == []
+    save(add(), tmp_path, "b")
+    save(add(), tmp_path, "a", 2)
+    save(add(), tmp_path, "a", 10)
+    (tmp_path / "a" / "11").mkdir()
+    (tmp_path / "empty").mkdir()
+    assert repository.models() == ["a", "b"]
+    assert repository.versions("a") == [2, 10]
+    save(add(), tmp_path, "a", 11)
+    assert repository.versions("a") == [2, 10, 11]
+
+
+def test_highest_version_is_resolved_with_its_files(tmp_path: Path) -> None:
+    save_bytes(b"1", tmp_path, "m", 1)
+    folder = save_bytes(b"model", tmp_path, "m", 2)
+    (folder / "data").mkdir()
+    (folder / "data" / "w.bin").write_bytes(b"123")
+    found = Repository(tmp_path).resolve("m")
+    assert (found.model_id, found.version, found.folder) == ("m", 2, folder)
+    assert [(f.path, f.bytes) for f in found.files] == [("data/w.bin", 3), ("model.onnx", 5)]
+    assert found.files[1].mtime_ns == (folder / "model.onnx").stat().st_mtime_ns
+    assert Repository(tmp_path).resolve("m", 1).version == 1
+
+
+@pytest.mark.parametrize("name", ["0", "01", "-1", "1.0", "+1", "1 ", "2147483648", "x", "１"])  # noqa: RUF001
+def test_other_folders_are_no_versions(tmp_path: Path, name: str) -> None:
+    save(add(), tmp_path, "m")
+    (tmp_path / "m" / name).mkdir()
+    (tmp_path / "m" / name / "model.onnx").write_bytes(b"x")
+    assert Repository(tmp_path).versions("m") == [1]
+
+
+@pytest.mark.parametrize(
+    "model_id",
+    [
+        "",
+        ".",
+        "..",
+        "../m",
+        "m/../m",
+        "/m",
+        "m/1",
+        "m\0",
+        ".m",
+        "-m",
+        "m\n",
+        "m m",
+        "mö",
+        "a" * 129,
+        "%2e%2e",
+    ],
+)
+def test_what_is_no_id_is_refused_without_a_look(tmp_path: Path, model_id: str) -> None:
+    repository = Repository(tmp_path / "not there")
+    for ask in (repository.versions, repository.resolve):
+        with pytest.raises(InvalidModelId) as refusal:
+            ask(model_id)
+        assert refusal.value.code == "invalid_model_id"
+
+
+@pytest.mark.parametrize("model_id", ["m", "9", "A.b_c-d", "a" * 128])
+def test_ids_may_be(tmp_path: Path, model_id: str) -> None:
+    save(add(), tmp_path, model_id)
+    assert Repository(tmp_path).models() == [model_id]
+
+
+def test_unknown_model_and_version(tmp_path: Path) -> None:
+    save(add(), tmp_path, "m")
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for model_id in ("none", "file", "empty"):
+        with pytest.raises(UnknownModel, match=model_id):
+            Repository(tmp_path).resolve(model_id)
+    for version in (2, 0, -1):
+        with pytest.raises(UnknownVersion):
+            Repository(tmp_path).resolve("m", version)
+
+
+def test_links_within_the_repository_are_followed(tmp_path: Path) -> None:
+    folder = save(add(), tmp_path, "m")
+    (folder / "again").symlink_to(folder)  # a circle
+    (tmp_path / "alias").symlink_to(tmp_path / "m")
+    (tmp_path / "m" / "2").symlink_to(folder)
+    (tmp_path / "n" / "1").mkdir(parents=True)
+    (tmp_path / "n" / "1" / "model.onnx").symlink_to(folder / "model.onnx")
+    repository = Repository(tmp_path)
+    assert repository.models() == ["alias", "m", "n"]
+    assert repository.versions("alias") == [1, 2]
+    assert identify(tmp_path / "n" / "1", tmp_path)[0].inode == (folder / "model.onnx").stat().st_ino
+    assert {file.path for file in identify(folder, tmp_path)} >= {"model.onnx"}
+
+
+def test_models_that_links_take_out_of_the_repository_are_not_there(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    save(add(), outside, "m")
+    root.mkdir()
+    (root / "model").symlink_to(outside / "m")
+    (root / "version").mkdir()
+    (root / "version" / "1").symlink_to(outside / "m" / "1")
+    (root / "file" / "1").mkdir(parents=True)
+    (root / "file" / "1" / "model.onnx").symlink_to(outside / "m" / "1" / "model.onnx")
+    assert Repository(root).models() == []
+    for model_id in ("model", "version", "file"):
+        with pytest.raises(UnknownModel):
+            Repository(root).resolve(model_id)
+
+
+def test_root_itself_may_be_a_link(tmp_path: Path) -> None:
+    save(add(), tmp_path / "real", "m")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert Repository(tmp_path / "link").resolve("m").folder == tmp_path / "real" / "m" / "1"
+    assert len(identify(tmp_path / "link" / "m" / "1", tmp_path / "link")) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "link", "name"])
+def test_unsafe_file_beside_a_model_is_not_listed_and_refused_at_the_load(tmp_path: Path, kind: str) -> None:
+    folder = save(add(), tmp_path, "m")
+    with socket.socket(socket.AF_UNIX) as end:
+        match kind:
+            case "fifo":
+                os.mkfifo(folder / "x")
+            case "socket":
+                here = os.open(folder, os.O_RDONLY)
+                end.bind(f"/proc/self/fd/{here}/x")
+                os.close(here)
+            case "device":
+                (folder / "x").symlink_to("/dev/zero")
+            case "link":
+                (folder / "x").symlink_to("/etc/passwd")
+            case _:
+                (folder / os.fsdecode(b"\xff")).write_bytes(b"")
+    assert [file.path for file in Repository(tmp_path).resolve("m").files] == ["model.onnx"]
+    with pytest.raises(LoadRefused) as refusal:
+        identify(folder, tmp_path)
+    assert refusal.value.code == "unsafe_file"
+
+
+def test_fifo_in_place_of_the_model_is_no_version_and_never_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "m" / "1"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "model.onnx")
+    with pytest.raises(UnknownModel):
+        Repository(tmp_path).resolve("m")
+    with pytest.raises(LoadRefused, match="not a regular file"):
+        identify(folder, tmp_path)
+
+
+def test_dangling_link_is_told_of(tmp_path: Path) -> None:
+    folder = save(add(), tmp_path, "m")
+    (folder / "x").symlink_to(folder / "nothing")
+    with pytest.raises(LoadRefused, match="No such file"):
+        identify(folder, tmp_path)
+
+
+def test_too_many_files_are_refused(tmp_path: Path) -> None:
+    folder = save(add(), tmp_path, "m")
+    for number in range(MAX_FILES):
+        (folder / str(number)).touch()
+    assert len(Repository(tmp_path).resolve("m").files) == MAX_FILES
+    with pytest.raises(LoadRefused, match="more than 10000 files"):
+        identify(folder, tmp_path)
+
+
+def test_model_that_has_gone_has_changed(tmp_path: Path) -> None:
+    with pytest.raises(LoadRefused) as refusal:
+        identify(tmp_path / "m" / "1", tmp_path)
+    assert refusal.value.code == "model_changed"
+
+
+def test_file_is_opened_only_if_it_is_the_one_identified(tmp_path: Path) -> None:
+    folder = save_bytes(b"before", tmp_path, "m")
+    (identity,) = identify(folder, tmp_path)
+    os.close(open_identified(folder, identity))
+    (folder / "new").write_bytes(b"after!")
+    (folder / "new").rename(folder / "model.onnx")
+    with pytest.raises(LoadRefused, match="changed"):
+        open_identified(folder, identity)
+    (folder / "model.onnx").unlink()
+    os.mkfifo(folder / "model.onnx")
+    with pytest.raises(LoadRefused, match="changed"):
+        open_identified(folder, identity)
+
+
+def test_root_that_onnx_runtime_cannot_open_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="surrogates"):
+        Repository(tmp_path / os.fsdecode(b"\xff"))

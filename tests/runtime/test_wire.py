@@ -1,0 +1,204 @@
+"""The wire contract between server and worker: whatever goes in comes out, whatever else is refused."""
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.frames import CHUNK_BYTES, FrameReader
+from runtime.wire import (
+    BY_ONNX,
+    CONTROL,
+    DATATYPES,
+    FROM_WORKER,
+    MAX_HEADER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MAX_TEXT_BYTES,
+    PREFIX,
+    TO_WORKER,
+    Cancel,
+    Failure,
+    Frame,
+    Infer,
+    Load,
+    Loaded,
+    LoadedFile,
+    LoadFailed,
+    MalformedFrame,
+    Message,
+    Outcome,
+    Stage,
+    Tensor,
+    TensorHead,
+    TensorSpec,
+    encode,
+    heads,
+    plain_text,
+)
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+numbers = st.integers(0, 2**63 - 1)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    datatype = draw(st.sampled_from(sorted(DATATYPES)))
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    size = math.prod(shape) * DATATYPES[datatype].size
+    data = draw(st.binary(max_size=100) if datatype == "BYTES" else st.binary(min_size=size, max_size=size))
+    return Tensor(draw(names), datatype, shape, data)
+
+
+def files() -> st.SearchStrategy[LoadedFile]:
+    return st.builds(LoadedFile, names, numbers, numbers, numbers, numbers, numbers, names)
+
+
+specs = st.builds(TensorSpec, names, names, st.lists(st.integers(-1, 9), max_size=4).map(tuple))
+plain_messages: dict[Any, st.SearchStrategy[Message]] = {
+    TO_WORKER: st.builds(
+        Load, names, names, numbers, st.none() | numbers, st.lists(files(), max_size=3).map(tuple)
+    ),
+    FROM_WORKER: st.one_of(
+        st.builds(Stage, names),
+        st.builds(LoadFailed, names, names),
+        st.builds(Failure, numbers, names, names),
+        st.builds(
+            Loaded,
+            st.lists(files(), max_size=3).map(tuple),
+            st.lists(specs, max_size=2).map(tuple),
+            st.lists(specs, max_size=2).map(tuple),
+            *[numbers] * 5,
+        ),
+    ),
+    CONTROL: st.builds(Cancel, numbers),
+}
+
+
+def frame(message: Message, content: tuple[Tensor, ...] = ()) -> bytes:
+    return b"".join(bytes(part) for part in encode(message, content))
+
+
+def read(decoder: Any, data: bytes, step: int = 2**30) -> list[Frame[Any]]:
+    reader: FrameReader[Any] = FrameReader(decoder)
+    found, position = [], 0
+    while position < len(data):
+        buffer = reader.buffer()
+        count = min(len(buffer), step, len(data) - position)
+        buffer[:count] = data[position : position + count]
+        found += reader.advance(count)
+        position += count
+    return found
+
+
+def comparable(frames: list[Frame[Any]]) -> list[Any]:
+    return [(m, [(t.name, t.datatype, t.shape, bytes(t.data)) for t in ts]) for m, ts in frames]
+
+
+@given(data=st.data(), step=st.integers(1, 300))
+def test_any_sequence_of_frames_round_trips_in_any_pieces(data: st.DataObject, step: int) -> None:
+    decoder = data.draw(st.sampled_from(list(plain_messages)))
+    choices = plain_messages[decoder].map(lambda message: (message, ()))
+    if decoder is not CONTROL:
+        made = st.lists(tensors(), max_size=3).map(tuple)
+        choices |= made.map(
+            lambda ts: (Infer(7, heads(ts), ("y",)) if decoder is TO_WORKER else Outcome(7, heads(ts)), ts)
+        )
+    sent = data.draw(st.lists(choices, max_size=5))
+    stream = b"".join(frame(message, content) for message, content in sent)
+    assert comparable(read(decoder, stream, step)) == comparable(sent)
+
+
+@pytest.mark.parametrize("size", [CHUNK_BYTES - 100, CHUNK_BYTES, 3 * CHUNK_BYTES, 2**20])
+@pytest.mark.parametrize("step", [1000, CHUNK_BYTES, 2**30])
+def test_long_frames_round_trip_between_short_ones(size: int, step: int) -> None:
+    content = (Tensor("x", "UINT8", (size,), bytes(range(256)) * (size // 256) + bytes(size % 256)),)
+    sent: list[Frame[Any]] = [(Stage("a"), ()), (Outcome(1, heads(content)), content), (Stage("b"), ())]
+    stream = b"".join(frame(message, parts) for message, parts in sent)
+    assert comparable(read(FROM_WORKER, stream, step)) == comparable(sent)
+
+
+def test_tensors_of_one_frame_outlive_the_next() -> None:
+    reader: FrameReader[Any] = FrameReader(FROM_WORKER)
+    kept = []
+    for fill in (b"\x01", b"\x02"):
+        content = (Tensor("x", "UINT8", (8,), fill * 8),)
+        data = frame(Outcome(1, heads(content)), content)
+        reader.buffer()[: len(data)] = data
+        kept += [bytes(t.data) for _, ts in reader.advance(len(data)) for t in ts]
+    assert kept == [b"\x01" * 8, b"\x02" * 8]
+
+
+@given(data=st.binary(max_size=300), decoder=st.sampled_from([TO_WORKER, FROM_WORKER, CONTROL]))
+def test_any_bytes_are_read_or_malformed(data: bytes, decoder: Any) -> None:
+    with_prefix = PREFIX.pack(len(data), 0) + data
+    for stream in (data, with_prefix):
+        try:
+            read(decoder, stream)
+        except MalformedFrame:
+            continue
+
+
+@given(data=st.data())
+def test_damaged_frames_are_read_or_malformed(data: st.DataObject) -> None:
+    content = (Tensor("x", "INT16", (2, 1), b"1234"), Tensor("s", "BYTES", (1,), b"\1\0\0\0a"))
+    stream = bytearray(frame(Infer(3, heads(content), ("y",)), content))
+    for _ in range(data.draw(st.integers(1, 4))):
+        stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        read(TO_WORKER, bytes(stream))
+    except MalformedFrame:
+        return
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        PREFIX.pack(MAX_HEADER_BYTES + 1, 0),
+        PREFIX.pack(1, MAX_PAYLOAD_BYTES + 1),
+        PREFIX.pack(0, 0),
+        PREFIX.pack(1, 0) + b"\xc1",
+        frame(Outcome(1)),  # not in this direction
+        frame(Cancel(1)),
+        frame(Infer(1, (TensorHead("x", "FP32", (1,), 4),))),  # without its data
+        frame(Infer(1), (Tensor("x", "FP32", (1,), b"1234"),)),  # data without its head
+        frame(Infer(1, (TensorHead("x", "FP99", (), 0),))),
+        frame(Infer(1, (TensorHead("x", "FP32", (-1, -1), 4),)), (Tensor("x", "FP32", (1,), b"1234"),)),
+        frame(Infer(1, (TensorHead("x", "FP32", (2,), 4),)), (Tensor("x", "FP32", (1,), b"1234"),)),
+        frame(Infer(1, (TensorHead("x", "BYTES", (1,), -4), TensorHead("x", "BYTES", (1,), 4)))),
+        frame(Infer(1, (TensorHead("x", "BYTES", (0,) * 65, 0),))),
+    ],
+)
+def test_frames_that_are_none_are_malformed(stream: bytes) -> None:
+    with pytest.raises(MalformedFrame):
+        read(TO_WORKER, stream)
+
+
+def test_deep_nesting_is_malformed() -> None:
+    header = b"\x82\xa4type\xa5Infer\xa2id" + b"\x91" * 100_000
+    with pytest.raises(MalformedFrame):
+        read(TO_WORKER, PREFIX.pack(len(header), 0) + header)
+
+
+def test_announced_but_absent_bytes_take_no_memory() -> None:
+    stream = PREFIX.pack(10, MAX_PAYLOAD_BYTES) + b"x"
+    assert read(FROM_WORKER, stream) == []
+
+
+def test_datatypes_are_known_by_both_names() -> None:
+    assert {datatype.onnx: datatype for datatype in DATATYPES.values()} == BY_ONNX
+    assert len(BY_ONNX) == len(DATATYPES) == 14
+
+
+@given(text=st.text(), limit=st.integers(4, 40))
+def test_plain_text_is_bounded_and_always_encodable(text: str, limit: int) -> None:
+    plain = plain_text(text + "\ud800", limit)
+    assert len(plain.encode()) <= limit
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(plain)) == plain
+
+
+def test_plain_text_is_cut_between_characters() -> None:
+    assert plain_text("ä" * 4000) == "ä" * (MAX_TEXT_BYTES // 2)
+    assert plain_text("short") == "short"

@@ -1,0 +1,300 @@
+"""What the tests of the ledger share: histories told in few words, a log in a file, and strategies.
+
+The strategies are derived from the data classes themselves, so that a new event type or field is covered
+the moment it exists.
+"""
+
+import enum
+import types
+import typing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from events.accept import Command, Record
+from events.clock import stamp
+from events.jobs import Job
+from events.log import Log, Receipt
+from events.models import Model
+from events.state import State
+from events.types import (
+    SYSTEM,
+    TYPES,
+    Cause,
+    Data,
+    Draft,
+    Durations,
+    Event,
+    LoadedFile,
+    LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelUnloaded,
+    ServerStarted,
+    Unknown,
+    UnloadRequested,
+    UnloadStarted,
+    WorkerExited,
+)
+
+T = TypeVar("T")
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+"""When each history begins."""
+
+MODEL = "digits"
+"""The model of a history that names none."""
+
+PLAIN = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+"""For every property: no duration is asserted, and no examples are left behind."""
+
+
+def at(seconds: float) -> str:
+    """Return the stamp so many seconds after START."""
+    return stamp(START + timedelta(seconds=seconds))
+
+
+def file(mtime_ns: int = 1) -> LoadedFile:
+    """Return the one file of a version, as it was loaded."""
+    return LoadedFile("model.onnx", 4_096, mtime_ns, "ab" * 32)
+
+
+def load_requested(cause: Cause = Cause.REQUEST, *, timeout_s: int = 300) -> LoadRequested:
+    """Return what a plain load asks for."""
+    return LoadRequested("normal", timeout_s, None, None, "beside", pinned=False, instances=1, cause=cause)
+
+
+def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:
+    """Return the outcome of a load in these workers."""
+    durations = Durations(1, 2, 3, 4, None, 5, 15)
+    return ModelLoaded((file(mtime_ns),), worker_ids or ("w",), None, 1_000, 2_000, durations)
+
+
+class History:
+    """The live state after a sequence of facts, told one at a time; a second passes before each."""
+
+    def __init__(self) -> None:
+        self.state = State()
+        self.seconds = 0.0
+        self.facts: list[Event] = []
+
+    def add(
+        self,
+        data: Data | Unknown,
+        job: str | None = None,
+        *,
+        of: str | None = MODEL,
+        version: int | None = 1,
+        worker: str | None = None,
+        by: str = SYSTEM,
+        after_s: float = 1,
+        event_id: str | None = None,
+    ) -> Event:
+        """Append a fact about the job `job` of the model `of`; a request's id is its job's."""
+        self.seconds += after_s
+        position = self.state.position + 1
+        if event_id is None:
+            requests = isinstance(data, LoadRequested | UnloadRequested)
+            event_id = job if requests and job is not None else f"e{position}"
+        event = Event(position, event_id, data, by, at(self.seconds), job, of, version, worker)
+        self.facts.append(event)
+        self.state.apply(event)
+        return event
+
+    def ask_load(
+        self,
+        job: str,
+        *,
+        of: str = MODEL,
+        version: int = 1,
+        cause: Cause = Cause.REQUEST,
+        timeout_s: int = 300,
+    ) -> None:
+        """A load is requested."""
+        self.add(load_requested(cause, timeout_s=timeout_s), job, of=of, version=version, by="alice")
+
+    def start_load(self, job: str, *, of: str = MODEL, version: int = 1, attempt: int = 1) -> None:
+        """A load begins."""
+        self.add(LoadStarted(attempt), job, of=of, version=version)
+
+    def end_load(self, job: str, *, of: str = MODEL, version: int = 1, mtime_ns: int = 1) -> None:
+        """A load ends well, in the worker `w-<job>`."""
+        self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, of=of, version=version)
+
+    def fail_load(self, job: str, code: str = "broken", *, of: str = MODEL, version: int = 1) -> None:
+        """A load ends badly."""
+        self.add(LoadFailed(code, "because"), job, of=of, version=version)
+
+    def load(
+        self,
+        job: str,
+        *,
+        of: str = MODEL,
+        version: int = 1,
+        cause: Cause = Cause.REQUEST,
+        mtime_ns: int = 1,
+    ) -> None:
+        """A load is requested, begins, and ends well."""
+        self.ask_load(job, of=of, version=version, cause=cause)
+        self.start_load(job, of=of, version=version)
+        self.end_load(job, of=of, version=version, mtime_ns=mtime_ns)
+
+    def ask_unload(
+        self,
+        job: str,
+        load: str,
+        *,
+        of: str = MODEL,
+        force: bool = False,
+        cause: Cause = Cause.REQUEST,
+    ) -> None:
+        """The end of a load is requested."""
+        self.add(UnloadRequested(force, load, cause), job, of=of, by="alice")
+
+    def start_unload(self, job: str, *, of: str = MODEL) -> None:
+        """An unload begins."""
+        self.add(UnloadStarted(), job, of=of)
+
+    def end_unload(self, job: str, *, of: str = MODEL) -> None:
+        """An unload ends well."""
+        self.add(ModelUnloaded(1_000, 0, 0), job, of=of)
+
+    def unload(self, job: str, load: str, *, of: str = MODEL, cause: Cause = Cause.REQUEST) -> None:
+        """An unload is requested, begins, and ends well."""
+        self.ask_unload(job, load, of=of, cause=cause)
+        self.start_unload(job, of=of)
+        self.end_unload(job, of=of)
+
+    def kill_worker(
+        self, worker: str, *, of: str = MODEL, signal: int | None = 9, after_s: float = 1
+    ) -> None:
+        """A worker's process ends, and nobody had asked."""
+        self.add(WorkerExited(None, signal, ()), None, of=of, worker=worker, after_s=after_s)
+
+    def restart(self, *, unclean: bool = True, down_s: float = 1) -> None:
+        """The server is started again after it was down."""
+        down_since = self.facts[-1].recorded_at if self.facts else None
+        self.add(ServerStarted(unclean, down_since), None, of=None, version=None, after_s=down_s)
+
+    def job(self, job: str) -> Job:
+        """Return a job of the present state, ended or not."""
+        return self.state.jobs[job]
+
+    def model(self, model: str = MODEL) -> Model:
+        """Return a model of the present state."""
+        return self.state.models[model]
+
+
+def ids(prefix: str = "id") -> Callable[[], str]:
+    """Return a source of ids that can be read."""
+    numbers = count(1)
+    return lambda: f"{prefix}{next(numbers)}"
+
+
+@asynccontextmanager
+async def opened(path: Path, **options: Any) -> AsyncIterator[Log]:
+    """Open a log, and close it on exit."""
+    log = Log(path, **options)
+    await log.open()
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+def facts(number: int, *, first: int = 1) -> Iterator[Command]:
+    """Return so many commands that record one fact each, with the ids `f<n>`."""
+    return (
+        Record((Draft(f"f{n}", LoadStarted(n), SYSTEM, "job", MODEL, 1),))
+        for n in range(first, first + number)
+    )
+
+
+async def write(log: Log, number: int, *, first: int = 1) -> list[Receipt]:
+    """Append so many facts, one after the other."""
+    return [await log.submit(command) for command in facts(number, first=first)]
+
+
+INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 5)
+TEXTS = st.text(max_size=20)
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Return a strategy for what a field with this annotation may hold."""
+    simple: dict[Any, st.SearchStrategy[Any]] = {
+        int: INTEGERS,
+        str: TEXTS,
+        bool: st.booleans(),
+        types.NoneType: st.none(),
+    }
+    if hint in simple:
+        return simple[hint]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return st.one_of(*map(values, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values(typing.get_args(hint)[0]), max_size=3).map(tuple)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return st.sampled_from(list(hint))
+    assert is_dataclass(hint), hint
+    return instances(typing.cast("type[Any]", hint))
+
+
+def instances(kind: type[T]) -> st.SearchStrategy[T]:
+    """Return a strategy for instances of a data class, all fields given."""
+    hints = typing.get_type_hints(kind)
+    assert is_dataclass(kind)
+    return st.builds(kind, **{each.name: values(hints[each.name]) for each in fields(kind)})
+
+
+def any_data() -> st.SearchStrategy[Data]:
+    """Return a strategy for the data of every type."""
+    return st.sampled_from(sorted(TYPES)).flatmap(lambda name: instances(TYPES[name]))
+
+
+IDS = st.sampled_from(["a", "b", "c", "d"])
+MODELS = st.sampled_from(["m", "n"])
+
+
+@st.composite
+def drafts(draw: st.DrawFn) -> Draft:
+    """Return drafts of all types whose ids, jobs, models and workers collide all the time."""
+    data = draw(any_data())
+    event_id, job_id = draw(IDS), draw(IDS | st.none())
+    if isinstance(data, LoadRequested | UnloadRequested) and draw(st.integers(0, 3)):
+        job_id = event_id
+    if isinstance(data, UnloadRequested):
+        data = UnloadRequested(data.force, draw(IDS), data.cause)
+    if isinstance(data, ModelLoaded):
+        data = model_loaded(*draw(st.lists(IDS, max_size=2, unique=True)))
+    return Draft(
+        event_id,
+        data,
+        draw(st.sampled_from([SYSTEM, "alice", "\x00é\U0001f600"])),
+        job_id,
+        draw(st.one_of(MODELS, MODELS, MODELS, st.none())),
+        draw(st.integers(1, 2) | st.none()),
+        draw(IDS | st.none()),
+    )
+
+
+def as_event(draft: Draft, position: int, after_s: float) -> Event:
+    """Return the event that a draft becomes in a history of its own."""
+    return Event(
+        position,
+        draft.id,
+        draft.data,
+        draft.actor,
+        at(after_s),
+        draft.job_id,
+        draft.model_id,
+        draft.version,
+        draft.worker_id,
+    )

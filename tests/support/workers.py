@@ -1,0 +1,98 @@
+"""Real worker processes for the tests, and how to wait for what becomes of them."""
+
+import asyncio
+import os
+import select
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+
+from runtime.pool import WorkerPool
+from runtime.repository import Repository
+from runtime.wire import DATATYPES, Tensor
+from runtime.workers import LoadOrder, LoadReport, Worker
+
+LIMIT_S = 30.0
+"""Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+
+
+@asynccontextmanager
+async def running_pool(*, threads: int = 1) -> AsyncIterator[WorkerPool]:
+    """Open a pool, and close it after."""
+    pool = WorkerPool(threads=threads)
+    await pool.open()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def load(
+    worker: Worker, root: Path, model_id: str, memory_limit_bytes: int | None = None
+) -> LoadReport:
+    """Load the highest version of a model into a worker."""
+    folder = Repository(root).resolve(model_id).folder
+    order = LoadOrder(root, folder, memory_limit_bytes=memory_limit_bytes)
+    return await worker.load(order, lambda _: None)
+
+
+async def loaded(pool: WorkerPool, root: Path, model_id: str) -> Worker:
+    """Start a worker with the highest version of a model."""
+    worker = await pool.start(model_id)
+    await load(worker, root, model_id)
+    return worker
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a state of the world that nobody announces."""
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def computing(pid: int) -> Callable[[], bool]:
+    """Tell later whether a process has used more processor time than now."""
+    before = _ticks(pid)
+    return lambda: _ticks(pid) > before
+
+
+def wait_gone(pidfds: list[int]) -> bool:
+    """Wait until all these processes are gone, and close their pidfds; False if one is not in time."""
+    try:
+        return all(_readable(pidfd) for pidfd in pidfds)
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+
+
+def floats(name: str, *values: float) -> Tensor:
+    """Make a vector of FP32."""
+    return tensor(name, "FP32", np.array(values, np.float32))
+
+
+def tensor(name: str, datatype: str, array: np.ndarray) -> Tensor:  # type: ignore[type-arg] # of any type
+    """Make a tensor of an array, which must be of the datatype's type."""
+    return Tensor(name, datatype, array.shape, array.tobytes())
+
+
+def array(value: Tensor) -> np.ndarray:  # type: ignore[type-arg] # of any type
+    """Read a tensor."""
+    return np.frombuffer(value.data, DATATYPES[value.datatype].numpy).reshape(value.shape)
+
+
+def trips(count: int) -> Tensor:
+    """Make the input of `models.counting_loop`."""
+    return tensor("trips", "INT64", np.array(count, np.int64))
+
+
+def _readable(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(LIMIT_S * 1000))
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])  # utime and stime, proc_pid_stat(5)
