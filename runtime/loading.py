@@ -58,9 +58,9 @@ def load(order: Load, on_stage: Callable[[str], None]) -> Model:
 
 
 def _load(order: Load, on_stage: Callable[[str], None]) -> Model:
-    on_stage("loading")
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))
     before = identify(folder, root)
+    on_stage("loading")
     with _Hashing(folder, before, order.known) as hashing, _Sampling() as sampling:
         started = time.perf_counter_ns()
         try:

@@ -67,6 +67,9 @@ class MalformedFrame(ValueError):
     """What arrived is no frame of this contract: who sent it is not to be trusted any further."""
 
 
+Buffer = bytes | bytearray | memoryview
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A named tensor: `data` holds the elements of `shape`, row-major, as its datatype has them."""
@@ -74,7 +77,7 @@ class Tensor:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    data: bytes | bytearray | memoryview
+    data: Buffer
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -198,7 +201,7 @@ def heads(tensors: Sequence[Tensor]) -> tuple[TensorHead, ...]:
     return tuple(TensorHead(t.name, t.datatype, t.shape, len(t.data)) for t in tensors)
 
 
-def encode(message: Message, tensors: Sequence[Tensor] = ()) -> list[bytes | bytearray | memoryview]:
+def encode(message: Message, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
     """Encode a frame, as buffers to be written one after the other; the tensors' data is not copied."""
     header = _ENCODER.encode(message)
     prefix = PREFIX.pack(len(header), sum(len(t.data) for t in tensors))

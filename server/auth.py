@@ -1,7 +1,6 @@
 """Who is asking, and may they: bearer tokens (RFC 6750, 7519, 8725), roles, and the one middleware."""
 
 import hashlib
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -30,6 +29,9 @@ __all__ = ["PRINCIPAL", "Principal", "Verifier", "auth_middleware", "create_veri
 
 CLOCK_SKEW_S = 60.0
 """How far an issuer's clock may be ahead, for `nbf` and `iat`. `exp` is taken at its word."""
+
+MAX_TIME_S = 2**53
+"""Up to here a float is exact to the second; refuses infinity, and integers that are no floats at all."""
 
 MAX_REMEMBERED = 4096
 """Verified tokens kept, some 2 MB; one more costs a signature check (about 0.1 ms), nothing else."""
@@ -184,8 +186,8 @@ def _check_times(claims: Mapping[str, Any], now: float) -> float:
     """Check `exp`, `nbf` and `iat` (RFC 7519 section 4.1) and return `exp`."""
     times = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
     for name, value in times.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidToken(f"the token's {name} must be a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_TIME_S:
+            raise InvalidToken(f"the token's {name} must be a number of seconds since 1970")
     if times["exp"] <= now:
         raise InvalidToken("the token has expired")
     if max(times.get("nbf", now), times.get("iat", now)) > now + CLOCK_SKEW_S:

@@ -62,7 +62,7 @@ def _limit(value: str) -> None:
 class Config:
     """How one server runs. Paths are as given; nothing here touches the file system."""
 
-    repository: Path = field(metadata=_about("Directory of models: <model>/<version>/model.onnx.", kind=Path))
+    repository: Path = field(metadata=_about("Directory of models, as MODEL/VERSION/model.onnx.", kind=Path))
     data: Path = field(
         metadata=_about("Directory of the ledger and the keys; created when it is missing.", kind=Path)
     )

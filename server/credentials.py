@@ -10,7 +10,7 @@ from server.routes import Access
 
 REALM = "loadledger"
 
-# RFC 6750 section 2.1: one space, and token68 as credentials.
+# RFC 6750 section 2.1, with as many spaces as RFC 9110 section 11.4 allows.
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
 
 

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import limits
 from aiohttp import web
@@ -209,6 +210,7 @@ async def add_quota_headers(request: web.Request, response: web.StreamResponse) 
         response.headers.update(quota.headers())
 
 
+@lru_cache(maxsize=1024)
 def peer_of(address: str | None) -> str:
     """Return whom an address stands for: an IPv6 host has a whole /64 to choose addresses from."""
     if address is None:

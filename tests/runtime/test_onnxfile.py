@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from support import models
+from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value
 
 from runtime.errors import LoadRefused
 from runtime.onnxfile import Unparsable, check_external_data, external_locations
-from support import models
-from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value
 
 
 def locations(model: onnx.ModelProto, tmp_path: Path) -> list[str]:
@@ -172,18 +172,19 @@ def test_file_beside_the_model_is_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "location",
     [
-        "",
-        "/etc/passwd",
-        "../2/w.bin",
-        "../../../etc/passwd",
-        "data/../../x",
-        "none",
-        "a\0b",
-        "data",
-        "fifo",
-        "out",
-    ]
-    + ["*/_ORT_MEM_ADDR_/*", "out/passwd", "w.bin/x", "x" * 5000],
+        *(
+            "",
+            "/etc/passwd",
+            "../2/w.bin",
+            "../../../etc/passwd",
+            "data/../../x",
+            "none",
+            "a\0b",
+            "data",
+            "fifo",
+        ),
+        *("out", "out/passwd", "*/_ORT_MEM_ADDR_/*", "w.bin/x", "x" * 5000),
+    ],
 )
 def test_locations_that_are_none_of_the_models_business_are_refused(tmp_path: Path, location: str) -> None:
     folder = save(models.external("x"), tmp_path, "m")

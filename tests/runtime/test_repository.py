@@ -5,10 +5,10 @@ import socket
 from pathlib import Path
 
 import pytest
+from support.models import add, save, save_bytes
 
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
 from runtime.repository import MAX_FILES, Repository, identify, open_identified
-from support.models import add, save, save_bytes
 
 
 def test_models_and_versions_are_there_the_moment_they_are_complete(tmp_path: Path) -> None:

@@ -100,11 +100,13 @@ def comparable(frames: list[Frame[Any]]) -> list[Any]:
 @given(data=st.data(), step=st.integers(1, 300))
 def test_any_sequence_of_frames_round_trips_in_any_pieces(data: st.DataObject, step: int) -> None:
     decoder = data.draw(st.sampled_from(list(plain_messages)))
-    choices = plain_messages[decoder].map(lambda message: (message, ()))
+    choices: st.SearchStrategy[Frame[Any]] = plain_messages[decoder].map(lambda message: (message, ()))
     if decoder is not CONTROL:
-        made = st.lists(tensors(), max_size=3).map(tuple)
-        choices |= made.map(
-            lambda ts: (Infer(7, heads(ts), ("y",)) if decoder is TO_WORKER else Outcome(7, heads(ts)), ts)
+        choices |= st.lists(tensors(), max_size=3).map(
+            lambda ts: (
+                Infer(7, heads(ts), ("y",)) if decoder is TO_WORKER else Outcome(7, heads(ts)),
+                tuple(ts),
+            )
         )
     sent = data.draw(st.lists(choices, max_size=5))
     stream = b"".join(frame(message, content) for message, content in sent)

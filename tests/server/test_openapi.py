@@ -144,7 +144,8 @@ def test_each_status_lists_exactly_its_codes(document: dict[str, Any]) -> None:
 
 def test_the_codes_of_a_route_are_its_own_and_those_that_follow() -> None:
     assert set(error_codes(ROUTES[0])) == {
-        "unknown_model", "unknown_version", "log_unavailable", "internal", "invalid_request", "no_credentials",
+        "unknown_model", "unknown_version", "log_unavailable", "internal", "invalid_request",
+        "no_credentials",
         "invalid_token", "forbidden", "too_many_failures", "rate_limited", "invalid_body",
         "unsupported_media_type", "body_too_large", "body_timeout", "invalid_parameter",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Real worker processes for the tests, and how to wait for what becomes of them."""
 
 import asyncio
+import contextlib
 import os
 import select
 from collections.abc import AsyncIterator, Callable
@@ -48,7 +49,7 @@ async def loaded(pool: WorkerPool, root: Path, model_id: str) -> Worker:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a state of the world that nobody announces."""
     async with asyncio.timeout(LIMIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - there is no event for what happens in /proc
             await asyncio.sleep(0.002)
 
 
@@ -56,6 +57,20 @@ def computing(pid: int) -> Callable[[], bool]:
     """Tell later whether a process has used more processor time than now."""
     before = _ticks(pid)
     return lambda: _ticks(pid) > before
+
+
+def threads(pid: int) -> int:
+    """Count a process's threads."""
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def descriptors(pid: int) -> list[str]:
+    """Give what a process's open descriptors are: paths, or "pipe", "socket", "anon_inode"."""
+    kinds = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # what this very listing had opened
+            kinds.append(str(entry.readlink()).partition(":")[0])
+    return sorted(kinds)
 
 
 def wait_gone(pidfds: list[int]) -> bool:
@@ -72,12 +87,12 @@ def floats(name: str, *values: float) -> Tensor:
     return tensor(name, "FP32", np.array(values, np.float32))
 
 
-def tensor(name: str, datatype: str, array: np.ndarray) -> Tensor:  # type: ignore[type-arg] # of any type
+def tensor(name: str, datatype: str, array: np.ndarray) -> Tensor:
     """Make a tensor of an array, which must be of the datatype's type."""
     return Tensor(name, datatype, array.shape, array.tobytes())
 
 
-def array(value: Tensor) -> np.ndarray:  # type: ignore[type-arg] # of any type
+def array(value: Tensor) -> np.ndarray:
     """Read a tensor."""
     return np.frombuffer(value.data, DATATYPES[value.datatype].numpy).reshape(value.shape)
 

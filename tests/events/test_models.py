@@ -1,0 +1,482 @@
+"""The fold of models, as tables: given these facts, when one more comes, the model reads so.
+
+`L…` are loads and `U…` unloads; the worker of the load `L` is `w-L`.
+"""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import (
+    MODEL,
+    PLAIN,
+    History,
+    as_event,
+    at,
+    drafts,
+    file,
+    load_requested,
+    model_loaded,
+)
+
+from events.jobs import Failure, JobKind, LoadParameters
+from events.models import CRASH_LOOP, INCIDENT_WINDOW_S, Model, ModelState, PendingLoad, Serving
+from events.types import (
+    AccessDenied,
+    CancelRequested,
+    Cause,
+    Data,
+    Draft,
+    JobCancelled,
+    LoadFailed,
+    LoadStarted,
+    ModelUnloaded,
+    ServerStopped,
+    Unknown,
+    UnloadFailed,
+    UnloadStarted,
+)
+
+UNLOADED, LOADING, LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
+UNLOADING, FAILED, LOST = ModelState.UNLOADING, ModelState.FAILED, ModelState.LOST
+
+Told = Callable[[History], object]
+
+
+def cancel(job: str) -> Told:
+    return lambda history: history.add(JobCancelled(), job)
+
+
+def fail_unload(job: str) -> Told:
+    return lambda history: history.add(UnloadFailed("stuck", "x"), job)
+
+
+STEPS: dict[str, Told] = {
+    "ask": lambda h: h.ask_load("L"),
+    "start": lambda h: h.start_load("L"),
+    "load": lambda h: h.load("L"),
+    "fail": lambda h: h.fail_load("L"),
+    "ask_swap": lambda h: h.ask_load("L2", version=2),
+    "start_swap": lambda h: h.start_load("L2", version=2),
+    "end_swap": lambda h: h.end_load("L2", version=2),
+    "fail_swap": lambda h: h.fail_load("L2", version=2),
+    "loop_swap": lambda h: h.fail_load("L2", CRASH_LOOP, version=2),
+    "swap": lambda h: h.load("L2", version=2),
+    "ask_end_of_old": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
+    "start_end_of_old": lambda h: h.start_unload("S"),
+    "end_of_old": lambda h: h.end_unload("S"),
+    "ask_unload": lambda h: h.ask_unload("U", "L"),
+    "start_unload": lambda h: h.start_unload("U"),
+    "end_unload": lambda h: h.end_unload("U"),
+    "force": lambda h: h.ask_unload("F", "L", force=True),
+    "end_force": lambda h: h.end_unload("F"),
+    "ask_unload_of_swap": lambda h: h.ask_unload("U", "L2"),
+    "restart": lambda h: h.restart(),
+    "die": lambda h: h.kill_worker("w-L"),
+    "forkserver_dies": lambda h: h.kill_worker("w-L", signal=None),
+    "ask_back": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
+    "start_back": lambda h: h.start_load("R"),
+    "end_back": lambda h: h.end_load("R"),
+    "fail_back": lambda h: h.fail_load("R"),
+    "loop_back": lambda h: h.fail_load("R", CRASH_LOOP),
+    "again": lambda h: h.load("L3"),
+    "ask_again": lambda h: h.ask_load("L3"),
+    "start_again": lambda h: h.start_load("L3"),
+    "fail_again": lambda h: h.fail_load("L3"),
+    "start_force": lambda h: h.start_unload("F"),
+    "stop": lambda h: h.add(ServerStopped(), of=None),
+    "die_again": lambda h: h.kill_worker("w-R"),
+    "stranger_dies": lambda h: h.kill_worker("stranger"),
+    "restore": lambda h: h.load("R", cause=Cause.RESTART),
+    "ask_restore": lambda h: h.ask_load("R", cause=Cause.RESTART),
+    "ask_stranger": lambda h: h.ask_unload("U", "somebody else's"),
+    **{f"cancel_{job}": cancel(job) for job in ("L", "L2", "L3", "R", "U", "F", "S")},
+    **{f"fail_{job}": fail_unload(job) for job in ("U", "S")},
+}
+"""The words that the tables are told in."""
+
+
+def told(words: str) -> History:
+    history = History()
+    for word in words.split():
+        STEPS[word](history)
+    return history
+
+
+STATES: list[tuple[str, str, ModelState, int | None, int | None]] = [
+    # (given and when, facts, then: state, version, next version)
+    ("a load is only asked for", "ask", UNLOADED, None, None),
+    ("a load is under way", "ask start", LOADING, 1, None),
+    ("a load is done", "load", LOADED, 1, None),
+    ("a load failed", "ask start fail", FAILED, 1, None),
+    ("a load failed before it began", "ask fail", FAILED, 1, None),
+    ("a load was cancelled while pending", "ask cancel_L", UNLOADED, None, None),
+    ("a load was cancelled amid", "ask start cancel_L", UNLOADED, 1, None),
+    ("a failed model is tried again", "ask start fail ask_again start_again", LOADING, 1, None),
+    ("a failed model loads", "ask start fail again", LOADED, 1, None),
+    ("a retry of a failed model was cancelled", "ask start fail ask_again cancel_L3", FAILED, 1, None),
+    ("an unload is only asked for", "load ask_unload", LOADED, 1, None),
+    ("an unload is under way", "load ask_unload start_unload", UNLOADING, 1, None),
+    ("an unload is done", "load ask_unload start_unload end_unload", UNLOADED, 1, None),
+    ("an unload is done without having begun", "load ask_unload end_unload", UNLOADED, 1, None),
+    ("an unload failed", "load ask_unload start_unload fail_U", LOADED, 1, None),
+    ("an unload was cancelled while pending", "load ask_unload cancel_U", LOADED, 1, None),
+    ("an unload was cancelled amid", "load ask_unload start_unload cancel_U", LOADED, 1, None),
+    ("a swap is asked for", "load ask_swap", LOADED, 1, None),
+    ("a swap is under way", "load ask_swap start_swap", LOADED, 1, 2),
+    ("a swap is done", "load swap", LOADED, 2, None),
+    ("a swap failed", "load ask_swap start_swap fail_swap", LOADED, 1, None),
+    ("a swap was cancelled", "load ask_swap start_swap cancel_L2", LOADED, 1, None),
+    ("the old version is being ended after a swap", "load swap ask_end_of_old start_end_of_old", LOADED, 2, None),
+    ("the old version is gone after a swap", "load swap ask_end_of_old start_end_of_old end_of_old", LOADED, 2, None),
+    ("the end of the old version failed", "load swap ask_end_of_old start_end_of_old fail_S", LOADED, 2, None),
+    ("an unload waits for the swap", "load ask_swap start_swap ask_unload_of_swap", LOADED, 1, 2),
+    ("an unload waited for the swap", "load ask_swap start_swap ask_unload_of_swap end_swap start_unload", UNLOADING, 2, None),
+    ("an unload waited for the swap and is done", "load ask_swap start_swap ask_unload_of_swap end_swap start_unload end_unload", UNLOADED, 2, None),
+    ("an unload waited for a swap that failed", "load ask_swap start_swap ask_unload_of_swap fail_swap start_unload end_unload", UNLOADED, 2, None),
+    ("force is asked for amid an unload", "load ask_unload start_unload force", UNLOADING, 1, None),
+    ("a forced unload began amid an unload", "load ask_unload start_unload force start_force", UNLOADING, 1, None),
+    ("a pending forced unload was cancelled amid an unload", "load ask_unload start_unload force cancel_F", UNLOADING, 1, None),
+    ("both unloads ended together", "load ask_unload start_unload force end_unload end_force", UNLOADED, 1, None),
+    ("force amid a load", "ask start force cancel_L end_force", UNLOADED, 1, None),
+    ("force amid a swap", "load ask_swap start_swap force cancel_L2 end_force", UNLOADED, 2, None),
+    ("a load waits behind an unload", "load ask_unload start_unload ask_again", UNLOADING, 1, None),
+    ("a load behind an unload began", "load ask_unload start_unload ask_again end_unload start_again", LOADING, 1, None),
+    ("the worker died", "load die", LOST, 1, None),
+    ("the fork server died", "load forkserver_dies", LOST, 1, None),
+    ("the worker died and its recovery is under way", "load die ask_back start_back", LOADING, 1, None),
+    ("the worker died and is back", "load die ask_back start_back end_back", LOADED, 1, None),
+    ("a recovery failed once", "load die ask_back start_back fail_back", LOST, 1, None),
+    ("a recovery was cancelled", "load die ask_back start_back cancel_R", LOST, 1, None),
+    ("recoveries kept failing", "load die ask_back loop_back", FAILED, 1, None),
+    ("another version of a lost model failed", "load die ask_swap start_swap fail_swap", LOST, 1, None),
+    ("another version of a lost model kept dying", "load die ask_swap start_swap loop_swap", LOST, 1, None),
+    ("a person's load of the lost version failed", "load die ask_again fail_again", FAILED, 1, None),
+    ("another version of a lost model loaded", "load die swap", LOADED, 2, None),
+    ("the worker died amid a swap", "load ask_swap start_swap die", LOADING, 1, None),
+    ("the worker died amid a swap that then failed", "load ask_swap start_swap die fail_swap", LOST, 1, None),
+    ("the worker died amid its unload", "load ask_unload start_unload die", UNLOADING, 1, None),
+    ("a lost model was unloaded", "load die ask_unload end_unload", UNLOADED, 1, None),
+    ("the server stopped", "load stop", LOADED, 1, None),
+    ("the server died while it was loaded", "load restart", LOST, 1, None),
+    ("the server died twice", "load restart restart", LOST, 1, None),
+    ("the server died while it was unloading", "load ask_unload start_unload restart", LOST, 1, None),
+    ("the unload that the server died in ended", "load ask_unload start_unload restart end_unload", UNLOADED, 1, None),
+    ("the server died while it was loading", "ask start restart", UNLOADED, 1, None),
+    ("the server died while a failed model was loading", "ask start fail ask_again start_again restart", FAILED, 1, None),
+    ("the server died in a swap", "load ask_swap start_swap restart", LOST, 1, None),
+    ("the server died in a swap, which went on", "load ask_swap start_swap restart start_swap end_swap", LOADED, 2, None),
+    ("the server died in the end of an old version, which ended", "load swap ask_end_of_old start_end_of_old restart end_of_old", LOST, 2, None),
+    ("the server died while it was unloaded", "load ask_unload end_unload restart", UNLOADED, 1, None),
+    ("the server died while it was failed", "ask fail restart", FAILED, 1, None),
+    ("the server died while it was lost", "load die restart", LOST, 1, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("facts", "state", "version", "next_version"), [row[1:] for row in STATES], ids=[row[0] for row in STATES]
+)
+def test_state_when(
+    facts: str, state: ModelState, version: int | None, next_version: int | None
+) -> None:
+    model = told(facts).model()
+    assert (model.state, model.version, model.next_version) == (state, version, next_version)
+
+
+@pytest.mark.parametrize("facts", [row[1] for row in STATES], ids=[row[0] for row in STATES])
+def test_what_serves_and_what_waits_agree_with_the_state_when(facts: str) -> None:
+    history = told(facts)
+    assert_coherent(history)
+    assert {load.job_id for load in history.model().loads} == {
+        job.id for job in history.state.unended(MODEL) if job.kind is JobKind.LOAD
+    }
+
+
+def assert_coherent(history: History) -> None:
+    for model in history.state.models.values():
+        kept = model.phase in {LOADED, UNLOADING, LOST}
+        assert (model.serving is not None) == kept
+        assert (model.rank is not None) == kept
+        assert model.phase is not LOADING
+        assert (model.lost_by is not None) == (model.lost_at is not None) == (model.phase is LOST)
+
+
+def test_a_loaded_model_tells_which_bytes_were_loaded_by_whom_and_with_what() -> None:
+    history = History()
+    history.ask_load("L", version=3)
+    history.start_load("L", version=3)
+    history.add(model_loaded("w1", "w2"), "L", version=3)
+    assert history.model() == Model(
+        id=MODEL,
+        phase=LOADED,
+        serving=Serving(
+            load_job_id="L",
+            version=3,
+            position=3,
+            loaded_at=at(3),
+            loaded_by="alice",
+            worker_ids=("w1", "w2"),
+            files=(file(),),
+            memory_bytes=1_000,
+            peak_memory_bytes=2_000,
+            parameters=LoadParameters(),
+        ),
+        rank=3,
+        last_version=3,
+    )
+
+
+def test_loads_wait_in_the_order_of_their_requests() -> None:
+    history = told("ask ask_swap start")
+    assert history.model().loads == (PendingLoad("L", 1, started=True), PendingLoad("L2", 2))
+
+
+@pytest.mark.parametrize(
+    ("facts", "error"),
+    [
+        ("ask start fail", Failure("broken", "because")),
+        ("load ask_swap start_swap fail_swap", Failure("broken", "because")),
+        ("load die", Failure("worker_died", "its worker was killed by signal 9")),
+        ("load die ask_back fail_back", Failure("broken", "because")),
+        ("ask start fail again", None),
+        ("load ask_swap start_swap fail_swap ask_unload end_unload", None),
+        ("load", None),
+    ],
+)
+def test_a_model_says_why_it_failed_until_it_loads_or_is_unloaded(
+    facts: str, error: Failure | None
+) -> None:
+    assert told(facts).model().error == error
+
+
+# An unload is the model's own only if it ends its present load.
+
+
+@pytest.mark.parametrize(
+    ("facts", "own"),
+    [
+        ("load ask_unload", ("U",)),
+        ("load ask_swap ask_unload_of_swap", ("U",)),
+        ("load ask_unload force", ("U", "F")),
+        ("load swap ask_end_of_old", ()),
+        ("load ask_stranger", ()),
+        ("load ask_unload end_unload", ()),
+        ("load ask_unload cancel_U", ()),
+        ("ask_unload", ()),
+    ],
+)
+def test_unloads_that_a_model_takes_as_its_own(facts: str, own: tuple[str, ...]) -> None:
+    assert told(facts).model().unloads == own
+
+
+@pytest.mark.parametrize("end", "start_end_of_old end_of_old fail_S cancel_S")
+def test_the_end_of_an_old_worker_does_not_touch_the_new_one(end: Told) -> None:
+    history = told("load swap ask_end_of_old")
+    before = history.model()
+    end(history)
+    assert history.model() == before
+
+
+# Incidents: deaths and failed recoveries within ten minutes.
+
+
+@pytest.mark.parametrize(
+    ("facts", "incidents"),
+    [
+        ("load die", 1),
+        ("load forkserver_dies", 0),
+        ("load restart", 0),
+        ("load die ask_back start_back fail_back", 2),
+        ("load die ask_back start_back end_back", 1),
+        ("load die ask_back start_back end_back die_again", 2),
+        ("load die again", 0),
+        ("load die ask_unload end_unload", 0),
+        ([load, lambda h: h.kill_worker("someone")], 0),
+        ("load ask_unload start_unload die", 0),
+        ("load restart restore", 0),
+        ("load restart ask_restore fail_back", 1),
+    ],
+)
+def test_incidents_charged_to_a_model(facts: str, incidents: int) -> None:
+    assert len(told(facts).model().incidents) == incidents
+
+
+@pytest.mark.parametrize(("pause_s", "incidents"), [(INCIDENT_WINDOW_S, 2), (INCIDENT_WINDOW_S + 1, 1)])
+def test_incidents_are_forgotten_after_ten_minutes(pause_s: int, incidents: int) -> None:
+    history = told("load die ask_back start_back end_back")
+    history.kill_worker("w-R", after_s=pause_s - 3)  # three facts came after the first death
+    assert len(history.model().incidents) == incidents
+
+
+def test_a_model_with_an_instance_left_stays_loaded() -> None:
+    history = told("ask start")
+    history.add(model_loaded("w1", "w2"), "L")
+    history.kill_worker("w1")
+    assert (history.model().state, history.model().incidents) == (LOADED, ())
+    history.kill_worker("w2")
+    assert history.model().state is LOST
+
+
+@pytest.mark.parametrize(
+    ("facts", "by", "when"),
+    [
+        ("load die", Cause.RECOVERY, 4),
+        ("load restart", Cause.RESTART, 4),
+        ("load die restart", Cause.RESTART, 4),
+        ("load restart ask_back fail_back", Cause.RECOVERY, 6),
+        ("load die ask_back start_back end_back", None, None),
+        ("load die ask_unload end_unload", None, None),
+        ("load die ask_back loop_back", None, None),
+    ],
+)
+def test_what_lost_a_model_and_since_when(facts: str, by: Cause | None, when: int | None) -> None:
+    model = told(facts).model()
+    assert (model.lost_by, model.lost_at) == (by, None if when is None else at(when))
+
+
+# Which model is active.
+
+
+def load_of(model: str, job: str, cause: Cause = Cause.REQUEST) -> Told:
+    return lambda history: history.load(job, of=model, cause=cause)
+
+
+def unload_of(model: str, job: str, ended: str) -> Told:
+    return lambda history: history.unload(job, ended, of=model)
+
+
+def unloading_of(model: str, job: str, ended: str) -> Told:
+    def facts(history: History) -> None:
+        history.ask_unload(job, ended, of=model)
+        history.start_unload(job, of=model)
+
+    return facts
+
+
+def died(model: str, job: str) -> Told:
+    return lambda history: history.kill_worker(f"w-{job}", of=model)
+
+
+ACTIVE: list[tuple[str, list[Told], str | None]] = [
+    ("nothing was loaded", [], None),
+    ("one model is only loading", [lambda h: h.ask_load("A", of="a"), lambda h: h.start_load("A", of="a")], None),
+    ("one model is loaded", [load_of("a", "A")], "a"),
+    ("two are loaded", [load_of("a", "A"), load_of("b", "B")], "b"),
+    ("the first was loaded again", [load_of("a", "A"), load_of("b", "B"), load_of("a", "A2")], "a"),
+    ("the second was loaded on demand", [load_of("a", "A"), load_of("b", "B", Cause.DEMAND)], "b"),
+    ("the last is being unloaded", [load_of("a", "A"), load_of("b", "B"), unloading_of("b", "U", "B")], "b"),
+    ("the last was unloaded", [load_of("a", "A"), load_of("b", "B"), unload_of("b", "U", "B")], "a"),
+    ("both were unloaded", [load_of("a", "A"), load_of("b", "B"), unload_of("b", "U", "B"), unload_of("a", "V", "A")], None),
+    ("the last died", [load_of("a", "A"), load_of("b", "B"), died("b", "B")], "a"),
+    ("the last is back", [load_of("a", "A"), load_of("b", "B"), died("b", "B"), load_of("b", "B2", Cause.RECOVERY)], "b"),
+    ("the first died and is back", [load_of("a", "A"), load_of("b", "B"), died("a", "A"), load_of("a", "A2", Cause.RECOVERY)], "b"),
+    ("the server died", [load_of("a", "A"), load_of("b", "B"), restart], None),
+    (
+        "the server restored both, last loaded first",
+        [load_of("a", "A"), load_of("b", "B"), restart, load_of("b", "B2", Cause.RESTART), load_of("a", "A2", Cause.RESTART)],
+        "b",
+    ),
+    ("the first was loaded again by a swap in place", [load_of("a", "A"), load_of("b", "B"), load_of("a", "A2", Cause.SWAP)], "b"),
+    (
+        "the last was unloaded after the first was restored",
+        [load_of("a", "A"), load_of("b", "B"), load_of("c", "C"), restart, load_of("c", "C2", Cause.RESTART),
+         load_of("b", "B2", Cause.RESTART), load_of("a", "A2", Cause.RESTART), unload_of("c", "U", "C2")],
+        "b",
+    ),
+    ("the first was loaded anew after an unload", [load_of("a", "A"), load_of("b", "B"), unload_of("a", "U", "A"), load_of("a", "A2")], "a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts", "active"), [row[1:] for row in ACTIVE], ids=[row[0] for row in ACTIVE])
+def test_active_model_when(facts: str, active: str | None) -> None:
+    found = told(facts).state.active()
+    assert (found.id if found else None) == active
+
+
+# What cannot concern a model changes nothing.
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LoadStarted(1),
+        model_loaded("late"),
+        LoadFailed("late", "late"),
+        UnloadStarted(),
+        ModelUnloaded(1, 1, 1),
+        UnloadFailed("late", "late"),
+        JobCancelled(),
+        CancelRequested(),
+        AccessDenied("x", 1),
+        ServerStopped(),
+        Unknown("Later", 1, {}),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+@pytest.mark.parametrize(
+    "facts",
+    ["ask start cancel_L", "load", "load die", "ask fail", "load ask_unload end_unload"],
+    ids=["cancelled", "loaded", "lost", "failed", "unloaded"],
+)
+@pytest.mark.parametrize("job", ["L", "nobody's", None])
+def test_what_comes_late_or_from_nowhere_changes_no_model(
+    facts: str, data: Data | Unknown, job: str | None
+) -> None:
+    history = told(facts)
+    before = history.model()
+    history.add(data, job)
+    assert history.model() == before
+
+
+def test_a_request_that_comes_twice_waits_once() -> None:
+    history = told("ask ask")
+    assert history.model().loads == (PendingLoad("L", 1),)
+
+
+def test_a_request_whose_id_is_not_its_jobs_waits_nowhere() -> None:
+    history = told("load")
+    before = history.model()
+    history.add(load_requested(), "L9", event_id="other")
+    assert history.model() == before
+
+
+def test_models_do_not_touch_each_other() -> None:
+    history = told(load_of("a", "A"))
+    before = history.model("a")
+    told_of_b = [
+        load_of("b", "B"),
+        died("b", "B"),
+        load_of("b", "B2", Cause.RECOVERY),
+        unload_of("b", "U", "B2"),
+    ]
+    for fact in told_of_b:
+        fact(history)
+    assert history.model("a") is before
+
+
+@PLAIN
+@given(st.lists(drafts(), max_size=30))
+def test_whatever_comes_the_fold_never_raises_and_stays_coherent(told_drafts: list[Draft]) -> None:
+    history = History()
+    for number, draft in enumerate(told_drafts, 1):
+        history.state.apply(as_event(draft, number, number))
+        assert_coherent(history)
+        for model in history.state.models.values():
+            assert model.state in set(ModelState)
+            assert model.id in {"m", "n"}
+        active = history.state.active()
+        assert active is None or active.phase in {LOADED, UNLOADING}
+
+
+@PLAIN
+@given(st.lists(drafts(), max_size=30))
+def test_ended_jobs_need_not_be_remembered(told_drafts: list[Draft]) -> None:
+    remembering, forgetting = History(), History()
+    for number, draft in enumerate(told_drafts, 1):
+        event = as_event(draft, number, number)
+        remembering.state.apply(event)
+        changed = forgetting.state.apply(event)
+        forgetting.state.forget_ended(changed.jobs.values())
+    assert remembering.state.models == forgetting.state.models
+    assert remembering.state.unended() == forgetting.state.unended()

@@ -1,0 +1,213 @@
+"""Every event type keeps what it was given, for ever, and what this release does not know is kept too."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
+
+from events.canonical import canonical
+from events.errors import NotEncodable
+from events.types import (
+    SCHEMA,
+    TYPES,
+    AccessDenied,
+    CancelRequested,
+    Cause,
+    Data,
+    Draft,
+    Durations,
+    Event,
+    Idempotency,
+    JobCancelled,
+    LoadedFile,
+    LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelUnloaded,
+    Prepared,
+    ServerStarted,
+    ServerStopped,
+    Unknown,
+    UnloadFailed,
+    UnloadRequested,
+    UnloadStarted,
+    WorkerExited,
+    from_body,
+    recorded,
+    to_body,
+)
+
+KEYS = Idempotency("aa" * 32, "bb" * 32)
+
+DECODED: dict[str, Data] = {
+    "LoadRequested": LoadRequested(
+        "high",
+        300,
+        60,
+        1_073_741_824,
+        "beside",
+        True,
+        2,
+        Cause.RECOVERY,
+        "e7",
+        KEYS,
+    ),
+    "LoadStarted": LoadStarted(2),
+    "ModelLoaded": ModelLoaded(
+        (
+            LoadedFile("model.onnx", 209_715, 1_767_225_600_123_456_789, "cc" * 32),
+            LoadedFile("weights/é.bin", 0, -1, "dd" * 32),
+        ),
+        ("w1", "w2"),
+        Prepared("optimized", "ee" * 32),
+        51_200_000,
+        91_200_000,
+        Durations(10, 20, 30, 40, None, 50, 150),
+    ),
+    "LoadFailed": LoadFailed("worker_died", 'killed by signal 9\nlast line: "é" \x1b[0m'),
+    "UnloadRequested": UnloadRequested(True, "j1", Cause.SWAP, "e3", KEYS),
+    "UnloadStarted": UnloadStarted(),
+    "ModelUnloaded": ModelUnloaded(51_200_000, 3, 1),
+    "UnloadFailed": UnloadFailed("stuck", "the process does not end"),
+    "CancelRequested": CancelRequested(KEYS),
+    "JobCancelled": JobCancelled(),
+    "AccessDenied": AccessDenied("POST /api/v1/models/{id}/load", 12),
+    "WorkerExited": WorkerExited(None, 11, ("one", "", "three\ttabs")),
+    "ServerStarted": ServerStarted(True, "2026-01-01T00:00:00.000001Z"),
+    "ServerStopped": ServerStopped(),
+}
+"""What the bodies of `bodies.json` say. Add to this; a line that has to change is a broken promise."""
+
+BODIES: dict[str, str] = json.loads(Path(__file__).with_name("bodies.json").read_text(encoding="ascii"))
+
+
+def event(data: Data | Unknown) -> Event:
+    return Event(7, "e7", data, "alice", "2026-01-01T00:00:00.000001Z", "j1", "digits", 2, "w1")
+
+
+def change(body: str, **changes: Any) -> str:
+    return canonical(json.loads(body) | changes)
+
+
+def test_every_type_has_a_committed_body() -> None:
+    assert BODIES.keys() == TYPES.keys() == DECODED.keys()
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_a_committed_body_decodes_to_what_it_always_did(name: str) -> None:
+    assert from_body(BODIES[name]) == event(DECODED[name])
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_a_committed_body_is_canonical(name: str) -> None:
+    assert canonical(json.loads(BODIES[name])) == BODIES[name]
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_no_field_of_a_committed_body_is_written_differently_today(name: str) -> None:
+    written, committed = json.loads(to_body(event(DECODED[name]))), json.loads(BODIES[name])
+    assert written | committed == written
+    assert written["data"] | committed["data"] == written["data"]
+
+
+def test_types_are_named_once_and_as_the_design_has_them() -> None:
+    assert TYPES.keys() == {
+        *("LoadRequested", "LoadStarted", "ModelLoaded", "LoadFailed"),
+        *("UnloadRequested", "UnloadStarted", "ModelUnloaded", "UnloadFailed"),
+        *(
+            "CancelRequested",
+            "JobCancelled",
+            "AccessDenied",
+            "WorkerExited",
+            "ServerStarted",
+            "ServerStopped",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+@PLAIN
+@given(st.data())
+def test_data_of_each_type_reads_back_as_it_was(name: str, data: st.DataObject) -> None:
+    given_data = data.draw(instances(TYPES[name]))
+    read = from_body(to_body(event(given_data)))
+    assert read == event(given_data)
+    assert type(read.data) is TYPES[name]
+    assert read.type == name
+
+
+@PLAIN
+@given(drafts(), INTEGERS, TEXTS)
+def test_the_envelope_reads_back_as_it_was(draft: Draft, position: int, recorded_at: str) -> None:
+    written = recorded(draft, position, recorded_at)
+    assert from_body(to_body(written)) == written
+
+
+@PLAIN
+@given(any_data())
+def test_a_body_has_the_same_keys_for_every_type(data: Data) -> None:
+    raw = json.loads(to_body(event(data)))
+    assert sorted(raw) == [
+        *("actor", "data", "id", "job_id", "model_id", "position", "recorded_at"),
+        *("schema", "type", "version", "worker_id"),
+    ]
+    assert raw["schema"] == SCHEMA
+    assert raw["type"] == data.TYPE
+    assert sorted(raw["data"]) == sorted(each.name for each in fields(data))
+
+
+@pytest.mark.parametrize("changes", [{"type": "ModelMoved"}, {"schema": 2}, {"type": "X", "schema": 0}])
+def test_an_unknown_type_or_version_is_kept_byte_for_byte(changes: dict[str, Any]) -> None:
+    body = change(BODIES["ModelLoaded"], **changes)
+    read = from_body(body)
+    assert isinstance(read.data, Unknown)
+    assert read.data.data == json.loads(body)["data"]
+    assert read.type == json.loads(body)["type"]
+    assert to_body(read) == body
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_a_field_that_a_later_release_added_is_skipped(name: str) -> None:
+    data = json.loads(BODIES[name])["data"] | {"added_later": {"deep": [1]}}
+    body = change(BODIES[name], data=data, also_added="yes")
+    assert from_body(body) == event(DECODED[name])
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_optional_fields_that_an_earlier_release_did_not_have_take_their_default(name: str) -> None:
+    kind = TYPES[name]
+    optional = {"cause_event_id", "idempotency", "down_since"} & get_type_hints(kind).keys()
+    data = {key: value for key, value in json.loads(BODIES[name])["data"].items() if key not in optional}
+    whole: Any = DECODED[name]
+    expected = replace(whole, **dict.fromkeys(optional))
+    assert from_body(change(BODIES[name], data=data)) == event(expected)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LoadFailed("code", "\ud800"),
+        LoadStarted(2**63),
+        LoadStarted(0.5),  # type: ignore[arg-type]
+        LoadFailed("code", {1: 2}),  # type: ignore[arg-type]
+        LoadFailed("code", object()),  # type: ignore[arg-type]
+    ],
+    ids=["surrogate", "big", "float", "key", "object"],
+)
+def test_what_cannot_be_written_is_refused_as_such(data: Data) -> None:
+    with pytest.raises(NotEncodable):
+        to_body(event(data))
+
+
+def test_an_event_is_a_value_that_cannot_be_changed() -> None:
+    one = event(DECODED["ModelLoaded"])
+    assert one == event(DECODED["ModelLoaded"])
+    assert hash(one) == hash(event(DECODED["ModelLoaded"]))
+    with pytest.raises(AttributeError):
+        one.position = 8  # type: ignore[misc]

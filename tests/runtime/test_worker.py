@@ -1,0 +1,476 @@
+"""A worker as a process: loads, answers, fails, is cancelled, is killed, and takes nothing else with it."""
+
+import asyncio
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from support import models
+from support.models import ENDLESS, LOWEST, save, save_bytes
+from support.workers import (
+    array,
+    computing,
+    floats,
+    load,
+    loaded,
+    running_pool,
+    tensor,
+    threads,
+    trips,
+    until,
+)
+
+from runtime import wire
+from runtime.errors import (
+    Exit,
+    InferenceFailed,
+    InvalidInput,
+    LoadRefused,
+    WorkerDied,
+)
+from runtime.pool import WorkerPool
+from runtime.repository import Repository
+from runtime.wire import DATATYPES, Tensor, TensorSpec, encode
+from runtime.workers import LoadOrder, Worker
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[WorkerPool]:
+    async with running_pool() as running:
+        yield running
+
+
+async def refusal(pool: WorkerPool, root: Path, model_id: str = "m", limit: int | None = None) -> LoadRefused:
+    """Load a model that is to be refused, and see its worker end by itself."""
+    worker = await pool.start("w")
+    with pytest.raises(LoadRefused) as refused:
+        await load(worker, root, model_id, limit)
+    assert await asyncio.shield(worker.ended) == Exit(0, None)
+    return refused.value
+
+
+async def test_load_reports_files_shapes_memory_and_durations(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.weights(8), tmp_path, "m")
+    stages: list[str] = []
+    worker = await pool.start("w")
+    report = await worker.load(LoadOrder(tmp_path, folder), stages.append)
+    data, seen = (folder / "model.onnx").read_bytes(), (folder / "model.onnx").stat()
+    (file,) = report.files
+    assert (file.path, file.bytes, file.mtime_ns) == ("model.onnx", len(data), seen.st_mtime_ns)
+    assert (file.inode, file.sha256) == (seen.st_ino, hashlib.sha256(data).hexdigest())
+    assert report.inputs == (TensorSpec("x", "FP32", (-1, 500)),)
+    assert report.outputs == (TensorSpec("y", "FP32", (-1, 500)),)
+    assert report.peak_memory_bytes >= report.memory_bytes > 8_000_000
+    assert min(report.loading_us, report.hashing_us, report.measuring_us) > 0
+    assert stages == ["loading", "measuring"]
+    assert abs(await worker.measure() - report.memory_bytes) < 4 * 2**20
+
+
+async def test_known_files_are_not_hashed_again(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.add(), tmp_path, "m")
+    first = await load(await pool.start("w"), tmp_path, "m")
+    known = tuple(msgspec.structs.replace(file, sha256="remembered") for file in first.files)
+    order = LoadOrder(tmp_path, folder, known)
+    report = await (await pool.start("w")).load(order, lambda _: None)
+    assert [file.sha256 for file in report.files] == ["remembered"]
+    save(models.add(2), tmp_path, "m")
+    report = await (await pool.start("w")).load(order, lambda _: None)
+    assert len(report.files[0].sha256) == 64
+
+
+async def test_external_data_is_loaded_and_hashed(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.external("data/w.bin"), tmp_path, "m")
+    (folder / "data").mkdir()
+    (folder / "data" / "w.bin").write_bytes(models.external_bytes())
+    worker = await pool.start("w")
+    report = await load(worker, tmp_path, "m")
+    assert [file.path for file in report.files] == ["data/w.bin", "model.onnx"]
+    assert report.files[0].sha256 == hashlib.sha256(models.external_bytes()).hexdigest()
+    (y,) = await worker.infer([floats("x", 1, 1, 1, 1)])
+    assert array(y).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "No graph was found"),
+        (models.TEXT, "Protobuf parsing failed"),
+        (models.CORRUPT, "Protobuf parsing failed"),
+        (models.unknown_operator().SerializeToString(), "Frobnicate"),
+    ],
+)
+async def test_model_that_is_none_is_refused_in_the_runtimes_words(
+    pool: WorkerPool, tmp_path: Path, data: bytes, words: str
+) -> None:
+    save_bytes(data, tmp_path, "m")
+    refused = await refusal(pool, tmp_path)
+    assert refused.code == "invalid_model"
+    assert words in str(refused)
+
+
+@pytest.mark.parametrize("location", ["../../secret", "/etc/hostname", "link", "missing"])
+async def test_external_data_that_leaves_the_folder_is_refused(
+    pool: WorkerPool, tmp_path: Path, location: str
+) -> None:
+    root = tmp_path / "root"
+    folder = save(models.external(location), root, "m")
+    (root / "secret").write_bytes(models.external_bytes())
+    (tmp_path / "outside").write_bytes(models.external_bytes())
+    if location == "link":
+        (folder / "link").symlink_to(tmp_path / "outside")
+    assert (await refusal(pool, root)).code == "unsafe_file"
+
+
+async def test_fifo_beside_the_model_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.add(), tmp_path, "m")
+    os.mkfifo(folder / "w.bin")
+    refused = await refusal(pool, tmp_path)
+    assert refused.code == "unsafe_file"
+    assert "w.bin" in str(refused)
+
+
+async def test_memory_bomb_is_refused_with_the_limit_in_words(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.memory_bomb_on_load(), tmp_path, "m")
+    refused = await refusal(pool, tmp_path, limit=200_000_000)
+    assert refused.code == "out_of_memory"
+    assert "200000000 bytes" in str(refused)
+
+
+@pytest.mark.parametrize("limit", [0, 100_000, 2_000_000])
+async def test_limit_that_nothing_fits_into_is_out_of_memory(
+    pool: WorkerPool, tmp_path: Path, limit: int
+) -> None:
+    save(models.weights(8), tmp_path, "m")
+    assert (await refusal(pool, tmp_path, limit=limit)).code == "out_of_memory"
+
+
+async def test_model_within_its_limit_is_loaded(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    worker = await pool.start("w")
+    await load(worker, tmp_path, "m", 100_000_000)
+    assert len(await worker.infer([floats("x", 1)])) == 1
+
+
+async def test_memory_bomb_at_an_inference_fails_only_that(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.memory_bomb_on_run(), tmp_path, "m")
+    worker = await pool.start("w")
+    await load(worker, tmp_path, "m", 200_000_000)
+    with pytest.raises(InferenceFailed, match=r"(?i)alloc"):
+        await worker.infer([tensor("shape", "INT64", np.array([1000, 1000, 1000]))])
+    (total,) = await worker.infer([tensor("shape", "INT64", np.array([1000]))])
+    assert array(total) == 0
+
+
+async def test_file_changed_during_the_load_is_told_of(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.slow_model(1000), tmp_path, "m")
+    worker = await pool.start("w")
+
+    def touch(stage: str) -> None:
+        if stage == "loading":
+            os.utime(folder / "model.onnx", ns=(1, 1))
+
+    with pytest.raises(LoadRefused) as refused:
+        await worker.load(LoadOrder(tmp_path, folder), touch)
+    assert refused.value.code == "model_changed"
+
+
+async def test_kill_during_a_load_is_a_death_by_signal_9(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.slow_model(), tmp_path, "m")
+    worker = await pool.start("w")
+    loading = asyncio.ensure_future(load(worker, tmp_path, "m"))
+    await until(computing(worker.pid))
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied) as death:
+        await loading
+    assert death.value.end == worker.ended.result() == Exit(None, signal.SIGKILL)
+
+
+async def test_model_that_crashes_the_worker_is_a_death(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.crash_on_load(), tmp_path, "m")
+    worker = await pool.start("w")
+    with pytest.raises(WorkerDied) as death:
+        await load(worker, tmp_path, "m")
+    assert death.value.end == Exit(None, signal.SIGFPE)
+    assert any("Floating-point exception" in line for line in worker.stderr_tail())
+
+
+async def test_crash_at_an_inference_fails_all_in_flight(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.crash_on_run(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    low, minus = (tensor(name, "INT64", np.array([value])) for name, value in (("a", LOWEST), ("b", -1)))
+    results = await asyncio.gather(*(worker.infer([low, minus]) for _ in range(3)), return_exceptions=True)
+    assert [type(result) for result in results] == 3 * [WorkerDied]
+    assert worker.in_flight == 0
+    await worker.drained()
+    with pytest.raises(WorkerDied):
+        await worker.infer([low, minus])
+    with pytest.raises(WorkerDied):
+        await worker.measure()
+
+
+async def test_one_workers_death_is_nothing_to_another(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    first, second = await loaded(pool, tmp_path, "m"), await loaded(pool, tmp_path, "m")
+    first.kill()
+    await asyncio.shield(first.ended)
+    assert array((await second.infer([floats("x", 1)]))[0]).tolist() == [2]
+    first.kill()  # again, to no effect
+    assert await first.stop() == Exit(None, signal.SIGKILL)
+
+
+async def test_stopped_worker_is_killed_after_its_grace(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    os.kill(worker.pid, signal.SIGSTOP)
+    assert await worker.stop(0.05) == Exit(None, signal.SIGKILL)
+
+
+async def test_stop_ends_even_a_worker_that_computes(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.counting_loop(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    running = asyncio.ensure_future(worker.infer([trips(ENDLESS)]))
+    await until(computing(worker.pid))
+    assert await worker.stop(20) == Exit(0, None)
+    with pytest.raises(WorkerDied):
+        await running
+
+
+async def test_endless_inference_is_cancelled_and_the_next_one_runs(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.counting_loop(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    endless = asyncio.ensure_future(worker.infer([trips(ENDLESS)]))
+    await until(computing(worker.pid))
+    queued, dropped = (asyncio.ensure_future(worker.infer([trips(count)])) for count in (5, ENDLESS))
+    await asyncio.sleep(0)
+    assert worker.in_flight == 3
+    dropped.cancel()
+    endless.cancel()
+    assert int(array((await queued)[0])) == 5
+    await worker.drained()
+    assert worker.in_flight == 0
+    assert endless.cancelled()
+    assert dropped.cancelled()
+
+
+async def test_deadline_of_the_caller_ends_the_inference(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.counting_loop(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await worker.infer([trips(ENDLESS)])
+    await worker.drained()
+    assert int(array((await worker.infer([trips(1)]))[0])) == 1
+
+
+async def test_many_inferences_in_flight_are_each_answered(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(0.5), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    answers = await asyncio.gather(*(worker.infer([floats("x", n)]) for n in range(500)))
+    assert [float(array(y)[0]) for (y,) in answers] == [n + 0.5 for n in range(500)]
+
+
+async def test_large_tensors_pass_while_the_worker_does_not_read(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.identity(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    os.kill(worker.pid, signal.SIGSTOP)
+    block = np.arange(1_000_000, dtype=np.float32)
+    running = [asyncio.ensure_future(worker.infer([tensor("x", "FP32", block)])) for _ in range(20)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert worker._data._transport is not None
+    assert worker._data._transport.get_write_buffer_size() < 10_000_000  # and not 80
+    assert worker.in_flight == 20
+    os.kill(worker.pid, signal.SIGCONT)
+    for (y,) in await asyncio.gather(*running):
+        assert np.array_equal(array(y), block)
+
+
+async def test_every_datatype_comes_back_as_it_went(pool: WorkerPool, tmp_path: Path) -> None:
+    for name, datatype in DATATYPES.items():
+        element = getattr(onnx.TensorProto, datatype.onnx[len("tensor(") : -1].upper())
+        save(models.identity(element, (None, 2)), tmp_path, name)
+        worker = await loaded(pool, tmp_path, name)
+        size = datatype.size or 6
+        data = b"\2\0\0\0\xc3\xa4" * 4 if name == "BYTES" else bytes([0, 1] * (2 * size))
+        sent = Tensor("x", name, (2, 2), data)
+        (back,) = await worker.infer([sent])
+        assert (back.name, back.datatype, back.shape, bytes(back.data)) == ("y", name, (2, 2), data)
+        (empty,) = await worker.infer([Tensor("x", name, (0, 2), b"")])
+        assert (empty.shape, bytes(empty.data)) == ((0, 2), b"")
+        await worker.stop()
+
+
+async def test_strings_come_back_as_they_went(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.strings(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    texts = ["", "a\0b", "ä" * 1000, "\U0001f600"]
+    data = b"".join(len(t.encode()).to_bytes(4, "little") + t.encode() for t in texts)
+    (back,) = await worker.infer([Tensor("x", "BYTES", (4,), data)])
+    assert bytes(back.data) == data
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ([], "no value for input 'x'"),
+        ([floats("z", 1)], "no input 'z'"),
+        ([floats("x", 1), floats("x", 1)], "twice"),
+        ([tensor("x", "FP64", np.zeros(1))], "is FP32, not FP64"),
+        ([tensor("x", "FP32", np.zeros((1, 1), np.float32))], "rank"),
+        ([Tensor("x", "FP32", (0, 2**62, 2**62), b"")], "elements"),
+    ],
+)
+async def test_input_that_does_not_fit_is_refused_and_the_worker_lives(
+    pool: WorkerPool, tmp_path: Path, tensors: list[Tensor], words: str
+) -> None:
+    save(models.add(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    with pytest.raises(InvalidInput, match=words):
+        await worker.infer(tensors)
+    assert len(await worker.infer([floats("x", 1)])) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "words"),
+    [
+        ((1,), b"\1\0\0", "longer than the data"),
+        ((1,), b"\2\0\0\0a", "longer than the data"),
+        ((2,), b"\1\0\0\0a", "has 1 elements"),
+        ((1,), b"\1\0\0\0\xff", "not UTF-8"),
+    ],
+)
+async def test_strings_that_are_none_are_refused(
+    pool: WorkerPool, tmp_path: Path, shape: tuple[int, ...], data: bytes, words: str
+) -> None:
+    save(models.strings(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    with pytest.raises(InvalidInput, match=words):
+        await worker.infer([Tensor("x", "BYTES", shape, data)])
+
+
+async def test_shapes_that_the_model_cannot_compute_with_fail_in_its_words(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    save(models.subtract(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    with pytest.raises(InferenceFailed, match="Sub"):
+        await worker.infer([floats("a", 1, 2, 3), floats("b", 1, 2)])
+    (y,) = await worker.infer([floats("b", 1), floats("a", 5)])
+    assert array(y).tolist() == [4]
+
+
+async def test_outputs_that_are_no_tensors_are_left_out_or_refused_by_name(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    save(models.zip_map(), tmp_path, "m")
+    worker = await pool.start("w")
+    report = await load(worker, tmp_path, "m")
+    assert report.outputs[1] == TensorSpec("named", "seq(map(int64,tensor(float)))", ())
+    x = tensor("x", "FP32", np.ones((1, 2), np.float32))
+    assert [y.name for y in await worker.infer([x])] == ["scores"]
+    assert [y.name for y in await worker.infer([x], ["scores", "scores"])] == ["scores"]
+    with pytest.raises(InvalidInput, match="which is no tensor"):
+        await worker.infer([x], ["named"])
+    with pytest.raises(InvalidInput, match="no output 'q'"):
+        await worker.infer([x], ["q"])
+
+
+async def test_model_with_an_input_that_is_no_tensor_loads(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.sequence_input(), tmp_path, "m")
+    worker = await pool.start("w")
+    assert (await load(worker, tmp_path, "m")).inputs == (TensorSpec("s", "seq(tensor(float))", ()),)
+    with pytest.raises(InvalidInput, match="no tensor can be"):
+        await worker.infer([floats("s", 1)])
+
+
+@pytest.mark.parametrize("channel", ["data", "control"])
+@pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n\r\n", b"\x01\0\0\0\0\0\0\0\0\0\0\0\xc1"])
+async def test_malformed_frame_ends_this_worker_only(
+    pool: WorkerPool, tmp_path: Path, channel: str, junk: bytes
+) -> None:
+    save(models.add(), tmp_path, "m")
+    other = await loaded(pool, tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    transport = {"data": worker._data, "control": worker._control}[channel]._transport
+    assert transport is not None
+    transport.write(junk)
+    assert await asyncio.shield(worker.ended) == Exit(76, None)
+    assert any("malformed frame" in line for line in worker.stderr_tail())
+    assert len(await other.infer([floats("x", 1)])) == 1
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"".join(bytes(part) for part in encode(wire.Outcome(77))),
+        b"".join(bytes(part) for part in encode(wire.LoadFailed("x", "y"))),
+        b"".join(bytes(part) for part in encode(wire.Cancel(1))),
+        wire.PREFIX.pack(2, wire.MAX_PAYLOAD_BYTES + 1),
+    ],
+)
+async def test_worker_that_says_what_it_should_not_is_killed(
+    pool: WorkerPool, tmp_path: Path, junk: bytes
+) -> None:
+    save(models.counting_loop(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    running = asyncio.ensure_future(worker.infer([trips(ENDLESS)]))
+    await asyncio.sleep(0)
+    hear(worker, junk)
+    with pytest.raises(WorkerDied):
+        await running
+    assert worker.ended.result() == Exit(None, signal.SIGKILL)
+
+
+def hear(worker: Worker, data: bytes) -> None:
+    """Let the server read this as if the worker, taken over by its model, had written it."""
+    worker._data.get_buffer(-1)[: len(data)] = data
+    worker._data.buffer_updated(len(data))
+
+
+async def test_flood_on_stderr_is_kept_within_bounds(pool: WorkerPool) -> None:
+    worker = await pool.start("w")
+    pipe = os.open(f"/proc/{worker.pid}/fd/2", os.O_WRONLY)
+    for number in range(50):
+        await asyncio.to_thread(os.write, pipe, b"\xff line %d\n" % number * 2000)
+    os.close(pipe)
+    await worker.stop()
+    tail = worker.stderr_tail()
+    assert len(tail) == 64
+    assert tail[-1] == "\ufffd line 49"
+    assert len("\n".join(tail)) < 16 * 2**10
+
+
+async def test_memory_is_given_back(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.weights(40), tmp_path, "m")
+    worker = await pool.start("w")
+    empty = await worker.measure()
+    report = await load(worker, tmp_path, "m")
+    assert await worker.measure() - empty > 40_000_000
+    assert report.peak_memory_bytes > report.memory_bytes
+    assert await worker.stop() == Exit(0, None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker.pid, 0)
+
+
+async def test_more_threads_are_of_use(tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    async with running_pool(threads=3) as pool:
+        worker = await loaded(pool, tmp_path, "m")
+        assert threads(worker.pid) == 4  # two more to compute with, and control
+        assert array((await worker.infer([floats("x", 1)]))[0]).tolist() == [2]
+
+
+async def test_resolved_folder_is_what_is_loaded(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(1), tmp_path, "m", 1)
+    save(models.add(2), tmp_path, "m", 2)
+    worker = await pool.start("w")
+    folder = Repository(tmp_path).resolve("m", 1).folder
+    await worker.load(LoadOrder(tmp_path, folder), lambda _: None)
+    assert array((await worker.infer([floats("x", 0)]))[0]).tolist() == [1]
