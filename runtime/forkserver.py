@@ -153,22 +153,20 @@ class _Server:
         message, descriptors, _, _ = socket.recv_fds(self._connection, MESSAGE_BYTES, WORKER_FDS)
         if not message:  # the server has closed its end, or is gone
             os._exit(0)
-        try:
-            if len(descriptors) != WORKER_FDS:
-                self._send(ForkFailed("the descriptors did not arrive: too many open files"))
-            else:
-                self._fork(descriptors)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        answer, pidfds = self._fork(descriptors)
+        for descriptor in descriptors:  # before anyone can wait for the end of what they are ends of
+            os.close(descriptor)
+        self._send(answer, *pidfds)
 
-    def _fork(self, descriptors: Sequence[int]) -> None:
+    def _fork(self, descriptors: Sequence[int]) -> tuple[Forked | ForkFailed, Sequence[int]]:
+        """Make a worker; gives the answer, and the pidfd to go with it."""
+        if len(descriptors) != WORKER_FDS:
+            return ForkFailed("the descriptors did not arrive: too many open files"), ()
         parent = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:
-            self._send(ForkFailed(f"fork: {error.strerror}"))
-            return
+            return ForkFailed(f"fork: {error.strerror}"), ()
         if pid == 0:
             self._connection.detach()  # its number will soon be another's
             _become_worker(parent, descriptors)
@@ -177,11 +175,10 @@ class _Server:
         except OSError as error:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            self._send(ForkFailed(f"pidfd_open: {error.strerror}"))
-            return
+            return ForkFailed(f"pidfd_open: {error.strerror}"), ()
         self._children[pidfd] = pid
         self._poll.register(pidfd, select.POLLIN)
-        self._send(Forked(pid), pidfd)
+        return Forked(pid), (pidfd,)
 
     def _reap(self, pidfd: int) -> None:
         self._poll.unregister(pidfd)

@@ -119,13 +119,13 @@ class WorkerPool:
                 pause_s = min(max(RETRY_S[0], 2 * pause_s), RETRY_S[1])
 
     async def _available(self) -> ForkServer:
+        if self._fork_server is None or self._closed:
+            raise ForkServerUnavailable("the pool is closed")
         try:
             async with asyncio.timeout(LAUNCH_LIMIT_S):
                 await self._up.wait()
         except TimeoutError:
             raise ForkServerUnavailable from None
-        if self._fork_server is None or self._closed:
-            raise ForkServerUnavailable("the pool is closed")
         return self._fork_server
 
     async def _answer(self, fork_server: ForkServer, asked: asyncio.Future[Child]) -> Child:

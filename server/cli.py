@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -26,7 +27,8 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
     from server.config import settings  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     for setting in reversed(settings()):
-        text = f"{setting.help} [{setting.variable}]"
+        default = "no default" if setting.default is None else f"default: {setting.default}"
+        text = f"{setting.help} [{setting.variable}; {'required' if setting.required else default}]"
         option = click.option(setting.flag, setting.name, metavar=setting.kind.__name__.upper(), help=text)
         command = option(command)
     return command
@@ -50,18 +52,13 @@ def _made_options() -> list[click.Parameter]:
 @main.command(cls=_ServeCommand)
 def serve(**flags: str | None) -> None:
     """Run the server until SIGTERM."""
-    from events.errors import LedgerProblem  # noqa: PLC0415
-    from runtime.errors import RuntimeProblem  # noqa: PLC0415
     from server import serve as server  # noqa: PLC0415
-    from server.config import ConfigError, check_files, load_config  # noqa: PLC0415
-    from server.keys import KeyProblem  # noqa: PLC0415
+    from server.config import check_files, load_config  # noqa: PLC0415
 
-    try:
+    with _problems_told():
         config = load_config(flags, os.environ)
         check_files(config)
         sys.exit(server.serve(config, _announce))
-    except (ConfigError, KeyProblem, LedgerProblem, RuntimeProblem, OSError) as error:
-        _fail(str(error))
 
 
 def _announce(url: str) -> None:
@@ -89,23 +86,14 @@ def _data_option(command: Callable[..., None]) -> Callable[..., None]:
 def token(data: Path, roles: tuple[str, ...], subject: str, expires: str) -> None:
     """Print a token; the first use creates the data directory and its keys."""
     from server.config import read_settings  # noqa: PLC0415
-    from server.keys import KeyProblem, ensure_data_dir, issue_token  # noqa: PLC0415
+    from server.keys import ensure_data_dir, issue_token  # noqa: PLC0415
 
-    chosen = read_settings(["jwt_audience", "jwt_issuer"], {}, os.environ)
-    try:
+    expires_s = _seconds(expires)
+    with _problems_told():
+        chosen = read_settings(["jwt_audience", "jwt_issuer"], {}, os.environ)
         ensure_data_dir(data)
-        click.echo(
-            issue_token(
-                data,
-                subject,
-                roles,
-                expires_s=_seconds(expires),
-                audience=chosen["jwt_audience"],
-                issuer=chosen["jwt_issuer"],
-            ),
-        )
-    except (KeyProblem, OSError) as error:
-        _fail(str(error))
+        audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
+        click.echo(issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer))
 
 
 @main.group()
@@ -119,8 +107,9 @@ def list_keys(data: Path) -> None:
     """Show the keys, newest last; the one that signs is marked."""
     from server import keys  # noqa: PLC0415
 
-    for info in keys.list_keys(data):
-        click.echo(f"{info.kid}  {info.created_at:%Y-%m-%d %H:%M:%S}Z{'  signs' if info.signs else ''}")
+    with _problems_told():
+        for info in keys.list_keys(data):
+            click.echo(f"{info.kid}  {info.created_at:%Y-%m-%d %H:%M:%S}Z{'  signs' if info.signs else ''}")
 
 
 @key.command()
@@ -129,8 +118,8 @@ def rotate(data: Path) -> None:
     """Make a new key, which signs from now on; tokens of the old ones stay valid."""
     from server import keys  # noqa: PLC0415
 
-    keys.ensure_data_dir(data)
-    click.echo(keys.rotate(data))
+    with _problems_told():
+        click.echo(keys.rotate(data))
 
 
 @key.command()
@@ -140,10 +129,8 @@ def revoke(data: Path, kid: str) -> None:
     """Remove a key, and with it the validity of every token that it signed."""
     from server import keys  # noqa: PLC0415
 
-    try:
+    with _problems_told():
         keys.revoke(data, kid)
-    except (keys.KeyProblem, OSError) as error:
-        _fail(str(error))
 
 
 @main.command()
@@ -163,6 +150,16 @@ def _seconds(text: str) -> int:
     return int(match[1]) * _UNITS_S[match[2]]
 
 
-def _fail(message: str) -> NoReturn:
-    click.echo(f"loadledger: {message}", err=True)
-    sys.exit(2)
+@contextmanager
+def _problems_told() -> Iterator[None]:
+    """Tell in one line, and end with 2, what whoever typed the command can mend."""
+    from events.errors import LedgerProblem  # noqa: PLC0415
+    from runtime.errors import RuntimeProblem  # noqa: PLC0415
+    from server.config import ConfigError  # noqa: PLC0415
+    from server.keys import KeyProblem  # noqa: PLC0415
+
+    try:
+        yield
+    except (ConfigError, KeyProblem, LedgerProblem, RuntimeProblem, OSError) as error:
+        click.echo(f"loadledger: {error}", err=True)
+        sys.exit(2)

@@ -82,6 +82,14 @@ _FRAMEWORK_CODES = {
 }
 
 
+def error_table() -> str:
+    """Return the README's table of errors, in Markdown, by status."""
+    head = ["| status | code | what |", "| --- | --- | --- |"]
+    by_status = sorted(ERRORS.items(), key=lambda entry: entry[1].status)
+    rows = [f"| {kind.status} | `{code}` | {kind.title} |" for code, kind in by_status]
+    return "\n".join([*head, *rows]) + "\n"
+
+
 class ServerProblem(Exception):
     """The request could not be served."""
 

@@ -18,7 +18,7 @@ from server.errors import ServerProblem, errors
 from server.routes import Access, LimitClass, Route
 from server.schemas import ModelPathSchema, ModelVersionPathSchema
 from server.tensors import decode_tensor, encode_data
-from server.validation import path_parameters
+from server.validation import path_parameters, read_body
 
 MAX_BODY_BYTES = 64 * 2**20
 """Triton's default (`--http-max-input-size`)."""
@@ -134,6 +134,7 @@ _INFER_ERRORS = (
     "not_representable",
     "unknown_model",
     "body_too_large",
+    "body_timeout",
     "model_not_loaded",
     "model_unloading",
     "worker_died",
@@ -213,10 +214,10 @@ def inference_routes() -> list[Route]:
 
 async def _infer(request: web.Request) -> web.Response:
     """Decode, run, encode; the header leads from the answer to the bytes and the person behind it."""
-    route = await _route(request)
-    asked = decode_request(await request.read())
+    asked = decode_request(await read_body(request, MAX_BODY_BYTES))
     inputs = [decode_tensor(item.name, item.datatype, item.shape, item.data) for item in asked.inputs]
     names = [output.name for output in asked.outputs]
+    route = await _route(request)  # last: while a body arrives, a swap may end the worker that served before
     outputs = await infer(route, inputs, names, request.app[CONFIG].inference_timeout_s)
     source = f"{route.model_id}/{route.version};position={route.position}"
     return web.Response(

@@ -11,10 +11,10 @@ from aiohttp_apispec import docs, json_schema, match_info_schema, querystring_sc
 from events.accept import Command, FileStat, RequestLoad, RequestUnload
 from events.errors import LedgerProblem
 from events.jobs import Job, JobStatus, LoadParameters
-from events.models import ModelState
+from events.models import Model, ModelState
 from runtime.errors import UnknownModel
 from runtime.repository import Repository
-from server.appkeys import CONSUMER, LOG, PRINCIPAL, READER, REPOSITORY, STOPPING
+from server.appkeys import CONFIG, CONSUMER, LOG, PRINCIPAL, READER, REPOSITORY, STOPPING
 from server.errors import ServerProblem, errors
 from server.prefer import wait_s
 from server.routes import Access, LimitClass, Route
@@ -71,7 +71,7 @@ async def load_model(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless what is asked for is so or under way."""
     _refuse_idempotency_key(request)
     model_id, body = path_parameters(request)["id"], json_body(request)
-    parameters = load_parameters(body)
+    parameters = load_parameters(body, request.app[CONFIG].timeout_s)
     found = await asyncio.to_thread(request.app[REPOSITORY].resolve, model_id, body.get("version"))
     files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
     subject = request[PRINCIPAL].subject
@@ -113,7 +113,7 @@ async def unload_model(request: web.Request) -> web.Response:
 async def list_models(request: web.Request) -> web.Response:
     """Answer with a page of models, from the recorded state and the repository as it is now."""
     query, state = query_parameters(request), request.app[LOG].state
-    known = {model.id for model in state.models.values() if model.state is not ModelState.UNLOADED}
+    known = {model.id for model in state.models.values() if _is_live(model)}
     page = await asyncio.to_thread(
         _page_of_models,
         request.app[REPOSITORY],
@@ -182,13 +182,14 @@ def management_routes() -> list[Route]:
     ]
 
 
-def load_parameters(body: dict[str, Any]) -> LoadParameters:
-    """Return what a load's body asks for.
+def load_parameters(body: dict[str, Any], timeout_s: int) -> LoadParameters:
+    """Return what a load's body asks for, with the server's `timeout_s` where it names none.
 
     Raises:
         NotSupported: `not_supported`, rather than record what would not be done.
     """
-    parameters = LoadParameters(**{name: value for name, value in body.items() if name != "version"})
+    asked = {"timeout_s": timeout_s} | body
+    parameters = LoadParameters(**{name: value for name, value in asked.items() if name != "version"})
     supported = LoadParameters(
         timeout_s=parameters.timeout_s,
         memory_limit_bytes=parameters.memory_limit_bytes,
@@ -219,6 +220,8 @@ async def _submit(request: web.Request, command: Command) -> web.Response:
 
 async def _ended(request: web.Request, job_id: str, seconds: float) -> Job:
     """Return the job when it has ended, or as it is when time is up or the server stops."""
+    if seconds == 0:
+        return await _job(request, job_id)
     log, stopping = request.app[LOG], request.app[STOPPING]
     wakeup = log.subscribe()
     try:
@@ -244,9 +247,14 @@ async def _versions(request: web.Request, model_id: str) -> list[int]:
     """Return the model's versions in the repository; none is an error unless it is loaded all the same."""
     versions = await asyncio.to_thread(_versions_or_none, request.app[REPOSITORY], model_id)
     model = request.app[LOG].state.models.get(model_id)
-    if not versions and (model is None or (model.state is ModelState.UNLOADED and not model.loads)):
+    if not versions and (model is None or not _is_live(model)):
         raise UnknownModel(model_id)
     return versions
+
+
+def _is_live(model: Model) -> bool:
+    """Whether there is something to show, and to unload, of a model that is not in the repository."""
+    return bool(model.loads) or model.state not in (ModelState.UNLOADED, ModelState.FAILED)
 
 
 def _versions_or_none(repository: Repository, model_id: str) -> list[int]:

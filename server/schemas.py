@@ -10,6 +10,7 @@ from events.jobs import JobKind, JobStatus
 from events.models import ModelState
 from events.types import Cause
 from runtime.repository import MAX_VERSION, MODEL_ID
+from server.config import MAX_TIMEOUT_S
 from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
 
 MAX_PAGE = 1000
@@ -50,9 +51,11 @@ class LoadBodySchema(Schema):
         metadata={"description": "The highest version if left out, resolved when the load is accepted."},
     )
     timeout_s = StrictInteger(
-        validate=validate.Range(1, 3600),
-        load_default=300,
-        metadata={"description": "Seconds from acceptance, waiting included, after which the load fails."},
+        validate=validate.Range(1, MAX_TIMEOUT_S),
+        metadata={
+            "description": "Seconds from acceptance, waiting included, after which the load fails; "
+            "the server's --timeout-s if left out.",
+        },
     )
     memory_limit_bytes = StrictInteger(
         validate=validate.Range(min=2**20),

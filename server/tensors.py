@@ -33,17 +33,16 @@ def decode_tensor(name: str, datatype: str, shape: Sequence[int], data: msgspec.
     """
     _check_head(name, datatype, shape)
     text = bytes(data)
-    depth = len(text) - len(text.lstrip(b"[ \t\r\n"))
-    depth = text[:depth].count(b"[")
-    if depth not in (1, len(shape)) or depth == 0:
+    depth = text[: len(text) - len(text.lstrip(b"[ \t\r\n"))].count(b"[")
+    if depth not in (1, _nesting(shape)):
         raise InvalidInput(f"input '{name}': data must be a flat list, or nested as its shape {list(shape)}")
     try:
         values = _decoder(_ELEMENT.get(datatype, int), depth).decode(text)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise InvalidInput(f"input '{name}': data is not {datatype}: {error}") from None
-    if datatype == "BYTES":
-        return Tensor(name, datatype, tuple(shape), _strings(name, shape, values))
-    return Tensor(name, datatype, tuple(shape), _numbers(name, datatype, shape, values))
+    array = _array(name, datatype, values)
+    _check_shape(name, shape, array.shape, depth)
+    return Tensor(name, datatype, tuple(shape), _packed(array) if datatype == "BYTES" else array.tobytes())
 
 
 def encode_data(tensor: Tensor) -> list[Any]:
@@ -86,7 +85,12 @@ def _decoder(element: type, depth: int) -> msgspec.json.Decoder[list[Any]]:
     return msgspec.json.Decoder(nested)
 
 
-def _numbers(name: str, datatype: str, shape: Sequence[int], values: list[Any]) -> bytes:
+def _nesting(shape: Sequence[int]) -> int:
+    """Return how deeply nested data is: nothing can be nested in a dimension of length 0."""
+    return list(shape).index(0) + 1 if 0 in shape else max(1, len(shape))
+
+
+def _array(name: str, datatype: str, values: list[Any]) -> Any:
     try:
         with np.errstate(over="ignore"):  # checked below
             array = np.array(values, DATATYPES[datatype].numpy)
@@ -94,27 +98,19 @@ def _numbers(name: str, datatype: str, shape: Sequence[int], values: list[Any]) 
         raise InvalidInput(f"input '{name}': data is not {datatype} of one shape: {error}") from None
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidInput(f"input '{name}': a number is out of the range of {datatype}")
-    _check_count(name, shape, array.shape)
-    return array.tobytes()
+    return array
 
 
-def _strings(name: str, shape: Sequence[int], values: list[Any]) -> bytes:
-    array = np.empty(0, object)
-    try:
-        array = np.array(values, object)
-    except ValueError as error:
-        raise InvalidInput(f"input '{name}': data is not of one shape: {error}") from None
-    _check_count(name, shape, array.shape)
+def _check_shape(name: str, shape: Sequence[int], found: tuple[int, ...], depth: int) -> None:
+    """Refuse data of another shape; numpy makes of ragged lists an array of fewer dimensions."""
+    declared = tuple(shape)[:depth] if depth > 1 else (math.prod(shape),)
+    if found != declared:
+        raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
+
+
+def _packed(array: Any) -> bytes:
     encoded = [element.encode() for element in array.ravel()]
     return b"".join(struct.pack("<I", len(element)) + element for element in encoded)
-
-
-def _check_count(name: str, shape: Sequence[int], found: tuple[int, ...]) -> None:
-    if found == tuple(shape) or (len(found) == 1 and found[0] == math.prod(shape)):
-        return
-    if 0 in shape and math.prod(found) == 0:
-        return
-    raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
 
 
 def _texts(tensor: Tensor) -> list[str]:

@@ -128,21 +128,81 @@ STATES: list[tuple[str, str, ModelState, int | None, int | None]] = [
     ("a swap is done", "load swap", LOADED, 2, None),
     ("a swap failed", "load ask_swap start_swap fail_swap", LOADED, 1, None),
     ("a swap was cancelled", "load ask_swap start_swap cancel_L2", LOADED, 1, None),
-    ("the old version is being ended after a swap", "load swap ask_end_of_old start_end_of_old", LOADED, 2, None),
-    ("the old version is gone after a swap", "load swap ask_end_of_old start_end_of_old end_of_old", LOADED, 2, None),
-    ("the end of the old version failed", "load swap ask_end_of_old start_end_of_old fail_S", LOADED, 2, None),
+    (
+        "the old version is being ended after a swap",
+        "load swap ask_end_of_old start_end_of_old",
+        LOADED,
+        2,
+        None,
+    ),
+    (
+        "the old version is gone after a swap",
+        "load swap ask_end_of_old start_end_of_old end_of_old",
+        LOADED,
+        2,
+        None,
+    ),
+    (
+        "the end of the old version failed",
+        "load swap ask_end_of_old start_end_of_old fail_S",
+        LOADED,
+        2,
+        None,
+    ),
     ("an unload waits for the swap", "load ask_swap start_swap ask_unload_of_swap", LOADED, 1, 2),
-    ("an unload waited for the swap", "load ask_swap start_swap ask_unload_of_swap end_swap start_unload", UNLOADING, 2, None),
-    ("an unload waited for the swap and is done", "load ask_swap start_swap ask_unload_of_swap end_swap start_unload end_unload", UNLOADED, 2, None),
-    ("an unload waited for a swap that failed", "load ask_swap start_swap ask_unload_of_swap fail_swap start_unload end_unload", UNLOADED, 2, None),
+    (
+        "an unload waited for the swap",
+        "load ask_swap start_swap ask_unload_of_swap end_swap start_unload",
+        UNLOADING,
+        2,
+        None,
+    ),
+    (
+        "an unload waited for the swap and is done",
+        "load ask_swap start_swap ask_unload_of_swap end_swap start_unload end_unload",
+        UNLOADED,
+        2,
+        None,
+    ),
+    (
+        "an unload waited for a swap that failed",
+        "load ask_swap start_swap ask_unload_of_swap fail_swap start_unload end_unload",
+        UNLOADED,
+        2,
+        None,
+    ),
     ("force is asked for amid an unload", "load ask_unload start_unload force", UNLOADING, 1, None),
-    ("a forced unload began amid an unload", "load ask_unload start_unload force start_force", UNLOADING, 1, None),
-    ("a pending forced unload was cancelled amid an unload", "load ask_unload start_unload force cancel_F", UNLOADING, 1, None),
-    ("both unloads ended together", "load ask_unload start_unload force end_unload end_force", UNLOADED, 1, None),
+    (
+        "a forced unload began amid an unload",
+        "load ask_unload start_unload force start_force",
+        UNLOADING,
+        1,
+        None,
+    ),
+    (
+        "a pending forced unload was cancelled amid an unload",
+        "load ask_unload start_unload force cancel_F",
+        UNLOADING,
+        1,
+        None,
+    ),
+    (
+        "both unloads ended together",
+        "load ask_unload start_unload force end_unload end_force",
+        UNLOADED,
+        1,
+        None,
+    ),
     ("force amid a load", "ask start force cancel_L end_force", UNLOADED, 1, None),
     ("force amid a swap", "load ask_swap start_swap force cancel_L2 end_force", UNLOADED, 2, None),
     ("a load waits behind an unload", "load ask_unload start_unload ask_again", UNLOADING, 1, None),
-    ("a load behind an unload began", "load ask_unload start_unload ask_again end_unload start_again", LOADING, 1, None),
+    (
+        "a load behind an unload began",
+        "load ask_unload start_unload ask_again end_unload start_again",
+        LOADING,
+        1,
+        None,
+    ),
     ("the worker died", "load die", LOST, 1, None),
     ("the fork server died", "load forkserver_dies", LOST, 1, None),
     ("the worker died and its recovery is under way", "load die ask_back start_back", LOADING, 1, None),
@@ -162,24 +222,46 @@ STATES: list[tuple[str, str, ModelState, int | None, int | None]] = [
     ("the server died while it was loaded", "load restart", LOST, 1, None),
     ("the server died twice", "load restart restart", LOST, 1, None),
     ("the server died while it was unloading", "load ask_unload start_unload restart", LOST, 1, None),
-    ("the unload that the server died in ended", "load ask_unload start_unload restart end_unload", UNLOADED, 1, None),
+    (
+        "the unload that the server died in ended",
+        "load ask_unload start_unload restart end_unload",
+        UNLOADED,
+        1,
+        None,
+    ),
     ("the server died while it was loading", "ask start restart", UNLOADED, 1, None),
-    ("the server died while a failed model was loading", "ask start fail ask_again start_again restart", FAILED, 1, None),
+    (
+        "the server died while a failed model was loading",
+        "ask start fail ask_again start_again restart",
+        FAILED,
+        1,
+        None,
+    ),
     ("the server died in a swap", "load ask_swap start_swap restart", LOST, 1, None),
-    ("the server died in a swap, which went on", "load ask_swap start_swap restart start_swap end_swap", LOADED, 2, None),
-    ("the server died in the end of an old version, which ended", "load swap ask_end_of_old start_end_of_old restart end_of_old", LOST, 2, None),
+    (
+        "the server died in a swap, which went on",
+        "load ask_swap start_swap restart start_swap end_swap",
+        LOADED,
+        2,
+        None,
+    ),
+    (
+        "the server died in the end of an old version, which ended",
+        "load swap ask_end_of_old start_end_of_old restart end_of_old",
+        LOST,
+        2,
+        None,
+    ),
     ("the server died while it was unloaded", "load ask_unload end_unload restart", UNLOADED, 1, None),
     ("the server died while it was failed", "ask fail restart", FAILED, 1, None),
     ("the server died while it was lost", "load die restart", LOST, 1, None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
     ("facts", "state", "version", "next_version"), [row[1:] for row in STATES], ids=[row[0] for row in STATES]
 )
-def test_state_when(
-    facts: str, state: ModelState, version: int | None, next_version: int | None
-) -> None:
+def test_state_when(facts: str, state: ModelState, version: int | None, next_version: int | None) -> None:
     model = told(facts).model()
     assert (model.state, model.version, model.next_version) == (state, version, next_version)
 
@@ -244,9 +326,7 @@ def test_loads_wait_in_the_order_of_their_requests() -> None:
         ("load", None),
     ],
 )
-def test_a_model_says_why_it_failed_until_it_loads_or_is_unloaded(
-    facts: str, error: Failure | None
-) -> None:
+def test_a_model_says_why_it_failed_until_it_loads_or_is_unloaded(facts: str, error: Failure | None) -> None:
     assert told(facts).model().error == error
 
 
@@ -292,7 +372,7 @@ def test_the_end_of_an_old_worker_does_not_touch_the_new_one(end: Told) -> None:
         ("load die ask_back start_back end_back die_again", 2),
         ("load die again", 0),
         ("load die ask_unload end_unload", 0),
-        ([load, lambda h: h.kill_worker("someone")], 0),
+        ("load stranger_dies", 0),
         ("load ask_unload start_unload die", 0),
         ("load restart restore", 0),
         ("load restart ask_restore fail_back", 1),
@@ -338,59 +418,72 @@ def test_what_lost_a_model_and_since_when(facts: str, by: Cause | None, when: in
 # Which model is active.
 
 
-def load_of(model: str, job: str, cause: Cause = Cause.REQUEST) -> Told:
-    return lambda history: history.load(job, of=model, cause=cause)
+VERBS: dict[str, Callable[[History, str, str], object]] = {
+    "load": lambda h, model, job: h.load(job, of=model),
+    "demand": lambda h, model, job: h.load(job, of=model, cause=Cause.DEMAND),
+    "recover": lambda h, model, job: h.load(job, of=model, cause=Cause.RECOVERY),
+    "restore": lambda h, model, job: h.load(job, of=model, cause=Cause.RESTART),
+    "in_place": lambda h, model, job: h.load(job, of=model, cause=Cause.SWAP),
+    "ask": lambda h, model, job: h.ask_load(job, of=model),
+    "start": lambda h, model, job: h.start_load(job, of=model),
+    "ask_unload": lambda h, model, job: h.ask_unload(job, serving(h, model).load_job_id, of=model),
+    "start_unload": lambda h, model, job: h.start_unload(job, of=model),
+    "unload": lambda h, model, job: h.unload(job, serving(h, model).load_job_id, of=model),
+    "die": lambda h, model, _: h.kill_worker(*serving(h, model).worker_ids, of=model),
+}
+BEGIN_JOBS = VERBS.keys() - {"start", "start_unload", "die"}
 
 
-def unload_of(model: str, job: str, ended: str) -> Told:
-    return lambda history: history.unload(job, ended, of=model)
+def serving(history: History, model: str) -> Serving:
+    found = history.model(model).serving
+    assert found is not None
+    return found
 
 
-def unloading_of(model: str, job: str, ended: str) -> Told:
-    def facts(history: History) -> None:
-        history.ask_unload(job, ended, of=model)
-        history.start_unload(job, of=model)
+def told_of_several(words: str, history: History | None = None) -> History:
+    """Tell facts of several models, `verb:model` each; `restart` is of all."""
+    history = history or History()
+    job = ""
+    for number, word in enumerate(words.split()):
+        verb, _, model = word.partition(":")
+        if verb == "restart":
+            history.restart()
+            continue
+        job = f"{verb}{number}" if verb in BEGIN_JOBS else job
+        VERBS[verb](history, model, job)
+    return history
 
-    return facts
 
-
-def died(model: str, job: str) -> Told:
-    return lambda history: history.kill_worker(f"w-{job}", of=model)
-
-
-ACTIVE: list[tuple[str, list[Told], str | None]] = [
-    ("nothing was loaded", [], None),
-    ("one model is only loading", [lambda h: h.ask_load("A", of="a"), lambda h: h.start_load("A", of="a")], None),
-    ("one model is loaded", [load_of("a", "A")], "a"),
-    ("two are loaded", [load_of("a", "A"), load_of("b", "B")], "b"),
-    ("the first was loaded again", [load_of("a", "A"), load_of("b", "B"), load_of("a", "A2")], "a"),
-    ("the second was loaded on demand", [load_of("a", "A"), load_of("b", "B", Cause.DEMAND)], "b"),
-    ("the last is being unloaded", [load_of("a", "A"), load_of("b", "B"), unloading_of("b", "U", "B")], "b"),
-    ("the last was unloaded", [load_of("a", "A"), load_of("b", "B"), unload_of("b", "U", "B")], "a"),
-    ("both were unloaded", [load_of("a", "A"), load_of("b", "B"), unload_of("b", "U", "B"), unload_of("a", "V", "A")], None),
-    ("the last died", [load_of("a", "A"), load_of("b", "B"), died("b", "B")], "a"),
-    ("the last is back", [load_of("a", "A"), load_of("b", "B"), died("b", "B"), load_of("b", "B2", Cause.RECOVERY)], "b"),
-    ("the first died and is back", [load_of("a", "A"), load_of("b", "B"), died("a", "A"), load_of("a", "A2", Cause.RECOVERY)], "b"),
-    ("the server died", [load_of("a", "A"), load_of("b", "B"), restart], None),
+ACTIVE: list[tuple[str, str, str | None]] = [
+    ("nothing was loaded", "", None),
+    ("one model is only loading", "ask:a start:a", None),
+    ("one model is loaded", "load:a", "a"),
+    ("two are loaded", "load:a load:b", "b"),
+    ("the first was loaded again", "load:a load:b load:a", "a"),
+    ("the second was loaded on demand", "load:a demand:b", "b"),
+    ("the last is to be unloaded", "load:a load:b ask_unload:b", "b"),
+    ("the last is being unloaded", "load:a load:b ask_unload:b start_unload:b", "b"),
+    ("the last was unloaded", "load:a load:b unload:b", "a"),
+    ("the first was unloaded", "load:a load:b unload:a", "b"),
+    ("both were unloaded", "load:a load:b unload:b unload:a", None),
+    ("the last died", "load:a load:b die:b", "a"),
+    ("the last is back", "load:a load:b die:b recover:b", "b"),
+    ("the first died and is back", "load:a load:b die:a recover:a", "b"),
+    ("the server died", "load:a load:b restart", None),
+    ("the server restored both, last loaded first", "load:a load:b restart restore:b restore:a", "b"),
+    ("the first was loaded again by a swap in place", "load:a load:b in_place:a", "b"),
     (
-        "the server restored both, last loaded first",
-        [load_of("a", "A"), load_of("b", "B"), restart, load_of("b", "B2", Cause.RESTART), load_of("a", "A2", Cause.RESTART)],
+        "the last was unloaded after all were restored",
+        "load:a load:b load:c restart restore:c restore:b restore:a unload:c",
         "b",
     ),
-    ("the first was loaded again by a swap in place", [load_of("a", "A"), load_of("b", "B"), load_of("a", "A2", Cause.SWAP)], "b"),
-    (
-        "the last was unloaded after the first was restored",
-        [load_of("a", "A"), load_of("b", "B"), load_of("c", "C"), restart, load_of("c", "C2", Cause.RESTART),
-         load_of("b", "B2", Cause.RESTART), load_of("a", "A2", Cause.RESTART), unload_of("c", "U", "C2")],
-        "b",
-    ),
-    ("the first was loaded anew after an unload", [load_of("a", "A"), load_of("b", "B"), unload_of("a", "U", "A"), load_of("a", "A2")], "a"),
-]  # fmt: skip
+    ("the first was loaded anew after its unload", "load:a load:b unload:a load:a", "a"),
+]
 
 
 @pytest.mark.parametrize(("facts", "active"), [row[1:] for row in ACTIVE], ids=[row[0] for row in ACTIVE])
 def test_active_model_when(facts: str, active: str | None) -> None:
-    found = told(facts).state.active()
+    found = told_of_several(facts).state.active()
     assert (found.id if found else None) == active
 
 
@@ -442,16 +535,9 @@ def test_a_request_whose_id_is_not_its_jobs_waits_nowhere() -> None:
 
 
 def test_models_do_not_touch_each_other() -> None:
-    history = told(load_of("a", "A"))
+    history = told_of_several("load:a")
     before = history.model("a")
-    told_of_b = [
-        load_of("b", "B"),
-        died("b", "B"),
-        load_of("b", "B2", Cause.RECOVERY),
-        unload_of("b", "U", "B2"),
-    ]
-    for fact in told_of_b:
-        fact(history)
+    told_of_several("load:b die:b recover:b unload:b", history)
     assert history.model("a") is before
 
 
