@@ -234,7 +234,7 @@ class Log:
             await self._in_thread(lambda: store.write_group(connection, rows, attempt.changes))
         except sqlite3.Error as error:
             _log.exception("the ledger could not be written")
-            self._unsynced = self._unsynced or error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR
+            self._unsynced = self._unsynced or store.kind_of(error) == sqlite3.SQLITE_IOERR
             await self._in_thread(self._drop_connection)
             await self._find(rows[-1])
 
@@ -266,7 +266,7 @@ class Log:
 
         try:
             self._connection, self.head, self.state = await self._in_thread(read)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:  # what is stored may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self._unsynced = False
         self.notify()  # there may be events that nobody was told of, after an error in COMMIT

@@ -35,6 +35,9 @@ INCIDENT_WINDOW_S = 600
 CRASH_LOOP = "crash_loop"
 """The code of a load that is not tried any more, because it kept dying."""
 
+FORK_SERVER_DIED = "fork_server_died"
+"""The code of a load whose worker ended with the fork server, which says nothing against the model."""
+
 _RELOADS = (Cause.RECOVERY, Cause.RESTART)
 _ASKED_FOR = (Cause.REQUEST, Cause.DEMAND)
 
@@ -216,6 +219,8 @@ def _load_failed(model: Model, event: Event, error: Failure, job: Job | None) ->
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
         return model
     if model.phase is ModelState.LOST:
+        if error.code == FORK_SERVER_DIED:
+            return _lost(model, event)
         if job is not None and job.cause in _RELOADS and error.code != CRASH_LOOP:
             return _with_incident(_lost(model, event), event)
         if model.serving is not None and model.serving.version != event.version:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -13,7 +13,7 @@ import aiosqlite
 
 from events.errors import LogUnavailable
 from events.jobs import Job, JobStatus
-from events.schema import read_only_uri
+from events.schema import check_readable, connect_read_only, read_only_uri, refuse_foreign
 from events.store import as_job
 from events.types import Event, from_body
 
@@ -92,11 +92,16 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
     """Open the ledger for reading; closed on exit.
 
     Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, there is none, or it cannot be opened.
     """
     try:
+        with closing(connect_read_only(path)) as first:
+            refuse_foreign(first)
+            check_readable(first)
         connection = await aiosqlite.connect(read_only_uri(path), uri=True, isolation_level=None)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
         raise LogUnavailable(f"the ledger {path.name} cannot be opened: {error}") from error
     try:
         await connection.execute("PRAGMA busy_timeout = 5000")

@@ -6,7 +6,7 @@ from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
-from events.jobs import Job, evolve_job
+from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
 from events.types import Cause, Event, ServerStarted
 
@@ -63,7 +63,7 @@ class State:
 
 def in_queue(job: Job) -> bool:
     """Whether a job has its turn among its model's: the end of a load that was swapped out has none."""
-    return job.cause is not Cause.SWAP
+    return job.kind is JobKind.LOAD or job.cause is not Cause.SWAP
 
 
 @dataclass(frozen=True, slots=True)

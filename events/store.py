@@ -78,6 +78,11 @@ def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Ch
         raise
 
 
+def kind_of(error: sqlite3.Error) -> int:
+    """Return SQLite's primary result code, or 0 for an error that is not SQLite's own."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
 def sync(connection: sqlite3.Connection) -> None:
     """Write all that is in the WAL to the database, synced, and begin the WAL anew.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from events.log import Log
 from events.reader import PAGE, Reader
 from events.types import Event
 
 
-async def tail(log: Log, reader: Reader, after: int, *, page: int = PAGE) -> AsyncIterator[list[Event]]:
+async def tail(
+    log: Log, reader: Reader, after: int, *, page: int = PAGE
+) -> AsyncGenerator[list[Event], None]:
     """Yield events above `after` in order, in lists of at most `page`, for as long as it is iterated.
 
     An empty list says that the tail has caught up and now waits. The subscription begins before the first

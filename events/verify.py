@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from events import store
 from events.canonical import GENESIS, chain
@@ -90,13 +91,13 @@ def verify(path: Path) -> Verification:
             connection.text_factory = bytes
             connection.execute("BEGIN")
             return _verify(connection)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
         raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
 
 
 def _verify(connection: sqlite3.Connection) -> Verification:
     base = connection.execute("SELECT position, hash FROM base").fetchone()
-    if base is None:
+    if base is None or not (isinstance(base[0], int) and isinstance(base[1], bytes)):
         return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing"))
     fold = _Fold(*base)
     finding = None
@@ -107,7 +108,7 @@ def _verify(connection: sqlite3.Connection) -> Verification:
     except _Bad as bad:
         finding = bad.finding
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+        if store.kind_of(error) != sqlite3.SQLITE_CORRUPT:
             raise
         finding = Finding(fold.position + 1, f"the file is damaged: {error}")
     return Verification(fold.position - fold.base, fold.position, fold.hash, finding)
@@ -129,13 +130,25 @@ def _compare(connection: sqlite3.Connection, fold: _Fold) -> None:
     position = connection.execute("SELECT position FROM projected").fetchone()
     if position != (fold.position,):
         raise _Bad(fold.position, f"the stored projections are at position {position and position[0]}")
-    models = {key.encode(): store.as_text(model).encode() for key, model in fold.state.models.items()}
-    jobs = {key.encode(): store.as_text(job).encode() for key, job in fold.jobs.items()}
-    order = "created_position IS json_extract(body, '$.created_position')"
-    for name, sound, expected in (("models", "TRUE", models), ("jobs", order, jobs)):
-        for key, body, is_sound in connection.execute(f"SELECT id, body, {sound} FROM {name}"):  # noqa: S608
-            if expected.pop(key, None) != body or not is_sound:
-                shown = bytes(key).decode(errors="replace")
-                raise _Bad(fold.position, f"the stored {name} differ from the log's at {shown!r}")
-        if expected:
-            raise _Bad(fold.position, f"the stored {name} lack {next(iter(expected)).decode()!r}")
+    models = {key.encode(): (store.as_text(model).encode(), None) for key, model in fold.state.models.items()}
+    jobs = {
+        key.encode(): (store.as_text(job).encode(), job.created_position) for key, job in fold.jobs.items()
+    }
+    _compare_table("models", connection.execute("SELECT id, body, NULL FROM models"), models, fold.position)
+    _compare_table(
+        "jobs", connection.execute("SELECT id, body, created_position FROM jobs"), jobs, fold.position
+    )
+
+
+def _compare_table(
+    name: str,
+    rows: Iterable[tuple[bytes, bytes, int | None]],
+    expected: MutableMapping[bytes, tuple[bytes, Any]],
+    position: int,
+) -> None:
+    for key, *stored in rows:
+        if expected.pop(key, None) != tuple(stored):
+            shown = bytes(key).decode(errors="replace")
+            raise _Bad(position, f"the stored {name} differ from the log's at {shown!r}")
+    if expected:
+        raise _Bad(position, f"the stored {name} lack {next(iter(expected)).decode()!r}")

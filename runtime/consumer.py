@@ -19,6 +19,7 @@ from events.errors import LogUnavailable
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import CRASH_LOOP, Model
+from events.state import State
 from events.types import (
     SYSTEM,
     Cause,
@@ -54,6 +55,8 @@ from runtime.scheduler import (
     StartLoad,
     StartUnload,
     decide,
+    ended_by,
+    is_wanted,
 )
 from runtime.wire import LoadedFile as HashedFile
 from runtime.workers import LoadReport
@@ -103,49 +106,51 @@ class Consumer:
 
     async def run(self) -> None:
         """Work until `stop`; that it ends before is a defect worth dying for."""
-        while not self._stopping:
-            self._wakeup.clear()
-            self._sweep()
-            running = {key: load.view(self._log.state.jobs.get(key)) for key, load in self.live.items()}
-            now = stamp(self._now())
-            self._decision = decide(
-                self._log.state,
-                running,
-                self._policy,
-                now,
-                fork_server_up=self._pool.healthy,
-            )
-            if self._decision.action is None:
-                await self._sleep(self._decision.wake_at, now)
-                continue
-            try:
-                await self._act(self._decision.action)
-            except LogUnavailable:
-                _log.warning("the ledger cannot be written; %s waits", type(self._decision.action).__name__)
-                self._wakeup.clear()
-                await self._sleep(None, now, at_most_s=LOG_RETRY_S)
+        try:
+            while not self._stopping:
+                await self._step()
+        finally:
+            self._log.unsubscribe(self._wakeup)
+            await self._cancel_effects()
 
     async def stop(self) -> None:
-        """End the coroutine and all effects; appends nothing."""
+        """Have `run` end after the action that it is at, and all effects with it; appends nothing more."""
         self._stopping = True
         self._wakeup.set()
-        self._log.unsubscribe(self._wakeup)
-        tasks = [task for load in self.live.values() for task in load.tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     def stage(self, job: Job) -> str | None:
         """Return the live stage of a job: of a load where its worker is, of an unload what it waits for."""
         if job.unload is None:
             load = self.live.get(job.id)
             return load.stage if load is not None and load.report is None else None
-        target = self.live.get(job.unload.load_job_id)
+        target = self.live.get(ended_by(self._log.state, job))
         return None if target is None or not target.draining else target.stage
 
     def waiting_for(self, job: Job) -> str | None:
         """Return what a pending job waits for, as of the last decision."""
         return self._decision.waiting_for.get(job.id)
+
+    async def _step(self) -> None:
+        self._wakeup.clear()
+        state, now = self._log.state, stamp(self._now())
+        self._sweep(state)
+        running = {key: load.view(state.unended_job(key)) for key, load in self.live.items()}
+        self._decision = decide(state, running, self._policy, now, fork_server_up=self._pool.healthy)
+        if self._decision.action is None:
+            await self._sleep(self._decision.wake_at, now)
+            return
+        try:
+            await self._act(self._decision.action)
+        except LogUnavailable:
+            _log.warning("the ledger cannot be written; %s waits", type(self._decision.action).__name__)
+            self._wakeup.clear()
+            await self._sleep(None, now, at_most_s=LOG_RETRY_S)
+
+    async def _cancel_effects(self) -> None:
+        tasks = [task for load in self.live.values() for task in load.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sleep(self, until: str | None, now: str, at_most_s: float | None = None) -> None:
         seconds = at_most_s if until is None else max(0.0, seconds_between(now, until))
@@ -153,9 +158,14 @@ class Consumer:
             async with asyncio.timeout(seconds):
                 await self._wakeup.wait()
 
-    def _sweep(self) -> None:
-        for key in [key for key, load in self.live.items() if load.discarded and load.over]:
-            del self.live[key]
+    def _sweep(self, state: State) -> None:
+        """End what nobody wants any more, and forget what has ended."""
+        for key, load in list(self.live.items()):
+            if not is_wanted(state, key, load.model_id):
+                if not load.killed:
+                    load.kill()
+                if load.over:
+                    del self.live[key]
 
     async def _act(self, action: Action) -> None:
         match action:
@@ -167,7 +177,6 @@ class Consumer:
                 await self._fail_load(job, Failure(code, message) if code is not None else None)
             case CancelLoad(job):
                 await self._record(_draft(job, JobCancelled()))
-                self._discard(job.id)
             case StartUnload(job, load_job_id):
                 await self._start_unload(job, load_job_id)
             case Kill(load_job_id):
@@ -176,7 +185,6 @@ class Consumer:
                 await self._finish_unload(jobs, load_job_id)
             case RecordDeath(load_job_id):
                 await self._record(self._death(self.live[load_job_id]))
-                self._discard(load_job_id)
             case RequestReload(model, cause):
                 await self._request_reload(model, cause)
             case GiveUp(model, message):
@@ -235,7 +243,7 @@ class Consumer:
     async def _fail_load(self, job: Job, reason: Failure | None) -> None:
         load = self.live.get(job.id)
         drafts: list[Draft] = []
-        if load is not None and load.gone and not load.killed:
+        if load is not None and load.died:
             drafts.append(self._death(load))
         if reason is None:
             reason = load.failure if load is not None else None
@@ -243,28 +251,26 @@ class Consumer:
             reason = Failure("worker_died", "the worker died right after it had loaded the model")
         failed = LoadFailed(reason.code, bounded(reason.message, MAX_MESSAGE_BYTES))
         await self._record(*drafts, _draft(job, failed, load.worker_id if load else None))
-        self._discard(job.id)
 
     async def _start_unload(self, job: Job, load_job_id: str) -> None:
         load = self.live.get(load_job_id)
-        is_first = load is not None and not load.draining and not load.gone
         if load is not None:
             load.draining = True  # routing stops before the fact is recorded
             load.stage = "draining"
         await self._record(_draft(job, UnloadStarted(), load.worker_id if load else None))
-        if load is not None and is_first and not job.forced:
+        if load is not None and not job.forced and not load.unloading:
+            load.unloading = True
             load.spawn(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
 
     async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
         load = self.live.get(load_job_id)
         drafts: list[Draft] = []
-        if load is not None and not load.killed:
+        if load is not None and load.died:
             drafts.append(self._death(load))
         freed, drained, aborted = (0, 0, 0) if load is None else _counts(load)
         unloaded = ModelUnloaded(freed, drained, aborted)
         drafts += [_draft(job, unloaded, load.worker_id if load else None) for job in jobs]
         await self._record(*drafts)
-        self._discard(load_job_id)
 
     async def _request_reload(self, model: Model, cause: Cause) -> None:
         serving = model.serving
@@ -298,12 +304,6 @@ class Consumer:
         end = load.worker.ended.result()
         data = WorkerExited(end.exit_code, end.signal, tuple(load.worker.stderr_tail()))
         return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, load.worker_id)
-
-    def _discard(self, load_job_id: str) -> None:
-        load = self.live.get(load_job_id)
-        if load is not None:
-            load.discarded = True
-            load.kill()
 
     async def _record(self, *drafts: Draft) -> None:
         await self._log.submit(Record(drafts))

@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from events.jobs import Failure, Job, LoadParameters
-from runtime.errors import RuntimeProblem, WorkerDied
+from events.models import FORK_SERVER_DIED
+from runtime.errors import Exit, ForkServerUnavailable, RuntimeProblem, WorkerDied
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.scheduler import Phase, Running
@@ -19,10 +20,22 @@ from runtime.workers import LoadOrder, LoadReport, Worker
 
 _log = logging.getLogger(__name__)
 
+START_ATTEMPTS = 3
+"""A fork server that has to be replaced is no reason for a load to fail; one that cannot fork is."""
+START_PAUSE_S = 0.1
+"""Between them: by then it is known that the fork server has ended, and the next one is waited for."""
+
 
 @dataclass(slots=True)
 class LiveLoad:
-    """What runs for one load job. Written by the consumer and the effects below, on the loop only."""
+    """What runs for one load job. Written by the consumer and the effects below, on the loop only.
+
+    Attributes:
+        draining: no more requests are routed to it.
+        unloading: `run_unload` has begun.
+        ending: it ends by itself: it was told to, or it refused to load.
+        killed: it is ended by force.
+    """
 
     job_id: str
     model_id: str
@@ -35,9 +48,10 @@ class LiveLoad:
     failure: Failure | None = None
     stage: str | None = None
     starting_us: int = 0
-    killed: bool = False
     draining: bool = False
-    discarded: bool = False
+    unloading: bool = False
+    ending: bool = False
+    killed: bool = False
     requests_at_drain: int = 0
     aborted_requests: int = 0
     freed_bytes: int = 0
@@ -47,6 +61,11 @@ class LiveLoad:
     def gone(self) -> bool:
         """Whether the process has ended."""
         return self.worker is not None and self.worker.ended.done()
+
+    @property
+    def died(self) -> bool:
+        """Whether the process has ended and nobody had asked."""
+        return self.gone and not self.ending and not self.killed
 
     @property
     def over(self) -> bool:
@@ -69,7 +88,7 @@ class LiveLoad:
             return Phase.LOADING if self.report is None else Phase.LOADED
         if self.gone:
             return Phase.GONE
-        return Phase.DRAINING if self.draining or self.killed else Phase.SERVING
+        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
 
     def spawn(self, effect: asyncio.Task[None]) -> None:
         """Keep an effect until it ends, then wake the consumer."""
@@ -89,8 +108,12 @@ class LiveLoad:
     def kill(self) -> None:
         """End the process now, however it is stuck; counts what that aborts."""
         self.killed = True
-        if self.worker is not None and not self.gone:
-            self.note_end(self.worker, self.report.memory_bytes if self.report is not None else 0)
+        if self.worker is None:  # it waits for one, and the fork server may be stuck
+            for effect in self.tasks:
+                effect.cancel()
+        elif not self.gone:
+            if not self.ending:
+                self.note_end(self.worker, self.report.memory_bytes if self.report is not None else 0)
             self.worker.kill()
 
     def note_end(self, worker: Worker, memory_bytes: int) -> None:
@@ -111,12 +134,10 @@ async def run_load(
     try:
         load.stage = "starting"
         found = await asyncio.to_thread(repository.resolve, load.model_id, load.version)
-        worker = await pool.start(load.worker_id)
+        worker = await _start_worker(load, pool)
         load.starting_us = (time.monotonic_ns() - began) // 1000
         load.worker = worker
         worker.ended.add_done_callback(lambda _: load.wake())
-        if load.killed:
-            worker.kill()
         order = LoadOrder(
             root=repository.root,
             folder=found.folder,
@@ -127,9 +148,19 @@ async def run_load(
     except WorkerDied as death:
         lines = "\n".join(load.worker.stderr_tail()) if load.worker is not None else ""
         said = f"; it said:\n{lines}" if lines else ""
-        load.failure = Failure(death.code, f"the worker was {death.end} while it loaded the model{said}")
+        code = FORK_SERVER_DIED if death.end == Exit(None, None) else death.code
+        load.failure = Failure(code, f"{death} while it loaded the model{said}")
     except RuntimeProblem as problem:
+        load.ending = True
         load.failure = Failure(problem.code, str(problem))
+
+
+async def _start_worker(load: LiveLoad, pool: WorkerPool) -> Worker:
+    for _ in range(START_ATTEMPTS - 1):
+        with suppress(ForkServerUnavailable):
+            return await pool.start(load.worker_id)
+        await asyncio.sleep(START_PAUSE_S)
+    return await pool.start(load.worker_id)
 
 
 async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
@@ -148,5 +179,5 @@ async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
         load.note_end(worker, await worker.measure())
     except WorkerDied:
         return
-    load.killed = True
+    load.ending = True
     await worker.stop()

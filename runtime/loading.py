@@ -19,7 +19,7 @@ from runtime import memory
 from runtime.errors import LoadRefused
 from runtime.onnxfile import check_external_data
 from runtime.repository import MODEL_FILE, FileIdentity, identify, open_identified
-from runtime.wire import BY_ONNX, Load, Loaded, LoadedFile, TensorSpec
+from runtime.wire import BY_ONNX, Load, Loaded, LoadedFile, LoadStage, TensorSpec
 
 HASH_BLOCK_BYTES = 2**20
 SAMPLE_INTERVAL_S = 0.005
@@ -45,7 +45,7 @@ class Model:
     report: Loaded
 
 
-def load(order: Load, on_stage: Callable[[str], None]) -> Model:
+def load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
     """Load the model that the order names.
 
     Raises:
@@ -55,9 +55,11 @@ def load(order: Load, on_stage: Callable[[str], None]) -> Model:
         return _load(order, on_stage)
     except MemoryError as error:
         raise _out_of_memory(order, str(error) or "MemoryError") from None
+    except UnicodeDecodeError:
+        raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
 
 
-def _load(order: Load, on_stage: Callable[[str], None]) -> Model:
+def _load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))
     before = identify(folder, root)
     on_stage("loading")

@@ -69,7 +69,8 @@ class Router:
         try:
             return self.route(model_id, version)
         except ModelNotLoaded:
-            if model_id not in self._log.state.models:
+            model = self._log.state.models.get(model_id)
+            if model is None or model.state in (ModelState.UNLOADED, ModelState.FAILED):
                 await asyncio.to_thread(self._repository.versions, model_id)
             raise
 

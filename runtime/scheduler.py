@@ -26,7 +26,6 @@ MAX_SERVER_DEATHS = 3
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
 
-
 FORK_SERVER_LOOK_S = 0.5
 """How often to look whether the fork server is back, while a load waits for it."""
 
@@ -53,7 +52,7 @@ class Phase(StrEnum):
 class Running:
     """The live side of one load: `LOADED`, `FAILED` and `GONE` wait to be recorded.
 
-    `killed` says that its end was asked for. A `GONE` one was serving or draining before.
+    `killed` says that it was killed already. A `GONE` one was serving or draining before.
     """
 
     load_job_id: str
@@ -179,6 +178,31 @@ def decide(
     return Decision(None, _wake_at(sight), _waiting_for(sight))
 
 
+def ended_by(state: State, unload: Job) -> str:
+    """Return the load that an unload ends now: what serves, if it does, else what the request named."""
+    assert unload.unload is not None
+    model = state.models.get(unload.model_id)
+    if unload.cause is Cause.SWAP or model is None or model.serving is None:
+        return unload.unload.load_job_id
+    return model.serving.load_job_id
+
+
+def is_wanted(state: State, load_job_id: str, model_id: str) -> bool:
+    """Whether anything is recorded, or still to be, of the process behind this load; else it is to end.
+
+    Told by the state alone, so that it holds also when nobody knows whether the last fact was recorded.
+    """
+    model = state.models.get(model_id)
+    has_process = model is not None and model.phase in (ModelState.LOADED, ModelState.UNLOADING)
+    serving = model.serving if model is not None and has_process else None
+    if serving is not None and serving.load_job_id == load_job_id:
+        return True
+    if state.unended_job(load_job_id) is not None:
+        return True
+    swapped_out = (job for job in state.unended(model_id) if job.unload and job.cause is Cause.SWAP)
+    return any(ended_by(state, job) == load_job_id for job in swapped_out)
+
+
 class _Sight:
     """One look at everything, with the queues of the models made once."""
 
@@ -210,14 +234,6 @@ class _Sight:
         run = self.running.get(load_job_id)
         return run is not None and run.phase is not Phase.GONE
 
-    def ends(self, unload: Job) -> str:
-        """Return the load that an unload ends now: what serves, if it does, else what the request named."""
-        assert unload.unload is not None
-        model = self.state.models.get(unload.model_id)
-        if unload.cause is Cause.SWAP or model is None or model.serving is None:
-            return unload.unload.load_job_id
-        return model.serving.load_job_id
-
 
 def _force(sight: _Sight) -> Iterator[Action]:
     """A forced unload cancels the loads before it, kills what serves, and ends the unloads before it."""
@@ -226,7 +242,7 @@ def _force(sight: _Sight) -> Iterator[Action]:
         if not forced:
             continue
         before = queue[: forced[-1] + 1]
-        target = sight.ends(before[-1])
+        target = ended_by(sight.state, before[-1])
         yield from (CancelLoad(job) for job in before if job.kind is JobKind.LOAD)
         yield from (StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
         for run in sight.running.values():
@@ -239,7 +255,7 @@ def _force(sight: _Sight) -> Iterator[Action]:
 def _outcomes(sight: _Sight) -> Iterator[Action]:
     """What a worker reported becomes a fact."""
     for run in sight.running.values():
-        job = sight.state.jobs.get(run.load_job_id)
+        job = sight.state.unended_job(run.load_job_id)
         if run.phase is Phase.LOADED and job is not None:
             yield CompleteLoad(job, _replaced_by(sight, job))
         elif run.phase is Phase.FAILED and job is not None:
@@ -269,7 +285,7 @@ def _unloads(sight: _Sight) -> Iterator[Action]:
         if not sight.is_next(job):
             yield from _cancel_reloads_before(sight, job)
             continue
-        load_job_id = sight.ends(job)
+        load_job_id = ended_by(sight.state, job)
         run = sight.running.get(load_job_id)
         if job.status is JobStatus.PENDING or (run is not None and run.phase is Phase.SERVING):
             yield StartUnload(job, load_job_id)
@@ -294,7 +310,9 @@ def _timeouts(sight: _Sight) -> Iterator[Action]:
     waiting_for = _waiting_for(sight) if late else {}
     for job in late:
         assert job.load is not None
-        reason = waiting_for.get(job.id, "its worker, which had not finished loading")
+        is_pending = job.status is JobStatus.PENDING
+        default = "its turn" if is_pending else "its worker, which had not finished loading"
+        reason = waiting_for.get(job.id, default)
         yield FailLoad(job, "timeout", f"not loaded within {job.load.timeout_s} s; it waited for {reason}")
 
 
@@ -315,7 +333,7 @@ def _reloads(sight: _Sight) -> Iterator[Action]:
         if len(model.incidents) >= MAX_INCIDENTS:
             reason = model.error.message if model.error else "its worker died"
             yield GiveUp(model, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}")
-        elif _reload_at(model) <= sight.now:
+        elif model.lost_by is Cause.RESTART or _reload_at(model) <= sight.now:
             yield RequestReload(model, model.lost_by or Cause.RECOVERY)
 
 
@@ -329,10 +347,8 @@ def _lost(sight: _Sight) -> list[Model]:
 
 
 def _reload_at(model: Model) -> str:
-    """Return when a lost model is requested again: at once after a restart, else after its back-off."""
+    """Return when a model whose worker died is requested again."""
     assert model.lost_at is not None
-    if model.lost_by is Cause.RESTART:
-        return model.lost_at
     doublings = max(0, len(model.incidents) - 1)
     return later(model.lost_at, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 

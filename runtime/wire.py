@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -64,10 +64,11 @@ BY_ONNX = {datatype.onnx: datatype for datatype in DATATYPES.values()}
 
 
 class MalformedFrame(ValueError):
-    """What arrived is no frame of this contract: who sent it is not to be trusted any further."""
+    """This is no frame of the contract; if it arrived, who sent it is not to be trusted any further."""
 
 
 Buffer = bytes | bytearray | memoryview
+LoadStage = Literal["loading", "measuring"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +139,9 @@ class Infer(Message, frozen=True):
 
 
 class Stage(Message, frozen=True):
-    """The load has come to `loading` or `measuring`."""
+    """The load has come to this."""
 
-    stage: str
+    stage: LoadStage
 
 
 class Loaded(Message, frozen=True):
@@ -197,15 +198,31 @@ Frame = tuple[M, tuple[Tensor, ...]]
 
 
 def heads(tensors: Sequence[Tensor]) -> tuple[TensorHead, ...]:
-    """Describe tensors as the message that goes before their data does."""
-    return tuple(TensorHead(t.name, t.datatype, t.shape, len(t.data)) for t in tensors)
+    """Describe tensors as the message that goes before their data does.
+
+    Raises:
+        MalformedFrame: the other side would not take them: no such datatype, or data not of its shape.
+    """
+    described = tuple(TensorHead(t.name, t.datatype, t.shape, len(t.data)) for t in tensors)
+    for head in described:
+        _check_head(head)
+    return described
 
 
 def encode(message: Message, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
-    """Encode a frame, as buffers to be written one after the other; the tensors' data is not copied."""
-    header = _ENCODER.encode(message)
-    prefix = PREFIX.pack(len(header), sum(len(t.data) for t in tensors))
-    return [prefix + header, *(t.data for t in tensors if len(t.data))]
+    """Encode a frame, as buffers to be written one after the other; the tensors' data is not copied.
+
+    Raises:
+        MalformedFrame: it is longer than the other side takes, or holds a lone surrogate.
+    """
+    try:
+        header = _ENCODER.encode(message)
+    except UnicodeEncodeError:
+        raise MalformedFrame("a name that is not Unicode text") from None
+    payload = sum(len(t.data) for t in tensors)
+    if len(header) > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
+        raise MalformedFrame("a frame of more than the allowed length")
+    return [PREFIX.pack(len(header), payload) + header, *(t.data for t in tensors if len(t.data))]
 
 
 def plain_text(text: str, limit: int = MAX_TEXT_BYTES) -> str:

@@ -1,11 +1,7 @@
 """The server's side of a worker: load, infer, measure, stop, kill, and one fact, its end."""
 
 import asyncio
-import contextlib
 import itertools
-import os
-import select
-import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +20,7 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.forkclient import Child
+from runtime.process import Process
 from runtime.stderr import StderrTail
 from runtime.wire import (
     FROM_WORKER,
@@ -36,6 +33,7 @@ from runtime.wire import (
     Loaded,
     LoadedFile,
     LoadFailed,
+    MalformedFrame,
     Outcome,
     Stage,
     Tensor,
@@ -82,7 +80,7 @@ class Worker:
         self.pid = child.pid
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Exit] = self._loop.create_future()
-        self._child = child
+        self._process = Process(child, self._on_gone)
         self._stderr = StderrTail(stderr)
         self._threads = threads
         self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
@@ -95,7 +93,6 @@ class Worker:
         self._loading: _Loading | None = None
         self._stopping = False
         self._last_words: asyncio.TimerHandle | None = None
-        self._loop.add_reader(child.pidfd, self._on_gone)
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
         """Take over this side's ends of the channels; the pool does this once."""
@@ -159,6 +156,8 @@ class Worker:
             number = next(self._ids)
             self._send(Infer(number, heads(inputs), tuple(outputs)), inputs)
             self._asked[number] = answer
+        except MalformedFrame as error:
+            raise InvalidInput(str(error)) from None
         finally:
             self._sending -= 1
             self._note_idle()
@@ -178,7 +177,7 @@ class Worker:
             measured = await asyncio.to_thread(memory.private_bytes, self.pid)
         except ProcessLookupError:
             measured = 0
-        if self._is_gone():  # or the process that was measured may have been another with its number
+        if self._process.gone():  # or the process that was measured may have been another with its number
             raise WorkerDied(await asyncio.shield(self.ended))
         return measured
 
@@ -193,9 +192,7 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the worker at once; it may be stopped, or gone already."""
-        if not self.ended.done():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
+        self._process.kill()
 
     def stderr_tail(self) -> list[str]:
         """Give the last lines that the worker wrote: at most 64, 16 KiB."""
@@ -214,7 +211,7 @@ class Worker:
         message, tensors = frame
         match message:
             case Stage(stage) if self._loading is not None:
-                self._loading.on_stage(plain_text(stage))
+                self._loading.on_stage(stage)
             case Loaded() | LoadFailed() if self._loading is not None:
                 self._loading.settle(message)
                 self._loading = None
@@ -238,45 +235,34 @@ class Worker:
             self.kill()
         self._finish_when_told()
 
-    def _is_gone(self) -> bool:
-        if self.ended.done():
-            return True
-        poll = select.poll()
-        poll.register(self._child.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
-
     def _on_gone(self) -> None:
         """The process is gone. How, the fork server says; what it said last is still on its way."""
-        self._loop.remove_reader(self._child.pidfd)
         self._last_words = self._loop.call_later(LAST_WORDS_S, self._finish)
-        self._child.end.add_done_callback(lambda _: self._finish_when_told())
+        self._process.when_told(self._finish_when_told)
         self._finish_when_told()
 
     def _finish_when_told(self) -> None:
-        if self._last_words is not None and self._child.end.done() and self._data.lost and self._control.lost:
+        if self._last_words is not None and self._process.told and self._data.lost and self._control.lost:
             self._finish()
 
     def _finish(self) -> None:
         if self.ended.done() or self._last_words is None:
             return
         self._last_words.cancel()
-        end = self._child.end.result() if self._child.end.done() else Exit(None, None)
-        if end == Exit(None, None):
-            end = _reap(self._child.pidfd)
-        os.close(self._child.pidfd)
+        end = self._process.close()
         self._data.abort()
         self._control.abort()
         self._stderr.close()
         self.ended.set_result(end)
-        self._fail(WorkerDied(end))
+        self._fail(end)
 
-    def _fail(self, problem: WorkerDied) -> None:
+    def _fail(self, end: Exit) -> None:
         waiting: list[asyncio.Future[Any]] = [*self._asked.values()]
         if self._loading is not None:
             waiting.append(self._loading.answer)
         for answer in waiting:
             if not answer.done():
-                answer.set_exception(problem)
+                answer.set_exception(WorkerDied(end))
         self._asked.clear()
         self._note_idle()
 
@@ -295,19 +281,3 @@ class _Loading:
             self.answer.set_result(message)
         else:
             self.answer.set_exception(LoadRefused(message.code, plain_text(message.message)))
-
-
-def _reap(pidfd: int) -> Exit:
-    """Learn how an orphan ended.
-
-    When the fork server dies first, its children become those of the next reaper above it. In a container
-    that may be this very process, and then nobody else removes them.
-    """
-    try:
-        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except OSError:
-        return Exit(None, None)
-    if info is None:
-        return Exit(None, None)
-    exited = info.si_code == os.CLD_EXITED
-    return Exit(info.si_status, None) if exited else Exit(None, info.si_status)

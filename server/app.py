@@ -46,7 +46,7 @@ LEDGER = "ledger.db"
 
 def all_routes() -> list[Route]:
     """Return every route of the server."""
-    return [*health_routes(), *management_routes(), *inference_routes(), *docs_routes()]
+    return [*management_routes(), *inference_routes(), *health_routes(), *docs_routes()]
 
 
 def create_app(config: Config) -> web.Application:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
-from marshmallow import Schema, fields
+from marshmallow import INCLUDE, Schema, fields
 
 from server.errors import ERRORS, media_type_of
 from server.routes import Access, LimitClass, Route
@@ -47,6 +47,11 @@ _LOCATIONS = {
 
 class ProblemSchema(Schema):
     """The one body of all errors (RFC 9457)."""
+
+    class Meta:
+        """Other members may be there too, and clients ignore those that they do not know (section 3.2)."""
+
+        unknown = INCLUDE
 
     type = fields.String(required=True, metadata={"format": "uri", "description": "Identifies the problem."})
     title = fields.String(required=True, metadata={"description": "What the code means; always the same."})

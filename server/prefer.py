@@ -7,7 +7,8 @@ import re
 MAX_WAIT_S = 60
 """Longer than this, proxies and clients give up by themselves (DESIGN.md, "HTTP")."""
 
-_WAIT = re.compile(r"wait\s*=\s*\"?(\d{1,9})\"?\s*(?:;.*)?", re.ASCII | re.IGNORECASE)
+_PREFERENCE = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')  # a comma in a quoted string separates nothing
+_WAIT = re.compile(r'wait\s*=\s*(?:"(\d+)"|(\d+))\s*(?:;.*)?', re.ASCII | re.IGNORECASE)
 
 
 def wait_s(fields: list[str]) -> int:
@@ -16,8 +17,9 @@ def wait_s(fields: list[str]) -> int:
     Args:
         fields: the values of all `Prefer` header fields, in order.
     """
-    for preference in ",".join(fields).split(","):
+    for preference in _PREFERENCE.findall(",".join(fields)):
         match = _WAIT.fullmatch(preference.strip())
         if match is not None:
-            return min(MAX_WAIT_S, int(match[1]))
+            digits = (match[1] or match[2]).lstrip("0")
+            return min(MAX_WAIT_S, int(digits[:3] or 0))  # of 3 digits or more any is past the limit
     return 0

@@ -21,7 +21,15 @@ from support.events import (
 )
 
 from events.jobs import Failure, JobKind, LoadParameters
-from events.models import CRASH_LOOP, INCIDENT_WINDOW_S, Model, ModelState, PendingLoad, Serving
+from events.models import (
+    CRASH_LOOP,
+    FORK_SERVER_DIED,
+    INCIDENT_WINDOW_S,
+    Model,
+    ModelState,
+    PendingLoad,
+    Serving,
+)
 from events.types import (
     AccessDenied,
     CancelRequested,
@@ -79,6 +87,7 @@ STEPS: dict[str, Told] = {
     "start_back": lambda h: h.start_load("R"),
     "end_back": lambda h: h.end_load("R"),
     "fail_back": lambda h: h.fail_load("R"),
+    "forkserver_fails_back": lambda h: h.fail_load("R", FORK_SERVER_DIED),
     "loop_back": lambda h: h.fail_load("R", CRASH_LOOP),
     "again": lambda h: h.load("L3"),
     "ask_again": lambda h: h.ask_load("L3"),
@@ -208,6 +217,13 @@ STATES: list[tuple[str, str, ModelState, int | None, int | None]] = [
     ("the worker died and its recovery is under way", "load die ask_back start_back", LOADING, 1, None),
     ("the worker died and is back", "load die ask_back start_back end_back", LOADED, 1, None),
     ("a recovery failed once", "load die ask_back start_back fail_back", LOST, 1, None),
+    (
+        "a recovery ended with the fork server",
+        "load die ask_back start_back forkserver_fails_back",
+        LOST,
+        1,
+        None,
+    ),
     ("a recovery was cancelled", "load die ask_back start_back cancel_R", LOST, 1, None),
     ("recoveries kept failing", "load die ask_back loop_back", FAILED, 1, None),
     ("another version of a lost model failed", "load die ask_swap start_swap fail_swap", LOST, 1, None),
@@ -350,11 +366,11 @@ def test_unloads_that_a_model_takes_as_its_own(facts: str, own: tuple[str, ...])
     assert told(facts).model().unloads == own
 
 
-@pytest.mark.parametrize("end", "start_end_of_old end_of_old fail_S cancel_S")
-def test_the_end_of_an_old_worker_does_not_touch_the_new_one(end: Told) -> None:
+@pytest.mark.parametrize("end", ["start_end_of_old", "end_of_old", "fail_S", "cancel_S"])
+def test_the_end_of_an_old_worker_does_not_touch_the_new_one(end: str) -> None:
     history = told("load swap ask_end_of_old")
     before = history.model()
-    end(history)
+    STEPS[end](history)
     assert history.model() == before
 
 
@@ -368,6 +384,7 @@ def test_the_end_of_an_old_worker_does_not_touch_the_new_one(end: Told) -> None:
         ("load forkserver_dies", 0),
         ("load restart", 0),
         ("load die ask_back start_back fail_back", 2),
+        ("load die ask_back start_back forkserver_fails_back", 1),
         ("load die ask_back start_back end_back", 1),
         ("load die ask_back start_back end_back die_again", 2),
         ("load die again", 0),

@@ -20,6 +20,7 @@ from support.workers import (
     computing,
     descriptors,
     floats,
+    freeze,
     load,
     loaded,
     running_pool,
@@ -51,6 +52,23 @@ async def main(root):
         await running
 
 asyncio.run(main(Path(sys.argv[1])))
+"""
+
+REAPER = """
+import asyncio, ctypes, os
+from support.workers import running_pool, threads, until
+
+PR_SET_CHILD_SUBREAPER = 36  # what process 1 of a container is by nature: orphans become its children
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+async def main():
+    async with running_pool() as pool:
+        worker = await pool.start("w")
+        await until(lambda: threads(worker.pid) == 2)
+        pool._fork_server.kill()
+        print(await asyncio.shield(worker.ended), os.path.exists(f"/proc/{worker.pid}"))
+
+asyncio.run(main())
 """
 
 
@@ -168,15 +186,25 @@ def test_kill_9_of_the_server_leaves_no_process_that_was_stopped(tmp_path: Path,
 
 def _parent(root: Path) -> "subprocess.Popen[bytes]":
     models.save(models.counting_loop(), root, "loop")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(root)], stdout=subprocess.PIPE, env=environment, cwd=root
+        [sys.executable, "-c", PARENT, str(root)], stdout=subprocess.PIPE, env=_with_support(), cwd=root
     )
+
+
+def _with_support() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def _pids(parent: "subprocess.Popen[bytes]") -> list[int]:
     assert parent.stdout is not None
     return [int(word) for word in parent.stdout.readline().split()]
+
+
+def test_orphans_are_reaped_where_nobody_else_does() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REAPER], env=_with_support(), check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "killed by signal 9 False\n"
 
 
 def test_fork_server_whose_parent_is_another_ends_at_once() -> None:
@@ -263,7 +291,7 @@ async def test_stopped_fork_server_is_killed_and_replaced(monkeypatch: pytest.Mo
     async with running_pool() as pool:
         before = await pool.start("before")
         first = fork_server_of(pool)
-        os.kill(first.pid, signal.SIGSTOP)
+        await freeze(first.pid)
         with pytest.raises(ForkServerUnavailable, match="did not answer"):
             await pool.start("w")
         assert await asyncio.shield(before.ended) == Exit(None, None)
@@ -276,14 +304,14 @@ async def test_stopped_fork_server_is_killed_and_replaced(monkeypatch: pytest.Mo
 async def test_death_is_noticed_while_the_fork_server_is_stopped() -> None:
     async with running_pool() as pool:
         worker = await pool.start("w")
-        os.kill(fork_server_of(pool).pid, signal.SIGSTOP)
+        await freeze(fork_server_of(pool).pid)
         worker.kill()
         assert await asyncio.shield(worker.ended) == Exit(None, None)
 
 
 async def test_fork_server_that_dies_while_it_is_asked_says_so() -> None:
     async with running_pool() as pool:
-        os.kill(fork_server_of(pool).pid, signal.SIGSTOP)
+        await freeze(fork_server_of(pool).pid)
         starting = asyncio.ensure_future(pool.start("w"))
         await asyncio.sleep(0)
         fork_server_of(pool).kill()
@@ -294,7 +322,7 @@ async def test_fork_server_that_dies_while_it_is_asked_says_so() -> None:
 async def test_cancelled_start_leaves_no_process() -> None:
     async with running_pool() as pool:
         fork_server = fork_server_of(pool)
-        os.kill(fork_server.pid, signal.SIGSTOP)
+        await freeze(fork_server.pid)
         starting = asyncio.ensure_future(pool.start("w"))
         await asyncio.sleep(0)
         starting.cancel()

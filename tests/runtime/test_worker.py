@@ -17,6 +17,7 @@ from support.workers import (
     array,
     computing,
     floats,
+    freeze,
     load,
     loaded,
     running_pool,
@@ -103,6 +104,11 @@ async def test_external_data_is_loaded_and_hashed(pool: WorkerPool, tmp_path: Pa
         (models.TEXT, "Protobuf parsing failed"),
         (models.CORRUPT, "Protobuf parsing failed"),
         (models.unknown_operator().SerializeToString(), "Frobnicate"),
+        (
+            models.identity().SerializeToString() + b"\xa3\x06\xa4\x06",
+            "is not an ONNX file",
+        ),  # a group: unread
+        (models.identity().SerializeToString().replace(b"\x01x", b"\x01\xff"), "not UTF-8"),
     ],
 )
 async def test_model_that_is_none_is_refused_in_the_runtimes_words(
@@ -227,7 +233,7 @@ async def test_one_workers_death_is_nothing_to_another(pool: WorkerPool, tmp_pat
 async def test_stopped_worker_is_killed_after_its_grace(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     worker = await loaded(pool, tmp_path, "m")
-    os.kill(worker.pid, signal.SIGSTOP)
+    await freeze(worker.pid)
     assert await worker.stop(0.05) == Exit(None, signal.SIGKILL)
 
 
@@ -278,7 +284,7 @@ async def test_many_inferences_in_flight_are_each_answered(pool: WorkerPool, tmp
 async def test_large_tensors_pass_while_the_worker_does_not_read(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.identity(), tmp_path, "m")
     worker = await loaded(pool, tmp_path, "m")
-    os.kill(worker.pid, signal.SIGSTOP)
+    await freeze(worker.pid)
     block = np.arange(1_000_000, dtype=np.float32)
     running = [asyncio.ensure_future(worker.infer([tensor("x", "FP32", block)])) for _ in range(20)]
     await asyncio.sleep(0)
@@ -324,6 +330,13 @@ async def test_strings_come_back_as_they_went(pool: WorkerPool, tmp_path: Path) 
         ([tensor("x", "FP64", np.zeros(1))], "is FP32, not FP64"),
         ([tensor("x", "FP32", np.zeros((1, 1), np.float32))], "rank"),
         ([Tensor("x", "FP32", (0, 2**62, 2**62), b"")], "elements"),
+        ([Tensor("x", "FP32", (2,), b"1234")], "not of its shape"),
+        ([Tensor("x", "FP31", (1,), b"1234")], "no such datatype"),
+        ([Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
+        (
+            [Tensor("x", "UINT8", (wire.MAX_PAYLOAD_BYTES + 1,), bytes(wire.MAX_PAYLOAD_BYTES + 1))],
+            "allowed length",
+        ),
     ],
 )
 async def test_input_that_does_not_fit_is_refused_and_the_worker_lives(

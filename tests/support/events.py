@@ -5,6 +5,7 @@ the moment it exists.
 """
 
 import enum
+import sys
 import types
 import typing
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+import events.log
 from events.accept import Command, Record
 from events.clock import stamp
 from events.jobs import Job
@@ -223,6 +225,13 @@ async def write(log: Log, number: int, *, first: int = 1) -> list[Receipt]:
     return [await log.submit(command) for command in facts(number, first=first)]
 
 
+def child(script: str, *arguments: object, first: Path | None = None) -> list[str]:
+    """Return the command line of a Python that runs `script` with these packages, and `first` before."""
+    own = [Path(events.log.__file__).parents[1], Path(__file__).parents[1]]
+    search = [str(each) for each in ([first, *own] if first is not None else own)]
+    return [sys.executable, "-c", f"import sys; sys.path[:0] = {search!r}\n{script}", *map(str, arguments)]
+
+
 INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 5)
 TEXTS = st.text(max_size=20)
 
@@ -251,7 +260,10 @@ def instances(kind: type[T]) -> st.SearchStrategy[T]:
     """Return a strategy for instances of a data class, all fields given."""
     hints = typing.get_type_hints(kind)
     assert is_dataclass(kind)
-    return st.builds(kind, **{each.name: values(hints[each.name]) for each in fields(kind)})
+    known = {"down_since": st.none() | st.integers(-1_000, 1_000).map(at)}  # a stamp by contract
+    return st.builds(
+        kind, **{each.name: known.get(each.name, values(hints[each.name])) for each in fields(kind)}
+    )
 
 
 def any_data() -> st.SearchStrategy[Data]:
@@ -277,7 +289,7 @@ def drafts(draw: st.DrawFn) -> Draft:
     return Draft(
         event_id,
         data,
-        draw(st.sampled_from([SYSTEM, "alice", "\x00é\U0001f600"])),
+        draw(st.sampled_from([SYSTEM, "alice", "é\U0001f600"])),
         job_id,
         draw(st.one_of(MODELS, MODELS, MODELS, st.none())),
         draw(st.integers(1, 2) | st.none()),

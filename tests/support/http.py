@@ -1,29 +1,26 @@
-"""The real application as its clients see it: every answer is held to the generated OpenAPI document."""
+"""The server as its clients see it: every answer is held to the OpenAPI document that the code generates."""
 
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient
 from multidict import CIMultiDictProxy
 from openapi_schema_validator import OAS30Validator
 from yarl import URL
 
-from events.types import Event
-from runtime.consumer import Consumer
+from events.types import Data, Event
 from runtime.workers import Worker
-from server.app import all_routes, create_app
-from server.appkeys import CONSUMER, LOG, READER, STOPPING
+from server.app import all_routes
+from server.appkeys import CONSUMER, LOG, READER
 from server.config import Config
-from server.keys import ensure_data_dir, issue_token
+from server.keys import issue_token
 from server.openapi import openapi_document
 
 LIMIT_S = 30.0
@@ -38,10 +35,12 @@ ANYWHERE = {
     (429, "rate_limited"),
     (429, "too_many_failures"),
 }
-"""What a request to a path or a method that no route has can be answered with."""
+"""What a request to a path, or with a method, that no route has may be answered with."""
 
 Client = TestClient[web.Request, web.Application]
 Json = Any
+T = TypeVar("T")
+E = TypeVar("E", bound=Data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +68,19 @@ class Answer:
 
 
 class Api:
-    """A client with tokens, for a server wherever it runs.
+    """A client with tokens, of a server in this process or in another.
 
     Args:
-        session: sends requests; relative paths go to its server.
-        config: what the server was configured with; its keys sign the tokens.
+        session: what sends the requests.
+        url: the server's, without a path.
+        config: what the server runs with; its keys sign the tokens.
     """
 
-    def __init__(self, session: Client | aiohttp.ClientSession, config: Config) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, config: Config) -> None:
         self._session = session
-        self.config = config
+        self._url = url.rstrip("/")
         self._tokens: dict[tuple[str, tuple[str, ...]], str] = {}
+        self.config = config
 
     def token(self, *roles: str, subject: str = "alice") -> str:
         """Return a token, really signed; the same one for the same person."""
@@ -96,86 +97,201 @@ class Api:
         *,
         roles: tuple[str, ...] = ("admin",),
         subject: str = "alice",
+        wait: int | None = None,
         headers: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Answer:
-        """Send a request, the path exactly as it stands here, and check the answer against the document."""
+        """Send a request, its path exactly as it stands here, and check the answer.
+
+        Args:
+            method: as on the wire.
+            path: with the query, percent-encoded already.
+            roles: of the token; none means no token.
+            subject: of the token.
+            wait: for `Prefer: wait=N`.
+            headers: beside these.
+            options: for aiohttp's client: `json`, `data`.
+        """
         sent = dict(headers or {})
         if roles:
             sent["Authorization"] = f"Bearer {self.token(*roles, subject=subject)}"
-        async with asyncio.timeout(LIMIT_S + 60):
-            url = URL(path, encoded=True)
+        if wait is not None:
+            sent["Prefer"] = f"wait={wait}"
+        async with asyncio.timeout(LIMIT_S + (wait or 0)):
+            url = URL(f"{self._url}{path}", encoded=True)
             async with self._session.request(method, url, headers=sent, **options) as response:
                 answer = Answer(response.status, response.headers, await response.read())
         check_answer(method, path, answer)
         return answer
 
     async def get(self, path: str, **options: Any) -> Answer:
-        """Send a GET."""
+        """Send a GET, see `send`."""
         return await self.send("GET", path, **options)
 
-    async def post(self, path: str, *, wait: int | None = None, **options: Any) -> Answer:
-        """Send a POST, with `Prefer: wait` where it is given."""
-        if wait is not None:
-            options["headers"] = {"Prefer": f"wait={wait}", **options.get("headers", {})}
+    async def post(self, path: str, **options: Any) -> Answer:
+        """Send a POST, see `send`."""
         return await self.send("POST", path, **options)
 
-    async def load(self, model_id: str, version: int | None = None, **body: Any) -> Json:
+    async def load(self, model_id: str, **body: Any) -> Json:
         """Load a model and return the job, which must have completed."""
-        body |= {"version": version} if version is not None else {}
-        answer = await self.post(f"/api/v1/models/{model_id}/load", wait=60, json=body)
-        job = answer.json
-        assert (answer.status, job["status"]) == (200, "completed"), job
-        return job
+        return await self._ended("completed", f"/api/v1/models/{model_id}/load", json=body)
 
     async def failed_load(self, model_id: str, **body: Any) -> Json:
-        """Load a model and return the job's error; it must have failed."""
-        answer = await self.post(f"/api/v1/models/{model_id}/load", wait=60, json=body)
-        job = answer.json
-        assert (answer.status, job["status"]) == (200, "failed"), job
-        return job["error"]
+        """Load a model and return the job, which must have failed."""
+        return await self._ended("failed", f"/api/v1/models/{model_id}/load", json=body)
+
+    async def accepted_load(self, model_id: str, **body: Any) -> Json:
+        """Ask for a load and return the job at once."""
+        answer = await self.post(f"/api/v1/models/{model_id}/load", json=body)
+        assert answer.status == 202, answer.body
+        return answer.json
 
     async def unload(self, model_id: str, *, force: bool = False) -> Json:
         """Unload a model and return the job, which must have completed."""
-        answer = await self.post(f"/api/v1/models/{model_id}/unload?force={str(force).lower()}", wait=60)
-        job = answer.json
-        assert (answer.status, job["status"]) == (200, "completed"), job
-        return job
+        query = "?force=true" if force else ""
+        return await self._ended("completed", f"/api/v1/models/{model_id}/unload{query}")
 
-    async def infer(
-        self, model_id: str, inputs: Json, *, version: int | None = None, **request: Any
-    ) -> Answer:
+    async def infer(self, model_id: str, *inputs: Json, version: int | None = None, **request: Any) -> Answer:
         """Ask a model, as someone who may do that and nothing else."""
-        where = f"/v2/models/{model_id}" + (f"/versions/{version}" if version is not None else "")
+        at = "" if version is None else f"/versions/{version}"
         body = {"inputs": inputs, **request}
-        return await self.post(f"{where}/infer", roles=("predict",), subject="pia", json=body)
+        path = f"/v2/models/{model_id}{at}/infer"
+        return await self.post(path, roles=("predict",), subject="pia", json=body)
 
     async def model(self, model_id: str) -> Json:
-        """Return a model; it must be there."""
-        answer = await self.get(f"/api/v1/models/{model_id}")
-        assert answer.status == 200, answer.body
-        return answer.json
+        """Return a model, which must be there."""
+        return await self._found(f"/api/v1/models/{model_id}")
 
     async def job(self, job_id: str) -> Json:
-        """Return a job; it must be there."""
-        answer = await self.get(f"/api/v1/jobs/{job_id}")
-        assert answer.status == 200, answer.body
-        return answer.json
+        """Return a job, which must be there."""
+        return await self._found(f"/api/v1/jobs/{job_id}")
 
     async def jobs(self, query: str = "") -> list[Json]:
         """Return a page of jobs, newest first."""
-        answer = await self.get(f"/api/v1/jobs{query}")
-        assert answer.status == 200, answer.body
-        jobs: list[Json] = answer.json["jobs"]
+        jobs: list[Json] = (await self._found(f"/api/v1/jobs{query}"))["jobs"]
         return jobs
 
-    async def job_when(self, job_id: str, **wanted: str) -> Json:
-        """Wait until members of a job have these values."""
-        return await self._when(self.job(job_id).__class__, f"/api/v1/jobs/{job_id}", wanted)
+    async def model_when(self, model_id: str, **wanted: object) -> Json:
+        """Wait until these members of a model have these values."""
+        return await when(lambda: self.model(model_id), lambda seen: _has(seen, wanted))
 
-    async def model_when(self, model_id: str, **wanted: str) -> Json:
-        """Wait until members of a model have these values."""
-        return await self._when(None, f"/api/v1/models/{model_id}", wanted)
+    async def job_when(self, job_id: str, **wanted: object) -> Json:
+        """Wait until these members of a job have these values."""
+        return await when(lambda: self.job(job_id), lambda seen: _has(seen, wanted))
 
-    async def _when(self, _: object, path: str, wanted: Mapping[str, str]) -> Json:
-        raise NotImplementedError
+    async def ended(self, job_id: str) -> Json:
+        """Wait for the end of a job, whatever it is."""
+        return await when(lambda: self.job(job_id), lambda seen: seen["finished_at"] is not None)
+
+    async def _ended(self, status: str, path: str, **options: Any) -> Json:
+        answer = await self.post(path, wait=60, **options)
+        assert answer.status == 200, answer.body
+        assert answer.json["status"] == status, answer.json
+        return answer.json
+
+    async def _found(self, path: str) -> Json:
+        answer = await self.get(path)
+        assert answer.status == 200, answer.body
+        return answer.json
+
+
+class LocalApi(Api):
+    """A client of a server in this process: it can also look at what the server keeps."""
+
+    def __init__(self, client: Client, config: Config) -> None:
+        super().__init__(client.session, str(client.make_url("/")), config)
+        self.client = client
+        self.app = client.app
+
+    @property
+    def position(self) -> int:
+        """The position of the log's head."""
+        return self.app[LOG].head.position
+
+    async def events(self, model_id: str | None = None) -> list[Event]:
+        """Return the events, of one model or all."""
+        events = await self.app[READER].events(0)
+        return [event for event in events if model_id in (None, event.model_id)]
+
+    async def types(self, model_id: str) -> list[str]:
+        """Return the types of a model's events, in order."""
+        return [event.type for event in await self.events(model_id)]
+
+    async def data_of(self, kind: type[E]) -> list[E]:
+        """Return the data of all events of a type, in order."""
+        return [event.data for event in await self.events() if isinstance(event.data, kind)]
+
+    def worker(self, model_id: str) -> Worker:
+        """Return a model's newest worker."""
+        workers = [
+            load.worker
+            for load in self.app[CONSUMER].live.values()
+            if load.model_id == model_id and load.worker is not None
+        ]
+        return workers[-1]
+
+
+async def when(probe: Callable[[], Awaitable[T]], holds: Callable[[T], bool]) -> T:
+    """Ask until what is seen is what is waited for, and return it."""
+    seen = await probe()
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while not holds(seen):
+                await asyncio.sleep(0.01)
+                seen = await probe()
+    except TimeoutError:
+        raise AssertionError(f"not within {LIMIT_S:g} s; at last it was {seen}") from None
+    return seen
+
+
+def _has(seen: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
+    return all(seen[name] == value for name, value in wanted.items())
+
+
+def check_answer(method: str, path: str, answer: Answer) -> None:
+    """Assert that the document has this status, content type, error code and body for the route."""
+    told = f"{method} {path[:80]} -> {answer.status} {answer.media_type} {answer.body[:1000]!r}"
+    operation = _operation("GET" if method == "HEAD" else method, path.partition("?")[0])
+    if operation is None:
+        assert answer.media_type in {"application/problem+json", "application/json"}, told
+        assert method == "HEAD" or answer.refusal in ANYWHERE, told
+        return
+    assert str(answer.status) in operation["responses"], told
+    documented = operation["responses"][str(answer.status)].get("content")
+    if documented is None:  # an answer that is a file
+        assert answer.status == 200, told
+        return
+    assert answer.media_type in documented, told
+    if method == "HEAD":
+        assert not answer.body, told
+    elif answer.media_type.endswith("json"):
+        schema = documented[answer.media_type]["schema"]
+        mistakes = [mistake.message for mistake in _validator(json.dumps(schema)).iter_errors(answer.json)]
+        assert not mistakes, f"{told}: {mistakes}"
+
+
+def _operation(method: str, path: str) -> Json | None:
+    """Return what the document says of a request, if it has such a route; fixed paths go first."""
+    found = [
+        operations[method.lower()]
+        for pattern, operations in _paths()
+        if method.lower() in operations and re.fullmatch(pattern, path)
+    ]
+    return found[0] if found else None
+
+
+@cache
+def _document() -> dict[str, Any]:
+    return openapi_document(all_routes())
+
+
+@cache
+def _paths() -> list[tuple[str, Json]]:
+    patterns = {re.sub(r"\{\w+\}", "[^/]+", path): item for path, item in _document()["paths"].items()}
+    return sorted(patterns.items(), key=lambda entry: "[^/]+" in entry[0])
+
+
+@cache
+def _validator(schema: str) -> OAS30Validator:
+    # The document's own components, so that its references lead somewhere.
+    return OAS30Validator({"allOf": [json.loads(schema)], "components": _document()["components"]})

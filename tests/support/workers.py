@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -51,6 +52,12 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(LIMIT_S):
         while not condition():  # noqa: ASYNC110 - there is no event for what happens in /proc
             await asyncio.sleep(0.002)
+
+
+async def freeze(pid: int) -> None:
+    """Stop a process, and wait until it has stopped: the signal alone only begins it."""
+    os.kill(pid, signal.SIGSTOP)
+    await until(lambda: all(_fields(task)[0] == "T" for task in Path(f"/proc/{pid}/task").iterdir()))
 
 
 def computing(pid: int) -> Callable[[], bool]:
@@ -109,5 +116,10 @@ def _readable(pidfd: int) -> bool:
 
 
 def _ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = _fields(Path(f"/proc/{pid}"))
     return int(fields[11]) + int(fields[12])  # utime and stime, proc_pid_stat(5)
+
+
+def _fields(process: Path) -> list[str]:
+    """Read the fields of a process or thread from the third, its state, on."""
+    return (process / "stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,41 @@
+"""The real application over a new repository and a new ledger, behind pytest-aiohttp's client."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_aiohttp import AiohttpClient
+from support.http import LocalApi
+
+from server.app import create_app
+from server.config import Config
+from server.keys import ensure_data_dir
+
+Start = Callable[..., Awaitable[LocalApi]]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A model repository, still empty."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def start(aiohttp_client: AiohttpClient, repository: Path, tmp_path: Path) -> Start:
+    """Start the application with these settings; it is stopped after the test."""
+
+    async def started(**settings: Any) -> LocalApi:
+        config = Config(repository=repository, data=tmp_path / "data", **settings)
+        ensure_data_dir(config.data)
+        return LocalApi(await aiohttp_client(create_app(config)), config)
+
+    return started
+
+
+@pytest.fixture
+async def api(start: Start) -> LocalApi:
+    """The application with default settings."""
+    return await start()

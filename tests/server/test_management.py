@@ -1,0 +1,967 @@
+"""Loading and unloading real models over HTTP, and what the answers, the jobs and the ledger say of it."""
+
+import asyncio
+import io
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support import models
+from support.http import LIMIT_S, Json, LocalApi, when
+from support.models import CORRUPT, TEXT, save, save_bytes
+from support.workers import computing, until
+
+from events.types import LoadRequested, UnloadRequested, WorkerExited
+
+Start = Callable[..., Awaitable[LocalApi]]
+
+JOB = {
+    "id", "kind", "model_id", "version", "status", "stage", "waiting_for", "created_at", "started_at",
+    "finished_at", "requested_by", "cause", "attempt", "position", "parameters", "error",
+}  # fmt: skip
+MODEL = {
+    "id", "versions", "state", "version", "next_version", "active", "loaded_at", "loaded_by", "job_id",
+    "position", "files", "memory_bytes", "error",
+}  # fmt: skip
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+MIB = 2**20
+ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+
+
+@cache
+def endless_load() -> bytes:
+    """A model that takes minutes to load: tests wait for its load to begin, never for its end."""
+    content: bytes = models.slow_model(depth=2000).SerializeToString()
+    return content
+
+
+async def value_of(api: LocalApi, model_id: str) -> float:
+    """What `models.add` of a constant makes of 1: tells who answers."""
+    answer = await api.infer(model_id, ONE)
+    assert answer.status == 200, answer.body
+    value: float = answer.json["outputs"][0]["data"][0]
+    return value
+
+
+async def gone(pid: int) -> None:
+    """Wait until there is no such process, not even a dead one."""
+    await until(lambda: not exists(pid))
+
+
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def pages(api: LocalApi, kind: str, limit: int, count: int) -> list[Json]:
+    """Return the members of a list's pages, of which there must be so many."""
+    seen, cursor = [], ""
+    for left in reversed(range(count)):
+        page = (await api.get(f"/api/v1/{kind}?limit={limit}{cursor}")).json
+        assert page.keys() == {kind, "as_of", "next_cursor"}
+        assert page["as_of"] == api.position
+        assert (page["next_cursor"] is None) == (left == 0)
+        seen += page[kind]
+        cursor = f"&cursor={page['next_cursor']}"
+    return seen
+
+
+@contextmanager
+def looks_into(folder: Path) -> Iterator[list[str]]:
+    """Collect what this process opens or lists beneath a folder, as the interpreter's audit events say."""
+    seen: list[str] = []
+    _watched.append((str(folder), seen))
+    try:
+        yield seen
+    finally:
+        _watched.remove((str(folder), seen))
+
+
+_watched: list[tuple[str, list[str]]] = []
+
+
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    if _watched and event in {"open", "os.scandir", "os.listdir"}:
+        for folder, seen in _watched:
+            seen += [path for path in map(str, arguments) if path.startswith(folder)]
+
+
+sys.addaudithook(_audit)
+
+
+# What a load and an unload look like
+
+
+async def test_a_load_is_answered_at_once_with_a_job_that_can_be_followed_to_its_end(
+    api: LocalApi, repository: Path
+) -> None:
+    folder = save(models.identity(), repository, "m")
+    answer = await api.post("/api/v1/models/m/load", json={"timeout_s": 77}, subject="Ann")
+    accepted = answer.json
+    assert answer.status == 202
+    assert answer.headers["Location"] == f"/api/v1/jobs/{accepted['id']}"
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert answer.headers["Vary"] == "Prefer"
+    assert accepted.keys() == JOB
+    assert (accepted["status"], accepted["finished_at"], accepted["error"]) in {
+        (status, None, None) for status in ("pending", "in_progress")
+    }
+    job = await api.ended(accepted["id"])
+    assert job.keys() == JOB
+    assert {name: job[name] for name in ("kind", "model_id", "version", "status", "cause", "attempt")} == {
+        "kind": "load", "model_id": "m", "version": 1, "status": "completed", "cause": "request",
+        "attempt": 1,
+    }  # fmt: skip
+    assert job["requested_by"] == "Ann"
+    assert (job["stage"], job["waiting_for"], job["error"]) == (None, None, None)
+    assert job["created_at"] <= job["started_at"] <= job["finished_at"]
+    assert all(TIME.fullmatch(job[name]) for name in ("created_at", "started_at", "finished_at"))
+    assert job["parameters"] == {
+        "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
+        "strategy": "beside", "pinned": False, "instances": 1,
+    }  # fmt: skip
+    model = await api.model("m")
+    assert model.keys() == MODEL
+    [file] = model.pop("files")
+    assert (file["path"], file["bytes"]) == ("model.onnx", (folder / "model.onnx").stat().st_size)
+    assert re.fullmatch(r"[0-9a-f]{64}", file["sha256"])
+    assert model.pop("memory_bytes") > 0
+    assert model == {
+        "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
+        "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
+        "position": job["position"], "error": None,
+    }  # fmt: skip
+    assert await api.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert {event.job_id for event in await api.events("m")} == {job["id"]}
+    assert (await api.events("m"))[-1].position == model["position"]
+
+
+async def test_an_unload_ends_the_process_and_says_so(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    load = await api.load("m")
+    pid = api.worker("m").pid
+    answer = await api.post("/api/v1/models/m/unload", subject="Bob")
+    assert answer.status == 202
+    assert answer.headers["Location"] == f"/api/v1/jobs/{answer.json['id']}"
+    assert "Retry-After" in answer.headers
+    job = await api.ended(answer.json["id"])
+    assert not exists(pid)
+    assert (job["kind"], job["status"], job["version"], job["requested_by"]) == (
+        "unload", "completed", 1, "Bob",
+    )  # fmt: skip
+    assert job["parameters"] == {"force": False, "load_job_id": load["id"]}
+    model = await api.model("m")
+    assert (model["state"], model["active"], model["loaded_at"], model["files"], model["memory_bytes"]) == (
+        "unloaded", False, None, [], None,
+    )  # fmt: skip
+    assert (await api.types("m"))[3:] == ["UnloadRequested", "UnloadStarted", "ModelUnloaded"]
+
+
+async def test_a_model_that_was_never_loaded_is_shown_with_its_versions(
+    api: LocalApi, repository: Path
+) -> None:
+    for version in (1, 2, 10):
+        save(models.identity(), repository, "m", version)
+    assert await api.model("m") == {
+        "id": "m", "versions": [1, 2, 10], "state": "unloaded", "version": None, "next_version": None,
+        "active": False, "loaded_at": None, "loaded_by": None, "job_id": None, "position": None, "files": [],
+        "memory_bytes": None, "error": None,
+    }  # fmt: skip
+
+
+async def test_without_a_version_the_highest_is_loaded_and_with_one_that(
+    api: LocalApi, repository: Path
+) -> None:
+    for version in (2, 9, 10):
+        save(models.add(version), repository, "m", version)
+    assert (await api.load("m"))["version"] == 10
+    assert (await api.load("m", version=2))["version"] == 2
+    assert await value_of(api, "m") == 3
+    assert (await api.model("m"))["version"] == 2
+
+
+# The preference to wait
+
+
+async def test_wait_is_answered_with_the_ended_job_whatever_its_outcome(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "good")
+    save_bytes(TEXT, repository, "bad")
+    for model_id, status in (("good", "completed"), ("bad", "failed")):
+        answer = await api.post(f"/api/v1/models/{model_id}/load", wait=60)
+        assert (answer.status, answer.json["status"]) == (200, status)
+        assert answer.headers["Location"] == f"/api/v1/jobs/{answer.json['id']}"
+        assert "Retry-After" not in answer.headers
+
+
+async def test_a_wait_that_is_too_short_is_answered_202_and_the_job_goes_on(
+    api: LocalApi, repository: Path
+) -> None:
+    save_bytes(endless_load(), repository, "m")
+    answer = await api.post("/api/v1/models/m/load", wait=1)
+    assert (answer.status, answer.json["status"]) == (202, "in_progress")
+    assert (await api.job(answer.json["id"]))["status"] == "in_progress"
+
+
+async def test_a_server_that_stops_answers_who_waits_with_202(api: LocalApi, repository: Path) -> None:
+    save_bytes(endless_load(), repository, "m")
+    waiting = asyncio.create_task(api.post("/api/v1/models/m/load", wait=60))
+    await when(api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
+    async with asyncio.timeout(LIMIT_S):
+        await api.client.server.close()
+    answer = await waiting
+    assert (answer.status, answer.json["status"]) == (202, "in_progress")
+
+
+# Nothing to do, and the same asked twice
+
+
+async def test_a_load_of_what_is_loaded_is_answered_with_its_job_and_appends_nothing(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    job = await api.load("m", timeout_s=50)
+    head = api.position
+    for body in ({}, {"version": 1}, {"timeout_s": 60}):
+        answer = await api.post("/api/v1/models/m/load", json=body)
+        assert (answer.status, answer.json) == (200, job)
+    assert api.position == head
+
+
+async def test_requests_that_are_refused_and_reads_append_nothing(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    head = api.position
+    for path in (
+        "m/unload",
+        "unload",
+        "unload?force=true",
+        "m/unload?force=true",
+        "nope/load",
+        "nope/unload",
+    ):
+        assert (await api.post(f"/api/v1/models/{path}")).status in {404, 409}
+    for path in ("models", "models/m", "jobs"):
+        assert (await api.get(f"/api/v1/{path}")).status == 200
+    assert api.position == head
+
+
+async def test_identical_loads_at_once_are_one_job(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    answers = await asyncio.gather(
+        *(api.post("/api/v1/models/m/load", json={"timeout_s": 100 + i}, wait=60) for i in range(8))
+    )
+    assert {answer.status for answer in answers} == {200}
+    [job] = {answer.json["id"]: answer.json for answer in answers}.values()
+    [asked] = await api.data_of(LoadRequested)
+    assert job["parameters"]["timeout_s"] == asked.timeout_s
+    assert len(await api.jobs()) == 1
+
+
+async def test_identical_unloads_at_once_are_one_job(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    await api.load("m")
+    answers = await asyncio.gather(*(api.post("/api/v1/models/m/unload") for _ in range(8)))
+    done = [answer for answer in answers if answer.status in {200, 202}]
+    assert len({answer.json["id"] for answer in done}) == 1
+    assert {answer.refusal for answer in answers if answer not in done} <= {(409, "not_loaded")}
+    await api.ended(done[0].json["id"])
+    assert len(await api.data_of(UnloadRequested)) == 1
+
+
+async def test_a_load_and_an_unload_at_once_end_in_the_order_of_their_acceptance(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    await api.load("m")
+    unload, load = await asyncio.gather(
+        api.post("/api/v1/models/m/unload"), api.post("/api/v1/models/m/load", wait=60)
+    )
+    for answer in (unload, load):
+        assert (await api.ended(answer.json["id"]))["status"] == "completed"
+    state = "loaded" if unload.json["position"] < load.json["position"] else "unloaded"
+    assert (await api.model("m"))["state"] == state
+
+
+# What is not there, and what is no name
+
+
+async def test_what_is_not_in_the_repository_is_404(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    (repository / "empty" / "1").mkdir(parents=True)
+    unknown_model, unknown_version = (404, "unknown_model"), (404, "unknown_version")
+    for path in ("nope", "empty", "M", "m.", "1"):
+        assert (await api.post(f"/api/v1/models/{path}/load")).refusal == unknown_model
+        assert (await api.post(f"/api/v1/models/{path}/unload")).refusal == unknown_model
+        assert (await api.get(f"/api/v1/models/{path}")).refusal == unknown_model
+    answer = await api.post("/api/v1/models/m/load", json={"version": 2})
+    assert answer.refusal == unknown_version
+    assert "'m' has no version 2" in answer.json["detail"]
+    assert (await api.get("/api/v1/jobs/nope")).refusal == (404, "unknown_job")
+
+
+MALFORMED = (
+    "..", ".", "%2e%2e", "%2E", "..%2foutside", "%2e%2e%2Foutside", "a%2Fb", "a%2f1", "m%2f..%2fm", "%00",
+    "m%00", "a" * 129, ".m", "-m", "_m", "m%20", "%20m", "m%0a", "m%0A1", "%2A", "*", "m;1", "m:1", "m~1",
+    "%ff", "%ed%a0%80", "%C3%A9", "m%5c1", "%25", "%2525", "m'", "m%22", "a%252fb",
+)  # fmt: skip
+
+
+async def test_what_is_no_model_id_is_refused_without_a_look_at_the_file_system(
+    api: LocalApi, repository: Path, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    save(models.identity(), tmp_path, "outside")
+    save(models.identity(), repository, "m")
+    save(models.identity(), repository / "a", "b")
+    head = api.position
+    for model_id in MALFORMED:
+        with subtests.test(model_id), looks_into(tmp_path) as seen:
+            for method, rest in (("POST", "/load"), ("POST", "/unload?force=true"), ("GET", "")):
+                answer = await api.send(method, f"/api/v1/models/{model_id}{rest}")
+                assert answer.refusal in {
+                    (400, "invalid_parameter"),
+                    (404, "not_found"),
+                    (405, "method_not_allowed"),
+                }
+            for method, rest in (("POST", "/infer"), ("GET", ""), ("GET", "/ready"), ("GET", "/versions/1")):
+                answer = await api.send(method, f"/v2/models/{model_id}{rest}", data=b"{}")
+                assert answer.status in {400, 404}
+            assert [path for path in seen if "ledger.db" not in path and "/keys" not in path] == []
+    assert api.position == head
+
+
+async def test_the_watch_on_the_file_system_sees_what_a_good_id_does(
+    api: LocalApi, repository: Path, tmp_path: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    with looks_into(tmp_path) as seen:
+        await api.model("m")
+    assert str(repository / "m") in seen
+
+
+async def test_a_link_out_of_the_repository_is_as_if_it_were_not_there(
+    api: LocalApi, repository: Path, tmp_path: Path
+) -> None:
+    save(models.identity(), tmp_path, "outside")
+    (repository / "link").symlink_to(tmp_path / "outside")
+    assert (await api.post("/api/v1/models/link/load")).refusal == (404, "unknown_model")
+    assert (await api.get("/api/v1/models")).json["models"] == []
+
+
+@pytest.mark.parametrize("job_id", ["..", "%2e%2e", "%00", "a%2fb", "x" * 65, "%ff", "%ed%a0%80", "'"])
+async def test_what_is_no_job_id_is_refused(api: LocalApi, job_id: str) -> None:
+    assert (await api.get(f"/api/v1/jobs/{job_id}")).status in {400, 404}
+
+
+async def test_a_model_may_be_called_like_a_word_of_the_api(api: LocalApi, repository: Path) -> None:
+    for model_id in ("unload", "load", "models", "jobs"):
+        save(models.identity(), repository, model_id)
+        await api.load(model_id)
+        assert (await api.model(model_id))["state"] == "loaded"
+    assert (await api.unload("unload"))["model_id"] == "unload"
+    assert (await api.post("/api/v1/models/unload", wait=60)).json["model_id"] == "jobs"
+
+
+# Bodies
+
+
+BAD_BODIES: tuple[tuple[bytes, str], ...] = (
+    (b'{"version": "1"}', "version: Must be an integer"),
+    (b'{"version": 1.5}', "version: Must be an integer"),
+    (b'{"version": 1.0}', "version: Must be an integer"),
+    (b'{"version": true}', "version: Must be an integer"),
+    (b'{"version": null}', "version"),
+    (b'{"version": 0}', "version: Must be greater"),
+    (b'{"version": -1}', "version: Must be greater"),
+    (b'{"version": 99999999999999999999}', "version"),
+    (b'{"version": 1e400}', "out of range"),
+    (b'{"timeout_s": 0}', "timeout_s: Must be greater"),
+    (b'{"timeout_s": 3601}', "timeout_s: Must be greater"),
+    (b'{"memory_limit_bytes": 1}', "memory_limit_bytes"),
+    (b'{"pinned": "false"}', "pinned: Must be true or false"),
+    (b'{"pinned": 0}', "pinned: Must be true or false"),
+    (b'{"priority": "urgent"}', "priority: Must be one of"),
+    (b'{"verson": 1}', "verson: Unknown field"),
+    (b'{"version": 1, "version": 1}', '"version" appears twice'),
+    (b'{"version": NaN}', "NaN"),
+    (b'{"version": Infinity}', "Infinity"),
+    (b'{"a":' * 40 + b"1" + b"}" * 40, "nested deeper"),
+    (b"[" * 100_000, "nested deeper"),
+    (b"[" * 100_000 + b"]" * 100_000, "nested deeper"),
+    (b"[]", "Must be a JSON object"),
+    (b"null", "Must be a JSON object"),
+    (b'"version"', "Must be a JSON object"),
+    (b"{", "not JSON"),
+    (b"version=1", "not JSON"),
+    (b'{"version": 1}}', "not JSON"),
+    (b"\xff\xfe{}", "not UTF-8"),
+    (b"\xef\xbb\xbf{}", "byte order mark"),
+    (b'{"priority": "\\ud800"}', "surrogate"),
+    (b'{"version": ' + b"9" * 5000 + b"}", "out of range"),
+)
+
+
+async def test_a_body_that_is_not_what_a_load_takes_is_400_and_the_field_is_named(
+    api: LocalApi, repository: Path, subtests: pytest.Subtests
+) -> None:
+    save(models.identity(), repository, "m")
+    head = api.position
+    for body, reason in BAD_BODIES:
+        with subtests.test(repr(body[:40])):
+            headers = {"Content-Type": "application/json"}
+            answer = await api.post("/api/v1/models/m/load", data=body, headers=headers)
+            assert answer.refusal == (400, "invalid_body")
+            assert reason in answer.json["detail"]
+            assert len(answer.body) < 10_000
+    assert api.position == head
+    await api.load("m")
+
+
+async def test_an_empty_body_is_as_good_as_an_empty_object(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    for headers in ({}, {"Content-Type": "application/json"}, {"Content-Type": "text/plain"}):
+        for path in ("m/load", "m/unload", "m/load", "unload"):
+            answer = await api.post(f"/api/v1/models/{path}", data=b"", headers=headers, wait=60)
+            assert (answer.status, answer.json["status"]) == (200, "completed")
+
+
+@pytest.mark.parametrize("path", ["m/load", "m/unload", "unload"])
+async def test_a_body_that_is_not_declared_as_json_in_utf_8_is_415(
+    api: LocalApi, repository: Path, path: str
+) -> None:
+    save(models.identity(), repository, "m")
+    for media_type in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/json; charset=latin-1",
+    ):
+        answer = await api.post(f"/api/v1/models/{path}", data=b"{}", headers={"Content-Type": media_type})
+        assert answer.refusal == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("path", ["m/unload", "unload"])
+async def test_an_unload_takes_nothing_in_its_body_and_force_in_its_query(
+    api: LocalApi, repository: Path, path: str
+) -> None:
+    save(models.identity(), repository, "m")
+    await api.load("m")
+    assert (await api.post(f"/api/v1/models/{path}", json={"force": True})).refusal == (400, "invalid_body")
+    for query in (
+        "force",
+        "force=",
+        "force=1",
+        "force=True",
+        "force=yes",
+        "force=true&force=true",
+        "x=1",
+        "at=1",
+    ):
+        answer = await api.post(f"/api/v1/models/{path}?{query}")
+        assert answer.refusal == (400, "invalid_parameter"), query
+    assert (await api.post(f"/api/v1/models/{path}?force=true", json={}, wait=60)).status == 200
+
+
+async def test_a_body_of_more_than_a_mebibyte_is_413_however_it_is_sent(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    padding = b" " * (MIB - 2)
+
+    async def chunks(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b" " * (MIB // 4)
+
+    headers = {"Content-Type": "application/json"}
+    answer = await api.post("/api/v1/models/m/load", data=b"{}" + padding, headers=headers, wait=60)
+    assert answer.status == 200
+    for body in (io.BytesIO(b"{}" + padding + b" "), chunks(40)):
+        answer = await api.post("/api/v1/models/m/load", data=body, headers=headers)
+        assert answer.refusal == (413, "body_too_large")
+    assert (await api.get("/api/v1/models")).status == 200
+
+
+# What is not supported yet
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"priority": "high"},
+        {"priority": "low"},
+        {"keep_alive_s": 60},
+        {"keep_alive_s": 0},
+        {"keep_alive_s": -1},
+        {"strategy": "in_place"},
+        {"strategy": "auto"},
+        {"pinned": True},
+        {"instances": 2},
+    ],
+)
+async def test_a_parameter_that_has_no_behaviour_yet_is_refused_and_not_recorded(
+    api: LocalApi, repository: Path, body: dict[str, object]
+) -> None:
+    save(models.identity(), repository, "m")
+    head = api.position
+    answer = await api.post("/api/v1/models/m/load", json=body)
+    assert answer.refusal == (400, "not_supported")
+    assert next(iter(body)) in answer.json["detail"]
+    assert api.position == head
+
+
+async def test_the_values_that_parameters_have_by_default_may_be_said(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    body = {"priority": "normal", "keep_alive_s": None, "strategy": "beside", "pinned": False, "instances": 1}
+    await api.load("m", **body)
+
+
+async def test_an_idempotency_key_is_refused_rather_than_ignored(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    for path in ("m/load", "m/unload", "unload"):
+        answer = await api.post(f"/api/v1/models/{path}", headers={"Idempotency-Key": '"k"'})
+        assert answer.refusal == (400, "not_supported")
+
+
+async def test_the_time_that_a_load_has_is_the_server_s_setting_where_the_request_does_not_say(
+    start: Start, repository: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    api = await start(timeout_s=12)
+    assert (await api.load("m"))["parameters"]["timeout_s"] == 12
+
+
+# Unloading
+
+
+async def test_unload_without_a_name_ends_the_model_loaded_last_then_the_one_before(
+    api: LocalApi, repository: Path
+) -> None:
+    for model_id in ("a", "b", "c"):
+        save(models.identity(), repository, model_id)
+        await api.load(model_id)
+    await api.load("a")  # changes nothing, so it does not make "a" the active one
+    for model_id in ("c", "b", "a"):
+        active = [
+            model["id"] for model in (await api.get("/api/v1/models")).json["models"] if model["active"]
+        ]
+        assert active == [model_id]
+        assert (await api.post("/api/v1/models/unload", wait=60)).json["model_id"] == model_id
+    answer = await api.post("/api/v1/models/unload")
+    assert answer.refusal == (409, "nothing_loaded")
+
+
+async def test_unload_of_what_is_in_the_repository_and_not_loaded_is_409(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    for query in ("", "?force=true", "?force=false"):
+        assert (await api.post(f"/api/v1/models/m/unload{query}")).refusal == (409, "not_loaded")
+
+
+async def test_a_model_whose_files_are_gone_is_shown_and_can_be_unloaded_as_long_as_it_is_loaded(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.add(1), repository, "m")
+    await api.load("m")
+    shutil.rmtree(repository / "m")
+    assert await value_of(api, "m") == 2
+    model = await api.model("m")
+    assert (model["versions"], model["state"]) == ([], "loaded")
+    assert [each["id"] for each in (await api.get("/api/v1/models")).json["models"]] == ["m"]
+    assert (await api.post("/api/v1/models/m/load")).refusal == (404, "unknown_model")
+    await api.unload("m")
+    assert (await api.post("/api/v1/models/m/unload")).refusal == (404, "unknown_model")
+    assert (await api.get("/api/v1/models/m")).refusal == (404, "unknown_model")
+    assert (await api.get("/api/v1/models")).json["models"] == []
+
+
+async def test_a_model_that_failed_is_forgotten_with_its_files(api: LocalApi, repository: Path) -> None:
+    save_bytes(TEXT, repository, "m")
+    await api.failed_load("m")
+    assert (await api.model("m"))["state"] == "failed"
+    shutil.rmtree(repository / "m")
+    assert (await api.get("/api/v1/models/m")).refusal == (404, "unknown_model")
+    assert (await api.post("/api/v1/models/m/unload")).refusal == (404, "unknown_model")
+    assert (await api.get("/api/v1/models")).json["models"] == []
+
+
+async def test_a_model_that_only_loads_is_unloaded_with_force_only(api: LocalApi, repository: Path) -> None:
+    save_bytes(endless_load(), repository, "m")
+    load = await api.accepted_load("m")
+    await api.job_when(load["id"], stage="loading")
+    pid = api.worker("m").pid
+    answer = await api.post("/api/v1/models/m/unload")
+    assert answer.refusal == (409, "not_loaded")
+    assert "force" in answer.json["detail"]
+    unload = await api.unload("m", force=True)
+    assert unload["parameters"] == {"force": True, "load_job_id": load["id"]}
+    assert (await api.job(load["id"]))["status"] == "cancelled"
+    await gone(pid)
+    assert (await api.model("m"))["state"] == "unloaded"
+    assert await api.types("m") == [
+        "LoadRequested", "LoadStarted", "UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded",
+    ]  # fmt: skip
+
+
+async def test_force_with_nothing_loaded_ends_the_oldest_load(start: Start, repository: Path) -> None:
+    api = await start(loads_at_once=1)
+    jobs = []
+    for model_id in ("a", "b"):
+        save_bytes(endless_load(), repository, model_id)
+        jobs.append(await api.accepted_load(model_id))
+    for model_id, job in zip(("a", "b"), jobs, strict=True):
+        answer = await api.post("/api/v1/models/unload?force=true", wait=60)
+        assert (answer.json["model_id"], answer.json["status"]) == (model_id, "completed")
+        assert (await api.job(job["id"]))["status"] == "cancelled"
+    assert (await api.post("/api/v1/models/unload?force=true")).refusal == (409, "nothing_loaded")
+
+
+async def test_force_ends_a_worker_that_is_stopped(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "m")
+    await api.load("m")
+    pid = api.worker("m").pid
+    os.kill(pid, signal.SIGSTOP)
+    await api.unload("m", force=True)
+    await gone(pid)
+
+
+async def test_force_ends_a_load_whose_worker_is_stopped(api: LocalApi, repository: Path) -> None:
+    save_bytes(endless_load(), repository, "m")
+    load = await api.accepted_load("m")
+    await api.job_when(load["id"], stage="loading")
+    pid = api.worker("m").pid
+    os.kill(pid, signal.SIGSTOP)
+    await api.unload("m", force=True)
+    await gone(pid)
+    assert (await api.job(load["id"]))["status"] == "cancelled"
+
+
+async def test_an_unload_waits_for_running_requests_and_force_does_not(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.counting_loop(), repository, "m")
+    await api.load("m")
+    worker = api.worker("m")
+    is_computing = computing(worker.pid)
+    trips = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+    running = asyncio.create_task(api.infer("m", trips))
+    await until(is_computing)
+    draining = (await api.post("/api/v1/models/m/unload")).json
+    job = await api.job_when(draining["id"], stage="draining")
+    assert job["status"] == "in_progress"
+    assert (await api.model("m"))["state"] == "unloading"
+    again = await api.post("/api/v1/models/m/unload")
+    assert (again.status, again.json["id"]) == (202, draining["id"])
+    refused = await api.infer("m", trips)
+    assert refused.refusal == (503, "model_unloading")
+    assert "Retry-After" in refused.headers
+    forced = await api.unload("m", force=True)
+    assert forced["id"] != draining["id"]
+    assert (await api.job(draining["id"]))["status"] == "completed"
+    assert (await running).refusal == (503, "worker_died")
+    await gone(worker.pid)
+
+
+async def test_an_unload_does_not_wait_longer_than_the_drain_timeout(start: Start, repository: Path) -> None:
+    save(models.counting_loop(), repository, "m")
+    api = await start(drain_timeout_s=0.2)
+    await api.load("m")
+    is_computing = computing(api.worker("m").pid)
+    trips = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+    running = asyncio.create_task(api.infer("m", trips))
+    await until(is_computing)
+    await api.unload("m")
+    assert (await running).status == 503
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (CORRUPT, "INVALID_PROTOBUF"),
+        (b"", "No graph was found"),
+        (TEXT, "INVALID_PROTOBUF"),
+        (models.unknown_operator().SerializeToString(), "Frobnicate"),
+    ],
+    ids=["corrupt", "empty", "text", "unknown operator"],
+)
+async def test_a_file_that_is_no_model_fails_its_job_with_the_runtime_s_words_and_harms_nobody(
+    api: LocalApi, repository: Path, content: bytes, says: str
+) -> None:
+    save(models.add(1), repository, "good")
+    save_bytes(content, repository, "bad")
+    await api.load("good")
+    job = await api.failed_load("bad")
+    assert job["error"]["code"] == "invalid_model"
+    assert says in job["error"]["message"]
+    model = await api.model("bad")
+    assert (model["state"], model["version"], model["error"]) == ("failed", 1, job["error"])
+    assert await value_of(api, "good") == 2
+    assert (await api.get("/health/ready")).status == 200
+    assert await api.data_of(WorkerExited) == []
+    save(models.add(2), repository, "bad")
+    await api.load("bad")  # failed is not a dead end
+    assert await value_of(api, "bad") == 3
+
+
+async def test_a_model_that_kills_its_worker_while_loading_fails_its_job_and_harms_nobody(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.add(1), repository, "good")
+    save(models.crash_on_load(), repository, "bad")
+    await api.load("good")
+    for _ in range(2):  # and each request tries it again
+        job = await api.failed_load("bad")
+        assert job["error"]["code"] == "worker_died"
+        assert f"signal {signal.SIGFPE.value}" in job["error"]["message"]
+    assert await api.types("bad") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"] * 2
+    assert await value_of(api, "good") == 2
+
+
+async def test_a_worker_killed_while_it_loads_fails_its_job(api: LocalApi, repository: Path) -> None:
+    save_bytes(endless_load(), repository, "m")
+    load = await api.accepted_load("m")
+    await api.job_when(load["id"], stage="loading")
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    job = await api.ended(load["id"])
+    assert (job["status"], job["error"]["code"]) == ("failed", "worker_died")
+    [exited] = await api.data_of(WorkerExited)
+    assert (exited.exit_code, exited.signal) == (None, signal.SIGKILL)
+
+
+async def test_a_load_that_takes_longer_than_it_may_fails_and_says_what_it_waited_for(
+    api: LocalApi, repository: Path
+) -> None:
+    save_bytes(endless_load(), repository, "m")
+    job = await api.accepted_load("m", timeout_s=1)
+    await api.job_when(job["id"], stage="loading")
+    pid = api.worker("m").pid
+    job = await api.ended(job["id"])
+    assert (job["status"], job["error"]["code"]) == ("failed", "timeout")
+    assert "within 1 s" in job["error"]["message"]
+    await gone(pid)
+    assert (await api.model("m"))["state"] == "failed"
+
+
+async def test_a_load_that_never_got_its_turn_fails_in_time_too(start: Start, repository: Path) -> None:
+    api = await start(loads_at_once=1)
+    save_bytes(endless_load(), repository, "slow")
+    save(models.identity(), repository, "m")
+    await api.accepted_load("slow")
+    job = await api.failed_load("m", timeout_s=1)
+    assert (job["error"]["code"], job["started_at"], job["attempt"]) == ("timeout", None, 0)
+    assert "a free place" in job["error"]["message"]
+
+
+async def test_a_model_that_needs_more_memory_than_it_may_take_fails_its_job(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.memory_bomb_on_load(), repository, "m")
+    job = await api.failed_load("m", memory_limit_bytes=200 * MIB)
+    assert job["error"]["code"] == "out_of_memory"
+    assert str(200 * MIB) in job["error"]["message"]
+
+
+# Queues, swaps, recovery
+
+
+async def test_jobs_say_what_they_wait_for(start: Start, repository: Path) -> None:
+    api = await start(loads_at_once=1)
+    save_bytes(endless_load(), repository, "slow")
+    save(models.identity(), repository, "m")
+    save(models.identity(), repository, "m", 2)
+    slow = await api.accepted_load("slow")
+    await api.job_when(slow["id"], status="in_progress", waiting_for=None)
+    first = await api.accepted_load("m", version=1)
+    second = await api.accepted_load("m", version=2)
+    waiting = await api.job_when(first["id"], waiting_for="a free place: 1 loads are running")
+    assert (waiting["status"], waiting["stage"]) == ("pending", None)
+    await api.job_when(second["id"], waiting_for=f"job {first['id']} of the same model")
+    await api.unload("slow", force=True)
+    for job in (first, second):
+        ended = await api.ended(job["id"])
+        assert (ended["status"], ended["waiting_for"]) == ("completed", None)
+    assert (await api.model("m"))["version"] == 2
+
+
+async def test_another_version_takes_over_when_it_is_loaded_and_the_old_process_ends(
+    api: LocalApi, repository: Path
+) -> None:
+    for version in (1, 2):
+        save(models.add(version), repository, "m", version)
+    await api.load("m", version=1)
+    old = api.worker("m")
+    load = await api.load("m", version=2)
+    assert await value_of(api, "m") == 3
+    await gone(old.pid)
+    swap = (await when(api.jobs, lambda jobs: all(job["finished_at"] for job in jobs)))[0]
+    assert (swap["kind"], swap["cause"], swap["status"], swap["version"]) == (
+        "unload",
+        "swap",
+        "completed",
+        1,
+    )
+    assert swap["requested_by"] == "system"
+    model = await api.model("m")
+    assert (model["state"], model["version"], model["next_version"], model["job_id"]) == (
+        "loaded", 2, None, load["id"],
+    )  # fmt: skip
+
+
+async def test_while_a_version_loads_beside_the_old_one_serves_and_the_new_one_is_named(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.add(1), repository, "m", 1)
+    save_bytes(endless_load(), repository, "m", 2)
+    await api.load("m", version=1)
+    swap = await api.accepted_load("m", version=2)
+    await api.job_when(swap["id"], stage="loading")
+    model = await api.model("m")
+    assert (model["state"], model["version"], model["next_version"]) == ("loaded", 1, 2)
+    assert await value_of(api, "m") == 2
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    assert (await api.ended(swap["id"]))["status"] == "failed"
+    model = await api.model("m")
+    assert (model["state"], model["version"], model["next_version"]) == ("loaded", 1, None)
+    assert model["error"]["code"] == "worker_died"
+    assert await value_of(api, "m") == 2
+
+
+async def test_force_ends_a_swap_and_what_serves(api: LocalApi, repository: Path) -> None:
+    save(models.add(1), repository, "m", 1)
+    save_bytes(endless_load(), repository, "m", 2)
+    await api.load("m", version=1)
+    old = api.worker("m").pid
+    swap = await api.accepted_load("m", version=2)
+    await api.job_when(swap["id"], stage="loading")
+    new = api.worker("m").pid
+    await api.unload("m", force=True)
+    assert (await api.job(swap["id"]))["status"] == "cancelled"
+    await gone(old)
+    await gone(new)
+    assert (await api.model("m"))["state"] == "unloaded"
+
+
+async def test_an_unload_in_mid_swap_waits_for_it_and_ends_the_result(start: Start, repository: Path) -> None:
+    api = await start(loads_at_once=1)
+    save_bytes(endless_load(), repository, "slow")
+    for version in (1, 2):
+        save(models.add(version), repository, "m", version)
+    await api.load("m", version=1)
+    await api.accepted_load("slow")
+    swap = await api.accepted_load("m", version=2)
+    unload = (await api.post("/api/v1/models/m/unload")).json
+    assert unload["parameters"]["load_job_id"] == swap["id"]
+    await api.unload("slow", force=True)
+    assert (await api.ended(unload["id"]))["status"] == "completed"
+    assert (await api.job(swap["id"]))["status"] == "completed"
+    assert (await api.model("m"))["state"] == "unloaded"
+
+
+async def test_a_load_of_changed_files_is_a_reload(api: LocalApi, repository: Path) -> None:
+    save(models.add(1), repository, "m")
+    first = await api.load("m")
+    save(models.add(2), repository, "m")
+    second = await api.load("m")
+    assert second["id"] != first["id"]
+    assert await value_of(api, "m") == 3
+
+
+async def test_a_worker_that_dies_is_replaced_and_the_ledger_says_why(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.add(1), repository, "m")
+    first = await api.load("m")
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    jobs = await when(api.jobs, lambda jobs: len(jobs) == 2 and jobs[0]["finished_at"] is not None)
+    assert (jobs[0]["cause"], jobs[0]["requested_by"], jobs[0]["status"]) == (
+        "recovery",
+        "system",
+        "completed",
+    )
+    model = await api.model("m")
+    assert (model["state"], model["active"], model["job_id"]) == ("loaded", True, jobs[0]["id"])
+    assert jobs[0]["id"] != first["id"]
+    assert await value_of(api, "m") == 2
+
+
+async def test_an_unload_of_a_lost_model_ends_the_wish_to_have_it_back(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.add(1), repository, "m")
+    await api.load("m")
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    await api.model_when("m", state="lost")
+    assert (await api.post("/api/v1/models/m/unload", wait=60)).json["status"] == "completed"
+    assert (await api.model("m"))["state"] == "unloaded"
+    assert [job["cause"] for job in await api.jobs()] == ["request", "request"]
+
+
+# Lists
+
+
+async def test_models_are_listed_by_id_in_pages_that_say_what_they_reflect(
+    api: LocalApi, repository: Path
+) -> None:
+    names = ["B", "a", "a.1", "b", "c"]
+    for name in names:
+        save(models.identity(), repository, name)
+    await api.load("b")
+    seen = await pages(api, "models", limit=2, count=3)
+    assert [model["id"] for model in seen] == names
+    assert all(model.keys() == MODEL for model in seen)
+    assert [model["state"] for model in seen].count("loaded") == 1
+    assert (await api.get("/api/v1/models?limit=5")).json["next_cursor"] is None
+    assert (await api.get("/api/v1/models?cursor=zzz")).json["models"] == []
+
+
+async def test_jobs_are_listed_newest_first_in_pages_by_model_and_status(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "good")
+    save_bytes(TEXT, repository, "bad")
+    made = [
+        await api.load("good"),
+        await api.failed_load("bad"),
+        await api.unload("good"),
+        await api.load("good"),
+    ]
+    made.reverse()
+    assert await pages(api, "jobs", limit=2, count=2) == made
+    ids = [job["id"] for job in made]
+    for query, expected in (
+        ("?model=good", [ids[0], ids[1], ids[3]]),
+        ("?status=failed", [ids[2]]),
+        ("?model=good&status=completed&limit=1", [ids[0]]),
+        ("?model=bad&status=completed", []),
+        ("?model=%00", []),
+        ("?model=%ff", []),
+        ("?cursor=1", []),
+    ):
+        assert [job["id"] for job in await api.jobs(query)] == expected, query
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0", "limit=1001", "limit=-1", "limit=", "limit=1.5", "limit=%2B1", "limit=1&limit=2",
+        "limit=x", "at=1", "x=1", "limit=99999999999999999999",
+    ],
+)  # fmt: skip
+async def test_a_page_that_cannot_be_is_400(api: LocalApi, query: str) -> None:
+    for path in ("models", "jobs"):
+        assert (await api.get(f"/api/v1/{path}?{query}")).refusal == (400, "invalid_parameter")
+
+
+@pytest.mark.parametrize("query", ["cursor=x", "cursor=0", "cursor=-1", "status=done", "status="])
+async def test_a_page_of_jobs_that_cannot_be_is_400(api: LocalApi, query: str) -> None:
+    assert (await api.get(f"/api/v1/jobs?{query}")).refusal == (400, "invalid_parameter")
