@@ -59,6 +59,11 @@ def data_bytes(pid: int | str = "self") -> int:
     return parse_field(_read(f"{pid}/status"), "VmData")
 
 
+def anonymous_bytes(pid: int | str = "self") -> int:
+    """Read the size of the pages that are of no file: what the kernel counts, so it costs nothing to ask."""
+    return parse_field(_read(f"{pid}/status"), "RssAnon")
+
+
 def parse_private(smaps_rollup: str) -> int:
     """Sum the private pages (clean, dirty, huge) in the text of a smaps_rollup file, in bytes."""
     return sum(_kilobytes(line) for line in smaps_rollup.splitlines() if line.startswith("Private_")) * 1024
