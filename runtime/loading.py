@@ -23,8 +23,8 @@ from runtime.wire import BY_ONNX, Load, Loaded, LoadedFile, LoadStage, TensorSpe
 
 HASH_BLOCK_BYTES = 2**20
 SAMPLE_INTERVAL_S = 0.005
-"""Of the memory taken while loading. A sample costs 0.03 ms; walking the mappings would cost 0.7 ms each time,
-and hold up the session's own mapping of memory: 10 ms more for a load of 60 (measured)."""
+"""Of the memory taken while loading. A sample costs 0.03 ms; walking the mappings would cost 0.7 ms, and hold
+up the session when it maps memory: 10 ms more for a load of 60 (measured)."""
 SMALLEST_MODEL = bytes.fromhex(
     "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
     "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
