@@ -55,7 +55,8 @@ def _check(value: object, where: str) -> None:
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise NotEncodable(f"{where}: the key {key!r} is not a string")
-                _check(item, f"{where}.{key}")
+                if type(item) is not str:  # nearly all are, and their place need not be spelt out
+                    _check(item, f"{where}.{key}")
         case list() | tuple():
             for index, item in enumerate(value):
                 _check(item, f"{where}[{index}]")

@@ -6,7 +6,6 @@ import os
 import time
 from datetime import UTC, datetime, timedelta
 
-_FORM = "%Y-%m-%dT%H:%M:%S.%fZ"
 _LAST = "9999-12-31T23:59:59.999999Z"
 
 
@@ -17,7 +16,7 @@ def stamp(moment: datetime) -> str:
 
 def moment(text: str) -> datetime:
     """Return the moment that `stamp` wrote."""
-    return datetime.strptime(text, _FORM).replace(tzinfo=UTC)
+    return datetime.fromisoformat(text)
 
 
 def later(text: str, seconds: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from events.canonical import GENESIS, canonical
+from events.canonical import GENESIS
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.state import Changes, State
@@ -118,7 +118,7 @@ def write_projections(
 
 def as_text(entity: Job | Model) -> str:
     """Return an entity as it is stored."""
-    return canonical(msgspec.to_builtins(entity))
+    return msgspec.json.encode(entity, order="sorted").decode()
 
 
 def as_job(body: str) -> Job:

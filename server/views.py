@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from events.jobs import Failure, Job
+from events.jobs import Failure, Job, JobStatus
 from events.models import Model
 from events.state import State
 from runtime.consumer import Consumer
@@ -21,8 +21,8 @@ def job_view(job: Job, consumer: Consumer) -> dict[str, Any]:
         "model_id": job.model_id,
         "version": job.version,
         "status": job.status.value,
-        "stage": None if job.ended else consumer.stage(job),
-        "waiting_for": None if job.ended else consumer.waiting_for(job),
+        "stage": consumer.stage(job) if job.status is JobStatus.IN_PROGRESS else None,
+        "waiting_for": consumer.waiting_for(job) if job.status is JobStatus.PENDING else None,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,

@@ -722,7 +722,7 @@ async def test_a_model_that_kills_its_worker_while_loading_fails_its_job_and_har
     for _ in range(2):  # and each request tries it again
         job = await api.failed_load("bad")
         assert job["error"]["code"] == "worker_died"
-        assert f"signal {signal.SIGFPE.value}" in job["error"]["message"]
+        assert "killed by signal" in job["error"]["message"]
     assert await api.types("bad") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"] * 2
     assert await value_of(api, "good") == 2
 

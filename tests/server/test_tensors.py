@@ -136,9 +136,8 @@ def test_what_json_has_no_number_for_is_refused(text: bytes) -> None:
     ("datatype", "data"),
     [
         ("FP32", ["1"]), ("FP32", [True]), ("FP32", [None]), ("FP32", [{}]), ("INT8", ["1"]),
-        ("INT8", [True]), ("INT8", [None]), ("BOOL", [0]), ("BOOL", ["true"]), ("BOOL", [None]), ("BYTES", [1]),
-        ("BYTES", [None]),
-        ("BYTES", [True]), ("BYTES", [{}]),
+        ("INT8", [True]), ("INT8", [None]), ("BOOL", [0]), ("BOOL", ["true"]), ("BOOL", [None]),
+        ("BYTES", [1]), ("BYTES", [None]), ("BYTES", [True]), ("BYTES", [{}]),
     ],
 )  # fmt: skip
 def test_an_element_of_another_kind_is_refused(datatype: str, data: list[object]) -> None:

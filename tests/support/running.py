@@ -1,0 +1,232 @@
+"""The runtime as the server runs it, without HTTP: a log in a file, real workers, and the consumer between.
+
+Nothing here sleeps: what is recorded is waited for at the log, and time passes when a test says so.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from events.accept import Command, FileStat, RequestLoad, RequestUnload
+from events.clock import utc_now
+from events.jobs import Job, LoadParameters
+from events.log import Log, Receipt
+from events.models import Model, ModelState
+from events.reader import Reader, open_reader
+from events.types import Event
+from runtime import memory
+from runtime.consumer import Consumer
+from runtime.live import LiveLoad
+from runtime.pool import WorkerPool
+from runtime.repository import Repository
+from runtime.router import Router, infer
+from runtime.scheduler import Policy
+from runtime.workers import Worker
+from support.workers import LIMIT_S, array, floats, until
+
+
+@dataclass
+class Clock:
+    """The clock of log and consumer: the real one, and what a test adds to it."""
+
+    ahead: timedelta = timedelta()
+
+    def now(self) -> datetime:
+        return utc_now() + self.ahead
+
+
+@dataclass
+class Engine:
+    """Everything that runs, and words for what tests do with it."""
+
+    log: Log
+    reader: Reader
+    pool: WorkerPool
+    repository: Repository
+    consumer: Consumer
+    router: Router
+    clock: Clock
+    applying: asyncio.Task[None] = field(repr=False)
+
+    @property
+    def root(self) -> Path:
+        """Where the models are."""
+        return self.repository.root
+
+    async def submit_load(
+        self,
+        model_id: str,
+        version: int | None = None,
+        parameters: LoadParameters | None = None,
+    ) -> Receipt:
+        """Ask for a load, as the HTTP handler does."""
+        found = self.repository.resolve(model_id, version)
+        files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
+        command = RequestLoad(model_id, found.version, files, "alice", parameters or LoadParameters())
+        return await self.log.submit(command)
+
+    async def ask_load(
+        self,
+        model_id: str,
+        version: int | None = None,
+        parameters: LoadParameters | None = None,
+    ) -> str:
+        """Ask for a load; returns its job's id."""
+        return job_of(await self.submit_load(model_id, version, parameters))
+
+    async def ask_unload(self, model_id: str | None, *, force: bool = False) -> str:
+        """Ask for an unload; returns its job's id."""
+        command: Command = RequestUnload(model_id, "alice", force)
+        return job_of(await self.log.submit(command))
+
+    async def load(
+        self,
+        model_id: str,
+        version: int | None = None,
+        parameters: LoadParameters | None = None,
+    ) -> Job:
+        """Load a model and wait until the job has ended, well or not."""
+        return await self.ended(await self.ask_load(model_id, version, parameters))
+
+    async def unload(self, model_id: str, *, force: bool = False) -> Job:
+        """Unload a model and wait until the job has ended."""
+        return await self.ended(await self.ask_unload(model_id, force=force))
+
+    async def ended(self, job_id: str) -> Job:
+        """Wait for the end of a job."""
+        await self.recorded(lambda: self.log.state.unended_job(job_id) is None)
+        job = await self.reader.job(job_id)
+        assert job is not None
+        return job
+
+    async def recorded(self, condition: Callable[[], bool]) -> None:
+        """Wait until the recorded state is so; a consumer that died meanwhile is the failure."""
+        wakeup = self.log.subscribe()
+        self.applying.add_done_callback(lambda _: wakeup.set())
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                while not condition():
+                    if self.applying.done():
+                        self.applying.result()
+                    wakeup.clear()
+                    await wakeup.wait()
+        finally:
+            self.log.unsubscribe(wakeup)
+
+    async def becomes(self, model_id: str, state: ModelState) -> Model:
+        """Wait until a model is in this state."""
+        models = self.log.state.models
+        await self.recorded(lambda: model_id in models and self.model(model_id).state is state)
+        return self.model(model_id)
+
+    def model(self, model_id: str) -> Model:
+        """Return a model as it is recorded."""
+        return self.log.state.models[model_id]
+
+    def live(self, model_id: str) -> LiveLoad:
+        """Return the newest load of a model that runs."""
+        return [load for load in self.consumer.live.values() if load.model_id == model_id][-1]
+
+    def worker(self, model_id: str) -> Worker:
+        """Return the newest worker of a model."""
+        worker = self.live(model_id).worker
+        assert worker is not None
+        return worker
+
+    async def events(self, *, of: str | None = None) -> list[Event]:
+        """Return what is recorded, of one model or all."""
+        return [event for event in await self.reader.events(0) if of in (None, event.model_id)]
+
+    async def story(self, *, of: str | None = None) -> list[str]:
+        """Return the types of what is recorded, in order."""
+        return [event.type for event in await self.events(of=of)]
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass for log and consumer, who are told."""
+        self.clock.ahead += timedelta(seconds=seconds)
+        self.log.notify()
+
+    async def ask(self, model_id: str, value: float) -> float:
+        """Run an inference on a model that takes x and answers with one number."""
+        route = self.router.route(model_id)
+        (answer,) = await infer(route, [floats("x", value)], (), LIMIT_S)
+        return float(array(answer)[0])
+
+    def kill(self, model_id: str) -> None:
+        """Kill a model's worker, as the kernel does when memory runs out."""
+        os.kill(self.worker(model_id).pid, signal.SIGKILL)
+
+    async def die(self, model_id: str) -> None:
+        """Kill a model's worker and wait until its loss is recorded."""
+        self.kill(model_id)
+        await self.becomes(model_id, ModelState.LOST)
+
+    @property
+    def fork_server_pid(self) -> int:
+        """The process that the workers are children of."""
+        assert self.pool._fork_server is not None
+        return self.pool._fork_server.pid
+
+    def worker_pids(self) -> list[int]:
+        """List the processes of all workers."""
+        return memory.descendants(self.fork_server_pid)
+
+    async def loading(self, model_id: str) -> LiveLoad:
+        """Wait until a model's worker is amid its load."""
+        loads = self.consumer.live
+        await until(lambda: any(load.model_id == model_id for load in loads.values()))
+        await until(lambda: self.live(model_id).stage == "loading")
+        return self.live(model_id)
+
+
+def job_of(receipt: Receipt) -> str:
+    """Return the job that stands behind a receipt."""
+    assert receipt.job_id is not None
+    return receipt.job_id
+
+
+@asynccontextmanager
+async def running(
+    folder: Path,
+    *,
+    loads_at_once: int = 2,
+    drain_timeout_s: float = LIMIT_S,
+    stops_cleanly: bool = False,
+    clock: Clock | None = None,
+) -> AsyncIterator[Engine]:
+    """Start the runtime on `<folder>/ledger.db` and `<folder>/models`; nothing of it is left after.
+
+    Args:
+        folder: where a runtime may have been before, whose ledger this goes on with.
+        loads_at_once: the policy.
+        drain_timeout_s: how long an unload waits for what runs.
+        stops_cleanly: whether the end appends `ServerStopped`, as a server does that was not killed.
+        clock: what it is now.
+    """
+    clock = clock or Clock()
+    log, pool = Log(folder / "ledger.db", now=clock.now), WorkerPool()
+    repository = Repository(folder / "models")
+    await pool.open()
+    await log.open()
+    await log.server_started()
+    policy = Policy(loads_at_once)
+    consumer = Consumer(log, pool, repository, policy=policy, drain_timeout_s=drain_timeout_s, now=clock.now)
+    applying = asyncio.create_task(consumer.run())
+    try:
+        async with open_reader(log.path) as reader:
+            router = Router(log, consumer.live, repository)
+            yield Engine(log, reader, pool, repository, consumer, router, clock, applying)
+    finally:
+        await consumer.stop()
+        await asyncio.wait([applying])
+        if stops_cleanly:
+            await log.server_stopped()
+        await log.close()
+        await pool.close()
+        assert not [task for load in consumer.live.values() for task in load.tasks]
+    applying.result()
