@@ -47,9 +47,19 @@ class Receipt:
 
 @dataclass(slots=True)
 class _Waiting:
+    """A command and who waits for it. A refusal, too, holds only once what it was decided on is durable."""
+
     command: Command
     done: asyncio.Future[Receipt]
-    receipt: Receipt | None = None
+    outcome: Receipt | LedgerProblem | None = None
+
+    def settle(self) -> None:
+        if self.done.done():
+            return
+        if isinstance(self.outcome, Receipt):
+            self.done.set_result(self.outcome)
+        elif self.outcome is not None:
+            self.done.set_exception(self.outcome)
 
 
 class Log:
@@ -200,8 +210,7 @@ class Log:
         attempt.commit()
         self.head = head
         for waiting in group:
-            if waiting.receipt is not None and not waiting.done.done():
-                waiting.done.set_result(waiting.receipt)
+            waiting.settle()
         if rows:
             self.notify()
 
@@ -217,9 +226,9 @@ class Log:
                 for event in events:
                     attempt.state.apply(event)
                 rows += new_rows
-                waiting.receipt = _receipt(decision, head)
+                waiting.outcome = _receipt(decision, head)
             except LedgerProblem as error:
-                waiting.done.set_exception(error)
+                waiting.outcome = error
         return attempt, rows, head
 
     async def _commit(self, rows: Sequence[Row], attempt: Attempt) -> None:
