@@ -189,7 +189,10 @@ def _answer(request: web.Request, error: Exception) -> web.Response:
     if request.writer.output_size > 0:
         # A second status line in the middle of a stream would be read as data: break the connection instead.
         raise error
-    return problem_response(problem, request.path)
+    response = problem_response(problem, request.path)
+    if isinstance(error, web.RequestPayloadError):
+        response.force_close()  # the framework ends such a connection: nobody should use it again
+    return response
 
 
 def _problem(

@@ -40,7 +40,12 @@ async def _serve(config: Config, announce: Callable[[str], None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = create_app(config)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=config.drain_timeout_s)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        shutdown_timeout=config.drain_timeout_s,
+        handler_cancellation=True,  # an inference that nobody waits for any more must not hold up the next
+    )
     try:
         await runner.setup()
         site = web.TCPSite(runner, config.host, config.port)

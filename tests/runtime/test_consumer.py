@@ -64,6 +64,10 @@ def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+
 async def endless(engine: Engine) -> asyncio.Task[object]:
     """Load `loop` and begin an inference that does not end by itself."""
     await engine.load("loop")
@@ -412,7 +416,7 @@ async def test_force_does_not_wait_for_a_fork_server_that_is_stopped(folder: Pat
         await engine.ask_load("adder")
         await engine.becomes("adder", ModelState.LOADING)
         await engine.unload("adder", force=True)
-        assert Path(f"/proc/{fork_server}/stat").read_text().split(") ")[1].startswith("T")
+        assert stopped(fork_server)
         os.kill(fork_server, signal.SIGCONT)
         await until(lambda: engine.worker_pids() == [])
         assert (await engine.load("adder")).status is JobStatus.COMPLETED

@@ -1,6 +1,7 @@
 """Loading and unloading real models over HTTP, and what the answers, the jobs and the ledger say of it."""
 
 import asyncio
+import gzip
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from support.http import LIMIT_S, Json, LocalApi, when
 from support.models import CORRUPT, TEXT, save, save_bytes
 from support.workers import computing, until
 
+from events.accept import MAX_QUEUE
 from events.types import LoadRequested, UnloadRequested, WorkerExited
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -486,6 +488,19 @@ async def test_a_body_of_more_than_a_mebibyte_is_413_however_it_is_sent(
     assert (await api.get("/api/v1/models")).status == 200
 
 
+async def test_a_body_that_unpacks_to_more_than_a_mebibyte_is_413_and_one_that_does_not_unpack_400(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.identity(), repository, "m")
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    bomb = gzip.compress(b" " * 50 * MIB)
+    for body, refusal in ((bomb, (413, "body_too_large")), (b"no gzip", (400, "invalid_request"))):
+        answer = await api.post("/api/v1/models/m/load", data=body, headers=headers)
+        assert answer.refusal == refusal
+    answer = await api.post("/api/v1/models/m/load", data=gzip.compress(b"{}"), headers=headers, wait=60)
+    assert answer.status == 200
+
+
 # What is not supported yet
 
 
@@ -791,6 +806,24 @@ async def test_jobs_say_what_they_wait_for(start: Start, repository: Path) -> No
         ended = await api.ended(job["id"])
         assert (ended["status"], ended["waiting_for"]) == ("completed", None)
     assert (await api.model("m"))["version"] == 2
+
+
+async def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room(
+    start: Start, repository: Path
+) -> None:
+    api = await start(loads_at_once=1)
+    names = [f"m{number}" for number in range(MAX_QUEUE)]
+    for name in names:
+        save(models.identity(), repository, name)
+    save_bytes(endless_load(), repository, "slow")
+    await api.accepted_load("slow")
+    waiting = [await api.accepted_load(name) for name in names[:-1]]
+    answer = await api.post(f"/api/v1/models/{names[-1]}/load")
+    assert answer.refusal == (429, "queue_full")
+    again = await api.post(f"/api/v1/models/{names[0]}/load")  # joins the one that waits
+    assert (again.status, again.json["id"]) == (202, waiting[0]["id"])
+    await api.unload(names[0], force=True)
+    await api.accepted_load(names[-1])
 
 
 async def test_another_version_takes_over_when_it_is_loaded_and_the_old_process_ends(

@@ -9,9 +9,9 @@ import aiohttp
 import pytest
 from support import models
 from support.http import Api, Json, when
-from support.models import save
+from support.models import save, save_bytes
 from support.process import MODULE, SCRIPT, Server, clean_environment, events, serving, verified
-from support.workers import computing, until
+from support.workers import computing, descriptors, until
 
 from events.types import ServerStarted, ServerStopped
 from server.config import Config, settings
@@ -109,6 +109,26 @@ async def test_an_inference_that_does_not_end_keeps_the_server_no_longer_than_th
     assert (await events(config))[-1].data == ServerStopped()
 
 
+async def test_an_inference_whose_client_has_gone_makes_room_for_the_next(config: Config) -> None:
+    save(models.counting_loop(), config.repository, "m")
+    async with serving(config) as server:
+        await server.api.load("m")
+        worker = server.worker()
+        (await computed(server, models.ENDLESS)).cancel()
+        answer = await server.api.infer("m", trips(3))  # long before the other's time is up
+        assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [3])
+        assert server.worker() == worker
+
+
+async def test_a_load_whose_client_has_gone_goes_on(config: Config) -> None:
+    save(models.slow_model(depth=12), config.repository, "m")
+    async with serving(config) as server:
+        waiting = asyncio.create_task(server.api.post("/api/v1/models/m/load", wait=60))
+        [job] = await when(server.api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
+        waiting.cancel()
+        assert (await server.api.ended(job["id"]))["status"] == "completed"
+
+
 async def test_who_waits_for_a_job_when_the_server_stops_is_answered_202_and_the_job_goes_on_after(
     config: Config,
 ) -> None:
@@ -124,6 +144,26 @@ async def test_who_waits_for_a_job_when_the_server_stops_is_answered_202_and_the
         job = await server.api.ended(answer.json["id"])
         assert (job["status"], job["attempt"]) == ("completed", 2)
     verified(config)
+
+
+async def test_loads_unloads_and_failures_leave_no_descriptor_and_no_process_behind(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    save_bytes(models.TEXT, config.repository, "text")
+    save(models.crash_on_load(), config.repository, "crash")
+    async with serving(config) as server:
+
+        async def cycle() -> list[str]:
+            for model_id in ("m", "text", "crash"):
+                assert (await server.api.post(f"/api/v1/models/{model_id}/load", wait=60)).status == 200
+            assert (await server.api.infer("m", floats(1))).status == 200
+            await server.api.unload("m")
+            return descriptors(server.pid)
+
+        before = await cycle()
+        for _ in range(10):
+            after = await cycle()
+            assert len(after) <= len(before), (before, after)
+        assert len(server.children()) == 1
 
 
 async def test_a_second_server_on_the_same_data_names_the_first_and_leaves_it_alone(config: Config) -> None:
