@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 
 from events.accept import Record, RequestLoad
@@ -66,6 +67,8 @@ _log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 4096
 MAX_REMEMBERED_VERSIONS = 1000
 """Versions whose files' hashes are remembered by identity, so that the same bytes are not hashed again."""
+RELOAD_TIMEOUT_S = 300
+"""What a load that the system requests has at least: the default of those that people request."""
 LOG_RETRY_S = 0.5
 """How long to wait before an outcome is recorded again, when the ledger could not be written."""
 
@@ -275,7 +278,10 @@ class Consumer:
     async def _request_reload(self, model: Model, cause: Cause) -> None:
         serving = model.serving
         assert serving is not None
-        command = RequestLoad(model.id, serving.version, (), SYSTEM, serving.parameters, cause)
+        # Many may be requested at once: who asked for little time did not mean the queue after a restart.
+        timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
+        parameters = replace(serving.parameters, timeout_s=timeout_s)
+        command = RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
         await self._log.submit(command)
 
     async def _give_up(self, model: Model, message: str) -> None:

@@ -57,19 +57,16 @@ class WorkerPool:
             ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new one is being started.
         """
         fork_server = await self._available()
-        data, data_end = _socketpair()
-        control, control_end = _socketpair()
-        read, write = os.pipe2(os.O_CLOEXEC)
-        with contextlib.ExitStack() as undo:
-            for end in (data, control):
-                undo.callback(end.close)
-            undo.callback(os.close, read)
-            asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
-            data_end.close()
-            control_end.close()
-            os.close(write)
+        with contextlib.ExitStack() as ours:
+            with contextlib.ExitStack() as theirs:
+                data, data_end = _socketpair(ours, theirs)
+                control, control_end = _socketpair(ours, theirs)
+                read, write = os.pipe2(os.O_CLOEXEC)
+                ours.callback(os.close, read)
+                theirs.callback(os.close, write)
+                asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
             child = await self._answer(fork_server, asked)
-            undo.pop_all()
+            ours.pop_all()
         worker = Worker(worker_id, child, read, self._threads)
         self._workers.add(worker)
         worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
@@ -151,9 +148,13 @@ def _discard(asked: asyncio.Future[Child]) -> None:
         os.close(asked.result().pidfd)
 
 
-def _socketpair() -> tuple[socket.socket, socket.socket]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for end in (ours, theirs):
+def _socketpair(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    """Make a channel; its ends are closed with the two stacks."""
+    our_end, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for stack, end in ((ours, our_end), (theirs, their_end)):
+        stack.callback(end.close)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-    ours.setblocking(False)
-    return ours, theirs
+    our_end.setblocking(False)
+    return our_end, their_end

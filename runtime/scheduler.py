@@ -371,5 +371,5 @@ def _waiting_for(sight: _Sight) -> dict[str, str]:
         elif not sight.fork_server_up:
             waiting[job.id] = "the fork server, which is being started again"
         elif sight.free <= 0:
-            waiting[job.id] = f"a free place: {sight.policy.loads_at_once} loads are running"
+            waiting[job.id] = f"a free place: of loads, {sight.policy.loads_at_once} may run at once"
     return waiting

@@ -26,7 +26,8 @@ class StderrTail:
 
     def lines(self) -> list[str]:
         """Give the last lines, oldest first; what is not UTF-8 is replaced."""
-        return self._kept.decode("utf-8", "replace").splitlines()[-MAX_LINES:]
+        text = self._kept.decode("utf-8", "replace").encode()[-MAX_BYTES:]  # a replaced byte takes three
+        return text.decode("utf-8", "ignore").splitlines()[-MAX_LINES:]
 
     def close(self) -> list[str]:
         """Read what is left in the pipe, close it, and give the last lines."""

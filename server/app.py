@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from aiohttp import web
 
+from events.errors import LogClosed
 from events.lock import hold
 from events.log import Log
 from events.reader import open_reader
@@ -100,7 +102,8 @@ async def _ledger(app: web.Application) -> AsyncIterator[None]:
     try:
         await log.server_started()
         yield
-        await log.server_stopped()
+        with suppress(LogClosed):  # its writer has died, which is why the server stops
+            await log.server_stopped()
     finally:
         await log.close()
 

@@ -137,7 +137,7 @@ async def test_a_pending_load_says_what_it_waits_for(folder: Path) -> None:
         waiting = await engine.ask_load("adder")
         job = engine.log.state.jobs[waiting]
         await until(lambda: engine.consumer.waiting_for(job) is not None)
-        assert engine.consumer.waiting_for(job) == "a free place: 1 loads are running"
+        assert engine.consumer.waiting_for(job) == "a free place: of loads, 1 may run at once"
         slow = engine.log.state.jobs[engine.live("slow").job_id]
         assert (engine.consumer.stage(job), engine.consumer.stage(slow)) == (None, "loading")
         await engine.unload("slow", force=True)

@@ -594,6 +594,7 @@ async def test_a_model_whose_files_are_gone_is_shown_and_can_be_unloaded_as_long
     await api.unload("m")
     assert (await api.post("/api/v1/models/m/unload")).refusal == (404, "unknown_model")
     assert (await api.get("/api/v1/models/m")).refusal == (404, "unknown_model")
+    assert (await api.infer("m", ONE)).refusal == (404, "unknown_model")
     assert (await api.get("/api/v1/models")).json["models"] == []
 
 
@@ -798,7 +799,7 @@ async def test_jobs_say_what_they_wait_for(start: Start, repository: Path) -> No
     await api.job_when(slow["id"], status="in_progress", waiting_for=None)
     first = await api.accepted_load("m", version=1)
     second = await api.accepted_load("m", version=2)
-    waiting = await api.job_when(first["id"], waiting_for="a free place: 1 loads are running")
+    waiting = await api.job_when(first["id"], waiting_for="a free place: of loads, 1 may run at once")
     assert (waiting["status"], waiting["stage"]) == ("pending", None)
     await api.job_when(second["id"], waiting_for=f"job {first['id']} of the same model")
     await api.unload("slow", force=True)
