@@ -169,10 +169,10 @@ async def test_a_model_that_does_not_exist_is_404_and_not_ready(api: LocalApi) -
     assert (await api.get("/v2/models/nope/ready")).refusal == (400, "not_ready")
 
 
-@pytest.mark.parametrize("version", ["0", "-1", "01x", "v1", "1.0", "99999999999", "%00", "+1", "%2B1"])
-async def test_a_version_that_is_no_number_is_400(api: LocalApi, version: str) -> None:
-    for path in (f"/v2/models/m/versions/{version}", f"/v2/models/m/versions/{version}/ready"):
-        assert (await api.get(path)).refusal == (400, "invalid_parameter")
+async def test_a_version_that_is_no_number_is_400(api: LocalApi) -> None:
+    for version in ("0", "-1", "01x", "v1", "1.0", "99999999999", "%00", "+1", "%2B1"):
+        for path in (f"/v2/models/m/versions/{version}", f"/v2/models/m/versions/{version}/ready"):
+            assert (await api.get(path)).refusal == (400, "invalid_parameter"), version
 
 
 # Questions that are wrong

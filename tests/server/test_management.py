@@ -356,9 +356,9 @@ async def test_a_link_out_of_the_repository_is_as_if_it_were_not_there(
     assert (await api.get("/api/v1/models")).json["models"] == []
 
 
-@pytest.mark.parametrize("job_id", ["..", "%2e%2e", "%00", "a%2fb", "x" * 65, "%ff", "%ed%a0%80", "'"])
-async def test_what_is_no_job_id_is_refused(api: LocalApi, job_id: str) -> None:
-    assert (await api.get(f"/api/v1/jobs/{job_id}")).status in {400, 404}
+async def test_what_is_no_job_id_is_refused(api: LocalApi) -> None:
+    for job_id in ("..", "%2e%2e", "%00", "a%2fb", "x" * 65, "%ff", "%ed%a0%80", "'"):
+        assert (await api.get(f"/api/v1/jobs/{job_id}")).status in {400, 404}, job_id
 
 
 async def test_a_model_may_be_called_like_a_word_of_the_api(api: LocalApi, repository: Path) -> None:
@@ -504,28 +504,19 @@ async def test_a_body_that_unpacks_to_more_than_a_mebibyte_is_413_and_one_that_d
 # What is not supported yet
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"priority": "high"},
-        {"priority": "low"},
-        {"keep_alive_s": 60},
-        {"keep_alive_s": 0},
-        {"keep_alive_s": -1},
-        {"strategy": "in_place"},
-        {"strategy": "auto"},
-        {"pinned": True},
-        {"instances": 2},
-    ],
-)
 async def test_a_parameter_that_has_no_behaviour_yet_is_refused_and_not_recorded(
-    api: LocalApi, repository: Path, body: dict[str, object]
+    api: LocalApi, repository: Path
 ) -> None:
     save(models.identity(), repository, "m")
     head = api.position
-    answer = await api.post("/api/v1/models/m/load", json=body)
-    assert answer.refusal == (400, "not_supported")
-    assert next(iter(body)) in answer.json["detail"]
+    for name, value in (
+        ("priority", "high"), ("priority", "low"), ("keep_alive_s", 60), ("keep_alive_s", 0),
+        ("keep_alive_s", -1), ("strategy", "in_place"), ("strategy", "auto"), ("pinned", True),
+        ("instances", 2),
+    ):  # fmt: skip
+        answer = await api.post("/api/v1/models/m/load", json={name: value})
+        assert answer.refusal == (400, "not_supported")
+        assert name in answer.json["detail"]
     assert api.position == head
 
 
@@ -984,18 +975,13 @@ async def test_jobs_are_listed_newest_first_in_pages_by_model_and_status(
         assert [job["id"] for job in await api.jobs(query)] == expected, query
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
+async def test_a_page_that_cannot_be_is_400(api: LocalApi) -> None:
+    for query in (
         "limit=0", "limit=1001", "limit=-1", "limit=", "limit=1.5", "limit=%2B1", "limit=1&limit=2",
-        "limit=x", "at=1", "x=1", "limit=99999999999999999999",
-    ],
-)  # fmt: skip
-async def test_a_page_that_cannot_be_is_400(api: LocalApi, query: str) -> None:
-    for path in ("models", "jobs"):
-        assert (await api.get(f"/api/v1/{path}?{query}")).refusal == (400, "invalid_parameter")
-
-
-@pytest.mark.parametrize("query", ["cursor=x", "cursor=0", "cursor=-1", "status=done", "status="])
-async def test_a_page_of_jobs_that_cannot_be_is_400(api: LocalApi, query: str) -> None:
-    assert (await api.get(f"/api/v1/jobs?{query}")).refusal == (400, "invalid_parameter")
+        "limit=x", "limit=99999999999999999999", "at=1", "x=1",
+    ):  # fmt: skip
+        for path in ("models", "jobs"):
+            answer = await api.get(f"/api/v1/{path}?{query}")
+            assert answer.refusal == (400, "invalid_parameter"), query
+    for query in ("cursor=x", "cursor=0", "cursor=-1", "status=done", "status="):
+        assert (await api.get(f"/api/v1/jobs?{query}")).refusal == (400, "invalid_parameter"), query
