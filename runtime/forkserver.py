@@ -201,7 +201,7 @@ def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
         os.setsid()
         die_with(parent)
         _arrange(descriptors)
-        faulthandler.enable()
+        faulthandler.enable(all_threads=False)  # walking the others, it may itself crash
         gc.enable()
         importlib.import_module("runtime.worker").main(DATA, CONTROL)
     except BaseException:  # noqa: BLE001 - told, then the process ends

@@ -14,22 +14,17 @@ from runtime.repository import Repository
 from runtime.wire import Tensor, TensorSpec
 from runtime.workers import Worker
 
-RETRY_AFTER_S = 1
-"""When to try again: an unload, a swap or a restart of a worker takes about that long."""
-
 
 class ModelNotLoaded(RuntimeProblem):
     """The model is not loaded."""
 
     code = "model_not_loaded"
-    retry_after_s = RETRY_AFTER_S
 
 
 class ModelUnloading(RuntimeProblem):
     """The model is being unloaded and takes no more requests."""
 
     code = "model_unloading"
-    retry_after_s = RETRY_AFTER_S
 
 
 class InferenceTimeout(RuntimeProblem):

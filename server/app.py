@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from events.errors import LogClosed
 from events.lock import hold
@@ -67,10 +67,15 @@ def create_app(config: Config) -> web.Application:
     app[CONFIG] = config
     app[OPENAPI] = openapi_yaml(routes)
     app[STOPPING] = asyncio.Event()
-    app.on_response_prepare.append(add_quota_headers)
+    app.on_response_prepare.extend([add_quota_headers, _name_no_versions])
     app.on_shutdown.append(_begin_stop)
     app.cleanup_ctx.extend([_data_directory, _workers, _ledger, _reading, _applying])
     return app
+
+
+async def _name_no_versions(_request: web.Request, response: web.StreamResponse) -> None:
+    """Keep to ourselves what runs here, in which version."""
+    response.headers[hdrs.SERVER] = "loadledger"
 
 
 async def _begin_stop(app: web.Application) -> None:

@@ -79,10 +79,25 @@ def _data_option(command: Callable[..., None]) -> Callable[..., None]:
 @main.command()
 @_data_option
 @click.option(
-    "--role", "roles", multiple=True, required=True, help="admin, predict or audit; may be repeated."
+    "--role",
+    "roles",
+    multiple=True,
+    envvar="LOADLEDGER_ROLE",
+    required=True,
+    help="admin, predict or audit; may be repeated.",
 )
-@click.option("--subject", required=True, help="Who the token speaks for; the ledger names them.")
-@click.option("--expires", default="12h", help="For how long it is valid: 90s, 30m, 12h, 7d.")
+@click.option(
+    "--subject",
+    envvar="LOADLEDGER_SUBJECT",
+    required=True,
+    help="Who the token speaks for; the ledger names them.",
+)
+@click.option(
+    "--expires",
+    envvar="LOADLEDGER_EXPIRES",
+    default="12h",
+    help="For how long it is valid: 90s, 30m, 12h, 7d.",
+)
 def token(data: Path, roles: tuple[str, ...], subject: str, expires: str) -> None:
     """Print a token; the first use creates the data directory and its keys."""
     from server.config import read_settings  # noqa: PLC0415
@@ -107,6 +122,8 @@ def list_keys(data: Path) -> None:
     """Show the keys, newest last; the one that signs is marked."""
     from server import keys  # noqa: PLC0415
 
+    if not data.is_dir():
+        raise click.BadParameter(f"there is no {data}; `token` and `serve` create it", param_hint="--data")
     with _problems_told():
         for info in keys.list_keys(data):
             click.echo(f"{info.kid}  {info.created_at:%Y-%m-%d %H:%M:%S}Z{'  signs' if info.signs else ''}")

@@ -23,6 +23,10 @@ Decorated = TypeVar("Decorated", bound=Callable[..., object])
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 # Long enough for any message of ours; a hostile field name must not be echoed by the megabyte.
 DETAIL_CHARACTERS = 4096
+RETRY_LATER = (429, 503)
+"""What a client should try again, and so is told when (RFC 9110 sections 10.2.3 and 15.6.4, RFC 6585)."""
+RETRY_AFTER_S = 1
+"""Where nobody knows better: what passes, like a worker's or the fork server's restart, takes about that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ def problem_of(error: Exception) -> Problem:
     if not isinstance(code, str) or code not in ERRORS or code == "internal":
         return _unexpected(error)
     members = getattr(error, "problem_members", {})
-    return _problem(code, str(error), headers=dict(_headers_of(error)), members=members)
+    return _problem(code, str(error), headers=dict(_headers_of(error, code)), members=members)
 
 
 def problem_response(problem: Problem, path: str) -> web.Response:
@@ -232,9 +236,10 @@ def _unexpected(error: Exception) -> Problem:
     return _problem("internal", detail, instance=f"urn:uuid:{reference}")
 
 
-def _headers_of(error: Exception) -> Iterator[tuple[str, str]]:
+def _headers_of(error: Exception, code: str) -> Iterator[tuple[str, str]]:
     yield from getattr(error, "http_headers", {}).items()
-    retry_after_s = getattr(error, "retry_after_s", None)
+    default = RETRY_AFTER_S if ERRORS[code].status in RETRY_LATER else None
+    retry_after_s = getattr(error, "retry_after_s", default)
     if retry_after_s is not None:
         # Whole seconds, rounded up: coming back early would be refused again.
         yield "Retry-After", str(max(1, math.ceil(retry_after_s)))

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 from aiohttp_apispec import docs, match_info_schema, response_schema
-from marshmallow import Schema, fields
+from marshmallow import fields
 
 from runtime.errors import InvalidInput
 from runtime.router import Route as ModelRoute
@@ -16,7 +16,7 @@ from runtime.wire import Tensor, TensorSpec
 from server.appkeys import CONFIG, ROUTER
 from server.errors import ServerProblem, errors
 from server.routes import Access, LimitClass, Route
-from server.schemas import ModelPathSchema, ModelVersionPathSchema
+from server.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema
 from server.tensors import decode_tensor, encode_data
 from server.validation import path_parameters, read_body
 
@@ -56,7 +56,7 @@ class _Request(msgspec.Struct):
 _REQUEST = msgspec.json.Decoder(_Request)
 
 
-class TensorSchema(Schema):
+class TensorSchema(AnswerSchema):
     """A tensor, or what one has to be like."""
 
     name = fields.String(required=True)
@@ -65,7 +65,7 @@ class TensorSchema(Schema):
     data = fields.List(fields.Raw(), metadata={"description": "Flat, row-major; not in metadata."})
 
 
-class InferResponseSchema(Schema):
+class InferResponseSchema(AnswerSchema):
     """What the model answered."""
 
     model_name = fields.String(required=True)
@@ -74,7 +74,7 @@ class InferResponseSchema(Schema):
     outputs = fields.List(fields.Nested(TensorSchema), required=True)
 
 
-class MetadataSchema(Schema):
+class MetadataSchema(AnswerSchema):
     """What a loaded model takes and gives; -1 in a shape is any length."""
 
     name = fields.String(required=True)
@@ -84,7 +84,7 @@ class MetadataSchema(Schema):
     outputs = fields.List(fields.Nested(TensorSchema), required=True)
 
 
-class ReadySchema(Schema):
+class ReadySchema(AnswerSchema):
     """That a model can be asked."""
 
     name = fields.String(required=True)

@@ -80,8 +80,9 @@ def create_key(data: Path, now: datetime | None = None) -> str:
 
 def rotate(data: Path) -> str:
     """Create the key that signs from now on; the earlier ones verify until they are revoked."""
-    ensure_data_dir(data)
-    return create_key(data)
+    earlier = list_keys(data)
+    ensure_data_dir(data)  # in a new directory, it creates the first key
+    return create_key(data) if earlier else list_keys(data)[-1].kid
 
 
 def revoke(data: Path, kid: str) -> None:

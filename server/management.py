@@ -28,11 +28,10 @@ from server.schemas import (
     ModelPathSchema,
     ModelSchema,
     ModelsQuerySchema,
-    NothingSchema,
     UnloadBodySchema,
     UnloadQuerySchema,
 )
-from server.validation import json_body, path_parameters, query_parameters
+from server.validation import NothingSchema, json_body, path_parameters, query_parameters
 from server.views import job_view, model_view
 
 POLL_AFTER_S = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from marshmallow import Schema, fields, validate
+from marshmallow import INCLUDE, Schema, fields, validate
 
 from events.jobs import JobKind, JobStatus
 from events.models import ModelState
@@ -100,10 +100,6 @@ class UnloadQuerySchema(Schema):
     )
 
 
-class NothingSchema(Schema):
-    """No parameters."""
-
-
 class PageQuerySchema(Schema):
     """Which page of a list."""
 
@@ -128,14 +124,23 @@ class JobsQuerySchema(PageQuerySchema):
     status = fields.String(load_default=None, validate=_values(JobStatus))
 
 
-class FailureSchema(Schema):
+class AnswerSchema(Schema):
+    """What is answered; clients must expect members that are added later."""
+
+    class Meta:
+        """Told to the document's readers as well."""
+
+        unknown = INCLUDE
+
+
+class FailureSchema(AnswerSchema):
     """Why a job or a model failed."""
 
     code = fields.String(required=True)
     message = fields.String(required=True)
 
 
-class JobSchema(Schema):
+class JobSchema(AnswerSchema):
     """A job: one accepted load or unload."""
 
     id = fields.String(required=True)
@@ -160,7 +165,7 @@ class JobSchema(Schema):
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
 
 
-class FileSchema(Schema):
+class FileSchema(AnswerSchema):
     """A file of a loaded version, as it was read."""
 
     path = fields.String(required=True)
@@ -169,7 +174,7 @@ class FileSchema(Schema):
     sha256 = fields.String(required=True)
 
 
-class ModelSchema(Schema):
+class ModelSchema(AnswerSchema):
     """A model of the repository, or one that is loaded."""
 
     id = fields.String(required=True)
@@ -191,7 +196,7 @@ class ModelSchema(Schema):
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
 
 
-class ModelListSchema(Schema):
+class ModelListSchema(AnswerSchema):
     """One page of the models, by id."""
 
     models = fields.List(fields.Nested(ModelSchema), required=True)
@@ -199,7 +204,7 @@ class ModelListSchema(Schema):
     next_cursor = fields.String(required=True, allow_none=True)
 
 
-class JobListSchema(Schema):
+class JobListSchema(AnswerSchema):
     """One page of the jobs, newest first."""
 
     jobs = fields.List(fields.Nested(JobSchema), required=True)
@@ -207,7 +212,7 @@ class JobListSchema(Schema):
     next_cursor = fields.Integer(required=True, allow_none=True)
 
 
-class HealthSchema(Schema):
+class HealthSchema(AnswerSchema):
     """What was looked at, and that all of it is well."""
 
     status = fields.String(required=True)

@@ -31,6 +31,9 @@ def serve(config: Config, announce: Callable[[str], None]) -> int:
         OSError: the address cannot be listened on.
     """
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It logs, with a traceback, each request that is no HTTP, and anybody may send those; what goes wrong in
+    # our handlers is logged where it is answered.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, announce))
 

@@ -93,6 +93,12 @@ async def test_retry_after_is_whole_seconds_and_never_early(
     assert answer.headers["Retry-After"] == field
 
 
+@pytest.mark.parametrize("code", [code for code, kind in ERRORS.items() if kind.status in {429, 503}])
+async def test_whoever_should_try_again_is_told_when(answer_of: Callable[..., Any], code: str) -> None:
+    answer, _ = await answer_of(Domain(code))
+    assert answer.headers["Retry-After"] == "1"
+
+
 async def test_members_and_header_fields_of_an_error_are_added(answer_of: Callable[..., Any]) -> None:
     error = Domain("not_loaded", problem_members={"load": "/x"}, http_headers={"Link": "</x>"})
     answer, body = await answer_of(error)

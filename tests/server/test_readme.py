@@ -39,7 +39,7 @@ class Shell:
         assert self._process.stdout is not None
         self._process.stdin.write(f"{block}\nprintf '\\n%s %d\\n' '{END}' $?\n")
         self._process.stdin.flush()
-        lines = []
+        lines: list[str] = []
         for line in self._process.stdout:
             if line.startswith(END):
                 assert line.split()[-1] == "0", "".join(lines)
