@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from events.jobs import Job, JobKind, LoadParameters
+from events.jobs import Job, JobKind, LoadParameters, load_requested
 from events.models import Model, ModelState
 from events.state import State
-from events.types import Cause, Draft, LoadedFile, LoadRequested, UnloadRequested
+from events.types import Cause, Draft, LoadedFile, UnloadRequested
 
 MAX_QUEUE = 256
 """Jobs that may be unended before requests by people are refused (DESIGN.md, "Defaults")."""
@@ -111,18 +111,7 @@ def _load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Deci
     if _is_limited(command.cause) and len(state.unended()) >= MAX_QUEUE:
         return Refused("queue_full", f"{MAX_QUEUE} jobs have not ended yet; try again when some have")
     event_id = new_id()
-    parameters = command.parameters
-    data = LoadRequested(
-        priority=parameters.priority,
-        timeout_s=parameters.timeout_s,
-        keep_alive_s=parameters.keep_alive_s,
-        memory_limit_bytes=parameters.memory_limit_bytes,
-        strategy=parameters.strategy,
-        pinned=parameters.pinned,
-        instances=parameters.instances,
-        cause=command.cause,
-        cause_event_id=command.cause_event_id,
-    )
+    data = load_requested(command.parameters, command.cause, command.cause_event_id)
     draft = Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
     return Accepted((draft,), event_id)
 

@@ -1,9 +1,10 @@
-"""Times and ids as the ledger writes them. Only the two defaults at the end look at the world."""
+"""Times and ids as the ledger writes them."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 _LAST = "9999-12-31T23:59:59.999999Z"
@@ -30,6 +31,34 @@ def later(text: str, seconds: float) -> str:
 def seconds_between(earlier: str, later_one: str) -> float:
     """Return the seconds from one stamp to another; negative if they are the other way round."""
     return (moment(later_one) - moment(earlier)).total_seconds()
+
+
+class SteadyClock:
+    """The wall clock, except that it goes on when that one is set back: never slower than time itself.
+
+    So a deadline or a back-off passes, whatever happens to the machine's clock.
+    """
+
+    def __init__(
+        self,
+        wall: Callable[[], datetime],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        self._latest = self._wall()
+        self._latest_s = monotonic()
+
+    def __call__(self) -> datetime:
+        """Return the present moment."""
+        now_s = self._monotonic()
+        passed = timedelta(seconds=now_s - self._latest_s)
+        self._latest, self._latest_s = max(self._wall(), self._latest + passed), now_s
+        return self._latest
+
+    def start_after(self, moment_before: datetime) -> None:
+        """Go on from `moment_before`, if the clock is not past it: what was recorded lies in the past."""
+        self._latest = max(self._latest, moment_before)
 
 
 def utc_now() -> datetime:

@@ -141,6 +141,23 @@ def _requested(event: Event, data: LoadRequested | UnloadRequested) -> Job | Non
     )
 
 
+def load_requested(
+    parameters: LoadParameters, cause: Cause, cause_event_id: str | None = None
+) -> LoadRequested:
+    """Return the request of a load with these parameters."""
+    return LoadRequested(
+        priority=parameters.priority,
+        timeout_s=parameters.timeout_s,
+        keep_alive_s=parameters.keep_alive_s,
+        memory_limit_bytes=parameters.memory_limit_bytes,
+        strategy=parameters.strategy,
+        pinned=parameters.pinned,
+        instances=parameters.instances,
+        cause=cause,
+        cause_event_id=cause_event_id,
+    )
+
+
 def load_parameters(data: LoadRequested) -> LoadParameters:
     """Return the parameters of a load's request, without what only accounts for it."""
     return LoadParameters(

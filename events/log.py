@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +22,7 @@ from typing import TypeVar
 from events import store
 from events.accept import Accepted, Command, Existing, Record, Refused, accept
 from events.canonical import chain
-from events.clock import stamp, utc_now, uuid7
+from events.clock import SteadyClock, moment, stamp, utc_now, uuid7
 from events.errors import LedgerProblem, LogClosed, LogUnavailable, RequestRefused
 from events.schema import connect
 from events.state import Attempt, State
@@ -31,6 +32,9 @@ from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, rec
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+PROBE_S = 1.0
+"""Between tries to write again after a failure."""
 
 MAX_GROUP = 512
 """Commands in one transaction: the commit's cost vanishes, and answers still take milliseconds."""
@@ -70,10 +74,11 @@ class Log:
         path: Path,
         *,
         now: Callable[[], datetime] = utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
         new_id: Callable[[], str] = uuid7,
     ) -> None:
         self._path = path
-        self._now = now
+        self._clock = SteadyClock(now, monotonic)
         self._new_id = new_id
         self._queue: asyncio.Queue[_Waiting | None] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
@@ -82,6 +87,7 @@ class Log:
         self._wakeups: set[asyncio.Event] = set()
         self._closing = False
         self._unsynced = False
+        self._can_write = True
         self.state = State()
         self.head = Head()
 
@@ -92,8 +98,8 @@ class Log:
 
     @property
     def healthy(self) -> bool:
-        """Whether the last write went well, so that the next one probably will."""
-        return self._connection is not None and not self._closing
+        """Whether the last write, or the last try of one since it failed, went well."""
+        return self._connection is not None and self._can_write and not self._closing
 
     @property
     def closed(self) -> bool:
@@ -105,6 +111,10 @@ class Log:
         """The writer coroutine; that it ends before `close` is a defect worth dying for."""
         assert self._writer is not None
         return self._writer
+
+    def now(self) -> str:
+        """Return the ledger's time as a stamp: it is never before anything recorded, and always goes on."""
+        return stamp(self._clock())
 
     async def open(self) -> None:
         """Open the database and begin to write.
@@ -180,13 +190,35 @@ class Log:
 
     async def _next_group(self) -> tuple[list[_Waiting], bool]:
         group: list[_Waiting] = []
-        waiting = await self._queue.get()
+        waiting = await self._first()
         while waiting is not None:
             group.append(waiting)
             if len(group) >= MAX_GROUP or self._queue.empty():
                 return group, False
             waiting = self._queue.get_nowait()
         return group, True
+
+    async def _first(self) -> _Waiting | None:
+        """Wait for a command; as long as the log cannot be written, try it meanwhile."""
+        while not self.healthy and not self._closing:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_S):
+                    return await self._queue.get()
+            await self._probe()
+        return await self._queue.get()
+
+    async def _probe(self) -> None:
+        """Write nothing new, so that nobody has to make a request to learn that requests are taken again."""
+        try:
+            if self._connection is None:
+                await self._reopen()
+            connection = self._connection
+            assert connection is not None
+            await self._in_thread(lambda: store.probe(connection))
+        except (sqlite3.Error, LedgerProblem):
+            await self._in_thread(self._drop_connection)
+            return
+        self._can_write = True
 
     async def _write(self, group: Sequence[_Waiting]) -> None:
         try:
@@ -222,7 +254,7 @@ class Log:
             try:
                 decision = accept(attempt.state, waiting.command, self._new_id)
                 drafts = decision.drafts if isinstance(decision, Accepted) else ()
-                events, new_rows, head = _encode(drafts, head, self._now())
+                events, new_rows, head = _encode(drafts, head, self.now())
                 for event in events:
                     attempt.state.apply(event)
                 rows += new_rows
@@ -243,9 +275,11 @@ class Log:
             await self._in_thread(lambda: store.write_group(connection, rows, attempt.changes))
         except sqlite3.Error as error:
             _log.exception("the ledger could not be written")
+            self._can_write = False
             self._unsynced = self._unsynced or store.kind_of(error) == sqlite3.SQLITE_IOERR
             await self._in_thread(self._drop_connection)
             await self._find(rows[-1])
+        self._can_write = True
 
     async def _find(self, last: Row) -> None:
         """Reread the file, and return if `last` is its head.
@@ -278,6 +312,8 @@ class Log:
         except (sqlite3.Error, ValueError) as error:  # what is stored may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self._unsynced = False
+        if self.head.recorded_at:
+            self._clock.start_after(moment(self.head.recorded_at))
         self.notify()  # there may be events that nobody was told of, after an error in COMMIT
 
     def _drop_connection(self) -> None:
@@ -290,10 +326,10 @@ class Log:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def _encode(drafts: Sequence[Draft], head: Head, now: datetime) -> tuple[list[Event], list[Row], Head]:
+def _encode(drafts: Sequence[Draft], head: Head, now: str) -> tuple[list[Event], list[Row], Head]:
     """Return the drafts as events and rows after `head`: all or none of them, so one caller fails alone."""
     events, rows = [], []
-    recorded_at = max(stamp(now), head.recorded_at)
+    recorded_at = max(now, head.recorded_at)
     for draft in drafts:
         event = recorded(draft, head.position + 1, recorded_at)
         body = to_body(event)

@@ -78,6 +78,18 @@ def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Ch
         raise
 
 
+def probe(connection: sqlite3.Connection) -> None:
+    """Make a commit that changes nothing, to see whether the next one can be made."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("UPDATE projected SET position = position")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.rollback()
+        raise
+
+
 def kind_of(error: sqlite3.Error) -> int:
     """Return SQLite's primary result code, or 0 for an error that is not SQLite's own."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF

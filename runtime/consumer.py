@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 
 from events.accept import Record, RequestLoad
 from events.canonical import bounded
-from events.clock import seconds_between, stamp, utc_now, uuid7
+from events.clock import seconds_between, uuid7
 from events.errors import LogUnavailable
-from events.jobs import Failure, Job
+from events.jobs import Failure, Job, load_requested
 from events.log import Log
 from events.models import CRASH_LOOP, Model
 from events.state import State
@@ -30,7 +28,6 @@ from events.types import (
     JobCancelled,
     LoadedFile,
     LoadFailed,
-    LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelUnloaded,
@@ -82,7 +79,6 @@ class Consumer:
         repository: where versions are resolved.
         policy: what the scheduler is told.
         drain_timeout_s: how long an unload without force waits for running requests.
-        now: the clock.
     """
 
     def __init__(
@@ -93,14 +89,12 @@ class Consumer:
         *,
         policy: Policy,
         drain_timeout_s: float,
-        now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._log = log
         self._pool = pool
         self._repository = repository
         self._policy = policy
         self._drain_timeout_s = drain_timeout_s
-        self._now = now
         self._wakeup = log.subscribe()
         self._stopping = False
         self._hashed: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
@@ -135,7 +129,7 @@ class Consumer:
 
     async def _step(self) -> None:
         self._wakeup.clear()
-        state, now = self._log.state, stamp(self._now())
+        state, now = self._log.state, self._log.now()
         self._sweep(state)
         running = {key: load.view(state.unended_job(key)) for key, load in self.live.items()}
         self._decision = decide(state, running, self._policy, now, fork_server_up=self._pool.healthy)
@@ -220,7 +214,7 @@ class Consumer:
 
     def _model_loaded(self, job: Job, load: LiveLoad, report: LoadReport) -> ModelLoaded:
         assert job.started_at is not None
-        total_s = seconds_between(job.created_at, stamp(self._now()))
+        total_s = seconds_between(job.created_at, self._log.now())
         return ModelLoaded(
             files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in report.files),
             worker_ids=(load.worker_id,),
@@ -270,8 +264,9 @@ class Consumer:
         drafts: list[Draft] = []
         if load is not None and load.died:
             drafts.append(self._death(load))
-        freed, drained, aborted = (0, 0, 0) if load is None else _counts(load)
-        unloaded = ModelUnloaded(freed, drained, aborted)
+        unloaded = ModelUnloaded(0, 0, 0)
+        if load is not None:
+            unloaded = ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
         drafts += [_draft(job, unloaded, load.worker_id if load else None) for job in jobs]
         await self._record(*drafts)
 
@@ -287,18 +282,8 @@ class Consumer:
     async def _give_up(self, model: Model, message: str) -> None:
         serving = model.serving
         assert serving is not None
-        parameters = serving.parameters
         job_id = uuid7()
-        request = LoadRequested(
-            priority=parameters.priority,
-            timeout_s=parameters.timeout_s,
-            keep_alive_s=parameters.keep_alive_s,
-            memory_limit_bytes=parameters.memory_limit_bytes,
-            strategy=parameters.strategy,
-            pinned=parameters.pinned,
-            instances=parameters.instances,
-            cause=Cause.RECOVERY,
-        )
+        request = load_requested(serving.parameters, Cause.RECOVERY)
         failed = LoadFailed(CRASH_LOOP, bounded(message, MAX_MESSAGE_BYTES))
         await self._record(
             Draft(job_id, request, SYSTEM, job_id, model.id, serving.version),
@@ -317,10 +302,6 @@ class Consumer:
 
 def _draft(job: Job, data: Data, worker_id: str | None = None) -> Draft:
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
-
-
-def _counts(load: LiveLoad) -> tuple[int, int, int]:
-    return load.freed_bytes, load.drained_requests, load.aborted_requests
 
 
 def _us(seconds: float) -> int:

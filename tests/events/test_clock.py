@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN, at
 
-from events.clock import later, moment, seconds_between, stamp, utc_now, uuid7
+from events.clock import SteadyClock, later, moment, seconds_between, stamp, utc_now, uuid7
 
+START = datetime(2026, 1, 1, tzinfo=UTC)
 MOMENTS = st.datetimes(timezones=st.just(UTC))
 
 
@@ -77,3 +78,27 @@ def test_ids_of_different_milliseconds_sort_by_time_and_none_comes_twice() -> No
         found.append(uuid7())
     assert len(set(found)) == len(found)
     assert [each[:13] for each in found] == sorted(each[:13] for each in found)
+
+
+def test_the_steady_clock_goes_on_when_the_wall_clock_is_set_back() -> None:
+    wall, passed = [START], [0.0]
+    clock = SteadyClock(lambda: wall[0], lambda: passed[0])
+    wall[0], passed[0] = START - timedelta(days=1), 5.0
+    assert clock() == START + timedelta(seconds=5)
+    passed[0] = 7.5
+    assert clock() == START + timedelta(seconds=7.5)
+
+
+def test_the_steady_clock_follows_the_wall_clock_forward() -> None:
+    wall = [START]
+    clock = SteadyClock(lambda: wall[0], float)
+    wall[0] = START + timedelta(hours=1)
+    assert clock() == START + timedelta(hours=1)
+
+
+def test_the_steady_clock_starts_after_what_was_recorded() -> None:
+    clock = SteadyClock(lambda: START, float)
+    clock.start_after(START + timedelta(days=1))
+    assert clock() == START + timedelta(days=1)
+    clock.start_after(START)
+    assert clock() == START + timedelta(days=1)

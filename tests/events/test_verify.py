@@ -41,7 +41,7 @@ async def write_history(path: Path) -> None:
     history.restart()
     history.load("O", of="other")
     history.ask_unload("U", "L")
-    async with opened(path, now=lambda: START) as log:
+    async with opened(path, now=lambda: START, monotonic=float) as log:
         for fact in history.facts:
             assert not isinstance(fact.data, Unknown)
             draft = Draft(

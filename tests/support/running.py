@@ -215,7 +215,7 @@ async def running(
     await log.open()
     await log.server_started()
     policy = Policy(loads_at_once)
-    consumer = Consumer(log, pool, repository, policy=policy, drain_timeout_s=drain_timeout_s, now=clock.now)
+    consumer = Consumer(log, pool, repository, policy=policy, drain_timeout_s=drain_timeout_s)
     applying = asyncio.create_task(consumer.run())
     try:
         async with open_reader(log.path) as reader:
