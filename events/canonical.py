@@ -62,11 +62,3 @@ def _check(value: object, where: str) -> None:
                 _check(item, f"{where}[{index}]")
         case _:
             raise NotEncodable(f"{where}: {type(value).__name__} has no canonical form")
-
-
-def bounded(text: str, limit_bytes: int) -> str:
-    """Return text from outside fit for the ledger: no lone surrogates, at most `limit_bytes` of UTF-8."""
-    data = text.encode(errors="replace")
-    if len(data) <= limit_bytes:
-        return data.decode()
-    return data[: limit_bytes - 3].decode(errors="ignore") + "…"

@@ -21,13 +21,14 @@ from typing import TypeVar
 
 from events import store
 from events.accept import Accepted, Command, Existing, Record, Refused, accept
+from events.bodies import to_body
 from events.canonical import chain
 from events.clock import SteadyClock, moment, stamp, utc_now, uuid7
 from events.errors import LedgerProblem, LogClosed, LogUnavailable, RequestRefused
 from events.schema import connect
 from events.state import Attempt, State
 from events.store import Head, Row
-from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, recorded, to_body
+from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, recorded
 
 _log = logging.getLogger(__name__)
 

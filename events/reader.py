@@ -11,11 +11,12 @@ from typing import Generic, TypeVar
 
 import aiosqlite
 
+from events.bodies import from_body
 from events.errors import LogUnavailable
 from events.jobs import Job, JobStatus
 from events.schema import check_readable, connect_read_only, read_only_uri, refuse_foreign
 from events.store import as_job
-from events.types import Event, from_body
+from events.types import Event
 
 PAGE = 500
 """Rows read at once: short enough that no cursor stays open and the WAL can be checkpointed."""

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from events import store
+from events.bodies import from_body
 from events.canonical import GENESIS, chain
 from events.errors import LogUnavailable
 from events.jobs import Job
 from events.schema import check_readable, connect_read_only, refuse_foreign
 from events.state import State
-from events.types import from_body
 
 
 @dataclass(frozen=True, slots=True)

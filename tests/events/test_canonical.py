@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import INTEGERS, PLAIN
 
-from events.canonical import GENESIS, bounded, canonical, chain
+from events.canonical import GENESIS, canonical, chain
 from events.errors import NotEncodable
 
 VECTORS: list[dict[str, str]] = json.loads(
@@ -112,15 +112,3 @@ def test_what_has_no_canonical_form_is_refused_wherever_it_stands(value: object)
 def test_a_refusal_says_where_the_value_stands() -> None:
     with pytest.raises(NotEncodable, match=r"\$\.data\.files\[1\]\.bytes: float"):
         canonical({"data": {"files": [{"bytes": 1}, {"bytes": 1.5}]}})
-
-
-@PLAIN
-@given(st.text(st.characters(), max_size=60), st.integers(8, 100))
-def test_bounded_text_from_outside_always_fits_and_is_always_encodable(text: str, limit: int) -> None:
-    result = bounded(text, limit)
-    assert len(result.encode()) <= limit
-    canonical(result)
-    if len(text.encode(errors="replace")) <= limit:
-        assert result == text.encode(errors="replace").decode()
-    else:
-        assert result.endswith("…")

@@ -16,6 +16,7 @@ from support.events import MODEL, START, child, facts, ids, opened, write
 
 import migrations
 from events.accept import Record, RequestLoad, RequestUnload
+from events.bodies import from_body
 from events.clock import stamp
 from events.errors import (
     ForeignDatabase,
@@ -28,15 +29,7 @@ from events.errors import (
 )
 from events.log import MAX_GROUP, Log, Receipt
 from events.schema import APPLICATION_ID
-from events.types import (
-    SYSTEM,
-    Draft,
-    LoadFailed,
-    LoadStarted,
-    ServerStarted,
-    ServerStopped,
-    from_body,
-)
+from events.types import SYSTEM, Draft, LoadFailed, LoadStarted, ServerStarted, ServerStopped
 from events.verify import verify
 
 LIMIT_S = 60

@@ -12,10 +12,11 @@ from support.events import MODEL, PLAIN, History, drafts, load_requested, model_
 
 from events import store
 from events.accept import Record
+from events.bodies import from_body
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.state import State
-from events.types import SYSTEM, Data, Draft, LoadStarted, from_body
+from events.types import SYSTEM, Data, Draft, LoadStarted
 from events.verify import verify
 
 GROUPS = st.lists(st.lists(st.lists(drafts(), min_size=1, max_size=3), min_size=1, max_size=6), max_size=6)

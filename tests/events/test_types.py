@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
 
+from events.bodies import from_body, to_body
 from events.canonical import canonical
 from events.errors import NotEncodable
 from events.types import (
@@ -38,9 +39,7 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
-    from_body,
     recorded,
-    to_body,
 )
 
 KEYS = Idempotency("aa" * 32, "bb" * 32)

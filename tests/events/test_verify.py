@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from support.events import PLAIN, START, History, opened
 
 from events.accept import Record
+from events.bodies import from_body
 from events.canonical import canonical
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable
-from events.types import Draft, Unknown, from_body
+from events.types import Draft, Unknown
 from events.verify import Finding, Verification, verify
 
 
