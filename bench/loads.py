@@ -9,15 +9,13 @@ from statistics import median
 from bench import models
 from bench.driver import Server
 from bench.table import Row
+from runtime.forkserver import ADDED
 
-# What the server gives its workers, so that the figures differ by the server's own work alone.
-WORKER_ENVIRONMENT = {
-    "ORT_DISABLE_TELEMETRY": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
+MALLOC = "GLIBC_TUNABLES"
+# The workers' own, so that the figures differ by the server's own work alone.
+WORKER_ENVIRONMENT = ADDED
 # What a process has whose memory nobody tuned; telemetry and numpy's threads would disturb the measurement.
-PLAIN_ENVIRONMENT = {"ORT_DISABLE_TELEMETRY": "1", "OPENBLAS_NUM_THREADS": "1"}
+PLAIN_ENVIRONMENT = {name: value for name, value in ADDED.items() if name != MALLOC}
 RATIO_GOAL = 1.10
 # Where a session is so quick that a tenth of it says nothing.
 ABOVE_GOAL_MS = 15.0
@@ -61,7 +59,7 @@ def _ours_ms(server: Server, model_id: str) -> float:
 
 def _bare_session_ms(model: Path, environment: dict[str, str]) -> float:
     """Return how long the first session of a fresh process takes that has imported ONNX Runtime before."""
-    inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    inherited = {name: value for name, value in os.environ.items() if name != MALLOC}
     done = subprocess.run(  # noqa: S603 - our own module and a path of ours
         [sys.executable, "-m", "bench.bare", str(model)],
         env=inherited | environment,

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 from events.accept import Record, RequestLoad
-from events.canonical import bounded
 from events.clock import seconds_between, uuid7
 from events.errors import LogUnavailable
 from events.jobs import Failure, Job, load_requested
@@ -57,11 +56,11 @@ from runtime.scheduler import (
     is_wanted,
 )
 from runtime.wire import LoadedFile as HashedFile
+from runtime.wire import plain_text
 from runtime.workers import LoadReport
 
 _log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 4096
 MAX_REMEMBERED_VERSIONS = 1000
 """Versions whose files' hashes are remembered by identity, so that the same bytes are not hashed again."""
 RELOAD_TIMEOUT_S = 300
@@ -246,7 +245,7 @@ class Consumer:
             reason = load.failure if load is not None else None
         if reason is None:
             reason = Failure("worker_died", "the worker died right after it had loaded the model")
-        failed = LoadFailed(reason.code, bounded(reason.message, MAX_MESSAGE_BYTES))
+        failed = LoadFailed(reason.code, plain_text(reason.message))
         await self._record(*drafts, _draft(job, failed, load.worker_id if load else None))
 
     async def _start_unload(self, job: Job, load_job_id: str) -> None:
@@ -284,7 +283,7 @@ class Consumer:
         assert serving is not None
         job_id = uuid7()
         request = load_requested(serving.parameters, Cause.RECOVERY)
-        failed = LoadFailed(CRASH_LOOP, bounded(message, MAX_MESSAGE_BYTES))
+        failed = LoadFailed(CRASH_LOOP, plain_text(message))
         await self._record(
             Draft(job_id, request, SYSTEM, job_id, model.id, serving.version),
             Draft(uuid7(), failed, SYSTEM, job_id, model.id, serving.version),

@@ -4,6 +4,10 @@ HTTP status codes are not here; the server has one table from `code` to status.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+LoadCode = Literal["invalid_model", "model_changed", "unsafe_file", "out_of_memory"]
+"""Why a worker may say that it does not load a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +69,13 @@ class LoadRefused(RuntimeProblem):
     """A load failed for a stated reason.
 
     Args:
-        code: `invalid_model`, `model_changed`, `unsafe_file` or `out_of_memory`.
+        code: the reason.
         message: what to tell whoever asked, the runtime's own words where it has some.
     """
 
-    code = "load_failed"
+    code: LoadCode = "invalid_model"
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: LoadCode, message: str) -> None:
         super().__init__(message)
         self.code = code
 

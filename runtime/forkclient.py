@@ -1,6 +1,7 @@
 """The server's side of a fork server: one process, from its launch to its end; it is never started twice."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -51,19 +52,21 @@ class ForkServer:
         ended: set when the process is gone and nothing of it is left, reaped and closed.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket, stderr: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], pidfd: int, connection: socket.socket, stderr: int
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._process = process
         self._connection = connection
         self._stderr = StderrTail(stderr)
         self._at_end = False
-        self._pidfd = os.pidfd_open(process.pid)
+        self._pidfd = pidfd
         self._asked: deque[asyncio.Future[Child]] = deque()
         self._children: dict[int, asyncio.Future[Exit]] = {}
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._on_end)
-        self._loop.add_reader(self._connection.fileno(), self._on_readable)
+        self._loop.add_reader(self._connection.fileno(), self._on_readable)  # last: undone by closing it
 
     @classmethod
     def launch(cls, environment: Mapping[str, str]) -> Self:
@@ -74,37 +77,21 @@ class ForkServer:
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, there is no new process.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        read, write = os.pipe2(os.O_CLOEXEC)
         try:
-            ours.setblocking(False)
-            process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                launch_command(os.getpid(), theirs.fileno()),
-                env=launch_environment(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=write,
-                stderr=write,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            with contextlib.ExitStack() as undo:
+                process, connection, stderr = _start_process(environment, undo)
+                pidfd = os.pidfd_open(process.pid)
+                undo.callback(close_watched, pidfd)
+                fork_server = cls(process, pidfd, connection, stderr)
+                undo.pop_all()
         except OSError as error:
-            ours.close()
-            os.close(read)
             raise ForkServerUnavailable(f"cannot start the fork server: {error.strerror}") from None
-        finally:
-            theirs.close()
-            os.close(write)
-        return cls(process, ours, read)
+        return fork_server
 
     @property
     def pid(self) -> int:
         """The fork server's process id."""
         return self._process.pid
-
-    @property
-    def healthy(self) -> bool:
-        """Whether it has imported everything and has not ended."""
-        return self.ready.done() and not self.ended.done()
 
     def fork(self, descriptors: Sequence[int]) -> asyncio.Future[Child]:
         """Ask for a worker with these descriptors, which the caller may close at once.
@@ -153,14 +140,21 @@ class ForkServer:
             case Ready():
                 self.ready.set_result(None)
             case Forked(pid):
-                self._children[pid] = self._loop.create_future()
-                self._asked.popleft().set_result(Child(pid, descriptors[0], self._children[pid]))
+                self._on_forked(pid, descriptors)
             case ForkFailed(text):
                 self._asked.popleft().set_exception(ForkServerUnavailable(text))
             case Exited(pid, exit_code, number):
                 self._children.pop(pid).set_result(Exit(exit_code, number))
             case _:
                 assert_never(message)
+
+    def _on_forked(self, pid: int, descriptors: list[int]) -> None:
+        end = self._children[pid] = self._loop.create_future()
+        answer = self._asked.popleft()
+        if descriptors:
+            answer.set_result(Child(pid, descriptors[0], end))
+        else:  # the kernel drops what there is no number for; the child ends when its channels are closed
+            answer.set_exception(ForkServerUnavailable("no pidfd arrived: too many open files"))
 
     def _on_end(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -183,3 +177,39 @@ class ForkServer:
         self._children.clear()
         self._asked.clear()
         self.ended.set_result(None)
+
+
+def close_watched(descriptor: int) -> None:
+    """Close a descriptor that the running loop may watch."""
+    asyncio.get_running_loop().remove_reader(descriptor)
+    os.close(descriptor)
+
+
+def _start_process(
+    environment: Mapping[str, str], undo: contextlib.ExitStack
+) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
+    """Start a fork server: gives the process, its connection, and the reading end of its stderr pipe."""
+    with contextlib.ExitStack() as theirs:
+        connection, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        undo.callback(connection.close)
+        theirs.callback(their_end.close)
+        read, write = os.pipe2(os.O_CLOEXEC)
+        undo.callback(close_watched, read)
+        theirs.callback(os.close, write)
+        connection.setblocking(False)
+        process = _execute(environment, their_end.fileno(), write)
+    undo.callback(process.wait)
+    undo.callback(process.kill)
+    return process, connection, read
+
+
+def _execute(environment: Mapping[str, str], connection: int, output: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own interpreter
+        launch_command(os.getpid(), connection),
+        env=launch_environment(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=[connection],
+        start_new_session=True,
+    )

@@ -1,7 +1,7 @@
 """What a worker does with `Infer`: tensors of the wire to ONNX Runtime's and back."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,18 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from runtime.errors import InferenceCancelled, InferenceFailed, InvalidInput
-from runtime.wire import BY_ONNX, DATATYPES, MAX_PAYLOAD_BYTES, Tensor
+from runtime.wire import (
+    BY_ONNX,
+    DATATYPES,
+    MAX_PAYLOAD_BYTES,
+    MalformedTexts,
+    Tensor,
+    pack_texts,
+    unpack_texts,
+)
 
 ELEMENT_TYPE_BFLOAT16 = 16
 """TensorProto.DataType in onnx.proto3."""
-LENGTH_BYTES = 4
 
 
 class Runner:
@@ -107,10 +114,11 @@ def to_array(tensor: Tensor) -> Any:
     """View a tensor as a numpy array of its shape: no copy, but of strings.
 
     Raises:
-        InvalidInput: `invalid_input`, for BYTES that are not as many elements as the shape says.
+        InvalidInput: `invalid_input`, for BYTES that are no text (all that ONNX Runtime takes from Python),
+            or not as many elements as the shape says.
     """
     if tensor.datatype == "BYTES":
-        elements = list(_elements(tensor))
+        elements = _texts(tensor)
         flat: Any = np.empty(len(elements), object)
         flat[:] = elements
     else:
@@ -125,25 +133,13 @@ def to_array(tensor: Tensor) -> Any:
 def to_tensor(name: str, datatype: str, array: Any) -> Tensor:
     """Take the bytes of a numpy array: no copy if it is contiguous, but of strings."""
     if datatype == "BYTES":
-        data = b"".join(_encoded(element) for element in array.ravel())
-        return Tensor(name, datatype, array.shape, data)
+        return Tensor(name, datatype, array.shape, pack_texts(array.ravel()))
     flat = np.ascontiguousarray(array, DATATYPES[datatype].numpy).reshape(-1)
     return Tensor(name, datatype, array.shape, memoryview(flat.view(np.uint8)) if flat.size else b"")
 
 
-def _elements(tensor: Tensor) -> Iterator[str]:
-    data, position = memoryview(tensor.data), 0
-    while position < len(data):
-        start = position + LENGTH_BYTES
-        position = start + int.from_bytes(data[start - LENGTH_BYTES : start], "little")
-        if start > len(data) or position > len(data):
-            raise InvalidInput(f"input {tensor.name!r}: an element is longer than the data")
-        try:
-            yield str(data[start:position], "utf-8")
-        except UnicodeDecodeError:  # ONNX Runtime's Python interface has strings of text only
-            raise InvalidInput(f"input {tensor.name!r}: an element is not UTF-8") from None
-
-
-def _encoded(element: str) -> bytes:
-    encoded = element.encode()
-    return len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded
+def _texts(tensor: Tensor) -> list[str]:
+    try:
+        return unpack_texts(tensor.data)
+    except MalformedTexts as error:
+        raise InvalidInput(f"input {tensor.name!r}: {error}") from None

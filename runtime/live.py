@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from events.jobs import Failure, Job, LoadParameters
 from events.models import FORK_SERVER_DIED
-from runtime.errors import Exit, ForkServerUnavailable, RuntimeProblem, WorkerDied
+from runtime.errors import ForkServerUnavailable, RuntimeProblem, WorkerDied
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.scheduler import Phase, Running
@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
 """A fork server that has to be replaced is no reason for a load to fail; one that cannot fork is."""
+MEASURE_LIMIT_S = 1.0
+"""For a measurement before the end. The kernel gives it when the process's mappings are free, which a worker
+can put off; it is then still to be ended."""
 START_PAUSE_S = 0.1
 """Between them: by then it is known that the fork server has ended, and the next one is waited for."""
 
@@ -130,29 +133,29 @@ async def run_load(
     known: tuple[LoadedFile, ...],
 ) -> None:
     """Start a worker and load the model in it; the outcome stands in `report` or `failure`."""
-    began = time.monotonic_ns()
     try:
-        load.stage = "starting"
-        found = await asyncio.to_thread(repository.resolve, load.model_id, load.version)
-        worker = await _start_worker(load, pool)
-        load.starting_us = (time.monotonic_ns() - began) // 1000
-        load.worker = worker
-        worker.ended.add_done_callback(lambda _: load.wake())
-        order = LoadOrder(
-            root=repository.root,
-            folder=found.folder,
-            memory_limit_bytes=load.parameters.memory_limit_bytes,
-            known=known,
-        )
+        worker, order = await _prepare(load, pool, repository, known)
         load.report = await worker.load(order, lambda stage: setattr(load, "stage", stage))
     except WorkerDied as death:
-        lines = "\n".join(load.worker.stderr_tail()) if load.worker is not None else ""
-        said = f"; it said:\n{lines}" if lines else ""
-        code = FORK_SERVER_DIED if death.end == Exit(None, None) else death.code
-        load.failure = Failure(code, f"{death} while it loaded the model{said}")
+        load.failure = _death(load, death)
     except RuntimeProblem as problem:
         load.ending = True
         load.failure = Failure(problem.code, str(problem))
+
+
+async def _prepare(
+    load: LiveLoad, pool: WorkerPool, repository: Repository, known: tuple[LoadedFile, ...]
+) -> tuple[Worker, LoadOrder]:
+    """Find what is to be loaded, and start the worker that is to load it."""
+    began = time.monotonic_ns()
+    load.stage = "starting"
+    found = await asyncio.to_thread(repository.resolve, load.model_id, load.version)
+    load.worker = worker = await _start_worker(load, pool)
+    load.starting_us = (time.monotonic_ns() - began) // 1000
+    worker.ended.add_done_callback(lambda _: load.wake())
+    files = tuple(file.path for file in found.files)
+    limit = load.parameters.memory_limit_bytes
+    return worker, LoadOrder(repository.root, found.folder, files, known, limit)
 
 
 async def _start_worker(load: LiveLoad, pool: WorkerPool) -> Worker:
@@ -161,6 +164,16 @@ async def _start_worker(load: LiveLoad, pool: WorkerPool) -> Worker:
             return await pool.start(load.worker_id)
         await asyncio.sleep(START_PAUSE_S)
     return await pool.start(load.worker_id)
+
+
+def _death(load: LiveLoad, death: WorkerDied) -> Failure:
+    """Say of what a load died, in the worker's own words too."""
+    worker = load.worker
+    assert worker is not None
+    lines = "\n".join(worker.stderr_tail())
+    said = f"; it said:\n{lines}" if lines else ""
+    code = FORK_SERVER_DIED if worker.orphaned else death.code
+    return Failure(code, f"{death} while it loaded the model{said}")
 
 
 async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
@@ -176,8 +189,21 @@ async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
         return
     load.stage = "stopping"
     try:
-        load.note_end(worker, await worker.measure())
+        load.note_end(worker, await _measured(load, worker))
     except WorkerDied:
         return
     load.ending = True
     await worker.stop()
+
+
+async def _measured(load: LiveLoad, worker: Worker) -> int:
+    """Measure how many bytes the worker has; if that cannot be had in time, give what it had after its load.
+
+    Raises:
+        WorkerDied: `worker_died`.
+    """
+    try:
+        async with asyncio.timeout(MEASURE_LIMIT_S):
+            return await worker.measure()
+    except OSError:  # no time left, or no descriptor to read with
+        return load.report.memory_bytes if load.report is not None else 0

@@ -19,7 +19,7 @@ from runtime import memory
 from runtime.errors import LoadRefused
 from runtime.onnxfile import check_external_data
 from runtime.repository import MODEL_FILE, FileIdentity, identify, open_identified
-from runtime.wire import BY_ONNX, Load, Loaded, LoadedFile, LoadStage, TensorSpec
+from runtime.wire import BY_ONNX, MAX_NAME_CHARACTERS, Load, Loaded, LoadedFile, LoadStage, TensorSpec
 
 HASH_BLOCK_BYTES = 4 * 2**20
 """2.5 ms of hashing, after which the memory is looked at."""
@@ -35,6 +35,8 @@ SMALLEST_MODEL = bytes.fromhex(
     "4204 0a00 1011"  # the operators of ONNX's opset 17
 )
 """`y = x` in ONNX's own format, for a process that has no library to write it with."""
+UNREADABLE_BYTES = 64 * 2**20
+"""Of a file that is no ONNX file, shown to ONNX Runtime for its words on it: it need not fit into memory."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 """How ONNX Runtime says so; it has no code of its own for it."""
 
@@ -64,6 +66,8 @@ def load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
 def _load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))
     before = identify(folder, root)
+    if tuple(file.path for file in before) != order.files:
+        raise LoadRefused("model_changed", "the model's files are no longer those that were found")
     on_stage("loading")
     with _Beside(folder, before, order.known) as beside:
         started = time.perf_counter_ns()
@@ -74,11 +78,18 @@ def _load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
         finally:  # if they changed, that is the reason for whatever went wrong as well
             _check_unchanged(before, folder, root)
     on_stage("measuring")
+    return Model(session, _report(session, files, loading_us, beside))
+
+
+def _report(
+    session: ort.InferenceSession, files: tuple[LoadedFile, ...], loading_us: int, beside: "_Beside"
+) -> Loaded:
+    """Measure what the session takes, and say what it is."""
     started = time.perf_counter_ns()
     ctypes.CDLL(None).malloc_trim(0)  # in 2 ms gives back what loading took and freed: as much as it kept
     memory_bytes = memory.private_bytes()
     shared_bytes = memory.anonymous_bytes() - memory_bytes
-    report = Loaded(
+    return Loaded(
         files=files,
         inputs=tuple(_spec(node) for node in session.get_inputs()),
         outputs=tuple(_spec(node) for node in session.get_outputs()),
@@ -88,7 +99,6 @@ def _load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
         hashing_us=beside.hashing_us,
         measuring_us=_since(started),
     )
-    return Model(session, report)
 
 
 def _check_unchanged(before: list[FileIdentity], folder: Path, root: Path) -> None:
@@ -122,18 +132,33 @@ def _create_checked(order: Load, folder: Path, root: Path) -> ort.InferenceSessi
     path = folder / MODEL_FILE
     if order.memory_limit_bytes is not None:  # here, when this process has all its threads
         _limit_memory(order.memory_limit_bytes)
-    readable = check_external_data(path, folder, root)
-    session = _create(path, order)
-    if not readable:  # whatever it is that the runtime read there, nobody has checked it
-        raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
-    return session
+    if check_external_data(path, folder, root):
+        return _create(str(path), options(order.threads), order)
+    isolated = _isolated(options(order.threads))
+    _create(_beginning(path), isolated, order)  # which says, in its own words, what is wrong
+    raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
 
 
-def _create(path: Path, order: Load) -> ort.InferenceSession:
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(UNREADABLE_BYTES)
+
+
+def _isolated(chosen: ort.SessionOptions) -> ort.SessionOptions:
+    """Have a model that is given as bytes read no file, whatever it refers to.
+
+    By itself ONNX Runtime (1.31, measured) finds such references from the working directory. Beneath
+    `/dev/null` there is nothing, and a location that is absolute, leads out or is an address in memory it
+    refuses. Bytes it would also take for its own format, which a file of this name is not.
+    """
+    chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    chosen.add_session_config_entry("session.load_model_format", "ONNX")
+    return chosen
+
+
+def _create(model: str | bytes, chosen: ort.SessionOptions, order: Load) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(
-            str(path), options(order.threads), providers=["CPUExecutionProvider"], enable_fallback=False
-        )
+        return ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"], enable_fallback=False)
     except MemoryError as error:
         raise _out_of_memory(order, str(error)) from None
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
@@ -161,8 +186,11 @@ def _limit_memory(limit_bytes: int) -> None:
 
 
 def _spec(node: ort.NodeArg) -> TensorSpec:
+    if max(len(node.name), len(node.type)) > MAX_NAME_CHARACTERS:
+        reason = f"an input or output has a name or type of more than {MAX_NAME_CHARACTERS} characters"
+        raise LoadRefused("invalid_model", reason)
     datatype = BY_ONNX.get(node.type)
-    shape = tuple(length if isinstance(length, int) else -1 for length in node.shape)
+    shape = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in node.shape)
     return TensorSpec(node.name, node.type if datatype is None else datatype.name, shape)
 
 

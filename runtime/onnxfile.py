@@ -22,7 +22,7 @@ MAX_VARINT_BYTES = 10
 """Of a 64-bit integer, seven bits to the byte."""
 MAX_TAG = 2**32 - 1
 """Parsers in C++ cut a longer tag off, and so would see another field than this one."""
-VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = 0, 1, 2, 3, 4, 5
 
 
 class Unparsable(ValueError):
@@ -73,7 +73,8 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
         root: the repository's root, without links.
 
     Returns:
-        Whether the whole file could be read. If not, nothing has been proved about it.
+        Whether the whole file could be read. If not, there may be more than was found: the file must not be
+        given to anything that follows its references.
 
     Raises:
         LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
@@ -159,11 +160,34 @@ def _field(data: mmap.mmap, position: int, end: int) -> tuple[int, int, int]:
         _, position = _varint(data, position, end)
     elif wire in {FIXED64, FIXED32}:
         position += 8 if wire == FIXED64 else 4
+    elif wire == START_GROUP:
+        position = _after_group(data, number, position, end)
     else:
         raise Unparsable("a wire type that nothing here uses")
     if number == 0 or tag > MAX_TAG or position > end:
         raise Unparsable("a field that cannot be, or ends outside of its message")
     return number, start, position
+
+
+def _after_group(data: mmap.mmap, number: int, position: int, end: int) -> int:
+    """Step over a group, and those in it, to where the next field is.
+
+    ONNX has none, so protobuf takes each for a field that it does not know, and looks at nothing in it.
+    """
+    open_groups = [number]
+    while open_groups:
+        tag, after = _varint(data, position, end)
+        if tag & 7 == START_GROUP:
+            open_groups.append(tag >> 3)
+        elif tag & 7 == END_GROUP:
+            if open_groups.pop() != tag >> 3:
+                raise Unparsable("a group that ends another")
+        else:
+            _, _, after = _field(data, position, end)
+        if len(open_groups) > MAX_DEPTH:
+            raise Unparsable("nested too deeply")
+        position = after
+    return position
 
 
 def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import os
 import socket
 
 from runtime.errors import ForkServerUnavailable
-from runtime.forkclient import Child, ForkServer
+from runtime.forkclient import Child, ForkServer, close_watched
 from runtime.workers import Worker
 
 LAUNCH_LIMIT_S = 10.0
@@ -39,6 +39,12 @@ class WorkerPool:
         """Whether the fork server is up."""
         return self._up.is_set()
 
+    @property
+    def keeper(self) -> asyncio.Task[None]:
+        """What replaces the fork server, once the pool is open; that it ends before `close` is a defect."""
+        assert self._keeper is not None, "the pool is not open"
+        return self._keeper
+
     async def open(self) -> None:
         """Start the fork server and wait until it has imported everything.
 
@@ -57,20 +63,13 @@ class WorkerPool:
             ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new one is being started.
         """
         fork_server = await self._available()
-        with contextlib.ExitStack() as ours:
-            with contextlib.ExitStack() as theirs:
-                data, data_end = _socketpair(ours, theirs)
-                control, control_end = _socketpair(ours, theirs)
-                read, write = os.pipe2(os.O_CLOEXEC)
-                ours.callback(os.close, read)
-                theirs.callback(os.close, write)
-                asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
-            child = await self._answer(fork_server, asked)
-            ours.pop_all()
-        worker = Worker(worker_id, child, read, self._threads)
-        self._workers.add(worker)
-        worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
-        await worker.connect(data, control)
+        try:
+            worker, data, control = await self._fork(fork_server, worker_id)
+            self._workers.add(worker)
+            worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
+            await worker.connect(data, control)
+        except OSError as error:
+            raise ForkServerUnavailable(f"cannot start a worker: {error.strerror}") from None
         return worker
 
     async def close(self) -> None:
@@ -87,6 +86,24 @@ class WorkerPool:
         if self._fork_server is not None:  # last, for it is who reaps them
             self._fork_server.kill()
             await asyncio.shield(self._fork_server.ended)
+
+    async def _fork(
+        self, fork_server: ForkServer, worker_id: str
+    ) -> tuple[Worker, socket.socket, socket.socket]:
+        """Make a worker: gives it with this side's ends of its data and control channels."""
+        with contextlib.ExitStack() as ours:
+            with contextlib.ExitStack() as theirs:
+                data, data_end = _socketpair(ours, theirs)
+                control, control_end = _socketpair(ours, theirs)
+                read, write = os.pipe2(os.O_CLOEXEC)
+                ours.callback(close_watched, read)
+                theirs.callback(os.close, write)
+                asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
+            child = await self._answer(fork_server, asked)
+            ours.callback(close_watched, child.pidfd)
+            worker = Worker(worker_id, child, read, self._threads)
+            ours.pop_all()
+        return worker, data, control
 
     async def _launch(self) -> ForkServer:
         fork_server = self._fork_server = ForkServer.launch(os.environ)
@@ -153,8 +170,9 @@ def _socketpair(
 ) -> tuple[socket.socket, socket.socket]:
     """Make a channel; its ends are closed with the two stacks."""
     our_end, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for stack, end in ((ours, our_end), (theirs, their_end)):
-        stack.callback(end.close)
+    ours.callback(our_end.close)
+    theirs.callback(their_end.close)
+    for end in (our_end, their_end):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     our_end.setblocking(False)
     return our_end, their_end

@@ -17,6 +17,10 @@ class Process:
     Args:
         child: the process; its pidfd is from now on this object's to close.
         on_gone: is called once, on the loop, when the process has ended, whatever the fork server does.
+
+    Attributes:
+        orphaned: known when closed: the fork server had ended, and by that this process. Not that it has not
+            said how: a process can see to that, if it stops the fork server and ends.
     """
 
     def __init__(self, child: Child, on_gone: Callable[[], None]) -> None:
@@ -24,6 +28,7 @@ class Process:
         self._child = child
         self._on_gone = on_gone
         self._closed = False
+        self.orphaned = False
         self._loop.add_reader(child.pidfd, self._note_gone)
 
     @property
@@ -52,6 +57,7 @@ class Process:
     def close(self) -> Exit:
         """Let go of a process that has ended, and say how, as far as it is known."""
         end = self._child.end.result() if self.told else Exit(None, None)
+        self.orphaned = self.told and end == Exit(None, None)
         if end == Exit(None, None):
             end = _reap(self._child.pidfd)
         os.close(self._child.pidfd)

@@ -80,9 +80,13 @@ class Repository:
         self.root = Path(os.path.realpath(root))
         str(self.root).encode()  # ONNX Runtime opens paths as UTF-8; say so now and not at the first load
 
+    def folders(self) -> list[str]:
+        """List the names that may be models, sorted; none is looked into."""
+        return sorted(name for name in _names(self.root) if MODEL_ID.fullmatch(name))
+
     def models(self) -> list[str]:
         """List the ids of the models that have a complete version, sorted."""
-        return sorted(name for name in _names(self.root) if MODEL_ID.fullmatch(name) and self._versions(name))
+        return [name for name in self.folders() if self._versions(name)]
 
     def versions(self, model_id: str) -> list[int]:
         """List the complete versions of a model, lowest first; never an empty list.

@@ -6,24 +6,34 @@ in row-major order. Requests carry ids that only go up; any number may be in fli
 `Load` and `Infer` go to the worker, and `Stage`, `Loaded`, `LoadFailed`, `Outcome` and `Failure` come back;
 on the control channel `Cancel` goes to the worker. Nothing is pickled, and what cannot be decoded is a
 `MalformedFrame`, whatever the bytes.
+
+A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
+worker says is within what the ledger can hold, or ends it.
 """
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from runtime.errors import LoadCode
+
 PREFIX = struct.Struct("<IQ")
+LENGTH = struct.Struct("<I")
+"""What goes before each element of a BYTES tensor."""
 MAX_HEADER_BYTES = 16 * 2**20
 """`Loaded` with the longest list of files that is allowed, and long paths, fits."""
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Four times the largest request that the server takes. A worker that has more to say answers `Failure`."""
 MAX_DIMENSIONS = 64
+"""What numpy's arrays have."""
 MAX_TEXT_BYTES = 4096
 """Of a message for people, as it is kept in an event."""
+MAX_NAME_CHARACTERS = 4096
+"""Of a path (PATH_MAX), and of what a model calls its inputs and outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +77,22 @@ class MalformedFrame(ValueError):
     """This is no frame of the contract; if it arrived, who sent it is not to be trusted any further."""
 
 
+class MalformedTexts(ValueError):
+    """The data of a BYTES tensor is not what it has to be; says what is wrong with an element."""
+
+
 Buffer = bytes | bytearray | memoryview
 LoadStage = Literal["loading", "measuring"]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""Nanoseconds since 1970, and a file can be older."""
+FileNumber = Annotated[int, msgspec.Meta(ge=0)]
+"""A device or an inode: some file systems use all 64 bits. They are compared, and go into no event."""
+Length = Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
+"""Of a dimension of a model's input or output; -1 is any."""
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARACTERS)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_BYTES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +112,10 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 class TensorHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A tensor without its data, which is `size` bytes of the payload."""
 
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    size: int
+    name: Name
+    datatype: Name
+    shape: tuple[Count, ...]
+    size: Count
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,31 +124,33 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `datatype` is the protocol's, or ONNX Runtime's own type where the protocol has none ("seq(…)").
     """
 
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
+    name: Name
+    datatype: Name
+    shape: tuple[Length, ...]
 
 
 class LoadedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of a loaded version: its identity and the SHA-256 (64 hex digits) of its content."""
 
-    path: str
-    dev: int
-    inode: int
-    bytes: int
-    mtime_ns: int
-    ctime_ns: int
-    sha256: str
+    path: Name
+    dev: FileNumber
+    inode: FileNumber
+    bytes: Count
+    mtime_ns: Time
+    ctime_ns: Time
+    sha256: Sha256
 
 
 class Load(Message, frozen=True):
     """Load the model in `folder`; the first message to a worker. `known` files need no hashing.
 
+    `files` are the paths that the version consists of, in order: with others it is not the one to be loaded.
     `memory_limit_bytes` is what the model may take beside the empty worker; None is no limit.
     """
 
     root: str
     folder: str
+    files: tuple[str, ...]
     threads: int
     memory_limit_bytes: int | None = None
     known: tuple[LoadedFile, ...] = ()
@@ -133,7 +159,7 @@ class Load(Message, frozen=True):
 class Infer(Message, frozen=True):
     """Run the model; no `outputs` means all that the protocol has a type for."""
 
-    id: int
+    id: Count
     tensors: tuple[TensorHead, ...] = ()
     outputs: tuple[str, ...] = ()
 
@@ -150,39 +176,39 @@ class Loaded(Message, frozen=True):
     files: tuple[LoadedFile, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    memory_bytes: int
-    peak_memory_bytes: int
-    loading_us: int
-    hashing_us: int
-    measuring_us: int
+    memory_bytes: Count
+    peak_memory_bytes: Count
+    loading_us: Count
+    hashing_us: Count
+    measuring_us: Count
 
 
 class LoadFailed(Message, frozen=True):
     """The model cannot be loaded; the worker ends after this."""
 
-    code: str
-    message: str
+    code: LoadCode
+    message: Text
 
 
 class Outcome(Message, frozen=True):
     """The answer to `Infer`."""
 
-    id: int
+    id: Count
     tensors: tuple[TensorHead, ...] = ()
 
 
 class Failure(Message, frozen=True):
     """No answer to `Infer`: `invalid_input`, `inference_failed` or `inference_cancelled`."""
 
-    id: int
-    code: str
-    message: str
+    id: Count
+    code: Text
+    message: Text
 
 
 class Cancel(Message, frozen=True):
     """Stop this inference, be it running or queued; of one that has ended nothing happens."""
 
-    id: int
+    id: Count
 
 
 ToWorker = Load | Infer
@@ -231,6 +257,33 @@ def plain_text(text: str, limit: int = MAX_TEXT_BYTES) -> str:
     return encoded[:limit].decode("utf-8", "ignore") if len(encoded) > limit else encoded.decode()
 
 
+def pack_texts(texts: Iterable[str]) -> bytes:
+    """Make the data of a BYTES tensor."""
+    encoded = [text.encode() for text in texts]
+    return b"".join(part for data in encoded for part in (LENGTH.pack(len(data)), data))
+
+
+def unpack_texts(data: Buffer) -> list[str]:
+    """Read the data of a BYTES tensor.
+
+    Raises:
+        MalformedTexts: an element is longer than the data, or not UTF-8.
+    """
+    texts, view, position = list[str](), memoryview(data), 0
+    while position < len(view):
+        start = position + LENGTH.size
+        if start > len(view):
+            raise MalformedTexts("an element is longer than the data")
+        position = start + int(LENGTH.unpack_from(view, position)[0])
+        if position > len(view):
+            raise MalformedTexts("an element is longer than the data")
+        try:
+            texts.append(str(view[start:position], "utf-8"))
+        except UnicodeDecodeError:
+            raise MalformedTexts("an element is not UTF-8") from None
+    return texts
+
+
 def decode(body: memoryview, header_bytes: int, decoder: msgspec.msgpack.Decoder[M]) -> Frame[M]:
     """Decode what follows a frame's prefix; the tensors refer to `body`, they are no copies.
 
@@ -259,7 +312,9 @@ def _check_head(head: TensorHead) -> None:
     datatype = DATATYPES.get(head.datatype)
     if datatype is None:
         raise MalformedFrame(f"no such datatype: {plain_text(head.datatype, 64)}")
-    if head.size < 0 or len(head.shape) > MAX_DIMENSIONS or any(length < 0 for length in head.shape):
+    if len(head.name) > MAX_NAME_CHARACTERS:
+        raise MalformedFrame(f"a name of more than {MAX_NAME_CHARACTERS} characters")
+    if len(head.shape) > MAX_DIMENSIONS or any(not 0 <= length < 2**63 for length in head.shape):
         raise MalformedFrame("a tensor of a shape or size that cannot be")
     if datatype.size and math.prod(head.shape) * datatype.size != head.size:
         raise MalformedFrame("a tensor whose data is not of its shape")

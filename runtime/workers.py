@@ -53,7 +53,7 @@ LoadReport = Loaded
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """What to load: a version's folder in the repository at `root`.
+    """What to load: a version's folder in the repository at `root`, and the paths of its files, in order.
 
     Files that are `known` by identity are not hashed again. `memory_limit_bytes` is what the model may take
     beside the empty worker; None is no limit.
@@ -61,6 +61,7 @@ class LoadOrder:
 
     root: Path
     folder: Path
+    files: tuple[str, ...]
     known: tuple[LoadedFile, ...] = ()
     memory_limit_bytes: int | None = None
 
@@ -108,6 +109,11 @@ class Worker:
             raise
 
     @property
+    def orphaned(self) -> bool:
+        """Whether it ended with the fork server, and not by itself."""
+        return self._process.orphaned
+
+    @property
     def in_flight(self) -> int:
         """How many inferences are queued or running, those included whose caller has gone."""
         return len(self._asked) + self._sending
@@ -129,9 +135,16 @@ class Worker:
             WorkerDied: `worker_died`.
         """
         answer: asyncio.Future[LoadReport] = self._loop.create_future()
-        self._loading = _Loading(answer, on_stage)
+        self._loading = _Loading(answer, on_stage, order.files)
         self._send(
-            Load(str(order.root), str(order.folder), self._threads, order.memory_limit_bytes, order.known)
+            Load(
+                str(order.root),
+                str(order.folder),
+                order.files,
+                self._threads,
+                order.memory_limit_bytes,
+                order.known,
+            )
         )
         return await answer
 
@@ -212,7 +225,7 @@ class Worker:
         match message:
             case Stage(stage) if self._loading is not None:
                 self._loading.on_stage(stage)
-            case Loaded() | LoadFailed() if self._loading is not None:
+            case Loaded() | LoadFailed() if self._loading is not None and self._loading.may_end_with(message):
                 self._loading.settle(message)
                 self._loading = None
             case Outcome(number) if number in self._asked:
@@ -273,6 +286,11 @@ class _Loading:
 
     answer: asyncio.Future[LoadReport]
     on_stage: Callable[[str], None]
+    files: tuple[str, ...]
+
+    def may_end_with(self, message: Loaded | LoadFailed) -> bool:
+        """Tell whether a worker may say this: it names the files, and no others, that it was told to load."""
+        return isinstance(message, LoadFailed) or tuple(file.path for file in message.files) == self.files
 
     def settle(self, message: Loaded | LoadFailed) -> None:
         if self.answer.done():  # whoever asked has gone

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from aiohttp import hdrs, web
 
-from events.errors import LogClosed
+from events.errors import LogUnavailable
 from events.lock import hold
 from events.log import Log
 from events.reader import open_reader
@@ -33,11 +33,13 @@ from server.auth import auth_middleware, create_verifier
 from server.config import Config
 from server.docspage import docs_routes
 from server.errors import errors_middleware
-from server.health import health_routes
-from server.inference import MAX_BODY_BYTES, inference_routes
+from server.health import dead, health_routes
+from server.inference import inference_routes
+from server.jobs import job_routes
 from server.keys import ensure_data_dir
 from server.management import management_routes
 from server.openapi import openapi_yaml
+from server.protocol import MAX_BODY_BYTES
 from server.ratelimit import RateLimits, add_quota_headers
 from server.routes import Route, add_routes
 from server.validation import validation_middleware
@@ -48,7 +50,7 @@ LEDGER = "ledger.db"
 
 def all_routes() -> list[Route]:
     """Return every route of the server."""
-    return [*management_routes(), *inference_routes(), *health_routes(), *docs_routes()]
+    return [*management_routes(), *job_routes(), *inference_routes(), *health_routes(), *docs_routes()]
 
 
 def create_app(config: Config) -> web.Application:
@@ -107,8 +109,9 @@ async def _ledger(app: web.Application) -> AsyncIterator[None]:
     try:
         await log.server_started()
         yield
-        with suppress(LogClosed):  # its writer has died, which is why the server stops
-            await log.server_stopped()
+        if not dead(app):  # else the next start has to know that this was no orderly stop
+            with suppress(LogUnavailable):  # it will be known as unclean, then
+                await log.server_stopped()
     finally:
         await log.close()
 
@@ -125,7 +128,7 @@ async def _applying(app: web.Application) -> AsyncIterator[None]:
         app[LOG],
         app[POOL],
         app[REPOSITORY],
-        policy=Policy(config.cores()),
+        policy=Policy(config.max_loads()),
         drain_timeout_s=config.drain_timeout_s,
     )
     app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY])

@@ -20,6 +20,7 @@ _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 @click.version_option(package_name="loadledger")
 def main() -> None:
     """Load and unload ONNX models over HTTP, each in a process of its own, with a ledger of who did what."""
+    os.umask(0o077)  # what is written is the ledger and keys: nobody else's to read
 
 
 def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -98,14 +99,16 @@ def _data_option(command: Callable[..., None]) -> Callable[..., None]:
     default="12h",
     help="For how long it is valid: 90s, 30m, 12h, 7d.",
 )
-def token(data: Path, roles: tuple[str, ...], subject: str, expires: str) -> None:
+@click.option("--jwt-audience", help="As given to `serve`. [LOADLEDGER_JWT_AUDIENCE]", show_default=False)
+@click.option("--jwt-issuer", help="As given to `serve`. [LOADLEDGER_JWT_ISSUER]", show_default=False)
+def token(data: Path, roles: tuple[str, ...], subject: str, expires: str, **claims: str | None) -> None:
     """Print a token; the first use creates the data directory and its keys."""
     from server.config import read_settings  # noqa: PLC0415
     from server.keys import ensure_data_dir, issue_token  # noqa: PLC0415
 
     expires_s = _seconds(expires)
     with _problems_told():
-        chosen = read_settings(["jwt_audience", "jwt_issuer"], {}, os.environ)
+        chosen = read_settings(list(claims), claims, os.environ)
         ensure_data_dir(data)
         audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
         click.echo(issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer))

@@ -127,7 +127,7 @@ class Config:
         ),
     )
     limit_management: str = field(
-        default="600/minute", metadata=_about("Loads, unloads and cancels per subject, or off.", check=_limit)
+        default="600/minute", metadata=_about("Loads and unloads per subject, or off.", check=_limit)
     )
     limit_inference: str = field(
         default="60000/minute", metadata=_about("Inferences per subject, or off.", check=_limit)
@@ -145,7 +145,7 @@ class Config:
             if value is not None and setting.check is not None:
                 _checked(setting, value)
 
-    def cores(self) -> int:
+    def max_loads(self) -> int:
         """Return how many loads may run at once, with 0 resolved to the cores this process may use."""
         return self.loads_at_once or len(os.sched_getaffinity(0))
 

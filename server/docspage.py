@@ -1,6 +1,7 @@
 """`/docs`: the OpenAPI document as a page, from files that are on this machine, under a strict policy."""
 
 import asyncio
+from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 
@@ -27,7 +28,9 @@ _HEADERS = {
 _BUNDLED = resources.files("aiohttp_apispec") / "static"
 _OURS = resources.files("server") / "static"
 
+PAGE = "docs.html"
 _FILES: dict[str, tuple[Traversable, str]] = {
+    PAGE: (_OURS / PAGE, "text/html"),
     "init.js": (_OURS / "init.js", "text/javascript"),
     "swagger-ui-bundle.js": (_BUNDLED / "swagger-ui-bundle.js", "text/javascript"),
     "swagger-ui.css": (_BUNDLED / "swagger-ui.css", "text/css"),
@@ -37,11 +40,11 @@ _FILES: dict[str, tuple[Traversable, str]] = {
 
 def docs_routes() -> list[Route]:
     """Return the page's routes: itself and each of the files it needs."""
-    paths = ["/docs", *(f"/docs/static/{name}" for name in _FILES)]
-    handlers = [show_docs, *(show_file for _ in _FILES)]
+    public = (Access.PUBLIC, LimitClass.NONE)
+    files = [name for name in _FILES if name != PAGE]
     return [
-        Route("GET", path, handler, Access.PUBLIC, LimitClass.NONE)
-        for path, handler in zip(paths, handlers, strict=True)
+        Route("GET", "/docs", show_docs, *public),
+        *(Route("GET", f"/docs/static/{name}", show_file, *public) for name in files),
     ]
 
 
@@ -53,7 +56,7 @@ def docs_routes() -> list[Route]:
 )
 async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler's signature
     """Answer with the page."""
-    return await _file(_OURS / "docs.html", "text/html")
+    return await _file(PAGE)
 
 
 @docs(
@@ -63,10 +66,17 @@ async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a 
 )
 async def show_file(request: web.Request) -> web.Response:
     """Answer with the file that the path ends in; only paths of files have this handler."""
-    return await _file(*_FILES[request.path.rpartition("/")[2]])
+    return await _file(request.path.rpartition("/")[2])
 
 
-async def _file(file: Traversable, media_type: str) -> web.Response:
-    content = await asyncio.to_thread(file.read_bytes)
+async def _file(name: str) -> web.Response:
+    content = await asyncio.to_thread(_content, name)
+    media_type = _FILES[name][1]
     charset = "utf-8" if media_type.startswith("text/") else None
     return web.Response(body=content, content_type=media_type, charset=charset, headers=_HEADERS)
+
+
+@cache
+def _content(name: str) -> bytes:
+    """Read a file once: a thousand slow readers share it."""
+    return _FILES[name][0].read_bytes()

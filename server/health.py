@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import web
 from aiohttp_apispec import docs, response_schema
 
@@ -21,7 +23,7 @@ class Unhealthy(ServerProblem):
 @response_schema(HealthSchema(), 200, description="It is.")
 @errors("unhealthy")
 async def live(request: web.Request) -> web.Response:
-    """Answer 200 as long as consumer and writer run; the process ends by itself when they do not."""
+    """Answer 200 as long as what the server cannot do without runs; when it does not, the process ends."""
     return _answer(live_checks(request.app))
 
 
@@ -56,9 +58,20 @@ def health_routes() -> list[Route]:
     ]
 
 
+def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:
+    """Return the tasks without which the server would accept requests and do nothing."""
+    return {"consumer": app[CONSUMER_TASK], "writer": app[LOG].writer, "keeper": app[POOL].keeper}
+
+
+def dead(app: web.Application) -> dict[str, BaseException]:
+    """Return those of them that ended by a defect, and the defects."""
+    ended = {name: task for name, task in vital(app).items() if task.done() and not task.cancelled()}
+    return {name: error for name, task in ended.items() if (error := task.exception()) is not None}
+
+
 def live_checks(app: web.Application) -> dict[str, bool]:
     """Return what must hold for the process to be worth keeping."""
-    return {"consumer": not app[CONSUMER_TASK].done(), "writer": not app[LOG].writer.done()}
+    return {name: not task.done() for name, task in vital(app).items()}
 
 
 def ready_checks(app: web.Application) -> dict[str, bool]:

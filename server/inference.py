@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 from aiohttp import web
 from aiohttp_apispec import docs, match_info_schema, response_schema
-from marshmallow import fields
 
-from runtime.errors import InvalidInput
 from runtime.router import Route as ModelRoute
 from runtime.router import infer
-from runtime.wire import Tensor, TensorSpec
 from server.appkeys import CONFIG, ROUTER
 from server.errors import ServerProblem, errors
+from server.protocol import (
+    INFER_BODY,
+    MAX_BODY_BYTES,
+    InferResponseSchema,
+    MetadataSchema,
+    ReadySchema,
+    decode_request,
+    encode_response,
+    metadata,
+)
 from server.routes import Access, LimitClass, Route
-from server.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema
-from server.tensors import decode_tensor, encode_data
+from server.schemas import ModelPathSchema, ModelVersionPathSchema
+from server.tensors import decode_tensor
 from server.validation import path_parameters, read_body
-
-MAX_BODY_BYTES = 64 * 2**20
-"""Triton's default (`--http-max-input-size`)."""
-
-PLATFORM = "onnxruntime_onnx"
-"""What Triton calls ONNX models."""
 
 
 class NotReady(ServerProblem):
@@ -33,101 +31,6 @@ class NotReady(ServerProblem):
     code = "not_ready"
 
 
-class _Input(msgspec.Struct):
-    name: str
-    shape: list[int]
-    datatype: str
-    data: msgspec.Raw = msgspec.Raw()
-    parameters: dict[str, bool | int | float | str] = {}
-
-
-class _Output(msgspec.Struct):
-    name: str
-    parameters: dict[str, bool | int | float | str] = {}
-
-
-class _Request(msgspec.Struct):
-    inputs: list[_Input]
-    outputs: list[_Output] = []
-    id: str | None = None
-    parameters: dict[str, bool | int | float | str] = {}
-
-
-_REQUEST = msgspec.json.Decoder(_Request)
-
-
-class TensorSchema(AnswerSchema):
-    """A tensor, or what one has to be like."""
-
-    name = fields.String(required=True)
-    datatype = fields.String(required=True)
-    shape = fields.List(fields.Integer(), required=True)
-    data = fields.List(fields.Raw(), metadata={"description": "Flat, row-major; not in metadata."})
-
-
-class InferResponseSchema(AnswerSchema):
-    """What the model answered."""
-
-    model_name = fields.String(required=True)
-    model_version = fields.String(required=True)
-    id = fields.String(metadata={"description": "As in the request, if it had one."})
-    outputs = fields.List(fields.Nested(TensorSchema), required=True)
-
-
-class MetadataSchema(AnswerSchema):
-    """What a loaded model takes and gives; -1 in a shape is any length."""
-
-    name = fields.String(required=True)
-    versions = fields.List(fields.String(), required=True)
-    platform = fields.String(required=True)
-    inputs = fields.List(fields.Nested(TensorSchema), required=True)
-    outputs = fields.List(fields.Nested(TensorSchema), required=True)
-
-
-class ReadySchema(AnswerSchema):
-    """That a model can be asked."""
-
-    name = fields.String(required=True)
-    ready = fields.Boolean(required=True)
-
-
-_INFER_BODY = {
-    "required": True,
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["inputs"],
-                "properties": {
-                    "id": {"type": "string"},
-                    "parameters": {"type": "object"},
-                    "inputs": {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "required": ["name", "shape", "datatype", "data"],
-                            "properties": {
-                                "name": {"type": "string"},
-                                "shape": {"type": "array", "items": {"type": "integer"}},
-                                "datatype": {"type": "string"},
-                                "data": {"type": "array", "items": {}},
-                                "parameters": {"type": "object"},
-                            },
-                        },
-                    },
-                    "outputs": {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "required": ["name"],
-                            "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
-                        },
-                    },
-                },
-            },
-        },
-    },
-}
 _INFER_ERRORS = (
     "invalid_input",
     "inference_failed",
@@ -138,12 +41,11 @@ _INFER_ERRORS = (
     "model_not_loaded",
     "model_unloading",
     "worker_died",
-    "inference_cancelled",
     "inference_timeout",
 )
 
 
-@docs(tags=["inference"], summary="Ask a loaded model", requestBody=_INFER_BODY)
+@docs(tags=["inference"], summary="Ask a loaded model", requestBody=INFER_BODY)
 @match_info_schema(ModelPathSchema())
 @response_schema(InferResponseSchema(), 200, description="`Loadledger-Model` names the load that answered.")
 @errors(*_INFER_ERRORS)
@@ -152,7 +54,7 @@ async def infer_model(request: web.Request) -> web.Response:
     return await _infer(request)
 
 
-@docs(tags=["inference"], summary="Ask a loaded version", requestBody=_INFER_BODY)
+@docs(tags=["inference"], summary="Ask a loaded version", requestBody=INFER_BODY)
 @match_info_schema(ModelVersionPathSchema())
 @response_schema(InferResponseSchema(), 200, description="`Loadledger-Model` names the load that answered.")
 @errors(*_INFER_ERRORS)
@@ -167,7 +69,7 @@ async def infer_version(request: web.Request) -> web.Response:
 @errors("unknown_model", "model_not_loaded", "model_unloading")
 async def show_metadata(request: web.Request) -> web.Response:
     """Answer with inputs and outputs of the version that serves."""
-    return web.json_response(_metadata(await _route(request)))
+    return web.json_response(metadata(await _route(request)))
 
 
 @docs(tags=["inference"], summary="What a loaded version takes and gives")
@@ -176,7 +78,7 @@ async def show_metadata(request: web.Request) -> web.Response:
 @errors("unknown_model", "model_not_loaded", "model_unloading")
 async def show_version_metadata(request: web.Request) -> web.Response:
     """Answer with inputs and outputs, if this version is the one that serves."""
-    return web.json_response(_metadata(await _route(request)))
+    return web.json_response(metadata(await _route(request)))
 
 
 @docs(tags=["inference"], summary="Whether a model can be asked")
@@ -237,49 +139,3 @@ def _ready(request: web.Request) -> web.Response:
     if not request.app[ROUTER].is_ready(path["id"], path.get("version")):
         raise NotReady(f"model '{path['id']}' is not ready")
     return web.json_response({"name": path["id"], "ready": True})
-
-
-def decode_request(body: bytes) -> _Request:
-    """Return the request that `body` is.
-
-    Raises:
-        InvalidInput: `invalid_input`, it is not one, or asks for what is not supported.
-    """
-    try:
-        request = _REQUEST.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput(f"the body is not an inference request: {error}") from None
-    for item in request.inputs:
-        if not bytes(item.data):
-            raise InvalidInput(f"input '{item.name}': data is missing; binary tensors are not supported yet")
-    for parameters in (request.parameters, *(output.parameters for output in request.outputs)):
-        wanted = parameters.get("binary_data_output") or parameters.get("binary_data")
-        if wanted:
-            raise InvalidInput("binary outputs are not supported yet; leave the parameter out for JSON")
-    return request
-
-
-def encode_response(route: ModelRoute, request_id: str | None, outputs: list[Tensor]) -> bytes:
-    """Return the answer's JSON; no `parameters` on JSON outputs, which Triton's C++ client would refuse."""
-    answer: dict[str, Any] = {"model_name": route.model_id, "model_version": str(route.version)}
-    if request_id is not None:
-        answer["id"] = request_id
-    answer["outputs"] = [
-        {"name": item.name, "datatype": item.datatype, "shape": item.shape, "data": encode_data(item)}
-        for item in outputs
-    ]
-    return msgspec.json.encode(answer)
-
-
-def _metadata(route: ModelRoute) -> dict[str, Any]:
-    return {
-        "name": route.model_id,
-        "versions": [str(route.version)],
-        "platform": PLATFORM,
-        "inputs": [_spec(spec) for spec in route.inputs],
-        "outputs": [_spec(spec) for spec in route.outputs],
-    }
-
-
-def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}

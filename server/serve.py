@@ -12,8 +12,8 @@ import uvloop
 from aiohttp import web
 
 from server.app import create_app
-from server.appkeys import CONSUMER_TASK, LOG
 from server.config import Config
+from server.health import dead, vital
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ async def _serve(config: Config, announce: Callable[[str], None]) -> int:
         app,
         access_log=None,
         shutdown_timeout=config.drain_timeout_s,
+        auto_decompress=False,  # it is done before authentication, and a small body may become a huge one
         handler_cancellation=True,  # an inference that nobody waits for any more must not hold up the next
     )
     try:
@@ -61,14 +62,13 @@ async def _serve(config: Config, announce: Callable[[str], None]) -> int:
 
 async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
     """Wait for a signal, or for the end of what must not end: better no server than one that does nothing."""
-    vital = {app[CONSUMER_TASK], app[LOG].writer}
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, *vital}, return_when=asyncio.FIRST_COMPLETED)
-    dead = [task for task in vital if task.done()]
-    for task in dead:
-        _log.critical("the %s ended; the server stops", task.get_name(), exc_info=task.exception())
+    await asyncio.wait({stopping, *vital(app).values()}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    return 1 if dead else 0
+    defects = dead(app)
+    for name, defect in defects.items():
+        _log.critical("the %s ended; the server stops", name, exc_info=defect)
+    return 1 if defects else 0
 
 
 def _url(runner: web.AppRunner, config: Config) -> str:

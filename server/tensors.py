@@ -7,8 +7,7 @@ has; FP16 and BF16 have no JSON form.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,10 +15,10 @@ import msgspec
 import numpy as np
 
 from runtime.errors import InvalidInput
-from runtime.wire import DATATYPES, Tensor
+from runtime.wire import DATATYPES, MAX_DIMENSIONS, MalformedTexts, Tensor, pack_texts, unpack_texts
 
-MAX_DIMENSIONS = 32
-"""numpy's arrays have up to 64; nobody sends this many, and nesting costs stack."""
+MAX_JSON_BYTES = 64 * 2**20
+"""Of an output's tensor, before it is text: what a request may have. JSON takes several times as much."""
 
 _BINARY_ONLY = ("FP16", "BF16")
 _ELEMENT: dict[str, type] = {"BOOL": bool, "BYTES": str, "FP32": float, "FP64": float}
@@ -42,17 +41,21 @@ def decode_tensor(name: str, datatype: str, shape: Sequence[int], data: msgspec.
         raise InvalidInput(f"input '{name}': data is not {datatype}: {error}") from None
     array = _array(name, datatype, values)
     _check_shape(name, shape, array.shape, depth)
-    return Tensor(name, datatype, tuple(shape), _packed(array) if datatype == "BYTES" else array.tobytes())
+    packed = pack_texts(array.ravel()) if datatype == "BYTES" else array.tobytes()
+    return Tensor(name, datatype, tuple(shape), packed)
 
 
 def encode_data(tensor: Tensor) -> list[Any]:
     """Return the tensor's elements, flat and row-major, as JSON can carry them.
 
     Raises:
-        NotRepresentable: `not_representable`, JSON has no form for them.
+        NotRepresentable: `not_representable`, JSON has no form for them, or they are too many.
     """
     if tensor.datatype in _BINARY_ONLY:
         raise NotRepresentable(f"output '{tensor.name}': {tensor.datatype} cannot be sent as JSON")
+    if len(tensor.data) > MAX_JSON_BYTES:
+        size = f"{len(tensor.data)} bytes; as JSON at most {MAX_JSON_BYTES} are sent"
+        raise NotRepresentable(f"output '{tensor.name}' is {size}")
     if tensor.datatype == "BYTES":
         return _texts(tensor)
     values = np.frombuffer(tensor.data, DATATYPES[tensor.datatype].numpy)
@@ -108,20 +111,8 @@ def _check_shape(name: str, shape: Sequence[int], found: tuple[int, ...], depth:
         raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
 
 
-def _packed(array: Any) -> bytes:
-    encoded = [element.encode() for element in array.ravel()]
-    return b"".join(struct.pack("<I", len(element)) + element for element in encoded)
-
-
 def _texts(tensor: Tensor) -> list[str]:
-    data, position, texts = memoryview(tensor.data), 0, list[str]()
-    take: Callable[[memoryview, int], tuple[int]] = struct.Struct("<I").unpack_from
-    while position < len(data):
-        (length,) = take(data, position)
-        position += 4
-        try:
-            texts.append(str(data[position : position + length], "utf-8"))
-        except UnicodeDecodeError:
-            raise NotRepresentable(f"output '{tensor.name}' is not UTF-8, which JSON needs") from None
-        position += length
-    return texts
+    try:
+        return unpack_texts(tensor.data)
+    except MalformedTexts as error:
+        raise NotRepresentable(f"output '{tensor.name}': {error}") from None

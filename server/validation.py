@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields
 
@@ -134,6 +134,8 @@ async def read_body(request: web.Request, max_bytes: int, idle_s: float = BODY_I
         BodyTooLarge: by its declared length or by what came (`body_too_large`).
         BodyTimeout: nothing came for `idle_s` seconds (`body_timeout`).
     """
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
     if (request.content_length or 0) > max_bytes:
         raise BodyTooLarge(max_bytes)
     body = bytearray()

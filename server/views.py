@@ -35,10 +35,9 @@ def job_view(job: Job, consumer: Consumer) -> dict[str, Any]:
     }
 
 
-def model_view(model_id: str, state: State, versions: list[int]) -> dict[str, Any]:
+def model_view(model_id: str, state: State, versions: list[int], active: Model | None) -> dict[str, Any]:
     """Return a model of the state, or one that is only in the repository, with its `versions` there."""
     model = state.models.get(model_id) or Model(model_id)
-    active = state.active()
     serving = model.serving
     return {
         "id": model.id,

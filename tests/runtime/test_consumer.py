@@ -687,6 +687,16 @@ async def test_a_clock_that_was_set_back_does_not_keep_models_from_coming_back(f
         await engine.becomes("adder", ModelState.LOADED)
 
 
+async def test_a_clock_set_back_meanwhile_does_not_keep_a_model_from_coming_back(folder: Path) -> None:
+    async with running(folder) as engine:
+        await engine.load("adder")
+        first = engine.worker("adder").worker_id
+        engine.pass_time(-86_400)
+        await engine.die("adder")
+        await engine.becomes("adder", ModelState.LOADED)
+        assert engine.worker("adder").worker_id != first
+
+
 # The ledger cannot be written.
 
 

@@ -19,6 +19,7 @@ from support.workers import (
     LIMIT_S,
     computing,
     descriptors,
+    descriptors_left,
     floats,
     freeze,
     load,
@@ -273,6 +274,7 @@ async def test_killed_fork_server_ends_its_workers_and_is_replaced() -> None:
         fork_server_of(pool).kill()
         for worker in workers:
             assert await asyncio.shield(worker.ended) == Exit(None, None)
+            assert worker.orphaned
         await until(lambda: pool.healthy)
         assert (await (await pool.start("next")).stop()) == Exit(0, None)
 
@@ -307,6 +309,7 @@ async def test_death_is_noticed_while_the_fork_server_is_stopped() -> None:
         await freeze(fork_server_of(pool).pid)
         worker.kill()
         assert await asyncio.shield(worker.ended) == Exit(None, None)
+        assert not worker.orphaned  # or a worker could stop the fork server, end, and be held blameless
 
 
 async def test_fork_server_that_dies_while_it_is_asked_says_so() -> None:
@@ -368,6 +371,60 @@ async def test_fork_that_fails_is_told_of_and_the_fork_server_lives_on() -> None
         resource.prlimit(fork_server.pid, resource.RLIMIT_NOFILE, limits)
         assert await (await pool.start("w")).stop() == Exit(0, None)
         assert fork_server_of(pool) is fork_server
+
+
+@pytest.mark.parametrize("left", range(7))
+async def test_launch_without_descriptors_is_refused_and_leaves_nothing(left: int) -> None:
+    before = descriptors(os.getpid()), descendants(os.getpid())
+    with descriptors_left(left), pytest.raises(ForkServerUnavailable, match="open files"):
+        ForkServer.launch(os.environ)
+    assert (descriptors(os.getpid()), descendants(os.getpid())) == before
+
+
+@pytest.mark.parametrize("left", range(6))
+async def test_start_without_descriptors_is_refused_and_leaves_nothing(left: int) -> None:
+    async with running_pool() as pool:
+        worker = await pool.start("w")
+        before = descriptors(os.getpid())
+        with descriptors_left(left), pytest.raises(ForkServerUnavailable, match="open files"):
+            await pool.start("one too many")
+        assert descriptors(os.getpid()) == before
+        assert descendants(fork_server_of(pool).pid) == [worker.pid]
+        assert await (await pool.start("next")).stop() == Exit(0, None)
+
+
+async def test_pidfd_for_which_there_is_no_descriptor_fails_one_start_only() -> None:
+    async with running_pool() as pool:
+        bystander = await pool.start("bystander")
+        before = descriptors(os.getpid())
+        fork_server = fork_server_of(pool)
+        await freeze(fork_server.pid)
+        starting = asyncio.ensure_future(pool.start("w"))
+        await asyncio.sleep(0)  # it has asked, and closed what it sent
+        with descriptors_left(0):
+            os.kill(fork_server.pid, signal.SIGCONT)
+            with pytest.raises(ForkServerUnavailable, match="no pidfd arrived"):
+                await starting
+        assert descriptors(os.getpid()) == before
+        await until(lambda: descendants(fork_server.pid) == [bystander.pid])
+        assert await (await pool.start("next")).stop() == Exit(0, None)
+        assert await bystander.stop() == Exit(0, None)
+        assert fork_server_of(pool) is fork_server
+
+
+async def test_fork_server_is_replaced_when_there_are_descriptors_again() -> None:
+    async with running_pool() as pool:
+        with descriptors_left(0):
+            fork_server_of(pool).kill()
+            await asyncio.shield(fork_server_of(pool).ended)
+            for _ in range(10):  # turns of the loop, of which the keeper takes three to try and fail
+                await asyncio.sleep(0)
+            assert not pool.healthy
+            assert not pool.keeper.done()
+        await until(lambda: pool.healthy)
+        assert await (await pool.start("w")).stop() == Exit(0, None)
+        assert not pool.keeper.done()
+    assert pool.keeper.cancelled()
 
 
 async def test_signals_to_all_processes_during_an_inference_do_nothing(tmp_path: Path) -> None:

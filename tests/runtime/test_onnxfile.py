@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from support import models
-from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value
+from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value, varint
 
 from runtime.errors import LoadRefused
 from runtime.onnxfile import Unparsable, check_external_data, external_locations
@@ -83,19 +83,11 @@ def test_last_of_two_values_counts_as_it_does_for_protobuf(tmp_path: Path) -> No
     del model.graph.initializer[0]
     graph = model.graph.SerializeToString() + b"\x2a" + bytes([len(raw)]) + raw
     model.ClearField("graph")
-    file = model.SerializeToString() + b"\x3a\x80\x80\x80\x00"[:1] + _varint(len(graph)) + graph
+    file = model.SerializeToString() + b"\x3a\x80\x80\x80\x00"[:1] + varint(len(graph)) + graph
     folder = save_bytes(file, tmp_path, "m")
     parsed = onnx.ModelProto.FromString(file).graph.initializer[0].external_data[-1]
     assert (parsed.key, parsed.value) == ("location", "last")
     assert list(external_locations(folder / "model.onnx")) == ["first", "last"]
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +100,13 @@ def _varint(number: int) -> bytes:
         b"\x3a\x7f",
         b"\xff" * 11,
         b"\x00\x00",
-        b"\x0b\x0c",
+        b"\x0b",  # a group without an end
+        b"\x0c",  # an end without a group
+        b"\x0b\x14",  # the end of another
+        b"\x0b\x13\x0c\x14",
+        b"\x0b\x3a\x7f\x0c",  # a field in it that ends outside
+        b"\x0b\x0f\x0c",  # a wire type that there is not
+        b"\x0b" * 101 + b"\x0c" * 101,
         b"\x0d\x00",
     ],
 )
@@ -120,8 +118,7 @@ def test_what_is_no_protobuf_is_not_parsed(tmp_path: Path, data: bytes) -> None:
 
 
 def test_tag_that_other_parsers_cut_off_is_not_parsed(tmp_path: Path) -> None:
-    graph = models.external("../x").graph.SerializeToString()
-    folder = save_bytes(b"\xba\x80\x80\x80\x10" + _varint(len(graph)) + graph, tmp_path, "m")
+    folder = save_bytes(models.behind_a_long_tag(models.external("../x")), tmp_path, "m")
     with pytest.raises(Unparsable):
         list(external_locations(folder / "model.onnx"))
 
@@ -129,13 +126,35 @@ def test_tag_that_other_parsers_cut_off_is_not_parsed(tmp_path: Path) -> None:
 def test_nesting_is_bounded(tmp_path: Path) -> None:
     data = b""
     for _ in range(60):  # graph > node > attribute > graph …
-        node = (
-            b"\x2a" + _varint(len(data) + 1 + len(_varint(len(data)))) + b"\x32" + _varint(len(data)) + data
-        )
-        data = b"\x0a" + _varint(len(node)) + node
-    folder = save_bytes(b"\x3a" + _varint(len(data)) + data, tmp_path, "m")
+        node = b"\x2a" + varint(len(data) + 1 + len(varint(len(data)))) + b"\x32" + varint(len(data)) + data
+        data = b"\x0a" + varint(len(node)) + node
+    folder = save_bytes(b"\x3a" + varint(len(data)) + data, tmp_path, "m")
     with pytest.raises(Unparsable, match="deep"):
         list(external_locations(folder / "model.onnx"))
+
+
+GROUP = b"\xa3\x06" + b"\x08\x01\x11********\x1a\x02hi\x25****" + b"\x3b\x3c" * 2 + b"\xa4\x06"
+"""A group of field 100, in it a field of every wire type, and two groups."""
+
+
+@pytest.mark.parametrize("group", [GROUP, b"\x0b\x0c", b"\x3b" * 90 + b"\x3c" * 90, GROUP * 3])
+def test_groups_are_stepped_over_wherever_they_are(tmp_path: Path, group: bytes) -> None:
+    model = models.external("../x")
+    tensor = group + model.graph.initializer[0].SerializeToString() + group
+    del model.graph.initializer[0]
+    graph = group + model.graph.SerializeToString() + b"\x2a" + varint(len(tensor)) + tensor + group
+    model.ClearField("graph")
+    data = group + model.SerializeToString() + b"\x3a" + varint(len(graph)) + graph + group
+    folder = save_bytes(data, tmp_path, "m")
+    assert onnx.ModelProto.FromString(data).graph.initializer[0].external_data[0].value == "../x"
+    assert list(external_locations(folder / "model.onnx")) == ["../x"]
+
+
+def test_location_before_what_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
+    for location in ("../x", "*/_ORT_MEM_ADDR_/*"):
+        folder = save_bytes(models.external(location).SerializeToString() + b"\xff", tmp_path, "m")
+        with pytest.raises(LoadRefused):
+            check_external_data(folder / "model.onnx", folder, tmp_path)
 
 
 @given(data=st.binary(max_size=200))

@@ -1,13 +1,14 @@
 """The wire contract between server and worker: whatever goes in comes out, whatever else is refused."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.errors import LoadCode
 from runtime.frames import CHUNK_BYTES, FrameReader
 from runtime.wire import (
     BY_ONNX,
@@ -28,6 +29,7 @@ from runtime.wire import (
     LoadedFile,
     LoadFailed,
     MalformedFrame,
+    MalformedTexts,
     Message,
     Outcome,
     Stage,
@@ -36,11 +38,14 @@ from runtime.wire import (
     TensorSpec,
     encode,
     heads,
+    pack_texts,
     plain_text,
+    unpack_texts,
 )
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 numbers = st.integers(0, 2**63 - 1)
+hashes = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
 
 @st.composite
@@ -53,17 +58,25 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 def files() -> st.SearchStrategy[LoadedFile]:
-    return st.builds(LoadedFile, names, numbers, numbers, numbers, numbers, numbers, names)
+    times = st.integers(-(2**63), 2**63 - 1)
+    numbers_of_files = st.integers(0, 2**64 - 1)
+    return st.builds(LoadedFile, names, numbers_of_files, numbers_of_files, numbers, times, times, hashes)
 
 
 specs = st.builds(TensorSpec, names, names, st.lists(st.integers(-1, 9), max_size=4).map(tuple))
 plain_messages: dict[Any, st.SearchStrategy[Message]] = {
     TO_WORKER: st.builds(
-        Load, names, names, numbers, st.none() | numbers, st.lists(files(), max_size=3).map(tuple)
+        Load,
+        names,
+        names,
+        st.lists(names, max_size=3).map(tuple),
+        numbers,
+        st.none() | numbers,
+        st.lists(files(), max_size=3).map(tuple),
     ),
     FROM_WORKER: st.one_of(
         st.builds(Stage, st.sampled_from(["loading", "measuring"])),
-        st.builds(LoadFailed, names, names),
+        st.builds(LoadFailed, st.sampled_from(get_args(LoadCode)), names),
         st.builds(Failure, numbers, names, names),
         st.builds(
             Loaded,
@@ -196,6 +209,31 @@ def test_announced_but_absent_bytes_take_no_memory() -> None:
 def test_datatypes_are_known_by_both_names() -> None:
     assert {datatype.onnx: datatype for datatype in DATATYPES.values()} == BY_ONNX
     assert len(BY_ONNX) == len(DATATYPES) == 14
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_texts_round_trip(texts: list[str]) -> None:
+    packed = pack_texts(texts)
+    assert unpack_texts(packed) == unpack_texts(memoryview(packed)) == texts
+
+
+def test_texts_are_each_its_length_and_its_bytes() -> None:
+    assert pack_texts(["é", ""]) == b"\2\0\0\0\xc3\xa9\0\0\0\0"
+    assert unpack_texts(b"") == []
+
+
+@pytest.mark.parametrize("data", [b"\1", b"\1\0\0", b"\0\0\0\0\0", b"\2\0\0\0a", b"\xff\xff\xff\xffa"])
+def test_text_that_is_longer_than_the_data_is_malformed(data: bytes) -> None:
+    with pytest.raises(MalformedTexts, match="longer than the data"):
+        unpack_texts(data)
+
+
+@given(st.binary(max_size=30))
+def test_any_bytes_are_texts_or_malformed(data: bytes) -> None:
+    try:
+        assert pack_texts(unpack_texts(data)) == data
+    except MalformedTexts:
+        return
 
 
 @given(text=st.text(), limit=st.integers(4, 40))

@@ -103,8 +103,8 @@ def test_what_must_exist_is_checked_when_serving_begins(tmp_path: Path) -> None:
 
 
 def test_zero_loads_at_once_means_the_cores() -> None:
-    assert Config(repository=Path(), data=Path()).cores() >= 1
-    assert Config(repository=Path(), data=Path(), loads_at_once=7).cores() == 7
+    assert Config(repository=Path(), data=Path()).max_loads() >= 1
+    assert Config(repository=Path(), data=Path(), loads_at_once=7).max_loads() == 7
 
 
 def test_the_table_has_a_row_for_each_setting() -> None:

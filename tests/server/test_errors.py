@@ -214,7 +214,7 @@ async def _raw(client: Client, head: str, body: bytes = b"") -> tuple[bytes, byt
     [
         ("Transfer-Encoding: chunked", b"zz\r\n", "body_timeout"),
         ("Content-Length: 4", b"no", "body_timeout"),
-        ("Content-Encoding: gzip\r\nContent-Length: 4", b"nope", "invalid_request"),
+        ("Content-Encoding: gzip\r\nContent-Length: 4", b"nope", "unsupported_media_type"),
     ],
 )
 async def test_a_body_that_cannot_be_read_is_the_client_s_error(

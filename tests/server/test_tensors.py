@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidInput
-from runtime.wire import DATATYPES, Tensor
-from server.tensors import NotRepresentable, decode_tensor, encode_data
+from runtime.wire import DATATYPES, MAX_DIMENSIONS, Tensor
+from server.tensors import MAX_JSON_BYTES, NotRepresentable, decode_tensor, encode_data
 
 INTEGERS = {
     f"{sign}INT{bits}": (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -165,7 +165,7 @@ def test_data_of_another_shape_than_declared_is_refused(datatype: str, shape: li
     refusal(datatype, shape, f"[{text}]".encode())
 
 
-@pytest.mark.parametrize("shape", [[-1], [2, -1], [2**31], [2**64], [1] * 33, [2**30] * 32])
+@pytest.mark.parametrize("shape", [[-1], [2, -1], [2**31], [2**64], [1] * 65, [2**30] * 32])
 def test_a_shape_that_cannot_be_is_refused(shape: list[int]) -> None:
     refusal("FP32", shape, [1])
 
@@ -201,3 +201,21 @@ def test_an_answer_that_json_cannot_carry_is_said_to_be_one(datatype: str, value
 def test_an_answer_of_bytes_that_are_no_text_is_said_to_be_one() -> None:
     with pytest.raises(NotRepresentable, match="UTF-8"):
         encode_data(Tensor("y", "BYTES", (1,), b"\1\0\0\0\xff"))
+
+
+@pytest.mark.parametrize("data", [b"\1\0", b"\5\0\0\0a"])
+def test_an_answer_of_bytes_that_are_cut_off_is_said_to_be_one(data: bytes) -> None:
+    with pytest.raises(NotRepresentable, match="'y': an element is longer than the data"):
+        encode_data(Tensor("y", "BYTES", (1,), data))
+
+
+@pytest.mark.parametrize("datatype", ["UINT8", "BYTES"])
+def test_an_answer_that_is_too_large_for_json_names_both_sizes(datatype: str) -> None:
+    data = bytes(MAX_JSON_BYTES + 1)
+    with pytest.raises(NotRepresentable, match="'y' is 67108865 bytes; as JSON at most 67108864"):
+        encode_data(Tensor("y", datatype, (len(data),), data))
+
+
+def test_data_is_nested_as_deep_as_numpy_can() -> None:
+    shape = [1] * MAX_DIMENSIONS
+    assert decode("INT64", shape, nested([7], shape)).shape == tuple(shape)

@@ -229,10 +229,10 @@ async def test_a_large_body_without_a_length_is_refused_while_it_is_read(client:
     assert sent < 2**26
 
 
-async def test_a_body_that_unpacks_to_a_large_one_is_refused(client: Client) -> None:
+async def test_a_compressed_body_is_refused(client: Client) -> None:
     bomb = gzip.compress(b" " * 2**26)
     headers = {**JSON, "Content-Encoding": "gzip"}
-    assert (await client.post("/default", data=bomb, headers=headers)).status == 413
+    assert (await client.post("/default", data=bomb, headers=headers)).status == 415
 
 
 async def test_a_handler_without_a_body_schema_reads_its_body_itself(client: Client) -> None:

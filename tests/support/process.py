@@ -57,7 +57,7 @@ class Server:
 
     def worker(self) -> int:
         """Return the process id of the newest worker."""
-        return max(self.children()[1:])
+        return max(self.children()[1:], key=started)
 
     def send(self, number: signal.Signals, *, to_group: bool = False) -> None:
         """Send a signal to the server, or to its whole process group as a terminal does."""
@@ -135,6 +135,11 @@ async def serving(
         await process.communicate()
         if server is not None:
             await server.nothing_left()
+
+
+def started(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; process ids say nothing, they wrap."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # proc_pid_stat(5)
 
 
 def clean_environment() -> dict[str, str]:

@@ -3,17 +3,18 @@
 import asyncio
 import contextlib
 import os
+import resource
 import select
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, Tensor
+from runtime.wire import DATATYPES, LoadedFile, Tensor
 from runtime.workers import LoadOrder, LoadReport, Worker
 
 LIMIT_S = 30.0
@@ -35,9 +36,22 @@ async def load(
     worker: Worker, root: Path, model_id: str, memory_limit_bytes: int | None = None
 ) -> LoadReport:
     """Load the highest version of a model into a worker."""
-    folder = Repository(root).resolve(model_id).folder
-    order = LoadOrder(root, folder, memory_limit_bytes=memory_limit_bytes)
+    order = order_of(root, model_id, memory_limit_bytes=memory_limit_bytes)
     return await worker.load(order, lambda _: None)
+
+
+def order_of(
+    root: Path,
+    model_id: str,
+    version: int | None = None,
+    *,
+    known: tuple[LoadedFile, ...] = (),
+    memory_limit_bytes: int | None = None,
+) -> LoadOrder:
+    """Make the order to load a version of a model, the highest when none is named."""
+    found = Repository(root).resolve(model_id, version)
+    files = tuple(file.path for file in found.files)
+    return LoadOrder(root, found.folder, files, known, memory_limit_bytes)
 
 
 async def loaded(pool: WorkerPool, root: Path, model_id: str) -> Worker:
@@ -78,6 +92,27 @@ def descriptors(pid: int) -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # what this very listing had opened
             kinds.append(str(entry.readlink()).partition(":")[0])
     return sorted(kinds)
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Let this process open so many descriptors more, and no others, meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + count, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        while count:
+            os.close(held.pop())
+            count -= 1
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def wait_gone(pidfds: list[int]) -> bool:

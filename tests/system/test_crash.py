@@ -15,7 +15,7 @@ from support import models
 from support.http import Json, when
 from support.models import save, save_bytes
 from support.process import Server, events, serving, verified
-from support.workers import computing, until
+from support.workers import computing, freeze, until
 
 from events.types import Event, ServerStarted, WorkerExited
 from server.config import Config
@@ -51,7 +51,7 @@ async def test_jobs_pending_and_in_progress_end_and_loaded_models_come_back_afte
 ) -> None:
     for model_id, constant in (("loaded", 1), ("pending", 2)):
         save(models.add(constant), config.repository, model_id)
-    save(models.slow_model(depth=12), config.repository, "slow")
+    save(models.slow_model(depth=2000), config.repository, "slow")  # takes minutes: no hurry to kill it
     async with serving(config, "--loads-at-once=1") as server:
         first = await server.api.load("loaded")
         slow = await server.api.accepted_load("slow")
@@ -63,6 +63,7 @@ async def test_jobs_pending_and_in_progress_end_and_loaded_models_come_back_afte
         await server.kill()
     assert not [pid for pid in before if is_running(pid)]
 
+    save(models.add(3), config.repository, "slow")
     async with serving(config, "--loads-at-once=1") as server:
         assert before.isdisjoint(server.children())
         jobs = await all_ended(server)
@@ -74,6 +75,7 @@ async def test_jobs_pending_and_in_progress_end_and_loaded_models_come_back_afte
         assert (back["cause"], back["requested_by"]) == ("restart", "system")
         assert (await server.api.infer("loaded", floats(1))).json["outputs"][0]["data"] == [2]
         assert (await server.api.infer("pending", floats(1))).json["outputs"][0]["data"] == [3]
+        assert (await server.api.infer("slow", floats(1))).json["outputs"][0]["data"] == [4]
         assert await server.stop() == 0
     verified(config)
     log = await events(config)
@@ -93,18 +95,28 @@ def is_running(pid: int) -> bool:
 
 
 async def test_a_model_is_lost_until_it_is_loaded_again(config: Config) -> None:
-    save(models.slow_model(depth=6), config.repository, "m")
+    save(models.add(1), config.repository, "m")
     async with serving(config) as server:
         await server.api.load("m")
         await server.kill()
+    save(models.slow_model(depth=2000), config.repository, "m")  # takes minutes: time enough to look
     async with serving(config) as server:
         seen = await server.api.model("m")
         assert (seen["state"], seen["version"], seen["active"]) in {("lost", 1, False), ("loading", 1, False)}
         answer = await server.api.get("/v2/models/m")
         assert answer.refusal == (503, "model_not_loaded")
         assert "Retry-After" in answer.headers
+        [job, _] = await when(
+            server.api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading", None]
+        )
+        assert job["cause"] == "restart"
+        worker = server.worker()
+        await freeze(worker)  # it may still be reading the file
+        save(models.add(2), config.repository, "m")
+        os.kill(worker, signal.SIGKILL)
         model = await server.api.model_when("m", state="loaded")
         assert model["active"]
+        assert (await server.api.infer("m", floats(1))).json["outputs"][0]["data"] == [3]
 
 
 async def test_the_model_loaded_last_is_active_again_whatever_came_back_first(config: Config) -> None:

@@ -7,17 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
+from contextlib import suppress
 from email.message import Message
 from email.parser import BytesParser
 from pathlib import Path
 
 import aiohttp
 import pytest
+from support.workers import until
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("events", "migrations", "runtime", "server")
+TRY_IT = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it\n")[2].partition("\n## ")[0]
 EXAMPLES = ("*.py", "digits.json", "digits/*/model.onnx")
 # Generous: a start takes under a second, on a machine that does other things too.
 LIMIT_S = 60
@@ -143,6 +147,7 @@ async def test_the_installed_server_starts_anywhere_answers_and_ends_on_sigterm_
     try:
         async with asyncio.timeout(LIMIT_S):
             url = await ready_url(process)
+            assert len(processes_of(installed)) == 2  # it and its fork server
             async with aiohttp.ClientSession() as client, client.get(f"{url}/health/live") as answer:
                 assert answer.status == 200
             process.send_signal(signal.SIGTERM)
@@ -152,6 +157,54 @@ async def test_the_installed_server_starts_anywhere_answers_and_ends_on_sigterm_
         if process.returncode is None:
             process.kill()
             await process.communicate()
+
+
+async def test_the_readme_s_first_line_ends_in_a_demo_that_shows_all_of_it_and_leaves_nothing(
+    installed: Path, tmp_path: Path
+) -> None:
+    """The steps of the line, but for what needs a network: `pip install` fetches no dependencies here.
+
+    `python3 -m venv` and `pip install .` are the fixtures `wheel` and `installed`, which build from a copy
+    of the tree, install without dependencies and see those of the environment that runs the tests.
+    """
+    line, _ = re.findall(r"^```sh\n(.*?)^```$", TRY_IT, re.MULTILINE | re.DOTALL)
+    assert line == "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/loadledger demo\n"
+    out = run([str(installed / "bin" / "loadledger"), "demo"], cwd=tmp_path)
+    assert "version 1 reads 97.2% of 599 handwritten digits right" in out
+    assert "version 2 reads 99.3% of 599 handwritten digits right" in out
+    assert re.search(r"process \d+ is gone", out)
+    assert re.search(r"MB before, .* MB with a model, .* MB after", out)
+    assert re.search(r"^chain verified: \d+ events", out, re.MULTILINE)
+    assert "not so" not in out
+    await until(lambda: not processes_of(installed))
+
+
+def test_the_readme_s_second_line_installs_what_tests_need_and_runs_this_suite(wheel: Path) -> None:
+    """It cannot run here: `pip install` needs a network, and this suite would run itself without end.
+
+    So what it consists of is looked at: the extra, and that a bare `pytest` means all of the tests.
+    """
+    _, line = re.findall(r"^```sh\n(.*?)^```$", TRY_IT, re.MULTILINE | re.DOTALL)
+    assert line == "python3 -m venv .venv && .venv/bin/pip install '.[test]' && .venv/bin/pytest\n"
+    about = metadata(wheel)
+    assert "test" in about.get_all("Provides-Extra", [])
+    needed = {
+        re.split(r"[^\w-]", text)[0]
+        for text in about.get_all("Requires-Dist", [])
+        if re.search(r"""; extra == ["']test["']$""", text)
+    }
+    assert {"pytest", "pytest-aiohttp", "hypothesis", "onnx", "openapi-spec-validator"} <= needed
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["pytest"]["ini_options"]["testpaths"] == ["tests"]
+
+
+def processes_of(home: Path) -> list[bytes]:
+    """Return the command lines of all processes that run the interpreter of this environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            found.append(entry.read_bytes())
+    return [line for line in found if line.startswith(os.fsencode(home))]
 
 
 async def ready_url(process: asyncio.subprocess.Process) -> str:

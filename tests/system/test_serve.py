@@ -1,6 +1,7 @@
 """The command `serve` as a process: how it starts, what its children are, and how it ends."""
 
 import asyncio
+import os
 import signal
 import time
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import models
-from support.http import Api, Json, when
+from support.http import LIMIT_S, Api, Json, when
 from support.models import save, save_bytes
 from support.process import MODULE, SCRIPT, Server, clean_environment, events, serving, verified
-from support.workers import computing, descriptors, until
+from support.workers import computing, descriptors, freeze, until
+from yarl import URL
 
 from events.types import ServerStarted, ServerStopped
 from server.config import Config, settings
@@ -36,11 +38,11 @@ def mapped_files(pid: int) -> str:
     return Path(f"/proc/{pid}/maps").read_text()
 
 
-async def one_second(api: Api) -> int:
-    """Return how many trips of the counting loop take about a second here."""
+async def trips_of(seconds: float, api: Api) -> int:
+    """Return how many trips of the counting loop take about so long here."""
     began = time.perf_counter()
     assert (await api.infer("m", trips(20_000))).status == 200
-    return round(20_000 / (time.perf_counter() - began))
+    return round(20_000 * seconds / (time.perf_counter() - began))
 
 
 async def computed(server: Server, count: int) -> asyncio.Task[Json]:
@@ -49,6 +51,18 @@ async def computed(server: Server, count: int) -> asyncio.Task[Json]:
     running = asyncio.create_task(server.api.infer("m", trips(count)))
     await until(is_computing)
     return running
+
+
+async def listens_no_more(server: Server) -> None:
+    """Wait until the server takes no new connections, which is how it begins to stop."""
+    url = URL(server.url)
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(url.host, url.port)
+            except ConnectionError:  # refused, or reset when it was in the backlog
+                return
+            writer.close()
 
 
 @pytest.mark.parametrize("command", [MODULE, SCRIPT], ids=["module", "script"])
@@ -87,9 +101,17 @@ async def test_a_signal_to_stop_lets_a_running_inference_end(
     save(models.counting_loop(), config.repository, "m")
     async with serving(config) as server:
         await server.api.load("m")
-        count = await one_second(server.api)
+        count = await trips_of(2, server.api)
         running = await computed(server, count)
-        assert await server.stop(number, to_group=to_group) == 0
+        worker = server.worker()
+        await freeze(worker)  # so that the inference is as far as it is now when the server stops
+        goes_on = computing(worker)
+        stopping = asyncio.create_task(server.stop(number, to_group=to_group))
+        await listens_no_more(server)
+        assert not running.done()
+        os.kill(worker, signal.SIGCONT)
+        await until(goes_on)  # had it ended before the signal, its worker would have nothing more to compute
+        assert await stopping == 0
         answer = await running
         assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [count])
     assert (await events(config))[-1].data == ServerStopped()
@@ -121,18 +143,27 @@ async def test_an_inference_whose_client_has_gone_makes_room_for_the_next(config
 
 
 async def test_a_load_whose_client_has_gone_goes_on(config: Config) -> None:
-    save(models.slow_model(depth=12), config.repository, "m")
-    async with serving(config) as server:
-        waiting = asyncio.create_task(server.api.post("/api/v1/models/m/load", wait=60))
-        [job] = await when(server.api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
-        waiting.cancel()
-        assert (await server.api.ended(job["id"]))["status"] == "completed"
+    save(models.slow_model(depth=2000), config.repository, "slow")  # takes minutes
+    save(models.add(1), config.repository, "m")
+    async with serving(config, "--loads-at-once=1") as server:
+        waiting = [asyncio.create_task(server.api.post("/api/v1/models/slow/load", wait=60))]
+        [slow] = await when(server.api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
+        waiting.append(asyncio.create_task(server.api.post("/api/v1/models/m/load", wait=60)))
+        [m, _] = await when(server.api.jobs, lambda jobs: len(jobs) == 2)
+        for client in waiting:
+            client.cancel()
+        await asyncio.wait(waiting)
+        await until(computing(server.worker()))
+        assert [job["status"] for job in await server.api.jobs()] == ["pending", "in_progress"]
+        await server.api.unload("slow", force=True)
+        assert (await server.api.ended(m["id"]))["status"] == "completed"
+        assert (await server.api.job(slow["id"]))["status"] == "cancelled"
 
 
 async def test_who_waits_for_a_job_when_the_server_stops_is_answered_202_and_the_job_goes_on_after(
     config: Config,
 ) -> None:
-    save(models.slow_model(depth=12), config.repository, "m")
+    save(models.slow_model(depth=2000), config.repository, "m")  # takes minutes: no hurry to stop the server
     async with serving(config) as server:
         waiting = asyncio.create_task(server.api.post("/api/v1/models/m/load", wait=60))
         await when(server.api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
@@ -140,6 +171,7 @@ async def test_who_waits_for_a_job_when_the_server_stops_is_answered_202_and_the
         answer = await waiting
         assert (answer.status, answer.json["status"]) == (202, "in_progress")
         await server.nothing_left()
+    save(models.add(1), config.repository, "m")
     async with serving(config) as server:
         job = await server.api.ended(answer.json["id"])
         assert (job["status"], job["attempt"]) == ("completed", 2)

@@ -1,0 +1,103 @@
+"""The management API: jobs, and the answer to what becomes one."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import hdrs, web
+from aiohttp_apispec import docs, match_info_schema, querystring_schema, response_schema
+
+from events.accept import Command
+from events.errors import LedgerProblem
+from events.jobs import Job, JobStatus
+from server.appkeys import CONSUMER, LOG, READER, STOPPING
+from server.errors import errors
+from server.prefer import wait_s
+from server.routes import Access, LimitClass, Route
+from server.schemas import JobListSchema, JobPathSchema, JobSchema, JobsQuerySchema
+from server.validation import NothingSchema, path_parameters, query_parameters
+from server.views import job_view
+
+POLL_AFTER_S = 1
+"""A hint for clients that poll: most loads take less."""
+
+
+class UnknownJob(LedgerProblem):
+    """There is no such job."""
+
+    code = "unknown_job"
+
+
+@docs(tags=["jobs"], summary="List the jobs, newest first")
+@querystring_schema(JobsQuerySchema())
+@response_schema(JobListSchema(), 200, description="One page.")
+@errors("log_unavailable")
+async def list_jobs(request: web.Request) -> web.Response:
+    """Answer with a page of jobs."""
+    query = query_parameters(request)
+    page = await request.app[READER].jobs(
+        before=query["cursor"],
+        limit=query["limit"],
+        model_id=query["model"],
+        status=JobStatus(query["status"]) if query["status"] is not None else None,
+    )
+    jobs = [job_view(job, request.app[CONSUMER]) for job in page.items]
+    return web.json_response({"jobs": jobs, "as_of": page.as_of, "next_cursor": page.next_cursor})
+
+
+@docs(tags=["jobs"], summary="Show a job")
+@match_info_schema(JobPathSchema())
+@querystring_schema(NothingSchema())
+@response_schema(JobSchema(), 200, description="The job, ended or not.")
+@errors("unknown_job", "log_unavailable")
+async def show_job(request: web.Request) -> web.Response:
+    """Answer with one job; that it failed is not an error of this request."""
+    job = await _job(request, path_parameters(request)["job_id"])
+    return web.json_response(job_view(job, request.app[CONSUMER]))
+
+
+def job_routes() -> list[Route]:
+    """Return the routes of this module."""
+    read = (Access.ANY, LimitClass.READS)
+    return [
+        Route("GET", "/api/v1/jobs", list_jobs, *read),
+        Route("GET", "/api/v1/jobs/{job_id}", show_job, *read),
+    ]
+
+
+async def submit(request: web.Request, command: Command) -> web.Response:
+    """Submit what becomes a job, and answer with it: 200 where it has ended, else 202 and where to look."""
+    receipt = await request.app[LOG].submit(command)
+    assert receipt.job_id is not None
+    seconds = wait_s(request.headers.getall("Prefer", []))
+    job = await _ended(request, receipt.job_id, seconds)
+    headers = {hdrs.LOCATION: f"/api/v1/jobs/{job.id}", hdrs.VARY: "Prefer"}
+    if not job.ended:
+        headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
+    view = job_view(job, request.app[CONSUMER])
+    return web.json_response(view, status=200 if job.ended else 202, headers=headers)
+
+
+async def _ended(request: web.Request, job_id: str, seconds: float) -> Job:
+    """Return the job when it has ended, or as it is when time is up or the server stops."""
+    if seconds == 0:
+        return await _job(request, job_id)
+    log, stopping = request.app[LOG], request.app[STOPPING]
+    wakeup = log.subscribe()
+    try:
+        async with asyncio.timeout(seconds):
+            while job_id in log.state.jobs and not stopping.is_set():
+                wakeup.clear()
+                await wakeup.wait()
+    except TimeoutError:
+        pass
+    finally:
+        log.unsubscribe(wakeup)
+    return await _job(request, job_id)
+
+
+async def _job(request: web.Request, job_id: str) -> Job:
+    job = request.app[LOG].state.jobs.get(job_id) or await request.app[READER].job(job_id)
+    if job is None:
+        raise UnknownJob(f"there is no job {job_id!r}; GET /api/v1/jobs lists them")
+    return job
