@@ -34,6 +34,7 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
+from runtime.errors import Exit
 from runtime.live import LiveLoad, run_load, run_unload
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
@@ -291,7 +292,8 @@ class Consumer:
 
     def _death(self, load: LiveLoad) -> Draft:
         assert load.worker is not None
-        end = load.worker.ended.result()
+        # With the fork server it ended of no doing of its own, and by no signal that says anything of the model.
+        end = Exit(None, None) if load.worker.orphaned else load.worker.ended.result()
         data = WorkerExited(end.exit_code, end.signal, tuple(load.worker.stderr_tail()))
         return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, load.worker_id)
 

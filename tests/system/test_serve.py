@@ -198,6 +198,17 @@ async def test_loads_unloads_and_failures_leave_no_descriptor_and_no_process_beh
         assert len(server.children()) == 1
 
 
+async def test_a_body_that_says_it_is_compressed_is_not_unpacked(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with serving(config) as server:
+        for roles, refusal in (((), (401, "no_credentials")), (("admin",), (415, "unsupported_media_type"))):
+            answer = await server.api.post(
+                "/api/v1/models/m/load", data=b"no gzip", headers=headers, roles=roles
+            )
+            assert answer.refusal == refusal
+
+
 async def test_a_second_server_on_the_same_data_names_the_first_and_leaves_it_alone(config: Config) -> None:
     async with serving(config) as server:
         arguments = ("--port=0", f"--repository={config.repository}", f"--data={config.data}")
