@@ -292,7 +292,7 @@ class Consumer:
 
     def _death(self, load: LiveLoad) -> Draft:
         assert load.worker is not None
-        # With the fork server it ended of no doing of its own, and by no signal that says anything of the model.
+        # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
         end = Exit(None, None) if load.worker.orphaned else load.worker.ended.result()
         data = WorkerExited(end.exit_code, end.signal, tuple(load.worker.stderr_tail()))
         return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, load.worker_id)
