@@ -135,7 +135,7 @@ def to_tensor(name: str, datatype: str, array: Any) -> Tensor:
     if datatype == "BYTES":
         return Tensor(name, datatype, array.shape, pack_texts(array.ravel()))
     flat = np.ascontiguousarray(array, DATATYPES[datatype].numpy).reshape(-1)
-    return Tensor(name, datatype, array.shape, memoryview(flat.view(np.uint8)) if flat.size else b"")
+    return Tensor(name, datatype, array.shape, flat.view(np.uint8).data if flat.size else b"")
 
 
 def _texts(tensor: Tensor) -> list[str]:
