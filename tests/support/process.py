@@ -21,7 +21,7 @@ from server.config import Config
 from support.http import Api
 from support.workers import wait_gone
 
-MODULE = (sys.executable, "-m", "server")
+MODULE = (sys.executable, "-P", "-m", "server")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
 """The two ways to call the command."""
 
