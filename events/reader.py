@@ -14,7 +14,7 @@ import aiosqlite
 from events.bodies import from_body
 from events.errors import LogUnavailable
 from events.jobs import Job, JobStatus
-from events.schema import check_readable, connect_read_only, read_only_uri, refuse_foreign
+from events.schema import CACHE, check_readable, connect_read_only, read_only_uri, refuse_foreign
 from events.store import as_job
 from events.types import Event
 
@@ -106,6 +106,7 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
         raise LogUnavailable(f"the ledger {path.name} cannot be opened: {error}") from error
     try:
         await connection.execute("PRAGMA busy_timeout = 5000")
+        await connection.execute(CACHE)
         yield Reader(connection)
     finally:
         await connection.close()

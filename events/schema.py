@@ -13,6 +13,9 @@ from events.errors import ForeignDatabase, FutureSchema
 APPLICATION_ID = 0x4C4C6467
 """SQLite's application_id of our files: "LLdg"."""
 
+CACHE = "PRAGMA cache_size = -512"
+"""KiB of pages that a connection keeps: the ends of the log and its indexes; the rest the kernel has anyway."""
+
 _NAME = re.compile(r"^(\d{4})_\w+\.sql$")
 
 
@@ -32,6 +35,7 @@ def connect(path: Path) -> sqlite3.Connection:
         refuse_foreign(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(CACHE)
         migrate(connection)
     except BaseException:
         connection.close()

@@ -87,6 +87,7 @@ class Channel(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why does not matter
         """End, and let go whoever waits to send."""
         self.lost = True
+        self._reader.close()
         self._writable.set()
         self._on_lost()
 

@@ -46,6 +46,10 @@ class FrameReader(Generic[M]):
         self._body, self._filled = None, 0
         return [frame]
 
+    def close(self) -> None:
+        """Give the buffers back now: nothing more will be read, and the reader may live on in a cycle."""
+        self._chunk, self._body = bytearray(), None
+
     def _cut(self) -> list[Frame[M]]:
         frames: list[Frame[M]] = []
         start = 0

@@ -621,3 +621,11 @@ async def test_resolved_folder_is_what_is_loaded(pool: WorkerPool, tmp_path: Pat
     worker = await pool.start("w")
     await worker.load(order_of(tmp_path, "m", 1), lambda _: None)
     assert array((await worker.infer([floats("x", 0)]))[0]).tolist() == [1]
+
+
+async def test_a_worker_that_has_ended_keeps_no_buffers_until_the_garbage_collector_runs(
+    pool: WorkerPool,
+) -> None:
+    worker = await pool.start("w")
+    await worker.stop()
+    assert [len(channel._reader._chunk) for channel in (worker._data, worker._control)] == [0, 0]
