@@ -14,7 +14,7 @@ APPLICATION_ID = 0x4C4C6467
 """SQLite's application_id of our files: "LLdg"."""
 
 CACHE = "PRAGMA cache_size = -512"
-"""KiB of pages that a connection keeps: the ends of the log and its indexes; the rest the kernel has anyway."""
+"""KiB of pages that a connection keeps: the ends of log and indexes; the kernel has the rest anyway."""
 
 _NAME = re.compile(r"^(\d{4})_\w+\.sql$")
 
