@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -34,8 +35,15 @@ def serve(config: Config, announce: Callable[[str], None]) -> int:
     # It logs, with a traceback, each request that is no HTTP, and anybody may send those; what goes wrong in
     # our handlers is logged where it is answered.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    _allow_many_descriptors()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, announce))
+
+
+def _allow_many_descriptors() -> None:
+    """Raise the soft limit to the hard one: each connection takes a descriptor, and each model four."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(config: Config, announce: Callable[[str], None]) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -224,6 +225,13 @@ async def test_a_second_server_on_the_same_data_names_the_first_and_leaves_it_al
         assert "Traceback" not in err.decode()
         assert (await server.api.get("/health/ready")).status == 200
     assert len([event for event in await events(config) if isinstance(event.data, ServerStarted)]) == 1
+
+
+async def test_it_may_open_as_many_descriptors_as_the_hard_limit_allows(config: Config) -> None:
+    few = ("bash", "-c", 'ulimit -Sn 200 && exec "$@"', "bash", *MODULE)
+    async with serving(config, command=few) as server:
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard != 200
 
 
 async def test_the_data_directory_may_have_a_long_name(config: Config, tmp_path: Path) -> None:
