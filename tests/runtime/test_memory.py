@@ -8,6 +8,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.events import PLAIN
 
 from runtime.memory import (
     data_bytes,
@@ -52,6 +53,7 @@ def test_field_that_is_not_there_is_nothing() -> None:
     assert parse_field(ROLLUP, "VmData") == 0
 
 
+@PLAIN
 @given(name=st.text(max_size=16))
 def test_parent_is_read_whatever_the_command_is_called(name: str) -> None:
     assert parse_parent(f"12 ({name}) S 7 12 12 0 -1 4194304") == 7

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from support import models
+from support.events import PLAIN
 from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value, varint
 
 from runtime.errors import LoadRefused
@@ -157,6 +158,7 @@ def test_location_before_what_cannot_be_parsed_is_refused(tmp_path: Path) -> Non
             check_external_data(folder / "model.onnx", folder, tmp_path)
 
 
+@PLAIN
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.onnx"
@@ -165,6 +167,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         list(external_locations(path))
 
 
+@PLAIN
 @given(cut=st.integers(0, 400), garbage=st.binary(max_size=4))
 def test_damaged_models_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, cut: int, garbage: bytes

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.events import PLAIN
 
 from runtime.errors import LoadCode
 from runtime.frames import CHUNK_BYTES, FrameReader
@@ -110,6 +111,7 @@ def comparable(frames: list[Frame[Any]]) -> list[Any]:
     return [(m, [(t.name, t.datatype, t.shape, bytes(t.data)) for t in ts]) for m, ts in frames]
 
 
+@PLAIN
 @given(data=st.data(), step=st.integers(1, 300))
 def test_any_sequence_of_frames_round_trips_in_any_pieces(data: st.DataObject, step: int) -> None:
     decoder = data.draw(st.sampled_from(list(plain_messages)))
@@ -150,6 +152,7 @@ def test_tensors_of_one_frame_outlive_the_next() -> None:
     assert kept == [b"\x01" * 8, b"\x02" * 8]
 
 
+@PLAIN
 @given(data=st.binary(max_size=300), decoder=st.sampled_from([TO_WORKER, FROM_WORKER, CONTROL]))
 def test_any_bytes_are_read_or_malformed(data: bytes, decoder: Any) -> None:
     with_prefix = PREFIX.pack(len(data), 0) + data
@@ -160,6 +163,7 @@ def test_any_bytes_are_read_or_malformed(data: bytes, decoder: Any) -> None:
             continue
 
 
+@PLAIN
 @given(data=st.data())
 def test_damaged_frames_are_read_or_malformed(data: st.DataObject) -> None:
     content = (Tensor("x", "INT16", (2, 1), b"1234"), Tensor("s", "BYTES", (1,), b"\1\0\0\0a"))
@@ -211,6 +215,7 @@ def test_datatypes_are_known_by_both_names() -> None:
     assert len(BY_ONNX) == len(DATATYPES) == 14
 
 
+@PLAIN
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 def test_texts_round_trip(texts: list[str]) -> None:
     packed = pack_texts(texts)
@@ -228,6 +233,7 @@ def test_text_that_is_longer_than_the_data_is_malformed(data: bytes) -> None:
         unpack_texts(data)
 
 
+@PLAIN
 @given(st.binary(max_size=30))
 def test_any_bytes_are_texts_or_malformed(data: bytes) -> None:
     try:
@@ -236,6 +242,7 @@ def test_any_bytes_are_texts_or_malformed(data: bytes) -> None:
         return
 
 
+@PLAIN
 @given(text=st.text(), limit=st.integers(4, 40))
 def test_plain_text_is_bounded_and_always_encodable(text: str, limit: int) -> None:
     plain = plain_text(text + "\ud800", limit)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.events import PLAIN
 
 from server.strictjson import MAX_DEPTH, InvalidJson, loads
 
@@ -26,11 +27,13 @@ VALUES = st.recursive(
 )
 
 
+@PLAIN
 @given(VALUES, st.booleans(), st.sampled_from([None, 1]))
 def test_what_json_writes_is_read_back(value: Any, ascii_only: bool, indent: int | None) -> None:  # noqa: FBT001
     assert loads(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()) == value
 
 
+@PLAIN
 @given(st.binary() | st.text('[]{}":,\\u\n0N ').map(str.encode))
 def test_no_bytes_do_more_than_be_refused(body: bytes) -> None:
     try:
@@ -40,6 +43,7 @@ def test_no_bytes_do_more_than_be_refused(body: bytes) -> None:
     assert value == json.loads(body)
 
 
+@PLAIN
 @given(st.dictionaries(st.text('ab"\\{[:,é'), st.integers(), min_size=1), st.data())
 def test_a_key_that_comes_twice_is_named(value: dict[str, int], data: st.DataObject) -> None:
     pairs = [*value.items()]

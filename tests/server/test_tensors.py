@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.events import PLAIN
 
 from runtime.errors import InvalidInput
 from runtime.wire import DATATYPES, MAX_DIMENSIONS, Tensor
@@ -60,6 +61,7 @@ def tensors(draw: st.DrawFn) -> tuple[str, list[int], list[Any]]:
     return datatype, shape, draw(st.lists(ELEMENTS[datatype], min_size=count, max_size=count))
 
 
+@PLAIN
 @given(tensors())
 def test_what_is_decoded_and_encoded_again_is_the_same_flat_or_nested(
     drawn: tuple[str, list[int], list[Any]],
