@@ -80,6 +80,11 @@ class LiveLoad:
         """Requests that were running when the drain began, and were answered."""
         return max(0, self.requests_at_drain - self.aborted_requests)
 
+    @property
+    def loaded_bytes(self) -> int:
+        """The worker's private bytes as they were after the load; 0 before."""
+        return self.report.memory_bytes if self.report is not None else 0
+
     def view(self, job: Job | None) -> Running:
         """Return what the scheduler sees, where `job` is the load's job as long as it has not ended."""
         return Running(self.job_id, self.model_id, self._phase(job), self.killed)
@@ -116,7 +121,7 @@ class LiveLoad:
                 effect.cancel()
         elif not self.gone:
             if not self.ending:
-                self.note_end(self.worker, self.report.memory_bytes if self.report is not None else 0)
+                self.note_end(self.worker, self.loaded_bytes)
             self.worker.kill()
 
     def note_end(self, worker: Worker, memory_bytes: int) -> None:
@@ -206,4 +211,4 @@ async def _measured(load: LiveLoad, worker: Worker) -> int:
         async with asyncio.timeout(MEASURE_LIMIT_S):
             return await worker.measure()
     except OSError:  # no time left, or no descriptor to read with
-        return load.report.memory_bytes if load.report is not None else 0
+        return load.loaded_bytes
