@@ -170,9 +170,7 @@ async def test_a_token_with_bad_claims_is_refused(
     assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"aud": ["x", "loadledger"]}, {"exp": 2**33 + 0.5}, {"sub": "x" * 128}]
-)
+@pytest.mark.parametrize("changes", [{"aud": ["x", "loadledger"]}, {"exp": 2**33 + 0.5}, {"sub": "x" * 128}])
 async def test_a_token_with_unusual_claims_is_taken(config: Config, changes: dict[str, object]) -> None:
     assert create_verifier(config).verify(signed(config, **changes), time.time()).roles == {"admin"}
 
