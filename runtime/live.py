@@ -66,6 +66,13 @@ class LiveLoad:
         return self.worker is not None and self.worker.ended.done()
 
     @property
+    def serving(self) -> tuple[Worker, ...]:
+        """The workers that can be asked: loaded, alive, and not being ended."""
+        if self.worker is None or self.report is None or self.gone or self.draining:
+            return ()
+        return (self.worker,)
+
+    @property
     def died(self) -> bool:
         """Whether the process has ended and nobody had asked."""
         return self.gone and not self.ending and not self.killed

@@ -95,31 +95,43 @@ Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARACTERS)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_BYTES)]
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A named tensor: `data` holds the elements of `shape`, row-major, as its datatype has them."""
+class Tensor(msgspec.Struct, frozen=True, gc=False):
+    """A named tensor: `data` holds the elements of `shape`, row-major, as its datatype has them.
+
+    With `text`, it holds them as JSON: a list, flat or nested. What the text says is not checked here: the
+    worker reads what a client sent, and what it writes is the model's answer.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     data: Buffer
+    text: bool = False
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """What a frame's header holds."""
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
+    """What a frame's header holds: its fields in their order, without their names."""
 
 
-class TensorHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor without its data, which is `size` bytes of the payload."""
+class TensorHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A tensor without its data, which is `size` bytes of the payload; JSON, if it is `text`."""
 
     name: Name
     datatype: Name
     shape: tuple[Count, ...]
     size: Count
+    text: bool = False
+
+
+class WantedOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """An output that is asked for: as JSON, or as raw bytes."""
+
+    name: Name
+    text: bool = False
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An input or output of a model: -1 in `shape` is any length.
+    """An input or output of a model: -1 in `shape` is any length; what is `optional` may be left out.
 
     `datatype` is the protocol's, or ONNX Runtime's own type where the protocol has none ("seq(…)").
     """
@@ -127,6 +139,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Name
     datatype: Name
     shape: tuple[Length, ...]
+    optional: bool = False
 
 
 class LoadedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -154,14 +167,21 @@ class Load(Message, frozen=True):
     threads: int
     memory_limit_bytes: int | None = None
     known: tuple[LoadedFile, ...] = ()
+    max_batch_size: Count = 0
+    max_queue_delay_us: Count = 0
 
 
 class Infer(Message, frozen=True):
-    """Run the model; no `outputs` means all that the protocol has a type for."""
+    """Run the model; no `outputs` means all that the protocol has a type for, as JSON if `text`.
+
+    `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share.
+    """
 
     id: Count
     tensors: tuple[TensorHead, ...] = ()
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[WantedOutput, ...] = ()
+    text: bool = False
+    sent_ns: Count = 0
 
 
 class Stage(Message, frozen=True):
@@ -191,14 +211,27 @@ class LoadFailed(Message, frozen=True):
 
 
 class Outcome(Message, frozen=True):
-    """The answer to `Infer`."""
+    """The answer to `Infer`, and where its time went.
+
+    `batch_size` is what the request brought along the batch dimension, 1 where the model has none.
+    `execution_size` is what ran at once, told by one answer of each execution; the others have 0.
+    """
 
     id: Count
     tensors: tuple[TensorHead, ...] = ()
+    queue_ns: Count = 0
+    input_ns: Count = 0
+    infer_ns: Count = 0
+    output_ns: Count = 0
+    batch_size: Count = 1
+    execution_size: Count = 1
 
 
 class Failure(Message, frozen=True):
-    """No answer to `Infer`: `invalid_input`, `inference_failed` or `inference_cancelled`."""
+    """No answer to `Infer`: `invalid_input`, `not_representable`, `inference_failed`, `inference_cancelled`.
+
+    Whatever else a worker calls it is `inference_failed`.
+    """
 
     id: Count
     code: Text
@@ -229,7 +262,7 @@ def heads(tensors: Sequence[Tensor]) -> tuple[TensorHead, ...]:
     Raises:
         MalformedFrame: the other side would not take them: no such datatype, or data not of its shape.
     """
-    described = tuple(TensorHead(t.name, t.datatype, t.shape, len(t.data)) for t in tensors)
+    described = tuple(TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text) for t in tensors)
     for head in described:
         _check_head(head)
     return described
@@ -301,7 +334,8 @@ def _cut_tensors(tensor_heads: Sequence[TensorHead], payload: memoryview) -> tup
     tensors, position = [], 0
     for head in tensor_heads:
         _check_head(head)
-        tensors.append(Tensor(head.name, head.datatype, head.shape, payload[position : position + head.size]))
+        data = payload[position : position + head.size]
+        tensors.append(Tensor(head.name, head.datatype, head.shape, data, head.text))
         position += head.size
     if position != len(payload):
         raise MalformedFrame("the payload is not as long as its tensors")
@@ -316,5 +350,5 @@ def _check_head(head: TensorHead) -> None:
         raise MalformedFrame(f"a name of more than {MAX_NAME_CHARACTERS} characters")
     if len(head.shape) > MAX_DIMENSIONS or any(not 0 <= length < 2**63 for length in head.shape):
         raise MalformedFrame("a tensor of a shape or size that cannot be")
-    if datatype.size and math.prod(head.shape) * datatype.size != head.size:
+    if datatype.size and not head.text and math.prod(head.shape) * datatype.size != head.size:
         raise MalformedFrame("a tensor whose data is not of its shape")

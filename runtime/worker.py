@@ -130,7 +130,7 @@ class _Worker:
         try:
             if options.terminate:
                 raise InferenceCancelled
-            outputs = runner.run(tensors, request.outputs, options)
+            outputs = runner.run(tensors, [output.name for output in request.outputs], options)
         except MemoryError:
             self._fail(request, InferenceFailed("the worker has not enough memory for this inference"))
         except RuntimeProblem as problem:

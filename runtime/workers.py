@@ -37,6 +37,7 @@ from runtime.wire import (
     Outcome,
     Stage,
     Tensor,
+    WantedOutput,
     heads,
     plain_text,
 )
@@ -167,7 +168,7 @@ class Worker:
             await self._data.writable()
             answer: asyncio.Future[list[Tensor]] = self._loop.create_future()
             number = next(self._ids)
-            self._send(Infer(number, heads(inputs), tuple(outputs)), inputs)
+            self._send(Infer(number, heads(inputs), tuple(map(WantedOutput, outputs))), inputs)
             self._asked[number] = answer
         except MalformedFrame as error:
             raise InvalidInput(str(error)) from None

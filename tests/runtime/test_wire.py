@@ -37,6 +37,7 @@ from runtime.wire import (
     Tensor,
     TensorHead,
     TensorSpec,
+    WantedOutput,
     encode,
     heads,
     pack_texts,
@@ -119,7 +120,7 @@ def test_any_sequence_of_frames_round_trips_in_any_pieces(data: st.DataObject, s
     if decoder is not CONTROL:
         choices |= st.lists(tensors(), max_size=3).map(
             lambda ts: (
-                Infer(7, heads(ts), ("y",)) if decoder is TO_WORKER else Outcome(7, heads(ts)),
+                Infer(7, heads(ts), (WantedOutput("y"),)) if decoder is TO_WORKER else Outcome(7, heads(ts)),
                 tuple(ts),
             )
         )
@@ -167,7 +168,7 @@ def test_any_bytes_are_read_or_malformed(data: bytes, decoder: Any) -> None:
 @given(data=st.data())
 def test_damaged_frames_are_read_or_malformed(data: st.DataObject) -> None:
     content = (Tensor("x", "INT16", (2, 1), b"1234"), Tensor("s", "BYTES", (1,), b"\1\0\0\0a"))
-    stream = bytearray(frame(Infer(3, heads(content), ("y",)), content))
+    stream = bytearray(frame(Infer(3, heads(content), (WantedOutput("y"),)), content))
     for _ in range(data.draw(st.integers(1, 4))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
     try:
