@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test lint type fmt bench openapi
+.PHONY: help install demo test conformance lint type fmt bench bench-peers openapi
 
 help:
-	@echo "make demo | test | lint | type | fmt | bench | openapi"
+	@echo "make demo | test | conformance | lint | type | fmt | bench | bench-peers | openapi"
 
 # What runs is the installed package, so every target that runs it installs the present tree first. A build/
 # left by an earlier install would put deleted modules into this one.
@@ -27,6 +27,10 @@ demo: install
 test: install
 	$(BIN)/pytest
 
+# All of ONNX's own conformance cases over HTTP; `make test` takes every 40th.
+conformance: install
+	CONFORMANCE=all $(BIN)/pytest -s tests/conformance
+
 lint: $(BIN)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +44,23 @@ fmt: $(BIN)/.tools
 
 bench: install
 	$(BIN)/python -m bench
+
+# Triton, from a wheel of NVIDIA's, in an environment of its own: its Python backend needs numpy 1 (with numpy 2
+# its outputs are empty), whose last wheels are for Python 3.12. Of the wheel only the server in it is run, so
+# what else the wheel asks for is left out. ONNX Runtime is in our version.
+PEERS := .venv/peers
+PEERS_PYTHON ?= $(PYTHON)
+
+bench-peers: install $(PEERS)/.installed
+	$(BIN)/python -m bench --only inference --peers $(PEERS)
+
+$(PEERS)/.installed: | $(BIN)/pip
+	$(PEERS_PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13) and "Triton needs numpy 1: set PEERS_PYTHON to a Python 3.11 or 3.12")'
+	$(PEERS_PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet 'numpy<2' \
+	    "onnxruntime==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("onnxruntime"))')"
+	$(PEERS)/bin/pip install --quiet --no-deps nvidia-pytriton==0.7.0
+	touch $@
 
 # `python -m` finds the tree's own `server` first; the installed one is for its dependencies.
 openapi: $(BIN)/.tools

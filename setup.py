@@ -6,6 +6,7 @@ from setuptools import setup
 
 TEST = [
     "hypothesis>=6.150",
+    "kserve>=0.21; python_version < '3.14'",  # it is not made for more
     "mypy==2.4.*",
     "onnx>=1.20",
     "openapi-spec-validator>=0.7",
@@ -14,6 +15,7 @@ TEST = [
     "pytest-xdist>=3.8",
     "ruff==0.17.*",
     "setuptools>=77",  # the packaging test builds the wheel without a network
+    "tritonclient[http]>=2.73",
     "types-PyYAML",
 ]
 

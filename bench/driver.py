@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,11 @@ class Server:
     client: http.client.HTTPConnection
     token: str
 
+    @property
+    def port(self) -> int:
+        """Return where it listens on 127.0.0.1."""
+        return self.client.port
+
     def load(self, model_id: str) -> float:
         """Load a model and return the milliseconds from the request to the answer that it is ready."""
         return self._change(f"/api/v1/models/{model_id}/load")
@@ -68,11 +73,16 @@ class Server:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Server]:
-    """Start a server whose data, models and output are in `folder`, warm it up, and stop it at the end."""
+def running(folder: Path, *options: str) -> Iterator[Server]:
+    """Start a server whose data, models and output are in `folder`, warm it up, and stop it at the end.
+
+    Args:
+        folder: An empty directory.
+        options: Further options of `serve`.
+    """
     repository, data = folder / "repository", folder / "data"
     models.write(repository, TINY, models.tiny())
-    process = _serve(repository, data, folder / "output")
+    process = _serve(repository, data, folder / "output", options)
     try:
         client = http.client.HTTPConnection(_address(process, folder / "output"), timeout=ANSWER_LIMIT_S)
         server = Server(process.pid, repository, client, _token(data))
@@ -99,8 +109,8 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("LOADLEDGER_")}
 
 
-def _serve(repository: Path, data: Path, output: Path) -> subprocess.Popen[bytes]:
-    command = _command("serve", "--repository", repository, "--data", data, "--port", "0")
+def _serve(repository: Path, data: Path, output: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = _command("serve", "--repository", repository, "--data", data, "--port", "0", *options)
     with output.open("wb") as sink:
         return subprocess.Popen(  # noqa: S603 - the installed command and paths of ours
             command, env=_environment(), stdout=sink, stderr=subprocess.STDOUT

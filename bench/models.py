@@ -15,6 +15,7 @@ IR_VERSION = 8
 # A residual network of the usual shape; with these numbers of blocks it has 13.5 M weights, 54 MB as FP32.
 STAGES = ((64, 3), (128, 4), (256, 3), (512, 2))
 CLASSES = 1000
+ADD_ONE = "add-one"
 
 
 class ConvNet:
@@ -104,6 +105,14 @@ def tiny() -> bytes:
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "tiny", value[:1], value[1:])
     return _serialised(graph)
+
+
+def add_one() -> bytes:
+    """Return a model of one operator, `y = x + 1` on [-1, -1] FP32: its output is as large as its input."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", "M"]) for name in ("x", "y")]
+    one = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
+    node = helper.make_node("Add", ["x", "one"], ["y"])
+    return _serialised(helper.make_graph([node], ADD_ONE, value[:1], value[1:], [one]))
 
 
 def write(repository: Path, model_id: str, model: bytes) -> Path:

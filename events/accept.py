@@ -8,7 +8,7 @@ for a duplicate is the last of them that has not ended.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from events.jobs import Job, JobKind, LoadParameters, load_requested
 from events.models import Model, ModelState
@@ -17,6 +17,9 @@ from events.types import Cause, Draft, LoadedFile, UnloadRequested
 
 MAX_QUEUE = 256
 """Jobs that may be unended before requests by people are refused (DESIGN.md, "Defaults")."""
+
+_SHAPING = frozenset({"instances", "max_batch_size", "max_queue_delay_us"})
+"""Parameters that say what a loaded model is like; the others only say how it is to be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,11 @@ class FileStat:
 
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
-    """Load this version; `files` are what the repository holds for it now."""
+    """Load this version; `files` are what the repository holds for it now.
+
+    `asked` are the names of those `parameters` that the request itself gave: who asks a model that is loaded
+    for nothing in particular is content with how it is.
+    """
 
     model_id: str
     version: int
@@ -39,6 +46,7 @@ class RequestLoad:
     parameters: LoadParameters = field(default_factory=LoadParameters)
     cause: Cause = Cause.REQUEST
     cause_event_id: str | None = None
+    asked: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,7 @@ def accept(state: State, command: Command, new_id: Callable[[], str]) -> Decisio
 def _load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
     unended = state.queue(command.model_id)
     last = unended[-1] if unended else None
-    if last is not None and last.kind is JobKind.LOAD and last.version == command.version:
+    if last is not None and last.version == command.version and _fits(last.load, command):
         return Existing(last.id)
     model = state.models.get(command.model_id)
     if last is None and model is not None and _serves(model, command):
@@ -111,16 +119,37 @@ def _load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Deci
     if _is_limited(command.cause) and len(state.unended()) >= MAX_QUEUE:
         return Refused("queue_full", f"{MAX_QUEUE} jobs have not ended yet; try again when some have")
     event_id = new_id()
-    data = load_requested(command.parameters, command.cause, command.cause_event_id)
+    data = load_requested(_to_record(model, command), command.cause, command.cause_event_id)
     draft = Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
     return Accepted((draft,), event_id)
 
 
 def _serves(model: Model, command: RequestLoad) -> bool:
+    """Whether the model is as it is asked for; one that lost an instance is not, and a load repairs it."""
     serving = model.serving
     if serving is None or model.phase is not ModelState.LOADED or serving.version != command.version:
         return False
+    if model.degraded or not _fits(serving.parameters, command):
+        return False
     return sorted(map(_stat, serving.files), key=_path) == sorted(command.files, key=_path)
+
+
+def _to_record(model: Model | None, command: RequestLoad) -> LoadParameters:
+    """Return what applies: a load that repairs a model makes it what it was, but for what is asked."""
+    serving = model.serving if model is not None and model.degraded else None
+    if serving is None or serving.version != command.version:
+        return command.parameters
+    names = _SHAPING - command.asked
+    if "max_batch_size" in command.asked:
+        names -= {"max_queue_delay_us"}  # which is that of a batch, and may be none any more
+    return replace(command.parameters, **{name: getattr(serving.parameters, name) for name in names})
+
+
+def _fits(parameters: LoadParameters | None, command: RequestLoad) -> bool:
+    """Whether this is a load, and one that comes to what is asked for."""
+    return parameters is not None and all(
+        getattr(parameters, name) == getattr(command.parameters, name) for name in _SHAPING & command.asked
+    )
 
 
 def _stat(file: LoadedFile) -> FileStat:

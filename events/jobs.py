@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class LoadParameters:
-    """What a load was asked for with; bytes and seconds as named."""
+    """What a load was asked for with; bytes and seconds as named. A `max_batch_size` of 0 is no batching."""
 
     priority: str = "normal"
     timeout_s: int = 300
@@ -64,6 +64,8 @@ class LoadParameters:
     strategy: str = "beside"
     pinned: bool = False
     instances: int = 1
+    max_batch_size: int = 0
+    max_queue_delay_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,8 @@ def load_requested(
         instances=parameters.instances,
         cause=cause,
         cause_event_id=cause_event_id,
+        max_batch_size=parameters.max_batch_size,
+        max_queue_delay_us=parameters.max_queue_delay_us,
     )
 
 
@@ -168,6 +172,8 @@ def load_parameters(data: LoadRequested) -> LoadParameters:
         strategy=data.strategy,
         pinned=data.pinned,
         instances=data.instances,
+        max_batch_size=data.max_batch_size,
+        max_queue_delay_us=data.max_queue_delay_us,
     )
 
 

@@ -55,7 +55,11 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """The load that a model serves from, is being unloaded from, or lost."""
+    """The load that a model serves from, is being unloaded from, or lost.
+
+    `worker_ids` are those left. `degraded_at` is when the incident began in which some died; null as long as
+    all are left.
+    """
 
     load_job_id: str
     version: int
@@ -67,6 +71,7 @@ class Serving:
     memory_bytes: int
     peak_memory_bytes: int
     parameters: LoadParameters
+    degraded_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,12 @@ class Model:
     def under_way(self) -> PendingLoad | None:
         """The load that has begun and not ended."""
         return next((load for load in self.loads if load.started), None)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the model serves with fewer workers than it was loaded in."""
+        serving = self.serving
+        return self.phase is ModelState.LOADED and serving is not None and serving.degraded_at is not None
 
     @property
     def version(self) -> int | None:
@@ -216,6 +227,8 @@ def _load_failed(model: Model, event: Event, error: Failure, job: Job | None) ->
     if not _waits_for(model, event):
         return model
     model = replace(_without(model, event.job_id), error=error, last_version=event.version)
+    if model.degraded and job is not None and job.cause in _RELOADS and error.code != FORK_SERVER_DIED:
+        return _with_incident(model, event)
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
         return model
     if model.phase is ModelState.LOST:
@@ -263,13 +276,27 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited) -> Model:
     if serving is None or event.worker_id not in serving.worker_ids or model.phase is not ModelState.LOADED:
         return model
     left = tuple(worker for worker in serving.worker_ids if worker != event.worker_id)
-    if left:
-        return replace(model, serving=replace(serving, worker_ids=left))
-    lost = replace(_lost(model, event), error=Failure("worker_died", _end(data)))
-    unknown = data.exit_code is None and data.signal is None
-    return (
-        lost if unknown else _with_incident(lost, event)
-    )  # unknown: the fork server's end, not this model's
+    of = f"; {len(left)} of {serving.parameters.instances} are left" if left else ""
+    is_new = _is_new_incident(serving, event)
+    unknown = data.exit_code is None and data.signal is None  # the fork server's end, not this model's
+    incidents = (
+        _recent(model, event) if unknown or not is_new else (*_recent(model, event), event.recorded_at)
+    )
+    after = replace(model, error=Failure("worker_died", _end(data) + of), incidents=incidents)
+    if not left:
+        return _lost(after, event)
+    degraded_at = event.recorded_at if is_new else serving.degraded_at
+    return replace(after, serving=replace(serving, worker_ids=left, degraded_at=degraded_at))
+
+
+def _is_new_incident(serving: Serving, event: Event) -> bool:
+    """Whether a death is not of the same incident as those before it.
+
+    What is bounded is how often a model is loaded again. So one load is one incident, however many of its
+    workers die, until that incident is forgotten.
+    """
+    began = serving.degraded_at
+    return began is None or seconds_between(began, event.recorded_at) > INCIDENT_WINDOW_S
 
 
 def _end(data: WorkerExited) -> str:
@@ -288,9 +315,13 @@ def _lost(model: Model, event: Event) -> Model:
 
 
 def _with_incident(model: Model, event: Event) -> Model:
+    return replace(model, incidents=(*_recent(model, event), event.recorded_at))
+
+
+def _recent(model: Model, event: Event) -> tuple[str, ...]:
+    """Return the model's incidents that are not forgotten at `event`."""
     now = event.recorded_at
-    recent = (past for past in model.incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
-    return replace(model, incidents=(*recent, now))
+    return tuple(past for past in model.incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
 
 
 def _waits_for(model: Model, event: Event) -> bool:

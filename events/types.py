@@ -55,7 +55,11 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """How long the parts of a load took, in microseconds; null where a part did not take place."""
+    """How long the parts of a load took, in microseconds; null where a part did not take place.
+
+    Of several instances, each part is as long as in the one that took longest for it, so that the parts need
+    not add up to the whole.
+    """
 
     waiting_us: int
     starting_us: int
@@ -68,7 +72,10 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequested:
-    """Somebody, or the system, asked for a version to be loaded. The event's id is the job's."""
+    """Somebody, or the system, asked for a version to be loaded. The event's id is the job's.
+
+    What applies is here, whoever chose it: the request, the model's loadledger.toml or the server.
+    """
 
     TYPE: ClassVar[str] = "LoadRequested"
     priority: str
@@ -81,6 +88,8 @@ class LoadRequested:
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
+    max_batch_size: int = 0
+    max_queue_delay_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,7 @@ class LoadStarted:
 
 @dataclass(frozen=True, slots=True)
 class ModelLoaded:
-    """The version can serve, and from here on does."""
+    """The version can serve, and from here on does. The bytes are the sums of all workers'."""
 
     TYPE: ClassVar[str] = "ModelLoaded"
     files: tuple[LoadedFile, ...]

@@ -1,4 +1,4 @@
-"""The server's end of a channel to a worker, on asyncio: frames out with backpressure, frames in."""
+"""The server's end of a channel to a worker, on asyncio: frames out, frames in."""
 
 import asyncio
 import socket
@@ -32,26 +32,32 @@ class Channel(asyncio.BufferedProtocol):
         self._reader = FrameReader(decoder)
         self._on_frame = on_frame
         self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport | None = None
-        self._writable = asyncio.Event()
+        self._waiting: list[Buffer] = []
         self.lost = False
 
     async def connect(self, end: socket.socket) -> None:
         """Take over a connected stream socket, which is closed with the channel."""
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=end)
-
-    async def writable(self) -> None:
-        """Wait until the other side has taken most of what was sent, or the channel is lost."""
-        while not self._writable.is_set():
-            await self._writable.wait()
+        await self._loop.create_unix_connection(lambda: self, sock=end)
 
     def send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        """Send a frame, at once or after those that wait; on a lost channel nothing happens.
+        """Send a frame, after those that wait; on a lost channel nothing happens.
 
+        What is sent within one turn of the loop goes out at its end, in one call of the kernel: with several
+        clients, that call and waking the worker cost more than everything else that an inference takes here.
         Whoever waits for an answer is told by `on_lost`.
         """
+        if self._transport is None or self._transport.is_closing():
+            return
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting += encode(message, tensors)
+
+    def _flush(self) -> None:
+        parts, self._waiting = self._waiting, []
         if self._transport is not None and not self._transport.is_closing():
-            for part in _parts(encode(message, tensors)):
+            for part in _joined(parts):
                 self._transport.write(part)  # writelines of some Python 3.12 and 3.13 forgets pause_writing
 
     def abort(self) -> None:
@@ -62,7 +68,6 @@ class Channel(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         self._transport = cast("asyncio.WriteTransport", transport)
-        self._writable.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the frames know better
         """Give the place for the next bytes."""
@@ -76,22 +81,23 @@ class Channel(asyncio.BufferedProtocol):
         except MalformedFrame:
             self.abort()
 
-    def pause_writing(self) -> None:
-        """Note that the other side does not read as fast as we write."""
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        """Note that it has caught up."""
-        self._writable.set()
-
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why does not matter
-        """End, and let go whoever waits to send."""
+        """End; what has not been sent has nobody to read it."""
         self.lost = True
         self._reader.close()
-        self._writable.set()
+        self._waiting.clear()
         self._on_lost()
 
 
-def _parts(buffers: list[Buffer]) -> list[Buffer]:
-    """Join what is short, for one call of the kernel; copy nothing that is long."""
-    return [b"".join(buffers)] if sum(map(len, buffers)) < JOINED_BYTES else buffers
+def _joined(parts: list[Buffer]) -> list[Buffer]:
+    """Join what is short, for few calls of the kernel; copy nothing that is long."""
+    if sum(map(len, parts)) < JOINED_BYTES:
+        return [b"".join(parts)]
+    joined, short = list[Buffer](), list[Buffer]()
+    for part in parts:
+        if len(part) < JOINED_BYTES:
+            short.append(part)
+            continue
+        joined += [b"".join(short), part]
+        short = []
+    return [*joined, b"".join(short)]

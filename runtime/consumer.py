@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -58,7 +59,7 @@ from runtime.scheduler import (
 )
 from runtime.wire import LoadedFile as HashedFile
 from runtime.wire import plain_text
-from runtime.workers import LoadReport
+from runtime.workers import LoadReport, Worker
 
 _log = logging.getLogger(__name__)
 
@@ -180,8 +181,10 @@ class Consumer:
                 self.live[load_job_id].kill()
             case FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id)
-            case RecordDeath(load_job_id):
-                await self._record(self._death(self.live[load_job_id]))
+            case RecordDeath(load_job_id, worker_ids):
+                load = self.live[load_job_id]
+                dead = [worker for worker in load.workers if worker.worker_id in worker_ids]
+                await self._record_of(load, dead)
             case RequestReload(model, cause):
                 await self._request_reload(model, cause)
             case GiveUp(model, message):
@@ -200,7 +203,7 @@ class Consumer:
         load = self.live[job.id]
         assert load.report is not None
         self._remember(load, load.report)
-        loaded = _draft(job, self._model_loaded(job, load, load.report), load.worker_id)
+        loaded = _draft(job, self._model_loaded(job, load), load.only_worker_id)
         old = self.live.get(replaces) if replaces is not None else None
         if old is None:
             await self._record(loaded)
@@ -209,25 +212,27 @@ class Consumer:
             force=False, load_job_id=old.job_id, cause=Cause.SWAP, cause_event_id=loaded.id
         )
         swap_id = uuid7()
-        swap = Draft(swap_id, request, SYSTEM, swap_id, job.model_id, old.version, old.worker_id)
+        swap = Draft(swap_id, request, SYSTEM, swap_id, job.model_id, old.version, old.only_worker_id)
         await self._record(loaded, swap)
 
-    def _model_loaded(self, job: Job, load: LiveLoad, report: LoadReport) -> ModelLoaded:
+    def _model_loaded(self, job: Job, load: LiveLoad) -> ModelLoaded:
         assert job.started_at is not None
+        assert load.report is not None
         total_s = seconds_between(job.created_at, self._log.now())
+        reports = [load.reports[worker.worker_id] for worker in load.workers]
         return ModelLoaded(
-            files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in report.files),
-            worker_ids=(load.worker_id,),
+            files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.report.files),
+            worker_ids=tuple(worker.worker_id for worker in load.workers),
             prepared=None,
-            memory_bytes=report.memory_bytes,
-            peak_memory_bytes=report.peak_memory_bytes,
+            memory_bytes=sum(report.memory_bytes for report in reports),
+            peak_memory_bytes=sum(report.peak_memory_bytes for report in reports),
             durations=Durations(
                 waiting_us=_us(seconds_between(job.created_at, job.started_at)),
                 starting_us=load.starting_us,
-                loading_us=report.loading_us,
-                hashing_us=report.hashing_us,
+                loading_us=max(report.loading_us for report in reports),
+                hashing_us=max(report.hashing_us for report in reports),
                 warming_up_us=None,
-                measuring_us=report.measuring_us,
+                measuring_us=max(report.measuring_us for report in reports),
                 total_us=_us(total_s),
             ),
         )
@@ -239,36 +244,29 @@ class Consumer:
 
     async def _fail_load(self, job: Job, reason: Failure | None) -> None:
         load = self.live.get(job.id)
-        drafts: list[Draft] = []
-        if load is not None and load.died:
-            drafts.append(self._death(load))
         if reason is None:
-            reason = load.failure if load is not None else None
-        if reason is None:
-            reason = Failure("worker_died", "the worker died right after it had loaded the model")
+            assert load is not None
+            reason = load.reason
         failed = LoadFailed(reason.code, plain_text(reason.message))
-        await self._record(*drafts, _draft(job, failed, load.worker_id if load else None))
+        await self._record_of(load, load.dead if load else [], _draft(job, failed, _worker_id(load)))
 
     async def _start_unload(self, job: Job, load_job_id: str) -> None:
         load = self.live.get(load_job_id)
         if load is not None:
             load.draining = True  # routing stops before the fact is recorded
             load.stage = "draining"
-        await self._record(_draft(job, UnloadStarted(), load.worker_id if load else None))
+        await self._record(_draft(job, UnloadStarted(), _worker_id(load)))
         if load is not None and not job.forced and not load.unloading:
             load.unloading = True
             load.spawn(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
 
     async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
         load = self.live.get(load_job_id)
-        drafts: list[Draft] = []
-        if load is not None and load.died:
-            drafts.append(self._death(load))
         unloaded = ModelUnloaded(0, 0, 0)
         if load is not None:
             unloaded = ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
-        drafts += [_draft(job, unloaded, load.worker_id if load else None) for job in jobs]
-        await self._record(*drafts)
+        ends = [_draft(job, unloaded, _worker_id(load)) for job in jobs]
+        await self._record_of(load, load.dead if load else [], *ends)
 
     async def _request_reload(self, model: Model, cause: Cause) -> None:
         serving = model.serving
@@ -290,12 +288,14 @@ class Consumer:
             Draft(uuid7(), failed, SYSTEM, job_id, model.id, serving.version),
         )
 
-    def _death(self, load: LiveLoad) -> Draft:
-        assert load.worker is not None
-        # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
-        end = Exit(None, None) if load.worker.orphaned else load.worker.ended.result()
-        data = WorkerExited(end.exit_code, end.signal, tuple(load.worker.stderr_tail()))
-        return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, load.worker_id)
+    async def _record_of(self, load: LiveLoad | None, dead: Sequence[Worker], *drafts: Draft) -> None:
+        """Record the deaths of these workers, each once, and what follows from them."""
+        if load is None:
+            await self._record(*drafts)
+            return
+        new = [worker for worker in dead if worker.worker_id not in load.recorded]
+        await self._record(*(_death(load, worker) for worker in new), *drafts)
+        load.recorded.update(worker.worker_id for worker in new)
 
     async def _record(self, *drafts: Draft) -> None:
         await self._log.submit(Record(drafts))
@@ -303,6 +303,17 @@ class Consumer:
 
 def _draft(job: Job, data: Data, worker_id: str | None = None) -> Draft:
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
+
+
+def _worker_id(load: LiveLoad | None) -> str | None:
+    return load.only_worker_id if load is not None else None
+
+
+def _death(load: LiveLoad, worker: Worker) -> Draft:
+    # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
+    end = Exit(None, None) if worker.orphaned else worker.ended.result()
+    data = WorkerExited(end.exit_code, end.signal, tuple(worker.stderr_tail()))
+    return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
 
 
 def _us(seconds: float) -> int:

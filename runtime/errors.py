@@ -81,19 +81,31 @@ class LoadRefused(RuntimeProblem):
 
 
 class WorkerDied(RuntimeProblem):
-    """The worker's process ended before it answered."""
+    """The worker's process ended before it answered.
+
+    Args:
+        end: how.
+        begun: whether it may have been at work on what was asked; else that was waiting behind something.
+    """
 
     code = "worker_died"
 
-    def __init__(self, end: Exit) -> None:
+    def __init__(self, end: Exit, *, begun: bool = True) -> None:
         super().__init__(f"the worker ended {end}")
         self.end = end
+        self.begun = begun
 
 
 class InvalidInput(RuntimeProblem):
     """The model does not take these inputs, or does not have these outputs."""
 
     code = "invalid_input"
+
+
+class NotRepresentable(InvalidInput):
+    """JSON cannot carry what the model answered."""
+
+    code = "not_representable"
 
 
 class InferenceFailed(RuntimeProblem):
@@ -106,3 +118,9 @@ class InferenceCancelled(RuntimeProblem):
     """The inference was stopped before it had an answer."""
 
     code = "inference_cancelled"
+
+
+class InferenceTimeout(RuntimeProblem):
+    """The inference did not end in time and was stopped."""
+
+    code = "inference_timeout"

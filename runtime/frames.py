@@ -1,13 +1,28 @@
 """Cutting a stream of bytes into the frames of `runtime.wire`, with as few copies as may be."""
 
+import ctypes
 from typing import Generic
 
 import msgspec
 
-from runtime.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PREFIX, Frame, M, MalformedFrame, decode
+from runtime.wire import (
+    ALIGNMENT,
+    MAX_HEADER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    PREFIX,
+    Frame,
+    M,
+    MalformedFrame,
+    decode,
+)
 
 CHUNK_BYTES = 64 * 2**10
 """Frames that fit are cut out of one read; a longer one is read straight into a buffer of its own."""
+
+_new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
+"""Makes one that is not written to: filling 600 KB with zeros takes as long as reading them, and what is
+announced and does not come would take memory."""
+_new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_char_p, ctypes.c_ssize_t), ctypes.py_object
 
 
 class FrameReader(Generic[M]):
@@ -24,6 +39,7 @@ class FrameReader(Generic[M]):
         self._decoder = decoder
         self._chunk = bytearray(CHUNK_BYTES)
         self._body: bytearray | None = None
+        self._begin = 0
         self._header_bytes = 0
         self._filled = 0
 
@@ -42,7 +58,7 @@ class FrameReader(Generic[M]):
             return self._cut()
         if self._filled < len(self._body):
             return []
-        frame = decode(memoryview(self._body), self._header_bytes, self._decoder)
+        frame = decode(memoryview(self._body)[self._begin :], self._header_bytes, self._decoder)
         self._body, self._filled = None, 0
         return [frame]
 
@@ -52,7 +68,7 @@ class FrameReader(Generic[M]):
 
     def _cut(self) -> list[Frame[M]]:
         frames: list[Frame[M]] = []
-        start = 0
+        view, start = memoryview(self._chunk), 0
         while self._filled - start >= PREFIX.size:
             header, payload = PREFIX.unpack_from(self._chunk, start)
             if header > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
@@ -63,14 +79,17 @@ class FrameReader(Generic[M]):
                 self._begin_body(start, header, payload)
                 return frames
             # A copy, since the chunk is used again.
-            frames.append(decode(memoryview(bytes(self._chunk[start:end])), header, self._decoder))
+            frames.append(decode(memoryview(bytes(view[start:end])), header, self._decoder))
             start = end
-        self._chunk[: self._filled - start] = self._chunk[start : self._filled]
+        if start < self._filled:
+            self._chunk[: self._filled - start] = self._chunk[start : self._filled]
         self._filled -= start
         return frames
 
     def _begin_body(self, start: int, header: int, payload: int) -> None:
-        self._body = bytearray(header + payload)  # zeroed by the kernel as it is touched, not before
+        self._begin = -header % ALIGNMENT
+        self._body = _new_bytearray(None, self._begin + header + payload)
         self._header_bytes = header
-        self._body[: self._filled - start] = self._chunk[start : self._filled]
-        self._filled -= start
+        came = self._filled - start
+        self._body[self._begin : self._begin + came] = self._chunk[start : self._filled]
+        self._filled = self._begin + came

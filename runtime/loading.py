@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import itertools
 import os
+import re
 import resource
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 
@@ -42,6 +44,8 @@ UNREADABLE_BYTES = 64 * 2**20
 """Of a file that is no ONNX file, shown to ONNX Runtime for its words on it: it need not fit into memory."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 """How ONNX Runtime says so; it has no code of its own for it."""
+OPTIONAL = re.compile(r"optional\((.*)\)")
+"""How ONNX Runtime calls the type of what may have no value; it takes it as if it had, or left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +84,19 @@ def _load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
             files = beside.result()
         finally:  # if they changed, that is the reason for whatever went wrong as well
             _check_unchanged(before, folder, root)
+    inputs, outputs = _inputs(session), tuple(_spec(node) for node in session.get_outputs())
+    if order.max_batch_size:
+        _check_batch_dimension([*inputs[: len(session.get_inputs())], *outputs])
     on_stage("measuring")
-    return Model(session, _report(session, files, loading_us, beside))
+    return Model(session, _report(inputs, outputs, files, loading_us, beside))
 
 
 def _report(
-    session: ort.InferenceSession, files: tuple[LoadedFile, ...], loading_us: int, beside: "_Beside"
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    files: tuple[LoadedFile, ...],
+    loading_us: int,
+    beside: "_Beside",
 ) -> Loaded:
     """Measure what the session takes, and say what it is."""
     started = time.perf_counter_ns()
@@ -94,8 +105,8 @@ def _report(
     shared_bytes = memory.anonymous_bytes() - memory_bytes
     return Loaded(
         files=files,
-        inputs=tuple(_spec(node) for node in session.get_inputs()),
-        outputs=tuple(_spec(node) for node in session.get_outputs()),
+        inputs=inputs,
+        outputs=outputs,
         memory_bytes=memory_bytes,
         peak_memory_bytes=max(beside.peak_anonymous_bytes - shared_bytes, memory_bytes),
         loading_us=loading_us,
@@ -188,13 +199,35 @@ def _limit_memory(limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 
 
+def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
+    """Describe what the session takes: last, and optional, what it has a default for."""
+    defaults = (_spec(node) for node in session.get_overridable_initializers())
+    return (
+        *(_spec(node) for node in session.get_inputs()),
+        *(msgspec.structs.replace(spec, optional=True) for spec in defaults),
+    )
+
+
 def _spec(node: ort.NodeArg) -> TensorSpec:
     if max(len(node.name), len(node.type)) > MAX_NAME_CHARACTERS:
         reason = f"an input or output has a name or type of more than {MAX_NAME_CHARACTERS} characters"
         raise LoadRefused("invalid_model", reason)
-    datatype = BY_ONNX.get(node.type)
+    inner = OPTIONAL.fullmatch(node.type)
+    datatype = BY_ONNX.get(node.type if inner is None else inner[1])
     shape = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in node.shape)
-    return TensorSpec(node.name, node.type if datatype is None else datatype.name, shape)
+    name = node.type if datatype is None else datatype.name
+    return TensorSpec(node.name, name, shape, optional=inner is not None)
+
+
+def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:
+    """Refuse a model that is said to have a batch dimension and does not."""
+    for spec in specs:
+        if not spec.shape or spec.shape[0] != -1:
+            reason = (
+                f"{spec.name!r} has shape {list(spec.shape)}: with max_batch_size the first dimension of each"
+                " input and output has to be of any length (-1)"
+            )
+            raise LoadRefused("invalid_model", reason)
 
 
 def _since(started_ns: int) -> int:

@@ -24,10 +24,12 @@ class WorkerPool:
 
     Args:
         threads: how many threads each worker computes with.
+        patience_s: how long an inference that was told to stop may go on, before its worker is killed.
     """
 
-    def __init__(self, *, threads: int = 1) -> None:
+    def __init__(self, *, threads: int = 1, patience_s: float = 5.0) -> None:
         self._threads = threads
+        self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -101,7 +103,7 @@ class WorkerPool:
                 asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
             child = await self._answer(fork_server, asked)
             ours.callback(close_watched, child.pidfd)
-            worker = Worker(worker_id, child, read, self._threads)
+            worker = Worker(worker_id, child, read, self._threads, self._patience_s)
             ours.pop_all()
         return worker, data, control
 

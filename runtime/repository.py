@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
+from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
 
 MODEL_FILE = "model.onnx"
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -56,6 +56,12 @@ class ModelVersion:
     version: int
     folder: Path
     files: tuple[FileStat, ...]
+
+
+class UnsafeFile(RuntimeProblem):
+    """A file of the repository is not one to be read; the message goes on from its name."""
+
+    code = "unsafe_file"
 
 
 def check_model_id(model_id: str) -> str:
@@ -114,6 +120,29 @@ class Repository:
             raise UnknownVersion(model_id, chosen)
         folder = self.root / model_id / str(chosen)
         return ModelVersion(model_id, chosen, folder, tuple(_listing(folder, self.root)))
+
+    def open_beside(self, model_id: str, name: str) -> int | None:
+        """Open a file that lies beside a model's versions, for reading.
+
+        Returns:
+            A file descriptor, the caller's to close; None if there is no such file.
+
+        Raises:
+            InvalidModelId: `invalid_model_id`.
+            UnsafeFile: `unsafe_file`, not a regular file within the repository, or one that cannot be read.
+        """
+        folder = self.root / check_model_id(model_id)
+        if not os.path.lexists(folder / name):
+            return None
+        seen = _look(folder / name, self.root)
+        if isinstance(seen, str):
+            raise UnsafeFile(seen)
+        if not stat.S_ISREG(seen.st_mode):
+            raise UnsafeFile("is not a regular file")
+        try:
+            return open_identified(folder, _identity(name, seen))
+        except LoadRefused as refused:
+            raise UnsafeFile(f"could not be opened as it was found: {refused}") from None
 
     def _versions(self, model_id: str) -> list[int]:
         found = [int(name) for name in _names(self.root / model_id) if VERSION.fullmatch(name)]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from events.log import Log
 from events.models import Model, ModelState
-from runtime.errors import RuntimeProblem
+from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.live import LiveLoad
 from runtime.repository import Repository
-from runtime.wire import Tensor, TensorSpec
-from runtime.workers import Worker
+from runtime.wire import Tensor, TensorSpec, WantedOutput
+from runtime.workers import Answer, Worker
 
 
 class ModelNotLoaded(RuntimeProblem):
@@ -27,31 +30,130 @@ class ModelUnloading(RuntimeProblem):
     code = "model_unloading"
 
 
-class InferenceTimeout(RuntimeProblem):
-    """The inference did not end in time and was stopped."""
+class ModelRecovering(ModelNotLoaded):
+    """The model lost its worker and is being loaded again."""
 
-    code = "inference_timeout"
+
+class QueueFull(RuntimeProblem):
+    """As many inferences as may be are queued or running for this model."""
+
+    code = "inference_queue_full"
+
+
+class Question(Protocol):
+    """What a model is asked."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The inputs."""
+
+    @property
+    def outputs(self) -> tuple[WantedOutput, ...]:
+        """The outputs that are wanted; none means all that are tensors."""
+
+    @property
+    def text(self) -> bool:
+        """Whether all come as JSON, where none are named."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The worker that answers, and what stands behind it: `position` is that of its `ModelLoaded`."""
+    """Who answers for a model, and what stands behind it: `position` is that of its `ModelLoaded`."""
 
     model_id: str
     version: int
     position: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    worker: Worker
+    load: LiveLoad
+
+    @property
+    def max_batch_size(self) -> int:
+        """How many may run together along the batch dimension; 0 if the model was loaded without one."""
+        return self.load.parameters.max_batch_size
+
+    async def ask(self, question: Question, timeout_s: float, max_queue: int) -> Answer:
+        """Ask the worker that has the least to do.
+
+        Raises:
+            QueueFull: `inference_queue_full`.
+            RuntimeProblem: what `Worker.infer` raises.
+        """
+        workers = self.load.serving
+        if sum(worker.in_flight for worker in workers) >= max_queue:
+            raise QueueFull(f"{max_queue} inferences of model '{self.model_id}' are queued or running")
+        worker = workers[0] if len(workers) == 1 else min(workers, key=_in_flight)
+        return await worker.infer(question.tensors, question.outputs, text=question.text, timeout_s=timeout_s)
 
 
 class Router:
     """Finds the worker of a model, in the recorded state and among the live loads."""
 
-    def __init__(self, log: Log, live: Mapping[str, LiveLoad], repository: Repository) -> None:
+    def __init__(
+        self,
+        log: Log,
+        live: Mapping[str, LiveLoad],
+        repository: Repository,
+        *,
+        max_queue: int,
+    ) -> None:
         self._log = log
         self._live = live
         self._repository = repository
+        self._max_queue = max_queue
+        self._routes: dict[str, tuple[Model, Route]] = {}
+
+    async def infer(
+        self, model_id: str, version: int | None, question: Question, timeout_s: float
+    ) -> tuple[Route, Answer]:
+        """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
+
+        What waited behind the inference that its worker died of is tried once more, when the model is back.
+
+        Raises:
+            QueueFull: `inference_queue_full`.
+            RuntimeProblem: what `route_or_why` raises, or the worker answered.
+        """
+        began_ns = time.monotonic_ns()
+        route = await self.route_or_why(model_id, version)
+        try:
+            try:
+                answer = await route.ask(question, timeout_s, self._max_queue)
+            except WorkerDied as death:
+                left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
+                if death.begun or left_s <= 0:
+                    raise
+                route, left_s = await self._recovered(model_id, version, left_s, death)
+                answer = await route.ask(question, left_s, self._max_queue)
+        except RuntimeProblem:
+            route.load.statistics.failure(time.monotonic_ns() - began_ns)
+            raise
+        route.load.statistics.success(answer[0], time.monotonic_ns() - began_ns, time.time_ns() // 10**6)
+        return route, answer
+
+    async def _recovered(
+        self, model_id: str, version: int | None, timeout_s: float, death: WorkerDied
+    ) -> tuple[Route, float]:
+        """Wait until the model serves again; return who does, and the seconds that are left then.
+
+        Raises:
+            WorkerDied: `worker_died`, the one that was waited out, if it takes too long.
+            ModelNotLoaded: it does not come back.
+        """
+        wakeup = self._log.subscribe()
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + timeout_s
+        try:
+            async with asyncio.timeout_at(ends_at):
+                while True:
+                    wakeup.clear()
+                    with suppress(ModelRecovering):
+                        return self.route(model_id, version), ends_at - loop.time()
+                    await wakeup.wait()
+        except TimeoutError:
+            raise death from None
+        finally:
+            self._log.unsubscribe(wakeup)
 
     async def route_or_why(self, model_id: str, version: int | None = None) -> Route:
         """Return who answers for the model now; only a refusal looks into the repository.
@@ -85,29 +187,46 @@ class Router:
             ModelUnloading: `model_unloading`.
         """
         model = self._log.state.models.get(model_id)
+        known = self._routes.get(model_id)
+        if known is None or known[0] is not model:
+            known = self._remember(model_id, model)
+        route = known[1]
+        if version not in (None, route.version):
+            raise ModelNotLoaded(
+                f"version {version} of model '{model_id}' is not loaded, version {route.version} is; "
+                f'load it with POST /api/v1/models/{model_id}/load and body {{"version": {version}}}',
+            )
+        if not route.load.serving:
+            if route.load.draining:
+                raise ModelUnloading(f"model '{model_id}' is being unloaded")
+            raise ModelRecovering(
+                f"the worker of model '{model_id}' has just died; it is being started again"
+            )
+        return route
+
+    def _remember(self, model_id: str, model: Model | None) -> tuple[Model, Route]:
+        """Make the route of a model that is loaded; it holds as long as the recorded model is this one."""
+        self._routes.pop(model_id, None)
         serving = model.serving if model is not None else None
         if model is None or serving is None or model.phase is not ModelState.LOADED:
             raise _absent(model_id, model)
-        if version not in (None, serving.version):
-            raise ModelNotLoaded(
-                f"version {version} of model '{model_id}' is not loaded, version {serving.version} is; "
-                f'load it with POST /api/v1/models/{model_id}/load and body {{"version": {version}}}',
-            )
         load = self._live.get(serving.load_job_id)
-        if load is None or load.worker is None or load.report is None or load.gone:
-            raise ModelNotLoaded(f"the worker of model '{model_id}' has just died; it is being started again")
-        if load.draining:
-            raise ModelUnloading(f"model '{model_id}' is being unloaded")
-        report = load.report
-        return Route(model_id, serving.version, serving.position, report.inputs, report.outputs, load.worker)
+        if load is None or load.report is None:
+            raise ModelRecovering(
+                f"the worker of model '{model_id}' has just died; it is being started again"
+            )
+        inputs, outputs = load.report.inputs, load.report.outputs
+        route = Route(model_id, serving.version, serving.position, inputs, outputs, load)
+        self._routes[model_id] = known = (model, route)
+        return known
 
 
 def _absent(model_id: str, model: Model | None) -> RuntimeProblem:
     state = model.state if model is not None else ModelState.UNLOADED
     if state is ModelState.UNLOADING:
         return ModelUnloading(f"model '{model_id}' is being unloaded")
-    if state is ModelState.LOST:
-        return ModelNotLoaded(f"model '{model_id}' lost its worker and is being loaded again")
+    if model is not None and model.phase is ModelState.LOST:
+        return ModelRecovering(f"model '{model_id}' lost its worker and is being loaded again")
     if state is ModelState.LOADING:
         return ModelNotLoaded(f"model '{model_id}' is still loading")
     return ModelNotLoaded(
@@ -115,17 +234,5 @@ def _absent(model_id: str, model: Model | None) -> RuntimeProblem:
     )
 
 
-async def infer(
-    route: Route, inputs: Sequence[Tensor], outputs: Sequence[str], timeout_s: float
-) -> list[Tensor]:
-    """Run one inference, at most `timeout_s` seconds; cancelling it stops the run.
-
-    Raises:
-        InferenceTimeout: `inference_timeout`.
-        RuntimeProblem: what the worker answered (`invalid_input`, `inference_failed`, `worker_died`).
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await route.worker.infer(inputs, outputs)
-    except TimeoutError:
-        raise InferenceTimeout(f"the inference did not end within {timeout_s:g} s and was stopped") from None
+def _in_flight(worker: Worker) -> int:
+    return worker.in_flight

@@ -18,7 +18,9 @@ from events.state import State, in_queue
 from events.types import Cause
 
 MAX_INCIDENTS = 5
-"""Deaths or failed recoveries within ten minutes after which a model is not tried any more."""
+"""Incidents within ten minutes, deaths or failed recoveries, after which a model is not tried any more.
+
+One that still has an instance goes on with it, until somebody loads it."""
 
 MAX_SERVER_DEATHS = 3
 """Unclean ends of the server amid the same load after which that load is held to be their cause."""
@@ -52,18 +54,20 @@ class Phase(StrEnum):
 class Running:
     """The live side of one load: `LOADED`, `FAILED` and `GONE` wait to be recorded.
 
-    `killed` says that it was killed already. A `GONE` one was serving or draining before.
+    `killed` says that it was killed already. A `GONE` one was serving or draining before. `dead` are the
+    workers that ended and nobody had asked, recorded or not.
     """
 
     load_job_id: str
     model_id: str
     phase: Phase
     killed: bool = False
+    dead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StartLoad:
-    """Record `LoadStarted`, then start a worker for this job."""
+    """Record `LoadStarted`, then start the workers for this job."""
 
     job: Job
 
@@ -117,14 +121,15 @@ class FinishUnload:
 
 @dataclass(frozen=True, slots=True)
 class RecordDeath:
-    """Record `WorkerExited` of a load that was serving."""
+    """Record `WorkerExited` of each of these workers, of a load that serves or was serving."""
 
     load_job_id: str
+    worker_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestReload:
-    """Request, for the system, the load of a model that is wanted back."""
+    """Request, for the system, the load of a model that is wanted back, or back at its full strength."""
 
     model: Model
     cause: Cause
@@ -260,8 +265,8 @@ def _outcomes(sight: _Sight) -> Iterator[Action]:
             yield CompleteLoad(job, _replaced_by(sight, job))
         elif run.phase is Phase.FAILED and job is not None:
             yield FailLoad(job)
-        elif run.phase is Phase.GONE and _is_loaded(sight, run):
-            yield RecordDeath(run.load_job_id)
+        elif dead := _unrecorded_deaths(sight, run):
+            yield RecordDeath(run.load_job_id, dead)
 
 
 def _replaced_by(sight: _Sight, job: Job) -> str | None:
@@ -271,11 +276,15 @@ def _replaced_by(sight: _Sight, job: Job) -> str | None:
     return model.serving.load_job_id
 
 
-def _is_loaded(sight: _Sight, run: Running) -> bool:
+def _unrecorded_deaths(sight: _Sight, run: Running) -> tuple[str, ...]:
+    """Return the workers of a load that is recorded as serving whose end is not recorded."""
     model = sight.state.models.get(run.model_id)
     if model is None or model.serving is None or model.phase is not ModelState.LOADED:
-        return False
-    return model.serving.load_job_id == run.load_job_id
+        return ()
+    if model.serving.load_job_id != run.load_job_id:
+        return ()
+    left = model.serving.worker_ids
+    return left if run.phase is Phase.GONE else tuple(worker for worker in left if worker in run.dead)
 
 
 def _unloads(sight: _Sight) -> Iterator[Action]:
@@ -294,9 +303,9 @@ def _unloads(sight: _Sight) -> Iterator[Action]:
 
 
 def _cancel_reloads_before(sight: _Sight, unload: Job) -> Iterator[Action]:
-    """An unload of a lost model ends the wish to have it back, and so the reloads that the wish began."""
+    """An unload ends the wish to have a model back, whole or at all, and so the reloads that it began."""
     model = sight.state.models.get(unload.model_id)
-    if model is None or model.phase is not ModelState.LOST:
+    if model is None or not (model.phase is ModelState.LOST or model.degraded):
         return
     for job in sight.queues[unload.model_id]:
         if job.id == unload.id:
@@ -329,33 +338,43 @@ def _loads(sight: _Sight) -> Iterator[Action]:
 
 def _reloads(sight: _Sight) -> Iterator[Action]:
     """What was lost is requested again, last loaded first; a model that keeps dying is given up."""
-    for model in _lost(sight):
-        if len(model.incidents) >= MAX_INCIDENTS:
+    for model in _wanted_back(sight):
+        if model.lost_by is Cause.RESTART:
+            yield RequestReload(model, Cause.RESTART)
+        elif _keeps_dying(model):
             reason = model.error.message if model.error else "its worker died"
             yield GiveUp(model, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}")
-        elif model.lost_by is Cause.RESTART or _reload_at(model) <= sight.now:
-            yield RequestReload(model, model.lost_by or Cause.RECOVERY)
+        elif _reload_at(model) <= sight.now:
+            yield RequestReload(model, Cause.RECOVERY)
 
 
-def _lost(sight: _Sight) -> list[Model]:
-    lost = (
+def _wanted_back(sight: _Sight) -> list[Model]:
+    """Return the models that nobody is at and that are lost, or degraded and not to be left so."""
+    wanted = (
         model
         for model in sight.state.models.values()
-        if model.phase is ModelState.LOST and not model.loads and not model.unloads
+        if (model.phase is ModelState.LOST or (model.degraded and not _keeps_dying(model)))
+        and not model.loads
+        and not model.unloads
     )
-    return sorted(lost, key=lambda model: model.serving.position if model.serving else 0, reverse=True)
+    return sorted(wanted, key=lambda model: model.serving.position if model.serving else 0, reverse=True)
+
+
+def _keeps_dying(model: Model) -> bool:
+    return len(model.incidents) >= MAX_INCIDENTS
 
 
 def _reload_at(model: Model) -> str:
-    """Return when a model whose worker died is requested again."""
-    assert model.lost_at is not None
+    """Return when a model whose worker died is requested again: some time after the last that went wrong."""
+    assert model.serving is not None
+    since = model.lost_at or max([model.serving.degraded_at or "", *model.incidents])
     doublings = max(0, len(model.incidents) - 1)
-    return later(model.lost_at, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
+    return later(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
 def _wake_at(sight: _Sight) -> str | None:
     times = [job.deadline_at for job in sight.unended if job.deadline_at is not None]
-    times += [_reload_at(model) for model in _lost(sight)]
+    times += [_reload_at(model) for model in _wanted_back(sight)]
     if times and not sight.fork_server_up:
         times.append(later(sight.now, FORK_SERVER_LOOK_S))
     return min(times, default=None)

@@ -29,6 +29,10 @@ class StderrTail:
         text = self._kept.decode("utf-8", "replace").encode()[-MAX_BYTES:]  # a replaced byte takes three
         return text.decode("utf-8", "ignore").splitlines()[-MAX_LINES:]
 
+    def note(self, line: str) -> None:
+        """Add a line of the server's own, for whoever reads why the process ended."""
+        self._keep(f"{line}\n".encode())
+
     def close(self) -> list[str]:
         """Read what is left in the pipe, close it, and give the last lines."""
         self._read()
@@ -40,10 +44,13 @@ class StderrTail:
             return
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._descriptor, READ_BYTES)
-            self._kept += data[-MAX_BYTES:]
-            del self._kept[:-MAX_BYTES]
+            self._keep(data)
             if not data:
                 self._close()
+
+    def _keep(self, data: bytes) -> None:
+        self._kept += data[-MAX_BYTES:]
+        del self._kept[:-MAX_BYTES]
 
     def _close(self) -> None:
         if self._descriptor is not None:

@@ -28,6 +28,8 @@ MAX_HEADER_BYTES = 16 * 2**20
 """`Loaded` with the longest list of files that is allowed, and long paths, fits."""
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Four times the largest request that the server takes. A worker that has more to say answers `Failure`."""
+ALIGNMENT = 16
+"""Bytes: where the payload of a long frame begins is a multiple of it. malloc gives no other addresses."""
 MAX_DIMENSIONS = 64
 """What numpy's arrays have."""
 MAX_TEXT_BYTES = 4096
@@ -262,7 +264,7 @@ def heads(tensors: Sequence[Tensor]) -> tuple[TensorHead, ...]:
     Raises:
         MalformedFrame: the other side would not take them: no such datatype, or data not of its shape.
     """
-    described = tuple(TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text) for t in tensors)
+    described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text) for t in tensors])
     for head in described:
         _check_head(head)
     return described
@@ -278,10 +280,11 @@ def encode(message: Message, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
         header = _ENCODER.encode(message)
     except UnicodeEncodeError:
         raise MalformedFrame("a name that is not Unicode text") from None
-    payload = sum(len(t.data) for t in tensors)
+    parts = [tensor.data for tensor in tensors if len(tensor.data)]
+    payload = sum(map(len, parts))
     if len(header) > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
         raise MalformedFrame("a frame of more than the allowed length")
-    return [PREFIX.pack(len(header), payload) + header, *(t.data for t in tensors if len(t.data))]
+    return [PREFIX.pack(len(header), payload) + header, *parts]
 
 
 def plain_text(text: str, limit: int = MAX_TEXT_BYTES) -> str:
@@ -348,7 +351,8 @@ def _check_head(head: TensorHead) -> None:
         raise MalformedFrame(f"no such datatype: {plain_text(head.datatype, 64)}")
     if len(head.name) > MAX_NAME_CHARACTERS:
         raise MalformedFrame(f"a name of more than {MAX_NAME_CHARACTERS} characters")
-    if len(head.shape) > MAX_DIMENSIONS or any(not 0 <= length < 2**63 for length in head.shape):
+    shape = head.shape
+    if len(shape) > MAX_DIMENSIONS or (shape and not 0 <= min(shape) <= max(shape) < 2**63):
         raise MalformedFrame("a tensor of a shape or size that cannot be")
-    if datatype.size and not head.text and math.prod(head.shape) * datatype.size != head.size:
+    if datatype.size and not head.text and math.prod(shape) * datatype.size != head.size:
         raise MalformedFrame("a tensor whose data is not of its shape")

@@ -6,21 +6,24 @@ when either channel does, when it is told something that is no frame, and after 
 """
 
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-import onnxruntime as ort
-
-from runtime.errors import InferenceCancelled, InferenceFailed, LoadRefused, RuntimeProblem
+from runtime.batching import BatchDimension, Queue
+from runtime.cancellation import Cancellation
+from runtime.errors import LoadRefused
+from runtime.execution import Executor
 from runtime.frames import FrameReader
 from runtime.inference import Runner
-from runtime.loading import load, warm_up
+from runtime.loading import Model, load, warm_up
+from runtime.outbox import Outbox
 from runtime.wire import (
     CONTROL,
     TO_WORKER,
-    Failure,
     Frame,
     Infer,
     Load,
@@ -28,19 +31,16 @@ from runtime.wire import (
     M,
     MalformedFrame,
     Message,
-    Outcome,
     Stage,
     Tensor,
     ToWorker,
-    encode,
-    heads,
     plain_text,
 )
 
 EX_PROTOCOL = 76
 """sysexits.h: what a worker exits with when it was told something that is no frame."""
-MAX_BUFFERS = 512
-"""Of one sendmsg; the kernel takes 1,024 (UIO_MAXIOV)."""
+MAX_WAIT_S = 3600.0
+"""For requests to be run with others, whatever is asked for: select takes no time without end."""
 STACK_BYTES = 512 * 2**10
 """Of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
 
@@ -53,66 +53,66 @@ def prepare() -> None:
 def main(data: int, control: int) -> NoReturn:
     """Run a worker on the descriptors of its two channels; ends the process."""
     threading.stack_size(STACK_BYTES)
-    cancellation = _Cancellation()
+    cancellation = Cancellation()
     listener = socket.socket(fileno=control)
     threading.Thread(target=_listen, args=(listener, cancellation), name="control", daemon=True).start()
     _Worker(socket.socket(fileno=data), cancellation).serve()
     os._exit(0)
 
 
-class _Cancellation:
-    """What both threads share: which inference runs, and which are not to be run."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: tuple[int, ort.RunOptions] | None = None
-        self._latest = -1
-        self._cancelled: set[int] = set()
-
-    def begin(self, number: int) -> ort.RunOptions:
-        """Note that an inference starts; one that is cancelled already gets options that end it at once."""
-        options = ort.RunOptions()
-        with self._lock:
-            options.terminate = number in self._cancelled
-            self._cancelled.discard(number)
-            self._latest = number
-            self._running = (number, options)
-        return options
-
-    def end(self) -> None:
-        """Note that nothing runs."""
-        with self._lock:
-            self._running = None
-
-    def cancel(self, number: int) -> None:
-        """Stop an inference, or see to it that it does not begin."""
-        with self._lock:
-            if self._running is not None and self._running[0] == number:
-                self._running[1].terminate = True
-            elif number > self._latest:
-                self._cancelled.add(number)
-
-
 class _Worker:
-    """Serves the data channel, one message after the other."""
+    """Serves the data channel."""
 
-    def __init__(self, channel: socket.socket, cancellation: _Cancellation) -> None:
+    def __init__(self, channel: socket.socket, cancellation: Cancellation) -> None:
         self._channel = channel
         self._cancellation = cancellation
-        self._runner: Runner | None = None
+        self._reader = FrameReader(TO_WORKER)
+        self._outbox = Outbox(channel)
+        self._executor: Executor | None = None
+        self._queue: Queue | None = None
 
     def serve(self) -> None:
-        """Answer until the channel ends."""
-        reader = FrameReader(TO_WORKER)
-        while count := _receive(self._channel, reader):
-            for message, tensors in _frames(reader, count):
-                self._handle(message, tensors)
+        """Answer until the channel ends, one request after the other; what came at once, at once."""
+        while self._read():
+            if self._queue is not None and self._executor is not None:
+                self._serve_batches(self._queue, self._executor)
+            self._outbox.flush()
+
+    def _serve_batches(self, queue: Queue, executor: Executor) -> None:
+        """Run all that waits, and what comes meanwhile."""
+        while queue:
+            wait_ns = queue.wait_ns(time.monotonic_ns())
+            if wait_ns is not None and self._more_within(wait_ns):
+                if not self._read():
+                    return
+            else:
+                executor.run(queue.take())
+
+    def _more_within(self, wait_ns: int) -> bool:
+        """Wait so long for the channel to have something to read."""
+        if wait_ns:
+            self._outbox.flush()
+        return bool(select.select([self._channel], [], [], min(wait_ns / 1e9, MAX_WAIT_S))[0])
+
+    def _read(self) -> bool:
+        """Take what has come, when something has; False at the end of the channel."""
+        count = _receive(self._channel, self._reader)
+        for message, tensors in _frames(self._reader, count):
+            self._handle(message, tensors)
+        return count > 0
 
     def _handle(self, message: ToWorker, tensors: Sequence[Tensor]) -> None:
-        if isinstance(message, Load) and self._runner is None:
+        if isinstance(message, Infer) and self._executor is not None:
+            request = self._executor.prepare(message, tensors)
+            if request is None:
+                return
+            if self._queue is None:
+                self._executor.run((request,))
+            else:
+                self._cancellation.wait(request.number)
+                self._queue.add(request)
+        elif isinstance(message, Load) and self._executor is None:
             self._load(message)
-        elif isinstance(message, Infer) and self._runner is not None:
-            self._infer(self._runner, message, tensors)
         else:
             os._exit(EX_PROTOCOL)
 
@@ -122,41 +122,24 @@ class _Worker:
         except LoadRefused as refusal:
             self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
             os._exit(0)
-        self._runner = Runner(model.session)
+        self._begin(order, model)
         self._send(model.report)
 
-    def _infer(self, runner: Runner, request: Infer, tensors: Sequence[Tensor]) -> None:
-        options = self._cancellation.begin(request.id)
-        try:
-            if options.terminate:
-                raise InferenceCancelled
-            outputs = runner.run(tensors, [output.name for output in request.outputs], options)
-        except MemoryError:
-            self._fail(request, InferenceFailed("the worker has not enough memory for this inference"))
-        except RuntimeProblem as problem:
-            self._fail(request, problem)
-        else:
-            self._send(Outcome(request.id, heads(outputs)), outputs)
-        finally:
-            self._cancellation.end()
+    def _begin(self, order: Load, model: Model) -> None:
+        dimension = None
+        if order.max_batch_size:
+            names = [node.name for node in model.session.get_inputs()]
+            dimension = BatchDimension(order.max_batch_size, names)
+            self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
+        runner = Runner(model.session, model.report.inputs, model.report.outputs)
+        self._executor = Executor(runner, self._outbox, self._cancellation, dimension)
 
-    def _fail(self, request: Infer, problem: RuntimeProblem) -> None:
-        self._send(Failure(request.id, problem.code, plain_text(str(problem))))
-
-    def _send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        buffers = [memoryview(part) for part in encode(message, tensors)]
-        try:
-            while buffers:
-                sent = self._channel.sendmsg(buffers[:MAX_BUFFERS])
-                while buffers and sent >= len(buffers[0]):
-                    sent -= len(buffers.pop(0))
-                if buffers:
-                    buffers[0] = buffers[0][sent:]
-        except OSError:  # the server has closed the channel: nobody waits for anything any more
-            os._exit(0)
+    def _send(self, message: Message) -> None:
+        self._outbox.put(message)
+        self._outbox.flush()
 
 
-def _listen(channel: socket.socket, cancellation: _Cancellation) -> None:
+def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
     """Serve the control channel. Its end is the worker's, even while it computes."""
     reader = FrameReader(CONTROL)
     while count := _receive(channel, reader):

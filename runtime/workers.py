@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from runtime.errors import (
     Exit,
     InferenceCancelled,
     InferenceFailed,
+    InferenceTimeout,
     InvalidInput,
     LoadRefused,
+    NotRepresentable,
     RuntimeProblem,
     WorkerDied,
 )
@@ -45,9 +48,11 @@ from runtime.wire import (
 LAST_WORDS_S = 1.0
 """After a worker's death: how long its exit status, and what it still had to say, are waited for."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
-    problem.code: problem for problem in (InvalidInput, InferenceFailed, InferenceCancelled)
+    problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
 }
 
+Answer = tuple[Outcome, tuple[Tensor, ...]]
+"""What an inference came to: where its time went, and the outputs."""
 LoadReport = Loaded
 """What a load came to: files with identities and hashes, inputs, outputs, memory, durations."""
 
@@ -57,7 +62,7 @@ class LoadOrder:
     """What to load: a version's folder in the repository at `root`, and the paths of its files, in order.
 
     Files that are `known` by identity are not hashed again. `memory_limit_bytes` is what the model may take
-    beside the empty worker; None is no limit.
+    beside the empty worker; None is no limit. A `max_batch_size` of 0 is no batching.
     """
 
     root: Path
@@ -65,6 +70,8 @@ class LoadOrder:
     files: tuple[str, ...]
     known: tuple[LoadedFile, ...] = ()
     memory_limit_bytes: int | None = None
+    max_batch_size: int = 0
+    max_queue_delay_us: int = 0
 
 
 class Worker:
@@ -77,7 +84,7 @@ class Worker:
             `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
     """
 
-    def __init__(self, worker_id: str, child: Child, stderr: int, threads: int) -> None:
+    def __init__(self, worker_id: str, child: Child, stderr: int, threads: int, patience_s: float) -> None:
         self.worker_id = worker_id
         self.pid = child.pid
         self._loop = asyncio.get_running_loop()
@@ -85,11 +92,14 @@ class Worker:
         self._process = Process(child, self._on_gone)
         self._stderr = StderrTail(stderr)
         self._threads = threads
+        self._patience_s = patience_s
         self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
         self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
         self._ids = itertools.count()
-        self._asked: dict[int, asyncio.Future[list[Tensor]]] = {}
-        self._sending = 0
+        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._cancelled: dict[int, float] = {}
+        self._heard_at = 0.0
+        self._watching: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._loading: _Loading | None = None
@@ -117,7 +127,7 @@ class Worker:
     @property
     def in_flight(self) -> int:
         """How many inferences are queued or running, those included whose caller has gone."""
-        return len(self._asked) + self._sending
+        return len(self._asked)
 
     async def drained(self) -> None:
         """Wait until nothing is in flight; a dead worker is drained."""
@@ -145,41 +155,53 @@ class Worker:
                 self._threads,
                 order.memory_limit_bytes,
                 order.known,
+                order.max_batch_size,
+                order.max_queue_delay_us,
             )
         )
         return await answer
 
-    async def infer(self, inputs: Sequence[Tensor], outputs: Sequence[str] = ()) -> list[Tensor]:
+    async def infer(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: tuple[WantedOutput, ...] = (),
+        *,
+        text: bool = False,
+        timeout_s: float,
+    ) -> Answer:
         """Run the model; if the task that waits for this is cancelled, so is the inference.
+
+        Nothing waits here for the worker to read: whoever asks bounds what is in flight.
 
         Args:
             inputs: by name, in any order; their data must not change until this returns.
-            outputs: names; none means all that are tensors.
+            outputs: what is wanted; nothing means all that are tensors.
+            text: whether all that are tensors come as JSON.
+            timeout_s: after this many seconds the inference is stopped.
 
         Raises:
-            InvalidInput: `invalid_input`.
+            InvalidInput: `invalid_input`, or `not_representable` for what JSON cannot carry.
             InferenceFailed: `inference_failed`.
             InferenceCancelled: `inference_cancelled`.
+            InferenceTimeout: `inference_timeout`.
             WorkerDied: `worker_died`.
         """
-        self._idle.clear()
-        self._sending += 1
+        number = next(self._ids)
         try:
-            await self._data.writable()
-            answer: asyncio.Future[list[Tensor]] = self._loop.create_future()
-            number = next(self._ids)
-            self._send(Infer(number, heads(inputs), tuple(map(WantedOutput, outputs))), inputs)
-            self._asked[number] = answer
+            self._send(Infer(number, heads(inputs), outputs, text, time.monotonic_ns()), inputs)
         except MalformedFrame as error:
             raise InvalidInput(str(error)) from None
-        finally:
-            self._sending -= 1
-            self._note_idle()
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._asked[number] = answer
+        self._idle.clear()
+        deadline = self._loop.call_later(timeout_s, self._expire, number, timeout_s)
         try:
             return await answer
         except asyncio.CancelledError:
-            self._control.send(Cancel(number))
+            self._cancel(number)
             raise
+        finally:
+            deadline.cancel()
 
     async def measure(self) -> int:
         """Measure the worker's private bytes.
@@ -212,34 +234,81 @@ class Worker:
         """Give the last lines that the worker wrote: at most 64, 16 KiB."""
         return self._stderr.lines()
 
+    def _expire(self, number: int, timeout_s: float) -> None:
+        answer = self._asked.get(number)
+        if answer is not None and not answer.done():
+            answer.set_exception(
+                InferenceTimeout(f"the inference did not end within {timeout_s:g} s and was stopped")
+            )
+            self._cancel(number)
+
+    def _cancel(self, number: int) -> None:
+        """Have the worker stop an inference. It goes on being in flight until the worker says so."""
+        if number in self._asked:
+            self._cancelled[number] = self._loop.time()
+            self._control.send(Cancel(number))
+            self._watch(self._patience_s)
+
+    def _watch(self, delay_s: float) -> None:
+        if self._watching is None:
+            self._watching = self._loop.call_later(delay_s, self._look_for_stuck)
+
+    def _look_for_stuck(self) -> None:
+        """Kill a worker that does not stop what it was told to stop: nobody behind that would be served.
+
+        Inferences run in the order in which they were asked for, so the first that has no answer is the one
+        that runs; one behind it that was cancelled does nothing, and is nobody's fault.
+        """
+        self._watching = None
+        if not self._cancelled or self.ended.done():
+            return
+        first = next(iter(self._asked))
+        patience_s = self._patience_s
+        if first in self._cancelled:
+            waiting_since = max(self._cancelled[first], self._heard_at)
+            patience_s = waiting_since + self._patience_s - self._loop.time()
+        if patience_s > 0:
+            self._watch(patience_s)
+            return
+        self._stderr.note(f"killed by the server: an inference did not stop within {self._patience_s:g} s")
+        self.kill()
+
     def _send(self, message: Load | Infer, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
             raise WorkerDied(self.ended.result())
         self._data.send(message, tensors)
 
     def _note_idle(self) -> None:
-        if not self.in_flight:
+        if not self._asked:
             self._idle.set()
 
     def _on_frame(self, frame: Frame[FromWorker]) -> None:
         message, tensors = frame
+        if type(message) is Outcome and message.id in self._asked:  # first, for it comes by far most often
+            answer = self._ended(message.id)
+            if not answer.done():
+                answer.set_result((message, tensors))
+            return
         match message:
             case Stage(stage) if self._loading is not None:
                 self._loading.on_stage(stage)
             case Loaded() | LoadFailed() if self._loading is not None and self._loading.may_end_with(message):
                 self._loading.settle(message)
                 self._loading = None
-            case Outcome(number) if number in self._asked:
-                answer = self._asked.pop(number)
-                if not answer.done():
-                    answer.set_result(list(tensors))
             case Failure(number, code, text) if number in self._asked:
-                answer = self._asked.pop(number)
+                answer = self._ended(number)
                 if not answer.done():
                     answer.set_exception(PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
             case _:
                 self.kill()
+
+    def _ended(self, number: int) -> asyncio.Future[Answer]:
+        answer = self._asked.pop(number)
+        self._heard_at = self._loop.time()
+        if self._cancelled:
+            self._cancelled.pop(number, None)
         self._note_idle()
+        return answer
 
     def _on_unexpected(self, _: Frame[FromWorker]) -> None:
         self.kill()  # a worker says nothing on its control channel
@@ -271,13 +340,19 @@ class Worker:
         self._fail(end)
 
     def _fail(self, end: Exit) -> None:
-        waiting: list[asyncio.Future[Any]] = [*self._asked.values()]
+        first = next(iter(self._asked), None)
+        waiting: list[tuple[asyncio.Future[Any], bool]] = [
+            (answer, number == first) for number, answer in self._asked.items()
+        ]
         if self._loading is not None:
-            waiting.append(self._loading.answer)
-        for answer in waiting:
+            waiting.append((self._loading.answer, True))
+        for answer, begun in waiting:
             if not answer.done():
-                answer.set_exception(WorkerDied(end))
+                answer.set_exception(WorkerDied(end, begun=begun))
         self._asked.clear()
+        self._cancelled.clear()
+        if self._watching is not None:
+            self._watching.cancel()
         self._note_idle()
 
 

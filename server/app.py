@@ -18,9 +18,11 @@ from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler import Policy
 from server.appkeys import (
+    BODIES,
     CONFIG,
     CONSUMER,
     CONSUMER_TASK,
+    GATE,
     LOG,
     OPENAPI,
     POOL,
@@ -29,8 +31,10 @@ from server.appkeys import (
     ROUTER,
     STOPPING,
 )
-from server.auth import auth_middleware, create_verifier
+from server.auth import Gate, auth_middleware, create_verifier
+from server.bodies import MAX_BODIES_BYTES, Bodies
 from server.config import Config
+from server.direct import SERVER
 from server.docspage import docs_routes
 from server.errors import errors_middleware
 from server.health import dead, health_routes
@@ -42,6 +46,8 @@ from server.openapi import openapi_yaml
 from server.protocol import MAX_BODY_BYTES
 from server.ratelimit import RateLimits, add_quota_headers
 from server.routes import Route, add_routes
+from server.v2repository import repository_routes
+from server.v2server import server_routes
 from server.validation import validation_middleware
 
 LEDGER = "ledger.db"
@@ -50,16 +56,24 @@ LEDGER = "ledger.db"
 
 def all_routes() -> list[Route]:
     """Return every route of the server."""
-    return [*management_routes(), *job_routes(), *inference_routes(), *health_routes(), *docs_routes()]
+    return [
+        *management_routes(),
+        *job_routes(),
+        *inference_routes(),
+        *server_routes(),
+        *repository_routes(),
+        *health_routes(),
+        *docs_routes(),
+    ]
 
 
 def create_app(config: Config) -> web.Application:
     """Return the application; nothing is opened before it starts."""
-    limits = RateLimits(config)
+    gate = Gate(create_verifier(config), RateLimits(config))
     app = web.Application(
         middlewares=[
             errors_middleware,
-            auth_middleware(create_verifier(config), limits),
+            auth_middleware(gate),
             validation_middleware,
         ],
         client_max_size=MAX_BODY_BYTES,
@@ -67,6 +81,8 @@ def create_app(config: Config) -> web.Application:
     routes = all_routes()
     add_routes(app, routes)
     app[CONFIG] = config
+    app[GATE] = gate
+    app[BODIES] = Bodies(MAX_BODIES_BYTES)
     app[OPENAPI] = openapi_yaml(routes)
     app[STOPPING] = asyncio.Event()
     app.on_response_prepare.extend([add_quota_headers, _name_no_versions])
@@ -77,7 +93,7 @@ def create_app(config: Config) -> web.Application:
 
 async def _name_no_versions(_request: web.Request, response: web.StreamResponse) -> None:
     """Keep to ourselves what runs here, in which version."""
-    response.headers[hdrs.SERVER] = "loadledger"
+    response.headers[hdrs.SERVER] = SERVER
 
 
 async def _begin_stop(app: web.Application) -> None:
@@ -95,7 +111,7 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
     app[REPOSITORY] = Repository(app[CONFIG].repository)
-    app[POOL] = pool = WorkerPool(threads=app[CONFIG].threads)
+    app[POOL] = pool = WorkerPool(threads=app[CONFIG].threads, patience_s=app[CONFIG].inference_grace_s)
     await pool.open()
     try:
         yield
@@ -131,7 +147,7 @@ async def _applying(app: web.Application) -> AsyncIterator[None]:
         policy=Policy(config.max_loads()),
         drain_timeout_s=config.drain_timeout_s,
     )
-    app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY])
+    app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY], max_queue=config.inference_queue)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     try:
         yield

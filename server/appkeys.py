@@ -10,11 +10,14 @@ from runtime.consumer import Consumer
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
-from server.auth import PRINCIPAL
+from server.auth import PRINCIPAL, Gate
+from server.bodies import Bodies
 from server.config import Config
 from server.ratelimit import QUOTA
 from server.routes import ROUTES
 
+BODIES = web.AppKey("bodies", Bodies)
+GATE = web.AppKey("gate", Gate)
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", Log)
 READER = web.AppKey("reader", Reader)
@@ -28,9 +31,11 @@ STOPPING = web.AppKey("stopping", asyncio.Event)
 OPENAPI = web.AppKey("openapi", str)
 
 __all__ = [
+    "BODIES",
     "CONFIG",
     "CONSUMER",
     "CONSUMER_TASK",
+    "GATE",
     "LOG",
     "OPENAPI",
     "POOL",

@@ -22,10 +22,10 @@ from server.credentials import (
 )
 from server.keyring import KeyRing, VerificationKey, open_key_ring
 from server.keys import ROLES, subject_refusal
-from server.ratelimit import QUOTA, RateLimits
-from server.routes import Access, LimitClass, Route, matched_route
+from server.ratelimit import QUOTA, Quota, RateLimits
+from server.routes import Access, LimitClass, matched_route
 
-__all__ = ["PRINCIPAL", "Principal", "Verifier", "auth_middleware", "create_verifier"]
+__all__ = ["PRINCIPAL", "Gate", "Principal", "Verifier", "auth_middleware", "check_role", "create_verifier"]
 
 CLOCK_SKEW_S = 60.0
 """How far an issuer's clock may be ahead, for `nbf` and `iat`. `exp` is taken at its word."""
@@ -131,10 +131,55 @@ def create_verifier(config: Config) -> Verifier:
     return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
 
 
-def auth_middleware(
-    verifier: Verifier, limits: RateLimits, clock: Callable[[], float] = time.time
-) -> Middleware:
-    """Return the middleware that lets through who may, in the order 429 (address), 401, 429 (subject), 403.
+class Gate:
+    """Lets through who may, in the order 429 (address), 401, 429 (subject), 403."""
+
+    def __init__(
+        self, verifier: Verifier, limits: RateLimits, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._verifier = verifier
+        self._limits = limits
+        self._clock = clock
+
+    def authenticate(self, request: web.BaseRequest) -> Principal:
+        """Return who asks.
+
+        Raises:
+            TooManyFailures: `too_many_failures`.
+            NoCredentials: `no_credentials`.
+            InvalidToken: `invalid_token`.
+            MalformedAuthorization: `invalid_request`.
+        """
+        self._limits.check_peer(request.remote)
+        try:
+            token = bearer_token(request.headers.getall(hdrs.AUTHORIZATION, []))
+            return self._verifier.verify(token, self._clock())
+        except (InvalidToken, MalformedAuthorization):
+            # Not those without credentials: they guess nothing, and their neighbours would be locked out.
+            self._limits.count_failure(request.remote)
+            raise
+
+    def count(self, principal: Principal, limit: LimitClass) -> Quota | None:
+        """Count the request against its subject's limit; return what is left.
+
+        Raises:
+            RateLimited: `rate_limited`.
+        """
+        return self._limits.count(limit, principal.subject)
+
+
+def check_role(principal: Principal, access: Access) -> None:
+    """Refuse who has none of the roles that a route asks for.
+
+    Raises:
+        Forbidden: `forbidden`.
+    """
+    if not principal.roles & access.value:
+        raise Forbidden(principal, access)
+
+
+def auth_middleware(gate: Gate) -> Middleware:
+    """Return the middleware that asks the gate.
 
     Unknown paths and wrong methods need a token of any role, so that nobody explores them without one.
     """
@@ -144,34 +189,14 @@ def auth_middleware(
         route = matched_route(request)
         if route is not None and route.access is Access.PUBLIC:
             return await handler(request)
-        principal = await _authenticate(request, verifier, limits, clock())
-        request[PRINCIPAL] = principal
-        await _admit(request, principal, route, limits)
+        request[PRINCIPAL] = principal = gate.authenticate(request)
+        quota = gate.count(principal, LimitClass.READS if route is None else route.limit)
+        if quota is not None:
+            request[QUOTA] = quota
+        check_role(principal, Access.ANY if route is None else route.access)
         return await handler(request)
 
     return authorise
-
-
-async def _authenticate(
-    request: web.Request, verifier: Verifier, limits: RateLimits, now: float
-) -> Principal:
-    await limits.check_peer(request.remote)
-    try:
-        return verifier.verify(bearer_token(request.headers.getall(hdrs.AUTHORIZATION, [])), now)
-    except (InvalidToken, MalformedAuthorization):
-        # Not those without credentials: they guess nothing, and their neighbours would be locked out.
-        await limits.count_failure(request.remote)
-        raise
-
-
-async def _admit(request: web.Request, principal: Principal, route: Route | None, limits: RateLimits) -> None:
-    limit = LimitClass.READS if route is None else route.limit
-    access = Access.ANY if route is None else route.access
-    quota = await limits.count(limit, principal.subject)
-    if quota is not None:
-        request[QUOTA] = quota
-    if not principal.roles & access.value:
-        raise Forbidden(principal, access)
 
 
 def _kid_of(token: str) -> str | None:

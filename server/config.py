@@ -99,6 +99,22 @@ class Config:
             check=_some_seconds,
         ),
     )
+    inference_grace_s: float = field(
+        default=5.0,
+        metadata=_about(
+            "How long an inference that was told to stop may go on before its worker is killed.",
+            kind=float,
+            check=_some_seconds,
+        ),
+    )
+    inference_queue: int = field(
+        default=1024,
+        metadata=_about(
+            "How many inferences of one model may be queued or running.",
+            kind=int,
+            check=validate.Range(1, 1_000_000),
+        ),
+    )
     timeout_s: int = field(
         default=300,
         metadata=_about(

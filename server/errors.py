@@ -43,8 +43,16 @@ ERRORS: Mapping[str, ErrorKind] = {
     "invalid_body": ErrorKind(400, "The request body is not what this route takes"),
     "invalid_parameter": ErrorKind(400, "A parameter is not what this route takes"),
     "not_supported": ErrorKind(400, "This is not supported yet"),
+    "invalid_defaults": ErrorKind(400, "The model's loadledger.toml is not what it has to be"),
     "inference_failed": ErrorKind(400, "The model could not compute an answer"),
+    "inference_cancelled": ErrorKind(400, "The inference was stopped"),
     "invalid_input": ErrorKind(400, "The input does not fit the model"),
+    "invalid_model": ErrorKind(400, "The model cannot be loaded"),
+    "model_changed": ErrorKind(400, "The model's files changed while it was loaded"),
+    "unsafe_file": ErrorKind(400, "The model has a file that is not to be opened"),
+    "crash_loop": ErrorKind(400, "The model kept dying and is not tried any more"),
+    "job_failed": ErrorKind(400, "The job failed"),
+    "cancelled": ErrorKind(400, "The job was cancelled"),
     "no_credentials": ErrorKind(401, "A bearer token is needed"),
     "invalid_token": ErrorKind(401, "The bearer token is not valid"),
     "forbidden": ErrorKind(403, "The token's roles do not allow this"),
@@ -59,14 +67,22 @@ ERRORS: Mapping[str, ErrorKind] = {
     "nothing_loaded": ErrorKind(409, "No model is loaded"),
     "not_loaded": ErrorKind(409, "The model is not loaded"),
     "body_too_large": ErrorKind(413, "The request body is too large"),
-    "unsupported_media_type": ErrorKind(415, "The request body is not declared as JSON"),
+    "unsupported_media_type": ErrorKind(
+        415, "The request body is of a media type or coding that is not taken"
+    ),
     "rate_limited": ErrorKind(429, "Too many requests", QUOTA_EXCEEDED),
     "too_many_failures": ErrorKind(429, "Too many failed authentications", QUOTA_EXCEEDED),
     "queue_full": ErrorKind(429, "Too many jobs are waiting"),
     "internal": ErrorKind(500, "The server failed"),
+    "inference_queue_full": ErrorKind(503, "Too many inferences of the model are waiting"),
+    "bodies_full": ErrorKind(503, "Too much is being sent at once"),
     "model_not_loaded": ErrorKind(503, "The model is not loaded"),
     "model_unloading": ErrorKind(503, "The model is being unloaded"),
     "worker_died": ErrorKind(503, "The model's process ended"),
+    "out_of_memory": ErrorKind(503, "There is not enough memory for the model"),
+    "timeout": ErrorKind(503, "The load took too long"),
+    "fork_server_died": ErrorKind(503, "The process that starts workers ended"),
+    "fork_server_unavailable": ErrorKind(503, "The process that starts workers does not answer"),
     "log_unavailable": ErrorKind(503, "The event log cannot be written"),
     "unhealthy": ErrorKind(503, "The server is not well"),
     "shutting_down": ErrorKind(503, "The server is stopping"),
@@ -180,12 +196,13 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
     except web.HTTPException as error:
         if error.status < 400:  # noqa: PLR2004 -- redirects and the like are answers, not errors
             raise
-        return _answer(request, error)
+        return error_response(request, error)
     except Exception as error:  # noqa: BLE001 -- the last place where one can be turned into an answer
-        return _answer(request, error)
+        return error_response(request, error)
 
 
-def _answer(request: web.Request, error: Exception) -> web.Response:
+def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
+    """Return the answer that says what went wrong, if it is not too late for one."""
     problem = problem_of(error)
     if request.writer.output_size > 0:
         # A second status line in the middle of a stream would be read as data: break the connection instead.

@@ -1,28 +1,35 @@
-"""Predictions by the Open Inference Protocol v2, with JSON tensors: infer, model metadata, ready."""
+"""Predictions by the Open Inference Protocol v2: infer, model metadata, ready."""
 
 from __future__ import annotations
 
-from aiohttp import web
+from collections.abc import Sequence
+
+from aiohttp import hdrs, web
 from aiohttp_apispec import docs, match_info_schema, response_schema
 
 from runtime.router import Route as ModelRoute
-from runtime.router import infer
-from server.appkeys import CONFIG, ROUTER
+from runtime.wire import Tensor
+from server.appkeys import BODIES, CONFIG, ROUTER
+from server.bodies import Share
+from server.compression import chosen_encoding, compress, decompress
+from server.decoding import HEADER_LENGTH, InferenceRequest, decode_request, header_length
+from server.direct import DirectResponse
+from server.encoding import encode_response
 from server.errors import ServerProblem, errors
 from server.protocol import (
-    INFER_BODY,
+    INFERENCE_BODY,
+    INFERENCE_PARAMETERS,
+    INFERENCE_RESPONSE,
     MAX_BODY_BYTES,
-    InferResponseSchema,
     MetadataSchema,
     ReadySchema,
-    decode_request,
-    encode_response,
     metadata,
 )
+from server.ratelimit import QUOTA, Quota
+from server.rawbody import decode_raw
 from server.routes import Access, LimitClass, Route
 from server.schemas import ModelPathSchema, ModelVersionPathSchema
-from server.tensors import decode_tensor
-from server.validation import path_parameters, read_body
+from server.validation import path_parameters, read_encoded_body
 
 
 class NotReady(ServerProblem):
@@ -41,24 +48,35 @@ _INFER_ERRORS = (
     "model_not_loaded",
     "model_unloading",
     "worker_died",
+    "inference_queue_full",
     "inference_timeout",
+    "inference_cancelled",
+    "bodies_full",
+    "unsupported_media_type",
 )
 
+_INFERENCE = {
+    "parameters": INFERENCE_PARAMETERS,
+    "requestBody": INFERENCE_BODY,
+    "responses": {200: INFERENCE_RESPONSE},
+}
 
-@docs(tags=["inference"], summary="Ask a loaded model", requestBody=INFER_BODY)
+COMPRESSED_FROM_BYTES = 1024
+"""Less is in one packet anyway."""
+
+
+@docs(tags=["inference"], summary="Ask a loaded model", **_INFERENCE)
 @match_info_schema(ModelPathSchema())
-@response_schema(InferResponseSchema(), 200, description="`Loadledger-Model` names the load that answered.")
 @errors(*_INFER_ERRORS)
-async def infer_model(request: web.Request) -> web.Response:
+async def infer_model(request: web.Request) -> web.StreamResponse:
     """Run one inference on the version that serves."""
     return await _infer(request)
 
 
-@docs(tags=["inference"], summary="Ask a loaded version", requestBody=INFER_BODY)
+@docs(tags=["inference"], summary="Ask a loaded version", **_INFERENCE)
 @match_info_schema(ModelVersionPathSchema())
-@response_schema(InferResponseSchema(), 200, description="`Loadledger-Model` names the load that answered.")
 @errors(*_INFER_ERRORS)
-async def infer_version(request: web.Request) -> web.Response:
+async def infer_version(request: web.Request) -> web.StreamResponse:
     """Run one inference, if this version is the one that serves."""
     return await _infer(request)
 
@@ -114,19 +132,74 @@ def inference_routes() -> list[Route]:
     ]
 
 
-async def _infer(request: web.Request) -> web.Response:
-    """Decode, run, encode; the header leads from the answer to the bytes and the person behind it."""
-    asked = decode_request(await read_body(request, MAX_BODY_BYTES))
-    inputs = [decode_tensor(item.name, item.datatype, item.shape, item.data) for item in asked.inputs]
-    names = [output.name for output in asked.outputs]
-    route = await _route(request)  # last: while a body arrives, a swap may end the worker that served before
-    outputs = await infer(route, inputs, names, request.app[CONFIG].inference_timeout_s)
-    source = f"{route.model_id}/{route.version};position={route.position}"
-    return web.Response(
-        body=encode_response(route, asked.id, outputs),
-        content_type="application/json",
-        headers={"Loadledger-Model": source},
-    )
+async def _infer(request: web.Request) -> web.StreamResponse:
+    path = path_parameters(request)
+    return await infer(request, request.app, path["id"], path.get("version"), request.get(QUOTA))
+
+
+async def infer(
+    request: web.BaseRequest,
+    app: web.Application,
+    model_id: str,
+    version: int | None,
+    quota: Quota | None,
+) -> web.StreamResponse:
+    """Decode, run, encode; the header leads from the answer to the bytes and the person behind it.
+
+    Who asks has been let through, and counted against `quota`.
+    """
+    router, share = app[ROUTER], app[BODIES].share()
+    try:
+        body = await _body(request, share)
+        header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()), len(body))
+        if header_bytes == 0:
+            route = await router.route_or_why(model_id, version)
+            question = decode_raw(body, route.inputs, max_batch_size=route.max_batch_size)
+        else:
+            question = decode_request(body, header_bytes)
+        timeout_s = _timeout_s(question, app[CONFIG].inference_timeout_s)
+        route, (_, outputs) = await router.infer(model_id, version, question, timeout_s)
+    finally:
+        share.give_back()
+    return await _answer(request, route, question, outputs, quota)
+
+
+async def _body(request: web.BaseRequest, share: Share) -> bytes:
+    body = await read_encoded_body(request, MAX_BODY_BYTES, share.take)
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
+    if encoding is None:
+        return body
+    body = await decompress(body, encoding, MAX_BODY_BYTES)
+    share.take(len(body))
+    return body
+
+
+def _timeout_s(question: InferenceRequest, longest_s: float) -> float:
+    if not question.timeout_us:
+        return longest_s
+    return min(longest_s, question.timeout_us / 1e6)
+
+
+async def _answer(
+    request: web.BaseRequest,
+    route: ModelRoute,
+    question: InferenceRequest,
+    outputs: Sequence[Tensor],
+    quota: Quota | None,
+) -> web.StreamResponse:
+    body, header_bytes = encode_response(route.model_id, route.version, question.id, outputs)
+    fields: dict[str, object] = {"Content-Type": "application/json"}
+    if header_bytes is not None:
+        fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
+    fields["Loadledger-Model"] = f"{route.model_id}/{route.version};position={route.position}"
+    if quota is not None:
+        fields |= quota.headers()
+    accepted = request.headers.get(hdrs.ACCEPT_ENCODING)
+    encoding = chosen_encoding(accepted) if accepted is not None else None
+    if encoding is not None and sum(map(len, body)) >= COMPRESSED_FROM_BYTES:
+        fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
+        body = [await compress(body, encoding)]
+    return DirectResponse(fields, body)
 
 
 async def _route(request: web.Request) -> ModelRoute:

@@ -11,7 +11,7 @@ from events.accept import Command
 from events.errors import LedgerProblem
 from events.jobs import Job, JobStatus
 from server.appkeys import CONSUMER, LOG, READER, STOPPING
-from server.errors import errors
+from server.errors import ServerProblem, errors
 from server.prefer import wait_s
 from server.routes import Access, LimitClass, Route
 from server.schemas import JobListSchema, JobPathSchema, JobSchema, JobsQuerySchema
@@ -26,6 +26,12 @@ class UnknownJob(LedgerProblem):
     """There is no such job."""
 
     code = "unknown_job"
+
+
+class ShuttingDown(ServerProblem):
+    """The server stops; nobody waits for the job any more, but it goes on at the next start."""
+
+    code = "shutting_down"
 
 
 @docs(tags=["jobs"], summary="List the jobs, newest first")
@@ -52,7 +58,7 @@ async def list_jobs(request: web.Request) -> web.Response:
 @errors("unknown_job", "log_unavailable")
 async def show_job(request: web.Request) -> web.Response:
     """Answer with one job; that it failed is not an error of this request."""
-    job = await _job(request, path_parameters(request)["job_id"])
+    job = await _job(request.app, path_parameters(request)["job_id"])
     return web.json_response(job_view(job, request.app[CONSUMER]))
 
 
@@ -70,19 +76,43 @@ async def submit(request: web.Request, command: Command) -> web.Response:
     receipt = await request.app[LOG].submit(command)
     assert receipt.job_id is not None
     seconds = wait_s(request.headers.getall("Prefer", []))
-    job = await _ended(request, receipt.job_id, seconds)
-    headers = {hdrs.LOCATION: f"/api/v1/jobs/{job.id}", hdrs.VARY: "Prefer"}
+    job = await _ended(request.app, receipt.job_id, seconds)
+    headers = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
     view = job_view(job, request.app[CONSUMER])
     return web.json_response(view, status=200 if job.ended else 202, headers=headers)
 
 
-async def _ended(request: web.Request, job_id: str, seconds: float) -> Job:
-    """Return the job when it has ended, or as it is when time is up or the server stops."""
+async def carry_out(app: web.Application, command: Command) -> Job:
+    """Submit what becomes a job, and return it when it has ended, however that took: it has its own limits.
+
+    Raises:
+        ShuttingDown: `shutting_down`, the server stops before the job has ended.
+        LedgerProblem: `log_unavailable`, or what the command is refused with.
+    """
+    receipt = await app[LOG].submit(command)
+    assert receipt.job_id is not None
+    job = await _ended(app, receipt.job_id, None)
+    if not job.ended:
+        where = job_path(job.id)
+        raise ShuttingDown(
+            f"the server stops; at its next start the {job.kind} goes on, see {where}",
+            http_headers={hdrs.LOCATION: where},
+        )
+    return job
+
+
+def job_path(job_id: str) -> str:
+    """Return where a job is to be looked at."""
+    return f"/api/v1/jobs/{job_id}"
+
+
+async def _ended(app: web.Application, job_id: str, seconds: float | None) -> Job:
+    """Return the job when it has ended, or as it is when time, if limited, is up or the server stops."""
     if seconds == 0:
-        return await _job(request, job_id)
-    log, stopping = request.app[LOG], request.app[STOPPING]
+        return await _job(app, job_id)
+    log, stopping = app[LOG], app[STOPPING]
     wakeup = log.subscribe()
     try:
         async with asyncio.timeout(seconds):
@@ -93,11 +123,11 @@ async def _ended(request: web.Request, job_id: str, seconds: float) -> Job:
         pass
     finally:
         log.unsubscribe(wakeup)
-    return await _job(request, job_id)
+    return await _job(app, job_id)
 
 
-async def _job(request: web.Request, job_id: str) -> Job:
-    job = request.app[LOG].state.jobs.get(job_id) or await request.app[READER].job(job_id)
+async def _job(app: web.Application, job_id: str) -> Job:
+    job = app[LOG].state.jobs.get(job_id) or await app[READER].job(job_id)
     if job is None:
         raise UnknownJob(f"there is no job {job_id!r}; GET /api/v1/jobs lists them")
     return job

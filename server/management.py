@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from aiohttp import web
 from aiohttp_apispec import docs, json_schema, match_info_schema, querystring_schema, response_schema
 
-from events.accept import FileStat, RequestLoad, RequestUnload
-from events.jobs import LoadParameters
+from events.accept import RequestUnload
 from events.models import Model, ModelState
 from runtime.errors import UnknownModel
 from runtime.repository import Repository
-from server.appkeys import CONFIG, LOG, PRINCIPAL, REPOSITORY
-from server.errors import ServerProblem, errors
+from server.appkeys import LOG, PRINCIPAL, REPOSITORY
+from server.errors import errors
 from server.jobs import submit
+from server.parameters import NotSupported, requested_load
 from server.routes import Access, LimitClass, Route
 from server.schemas import (
     JobSchema,
@@ -40,28 +39,19 @@ _ACCEPTED = "Accepted: follow the job at `Location`."
 _ENDED = "Nothing to do, or the job ended within `Prefer: wait=N`, whatever its outcome."
 
 
-class NotSupported(ServerProblem):
-    """This release does not do that yet."""
-
-    code = "not_supported"
-
-
 @docs(tags=["models"], summary="Load a model, or another version of it", parameters=[_PREFER])
 @match_info_schema(ModelPathSchema())
 @querystring_schema(NothingSchema())
 @json_schema(LoadBodySchema())
 @response_schema(JobSchema(), 202, description=_ACCEPTED)
 @response_schema(JobSchema(), 200, description=_ENDED)
-@errors("unknown_model", "unknown_version", "queue_full", "not_supported", "log_unavailable", "shutting_down")
+@errors("unknown_model", "unknown_version", "queue_full", "not_supported", "invalid_defaults")
+@errors("log_unavailable", "shutting_down")
 async def load_model(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless what is asked for is so or under way."""
     _refuse_idempotency_key(request)
-    model_id, body = path_parameters(request)["id"], json_body(request)
-    parameters = load_parameters(body, request.app[CONFIG].timeout_s)
-    found = await asyncio.to_thread(request.app[REPOSITORY].resolve, model_id, body.get("version"))
-    files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
-    subject = request[PRINCIPAL].subject
-    return await submit(request, RequestLoad(model_id, found.version, files, subject, parameters))
+    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
+    return await submit(request, await requested_load(request.app, model_id, json_body(request), subject))
 
 
 @docs(tags=["models"], summary="Unload the active model", parameters=[_PREFER])
@@ -138,25 +128,6 @@ def management_routes() -> list[Route]:
         Route("POST", "/api/v1/models/{id}/load", load_model, *manage),
         Route("POST", "/api/v1/models/{id}/unload", unload_model, *manage),
     ]
-
-
-def load_parameters(body: dict[str, Any], timeout_s: int) -> LoadParameters:
-    """Return what a load's body asks for, with the server's `timeout_s` where it names none.
-
-    Raises:
-        NotSupported: `not_supported`, rather than record what would not be done.
-    """
-    asked = {"timeout_s": timeout_s} | body
-    parameters = LoadParameters(**{name: value for name, value in asked.items() if name != "version"})
-    supported = LoadParameters(
-        timeout_s=parameters.timeout_s,
-        memory_limit_bytes=parameters.memory_limit_bytes,
-    )
-    for name in ("priority", "keep_alive_s", "strategy", "pinned", "instances"):
-        value = getattr(parameters, name)
-        if value != getattr(supported, name):
-            raise NotSupported(f"{name}: {value!r} is not supported yet; leave it out")
-    return parameters
 
 
 def _refuse_idempotency_key(request: web.Request) -> None:

@@ -1,52 +1,21 @@
-"""The Open Inference Protocol v2 on the wire: what comes in, what goes out, and how both are documented."""
+"""The Open Inference Protocol v2 as it is documented, and the metadata of models."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from marshmallow import fields
 
-from runtime.errors import InvalidInput
 from runtime.router import Route
-from runtime.wire import Tensor, TensorSpec
+from runtime.wire import DATATYPES, TensorSpec
+from server.decoding import HEADER_LENGTH
 from server.schemas import AnswerSchema
-from server.tensors import encode_data
 
 MAX_BODY_BYTES = 64 * 2**20
 """Triton's default (`--http-max-input-size`)."""
 
 PLATFORM = "onnxruntime_onnx"
 """What Triton calls ONNX models."""
-
-
-class RequestedInput(msgspec.Struct):
-    """An input tensor; `data` stays text until its datatype is known."""
-
-    name: str
-    shape: list[int]
-    datatype: str
-    data: msgspec.Raw = msgspec.Raw()
-    parameters: dict[str, bool | int | float | str] = {}
-
-
-class RequestedOutput(msgspec.Struct):
-    """An output that is wanted."""
-
-    name: str
-    parameters: dict[str, bool | int | float | str] = {}
-
-
-class InferenceRequest(msgspec.Struct):
-    """What is asked; no `outputs` means all."""
-
-    inputs: list[RequestedInput]
-    outputs: list[RequestedOutput] = []
-    id: str | None = None
-    parameters: dict[str, bool | int | float | str] = {}
-
-
-_REQUEST = msgspec.json.Decoder(InferenceRequest)
 
 
 class TensorSchema(AnswerSchema):
@@ -123,36 +92,118 @@ INFER_BODY: dict[str, Any] = {
 }
 
 
-def decode_request(body: bytes) -> InferenceRequest:
-    """Return the request that `body` is.
+class BinarySizeSchema(AnswerSchema):
+    """The parameters of a binary tensor."""
 
-    Raises:
-        InvalidInput: `invalid_input`, it is not one, or asks for what is not supported.
-    """
-    try:
-        request = _REQUEST.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput(f"the body is not an inference request: {error}") from None
-    for item in request.inputs:
-        if not bytes(item.data):
-            raise InvalidInput(f"input '{item.name}': data is missing; binary tensors are not supported yet")
-    for parameters in (request.parameters, *(output.parameters for output in request.outputs)):
-        wanted = parameters.get("binary_data_output") or parameters.get("binary_data")
-        if wanted:
-            raise InvalidInput("binary outputs are not supported yet; leave the parameter out for JSON")
-    return request
+    binary_data_size = fields.Integer(required=True, metadata={"description": "In bytes."})
 
 
-def encode_response(route: Route, request_id: str | None, outputs: list[Tensor]) -> bytes:
-    """Return the answer's JSON; no `parameters` on JSON outputs, which Triton's C++ client would refuse."""
-    answer: dict[str, Any] = {"model_name": route.model_id, "model_version": str(route.version)}
-    if request_id is not None:
-        answer["id"] = request_id
-    answer["outputs"] = [
-        {"name": item.name, "datatype": item.datatype, "shape": item.shape, "data": encode_data(item)}
-        for item in outputs
-    ]
-    return msgspec.json.encode(answer)
+class OutputSchema(AnswerSchema):
+    """An output of the model."""
+
+    name = fields.String(required=True)
+    datatype = fields.String(required=True)
+    shape = fields.List(fields.Integer(), required=True)
+    data = fields.List(fields.Raw(), metadata={"description": "Flat, row-major; of a JSON output."})
+    parameters = fields.Nested(BinarySizeSchema, metadata={"description": "Of a binary output."})
+
+
+class InferenceAnswerSchema(AnswerSchema):
+    """What the model answered."""
+
+    model_name = fields.String(required=True)
+    model_version = fields.String(required=True)
+    id = fields.String(metadata={"description": "As in the request, if it had one."})
+    outputs = fields.List(fields.Nested(OutputSchema), required=True)
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_VALUE = {"oneOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]}
+_CUSTOM = "What the protocol has no name for is ignored; what is not supported is refused by name."
+
+
+def _parameters(**known: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": _CUSTOM,
+        "properties": known,
+        "additionalProperties": _VALUE,
+    }
+
+
+def _tensor_list(required: list[str], **members: dict[str, Any]) -> dict[str, Any]:
+    properties = {"name": {"type": "string"}, **members}
+    return {"type": "array", "items": {"type": "object", "required": required, "properties": properties}}
+
+
+INFERENCE_BODY: dict[str, Any] = {
+    "required": True,
+    "description": "JSON, and after it the data of binary tensors in the order of the inputs. "
+    "May be compressed: Content-Encoding gzip or deflate.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "parameters": _parameters(
+                        timeout={"type": "integer", "description": "Microseconds; 0 is none.", "minimum": 0},
+                        binary_data_output={"type": "boolean", "description": "Outputs come back binary."},
+                    ),
+                    "inputs": _tensor_list(
+                        ["name", "shape", "datatype"],
+                        shape={"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 64},
+                        datatype={"type": "string", "enum": list(DATATYPES)},
+                        data={"type": "array", "items": {}, "description": "Flat, or nested as the shape."},
+                        parameters=_parameters(
+                            binary_data_size={
+                                "type": "integer",
+                                "minimum": 0,
+                                "description": "Bytes of the tensor after the JSON, instead of data.",
+                            }
+                        ),
+                    ),
+                    "outputs": _tensor_list(
+                        ["name"],
+                        parameters=_parameters(
+                            binary_data={"type": "boolean", "description": "Wins over binary_data_output."}
+                        ),
+                    ),
+                },
+            },
+        },
+        "application/octet-stream": _BINARY,
+    },
+}
+"""What infer takes."""
+
+INFERENCE_PARAMETERS: list[dict[str, Any]] = [
+    {
+        "in": "header",
+        "name": HEADER_LENGTH,
+        "schema": {"type": "integer", "minimum": 0},
+        "description": "How many bytes of the body, after decompression, are JSON; all, if left out. "
+        "0: the body is the data of the model's one input, and nothing else.",
+    },
+]
+"""The header fields that infer reads."""
+
+INFERENCE_RESPONSE: dict[str, Any] = {
+    "description": "JSON, or with a binary output JSON and after it the data of the binary outputs.",
+    "headers": {
+        "Loadledger-Model": {"schema": {"type": "string"}, "description": "Names the load that answered."},
+        HEADER_LENGTH: {
+            "schema": {"type": "integer"},
+            "description": "How many bytes of the body, after decompression, are JSON; not there if all are.",
+        },
+    },
+    "content": {
+        "application/json": {"schema": InferenceAnswerSchema},
+        "application/octet-stream": _BINARY,
+    },
+}
+"""What infer answers."""
 
 
 def metadata(route: Route) -> dict[str, Any]:

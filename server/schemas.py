@@ -14,6 +14,11 @@ from server.config import MAX_TIMEOUT_S
 from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
 
 MAX_PAGE = 1000
+MAX_INSTANCES = 64
+"""Each is a process with a copy of the model: more than this is a mistake on one machine."""
+MAX_BATCH_SIZE = 65_536
+MAX_QUEUE_DELAY_US = 1_000_000
+"""A second: who waits longer for company would be answered sooner alone."""
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
@@ -44,7 +49,7 @@ class JobPathSchema(Schema):
 
 
 class LoadBodySchema(Schema):
-    """How to load; all of it may be left out."""
+    """How to load; all of it may be left out: then the model's loadledger.toml says, else the server."""
 
     version = StrictInteger(
         validate=validate.Range(1, MAX_VERSION),
@@ -60,30 +65,42 @@ class LoadBodySchema(Schema):
     memory_limit_bytes = StrictInteger(
         validate=validate.Range(min=2**20),
         allow_none=True,
-        load_default=None,
-        metadata={"description": "What the model may take; more is the load's failure, `out_of_memory`."},
+        metadata={
+            "description": "What each instance of the model may take; more is the load's failure, "
+            "`out_of_memory`. No limit if null.",
+        },
     )
     priority = fields.String(
         validate=validate.OneOf(["high", "normal", "low"]),
-        load_default="normal",
         metadata={"description": "Only `normal` so far."},
     )
     keep_alive_s = StrictInteger(
         validate=validate.Range(min=-1),
         allow_none=True,
-        load_default=None,
         metadata={"description": "Not supported yet."},
     )
     strategy = fields.String(
         validate=validate.OneOf(["beside", "in_place", "auto"]),
-        load_default="beside",
         metadata={"description": "Only `beside` so far: the old version serves until the new one can."},
     )
-    pinned = StrictBoolean(load_default=False, metadata={"description": "Only `false` so far."})
+    pinned = StrictBoolean(metadata={"description": "Only `false` so far."})
     instances = StrictInteger(
-        validate=validate.Range(1, 64),
-        load_default=1,
-        metadata={"description": "Only 1 so far."},
+        validate=validate.Range(1, MAX_INSTANCES),
+        metadata={"description": "Workers that answer for the model side by side, 1 if left out."},
+    )
+    max_batch_size = StrictInteger(
+        validate=validate.Range(0, MAX_BATCH_SIZE),
+        metadata={
+            "description": "Requests that wait are run together up to this size of the first dimension; "
+            "0, if left out, is one by one.",
+        },
+    )
+    max_queue_delay_us = StrictInteger(
+        validate=validate.Range(0, MAX_QUEUE_DELAY_US),
+        metadata={
+            "description": "Microseconds that a request may wait for others to be run with; "
+            "takes a `max_batch_size`.",
+        },
     )
 
 
@@ -194,6 +211,11 @@ class ModelSchema(AnswerSchema):
     files = fields.List(fields.Nested(FileSchema), required=True)
     memory_bytes = fields.Integer(required=True, allow_none=True)
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
+    instances = fields.Integer(
+        required=True,
+        allow_none=True,
+        metadata={"description": "Workers that are left, which may be fewer than were loaded."},
+    )
 
 
 class ModelListSchema(AnswerSchema):

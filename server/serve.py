@@ -15,6 +15,7 @@ from aiohttp import web
 from server.app import create_app
 from server.config import Config
 from server.health import dead, vital
+from server.shortcut import shorten
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ async def _serve(config: Config, announce: Callable[[str], None]) -> int:
     )
     try:
         await runner.setup()
+        shorten(runner, app)
         site = web.TCPSite(runner, config.host, config.port)
         await site.start()
         announce(_url(runner, config))

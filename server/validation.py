@@ -6,7 +6,7 @@ the field and what is allowed there. What was read is at `json_body(request)` an
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -128,26 +128,58 @@ def header_fields(request: web.Request) -> Any:
 
 
 async def read_body(request: web.Request, max_bytes: int, idle_s: float = BODY_IDLE_S) -> bytes:
-    """Read a whole body, within a limit of its own: the application's is the largest that any route takes.
+    """Read a whole body that is not compressed.
+
+    Raises:
+        UnsupportedMediaType: it is (`unsupported_media_type`).
+        BodyTooLarge: `body_too_large`.
+        BodyTimeout: `body_timeout`.
+    """
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
+    return await read_encoded_body(request, max_bytes, idle_s=idle_s)
+
+
+async def read_encoded_body(
+    request: web.BaseRequest,
+    max_bytes: int,
+    take: Callable[[int], None] | None = None,
+    idle_s: float = BODY_IDLE_S,
+) -> bytes:
+    """Read a whole body as it is, within a limit of its own: the application's is the largest of any route.
+
+    Args:
+        request: whose body nobody has read yet.
+        max_bytes: what it may have.
+        take: told how many bytes have come, as they come; may refuse them.
+        idle_s: how long nothing may come.
 
     Raises:
         BodyTooLarge: by its declared length or by what came (`body_too_large`).
         BodyTimeout: nothing came for `idle_s` seconds (`body_timeout`).
     """
-    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-        raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
     if (request.content_length or 0) > max_bytes:
         raise BodyTooLarge(max_bytes)
-    body = bytearray()
+    content = request.content
+    if content.is_eof():  # most bodies came with their head: nothing to wait for
+        body = content.read_nowait()
+        if take is not None:
+            take(len(body))
+        return body
+    pieces, length = list[bytes](), 0
     try:
-        while not request.content.at_eof():
+        while not content.at_eof():
             async with asyncio.timeout(idle_s):
-                body += await request.content.readany()
-            if len(body) > max_bytes:
+                piece = await content.readany()
+            length += len(piece)
+            if length > max_bytes:
                 raise BodyTooLarge(max_bytes)
+            if take is not None:
+                take(len(piece))
+            pieces.append(piece)
     except TimeoutError:
         raise BodyTimeout from None
-    return bytes(body)
+    return b"".join(pieces)
 
 
 @web.middleware

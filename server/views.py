@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 
 from events.jobs import Failure, Job, JobStatus
-from events.models import Model
+from events.models import Model, ModelState
 from events.state import State
 from runtime.consumer import Consumer
+
+_HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
 
 
 def job_view(job: Job, consumer: Consumer) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def model_view(model_id: str, state: State, versions: list[int], active: Model |
         "files": msgspec.to_builtins(serving.files) if serving else [],
         "memory_bytes": serving.memory_bytes if serving else None,
         "error": _failure(model.error),
+        "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,
     }
 
 

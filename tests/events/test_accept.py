@@ -50,6 +50,9 @@ STEPS: dict[str, Told] = {
     "force": lambda h: h.ask_unload("F", "L", force=True),
     "ask_again": lambda h: h.ask_load("L3"),
     "die": lambda h: h.kill_worker("w-L"),
+    "load_pair": lambda h: h.load_pair("P"),
+    "die_1": lambda h: h.kill_worker("P1"),
+    "pair_is_back": lambda h: h.load_pair("R", cause=Cause.RECOVERY),
     "ask_back": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
     "start_back": lambda h: h.start_load("R"),
     "restart": lambda h: h.restart(),
@@ -74,8 +77,25 @@ def load(version: int = 1, files: tuple[FileStat, ...] = FILES, cause: Cause = C
     return RequestLoad(MODEL, version, files, "alice", cause=cause)
 
 
+def several(instances: int) -> RequestLoad:
+    return replace(load(), parameters=LoadParameters(instances=instances), asked=frozenset({"instances"}))
+
+
+BATCHES = LoadParameters(timeout_s=5, max_batch_size=8)
+BATCHING = frozenset({"max_batch_size"})
+
+
 def unload(model_id: str | None = MODEL, *, force: bool = False) -> RequestUnload:
     return RequestUnload(model_id, "alice", force=force)
+
+
+def test_a_load_that_repairs_a_model_makes_it_what_it_was_but_for_what_is_asked() -> None:
+    for asked, instances in ((load(), 2), (several(3), 3), (several(1), 1)):
+        decision = decide(told("load_pair die_1"), asked)
+        assert isinstance(decision, Accepted)
+        [draft] = decision.drafts
+        assert isinstance(draft.data, LoadRequested)
+        assert draft.data.instances == instances
 
 
 NEW = "new"
@@ -116,6 +136,20 @@ LOADS: list[tuple[str, str, RequestLoad, str]] = [
     ("it was unloaded", "load ask_unload end_unload", load(), NEW),
     ("it failed", "ask start fail", load(), NEW),
     ("its worker died", "load die", load(), NEW),
+    ("both instances are loaded", "load_pair", load(), "P"),
+    ("two are asked for, and one is loaded", "load", several(2), NEW),
+    ("two are asked for, and one is pending", "ask", several(2), NEW),
+    ("two are asked for, and both are loaded", "load_pair", several(2), "P"),
+    ("one is asked for, and two are loaded", "load_pair", several(1), NEW),
+    ("one is asked for, and is loaded", "load", several(1), "L"),
+    ("batches are asked for", "load", replace(load(), parameters=BATCHES, asked=BATCHING), NEW),
+    ("the model's defaults have changed to batches", "load", replace(load(), parameters=BATCHES), "L"),
+    ("more time is asked for", "load", replace(load(), asked=frozenset({"timeout_s"})), "L"),
+    ("an instance died", "load_pair die_1", load(), NEW),
+    ("an instance died, and it is wanted on demand", "load_pair die_1", load(cause=Cause.DEMAND), NEW),
+    ("an instance died, and it is to be whole", "load_pair die_1", load(cause=Cause.RECOVERY), NEW),
+    ("an instance died, and the recovery is pending", "load_pair die_1 ask_back", load(), "R"),
+    ("an instance died, and the recovery is done", "load_pair die_1 pair_is_back", load(), "R"),
     ("its worker died and its recovery is pending", "load die ask_back", load(), "R"),
     ("the server was started again with it lost", "load restart", load(), NEW),
     ("the server was started again amid the load", "ask start restart", load(), "L"),

@@ -52,7 +52,10 @@ ASKED_TO_UNLOAD: Told = lambda history: history.ask_unload("U", "L")  # noqa: E7
 
 def test_a_requested_load_is_a_pending_job_with_the_id_of_its_event() -> None:
     history = History()
-    data = LoadRequested("high", 60, 5, 6, "auto", pinned=True, instances=3, cause=Cause.DEMAND)
+    data = LoadRequested(
+        "high", 60, 5, 6, "auto", pinned=True, instances=3, cause=Cause.DEMAND, max_batch_size=8,
+        max_queue_delay_us=90,
+    )  # fmt: skip
     history.add(data, "L", version=4, by="alice")
     assert history.job("L") == Job(
         id="L",
@@ -65,7 +68,7 @@ def test_a_requested_load_is_a_pending_job_with_the_id_of_its_event() -> None:
         position=1,
         requested_by="alice",
         cause=Cause.DEMAND,
-        load=LoadParameters("high", 60, 5, 6, "auto", pinned=True, instances=3),
+        load=LoadParameters("high", 60, 5, 6, "auto", True, 3, 8, 90),
         deadline_at=at(61),
     )
 

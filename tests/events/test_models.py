@@ -79,9 +79,18 @@ STEPS: dict[str, Told] = {
     "end_unload": lambda h: h.end_unload("U"),
     "force": lambda h: h.ask_unload("F", "L", force=True),
     "end_force": lambda h: h.end_unload("F"),
+    "ask_unload_of_pair": lambda h: h.ask_unload("U", "P"),
     "ask_unload_of_swap": lambda h: h.ask_unload("U", "L2"),
     "restart": lambda h: h.restart(),
     "die": lambda h: h.kill_worker("w-L"),
+    "load_pair": lambda h: h.load_pair("P"),
+    "die_1": lambda h: h.kill_worker("P1"),
+    "die_2": lambda h: h.kill_worker("P2"),
+    "die_2_later": lambda h: h.kill_worker("P2", after_s=INCIDENT_WINDOW_S + 1),
+    "forkserver_ends_1": lambda h: h.kill_worker("P1", signal=None),
+    "forkserver_ends_2": lambda h: h.kill_worker("P2", signal=None),
+    "pair_is_back": lambda h: h.load_pair("R", cause=Cause.RECOVERY),
+    "die_1_again": lambda h: h.kill_worker("R1"),
     "forkserver_dies": lambda h: h.kill_worker("w-L", signal=None),
     "ask_back": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
     "start_back": lambda h: h.start_load("R"),
@@ -393,6 +402,20 @@ def test_the_end_of_an_old_worker_does_not_touch_the_new_one(end: str) -> None:
         ("load ask_unload start_unload die", 0),
         ("load restart restore", 0),
         ("load restart ask_restore fail_back", 1),
+        ("load_pair die_1", 1),
+        ("load_pair die_1 die_2", 1),
+        ("load_pair die_1 die_2_later", 1),  # the first is forgotten, and this one is an incident of its own
+        ("load_pair forkserver_ends_1 forkserver_ends_2", 0),
+        ("load_pair die_1 forkserver_ends_2", 1),
+        ("load_pair forkserver_ends_1 die_2", 0),
+        ("load_pair die_1 ask_back start_back fail_back", 2),
+        ("load_pair die_1 ask_back start_back forkserver_fails_back", 1),
+        ("load_pair die_1 ask_back start_back fail_back die_2", 2),
+        ("load_pair die_1 ask_swap start_swap fail_swap", 1),
+        ("load_pair die_1 pair_is_back", 1),
+        ("load_pair die_1 pair_is_back die_1_again", 2),
+        ("load_pair die_1 again", 0),
+        ("load_pair ask_unload_of_pair start_unload die_1", 0),
     ],
 )
 def test_incidents_charged_to_a_model(facts: str, incidents: int) -> None:
@@ -406,13 +429,36 @@ def test_incidents_are_forgotten_after_ten_minutes(pause_s: int, incidents: int)
     assert len(history.model().incidents) == incidents
 
 
-def test_a_model_with_an_instance_left_stays_loaded() -> None:
-    history = told("ask start")
-    history.add(model_loaded("w1", "w2"), "L")
-    history.kill_worker("w1")
-    assert (history.model().state, history.model().incidents) == (LOADED, ())
-    history.kill_worker("w2")
-    assert history.model().state is LOST
+def test_a_model_with_an_instance_left_stays_loaded_and_says_what_it_lost() -> None:
+    history = told("load_pair")
+    assert not history.model().degraded
+    history.kill_worker("P1")
+    model = history.model()
+    assert (model.state, model.degraded, model.lost_at) == (LOADED, True, None)
+    assert model.error == Failure("worker_died", "its worker was killed by signal 9; 1 of 2 are left")
+    assert model.serving is not None
+    assert (model.serving.worker_ids, model.serving.degraded_at) == (("P2",), at(4))
+    assert (model.serving.memory_bytes, model.incidents) == (1_000, (at(4),))
+    history.kill_worker("P1")
+    assert history.model() == model
+    history.kill_worker("P2")
+    model = history.model()
+    assert (model.state, model.degraded, model.lost_at) == (LOST, False, at(6))
+    assert model.error == Failure("worker_died", "its worker was killed by signal 9")
+
+
+def test_a_model_is_whole_again_when_its_recovery_is_loaded() -> None:
+    model = told("load_pair die_1 pair_is_back").model()
+    assert (model.state, model.degraded, model.error) == (LOADED, False, None)
+    assert model.serving is not None
+    assert model.serving.worker_ids == ("R1", "R2")
+
+
+@pytest.mark.parametrize(
+    "facts", ["load_pair die_1 restart", "load_pair die_1 ask_unload_of_pair end_unload"]
+)
+def test_a_model_that_does_not_serve_is_not_degraded(facts: str) -> None:
+    assert not told(facts).model().degraded
 
 
 @pytest.mark.parametrize(

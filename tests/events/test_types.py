@@ -111,8 +111,8 @@ def test_a_committed_body_is_canonical(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_no_field_of_a_committed_body_is_written_differently_today(name: str) -> None:
     written, committed = json.loads(to_body(event(DECODED[name]))), json.loads(BODIES[name])
-    assert written | committed == written
-    assert written["data"] | committed["data"] == written["data"]
+    assert written.pop("data").items() >= committed.pop("data").items()
+    assert written == committed
 
 
 def test_types_are_named_once_and_as_the_design_has_them() -> None:
@@ -181,10 +181,17 @@ def test_a_field_that_a_later_release_added_is_skipped(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_optional_fields_that_an_earlier_release_did_not_have_take_their_default(name: str) -> None:
     kind = TYPES[name]
-    optional = {"cause_event_id", "idempotency", "down_since"} & get_type_hints(kind).keys()
+    later = {
+        "cause_event_id": None,
+        "idempotency": None,
+        "down_since": None,
+        "max_batch_size": 0,
+        "max_queue_delay_us": 0,
+    }
+    optional = {key: value for key, value in later.items() if key in get_type_hints(kind)}
     data = {key: value for key, value in json.loads(BODIES[name])["data"].items() if key not in optional}
     whole: Any = DECODED[name]
-    expected = replace(whole, **dict.fromkeys(optional))
+    expected = replace(whole, **optional)
     assert from_body(change(BODIES[name], data=data)) == event(expected)
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 from support import models
 from support.running import Clock, Engine, job_of, running
-from support.workers import LIMIT_S, trips, until
+from support.workers import trips, until
 
 from events.jobs import Failure, JobStatus, LoadParameters
 from events.models import ModelState
@@ -28,7 +28,6 @@ from events.types import (
     WorkerExited,
 )
 from runtime.errors import WorkerDied
-from runtime.router import infer
 from runtime.scheduler import MAX_INCIDENTS, MAX_SERVER_DEATHS
 
 SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
@@ -71,8 +70,7 @@ def stopped(pid: int) -> bool:
 async def endless(engine: Engine) -> asyncio.Task[object]:
     """Load `loop` and begin an inference that does not end by itself."""
     await engine.load("loop")
-    asked = infer(engine.router.route("loop"), [trips(models.ENDLESS)], (), LIMIT_S)
-    task: asyncio.Task[object] = asyncio.create_task(asked)
+    task: asyncio.Task[object] = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
     await until(lambda: engine.worker("loop").in_flight == 1)
     return task
 

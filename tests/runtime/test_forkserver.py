@@ -17,6 +17,7 @@ import uvloop
 from support import models
 from support.workers import (
     LIMIT_S,
+    ask,
     computing,
     descriptors,
     descriptors_left,
@@ -42,12 +43,12 @@ PARENT = """
 import asyncio, sqlite3, sys
 import aiohttp.web
 from pathlib import Path
-from support.workers import loaded, running_pool, trips
+from support.workers import ask, loaded, running_pool, trips
 
 async def main(root):
     async with running_pool() as pool:
         worker = await loaded(pool, root, "loop")
-        running = asyncio.ensure_future(worker.infer([trips(2**62)]))
+        running = asyncio.ensure_future(ask(worker, [trips(2**62)]))
         await asyncio.sleep(0)
         print(pool._fork_server.pid, worker.pid, flush=True)
         await running
@@ -225,7 +226,7 @@ def test_pool_works_on_either_loop(
     async def main() -> Exit:
         async with running_pool() as pool:
             worker = await loaded(pool, tmp_path, "add")
-            (result,) = await worker.infer([floats("x", 1, 2)])
+            (result,) = await ask(worker, [floats("x", 1, 2)])
             assert bytes(result.data) == bytes(floats("y", 2, 3).data)
             return await worker.stop()
 
@@ -256,7 +257,7 @@ async def test_folder_with_a_long_name_is_no_obstacle(
     models.save(models.add(), deep, "add")
     async with running_pool() as pool:
         worker = await loaded(pool, deep, "add")
-        assert len(await worker.infer([floats("x", 1)])) == 1
+        assert len(await ask(worker, [floats("x", 1)])) == 1
     assert [entry.name for entry in deep.iterdir()] == ["add"]
 
 
@@ -431,7 +432,7 @@ async def test_signals_to_all_processes_during_an_inference_do_nothing(tmp_path:
     models.save(models.counting_loop(), tmp_path, "loop")
     async with running_pool() as pool:
         worker = await loaded(pool, tmp_path, "loop")
-        running = asyncio.ensure_future(worker.infer([trips(300_000)]))
+        running = asyncio.ensure_future(ask(worker, [trips(300_000)]))
         await until(computing(worker.pid))
         for pid in (worker.pid, fork_server_of(pool).pid):
             assert os.getsid(pid) == pid  # a signal to the server's process group does not come here at all

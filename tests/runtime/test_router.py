@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 from support import models
 from support.running import Engine, running
-from support.workers import LIMIT_S, array, floats, tensor, trips, until
+from support.workers import array, floats, tensor, trips, until
 
 from events.models import ModelState
-from runtime.errors import InvalidInput, InvalidModelId, RuntimeProblem, UnknownModel, WorkerDied
-from runtime.router import InferenceTimeout, ModelNotLoaded, ModelUnloading, infer
+from events.types import WorkerExited
+from runtime.errors import (
+    InferenceTimeout,
+    InvalidInput,
+    InvalidModelId,
+    RuntimeProblem,
+    UnknownModel,
+    WorkerDied,
+)
+from runtime.router import ModelNotLoaded, ModelUnloading, QueueFull
 
 SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
 """Loads for half a minute, if it is let."""
@@ -48,7 +56,7 @@ async def test_a_loaded_model_is_answered_by_its_worker(folder: Path) -> None:
         assert engine.router.is_ready("adder")
         assert engine.router.is_ready("adder", 2)
         assert (route.model_id, route.version) == ("adder", 2)
-        assert route.worker is engine.worker("adder")
+        assert route.load.serving == (engine.worker("adder"),)
         events = await engine.events()
         assert events[route.position - 1].type == "ModelLoaded"
         assert [(spec.name, spec.datatype, spec.shape) for spec in route.inputs] == [("x", "FP32", (-1,))]
@@ -130,9 +138,9 @@ async def test_the_old_version_answers_until_the_new_one_is_loaded(folder: Path)
 async def test_a_model_that_is_being_unloaded_takes_no_more_requests(folder: Path) -> None:
     async with running(folder) as engine:
         await engine.load("loop")
-        route = engine.router.route("loop")
-        asked = asyncio.create_task(infer(route, [trips(models.ENDLESS)], (), LIMIT_S))
-        await until(lambda: route.worker.in_flight == 1)
+        worker = engine.worker("loop")
+        asked = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
+        await until(lambda: worker.in_flight == 1)
         await engine.ask_unload("loop")
         await engine.becomes("loop", ModelState.UNLOADING)
         problem = await refusal(engine, "loop")
@@ -173,34 +181,128 @@ async def test_a_worker_whose_death_is_not_recorded_yet_does_not_answer(folder: 
 async def test_an_inference_that_takes_too_long_is_stopped_and_the_worker_goes_on(folder: Path) -> None:
     async with running(folder) as engine:
         await engine.load("loop")
-        route = engine.router.route("loop")
         with pytest.raises(InferenceTimeout) as caught:
-            await infer(route, [trips(models.ENDLESS)], (), 0.05)
+            await engine.infer("loop", trips(models.ENDLESS), timeout_s=0.05)
         assert caught.value.code == "inference_timeout"
         assert "0.05 s" in str(caught.value)
-        (answer,) = await infer(route, [trips(7)], (), LIMIT_S)
+        (answer,) = await engine.infer("loop", trips(7))
         assert array(answer) == 7
 
 
 async def test_a_caller_that_gives_up_stops_the_inference(folder: Path) -> None:
     async with running(folder) as engine:
         await engine.load("loop")
-        route = engine.router.route("loop")
-        asked = asyncio.create_task(infer(route, [trips(models.ENDLESS)], (), LIMIT_S))
-        await until(lambda: route.worker.in_flight == 1)
+        worker = engine.worker("loop")
+        asked = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
+        await until(lambda: worker.in_flight == 1)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked
-        await until(lambda: route.worker.in_flight == 0)
+        await until(lambda: worker.in_flight == 0)
 
 
 async def test_what_the_model_does_not_take_is_the_callers_mistake(folder: Path) -> None:
     async with running(folder) as engine:
         await engine.load("adder")
-        route = engine.router.route("adder")
         for inputs in ([], [floats("z", 1)], [tensor("x", "INT64", np.array([1], np.int64))]):
             with pytest.raises(InvalidInput):
-                await infer(route, inputs, (), LIMIT_S)
+                await engine.infer("adder", *inputs)
         with pytest.raises(InvalidInput):
-            await infer(route, [floats("x", 1)], ("nothing",), LIMIT_S)
+            await engine.infer("adder", floats("x", 1), outputs=["nothing"])
         assert await engine.ask("adder", 1) == 3
+
+
+# Queues, and workers that do not stop
+
+
+async def test_as_many_as_may_be_are_in_flight_and_the_next_is_refused_at_once(folder: Path) -> None:
+    async with running(folder, max_queue=2) as engine:
+        await engine.load("loop")
+        worker = engine.worker("loop")
+        asked = [asyncio.create_task(engine.infer("loop", trips(models.ENDLESS))) for _ in range(2)]
+        await until(lambda: worker.in_flight == 2)
+        with pytest.raises(QueueFull) as caught:
+            await engine.infer("loop", trips(1))
+        assert caught.value.code == "inference_queue_full"
+        for task in asked:
+            task.cancel()
+        await until(lambda: worker.in_flight == 0)
+        (answer,) = await engine.infer("loop", trips(7))
+        assert array(answer) == 7
+
+
+async def test_what_waited_behind_the_inference_that_killed_the_worker_is_answered_after_its_return(
+    folder: Path,
+) -> None:
+    async with running(folder) as engine:
+        await engine.load("loop")
+        worker = engine.worker("loop")
+        first = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
+        await until(lambda: worker.in_flight == 1)
+        behind = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
+        await until(lambda: worker.in_flight == 4)
+        await engine.die("loop")
+        with pytest.raises(WorkerDied):
+            await first
+        assert not any(task.done() for task in behind)
+        engine.pass_time(0.5)
+        assert [int(array((await task)[0])) for task in behind] == [0, 1, 2]
+        assert engine.model("loop").state is ModelState.LOADED
+
+
+async def test_what_waits_for_a_model_that_is_unloaded_instead_is_told_so(folder: Path) -> None:
+    async with running(folder) as engine:
+        await engine.load("loop")
+        worker = engine.worker("loop")
+        tasks = [asyncio.create_task(engine.infer("loop", trips(models.ENDLESS))) for _ in range(2)]
+        await until(lambda: worker.in_flight == 2)
+        await engine.die("loop")
+        await engine.unload("loop")
+        with pytest.raises(ModelNotLoaded):
+            await tasks[1]
+        with pytest.raises(WorkerDied):
+            await tasks[0]
+
+
+async def test_a_worker_that_does_not_stop_is_killed_and_the_model_comes_back(folder: Path) -> None:
+    async with running(folder, patience_s=0.05) as engine:
+        await engine.load("loop")
+        worker = engine.worker("loop")
+        os.kill(worker.pid, signal.SIGSTOP)
+        with pytest.raises(InferenceTimeout):
+            await engine.infer("loop", trips(1), timeout_s=0.05)
+        await engine.becomes("loop", ModelState.LOST)
+        [exited] = [e.data for e in await engine.events() if isinstance(e.data, WorkerExited)]
+        assert exited.signal == signal.SIGKILL
+        assert "did not stop within 0.05 s" in exited.stderr[-1]
+        engine.pass_time(0.5)
+        await engine.becomes("loop", ModelState.LOADED)
+        (answer,) = await engine.infer("loop", trips(7))
+        assert array(answer) == 7
+
+
+async def test_a_cancelled_inference_that_only_waits_is_no_reason_to_kill_the_worker(folder: Path) -> None:
+    async with running(folder, patience_s=0.01) as engine:
+        await engine.load("loop")
+        worker = engine.worker("loop")
+        first = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
+        await until(lambda: worker.in_flight == 1)
+        for _ in range(3):
+            with pytest.raises(InferenceTimeout):
+                await engine.infer("loop", trips(1), timeout_s=0.02)
+        assert not first.done()
+        first.cancel()
+        await until(lambda: worker.in_flight == 0)
+        assert engine.worker("loop") is worker
+
+
+async def test_answers_and_refusals_are_counted(folder: Path) -> None:
+    async with running(folder) as engine:
+        await engine.load("adder")
+        for _ in range(3):
+            await engine.ask("adder", 1)
+        with pytest.raises(InvalidInput):
+            await engine.infer("adder")
+        counted = engine.live("adder").statistics
+        assert (counted.requests, counted.failures, counted.executions) == (3, 1, 3)
+        assert counted.total_ns >= counted.infer_ns > 0

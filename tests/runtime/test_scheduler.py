@@ -1,12 +1,13 @@
 """What the scheduler decides, as tables of recorded facts and running processes, and in simulated worlds.
 
 Facts are told in the words of STEPS: `L…`, `R…` are loads and `U…`, `F…` (forced), `S` (a swap's) unloads of
-the model `digits`; `O…` are loads of the model `other`. Processes are told as `<load>:<phase>`, with `!` when
-they were killed. An action is named as `said` does.
+the model `digits`; `O…` are loads of the model `other`; `P` is one of two instances, `P1` and `P2`. Processes
+are told as `<load>:<phase>`, with `!` when they were killed, and then `/<worker>` for each that died. An
+action is named as `said` does.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import assert_never
 
@@ -18,7 +19,7 @@ from support.events import MODEL, PLAIN, History, at, load_requested, model_load
 
 from events.accept import Accepted, Command, FileStat, Record, RequestLoad, RequestUnload, accept
 from events.clock import later
-from events.jobs import Job, JobKind, JobStatus, LoadParameters
+from events.jobs import Failure, Job, JobKind, JobStatus, LoadParameters
 from events.models import CRASH_LOOP, FORK_SERVER_DIED, ModelState
 from events.state import State
 from events.types import (
@@ -38,6 +39,7 @@ from events.types import (
 )
 from runtime.scheduler import (
     FORK_SERVER_LOOK_S,
+    MAX_INCIDENTS,
     Action,
     CancelLoad,
     CompleteLoad,
@@ -85,6 +87,10 @@ STEPS: dict[str, Callable[[History], object]] = {
     "cancel": lambda h: h.add(JobCancelled(), "L"),
     "die": lambda h: h.kill_worker("w-L"),
     "fork_server_dies": lambda h: h.kill_worker("w-L", signal=None),
+    "load_pair": lambda h: h.load_pair("P"),
+    "die_1": lambda h: h.kill_worker("P1"),
+    "die_2": lambda h: h.kill_worker("P2"),
+    "unload_P": lambda h: h.ask_unload("U", "P"),
     "recover": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
     "start_R": lambda h: h.start_load("R"),
     "fail_R": lambda h: h.fail_load("R"),
@@ -110,7 +116,9 @@ def processes(words: str) -> dict[str, Running]:
     for word in words.split():
         load, _, phase = word.partition(":")
         model = OTHER if load.startswith("O") else MODEL
-        found[load] = Running(load, model, Phase(phase.rstrip("!")), killed=phase.endswith("!"))
+        phase, *dead = phase.split("/")
+        killed = phase.endswith("!")
+        found[load] = Running(load, model, Phase(phase.rstrip("!")), killed=killed, dead=tuple(dead))
     return found
 
 
@@ -137,8 +145,8 @@ def said(action: Action | None) -> str:
             return f"kill {load}"
         case FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
-        case RecordDeath(load):
-            return f"record death of {load}"
+        case RecordDeath(load, workers):
+            return " ".join(["record death of", *([load] if workers == (f"w-{load}",) else workers)])
         case RequestReload(model, cause):
             return f"reload {model.id}, {cause}"
         case GiveUp(model):
@@ -318,6 +326,34 @@ ACTIONS: list[tuple[str, str, str, str]] = [
         "cancel R",
     ),
     ("a lost model's swap is under way", "load ask_2 start_2 die", "L2:loading", "nothing"),
+    # Deaths of some instances.
+    ("an instance died", "load_pair", "P:serving/P1", "record death of P1"),
+    ("both instances died", "load_pair", "P:gone/P1/P2", "record death of P1 P2"),
+    ("an instance's death is recorded", "load_pair die_1", "P:serving/P1", "nothing"),
+    ("the other instance died too", "load_pair die_1", "P:gone/P1/P2", "record death of P2"),
+    ("an instance died while it was loading", "ask start", "L:failed/w-L", "fail L"),
+    ("an instance died while it drained", "load_pair unload_P start_unload", "P:draining/P1", "nothing"),
+    ("an instance died with its unload pending", "load_pair unload_P", "P:serving/P1", "record death of P1"),
+    (
+        "a degraded model is whole again",
+        "load_pair die_1 recover start_R",
+        "P:serving/P1 R:loaded",
+        "complete R, replacing P",
+    ),
+    (
+        "a degraded model that is coming back is to be unloaded",
+        "load_pair die_1 recover start_R unload_R",
+        "P:serving/P1 R:loading",
+        "cancel R",
+    ),
+    ("a degraded model is to be unloaded", "load_pair die_1 unload_P", "P:serving/P1", "begin U of P"),
+    (
+        "a degraded model is lost while it comes back",
+        "load_pair die_1 recover start_R die_2",
+        "R:loading",
+        "nothing",
+    ),
+    ("a degraded model's server dies", "load_pair die_1 restart", "", "reload digits, restart"),
     # The server starts again.
     ("a load was in progress", "ask start restart", "", "start L"),
     ("a load was in progress, and nobody knew that", "ask start", "", "start L"),
@@ -541,6 +577,59 @@ def test_a_load_that_people_asked_for_leaves_a_lost_model_wanted_when_the_fork_s
     )
 
 
+def degraded(failures: int) -> History:
+    """A model that lost an instance, and its recovery failed so many times."""
+    history = told("load_pair die_1")
+    for number in range(failures):
+        history.ask_load(f"R{number}", cause=Cause.RECOVERY)
+        history.fail_load(f"R{number}")
+    return history
+
+
+@pytest.mark.parametrize(("failures", "pause_s"), [(0, 0.5), (1, 1), (2, 2), (3, 4)])
+def test_a_degraded_model_is_requested_again_as_a_lost_one_is(failures: int, pause_s: float) -> None:
+    history, running = degraded(failures), processes("P:serving/P1")
+    due = at(history.seconds + pause_s)
+    early = decide(history.state, running, PAIR, at(history.seconds + pause_s - 0.001))
+    assert (early.action, early.wake_at) == (None, due)
+    assert said(decide(history.state, running, PAIR, due).action) == "reload digits, recovery"
+
+
+@pytest.mark.parametrize("after_s", [0, 1_000, 1_000_000])
+def test_a_degraded_model_that_keeps_failing_goes_on_with_what_is_left(after_s: float) -> None:
+    history = degraded(4)
+    decision = decide(history.state, processes("P:serving/P1"), PAIR, at(history.seconds + after_s))
+    assert decision == Decision()
+    assert history.model().error == Failure("broken", "because")
+
+
+def test_a_degraded_model_that_kept_failing_is_tried_again_when_somebody_asks() -> None:
+    history = degraded(4)
+    history.load_pair("Q")
+    assert (history.model().degraded, history.model().incidents, history.model().error) == (False, (), None)
+    history.kill_worker("Q1")
+    decision = decide(history.state, processes("Q:serving/Q1"), PAIR, at(history.seconds + 0.5))
+    assert said(decision.action) == "reload digits, recovery"
+
+
+def test_the_death_of_the_last_instance_of_a_model_that_kept_failing_is_the_end() -> None:
+    history = degraded(4)
+    history.kill_worker("P2")
+    assert said(decide(history.state, {}, PAIR, at(history.seconds)).action) == "give up digits"
+
+
+def test_the_death_of_the_last_instance_long_after_is_an_incident_of_its_own() -> None:
+    history = degraded(4)
+    history.kill_worker("P2", after_s=10_000)
+    assert decide(history.state, {}, PAIR, at(history.seconds)).wake_at == at(history.seconds + 0.5)
+
+
+def test_a_degraded_model_that_kept_failing_comes_back_whole_with_the_server() -> None:
+    history = degraded(4)
+    history.restart()
+    assert said(decide(history.state, {}, PAIR, at(history.seconds)).action) == "reload digits, restart"
+
+
 @pytest.mark.parametrize("facts", ["load die ask_2", "load die recover", "load die unload start_unload"])
 def test_a_lost_model_that_has_a_job_is_not_requested_again(facts: str) -> None:
     history = told(facts)
@@ -616,37 +705,51 @@ UNFORCED = (StartLoad, CompleteLoad, FailLoad, RequestReload, GiveUp, RecordDeat
 
 @dataclass
 class Process:
-    """What runs for one load, as the consumer knows it; `worker` is whether there is a process yet."""
+    """What runs for one load, as the consumer knows it; `started` is whether there are processes yet.
+
+    `dead` are the workers that ended and nobody had asked; `ended`, that all others did.
+    """
 
     model_id: str
     version: int
-    worker: bool = False
+    workers: tuple[str, ...]
+    started: bool = False
     loaded: bool = False
     failure: str | None = None
-    end: WorkerExited | None = None
+    dead: dict[str, WorkerExited] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
+    ended: bool = False
     unloading: bool = False
     killed: bool = False
 
     def view(self, job: Job | None, load: str) -> Running:
-        return Running(load, self.model_id, self._phase(job), self.killed)
+        return Running(load, self.model_id, self._phase(job), self.killed, tuple(self.dead))
 
     def _phase(self, job: Job | None) -> Phase:
         if job is not None:
-            if self.failure is not None or self.end is not None:
+            if self.failure is not None or self.dead or self.ended:
                 return Phase.FAILED
             return Phase.LOADED if self.loaded else Phase.LOADING
-        if self.end is not None:
+        if self.gone:
             return Phase.GONE
         return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
 
     @property
-    def over(self) -> bool:
-        stillborn = not self.worker and (self.killed or self.failure is not None)
-        return self.end is not None or stillborn
+    def left(self) -> list[str]:
+        there_are = self.started and not self.ended
+        return [worker for worker in self.workers if worker not in self.dead] if there_are else []
 
     @property
-    def died(self) -> bool:
-        return self.end is not None and not self.killed
+    def gone(self) -> bool:
+        return self.started and not self.left
+
+    @property
+    def over(self) -> bool:
+        stillborn = not self.started and (self.killed or self.failure is not None)
+        return self.gone or stillborn
+
+    def die(self, end: WorkerExited, *workers: str) -> None:
+        self.dead.update({worker: end for worker in workers if worker in self.left})
 
 
 class World:
@@ -719,14 +822,28 @@ class World:
         for _ in range({None: 1, "lost": 0, "unsure": 1, "twice": 2}[fault]):
             self.submit(self._command(action))
         if fault in {None, "twice"}:
+            self._note_deaths(action)
             self._begin(action)
+
+    def _note_deaths(self, action: Action) -> None:
+        match action:
+            case FailLoad(job):
+                load = job.id
+            case FinishUnload(_, load) | RecordDeath(load):
+                pass
+            case _:
+                return
+        if load in self.live:
+            self.live[load].recorded.update(self.live[load].dead)
 
     def _begin(self, action: Action) -> None:
         """Begin the effect of what is recorded."""
         match action:
             case StartLoad(job):
                 assert job.version is not None
-                self.live[job.id] = Process(job.model_id, job.version)
+                assert job.load is not None
+                workers = tuple(f"w{number}-{job.id}" for number in range(job.load.instances))
+                self.live[job.id] = Process(job.model_id, job.version, workers)
             case StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
             case _:
@@ -737,7 +854,7 @@ class World:
             case StartLoad(job):
                 return self._record(job, LoadStarted(job.attempt + 1))
             case CompleteLoad(job, replaces):
-                drafts = [self._draft(job, model_loaded(f"w-{job.id}"))]
+                drafts = [self._draft(job, model_loaded(*self.live[job.id].workers))]
                 if replaces in self.live:
                     swap, old = self.new_id(), self.live[replaces]
                     data = UnloadRequested(force=False, load_job_id=replaces, cause=Cause.SWAP)
@@ -754,8 +871,9 @@ class World:
             case FinishUnload(jobs, load):
                 ends = (self._draft(job, ModelUnloaded(0, 0, 0)) for job in jobs)
                 return Record((*self._deaths(load), *ends))
-            case RecordDeath(load):
-                return Record(self._deaths(load))
+            case RecordDeath(load, workers):
+                assert set(workers) <= self.live[load].dead.keys()
+                return Record(self._deaths(load, workers))
             case RequestReload(model, cause):
                 assert model.serving is not None
                 serving = model.serving
@@ -776,19 +894,18 @@ class World:
     def _draft(self, job: Job, data: Data) -> Draft:
         return Draft(self.new_id(), data, SYSTEM, job.id, job.model_id, job.version)
 
-    def _deaths(self, load: str) -> tuple[Draft, ...]:
+    def _deaths(self, load: str, workers: tuple[str, ...] | None = None) -> tuple[Draft, ...]:
         process = self.live.get(load)
-        if process is None or not process.died:
+        if process is None:
             return ()
-        assert process.end is not None
-        return (
-            Draft(self.new_id(), process.end, SYSTEM, load, process.model_id, process.version, f"w-{load}"),
-        )
+        new = [worker for worker in workers or process.dead if worker not in process.recorded]
+        about = (SYSTEM, load, process.model_id, process.version)
+        return tuple(Draft(self.new_id(), process.dead[worker], *about, worker) for worker in new)
 
     def _check(self, action: Action) -> None:
         """An unload ends after its process, and nothing else is done to a model before a forced one has."""
         if isinstance(action, FinishUnload) and action.load_job_id in self.live:
-            assert self.live[action.load_job_id].end is not None
+            assert self.live[action.load_job_id].gone
         model, position = self._about(action)
         forced = [job.created_position for job in self.state.queue(model) if job.forced]
         if forced and isinstance(action, UNFORCED):
@@ -814,19 +931,18 @@ class World:
         ]
 
     def alive(self) -> list[Process]:
-        return [process for process in self.live.values() if process.worker and process.end is None]
+        return [process for process in self.live.values() if process.left]
 
     def end_all(self) -> None:
         """What was killed, or has drained, is gone."""
         for process in self.alive():
             if process.killed or process.unloading:
-                process.killed = True
-                process.end = WorkerExited(0, None, ())
+                process.ended = True
 
     def lose_fork_server(self) -> None:
         self.fork_server_up = False
         for process in self.alive():
-            process.end = WorkerExited(None, None, ())
+            process.die(WorkerExited(None, None, ()), *process.left)
             process.failure = process.failure or FORK_SERVER_DIED
 
     def progress(self, outcome: str) -> None:
@@ -856,15 +972,16 @@ class World:
 
 
 def finish(process: Process, outcome: str) -> None:
-    """End a load: it is loaded, refused, or its worker dies, by itself or with the fork server."""
-    process.worker = True
+    """End a load: it is loaded, refused, or a worker of it dies."""
+    process.started = True
     match outcome:
         case "loaded":
             process.loaded = True
         case "refused":
             process.failure, process.killed = "invalid_model", True
         case "dies":
-            process.failure, process.end = "worker_died", WorkerExited(None, 9, ())
+            process.failure = "worker_died"
+            process.die(WorkerExited(None, 9, ()), process.workers[-1])
         case _:
             pytest.fail(outcome)
 
@@ -895,10 +1012,17 @@ class Simulation(RuleBasedStateMachine):
     def begin(self, loads_at_once: int) -> None:
         self.world = World(loads_at_once)
 
-    @rule(name=NAMES, version=st.integers(1, 2), timeout_s=st.sampled_from([5, 300, 300]), turns=TURNS)
-    def somebody_loads(self, name: str, version: int, timeout_s: int, turns: int) -> None:
-        parameters = LoadParameters(timeout_s=timeout_s)
-        self.world.submit(RequestLoad(name, version, (AS_LOADED,), "alice", parameters))
+    @rule(
+        name=NAMES,
+        version=st.integers(1, 2),
+        timeout_s=st.sampled_from([5, 300, 300]),
+        instances=st.sampled_from([1, 1, 2, 3]),
+        turns=TURNS,
+    )
+    def somebody_loads(self, name: str, version: int, timeout_s: int, instances: int, turns: int) -> None:
+        parameters = LoadParameters(timeout_s=timeout_s, instances=instances)
+        asked = frozenset({"instances"} if instances > 1 else ())
+        self.world.submit(RequestLoad(name, version, (AS_LOADED,), "alice", parameters, asked=asked))
         self.world.work(turns)
 
     @rule(name=NAMES, turns=TURNS)
@@ -919,11 +1043,12 @@ class Simulation(RuleBasedStateMachine):
             finish(loading[which % len(loading)], outcome)
         self.world.work(turns)
 
-    @rule(which=st.integers(0, 3), turns=TURNS)
-    def a_worker_dies(self, which: int, turns: int) -> None:
+    @rule(which=st.integers(0, 3), count=st.sampled_from([1, 1, 2, 3]), turns=TURNS)
+    def workers_of_a_model_die(self, which: int, count: int, turns: int) -> None:
         alive = self.world.alive()
         if alive:
-            alive[which % len(alive)].end = WorkerExited(None, 9, ())
+            process = alive[which % len(alive)]
+            process.die(WorkerExited(None, 9, ()), *process.left[:count])
         self.world.work(turns)
 
     @rule(turns=TURNS)
@@ -984,7 +1109,12 @@ class Simulation(RuleBasedStateMachine):
         loaded = [model for model in state.models.values() if model.phase is ModelState.LOADED]
         serving = {model.serving.load_job_id for model in loaded if model.serving}
         assert serving == self.world.live.keys()
-        assert len(self.world.alive()) == len(serving)
+        for model in loaded:
+            assert model.serving is not None
+            assert model.serving.worker_ids == tuple(self.world.live[model.serving.load_job_id].left)
+            whole = len(model.serving.worker_ids) == model.serving.parameters.instances
+            assert whole != model.degraded
+            assert whole or len(model.incidents) >= MAX_INCIDENTS
         wanted_back = [model for model in state.models.values() if model.phase is ModelState.LOST]
         assert wanted_back == []
 

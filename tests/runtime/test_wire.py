@@ -55,8 +55,10 @@ def tensors(draw: st.DrawFn) -> Tensor:
     datatype = draw(st.sampled_from(sorted(DATATYPES)))
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
     size = math.prod(shape) * DATATYPES[datatype].size
-    data = draw(st.binary(max_size=100) if datatype == "BYTES" else st.binary(min_size=size, max_size=size))
-    return Tensor(draw(names), datatype, shape, data)
+    text = draw(st.booleans())
+    any_length = text or datatype == "BYTES"
+    data = draw(st.binary(max_size=100) if any_length else st.binary(min_size=size, max_size=size))
+    return Tensor(draw(names), datatype, shape, data, text)
 
 
 def files() -> st.SearchStrategy[LoadedFile]:
@@ -65,7 +67,9 @@ def files() -> st.SearchStrategy[LoadedFile]:
     return st.builds(LoadedFile, names, numbers_of_files, numbers_of_files, numbers, times, times, hashes)
 
 
-specs = st.builds(TensorSpec, names, names, st.lists(st.integers(-1, 9), max_size=4).map(tuple))
+specs = st.builds(
+    TensorSpec, names, names, st.lists(st.integers(-1, 9), max_size=4).map(tuple), st.booleans()
+)
 plain_messages: dict[Any, st.SearchStrategy[Message]] = {
     TO_WORKER: st.builds(
         Load,
@@ -75,6 +79,8 @@ plain_messages: dict[Any, st.SearchStrategy[Message]] = {
         numbers,
         st.none() | numbers,
         st.lists(files(), max_size=3).map(tuple),
+        numbers,
+        numbers,
     ),
     FROM_WORKER: st.one_of(
         st.builds(Stage, st.sampled_from(["loading", "measuring"])),
@@ -109,7 +115,7 @@ def read(decoder: Any, data: bytes, step: int = 2**30) -> list[Frame[Any]]:
 
 
 def comparable(frames: list[Frame[Any]]) -> list[Any]:
-    return [(m, [(t.name, t.datatype, t.shape, bytes(t.data)) for t in ts]) for m, ts in frames]
+    return [(m, [(t.name, t.datatype, t.shape, bytes(t.data), t.text) for t in ts]) for m, ts in frames]
 
 
 @PLAIN
@@ -120,7 +126,9 @@ def test_any_sequence_of_frames_round_trips_in_any_pieces(data: st.DataObject, s
     if decoder is not CONTROL:
         choices |= st.lists(tensors(), max_size=3).map(
             lambda ts: (
-                Infer(7, heads(ts), (WantedOutput("y"),)) if decoder is TO_WORKER else Outcome(7, heads(ts)),
+                Infer(7, heads(ts), (WantedOutput("y", text=True),), text=True, sent_ns=8)
+                if decoder is TO_WORKER
+                else Outcome(7, heads(ts), 1, 2, 3, 4, 5, 6),
                 tuple(ts),
             )
         )

@@ -2,15 +2,17 @@
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from aiohttp.test_utils import TestServer
 from pytest_aiohttp import AiohttpClient
-from support.http import LocalApi
+from support.http import Client, LocalApi
 
 from server.app import create_app
 from server.config import Config
 from server.keys import ensure_data_dir
+from server.shortcut import shorten
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -30,7 +32,12 @@ def start(aiohttp_client: AiohttpClient, repository: Path, tmp_path: Path) -> St
     async def started(**settings: Any) -> LocalApi:
         config = Config(repository=repository, data=tmp_path / "data", **settings)
         ensure_data_dir(config.data)
-        return LocalApi(await aiohttp_client(create_app(config)), config)
+        app = create_app(config)
+        server = TestServer(app)
+        await server.start_server(auto_decompress=False)  # as `serve` has it
+        assert server.runner is not None
+        shorten(server.runner, app)
+        return LocalApi(cast("Client", await aiohttp_client(server)), config)
 
     return started
 

@@ -201,7 +201,8 @@ def test_a_key_that_there_is_not_is_told(tmp_path: Path, kid: str) -> None:
 
 WRONG: dict[str, str] = {
     "repository": "/nope", "data": "/dev/null", "host": " ", "port": "65536", "loads_at_once": "-1",
-    "threads": "0", "drain_timeout_s": "nan", "inference_timeout_s": "0", "timeout_s": "3601",
+    "threads": "0", "drain_timeout_s": "nan", "inference_timeout_s": "0",
+    "inference_grace_s": "-1", "inference_queue": "0", "timeout_s": "3601",
     "jwt_audience": " ", "jwt_issuer": "", "jwt_keys": "/nope", "jwt_roles_claim": " ",
     "limit_management": "often", "limit_inference": "0/minute", "limit_reads": "",
     "limit_auth_failures": "1/eon",

@@ -27,6 +27,7 @@ def test_every_setting_can_come_from_its_variable() -> None:
     values = {
         "repository": "/models", "data": "/data", "host": "::1", "port": "0", "loads_at_once": "3",
         "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5", "timeout_s": "10",
+        "inference_grace_s": "0.5", "inference_queue": "7",
         "jwt_audience": "a", "jwt_issuer": "https://issuer", "jwt_keys": "/keys.json",
         "jwt_roles_claim": "groups",
         "limit_management": "1/second", "limit_inference": "off", "limit_reads": "7 per 2 minutes",

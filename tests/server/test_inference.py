@@ -228,11 +228,12 @@ BAD: tuple[tuple[str | bytes, str], ...] = (
     (f'{{"inputs": [{ONE}], "outputs": [{{"name": "z"}}]}}', "no output 'z'"),
     (f'{{"inputs": [{ONE}], "outputs": ["y"]}}', "outputs"),
     (f'{{"inputs": [{ONE}], "id": 1}}', "id"),
-    (f'{{"inputs": [{ONE}], "parameters": {{"a": [1]}}}}', "parameters"),
-    (f'{{"inputs": [{ONE}], "parameters": {{"binary_data_output": true}}}}', "not supported yet"),
+    (f'{{"inputs": [{ONE}], "parameters": {{"a": [1]}}}}', "parameter 'a'"),
+    (f'{{"inputs": [{ONE}], "parameters": {{"sequence_id": 7}}}}', "sequence_id"),
+    (f'{{"inputs": [{ONE}], "parameters": {{"timeout": -1}}}}', "timeout"),
     (
-        f'{{"inputs": [{ONE}], "outputs": [{{"name": "y", "parameters": {{"binary_data": true}}}}]}}',
-        "not supported yet",
+        f'{{"inputs": [{ONE}], "outputs": [{{"name": "y", "parameters": {{"binary_data": 1}}}}]}}',
+        "binary_data",
     ),
 )
 

@@ -26,7 +26,7 @@ JOB = {
 }  # fmt: skip
 MODEL = {
     "id", "versions", "state", "version", "next_version", "active", "loaded_at", "loaded_by", "job_id",
-    "position", "files", "memory_bytes", "error",
+    "position", "files", "memory_bytes", "error", "instances",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 MIB = 2**20
@@ -99,7 +99,7 @@ async def test_a_load_is_answered_at_once_with_a_job_that_can_be_followed_to_its
     assert all(TIME.fullmatch(job[name]) for name in ("created_at", "started_at", "finished_at"))
     assert job["parameters"] == {
         "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
-        "strategy": "beside", "pinned": False, "instances": 1,
+        "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0, "max_queue_delay_us": 0,
     }  # fmt: skip
     model = await api.model("m")
     assert model.keys() == MODEL
@@ -110,7 +110,7 @@ async def test_a_load_is_answered_at_once_with_a_job_that_can_be_followed_to_its
     assert model == {
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
-        "position": job["position"], "error": None,
+        "position": job["position"], "error": None, "instances": 1,
     }  # fmt: skip
     assert await api.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert {event.job_id for event in await api.events("m")} == {job["id"]}
@@ -146,7 +146,7 @@ async def test_a_model_that_was_never_loaded_is_shown_with_its_versions(
     assert await api.model("m") == {
         "id": "m", "versions": [1, 2, 10], "state": "unloaded", "version": None, "next_version": None,
         "active": False, "loaded_at": None, "loaded_by": None, "job_id": None, "position": None, "files": [],
-        "memory_bytes": None, "error": None,
+        "memory_bytes": None, "error": None, "instances": None,
     }  # fmt: skip
 
 
@@ -159,6 +159,46 @@ async def test_without_a_version_the_highest_is_loaded_and_with_one_that(
     assert (await api.load("m", version=2))["version"] == 2
     assert await value_of(api, "m") == 3
     assert (await api.model("m"))["version"] == 2
+
+
+# Instances
+
+
+async def test_a_model_that_lost_an_instance_says_so_and_answers_until_it_is_whole(
+    api: LocalApi, repository: Path
+) -> None:
+    path = save(models.add(1), repository, "m") / "model.onnx"
+    good = path.read_bytes()
+    job = await api.load("m", instances=2)
+    assert job["parameters"]["instances"] == 2
+    whole = await api.model("m")
+    assert (whole["instances"], whole["error"]) == (2, None)
+    path.write_bytes(TEXT)  # so that it stays as it is for a while
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    left = await api.model_when("m", instances=1)
+    assert (left["state"], left["job_id"], left["memory_bytes"]) == (
+        "loaded", job["id"], whole["memory_bytes"],
+    )  # fmt: skip
+    assert left["error"]["code"] in {"worker_died", "invalid_model"}
+    assert await value_of(api, "m") == 2
+    path.write_bytes(good)
+    again = await api.model_when("m", instances=2)
+    assert (again["state"], again["error"]) == ("loaded", None)
+    assert (await api.job(again["job_id"]))["cause"] == "recovery"
+    await api.unload("m")
+    assert (await api.model("m"))["instances"] is None
+
+
+async def test_a_load_that_asks_for_more_instances_gives_them_to_a_model_that_is_loaded(
+    api: LocalApi, repository: Path
+) -> None:
+    save(models.add(1), repository, "m")
+    first = await api.load("m")
+    second = await api.load("m", instances=2)
+    assert second["id"] != first["id"]
+    assert (await api.model("m"))["instances"] == 2
+    for body in ({}, {"instances": 2}, {"timeout_s": 50}):  # none asks for fewer
+        assert (await api.load("m", **body))["id"] == second["id"]
 
 
 # The preference to wait

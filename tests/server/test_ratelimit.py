@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import limits
 import pytest
 from aiohttp import web
 from aiohttp_apispec import json_schema
@@ -8,7 +9,7 @@ from pytest_aiohttp import AiohttpClient
 from support.smallapp import bearer, route, small_app, small_config
 
 from server.errors import QUOTA_EXCEEDED
-from server.ratelimit import CounterStorage, RateLimited, RateLimits, peer_of
+from server.ratelimit import RateLimited, RateLimits, Windows, peer_of
 from server.routes import Access, LimitClass
 
 
@@ -127,25 +128,25 @@ async def test_requests_without_credentials_lock_nobody_out(
     assert [(await client.get("/x")).status for _ in range(5)] == [401] * 5
 
 
-async def test_a_full_memory_forgets_the_least_recently_used_counter() -> None:
-    storage = CounterStorage(Clock(), capacity=2)
+def test_a_full_memory_forgets_the_least_recently_used_counter() -> None:
+    windows = Windows(limits.parse("9/minute"), Clock(), capacity=2)
     for key in ("a", "b", "a", "c", "a"):
-        await storage.incr(key, 60)
-    assert [await storage.get(key) for key in ("a", "b", "c")] == [3, 0, 1]
-    assert await storage.reset() == 2
+        windows.count(key)
+    assert [windows.counted(key)[0] for key in ("a", "b", "c")] == [3, 0, 1]
+    assert len(windows) == 2
 
 
-async def test_a_window_begins_with_its_first_request(tmp_path: Path) -> None:
+def test_a_window_begins_with_its_first_request(tmp_path: Path) -> None:
     clock = Clock()
-    limits = RateLimits(small_config(tmp_path / "data", limit_reads="2/minute"), clock)
-    first = await limits.count(LimitClass.READS, "alice")
+    rates = RateLimits(small_config(tmp_path / "data", limit_reads="2/minute"), clock)
+    first = rates.count(LimitClass.READS, "alice")
     clock.now += 59.5
-    second = await limits.count(LimitClass.READS, "alice")
+    second = rates.count(LimitClass.READS, "alice")
     assert first is not None
     assert second is not None
     assert [(quota.remaining, quota.reset_s) for quota in (first, second)] == [(1, 60), (0, 1)]
     with pytest.raises(RateLimited) as refused:
-        await limits.count(LimitClass.READS, "alice")
+        rates.count(LimitClass.READS, "alice")
     assert refused.value.retry_after_s == 1
 
 

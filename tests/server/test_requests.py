@@ -257,7 +257,6 @@ async def test_a_parameter_that_has_no_behaviour_yet_is_refused_and_not_recorded
     for name, value in (
         ("priority", "high"), ("priority", "low"), ("keep_alive_s", 60), ("keep_alive_s", 0),
         ("keep_alive_s", -1), ("strategy", "in_place"), ("strategy", "auto"), ("pinned", True),
-        ("instances", 2),
     ):  # fmt: skip
         answer = await api.post("/api/v1/models/m/load", json={name: value})
         assert answer.refusal == (400, "not_supported")

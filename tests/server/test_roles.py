@@ -32,6 +32,16 @@ TABLE: dict[str, set[Roles]] = {
     "GET /v2/models/{id}/versions/{version}": ANY_ROLE,
     "GET /v2/models/{id}/ready": ANY_ROLE,
     "GET /v2/models/{id}/versions/{version}/ready": ANY_ROLE,
+    "GET /v2": ANY_ROLE,
+    "GET /v2/": ANY_ROLE,
+    "GET /v2/models/stats": ANY_ROLE,
+    "GET /v2/models/{id}/stats": ANY_ROLE,
+    "GET /v2/models/{id}/versions/{version}/stats": ANY_ROLE,
+    "GET /v2/models/{id}/config": ANY_ROLE,
+    "GET /v2/models/{id}/versions/{version}/config": ANY_ROLE,
+    "POST /v2/repository/index": ANY_ROLE,
+    "POST /v2/repository/models/{id}/load": ADMIN,
+    "POST /v2/repository/models/{id}/unload": ADMIN,
     "POST /v2/models/{id}/infer": PREDICT,
     "POST /v2/models/{id}/versions/{version}/infer": PREDICT,
 }
@@ -81,7 +91,7 @@ async def test_head_is_allowed_to_whom_get_is(api: LocalApi) -> None:
 
 
 async def test_what_is_not_there_is_not_explored_without_a_token(api: LocalApi) -> None:
-    for path in ("/", "/nope", "/v2", "/api/v1/models/m/load/", "/api", "/keys", "/docs/static/x"):
+    for path in ("/", "/nope", "/v2/repository", "/api/v1/models/m/load/", "/api", "/keys", "/docs/static/x"):
         assert (await api.get(path, roles=())).refusal == (401, "no_credentials")
         assert (await api.get(path, roles=("predict",))).refusal == (404, "not_found")
 

@@ -69,9 +69,13 @@ def file(mtime_ns: int = 1) -> LoadedFile:
     return LoadedFile("model.onnx", 4_096, mtime_ns, "ab" * 32)
 
 
-def load_requested(cause: Cause = Cause.REQUEST, *, timeout_s: int = 300) -> LoadRequested:
+def load_requested(
+    cause: Cause = Cause.REQUEST, *, timeout_s: int = 300, instances: int = 1
+) -> LoadRequested:
     """Return what a plain load asks for."""
-    return LoadRequested("normal", timeout_s, None, None, "beside", pinned=False, instances=1, cause=cause)
+    return LoadRequested(
+        "normal", timeout_s, None, None, "beside", pinned=False, instances=instances, cause=cause
+    )
 
 
 def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:
@@ -119,9 +123,11 @@ class History:
         version: int = 1,
         cause: Cause = Cause.REQUEST,
         timeout_s: int = 300,
+        instances: int = 1,
     ) -> None:
         """A load is requested."""
-        self.add(load_requested(cause, timeout_s=timeout_s), job, of=of, version=version, by="alice")
+        data = load_requested(cause, timeout_s=timeout_s, instances=instances)
+        self.add(data, job, of=of, version=version, by="alice")
 
     def start_load(self, job: str, *, of: str = MODEL, version: int = 1, attempt: int = 1) -> None:
         """A load begins."""
@@ -130,6 +136,12 @@ class History:
     def end_load(self, job: str, *, of: str = MODEL, version: int = 1, mtime_ns: int = 1) -> None:
         """A load ends well, in the worker `w-<job>`."""
         self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, of=of, version=version)
+
+    def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
+        """A load of two instances ends well, in the workers `<job>1` and `<job>2`."""
+        self.ask_load(job, cause=cause, instances=2)
+        self.start_load(job)
+        self.add(model_loaded(f"{job}1", f"{job}2"), job)
 
     def fail_load(self, job: str, code: str = "broken", *, of: str = MODEL, version: int = 1) -> None:
         """A load ends badly."""

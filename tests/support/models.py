@@ -249,3 +249,106 @@ def sequence_input() -> ModelProto:
     sequence = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, [None]))
     nodes = [helper.make_node("SequenceLength", ["s"], ["length"])]
     return model(nodes, [helper.make_value_info("s", sequence)], [value("length", INT64, [])])
+
+
+def with_default() -> ModelProto:
+    """`y = x + c`, where c is 5 unless it is given."""
+    default = numpy_helper.from_array(np.array([5], np.float32), "c")
+    nodes = [helper.make_node("Add", ["x", "c"], ["y"])]
+    inputs = [value("x", FLOAT, [None]), value("c", FLOAT, [1])]
+    return model(nodes, inputs, [value("y", FLOAT, [None])], [default])
+
+
+def optional_value(name: str) -> ValueInfoProto:
+    """Describe a vector of floats that may have no value."""
+    vector = helper.make_tensor_type_proto(FLOAT, [None])
+    return helper.make_value_info(name, helper.make_optional_type_proto(vector))
+
+
+def optional_input() -> ModelProto:
+    """`y = o` if o is given, else x; `given` says which."""
+    then = helper.make_node("OptionalGetElement", ["o"], ["t"])
+    otherwise = helper.make_node("Identity", ["x"], ["e"])
+    nodes = [
+        helper.make_node("OptionalHasElement", ["o"], ["given"]),
+        helper.make_node(
+            "If",
+            ["given"],
+            ["y"],
+            then_branch=helper.make_graph([then], "then", [], [value("t", FLOAT, [None])]),
+            else_branch=helper.make_graph([otherwise], "else", [], [value("e", FLOAT, [None])]),
+        ),
+    ]
+    outputs = [value("y", FLOAT, [None]), value("given", BOOL, [])]
+    return model(nodes, [value("x", FLOAT, [None]), optional_value("o")], outputs)
+
+
+def optional_output() -> ModelProto:
+    """`maybe = x` if `wanted`, else it has no value; `z = x` always has one."""
+    nothing = helper.make_node("Optional", [], ["e"], type=helper.make_tensor_type_proto(FLOAT, [None]))
+    nodes = [
+        helper.make_node(
+            "If",
+            ["wanted"],
+            ["maybe"],
+            then_branch=helper.make_graph(
+                [helper.make_node("Optional", ["x"], ["t"])], "then", [], [optional_value("t")]
+            ),
+            else_branch=helper.make_graph([nothing], "else", [], [optional_value("e")]),
+        ),
+        helper.make_node("Identity", ["x"], ["z"]),
+    ]
+    inputs = [value("x", FLOAT, [None]), value("wanted", BOOL, [])]
+    return model(nodes, inputs, [optional_value("maybe"), value("z", FLOAT, [None])])
+
+
+def running_total() -> ModelProto:
+    """Adds x, step by step, to the state that goes in; every total, and the state to go on with, come out."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["before", "step"], ["after"]),
+            helper.make_node("Identity", ["after"], ["t"]),
+        ],
+        "body",
+        [value("before", FLOAT, [2]), value("step", FLOAT, [2])],
+        [value("after", FLOAT, [2]), value("t", FLOAT, [2])],
+    )
+    nodes = [helper.make_node("Scan", ["state", "x"], ["new_state", "totals"], body=body, num_scan_inputs=1)]
+    inputs = [value("state", FLOAT, [2]), value("x", FLOAT, [None, 2])]
+    return model(nodes, inputs, [value("new_state", FLOAT, [2]), value("totals", FLOAT, [None, 2])])
+
+
+def rows(element: int = FLOAT) -> ModelProto:
+    """`y = x` for rows of any length: something with a batch dimension."""
+    return identity(element, ("batch", "length"))
+
+
+def look_up() -> ModelProto:
+    """`y = 10 * x` for rows of x from 0 to 3, by looking it up: fails for any other."""
+    table = numpy_helper.from_array(np.array([0, 10, 20, 30], np.int64), "table")
+    nodes = [helper.make_node("Gather", ["table", "x"], ["y"])]
+    shape = ["batch", "length"]
+    return model(nodes, [value("x", INT64, shape)], [value("y", INT64, shape)], [table])
+
+
+def distinct_rows() -> ModelProto:
+    """The rows of x, each once: what has a batch dimension of its own length."""
+    nodes = [helper.make_node("Unique", ["x"], ["y"], axis=0, sorted=0)]
+    return model(nodes, [value("x", FLOAT, ["batch", 1])], [value("y", FLOAT, ["any", 1])])
+
+
+def counting_rows() -> ModelProto:
+    """`y = x`, after counting to the largest in the batch."""
+    loop = counting_loop().graph
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["trips"], keepdims=0),
+        *loop.node,
+        helper.make_node("Min", ["x", "count"], ["y"]),
+    ]
+    return model(nodes, [value("x", INT64, ["batch"])], [value("y", INT64, ["batch"])], loop.initializer)
+
+
+def identity_of_any_shape(element: int) -> ModelProto:
+    """`y = x`, of any element type, with as many dimensions as it gets."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return model([node], [value("x", element, None)], [value("y", element, None)])

@@ -6,7 +6,7 @@ Nothing here sleeps: what is recorded is waited for at the log, and time passes 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -24,8 +24,9 @@ from runtime.consumer import Consumer
 from runtime.live import LiveLoad
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.router import Router, infer
+from runtime.router import Router
 from runtime.scheduler import Policy
+from runtime.wire import Tensor, WantedOutput
 from runtime.workers import Worker
 from support.workers import LIMIT_S, array, floats, until
 
@@ -38,6 +39,15 @@ class Clock:
 
     def now(self) -> datetime:
         return utc_now() + self.ahead
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked, as the HTTP handler's requests are."""
+
+    tensors: Sequence[Tensor]
+    outputs: tuple[WantedOutput, ...] = ()
+    text: bool = False
 
 
 @dataclass
@@ -138,6 +148,10 @@ class Engine:
         assert worker is not None
         return worker
 
+    def workers(self, model_id: str) -> list[Worker]:
+        """Return the workers that are left of a model's newest load."""
+        return self.live(model_id).left
+
     async def events(self, *, of: str | None = None) -> list[Event]:
         """Return what is recorded, of one model or all."""
         return [event for event in await self.reader.events(0) if of in (None, event.model_id)]
@@ -153,9 +167,16 @@ class Engine:
 
     async def ask(self, model_id: str, value: float) -> float:
         """Run an inference on a model that takes x and answers with one number."""
-        route = self.router.route(model_id)
-        (answer,) = await infer(route, [floats("x", value)], (), LIMIT_S)
+        (answer,) = await self.infer(model_id, floats("x", value))
         return float(array(answer)[0])
+
+    async def infer(
+        self, model_id: str, *tensors: Tensor, outputs: Sequence[str] = (), timeout_s: float = LIMIT_S
+    ) -> Sequence[Tensor]:
+        """Run an inference; returns the outputs, as raw bytes."""
+        question = Asked(tensors, tuple(map(WantedOutput, outputs)))
+        _, (_, answer) = await self.router.infer(model_id, None, question, timeout_s)
+        return answer
 
     def kill(self, model_id: str) -> None:
         """Kill a model's worker, as the kernel does when memory runs out."""
@@ -198,6 +219,8 @@ async def running(
     drain_timeout_s: float = LIMIT_S,
     stops_cleanly: bool = False,
     clock: Clock | None = None,
+    max_queue: int = 1024,
+    patience_s: float = LIMIT_S,
 ) -> AsyncIterator[Engine]:
     """Start the runtime on `<folder>/ledger.db` and `<folder>/models`; nothing of it is left after.
 
@@ -207,9 +230,11 @@ async def running(
         drain_timeout_s: how long an unload waits for what runs.
         stops_cleanly: whether the end appends `ServerStopped`, as a server does that was not killed.
         clock: what it is now.
+        max_queue: inferences of one model that may be in flight.
+        patience_s: for an inference that was told to stop.
     """
     clock = clock or Clock()
-    log, pool = Log(folder / "ledger.db", now=clock.now), WorkerPool()
+    log, pool = Log(folder / "ledger.db", now=clock.now), WorkerPool(patience_s=patience_s)
     repository = Repository(folder / "models")
     await pool.open()
     await log.open()
@@ -219,7 +244,7 @@ async def running(
     applying = asyncio.create_task(consumer.run())
     try:
         async with open_reader(log.path) as reader:
-            router = Router(log, consumer.live, repository)
+            router = Router(log, consumer.live, repository, max_queue=max_queue)
             yield Engine(log, reader, pool, repository, consumer, router, clock, applying)
     finally:
         await consumer.stop()

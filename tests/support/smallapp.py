@@ -8,7 +8,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.auth import auth_middleware, create_verifier
+from server.auth import Gate, auth_middleware, create_verifier
 from server.config import Config
 from server.credentials import PRINCIPAL
 from server.errors import errors_middleware
@@ -32,7 +32,7 @@ def small_app(
     app = web.Application(
         middlewares=[
             errors_middleware,
-            auth_middleware(create_verifier(config), limits, clock),
+            auth_middleware(Gate(create_verifier(config), limits, clock)),
             validation_middleware,
         ]
     )

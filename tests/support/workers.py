@@ -6,19 +6,26 @@ import os
 import resource
 import select
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, LoadedFile, Tensor
+from runtime.wire import DATATYPES, LoadedFile, Outcome, Tensor, WantedOutput
 from runtime.workers import LoadOrder, LoadReport, Worker
+
+T = TypeVar("T")
 
 LIMIT_S = 30.0
 """Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+
+
+FOR_EVER_S = 1000.0
+"""The time that an inference gets where none is to run out."""
 
 
 @asynccontextmanager
@@ -47,18 +54,53 @@ def order_of(
     *,
     known: tuple[LoadedFile, ...] = (),
     memory_limit_bytes: int | None = None,
+    max_batch_size: int = 0,
+    max_queue_delay_us: int = 0,
 ) -> LoadOrder:
     """Make the order to load a version of a model, the highest when none is named."""
     found = Repository(root).resolve(model_id, version)
     files = tuple(file.path for file in found.files)
-    return LoadOrder(root, found.folder, files, known, memory_limit_bytes)
+    return LoadOrder(root, found.folder, files, known, memory_limit_bytes, max_batch_size, max_queue_delay_us)
 
 
 async def loaded(pool: WorkerPool, root: Path, model_id: str) -> Worker:
     """Start a worker with the highest version of a model."""
+    return await batching(pool, root, model_id, 0)
+
+
+async def batching(
+    pool: WorkerPool, root: Path, model_id: str, max_batch_size: int, max_queue_delay_us: int = 0
+) -> Worker:
+    """Start a worker with the highest version of a model, which runs so many requests at once."""
     worker = await pool.start(model_id)
-    await load(worker, root, model_id)
+    order = order_of(root, model_id, max_batch_size=max_batch_size, max_queue_delay_us=max_queue_delay_us)
+    await worker.load(order, lambda _: None)
     return worker
+
+
+async def asked_at_once(worker: Worker, *asked: Coroutine[Any, Any, T]) -> list[asyncio.Task[T]]:
+    """Ask a worker all of this while it is stopped, so that it finds it waiting; in this order."""
+    await freeze(worker.pid)
+    tasks = [asyncio.ensure_future(each) for each in asked]
+    await asyncio.sleep(0)
+    os.kill(worker.pid, signal.SIGCONT)
+    return tasks
+
+
+async def ask(
+    worker: Worker, inputs: Sequence[Tensor], *outputs: str, text: bool = False
+) -> tuple[Tensor, ...]:
+    """Run the model of a worker, with all the time it needs; no outputs means all."""
+    _, tensors = await ask_all(worker, inputs, *outputs, text=text)
+    return tensors
+
+
+async def ask_all(
+    worker: Worker, inputs: Sequence[Tensor], *outputs: str, text: bool = False
+) -> tuple[Outcome, tuple[Tensor, ...]]:
+    """Run the model of a worker, and see what was told of it."""
+    wanted = tuple(WantedOutput(name, text) for name in outputs)
+    return await worker.infer(inputs, wanted, text=text, timeout_s=FOR_EVER_S)
 
 
 async def until(condition: Callable[[], bool]) -> None:

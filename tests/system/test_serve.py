@@ -249,8 +249,9 @@ async def test_every_setting_can_come_from_the_environment_and_does_what_it_says
 ) -> None:
     given = {
         "host": "localhost", "loads_at_once": 1, "threads": 2, "drain_timeout_s": 5,
-        "inference_timeout_s": 0.2, "timeout_s": 44, "jwt_audience": "there", "jwt_issuer": "me",
-        "jwt_roles_claim": "groups", "limit_management": "11/minute", "limit_inference": "12/minute",
+        "inference_timeout_s": 0.2, "inference_grace_s": 0.3, "inference_queue": 9, "timeout_s": 44,
+        "jwt_audience": "there", "jwt_issuer": "me", "jwt_roles_claim": "groups",
+        "limit_management": "11/minute", "limit_inference": "12/minute",
         "limit_reads": "13/minute", "limit_auth_failures": "1/hour",
     }  # fmt: skip
     not_given = {"repository", "data", "port", "jwt_keys"}  # as options here; keys have tests of their own

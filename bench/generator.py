@@ -1,0 +1,175 @@
+"""Sends one request over and over from a few clients, and costs little beside the server that it measures.
+
+`python -m bench.generator PORT REQUEST CLIENTS SECONDS WARM_UP_S` sends the bytes of the file REQUEST over
+connections that are kept open, one request in flight on each, and prints its `Result` as JSON. The time
+counts after the warm-up. Any answer but 200 ends it, with the answer's text and the status 1.
+"""
+
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import uvloop
+
+HOST = "127.0.0.1"
+BUFFER_BYTES = 2**20
+TEXT_BYTES = 4096
+LENGTH = b"\r\ncontent-length: "
+# Between the end of the time and the last answer, for a server that answers slowly.
+LAST_ANSWER_LIMIT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one run measured: answers a second, and their latency in milliseconds."""
+
+    per_s: float
+    p50_ms: float
+    p99_ms: float
+
+
+class WrongAnswer(Exception):
+    """The server answered something that is not 200 with a Content-Length, or hung up; the text says what."""
+
+
+def run(port: int, request: Path, *, clients: int, seconds: float, warm_up_s: float) -> Result:
+    """Measure in a process of its own; a wrong answer ends the bench with the answer's text."""
+    numbers = [str(number) for number in (clients, seconds, warm_up_s)]
+    done = subprocess.run(  # noqa: S603 - our own module and a path of ours
+        [sys.executable, "-m", "bench.generator", str(port), str(request), *numbers],
+        stdout=subprocess.PIPE,
+        timeout=seconds + warm_up_s + 2 * LAST_ANSWER_LIMIT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"the load generator ended with {done.returncode}: {request.name} to port {port}")
+    return Result(**json.loads(done.stdout))
+
+
+class Client(asyncio.BufferedProtocol):
+    """One connection: writes the request, waits for its whole answer, and writes it again until `stop`."""
+
+    def __init__(self, request: bytes, begin: float, stop: float) -> None:
+        self.latencies: list[float] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._request, self._begin, self._stop = request, begin, stop
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._arrived = 0
+        self._length: int | None = None  # of the whole answer; None while its head is awaited
+        self._is_good = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the first request."""
+        # uvloop's is one without saying so.
+        self._transport = cast(asyncio.Transport, transport)
+        self._send()
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - what the buffer has left is given
+        """Return room for what arrives; of a good answer's body nothing is kept."""
+        return self._view if self._is_good else self._view[self._arrived :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Count what arrived; at the end of an answer, note its latency and go on."""
+        self._arrived += nbytes
+        try:
+            if self._length is None:
+                self._read_head()
+            if self._length is not None and self._arrived >= self._length:
+                self._answered(self._length)
+            self._check_room()
+        except WrongAnswer as error:
+            self._end(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say so, unless it was us who closed."""
+        self._end(WrongAnswer(f"the server closed the connection: {exc or 'no reason'}: {self._text()}"))
+
+    def _send(self) -> None:
+        self._arrived, self._length, self._is_good = 0, None, False
+        self._sent = time.perf_counter()
+        self._transport.write(self._request)
+
+    def _read_head(self) -> None:
+        """Set the answer's length and whether it is good, as soon as its head is here."""
+        end = self._buffer.find(b"\r\n\r\n", 0, self._arrived)
+        if end < 0:
+            return
+        head = bytes(self._view[: end + 2]).lower()
+        start = head.find(LENGTH) + len(LENGTH)
+        if start < len(LENGTH):
+            raise WrongAnswer(f"no Content-Length: {self._text()}")
+        self._length = end + 4 + int(head[start : head.index(b"\r", start)])
+        self._is_good = head.startswith(b"http/1.1 200")
+
+    def _check_room(self) -> None:
+        if not self._is_good and self._arrived == BUFFER_BYTES:
+            raise WrongAnswer(self._text())
+
+    def _answered(self, length: int) -> None:
+        now = time.perf_counter()
+        if not self._is_good:
+            raise WrongAnswer(self._text())
+        if self._arrived > length:
+            raise WrongAnswer(f"{self._arrived - length} bytes more than its Content-Length")
+        if self._begin <= now < self._stop:
+            self.latencies.append(now - self._sent)
+        if now < self._stop:
+            self._send()
+        else:
+            self._end(None)
+
+    def _text(self) -> str:
+        return bytes(self._view[: min(self._arrived, TEXT_BYTES)]).decode(errors="replace")
+
+    def _end(self, error: WrongAnswer | None) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error) if error else self.ended.set_result(None)
+        self._transport.abort()
+
+
+async def generate(port: int, request: bytes, clients: int, seconds: float, warm_up_s: float) -> Result:
+    """Run the clients and return what they measured.
+
+    Raises:
+        WrongAnswer: one of them was answered something else than 200.
+        TimeoutError: an answer is still missing long after the end.
+    """
+    begin = time.perf_counter() + warm_up_s
+    stop = begin + seconds
+    loop = asyncio.get_running_loop()
+    protocols = [Client(request, begin, stop) for _ in range(clients)]
+    for protocol in protocols:
+        await loop.create_connection(lambda protocol=protocol: protocol, HOST, port)  # type: ignore[misc]
+    async with asyncio.timeout(warm_up_s + seconds + LAST_ANSWER_LIMIT_S):
+        await asyncio.gather(*(protocol.ended for protocol in protocols))
+    latencies = sorted(latency for protocol in protocols for latency in protocol.latencies)
+    if not latencies:
+        raise WrongAnswer(f"no answer within {seconds} s; give it more time")
+    return Result(len(latencies) / seconds, _rank(latencies, 0.50), _rank(latencies, 0.99))
+
+
+def _rank(latencies: list[float], share: float) -> float:
+    return latencies[int(share * (len(latencies) - 1))] * 1000
+
+
+def main(arguments: list[str]) -> None:
+    """Measure as the command line says, and print the result."""
+    port, request, clients, seconds, warm_up_s = arguments
+    content = Path(request).read_bytes()
+    gc.disable()  # there is nothing to collect here, and a pause would count as the server's
+    try:
+        result = uvloop.run(generate(int(port), content, int(clients), float(seconds), float(warm_up_s)))
+    except (WrongAnswer, TimeoutError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print(json.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

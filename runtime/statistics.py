@@ -1,0 +1,125 @@
+"""What became of the inferences of one load, counted as the protocol's statistics extension counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.wire import Outcome
+
+MAX_SIZES = 1024
+"""Different sizes of executions that are told apart. A worker says them itself, and there are 2**63."""
+MAX_COUNT = 2**63 - 1
+"""What clients can hold: two answers of a hostile worker can claim more nanoseconds than that."""
+
+
+@dataclass(slots=True)
+class Statistics:
+    """The counts of one load; they begin at 0 with it. Written on the loop, once per inference, so: cheap.
+
+    Attributes:
+        requests: that were answered.
+        inferences: what they asked for, each counted with its batch size.
+        executions: of the model; fewer than `requests` where some ran together.
+        failures: requests that got no answer from the model.
+        total_ns, failed_ns: what requests took as the server saw it, answered and not.
+        queue_ns, input_ns, infer_ns, output_ns: where that time went in the worker, of those answered.
+        last_inference_ms: when the last one was answered, in milliseconds since 1970; 0 is never.
+        by_size: executions, and their time for input, inference and output, by how much ran at once.
+    """
+
+    requests: int = 0
+    inferences: int = 0
+    executions: int = 0
+    failures: int = 0
+    total_ns: int = 0
+    failed_ns: int = 0
+    queue_ns: int = 0
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
+    last_inference_ms: int = 0
+    by_size: dict[int, list[int]] = field(default_factory=dict)
+
+    def success(self, outcome: Outcome, total_ns: int, now_ms: int) -> None:
+        """Count an answered request.
+
+        Args:
+            outcome: the worker's answer.
+            total_ns: from the request's arrival to its answer.
+            now_ms: the time, in milliseconds since 1970.
+        """
+        self.requests += 1
+        self.inferences += outcome.batch_size
+        self.total_ns += total_ns
+        self.queue_ns += outcome.queue_ns
+        self.input_ns += outcome.input_ns
+        self.infer_ns += outcome.infer_ns
+        self.output_ns += outcome.output_ns
+        self.last_inference_ms = now_ms
+        if outcome.execution_size > 0:
+            self._execution(outcome)
+
+    def failure(self, total_ns: int) -> None:
+        """Count a request that this load could not answer, after `total_ns`."""
+        self.failures += 1
+        self.failed_ns += total_ns
+
+    def as_protocol(self, model_id: str, version: int, memory_bytes: int) -> dict[str, Any]:
+        """Return the load's entry in `model_stats`.
+
+        The counts of queue and compute are equal to each other and to those of success: perf_analyzer takes
+        anything else for an error. Nothing is cached here, so the counts of the cache are 0.
+        """
+        requests = self.requests
+        return {
+            "name": model_id,
+            "version": str(version),
+            "last_inference": self.last_inference_ms,
+            "inference_count": _bounded(self.inferences),
+            "execution_count": self.executions,
+            "inference_stats": {
+                "success": _duration(requests, self.total_ns),
+                "fail": _duration(self.failures, self.failed_ns),
+                "queue": _duration(requests, self.queue_ns),
+                "compute_input": _duration(requests, self.input_ns),
+                "compute_infer": _duration(requests, self.infer_ns),
+                "compute_output": _duration(requests, self.output_ns),
+                "cache_hit": _duration(0, 0),
+                "cache_miss": _duration(0, 0),
+            },
+            "response_stats": {},
+            "batch_stats": [_of_size(size, self.by_size[size]) for size in sorted(self.by_size)],
+            "memory_usage": [{"type": "CPU", "id": 0, "byte_size": memory_bytes}],
+        }
+
+    def _execution(self, outcome: Outcome) -> None:
+        self.executions += 1
+        size = outcome.execution_size
+        counts = self.by_size.get(size)
+        if counts is None:
+            if len(self.by_size) >= MAX_SIZES:
+                return
+            counts = self.by_size[size] = [0, 0, 0, 0]
+        counts[0] += 1
+        counts[1] += outcome.input_ns
+        counts[2] += outcome.infer_ns
+        counts[3] += outcome.output_ns
+
+
+def _of_size(size: int, counts: list[int]) -> dict[str, Any]:
+    executions, input_ns, infer_ns, output_ns = counts
+    return {
+        "batch_size": size,
+        "compute_input": _duration(executions, input_ns),
+        "compute_infer": _duration(executions, infer_ns),
+        "compute_output": _duration(executions, output_ns),
+    }
+
+
+def _duration(count: int, ns: int) -> dict[str, int]:
+    return {"count": count, "ns": _bounded(ns)}
+
+
+def _bounded(number: int) -> int:
+    return min(number, MAX_COUNT)

@@ -1,0 +1,86 @@
+"""An answer written to its connection in one piece, past the framework's own machinery.
+
+The framework takes 25 µs to write a response (measured: 16,000 constant replies a second with it, 27,000
+without), most of what an inference costs here. What it does for a response is small when the length is known,
+and stands here; connections, parsing, timeouts and shutdown stay the framework's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from email.utils import formatdate
+from functools import lru_cache
+
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+
+from runtime.wire import Buffer
+
+SERVER = "loadledger"
+"""What runs here, in no version that an attacker could look up."""
+JOINED_BYTES = 64 * 2**10
+"""Copying this much takes about as long as telling the kernel of one buffer more."""
+
+
+class DirectResponse(web.StreamResponse):
+    """A 200 with these header fields and this body; its fields are not to be changed any more.
+
+    Args:
+        fields: values as they go out: no line breaks in them.
+        body: one after the other.
+    """
+
+    def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer]) -> None:
+        super().__init__()
+        self._fields = fields
+        self._buffers = body
+        self._is_kept = False
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the connection stays open after this."""
+        return self._is_kept
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write all of it.
+
+        Raises:
+            ConnectionResetError: the client has gone.
+        """
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has gone")
+        self._is_kept = request.keep_alive
+        length = sum(map(len, self._buffers))
+        head = _head(self._fields, length, _connection(request))
+        if length < JOINED_BYTES:
+            transport.write(b"".join((head, *self._buffers)))
+            return None
+        for part in (head, *self._buffers):
+            transport.write(part)
+        await request.writer.drain()
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing more: it is all written."""
+
+
+def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    return (
+        f"HTTP/1.1 200 OK\r\n{lines}Content-Length: {length}\r\n"
+        f"Date: {_date(int(time.time()))}\r\nServer: {SERVER}\r\n{connection}\r\n"
+    ).encode("latin-1")
+
+
+def _connection(request: web.BaseRequest) -> str:
+    """Say what becomes of the connection, where that is not what the protocol's version implies."""
+    if request.version == HttpVersion11:
+        return "" if request.keep_alive else "Connection: close\r\n"
+    return "Connection: keep-alive\r\n" if request.keep_alive else ""
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)

@@ -1,0 +1,133 @@
+"""ONNX's own conformance cases, over HTTP with binary tensors: all that bare ONNX Runtime passes.
+
+`make conformance` runs all of them. Without CONFORMANCE=all it is every 40th.
+"""
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from support import models
+from support.bareonnx import cases
+from support.binary import Value, binary_answer, binary_request
+from support.http import LIMIT_S
+from support.onnxcases import Asked, Case, compare, deadly_cases
+from support.process import serving
+from support.standing import bearer
+
+from server.config import Config
+
+ALL = os.environ.get("CONFORMANCE") == "all"
+STEP = 1 if ALL else 40
+LEAST = 1300 if ALL else 28
+"""How many cases have to be asked; with onnx 1.23 and ONNX Runtime 1.31 it is 1,379, and 35 of every 40th."""
+AT_ONCE = 4
+"""Two cores stay busy while something is being written or loaded."""
+NAMELESS = {"sequence", "optional sequence", "map", "sparse_tensor"}
+"""What is left out, with the element types below: nothing else may be."""
+NAMELESS_ELEMENTS = ("FLOAT8", "FLOAT4", "INT4", "UINT4", "INT2", "UINT2", "COMPLEX")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    """The cases, and what bare ONNX Runtime makes of them."""
+    return cases(tmp_path_factory.mktemp("cases"), step=STEP)
+
+
+async def test_every_case_that_bare_onnx_runtime_passes_is_answered_with_the_same_bits(
+    found: list[Case], tmp_path: Path
+) -> None:
+    wrong = await answers(found, Config(repository=tmp_path / "repository", data=tmp_path / "data"))
+    print(summary(found, wrong))
+    assert list(wrong) == []
+    assert sum(bool(case.asked) for case in found) >= LEAST
+
+
+def test_only_types_that_the_protocol_has_no_name_for_are_left_out(found: list[Case]) -> None:
+    left_out = {case.unnamed for case in found if case.unnamed}
+    elements = {name for name in left_out if name.startswith(NAMELESS_ELEMENTS)}
+    assert left_out - elements <= NAMELESS
+    assert all(bool(case.asked) + bool(case.unnamed) + bool(case.failed) == 1 for case in found)
+
+
+def test_a_case_that_kills_the_process_fails_and_those_after_it_run(tmp_path: Path) -> None:
+    first, deadly, last = cases(tmp_path, source=deadly_cases)
+    assert [first.name, deadly.name, last.name] == ["first", "deadly", "last"]
+    assert (first.failed, last.failed) == (None, None)
+    assert first.asked
+    assert last.asked
+    assert deadly.failed is not None
+    assert "ends the process" in deadly.failed
+
+
+async def answers(found: Sequence[Case], config: Config) -> dict[str, str]:
+    """Load, ask and unload each case, some at once; returns what is wrong with which."""
+    config.repository.mkdir()
+    wrong: dict[str, str] = {}
+    waiting = iter([case for case in found if case.asked])
+    async with (
+        serving(config, "--limit-management=off", "--limit-inference=off") as server,
+        aiohttp.ClientSession(server.url, headers=bearer(server, "admin")) as session,
+    ):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(AT_ONCE):
+                group.create_task(ask_in_turn(waiting, session, config.repository, wrong))
+        await post(session, "/v2/repository/index")
+    return wrong
+
+
+async def ask_in_turn(
+    waiting: Iterator[Case], session: aiohttp.ClientSession, repository: Path, wrong: dict[str, str]
+) -> None:
+    for case in waiting:
+        models.save_bytes(case.model, repository, case.name)
+        try:
+            await ask(case, session)
+        except AssertionError as error:
+            wrong[case.name] = str(error).strip()[:300]
+
+
+async def ask(case: Case, session: aiohttp.ClientSession) -> None:
+    await post(session, f"/v2/repository/models/{case.name}/load")
+    for asked in case.asked:
+        headers, body = binary_request(asked.inputs)
+        answer = await post(session, f"/v2/models/{case.name}/infer", headers=headers, data=body)
+        check(case, asked, binary_answer(*answer))
+    await post(session, f"/v2/repository/models/{case.name}/unload")
+
+
+async def post(session: aiohttp.ClientSession, path: str, **options: Any) -> tuple[Mapping[str, str], bytes]:
+    async with asyncio.timeout(LIMIT_S), session.post(path, **options) as response:
+        body = await response.read()
+        assert response.status == 200, f"{path}: {response.status} {body[:300]!r}"
+        return response.headers, body
+
+
+def check(case: Case, asked: Asked, outputs: Mapping[str, Value]) -> None:
+    compare(asked.expected, outputs, case.rtol, case.atol)
+    if asked.repeats:
+        assert outputs == asked.answered
+
+
+def summary(found: Sequence[Case], wrong: Mapping[str, str]) -> str:
+    """Return the counts, and what is wrong with which."""
+    asked = sum(bool(case.asked) for case in found)
+    unnamed = Counter(case.unnamed for case in found if case.unnamed)
+    failed = Counter(case.failed.partition(":")[0] for case in found if case.failed)
+    lines = [
+        f"{len(found)} cases: {asked} asked over HTTP, {asked - len(wrong)} of them answered as expected",
+        f"left out, types without a name in the protocol: {total(unnamed)}",
+        f"left out, bare ONNX Runtime does not pass: {total(failed)}",
+        *(f"{name}: {what}" for name, what in wrong.items()),
+    ]
+    return "\n".join(lines)
+
+
+def total(counts: Counter[str]) -> str:
+    parts = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    return f"{counts.total()} ({parts})"

@@ -1,0 +1,130 @@
+"""gzip and deflate, both ways: round trips, bombs, and what is not what it says."""
+
+import gzip
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import PLAIN
+
+from runtime.wire import Buffer
+from server.compression import (
+    CODINGS,
+    INLINE_BYTES,
+    MalformedCoding,
+    chosen_encoding,
+    compress,
+    compressed,
+    decompress,
+    decompressed,
+)
+from server.validation import BodyTooLarge, UnsupportedMediaType
+
+MIB = 2**20
+PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
+UNPACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.decompress, "deflate": zlib.decompress}
+
+
+@PLAIN
+@given(st.lists(st.binary(max_size=50)), st.sampled_from(CODINGS))
+def test_what_is_packed_is_unpacked_by_us_and_by_others(parts: list[bytes], coding: str) -> None:
+    buffers: list[Buffer] = [*parts, memoryview(b"end")]
+    packed, plain = compressed(buffers, coding), b"".join(buffers)
+    assert decompressed(packed, coding, len(plain)) == plain
+    assert UNPACK[coding](packed) == plain
+    assert decompressed(PACK[coding](plain), coding.upper(), len(plain)) == plain
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("size", [0, 1, INLINE_BYTES, INLINE_BYTES + 1, 5 * MIB])
+async def test_in_a_thread_or_not_it_is_the_same(coding: str, size: int) -> None:
+    body = bytes(size)
+    assert await decompress(await compress([body], coding), coding, size) == body
+    if size:
+        with pytest.raises(BodyTooLarge):
+            await decompress(PACK[coding](body), coding, size - 1)
+
+
+@pytest.mark.parametrize("encoding", [None, "", " ", "identity", "Identity"])
+async def test_without_a_coding_the_body_is_as_it_came(encoding: str | None) -> None:
+    body = bytes(INLINE_BYTES * 2)
+    assert decompressed(body, encoding, 1) is body
+    assert await decompress(body, encoding, 1) is body
+
+
+def test_an_old_name_of_gzip_is_known() -> None:
+    assert decompressed(gzip.compress(b"a"), "x-gzip", 1) == b"a"
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+async def test_a_bomb_is_unpacked_no_further_than_the_limit(coding: str) -> None:
+    bomb = PACK[coding](bytes(64 * MIB))
+    assert len(bomb) < MIB
+    with pytest.raises(BodyTooLarge, match="1048576 bytes") as refused:
+        await decompress(bomb, coding, MIB)
+    assert refused.value.code == "body_too_large"
+    with pytest.raises(BodyTooLarge):
+        decompressed(bomb, coding, 0)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_what_is_cut_off_damaged_or_followed_by_something_is_refused(coding: str) -> None:
+    packed = PACK[coding](b"some text, some text, some text")
+    damaged = bytearray(packed)
+    damaged[-6] ^= 1
+    raw = zlib.compress(b"some text", wbits=-15)
+    wrong = [packed[:end] for end in range(len(packed))]
+    wrong += [packed + b"\0", packed + packed, bytes(damaged), b"text", raw, PACK["gzip"](packed)[3:]]
+    wrong.append(PACK[next(other for other in CODINGS if other != coding)](b"a"))
+    for body in wrong:
+        with pytest.raises(MalformedCoding, match="body") as refused:
+            decompressed(body, coding, MIB)
+        assert refused.value.code == "invalid_request"
+
+
+@PLAIN
+@given(st.binary(max_size=40), st.sampled_from(CODINGS), st.integers(0, 20))
+def test_any_bytes_are_unpacked_or_refused(body: bytes, coding: str, max_bytes: int) -> None:
+    for candidate in (body, PACK[coding](body), PACK[coding](body)[: len(body)]):
+        with suppress(MalformedCoding, BodyTooLarge):
+            assert len(decompressed(candidate, coding, max_bytes)) <= max_bytes
+
+
+@pytest.mark.parametrize(
+    "encoding", ["br", "gzip, gzip", "gzip,deflate", "gzip, identity", "zstd", "*", ",", "é"]
+)
+def test_other_codings_and_several_at_once_are_refused_and_the_known_ones_told(encoding: str) -> None:
+    with pytest.raises(UnsupportedMediaType, match="gzip, deflate") as refused:
+        decompressed(b"", encoding, MIB)
+    assert refused.value.http_headers == {"Accept-Encoding": "gzip, deflate"}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "expected"),
+    [
+        (None, None), ("", None), (" ", None), ("identity", None), ("br", None), ("br, zstd", None),
+        ("gzip", "gzip"), ("deflate", "deflate"), ("deflate, gzip", "gzip"), ("gzip, deflate, br", "gzip"),
+        ("GZIP", "gzip"), ("x-gzip", "gzip"), ("*", "gzip"), ("*;q=0", None), ("gzip;q=0", None),
+        ("gzip;q=0, *", "deflate"), ("gzip;q=0,*;q=0.1", "deflate"), ("*;q=0, deflate", "deflate"),
+        ("gzip;q=0.5, deflate;q=0.8", "deflate"), ("gzip; q=0.8 , deflate ;q=0.8", "gzip"),
+        ("gzip;q=0.5, identity", None), ("gzip;q=0.5, identity;q=0.5", "gzip"), ("identity;q=0", None),
+        ("identity;q=0, gzip;q=0.001", "gzip"), ("identity;q=0, *", "gzip"), ("gzip;q=1.000", "gzip"),
+        ("gzip;Q=0.3", "gzip"), ("gzip;q=2", None), ("gzip;q=x", None), ("gzip;q=", None),
+        ("gzip;q=-1", None),
+        ("gzip;q=0.0001", None), ("gzip;q=nan, deflate", "deflate"), (";q=1", None), (",,gzip,", "gzip"),
+        ("gzip;a=b;q=1", None), ("gzip deflate", None),
+    ],
+)  # fmt: skip
+def test_the_answer_s_coding_is_the_best_that_is_accepted(accepted: str | None, expected: str | None) -> None:
+    assert chosen_encoding(accepted) == expected
+
+
+@PLAIN
+@given(
+    st.text(max_size=30) | st.lists(st.sampled_from(["gzip", "*", ";q=", "0", ".5", ",", " "])).map("".join)
+)
+def test_any_field_leads_to_a_known_coding_or_none(accepted: str) -> None:
+    assert chosen_encoding(accepted) in (None, *CODINGS)
