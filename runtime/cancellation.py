@@ -26,7 +26,9 @@ class Cancellation:
             self._waiting.add(number)
 
     def drop(self, number: int) -> bool:
-        """Tell whether an inference that waits is cancelled; it is then over."""
+        """Tell whether an inference that waits, or has just come, is cancelled; it is then over."""
+        if not self._cancelled:  # as nearly always; what is cancelled from here on, `begin` finds
+            return False
         with self._lock:
             if number not in self._cancelled:
                 return False

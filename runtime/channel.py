@@ -60,6 +60,15 @@ class Channel(asyncio.BufferedProtocol):
             for part in _joined(parts):
                 self._transport.write(part)  # writelines of some Python 3.12 and 3.13 forgets pause_writing
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What the other side has not taken yet, of what was sent in earlier turns of the loop."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    def limit_headers(self, max_bytes: int) -> None:
+        """Take no longer headers than that from here on."""
+        self._reader.max_header_bytes = max_bytes
+
     def abort(self) -> None:
         """Close the channel without a word more."""
         if self._transport is not None:

@@ -124,3 +124,9 @@ class InferenceTimeout(RuntimeProblem):
     """The inference did not end in time and was stopped."""
 
     code = "inference_timeout"
+
+
+class QueueFull(RuntimeProblem):
+    """As many inferences as may be are queued or running for this model."""
+
+    code = "inference_queue_full"

@@ -33,27 +33,30 @@ class Executor:
         self._last_run_ns = 0
 
     def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> Request | None:
-        """Read a request; None if it was answered that it is none that can be run."""
+        """Read a request; None if it was answered that it is none that can be run.
+
+        Nothing of what is cancelled already is read: a long text takes more time than a client's 504.
+        """
+        if self._dropped(infer.id):
+            return None
         came_ns = time.monotonic_ns()
         try:
             asked = self._runner.asked(infer.outputs, infer.text)
             feed = self._runner.feed(tensors)
             size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:
-            problem: RuntimeProblem = InferenceFailed(NO_MEMORY)
-        except RuntimeProblem as refusal:
-            problem = refusal
+            self._refuse(infer.id, InferenceFailed(NO_MEMORY))
+        except RuntimeProblem as problem:  # in no other name: its traceback holds the tensors
+            self._refuse(infer.id, problem)
         else:
             input_ns = time.monotonic_ns() - came_ns
             return Request(infer.id, asked, feed, size, alone, infer.sent_ns, came_ns, input_ns)
-        self._cancellation.skip(infer.id)
-        self._fail(infer.id, problem)
         return None
 
     def run(self, batch: Sequence[Request]) -> None:
         """Run requests that go together, at once or, if one of them spoils that, one after the other."""
         if len(batch) > 1:
-            batch = [request for request in batch if not self._dropped(request)]
+            batch = [request for request in batch if not self._dropped(request.number)]
         if len(batch) > 1 and self._run_at_once(batch):
             return
         for request in batch:
@@ -134,11 +137,15 @@ class Executor:
             return True
         return False
 
-    def _dropped(self, request: Request) -> bool:
-        dropped = self._cancellation.drop(request.number)
+    def _dropped(self, number: int) -> bool:
+        dropped = self._cancellation.drop(number)
         if dropped:
-            self._fail(request.number, InferenceCancelled())
+            self._fail(number, InferenceCancelled())
         return dropped
+
+    def _refuse(self, number: int, problem: RuntimeProblem) -> None:
+        self._cancellation.skip(number)
+        self._fail(number, problem)
 
     def _fail(self, number: int, problem: RuntimeProblem) -> None:
         self._outbox.put(Failure(number, problem.code, plain_text(str(problem))))

@@ -33,9 +33,13 @@ class FrameReader(Generic[M]):
 
     Args:
         decoder: knows the messages that are allowed here.
+
+    Attributes:
+        max_header_bytes: longer headers are none; may be changed between frames.
     """
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[M]) -> None:
+        self.max_header_bytes = MAX_HEADER_BYTES
         self._decoder = decoder
         self._chunk = bytearray(CHUNK_BYTES)
         self._body: bytearray | None = None
@@ -71,7 +75,7 @@ class FrameReader(Generic[M]):
         view, start = memoryview(self._chunk), 0
         while self._filled - start >= PREFIX.size:
             header, payload = PREFIX.unpack_from(self._chunk, start)
-            if header > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
+            if header > self.max_header_bytes or payload > MAX_PAYLOAD_BYTES:
                 raise MalformedFrame("a frame of more than the allowed length")
             start += PREFIX.size
             end = start + header + payload

@@ -64,14 +64,19 @@ class Runner:
         self._required = {spec.name for spec in inputs if not spec.optional}
         self._outputs = {spec.name: spec.datatype for spec in outputs}
         self._has_bfloat16 = "BF16" in (*self._inputs.values(), *self._outputs.values())
-        self.asked = lru_cache(KNOWN_CHOICES)(self._asked)
+        self._known = lru_cache(KNOWN_CHOICES)(self._asked)
 
-    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool) -> Asked:  # noqa: FBT001 - as in `Infer`
-        """Say what a request asks for; the same object for the same outputs.
+    def asked(self, outputs: tuple[WantedOutput, ...], text: bool) -> Asked:  # noqa: FBT001 - as in `Infer`
+        """Say what a request asks for; mostly the same object for the same outputs.
 
         Raises:
             InvalidInput: `invalid_input`, or as NotRepresentable `not_representable`.
         """
+        if len(outputs) > len(self._outputs):  # some are named again, and there may be 80,000: not to be kept
+            return self._asked(outputs, text)
+        return self._known(outputs, text)
+
+    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool) -> Asked:  # noqa: FBT001 - as in `Infer`
         for output in outputs:
             self._check_output(output.name)
         chosen = {output.name: output.text for output in outputs} or {

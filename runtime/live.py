@@ -96,7 +96,9 @@ class LiveLoad:
     @property
     def serving(self) -> tuple[Worker, ...]:
         """The workers that can be asked: loaded, alive, and not being ended."""
-        return () if self.report is None or self.draining else tuple(self.left)
+        if self.report is None or self.draining:
+            return ()
+        return tuple(worker for worker in self.workers if not worker.dying)
 
     @property
     def dead(self) -> list[Worker]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from events.log import Log
 from events.models import Model, ModelState
-from runtime.errors import RuntimeProblem, WorkerDied
+from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
 from runtime.live import LiveLoad
 from runtime.repository import Repository
 from runtime.wire import Tensor, TensorSpec, WantedOutput
@@ -32,12 +32,6 @@ class ModelUnloading(RuntimeProblem):
 
 class ModelRecovering(ModelNotLoaded):
     """The model lost its worker and is being loaded again."""
-
-
-class QueueFull(RuntimeProblem):
-    """As many inferences as may be are queued or running for this model."""
-
-    code = "inference_queue_full"
 
 
 class Question(Protocol):
@@ -72,18 +66,27 @@ class Route:
         """How many may run together along the batch dimension; 0 if the model was loaded without one."""
         return self.load.parameters.max_batch_size
 
-    async def ask(self, question: Question, timeout_s: float, max_queue: int) -> Answer:
-        """Ask the worker that has the least to do.
+    @property
+    def source(self) -> str:
+        """Name the load behind an answer, for the header that leads from it to the ledger."""
+        return f"{self.model_id}/{self.version};position={self.position}"
+
+    def worker(self, max_queue: int) -> Worker:
+        """Return the worker that has the least to do.
 
         Raises:
-            QueueFull: `inference_queue_full`.
-            RuntimeProblem: what `Worker.infer` raises.
+            QueueFull: `inference_queue_full`, they have as much to do as they may.
         """
         workers = self.load.serving
-        if sum(worker.in_flight for worker in workers) >= max_queue:
+        if len(workers) == 1:
+            worker = workers[0]
+            in_flight = worker.in_flight
+        else:
+            worker = min(workers, key=_in_flight)
+            in_flight = sum(map(_in_flight, workers))
+        if in_flight >= max_queue:
             raise QueueFull(f"{max_queue} inferences of model '{self.model_id}' are queued or running")
-        worker = workers[0] if len(workers) == 1 else min(workers, key=_in_flight)
-        return await worker.infer(question.tensors, question.outputs, text=question.text, timeout_s=timeout_s)
+        return worker
 
 
 class Router:
@@ -118,18 +121,22 @@ class Router:
         route = await self.route_or_why(model_id, version)
         try:
             try:
-                answer = await route.ask(question, timeout_s, self._max_queue)
+                answer = await self._ask(route, question, timeout_s)
             except WorkerDied as death:
                 left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
                 if death.begun or left_s <= 0:
                     raise
                 route, left_s = await self._recovered(model_id, version, left_s, death)
-                answer = await route.ask(question, left_s, self._max_queue)
+                answer = await self._ask(route, question, left_s)
         except RuntimeProblem:
             route.load.statistics.failure(time.monotonic_ns() - began_ns)
             raise
         route.load.statistics.success(answer[0], time.monotonic_ns() - began_ns, time.time_ns() // 10**6)
         return route, answer
+
+    def _ask(self, route: Route, question: Question, timeout_s: float) -> Awaitable[Answer]:
+        worker = route.worker(self._max_queue)
+        return worker.infer(question.tensors, question.outputs, text=question.text, timeout_s=timeout_s)
 
     async def _recovered(
         self, model_id: str, version: int | None, timeout_s: float, death: WorkerDied

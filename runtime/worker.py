@@ -41,6 +41,9 @@ EX_PROTOCOL = 76
 """sysexits.h: what a worker exits with when it was told something that is no frame."""
 MAX_WAIT_S = 3600.0
 """For requests to be run with others, whatever is asked for: select takes no time without end."""
+AWAKE_NS = 400_000
+"""A worker whose last request came within so long is awake for so long: at one client of a small model it is
+asked every 300 µs (measured), and answers 1.4 times as many requests. One that is asked less often sleeps."""
 STACK_BYTES = 512 * 2**10
 """Of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
 
@@ -70,6 +73,9 @@ class _Worker:
         self._outbox = Outbox(channel)
         self._executor: Executor | None = None
         self._queue: Queue | None = None
+        self._poll = select.poll()
+        self._poll.register(channel, select.POLLIN)
+        self._awake = False
 
     def serve(self) -> None:
         """Answer until the channel ends, one request after the other; what came at once, at once."""
@@ -82,10 +88,9 @@ class _Worker:
         """Run all that waits, and what comes meanwhile."""
         while queue:
             wait_ns = queue.wait_ns(time.monotonic_ns())
-            if wait_ns is not None and self._more_within(wait_ns):
-                if not self._read():
-                    return
-            else:
+            if wait_ns is not None and self._more_within(wait_ns) and not self._read():
+                return
+            if not wait_ns:  # full, or due: what comes from here on is for the next one
                 executor.run(queue.take())
 
     def _more_within(self, wait_ns: int) -> bool:
@@ -96,10 +101,22 @@ class _Worker:
 
     def _read(self) -> bool:
         """Take what has come, when something has; False at the end of the channel."""
+        asked_ns = time.monotonic_ns()
+        if self._awake:
+            self._stay_awake(asked_ns + AWAKE_NS)
         count = _receive(self._channel, self._reader)
+        self._awake = time.monotonic_ns() - asked_ns < AWAKE_NS
         for message, tensors in _frames(self._reader, count):
             self._handle(message, tensors)
         return count > 0
+
+    def _stay_awake(self, until_ns: int) -> None:
+        """Look for the next request for a while before sleeping: being woken costs as much as many runs.
+
+        Whoever else wants this core has it meanwhile.
+        """
+        while not self._poll.poll(0) and time.monotonic_ns() < until_ns:
+            os.sched_yield()
 
     def _handle(self, message: ToWorker, tensors: Sequence[Tensor]) -> None:
         if isinstance(message, Infer) and self._executor is not None:

@@ -19,6 +19,7 @@ from runtime.errors import (
     InvalidInput,
     LoadRefused,
     NotRepresentable,
+    QueueFull,
     RuntimeProblem,
     WorkerDied,
 )
@@ -45,6 +46,13 @@ from runtime.wire import (
     plain_text,
 )
 
+MAX_UNSENT_BYTES = 256 * 2**20
+"""Of inferences that a worker has not begun to read. Beyond it the next is refused, however few they are:
+what was given up or timed out is in memory until it is read, too."""
+MAX_UNSENT_CANCELS_BYTES = 2**20
+"""Some 50,000. A worker reads them at once, even while it computes; one that does not is not well."""
+MAX_ANSWER_HEADER_BYTES = 4 * 2**20
+"""Of tens of thousands of outputs. It is the list of a load's files that may be longer."""
 LAST_WORDS_S = 1.0
 """After a worker's death: how long its exit status, and what it still had to say, are waited for."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
@@ -101,7 +109,6 @@ class Worker:
         self._heard_at = 0.0
         self._watching: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
-        self._idle.set()
         self._loading: _Loading | None = None
         self._stopping = False
         self._last_words: asyncio.TimerHandle | None = None
@@ -125,13 +132,19 @@ class Worker:
         return self._process.orphaned
 
     @property
+    def dying(self) -> bool:
+        """Whether its process is gone; its last words may be on their way."""
+        return self._last_words is not None
+
+    @property
     def in_flight(self) -> int:
         """How many inferences are queued or running, those included whose caller has gone."""
         return len(self._asked)
 
     async def drained(self) -> None:
         """Wait until nothing is in flight; a dead worker is drained."""
-        while self.in_flight:
+        while self._asked:
+            self._idle.clear()
             await self._idle.wait()
 
     async def load(self, order: LoadOrder, on_stage: Callable[[str], None]) -> LoadReport:
@@ -145,6 +158,9 @@ class Worker:
             LoadRefused: with the code of the reason.
             WorkerDied: `worker_died`.
         """
+        self._patience_s += (
+            order.max_queue_delay_us / 1e6
+        )  # for so long, what is cancelled may wait for others
         answer: asyncio.Future[LoadReport] = self._loop.create_future()
         self._loading = _Loading(answer, on_stage, order.files)
         self._send(
@@ -184,8 +200,11 @@ class Worker:
             InferenceFailed: `inference_failed`.
             InferenceCancelled: `inference_cancelled`.
             InferenceTimeout: `inference_timeout`.
+            QueueFull: `inference_queue_full`, the worker has much to read.
             WorkerDied: `worker_died`.
         """
+        if self._data.unsent_bytes > MAX_UNSENT_BYTES:
+            raise QueueFull("the model's worker has more to read than may wait")
         number = next(self._ids)
         try:
             self._send(Infer(number, heads(inputs), outputs, text, time.monotonic_ns()), inputs)
@@ -193,7 +212,6 @@ class Worker:
             raise InvalidInput(str(error)) from None
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._asked[number] = answer
-        self._idle.clear()
         deadline = self._loop.call_later(timeout_s, self._expire, number, timeout_s)
         try:
             return await answer
@@ -202,6 +220,7 @@ class Worker:
             raise
         finally:
             deadline.cancel()
+            del answer  # a failure's traceback holds this frame, and so would keep the tensors
 
     async def measure(self) -> int:
         """Measure the worker's private bytes.
@@ -247,6 +266,8 @@ class Worker:
         if number in self._asked:
             self._cancelled[number] = self._loop.time()
             self._control.send(Cancel(number))
+            if self._control.unsent_bytes > MAX_UNSENT_CANCELS_BYTES:
+                self.kill()
             self._watch(self._patience_s)
 
     def _watch(self, delay_s: float) -> None:
@@ -294,6 +315,7 @@ class Worker:
                 self._loading.on_stage(stage)
             case Loaded() | LoadFailed() if self._loading is not None and self._loading.may_end_with(message):
                 self._loading.settle(message)
+                self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
                 self._loading = None
             case Failure(number, code, text) if number in self._asked:
                 answer = self._ended(number)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -29,6 +29,9 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_HEAD_BYTES = 2**20
 """Of a request without its tensors' data: a thousand inputs take a quarter of it. Reading 64 MiB of names,
 shapes and parameters would hold up everybody for seconds (measured), and not fit into a worker's frame."""
+
+MAX_INPUTS = MAX_HEAD_BYTES // 32
+"""An input has more bytes than that beside its data, so a request with more is refused for those anyway."""
 
 MAX_DIMENSION = 2**31 - 1
 """What numpy takes everywhere, and more than any body has elements."""
@@ -91,7 +94,15 @@ class _LooseRequest(msgspec.Struct, gc=False):
 
 
 class _Data(msgspec.Struct, gc=False):
+    """Counted as they are read, for each is an object: of `{},{},…` 64 MiB would make 2 GB in 4 s."""
+
     data: msgspec.Raw = _NO_DATA
+    count: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _Data.count += 1
+        if _Data.count > MAX_INPUTS:
+            raise InvalidInput(f"the request has more than {MAX_INPUTS} inputs; no more are taken")
 
 
 class _DataRequest(msgspec.Struct, gc=False):
@@ -220,6 +231,7 @@ def _outputs(outputs: list[_Output], default: bool) -> tuple[WantedOutput, ...]:
 
 
 def _check_head(text: Buffer) -> None:
+    _Data.count = 0
     data_bytes = sum(len(memoryview(item.data)) for item in _DATA.decode(text).inputs)
     if len(text) - data_bytes > MAX_HEAD_BYTES:
         told = f"has {len(text) - data_bytes} bytes; at most {MAX_HEAD_BYTES} are taken"

@@ -7,8 +7,10 @@ and stands here; connections, parsing, timeouts and shutdown stay the framework'
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 
@@ -16,11 +18,16 @@ from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
 from runtime.wire import Buffer
+from server.bodies import Share
+from server.validation import MIN_PROGRESS_BYTES
 
 SERVER = "loadledger"
 """What runs here, in no version that an attacker could look up."""
 JOINED_BYTES = 64 * 2**10
 """Copying this much takes about as long as telling the kernel of one buffer more."""
+
+UNREAD_S = 30.0
+"""In so long a client has to read MIN_PROGRESS_BYTES of a long answer, which is in memory until it has it."""
 
 
 class DirectResponse(web.StreamResponse):
@@ -29,12 +36,14 @@ class DirectResponse(web.StreamResponse):
     Args:
         fields: values as they go out: no line breaks in them.
         body: one after the other.
+        share: the memory of what is asked and answered, given back when the client has the answer.
     """
 
-    def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer]) -> None:
+    def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer], share: Share) -> None:
         super().__init__()
         self._fields = fields
         self._buffers = body
+        self._share = share
         self._is_kept = False
 
     @property
@@ -46,24 +55,44 @@ class DirectResponse(web.StreamResponse):
         """Write all of it.
 
         Raises:
-            ConnectionResetError: the client has gone.
+            ConnectionResetError: the client has gone, or does not read.
         """
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError("the client has gone")
-        self._is_kept = request.keep_alive
-        length = sum(map(len, self._buffers))
-        head = _head(self._fields, length, _connection(request))
-        if length < JOINED_BYTES:
-            transport.write(b"".join((head, *self._buffers)))
-            return None
-        for part in (head, *self._buffers):
-            transport.write(part)
-        await request.writer.drain()
+        try:
+            transport = request.transport
+            if transport is None:
+                raise ConnectionResetError("the client has gone")
+            self._is_kept = request.keep_alive
+            length = sum(map(len, self._buffers))
+            head = _head(self._fields, length, _connection(request))
+            if length < JOINED_BYTES:
+                transport.write(b"".join((head, *self._buffers)))
+            else:
+                self._share.become(length)
+                for part in (head, *self._buffers):
+                    transport.write(part)
+            self._buffers = ()
+            if transport.get_write_buffer_size() > JOINED_BYTES:
+                await _drain(transport, request.writer)
+        finally:
+            self._share.give_back()
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing more: it is all written."""
+
+
+async def _drain(transport: asyncio.WriteTransport, writer: AbstractStreamWriter) -> None:
+    """Wait until the client has read most of what was written, as long as it reads anything."""
+    left = transport.get_write_buffer_size()
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(UNREAD_S):
+                await writer.drain()
+            return
+        before, left = left, transport.get_write_buffer_size()
+        if left > before - MIN_PROGRESS_BYTES:
+            transport.abort()
+            raise ConnectionResetError("the client does not read its answer")
 
 
 def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:

@@ -8,8 +8,8 @@ from aiohttp import hdrs, web
 from aiohttp_apispec import docs, match_info_schema, response_schema
 
 from runtime.router import Route as ModelRoute
-from runtime.wire import Tensor
-from server.appkeys import BODIES, CONFIG, ROUTER
+from runtime.wire import Buffer, Tensor
+from server.appkeys import BODIES, CONFIG, PRINCIPAL, ROUTER
 from server.bodies import Share
 from server.compression import chosen_encoding, compress, decompress
 from server.decoding import HEADER_LENGTH, InferenceRequest, decode_request, header_length
@@ -134,7 +134,8 @@ def inference_routes() -> list[Route]:
 
 async def _infer(request: web.Request) -> web.StreamResponse:
     path = path_parameters(request)
-    return await infer(request, request.app, path["id"], path.get("version"), request.get(QUOTA))
+    subject, quota = request[PRINCIPAL].subject, request.get(QUOTA)
+    return await infer(request, request.app, path["id"], path.get("version"), subject=subject, quota=quota)
 
 
 async def infer(
@@ -142,13 +143,15 @@ async def infer(
     app: web.Application,
     model_id: str,
     version: int | None,
+    *,
+    subject: str,
     quota: Quota | None,
 ) -> web.StreamResponse:
     """Decode, run, encode; the header leads from the answer to the bytes and the person behind it.
 
-    Who asks has been let through, and counted against `quota`.
+    The subject has been let through, and counted against its `quota`.
     """
-    router, share = app[ROUTER], app[BODIES].share()
+    router, share = app[ROUTER], app[BODIES].share(subject)
     try:
         body = await _body(request, share)
         header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()), len(body))
@@ -159,14 +162,22 @@ async def infer(
             question = decode_request(body, header_bytes)
         timeout_s = _timeout_s(question, app[CONFIG].inference_timeout_s)
         route, (_, outputs) = await router.infer(model_id, version, question, timeout_s)
-    finally:
+        fields, answer = _answer(route, question, outputs, quota)
+        encoding = _encoding(request, answer)
+        if encoding is not None:
+            fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
+            answer = [await compress(answer, encoding)]
+        return DirectResponse(fields, answer, share)
+    except BaseException:
         share.give_back()
-    return await _answer(request, route, question, outputs, quota)
+        raise
 
 
 async def _body(request: web.BaseRequest, share: Share) -> bytes:
+    content, encoding = request.content, request.headers.get(hdrs.CONTENT_ENCODING)
+    if encoding is None and content.is_eof():  # what came with its head, the framework has bounded
+        return content.read_nowait()
     body = await read_encoded_body(request, MAX_BODY_BYTES, share.take)
-    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is None:
         return body
     body = await decompress(body, encoding, MAX_BODY_BYTES)
@@ -180,26 +191,26 @@ def _timeout_s(question: InferenceRequest, longest_s: float) -> float:
     return min(longest_s, question.timeout_us / 1e6)
 
 
-async def _answer(
-    request: web.BaseRequest,
-    route: ModelRoute,
-    question: InferenceRequest,
-    outputs: Sequence[Tensor],
-    quota: Quota | None,
-) -> web.StreamResponse:
+def _answer(
+    route: ModelRoute, question: InferenceRequest, outputs: Sequence[Tensor], quota: Quota | None
+) -> tuple[dict[str, object], list[Buffer]]:
+    """Return the answer's header fields, without those of compression, and its body."""
     body, header_bytes = encode_response(route.model_id, route.version, question.id, outputs)
     fields: dict[str, object] = {"Content-Type": "application/json"}
     if header_bytes is not None:
         fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
-    fields["Loadledger-Model"] = f"{route.model_id}/{route.version};position={route.position}"
+    fields["Loadledger-Model"] = route.source
     if quota is not None:
         fields |= quota.headers()
+    return fields, body
+
+
+def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
+    """Return the coding that an answer is compressed with, if it is."""
     accepted = request.headers.get(hdrs.ACCEPT_ENCODING)
-    encoding = chosen_encoding(accepted) if accepted is not None else None
-    if encoding is not None and sum(map(len, body)) >= COMPRESSED_FROM_BYTES:
-        fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
-        body = [await compress(body, encoding)]
-    return DirectResponse(fields, body)
+    if accepted is None or sum(map(len, body)) < COMPRESSED_FROM_BYTES:
+        return None
+    return chosen_encoding(accepted)
 
 
 async def _route(request: web.Request) -> ModelRoute:

@@ -9,10 +9,10 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
 import limits
+import msgspec
 from aiohttp import web
 
 from server.config import OFF, Config
@@ -25,8 +25,7 @@ MAX_COUNTERS = 10_000
 AUTH_FAILURES = "auth-failures"
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
+class Quota(msgspec.Struct, frozen=True, gc=False):
     """What is left of a limit after a request.
 
     Attributes:
@@ -153,13 +152,18 @@ class RateLimits:
             raise RateLimited(quota)
         return quota
 
+    @property
+    def has_failures(self) -> bool:
+        """Whether credentials from any address were refused lately: if not, none has to be looked up."""
+        return bool(self._failures)
+
     def check_peer(self, peer: str | None) -> None:
         """Refuse an address whose credentials were refused too often.
 
         Raises:
             TooManyFailures: it is one (`too_many_failures`).
         """
-        if not self._failures:  # off, or none so far: the usual case costs nothing
+        if self._failures is None:
             return
         counted, left_s = self._failures.counted(peer_of(peer))
         if counted >= self._failures.amount:

@@ -44,7 +44,8 @@ def _shortcut(app: web.Application, long_way: RequestHandler) -> RequestHandler:
             quota = gate.count(principal, LimitClass.INFERENCE)
             check_role(principal, Access.PREDICT)
             model_id, version = found.groups()
-            return await infer(request, app, model_id, int(version) if version else None, quota)
+            number = int(version) if version else None
+            return await infer(request, app, model_id, number, subject=principal.subject, quota=quota)
         except Exception as error:  # noqa: BLE001 - every error becomes an answer, as on the long way
             response = error_response(request, error)
             response.headers.update(quota.headers() if quota is not None else {})

@@ -22,6 +22,12 @@ MAX_JSON_BYTES = 1024 * 1024
 BODY_IDLE_S = 30.0
 """Also ends what nobody else does: after a malformed chunk the framework lets a reader wait for ever."""
 
+MIN_PROGRESS_BYTES = 256 * 2**10
+"""In BODY_IDLE_S, of what is longer: 70 kbit/s. Who sends one byte at a time would hold memory for days."""
+
+READ_BYTES = 2**20
+"""Of a body that is being read, so much may wait to be; more means fewer turns for long ones."""
+
 MAX_REPORTED = 10  # mistakes told at once; the rest is counted
 
 _JSON: web.RequestKey[Any] = web.RequestKey("json", object)
@@ -152,11 +158,11 @@ async def read_encoded_body(
         request: whose body nobody has read yet.
         max_bytes: what it may have.
         take: told how many bytes have come, as they come; may refuse them.
-        idle_s: how long nothing may come.
+        idle_s: how long the next part, or the end, may take.
 
     Raises:
         BodyTooLarge: by its declared length or by what came (`body_too_large`).
-        BodyTimeout: nothing came for `idle_s` seconds (`body_timeout`).
+        BodyTimeout: in `idle_s` seconds came less than MIN_PROGRESS_BYTES, and not the end (`body_timeout`).
     """
     if (request.content_length or 0) > max_bytes:
         raise BodyTooLarge(max_bytes)
@@ -166,12 +172,17 @@ async def read_encoded_body(
         if take is not None:
             take(len(body))
         return body
+    content.set_read_chunk_size(READ_BYTES)
     pieces, length = list[bytes](), 0
+    loop = asyncio.get_running_loop()
+    until, enough = loop.time() + idle_s, MIN_PROGRESS_BYTES
     try:
         while not content.at_eof():
-            async with asyncio.timeout(idle_s):
-                piece = await content.readany()
+            async with asyncio.timeout_at(until):
+                piece, _ = await content.readchunk()  # the other ways to read join pieces, to be joined again
             length += len(piece)
+            if length >= enough:
+                until, enough = loop.time() + idle_s, length + MIN_PROGRESS_BYTES
             if length > max_bytes:
                 raise BodyTooLarge(max_bytes)
             if take is not None:

@@ -17,11 +17,12 @@ from runtime.errors import (
     InferenceTimeout,
     InvalidInput,
     InvalidModelId,
+    QueueFull,
     RuntimeProblem,
     UnknownModel,
     WorkerDied,
 )
-from runtime.router import ModelNotLoaded, ModelUnloading, QueueFull
+from runtime.router import ModelNotLoaded, ModelUnloading
 
 SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
 """Loads for half a minute, if it is let."""

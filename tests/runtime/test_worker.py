@@ -776,3 +776,15 @@ async def test_a_worker_that_has_ended_keeps_no_buffers_until_the_garbage_collec
     worker = await pool.start("w")
     await worker.stop()
     assert [len(channel._reader._chunk) for channel in (worker._data, worker._control)] == [0, 0]
+
+
+async def test_what_is_refused_takes_no_memory_until_the_garbage_collector_runs(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    save(models.add(), tmp_path, "m")
+    worker = await loaded(pool, tmp_path, "m")
+    empty = await worker.measure()
+    for _ in range(20):
+        with pytest.raises(InvalidInput):
+            await ask(worker, [floats("other", *[0.0] * 2**20)])
+    assert await worker.measure() - empty < 2**25

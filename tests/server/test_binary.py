@@ -24,6 +24,7 @@ from support.models import save
 from support.workers import until
 
 from events.types import WorkerExited
+from server.appkeys import BODIES
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -339,5 +340,52 @@ async def test_more_than_the_memory_for_bodies_is_503_and_is_given_back(
 
     for _ in range(2):
         assert (await api.post("/v2/models/m/infer", data=endless())).refusal == (503, "bodies_full")
+    answer = await when(lambda: asked(api, "m", PAIR), lambda seen: seen.status == 200)
+    assert outputs_of(answer) == [PAIR]
+
+
+async def test_one_subject_cannot_take_all_the_memory_for_bodies(
+    start: Start, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.app.MAX_BODIES_BYTES", 2**20)
+    save(models.identity(), repository, "m")
+    api = await start()
+    await api.load("m")
+    more, bodies = asyncio.Event(), api.app[BODIES]
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b" " * 2**19
+        await more.wait()
+        yield json.dumps({"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [7]}]}).encode()
+
+    half = asyncio.create_task(api.post("/v2/models/m/infer", data=slowly(), subject="alice"))
+    await until(lambda: bodies.taken_bytes == 2**19)
+    large = Given("FP32", (2**16,), bytes(2**18))
+    head = told(large)
+    for subject, status in (("alice", 503), ("bob", 200)):
+        answer = await api.post(
+            "/v2/models/m/infer",
+            data=io.BytesIO(head + large.data),
+            headers={LENGTH: str(len(head))},
+            subject=subject,
+        )
+        assert answer.status == status
+    more.set()
+    assert (await half).refusal == (503, "bodies_full")
+    await until(lambda: bodies.taken_bytes == 0)
+
+
+async def test_what_a_worker_has_not_read_is_bounded_though_nobody_waits_for_it_any_more(
+    api: LocalApi, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.workers.MAX_UNSENT_BYTES", 2**20)
+    save(models.identity(), repository, "m")
+    await api.load("m")
+    os.kill(api.worker("m").pid, signal.SIGSTOP)
+    large = Given("FP32", (2**20,), bytes(2**22))
+    soon = {"timeout": 20_000}
+    assert (await asked(api, "m", large, parameters=soon)).refusal == (504, "inference_timeout")
+    assert (await asked(api, "m", large, parameters=soon)).refusal == (503, "inference_queue_full")
+    os.kill(api.worker("m").pid, signal.SIGCONT)
     answer = await when(lambda: asked(api, "m", PAIR), lambda seen: seen.status == 200)
     assert outputs_of(answer) == [PAIR]

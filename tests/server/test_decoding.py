@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from runtime.wire import (
     encode,
     heads,
 )
-from server.decoding import MAX_HEAD_BYTES, InferenceRequest, decode_request, header_length
+from server.decoding import MAX_HEAD_BYTES, MAX_INPUTS, InferenceRequest, decode_request, header_length
 from server.rawbody import decode_raw
 
 MIB = 2**20
@@ -273,6 +274,17 @@ def test_names_and_parameters_without_end_are_refused_and_data_as_long_is_not() 
     assert len(asked(tensor(data=[0] * MAX_HEAD_BYTES)).tensors[0].data) > MAX_HEAD_BYTES
     assert "shape is not a shape" in refused(tensor(data=[0] * MAX_HEAD_BYTES, shape=[-1]))
     assert "not an inference request" in refusal(b"[" * MAX_HEAD_BYTES + b"]")
+
+
+def test_inputs_without_end_are_refused_before_they_take_memory() -> None:
+    body = b'{"inputs":[' + b"{}," * 2**20 + b"{}]}"
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            assert f"more than {MAX_INPUTS} inputs; no more are taken" in refusal(body)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
 
 
 SCRAPS = st.sampled_from(
