@@ -1,7 +1,9 @@
 """The server's end of a channel to a worker, on asyncio: frames out, frames in."""
 
 import asyncio
+import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -10,6 +12,9 @@ import msgspec
 from runtime.frames import FrameReader
 from runtime.wire import Buffer, Frame, FromWorker, MalformedFrame, Message, Tensor, encode
 
+AWAKE_NS = 300_000
+"""Where the last answer came within so long the next is waited for awake: sleeping and being woken takes as
+long as a small model. At one client 1.3 times as many requests are answered with this, at eight 1.1 times."""
 JOINED_BYTES = 32 * 2**10
 """Copying this much takes about as long as telling the kernel of one buffer more."""
 
@@ -35,6 +40,10 @@ class Channel(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport | None = None
         self._waiting: list[Buffer] = []
+        self._sent_ns = 0
+        self._is_awaited = False
+        self._is_quick = False
+        self._is_awake = False
         self.lost = False
 
     async def connect(self, end: socket.socket) -> None:
@@ -59,6 +68,20 @@ class Channel(asyncio.BufferedProtocol):
         if self._transport is not None and not self._transport.is_closing():
             for part in _joined(parts):
                 self._transport.write(part)  # writelines of some Python 3.12 and 3.13 forgets pause_writing
+        self._sent_ns, self._is_awaited = time.monotonic_ns(), True
+        if self._is_quick and not self._is_awake:
+            self._is_awake = True
+            self._loop.call_soon(self._stay_awake)
+
+    def _stay_awake(self) -> None:
+        """Have the loop look for the answer again, and for all else, instead of sleeping; not for long.
+
+        Whoever else wants this core has it meanwhile.
+        """
+        self._is_awake = self._is_awaited and time.monotonic_ns() - self._sent_ns < AWAKE_NS
+        if self._is_awake:
+            os.sched_yield()
+            self._loop.call_soon(self._stay_awake)
 
     @property
     def unsent_bytes(self) -> int:
@@ -84,6 +107,8 @@ class Channel(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Hand on the frames that are complete now."""
+        self._is_quick = time.monotonic_ns() - self._sent_ns < AWAKE_NS
+        self._is_awaited = False
         try:
             for frame in self._reader.advance(nbytes):
                 self._on_frame(frame)
