@@ -3,8 +3,11 @@
 It runs them in a process of its own, which a case may kill; what it found comes back as a file.
 """
 
-import multiprocessing
+import importlib
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +22,7 @@ from onnx.backend.test.case.test_case import TestCase
 from support.binary import Value
 from support.onnxcases import Asked, Case, compare, node_cases, unnamed_type, value_of
 
+MAIN = "import sys; from support.bareonnx import main; main(sys.argv[1:])"
 LIMIT_S = 300.0
 """All cases take bare ONNX Runtime some 20 s; it is there so that a bug fails a test and does not hang it."""
 
@@ -44,16 +48,21 @@ def _run_from(
     file: Path, done: int, step: int, source: Callable[[], list[TestCase]], found: list[Case]
 ) -> int:
     """Run the cases after those that are done, and add them; returns the process's exit code."""
-    process = multiprocessing.get_context("spawn").Process(target=_run, args=(file, done, step, source))
-    process.start()
-    process.join(LIMIT_S)
-    process.kill()
-    process.join()
-    assert process.exitcode is not None
+    # Not multiprocessing, which leaves a process of its own to the one that runs the tests.
+    arguments = [str(file), str(done), str(step), source.__module__, source.__qualname__]
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
     added = _read(file)
-    assert added or process.exitcode == 0, "the process that runs the cases ended before the first"
+    assert added or process.returncode == 0, "the process that runs the cases ended before the first"
     found += added
-    return process.exitcode
+    return process.returncode
 
 
 def _read(file: Path) -> list[Case]:
@@ -66,12 +75,14 @@ def _read(file: Path) -> list[Case]:
     return list(found.values())
 
 
-def _run(file: Path, done: int, step: int, source: Callable[[], list[TestCase]]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Write each case before it runs, and what came of it after."""
+    file, done, step, module, function = arguments
+    source: Callable[[], list[TestCase]] = getattr(importlib.import_module(module), function)
     warnings.simplefilter("ignore")  # numpy's, about what the cases are made from
     ort.set_default_logger_severity(4)
-    with file.open("wb") as stream:
-        for case in source()[::step][done:]:
+    with Path(file).open("wb") as stream:
+        for case in source()[:: int(step)][int(done) :]:
             _write(stream, Case(case.name, b"", case.rtol, case.atol))
             _write(stream, run(case))
 
