@@ -146,7 +146,7 @@ class Config:
         default="600/minute", metadata=_about("Loads and unloads per subject, or off.", check=_limit)
     )
     limit_inference: str = field(
-        default="60000/minute", metadata=_about("Inferences per subject, or off.", check=_limit)
+        default="600000/minute", metadata=_about("Inferences per subject, or off.", check=_limit)
     )
     limit_reads: str = field(
         default="6000/minute", metadata=_about("Other requests per subject, or off.", check=_limit)

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_an_answer_other_than_200_ends_the_load_with_the_answer(tmp_path: Path, 
 
 async def generated(*pieces: bytes) -> Result:
     """Run the clients against a server that answers each request with these; with none it hangs up."""
+    answering = set[asyncio.Task[None]]()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(100):
@@ -92,11 +94,23 @@ async def generated(*pieces: bytes) -> Result:
                 await asyncio.sleep(0)  # so that the pieces arrive one by one
             if not pieces:
                 break
-        writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async def answer_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            await answer(reader, writer)
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answering.add(asyncio.create_task(answer_and_close(reader, writer)))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
     async with server:
-        return await generate(server.sockets[0].getsockname()[1], b"x", 2, 0.2, 0.0)
+        try:
+            return await generate(server.sockets[0].getsockname()[1], b"x", 2, 0.2, 0.0)
+        finally:  # its connections are closed, so these end; an open one would be found by another test
+            await asyncio.gather(*answering)
 
 
 @pytest.mark.parametrize(
