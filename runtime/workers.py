@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runtime import memory
 from runtime.channel import Channel
@@ -15,7 +14,6 @@ from runtime.errors import (
     Exit,
     InferenceCancelled,
     InferenceFailed,
-    InferenceTimeout,
     InvalidInput,
     LoadRefused,
     NotRepresentable,
@@ -24,6 +22,7 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.forkclient import Child
+from runtime.inflight import Answer, InFlight
 from runtime.process import Process
 from runtime.stderr import StderrTail
 from runtime.wire import (
@@ -59,8 +58,6 @@ PROBLEMS: dict[str, type[RuntimeProblem]] = {
     problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
 }
 
-Answer = tuple[Outcome, tuple[Tensor, ...]]
-"""What an inference came to: where its time went, and the outputs."""
 LoadReport = Loaded
 """What a load came to: files with identities and hashes, inputs, outputs, memory, durations."""
 
@@ -100,15 +97,10 @@ class Worker:
         self._process = Process(child, self._on_gone)
         self._stderr = StderrTail(stderr)
         self._threads = threads
-        self._patience_s = patience_s
+        self._in_flight = InFlight(patience_s, self._cancel, self._end_stuck)
         self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
         self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
         self._ids = itertools.count()
-        self._asked: dict[int, asyncio.Future[Answer]] = {}
-        self._cancelled: dict[int, float] = {}
-        self._heard_at = 0.0
-        self._watching: asyncio.TimerHandle | None = None
-        self._idle = asyncio.Event()
         self._loading: _Loading | None = None
         self._stopping = False
         self._last_words: asyncio.TimerHandle | None = None
@@ -139,13 +131,11 @@ class Worker:
     @property
     def in_flight(self) -> int:
         """How many inferences are queued or running, those included whose caller has gone."""
-        return len(self._asked)
+        return len(self._in_flight)
 
     async def drained(self) -> None:
         """Wait until nothing is in flight; a dead worker is drained."""
-        while self._asked:
-            self._idle.clear()
-            await self._idle.wait()
+        await self._in_flight.drained()
 
     async def load(self, order: LoadOrder, on_stage: Callable[[str], None]) -> LoadReport:
         """Load a model; once per worker, which ends by itself when this fails.
@@ -158,9 +148,8 @@ class Worker:
             LoadRefused: with the code of the reason.
             WorkerDied: `worker_died`.
         """
-        self._patience_s += (
-            order.max_queue_delay_us / 1e6
-        )  # for so long, what is cancelled may wait for others
+        # For so long, what is cancelled may wait for others to run with.
+        self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         answer: asyncio.Future[LoadReport] = self._loop.create_future()
         self._loading = _Loading(answer, on_stage, order.files)
         self._send(
@@ -210,17 +199,7 @@ class Worker:
             self._send(Infer(number, heads(inputs), outputs, text, time.monotonic_ns()), inputs)
         except MalformedFrame as error:
             raise InvalidInput(str(error)) from None
-        answer: asyncio.Future[Answer] = self._loop.create_future()
-        self._asked[number] = answer
-        deadline = self._loop.call_later(timeout_s, self._expire, number, timeout_s)
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            self._cancel(number)
-            raise
-        finally:
-            deadline.cancel()
-            del answer  # a failure's traceback holds this frame, and so would keep the tensors
+        return await self._in_flight.answer(number, timeout_s)
 
     async def measure(self) -> int:
         """Measure the worker's private bytes.
@@ -253,45 +232,14 @@ class Worker:
         """Give the last lines that the worker wrote: at most 64, 16 KiB."""
         return self._stderr.lines()
 
-    def _expire(self, number: int, timeout_s: float) -> None:
-        answer = self._asked.get(number)
-        if answer is not None and not answer.done():
-            answer.set_exception(
-                InferenceTimeout(f"the inference did not end within {timeout_s:g} s and was stopped")
-            )
-            self._cancel(number)
-
     def _cancel(self, number: int) -> None:
-        """Have the worker stop an inference. It goes on being in flight until the worker says so."""
-        if number in self._asked:
-            self._cancelled[number] = self._loop.time()
-            self._control.send(Cancel(number))
-            if self._control.unsent_bytes > MAX_UNSENT_CANCELS_BYTES:
-                self.kill()
-            self._watch(self._patience_s)
+        self._control.send(Cancel(number))
+        if self._control.unsent_bytes > MAX_UNSENT_CANCELS_BYTES:
+            self.kill()
 
-    def _watch(self, delay_s: float) -> None:
-        if self._watching is None:
-            self._watching = self._loop.call_later(delay_s, self._look_for_stuck)
-
-    def _look_for_stuck(self) -> None:
-        """Kill a worker that does not stop what it was told to stop: nobody behind that would be served.
-
-        Inferences run in the order in which they were asked for, so the first that has no answer is the one
-        that runs; one behind it that was cancelled does nothing, and is nobody's fault.
-        """
-        self._watching = None
-        if not self._cancelled or self.ended.done():
-            return
-        first = next(iter(self._asked))
-        patience_s = self._patience_s
-        if first in self._cancelled:
-            waiting_since = max(self._cancelled[first], self._heard_at)
-            patience_s = waiting_since + self._patience_s - self._loop.time()
-        if patience_s > 0:
-            self._watch(patience_s)
-            return
-        self._stderr.note(f"killed by the server: an inference did not stop within {self._patience_s:g} s")
+    def _end_stuck(self) -> None:
+        patience_s = self._in_flight.patience_s
+        self._stderr.note(f"killed by the server: an inference did not stop within {patience_s:g} s")
         self.kill()
 
     def _send(self, message: Load | Infer, tensors: Sequence[Tensor] = ()) -> None:
@@ -299,16 +247,10 @@ class Worker:
             raise WorkerDied(self.ended.result())
         self._data.send(message, tensors)
 
-    def _note_idle(self) -> None:
-        if not self._asked:
-            self._idle.set()
-
     def _on_frame(self, frame: Frame[FromWorker]) -> None:
         message, tensors = frame
-        if type(message) is Outcome and message.id in self._asked:  # first, for it comes by far most often
-            answer = self._ended(message.id)
-            if not answer.done():
-                answer.set_result((message, tensors))
+        if type(message) is Outcome and message.id in self._in_flight:  # first, for it comes most often
+            self._in_flight.settle(message.id, (message, tensors))
             return
         match message:
             case Stage(stage) if self._loading is not None:
@@ -317,20 +259,10 @@ class Worker:
                 self._loading.settle(message)
                 self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
                 self._loading = None
-            case Failure(number, code, text) if number in self._asked:
-                answer = self._ended(number)
-                if not answer.done():
-                    answer.set_exception(PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
+            case Failure(number, code, text) if number in self._in_flight:
+                self._in_flight.settle(number, PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
             case _:
                 self.kill()
-
-    def _ended(self, number: int) -> asyncio.Future[Answer]:
-        answer = self._asked.pop(number)
-        self._heard_at = self._loop.time()
-        if self._cancelled:
-            self._cancelled.pop(number, None)
-        self._note_idle()
-        return answer
 
     def _on_unexpected(self, _: Frame[FromWorker]) -> None:
         self.kill()  # a worker says nothing on its control channel
@@ -359,23 +291,9 @@ class Worker:
         self._control.abort()
         self._stderr.close()
         self.ended.set_result(end)
-        self._fail(end)
-
-    def _fail(self, end: Exit) -> None:
-        first = next(iter(self._asked), None)
-        waiting: list[tuple[asyncio.Future[Any], bool]] = [
-            (answer, number == first) for number, answer in self._asked.items()
-        ]
-        if self._loading is not None:
-            waiting.append((self._loading.answer, True))
-        for answer, begun in waiting:
-            if not answer.done():
-                answer.set_exception(WorkerDied(end, begun=begun))
-        self._asked.clear()
-        self._cancelled.clear()
-        if self._watching is not None:
-            self._watching.cancel()
-        self._note_idle()
+        self._in_flight.abandon(end)
+        if self._loading is not None and not self._loading.answer.done():
+            self._loading.answer.set_exception(WorkerDied(end))
 
 
 @dataclass(frozen=True, slots=True)

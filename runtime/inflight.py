@@ -1,0 +1,130 @@
+"""What a worker was asked and has not answered: deadlines, cancelling, and whether it stops when told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from runtime.errors import Exit, InferenceTimeout, RuntimeProblem, WorkerDied
+from runtime.wire import Outcome, Tensor
+
+Answer = tuple[Outcome, tuple[Tensor, ...]]
+"""What an inference came to: where its time went, and the outputs."""
+
+
+class InFlight:
+    """The inferences of one worker that are queued or running, in the order in which they were asked for.
+
+    One that was cancelled, or timed out, stays until the worker says that it is over.
+
+    Args:
+        patience_s: how long one that was cancelled may go on running.
+        cancel: has the worker stop an inference.
+        on_stuck: is called when it does not: nobody behind that would be served.
+    """
+
+    def __init__(
+        self, patience_s: float, cancel: Callable[[int], None], on_stuck: Callable[[], None]
+    ) -> None:
+        self.patience_s = patience_s
+        self._send_cancel = cancel
+        self._on_stuck = on_stuck
+        self._loop = asyncio.get_running_loop()
+        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._cancelled: dict[int, float] = {}
+        self._heard_at = 0.0
+        self._watching: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._asked
+
+    async def drained(self) -> None:
+        """Wait until there is none."""
+        while self._asked:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def answer(self, number: int, timeout_s: float) -> Answer:
+        """Wait for the answer to an inference that was just sent; if this is cancelled, so is that.
+
+        Raises:
+            InferenceTimeout: `inference_timeout`, and it was told to stop.
+            WorkerDied: `worker_died`.
+            RuntimeProblem: what it failed with.
+        """
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._asked[number] = answer
+        deadline = self._loop.call_later(timeout_s, self._expire, number, timeout_s)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._cancel(number)
+            raise
+        finally:
+            deadline.cancel()
+            del answer  # a failure's traceback holds this frame, and so would keep the tensors
+
+    def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
+        """Hand on what the worker said of an inference; who asked may have gone."""
+        answer = self._asked.pop(number)
+        self._heard_at = self._loop.time()
+        if self._cancelled:
+            self._cancelled.pop(number, None)
+        if not self._asked:
+            self._idle.set()
+        if answer.done():
+            return
+        if isinstance(result, RuntimeProblem):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+
+    def abandon(self, end: Exit) -> None:
+        """Tell all who wait that the worker has ended; it may have been at work on the first."""
+        first = next(iter(self._asked), None)
+        for number, answer in self._asked.items():
+            if not answer.done():
+                answer.set_exception(WorkerDied(end, begun=number == first))
+        self._asked.clear()
+        self._cancelled.clear()
+        if self._watching is not None:
+            self._watching.cancel()
+        self._idle.set()
+
+    def _expire(self, number: int, timeout_s: float) -> None:
+        answer = self._asked.get(number)
+        if answer is not None and not answer.done():
+            told = f"the inference did not end within {timeout_s:g} s and was stopped"
+            answer.set_exception(InferenceTimeout(told))
+            self._cancel(number)
+
+    def _cancel(self, number: int) -> None:
+        if number in self._asked:
+            self._cancelled[number] = self._loop.time()
+            self._send_cancel(number)
+            self._watch(self.patience_s)
+
+    def _watch(self, delay_s: float) -> None:
+        if self._watching is None:
+            self._watching = self._loop.call_later(delay_s, self._look_for_stuck)
+
+    def _look_for_stuck(self) -> None:
+        """Judge the first: inferences run in their order, so it is the one that runs.
+
+        One behind it that was cancelled does nothing, and is nobody's fault.
+        """
+        self._watching = None
+        if not self._cancelled:
+            return
+        first = next(iter(self._asked))
+        left_s = self.patience_s
+        if first in self._cancelled:
+            left_s += max(self._cancelled[first], self._heard_at) - self._loop.time()
+        if left_s > 0:
+            self._watch(left_s)
+        else:
+            self._on_stuck()
