@@ -42,7 +42,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "invalid_request": ErrorKind(400, "The request is malformed"),
     "invalid_body": ErrorKind(400, "The request body is not what this route takes"),
     "invalid_parameter": ErrorKind(400, "A parameter is not what this route takes"),
-    "not_supported": ErrorKind(400, "This is not supported yet"),
+    "not_supported": ErrorKind(400, "This is not supported"),
     "invalid_defaults": ErrorKind(400, "The model's loadledger.toml is not what it has to be"),
     "inference_failed": ErrorKind(400, "The model could not compute an answer"),
     "inference_cancelled": ErrorKind(400, "The inference was stopped"),
