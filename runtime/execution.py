@@ -71,25 +71,14 @@ class Executor:
                 raise InferenceCancelled
             self._outbox.before_run(self._last_run_ns)
             arrays = self._runner.run(request.asked, request.feed, options)
-            ran_ns = time.monotonic_ns()
-            self._last_run_ns = ran_ns - begun_ns
-            heads, parts = self._runner.answer(request.asked, arrays)
+            self._last_run_ns = time.monotonic_ns() - begun_ns
         except MemoryError:
             self._fail(request.number, InferenceFailed(NO_MEMORY))
         except RuntimeProblem as problem:
             self._fail(request.number, problem)
         else:
-            outcome = Outcome(
-                request.number,
-                heads,
-                _queue_ns(request, begun_ns),
-                request.input_ns,
-                self._last_run_ns,
-                time.monotonic_ns() - ran_ns,
-                request.size,
-                request.size,
-            )
-            self._outbox.put(outcome, parts)
+            times = _queue_ns(request, begun_ns), request.input_ns, self._last_run_ns
+            self._answer(request, arrays, times, request.size)
         finally:
             self._cancellation.end()
 
@@ -122,7 +111,7 @@ class Executor:
     def _answer(
         self, request: Request, arrays: Sequence[object], times: tuple[int, int, int], execution_size: int
     ) -> bool:
-        """Answer a request of a batch; tells whether it has its outputs."""
+        """Answer a request that was run; tells whether it has its outputs."""
         split_ns = time.monotonic_ns()
         try:
             heads, parts = self._runner.answer(request.asked, arrays)

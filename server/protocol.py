@@ -27,15 +27,6 @@ class TensorSchema(AnswerSchema):
     data = fields.List(fields.Raw(), metadata={"description": "Flat, row-major; not in metadata."})
 
 
-class InferResponseSchema(AnswerSchema):
-    """What the model answered."""
-
-    model_name = fields.String(required=True)
-    model_version = fields.String(required=True)
-    id = fields.String(metadata={"description": "As in the request, if it had one."})
-    outputs = fields.List(fields.Nested(TensorSchema), required=True)
-
-
 class MetadataSchema(AnswerSchema):
     """What a loaded model takes and gives; -1 in a shape is any length."""
 
@@ -51,45 +42,6 @@ class ReadySchema(AnswerSchema):
 
     name = fields.String(required=True)
     ready = fields.Boolean(required=True)
-
-
-INFER_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["inputs"],
-                "properties": {
-                    "id": {"type": "string"},
-                    "parameters": {"type": "object"},
-                    "inputs": {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "required": ["name", "shape", "datatype", "data"],
-                            "properties": {
-                                "name": {"type": "string"},
-                                "shape": {"type": "array", "items": {"type": "integer"}},
-                                "datatype": {"type": "string"},
-                                "data": {"type": "array", "items": {}},
-                                "parameters": {"type": "object"},
-                            },
-                        },
-                    },
-                    "outputs": {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "required": ["name"],
-                            "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
-                        },
-                    },
-                },
-            },
-        },
-    },
-}
 
 
 class BinarySizeSchema(AnswerSchema):
