@@ -24,7 +24,6 @@ class TensorSchema(AnswerSchema):
     name = fields.String(required=True)
     datatype = fields.String(required=True)
     shape = fields.List(fields.Integer(), required=True)
-    data = fields.List(fields.Raw(), metadata={"description": "Flat, row-major; not in metadata."})
 
 
 class MetadataSchema(AnswerSchema):
@@ -50,12 +49,9 @@ class BinarySizeSchema(AnswerSchema):
     binary_data_size = fields.Integer(required=True, metadata={"description": "In bytes."})
 
 
-class OutputSchema(AnswerSchema):
+class OutputSchema(TensorSchema):
     """An output of the model."""
 
-    name = fields.String(required=True)
-    datatype = fields.String(required=True)
-    shape = fields.List(fields.Integer(), required=True)
     data = fields.List(fields.Raw(), metadata={"description": "Flat, row-major; of a JSON output."})
     parameters = fields.Nested(BinarySizeSchema, metadata={"description": "Of a binary output."})
 
