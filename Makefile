@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance lint type fmt bench bench-peers openapi
+.PHONY: help install demo test conformance soak lint type fmt bench bench-peers generated
 
 help:
-	@echo "make demo | test | conformance | lint | type | fmt | bench | bench-peers | openapi"
+	@echo "make demo | test | conformance | soak | lint | type | fmt | bench | bench-peers | generated"
 
 # What runs is the installed package, so every target that runs it installs the present tree first. A build/
 # left by an earlier install would put deleted modules into this one.
@@ -31,12 +31,19 @@ test: install
 conformance: install
 	CONFORMANCE=all $(BIN)/pytest -s tests/conformance
 
+# The long forms of what `make test` does for some seconds each: about half an hour, with figures.
+soak: install
+	SOAK=all $(BIN)/pytest -s $(foreach soak,$(SOAKS),tests/$(soak).py)
+
+SOAKS := $(addprefix runtime/test_,simulation prepared_store) \
+	$(addprefix system/test_,many_models swaps_under_load cycles killed_servers restore tails prepared)
+
 lint: $(BIN)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 type: $(BIN)/.tools
-	$(BIN)/mypy bench events examples migrations runtime server tests
+	$(BIN)/mypy bench events examples loadledger migrations runtime server tests
 
 fmt: $(BIN)/.tools
 	$(BIN)/ruff format .
@@ -62,7 +69,12 @@ $(PEERS)/.installed: | $(BIN)/pip
 	$(PEERS)/bin/pip install --quiet --no-deps nvidia-pytriton==0.7.0
 	touch $@
 
-# `python -m` finds the tree's own `server` first; the installed one is for its dependencies.
-openapi: $(BIN)/.tools
+# What is generated from the code, and tests hold to it. `python -m` finds the tree's own packages first; the
+# installed one is for its dependencies.
+generated: $(BIN)/.tools
 	$(BIN)/python -m server.openapi > openapi.yaml.new
 	mv openapi.yaml.new openapi.yaml
+	$(BIN)/python -m server.reference docs/reference
+	$(BIN)/python -m server.configpage docs/configuration.md
+	$(BIN)/python -m loadledger.cli.reference > docs/cli.md.new
+	mv docs/cli.md.new docs/cli.md

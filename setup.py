@@ -1,15 +1,19 @@
-"""The distribution `loadledger`: four import packages, one command, and the files that ship with them."""
+"""The distribution `loadledger`: five import packages, one command, and the files that ship with them."""
 
 from pathlib import Path
 
 from setuptools import setup
 
+OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
 TEST = [
+    *OTEL,
+    "axe-playwright-python>=0.1.4",
     "hypothesis>=6.150",
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
     "mypy==2.4.*",
     "onnx>=1.20",
     "openapi-spec-validator>=0.7",
+    "playwright>=1.49",
     "pytest>=9",
     "pytest-aiohttp>=1.1",
     "pytest-xdist>=3.8",
@@ -28,10 +32,11 @@ setup(
     license_expression="Apache-2.0",  # `license` has been out of use since setuptools 77
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["events", "migrations", "runtime", "server", "server.examples"],
+    packages=["events", "loadledger", "loadledger.cli", "migrations", "runtime", "server", "server.examples"],
     package_dir={"server.examples": "examples"},
     package_data={
         "events": ["py.typed"],
+        "loadledger": ["py.typed", "*.pyi"],
         "migrations": ["*.sql"],
         "runtime": ["py.typed"],
         "server": ["py.typed", "static/*"],
@@ -51,12 +56,14 @@ setup(
         "msgspec>=0.20",
         "numpy>=2",
         "onnxruntime>=1.24",
+        "prometheus-client>=0.22",
         "rich>=14",
         "uvloop>=0.22",
     ],
     extras_require={
         "test": TEST,
+        "otel": OTEL,
         "examples": ["scikit-learn>=1.7", "skl2onnx>=1.20"],  # to train examples/ again
     },
-    entry_points={"console_scripts": ["loadledger=server.cli:main"]},
+    entry_points={"console_scripts": ["loadledger=loadledger.cli.main:main"]},
 )

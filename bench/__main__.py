@@ -12,12 +12,16 @@ from typing import Any
 import click
 from rich.console import Console
 
-from bench import driver, inference, loads, memory, triton
+from bench import answers, driver, inference, ledger, loads, memory, policies, prepared, tails, triton
+from bench.networks import NETWORKS
 from bench.table import Row, table
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 WIDTH = 160
-PARTS = ("loads", "memory", "inference")
+PARTS = ("loads", "prepared", "memory", "policies", "inference", "tails", "ledger")
+AT_LEAST_ONE = click.IntRange(min=1)
+BARE = "--prepare=off"
+"""So that nothing is done in the background where something else is measured."""
 PEERS = ".venv/peers"
 """Where `make bench-peers` installs them: a part of what is ours alone, and out of everybody's way."""
 
@@ -28,8 +32,13 @@ class Choice:
 
     repeats: int
     cycles: int
+    swaps: int
     rounds: int
     seconds: float
+    tails: int
+    facts: int
+    tail_seconds: float
+    network: tuple[str, ...]
     only: tuple[str, ...]
     peers: Path | None
 
@@ -40,12 +49,50 @@ class Choice:
 
 
 @click.command()
-@click.option("--repeats", default=15, show_default=True, help="First loads to take the median of.")
 @click.option(
-    "--cycles", default=100, show_default=True, help="Loads and unloads between the memory figures."
+    "--repeats",
+    default=15,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Loads, swaps, forced unloads and cold inferences to take the median of.",
 )
-@click.option("--rounds", default=5, show_default=True, help="Rounds of inference to take the median of.")
+@click.option(
+    "--cycles",
+    default=100,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Loads and unloads between the memory figures; the goal is for 1000.",
+)
+@click.option(
+    "--swaps",
+    default=1000,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Version swaps one right after the other, under load.",
+)
+@click.option(
+    "--rounds",
+    default=5,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Rounds of inference, appending, and ten loads at once, to take the median of.",
+)
 @click.option("--seconds", default=2.0, show_default=True, help="Of each measurement of inference.")
+@click.option("--tails", default=1000, show_default=True, type=AT_LEAST_ONE, help="Streams at once.")
+@click.option("--tail-seconds", default=30.0, show_default=True, help="How long they are listened to.")
+@click.option(
+    "--facts",
+    default=1_000_000,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Events of the ledger that is verified and asked about its past.",
+)
+@click.option(
+    "--network",
+    multiple=True,
+    type=click.Choice([network.name for network in NETWORKS]),
+    help="Prepare only this one of all networks; can be repeated.",
+)
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part; can be repeated.")
 @click.option(
     "--peers",
@@ -60,7 +107,15 @@ def main(**options: Any) -> None:
     busy = os.getloadavg()[0]
     if choice.peers is not None:
         triton.find(choice.peers)  # before the first of many minutes
-    measures = {"loads": _loads, "memory": _memory, "inference": _inference}
+    measures = {
+        "loads": _loads,
+        "prepared": _prepared,
+        "memory": _memory,
+        "policies": _policies,
+        "inference": _inference,
+        "tails": _tails,
+        "ledger": _ledger,
+    }
     rows = [row for part in choice.parts for row in _measured(measures[part], choice)]
     console = Console()
     if not console.is_terminal:  # in a file or a log there is no edge to wrap at
@@ -76,17 +131,38 @@ def _measured(measure: Callable[[Path, Choice], list[Row]], choice: Choice) -> l
 
 
 def _loads(folder: Path, choice: Choice) -> list[Row]:
-    with driver.running(folder) as server:
+    with driver.running(folder, BARE) as server:
         return loads.measure(server, repeats=choice.repeats)
 
 
+def _prepared(folder: Path, choice: Choice) -> list[Row]:
+    chosen = [network for network in NETWORKS if not choice.network or network.name in choice.network]
+    return prepared.measure(
+        folder, chosen, repeats=choice.repeats, rounds=choice.rounds, seconds=choice.seconds
+    )
+
+
 def _memory(folder: Path, choice: Choice) -> list[Row]:
-    with driver.running(folder) as server:
+    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
         return memory.measure(server, cycles=choice.cycles)
+
+
+def _policies(folder: Path, choice: Choice) -> list[Row]:
+    return policies.measure(folder, repeats=choice.repeats, rounds=choice.rounds, swapped=choice.swaps)
 
 
 def _inference(folder: Path, choice: Choice) -> list[Row]:
     return inference.measure(folder, rounds=choice.rounds, seconds=choice.seconds, peers=choice.peers)
+
+
+def _tails(folder: Path, choice: Choice) -> list[Row]:
+    room = ("--limit-reads", "off", "--streams-per-subject", str(choice.tails))
+    with driver.running(folder, *driver.UNLIMITED, *room, BARE) as server:
+        return tails.measure(server, tails=choice.tails, seconds=choice.tail_seconds)
+
+
+def _ledger(folder: Path, choice: Choice) -> list[Row]:
+    return ledger.measure(folder, facts=choice.facts, rounds=choice.rounds)
 
 
 def _conditions(choice: Choice, busy: float) -> str:
@@ -96,7 +172,23 @@ def _conditions(choice: Choice, busy: float) -> str:
     if "loads" in choice.parts:
         told.append(
             f"Loads: request to ready, median of {choice.repeats}, alternated with bare sessions in the "
-            "workers' environment; warm page cache, 1 thread a session, no warm-up inference."
+            "workers' environment; warm page cache, 1 thread a session, the same warm-up inference on "
+            "zeros in both."
+        )
+    if "prepared" in choice.parts:
+        told.append(
+            f"Prepared: request to ready, medians of {choice.repeats}, first and later loads and bare "
+            "sessions in turn, none with a warm-up; first loads at a server that prepares nothing. Their "
+            "inferences: the quickest of many, asked in turn through both servers, medians of "
+            f"{choice.rounds} pairs of workers. Memory: of workers that ran once; of several, the sum of "
+            "their proportional set sizes."
+        )
+    if "policies" in choice.parts:
+        told.append(
+            f"Policies: gaps, forced unloads and cold inferences are medians of {choice.repeats}, ten loads "
+            f"of {choice.rounds} rounds; a gap is of the client that waited longest, who is refused asks "
+            f"again after {answers.PAUSE_S * 1000:.0f} ms; bare sessions run the same warm-up inference; "
+            "202 to ready is by the ledger's clock."
         )
     if "inference" in choice.parts:
         told.append(
@@ -104,6 +196,8 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"cores; median of {choice.rounds} times {choice.seconds:g} s, alternated; token, rate limit and "
             "deadline on."
         )
+    if "tails" in choice.parts:
+        told.append("Tails: from recorded to received, one process listens to all of them on these cores.")
     return " ".join(told)
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,27 @@ START_LIMIT_S = 60
 STOP_LIMIT_S = 60
 # Longer than the longest `Prefer: wait`, so that the server's answer comes first.
 ANSWER_LIMIT_S = 90
+MAX_TOLD_BYTES = 4000
 TINY = "tiny"
+WAIT = {"Prefer": "wait=60"}
+UNLIMITED = ("--limit-management", "off", "--limit-inference", "off")
+"""Options for what no person and no client does as often as a bench."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the server answered."""
+
+    status: int
+    retry_after: str | None
+    content: bytes
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.content[:MAX_TOLD_BYTES].decode(errors='replace')}"
+
+    def json(self) -> Any:
+        """Return what the body says."""
+        return json.loads(self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +64,69 @@ class Server:
         """Return where it listens on 127.0.0.1."""
         return self.client.port
 
-    def load(self, model_id: str) -> float:
-        """Load a model and return the milliseconds from the request to the answer that it is ready."""
-        return self._change(f"/api/v1/models/{model_id}/load")
+    def load(self, model_id: str, **asked: Any) -> float:
+        """Load a model, as a body with these members asks for, and return the milliseconds until it is ready.
 
-    def unload(self, model_id: str) -> float:
+        They count from the request to the answer.
+        """
+        return self._change(f"/api/v1/models/{model_id}/load", json.dumps(asked).encode())
+
+    def unload(self, model_id: str, *, force: bool = False) -> float:
         """Unload a model and return the milliseconds from the request to the answer that it is gone."""
-        return self._change(f"/api/v1/models/{model_id}/unload")
+        return self._change(f"/api/v1/models/{model_id}/unload{'?force=true' if force else ''}", b"")
 
-    def _change(self, path: str) -> float:
+    def ask(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Send any other request, and return its answer, whatever that is."""
+        self.send(self.client, method, path, body, headers)
+        return read(self.client)
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Return another connection, for what has to be asked at once."""
+        connection = http.client.HTTPConnection(self.client.host, self.port, timeout=ANSWER_LIMIT_S)
+        connection.connect()
+        return connection
+
+    def send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Send a request in the administrator's name, and let `read` wait for its answer."""
+        kind = {"Content-Type": "application/json"} if body else {}
+        connection.request(
+            method, path, body, {"Authorization": f"Bearer {self.token}", **kind, **(headers or {})}
+        )
+
+    def _change(self, path: str, body: bytes) -> float:
         """Ask for a load or an unload and wait for its end; anything but a completed job ends the bench."""
         while True:
             start = time.perf_counter()
-            status, retry_after, answer = self._post(path)
+            answer = self.ask("POST", path, body, WAIT)
             took_ms = (time.perf_counter() - start) * 1000
-            if status == http.HTTPStatus.TOO_MANY_REQUESTS:
-                time.sleep(float(retry_after or 1))
+            if answer.status == http.HTTPStatus.TOO_MANY_REQUESTS:
+                time.sleep(float(answer.retry_after or 1))
                 continue
-            if status != http.HTTPStatus.OK or answer["status"] != "completed":
-                raise SystemExit(f"POST {path}: {status} {json.dumps(answer)}")
+            completed_job(answer, path)
             return took_ms
 
-    def _post(self, path: str) -> tuple[int, str | None, Any]:
-        headers = {"Authorization": f"Bearer {self.token}", "Prefer": "wait=60"}
-        self.client.request("POST", path, headers=headers)
-        response = self.client.getresponse()
-        return response.status, response.headers["Retry-After"], json.loads(response.read())
+
+def read(connection: http.client.HTTPConnection) -> Answer:
+    """Wait for the answer to what was sent."""
+    response = connection.getresponse()
+    return Answer(response.status, response.headers["Retry-After"], response.read())
+
+
+def completed_job(answer: Answer, path: str) -> dict[str, Any]:
+    """Return the job that an answer shows; anything but a completed one ends the bench."""
+    job: dict[str, Any] = answer.json() if answer.status == http.HTTPStatus.OK else {}
+    if job.get("status") != "completed":
+        raise SystemExit(f"POST {path}: {answer}")
+    return job
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from bench.requests import Request, Target
 from bench.table import Row
 
 # As many as no machine answers: it is counted against, like any limit.
-OPTIONS = ("--limit-inference", "100000000/minute")
+OPTIONS = ("--limit-inference", "100000000/minute", "--prepare", "off")
 WARM_UP_S = 0.3
 OURS, CONSTANT, TRITON = "ours", "constant reply", "Triton"
 SMALL, LARGE = 16, 150_000

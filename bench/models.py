@@ -16,6 +16,8 @@ IR_VERSION = 8
 STAGES = ((64, 3), (128, 4), (256, 3), (512, 2))
 CLASSES = 1000
 ADD_ONE = "add-one"
+# As many as the network has weights.
+TABLE_ELEMENTS = 13_500_000
 
 
 class ConvNet:
@@ -115,9 +117,24 @@ def add_one() -> bytes:
     return _serialised(helper.make_graph([node], ADD_ONE, value[:1], value[1:], [one]))
 
 
-def write(repository: Path, model_id: str, model: bytes) -> Path:
-    """Put a model into the repository as version 1 and return its file, which the page cache then holds."""
-    path = repository / model_id / "1" / "model.onnx"
+def add_one_from_table() -> bytes:
+    """Return a model of 54 MB that answers as `add_one` does and as quickly: its one is looked up in a table.
+
+    Where in the table depends on how many rows are asked, so that nothing can be worked out at the load.
+    """
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", "M"]) for name in ("x", "y")]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"], end=1),
+        helper.make_node("Gather", ["table", "shape"], ["one"]),
+        helper.make_node("Add", ["x", "one"], ["y"]),
+    ]
+    table = numpy_helper.from_array(np.ones(TABLE_ELEMENTS, np.float32), "table")
+    return _serialised(helper.make_graph(nodes, ADD_ONE, value[:1], value[1:], [table]))
+
+
+def write(repository: Path, model_id: str, model: bytes, *, version: int = 1) -> Path:
+    """Put a version of a model into the repository and return its file, which the page cache then holds."""
+    path = repository / model_id / str(version) / "model.onnx"
     path.parent.mkdir(parents=True)
     path.write_bytes(model)
     return path

@@ -15,7 +15,7 @@ class Row:
         what: What was measured, and beside what.
         ours: Our figure, with its unit.
         beside: The figure that ours is divided by, with its unit.
-        ratio: Ours ÷ beside.
+        ratio: Ours ÷ beside; null where there is nothing to divide by.
         goal: The goal in words, empty when the row is there for comparison only.
         reached: Whether the goal is met; null where there is none.
     """
@@ -23,7 +23,7 @@ class Row:
     what: str
     ours: str
     beside: str
-    ratio: float
+    ratio: float | None
     goal: str = ""
     reached: bool | None = None
 
@@ -37,5 +37,6 @@ def table(rows: Iterable[Row], *, title: str, caption: str) -> Table:
     shown.add_column("reached")
     marks = {True: "[green]yes", False: "[red]no", None: ""}
     for row in rows:
-        shown.add_row(row.what, row.ours, row.beside, f"{row.ratio:.2f}", row.goal, marks[row.reached])
+        ratio = f"{row.ratio:.2f}" if row.ratio is not None else ""
+        shown.add_row(row.what, row.ours, row.beside, ratio, row.goal, marks[row.reached])
     return shown

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 
 from events.canonical import canonical
 from events.errors import NotEncodable
-from events.types import SCHEMA, TYPES, Data, Event, Unknown
+from events.types import (
+    SCHEMA,
+    TYPES,
+    Cause,
+    Data,
+    Durations,
+    Event,
+    Idempotency,
+    LoadedFile,
+    Prepared,
+    Unknown,
+)
 
 
 def to_body(event: Event) -> str:
     """Return the canonical JSON of the whole event, which is what is stored and hashed.
+
+    Raises:
+        NotEncodable: a value that the canonical form does not have.
+    """
+    quick = _quickly(event)
+    return quick if quick is not None else canonical_body(event)
+
+
+def canonical_body(event: Event) -> str:
+    """Return what `to_body` does, written by the rule itself.
 
     Raises:
         NotEncodable: a value that the canonical form does not have.
@@ -40,24 +62,125 @@ def to_body(event: Event) -> str:
     )
 
 
-def from_body(body: str) -> Event:
-    """Return the event whose body this is; what this release does not know becomes `Unknown`."""
-    raw = json.loads(body)
-    return Event(
-        position=raw["position"],
-        id=raw["id"],
-        data=_data(raw["type"], raw["schema"], raw["data"]),
-        actor=raw["actor"],
-        recorded_at=raw["recorded_at"],
-        job_id=raw["job_id"],
-        model_id=raw["model_id"],
-        version=raw["version"],
-        worker_id=raw["worker_id"],
+class Members(msgspec.Struct, gc=False):
+    """What a body has; in the order of names, because that is sorted again each time."""
+
+    actor: str
+    data: Data
+    id: str
+    job_id: str | None
+    model_id: str | None
+    position: int
+    recorded_at: str
+    schema: int
+    type: str
+    version: int | None
+    worker_id: str | None
+
+
+def members_of(event: Event, data: Data) -> Members:
+    """Return what the body of an event with these data has."""
+    return Members(
+        event.actor,
+        data,
+        event.id,
+        event.job_id,
+        event.model_id,
+        event.position,
+        event.recorded_at,
+        SCHEMA,
+        data.TYPE,
+        event.version,
+        event.worker_id,
     )
 
 
-def _data(name: str, schema: int, raw: dict[str, Any]) -> Data | Unknown:
-    kind = TYPES.get(name)
-    if kind is None or schema != SCHEMA:
-        return Unknown(name, schema, raw)
-    return msgspec.convert(raw, kind)
+_QUICK = msgspec.json.Encoder(order="sorted")
+"""Writes the canonical form, five times as fast, of what `_is_plain`: a property test holds it to that."""
+
+
+def _quickly(event: Event) -> str | None:
+    """Return the body, or None where it takes the long way to write it, or to say why that cannot be."""
+    data = event.data
+    if isinstance(data, Unknown) or not all(map(_is_plain, (*_members(event), data))):
+        return None
+    try:
+        return _QUICK.encode(members_of(event, data)).decode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if kind is int:
+        return bool(-(2**63) <= value < 2**63)
+    if kind is tuple:
+        return all(map(_is_plain, value))
+    values = _VALUES.get(kind)
+    return values is not None and all(map(_is_plain, values(value)))
+
+
+def _values_of(kind: type[Any]) -> Callable[[Any], tuple[object, ...]]:
+    names = kind.__struct_fields__
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda value: tuple(getattr(value, name) for name in names)
+
+
+_PLAIN = frozenset({str, bool, type(None), Cause})
+_VALUES: Mapping[type[Any], Callable[[Any], tuple[object, ...]]] = {
+    kind: _values_of(kind) for kind in (*TYPES.values(), Idempotency, LoadedFile, Prepared, Durations)
+}
+_members = attrgetter("position", "id", "actor", "recorded_at", "job_id", "model_id", "version", "worker_id")
+
+
+def from_body(body: str | bytes) -> Event:
+    """Return the event whose body this is; what this release does not know becomes `Unknown`.
+
+    Raises:
+        msgspec.DecodeError: it is no event.
+    """
+    raw = _WHOLE.decode(body)
+    return Event(
+        raw.position,
+        raw.id,
+        _data(raw),
+        raw.actor,
+        raw.recorded_at,
+        raw.job_id,
+        raw.model_id,
+        raw.version,
+        raw.worker_id,
+    )
+
+
+class _Whole(msgspec.Struct, gc=False):
+    """An event whose data nobody has looked at: what they are depends on the type, which stands behind."""
+
+    position: int
+    id: str
+    type: str
+    schema: int
+    data: msgspec.Raw
+    actor: str
+    recorded_at: str
+    job_id: str | None
+    model_id: str | None
+    version: int | None
+    worker_id: str | None
+
+
+_WHOLE = msgspec.json.Decoder(_Whole)
+_KNOWN: Mapping[str, msgspec.json.Decoder[Data]] = {
+    name: msgspec.json.Decoder(kind) for name, kind in TYPES.items()
+}
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
+
+
+def _data(raw: _Whole) -> Data | Unknown:
+    known = _KNOWN.get(raw.type)
+    if known is None or raw.schema != SCHEMA:
+        return Unknown(raw.type, raw.schema, _OBJECT.decode(raw.data))
+    return known.decode(raw.data)

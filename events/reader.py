@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,7 +14,8 @@ import aiosqlite
 from events.bodies import from_body
 from events.errors import LogUnavailable
 from events.jobs import Job, JobStatus
-from events.schema import CACHE, check_readable, connect_read_only, read_only_uri, refuse_foreign
+from events.listing import Asked, EventPage, event_page
+from events.schema import CACHE, opened_to_read, read_only_uri
 from events.store import as_job
 from events.types import Event
 
@@ -49,6 +50,14 @@ class Reader:
             (after, limit),
         )
         return [from_body(str(body)) for (body,) in rows]
+
+    async def event_page(self, asked: Asked) -> EventPage:
+        """Return events as they are stored, and where to go on.
+
+        Raises:
+            Archived: `archived`, what is asked for begins before what is retained.
+        """
+        return await event_page(self._all, asked)
 
     async def job(self, job_id: str) -> Job | None:
         """Return the job, ended or not, or None if there is none."""
@@ -97,13 +106,8 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
         ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, there is none, or it cannot be opened.
     """
-    try:
-        with closing(connect_read_only(path)) as first:
-            refuse_foreign(first)
-            check_readable(first)
+    with opened_to_read(path, "cannot be opened"):
         connection = await aiosqlite.connect(read_only_uri(path), uri=True, isolation_level=None)
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
-        raise LogUnavailable(f"the ledger {path.name} cannot be opened: {error}") from error
     try:
         await connection.execute("PRAGMA busy_timeout = 5000")
         await connection.execute(CACHE)

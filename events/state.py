@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from itertools import chain
+from types import MappingProxyType
+from typing import Any, Never, TypeVar
+
+from msgspec import Struct
 
 from events.jobs import Job, JobKind, evolve_job
-from events.models import Model, ModelState, evolve_model
+from events.keys import KnownKey, key_of
+from events.modelfold import evolve_model
+from events.models import Model, ModelState
 from events.types import Cause, Event, ServerStarted
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class State:
     """What is true after the event at `position`.
 
-    Entities are immutable values; the two maps are the writer's, and everybody else only reads them.
+    Entities are immutable values; the maps are the writer's, and everybody else only reads them.
+
+    Attributes:
+        keys: the idempotency keys at hand; the writer reads those that its commands name from the log.
+        queues: the jobs of each model that have not ended, oldest first.
+        backlog: how many jobs have not ended.
     """
 
     position: int = 0
     recorded_at: str = ""
     models: MutableMapping[str, Model] = field(default_factory=dict)
     jobs: MutableMapping[str, Job] = field(default_factory=dict)
+    keys: MutableMapping[str, KnownKey] = field(default_factory=dict)
+    queues: MutableMapping[str, tuple[Job, ...]] = field(default_factory=dict)
+    backlog: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.backlog = sum(map(len, self.queues.values()))
+        if not self.queues:
+            self._enqueue(sorted(self.jobs.values(), key=_age))
 
     def unended(self, model_id: str | None = None) -> list[Job]:
         """Return the jobs that have not ended, of one model or of all, oldest first."""
-        jobs = (job for job in self.jobs.values() if not job.ended and model_id in (None, job.model_id))
-        return sorted(jobs, key=lambda job: job.created_position)
+        if model_id is not None:
+            return list(self.queues.get(model_id, ()))
+        return sorted(chain.from_iterable(self.queues.values()), key=_age)
 
     def queue(self, model_id: str) -> list[Job]:
         """Return the model's unended jobs in the order in which they are carried out."""
@@ -48,11 +71,37 @@ class State:
 
     def apply(self, event: Event) -> Changes:
         """Fold one event into this state and return what it changed."""
-        changes = Changes(*_evolve(self, event))
-        self.models.update(changes.models)
-        self.jobs.update(changes.jobs)
+        if isinstance(event.data, ServerStarted):
+            changes = _restarted(self, event)
+            self.models.update(changes.models)
+            self.jobs.update(changes.jobs)
+            self._enqueue(changes.jobs.values())
+        else:
+            changes = self._apply_to_one(event)
+            if key := key_of(event):
+                self.keys.update([key])
         self.position, self.recorded_at = event.position, event.recorded_at
         return changes
+
+    def _apply_to_one(self, event: Event) -> Changes:
+        """Fold an event that concerns one job and one model at most, as all but the server's starts do."""
+        model_id, job_id = event.model_id, event.job_id
+        before = self.unended_job(job_id)
+        models: Mapping[str, Model] = _NOTHING
+        jobs: Mapping[str, Job] = _NOTHING
+        if model_id is not None:
+            old_model = self.models.get(model_id)
+            new_model = evolve_model(old_model, event, before)
+            if new_model is not None and new_model is not old_model:
+                self.models[model_id] = new_model
+                models = {model_id: new_model}
+        if job_id is not None:
+            new_job = evolve_job(before, event)
+            if new_job is not None and new_job is not before:
+                self.jobs[job_id] = new_job
+                self._enqueue_one(new_job)
+                jobs = {job_id: new_job}
+        return Changes(models, jobs)
 
     def forget_ended(self, jobs: Iterable[Job]) -> None:
         """Drop those of `jobs` that have ended: they live in the stored table from now on."""
@@ -60,63 +109,88 @@ class State:
             if job.ended:
                 self.jobs.pop(job.id, None)
 
+    def _enqueue_one(self, job: Job) -> None:
+        before = self.queues.get(job.model_id, ())
+        now = () if job.ended else (job,)
+        for place, each in enumerate(before):
+            if each.id == job.id:
+                after = before[:place] + now + before[place + 1 :]
+                break
+        else:
+            after = before + now
+        self.queues[job.model_id] = after
+        self.backlog += len(after) - len(before)
+
+    def _enqueue(self, jobs: Iterable[Job]) -> None:
+        """Put what changed in its place; what is new comes last, because positions only grow."""
+        changed: dict[str, dict[str, Job]] = {}
+        for job in jobs:
+            changed.setdefault(job.model_id, {})[job.id] = job
+        for model_id, new in changed.items():
+            before = self.queues.get(model_id, ())
+            after = [new.pop(job.id, job) for job in before]
+            after += new.values()
+            self.queues[model_id] = tuple(job for job in after if not job.ended)
+            self.backlog += len(self.queues[model_id]) - len(before)
+
+
+def _age(job: Job) -> int:
+    return job.created_position
+
 
 def in_queue(job: Job) -> bool:
     """Whether a job has its turn among its model's: the end of a load that was swapped out has none."""
     return job.kind is JobKind.LOAD or job.cause is not Cause.SWAP
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(Struct, frozen=True):
     """The entities that an event, or a group of them, changed."""
 
     models: Mapping[str, Model]
     jobs: Mapping[str, Job]
 
 
-def _evolve(state: State, event: Event) -> tuple[dict[str, Model], dict[str, Job]]:
-    before = state.unended_job(event.job_id)
-    models: dict[str, Model] = {}
-    for key in _models_touched(state, event):
-        old_model = state.models.get(key)
-        new_model = evolve_model(old_model, event, before)
-        if new_model is not None and new_model is not old_model:
-            models[key] = new_model
-    jobs: dict[str, Job] = {}
-    for key in _jobs_touched(state, event):
-        old_job = state.unended_job(key)
-        new_job = evolve_job(old_job, event)
-        if new_job is not None and new_job is not old_job:
-            jobs[key] = new_job
-    return models, jobs
+_NOTHING: Mapping[str, Never] = MappingProxyType({})
 
 
-def _models_touched(state: State, event: Event) -> Iterator[str]:
-    if isinstance(event.data, ServerStarted):
-        yield from list(state.models)
-    elif event.model_id is not None:
-        yield event.model_id
+def _restarted(state: State, event: Event) -> Changes:
+    """Return what a start of the server makes of all models, and of the jobs that have not ended."""
+    models = ((model, evolve_model(model, event, None)) for model in state.models.values())
+    jobs = ((job, evolve_job(job, event)) for job in state.unended())
+    return Changes(
+        {new.id: new for old, new in models if new is not None and new is not old},
+        {new.id: new for old, new in jobs if new is not None and new is not old},
+    )
 
 
-def _jobs_touched(state: State, event: Event) -> Iterator[str]:
-    if isinstance(event.data, ServerStarted):
-        yield from [job.id for job in state.jobs.values() if not job.ended]
-    elif event.job_id is not None:
-        yield event.job_id
+class _Layers(ChainMap[str, T]):
+    """What a group changed, on top of what was there; most of what is asked of the standard one is `get`."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return what is there, or was there before."""
+        changed, before = self.maps
+        return changed[key] if key in changed else before.get(key, default)
 
 
 class Attempt:
-    """A group of events tried on top of a state, which changes only when the group is durable."""
+    """A group of events tried on top of a state, which changes only when the group is durable.
 
-    def __init__(self, base: State) -> None:
+    `keys` are those of the log that the group's commands name. Those of the group itself are found in the log
+    once it is durable, so the base needs none.
+    """
+
+    def __init__(self, base: State, keys: Mapping[str, KnownKey] | None = None) -> None:
         self._base = base
         self._models: dict[str, Model] = {}
         self._jobs: dict[str, Job] = {}
+        self._queues: dict[str, tuple[Job, ...]] = {}
         self.state = State(
             base.position,
             base.recorded_at,
-            ChainMap(self._models, base.models),
-            ChainMap(self._jobs, base.jobs),
+            _Layers(self._models, base.models),
+            _Layers(self._jobs, base.jobs),
+            _Layers({}, dict(keys or {})),
+            _Layers(self._queues, base.queues),
         )
 
     @property
@@ -129,4 +203,9 @@ class Attempt:
         self._base.models.update(self._models)
         self._base.jobs.update(self._jobs)
         self._base.forget_ended(self._jobs.values())
+        self._base.queues.update(self._queues)
+        for model_id in self._queues:
+            if not self._base.queues[model_id]:
+                del self._base.queues[model_id]
+        self._base.backlog = self.state.backlog
         self._base.position, self._base.recorded_at = self.state.position, self.state.recorded_at

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from msgspec import Struct
+
 
 class Cause(StrEnum):
     """Why a load or an unload was requested."""
@@ -27,16 +29,14 @@ SYSTEM = "system"
 """The actor of what the server does of its own accord; no token may carry it as its subject."""
 
 
-@dataclass(frozen=True, slots=True)
-class Idempotency:
+class Idempotency(Struct, frozen=True, gc=False):
     """The key of an idempotent request, hashed, and the fingerprint of what was asked (hex SHA-256 each)."""
 
     key_hash: str
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedFile:
+class LoadedFile(Struct, frozen=True, gc=False):
     """One file of a loaded version as it was read: path relative to the version's folder."""
 
     path: str
@@ -45,16 +45,14 @@ class LoadedFile:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True, gc=False):
     """The prepared form that a load used instead of the repository's file, and its hash."""
 
     form: str
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Durations:
+class Durations(Struct, frozen=True, gc=False):
     """How long the parts of a load took, in microseconds; null where a part did not take place.
 
     Of several instances, each part is as long as in the one that took longest for it, so that the parts need
@@ -70,11 +68,11 @@ class Durations:
     total_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class LoadRequested:
+class LoadRequested(Struct, frozen=True, gc=False):
     """Somebody, or the system, asked for a version to be loaded. The event's id is the job's.
 
-    What applies is here, whoever chose it: the request, the model's loadledger.toml or the server.
+    What applies is here, whoever chose it: the request, the model's loadledger.toml or the server. With
+    `keeps_load_job_id`, only what applies to a loaded model is to change, and its workers stay.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
@@ -90,18 +88,17 @@ class LoadRequested:
     idempotency: Idempotency | None = None
     max_batch_size: int = 0
     max_queue_delay_us: int = 0
+    keeps_load_job_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LoadStarted:
+class LoadStarted(Struct, frozen=True, gc=False):
     """The load began; `attempt` counts from 1, one more for each start of the server amid the load."""
 
     TYPE: ClassVar[str] = "LoadStarted"
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLoaded:
+class ModelLoaded(Struct, frozen=True, gc=False):
     """The version can serve, and from here on does. The bytes are the sums of all workers'."""
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -113,8 +110,7 @@ class ModelLoaded:
     durations: Durations
 
 
-@dataclass(frozen=True, slots=True)
-class LoadFailed:
+class LoadFailed(Struct, frozen=True, gc=False):
     """The load ended without a model that can serve."""
 
     TYPE: ClassVar[str] = "LoadFailed"
@@ -122,8 +118,7 @@ class LoadFailed:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class UnloadRequested:
+class UnloadRequested(Struct, frozen=True, gc=False):
     """Somebody, or the system, asked for the end of the load `load_job_id`. The event's id is the job's."""
 
     TYPE: ClassVar[str] = "UnloadRequested"
@@ -134,15 +129,13 @@ class UnloadRequested:
     idempotency: Idempotency | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class UnloadStarted:
+class UnloadStarted(Struct, frozen=True, gc=False):
     """The model takes no more requests; those that run are waited for."""
 
     TYPE: ClassVar[str] = "UnloadStarted"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelUnloaded:
+class ModelUnloaded(Struct, frozen=True, gc=False):
     """The process is gone, and all its memory with it."""
 
     TYPE: ClassVar[str] = "ModelUnloaded"
@@ -151,8 +144,7 @@ class ModelUnloaded:
     aborted_requests: int
 
 
-@dataclass(frozen=True, slots=True)
-class UnloadFailed:
+class UnloadFailed(Struct, frozen=True, gc=False):
     """The unload ended and the model is still there."""
 
     TYPE: ClassVar[str] = "UnloadFailed"
@@ -160,23 +152,20 @@ class UnloadFailed:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRequested:
+class CancelRequested(Struct, frozen=True, gc=False):
     """Somebody asked for the job `job_id` of this event to be cancelled."""
 
     TYPE: ClassVar[str] = "CancelRequested"
     idempotency: Idempotency | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobCancelled:
+class JobCancelled(Struct, frozen=True, gc=False):
     """The job ended before it did anything that lasts."""
 
     TYPE: ClassVar[str] = "JobCancelled"
 
 
-@dataclass(frozen=True, slots=True)
-class AccessDenied:
+class AccessDenied(Struct, frozen=True, gc=False):
     """`actor` was refused `action` for lack of a role, `count` times."""
 
     TYPE: ClassVar[str] = "AccessDenied"
@@ -184,8 +173,7 @@ class AccessDenied:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerExited:
+class WorkerExited(Struct, frozen=True, gc=False):
     """A worker's process ended and nobody had asked; both numbers are null when nobody can know them."""
 
     TYPE: ClassVar[str] = "WorkerExited"
@@ -194,8 +182,7 @@ class WorkerExited:
     stderr: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ServerStarted:
+class ServerStarted(Struct, frozen=True, gc=False):
     """The server started on this log, whose last event before, if any, was recorded at `down_since`.
 
     `unclean` says that the last one was not `ServerStopped`. The time between is not charged to any job.
@@ -206,8 +193,7 @@ class ServerStarted:
     down_since: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ServerStopped:
+class ServerStopped(Struct, frozen=True, gc=False):
     """The server stopped in order; nothing is appended per model."""
 
     TYPE: ClassVar[str] = "ServerStopped"
@@ -245,8 +231,7 @@ SCHEMA = 1
 """The version of all types so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(Struct, frozen=True, gc=False):
     """An event before the writer gave it its position and time."""
 
     id: str
@@ -258,8 +243,7 @@ class Draft:
     worker_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True, gc=False):
     """An immutable fact at its place in the log."""
 
     position: int

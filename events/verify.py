@@ -3,81 +3,32 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from events import store
-from events.bodies import from_body
-from events.canonical import GENESIS, chain
+from events import rebuild, store
+from events.basestate import is_base_state_whole
+from events.canonical import GENESIS
+from events.checkedfold import CheckedFold
 from events.errors import LogUnavailable
-from events.jobs import Job
+from events.findings import Bad, Finding, Kind, Verification
 from events.schema import check_readable, connect_read_only, refuse_foreign
-from events.state import State
+from events.spanprocess import helped
+from events.spans import Rows, Span
 
+__all__ = ["Finding", "Kind", "Verification", "verify", "verify_connection"]
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The first thing that is wrong: at which position, and what."""
+_ARCHIVES_SINCE = 4
+"""The schema from which on archives are told of."""
 
-    position: int
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was found: how many events, the head as recomputed, and the first problem, if any."""
-
-    events: int
-    position: int
-    hash: bytes
-    finding: Finding | None
-
-    @property
-    def verified(self) -> bool:
-        """Whether nothing is wrong."""
-        return self.finding is None
-
-
-class _Bad(Exception):
-    def __init__(self, position: int, problem: str) -> None:
-        super().__init__(problem)
-        self.finding = Finding(position, problem)
-
-
-class _Fold:
-    """The projections as the log gives them, and the chain up to where it was read."""
-
-    def __init__(self, position: int, digest: bytes) -> None:
-        self.base = self.position = position
-        self.hash = digest
-        self.state = State(position)
-        self.jobs: dict[str, Job] = {}
-
-    def take(self, position: int, body: bytes, digest: bytes) -> None:
-        if position != self.position + 1:
-            raise _Bad(self.position + 1, f"missing: the next event is at position {position}")
-        text = _text(position, body)
-        if chain(self.hash, text) != digest:
-            raise _Bad(position, "the hash is not that of the previous hash and the body")
-        try:
-            event = from_body(text)
-            changed = self.state.apply(event).jobs
-        except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
-            raise _Bad(position, f"the body is not an event: {error!r}") from None
-        if event.position != position:
-            raise _Bad(position, f"the body says position {event.position}")
-        self.position, self.hash = position, digest
-        self.jobs.update(changed)
-        self.state.forget_ended(changed.values())
+Begin = Callable[[sqlite3.Connection], tuple[CheckedFold, Rows]]
 
 
 def verify(path: Path) -> Verification:
     """Verify the ledger at `path`, reading only; works beside a running server.
 
-    All reads are one snapshot. Memory grows with the number of jobs, not of events.
+    All reads are one snapshot. Memory grows with the models and unended jobs, not with the log.
 
     Raises:
         FutureSchema: `future_schema`.
@@ -90,65 +41,123 @@ def verify(path: Path) -> Verification:
             check_readable(connection)
             connection.text_factory = bytes
             connection.execute("BEGIN")
-            return _verify(connection)
+            return verify_connection(connection, path)
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
         raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
 
 
-def _verify(connection: sqlite3.Connection) -> Verification:
+def verify_connection(connection: sqlite3.Connection, path: Path, *, alone: bool = False) -> Verification:
+    """Verify as `verify` does, in the transaction of a connection that gives text as bytes.
+
+    Args:
+        connection: what it sees is verified.
+        path: of the same file.
+        alone: whether nobody else sees that yet, so that no other process can help.
+    """
     base = connection.execute("SELECT position, hash FROM base").fetchone()
     if base is None or not (isinstance(base[0], int) and isinstance(base[1], bytes)):
-        return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing"))
-    fold = _Fold(*base)
-    finding = None
+        return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", Kind.BASE))
+    if alone:
+        return _verified(connection, path, base, None)
+    with helped(connection, path, *base) as others:
+        if others is not None:
+            found = _verified(connection, path, base, others.begin)
+            if found.verified and others.hold():
+                return found
+    return _verified(connection, path, base, None)
+
+
+def _verified(
+    connection: sqlite3.Connection, path: Path, base: tuple[int, bytes], begin: Begin | None
+) -> Verification:
+    """Verify the log from where `begin` begins, else the base, and all that is stored beside it."""
+    whole = Span(*base)
+    fold = CheckedFold(*base)
+    finding, compared = None, True
     try:
-        for row in _rows(connection):
-            fold.take(*row)
-        _compare(connection, fold)
-    except _Bad as bad:
+        if begin is not None:
+            fold, rows = begin(connection)
+        else:
+            compared = rebuild.is_current(connection)
+            fold, rows = whole.begin(connection, compared=compared), whole.rows(connection)
+        fold.follow(rows)
+        _check_archives(connection, *base)
+        _check_base_state(connection, base[0])
+        if compared:
+            _compare(connection, fold)
+            _compare_snapshots(fold)
+        _check_length(connection, path, fold.position)
+    except Bad as bad:
         finding = bad.finding
     except sqlite3.DatabaseError as error:
         if store.kind_of(error) != sqlite3.SQLITE_CORRUPT:
             raise
-        finding = Finding(fold.position + 1, f"the file is damaged: {error}")
-    return Verification(fold.position - fold.base, fold.position, fold.hash, finding)
+        finding = Finding(fold.position + 1, f"the file is damaged: {error}", Kind.DAMAGED)
+    return Verification(fold.position - base[0], fold.position, fold.hash, finding, compared)
 
 
-def _rows(connection: sqlite3.Connection) -> Iterator[tuple[int, bytes, bytes]]:
-    yield from connection.execute("SELECT position, body, hash FROM events ORDER BY position")
+def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) -> None:
+    """Everything before the base must be in archives that follow one another, from the first event on."""
+    last, last_hash = 0, GENESIS
+    if base or check_readable(connection) >= _ARCHIVES_SINCE:
+        for first, *end in connection.execute(
+            "SELECT first_position, last_position, hash FROM archives ORDER BY last_position"
+        ):
+            if first != last + 1:
+                problem = f"the archives that are told of do not have position {last + 1} to go on with"
+                raise Bad(base, problem, Kind.BASE)
+            last, last_hash = end
+            if not isinstance(last, int):
+                raise Bad(base, "the archives that are told of end with no position", Kind.BASE)
+    if (last, last_hash) != (base, digest):
+        problem = f"the archives that are told of end with position {last}, the log begins after {base}"
+        raise Bad(base, f"{problem}, or has another hash there", Kind.BASE)
 
 
-def _text(position: int, body: bytes) -> str:
-    try:
-        return str(body, "utf-8")
-    except (UnicodeDecodeError, TypeError):
-        raise _Bad(position, "the body is not UTF-8") from None
+def _check_base_state(connection: sqlite3.Connection, base: int) -> None:
+    if not is_base_state_whole(connection, base):
+        raise Bad(base, "what is stored of archived events is not what they came to", Kind.BASE)
 
 
-def _compare(connection: sqlite3.Connection, fold: _Fold) -> None:
+def _check_length(connection: sqlite3.Connection, path: Path, position: int) -> None:
+    """SQLite takes the missing end of the last page for zeros, and misses whole pages by itself."""
+    (page_size,) = connection.execute("PRAGMA page_size").fetchone()
+    if path.stat().st_size % page_size:
+        raise Bad(position, "the file is damaged: its end was cut off", Kind.DAMAGED)
+
+
+def _compare(connection: sqlite3.Connection, fold: CheckedFold) -> None:
     """The stored projections must be what the log gives; a difference is named at the head."""
     position = connection.execute("SELECT position FROM projected").fetchone()
     if position != (fold.position,):
-        raise _Bad(fold.position, f"the stored projections are at position {position and position[0]}")
-    models = {key.encode(): (store.as_text(model).encode(), None) for key, model in fold.state.models.items()}
-    jobs = {
-        key.encode(): (store.as_text(job).encode(), job.created_position) for key, job in fold.jobs.items()
-    }
-    _compare_table("models", connection.execute("SELECT id, body, NULL FROM models"), models, fold.position)
-    _compare_table(
-        "jobs", connection.execute("SELECT id, body, created_position FROM jobs"), jobs, fold.position
-    )
+        problem = f"the stored projections are at position {position and position[0]}"
+        raise Bad(fold.position, problem, Kind.PROJECTIONS)
+    _compare_models(connection, fold)
+    assert fold.stored is not None
+    difference = fold.stored.difference(fold.entities.jobs.values())
+    if difference is not None:
+        raise Bad(fold.position, difference, Kind.PROJECTIONS)
 
 
-def _compare_table(
-    name: str,
-    rows: Iterable[tuple[bytes, bytes, int | None]],
-    expected: MutableMapping[bytes, tuple[bytes, Any]],
-    position: int,
-) -> None:
-    for key, *stored in rows:
-        if expected.pop(key, None) != tuple(stored):
-            shown = bytes(key).decode(errors="replace")
-            raise _Bad(position, f"the stored {name} differ from the log's at {shown!r}")
+def _compare_snapshots(fold: CheckedFold) -> None:
+    """The stored snapshots must be what the log gives; a difference is named where it is."""
+    assert fold.snapshots is not None
+    difference = fold.snapshots.end(fold.position)
+    if difference is not None:
+        raise Bad(*difference, Kind.PROJECTIONS)
+
+
+def _compare_models(connection: sqlite3.Connection, fold: CheckedFold) -> None:
+    expected = {key.encode(): model for key, model in fold.entities.models.items()}
+    for key, body, is_text in connection.execute(
+        "SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM models"
+    ):
+        model = expected.pop(key, None)
+        if model is None or not is_text or store.as_bytes(model) != body:
+            shown = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+            raise Bad(
+                fold.position, f"the stored models differ from the log's at {shown!r}", Kind.PROJECTIONS
+            )
     if expected:
-        raise _Bad(position, f"the stored {name} lack {next(iter(expected)).decode()!r}")
+        problem = f"the stored models lack {next(iter(expected)).decode()!r}"
+        raise Bad(fold.position, problem, Kind.PROJECTIONS)

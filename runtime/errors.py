@@ -6,8 +6,12 @@ HTTP status codes are not here; the server has one table from `code` to status.
 from dataclasses import dataclass
 from typing import Literal
 
-LoadCode = Literal["invalid_model", "model_changed", "unsafe_file", "out_of_memory"]
-"""Why a worker may say that it does not load a model."""
+PrepareCode = Literal["prepare_failed", "disk_full"]
+"""Why a worker may say that it does not prepare a model, beside what is said of a load. They end no job."""
+LoadCode = Literal[
+    "invalid_model", "model_changed", "unsafe_file", "out_of_memory", "warm_up_failed", PrepareCode
+]
+"""Why a worker may say that it does not load a model, or prepare it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ class Executor:
             return None
         came_ns = time.monotonic_ns()
         try:
-            asked = self._runner.asked(infer.outputs, infer.text)
+            asked = self._runner.asked(infer.outputs, infer.text, infer.digest)
             feed = self._runner.feed(tensors)
             size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:

@@ -1,6 +1,7 @@
 """What a worker does with `Infer`: tensors of the wire to ONNX Runtime's and back."""
 
 import ctypes
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,10 +41,14 @@ _TYPES = {datatype.name: np.dtype(datatype.numpy) for datatype in DATATYPES.valu
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """The outputs that a request asks for: their names, and of each name, datatype and whether as JSON."""
+    """The outputs that a request asks for: their names, and of each name, datatype and whether as JSON.
+
+    With `digest`, only what they hash to.
+    """
 
     names: list[str]
     forms: list[tuple[str, str, bool]]
+    digest: bool = False
 
 
 class Runner:
@@ -66,17 +71,22 @@ class Runner:
         self._has_bfloat16 = "BF16" in (*self._inputs.values(), *self._outputs.values())
         self._known = lru_cache(KNOWN_CHOICES)(self._asked)
 
-    def asked(self, outputs: tuple[WantedOutput, ...], text: bool) -> Asked:  # noqa: FBT001 - as in `Infer`
+    def asked(
+        self,
+        outputs: tuple[WantedOutput, ...],
+        text: bool,  # noqa: FBT001 - as in `Infer`
+        digest: bool = False,  # noqa: FBT001, FBT002
+    ) -> Asked:
         """Say what a request asks for; mostly the same object for the same outputs.
 
         Raises:
             InvalidInput: `invalid_input`, or as NotRepresentable `not_representable`.
         """
         if len(outputs) > len(self._outputs):  # some are named again, and there may be 80,000: not to be kept
-            return self._asked(outputs, text)
-        return self._known(outputs, text)
+            return self._asked(outputs, text, digest)
+        return self._known(outputs, text, digest)
 
-    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool) -> Asked:  # noqa: FBT001 - as in `Infer`
+    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> Asked:  # noqa: FBT001
         for output in outputs:
             self._check_output(output.name)
         chosen = {output.name: output.text for output in outputs} or {
@@ -86,7 +96,7 @@ class Runner:
         for name, datatype, as_text in forms:
             if as_text:
                 check_json(name, datatype)
-        return Asked(list(chosen), forms)
+        return Asked(list(chosen), forms, digest)
 
     def feed(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """View a request's tensors as arrays, by name.
@@ -131,6 +141,8 @@ class Runner:
             NotRepresentable: `not_representable`.
             InferenceFailed: `inference_failed`, for more than a frame may hold.
         """
+        if asked.digest:
+            return _digests(asked, arrays)
         heads: list[TensorHead] = []
         parts: list[Buffer] = []
         for (name, datatype, text), array in zip(asked.forms, arrays, strict=True):
@@ -222,6 +234,19 @@ def to_data(datatype: str, array: Any) -> Buffer:
         return bytes(array.tobytes())
     view: memoryview = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return view
+
+
+def _digests(asked: Asked, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+    """Make tensors of the outputs' SHA-256: of datatype, shape and data, however long."""
+    heads: list[TensorHead] = []
+    parts: list[Buffer] = []
+    for (name, datatype, _), array in zip(asked.forms, arrays, strict=True):
+        if array is not None:
+            digest = hashlib.sha256(f"{datatype} {list(array.shape)}\n".encode())
+            digest.update(to_data(datatype, array))
+            heads.append(TensorHead(name, "UINT8", (digest.digest_size,), digest.digest_size))
+            parts.append(digest.digest())
+    return tuple(heads), parts
 
 
 def _array_of(value: Any, datatype: str) -> Any:

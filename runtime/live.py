@@ -1,53 +1,49 @@
-"""The live side of a load: its workers, and the two effects on them. Reports by waking the consumer."""
+"""The live side of a load: its workers, and what is known of them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from events.clock import uuid7
+from events.clock import later
 from events.jobs import Failure, Job, LoadParameters
 from events.models import FORK_SERVER_DIED
-from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
-from runtime.pool import WorkerPool
-from runtime.repository import Repository
-from runtime.scheduler import Phase, Running
+from runtime.sight import Phase, Running
 from runtime.statistics import Statistics
-from runtime.wire import LoadedFile
-from runtime.workers import LoadOrder, LoadReport, Worker
+from runtime.wire import Prepared
+from runtime.workers import LoadReport, Worker
 
 _log = logging.getLogger(__name__)
 
-START_ATTEMPTS = 3
-"""A fork server that has to be replaced is no reason for a load to fail; one that cannot fork is."""
 MEASURE_LIMIT_S = 1.0
 """For a measurement before the end. The kernel gives it when the process's mappings are free, which a worker
 can put off; it is then still to be ended."""
-START_PAUSE_S = 0.1
-"""Between them: by then it is known that the fork server has ended, and the next one is waited for."""
-INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
-"""Workers of one load that load side by side, after the first: each takes a core and its peak of memory."""
 
 
 @dataclass(slots=True)
 class LiveLoad:
-    """What runs for one load job. Written by the consumer and the effects below, on the loop only.
+    """What runs for one load job. Written by the consumer and its effects, on the loop only.
 
     Attributes:
         worker_id: the first worker's, which may not be there yet.
         workers: those that were started, dead or alive.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all.
         reports: of the workers that have loaded, by id.
+        prepared: the form that its workers are given, until one can do nothing with it.
+        prepared_failure: why not, then.
+        replaced_if_dead: ids of the workers that load with that form: one that dies has not failed the load.
         draining: no more requests are routed to it.
         unloading: `run_unload` has begun.
         told: ids of the workers whose end is no surprise: they were told to, or refused to load.
         killed: all are ended by force.
         recorded: ids of the workers whose death was recorded.
+        reserved_bytes: what the load may take until it is known what it takes.
+        bare_bytes: what it is known to take without a prepared form; 0 is nothing.
+        measured_bytes: what workers took when they were last looked at, by id.
+        last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
     job_id: str
@@ -61,6 +57,9 @@ class LiveLoad:
     reports: dict[str, LoadReport] = field(default_factory=dict)
     failure: Failure | None = None
     stage: str | None = None
+    prepared: Prepared | None = None
+    prepared_failure: str | None = None
+    replaced_if_dead: set[str] = field(default_factory=set)
     starting_us: int = 0
     draining: bool = False
     unloading: bool = False
@@ -70,6 +69,10 @@ class LiveLoad:
     requests_at_drain: int = 0
     aborted_requests: int = 0
     freed_bytes: int = 0
+    reserved_bytes: int = 0
+    bare_bytes: int = 0
+    measured_bytes: dict[str, int] = field(default_factory=dict)
+    last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -91,7 +94,7 @@ class LiveLoad:
     @property
     def gone(self) -> bool:
         """Whether there were processes and all have ended."""
-        return bool(self.workers) and not self.left
+        return bool(self.workers) and not (self.left or self.replaced_if_dead)
 
     @property
     def serving(self) -> tuple[Worker, ...]:
@@ -103,9 +106,8 @@ class LiveLoad:
     @property
     def dead(self) -> list[Worker]:
         """The workers that have ended and nobody had asked."""
-        return [
-            worker for worker in self.workers if worker.ended.done() and worker.worker_id not in self.told
-        ]
+        known = self.told | self.replaced_if_dead
+        return [worker for worker in self.workers if worker.ended.done() and worker.worker_id not in known]
 
     @property
     def over(self) -> bool:
@@ -125,19 +127,72 @@ class LiveLoad:
         code = FORK_SERVER_DIED if any(worker.orphaned for worker in self.dead) else "worker_died"
         return Failure(code, "the worker died right after it had loaded the model")
 
-    def view(self, job: Job | None) -> Running:
+    @property
+    def memory_bytes(self) -> int:
+        """What is to be counted against the budget, until the processes have exited."""
+        if self.report is None:
+            is_over = self.gone or (self.failure is not None and not self.left)
+            return 0 if is_over else max(self.reserved_bytes, sum(self.measured_bytes.values()))
+        return sum(self.bytes_of(worker) for worker in self.left)
+
+    def bytes_of(self, worker: Worker) -> int:
+        """Return what a worker that has loaded took when it was last looked at."""
+        loaded = self.reports.get(worker.worker_id)
+        return self.measured_bytes.get(worker.worker_id, loaded.memory_bytes if loaded else 0)
+
+    @property
+    def in_flight(self) -> int:
+        """How many inferences are queued or running."""
+        return sum(worker.in_flight for worker in self.left)
+
+    def last_used_at(self, now: str) -> str | None:
+        """Return when the last request ended, as a stamp; `now` is the present one."""
+        if not self.last_used_ns:
+            return None
+        return later(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
+
+    def view(self, job: Job | None, now: str = "", *, leased: bool = False) -> Running:
         """Return what the scheduler sees, where `job` is the load's job as long as it has not ended."""
-        dead = tuple(worker.worker_id for worker in self.dead)
-        return Running(self.job_id, self.model_id, self._phase(job), self.killed, dead)
+        return Running(
+            self.job_id,
+            self.model_id,
+            self._phase(job),
+            self.killed,
+            tuple(worker.worker_id for worker in self.dead),
+            self.memory_bytes,
+            busy=leased or self.in_flight > 0,
+            last_used_at=self.last_used_at(now),
+        )
 
     def _phase(self, job: Job | None) -> Phase:
         if job is not None:
-            if self.failure is not None or len(self.left) < len(self.workers):
+            if self.failure is not None or self._lacks_workers:
                 return Phase.FAILED
             return Phase.LOADING if self.report is None else Phase.LOADED
         if self.gone:
             return Phase.GONE
         return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
+
+    @property
+    def usable(self) -> Prepared | None:
+        """The prepared form, if nothing is known against it."""
+        return self.prepared if self.prepared_failure is None else None
+
+    @property
+    def prepared_form(self) -> Prepared | None:
+        """The prepared form that workers have loaded, all or some of them."""
+        used = any(report.prepared is not None for report in self.reports.values())
+        return self.prepared if used else None
+
+    def uses_form(self, worker: Worker) -> bool:
+        """Tell whether a worker has loaded the prepared form."""
+        report = self.reports.get(worker.worker_id)
+        return report is not None and report.prepared is not None
+
+    @property
+    def _lacks_workers(self) -> bool:
+        ended = (worker.worker_id for worker in self.workers if worker.ended.done())
+        return any(worker_id not in self.replaced_if_dead for worker_id in ended)
 
     def spawn(self, effect: asyncio.Task[None]) -> None:
         """Keep an effect until it ends, then wake the consumer."""
@@ -169,137 +224,31 @@ class LiveLoad:
             self.note_end(worker, report.memory_bytes if report is not None else 0)
             worker.kill()
 
+    def reserve_bare(self) -> None:
+        """Have what is reserved be enough without a prepared form, which was to be loaded."""
+        self.reserved_bytes = max(self.reserved_bytes, self.bare_bytes)
+
+    def replace(self, dead: Worker, reason: str | None) -> bool:
+        """Forget a worker that ended with a prepared form, for another to load without.
+
+        Args:
+            dead: it has ended.
+            reason: what there is against the form; None is nothing.
+
+        Returns:
+            Whether this is for another to do.
+        """
+        if dead.orphaned or self.killed or self.failure or dead.worker_id not in self.replaced_if_dead:
+            return False
+        self.prepared_failure = self.prepared_failure or reason
+        self.replaced_if_dead.discard(dead.worker_id)
+        self.workers.remove(dead)
+        self.measured_bytes.pop(dead.worker_id, None)
+        return True
+
     def note_end(self, worker: Worker, memory_bytes: int) -> None:
         """Take down, right before a worker's end, what it aborts and how many bytes it gives back."""
         if worker.worker_id not in self.told:
             self.told.add(worker.worker_id)
             self.aborted_requests += worker.in_flight
             self.freed_bytes += memory_bytes
-
-
-async def run_load(
-    load: LiveLoad,
-    pool: WorkerPool,
-    repository: Repository,
-    known: tuple[LoadedFile, ...],
-) -> None:
-    """Load the model in as many workers as are asked for; the outcome stands in `report` or `failure`.
-
-    The first loads alone and hashes, so that the bytes are read for that once. What fails one fails all.
-    """
-    began = time.monotonic_ns()
-    load.stage = "starting"
-    try:
-        order = await _order(load, repository, known)
-        first = await _load_instance(load, pool, order, load.worker_id, began)
-        await _load_rest(load, pool, replace(order, known=first.files))
-        load.report = first
-    except RuntimeProblem as problem:
-        load.failure = load.failure or Failure(problem.code, str(problem))
-        load.kill_workers()
-
-
-async def _order(load: LiveLoad, repository: Repository, known: tuple[LoadedFile, ...]) -> LoadOrder:
-    found = await asyncio.to_thread(repository.resolve, load.model_id, load.version)
-    return LoadOrder(
-        root=repository.root,
-        folder=found.folder,
-        files=tuple(file.path for file in found.files),
-        known=known,
-        memory_limit_bytes=load.parameters.memory_limit_bytes,
-        max_batch_size=load.parameters.max_batch_size,
-        max_queue_delay_us=load.parameters.max_queue_delay_us,
-    )
-
-
-async def _load_rest(load: LiveLoad, pool: WorkerPool, order: LoadOrder) -> None:
-    """Load the other instances, some at once; at the first that fails, the others are not waited for."""
-    places = asyncio.Semaphore(INSTANCES_AT_ONCE)
-
-    async def load_one() -> None:
-        async with places:
-            report = await _load_instance(load, pool, order, uuid7(), time.monotonic_ns())
-        if _contents(report.files) != _contents(order.known):
-            raise LoadRefused("model_changed", "a file changed while the instances were loaded")
-
-    others = [asyncio.create_task(load_one()) for _ in range(load.parameters.instances - 1)]
-    try:
-        await asyncio.gather(*others)
-    finally:
-        for other in others:
-            other.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-
-
-def _contents(files: tuple[LoadedFile, ...]) -> list[tuple[str, str]]:
-    return [(file.path, file.sha256) for file in files]
-
-
-async def _load_instance(
-    load: LiveLoad, pool: WorkerPool, order: LoadOrder, worker_id: str, began_ns: int
-) -> LoadReport:
-    """Start a worker and load the model in it. Why not, if so, is there before its end is noticed."""
-    worker = await _start_worker(pool, worker_id)
-    load.workers.append(worker)
-    load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
-    worker.ended.add_done_callback(lambda _: load.wake())
-    try:
-        report = await worker.load(order, lambda stage: setattr(load, "stage", stage))
-    except WorkerDied as death:
-        load.failure = load.failure or _death(worker, death)
-        raise
-    except RuntimeProblem as problem:
-        load.told.add(worker_id)
-        load.failure = load.failure or Failure(problem.code, str(problem))
-        raise
-    load.reports[worker_id] = report
-    return report
-
-
-async def _start_worker(pool: WorkerPool, worker_id: str) -> Worker:
-    for _ in range(START_ATTEMPTS - 1):
-        with suppress(ForkServerUnavailable):
-            return await pool.start(worker_id)
-        await asyncio.sleep(START_PAUSE_S)
-    return await pool.start(worker_id)
-
-
-def _death(worker: Worker, death: WorkerDied) -> Failure:
-    """Say of what a load died, in the worker's own words too."""
-    lines = "\n".join(worker.stderr_tail())
-    said = f"; it said:\n{lines}" if lines else ""
-    code = FORK_SERVER_DIED if worker.orphaned else death.code
-    return Failure(code, f"{death} while it loaded the model{said}")
-
-
-async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
-    """Wait for running requests, but not for ever, then end the processes."""
-    workers = load.left
-    load.requests_at_drain = sum(worker.in_flight for worker in workers)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(drain_timeout_s):
-            await asyncio.gather(*(worker.drained() for worker in workers))  # a dead worker is drained
-    if load.left:
-        load.stage = "stopping"
-        await asyncio.gather(*(_stop(load, worker) for worker in load.left))
-
-
-async def _stop(load: LiveLoad, worker: Worker) -> None:
-    try:
-        load.note_end(worker, await _measured(load, worker))
-    except WorkerDied:
-        return
-    await worker.stop()
-
-
-async def _measured(load: LiveLoad, worker: Worker) -> int:
-    """Measure how many bytes the worker has; if that cannot be had in time, give what it had after its load.
-
-    Raises:
-        WorkerDied: `worker_died`.
-    """
-    try:
-        async with asyncio.timeout(MEASURE_LIMIT_S):
-            return await worker.measure()
-    except OSError:  # no time left, or no descriptor to read with
-        return load.reports[worker.worker_id].memory_bytes

@@ -1,103 +1,171 @@
-"""What a worker does with `Load`: check the files, create the session, hash and measure beside it."""
+"""What a worker does with `Load`: check the files, create the session, run it once, measure what it takes."""
 
-import contextlib
 import ctypes
-import hashlib
-import itertools
 import os
-import re
-import resource
-import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
-import msgspec
-import numpy as np
 import onnxruntime as ort
 
-from runtime import memory
+from runtime import hugepages, memory, sessions
+from runtime.background import give_way
+from runtime.beside import Beside, Hashing
 from runtime.errors import LoadRefused
-from runtime.onnxfile import check_external_data
-from runtime.repository import MODEL_FILE, FileIdentity, identify, open_identified
-from runtime.wire import BY_ONNX, MAX_NAME_CHARACTERS, Load, Loaded, LoadedFile, LoadStage, TensorSpec
+from runtime.formuse import FormUnusable, GivenForm
+from runtime.model import Model, model_of
+from runtime.repository import FileIdentity, identify
+from runtime.warmup import warm_up
+from runtime.wire import Load, Loaded, LoadedFile, LoadStage, Prepare, Prepared, Tensor, plain_text
 
-HASH_BLOCK_BYTES = 2**18
-"""What stays in a core's own cache: the session beside it needs what the cores share."""
-HASHED_BLOCKS_A_SAMPLE = 16
-"""2.5 ms of hashing, after which the memory is looked at."""
-SAMPLE_INTERVAL_S = 0.005
-"""Of the memory taken while loading. A sample costs 0.03 ms; walking the mappings would cost 0.7 ms, and hold
-up the session when it maps memory: 10 ms more for a load of 60 (measured)."""
-SMALLEST_MODEL = bytes.fromhex(
-    "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
-    "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
-    "120167"  # its name, g
-    "5a0b 0a0178 12060a0408011200"  # the input x: a float without dimensions
-    "620b 0a0179 12060a0408011200"  # the output y
-    "4204 0a00 1011"  # the operators of ONNX's opset 17
-)
-"""`y = x` in ONNX's own format, for a process that has no library to write it with."""
-UNREADABLE_BYTES = 64 * 2**20
-"""Of a file that is no ONNX file, shown to ONNX Runtime for its words on it: it need not fit into memory."""
-OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
-"""How ONNX Runtime says so; it has no code of its own for it."""
-OPTIONAL = re.compile(r"optional\((.*)\)")
-"""How ONNX Runtime calls the type of what may have no value; it takes it as if it had, or left out."""
+WATCHED_FROM_BYTES = 4 * 2**20
+"""Of a form's files: so much of what a load takes in between can be missed when nobody watches it (see
+`Beside`). A thread that does takes some milliseconds of a load, which are most of a small one."""
+OnStage = Callable[[LoadStage], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """A session that can serve, and what to tell the server of it."""
+class _Made:
+    """A session that is ready, and what it took to make it."""
 
-    session: ort.InferenceSession
-    report: Loaded
+    model: Model
+    loading_us: int
+    warming_up_us: int | None
+    prepared: str | None = None
+    prepared_failure: str | None = None
 
 
-def load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
+def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model, Loaded]:
     """Load the model that the order names.
 
+    Args:
+        order: what to load.
+        given: what to run it on before it is loaded; nothing means zeros.
+        on_stage: is told of each step.
+
+    Returns:
+        The model, and what to tell the server of it.
+
     Raises:
-        LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`.
+        LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.
     """
+    if order.background:
+        give_way()
     try:
-        return _load(order, on_stage)
+        return _load(order, given, on_stage)
     except MemoryError as error:
-        raise _out_of_memory(order, str(error) or "MemoryError") from None
+        raise sessions.out_of_memory(order.memory_limit_bytes, str(error) or "MemoryError") from None
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
 
 
-def _load(order: Load, on_stage: Callable[[LoadStage], None]) -> Model:
+def located(order: Load | Prepare) -> tuple[Path, Path, list[FileIdentity]]:
+    """Find what an order names: the version's folder, the repository's root without links, and the files.
+
+    Raises:
+        LoadRefused: `unsafe_file`, or `model_changed`: these are not the files that were found.
+    """
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))
     before = identify(folder, root)
     if tuple(file.path for file in before) != order.files:
         raise LoadRefused("model_changed", "the model's files are no longer those that were found")
+    return folder, root, before
+
+
+def check_unchanged(before: list[FileIdentity], folder: Path, root: Path) -> None:
+    """Refuse with `model_changed` if the files are no longer those that they were."""
+    if identify(folder, root) != before:
+        raise LoadRefused("model_changed", "the model's files changed while they were loaded")
+
+
+def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model, Loaded]:
+    folder, root, before = located(order)
     on_stage("loading")
-    with _Beside(folder, before, order.known) as beside:
-        started = time.perf_counter_ns()
+    sources = Hashing(folder, before, order.known)
+    form, why_not = _given_form(order.prepared, sources)
+    used = None if form is None else order.prepared
+    if not order.huge_pages or not hugepages.are_better(sum(file.bytes for file in before), used):
+        hugepages.go_without()
+    # Within a limit there may be no memory for a thread any more when a form turns out to be of no use.
+    limited = order.memory_limit_bytes is not None
+    watched = form is None or limited or form.bytes >= WATCHED_FROM_BYTES
+    with Beside(sources, *(() if form is None else (form.hashing,)), watched=watched) as beside:
         try:
-            session = _create_checked(order, folder, root)
-            loading_us = _since(started)
-            files = beside.result()
+            made = _Loading(order, given, on_stage, beside).make(folder, root, form, why_not)
+            files = beside.result(sources)
         finally:  # if they changed, that is the reason for whatever went wrong as well
-            _check_unchanged(before, folder, root)
-    inputs, outputs = _inputs(session), tuple(_spec(node) for node in session.get_outputs())
-    if order.max_batch_size:
-        _check_batch_dimension([*inputs[: len(session.get_inputs())], *outputs])
+            check_unchanged(before, folder, root)
     on_stage("measuring")
-    return Model(session, _report(inputs, outputs, files, loading_us, beside))
+    return made.model, _report(made, files, beside)
 
 
-def _report(
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    files: tuple[LoadedFile, ...],
-    loading_us: int,
-    beside: "_Beside",
-) -> Loaded:
+def _given_form(prepared: Prepared | None, sources: Hashing) -> tuple[GivenForm | None, str | None]:
+    """Return the form that a load was given, if that may be of use, or why not."""
+    if prepared is None:
+        return None, None
+    try:
+        return GivenForm(prepared, sources), None
+    except FormUnusable as unusable:
+        return None, str(unusable)
+
+
+class _Loading:
+    """Makes the session of one load."""
+
+    def __init__(self, order: Load, given: Sequence[Tensor], on_stage: OnStage, beside: Beside) -> None:
+        self._order = order
+        self._given = given
+        self._on_stage = on_stage
+        self._beside = beside
+        self._started_ns = time.perf_counter_ns()
+        sessions.limit_memory(order.memory_limit_bytes)  # here, when this process has all its threads
+
+    def make(self, folder: Path, root: Path, form: GivenForm | None, why_not: str | None) -> _Made:
+        """Make it of a form, if there is one and it is of use, else of the repository's files."""
+        if form is not None:
+            try:
+                return self._of_form(form)
+            except FormUnusable as unusable:
+                why_not = str(unusable)
+            self._beside.watch()
+        chosen = sessions.options(self._order.threads)
+        session = sessions.create_checked(folder, root, chosen, self._order.memory_limit_bytes)
+        return replace(self._ready(session, _since(self._started_ns)), prepared_failure=why_not)
+
+    def _of_form(self, form: GivenForm) -> _Made:
+        chosen = sessions.options_as_saved(self._order.threads)
+        with _of_the_form():
+            session = sessions.create(form.model_file, chosen, self._order.memory_limit_bytes)
+        loading_us = _since(self._started_ns)
+        self._beside.sample()
+        form.check(self._beside)
+        with _of_the_form():
+            return replace(self._ready(session, loading_us), prepared=form.sha256)
+
+    def _ready(self, session: ort.InferenceSession, loading_us: int) -> _Made:
+        model, warming_up_us = model_of(session, self._order.max_batch_size), None
+        if self._order.warm_up:  # before it is measured: what it takes to run is the model's own
+            warming_up_us = warm_up(model, self._given, lambda: self._on_stage("warming_up"))
+        return _Made(model, loading_us, warming_up_us)
+
+
+@contextmanager
+def _of_the_form() -> Iterator[None]:
+    """Take whatever goes wrong for a problem of the form: if it is the model's, it will come again.
+
+    But for memory, which to make a form's session may take more of: this process has not got it back.
+    """
+    try:
+        yield
+    except (LoadRefused, UnicodeDecodeError) as problem:
+        if isinstance(problem, LoadRefused) and problem.code == "out_of_memory":
+            raise
+        raise FormUnusable(str(problem) or type(problem).__name__) from None
+
+
+def _report(made: _Made, files: tuple[LoadedFile, ...], beside: Beside) -> Loaded:
     """Measure what the session takes, and say what it is."""
     started = time.perf_counter_ns()
     ctypes.CDLL(None).malloc_trim(0)  # in 2 ms gives back what loading took and freed: as much as it kept
@@ -105,207 +173,22 @@ def _report(
     shared_bytes = memory.anonymous_bytes() - memory_bytes
     return Loaded(
         files=files,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=made.model.inputs,
+        outputs=made.model.outputs,
         memory_bytes=memory_bytes,
         peak_memory_bytes=max(beside.peak_anonymous_bytes - shared_bytes, memory_bytes),
-        loading_us=loading_us,
+        loading_us=made.loading_us,
         hashing_us=beside.hashing_us,
         measuring_us=_since(started),
+        warming_up_us=made.warming_up_us,
+        prepared=made.prepared,
+        prepared_failure=None if made.prepared_failure is None else _line(made.prepared_failure),
     )
 
 
-def _check_unchanged(before: list[FileIdentity], folder: Path, root: Path) -> None:
-    if identify(folder, root) != before:
-        raise LoadRefused("model_changed", "the model's files changed while they were loaded")
-
-
-def warm_up() -> None:
-    """Create, run and drop the smallest session, before workers are forked.
-
-    With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
-    otherwise spend again (measured with 1.31). It leaves one thread, and no descriptor.
-    """
-    session = ort.InferenceSession(SMALLEST_MODEL, options(1), providers=["CPUExecutionProvider"])
-    session.run(None, {"x": np.zeros((), np.float32)})
-
-
-def options(threads: int) -> ort.SessionOptions:
-    """Give the options of a session that computes with this many threads."""
-    chosen = ort.SessionOptions()
-    chosen.intra_op_num_threads = threads
-    chosen.inter_op_num_threads = 1
-    chosen.log_severity_level = 3  # errors: its warnings would push what matters out of the stderr tail
-    if threads > 1:  # a thread that spins takes a core from the other models' workers
-        chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return chosen
-
-
-def _create_checked(order: Load, folder: Path, root: Path) -> ort.InferenceSession:
-    """Create the session, of a file all of whose references have been seen."""
-    path = folder / MODEL_FILE
-    if order.memory_limit_bytes is not None:  # here, when this process has all its threads
-        _limit_memory(order.memory_limit_bytes)
-    if check_external_data(path, folder, root):
-        return _create(str(path), options(order.threads), order)
-    isolated = _isolated(options(order.threads))
-    _create(_beginning(path), isolated, order)  # which says, in its own words, what is wrong
-    raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
-
-
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(UNREADABLE_BYTES)
-
-
-def _isolated(chosen: ort.SessionOptions) -> ort.SessionOptions:
-    """Have a model that is given as bytes read no file, whatever it refers to.
-
-    By itself ONNX Runtime (1.31, measured) finds such references from the working directory. Beneath
-    `/dev/null` there is nothing, and a location that is absolute, leads out or is an address in memory it
-    refuses. Bytes it would also take for its own format, which a file of this name is not.
-    """
-    chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    chosen.add_session_config_entry("session.load_model_format", "ONNX")
-    return chosen
-
-
-def _create(model: str | bytes, chosen: ort.SessionOptions, order: Load) -> ort.InferenceSession:
-    try:
-        return ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"], enable_fallback=False)
-    except MemoryError as error:
-        raise _out_of_memory(order, str(error)) from None
-    except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
-        text = str(error) or type(error).__name__
-        if any(words in text for words in OUT_OF_MEMORY):
-            raise _out_of_memory(order, text) from None
-        raise LoadRefused("invalid_model", text) from None
-
-
-def _out_of_memory(order: Load, text: str) -> LoadRefused:
-    limit = order.memory_limit_bytes
-    reason = "the machine has no more" if limit is None else f"the limit is {limit} bytes"
-    return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {text}")
-
-
-def _limit_memory(limit_bytes: int) -> None:
-    """Let the process have this much more than it has: beyond it, allocations fail.
-
-    RLIMIT_DATA counts what is mapped, touched or not, so what an empty worker has is no part of the limit.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = memory.data_bytes() + limit_bytes
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-
-
-def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
-    """Describe what the session takes: last, and optional, what it has a default for."""
-    defaults = (_spec(node) for node in session.get_overridable_initializers())
-    return (
-        *(_spec(node) for node in session.get_inputs()),
-        *(msgspec.structs.replace(spec, optional=True) for spec in defaults),
-    )
-
-
-def _spec(node: ort.NodeArg) -> TensorSpec:
-    if max(len(node.name), len(node.type)) > MAX_NAME_CHARACTERS:
-        reason = f"an input or output has a name or type of more than {MAX_NAME_CHARACTERS} characters"
-        raise LoadRefused("invalid_model", reason)
-    inner = OPTIONAL.fullmatch(node.type)
-    datatype = BY_ONNX.get(node.type if inner is None else inner[1])
-    shape = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in node.shape)
-    name = node.type if datatype is None else datatype.name
-    return TensorSpec(node.name, name, shape, optional=inner is not None)
-
-
-def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:
-    """Refuse a model that is said to have a batch dimension and does not."""
-    for spec in specs:
-        if not spec.shape or spec.shape[0] != -1:
-            reason = (
-                f"{spec.name!r} has shape {list(spec.shape)}: with max_batch_size the first dimension of each"
-                " input and output has to be of any length (-1)"
-            )
-            raise LoadRefused("invalid_model", reason)
+def _line(text: str) -> str:
+    return plain_text(" ".join(text.split()))
 
 
 def _since(started_ns: int) -> int:
     return (time.perf_counter_ns() - started_ns) // 1000
-
-
-class _Beside:
-    """Hashes the files and watches the process's memory in one thread, beside what is in the `with` block.
-
-    One thread, because starting one takes some milliseconds of a load (measured).
-    """
-
-    def __init__(self, folder: Path, files: Iterable[FileIdentity], known: Iterable[LoadedFile]) -> None:
-        self.hashing_us = 0
-        self.peak_anonymous_bytes = 0
-        self._folder = folder
-        self._files = files
-        self._known = {_key(file): file.sha256 for file in known}
-        self._hashed: list[LoadedFile] = []
-        self._problem: Exception | None = None
-        self._all_hashed = threading.Event()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hashing and sampling")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def result(self) -> tuple[LoadedFile, ...]:
-        """Wait for the hashes.
-
-        Raises:
-            LoadRefused: `model_changed`, for a file that is no longer the one that was identified.
-        """
-        self._all_hashed.wait()
-        if self._problem is not None:
-            raise self._problem
-        return tuple(self._hashed)
-
-    def _run(self) -> None:
-        started = time.perf_counter_ns()
-        try:
-            for file in self._files:
-                digest = self._known.get(_key(file)) or self._digest(file)
-                self._hashed.append(
-                    LoadedFile(file.path, *_key(file)[1:], sha256=digest),
-                )
-        except Exception as error:  # noqa: BLE001 - whatever it is, who waits for the hashes has to know
-            self._problem = error
-        self.hashing_us = _since(started)
-        self._all_hashed.set()
-        while not self._over.wait(SAMPLE_INTERVAL_S):
-            self._sample()
-
-    def _digest(self, file: FileIdentity) -> str:
-        digest = hashlib.sha256()
-        descriptor = open_identified(self._folder, file)
-        try:
-            block = memoryview(bytearray(HASH_BLOCK_BYTES))
-            for number in itertools.count(1):
-                length = os.readv(descriptor, [block])
-                if not length or self._over.is_set():
-                    break
-                digest.update(block[:length])
-                if number % HASHED_BLOCKS_A_SAMPLE == 0:
-                    self._sample()
-        finally:
-            os.close(descriptor)
-        return digest.hexdigest()
-
-    def _sample(self) -> None:
-        with contextlib.suppress(MemoryError):  # then the peak is known well enough
-            self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, memory.anonymous_bytes())
-
-
-def _key(file: FileIdentity | LoadedFile) -> tuple[str, int, int, int, int, int]:
-    return file.path, file.dev, file.inode, file.bytes, file.mtime_ns, file.ctime_ns

@@ -1,14 +1,28 @@
 """How much memory a process, or a tree of them, takes; read from /proc, in bytes.
 
-A worker's own memory is its private pages: what the machine gets back when the process ends. Pages that
-it still shares with the fork server are not its own. Of a whole tree the proportional size (PSS) is summed,
-so that what is shared counts once.
+A worker's own memory is its private dirty pages: what the machine gets back when the process ends, and not
+before. Pages that it still shares with the fork server are not its own, nor those that are as their file has
+them, as mapped weights are: the kernel takes these back whenever it needs them. Of a whole tree the
+proportional size (PSS) is summed, so that what is shared counts once.
 """
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+_PAGE_BYTES = 4096
+"""What /proc gives at once at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """What of a process is in memory: pages of no file, all pages, and the most that these ever were."""
+
+    anonymous_bytes: int
+    all_bytes: int
+    peak_bytes: int
 
 
 def private_bytes(pid: int | str = "self") -> int:
@@ -18,7 +32,7 @@ def private_bytes(pid: int | str = "self") -> int:
         pid: a process id, or "self".
 
     Returns:
-        Bytes in pages that no other process maps.
+        Bytes in pages that no other process maps and no file has.
 
     Raises:
         ProcessLookupError: the process is gone.
@@ -64,9 +78,15 @@ def anonymous_bytes(pid: int | str = "self") -> int:
     return parse_field(_read(f"{pid}/status"), "RssAnon")
 
 
+def resident(pid: int | str = "self") -> Resident:
+    """Read what the kernel counts of a process's pages, so it costs nothing to ask."""
+    status = _read(f"{pid}/status")
+    return Resident(*(parse_field(status, name) for name in ("RssAnon", "VmRSS", "VmHWM")))
+
+
 def parse_private(smaps_rollup: str) -> int:
-    """Sum the private pages (clean, dirty, huge) in the text of a smaps_rollup file, in bytes."""
-    return sum(_kilobytes(line) for line in smaps_rollup.splitlines() if line.startswith("Private_")) * 1024
+    """Sum the private pages that no file has (dirty, huge) in the text of a smaps_rollup file, in bytes."""
+    return sum(parse_field(smaps_rollup, name) for name in ("Private_Dirty", "Private_Hugetlb"))
 
 
 def parse_pss(smaps_rollup: str) -> int:
@@ -106,6 +126,13 @@ def _kilobytes(line: str) -> int:
 
 def _read(path: str) -> str:
     try:
-        return (PROC / path).read_text(errors="replace")
+        descriptor = os.open(f"{PROC}/{path}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ProcessLookupError(f"/proc/{path}") from None
+    try:  # a load waits for it, so with as little around it as can be
+        parts = []
+        while part := os.read(descriptor, _PAGE_BYTES):
+            parts.append(part)
+        return b"".join(parts).decode(errors="replace")
+    finally:
+        os.close(descriptor)

@@ -7,6 +7,7 @@ import socket
 
 from runtime.errors import ForkServerUnavailable
 from runtime.forkclient import Child, ForkServer, close_watched
+from runtime.spare import Spare
 from runtime.workers import Worker
 
 LAUNCH_LIMIT_S = 10.0
@@ -25,15 +26,22 @@ class WorkerPool:
     Args:
         threads: how many threads each worker computes with.
         patience_s: how long an inference that was told to stop may go on, before its worker is killed.
+        warm_up: whether models run once before they are loaded, where their loadledger.toml does not say.
+        huge_pages: whether workers have huge pages where they were measured to be better.
     """
 
-    def __init__(self, *, threads: int = 1, patience_s: float = 5.0) -> None:
-        self._threads = threads
+    def __init__(
+        self, *, threads: int = 1, patience_s: float = 5.0, warm_up: bool = True, huge_pages: bool = True
+    ) -> None:
+        self.threads = threads
+        self.warm_up = warm_up
+        self.huge_pages = huge_pages
         self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._workers: set[Worker] = set()
+        self._spare = Spare(self._fork_one)
         self._closed = False
 
     @property
@@ -58,12 +66,20 @@ class WorkerPool:
         fork_server = await self._launch()
         self._keeper = asyncio.create_task(self._keep(fork_server), name="fork server")
 
+    def expect(self) -> None:
+        """Have a worker forked ahead, since somebody will probably `start` one in a moment."""
+        if self.healthy and not self._closed:
+            self._spare.expect()
+
     async def start(self, worker_id: str) -> Worker:
-        """Fork a worker.
+        """Give a worker: one that was forked ahead, else a new one.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new one is being started.
         """
+        return await self._spare.take(worker_id) or await self._fork_one(worker_id)
+
+    async def _fork_one(self, worker_id: str) -> Worker:
         fork_server = await self._available()
         try:
             worker, data, control = await self._fork(fork_server, worker_id)
@@ -80,6 +96,7 @@ class WorkerPool:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait({self._keeper})
+        await self._spare.close()
         workers = list(self._workers)
         for worker in workers:
             worker.kill()
@@ -103,7 +120,7 @@ class WorkerPool:
                 asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
             child = await self._answer(fork_server, asked)
             ours.callback(close_watched, child.pidfd)
-            worker = Worker(worker_id, child, read, self._threads, self._patience_s)
+            worker = Worker(worker_id, child, read, self.threads, self._patience_s)
             ours.pop_all()
         return worker, data, control
 

@@ -35,6 +35,14 @@ class ModelRecovering(ModelNotLoaded):
     """The model lost its worker and is being loaded again."""
 
 
+class ModelReplaced(ModelRecovering):
+    """The model is being replaced by another version, for which it had to go first."""
+
+
+class OtherVersionLoaded(ModelNotLoaded):
+    """The version that is named is not the one that is loaded."""
+
+
 class Question(Protocol):
     """What a model is asked."""
 
@@ -116,10 +124,10 @@ class Router:
 
         Raises:
             QueueFull: `inference_queue_full`.
-            RuntimeProblem: what `route_or_why` raises, or the worker answered.
+            RuntimeProblem: what `route` raises, or the worker answered.
         """
         began_ns = time.monotonic_ns()
-        route = await self.route_or_why(model_id, version)
+        route = self.route(model_id, version)
         try:
             try:
                 answer = await self._ask(route, question, timeout_s)
@@ -129,10 +137,13 @@ class Router:
                     raise
                 route, left_s = await self._recovered(model_id, version, left_s, death)
                 answer = await self._ask(route, question, left_s)
-        except RuntimeProblem:
-            route.load.statistics.failure(time.monotonic_ns() - began_ns)
+        except BaseException as error:  # who gave up has used the model, too
+            route.load.last_used_ns = ended_ns = time.monotonic_ns()
+            if isinstance(error, RuntimeProblem):
+                route.load.statistics.failure(ended_ns - began_ns)
             raise
-        route.load.statistics.success(answer[0], time.monotonic_ns() - began_ns, time.time_ns() // 10**6)
+        route.load.last_used_ns = ended_ns = time.monotonic_ns()
+        route.load.statistics.success(answer[0], ended_ns - began_ns, time.time_ns() // 10**6)
         return route, answer
 
     def _ask(self, route: Route, question: Question, timeout_s: float) -> Awaitable[Answer]:
@@ -168,7 +179,8 @@ class Router:
 
         Raises:
             UnknownModel: `unknown_model`, it is neither loaded nor in the repository.
-            ModelNotLoaded: `model_not_loaded`, or another version is.
+            ModelNotLoaded: `model_not_loaded`; it may be on its way (`ModelRecovering`).
+            OtherVersionLoaded: `model_not_loaded`, another version is.
             ModelUnloading: `model_unloading`.
         """
         try:
@@ -191,7 +203,8 @@ class Router:
         """Return who answers for the model now.
 
         Raises:
-            ModelNotLoaded: `model_not_loaded`, or another version is.
+            ModelNotLoaded: `model_not_loaded`; it may be on its way (`ModelRecovering`).
+            OtherVersionLoaded: `model_not_loaded`, another version is.
             ModelUnloading: `model_unloading`.
         """
         model = self._log.state.models.get(model_id)
@@ -200,7 +213,7 @@ class Router:
             known = self._remember(model_id, model)
         route = known[1]
         if version not in (None, route.version):
-            raise ModelNotLoaded(
+            raise OtherVersionLoaded(
                 f"version {version} of model '{model_id}' is not loaded, version {route.version} is; "
                 f'load it with POST /api/v1/models/{model_id}/load and body {{"version": {version}}}',
             )
@@ -231,6 +244,8 @@ class Router:
 
 def _absent(model_id: str, model: Model | None) -> RuntimeProblem:
     state = model.state if model is not None else ModelState.UNLOADED
+    if model is not None and model.previous is not None:
+        return ModelReplaced(f"model '{model_id}' is being replaced by another version")
     if state is ModelState.UNLOADING:
         return ModelUnloading(f"model '{model_id}' is being unloaded")
     if model is not None and model.phase is ModelState.LOST:

@@ -7,163 +7,48 @@ a forced unload goes before everything else. The end of a swapped-out load holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
 
 from events.clock import later
 from events.jobs import Job, JobKind, JobStatus
-from events.models import CRASH_LOOP, Model, ModelState
-from events.state import State, in_queue
+from events.models import RELOADS, TIMEOUT, Model, ModelState
+from events.state import State
 from events.types import Cause
+from runtime.actions import (
+    Action,
+    CancelJob,
+    CompleteLoad,
+    Decision,
+    FailLoad,
+    FinishUnload,
+    GiveUp,
+    Kill,
+    Prepare,
+    RecordDeath,
+    RequestReload,
+    StartUnload,
+    StopPreparing,
+)
+from runtime.admission import Admission, admit
+from runtime.eviction import Eviction
+from runtime.removal import Removal, remove
+from runtime.sight import Conditions, Phase, Policy, Running, Sight, ended_by
 
 MAX_INCIDENTS = 5
 """Incidents within ten minutes, deaths or failed recoveries, after which a model is not tried any more.
 
 One that still has an instance goes on with it, until somebody loads it."""
 
-MAX_SERVER_DEATHS = 3
-"""Unclean ends of the server amid the same load after which that load is held to be their cause."""
-
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
+
+_UNDER_WAY = (Phase.LOADING, Phase.SERVING, Phase.DRAINING)
 
 FORK_SERVER_LOOK_S = 0.5
 """How often to look whether the fork server is back, while a load waits for it."""
 
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the operator chose: how many loads run at once."""
-
-    loads_at_once: int
-
-
-class Phase(StrEnum):
-    """What the process behind a load is doing."""
-
-    LOADING = "loading"
-    LOADED = "loaded"
-    FAILED = "failed"
-    SERVING = "serving"
-    DRAINING = "draining"
-    GONE = "gone"
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """The live side of one load: `LOADED`, `FAILED` and `GONE` wait to be recorded.
-
-    `killed` says that it was killed already. A `GONE` one was serving or draining before. `dead` are the
-    workers that ended and nobody had asked, recorded or not.
-    """
-
-    load_job_id: str
-    model_id: str
-    phase: Phase
-    killed: bool = False
-    dead: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StartLoad:
-    """Record `LoadStarted`, then start the workers for this job."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class CompleteLoad:
-    """Record `ModelLoaded`, and with it the request to end the load that it replaces, if any."""
-
-    job: Job
-    replaces: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class FailLoad:
-    """Record `LoadFailed`: for the reason the worker gave, where `code` is None; end its process."""
-
-    job: Job
-    code: str | None = None
-    message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class CancelLoad:
-    """Record `JobCancelled` and end the process."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class StartUnload:
-    """Stop routing to this load, record `UnloadStarted`, then drain, without force, and end its process."""
-
-    job: Job
-    load_job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """End the process behind this load now."""
-
-    load_job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class FinishUnload:
-    """Record `ModelUnloaded` for these jobs: the process is gone, or there was none."""
-
-    jobs: tuple[Job, ...]
-    load_job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class RecordDeath:
-    """Record `WorkerExited` of each of these workers, of a load that serves or was serving."""
-
-    load_job_id: str
-    worker_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RequestReload:
-    """Request, for the system, the load of a model that is wanted back, or back at its full strength."""
-
-    model: Model
-    cause: Cause
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """Record that a model is not tried any more."""
-
-    model: Model
-    message: str
-
-
-Action = (
-    StartLoad
-    | CompleteLoad
-    | FailLoad
-    | CancelLoad
-    | StartUnload
-    | Kill
-    | FinishUnload
-    | RecordDeath
-    | RequestReload
-    | GiveUp
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The next action, if any; else when to ask again at the latest, and what each pending job waits for."""
-
-    action: Action | None = None
-    wake_at: str | None = None
-    waiting_for: Mapping[str, str] = field(default_factory=dict)
+SPARE_LOOK_S = 10.0
+"""How often to look whether a machine under pressure has time to prepare something."""
 
 
 def decide(
@@ -171,25 +56,28 @@ def decide(
     running: Mapping[str, Running],
     policy: Policy,
     now: str,
-    *,
-    fork_server_up: bool = True,
+    conditions: Conditions | None = None,
 ) -> Decision:
     """Decide on the recorded `state` and on what runs, keyed by load job id; `now` is a stamp."""
-    sight = _Sight(state, running, policy, now, fork_server_up=fork_server_up)
-    for actions in (_force, _outcomes, _unloads, _timeouts, _loads, _reloads):
+    sight = Sight(state, running, policy, now, conditions or Conditions())
+    for actions in (_force, _cancels, _outcomes, _unloads, _outgrown):
         action = next(actions(sight), None)
         if action is not None:
             return Decision(action)
-    return Decision(None, _wake_at(sight), _waiting_for(sight))
-
-
-def ended_by(state: State, unload: Job) -> str:
-    """Return the load that an unload ends now: what serves, if it does, else what the request named."""
-    assert unload.unload is not None
-    model = state.models.get(unload.model_id)
-    if unload.cause is Cause.SWAP or model is None or model.serving is None:
-        return unload.unload.load_job_id
-    return model.serving.load_job_id
+    eviction = Eviction(sight)
+    admission = admit(sight, eviction)
+    waiting_for = _waiting_for(sight, admission)
+    late = next(_timeouts(sight, waiting_for), None)
+    wanted_back = _wanted_back(sight)
+    action = late or next(_reloads(wanted_back, sight.now), None) or admission.action
+    if action is not None:
+        return Decision(action)
+    removal = remove(sight, eviction)
+    if removal.action is not None:
+        return Decision(removal.action)
+    if (load_job_id := _to_prepare(sight)) is not None:
+        return Decision(Prepare(load_job_id))
+    return Decision(None, _wake_at(sight, admission, removal, wanted_back), waiting_for)
 
 
 def is_wanted(state: State, load_job_id: str, model_id: str) -> bool:
@@ -208,39 +96,7 @@ def is_wanted(state: State, load_job_id: str, model_id: str) -> bool:
     return any(ended_by(state, job) == load_job_id for job in swapped_out)
 
 
-class _Sight:
-    """One look at everything, with the queues of the models made once."""
-
-    def __init__(
-        self,
-        state: State,
-        running: Mapping[str, Running],
-        policy: Policy,
-        now: str,
-        *,
-        fork_server_up: bool,
-    ) -> None:
-        self.state, self.running, self.policy, self.now = state, running, policy, now
-        self.fork_server_up = fork_server_up
-        self.unended = state.unended()
-        self.queues: dict[str, list[Job]] = {}
-        for job in self.unended:
-            if in_queue(job):
-                self.queues.setdefault(job.model_id, []).append(job)
-        loading = sum(run.phase is Phase.LOADING for run in running.values())
-        self.free = policy.loads_at_once - loading if fork_server_up else 0
-
-    def is_next(self, job: Job) -> bool:
-        """Whether no earlier job of its model has to end before this one."""
-        return not in_queue(job) or self.queues[job.model_id][0].id == job.id
-
-    def alive(self, load_job_id: str) -> bool:
-        """Whether there is a process behind this load."""
-        run = self.running.get(load_job_id)
-        return run is not None and run.phase is not Phase.GONE
-
-
-def _force(sight: _Sight) -> Iterator[Action]:
+def _force(sight: Sight) -> Iterator[Action]:
     """A forced unload cancels the loads before it, kills what serves, and ends the unloads before it."""
     for model_id, queue in sight.queues.items():
         forced = [index for index, job in enumerate(queue) if job.forced]
@@ -248,18 +104,34 @@ def _force(sight: _Sight) -> Iterator[Action]:
             continue
         before = queue[: forced[-1] + 1]
         target = ended_by(sight.state, before[-1])
-        yield from (CancelLoad(job) for job in before if job.kind is JobKind.LOAD)
+        yield from (CancelJob(job) for job in before if job.kind is JobKind.LOAD)
         yield from (StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
-        for run in sight.running.values():
-            if run.model_id == model_id and run.phase is not Phase.GONE and not run.killed:
-                yield Kill(run.load_job_id)
-        if not sight.alive(target):
+        alive = [run for run in sight.running.values() if run.model_id == model_id and run.alive]
+        yield from (Kill(run.load_job_id) for run in alive if not run.killed)
+        if not alive:
             yield FinishUnload(tuple(before), target)
 
 
-def _outcomes(sight: _Sight) -> Iterator[Action]:
+def _cancels(sight: Sight) -> Iterator[Action]:
+    """Who asked for a job's end has it, unless the job has had its effect, or an unload has begun.
+
+    So has a load that was wanted on demand, that has not begun, and that nobody waits for any more.
+    """
+    for job in sight.unended:
+        if job.cancelling or (_is_on_demand(sight, job) and job.model_id not in sight.conditions.awaited):
+            yield CancelJob(job)
+
+
+def _is_on_demand(sight: Sight, job: Job) -> bool:
+    is_pending = job.status is JobStatus.PENDING and job.id not in sight.running
+    return job.kind is JobKind.LOAD and job.cause is Cause.DEMAND and is_pending
+
+
+def _outcomes(sight: Sight) -> Iterator[Action]:
     """What a worker reported becomes a fact."""
     for run in sight.running.values():
+        if run.phase in _UNDER_WAY and not run.dead:
+            continue
         job = sight.state.unended_job(run.load_job_id)
         if run.phase is Phase.LOADED and job is not None:
             yield CompleteLoad(job, _replaced_by(sight, job))
@@ -269,14 +141,14 @@ def _outcomes(sight: _Sight) -> Iterator[Action]:
             yield RecordDeath(run.load_job_id, dead)
 
 
-def _replaced_by(sight: _Sight, job: Job) -> str | None:
+def _replaced_by(sight: Sight, job: Job) -> str | None:
     model = sight.state.models.get(job.model_id)
     if model is None or model.phase is not ModelState.LOADED or model.serving is None:
         return None
     return model.serving.load_job_id
 
 
-def _unrecorded_deaths(sight: _Sight, run: Running) -> tuple[str, ...]:
+def _unrecorded_deaths(sight: Sight, run: Running) -> tuple[str, ...]:
     """Return the workers of a load that is recorded as serving whose end is not recorded."""
     model = sight.state.models.get(run.model_id)
     if model is None or model.serving is None or model.phase is not ModelState.LOADED:
@@ -287,7 +159,7 @@ def _unrecorded_deaths(sight: _Sight, run: Running) -> tuple[str, ...]:
     return left if run.phase is Phase.GONE else tuple(worker for worker in left if worker in run.dead)
 
 
-def _unloads(sight: _Sight) -> Iterator[Action]:
+def _unloads(sight: Sight) -> Iterator[Action]:
     for job in sight.unended:
         if job.kind is not JobKind.UNLOAD or job.forced:
             continue
@@ -302,7 +174,13 @@ def _unloads(sight: _Sight) -> Iterator[Action]:
             yield FinishUnload((job,), load_job_id)
 
 
-def _cancel_reloads_before(sight: _Sight, unload: Job) -> Iterator[Action]:
+def _outgrown(sight: Sight) -> Iterator[Action]:
+    """What serves has grown beyond the budget: what is prepared goes first."""
+    if sight.may_stop_preparing and sight.free_bytes is not None and sight.free_bytes < 0:
+        yield StopPreparing()
+
+
+def _cancel_reloads_before(sight: Sight, unload: Job) -> Iterator[Action]:
     """An unload ends the wish to have a model back, whole or at all, and so the reloads that it began."""
     model = sight.state.models.get(unload.model_id)
     if model is None or not (model.phase is ModelState.LOST or model.degraded):
@@ -310,54 +188,52 @@ def _cancel_reloads_before(sight: _Sight, unload: Job) -> Iterator[Action]:
     for job in sight.queues[unload.model_id]:
         if job.id == unload.id:
             return
-        if job.kind is JobKind.LOAD and job.cause in (Cause.RECOVERY, Cause.RESTART):
-            yield CancelLoad(job)
+        if job.kind is JobKind.LOAD and job.cause in RELOADS:
+            yield CancelJob(job)
 
 
-def _timeouts(sight: _Sight) -> Iterator[Action]:
-    late = [job for job in sight.unended if job.deadline_at is not None and job.deadline_at <= sight.now]
-    waiting_for = _waiting_for(sight) if late else {}
-    for job in late:
+def _timeouts(sight: Sight, waiting_for: Mapping[str, str]) -> Iterator[Action]:
+    for job in sight.unended:
+        if job.deadline_at is None or job.deadline_at > sight.now:
+            continue
         assert job.load is not None
         is_pending = job.status is JobStatus.PENDING
         default = "its turn" if is_pending else "its worker, which had not finished loading"
         reason = waiting_for.get(job.id, default)
-        yield FailLoad(job, "timeout", f"not loaded within {job.load.timeout_s} s; it waited for {reason}")
+        yield FailLoad(job, TIMEOUT, f"not loaded within {job.load.timeout_s} s; it waited for {reason}")
 
 
-def _loads(sight: _Sight) -> Iterator[Action]:
-    for job in sight.unended:
-        if job.kind is not JobKind.LOAD or job.id in sight.running:
-            continue
-        if job.server_deaths >= MAX_SERVER_DEATHS:
-            message = f"the server died {job.server_deaths} times while this load was in progress"
-            yield FailLoad(job, CRASH_LOOP, message)
-        elif sight.free > 0 and sight.is_next(job):
-            yield StartLoad(job)
-
-
-def _reloads(sight: _Sight) -> Iterator[Action]:
+def _reloads(wanted_back: Sequence[Model], now: str) -> Iterator[Action]:
     """What was lost is requested again, last loaded first; a model that keeps dying is given up."""
-    for model in _wanted_back(sight):
-        if model.lost_by is Cause.RESTART:
-            yield RequestReload(model, Cause.RESTART)
+    for model in wanted_back:
+        if model.lost_by in (Cause.RESTART, Cause.SWAP):
+            yield RequestReload(model, model.lost_by)
         elif _keeps_dying(model):
             reason = model.error.message if model.error else "its worker died"
             yield GiveUp(model, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}")
-        elif _reload_at(model) <= sight.now:
+        elif _reload_at(model) <= now:
             yield RequestReload(model, Cause.RECOVERY)
 
 
-def _wanted_back(sight: _Sight) -> list[Model]:
-    """Return the models that nobody is at and that are lost, or degraded and not to be left so."""
-    wanted = (
-        model
-        for model in sight.state.models.values()
-        if (model.phase is ModelState.LOST or (model.degraded and not _keeps_dying(model)))
-        and not model.loads
-        and not model.unloads
-    )
-    return sorted(wanted, key=lambda model: model.serving.position if model.serving else 0, reverse=True)
+def _wanted_back(sight: Sight) -> list[Model]:
+    """Return the models that are wanted back, whole or at all, and that nobody is at, in their order."""
+    wanted = (model for model in sight.state.models.values() if _is_missed(sight, model))
+    return sorted(wanted, key=lambda model: _importance(sight, model), reverse=True)
+
+
+def _is_missed(sight: Sight, model: Model) -> bool:
+    if model.serving is None or model.loads or model.unloads:
+        return False
+    if model.phase is ModelState.LOST:
+        return sight.policy.restores or model.lost_by is not Cause.RESTART
+    return model.degraded and not model.serving.kept_as_is and not _keeps_dying(model)
+
+
+def _importance(sight: Sight, model: Model) -> tuple[bool, str, int]:
+    """Return whether a model is pinned, when it was used last, and which of two was loaded later."""
+    assert model.serving is not None
+    used_at = max(sight.conditions.last_used.get(model.id, ""), model.serving.loaded_at)
+    return model.serving.parameters.pinned, used_at, model.serving.position
 
 
 def _keeps_dying(model: Model) -> bool:
@@ -372,23 +248,30 @@ def _reload_at(model: Model) -> str:
     return later(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
-def _wake_at(sight: _Sight) -> str | None:
+def _to_prepare(sight: Sight) -> str | None:
+    """Return the load whose files are prepared next: one at a time, in spare time and spare memory."""
+    conditions, free = sight.conditions, sight.free_bytes
+    is_spare = not (sight.unended or conditions.under_pressure or conditions.preparation)
+    if not (is_spare and conditions.fork_server_up):
+        return None
+    return next((key for key, need in conditions.preparable.items() if free is None or need <= free), None)
+
+
+def _wake_at(
+    sight: Sight, admission: Admission, removal: Removal, wanted_back: Sequence[Model]
+) -> str | None:
     times = [job.deadline_at for job in sight.unended if job.deadline_at is not None]
-    times += [_reload_at(model) for model in _wanted_back(sight)]
-    if times and not sight.fork_server_up:
+    times += [_reload_at(model) for model in wanted_back]
+    if times and not sight.conditions.fork_server_up:
         times.append(later(sight.now, FORK_SERVER_LOOK_S))
-    return min(times, default=None)
+    if sight.conditions.preparable and sight.conditions.under_pressure:
+        times.append(later(sight.now, SPARE_LOOK_S))
+    return min(filter(None, [*times, *admission.wake_at, removal.wake_at]), default=None)
 
 
-def _waiting_for(sight: _Sight) -> dict[str, str]:
-    waiting: dict[str, str] = {}
+def _waiting_for(sight: Sight, admission: Admission) -> dict[str, str]:
+    waiting = dict(admission.waiting_for)
     for job in sight.unended:
-        if job.status is not JobStatus.PENDING:
-            continue
-        if not sight.is_next(job):
+        if job.status is JobStatus.PENDING and not sight.is_next(job):
             waiting[job.id] = f"job {sight.queues[job.model_id][0].id} of the same model"
-        elif not sight.fork_server_up:
-            waiting[job.id] = "the fork server, which is being started again"
-        elif sight.free <= 0:
-            waiting[job.id] = f"a free place: of loads, {sight.policy.loads_at_once} may run at once"
     return waiting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,9 @@ MAX_SIZES = 1024
 """Different sizes of executions that are told apart. A worker says them itself, and there are 2**63."""
 MAX_COUNT = 2**63 - 1
 """What clients can hold: two answers of a hostile worker can claim more nanoseconds than that."""
+TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+"""The bounds of `took`: from the smallest models to the longest that an inference may take by default."""
+_TOOK_NS = tuple(round(bound * 1e9) for bound in TOOK_S)
 
 
 @dataclass(slots=True)
@@ -26,6 +30,8 @@ class Statistics:
         queue_ns, input_ns, infer_ns, output_ns: where that time went in the worker, of those answered.
         last_inference_ms: when the last one was answered, in milliseconds since 1970; 0 is never.
         by_size: executions, and their time for input, inference and output, by how much ran at once.
+        took: answered requests by the time that they took: as many as within each of `TOOK_S` and not in
+            the one before, and at the end those beyond all.
     """
 
     requests: int = 0
@@ -40,6 +46,7 @@ class Statistics:
     output_ns: int = 0
     last_inference_ms: int = 0
     by_size: dict[int, list[int]] = field(default_factory=dict)
+    took: list[int] = field(default_factory=lambda: [0] * (len(TOOK_S) + 1))
 
     def success(self, outcome: Outcome, total_ns: int, now_ms: int) -> None:
         """Count an answered request.
@@ -52,6 +59,7 @@ class Statistics:
         self.requests += 1
         self.inferences += outcome.batch_size
         self.total_ns += total_ns
+        self.took[bisect_left(_TOOK_NS, total_ns)] += 1
         self.queue_ns += outcome.queue_ns
         self.input_ns += outcome.input_ns
         self.infer_ns += outcome.infer_ns
@@ -64,6 +72,27 @@ class Statistics:
         """Count a request that this load could not answer, after `total_ns`."""
         self.failures += 1
         self.failed_ns += total_ns
+
+    def add(self, other: Statistics) -> None:
+        """Add what another load counted, but for what ran at once."""
+        self.requests += other.requests
+        self.inferences += other.inferences
+        self.executions += other.executions
+        self.failures += other.failures
+        self.total_ns += other.total_ns
+        self.failed_ns += other.failed_ns
+        self.queue_ns += other.queue_ns
+        self.input_ns += other.input_ns
+        self.infer_ns += other.infer_ns
+        self.output_ns += other.output_ns
+        self.last_inference_ms = max(self.last_inference_ms, other.last_inference_ms)
+        self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
+
+    def copy(self) -> Statistics:
+        """Return these counts, but for what ran at once."""
+        same = Statistics()
+        same.add(self)
+        return same
 
     def as_protocol(self, model_id: str, version: int, memory_bytes: int) -> dict[str, Any]:
         """Return the load's entry in `model_stats`.

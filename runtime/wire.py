@@ -3,9 +3,9 @@
 A frame is a fixed prefix (length of the header, length of the payload), a header (one of the messages here,
 in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and
 in row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel
-`Load` and `Infer` go to the worker, and `Stage`, `Loaded`, `LoadFailed`, `Outcome` and `Failure` come back;
-on the control channel `Cancel` goes to the worker. Nothing is pickled, and what cannot be decoded is a
-`MalformedFrame`, whatever the bytes.
+`Load`, `Prepare` and `Infer` go to the worker, and `Stage`, `Loaded`, `PrepareDone`, `LoadFailed`, `Outcome`
+and `Failure` come back; on the control channel `Cancel` goes to the worker. Nothing is pickled, and what
+cannot be decoded is a `MalformedFrame`, whatever the bytes.
 
 A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
 worker says is within what the ledger can hold, or ends it.
@@ -84,7 +84,9 @@ class MalformedTexts(ValueError):
 
 
 Buffer = bytes | bytearray | memoryview
-LoadStage = Literal["loading", "measuring"]
+LoadStage = Literal["loading", "warming_up", "measuring"]
+Form = Literal["prepacked", "optimised"]
+"""Of prepared files: the optimised graph with its weights beside it, and those packed for this CPU or not."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """Nanoseconds since 1970, and a file can be older."""
@@ -156,11 +158,38 @@ class LoadedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Sha256
 
 
+class SourceHash(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one of the repository's files has to hold."""
+
+    path: Name
+    sha256: Sha256
+
+
+class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A prepared form on disk: what a load may use instead of the repository's files.
+
+    `folder` is absolute, and the paths of `files` are relative to it. `sha256` is of the form: of a line
+    "<sha256> <path>", with its newline, for each of its files in order of their paths. `sources` are the
+    repository's files that it was made of, in the same order.
+    """
+
+    folder: str
+    form: Form
+    sha256: Sha256
+    files: tuple[LoadedFile, ...]
+    sources: tuple[SourceHash, ...]
+
+
 class Load(Message, frozen=True):
     """Load the model in `folder`; the first message to a worker. `known` files need no hashing.
 
     `files` are the paths that the version consists of, in order: with others it is not the one to be loaded.
-    `memory_limit_bytes` is what the model may take beside the empty worker; None is no limit.
+    `memory_limit_bytes` is what the model may take beside the empty worker; None is no limit. With `warm_up`
+    the model is run once before it is loaded: on `tensors`, if there are any, else on zeros.
+
+    With `prepared` the session is made of that, if it is of use, and of the repository's files if not. In the
+    `background` all that the worker ever does waits for whoever else wants the machine. With `huge_pages` the
+    worker has them where they were measured to be better, without it never.
     """
 
     root: str
@@ -171,12 +200,37 @@ class Load(Message, frozen=True):
     known: tuple[LoadedFile, ...] = ()
     max_batch_size: Count = 0
     max_queue_delay_us: Count = 0
+    warm_up: bool = True
+    prepared: Prepared | None = None
+    background: bool = False
+    huge_pages: bool = True
+    tensors: tuple[TensorHead, ...] = ()
+
+
+class Prepare(Message, frozen=True):
+    """Make a prepared form of the model in `folder`; the first message to a worker, and its last.
+
+    `files`, `threads`, `memory_limit_bytes` and `known` are as for `Load`. `target` is an empty folder, where
+    the form's files are written, and nothing anywhere else. It is always done in the background. No file has
+    more than `most_bytes`; None leaves it at what a form can be expected to have.
+    """
+
+    root: str
+    folder: str
+    files: tuple[str, ...]
+    threads: int
+    memory_limit_bytes: int | None
+    known: tuple[LoadedFile, ...]
+    form: Form
+    target: str
+    most_bytes: Count | None = None
 
 
 class Infer(Message, frozen=True):
     """Run the model; no `outputs` means all that the protocol has a type for, as JSON if `text`.
 
-    `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share.
+    `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share. With
+    `digest` each output comes as 32 bytes, UINT8: the SHA-256 of its datatype, shape and data.
     """
 
     id: Count
@@ -184,6 +238,7 @@ class Infer(Message, frozen=True):
     outputs: tuple[WantedOutput, ...] = ()
     text: bool = False
     sent_ns: Count = 0
+    digest: bool = False
 
 
 class Stage(Message, frozen=True):
@@ -193,7 +248,11 @@ class Stage(Message, frozen=True):
 
 
 class Loaded(Message, frozen=True):
-    """The model can serve."""
+    """The model can serve; `warming_up_us` is None if it was not run before.
+
+    `prepared` is the SHA-256 of the form that the session was made of. If one was given and is of no use,
+    `prepared_failure` says why.
+    """
 
     files: tuple[LoadedFile, ...]
     inputs: tuple[TensorSpec, ...]
@@ -203,10 +262,21 @@ class Loaded(Message, frozen=True):
     loading_us: Count
     hashing_us: Count
     measuring_us: Count
+    warming_up_us: Count | None = None
+    prepared: Sha256 | None = None
+    prepared_failure: Text | None = None
+
+
+class PrepareDone(Message, frozen=True):
+    """The form is there: its own files, and those that it was made of; the worker ends after this."""
+
+    files: tuple[LoadedFile, ...]
+    sources: tuple[LoadedFile, ...]
+    took_us: Count
 
 
 class LoadFailed(Message, frozen=True):
-    """The model cannot be loaded; the worker ends after this."""
+    """The model cannot be loaded, or prepared; the worker ends after this."""
 
     code: LoadCode
     message: Text
@@ -246,8 +316,8 @@ class Cancel(Message, frozen=True):
     id: Count
 
 
-ToWorker = Load | Infer
-FromWorker = Stage | Loaded | LoadFailed | Outcome | Failure
+ToWorker = Load | Prepare | Infer
+FromWorker = Stage | Loaded | PrepareDone | LoadFailed | Outcome | Failure
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)
 FROM_WORKER = msgspec.msgpack.Decoder(FromWorker)
 CONTROL = msgspec.msgpack.Decoder(Cancel)

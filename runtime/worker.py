@@ -2,9 +2,11 @@
 
 Its main thread serves the data channel: reads, runs, answers, with no hand-over between. A second thread
 sleeps on the control channel, so that a cancellation reaches an inference that is running. The worker ends
-when either channel does, when it is told something that is no frame, and after a load that failed.
+when either channel does, when it is told something that is no frame, after a load that failed, and after it
+has prepared a form.
 """
 
+import _thread
 import os
 import select
 import socket
@@ -13,14 +15,16 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from runtime.batching import BatchDimension, Queue
+from runtime.batching import Queue
 from runtime.cancellation import Cancellation
 from runtime.errors import LoadRefused
 from runtime.execution import Executor
 from runtime.frames import FrameReader
-from runtime.inference import Runner
-from runtime.loading import Model, load, warm_up
+from runtime.loading import load
+from runtime.model import Model
+from runtime.optimising import prepare_form
 from runtime.outbox import Outbox
+from runtime.sessions import register_operators
 from runtime.wire import (
     CONTROL,
     TO_WORKER,
@@ -31,6 +35,7 @@ from runtime.wire import (
     M,
     MalformedFrame,
     Message,
+    Prepare,
     Stage,
     Tensor,
     ToWorker,
@@ -50,7 +55,7 @@ STACK_BYTES = 512 * 2**10
 
 def prepare() -> None:
     """Do once, in the fork server, what every worker would have to do first."""
-    warm_up()
+    register_operators()
 
 
 def main(data: int, control: int) -> NoReturn:
@@ -58,7 +63,8 @@ def main(data: int, control: int) -> NoReturn:
     threading.stack_size(STACK_BYTES)
     cancellation = Cancellation()
     listener = socket.socket(fileno=control)
-    threading.Thread(target=_listen, args=(listener, cancellation), name="control", daemon=True).start()
+    # Not `threading`: that waits for the thread to have begun, and a load would too.
+    _thread.start_new_thread(_listen, (listener, cancellation))
     _Worker(socket.socket(fileno=data), cancellation).serve()
     os._exit(0)
 
@@ -129,27 +135,32 @@ class _Worker:
                 self._cancellation.wait(request.number)
                 self._queue.add(request)
         elif isinstance(message, Load) and self._executor is None:
-            self._load(message)
+            self._load(message, tensors)
+        elif isinstance(message, Prepare) and self._executor is None:
+            self._prepare(message)
         else:
             os._exit(EX_PROTOCOL)
 
-    def _load(self, order: Load) -> None:
+    def _load(self, order: Load, given: Sequence[Tensor]) -> None:
         try:
-            model = load(order, lambda stage: self._send(Stage(stage)))
+            model, report = load(order, given, lambda stage: self._send(Stage(stage)))
         except LoadRefused as refusal:
             self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
             os._exit(0)
         self._begin(order, model)
-        self._send(model.report)
+        self._send(report)
+
+    def _prepare(self, order: Prepare) -> NoReturn:
+        try:
+            self._send(prepare_form(order))
+        except LoadRefused as refusal:
+            self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
+        os._exit(0)
 
     def _begin(self, order: Load, model: Model) -> None:
-        dimension = None
         if order.max_batch_size:
-            names = [node.name for node in model.session.get_inputs()]
-            dimension = BatchDimension(order.max_batch_size, names)
             self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
-        runner = Runner(model.session, model.report.inputs, model.report.outputs)
-        self._executor = Executor(runner, self._outbox, self._cancellation, dimension)
+        self._executor = Executor(model.runner, self._outbox, self._cancellation, model.dimension)
 
     def _send(self, message: Message) -> None:
         self._outbox.put(message)

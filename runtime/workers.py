@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import memory
+from runtime.awaited import AwaitedForm, AwaitedLoad
 from runtime.channel import Channel
 from runtime.errors import (
     Exit,
     InferenceCancelled,
     InferenceFailed,
     InvalidInput,
-    LoadRefused,
     NotRepresentable,
     QueueFull,
     RuntimeProblem,
@@ -29,6 +29,7 @@ from runtime.wire import (
     FROM_WORKER,
     Cancel,
     Failure,
+    Form,
     Frame,
     FromWorker,
     Infer,
@@ -38,6 +39,9 @@ from runtime.wire import (
     LoadFailed,
     MalformedFrame,
     Outcome,
+    Prepare,
+    Prepared,
+    PrepareDone,
     Stage,
     Tensor,
     WantedOutput,
@@ -60,6 +64,8 @@ PROBLEMS: dict[str, type[RuntimeProblem]] = {
 
 LoadReport = Loaded
 """What a load came to: files with identities and hashes, inputs, outputs, memory, durations."""
+PrepareReport = PrepareDone
+"""What preparing came to: the form's files and those of the repository, with identities and hashes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,11 @@ class LoadOrder:
     """What to load: a version's folder in the repository at `root`, and the paths of its files, in order.
 
     Files that are `known` by identity are not hashed again. `memory_limit_bytes` is what the model may take
-    beside the empty worker; None is no limit. A `max_batch_size` of 0 is no batching.
+    beside the empty worker; None is no limit. A `max_batch_size` of 0 is no batching. With `warm_up` the
+    model is run once before it is loaded: on `warm_up_inputs` or, with none, on zeros where shapes allow it.
+
+    The session is made of the `prepared` form, where that is of use. In the `background` the worker gives way
+    to whoever else wants the machine, and goes on to. Without `huge_pages` it has none.
     """
 
     root: Path
@@ -77,6 +87,28 @@ class LoadOrder:
     memory_limit_bytes: int | None = None
     max_batch_size: int = 0
     max_queue_delay_us: int = 0
+    warm_up: bool = True
+    warm_up_inputs: tuple[Tensor, ...] = ()
+    prepared: Prepared | None = None
+    background: bool = False
+    huge_pages: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareOrder:
+    """What to prepare, as in `LoadOrder`, in which form, and into which folder: an empty one that exists.
+
+    No file there has more than `most_bytes`, if that is given: what the store keeps at most.
+    """
+
+    root: Path
+    folder: Path
+    files: tuple[str, ...]
+    form: Form
+    target: Path
+    known: tuple[LoadedFile, ...] = ()
+    memory_limit_bytes: int | None = None
+    most_bytes: int | None = None
 
 
 class Worker:
@@ -101,7 +133,8 @@ class Worker:
         self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
         self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
         self._ids = itertools.count()
-        self._loading: _Loading | None = None
+        self._loading: AwaitedLoad | None = None
+        self._preparing: AwaitedForm | None = None
         self._stopping = False
         self._last_words: asyncio.TimerHandle | None = None
 
@@ -142,7 +175,7 @@ class Worker:
 
         Args:
             order: what to load.
-            on_stage: is called with `loading`, then `measuring`.
+            on_stage: is called with `loading`, if the model is run `warming_up`, then `measuring`.
 
         Raises:
             LoadRefused: with the code of the reason.
@@ -151,7 +184,8 @@ class Worker:
         # For so long, what is cancelled may wait for others to run with.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         answer: asyncio.Future[LoadReport] = self._loop.create_future()
-        self._loading = _Loading(answer, on_stage, order.files)
+        form = None if order.prepared is None else order.prepared.sha256
+        self._loading = AwaitedLoad(answer, on_stage, order.files, form)
         self._send(
             Load(
                 str(order.root),
@@ -162,6 +196,40 @@ class Worker:
                 order.known,
                 order.max_batch_size,
                 order.max_queue_delay_us,
+                order.warm_up,
+                order.prepared,
+                order.background,
+                order.huge_pages,
+                heads(order.warm_up_inputs),
+            ),
+            order.warm_up_inputs,
+        )
+        return await answer
+
+    async def prepare(self, order: PrepareOrder) -> PrepareReport:
+        """Make a prepared form of a model; once per worker instead of a load. It ends by itself after that.
+
+        Args:
+            order: what to prepare, and where to put it. Whatever is there after a failure is the caller's to
+                remove.
+
+        Raises:
+            LoadRefused: with the code of the reason: `prepare_failed`, `disk_full`, or one of a load's.
+            WorkerDied: `worker_died`.
+        """
+        answer: asyncio.Future[PrepareReport] = self._loop.create_future()
+        self._preparing = AwaitedForm(answer, order.files)
+        self._send(
+            Prepare(
+                str(order.root),
+                str(order.folder),
+                order.files,
+                self._threads,
+                order.memory_limit_bytes,
+                order.known,
+                order.form,
+                str(order.target),
+                order.most_bytes,
             )
         )
         return await answer
@@ -172,6 +240,7 @@ class Worker:
         outputs: tuple[WantedOutput, ...] = (),
         *,
         text: bool = False,
+        digest: bool = False,
         timeout_s: float,
     ) -> Answer:
         """Run the model; if the task that waits for this is cancelled, so is the inference.
@@ -182,6 +251,8 @@ class Worker:
             inputs: by name, in any order; their data must not change until this returns.
             outputs: what is wanted; nothing means all that are tensors.
             text: whether all that are tensors come as JSON.
+            digest: whether each comes as UINT8 of shape [32] instead: SHA-256 over its datatype, shape and
+                data, to be compared with another worker's.
             timeout_s: after this many seconds the inference is stopped.
 
         Raises:
@@ -196,7 +267,8 @@ class Worker:
             raise QueueFull("the model's worker has more to read than may wait")
         number = next(self._ids)
         try:
-            self._send(Infer(number, heads(inputs), outputs, text, time.monotonic_ns()), inputs)
+            asked = Infer(number, heads(inputs), outputs, text, time.monotonic_ns(), digest)
+            self._send(asked, inputs)
         except MalformedFrame as error:
             raise InvalidInput(str(error)) from None
         return await self._in_flight.answer(number, timeout_s)
@@ -242,7 +314,7 @@ class Worker:
         self._stderr.note(f"killed by the server: an inference did not stop within {patience_s:g} s")
         self.kill()
 
-    def _send(self, message: Load | Infer, tensors: Sequence[Tensor] = ()) -> None:
+    def _send(self, message: Load | Prepare | Infer, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
             raise WorkerDied(self.ended.result())
         self._data.send(message, tensors)
@@ -259,6 +331,9 @@ class Worker:
                 self._loading.settle(message)
                 self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
                 self._loading = None
+            case PrepareDone() | LoadFailed() if self._preparing and self._preparing.may_end_with(message):
+                self._preparing.settle(message)
+                self._preparing = None
             case Failure(number, code, text) if number in self._in_flight:
                 self._in_flight.settle(number, PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
             case _:
@@ -292,26 +367,6 @@ class Worker:
         self._stderr.close()
         self.ended.set_result(end)
         self._in_flight.abandon(end)
-        if self._loading is not None and not self._loading.answer.done():
-            self._loading.answer.set_exception(WorkerDied(end))
-
-
-@dataclass(frozen=True, slots=True)
-class _Loading:
-    """A load that has not been answered yet."""
-
-    answer: asyncio.Future[LoadReport]
-    on_stage: Callable[[str], None]
-    files: tuple[str, ...]
-
-    def may_end_with(self, message: Loaded | LoadFailed) -> bool:
-        """Tell whether a worker may say this: it names the files, and no others, that it was told to load."""
-        return isinstance(message, LoadFailed) or tuple(file.path for file in message.files) == self.files
-
-    def settle(self, message: Loaded | LoadFailed) -> None:
-        if self.answer.done():  # whoever asked has gone
-            return
-        if isinstance(message, Loaded):
-            self.answer.set_result(message)
-        else:
-            self.answer.set_exception(LoadRefused(message.code, plain_text(message.message)))
+        for asked in (self._loading, self._preparing):
+            if asked is not None and not asked.answer.done():
+                asked.answer.set_exception(WorkerDied(end))

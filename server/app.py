@@ -3,52 +3,82 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 
 from aiohttp import hdrs, web
 
+from events.commands import RequestLoad
 from events.errors import LogUnavailable
 from events.lock import hold
-from events.log import Log
 from events.reader import open_reader
+from events.types import Cause
 from runtime.consumer import Consumer
+from runtime.leases import Leases
+from runtime.machine import budget_bytes, is_under_pressure, memory_limit, pressure
 from runtime.pool import WorkerPool
+from runtime.prepared import FOLDER, PreparedStore
+from runtime.preparedfolder import PreparedUnavailable
 from runtime.repository import Repository
 from runtime.router import Router
-from runtime.scheduler import Policy
+from runtime.sight import Policy
 from server.appkeys import (
     BODIES,
     CONFIG,
     CONSUMER,
     CONSUMER_TASK,
+    DEMAND,
     GATE,
+    LEASES,
+    LIMIT,
     LOG,
     OPENAPI,
     POOL,
+    PROXIES,
     READER,
     REPOSITORY,
     ROUTER,
     STOPPING,
+    STREAMS,
+    VERIFIER,
 )
 from server.auth import Gate, auth_middleware, create_verifier
+from server.awaited import Means
 from server.bodies import MAX_BODIES_BYTES, Bodies
-from server.config import Config
+from server.config import ON, Config
+from server.console import console_routes
+from server.demand import Demand
 from server.direct import SERVER
 from server.docspage import docs_routes
 from server.errors import errors_middleware
+from server.eventlist import event_routes
+from server.eventstream import stream_routes, streaming
 from server.health import dead, health_routes
 from server.inference import inference_routes
 from server.jobs import job_routes
 from server.keys import ensure_data_dir
+from server.logcontext import RequestLog
+from server.logrequests import add_request_id, log_middleware
 from server.management import management_routes
+from server.metrics import SCRAPES, Scrapes, metrics_routes, with_metrics_access
+from server.metricshttp import HttpCounts, counting_middleware
+from server.metricslook import HTTP_COUNTS
 from server.openapi import openapi_yaml
+from server.parameters import requested_load
+from server.proof import PROVER, open_prover, proof_routes
 from server.protocol import MAX_BODY_BYTES
 from server.ratelimit import RateLimits, add_quota_headers
+from server.resources import LAST_LOOK, LastLook, resource_routes
 from server.routes import Route, add_routes
+from server.setbacks import Setbacks
+from server.timetravel import past_middleware, reading_the_past
 from server.v2repository import repository_routes
 from server.v2server import server_routes
 from server.validation import validation_middleware
+
+_log = logging.getLogger(__name__)
 
 LEDGER = "ledger.db"
 """The log's file in the data directory."""
@@ -59,35 +89,54 @@ def all_routes() -> list[Route]:
     return [
         *management_routes(),
         *job_routes(),
+        *resource_routes(),
+        *event_routes(),
+        *stream_routes(),
+        *proof_routes(),
         *inference_routes(),
         *server_routes(),
         *repository_routes(),
         *health_routes(),
+        *metrics_routes(),
         *docs_routes(),
+        *console_routes(),
     ]
 
 
 def create_app(config: Config) -> web.Application:
     """Return the application; nothing is opened before it starts."""
-    gate = Gate(create_verifier(config), RateLimits(config))
+    verifier = create_verifier(config)
+    proxies = config.proxies()
+    gate = Gate(verifier, RateLimits(config), proxies=proxies)
+    counts = HttpCounts()
     app = web.Application(
         middlewares=[
+            counting_middleware(counts),
+            log_middleware(),
             errors_middleware,
             auth_middleware(gate),
+            past_middleware,
             validation_middleware,
         ],
         client_max_size=MAX_BODY_BYTES,
     )
-    routes = all_routes()
+    routes = with_metrics_access(all_routes(), config.metrics)
     add_routes(app, routes)
     app[CONFIG] = config
     app[GATE] = gate
+    app[PROXIES] = proxies
+    app[VERIFIER] = verifier
     app[BODIES] = Bodies(MAX_BODIES_BYTES)
     app[OPENAPI] = openapi_yaml(routes)
     app[STOPPING] = asyncio.Event()
-    app.on_response_prepare.extend([add_quota_headers, _name_no_versions])
+    app[LAST_LOOK] = LastLook()
+    app[HTTP_COUNTS] = counts
+    app[SCRAPES] = Scrapes()
+    app.on_response_prepare.extend([add_quota_headers, add_request_id, _name_no_versions, _relocate])
     app.on_shutdown.append(_begin_stop)
-    app.cleanup_ctx.extend([_data_directory, _workers, _ledger, _reading, _applying])
+    app.cleanup_ctx.extend(
+        [_data_directory, _workers, _ledger, _reading, reading_the_past, _applying, streaming]
+    )
     return app
 
 
@@ -96,9 +145,15 @@ async def _name_no_versions(_request: web.Request, response: web.StreamResponse)
     response.headers[hdrs.SERVER] = SERVER
 
 
+async def _relocate(request: web.Request, response: web.StreamResponse) -> None:
+    """Have a client behind a proxy find what `Location` names."""
+    request.app[PROXIES].relocate(request, response)
+
+
 async def _begin_stop(app: web.Application) -> None:
     """Let long waits answer with what they have: clean-up waits for their handlers."""
     app[STOPPING].set()
+    app[STREAMS].tails.close()
     app[LOG].notify()
 
 
@@ -111,7 +166,13 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
     app[REPOSITORY] = Repository(app[CONFIG].repository)
-    app[POOL] = pool = WorkerPool(threads=app[CONFIG].threads, patience_s=app[CONFIG].inference_grace_s)
+    app[LIMIT] = memory_limit()
+    app[POOL] = pool = WorkerPool(
+        threads=app[CONFIG].threads,
+        patience_s=app[CONFIG].inference_grace_s,
+        warm_up=app[CONFIG].warm_up == "on",
+        huge_pages=app[CONFIG].huge_pages == "auto",
+    )
     await pool.open()
     try:
         yield
@@ -120,11 +181,16 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _ledger(app: web.Application) -> AsyncIterator[None]:
-    app[LOG] = log = Log(app[CONFIG].data / LEDGER)
+    app[LOG] = log = RequestLog(app[CONFIG].data / LEDGER)
     await log.open()
     try:
+        app[PROVER] = await open_prover(app[CONFIG].data, log.path)
         await log.server_started()
+        denials = app[GATE].denials
+        counting = asyncio.create_task(denials.run(log.submit), name="denials")
         yield
+        denials.close()
+        await counting
         if not dead(app):  # else the next start has to know that this was no orderly stop
             with suppress(LogUnavailable):  # it will be known as unclean, then
                 await log.server_stopped()
@@ -138,19 +204,67 @@ async def _reading(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
+def _policy(config: Config, limit_bytes: int) -> Policy:
+    return Policy(
+        config.max_loads(),
+        budget_bytes=budget_bytes(config.memory_budget, limit_bytes),
+        max_loaded=config.max_loaded or None,
+        evicts=config.evict == "idle",
+        min_residency_s=config.min_residency_s,
+        restores=config.restore == "all",
+    )
+
+
+def _prepared(config: Config) -> PreparedStore | None:
+    """Open the prepared forms; where they cannot be kept, models load without."""
+    if config.prepare != ON:
+        return None
+    store = PreparedStore(config.data / FOLDER, config.prepared_bytes())
+    try:
+        store.open()
+    except PreparedUnavailable as error:
+        _log.warning("models are not prepared: %s", error)
+        return None
+    return store
+
+
 async def _applying(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
+    app[LEASES] = leases = Leases()
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
         app[REPOSITORY],
-        policy=Policy(config.max_loads()),
+        policy=_policy(config, app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
+        under_pressure=lambda: is_under_pressure(pressure()),
+        leases=leases,
+        store=await asyncio.to_thread(_prepared, config),
     )
     app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY], max_queue=config.inference_queue)
+    app[DEMAND] = demand = _demand(app, leases)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     try:
         yield
     finally:
+        await demand.close()
         await consumer.stop()
         await asyncio.wait([task])
+
+
+def _demand(app: web.Application, leases: Leases) -> Demand:
+    async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
+        asked = {} if version is None else {"version": version}
+        return replace(await requested_load(app, model_id, asked, subject), cause=Cause.DEMAND)
+
+    means = Means(
+        log=app[LOG],
+        reader=app[READER],
+        router=app[ROUTER],
+        setbacks=Setbacks(),
+        look_up=look_up,
+        waiting_for=app[CONSUMER].waiting_for,
+        stopping=app[STOPPING],
+        max_waiting=app[CONFIG].inference_queue,
+    )
+    return Demand(means, leases, on=app[CONFIG].on_demand == ON)

@@ -7,17 +7,23 @@ from aiohttp import web
 from events.log import Log
 from events.reader import Reader
 from runtime.consumer import Consumer
+from runtime.leases import Leases
+from runtime.machine import MemoryLimit
 from runtime.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
-from server.auth import PRINCIPAL, Gate
+from server.auth import PRINCIPAL, Gate, Verifier
 from server.bodies import Bodies
 from server.config import Config
+from server.demand import Demand
+from server.proxies import Proxies
 from server.ratelimit import QUOTA
 from server.routes import ROUTES
+from server.streams import Streams
 
 BODIES = web.AppKey("bodies", Bodies)
 GATE = web.AppKey("gate", Gate)
+VERIFIER = web.AppKey("verifier", Verifier)
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", Log)
 READER = web.AppKey("reader", Reader)
@@ -26,24 +32,36 @@ POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
+LIMIT = web.AppKey("limit", MemoryLimit)
+"""What may be used of the machine's memory."""
+LEASES = web.AppKey("leases", Leases)
+DEMAND = web.AppKey("demand", Demand)
+STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 """Set when the server begins to stop: long waits answer with what they have."""
 OPENAPI = web.AppKey("openapi", str)
+PROXIES = web.AppKey("proxies", Proxies)
 
 __all__ = [
     "BODIES",
     "CONFIG",
     "CONSUMER",
     "CONSUMER_TASK",
+    "DEMAND",
     "GATE",
+    "LEASES",
+    "LIMIT",
     "LOG",
     "OPENAPI",
     "POOL",
     "PRINCIPAL",
+    "PROXIES",
     "QUOTA",
     "READER",
     "REPOSITORY",
     "ROUTER",
     "ROUTES",
     "STOPPING",
+    "STREAMS",
+    "VERIFIER",
 ]

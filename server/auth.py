@@ -20,8 +20,10 @@ from server.credentials import (
     Principal,
     bearer_token,
 )
+from server.denials import NO_ROUTE, Denials
 from server.keyring import KeyRing, VerificationKey, open_key_ring
 from server.keys import ROLES, subject_refusal
+from server.proxies import Proxies
 from server.ratelimit import QUOTA, Quota, RateLimits
 from server.routes import Access, LimitClass, matched_route
 
@@ -146,11 +148,17 @@ class Gate:
     """Lets through who may, in the order 429 (address), 401, 429 (subject), 403."""
 
     def __init__(
-        self, verifier: Verifier, limits: RateLimits, clock: Callable[[], float] = time.time
+        self,
+        verifier: Verifier,
+        limits: RateLimits,
+        clock: Callable[[], float] = time.time,
+        proxies: Proxies | None = None,
     ) -> None:
         self._verifier = verifier
         self._limits = limits
         self._clock = clock
+        self._proxies = proxies or Proxies()
+        self.denials = Denials()
 
     def authenticate(self, request: web.BaseRequest) -> Principal:
         """Return who asks.
@@ -162,7 +170,7 @@ class Gate:
             MalformedAuthorization: `invalid_request`.
         """
         if self._limits.has_failures:
-            self._limits.check_peer(request.remote)
+            self._limits.check_peer(self._proxies.peer(request))
         fields, now = request.headers.getall(hdrs.AUTHORIZATION, []), self._clock()
         if len(fields) == 1 and fields[0].startswith(_USUAL):
             known = self._verifier.recall(fields[0][len(_USUAL) :], now)
@@ -172,7 +180,7 @@ class Gate:
             return self._verifier.verify(bearer_token(fields), now)
         except (InvalidToken, MalformedAuthorization):
             # Not those without credentials: they guess nothing, and their neighbours would be locked out.
-            self._limits.count_failure(request.remote)
+            self._limits.count_failure(self._proxies.peer(request))
             raise
 
     def count(self, principal: Principal, limit: LimitClass) -> Quota | None:
@@ -183,9 +191,21 @@ class Gate:
         """
         return self._limits.count(limit, principal.subject)
 
+    def admit(self, principal: Principal, access: Access, action: str) -> None:
+        """Refuse who has none of the roles that a route asks for, and count it: the ledger names the action.
+
+        Raises:
+            Forbidden: `forbidden`.
+        """
+        try:
+            check_role(principal, access)
+        except Forbidden:
+            self.denials.count(principal.subject, action)
+            raise
+
 
 def check_role(principal: Principal, access: Access) -> None:
-    """Refuse who has none of the roles that a route asks for.
+    """Refuse who has none of the roles that are asked for; `Gate.admit` counts it, too.
 
     Raises:
         Forbidden: `forbidden`.
@@ -209,8 +229,13 @@ def auth_middleware(gate: Gate) -> Middleware:
         quota = gate.count(principal, LimitClass.READS if route is None else route.limit)
         if quota is not None:
             request[QUOTA] = quota
-        check_role(principal, Access.ANY if route is None else route.access)
-        return await handler(request)
+        action = NO_ROUTE if route is None else route.name
+        gate.admit(principal, Access.ANY if route is None else route.access, action)
+        try:
+            return await handler(request)
+        except Forbidden:  # the route is for these roles, but not with such parameters
+            gate.denials.count(principal.subject, f"{action}?")
+            raise
 
     return authorise
 

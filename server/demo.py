@@ -1,7 +1,7 @@
 """`loadledger demo`: the whole story in a few seconds, on a real server, a real model and a real ledger.
 
 It talks to a server of its own over HTTP like anybody else, looks at the process tree from outside, and
-fails when what it sees is not what the README says.
+fails when what it sees is not what it tells.
 """
 
 from __future__ import annotations
@@ -158,8 +158,10 @@ def _show(console: Console, repository: Path, data: Path, digits: dict[str, Any]
 def _serving(repository: Path, data: Path) -> Iterator[_Server]:
     ensure_data_dir(data)
     # -P: what lies in the current directory must not be taken for our packages.
-    command = [sys.executable, "-P", "-m", "server", "serve", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "loadledger", "serve", "--port", "0"]
     command += ["--repository", str(repository), "--data", str(data)]
+    command += ["--prepare", "off"]  # or there would be processes and memory that the story does not tell of
+    command += ["--log-level", "warning"]  # what goes well is told here
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")}
     with subprocess.Popen(  # noqa: S603 - our own interpreter and package
         command,

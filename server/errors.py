@@ -18,6 +18,9 @@ from aiohttp_apispec import docs
 
 log = logging.getLogger(__name__)
 
+CODE: web.ResponseKey[str] = web.ResponseKey("code", str)
+"""Of an answer that tells an error: its code."""
+
 Decorated = TypeVar("Decorated", bound=Callable[..., object])
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
@@ -43,11 +46,13 @@ ERRORS: Mapping[str, ErrorKind] = {
     "invalid_body": ErrorKind(400, "The request body is not what this route takes"),
     "invalid_parameter": ErrorKind(400, "A parameter is not what this route takes"),
     "not_supported": ErrorKind(400, "This is not supported"),
+    "beyond_head": ErrorKind(400, "The log has not come as far"),
     "invalid_defaults": ErrorKind(400, "The model's loadledger.toml is not what it has to be"),
     "inference_failed": ErrorKind(400, "The model could not compute an answer"),
     "inference_cancelled": ErrorKind(400, "The inference was stopped"),
     "invalid_input": ErrorKind(400, "The input does not fit the model"),
     "invalid_model": ErrorKind(400, "The model cannot be loaded"),
+    "warm_up_failed": ErrorKind(400, "The model loads, but its first inference fails"),
     "model_changed": ErrorKind(400, "The model's files changed while it was loaded"),
     "unsafe_file": ErrorKind(400, "The model has a file that is not to be opened"),
     "crash_loop": ErrorKind(400, "The model kept dying and is not tried any more"),
@@ -64,22 +69,34 @@ ERRORS: Mapping[str, ErrorKind] = {
     "not_representable": ErrorKind(400, "JSON cannot carry the answer"),
     "method_not_allowed": ErrorKind(405, "This route does not take the method"),
     "body_timeout": ErrorKind(408, "The request body did not come"),
+    "head_timeout": ErrorKind(408, "The request's head did not come"),
     "nothing_loaded": ErrorKind(409, "No model is loaded"),
+    "already_finished": ErrorKind(409, "The job has ended"),
+    "already_started": ErrorKind(409, "The job cannot be cancelled any more"),
     "not_loaded": ErrorKind(409, "The model is not loaded"),
+    "archived": ErrorKind(410, "This lies before what the log still holds"),
     "body_too_large": ErrorKind(413, "The request body is too large"),
+    "target_too_long": ErrorKind(414, "The request line is too long"),
     "unsupported_media_type": ErrorKind(
         415, "The request body is of a media type or coding that is not taken"
     ),
+    "idempotency_mismatch": ErrorKind(422, "The Idempotency-Key was used for another request"),
     "rate_limited": ErrorKind(429, "Too many requests", QUOTA_EXCEEDED),
     "too_many_failures": ErrorKind(429, "Too many failed authentications", QUOTA_EXCEEDED),
     "queue_full": ErrorKind(429, "Too many jobs are waiting"),
+    "too_many_streams": ErrorKind(429, "Too many streams are open"),
+    "head_too_large": ErrorKind(431, "The request's header fields are too large"),
     "internal": ErrorKind(500, "The server failed"),
     "inference_queue_full": ErrorKind(503, "Too many inferences of the model are waiting"),
     "bodies_full": ErrorKind(503, "Too much is being sent at once"),
+    "too_many_connections": ErrorKind(503, "Too many connections are open"),
     "model_not_loaded": ErrorKind(503, "The model is not loaded"),
+    "load_failed": ErrorKind(503, "The model could not be loaded on demand"),
     "model_unloading": ErrorKind(503, "The model is being unloaded"),
     "worker_died": ErrorKind(503, "The model's process ended"),
     "out_of_memory": ErrorKind(503, "There is not enough memory for the model"),
+    "insufficient_memory": ErrorKind(503, "The model does not fit into the memory budget"),
+    "too_many_loaded": ErrorKind(503, "As many models are loaded as may be"),
     "timeout": ErrorKind(503, "The load took too long"),
     "fork_server_died": ErrorKind(503, "The process that starts workers ended"),
     "fork_server_unavailable": ErrorKind(503, "The process that starts workers does not answer"),
@@ -97,14 +114,6 @@ _FRAMEWORK_CODES = {
     413: "body_too_large",
     415: "unsupported_media_type",
 }
-
-
-def error_table() -> str:
-    """Return the README's table of errors, in Markdown, by status."""
-    head = ["| status | code | what |", "| --- | --- | --- |"]
-    by_status = sorted(ERRORS.items(), key=lambda entry: entry[1].status)
-    rows = [f"| {kind.status} | `{code}` | {kind.title} |" for code, kind in by_status]
-    return "\n".join([*head, *rows]) + "\n"
 
 
 class ServerProblem(Exception):
@@ -190,7 +199,7 @@ def media_type_of(path: str) -> str:
 
 @web.middleware
 async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every error below with one shape; must be the outermost middleware."""
+    """Answer every error below with one shape; must be the outermost middleware but for the one that logs."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -208,6 +217,7 @@ def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
         # A second status line in the middle of a stream would be read as data: break the connection instead.
         raise error
     response = problem_response(problem, request.path)
+    response[CODE] = problem.code
     if isinstance(error, web.RequestPayloadError):
         response.force_close()  # the framework ends such a connection: nobody should use it again
     return response

@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp_apispec import docs, response_schema
 from marshmallow import fields
 
-from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING
+from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING, STREAMS
 from server.errors import ServerProblem, errors
 from server.routes import Access, LimitClass, Route
 from server.schemas import AnswerSchema, HealthSchema
@@ -91,7 +91,12 @@ def health_routes() -> list[Route]:
 
 def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:
     """Return the tasks without which the server would accept requests and do nothing."""
-    return {"consumer": app[CONSUMER_TASK], "writer": app[LOG].writer, "keeper": app[POOL].keeper}
+    return {
+        "consumer": app[CONSUMER_TASK],
+        "writer": app[LOG].writer,
+        "keeper": app[POOL].keeper,
+        **app[STREAMS].tasks,
+    }
 
 
 def dead(app: web.Application) -> dict[str, BaseException]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from aiohttp import hdrs, web
 from aiohttp_apispec import docs, match_info_schema, response_schema
 
+from runtime.router import ModelNotLoaded, ModelUnloading, Router
 from runtime.router import Route as ModelRoute
 from runtime.wire import Buffer, Tensor
-from server.appkeys import BODIES, CONFIG, PRINCIPAL, ROUTER
+from server.appkeys import BODIES, CONFIG, DEMAND, PRINCIPAL, ROUTER
 from server.bodies import Share
 from server.compression import chosen_encoding, compress, decompress
 from server.decoding import HEADER_LENGTH, InferenceRequest, decode_request, header_length
@@ -43,6 +45,7 @@ _INFER_ERRORS = (
     "inference_failed",
     "not_representable",
     "unknown_model",
+    "unknown_version",
     "body_too_large",
     "body_timeout",
     "model_not_loaded",
@@ -53,6 +56,10 @@ _INFER_ERRORS = (
     "inference_cancelled",
     "bodies_full",
     "unsupported_media_type",
+    "load_failed",
+    "queue_full",
+    "log_unavailable",
+    "shutting_down",
 )
 
 _INFERENCE = {
@@ -149,19 +156,26 @@ async def infer(
 ) -> web.StreamResponse:
     """Decode, run, encode; the header leads from the answer to the bytes and the person behind it.
 
-    The subject has been let through, and counted against its `quota`.
+    The subject has been let through, and counted against its `quota`. A model that nobody can be asked of is
+    loaded where that is on, within the inference's own time.
     """
     router, share = app[ROUTER], app[BODIES].share(subject)
+    loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
+    question: InferenceRequest | None = None
     try:
         body = await _body(request, share)
         header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()), len(body))
-        if header_bytes == 0:
-            route = await router.route_or_why(model_id, version)
-            question = decode_raw(body, route.inputs, max_batch_size=route.max_batch_size)
-        else:
-            question = decode_request(body, header_bytes)
-        timeout_s = _timeout_s(question, app[CONFIG].inference_timeout_s)
-        route, (_, outputs) = await router.infer(model_id, version, question, timeout_s)
+        began_s = loop.time()
+        try:
+            question = _question(router, model_id, version, body, header_bytes)
+            timeout_s = _timeout_s(question, longest_s)
+            route, (_, outputs) = await router.infer(model_id, version, question, timeout_s)
+        except (ModelNotLoaded, ModelUnloading):
+            ends_at_s = began_s + (longest_s if question is None else _timeout_s(question, longest_s))
+            async with app[DEMAND].loaded(model_id, version, subject, ends_at_s):
+                question = question or _question(router, model_id, version, body, header_bytes)
+                left_s = ends_at_s - loop.time()
+                route, (_, outputs) = await router.infer(model_id, version, question, left_s)
         fields, answer = _answer(route, question, outputs, quota)
         encoding = _encoding(request, answer)
         if encoding is not None:
@@ -183,6 +197,16 @@ async def _body(request: web.BaseRequest, share: Share) -> bytes:
     body = await decompress(body, encoding, MAX_BODY_BYTES)
     share.take(len(body))
     return body
+
+
+def _question(
+    router: Router, model_id: str, version: int | None, body: bytes, header_bytes: int | None
+) -> InferenceRequest:
+    """Decode what is asked; of a body of tensors alone, the model says what they are."""
+    if header_bytes != 0:
+        return decode_request(body, header_bytes)
+    route = router.route(model_id, version)
+    return decode_raw(body, route.inputs, max_batch_size=route.max_batch_size)
 
 
 def _timeout_s(question: InferenceRequest, longest_s: float) -> float:

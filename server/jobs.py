@@ -5,21 +5,45 @@ from __future__ import annotations
 import asyncio
 
 from aiohttp import hdrs, web
-from aiohttp_apispec import docs, match_info_schema, querystring_schema, response_schema
+from aiohttp_apispec import (
+    docs,
+    headers_schema,
+    json_schema,
+    match_info_schema,
+    querystring_schema,
+    response_schema,
+)
 
-from events.accept import Command
+from events.commands import Command, RequestCancel
 from events.errors import LedgerProblem
 from events.jobs import Job, JobStatus
-from server.appkeys import CONSUMER, LOG, READER, STOPPING
+from server.appkeys import CONSUMER, LOG, PRINCIPAL, READER, STOPPING
 from server.errors import ServerProblem, errors
+from server.idempotency import IdempotencySchema, idempotency
 from server.prefer import wait_s
 from server.routes import Access, LimitClass, Route
-from server.schemas import JobListSchema, JobPathSchema, JobSchema, JobsQuerySchema
+from server.schemas import (
+    AtQuerySchema,
+    CancelBodySchema,
+    JobListSchema,
+    JobPathSchema,
+    JobSchema,
+    JobsQuerySchema,
+)
+from server.timetravel import past_job, past_jobs
 from server.validation import NothingSchema, path_parameters, query_parameters
 from server.views import job_view
 
 POLL_AFTER_S = 1
 """A hint for clients that poll: most loads take less."""
+
+PREFER = {
+    "in": "header",
+    "name": "Prefer",
+    "schema": {"type": "string"},
+    "description": "`wait=N`: answer when the job has ended, or after N seconds, at most 60.",
+}
+"""How a route that answers with `submit` documents what it prefers."""
 
 
 class UnknownJob(LedgerProblem):
@@ -37,10 +61,12 @@ class ShuttingDown(ServerProblem):
 @docs(tags=["jobs"], summary="List the jobs, newest first")
 @querystring_schema(JobsQuerySchema())
 @response_schema(JobListSchema(), 200, description="One page.")
-@errors("log_unavailable")
+@errors("beyond_head", "archived", "log_unavailable")
 async def list_jobs(request: web.Request) -> web.Response:
     """Answer with a page of jobs."""
     query = query_parameters(request)
+    if query["at"] is not None:
+        return web.json_response(await past_jobs(request, query["at"], query))
     page = await request.app[READER].jobs(
         before=query["cursor"],
         limit=query["limit"],
@@ -53,13 +79,40 @@ async def list_jobs(request: web.Request) -> web.Response:
 
 @docs(tags=["jobs"], summary="Show a job")
 @match_info_schema(JobPathSchema())
-@querystring_schema(NothingSchema())
+@querystring_schema(AtQuerySchema())
 @response_schema(JobSchema(), 200, description="The job, ended or not.")
-@errors("unknown_job", "log_unavailable")
+@errors("unknown_job", "beyond_head", "archived", "log_unavailable")
 async def show_job(request: web.Request) -> web.Response:
     """Answer with one job; that it failed is not an error of this request."""
+    job_id, at = path_parameters(request)["job_id"], query_parameters(request)["at"]
+    if at is not None:
+        past = await past_job(request, at, job_id)
+        if past is None:
+            raise UnknownJob(f"there was no job {job_id!r} then")
+        return web.json_response(past)
+    return web.json_response(job_view(await _job(request.app, job_id), request.app[CONSUMER]))
+
+
+@docs(
+    tags=["jobs"],
+    summary="Cancel a job",
+    description="Ends a load that has not loaded its model, or an unload that has not begun. Who is too late "
+    "changes nothing: the job may complete between this answer and the end, so its `status` is what counts. "
+    "A job that is being cancelled already is answered as it is.",
+    parameters=[PREFER],
+)
+@match_info_schema(JobPathSchema())
+@querystring_schema(NothingSchema())
+@headers_schema(IdempotencySchema())
+@json_schema(CancelBodySchema())
+@response_schema(JobSchema(), 202, description="Accepted: follow the job at `Location`.")
+@response_schema(JobSchema(), 200, description="The job ended within `Prefer: wait=N`, whatever its outcome.")
+@errors("unknown_job", "idempotency_mismatch", "already_finished", "already_started")
+@errors("log_unavailable", "shutting_down")
+async def cancel_job(request: web.Request) -> web.Response:
+    """Append `CancelRequested`, unless the job is past it."""
     job = await _job(request.app, path_parameters(request)["job_id"])
-    return web.json_response(job_view(job, request.app[CONSUMER]))
+    return await submit(request, RequestCancel(job.id, request[PRINCIPAL].subject, idempotency(request)))
 
 
 def job_routes() -> list[Route]:
@@ -68,6 +121,7 @@ def job_routes() -> list[Route]:
     return [
         Route("GET", "/api/v1/jobs", list_jobs, *read),
         Route("GET", "/api/v1/jobs/{job_id}", show_job, *read),
+        Route("POST", "/api/v1/jobs/{job_id}/cancel", cancel_job, Access.ADMIN, LimitClass.MANAGEMENT),
     ]
 
 

@@ -4,6 +4,7 @@
 ledger and nothing else. Tokens cannot be revoked, keys can: by removing their file.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -23,6 +24,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+
+_log = logging.getLogger(__name__)
 
 ROLES = frozenset({"admin", "predict", "audit"})
 """Every role there is."""
@@ -61,6 +64,8 @@ def ensure_data_dir(data: Path) -> None:
         create_key(data)
     ledger_key = data / "ledger.key"
     if not ledger_key.exists():
+        if (data / "ledger.db").exists():
+            _log.warning("ledger.key was missing: from now on heads are signed with another key")
         with suppress(FileExistsError):  # another process was faster; its key is as good
             _write_new(ledger_key, _new_pem())
 
@@ -68,7 +73,8 @@ def ensure_data_dir(data: Path) -> None:
 def create_key(data: Path, now: datetime | None = None) -> str:
     """Create a key that signs from now on, and return its kid."""
     folder = keys_folder(data)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        _make_folder(folder)
     stamp = (now or datetime.now(UTC)).astimezone(UTC)
     earlier = list_keys(data)
     if earlier:  # a clock that was set back must not make the new key look older
@@ -212,6 +218,15 @@ def _new_pem() -> bytes:
     return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        _leave_to_owner(descriptor, folder.parent)
+    finally:
+        os.close(descriptor)
+
+
 def _write_new(path: Path, content: bytes) -> None:
     """Create a file at once and durably: nobody, not even after a crash, sees it half-written."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -220,11 +235,23 @@ def _write_new(path: Path, content: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
+            _leave_to_owner(descriptor, path.parent)
             os.fsync(descriptor)
         os.link(draft, path)  # unlike a rename, it refuses to replace
     finally:
         draft.unlink()
     _sync_folder(path.parent)
+
+
+def _leave_to_owner(descriptor: int, folder: Path) -> None:
+    """Give what root made to whom the folder belongs: a server of that user could not read it otherwise.
+
+    By its descriptor, since in their folder its name may lead elsewhere by now.
+    """
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        with suppress(PermissionError):  # root of a container that may give nothing away
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _sync_folder(folder: Path) -> None:

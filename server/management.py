@@ -5,18 +5,27 @@ from __future__ import annotations
 import asyncio
 
 from aiohttp import web
-from aiohttp_apispec import docs, json_schema, match_info_schema, querystring_schema, response_schema
+from aiohttp_apispec import (
+    docs,
+    headers_schema,
+    json_schema,
+    match_info_schema,
+    querystring_schema,
+    response_schema,
+)
 
-from events.accept import RequestUnload
+from events.commands import RequestUnload
 from events.models import Model, ModelState
 from runtime.errors import UnknownModel
 from runtime.repository import Repository
 from server.appkeys import LOG, PRINCIPAL, REPOSITORY
 from server.errors import errors
-from server.jobs import submit
-from server.parameters import NotSupported, requested_load
+from server.idempotency import IdempotencySchema, idempotency
+from server.jobs import PREFER, submit
+from server.parameters import requested_load
 from server.routes import Access, LimitClass, Route
 from server.schemas import (
+    AtQuerySchema,
     JobSchema,
     LoadBodySchema,
     ModelListSchema,
@@ -26,69 +35,68 @@ from server.schemas import (
     UnloadBodySchema,
     UnloadQuerySchema,
 )
+from server.timetravel import past_model, past_models
 from server.validation import NothingSchema, json_body, path_parameters, query_parameters
 from server.views import model_view
 
-_PREFER = {
-    "in": "header",
-    "name": "Prefer",
-    "schema": {"type": "string"},
-    "description": "`wait=N`: answer when the job has ended, or after N seconds, at most 60.",
-}
 _ACCEPTED = "Accepted: follow the job at `Location`."
 _ENDED = "Nothing to do, or the job ended within `Prefer: wait=N`, whatever its outcome."
 
 
-@docs(tags=["models"], summary="Load a model, or another version of it", parameters=[_PREFER])
+@docs(tags=["models"], summary="Load a model, or another version of it", parameters=[PREFER])
 @match_info_schema(ModelPathSchema())
 @querystring_schema(NothingSchema())
+@headers_schema(IdempotencySchema())
 @json_schema(LoadBodySchema())
 @response_schema(JobSchema(), 202, description=_ACCEPTED)
 @response_schema(JobSchema(), 200, description=_ENDED)
-@errors("unknown_model", "unknown_version", "queue_full", "not_supported", "invalid_defaults")
+@errors("unknown_model", "unknown_version", "invalid_defaults", "idempotency_mismatch", "queue_full")
 @errors("log_unavailable", "shutting_down")
 async def load_model(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless what is asked for is so or under way."""
-    _refuse_idempotency_key(request)
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
-    return await submit(request, await requested_load(request.app, model_id, json_body(request), subject))
+    asked, key = json_body(request), idempotency(request)
+    return await submit(request, await requested_load(request.app, model_id, asked, subject, key))
 
 
-@docs(tags=["models"], summary="Unload the active model", parameters=[_PREFER])
+@docs(tags=["models"], summary="Unload the active model", parameters=[PREFER])
 @querystring_schema(UnloadQuerySchema())
+@headers_schema(IdempotencySchema())
 @json_schema(UnloadBodySchema())
 @response_schema(JobSchema(), 202, description=_ACCEPTED)
 @response_schema(JobSchema(), 200, description=_ENDED)
-@errors("nothing_loaded", "not_supported", "log_unavailable", "shutting_down")
+@errors("nothing_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down")
 async def unload_active(request: web.Request) -> web.Response:
     """Append `UnloadRequested` for the model loaded last."""
-    _refuse_idempotency_key(request)
-    force = query_parameters(request)["force"]
-    return await submit(request, RequestUnload(None, request[PRINCIPAL].subject, force))
+    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
+    return await submit(request, RequestUnload(None, subject, force, idempotency=idempotency(request)))
 
 
-@docs(tags=["models"], summary="Unload a model", parameters=[_PREFER])
+@docs(tags=["models"], summary="Unload a model", parameters=[PREFER])
 @match_info_schema(ModelPathSchema())
 @querystring_schema(UnloadQuerySchema())
+@headers_schema(IdempotencySchema())
 @json_schema(UnloadBodySchema())
 @response_schema(JobSchema(), 202, description=_ACCEPTED)
 @response_schema(JobSchema(), 200, description=_ENDED)
-@errors("unknown_model", "not_loaded", "not_supported", "log_unavailable", "shutting_down")
+@errors("unknown_model", "not_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down")
 async def unload_model(request: web.Request) -> web.Response:
     """Append `UnloadRequested`, unless an unload is under way."""
-    _refuse_idempotency_key(request)
     model_id = path_parameters(request)["id"]
     await _versions(request, model_id)
-    force = query_parameters(request)["force"]
-    return await submit(request, RequestUnload(model_id, request[PRINCIPAL].subject, force))
+    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
+    return await submit(request, RequestUnload(model_id, subject, force, idempotency=idempotency(request)))
 
 
 @docs(tags=["models"], summary="List the models, in the repository or loaded")
 @querystring_schema(ModelsQuerySchema())
 @response_schema(ModelListSchema(), 200, description="One page, by id.")
+@errors("beyond_head", "archived", "log_unavailable")
 async def list_models(request: web.Request) -> web.Response:
     """Answer with a page of models, from the recorded state and the repository as it is now."""
     query, state = query_parameters(request), request.app[LOG].state
+    if query["at"] is not None:
+        return web.json_response(await past_models(request, query["at"], query["cursor"], query["limit"]))
     known = {model.id for model in state.models.values() if _is_live(model)}
     page = await asyncio.to_thread(
         _page_of_models,
@@ -106,12 +114,14 @@ async def list_models(request: web.Request) -> web.Response:
 
 @docs(tags=["models"], summary="Show a model")
 @match_info_schema(ModelPathSchema())
-@querystring_schema(NothingSchema())
+@querystring_schema(AtQuerySchema())
 @response_schema(ModelSchema(), 200, description="The model.")
-@errors("unknown_model")
+@errors("unknown_model", "beyond_head", "archived", "log_unavailable")
 async def show_model(request: web.Request) -> web.Response:
     """Answer with one model."""
-    model_id = path_parameters(request)["id"]
+    model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
+    if at is not None:
+        return web.json_response(await past_model(request, at, model_id))
     versions = await _versions(request, model_id)
     state = request.app[LOG].state
     return web.json_response(model_view(model_id, state, versions, state.active()))
@@ -128,11 +138,6 @@ def management_routes() -> list[Route]:
         Route("POST", "/api/v1/models/{id}/load", load_model, *manage),
         Route("POST", "/api/v1/models/{id}/unload", unload_model, *manage),
     ]
-
-
-def _refuse_idempotency_key(request: web.Request) -> None:
-    if "Idempotency-Key" in request.headers:
-        raise NotSupported("Idempotency-Key is not supported yet; an identical load is joined without it")
 
 
 async def _versions(request: web.Request, model_id: str) -> list[int]:

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from aiohttp import web
 from marshmallow import RAISE, ValidationError
 
-from events.accept import FileStat, RequestLoad
+from events.commands import FileStat, RequestLoad
 from events.jobs import LoadParameters
+from events.types import Idempotency
 from runtime.defaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.errors import RuntimeProblem
 from runtime.repository import ModelVersion, Repository
 from server.appkeys import CONFIG, REPOSITORY
+from server.config import Config
 from server.errors import ServerProblem
 from server.schemas import LoadBodySchema
 from server.validation import InvalidBody
 
-_PARAMETERS = tuple(field.name for field in fields(LoadParameters))
-_UNSUPPORTED = ("priority", "keep_alive_s", "strategy", "pinned")
+_PARAMETERS = LoadParameters.__struct_fields__
 _AS_BODY = LoadBodySchema()
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
 _NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one nothing is batched"
 _MAX_REPORTED = 10
-
-
-class NotSupported(ServerProblem):
-    """This release does not do that yet."""
-
-    code = "not_supported"
+NEVER = -1
+"""The `keep_alive_s` of a model that stays, however long nobody asks it."""
 
 
 async def requested_load(
-    app: web.Application, model_id: str, asked: Mapping[str, Any], subject: str
+    app: web.Application,
+    model_id: str,
+    asked: Mapping[str, Any],
+    subject: str,
+    idempotency: Idempotency | None = None,
 ) -> RequestLoad:
     """Return the command for a load that a request asks for.
 
@@ -44,10 +44,10 @@ async def requested_load(
         model_id: as the request names it.
         asked: the members of a load's body, no more than the request gave.
         subject: who asks.
+        idempotency: the request's key, if it has one.
 
     Raises:
         InvalidBody: `invalid_body`, what is asked for is not what a load takes.
-        NotSupported: `not_supported`, rather than record what would not be done.
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`.
     """
@@ -56,9 +56,27 @@ async def requested_load(
     version = asked.get("version")
     found, written = await asyncio.to_thread(_look_up, app[REPOSITORY], model_id, version)
     defaults = _checked(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
-    parameters = _merged(wanted, defaults, defaults_name(found.model_id), app[CONFIG].timeout_s)
-    files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
-    return RequestLoad(found.model_id, found.version, files, subject, parameters, asked=frozenset(wanted))
+    parameters = _merged(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
+    return RequestLoad(
+        found.model_id,
+        found.version,
+        tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files),
+        subject,
+        parameters,
+        asked=frozenset(wanted),
+        idempotency=idempotency,
+    )
+
+
+def default_parameters(repository: Repository, model_id: str, config: Config) -> LoadParameters:
+    """Return what a model is loaded with when a request asks for nothing.
+
+    Raises:
+        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
+    """
+    file = defaults_name(model_id)
+    defaults = _checked(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
+    return _merged({}, defaults, file, config)
 
 
 def _look_up(
@@ -73,15 +91,11 @@ def _checked(
     where: str,
     refusal: type[ServerProblem | RuntimeProblem],
 ) -> dict[str, Any]:
-    """Return what is given if it is what `schema` takes and this release does."""
+    """Return what is given if it is what `schema` takes."""
     try:
         values: dict[str, Any] = schema.load(given, unknown=RAISE)
     except ValidationError as error:
         raise refusal(_told(schema, error, where)) from None
-    usual = LoadParameters()
-    for name in _UNSUPPORTED:
-        if name in values and values[name] != getattr(usual, name):
-            raise NotSupported(f"{where}: {name}: {values[name]!r} is not supported yet; leave it out")
     return values
 
 
@@ -96,10 +110,12 @@ def _told(schema: LoadBodySchema, error: ValidationError, where: str) -> str:
 
 
 def _merged(
-    wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, timeout_s: int
+    wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, config: Config
 ) -> LoadParameters:
     """Lay one over the other; the delay is that of a batch, so who turns batching off turns both off."""
-    merged = {"timeout_s": timeout_s, **defaults, **wanted}
+    merged = {"timeout_s": config.timeout_s, "strategy": config.strategy, **defaults, **wanted}
+    if merged.get("keep_alive_s") is None:  # null stands for the server's setting, whoever says it
+        merged["keep_alive_s"] = None if config.keep_alive_s == NEVER else config.keep_alive_s
     if merged.get("max_queue_delay_us") and not merged.get("max_batch_size"):
         if wanted.get("max_queue_delay_us"):
             raise InvalidBody(f"body: {_NO_BATCHING}")

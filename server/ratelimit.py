@@ -15,9 +15,10 @@ import limits
 import msgspec
 from aiohttp import web
 
-from server.config import OFF, Config
+from server.config import Config
 from server.errors import ServerProblem
 from server.routes import LimitClass
+from server.settingchecks import OFF
 
 MAX_COUNTERS = 10_000
 """Some 2 MB. Past it the counters used least recently are forgotten: nobody can fill the memory."""

@@ -38,6 +38,11 @@ class Route:
     access: Access
     limit: LimitClass
 
+    @property
+    def name(self) -> str:
+        """What the route does, as the ledger says it of who was refused."""
+        return f"{self.method} {self.path}"
+
 
 RouteTable = Mapping[web.AbstractRoute, Route]
 

@@ -10,7 +10,8 @@ from events.jobs import JobKind, JobStatus
 from events.models import ModelState
 from events.types import Cause
 from runtime.repository import MAX_VERSION, MODEL_ID
-from server.config import MAX_TIMEOUT_S
+from server.config import MAX_KEEP_ALIVE_S
+from server.settingchecks import MAX_TIMEOUT_S
 from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
 
 MAX_PAGE = 1000
@@ -19,6 +20,8 @@ MAX_INSTANCES = 64
 MAX_BATCH_SIZE = 65_536
 MAX_QUEUE_DELAY_US = 1_000_000
 """A second: who waits longer for company would be answered sooner alone."""
+_AS_OF_IN_THE_PAST = "With `at`: the position this reflects."
+_AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null where it is not in the log."
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
@@ -72,18 +75,35 @@ class LoadBodySchema(Schema):
     )
     priority = fields.String(
         validate=validate.OneOf(["high", "normal", "low"]),
-        metadata={"description": "Only `normal` so far."},
+        metadata={
+            "description": "Which of the loads that wait goes first: by priority, then by age; `normal` if "
+            "left out. A `low` one waits, within a bound, while the machine is under pressure.",
+        },
     )
     keep_alive_s = StrictInteger(
-        validate=validate.Range(min=-1),
+        validate=validate.Range(-1, MAX_KEEP_ALIVE_S),
         allow_none=True,
-        metadata={"description": "Not supported yet."},
+        metadata={
+            "description": "Seconds without a request after which the model is unloaded, counted from the "
+            "end of the last one: -1 is never, 0 right after it; the server's --keep-alive-s if null, or if "
+            "left out. What is recorded as null is never, too: neither request nor server said anything.",
+        },
     )
     strategy = fields.String(
         validate=validate.OneOf(["beside", "in_place", "auto"]),
-        metadata={"description": "Only `beside` so far: the old version serves until the new one can."},
+        metadata={
+            "description": "How a loaded model is replaced: `beside`, the old one serves until the new one "
+            "can, and both take memory meanwhile; `in_place`, the old one ends first, and requests are "
+            "refused with 503 until the new one can serve; `auto`, beside where both fit into the memory "
+            "budget, else in place; the server's --strategy if left out.",
+        },
     )
-    pinned = StrictBoolean(metadata={"description": "Only `false` so far."})
+    pinned = StrictBoolean(
+        metadata={
+            "description": "Whether the model is never unloaded to make room for another, nor for being "
+            "idle; `false` if left out.",
+        },
+    )
     instances = StrictInteger(
         validate=validate.Range(1, MAX_INSTANCES),
         metadata={"description": "Workers that answer for the model side by side, 1 if left out."},
@@ -108,6 +128,10 @@ class UnloadBodySchema(Schema):
     """An unload takes no body, or an empty object."""
 
 
+class CancelBodySchema(Schema):
+    """A cancel takes no body, or an empty object."""
+
+
 class UnloadQuerySchema(Schema):
     """How to unload."""
 
@@ -123,13 +147,27 @@ class PageQuerySchema(Schema):
     limit = ParameterInteger(load_default=100, validate=validate.Range(1, MAX_PAGE))
 
 
-class ModelsQuerySchema(PageQuerySchema):
+class AtQuerySchema(Schema):
+    """As of when."""
+
+    at = fields.String(
+        load_default=None,
+        metadata={
+            "description": "What was so then, for the roles `audit` and `admin`: a position of the log, all "
+            "digits, or a time with its offset (RFC 3339), which is the last position recorded no later. "
+            "0 is before everything.",
+            "example": "2026-01-31T14:02:00Z",
+        },
+    )
+
+
+class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
     """Which page of the models."""
 
     cursor = fields.String(load_default="", metadata={"description": "The `next_cursor` of the page before."})
 
 
-class JobsQuerySchema(PageQuerySchema):
+class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
     """Which page of which jobs."""
 
     cursor = ParameterInteger(
@@ -168,7 +206,7 @@ class JobSchema(AnswerSchema):
     stage = fields.String(
         required=True,
         allow_none=True,
-        metadata={"description": "Live: starting, loading, measuring; draining, stopping."},
+        metadata={"description": "Live: starting, loading, warming_up, measuring; draining, stopping."},
     )
     waiting_for = fields.String(required=True, allow_none=True)
     created_at = fields.String(required=True)
@@ -176,10 +214,16 @@ class JobSchema(AnswerSchema):
     finished_at = fields.String(required=True, allow_none=True)
     requested_by = fields.String(required=True)
     cause = fields.String(required=True, validate=_values(Cause))
+    cancel_requested = fields.Boolean(
+        required=True,
+        metadata={"description": "Whether somebody asked to cancel it; `status` says what came of that."},
+    )
     attempt = fields.Integer(required=True)
     position = fields.Integer(required=True, metadata={"description": "Of its latest event in the log."})
     parameters = fields.Dict(required=True, metadata={"description": "Of its request."})
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
+    as_of = fields.Integer(metadata={"description": _AS_OF_IN_THE_PAST})
+    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
 
 
 class FileSchema(AnswerSchema):
@@ -191,11 +235,23 @@ class FileSchema(AnswerSchema):
     sha256 = fields.String(required=True)
 
 
+class PreparedSchema(AnswerSchema):
+    """A prepared form of a version's files."""
+
+    form = fields.String(required=True, metadata={"description": "`prepacked` or `optimised`."})
+    sha256 = fields.String(required=True)
+
+
 class ModelSchema(AnswerSchema):
     """A model of the repository, or one that is loaded."""
 
     id = fields.String(required=True)
-    versions = fields.List(fields.Integer(), required=True, metadata={"description": "In the repository."})
+    versions = fields.List(
+        fields.Integer(),
+        required=True,
+        allow_none=True,
+        metadata={"description": "In the repository; null with `at`: what it had in the past is not known."},
+    )
     state = fields.String(required=True, validate=_values(ModelState))
     version = fields.Integer(required=True, allow_none=True)
     next_version = fields.Integer(required=True, allow_none=True)
@@ -209,6 +265,12 @@ class ModelSchema(AnswerSchema):
         metadata={"description": "Of the `ModelLoaded` behind it."},
     )
     files = fields.List(fields.Nested(FileSchema), required=True)
+    prepared = fields.Nested(
+        PreparedSchema,
+        required=True,
+        allow_none=True,
+        metadata={"description": "The prepared form that its workers loaded; null is the files themselves."},
+    )
     memory_bytes = fields.Integer(required=True, allow_none=True)
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
     instances = fields.Integer(
@@ -216,6 +278,8 @@ class ModelSchema(AnswerSchema):
         allow_none=True,
         metadata={"description": "Workers that are left, which may be fewer than were loaded."},
     )
+    as_of = fields.Integer(metadata={"description": _AS_OF_IN_THE_PAST})
+    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
 
 
 class ModelListSchema(AnswerSchema):
@@ -223,6 +287,7 @@ class ModelListSchema(AnswerSchema):
 
     models = fields.List(fields.Nested(ModelSchema), required=True)
     as_of = fields.Integer(required=True, metadata={"description": "The position this reflects."})
+    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
     next_cursor = fields.String(required=True, allow_none=True)
 
 
@@ -231,6 +296,7 @@ class JobListSchema(AnswerSchema):
 
     jobs = fields.List(fields.Nested(JobSchema), required=True)
     as_of = fields.Integer(required=True, metadata={"description": "The position this reflects."})
+    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
     next_cursor = fields.Integer(required=True, allow_none=True)
 
 

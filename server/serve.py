@@ -5,20 +5,33 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import os
 import resource
 import signal
+import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import uvloop
 from aiohttp import web
 
 from server.app import create_app
 from server.config import Config
+from server.connections import Limits
 from server.health import dead, vital
+from server.listening import listening
+from server.loginferences import watch_inferences
+from server.logledger import telling
+from server.logs import STDERR, logging_to_stderr
+from server.notify import Notifier
 from server.shortcut import shorten
+from server.telemetry import TELEMETRY, open_telemetry
+from server.tls import Certificate
 
 _log = logging.getLogger(__name__)
+
+STDOUT = 1
 
 MALLOC_OPTIONS = {
     -1: 64 * 2**20,  # M_TRIM_THRESHOLD: so much is kept; some large requests at a time, with their answers
@@ -36,18 +49,28 @@ def serve(config: Config, announce: Callable[[str], None]) -> int:
         announce: told the server's URL once it is ready.
 
     Raises:
+        TlsProblem: the certificate or its key cannot be used.
         LedgerProblem: the data directory is in use, or its ledger cannot be opened.
         RuntimeProblem: the fork server cannot be started.
         OSError: the address cannot be listened on.
     """
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # It logs, with a traceback, each request that is no HTTP, and anybody may send those; what goes wrong in
-    # our handlers is logged where it is answered.
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    _fill_standard_streams()
     _allow_many_descriptors()
     _keep_freed_memory()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config, announce))
+    with logging_to_stderr(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, announce, Notifier(os.environ)))
+
+
+def _fill_standard_streams() -> None:
+    """Open what was closed of stdin, stdout and stderr, so that nothing else gets their numbers.
+
+    Log lines would be written into a socket or a file of ours, and libuv aborts when it closes one of them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if getattr(sys, "stdout", None) is None:  # as Python has it where it was closed
+        sys.stdout = os.fdopen(STDOUT, "w", closefd=False)
 
 
 def _allow_many_descriptors() -> None:
@@ -68,27 +91,48 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-async def _serve(config: Config, announce: Callable[[str], None]) -> int:
+async def _serve(config: Config, announce: Callable[[str], None], manager: Notifier) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = create_app(config)
+    app.cleanup_ctx.append(telling)
+    telemetry = open_telemetry(config, os.environ)
+    if telemetry is not None:
+        app[TELEMETRY] = telemetry
     runner = web.AppRunner(
         app,
         access_log=None,
         shutdown_timeout=config.drain_timeout_s / 2,  # it waits as long twice: for handlers, then connections
-        auto_decompress=False,  # it is done before authentication, and a small body may become a huge one
         handler_cancellation=True,  # an inference that nobody waits for any more must not hold up the next
     )
     try:
         await runner.setup()
         shorten(runner, app)
-        site = web.TCPSite(runner, config.host, config.port)
-        await site.start()
-        announce(_url(runner, config))
-        return await _until_end(app, stop)
+        watch_inferences(runner, app)
+        async with _listening(runner, config) as url:
+            announce(url)
+            manager.ready(url)
+            living = asyncio.create_task(manager.live())
+            try:
+                return await _until_end(app, stop)
+            finally:
+                manager.stopping()
+                living.cancel()  # from here on the manager's limit for stopping counts
     finally:
         await runner.cleanup()
+        if telemetry is not None:
+            await telemetry.close()
+
+
+@asynccontextmanager
+async def _listening(runner: web.AppRunner, config: Config) -> AsyncIterator[str]:
+    """Listen while the server serves, and give its URL."""
+    assert runner.server is not None, "the runner is not set up"
+    where = listening(runner.server, config.host, config.port, Limits.of(config), _tls(config))
+    async with where as port:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        yield f"{'http' if config.tls_cert is None else 'https'}://{host}:{port}"
 
 
 async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
@@ -102,7 +146,7 @@ async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
     return 1 if defects else 0
 
 
-def _url(runner: web.AppRunner, config: Config) -> str:
-    port = runner.addresses[0][1]
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{port}"
+def _tls(config: Config) -> ssl.SSLContext | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return Certificate(config.tls_cert, config.tls_key).context

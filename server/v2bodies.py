@@ -14,13 +14,19 @@ from aiohttp import web
 
 from runtime.repository import MODEL_FILE
 from server import strictjson
+from server.errors import ServerProblem
 from server.modelconfig import BACKEND
-from server.parameters import NotSupported
 from server.protocol import PLATFORM
 from server.validation import MAX_JSON_BYTES, InvalidBody, read_body
 
 HONOURED = ("max_batch_size", "dynamic_batching", "instance_group", "version_policy")
 """What a load's configuration may choose. Whatever else there is belongs to the model, or is not ours."""
+
+
+class NotSupported(ServerProblem):
+    """This is part of the protocol, but nothing here does it."""
+
+    code = "not_supported"
 
 
 class InstanceGroup(msgspec.Struct):
@@ -78,7 +84,9 @@ LOAD_BODY = body_doc(
             "properties": {
                 "config": {
                     "type": "string",
-                    "description": f"Triton's model configuration as JSON. Honoured: {', '.join(HONOURED)}.",
+                    "description": f"Triton's model configuration as JSON. Honoured: {', '.join(HONOURED)}. "
+                    "What else a load can be asked for with is what the model's loadledger.toml says, or "
+                    "the server's settings; POST /api/v1/models/{id}/load takes it per request.",
                 }
             },
         }

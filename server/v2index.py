@@ -54,6 +54,8 @@ def _versions(model: Model) -> dict[int, _Version]:
     if model.last_version is not None:
         reason = model.error.message if model.error is not None else UNLOADED
         versions[model.last_version] = _Version("UNAVAILABLE", reason)
+    if model.previous is not None:
+        versions[model.previous.version] = _Version("UNAVAILABLE", "it made way for another version")
     versions |= {load.version: _Version("LOADING") for load in model.loads}
     serving = model.serving
     if serving is not None:  # said last: a version that serves can be asked while it is loaded anew

@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp_apispec import docs, match_info_schema, response_schema
 from marshmallow import fields
 
-from events.accept import RequestUnload
+from events.commands import RequestUnload
 from events.errors import RequestRefused
 from events.jobs import Job, JobStatus
 from events.models import Model
@@ -41,6 +41,7 @@ _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large
 _LOAD_ERRORS = (
     "invalid_defaults",
     "invalid_model",
+    "warm_up_failed",
     "model_changed",
     "unsafe_file",
     "crash_loop",
@@ -51,6 +52,8 @@ _LOAD_ERRORS = (
     "queue_full",
     "worker_died",
     "out_of_memory",
+    "insufficient_memory",
+    "too_many_loaded",
     "timeout",
     "fork_server_died",
     "fork_server_unavailable",
@@ -63,7 +66,7 @@ class JobDidNotComplete(ServerProblem):
 
     def __init__(self, job: Job) -> None:
         error = job.error
-        reason = error.message if error is not None else "it was ended by an unload"
+        reason = error.message if error is not None else _how_cancelled(job)
         version = "" if job.version is None else f"version {job.version}: "
         super().__init__(
             f"{job.kind} failed for model '{job.model_id}': {version}{reason}",
@@ -167,6 +170,10 @@ async def _unload(app: web.Application, model_id: str, subject: str) -> Job | No
         if not app[LOG].state.queue(model_id):
             return None
     return None
+
+
+def _how_cancelled(job: Job) -> str:
+    return "it was cancelled" if job.cancel_requested else "it was ended by an unload"
 
 
 def _code_of(job: Job) -> str:

@@ -204,7 +204,7 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
             case "match_info" | "path":
                 request[_PATH] = _load(schema, dict(request.match_info), "path", InvalidParameter)
             case "querystring" | "query":
-                request[_QUERY] = _load(schema, _query(request), "query", InvalidParameter)
+                request[_QUERY] = _load(schema, _query(request, schema), "query", InvalidParameter)
             case "headers":
                 request[_HEADERS] = _load(schema, _headers(request, schema), "headers", InvalidParameter)
             case location:
@@ -227,11 +227,17 @@ async def _body(request: web.Request) -> Any:
         raise InvalidBody(str(error)) from None
 
 
-def _query(request: web.Request) -> Mapping[str, str]:
+def _query(request: web.Request, schema: Schema) -> Mapping[str, object]:
+    given: dict[str, object] = {}
     for name in request.query:
-        if len(request.query.getall(name)) > 1:
+        values = request.query.getall(name)
+        if isinstance(schema.load_fields.get(name), fields.List):
+            given[name] = values
+        elif len(values) > 1:
             raise InvalidParameter(f"query: {name}: Must be given once.")
-    return dict(request.query)
+        else:
+            given[name] = values[0]
+    return given
 
 
 def _headers(request: web.Request, schema: Schema) -> Mapping[str, str]:

@@ -14,8 +14,9 @@ from runtime.consumer import Consumer
 _HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
 
 
-def job_view(job: Job, consumer: Consumer) -> dict[str, Any]:
-    """Return a job with the live values of the consumer laid over it."""
+def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
+    """Return a job with the live values of the consumer, which the past has none of, laid over it."""
+    runs, waits = job.status is JobStatus.IN_PROGRESS, job.status is JobStatus.PENDING
     parameters = msgspec.to_builtins(job.load if job.load is not None else job.unload)
     return {
         "id": job.id,
@@ -23,13 +24,14 @@ def job_view(job: Job, consumer: Consumer) -> dict[str, Any]:
         "model_id": job.model_id,
         "version": job.version,
         "status": job.status.value,
-        "stage": consumer.stage(job) if job.status is JobStatus.IN_PROGRESS else None,
-        "waiting_for": consumer.waiting_for(job) if job.status is JobStatus.PENDING else None,
+        "stage": consumer.stage(job) if consumer and runs else None,
+        "waiting_for": consumer.waiting_for(job) if consumer and waits else None,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
         "requested_by": job.requested_by,
         "cause": job.cause.value,
+        "cancel_requested": job.cancel_requested,
         "attempt": job.attempt,
         "position": job.position,
         "parameters": parameters,
@@ -37,8 +39,13 @@ def job_view(job: Job, consumer: Consumer) -> dict[str, Any]:
     }
 
 
-def model_view(model_id: str, state: State, versions: list[int], active: Model | None) -> dict[str, Any]:
-    """Return a model of the state, or one that is only in the repository, with its `versions` there."""
+def model_view(
+    model_id: str, state: State, versions: list[int] | None, active: Model | None
+) -> dict[str, Any]:
+    """Return a model of the state, or one that is only in the repository, with its `versions` there.
+
+    What the repository had in the past is not known: `versions` is null then.
+    """
     model = state.models.get(model_id) or Model(model_id)
     serving = model.serving
     return {
@@ -53,6 +60,7 @@ def model_view(model_id: str, state: State, versions: list[int], active: Model |
         "job_id": serving.load_job_id if serving else None,
         "position": serving.position if serving else None,
         "files": msgspec.to_builtins(serving.files) if serving else [],
+        "prepared": msgspec.to_builtins(serving.prepared) if serving else None,
         "memory_bytes": serving.memory_bytes if serving else None,
         "error": _failure(model.error),
         "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,

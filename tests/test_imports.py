@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("events", "migrations", "runtime", "server")
+PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
 WORKER = "runtime.worker"
 # What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
 CHILD_PROCESSES = ("runtime.forkserver", WORKER)
@@ -70,9 +70,10 @@ def reachable(module: str) -> set[str]:
 
 def only_the_worker_uses() -> set[str]:
     """The worker's module, and those that nothing but these imports."""
+    imported = {user: own(names) for user, names in IMPORTS.items()}
+    users = {module: {user for user in IMPORTS if module in imported[user]} for module in IMPORTS}
     found = {WORKER}
     while True:
-        users = {module: {user for user in IMPORTS if module in own(IMPORTS[user])} for module in IMPORTS}
         more = {module for module, by in users.items() if by and by <= found} - found
         if not more:
             return found
@@ -82,12 +83,13 @@ def only_the_worker_uses() -> set[str]:
 @pytest.mark.parametrize(
     ("package", "above"),
     [
-        ("migrations", {"events", "runtime", "server"}),
-        ("events", {"runtime", "server"}),
-        ("runtime", {"server"}),
+        ("migrations", {"events", "loadledger", "runtime", "server"}),
+        ("events", {"loadledger", "runtime", "server"}),
+        ("runtime", {"loadledger", "server"}),
+        ("server", {"loadledger"}),
     ],
 )
-def test_imports_point_from_server_to_runtime_to_events(package: str, above: set[str]) -> None:
+def test_imports_point_from_the_command_to_server_to_runtime_to_events(package: str, above: set[str]) -> None:
     back = {
         (module, name)
         for module, names in IMPORTS.items()
@@ -98,7 +100,9 @@ def test_imports_point_from_server_to_runtime_to_events(package: str, above: set
 
 
 def test_the_web_framework_appears_in_server_only() -> None:
-    assert packages_that_import("aiohttp", "aiohttp_apispec") == {"server"}
+    assert packages_that_import("aiohttp_apispec") == {"server"}
+    beside = {module for module in importers_of("aiohttp") if top(module) != "server"}
+    assert beside == {"loadledger.looping", "loadledger.loopconnections"}  # the client for event loops
 
 
 def test_sqlite_appears_in_events_only() -> None:

@@ -5,29 +5,21 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from support.events import MODEL, PLAIN, History, as_event, at, drafts, ids
 
-from events.accept import (
-    MAX_QUEUE,
-    Accepted,
-    Command,
-    Decision,
-    Existing,
-    FileStat,
-    Record,
-    Refused,
-    RequestLoad,
-    RequestUnload,
-    accept,
-)
-from events.jobs import LoadParameters
+from events.accept import MAX_QUEUE, Accepted, Decision, Existing, Refused, accept
+from events.commands import Command, FileStat, Record, RequestCancel, RequestLoad, RequestUnload
+from events.jobs import LoadParameters, load_parameters
 from events.state import State
-from events.types import Cause, Draft, LoadRequested, LoadStarted, UnloadRequested, recorded
+from events.types import Cause, Draft, Idempotency, LoadRequested, LoadStarted, UnloadRequested, recorded
 
+KEY = Idempotency("5f" * 32, "c0" * 32)
 FILES = (FileStat("model.onnx", 4_096, 1),)
 CHANGED = (FileStat("model.onnx", 4_096, 2),)
 
@@ -41,6 +33,8 @@ STEPS: dict[str, Told] = {
     "ask_swap": lambda h: h.ask_load("L2", version=2),
     "start_swap": lambda h: h.start_load("L2", version=2),
     "end_swap": lambda h: h.end_load("L2", version=2),
+    "make_way": lambda h: h.unload("S", "L", cause=Cause.SWAP),
+    "fail_swap": lambda h: h.fail_load("L2", version=2),
     "swap": lambda h: h.load("L2", version=2),
     "ask_end_of_old": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
     "start_end_of_old": lambda h: h.start_unload("S"),
@@ -56,6 +50,9 @@ STEPS: dict[str, Told] = {
     "ask_back": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
     "start_back": lambda h: h.start_load("R"),
     "restart": lambda h: h.restart(),
+    "cancel": lambda h: h.ask_cancel("L"),
+    "cancel_swap": lambda h: h.ask_cancel("L2"),
+    "cancel_unload": lambda h: h.ask_cancel("U"),
     "load_other": lambda h: h.load("O", of="other"),
     "ask_other": lambda h: h.ask_load("O", of="other"),
     "ask_unload_other": lambda h: h.ask_unload("P", "O", of="other"),
@@ -70,7 +67,7 @@ def told(words: str) -> State:
 
 
 def decide(state: State, command: Command) -> Decision:
-    return accept(state, command, lambda: "new")
+    return accept(state, command, lambda: "new", at(9_999))
 
 
 def load(version: int = 1, files: tuple[FileStat, ...] = FILES, cause: Cause = Cause.REQUEST) -> RequestLoad:
@@ -98,6 +95,48 @@ def test_a_load_that_repairs_a_model_makes_it_what_it_was_but_for_what_is_asked(
         assert draft.data.instances == instances
 
 
+def kept(state: State, command: RequestLoad) -> tuple[str | None, LoadParameters]:
+    """Return the load whose workers are kept for what is accepted, and the parameters that are recorded."""
+    decision = decide(state, command)
+    assert isinstance(decision, Accepted)
+    [draft] = decision.drafts
+    assert isinstance(draft.data, LoadRequested)
+    return draft.data.keeps_load_job_id, load_parameters(draft.data)
+
+
+def asking(command: RequestLoad, **parameters: Any) -> RequestLoad:
+    return replace(command, parameters=LoadParameters(**parameters), asked=frozenset(parameters))
+
+
+def test_how_long_a_loaded_model_stays_is_changed_by_a_load_that_keeps_its_workers() -> None:
+    loaded = told("load_pair")
+    assert kept(loaded, asking(load(), pinned=True)) == ("P", LoadParameters(instances=2, pinned=True))
+    assert kept(loaded, asking(load(), keep_alive_s=5)) == ("P", LoadParameters(instances=2, keep_alive_s=5))
+    asked = asking(load(), pinned=True, priority="low", timeout_s=9)
+    as_it_is = LoadParameters(instances=2, pinned=True, priority="low", timeout_s=9)
+    assert kept(loaded, asked) == ("P", as_it_is)
+
+
+@pytest.mark.parametrize(
+    ("facts", "command"),
+    [
+        ("load", asking(load(), pinned=True, instances=3)),
+        ("load", asking(load(), pinned=True, memory_limit_bytes=2**30)),
+        ("load", asking(load(2), pinned=True)),
+        ("load", asking(load(files=CHANGED), pinned=True)),
+        ("load_pair die_1", asking(load(), pinned=True)),
+        ("load die", asking(load(), pinned=True)),
+        ("load restart", asking(load(), pinned=True)),
+        ("load ask_unload", asking(load(), pinned=True)),
+        ("", asking(load(), pinned=True)),
+    ],
+)
+def test_nothing_is_kept_of_what_is_not_as_it_is_asked_for_when(facts: str, command: RequestLoad) -> None:
+    keeps, parameters = kept(told(facts), command)
+    assert keeps is None
+    assert parameters.pinned
+
+
 NEW = "new"
 
 LOADS: list[tuple[str, str, RequestLoad, str]] = [
@@ -107,6 +146,13 @@ LOADS: list[tuple[str, str, RequestLoad, str]] = [
     ("the same is under way, whatever its files are now", "ask start", load(files=CHANGED), "L"),
     ("the same is loaded", "load", load(), "L"),
     ("the same is loaded, on demand", "load", load(cause=Cause.DEMAND), "L"),
+    ("another version is loaded, on demand", "load", load(2, cause=Cause.DEMAND), "L"),
+    ("another version is under way, on demand", "ask start", load(2, cause=Cause.DEMAND), "L"),
+    ("another version is being unloaded, on demand", "load ask_unload", load(2, cause=Cause.DEMAND), NEW),
+    ("it is loaded and is never to be idle", "load", asking(load(), keep_alive_s=-1), "L"),
+    ("it is loaded and not pinned, as is asked", "load", asking(load(), pinned=False), "L"),
+    ("it is loaded and is to be pinned", "load", asking(load(), pinned=True), NEW),
+    ("it is loading, and is to be pinned", "ask start", asking(load(), pinned=True), "L"),
     ("its files have changed", "load", load(files=CHANGED), NEW),
     ("a file was added", "load", load(files=(*FILES, FileStat("weights.bin", 1, 1))), NEW),
     ("its files are gone", "load", load(files=()), NEW),
@@ -153,6 +199,10 @@ LOADS: list[tuple[str, str, RequestLoad, str]] = [
     ("its worker died and its recovery is pending", "load die ask_back", load(), "R"),
     ("the server was started again with it lost", "load restart", load(), NEW),
     ("the server was started again amid the load", "ask start restart", load(), "L"),
+    ("the same is pending, and being cancelled", "ask cancel", load(), NEW),
+    ("the same is under way, and being cancelled", "ask start cancel", load(), NEW),
+    ("the swap away from it is being cancelled, and may still win", "load ask_swap cancel_swap", load(), NEW),
+    ("an unload is being cancelled, and may still win", "load ask_unload cancel_unload", load(), NEW),
 ]
 
 
@@ -170,12 +220,12 @@ def test_job_behind_a_load_when(facts: str, command: RequestLoad, job: str) -> N
 
 def test_an_accepted_load_is_one_event_with_all_that_was_asked_for() -> None:
     parameters = LoadParameters("high", 10, 20, 30, "auto", pinned=True, instances=2)
-    command = RequestLoad(MODEL, 3, FILES, "alice", parameters, Cause.DEMAND, "e7")
+    command = RequestLoad(MODEL, 3, FILES, "alice", parameters, Cause.DEMAND, "e7", idempotency=KEY)
     assert decide(State(), command) == Accepted(
         (
             Draft(
                 id=NEW,
-                data=LoadRequested("high", 10, 20, 30, "auto", True, 2, Cause.DEMAND, "e7"),
+                data=LoadRequested("high", 10, 20, 30, "auto", True, 2, Cause.DEMAND, "e7", KEY),
                 actor="alice",
                 job_id=NEW,
                 model_id=MODEL,
@@ -191,8 +241,9 @@ def test_the_order_of_files_does_not_make_a_reload() -> None:
     history.load("L")
     model = history.model()
     assert model.serving is not None
-    files = (replace(model.serving.files[0], path="b"), replace(model.serving.files[0], path="a"))
-    history.state.models[MODEL] = replace(model, serving=replace(model.serving, files=files))
+    files = tuple(structs.replace(model.serving.files[0], path=path) for path in "ba")
+    serving = structs.replace(model.serving, files=files)
+    history.state.models[MODEL] = structs.replace(model, serving=serving)
     stats = (FileStat("a", 4_096, 1), FileStat("b", 4_096, 1))
     assert decide(history.state, load(files=stats)) == Existing("L")
     assert decide(history.state, load(files=stats[::-1])) == Existing("L")
@@ -212,6 +263,11 @@ UNLOADS: list[tuple[str, str, RequestUnload, str]] = [
     ("it is in mid-swap", "load ask_swap start_swap", unload(), "new:L2"),
     ("a swap is pending", "load ask_swap", unload(), "new:L2"),
     ("it is in mid-swap, with force", "load ask_swap start_swap", unload(force=True), "new:L"),
+    ("it makes way for a swap", "load ask_swap ask_end_of_old start_end_of_old", unload(), "new:L2"),
+    ("it made way for a swap", "load ask_swap make_way", unload(), "new:L2"),
+    ("it made way for a swap that is under way", "load ask_swap make_way start_swap", unload(), "new:L2"),
+    ("it made way for a swap, with force", "load ask_swap make_way", unload(force=True), "new:L2"),
+    ("it made way for nothing", "load ask_swap make_way start_swap fail_swap", unload(), "new:L"),
     ("it was swapped", "load swap", unload(), "new:L2"),
     (
         "it was swapped and the old version drains",
@@ -245,6 +301,13 @@ UNLOADS: list[tuple[str, str, RequestUnload, str]] = [
         "load ask_unload start_unload ask_again",
         unload(force=True),
         "new:L",
+    ),
+    ("an unload is being cancelled", "load ask_unload cancel_unload", unload(), "new:L"),
+    (
+        "an unload has begun and was to be cancelled",
+        "load ask_unload cancel_unload start_unload",
+        unload(),
+        "U",
     ),
     ("it was unloaded", "load ask_unload end_unload", unload(), "not_loaded"),
     ("it was unloaded, with force", "load ask_unload end_unload", unload(force=True), "not_loaded"),
@@ -301,12 +364,14 @@ def test_outcome_of_an_unload_when(facts: str, command: RequestUnload, outcome: 
 
 
 def test_an_accepted_unload_is_one_event_about_the_version_that_it_ends() -> None:
-    command = RequestUnload(MODEL, "bob", force=True, cause=Cause.EVICTION, cause_event_id="e9")
+    command = RequestUnload(
+        MODEL, "bob", force=True, cause=Cause.EVICTION, cause_event_id="e9", idempotency=KEY
+    )
     assert decide(told("load swap"), command) == Accepted(
         (
             Draft(
                 id=NEW,
-                data=UnloadRequested(force=True, load_job_id="L2", cause=Cause.EVICTION, cause_event_id="e9"),
+                data=UnloadRequested(True, "L2", Cause.EVICTION, "e9", KEY),
                 actor="bob",
                 job_id=NEW,
                 model_id=MODEL,
@@ -321,6 +386,49 @@ def test_a_refusal_says_that_force_would_end_the_load() -> None:
     decision = decide(told("ask start"), unload())
     assert isinstance(decision, Refused)
     assert "force=true" in decision.message
+
+
+ONLY: list[tuple[str, str, str, str]] = [
+    ("it is loaded", "load", "L", "new:L"),
+    ("it is lost", "load die", "L", "new:L"),
+    ("the server lost it", "load restart", "L", "new:L"),
+    ("nothing was ever there", "", "L", "not_loaded"),
+    ("the load is pending", "ask", "L", "not_loaded"),
+    ("the load is under way", "ask start", "L", "not_loaded"),
+    ("another load is under way", "load ask_swap start_swap", "L", "not_loaded"),
+    ("another load serves", "load swap", "L", "not_loaded"),
+    ("it serves in the place of another", "load swap", "L2", "new:L2"),
+    ("it serves, and the one before drains", "load swap ask_end_of_old start_end_of_old", "L2", "new:L2"),
+    ("an unload is pending", "load ask_unload", "L", "not_loaded"),
+    ("an unload is pending, and being cancelled", "load ask_unload cancel_unload", "L", "not_loaded"),
+    ("an unload is under way", "load ask_unload start_unload", "L", "not_loaded"),
+    ("a forced unload is pending", "load force", "L", "not_loaded"),
+    ("it was unloaded", "load ask_unload end_unload", "L", "not_loaded"),
+    ("it was loaded again", "load ask_unload end_unload load_pair", "L", "not_loaded"),
+    ("its recovery is pending", "load die ask_back", "L", "not_loaded"),
+    ("another model has it", "load_other", "O", "not_loaded"),
+]
+
+
+@pytest.mark.parametrize(
+    ("facts", "only", "outcome"), [row[1:] for row in ONLY], ids=[row[0] for row in ONLY]
+)
+@pytest.mark.parametrize("force", [False, True], ids=["gently", "with force"])
+def test_outcome_of_an_unload_of_one_load_and_no_newer_when(
+    facts: str,
+    only: str,
+    outcome: str,
+    force: bool,  # noqa: FBT001 - a column of the table
+) -> None:
+    command = RequestUnload(MODEL, "system", force=force, cause=Cause.IDLE, load_job_id=only)
+    match decide(told(facts), command):
+        case Accepted((Draft(data=UnloadRequested(load_job_id=ended)),), job):
+            assert (f"new:{ended}", job) == (outcome, NEW)
+        case Refused(code, message):
+            assert code == outcome
+            assert MODEL in message
+        case decision:
+            pytest.fail(f"{decision}")
 
 
 def test_facts_are_recorded_as_they_are() -> None:
@@ -341,6 +449,12 @@ def queue_of(length: int) -> State:
 def test_the_queue_takes_256_jobs() -> None:
     assert MAX_QUEUE == 256
     assert isinstance(decide(queue_of(MAX_QUEUE - 1), load()), Accepted)
+
+
+def test_what_is_wanted_on_demand_leaves_room_for_what_is_asked_for() -> None:
+    on_demand = load(cause=Cause.DEMAND)
+    assert isinstance(decide(queue_of(MAX_QUEUE // 2 - 1), on_demand), Accepted)
+    assert isinstance(decide(queue_of(MAX_QUEUE // 2), on_demand), Refused)
 
 
 @pytest.mark.parametrize("cause", list(Cause))
@@ -393,12 +507,37 @@ COMMANDS = st.builds(
 )
 
 
+CODES = {
+    "not_loaded",
+    "nothing_loaded",
+    "queue_full",
+    "already_finished",
+    "already_started",
+    "idempotency_mismatch",
+}
+KEYS = st.none() | st.builds(Idempotency, st.sampled_from("kl"), st.sampled_from("fg"))
+CANCELS = st.builds(RequestCancel, st.sampled_from(["job1", "job2", "job3", "a"]), st.just("alice"), KEYS)
+SYSTEM_UNLOADS = st.builds(
+    RequestUnload,
+    MODELS,
+    st.just("system"),
+    cause=st.sampled_from([Cause.IDLE, Cause.EVICTION]),
+    load_job_id=st.sampled_from(["job1", "job2", "a"]),
+)
+KEYED = st.builds(lambda command, key: replace(command, idempotency=key), COMMANDS, KEYS)
+
+
 @PLAIN
-@given(st.lists(COMMANDS | drafts().map(lambda draft: Record((draft,))), max_size=40))
+@given(
+    st.lists(
+        COMMANDS | KEYED | CANCELS | SYSTEM_UNLOADS | drafts().map(lambda draft: Record((draft,))),
+        max_size=40,
+    )
+)
 def test_whatever_is_commanded_accept_decides_and_names_jobs_that_exist(commands: list[Command]) -> None:
     state, new_id = State(), ids("job")
     for command in commands:
-        decision = accept(state, command, new_id)
+        decision = accept(state, command, new_id, at(state.position))
         match decision:
             case Accepted(accepted):
                 for draft in accepted:
@@ -406,9 +545,10 @@ def test_whatever_is_commanded_accept_decides_and_names_jobs_that_exist(commands
                     state.apply(recorded(draft, position, at(position)))
             case Existing(job_id):
                 serving = {model.serving.load_job_id for model in state.models.values() if model.serving}
-                assert job_id in {job.id for job in state.unended()} | serving
+                known = {key.job_id for key in state.keys.values()}
+                assert job_id in {job.id for job in state.unended()} | serving | known
             case Refused(code, message):
-                assert code in {"not_loaded", "nothing_loaded", "queue_full"}
+                assert code in CODES
                 assert message
 
 
@@ -418,12 +558,12 @@ def test_the_same_command_twice_is_one_job(facts: list[Draft], command: RequestL
     history = History()
     for number, draft in enumerate(facts, 1):
         history.state.apply(as_event(draft, number, number))
-    first = accept(history.state, command, lambda: "first")
+    first = accept(history.state, command, lambda: "first", at(99))
     if isinstance(first, Accepted):
         (draft,) = first.drafts
         position = history.state.position + 1
         history.state.apply(recorded(draft, position, at(position)))
-        second = accept(history.state, command, lambda: "second")
+        second = accept(history.state, command, lambda: "second", at(99))
         assert second == Existing("first")
     else:
-        assert accept(history.state, command, lambda: "second") == first
+        assert accept(history.state, command, lambda: "second", at(99)) == first

@@ -46,6 +46,8 @@ ASKED: Told = lambda history: history.ask_load("L")  # noqa: E731 - reads as a r
 STARTED: Told = lambda history: history.start_load("L")  # noqa: E731
 RESTARTED: Told = lambda history: history.restart()  # noqa: E731
 STOPPED_AND_RESTARTED: Told = lambda history: history.restart(unclean=False)  # noqa: E731
+CANCEL: Told = lambda history: history.ask_cancel("L")  # noqa: E731
+CANCEL_UNLOAD: Told = lambda history: history.ask_cancel("U")  # noqa: E731
 LOADED: Told = lambda history: history.load("L")  # noqa: E731
 ASKED_TO_UNLOAD: Told = lambda history: history.ask_unload("U", "L")  # noqa: E731
 
@@ -192,6 +194,43 @@ def test_a_job_that_has_ended_never_changes(end: Data, data: Data) -> None:
     ended = told(ASKED, STARTED, add(end, "L")).job("L")
     late = as_event(Draft("x", data, SYSTEM, "L", MODEL, 1), 9, 9)
     assert evolve_job(ended, late) is ended
+
+
+CANCELS: list[tuple[str, list[Told], str, bool, bool]] = [
+    # facts, job, whether it was asked for, whether it is in time
+    ("a load that nobody asked to cancel", [ASKED], "L", False, False),
+    ("a pending load", [ASKED, CANCEL], "L", True, True),
+    ("a load under way", [ASKED, STARTED, CANCEL], "L", True, True),
+    ("a load that began meanwhile", [ASKED, CANCEL, STARTED], "L", True, True),
+    ("a load that ended meanwhile", [ASKED, CANCEL, STARTED, add(model_loaded(), "L")], "L", True, False),
+    ("a load that had ended", [LOADED, CANCEL], "L", False, False),
+    ("a load, and the server died", [ASKED, STARTED, CANCEL, RESTARTED], "L", True, True),
+    ("a load that was cancelled", [ASKED, CANCEL, add(JobCancelled(), "L")], "L", True, False),
+    ("a pending unload", [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD], "U", True, True),
+    (
+        "an unload that began meanwhile",
+        [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD, add(UnloadStarted(), "U")],
+        "U",
+        True,
+        False,
+    ),
+    (
+        "an unload that had begun when the server died",
+        [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD, add(UnloadStarted(), "U"), RESTARTED],
+        "U",
+        True,
+        False,
+    ),
+    ("an unload, and the server died", [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD, RESTARTED], "U", True, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("facts", "job", "cancel"), [(*row[1:3], row[3:]) for row in CANCELS], ids=[row[0] for row in CANCELS]
+)
+def test_cancel_of(facts: list[Told], job: str, cancel: tuple[bool, bool]) -> None:
+    found = told(*facts).job(job)
+    assert (found.cancel_requested, found.cancelling) == cancel
 
 
 @pytest.mark.parametrize("data", [ServerStopped(), AccessDenied("load", 1), Unknown("Later", 1, {})])

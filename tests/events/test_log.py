@@ -15,9 +15,9 @@ import pytest
 from support.events import MODEL, START, child, facts, ids, opened, write
 
 import migrations
-from events.accept import Record, RequestLoad, RequestUnload
 from events.bodies import from_body
 from events.clock import stamp
+from events.commands import Record, RequestLoad, RequestUnload
 from events.errors import (
     ForeignDatabase,
     FutureSchema,
@@ -90,9 +90,9 @@ async def test_what_was_answered_is_read_by_another_connection(path: Path) -> No
 
 async def test_the_file_is_written_ahead_and_synced_at_each_commit(path: Path) -> None:
     async with opened(path) as log:
-        assert log._connection is not None
-        assert log._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert log._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert log._database._connection is not None
+        assert log._database._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert log._database._connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
 SUBMIT_FOR_EVER = """
@@ -324,9 +324,9 @@ async def test_what_is_queried_by_is_what_is_hashed(path: Path) -> None:
 
 def forbid_growth(log: Log) -> None:
     """Let this connection, and no other, find the disk full."""
-    assert log._connection is not None
-    (pages,) = log._connection.execute("PRAGMA page_count").fetchone()
-    assert log._connection.execute(f"PRAGMA max_page_count = {pages}").fetchone() == (pages,)
+    assert log._database._connection is not None
+    (pages,) = log._database._connection.execute("PRAGMA page_count").fetchone()
+    assert log._database._connection.execute(f"PRAGMA max_page_count = {pages}").fetchone() == (pages,)
 
 
 async def test_a_full_disk_fails_the_group_and_the_log_recovers_by_itself(path: Path) -> None:
@@ -347,8 +347,8 @@ async def test_a_full_disk_fails_the_group_and_the_log_recovers_by_itself(path: 
 async def test_a_writer_from_outside_fails_the_group_and_the_log_recovers_by_itself(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 3)
-        assert log._connection is not None
-        log._connection.execute("PRAGMA busy_timeout = 20")
+        assert log._database._connection is not None
+        log._database._connection.execute("PRAGMA busy_timeout = 20")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LogUnavailable):
@@ -361,8 +361,8 @@ async def test_a_writer_from_outside_fails_the_group_and_the_log_recovers_by_its
 async def test_a_connection_that_is_gone_fails_the_group_and_the_log_recovers_by_itself(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 1)
-        assert log._connection is not None
-        log._connection.close()
+        assert log._database._connection is not None
+        log._database._connection.close()
         with pytest.raises(LogUnavailable):
             await log.submit(fact("late"))
         assert [receipt.position for receipt in await write(log, 1, first=2)] == [2]
@@ -446,7 +446,7 @@ async def main(path, scope):
         wal = descriptor_of(path.with_name(path.name + "-wal"))
         assert wal > spare
         os.close(spare)  # what is opened anew has other numbers, so that only this WAL's fsync fails
-        await log._in_thread(lambda: fail_fsync(wal if scope == "once" else None))
+        await log._database.run(lambda: fail_fsync(wal if scope == "once" else None))
         results = await asyncio.gather(*map(log.submit, facts(5, first=4)), return_exceptions=True)
         print([getattr(result, "position", type(result).__name__) for result in results])
         print(log.healthy, log.head.position)
@@ -498,7 +498,7 @@ async def test_close_writes_what_is_waiting_and_refuses_what_comes_later(path: P
 async def test_close_leaves_one_file_and_no_thread_behind(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 3)
-        threads = set(log._thread._threads)
+        threads = set(log._database._thread._threads)
     assert [each.name for each in path.parent.iterdir()] == ["ledger.db"]
     assert not any(thread.is_alive() for thread in threads)
 

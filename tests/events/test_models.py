@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.events import (
     MODEL,
     PLAIN,
@@ -21,10 +22,14 @@ from support.events import (
 )
 
 from events.jobs import Failure, JobKind, LoadParameters
+from events.modelfold import INCIDENT_WINDOW_S, MAX_FOOTPRINTS
 from events.models import (
     CRASH_LOOP,
     FORK_SERVER_DIED,
-    INCIDENT_WINDOW_S,
+    INSUFFICIENT_MEMORY,
+    TIMEOUT,
+    TOO_MANY_LOADED,
+    Footprint,
     Model,
     ModelState,
     PendingLoad,
@@ -40,6 +45,7 @@ from events.types import (
     LoadFailed,
     LoadStarted,
     ModelUnloaded,
+    Prepared,
     ServerStopped,
     Unknown,
     UnloadFailed,
@@ -54,6 +60,10 @@ Told = Callable[[History], object]
 
 def cancel(job: str) -> Told:
     return lambda history: history.add(JobCancelled(), job)
+
+
+def want_cancel(job: str) -> Told:
+    return lambda history: history.add(CancelRequested(), job)
 
 
 def fail_unload(job: str) -> Told:
@@ -109,6 +119,18 @@ STEPS: dict[str, Told] = {
     "restore": lambda h: h.load("R", cause=Cause.RESTART),
     "ask_restore": lambda h: h.ask_load("R", cause=Cause.RESTART),
     "ask_stranger": lambda h: h.ask_unload("U", "somebody else's"),
+    "ask_in_place": lambda h: h.ask_load("L2", version=2, strategy="in_place"),
+    "end_old": lambda h: h.end_unload("S"),
+    "loop_S": lambda h: h.unload("S2", "L", cause=Cause.SWAP),
+    "ask_old": lambda h: h.ask_load("R", cause=Cause.SWAP),
+    "no_room_back": lambda h: h.fail_load("R", INSUFFICIENT_MEMORY),
+    "no_place_back": lambda h: h.fail_load("R", TOO_MANY_LOADED),
+    "late_back": lambda h: h.fail_load("R", TIMEOUT),
+    "no_room_again": lambda h: h.fail_load("L3", INSUFFICIENT_MEMORY),
+    "late_again": lambda h: h.fail_load("L3", TIMEOUT),
+    "forkserver_fails_swap": lambda h: h.fail_load("L2", FORK_SERVER_DIED, version=2),
+    "force_swap": lambda h: h.ask_unload("F", "L2", force=True),
+    **{f"want_cancel_{job}": want_cancel(job) for job in ("L", "L2", "L3", "R", "U")},
     **{f"cancel_{job}": cancel(job) for job in ("L", "L2", "L3", "R", "U", "F", "S")},
     **{f"fail_{job}": fail_unload(job) for job in ("U", "S")},
 }
@@ -121,6 +143,9 @@ def told(words: str) -> History:
         STEPS[word](history)
     return history
 
+
+MADE_WAY = "made way for another version"
+GAP = "load ask_in_place ask_end_of_old start_end_of_old end_of_old"
 
 STATES: list[tuple[str, str, ModelState, int | None, int | None]] = [
     # (given and when, facts, then: state, version, next version)
@@ -280,6 +305,98 @@ STATES: list[tuple[str, str, ModelState, int | None, int | None]] = [
     ("the server died while it was unloaded", "load ask_unload end_unload restart", UNLOADED, 1, None),
     ("the server died while it was failed", "ask fail restart", FAILED, 1, None),
     ("the server died while it was lost", "load die restart", LOST, 1, None),
+    # In place: the old version is ended first.
+    ("it is to make way", "load ask_in_place ask_end_of_old", LOADED, 1, None),
+    ("it makes way", "load ask_in_place ask_end_of_old start_end_of_old", UNLOADING, 1, None),
+    (f"it {MADE_WAY}", GAP, LOADING, 1, None),
+    (f"it {MADE_WAY}, and the other is loading", f"{GAP} start_swap", LOADING, 2, None),
+    (f"it {MADE_WAY}, and the other is there", f"{GAP} start_swap end_swap", LOADED, 2, None),
+    (f"it {MADE_WAY}, and the other failed", f"{GAP} start_swap fail_swap", LOST, 1, None),
+    (f"it {MADE_WAY}, and the other failed before it began", f"{GAP} fail_swap", LOST, 1, None),
+    (f"it {MADE_WAY}, and the fork server died", f"{GAP} forkserver_fails_swap", LOST, 1, None),
+    (f"it {MADE_WAY}, and the other was cancelled", f"{GAP} start_swap cancel_L2", LOST, 1, None),
+    (f"it {MADE_WAY}, and a third waits", f"{GAP} ask_again fail_swap", LOADING, 2, None),
+    (f"it {MADE_WAY}, and the third is there", f"{GAP} fail_swap again", LOADED, 1, None),
+    (f"it {MADE_WAY}, and no third came either", f"{GAP} ask_again fail_swap fail_again", LOST, 1, None),
+    (f"it {MADE_WAY}, and the server died", f"{GAP} start_swap restart", LOADING, 2, None),
+    (f"it {MADE_WAY}, the server died, and it failed", f"{GAP} restart fail_swap", LOST, 1, None),
+    (f"it {MADE_WAY}, and is to end", f"{GAP} ask_unload_of_swap end_swap end_unload", UNLOADED, 2, None),
+    (f"it {MADE_WAY}, is to end, and the other failed", f"{GAP} ask_unload_of_swap fail_swap", LOST, 1, None),
+    (
+        f"it {MADE_WAY}, the other failed, and all has ended",
+        f"{GAP} ask_unload_of_swap fail_swap start_unload end_unload",
+        UNLOADED,
+        2,
+        None,
+    ),
+    (f"it {MADE_WAY}, and force came", f"{GAP} force_swap cancel_L2 end_force", UNLOADED, 1, None),
+    (f"it {MADE_WAY} and comes back", f"{GAP} fail_swap ask_old start_back", LOADING, 1, None),
+    (f"it {MADE_WAY} and is back", f"{GAP} fail_swap ask_old start_back end_back", LOADED, 1, None),
+    (f"it {MADE_WAY} and failed to come back", f"{GAP} fail_swap ask_old fail_back", LOST, 1, None),
+    (f"it {MADE_WAY} and kept failing", f"{GAP} fail_swap ask_old loop_back", FAILED, 1, None),
+    (f"it {MADE_WAY}, and it was asked twice", f"{GAP} loop_S", LOADING, 1, None),
+    (
+        "the other was cancelled before it had made way",
+        "load ask_in_place ask_end_of_old start_end_of_old cancel_L2 end_of_old",
+        LOST,
+        1,
+        None,
+    ),
+    (
+        "the other failed before it had made way",
+        "load ask_in_place ask_end_of_old start_end_of_old fail_swap",
+        UNLOADING,
+        1,
+        None,
+    ),
+    ("it died before it had made way", "load ask_in_place ask_end_of_old die", LOST, 1, None),
+    ("it died and made way", "load ask_in_place ask_end_of_old die end_of_old", LOADING, 1, None),
+    (
+        "the server died while it made way",
+        "load ask_in_place ask_end_of_old start_end_of_old restart",
+        LOST,
+        1,
+        None,
+    ),
+    (
+        "the server died while it made way, which ended",
+        "load ask_in_place ask_end_of_old start_end_of_old restart end_of_old",
+        LOADING,
+        1,
+        None,
+    ),
+    (
+        "force came while it made way",
+        "load ask_in_place ask_end_of_old start_end_of_old force cancel_L2 end_force",
+        UNLOADED,
+        1,
+        None,
+    ),
+    (
+        "force came while it made way, which then ended",
+        "load ask_in_place ask_end_of_old start_end_of_old force cancel_L2 end_force end_of_old",
+        UNLOADED,
+        1,
+        None,
+    ),
+    # What is wanted back.
+    ("its reload was cancelled by somebody", "load die ask_back want_cancel_R cancel_R", UNLOADED, 1, None),
+    ("its restore was cancelled", "load restart ask_restore want_cancel_R cancel_R", UNLOADED, 1, None),
+    (
+        "the return of what made way was cancelled",
+        f"{GAP} fail_swap ask_old start_back want_cancel_R cancel_R",
+        UNLOADED,
+        1,
+        None,
+    ),
+    ("a person's load of it was cancelled", "load die ask_again want_cancel_L3 cancel_L3", LOST, 1, None),
+    ("its end was cancelled while it was lost", "load die ask_unload want_cancel_U cancel_U", LOST, 1, None),
+    ("its recovery was late", "load die ask_back late_back", LOST, 1, None),
+    ("its recovery had no room at all", "load die ask_back no_room_back", FAILED, 1, None),
+    ("it had no place after a start", "load restart ask_restore no_place_back", FAILED, 1, None),
+    ("a person's load of it was late", "load die ask_again late_again", LOST, 1, None),
+    ("a person's load of it never fits", "load die ask_again no_room_again", LOST, 1, None),
+    ("a person's load of it was late amid", "load die ask_again start_again late_again", FAILED, 1, None),
 ]
 
 
@@ -302,9 +419,12 @@ def test_what_serves_and_what_waits_agree_with_the_state_when(facts: str) -> Non
 
 def assert_coherent(history: History) -> None:
     for model in history.state.models.values():
+        if model.previous is not None:
+            assert (model.phase, model.serving, model.lost_by) == (UNLOADED, None, None)
+            assert model.loads  # one of which takes its place, or it is wanted back
         kept = model.phase in {LOADED, UNLOADING, LOST}
         assert (model.serving is not None) == kept
-        assert (model.rank is not None) == kept
+        assert (model.rank is not None) == (kept or model.previous is not None)
         assert model.phase is not LOADING
         assert (model.lost_by is not None) == (model.lost_at is not None) == (model.phase is LOST)
 
@@ -331,6 +451,7 @@ def test_a_loaded_model_tells_which_bytes_were_loaded_by_whom_and_with_what() ->
         ),
         rank=3,
         last_version=3,
+        footprints=(Footprint(3, (file(),), 1_000),),
     )
 
 
@@ -476,6 +597,107 @@ def test_a_model_that_does_not_serve_is_not_degraded(facts: str) -> None:
 def test_what_lost_a_model_and_since_when(facts: str, by: Cause | None, when: int | None) -> None:
     model = told(facts).model()
     assert (model.lost_by, model.lost_at) == (by, None if when is None else at(when))
+
+
+# What made way for another version.
+
+
+def test_what_made_way_is_remembered_until_the_other_is_there() -> None:
+    before = told("load").model()
+    gap = told(GAP).model()
+    assert (gap.previous, gap.serving, gap.rank) == (before.serving, None, before.rank)
+    there = told(f"{GAP} start_swap end_swap").model()
+    assert there.previous is None
+
+
+@pytest.mark.parametrize(
+    ("end", "at_s"), [("start_swap fail_swap", 9), ("start_swap cancel_L2", 9), ("restart fail_swap", 9)]
+)
+def test_what_made_way_in_vain_is_wanted_back_at_once_as_it_was(end: str, at_s: int) -> None:
+    before, model = told("load").model(), told(f"{GAP} {end}").model()
+    assert (model.serving, model.previous, model.rank) == (before.serving, None, before.rank)
+    assert (model.lost_by, model.lost_at, model.incidents) == (Cause.SWAP, at(at_s), ())
+
+
+def test_a_model_that_made_way_in_vain_says_why() -> None:
+    assert told(f"{GAP} fail_swap").model().error == Failure("broken", "because")
+
+
+@pytest.mark.parametrize(
+    ("cancelled", "kept_as_is"),
+    [("cancel_R", False), ("want_cancel_R cancel_R", True), ("want_cancel_R cancel_R again", False)],
+    ids=["by the system", "by somebody", "by somebody, and then somebody loaded it"],
+)
+def test_a_model_whose_repair_somebody_cancelled_is_left_as_it_is(
+    cancelled: str,
+    kept_as_is: bool,  # noqa: FBT001 - a column of the table
+) -> None:
+    model = told(f"load_pair die_1 ask_back {cancelled}").model()
+    assert model.serving is not None
+    assert model.serving.kept_as_is is kept_as_is
+
+
+def test_a_model_whose_repair_has_no_room_is_left_as_it_is_and_that_is_no_incident() -> None:
+    history = told("load_pair die_1 ask_back")
+    incidents = history.model().incidents
+    history.fail_load("R", INSUFFICIENT_MEMORY)
+    model = history.model()
+    assert model.serving is not None
+    assert (model.state, model.serving.kept_as_is, model.incidents) == (LOADED, True, incidents)
+
+
+# What versions took.
+
+
+def test_the_footprint_of_a_version_is_that_of_one_worker_rounded_up() -> None:
+    history = History()
+    history.ask_load("L", instances=3)
+    history.start_load("L")
+    history.add(model_loaded("w1", "w2", "w3"), "L")  # which took 2,000 together
+    assert history.model().footprints == (Footprint(1, (file(),), 667),)
+
+
+def test_the_footprint_is_that_of_the_files_loaded_last() -> None:
+    history = told("load")
+    history.load("L4", mtime_ns=2)
+    assert [footprint.files for footprint in history.model().footprints] == [(file(2),)]
+
+
+def test_of_the_same_files_the_highest_peak_counts() -> None:
+    history = told("load")
+    for load, peak in (("L4", 9_000), ("L5", 500)):
+        history.ask_load(load)
+        history.start_load(load)
+        history.add(replace(model_loaded(f"w-{load}"), peak_memory_bytes=peak), load)
+    assert history.model().footprints == (Footprint(1, (file(),), 9_000),)
+
+
+def test_what_a_prepared_form_takes_is_known_apart_from_what_the_files_take_bare() -> None:
+    history = told("load")
+    form = Prepared("optimised", "ab" * 32)
+    for load, prepared, peak in (("L4", form, 300), ("L5", None, 500), ("L6", form, 200)):
+        history.ask_load(load)
+        history.start_load(load)
+        history.add(replace(model_loaded(f"w-{load}"), prepared=prepared, peak_memory_bytes=peak), load)
+    found = [(each.form, each.peak_memory_bytes) for each in history.model().footprints]
+    assert found == [(None, 2_000), ("optimised", 300)]
+    assert serving(history, MODEL).prepared == form
+    history.load("L7", mtime_ns=2)
+    assert [(each.form, each.files) for each in history.model().footprints] == [(None, (file(2),))]
+
+
+def test_the_footprints_of_the_versions_loaded_last_are_kept_whatever_becomes_of_the_model() -> None:
+    history = History()
+    for version in (1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 10):
+        history.load(f"V{version}-{history.seconds}", version=version)
+    kept = [4, 5, 6, 7, 8, 9, 2, 10]
+    assert len(kept) == MAX_FOOTPRINTS
+    assert [footprint.version for footprint in history.model().footprints] == kept
+    history.restart()
+    history.unload("U", serving(history, MODEL).load_job_id)
+    history.ask_load("X", version=11)
+    history.fail_load("X", version=11)
+    assert [footprint.version for footprint in history.model().footprints] == kept
 
 
 # Which model is active.

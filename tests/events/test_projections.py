@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support.events import MODEL, PLAIN, History, drafts, load_requested, model_loaded, opened
 
 from events import store
-from events.accept import Record
 from events.bodies import from_body
+from events.commands import Record
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.state import State
@@ -56,7 +56,7 @@ async def reopened(path: Path) -> State:
         return log.state
 
 
-@settings(PLAIN, max_examples=60)  # each writes and syncs a file
+@settings(PLAIN, max_examples=30)  # each writes and syncs a file
 @given(GROUPS)
 def test_stored_tables_are_what_folding_from_the_base_gives(groups: list[list[list[Draft]]]) -> None:
     with TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.events import MODEL, facts, ids, load_requested, opened, write
 
-from events.accept import Record
+from events.commands import Record
 from events.errors import ForeignDatabase, FutureSchema, LogUnavailable
 from events.jobs import JobStatus
 from events.log import Log

@@ -4,24 +4,25 @@ import asyncio
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.events import PLAIN, START, History, opened
 
-from events.accept import Record
 from events.bodies import from_body
 from events.canonical import canonical
+from events.commands import Record
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable
+from events.storedjobs import StoredJobs
 from events.types import Draft, Unknown
-from events.verify import Finding, Verification, verify
+from events.verify import Finding, Kind, Verification, verify
 
 
 class Row(NamedTuple):
@@ -266,6 +267,23 @@ def test_a_forged_body_in_a_good_chain_is_a_finding_and_never_an_error(body: byt
     assert verification.finding.position in {5, HEAD}
 
 
+@pytest.mark.parametrize(
+    "change_body",
+    [
+        lambda body: b'{"actor":"mallory",' + body[1:],
+        lambda body: body[:1] + b" " + body[1:],
+        lambda body: body.replace(b"alice", b"\\u0061lice"),
+        lambda body: body[:-1] + b',"z":1.5}',
+    ],
+    ids=["a key twice", "white space", "escapes", "a float"],
+)
+def test_a_body_that_is_not_in_the_canonical_form_is_found(change_body: Callable[[bytes], bytes]) -> None:
+    index = next(index for index, row in enumerate(ROWS) if b'"actor":"alice"' in row.body)
+    row = ROWS[index]._replace(body=change_body(ROWS[index].body))
+    finding = found_in(rehashed([*ROWS[:index], row, *ROWS[index + 1 :]])).finding
+    assert finding == Finding(index + 1, "the body is not in the canonical form")
+
+
 @pytest.mark.parametrize("body", [b'{"position":5,"x":"\xff"}', b"\x80", b'{"a":"\xed\xa0\x80"}'])
 def test_a_body_that_is_not_utf_8_is_found(body: bytes) -> None:
     forged = rehashed([*ROWS[:4], ROWS[4]._replace(body=body), *ROWS[5:]])
@@ -326,6 +344,21 @@ def test_a_base_that_is_gone_is_found(statements: list[str]) -> None:
         assert verify(path).finding == Finding(0, "the base of the chain is missing")
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO archives VALUES (3, 1, zeroblob(32), '', 'a.gz', zeroblob(32), zeroblob(32))",
+        "INSERT INTO archives VALUES (3, 2, zeroblob(32), '', 'a.gz', zeroblob(32), zeroblob(32))",
+    ],
+)
+def test_archives_that_are_told_of_where_the_log_is_whole_are_found(statement: str) -> None:
+    with copy() as path:
+        change(path, statement)
+        finding = verify(path).finding
+        assert finding is not None
+        assert (finding.position, finding.kind) == (0, Kind.BASE)
+
+
 # What is stored beside the log.
 
 
@@ -353,6 +386,22 @@ def test_a_base_that_is_gone_is_found(statements: list[str]) -> None:
         (
             "UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE id = 'L'",
             "the stored jobs differ from the log's at '\ufffd'",
+        ),
+        (
+            "UPDATE jobs SET id = CAST(id AS BLOB) WHERE id = 'L'",
+            "the stored jobs differ from the log's at 'L'",
+        ),
+        (
+            "UPDATE models SET id = CAST(id AS BLOB) WHERE id = 'other'",
+            "the stored models differ from the log's at 'other'",
+        ),
+        (
+            "UPDATE models SET body = CAST(body AS BLOB) WHERE id = 'other'",
+            "the stored models differ from the log's at 'other'",
+        ),
+        (
+            "UPDATE jobs SET created_position = -1 WHERE id = 'L'",
+            "the stored jobs differ from the log's at 'L'",
         ),
         ("INSERT INTO models VALUES ('ghost', '{}')", "the stored models differ from the log's at 'ghost'"),
         (
@@ -383,6 +432,34 @@ def test_the_stored_body_of_a_job_need_not_even_be_json_to_be_named() -> None:
         assert verify(path).finding == Finding(HEAD, "the stored jobs differ from the log's at 'L'")
 
 
+@pytest.mark.parametrize("position", ["NULL", "'z'", "2.5", "x'00'"])
+def test_a_job_whose_position_is_none_is_named(position: str) -> None:
+    with copy() as path:
+        change(
+            path,
+            "CREATE TABLE forged AS SELECT created_position, id, body FROM jobs",
+            "DROP TABLE jobs",
+            "ALTER TABLE forged RENAME TO jobs",
+            f"UPDATE jobs SET created_position = {position} WHERE id = 'L'",
+        )
+        assert verify(path).finding == Finding(HEAD, "the stored jobs differ from the log's at 'L'")
+
+
+def test_of_many_jobs_that_are_too_many_one_is_read() -> None:
+    with copy() as path:
+        change(
+            path,
+            "WITH RECURSIVE numbers (n) AS (SELECT 1000 UNION ALL SELECT n + 1 FROM numbers WHERE n < 9999)"
+            " INSERT INTO jobs (created_position, id, body) SELECT n, 'x' || n, body"
+            " FROM numbers, (SELECT body FROM jobs LIMIT 1)",
+        )
+        with closing(sqlite3.connect(path)) as connection:
+            connection.text_factory = bytes
+            stored = StoredJobs(connection)
+            assert stored.difference(()) == "the stored jobs differ from the log's at 'L'"
+            assert next(stored._walk)[1] == b"L2"
+
+
 # The file.
 
 
@@ -401,6 +478,9 @@ def test_a_changed_byte_of_the_file_is_found_or_changes_no_event(index: int, bit
 
 @PLAIN
 @given(st.integers(0, len(LEDGER) - 1))
+@example(len(LEDGER) - 1)
+@example(len(LEDGER) - 4_000)
+@example(len(LEDGER) - 4_096)
 def test_a_file_that_was_cut_off_is_never_verified(length: int) -> None:
     with copy() as path:
         path.write_bytes(LEDGER[:length])

@@ -27,8 +27,9 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
+from runtime.admission import MAX_SERVER_DEATHS
 from runtime.errors import WorkerDied
-from runtime.scheduler import MAX_INCIDENTS, MAX_SERVER_DEATHS
+from runtime.scheduler import MAX_INCIDENTS
 
 SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
 """Loads for half a minute, if it is let; the file has 2.5 MB."""
@@ -121,7 +122,7 @@ async def test_known_bytes_are_not_hashed_again(folder: Path) -> None:
     async with running(folder) as engine:
         await engine.load("adder")
         await engine.unload("adder")
-        assert engine.consumer._hashed["adder", 2] != ()
+        assert engine.consumer._applier._hashed["adder", 2] != ()
         await engine.load("adder")
         first, second = await every(engine, ModelLoaded, of="adder")
         assert first.files == second.files

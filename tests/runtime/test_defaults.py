@@ -1,6 +1,7 @@
 """A model's loadledger.toml, as it is and as it may be meant to do harm."""
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,17 @@ from pathlib import Path
 import pytest
 from support import models
 
-from runtime.defaults import DEFAULTS_FILE, MAX_DEFAULTS_BYTES, InvalidDefaults, read_defaults
+from runtime.defaults import (
+    DEFAULTS_FILE,
+    MAX_DEFAULTS_BYTES,
+    InvalidDefaults,
+    WarmUp,
+    read_defaults,
+    read_warm_up,
+)
 from runtime.errors import InvalidModelId
 from runtime.repository import Repository
+from runtime.wire import Tensor
 
 
 @pytest.fixture
@@ -30,7 +39,9 @@ def written(root: Path, content: bytes) -> Path:
 def refusal(root: Path) -> str:
     with pytest.raises(InvalidDefaults) as refused:
         read_defaults(Repository(root), "m")
-    assert str(refused.value).startswith("m/loadledger.toml ")
+    with pytest.raises(InvalidDefaults, match=re.escape(str(refused.value))):
+        read_warm_up(Repository(root), "m")
+    assert str(refused.value).startswith(("m/loadledger.toml ", "m/loadledger.toml: "))
     assert str(root) not in str(refused.value)
     return str(refused.value)
 
@@ -116,3 +127,69 @@ def test_what_is_no_file_of_the_repository_is_not_read(
 def test_a_model_id_cannot_lead_out_of_the_repository(root: Path) -> None:
     with pytest.raises(InvalidModelId):
         read_defaults(Repository(root), "..")
+
+
+INPUT = b"[[warm_up.inputs]]\nname = 'x'\ndatatype = 'INT64'\nshape = [2, 1]\ndata = %s\n"
+
+
+def test_a_model_that_says_nothing_of_its_warm_up_leaves_it_to_the_server(root: Path) -> None:
+    assert read_warm_up(Repository(root), "m") == WarmUp(None, ())
+    written(root, b"instances = 2\n[warm_up]\n")
+    assert read_warm_up(Repository(root), "m") == WarmUp(None, ())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_warm_up_can_be_switched_and_is_no_default_of_a_load(root: Path, *, enabled: bool) -> None:
+    written(root, b"instances = 2\nwarm_up.enabled = %s\n" % str(enabled).lower().encode())
+    assert read_warm_up(Repository(root), "m") == WarmUp(enabled, ())
+    assert read_defaults(Repository(root), "m") == {"instances": 2}
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"[1, -2]", b"[1,-2]"),
+        (b"[[1], [0x7FFFFFFFFFFFFFFF]]", b"[[1],[9223372036854775807]]"),
+        (b"[1.5, 1e300]", b"[1.5,1e+300]"),
+        (b"[true, [false]]", b"[true,[false]]"),
+        (b'[\'\xc3\xa4\', "\\u0000\\""]', '["ä","\\u0000\\""]'.encode()),
+        (b"[]", b"[]"),
+    ],
+    ids=["flat", "nested", "floats", "booleans", "texts", "empty"],
+)
+def test_inputs_of_a_warm_up_are_what_a_request_would_bring(root: Path, data: bytes, text: bytes) -> None:
+    written(root, INPUT % data)
+    assert read_warm_up(Repository(root), "m").inputs == (Tensor("x", "INT64", (2, 1), text, text=True),)
+
+
+BAD_WARM_UPS = [
+    (b"warm_up = true", "m/loadledger.toml: warm_up: Expected `object`"),
+    (b"warm_up.enabled = 'yes'", "m/loadledger.toml: warm_up.enabled: Expected `bool`, got `str`"),
+    (b"warm_up.on = true", "warm_up: Object contains unknown field `on`"),
+    (b"warm_up.inputs = 1", "warm_up.inputs: Expected `array`"),
+    (b"warm_up.inputs = [1]", "warm_up.inputs[0]: Expected `object`"),
+    (INPUT % b"[1]" + b"datatypes = 1", "warm_up.inputs[0]: Object contains unknown field `datatypes`"),
+    (b"[[warm_up.inputs]]\nname = 'x'", "warm_up.inputs[0]: Object missing required field `datatype`"),
+    ((INPUT % b"[1]") * 2 + b"x = 1", "warm_up.inputs[1]: "),
+    (INPUT % b"1", "warm_up.inputs[0].data: Expected `array`, got `int`"),
+    (INPUT % b"[1979-05-27]", "warm_up.inputs[0].data: takes numbers, booleans, strings and lists"),
+    (INPUT % b"[[{a = 1}]]", "warm_up.inputs[0].data: takes numbers, booleans, strings and lists"),
+    (INPUT % b"[1.0, nan]", "warm_up.inputs[0].data: takes no infinity and no NaN"),
+    (INPUT % (b"[0x" + b"f" * 9000 + b"]"), "warm_up.inputs[0].data: has a number that no datatype can hold"),
+    (INPUT.replace(b"[2, 1]", b"[-1]") % b"[]", "warm_up.inputs[0].shape[0]: Expected `int` >= 0"),
+    (INPUT.replace(b"[2, 1]", b"[0x%s]" % (b"f" * 90)) % b"[]", "warm_up.inputs[0].shape[0]: "),
+    (INPUT.replace(b"[2, 1]", b"[true]") % b"[]", "warm_up.inputs[0].shape[0]: Expected `int`"),
+    (INPUT.replace(b"[2, 1]", b"[" + b"1," * 65 + b"]") % b"[]", "warm_up.inputs[0].shape: Expected `array`"),
+    (
+        INPUT.replace(b"INT64", b"int64") % b"[]",
+        "warm_up.inputs[0].datatype: 'int64' is no datatype; known: ",
+    ),
+    (INPUT.replace(b"INT64", b"FP16") % b"[]", "warm_up.inputs[0].datatype: FP16 has no form as text"),
+    (INPUT.replace(b"'x'", b"'%s'" % (b"x" * 5000)) % b"[]", "warm_up.inputs[0].name: Expected `str` of"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_WARM_UPS, ids=[row[1] for row in BAD_WARM_UPS])
+def test_a_warm_up_that_is_none_is_refused_naming_the_key(root: Path, content: bytes, words: str) -> None:
+    written(root, content)
+    assert words in refusal(root)

@@ -290,11 +290,11 @@ async def test_start_waits_for_the_next_fork_server() -> None:
 
 
 async def test_stopped_fork_server_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "FORK_LIMIT_S", 0.2)
     async with running_pool() as pool:
         before = await pool.start("before")
         first = fork_server_of(pool)
         await freeze(first.pid)
+        monkeypatch.setattr(pool_module, "FORK_LIMIT_S", 0.2)
         with pytest.raises(ForkServerUnavailable, match="did not answer"):
             await pool.start("w")
         assert await asyncio.shield(before.ended) == Exit(None, None)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from support import models
 from support.running import Engine, running
 from support.workers import array, floats, tensor, trips, until
 
+from events.jobs import LoadParameters
 from events.models import ModelState
 from events.types import WorkerExited
 from runtime.errors import (
@@ -22,7 +24,7 @@ from runtime.errors import (
     UnknownModel,
     WorkerDied,
 )
-from runtime.router import ModelNotLoaded, ModelUnloading
+from runtime.router import ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
 
 SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
 """Loads for half a minute, if it is let."""
@@ -99,7 +101,7 @@ async def test_another_version_than_the_loaded_one_does_not_answer(folder: Path)
     async with running(folder) as engine:
         await engine.load("adder", 1)
         problem = await refusal(engine, "adder", 2)
-        assert isinstance(problem, ModelNotLoaded)
+        assert isinstance(problem, OtherVersionLoaded)
         assert "version 1 is" in str(problem)
         assert '{"version": 2}' in str(problem)
 
@@ -307,3 +309,39 @@ async def test_answers_and_refusals_are_counted(folder: Path) -> None:
         counted = engine.live("adder").statistics
         assert (counted.requests, counted.failures, counted.executions) == (3, 1, 3)
         assert counted.total_ns >= counted.infer_ns > 0
+
+
+async def test_a_model_was_last_used_when_its_last_inference_ended_answered_or_not(folder: Path) -> None:
+    async with running(folder) as engine:
+        await engine.load("loop")
+        load = engine.live("loop")
+        assert load.last_used_ns == 0
+        await engine.infer("loop", trips(1))
+        answered_ns = load.last_used_ns
+        assert 0 < answered_ns <= time.monotonic_ns()
+        with pytest.raises(InvalidInput):
+            await engine.infer("loop")
+        refused_ns = load.last_used_ns
+        assert refused_ns > answered_ns
+        asked = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
+        await until(lambda: engine.worker("loop").in_flight == 1)
+        assert load.last_used_ns == refused_ns
+        asked.cancel()
+        await asyncio.wait([asked])
+        assert load.last_used_ns > refused_ns
+
+
+async def test_a_model_that_makes_way_for_another_version_says_so(folder: Path) -> None:
+    async with running(folder) as engine:
+        await engine.load("adder", 1)
+        models.save_bytes(SLOW, folder / "models", "adder", 3)
+        swap = await engine.ask_load("adder", 3, LoadParameters(strategy="in_place"))
+        await engine.recorded(lambda: engine.model("adder").previous is not None)
+        problem = await refusal(engine, "adder")
+        assert isinstance(problem, ModelReplaced)
+        assert "is being replaced by another version" in str(problem)
+        await engine.loading("adder")
+        engine.kill("adder")
+        await engine.ended(swap)
+        await engine.becomes("adder", ModelState.LOADED)
+        assert engine.router.route("adder").version == 1

@@ -1,159 +1,16 @@
-"""What the scheduler decides, as tables of recorded facts and running processes, and in simulated worlds.
-
-Facts are told in the words of STEPS: `L…`, `R…` are loads and `U…`, `F…` (forced), `S` (a swap's) unloads of
-the model `digits`; `O…` are loads of the model `other`; `P` is one of two instances, `P1` and `P2`. Processes
-are told as `<load>:<phase>`, with `!` when they were killed, and then `/<worker>` for each that died. An
-action is named as `said` does.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import count
-from typing import assert_never
+"""What the scheduler decides about jobs, deaths and time, as tables of facts and processes."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.events import MODEL, PLAIN, History, at, load_requested, model_loaded
+from support.decisions import OTHER, PAIR, STEPS, decided, processes, said, told
+from support.events import MODEL, History, at
 
-from events.accept import Accepted, Command, FileStat, Record, RequestLoad, RequestUnload, accept
 from events.clock import later
-from events.jobs import Failure, Job, JobKind, JobStatus, LoadParameters
+from events.jobs import Failure
 from events.models import CRASH_LOOP, FORK_SERVER_DIED, ModelState
-from events.state import State
-from events.types import (
-    SYSTEM,
-    Cause,
-    Data,
-    Draft,
-    JobCancelled,
-    LoadFailed,
-    LoadStarted,
-    ModelUnloaded,
-    ServerStarted,
-    UnloadRequested,
-    UnloadStarted,
-    WorkerExited,
-    recorded,
-)
-from runtime.scheduler import (
-    FORK_SERVER_LOOK_S,
-    MAX_INCIDENTS,
-    Action,
-    CancelLoad,
-    CompleteLoad,
-    Decision,
-    FailLoad,
-    FinishUnload,
-    GiveUp,
-    Kill,
-    Phase,
-    Policy,
-    RecordDeath,
-    RequestReload,
-    Running,
-    StartLoad,
-    StartUnload,
-    decide,
-    is_wanted,
-)
-
-OTHER = "other"
-PAIR = Policy(loads_at_once=2)
-
-STEPS: dict[str, Callable[[History], object]] = {
-    "ask": lambda h: h.ask_load("L"),
-    "ask_briefly": lambda h: h.ask_load("L", timeout_s=10),
-    "start": lambda h: h.start_load("L"),
-    "end": lambda h: h.end_load("L"),
-    "load": lambda h: h.load("L"),
-    "fail": lambda h: h.fail_load("L"),
-    "ask_2": lambda h: h.ask_load("L2", version=2),
-    "start_2": lambda h: h.start_load("L2", version=2),
-    "end_2": lambda h: h.end_load("L2", version=2),
-    "fail_2": lambda h: h.fail_load("L2", version=2),
-    "ask_3": lambda h: h.ask_load("L3"),
-    "swap_out": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
-    "start_swap_out": lambda h: h.start_unload("S"),
-    "unload": lambda h: h.ask_unload("U", "L"),
-    "start_unload": lambda h: h.start_unload("U"),
-    "unload_2": lambda h: h.ask_unload("U", "L2"),
-    "unload_R": lambda h: h.ask_unload("U", "R"),
-    "force": lambda h: h.ask_unload("F", "L", force=True),
-    "start_force": lambda h: h.start_unload("F"),
-    "force_2": lambda h: h.ask_unload("F", "L2", force=True),
-    "force_again": lambda h: h.ask_unload("F2", "L", force=True),
-    "cancel": lambda h: h.add(JobCancelled(), "L"),
-    "die": lambda h: h.kill_worker("w-L"),
-    "fork_server_dies": lambda h: h.kill_worker("w-L", signal=None),
-    "load_pair": lambda h: h.load_pair("P"),
-    "die_1": lambda h: h.kill_worker("P1"),
-    "die_2": lambda h: h.kill_worker("P2"),
-    "unload_P": lambda h: h.ask_unload("U", "P"),
-    "recover": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
-    "start_R": lambda h: h.start_load("R"),
-    "fail_R": lambda h: h.fail_load("R"),
-    "restart": lambda h: h.restart(),
-    "restart_cleanly": lambda h: h.restart(unclean=False),
-    "ask_other": lambda h: h.ask_load("O", of=OTHER),
-    "start_other": lambda h: h.start_load("O", of=OTHER),
-    "load_other": lambda h: h.load("O", of=OTHER),
-    "unload_other": lambda h: h.ask_unload("P", "O", of=OTHER),
-}
-"""The words that the tables are told in."""
-
-
-def told(words: str) -> History:
-    history = History()
-    for word in words.split():
-        STEPS[word](history)
-    return history
-
-
-def processes(words: str) -> dict[str, Running]:
-    found = {}
-    for word in words.split():
-        load, _, phase = word.partition(":")
-        model = OTHER if load.startswith("O") else MODEL
-        phase, *dead = phase.split("/")
-        killed = phase.endswith("!")
-        found[load] = Running(load, model, Phase(phase.rstrip("!")), killed=killed, dead=tuple(dead))
-    return found
-
-
-def decided(facts: str, running: str = "", *, policy: Policy = PAIR, after_s: float = 0) -> Decision:
-    history = told(facts)
-    return decide(history.state, processes(running), policy, at(history.seconds + after_s))
-
-
-def said(action: Action | None) -> str:
-    match action:
-        case None:
-            return "nothing"
-        case StartLoad(job):
-            return f"start {job.id}"
-        case CompleteLoad(job, replaces):
-            return f"complete {job.id}" + (f", replacing {replaces}" if replaces else "")
-        case FailLoad(job, code):
-            return f"fail {job.id}" + (f": {code}" if code else "")
-        case CancelLoad(job):
-            return f"cancel {job.id}"
-        case StartUnload(job, load):
-            return f"begin {job.id} of {load}"
-        case Kill(load):
-            return f"kill {load}"
-        case FinishUnload(jobs, load):
-            return f"finish {' and '.join(job.id for job in jobs)} of {load}"
-        case RecordDeath(load, workers):
-            return " ".join(["record death of", *([load] if workers == (f"w-{load}",) else workers)])
-        case RequestReload(model, cause):
-            return f"reload {model.id}, {cause}"
-        case GiveUp(model):
-            return f"give up {model.id}"
-        case _ as never:
-            assert_never(never)
-
+from events.types import Cause
+from runtime.actions import Decision, FailLoad, GiveUp, RequestReload, StartLoad
+from runtime.scheduler import FORK_SERVER_LOOK_S, decide, is_wanted
+from runtime.sight import Conditions, Phase, Policy, Running
 
 ACTIONS: list[tuple[str, str, str, str]] = [
     # (given and when, facts, processes, then the next action)
@@ -312,6 +169,40 @@ ACTIONS: list[tuple[str, str, str, str]] = [
         "R:loading",
         "cancel R",
     ),
+    (
+        "force waits for all that it has killed",
+        "load ask_2 start_2 force cancel_2 start_force",
+        "L:gone! L2:draining!",
+        "nothing",
+    ),
+    # Cancels.
+    ("a pending load is cancelled", "ask want_cancel", "", "cancel L"),
+    ("a load is cancelled amid", "ask start want_cancel", "L:loading", "cancel L"),
+    ("a load is cancelled that is done this moment", "ask start want_cancel", "L:loaded", "cancel L"),
+    ("a load is cancelled that failed this moment", "ask start want_cancel", "L:failed", "cancel L"),
+    ("a load is cancelled that is recorded", "ask start end want_cancel", "L:serving", "nothing"),
+    ("a swap is cancelled", "load ask_2 start_2 want_cancel_2", "L:serving L2:loading", "cancel L2"),
+    ("a load behind another is cancelled", "ask start ask_2 want_cancel_2", "L:loading", "cancel L2"),
+    ("a pending unload is cancelled", "load unload want_cancel_U", "L:serving", "cancel U"),
+    (
+        "an unload is cancelled that has begun",
+        "load unload start_unload want_cancel_U",
+        "L:draining",
+        "nothing",
+    ),
+    (
+        "an unload is cancelled that had begun when the server died",
+        "load unload start_unload restart want_cancel_U",
+        "",
+        "begin U of L",
+    ),
+    ("the reload of a lost model is cancelled", "load die recover want_cancel_R cancel_R", "", "nothing"),
+    (
+        "the repair of a degraded model is cancelled",
+        "load_pair die_1 recover start_R want_cancel_R cancel_R",
+        "P:serving/P1 R:draining!",
+        "nothing",
+    ),
     # Deaths.
     ("a serving worker is gone", "load", "L:gone", "record death of L"),
     ("a draining worker died", "load unload start_unload", "L:gone", "finish U of L"),
@@ -441,18 +332,20 @@ def test_a_job_behind_another_of_its_model_says_so() -> None:
 def test_loads_wait_for_the_fork_server_and_everything_else_goes_on() -> None:
     history = told("load ask_other")
     now = at(history.seconds)
-    decision = decide(history.state, processes("L:serving"), PAIR, now, fork_server_up=False)
+    decision = decide(history.state, processes("L:serving"), PAIR, now, Conditions(fork_server_up=False))
     assert decision.action is None
     assert decision.waiting_for == {"O": "the fork server, which is being started again"}
     assert decision.wake_at == later(now, FORK_SERVER_LOOK_S)
     STEPS["unload"](history)
-    decision = decide(history.state, processes("L:serving"), PAIR, now, fork_server_up=False)
+    decision = decide(history.state, processes("L:serving"), PAIR, now, Conditions(fork_server_up=False))
     assert said(decision.action) == "begin U of L"
 
 
 def test_a_fork_server_that_nobody_waits_for_is_not_looked_at() -> None:
     history = told("load")
-    decision = decide(history.state, processes("L:serving"), PAIR, at(history.seconds), fork_server_up=False)
+    decision = decide(
+        history.state, processes("L:serving"), PAIR, at(history.seconds), Conditions(fork_server_up=False)
+    )
     assert decision == Decision()
 
 
@@ -493,7 +386,7 @@ def test_an_outcome_that_is_there_beats_the_deadline() -> None:
 
 def test_a_load_is_late_also_while_there_is_no_fork_server() -> None:
     history = told("ask_briefly")
-    decision = decide(history.state, {}, PAIR, at(history.seconds + 10), fork_server_up=False)
+    decision = decide(history.state, {}, PAIR, at(history.seconds + 10), Conditions(fork_server_up=False))
     assert isinstance(decision.action, FailLoad)
     assert "the fork server" in decision.action.message
 
@@ -596,6 +489,15 @@ def test_a_degraded_model_is_requested_again_as_a_lost_one_is(failures: int, pau
 
 
 @pytest.mark.parametrize("after_s", [0, 1_000, 1_000_000])
+def test_what_somebody_cancelled_is_not_requested_again(after_s: float) -> None:
+    for facts, running in (
+        ("load die recover want_cancel_R cancel_R", ""),
+        ("load_pair die_1 recover want_cancel_R cancel_R", "P:serving/P1"),
+    ):
+        assert decided(facts, running, after_s=after_s) == Decision()
+
+
+@pytest.mark.parametrize("after_s", [0, 1_000, 1_000_000])
 def test_a_degraded_model_that_keeps_failing_goes_on_with_what_is_left(after_s: float) -> None:
     history = degraded(4)
     decision = decide(history.state, processes("P:serving/P1"), PAIR, at(history.seconds + after_s))
@@ -692,432 +594,3 @@ def test_a_process_is_wanted_as_long_as_something_is_to_be_recorded_of_it(
     wanted: bool,  # noqa: FBT001 - a column of the table
 ) -> None:
     assert is_wanted(told(facts).state, load, MODEL) is wanted
-
-
-# Simulated worlds.
-
-NAMES = st.sampled_from(["a", "b", "c"])
-OUTCOMES = st.sampled_from(["loaded", "loaded", "refused", "dies"])
-AS_LOADED = FileStat("model.onnx", 4_096, 1)
-UNFORCED = (StartLoad, CompleteLoad, FailLoad, RequestReload, GiveUp, RecordDeath)
-"""What is not done to a model before its forced unload has ended."""
-
-
-@dataclass
-class Process:
-    """What runs for one load, as the consumer knows it; `started` is whether there are processes yet.
-
-    `dead` are the workers that ended and nobody had asked; `ended`, that all others did.
-    """
-
-    model_id: str
-    version: int
-    workers: tuple[str, ...]
-    started: bool = False
-    loaded: bool = False
-    failure: str | None = None
-    dead: dict[str, WorkerExited] = field(default_factory=dict)
-    recorded: set[str] = field(default_factory=set)
-    ended: bool = False
-    unloading: bool = False
-    killed: bool = False
-
-    def view(self, job: Job | None, load: str) -> Running:
-        return Running(load, self.model_id, self._phase(job), self.killed, tuple(self.dead))
-
-    def _phase(self, job: Job | None) -> Phase:
-        if job is not None:
-            if self.failure is not None or self.dead or self.ended:
-                return Phase.FAILED
-            return Phase.LOADED if self.loaded else Phase.LOADING
-        if self.gone:
-            return Phase.GONE
-        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
-
-    @property
-    def left(self) -> list[str]:
-        there_are = self.started and not self.ended
-        return [worker for worker in self.workers if worker not in self.dead] if there_are else []
-
-    @property
-    def gone(self) -> bool:
-        return self.started and not self.left
-
-    @property
-    def over(self) -> bool:
-        stillborn = not self.started and (self.killed or self.failure is not None)
-        return self.gone or stillborn
-
-    def die(self, end: WorkerExited, *workers: str) -> None:
-        self.dead.update({worker: end for worker in workers if worker in self.left})
-
-
-class World:
-    """A log, a clock and processes, around the real `accept`, folds and `decide`.
-
-    `act` appends what the consumer does for an action. `fault` is what the log does to the next of them:
-    `lost`, not recorded and said so; `unsure`, recorded, though it said that it was not; `twice`, the same,
-    but this was seen only after it was tried again.
-    """
-
-    def __init__(self, loads_at_once: int = 2) -> None:
-        self.state = State()
-        self.policy = Policy(loads_at_once)
-        self.live: dict[str, Process] = {}
-        self.now = at(0)
-        self.fork_server_up = True
-        self.fault: str | None = None
-        self._ids = count(1)
-
-    def new_id(self) -> str:
-        return f"j{next(self._ids)}"
-
-    def submit(self, command: Command) -> None:
-        decision = accept(self.state, command, self.new_id)
-        for draft in decision.drafts if isinstance(decision, Accepted) else ():
-            changes = self.state.apply(recorded(draft, self.state.position + 1, self.now))
-            self.state.forget_ended(changes.jobs.values())
-
-    def step(self) -> Decision:
-        """Do what the consumer does in one turn."""
-        for load, process in list(self.live.items()):
-            if not is_wanted(self.state, load, process.model_id):
-                process.killed = True
-                if process.over:
-                    del self.live[load]
-        running = {load: p.view(self.state.unended_job(load), load) for load, p in self.live.items()}
-        decision, again = (
-            decide(self.state, running, self.policy, self.now, fork_server_up=self.fork_server_up)
-            for _ in range(2)
-        )
-        assert decision == again
-        if decision.action is not None:
-            self._check(decision.action)
-            self.act(decision.action)
-        else:
-            assert not [
-                job for job in self.state.unended() if job.deadline_at and job.deadline_at <= self.now
-            ]
-        return decision
-
-    def settle(self) -> Decision:
-        """Take turns until there is nothing to do, which has to be soon."""
-        limit = 20 + 6 * (len(self.state.jobs) + len(self.live) + len(self.state.models))
-        for _ in range(limit):
-            decision = self.step()
-            if decision.action is None:
-                return decision
-        pytest.fail("busy without end")
-
-    def work(self, turns: int) -> None:
-        for _ in range(turns):
-            if self.step().action is None:
-                return
-
-    def act(self, action: Action) -> None:
-        if isinstance(action, Kill):
-            self.live[action.load_job_id].killed = True
-            return
-        fault, self.fault = self.fault, None
-        for _ in range({None: 1, "lost": 0, "unsure": 1, "twice": 2}[fault]):
-            self.submit(self._command(action))
-        if fault in {None, "twice"}:
-            self._note_deaths(action)
-            self._begin(action)
-
-    def _note_deaths(self, action: Action) -> None:
-        match action:
-            case FailLoad(job):
-                load = job.id
-            case FinishUnload(_, load) | RecordDeath(load):
-                pass
-            case _:
-                return
-        if load in self.live:
-            self.live[load].recorded.update(self.live[load].dead)
-
-    def _begin(self, action: Action) -> None:
-        """Begin the effect of what is recorded."""
-        match action:
-            case StartLoad(job):
-                assert job.version is not None
-                assert job.load is not None
-                workers = tuple(f"w{number}-{job.id}" for number in range(job.load.instances))
-                self.live[job.id] = Process(job.model_id, job.version, workers)
-            case StartUnload(job, load) if load in self.live and not job.forced:
-                self.live[load].unloading = True
-            case _:
-                pass
-
-    def _command(self, action: Action) -> Command:
-        match action:
-            case StartLoad(job):
-                return self._record(job, LoadStarted(job.attempt + 1))
-            case CompleteLoad(job, replaces):
-                drafts = [self._draft(job, model_loaded(*self.live[job.id].workers))]
-                if replaces in self.live:
-                    swap, old = self.new_id(), self.live[replaces]
-                    data = UnloadRequested(force=False, load_job_id=replaces, cause=Cause.SWAP)
-                    drafts.append(Draft(swap, data, SYSTEM, swap, job.model_id, old.version))
-                return Record(tuple(drafts))
-            case FailLoad(job, code):
-                process = self.live.get(job.id)
-                code = code or (process.failure if process else None) or "worker_died"
-                return self._record(job, LoadFailed(code, "because"), dead=job.id)
-            case CancelLoad(job):
-                return self._record(job, JobCancelled())
-            case StartUnload(job):
-                return self._record(job, UnloadStarted())
-            case FinishUnload(jobs, load):
-                ends = (self._draft(job, ModelUnloaded(0, 0, 0)) for job in jobs)
-                return Record((*self._deaths(load), *ends))
-            case RecordDeath(load, workers):
-                assert set(workers) <= self.live[load].dead.keys()
-                return Record(self._deaths(load, workers))
-            case RequestReload(model, cause):
-                assert model.serving is not None
-                serving = model.serving
-                return RequestLoad(model.id, serving.version, (), SYSTEM, serving.parameters, cause)
-            case GiveUp(model):
-                assert model.serving is not None
-                about = (SYSTEM, job_id := self.new_id(), model.id, model.serving.version)
-                failed = Draft(self.new_id(), LoadFailed(CRASH_LOOP, "because"), *about)
-                return Record((Draft(job_id, load_requested(Cause.RECOVERY), *about), failed))
-            case Kill():
-                raise AssertionError
-            case _ as never:
-                assert_never(never)
-
-    def _record(self, job: Job, data: Data, *, dead: str | None = None) -> Record:
-        return Record((*(self._deaths(dead) if dead else ()), self._draft(job, data)))
-
-    def _draft(self, job: Job, data: Data) -> Draft:
-        return Draft(self.new_id(), data, SYSTEM, job.id, job.model_id, job.version)
-
-    def _deaths(self, load: str, workers: tuple[str, ...] | None = None) -> tuple[Draft, ...]:
-        process = self.live.get(load)
-        if process is None:
-            return ()
-        new = [worker for worker in workers or process.dead if worker not in process.recorded]
-        about = (SYSTEM, load, process.model_id, process.version)
-        return tuple(Draft(self.new_id(), process.dead[worker], *about, worker) for worker in new)
-
-    def _check(self, action: Action) -> None:
-        """An unload ends after its process, and nothing else is done to a model before a forced one has."""
-        if isinstance(action, FinishUnload) and action.load_job_id in self.live:
-            assert self.live[action.load_job_id].gone
-        model, position = self._about(action)
-        forced = [job.created_position for job in self.state.queue(model) if job.forced]
-        if forced and isinstance(action, UNFORCED):
-            assert isinstance(action, FailLoad)
-            assert position > forced[-1]  # behind it one may be late
-
-    def _about(self, action: Action) -> tuple[str, int]:
-        match action:
-            case Kill(load) | RecordDeath(load):
-                return self.live[load].model_id, 0
-            case FinishUnload(jobs):
-                return jobs[0].model_id, jobs[0].created_position
-            case RequestReload(model) | GiveUp(model):
-                return model.id, 0
-            case _:
-                return action.job.model_id, action.job.created_position
-
-    def loading(self) -> list[Process]:
-        return [
-            process
-            for load, process in self.live.items()
-            if process.view(self.state.unended_job(load), load).phase is Phase.LOADING
-        ]
-
-    def alive(self) -> list[Process]:
-        return [process for process in self.live.values() if process.left]
-
-    def end_all(self) -> None:
-        """What was killed, or has drained, is gone."""
-        for process in self.alive():
-            if process.killed or process.unloading:
-                process.ended = True
-
-    def lose_fork_server(self) -> None:
-        self.fork_server_up = False
-        for process in self.alive():
-            process.die(WorkerExited(None, None, ()), *process.left)
-            process.failure = process.failure or FORK_SERVER_DIED
-
-    def progress(self, outcome: str) -> None:
-        """Let all that runs come to its end: what loads has this outcome, what is to end ends."""
-        for process in self.loading():
-            finish(process, outcome)
-        self.end_all()
-
-    def restart(self, *, unclean: bool) -> None:
-        down_since = self.state.recorded_at or None
-        self.live.clear()
-        self.fault, self.fork_server_up = None, True
-        self.submit(Record((Draft(self.new_id(), ServerStarted(unclean, down_since), SYSTEM),)))
-
-    def calm_down(self, outcome: str) -> None:
-        """Be fair for long enough; then nothing is left to do."""
-        self.fault, self.fork_server_up = None, True
-        for _ in range(60 + 8 * len(self.state.jobs)):
-            decision = self.settle()
-            if self.loading() or any(process.killed or process.unloading for process in self.live.values()):
-                self.progress(outcome)
-            elif decision.wake_at is not None:
-                self.now = decision.wake_at
-            else:
-                return
-        pytest.fail("never at rest")
-
-
-def finish(process: Process, outcome: str) -> None:
-    """End a load: it is loaded, refused, or a worker of it dies."""
-    process.started = True
-    match outcome:
-        case "loaded":
-            process.loaded = True
-        case "refused":
-            process.failure, process.killed = "invalid_model", True
-        case "dies":
-            process.failure = "worker_died"
-            process.die(WorkerExited(None, 9, ()), process.workers[-1])
-        case _:
-            pytest.fail(outcome)
-
-
-TURNS = st.sampled_from([0, 1, 2, 3, 100, 100])
-"""That the consumer takes before the next thing happens; with the last it comes to rest."""
-
-TROUBLES = [
-    "fork server dies",
-    "fork server is back",
-    "a fork fails",
-    "log loses",
-    "log is unsure",
-    "log has it twice",
-    "server is killed",
-    "server is stopped",
-]
-
-
-class Simulation(RuleBasedStateMachine):
-    """Anything happens in any order, and in the end everything ends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.world = World()
-
-    @initialize(loads_at_once=st.integers(1, 2))
-    def begin(self, loads_at_once: int) -> None:
-        self.world = World(loads_at_once)
-
-    @rule(
-        name=NAMES,
-        version=st.integers(1, 2),
-        timeout_s=st.sampled_from([5, 300, 300]),
-        instances=st.sampled_from([1, 1, 2, 3]),
-        turns=TURNS,
-    )
-    def somebody_loads(self, name: str, version: int, timeout_s: int, instances: int, turns: int) -> None:
-        parameters = LoadParameters(timeout_s=timeout_s, instances=instances)
-        asked = frozenset({"instances"} if instances > 1 else ())
-        self.world.submit(RequestLoad(name, version, (AS_LOADED,), "alice", parameters, asked=asked))
-        self.world.work(turns)
-
-    @rule(name=NAMES, turns=TURNS)
-    def files_change_and_somebody_loads(self, name: str, turns: int) -> None:
-        changed = replace(AS_LOADED, mtime_ns=2)
-        self.world.submit(RequestLoad(name, 1, (changed,), "alice"))
-        self.world.work(turns)
-
-    @rule(name=NAMES | st.none(), force=st.booleans(), turns=TURNS)
-    def somebody_unloads(self, name: str | None, *, force: bool, turns: int) -> None:
-        self.world.submit(RequestUnload(name, "alice", force))
-        self.world.work(turns)
-
-    @rule(which=st.integers(0, 3), outcome=OUTCOMES, turns=TURNS)
-    def a_load_ends(self, which: int, outcome: str, turns: int) -> None:
-        loading = self.world.loading()
-        if loading and self.world.fork_server_up:
-            finish(loading[which % len(loading)], outcome)
-        self.world.work(turns)
-
-    @rule(which=st.integers(0, 3), count=st.sampled_from([1, 1, 2, 3]), turns=TURNS)
-    def workers_of_a_model_die(self, which: int, count: int, turns: int) -> None:
-        alive = self.world.alive()
-        if alive:
-            process = alive[which % len(alive)]
-            process.die(WorkerExited(None, 9, ()), *process.left[:count])
-        self.world.work(turns)
-
-    @rule(turns=TURNS)
-    def what_is_to_end_ends(self, turns: int) -> None:
-        self.world.end_all()
-        self.world.work(turns)
-
-    @rule(seconds=st.sampled_from([0.001, 1, 30, 400]), turns=TURNS)
-    def time_passes(self, seconds: float, turns: int) -> None:
-        self.world.now = later(self.world.now, seconds)
-        self.world.work(turns)
-
-    @rule(trouble=st.sampled_from(TROUBLES), turns=TURNS)
-    def there_is_trouble(self, trouble: str, turns: int) -> None:
-        match trouble:
-            case "fork server dies":
-                self.world.lose_fork_server()
-            case "fork server is back":
-                self.world.fork_server_up = True
-            case "a fork fails":
-                for process in self.world.loading()[:1]:
-                    process.failure = process.failure or "fork_server_unavailable"
-            case "log loses":
-                self.world.fault = "lost"
-            case "log is unsure":
-                self.world.fault = "unsure"
-            case "log has it twice":
-                self.world.fault = "twice"
-            case _:
-                self.world.restart(unclean=trouble == "server is killed")
-        self.world.work(turns)
-
-    @rule(outcome=OUTCOMES)
-    def all_is_calm_for_a_while(self, outcome: str) -> None:
-        self.world.calm_down(outcome)
-        self.check_rest()
-
-    @invariant()
-    def no_more_loads_at_once_than_allowed(self) -> None:
-        assert len(self.world.loading()) <= self.world.policy.loads_at_once
-
-    @invariant()
-    def one_operation_on_a_model_at_a_time(self) -> None:
-        for name in self.world.state.models:
-            begun = [job for job in self.world.state.queue(name) if job.status is JobStatus.IN_PROGRESS]
-            if any(job.kind is JobKind.LOAD for job in begun):
-                assert len(begun) == 1
-            assert len([process for process in self.world.loading() if process.model_id == name]) <= 1
-
-    def teardown(self) -> None:
-        self.world.calm_down("loaded")
-        self.check_rest()
-
-    def check_rest(self) -> None:
-        """Every job has ended, and there is a process for each model that is loaded, and none else."""
-        state = self.world.state
-        assert state.unended() == []
-        loaded = [model for model in state.models.values() if model.phase is ModelState.LOADED]
-        serving = {model.serving.load_job_id for model in loaded if model.serving}
-        assert serving == self.world.live.keys()
-        for model in loaded:
-            assert model.serving is not None
-            assert model.serving.worker_ids == tuple(self.world.live[model.serving.load_job_id].left)
-            whole = len(model.serving.worker_ids) == model.serving.parameters.instances
-            assert whole != model.degraded
-            assert whole or len(model.incidents) >= MAX_INCIDENTS
-        wanted_back = [model for model in state.models.values() if model.phase is ModelState.LOST]
-        assert wanted_back == []
-
-
-Simulation.TestCase.settings = settings(PLAIN, max_examples=250, stateful_step_count=50)
-TestSimulation = Simulation.TestCase

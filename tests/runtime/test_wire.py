@@ -23,16 +23,22 @@ from runtime.wire import (
     TO_WORKER,
     Cancel,
     Failure,
+    Form,
     Frame,
     Infer,
     Load,
     Loaded,
     LoadedFile,
     LoadFailed,
+    LoadStage,
     MalformedFrame,
     MalformedTexts,
     Message,
     Outcome,
+    Prepare,
+    Prepared,
+    PrepareDone,
+    SourceHash,
     Stage,
     Tensor,
     TensorHead,
@@ -70,20 +76,46 @@ def files() -> st.SearchStrategy[LoadedFile]:
 specs = st.builds(
     TensorSpec, names, names, st.lists(st.integers(-1, 9), max_size=4).map(tuple), st.booleans()
 )
+forms = st.sampled_from(get_args(Form))
+prepared_forms = st.builds(
+    Prepared,
+    names,
+    forms,
+    hashes,
+    st.lists(files(), max_size=2).map(tuple),
+    st.lists(st.builds(SourceHash, names, hashes), max_size=2).map(tuple),
+)
 plain_messages: dict[Any, st.SearchStrategy[Message]] = {
-    TO_WORKER: st.builds(
-        Load,
-        names,
-        names,
-        st.lists(names, max_size=3).map(tuple),
-        numbers,
-        st.none() | numbers,
-        st.lists(files(), max_size=3).map(tuple),
-        numbers,
-        numbers,
+    TO_WORKER: st.one_of(
+        st.builds(
+            Load,
+            names,
+            names,
+            st.lists(names, max_size=3).map(tuple),
+            numbers,
+            st.none() | numbers,
+            st.lists(files(), max_size=3).map(tuple),
+            numbers,
+            numbers,
+            st.booleans(),
+            st.none() | prepared_forms,
+            st.booleans(),
+            st.booleans(),
+        ),
+        st.builds(
+            Prepare,
+            names,
+            names,
+            st.lists(names, max_size=3).map(tuple),
+            numbers,
+            st.none() | numbers,
+            st.lists(files(), max_size=3).map(tuple),
+            forms,
+            names,
+        ),
     ),
     FROM_WORKER: st.one_of(
-        st.builds(Stage, st.sampled_from(["loading", "measuring"])),
+        st.builds(Stage, st.sampled_from(get_args(LoadStage))),
         st.builds(LoadFailed, st.sampled_from(get_args(LoadCode)), names),
         st.builds(Failure, numbers, names, names),
         st.builds(
@@ -92,6 +124,15 @@ plain_messages: dict[Any, st.SearchStrategy[Message]] = {
             st.lists(specs, max_size=2).map(tuple),
             st.lists(specs, max_size=2).map(tuple),
             *[numbers] * 5,
+            st.none() | numbers,
+            st.none() | hashes,
+            st.none() | names,
+        ),
+        st.builds(
+            PrepareDone,
+            st.lists(files(), max_size=3).map(tuple),
+            st.lists(files(), max_size=3).map(tuple),
+            numbers,
         ),
     ),
     CONTROL: st.builds(Cancel, numbers),
@@ -100,6 +141,10 @@ plain_messages: dict[Any, st.SearchStrategy[Message]] = {
 
 def frame(message: Message, content: tuple[Tensor, ...] = ()) -> bytes:
     return b"".join(bytes(part) for part in encode(message, content))
+
+
+def asked(content: list[Tensor]) -> Infer:
+    return Infer(7, heads(content), (WantedOutput("y", text=True),), text=True, sent_ns=8)
 
 
 def read(decoder: Any, data: bytes, step: int = 2**30) -> list[Frame[Any]]:
@@ -126,7 +171,7 @@ def test_any_sequence_of_frames_round_trips_in_any_pieces(data: st.DataObject, s
     if decoder is not CONTROL:
         choices |= st.lists(tensors(), max_size=3).map(
             lambda ts: (
-                Infer(7, heads(ts), (WantedOutput("y", text=True),), text=True, sent_ns=8)
+                data.draw(st.sampled_from([asked(ts), Load("r", "f", (), 1, tensors=heads(ts))]))
                 if decoder is TO_WORKER
                 else Outcome(7, heads(ts), 1, 2, 3, 4, 5, 6),
                 tuple(ts),

@@ -4,12 +4,13 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from support import models
 from support.http import LocalApi, when
 from support.models import TEXT, save, save_bytes
 
 from runtime.memory import descendants
-from server.appkeys import CONSUMER_TASK, STOPPING
+from server.appkeys import CONSUMER_TASK, STOPPING, STREAMS
 
 LIVE = ("/health/live", "/v2/health/live")
 READY = ("/health/ready", "/v2/health/ready")
@@ -75,3 +76,11 @@ async def test_a_server_whose_consumer_has_ended_is_not_alive(api: LocalApi) -> 
     await when(lambda: told(api, "/health/live"), lambda seen: seen == "not well: consumer")
     for path in (*LIVE, *READY):
         assert await told(api, path) == "not well: consumer"
+
+
+@pytest.mark.parametrize("name", ["tails", "streams"])
+async def test_a_server_whose_streams_all_end_is_not_alive(api: LocalApi, name: str) -> None:
+    api.app[STREAMS].tasks[name].cancel()
+    await when(lambda: told(api, "/health/live"), lambda seen: seen != "ok")
+    for path in (*LIVE, *READY):
+        assert name in await told(api, path)

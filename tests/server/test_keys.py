@@ -1,3 +1,4 @@
+import os
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -127,3 +128,16 @@ def test_these_are_no_subjects(subject: str) -> None:
 )
 def test_these_are_subjects(subject: str) -> None:
     assert subject_refusal(subject) is None
+
+
+def test_what_root_makes_is_left_to_whom_the_data_directory_belongs(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    data = tmp_path / "owned"
+    data.mkdir(mode=0o700)
+    os.chown(data, 12345, 12346)
+    rotate(data)
+    rotate(data)
+    made = sorted(data.rglob("*"))
+    assert [path.name for path in made if path.suffix != ".pem"] == ["keys", "ledger.key"]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(12345, 12346)}

@@ -33,7 +33,7 @@ def generated(folder: Path) -> str:
 
 
 def test_the_committed_document_is_what_the_code_generates(tmp_path: Path) -> None:
-    assert COMMITTED.read_text(encoding="utf-8") == generated(tmp_path), "run `make openapi`"
+    assert COMMITTED.read_text(encoding="utf-8") == generated(tmp_path), "run `make generated`"
 
 
 def test_two_applications_give_equal_bytes(tmp_path: Path) -> None:

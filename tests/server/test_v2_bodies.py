@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
-from server.parameters import NotSupported
-from server.v2bodies import asked_load, asked_ready, check_unload
+from server.v2bodies import NotSupported, asked_load, asked_ready, check_unload
 from server.validation import InvalidBody
 
 JSON = st.recursive(
@@ -133,8 +132,9 @@ def test_other_members_and_parameters_are_refused_by_name(known: Any) -> None:
         known({"config": "{}"}, "m")
     with pytest.raises(InvalidBody, match="parameters"):
         known({"parameters": []}, "m")
-    with pytest.raises(NotSupported, match="file:1/model"):
-        known({"parameters": {"file:1/model.onnx": "eA=="}}, "m")
+    for name in ("file:1/model.onnx", "priority", "pinned"):
+        with pytest.raises(NotSupported, match=name):
+            known({"parameters": {name: "eA=="}}, "m")
 
 
 def test_an_unload_takes_no_dependents() -> None:

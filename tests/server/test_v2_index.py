@@ -1,8 +1,7 @@
 """The index, from plain states: which versions it has, and what it says of each."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from events.jobs import Failure, LoadParameters
 from events.models import Model, ModelState, PendingLoad, Serving
@@ -39,6 +38,10 @@ BROKEN = Failure("invalid_model", "broken")
         (
             replace(LOADED, phase=ModelState.LOST, loads=(PendingLoad("j", 2),)),
             [(2, "LOADING", None)],
+        ),
+        (
+            Model("m", last_version=2, previous=SERVING, loads=(PendingLoad("j", 3),)),
+            [(2, "UNAVAILABLE", "it made way for another version"), (3, "LOADING", None)],
         ),
     ],
 )

@@ -278,6 +278,14 @@ async def test_another_configuration_of_what_is_loaded_is_a_load_of_its_own(
     assert (await api.get("/v2/models/m/config")).json["max_batch_size"] == 8
 
 
+async def test_what_the_model_s_file_says_holds_for_these_loads_too(api: LocalApi, repository: Path) -> None:
+    file = save(models.identity(), repository, "m").parent / "loadledger.toml"
+    file.write_text('priority = "high"\nkeep_alive_s = 600\nstrategy = "auto"\npinned = true')
+    parameters = (await api.job(job_of(await load(api, "m"))))["parameters"]
+    said = {"priority": "high", "keep_alive_s": 600, "strategy": "auto", "pinned": True}
+    assert parameters | said == parameters
+
+
 async def test_a_body_that_is_not_taken_is_refused_and_appends_nothing(
     api: LocalApi, repository: Path, subtests: pytest.Subtests
 ) -> None:

@@ -6,6 +6,7 @@ the server reads, `<root>/<model>/<version>/model.onnx`.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import (
@@ -128,6 +129,17 @@ def slow_model(side: int = 1500, depth: int = 30) -> ModelProto:
     return model(nodes, [value("x", FLOAT, shape)], [value("y", FLOAT, shape)], tensors)
 
 
+def slow_to_fold(side: int, depth: int) -> ModelProto:
+    """`y = x + c`: slow to load, since ONNX Runtime folds a chain of constant MatMuls to find c."""
+    rng = np.random.default_rng(0)
+    tensors = [numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, "w")]
+    names = ["w", *(f"h{i}" for i in range(depth))]
+    nodes = [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(depth)]
+    nodes.append(helper.make_node("ReduceMax", [names[-1]], ["c"], keepdims=0))
+    nodes.append(helper.make_node("Add", ["x", "c"], ["y"]))
+    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])], tensors)
+
+
 def counting_loop() -> ModelProto:
     """`count = trips`, by counting: runs as long as its input says, so `ENDLESS` never returns by itself."""
     body = helper.make_graph(
@@ -174,9 +186,15 @@ def crash_on_load() -> ModelProto:
 
 
 def crash_on_run() -> ModelProto:
-    """`y = a / b` of integers: kills the process that runs it (SIGFPE on x86) for `LOWEST / -1`."""
-    nodes = [helper.make_node("Div", ["a", "b"], ["y"])]
-    return model(nodes, [value("a", INT64, [None]), value("b", INT64, [None])], [value("y", INT64, [None])])
+    """`y = a / b` of integers, or a if b is 0: kills its process (SIGFPE on x86) for `LOWEST / -1`."""
+    nodes = [
+        helper.make_node("Equal", ["b", "zero"], ["is_zero"]),
+        helper.make_node("Where", ["is_zero", "one", "b"], ["divisor"]),
+        helper.make_node("Div", ["a", "divisor"], ["y"]),
+    ]
+    numbers = [helper.make_tensor("zero", INT64, [], [0]), helper.make_tensor("one", INT64, [], [1])]
+    inputs = [value("a", INT64, [None]), value("b", INT64, [None])]
+    return model(nodes, inputs, [value("y", INT64, [None])], numbers)
 
 
 def unknown_operator() -> ModelProto:
@@ -352,3 +370,123 @@ def identity_of_any_shape(element: int) -> ModelProto:
     """`y = x`, of any element type, with as many dimensions as it gets."""
     node = helper.make_node("Identity", ["x"], ["y"])
     return model([node], [value("x", element, None)], [value("y", element, None)])
+
+
+def reshape(length: int = 6) -> ModelProto:
+    """`y = x` as a matrix whose sides are the second input: zeros are no such sides."""
+    nodes = [helper.make_node("Reshape", ["x", "sides"], ["y"], allowzero=1)]
+    inputs = [value("x", FLOAT, [length]), value("sides", INT64, [2])]
+    return model(nodes, inputs, [value("y", FLOAT, [None, None])])
+
+
+def divide() -> ModelProto:
+    """`y = a / b` of integers: fails where b is 0."""
+    nodes = [helper.make_node("Div", ["a", "b"], ["y"])]
+    return model(nodes, [value("a", INT64, [None]), value("b", INT64, [None])], [value("y", INT64, [None])])
+
+
+def crash_on_zeros() -> ModelProto:
+    """Kills the process that runs it (SIGFPE on x86) for 0: it is then `LOWEST / -1`."""
+    nodes = [
+        helper.make_node("Add", ["x", "lowest"], ["a"]),
+        helper.make_node("Sub", ["x", "one"], ["b"]),
+        helper.make_node("Div", ["a", "b"], ["y"]),
+    ]
+    numbers = [helper.make_tensor("lowest", INT64, [], [LOWEST]), helper.make_tensor("one", INT64, [], [1])]
+    return model(nodes, [value("x", INT64, [1])], [value("y", INT64, [1])], numbers)
+
+
+def endless() -> ModelProto:
+    """Counts on from its input for ever: no inference of it ends by itself."""
+    loop = counting_loop().graph
+    far = helper.make_tensor("far", INT64, [], [ENDLESS])
+    nodes = [helper.make_node("Add", ["x", "far"], ["trips"]), *loop.node]
+    return model(nodes, [value("x", INT64, [])], [value("count", INT64, [])], [*loop.initializer, far])
+
+
+def second_column() -> ModelProto:
+    """`y = x[:, 1]` of floats, where no shape is declared: fails for what is no matrix."""
+    one = helper.make_tensor("one", INT64, [], [1])
+    nodes = [helper.make_node("Gather", ["x", "one"], ["y"], axis=1)]
+    return model(nodes, [value("x", FLOAT, None)], [value("y", FLOAT, None)], [one])
+
+
+def memory_bomb_on_zeros(count: int = 250_000_000) -> ModelProto:
+    """Takes 4 bytes times count to answer any input with one number."""
+    nodes = [
+        helper.make_node("Add", ["x", "count"], ["shape"]),
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["sum"], keepdims=0),
+    ]
+    size = helper.make_tensor("count", INT64, [1], [count])
+    return model(nodes, [value("x", INT64, [1])], [value("sum", FLOAT, [])], [size])
+
+
+def widened(count: int = 40_000_000) -> ModelProto:
+    """`y = x` repeated so many times: a file of 200 bytes that takes memory to run, and not to load."""
+    size = helper.make_tensor("count", INT64, [1], [count])
+    nodes = [helper.make_node("Expand", ["x", "count"], ["y"])]
+    return model(nodes, [value("x", FLOAT, [1])], [value("y", FLOAT, [count])], [size])
+
+
+def slow_identity(side: int = 800, depth: int = 40) -> ModelProto:
+    """Slow to load as `slow_model` is, here a second or so, and then `y = x` of floats."""
+    rng = np.random.default_rng(0)
+    tensors = [numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, "w")]
+    tensors.append(helper.make_tensor("zero", FLOAT, [], [0.0]))
+    names = ["w", *(f"h{i}" for i in range(depth))]
+    nodes = [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(depth)]
+    nodes += [
+        helper.make_node("ReduceSum", [names[-1]], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])], tensors)
+
+
+def table(megabytes: float, key: int = 0) -> ModelProto:
+    """`y = table[x]`, with a table of this size (10**6 bytes): takes memory to hold, and tells who answered.
+
+    `entry(key, index)` is what the answers are; no two keys below 1000 have one in common at any index.
+    """
+    indices = np.arange(int(megabytes * 1_000_000 / 4), dtype=np.int64)
+    values = numpy_helper.from_array(entry(key, indices).astype(np.float32), "table")
+    nodes = [helper.make_node("Gather", ["table", "x"], ["y"])]
+    return model(nodes, [value("x", INT64, [None])], [value("y", FLOAT, [None])], [values])
+
+
+def entry(key: int, index: Any) -> Any:
+    """Give what stands in the table of this key at an index, or at many: whole numbers that FP32 has."""
+    return (5 * index + 10_007 * key) % 2**24
+
+
+def random_numbers() -> ModelProto:
+    """`y = x + noise`, other noise each time."""
+    nodes = [
+        helper.make_node("RandomNormalLike", ["x"], ["noise"]),
+        helper.make_node("Add", ["x", "noise"], ["y"]),
+    ]
+    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])])
+
+
+def misaligned(rows: int | str = "rows", side: int = 250) -> ModelProto:
+    """Three layers of odd size: what ONNX Runtime 1.31 packs of them, it saves where it cannot use it.
+
+    The prepacked form that it writes by itself kills the process (SIGSEGV) that runs it on two rows or more;
+    on one row it does not.
+    """
+    rng = np.random.default_rng(0)
+    tensors = [
+        numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, f"w{i}")
+        for i in range(3)
+    ]
+    names = ["x", "h0", "h1", "y"]
+    nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(3)]
+    return model(nodes, [value("x", FLOAT, [rows, side])], [value("y", FLOAT, [rows, side])], tensors)
+
+
+def grown(count: int = 20_000_000) -> ModelProto:
+    """`y = x + 1` in a file of 200 bytes: ONNX Runtime makes a weight of 4 bytes times count of its 1."""
+    nodes = [helper.make_node("Expand", ["one", "count"], ["w"]), helper.make_node("Add", ["x", "w"], ["y"])]
+    tensors = [helper.make_tensor("one", FLOAT, [1], [1.0]), helper.make_tensor("count", INT64, [1], [count])]
+    return model(nodes, [value("x", FLOAT, [1])], [value("y", FLOAT, [count])], tensors)

@@ -2,16 +2,25 @@
 
 A page has blocks of `sh`, then perhaps of `python`, which are one program; a block of `json` or `text` is
 what the one before it prints. A block of any other kind would not be held to anything, so there may be none.
+
+What a page prints may differ in what differs from run to run: where a page is run `alone`, times, ids and
+figures with a unit are not compared, and in a `text` an ellipsis stands for whatever there is in its place.
 """
 
 import json
+import os
+import random
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from support.fresh import copy_examples
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -59,22 +68,9 @@ def run_page(
         environment: of the shell.
     """
     found = blocks(page)
-    command = ["bash", "--noprofile", "--norc", "-eu", "-o", "pipefail", "-c", script(found)]
-    done = subprocess.run(
-        [part.replace(PORT, port) for part in command],
-        cwd=folder,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    printed = done.stdout.split(f"{END}\n")
-    assert len(printed) == len(found) + 1, done.stdout
-    yield from zip(found, printed, strict=False)
+    code, printed, _ = _run(script(found).replace(PORT, port), folder, environment, stderr=subprocess.STDOUT)
+    assert code == 0, printed
+    yield from _by_block(found, printed)
 
 
 def script(found: list[Block]) -> str:
@@ -86,6 +82,46 @@ def script(found: list[Block]) -> str:
     return "".join(shell)
 
 
+def _run(
+    program: str, folder: Path, environment: Mapping[str, str], *, stderr: int = subprocess.PIPE
+) -> tuple[int, str, str]:
+    """Run a program of the shell; in the end, it and all that it has started are killed.
+
+    Returns:
+        Its exit code, what it printed, and what to stderr, unless that goes where the rest goes.
+    """
+    process = subprocess.Popen(
+        ["bash", "--noprofile", "--norc", "-eu", "-o", "pipefail", "-c", program],
+        cwd=folder,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            printed, errors = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            raise AssertionError(f"has not ended in time: {process.communicate()}") from None
+        finally:
+            _end(process)
+    return process.returncode, printed, errors or ""
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _by_block(found: list[Block], printed: str) -> Iterator[tuple[Block, str]]:
+    parts = printed.split(f"{END}\n")
+    assert len(parts) == len(found) + 1, printed
+    return zip(found, parts, strict=False)
+
+
 def printed_as(block: Block, printed: str) -> Any:
     """Return what a block printed, so that it can be compared: of text, white space may differ."""
     return json.loads(printed) if block.answer_kind == "json" else printed.split()
@@ -95,3 +131,99 @@ def expected(block: Block) -> Any:
     """Return what the page says that it prints, alike."""
     assert block.answer is not None
     return printed_as(block, block.answer)
+
+
+# Pages that start their own servers.
+
+PORTS = range(1000, 3000)
+"""The first digits of the ports: below those that the kernel gives to who asks for any, so that nobody is
+given ours between tries."""
+MAX_TRIES = 5
+IN_USE = "address already in use"
+LOG = "server.log"
+"""Where a page has its servers write."""
+
+
+def run_alone(
+    page: str,
+    folder: Path,
+    environment: Mapping[str, str],
+    has: Callable[[Path], object] | None = None,
+) -> Iterator[tuple[Block, str]]:
+    """Run a page that starts what it needs.
+
+    Args:
+        page: path of the page in the tree; its ports are 8080 to 8089.
+        folder: where the working directory is made.
+        environment: of the shell.
+        has: makes the working directory with what the page takes for granted: `examples/`, if left out.
+    """
+    found = blocks(page)
+    tries = some_ports()
+    for digits in map(str, tries):
+        here = folder / digits
+        (has or copy_examples)(here)
+        code, printed, errors = _run(re.sub(r"\b808(?=\d\b)", digits, script(found)), here, environment)
+        if code and _is_taken(here):
+            continue
+        assert code == 0, f"{printed}\n{errors}\n{_log(here)}"
+        yield from _by_block(found, re.sub(rf"\b{digits}(?=\d\b)", "808", printed))
+        return
+    raise AssertionError(f"ports that begin with {tries} are taken")
+
+
+def some_ports() -> list[int]:
+    """Return the first digits of ports to try."""
+    return random.sample(PORTS, MAX_TRIES)
+
+
+def _log(here: Path) -> str:
+    return "".join(path.read_text(errors="replace") for path in sorted(here.glob(f"*{LOG}")))
+
+
+def _is_taken(here: Path) -> bool:
+    return IN_USE in _log(here)
+
+
+VOLATILE = {"id", "job_id", "position", "created_at", "started_at", "finished_at", "loaded_at", "load_job_id"}
+"""Members that differ from run to run; that they are there, and whether they are null, is compared."""
+_CHANGING = (
+    (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?Z?"), "TIME"),
+    (re.compile(r"\b\d+:[0-9a-f]{64}\b"), "HEAD"),
+    (re.compile(r"\bkey [0-9a-f]{32}\b"), "key ID"),
+    (re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"), "ID"),
+    (re.compile(r"\b\d[\d.,]* ?(µs|ms|s|m|h|d|B|KB|MB|GB|KiB|MiB|GiB)\b"), "FIGURE"),
+)
+_IN_THE_LEDGER = re.compile(r"^TIME +\d+ ")
+"""How a line of an event begins. What goes on side by side may come in another order, at other positions."""
+ANYTHING = "…"
+
+
+def says(block: Block, printed: str) -> bool:
+    """Tell whether a block printed what the page says, but for what differs from run to run."""
+    if block.answer_kind == "json":
+        return bool(_settled(json.loads(printed)) == _settled(expected(block)))
+    assert block.answer is not None
+    wanted, got = _words(block.answer), _words(printed)
+    return len(wanted) == len(got) and all(map(_fits, wanted, got))
+
+
+def _words(text: str) -> list[str]:
+    for pattern, name in _CHANGING:
+        text = pattern.sub(name, text)
+    lines = text.splitlines()
+    if all(map(_IN_THE_LEDGER.match, lines)):
+        lines = sorted(_IN_THE_LEDGER.sub("", line) for line in lines)
+    return " ".join(lines).split()
+
+
+def _fits(wanted: str, got: str) -> bool:
+    pattern = ".*".join(map(re.escape, wanted.split(ANYTHING)))
+    return re.fullmatch(pattern, got) is not None
+
+
+def _settled(value: Any) -> Any:
+    if isinstance(value, dict):
+        hidden = {key for key in VOLATILE if value.get(key) is not None}
+        return {key: ANYTHING if key in hidden else _settled(item) for key, item in value.items()}
+    return [_settled(item) for item in value] if isinstance(value, list) else value

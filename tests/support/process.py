@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -21,12 +22,14 @@ from server.config import Config
 from support.http import Api
 from support.workers import wait_gone
 
-MODULE = (sys.executable, "-P", "-m", "server")  # -P: the installed package, not the folder we are in
+MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
 """The two ways to call the command."""
+UNHURRIED = (sys.executable, "-P", str(Path(__file__).with_name("idlemachine.py")))
+"""Called so, it prepares models however busy the machine is."""
 
-LIMIT_S = 60.0
-"""Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+LIMIT_S = 120.0
+"""Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
 
 
 @dataclass(slots=True)
@@ -93,12 +96,19 @@ class Server:
                 self._pidfds.append(os.pidfd_open(child))
 
 
+QUIET = {"LOADLEDGER_PREPARE": "off", "LOADLEDGER_LOG_LEVEL": "warning"}
+"""Nothing runs, and nothing is told, but what a test asks for."""
+PREPARING = {"LOADLEDGER_PREPARE": "on"}
+"""As it is by default."""
+
+
 @asynccontextmanager
 async def serving(
     config: Config,
     *arguments: str,
     command: Sequence[str] = MODULE,
     environment: Mapping[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Server]:
     """Start `serve` on the configuration's repository and data, on a free port; kill it in the end.
 
@@ -106,14 +116,15 @@ async def serving(
         config: names the directories and, for the tokens, the audience; the other settings are not passed on.
         arguments: further ones.
         command: how the command is called.
-        environment: settings, beside nothing else of ours.
+        environment: settings, beside nothing else of ours but `QUIET`.
+        tls: whom the client trusts, of a server that has a certificate.
     """
     output = config.data.with_name(f"{config.data.name[:50]}.stderr")
     with output.open("ab") as stderr:
         process = await asyncio.create_subprocess_exec(
             *(*command, "serve", "--port=0", f"--repository={config.repository}", f"--data={config.data}"),
             *arguments,
-            env=clean_environment() | dict(environment or {}),
+            env=clean_environment() | QUIET | dict(environment or {}),
             cwd=config.repository,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -123,7 +134,7 @@ async def serving(
     server = None
     try:
         url = await _announced(process, output)
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls or True)) as session:
             server = Server(process, url, Api(session, url, config), output)
             yield server
     finally:
@@ -171,6 +182,6 @@ async def _announced(process: asyncio.subprocess.Process, output: Path) -> str:
     assert process.stdout is not None
     async with asyncio.timeout(LIMIT_S):
         line = (await process.stdout.readline()).decode()
-    found = re.fullmatch(r"loadledger is ready at (http://\S+:\d+)\n", line)
+    found = re.fullmatch(r"loadledger is ready at (https?://\S+:\d+)\n", line)
     assert found, f"{line!r} {_text(output)}"
     return found[1]

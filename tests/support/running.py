@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from events.accept import Command, FileStat, RequestLoad, RequestUnload
 from events.clock import utc_now
+from events.commands import Command, FileStat, RequestLoad, RequestUnload
 from events.jobs import Job, LoadParameters
 from events.log import Log, Receipt
 from events.models import Model, ModelState
@@ -21,11 +21,13 @@ from events.reader import Reader, open_reader
 from events.types import Event
 from runtime import memory
 from runtime.consumer import Consumer
+from runtime.leases import Leases
 from runtime.live import LiveLoad
 from runtime.pool import WorkerPool
+from runtime.prepared import PreparedStore
 from runtime.repository import Repository
 from runtime.router import Router
-from runtime.scheduler import Policy
+from runtime.sight import Policy
 from runtime.wire import Tensor, WantedOutput
 from runtime.workers import Worker
 from support.workers import LIMIT_S, array, floats, until
@@ -59,6 +61,7 @@ class Engine:
     pool: WorkerPool
     repository: Repository
     consumer: Consumer
+    leases: Leases
     router: Router
     clock: Clock
     applying: asyncio.Task[None] = field(repr=False)
@@ -221,17 +224,21 @@ async def running(
     clock: Clock | None = None,
     max_queue: int = 1024,
     patience_s: float = LIMIT_S,
+    policy: Policy | None = None,
+    store: PreparedStore | None = None,
 ) -> AsyncIterator[Engine]:
     """Start the runtime on `<folder>/ledger.db` and `<folder>/models`; nothing of it is left after.
 
     Args:
         folder: where a runtime may have been before, whose ledger this goes on with.
-        loads_at_once: the policy.
+        loads_at_once: the policy, unless there is one.
         drain_timeout_s: how long an unload waits for what runs.
         stops_cleanly: whether the end appends `ServerStopped`, as a server does that was not killed.
         clock: what it is now.
         max_queue: inferences of one model that may be in flight.
         patience_s: for an inference that was told to stop.
+        policy: such as one with a budget.
+        store: where prepared forms are, open; without one, none are made or used.
     """
     clock = clock or Clock()
     log, pool = Log(folder / "ledger.db", now=clock.now), WorkerPool(patience_s=patience_s)
@@ -239,13 +246,22 @@ async def running(
     await pool.open()
     await log.open()
     await log.server_started()
-    policy = Policy(loads_at_once)
-    consumer = Consumer(log, pool, repository, policy=policy, drain_timeout_s=drain_timeout_s)
+    policy = policy or Policy(loads_at_once)
+    leases = Leases()
+    consumer = Consumer(
+        log,
+        pool,
+        repository,
+        policy=policy,
+        drain_timeout_s=drain_timeout_s,
+        leases=leases,
+        store=store,
+    )
     applying = asyncio.create_task(consumer.run())
     try:
         async with open_reader(log.path) as reader:
             router = Router(log, consumer.live, repository, max_queue=max_queue)
-            yield Engine(log, reader, pool, repository, consumer, router, clock, applying)
+            yield Engine(log, reader, pool, repository, consumer, leases, router, clock, applying)
     finally:
         await consumer.stop()
         await asyncio.wait([applying])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from server.config import Config
-from support.process import Server, serving
+from support.process import UNHURRIED, Server, serving
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def standing(repository: Path, *arguments: str) -> Iterator[Server]:
     """Start `serve` on a repository, and on `data` beside it; stop it in the end."""
     config = Config(repository=repository, data=repository.with_name("data"))
     with asyncio.Runner() as runner:
-        context = serving(config, *arguments)
+        context = serving(config, *arguments, command=UNHURRIED)
         server = runner.run(context.__aenter__())
         try:
             yield server

@@ -20,8 +20,8 @@ from runtime.workers import LoadOrder, LoadReport, Worker
 
 T = TypeVar("T")
 
-LIMIT_S = 30.0
-"""Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+LIMIT_S = 120.0
+"""Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
 
 
 FOR_EVER_S = 1000.0

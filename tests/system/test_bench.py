@@ -1,26 +1,44 @@
 """`make bench` runs through; what it measures says nothing here, beside other tests."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
-from support.process import clean_environment
+from support.process import UNHURRIED, clean_environment
 
-from bench import constant
+from bench import answers, bare, constant, models
+from bench.answers import longest_gap
+from bench.driver import Answer, completed_job
 from bench.generator import Result, WrongAnswer, generate
+from bench.networks import NETWORKS, Network
 from bench.requests import Request, Target
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300
+FEWER_LOADS = """
+from bench import __main__, queued
+queued.LOADS = 3
+__main__.main()
+"""
+"""Ten, which is what it does otherwise, take half a minute."""
+UNHURRIED_BENCH = f"""
+from bench import __main__, driver
+driver._command = lambda *arguments: [*{UNHURRIED}, *map(str, arguments)]
+__main__.main()
+"""
+"""Preparing waits for spare time, of which there may be none beside other tests."""
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a module of the bench as its users do."""
+def run(*arguments: str | Path, how: str = "-m") -> subprocess.CompletedProcess[str]:
+    """Run a module of the bench as its users do, or with "-c" a program."""
     return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
+        [sys.executable, how, *map(str, arguments)],
         cwd=ROOT,
         env=clean_environment(),
         capture_output=True,
@@ -31,7 +49,10 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def table(*arguments: str) -> str:
-    done = run("bench", *arguments)
+    return table_of(run("bench", *arguments))
+
+
+def table_of(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     text = " ".join(done.stdout.split())
@@ -42,7 +63,8 @@ def table(*arguments: str) -> str:
 
 def test_the_bench_measures_the_installed_server_and_prints_its_table() -> None:
     # Some seconds: a round of 54 MB networks, three of them thrown away, and two cycles of one.
-    text = table("--repeats", "1", "--cycles", "1", "--rounds", "1", "--seconds", "0.2")
+    parts = [f"--only={part}" for part in ("loads", "memory", "inference")]
+    text = table(*parts, "--repeats", "1", "--cycles", "1", "--rounds", "1", "--seconds", "0.2")
     for row in (
         "first load, 54 MB network ÷ bare first session",
         "memory of the process tree, after 1 loads",
@@ -55,6 +77,79 @@ def test_the_bench_measures_the_installed_server_and_prints_its_table() -> None:
     assert "median of 1," in text
     assert "median of 1 times 0.2 s" in text
     assert "Triton" not in text
+
+
+def test_the_bench_measures_swaps_forced_unloads_queued_loads_and_eviction() -> None:
+    # Some seconds: three 54 MB networks at once and as many bare sessions, and four swaps of 54 MB.
+    options = ("--repeats", "1", "--rounds", "1", "--swaps", "3")
+    text = table_of(run(FEWER_LOADS, "--only", "policies", *options, how="-c"))
+    for row in (
+        "swap beside, 1 client: longest gap between answers ÷ without a swap",
+        "swap beside, 8 clients: longest gap between answers ÷ without a swap",
+        "requests failed during 2 swaps beside │ 0 of",
+        "swap in_place, 1 client: longest gap between answers ÷ without a swap",
+        "swap in_place, 8 clients: longest gap between answers ÷ without a swap",
+        "requests failed during 2 swaps in_place",
+        "requests failed during 3 version swaps, 8 clients",
+        "answers during 3 version swaps, 8 clients ÷ without swaps",
+        "forced unload of a worker stopped by SIGSTOP ÷ of a running one",
+        "3 loads of 54 MB at once, 202 to ready: first ÷ one bare session",
+        "3 loads of 54 MB at once, 202 to ready: median ÷ one bare session",
+        "3 loads of 54 MB at once, 202 to ready: last ÷ 3 bare in turn",
+        "cold inference, 54 MB network, evicting another ÷ bare first session",
+    ):
+        assert row in text
+    assert "≤ 1 s" in text
+    assert "÷ constant reply" not in text
+
+
+def test_the_bench_measures_what_prepared_models_take_and_give() -> None:
+    # Twenty seconds: the smallest network, which is prepared in four of them where nothing else runs.
+    options = ("--repeats", "1", "--rounds", "1", "--network", "stateful", "--seconds", "0.2")
+    text = table_of(run(UNHURRIED_BENCH, "--only", "prepared", *options, how="-c"))
+    for row in (
+        "2 MB stateful net: first load ÷ bare first session",
+        "2 MB stateful net: later load, ",
+        "2 MB stateful net: inferences a second, ",
+        "2 MB stateful net: private memory of a worker, ",
+        "2 MB stateful net: memory of 4 workers, ",
+        "2 MB stateful net: what preparing took; disk, ",
+        "later load ÷ bare first session, geometric mean of 1 network",
+    ):
+        assert row in text
+    assert "medians of 1," in text
+    assert "MLP" not in text
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=[network.name for network in NETWORKS])
+def test_a_network_takes_what_is_sent_to_it(network: Network) -> None:
+    content = network.build()
+    assert content == network.build()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    head_bytes, body = network.request()
+    tensors = json.loads(body[:head_bytes])["inputs"]
+    assert len(body) == head_bytes + sum(each["parameters"]["binary_data_size"] for each in tensors)
+    zeros = {each["name"]: np.zeros(each["shape"], np.float32) for each in tensors}
+    assert all(np.isfinite(output).all() for output in session.run(None, zeros))
+
+
+def test_the_bench_measures_many_streams() -> None:
+    text = table("--only", "tails", "--tails", "20", "--tail-seconds", "1")
+    for row in ("20 tails, ", "late by more than 1 s", "median, and latest", "memory of the server, a tail"):
+        assert row in text
+
+
+def test_the_bench_measures_the_ledger_by_itself() -> None:
+    text = table("--only", "ledger", "--facts", "2000", "--rounds", "1")
+    for row in (
+        "append, durable, 64 writers, facts ÷ plain sqlite3",
+        "append, durable, 64 writers, loads and unloads ÷ plain sqlite3",
+        "verify and fold 2,000 events",
+        "SQLite's own integrity check",
+        "models as of a moment of 2,000 events",
+        "100 jobs as of a moment of 2,000 events",
+    ):
+        assert row in text
 
 
 def test_a_part_of_the_bench_is_measured_alone() -> None:
@@ -80,6 +175,55 @@ def test_an_answer_other_than_200_ends_the_load_with_the_answer(tmp_path: Path, 
     assert "HTTP/1.1 404" in done.stderr
     assert "404: Not Found" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("times", "longest"),
+    [
+        ((1.0, 2.0, 5.0, 6.0), 3.0),  # the gap lies within
+        ((1.0, 2.0, 9.0), 7.0),  # and ends after the end
+        ((0.0, 2.5, 3.0, 4.0, 9.0), 5.0),
+        ((0.0, 9.0), 9.0),  # nothing was answered at all
+        ((0.0, 1.0, 2.0, 3.0, 4.0, 8.0, 30.0), 4.0),  # what lies before and after is not looked at
+        ((3.0, 4.0), 2.0),  # the last is not known to have ended before the end
+        ((), 4.0),
+    ],
+)
+def test_the_longest_gap_is_between_two_answers_of_which_one_may_lie_outside(
+    times: tuple[float, ...], longest: float
+) -> None:
+    assert longest_gap(times, 2.0, 6.0) == longest
+
+
+@pytest.mark.parametrize(("answered", "path"), [(True, "/v2/models/a/infer"), (False, "/nowhere")])
+def test_clients_note_answers_and_count_what_is_none(tmp_path: Path, path: str, *, answered: bool) -> None:
+    request = tmp_path / "request"
+    request.write_bytes(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n".encode())
+    with constant.running() as port, answers.running(port, request, clients=2) as stop:
+        told = stop()
+    assert len(told.answered_s) == 2
+    assert told.total > 0
+    assert (told.failed == 0) is answered
+    assert ("404" in told.reason) is not answered
+    assert all(list(times) == sorted(times) for times in told.answered_s)
+
+
+def test_a_bare_session_takes_inferences_on_zeros_or_none(tmp_path: Path) -> None:
+    model = models.write(tmp_path, "a", models.add_one(), version=2)
+    assert model == tmp_path / "a" / "2" / "model.onnx"
+    assert all(bare.run(model, inferences=count) > 0 for count in (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(200, None, b'{"status":"failed","error":"why"}'),
+        Answer(503, "1", b"why"),
+    ],
+)
+def test_a_job_that_is_not_completed_ends_the_bench_with_its_reason(answer: Answer) -> None:
+    with pytest.raises(SystemExit, match=r"POST /load: (200|503) .*why"):
+        completed_job(answer, "/load")
 
 
 async def generated(*pieces: bytes) -> Result:

@@ -2,10 +2,8 @@
 
 import asyncio
 import os
-import random
 import shutil
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -238,54 +236,3 @@ async def test_a_worker_killed_again_and_again_is_not_replaced_for_ever(config: 
         assert "signal 9" in model["error"]["message"]
         await server.api.load("m")  # a person may try again
         assert (await server.api.infer("m", floats(1))).status == 200
-
-
-async def test_whenever_the_server_is_killed_every_accepted_job_ends_and_the_chain_holds(
-    config: Config,
-) -> None:
-    for model_id in ("a", "b", "c"):
-        for version in (1, 2):
-            save(models.add(version), config.repository, model_id, version)
-    accepted: set[str] = set()
-    dice = random.Random(20261120)
-
-    def has(count: int) -> Callable[[], bool]:
-        return lambda: len(accepted) >= count
-
-    async def ask(server: Server) -> None:
-        """Load and unload at random for as long as the server answers."""
-        while True:
-            model_id, version = dice.choice("abc"), dice.choice((1, 2))
-            path, body = dice.choice(
-                (("load", {"version": version}), ("unload?force=true", None), ("unload", None))
-            )
-            try:
-                answer = await server.api.post(f"/api/v1/models/{model_id}/{path}", json=body)
-            except aiohttp.ClientError:
-                return
-            assert answer.status in {200, 202, 409}
-            if answer.status != 409:
-                accepted.add(answer.json["id"])
-
-    for _ in range(4):
-        async with serving(config) as server:
-            asking = [asyncio.create_task(ask(server)) for _ in range(4)]
-            enough = len(accepted) + dice.randrange(5, 40)
-            await until(has(enough))
-            await server.kill()
-            await asyncio.gather(*asking)
-    async with serving(config) as server:
-        jobs = await all_ended(server)
-        assert accepted <= jobs.keys()
-        for model_id in "abc":
-            model = await server.api.model(model_id)
-            assert model["state"] in {"loaded", "unloaded"}
-        loaded = [
-            model for model in (await server.api.get("/api/v1/models")).json["models"] if model["files"]
-        ]
-        await until(lambda: len(server.children()) == 1 + len(loaded))
-        for model in loaded:
-            answer = await server.api.infer(model["id"], floats(1))
-            assert answer.json["outputs"][0]["data"] == [1 + model["version"]]
-        assert await server.stop() == 0
-    verified(config)

@@ -1,7 +1,7 @@
 """A server whose consumer or writer has died ends, says so, and is known not to have been stopped.
 
-Both die of what only a damaged ledger has: somebody changed its projections, which no trigger guards, and the
-server reads them again after a write that failed.
+Both die of what only a damaged ledger has: somebody else wrote into it, and the server reads it again after a
+write that failed.
 """
 
 import json
@@ -31,12 +31,18 @@ A_LOAD_OF_NOTHING = {
     "requested_by": "nobody", "cause": "request",
 }  # fmt: skip
 """A job such as no event makes: the consumer has a load to begin, and nothing says of what."""
-A_MODEL_OF_NO_TEXT = {"id": "m", "error": {"code": "x", "message": "\ud800"}}
-"""A model such as no event makes: it cannot be written again, for half a surrogate is no text."""
+AN_EVENT_OF_NO_TIME = {
+    "position": 2, "id": "x", "type": "ServerStopped", "schema": 1, "job_id": None, "model_id": None,
+    "version": None, "worker_id": None, "actor": "system", "recorded_at": "never", "data": {},
+}  # fmt: skip
+"""An event such as no writer makes: nothing can be recorded after it."""
 
 DAMAGES = {
     "consumer": ("INSERT INTO jobs (created_position, id, body) VALUES (1000, 'x', ?)", A_LOAD_OF_NOTHING),
-    "writer": ("INSERT INTO models (id, body) VALUES ('m', ?)", A_MODEL_OF_NO_TEXT),
+    "writer": (
+        "INSERT INTO events (position, body, hash) VALUES (2, ?, zeroblob(32))",
+        AN_EVENT_OF_NO_TIME,
+    ),
 }
 
 
@@ -52,6 +58,20 @@ def change(config: Config, *statements: tuple[str, tuple[object, ...]]) -> None:
     with closing(sqlite3.connect(config.data / LEDGER, isolation_level=None, timeout=60)) as connection:
         for statement, values in statements:
             connection.execute(statement, values)
+
+
+def repair(config: Config) -> None:
+    """Take out of the ledger what was put in."""
+    with closing(sqlite3.connect(config.data / LEDGER, isolation_level=None)) as connection:
+        (guard,) = connection.execute(
+            "SELECT sql FROM sqlite_schema WHERE name = 'events_never_go'"
+        ).fetchone()
+        connection.execute("DROP TRIGGER events_never_go")
+        connection.execute("DELETE FROM events WHERE recorded_at = 'never'")
+        connection.execute(guard)
+        connection.execute("DROP TRIGGER no_loads_of_breaks")
+        connection.execute("DELETE FROM jobs")
+        connection.execute("DELETE FROM models")
 
 
 async def loads(server: Server, model_id: str) -> None:
@@ -75,14 +95,9 @@ async def test_a_server_of_which_a_part_has_died_ends_with_1_and_its_next_start_
             await loads(server, "m")
         assert await server.ended() == 1
         assert f"{dies} ended; the server stops" in server.output.read_text()
+    repair(config)
     log = await events(config)
     assert [event.data for event in log] == [ServerStarted(unclean=False)]
-    change(
-        config,
-        ("DROP TRIGGER no_loads_of_breaks", ()),
-        ("DELETE FROM jobs", ()),
-        ("DELETE FROM models", ()),
-    )
     async with serving(config) as server:
         await server.api.load("breaks")
         assert await server.stop() == 0

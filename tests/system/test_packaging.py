@@ -20,7 +20,7 @@ import pytest
 from support.workers import until
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("events", "migrations", "runtime", "server")
+PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
 TRY_IT = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it\n")[2].partition("\n## ")[0]
 EXAMPLES = ("*.py", "digits.json", "digits/*/model.onnx")
 # Generous: a start takes under a second, on a machine that does other things too.
@@ -118,7 +118,7 @@ def test_the_metadata_says_the_license_the_command_and_the_one_version_that_work
             "[console_scripts]",
             "loadledger",
             "=",
-            "server.cli:main",
+            "loadledger.cli.main:main",
         ]
 
 

@@ -149,12 +149,13 @@ async def test_a_load_whose_client_has_gone_goes_on(config: Config) -> None:
     async with serving(config, "--loads-at-once=1") as server:
         waiting = [asyncio.create_task(server.api.post("/api/v1/models/slow/load", wait=60))]
         [slow] = await when(server.api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
+        worker = server.worker()
         waiting.append(asyncio.create_task(server.api.post("/api/v1/models/m/load", wait=60)))
         [m, _] = await when(server.api.jobs, lambda jobs: len(jobs) == 2)
         for client in waiting:
             client.cancel()
         await asyncio.wait(waiting)
-        await until(computing(server.worker()))
+        await until(computing(worker))
         assert [job["status"] for job in await server.api.jobs()] == ["pending", "in_progress"]
         await server.api.unload("slow", force=True)
         assert (await server.api.ended(m["id"]))["status"] == "completed"
@@ -248,13 +249,21 @@ async def test_every_setting_can_come_from_the_environment_and_does_what_it_says
     config: Config,
 ) -> None:
     given = {
-        "host": "localhost", "loads_at_once": 1, "threads": 2, "drain_timeout_s": 5,
+        "host": "localhost", "trusted_proxies": "192.0.2.1", "forwarded_header": "forwarded",
+        "loads_at_once": 1, "threads": 2, "drain_timeout_s": 5,
         "inference_timeout_s": 0.2, "inference_grace_s": 0.3, "inference_queue": 9, "timeout_s": 44,
+        "memory_budget": "50%", "max_loaded": 3, "evict": "idle", "min_residency_s": 1,
+        "keep_alive_s": 60, "strategy": "auto", "on_demand": "on", "warm_up": "off",
+        "prepare": "off", "prepared_size": "5MB", "huge_pages": "off", "restore": "none",
+        "streams_per_subject": 3, "max_connections": 77, "head_timeout_s": 3, "idle_timeout_s": 4,
+        "log_format": "json", "log_level": "error", "log_inferences": 0.5, "otel": "off",
+        "trace_inferences": 0.5, "metrics": "open",
         "jwt_audience": "there", "jwt_issuer": "me", "jwt_roles_claim": "groups",
         "limit_management": "11/minute", "limit_inference": "12/minute",
         "limit_reads": "13/minute", "limit_auth_failures": "1/hour",
     }  # fmt: skip
-    not_given = {"repository", "data", "port", "jwt_keys"}  # as options here; keys have tests of their own
+    # Those are options here, or have tests of their own.
+    not_given = {"repository", "data", "port", "jwt_keys", "tls_cert", "tls_key"}
     assert given.keys() | not_given == {setting.name for setting in settings()}
     environment = {f"LOADLEDGER_{name.upper()}": str(value) for name, value in given.items()}
     async with serving(config, environment=environment) as server:

@@ -1,0 +1,216 @@
+"""Many streams of the ledger at once: how late what happens comes to each, and what they cost in memory.
+
+The events are real: loaded models are pinned and unpinned, which takes three events and no process.
+"""
+
+import asyncio
+import json
+import re
+import resource
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from bench import driver, models
+from bench.driver import Server
+from bench.table import Row
+
+MODELS = 4
+EVENTS_EACH = 3
+"""Requested, started, loaded."""
+LATE_S = 1.0
+OPEN_AT_ONCE = 50
+LIMIT_S = 120.0
+_ID = b"\nid: "
+_LIVE = b"\nevent: live\n"
+_TIME = re.compile(rb'"recorded_at":"([^"]{27})"')
+
+
+@dataclass(slots=True)
+class Heard:
+    """What one tail has heard.
+
+    Attributes:
+        position: of the last event.
+        events: how many there were, from the moment on that it was live.
+        late: how many of them came more than a second after they were recorded, or in a piece with one.
+        delays_s: of the oldest event of each piece that came.
+        wrong: what came that must not have.
+    """
+
+    position: int = 0
+    events: int = 0
+    late: int = 0
+    delays_s: list[float] = field(default_factory=list)
+    wrong: str = ""
+    live: bool = False
+
+
+class Ear(asyncio.Protocol):
+    """A connection that listens, as cheaply as it can: it must not be what is measured."""
+
+    def __init__(self, request: bytes, heard: Heard, tell: Callable[[], None]) -> None:
+        self._request = request
+        self._heard = heard
+        self._tell = tell
+        self._rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask for the stream."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Count the events of a piece, which have to follow each other."""
+        now, heard = time.time(), self._heard
+        whole, _, self._rest = (self._rest + data).rpartition(b"\n\n")
+        number, last = whole.count(_ID), whole.rfind(_ID) + len(_ID)
+        was_live, heard.live = heard.live, heard.live or _LIVE in whole
+        if not number:
+            self._tell()
+            return
+        position = int(whole[last : whole.index(b"\n", last)])
+        if was_live:
+            if position != heard.position + number:
+                heard.wrong = f"{number} events up to {position} after {heard.position}"
+            first = _TIME.search(whole)
+            assert first is not None
+            delay_s = now - datetime.fromisoformat(first[1].decode()).timestamp()
+            heard.events += number
+            heard.late += number if delay_s > LATE_S else 0
+            heard.delays_s.append(delay_s)
+        heard.position = position
+        self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say that the stream has ended, which it must not."""
+        self._heard.wrong = self._heard.wrong or f"the stream ended: {exc}"
+        self._tell()
+
+
+class Audience:
+    """Tails of one server, all from the head on, with one token."""
+
+    def __init__(self, port: int, token: str) -> None:
+        self._port = port
+        self._request = (
+            f"GET /api/v1/events/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n"
+        ).encode()
+        self._changed = asyncio.Event()
+        self._transports: list[asyncio.BaseTransport] = []
+        self.heard: list[Heard] = []
+
+    async def grow(self, number: int) -> None:
+        """Open so many, and wait until all of them are live."""
+        for first in range(0, number, OPEN_AT_ONCE):
+            await asyncio.gather(*(self._open() for _ in range(first, min(number, first + OPEN_AT_ONCE))))
+        await self._until(lambda heard: heard.live)
+
+    async def hear(self, position: int) -> None:
+        """Wait until all have heard an event."""
+        await self._until(lambda heard: heard.position >= position)
+
+    def leave(self) -> None:
+        """Close all."""
+        for transport in self._transports:
+            assert isinstance(transport, asyncio.WriteTransport)
+            transport.abort()
+
+    async def _open(self) -> None:
+        heard = Heard()
+        self.heard.append(heard)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(
+            lambda: Ear(self._request, heard, self._changed.set), "127.0.0.1", self._port
+        )
+        self._transports.append(transport)
+
+    async def _until(self, holds: Callable[[Heard], bool]) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while not all(holds(heard) for heard in self.heard):
+                wrong = next((heard.wrong for heard in self.heard if heard.wrong), None)
+                if wrong is not None:
+                    raise SystemExit(f"a tail heard what it must not: {wrong}")
+                self._changed.clear()
+                await self._changed.wait()
+                await asyncio.sleep(0.05)  # all are looked at: not for each piece
+
+
+def measure(server: Server, *, tails: int, seconds: float, per_second: int = 100) -> list[Row]:
+    """Open so many tails, have so much happen for a while, and say how late it came to whom.
+
+    Args:
+        server: Started with room for that many streams of one subject.
+        tails: How many.
+        seconds: How long.
+        per_second: Events.
+    """
+    _allow_descriptors(tails)
+    names = [f"told-{number}" for number in range(MODELS)]
+    for name in names:
+        models.write(server.repository, name, models.tiny())
+        server.load(name)
+    before = _resident(server.pid)
+    heard, most = asyncio.run(_fan_out(server, names, tails, seconds, per_second))
+    delays = sorted(delay for each in heard for delay in each.delays_s)
+    events, late = sum(each.events for each in heard), sum(each.late for each in heard)
+    name = f"{tails} tails, {heard[0].events / seconds:.0f} events/s for {seconds:g} s"
+    median_ms, latest_ms = delays[len(delays) // 2] * 1000, delays[-1] * 1000
+    return [
+        Row(f"{name}: late by more than 1 s", f"{late} of {events}", "", None, "0", late == 0),
+        Row(f"{name}: median, and latest", f"{median_ms:.0f}, {latest_ms:.0f} ms", "", None),
+        Row(f"{name}: memory of the server, a tail", f"{(most - before) / tails / 1024:.0f} KiB", "", None),
+    ]
+
+
+async def _fan_out(
+    server: Server, names: list[str], tails: int, seconds: float, per_second: int
+) -> tuple[list[Heard], int]:
+    audience = Audience(server.port, server.token)
+    await audience.grow(tails)
+    until = time.monotonic() + seconds
+    pause_s = EVENTS_EACH * len(names) / per_second
+    posting = [
+        asyncio.to_thread(_pin_and_unpin, server, name, until, pause_s, threading.Event()) for name in names
+    ]
+    most = 0
+    sampling = asyncio.gather(*posting)
+    while not sampling.done():
+        most = max(most, _resident(server.pid))
+        await asyncio.sleep(0.5)
+    await sampling
+    position = json.loads(server.ask("GET", "/api/v1/events?before=9000000000&limit=1").content)["as_of"]
+    await audience.hear(position)
+    audience.leave()
+    return audience.heard, most
+
+
+def _pin_and_unpin(
+    server: Server, model_id: str, until: float, pause_s: float, never: threading.Event
+) -> None:
+    connection, path, pinned = server.connect(), f"/api/v1/models/{model_id}/load", False
+    due = time.monotonic()
+    while due < until:
+        pinned = not pinned
+        body = json.dumps({"pinned": pinned}).encode()
+        server.send(connection, "POST", path, body, driver.WAIT)
+        driver.completed_job(driver.read(connection), path)
+        due += pause_s
+        never.wait(max(0.0, due - time.monotonic()))
+    connection.close()
+
+
+def _allow_descriptors(tails: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < tails + 100:
+        raise SystemExit(f"{tails} tails need as many descriptors, and {hard} are allowed: see `ulimit -Hn`")
+
+
+def _resident(pid: int) -> int:
+    found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024

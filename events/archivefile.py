@@ -1,0 +1,252 @@
+"""Exports and archives read again: their events one by one as they are proved, and their signed head.
+
+An archive is an export (`events.export`, form `jsonl`) compressed with gzip. Each line has to be, byte for
+byte, the one that is written for what it says, so that nobody can read it in another way.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain as joined
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import msgspec
+
+from events.canonical import GENESIS, chain
+from events.errors import LogUnavailable
+from events.exact import is_canonical
+from events.exportforms import form_of
+from events.files import shown
+from events.findings import Kind
+from events.refusals import LedgerDamaged
+from events.signing import Base, SignedHead
+from events.store import Row
+
+MAX_LINE = 16 * 2**20
+"""Bytes: more than any event has, and no hostile file is read into memory whole."""
+
+LEVEL = 6
+"""gzip's own default: a tenth of the size, 30 MB/s."""
+
+BUFFER = 2**18
+"""Bytes read at once."""
+
+
+class FileDamaged(LedgerDamaged):
+    """A file of events does not verify."""
+
+    def __init__(self, problem: str, position: int, kind: Kind = Kind.EVENT) -> None:
+        super().__init__(problem)
+        self.position = position
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveCheck:
+    """What a file has: the events after `after` up to the head that is signed in it, and its own SHA-256."""
+
+    after: Base
+    head: SignedHead
+    sha256: bytes
+
+
+@contextmanager
+def compressed(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Give a file whose content arrives compressed in `file`; the same content gives the same bytes."""
+    with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=LEVEL) as packed:
+        yield cast("BinaryIO", packed)
+
+
+def lines_of(path: Path, seen: Callable[[memoryview], None] = lambda _: None) -> Iterator[bytes]:
+    """Yield the lines of an archive, or of an export that is not compressed; what has no end is cut.
+
+    Args:
+        path: of a regular file.
+        seen: told the file's own bytes as they are read, all of them in the end.
+
+    Raises:
+        LedgerDamaged: it is cut off, or not what gzip wrote.
+        LogUnavailable: it is no regular file.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise LogUnavailable(f"{shown(path)} is no regular file")
+    with path.open("rb", buffering=0) as raw, io.BufferedReader(_Seen(raw, seen), BUFFER) as file:
+        is_packed = file.peek(2)[:2] == b"\x1f\x8b"  # RFC 1952 section 2.3.1
+        source = gzip.GzipFile(fileobj=file) if is_packed else file
+        try:
+            while line := source.readline(MAX_LINE):
+                yield line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise LedgerDamaged(f"{shown(path)} is damaged: {error}") from None
+
+
+class _Seen(io.RawIOBase):
+    """A file that tells what is read of it."""
+
+    def __init__(self, file: io.FileIO, tell: Callable[[memoryview], None]) -> None:
+        self._file = file
+        self._tell = tell
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # it is given nothing else
+        count = self._file.readinto(buffer)
+        self._tell(buffer[:count])
+        return count
+
+
+class ExportReader:
+    """An export of either form, as it is read: what has been yielded is proved.
+
+    Attributes:
+        after: where it begins.
+        position: of the last event that was proved, or where it begins.
+        hash: there.
+        head: the signed head, once all events have been yielded.
+
+    Args:
+        lines: of the export.
+        known: whether all of it was verified before: then the chain alone is checked, since with the same
+            last hash all of it is the same.
+
+    Raises:
+        FileDamaged: from here and while it is read, naming the first position that is wrong, or missing.
+    """
+
+    def __init__(self, lines: Iterable[bytes], *, known: bool = False) -> None:
+        self._known = known
+        each = iter(lines)
+        first = next(each, b"")
+        try:
+            self._form = form_of(first)
+        except ValueError as error:
+            raise FileDamaged(str(error), 0) from None
+        self._lines = joined([first], each) if self._form.begins_at_once else each
+        self.after = self._form.after
+        if not _may_begin(self.after):
+            raise FileDamaged("it begins with another hash than ledgers do", 0, Kind.BASE)
+        self.position, self.hash = self.after.position, self.after.hash
+        self.head: SignedHead | None = None
+        self._recorded_at = ""
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the events."""
+        for line in self._lines:
+            found = self._read(line)
+            if isinstance(found, SignedHead):
+                if not self._known:
+                    self._check_head(found, line)
+                self.head = found
+                return
+            self._check(found, line)
+            yield found
+        raise FileDamaged(
+            f"the end is missing: there is nothing after position {self.position}, and no signed head",
+            self.position + 1,
+            Kind.MISSING,
+        )
+
+    def _read(self, line: bytes) -> Row | SignedHead:
+        try:
+            return self._form.read(line)
+        except (ValueError, RecursionError) as error:
+            position = self.position + 1
+            raise FileDamaged(f"the line for position {position} is no event: {error}", position) from None
+
+    def _check(self, row: Row, line: bytes) -> None:
+        position = self.position + 1
+        if row.position != position:
+            problem = f"position {position} is missing: the next event is at {row.position}"
+            raise FileDamaged(problem, position, Kind.MISSING)
+        digest = chain(self.hash, row.body)
+        if digest != row.hash:
+            raise FileDamaged(f"the event at position {position} is not what was hashed", position, Kind.HASH)
+        if not self._known:
+            self._check_text(row, line)
+        self.position, self.hash = position, digest
+
+    def _check_text(self, row: Row, line: bytes) -> None:
+        """What was hashed has to have one reading, and the line has to say the same."""
+        position, body = row.position, row.body.encode()
+        if not is_canonical(body):
+            raise FileDamaged(f"the body at position {position} is not in the canonical form", position)
+        recorded_at = _stated(body, position)
+        if recorded_at < self._recorded_at:
+            problem = f"the event at position {position} was recorded before the one before it"
+            raise FileDamaged(problem, position, Kind.ORDER)
+        if not self._is_written(row, line):
+            raise FileDamaged(f"the line for position {position} says something else than the body", position)
+        self._recorded_at = recorded_at
+
+    def _check_head(self, head: SignedHead, line: bytes) -> None:
+        statement, position = head.statement, self.position
+        if (statement.position, statement.hash) != (position, self.hash):
+            problem = f"the signed head is not that of position {position}, the last one here"
+            raise FileDamaged(problem, position, Kind.HASH)
+        if not head.holds():
+            problem = f"the signature of the head at position {position} is not its key's"
+            raise FileDamaged(problem, position, Kind.SIGNATURE)
+        is_of_then = statement.recorded_at == self._recorded_at or position == self.after.position
+        is_before = statement.base.position < self.after.position and _may_begin(statement.base)
+        is_whole = is_before or statement.base == self.after
+        if not (is_of_then and is_whole and self._is_written(head, line)):
+            raise FileDamaged(f"the signed head does not fit the events up to position {position}", position)
+        if next(self._lines, None) is not None:
+            raise FileDamaged("there is something after the signed head", position)
+
+    def _is_written(self, found: Row | SignedHead, line: bytes) -> bool:
+        try:
+            return self._form.written(found, self.hash) == line
+        except (KeyError, RecursionError, TypeError, ValueError):
+            return False
+
+
+def check_archive(path: Path) -> ArchiveCheck:
+    """Verify an archive or an export, all of it.
+
+    Raises:
+        LedgerDamaged: it does not verify.
+        LogUnavailable: it is no regular file.
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    reader = ExportReader(lines_of(path, digest.update))
+    for _ in reader:
+        pass
+    assert reader.head is not None
+    return ArchiveCheck(reader.after, reader.head, digest.digest())
+
+
+def _may_begin(base: Base) -> bool:
+    """Whether a log may begin there: at first with zeros, later with the hash of an event, never zeros."""
+    is_first = base.hash == GENESIS
+    return base.position >= 0 and len(base.hash) == len(GENESIS) and is_first == (base.position == 0)
+
+
+class _Stated(msgspec.Struct, gc=False):
+    position: int
+    recorded_at: str
+
+
+_STATED = msgspec.json.Decoder(_Stated)
+
+
+def _stated(body: bytes, position: int) -> str:
+    """Return when an event says that it was recorded."""
+    try:
+        stated = _STATED.decode(body)
+    except (RecursionError, ValueError) as error:
+        raise FileDamaged(f"the body at position {position} is no event: {error}", position) from None
+    if stated.position != position:
+        raise FileDamaged(f"the body at position {position} says position {stated.position}", position)
+    return stated.recorded_at

@@ -1,0 +1,5 @@
+"""`python -m loadledger` is the command `loadledger`."""
+
+from loadledger.cli.main import main
+
+main()

@@ -1,0 +1,129 @@
+"""The server that a command talks to: its options, a client of it, and words for what goes wrong."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from loadledger.cli.problems import INTERRUPTED, give_up
+from loadledger.cli.profile import Place, ProfileProblem, find_place
+from loadledger.cli.tables import duration
+
+UNAUTHENTICATED, FORBIDDEN = 401, 403
+MAX_TOKEN_CHARACTERS = 64 * 1024
+"""Of what is looked at to say when it expired; the server's limit for headers is far below."""
+
+
+HINTS = {
+    "unknown_model": "`loadledger models` lists them",
+    "unknown_version": "`loadledger models MODEL` names those that there are",
+    "unknown_job": "`loadledger jobs` lists them",
+    "not_loaded": "`loadledger ps` lists what is loaded",
+    "nothing_loaded": "`loadledger ps` lists what is loaded",
+    "model_not_loaded": "`loadledger load MODEL --wait` loads it",
+}
+"""What to do next, by the server's codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What the options say of the server; None is nothing."""
+
+    url: str | None = None
+    profile: str | None = None
+
+    def place(self) -> Place:
+        """Return the server that is meant.
+
+        Raises:
+            ProfileProblem: the profile cannot be used.
+        """
+        return find_place(self.url, self.profile, os.environ)
+
+
+def server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which server is meant; the command gets them as `where`."""
+
+    def called(*arguments: Any, url: str | None, profile: str | None, **options: Any) -> None:
+        command(*arguments, where=Where(url, profile), **options)
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    with_profile = click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Which profile has URL and token, as `login` keeps them. [LOADLEDGER_PROFILE]",
+    )
+    with_url = click.option(
+        "--url", metavar="URL", help="The server, like http://127.0.0.1:8080. [LOADLEDGER_URL]"
+    )
+    return with_url(with_profile(called))
+
+
+@contextmanager
+def connected(where: Where, *, timeout_s: float = 30.0) -> Iterator[Any]:
+    """Give a client of the server that is meant; what goes wrong ends the command, as in `talking_to`."""
+    try:
+        place = where.place()
+    except ProfileProblem as problem:
+        give_up(str(problem))
+    with talking_to(place, timeout_s=timeout_s) as client:
+        yield client
+
+
+@contextmanager
+def talking_to(place: Place, *, timeout_s: float = 30.0) -> Iterator[Any]:
+    """Give a client of a server; what goes wrong with it is told, and ends the command.
+
+    Ctrl-C ends it as well, without a word: whoever has more to say then says it first.
+    """
+    from loadledger import Client, ClientProblem  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    try:
+        with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
+            yield client
+    except ClientProblem as problem:
+        give_up(told(problem, place))
+    except ValueError as error:  # what was typed cannot be sent, and was not
+        give_up(str(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def told(problem: Exception, place: Place) -> str:
+    """Say what went wrong and what to do about it."""
+    status = getattr(problem, "status", None)
+    if status == UNAUTHENTICATED and not place.token:
+        return (
+            f"{place.url} asks for a token: set LOADLEDGER_TOKEN, or keep one with `loadledger login`"
+            " (`loadledger token` makes one beside the server's data)"
+        )
+    if status == UNAUTHENTICATED and (ago := expired_ago_s(place.token or "", time.time())) is not None:
+        return f"the token expired {duration(ago)} ago: make another with `loadledger token`"
+    if status == FORBIDDEN:
+        return f"{problem}; use a token that has the role (`loadledger token --role …`)"
+    hint = HINTS.get(getattr(problem, "code", ""))
+    return f"{problem}; {hint}" if hint else str(problem)
+
+
+def expired_ago_s(token: str, now_s: float) -> float | None:
+    """Return for how long a token has not been valid any more; None if it is, or does not say."""
+    if len(token) > MAX_TOKEN_CHARACTERS or token.count(".") != 2:  # noqa: PLR2004 - of a JWT
+        return None
+    payload = token.split(".")[1]
+    try:
+        expires = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"]
+        ago = now_s - float(expires)
+    except (binascii.Error, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return None
+    return ago if ago > 0 else None

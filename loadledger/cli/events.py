@@ -1,0 +1,160 @@
+"""`loadledger events`: lists or follows the events of a server, or of a ledger's file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadledger.cli.completing import latest_jobs, models_of_server
+from loadledger.cli.connection import Where, connected, server_options
+from loadledger.cli.eventlines import event_line
+from loadledger.cli.problems import COULD_NOT, INTERRUPTED, note
+from loadledger.cli.profile import PROFILE, URL
+
+DATA = "LOADLEDGER_DATA"
+
+Command = Callable[..., None]
+Show = Callable[[Sequence[bytes]], None]
+
+
+def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], Command]:
+    return click.option(
+        flag, f"{flag[2:]}s", multiple=True, metavar="TEXT", help=f"{help_text} May be repeated.", **options
+    )
+
+
+@click.command()
+@click.argument("named", metavar="[MODEL]...", nargs=-1, shell_complete=models_of_server)
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens: from now, or from --after.")
+@click.option(
+    "--tail",
+    "-n",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Only from so many positions before the head.",
+)
+@click.option(
+    "--after", metavar="POSITION", type=click.IntRange(min=0), help="Only events above this position."
+)
+@click.option(
+    "--since", metavar="POSITION|TIME", help="Only from this position, or time like 2026-01-31T14:02:00Z, on."
+)
+@click.option("--until", metavar="POSITION|TIME", help="Only up to this position, or time.")
+@_several("--type", "Only events of this type.")
+@_several("--model", "Only events of this model.", shell_complete=models_of_server)
+@_several("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
+@_several("--actor", "Only events by this actor.")
+@click.option("--json", "as_json", is_flag=True, help="Print each event as it is stored, with its hash.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory of a ledger, instead of a server; one may run or not. [LOADLEDGER_DATA]",
+)
+@server_options
+def events(data: Path | None, where: Where, *, as_json: bool, named: tuple[str, ...], **options: Any) -> None:
+    """List or follow what happened, of all models or of some.
+
+    What is followed goes on when the server was away: no event comes twice, and none is left out. It takes a
+    token of the role audit or admin.
+    """
+    _check(data, where, options)
+    options["models"] += named  # as `docker logs` has it
+
+    def show(lines: Sequence[bytes]) -> None:
+        if lines:
+            click.echo(b"\n".join(lines) if as_json else "\n".join(map(event_line, lines)))
+
+    folder = _folder(data, where)
+    if folder is None:
+        _of_server(where, show, **options)
+    else:
+        _of_file(folder, show, **options)
+
+
+def _check(data: Path | None, where: Where, options: dict[str, Any]) -> None:
+    if data is not None and where != Where():
+        raise click.UsageError("give --data for a file or --url for a server, not both")
+    if options["follow"] and options["until"] is not None:
+        raise click.UsageError("--until ends a list, and --follow never ends: leave one out")
+    if options["tail"] is not None and (options["after"] is not None or options["since"] is not None):
+        raise click.UsageError("--tail says where to begin: leave --after and --since out")
+
+
+def _folder(data: Path | None, where: Where) -> Path | None:
+    """Return the data directory that is meant, if none of the options and variables means a server."""
+    named = os.environ.get(DATA)
+    if data is not None or not named or where != Where() or os.environ.get(URL) or os.environ.get(PROFILE):
+        return data
+    return Path(named)
+
+
+def _of_server(
+    where: Where,
+    show: Show,
+    *,
+    tail: int | None,
+    after: int | None,
+    **options: Any,
+) -> None:
+    with connected(where) as client:
+        if tail is not None:
+            head = client.head()
+            after = max(head.position - tail, head.base.position if head.base else 0)
+        found = client.events(after=after, on_away=_away, **options)
+        for event in found:
+            show([event.line])
+
+
+def _away(problem: Exception) -> None:
+    note(f"{problem}; trying again until it is back")
+
+
+def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
+    import asyncio  # noqa: PLC0415 - only a file takes it, and what follows
+
+    from events.errors import LedgerProblem  # noqa: PLC0415
+    from server.app import LEDGER  # noqa: PLC0415
+    from server.eventsource import FileSource  # noqa: PLC0415
+
+    if not (data / LEDGER).is_file():
+        note(f"there is no ledger in {data}: name the --data of a server that has run, or a --url")
+        sys.exit(COULD_NOT)
+    wish = _wish(**options)
+    try:
+        asyncio.run(_show(FileSource(data / LEDGER), wish, follow=follow, show=show))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except LedgerProblem as error:
+        note(str(error))
+        sys.exit(COULD_NOT)
+
+
+def _wish(
+    *, after: int | None, since: str | None, until: str | None, tail: int | None, **filters: tuple[str, ...]
+) -> Any:
+    from events.stored import EventFilter  # noqa: PLC0415 - as above
+    from events.types import TYPES  # noqa: PLC0415
+    from server.eventsource import Wish  # noqa: PLC0415
+
+    unknown = set(filters["types"]) - set(TYPES)
+    if unknown:
+        raise click.BadParameter(f"{min(unknown)!r} is none of {', '.join(TYPES)}", param_hint="--type")
+    return Wish(EventFilter(**filters), after, since, until, tail)
+
+
+async def _show(source: Any, wish: Any, *, follow: bool, show: Show) -> None:
+    after = wish.after
+    if not follow or wish.since is not None or wish.tail is not None:
+        async for page in source.listed(wish):
+            if isinstance(page, int):
+                after = page
+            else:
+                show(page)
+    if follow:
+        async for lines in source.followed(wish.wanted, after):
+            show(lines)

@@ -1,0 +1,129 @@
+"""`loadledger infer`: ask a model, with inputs that are typed in or lie in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadledger.cli.completing import loaded_models
+from loadledger.cli.connection import Where, connected, server_options
+from loadledger.cli.options import json_option
+from loadledger.cli.printing import print_json
+from loadledger.cli.problems import give_up
+from loadledger.cli.tables import cell, table
+
+HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
+MAX_DATA_CHARACTERS = 400
+"""Of an output that is shown to people; `--json` has all of it."""
+
+
+@click.command()
+@click.argument("model", shell_complete=loaded_models)
+@click.option(
+    "--input",
+    "-i",
+    "typed",
+    multiple=True,
+    metavar="NAME=JSON",
+    help="An input as nested lists, like x='[[1, 2]]', or in a file: x=@FILE. May be repeated.",
+)
+@click.option(
+    "--file",
+    "-f",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help='The inputs as {"NAME": lists}, or a whole request of the protocol; - is standard input.',
+)
+@click.option(
+    "--version", "-v", metavar="N", type=click.IntRange(min=1), help="Only if this version is loaded."
+)
+@click.option("--output", "-o", "outputs", multiple=True, metavar="NAME", help="Only this; may be repeated.")
+@json_option
+@server_options
+def infer(
+    model: str,
+    *,
+    typed: tuple[str, ...],
+    file: Path | None,
+    version: int | None,
+    outputs: tuple[str, ...],
+    as_json: bool,
+    where: Where,
+) -> None:
+    """Ask a loaded model.
+
+    Shapes and datatypes need not be given: they are the model's own.
+    """
+    request = _request(typed, file)
+    with connected(where, timeout_s=120.0) as client:
+        answer = client.infer(
+            model,
+            request["inputs"],
+            version=version,
+            outputs=outputs or request.get("outputs"),
+            parameters=request.get("parameters"),
+        )
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo("\n".join(_told(answer)))
+
+
+def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:
+    if (file is None) == (not typed):
+        raise click.UsageError("give the inputs: --input NAME=JSON for each, or --file FILE")
+    if file is None:
+        return {"inputs": dict(map(_named, typed))}
+    given = _parsed(_text(file), f"--file {file}")
+    if not isinstance(given, dict):
+        raise click.BadParameter('it has to be an object, like {"x": [[1, 2]]}', param_hint="--file")
+    if not isinstance(given.get("inputs"), list):
+        return {"inputs": given}
+    wanted = [each["name"] if isinstance(each, dict) and "name" in each else each for each in _outputs(given)]
+    return {**given, "outputs": wanted or None}
+
+
+def _outputs(given: dict[str, Any]) -> list[Any]:
+    outputs = given.get("outputs")
+    return outputs if isinstance(outputs, list) else []
+
+
+def _named(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise click.BadParameter(f"{text[:64]!r} is not NAME=JSON, like x='[[1, 2]]'", param_hint="--input")
+    if value.startswith("@"):
+        value = _text(Path(value[1:]))
+    return name, _parsed(value, f"--input {name}")
+
+
+def _parsed(text: str, hint: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"is no JSON: {error}", param_hint=hint) from None
+
+
+def _text(file: Path) -> str:
+    try:
+        if str(file) == "-":
+            return sys.stdin.read()
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        give_up(f"{file} cannot be read: {error}")
+
+
+def _told(answer: dict[str, Any]) -> Iterator[str]:
+    rows = [_row(output) for output in answer.get("outputs", [])]
+    yield f"{cell(answer.get('model_name'))} version {cell(answer.get('model_version'))}"
+    yield from table(HEAD, rows)
+
+
+def _row(output: dict[str, Any]) -> tuple[str, ...]:
+    data = json.dumps(output.get("data"), ensure_ascii=False)
+    shape = json.dumps(output.get("shape"))
+    return cell(output.get("name")), cell(output.get("datatype")), shape, cell(data, most=MAX_DATA_CHARACTERS)

@@ -1,0 +1,94 @@
+"""`loadledger models`: what there is, what is loaded, and one of them with all that is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from loadledger.cli.completing import models_of_server
+from loadledger.cli.connection import Where, connected, server_options
+from loadledger.cli.options import json_option
+from loadledger.cli.printing import print_json
+from loadledger.cli.tables import NOTHING, age, cell, second, size, state, table
+
+HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
+MAX_VERSIONS = 4
+"""That are named; of more, the highest."""
+
+
+@click.command()
+@click.argument("model", required=False, shell_complete=models_of_server)
+@click.option("--loaded", is_flag=True, show_default=False, help="Only those that are not unloaded.")
+@click.option(
+    "--at", metavar="POSITION|TIME", help="As it was then: a position, or a time like 2026-01-31T14:02:00Z."
+)
+@json_option
+@server_options
+def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, where: Where) -> None:
+    """List the models and their states, or show one.
+
+    The active model, the one that an unload without a name takes, has a star.
+    """
+    with connected(where) as client:
+        if model is not None:
+            shown = client.model(model) if at is None else client.model(model, at=at)
+            if as_json:
+                print_json(shown)
+            else:
+                click.echo("\n".join(_details(shown)))
+            return
+        found = client.models() if at is None else client.models(at=at)
+        rows = [each for each in found if not loaded or each.state != "unloaded"]
+    if as_json:
+        print_json({"models": rows})
+    elif rows:
+        click.echo("\n".join(table(HEAD, [_row(each) for each in rows], right={"MEMORY"})))
+    else:
+        click.echo("no model is loaded" if loaded else "the repository has no models")
+
+
+def _row(model: Any) -> tuple[str, ...]:
+    version = NOTHING if model.version is None else str(model.version)
+    if model.next_version is not None:
+        version += f" → {model.next_version}"
+    return (
+        cell(model.id) + (" *" if model.active else ""),
+        model.state,
+        version,
+        _versions(model.versions),
+        size(model.memory_bytes),
+        age(model.loaded_at, datetime.now(UTC)),
+        cell(model.loaded_by, most=24),
+        cell(model.error and f"{model.error.code}: {model.error.message}", most=60),
+    )
+
+
+def _versions(versions: list[int] | None) -> str:
+    if not versions:
+        return NOTHING
+    named = ", ".join(map(str, versions[-MAX_VERSIONS:]))
+    return f"…, {named}" if len(versions) > MAX_VERSIONS else named
+
+
+def _details(model: Any) -> Iterator[str]:
+    yield f"{cell(model.id)}: {state(model.state)}{', active' if model.active else ''}"
+    facts = {
+        "version": model.version,
+        "next version": model.next_version,
+        "versions": model.versions and ", ".join(map(str, model.versions)),
+        "instances": model.instances,
+        "memory": model.memory_bytes and size(model.memory_bytes),
+        "loaded": model.loaded_at and f"{second(model.loaded_at)} by {cell(model.loaded_by)}",
+        "job": model.job_id,
+        "position": model.position,
+        "prepared": model.prepared and f"{model.prepared.form}, sha256 {model.prepared.sha256}",
+        "error": model.error and f"{model.error.code}: {model.error.message}",
+    }
+    for name, value in facts.items():
+        if value is not None:
+            yield f"  {name + ':':<13} {cell(value, most=4096)}"
+    for file in model.files:
+        yield f"  {cell(file.path)}: {file.bytes} bytes, sha256 {cell(file.sha256)}"

@@ -1,0 +1,130 @@
+"""`loadledger prepared list | clear`: the prepared forms of models in a data directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadledger.cli.options import data_option, json_option
+
+SHOWN_DIGITS = 12
+"""Of a hash: enough to tell them apart; --json has all of it."""
+HEAD = ("model", "version", "form", "size", "took", "made", "last used", "sha256")
+
+
+@click.group()
+def prepared() -> None:
+    """List or clear what was prepared to load models faster.
+
+    A server that runs may go on meanwhile.
+    """
+
+
+@prepared.command("list")
+@data_option
+@json_option
+def list_prepared(data: Path, *, as_json: bool) -> None:
+    """Show what was prepared, the last used first.
+
+    `bare` is a model that loads fastest from its own files; the reasons stand below it.
+    """
+    from loadledger.cli.problems import problems_told  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    with problems_told():
+        entries = [_told(entry) for entry in _store(data).entries()]
+    if as_json:
+        size = sum(entry["bytes"] for entry in entries)
+        click.echo(json.dumps({"bytes": size, "prepared": entries}, indent=2))
+    else:
+        click.echo("\n".join(_table(entries)))
+
+
+@prepared.command()
+@data_option
+@click.option("--model", "model_id", metavar="ID", help="Only what was made of this model.")
+def clear(data: Path, model_id: str | None) -> None:
+    """Remove what was prepared; models that are loaded from it go on.
+
+    They are prepared anew after their next load.
+    """
+    from loadledger.cli.problems import problems_told  # noqa: PLC0415 - as above
+
+    with problems_told():
+        cleared = _store(data).clear(model_id)
+    click.echo(f"cleared: {_number(cleared.entries)}, {cleared.bytes} bytes")
+
+
+def _store(data: Path) -> Any:
+    from runtime.prepared import FOLDER, PreparedStore  # noqa: PLC0415 - as above
+
+    if not data.is_dir():
+        raise click.BadParameter(f"there is no {data}; `token` and `serve` create it", param_hint="--data")
+    return PreparedStore(data / FOLDER, limit_bytes=0)  # which only what is kept is held to
+
+
+def _told(entry: Any) -> dict[str, Any]:
+    return {
+        "model_id": entry.model_id,
+        "version": entry.version,
+        "form": entry.form,
+        "sha256": entry.sha256,
+        "bytes": entry.bytes,
+        "made_at": entry.made_at,
+        "last_used_at": entry.used_at,
+        "took_ms": entry.took_ms,
+        "figures": dict(entry.figures),
+        "tried": dict(entry.tried),
+        "key": entry.key,
+    }
+
+
+def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
+    if not entries:
+        yield "nothing is prepared"
+        return
+    rows = [HEAD, *map(_row, entries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield _line(HEAD, widths)
+    for entry, row in zip(entries, rows[1:], strict=True):
+        yield _line(row, widths)
+        for form, reason in entry["tried"].items():
+            yield f"  not {form}: {_in_one_line(reason)}"
+    size = sum(entry["bytes"] for entry in entries)
+    yield f"{_number(len(entries))}, {_size(size)}"
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        _in_one_line(entry["model_id"]),
+        str(entry["version"]),
+        entry["form"] or "bare",
+        _size(entry["bytes"]) if entry["form"] else "",
+        f"{entry['took_ms'] / 1000:.1f} s",
+        _second(entry["made_at"]),
+        _second(entry["last_used_at"]),
+        (entry["sha256"] or "")[:SHOWN_DIGITS],
+    )
+
+
+def _line(cells: Iterable[str], widths: Iterable[int]) -> str:
+    return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _number(entries: int) -> str:
+    return "1 entry" if entries == 1 else f"{entries} entries"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _second(stamp: str) -> str:
+    return f"{stamp[:19].replace('T', ' ')}Z"
+
+
+def _in_one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

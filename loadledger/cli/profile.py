@@ -1,0 +1,205 @@
+"""Which server a command talks to, and the token for it: from options, the environment, or a profile file.
+
+A profile is a small TOML file with `url`, `token` and `ca`, by default `~/.config/loadledger/profile.toml`.
+Since it holds a token, one that others may read is refused, and its token goes to its own URL and nowhere
+else, whatever URL an option or a variable names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+URL = "LOADLEDGER_URL"
+TOKEN = "LOADLEDGER_TOKEN"  # noqa: S105 -- the name of a variable
+CA = "LOADLEDGER_CA"
+PROFILE = "LOADLEDGER_PROFILE"
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_PROFILE = "profile"
+
+MAX_PROFILE_BYTES = 64 * 1024
+"""Three lines, one of which is a token."""
+KNOWN = ("url", "token", "ca")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ProfileProblem(Exception):
+    """The profile cannot be used; the text says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a profile file says; None is what it does not say."""
+
+    url: str | None = None
+    token: str | None = field(default=None, repr=False)
+    ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A server, what it is shown, and by what it is known.
+
+    Attributes:
+        ca: file of the certificates that may have signed its own; None is the system's.
+    """
+
+    url: str
+    token: str | None = field(default=None, repr=False)
+    ca: Path | None = None
+
+
+def find_place(url: str | None, profile: str | None, environment: Mapping[str, str]) -> Place:
+    """Return the server to talk to: by option, then variable, then profile; else the default one, here.
+
+    Raises:
+        ProfileProblem: there is no such profile, or it cannot be used.
+    """
+    kept = _chosen(profile, environment)
+    kept_url = kept.url or DEFAULT_URL
+    chosen = url or environment.get(URL) or kept_url
+    is_its_own = _same(chosen, kept_url)
+    token = environment.get(TOKEN) or (kept.token if is_its_own else None)
+    ca = environment.get(CA)
+    return Place(chosen, token, Path(ca) if ca else kept.ca if is_its_own else None)
+
+
+def has_place(url: str | None, profile: str | None, environment: Mapping[str, str]) -> bool:
+    """Tell whether somebody said which server is meant."""
+    if url or profile or environment.get(URL) or environment.get(PROFILE):
+        return True
+    default = _default(environment)
+    return default is not None and default.exists()
+
+
+def profile_path(profile: str | None, environment: Mapping[str, str]) -> Path:
+    """Return where a profile is kept.
+
+    Args:
+        profile: a name, a path with a slash in it, or None for the default one.
+        environment: whose home and configuration folder count.
+
+    Raises:
+        ProfileProblem: it is no name, or there is no home to keep it in.
+    """
+    name = profile or environment.get(PROFILE) or DEFAULT_PROFILE
+    if "/" in name:
+        return Path(name)
+    if not _NAME.fullmatch(name):
+        raise ProfileProblem(f"{name[:64]!r} is no name of a profile: letters, digits, and . _ - between")
+    folder = _folder(environment)
+    if folder is None:
+        raise ProfileProblem("there is no HOME to keep profiles in: give --profile a path, like ./mine.toml")
+    return folder / f"{name}.toml"
+
+
+def read_profile(path: Path) -> Profile:
+    """Return what a profile file says.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ProfileProblem: others may read it, or it is no profile.
+    """
+    try:
+        text = _private_text(path)
+        import tomllib  # noqa: PLC0415 - keeps commands quick that read none
+
+        values = tomllib.loads(text)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ProfileProblem(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # it may stand beside the token, so it is not repeated
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "TOML"
+        raise ProfileProblem(f"{path} is not {kind}: write it anew with `loadledger login`") from None
+    unknown = sorted(values.keys() - set(KNOWN))
+    if unknown:
+        raise ProfileProblem(f"{path}: {unknown[0][:64]!r} is none of {', '.join(KNOWN)}")
+    wrong = [name for name, value in values.items() if not isinstance(value, str) or not value]
+    if wrong:
+        raise ProfileProblem(f'{path}: {wrong[0]} has to be a text, like {wrong[0]} = "…"')
+    ca = values.get("ca")
+    return Profile(values.get("url"), values.get("token"), Path(ca).expanduser() if ca else None)
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write a profile that nobody else may read; one that is there is replaced in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    values = {"url": profile.url, "token": profile.token, "ca": profile.ca and str(profile.ca)}
+    text = "".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items() if value
+    )
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        new.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink()
+        raise
+
+
+def _chosen(profile: str | None, environment: Mapping[str, str]) -> Profile:
+    named = profile or environment.get(PROFILE)
+    if named:
+        path = profile_path(named, environment)
+        try:
+            return read_profile(path)
+        except FileNotFoundError:
+            raise ProfileProblem(f"there is no {path}; `loadledger login` makes one") from None
+    default = _default(environment)
+    if default is None:
+        return Profile()
+    try:
+        return read_profile(default)
+    except FileNotFoundError:
+        return Profile()
+
+
+def _default(environment: Mapping[str, str]) -> Path | None:
+    folder = _folder(environment)
+    return None if folder is None else folder / f"{DEFAULT_PROFILE}.toml"
+
+
+def _folder(environment: Mapping[str, str]) -> Path | None:
+    """Return the folder of the XDG base directory specification, which wants it absolute."""
+    given, home = environment.get("XDG_CONFIG_HOME", ""), environment.get("HOME", "")
+    base = Path(given) if given.startswith("/") else Path(home) / ".config" if home else None
+    return None if base is None else base / "loadledger"
+
+
+def _same(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/")
+
+
+def _private_text(path: Path) -> str:
+    # O_NONBLOCK: the open of a FIFO would wait for ever.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
+        seen = os.fstat(file.fileno())
+        if not stat.S_ISREG(seen.st_mode):
+            raise ProfileProblem(f"{path} is no file")
+        if seen.st_uid not in {os.geteuid(), 0}:
+            raise ProfileProblem(f"{path} belongs to somebody else, who could send your token anywhere")
+        if seen.st_mode & 0o077:
+            mode = f"{stat.S_IMODE(seen.st_mode):04o}"
+            raise ProfileProblem(
+                f"others may use {path} (mode {mode}), which holds a token: chmod 600 {path}"
+            )
+        content = file.read(MAX_PROFILE_BYTES + 1)
+    if len(content) > MAX_PROFILE_BYTES:
+        raise ProfileProblem(f"{path} has more than {MAX_PROFILE_BYTES} bytes: it is no profile")
+    return content.decode()

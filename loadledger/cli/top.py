@@ -1,0 +1,162 @@
+"""`loadledger top`: a live view of a server: memory, what is loaded, what is under way, what failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import click
+
+from loadledger.cli.connection import Where, connected, server_options
+from loadledger.cli.following import named, words
+from loadledger.cli.options import json_option
+from loadledger.cli.printing import print_json
+from loadledger.cli.problems import is_dumb
+from loadledger.cli.resources import HEAD, RIGHT, budget_line, pressure_line, use_row
+from loadledger.cli.tables import age, cell, in_one_line, table
+
+JOBS_HEAD = ("JOB", "KIND", "MODEL", "STATUS", "BY", "AGE", "WHERE")
+WRONG_HEAD = ("MODEL", "STATE", "REASON")
+MOST_ROWS = 100
+"""Of each table; a terminal shows fewer, and a server may have ten thousand."""
+BAR_CELLS = 40
+PAUSE = 4
+"""Times a look is what lies between two: a view must not keep a server busy that has ten thousand models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen of a server at one moment.
+
+    Attributes:
+        took_s: how long it took to look.
+        problem: why it could not be seen this time; the rest is then what was seen before.
+    """
+
+    url: str
+    resources: Any
+    jobs: Sequence[Any]
+    wrong: Sequence[Any]
+    at: datetime
+    took_s: float
+    problem: str | None = None
+
+
+@click.command()
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    type=click.FloatRange(0.2, 3600.0),
+    default=1.0,
+    help="Seconds between looks.",
+)
+@json_option
+@click.option("--once", is_flag=True, show_default=False, help="Look once; so too without a terminal.")
+@server_options
+def top(*, interval: float, once: bool, as_json: bool, where: Where) -> None:
+    """Watch memory, models, and jobs under way; Ctrl-C ends it."""
+    with connected(where) as client:
+        look = _look(client)
+        if as_json:
+            print_json({"resources": look.resources, "jobs": look.jobs, "wrong": look.wrong})
+            return
+        if once or not sys.stdout.isatty() or is_dumb(os.environ):  # which would show nothing until its end
+            click.echo("\n".join(lines(look)))
+            return
+        try:
+            _watch(client, look, interval)
+        except KeyboardInterrupt:
+            return
+
+
+def _watch(client: Any, look: Look, interval_s: float) -> None:
+    """Show what is seen again and again, while the server is away too."""
+    from rich.live import Live  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    from loadledger import ServerError, ServerUnreachable  # noqa: PLC0415
+
+    with Live(_shown(look), screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(max(interval_s, PAUSE * look.took_s))
+            try:
+                look = _look(client)
+            except ServerUnreachable as problem:
+                look = _stale(look, problem)
+            except ServerError as problem:
+                if problem.status < 500 and problem.status != 429:  # noqa: PLR2004 - it would stay so
+                    raise
+                look = _stale(look, problem)
+            live.update(_shown(look), refresh=True)
+
+
+def _stale(look: Look, problem: Exception) -> Look:
+    return replace(look, problem=str(problem))
+
+
+def _look(client: Any) -> Look:
+    began = time.monotonic()
+    unended = [
+        job for status in ("in_progress", "pending") for job in client.jobs(status=status, limit=MOST_ROWS)
+    ]
+    wrong = islice((model for model in client.models() if model.state in {"failed", "lost"}), MOST_ROWS)
+    found, failed, now = client.resources(), list(wrong), datetime.now(UTC)
+    return Look(client.url, found, unended, failed, now, time.monotonic() - began)
+
+
+def _shown(look: Look) -> Any:
+    """Return the view for a terminal: a line that is too long is cut, and not broken."""
+    from rich.text import Text  # noqa: PLC0415 - as above
+
+    return Text.from_ansi("\n".join(lines(look)), no_wrap=True, overflow="ellipsis")
+
+
+def lines(look: Look) -> Iterator[str]:
+    """Yield the view."""
+    found, now = look.resources, datetime.now(UTC)
+    yield f"{click.style('loadledger', bold=True)}  {look.url}  {look.at:%H:%M:%S}Z  position {found.as_of}"
+    if look.problem is not None:
+        yield click.style(f"away, trying again; this is as it was: {in_one_line(look.problem)}", fg="red")
+    yield f"memory {_bar(found)} {budget_line(found)}"
+    yield from filter(None, [pressure_line(found)])
+    yield ""
+    uses = [use_row(use, now) for use in found.models[:MOST_ROWS]]
+    yield from table(HEAD, uses, right=RIGHT) if uses else ["nothing is loaded"]
+    if look.jobs:
+        yield ""
+        yield from table(JOBS_HEAD, [_job_row(job, now) for job in look.jobs[:MOST_ROWS]], right={"AGE"})
+    if look.wrong:
+        yield ""
+        yield from table(WRONG_HEAD, [_wrong_row(model) for model in look.wrong])
+
+
+def _bar(found: Any) -> str:
+    budget = max(found.budget_bytes, 1)
+    used = min(BAR_CELLS, max(0, (BAR_CELLS * found.used_bytes + budget // 2) // budget))
+    both = found.used_bytes + found.reserved_bytes
+    taken = min(BAR_CELLS, max(used, (BAR_CELLS * both + budget // 2) // budget))
+    parts = ("#" * used, "green" if found.free_bytes >= 0 else "red"), ("=" * (taken - used), "yellow")
+    drawn = "".join(click.style(cells, fg=colour) for cells, colour in parts if cells)
+    return f"[{drawn}{'.' * (BAR_CELLS - taken)}]"
+
+
+def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
+    return (
+        cell(job.id),
+        job.kind,
+        cell(named(job)),
+        job.status,
+        cell(job.requested_by, most=24),
+        age(job.created_at, now),
+        cell(words(job)),
+    )
+
+
+def _wrong_row(model: Any) -> tuple[str, ...]:
+    reason = f"{model.error.code}: {model.error.message}" if model.error is not None else ""
+    return cell(model.id), model.state, cell(reason)

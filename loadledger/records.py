@@ -1,0 +1,227 @@
+"""What a server answers, as values: members as in its OpenAPI document; unknown ones are passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+ENDED = frozenset({"completed", "failed", "cancelled"})
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a job or a model failed."""
+
+    code: str
+    message: str
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One accepted load or unload.
+
+    Attributes:
+        status: pending, in_progress, completed, failed or cancelled.
+        stage: where it is while it runs: starting, loading, warming_up, measuring; draining, stopping.
+        waiting_for: what it waits for while it is pending.
+        position: of its latest event in the ledger.
+    """
+
+    id: str
+    kind: str
+    model_id: str
+    status: str
+    version: int | None = None
+    stage: str | None = None
+    waiting_for: str | None = None
+    created_at: str | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
+    requested_by: str | None = None
+    cause: str | None = None
+    cancel_requested: bool = False
+    attempt: int = 0
+    position: int = 0
+    parameters: dict[str, Any] = {}
+    error: Failure | None = None
+    as_of: int | None = None
+    as_of_time: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.status in ENDED
+
+
+class File(msgspec.Struct, frozen=True):
+    """A file of a loaded version, as it was read."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """The prepared form that the workers loaded."""
+
+    form: str
+    sha256: str
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of the repository, or one that is loaded.
+
+    Attributes:
+        versions: in the repository; None in the past, which does not know it.
+        state: unloaded, loading, loaded, unloading, failed or lost.
+        position: of the `ModelLoaded` behind it.
+        instances: workers that are left.
+    """
+
+    id: str
+    state: str
+    versions: list[int] | None = None
+    version: int | None = None
+    next_version: int | None = None
+    active: bool = False
+    loaded_at: str | None = None
+    loaded_by: str | None = None
+    job_id: str | None = None
+    position: int | None = None
+    files: list[File] = []
+    prepared: Prepared | None = None
+    memory_bytes: int | None = None
+    error: Failure | None = None
+    instances: int | None = None
+    as_of: int | None = None
+    as_of_time: str | None = None
+
+
+class LoadUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What one load takes until its processes have exited."""
+
+    model_id: str
+    version: int
+    job_id: str
+    phase: str
+    workers: int = 0
+    reserved_bytes: int = 0
+    memory_bytes: int = 0
+    in_flight: int = 0
+    last_used_at: str | None = None
+    pinned: bool = False
+    keep_alive_s: int | None = None
+
+
+class Wait(msgspec.Struct, frozen=True, kw_only=True):
+    """A job that waits."""
+
+    job_id: str
+    model_id: str
+    waiting_for: str
+    needs_bytes: int | None = None
+
+
+class Preparation(msgspec.Struct, frozen=True, kw_only=True):
+    """What is being prepared, so that it loads faster later."""
+
+    model_id: str
+    version: int
+    reserved_bytes: int = 0
+    stopping: bool = False
+
+
+class Pressure(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of the last ten seconds something waited for this, in percent."""
+
+    memory_some_percent: float | None = None
+    cpu_some_percent: float | None = None
+
+
+class Resources(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory budget for workers, what is taken of it, and who waits for it."""
+
+    budget_bytes: int
+    reserved_bytes: int
+    used_bytes: int
+    free_bytes: int
+    limit_bytes: int = 0
+    limit_source: str = ""
+    max_loaded: int | None = None
+    models: list[LoadUse] = []
+    waiting: list[Wait] = []
+    preparing: Preparation | None = None
+    pressure: Pressure | None = None
+    as_of: int = 0
+
+
+class Base(msgspec.Struct, frozen=True):
+    """Where the log begins; what is before was archived."""
+
+    position: int
+    hash: str
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of the ledger, signed: who keeps it can prove later that nothing before it was changed."""
+
+    position: int
+    hash: str
+    recorded_at: str | None = None
+    base: Base | None = None
+    algorithm: str = ""
+    key_id: str = ""
+    public_key: str = ""
+    signature: str = ""
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether requests can be served, and what was looked at to say so."""
+
+    status: str
+    checks: dict[str, bool] = {}
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """A fact of the ledger.
+
+    Attributes:
+        data: what is particular to its type.
+        hash: of the event before and this one's text, in hexadecimal.
+    """
+
+    position: int
+    type: str
+    id: str = ""
+    schema: int = 1
+    job_id: str | None = None
+    model_id: str | None = None
+    version: int | None = None
+    worker_id: str | None = None
+    actor: str = ""
+    recorded_at: str = ""
+    data: dict[str, Any] = {}
+    hash: str = ""
+
+    @classmethod
+    def read(cls, line: bytes) -> Event:
+        """Return the event that a line is.
+
+        Raises:
+            msgspec.MsgspecError: it is none.
+        """
+        event = msgspec.json.decode(line, type=cls)
+        event.__dict__["line"] = line  # beside the members, so that nothing that is sent can be taken for it
+        return event
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return (Event.read, (self.line,)) if "line" in self.__dict__ else super().__reduce__()
+
+    def __copy__(self) -> Event:
+        return self
+
+    @property
+    def line(self) -> bytes:
+        """The event exactly as it was sent, in one line, so that it can be kept and hashed again."""
+        line: bytes = self.__dict__["line"]
+        return line

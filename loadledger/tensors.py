@@ -1,0 +1,78 @@
+"""Inputs of an inference, from nested lists and the model's metadata to the Open Inference Protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""By name a nested list, or what has `tolist` as arrays do, or a tensor; or tensors with their names."""
+
+
+def is_complete(inputs: Inputs) -> bool:
+    """Whether all are tensors with shape and datatype, so that nobody has to be asked for these."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return all(isinstance(value, Mapping) for value in values)
+
+
+def tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the inputs as tensors.
+
+    Args:
+        inputs: as they were given.
+        metadata: of the model; None where all inputs are complete.
+
+    Raises:
+        ValueError: an input is none of the model's, or its lists are of different lengths.
+    """
+    if not isinstance(inputs, Mapping):
+        return [dict(tensor) for tensor in inputs]
+    known = _datatypes(metadata)
+    return [_tensor(name, value, known) for name, value in inputs.items()]
+
+
+def shape_of(name: str, value: Any) -> list[int]:
+    """Return the shape of nested lists; of one value it is empty.
+
+    Raises:
+        ValueError: they are of different lengths.
+    """
+    shape: list[int | None] = []
+    level = [value]
+    while any(isinstance(item, list | tuple) for item in level):
+        lengths = {len(item) if isinstance(item, list | tuple) else None for item in level}
+        if len(lengths) > 1:
+            raise ValueError(f"input {name!r}: lists beside each other must have the same length")
+        shape += lengths
+        level = [part for item in level for part in item]
+    return [length for length in shape if length is not None]
+
+
+def flat(value: Any) -> list[Any]:
+    """Return the values of nested lists, row by row."""
+    level = [value]
+    while any(isinstance(item, list | tuple) for item in level):
+        level = [part for item in level for part in item]
+    return level
+
+
+def _tensor(name: str, value: Any, known: Mapping[str, str]) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {"name": name, **value}
+    if name not in known:
+        raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    shape = shape_of(name, plain)
+    if hasattr(value, "shape"):  # of an array without values, the lists do not say all
+        shape = [int(length) for length in value.shape]
+    return {"name": name, "shape": shape, "datatype": known[name], "data": flat(plain)}
+
+
+def _datatypes(metadata: Mapping[str, Any] | None) -> dict[str, str]:
+    tensors_of = (metadata or {}).get("inputs")
+    named = tensors_of if isinstance(tensors_of, list) else []
+    return {
+        str(tensor["name"]): str(tensor["datatype"])
+        for tensor in named
+        if isinstance(tensor, dict) and {"name", "datatype"} <= tensor.keys()
+    }

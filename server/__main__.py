@@ -1,5 +1,0 @@
-"""`python -m server` is the command `loadledger`."""
-
-from server.cli import main
-
-main()

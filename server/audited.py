@@ -1,0 +1,141 @@
+"""What an audit found, in words and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from events.archives import Behind
+from events.audit import Audit
+from events.fileaudit import FileAudit
+from events.findings import Finding
+from events.signing import Base, key_id
+
+
+def told(found: Audit, *, key: str | None = None) -> list[str]:
+    """Return it in lines of text: whether it is verified, what is wrong, and the head that was proved.
+
+    Args:
+        found: of a ledger.
+        key: the id of the key by which archives had to be signed, where that was known.
+    """
+    verification, finding = found.verification, found.finding
+    head = f"{verification.position}:{verification.hash.hex()}"
+    if finding is not None:
+        return list(_wrong(found, finding, head))
+    lines = [f"verified: {verification.events} events after position {found.base.position}", f"head: {head}"]
+    if not verification.compared:
+        lines.append("not compared: the stored projections, made by another release; `serve` makes them anew")
+    lines += [f"the same as in the ledger: {_name(path)}" for path, _ in found.compared]
+    if found.behind is None:
+        return lines + [f"for a whole proof: {each}" for each in found.archives]
+    return [*lines, *_behind(found.behind, key)]
+
+
+def _wrong(found: Audit, finding: Finding, head: str) -> Iterator[str]:
+    at = "" if found.at is None else f"{_name(found.at)}: "
+    yield f"NOT verified: {at}position {finding.position}: {finding.problem} ({finding.kind})"
+    if found.damage is not None:
+        yield f"SQLite's integrity check: {found.damage}"
+    yield f"proved up to: {head}"
+
+
+def _behind(behind: Behind, key: str | None) -> Iterator[str]:
+    for file in behind.files:
+        yield f"archive: positions {file.after.position + 1} to {file.proved.position}, {_name(file.path)}"
+    for signer in dict.fromkeys(map(_signer, behind.files)):
+        yield f"the archives are {_signed(signer, key)}"
+    if behind.is_folded:
+        yield "from the first event on: the archives come to the state with which the log begins"
+    else:
+        yield (
+            f"not proved: what the events up to position {behind.after.position} were and came to; name the "
+            "archives that have them, too"
+        )
+
+
+def file_told(file: FileAudit, *, key: str | None = None) -> list[str]:
+    """Return in lines of text what a file proves by itself."""
+    name, end = _name(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
+    if file.finding is not None:
+        finding = file.finding
+        return [
+            f"{name}: NOT verified: position {finding.position}: {finding.problem} ({finding.kind})",
+            f"{name}: proved up to: {end}",
+        ]
+    return [
+        f"{name}: verified: {file.events} events after position {file.after.position}",
+        f"{name}: head: {end}",
+        f"{name}: {_signed(_signer(file), key)}",
+    ]
+
+
+def _signed(signer: str, key: str | None) -> str:
+    if key is not None:
+        return f"signed by the expected key {signer}"
+    return f"signed by the key {signer}; whose that is, only --key can say"
+
+
+def _signer(file: FileAudit) -> str:
+    assert file.head is not None
+    return key_id(file.head.public_key)
+
+
+def _name(path: Path) -> str:
+    return click.format_filename(path)
+
+
+def members(found: Audit) -> dict[str, Any]:
+    """Return it as JSON has it."""
+    verification, finding = found.verification, found.finding
+    behind = found.behind
+    return {
+        "verified": finding is None,
+        "events": verification.events,
+        "position": verification.position,
+        "hash": verification.hash.hex(),
+        "base": _base(found.base),
+        "integrity": found.damage or "ok",
+        "projections_compared": verification.compared,
+        "finding": _finding(finding, found.at),
+        "archives": [asdict(each) for each in found.archives],
+        "proved_after": (found.base if behind is None else behind.after).position,
+        "base_state_proved": found.base.position == 0 if behind is None else behind.is_folded,
+    }
+
+
+def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
+    """Return what a file proves as JSON has it; `key_expected` is null where no key was."""
+    head = file.head
+    return {
+        "file": str(file.path),
+        "verified": file.finding is None,
+        "events": file.events,
+        "after": _base(file.after),
+        "position": file.proved.position,
+        "hash": file.proved.hash.hex(),
+        "recorded_at": head and (head.statement.recorded_at or None),
+        "key_id": head and key_id(head.public_key),
+        "key_expected": None if key is None or head is None else key_id(head.public_key) == key,
+        "sha256": None if file.sha256 is None else file.sha256.hex(),
+        "finding": _finding(file.finding, file.path),
+    }
+
+
+def _base(base: Base) -> dict[str, Any]:
+    return {"position": base.position, "hash": base.hash.hex()}
+
+
+def _finding(finding: Finding | None, at: Path | None) -> dict[str, Any] | None:
+    if finding is None:
+        return None
+    return {
+        "position": finding.position,
+        "kind": str(finding.kind),
+        "problem": finding.problem,
+        "file": None if at is None else str(at),
+    }

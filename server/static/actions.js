@@ -1,0 +1,66 @@
+// What can be asked for from here. Each is one request; what becomes of it is a job, and is said when it has ended.
+
+import { toldOfRequest } from "./api.js";
+import { duration, oneLine, secondsSince } from "./format.js";
+import { notice } from "./notices.js";
+import { ended } from "./store.js";
+
+export class Actions {
+  #asked = new Map(); // by job: what to say when it has ended
+
+  constructor(api, store, refresher) {
+    this.api = api;
+    this.store = store;
+    this.refresher = refresher;
+    store.watch(() => this.#tellEnded());
+  }
+
+  // Throws what the server refuses with: who asks in a dialog is told there.
+  async load(modelId, body) {
+    await this.#ask(`/api/v1/models/${encodeURIComponent(modelId)}/load`, body, `Load of ${modelId}`);
+  }
+
+  async unload(modelId, force) {
+    const query = force ? "?force=true" : "";
+    await this.#ask(`/api/v1/models/${encodeURIComponent(modelId)}/unload${query}`, undefined, `${force ? "Forced unload" : "Unload"} of ${modelId}`);
+  }
+
+  // A load of what serves with another `pinned` changes that and nothing else: it is not loaded again.
+  async pin(model, pinned) {
+    const what = `${pinned ? "Pinning" : "Unpinning"} of ${model.id}`;
+    await this.#tried(this.#ask(`/api/v1/models/${encodeURIComponent(model.id)}/load`, { version: model.version, pinned }, what));
+  }
+
+  async cancel(job) {
+    await this.#tried(this.#ask(`/api/v1/jobs/${encodeURIComponent(job.id)}/cancel`, undefined, `Cancelling the ${job.kind} of ${job.model_id}`));
+  }
+
+  async #ask(path, body, what) {
+    const { status, answer: job } = await this.api.post(path, body);
+    if (status === 200 && ended(job)) notice(`${what}: nothing to do, it is so already.`);
+    else {
+      notice(`${what} is accepted.`);
+      this.#asked.set(job.id, what);
+    }
+    this.refresher.soon(job.model_id);
+  }
+
+  async #tried(asked) {
+    try {
+      await asked;
+    } catch (error) {
+      notice(toldOfRequest(error), "bad");
+    }
+  }
+
+  #tellEnded() {
+    for (const job of this.store.jobs) {
+      const what = this.#asked.get(job.id);
+      if (what === undefined || !ended(job)) continue;
+      this.#asked.delete(job.id);
+      const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
+      if (job.status === "completed") notice(`${what} completed in ${took}.`);
+      else notice(`${what} ${job.status}${job.error ? `: ${oneLine(job.error.message)}` : "."}`, job.status === "failed" ? "bad" : "good");
+    }
+  }
+}

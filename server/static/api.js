@@ -1,0 +1,92 @@
+// Requests to the server that this page came from, with the token in their header, and what it answers.
+
+import { learnClock, plain } from "./format.js";
+
+const LIMIT_MS = 10_000; // of what is answered at once
+
+// The server answered, and not with what was asked for.
+export class Refusal extends Error {
+  constructor(status, problem, retryAfterS) {
+    super(plain(problem.detail ?? problem.error ?? problem.title ?? `the server answered ${status}`));
+    this.status = status;
+    this.code = problem.code ?? "";
+    this.title = plain(problem.title);
+    this.retryAfterS = retryAfterS;
+  }
+}
+
+// No answer came.
+export class Unreachable extends Error {}
+
+export class Api {
+  constructor(token) {
+    this.token = token;
+  }
+
+  // Sends a request; throws Refusal, Unreachable, or AbortError for the caller's own signal.
+  async send(path, { method = "GET", body, headers = {}, signal, limitMs = LIMIT_MS } = {}) {
+    const signals = [signal, limitMs ? AbortSignal.timeout(limitMs) : null].filter(Boolean);
+    let response;
+    try {
+      response = await fetch(path, {
+        method,
+        body,
+        headers: { Authorization: `Bearer ${this.token}`, ...(body ? { "Content-Type": "application/json" } : {}), ...headers },
+        signal: signals.length ? AbortSignal.any(signals) : undefined,
+        cache: "no-store",
+        credentials: "omit",
+        redirect: "error",
+      });
+    } catch (error) {
+      if (signal?.aborted) throw error;
+      throw new Unreachable(error.name === "TimeoutError" ? `no answer within ${limitMs / 1000} s` : "no connection");
+    }
+    learnClock(response.headers.get("Date"));
+    if (!response.ok) throw await refusal(response);
+    return response;
+  }
+
+  // The text of an answer, whose connection may break on the way.
+  async text(path, options) {
+    const response = await this.send(path, options);
+    try {
+      return await response.text();
+    } catch (error) {
+      if (options?.signal?.aborted) throw error;
+      throw new Unreachable("the connection broke");
+    }
+  }
+
+  async get(path, options) {
+    return JSON.parse(await this.text(path, options));
+  }
+
+  // Posts and returns the status with the answer: 200 and 202 say different things.
+  async post(path, value, options) {
+    const response = await this.send(path, { method: "POST", body: value === undefined ? undefined : JSON.stringify(value), ...options });
+    return { status: response.status, answer: await response.json(), headers: response.headers };
+  }
+}
+
+async function refusal(response) {
+  const after = Number(response.headers.get("Retry-After")) || null;
+  try {
+    return new Refusal(response.status, await response.json(), after);
+  } catch {
+    return new Refusal(response.status, {}, after);
+  }
+}
+
+// What to say where something was asked for, and it is not known whether that arrived.
+export function toldOfRequest(error) {
+  return error instanceof Unreachable ? `${told(error)} What you asked for may have arrived all the same: look at the jobs when it is back.` : told(error);
+}
+
+// What to say of an error, for people: what the server said, and what to do about it.
+export function told(error) {
+  if (error instanceof Unreachable) return `The server cannot be reached: ${error.message}.`;
+  if (!(error instanceof Refusal)) return String(error.message ?? error);
+  if (error.status === 403) return `Not allowed: ${error.message}. Ask whoever gives out tokens for one with that role; the ledger counts this refusal.`;
+  if (error.status === 429) return `${error.title}: ${error.message}`;
+  return error.title && !error.message.startsWith(error.title) ? `${error.title}: ${error.message}` : error.message;
+}

@@ -1,0 +1,85 @@
+// How values are written for people. Whatever others wrote passes through `plain` or `oneLine`.
+
+const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+
+// Text without what could hide or turn it around: controls, and marks of direction; never endless.
+export function plain(text, most = 4096) {
+  const clean = String(text ?? "").slice(0, most + 1).replace(/\r\n?/g, "\n").replace(HIDDEN, "\ufffd");
+  return clean.length > most ? `${clean.slice(0, most)}…` : clean;
+}
+
+export function oneLine(text, most = 600) {
+  return plain(text, most).replace(/\s+/g, " ").trim();
+}
+
+// Bytes as people compare them: 54 MB, 1.2 GB; the same powers of ten as the command line has.
+export function bytes(count) {
+  if (count == null) return "–";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let size = Math.abs(count), unit = 0;
+  while (size >= 999.5 && unit < units.length - 1) [size, unit] = [size / 1000, unit + 1];
+  const digits = unit > 0 && size < 9.95 ? 1 : 0;
+  return `${count < 0 ? "−" : ""}${size.toFixed(digits)} ${units[unit]}`;
+}
+
+export function number(value) {
+  if (value == null || Number.isNaN(value)) return "–";
+  if (value >= 1000) return Math.round(value).toLocaleString("en");
+  return value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(value >= 10 ? 1 : 2);
+}
+
+export function duration(seconds) {
+  if (seconds == null) return "–";
+  if (seconds < 1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 172_800) return `${Math.round(seconds / 3600)} h`;
+  return `${Math.round(seconds / 86_400)} days`;
+}
+
+const APART_MS = 3000; // less is the way that an answer takes
+let ahead = 0; // of the server's clock, before this one
+
+// Learns from an answer's `Date`: by a clock that is wrong here, what began just now would take for an hour.
+export function learnClock(date) {
+  const apart = Date.parse(date) + 500 - Date.now(); // it says whole seconds
+  if (!Number.isNaN(apart)) ahead = Math.abs(apart) > APART_MS ? apart : 0;
+}
+
+// The time of the server, whose stamps it is compared with.
+export const serverNow = () => Date.now() + ahead;
+
+export function secondsSince(stamp, now = serverNow()) {
+  return stamp ? Math.max(0, (now - Date.parse(stamp)) / 1000) : null;
+}
+
+// How long something has been so, in whole seconds: a figure that changes with every look cannot be read.
+export function age(seconds) {
+  return seconds < 60 ? `${Math.floor(seconds)} s` : duration(seconds);
+}
+
+export function ago(stamp, now = serverNow()) {
+  const seconds = secondsSince(stamp, now);
+  if (seconds == null) return "never";
+  if (seconds < 1.5) return "just now";
+  return `${age(seconds)} ago`;
+}
+
+// The time of day here; with the day, unless that is today.
+export function clock(stamp) {
+  if (!stamp) return "–";
+  const time = new Date(stamp);
+  const day = time.toDateString() === new Date().toDateString() ? "" : `${local(time).slice(0, 10)} `;
+  return day + local(time).slice(11);
+}
+
+// As `datetime-local` takes it: the time here, without an offset.
+export function local(time) {
+  const shifted = new Date(time.getTime() - time.getTimezoneOffset() * 60_000);
+  return shifted.toISOString().slice(0, 19);
+}
+
+export function count(amount, one, many = `${one}s`) {
+  return `${amount.toLocaleString("en")} ${amount === 1 ? one : many}`;
+}

@@ -1,0 +1,131 @@
+// The ledger: its newest events, those that are asked for, and each as it was hashed; live while it follows.
+
+import { told } from "./api.js";
+import { byId, el, keyed, setText, show, tell } from "./dom.js";
+import { kindOf, summary, TYPES } from "./eventtext.js";
+import { clock, oneLine, plain } from "./format.js";
+
+const PAGE = 50;
+const MOST = 400; // that are kept on the page, while nobody asks for older ones
+const MOST_ASKED = 4000;
+
+export class Ledger {
+  #events = new Map(); // by position
+  #cursor = null; // where the older ones begin
+  #epoch = null;
+  #filters = {};
+  #asked = 0;
+  #most = MOST;
+  #upto = 0; // as of which position it was asked for last
+
+  // `visit` shows the models as of a position.
+  constructor(api, store, visit) {
+    this.api = api;
+    this.store = store;
+    this.visit = visit;
+    byId("ledger-type").append(...TYPES.map((type) => el("option", {}, type)));
+    byId("ledger-filters").addEventListener("submit", (event) => (event.preventDefault(), this.#refilter()));
+    byId("ledger-type").addEventListener("change", () => this.#refilter());
+    byId("ledger-clear").addEventListener("click", () => (byId("ledger-filters").reset(), this.#refilter()));
+    byId("ledger-older").addEventListener("click", () => this.#older());
+    byId("ledger-follow").addEventListener("change", (event) => event.target.checked && this.#load());
+    store.listeners.push((event) => this.#hear(event));
+    show(byId("ledger"), true);
+    store.watch(() => this.#draw());
+  }
+
+  #hear(event) {
+    if (byId("ledger-follow").checked && this.#fits(event)) this.#events.set(event.position, event);
+  }
+
+  #fits(event) {
+    const { type, model, actor, job } = this.#filters;
+    return (!type || event.type === type) && (!model || event.model_id === model) && (!actor || event.actor === actor) && (!job || event.job_id === job);
+  }
+
+  // Shows the events of one job.
+  only(job) {
+    byId("ledger-filters").reset();
+    byId("ledger-job").value = job.id;
+    this.#refilter();
+    byId("ledger").scrollIntoView({ block: "nearest" });
+  }
+
+  #refilter() {
+    const names = ["type", "model", "actor", "job"];
+    this.#filters = Object.fromEntries(names.map((name) => [name, byId(`ledger-${name}`).value.trim()]).filter(([, value]) => value));
+    this.#load();
+  }
+
+  #older() {
+    this.#most = Math.max(MOST, Math.min(MOST_ASKED, this.#events.size + PAGE));
+    this.#load(this.#cursor);
+  }
+
+  // Asks for the newest events, or those before a position. An answer that was overtaken by another is dropped.
+  async #load(before = null) {
+    const asked = ++this.#asked;
+    if (before === null) [this.#upto, this.#most] = [this.store.head, MOST];
+    const from = before ?? Number.MAX_SAFE_INTEGER;
+    const query = new URLSearchParams({ ...this.#filters, before: from, limit: PAGE });
+    try {
+      const page = await this.api.get(`/api/v1/events?${query}`);
+      if (asked !== this.#asked) return;
+      if (before === null) {
+        const since = [...this.#events.values()].filter((event) => event.position > page.as_of && this.#fits(event));
+        this.#events = new Map(since.map((event) => [event.position, event]));
+      }
+      for (const event of page.events) this.#events.set(event.position, event);
+      this.#cursor = page.next_cursor;
+      this.store.oldest = page.oldest;
+      this.store.saw(page.as_of);
+      tell(byId("ledger-refusal"), "");
+    } catch (error) {
+      if (asked === this.#asked) tell(byId("ledger-refusal"), told(error));
+    }
+    this.#draw();
+  }
+
+  #draw() {
+    if (this.#epoch !== this.store.epoch) {
+      this.#epoch = this.store.epoch;
+      if (this.#epoch > 0) this.#load();
+    } else if (this.store.connection.mode === "polled" && byId("ledger-follow").checked && this.store.head > this.#upto) {
+      this.#load(); // no stream tells it
+    }
+    const events = [...this.#events.values()].sort((a, b) => b.position - a.position);
+    for (const event of events.splice(this.#most)) {
+      this.#events.delete(event.position);
+      this.#cursor = Math.max(this.#cursor ?? 0, event.position + 1);
+    }
+    keyed(byId("ledger-list"), events, (event) => event.position, (event) => this.#item(event), () => {});
+    setText(byId("ledger-count"), this.store.head ? `${this.store.head.toLocaleString("en")} events` : "");
+    show(byId("ledger-none"), events.length === 0 && this.#cursor === null);
+    show(byId("ledger-older"), this.#cursor !== null && events.length < MOST_ASKED);
+  }
+
+  #item(event) {
+    const subject = event.model_id ? `${event.model_id}${event.version == null ? "" : ` ${event.version}`}` : "";
+    const line = el("summary", {},
+      el("span", { class: "position" }, String(event.position)), " ",
+      el("time", { datetime: event.recorded_at, title: event.recorded_at }, clock(event.recorded_at)), " ",
+      el("strong", { class: kindOf(event.type) }, oneLine(event.type, 60)), " ",
+      el("span", {}, oneLine(subject, 160)), " ", el("span", { class: "dim" }, `by ${oneLine(event.actor, 130)}`), " ",
+      el("span", { class: "says" }, summary(event)));
+    const text = el("pre", { tabindex: "0", role: "group", "aria-label": `Event ${event.position}, as it was hashed` });
+    const then = el("button", { type: "button", onclick: () => this.visit(event.position) }, "Look at this moment");
+    const node = el("details", {}, line, text, then);
+    node.addEventListener("toggle", () => node.open && text.textContent === "" && this.#open(event.position, text), { once: false });
+    return el("li", { class: "event", "data-position": event.position }, node);
+  }
+
+  // Shows an event's very text: read into numbers and written again, some would be rounded.
+  async #open(position, node) {
+    try {
+      const page = await this.api.text(`/api/v1/events?after=${position - 1}&limit=1`);
+      setText(node, plain(page.slice('{"events":['.length, page.lastIndexOf('],"as_of"')), 100_000));
+    } catch (error) {
+      setText(node, told(error));
+    }
+  }
+}

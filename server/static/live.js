@@ -1,0 +1,167 @@
+// Keeps what is shown alive: through the stream for who may follow the ledger, else by asking again and again.
+// Connects again by itself, for as long as the page is open.
+
+import { Refusal, Unreachable, told } from "./api.js";
+import { EVERY_MS } from "./samples.js";
+import { linesAfter } from "./stream.js";
+
+const FIRST_PAUSE_MS = 500;
+const LONGEST_PAUSE_MS = 5000;
+const LONGEST_ASKED_MS = 60_000; // what `Retry-After` may ask for: somebody looks at this page, and what is far too long would pass for none
+const POLL_MS = 3000;
+const WITHOUT_STREAM_MS = 30_000; // how long it does without, where too many streams are open
+const MOST_MISSED = 2000; // events that are caught up with; after more, the ledger is looked at anew
+const ANEW = ["archived", "beyond_head"]; // what was heard last is no place to go on from any more
+const RELIST_EVERY = 15; // looks: new versions in the repository are no events
+
+export class Live {
+  #attempt = new AbortController();
+  #wake = () => {};
+  #looks = 0;
+  #cause = null; // why the present attempt was ended from outside
+  #heard = null; // the last position of the stream
+
+  constructor(api, store, refresher, { follows, onSignedOut }) {
+    this.api = api;
+    this.store = store;
+    this.refresher = refresher;
+    this.follows = follows;
+    this.onSignedOut = onSignedOut;
+    this.end = new AbortController();
+    refresher.failed = (error) => this.#failed(error);
+    addEventListener("online", () => this.now());
+    document.addEventListener("visibilitychange", () => document.hidden || this.now());
+  }
+
+  // Waits no longer for the next attempt.
+  now() {
+    this.#wake();
+  }
+
+  stop() {
+    this.end.abort();
+    this.#attempt.abort();
+  }
+
+  async run() {
+    let pause = FIRST_PAUSE_MS;
+    while (!this.end.signal.aborted) {
+      const began = Date.now();
+      this.#attempt = new AbortController();
+      this.#cause = null;
+      try {
+        await this.#once(this.#attempt.signal);
+      } catch (error) {
+        const why = this.#cause ?? error;
+        if (this.end.signal.aborted || this.#isOver(why)) return;
+        if (Date.now() - began > LONGEST_PAUSE_MS) pause = FIRST_PAUSE_MS; // it had worked meanwhile
+        const wait = Math.max(pause, Math.min(LONGEST_ASKED_MS, (why.retryAfterS ?? 0) * 1000));
+        this.store.connect("lost", told(why), Date.now() + wait);
+        await this.#sleep(wait).catch(() => {});
+        pause = Math.min(LONGEST_PAUSE_MS, pause * 1.7);
+      }
+    }
+  }
+
+  // Shows everything, then what changes, until something goes wrong.
+  async #once(signal) {
+    const position = await this.refresher.everything(signal);
+    const looking = this.#lookAgainAndAgain(signal);
+    try {
+      await Promise.race([this.#stay(position, signal), looking]);
+    } finally {
+      this.#attempt.abort();
+      await looking.catch(() => {});
+    }
+  }
+
+  async #stay(position, signal) {
+    if (this.follows) await this.#follow(this.#from(position), signal);
+    await this.#poll(signal);
+  }
+
+  // Where the stream goes on: after what was heard last, unless that is too long ago, or of another ledger.
+  #from(position) {
+    const missed = position - (this.#heard ?? -Infinity);
+    if (missed >= 0 && missed <= MOST_MISSED) return this.#heard;
+    this.store.head = position;
+    this.store.epoch += 1;
+    return position;
+  }
+
+  async #follow(position, signal) {
+    try {
+      for await (const line of linesAfter(this.api, position, signal)) this.#hear(line);
+    } catch (error) {
+      if (ANEW.includes(error.code)) this.#heard = null;
+      if (!(error instanceof Refusal) || !["forbidden", "too_many_streams"].includes(error.code)) throw error;
+      if (error.code === "forbidden") this.follows = false; // the token said more than the server grants
+      return this.store.connect("polled", told(error));
+    }
+    throw new Unreachable(this.farewell ?? "the server ended the stream");
+  }
+
+  #hear(line) {
+    const said = JSON.parse(line);
+    if (said.position !== undefined) this.#heard = said.position;
+    if (said.stream === undefined) {
+      this.store.heard(said, line);
+      this.refresher.soon(said.model_id);
+    } else if (said.stream === "live") {
+      this.farewell = null;
+      this.store.saw(said.position);
+      this.store.connect("live");
+    } else if (said.stream === "stage") {
+      this.store.stages.set(said.job_id, { stage: said.stage, waiting_for: said.waiting_for });
+      this.refresher.soon(null);
+    } else if (said.stream === "end") {
+      this.farewell = said.reason;
+    }
+  }
+
+  async #poll(signal) {
+    const until = this.follows ? Date.now() + WITHOUT_STREAM_MS : Infinity;
+    while (Date.now() < until) {
+      this.store.connect("polled", this.store.connection.mode === "polled" ? this.store.connection.why : "");
+      await this.#sleep(POLL_MS, signal);
+      await this.refresher.models(signal);
+      await this.refresher.jobs(signal);
+    }
+  }
+
+  async #lookAgainAndAgain(signal) {
+    for (;;) {
+      await this.#sleep(EVERY_MS, signal);
+      await this.refresher.look(signal);
+      if (++this.#looks % RELIST_EVERY === 0) await this.refresher.models(signal);
+    }
+  }
+
+  // What a look in the background met counts as much as what the stream does.
+  #failed(error) {
+    if (!(error instanceof Unreachable) && error.status !== 401) return;
+    this.#cause ??= error;
+    this.#attempt.abort();
+  }
+
+  #isOver(error) {
+    if (!(error instanceof Refusal) || error.status !== 401) return false;
+    this.stop();
+    this.onSignedOut(`The server does not take this token any more: ${error.message}.`);
+    return true;
+  }
+
+  #sleep(ms, signal) {
+    return new Promise((resolve, reject) => {
+      const over = (settle, value) => {
+        clearTimeout(timer);
+        signal?.removeEventListener("abort", aborted);
+        settle(value);
+      };
+      const aborted = () => over(reject, signal.reason);
+      const timer = setTimeout(() => over(resolve), ms);
+      if (signal) signal.addEventListener("abort", aborted);
+      else this.#wake = () => over(resolve); // nobody hurries what is going well
+    });
+  }
+}

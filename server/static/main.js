@@ -1,0 +1,111 @@
+// The page's beginning: who signs in, and what is shown to whom.
+
+import { Actions } from "./actions.js";
+import { Api, told } from "./api.js";
+import { attentionView } from "./attention.js";
+import { connectionView } from "./connection.js";
+import { loadDialog, unloadDialog } from "./dialogs.js";
+import { byId, show, tell } from "./dom.js";
+import { jobsView } from "./jobs.js";
+import { Ledger } from "./ledger.js";
+import { Live } from "./live.js";
+import { memoryView } from "./memory.js";
+import { modelsView } from "./models.js";
+import { Past } from "./past.js";
+import { predictDialog } from "./predict.js";
+import { Refresher } from "./refresher.js";
+import { cleaned, keepToken, keptToken, Session } from "./session.js";
+import { Store } from "./store.js";
+
+const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
+
+function begin(token) {
+  const api = new Api(token), session = new Session(token), store = new Store();
+  const refresher = new Refresher(api, store), actions = new Actions(api, store, refresher);
+  const live = new Live(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
+  show(byId("sign-in"), false);
+  show(byId("console"), true);
+  show(byId("sign-out"), true);
+  const offers = offered(session, api, store, actions);
+  connectionView(store, live, session);
+  attentionView(store, offers);
+  memoryView(store);
+  modelsView(store, offers);
+  if (session.audits) {
+    const past = new Past(api, store);
+    const ledger = new Ledger(api, store, (position) => past.visit(position));
+    offers.trace = (job) => ledger.only(job);
+  }
+  jobsView(store, offers);
+  live.run();
+}
+
+// What a role may not do is not offered; what is offered may still be refused, by the server, which decides.
+function offered(session, api, store, actions) {
+  return {
+    ...(session.manages && {
+      load: loadDialog(api, store, actions),
+      unload: unloadDialog(store, actions),
+      pin: (model, pinned) => actions.pin(model, pinned),
+      cancel: (job) => actions.cancel(job),
+    }),
+    ...(session.predicts && { predict: predictDialog(api) }),
+  };
+}
+
+function signOut(why = "") {
+  keepToken(null);
+  try {
+    sessionStorage.setItem(WHY, why);
+  } catch {
+    // then it is not said
+  }
+  location.reload(); // nothing of what was seen stays in memory
+}
+
+function askForToken() {
+  const form = byId("sign-in-form"), field = byId("token");
+  show(byId("sign-in"), true);
+  tell(byId("sign-in-why"), givenUpBecause());
+  field.focus();
+  let asking = false;
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (asking) return; // a double click signs in once: two pages in one would show everything twice
+    asking = true;
+    try {
+      await signIn(field);
+    } finally {
+      asking = false;
+    }
+  });
+}
+
+async function signIn(field) {
+  const token = cleaned(field.value);
+  if (token === null) return tell(byId("sign-in-why"), "This is no token: one is three parts of letters and digits, with dots between them.");
+  try {
+    await new Api(token).get("/api/v1/resources"); // any role may ask for these
+  } catch (error) {
+    return tell(byId("sign-in-why"), error.status === 401 ? `The server does not take this token: ${error.message}.` : told(error));
+  }
+  field.value = "";
+  if (byId("keep").checked) keepToken(token);
+  begin(token);
+  byId("main").focus({ preventScroll: true });
+}
+
+function givenUpBecause() {
+  try {
+    const why = sessionStorage.getItem(WHY) ?? "";
+    sessionStorage.removeItem(WHY);
+    return why;
+  } catch {
+    return "";
+  }
+}
+
+byId("sign-out").addEventListener("click", () => signOut());
+const kept = keptToken();
+if (kept !== null && cleaned(kept) !== null) begin(kept);
+else askForToken();

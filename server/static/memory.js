@@ -1,0 +1,79 @@
+// The memory budget as a bar: who uses how much of it, what is reserved, what is free; and the charts.
+
+import { chart } from "./charts.js";
+import { byId, el, keyed, setAttribute, setText, svg } from "./dom.js";
+import { bytes, count, duration, number } from "./format.js";
+
+const COLOURS = 7; // models that are told apart; the smaller ones are one part
+
+export function memoryView(store) {
+  const bar = svg("svg", { viewBox: "0 0 1000 28", preserveAspectRatio: "none", role: "img" });
+  byId("memory-bar").append(bar);
+  const charts = {
+    requests: chart("Requests", (value) => `${number(value)}/s`),
+    latency: chart("Latency, mean", (value) => (value == null ? "–" : duration(value / 1000))),
+    memory: chart("Memory in use", bytes),
+  };
+  byId("charts").append(...Object.values(charts).map((each) => each.node));
+  store.watch(() => {
+    if (store.resources) draw(bar, store.resources);
+    drawCharts(charts, store);
+  });
+}
+
+function draw(bar, resources) {
+  const { budget_bytes: budget, used_bytes: used, reserved_bytes: reserved, free_bytes: free } = resources;
+  const level = free < 0 ? "over" : free < budget / 10 ? "tight" : "fine";
+  byId("memory-bar").className = `bar ${level}`;
+  const parts = partsOf(resources), whole = Math.max(budget, used + reserved, 1);
+  let x = 0;
+  const placed = parts.map((part) => {
+    const width = (1000 * part.bytes) / whole;
+    x += width;
+    return { ...part, x: x - width, width };
+  });
+  keyed(bar, placed, (part) => part.key, () => svg("rect", { y: 0, height: 28 }), (rect, part) => {
+    setAttribute(rect, "class", `part ${part.kind}`);
+    setAttribute(rect, "x", part.x.toFixed(2));
+    setAttribute(rect, "width", Math.max(part.width, part.bytes ? 1.5 : 0).toFixed(2));
+  });
+  const limit = resources.max_loaded ? `; ${count(resources.max_loaded, "model")} may be loaded at once` : "";
+  const rest = free < 0 ? `${bytes(-free)} over budget` : `${bytes(free)} free`;
+  const text = `${bytes(used)} used${reserved ? `, ${bytes(reserved)} reserved` : ""}, ${rest}, of a budget of ${bytes(budget)}${limit}.`;
+  setText(byId("memory-text"), text);
+  setAttribute(bar, "aria-label", `Memory: ${text}`);
+  legend(parts);
+}
+
+function partsOf(resources) {
+  const uses = [...resources.models].sort((a, b) => b.memory_bytes - a.memory_bytes || (a.job_id < b.job_id ? -1 : 1));
+  const own = uses.slice(0, COLOURS).filter((use) => use.memory_bytes > 0);
+  const others = uses.slice(own.length).reduce((sum, use) => sum + use.memory_bytes, 0);
+  const reserved = uses.filter((use) => use.reserved_bytes > 0);
+  const parts = own.map((use, at) => ({ key: use.job_id, kind: `c${at}`, name: `${use.model_id} ${use.version}`, bytes: use.memory_bytes, note: use.phase === "serving" ? "" : use.phase }));
+  if (others > 0) parts.push({ key: "others", kind: "others", name: count(uses.length - own.length, "other"), bytes: others, note: "" });
+  for (const use of reserved.slice(0, COLOURS)) parts.push({ key: `r ${use.job_id}`, kind: "reserved", name: `${use.model_id} ${use.version}`, bytes: use.reserved_bytes, note: "reserved" });
+  const more = reserved.slice(COLOURS).reduce((sum, use) => sum + use.reserved_bytes, 0);
+  if (more > 0) parts.push({ key: "r others", kind: "reserved", name: "others", bytes: more, note: "reserved" });
+  const preparing = resources.preparing;
+  if (preparing) parts.push({ key: "p", kind: "reserved", name: `${preparing.model_id} ${preparing.version}`, bytes: preparing.reserved_bytes, note: "to prepare it" });
+  return parts;
+}
+
+function legend(parts) {
+  const make = () => el("li", {}, el("span", { class: "swatch", "aria-hidden": "true" }), el("span"));
+  keyed(byId("memory-legend"), parts, (part) => part.key, make, (item, part) => {
+    item.firstChild.setAttribute("class", `swatch ${part.kind}`);
+    setText(item.lastChild, `${part.name}: ${bytes(part.bytes)}${part.note ? `, ${part.note}` : ""}`);
+  });
+}
+
+function drawCharts(charts, store) {
+  const line = (member, kind, name = "", said = true) => ({ kind, name, said, values: store.samples.map((look) => [look.at, look[member]]) });
+  const failures = store.samples.some((look) => look.failedPerSecond > 0);
+  charts.requests.draw([line("perSecond", "plain"), ...(failures ? [line("failedPerSecond", "bad", "failed")] : [])]);
+  charts.latency.draw([line("latencyMs", "plain")]);
+  const memory = line("usedBytes", "plain");
+  if (store.resources) memory.values.push([store.heardAt, store.resources.used_bytes]);
+  charts.memory.draw([memory]);
+}

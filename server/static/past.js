@@ -1,0 +1,147 @@
+// What was so then: the models as of a position or a time, with who had loaded which bytes.
+
+import { told } from "./api.js";
+import { byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
+import { summary } from "./eventtext.js";
+import { bytes, clock, local, oneLine } from "./format.js";
+
+const MOST = 500; // models that are shown
+const PAGE = 1000;
+const PAUSE_MS = 120; // a slider that is pulled asks for where it rests
+const CALM_MS = 1000; // what is now moves with each event: nobody can read that, and the server has other things to do
+
+export class Past {
+  #moment = null; // a position; null is now
+  #asking = new AbortController();
+  #due = null;
+  #busy = false; // whether an answer is waited for: a ledger that moves does not overtake it
+  #shown = null; // the position that is shown, or asked for
+
+  constructor(api, store) {
+    this.api = api;
+    this.store = store;
+    const slider = byId("past-slider"), position = byId("past-position"), time = byId("past-time");
+    slider.addEventListener("input", () => this.#soon(Number(slider.value)));
+    position.addEventListener("change", () => position.value !== "" && this.#soon(Number(position.value)));
+    time.addEventListener("change", () => time.value && this.#show(new Date(time.value).toISOString(), { isTime: true }));
+    byId("past-back").addEventListener("click", () => this.#soon(this.#here - 1));
+    byId("past-on").addEventListener("click", () => this.#soon(this.#here + 1));
+    byId("past-now").addEventListener("click", () => this.#soon(null));
+    show(byId("past"), true);
+    store.watch(() => this.#follow());
+  }
+
+  get #here() {
+    return this.#moment ?? this.store.head;
+  }
+
+  visit(position) {
+    this.#soon(position);
+    byId("past").scrollIntoView({ block: "start" });
+    byId("past-slider").focus({ preventScroll: true });
+  }
+
+  #follow() {
+    const slider = byId("past-slider"), head = this.store.head;
+    const first = Math.max(0, this.store.oldest - 1);
+    setAttribute(slider, "min", first);
+    setAttribute(slider, "max", head);
+    setAttribute(byId("past-position"), "max", head);
+    if (this.#moment !== null || this.#busy || this.#due !== null || head === 0 || this.#shown === head) return;
+    this.#soon(null, this.#shown === null ? PAUSE_MS : CALM_MS);
+  }
+
+  #soon(position, pauseMs = PAUSE_MS) {
+    const head = this.store.head;
+    this.#moment = position === null || position >= head ? null : Math.max(0, Math.floor(position));
+    this.#mark(this.#here);
+    this.#shown = this.#here;
+    clearTimeout(this.#due);
+    this.#due = setTimeout(() => this.#show(String(this.#here)), pauseMs);
+  }
+
+  #mark(position) {
+    byId("past-slider").value = position;
+    setAttribute(byId("past-slider"), "aria-valuetext", `position ${position} of ${this.store.head}`);
+    if (document.activeElement !== byId("past-position")) byId("past-position").value = position;
+    byId("past-back").disabled = position <= Math.max(0, this.store.oldest - 1);
+    byId("past-on").disabled = position >= this.store.head;
+  }
+
+  async #show(at, { isTime = false } = {}) {
+    clearTimeout(this.#due);
+    this.#due = null;
+    this.#busy = true;
+    this.#asking.abort();
+    this.#asking = new AbortController();
+    const { signal } = this.#asking;
+    try {
+      const page = await this.#modelsAt(at, signal);
+      const event = await this.#eventAt(page.as_of, signal);
+      if (isTime) this.#moment = page.as_of >= this.store.head ? null : page.as_of;
+      this.#shown = page.as_of;
+      this.#mark(page.as_of);
+      this.#draw(page, event);
+      tell(byId("past-refusal"), "");
+    } catch (error) {
+      if (!signal.aborted) tell(byId("past-refusal"), told(error));
+    } finally {
+      if (this.#asking.signal === signal) this.#busy = false;
+    }
+  }
+
+  // The event at a position; null before all events, and where it is archived: what was so then is known all the same.
+  async #eventAt(position, signal) {
+    if (position === 0) return null;
+    try {
+      return (await this.api.get(`/api/v1/events?after=${position - 1}&limit=1`, { signal })).events[0];
+    } catch (error) {
+      if (error.code !== "archived") throw error;
+      return null;
+    }
+  }
+
+  // All models of a moment, those first that were more than known of.
+  async #modelsAt(at, signal) {
+    const ask = (moment, cursor) => this.api.get(`/api/v1/models?limit=${PAGE}&at=${encodeURIComponent(moment)}&cursor=${encodeURIComponent(cursor)}`, { signal });
+    const first = await ask(at, ""), models = [...first.models];
+    for (let cursor = first.next_cursor; cursor; ) {
+      const page = await ask(first.as_of, cursor);
+      models.push(...page.models);
+      cursor = page.next_cursor;
+    }
+    models.sort((a, b) => (a.state === "unloaded") - (b.state === "unloaded"));
+    return { ...first, models };
+  }
+
+  #draw(page, event) {
+    const now = this.#moment === null;
+    setText(byId("past-when"), page.as_of === 0 ? "before everything" : `position ${page.as_of}, ${clock(page.as_of_time)}${now ? ", which is now" : ""}`);
+    byId("past").classList.toggle("then", !now);
+    if (page.as_of_time && document.activeElement !== byId("past-time")) byId("past-time").value = local(new Date(page.as_of_time));
+    setText(byId("past-event"), event ? `Here: ${oneLine([event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" "), 300)}${summary(event) ? `, ${summary(event)}` : ""}` : "");
+    keyed(byId("past-rows"), page.models.slice(0, MOST), (model) => model.id, (model) => row(model), (node, model) => node.update(model));
+    const more = page.models.length - MOST;
+    tell(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger knew no model then.");
+  }
+}
+
+function row(first) {
+  const cell = (label, kind = "") => el("td", { "data-label": label, class: kind || null, role: "cell" });
+  const pill = el("span", { class: "pill" }), files = el("ul", { class: "files" });
+  const state = cell("State"), version = cell("Version"), by = cell("Loaded by"), which = cell("Which bytes", "hashes");
+  state.append(pill);
+  which.append(files);
+  const node = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("span", { class: "name" }, first.id)), state, version, by, which);
+  node.update = (model) => {
+    setText(pill, model.state);
+    setAttribute(pill, "class", `pill ${model.state}`);
+    setText(version, model.version == null ? "–" : String(model.version));
+    setText(by, model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}` : "–");
+    keyed(files, model.files, (file) => file.path, (file) => el("li", {}, el("span", {}), el("code", {})), (item, file) => {
+      setText(item.firstChild, `${oneLine(file.path, 200)}, ${bytes(file.bytes)} `);
+      setText(item.lastChild, oneLine(file.sha256, 64));
+    });
+  };
+  return node;
+}

@@ -1,0 +1,105 @@
+// Asks the server for what is shown: all of it, or what an event says has changed, and never in a hurry.
+
+import { sample } from "./samples.js";
+
+const PAUSE_MS = 300; // between an event and the look at what it changed: many come together
+const SHARE = 3; // a look that takes long is followed by so much longer a pause: the server has other things to do
+const FEW = 200; // models of which all are asked for: that is one request, and no harder than some
+const MOST_ALONE = 12; // of many, those that are asked for one by one
+const PAGE = 1000;
+const NEWEST = 40; // jobs, beside those that have not ended
+
+export class Refresher {
+  #dirty = new Set();
+  #due = null;
+  #tookMs = 0;
+  #running = Promise.resolve();
+
+  constructor(api, store) {
+    this.api = api;
+    this.store = store;
+    this.failed = () => {}; // called with what a look in the background met
+  }
+
+  // Asks for everything, one thing after the other: what comes later is at least as new.
+  async everything(signal) {
+    const position = await this.models(signal);
+    await this.jobs(signal);
+    await this.look(signal);
+    return position;
+  }
+
+  async models(signal) {
+    const models = new Map();
+    let cursor = "", position = null;
+    do {
+      const page = await this.api.get(`/api/v1/models?limit=${PAGE}&cursor=${encodeURIComponent(cursor)}`, { signal });
+      for (const model of page.models) models.set(model.id, model);
+      position ??= page.as_of; // of the first page: what follows may have been missed by it
+      cursor = page.next_cursor;
+    } while (cursor);
+    this.store.models = models;
+    this.store.saw(position);
+    this.store.changed();
+    return position;
+  }
+
+  async jobs(signal) {
+    const found = new Map();
+    for (const status of ["pending", "in_progress", null]) {
+      const query = status ? `status=${status}&limit=${PAGE}` : `limit=${NEWEST}`;
+      const page = await this.api.get(`/api/v1/jobs?${query}`, { signal });
+      for (const job of page.jobs) found.set(job.id, job);
+    }
+    this.store.jobs = [...found.values()];
+    const unfinished = new Set(this.store.jobs.filter((job) => job.finished_at === null).map((job) => job.id));
+    for (const id of this.store.stages.keys()) if (!unfinished.has(id)) this.store.stages.delete(id);
+    this.store.changed();
+  }
+
+  async resources(signal) {
+    this.store.resources = await this.api.get("/api/v1/resources", { signal });
+    this.store.saw(this.store.resources.as_of);
+    this.store.changed();
+  }
+
+  // Looks at memory and statistics, for the charts.
+  async look(signal) {
+    await this.resources(signal);
+    const { model_stats: statistics } = await this.api.get("/v2/models/stats", { signal });
+    this.store.samples = sample(this.store.samples, this.store.resources, statistics);
+    this.store.changed();
+  }
+
+  // Looks, soon, at what an event is about.
+  soon(modelId) {
+    if (modelId) this.#dirty.add(modelId);
+    this.#due ??= setTimeout(() => {
+      this.#due = null;
+      this.#running = this.#running.then(() => this.#catchUp()).catch((error) => this.failed(error));
+    }, Math.max(PAUSE_MS, SHARE * this.#tookMs));
+  }
+
+  async #catchUp() {
+    const began = performance.now();
+    const dirty = [...this.#dirty];
+    this.#dirty.clear();
+    if (dirty.length && (this.store.models.size <= FEW || dirty.length > MOST_ALONE)) await this.models();
+    else for (const id of dirty) await this.#model(id);
+    await this.jobs();
+    await this.resources();
+    this.#tookMs = Math.min(1000, performance.now() - began);
+  }
+
+  async #model(id) {
+    try {
+      const model = await this.api.get(`/api/v1/models/${encodeURIComponent(id)}`);
+      this.store.models.set(id, model);
+      if (model.active) for (const other of this.store.models.values()) other.active = other.id === id;
+    } catch (error) {
+      if (error.code !== "unknown_model") throw error;
+      this.store.models.delete(id);
+    }
+    this.store.changed();
+  }
+}

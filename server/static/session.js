@@ -1,0 +1,65 @@
+// Who is signed in. The token is kept in memory and, if that is wanted, in this tab's sessionStorage: never in
+// a URL, never in what other tabs or later visits see.
+
+const KEPT = "loadledger.token";
+
+export function keptToken() {
+  try {
+    return sessionStorage.getItem(KEPT);
+  } catch {
+    return null; // storage is forbidden here: memory has to do
+  }
+}
+
+export function keepToken(token) {
+  try {
+    if (token === null) sessionStorage.removeItem(KEPT);
+    else sessionStorage.setItem(KEPT, token);
+  } catch {
+    // as above
+  }
+}
+
+// What was pasted, without what often comes with it. Returns null for what cannot be a token.
+export function cleaned(text) {
+  const token = text.trim().replace(/^(authorization:\s*)?bearer\s+/i, "");
+  return /^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+$/.test(token) ? token : null;
+}
+
+// What a token says of itself. Nothing here is believed but by the eye: the server decides.
+export class Session {
+  constructor(token) {
+    this.token = token;
+    const claims = payload(token);
+    this.subject = typeof claims.sub === "string" ? claims.sub : "?";
+    this.expiresAt = typeof claims.exp === "number" ? claims.exp * 1000 : null;
+    // Tokens of other issuers may have their roles elsewhere: then all is offered, and the server refuses.
+    this.roles = Array.isArray(claims.roles) ? claims.roles.filter((role) => typeof role === "string") : null;
+  }
+
+  #has(...roles) {
+    return this.roles === null || roles.some((role) => this.roles.includes(role));
+  }
+
+  get manages() {
+    return this.#has("admin");
+  }
+
+  get predicts() {
+    return this.#has("admin", "predict");
+  }
+
+  get audits() {
+    return this.#has("admin", "audit");
+  }
+}
+
+function payload(token) {
+  try {
+    const text = atob(token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/"));
+    const claims = JSON.parse(new TextDecoder().decode(Uint8Array.from(text, (c) => c.charCodeAt(0))));
+    return claims !== null && typeof claims === "object" ? claims : {};
+  } catch {
+    return {};
+  }
+}

@@ -1,0 +1,70 @@
+// What the page knows, in one place. Views look at it when told that it has changed, a few times a second at most.
+
+const PAUSE_MS = 100; // between two looks: a thousand events a second are still ten
+
+export class Store {
+  #views = [];
+  #due = null;
+
+  constructor() {
+    this.models = new Map(); // by id, as the API has them
+    this.jobs = []; // unfinished ones, then the newest
+    this.stages = new Map(); // by job: what the stream said since the jobs were asked for
+    this.resources = null;
+    this.samples = []; // see samples.js
+    this.head = 0; // the highest position that is known of
+    this.oldest = 1; // the lowest position that is not archived
+    this.epoch = 0; // changes where the ledger that was shown has to be looked at anew
+    this.connection = { mode: "connecting", since: Date.now(), why: "", retryAt: null };
+    this.heardAt = Date.now(); // when the server said something last
+    this.listeners = []; // each is told every event of the stream, with the text that came
+  }
+
+  // Has `view` called now, and after each change.
+  watch(view) {
+    this.#views.push(view);
+    view();
+  }
+
+  changed() {
+    this.#due ??= setTimeout(() => {
+      this.#due = null;
+      for (const view of this.#views) {
+        try {
+          view();
+        } catch (error) {
+          console.error(error); // one view that fails must not blind the others
+        }
+      }
+    }, PAUSE_MS);
+  }
+
+  connect(mode, why = "", retryAt = null) {
+    const same = this.connection.mode === mode;
+    this.connection = { mode, why, retryAt, since: same ? this.connection.since : Date.now() };
+    this.changed();
+  }
+
+  saw(position) {
+    this.heardAt = Date.now();
+    if (position > this.head) this.head = position;
+  }
+
+  heard(event, text) {
+    this.saw(event.position);
+    for (const listener of this.listeners) listener(event, text);
+    this.changed();
+  }
+
+  // A job with its latest stage laid over it.
+  jobsNow() {
+    return this.jobs.map((job) => (ended(job) ? job : { ...job, ...this.stages.get(job.id) }));
+  }
+
+  // The processes of a model: two loads while one takes the other's place.
+  usesOf(modelId) {
+    return (this.resources?.models ?? []).filter((use) => use.model_id === modelId);
+  }
+}
+
+export const ended = (job) => job.finished_at !== null;

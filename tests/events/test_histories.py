@@ -1,0 +1,90 @@
+"""What real servers once wrote is folded to what it was then; who changes that has to say so."""
+
+import asyncio
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.events import opened
+
+from events import rebuild, store
+from events.bodies import from_body, to_body
+from events.canonical import GENESIS, canonical, chain
+from events.history import state_at
+from events.rebuild import FOLDS
+from events.schema import connect
+from events.state import State
+from events.store import Row, as_text
+from events.types import TYPES, UnloadFailed
+from events.verify import verify
+
+FOLDER = Path(__file__).parents[1] / "histories"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
+
+
+def bodies(name: str) -> list[str]:
+    return (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def recorded(name: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return told
+
+
+def test_there_is_something_of_everything_in_the_recorded_histories() -> None:
+    events = [from_body(body) for name in NAMES for body in bodies(name)]
+    assert {event.type for event in events} >= set(TYPES) - {UnloadFailed.TYPE}  # which nothing writes yet
+    causes = {cause for event in events if (cause := getattr(event.data, "cause", None)) is not None}
+    assert causes >= {"request", "swap", "eviction", "recovery", "restart"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recorded_history_is_folded_to_what_was_recorded(name: str) -> None:
+    told, state = recorded(name), State()
+    assert told["folds"] == FOLDS, (
+        "with a new number of the folds, tests/histories/record.py --refold makes the recorded states anew"
+    )
+    for body, expected in zip(bodies(name), told["changes"], strict=True):
+        changes = state.apply(from_body(body))
+        where = (
+            f"{name} at {state.position}: other texts are stored now, so events.rebuild.FOLDS is to change"
+        )
+        assert {key: as_text(model) for key, model in changes.models.items()} == texts(expected["models"]), (
+            where
+        )
+        assert {key: as_text(job) for key, job in changes.jobs.items()} == texts(expected["jobs"]), where
+
+
+def texts(entities: dict[str, Any]) -> dict[str, str]:
+    return {key: canonical(entity) for key, entity in entities.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_event_of_a_recorded_history_is_written_as_it_was(name: str) -> None:
+    for body in bodies(name):
+        assert to_body(from_body(body)) == body
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, tmp_path: Path) -> None:
+    path, state, digest = tmp_path / "ledger.db", State(), GENESIS
+    with closing(connect(path)) as connection:
+        for position, body in enumerate(bodies(name), 1):
+            digest = chain(digest, body)
+            store.write_group(
+                connection, [Row(position, body, digest)], state.apply(from_body(body)), entities=0
+            )
+        rebuild.rebuild(connection)
+        assert state_at(connection, state.position).models == state.models
+    verification = verify(path)
+    assert verification.verified, verification.finding
+    assert verification.compared
+    asyncio.run(goes_on(path, state))
+
+
+async def goes_on(path: Path, state: State) -> None:
+    async with opened(path) as log:
+        assert log.state.models == state.models
+        await log.server_started()

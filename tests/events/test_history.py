@@ -1,0 +1,321 @@
+"""Jobs and moments of the past are what folding up to there would have given."""
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from support.events import PLAIN, START, History, as_event, at, drafts, opened, write
+
+from events import rebuild, snapshots, store
+from events.basestate import write_base_state
+from events.bodies import to_body
+from events.canonical import GENESIS, chain
+from events.errors import LogUnavailable
+from events.history import job_at, jobs_at, state_at
+from events.jobs import Job, JobStatus
+from events.past import BadMoment, BeyondHead, Moment, moment_at, open_past, parse_time
+from events.refusals import Archived
+from events.schema import connect
+from events.state import State
+from events.store import Row
+from events.types import Event, LoadRequested, UnloadRequested
+
+
+@contextmanager
+def ledger(events: list[Event], snapshots_at: frozenset[int] = frozenset()) -> Iterator[sqlite3.Connection]:
+    """A ledger of these events, with snapshots at these positions."""
+    with TemporaryDirectory() as folder, closing(connect(Path(folder) / "ledger.db")) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        state, digest = State(), GENESIS
+        for event in events:
+            digest = chain(digest, body := to_body(event))
+            changes = state.apply(event)
+            store.write_group(connection, [Row(event.position, body, digest)], changes, entities=0)
+            if event.position in snapshots_at:
+                snapshots.write(connection, event.position)
+        yield connection
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Event]:
+    """Return histories in which each request has an id of its own, as the writer's have."""
+    told = draw(st.lists(drafts(), max_size=30))
+    asked, events = list[str](), []
+    for number, draft in enumerate(told, 1):
+        event_id = f"e{number}"
+        if isinstance(draft.data, LoadRequested | UnloadRequested):
+            job_id: str | None = event_id
+            asked.append(event_id)
+        else:
+            job_id = draw(st.sampled_from([*asked, None]))
+        events.append(as_event(replace(draft, id=event_id, job_id=job_id), number, number))
+    return events
+
+
+@settings(PLAIN, max_examples=40)
+@given(histories(), st.frozensets(st.integers(1, 30), max_size=3))
+def test_jobs_of_the_past_are_what_a_fold_gives(events: list[Event], snapshots_at: frozenset[int]) -> None:
+    with ledger(events, snapshots_at) as connection:
+        state, jobs = State(), dict[str, Job]()
+        for event in [None, *events]:
+            if event is not None:
+                jobs.update(state.apply(event).jobs)
+            then = sorted(jobs.values(), key=lambda job: -job.created_position)
+            assert jobs_at(connection, state.position) == then
+            for status in JobStatus:
+                found = jobs_at(connection, state.position, status=status, model_id="m")
+                assert found == [job for job in then if job.status is status and job.model_id == "m"]
+            for earlier in (each.id for each in events):
+                assert job_at(connection, earlier, state.position) == jobs.get(earlier)
+
+
+@pytest.mark.parametrize("status", [None, *JobStatus])
+def test_pages_of_past_jobs_are_cut_where_they_are_asked_to_be(status: JobStatus | None) -> None:
+    history = History()
+    for number in range(4):
+        history.load(f"L{number}", of=f"m{number}")
+    for number in range(4, 8):
+        history.ask_load(f"L{number}", of=f"m{number}")
+    at_end = history.state.position
+    history.restart()
+    for number in range(4, 8):
+        history.fail_load(f"L{number}", of=f"m{number}")
+    with ledger(history.facts) as connection:
+        whole = jobs_at(connection, at_end, status=status)
+        assert len(whole) == {None: 8, JobStatus.COMPLETED: 4, JobStatus.PENDING: 4}.get(status, 0)
+        for cut in range(len(whole)):
+            before = whole[cut].created_position
+            assert jobs_at(connection, at_end, status=status, before=before, limit=2) == whole[cut + 1 :][:2]
+
+
+# Moments.
+
+
+def test_a_time_means_the_last_event_recorded_no_later() -> None:
+    history = History()
+    history.restart()  # at 1 s
+    history.load("L")  # at 2, 3, 4 s
+    history.add(history.facts[0].data, None, of=None, after_s=0)
+    with ledger(history.facts) as connection:
+        expected = {0.5: 0, 1: 1, 1.5: 1, 2: 2, 3.999999: 3, 4: 5, 100: 5}
+        for seconds, position in expected.items():
+            found = moment_at(connection, at(seconds))
+            assert found.position == position, seconds
+            assert found.recorded_at == (history.facts[position - 1].recorded_at if position else None)
+        assert moment_at(connection, "0") == Moment(0, None)
+        assert moment_at(connection, "0004") == Moment(4, at(4))
+        with pytest.raises(BeyondHead):
+            moment_at(connection, "6")
+
+
+@pytest.mark.parametrize(
+    ("text", "stamped"),
+    [
+        ("2026-01-31T14:02:00Z", "2026-01-31T14:02:00.000000Z"),
+        ("2026-01-31t14:02:00z", "2026-01-31T14:02:00.000000Z"),
+        ("2026-01-31 14:02:00Z", "2026-01-31T14:02:00.000000Z"),
+        ("2026-01-31T14:02:00.5Z", "2026-01-31T14:02:00.500000Z"),
+        ("2026-01-31T14:02:00.1234569Z", "2026-01-31T14:02:00.123456Z"),
+        ("2026-01-31T14:02:00+01:00", "2026-01-31T13:02:00.000000Z"),
+        ("2026-01-31T14:02:00 01:00", "2026-01-31T13:02:00.000000Z"),
+        ("2026-01-31T14:02:00-00:00", "2026-01-31T14:02:00.000000Z"),
+    ],
+)
+def test_times_of_rfc_3339_are_read(text: str, stamped: str) -> None:
+    assert parse_time(text) == stamped
+
+
+@pytest.mark.parametrize(
+    "text", ["", "noon", "2026-01-31", "2026-01-31T14:02:00", "2026-01-31T14:02Z", "2026-W05-6T14:02:00Z",
+             "20260131T140200Z", "2026-02-30T00:00:00Z", "2026-01-31T25:00:00Z", "0001-01-01T00:00:00+10:00",
+             "9999-12-31T23:59:59-10:00", "2026-01-31T14:02:00,5Z", "2026-01-31T14:02:00Z\n"],
+)  # fmt: skip
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(BadMoment):
+        parse_time(text)
+
+
+# What is archived.
+
+
+def archive(connection: sqlite3.Connection, position: int) -> None:
+    """Take away the events up to `position`, for which a snapshot stands from then on."""
+    write_base_state(connection, state_at(connection, position))
+    for trigger in ("base_never_changes", "events_never_go"):
+        connection.execute(f"DROP TRIGGER {trigger}")
+    connection.execute("UPDATE base SET position = ?", (position,))
+    connection.execute("DELETE FROM events WHERE position <= ?", (position,))
+
+
+def long_history() -> History:
+    history = History()
+    history.load("L")  # 1 to 3
+    history.ask_load("L2", version=2)  # 4
+    history.start_load("L2", version=2)  # 5
+    history.load("O", of="other")  # 6 to 8
+    history.end_load("L2", version=2)  # 9
+    history.ask_unload("U", "L")  # 10
+    return history
+
+
+def test_what_is_archived_is_refused_and_what_is_left_is_as_it_was() -> None:
+    history = long_history()
+    with ledger(history.facts, frozenset({3, 7})) as connection:
+        before = [state_at(connection, position) for position in range(11)]
+        listed = [jobs_at(connection, position) for position in range(11)]
+        archive(connection, 5)
+        for position in range(5, 11):
+            for from_base in (True, False):
+                after = state_at(connection, position, from_base=from_base)
+                assert (after.models, after.unended()) == (
+                    before[position].models,
+                    before[position].unended(),
+                )
+            assert jobs_at(connection, position) == listed[position]
+        for asked in ("4", at(3), at(5)):
+            with pytest.raises(Archived) as refused:
+                moment_at(connection, asked)
+            assert refused.value.problem_members == {"oldest": 5, "head": 10}
+        assert moment_at(connection, "5") == Moment(5, None)
+        assert moment_at(connection, at(6)) == Moment(6, at(6))
+        assert moment_at(connection, "0") == Moment(0, None)
+
+
+def test_a_page_of_jobs_of_archived_events_takes_one_fold() -> None:
+    history = History()
+    for number in range(20):
+        history.ask_load(f"L{number}", of=f"m{number}")
+    for number in range(20):
+        history.ask_cancel(f"L{number}", of=f"m{number}")
+    with ledger(history.facts, frozenset()) as connection:
+        listed = jobs_at(connection, 30)
+        archive(connection, 25)
+        asked: list[str] = []
+        connection.set_trace_callback(asked.append)
+        assert jobs_at(connection, 30) == listed
+        folds = [
+            each for each in asked if each.startswith("SELECT position, body FROM events WHERE position >")
+        ]
+        assert len(folds) == 2  # a page, and that there is no other
+
+
+def test_what_stands_for_archived_events_is_never_made_anew_and_missed_when_it_is_gone() -> None:
+    with ledger(long_history().facts, frozenset({3, 7})) as connection:
+        expected = state_at(connection, 10)
+        archive(connection, 5)
+        listed = jobs_at(connection, 10)
+        rebuild.rebuild(connection)
+        assert jobs_at(connection, 10) == listed
+        assert connection.execute("SELECT position FROM snapshots").fetchall() == [(5,)]
+        assert state_at(connection, 10).models == expected.models
+        connection.execute("DELETE FROM snapshots")
+        with pytest.raises(LogUnavailable, match="the snapshot at 5, is missing"):
+            state_at(connection, 10)
+
+
+# Beside the writer.
+
+
+async def test_the_past_is_asked_beside_the_writer(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    async with opened(path, now=lambda: START, monotonic=float) as log, open_past(path) as past:
+        await write(log, 3)
+        asked = [past.state(str(position)) for position in (1, 2, 3)]
+        assert [state.position for _, state in await asyncio.gather(*asked)] == [1, 2, 3]
+        await write(log, 1, first=4)
+        assert (await past.state("4"))[0] == Moment(4, log.head.recorded_at)
+        assert (await past.jobs("0"))[1] == []
+        assert await past.job("4", "none") == (Moment(4, log.head.recorded_at), None)
+
+
+DAMAGE = (
+    "UPDATE model_snapshots SET body = substr(body, 9) WHERE position = 8",
+    "UPDATE model_snapshots SET body = '' WHERE position = 8",
+    "UPDATE model_snapshots SET body = '5' WHERE position = 8",
+    "UPDATE model_snapshots SET body = '[' WHERE position = 8",
+    "UPDATE model_snapshots SET body = x'ff' WHERE position = 8",
+    "UPDATE model_snapshots SET body = CAST(x'ff' AS TEXT) WHERE position = 8",
+    "UPDATE job_snapshots SET body = substr(body, 9) WHERE position = 8",
+)
+
+
+def shown(told: tuple[Moment, State]) -> tuple[object, ...]:
+    """Return what a state says, to compare."""
+    moment, state = told
+    return moment, state.position, state.models, state.unended()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A ledger with snapshots at 5 and 8."""
+    path = tmp_path / "ledger.db"
+    with closing(connect(path)) as connection:
+        state, digest = State(), GENESIS
+        for event in long_history().facts:
+            digest = chain(digest, body := to_body(event))
+            row = Row(event.position, body, digest)
+            store.write_group(connection, [row], state.apply(event), entities=0)
+            if event.position in {5, 8}:
+                snapshots.write(connection, event.position)
+        connection.execute("PRAGMA journal_mode = DELETE")
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_a_damaged_snapshot_is_passed_over_and_told_once(
+    path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_past(path) as past:
+        expected = [shown(await past.state(at)) for at in ("8", "10")]
+    with closing(connect(path)) as connection:
+        assert connection.execute(damage).rowcount > 0
+    async with open_past(path) as past:
+        assert [shown(await past.state(at)) for at in ("8", "10")] == expected
+        assert (await past.state("7"))[1].position == 7
+    [record] = caplog.records
+    assert "the snapshot at position 8 is damaged" in record.message
+    with closing(connect(path)) as connection:
+        connection.execute(damage.replace("= 8", "= 5"))
+        assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
+    assert len(caplog.records) == 2
+    with closing(connect(path)) as connection:
+        rebuild.rebuild(connection)
+        assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("table", ["snapshots", "model_snapshots", "job_snapshots"])
+async def test_snapshots_whose_pages_are_damaged_are_passed_over(
+    path: Path, table: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_past(path) as past:
+        expected = shown(await past.state("10"))
+    with closing(connect(path)) as connection:
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        pages = connection.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE tbl_name = ? AND rootpage > 0", (table,)
+        ).fetchall()
+        connection.execute("PRAGMA journal_mode = DELETE")
+    with path.open("r+b") as file:
+        for (page,) in pages:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * size)
+    async with open_past(path) as past:
+        assert shown(await past.state("10")) == expected
+    assert caplog.records
+
+
+async def test_a_ledger_that_is_locked_has_no_damaged_snapshots(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        async with open_past(path) as past:
+            other.execute("BEGIN EXCLUSIVE")
+            past._connection.execute("PRAGMA busy_timeout = 0")
+            with pytest.raises(LogUnavailable, match="locked"):
+                await past.state("10")

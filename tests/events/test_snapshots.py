@@ -1,0 +1,156 @@
+"""Snapshots are written right after their events, not too often, and only what has changed."""
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support.events import History, facts, load_requested, opened
+
+from events import snapshots
+from events.commands import Record
+from events.rebuild import FOLDS
+from events.schema import connect
+from events.snapshots import EVERY
+from events.types import SYSTEM, Draft, LoadFailed, Unknown
+from events.verify import verify
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def positions(path: Path) -> list[object]:
+    return [position for (position,) in rows(path, "SELECT position FROM snapshots ORDER BY position")]
+
+
+@pytest.fixture
+def connection(path: Path) -> Iterator[sqlite3.Connection]:
+    with closing(connect(path)) as found:
+        yield found
+
+
+async def append(path: Path, history: History) -> None:
+    async with opened(path) as log:
+        for fact in history.facts[log.head.position :]:
+            assert not isinstance(fact.data, Unknown)
+            draft = Draft(
+                fact.id, fact.data, fact.actor, fact.job_id, fact.model_id, fact.version, fact.worker_id
+            )
+            await log.submit(Record((draft,)))
+
+
+async def test_a_snapshot_is_written_with_the_event_that_makes_it_due(path: Path) -> None:
+    async with opened(path) as log:
+        receipts = await asyncio.gather(*map(log.submit, facts(EVERY - 1)))
+        assert positions(path) == []
+        await asyncio.gather(*map(log.submit, facts(2, first=EVERY)))
+        assert positions(path) == [EVERY + 1]  # with its group
+        assert log.head.position == receipts[-1].position + 2
+    async with opened(path) as log:
+        await asyncio.gather(*map(log.submit, facts(EVERY - 1, first=EVERY + 2)))
+        assert positions(path) == [EVERY + 1]  # opening the log changes nothing
+        await asyncio.gather(*map(log.submit, facts(1)))
+        assert positions(path) == [EVERY + 1, 2 * EVERY + 1]
+    assert verify(path).verified
+
+
+async def test_with_many_models_and_jobs_there_is_a_snapshot_only_after_as_many_events(path: Path) -> None:
+    many = EVERY + 500
+    asked = [
+        Record((Draft(f"j{number}", load_requested(), SYSTEM, f"j{number}", f"m{number}", 1),))
+        for number in range(many)
+    ]
+    failed = [
+        Record((Draft(f"f{number}", LoadFailed("x", "y"), SYSTEM, f"j{number}", f"m{number}", 1),))
+        for number in range(many)
+    ]
+    async with opened(path) as log:
+        await asyncio.gather(*map(log.submit, asked))
+        assert positions(path) == []  # as many models, and as many jobs
+        await asyncio.gather(*map(log.submit, failed))
+        [position] = positions(path)
+        assert isinstance(position, int)
+        assert position > EVERY + 500
+
+
+async def test_of_each_model_only_what_changed_is_written_again(path: Path) -> None:
+    history = History()
+    history.load("L")
+    history.load("O", of="other")
+    await append(path, history)
+    with closing(connect(path)) as connection:
+        snapshots.write(connection, 6)
+    history.ask_unload("U", "O", of="other")
+    await append(path, history)
+    with closing(connect(path)) as connection:
+        snapshots.write(connection, 7)
+    assert rows(path, "SELECT model_id, position FROM model_snapshots ORDER BY position, model_id") == [
+        ("digits", 6), ("other", 6), ("other", 7),
+    ]  # fmt: skip
+    assert rows(path, "SELECT position, created_position FROM job_snapshots") == [(7, 7)]
+    with closing(connect(path)) as connection:
+        assert [len(list(snapshots.models_of(connection, at))) for at in (5, 6, 7)] == [0, 2, 2]
+        assert [snapshots.latest(connection, at) for at in (5, 6, 7)] == [None, 6, 7]
+
+
+def test_snapshots_are_due_by_events_and_entities(connection: sqlite3.Connection) -> None:
+    snapshots.write_if_due(connection, EVERY - 1, 0)
+    snapshots.write_if_due(connection, EVERY, EVERY + 1)
+    assert snapshots.latest(connection, EVERY) is None
+    snapshots.write_if_due(connection, EVERY, EVERY)
+    assert snapshots.latest(connection, EVERY) == EVERY
+
+
+async def test_a_ledger_of_other_folds_gets_its_snapshots_anew(path: Path) -> None:
+    async with opened(path) as log:
+        await asyncio.gather(*map(log.submit, facts(EVERY + 1)))
+    assert len(positions(path)) == 1
+    with closing(connect(path)) as connection:
+        connection.execute("UPDATE projected SET folds = ?", (FOLDS + 1,))
+        connection.execute("UPDATE snapshots SET position = 7")
+    async with opened(path):
+        [position] = positions(path)
+        assert position != 7
+
+
+def damage(path: Path, table: str) -> None:
+    """Overwrite the pages of a table and of its index; the database is closed."""
+    with closing(connect(path)) as connection:
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        pages = connection.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE tbl_name = ? AND rootpage > 0", (table,)
+        ).fetchall()
+    with path.open("r+b") as file:
+        for (page,) in pages:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * size)
+
+
+@pytest.mark.parametrize("table", ["snapshots", "model_snapshots", "job_snapshots"])
+async def test_a_snapshot_that_cannot_be_written_holds_up_no_event_and_is_told_once(
+    path: Path, table: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    history = History()
+    history.load("L")
+    history.ask_load("L2", version=2)
+    await append(path, history)
+    damage(path, table)
+    async with opened(path) as log:
+        await asyncio.gather(*map(log.submit, facts(EVERY)))
+        assert log.head.position == EVERY + 4
+        await asyncio.gather(*map(log.submit, facts(10, first=EVERY + 1)))
+        assert len([record for record in caplog.records if "no snapshot" in record.message]) == 1
+        await asyncio.gather(*map(log.submit, facts(EVERY, first=EVERY + 11)))
+        assert len([record for record in caplog.records if "no snapshot" in record.message]) == 2
+    assert rows(path, "SELECT max(position) FROM events") == [(2 * EVERY + 14,)]
+    if table != "snapshots":
+        assert positions(path) == []  # it is whole, or not there

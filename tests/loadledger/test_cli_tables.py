@@ -1,0 +1,206 @@
+"""What people are shown: tables that line up, values in their units, and no text that moves the cursor."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, get_args
+
+import click
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import PLAIN, History
+
+from events.bodies import to_body
+from events.types import TYPES, LoadFailed, Unknown, WorkerExited
+from loadledger.cli import eventlines, following, jobs, models, resources, top
+from loadledger.cli.eventlines import event_line
+from loadledger.cli.following import step, words
+from loadledger.cli.printing import print_json
+from loadledger.cli.tables import age, cell, duration, second, size, table, took
+from loadledger.records import Failure, File, Job, LoadUse, Model, Resources, Wait
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+NOW = datetime(2026, 1, 31, 14, 2, tzinfo=UTC)
+
+
+def test_the_columns_of_a_table_line_up_with_colours_and_without() -> None:
+    lines = list(table(("A", "N", "STATE"), [("x", "1", "loaded"), ("long", "1000", "failed")], right={"N"}))
+    assert [click.unstyle(line) for line in lines] == [
+        "A        N  STATE",
+        "x        1  loaded",
+        "long  1000  failed",
+    ]
+    assert click.style("loaded", fg="green") in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (-5, "0.0s"),
+        (0.04, "0.0s"),
+        (9.94, "9.9s"),
+        (10, "10s"),
+        (59.9, "59s"),
+        (60, "1m"),
+        (7200, "2h"),
+        (2e5, "2d"),
+    ],
+)
+def test_a_time_is_told_in_its_largest_unit(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
+
+
+def test_values_are_told_with_their_units_and_nothing_as_a_dash() -> None:
+    assert (size(None), size(0), size(5_400_000), size(25_280_000_000)) == (
+        "-",
+        "0.0 MB",
+        "5.4 MB",
+        "25.28 GB",
+    )
+    assert (cell(None), cell(""), cell("a\x1b[2Jb")) == ("-", "-", "a\ufffd[2Jb")
+    assert (len(cell("x" * 500)), cell("x" * 500)[-1]) == (100, "…")
+    stamp = "2026-01-31T14:01:00.000000Z"
+    assert (age(stamp, NOW), age(None, NOW), age("no time", NOW)) == ("1m", "-", "-")
+    assert (second(stamp), second(None)) == ("2026-01-31 14:01:00Z", "-")
+    later = (NOW + timedelta(seconds=5)).isoformat()
+    assert (took(stamp, later), took(stamp, None)) == ("1m", "-")
+
+
+@pytest.mark.parametrize(
+    ("status", "stage", "done", "told"),
+    [
+        ("pending", None, 0, "pending"),
+        ("in_progress", "starting", 1, "starting"),
+        ("in_progress", "warming_up", 3, "warming up"),
+        ("in_progress", "of a later release", 0, "of a later release"),
+        ("completed", None, 5, "completed"),
+        ("failed", None, 0, "failed"),
+    ],
+)
+def test_a_job_has_so_many_of_its_steps_behind_it(
+    status: str, stage: str | None, done: int, told: str
+) -> None:
+    job = Job(id="j", kind="load", model_id="m", status=status, stage=stage)
+    assert (step(job), words(job)) == ((done, 5), told)
+
+
+def test_a_job_that_waits_says_for_what() -> None:
+    job = Job(id="j", kind="load", model_id="m", status="pending", waiting_for="20 MB of memory")
+    assert words(job) == "waits: 20 MB of memory"
+
+
+# What a server that is hostile, or broken, says
+
+EVIL = "\x1b]0;x\x07\x9b2J\u202e\n"
+HUGE = 10**400
+
+
+def evil(kind: type[Any]) -> Any:
+    """Return a record in which every text moves the cursor, and every number is too large to be one."""
+    values = {str: EVIL, int: HUGE, bool: True}
+    members = {
+        field.name: values[kinds[0]]
+        for field in msgspec.structs.fields(kind)
+        if (kinds := [each for each in values if each in (field.type, *get_args(field.type))])
+    }
+    more = {"error": Failure(EVIL, EVIL)} if "error" in kind.__struct_fields__ else {}
+    lists = {"versions": [HUGE], "files": [File(EVIL, HUGE, 1, EVIL)], "parameters": {EVIL: EVIL}}
+    return kind(**{**members, **more, **{k: v for k, v in lists.items() if k in kind.__struct_fields__}})
+
+
+def told(capsys: pytest.CaptureFixture[str], *calls: Callable[[], None]) -> list[str]:
+    for call in calls:
+        with suppress(SystemExit):
+            call()
+    return list(capsys.readouterr())
+
+
+def test_nothing_that_a_server_says_moves_the_cursor_or_ends_a_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job, model, use = evil(Job), evil(Model), evil(LoadUse)
+    job = msgspec.structs.replace(job, created_at="2026-01-31T14:02:00Z", finished_at=NOW.isoformat())
+    found = msgspec.structs.replace(evil(Resources), models=[use], waiting=[evil(Wait)], pressure=None)
+    done = msgspec.structs.replace(job, status="completed", error=None)
+    failed = msgspec.structs.replace(job, status="failed")
+    shown = [
+        *models._details(model),
+        *table(models.HEAD, [models._row(model)]),
+        *jobs._details(job),
+        *table(jobs.HEAD, [jobs._row(job)]),
+        *resources._told(found),
+        *top.lines(top.Look("http://here", found, [job], [model], NOW, 0.1, EVIL)),
+    ]
+    assert [line for line in map(click.unstyle, shown) if not line.isprintable()] == []
+    said = told(
+        capsys,
+        *(partial(following.conclude, each, as_json=False) for each in (job, done, failed)),
+        partial(following.answer, None, done, wait=False, as_json=False),
+    )
+    assert [line for text in said for line in text.splitlines() if not line.isprintable()] == []
+    text = "\x9b \u202e é \U000e0001"
+    (printed, _) = told(capsys, partial(print_json, {"text": text}))
+    assert [line for line in printed.splitlines() if not line.isprintable()] == []
+    assert json.loads(printed) == {"text": text}
+
+
+# Events
+
+
+def line_of(event: Any) -> bytes:
+    return f'{to_body(event)[:-1]},"hash":"{"0" * 64}"}}'.encode()
+
+
+def test_every_type_of_event_has_words_of_its_own() -> None:
+    assert set(eventlines._TOLD) == set(TYPES)
+
+
+def test_a_line_for_people_is_one_line_whatever_stands_in_the_event() -> None:
+    history = History()
+    history.load("a")
+    history.add(LoadFailed("broken", "one\ntwo \x1b[2J" + "x" * 5000), "a")
+    history.add(WorkerExited(None, 9, ("first", "last words\r")), None)
+    history.add(Unknown("Later\n", 7, {"member": [1]}), None)
+    history.restart()
+    for event in history.facts:
+        line = event_line(line_of(event))
+        assert line.isprintable()
+        assert len(line) < 320
+        assert str(event.position) in line
+    assert "signal 9: last words" in event_line(line_of(history.facts[4]))
+    odd = b'{"actor":"a","data":{"no":"LoadStarted"},"model_id":"m","position":7,"type":"LoadStarted"'
+    huge = b'{"type":"ModelUnloaded","data":{"drained_requests":0,"aborted_requests":0,"freed_bytes":1%b}}'
+    assert "freed_bytes: 1000" in event_line(huge % (b"0" * 400))
+    assert "no: LoadStarted" in event_line(odd + b',"hash":"%b"}' % (b"0" * 64))
+
+
+@PLAIN
+@given(
+    members=st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(sorted(TYPES)) | JSON,
+            "data": st.dictionaries(st.sampled_from(["files", "signal", "stderr", "durations", "code"]), JSON)
+            | JSON,
+            "position": JSON,
+            "actor": JSON,
+            "model_id": JSON,
+            "version": JSON,
+        },
+    )
+)
+def test_what_is_no_event_of_this_release_is_one_line_all_the_same(members: dict[str, Any]) -> None:
+    assert event_line(json.dumps(members).encode()).isprintable()
+
+
+@pytest.mark.parametrize("line", [b"", b"[1]", b"{", b"\xff"])
+def test_what_is_no_json_is_one_line_too(line: bytes) -> None:
+    assert event_line(line).isprintable()

@@ -1,0 +1,213 @@
+"""Models that tell who answered, many at once, and the clients, counts and looks that soak tests share.
+
+Each soak test has a short form, which always runs, and a long one: `SOAK=all`, or `make soak`.
+"""
+
+import asyncio
+import os
+import random
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from events.types import (
+    Event,
+    JobCancelled,
+    LoadFailed,
+    LoadRequested,
+    ModelLoaded,
+    ModelUnloaded,
+    UnloadFailed,
+    UnloadRequested,
+)
+from runtime.memory import private_bytes
+from support import models
+from support.http import Answer, Json, when
+from support.process import Server
+
+T = TypeVar("T")
+
+SOAK = os.environ.get("SOAK") == "all"
+"""Whether the long forms run."""
+TABLE_MB = 4
+"""Of one model: enough to be told from what its process has besides, 6 MB."""
+ENTRIES = TABLE_MB * 250_000
+SETTLE_S = 120.0
+"""A lost model that was loaded with low priority comes back within a minute, however busy the machine is."""
+
+_SOURCE = re.compile(r"(?P<model>[^/]+)/(?P<version>\d+);position=(?P<position>\d+)")
+
+
+def of_both(*, short: T, long: T) -> T:
+    """Return what the form that runs has."""
+    return long if SOAK else short
+
+
+def new_dice() -> random.Random:
+    """Return the source of a test's random decisions, and print the seed that repeats them.
+
+    The short form always has the same, the long one a new one each time; `SOAK_SEED` goes before both.
+    """
+    seed = int(os.environ.get("SOAK_SEED") or of_both(short=20261120, long=random.randrange(2**32)))
+    tell(f"SOAK_SEED={seed} repeats the random decisions of this test")
+    return random.Random(seed)
+
+
+def tell(text: str) -> None:
+    """Print what happened: `make soak` shows it, otherwise it stands beside a failure."""
+    print(text)  # noqa: T201 - see above
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Models `m00`, `m01`, … in versions 1 and 2, each answering with a table of its own."""
+
+    root: Path
+    size: int
+    versions: tuple[int, ...] = (1, 2)
+    table_mb: int = TABLE_MB
+
+    @property
+    def ids(self) -> list[str]:
+        """The models."""
+        return [f"m{number:02}" for number in range(self.size)]
+
+    def write(self) -> None:
+        """Put all of them into the repository."""
+        for model_id in self.ids:
+            for version in self.versions:
+                table = models.table(self.table_mb, _key(model_id, version))
+                models.save(table, self.root, model_id, version)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which load answered, as `Loadledger-Model` says."""
+
+    model_id: str
+    version: int
+    position: int
+
+
+def question(dice: random.Random) -> Json:
+    """Return an input for any model of a fleet."""
+    indices = [dice.randrange(ENTRIES) for _ in range(3)]
+    return {"name": "x", "shape": [3], "datatype": "INT64", "data": indices}
+
+
+def check_inference(model_id: str, asked: Json, answer: Answer) -> Source:
+    """Check that an answer is what the version that it names has in its table; returns what it names."""
+    named = _SOURCE.fullmatch(answer.headers["Loadledger-Model"])
+    assert named is not None, answer.headers
+    source = Source(named["model"], int(named["version"]), int(named["position"]))
+    key = _key(model_id, source.version)
+    assert source.model_id == answer.json["model_name"] == model_id, answer.body
+    assert answer.json["model_version"] == named["version"], (named, answer.body)
+    right = [models.entry(key, index) for index in asked["data"]]
+    assert answer.json["outputs"][0]["data"] == right, (named, asked, answer.body)
+    return source
+
+
+def check_sources(log: Iterable[Event], seen: Iterable[Source]) -> None:
+    """Check that each load that an answer named is in the ledger, at that position."""
+    loaded = {
+        Source(event.model_id or "", event.version or 0, event.position)
+        for event in log
+        if isinstance(event.data, ModelLoaded)
+    }
+    assert set(seen) <= loaded
+
+
+def check_ends(log: Iterable[Event]) -> dict[str, str]:
+    """Check that every job of a ledger has ended, once; returns the types of their ends by job."""
+    asked, ends = set[str](), dict[str, str]()
+    for event in log:
+        if isinstance(event.data, LoadRequested | UnloadRequested):
+            asked.add(event.id)
+        elif isinstance(event.data, ModelLoaded | LoadFailed | ModelUnloaded | UnloadFailed | JobCancelled):
+            assert event.job_id in asked - ends.keys(), event
+            ends[event.job_id] = event.type
+    assert asked == ends.keys(), asked - ends.keys()
+    return ends
+
+
+@dataclass(slots=True)
+class Memory:
+    """What the workers took together: the most that was seen, and how often it was looked at."""
+
+    most_bytes: int = 0
+    samples: int = 0
+    workers: int = 0
+
+    def sample(self, server: Server) -> None:
+        """Look once. Workers that come or go meanwhile make a sum that never was: it is looked at anew."""
+        for _ in range(3):
+            pids = server.children()[1:]
+            sum_ = sum(_private_bytes(pid) for pid in pids)
+            if server.children()[1:] == pids:
+                self.most_bytes = max(self.most_bytes, sum_)
+                self.samples += 1
+                self.workers = max(self.workers, len(pids))
+                return
+
+
+async def settled(server: Server) -> None:
+    """Wait until no job is under way, and no model on its way."""
+
+    async def unsettled() -> list[tuple[str, str]]:
+        jobs = [
+            (job["id"], f"{job['status']} {job['stage']}, waits for {job['waiting_for']}")
+            for status in ("pending", "in_progress")
+            for job in await server.api.jobs(f"?status={status}&limit=1000")
+        ]
+        listed = (await server.api.get("/api/v1/models?limit=1000")).json["models"]
+        moving = {"loading", "unloading", "lost"}
+        return jobs + [(model["id"], model["state"]) for model in listed if model["state"] in moving]
+
+    found = await unsettled()
+    try:
+        async with asyncio.timeout(SETTLE_S):
+            while found:
+                await asyncio.sleep(0.05)
+                found = await unsettled()
+    except TimeoutError:
+        raise AssertionError(f"not settled within {SETTLE_S:g} s: {found}") from None
+
+
+async def agreed(server: Server) -> dict[str, Json]:
+    """Wait until the models, their use of memory and the processes agree; returns the models loaded, by id.
+
+    Ends are recorded when processes are gone, but that of a load that failed or was cancelled can be recorded
+    a moment before: so this is waited for, as what is so in the end. What prepares a model has processes too.
+    """
+
+    async def look() -> tuple[dict[str, Json], set[tuple[str, str]], set[tuple[str, str]], bool]:
+        listed = (await server.api.get("/api/v1/models?limit=1000")).json["models"]
+        loaded = {model["id"]: model for model in listed if model["state"] == "loaded"}
+        resources = (await server.api.get("/api/v1/resources")).json
+        recorded = {(model["id"], model["job_id"]) for model in loaded.values()}
+        live = {(use["model_id"], use["job_id"]) for use in resources["models"]}
+        others = len(server.children()) - 1 - sum(model["instances"] for model in loaded.values())
+        return loaded, recorded, live, others == 0 or (others > 0 and resources["preparing"] is not None)
+
+    loaded, *_ = await when(look, lambda seen: seen[1] == seen[2] and seen[3])
+    return loaded
+
+
+async def repeated(action: Callable[[], Awaitable[object]], goes_on: Callable[[], bool]) -> None:
+    """Do something again and again, for as long as this holds."""
+    while goes_on():
+        await action()
+
+
+def _key(model_id: str, version: int) -> int:
+    return 10 * int(model_id[1:]) + version
+
+
+def _private_bytes(pid: int) -> int:
+    try:
+        return private_bytes(pid)
+    except ProcessLookupError:
+        return 0

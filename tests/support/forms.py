@@ -1,0 +1,88 @@
+"""Prepared forms for the tests: made by real workers, described as the store describes them."""
+
+import asyncio
+import ctypes
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import onnxruntime as ort
+
+from runtime.background import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
+from runtime.errors import Exit
+from runtime.pool import WorkerPool
+from runtime.preparedfiles import prepared_in
+from runtime.wire import Form, LoadedFile, Prepared, SourceHash
+from runtime.workers import LoadOrder, LoadReport, PrepareOrder, PrepareReport, Worker
+from support.workers import order_of
+
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> PrepareOrder:
+    """Make the order to prepare a model into a new folder beside the repository."""
+    load = order_of(root, model_id)
+    target = root.parent / "forms" / form
+    target.mkdir(parents=True)
+    return PrepareOrder(root, load.folder, load.files, form, target)
+
+
+async def made(pool: WorkerPool, order: PrepareOrder) -> PrepareReport:
+    """Prepare a model, and see the worker end by itself."""
+    worker = await pool.start("w")
+    report = await worker.prepare(order)
+    assert await asyncio.shield(worker.ended) == Exit(0, None)
+    return report
+
+
+async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> Prepared:
+    """Prepare model `m`, and describe the form as the store does."""
+    order = prepare_order(root, form)
+    report = await made(pool, order)
+    return describe(order.target, form, report.files, report.sources)
+
+
+def describe(
+    folder: Path, form: Form, files: tuple[LoadedFile, ...], sources: tuple[LoadedFile, ...]
+) -> Prepared:
+    """Describe a form of these sources."""
+    return prepared_in(folder, form, files, [SourceHash(file.path, file.sha256) for file in sources])
+
+
+def found(folder: Path) -> tuple[LoadedFile, ...]:
+    """Describe the files of a folder as they are."""
+    files = []
+    for path in sorted(folder.iterdir()):
+        seen, sha256 = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
+        identity = seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
+        files.append(LoadedFile(path.name, *identity, sha256=sha256))
+    return tuple(files)
+
+
+async def load(pool: WorkerPool, order: LoadOrder) -> tuple[Worker, LoadReport]:
+    """Load what is ordered into a new worker."""
+    worker = await pool.start("w")
+    return worker, await worker.load(order, lambda _: None)
+
+
+def written_by_the_runtime(root: Path) -> LoadOrder:
+    """Order model `m` with its prepacked form as ONNX Runtime writes it, and nobody has touched it."""
+    order, folder = order_of(root, "m"), root.parent / "forms" / "raw"
+    folder.mkdir(parents=True)
+    chosen = ort.SessionOptions()
+    chosen.optimized_model_filepath = str(folder / "model.onnx")
+    name = "session.optimized_model_external_initializers_file_name"
+    chosen.add_session_config_entry(name, "weights.bin")
+    chosen.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    ort.InferenceSession(order.folder / "model.onnx", chosen, providers=["CPUExecutionProvider"])
+    return replace(order, prepared=describe(folder, "prepacked", found(folder), found(order.folder)))
+
+
+def in_background(pid: int) -> bool:
+    """Tell whether a process gives way in its share of a core, is batch work, and idle on the disk."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    number = SYS_IOPRIO_SET[os.uname().machine] + 1  # ioprio_get follows ioprio_set everywhere
+    idle = ctypes.CDLL(None).syscall(number, 1, pid) >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_IDLE
+    return int(fields[16]) == NICENESS and os.sched_getscheduler(pid) == os.SCHED_BATCH and idle

@@ -1,0 +1,362 @@
+"""A world in which the scheduler's decisions have their effect: a log, a clock, processes, memory, requests.
+
+The real `accept`, folds and `decide` are in the middle; what is simulated is only what surrounds them.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from typing import assert_never
+
+import pytest
+from msgspec import structs
+
+from events.accept import Accepted, Decision, accept
+from events.clock import later
+from events.commands import Command, Record, RequestLoad, RequestUnload
+from events.jobs import Job
+from events.models import CRASH_LOOP, FORK_SERVER_DIED, Model
+from events.state import State
+from events.types import (
+    SYSTEM,
+    Cause,
+    Data,
+    Draft,
+    Event,
+    JobCancelled,
+    LoadFailed,
+    LoadStarted,
+    ModelUnloaded,
+    ServerStarted,
+    UnloadRequested,
+    UnloadStarted,
+    WorkerExited,
+    recorded,
+)
+from runtime.actions import (
+    Action,
+    CancelJob,
+    CompleteLoad,
+    FailLoad,
+    FinishUnload,
+    GiveUp,
+    Kill,
+    MakeWay,
+    Prepare,
+    RecordDeath,
+    RequestEnd,
+    RequestReload,
+    SizeUp,
+    StartLoad,
+    StartUnload,
+    StopPreparing,
+    TakeOver,
+)
+from runtime.actions import Decision as Next
+from runtime.scheduler import decide, is_wanted
+from runtime.sight import Conditions, Phase, Policy, Preparation, Running
+from support.events import at, load_requested, model_loaded
+from support.worldprocess import Process, need_of
+
+EVER_S = 1_000_000
+"""As good as never, where nothing is to happen any more."""
+
+
+class World:
+    """A log, a clock and processes, around the real `accept`, folds and `decide`.
+
+    `act` appends what the consumer does for an action. `fault` is what the log does to the next of them:
+    `lost`, not recorded and said so; `unsure`, recorded, though it said that it was not; `twice`, the same,
+    but this was seen only after it was tried again.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.state = State()
+        self.policy = policy or Policy(loads_at_once=2)
+        self.live: dict[str, Process] = {}
+        self.now = at(0)
+        self.fork_server_up = True
+        self.under_pressure = False
+        self.leased: set[str] = set()
+        self.needs: dict[str, int | None] = {}
+        self.looks_take_time = False
+        self.preparable: dict[str, int] = {}
+        self.preparation: Preparation | None = None
+        self.fault: str | None = None
+        self.events: list[Event] = []
+        self.cancelled: set[str] = set()
+        self._ids = count(1)
+
+    def new_id(self) -> str:
+        return f"j{next(self._ids)}"
+
+    def submit(self, command: Command) -> Decision:
+        decision = accept(self.state, command, self.new_id, self.now)
+        for draft in decision.drafts if isinstance(decision, Accepted) else ():
+            event = recorded(draft, self.state.position + 1, self.now)
+            self.events.append(event)
+            changes = self.state.apply(event)
+            self.state.forget_ended(changes.jobs.values())
+        return decision
+
+    def running(self) -> dict[str, Running]:
+        return {
+            load: process.view(self.state.unended_job(load), load, leased=process.model_id in self.leased)
+            for load, process in self.live.items()
+        }
+
+    def decision(self, now: str | None = None) -> Next:
+        conditions = Conditions(
+            self.fork_server_up,
+            self.under_pressure,
+            self.needs,
+            preparable=self.preparable,
+            preparation=self.preparation,
+        )
+        return decide(self.state, self.running(), self.policy, now or self.now, conditions)
+
+    def step(self) -> Next:
+        """Do what the consumer does in one turn."""
+        for load, process in list(self.live.items()):
+            if not is_wanted(self.state, load, process.model_id):
+                process.killed = True
+                if process.over:
+                    del self.live[load]
+        for job_id in [job_id for job_id in self.needs if self.state.unended_job(job_id) is None]:
+            del self.needs[job_id]
+        decision = self.decision()
+        assert decision == self.decision()
+        if decision.action is not None:
+            self.act(decision.action)
+        else:
+            self._check_pause(decision)
+        return decision
+
+    def _check_pause(self, decision: Next) -> None:
+        """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
+        assert not [job for job in self.state.unended() if job.deadline_at and job.deadline_at <= self.now]
+        until = decision.wake_at or later(self.now, EVER_S)
+        assert until > self.now
+        assert self.decision(later(until, -0.000_001)).action is None
+
+    def settle(self) -> Next:
+        """Take turns until there is nothing to do, which has to be soon."""
+        limit = 20 + 8 * (len(self.state.jobs) + len(self.live) + len(self.state.models))
+        for _ in range(limit):
+            decision = self.step()
+            if decision.action is None:
+                return decision
+        pytest.fail("busy without end")
+
+    def work(self, turns: int) -> None:
+        for _ in range(turns):
+            if self.step().action is None:
+                return
+
+    def act(self, action: Action) -> None:
+        match action:
+            case Kill(load):
+                self.live[load].killed = True
+            case SizeUp(job):
+                self.needs[job.id] = None if self.looks_take_time else need_of(job)
+            case Prepare(load):
+                self.preparation = Preparation(load, self.preparable.pop(load))
+            case StopPreparing():
+                assert self.preparation is not None
+                assert not self.preparation.stopping
+                self.preparation = replace(self.preparation, stopping=True)
+            case _:
+                self._append(action, self.fault)
+
+    def _append(self, action: Action, fault: str | None) -> None:
+        self.fault = None
+        for number in range({None: 1, "lost": 0, "unsure": 1, "twice": 2}[fault]):
+            decision = self.submit(self._command(action))
+            # What was decided on this very state must change it, or it would be decided again for ever.
+            assert number > 0 or isinstance(decision, Accepted)
+        if fault in {None, "twice"}:
+            self._note_deaths(action)
+            self._begin(action)
+        if isinstance(action, TakeOver) and self._serves_from(action.job):
+            self.live[action.job.id] = self.live.pop(action.load_job_id)
+
+    def _serves_from(self, job: Job) -> bool:
+        serving = self.state.models[job.model_id].serving
+        return serving is not None and serving.load_job_id == job.id
+
+    def _note_deaths(self, action: Action) -> None:
+        match action:
+            case FailLoad(job):
+                load = job.id
+            case FinishUnload(_, load) | RecordDeath(load):
+                pass
+            case _:
+                return
+        if load in self.live:
+            self.live[load].recorded.update(self.live[load].dead)
+
+    def _begin(self, action: Action) -> None:
+        """Begin the effect of what is recorded."""
+        match action:
+            case StartLoad(job):
+                assert job.version is not None
+                assert job.load is not None
+                workers = tuple(f"w{number}-{job.id}" for number in range(job.load.instances))
+                reserved = self.needs.get(job.id) or need_of(job)
+                self.live[job.id] = Process(job.model_id, job.version, workers, reserved_bytes=reserved)
+            case StartUnload(job, load) if load in self.live and not job.forced:
+                self.live[load].unloading = True
+            case _:
+                pass
+
+    def _command(self, action: Action) -> Command:  # noqa: PLR0912 - one for each action
+        match action:
+            case StartLoad(job):
+                return self._record(job, LoadStarted(job.attempt + 1))
+            case CompleteLoad(job, replaces):
+                drafts = [self._draft(job, model_loaded(*self.live[job.id].workers))]
+                return Record((*drafts, *self._swapped_out(job, replaces)))
+            case TakeOver(job, load):
+                loaded = self._draft(job, model_loaded(*self.live[load].workers))
+                return Record((self._draft(job, LoadStarted(job.attempt + 1)), loaded))
+            case MakeWay(job, load):
+                return Record(self._swapped_out(job, load))
+            case FailLoad(job, code):
+                process = self.live.get(job.id)
+                code = code or (process.failure if process else None) or "worker_died"
+                return self._record(job, LoadFailed(code, "because"), dead=job.id)
+            case CancelJob(job):
+                self.cancelled |= {job.id} if job.cancelling else set()
+                return self._record(job, JobCancelled())
+            case StartUnload(job):
+                return self._record(job, UnloadStarted())
+            case FinishUnload(jobs, load):
+                ends = (self._draft(job, ModelUnloaded(0, 0, 0)) for job in jobs)
+                return Record((*self._deaths(load), *ends))
+            case RecordDeath(load, workers):
+                assert set(workers) <= self.live[load].dead.keys()
+                return Record(self._deaths(load, workers))
+            case RequestReload(model, cause):
+                assert model.serving is not None
+                serving = model.serving
+                parameters = structs.replace(
+                    serving.parameters, timeout_s=max(300, serving.parameters.timeout_s)
+                )
+                return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
+            case RequestEnd(model, cause, event):
+                assert model.serving is not None
+                load = model.serving.load_job_id
+                return RequestUnload(model.id, SYSTEM, cause=cause, cause_event_id=event, load_job_id=load)
+            case GiveUp(model):
+                return self._given_up(model)
+            case Kill() | SizeUp() | Prepare() | StopPreparing():
+                raise AssertionError
+            case _ as never:
+                assert_never(never)
+
+    def _swapped_out(self, job: Job, load: str | None) -> tuple[Draft, ...]:
+        if load not in self.live:
+            return ()
+        swap, old = self.new_id(), self.live[load]
+        data = UnloadRequested(force=False, load_job_id=load, cause=Cause.SWAP, cause_event_id=job.id)
+        return (Draft(swap, data, SYSTEM, swap, job.model_id, old.version),)
+
+    def _given_up(self, model: Model) -> Record:
+        assert model.serving is not None
+        about = (SYSTEM, job_id := self.new_id(), model.id, model.serving.version)
+        failed = Draft(self.new_id(), LoadFailed(CRASH_LOOP, "because"), *about)
+        return Record((Draft(job_id, load_requested(Cause.RECOVERY), *about), failed))
+
+    def _record(self, job: Job, data: Data, *, dead: str | None = None) -> Record:
+        return Record((*(self._deaths(dead) if dead else ()), self._draft(job, data)))
+
+    def _draft(self, job: Job, data: Data) -> Draft:
+        return Draft(self.new_id(), data, SYSTEM, job.id, job.model_id, job.version)
+
+    def _deaths(self, load: str, workers: tuple[str, ...] | None = None) -> tuple[Draft, ...]:
+        process = self.live.get(load)
+        if process is None:
+            return ()
+        new = [worker for worker in workers or process.dead if worker not in process.recorded]
+        about = (SYSTEM, load, process.model_id, process.version)
+        return tuple(Draft(self.new_id(), process.dead[worker], *about, worker) for worker in new)
+
+    def loading(self) -> list[Process]:
+        running = self.running()
+        return [process for load, process in self.live.items() if running[load].phase is Phase.LOADING]
+
+    def alive(self) -> list[Process]:
+        return [process for process in self.live.values() if process.left]
+
+    def serving(self) -> list[Process]:
+        running = self.running()
+        return [process for load, process in self.live.items() if running[load].phase is Phase.SERVING]
+
+    def used_bytes(self) -> int:
+        preparing = self.preparation.memory_bytes if self.preparation is not None else 0
+        return preparing + sum(process.memory_bytes for process in self.live.values())
+
+    def look_at_files(self) -> None:
+        """What is being found out of pending loads is known."""
+        for job_id, need in self.needs.items():
+            job = self.state.unended_job(job_id)
+            if need is None and job is not None:
+                self.needs[job_id] = need_of(job)
+
+    def end_all(self) -> None:
+        """What was killed, or has drained, is gone."""
+        if self.preparation is not None and self.preparation.stopping:
+            self.preparation = None
+        for process in self.alive():
+            if process.killed or process.unloading:
+                process.ended, process.busy = True, False
+
+    def lose_fork_server(self) -> None:
+        self.fork_server_up = False
+        for process in self.alive():
+            process.die(WorkerExited(None, None, ()), *process.left)
+            process.failure = process.failure or FORK_SERVER_DIED
+
+    def progress(self, outcome: str) -> None:
+        """Let all that runs come to its end: what loads has this outcome, what is to end ends."""
+        for process in self.loading():
+            process.finish(outcome)
+        self.end_all()
+
+    def restart(self, *, unclean: bool) -> None:
+        down_since = self.state.recorded_at or None
+        self.live.clear()
+        self.needs.clear()
+        self.leased.clear()
+        self.preparation = None
+        self.preparable.clear()
+        self.fault, self.fork_server_up, self.under_pressure = None, True, False
+        self.submit(Record((Draft(self.new_id(), ServerStarted(unclean, down_since), SYSTEM),)))
+
+    def calm_down(self, outcome: str) -> None:
+        """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
+        self.fault, self.fork_server_up, self.under_pressure = None, True, False
+        self.looks_take_time = False
+        self.leased.clear()
+        for process in self.live.values():
+            process.answer(self.now)
+        jobs = {job.id for job in self.state.unended()}
+        self._go_on(outcome, lambda: all(self.state.unended_job(job) is None for job in jobs))
+        given, self.policy = self.policy, replace(self.policy, budget_bytes=None, max_loaded=None)
+        self._go_on(outcome, lambda: False)
+        self.policy = given
+
+    def _go_on(self, outcome: str, is_enough: Callable[[], bool]) -> None:
+        for _ in range(100 + 10 * len(self.state.jobs)):
+            decision = self.settle()
+            if is_enough():
+                return
+            if self.loading() or any(process.killed or process.unloading for process in self.live.values()):
+                self.progress(outcome)
+            elif None in self.needs.values():
+                self.look_at_files()
+            elif decision.wake_at is not None:
+                self.now = decision.wake_at
+            else:
+                return
+        pytest.fail("never at rest")

@@ -1,0 +1,431 @@
+"""The Dockerfile and the files of `deploy/`: what they name is there, and what they ask works."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from configparser import ConfigParser
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.process import LIMIT_S, MODULE, QUIET, clean_environment
+
+from runtime.memory import descendants
+from server.app import all_routes
+from server.config import Config, load_config, settings
+from server.configfile import read_config_file
+from server.connections import TooManyConnections
+from server.routes import Access
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+UNIT = DEPLOY / "loadledger.service"
+KNOWN = {setting.name: setting for setting in settings()}
+VARIABLES = {setting.variable for setting in settings()} | {"LOADLEDGER_CONFIG"}
+OTHER_VARIABLES = {"LOADLEDGER_MODELS"}
+"""Of the compose file itself."""
+PAGES = [ROOT / "docs" / name for name in ("deployment.md", "configuration.md")]
+TEXTS = [ROOT / "Dockerfile", *sorted(path for path in DEPLOY.glob("*.*") if path.is_file()), *PAGES]
+# A stop waits for handlers and then for connections, half of this each, and then ends the workers.
+DRAIN_S = Config(repository=Path(), data=Path()).drain_timeout_s
+LIMITS = {"s": 1, "m": 60}
+
+
+def instructions(name: str) -> list[str]:
+    """Return what follows an instruction of the Dockerfile, wherever it stands."""
+    return re.findall(rf"^{name} +(.*)$", DOCKERFILE, re.MULTILINE)
+
+
+def image_environment() -> dict[str, str]:
+    """Return what the image sets."""
+    return dict(pair.split("=", 1) for line in instructions("ENV") for pair in shlex.split(line))
+
+
+def documents() -> dict[str, Any]:
+    """Return the Kubernetes objects by kind; of several of a kind the last."""
+    return {entry["kind"]: entry for entry in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+
+
+def pod() -> dict[str, Any]:
+    found: dict[str, Any] = documents()["Deployment"]["spec"]["template"]["spec"]
+    return found
+
+
+def container() -> dict[str, Any]:
+    [found] = pod()["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def service() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["loadledger"]
+    return found
+
+
+def unit() -> dict[str, str]:
+    parser = ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
+    parser.read(UNIT)
+    return dict(parser["Service"])
+
+
+def public_paths() -> set[str]:
+    return {route.path for route in all_routes() if route.access is Access.PUBLIC and route.method == "GET"}
+
+
+# All of them
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_variable_and_option_that_is_named_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"LOADLEDGER_[A-Z_]+\b", text)) <= VARIABLES | OTHER_VARIABLES
+    given = re.findall(r"loadledger serve((?: +-[^|&;#`\n]*)?)", text)
+    flags = {flag for arguments in given for flag in re.findall(r"--[a-z][a-z-]+", arguments)}
+    assert flags <= {setting.flag for setting in settings()} | {"--config", "--help"}
+
+
+# The image
+
+
+def test_the_image_is_built_from_what_is_there_and_has_every_package_that_ships() -> None:
+    copied = [line.split() for line in instructions("COPY") if not line.startswith("--from")]
+    sources = {source for *names, _ in copied for source in names}
+    assert all((ROOT / source).exists() for source in sources)
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    packages = set(re.findall(r'"(\w+)"', re.search(r"packages=\[(.*?)\]", setup, re.DOTALL)[1]))  # type: ignore[index]
+    assert packages | {"examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= sources
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "*" in ignored
+    assert {line[1:] for line in ignored if line.startswith("!")} == sources
+
+
+def test_the_image_s_settings_are_valid_and_lie_where_its_volumes_are() -> None:
+    config = load_config({}, image_environment())
+    assert [str(config.data), str(config.repository)] == json.loads(instructions("VOLUME")[0])
+    assert [str(config.port)] == instructions("EXPOSE")
+    assert config.host == "0.0.0.0"
+
+
+def test_the_image_runs_the_command_as_nobody_special_and_is_ended_by_sigterm() -> None:
+    user, group = instructions("USER")[-1].split(":")
+    assert int(user) == int(group) >= 10_000
+    assert instructions("ENTRYPOINT") == ['["loadledger"]']
+    assert instructions("CMD")[-1] == '["serve"]'
+    assert instructions("STOPSIGNAL") == ["SIGTERM"]
+    [check] = instructions("HEALTHCHECK")
+    python, script = json.loads(check.partition("CMD ")[2])
+    assert python == "python"
+    assert f"COPY deploy/{Path(script).name} {script}" in DOCKERFILE
+
+
+def test_the_health_check_ends_before_docker_gives_it_up() -> None:
+    found = re.search(r"--timeout=(\d+)s", instructions("HEALTHCHECK")[0])
+    limit = re.search(r"^LIMIT_S = ([\d.]+)$", (DEPLOY / "healthcheck.py").read_text(), re.MULTILINE)
+    assert found
+    assert limit
+    assert 2 * float(limit[1]) < int(found[1])
+
+
+def test_compose_runs_the_image_with_nothing_that_it_does_not_need() -> None:
+    asked = service()
+    assert asked["read_only"] is True
+    assert asked["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in asked["security_opt"]
+    assert [mount.partition(":")[0] for mount in asked["tmpfs"]] == ["/tmp"]
+    targets = {re.sub(r":ro$", "", mount).rpartition(":")[2] for mount in asked["volumes"]}
+    assert targets == set(json.loads(instructions("VOLUME")[0]))
+    assert asked["ports"] == ["127.0.0.1:8080:8080"]
+    assert seconds(asked["stop_grace_period"]) > 2 * DRAIN_S
+    load_config({}, image_environment() | asked["environment"])
+    assert (DEPLOY / asked["build"]["context"] / "Dockerfile").is_file()
+    assert (DEPLOY / asked["volumes"][0].partition(":-")[2].partition("}")[0] / "digits").is_dir()
+
+
+def seconds(text: str) -> int:
+    """Read a duration of one unit."""
+    return int(text[:-1]) * LIMITS[text[-1]] if text[-1] in LIMITS else int(text)
+
+
+# Kubernetes
+
+
+def test_the_pod_has_no_rights_and_writes_to_its_volumes_alone() -> None:
+    spec, inner = pod(), container()["securityContext"]
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["enableServiceLinks"] is False
+    context = spec["securityContext"]
+    assert context["runAsNonRoot"] is True
+    assert f"{context['runAsUser']}:{context['runAsGroup']}" == instructions("USER")[-1]
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert inner == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    mounts = {mount["mountPath"]: mount["name"] for mount in container()["volumeMounts"]}
+    assert {"/tmp", *json.loads(instructions("VOLUME")[0])} <= mounts.keys()
+    assert set(mounts.values()) == {volume["name"] for volume in spec["volumes"]}
+    writable = {mount["mountPath"] for mount in container()["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {"/tmp", image_environment()["LOADLEDGER_DATA"]}
+
+
+def test_there_is_one_pod_at_a_time_and_it_has_the_time_to_end() -> None:
+    deployment = documents()["Deployment"]["spec"]
+    assert deployment["replicas"] == 1
+    assert deployment["strategy"] == {"type": "Recreate"}
+    assert pod()["terminationGracePeriodSeconds"] > 2 * DRAIN_S
+
+
+def test_probes_ask_public_routes_on_the_port_that_the_service_leads_to() -> None:
+    ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
+    assert ports == {"http": int(image_environment()["LOADLEDGER_PORT"])}
+    asked = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness")}
+    assert {probe["port"] for probe in asked.values()} == {"http"}
+    assert {probe["path"] for probe in asked.values()} <= public_paths()
+    assert asked["readiness"]["path"] == "/health/ready"
+    check = json.loads(instructions("HEALTHCHECK")[0].partition("CMD ")[2])
+    assert container()["livenessProbe"]["exec"]["command"] == check
+    [port] = documents()["Service"]["spec"]["ports"]
+    assert port["targetPort"] == "http"
+
+
+def test_labels_claims_and_limits_fit_together() -> None:
+    objects = documents()
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert objects["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert objects["Service"]["spec"]["selector"] == labels
+    every = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+    claims = {entry["metadata"]["name"] for entry in every if entry["kind"] == "PersistentVolumeClaim"}
+    volumes = [volume for volume in pod()["volumes"] if "persistentVolumeClaim" in volume]
+    assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes} == claims
+    asked = container()["resources"]
+    assert asked["requests"]["memory"] == asked["limits"]["memory"]
+
+
+def test_the_pod_s_settings_are_valid(tmp_path: Path) -> None:
+    [(name, text)] = documents()["ConfigMap"]["data"].items()
+    (tmp_path / name).write_text(text)
+    environment = {entry["name"]: entry["value"] for entry in container()["env"]}
+    mounts = [mount["mountPath"] for mount in container()["volumeMounts"]]
+    path = Path(environment.pop("LOADLEDGER_CONFIG"))
+    assert path.name == name
+    assert str(path.parent) in mounts
+    config = load_config({"config": tmp_path / name}, image_environment() | environment)
+    assert (config.data, config.log_format) == (Path("/data"), "json")
+
+
+# systemd
+
+
+def test_the_unit_s_command_and_files_are_what_the_server_has() -> None:
+    said = unit()
+    assert said["ExecStart"] == "/opt/loadledger/bin/loadledger serve --config /etc/loadledger/server.toml"
+    assert said["Type"] == "notify"
+    assert said["KillMode"] == "mixed"
+    assert int(said["TimeoutStopSec"]) > 2 * DRAIN_S
+    user = re.search(r"^u (\S+) ", (DEPLOY / "loadledger.sysusers").read_text(), re.MULTILINE)
+    assert user
+    assert said["User"] == said["Group"] == user[1]
+    values = read_config_file(DEPLOY / "server.toml", KNOWN)
+    assert values["data"] == Path("/var/lib") / said["StateDirectory"]
+
+
+def test_the_models_of_the_example_configuration_are_put_there_by_the_page() -> None:
+    place = read_config_file(DEPLOY / "server.toml", KNOWN)["repository"]
+    assert f"sudo install -d {place} && sudo cp -r examples/digits {place}" in PAGES[0].read_text()
+
+
+def test_every_line_of_the_example_configuration_is_valid(tmp_path: Path) -> None:
+    text = (DEPLOY / "server.toml").read_text(encoding="utf-8")
+    path = tmp_path / "server.toml"
+    path.write_text(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
+    assert {"host", "port", "tls_cert", "tls_key", "trusted_proxies", "evict"} <= load_values(path).keys()
+
+
+def load_values(path: Path) -> Mapping[str, Any]:
+    load_config({"config": path}, {})
+    return read_config_file(path, KNOWN)
+
+
+@pytest.fixture
+def installed_unit(tmp_path: Path) -> Path:
+    """The unit, with a command that is there."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed here")
+    script = Path(sys.executable).with_name("loadledger")
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text().replace("/opt/loadledger/bin/loadledger", str(script)))
+    return path
+
+
+def analyzed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["systemd-analyze", "--no-pager", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(installed_unit: Path) -> None:
+    done = analyzed("verify", "--man=no", str(installed_unit))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_systemd_finds_the_unit_well_protected(installed_unit: Path) -> None:
+    done = analyzed("security", "--offline=yes", "--threshold=15", str(installed_unit))  # in tenths
+    if "offline" in done.stderr:
+        pytest.skip("this systemd-analyze is too old to look at a unit that is not installed")
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+# As a container has it
+
+
+SANDBOX = """
+set -e
+mount --make-rprivate /
+mount --bind "$DATA" "$DATA"
+mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs "$TMPDIR"
+while read -r _ _ _ _ point _; do
+  case "$point" in "$DATA"|"$TMPDIR"|/proc*|/sys*|/dev*) ;; *) mount -o remount,bind,ro "$point" ;; esac
+done < /proc/self/mountinfo
+exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs -- "$@"
+"""
+"""Nothing can be written but the data and a new /tmp, and nobody has any right beside that of their user."""
+
+PROBE = "import os, sys; sys.exit(0 if not os.access(sys.argv[1], os.W_OK) and os.getpid() == 1 else 9)"
+
+
+def sandboxed(folder: Path, *command: str) -> list[str]:
+    """Return how a command is run in there, as process 1; skip where that is not possible."""
+    if any(shutil.which(tool) is None for tool in ("unshare", "setpriv", "mount")):
+        pytest.skip("there are no unshare, setpriv and mount here to make a sandbox with")
+    for name in ("data", "tmp"):
+        (folder / name).mkdir(exist_ok=True)
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    sandbox = ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    return [*sandbox, "bash", "-c", SANDBOX, "bash", *command]
+
+
+def sandbox_environment(folder: Path) -> dict[str, str]:
+    places = {"DATA": str(folder / "data"), "TMPDIR": str(folder / "tmp"), "LOADLEDGER_PORT": "0"}
+    return clean_environment() | QUIET | image_environment_without_paths() | places
+
+
+def image_environment_without_paths() -> dict[str, str]:
+    return {name: value for name, value in image_environment().items() if name.startswith("PYTHON")}
+
+
+@contextmanager
+def manager(path: Path) -> Iterator[socket.socket]:
+    """Listen as systemd does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(path))
+        listening.settimeout(LIMIT_S)
+        yield listening
+
+
+def test_it_serves_without_rights_on_files_that_cannot_be_written_as_process_1(tmp_path: Path) -> None:
+    probe = sandboxed(tmp_path, sys.executable, "-c", PROBE, str(tmp_path))
+    environment = sandbox_environment(tmp_path)
+    tried = subprocess.run(probe, env=environment, capture_output=True, timeout=60, check=False)
+    if tried.returncode != 0:
+        pytest.skip(f"no such sandbox can be made here: {tried.stderr.decode()[-200:]}")
+    arguments = (f"--data={tmp_path / 'data' / 'new'}", f"--repository={ROOT / 'examples'}")
+    with manager(tmp_path / "data" / "notify") as told, (tmp_path / "stderr").open("w") as stderr:
+        environment["NOTIFY_SOCKET"] = told.getsockname()
+        command = sandboxed(tmp_path, *MODULE, "serve", *arguments)
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process:
+            try:
+                state, _, url = told.recv(4096).decode().partition("\nSTATUS=ready at ")
+                assert (state, process.stdout and process.stdout.readline()) == (
+                    "READY=1",
+                    f"loadledger is ready at {url}\n",
+                )
+                done = health(url.rpartition(":")[2])
+                assert done.returncode == 0, done.stderr
+                server = descendants(process.pid)[0]
+                status = Path(f"/proc/{server}/status").read_text()
+                assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
+                assert re.search(r"^NSpid:.*\t1$", status, re.MULTILINE)
+                assert stat.S_IMODE((tmp_path / "data" / "new").stat().st_mode) == 0o700
+                os.kill(server, signal.SIGTERM)
+                assert process.wait(LIMIT_S) == 0
+                assert told.recv(4096).startswith(b"STOPPING=1")
+            finally:
+                process.kill()  # and with it all that is in there
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def health(port: str, host: str = "0.0.0.0") -> subprocess.CompletedProcess[str]:
+    """Run the image's check, as in an image that listens there."""
+    command = [sys.executable, str(DEPLOY / "healthcheck.py")]
+    asked = {"LOADLEDGER_HOST": host, "LOADLEDGER_PORT": port, "http_proxy": "http://192.0.2.1:1"}
+    environment = clean_environment() | asked
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_health_check_of_a_server_that_is_not_there_fails_and_says_why() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and not listened on
+        done = health(str(unused.getsockname()[1]))
+    assert done.returncode == 1
+    assert "refused" in done.stderr
+
+
+@pytest.mark.parametrize(("host", "asked"), [("::", "::1"), ("::1", "::1"), ("127.0.0.2", "127.0.0.2")])
+def test_the_health_check_asks_where_the_server_listens(host: str, asked: str) -> None:
+    family = socket.AF_INET6 if ":" in asked else socket.AF_INET
+    with socket.socket(family) as server:
+        try:
+            server.bind((asked, 0))
+        except OSError:
+            pytest.skip(f"there is no {asked} here")
+        server.listen()
+        done = health_of(server, "200 OK", "{}", host)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [("too_many_connections", 0), ("unhealthy", 1)])
+def test_a_server_that_has_too_many_connections_lives_and_one_that_is_not_well_does_not(
+    code: str, exit_code: int
+) -> None:
+    assert TooManyConnections.code == "too_many_connections"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = health_of(server, "503 Service Unavailable", json.dumps({"code": code}), "127.0.0.1")
+    assert done.returncode == exit_code
+
+
+def health_of(server: socket.socket, status: str, body: str, host: str) -> subprocess.CompletedProcess[str]:
+    """Run the image's check, and answer it once; then nobody listens any more."""
+    port = str(server.getsockname()[1])
+    answering = threading.Thread(target=answer_once, args=(server, status, body))
+    answering.start()
+    done = health(port, host)
+    answering.join(LIMIT_S)
+    return done
+
+
+def answer_once(server: socket.socket, status: str, body: str) -> None:
+    """Answer one request."""
+    server.settimeout(LIMIT_S)
+    with suppress(TimeoutError):
+        connection, _ = server.accept()
+        server.close()
+        with connection:
+            connection.recv(4096)
+            head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            connection.sendall((head + body).encode())

@@ -1,0 +1,194 @@
+"""The server is killed at random moments of whatever it does. `make soak` does so 200 times.
+
+Each life begins with a look at what the one before has left: what was accepted ends, and a key that was used
+finds its job again.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+from support.fleet import (
+    Fleet,
+    Source,
+    agreed,
+    check_ends,
+    check_inference,
+    check_sources,
+    new_dice,
+    of_both,
+    question,
+    repeated,
+    settled,
+    tell,
+)
+from support.http import Json
+from support.process import PREPARING, Server, events, serving, verified
+
+from events.types import CancelRequested, Event, LoadFailed, LoadRequested, UnloadRequested
+from server.config import Config
+
+LIVES = of_both(short=5, long=200)
+LIFE_S = 1.2
+RECOVERY_S = 0.3
+CLIENTS = 4
+SETTINGS = (
+    "--memory-budget=50000000", "--evict=idle", "--min-residency-s=0", "--drain-timeout-s=5",
+    "--limit-management=off", "--limit-inference=off", "--limit-reads=off",
+)  # fmt: skip
+"""Room for three or four of eight."""
+SUBJECT = "alice"
+FAILURES = {"insufficient_memory", "crash_loop", "timeout"}
+"""What the loads of good models may end with, where not all come back and the server dies again and again."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was sent with a key, answered or not."""
+
+    key: str
+    path: str
+    body: Json
+
+    @property
+    def key_hash(self) -> str:
+        """What the ledger keeps of the key."""
+        return hashlib.sha256(json.dumps([SUBJECT, self.key], separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass
+class Lives:
+    """What clients have been told, over all lives of the server."""
+
+    fleet: Fleet
+    dice: random.Random
+    accepted: list[str] = field(default_factory=list)
+    unchecked: set[str] = field(default_factory=set)
+    sent: list[Request] = field(default_factory=list)
+    sources: set[Source] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    async def client(self, server: Server, dice: random.Random) -> None:
+        """Do as one likes for as long as the server answers."""
+        try:
+            await repeated(lambda: self._act(server, dice), lambda: True)
+        except aiohttp.ClientError:
+            return
+
+    async def _act(self, server: Server, dice: random.Random) -> None:
+        model_id = dice.choice(self.fleet.ids)
+        if dice.random() < 0.3:
+            await self._infer(server, dice, model_id)
+            return
+        path, body = self._operation(dice, model_id)
+        headers = {}
+        if dice.random() < 0.6:
+            request = Request(f"key-{dice.getrandbits(64)}", path, body)
+            self.sent.append(request)
+            headers = {"Idempotency-Key": f'"{request.key}"'}
+        answer = await server.api.post(path, json=body, headers=headers, wait=dice.choice((0, 0, 2)))
+        assert answer.status in (200, 202, 409), answer
+        if answer.status != 409:
+            self.accepted.append(answer.json["id"])
+            self.unchecked.add(answer.json["id"])
+
+    def _operation(self, dice: random.Random, model_id: str) -> tuple[str, Json]:
+        if self.accepted and dice.random() < 0.1:
+            return f"/api/v1/jobs/{dice.choice(self.accepted[-8:])}/cancel", {}
+        if dice.random() < 0.25:
+            force = dice.choice(("?force=true", ""))
+            return f"/api/v1/models/{model_id}/unload{force}", {}
+        strategy = dice.choice(("beside", "in_place", "auto"))
+        body = {"version": dice.choice(self.fleet.versions), "strategy": strategy, "timeout_s": 60}
+        return f"/api/v1/models/{model_id}/load", body
+
+    async def _infer(self, server: Server, dice: random.Random, model_id: str) -> None:
+        asked = question(dice)
+        answer = await server.api.infer(model_id, asked)
+        if answer.status == 200:
+            self.sources.add(check_inference(model_id, asked, answer))
+        else:
+            assert answer.status == 503, answer
+
+    async def check(self, server: Server, config: Config) -> None:
+        """Check what is due to those who were told something in the lives before."""
+        for job_id in self.unchecked:
+            job = await server.api.ended(job_id)
+            self.counts[f"{job['kind']} {job['status']}"] += 1
+        self.unchecked.clear()
+        first = _by_key(await events(config))
+        for request in self.sent:
+            job_id_of_key = first.get(request.key_hash)
+            if job_id_of_key is not None:  # else it was refused, changed nothing, or never arrived
+                headers = {"Idempotency-Key": f'"{request.key}"'}
+                again = await server.api.post(request.path, json=request.body, headers=headers)
+                assert again.status in (200, 202), again
+                assert again.json["id"] == job_id_of_key
+                self.counts["keys"] += 1
+        self.sent.clear()
+
+
+def _by_key(log: list[Event]) -> dict[str, str]:
+    """Return the job of each key; no key stands in two events, however often it was sent."""
+    found: dict[str, str] = {}
+    for event in log:
+        data = event.data
+        if isinstance(data, LoadRequested | UnloadRequested | CancelRequested) and data.idempotency:
+            assert data.idempotency.key_hash not in found
+            assert event.job_id is not None
+            found[data.idempotency.key_hash] = event.job_id
+    return found
+
+
+async def live(lives: Lives, config: Config) -> None:
+    """Have one server live: look at what the last one left, do as clients like, and die of it."""
+    dice = lives.dice
+    async with serving(config, *SETTINGS, environment=PREPARING) as server:
+        clients: list[asyncio.Task[None]] = []
+        if dice.random() < 0.75:  # else it is killed amid what it does by itself after its start
+            await lives.check(server, config)
+            own = [random.Random(dice.random()) for _ in range(CLIENTS)]
+            clients = [asyncio.create_task(lives.client(server, each)) for each in own]
+        await asyncio.sleep(
+            dice.uniform(0, LIFE_S if clients else RECOVERY_S)
+        )  # random, as the moment is to be
+        await server.kill()  # no process of it is left
+        await asyncio.gather(*clients)
+    lives.counts["killed"] += 1
+    verified(config)
+
+
+async def test_whenever_the_server_is_killed_what_it_accepted_ends_and_keys_keep_their_jobs(
+    tmp_path: Path,
+) -> None:
+    fleet = Fleet(tmp_path / "repository", 8)
+    fleet.write()
+    config = Config(repository=fleet.root, data=tmp_path / "data")
+    lives = Lives(fleet, new_dice())
+    for _ in range(LIVES):
+        await live(lives, config)
+    async with serving(config, *SETTINGS, environment=PREPARING) as server:
+        await lives.check(server, config)
+        await settled(server)
+        for model_id, model in (await agreed(server)).items():
+            asked = question(lives.dice)
+            answer = await server.api.infer(model_id, asked)
+            assert check_inference(model_id, asked, answer).version == model["version"]
+        assert await server.stop() == 0
+        output = server.output.read_text()
+    verified(config)
+    log = await events(config)
+    ends = check_ends(log)
+    check_sources(log, lives.sources)
+    assert set(lives.accepted) <= ends.keys()
+    failed = Counter(f"failed {event.data.code}" for event in log if isinstance(event.data, LoadFailed))
+    assert {name.removeprefix("failed ") for name in failed} <= FAILURES
+    counts = Counter(ends.values()) | lives.counts | failed
+    told = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
+    tell(f"{len(lives.accepted)} accepted of {len(ends)} jobs; {told}")
+    assert "Traceback" not in output

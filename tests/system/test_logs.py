@@ -1,0 +1,152 @@
+"""The log of a real server: what is told of requests and jobs, and that nobody can hold it up or forge it."""
+
+import asyncio
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from support import models
+from support.http import LIMIT_S, Json, when
+from support.models import save
+from support.process import MODULE, Server, serving
+from yarl import URL
+
+from server.config import Config
+from server.logrequests import MAX_STRANGERS
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
+LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "repository").mkdir()
+    return Config(repository=tmp_path / "repository", data=tmp_path / "data")
+
+
+def lines(server: Server) -> list[Json]:
+    """Return what was logged, each line of which has to be JSON."""
+    return [json.loads(line) for line in server.output.read_text().splitlines()]
+
+
+async def until_told(server: Server, event: str) -> list[Json]:
+    async def look() -> list[Json]:
+        return lines(server)
+
+    return await when(look, lambda told: any(line.get("event") == event for line in told))
+
+
+async def raw(server: Server, *fields: str, path: str = "/x") -> bytes:
+    """Send a request that no client would, and return what comes back."""
+    url = URL(server.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(
+        "\r\n".join([f"GET {path} HTTP/1.1", "Host: a", "Connection: close", *fields, "", ""]).encode()
+    )
+    async with asyncio.timeout(LIMIT_S):
+        answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def infer(server: Server, **headers: str) -> str | None:
+    answer = await server.api.post("/v2/models/m/infer", roles=("predict",), json=QUESTION, headers=headers)
+    assert answer.status == 200
+    return answer.headers.get("X-Request-Id")
+
+
+async def test_a_request_and_the_steps_of_its_job_are_lines_with_its_name_and_trace(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    async with serving(config, environment=LOUD) as server:
+        headers = {"X-Request-Id": "load-1", "traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-00"}
+        answer = await server.api.post("/api/v1/models/m/load", wait=60, headers=headers)
+        assert answer.headers["X-Request-Id"] == "load-1"
+        refused = await server.api.post("/api/v1/models/none/load")
+        made = refused.headers["X-Request-Id"]
+        assert re.fullmatch("[0-9a-f]{32}", made)
+        await server.api.get("/api/v1/models")
+        await infer(server)
+        await server.api.unload("m")
+        await until_told(server, "ModelUnloaded")
+        assert await server.stop() == 0
+        told = lines(server)
+        token = server.api.token("admin")
+    job_id = answer.json["id"]
+    assert token not in server.output.read_text()
+    steps = [line for line in told if line.get("job") == job_id and "event" in line]
+    assert [line["event"] for line in steps] == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert [line["position"] for line in steps] == [2, 3, 4]
+    for line in steps:
+        assert (line["request_id"], line["trace_id"]) == ("load-1", TRACE_ID)
+        assert (line["model"], line["version"], line["level"]) == ("m", 1, "info")
+    assert steps[0]["subject"] == "alice"
+    assert 0 < steps[2]["duration_s"] < LIMIT_S
+    (request,) = [line for line in told if line.get("request_id") == "load-1" and "event" not in line]
+    assert (request["method"], request["path"], request["status"]) == ("POST", "/api/v1/models/m/load", 200)
+    assert (request["job"], request["position"], request["subject"]) == (job_id, 2, "alice")
+    assert request["duration_s"] > 0
+    (refusal,) = [line for line in told if line.get("request_id") == made]
+    assert (refusal["status"], refusal["code"]) == (404, "unknown_model")
+    assert not [line for line in told if line.get("method") == "GET" or "infer" in line["message"]]
+    assert told[0]["event"] == "ServerStarted"
+
+
+async def test_no_stranger_forges_fills_or_reads_the_log(config: Config) -> None:
+    async with serving(config, environment=LOUD) as server:
+        forged = '{"time": "2026", "message": "forged"}'
+        answers = [
+            await raw(server, f"X-Request-Id: a{forged}", path="/a%0a" + forged.replace(" ", "")),
+            await raw(server, "X-Request-Id: a\u2028b", "traceparent: 00-\u2028-01"),
+            await raw(
+                server, f"Authorization: Bearer {server.api.token('admin')}x", path="/api/v1/models?a=b"
+            ),
+        ]
+        assert all(b"HTTP/1.1 401" in answer and b"\r\nX-Request-Id: " in answer for answer in answers)
+        for _ in range(MAX_STRANGERS + 10):
+            await server.api.get("/api/v1/models", roles=())
+        assert await server.stop() == 0
+        told, token = lines(server), server.api.token("admin")
+    assert token.split(".")[2] not in server.output.read_text()
+    assert len([line for line in told if line.get("status") == 401]) == MAX_STRANGERS
+    assert not [line for line in told if line["message"] == "forged" or "?" in line.get("path", "")]
+
+
+async def test_who_does_not_read_the_log_holds_up_no_request_and_no_end(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    fifo = config.data.with_name("fifo")
+    os.mkfifo(fifo)
+    unread = os.open(fifo, os.O_RDWR)  # so that it can be opened for writing, and nobody reads it
+    try:
+        command = ("sh", "-c", f'exec "$@" 2> "{fifo}"', "sh", *MODULE)
+        environment = LOUD | {"LOADLEDGER_LOG_LEVEL": "debug"}
+        async with serving(config, command=command, environment=environment) as server:
+            await server.api.load("m")
+            for _ in range(200):  # more than a pipe takes
+                await server.api.get("/api/v1/models")
+            await infer(server)
+            assert await server.stop() == 0
+    finally:
+        os.close(unread)
+
+
+async def test_inferences_have_lines_if_that_is_asked_for_and_their_names_in_any_case(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    environment = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "text"}
+    async with serving(config, "--log-inferences=1", environment=environment) as server:
+        await server.api.load("m")
+        assert await infer(server, **{"X-Request-Id": "mine"}) == "mine"
+        assert await infer(server, **{"X-Request-Id": "not mine"}) is None
+        assert await infer(server) is None
+        failed = await server.api.post("/v2/models/m/infer", data=b"{", headers={"X-Request-Id": "bad"})
+        assert failed.headers["X-Request-Id"] == "bad"
+        assert await server.stop() == 0
+        told = server.output.read_text().splitlines()
+    inferences = [line for line in told if " POST /v2/models/m/infer " in line]
+    assert len(inferences) == 4
+    assert " INFO     POST /v2/models/m/infer 200 request_id=mine trace_id=" in inferences[0]
+    assert " code=invalid_input " in inferences[3]
+    assert " request_id=bad " in inferences[3]

@@ -1,0 +1,221 @@
+"""More models than memory, asked, swapped, unloaded and killed at random: nothing wrong is ever answered.
+
+`make soak` runs it for minutes; otherwise it is some seconds. What it did is printed.
+"""
+
+import asyncio
+import os
+import random
+import signal
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from support.fleet import (
+    Fleet,
+    Memory,
+    Source,
+    agreed,
+    check_ends,
+    check_inference,
+    check_sources,
+    new_dice,
+    of_both,
+    question,
+    repeated,
+    settled,
+    tell,
+)
+from support.http import Answer, Json
+from support.process import PREPARING, Server, events, serving, verified
+
+from events.types import Event, LoadFailed, ModelLoaded
+from server.config import Config
+
+BUDGET_BYTES = 80_000_000
+"""Six or seven of twenty: each takes 10.5 MB, and 20.4 MB are reserved for one that was never loaded."""
+TOLERANCE = 1.05
+HOT = 5
+"""Of the models, so many are asked for more often than the others."""
+CLIENTS = 5
+ROUNDS = of_both(short=2, long=10)
+ROUND_S = of_both(short=1.5, long=12.0)
+"""After each there is quiet, and everything has to agree."""
+KILLS_PER_S = of_both(short=1.0, long=0.7)
+SAMPLE_S = 0.02
+PRIORITIES = of_both(short=("high", "normal"), long=("high", "normal", "low"))
+"""One of low priority waits up to a minute for a machine that is under pressure, as beside other tests."""
+
+REFUSALS = {
+    "infer": {
+        (503, "model_not_loaded"),
+        (503, "model_unloading"),
+        (503, "worker_died"),
+        (503, "load_failed"),
+        (504, "inference_timeout"),
+    },
+    "load": set[tuple[int, str]](),
+    "unload": {(409, "not_loaded")},
+    "cancel": {(409, "already_finished"), (409, "already_started")},
+}
+FAILURES = {"worker_died", "crash_loop", "timeout"}
+"""What the loads of good models may end with, where workers are killed and memory is waited for."""
+
+
+@dataclass
+class Storm:
+    """Clients of one server, and what they have seen."""
+
+    server: Server
+    fleet: Fleet
+    on: bool = True
+    counts: Counter[str] = field(default_factory=Counter)
+    sources: set[Source] = field(default_factory=set)
+    jobs: list[str] = field(default_factory=list)
+
+    async def act(self, dice: random.Random) -> None:
+        """Do one thing as a client would, and check the answer."""
+        model_id = dice.choice(self.fleet.ids[: dice.choice((HOT, None))])
+        actions = (self._infer, self._load, self._unload, self._cancel)
+        await dice.choices(actions, (60, 25, 9, 6))[0](dice, model_id)
+
+    async def kill(self, dice: random.Random) -> None:
+        """Kill a worker, whatever it is doing."""
+        await asyncio.sleep(dice.expovariate(KILLS_PER_S))
+        workers = self.server.children()[1:]
+        if workers and self.on:
+            with suppress(ProcessLookupError):
+                os.kill(dice.choice(workers), signal.SIGKILL)
+                self.counts["killed"] += 1
+
+    async def _infer(self, dice: random.Random, model_id: str) -> None:
+        asked = question(dice)
+        version = dice.choice((None, None, *self.fleet.versions))
+        answer = await self.server.api.infer(model_id, asked, version=version)
+        self._count("infer", answer)
+        if answer.status == 200:
+            source = check_inference(model_id, asked, answer)
+            assert version in (None, source.version)
+            self.sources.add(source)
+
+    async def _load(self, dice: random.Random, model_id: str) -> None:
+        body: Json = {
+            "version": dice.choice(self.fleet.versions),
+            "strategy": dice.choice(("beside", "in_place", "auto")),
+            "priority": dice.choice(PRIORITIES),
+            "timeout_s": 10,
+        }
+        path = f"/api/v1/models/{model_id}/load"
+        answer = await self.server.api.post(path, json=body, wait=dice.choice((0, 0, 3)))
+        self._take_job("load", answer)
+
+    async def _unload(self, dice: random.Random, model_id: str) -> None:
+        force = dice.choice(("?force=true", ""))
+        path = f"/api/v1/models/{model_id}/unload{force}"
+        answer = await self.server.api.post(path, wait=dice.choice((0, 3)))
+        self._take_job("unload", answer)
+
+    async def _cancel(self, dice: random.Random, _model_id: str) -> None:
+        if self.jobs:
+            job_id = dice.choice(self.jobs[-10:])
+            answer = await self.server.api.post(f"/api/v1/jobs/{job_id}/cancel")
+            self._take_job("cancel", answer)
+
+    def _take_job(self, kind: str, answer: Answer) -> None:
+        self._count(kind, answer)
+        if answer.status in (200, 202):
+            job = answer.json
+            self.jobs.append(job["id"])
+            assert job["error"] is None or job["error"]["code"] in FAILURES, job
+
+    def _count(self, kind: str, answer: Answer) -> None:
+        assert answer.status in (200, 202) or answer.refusal in REFUSALS[kind], (kind, answer)
+        told = "" if answer.status in (200, 202) else f" {answer.refusal[1]}"
+        self.counts[f"{kind} {answer.status}{told}"] += 1
+
+
+async def rage(storm: Storm, memory: Memory, dice: random.Random) -> None:
+    """Let clients do as they like for a round; every sample of the workers' memory is within the budget."""
+
+    async def sample() -> None:
+        memory.sample(storm.server)
+        assert memory.most_bytes <= BUDGET_BYTES * TOLERANCE
+        await asyncio.sleep(SAMPLE_S)
+
+    storm.on = True
+    async with asyncio.TaskGroup() as group:
+        for _ in range(CLIENTS):
+            own = random.Random(dice.random())
+            group.create_task(repeated(lambda own=own: storm.act(own), lambda: storm.on))  # type: ignore[misc]
+        killer = random.Random(dice.random())
+        group.create_task(repeated(lambda: storm.kill(killer), lambda: storm.on))
+        group.create_task(repeated(sample, lambda: storm.on))
+        await asyncio.sleep(ROUND_S)
+        storm.on = False
+
+
+async def look_around(storm: Storm, dice: random.Random) -> None:
+    """Check, when it is quiet, that ledger and processes agree, and that what is loaded answers."""
+    await settled(storm.server)
+    loaded = await agreed(storm.server)
+    seen = (await storm.server.api.get("/api/v1/resources")).json
+    assert seen["waiting"] == []
+    preparing = seen["preparing"]
+    assert seen["reserved_bytes"] == (preparing["reserved_bytes"] if preparing is not None else 0)
+    assert seen["used_bytes"] <= BUDGET_BYTES * TOLERANCE
+    storm.counts["most loaded"] = max(storm.counts["most loaded"], len(loaded))
+    for model_id, model in loaded.items():
+        asked = question(dice)
+        answer = await storm.server.api.infer(model_id, asked)
+        assert answer.status == 200, answer
+        source = check_inference(model_id, asked, answer)
+        assert (source.version, source.position) == (model["version"], model["position"])
+
+
+@pytest.mark.parametrize("on_demand", ["off", "on"])
+async def test_whatever_is_asked_of_twenty_models_that_do_not_fit_and_killed_nothing_wrong_is_answered(
+    tmp_path: Path, on_demand: str
+) -> None:
+    fleet = Fleet(tmp_path / "repository", 20)
+    fleet.write()
+    config = Config(repository=fleet.root, data=tmp_path / "data")
+    dice, memory = new_dice(), Memory()
+    residency_s = of_both(short="0", long=dice.choice(("0", "0.3", "1")))
+    settings = (
+        f"--memory-budget={BUDGET_BYTES}", "--evict=idle", f"--min-residency-s={residency_s}",
+        f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5",
+        "--limit-management=off", "--limit-inference=off", "--limit-reads=off",
+    )  # fmt: skip
+    async with serving(config, *settings, environment=PREPARING) as server:
+        storm = Storm(server, fleet)
+        for _ in range(ROUNDS):
+            await rage(storm, memory, dice)
+            await look_around(storm, dice)
+        assert await server.stop() == 0
+        told = server.output.read_text().splitlines()
+        assert [line for line in told if " event=" not in line] == []  # but what the ledger says, too
+    verified(config)
+    log = await events(config)
+    ends = check_ends(log)
+    check_sources(log, storm.sources)
+    failed = Counter(f"failed {event.data.code}" for event in log if isinstance(event.data, LoadFailed))
+    assert {name.removeprefix("failed ") for name in failed} <= FAILURES
+    prepared = Counter("loads from a prepared form" for event in log if is_prepared(event))
+    tell(summary(storm, memory, Counter(ends.values()) | failed | prepared))
+    assert storm.counts["infer 200"] > 0
+
+
+def is_prepared(event: Event) -> bool:
+    return isinstance(event.data, ModelLoaded) and event.data.prepared is not None
+
+
+def summary(storm: Storm, memory: Memory, ends: Counter[str]) -> str:
+    """Say what happened."""
+    share = 100 * memory.most_bytes / BUDGET_BYTES
+    counts = ", ".join(f"{name}: {count}" for name, count in sorted((storm.counts | ends).items()))
+    return (
+        f"{counts}; workers took at most {memory.most_bytes / 1e6:.1f} MB, {share:.0f} % of the budget,"
+        f" in {memory.samples} samples, {memory.workers} at once"
+    )

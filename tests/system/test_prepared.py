@@ -1,0 +1,146 @@
+"""Prepared models with the server as it is installed: used, listed, cleared; killed while they are made."""
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support import models
+from support.fleet import new_dice, of_both, tell
+from support.http import Json
+from support.process import PREPARING, UNHURRIED, Server, events, serving, verified
+
+from events.types import ModelLoaded
+from loadledger.cli.main import main
+from server.config import Config
+
+SLOW = models.slow_to_fold(side=300, depth=60)
+IN_SPARE_TIME_S = 300.0
+TRIALS = 6
+"""On a busy machine one in fourteen finds inferences slow (measured), which says nothing of the form."""
+KILLS = of_both(short=4, long=100)
+MOMENTS_S = (0.0, 3.0)
+"""After a load: a preparation takes some 3 s."""
+X: Json = {"name": "x", "shape": [2], "datatype": "FP32", "data": [1.0, 2.0]}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    models.save(SLOW, tmp_path / "repository", "slow")
+    return Config(repository=tmp_path / "repository", data=tmp_path / "data")
+
+
+def printed(config: Config, *command: str) -> str:
+    """Return what `loadledger prepared` prints."""
+    result = CliRunner().invoke(main, ["prepared", *command, f"--data={config.data}"])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def listed(config: Config) -> list[Json]:
+    """Return what is prepared, as the command lists it."""
+    entries: list[Json] = json.loads(printed(config, "list", "--json"))["prepared"]
+    return entries
+
+
+async def prepared(config: Config) -> Json:
+    """Wait until what was loaded is prepared, or known to be best as it is."""
+    async with asyncio.timeout(IN_SPARE_TIME_S):
+        while not (entries := await asyncio.to_thread(listed, config)):  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.05)
+    return entries[0]
+
+
+async def prepacked(config: Config, server: Server) -> Json:
+    """Load until there is a form, which is no matter of one trial where the machine has much else to do."""
+    for _ in range(TRIALS):
+        await server.api.load("slow")
+        entry = await prepared(config)
+        if entry["form"] == "prepacked":
+            return entry
+        assert "slower" in entry["tried"]["prepacked"], entry
+        await server.api.unload("slow")
+        printed(config, "clear")
+    raise AssertionError(f"inferences are slower, in each of {TRIALS} trials")
+
+
+async def loads_of(config: Config) -> list[ModelLoaded]:
+    """Return what the ledger says of the loads that there were."""
+    return [event.data for event in await events(config) if isinstance(event.data, ModelLoaded)]
+
+
+async def answered(server: Server) -> Json:
+    """Return what the model answers, which is to be the same each time."""
+    answer = await server.api.infer("slow", X)
+    assert answer.status == 200, answer
+    return answer.json["outputs"]
+
+
+def check_forms(config: Config) -> None:
+    """Check that there is nothing half-made, and that all files are what their manifests say."""
+    for folder in (config.data / "prepared").iterdir():
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        assert {path.name for path in folder.iterdir()} == {
+            "manifest.json",
+            *(file["path"] for file in manifest["files"]),
+        }
+        for file in manifest["files"]:
+            content = (folder / file["path"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
+
+
+async def test_a_later_load_says_which_form_it_used_and_clearing_them_has_it_made_anew(
+    config: Config,
+) -> None:
+    async with serving(config, command=UNHURRIED, environment=PREPARING) as server:
+        entry = await prepacked(config, server)
+        assert entry["model_id"] == "slow"
+        bare = await answered(server)
+        await server.api.unload("slow")
+        await server.api.load("slow")
+        assert await answered(server) == bare
+        *before, last = await loads_of(config)
+        assert [load.prepared for load in before] == [None] * len(before)
+        assert last.prepared is not None
+        assert (last.prepared.form, last.prepared.sha256) == ("prepacked", entry["sha256"])
+        assert last.files == before[0].files
+        assert printed(config, "clear").startswith("cleared: 1 ")
+        assert await answered(server) == bare
+        await server.api.unload("slow")
+        await prepacked(config, server)
+        assert await server.stop() == 0
+    check_forms(config)
+
+
+async def test_where_nothing_is_to_be_prepared_nothing_is_made_or_used(config: Config) -> None:
+    async with serving(config, command=UNHURRIED, environment=PREPARING) as server:
+        await server.api.load("slow")
+        await prepared(config)
+        assert await server.stop() == 0
+    async with serving(config, "--prepare=off") as server:
+        await server.api.load("slow")
+        loads = await loads_of(config)
+        assert all(load.prepared is None for load in loads)
+        assert await server.stop() == 0
+
+
+async def test_killed_while_it_prepares_the_server_comes_back_with_nothing_half_made(config: Config) -> None:
+    dice, answers, entries = new_dice(), [], 0
+    for _ in range(KILLS):
+        async with serving(config, "--restore=none", command=UNHURRIED, environment=PREPARING) as server:
+            printed(config, "clear")
+            await server.api.load("slow")
+            answers.append(await answered(server))
+            await asyncio.sleep(dice.uniform(*MOMENTS_S))
+            await server.kill()
+        async with serving(config, "--restore=none", command=UNHURRIED, environment=PREPARING) as server:
+            check_forms(config)
+            entries += len(listed(config))
+            await server.api.load("slow")
+            answers.append(await answered(server))
+            assert await server.stop() == 0
+    verified(config)
+    assert all(answer == answers[0] for answer in answers)
+    tell(f"{KILLS} kills, after {entries} of which a form was there")

@@ -1,0 +1,183 @@
+"""What comes back with the server: most recently used first within the budget; or nothing, if so chosen."""
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support import models
+from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question
+from support.http import Json, when
+from support.models import save, save_bytes
+from support.process import Server, events, serving, verified
+
+from events.types import Cause, ModelLoaded, UnloadRequested
+from server.app import LEDGER
+from server.config import Config
+
+KILLED = "killed"
+STOPPED = "stopped"
+USED = ("m01", "m04", "m00", "m03")
+"""In this order; `m02` is only loaded, before all that."""
+TABLE_MB = 24
+"""What each model has: much beside what the same load takes more or less of another time."""
+DIFFERENCE_BYTES = 4_000_000
+"""What the next measurements may differ by: 2.1 MB of a worker, where pages are shared or not (measured)."""
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    fleet = Fleet(tmp_path / "repository", 5, versions=(1,), table_mb=TABLE_MB)
+    fleet.write()
+    return fleet
+
+
+@pytest.fixture
+def config(fleet: Fleet, tmp_path: Path) -> Config:
+    return Config(repository=fleet.root, data=tmp_path / "data")
+
+
+async def end(server: Server, how: str) -> None:
+    if how == KILLED:
+        await server.kill()
+    else:
+        assert await server.stop() == 0
+        await server.nothing_left()
+
+
+def noted(config: Config) -> dict[str, str]:
+    """Return when models were last used, as far as the ledger's file knows."""
+    with closing(sqlite3.connect(config.data / LEDGER)) as connection:
+        return dict(connection.execute("SELECT model_id, used_at FROM last_used"))
+
+
+async def load_and_use(server: Server, config: Config, fleet: Fleet, how: str) -> None:
+    """Load all in the order of their names, and use all but one in another."""
+    for model_id in fleet.ids:
+        await server.api.load(model_id)
+    dice = new_dice()
+    for model_id in USED:
+        asked = question(dice)
+        check_inference(model_id, asked, await server.api.infer(model_id, asked))
+    if how == KILLED:  # what was noted by then is known; an orderly stop notes it itself
+
+        async def look() -> set[str]:
+            return set(await asyncio.to_thread(noted, config))
+
+        await when(look, lambda found: found == set(USED))
+
+
+async def budget_for_two(config: Config) -> int:
+    """Return a budget that two of the models fit into, but a third does not, nor two while both are loaded.
+
+    Otherwise one that takes a little less could begin beside the first, and so overtake the second.
+    """
+    loaded = [event.data for event in await events(config) if isinstance(event.data, ModelLoaded)]
+    memory = [data.memory_bytes for data in loaded]
+    peaks = sorted(data.peak_memory_bytes for data in loaded)
+    budget = peaks[0] + peaks[1] - 1
+    assert max(memory) + peaks[-1] + DIFFERENCE_BYTES < budget < 2 * min(memory) + peaks[0] - DIFFERENCE_BYTES
+    return budget
+
+
+@pytest.mark.parametrize("how", of_both(short=[STOPPED], long=[STOPPED, KILLED]))
+async def test_after_a_restart_with_less_room_the_most_recently_used_come_back_and_the_others_say_why_not(
+    config: Config, fleet: Fleet, how: str
+) -> None:
+    async with serving(config) as server:
+        await load_and_use(server, config, fleet, how)
+        await end(server, how)
+    budget = await budget_for_two(config)
+    async with serving(config, f"--memory-budget={budget}") as server:
+        await all_ended(server)
+        assert set(await agreed(server)) == {"m03", "m00"}
+        for model_id in ("m01", "m02", "m04"):
+            model = await server.api.model(model_id)
+            assert (model["state"], model["error"]["code"]) == ("failed", "insufficient_memory")
+            for number in (f"budget of {budget / 1e6:.0f} MB", "are free", "start"):
+                assert number in model["error"]["message"]
+        asked = [job["model_id"] for job in await server.api.jobs("?limit=5")]
+        assert asked == ["m02", "m01", "m04", "m00", "m03"]  # newest first
+        await server.api.unload("m00")
+        await server.api.load("m02")
+        assert set(await agreed(server)) == {"m03", "m02"}
+        assert await server.stop() == 0
+    verified(config)
+
+
+async def test_killed_before_uses_were_noted_the_last_loaded_come_back(config: Config, fleet: Fleet) -> None:
+    async with serving(config) as server:
+        for model_id in fleet.ids:
+            await server.api.load(model_id)
+        await server.kill()
+    async with serving(config, f"--memory-budget={await budget_for_two(config)}") as server:
+        await all_ended(server)
+        assert set(await agreed(server)) == {"m04", "m03"}
+    verified(config)
+
+
+@pytest.mark.parametrize("how", [STOPPED, KILLED])
+async def test_where_nothing_is_to_be_restored_models_are_unloaded_for_the_restart_and_jobs_go_on(
+    config: Config, fleet: Fleet, how: str
+) -> None:
+    save_bytes(models.slow_model(depth=2000).SerializeToString(), config.repository, "slow")  # takes minutes
+    async with serving(config) as server:
+        for model_id in fleet.ids[:2]:
+            await server.api.load(model_id)
+        job = await server.api.accepted_load("slow")
+        await server.api.job_when(job["id"], stage="loading")
+        await end(server, how)
+    save(models.add(1), config.repository, "slow")
+    async with serving(config, "--restore=none") as server:
+        ended = await all_ended(server)
+        assert (ended[job["id"]]["status"], ended[job["id"]]["attempt"]) == ("completed", 2)
+        assert set(await agreed(server)) == {"slow"}
+        for model_id in fleet.ids[:2]:
+            assert (await server.api.model(model_id))["state"] == "unloaded"
+        assert await server.stop() == 0
+    verified(config)
+    asked = [event for event in await events(config) if isinstance(event.data, UnloadRequested)]
+    assert [event.model_id for event in asked] == fleet.ids[:2]
+    assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", [STOPPED, KILLED])
+async def test_an_unfinished_load_goes_on_when_what_was_loaded_has_come_back_and_left_room(
+    config: Config, fleet: Fleet, how: str
+) -> None:
+    save_bytes(models.slow_model(depth=2000).SerializeToString(), config.repository, "slow")
+    async with serving(config) as server:
+        for model_id in fleet.ids[:3]:
+            await server.api.load(model_id)
+        job = await server.api.accepted_load("slow")
+        await server.api.job_when(job["id"], stage="loading")
+        await end(server, how)
+    models.save(models.table(TABLE_MB, 900), config.repository, "slow")
+    budget = await budget_for_two(config)
+    async with serving(config, f"--memory-budget={budget}") as server:
+        await server.api.model_when("m00", state="failed")
+        for model_id in fleet.ids[1:3]:
+            await server.api.model_when(model_id, state="loaded")
+            assert (await server.api.job(job["id"]))["status"] == "pending"
+        for model_id in fleet.ids[1:3]:
+            await server.api.unload(model_id)
+        ended = await all_ended(server)
+        assert (ended[job["id"]]["status"], ended[job["id"]]["attempt"]) == ("completed", 2)
+        assert set(await agreed(server)) == {"slow"}
+    verified(config)
+
+
+async def all_ended(server: Server) -> dict[str, Json]:
+    """Wait until every job has ended and no model is on its way back; returns the jobs by id."""
+
+    async def look() -> tuple[list[Json], list[str]]:
+        jobs = await server.api.jobs("?limit=1000")
+        listed = (await server.api.get("/api/v1/models?limit=1000")).json["models"]
+        return jobs, [model["state"] for model in listed]
+
+    jobs, _ = await when(
+        look,
+        lambda seen: all(job["finished_at"] for job in seen[0]) and not {"lost", "loading"} & set(seen[1]),
+    )
+    return {job["id"]: job for job in jobs}

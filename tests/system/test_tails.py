@@ -1,0 +1,93 @@
+"""Streams of a real server: cut off at random, and many at once.
+
+`make soak` cuts off 1,000 times, and has 1,000 tails for 30 s.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from support import models
+from support.fleet import SOAK, new_dice, of_both, tell
+from support.models import save
+from support.process import Server, events, serving
+from support.streams import following
+
+from bench import driver, tails
+from server.config import Config
+
+CUTS = of_both(short=100, long=1000)
+TAILS = of_both(short=50, long=1000)
+SECONDS = of_both(short=3.0, long=30.0)
+UNLIMITED = ("--limit-management=off", "--limit-reads=off", "--streams-per-subject=1000")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A repository with a model, and room for data."""
+    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
+    save(models.add(1), config.repository, "m")
+    return config
+
+
+@asynccontextmanager
+async def happening(server: Server) -> AsyncIterator[None]:
+    """Have something happen all the time: a loaded model is pinned and unpinned, three events each time."""
+
+    async def pin_and_unpin() -> None:
+        pinned = False
+        while True:
+            pinned = not pinned
+            await server.api.load("m", pinned=pinned)
+
+    await server.api.load("m")
+    task = asyncio.create_task(pin_and_unpin())
+    try:
+        yield
+        assert not task.done(), task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_client_that_is_cut_off_at_random_sees_every_event_once_and_in_order(config: Config) -> None:
+    dice = new_dice()
+    seen, last, messages = list[int](), 0, 0
+    async with serving(config, *UNLIMITED) as server, happening(server):
+        for _ in range(CUTS):
+            async with following(server.api, "?after=0", headers={"Last-Event-ID": str(last)}) as client:
+                for _ in range(cut(dice)):
+                    message = await client.message()
+                    messages += 1
+                    if message.id is not None and message.data:
+                        seen.append(message.json["position"])
+                    last = client.last_id or 0
+                client.response.close()  # amid whatever is on its way
+        async with following(server.api, headers={"Last-Event-ID": str(last)}) as client:
+            head = (await client.until("live"))[-1].json["position"]
+            assert head >= last
+    recorded = [event.position for event in await events(config)]
+    tell(f"{CUTS} cuts, {messages} messages, {len(seen)} events of {len(recorded)}")
+    assert seen == recorded[: len(seen)]
+    assert len(seen) > CUTS
+
+
+def cut(dice: random.Random) -> int:
+    """Return after how many messages a client is cut off: mostly few, sometimes before the first."""
+    return int(dice.expovariate(1 / 8))
+
+
+async def test_tails_hear_everything_while_much_happens(tmp_path: Path) -> None:
+    def measured() -> list[str]:
+        room = ("--limit-reads", "off", "--streams-per-subject", str(TAILS))
+        with driver.running(tmp_path, *driver.UNLIMITED, *room) as server:
+            rows = tails.measure(server, tails=TAILS, seconds=SECONDS)
+        return [f"{row.what} {row.ours}" for row in rows]
+
+    told = await asyncio.to_thread(measured)  # which ends with an error if one misses or repeats an event
+    tell("; ".join(told))
+    assert len(told) == 3
+    assert not SOAK or "late by more than 1 s 0 of" in told[0]

@@ -1,0 +1,165 @@
+"""The page "Verify it yourself": its examples are run, its verifier is set on ledgers that were changed."""
+
+import asyncio
+import os
+import re
+import shutil
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import CodeType
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.events import PLAIN
+from support.ledgers import SIGN, rows_of, write_ledger
+from support.pages import ROOT, expected, printed_as, run_page
+from support.process import clean_environment
+from support.standing import standing
+from yarl import URL
+
+from events.export import export, jsonl
+from events.verify import verify
+
+PAGE = "docs/verify-it-yourself.md"
+VERIFIER = re.search(
+    r"^cat > verify.py <<'END'\n(.*?)^END$", (ROOT / PAGE).read_text(), re.MULTILINE | re.DOTALL
+)
+assert VERIFIER is not None
+CODE: CodeType = compile(VERIFIER[1], "verify.py", "exec")
+ROUNDS = 2
+
+
+def test_the_verifier_is_short_and_uses_the_standard_library_alone() -> None:
+    assert VERIFIER is not None
+    lines = VERIFIER[1].splitlines()
+    assert len(lines) <= 35
+    (imported,) = re.findall(r"^import (.*)$", VERIFIER[1], re.MULTILINE)
+    assert set(imported.split(", ")) <= sys.stdlib_module_names
+
+
+def test_the_examples_of_the_page_do_what_it_says(tmp_path: Path) -> None:
+    for needed in ("openssl", "curl"):
+        if shutil.which(needed) is None:
+            pytest.skip(f"the page is written with {needed}, which is not installed here")
+    ignored = shutil.ignore_patterns("*.py", "__pycache__")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=ignored)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with standing(tmp_path / "examples") as server:
+        compared = 0
+        port = str(URL(server.url).port)
+        for block, printed in run_page(PAGE, tmp_path, port, clean_environment() | {"PATH": path}):
+            if block.answer is not None:
+                assert printed_as(block, printed) == expected(block), block.text
+                compared += 1
+    assert compared == 8
+
+
+# The verifier, on what somebody changed.
+
+
+def said(path: Path, *kept: str) -> str | None:
+    """Run the verifier; return what it complains about, or None."""
+    before, sys.argv = sys.argv, ["verify.py", str(path), *kept]
+    try:
+        exec(CODE, {"print": lambda *_: None})
+    except SystemExit as end:
+        return str(end.code)
+    finally:
+        sys.argv = before
+    return None
+
+
+def sound_ledger() -> tuple[bytes, bytes]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.db"
+        asyncio.run(write_ledger(path, ROUNDS))
+        return path.read_bytes(), b"".join(export(path, jsonl(), SIGN))
+
+
+LEDGER, EXPORT = sound_ledger()
+LINES = EXPORT.splitlines(keepends=True)
+
+
+@contextmanager
+def copy(data: bytes = LEDGER, name: str = "ledger.db") -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        yield path
+
+
+with copy() as _path:
+    ROWS = rows_of(_path)
+HEAD = len(ROWS)
+POSITIONS = st.integers(1, HEAD)
+MANY = settings(PLAIN, max_examples=150)
+
+
+def flip(data: bytes, index: int, bits: int) -> bytes:
+    index %= len(data)
+    return data[:index] + bytes([data[index] ^ bits]) + data[index + 1 :]
+
+
+def change(path: Path, sql: str, *values: object) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {name}")
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(sql, values)
+
+
+def head_at(position: int) -> str:
+    return f"{position}:{ROWS[position - 1][2].hex()}"
+
+
+@pytest.mark.parametrize(("data", "name"), [(LEDGER, "ledger.db"), (EXPORT, "export.jsonl")])
+def test_what_nobody_touched_is_verified_and_each_head_is_there(data: bytes, name: str) -> None:
+    with copy(data, name) as path:
+        assert said(path) is None
+        assert said(path, *map(head_at, range(1, HEAD + 1))) is None
+        assert said(path, f"{HEAD + 1}:{'00' * 32}") == f"not here: {HEAD + 1}:{'00' * 32}"
+
+
+@MANY
+@given(POSITIONS, st.integers(0, 10_000), st.integers(1, 255))
+def test_a_changed_byte_of_a_body_or_a_hash_is_named(position: int, index: int, bits: int) -> None:
+    body, digest = ROWS[position - 1][1].encode(), ROWS[position - 1][2]
+    complaint = f"position {position} is not what it was"
+    for stored in (body, digest):
+        at = LEDGER.index(stored) + index % len(stored)
+        with copy(flip(LEDGER, at, bits)) as path:
+            assert said(path) == complaint
+            finding = verify(path).finding
+            assert finding is not None
+            assert finding.position == position
+
+
+@PLAIN
+@given(POSITIONS, POSITIONS)
+def test_events_that_are_gone_or_swapped_are_named(position: int, other: int) -> None:
+    with copy() as path:
+        change(path, "DELETE FROM events WHERE position = ?", position)
+        assert said(path, head_at(HEAD)) is not None
+    for cut in (LINES[:-1], LINES[: position + 1]):
+        with copy(b"".join(cut), "export.jsonl") as path:
+            assert said(path) == "the end is missing"
+    swapped = list(LINES)
+    swapped[position], swapped[other] = LINES[other], LINES[position]
+    with copy(b"".join(swapped), "export.jsonl") as path:
+        first = min(position, other)
+        assert said(path) == (None if position == other else f"position {first} is not what it was")
+
+
+@PLAIN
+@given(st.integers(0, HEAD - 1))
+def test_an_end_that_was_cut_off_is_missed_by_who_kept_the_head(length: int) -> None:
+    with copy() as path:
+        change(path, "DELETE FROM events WHERE position > ?", length)
+        assert said(path) is None
+        assert said(path, head_at(HEAD)) == f"not here: {head_at(HEAD)}"
