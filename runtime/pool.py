@@ -7,6 +7,7 @@ import socket
 
 from runtime.errors import ForkServerUnavailable
 from runtime.forkclient import Child, ForkServer, close_watched
+from runtime.shielding import ended
 from runtime.spare import Spare
 from runtime.workers import Worker
 
@@ -85,7 +86,11 @@ class WorkerPool:
             worker, data, control = await self._fork(fork_server, worker_id)
             self._workers.add(worker)
             worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
-            await worker.connect(data, control)
+            try:
+                await worker.connect(data, control)
+            except BaseException:
+                await ended(worker)  # whoever gives up gives back what it reserved for it
+                raise
         except OSError as error:
             raise ForkServerUnavailable(f"cannot start a worker: {error.strerror}") from None
         return worker

@@ -139,17 +139,13 @@ class Worker:
         self._last_words: asyncio.TimerHandle | None = None
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
-        """Take over this side's ends of the channels; the pool does this once."""
+        """Take over this side's ends of the channels; the pool does this once, and ends it if this fails."""
 
         async def both() -> None:
             await self._data.connect(data)
             await self._control.connect(control)
 
-        try:  # half of it would leave a socket that nobody closes
-            await asyncio.shield(asyncio.ensure_future(both()))
-        except BaseException:
-            self.kill()
-            raise
+        await asyncio.shield(both())  # half of it would leave a socket that nobody closes
 
     @property
     def orphaned(self) -> bool:

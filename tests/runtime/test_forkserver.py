@@ -337,6 +337,21 @@ async def test_cancelled_start_leaves_no_process() -> None:
         await until(lambda: descendants(fork_server.pid) == [worker.pid])
 
 
+@pytest.mark.parametrize("turns", range(3))
+async def test_start_that_is_cancelled_while_it_connects_ends_with_its_process(turns: int) -> None:
+    async with running_pool() as pool:
+        starting = asyncio.ensure_future(pool.start("w"))
+        while not pool._workers:  # noqa: ASYNC110 - each turn of the loop counts
+            await asyncio.sleep(0)
+        [worker] = pool._workers
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert worker.ended.done()
+
+
 async def test_many_starts_at_once() -> None:
     async with running_pool() as pool:
         workers = await asyncio.gather(*(pool.start(str(number)) for number in range(20)))
