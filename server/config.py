@@ -247,6 +247,15 @@ class Config:
             check=validate.Range(1, 1_000_000),
         ),
     )
+    max_connections_per_address: int = field(
+        default=0,
+        metadata=about(
+            "How many of them may be of one peer address, trusted proxies and this machine apart; 0 means no"
+            " limit.",
+            kind=int,
+            check=validate.Range(0, 1_000_000),
+        ),
+    )
     head_timeout_s: float = field(
         default=10.0,
         metadata=about(

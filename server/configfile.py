@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server.settingchecks import path_refusal
 from server.settings import ConfigError, Setting, checked, written_path
 
 MAX_FILE_BYTES = 2**20
@@ -73,6 +74,9 @@ def read_config_file(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]
 
 
 def _read(path: Path) -> _Text:
+    refusal = path_refusal(path)
+    if refusal is not None:
+        raise ConfigError(f"--config: {refusal}")
     try:
         if not path.is_file():  # nor a FIFO, which might never be written to
             raise ConfigError(f"--config: there is no file {path}")
@@ -149,8 +153,10 @@ def _number(value: object, _path: Path) -> float:
 
 
 def _path_value(value: object, path: Path) -> Path:
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value:
         raise _WrongType(_said(value))
+    if "\0" in value:
+        raise ValueError("No path has a NUL character.")
     return path.parent / written_path(value)
 
 

@@ -1,69 +1,51 @@
 """Connections that nobody can hold for nothing: bounds on heads, on time, and on how many there are.
 
 aiohttp parses, keeps alive and answers; what stands here is what it leaves open. Its protocol class is
-public. What is used of it that is not documented (`_waiter`, `_request_count`, `_loop`, `handle_error`, and
-`_messages` with `_buffer_paused` and `_pause_reading_for_buffer`) is held by tests with raw sockets.
+public. What is used of it that is not documented (`_waiter`, `_request_count`, `_request_handler`, `_loop`,
+`_upgraded`, and `_messages` with `_buffer_paused` and `_pause_reading_for_buffer`) is held by tests with raw
+sockets.
 
-What is bounded where: bodies that come slowly in `server.validation`, and their memory in `server.bodies`;
-answers that are not read here, and streams of events in `server.stream`.
+What is bounded where: how many there are in `server.places`; bodies that come slowly in `server.validation`,
+and their memory in `server.bodies`; answers that are not read here, and streams of events in `server.stream`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import resource
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
-from aiohttp import hdrs, http_exceptions, web
+from aiohttp import EMPTY_PAYLOAD, StreamReader, web
 
 from server.config import Config
-from server.direct import SERVER, UNREAD_S
-from server.errors import ServerProblem, problem_of, problem_response
+from server.direct import UNREAD_S
+from server.errors import ServerProblem
+from server.health import is_probe
+from server.places import Place, Places
+from server.refusals import (
+    MAX_FIELDS,
+    MAX_HEAD_BYTES,
+    MAX_LINE_BYTES,
+    HeadTimeout,
+    HeadTooLarge,
+    TooManyConnections,
+    problem_of_parser,
+    raw_refusal,
+    refusal,
+)
 from server.validation import MIN_PROGRESS_BYTES
-
-MAX_LINE_BYTES = 8190
-"""Of a request line, or a header field: a token with many roles has some thousand."""
-
-MAX_FIELDS = 100
-MAX_HEAD_BYTES = 64 * 2**10
-"""Of a head that is not whole: what one connection can have us keep before anybody knows who it is."""
 
 SWEEP_S = 1.0
 CLOSING_S = 10.0
 """How long a client may take to read the last of its answers once the connection is to be closed."""
-SPARE_DESCRIPTORS = 4
-"""Of so many descriptors one is left to the ledger, the models and the logs."""
+SPARE_HEAD_S = 2.0
+"""For the head of a probe, at most: they send it as soon as they are connected."""
+_END = b"\r\n\r\n"
+"""Of a head."""
 
-
-class HeadTooLarge(ServerProblem):
-    """The request's header fields are too many or too long."""
-
-    code = "head_too_large"
-
-
-class TargetTooLong(ServerProblem):
-    """The request line is too long."""
-
-    code = "target_too_long"
-
-
-class MalformedRequest(ServerProblem):
-    """The request is no HTTP."""
-
-    code = "invalid_request"
-
-
-class HeadTimeout(ServerProblem):
-    """The request's head did not arrive in time."""
-
-    code = "head_timeout"
-
-
-class TooManyConnections(ServerProblem):
-    """The server has as many connections open as it may; try again."""
-
-    code = "too_many_connections"
+RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 @dataclass(slots=True)
@@ -73,34 +55,30 @@ class Limits:
     Attributes:
         head_s: for the head of a request to arrive.
         idle_s: between two requests.
+        places: how many there may be.
         unread_s: in so long a client has to read some of a long answer.
-        most: how many connections there may be.
+        spare_head_s: as head_s, of the reserve.
         open: those that there are.
         handshakes: of TLS, that are to become connections.
     """
 
     head_s: float
     idle_s: float
-    most: int
+    places: Places
     unread_s: float = UNREAD_S
     closing_s: float = CLOSING_S
+    spare_head_s: float = SPARE_HEAD_S
     open: set[Connection] = field(default_factory=set)
     handshakes: set[asyncio.Task[None]] = field(default_factory=set)
-
-    @property
-    def full(self) -> bool:
-        """Whether there is no room for one more."""
-        return len(self.open) + len(self.handshakes) >= self.most
 
     @classmethod
     def of(cls, config: Config) -> Limits:
         """Return those of a configuration and of this process."""
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if descriptors == resource.RLIM_INFINITY:
-            most = config.max_connections
-        else:
-            most = min(config.max_connections, max(1, descriptors - descriptors // SPARE_DESCRIPTORS))
-        return cls(config.head_timeout_s, config.idle_timeout_s, most)
+        return cls(config.head_timeout_s, config.idle_timeout_s, Places.of(config))
+
+    def head_s_of(self, place: Place | None) -> float:
+        """Return how long a head may take that comes in a place."""
+        return min(self.head_s, self.spare_head_s) if place is not None and place.is_spare else self.head_s
 
     async def sweep(self) -> None:
         """Look at all connections again and again, until cancelled."""
@@ -113,11 +91,17 @@ class Limits:
 
 
 class Connection(web.RequestHandler):
-    """One connection, as aiohttp has it, within limits."""
+    """One connection, as aiohttp has it, within limits.
 
-    __slots__ = ("_closing_until", "_head_bytes", "_late", "_limits", "_requests_before", "_unread", "_wire")
+    Args:
+        limits: of all of them.
+        server: that has the handler.
+        place: one that was taken for it; without one it takes one when it begins.
+    """
 
-    def __init__(self, limits: Limits, server: web.Server) -> None:
+    __slots__ = ("_body", "_closing_until", "_head_bytes", "_late", "_limits", "_place", "_unread", "_wire")
+
+    def __init__(self, limits: Limits, server: web.Server, place: Place | None = None) -> None:
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
@@ -129,9 +113,10 @@ class Connection(web.RequestHandler):
             max_headers=MAX_FIELDS,
         )
         self._limits = limits
+        self._place = place
         self._wire: asyncio.Transport | None = None
         self._late: asyncio.TimerHandle | None = None
-        self._requests_before = 0
+        self._body: StreamReader | None = EMPTY_PAYLOAD  # of the last request; None if that is not known
         self._head_bytes = 0
         self._closing_until: float | None = None
         self._unread: tuple[float, int] | None = None
@@ -141,33 +126,36 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
         self._wire = cast("asyncio.Transport", transport)
         self._limits.open.add(self)
-        if len(self._limits.open) > self._limits.most:
+        self._place = self._place or self._limits.places.take(_address(transport))
+        if self._place is None:
             self._refuse(TooManyConnections())
-        else:
-            self._expect_head()
+            return
+        self._place.give_way = self._give_way
+        if self._place.is_spare and self._request_handler is not None:
+            self._request_handler = partial(self._answer_probe, self._place, self._request_handler)
+        self._expect_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End."""
         self._limits.open.discard(self)
+        if self._place is not None:
+            self._limits.places.leave(self._place)
+            self._place = None
         self._expect_nothing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; the head that it begins, and does not end, has to end in time."""
+        body, before = self._body, self._request_count
+        is_head = self._is_awaited() if body is None else body.is_eof()
         super().data_received(data)
-        if self._late is None:
-            waiter = self._waiter
-            if waiter is None:
-                self._wait_for_turn()
-            elif not waiter.done():
-                self._head_grows(len(data))
-        elif self._request_count > self._requests_before:
-            self._expect_nothing()
-        else:
-            self._head_grows(len(data))
+        if self._request_count > before:
+            self._head_ended(data)
+        elif is_head:
+            self._head_grows(data)
 
     def look(self, now_s: float) -> None:
-        """End the connection if its client does not read what it was sent; called every now and then."""
+        """End the connection if its client does not go on; called every now and then."""
         wire = self._wire
         if wire is None:
             return
@@ -179,6 +167,8 @@ class Connection(web.RequestHandler):
             self._look_at_unread(wire, now_s)
         else:
             self._unread = None
+            if self._head_bytes and self._late is None and self._is_awaited():
+                self._expect_head()  # of a head that was begun while the request before it was under way
 
     def handle_error(
         self,
@@ -190,10 +180,23 @@ class Connection(web.RequestHandler):
         """Answer what could not be parsed, in the one shape that errors have."""
         if status != 400 or request.writer.output_size > 0:  # noqa: PLR2004 - what is ours is answered elsewhere
             return super().handle_error(request, status, exc, message)
-        response = problem_response(problem_of(_problem(exc)), request.path)
-        response.headers[hdrs.SERVER] = SERVER
-        response.force_close()
+        return refusal(request, problem_of_parser(exc))
+
+    async def _answer_probe(
+        self, place: Place, handler: RequestHandler, request: web.BaseRequest
+    ) -> web.StreamResponse:
+        """Answer one request of who has a place of the reserve."""
+        if not is_probe(request):
+            response: web.StreamResponse = refusal(request, TooManyConnections())
+        else:
+            place.give_way = None
+            response = await handler(request)
+            response.force_close()
+        place.give_way = self.force_close  # which lets go what is written
         return response
+
+    def _give_way(self) -> None:
+        self._refuse(TooManyConnections())
 
     def _look_at_unread(self, wire: asyncio.Transport, now_s: float) -> None:
         left = wire.get_write_buffer_size()
@@ -211,9 +214,13 @@ class Connection(web.RequestHandler):
         if self._messages and not self._buffer_paused:
             self._pause_reading_for_buffer()
 
+    def _is_awaited(self) -> bool:
+        """Whether no request is under way."""
+        return self._waiter is not None and not self._waiter.done()
+
     def _expect_head(self) -> None:
-        self._requests_before = self._request_count
-        self._late = self._loop.call_later(self._limits.head_s, self._head_is_late)
+        seconds = self._limits.head_s_of(self._place)
+        self._late = self._loop.call_later(seconds, self._head_is_late)
 
     def _expect_nothing(self) -> None:
         self._head_bytes = 0
@@ -221,16 +228,35 @@ class Connection(web.RequestHandler):
             self._late.cancel()
             self._late = None
 
-    def _head_grows(self, count: int) -> None:
-        self._head_bytes += count
-        if self._head_bytes > MAX_HEAD_BYTES:
+    def _head_ended(self, data: bytes) -> None:
+        if self._head_bytes or self._late is not None:
+            self._expect_nothing()
+        # What follows a wish for another protocol is taken up past us, when that is declined.
+        self._body = self._messages[-1][1] if self._messages and not self._upgraded else None
+        if self._waiter is None:
+            self._wait_for_turn()
+        # After a body nobody knows where it ended and the next head begins.
+        if self._body is EMPTY_PAYLOAD and not data.endswith(_END):
+            self._head_bytes = max(0, len(data) - data.rfind(_END) - len(_END))
+
+    def _head_grows(self, data: bytes) -> None:
+        if not self._head_bytes and not data.strip(b"\r\n"):
+            return  # RFC 9112 section 2.2: empty lines before a request are none of it
+        self._head_bytes += len(data)
+        is_awaited = self._late is not None or self._is_awaited()
+        if self._head_bytes <= MAX_HEAD_BYTES:
+            if self._late is None and is_awaited:
+                self._expect_head()
+        elif is_awaited:
             self._refuse(HeadTooLarge(f"the head of a request must end within {MAX_HEAD_BYTES} bytes"))
-        elif self._late is None and count:
-            self._expect_head()
+        else:
+            self.close()  # after the answer that is under way, into which nothing can be said
 
     def _head_is_late(self) -> None:
         self._late = None
-        if self._head_bytes:
+        if self._place is not None and self._place.is_spare:
+            self._refuse(TooManyConnections())
+        elif self._head_bytes:
             seconds = self._limits.head_s
             self._refuse(HeadTimeout(f"the head of the request did not arrive within {seconds:g} s"))
         else:  # it has asked for nothing, so nothing is answered
@@ -240,30 +266,10 @@ class Connection(web.RequestHandler):
         """Answer before there is a request, and close."""
         self._expect_nothing()
         if self._wire is not None and not self._wire.is_closing():
-            self._wire.write(_raw(problem))
+            self._wire.write(raw_refusal(problem))
         self.force_close()
 
 
-def _problem(defect: BaseException | None) -> ServerProblem:
-    """Say what is wrong with what the parser refused."""
-    if isinstance(defect, http_exceptions.LineTooLong):
-        if MAX_LINE_BYTES in defect.args:
-            return TargetTooLong(f"the request line must not have more than {MAX_LINE_BYTES} bytes")
-        return HeadTooLarge(f"a header field must not have more than {MAX_LINE_BYTES} bytes")
-    if "Too many headers" in str(defect):
-        return HeadTooLarge(f"a request must not have more than {MAX_FIELDS} header fields")
-    told = defect.message if isinstance(defect, http_exceptions.HttpProcessingError) else str(defect)
-    first = told.strip().partition("\n")[0].rstrip(":")  # then come the bytes that were sent
-    return MalformedRequest(f"the request is no HTTP: {first or 'malformed'}")
-
-
-def _raw(error: ServerProblem) -> bytes:
-    """Return a whole answer, as it goes over the wire."""
-    problem = problem_of(error)
-    response = problem_response(problem, "/")
-    assert isinstance(response.body, bytes)
-    retry = "".join(f"{name}: {value}\r\n" for name, value in problem.headers.items())
-    return (
-        f"HTTP/1.1 {problem.status} {response.reason}\r\nContent-Type: application/problem+json\r\n"
-        f"Content-Length: {len(response.body)}\r\nServer: {SERVER}\r\nConnection: close\r\n{retry}\r\n"
-    ).encode() + response.body
+def _address(transport: asyncio.BaseTransport) -> str | None:
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp_apispec import docs, response_schema
 from marshmallow import fields
 
@@ -87,6 +87,14 @@ def health_routes() -> list[Route]:
         Route("GET", "/v2/health/ready", v2_ready, *public),
         Route("GET", "/openapi.yaml", show_openapi, *public),
     ]
+
+
+_PROBED = frozenset({*(route.path for route in health_routes() if "/health/" in route.path), "/metrics"})
+
+
+def is_probe(request: web.BaseRequest) -> bool:
+    """Whether a request only asks how the server is, which is to be told when nobody else can be served."""
+    return request.method in (hdrs.METH_GET, hdrs.METH_HEAD) and request.path in _PROBED
 
 
 def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:

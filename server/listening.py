@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Protocol
 
 from aiohttp import web
 
 from server.connections import Connection, Limits
+from server.places import Place
 
 BACKLOG = 1024
 """Connections that the kernel keeps until they are accepted: a burst is no reason to refuse any."""
@@ -18,7 +20,11 @@ BACKLOG = 1024
 NO_DESCRIPTOR_S = 0.1
 """How long nobody is accepted when the process has no descriptor left."""
 
-Make = Callable[[], Connection]
+
+class Make(Protocol):
+    """Makes a connection, of which no more is known than its place, if that."""
+
+    def __call__(self, place: Place | None = None) -> Connection: ...  # noqa: D102
 
 
 @asynccontextmanager
@@ -38,8 +44,8 @@ async def listening(
         OSError: the address cannot be listened on.
     """
 
-    def make() -> Connection:
-        return Connection(limits, server)
+    def make(place: Place | None = None) -> Connection:
+        return Connection(limits, server, place)
 
     where = _accepting(make, host, port) if context is None else _shaking(make, host, port, limits, context)
     async with where as bound:
@@ -70,24 +76,33 @@ async def _shaking(
     """
     loop = asyncio.get_running_loop()
 
-    async def shake(accepted: socket.socket) -> None:
+    async def shake(accepted: socket.socket, place: Place) -> None:
+        task, connection = asyncio.current_task(), make(place)
+        assert task is not None
+        place.give_way = task.cancel
         # Its time for a handshake is that for a head: who does neither is the same.
-        with suppress(OSError):  # of the network or of TLS: it is nobody's fault here
-            await loop.connect_accepted_socket(
-                make, accepted, ssl=context, ssl_handshake_timeout=limits.head_s
-            )
+        limit_s = limits.head_s_of(place)
+        try:
+            with suppress(OSError):  # of the network or of TLS: it is nobody's fault here
+                await loop.connect_accepted_socket(
+                    lambda: connection, accepted, ssl=context, ssl_handshake_timeout=limit_s
+                )
+        finally:
+            if connection not in limits.open:
+                limits.places.leave(place)
 
     async def accept(listener: socket.socket) -> None:
         while True:
             try:
-                accepted, _ = await loop.sock_accept(listener)
+                accepted, address = await loop.sock_accept(listener)
             except OSError:
                 await asyncio.sleep(NO_DESCRIPTOR_S)
                 continue
-            if limits.full:
+            place = limits.places.take(address[0])
+            if place is None:
                 accepted.close()  # who has done no handshake cannot be told why
                 continue
-            task = loop.create_task(shake(accepted))
+            task = loop.create_task(shake(accepted, place))
             limits.handshakes.add(task)
             task.add_done_callback(limits.handshakes.discard)
 

@@ -12,7 +12,9 @@ from typing import Any
 from runtime.machine import MemoryUnknown, budget_bytes, memory_limit
 from runtime.survey import Finding, Severity, is_folder, is_there
 from server.config import Config, check_files, file_values, settings
+from server.pathchecks import check_paths
 from server.settings import ConfigError, MappingEnv, Setting, read
+from server.unknownvariables import unknown_variables
 
 
 class NothingToCheck(Exception):
@@ -38,13 +40,13 @@ def check_configuration(
     if values.get("repository") is None:
         raise NothingToCheck("say what to check: --repository DIR, or LOADLEDGER_REPOSITORY")
     has_data = values.get("data") is not None
-    if not has_data:  # a repository is checked without: what stands in for it is known to be a folder
+    if not has_data:  # a repository is checked without: it stands in itself, and is told of once
         values["data"] = values["repository"]
     config = _config(values, findings)
-    findings += _files(config)
+    findings += [each for each in _files(config) if has_data or each.place != "--data"]
     if has_data:
         findings += _data(config.data)
-    findings += [*_memory(config), *_address(config)]
+    findings += [*_memory(config), *_address(config), *_variables(environment)]
     return config, findings
 
 
@@ -90,13 +92,12 @@ def _is_missing(setting: Setting, flags: Mapping[str, object], environment: Mapp
 
 
 def _files(config: Config) -> Iterator[Finding]:
-    try:
-        check_files(config)
-    except ConfigError as error:
-        yield _refused(error, "configuration")
-    except OSError as error:
-        text = f"{error.filename} cannot be looked at: {error.strerror}"
-        yield Finding("configuration", "unreadable", text)
+    for check in (check_paths, check_files):
+        try:
+            check(config)
+        except ConfigError as error:
+            yield from (_refused(line, "configuration") for line in str(error).split("\n"))
+            return
 
 
 def _data(data: Path) -> Iterator[Finding]:
@@ -119,6 +120,11 @@ def _memory(config: Config) -> Iterator[Finding]:
     if budget > limit.bytes:
         text = f"{budget} bytes are more than the {limit.bytes} that the {limit.source} allows"
         yield Finding("--memory-budget", "beyond_limit", text, Severity.NOTE)
+
+
+def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
+    for name, advice in unknown_variables(environment).items():
+        yield Finding(name, "unknown_variable", f"nothing reads it; {advice}", Severity.NOTE)
 
 
 def _address(config: Config) -> Iterator[Finding]:

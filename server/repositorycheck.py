@@ -85,13 +85,11 @@ def check_repository(
             None, none is loaded.
         on_version: see `OnVersion`.
     """
-    if not is_folder(config.repository):
-        return  # which was found with the configuration
     try:
+        if not is_folder(config.repository):
+            return  # which was found with the configuration
         repository = Repository(config.repository)
-    except UnicodeEncodeError:
-        text = "has a path that is not UTF-8, which ONNX Runtime does not open: rename it"
-        checked.findings.append(Finding("--repository", "invalid_setting", text))
+    except ValueError:  # it is no path, or not UTF-8; so was that
         return
     candidates = list(_survey(repository, config, checked))
     if limit_s is not None and candidates:

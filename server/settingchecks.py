@@ -3,6 +3,9 @@
 Each takes a value and raises `ValidationError` with what it must be.
 """
 
+import errno
+from pathlib import Path
+
 import limits
 from marshmallow import ValidationError
 
@@ -13,6 +16,8 @@ from server.settings import size_bytes
 OFF = "off"
 MAX_TIMEOUT_S = 3600
 """The longest that a client may ask for, too."""
+MAX_SHOWN_CHARACTERS = 80
+"""Of a path in a message about it."""
 
 
 def check_text(value: str) -> None:
@@ -76,3 +81,23 @@ def check_size(value: str) -> None:
         raise ValidationError(str(error)) from None
     if size == 0:
         raise ValidationError("Must be more than 0; to prepare nothing, give --prepare=off.")
+
+
+def path_refusal(path: Path) -> str | None:
+    """Say why nothing can be looked for at a path, and what to do; None where it can, there or not."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        hint = "name a shorter one" if error.errno == errno.ENAMETOOLONG else "correct that or name another"
+        return f"{shown_path(path)} cannot be looked at: {error.strerror}; {hint}"
+    except ValueError:  # a NUL, or what the file system's encoding lacks
+        return f"{shown_path(path)} has a character that no path has; correct it"
+    return None
+
+
+def shown_path(path: Path) -> str:
+    """Return as much of a path as a line of a message has room for."""
+    text = "".join(each if each.isprintable() else "\ufffd" for each in str(path))
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"

@@ -12,6 +12,7 @@ import click
 
 from loadledger.cli.completing import loaded_models
 from loadledger.cli.connection import Where, connected, server_options
+from loadledger.cli.guessing import ask
 from loadledger.cli.options import json_option
 from loadledger.cli.printing import print_json
 from loadledger.cli.problems import give_up
@@ -56,11 +57,13 @@ def infer(
 ) -> None:
     """Ask a loaded model.
 
-    Shapes and datatypes need not be given: they are the model's own.
+    Shapes and datatypes need not be given: they are the model's own. A model that is not loaded is loaded
+    first, if the server does that (`--on-demand on`).
     """
     request = _request(typed, file)
     with connected(where, timeout_s=120.0) as client:
-        answer = client.infer(
+        answer = ask(
+            client,
             model,
             request["inputs"],
             version=version,

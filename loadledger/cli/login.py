@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 
 from loadledger.cli.connection import talking_to
+from loadledger.cli.options import json_option
 from loadledger.cli.problems import give_up
 from loadledger.cli.profile import DEFAULT_URL, Place, Profile, ProfileProblem, profile_path, write_profile
 from loadledger.cli.tables import in_one_line
@@ -24,11 +26,14 @@ from loadledger.cli.tables import in_one_line
     type=click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True),
     help="Certificates to trust, in PEM, instead of the system's. [LOADLEDGER_CA]",
 )
-def login(url: str, profile: str | None, ca: Path | None) -> None:
+@json_option
+def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> None:
     """Keep a server's URL and a token in a profile.
 
     The token is asked for, or read from standard input: `loadledger token … | loadledger login`. The server
     is asked whether it takes it before anything is written. Nobody else can read the file.
+
+    With --json, `url` is the server's, and `profile` the file.
     """
     try:
         path = profile_path(profile, os.environ)
@@ -42,7 +47,10 @@ def login(url: str, profile: str | None, ca: Path | None) -> None:
         write_profile(path, Profile(url, token, ca))
     except OSError as error:
         give_up(f"{path} cannot be written: {error.strerror}")
-    click.echo(f"{in_one_line(url)} takes the token; kept in {path}")
+    if as_json:
+        click.echo(json.dumps({"url": url, "profile": str(path)}, indent=2))  # whatever bytes a path has
+    else:
+        click.echo(f"{in_one_line(url)} takes the token; kept in {path}")
 
 
 def _token() -> str:

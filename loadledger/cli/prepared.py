@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from loadledger.cli.options import data_option, json_option
+from loadledger.cli.printing import print_json
+from loadledger.cli.tables import in_one_line, padded, second, width
 
 SHOWN_DIGITS = 12
 """Of a hash: enough to tell them apart; --json has all of it."""
@@ -46,16 +48,20 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
 @prepared.command()
 @data_option
 @click.option("--model", "model_id", metavar="ID", help="Only what was made of this model.")
-def clear(data: Path, model_id: str | None) -> None:
+@json_option
+def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
     """Remove what was prepared; models that are loaded from it go on.
 
-    They are prepared anew after their next load.
+    They are prepared anew after their next load. With --json, `entries` and `bytes` say how much was removed.
     """
     from loadledger.cli.problems import problems_told  # noqa: PLC0415 - as above
 
     with problems_told():
         cleared = _store(data).clear(model_id)
-    click.echo(f"cleared: {_number(cleared.entries)}, {cleared.bytes} bytes")
+    if as_json:
+        print_json({"entries": cleared.entries, "bytes": cleared.bytes})
+    else:
+        click.echo(f"cleared: {_number(cleared.entries)}, {cleared.bytes} bytes")
 
 
 def _store(data: Path) -> Any:
@@ -87,31 +93,31 @@ def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
         yield "nothing is prepared"
         return
     rows = [HEAD, *map(_row, entries)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     yield _line(HEAD, widths)
     for entry, row in zip(entries, rows[1:], strict=True):
         yield _line(row, widths)
         for form, reason in entry["tried"].items():
-            yield f"  not {form}: {_in_one_line(reason)}"
+            yield f"  not {form}: {in_one_line(reason)}"
     size = sum(entry["bytes"] for entry in entries)
     yield f"{_number(len(entries))}, {_size(size)}"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
-        _in_one_line(entry["model_id"]),
+        in_one_line(entry["model_id"]),
         str(entry["version"]),
         entry["form"] or "bare",
         _size(entry["bytes"]) if entry["form"] else "",
         f"{entry['took_ms'] / 1000:.1f} s",
-        _second(entry["made_at"]),
-        _second(entry["last_used_at"]),
+        second(entry["made_at"]),
+        second(entry["last_used_at"]),
         (entry["sha256"] or "")[:SHOWN_DIGITS],
     )
 
 
 def _line(cells: Iterable[str], widths: Iterable[int]) -> str:
-    return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+    return "  ".join(map(padded, cells, widths)).rstrip()
 
 
 def _number(entries: int) -> str:
@@ -120,11 +126,3 @@ def _number(entries: int) -> str:
 
 def _size(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def _second(stamp: str) -> str:
-    return f"{stamp[:19].replace('T', ' ')}Z"
-
-
-def _in_one_line(text: str) -> str:
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)

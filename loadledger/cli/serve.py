@@ -57,14 +57,19 @@ def serve(**flags: str | None) -> None:
     """
     from server import serve as server  # noqa: PLC0415 - as above
     from server.config import check_files, load_config  # noqa: PLC0415
+    from server.pathchecks import check_paths  # noqa: PLC0415
 
     with problems_told():
         config = load_config(flags, os.environ)
+        check_paths(config)
         check_files(config)
         sys.exit(server.serve(config, _announce))
 
 
 def _announce(url: str) -> None:
+    from server.unknownvariables import warn_of_unknown  # noqa: PLC0415 - as above
+
+    warn_of_unknown(os.environ)  # here, since by now there is a log
     click.echo(f"loadledger is ready at {url}")
     sys.stdout.flush()
 

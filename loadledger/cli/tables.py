@@ -40,21 +40,36 @@ def table(
     No cell moves a terminal's cursor, whichever a server has sent: a state, too, is what it says it is.
     """
     rows = [[in_one_line(each) for each in cells] for cells in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(head, *rows, strict=True)]
     for number, cells in enumerate([head, *rows]):
-        padded = [
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for name, cell, width in zip(head, cells, widths, strict=True)
+        columns = [
+            padded(cell, most, right=name in right)
+            for name, cell, most in zip(head, cells, widths, strict=True)
         ]
-        line = "  ".join(padded).rstrip()
-        yield click.style(line, bold=True) if number == 0 else _coloured(line, padded, cells)
+        line = "  ".join(columns).rstrip()
+        yield click.style(line, bold=True) if number == 0 else _coloured(line, columns, cells)
 
 
-def _coloured(line: str, padded: Sequence[str], cells: Sequence[str]) -> str:
+def width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: of one letter that is two, one or none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # noqa: PLC0415 - only who is shown other letters pays for it
+
+    return cell_len(text)
+
+
+def padded(text: str, columns: int, *, right: bool = False) -> str:
+    """Return a text with the spaces that it takes to fill so many columns of a terminal."""
+    spaces = " " * (columns - width(text))
+    return spaces + text if right else text + spaces
+
+
+def _coloured(line: str, columns: Sequence[str], cells: Sequence[str]) -> str:
     """Colour the first cell that is a state; the widths were counted without."""
     for index, cell in enumerate(cells):
         if cell in COLOURS:
-            start = sum(len(each) + 2 for each in padded[:index])
+            start = sum(len(each) + 2 for each in columns[:index])
             return line[:start] + click.style(cell, fg=COLOURS[cell]) + line[start + len(cell) :]
     return line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -41,10 +42,14 @@ _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 )
 @click.option("--jwt-audience", help="As given to `serve`. [LOADLEDGER_JWT_AUDIENCE]", show_default=False)
 @click.option("--jwt-issuer", help="As given to `serve`. [LOADLEDGER_JWT_ISSUER]", show_default=False)
-def token(data: Path, roles: tuple[str, ...], subject: str, expires: str, **claims: str | None) -> None:
+@json_option
+def token(
+    data: Path, roles: tuple[str, ...], subject: str, expires: str, *, as_json: bool, **claims: str | None
+) -> None:
     """Print a token; the first use makes the keys.
 
-    It creates the data directory, too.
+    It creates the data directory, too. With --json, it is `token`, and `subject`, `roles`, `expires_at` and
+    `kid`, the key that signed it, stand beside it.
     """
     from server.config import read_settings  # noqa: PLC0415 - keeps `loadledger --help` quick
     from server.keys import ensure_data_dir, issue_token  # noqa: PLC0415
@@ -54,7 +59,11 @@ def token(data: Path, roles: tuple[str, ...], subject: str, expires: str, **clai
         chosen = read_settings(list(claims), claims, os.environ)
         ensure_data_dir(data)
         audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
-        click.echo(issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer))
+        made = issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer)
+    if as_json:
+        print_json(_told(made))
+    else:
+        click.echo(made)
 
 
 @click.group()
@@ -72,9 +81,11 @@ def list_keys(data: Path, *, as_json: bool) -> None:
     """Show the keys, newest last; the one that signs is marked."""
     from server import keys  # noqa: PLC0415 - as above
 
-    if not data.is_dir():
-        raise click.BadParameter(f"there is no {data}; `token` and `serve` create it", param_hint="--data")
     with problems_told():
+        if not data.is_dir():
+            raise click.BadParameter(
+                f"there is no {data}; `token` and `serve` create it", param_hint="--data"
+            )
         found = keys.list_keys(data)
     if as_json:
         print_json({"keys": found})
@@ -100,16 +111,37 @@ def rotate(data: Path, *, as_json: bool) -> None:
 
 @key.command()
 @data_option
+@json_option
 @click.argument("kid")
-def revoke(data: Path, kid: str) -> None:
-    """Remove a key, and with it the validity of every token that it signed."""
+def revoke(data: Path, kid: str, *, as_json: bool) -> None:
+    """Remove a key, and with it the validity of every token that it signed.
+
+    Nothing is printed; with --json, the `kid` that was removed.
+    """
     from server import keys  # noqa: PLC0415 - as above
 
     with problems_told():
         keys.revoke(data, kid)
+    if as_json:
+        print_json({"kid": kid})
 
 
 key.add_command(ledger_key)
+
+
+def _told(made: str) -> dict[str, object]:
+    """Return a token that was just made, with what stands in it."""
+    import jwt  # noqa: PLC0415 - as above
+
+    whole = jwt.decode_complete(made, options={"verify_signature": False})
+    claims = whole["payload"]
+    return {
+        "token": made,
+        "subject": claims["sub"],
+        "roles": claims["roles"],
+        "expires_at": datetime.fromtimestamp(claims["exp"], UTC),
+        "kid": whole["header"]["kid"],
+    }
 
 
 def _seconds(text: str) -> int:

@@ -1,12 +1,14 @@
 """The command line: tokens, keys, settings, and errors that say what to do."""
 
 import json
+import os
 import re
 import socket
 import stat
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,20 @@ def test_a_token_names_the_audience_and_issuer_that_the_server_asks_for(tmp_path
     assert (made["aud"], "iss" in made) == ("loadledger", False)
 
 
+def test_a_token_in_json_has_beside_it_what_stands_in_it(tmp_path: Path) -> None:
+    roles = ("--role=predict", "--role=audit")
+    result = run("token", f"--data={tmp_path}", "--subject=alice", *roles, "--expires=1h", "--json")
+    told = json.loads(result.stdout)
+    made = claims(told["token"])
+    assert told == {
+        "token": told["token"],
+        "subject": "alice",
+        "roles": ["audit", "predict"],
+        "expires_at": f"{datetime.fromtimestamp(made['exp'], UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "kid": list_keys(tmp_path)[-1].kid,
+    }
+
+
 def test_the_data_directory_may_come_from_the_environment(tmp_path: Path) -> None:
     result = run("token", "--subject", "a", "--role", "admin", LOADLEDGER_DATA=str(tmp_path / "data"))
     assert result.exit_code == 0
@@ -173,6 +189,7 @@ def test_a_data_directory_that_is_none_is_told(tmp_path: Path, command: tuple[st
     assert "file" in refused(*command, "--data", str(tmp_path / "file"))
     assert refused(*command, "--data", str(tmp_path / "data"))
     assert refused(*command, "--data", str(tmp_path / "file" / "beneath"))
+    assert refused(*command, "--data", str(tmp_path / ("x" * 300)))
 
 
 # Keys
@@ -194,6 +211,8 @@ def test_keys_are_listed_rotated_and_revoked(tmp_path: Path) -> None:
     revoked = run("key", "revoke", *data, old)
     assert (revoked.exit_code, revoked.output) == (0, "")
     assert len(run("key", "list", *data).stdout.splitlines()) == 1
+    rotated_again = json.loads(run("key", "rotate", *data, "--json").stdout)
+    assert json.loads(run("key", "revoke", *data, rotated_again["kid"], "--json").stdout) == rotated_again
     verifier = create_verifier(Config(repository=tmp_path, data=tmp_path))
     assert verifier.verify(second, time.time()).subject == "alice"
 
@@ -219,7 +238,8 @@ WRONG: dict[str, str] = {
     "memory_budget": "0%", "max_loaded": "-1", "evict": "all", "min_residency_s": "nan",
     "keep_alive_s": "-2", "strategy": "in-place", "on_demand": "true", "warm_up": "",
     "prepare": "yes", "prepared_size": "0", "huge_pages": "on", "restore": "some",
-    "streams_per_subject": "0", "max_connections": "0", "head_timeout_s": "0", "idle_timeout_s": "inf",
+    "streams_per_subject": "0", "max_connections": "0", "max_connections_per_address": "-1",
+    "head_timeout_s": "0", "idle_timeout_s": "inf",
     "log_format": "xml", "log_level": "trace", "log_inferences": "2", "otel": "maybe",
     "trace_inferences": "nan", "metrics": "none",
     "jwt_audience": " ", "jwt_issuer": "", "jwt_keys": "/nope", "jwt_roles_claim": " ",
@@ -262,6 +282,46 @@ def test_serve_says_what_is_missing(tmp_path: Path, missing: str) -> None:
     text = refused("serve", *(f"--{name}={value}" for name, value in given.items()))
     assert f"--{missing}" in text
     assert f"LOADLEDGER_{missing.upper()}" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("x" * 300, "cannot be looked at: File name too long; name a shorter one"),
+        ("/x" * 5000, "cannot be looked at: File name too long; name a shorter one"),
+        ("a\0b", "has a character that no path has"),
+        ("a\ud800", "has a character that no path has"),
+        ("a\udcff", "is not UTF-8"),
+    ],
+    ids=["long name", "long path", "NUL", "surrogate", "byte"],
+)
+def test_a_repository_that_no_path_leads_to_is_told_in_one_line(
+    tmp_path: Path, path: str, words: str
+) -> None:
+    text = refused("serve", f"--repository={path}", f"--data={tmp_path / 'data'}")
+    assert text.startswith("loadledger: --repository: ")
+    assert words in text
+    assert text.count("\n") == 1
+    assert len(text) < 250
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_name_that_is_not_utf_8_or_leads_nowhere_is_told_where_it_is_there_too(tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    Path(odd).mkdir()
+    (tmp_path / "link").symlink_to(odd)
+    for path in (odd, tmp_path / "link"):
+        assert "is not UTF-8" in refused("serve", f"--repository={path}", f"--data={tmp_path / 'data'}")
+    (tmp_path / "loop").symlink_to("loop")
+    text = refused("serve", f"--repository={tmp_path}", f"--data={tmp_path / 'loop'}")
+    assert re.fullmatch(r"loadledger: --data: \S+ cannot be looked at: Too many .*; .* name another\n", text)
+
+
+def test_a_configuration_file_that_no_path_leads_to_is_told_in_one_line() -> None:
+    text = refused("serve", f"--config={'x' * 300}")
+    assert text.startswith("loadledger: --config: ")
+    assert "Errno" not in text
+    assert text.count("\n") == 1
 
 
 def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path) -> None:

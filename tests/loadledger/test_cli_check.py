@@ -119,11 +119,24 @@ def test_the_address_the_data_and_the_budget_are_looked_at(tmp_path: Path) -> No
 def test_paths_that_cannot_be_looked_at_are_told_and_the_rest_is_checked_all_the_same(tmp_path: Path) -> None:
     save(models.add(), tmp_path / "root", "m")
     root, long = f"--repository={tmp_path / 'root'}", str(tmp_path / ("x" * 300))
-    assert found("--quick", root, f"--data={long}") == [("configuration", "unreadable")]
-    assert found("--quick", f"--repository={long}") == [("configuration", "unreadable")]
+    assert found("--quick", root, f"--data={long}") == [("--data", "invalid_setting")]
+    for path in (long, "/x" * 5000, "a\0b", "a\ud800"):
+        assert found("--quick", f"--repository={path}") == [("--repository", "invalid_setting")]
+    both = f"--jwt-keys={long}", f"--data={long}"
+    assert [place for place, _ in found("--quick", root, *both)] == ["--data", "--jwt-keys"]
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     Path(odd).mkdir()
     assert found("--quick", f"--repository={odd}") == [("--repository", "invalid_setting")]
+    (tmp_path / "link").symlink_to(odd)
+    assert found("--quick", f"--repository={tmp_path / 'link'}") == [("--repository", "invalid_setting")]
+
+
+def test_variables_that_nothing_reads_are_noted_with_those_that_are_meant(tmp_path: Path) -> None:
+    variables = {"LOADLEDGER_PROT": "1", "LOADLEDGER_TOKEN": "t", "LOADLEDGER_X_SERVICE_HOST": "10.0.0.1"}
+    result = run("--quick", f"--repository={tmp_path}", **variables)
+    assert result.exit_code == 0
+    assert "note: LOADLEDGER_PROT: nothing reads it; did you mean LOADLEDGER_PORT? (unknown" in result.stdout
+    assert result.stdout.count("LOADLEDGER_") == 2
 
 
 def test_what_an_encoding_lacks_is_no_error_and_a_dumb_terminal_gets_no_colours(tmp_path: Path) -> None:

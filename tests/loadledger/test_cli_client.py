@@ -5,7 +5,7 @@ import json
 import re
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,12 @@ class Person:
 
 
 @asynccontextmanager
-async def server_and_person(tmp_path: Path, *roles: str) -> AsyncIterator[tuple[Server, Person]]:
+async def server_and_person(
+    tmp_path: Path, *roles: str, arguments: Sequence[str] = ()
+) -> AsyncIterator[tuple[Server, Person]]:
     (tmp_path / "repository").mkdir(exist_ok=True)
     config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
-    async with serving(config) as server:
+    async with serving(config, *arguments) as server:
         yield server, Person(server, tmp_path, *(roles or ("admin",)))
 
 
@@ -176,6 +178,38 @@ async def test_what_fails_says_why_and_what_to_do_and_ends_with_its_code(tmp_pat
     assert "does not begin with http://" in await alice.is_refused(2, "ps", "--url", "localhost:1")
 
 
+async def test_a_question_has_its_model_loaded_where_the_server_does_so_on_demand(tmp_path: Path) -> None:
+    root = repository(tmp_path)
+    for name in ("guessed", "other", "wrong", "shape"):
+        save(models.add(), root, name)
+    save(models.unknown_operator(), root, "bad")
+    async with server_and_person(tmp_path, "predict", arguments=["--on-demand=on"]) as (_, bob):
+        assert "[2.0]" in await bob.gets("infer", "guessed", "-i", "x=[1.0]")
+        # It takes no whole numbers as such, and says so when it is loaded.
+        assert "[2.0]" in await bob.gets("infer", "other", "-i", "x=[1]")
+        assert "no input 'z'; it has x" in await bob.is_refused(2, "infer", "wrong", "-i", "z=[1]")
+        assert "same length" in await bob.is_refused(2, "infer", "shape", "-i", "x=[[1], [2, 3]]")
+        assert "Frobnicate" in await bob.is_refused(2, "infer", "bad", "-i", "x=[1]")
+        file = tmp_path / "request.json"
+        request = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]}
+        file.write_text(json.dumps(request | {"parameters": {"sequence_id": 1}}))
+        assert "sequence_id" in await bob.is_refused(2, "infer", "shape", "-f", str(file))
+        loaded = [each["id"] for each in (await bob.gets_json("ps"))["models"]]
+        assert loaded == ["bad", "guessed", "other", "wrong"]
+
+
+async def test_serve_warns_once_of_variables_that_nothing_reads(tmp_path: Path) -> None:
+    config = Config(repository=repository(tmp_path), data=tmp_path / "data")
+    variables = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
+    mistyped = {"LOADLEDGER_PROT": "secret", "LOADLEDGER_ZZZZZZZZ\n": "secret"}
+    async with serving(config, environment=variables | mistyped) as server:
+        assert await server.stop() == 0
+    told = [json.loads(line) for line in server.output.read_text(encoding="utf-8").splitlines()]
+    (warning,) = (line for line in told if line["level"] == "warning")
+    assert "LOADLEDGER_PROT: did you mean LOADLEDGER_PORT?; LOADLEDGER_ZZZZZZZZ\n: " in warning["message"]
+    assert "secret" not in str(told)
+
+
 async def test_a_wait_shows_stages_at_a_terminal_and_ctrl_c_leaves_the_job_running(tmp_path: Path) -> None:
     root = repository(tmp_path)
     save(models.endless(), root, "endless")
@@ -246,7 +280,8 @@ async def test_login_keeps_a_token_that_the_server_takes_where_nobody_else_reads
         # What is meant for one server is shown to no other.
         other = server.url.replace("127.0.0.1", "localhost")
         assert "asks for a token" in await alice.is_refused(2, "models", "--url", other, **bare)
-        assert (await alice.types("login", "--profile=two", typed=token)).exit_code == 0
+        done = await alice.types("login", "--profile=two", "--json", typed=token)
+        assert json.loads(done.stdout) == {"url": server.url, "profile": str(kept.with_name("two.toml"))}
         assert "no models" in await alice.gets("models", "--profile", "two", **bare)
         assert "there is no" in await alice.is_refused(2, "models", "--profile", "three", **bare)
         kept.chmod(0o644)

@@ -105,6 +105,12 @@ def test_all_or_one_model_is_cleared(store: PreparedStore, data: Path) -> None:
     assert list((data / FOLDER).iterdir()) == []
 
 
+def test_what_was_cleared_in_json(store: PreparedStore, data: Path) -> None:
+    told = printed("clear", "--data", data, "--model", "digits", "--json")
+    assert json.loads(told) == {"entries": 1, "bytes": 250_000}
+    assert [entry.model_id for entry in store.entries()] == ["small", "detector"]
+
+
 def test_both_work_beside_a_server_and_leave_what_it_is_making(store: PreparedStore, data: Path) -> None:
     with hold(data):
         draft = store.draft(key("d"))

@@ -20,7 +20,7 @@ from loadledger.cli import eventlines, following, jobs, models, resources, top
 from loadledger.cli.eventlines import event_line
 from loadledger.cli.following import step, words
 from loadledger.cli.printing import print_json
-from loadledger.cli.tables import age, cell, duration, second, size, table, took
+from loadledger.cli.tables import age, cell, duration, padded, second, size, table, took, width
 from loadledger.records import Failure, File, Job, LoadUse, Model, Resources, Wait
 
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -39,6 +39,21 @@ def test_the_columns_of_a_table_line_up_with_colours_and_without() -> None:
         "long  1000  failed",
     ]
     assert click.style("loaded", fg="green") in lines[1]
+
+
+def test_wide_letters_take_two_columns_and_combining_ones_none() -> None:
+    hangul = "\u1112\u1161\u11ab\ufffd"
+    rows = [("東京", "1", "loaded"), ("e\u0301", "\uff12", "failed"), (hangul, "1000", "lost")]
+    lines = list(table(("BY", "N", "STATE"), rows, right={"N"}))
+    assert [click.unstyle(line) for line in lines] == [
+        "BY       N  STATE",
+        "東京     1  loaded",
+        "e\u0301       \uff12  failed",
+        "\u1112\u1161\u11ab\ufffd   1000  lost",
+    ]
+    assert click.style("failed", fg="red") in lines[2]
+    assert [width(text) for text in ("", "abc", "東京", "e\u0301", "…→")] == [0, 3, 4, 1, 2]
+    assert (padded("東", 4), padded("東", 4, right=True), padded("東京", 3)) == ("東  ", "  東", "東京")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_whole_numbers_may_stand_for_seconds_and_lines_may_end_as_on_windows(fil
         ("drain_timeout_s = inf", ("drain_timeout_s: inf is refused",)),
         (f"drain_timeout_s = 1{'0' * 400}", ("a number without quotes",)),
         ("data = ''", ("data is the text ''", "a path")),
-        ('data = "a\\u0000b"', ("data is the text",)),
+        ('data = "a\\u0000b"', ("data: 'a\\x00b' is refused", "NUL")),
         ("data = 7", ("data is the number 7",)),
         ("trusted_proxies = ['::1']", ("trusted_proxies is a list",)),
         ("trusted_proxies = '10.0.0.1/8'", ("that is 10.0.0.0/8",)),

@@ -1,127 +1,28 @@
-"""What a connection may take, tried with raw sockets: heads, time, unread answers, and how many there are."""
+"""What a connection may take, tried with raw sockets: heads, time, and unread answers."""
 
 import asyncio
-import json
-import socket
-import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import web
-from support.certificates import make_pair
-from support.smallapp import route, small_app, small_config
+from support.rawconnections import (
+    GET,
+    LIMIT_S,
+    LONG_ANSWER,
+    connecting,
+    fields,
+    problem,
+    roomy,
+)
 from support.workers import until
 
-from server.config import Config
-from server.connections import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES, Connection, Limits
-from server.listening import listening
-from server.routes import Access, LimitClass
-from server.tls import load_context
-
-LIMIT_S = 30.0
-LONG_S = 600.0
-LONG_ANSWER = bytes(16 * 2**20)
-GET = b"GET /short HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-class Client:
-    """One end of a raw connection."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    def send(self, data: bytes) -> None:
-        self.writer.write(data)
-
-    async def rest(self) -> bytes:
-        """Return all that comes until the server closes the connection."""
-        async with asyncio.timeout(LIMIT_S):
-            received = b""
-            with suppress(ConnectionError):
-                while piece := await self.reader.read(2**20):
-                    received += piece
-            return received
-
-    async def answer(self) -> bytes:
-        """Return one answer of those that have a length."""
-        async with asyncio.timeout(LIMIT_S):
-            head = await self.reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-            return head + await self.reader.readexactly(length)
-
-    async def close(self) -> None:
-        self.writer.close()
-        with suppress(ConnectionError):
-            await self.writer.wait_closed()
-
-
-Connect = Callable[[], Awaitable[Client]]
-Listen = Callable[..., Any]
-
-
-async def short(_: web.Request) -> web.Response:
-    return web.Response(body=b"short")
-
-
-async def long(_: web.Request) -> web.Response:
-    return web.Response(body=LONG_ANSWER)
+from server.connections import Limits
+from server.refusals import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES
 
 
 @pytest.fixture
 def limits() -> Limits:
-    return Limits(head_s=LONG_S, idle_s=LONG_S, most=100)
-
-
-@asynccontextmanager
-async def connecting(
-    folder: Path, limits: Limits, context: ssl.SSLContext | None = None
-) -> AsyncIterator[Connect]:
-    """Serve two routes within these limits, and give what connects to them."""
-    public: dict[str, Any] = {"access": Access.PUBLIC, "limit": LimitClass.NONE}
-    routes = [route("/short", short, **public), route("/long", long, **public)]
-    runner = web.AppRunner(small_app(routes, small_config(folder / "data")), access_log=None)
-    await runner.setup()
-    clients = list[Client]()
-    assert runner.server is not None
-    try:
-        async with listening(runner.server, "127.0.0.1", 0, limits, context) as port:
-
-            async def connect() -> Client:
-                with socket.socket() as made:  # of which little is kept by the kernel
-                    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-                    made.setblocking(False)
-                    await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port))
-                    client = Client(*await asyncio.open_connection(sock=made.dup(), limit=2**16))
-                clients.append(client)
-                return client
-
-            yield connect
-    finally:
-        for client in clients:
-            await client.close()
-        await runner.cleanup()
-    assert not limits.open
-    assert not limits.handshakes
-
-
-def problem(answer: bytes) -> tuple[int, str]:
-    """Return status and code of an answer that tells a problem."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status, told = int(head.split()[1]), json.loads(body)
-    assert b"content-type: application/problem+json" in head.lower()
-    assert head.startswith(b"HTTP/1.0 ") or b"\r\nConnection: close" in head
-    assert b"\r\nServer: loadledger" in head
-    assert told["status"] == status
-    return status, told["code"]
-
-
-def fields(count: int, length: int = 1) -> bytes:
-    return b"".join(b"F%d: %s\r\n" % (number, b"v" * length) for number in range(count))
+    return roomy()
 
 
 async def test_what_is_sent_within_the_limits_is_answered(tmp_path: Path, limits: Limits) -> None:
@@ -200,6 +101,115 @@ async def test_the_head_of_a_second_request_has_to_come_in_time_as_the_first(
         assert problem(await client.rest()) == (408, "head_timeout")
 
 
+async def test_a_head_that_came_in_part_with_the_request_before_it_has_to_end_in_time(
+    tmp_path: Path, limits: Limits
+) -> None:
+    limits.head_s = 0.1
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(GET + GET[:-2])
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+        assert problem(await client.rest()) == (408, "head_timeout")
+
+
+async def test_a_head_that_was_begun_during_another_request_has_its_time_from_the_end_of_that(
+    tmp_path: Path, limits: Limits
+) -> None:
+    limits.head_s = 0.1
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(b"GET /long HTTP/1.1\r\nHost: a\r\n\r\n")
+        await until(lambda: any(each.writing_paused for each in limits.open))
+        (connection,) = limits.open
+        client.send(GET[:-2])
+        await until(lambda: connection._head_bytes > 0)
+        assert len(await client.answer()) > len(LONG_ANSWER)
+        assert problem(await client.rest()) == (408, "head_timeout")
+
+
+async def test_a_head_that_was_begun_during_another_request_can_end_after_it(
+    tmp_path: Path, limits: Limits
+) -> None:
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(GET + GET[:-2])
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+        client.send(GET[-2:])
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_too_long_a_head_during_another_request_ends_the_connection_after_its_answer(
+    tmp_path: Path, limits: Limits
+) -> None:
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(b"GET /long HTTP/1.1\r\nHost: a\r\n\r\n")
+        await until(lambda: any(each.writing_paused for each in limits.open))
+        (connection,) = limits.open
+        client.send(b"GET / HTTP/1.1\r\n" + fields(20, 4000))
+        await until(lambda: connection._head_bytes > MAX_HEAD_BYTES)
+        assert len(await client.answer()) > len(LONG_ANSWER)
+        assert await client.rest() == b""
+
+
+async def test_empty_lines_between_requests_begin_no_head(tmp_path: Path, limits: Limits) -> None:
+    limits.head_s, limits.idle_s = 0.05, 0.5
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(GET)
+        await client.answer()
+        client.send(b"\r\n")
+        assert await client.rest() == b""  # of what is idle, not 408
+
+
+async def test_a_body_that_nobody_reads_is_no_head_however_long_it_is(tmp_path: Path, limits: Limits) -> None:
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        length = 4 * MAX_HEAD_BYTES
+        client.send(b"GET /short HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % length)
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+        client.send(bytes(length) + GET)
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_what_follows_a_wish_for_another_protocol_is_requests_with_bodies_and_heads_in_time(
+    tmp_path: Path, limits: Limits
+) -> None:
+    wish = b"GET /short HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    length = 4 * MAX_HEAD_BYTES
+    sized = b"GET /short HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % length
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(wish + sized)
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+        client.send(bytes(length))
+        client.send(wish)
+        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+        limits.head_s = 0.1
+        client.send(GET[:-2])
+        assert problem(await client.rest()) == (408, "head_timeout")
+
+
+async def test_a_request_that_comes_in_one_piece_with_what_is_no_http_is_refused_with_it(
+    tmp_path: Path, limits: Limits
+) -> None:
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(GET + b"nonsense\r\n\r\n")
+        assert problem(await client.rest()) == (400, "invalid_request")  # it was not run, so nothing is lost
+
+
+async def test_a_request_under_way_is_answered_before_what_is_no_http(tmp_path: Path, limits: Limits) -> None:
+    async with connecting(tmp_path, limits) as connect:
+        client = await connect()
+        client.send(b"GET /long HTTP/1.1\r\nHost: a\r\n\r\n")
+        await until(lambda: any(each.writing_paused for each in limits.open))
+        client.send(b"nonsense\r\n\r\n")
+        assert len(await client.answer()) > len(LONG_ANSWER)
+        assert problem(await client.rest()) == (400, "invalid_request")
+
+
 async def test_a_connection_is_kept_as_long_between_requests_as_it_may_be_idle(
     tmp_path: Path, limits: Limits
 ) -> None:
@@ -274,50 +284,3 @@ async def test_who_does_not_read_the_last_of_it_keeps_no_connection(tmp_path: Pa
             connection.force_close()
         await until(lambda: not limits.open)
         assert len(await client.rest()) < len(LONG_ANSWER)
-
-
-async def test_one_connection_too_many_is_refused_and_told_so_and_room_is_used_again(
-    tmp_path: Path, limits: Limits
-) -> None:
-    limits.most = 2
-    async with connecting(tmp_path, limits) as connect:
-        first, second = await connect(), await connect()
-        for client in (first, second):
-            client.send(GET)
-            await client.answer()
-        third = await connect()
-        refused = await third.rest()
-        assert problem(refused) == (503, "too_many_connections")
-        assert b"Retry-After: 1\r\n" in refused
-        await first.close()
-        await until(lambda: len(limits.open) == 1)
-        fourth = await connect()
-        fourth.send(GET)
-        assert (await fourth.answer()).startswith(b"HTTP/1.1 200 OK")
-
-
-async def test_who_never_ends_a_handshake_counts_as_a_connection(tmp_path: Path, limits: Limits) -> None:
-    limits.most = 2
-    pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
-    pair.write(*files)
-    async with connecting(tmp_path, limits, load_context(*files)) as connect:
-        silent, babbling = await connect(), await connect()
-        await until(lambda: len(limits.handshakes) == limits.most)
-        assert await (await connect()).rest() == b""  # there is no way to tell why
-        babbling.send(b"GET / HTTP/1.1\r\n\r\n")
-        assert b"HTTP" not in await babbling.rest()
-        client = await connect()
-        await client.writer.start_tls(pair.trusting(), server_hostname="localhost")
-        client.send(GET)
-        assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
-        assert (len(limits.open), len(limits.handshakes)) == (1, 1)
-        await silent.close()
-        await until(lambda: not limits.handshakes)
-
-
-def test_connections_leave_descriptors_to_the_models_and_the_ledger(tmp_path: Path) -> None:
-    config = Config(repository=tmp_path, data=tmp_path, max_connections=7)
-    assert Limits.of(config).most == 7
-    many = Limits.of(Config(repository=tmp_path, data=tmp_path, max_connections=1_000_000))
-    assert 1 <= many.most <= 1_000_000
-    assert issubclass(Connection, web.RequestHandler)

@@ -25,7 +25,7 @@ from runtime.memory import descendants
 from server.app import all_routes
 from server.config import Config, load_config, settings
 from server.configfile import read_config_file
-from server.connections import TooManyConnections
+from server.refusals import TooManyConnections
 from server.routes import Access
 
 ROOT = Path(__file__).parents[2]
@@ -192,12 +192,11 @@ def test_there_is_one_pod_at_a_time_and_it_has_the_time_to_end() -> None:
 def test_probes_ask_public_routes_on_the_port_that_the_service_leads_to() -> None:
     ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
     assert ports == {"http": int(image_environment()["LOADLEDGER_PORT"])}
-    asked = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness")}
+    asked = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
     assert {probe["port"] for probe in asked.values()} == {"http"}
     assert {probe["path"] for probe in asked.values()} <= public_paths()
     assert asked["readiness"]["path"] == "/health/ready"
-    check = json.loads(instructions("HEALTHCHECK")[0].partition("CMD ")[2])
-    assert container()["livenessProbe"]["exec"]["command"] == check
+    assert asked["liveness"]["path"] == "/health/live"
     [port] = documents()["Service"]["spec"]["ports"]
     assert port["targetPort"] == "http"
 

@@ -56,3 +56,22 @@ async def test_serve_bounds_heads_idleness_and_the_number_of_connections(tmp_pat
         assert (await said(server, ALIVE)).startswith(b"HTTP/1.1 200 OK")
         assert await server.stop() == 0
         assert server.output.read_text() == ""
+
+
+async def test_probes_are_answered_by_a_server_whose_connections_are_all_taken(tmp_path: Path) -> None:
+    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
+    config.repository.mkdir()
+    async with serving(config, "--max-connections=2", "--metrics=open") as server:
+        held = [await connected(server) for _ in range(2)]
+        for reader, writer in held:
+            writer.write(ALIVE)
+            async with asyncio.timeout(LIMIT_S):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 200 OK")
+        for path in (b"/health/live", b"/health/ready", b"/v2/health/ready", b"/metrics"):
+            assert (await said(server, ALIVE.replace(b"/health/live", path))).startswith(b"HTTP/1.1 200 OK")
+        assert code(await said(server, ALIVE.replace(b"/health/live", b"/docs"))) == "too_many_connections"
+        for _, writer in held:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+        assert await server.stop() == 0
