@@ -12,13 +12,25 @@ from typing import Any
 import click
 from rich.console import Console
 
-from bench import answers, driver, inference, ledger, loads, memory, policies, prepared, tails, triton
+from bench import (
+    answers,
+    driver,
+    inference,
+    ledger,
+    listing,
+    loads,
+    memory,
+    policies,
+    prepared,
+    tails,
+    triton,
+)
 from bench.networks import NETWORKS
 from bench.table import Row, table
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 WIDTH = 160
-PARTS = ("loads", "prepared", "memory", "policies", "inference", "tails", "ledger")
+PARTS = ("loads", "prepared", "memory", "policies", "inference", "tails", "ledger", "listing")
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepare=off"
 """So that nothing is done in the background where something else is measured."""
@@ -37,6 +49,7 @@ class Choice:
     seconds: float
     tails: int
     facts: int
+    listed: int
     tail_seconds: float
     network: tuple[str, ...]
     only: tuple[str, ...]
@@ -88,6 +101,13 @@ class Choice:
     help="Events of the ledger that is verified and asked about its past.",
 )
 @click.option(
+    "--listed",
+    default=1_000_000,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Events of the log that is listed; half a kilobyte each on the disk.",
+)
+@click.option(
     "--network",
     multiple=True,
     type=click.Choice([network.name for network in NETWORKS]),
@@ -115,6 +135,7 @@ def main(**options: Any) -> None:
         "inference": _inference,
         "tails": _tails,
         "ledger": _ledger,
+        "listing": _listing,
     }
     rows = [row for part in choice.parts for row in _measured(measures[part], choice)]
     console = Console()
@@ -165,6 +186,10 @@ def _ledger(folder: Path, choice: Choice) -> list[Row]:
     return ledger.measure(folder, facts=choice.facts, rounds=choice.rounds)
 
 
+def _listing(folder: Path, choice: Choice) -> list[Row]:
+    return listing.measure(folder, listed=choice.listed)
+
+
 def _conditions(choice: Choice, busy: float) -> str:
     pages = HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else "unknown"
     machine = f"{os.cpu_count()} cores (load average before: {busy:.1f}), transparent huge pages {pages}."
@@ -198,6 +223,11 @@ def _conditions(choice: Choice, busy: float) -> str:
         )
     if "tails" in choice.parts:
         told.append("Tails: from recorded to received, one process listens to all of them on these cores.")
+    if "listing" in choice.parts:
+        told.append(
+            f"Pages: of 100 events, by the server's own reader, {listing.PLACES} of each list from different "
+            "places, half of them backwards; warm page cache."
+        )
     return " ".join(told)
 
 

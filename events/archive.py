@@ -2,6 +2,10 @@
 
 The file is on the disk, complete and verified, before anything is taken out of the log; that is then one
 transaction. Who dies in between leaves the log as it was, and a file that has a part of it twice.
+
+What stays is verified more than once, each time for a reason of its own: first, with all the rest, since
+ended jobs are taken over as they are stored; then what would be left, as long as it can be taken back; at
+last the file, which VACUUM wrote anew.
 """
 
 from __future__ import annotations

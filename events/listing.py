@@ -142,15 +142,27 @@ def _arms(what: str, wanted: EventFilter, leading: str | None) -> list[str]:
     if leading is None:
         return [f"SELECT {what} FROM events WHERE {among}"]  # noqa: S608 - literals
     others = "".join(
-        f" AND +{column} IN ({', '.join(f':{column}_{number}' for number in range(len(values)))})"
-        for column, values in wanted.columns.items()
-        if column != leading
-    )  # the plus keeps their indexes out
+        f" AND {_also(column, len(values))}" for column, values in wanted.columns.items() if column != leading
+    )
     return [
         f"SELECT {what} FROM events INDEXED BY {INDEXES[leading]}"  # noqa: S608 - literals
         f" WHERE {leading} = :{leading}_{number} AND {among}{others}"
         for number in range(len(wanted.columns[leading]))
     ]
+
+
+def _also(column: str, number: int) -> str:
+    """Return the condition that an event has one of so many values in a column that does not lead.
+
+    For one value its index is asked, in about half the time of reading the events' texts (measured).
+    For several these are read, once, where an index would be asked for each value; the plus keeps it out.
+    """
+    if number == 1:
+        return (
+            f"EXISTS (SELECT 1 FROM events AS other INDEXED BY {INDEXES[column]}"  # noqa: S608 - literals
+            f" WHERE other.{column} = :{column}_0 AND other.position = events.position)"
+        )
+    return f"+{column} IN ({', '.join(f':{column}_{each}' for each in range(number))})"
 
 
 def archived(base: int, head: int) -> Archived:

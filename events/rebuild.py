@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 
 from events import snapshots, store
+from events.basestate import mend_base_state
 from events.checkpoint import leave_alone_complete
 from events.copies import lacks_wal
 from events.errors import LogUnavailable
-from events.history import PAGE, base_state, fold, pages
+from events.history import PAGE, base_of, base_state, fold, pages
 from events.schema import check_readable, connect, connect_read_only
 
 __all__ = ["FOLDS", "MAX_NAMED", "PAGE", "Rebuilt", "compare", "is_current", "rebuild", "rebuild_file"]
@@ -27,6 +28,18 @@ MAX_NAMED = 100
 _KEPT_SINCE = 2
 """The schema from which on the number is stored."""
 
+_WALKS = {
+    "models": "SELECT id, body FROM models ORDER BY 1",
+    "jobs": "SELECT id, body FROM jobs ORDER BY 1",
+    "models of archived events": "SELECT model_id, body FROM model_snapshots"
+    " WHERE position = (SELECT nullif(position, 0) FROM base) ORDER BY 1",
+    "jobs of archived events": "SELECT created_position, body FROM job_snapshots"
+    " WHERE position = (SELECT nullif(position, 0) FROM base) ORDER BY 1",
+}
+"""What a rebuild may change: keys and bodies in the order of the keys."""
+
+_Key = float | str | bytes
+
 
 def is_current(connection: sqlite3.Connection) -> bool:
     """Whether the stored projections were made by this release's folds; what is damaged is not outdated."""
@@ -37,7 +50,7 @@ def is_current(connection: sqlite3.Connection) -> bool:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Fold the log from its base and store what comes of it, snapshots too, in one transaction.
+    """Mend the base, fold the log from there and store what comes of it, snapshots too, in one transaction.
 
     Memory grows with the models and the jobs that have not ended, not with the log.
 
@@ -47,6 +60,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
+        mend_base_state(connection, base_of(connection))
         state = base_state(connection)
         connection.execute("DELETE FROM jobs")
         connection.execute("DELETE FROM models")
@@ -112,28 +126,32 @@ def compare(before: sqlite3.Connection, after: sqlite3.Connection) -> list[str]:
         after: where they are as they are now.
     """
     found = (
-        f"the stored {table} {what} {key!r}"
-        for table in ("models", "jobs")
-        for what, key in _differences(before, after, table)
+        f"the stored {name} {what} {key!r}"
+        for name, walk in _WALKS.items()
+        for what, key in _differences(before, after, walk)
     )
     return list(islice(found, MAX_NAMED))
 
 
 def _differences(
-    before: sqlite3.Connection, after: sqlite3.Connection, table: str
-) -> Iterator[tuple[str, str]]:
-    """Walk both tables in the order of their keys; neither is held in memory."""
-    sql = f"SELECT id, body FROM {table} ORDER BY id"  # noqa: S608 - literals above
-    old, new = before.execute(sql), after.execute(sql)
+    before: sqlite3.Connection, after: sqlite3.Connection, walk: str
+) -> Iterator[tuple[str, _Key]]:
+    """Walk both in the order of their keys; neither is held in memory."""
+    old, new = before.execute(walk), after.execute(walk)
     one, other = old.fetchone(), new.fetchone()
     while one is not None or other is not None:
-        if other is None or (one is not None and one[0] < other[0]):
+        if other is None or (one is not None and _place(one[0]) < _place(other[0])):
             yield "had, and the log does not give,", one[0]
             one = old.fetchone()
-        elif one is None or other[0] < one[0]:
+        elif one is None or _place(other[0]) < _place(one[0]):
             yield "lacked", other[0]
             other = new.fetchone()
         else:
             if one[1] != other[1]:
                 yield "differed at", one[0]
             one, other = old.fetchone(), new.fetchone()
+
+
+def _place(key: _Key) -> tuple[bool, bool, _Key]:
+    """Return what sorts keys as SQLite does, whatever somebody stored: numbers, texts, then bytes."""
+    return isinstance(key, bytes), isinstance(key, str), key

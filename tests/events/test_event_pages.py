@@ -168,6 +168,10 @@ def test_a_page_walks_an_index_and_never_sorts(
         walks = [step for step in steps if step.startswith("SEARCH events")]
         index = f"USING INDEX {INDEXES[leading]} ({leading}=? AND position>? AND position<?)"
         assert walks == [f"SEARCH events {index}"] * number
+        asked = [step for step in steps if step.startswith("SEARCH other")]
+        others = [INDEXES[column] for column in wanted.columns if column != leading] if number == 1 else []
+        assert [step.split("INDEX ")[1].split()[0] for step in asked] == others
+        assert all("=? AND position=?" in step for step in asked)
         steps += plan(connection, probe_sql(wanted, newest_first=newest_first), wanted)
         steps += plan(connection, page_sql(wanted, None, newest_first=newest_first), wanted)
         assert not [step for step in steps if "TEMP B-TREE" in step or "SCAN events" in step], steps

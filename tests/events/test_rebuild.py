@@ -238,6 +238,19 @@ def test_a_rebuild_can_be_asked_for_and_changes_nothing_where_nothing_is_wrong(p
     assert stored(path) == sound
 
 
+@pytest.mark.parametrize(("table", "key"), [("models", "digits"), ("jobs", "L")])
+def test_keys_that_became_bytes_are_made_anew_and_named(path: Path, table: str, key: str) -> None:
+    write_schema_1(path, history())
+    asyncio.run(open_once(path))
+    sound = stored(path)
+    change(path, f"UPDATE {table} SET id = CAST(id AS BLOB)")
+    differences = rebuild.rebuild_file(path).differences
+    assert f"the stored {table} lacked {key!r}" in differences
+    assert f"the stored {table} had, and the log does not give, {key.encode()!r}" in differences
+    assert stored(path) == sound
+    assert verify(path).verified
+
+
 def test_what_is_in_a_ledger_of_no_events_is_current_once_it_was_opened(path: Path) -> None:
     with closing(connect(path)) as connection:
         assert not is_current(connection)

@@ -6,7 +6,8 @@ import os
 import signal
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from support import models
 from support.running import Clock, Engine, job_of, running
 from support.workers import trips, until
 
+from events.commands import RequestCancel
+from events.errors import LogUnavailable
 from events.jobs import Failure, JobStatus, LoadParameters
 from events.models import ModelState
 from events.types import (
@@ -735,6 +738,59 @@ async def test_what_cannot_be_recorded_is_recorded_later(
         assert story.count(fact) == 1
         assert "WorkerExited" not in story
         await until(lambda: len(engine.consumer.live) == (1 if fact in {"LoadStarted", "ModelLoaded"} else 0))
+
+
+async def test_a_load_whose_start_cannot_be_recorded_takes_nothing_and_is_started_once_it_can(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(folder) as engine:
+        await engine.load("other")
+        serving, policy = engine.worker_pids(), engine.consumer.policy
+        engine.consumer.policy = replace(policy, loads_at_once=0)
+        job_id = await engine.ask_load("adder")
+        head = engine.log.head
+        assert engine.log._database._connection is not None
+        engine.log._database._connection.execute("PRAGMA busy_timeout = 20")
+        with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # nothing can be written at all
+            engine.consumer.policy = policy
+            engine.log.notify()
+            await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
+            assert not engine.log.healthy
+            assert [load.model_id for load in engine.consumer.live.values()] == ["other"]
+            assert engine.worker_pids() == serving
+            await until(lambda: "looking at a model" not in {task.get_name() for task in asyncio.all_tasks()})
+            job = engine.log.state.jobs[job_id]
+            assert (job.status, job.attempt, engine.log.head) == (JobStatus.PENDING, 0, head)
+            assert await engine.ask("other", 1) == 101
+            other.execute("ROLLBACK")
+        job = await engine.ended(job_id)
+        assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
+        assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+        assert len(engine.worker_pids()) == len(serving) + 1
+        assert await engine.ask("adder", 1) == 3
+
+
+async def test_a_load_whose_start_cannot_be_recorded_can_be_cancelled(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(folder) as engine:
+        with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
+            other.execute(
+                "CREATE TRIGGER broken BEFORE INSERT ON events"
+                " WHEN json_extract(NEW.body, '$.type') = 'LoadStarted'"
+                " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+            )
+            job_id = await engine.ask_load("adder")
+            await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
+            while not engine.log.state.jobs[job_id].cancelling:
+                with suppress(LogUnavailable):  # it was in one group with the start, which failed them both
+                    await engine.log.submit(RequestCancel(job_id, "alice"))
+                    break
+            assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
+            other.execute("DROP TRIGGER broken")
+        assert await engine.story(of="adder") == ["LoadRequested", "CancelRequested", "JobCancelled"]
+        assert (engine.consumer.live, engine.worker_pids()) == ({}, [])
 
 
 # The end of the consumer itself.

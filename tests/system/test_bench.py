@@ -152,6 +152,18 @@ def test_the_bench_measures_the_ledger_by_itself() -> None:
         assert row in text
 
 
+def test_the_bench_measures_pages_of_a_long_log() -> None:
+    text = table("--only", "listing", "--listed", "2000")
+    for row in (
+        "a page of 2,000 events: everything",
+        "a page of 2,000 events: since a time",
+        "a page of 2,000 events: a type and a model",
+        "a page of 2,000 events: a model and an actor that never meet",
+    ):
+        assert row in text
+    assert "Pages: of 100 events, by the server's own reader" in text
+
+
 def test_a_part_of_the_bench_is_measured_alone() -> None:
     text = table("--only", "memory", "--cycles", "1")
     assert "memory of the process tree" in text

@@ -1,12 +1,12 @@
-"""A server whose consumer or writer has died ends, says so, and is known not to have been stopped.
+"""A server of which a part has died ends, says so, and is known not to have been stopped.
 
-Both die of what only a damaged ledger has: somebody else wrote into it, and the server reads it again after a
+They die of what only a damaged ledger has: somebody else wrote into it, and the server reads it again after a
 write that failed.
 """
 
 import json
 import sqlite3
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import aiohttp
@@ -14,6 +14,7 @@ import pytest
 from support import models
 from support.models import save
 from support.process import Server, events, serving, verified
+from support.streams import following
 
 from events.types import ServerStarted, ServerStopped
 from server.app import LEDGER
@@ -36,13 +37,18 @@ AN_EVENT_OF_NO_TIME = {
     "version": None, "worker_id": None, "actor": "system", "recorded_at": "never", "data": {},
 }  # fmt: skip
 """An event such as no writer makes: nothing can be recorded after it."""
+AN_EVENT_OF_ANOTHER_PLACE = {
+    **AN_EVENT_OF_NO_TIME,
+    "position": 7,
+    "recorded_at": "2026-01-01T00:00:00.000000Z",
+}
+"""An event such as the schema refuses: what all streams share would have a gap before it."""
+INSERT_EVENT = "INSERT INTO events (position, body, hash) VALUES (2, ?, zeroblob(32))"
 
 DAMAGES = {
     "consumer": ("INSERT INTO jobs (created_position, id, body) VALUES (1000, 'x', ?)", A_LOAD_OF_NOTHING),
-    "writer": (
-        "INSERT INTO events (position, body, hash) VALUES (2, ?, zeroblob(32))",
-        AN_EVENT_OF_NO_TIME,
-    ),
+    "writer": (INSERT_EVENT, AN_EVENT_OF_NO_TIME),
+    "tails": (INSERT_EVENT, AN_EVENT_OF_ANOTHER_PLACE),
 }
 
 
@@ -56,6 +62,7 @@ def config(tmp_path: Path) -> Config:
 def change(config: Config, *statements: tuple[str, tuple[object, ...]]) -> None:
     """Do to the ledger what its server would not."""
     with closing(sqlite3.connect(config.data / LEDGER, isolation_level=None, timeout=60)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
         for statement, values in statements:
             connection.execute(statement, values)
 
@@ -67,7 +74,7 @@ def repair(config: Config) -> None:
             "SELECT sql FROM sqlite_schema WHERE name = 'events_never_go'"
         ).fetchone()
         connection.execute("DROP TRIGGER events_never_go")
-        connection.execute("DELETE FROM events WHERE recorded_at = 'never'")
+        connection.execute("DELETE FROM events WHERE json_extract(body, '$.id') = 'x'")
         connection.execute(guard)
         connection.execute("DROP TRIGGER no_loads_of_breaks")
         connection.execute("DELETE FROM jobs")
@@ -88,7 +95,11 @@ async def test_a_server_of_which_a_part_has_died_ends_with_1_and_its_next_start_
     config: Config, dies: str
 ) -> None:
     statement, body = DAMAGES[dies]
-    async with serving(config) as server:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(serving(config))
+        if dies == "tails":  # the ledger is followed for those who listen
+            follower = await stack.enter_async_context(following(server.api))
+            await follower.until("live")
         change(config, (NO_LOADS_OF_BREAKS, ()), (statement, (json.dumps(body),)))
         await loads(server, "breaks")
         if dies == "writer":
