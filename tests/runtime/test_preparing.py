@@ -23,9 +23,9 @@ from runtime.wire import Form
 
 SLOW = models.slow_to_fold(side=300, depth=60)
 """ONNX Runtime takes a while to load it, again and again, and none with what it made of it."""
-SLOWER = models.slow_to_fold(side=600, depth=60)
+SLOWER = models.slow_to_fold(side=600, depth=20)
 """There is time to do something to whoever prepares it."""
-IN_SPARE_TIME_S = 300.0
+IN_SPARE_TIME_S = 600.0
 """What is prepared waits for whoever else wants the machine, as other tests do."""
 
 
