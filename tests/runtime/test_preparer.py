@@ -79,7 +79,7 @@ async def test_what_is_known_by_the_time_that_it_would_be_prepared_is_not(
 async def test_what_is_stopped_again_and_again_is_given_up_for_now(
     pool: WorkerPool, store: PreparedStore, tmp_path: Path
 ) -> None:
-    models.save(models.slow_to_fold(side=600, depth=60), tmp_path, "m")
+    models.save(models.slow_to_fold(side=600, depth=20), tmp_path, "m")
     preparer = preparer_of(store, pool, tmp_path)
     await offered(preparer, candidate(tmp_path, "m", "a1"))
     for _ in range(MAX_ATTEMPTS):

@@ -26,7 +26,7 @@ async def prepare(preparer: Preparer, root: Path, model_id: str, *, killed: bool
 
 
 async def test_forms_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
-    models.save(models.slow_to_fold(side=600, depth=60), tmp_path, "killed")
+    models.save(models.slow_to_fold(side=600, depth=20), tmp_path, "killed")
     models.save(models.add(), tmp_path, "tried")
     async with running_pool() as pool:
         store = opened(tmp_path)
