@@ -35,7 +35,7 @@ conformance: install
 soak: install
 	SOAK=all $(BIN)/pytest -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 
-SOAKS := $(addprefix runtime/test_,simulation prepared_store) \
+SOAKS := runtime/scheduling/test_simulation runtime/prepared/test_prepared_store \
 	$(addprefix system/test_,many_models swaps_under_load cycles killed_servers restore tails prepared)
 
 lint: $(BIN)/.tools
@@ -72,9 +72,9 @@ $(PEERS)/.installed: | $(BIN)/pip
 # What is generated from the code, and tests hold to it. `python -m` finds the tree's own packages first; the
 # installed one is for its dependencies.
 generated: $(BIN)/.tools
-	$(BIN)/python -m server.openapi > openapi.yaml.new
+	$(BIN)/python -m server.docs.openapi > openapi.yaml.new
 	mv openapi.yaml.new openapi.yaml
-	$(BIN)/python -m server.reference docs/reference
-	$(BIN)/python -m server.configpage docs/configuration.md
+	$(BIN)/python -m server.docs.reference docs/reference
+	$(BIN)/python -m server.docs.configpage docs/configuration.md
 	$(BIN)/python -m loadledger.cli.reference > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
 TEST = [
@@ -22,6 +22,7 @@ TEST = [
     "tritonclient[http]>=2.73",
     "types-PyYAML",
 ]
+PACKAGES = ["events", "loadledger", "migrations", "runtime", "server"]
 
 setup(
     name="loadledger",
@@ -32,7 +33,7 @@ setup(
     license_expression="Apache-2.0",  # `license` has been out of use since setuptools 77
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["events", "loadledger", "loadledger.cli", "migrations", "runtime", "server", "server.examples"],
+    packages=[*find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]), "server.examples"],
     package_dir={"server.examples": "examples"},
     package_data={
         "events": ["py.typed"],

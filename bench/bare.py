@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runtime.forkserver import ADDED
+from runtime.processes.forkserver import ADDED
 
 MALLOC = "GLIBC_TUNABLES"
 # The workers' own, so that the figures differ by the server's own work alone.
@@ -48,7 +48,7 @@ def main(model: str, inferences: int) -> None:
     # Only the process that measures pays for these, and before it measures.
     import onnxruntime  # noqa: PLC0415
 
-    from runtime.sessions import options  # noqa: PLC0415
+    from runtime.worker.sessions import options  # noqa: PLC0415
 
     chosen = options(1)
     start = time.perf_counter()

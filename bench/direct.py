@@ -30,7 +30,7 @@ def main(model: str, elements: int, seconds: float) -> None:
     import numpy as np  # noqa: PLC0415
     import onnxruntime  # noqa: PLC0415
 
-    from runtime.sessions import options  # noqa: PLC0415
+    from runtime.worker.sessions import options  # noqa: PLC0415
 
     session = onnxruntime.InferenceSession(model, options(1), providers=["CPUExecutionProvider"])
     values = {"x": np.arange(elements, dtype=np.float32).reshape(1, elements)}

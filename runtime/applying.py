@@ -21,7 +21,19 @@ from events.log import Log
 from events.models import Model
 from events.state import State
 from events.types import SYSTEM, Cause, Draft, JobCancelled, LoadFailed, LoadStarted, UnloadStarted
-from runtime.actions import (
+from runtime.effects import order_of, run_load, run_unload
+from runtime.facts import about, death, given_up, model_loaded, model_unloaded, swapped_out, taken_over
+from runtime.live import LiveLoad
+from runtime.needs import Needs, need_bare
+from runtime.prepared.files import hashes_of
+from runtime.prepared.preparation import Candidate
+from runtime.prepared.preparing import Preparer
+from runtime.prepared.store import PreparedStore
+from runtime.processes.pool import WorkerPool
+from runtime.processes.shielding import begun
+from runtime.processes.workers import LoadReport, Worker
+from runtime.repository import Repository
+from runtime.scheduling.actions import (
     Action,
     CancelJob,
     CompleteLoad,
@@ -40,22 +52,10 @@ from runtime.actions import (
     StopPreparing,
     TakeOver,
 )
-from runtime.effects import order_of, run_load, run_unload
-from runtime.facts import about, death, given_up, model_loaded, model_unloaded, swapped_out, taken_over
-from runtime.live import LiveLoad
-from runtime.needs import Needs, need_bare
-from runtime.pool import WorkerPool
-from runtime.preparation import Candidate
-from runtime.prepared import PreparedStore
-from runtime.preparedfiles import hashes_of
-from runtime.preparing import Preparer
-from runtime.repository import Repository
-from runtime.scheduler import is_wanted
-from runtime.shielding import begun
+from runtime.scheduling.scheduler import is_wanted
 from runtime.totals import Totals
 from runtime.wire import LoadedFile as HashedFile
 from runtime.wire import plain_text
-from runtime.workers import LoadReport, Worker
 
 MAX_REMEMBERED_VERSIONS = 1000
 """Versions whose files' hashes are remembered by identity, so that the same bytes are not hashed again."""

@@ -16,15 +16,15 @@ from events.errors import LogUnavailable
 from events.jobs import Job
 from events.log import Log
 from events.state import State
-from runtime.actions import Decision
 from runtime.applying import Applier
 from runtime.leases import Leases
-from runtime.pool import WorkerPool
-from runtime.prepared import PreparedStore
+from runtime.prepared.store import PreparedStore
+from runtime.processes.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.resources import LoadUse, PreparationUse, Wait, uses, waits
-from runtime.scheduler import decide
-from runtime.sight import Conditions, Policy, ended_by
+from runtime.scheduling.actions import Decision
+from runtime.scheduling.scheduler import decide
+from runtime.scheduling.sight import Conditions, Policy, ended_by
 from runtime.upkeep import Upkeep
 
 _log = logging.getLogger(__name__)

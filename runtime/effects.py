@@ -19,10 +19,10 @@ from events.models import FORK_SERVER_DIED
 from runtime.defaults import WarmUp, read_warm_up
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.live import MEASURE_LIMIT_S, LiveLoad
-from runtime.pool import WorkerPool
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import LoadOrder, LoadReport, Worker
 from runtime.repository import FileStat, ModelVersion, Repository
 from runtime.wire import LoadedFile, Prepared
-from runtime.workers import LoadOrder, LoadReport, Worker
 
 FindPrepared = Callable[[tuple[FileStat, ...]], Prepared | None]
 """Gives the prepared form of these files, if there is one; it may read files."""

@@ -21,8 +21,8 @@ from events.types import (
 )
 from runtime.errors import Exit
 from runtime.live import LiveLoad
+from runtime.processes.workers import Worker
 from runtime.wire import plain_text
-from runtime.workers import Worker
 
 
 def about(job: Job, data: Data, worker_id: str | None = None) -> Draft:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from events.clock import later
 from events.jobs import Failure, Job, LoadParameters
 from events.models import FORK_SERVER_DIED
-from runtime.sight import Phase, Running
+from runtime.processes.workers import LoadReport, Worker
+from runtime.scheduling.sight import Phase, Running
 from runtime.statistics import Statistics
 from runtime.wire import Prepared
-from runtime.workers import LoadReport, Worker
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from events.clock import uuid7
 from events.jobs import LoadParameters
 from runtime.defaults import read_warm_up
 from runtime.errors import RuntimeProblem
-from runtime.pool import WorkerPool
+from runtime.processes.pool import WorkerPool
+from runtime.processes.shielding import ended
+from runtime.processes.workers import LoadOrder
 from runtime.repository import ModelVersion, Repository
-from runtime.shielding import ended
-from runtime.workers import LoadOrder
 
 
 @dataclass(frozen=True, slots=True)

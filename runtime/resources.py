@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from events.state import State
 from runtime.live import LiveLoad
-from runtime.sight import Phase, Running
+from runtime.scheduling.sight import Phase, Running
 
 
 @dataclass(frozen=True, slots=True)

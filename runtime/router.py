@@ -12,11 +12,11 @@ from typing import Protocol
 from events.log import Log
 from events.models import Model, ModelState
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
-from runtime.inflight import Answer
 from runtime.live import LiveLoad
+from runtime.processes.inflight import Answer
+from runtime.processes.workers import Worker
 from runtime.repository import Repository
 from runtime.wire import Tensor, TensorSpec, WantedOutput
-from runtime.workers import Worker
 
 
 class ModelNotLoaded(RuntimeProblem):

@@ -12,7 +12,7 @@ from events.errors import LedgerProblem
 from events.log import Log
 from runtime.errors import WorkerDied
 from runtime.live import MEASURE_LIMIT_S, LiveLoad
-from runtime.workers import Worker
+from runtime.processes.workers import Worker
 
 _log = logging.getLogger(__name__)
 

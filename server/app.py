@@ -18,12 +18,17 @@ from events.types import Cause
 from runtime.consumer import Consumer
 from runtime.leases import Leases
 from runtime.machine import budget_bytes, is_under_pressure, memory_limit, pressure
-from runtime.pool import WorkerPool
-from runtime.prepared import FOLDER, PreparedStore
-from runtime.preparedfolder import PreparedUnavailable
+from runtime.prepared.folder import PreparedUnavailable
+from runtime.prepared.store import FOLDER, PreparedStore
+from runtime.processes.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
-from runtime.sight import Policy
+from runtime.scheduling.sight import Policy
+from server.api.jobs import job_routes
+from server.api.management import management_routes
+from server.api.parameters import requested_load
+from server.api.resources import LAST_LOOK, LastLook, resource_routes
+from server.api.timetravel import past_middleware, reading_the_past
 from server.appkeys import (
     BODIES,
     CONFIG,
@@ -44,38 +49,33 @@ from server.appkeys import (
     STREAMS,
     VERIFIER,
 )
-from server.auth import Gate, auth_middleware, create_verifier
-from server.awaited import Means
-from server.bodies import MAX_BODIES_BYTES, Bodies
+from server.auth.gate import Gate, auth_middleware, create_verifier
+from server.auth.keys import ensure_data_dir
+from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import ON, Config
+from server.connections.bodies import MAX_BODIES_BYTES, Bodies
+from server.connections.direct import SERVER
 from server.console import console_routes
-from server.demand import Demand
-from server.direct import SERVER
-from server.docspage import docs_routes
+from server.docs.openapi import openapi_yaml
+from server.docs.page import docs_routes
 from server.errors import errors_middleware
-from server.eventlist import event_routes
-from server.eventstream import stream_routes, streaming
 from server.health import dead, health_routes
-from server.inference import inference_routes
-from server.jobs import job_routes
-from server.keys import ensure_data_dir
-from server.logcontext import RequestLog
-from server.logrequests import add_request_id, log_middleware
-from server.management import management_routes
-from server.metrics import SCRAPES, Scrapes, metrics_routes, with_metrics_access
-from server.metricshttp import HttpCounts, counting_middleware
-from server.metricslook import HTTP_COUNTS
-from server.openapi import openapi_yaml
-from server.parameters import requested_load
-from server.proof import PROVER, open_prover, proof_routes
-from server.protocol import MAX_BODY_BYTES
-from server.ratelimit import RateLimits, add_quota_headers
-from server.resources import LAST_LOOK, LastLook, resource_routes
+from server.ledger.listing import event_routes
+from server.ledger.proof import PROVER, open_prover, proof_routes
+from server.ledger.tail import stream_routes, streaming
+from server.logs.context import RequestLog
+from server.logs.requests import add_request_id, log_middleware
+from server.metrics.exposition import SCRAPES, Scrapes, metrics_routes, with_metrics_access
+from server.metrics.look import HTTP_COUNTS
+from server.metrics.requests import HttpCounts, counting_middleware
 from server.routes import Route, add_routes
-from server.setbacks import Setbacks
-from server.timetravel import past_middleware, reading_the_past
-from server.v2repository import repository_routes
-from server.v2server import server_routes
+from server.v2.awaited import Means
+from server.v2.demand import Demand
+from server.v2.inference import inference_routes
+from server.v2.protocol import MAX_BODY_BYTES
+from server.v2.repository import repository_routes
+from server.v2.server import server_routes
+from server.v2.setbacks import Setbacks
 from server.validation import validation_middleware
 
 _log = logging.getLogger(__name__)

@@ -9,17 +9,17 @@ from events.reader import Reader
 from runtime.consumer import Consumer
 from runtime.leases import Leases
 from runtime.machine import MemoryLimit
-from runtime.pool import WorkerPool
+from runtime.processes.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
-from server.auth import PRINCIPAL, Gate, Verifier
-from server.bodies import Bodies
+from server.auth.gate import PRINCIPAL, Gate, Verifier
+from server.auth.proxies import Proxies
+from server.auth.ratelimit import QUOTA
 from server.config import Config
-from server.demand import Demand
-from server.proxies import Proxies
-from server.ratelimit import QUOTA
+from server.connections.bodies import Bodies
+from server.ledger.streams import Streams
 from server.routes import ROUTES
-from server.streams import Streams
+from server.v2.demand import Demand
 
 BODIES = web.AppKey("bodies", Bodies)
 GATE = web.AppKey("gate", Gate)

@@ -12,10 +12,11 @@ from typing import Any
 
 from marshmallow import validate
 
+from server.auth.keyring import read_public_keys
+from server.auth.keys import KeyProblem
+from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 from server.configfile import read_config_file
-from server.keyring import read_public_keys
-from server.keys import KeyProblem
-from server.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
+from server.connections.tls import TlsProblem, load_context
 from server.settingchecks import (
     MAX_TIMEOUT_S,
     OFF,
@@ -39,7 +40,6 @@ from server.settings import (
     row,
     size_bytes,
 )
-from server.tls import TlsProblem, load_context
 
 AUTO = "auto"
 ON = "on"

@@ -34,7 +34,7 @@ from events.types import Event, LoadRequested, ModelLoaded, ModelUnloaded, Unloa
 from events.verify import verify
 from runtime.memory import descendants, parse_field
 from server.app import LEDGER
-from server.keys import ensure_data_dir, issue_token
+from server.auth.keys import ensure_data_dir, issue_token
 
 MAX_KEPT_BYTES = 8 * 2**20
 """How much more than before the tree may have after the unload: allocators of a serving process breathe."""

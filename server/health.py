@@ -8,10 +8,10 @@ from aiohttp import hdrs, web
 from aiohttp_apispec import docs, response_schema
 from marshmallow import fields
 
+from server.api.schemas import AnswerSchema, HealthSchema
 from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING, STREAMS
 from server.errors import ServerProblem, errors
 from server.routes import Access, LimitClass, Route
-from server.schemas import AnswerSchema, HealthSchema
 
 
 class LiveSchema(AnswerSchema):

@@ -15,10 +15,10 @@ from runtime.machine import budget_bytes, memory_limit
 from runtime.needs import need_of
 from runtime.rehearsal import rehearse, rehearsing
 from runtime.repository import MODEL_FILE, ModelVersion, Repository
-from runtime.room import megabytes
+from runtime.scheduling.room import megabytes
 from runtime.survey import NO_ONNX, Finding, Severity, is_folder, names_in, survey_model, survey_version
+from server.api.parameters import default_parameters
 from server.config import ON, Config
-from server.parameters import default_parameters
 
 OnVersion = Callable[[str], None]
 """Is told of each version that is about to be loaded."""

@@ -18,16 +18,16 @@ from aiohttp import web
 
 from server.app import create_app
 from server.config import Config
-from server.connections import Limits
+from server.connections.connection import Limits
+from server.connections.listening import listening
+from server.connections.tls import Certificate
 from server.health import dead, vital
-from server.listening import listening
-from server.loginferences import watch_inferences
-from server.logledger import telling
-from server.logs import STDERR, logging_to_stderr
+from server.logs.inferences import watch_inferences
+from server.logs.ledger import telling
+from server.logs.stderr import STDERR, logging_to_stderr
+from server.logs.telemetry import TELEMETRY, open_telemetry
 from server.notify import Notifier
-from server.shortcut import shorten
-from server.telemetry import TELEMETRY, open_telemetry
-from server.tls import Certificate
+from server.v2.shortcut import shorten
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import limits
 from marshmallow import ValidationError
 
 from runtime.machine import budget_bytes
-from server.proxies import parse_networks
+from server.auth.proxies import parse_networks
 from server.settings import size_bytes
 
 OFF = "off"

@@ -11,9 +11,9 @@ from pytest_aiohttp import AiohttpClient
 from support.http import Client, LocalApi
 
 from server.app import create_app
+from server.auth.keys import ensure_data_dir
 from server.config import Config
-from server.keys import ensure_data_dir
-from server.shortcut import shorten
+from server.v2.shortcut import shorten
 
 Start = Callable[..., Awaitable[LocalApi]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.markdown import slugs
+from server.docs.markdown import slugs
 
 ROOT = Path(__file__).parent.parent
 INDEX = ROOT / "docs/index.md"

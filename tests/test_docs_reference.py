@@ -15,16 +15,16 @@ from events.bodies import to_body
 from events.types import SYSTEM, TYPES, Cause, Event, ServerStopped
 from runtime.errors import UnknownModel
 from server.config import settings
-from server.errorreference import ADVICE
+from server.docs.errorreference import ADVICE
+from server.docs.eventreference import BY, CAUSES, MEMBERS
+from server.docs.markdown import slug
+from server.docs.reference import reference_pages
 from server.errors import ERRORS, problem_of, problem_response
-from server.eventreference import BY, CAUSES, MEMBERS
-from server.markdown import slug
-from server.reference import reference_pages
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs/reference"
 HISTORIES = sorted((ROOT / "tests/histories").glob("*.jsonl"))
-COMMAND = "python -m server.reference docs/reference"
+COMMAND = "python -m server.docs.reference docs/reference"
 
 
 @pytest.mark.parametrize("name", ["http.md", "events.md", "errors.md"])
@@ -33,7 +33,7 @@ def test_a_page_is_what_the_code_generates(name: str) -> None:
 
 
 def test_the_command_writes_the_pages(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-m", "server.reference", str(tmp_path)]
+    command = [sys.executable, "-W", "error", "-m", "server.docs.reference", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
     assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == reference_pages()
 

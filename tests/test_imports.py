@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
-WORKER = "runtime.worker"
+WORKER = "runtime.worker.main"
 # What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
-CHILD_PROCESSES = ("runtime.forkserver", WORKER)
+CHILD_PROCESSES = ("runtime.processes.forkserver", WORKER)
 
 
 def module_name(path: Path) -> str:
@@ -129,3 +129,10 @@ def test_no_module_hides_an_import_behind_type_checking() -> None:
         if "TYPE_CHECKING" in {getattr(node, field, None) for field in ("id", "attr", "name")}
     }
     assert not hidden
+
+
+def test_a_folder_of_runtime_and_server_imports_nothing_by_itself() -> None:
+    """Else whoever wants one module of it, a worker most of all, would have the others too."""
+    files = [*(ROOT / "runtime").glob("*/__init__.py"), *(ROOT / "server").glob("*/__init__.py")]
+    assert files
+    assert not {module_name(file): names for file in files if (names := IMPORTS[module_name(file)])}

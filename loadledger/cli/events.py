@@ -119,7 +119,7 @@ def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
 
     from events.errors import LedgerProblem  # noqa: PLC0415
     from server.app import LEDGER  # noqa: PLC0415
-    from server.eventsource import FileSource  # noqa: PLC0415
+    from server.ledger.source import FileSource  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
         note(f"there is no ledger in {data}: name the --data of a server that has run, or a --url")
@@ -139,7 +139,7 @@ def _wish(
 ) -> Any:
     from events.stored import EventFilter  # noqa: PLC0415 - as above
     from events.types import TYPES  # noqa: PLC0415
-    from server.eventsource import Wish  # noqa: PLC0415
+    from server.ledger.source import Wish  # noqa: PLC0415
 
     unknown = set(filters["types"]) - set(TYPES)
     if unknown:

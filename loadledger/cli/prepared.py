@@ -65,7 +65,7 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
 
 def _store(data: Path) -> Any:
-    from runtime.prepared import FOLDER, PreparedStore  # noqa: PLC0415 - as above
+    from runtime.prepared.store import FOLDER, PreparedStore  # noqa: PLC0415 - as above
 
     if not data.is_dir():
         raise click.BadParameter(f"there is no {data}; `token` and `serve` create it", param_hint="--data")

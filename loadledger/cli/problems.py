@@ -56,7 +56,7 @@ def problems_told() -> Iterator[None]:
     """Tell what is wrong with files, keys and settings, and end."""
     from events.errors import LedgerProblem  # noqa: PLC0415 - only commands that work on files come here
     from runtime.errors import RuntimeProblem  # noqa: PLC0415
-    from server.keys import KeyProblem  # noqa: PLC0415
+    from server.auth.keys import KeyProblem  # noqa: PLC0415
     from server.settings import ConfigError  # noqa: PLC0415
 
     try:

@@ -34,7 +34,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     from events.export import export, jsonl  # noqa: PLC0415
     from events.files import is_stream, refuse_own, written  # noqa: PLC0415
     from loadledger.cli.problems import problems_told  # noqa: PLC0415
-    from server.ledgerkey import open_signer  # noqa: PLC0415
+    from server.ledger.key import open_signer  # noqa: PLC0415
 
     with problems_told():
         ledger, sign = ledger_in(data), open_signer(data)
@@ -73,7 +73,7 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     from events.files import refuse_own  # noqa: PLC0415
     from events.lock import hold  # noqa: PLC0415
     from loadledger.cli.problems import problems_told  # noqa: PLC0415
-    from server.ledgerkey import open_signer  # noqa: PLC0415
+    from server.ledger.key import open_signer  # noqa: PLC0415
 
     with problems_told():
         ledger, sign = ledger_in(data), open_signer(data)
@@ -115,7 +115,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     from events.backup import back_up  # noqa: PLC0415
     from events.files import refuse_own  # noqa: PLC0415
     from loadledger.cli.problems import problems_told  # noqa: PLC0415
-    from server.audited import members, told  # noqa: PLC0415
+    from server.ledger.audited import members, told  # noqa: PLC0415
 
     with problems_told():
         ledger = ledger_in(data)
@@ -135,7 +135,7 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
     """Show the public key that the ledger's heads are signed with, and its id."""
     from events.signing import key_id  # noqa: PLC0415
     from loadledger.cli.problems import problems_told  # noqa: PLC0415
-    from server.ledgerkey import open_signer, public_pem  # noqa: PLC0415
+    from server.ledger.key import open_signer, public_pem  # noqa: PLC0415
 
     with problems_told():
         signer = open_signer(data)

@@ -78,8 +78,8 @@ def replayed(
     """
     from events.replay import replay  # noqa: PLC0415 - as above
     from events.schema import opened_to_read  # noqa: PLC0415
-    from server.timetravel import as_of  # noqa: PLC0415
-    from server.views import job_view, model_view  # noqa: PLC0415
+    from server.api.timetravel import as_of  # noqa: PLC0415
+    from server.api.views import job_view, model_view  # noqa: PLC0415
 
     with opened_to_read(path) as connection:
         moment, state = replay(connection, until, archives)

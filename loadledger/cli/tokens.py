@@ -51,8 +51,8 @@ def token(
     It creates the data directory, too. With --json, it is `token`, and `subject`, `roles`, `expires_at` and
     `kid`, the key that signed it, stand beside it.
     """
+    from server.auth.keys import ensure_data_dir, issue_token  # noqa: PLC0415
     from server.config import read_settings  # noqa: PLC0415 - keeps `loadledger --help` quick
-    from server.keys import ensure_data_dir, issue_token  # noqa: PLC0415
 
     expires_s = _seconds(expires)
     with problems_told():
@@ -79,7 +79,7 @@ def key() -> None:
 @json_option
 def list_keys(data: Path, *, as_json: bool) -> None:
     """Show the keys, newest last; the one that signs is marked."""
-    from server import keys  # noqa: PLC0415 - as above
+    from server.auth import keys  # noqa: PLC0415 - as above
 
     with problems_told():
         if not data.is_dir():
@@ -99,7 +99,7 @@ def list_keys(data: Path, *, as_json: bool) -> None:
 @json_option
 def rotate(data: Path, *, as_json: bool) -> None:
     """Make a new key, which signs from now on; tokens of the old ones stay valid."""
-    from server import keys  # noqa: PLC0415 - as above
+    from server.auth import keys  # noqa: PLC0415 - as above
 
     with problems_told():
         kid = keys.rotate(data)
@@ -118,7 +118,7 @@ def revoke(data: Path, kid: str, *, as_json: bool) -> None:
 
     Nothing is printed; with --json, the `kid` that was removed.
     """
-    from server import keys  # noqa: PLC0415 - as above
+    from server.auth import keys  # noqa: PLC0415 - as above
 
     with problems_told():
         keys.revoke(data, kid)

@@ -57,7 +57,7 @@ def verify(
     from events.expected import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
     from loadledger.cli.problems import problems_told  # noqa: PLC0415
     from loadledger.cli.proof import ledger_in  # noqa: PLC0415
-    from server.checking import check  # noqa: PLC0415
+    from server.ledger.checking import check  # noqa: PLC0415
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None

@@ -29,7 +29,7 @@ from events.rebuild import FOLDS
 from events.state import State
 from events.store import as_text
 from events.types import AccessDenied, Draft, Idempotency
-from runtime.sight import Policy
+from runtime.scheduling.sight import Policy
 
 HERE = Path(__file__).parent
 BACK_OFF_S = 60

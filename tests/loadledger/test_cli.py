@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loadledger.cli.main import main
-from server.auth import create_verifier
+from server.auth.gate import create_verifier
+from server.auth.keys import list_keys
 from server.config import Config, settings
-from server.keys import list_keys
 from server.settings import Setting
 
 

@@ -77,7 +77,7 @@ def test_a_file_is_listed_by_lines_for_people_and_as_it_is_stored(tmp_path: Path
 def test_a_list_of_many_pages_is_whole_and_filters_apply(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.eventsource.PAGE", 3)
+    monkeypatch.setattr("server.ledger.source.PAGE", 3)
     fill(tmp_path, 10)
     data = f"--data={tmp_path}"
     assert listed(data) == list(range(1, 11))

@@ -9,7 +9,7 @@ from support.keptforms import halves, keep, key, made, written
 
 from events.lock import hold
 from loadledger.cli.main import main
-from runtime.prepared import FOLDER, PreparedStore
+from runtime.prepared.store import FOLDER, PreparedStore
 
 
 def run(*arguments: object) -> Result:

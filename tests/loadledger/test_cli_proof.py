@@ -26,8 +26,8 @@ from events.lock import hold
 from events.signing import as_signed_head, key_id
 from loadledger.cli.main import main
 from server.app import LEDGER
-from server.keys import ensure_data_dir
-from server.ledgerkey import open_signer
+from server.auth.keys import ensure_data_dir
+from server.ledger.key import open_signer
 
 HEAD = len(told_history()) + 1
 

@@ -21,8 +21,8 @@ from events.fileaudit import audit_file
 from events.signing import key_id
 from loadledger.cli.main import main
 from server.app import LEDGER
-from server.keys import ensure_data_dir
-from server.ledgerkey import open_signer
+from server.auth.keys import ensure_data_dir
+from server.ledger.key import open_signer
 
 ROUNDS = 2
 HEAD = len(told_history(ROUNDS)) + 1

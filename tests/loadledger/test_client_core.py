@@ -35,7 +35,7 @@ from loadledger.problems import (
 from loadledger.records import Event, Job
 from loadledger.retrying import LONGEST_PAUSE_S, passes, pause_s
 from loadledger.tensors import flat, shape_of, tensors
-from server.idempotency import key_in
+from server.api.idempotency import key_in
 
 TOKEN = "s3cr3t-token"
 NAMES = vars(loadledger)["_NAMES"]

@@ -30,9 +30,9 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
-from runtime.admission import MAX_SERVER_DEATHS
 from runtime.errors import WorkerDied
-from runtime.scheduler import MAX_INCIDENTS
+from runtime.scheduling.admission import MAX_SERVER_DEATHS
+from runtime.scheduling.scheduler import MAX_INCIDENTS
 
 SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
 """Loads for half a minute, if it is let; the file has 2.5 MB."""

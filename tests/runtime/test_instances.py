@@ -16,7 +16,7 @@ from events.models import ModelState
 from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
 from runtime.errors import WorkerDied
 from runtime.live import LiveLoad
-from runtime.scheduler import MAX_INCIDENTS
+from runtime.scheduling.scheduler import MAX_INCIDENTS
 
 TWO = LoadParameters(instances=2)
 THREE = LoadParameters(instances=3)

@@ -22,7 +22,7 @@ from events.models import Footprint, Model
 from events.types import LoadedFile, ModelLoaded
 from runtime.needs import BYTES_PER_MODEL_BYTE, WORKER_BYTES, Need, Needs, need_bare, need_of
 from runtime.repository import FileStat, Repository
-from runtime.sight import Policy
+from runtime.scheduling.sight import Policy
 
 MODEL = FileStat("model.onnx", 1000, 1)
 WEIGHTS = FileStat("weights.bin", 5000, 2)

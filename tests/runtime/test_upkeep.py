@@ -19,7 +19,7 @@ from events.models import ModelState
 from events.types import Cause, UnloadRequested
 from runtime import memory
 from runtime import upkeep as upkeep_module
-from runtime.sight import Policy
+from runtime.scheduling.sight import Policy
 from runtime.upkeep import Upkeep
 from runtime.wire import Tensor
 

@@ -12,7 +12,7 @@ from support.events import PLAIN
 from loadledger.cli.main import main
 from server.config import load_config, settings
 from server.configfile import MAX_FILE_BYTES, read_config_file
-from server.configpage import with_table
+from server.docs.configpage import with_table
 from server.settings import ConfigError
 
 KNOWN = {setting.name: setting for setting in settings()}

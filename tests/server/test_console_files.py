@@ -10,7 +10,7 @@ from pytest_aiohttp import AiohttpClient
 from support.smallapp import small_app, small_config
 
 from server.console import console_routes
-from server.docspage import docs_routes
+from server.docs.page import docs_routes
 from server.routes import Access, LimitClass
 
 Client = TestClient[web.Request, web.Application]

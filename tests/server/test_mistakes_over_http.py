@@ -1,6 +1,7 @@
 """Mistakes that others' users reported (DESIGN.md, "Policies"), as a client meets them here.
 
-tests/runtime/test_mistakes.py has the rows that are decided by the scheduler alone, and a list of all.
+tests/runtime/scheduling/test_mistakes.py has the rows that are decided by the scheduler alone, and a list of
+all.
 """
 
 import asyncio

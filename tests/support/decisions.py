@@ -13,7 +13,7 @@ from typing import Any, assert_never
 from events.clock import seconds_between
 from events.models import Model
 from events.types import CancelRequested, Cause, JobCancelled
-from runtime.actions import (
+from runtime.scheduling.actions import (
     Action,
     CancelJob,
     CompleteLoad,
@@ -33,8 +33,8 @@ from runtime.actions import (
     StopPreparing,
     TakeOver,
 )
-from runtime.scheduler import decide
-from runtime.sight import Conditions, Phase, Policy, Running
+from runtime.scheduling.scheduler import decide
+from runtime.scheduling.sight import Conditions, Phase, Policy, Running
 from support.events import MODEL, History, at
 
 OTHER = "other"

@@ -10,12 +10,12 @@ from typing import get_args
 
 import onnxruntime as ort
 
-from runtime.background import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from runtime.errors import Exit
-from runtime.pool import WorkerPool
-from runtime.preparedfiles import prepared_in
+from runtime.prepared.files import prepared_in
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import LoadOrder, LoadReport, PrepareOrder, PrepareReport, Worker
 from runtime.wire import Form, LoadedFile, Prepared, SourceHash
-from runtime.workers import LoadOrder, LoadReport, PrepareOrder, PrepareReport, Worker
+from runtime.worker.background import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import order_of
 
 FORMS: tuple[Form, ...] = get_args(Form)

@@ -16,12 +16,12 @@ from openapi_schema_validator import OAS30Validator
 from yarl import URL
 
 from events.types import Data, Event
-from runtime.workers import Worker
+from runtime.processes.workers import Worker
 from server.app import all_routes
 from server.appkeys import CONSUMER, LOG, READER
+from server.auth.keys import issue_token
 from server.config import Config
-from server.keys import issue_token
-from server.openapi import openapi_document
+from server.docs.openapi import openapi_document
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.prepared import Made, PreparedStore
-from runtime.preparedfiles import Figure
+from runtime.prepared.files import Figure
+from runtime.prepared.store import Made, PreparedStore
 from runtime.wire import Form, LoadedFile, Prepared, SourceHash
 
 MODEL = "digits"

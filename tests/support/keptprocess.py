@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from runtime.prepared import PreparedStore
+from runtime.prepared.store import PreparedStore
 from support.keptforms import check_whole, keep, key
 
 NAMES = "abcdef"

@@ -3,12 +3,12 @@
 import shutil
 from pathlib import Path
 
-from runtime.pool import WorkerPool
-from runtime.prepared import Made, PreparedStore
-from runtime.preparedkey import key_of
+from runtime.prepared.key import key_of
+from runtime.prepared.store import Made, PreparedStore
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import PrepareOrder
 from runtime.repository import Repository
 from runtime.wire import Form, Prepared, SourceHash
-from runtime.workers import PrepareOrder
 from support.forms import found
 
 LIMIT_BYTES = 10**9

@@ -11,9 +11,9 @@ from typing import Any
 
 from aiohttp import web
 
-from server.connections import Limits
-from server.listening import listening
-from server.places import Places
+from server.connections.connection import Limits
+from server.connections.listening import listening
+from server.connections.places import Places
 from server.routes import Access, LimitClass
 from support.smallapp import route, small_app, small_config
 

@@ -23,13 +23,13 @@ from runtime import memory
 from runtime.consumer import Consumer
 from runtime.leases import Leases
 from runtime.live import LiveLoad
-from runtime.pool import WorkerPool
-from runtime.prepared import PreparedStore
+from runtime.prepared.store import PreparedStore
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import Worker
 from runtime.repository import Repository
 from runtime.router import Router
-from runtime.sight import Policy
+from runtime.scheduling.sight import Policy
 from runtime.wire import Tensor, WantedOutput
-from runtime.workers import Worker
 from support.workers import LIMIT_S, array, floats, until
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.auth import Gate, auth_middleware, create_verifier
+from server.auth.credentials import PRINCIPAL
+from server.auth.gate import Gate, auth_middleware, create_verifier
+from server.auth.keys import ensure_data_dir, issue_token
+from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import Config
-from server.credentials import PRINCIPAL
 from server.errors import errors_middleware
-from server.keys import ensure_data_dir, issue_token
-from server.ratelimit import RateLimits, add_quota_headers
 from server.routes import Access, LimitClass, Route, add_routes
 from server.validation import validation_middleware
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from runtime.pool import WorkerPool
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import LoadOrder, LoadReport, Worker
 from runtime.repository import Repository
 from runtime.wire import DATATYPES, LoadedFile, Outcome, Tensor, WantedOutput
-from runtime.workers import LoadOrder, LoadReport, Worker
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import pytest
 
 from events.jobs import Job
 from events.types import WorkerExited
-from runtime.sight import Phase, Running
+from runtime.scheduling.sight import Phase, Running
 
 NEEDS = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, ("c", 2): 120}
 """Bytes that one instance takes at most, by model and version; the last fits in no budget."""

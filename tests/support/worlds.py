@@ -33,7 +33,7 @@ from events.types import (
     WorkerExited,
     recorded,
 )
-from runtime.actions import (
+from runtime.scheduling.actions import (
     Action,
     CancelJob,
     CompleteLoad,
@@ -52,9 +52,9 @@ from runtime.actions import (
     StopPreparing,
     TakeOver,
 )
-from runtime.actions import Decision as Next
-from runtime.scheduler import decide, is_wanted
-from runtime.sight import Conditions, Phase, Policy, Preparation, Running
+from runtime.scheduling.actions import Decision as Next
+from runtime.scheduling.scheduler import decide, is_wanted
+from runtime.scheduling.sight import Conditions, Phase, Policy, Preparation, Running
 from support.events import at, load_requested, model_loaded
 from support.worldprocess import Process, need_of
 

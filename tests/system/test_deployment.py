@@ -25,7 +25,7 @@ from runtime.memory import descendants
 from server.app import all_routes
 from server.config import Config, load_config, settings
 from server.configfile import read_config_file
-from server.refusals import TooManyConnections
+from server.connections.refusals import TooManyConnections
 from server.routes import Access
 
 ROOT = Path(__file__).parents[2]

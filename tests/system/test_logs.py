@@ -14,7 +14,7 @@ from support.process import MODULE, Server, serving
 from yarl import URL
 
 from server.config import Config
-from server.logrequests import MAX_STRANGERS
+from server.logs.requests import MAX_STRANGERS
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}

@@ -13,7 +13,7 @@ from support.models import save
 from support.process import Server, serving
 
 from server.config import Config
-from server.telemetry import INSTALL
+from server.logs.telemetry import INSTALL
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-01", "tracestate": "a=1,b=2"}

@@ -1,0 +1,1 @@
+"""Workers from outside: the processes, the fork server that they come from, and the wire to each."""

@@ -1,0 +1,182 @@
+"""Which requests of a model with a batch dimension go together, and their tensors put together and apart.
+
+Requests go together that bring the same inputs, of the same shapes but for the first dimension, and ask for
+the same outputs. The one that waits longest is always among those that are run next: the server relies on
+it when it looks for the inference that a worker is stuck in.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from runtime.errors import InvalidInput
+from runtime.worker.inference import Asked
+
+MAX_WAITING_BYTES = 64 * 2**20
+MAX_WAITING = 1024
+"""Beyond either nothing more is read before something has run. The rest waits with the server, which bounds
+it."""
+
+
+class Request(msgspec.Struct, frozen=True, eq=False):
+    """An inference that can begin.
+
+    Attributes:
+        number: its id.
+        feed: the inputs by name.
+        size: elements along the batch dimension; 1 for a model that has none.
+        alone: it goes together with no other.
+        sent_ns: when the server sent it, or 0.
+        came_ns: when the worker had it.
+        input_ns: how long it took to read its tensors.
+    """
+
+    number: int
+    asked: Asked
+    feed: dict[str, Any]
+    size: int
+    alone: bool
+    sent_ns: int
+    came_ns: int
+    input_ns: int
+
+    def kind(self) -> Hashable:
+        """Return what requests that go together have in common."""
+        if self.alone:
+            return self.number
+        return self.asked, tuple([(name, array.shape[1:]) for name, array in self.feed.items()])
+
+    def waits_since_ns(self) -> int:
+        """Return from when on it waits to be run: it may have lain with the server, or on the way."""
+        return min(self.sent_ns, self.came_ns) or self.came_ns
+
+    def bytes(self) -> int:
+        """Return about what it takes of memory."""
+        return sum(array.nbytes for array in self.feed.values())
+
+
+class BatchDimension:
+    """What a model with a batch dimension takes.
+
+    Args:
+        limit: elements that may be run at once, at least 1.
+        inputs: the names of those that have the dimension; others have one value for a whole run.
+    """
+
+    def __init__(self, limit: int, inputs: Sequence[str]) -> None:
+        self._limit = limit
+        self._inputs = frozenset(inputs)
+
+    def measure(self, feed: dict[str, Any]) -> tuple[int, bool]:
+        """Return a request's size, and whether it has to be run alone.
+
+        Raises:
+            InvalidInput: `invalid_input`, it is larger than the limit, or has no one size.
+        """
+        batched = (array for name, array in feed.items() if name in self._inputs)
+        sizes = {array.shape[0] if array.ndim else None for array in batched}
+        size = next(iter(sizes), 1)
+        if len(sizes) > 1 or size is None:
+            raise InvalidInput("all inputs must have the same first dimension, which is the batch size")
+        if size > self._limit:
+            raise InvalidInput(f"the batch size is {size}, and of this model at most {self._limit}")
+        return size, size == 0 or not feed.keys() <= self._inputs
+
+
+class Queue:
+    """Requests that wait, by what goes together.
+
+    Args:
+        limit: elements of a batch.
+        delay_ns: how long a request may wait for others.
+    """
+
+    def __init__(self, limit: int, delay_ns: int) -> None:
+        self._limit = limit
+        self._delay_ns = delay_ns
+        self._groups: dict[Hashable, _Group] = {}
+        self._count = 0
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, request: Request) -> None:
+        """Let a request wait."""
+        kind = request.kind()
+        group = self._groups.get(kind)
+        if group is None:
+            group = self._groups[kind] = _Group(kind)
+        group.requests.append(request)
+        group.size += request.size
+        self._count += 1
+        self._bytes += request.bytes()
+
+    def wait_ns(self, now_ns: int) -> int | None:
+        """Return how long to look out for more before the next batch is run, be it 0; None is not at all."""
+        if self._count >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES:
+            return None
+        if any(group.size >= self._limit or group.requests[0].alone for group in self._groups.values()):
+            return None
+        return max(0, self._next().waits_since_ns() + self._delay_ns - now_ns)
+
+    def take(self) -> list[Request]:
+        """Take the next batch: the request that waits longest, and what goes together with it."""
+        group = self._next()
+        batch: list[Request] = []
+        size = 0
+        while group.requests and (not batch or size + group.requests[0].size <= self._limit):
+            request = group.requests.popleft()
+            batch.append(request)
+            size += request.size
+            self._bytes -= request.bytes()
+        group.size -= size
+        self._count -= len(batch)
+        if not group.requests:
+            del self._groups[group.kind]
+        return batch
+
+    def _next(self) -> "_Group":
+        return min(self._groups.values(), key=_Group.waits_since_ns)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Requests that go together, in the order in which they came."""
+
+    kind: Hashable
+    requests: deque[Request] = field(default_factory=deque)
+    size: int = 0
+
+    def waits_since_ns(self) -> int:
+        return self.requests[0].waits_since_ns()
+
+
+class NotApart(Exception):
+    """The outputs do not have the batch dimension that the model is said to have."""
+
+
+def together(batch: Sequence[Request]) -> dict[str, Any]:
+    """Put the inputs of requests that go together into one."""
+    return {name: np.concatenate([request.feed[name] for request in batch]) for name in batch[0].feed}
+
+
+def apart(batch: Sequence[Request], arrays: Sequence[Any]) -> list[list[Any]]:
+    """Give each request of a batch its part of the outputs; the arrays are views.
+
+    Raises:
+        NotApart: an output is not as long as all of them together.
+    """
+    total = sum(request.size for request in batch)
+    if any(array is not None and (not array.ndim or len(array) != total) for array in arrays):
+        raise NotApart
+    parts, start = [], 0
+    for request in batch:
+        end = start + request.size
+        parts.append([None if array is None else array[start:end] for array in arrays])
+        start = end
+    return parts

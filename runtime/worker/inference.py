@@ -1,0 +1,268 @@
+"""What a worker does with `Infer`: tensors of the wire to ONNX Runtime's and back."""
+
+import ctypes
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+from runtime.errors import InferenceCancelled, InferenceFailed, InvalidInput, NotRepresentable
+from runtime.wire import (
+    ALIGNMENT,
+    DATATYPES,
+    MAX_PAYLOAD_BYTES,
+    Buffer,
+    MalformedTexts,
+    Tensor,
+    TensorHead,
+    TensorSpec,
+    WantedOutput,
+    pack_texts,
+    unpack_texts,
+)
+from runtime.worker.jsontensors import check_json, decode_text, encode_text
+
+ELEMENT_TYPE_BFLOAT16 = 16
+"""TensorProto.DataType in onnx.proto3."""
+COPIED_BYTES = 32 * 2**10
+"""Copying this much takes about as long as making a view of it."""
+ALIGNED_COPY_BYTES = 8 * 2**10
+"""Copying this much takes about as long as asking where an array is."""
+KNOWN_CHOICES = 64
+"""Of outputs: so many lists of what clients ask for are checked once. A hostile one may ask for more."""
+
+_TYPES = {datatype.name: np.dtype(datatype.numpy) for datatype in DATATYPES.values()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """The outputs that a request asks for: their names, and of each name, datatype and whether as JSON.
+
+    With `digest`, only what they hash to.
+    """
+
+    names: list[str]
+    forms: list[tuple[str, str, bool]]
+    digest: bool = False
+
+
+class Runner:
+    """Runs one session; what it does not take is refused before the session sees it.
+
+    Args:
+        session: loaded.
+        inputs: all that it takes, as they were told to the server.
+        outputs: all that it gives.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    ) -> None:
+        # The class around it checks, for 2 µs of 6, what is checked here already or cannot be.
+        self._session = session._sess  # noqa: SLF001
+        self._inputs = {spec.name: spec.datatype for spec in inputs}
+        self._required = {spec.name for spec in inputs if not spec.optional}
+        self._outputs = {spec.name: spec.datatype for spec in outputs}
+        self._has_bfloat16 = "BF16" in (*self._inputs.values(), *self._outputs.values())
+        self._known = lru_cache(KNOWN_CHOICES)(self._asked)
+
+    def asked(
+        self,
+        outputs: tuple[WantedOutput, ...],
+        text: bool,  # noqa: FBT001 - as in `Infer`
+        digest: bool = False,  # noqa: FBT001, FBT002
+    ) -> Asked:
+        """Say what a request asks for; mostly the same object for the same outputs.
+
+        Raises:
+            InvalidInput: `invalid_input`, or as NotRepresentable `not_representable`.
+        """
+        if len(outputs) > len(self._outputs):  # some are named again, and there may be 80,000: not to be kept
+            return self._asked(outputs, text, digest)
+        return self._known(outputs, text, digest)
+
+    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> Asked:  # noqa: FBT001
+        for output in outputs:
+            self._check_output(output.name)
+        chosen = {output.name: output.text for output in outputs} or {
+            name: text for name, datatype in self._outputs.items() if datatype in DATATYPES
+        }
+        forms = [(name, self._outputs[name], as_text) for name, as_text in chosen.items()]
+        for name, datatype, as_text in forms:
+            if as_text:
+                check_json(name, datatype)
+        return Asked(list(chosen), forms, digest)
+
+    def feed(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """View a request's tensors as arrays, by name.
+
+        Raises:
+            InvalidInput: `invalid_input`.
+        """
+        arrays: dict[str, Any] = {}
+        for tensor in tensors:
+            if self._inputs.get(tensor.name) != tensor.datatype or tensor.name in arrays:
+                self._refuse(tensor, given=tensor.name in arrays)
+            arrays[tensor.name] = decode_text(tensor) if tensor.text else to_array(tensor)
+        if not self._required <= arrays.keys():
+            missing = sorted(self._required - arrays.keys())
+            raise InvalidInput(f"no value for input {', '.join(map(repr, missing))}")
+        return arrays
+
+    def run(self, asked: Asked, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
+        """Run the model once; gives an array for each output, None for an optional one without a value.
+
+        Raises:
+            InvalidInput: `invalid_input`.
+            InferenceFailed: `inference_failed`.
+            InferenceCancelled: `inference_cancelled`, when `options.terminate` was set meanwhile.
+        """
+        try:
+            if self._has_bfloat16:
+                return self._run_with_values(asked, feed, options)
+            arrays: list[Any] = self._session.run(asked.names, feed, options)
+        except InvalidArgument as error:
+            raise InvalidInput(str(error)) from None
+        except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
+            if options.terminate:
+                raise InferenceCancelled from None
+            raise InferenceFailed(str(error) or type(error).__name__) from None
+        return arrays
+
+    def answer(self, asked: Asked, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+        """Make the outputs' heads and data; what is optional and has no value is left out.
+
+        Raises:
+            NotRepresentable: `not_representable`.
+            InferenceFailed: `inference_failed`, for more than a frame may hold.
+        """
+        if asked.digest:
+            return _digests(asked, arrays)
+        heads: list[TensorHead] = []
+        parts: list[Buffer] = []
+        for (name, datatype, text), array in zip(asked.forms, arrays, strict=True):
+            if array is not None:
+                data = encode_text(name, datatype, array) if text else to_data(datatype, array)
+                heads.append(TensorHead(name, datatype, array.shape, len(data), text))
+                parts.append(data)
+        if sum(map(len, parts)) > MAX_PAYLOAD_BYTES:
+            problem = NotRepresentable if any(head.text for head in heads) else InferenceFailed
+            raise problem(f"the outputs are larger than {MAX_PAYLOAD_BYTES} bytes")
+        return tuple(heads), parts
+
+    def _run_with_values(self, asked: Asked, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
+        """Run a model with tensors of BF16, which numpy does not have."""
+        values = {name: self._value(name, array) for name, array in feed.items()}
+        answers = self._session.run_with_ort_values(values, asked.names, options)
+        return [
+            _array_of(value, datatype) for value, (_, datatype, _) in zip(answers, asked.forms, strict=True)
+        ]
+
+    def _value(self, name: str, array: Any) -> Any:
+        if self._inputs[name] == "BF16":
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPE_BFLOAT16)
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+        return value._get_c_value()  # noqa: SLF001 - what the session within the session takes
+
+    def _check_output(self, name: str) -> None:
+        datatype = self._outputs.get(name)
+        if datatype is None:
+            raise InvalidInput(f"the model has no output {name!r}")
+        if datatype not in DATATYPES:
+            raise InvalidInput(f"output {name!r} is a {datatype}, which is no tensor to send")
+
+    def _refuse(self, tensor: Tensor, *, given: bool) -> None:
+        """Say why this is no input."""
+        name, expected = tensor.name, self._inputs.get(tensor.name)
+        if given:
+            raise InvalidInput(f"input {name!r} is given twice")
+        if expected is None:
+            raise InvalidInput(f"the model has no input {name!r}")
+        if expected not in DATATYPES:
+            raise InvalidInput(f"input {name!r} is a {expected}, which no tensor can be")
+        raise InvalidInput(f"input {name!r} is {expected}, not {tensor.datatype}")
+
+
+def to_array(tensor: Tensor) -> Any:
+    """Make a numpy array of a tensor; of a long one it is a view, where it lies well.
+
+    Raises:
+        InvalidInput: `invalid_input`, for BYTES that are no text (all that ONNX Runtime takes from Python),
+            or not as many elements as the shape says; for a BOOL that is neither 0 nor 1.
+    """
+    if tensor.datatype == "BYTES":
+        elements = _texts(tensor)
+        flat: Any = np.empty(len(elements), object)
+        flat[:] = elements
+    else:
+        flat = _aligned(np.frombuffer(tensor.data, _TYPES[tensor.datatype]))
+        if tensor.datatype == "BOOL" and flat.view(np.uint8).max(initial=0) > 1:
+            raise InvalidInput(f"input {tensor.name!r}: a BOOL is a byte of 0 or 1")
+    if flat.shape == tensor.shape:
+        return flat
+    try:
+        return flat.reshape(tensor.shape)
+    except ValueError:
+        shape = list(tensor.shape)
+        raise InvalidInput(f"input {tensor.name!r} has {flat.size} elements, not those of {shape}") from None
+
+
+def _aligned(flat: Any) -> Any:
+    """Give the array, or a copy of it, at an address at which results do not depend on the address.
+
+    ONNX Runtime's sums differ in their last bits where an input does not begin at a multiple of 16.
+    """
+    # Copying a short one costs less than asking for its address.
+    if flat.nbytes < ALIGNED_COPY_BYTES or flat.ctypes.data % ALIGNMENT:
+        return flat.copy()
+    return flat
+
+
+def to_data(datatype: str, array: Any) -> Buffer:
+    """Give the data of a tensor; of a long array that is contiguous it is a view."""
+    if datatype == "BYTES":
+        return pack_texts(array.ravel())
+    if array.dtype != _TYPES[datatype]:
+        array = array.astype(_TYPES[datatype])
+    if array.nbytes < COPIED_BYTES:
+        return bytes(array.tobytes())
+    view: memoryview = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return view
+
+
+def _digests(asked: Asked, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+    """Make tensors of the outputs' SHA-256: of datatype, shape and data, however long."""
+    heads: list[TensorHead] = []
+    parts: list[Buffer] = []
+    for (name, datatype, _), array in zip(asked.forms, arrays, strict=True):
+        if array is not None:
+            digest = hashlib.sha256(f"{datatype} {list(array.shape)}\n".encode())
+            digest.update(to_data(datatype, array))
+            heads.append(TensorHead(name, "UINT8", (digest.digest_size,), digest.digest_size))
+            parts.append(digest.digest())
+    return tuple(heads), parts
+
+
+def _array_of(value: Any, datatype: str) -> Any:
+    if not value.has_value():
+        return None
+    if datatype != "BF16":
+        return value.numpy()
+    # numpy has no such type, so ONNX Runtime gives no array of it; on the CPU its memory can be read.
+    shape = value.shape()
+    size = int(np.prod(shape, dtype=np.int64)) * DATATYPES[datatype].size
+    data = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(data, _TYPES[datatype]).reshape(shape)
+
+
+def _texts(tensor: Tensor) -> list[str]:
+    try:
+        return unpack_texts(tensor.data)
+    except MalformedTexts as error:
+        raise InvalidInput(f"input {tensor.name!r}: {error}") from None

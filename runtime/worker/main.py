@@ -1,0 +1,191 @@
+"""The worker: the process that holds one session of one model version.
+
+Its main thread serves the data channel: reads, runs, answers, with no hand-over between. A second thread
+sleeps on the control channel, so that a cancellation reaches an inference that is running. The worker ends
+when either channel does, when it is told something that is no frame, after a load that failed, and after it
+has prepared a form.
+"""
+
+import _thread
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from runtime.errors import LoadRefused
+from runtime.frames import FrameReader
+from runtime.wire import (
+    CONTROL,
+    TO_WORKER,
+    Frame,
+    Infer,
+    Load,
+    LoadFailed,
+    M,
+    MalformedFrame,
+    Message,
+    Prepare,
+    Stage,
+    Tensor,
+    ToWorker,
+    plain_text,
+)
+from runtime.worker.batching import Queue
+from runtime.worker.cancellation import Cancellation
+from runtime.worker.execution import Executor
+from runtime.worker.loading import load
+from runtime.worker.model import Model
+from runtime.worker.optimising import prepare_form
+from runtime.worker.outbox import Outbox
+from runtime.worker.sessions import register_operators
+
+EX_PROTOCOL = 76
+"""sysexits.h: what a worker exits with when it was told something that is no frame."""
+MAX_WAIT_S = 3600.0
+"""For requests to be run with others, whatever is asked for: select takes no time without end."""
+AWAKE_NS = 400_000
+"""A worker whose last request came within so long is awake for so long: at one client of a small model it is
+asked every 300 µs (measured), and answers 1.4 times as many requests. One that is asked less often sleeps."""
+STACK_BYTES = 512 * 2**10
+"""Of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
+
+
+def prepare() -> None:
+    """Do once, in the fork server, what every worker would have to do first."""
+    register_operators()
+
+
+def main(data: int, control: int) -> NoReturn:
+    """Run a worker on the descriptors of its two channels; ends the process."""
+    threading.stack_size(STACK_BYTES)
+    cancellation = Cancellation()
+    listener = socket.socket(fileno=control)
+    # Not `threading`: that waits for the thread to have begun, and a load would too.
+    _thread.start_new_thread(_listen, (listener, cancellation))
+    _Worker(socket.socket(fileno=data), cancellation).serve()
+    os._exit(0)
+
+
+class _Worker:
+    """Serves the data channel."""
+
+    def __init__(self, channel: socket.socket, cancellation: Cancellation) -> None:
+        self._channel = channel
+        self._cancellation = cancellation
+        self._reader = FrameReader(TO_WORKER)
+        self._outbox = Outbox(channel)
+        self._executor: Executor | None = None
+        self._queue: Queue | None = None
+        self._poll = select.poll()
+        self._poll.register(channel, select.POLLIN)
+        self._awake = False
+
+    def serve(self) -> None:
+        """Answer until the channel ends, one request after the other; what came at once, at once."""
+        while self._read():
+            if self._queue is not None and self._executor is not None:
+                self._serve_batches(self._queue, self._executor)
+            self._outbox.flush()
+
+    def _serve_batches(self, queue: Queue, executor: Executor) -> None:
+        """Run all that waits, and what comes meanwhile."""
+        while queue:
+            wait_ns = queue.wait_ns(time.monotonic_ns())
+            if wait_ns is not None and self._more_within(wait_ns) and not self._read():
+                return
+            if not wait_ns:  # full, or due: what comes from here on is for the next one
+                executor.run(queue.take())
+
+    def _more_within(self, wait_ns: int) -> bool:
+        """Wait so long for the channel to have something to read."""
+        if wait_ns:
+            self._outbox.flush()
+        return bool(select.select([self._channel], [], [], min(wait_ns / 1e9, MAX_WAIT_S))[0])
+
+    def _read(self) -> bool:
+        """Take what has come, when something has; False at the end of the channel."""
+        asked_ns = time.monotonic_ns()
+        if self._awake:
+            self._stay_awake(asked_ns + AWAKE_NS)
+        count = _receive(self._channel, self._reader)
+        self._awake = time.monotonic_ns() - asked_ns < AWAKE_NS
+        for message, tensors in _frames(self._reader, count):
+            self._handle(message, tensors)
+        return count > 0
+
+    def _stay_awake(self, until_ns: int) -> None:
+        """Look for the next request for a while before sleeping: being woken costs as much as many runs.
+
+        Whoever else wants this core has it meanwhile.
+        """
+        while not self._poll.poll(0) and time.monotonic_ns() < until_ns:
+            os.sched_yield()
+
+    def _handle(self, message: ToWorker, tensors: Sequence[Tensor]) -> None:
+        if isinstance(message, Infer) and self._executor is not None:
+            request = self._executor.prepare(message, tensors)
+            if request is None:
+                return
+            if self._queue is None:
+                self._executor.run((request,))
+            else:
+                self._cancellation.wait(request.number)
+                self._queue.add(request)
+        elif isinstance(message, Load) and self._executor is None:
+            self._load(message, tensors)
+        elif isinstance(message, Prepare) and self._executor is None:
+            self._prepare(message)
+        else:
+            os._exit(EX_PROTOCOL)
+
+    def _load(self, order: Load, given: Sequence[Tensor]) -> None:
+        try:
+            model, report = load(order, given, lambda stage: self._send(Stage(stage)))
+        except LoadRefused as refusal:
+            self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
+            os._exit(0)
+        self._begin(order, model)
+        self._send(report)
+
+    def _prepare(self, order: Prepare) -> NoReturn:
+        try:
+            self._send(prepare_form(order))
+        except LoadRefused as refusal:
+            self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
+        os._exit(0)
+
+    def _begin(self, order: Load, model: Model) -> None:
+        if order.max_batch_size:
+            self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
+        self._executor = Executor(model.runner, self._outbox, self._cancellation, model.dimension)
+
+    def _send(self, message: Message) -> None:
+        self._outbox.put(message)
+        self._outbox.flush()
+
+
+def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
+    """Serve the control channel. Its end is the worker's, even while it computes."""
+    reader = FrameReader(CONTROL)
+    while count := _receive(channel, reader):
+        for message, _ in _frames(reader, count):
+            cancellation.cancel(message.id)
+    os._exit(0)
+
+
+def _receive(channel: socket.socket, reader: FrameReader[M]) -> int:
+    try:
+        return channel.recv_into(reader.buffer())
+    except ConnectionError:
+        return 0
+
+
+def _frames(reader: FrameReader[M], count: int) -> list[Frame[M]]:
+    try:
+        return reader.advance(count)
+    except MalformedFrame as error:
+        os.write(2, f"malformed frame: {error}\n".encode("utf-8", "replace"))
+        os._exit(EX_PROTOCOL)

@@ -1,0 +1,107 @@
+"""`?at=`: what the management API answers of a moment of the past, for those who may audit."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from events.jobs import JobStatus
+from events.past import Moment, Past, open_past
+from runtime.errors import UnknownModel
+from server.api.views import job_view, model_view
+from server.appkeys import LOG, PRINCIPAL
+from server.auth.gate import check_role
+from server.routes import Access
+
+PAST = web.AppKey("past", Past)
+"""Answers what was so."""
+
+
+async def reading_the_past(app: web.Application) -> AsyncIterator[None]:
+    """Open what `?at=` is answered from; a resource of the application."""
+    async with open_past(app[LOG].path) as past:
+        app[PAST] = past
+        yield
+
+
+@web.middleware
+async def past_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse who may not ask for the past before it is looked at how; between auth and validation."""
+    if "at" in request.query and _takes_at(request.match_info.handler):
+        check_role(request[PRINCIPAL], Access.AUDIT)
+    return await handler(request)
+
+
+async def past_models(request: web.Request, at: str, cursor: str, limit: int) -> dict[str, Any]:
+    """Return a page of the models that the ledger knew at a moment, by id.
+
+    Raises:
+        Forbidden: `forbidden`.
+        BadMoment: `invalid_parameter`.
+        BeyondHead: `beyond_head`.
+        Archived: `archived`.
+        LogUnavailable: `log_unavailable`.
+    """
+    moment, state = await _past(request).state(at)
+    ids = sorted(model_id for model_id in state.models if model_id > cursor)
+    active = state.active()
+    models = [model_view(model_id, state, None, active) for model_id in ids[:limit]]
+    return {
+        "models": models,
+        "next_cursor": ids[limit - 1] if len(ids) > limit else None,
+        **as_of(moment),
+    }
+
+
+async def past_model(request: web.Request, at: str, model_id: str) -> dict[str, Any]:
+    """Return a model as it was at a moment.
+
+    Raises:
+        UnknownModel: `unknown_model`, nobody had asked for it by then; and what `past_models` raises.
+    """
+    moment, state = await _past(request).state(at)
+    if model_id not in state.models:
+        raise UnknownModel(model_id)
+    return {**model_view(model_id, state, None, state.active()), **as_of(moment)}
+
+
+async def past_jobs(request: web.Request, at: str, query: dict[str, Any]) -> dict[str, Any]:
+    """Return a page of the jobs as they were at a moment, newest first; raises what `past_models` does."""
+    limit, status = query["limit"], query["status"]
+    moment, found = await _past(request).jobs(
+        at,
+        before=query["cursor"],
+        limit=limit + 1,
+        model_id=query["model"],
+        status=JobStatus(status) if status is not None else None,
+    )
+    return {
+        "jobs": [job_view(job, None) for job in found[:limit]],
+        "next_cursor": found[limit - 1].created_position if len(found) > limit else None,
+        **as_of(moment),
+    }
+
+
+async def past_job(request: web.Request, at: str, job_id: str) -> dict[str, Any] | None:
+    """Return a job as it was at a moment, None if there was none; raises what `past_models` does."""
+    moment, job = await _past(request).job(at, job_id)
+    return {**job_view(job, None), **as_of(moment)} if job is not None else None
+
+
+def as_of(moment: Moment) -> dict[str, Any]:
+    """Return the members that say which moment an answer is about."""
+    return {"as_of": moment.position, "as_of_time": moment.recorded_at}
+
+
+def _takes_at(handler: Handler) -> bool:
+    """Whether a handler was decorated with a query that has `at`."""
+    declared = getattr(handler, "__schemas__", ())
+    return any(each["location"] == "querystring" and "at" in each["schema"].fields for each in declared)
+
+
+def _past(request: web.Request) -> Past:
+    check_role(request[PRINCIPAL], Access.AUDIT)
+    return request.app[PAST]

@@ -1,0 +1,277 @@
+"""Who is asking, and may they: bearer tokens (RFC 6750, 7519, 8725), roles, and the one middleware."""
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from server.auth.credentials import (
+    PRINCIPAL,
+    Forbidden,
+    InvalidToken,
+    MalformedAuthorization,
+    Principal,
+    bearer_token,
+)
+from server.auth.denials import NO_ROUTE, Denials
+from server.auth.keyring import KeyRing, VerificationKey, open_key_ring
+from server.auth.keys import ROLES, subject_refusal
+from server.auth.proxies import Proxies
+from server.auth.ratelimit import QUOTA, Quota, RateLimits
+from server.config import Config
+from server.routes import Access, LimitClass, matched_route
+
+__all__ = ["PRINCIPAL", "Gate", "Principal", "Verifier", "auth_middleware", "check_role", "create_verifier"]
+
+CLOCK_SKEW_S = 60.0
+"""How far an issuer's clock may be ahead, for `nbf` and `iat`. `exp` is taken at its word."""
+
+MAX_TIME_S = 2**53
+"""Up to here a float is exact to the second; refuses infinity, and integers that are no floats at all."""
+
+_USUAL = "Bearer "
+"""How all but odd clients begin the field; a token that is remembered need not be looked at further."""
+
+MAX_REMEMBERED = 4096
+"""Verified tokens kept, some 2 MB; one more costs a signature check (about 0.1 ms), nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    principal: Principal
+    expires_at: float
+    kid: str | None
+    key: VerificationKey
+
+
+class Verifier:
+    """Checks tokens; remembers valid ones by their SHA-256 until they expire or their key is gone."""
+
+    def __init__(
+        self,
+        keys: KeyRing,
+        audience: str,
+        issuer: str | None = None,
+        roles_claim: str = "roles",
+        capacity: int = MAX_REMEMBERED,
+    ) -> None:
+        self._keys = keys
+        self._audience = audience
+        self._issuer = issuer
+        self._roles_claim = roles_claim
+        self._capacity = capacity
+        self._remembered: OrderedDict[bytes, _Remembered] = OrderedDict()
+
+    def verify(self, token: str, now: float) -> Principal:
+        """Return who a token speaks for.
+
+        Args:
+            token: As sent, without `Bearer`.
+            now: Seconds since the epoch.
+
+        Raises:
+            InvalidToken: it is not valid here and now (`invalid_token`).
+        """
+        if (known := self.recall(token, now)) is not None:
+            return known
+        verified, digest = self._verify_afresh(token, now), _digest(token)
+        self._remembered[digest] = verified
+        if len(self._remembered) > self._capacity:
+            self._remembered.popitem(last=False)
+        return verified.principal
+
+    def recall(self, token: str, now: float) -> Principal | None:
+        """Return who a token speaks for, if it was verified before and is still valid."""
+        digest = _digest(token)
+        known = self._remembered.get(digest)
+        if known is None:
+            return None
+        if known.expires_at > now and self._keys.find(known.kid, now) is known.key:
+            self._remembered.move_to_end(digest)
+            return known.principal
+        del self._remembered[digest]
+        return None
+
+    def _verify_afresh(self, token: str, now: float) -> _Remembered:
+        kid = _kid_of(token)
+        key = self._keys.find(kid, now)
+        if key is None:
+            raise InvalidToken("the token is signed with a key that is not known here")
+        claims = self._claims(token, key)
+        expires_at = _check_times(claims, now)
+        return _Remembered(self._principal(claims), expires_at, kid, key)
+
+    def _claims(self, token: str, key: VerificationKey) -> Mapping[str, Any]:
+        options: jwt.types.Options = {
+            "require": ["sub", "exp", "aud"],
+            "verify_exp": False,  # the times are compared with our caller's, in _check_times
+            "verify_nbf": False,
+            "verify_iat": False,
+            "verify_iss": self._issuer is not None,
+        }
+        try:
+            return jwt.decode(
+                token,
+                key.public,
+                [key.algorithm],
+                options=options,
+                audience=self._audience,
+                issuer=self._issuer,
+            )
+        except (jwt.PyJWTError, ValueError, TypeError) as error:
+            raise InvalidToken(f"the token is not valid: {error}") from None
+
+    def _principal(self, claims: Mapping[str, Any]) -> Principal:
+        subject = claims["sub"]
+        refusal = subject_refusal(subject) if isinstance(subject, str) else "the subject must be text"
+        if refusal is not None:
+            raise InvalidToken(refusal)
+        roles = _followed(claims, self._roles_claim)
+        if not isinstance(roles, list):
+            raise InvalidToken(f"the claim {self._roles_claim} must be a list of roles")
+        return Principal(subject, ROLES.intersection(role for role in roles if isinstance(role, str)))
+
+
+def create_verifier(config: Config) -> Verifier:
+    """Return the verifier that a configuration asks for. Nothing is read yet."""
+    keys = open_key_ring(config.data, config.jwt_keys)
+    return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
+
+
+class Gate:
+    """Lets through who may, in the order 429 (address), 401, 429 (subject), 403."""
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        limits: RateLimits,
+        clock: Callable[[], float] = time.time,
+        proxies: Proxies | None = None,
+    ) -> None:
+        self._verifier = verifier
+        self._limits = limits
+        self._clock = clock
+        self._proxies = proxies or Proxies()
+        self.denials = Denials()
+
+    def authenticate(self, request: web.BaseRequest) -> Principal:
+        """Return who asks.
+
+        Raises:
+            TooManyFailures: `too_many_failures`.
+            NoCredentials: `no_credentials`.
+            InvalidToken: `invalid_token`.
+            MalformedAuthorization: `invalid_request`.
+        """
+        if self._limits.has_failures:
+            self._limits.check_peer(self._proxies.peer(request))
+        fields, now = request.headers.getall(hdrs.AUTHORIZATION, []), self._clock()
+        if len(fields) == 1 and fields[0].startswith(_USUAL):
+            known = self._verifier.recall(fields[0][len(_USUAL) :], now)
+            if known is not None:
+                return known
+        try:
+            return self._verifier.verify(bearer_token(fields), now)
+        except (InvalidToken, MalformedAuthorization):
+            # Not those without credentials: they guess nothing, and their neighbours would be locked out.
+            self._limits.count_failure(self._proxies.peer(request))
+            raise
+
+    def count(self, principal: Principal, limit: LimitClass) -> Quota | None:
+        """Count the request against its subject's limit; return what is left.
+
+        Raises:
+            RateLimited: `rate_limited`.
+        """
+        return self._limits.count(limit, principal.subject)
+
+    def admit(self, principal: Principal, access: Access, action: str) -> None:
+        """Refuse who has none of the roles that a route asks for, and count it: the ledger names the action.
+
+        Raises:
+            Forbidden: `forbidden`.
+        """
+        try:
+            check_role(principal, access)
+        except Forbidden:
+            self.denials.count(principal.subject, action)
+            raise
+
+
+def check_role(principal: Principal, access: Access) -> None:
+    """Refuse who has none of the roles that are asked for; `Gate.admit` counts it, too.
+
+    Raises:
+        Forbidden: `forbidden`.
+    """
+    if not principal.roles & access.value:
+        raise Forbidden(principal, access)
+
+
+def auth_middleware(gate: Gate) -> Middleware:
+    """Return the middleware that asks the gate.
+
+    Unknown paths and wrong methods need a token of any role, so that nobody explores them without one.
+    """
+
+    @web.middleware
+    async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
+        route = matched_route(request)
+        if route is not None and route.access is Access.PUBLIC:
+            return await handler(request)
+        request[PRINCIPAL] = principal = gate.authenticate(request)
+        quota = gate.count(principal, LimitClass.READS if route is None else route.limit)
+        if quota is not None:
+            request[QUOTA] = quota
+        action = NO_ROUTE if route is None else route.name
+        gate.admit(principal, Access.ANY if route is None else route.access, action)
+        try:
+            return await handler(request)
+        except Forbidden:  # the route is for these roles, but not with such parameters
+            gate.denials.count(principal.subject, f"{action}?")
+            raise
+
+    return authorise
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _kid_of(token: str) -> str | None:
+    try:
+        kid = jwt.get_unverified_header(token).get("kid")
+    except (jwt.PyJWTError, ValueError, RecursionError) as error:
+        raise InvalidToken(f"the token is not a JWT: {error}") from None
+    return kid if isinstance(kid, str) else None
+
+
+def _check_times(claims: Mapping[str, Any], now: float) -> float:
+    """Check `exp`, `nbf` and `iat` (RFC 7519 section 4.1) and return `exp`."""
+    times = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
+    for name, value in times.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_TIME_S:
+            raise InvalidToken(f"the token's {name} must be a number of seconds since 1970")
+    if times["exp"] <= now:
+        raise InvalidToken("the token has expired")
+    if max(times.get("nbf", now), times.get("iat", now)) > now + CLOCK_SKEW_S:
+        raise InvalidToken("the token is not valid yet")
+    return float(times["exp"])
+
+
+def _followed(claims: Mapping[str, Any], path: str) -> object:
+    """Return the claim of that name, or at the end of the dotted path; an empty list if there is none."""
+    if path in claims:
+        return claims[path]
+    found: object = claims
+    for step in path.split("."):
+        if not isinstance(found, Mapping) or step not in found:
+            return []
+        found = found[step]
+    return found

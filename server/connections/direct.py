@@ -1,0 +1,124 @@
+"""An answer written to its connection in one piece, past the framework's own machinery.
+
+The framework takes 25 µs to write a response (measured: 16,000 constant replies a second with it, 27,000
+without), most of what an inference costs here. What it does for a response is small when the length is known,
+and stands here; connections, parsing, timeouts and shutdown stay the framework's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from email.utils import formatdate
+from functools import lru_cache
+
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+
+from runtime.wire import Buffer
+from server.connections.bodies import Share
+from server.logs.context import REQUEST_ID, sane_id
+from server.validation import MIN_PROGRESS_BYTES
+
+SERVER = "loadledger"
+"""What runs here, in no version that an attacker could look up."""
+JOINED_BYTES = 64 * 2**10
+"""Copying this much takes about as long as telling the kernel of one buffer more."""
+
+UNREAD_S = 30.0
+"""In so long a client has to read MIN_PROGRESS_BYTES of a long answer, which is in memory until it has it."""
+
+
+class DirectResponse(web.StreamResponse):
+    """A 200 with these header fields and this body; its fields are not to be changed any more.
+
+    Args:
+        fields: values as they go out: no line breaks in them.
+        body: one after the other.
+        share: the memory of what is asked and answered, given back when the client has the answer.
+    """
+
+    def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer], share: Share) -> None:
+        super().__init__()
+        self._fields = fields
+        self._buffers = body
+        self._share = share
+        self._is_kept = False
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the connection stays open after this."""
+        return self._is_kept
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write all of it.
+
+        Raises:
+            ConnectionResetError: the client has gone, or does not read.
+        """
+        try:
+            transport = request.transport
+            if transport is None:
+                raise ConnectionResetError("the client has gone")
+            self._is_kept = request.keep_alive
+            length = sum(map(len, self._buffers))
+            more = _connection(request)
+            if (name := request.headers.get(REQUEST_ID)) is not None:
+                more += _named(name)
+            head = _head(self._fields, length, more)
+            if length < JOINED_BYTES:
+                transport.write(b"".join((head, *self._buffers)))
+            else:
+                self._share.become(length)
+                for part in (head, *self._buffers):
+                    transport.write(part)
+            self._buffers = ()
+            if transport.get_write_buffer_size() > JOINED_BYTES:
+                await _drain(transport, request.writer)
+        finally:
+            self._share.give_back()
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing more: it is all written."""
+
+
+async def _drain(transport: asyncio.WriteTransport, writer: AbstractStreamWriter) -> None:
+    """Wait until the client has read most of what was written, as long as it reads anything."""
+    left = transport.get_write_buffer_size()
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(UNREAD_S):
+                await writer.drain()
+            return
+        before, left = left, transport.get_write_buffer_size()
+        if left > before - MIN_PROGRESS_BYTES:
+            transport.abort()
+            raise ConnectionResetError("the client does not read its answer")
+
+
+def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    return (
+        f"HTTP/1.1 200 OK\r\n{lines}Content-Length: {length}\r\n"
+        f"Date: {_date(int(time.time()))}\r\nServer: {SERVER}\r\n{connection}\r\n"
+    ).encode("latin-1")
+
+
+def _connection(request: web.BaseRequest) -> str:
+    """Say what becomes of the connection, where that is not what the protocol's version implies."""
+    if request.version == HttpVersion11:
+        return "" if request.keep_alive else "Connection: close\r\n"
+    return "Connection: keep-alive\r\n" if request.keep_alive else ""
+
+
+def _named(name: str) -> str:
+    """Say a request's name again, to who has given it one: to make one for each would take longer."""
+    return "" if sane_id((name,)) is None else f"{REQUEST_ID}: {name}\r\n"
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)

@@ -1,0 +1,1 @@
+"""The ledger as it is shown: listed, followed, signed and checked."""

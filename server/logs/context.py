@@ -1,0 +1,112 @@
+"""What the log lines of a request say beside their message: its id, its trace, and the job that it made."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from aiohttp import web
+from multidict import istr
+
+from events.commands import Command
+from events.group import Receipt
+from events.log import Log
+from server.logs.tracing import TRACEPARENT, TRACESTATE, Trace, given_trace, new_trace
+
+REQUEST_ID = istr("X-Request-Id")
+"""The field in which a client may name its request, and is told the name."""
+
+MAX_JOBS = 10_000
+"""Unfinished jobs that are remembered with the request behind them; the earliest are forgotten first."""
+
+_SANE = re.compile(r"[!-~]{1,128}")
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """One request.
+
+    Attributes:
+        request_id: its name, which its client chose, or we did.
+        trace: where it stands in its trace.
+        job_id: the job that it made, or that stood for what it asked for.
+        position: the head of the ledger after that was recorded.
+    """
+
+    request_id: str
+    trace: Trace
+    job_id: str | None = None
+    position: int | None = None
+
+
+CONTEXT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
+"""The request on whose behalf something happens; None where nobody asked."""
+
+
+class RequestLog(Log):
+    """The event log, which remembers of unfinished jobs who asked for them first.
+
+    Attributes:
+        remembers: whether; who sets it forgets them, too.
+        started_at: the position of this server's `ServerStarted`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.remembers = False
+        self.started_at = 0
+        self._behind: OrderedDict[str, RequestContext] = OrderedDict()
+
+    async def submit(self, command: Command) -> Receipt:
+        """Submit as `Log` does, and note what becomes of it with the request behind it."""
+        receipt = await super().submit(command)
+        context = CONTEXT.get()
+        if context is not None and receipt.job_id is not None:
+            context.job_id, context.position = receipt.job_id, receipt.position
+            if self.remembers and receipt.job_id in self.state.jobs:
+                self._remember(receipt.job_id, context)
+        return receipt
+
+    async def server_started(self) -> Receipt:
+        """Append `ServerStarted`, and note where."""
+        receipt = await super().server_started()
+        self.started_at = receipt.position
+        return receipt
+
+    def request_behind(self, job_id: str | None) -> RequestContext | None:
+        """Return the request that asked for a job, if that was since the start, and not the server itself."""
+        return self._behind.get(job_id or "")
+
+    def forget(self, job_id: str | None) -> None:
+        """Forget the request behind a job: it has ended."""
+        self._behind.pop(job_id or "", None)
+
+    def _remember(self, job_id: str, context: RequestContext) -> None:
+        self._behind.setdefault(job_id, context)
+        if len(self._behind) > MAX_JOBS:
+            self._behind.popitem(last=False)
+
+
+def name_request(request: web.BaseRequest) -> str:
+    """Have what is logged from here on, in this task, name the request, and return its name."""
+    context = CONTEXT.get()
+    if context is None:
+        CONTEXT.set(context := context_of(request))
+    return context.request_id
+
+
+def context_of(request: web.BaseRequest) -> RequestContext:
+    """Return a request's context, from what it says of itself as far as that can be used."""
+    headers = request.headers
+    trace = given_trace(headers.getall(TRACEPARENT, ()), headers.getall(TRACESTATE, ()))
+    return RequestContext(sane_id(headers.getall(REQUEST_ID, ())) or uuid4().hex, trace or new_trace())
+
+
+def sane_id(given: Sequence[str]) -> str | None:
+    """Return the name that a client gave its request, if it is one, short and printable."""
+    return given[0] if len(given) == 1 and _SANE.fullmatch(given[0]) else None

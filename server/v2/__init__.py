@@ -1,0 +1,1 @@
+"""The Open Inference Protocol v2: inferences, what they wait for, metadata, and Triton's extensions."""

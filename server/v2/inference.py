@@ -1,0 +1,249 @@
+"""Predictions by the Open Inference Protocol v2: infer, model metadata, ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from aiohttp import hdrs, web
+from aiohttp_apispec import docs, match_info_schema, response_schema
+
+from runtime.router import ModelNotLoaded, ModelUnloading, Router
+from runtime.router import Route as ModelRoute
+from runtime.wire import Buffer, Tensor
+from server.api.schemas import ModelPathSchema, ModelVersionPathSchema
+from server.appkeys import BODIES, CONFIG, DEMAND, PRINCIPAL, ROUTER
+from server.auth.ratelimit import QUOTA, Quota
+from server.compression import chosen_encoding, compress, decompress
+from server.connections.bodies import Share
+from server.connections.direct import DirectResponse
+from server.errors import ServerProblem, errors
+from server.routes import Access, LimitClass, Route
+from server.v2.decoding import HEADER_LENGTH, InferenceRequest, decode_request, header_length
+from server.v2.encoding import encode_response
+from server.v2.protocol import (
+    INFERENCE_BODY,
+    INFERENCE_PARAMETERS,
+    INFERENCE_RESPONSE,
+    MAX_BODY_BYTES,
+    MetadataSchema,
+    ReadySchema,
+    metadata,
+)
+from server.v2.rawbody import decode_raw
+from server.validation import path_parameters, read_encoded_body
+
+
+class NotReady(ServerProblem):
+    """The model is not ready."""
+
+    code = "not_ready"
+
+
+_INFER_ERRORS = (
+    "invalid_input",
+    "inference_failed",
+    "not_representable",
+    "unknown_model",
+    "unknown_version",
+    "body_too_large",
+    "body_timeout",
+    "model_not_loaded",
+    "model_unloading",
+    "worker_died",
+    "inference_queue_full",
+    "inference_timeout",
+    "inference_cancelled",
+    "bodies_full",
+    "unsupported_media_type",
+    "load_failed",
+    "queue_full",
+    "log_unavailable",
+    "shutting_down",
+)
+
+_INFERENCE = {
+    "parameters": INFERENCE_PARAMETERS,
+    "requestBody": INFERENCE_BODY,
+    "responses": {200: INFERENCE_RESPONSE},
+}
+
+COMPRESSED_FROM_BYTES = 1024
+"""Less is in one packet anyway."""
+
+
+@docs(tags=["inference"], summary="Ask a loaded model", **_INFERENCE)
+@match_info_schema(ModelPathSchema())
+@errors(*_INFER_ERRORS)
+async def infer_model(request: web.Request) -> web.StreamResponse:
+    """Run one inference on the version that serves."""
+    return await _infer(request)
+
+
+@docs(tags=["inference"], summary="Ask a loaded version", **_INFERENCE)
+@match_info_schema(ModelVersionPathSchema())
+@errors(*_INFER_ERRORS)
+async def infer_version(request: web.Request) -> web.StreamResponse:
+    """Run one inference, if this version is the one that serves."""
+    return await _infer(request)
+
+
+@docs(tags=["inference"], summary="What a loaded model takes and gives")
+@match_info_schema(ModelPathSchema())
+@response_schema(MetadataSchema(), 200, description="The metadata.")
+@errors("unknown_model", "model_not_loaded", "model_unloading")
+async def show_metadata(request: web.Request) -> web.Response:
+    """Answer with inputs and outputs of the version that serves."""
+    return web.json_response(metadata(await _route(request)))
+
+
+@docs(tags=["inference"], summary="What a loaded version takes and gives")
+@match_info_schema(ModelVersionPathSchema())
+@response_schema(MetadataSchema(), 200, description="The metadata.")
+@errors("unknown_model", "model_not_loaded", "model_unloading")
+async def show_version_metadata(request: web.Request) -> web.Response:
+    """Answer with inputs and outputs, if this version is the one that serves."""
+    return web.json_response(metadata(await _route(request)))
+
+
+@docs(tags=["inference"], summary="Whether a model can be asked")
+@match_info_schema(ModelPathSchema())
+@response_schema(ReadySchema(), 200, description="It can.")
+@errors("not_ready")
+async def show_ready(request: web.Request) -> web.Response:
+    """Answer 200 where an inference would be tried, else 400, as Triton's clients expect."""
+    return _ready(request)
+
+
+@docs(tags=["inference"], summary="Whether a version can be asked")
+@match_info_schema(ModelVersionPathSchema())
+@response_schema(ReadySchema(), 200, description="It can.")
+@errors("not_ready")
+async def show_version_ready(request: web.Request) -> web.Response:
+    """Answer 200 where an inference would be tried, else 400, as Triton's clients expect."""
+    return _ready(request)
+
+
+def inference_routes() -> list[Route]:
+    """Return the routes of this module."""
+    model, version = "/v2/models/{id}", "/v2/models/{id}/versions/{version}"
+    predict = (Access.PREDICT, LimitClass.INFERENCE)
+    read = (Access.ANY, LimitClass.READS)
+    return [
+        Route("POST", f"{model}/infer", infer_model, *predict),
+        Route("POST", f"{version}/infer", infer_version, *predict),
+        Route("GET", model, show_metadata, *read),
+        Route("GET", version, show_version_metadata, *read),
+        Route("GET", f"{model}/ready", show_ready, *read),
+        Route("GET", f"{version}/ready", show_version_ready, *read),
+    ]
+
+
+async def _infer(request: web.Request) -> web.StreamResponse:
+    path = path_parameters(request)
+    subject, quota = request[PRINCIPAL].subject, request.get(QUOTA)
+    return await infer(request, request.app, path["id"], path.get("version"), subject=subject, quota=quota)
+
+
+async def infer(
+    request: web.BaseRequest,
+    app: web.Application,
+    model_id: str,
+    version: int | None,
+    *,
+    subject: str,
+    quota: Quota | None,
+) -> web.StreamResponse:
+    """Decode, run, encode; the header leads from the answer to the bytes and the person behind it.
+
+    The subject has been let through, and counted against its `quota`. A model that nobody can be asked of is
+    loaded where that is on, within the inference's own time.
+    """
+    router, share = app[ROUTER], app[BODIES].share(subject)
+    loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
+    question: InferenceRequest | None = None
+    try:
+        body = await _body(request, share)
+        header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()), len(body))
+        began_s = loop.time()
+        try:
+            question = _question(router, model_id, version, body, header_bytes)
+            timeout_s = _timeout_s(question, longest_s)
+            route, (_, outputs) = await router.infer(model_id, version, question, timeout_s)
+        except (ModelNotLoaded, ModelUnloading):
+            ends_at_s = began_s + (longest_s if question is None else _timeout_s(question, longest_s))
+            async with app[DEMAND].loaded(model_id, version, subject, ends_at_s):
+                question = question or _question(router, model_id, version, body, header_bytes)
+                left_s = ends_at_s - loop.time()
+                route, (_, outputs) = await router.infer(model_id, version, question, left_s)
+        fields, answer = _answer(route, question, outputs, quota)
+        encoding = _encoding(request, answer)
+        if encoding is not None:
+            fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
+            answer = [await compress(answer, encoding)]
+        return DirectResponse(fields, answer, share)
+    except BaseException:
+        share.give_back()
+        raise
+
+
+async def _body(request: web.BaseRequest, share: Share) -> bytes:
+    content, encoding = request.content, request.headers.get(hdrs.CONTENT_ENCODING)
+    if encoding is None and content.is_eof():  # what came with its head, the framework has bounded
+        return content.read_nowait()
+    body = await read_encoded_body(request, MAX_BODY_BYTES, share.take)
+    if encoding is None:
+        return body
+    body = await decompress(body, encoding, MAX_BODY_BYTES)
+    share.take(len(body))
+    return body
+
+
+def _question(
+    router: Router, model_id: str, version: int | None, body: bytes, header_bytes: int | None
+) -> InferenceRequest:
+    """Decode what is asked; of a body of tensors alone, the model says what they are."""
+    if header_bytes != 0:
+        return decode_request(body, header_bytes)
+    route = router.route(model_id, version)
+    return decode_raw(body, route.inputs, max_batch_size=route.max_batch_size)
+
+
+def _timeout_s(question: InferenceRequest, longest_s: float) -> float:
+    if not question.timeout_us:
+        return longest_s
+    return min(longest_s, question.timeout_us / 1e6)
+
+
+def _answer(
+    route: ModelRoute, question: InferenceRequest, outputs: Sequence[Tensor], quota: Quota | None
+) -> tuple[dict[str, object], list[Buffer]]:
+    """Return the answer's header fields, without those of compression, and its body."""
+    body, header_bytes = encode_response(route.model_id, route.version, question.id, outputs)
+    fields: dict[str, object] = {"Content-Type": "application/json"}
+    if header_bytes is not None:
+        fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
+    fields["Loadledger-Model"] = route.source
+    if quota is not None:
+        fields |= quota.headers()
+    return fields, body
+
+
+def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
+    """Return the coding that an answer is compressed with, if it is."""
+    accepted = request.headers.get(hdrs.ACCEPT_ENCODING)
+    if accepted is None or sum(map(len, body)) < COMPRESSED_FROM_BYTES:
+        return None
+    return chosen_encoding(accepted)
+
+
+async def _route(request: web.Request) -> ModelRoute:
+    path = path_parameters(request)
+    return await request.app[ROUTER].route_or_why(path["id"], path.get("version"))
+
+
+def _ready(request: web.Request) -> web.Response:
+    path = path_parameters(request)
+    if not request.app[ROUTER].is_ready(path["id"], path.get("version")):
+        raise NotReady(f"model '{path['id']}' is not ready")
+    return web.json_response({"name": path["id"], "ready": True})

@@ -1,0 +1,195 @@
+"""The repository extension of the Open Inference Protocol: index, load and unload, which wait for their end.
+
+Its clients take any status but 200 for a failure and cannot follow a job, so the answer comes when the job
+has ended. A client that goes away changes nothing about its job; who asks again joins it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import msgspec
+from aiohttp import hdrs, web
+from aiohttp_apispec import docs, match_info_schema, response_schema
+from marshmallow import fields
+
+from events.commands import RequestUnload
+from events.errors import RequestRefused
+from events.jobs import Job, JobStatus
+from events.models import Model
+from runtime.repository import Repository
+from server.api.jobs import carry_out, job_path
+from server.api.parameters import requested_load
+from server.api.schemas import AnswerSchema, ModelPathSchema
+from server.appkeys import LOG, PRINCIPAL, REPOSITORY
+from server.errors import ERRORS, ServerProblem, errors
+from server.routes import Access, LimitClass, Route
+from server.v2.bodies import (
+    INDEX_BODY,
+    LOAD_BODY,
+    UNLOAD_BODY,
+    asked_load,
+    asked_ready,
+    check_unload,
+    read_object,
+)
+from server.v2.index import index
+from server.validation import path_parameters
+
+_BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large", "unsupported_media_type")
+_LOAD_ERRORS = (
+    "invalid_defaults",
+    "invalid_model",
+    "warm_up_failed",
+    "model_changed",
+    "unsafe_file",
+    "crash_loop",
+    "job_failed",
+    "cancelled",
+    "unknown_model",
+    "unknown_version",
+    "queue_full",
+    "worker_died",
+    "out_of_memory",
+    "insufficient_memory",
+    "too_many_loaded",
+    "timeout",
+    "fork_server_died",
+    "fork_server_unavailable",
+)
+_LOG_ERRORS = ("log_unavailable", "shutting_down")
+
+
+class JobDidNotComplete(ServerProblem):
+    """The job ended without its effect; says why, with the code that the job has."""
+
+    def __init__(self, job: Job) -> None:
+        error = job.error
+        reason = error.message if error is not None else _how_cancelled(job)
+        version = "" if job.version is None else f"version {job.version}: "
+        super().__init__(
+            f"{job.kind} failed for model '{job.model_id}': {version}{reason}",
+            http_headers={hdrs.LOCATION: job_path(job.id)},
+        )
+        # One class for all: the job says which.
+        self.code = _code_of(job)  # type: ignore[misc]
+
+
+class IndexEntrySchema(AnswerSchema):
+    """One version of a model; of one that was never loaded, its name alone."""
+
+    name = fields.String(required=True)
+    version = fields.String()
+    state = fields.String(metadata={"description": "READY, LOADING, UNLOADING or UNAVAILABLE."})
+    reason = fields.String(metadata={"description": "Why it is UNAVAILABLE."})
+
+
+_ENDED = {
+    "200": {
+        "description": "It is so; the body is empty.",
+        "headers": {
+            "Location": {
+                "schema": {"type": "string"},
+                "description": "The job behind it, where there is one.",
+            }
+        },
+    }
+}
+
+
+@docs(tags=["repository"], summary="List the versions of all models and their states", requestBody=INDEX_BODY)
+@response_schema(IndexEntrySchema(many=True), 200, description="By name and version.")
+@errors("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type")
+async def show_index(request: web.Request) -> web.Response:
+    """Answer with what is recorded, and with what the repository has beside it."""
+    only_ready = asked_ready(await read_object(request))
+    recorded = dict(request.app[LOG].state.models)  # of now: the thread must not see it change
+    entries = await asyncio.to_thread(
+        _encoded_index, recorded, request.app[REPOSITORY], only_ready=only_ready
+    )
+    return web.Response(body=entries, content_type="application/json")
+
+
+@docs(
+    tags=["repository"],
+    summary="Load a model, and wait until it can be asked",
+    requestBody=LOAD_BODY,
+    responses=_ENDED,
+)
+@match_info_schema(ModelPathSchema())
+@errors(*_BODY_ERRORS, *_LOAD_ERRORS, *_LOG_ERRORS)
+async def load_and_wait(request: web.Request) -> web.Response:
+    """Append `LoadRequested`, unless what is asked for is so or under way, and wait for the job's end."""
+    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
+    asked = asked_load(await read_object(request), model_id)
+    job = await carry_out(request.app, await requested_load(request.app, model_id, asked, subject))
+    return _done(job)
+
+
+@docs(
+    tags=["repository"],
+    summary="Unload a model, and wait until its memory is back",
+    requestBody=UNLOAD_BODY,
+    responses=_ENDED,
+)
+@match_info_schema(ModelPathSchema())
+@errors(*_BODY_ERRORS, "job_failed", "cancelled", *_LOG_ERRORS)
+async def unload_and_wait(request: web.Request) -> web.Response:
+    """Append `UnloadRequested` unless nothing of the model is there, and wait for the job's end."""
+    model_id = path_parameters(request)["id"]
+    check_unload(await read_object(request))
+    job = await _unload(request.app, model_id, request[PRINCIPAL].subject)
+    return _done(job)
+
+
+def repository_routes() -> list[Route]:
+    """Return the routes of this module."""
+    manage = (Access.ADMIN, LimitClass.MANAGEMENT)
+    return [
+        Route("POST", "/v2/repository/index", show_index, Access.ANY, LimitClass.READS),
+        Route("POST", "/v2/repository/models/{id}/load", load_and_wait, *manage),
+        Route("POST", "/v2/repository/models/{id}/unload", unload_and_wait, *manage),
+    ]
+
+
+def _encoded_index(recorded: Mapping[str, Model], repository: Repository, *, only_ready: bool) -> bytes:
+    """Look into the repository only for what cannot be asked: what can be is recorded."""
+    found = [] if only_ready else repository.models()
+    return msgspec.json.encode(index(recorded, found, only_ready=only_ready))
+
+
+async def _unload(app: web.Application, model_id: str, subject: str) -> Job | None:
+    """Unload what serves, else end what loads, as Triton does; None when there was neither."""
+    for force in (False, True):
+        try:
+            return await carry_out(app, RequestUnload(model_id, subject, force))
+        except RequestRefused as refusal:
+            if refusal.code != "not_loaded":
+                raise
+        if not app[LOG].state.queue(model_id):
+            return None
+    return None
+
+
+def _how_cancelled(job: Job) -> str:
+    return "it was cancelled" if job.cancel_requested else "it was ended by an unload"
+
+
+def _code_of(job: Job) -> str:
+    if job.error is None:
+        return "cancelled"
+    return job.error.code if job.error.code in ERRORS else "job_failed"
+
+
+def _done(job: Job | None) -> web.Response:
+    """Return the empty answer of a job that completed, or that was not needed.
+
+    Raises:
+        JobDidNotComplete: with the job's own code.
+    """
+    if job is None:
+        return web.Response()
+    if job.status is not JobStatus.COMPLETED:
+        raise JobDidNotComplete(job)
+    return web.Response(headers={hdrs.LOCATION: job_path(job.id)})

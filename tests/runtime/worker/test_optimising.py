@@ -1,0 +1,389 @@
+"""What a worker makes of an order to prepare: a form that can be used, or a reason why there is none."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from support import models
+from support.events import PLAIN
+from support.forms import found, in_background, made, prepare_order
+from support.models import save
+from support.workers import computing, freeze, order_of, running_pool, until
+
+from runtime import wire
+from runtime.errors import Exit, LoadRefused, WorkerDied
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import PrepareOrder, Worker
+from runtime.wire import encode
+from runtime.worker import alignment
+from runtime.worker.alignment import align
+
+WRONG = "ab" * 32
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[WorkerPool]:
+    async with running_pool() as running:
+        yield running
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with a model `m` of eight layers, 2 MB."""
+    save(models.weights(2), tmp_path / "models", "m")
+    return tmp_path / "models"
+
+
+async def refusal(pool: WorkerPool, order: PrepareOrder) -> LoadRefused:
+    """Prepare what is to be refused, and see the worker end by itself."""
+    worker = await pool.start("w")
+    with pytest.raises(LoadRefused) as refused:
+        await worker.prepare(order)
+    assert await asyncio.shield(worker.ended) == Exit(0, None)
+    return refused.value
+
+
+async def test_what_is_written_is_ours_alone_and_all_there_is(pool: WorkerPool, root: Path) -> None:
+    order = prepare_order(root)
+    report = await made(pool, order)
+    assert report.files == found(order.target)
+    assert {file.path for file in report.files} == {"model.onnx", "weights.bin"}
+    assert {path.stat().st_mode & 0o777 for path in order.target.iterdir()} == {0o600}
+    assert report.sources == found(order.folder)
+    assert report.took_us > 0
+
+
+async def test_known_sources_are_not_hashed_again(pool: WorkerPool, root: Path) -> None:
+    order = prepare_order(root)
+    known = tuple(msgspec.structs.replace(file, sha256=WRONG) for file in found(order.folder))
+    assert (await made(pool, replace(order, known=known))).sources == known
+
+
+async def test_folder_that_is_not_empty_is_not_written_to(pool: WorkerPool, root: Path) -> None:
+    order = prepare_order(root)
+    (order.target / "model.onnx").write_text("ours")
+    assert (await refusal(pool, order)).code == "prepare_failed"
+    assert (order.target / "model.onnx").read_text() == "ours"
+
+
+async def test_folder_that_is_not_there_is_said(pool: WorkerPool, root: Path) -> None:
+    order = prepare_order(root)
+    order.target.rmdir()
+    refused = await refusal(pool, order)
+    assert (refused.code, str(order.target) in str(refused)) == ("prepare_failed", True)
+
+
+async def test_form_that_grows_without_end_is_stopped(pool: WorkerPool, tmp_path: Path) -> None:
+    """The same way as by a full disk: what is written fails."""
+    root = tmp_path / "models"
+    save(models.grown(), root, "m")
+    order = prepare_order(root)
+    assert (await refusal(pool, order)).code == "prepare_failed"
+    assert sum(path.stat().st_size for path in order.target.iterdir()) <= 64 * 2**20
+
+
+async def test_no_file_of_a_form_has_more_than_it_may(pool: WorkerPool, root: Path) -> None:
+    order = replace(prepare_order(root), most_bytes=10**6)
+    refused = await refusal(pool, order)
+    assert (refused.code, str(refused)) == ("prepare_failed", "a file of it has more than 1000000 bytes")
+    assert max(path.stat().st_size for path in order.target.iterdir()) <= 10**6
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """Have a file system of this size there."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True, timeout=60).returncode:
+        pytest.skip("only who may mount has a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "spare", "fits"),
+    [(40, 2, False), (40, 3, True), (8, 8, True)],
+    ids=["full", "fits", "small"],
+)
+async def test_some_of_the_disk_is_left_to_others(
+    pool: WorkerPool, tmp_path: Path, megabytes: int, spare: int, *, fits: bool
+) -> None:
+    """The form has 1 MB, of which there is room for two, and a twentieth of the disk is not to be taken."""
+    save(models.weights(1, layers=4), tmp_path / "models", "m")
+    order = prepare_order(tmp_path / "models", "optimised")
+    with small_disk(order.target.parent, megabytes):
+        order.target.mkdir()
+        others, reserve = order.target.parent / "others", megabytes * 2**20 // 20
+        free = os.statvfs(order.target).f_bavail * os.statvfs(order.target).f_frsize
+        others.write_bytes(bytes(max(0, free - reserve - spare * 10**6)))
+        if fits:
+            assert (await made(pool, order)).files
+        else:
+            refused = await refusal(pool, order)
+            assert (refused.code, "has room for files of" in str(refused)) == ("disk_full", True)
+        used = os.statvfs(order.target)
+        assert used.f_bavail * used.f_frsize >= reserve
+
+
+async def test_preparing_takes_no_more_memory_than_it_may(pool: WorkerPool, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    save(models.memory_bomb_on_load(), root, "m")
+    order = replace(prepare_order(root), memory_limit_bytes=200_000_000)
+    assert (await refusal(pool, order)).code == "out_of_memory"
+
+
+@pytest.mark.parametrize("files", [(), ("model.onnx", "more")])
+async def test_sources_that_are_not_those_that_were_found_are_not_prepared(
+    pool: WorkerPool, root: Path, files: tuple[str, ...]
+) -> None:
+    assert (await refusal(pool, replace(prepare_order(root), files=files))).code == "model_changed"
+
+
+async def test_source_that_leads_out_is_not_prepared(pool: WorkerPool, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    save(models.external("../../secret"), root, "m")
+    (root / "secret").write_bytes(models.external_bytes())
+    assert (await refusal(pool, prepare_order(root))).code == "unsafe_file"
+
+
+async def test_source_that_is_no_model_is_not_prepared(pool: WorkerPool, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    models.save_bytes(models.CORRUPT, root, "m")
+    refused = await refusal(pool, prepare_order(root))
+    assert (refused.code, "protobuf" in str(refused)) == ("prepare_failed", True)
+
+
+async def test_kill_while_preparing_is_a_death(pool: WorkerPool, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    save(models.slow_model(), root, "m")
+    worker = await pool.start("w")
+    preparing = asyncio.ensure_future(worker.prepare(prepare_order(root)))
+    await until(computing(worker.pid))
+    await until(lambda: in_background(worker.pid))
+    worker.kill()
+    with pytest.raises(WorkerDied):
+        await preparing
+    assert worker.ended.result() == Exit(None, signal.SIGKILL)
+
+
+def done(**lies: Any) -> wire.PrepareDone:
+    own = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, WRONG)
+    return msgspec.structs.replace(wire.PrepareDone((own,), (own,), 1), **lies)
+
+
+def loaded(**lies: Any) -> wire.Loaded:
+    file = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, WRONG)
+    return msgspec.structs.replace(wire.Loaded((file,), (), (), 1, 2, 3, 4, 5), **lies)
+
+
+def hear(worker: Worker, message: wire.Message) -> None:
+    """Let the server read this as if the worker, taken over by its model, had written it."""
+    data = b"".join(bytes(part) for part in encode(message))
+    worker._data.get_buffer(-1)[: len(data)] = data
+    worker._data.buffer_updated(len(data))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        loaded(),
+        done(sources=()),
+        done(sources=done().files * 2),
+        done(took_us=-1),
+        wire.Stage("measuring"),
+        wire.Outcome(1),
+    ],
+    ids=lambda lie: repr(lie)[:60],
+)
+async def test_worker_that_says_of_a_form_what_cannot_be_is_killed(
+    pool: WorkerPool, root: Path, lie: wire.Message
+) -> None:
+    worker = await pool.start("w")
+    await freeze(worker.pid)
+    preparing = asyncio.ensure_future(worker.prepare(prepare_order(root)))
+    await asyncio.sleep(0)
+    hear(worker, lie)
+    with pytest.raises(WorkerDied):
+        await preparing
+    assert worker.ended.result() == Exit(None, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        done(),
+        loaded(prepared=WRONG),
+        wire.LoadFailed("prepare_failed", "?"),
+        wire.LoadFailed("disk_full", "?"),
+    ],
+    ids=lambda lie: repr(lie)[:60],
+)
+async def test_worker_that_says_of_a_load_what_is_of_a_form_is_killed(
+    pool: WorkerPool, root: Path, lie: wire.Message
+) -> None:
+    worker = await pool.start("w")
+    await freeze(worker.pid)
+    loading = asyncio.ensure_future(worker.load(order_of(root, "m"), lambda _: None))
+    await asyncio.sleep(0)
+    hear(worker, lie)
+    with pytest.raises(WorkerDied):
+        await loading
+    assert worker.ended.result() == Exit(None, signal.SIGKILL)
+
+
+def weight(name: str, offset: int, data: bytes, packed: str | None = None) -> TensorProto:
+    """Make a tensor of bytes that lie in another file."""
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.UINT8, dims=[len(data)], data_location=TensorProto.EXTERNAL
+    )
+    entries = {"location": "weights.bin", "offset": str(offset), "length": str(len(data))}
+    if packed is not None:
+        entries["prepacked_0"] = packed
+    for key, text in entries.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, text
+    return tensor
+
+
+def with_weights(tensors: list[TensorProto], inner: list[TensorProto]) -> onnx.ModelProto:
+    """Put weights into a graph, and others into a branch of it."""
+    branch = helper.make_graph(
+        [helper.make_node("Identity", [tensor.name], [f"{tensor.name}_out"]) for tensor in inner],
+        "branch",
+        [],
+        [models.value(f"{tensor.name}_out", TensorProto.UINT8, [None]) for tensor in inner],
+        inner,
+    )
+    node = helper.make_node("If", ["go"], ["y"], then_branch=branch, else_branch=branch)
+    outputs = [models.value("y", TensorProto.UINT8, [None])]
+    return models.model([node], [models.value("go", models.BOOL, [])], outputs, tensors)
+
+
+def external(tensor: TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+@PLAIN
+@given(
+    lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=8), gap=st.integers(0, 70), inside=st.data()
+)
+def test_weights_are_moved_to_aligned_places_and_stay_what_they_are(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], gap: int, inside: st.DataObject
+) -> None:
+    folder, content, tensors = tmp_path_factory.mktemp("form"), b"", []
+    for number, length in enumerate(lengths):
+        content += bytes(gap)
+        data, packed = bytes([number + 1]) * length, bytes([number + 101]) * (length // 2)
+        offset, behind = len(content), len(content) + length
+        entry = f"MatMul+1|{behind};{len(packed)};0|{offset};{length};0"
+        tensors.append(weight(f"w{number}", offset, data, entry if inside.draw(st.booleans()) else None))
+        content += data + packed
+    split = inside.draw(st.integers(0, len(tensors)))
+    model = with_weights(tensors[:split], tensors[split:])
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "weights.bin").write_bytes(content)
+    align(folder / "model.onnx", folder / "weights.bin")
+    moved = onnx.load(folder / "model.onnx", load_external_data=False)
+    branch = moved.graph.node[0].attribute[0].g.initializer
+    written = (folder / "weights.bin").read_bytes()
+    for number, tensor in enumerate([*moved.graph.initializer, *branch]):
+        places = [f"{external(tensor)['offset']};{external(tensor)['length']};0"]
+        fills = [number + 1]
+        if "prepacked_0" in external(tensor):
+            packed_as, *blobs = external(tensor)["prepacked_0"].split("|")
+            assert packed_as == "MatMul+1"
+            places, fills = [*places, *blobs], [number + 1, number + 101, number + 1]
+        for place, fill in zip(places, fills, strict=True):
+            offset, length, _ = map(int, place.split(";"))
+            assert offset % 64 == 0
+            assert written[offset : offset + length] == bytes([fill]) * length
+        tensor.ClearField("external_data")
+    for graph in (model.graph, model.graph.node[0].attribute[0].g, model.graph.node[0].attribute[1].g):
+        for tensor in graph.initializer:
+            tensor.ClearField("external_data")
+    for tensor in moved.graph.node[0].attribute[1].g.initializer:
+        tensor.ClearField("external_data")
+    assert moved == model
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "weights.bin"]
+
+
+def test_long_weights_have_pages_to_themselves(tmp_path: Path) -> None:
+    long = bytes(2**20)
+    tensors = [weight("a", 0, b"12345"), weight("b", 5, long)]
+    (tmp_path / "model.onnx").write_bytes(with_weights(tensors, []).SerializeToString())
+    (tmp_path / "weights.bin").write_bytes(b"12345" + long)
+    align(tmp_path / "model.onnx", tmp_path / "weights.bin")
+    moved = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
+    assert [external(tensor)["offset"] for tensor in moved] == ["0", "4096"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "weights.bin"}
+
+
+@PLAIN
+@given(
+    places=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=6),
+    piece=st.integers(1, 70),
+)
+def test_weights_that_overlap_are_moved_piece_by_piece(
+    tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int]], piece: int
+) -> None:
+    folder, content = tmp_path_factory.mktemp("form"), bytes(range(120))
+    tensors = [weight(f"w{at}", offset, bytes(length)) for at, (offset, length) in enumerate(places)]
+    (folder / "model.onnx").write_bytes(with_weights(tensors, []).SerializeToString())
+    (folder / "weights.bin").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment, "PIECE_BYTES", piece)
+        align(folder / "model.onnx", folder / "weights.bin")
+    written = (folder / "weights.bin").read_bytes()
+    moved = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+    for (offset, length), tensor in zip(places, moved, strict=True):
+        place = int(external(tensor)["offset"])
+        assert written[place : place + length] == content[offset : offset + length]
+
+
+def test_graph_without_weights_beside_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(models.CORRUPT)
+    align(tmp_path / "model.onnx", tmp_path / "weights.bin")
+    assert (tmp_path / "model.onnx").read_bytes() == models.CORRUPT
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        models.external_tensor("w", "other.bin"),
+        weight("w", 7, bytes(10)),
+        weight("w", 0, bytes(4), "MatMul+1|0;4"),
+        weight("w", 0, bytes(4), "MatMul+1|0;4;0;0"),
+        weight("w", 0, bytes(4), "MatMul+1|8;4;0"),
+        weight("w", -1, bytes(4)),
+    ],
+    ids=["elsewhere", "beyond_the_end", "short_packed", "long_packed", "packed_beyond_the_end", "negative"],
+)
+def test_what_the_runtime_is_not_known_to_write_is_refused(tmp_path: Path, tensor: TensorProto) -> None:
+    (tmp_path / "model.onnx").write_bytes(with_weights([tensor], []).SerializeToString())
+    (tmp_path / "weights.bin").write_bytes(bytes(10))
+    with pytest.raises(LoadRefused) as refused:
+        align(tmp_path / "model.onnx", tmp_path / "weights.bin")
+    assert refused.value.code == "prepare_failed"
+
+
+@PLAIN
+@given(data=st.binary(max_size=60))
+def test_any_bytes_are_aligned_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    folder = tmp_path_factory.mktemp("form")
+    (folder / "model.onnx").write_bytes(b"\x3a" + bytes([len(data)]) + data)
+    (folder / "weights.bin").write_bytes(b"")
+    with contextlib.suppress(LoadRefused):
+        align(folder / "model.onnx", folder / "weights.bin")

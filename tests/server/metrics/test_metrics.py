@@ -1,0 +1,357 @@
+"""`/metrics`: what is counted and measured, in which forms, for whom, and that it never goes back."""
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as read_plain
+from support import models
+from support.http import LocalApi, when
+from support.models import save
+from support.workers import computing, until
+
+from events.series import OTHERS, Names
+from events.types import Cause
+from server.app import all_routes
+from server.appkeys import CONSUMER, LOG
+from server.errors import ERRORS
+from server.metrics.exposition import SCRAPES
+from server.metrics.families import FAMILIES
+from server.metrics.requests import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
+
+Start = Callable[..., Awaitable[LocalApi]]
+Series = Mapping[str, float]
+
+ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+INFER = "/v2/models/{id}/infer"
+
+
+def told(name: str, **labels: str) -> str:
+    """Return a series' name as these tests write it, without `loadledger_`."""
+    inner = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+    return name.removeprefix("loadledger_") + (f"{{{inner}}}" if inner else "")
+
+
+def http(path: str, status: str, method: str = "GET") -> str:
+    return told("http_requests_total", method=method, route=path, status=status)
+
+
+def series_of(text: str) -> dict[str, float]:
+    samples = [sample for family in read_plain(text) for sample in family.samples]
+    seen = {told(sample.name, **sample.labels): sample.value for sample in samples}
+    assert len(seen) == len(samples)
+    return seen
+
+
+async def metrics(api: LocalApi, **options: Any) -> Series:
+    """Scrape, past what a scrape before may have left."""
+    api.app[SCRAPES]._until_s = 0.0
+    answer = await api.get("/metrics", **options)
+    assert answer.status == 200, answer.body
+    return series_of(answer.body.decode())
+
+
+async def metrics_when(api: LocalApi, holds: Callable[[Series], bool]) -> Series:
+    return await when(lambda: metrics(api), holds)
+
+
+async def test_what_a_server_does_is_counted_and_measured(start: Start, repository: Path) -> None:
+    save(models.add(), repository, "m")
+    api = await start(memory_budget="1000000000", inference_queue=7)
+    before = await metrics(api)
+    assert before["jobs_limit"] == 256
+    assert before["inference_queue_limit"] == 7
+    assert before["memory_budget_bytes"] == 1_000_000_000
+    assert before["memory_used_bytes"] == before["memory_reserved_bytes"] == 0
+    assert before["ledger_position"] == api.position
+    assert before[told("ledger_events_total", type="ServerStarted")] == 1
+    assert {value for name, value in before.items() if name.startswith("healthy")} == {1.0}
+    assert not [name for name in before if 'model="' in name]
+    await api.load("m")
+    for _ in range(3):
+        assert (await api.infer("m", ONE)).status == 200
+    assert (await api.infer("m", {**ONE, "datatype": "INT64"})).status == 400
+    seen = await metrics(api)
+    of_m = {name: seen[told(name, model="m")] for name in FAMILIES_OF_A_MODEL}
+    assert of_m == {
+        "inference_duration_seconds_count": 3,
+        "inference_failures_total": 1,
+        "inferences_total": 3,
+        "inference_executions_total": 3,
+        "inference_in_flight": 0,
+        "model_serving": 1,
+        "model_workers": 1,
+    }
+    assert seen[told("inference_duration_seconds_bucket", model="m", le="+Inf")] == 3
+    assert seen[told("inference_stage_seconds_total", model="m", stage="infer")] > 0
+    assert seen[told("model_info", model="m", version="1", form="none")] == 1
+    assert seen[told("model_memory_bytes", model="m")] == seen["memory_used_bytes"] > 0
+    assert seen[told("models", state="loaded")] == 1
+    assert seen[told("loads_total", cause="request", outcome="completed")] == 1
+    assert seen[told("loads_by_form_total", form="none")] == 1
+    assert seen[told("load_duration_seconds_count", outcome="completed")] == 1
+    assert seen[told("load_duration_seconds_count", outcome="failed")] == 0
+    assert seen[told("load_stage_seconds_total", stage="loading")] > 0
+    assert seen["ledger_append_duration_seconds_count"] > before["ledger_append_duration_seconds_count"]
+    assert seen["ledger_commit_duration_seconds_sum"] > 0
+    assert seen["ledger_size_bytes"] > 0
+    assert seen[http(INFER, "2xx", "POST")] == 3
+    assert seen[http(INFER, "4xx", "POST")] == 1
+    assert seen[told("http_errors_total", code="invalid_input")] == 1
+    assert seen[http("/metrics", "2xx")] == 1
+    assert seen[told("http_request_duration_seconds_count", method="GET", route="/metrics")] == 1
+    assert seen["process_resident_memory_bytes"] > 0
+    assert 0 <= seen["least_recently_used_age_seconds"] < 3600
+
+
+FAMILIES_OF_A_MODEL = (
+    "inference_duration_seconds_count",
+    "inference_failures_total",
+    "inferences_total",
+    "inference_executions_total",
+    "inference_in_flight",
+    "model_serving",
+    "model_workers",
+)
+
+
+async def test_a_counter_is_there_before_what_it_counts_happens(api: LocalApi, repository: Path) -> None:
+    save(models.add(), repository, "m")
+    await api.load("m")
+    seen = await metrics(api)
+    for code in ERRORS:
+        assert seen[told("http_errors_total", code=code)] == 0
+    for name in ("worker_exits_total", "worker_restarts_total", "inference_failures_total"):
+        assert seen[told(name, model="m")] == 0
+    for cause in Cause:
+        assert seen[told("loads_total", cause=cause.value, outcome="failed")] == 0
+    assert seen[told("ledger_events_total", type="WorkerExited")] == 0
+
+
+async def test_no_count_goes_back_when_a_model_is_unloaded_swapped_or_dies(
+    api: LocalApi, repository: Path
+) -> None:
+    for version in (1, 2):
+        save(models.add(), repository, "m", version)
+
+    async def ask_and_look(earlier: Series) -> Series:
+        assert (await api.infer("m", ONE)).status == 200
+        seen = await metrics(api)
+        counts = {
+            name for name in earlier if name.partition("{")[0].endswith(("_total", "_count", "_bucket"))
+        }
+        assert {name for name in counts if seen.get(name, -1) < earlier[name]} == set()
+        return seen
+
+    await api.load("m", version=1)
+    seen = await ask_and_look({})
+    await api.load("m", version=2)  # swapped
+    seen = await ask_and_look(seen)
+    await api.unload("m")
+    assert (await metrics(api))[told("inferences_total", model="m")] == 2
+    await api.load("m")
+    seen = await ask_and_look(seen)
+    assert seen[told("unloads_total", cause="swap", outcome="completed")] == 1
+    assert seen[told("unloads_total", cause="request", outcome="completed")] == 1
+    assert seen[told("unload_duration_seconds_count", outcome="completed")] == 2
+    assert seen[told("evictions_total", cause="eviction")] == 0
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    await metrics_when(api, lambda seen: seen.get(told("worker_restarts_total", model="m")) == 1)
+    seen = await ask_and_look(seen)
+    assert seen[told("worker_exits_total", model="m")] == 1
+    assert seen[told("inferences_total", model="m")] == 4
+    assert seen[told("loads_total", cause="recovery", outcome="completed")] == 1
+
+
+async def test_what_waits_runs_or_is_evicted_is_seen(start: Start, repository: Path) -> None:
+    save(models.counting_loop(), repository, "busy")
+    for name in ("a", "b"):
+        save(models.add(), repository, name)
+    api = await start(max_loaded=2, evict="idle", min_residency_s=0)
+    await api.load("busy")
+    is_computing = computing(api.worker("busy").pid)
+    running = asyncio.create_task(api.infer("busy", TRIPS))
+    await until(is_computing)
+    await api.load("a")
+    await api.load("b")
+    seen = await metrics(api)
+    assert seen[told("inference_in_flight", model="busy")] == 1
+    assert seen[told("evictions_total", cause="eviction")] == 1
+    assert told("model_workers", model="a") not in seen
+    assert seen[told("inferences_total", model="a")] == 0
+    unload = (await api.post("/api/v1/models/busy/unload")).json
+    await api.job_when(unload["id"], stage="draining")
+    seen = await metrics(api)
+    assert seen[told("jobs", kind="unload", status="in_progress")] == 1
+    assert seen[told("jobs", kind="load", status="pending")] == 0
+    assert seen["oldest_job_age_seconds"] > 0
+    assert told("model_serving", model="busy") not in seen
+    await api.unload("busy", force=True)
+    assert (await running).status == 503
+
+
+async def test_a_model_that_cannot_be_loaded_is_one_that_does_not_serve(
+    api: LocalApi, repository: Path
+) -> None:
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
+    await api.failed_load("broken")
+    seen = await metrics(api)
+    assert seen[told("model_serving", model="broken")] == 0
+    assert seen[told("models", state="failed")] == 1
+    assert seen[told("load_failures_total", code="invalid_model")] == 1
+    assert seen[told("loads_total", cause="request", outcome="failed")] == 1
+
+
+async def test_streams_and_how_far_the_slowest_is_behind_are_seen(api: LocalApi) -> None:
+    headers = {"Authorization": f"Bearer {api.token('audit')}"}
+    async with api.session.get(f"{api.url}/api/v1/events/stream?after=0", headers=headers) as stream:
+        await stream.content.readuntil(b"event: live")
+        seen = await metrics(api)
+        assert (seen["streams"], seen["tail_lag_events"]) == (1, 0)
+        assert http("/api/v1/events/stream", "2xx") not in seen
+    await metrics_when(api, lambda seen: seen["streams"] == 0)
+    seen = await metrics_when(api, lambda seen: http("/api/v1/events/stream", ABORTED) in seen)
+    assert not [name for name in seen if "duration" in name and "/stream" in name]
+
+
+async def test_what_clients_make_up_makes_no_series(api: LocalApi, repository: Path) -> None:
+    save(models.add(), repository, "m")
+    await api.load("m")
+    for number in range(3):
+        made_up = f"made-up-{number}"
+        for path in (f"/{made_up}", f"/api/v1/jobs/{made_up}", f"/v2/models/{made_up}", f"/?{made_up}=1"):
+            await api.get(path, subject=made_up)
+        assert (await api.infer(made_up, ONE)).status == 404
+        assert (await api.post(f"/api/v1/models/{made_up}/load")).status == 404
+        assert (await api.infer("m", ONE, version=100 + number)).status == 503
+        async with api.session.request("PROPFIND", f"{api.url}/metrics") as answer:
+            assert answer.status == 401
+    seen = await metrics(api)
+    assert not [name for name in seen if "made" in name.lower()]
+    assert seen[http(NO_ROUTE, "4xx")] == 3
+    assert seen[http(NO_ROUTE, "4xx", OTHER_METHOD)] == 3
+    routes = {route.path for route in all_routes()} | {NO_ROUTE}
+    counted = api.app[SCRAPES]._collected
+    assert counted is not None
+    requests = {metric.name: metric for metric in counted.collect()}["loadledger_http_requests"].samples
+    assert {sample.labels["route"] for sample in requests} <= routes
+    assert {sample.labels["method"] for sample in requests} <= METHODS | {OTHER_METHOD}
+
+
+async def test_beyond_a_number_of_models_they_are_counted_together(api: LocalApi, repository: Path) -> None:
+    names = ("a", "b", "c")
+    for name in names:
+        save(models.add(), repository, name)
+    api.app[LOG].tally.names.most = 1
+    assert isinstance(api.app[LOG].tally.names, Names)
+    for name in names:
+        await api.load(name)
+        assert (await api.infer(name, ONE)).status == 200
+    seen = await metrics(api)
+    assert seen[told("inferences_total", model="a")] == 1
+    assert seen[told("inferences_total", model=OTHERS)] == 2
+    assert seen[told("model_workers", model=OTHERS)] == 2
+    serving = {name: value for name, value in seen.items() if name.startswith("model_serving")}
+    assert serving == {told("model_serving", model=name): 1 for name in ("a", OTHERS)}
+    await api.unload("b")
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
+    await api.failed_load("broken")
+    seen = await metrics(api)
+    assert seen[told("inferences_total", model=OTHERS)] == 2
+    assert seen[told("model_serving", model=OTHERS)] == 0
+
+
+FORMS = {
+    "": PLAIN,
+    "*/*": PLAIN,
+    "text/plain;version=0.0.4;q=0.2, */*;q=0.1": PLAIN,
+    "text/plain;version=1.0.0;escaping=allow-utf-8": (
+        "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
+    ),
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5, text/plain;q=0.3": (
+        "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
+    ),
+    "application/openmetrics-text": "application/openmetrics-text; version=1.0.0; charset=utf-8",
+    "application/openmetrics-text; version=9.9; escaping=x": PLAIN,
+    "application/openmetrics-text; version=made-up": PLAIN,
+    "application/json": PLAIN,
+    ";=,;;version": PLAIN,
+}
+"""What a scraper accepts, and the content type that it gets. The long ones are Prometheus' own."""
+
+
+async def test_the_scraper_says_which_form_it_reads(api: LocalApi, subtests: pytest.Subtests) -> None:
+    for accept, content_type in FORMS.items():
+        with subtests.test(accept):
+            answer = await api.get("/metrics", headers={"Accept": accept})
+            assert (answer.status, answer.headers["Content-Type"]) == (200, content_type)
+            is_open = content_type.startswith("application")
+            families = list((read_openmetrics if is_open else read_plain)(answer.body.decode()))
+            names = {family.name.removesuffix("_total") for family in families}
+            assert {family.base for family in FAMILIES.values()} <= names
+            if is_open:
+                assert {family.unit for family in families} >= {"seconds", "bytes", "ratio"}
+
+
+async def test_who_may_scrape_is_a_setting(start: Start) -> None:
+    api = await start(metrics="open", limit_reads="1/hour")
+    for _ in range(3):
+        answer = await api.get("/metrics", roles=())
+        assert (answer.status, "RateLimit" in answer.headers) == (200, False)
+    assert (await api.get("/api/v1/resources", roles=())).refusal == (401, "no_credentials")
+
+
+async def test_a_compressed_answer_is_what_a_scraper_may_ask_for(api: LocalApi) -> None:
+    answer = await api.get("/metrics", headers={"Accept-Encoding": "gzip"})
+    assert answer.headers["Content-Encoding"] == "gzip"  # which the client has undone
+    assert series_of(answer.body.decode())["ledger_position"] == 1
+
+
+async def test_many_scrapes_at_once_are_one_look(api: LocalApi) -> None:
+    api.app[SCRAPES]._until_s = 0.0
+    answers = await asyncio.gather(*(api.get("/metrics") for _ in range(20)))
+    assert len({answer.body for answer in answers}) == 1
+
+
+async def test_a_scraper_that_goes_away_leaves_the_look_to_the_next(api: LocalApi) -> None:
+    scrapes = api.app[SCRAPES]
+    going = [asyncio.create_task(scrapes.body(api.app, "")) for _ in range(3)]
+    await asyncio.sleep(0)
+    for scrape in going:
+        scrape.cancel()
+    await asyncio.wait(going)
+    assert (await metrics(api))["ledger_position"] == 1
+    await until(lambda: not scrapes._made)
+
+
+async def test_every_family_has_the_samples_that_its_kind_and_labels_say(
+    start: Start, repository: Path
+) -> None:
+    save(models.add(), repository, "m")
+    api = await start(prepare="on")
+    await api.load("m")
+    await api.infer("m", ONE)
+    await metrics(api)
+    collected = api.app[SCRAPES]._collected
+    assert collected is not None
+    found = {metric.name: metric for metric in collected.collect()}
+    samples = Counter[str]()
+    for family in FAMILIES.values():
+        metric = found[family.base]
+        assert metric.type == family.kind
+        for sample in metric.samples:
+            assert sample.name in family.series
+            assert set(sample.labels) - {"le"} == set(family.labels), sample
+            samples[sample.name] += 1
+    assert api.app[CONSUMER].preparer.store is not None
+    assert samples["loadledger_prepared_limit_bytes"] == 1

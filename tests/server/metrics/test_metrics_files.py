@@ -1,0 +1,163 @@
+"""The dashboard, the alert rules and the page about metrics name what there is; promtool takes all of it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import models
+from support.http import LocalApi
+from support.models import save
+
+from events.jobs import JobKind
+from server.metrics.families import FAMILIES, metrics_table
+
+ROOT = Path(__file__).parents[3]
+FILES = ROOT / "deploy" / "metrics"
+ALERTS, ALERTS_TEST, DASHBOARD = (
+    FILES / name for name in ("alerts.yaml", "alerts-test.yaml", "dashboard.json")
+)
+SERIES = {series: family for family in FAMILIES.values() for series in family.series}
+NOT_OURS = {"up", "process_resident_memory_bytes"}
+"""What Prometheus itself has, and the client library."""
+EVERYWHERE = {"instance", "job", "le", "alertname", "alertstate", "severity"}
+SELECTOR = re.compile(r"\b([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
+NAME = re.compile(r"\b(?:loadledger_\w+|process_\w+|up)\b")
+LABEL = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
+GROUPED = re.compile(r"\b(?:by|on|without|ignoring|group_left)\s*\(([^)]*)\)")
+ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+
+
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    program = os.environ.get("PROMTOOL") or shutil.which("promtool")
+    if program is None:
+        pytest.skip("promtool is not here: .ci/promtool fetches it, and PROMTOOL names it")
+    return program
+
+
+def check(promtool: str, *arguments: str, given: bytes = b"") -> None:
+    """Run promtool, which must find nothing to say."""
+    done = subprocess.run(
+        [promtool, *arguments], input=given, capture_output=True, timeout=120, cwd=FILES, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+
+def alert_rules() -> list[Any]:
+    [group] = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    rules: list[Any] = group["rules"]
+    return rules
+
+
+def dashboard_queries() -> Iterator[str]:
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    for panel in board["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", ()))
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
+            assert found is not None
+            yield f"count by ({found[2]}) ({found[1]})"
+
+
+def queries() -> Iterator[str]:
+    yield from dashboard_queries()
+    yield from (rule["expr"] for rule in alert_rules())
+
+
+def test_dashboard_and_alerts_name_metrics_and_labels_that_there_are() -> None:
+    for query in queries():
+        names = set(NAME.findall(query))
+        assert names, query
+        assert names - NOT_OURS <= SERIES.keys(), query
+        of_all = {label for name in names & SERIES.keys() for label in SERIES[name].labels} | EVERYWHERE
+        for name, labels in SELECTOR.findall(query):
+            known = set(SERIES[name].labels) if name in SERIES else set()
+            assert set(LABEL.findall(labels)) <= known | EVERYWHERE, query
+        for labels in GROUPED.findall(query):
+            assert {label.strip() for label in labels.split(",") if label.strip()} <= of_all, query
+
+
+def test_values_of_labels_that_alerts_ask_for_are_ones_that_there_can_be() -> None:
+    text = ALERTS.read_text(encoding="utf-8")
+    assert set(re.findall(r'outcome="(\w+)"', text)) <= {"completed", "failed", "cancelled"}
+    assert set(re.findall(r'resource="(\w+)"', text)) <= {"memory", "cpu"}
+    assert set(re.findall(r'kind="(\w+)"', text)) <= {kind.value for kind in JobKind}
+
+
+async def test_checks_that_alerts_ask_for_are_ones_that_there_are(api: LocalApi) -> None:
+    text = ALERTS.read_text(encoding="utf-8")
+    asked = {name for value in re.findall(r'check[!=]~?"([\w|]+)"', text) for name in value.split("|")}
+    assert asked <= (await api.get("/health/ready")).json["checks"].keys()
+
+
+def test_each_alert_says_what_is_wrong_what_to_do_and_how_urgent_it_is() -> None:
+    for rule in alert_rules():
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"].keys() == {"summary", "description"}
+
+
+def test_each_alert_is_seen_to_fire_in_a_test() -> None:
+    tested = re.findall(r'alertname="(\w+)"', ALERTS_TEST.read_text(encoding="utf-8"))
+    assert {rule["alert"] for rule in alert_rules()} == set(tested)
+
+
+def test_panels_have_places_and_numbers_of_their_own() -> None:
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [panel["gridPos"] for panel in panels]
+    taken = [
+        (x, y)
+        for place in places
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(taken) == len(set(taken))
+    assert max(x for x, _ in taken) < 24
+
+
+def test_the_page_has_the_table_that_the_code_makes() -> None:
+    assert metrics_table() in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+def test_every_metric_is_on_the_dashboard_or_in_an_alert() -> None:
+    used = {SERIES[name].name for query in queries() for name in NAME.findall(query) if name in SERIES}
+    told_elsewhere = {
+        "loadledger_inferences_total",  # requests are what people count; this is for batches
+        "loadledger_inference_executions_total",
+        "loadledger_model_info",
+        "loadledger_model_workers",
+        "loadledger_prepared_forms",
+        "loadledger_preparing",
+    }
+    assert FAMILIES.keys() - used == told_elsewhere
+
+
+def test_promtool_takes_the_alert_rules_and_they_do_what_they_should(promtool: str) -> None:
+    check(promtool, "check", "rules", ALERTS.name)
+    check(promtool, "test", "rules", ALERTS_TEST.name)
+
+
+def test_promtool_takes_the_queries_of_the_dashboard(promtool: str, tmp_path: Path) -> None:
+    file = tmp_path / "queries.yaml"
+    rules = [
+        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "5m")}
+        for number, query in enumerate(dashboard_queries())
+    ]
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), encoding="utf-8")
+    check(promtool, "check", "rules", str(file))
+
+
+async def test_promtool_takes_the_metrics(promtool: str, api: LocalApi, repository: Path) -> None:
+    save(models.add(), repository, "m")
+    await api.load("m")
+    assert (await api.infer("m", ONE)).status == 200
+    answer = await api.get("/metrics")
+    check(promtool, "check", "metrics", given=answer.body)

@@ -1,0 +1,63 @@
+"""After a load on demand failed: longer pauses, until something else happens to the model."""
+
+import pytest
+
+from events.models import Model
+from server.v2.setbacks import LONGEST_PAUSE_S, MAX_SETBACKS, DemandFailed, Setbacks
+
+WISH = ("m", None)
+
+
+def failed(setbacks: Setbacks, wish: tuple[str, int | None], before: Model | None, now_s: float) -> Model:
+    """Fail once, at the earliest moment, and return the model as it is recorded then."""
+    setbacks.check(wish, before, now_s)
+    after = Model(wish[0])
+    setbacks.note(wish, "because", before, after, now_s)
+    return after
+
+
+def test_what_failed_rests_and_says_why_and_for_how_long() -> None:
+    setbacks = Setbacks()
+    model = failed(setbacks, WISH, None, 10.0)
+    with pytest.raises(DemandFailed, match="because") as caught:
+        setbacks.check(WISH, model, 10.25)
+    assert caught.value.retry_after_s == 0.25
+    setbacks.check(WISH, model, 10.5)
+
+
+def test_each_pause_is_twice_the_last_up_to_half_a_minute() -> None:
+    setbacks, now_s, model, pauses = Setbacks(), 0.0, None, list[float]()
+    for _ in range(9):
+        setbacks.check(WISH, model, now_s)
+        before, model = model, Model("m")
+        pauses.append(setbacks.note(WISH, "because", before, model, now_s))
+        now_s += pauses[-1]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+
+
+def test_what_else_happens_to_the_model_ends_the_pause_and_the_doubling() -> None:
+    setbacks = Setbacks()
+    failed(setbacks, WISH, None, 0.0)
+    touched = Model("m")
+    setbacks.check(WISH, touched, 0.0)
+    assert setbacks.note(WISH, "because", touched, Model("m"), 0.0) == 0.5
+
+
+def test_the_failure_of_another_version_neither_holds_a_version_up_nor_ends_its_pause() -> None:
+    setbacks = Setbacks()
+    model = failed(setbacks, ("m", 1), None, 0.0)
+    model = failed(setbacks, ("m", 2), model, 0.0)
+    for version in (1, 2):
+        with pytest.raises(DemandFailed):
+            setbacks.check(("m", version), model, 0.4)
+    setbacks.check(("m", None), model, 0.4)
+    setbacks.check(("other", 1), None, 0.4)
+
+
+def test_only_so_many_failures_are_remembered() -> None:
+    setbacks = Setbacks()
+    seen = {number: failed(setbacks, (f"m{number}", None), None, 0.0) for number in range(MAX_SETBACKS + 1)}
+    setbacks.check(("m0", None), seen[0], 0.1)
+    for number in (1, MAX_SETBACKS):
+        with pytest.raises(DemandFailed):
+            setbacks.check((f"m{number}", None), seen[number], 0.1)
