@@ -1,1 +1,1 @@
-"""Speaks HTTP: routes, authentication, errors, command line. Only here is the web framework known."""
+"""Speaks HTTP: routes, authentication, errors, console. Only here is the web framework known."""

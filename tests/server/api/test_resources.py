@@ -166,7 +166,9 @@ async def test_who_waits_for_memory_says_how_much_is_needed_and_what_for(
     api = await start(memory_budget=str(BUDGET - 10_000_000))
     await api.load("large")
     waits = await api.accepted_load("larger")
-    seen = await resources_when(api, lambda seen: any(wait["needs_bytes"] for wait in seen["waiting"]))
+    seen = await resources_when(
+        api, lambda seen: any("budget" in wait["waiting_for"] for wait in seen["waiting"])
+    )
     [wait] = seen["waiting"]
     shown = await api.job_when(waits["id"], status="pending")
     needs = estimate(repository, "larger")
