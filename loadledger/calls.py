@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict
 
 from loadledger.address import path
-from loadledger.asking import Setting, asked, encoded, get, post
-from loadledger.effects import Flow, Request
+from loadledger.asking import Setting, asked, get, post
+from loadledger.effects import Flow
 from loadledger.following import Wish, followed_events, listed_events
+from loadledger.inferring import Json, Question, inferred
 from loadledger.listing import JobPage, Listing, ModelPage, listed, optional, several
 from loadledger.problems import ServerError
 from loadledger.records import Head, Health, Job, Model, Resources
-from loadledger.tensors import Inputs, is_complete, tensors
+from loadledger.tensors import Inputs
 from loadledger.waiting import Away, Patience, job_request, submitted, waited_for
 
-Json = dict[str, Any]
 At = int | str
 """A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
 
@@ -137,7 +137,8 @@ class Calls:
         at = () if version is None else ("versions", str(version))
         model = f"/v2{path('models', model_id, *at)}"
         named = None if outputs is None else [{"name": name} for _, name in several("outputs", outputs)]
-        return self._infer(model, inputs, {"outputs": named, "parameters": parameters}, timeout_s)
+        options = {"outputs": named, "parameters": parameters}
+        return inferred(self._setting, Question(model, inputs, options, timeout_s))
 
     def events(
         self,
@@ -154,18 +155,6 @@ class Calls:
         chosen = [pair for name, values in filters.items() for pair in several(name, values)]
         wish = Wish(chosen, after, optional(**moments), on_away)
         return followed_events(self._setting, wish) if follow else listed_events(self._setting, wish)
-
-    def _infer(
-        self, model: str, inputs: Inputs, options: Mapping[str, Any], timeout_s: float | None
-    ) -> Flow[Json]:
-        metadata: Json | None = None
-        if not is_complete(inputs):
-            metadata = yield from asked(self._setting, get(model), Json)
-        wanted = {name: value for name, value in options.items() if value is not None}
-        body = encoded({"inputs": tensors(inputs, metadata), **wanted})
-        headers = {"Content-Type": "application/json"}
-        request = Request("POST", f"{model}/infer", headers, body, repeatable=False, timeout_s=timeout_s)
-        return (yield from asked(self._setting, request, Json))
 
 
 def _checked(limit: int | None) -> int | None:

@@ -201,7 +201,9 @@ class Client:
         parameters: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """Ask a model, and return its answer as the Open Inference Protocol has it. It is sent once.
+        """Ask a model, and return its answer as the Open Inference Protocol has it. It runs at most once.
+
+        A model that is not loaded is loaded first, if the server does that (`--on-demand on`).
 
         Args:
             model_id: which.

@@ -20,14 +20,14 @@ def tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[str
 
     Args:
         inputs: as they were given.
-        metadata: of the model; None where all inputs are complete.
+        metadata: of the model; without it, datatypes that are not given are those that values look like.
 
     Raises:
         ValueError: an input is none of the model's, or its lists are of different lengths.
     """
     if not isinstance(inputs, Mapping):
         return [dict(tensor) for tensor in inputs]
-    known = _datatypes(metadata)
+    known = None if metadata is None else _datatypes(metadata)
     return [_tensor(name, value, known) for name, value in inputs.items()]
 
 
@@ -56,20 +56,31 @@ def flat(value: Any) -> list[Any]:
     return level
 
 
-def _tensor(name: str, value: Any, known: Mapping[str, str]) -> dict[str, Any]:
+def _tensor(name: str, value: Any, known: Mapping[str, str] | None) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {"name": name, **value}
-    if name not in known:
+    if known is not None and name not in known:
         raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
     plain = value.tolist() if hasattr(value, "tolist") else value
     shape = shape_of(name, plain)
     if hasattr(value, "shape"):  # of an array without values, the lists do not say all
         shape = [int(length) for length in value.shape]
-    return {"name": name, "shape": shape, "datatype": known[name], "data": flat(plain)}
+    data = flat(plain)
+    datatype = _looks_like(data) if known is None else known[name]
+    return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 
 
-def _datatypes(metadata: Mapping[str, Any] | None) -> dict[str, str]:
-    tensors_of = (metadata or {}).get("inputs")
+def _looks_like(data: list[Any]) -> str:
+    kinds = {type(each) for each in data}
+    if kinds == {bool}:
+        return "BOOL"
+    if kinds == {int}:
+        return "INT64"
+    return "BYTES" if kinds == {str} else "FP32"
+
+
+def _datatypes(metadata: Mapping[str, Any]) -> dict[str, str]:
+    tensors_of = metadata.get("inputs")
     named = tensors_of if isinstance(tensors_of, list) else []
     return {
         str(tensor["name"]): str(tensor["datatype"])

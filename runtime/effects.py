@@ -32,6 +32,8 @@ START_ATTEMPTS = 3
 """A fork server that has to be replaced is no reason for a load to fail; one that cannot fork is."""
 START_PAUSE_S = 0.1
 """Between them: by then it is known that the fork server has ended, and the next one is waited for."""
+STOP_GRACE_S = 1.0
+"""For a worker to end by itself once there is nobody to serve; then it is killed."""
 INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
 """Workers of one load that load side by side, after the first: each takes a core and its peak of memory."""
 
@@ -203,7 +205,7 @@ async def _stop(load: LiveLoad, worker: Worker) -> None:
         load.note_end(worker, await _measured(load, worker))
     except WorkerDied:
         return
-    await worker.stop()
+    await worker.stop(STOP_GRACE_S)
 
 
 async def _measured(load: LiveLoad, worker: Worker) -> int:

@@ -12,7 +12,6 @@ import click
 
 from loadledger.cli.completing import loaded_models
 from loadledger.cli.connection import Where, connected, server_options
-from loadledger.cli.guessing import ask
 from loadledger.cli.options import json_option
 from loadledger.cli.printing import print_json
 from loadledger.cli.problems import give_up
@@ -62,8 +61,7 @@ def infer(
     """
     request = _request(typed, file)
     with connected(where, timeout_s=120.0) as client:
-        answer = ask(
-            client,
+        answer = client.infer(
             model,
             request["inputs"],
             version=version,

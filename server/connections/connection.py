@@ -131,7 +131,7 @@ class Connection(web.RequestHandler):
         if self._place is None:
             self._refuse(TooManyConnections())
             return
-        self._place.give_way = self._give_way
+        self._place.give_way, self._place.abort = self._give_way, self._wire.abort
         if self._place.is_spare and self._request_handler is not None:
             self._request_handler = partial(self._answer_probe, self._place, self._request_handler)
         self._expect_head()
@@ -154,6 +154,12 @@ class Connection(web.RequestHandler):
             self._head_ended(data)
         elif is_head:
             self._head_grows(data)
+
+    def force_close(self) -> None:
+        """Close, once: a transport of TLS that is closed twice cannot be aborted any more."""
+        if self.transport is not None and self.transport.is_closing():
+            self.transport = None
+        super().force_close()
 
     def look(self, now_s: float) -> None:
         """End the connection if its client does not go on; called every now and then."""
@@ -188,12 +194,14 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """Answer one request of who has a place of the reserve."""
         if not is_probe(request):
-            response: web.StreamResponse = refusal(request, TooManyConnections())
-        else:
-            place.give_way = None
+            place.give_way = self.force_close
+            return refusal(request, TooManyConnections())
+        place.give_way = None
+        try:
             response = await handler(request)
-            response.force_close()
-        place.give_way = self.force_close  # which lets go what is written
+        finally:
+            place.give_way = self.force_close  # which lets go what is written
+        response.force_close()
         return response
 
     def _give_way(self) -> None:

@@ -79,7 +79,7 @@ async def _shaking(
     async def shake(accepted: socket.socket, place: Place) -> None:
         task, connection = asyncio.current_task(), make(place)
         assert task is not None
-        place.give_way = task.cancel
+        place.give_way = place.abort = task.cancel
         # Its time for a handshake is that for a head: who does neither is the same.
         limit_s = limits.head_s_of(place)
         try:
@@ -105,6 +105,7 @@ async def _shaking(
             task = loop.create_task(shake(accepted, place))
             limits.handshakes.add(task)
             task.add_done_callback(limits.handshakes.discard)
+            await asyncio.sleep(0)  # so that a burst neither keeps the loop nor comes before it can give way
 
     listeners = await _listeners(host, port)
     tasks = {loop.create_task(accept(listener), name="accepting") for listener in listeners}

@@ -21,8 +21,8 @@ SPARE_DESCRIPTORS = 4
 RESERVE = 64
 """Beyond the limit: more than connect between two turns of the loop as long as the server keeps up at all."""
 
-SPARE_OF_SPARE = 4
-"""Of so many descriptors that are left one may go to the reserve."""
+SPARE_OF_SPARE = 8
+"""Of so many descriptors that are left one may go to the reserve, and one to who is leaving it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -32,12 +32,14 @@ class Place:
     Attributes:
         peer: whom it counts for; None if that is not counted.
         is_spare: whether it is of the reserve, which is for probes alone.
-        give_way: ends it for another one; None while it may not be ended.
+        give_way: ends it for another one, in its own time; None while it may not be ended.
+        abort: ends it at once, whatever it is being told.
     """
 
     peer: str | None
     is_spare: bool
     give_way: Callable[[], object] | None = None
+    abort: Callable[[], object] | None = None
 
 
 def nobody(_address: str) -> bool:
@@ -57,6 +59,7 @@ class Places:
         taken: those that are, without the reserve.
         of_peers: how many of each peer that has any, where that is limited.
         spare: those of the reserve, the oldest first.
+        leaving: those that gave way and are not gone: no more than the reserve has, the oldest first.
     """
 
     most: int
@@ -66,6 +69,7 @@ class Places:
     taken: set[Place] = field(default_factory=set)
     of_peers: Counter[str] = field(default_factory=Counter)
     spare: dict[Place, None] = field(default_factory=dict)
+    leaving: dict[Place, None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config) -> Places:
@@ -102,6 +106,7 @@ class Places:
     def leave(self, place: Place) -> None:
         """Take a place back; it may have been already."""
         self.spare.pop(place, None)
+        self.leaving.pop(place, None)
         if place not in self.taken:
             return
         self.taken.remove(place)
@@ -125,10 +130,20 @@ class Places:
             return True
         for place in self.spare:
             if place.give_way is not None:
-                del self.spare[place]
-                place.give_way()
+                self._have_leave(place, place.give_way)
                 return True
         return False
+
+    def _have_leave(self, place: Place, give_way: Callable[[], object]) -> None:
+        """End one of the reserve for another; it has a descriptor until it is gone, so few may linger."""
+        del self.spare[place]
+        self.leaving[place] = None
+        give_way()
+        if len(self.leaving) > self.reserve:
+            oldest = next(iter(self.leaving))
+            del self.leaving[oldest]
+            if oldest.abort is not None:
+                oldest.abort()
 
 
 def _is_loopback(address: str) -> bool:

@@ -16,7 +16,7 @@ from support.events import opened, write
 from support.http import LIMIT_S
 from support.ledgers import SIGN, told_history, write_ledger
 from support.models import save
-from support.process import MODULE, clean_environment, serving
+from support.process import APART, MODULE, clean_environment, serving
 
 from events.archive import archive
 from events.clock import utc_now
@@ -189,7 +189,7 @@ async def test_a_server_is_listed_and_followed_across_its_restart(tmp_path: Path
     repository.mkdir()
     save(models.add(1), repository, "m")
     config = Config(repository=repository, data=tmp_path / "data")
-    async with serving(config) as server:
+    async with serving(config, APART) as server:
         port = server.url.rpartition(":")[2]
         environment = {"LOADLEDGER_TOKEN": server.api.token("audit"), "HOME": str(tmp_path)}
         await server.api.load("m")
@@ -201,7 +201,7 @@ async def test_a_server_is_listed_and_followed_across_its_restart(tmp_path: Path
         async with command(f"--url={server.url}", "-f", "--after=2", environment=environment) as process:
             assert [await position(process) for _ in range(2)] == [3, 4]
             assert await server.stop() == 0
-            async with serving(config, f"--port={port}") as again:
+            async with serving(config, APART, f"--port={port}") as again:
                 await again.api.load("m")
                 found = [await position(process) for _ in range(4)]
                 assert found == [5, 6, 7, 8]

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from support import models
 from support.clients import KINDS, connected
 from support.http import LIMIT_S, when
 from support.models import save
-from support.process import Server, serving
+from support.process import APART, Server, serving
 from support.standing import standing
 
 from loadledger import (
@@ -75,9 +76,27 @@ def test_a_model_is_loaded_asked_swapped_and_unloaded(client: Client) -> None:
     assert caught.value.code == "model_not_loaded"
 
 
-def test_stages_are_told_while_a_load_goes_on(client: Client) -> None:
+@contextmanager
+def stopped(server: Server) -> Iterator[int]:
+    """Stop what starts the workers, so that no load is over before it was seen; gives what is to go on."""
+    fork_server = server.children()[0]
+    os.kill(fork_server, signal.SIGSTOP)
+    try:
+        yield fork_server
+    finally:
+        os.kill(fork_server, signal.SIGCONT)
+
+
+def test_stages_are_told_while_a_load_goes_on(client: Client, server: Server) -> None:
     seen: list[Job] = []
-    client.load("slow", wait=True, on_stage=seen.append)
+
+    def told(job: Job) -> None:
+        seen.append(job)
+        if job.stage is not None:
+            os.kill(starting, signal.SIGCONT)
+
+    with stopped(server) as starting:
+        client.load("slow", wait=True, on_stage=told)
     assert seen[0].status in ("pending", "in_progress")
     assert seen[-1].status == "completed"
     assert {job.stage for job in seen} & {"starting", "loading", "warming_up", "measuring"}
@@ -94,7 +113,9 @@ def test_a_load_that_fails_is_raised_with_its_reason(client: Client) -> None:
     job = client.job(caught.value.job.id)
     assert job.status == "failed"
     assert client.wait_for(job.id) == job
-    assert client.load("broken").status in ("pending", "in_progress", "failed")
+    again = client.load("broken")
+    assert again.status in ("pending", "in_progress", "failed")
+    assert client.wait_for(again.id).status == "failed"  # and is in nobody's way
 
 
 def test_a_job_is_cancelled_or_waited_for_no_longer_than_asked(client: Client) -> None:
@@ -264,11 +285,12 @@ async def test_who_is_cancelled_lets_go_of_the_stream_and_leaves_the_job(server:
             with pytest.raises(asyncio.CancelledError):
                 await task
             begun.clear()
-        waiting = asyncio.create_task(client.load("slow", wait=True))
-        job = await when(lambda: first_job(client), lambda job: job.model_id == "slow" and not job.ended)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+        with stopped(server):
+            waiting = asyncio.create_task(client.load("slow", wait=True))
+            job = await when(lambda: first_job(client), lambda job: job.model_id == "slow" and not job.ended)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
         assert (await client.wait_for(job.id)).status == "completed"
         await client.unload("slow", wait=True)
 
@@ -307,7 +329,7 @@ async def test_waiting_and_following_survive_a_server_that_is_killed(tmp_path: P
         with connected(kind, url, token) as client:
             done.append(client.load(kind, wait=True, wait_s=LIMIT_S, on_stage=told))
 
-    async with serving(config) as server:
+    async with serving(config, APART) as server:
         url, token, port = server.url, server.api.token("admin"), server.url.rpartition(":")[2]
         tasks = [
             asyncio.create_task(asyncio.to_thread(each, kind)) for each in (follow, load) for kind in KINDS
@@ -315,7 +337,7 @@ async def test_waiting_and_following_survive_a_server_that_is_killed(tmp_path: P
         for each in begun.values():
             assert await asyncio.to_thread(each.wait, LIMIT_S)
         await server.kill()
-    async with serving(config, f"--port={port}") as server, asyncio.timeout(2 * LIMIT_S):
+    async with serving(config, APART, f"--port={port}") as server, asyncio.timeout(2 * LIMIT_S):
         await asyncio.gather(*tasks[2:])
         await server.api.unload(KINDS[0])
         await asyncio.gather(*tasks)

@@ -1,7 +1,9 @@
 """What the client decides: flows are played with answers from a list, and a clock that is a number."""
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from support.flows import (
 from loadledger import problems
 from loadledger.asking import RETRY_FOR_S, Setting
 from loadledger.calls import Calls
-from loadledger.effects import Flow, Request, Shut
+from loadledger.effects import Answer, Flow, Request, Shut
 from loadledger.problems import (
     Archived,
     BadAnswer,
@@ -430,3 +432,63 @@ def test_an_inference_asks_for_datatypes_first_where_they_are_not_given() -> Non
     assert infer.body == (
         b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1.5]}],"parameters":{"a":1}}'
     )
+
+
+NOT_LOADED = problem(503, "model_not_loaded", "m is not loaded")
+MISTAKEN = problem(400, "invalid_input", "x is FP32")
+METADATA = answer({"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]})
+DONE = answer({"outputs": []})
+INFER: Any = {"version": None, "outputs": None, "parameters": None, "timeout_s": None}
+
+
+@pytest.mark.parametrize(
+    ("value", "datatype"),
+    [
+        ([1.5], "FP32"),
+        ([1, 2.5], "FP32"),
+        ([[1, 2]], "INT64"),
+        ([True], "BOOL"),
+        (["a"], "BYTES"),
+        ([], "FP32"),
+        (np.array([1.0]), "FP32"),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_not_loaded_is_asked_with_what_values_look_like(value: Any, datatype: str) -> None:
+    play = Played([NOT_LOADED, DONE])
+    assert play.play(Calls(play.setting).infer("m", {"x": value}, **INFER)) == {"outputs": []}
+    assert [request.method for request in play.requests] == ["GET", "POST"]
+    [sent] = json.loads(play.requests[1].body or b"")["inputs"]
+    assert sent == {
+        "name": "x",
+        "shape": list(np.shape(value)),
+        "datatype": datatype,
+        "data": np.ravel(value).tolist(),
+    }
+
+
+def test_a_guess_that_the_model_refuses_is_followed_by_its_own_datatypes() -> None:
+    play = Played([NOT_LOADED, MISTAKEN, METADATA, DONE])
+    assert play.play(Calls(play.setting).infer("m", {"x": [1]}, **INFER)) == {"outputs": []}
+    assert [request.method for request in play.requests] == ["GET", "POST", "GET", "POST"]
+    assert b'"INT64"' in (play.requests[1].body or b"")
+    assert b'"FP32"' in (play.requests[3].body or b"")
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "asked"),
+    [
+        ([problem(404, "model_not_found", "there is no m")], "model_not_found", 1),
+        ([NOT_LOADED, NOT_LOADED], "model_not_loaded", 2),
+        ([NOT_LOADED, MISTAKEN, NOT_LOADED], "invalid_input", 3),
+        ([NOT_LOADED, MISTAKEN, METADATA, MISTAKEN], "invalid_input", 4),
+    ],
+    ids=["no model", "not on demand", "gone again", "wrong all the same"],
+)
+def test_a_question_that_cannot_be_answered_ends_with_the_reason(
+    answers: list[Answer], code: str, asked: int
+) -> None:
+    play = Played(answers)
+    with pytest.raises(ServerError) as caught:
+        play.play(Calls(play.setting).infer("m", {"x": [1]}, **INFER))
+    assert (caught.value.code, len(play.requests)) == (code, asked)

@@ -159,7 +159,7 @@ def test_a_server_that_has_no_end_is_given_up_wherever_that_is(kind: str, head: 
 
     def drip(connection: socket.socket) -> None:
         connection.sendall(head)
-        for _ in range(100):  # and then it is over, whoever still waits
+        for _ in range(1000):  # and then it is over, whoever still waits
             if over.wait(0.02):
                 break
             connection.sendall(part)
@@ -242,7 +242,7 @@ def test_a_stream_without_a_sign_of_life_is_taken_for_dead(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("connections", "loopconnections"):
-        monkeypatch.setattr(f"loadledger.{module}.Transport.open.__defaults__", (0.2,))
+        monkeypatch.setattr(f"loadledger.{module}.Transport.open.__defaults__", (1.0,))
     told: list[Exception] = []
     scripts = staying(streamed(lines(1))), staying(streamed(lines(2)))
     with odd_server(*scripts) as server, connected(kind, server.url) as client:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import pytest
 from support import models
-from support.running import Clock, Engine, job_of, running
+from support.running import Clock, Engine, job_of, running, stopped_clock
 from support.workers import trips, until
 
 from events.commands import RequestCancel
@@ -531,7 +531,7 @@ async def test_a_recovery_that_fails_is_tried_again(folder: Path) -> None:
 
 
 async def test_an_unload_of_a_lost_model_ends_the_wish(folder: Path) -> None:
-    async with running(folder) as engine:
+    async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("adder")
         await engine.die("adder")
         assert (await engine.unload("adder")).status is JobStatus.COMPLETED
@@ -544,7 +544,7 @@ async def test_an_unload_of_a_lost_model_ends_the_wish(folder: Path) -> None:
 
 async def test_the_end_of_the_fork_server_is_one_incident_that_no_model_is_charged_for(folder: Path) -> None:
     models.save_bytes(SLOW, folder / "models", "slow")
-    async with running(folder) as engine:
+    async with running(folder, clock=stopped_clock()) as engine:
         await asyncio.gather(engine.load("adder"), engine.load("other"))
         slow = await engine.ask_load("slow")
         await engine.loading("slow")
@@ -563,7 +563,7 @@ async def test_the_end_of_the_fork_server_is_one_incident_that_no_model_is_charg
 
 async def test_a_recovery_that_the_fork_server_ends_is_not_charged_either(folder: Path) -> None:
     path = folder / "models/other/1/model.onnx"
-    async with running(folder) as engine:
+    async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("other")
         good = path.read_bytes()
         path.write_bytes(SLOW)

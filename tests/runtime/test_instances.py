@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.running import Engine, running
+from support.running import Engine, running, stopped_clock
 from support.workers import computing, freeze, trips, until
 
 from events.jobs import JobStatus, LoadParameters
@@ -16,24 +16,22 @@ from events.models import ModelState
 from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
 from runtime.errors import WorkerDied
 from runtime.live import LiveLoad
+from runtime.processes.workers import Worker
 from runtime.scheduling.scheduler import MAX_INCIDENTS
 
 TWO = LoadParameters(instances=2)
 THREE = LoadParameters(instances=3)
-GRADUAL = models.slow_model(side=800, depth=60).SerializeToString()
-"""Loads for half a second or more: long enough to do something amid it."""
 BACK_OFF_S = 60
 """More than any pause before a recovery, less than what incidents are remembered."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a place with three models: `adder` (versions 1 and 2), `loop` and `gradual`."""
+    """Give a place with two models: `adder` (versions 1 and 2) and `loop`."""
     root = tmp_path / "models"
     models.save(models.add(1), root, "adder", 1)
     models.save(models.add(2), root, "adder", 2)
     models.save(models.counting_loop(), root, "loop")
-    models.save_bytes(GRADUAL, root, "gradual")
     return tmp_path
 
 
@@ -68,9 +66,30 @@ async def endless(engine: Engine) -> list[asyncio.Task[object]]:
 
 
 async def begun(engine: Engine, parameters: LoadParameters) -> tuple[str, LiveLoad]:
-    """Ask for a load of `gradual` and wait until its first worker is at it."""
-    job_id = await engine.ask_load("gradual", parameters=parameters)
-    return job_id, await engine.loading("gradual")
+    """Ask for a load of `adder`; its first worker is stopped, and does nothing until it is continued."""
+    first = await engine.stopped_ahead()
+    job_id = await engine.ask_load("adder", 1, parameters)
+    await taken(engine, first)
+    return job_id, engine.live("adder")
+
+
+async def half_loaded(engine: Engine, parameters: LoadParameters) -> tuple[str, LiveLoad, Worker]:
+    """Ask for a load of `adder`; when its first worker has loaded it, its second is stopped before that.
+
+    Returns:
+        The job, the load and the second worker.
+    """
+    job_id, load = await begun(engine, parameters)
+    pid = await engine.stopped_ahead()
+    os.kill(load.workers[0].pid, signal.SIGCONT)
+    await taken(engine, pid)
+    return job_id, load, next(worker for worker in load.workers if worker.pid == pid)
+
+
+async def taken(engine: Engine, pid: int) -> None:
+    """Wait until a load has this worker."""
+    loads = engine.consumer.live
+    await until(lambda: any(worker.pid == pid for load in loads.values() for worker in load.workers))
 
 
 async def nothing_left(engine: Engine) -> None:
@@ -122,34 +141,32 @@ async def test_a_request_goes_to_the_instance_that_has_nothing_to_do(folder: Pat
 
 async def test_an_instance_that_dies_while_it_loads_fails_the_load_and_ends_the_others(folder: Path) -> None:
     async with running(folder) as engine:
-        job_id, load = await begun(engine, THREE)
-        await until(lambda: len(load.workers) >= 2)
-        os.kill(load.workers[1].pid, signal.SIGKILL)
+        job_id, _, second = await half_loaded(engine, THREE)
+        os.kill(second.pid, signal.SIGKILL)
         job = await engine.ended(job_id)
         assert job.error is not None
         assert job.error.code == "worker_died"
-        events = await engine.events(of="gradual")
+        events = await engine.events(of="adder")
         story = ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
         assert [event.type for event in events] == story
-        assert events[2].worker_id == load.workers[1].worker_id
+        assert events[2].worker_id == second.worker_id
         await nothing_left(engine)
 
 
 async def test_the_first_instance_s_death_while_others_load_fails_the_load(folder: Path) -> None:
     async with running(folder) as engine:
-        job_id, load = await begun(engine, TWO)
-        await until(lambda: len(load.workers) == 2)
+        job_id, load, _ = await half_loaded(engine, TWO)
         os.kill(load.workers[0].pid, signal.SIGKILL)
         job = await engine.ended(job_id)
         assert job.error is not None
         assert (job.error.code, "right after" in job.error.message) == ("worker_died", True)
-        assert (await engine.events(of="gradual"))[2].worker_id == load.worker_id
+        assert (await engine.events(of="adder"))[2].worker_id == load.worker_id
         await nothing_left(engine)
 
 
 @pytest.mark.parametrize(
     "change",
-    [lambda path: path.unlink(), lambda path: path.write_bytes(models.add().SerializeToString())],
+    [lambda path: path.unlink(), lambda path: path.write_bytes(models.add(7).SerializeToString())],
     ids=["removed", "replaced"],
 )
 async def test_files_that_are_changed_between_two_instances_fail_the_load(
@@ -158,8 +175,9 @@ async def test_files_that_are_changed_between_two_instances_fail_the_load(
     async with running(folder) as engine:
         job_id, load = await begun(engine, TWO)
         os.kill(engine.fork_server_pid, signal.SIGSTOP)  # so that there is no second worker yet
+        os.kill(load.workers[0].pid, signal.SIGCONT)
         await until(lambda: load.worker_id in load.reports)
-        change(folder / "models/gradual/1/model.onnx")
+        change(folder / "models/adder/1/model.onnx")
         os.kill(engine.fork_server_pid, signal.SIGCONT)
         job = await engine.ended(job_id)
         assert job.error is not None
@@ -170,8 +188,7 @@ async def test_files_that_are_changed_between_two_instances_fail_the_load(
 
 async def test_a_load_of_several_instances_is_ended_by_its_timeout(folder: Path) -> None:
     async with running(folder) as engine:
-        job_id, load = await begun(engine, LoadParameters(instances=3, timeout_s=100))
-        await until(lambda: len(load.workers) >= 2)
+        job_id, load, _ = await half_loaded(engine, LoadParameters(instances=3, timeout_s=100))
         engine.pass_time(100)
         job = await engine.ended(job_id)
         assert job.error is not None
@@ -182,9 +199,8 @@ async def test_a_load_of_several_instances_is_ended_by_its_timeout(folder: Path)
 
 async def test_force_ends_a_load_of_several_instances(folder: Path) -> None:
     async with running(folder) as engine:
-        job_id, load = await begun(engine, THREE)
-        await until(lambda: len(load.workers) >= 2)
-        await engine.unload("gradual", force=True)
+        job_id, _, _ = await half_loaded(engine, THREE)
+        await engine.unload("adder", force=True)
         assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
         await nothing_left(engine)
 
@@ -295,7 +311,7 @@ async def test_a_load_that_somebody_asks_for_makes_a_degraded_model_whole(folder
 
 
 async def test_instances_that_die_at_once_are_one_incident(folder: Path) -> None:
-    async with running(folder) as engine:
+    async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("adder", 1, THREE)
         for worker in engine.workers("adder"):
             os.kill(worker.pid, signal.SIGKILL)
@@ -334,7 +350,7 @@ async def test_a_model_that_cannot_become_whole_goes_on_with_what_is_left(folder
 
 
 async def test_the_end_of_the_fork_server_is_not_charged_for_its_instances(folder: Path) -> None:
-    async with running(folder) as engine:
+    async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("adder", 1, TWO)
         os.kill(engine.fork_server_pid, signal.SIGKILL)
         assert (await engine.becomes("adder", ModelState.LOST)).incidents == ()
@@ -347,8 +363,7 @@ async def test_the_end_of_the_fork_server_is_not_charged_for_its_instances(folde
 
 async def test_a_load_of_instances_that_the_fork_server_ends_says_so(folder: Path) -> None:
     async with running(folder) as engine:
-        job_id, load = await begun(engine, TWO)
-        await until(lambda: len(load.workers) == 2)
+        job_id, _, _ = await half_loaded(engine, TWO)
         os.kill(engine.fork_server_pid, signal.SIGKILL)
         job = await engine.ended(job_id)
         assert job.error is not None
@@ -365,13 +380,14 @@ async def test_after_a_restart_a_model_has_all_its_instances(folder: Path) -> No
 
 
 async def test_an_unload_of_a_degraded_model_does_not_wait_for_its_recovery(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.load("gradual", parameters=TWO)
-        await degraded(engine, "gradual")
+    async with running(folder, clock=stopped_clock()) as engine:
+        await engine.load("adder", 1, TWO)
+        await degraded(engine, "adder")
+        pid = await engine.stopped_ahead()
         engine.pass_time(0.5)
-        await engine.recorded(lambda: bool(engine.log.state.unended("gradual")))
-        (recovery,) = engine.log.state.unended("gradual")
-        assert (await engine.unload("gradual")).status is JobStatus.COMPLETED
+        await taken(engine, pid)  # by the recovery, which so does not end
+        (recovery,) = engine.log.state.unended("adder")
+        assert (await engine.unload("adder")).status is JobStatus.COMPLETED
         assert (await engine.ended(recovery.id)).status is JobStatus.CANCELLED
-        assert engine.model("gradual").state is ModelState.UNLOADED
+        assert engine.model("adder").state is ModelState.UNLOADED
         await nothing_left(engine)

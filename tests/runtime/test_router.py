@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import models
-from support.running import Engine, running
-from support.workers import array, floats, tensor, trips, until
+from support.running import Engine, running, stopped_clock
+from support.workers import LIMIT_S, array, floats, tensor, trips, until
 
 from events.jobs import LoadParameters
 from events.models import ModelState
@@ -156,7 +156,7 @@ async def test_a_model_that_is_being_unloaded_takes_no_more_requests(folder: Pat
 
 
 async def test_a_lost_model_does_not_answer_until_it_is_back(folder: Path) -> None:
-    async with running(folder) as engine:
+    async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("adder")
         await engine.die("adder")
         problem = await refusal(engine, "adder")
@@ -254,7 +254,7 @@ async def test_what_waited_behind_the_inference_that_killed_the_worker_is_answer
 
 
 async def test_what_waits_for_a_model_that_is_unloaded_instead_is_told_so(folder: Path) -> None:
-    async with running(folder) as engine:
+    async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("loop")
         worker = engine.worker("loop")
         tasks = [asyncio.create_task(engine.infer("loop", trips(models.ENDLESS))) for _ in range(2)]
@@ -294,6 +294,7 @@ async def test_a_cancelled_inference_that_only_waits_is_no_reason_to_kill_the_wo
             with pytest.raises(InferenceTimeout):
                 await engine.infer("loop", trips(1), timeout_s=0.02)
         assert not first.done()
+        worker._in_flight.patience_s = LIMIT_S  # how soon this one stops is not the question
         first.cancel()
         await until(lambda: worker.in_flight == 0)
         assert engine.worker("loop") is worker

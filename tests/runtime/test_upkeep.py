@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import models
 from support.running import Engine, running
-from support.workers import freeze, tensor, until
+from support.workers import FOR_EVER_S, LIMIT_S, freeze, tensor, until
 
 from events.errors import LogUnavailable
 from events.jobs import LoadParameters
@@ -25,6 +25,13 @@ from runtime.wire import Tensor
 
 GROWTH_BYTES = 40_000_000
 """What the model `grows` takes when it is asked to, and keeps: ONNX Runtime's arena gives nothing back."""
+
+
+@pytest.fixture(autouse=True)
+def _only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nothing be measured or noted but what a test asks for, however long it takes."""
+    monkeypatch.setattr(upkeep_module, "MEASURE_S", FOR_EVER_S)
+    monkeypatch.setattr(upkeep_module, "MEASURE_LIMIT_S", LIMIT_S)
 
 
 @pytest.fixture
@@ -146,7 +153,7 @@ async def test_a_worker_that_cannot_be_measured_holds_up_nobody_and_is_not_asked
         for _ in range(3):
             engine.live("new").measured_bytes.clear()
             await upkeep(engine).measure()
-            assert engine.live("new").measured_bytes
+            await until(lambda: bool(engine.live("new").measured_bytes))
         assert set(upkeep(engine)._measuring) == {stuck.worker_id}
         with await asyncio.to_thread(fifo.open, "w") as file:
             file.write("Private_Dirty: 5 kB\n")

@@ -28,6 +28,9 @@ SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
 UNHURRIED = (sys.executable, "-P", str(Path(__file__).with_name("idlemachine.py")))
 """Called so, it prepares models however busy the machine is."""
 
+APART = "--host=127.7.7.7"
+"""For a server that is started again on its port: on 127.0.0.1 another could be given it meanwhile."""
+
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
 

@@ -105,6 +105,7 @@ async def connecting(
     assert not limits.handshakes
     assert not limits.places.taken
     assert not limits.places.spare
+    assert not limits.places.leaving
 
 
 def problem(answer: bytes) -> tuple[int, str]:

@@ -30,17 +30,23 @@ from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduling.sight import Policy
 from runtime.wire import Tensor, WantedOutput
-from support.workers import LIMIT_S, array, floats, until
+from support.workers import LIMIT_S, array, floats, freeze, threads, unhurried, until
 
 
 @dataclass
 class Clock:
-    """The clock of log and consumer: the real one, and what a test adds to it."""
+    """The clock of log and consumer: the real one or one that stands still, and what a test adds to it."""
 
     ahead: timedelta = timedelta()
+    stands_at: datetime | None = None
 
     def now(self) -> datetime:
-        return utc_now() + self.ahead
+        return (self.stands_at or utc_now()) + self.ahead
+
+
+def stopped_clock() -> Clock:
+    """Make a clock by which nothing is due until a test lets time pass, however slow the machine is."""
+    return Clock(stands_at=utc_now())
 
 
 @dataclass(frozen=True)
@@ -202,10 +208,29 @@ class Engine:
 
     async def loading(self, model_id: str) -> LiveLoad:
         """Wait until a model's worker is amid its load."""
-        loads = self.consumer.live
-        await until(lambda: any(load.model_id == model_id for load in loads.values()))
-        await until(lambda: self.live(model_id).stage == "loading")
-        return self.live(model_id)
+
+        def found() -> list[LiveLoad]:
+            loads = self.consumer.live.values()
+            return [load for load in loads if (load.model_id, load.stage) == (model_id, "loading")]
+
+        await until(lambda: bool(found()))
+        return found()[-1]
+
+    async def stopped_ahead(self) -> int:
+        """Have a worker forked ahead and stop it: the load that gets it waits there until it is continued.
+
+        Returns:
+            Its process id.
+        """
+        self.pool.expect()
+        spare = self.pool._spare
+        assert spare._coming is not None
+        assert spare._timer is not None
+        spare._timer.cancel()  # it is for somebody who will come
+        worker = await asyncio.shield(spare._coming)
+        await until(lambda: threads(worker.pid) == 2)  # then it ends with the fork server
+        await freeze(worker.pid)
+        return worker.pid
 
 
 def job_of(receipt: Receipt) -> str:
@@ -240,34 +265,35 @@ async def running(
         policy: such as one with a budget.
         store: where prepared forms are, open; without one, none are made or used.
     """
-    clock = clock or Clock()
-    log, pool = Log(folder / "ledger.db", now=clock.now), WorkerPool(patience_s=patience_s)
-    repository = Repository(folder / "models")
-    await pool.open()
-    await log.open()
-    await log.server_started()
-    policy = policy or Policy(loads_at_once)
-    leases = Leases()
-    consumer = Consumer(
-        log,
-        pool,
-        repository,
-        policy=policy,
-        drain_timeout_s=drain_timeout_s,
-        leases=leases,
-        store=store,
-    )
-    applying = asyncio.create_task(consumer.run())
-    try:
-        async with open_reader(log.path) as reader:
-            router = Router(log, consumer.live, repository, max_queue=max_queue)
-            yield Engine(log, reader, pool, repository, consumer, leases, router, clock, applying)
-    finally:
-        await consumer.stop()
-        await asyncio.wait([applying])
-        if stops_cleanly:
-            await log.server_stopped()
-        await log.close()
-        await pool.close()
-        assert not [task for load in consumer.live.values() for task in load.tasks]
-    applying.result()
+    with unhurried():
+        clock = clock or Clock()
+        log, pool = Log(folder / "ledger.db", now=clock.now), WorkerPool(patience_s=patience_s)
+        repository = Repository(folder / "models")
+        await pool.open()
+        await log.open()
+        await log.server_started()
+        policy = policy or Policy(loads_at_once)
+        leases = Leases()
+        consumer = Consumer(
+            log,
+            pool,
+            repository,
+            policy=policy,
+            drain_timeout_s=drain_timeout_s,
+            leases=leases,
+            store=store,
+        )
+        applying = asyncio.create_task(consumer.run())
+        try:
+            async with open_reader(log.path) as reader:
+                router = Router(log, consumer.live, repository, max_queue=max_queue)
+                yield Engine(log, reader, pool, repository, consumer, leases, router, clock, applying)
+        finally:
+            await consumer.stop()
+            await asyncio.wait([applying])
+            if stops_cleanly:
+                await log.server_stopped()
+            await log.close()
+            await pool.close()
+            assert not [task for load in consumer.live.values() for task in load.tasks]
+        applying.result()

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
+from runtime.processes import pool as pool_module
+from runtime.processes import workers as workers_module
 from runtime.processes.pool import WorkerPool
 from runtime.processes.workers import LoadOrder, LoadReport, Worker
 from runtime.repository import Repository
@@ -30,13 +33,27 @@ FOR_EVER_S = 1000.0
 
 @asynccontextmanager
 async def running_pool(*, threads: int = 1) -> AsyncIterator[WorkerPool]:
-    """Open a pool, and close it after."""
-    pool = WorkerPool(threads=threads)
-    await pool.open()
-    try:
-        yield pool
-    finally:
-        await pool.close()
+    """Open a pool, and close it after; an inference that was told to stop has all the time it needs."""
+    pool = WorkerPool(threads=threads, patience_s=LIMIT_S)
+    with unhurried():
+        await pool.open()
+        try:
+            yield pool
+        finally:
+            await pool.close()
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Have a process that gets no turn for some seconds be waited for.
+
+    A fork server that is late would else be replaced, or could not say how a worker ended.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers_module, "LAST_WORDS_S", LIMIT_S)
+        patch.setattr(pool_module, "LAUNCH_LIMIT_S", LIMIT_S)
+        patch.setattr(pool_module, "FORK_LIMIT_S", LIMIT_S)
+        yield
 
 
 async def load(

@@ -4,13 +4,12 @@ import asyncio
 import os
 import resource
 import signal
-import time
 from pathlib import Path
 
 import aiohttp
 import pytest
 from support import models
-from support.http import LIMIT_S, Api, Json, when
+from support.http import LIMIT_S, Json, when
 from support.models import save, save_bytes
 from support.process import MODULE, SCRIPT, Server, clean_environment, events, serving, verified
 from support.workers import computing, descriptors, freeze, until
@@ -39,19 +38,19 @@ def mapped_files(pid: int) -> str:
     return Path(f"/proc/{pid}/maps").read_text()
 
 
-async def trips_of(seconds: float, api: Api) -> int:
-    """Return how many trips of the counting loop take about so long here."""
-    began = time.perf_counter()
-    assert (await api.infer("m", trips(20_000))).status == 200
-    return round(20_000 * seconds / (time.perf_counter() - began))
-
-
 async def computed(server: Server, count: int) -> asyncio.Task[Json]:
     """Ask for so many trips, and return when the worker is at it."""
     is_computing = computing(server.worker())
     running = asyncio.create_task(server.api.infer("m", trips(count)))
     await until(is_computing)
     return running
+
+
+async def in_flight(server: Server) -> int:
+    """Return how many inferences the worker has been given that have not ended."""
+    [use] = (await server.api.get("/api/v1/resources")).json["models"]
+    number: int = use["in_flight"]
+    return number
 
 
 async def listens_no_more(server: Server) -> None:
@@ -102,19 +101,17 @@ async def test_a_signal_to_stop_lets_a_running_inference_end(
     save(models.counting_loop(), config.repository, "m")
     async with serving(config) as server:
         await server.api.load("m")
-        count = await trips_of(2, server.api)
-        running = await computed(server, count)
         worker = server.worker()
-        await freeze(worker)  # so that the inference is as far as it is now when the server stops
-        goes_on = computing(worker)
+        await freeze(worker)  # so that the inference has not ended when the server stops
+        running = asyncio.create_task(server.api.infer("m", trips(20_000)))
+        await when(lambda: in_flight(server), bool)
         stopping = asyncio.create_task(server.stop(number, to_group=to_group))
         await listens_no_more(server)
         assert not running.done()
         os.kill(worker, signal.SIGCONT)
-        await until(goes_on)  # had it ended before the signal, its worker would have nothing more to compute
         assert await stopping == 0
         answer = await running
-        assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [count])
+        assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [20_000])
     assert (await events(config))[-1].data == ServerStopped()
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import signal
 from contextlib import suppress
 from pathlib import Path
 
 from support.http import LIMIT_S
 from support.process import Server, serving
+from support.workers import freeze
 from yarl import URL
 
 from server.config import Config
@@ -21,8 +23,25 @@ async def connected(server: Server) -> tuple[asyncio.StreamReader, asyncio.Strea
 
 async def said(server: Server, sent: bytes) -> bytes:
     """Return all that the server says to this until it closes the connection."""
-    reader, writer = await connected(server)
-    writer.write(sent)
+    [answer] = await all_said(server, sent)
+    return answer
+
+
+async def all_said(server: Server, *sent: bytes) -> list[bytes]:
+    """Return what the server says to each of these, of connections that come all at once.
+
+    It is stopped until all is sent, so that its limits count no time that this machine takes to send it.
+    """
+    await freeze(server.pid)
+    connections = [await connected(server) for _ in sent]
+    for (_, writer), each in zip(connections, sent, strict=True):
+        writer.write(each)
+    server.send(signal.SIGCONT)
+    return await asyncio.gather(*(heard(*connection) for connection in connections))
+
+
+async def heard(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Return what comes until the server closes the connection."""
     received = b""
     async with asyncio.timeout(LIMIT_S):
         with suppress(ConnectionError):
@@ -49,7 +68,7 @@ async def test_serve_bounds_heads_idleness_and_the_number_of_connections(tmp_pat
         assert code(await said(server, b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n")) == "target_too_long"
         head = b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 9000 + b"\r\n\r\n"
         assert code(await said(server, head)) == "head_too_large"
-        answers = await asyncio.gather(*(said(server, b"") for _ in range(12)))
+        answers = await all_said(server, *[b""] * 12)
         refused = [answer for answer in answers if answer]
         assert len(refused) >= 12 - 4
         assert {code(answer) for answer in refused} == {"too_many_connections"}

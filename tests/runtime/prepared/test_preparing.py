@@ -368,9 +368,11 @@ async def test_of_several_instances_one_may_have_been_loaded_bare(
     tmp_path: Path, store: PreparedStore
 ) -> None:
     async with engine_with_form(tmp_path, store, models.weights(20)) as engine:
+        first = await engine.stopped_ahead()
         job_id = await engine.ask_load("m", parameters=LoadParameters(instances=3))
-        load = await engine.loading("m")
-        os.kill(load.workers[0].pid, signal.SIGKILL)
+        await until(lambda: any(load.workers for load in engine.consumer.live.values()))
+        load = engine.live("m")
+        os.kill(first, signal.SIGKILL)
         job = await engine.ended(job_id)
         assert job.status is JobStatus.COMPLETED, job.error
         used = [load.reports[worker.worker_id].prepared is not None for worker in engine.workers("m")]

@@ -35,6 +35,7 @@ from support.workers import (
 from runtime.errors import Exit, ForkServerUnavailable
 from runtime.memory import descendants
 from runtime.processes import pool as pool_module
+from runtime.processes import workers as workers_module
 from runtime.processes.forkclient import ForkServer
 from runtime.processes.forkserver import ADDED, launch_command, launch_environment
 from runtime.processes.pool import WorkerPool
@@ -88,7 +89,7 @@ async def test_fork_server_has_one_thread_and_no_stray_descriptors() -> None:
         assert threads(pid) == 1
         assert descriptors(pid) == sorted([*clean, *3 * ["anon_inode"]])  # a pidfd for each
         for worker in workers:
-            await worker.stop()
+            await worker.stop(LIMIT_S)
         await until(lambda: descriptors(pid) == clean)
         assert descendants(pid) == []
 
@@ -113,7 +114,7 @@ async def test_open_and_close_leave_no_descriptor_and_no_process() -> None:
     before = descriptors(os.getpid())
     async with running_pool() as pool:
         running = [await pool.start(str(number)) for number in range(3)]
-        await running[0].stop()
+        await running[0].stop(LIMIT_S)
         ends = [worker.ended for worker in running]
     assert descriptors(os.getpid()) == before
     assert [end.result() for end in ends] == [Exit(0, None), Exit(None, 9), Exit(None, 9)]
@@ -232,7 +233,7 @@ def test_pool_works_on_either_loop(
             worker = await loaded(pool, tmp_path, "add")
             (result,) = await ask(worker, [floats("x", 1, 2)])
             assert bytes(result.data) == bytes(floats("y", 2, 3).data)
-            return await worker.stop()
+            return await worker.stop(LIMIT_S)
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         assert runner.run(main()) == Exit(0, None)
@@ -243,7 +244,7 @@ def test_pool_works_in_a_thread_that_is_not_the_main_one() -> None:
 
     async def main() -> None:
         async with running_pool() as pool:
-            ends.append(await (await pool.start("w")).stop())
+            ends.append(await (await pool.start("w")).stop(LIMIT_S))
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
@@ -281,7 +282,7 @@ async def test_killed_fork_server_ends_its_workers_and_is_replaced() -> None:
             assert await asyncio.shield(worker.ended) == Exit(None, None)
             assert worker.orphaned
         await until(lambda: pool.healthy)
-        assert (await (await pool.start("next")).stop()) == Exit(0, None)
+        assert (await (await pool.start("next")).stop(LIMIT_S)) == Exit(0, None)
 
 
 async def test_start_waits_for_the_next_fork_server() -> None:
@@ -290,7 +291,7 @@ async def test_start_waits_for_the_next_fork_server() -> None:
         await asyncio.shield(fork_server_of(pool).ended)
         assert not pool.healthy
         worker = await pool.start("w")
-        assert await worker.stop() == Exit(0, None)
+        assert await worker.stop(LIMIT_S) == Exit(0, None)
 
 
 async def test_stopped_fork_server_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,22 +299,24 @@ async def test_stopped_fork_server_is_killed_and_replaced(monkeypatch: pytest.Mo
         before = await pool.start("before")
         first = fork_server_of(pool)
         await freeze(first.pid)
-        monkeypatch.setattr(pool_module, "FORK_LIMIT_S", 0.2)
-        with pytest.raises(ForkServerUnavailable, match="did not answer"):
-            await pool.start("w")
+        with monkeypatch.context() as patch:
+            patch.setattr(pool_module, "FORK_LIMIT_S", 0.2)
+            with pytest.raises(ForkServerUnavailable, match="did not answer"):
+                await pool.start("w")
         assert await asyncio.shield(before.ended) == Exit(None, None)
-        monkeypatch.undo()
         worker = await pool.start("after")
         assert fork_server_of(pool).pid != first.pid
-        assert await worker.stop() == Exit(0, None)
+        assert await worker.stop(LIMIT_S) == Exit(0, None)
 
 
-async def test_death_is_noticed_while_the_fork_server_is_stopped() -> None:
+async def test_death_is_noticed_while_the_fork_server_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running_pool() as pool:
         worker = await pool.start("w")
         await freeze(fork_server_of(pool).pid)
-        worker.kill()
-        assert await asyncio.shield(worker.ended) == Exit(None, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(workers_module, "LAST_WORDS_S", 0.2)
+            worker.kill()
+            assert await asyncio.shield(worker.ended) == Exit(None, None)
         assert not worker.orphaned  # or a worker could stop the fork server, end, and be held blameless
 
 
@@ -360,7 +363,7 @@ async def test_many_starts_at_once() -> None:
     async with running_pool() as pool:
         workers = await asyncio.gather(*(pool.start(str(number)) for number in range(20)))
         assert len({worker.pid for worker in workers}) == 20
-        assert set(await asyncio.gather(*(worker.stop() for worker in workers))) == {Exit(0, None)}
+        assert set(await asyncio.gather(*(worker.stop(LIMIT_S) for worker in workers))) == {Exit(0, None)}
 
 
 async def test_fork_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,7 +392,7 @@ async def test_fork_that_fails_is_told_of_and_the_fork_server_lives_on() -> None
         with pytest.raises(ForkServerUnavailable, match="open files"):
             await pool.start("w")
         resource.prlimit(fork_server.pid, resource.RLIMIT_NOFILE, limits)
-        assert await (await pool.start("w")).stop() == Exit(0, None)
+        assert await (await pool.start("w")).stop(LIMIT_S) == Exit(0, None)
         assert fork_server_of(pool) is fork_server
 
 
@@ -410,7 +413,7 @@ async def test_start_without_descriptors_is_refused_and_leaves_nothing(left: int
             await pool.start("one too many")
         assert descriptors(os.getpid()) == before
         assert descendants(fork_server_of(pool).pid) == [worker.pid]
-        assert await (await pool.start("next")).stop() == Exit(0, None)
+        assert await (await pool.start("next")).stop(LIMIT_S) == Exit(0, None)
 
 
 async def test_pidfd_for_which_there_is_no_descriptor_fails_one_start_only() -> None:
@@ -427,8 +430,8 @@ async def test_pidfd_for_which_there_is_no_descriptor_fails_one_start_only() -> 
                 await starting
         assert descriptors(os.getpid()) == before
         await until(lambda: descendants(fork_server.pid) == [bystander.pid])
-        assert await (await pool.start("next")).stop() == Exit(0, None)
-        assert await bystander.stop() == Exit(0, None)
+        assert await (await pool.start("next")).stop(LIMIT_S) == Exit(0, None)
+        assert await bystander.stop(LIMIT_S) == Exit(0, None)
         assert fork_server_of(pool) is fork_server
 
 
@@ -442,7 +445,7 @@ async def test_fork_server_is_replaced_when_there_are_descriptors_again() -> Non
             assert not pool.healthy
             assert not pool.keeper.done()
         await until(lambda: pool.healthy)
-        assert await (await pool.start("w")).stop() == Exit(0, None)
+        assert await (await pool.start("w")).stop(LIMIT_S) == Exit(0, None)
         assert not pool.keeper.done()
     assert pool.keeper.cancelled()
 

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.workers import freeze, load, running_pool, until
+from support.workers import LIMIT_S, freeze, load, running_pool, until
 
 from runtime.processes import spare
 from runtime.processes.pool import WorkerPool
+
+
+@pytest.fixture(autouse=True)
+def _kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what is forked ahead be kept, however long it takes until somebody comes."""
+    monkeypatch.setattr(spare, "KEPT_S", LIMIT_S)
 
 
 @pytest.fixture

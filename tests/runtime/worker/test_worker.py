@@ -36,8 +36,7 @@ from support.workers import (
 )
 
 from events.jobs import LoadParameters
-from runtime import live as live_module
-from runtime import memory, wire
+from runtime import effects, memory, wire
 from runtime.effects import order_of as order_of_load
 from runtime.effects import run_load, run_unload
 from runtime.errors import (
@@ -285,7 +284,7 @@ async def test_one_workers_death_is_nothing_to_another(pool: WorkerPool, tmp_pat
     await asyncio.shield(first.ended)
     assert array((await ask(second, [floats("x", 1)]))[0]).tolist() == [2]
     first.kill()  # again, to no effect
-    assert await first.stop() == Exit(None, signal.SIGKILL)
+    assert await first.stop(LIMIT_S) == Exit(None, signal.SIGKILL)
 
 
 async def test_stopped_worker_is_killed_after_its_grace(pool: WorkerPool, tmp_path: Path) -> None:
@@ -300,7 +299,7 @@ async def test_stop_ends_even_a_worker_that_computes(pool: WorkerPool, tmp_path:
     worker = await loaded(pool, tmp_path, "m")
     running = asyncio.ensure_future(ask(worker, [trips(ENDLESS)]))
     await until(computing(worker.pid))
-    assert await worker.stop(20) == Exit(0, None)
+    assert await worker.stop(LIMIT_S) == Exit(0, None)
     with pytest.raises(WorkerDied):
         await running
 
@@ -365,7 +364,7 @@ async def test_every_datatype_comes_back_as_it_went(pool: WorkerPool, tmp_path: 
         (empty,) = await ask(worker, [Tensor("x", name, (0, 2), b"")])
         assert (empty.shape, bytes(empty.data)) == ((0, 2), b"")
         assert await digests(worker, [sent]) == [hashlib.sha256(f"{name} [2, 2]\n".encode() + data).digest()]
-        await worker.stop()
+        await worker.stop(LIMIT_S)
 
 
 async def digests(worker: Worker, inputs: list[Tensor]) -> list[bytes]:
@@ -742,7 +741,8 @@ async def test_unload_does_not_wait_for_a_measurement_that_does_not_come(
     fifo.parent.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(live_module, "MEASURE_LIMIT_S", 0.05)
+    monkeypatch.setattr(effects, "MEASURE_LIMIT_S", 0.05)
+    monkeypatch.setattr(effects, "STOP_GRACE_S", LIMIT_S)
     await run_unload(live, drain_timeout_s=1)
     assert live.freed_bytes == live.report.memory_bytes
     assert live.worker.ended.result() == Exit(0, None)
@@ -762,7 +762,7 @@ async def test_flood_on_stderr_is_kept_within_bounds(pool: WorkerPool) -> None:
     for number in range(50):
         await asyncio.to_thread(os.write, pipe, b"\xff line %d\n" % number * 2000)
     os.close(pipe)
-    await worker.stop()
+    await worker.stop(LIMIT_S)
     tail = worker.stderr_tail()
     assert len(tail) == 64
     assert tail[-1] == "\ufffd line 49"
@@ -776,7 +776,7 @@ async def test_memory_is_given_back(pool: WorkerPool, tmp_path: Path) -> None:
     report = await load(worker, tmp_path, "m")
     assert await worker.measure() - empty > 40_000_000
     assert report.peak_memory_bytes > report.memory_bytes
-    assert await worker.stop() == Exit(0, None)
+    assert await worker.stop(LIMIT_S) == Exit(0, None)
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
 
@@ -801,7 +801,7 @@ async def test_a_worker_that_has_ended_keeps_no_buffers_until_the_garbage_collec
     pool: WorkerPool,
 ) -> None:
     worker = await pool.start("w")
-    await worker.stop()
+    await worker.stop(LIMIT_S)
     assert [len(channel._reader._chunk) for channel in (worker._data, worker._control)] == [0, 0]
 
 

@@ -9,6 +9,8 @@ from support.rawconnections import (
     GET,
     LIMIT_S,
     LONG_ANSWER,
+    Client,
+    Connect,
     connecting,
     fields,
     problem,
@@ -23,6 +25,14 @@ from server.connections.refusals import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYT
 @pytest.fixture
 def limits() -> Limits:
     return roomy()
+
+
+async def in_a_hurry(connect: Connect, limits: Limits, head_s: float) -> Client:
+    """Connect, and only then let heads take no longer: a slow machine would be late with the first one."""
+    client = await connect()
+    await until(lambda: bool(limits.open))
+    limits.head_s = head_s
+    return client
 
 
 async def test_what_is_sent_within_the_limits_is_answered(tmp_path: Path, limits: Limits) -> None:
@@ -78,7 +88,7 @@ async def test_who_connects_and_sends_nothing_is_let_go_without_a_word(
 
 
 async def test_a_head_that_trickles_in_is_not_waited_for(tmp_path: Path, limits: Limits) -> None:
-    limits.head_s = 0.2
+    limits.head_s = 1.0  # from when it connects
     async with connecting(tmp_path, limits) as connect:
         client = await connect()
         rest = asyncio.create_task(client.rest())
@@ -92,9 +102,8 @@ async def test_a_head_that_trickles_in_is_not_waited_for(tmp_path: Path, limits:
 async def test_the_head_of_a_second_request_has_to_come_in_time_as_the_first(
     tmp_path: Path, limits: Limits
 ) -> None:
-    limits.head_s = 0.1
     async with connecting(tmp_path, limits) as connect:
-        client = await connect()
+        client = await in_a_hurry(connect, limits, 0.1)
         client.send(GET)
         await client.answer()
         client.send(GET[:-2])
@@ -104,9 +113,8 @@ async def test_the_head_of_a_second_request_has_to_come_in_time_as_the_first(
 async def test_a_head_that_came_in_part_with_the_request_before_it_has_to_end_in_time(
     tmp_path: Path, limits: Limits
 ) -> None:
-    limits.head_s = 0.1
     async with connecting(tmp_path, limits) as connect:
-        client = await connect()
+        client = await in_a_hurry(connect, limits, 0.1)
         client.send(GET + GET[:-2])
         assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
         assert problem(await client.rest()) == (408, "head_timeout")
@@ -115,9 +123,8 @@ async def test_a_head_that_came_in_part_with_the_request_before_it_has_to_end_in
 async def test_a_head_that_was_begun_during_another_request_has_its_time_from_the_end_of_that(
     tmp_path: Path, limits: Limits
 ) -> None:
-    limits.head_s = 0.1
     async with connecting(tmp_path, limits) as connect:
-        client = await connect()
+        client = await in_a_hurry(connect, limits, 0.1)
         client.send(b"GET /long HTTP/1.1\r\nHost: a\r\n\r\n")
         await until(lambda: any(each.writing_paused for each in limits.open))
         (connection,) = limits.open
@@ -153,9 +160,9 @@ async def test_too_long_a_head_during_another_request_ends_the_connection_after_
 
 
 async def test_empty_lines_between_requests_begin_no_head(tmp_path: Path, limits: Limits) -> None:
-    limits.head_s, limits.idle_s = 0.05, 0.5
+    limits.idle_s = 0.5
     async with connecting(tmp_path, limits) as connect:
-        client = await connect()
+        client = await in_a_hurry(connect, limits, 0.05)
         client.send(GET)
         await client.answer()
         client.send(b"\r\n")
@@ -213,9 +220,9 @@ async def test_a_request_under_way_is_answered_before_what_is_no_http(tmp_path: 
 async def test_a_connection_is_kept_as_long_between_requests_as_it_may_be_idle(
     tmp_path: Path, limits: Limits
 ) -> None:
-    limits.head_s, limits.idle_s = 0.05, 0.5
+    limits.idle_s = 0.5
     async with connecting(tmp_path, limits) as connect:
-        client = await connect()
+        client = await in_a_hurry(connect, limits, 0.05)
         sent_s = time.monotonic()
         client.send(GET)
         await client.answer()
@@ -224,9 +231,8 @@ async def test_a_connection_is_kept_as_long_between_requests_as_it_may_be_idle(
 
 
 async def test_a_body_may_take_longer_than_a_head(tmp_path: Path, limits: Limits) -> None:
-    limits.head_s = 0.1
     async with connecting(tmp_path, limits) as connect:
-        client = await connect()
+        client = await in_a_hurry(connect, limits, 0.1)
         client.send(b"GET /short HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\na")
         assert (await client.answer()).startswith(b"HTTP/1.1 200 OK")
         await asyncio.sleep(0.3)  # the framework reads on, for a while

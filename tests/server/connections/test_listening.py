@@ -1,10 +1,23 @@
 """How many connections there are, tried with raw sockets: who is one too many, and who asks for health."""
 
+import asyncio
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.certificates import make_pair
-from support.rawconnections import GET, LONG_ANSWER, LONG_S, PROBE, Client, connecting, problem, roomy
+from support.certificates import Pair, make_pair
+from support.rawconnections import (
+    GET,
+    LIMIT_S,
+    LONG_ANSWER,
+    LONG_S,
+    PROBE,
+    Client,
+    connecting,
+    problem,
+    roomy,
+)
 from support.workers import until
 
 from server.connections.tls import load_context
@@ -16,6 +29,14 @@ async def answered(client: Client, sent: bytes = GET) -> bool:
     """Send a request and say whether it was answered well."""
     client.send(sent)
     return (await client.answer()).startswith(b"HTTP/1.1 200 OK")
+
+
+def mute(held: ExitStack, pair: Pair, address: tuple[str, int]) -> None:
+    """Have a probe answered, and read no more: not even the goodbye of TLS."""
+    raw = socket.create_connection(address, timeout=LIMIT_S)
+    client = held.enter_context(pair.trusting().wrap_socket(raw, server_hostname="localhost"))
+    client.sendall(PROBE)
+    assert client.recv(15) == b"HTTP/1.1 200 OK"
 
 
 @pytest.mark.parametrize(
@@ -150,3 +171,36 @@ async def test_with_tls_who_asks_how_the_server_is_is_answered_when_no_place_is_
         assert problem(await asking.rest()) == (503, "too_many_connections")
         await silent.close()
         await until(lambda: not limits.places.taken)
+
+
+async def test_with_tls_who_gives_way_and_says_no_goodbye_keeps_no_descriptor(tmp_path: Path) -> None:
+    limits = roomy(0, reserve=1)
+    limits.closing_s = LONG_S
+    pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
+    pair.write(*files)
+    async with connecting(tmp_path, limits, load_context(*files)) as connect:
+        address = (await connect()).writer.get_extra_info("peername")
+        with ExitStack() as held:
+            for number in range(8):
+                await asyncio.to_thread(mute, held, pair, address)
+                async with asyncio.timeout(25):  # TLS by itself waits for a goodbye for 30 s
+                    await until(lambda: len(limits.open) <= 2)  # one has the place, one is leaving it
+                assert len(limits.open) == min(number + 1, 2)
+            limits.closing_s = 0.01
+            await until(lambda: not limits.open)
+
+
+async def test_with_tls_the_last_of_a_burst_has_the_place_of_the_reserve(tmp_path: Path) -> None:
+    limits = roomy(0, reserve=1)
+    limits.spare_head_s = LONG_S
+    pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
+    pair.write(*files)
+    async with connecting(tmp_path, limits, load_context(*files)) as connect:
+        address = (await connect()).writer.get_extra_info("peername")
+        burst = [socket.create_connection(address, timeout=LIMIT_S) for _ in range(20)]  # without a turn
+        *others, last = [Client(*await asyncio.open_connection(sock=each)) for each in burst]
+        await last.writer.start_tls(pair.trusting(), server_hostname="localhost")
+        assert await answered(last, PROBE)
+        for client in (*others, last):
+            assert await client.rest() == b""
+            await client.close()

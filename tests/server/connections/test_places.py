@@ -71,6 +71,21 @@ def test_of_the_reserve_the_oldest_gives_way_that_may() -> None:
     assert len(places.spare) == 3
 
 
+def test_who_gave_way_is_ended_when_more_than_the_reserve_has_take_their_time_to_leave() -> None:
+    places = Places(0, reserve=2)
+    aborted, held = list[int](), list[Place]()
+    for number in range(6):
+        held.append(taken(places))
+        held[-1].give_way = lambda: None
+        held[-1].abort = lambda number=number: aborted.append(number)
+        places.leave(held[0])  # who goes by itself is not counted
+    assert aborted == [1]
+    assert list(places.leaving) == held[2:4]
+    for place in held:
+        places.leave(place)
+    assert not places.leaving
+
+
 def test_the_bound_of_one_address_is_none_by_default_nor_for_this_machine_and_trusted_proxies(
     tmp_path: Path,
 ) -> None:

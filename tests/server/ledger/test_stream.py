@@ -296,7 +296,7 @@ async def test_a_subject_has_so_many_streams_and_no_more(start: Start) -> None:
 
 
 async def test_a_stream_ends_when_its_token_does(api: LocalApi) -> None:
-    token = issue_token(api.config.data, "alice", ["audit"], expires_s=2, audience=api.config.jwt_audience)
+    token = issue_token(api.config.data, "alice", ["audit"], expires_s=5, audience=api.config.jwt_audience)
     async with following(api, token=token) as client:
         assert "token" in (await client.rest())[-1].comment
 

@@ -33,6 +33,11 @@ async def causes(api: LocalApi) -> list[str]:
     return [requested.cause.value for requested in await api.data_of(LoadRequested)]
 
 
+async def recorded(api: LocalApi, model_id: str, kind: str) -> None:
+    """Wait until this has happened to a model, though it may have gone on since: a state can be missed."""
+    await when(lambda: api.types(model_id), lambda seen: kind in seen)
+
+
 async def waiting(
     api: LocalApi, model_id: str, count: int = 1, **request: Json
 ) -> list[asyncio.Task[Answer]]:
@@ -68,7 +73,7 @@ async def test_a_load_that_waits_and_that_nobody_waits_for_any_more_is_cancelled
         save(models.add(1), repository, model_id)
     api = await start(on_demand="on", max_loaded=1)
     await api.load("pinned", pinned=True)
-    assert (await api.infer("m", floats(1), parameters={"timeout": 500_000})).refusal == (
+    assert (await api.infer("m", floats(1), parameters={"timeout": 2_000_000})).refusal == (
         504,
         "inference_timeout",
     )
@@ -205,18 +210,18 @@ async def test_a_model_that_lost_its_worker_is_waited_for_and_not_asked_for_agai
     api = await start(on_demand="on")
     await api.load("m")
     os.kill(api.worker("m").pid, signal.SIGKILL)
-    await api.model_when("m", state="lost")
+    await recorded(api, "m", "WorkerExited")
     assert (await api.infer("m", floats(1))).json["outputs"][0]["data"] == [2]
     assert await causes(api) == ["request", "recovery"]
 
 
 async def test_a_swap_in_place_is_waited_for(start: Start, repository: Path) -> None:
     save(models.add(1), repository, "m", 1)
-    save(models.slow_identity(), repository, "m", 2)
+    save(models.slow_identity(side=400), repository, "m", 2)
     api = await start(on_demand="on")
     await api.load("m", version=1)
     await api.accepted_load("m", version=2, strategy="in_place")
-    await api.model_when("m", state="loading")
+    await recorded(api, "m", "ModelUnloaded")
     answer = await api.infer("m", floats(1))
     assert (answer.json["model_version"], answer.json["outputs"][0]["data"]) == ("2", [1])
     assert await causes(api) == ["request", "request"]
@@ -307,7 +312,7 @@ async def test_who_waits_longer_than_the_inference_may_take_is_504_and_the_load_
 ) -> None:
     save_bytes(SLOW, repository, "m")
     api = await start(on_demand="on")
-    [asked] = await waiting(api, "m", parameters={"timeout": 1_000_000})
+    [asked] = await waiting(api, "m", parameters={"timeout": 3_000_000})
     answer = await asked
     assert answer.refusal == (504, "inference_timeout")
     assert "still loading" in answer.json["error"]
@@ -381,10 +386,10 @@ async def test_who_gives_up_takes_the_load_from_nobody(start: Start, repository:
 async def test_a_load_that_nobody_waits_for_any_more_completes_all_the_same(
     start: Start, repository: Path
 ) -> None:
-    save(models.slow_identity(), repository, "m")
+    save(models.slow_identity(side=400), repository, "m")
     api = await start(on_demand="on")
     asked = asyncio.create_task(wait_for(api, "m"))
-    await api.model_when("m", state="loading")
+    await recorded(api, "m", "LoadStarted")
     asked.cancel()
     await asyncio.wait([asked])
     assert not api.app[LEASES].held("m")

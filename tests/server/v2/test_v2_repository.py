@@ -134,9 +134,9 @@ async def test_loads_of_two_versions_at_once_are_carried_out_one_after_the_other
 async def test_a_client_that_goes_away_changes_nothing_about_its_load(
     api: LocalApi, repository: Path
 ) -> None:
-    save(models.slow_model(side=1000), repository, "m")
+    save(models.slow_model(side=500), repository, "m")
     waiting = asyncio.create_task(load(api, "m"))
-    await _loading(api, "m")
+    await when(api.jobs, bool)
     waiting.cancel()  # and with it the handler: the tests' server, too, cancels those of clients that left
     [job] = await api.jobs()
     assert (await api.ended(job["id"]))["status"] == "completed"
