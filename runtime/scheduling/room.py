@@ -34,7 +34,7 @@ class Claims:
 
     def and_of(self, sight: Sight, job: Job) -> Claims:
         """Return these with the claim of one more load."""
-        models = self.models + (job.model_id not in sight.present)
+        models = self.models + (job.model_id not in sight.present - sight.departing)
         return Claims(self.bytes + _need(sight, job), models, self.first or job)
 
 
@@ -115,10 +115,14 @@ def _need(sight: Sight, job: Job) -> int:
 
 
 def _missing_now(sight: Sight, job: Job, claims: Claims, own_bytes: int = 0) -> _Missing:
-    """Return what is missing of what is free, beside what claims take of that."""
+    """Return what is missing of what is free, beside what claims take of that.
+
+    A model that is leaving has a place yet, and takes that if no claim needs it.
+    """
     kept_bytes = max(0, claims.bytes - sight.coming_bytes)
-    kept_models = max(0, claims.models - len(sight.departing))
-    return _missing(sight, job, own_bytes - kept_bytes, -kept_models)
+    left_models = len(sight.departing) - claims.models
+    has_one = job.model_id in sight.departing
+    return _missing(sight, job, own_bytes - kept_bytes, left_models if has_one else min(0, left_models))
 
 
 def _missing_then(sight: Sight, job: Job, claims: Claims, own_bytes: int) -> _Missing:
@@ -130,7 +134,7 @@ def _missing_then(sight: Sight, job: Job, claims: Claims, own_bytes: int) -> _Mi
 def _missing(sight: Sight, job: Job, more_bytes: int, more_models: int) -> _Missing:
     """Return what is missing if so much more than what is free could be had."""
     free, most = sight.free_bytes, sight.policy.max_loaded
-    has_place = most is None or job.model_id in sight.present
+    has_place = most is None or job.model_id in sight.present - sight.departing
     return _Missing(
         0 if free is None else _need(sight, job) - free - more_bytes,
         0 if most is None or has_place else len(sight.present) + 1 - most - more_models,

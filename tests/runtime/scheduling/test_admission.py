@@ -221,6 +221,21 @@ def test_a_place_that_is_being_given_back_is_kept_for_who_waits_for_it() -> None
     )
 
 
+def test_a_model_that_is_leaving_takes_its_place_again_unless_somebody_came_first() -> None:
+    scene = Scene(max_loaded=2, evicts=False)
+    scene.serves("a", 10)
+    scene.is_killed("x1", "b", 10)
+    scene.asks("b", 10)
+    assert scene.says() == "start b1"
+    scene = Scene(max_loaded=2, evicts=False)
+    scene.serves("a", 10)
+    scene.is_killed("x1", "b", 10)
+    for model in "cb":
+        scene.asks(model, 10)
+    assert scene.waiting_for("c1").endswith("it is being given back")
+    assert scene.waiting_for("b1") == "room, which is kept for job c1, before it"
+
+
 @pytest.mark.parametrize("cause", [Cause.RECOVERY, Cause.RESTART, Cause.SWAP])
 def test_what_is_wanted_back_goes_before_what_was_asked_for_earlier(cause: Cause) -> None:
     scene = Scene()
