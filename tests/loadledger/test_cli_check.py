@@ -150,10 +150,11 @@ def test_what_an_encoding_lacks_is_no_error_and_a_dumb_terminal_gets_no_colours(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="takes a user that may not read everything, and this is root")
 def test_a_data_directory_or_model_that_may_not_be_used_is_told(tmp_path: Path) -> None:
-    folder = save(models.add(), tmp_path, "m")
+    root, data = tmp_path / "repository", tmp_path / "data"
+    folder = save(models.add(), root, "m")
     (folder / "model.onnx").chmod(0)
-    (tmp_path / "data").mkdir(mode=0o500)
-    said = dict(found("--quick", f"--repository={tmp_path}", f"--data={tmp_path / 'data'}"))
+    data.mkdir(mode=0o500)
+    said = dict(found("--quick", f"--repository={root}", f"--data={data}"))
     assert said == {"--data": "unwritable", "m/1": "unreadable"}
 
 
