@@ -6,6 +6,7 @@ link takes elsewhere is as if it were not there; any other such file is left out
 and makes `identify`, and so the load, refuse with `unsafe_file`.
 """
 
+import errno
 import os
 import re
 import stat
@@ -163,6 +164,7 @@ def identify(folder: Path, root: Path) -> list[FileIdentity]:
     Raises:
         LoadRefused: `unsafe_file`, for something that is not a regular file or is outside of the
             repository, or too many files; `model_changed`, when the folder or model.onnx is gone.
+        MemoryError: there is too little to list a folder, of which nothing is known then.
     """
     found = []
     for path, seen in _walk(folder, Path(os.path.realpath(root))):
@@ -251,5 +253,7 @@ def _look(path: Path, root: Path) -> os.stat_result | str:
 def _names(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder))
-    except OSError:  # not there, no folder, not ours to read: as if it were empty
+    except OSError as error:  # not there, no folder, not ours to read: as if it were empty
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(error.strerror) from None
         return []

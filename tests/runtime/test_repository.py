@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,31 @@ def test_file_is_opened_only_if_it_is_the_one_identified(tmp_path: Path) -> None
 def test_root_that_onnx_runtime_cannot_open_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="surrogates"):
         Repository(tmp_path / os.fsdecode(b"\xff"))
+
+
+WITHOUT_MEMORY = """
+import os, resource, sys
+from pathlib import Path
+from runtime.repository import identify
+
+folder, taken = Path(sys.argv[1]), []
+identify(folder, folder)
+resource.setrlimit(resource.RLIMIT_DATA, (0, 0))
+try:
+    while True:
+        taken.append(bytearray(8192))
+except MemoryError:
+    pass
+try:
+    identify(folder, folder)
+except MemoryError:
+    os._exit(7)
+"""
+
+
+def test_a_folder_that_cannot_be_listed_for_want_of_memory_is_not_taken_for_an_empty_one(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model.onnx").touch()
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path)], check=False, timeout=120)
+    assert ended.returncode == 7
