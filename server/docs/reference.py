@@ -4,17 +4,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from server.app import all_routes
 from server.docs.errorreference import error_page
 from server.docs.eventreference import event_page
-from server.docs.httpreference import http_page
-from server.docs.openapi import openapi_document
 
 
 def reference_pages() -> Mapping[str, str]:
     """Return the pages by the names of their files; the same code gives the same text."""
     return {
-        "http.md": http_page(openapi_document(all_routes())),
         "events.md": event_page(),
         "errors.md": error_page(),
     }
