@@ -43,7 +43,7 @@ lint: $(BIN)/.tools
 	$(BIN)/ruff format --check .
 
 type: $(BIN)/.tools
-	$(BIN)/mypy bench events examples loadledger migrations runtime server tests
+	$(BIN)/mypy bench events examples loadledger migrations runtime server tests tools
 
 fmt: $(BIN)/.tools
 	$(BIN)/ruff format .
@@ -72,9 +72,4 @@ $(PEERS)/.installed: | $(BIN)/pip
 # What is generated from the code, and tests hold to it. `python -m` finds the tree's own packages first; the
 # installed one is for its dependencies.
 generated: $(BIN)/.tools
-	$(BIN)/python -m server.docs.openapi > openapi.yaml.new
-	mv openapi.yaml.new openapi.yaml
-	$(BIN)/python -m server.docs.reference docs/reference
-	$(BIN)/python -m server.docs.configpage docs/configuration.md
-	$(BIN)/python -m loadledger.cli.reference > docs/cli.md.new
-	mv docs/cli.md.new docs/cli.md
+	$(BIN)/python -m tools.generate

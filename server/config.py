@@ -37,7 +37,6 @@ from server.settings import (
     checked,
     described,
     read,
-    row,
     size_bytes,
 )
 
@@ -438,9 +437,3 @@ def check_files(config: Config) -> None:
             load_context(config.tls_cert, config.tls_key)
         except TlsProblem as error:
             raise ConfigError(f"--tls-cert, --tls-key: {error}") from None
-
-
-def configuration_table() -> str:
-    """Return the docs' table of settings, in Markdown."""
-    head = ["| option | variable | default | what |", "| --- | --- | --- | --- |"]
-    return "\n".join([*head, *(row(setting) for setting in settings())]) + "\n"

@@ -194,11 +194,3 @@ def size_bytes(text: str) -> int:
     if found is None:
         raise ValueError("Must be bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB, like 20GB.")
     return int(found[1]) * _UNITS[found[2]]
-
-
-def row(setting: Setting) -> str:
-    """Return a setting's row in the table of settings, in Markdown."""
-    default = (
-        "(required)" if setting.required else f"`{setting.default}`" if setting.default is not None else ""
-    )
-    return f"| `{setting.flag}` | `{setting.variable}` | {default} | {setting.help} |"

@@ -1,12 +1,13 @@
 """The pages hang together: links and their anchors are there, and every page is found from the first."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from server.docs.markdown import slugs
+from tools.markdown import slug
 
 ROOT = Path(__file__).parent.parent
 INDEX = ROOT / "docs/index.md"
@@ -38,7 +39,13 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 
 
 def anchors(page: Path) -> list[str]:
-    return slugs(MARKUP.sub(r"\1", heading) for heading in HEADING.findall(text_of(page)))
+    """The anchors of the page's headings: those that are there already are counted."""
+    found, seen = [], Counter[str]()
+    for heading in HEADING.findall(text_of(page)):
+        name = slug(MARKUP.sub(r"\1", heading))
+        found.append(f"{name}-{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return found
 
 
 def broken(page: Path) -> Iterator[str]:

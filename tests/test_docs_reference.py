@@ -1,9 +1,7 @@
-"""The reference pages are what the code says, and what they add to that is held to it."""
+"""What is generated is what the code says, and what they add to that is held to it."""
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,32 +13,41 @@ from events.bodies import to_body
 from events.types import SYSTEM, TYPES, Cause, Event, ServerStopped
 from runtime.errors import UnknownModel
 from server.config import settings
-from server.docs.errorreference import ADVICE
-from server.docs.eventreference import BY, CAUSES, MEMBERS
-from server.docs.markdown import slug
-from server.docs.reference import reference_pages
 from server.errors import ERRORS, problem_of, problem_response
+from tools.errors import ADVICE
+from tools.events import BY, CAUSES, MEMBERS
+from tools.generate import pages
+from tools.markdown import slug
+from tools.settings import with_settings
 
 ROOT = Path(__file__).parent.parent
-REFERENCE = ROOT / "docs/reference"
 HISTORIES = sorted((ROOT / "tests/histories").glob("*.jsonl"))
-COMMAND = "python -m server.docs.reference docs/reference"
+PAGES = pages()
 
 
-@pytest.mark.parametrize("name", ["events.md", "errors.md"])
-def test_a_page_is_what_the_code_generates(name: str) -> None:
-    assert (REFERENCE / name).read_text(encoding="utf-8") == reference_pages()[name], f"run `{COMMAND}`"
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_is_what_the_code_generates(path: str) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == PAGES[path], "run `make generated`"
 
 
-def test_the_command_writes_the_pages(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-m", "server.docs.reference", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
-    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == reference_pages()
+def test_a_page_of_settings_without_a_place_for_them_is_refused() -> None:
+    with pytest.raises(ValueError, match="not enough values"):
+        with_settings("# Configuration\n")
 
 
-@pytest.mark.parametrize("name", ["events.md", "errors.md"])
+def test_the_table_of_settings_has_a_row_for_each() -> None:
+    rows = [line for line in PAGES["docs/configuration.md"].splitlines() if line.startswith("| `--")]
+    assert len(rows) == len(settings())
+    for row, setting in zip(rows, settings(), strict=True):
+        assert setting.flag in row
+        assert setting.variable in row
+        assert setting.help in row
+        assert row.count("|") == 5
+
+
+@pytest.mark.parametrize("name", ["errors", "events"])
 def test_headings_that_are_linked_to_have_names_of_their_own(name: str) -> None:
-    headings = re.findall(r"^#+ (.*)$", reference_pages()[name], re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", PAGES[f"docs/reference/{name}.md"], re.MULTILINE)
     assert {anchor for anchor, times in Counter(map(slug, headings)).items() if times > 1} == set()
 
 
@@ -59,7 +66,7 @@ def test_the_error_that_the_page_shows_is_answered_so() -> None:
     problem = problem_of(UnknownModel("nothing"))
     body = problem_response(problem, "/api/v1/models/nothing").body
     assert isinstance(body, bytes)
-    [(kind, shown)] = BLOCK.findall((REFERENCE / "errors.md").read_text(encoding="utf-8"))
+    [(kind, shown)] = BLOCK.findall(PAGES["docs/reference/errors.md"])
     assert kind == "json"
     assert json.loads(shown) == json.loads(body)
 

@@ -99,6 +99,10 @@ def test_imports_point_from_the_command_to_server_to_runtime_to_events(package: 
     assert not back
 
 
+def test_what_ships_imports_nothing_that_does_not() -> None:
+    assert not importers_of("bench", "tests", "tools")
+
+
 def test_the_web_framework_appears_in_server_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) != "server"}
@@ -122,7 +126,7 @@ def test_a_child_process_imports_nothing_of_server_or_events(module: str) -> Non
 def test_no_module_hides_an_import_behind_type_checking() -> None:
     hidden = {
         path.relative_to(ROOT)
-        for folder in (*PACKAGES, "bench", "examples", "tests")
+        for folder in (*PACKAGES, "bench", "examples", "tests", "tools")
         for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         # A name by itself, after a dot, and in a `from typing import`.

@@ -1,1 +1,1 @@
-"""What is generated from the code: the OpenAPI document, the page that shows it, the reference pages."""
+"""The OpenAPI document, and the page that shows it."""

@@ -6,7 +6,6 @@ limit, and the errors that follow from them and from its schemas.
 """
 
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -238,9 +237,3 @@ def _unique(name: str, taken: set[str]) -> str:
     free = next(candidate for candidate in candidates if candidate not in taken)
     taken.add(free)
     return free
-
-
-if __name__ == "__main__":
-    from server.app import all_routes
-
-    sys.stdout.write(openapi_yaml(all_routes()))

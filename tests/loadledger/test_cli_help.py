@@ -13,7 +13,6 @@ from support.process import clean_environment
 
 from loadledger.cli.completing import _items
 from loadledger.cli.main import ALIASES, SECTIONS, find, main
-from loadledger.cli.reference import reference
 from loadledger.cli.sections import Contents
 
 ROOT = Path(__file__).parents[2]
@@ -121,12 +120,6 @@ def test_a_word_that_is_no_command_is_told_with_those_that_are_like_it(typed: st
     result = CliRunner().invoke(main, [typed])
     assert (result.exit_code, result.stdout) == (2, "")
     assert advice in result.stderr
-
-
-def test_the_reference_is_what_the_commands_say() -> None:
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == reference(), (
-        "run: python -m loadledger.cli.reference > docs/cli.md"
-    )
 
 
 @pytest.mark.parametrize(

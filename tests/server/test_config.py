@@ -6,10 +6,8 @@ import pytest
 from server.config import (
     Config,
     check_files,
-    configuration_table,
     load_config,
     read_settings,
-    settings,
 )
 from server.settings import ConfigError
 
@@ -177,13 +175,3 @@ def test_what_must_exist_is_checked_when_serving_begins(tmp_path: Path) -> None:
 def test_zero_loads_at_once_means_the_cores() -> None:
     assert Config(repository=Path(), data=Path()).max_loads() >= 1
     assert Config(repository=Path(), data=Path(), loads_at_once=7).max_loads() == 7
-
-
-def test_the_table_has_a_row_for_each_setting() -> None:
-    rows = configuration_table().splitlines()[2:]
-    assert len(rows) == len(settings()) == len(dataclasses.fields(Config))
-    for row, setting in zip(rows, settings(), strict=True):
-        assert setting.flag in row
-        assert setting.variable in row
-        assert setting.help in row
-        assert row.count("|") == 5

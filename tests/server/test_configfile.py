@@ -12,7 +12,6 @@ from support.events import PLAIN
 from loadledger.cli.main import main
 from server.config import load_config, settings
 from server.configfile import MAX_FILE_BYTES, read_config_file
-from server.docs.configpage import with_table
 from server.settings import ConfigError
 
 KNOWN = {setting.name: setting for setting in settings()}
@@ -218,12 +217,6 @@ def test_the_command_names_every_mistake_of_the_file_and_starts_nothing(file: Pa
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(toml|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def test_the_page_has_the_table_of_settings() -> None:
-    assert with_table(PAGE) == PAGE, "run `make generated`"
-    with pytest.raises(ValueError, match="no place for the table"):
-        with_table("# Configuration\n")
 
 
 def test_the_page_s_file_is_taken_and_its_mistakes_are_told_as_it_says(file: Path) -> None:

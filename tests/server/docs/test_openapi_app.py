@@ -1,8 +1,6 @@
 """The committed `openapi.yaml` is what the code generates, and it is whole."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +36,6 @@ def test_the_committed_document_is_what_the_code_generates(tmp_path: Path) -> No
 
 def test_two_applications_give_equal_bytes(tmp_path: Path) -> None:
     assert generated(tmp_path).encode() == generated(tmp_path).encode()
-
-
-def test_the_command_prints_it(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "server.docs.openapi"],
-        cwd=ROOT, capture_output=True, check=True, timeout=60,
-    )  # fmt: skip
-    assert done.stdout.decode() == generated(tmp_path)
-    assert done.stderr == b""
 
 
 def test_the_validator_accepts_it(document: dict[str, Any]) -> None:

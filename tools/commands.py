@@ -1,4 +1,4 @@
-"""The page `docs/cli.md`, made from the commands: `python -m loadledger.cli.reference` prints it."""
+"""The page `docs/cli.md`, from the commands."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import click
 
 from loadledger.cli.main import ALIASES, SECTIONS, find, main
 from loadledger.cli.serve import SettingsCommand
+from tools.markdown import cell, table
 
 HEAD = """\
 # The command
 
-This page is made from the commands: `python -m loadledger.cli.reference > docs/cli.md`. Each says the same
-with `--help`.
+This page is generated from the commands; a test holds it to them. Each says the same with `--help`.
 
 ## In common
 
@@ -51,84 +51,58 @@ the waiting and not the job; `loadledger job JOB --wait` comes back to it.
 
 **In a shell.** `eval "$(loadledger completion bash)"` completes commands and options, and, from the server
 that is meant, models and jobs.
+
+**Other words.** What Docker and Ollama call by these names is here, too:
 """
 
 SETTINGS = "Its other options are the settings of the server, one for each; `--help` lists them."
 
 
-def reference() -> str:
-    """Return the page; the same code gives the same text."""
-    parts = [HEAD, *_aliases()]
+def command_page() -> str:
+    """Return the page."""
+    aliases = (
+        (f"`loadledger {alias}`", f"`loadledger {' '.join(meant)}`") for alias, meant in ALIASES.items()
+    )
+    parts = [HEAD, table(("typed", "means"), aliases)]
     for title, commands in SECTIONS.items():
         parts.append(f"## {title}\n")
         for name in commands:
-            parts += _described(find(name), f"loadledger {name}")
+            parts += _command(find(name), f"loadledger {name}")
     return "\n".join(parts)
 
 
-def _aliases() -> Iterator[str]:
-    yield "**Other words.** What Docker and Ollama call by these names is here, too:\n"
-    yield "| typed | means |"
-    yield "| --- | --- |"
-    for alias, meant in ALIASES.items():
-        yield f"| `loadledger {alias}` | `loadledger {' '.join(meant)}` |"
-    yield ""
-
-
-def _described(command: click.Command, path: str) -> Iterator[str]:
+def _command(command: click.Command, path: str) -> Iterator[str]:
     context = click.Context(main, info_name="loadledger", **main.context_settings)
     with click.Context(command, info_name=path.partition(" ")[2], parent=context) as inner:
         usage = " ".join(command.collect_usage_pieces(inner))
-    yield f"### {path}\n"
-    yield f"```text\n{path} {usage}\n```\n"
-    yield _help(command)
+    yield f"### {path}\n\n```text\n{path} {usage}\n```\n"
+    # What stands behind a \b keeps its lines, for click as here.
+    text, mark, kept = inspect.cleandoc(command.help or "").partition("\b\n")
+    yield f"{text}```text\n{kept}\n```\n" if mark else f"{text}\n"
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
-            yield from _described(command.commands[name], f"{path} {name}")
+            yield from _command(command.commands[name], f"{path} {name}")
         return
-    yield from _options(command)
-
-
-def _help(command: click.Command) -> str:
-    text = inspect.cleandoc(command.help or "")
-    if "\b\n" in text:  # whose lines stay as they are
-        text, _, kept = text.partition("\b\n")
-        return f"{text}```text\n{kept}\n```\n"
-    return f"{text}\n"
-
-
-def _options(command: click.Command) -> Iterator[str]:
-    if isinstance(command, SettingsCommand):
+    settings = command.made_names if isinstance(command, SettingsCommand) else ()
+    if settings:
         yield f"{SETTINGS}\n"
-    rows = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
-    own = [
-        row for row in rows if not (isinstance(command, SettingsCommand) and row.name in command.made_names)
+    options = [
+        each for each in command.params if isinstance(each, click.Option) and each.name not in settings
     ]
-    if own:
-        yield "| option | what |"
-        yield "| --- | --- |"
-        yield from (_row(option) for option in own)
-        yield ""
+    if options:
+        yield table(("option", "what"), map(_row, options))
 
 
-def _row(option: click.Option) -> str:
+def _row(option: click.Option) -> tuple[str, str]:
     flags = ", ".join([*option.opts, *option.secondary_opts])
     value = "" if option.is_flag else f" {option.metavar or _kind(option)}"
-    told = (option.help or "").replace("|", "\\|")
-    shown = (
-        option.show_default is not False and option.default not in {None, False, ""} and not option.multiple
-    )
-    default = (
-        f" Default: `{option.default}`." if shown and isinstance(option.default, str | int | float) else ""
-    )
-    return f"| `{(flags + value).replace('|', chr(92) + '|')}` | {told}{default} |"
+    shown = option.show_default is not False and option.default not in {None, False, ""}
+    has_default = shown and not option.multiple and isinstance(option.default, str | int | float)
+    default = f" Default: `{option.default}`." if has_default else ""
+    return cell(f"`{flags}{value}`"), f"{cell(option.help or '')}{default}"
 
 
 def _kind(option: click.Option) -> str:
     if isinstance(option.type, click.Choice):
         return "|".join(map(str, option.type.choices))
     return option.type.name.upper().split()[0]
-
-
-if __name__ == "__main__":
-    click.echo(reference(), nl=False)

@@ -1,6 +1,6 @@
-"""The reference page of the events, in Markdown, from their types."""
+"""The reference page of the events, from their types."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
 import msgspec
@@ -8,7 +8,7 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 
 from events.types import SCHEMA, SYSTEM, TYPES, Cause, Durations, Idempotency, LoadedFile, Prepared
-from server.docs.markdown import cell, slug
+from tools.markdown import cell, slug, table
 
 BY: Mapping[str, str] = {
     "LoadRequested": f"who asked; `{SYSTEM}` where the cause is neither `request` nor `demand`",
@@ -76,50 +76,44 @@ is the subject of their token.
 
 def event_page() -> str:
     """Return the page."""
-    rows = [(name, kind, "", what) for name, (kind, what) in MEMBERS.items()]
-    parts = [_HEAD, "## What every event has\n", *_table(rows), "## Types\n", *_overview()]
+    rows = ((name, kind, what) for name, (kind, what) in MEMBERS.items())
+    parts = [_HEAD, "## What every event has\n", _members(rows), "## Types\n", _overview()]
     for name, kind in TYPES.items():
-        parts += [f"### {name}\n", f"{_told(kind)}\n", f"Actor: {BY[name]}.\n", *_members(kind)]
+        parts += [f"### {name}\n", f"{_about(kind)}\n", f"Actor: {BY[name]}.\n", _members_of(kind)]
     parts.append("## Parts of events\n")
     for part in _PARTS:
-        parts += [f"### {part.__name__}\n", f"{_told(part)}\n", *_members(part)]
-    parts += ["## Causes\n", "| cause | of a load or an unload, because |", "| --- | --- |"]
-    parts += [f"| `{cause}` | {why} |" for cause, why in CAUSES.items()]
-    return "\n".join(parts) + "\n"
+        parts += [f"### {part.__name__}\n", f"{_about(part)}\n", _members_of(part)]
+    causes = ((f"`{cause}`", why) for cause, why in CAUSES.items())
+    parts += ["## Causes\n", table(("cause", "of a load or an unload, because"), causes)]
+    return "\n".join(parts)
 
 
-def _overview() -> Iterator[str]:
-    yield from ("| type | what | actor |", "| --- | --- | --- |")
-    for name, kind in TYPES.items():
-        what = _told(kind).partition(". ")[0].rstrip(".")
-        yield f"| [`{name}`](#{slug(name)}) | {what} | {cell(BY[name])} |"
-    yield ""
+def _overview() -> str:
+    rows = (
+        (f"[`{name}`](#{slug(name)})", _about(kind).partition(". ")[0].rstrip("."), cell(BY[name]))
+        for name, kind in TYPES.items()
+    )
+    return table(("type", "what", "actor"), rows)
 
 
-def _told(kind: type[Struct]) -> str:
+def _about(kind: type[Struct]) -> str:
     return cell(kind.__doc__ or "")
 
 
-def _members(kind: type[Struct]) -> Iterator[str]:
+def _members_of(kind: type[Struct]) -> str:
     hints = get_type_hints(kind)
-    found = [(member, _type(hints[member.name])) for member in fields(kind)]
-    if found:
-        yield from _table((member.name, told, _missing(member), "") for member, told in found)
-    else:
-        yield "No members.\n"
+    rows = [(member.name, _type(hints[member.name]), _missing(member)) for member in fields(kind)]
+    return _members(rows) if rows else "No members.\n"
+
+
+def _members(rows: Iterable[tuple[str, str, str]]) -> str:
+    return table(("member", "type", "what"), ((f"`{name}`", kind, what) for name, kind, what in rows))
 
 
 def _missing(member: FieldInfo) -> str:
     if member.default is NODEFAULT:
         return ""
     return f"where it is missing: {msgspec.json.encode(member.default).decode()}"
-
-
-def _table(rows: Iterable[tuple[str, str, str, str]]) -> Iterator[str]:
-    yield from ("| member | type | what |", "| --- | --- | --- |")
-    for name, kind, missing, what in rows:
-        yield f"| `{name}` | {kind} | {what or missing} |"
-    yield ""
 
 
 def _type(hint: Any) -> str:

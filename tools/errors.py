@@ -1,9 +1,10 @@
-"""The reference page of the errors, in Markdown, from the table of codes: what each says, and what to do."""
+"""The reference page of the errors, from the table of codes: what each says, and what to do."""
 
 from collections.abc import Mapping
 from itertools import groupby
 
 from server.errors import ERRORS
+from tools.markdown import table
 
 ADVICE: Mapping[str, str] = {
     "invalid_request": "Correct the request: `detail` says what is wrong with it.",
@@ -100,10 +101,12 @@ and so answers with that code itself.
 
 def error_page() -> str:
     """Return the page."""
-    by_status = sorted(ERRORS.items(), key=lambda entry: entry[1].status)
     parts = [_HEAD]
-    for status, entries in groupby(by_status, key=lambda entry: entry[1].status):
-        parts += [f"## {status}\n", "| code | what | what to do |", "| --- | --- | --- |"]
-        parts += [f"| `{code}` | {kind.title} | {ADVICE.get(code, '')} |" for code, kind in entries]
-        parts.append("")
-    return "\n".join(parts).rstrip("\n") + "\n"
+    for status, codes in groupby(sorted(ERRORS, key=_status), key=_status):
+        rows = ((f"`{code}`", ERRORS[code].title, ADVICE[code]) for code in codes)
+        parts.append(f"## {status}\n\n{table(('code', 'what', 'what to do'), rows)}")
+    return "\n".join(parts)
+
+
+def _status(code: str) -> int:
+    return ERRORS[code].status

@@ -1,0 +1,30 @@
+"""Writes what is generated from the code, and committed: `python -m tools.generate`, or `make generated`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from server.app import all_routes
+from server.docs.openapi import openapi_yaml
+from tools.commands import command_page
+from tools.errors import error_page
+from tools.events import event_page
+from tools.settings import with_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def pages() -> Mapping[str, str]:
+    """Return each generated file's text by its path in the tree; the same code gives the same text."""
+    configuration = "docs/configuration.md"  # of which a part is generated
+    return {
+        "docs/cli.md": command_page(),
+        configuration: with_settings((ROOT / configuration).read_text(encoding="utf-8")),
+        "docs/reference/errors.md": error_page(),
+        "docs/reference/events.md": event_page(),
+        "openapi.yaml": openapi_yaml(all_routes()),
+    }
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        (ROOT / path).write_text(text, encoding="utf-8")

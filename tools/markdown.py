@@ -1,0 +1,22 @@
+"""What the generated pages have in common: tables, their cells, and the anchors of headings."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+_NOT_IN_A_SLUG = re.compile(r"[^\w\- ]")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; what is in its cells has to be Markdown that may stand there, see `cell`."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(text: str) -> str:
+    """Return text as it may stand in a cell of a table, in one line."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return _NOT_IN_A_SLUG.sub("", heading.strip().lower()).replace(" ", "-")
