@@ -1,0 +1,134 @@
+"""Lines on their way to stderr: nobody waits for who reads them, and what is dropped is counted and said."""
+
+import fcntl
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from server.logs import stderr
+from server.logs.stderr import LAST_LINES, MAX_LINES, DroppingHandler, logging_to
+
+LIMIT_S = 20.0
+FORM = logging.Formatter()
+
+
+def log(handler: logging.Handler, message: str) -> None:
+    handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, message, (), None))
+
+
+def notice(dropped: int) -> str:
+    return f"{dropped} log lines were dropped: who reads them is too slow"
+
+
+@contextmanager
+def piped(max_lines: int = MAX_LINES) -> Iterator[tuple[int, int, DroppingHandler]]:
+    """Give a small pipe's two ends, and what writes to it."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        with logging_to(writing, FORM, max_lines) as handler:
+            yield reading, writing, handler
+    finally:
+        with suppress(OSError):
+            os.close(reading)  # and who still writes is told, and ends
+        for thread in threading.enumerate():
+            if thread.name == LAST_LINES:
+                thread.join(LIMIT_S)
+        os.close(writing)
+
+
+def lines_of(reading: int, last: str) -> list[str]:
+    """Read until a line has come."""
+    received = b""
+    while not received.endswith(f"{last}\n".encode()):
+        piece = os.read(reading, 2**16)
+        assert piece, received
+        received += piece
+    return received.decode().splitlines()
+
+
+def told(received: bytes) -> tuple[list[int], int]:
+    """Return the numbers of whole lines, and how many others are said to have been dropped."""
+    numbers, dropped = list[int](), 0
+    for line in received.decode().rpartition("\n")[0].splitlines():
+        if found := re.match(r"(\d+) log lines were dropped", line):
+            dropped += int(found[1])
+        else:
+            numbers.append(int(line[:4]))
+    return numbers, dropped
+
+
+def test_lines_come_in_their_order_and_whole(tmp_path: Path) -> None:
+    expected = [f"{number} {'x' * (number % 9000)}" for number in range(500)]
+    with (tmp_path / "log").open("wb") as file, logging_to(file.fileno(), FORM) as handler:
+        for line in expected:
+            log(handler, line)
+    assert (tmp_path / "log").read_text().splitlines() == expected
+
+
+def test_who_does_not_read_holds_nobody_up_and_is_told_what_was_dropped() -> None:
+    with piped(max_lines=200) as (reading, _, handler):
+        for number in range(1000):
+            log(handler, f"{number:04} {'x' * 94}")
+        received, (numbers, dropped) = b"", told(b"")
+        while len(numbers) + dropped + handler.dropped < 1000:
+            received += os.read(reading, 2**16)
+            numbers, dropped = told(received)
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) < 500
+        lost = handler.dropped
+        log(handler, "after")
+        assert lines_of(reading, "after") == [*([notice(lost)] if lost else []), "after"]
+
+
+def test_at_the_end_what_is_queued_is_written_and_what_was_dropped_is_said() -> None:
+    read = list[list[str]]()
+    with piped(max_lines=90) as (reading, _, handler):
+        for number in range(300):
+            log(handler, f"{number:04} {'x' * 94}")
+        last = notice(handler.dropped) if handler.dropped else f"0299 {'x' * 94}"
+        reader = threading.Thread(target=lambda: read.append(lines_of(reading, last)))
+        reader.start()
+    reader.join(LIMIT_S)
+    numbers, dropped = told("\n".join([*read[0], ""]).encode())
+    assert (len(numbers) + dropped, numbers) == (300, sorted(set(numbers)))
+
+
+def test_the_end_does_not_wait_for_ever_for_who_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stderr, "FLUSH_S", 0.1)
+    with piped() as (_, _, handler):
+        for _ in range(1000):
+            log(handler, "x" * 99)
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < LIMIT_S
+    log(handler, "too late")  # and harms nobody
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    with piped() as (reading, _, handler):
+        os.close(reading)
+        for _ in range(100):
+            log(handler, "nobody reads this")
+
+
+def test_a_pipe_that_others_made_non_blocking_loses_nothing() -> None:
+    with piped() as (reading, writing, handler):
+        os.set_blocking(writing, False)
+        for number in range(200):
+            log(handler, f"{number:03} {'x' * 95}")
+        assert [line[:3] for line in lines_of(reading, f"199 {'x' * 95}")] == [f"{n:03}" for n in range(200)]
+
+
+def test_a_line_that_cannot_be_made_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    with piped() as (reading, _, handler):
+        handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "%d", ("no number",), None))
+        log(handler, "next")
+        assert lines_of(reading, "next") == ["next"]
+    assert "no number" in capsys.readouterr().err
