@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib
 import logging
 import os
 import resource
@@ -12,26 +13,33 @@ import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import uvloop
 from aiohttp import web
 
 from server.app import create_app
-from server.config import Config
+from server.config import AUTO, Config
 from server.connections.connection import Limits
 from server.connections.listening import listening
 from server.connections.tls import Certificate
 from server.health import dead, vital
-from server.logs.inferences import watch_inferences
 from server.logs.ledger import telling
+from server.logs.requests import log_inferences
 from server.logs.stderr import STDERR, logging_to_stderr
-from server.logs.telemetry import TELEMETRY, open_telemetry
 from server.notify import Notifier
+from server.settingchecks import OFF
+from server.settings import ConfigError
 from server.v2.shortcut import shorten
 
 _log = logging.getLogger(__name__)
 
 STDOUT = 1
+
+OTEL_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+"""Each says where traces go; OpenTelemetry reads them, and its other variables, itself."""
+
+INSTALL_OTEL = "pip install 'loadledger[otel]'"
 
 MALLOC_OPTIONS = {
     -1: 64 * 2**20,  # M_TRIM_THRESHOLD: so much is kept; some large requests at a time, with their answers
@@ -96,10 +104,12 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = create_app(config)
-    app.cleanup_ctx.append(telling)
-    telemetry = open_telemetry(config, os.environ)
-    if telemetry is not None:
-        app[TELEMETRY] = telemetry
+    tracing = None
+    if _exports_traces(config):
+        from server.logs.tracing import Tracing  # noqa: PLC0415 - of an extra, and slow to import
+
+        tracing = Tracing()
+    app.cleanup_ctx.append(partial(telling, on_job_end=tracing.record_job if tracing is not None else None))
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -109,7 +119,9 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
     try:
         await runner.setup()
         shorten(runner, app)
-        watch_inferences(runner, app)
+        log_inferences(runner, app)
+        if tracing is not None:
+            tracing.trace_requests(runner, app)
         async with _listening(runner, config) as url:
             announce(url)
             manager.ready(url)
@@ -121,8 +133,29 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
                 living.cancel()  # from here on the manager's limit for stopping counts
     finally:
         await runner.cleanup()
-        if telemetry is not None:
-            await telemetry.close()
+        if tracing is not None:
+            tracing.close()
+
+
+def _exports_traces(config: Config) -> bool:
+    """Whether traces are exported, as the settings and the variables of OpenTelemetry say.
+
+    Raises:
+        ConfigError: `--otel=on` asks for it, and the extra is not installed.
+    """
+    named = any(os.environ.get(name) for name in OTEL_ENDPOINTS)
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if config.otel == OFF or (config.otel == AUTO and (disabled or not named)):
+        return False
+    try:
+        importlib.import_module("server.logs.tracing")
+    except ImportError as error:
+        told = f"traces cannot be exported, {error.name} is not installed: {INSTALL_OTEL}"
+        if config.otel != AUTO:
+            raise ConfigError(f"--otel: {told}") from None
+        _log.warning("%s, or give --otel=off", told)
+        return False
+    return True
 
 
 @asynccontextmanager

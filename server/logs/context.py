@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,7 +16,6 @@ from multidict import istr
 from events.commands import Command
 from events.group import Receipt
 from events.log import Log
-from server.logs.tracing import TRACEPARENT, TRACESTATE, Trace, given_trace, new_trace
 
 REQUEST_ID = istr("X-Request-Id")
 """The field in which a client may name its request, and is told the name."""
@@ -33,13 +32,15 @@ class RequestContext:
 
     Attributes:
         request_id: its name, which its client chose, or we did.
-        trace: where it stands in its trace.
+        trace_id: of its trace, in hexadecimal digits; None where traces are not exported.
+        carrier: the header fields that make what it causes a part of its span.
         job_id: the job that it made, or that stood for what it asked for.
         position: the head of the ledger after that was recorded.
     """
 
     request_id: str
-    trace: Trace
+    trace_id: str | None = None
+    carrier: dict[str, str] = field(default_factory=dict)
     job_id: str | None = None
     position: int | None = None
 
@@ -92,19 +93,13 @@ class RequestLog(Log):
             self._behind.popitem(last=False)
 
 
-def name_request(request: web.BaseRequest) -> str:
-    """Have what is logged from here on, in this task, name the request, and return its name."""
+def begin_context(request: web.BaseRequest) -> RequestContext:
+    """Have what is logged from here on, in this task, name the request, and return its context."""
     context = CONTEXT.get()
     if context is None:
-        CONTEXT.set(context := context_of(request))
-    return context.request_id
-
-
-def context_of(request: web.BaseRequest) -> RequestContext:
-    """Return a request's context, from what it says of itself as far as that can be used."""
-    headers = request.headers
-    trace = given_trace(headers.getall(TRACEPARENT, ()), headers.getall(TRACESTATE, ()))
-    return RequestContext(sane_id(headers.getall(REQUEST_ID, ())) or uuid4().hex, trace or new_trace())
+        context = RequestContext(sane_id(request.headers.getall(REQUEST_ID, ())) or uuid4().hex)
+        CONTEXT.set(context)
+    return context
 
 
 def sane_id(given: Sequence[str]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from events.clock import stamp
@@ -18,7 +18,6 @@ from server.logs.context import CONTEXT
 MAX_TEXT_CHARACTERS = 8192
 """Of a message, a value or a traceback: a line is never long enough to be in anybody's way."""
 
-LEVELS = {"DEBUG": "debug", "INFO": "info", "WARNING": "warning", "ERROR": "error", "CRITICAL": "critical"}
 HIDDEN = "[token]"
 
 _TOKEN = re.compile(  # each try ends where the next one may begin: no text takes longer than its length
@@ -31,7 +30,7 @@ _MARGIN = "\n    | "
 """Before each line of a traceback, so that none can pass for a line of its own."""
 
 
-def fields(**named: object) -> dict[str, object]:
+def fields(**named: object) -> dict[str, dict[str, object]]:
     """Return the fields of a line, for `extra`; those that are None are left out."""
     return {"fields": {name: value for name, value in named.items() if value is not None}}
 
@@ -43,7 +42,7 @@ class JsonForm(logging.Formatter):
         """Return the line, in ASCII, so that nothing in it ends it for any reader."""
         line = {
             "time": _time(record),
-            "level": LEVELS.get(record.levelname, record.levelname),
+            "level": record.levelname.lower(),
             "logger": record.name,
             "message": _bounded(record.getMessage()),
             **{name: _value(value) for name, value in _fields(record).items()},
@@ -74,14 +73,10 @@ def _time(record: logging.LogRecord) -> str:
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     """Return the record's own fields, and those of the request that it was written for."""
-    return {**dict(_of_request()), **getattr(record, "fields", {})}
-
-
-def _of_request() -> Iterator[tuple[str, object]]:
-    context = CONTEXT.get()
-    if context is not None:
-        yield "request_id", context.request_id
-        yield "trace_id", context.trace.trace_id
+    context, named = CONTEXT.get(), getattr(record, "fields", {})
+    if context is None:
+        return dict(named)
+    return {**fields(request_id=context.request_id, trace_id=context.trace_id)["fields"], **named}
 
 
 def _value(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Log lines, and spans, of what the ledger says: one observer reads each event after it was recorded.
+"""Log lines of what the ledger says: one observer reads each event after it was recorded.
 
 The ledger is the record; these lines are a copy for who reads logs, and nothing waits for them. An event's
 line has the event's time, and comes up to `PACE_S` after it.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import Context
 
 from aiohttp import web
@@ -34,9 +35,11 @@ from events.types import (
 from server.appkeys import LOG, READER
 from server.logs.context import CONTEXT, RequestLog
 from server.logs.forms import fields
-from server.logs.telemetry import TELEMETRY, Telemetry
 
 _log = logging.getLogger(__name__)
+
+OnJobEnd = Callable[[Job, Event, Mapping[str, str]], None]
+"""Takes a job, the event with which it ended, and the `carrier` of the request behind it."""
 
 PACE_S = 0.1
 """Between two looks at the log: many events of a moment are read at once."""
@@ -54,13 +57,13 @@ class LedgerLines:
     Args:
         log: what is observed.
         reader: how.
-        telemetry: where spans of jobs go, if anywhere.
+        on_job_end: is told of each job that has ended, if anything is.
     """
 
-    def __init__(self, log: RequestLog, reader: Reader, telemetry: Telemetry | None) -> None:
+    def __init__(self, log: RequestLog, reader: Reader, on_job_end: OnJobEnd | None) -> None:
         self._log = log
         self._reader = reader
-        self._telemetry = telemetry
+        self._on_job_end = on_job_end
         self._told = max(0, log.started_at - 1)
         self._closing = asyncio.Event()
         log.remembers = True
@@ -116,8 +119,8 @@ class LedgerLines:
         context = Context()
         context.run(CONTEXT.set, behind)
         context.run(_write, event, job)
-        if self._telemetry is not None and job is not None:
-            self._telemetry.job(job, event, behind.trace if behind is not None else None)
+        if self._on_job_end is not None and job is not None:
+            self._on_job_end(job, event, behind.carrier if behind is not None else {})
 
 
 def _write(event: Event, job: Job | None) -> None:
@@ -148,26 +151,8 @@ def _level(event: Event) -> int:
             return logging.INFO
 
 
-_WORDS: Mapping[str, str] = {
-    "LoadRequested": "load requested",
-    "LoadStarted": "load started",
-    "ModelLoaded": "model loaded",
-    "LoadFailed": "load failed",
-    "UnloadRequested": "unload requested",
-    "UnloadStarted": "unload started",
-    "ModelUnloaded": "model unloaded",
-    "UnloadFailed": "unload failed",
-    "CancelRequested": "cancel requested",
-    "JobCancelled": "job cancelled",
-    "AccessDenied": "access denied",
-    "WorkerExited": "worker exited",
-    "ServerStarted": "server started",
-    "ServerStopped": "server stopped",
-}
-
-
 def _message(event: Event) -> str:
-    words = _WORDS.get(event.type, event.type)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", event.type).lower()
     if event.model_id is None:
         return words
     return f"{words}: {event.model_id}" + (f" version {event.version}" if event.version is not None else "")
@@ -204,11 +189,11 @@ def _details(event: Event) -> dict[str, object]:
             return {}
 
 
-async def telling(app: web.Application) -> AsyncIterator[None]:
+async def telling(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:
     """Have the ledger's events told while the application runs; a resource of it, the last to be opened."""
     log = app[LOG]
     assert isinstance(log, RequestLog)
-    lines = LedgerLines(log, app[READER], app.get(TELEMETRY))
+    lines = LedgerLines(log, app[READER], on_job_end)
     task = asyncio.create_task(lines.run(), name="ledger lines")
     yield
     lines.close()

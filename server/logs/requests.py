@@ -1,27 +1,28 @@
-"""One log line, and one span, for each request: what was asked, by whom, what came of it, and when.
+"""One log line for each request: what was asked, by whom, what came of it, and when.
 
-Inferences pass by here: those that are to have a line, or a span, have it from `server.logs.inferences`.
+Inferences have theirs from `log_inferences`, as far as they are asked for: else nothing is in their way.
 """
 
 from __future__ import annotations
 
 import logging
+import random
+import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from server.appkeys import PRINCIPAL, PROXIES
-from server.auth.proxies import Proxies
+from server.appkeys import CONFIG, PRINCIPAL, PROXIES
 from server.errors import CODE
-from server.logs.context import CONTEXT, REQUEST_ID, RequestContext, context_of, name_request
+from server.logs.context import CONTEXT, REQUEST_ID, RequestContext, begin_context
 from server.logs.forms import fields
-from server.logs.telemetry import TELEMETRY, Span, Telemetry
 from server.routes import LimitClass, Route, matched_route
 
 _log = logging.getLogger(__name__)
+
+RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 MAX_PATH_CHARACTERS = 512
 MAX_STRANGERS = 60
@@ -30,23 +31,20 @@ MINUTE_S = 60.0
 
 REFUSED, FAULT = 400, 500
 
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[0-9]{1,9}))?/infer")
+
 
 class Strangers:
-    """Bounds the lines about requests without valid credentials.
+    """Bounds the lines about requests without valid credentials."""
 
-    Args:
-        clock: seconds that go on.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._until_s = 0.0
         self._lines = 0
         self._left_out = 0
 
     def admit(self) -> int | None:
         """Return how many lines were left out before this one; None where this one is, too."""
-        now_s = self._clock()
+        now_s = time.monotonic()
         if now_s >= self._until_s:
             self._until_s, self._lines = now_s + MINUTE_S, 0
         if self._lines >= MAX_STRANGERS:
@@ -57,64 +55,15 @@ class Strangers:
         return left_out
 
 
-@dataclass(slots=True)
-class Watched:
-    """A request while it is served: what is told of it in the end."""
-
-    context: RequestContext
-    span: Span | None
-    began_s: float
-
-    @classmethod
-    def begin(
-        cls, request: web.BaseRequest, proxies: Proxies, telemetry: Telemetry | None, route: str | None
-    ) -> Watched:
-        """Begin to watch; what is logged from here on, in this task, names the request."""
-        context = CONTEXT.get() or context_of(request)
-        span = None
-        if telemetry is not None:
-            name = f"{request.method} {route}" if route is not None else request.method
-            span = telemetry.request(context.trace, name, _asked(request, proxies.peer(request), route))
-            context.trace = span.trace
-        CONTEXT.set(context)
-        return cls(context, span, time.perf_counter())
-
-    def end(self, level: int | None, response: web.StreamResponse | None, **told: object) -> None:
-        """Write the line, unless `level` is None, and end the span."""
-        status, code = (None, None) if response is None else (response.status, response.get(CODE))
-        context = self.context
-        if self.span is not None:
-            known = {
-                "loadledger.job": context.job_id,
-                "loadledger.code": code,
-                "loadledger.subject": told.get("subject"),
-            }
-            self.span.end(status, {name: str(value) for name, value in known.items() if value is not None})
-        if level is not None and _log.isEnabledFor(level):
-            named = fields(
-                status=status,
-                code=code,
-                duration_s=round(time.perf_counter() - self.began_s, 6),
-                job=context.job_id,
-                position=context.position,
-                **told,
-            )
-            words = f"{told['method']} {told['path']} {status if status is not None else 'aborted'}"
-            _log.log(level, "%s", words, extra=named)
-
-
 def log_middleware() -> Middleware:
-    """Return the middleware that watches requests; it stands before all others, and changes nothing."""
+    """Return the middleware that logs requests; it stands before all others, and changes nothing."""
     strangers = Strangers()
 
     @web.middleware
-    async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
-        route = matched_route(request)
+    async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+        context, route, began_s = begin_context(request), matched_route(request), time.perf_counter()
         if route is not None and route.limit is LimitClass.INFERENCE and request.method == hdrs.METH_POST:
-            name_request(request)
             return await handler(request)
-        app, path = request.app, route.path if route is not None else None
-        watched = Watched.begin(request, app[PROXIES], app.get(TELEMETRY), path)
         response: web.StreamResponse | None = None
         try:
             response = await handler(request)
@@ -124,10 +73,46 @@ def log_middleware() -> Middleware:
             if level is not None and _is_stranger(request, response):
                 left_out = strangers.admit()
                 level, told["left_out"] = (None if left_out is None else level), left_out or None
-            watched.end(level, response, **told)
+            if level is not None:
+                _write(level, context, began_s, response, **told)
         return response
 
-    return watch
+    return log_request
+
+
+def log_inferences(runner: web.BaseRunner, app: web.Application) -> None:
+    """Have a runner that is set up log inferences, the share that is configured."""
+    share, proxies = app[CONFIG].log_inferences, app[PROXIES]
+
+    def logged(inner: RequestHandler) -> RequestHandler:
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            found = inference_of(request) if random.random() < share else None  # noqa: S311 - a sample
+            if found is None:
+                return await inner(request)
+            context, began_s = begin_context(request), time.perf_counter()
+            response: web.StreamResponse | None = None
+            try:
+                response = await inner(request)
+            finally:
+                told = {"method": request.method, "path": path_of(request), "peer": proxies.peer(request)}
+                _write(logging.INFO, context, began_s, response, **found.groupdict(), **told)
+            return response
+
+        return handle
+
+    if share:
+        wrap_handler(runner, logged)
+
+
+def wrap_handler(runner: web.BaseRunner, wrap: Callable[[RequestHandler], RequestHandler]) -> None:
+    """Have a runner that is set up hand its requests, those of the fast path too, to a wrapper first."""
+    assert runner.server is not None, "the runner is not set up"
+    runner.server.request_handler = wrap(runner.server.request_handler)
+
+
+def inference_of(request: web.BaseRequest) -> re.Match[str] | None:
+    """Return the model and version of an inference; None for other requests."""
+    return _INFER.fullmatch(request.raw_path) if request.method == hdrs.METH_POST else None
 
 
 async def add_request_id(_request: web.Request, response: web.StreamResponse) -> None:
@@ -135,6 +120,24 @@ async def add_request_id(_request: web.Request, response: web.StreamResponse) ->
     context = CONTEXT.get()
     if context is not None:
         response.headers[REQUEST_ID] = context.request_id
+
+
+def _write(
+    level: int, context: RequestContext, began_s: float, response: web.StreamResponse | None, **told: object
+) -> None:
+    if not _log.isEnabledFor(level):
+        return
+    status, code = (None, None) if response is None else (response.status, response.get(CODE))
+    named = fields(
+        status=status,
+        code=code,
+        duration_s=round(time.perf_counter() - began_s, 6),
+        job=context.job_id,
+        position=context.position,
+        **told,
+    )
+    words = f"{told['method']} {told['path']} {status if status is not None else 'aborted'}"
+    _log.log(level, "%s", words, extra=named)
 
 
 def _level(request: web.Request, route: Route | None, response: web.StreamResponse | None) -> int:
@@ -165,13 +168,3 @@ def _told(request: web.Request, route: Route | None) -> dict[str, object]:
 def path_of(request: web.BaseRequest) -> str:
     """Return the path as it was sent, without what is asked there: who errs puts a token into it."""
     return request.raw_path.partition("?")[0][:MAX_PATH_CHARACTERS]
-
-
-def _asked(request: web.BaseRequest, peer: str | None, route: str | None) -> Mapping[str, str | int | bool]:
-    named = {"http.route": route, "client.address": peer}
-    return {
-        "http.request.method": request.method,
-        "url.path": path_of(request),
-        "url.scheme": request.scheme,
-        **{name: value for name, value in named.items() if value is not None},
-    }

@@ -24,6 +24,10 @@ STDERR = 2
 OURS = ("events", "runtime", "server")
 """The packages whose levels are set; of others, warnings are told."""
 
+SILENT = ("aiohttp.server", "opentelemetry.trace")
+"""They log what is malformed in a request, and anybody may send that; what goes wrong in our handlers is
+logged where it is answered."""
+
 MAX_LINES = 10_000
 """More than anything but a fault writes before a reader has its turn; some megabytes."""
 
@@ -109,9 +113,8 @@ def logging_to_stderr(config: Config) -> Iterator[None]:
     """Write log lines to stderr as configured."""
     for name in OURS:
         logging.getLogger(name).setLevel(config.log_level.upper())
-    # It logs, with a traceback, each request that is no HTTP, and anybody may send those; what goes wrong in
-    # our handlers is logged where it is answered.
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    for name in SILENT:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     root = logging.getLogger()
     with logging_to(STDERR, FORMS[config.log_format]()) as handler:
         handler.setLevel(config.log_level.upper())

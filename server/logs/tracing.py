@@ -1,87 +1,180 @@
-"""The trace that a request belongs to: W3C Trace Context (Recommendation, 2021), read strictly.
+"""Spans of requests and jobs, exported with OpenTelemetry; not imported where that is not wanted.
 
-What is malformed is as if it had not come: then a new trace begins here, as section 2.2.4 has it. Nothing is
-sent back: the Recommendation knows no field of answers.
+The library is configured by its own variables (`OTEL_EXPORTER_OTLP_…`, `OTEL_SERVICE_NAME`,
+`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER`, `OTEL_BSP_…`). Its global provider is left alone.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+import threading
+from collections.abc import Iterator, Mapping
 
-TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
-MAX_MEMBERS = 32
-MAX_STATE_CHARACTERS = 4096
-"""Section 3.3.1.5 asks for 512 at least; what is longer than this is dropped whole."""
-
-_SAMPLED = 0x01
-_PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
-_KEY_CHARACTERS = r"[a-z0-9_\-*/]"
-_MEMBER = re.compile(
-    rf"(?P<key>[a-z]{_KEY_CHARACTERS}{{0,255}}|[a-z0-9]{_KEY_CHARACTERS}{{0,240}}@[a-z]{_KEY_CHARACTERS}{{0,13}})"
-    r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]",
-    re.ASCII,
+from aiohttp import web
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import (
+    Span,
+    SpanKind,
+    StatusCode,
+    format_trace_id,
+    get_current_span,
+    set_span_in_context,
 )
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from events.clock import moment
+from events.jobs import Job, JobStatus
+from events.types import Event, ModelLoaded
+from server.appkeys import CONFIG, PRINCIPAL, PROXIES
+from server.errors import CODE
+from server.logs.context import RequestContext, begin_context
+from server.logs.requests import FAULT, RequestHandler, inference_of, path_of, wrap_handler
+from server.routes import matched_route
+
+PROPAGATOR = TraceContextTextMapPropagator()
+
+CLOSE_S = 3.0
+"""How long the end of the server waits for who takes the spans."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A place in a trace.
+class Tracing:
+    """Makes spans, which the library's thread sends in batches; what it cannot send it drops."""
 
-    Attributes:
-        trace_id: 32 hexadecimal digits, not all 0.
-        span_id: 16 of them: what happens here is a part of that span.
-        sampled: whether the trace is recorded, as far as who asked knows.
-        state: what tracing systems say of it, as a `tracestate` field; empty if nothing.
-        remote: whether who asked has named it.
-    """
+    def __init__(self) -> None:
+        resource = Resource.create(
+            {"service.name": "loadledger", **OTELResourceDetector().detect().attributes}
+        )
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("loadledger")
 
-    trace_id: str
-    span_id: str
-    sampled: bool
-    state: str = ""
-    remote: bool = False
+    def trace_requests(self, runner: web.BaseRunner, app: web.Application) -> None:
+        """Have a runner that is set up trace its requests: of inferences without a trace a share."""
+        proxies, share = app[PROXIES], app[CONFIG].trace_inferences
+
+        def traced(inner: RequestHandler) -> RequestHandler:
+            async def handle(request: web.BaseRequest) -> web.StreamResponse:
+                parent = PROPAGATOR.extract(request.headers)
+                is_part = get_current_span(parent).get_span_context().is_valid
+                if not is_part and inference_of(request) and random.random() >= share:  # noqa: S311 - a sample
+                    return await inner(request)
+                asked = _asked(request, proxies.peer(request))
+                with self._tracer.start_span(request.method, parent, SpanKind.SERVER, asked) as span:
+                    context = begin_context(request)
+                    context.trace_id = format_trace_id(span.get_span_context().trace_id)
+                    PROPAGATOR.inject(context.carrier, set_span_in_context(span))
+                    response: web.StreamResponse | None = None
+                    try:
+                        response = await inner(request)
+                    finally:
+                        _describe(span, request, response, context)
+                    return response
+
+            return handle
+
+        wrap_handler(runner, traced)
+
+    def record_job(self, job: Job, end: Event, carrier: Mapping[str, str]) -> None:
+        """Record the spans of a job that has ended: the job, in that of its request, and its stages."""
+        parent, ended_ns = PROPAGATOR.extract(carrier), _ns(job.finished_at or end.recorded_at)
+        span = self._tracer.start_span(
+            job.kind, parent, attributes=_attributes(job, end), start_time=_ns(job.created_at)
+        )
+        inside = set_span_in_context(span)
+        for name, first_ns, last_ns in _stages(job, end, ended_ns):
+            self._tracer.start_span(name, inside, start_time=first_ns).end(last_ns)
+        if job.status is JobStatus.FAILED:
+            span.set_status(StatusCode.ERROR, job.error.message if job.error is not None else None)
+        span.end(ended_ns)
+
+    def close(self) -> None:
+        """Export what is waiting, for no longer than `CLOSE_S`; nothing is exported after that."""
+        closing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
 
 
-def new_trace() -> Trace:
-    """Return a trace that begins here."""
-    return Trace(_some_digits(32), _some_digits(16), sampled=False)
+def _known(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
-def given_trace(parents: Sequence[str], states: Sequence[str]) -> Trace | None:
-    """Return the trace that a request names; None if it names none, or not as the Recommendation has it.
-
-    Args:
-        parents: the values of its `traceparent` fields, of which there has to be one.
-        states: the values of its `tracestate` fields, which are one list.
-    """
-    found = _PARENT.fullmatch(parents[0].strip(" \t")) if len(parents) == 1 else None
-    if found is None:
-        return None
-    version, trace_id, span_id, flags, rest = found.groups()
-    if version == "ff" or (version == "00" and rest is not None):
-        return None
-    if not trace_id.strip("0") or not span_id.strip("0"):
-        return None
-    sampled = bool(int(flags, 16) & _SAMPLED)
-    return Trace(trace_id, span_id, sampled, given_state(states), remote=True)
+def _asked(request: web.BaseRequest, peer: str | None) -> dict[str, str | int]:
+    named = {
+        "http.request.method": request.method,
+        "url.path": path_of(request),
+        "url.scheme": request.scheme,
+        "client.address": peer,
+    }
+    return _known(named)
 
 
-def given_state(states: Sequence[str]) -> str:
-    """Return the members of `tracestate` fields as one field; nothing if any of it is malformed."""
-    joined = ",".join(states)
-    members = [member for part in joined.split(",") if (member := part.strip(" \t"))]
-    if len(joined) > MAX_STATE_CHARACTERS or len(members) > MAX_MEMBERS:
-        return ""
-    found = [_MEMBER.fullmatch(member) for member in members]
-    keys = {match["key"] for match in found if match is not None}
-    return ",".join(members) if len(keys) == len(members) else ""
+def _describe(
+    span: Span, request: web.BaseRequest, response: web.StreamResponse | None, context: RequestContext
+) -> None:
+    """Say what a request was, and what came of it; of one that was given up, the library says that."""
+    route, principal = _route(request), request.get(PRINCIPAL)
+    status, code = (None, None) if response is None else (response.status, response.get(CODE))
+    is_fault = status is not None and status >= FAULT  # a client's mistake is none of the server's
+    if route is not None:
+        span.update_name(f"{request.method} {route}")
+    named = {
+        "http.route": route,
+        "http.response.status_code": status,
+        "loadledger.job": context.job_id,
+        "loadledger.code": code,
+        "loadledger.subject": principal.subject if principal is not None else None,
+        "error.type": code or str(status) if is_fault else None,
+    }
+    span.set_attributes(_known(named))
+    if is_fault:
+        span.set_status(StatusCode.ERROR)
 
 
-def _some_digits(count: int) -> str:
-    """Return random hexadecimal digits, not all of which are 0."""
-    while not (digits := secrets.token_hex(count // 2)).strip("0"):
-        pass
-    return digits
+def _route(request: web.BaseRequest) -> str | None:
+    """Return the path of a request's route; the fast path of inferences has not matched one."""
+    if found := inference_of(request):
+        return f"/v2/models/{{id}}{'/versions/{version}' if found['version'] else ''}/infer"
+    route = matched_route(request) if isinstance(request, web.Request) else None
+    return route.path if route is not None else None
+
+
+def _attributes(job: Job, end: Event) -> dict[str, str | int]:
+    named = {
+        "loadledger.job": job.id,
+        "loadledger.model": job.model_id,
+        "loadledger.version": job.version,
+        "loadledger.cause": job.cause.value,
+        "loadledger.subject": job.requested_by,
+        "loadledger.status": job.status.value,
+        "loadledger.position": end.position,
+        "error.type": job.error.code if job.error is not None else None,
+    }
+    return _known(named)
+
+
+def _stages(job: Job, end: Event, ended_ns: int) -> Iterator[tuple[str, int, int]]:
+    """Return the parts of a job, one after the other, in nanoseconds: its waiting, then what it did."""
+    started_ns = ended_ns if job.started_at is None else _ns(job.started_at)
+    yield "waiting", _ns(job.created_at), started_ns
+    if job.started_at is None:
+        return
+    if not isinstance(end.data, ModelLoaded):
+        yield ("draining" if job.unload is not None else "loading"), started_ns, ended_ns
+        return
+    took = end.data.durations  # the files are hashed beside it, which is no part of its own
+    parts = {
+        "starting": took.starting_us,
+        "loading": took.loading_us,
+        "warming_up": took.warming_up_us,
+        "measuring": took.measuring_us,
+    }
+    for name, duration_us in _known(parts).items():
+        first_ns, started_ns = started_ns, min(started_ns + int(duration_us) * 1000, ended_ns)
+        yield name, first_ns, started_ns
+
+
+def _ns(timestamp: str) -> int:
+    return round(moment(timestamp).timestamp() * 10**6) * 1000

@@ -15,7 +15,7 @@ from server.appkeys import GATE, PROXIES
 from server.auth.ratelimit import Quota
 from server.connections.direct import SERVER
 from server.errors import error_response
-from server.logs.context import REQUEST_ID, name_request
+from server.logs.context import REQUEST_ID, begin_context
 from server.metrics.look import HTTP_COUNTS
 from server.routes import Access, LimitClass
 from server.v2.inference import infer
@@ -58,7 +58,7 @@ def _shortcut(app: web.Application, long_way: RequestHandler) -> RequestHandler:
             counts.aborted("POST", _PATH_OF_VERSION if found[2] else _PATH)
             raise
         except Exception as error:  # noqa: BLE001 - every error becomes an answer, as on the long way
-            named = name_request(request)
+            named = begin_context(request).request_id
             response = error_response(request, error)
             response.headers[REQUEST_ID] = named
             response.headers.update(quota.headers() if quota is not None else {})

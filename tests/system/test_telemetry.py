@@ -13,7 +13,7 @@ from support.models import save
 from support.process import Server, serving
 
 from server.config import Config
-from server.logs.telemetry import INSTALL
+from server.serve import INSTALL_OTEL
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-01", "tracestate": "a=1,b=2"}
@@ -21,6 +21,7 @@ UNSAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-00"}
 FORWARDED = {"X-Forwarded-For": "203.0.113.9, 192.0.2.1"}
 SERVER_KIND = 2
 LOAD, INFER = "POST /api/v1/models/{id}/load", "POST /v2/models/{id}/infer"
+LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
 QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
 
 
@@ -49,13 +50,14 @@ async def test_a_request_its_job_and_the_stages_of_that_are_parts_of_the_callers
 ) -> None:
     save(models.add(1), config.repository, "m")
     async with collecting() as collector:
-        environment = {**collector.environment, "OTEL_SERVICE_NAME": "shop-models"}
+        environment = {**collector.environment, **LOUD, "OTEL_SERVICE_NAME": "shop-models"}
         async with serving(config, "--trusted-proxies=127.0.0.1", environment=environment) as server:
             job = await load(server, **SAMPLED, **FORWARDED)
             assert await infer(server, **SAMPLED, **FORWARDED) == 200
             await collector.until(lambda: bool(collector.named("load") and collector.named(INFER)))
             await server.api.unload("m")
             assert await server.stop() == 0  # what was not sent yet is sent now
+            told = [json.loads(line) for line in server.output.read_text().splitlines()]
         (request,), (load_job,) = collector.named(LOAD), collector.named("load")
         (inference,), (unload_job,) = collector.named(INFER), collector.named("unload")
     for span in (request, load_job, inference):
@@ -74,6 +76,7 @@ async def test_a_request_its_job_and_the_stages_of_that_are_parts_of_the_callers
     assert inside(collector, load_job) == stages
     for stage in collector.children(load_job):
         assert load_job.began_ns <= stage.began_ns <= stage.ended_ns <= load_job.ended_ns
+    assert [line["trace_id"] for line in told if line.get("job") == job["id"]] == [TRACE_ID] * 4
     assert unload_job.trace_id != TRACE_ID  # its request named none
     assert inside(collector, unload_job) == ["waiting", "draining"]
 
@@ -84,7 +87,7 @@ async def test_what_the_caller_does_not_record_is_not_exported_and_a_load_that_f
     save(models.add(1), config.repository, "m")
     async with collecting() as collector:
         arguments = ("--trace-inferences=0", "--otel=on")
-        async with serving(config, *arguments, environment=collector.environment) as server:
+        async with serving(config, *arguments, environment=collector.environment | LOUD) as server:
             await load(server, **UNSAMPLED)
             assert [await infer(server), await infer(server, **UNSAMPLED)] == [200, 200]
             malformed = SAMPLED | {"traceparent": "00-zz-00-01"}  # as if it had not come
@@ -92,7 +95,12 @@ async def test_what_the_caller_does_not_record_is_not_exported_and_a_load_that_f
             (config.repository / "m" / "2").mkdir()
             (config.repository / "m" / "2" / "model.onnx").write_bytes(b"no model")
             assert (await load(server, **malformed))["status"] == "failed"
+            assert await infer(server, **UNSAMPLED, tracestate="A=1,=") == 200
             await server.stop()
+            told = [json.loads(line) for line in server.output.read_text().splitlines()]
+        assert not [
+            line for line in told if line["logger"].startswith("opentelemetry")
+        ]  # anybody could fill it
         assert not collector.named(INFER)
         (request,), (job,) = (collector.named(name) for name in (LOAD, "load"))
         assert request.state == ""
@@ -128,7 +136,7 @@ def without_the_extra(
 def test_who_asks_for_traces_without_the_extra_is_told_how_to_install_it(config: Config) -> None:
     done = without_the_extra(config, "--otel=on")
     assert (done.returncode, done.stdout) == (2, "")
-    assert INSTALL in done.stderr
+    assert INSTALL_OTEL in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
-from server.logs.context import CONTEXT, RequestContext
+from server.logs.context import CONTEXT, RequestContext, sane_id
 from server.logs.forms import HIDDEN, MAX_TEXT_CHARACTERS, JsonForm, TextForm, fields
-from server.logs.tracing import new_trace
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl-_"
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (INFO|ERROR) {4,}")
@@ -52,12 +51,12 @@ def test_a_line_of_json_has_the_same_as_members() -> None:
 
 
 def test_what_happens_for_a_request_names_it() -> None:
-    context = RequestContext("my-request", new_trace())
     inside = Context()
-    inside.run(CONTEXT.set, context)
+    inside.run(CONTEXT.set, RequestContext("my-request"))
+    assert inside.run(in_text, record("x", status=200)).endswith("x request_id=my-request status=200")
+    inside.run(CONTEXT.set, RequestContext("my-request", trace_id="4bf9"))
     line = json.loads(inside.run(in_json, record("x")))
-    assert (line["request_id"], line["trace_id"]) == ("my-request", context.trace.trace_id)
-    assert f"request_id=my-request trace_id={context.trace.trace_id}" in inside.run(in_text, record("x"))
+    assert (line["request_id"], line["trace_id"]) == ("my-request", "4bf9")
 
 
 @PLAIN
@@ -114,3 +113,14 @@ def test_a_long_text_is_cut_in_its_middle() -> None:
 
 def test_a_field_that_is_no_plain_value_is_told_as_text() -> None:
     assert json.loads(in_json(record("x", value=["a", 1])))["value"] == "['a', 1]"
+
+
+@pytest.mark.parametrize("name", ["a", "01a1faa9-a6ec-7310-b1d2-61fc5f2ba464", "x" * 128, '"{}'])
+def test_a_requests_name_is_taken_if_it_is_short_and_printable(name: str) -> None:
+    assert sane_id([name]) == name
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "a b", "a\n", "\u00e9", "a\x1b[31m", "\u2028"])
+def test_another_is_made_for_what_is_no_name(name: str) -> None:
+    assert sane_id([name]) is None
+    assert sane_id(["a", "b"]) is None
