@@ -3,9 +3,7 @@
 import asyncio
 import gc
 import json
-import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -23,14 +21,13 @@ from events.commands import Record
 from events.log import Log
 from events.past import open_past
 from events.schema import connect, connect_read_only
-from events.spanprocess import MOST
 from events.types import AccessDenied, Draft
 from events.verify import verify
 
 WRITERS = 64
 APPENDED = 20_000
 MOMENTS = 100
-APPEND_GOAL, VERIFY_GOAL_S, VERIFY_GOAL_MB, AS_OF_GOAL_S = 0.5, 6.0, 200, 0.5
+APPEND_GOAL, VERIFY_GOAL, VERIFY_GOAL_MB, AS_OF_GOAL_S = 0.5, 1.3, 200, 0.5
 
 
 def measure(folder: Path, *, facts: int, rounds: int) -> list[Row]:
@@ -123,23 +120,29 @@ def _inserted_s(ours: Path, plain: Path, ends: list[int]) -> float:
 
 
 def _verify(path: Path, facts: int) -> list[Row]:
-    """Verify in a process of its own, so that its memory is known, and that of those which help it."""
+    """Verify in a new process, so that its memory is known; the integrity check is timed after it."""
     command = [sys.executable, "-m", "bench.ledger", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own module
     told = json.loads(done.stdout)
     took_s, took_mb, check_s = told["verify_s"], told["peak_mb"], told["check_s"]
-    name = f"verify and fold {facts:,} events"
+    ratio, name = took_s / check_s, f"verify and fold {facts:,} events"
     return [
-        Row(name, f"{took_s:.1f} s", "", None, f"≤ {VERIFY_GOAL_S:.0f} s", took_s <= VERIFY_GOAL_S),
         Row(
-            f"{name}: memory of all processes, at most",
+            f"{name} ÷ SQLite's integrity_check of the same file",
+            f"{took_s:.1f} s",
+            f"{check_s:.1f} s",
+            ratio,
+            f"≤ {VERIFY_GOAL:.2f}",
+            ratio <= VERIFY_GOAL,
+        ),
+        Row(
+            f"{name}: peak memory",
             f"{took_mb:.0f} MB",
             "",
             None,
             f"≤ {VERIFY_GOAL_MB} MB",
             took_mb <= VERIFY_GOAL_MB,
         ),
-        Row("SQLite's own integrity check of the same file", f"{check_s:.1f} s", "", None),
     ]
 
 
@@ -166,15 +169,10 @@ def _slowest(name: str, took_s: float) -> Row:
 
 
 def _peak_mb() -> float:
-    """Return the most that this process had, and as often as it may have helpers, the most that one had.
-
-    What `getrusage` says of this process is its parent's, if that had more.
-    """
+    """Return the most memory that this process had; `getrusage` would count that of its parent, too."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak_kib,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    helpers = min(MOST, len(os.sched_getaffinity(0))) - 1
-    of_one_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return (int(peak_kib) + helpers * of_one_kib) * 1024 / 1e6
+    return int(peak_kib) * 1024 / 1e6
 
 
 def _tell(path: Path) -> None:
@@ -186,8 +184,8 @@ def _tell(path: Path) -> None:
     start = time.perf_counter()
     with closing(connect_read_only(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    told = {"verify_s": took_s, "peak_mb": peak_mb, "check_s": time.perf_counter() - start}
-    print(json.dumps(told))
+    check_s = time.perf_counter() - start
+    print(json.dumps({"verify_s": took_s, "peak_mb": peak_mb, "check_s": check_s}))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _refuse_wrong(connection: sqlite3.Connection, path: Path) -> None:
     """
     connection.text_factory = bytes
     try:
-        found = verify_connection(connection, path, alone=True).finding
+        found = verify_connection(connection, path).finding
     finally:
         connection.text_factory = str
     _refuse(found, "nothing was moved, since the ledger that would be left")

@@ -12,7 +12,6 @@ from events.findings import Bad, Kind
 from events.jobs import Job
 from events.models import Model
 from events.snapshotcheck import NEVER, StoredSnapshots
-from events.store import as_bytes
 from events.storedjobs import StoredJobs
 
 
@@ -22,7 +21,6 @@ class CheckedFold:
     Args:
         position: where it begins: that of the event before the first one that is read.
         digest: the hash of that event.
-        recorded_at: its time, or nothing where that is not known.
         models: what the events up to there came to.
         jobs: likewise; those among them that have ended are compared at once.
         stored: what the jobs are compared with as they end, or None.
@@ -34,13 +32,12 @@ class CheckedFold:
         position: int,
         digest: bytes,
         *,
-        recorded_at: str = "",
         models: Iterable[Model] = (),
         jobs: Iterable[Job] = (),
         stored: StoredJobs | None = None,
         snapshots: StoredSnapshots | None = None,
     ) -> None:
-        self.position, self.hash, self.recorded_at = position, digest, recorded_at
+        self.position, self.hash, self.recorded_at = position, digest, ""
         self.stored = stored
         known = sorted(jobs, key=lambda job: job.created_position)
         self.entities = Entities(models, (job for job in known if not job.ended))
@@ -99,16 +96,6 @@ class CheckedFold:
         self.recorded_at = event.recorded_at
         self._touched.add(event.model_id)
         return ended
-
-    def mark(self) -> str:
-        """Return a hash of all that the rest of the log is checked with: equal ones go on equally."""
-        digest = sha256()
-        models = sorted(map(as_bytes, self.entities.models.values()))
-        jobs = sorted(map(as_bytes, self.entities.jobs.values()))
-        chain = (b"%d %d" % (self.position, len(models)), self.hash, self.recorded_at.encode())
-        for part in (*chain, *models, *jobs):
-            digest.update(b"%d:" % len(part) + part)
-        return digest.hexdigest()
 
 
 def _is_utf_8(body: bytes) -> bool:

@@ -51,27 +51,22 @@ class StoredSnapshots:
 
     Args:
         connection: it gives text as bytes.
-        after: where the walk begins: with what comes after a snapshot, or after the base.
-        until: where it ends; None is the end of the log.
-        at_base: whether it begins at the base. The snapshot there has jobs that had ended, archives prove it,
-            and its text may be that of an earlier release; but its copies have to be those of the models that
-            they are said to be of, and there must not be any before.
+        base: where the log begins. The snapshot there has jobs that had ended, archives prove it, and its
+            text may be that of an earlier release; but its copies have to be those of the models that they
+            are said to be of, and there must not be any before.
     """
 
-    def __init__(
-        self, connection: sqlite3.Connection, after: int, until: int | None = None, *, at_base: bool = True
-    ) -> None:
+    def __init__(self, connection: sqlite3.Connection, base: int) -> None:
         self._connection = connection
-        self._after, self._until, self._at_base = after, until, at_base
+        self._base = base
         self._copies: Iterable[tuple[int]] = iter(())
         self._positions: Iterable[tuple[int]] = iter(())
         self.touched = set[str | None]()
         self.difference: tuple[int, str] | None = None
         if check_readable(connection) >= snapshots.SINCE_SCHEMA:
-            where = self._where()
-            self._positions = connection.execute(f"SELECT position FROM snapshots{where}")  # noqa: S608 - numbers
+            self._positions = connection.execute("SELECT position FROM snapshots ORDER BY position")
             # Only numbers are sorted: SQLite has room for 100,000 of them before it takes a temporary file.
-            self._copies = connection.execute(f"SELECT rowid FROM model_snapshots{where}")  # noqa: S608 - numbers
+            self._copies = connection.execute("SELECT rowid FROM model_snapshots ORDER BY position")
         self._copy, self._position = self._next_copy(), self._next_position()
         self.next = self._soonest()
 
@@ -98,7 +93,7 @@ class StoredSnapshots:
     def _compare_copy(self, folded: Folded, position: int, key: bytes, body: bytes) -> None:
         name = _text(key)
         model = folded.models.get(name)
-        if position == self._after and model is not None:
+        if position == self._base and model is not None:
             body = as_bytes(as_model(body))
         if model is None or as_bytes(model) != body:
             self._differ(position, f"differs from the log's at the model {name!r}")
@@ -130,27 +125,19 @@ class StoredSnapshots:
         if self.difference is None:
             self.difference = position, f"the stored snapshot {problem}"
 
-    def _where(self) -> str:
-        """Return the condition for what is in this walk: all walks together leave out nothing."""
-        conditions = [] if self._at_base else [f"position > {self._after:d}"]
-        if self._until is not None:
-            conditions.append(f"position <= {self._until:d}")
-        where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-        return f"{where} ORDER BY position"
-
     def _jobs_elsewhere(self, end: int) -> int | None:
         """Return a position outside the log at which jobs wait for a snapshot, or None."""
         if check_readable(self._connection) < snapshots.SINCE_SCHEMA:
             return None
         row = self._connection.execute(
             "SELECT position FROM job_snapshots WHERE position < ? OR position > ? LIMIT 1",
-            (self._after if self._at_base else -NEVER, end if self._until is None else NEVER - 1),
+            (self._base, end),
         ).fetchone()
         return None if row is None else self._near(row[0])
 
     def _near(self, position: object) -> int:
-        """Return the position, or where the walk began instead of what is none."""
-        return position if isinstance(position, int) else self._after
+        """Return the position, or the base instead of what is none."""
+        return position if isinstance(position, int) else self._base
 
     def _next_copy(self) -> _Copy | None:
         """Return the next copy; those that no fold comes past are told, and passed over."""
@@ -160,7 +147,7 @@ class StoredSnapshots:
                 number,
             ).fetchone()
             position, key, body = copy
-            if is_copy and position >= self._after:
+            if is_copy and position >= self._base:
                 return position, key, body
             self._differ(self._near(position), f"has a copy of {_text(key)!r} that no snapshot can have")
         return None
@@ -168,11 +155,11 @@ class StoredSnapshots:
     def _next_position(self) -> int:
         """Return the position of the next snapshot; that of the base is proved by others."""
         for (position,) in self._positions:
-            if type(position) is int and position > self._after:
+            if type(position) is int and position > self._base:
                 return position
-            if position != self._after:
+            if position != self._base:
                 self._differ(
-                    self._near(position), f"is before position {self._after}, after which the log begins"
+                    self._near(position), f"is before position {self._base}, after which the log begins"
                 )
         return NEVER
 

@@ -9,9 +9,6 @@ from itertools import chain
 from events.jobs import Job
 from events.store import as_bytes
 
-COLUMNS = "created_position, id, body, typeof(id) = 'text' AND typeof(body) = 'text'"
-"""What is compared. A BLOB looks like text here, and nobody would find a job by it."""
-
 _Row = tuple[object, object, object, int]
 """The position at which a job was created, its id and its body, as they are stored, and whether as text."""
 
@@ -27,7 +24,10 @@ class StoredJobs:
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._walk = connection.execute(f"SELECT {COLUMNS} FROM jobs ORDER BY created_position")  # noqa: S608 - literals
+        self._walk = connection.execute(  # a BLOB looks like text here, and nobody would find a job by it
+            "SELECT created_position, id, body, typeof(id) = 'text' AND typeof(body) = 'text'"
+            " FROM jobs ORDER BY created_position"
+        )
         self._reached = 0
         self._misplaced: _Row | None = None
         self._passed: dict[int, _Row] = {}

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 from events import rebuild, store
-from events.basestate import is_base_state_whole
+from events.basestate import is_base_state_whole, read_base_state
 from events.canonical import GENESIS
 from events.checkedfold import CheckedFold
 from events.errors import LogUnavailable
 from events.findings import Bad, Finding, Kind, Verification
 from events.schema import check_readable, connect_read_only, refuse_foreign
-from events.spanprocess import helped
-from events.spans import Rows, Span
+from events.snapshotcheck import StoredSnapshots
+from events.storedjobs import StoredJobs
 
 __all__ = ["Finding", "Kind", "Verification", "verify", "verify_connection"]
 
 _ARCHIVES_SINCE = 4
 """The schema from which on archives are told of."""
-
-Begin = Callable[[sqlite3.Connection], tuple[CheckedFold, Rows]]
 
 
 def verify(path: Path) -> Verification:
@@ -46,41 +43,22 @@ def verify(path: Path) -> Verification:
         raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
 
 
-def verify_connection(connection: sqlite3.Connection, path: Path, *, alone: bool = False) -> Verification:
+def verify_connection(connection: sqlite3.Connection, path: Path) -> Verification:
     """Verify as `verify` does, in the transaction of a connection that gives text as bytes.
 
     Args:
         connection: what it sees is verified.
         path: of the same file.
-        alone: whether nobody else sees that yet, so that no other process can help.
     """
     base = connection.execute("SELECT position, hash FROM base").fetchone()
     if base is None or not (isinstance(base[0], int) and isinstance(base[1], bytes)):
         return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", Kind.BASE))
-    if alone:
-        return _verified(connection, path, base, None)
-    with helped(connection, path, *base) as others:
-        if others is not None:
-            found = _verified(connection, path, base, others.begin)
-            if found.verified and others.hold():
-                return found
-    return _verified(connection, path, base, None)
-
-
-def _verified(
-    connection: sqlite3.Connection, path: Path, base: tuple[int, bytes], begin: Begin | None
-) -> Verification:
-    """Verify the log from where `begin` begins, else the base, and all that is stored beside it."""
-    whole = Span(*base)
     fold = CheckedFold(*base)
     finding, compared = None, True
     try:
-        if begin is not None:
-            fold, rows = begin(connection)
-        else:
-            compared = rebuild.is_current(connection)
-            fold, rows = whole.begin(connection, compared=compared), whole.rows(connection)
-        fold.follow(rows)
+        compared = rebuild.is_current(connection)
+        fold = _fold_at_base(connection, *base, compared=compared)
+        fold.follow(connection.execute("SELECT position, body, hash FROM events ORDER BY position"))
         _check_archives(connection, *base)
         _check_base_state(connection, base[0])
         if compared:
@@ -94,6 +72,25 @@ def _verified(
             raise
         finding = Finding(fold.position + 1, f"the file is damaged: {error}", Kind.DAMAGED)
     return Verification(fold.position - base[0], fold.position, fold.hash, finding, compared)
+
+
+def _fold_at_base(connection: sqlite3.Connection, base: int, digest: bytes, *, compared: bool) -> CheckedFold:
+    """Return the fold in which the log begins; `compared` says whether with what is stored beside it."""
+    try:
+        state = read_base_state(connection, base)
+        return CheckedFold(
+            base,
+            digest,
+            models=state.models.values(),
+            jobs=state.jobs.values(),
+            stored=StoredJobs(connection) if compared else None,
+            snapshots=StoredSnapshots(connection, base) if compared else None,
+        )
+    except sqlite3.Error:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever somebody made of it is a finding
+        problem = f"the state that archived events came to is damaged: {error!r}"
+        raise Bad(base, problem, Kind.BASE) from None
 
 
 def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) -> None:
