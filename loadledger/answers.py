@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from loadledger.address import Address
-from loadledger.effects import Answer
+from loadledger.exchange import Answer
 from loadledger.printable import clean
 from loadledger.problems import Archived, BadAnswer, Busy, ClientProblem, NotAllowed, NotFound, ServerError
 

@@ -1,4 +1,4 @@
-"""Requests and their answers, as flows: what every call of a client has in common."""
+"""Requests and their answers: what every call of a client has in common."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 from loadledger import answers
 from loadledger.address import Address, query
-from loadledger.effects import Answer, Flow, Pause, Request, Send
+from loadledger.exchange import Answer, Request, Transport
 from loadledger.problems import ClientProblem, ServerUnreachable
 from loadledger.retrying import passes, pause_s
 
@@ -31,7 +31,7 @@ def _chance() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all flows of a client know.
+    """What all calls of a client know.
 
     Attributes:
         timeout_s: for an answer that is not asked to wait.
@@ -41,6 +41,7 @@ class Setting:
 
     address: Address
     timeout_s: float
+    transport: Transport
     now: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = _chance
 
@@ -95,7 +96,7 @@ def encoded(body: Any) -> bytes:
         raise ValueError(f"this cannot be written as JSON: {error}") from error
 
 
-def answered(setting: Setting, request: Request) -> Flow[Answer]:
+async def answered(setting: Setting, request: Request) -> Answer:
     """Return the answer; a repeatable request whose connection was lost is sent again for a while.
 
     What the server was asked to hold it is no part of that: it may be lost at the end of that time, too.
@@ -104,24 +105,21 @@ def answered(setting: Setting, request: Request) -> Flow[Answer]:
     until, failures, sent = setting.now() + limit_s, 0, False
     while True:
         try:
-            answer: Answer = yield Send(request)
+            return await setting.transport.send(request)
         except ServerUnreachable as problem:
             sent, failures = sent or problem.sent, failures + 1
             wait_s = pause_s(problem, failures, setting.chance())
             if not (request.repeatable and sent) or setting.now() + wait_s > until:
                 raise
-            yield Pause(wait_s)
-        else:
-            return answer
+            await setting.transport.pause(wait_s)
 
 
-def asked(setting: Setting, request: Request, kind: type[T]) -> Flow[T]:
+async def asked(setting: Setting, request: Request, kind: type[T]) -> T:
     """Return the value that is answered, or raise what went wrong."""
-    answer = yield from answered(setting, request)
-    return answers.value(answer, kind, setting.address)
+    return answers.value(await answered(setting, request), kind, setting.address)
 
 
-def patiently(setting: Setting, request: Request, kind: type[T], *, reached: bool) -> Flow[T]:
+async def patiently(setting: Setting, request: Request, kind: type[T], *, reached: bool) -> T:
     """Return the value that is answered, coming back when the server says so, or returns.
 
     One that takes all of the time for an answer, and never answered before, is not asked again.
@@ -136,7 +134,7 @@ def patiently(setting: Setting, request: Request, kind: type[T], *, reached: boo
     until = setting.now() + (request.timeout_s or setting.timeout_s)
     while True:
         try:
-            return (yield from asked(setting, once, kind))
+            return await asked(setting, once, kind)
         except ClientProblem as problem:
             failures += 1
             reached = reached or getattr(problem, "sent", False)
@@ -144,4 +142,4 @@ def patiently(setting: Setting, request: Request, kind: type[T], *, reached: boo
             if is_silent or failures >= TRIES or not passes(problem, reached=reached):
                 raise
             wait_s = pause_s(problem, failures, setting.chance())
-        yield Pause(wait_s)
+        await setting.transport.pause(wait_s)

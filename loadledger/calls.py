@@ -1,21 +1,20 @@
-"""What a client can do, as flows: written down once, for the client that blocks and the other one."""
+"""What a client can do: written down once, for the client that blocks and the other one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypedDict
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
 from loadledger.asking import Setting, asked, get, post
-from loadledger.effects import Flow
-from loadledger.following import Wish, followed_events, listed_events
-from loadledger.inferring import Json, Question, inferred
+from loadledger.following import Wish, followed_events, listing_of
+from loadledger.inferring import Question, inferred
 from loadledger.listing import JobPage, Listing, ModelPage, listed, optional, several
 from loadledger.problems import ServerError
-from loadledger.records import Head, Health, Job, Model, Resources
+from loadledger.records import Event, Head, Health, Job, Model, Resources
 from loadledger.tensors import Inputs
-from loadledger.waiting import Away, Patience, job_request, submitted, waited_for
+from loadledger.waiting import Away, Patience, Told, job_request, submitted, waited_for
 
 At = int | str
 """A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
@@ -41,123 +40,148 @@ class LoadParameters(TypedDict, total=False):
 
 
 class Calls:
-    """The flows of one server.
-
-    Every method raises ValueError at once for what cannot be sent; the flow raises a `ClientProblem`.
-    """
+    """The calls of one server; what cannot be sent is a ValueError, before anything is."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
 
-    def load(
+    async def load(
         self,
         model_id: str,
-        version: int | None,
-        parameters: Mapping[str, Any],
+        version: int | None = None,
         *,
-        patience: Patience | None,
-        key: str | None,
-    ) -> Flow[Job]:
-        """Return the load's job."""
-        body = dict(parameters) if version is None else {"version": version, **parameters}
-        request = post(f"/api/v1{path('models', model_id, 'load')}", body=body, key=key)
-        return submitted(self._setting, request, patience)
+        wait: bool = False,
+        wait_s: float | None = None,
+        on_stage: Told | None = None,
+        on_away: Away | None = None,
+        idempotency_key: str | None = None,
+        **parameters: Unpack[LoadParameters],
+    ) -> Job:
+        """Have a model loaded, and return the job: see `Client.load`."""
+        body = {**parameters} if version is None else {"version": version, **parameters}
+        request = post(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
+        return await submitted(self._setting, request, Patience(wait_s, on_stage, on_away) if wait else None)
 
-    def unload(
-        self, model_id: str | None, *, force: bool, patience: Patience | None, key: str | None
-    ) -> Flow[Job]:
-        """Return the unload's job; without a model it is the active one's."""
+    async def unload(
+        self,
+        model_id: str | None = None,
+        *,
+        force: bool = False,
+        wait: bool = False,
+        wait_s: float | None = None,
+        on_stage: Told | None = None,
+        on_away: Away | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Have a model unloaded, and return the job: see `Client.unload`."""
         target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
-        request = post(f"/api/v1{target}", [("force", "true")] if force else [], key=key)
-        return submitted(self._setting, request, patience)
+        request = post(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
+        return await submitted(self._setting, request, Patience(wait_s, on_stage, on_away) if wait else None)
 
-    def cancel(self, job_id: str, *, key: str | None) -> Flow[Job]:
-        """Return the job that is to be cancelled."""
-        return asked(self._setting, post(f"/api/v1{path('jobs', job_id, 'cancel')}", key=key), Job)
+    async def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
+        """Have a job cancelled, and return it as it is: see `Client.cancel`."""
+        return await asked(
+            self._setting, post(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key), Job
+        )
 
-    def job(self, job_id: str, at: At | None) -> Flow[Job]:
-        """Return a job."""
-        return asked(self._setting, job_request(job_id, at), Job)
+    async def job(self, job_id: str, *, at: At | None = None) -> Job:
+        """Return a job, perhaps as it was in the past."""
+        return await asked(self._setting, job_request(job_id, at), Job)
 
-    def wait_for(self, job_id: str, patience: Patience) -> Flow[Job]:
-        """Return a job that has ended."""
-        return waited_for(self._setting, job_id, patience)
+    async def wait_for(
+        self,
+        job_id: str,
+        *,
+        timeout_s: float | None = None,
+        on_change: Told | None = None,
+        on_away: Away | None = None,
+    ) -> Job:
+        """Return a job when it has ended, whatever its end: see `Client.wait_for`."""
+        return await waited_for(self._setting, job_id, Patience(timeout_s, on_change, on_away))
 
-    def jobs(self, *, model: str | None, status: str | None, at: At | None, limit: int | None) -> Flow[int]:
-        """Give jobs, newest first."""
+    def jobs(
+        self,
+        *,
+        model: str | None = None,
+        status: str | None = None,
+        at: At | None = None,
+        limit: int | None = None,
+    ) -> AsyncGenerator[Job, None]:
+        """Return jobs, newest first, page by page as they are wanted; no more than `limit`."""
+        if limit is not None and limit < 1:
+            raise ValueError("limit is at least 1")
         pairs = optional(model=model, status=status, at=at)
-        return listed(self._setting, Listing("/api/v1/jobs", JobPage, pairs, most=_checked(limit)))
+        return listed(self._setting, Listing("/api/v1/jobs", JobPage, pairs, most=limit))
 
-    def models(self, at: At | None) -> Flow[int]:
-        """Give models, by id."""
+    def models(self, *, at: At | None = None) -> AsyncGenerator[Model, None]:
+        """Return models by their ids, in the repository or loaded; page by page as they are wanted."""
         return listed(self._setting, Listing("/api/v1/models", ModelPage, optional(at=at)))
 
-    def model(self, model_id: str, at: At | None) -> Flow[Model]:
-        """Return a model."""
-        return asked(self._setting, get(f"/api/v1{path('models', model_id)}", optional(at=at)), Model)
+    async def model(self, model_id: str, *, at: At | None = None) -> Model:
+        """Return a model, perhaps as it was in the past."""
+        return await asked(self._setting, get(f"/api/v1{path('models', model_id)}", optional(at=at)), Model)
 
-    def resources(self) -> Flow[Resources]:
-        """Return the budget and what is taken of it."""
-        return asked(self._setting, get("/api/v1/resources"), Resources)
+    async def resources(self) -> Resources:
+        """Return the memory budget, what is taken of it, and who waits for it."""
+        return await asked(self._setting, get("/api/v1/resources"), Resources)
 
-    def head(self) -> Flow[Head]:
-        """Return the end of the ledger."""
-        return asked(self._setting, get("/api/v1/events/head"), Head)
+    async def head(self) -> Head:
+        """Return the signed end of the ledger."""
+        return await asked(self._setting, get("/api/v1/events/head"), Head)
 
-    def health(self) -> Flow[Health]:
-        """Return whether the server can serve."""
+    async def health(self) -> Health:
+        """Return whether requests can be served: `status` is then `ok`, else it says what is not well."""
         try:
-            return (yield from asked(self._setting, get("/health/ready"), Health))
+            return await asked(self._setting, get("/health/ready"), Health)
         except ServerError as problem:
             if problem.code != UNWELL:
                 raise
             return Health(status=problem.detail)
 
-    def get(self, target: str, pairs: Mapping[str, str]) -> Flow[Any]:
-        """Return the JSON at a path."""
-        if not target.startswith("/"):
-            raise ValueError(f"{target!r} does not begin with /")
-        if not _PATH.fullmatch(target):
-            raise ValueError(
-                f"{target!r} has characters that no path has: encode them, and give a query as such"
-            )
-        return asked(self._setting, get(target, list(pairs.items())), Any)
-
-    def infer(
+    async def infer(
         self,
         model_id: str,
         inputs: Inputs,
         *,
-        version: int | None,
-        outputs: Iterable[str] | None,
-        parameters: Mapping[str, Any] | None,
-        timeout_s: float | None,
-    ) -> Flow[Json]:
-        """Return the model's answer."""
+        version: int | None = None,
+        outputs: Iterable[str] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Ask a model, and return its answer: see `Client.infer`."""
         at = () if version is None else ("versions", str(version))
         model = f"/v2{path('models', model_id, *at)}"
         named = None if outputs is None else [{"name": name} for _, name in several("outputs", outputs)]
         options = {"outputs": named, "parameters": parameters}
-        return inferred(self._setting, Question(model, inputs, options, timeout_s))
+        return await inferred(self._setting, Question(model, inputs, options, timeout_s))
 
     def events(
         self,
         *,
-        follow: bool,
-        after: int | None,
-        filters: Mapping[str, Iterable[str]],
-        moments: Mapping[str, At | None],
-        on_away: Away | None,
-    ) -> Flow[int] | Flow[None]:
-        """Give events."""
-        if follow and moments.get("until") is not None:
+        after: int | None = None,
+        follow: bool = False,
+        types: Iterable[str] = (),
+        models: Iterable[str] = (),
+        jobs: Iterable[str] = (),
+        actors: Iterable[str] = (),
+        since: At | None = None,
+        until: At | None = None,
+        on_away: Away | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """Return the ledger's events, those that there are or all to come: see `Client.events`."""
+        if follow and until is not None:
             raise ValueError("until ends a list, and follow never ends: leave one out")
+        filters = {"type": types, "model": models, "job": jobs, "actor": actors}
         chosen = [pair for name, values in filters.items() for pair in several(name, values)]
-        wish = Wish(chosen, after, optional(**moments), on_away)
-        return followed_events(self._setting, wish) if follow else listed_events(self._setting, wish)
+        wish = Wish(chosen, after, optional(since=since, until=until), on_away)
+        return followed_events(self._setting, wish) if follow else listed(self._setting, listing_of(wish))
 
-
-def _checked(limit: int | None) -> int | None:
-    if limit is not None and limit < 1:
-        raise ValueError("limit is at least 1")
-    return limit
+    async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
+        """Return the JSON at a path of the server, such as `/v2/models/stats`, that has no method here."""
+        if not path.startswith("/"):
+            raise ValueError(f"{path!r} does not begin with /")
+        if not _PATH.fullmatch(path):
+            raise ValueError(
+                f"{path!r} has characters that no path has: encode them, and give a query as such"
+            )
+        return await asked(self._setting, get(path, list((query or {}).items())), Any)

@@ -9,12 +9,12 @@ from typing import Any, Self, Unpack
 
 from loadledger.address import Address
 from loadledger.asking import Setting
-from loadledger.blocking import Runner
+from loadledger.blocking import Transport, iterate, run
 from loadledger.calls import At, Calls, LoadParameters
 from loadledger.options import MAX_ANSWER_BYTES, Options
 from loadledger.records import Event, Head, Health, Job, Model, Resources
 from loadledger.tensors import Inputs
-from loadledger.waiting import Away, Patience, Told
+from loadledger.waiting import Away, Told
 
 
 class Client:
@@ -43,9 +43,9 @@ class Client:
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         options = Options(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
-        self._options = options
-        self._calls = Calls(Setting(options.address, timeout_s))
-        self._runner = Runner(options)
+        self._address = options.address
+        self._transport = Transport(options)
+        self._calls = Calls(Setting(options.address, timeout_s, self._transport))
 
     def __enter__(self) -> Self:
         return self
@@ -64,11 +64,11 @@ class Client:
     @property
     def url(self) -> str:
         """The server's, without a slash at its end."""
-        return self._options.address.url
+        return self._address.url
 
     def close(self) -> None:
         """Close the connections; an iterator closes its own."""
-        self._runner.close()
+        self._transport.close()
 
     def load(
         self,
@@ -100,9 +100,18 @@ class Client:
             ServerError: it was refused: `unknown_model`, `unknown_version`, `queue_full`, …
             ServerUnreachable: nobody answers. If `sent`, the job may be there all the same.
         """
-        patience = Patience(wait_s, on_stage, on_away) if wait else None
-        flow = self._calls.load(model_id, version, parameters, patience=patience, key=idempotency_key)
-        return self._runner.run(flow)
+        return run(
+            self._calls.load(
+                model_id,
+                version,
+                wait=wait,
+                wait_s=wait_s,
+                on_stage=on_stage,
+                on_away=on_away,
+                idempotency_key=idempotency_key,
+                **parameters,
+            )
+        )
 
     def unload(
         self,
@@ -129,9 +138,17 @@ class Client:
         Raises:
             ServerError: it was refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
-        patience = Patience(wait_s, on_stage, on_away) if wait else None
-        flow = self._calls.unload(model_id, force=force, patience=patience, key=idempotency_key)
-        return self._runner.run(flow)
+        return run(
+            self._calls.unload(
+                model_id,
+                force=force,
+                wait=wait,
+                wait_s=wait_s,
+                on_stage=on_stage,
+                on_away=on_away,
+                idempotency_key=idempotency_key,
+            )
+        )
 
     def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
         """Have a job cancelled, and return it as it is: `wait_for` tells what came of that.
@@ -139,11 +156,11 @@ class Client:
         Raises:
             ServerError: `unknown_job`, or too late: `already_started`, `already_finished`.
         """
-        return self._runner.run(self._calls.cancel(job_id, key=idempotency_key))
+        return run(self._calls.cancel(job_id, idempotency_key=idempotency_key))
 
     def job(self, job_id: str, *, at: At | None = None) -> Job:
         """Return a job, perhaps as it was in the past."""
-        return self._runner.run(self._calls.job(job_id, at))
+        return run(self._calls.job(job_id, at=at))
 
     def wait_for(
         self,
@@ -158,7 +175,7 @@ class Client:
         Raises:
             JobUnfinished: `timeout_s` is over; the job goes on.
         """
-        return self._runner.run(self._calls.wait_for(job_id, Patience(timeout_s, on_change, on_away)))
+        return run(self._calls.wait_for(job_id, timeout_s=timeout_s, on_change=on_change, on_away=on_away))
 
     def jobs(
         self,
@@ -169,27 +186,27 @@ class Client:
         limit: int | None = None,
     ) -> Generator[Job, None, None]:
         """Return jobs, newest first, page by page as they are wanted; no more than `limit`."""
-        return self._runner.iterate(self._calls.jobs(model=model, status=status, at=at, limit=limit))
+        return iterate(self._calls.jobs(model=model, status=status, at=at, limit=limit))
 
     def models(self, *, at: At | None = None) -> Generator[Model, None, None]:
         """Return models by their ids, in the repository or loaded; page by page as they are wanted."""
-        return self._runner.iterate(self._calls.models(at))
+        return iterate(self._calls.models(at=at))
 
     def model(self, model_id: str, *, at: At | None = None) -> Model:
         """Return a model, perhaps as it was in the past."""
-        return self._runner.run(self._calls.model(model_id, at))
+        return run(self._calls.model(model_id, at=at))
 
     def resources(self) -> Resources:
         """Return the memory budget, what is taken of it, and who waits for it."""
-        return self._runner.run(self._calls.resources())
+        return run(self._calls.resources())
 
     def head(self) -> Head:
         """Return the signed end of the ledger."""
-        return self._runner.run(self._calls.head())
+        return run(self._calls.head())
 
     def health(self) -> Health:
         """Return whether requests can be served: `status` is then `ok`, else it says what is not well."""
-        return self._runner.run(self._calls.health())
+        return run(self._calls.health())
 
     def infer(
         self,
@@ -213,10 +230,11 @@ class Client:
             parameters: of the request.
             timeout_s: other than the client's.
         """
-        flow = self._calls.infer(
-            model_id, inputs, version=version, outputs=outputs, parameters=parameters, timeout_s=timeout_s
+        return run(
+            self._calls.infer(
+                model_id, inputs, version=version, outputs=outputs, parameters=parameters, timeout_s=timeout_s
+            )
         )
-        return self._runner.run(flow)
 
     def events(
         self,
@@ -251,13 +269,20 @@ class Client:
             Archived: when iterated; what is asked for is not in the log any more. Its `after` is.
             ServerError: when iterated, `beyond_head`: this is not the ledger that it was.
         """
-        filters = {"type": types, "model": models, "job": jobs, "actor": actors}
-        moments = {"since": since, "until": until}
-        flow = self._calls.events(
-            follow=follow, after=after, filters=filters, moments=moments, on_away=on_away
+        return iterate(
+            self._calls.events(
+                after=after,
+                follow=follow,
+                types=types,
+                models=models,
+                jobs=jobs,
+                actors=actors,
+                since=since,
+                until=until,
+                on_away=on_away,
+            )
         )
-        return self._runner.iterate(flow)
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
         """Return the JSON at a path of the server, such as `/v2/models/stats`, that has no method here."""
-        return self._runner.run(self._calls.get(path, query or {}))
+        return run(self._calls.get(path, query))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from http import HTTPStatus
 
 from loadledger import answers
 from loadledger.address import query
 from loadledger.asking import Setting
-from loadledger.effects import Answer, Flow, Give, More, Open, Pause, Request, Shut
+from loadledger.exchange import Request
 from loadledger.lines import Lines, Place, message
-from loadledger.listing import EventPage, Listing, Pairs, listed
+from loadledger.listing import EventPage, Listing, Pairs, pages
 from loadledger.problems import BadAnswer, ClientProblem
 from loadledger.records import Event
 from loadledger.retrying import passes, pause_s
@@ -39,34 +41,38 @@ class Wish:
     on_away: Away | None = None
 
 
-def listed_events(setting: Setting, wish: Wish) -> Flow[int]:
-    """Give the events that there are, and return the position up to which that is all."""
+def listing_of(wish: Wish) -> Listing:
+    """Return the list of the events that there are."""
     after = [] if wish.after is None else [("after", str(wish.after))]
-    pairs = [*wish.filters, *wish.moments, *after]
-    return (yield from listed(setting, Listing(EVENTS, EventPage, pairs, cursor="after")))
+    return Listing(EVENTS, EventPage, [*wish.filters, *wish.moments, *after], cursor="after")
 
 
-def followed_events(setting: Setting, wish: Wish) -> Flow[None]:
-    """Give events as they happen, for ever: after the wish's position, or from now on."""
+async def followed_events(setting: Setting, wish: Wish) -> AsyncGenerator[Event, None]:
+    """Yield events as they happen, for ever: after the wish's position, or from now on."""
+    after = wish.after
     if wish.moments:
-        wish = replace(wish, after=(yield from listed_events(setting, wish)))
-    track = Track(wish.after, whole=not wish.filters)
+        async for events, as_of in pages(setting, listing_of(wish)):
+            for event in events:
+                yield event
+            after = as_of
+    track = Track(after, whole=not wish.filters)
     failures = 0
     while True:
         opened_at, position, problem = setting.now(), track.position, None
         try:
-            yield from _stream(setting, wish, track)
+            async with aclosing(_stream(setting, wish, track)) as news:
+                async for event in news:
+                    yield event
         except ClientProblem as trouble:
             if not passes(trouble, reached=track.reached):
                 raise
             problem = trouble
-        yield Shut()
         if problem is not None and wish.on_away is not None and not track.told:
             wish.on_away(problem)
             track.told = True
         lasted = setting.now() - opened_at >= LASTING_S or track.position != position
         failures = 1 if lasted else failures + 1
-        yield Pause(pause_s(problem, failures, setting.chance()))
+        await setting.transport.pause(pause_s(problem, failures, setting.chance()))
 
 
 class Track:
@@ -115,17 +121,19 @@ class Track:
         return True
 
 
-def _stream(setting: Setting, wish: Wish, track: Track) -> Flow[None]:
-    """Give what one connection tells, to its end."""
+async def _stream(setting: Setting, wish: Wish, track: Track) -> AsyncGenerator[Event, None]:
+    """Yield what one connection tells, to its end."""
     after = [] if track.position is None else [("after", str(track.position))]
     request = Request("GET", f"{EVENTS}/stream{query([*wish.filters, *after])}", {"Accept": LINES})
-    answer: Answer = yield Open(request)
-    if answer.status != 200:  # noqa: PLR2004
-        raise answers.refusal(answer, setting.address)
-    if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
-        raise BadAnswer(f"{setting.address.url} answers no stream of events: is this its URL?")
-    track.reached, track.told = True, False
-    lines = Lines()
-    while chunk := (yield More()):
-        if events := track.news(lines.feed(chunk)):
-            yield Give(events)
+    stream = await setting.transport.open(request)
+    with closing(stream):
+        answer = stream.answer
+        if answer.status != HTTPStatus.OK:
+            raise answers.refusal(answer, setting.address)
+        if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
+            raise BadAnswer(f"{setting.address.url} answers no stream of events: is this its URL?")
+        track.reached, track.told = True, False
+        lines = Lines()
+        while chunk := await stream.read():
+            for event in track.news(lines.feed(chunk)):
+                yield event

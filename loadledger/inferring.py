@@ -1,4 +1,4 @@
-"""Inferences, as flows: also of a model that may have to be loaded for them."""
+"""Inferences: also of a model that may have to be loaded for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadledger.asking import Setting, asked, encoded, get
-from loadledger.effects import Flow, Request
+from loadledger.exchange import Request
 from loadledger.problems import ServerError
 from loadledger.tensors import Inputs, is_complete, tensors
 
@@ -35,7 +35,7 @@ class Question:
     timeout_s: float | None
 
 
-def inferred(setting: Setting, question: Question) -> Flow[Json]:
+async def inferred(setting: Setting, question: Question) -> Json:
     """Return a model's answer.
 
     Of a model that is not loaded nobody can say what it takes, and on demand nothing but a question loads it.
@@ -47,34 +47,33 @@ def inferred(setting: Setting, question: Question) -> Flow[Json]:
         ValueError: an input is none of the model's, or its lists are of different lengths.
     """
     if is_complete(question.inputs):
-        return (yield from _sent(setting, question, None))
+        return await _sent(setting, question, None)
     try:
-        return (yield from _told(setting, question))
+        return await _told(setting, question)
     except ServerError as problem:
         if problem.code not in NOT_LOADED:
             raise
     try:
-        return (yield from _sent(setting, question, None))
+        return await _sent(setting, question, None)
     except ServerError as problem:
         if problem.code != REFUSED:
             raise
         refused = problem
     try:
-        return (yield from _told(setting, question))
+        return await _told(setting, question)
     except ServerError as problem:
         raise (refused if problem.code in NOT_LOADED else problem) from None
 
 
-def _told(setting: Setting, question: Question) -> Flow[Json]:
+async def _told(setting: Setting, question: Question) -> Json:
     """Ask with the datatypes that the server says are the model's."""
-    metadata = yield from asked(setting, get(question.path), Json)
-    return (yield from _sent(setting, question, metadata))
+    return await _sent(setting, question, await asked(setting, get(question.path), Json))
 
 
-def _sent(setting: Setting, question: Question, metadata: Json | None) -> Flow[Json]:
+async def _sent(setting: Setting, question: Question, metadata: Json | None) -> Json:
     wanted = {name: value for name, value in question.options.items() if value is not None}
     body = encoded({"inputs": tensors(question.inputs, metadata), **wanted})
     headers = {"Content-Type": "application/json"}
     path, timeout_s = f"{question.path}/infer", question.timeout_s
     request = Request("POST", path, headers, body, repeatable=False, timeout_s=timeout_s)
-    return (yield from asked(setting, request, Json))
+    return await asked(setting, request, Json)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from loadledger.asking import Setting, get, patiently
-from loadledger.effects import Flow, Give
 from loadledger.lines import event
 from loadledger.problems import BadAnswer
 from loadledger.records import Event, Job, Model
@@ -74,21 +73,27 @@ class Listing:
     most: int | None = None
 
 
-def listed(setting: Setting, listing: Listing) -> Flow[int]:
-    """Give the values of a list, and return the position that it reflects."""
+async def listed(setting: Setting, listing: Listing) -> AsyncGenerator[Any, None]:
+    """Yield the values of a list."""
+    async for values, _ in pages(setting, listing):
+        for value in values:
+            yield value
+
+
+async def pages(setting: Setting, listing: Listing) -> AsyncGenerator[tuple[Sequence[Any], int], None]:
+    """Yield the pages of a list: the values of each, and the position that it reflects."""
     pairs, cursor, left, reached = listing.pairs, None, listing.most, False
     while True:
         size = PAGE if left is None else min(PAGE, left)
         place: Pairs = [] if cursor is None else [(listing.cursor, str(cursor))]
         others = [pair for pair in pairs if not place or pair[0] != listing.cursor]
         request = get(listing.target, [*others, *place, ("limit", str(size))])
-        page: Any = yield from patiently(setting, request, listing.page, reached=reached)
+        page: Any = await patiently(setting, request, listing.page, reached=reached)
         values = page.values()[:left]
-        if values:
-            yield Give(values)
+        yield values, int(page.as_of)
         left = None if left is None else left - len(values)
         if page.next_cursor is None or left == 0:
-            return int(page.as_of)
+            return
         if page.next_cursor == cursor:
             raise BadAnswer(f"{setting.address.url} gives the same page of {listing.target} again and again")
         cursor, reached = page.next_cursor, True

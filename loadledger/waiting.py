@@ -13,7 +13,7 @@ from math import inf
 
 from loadledger.address import path
 from loadledger.asking import Setting, asked, get
-from loadledger.effects import Flow, Pause, Request
+from loadledger.exchange import Request
 from loadledger.problems import ClientProblem, JobFailed, JobUnfinished
 from loadledger.records import Job
 from loadledger.retrying import passes, pause_s
@@ -49,7 +49,7 @@ def job_request(job_id: str, at: int | str | None = None) -> Request:
     return get(f"/api/v1{path('jobs', job_id)}", [] if at is None else [("at", str(at))])
 
 
-def submitted(setting: Setting, request: Request, patience: Patience | None) -> Flow[Job]:
+async def submitted(setting: Setting, request: Request, patience: Patience | None) -> Job:
     """Ask for a job and return it, ended if it is waited for.
 
     Raises:
@@ -57,24 +57,24 @@ def submitted(setting: Setting, request: Request, patience: Patience | None) -> 
         JobUnfinished: it is not waited for any longer.
     """
     if patience is None:
-        return (yield from asked(setting, request, Job))
+        return await asked(setting, request, Job)
     began = setting.now()
-    job = yield from asked(setting, _preferring(setting, request, patience), Job)
-    job = yield from _until_ended(setting, job, patience, began)
+    job = await asked(setting, _preferring(setting, request, patience), Job)
+    job = await _until_ended(setting, job, patience, began)
     if job.status != "completed":
         raise JobFailed(job, setting.address.hide)
     return job
 
 
-def waited_for(setting: Setting, job_id: str, patience: Patience) -> Flow[Job]:
+async def waited_for(setting: Setting, job_id: str, patience: Patience) -> Job:
     """Return a job when it has ended, whatever its end.
 
     Raises:
         JobUnfinished: it is not waited for any longer.
     """
     began = setting.now()
-    job = yield from asked(setting, job_request(job_id), Job)
-    return (yield from _until_ended(setting, job, patience, began))
+    job = await asked(setting, job_request(job_id), Job)
+    return await _until_ended(setting, job, patience, began)
 
 
 def look_again_s(waited_s: float) -> float:
@@ -93,7 +93,7 @@ def _preferring(setting: Setting, request: Request, patience: Patience) -> Reque
     return replace(request, headers=headers, patience_s=float(seconds))
 
 
-def _until_ended(setting: Setting, job: Job, patience: Patience, began: float) -> Flow[Job]:
+async def _until_ended(setting: Setting, job: Job, patience: Patience, began: float) -> Job:
     failures, trouble = 0, ""
     _tell(patience.on_change, job)
     wait_s = look_again_s(setting.now() - began)
@@ -101,9 +101,9 @@ def _until_ended(setting: Setting, job: Job, patience: Patience, began: float) -
         left_s = _left_s(setting, patience, began)
         if left_s <= 0:
             raise JobUnfinished(job, patience.limit_s or 0.0, trouble, setting.address.hide)
-        yield Pause(min(wait_s, left_s))
+        await setting.transport.pause(min(wait_s, left_s))
         try:
-            seen = yield from asked(setting, _look(setting, job, left_s), Job)
+            seen = await asked(setting, _look(setting, job, left_s), Job)
         except ClientProblem as problem:
             if not passes(problem, reached=True):
                 raise

@@ -254,14 +254,14 @@ def test_threads_share_a_client(server: Server) -> None:
 def test_a_connection_that_the_server_closed_is_not_used_again(server: Server) -> None:
     with Client(server.url, token=server.api.token("admin")) as client:
         client.health()
-        [connection] = client._runner._transport._idle
+        [connection] = client._transport._idle
         client.health()
-        assert client._runner._transport._idle == [connection]
+        assert client._transport._idle == [connection]
         assert connection.sock is not None
         connection.sock.shutdown(2)
         assert client.health().status == "ok"
-        assert client._runner._transport._idle != [connection]
-    assert client._runner._transport._idle == []
+        assert client._transport._idle != [connection]
+    assert client._transport._idle == []
 
 
 # Event loops

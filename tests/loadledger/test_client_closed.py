@@ -6,8 +6,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from support.flows import bookmark
 from support.oddserver import LIMIT_S, odd_server, streamed
+from support.playedcalls import bookmark
 
 from loadledger import AsyncClient
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
-from support.flows import ADDRESS, answer, bookmark, event_line, problem
+from support.playedcalls import ADDRESS, answer, bookmark, event_line, problem
 
 import loadledger
 from loadledger import answers, problems, records
 from loadledger.address import Address, path, query
 from loadledger.asking import quoted
-from loadledger.effects import Answer
+from loadledger.exchange import Answer
 from loadledger.lines import Lines, Place, message
 from loadledger.problems import (
     Archived,

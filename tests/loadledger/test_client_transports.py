@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from support.clients import KINDS, connected
-from support.flows import bookmark, event_line, job
 from support.oddserver import LIMIT_S, Script, odd_server, said, staying, streamed
+from support.playedcalls import bookmark, event_line, job
 
 from loadledger import BadAnswer, ServerError, ServerUnreachable
 
@@ -241,8 +241,8 @@ def test_a_line_that_never_ends_is_refused(kind: str, monkeypatch: pytest.Monkey
 def test_a_stream_without_a_sign_of_life_is_taken_for_dead(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("connections", "loopconnections"):
-        monkeypatch.setattr(f"loadledger.{module}.Transport.open.__defaults__", (1.0,))
+    for module in ("blocking", "looping"):
+        monkeypatch.setattr(f"loadledger.{module}.SILENCE_S", 1.0)
     told: list[Exception] = []
     scripts = staying(streamed(lines(1))), staying(streamed(lines(2)))
     with odd_server(*scripts) as server, connected(kind, server.url) as client:

@@ -1,4 +1,4 @@
-"""What the client decides: flows are played with answers from a list, and a clock that is a number."""
+"""What the client decides: calls are played with answers from a list, and a clock that is a number."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
-from support.flows import (
+from support.playedcalls import (
     NDJSON,
     OutOfAnswers,
     Played,
@@ -20,9 +20,8 @@ from support.flows import (
 )
 
 from loadledger import problems
-from loadledger.asking import RETRY_FOR_S, Setting
-from loadledger.calls import Calls
-from loadledger.effects import Answer, Flow, Request, Shut
+from loadledger.asking import RETRY_FOR_S
+from loadledger.exchange import Answer, Request
 from loadledger.problems import (
     Archived,
     BadAnswer,
@@ -35,33 +34,30 @@ from loadledger.problems import (
     ServerUnreachable,
 )
 from loadledger.records import Job
-from loadledger.waiting import PREFERRED_S, Patience
+from loadledger.waiting import PREFERRED_S
 
 GONE = ServerUnreachable("http://h", "connection refused")
 LOST = ServerUnreachable("http://h", "the connection was lost", sent=True)
 BUSY = problem(503, "shutting_down")
 
 
-def load(setting: Setting, patience: Patience | None = None) -> Flow[Job]:
-    return Calls(setting).load("m", None, {}, patience=patience, key=None)
+def load(play: Played, **options: Any) -> Job:
+    return play.play(play.calls.load("m", wait=True, **options))
 
 
-def follow(setting: Setting, after: int | None = 0, **options: Any) -> Flow[Any]:
-    filters = {"type": options.pop("types", ())}
-    return Calls(setting).events(
-        **{"follow": True, "after": after, "filters": filters, "moments": {}, "on_away": None, **options}
-    )
+def follow(play: Played, after: int | None = 0, *, follow: bool = True, **options: Any) -> None:
+    play.iterate(play.calls.events(after=after, follow=follow, **options))
 
 
 def lines(*positions: int) -> bytes:
     return b"".join(event_line(position) + b"\n" for position in positions)
 
 
-def played(make: Any, *answers: Any, **options: Any) -> Played:
-    """Play a flow that goes on for ever until the answers are used up."""
+def followed(*answers: Any, **options: Any) -> Played:
+    """Follow the events, which goes on for ever, until the answers are used up."""
     played = Played(answers)
     with pytest.raises(OutOfAnswers):
-        played.play(make(played.setting, **options))
+        follow(played, **options)
     return played
 
 
@@ -74,32 +70,32 @@ def positions(played: Played) -> list[int]:
 
 def test_a_load_whose_connection_was_lost_is_sent_again_with_the_same_key() -> None:
     play = Played([LOST, GONE, answer(job())])
-    assert play.play(load(play.setting)).id == "j1"
+    assert play.play(play.calls.load("m")).id == "j1"
     keys = [request.headers["Idempotency-Key"] for request in play.requests]
     assert len(keys) == 3
     assert len(set(keys)) == 1
     again = Played([answer(job())])
-    again.play(load(again.setting))
+    again.play(again.calls.load("m"))
     assert again.requests[0].headers["Idempotency-Key"] != keys[0]
 
 
 def test_a_server_that_was_never_there_is_told_at_once() -> None:
     play = Played([GONE])
     with pytest.raises(ServerUnreachable):
-        play.play(load(play.setting))
+        play.play(play.calls.load("m"))
     assert play.pauses == []
 
 
 def test_a_connection_that_is_lost_again_and_again_is_told_in_the_end() -> None:
     play = Played([LOST] * 100)
     with pytest.raises(ServerUnreachable):
-        play.play(load(play.setting))
+        play.play(play.calls.load("m"))
     assert sum(play.pauses) <= RETRY_FOR_S
 
 
 def test_a_load_that_is_lost_late_in_the_time_that_it_was_to_be_held_is_sent_again() -> None:
     play = Played([LOST, answer(job("completed"))], took_s=RETRY_FOR_S + 5.0)
-    assert play.play(load(play.setting, Patience())).status == "completed"
+    assert load(play).status == "completed"
     assert len({request.headers["Idempotency-Key"] for request in play.requests}) == 1
 
 
@@ -108,7 +104,7 @@ def test_an_inference_is_sent_once() -> None:
     tensor = {"shape": [1], "datatype": "FP32", "data": [1.5]}
     options: Any = {"version": 2, "outputs": ["y"], "parameters": None, "timeout_s": 3.0}
     with pytest.raises(ServerUnreachable):
-        play.play(Calls(play.setting).infer("m", {"x": tensor}, **options))
+        play.play(play.calls.infer("m", {"x": tensor}, **options))
     [request] = play.requests
     assert request.target == "/v2/models/m/versions/2/infer"
     assert request.timeout_s == 3.0
@@ -118,22 +114,26 @@ def test_an_inference_is_sent_once() -> None:
 
 
 def test_what_cannot_be_asked_is_told_before_anything_is_sent() -> None:
-    calls = Calls(Played([]).setting)
-    patience: Any = {"patience": None, "key": None}
+    play = Played([])
+    calls = play.calls
+    unsendable: Any = {"priority": object()}
     for make in (
-        lambda: calls.load("", None, {}, **patience),
-        lambda: calls.load("m", None, {"priority": object()}, **patience),
-        lambda: calls.load("m", None, {}, patience=None, key="\n"),
-        lambda: calls.jobs(model=None, status=None, at=None, limit=0),
-        lambda: calls.get("models", {}),
-        lambda: calls.get("/v2/models/m HTTP/1.1\r\nX: y", {}),
-        lambda: calls.get("/v2/models?limit=1", {}),
-        lambda: follow(Played([]).setting, moments={"until": 5}),
+        lambda: calls.load(""),
+        lambda: calls.load("m", **unsendable),
+        lambda: calls.load("m", idempotency_key="\n"),
+        lambda: calls.get("models"),
+        lambda: calls.get("/v2/models/m HTTP/1.1\r\nX: y"),
+        lambda: calls.get("/v2/models?limit=1"),
     ):
         with pytest.raises(ValueError, match=r"."):
-            make()
+            play.play(make())
+    with pytest.raises(ValueError, match="limit"):
+        calls.jobs(limit=0)
+    with pytest.raises(ValueError, match="until"):
+        calls.events(follow=True, until=5)
     with pytest.raises(TypeError, match="several"):
-        follow(Played([]).setting, types="ModelLoaded")
+        calls.events(types="ModelLoaded")
+    assert play.requests == []
 
 
 # Waiting
@@ -148,9 +148,9 @@ def test_a_job_is_looked_at_until_it_has_ended_and_every_change_is_told_once() -
         job("completed"),
     ]
     told: list[tuple[str, str | None]] = []
-    patience = Patience(on_change=lambda job: told.append((job.status, job.stage or job.waiting_for)))
     play = Played([answer(each) for each in seen])
-    assert play.play(load(play.setting, patience)).status == "completed"
+    ended = load(play, on_stage=lambda job: told.append((job.status, job.stage or job.waiting_for)))
+    assert ended.status == "completed"
     assert told == [
         ("pending", None),
         ("pending", "memory"),
@@ -162,12 +162,12 @@ def test_a_job_is_looked_at_until_it_has_ended_and_every_change_is_told_once() -
 
 def test_who_only_wants_the_end_has_the_server_hold_its_answer() -> None:
     play = Played([answer(job("completed"))])
-    play.play(load(play.setting, Patience()))
+    load(play)
     assert play.requests[0].headers["Prefer"] == f"wait={PREFERRED_S}"
     assert play.requests[0].patience_s == PREFERRED_S
     assert play.pauses == []
     play = Played([answer(job("completed"))])
-    play.play(load(play.setting, Patience(limit_s=3.7)))
+    load(play, wait_s=3.7)
     assert play.requests[0].headers["Prefer"] == "wait=3"
 
 
@@ -178,11 +178,11 @@ def test_a_job_that_does_not_complete_is_told_with_its_reason(status: str) -> No
     with pytest.raises(
         JobFailed, match=r"the load of m/1 (failed: no such operator|was cancelled)"
     ) as caught:
-        play.play(load(play.setting, Patience()))
+        load(play)
     assert caught.value.job.status == status
     assert caught.value.code == ("invalid_model" if status == "failed" else "cancelled")
     play = Played([answer(job(status, error=error))])
-    assert play.play(Calls(play.setting).wait_for("j1", Patience())).status == status
+    assert play.play(play.calls.wait_for("j1")).status == status
 
 
 def test_waiting_goes_on_over_an_absence_which_is_told_once() -> None:
@@ -190,7 +190,7 @@ def test_waiting_goes_on_over_an_absence_which_is_told_once() -> None:
     away: list[Any] = [LOST, GONE, GONE, BUSY]
     answers = [answer(job()), *away, answer(job("in_progress")), *away, answer(job("completed"))]
     play = Played(answers)
-    result = play.play(load(play.setting, Patience(on_away=told.append)))
+    result = load(play, on_away=told.append)
     assert result.status == "completed"
     assert told == [LOST, LOST]
 
@@ -199,7 +199,7 @@ def test_waiting_ends_in_time_and_says_that_the_job_goes_on() -> None:
     for after in ([answer(job("in_progress"))] * 500, [GONE] * 500):
         play = Played([answer(job()), *after])
         with pytest.raises(JobUnfinished, match=r"it goes on") as caught:
-            play.play(load(play.setting, Patience(limit_s=7.0)))
+            load(play, wait_s=7.0)
         assert caught.value.job.id == "j1"
         assert play.now == pytest.approx(107.0)
         assert all(request.timeout_s and request.timeout_s <= 7.0 for request in play.requests)
@@ -209,12 +209,12 @@ def test_waiting_ends_in_time_and_says_that_the_job_goes_on() -> None:
 def test_a_job_that_is_not_known_any_more_is_told() -> None:
     play = Played([answer(job()), problem(404, "unknown_job")])
     with pytest.raises(NotFound):
-        play.play(load(play.setting, Patience()))
+        load(play)
 
 
 def test_who_waits_long_looks_less_often_and_is_never_late_by_much() -> None:
     play = Played([answer(job()), *[answer(job("in_progress"))] * 40, answer(job("completed"))])
-    play.play(load(play.setting, Patience()))
+    load(play)
     assert play.pauses == sorted(play.pauses)
     assert play.pauses[0] < 0.05
     assert play.pauses[-1] == 0.5
@@ -227,14 +227,14 @@ def test_a_list_is_asked_for_page_by_page_and_no_further_than_wanted() -> None:
     first = answer({"jobs": [job(), job()], "as_of": 9, "next_cursor": 5})
     last = answer({"jobs": [job()], "as_of": 9, "next_cursor": None})
     play = Played([first, last])
-    play.play(Calls(play.setting).jobs(model="a b", status="failed", at=None, limit=None))
+    play.iterate(play.calls.jobs(model="a b", status="failed"))
     assert len(play.given) == 3
     assert [request.target for request in play.requests] == [
         "/api/v1/jobs?model=a%20b&status=failed&limit=500",
         "/api/v1/jobs?model=a%20b&status=failed&cursor=5&limit=500",
     ]
     play = Played([first])
-    play.play(Calls(play.setting).jobs(model=None, status=None, at=None, limit=2))
+    play.iterate(play.calls.jobs(limit=2))
     assert len(play.given) == 2
     assert play.requests[0].target.endswith("limit=2")
 
@@ -246,7 +246,7 @@ def test_the_pages_of_a_time_are_those_of_the_position_that_it_meant() -> None:
         answer({"models": [model], "as_of": 17, "next_cursor": None}),
     ]
     play = Played(pages)
-    play.play(Calls(play.setting).models("2026-01-31T14:02:00Z"))
+    play.iterate(play.calls.models(at="2026-01-31T14:02:00Z"))
     assert play.requests[1].target == "/api/v1/models?at=17&cursor=m&limit=500"
 
 
@@ -255,25 +255,25 @@ def test_a_list_is_taken_up_after_a_lost_connection_and_when_the_server_says() -
     slower = problem(429, "rate_limited")
     slower = answer({"code": "rate_limited", "detail": "slower"}, 429, retry_after="17")
     play = Played([slower, LOST, GONE, page])
-    play.play(Calls(play.setting).jobs(model=None, status=None, at=None, limit=None))
+    play.iterate(play.calls.jobs())
     assert play.pauses[0] == 17.0
     for never in (GONE, problem(429, "too_many_streams")):
         play = Played([never])
         with pytest.raises((ServerUnreachable, Busy)):
-            play.play(Calls(play.setting).jobs(model=None, status=None, at=None, limit=None))
+            play.iterate(play.calls.jobs())
 
 
 def test_a_list_is_not_asked_for_again_where_nobody_answered_in_all_of_the_time() -> None:
     play = Played([LOST] * 100, took_s=31.0)
     with pytest.raises(ServerUnreachable):
-        play.play(Calls(play.setting).jobs(model=None, status=None, at=None, limit=None))
+        play.iterate(play.calls.jobs())
     assert len(play.requests) == 1
 
 
 def test_a_server_that_gives_the_same_page_for_ever_is_told() -> None:
     play = Played([answer({"jobs": [], "next_cursor": 5})] * 10)
     with pytest.raises(BadAnswer, match="again and again"):
-        play.play(Calls(play.setting).jobs(model=None, status=None, at=None, limit=None))
+        play.iterate(play.calls.jobs())
 
 
 def test_a_list_of_events_is_whole_over_an_empty_page() -> None:
@@ -282,7 +282,7 @@ def test_a_list_of_events_is_whole_over_an_empty_page() -> None:
         return answer({"events": events, "as_of": 9, "next_cursor": cursor})
 
     play = Played([page(3, 2, 3), page(6), page(None, 7)])
-    play.play(follow(play.setting, 1, follow=False, moments={"since": "2026-01-31T14:02:00Z", "until": 8}))
+    follow(play, 1, follow=False, since="2026-01-31T14:02:00Z", until=8)
     assert positions(play) == [2, 3, 7]
     assert [request.target.partition("&after=")[2] for request in play.requests] == [
         "1&limit=500",
@@ -296,8 +296,7 @@ def test_a_list_of_events_is_whole_over_an_empty_page() -> None:
 
 def test_a_stream_goes_on_where_it_was_after_its_end_an_absence_and_a_refusal() -> None:
     told: list[ClientProblem] = []
-    play = played(
-        follow,
+    play = followed(
         NDJSON, lines(1, 2), lines(3) + b'{"position":4,', LOST,  # half an event is none
         GONE, GONE, BUSY,
         NDJSON, bookmark(3) + b"\n" + lines(4), b'{"stream":"end","reason":"the server stops"}\n', b"",
@@ -310,33 +309,33 @@ def test_a_stream_goes_on_where_it_was_after_its_end_an_absence_and_a_refusal() 
         "0", "3", "3", "3", "3", "4", "4",
     ]  # fmt: skip
     assert told == [LOST, GONE]
-    assert sum(isinstance(effect, Shut) for effect in play.effects) == 6
+    assert play.closed == 4  # the refusal as well
 
 
 def test_no_event_comes_twice_whatever_the_server_sends() -> None:
-    play = played(follow, NDJSON, lines(1, 2, 3), b"", NDJSON, lines(1, 2, 3, 4), b"")
+    play = followed(NDJSON, lines(1, 2, 3), b"", NDJSON, lines(1, 2, 3, 4), b"")
     assert positions(play) == [1, 2, 3, 4]
 
 
 def test_an_event_that_is_missing_is_told_where_all_are_wanted() -> None:
     play = Played([NDJSON, lines(1, 2), lines(4)])
     with pytest.raises(BadAnswer, match="after position 2 the server sent 4"):
-        play.play(follow(play.setting))
+        follow(play)
     assert positions(play) == [1, 2]
-    assert positions(played(follow, NDJSON, lines(2, 9), types=["LoadStarted"])) == [2, 9]
+    assert positions(followed(NDJSON, lines(2, 9), types=["LoadStarted"])) == [2, 9]
 
 
 def test_a_bookmark_leads_on_where_events_are_chosen_and_hides_none_where_all_are_wanted() -> None:
-    chosen = played(follow, NDJSON, bookmark(7) + b"\n", LOST, NDJSON, lines(9), types=["LoadStarted"])
+    chosen = followed(NDJSON, bookmark(7) + b"\n", LOST, NDJSON, lines(9), types=["LoadStarted"])
     assert chosen.requests[1].target.endswith("after=7")
-    assert positions(played(follow, NDJSON, bookmark(7) + b"\n", LOST, NDJSON, lines(1, 2))) == [1, 2]
+    assert positions(followed(NDJSON, bookmark(7) + b"\n", LOST, NDJSON, lines(1, 2))) == [1, 2]
     play = Played([NDJSON, bookmark(7) + b"\n" + lines(8)])
     with pytest.raises(BadAnswer, match="after position 0"):
-        play.play(follow(play.setting))
+        follow(play)
 
 
 def test_from_now_on_begins_where_the_server_says_that_it_is() -> None:
-    play = played(follow, NDJSON, bookmark(41) + b"\n", LOST, NDJSON, lines(42), after=None)
+    play = followed(NDJSON, bookmark(41) + b"\n", LOST, NDJSON, lines(42), after=None)
     assert [request.target for request in play.requests] == [
         "/api/v1/events/stream",
         "/api/v1/events/stream?after=41",
@@ -346,7 +345,7 @@ def test_from_now_on_begins_where_the_server_says_that_it_is() -> None:
 
 def test_what_is_followed_since_a_moment_is_listed_first() -> None:
     page = answer({"events": [{"position": 3, "type": "A"}], "as_of": 7, "next_cursor": None})
-    play = played(follow, page, NDJSON, lines(8), after=None, moments={"since": 2})
+    play = followed(page, NDJSON, lines(8), after=None, since=2)
     assert positions(play) == [3, 8]
     assert play.requests[1].target == "/api/v1/events/stream?after=7"
 
@@ -367,18 +366,18 @@ def test_what_is_followed_since_a_moment_is_listed_first() -> None:
 def test_what_waiting_would_not_mend_is_told_at_once(refusal: Any, kind: type[Exception]) -> None:
     play = Played([refusal])
     with pytest.raises(kind):
-        play.play(follow(play.setting))
+        follow(play)
     if kind in (Archived, ServerError, problems.NotAllowed, BadAnswer):  # not later either
         play = Played([NDJSON, lines(1), LOST, refusal])
         with pytest.raises(kind):
-            play.play(follow(play.setting))
+            follow(play)
 
 
 def test_a_server_that_breaks_off_at_once_is_asked_less_and_less_often() -> None:
-    play = played(follow, *[NDJSON, b""] * 12)
+    play = followed(*[NDJSON, b""] * 12)
     assert play.pauses[0] < 0.3
     assert play.pauses[-1] == 2.0
-    play = played(follow, *[part for number in range(1, 9) for part in (NDJSON, lines(number), b"")])
+    play = followed(*[part for number in range(1, 9) for part in (NDJSON, lines(number), b"")])
     assert set(play.pauses) == {0.2}
 
 
@@ -407,7 +406,7 @@ def test_over_any_losses_all_events_come_once_and_in_order(data: Any, head: int)
 
     play.answers = answers()
     with pytest.raises(OutOfAnswers):
-        play.play(follow(play.setting))
+        follow(play)
     assert positions(play) == list(range(1, head + 1))
 
 
@@ -416,17 +415,17 @@ def test_over_any_losses_all_events_come_once_and_in_order(data: Any, head: int)
 
 def test_health_is_told_for_a_server_that_is_not_well_too() -> None:
     play = Played([problem(503, "unhealthy", "not well: log")])
-    assert play.play(Calls(play.setting).health()).status == "not well: log"
+    assert play.play(play.calls.health()).status == "not well: log"
     play = Played([answer({}, 502)])
     with pytest.raises(Busy):
-        play.play(Calls(play.setting).health())
+        play.play(play.calls.health())
 
 
 def test_an_inference_asks_for_datatypes_first_where_they_are_not_given() -> None:
     metadata = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]}
     play = Played([answer(metadata), answer({"outputs": []})])
     options: Any = {"version": None, "outputs": None, "parameters": {"a": 1}, "timeout_s": None}
-    assert play.play(Calls(play.setting).infer("m", {"x": [1.5]}, **options)) == {"outputs": []}
+    assert play.play(play.calls.infer("m", {"x": [1.5]}, **options)) == {"outputs": []}
     ask, infer = play.requests
     assert ask == Request("GET", "/v2/models/m")
     assert infer.body == (
@@ -456,7 +455,7 @@ INFER: Any = {"version": None, "outputs": None, "parameters": None, "timeout_s":
 )
 def test_a_model_that_is_not_loaded_is_asked_with_what_values_look_like(value: Any, datatype: str) -> None:
     play = Played([NOT_LOADED, DONE])
-    assert play.play(Calls(play.setting).infer("m", {"x": value}, **INFER)) == {"outputs": []}
+    assert play.play(play.calls.infer("m", {"x": value}, **INFER)) == {"outputs": []}
     assert [request.method for request in play.requests] == ["GET", "POST"]
     [sent] = json.loads(play.requests[1].body or b"")["inputs"]
     assert sent == {
@@ -469,7 +468,7 @@ def test_a_model_that_is_not_loaded_is_asked_with_what_values_look_like(value: A
 
 def test_a_guess_that_the_model_refuses_is_followed_by_its_own_datatypes() -> None:
     play = Played([NOT_LOADED, MISTAKEN, METADATA, DONE])
-    assert play.play(Calls(play.setting).infer("m", {"x": [1]}, **INFER)) == {"outputs": []}
+    assert play.play(play.calls.infer("m", {"x": [1]}, **INFER)) == {"outputs": []}
     assert [request.method for request in play.requests] == ["GET", "POST", "GET", "POST"]
     assert b'"INT64"' in (play.requests[1].body or b"")
     assert b'"FP32"' in (play.requests[3].body or b"")
@@ -490,5 +489,5 @@ def test_a_question_that_cannot_be_answered_ends_with_the_reason(
 ) -> None:
     play = Played(answers)
     with pytest.raises(ServerError) as caught:
-        play.play(Calls(play.setting).infer("m", {"x": [1]}, **INFER))
+        play.play(play.calls.infer("m", {"x": [1]}, **INFER))
     assert (caught.value.code, len(play.requests)) == (code, asked)
