@@ -3,7 +3,7 @@
 from bench import models
 from bench.driver import Server
 from bench.table import Row
-from runtime.memory import tree_bytes
+from runtime.memory import PROC, descendants, parse_field
 
 MODEL = "memory"
 RATIO_GOAL = 1.02
@@ -20,6 +20,23 @@ def measure(server: Server, *, cycles: int) -> list[Row]:
     ratio = after / before
     name = f"memory of the process tree, after {cycles:,} loads and unloads ÷ before"
     return [Row(name, _mb(after), _mb(before), ratio, f"≤ {RATIO_GOAL:.2f}", ratio <= RATIO_GOAL)]
+
+
+def tree_bytes(pid: int) -> int:
+    """Return what a process takes with all its descendants; pages that they share count once (PSS)."""
+    return sum(parse_pss(_rollup(each)) for each in (pid, *descendants(pid)))
+
+
+def parse_pss(smaps_rollup: str) -> int:
+    """Read the proportional set size in the text of a smaps_rollup file, in bytes."""
+    return parse_field(smaps_rollup, "Pss")
+
+
+def _rollup(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return ""
 
 
 def _cycle(server: Server) -> None:

@@ -7,11 +7,12 @@ from http import HTTPStatus
 from statistics import median
 
 from bench.driver import Server
+from bench.memory import parse_pss
 from bench.networks import Body, Network
 from bench.requests import LENGTH
 from bench.subject import Subject
 from bench.table import Row
-from runtime.memory import PROC, descendants, parse_private, parse_pss
+from runtime.memory import PROC, descendants, parse_private
 
 MIN_INFERENCES = 10
 INSTANCES = 4

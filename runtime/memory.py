@@ -1,13 +1,12 @@
-"""How much memory a process, or a tree of them, takes; read from /proc, in bytes.
+"""How much memory a process takes; read from /proc, in bytes.
 
 A worker's own memory is its private dirty pages: what the machine gets back when the process ends, and not
 before. Pages that it still shares with the fork server are not its own, nor those that are as their file has
-them, as mapped weights are: the kernel takes these back whenever it needs them. Of a whole tree the
-proportional size (PSS) is summed, so that what is shared counts once.
+them, as mapped weights are: the kernel takes these back whenever it needs them.
 """
 
 import os
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,32 +39,13 @@ def private_bytes(pid: int | str = "self") -> int:
     return parse_private(_read(f"{pid}/smaps_rollup"))
 
 
-def tree_bytes(pid: int) -> int:
-    """Measure a process with all its descendants: the sum of their proportional set sizes.
-
-    A descendant that ends while this reads counts as nothing; of the root that is an error.
-
-    Raises:
-        ProcessLookupError: the process is gone.
-    """
-    total = parse_pss(_read(f"{pid}/smaps_rollup"))
-    for child in descendants(pid):
-        try:
-            total += parse_pss(_read(f"{child}/smaps_rollup"))
-        except ProcessLookupError:
-            continue
-    return total
-
-
 def descendants(pid: int) -> list[int]:
     """List the process ids of all descendants of a process, parents before children."""
-    children: dict[int, list[int]] = {}
-    for child, parent in _parents():
-        children.setdefault(parent, []).append(child)
-    found = list(children.get(pid, ()))
-    for child in found:  # grows while it is walked: breadth first
-        found.extend(children.get(child, ()))
-    return found
+    children: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for thread in os.listdir(f"{PROC}/{pid}/task"):  # noqa: PTH208 - names
+            children += map(int, _read(f"{pid}/task/{thread}/children").split())
+    return [*children, *(each for child in children for each in descendants(child))]
 
 
 def data_bytes(pid: int | str = "self") -> int:
@@ -89,39 +69,12 @@ def parse_private(smaps_rollup: str) -> int:
     return sum(parse_field(smaps_rollup, name) for name in ("Private_Dirty", "Private_Hugetlb"))
 
 
-def parse_pss(smaps_rollup: str) -> int:
-    """Read the proportional set size in the text of a smaps_rollup file, in bytes."""
-    return parse_field(smaps_rollup, "Pss")
-
-
 def parse_field(text: str, name: str) -> int:
     """Read one field that /proc gives in kB, in bytes; 0 when it is not there (a zombie has none)."""
     for line in text.splitlines():
         if line.startswith(f"{name}:"):
-            return _kilobytes(line) * 1024
+            return int(line.split()[1]) * 1024
     return 0
-
-
-def parse_parent(stat: str) -> int:
-    """Read the parent's process id in the text of a stat file, whatever the command is called.
-
-    The name stands in brackets and may itself hold spaces and brackets; after the last one come the state
-    and the parent (proc_pid_stat(5)).
-    """
-    return int(stat[stat.rindex(")") + 1 :].split()[1])
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    for entry in PROC.iterdir():
-        if entry.name.isdecimal():
-            try:
-                yield int(entry.name), parse_parent(_read(f"{entry.name}/stat"))
-            except ProcessLookupError:
-                continue
-
-
-def _kilobytes(line: str) -> int:
-    return int(line.split()[1])
 
 
 def _read(path: str) -> str:

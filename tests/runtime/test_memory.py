@@ -7,19 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from support.events import PLAIN
 
+from bench.memory import tree_bytes
 from runtime.memory import (
     data_bytes,
     descendants,
     parse_field,
-    parse_parent,
     parse_private,
-    parse_pss,
     private_bytes,
-    tree_bytes,
 )
 
 ROLLUP = """\
@@ -46,18 +41,8 @@ def test_private_pages_are_summed_but_for_those_that_their_file_has() -> None:
     assert parse_private(ROLLUP) == 2024 * 1024
 
 
-def test_proportional_size_is_read() -> None:
-    assert parse_pss(ROLLUP) == 5000 * 1024
-
-
 def test_field_that_is_not_there_is_nothing() -> None:
     assert parse_field(ROLLUP, "VmData") == 0
-
-
-@PLAIN
-@given(name=st.text(max_size=16))
-def test_parent_is_read_whatever_the_command_is_called(name: str) -> None:
-    assert parse_parent(f"12 ({name}) S 7 12 12 0 -1 4194304") == 7
 
 
 def test_own_memory_grows_by_what_is_touched() -> None:
@@ -80,7 +65,7 @@ def test_own_memory_does_not_grow_by_what_is_mapped_and_only_read(tmp_path: Path
         assert private_bytes() - private < 0.1 * size
 
 
-def test_tree_counts_descendants() -> None:
+def test_descendants_are_found_beneath_their_parents() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", NEST], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
@@ -89,9 +74,8 @@ def test_tree_counts_descendants() -> None:
         found = descendants(child.pid)
         assert len(found) == 1
         assert set(descendants(os.getpid())) >= {child.pid, *found}
-        assert tree_bytes(os.getpid()) > tree_bytes(child.pid) > tree_bytes(found[0]) > 0
-        own = parse_pss(Path("/proc/self/smaps_rollup").read_text())
-        assert tree_bytes(os.getpid()) > own + tree_bytes(child.pid) / 2
+        own, of_child = tree_bytes(os.getpid()), tree_bytes(child.pid)
+        assert own > of_child > tree_bytes(found[0]) > 0
         child.communicate(b"\n")
 
 
@@ -100,5 +84,4 @@ def test_process_that_is_gone_is_an_error() -> None:
         child.wait()
     with pytest.raises(ProcessLookupError):
         private_bytes(child.pid)
-    with pytest.raises(ProcessLookupError):
-        tree_bytes(child.pid)
+    assert descendants(child.pid) == []

@@ -13,7 +13,7 @@ from support.http import LIMIT_S, Api, Json, when
 from support.process import Server, serving, verified
 from support.workers import descriptors, threads
 
-from runtime.memory import tree_bytes
+from bench.memory import tree_bytes
 from server.config import Config
 
 CYCLES = of_both(short=20, long=1000)

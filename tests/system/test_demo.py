@@ -13,7 +13,8 @@ import pytest
 from support.process import LIMIT_S, MODULE, clean_environment
 from support.workers import freeze, until
 
-from runtime.memory import descendants, tree_bytes
+from bench.memory import tree_bytes
+from runtime.memory import descendants
 from server import demo
 
 MB = 2**20
