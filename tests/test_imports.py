@@ -1,6 +1,7 @@
 """The house rules about imports, read from the source: who may know whom, and who may know which library."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
 WORKER = "runtime.worker.main"
+# A text such as `loadledger.cli.main:main`, by which something is imported later.
+ENTRY_POINT = re.compile(r"(\w+\.)+\w+:\w+")
 # What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
 CHILD_PROCESSES = ("runtime.processes.forkserver", WORKER)
 
@@ -32,6 +35,8 @@ def imports(path: Path) -> Iterator[str]:
             # A name that only run time knows could not be held to the rules.
             assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}"
             yield str(node.args[0].value)
+        elif isinstance(node, ast.Constant) and ENTRY_POINT.fullmatch(str(node.value)):
+            yield str(node.value).partition(":")[0]
 
 
 IMPORTS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.completing import latest_jobs, models_of_server
+from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.connection import Where, connected, server_options
 from loadledger.cli.eventlines import event_line
 from loadledger.cli.problems import COULD_NOT, INTERRUPTED, note

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import print_json
 from loadledger.cli.problems import FAILED, INTERRUPTED, note
 from loadledger.cli.tables import age, in_one_line, state, took
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import click
 
-from loadledger.cli.completing import loaded_models
+from loadledger.cli.completion import loaded_models
 from loadledger.cli.connection import Where, connected, server_options
-from loadledger.cli.options import json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import json_option, print_json
 from loadledger.cli.problems import give_up
 from loadledger.cli.tables import cell, table
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
-from loadledger.cli.completing import latest_jobs, models_of_server
+from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.connection import Where, connected, server_options
 from loadledger.cli.following import conclude, follow, named, words
-from loadledger.cli.options import json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import json_option, print_json
 from loadledger.cli.tables import age, cell, in_one_line, second, state, table, took
 
 HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.completing import loaded_models, models_of_server
+from loadledger.cli.completion import loaded_models, models_of_server
 from loadledger.cli.connection import Where, connected, server_options
 from loadledger.cli.following import answer
 from loadledger.cli.options import json_option

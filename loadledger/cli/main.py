@@ -5,22 +5,49 @@ from __future__ import annotations
 import io
 import os
 import sys
-from importlib import import_module
-from types import ModuleType
+from pkgutil import resolve_name
+from typing import Any
 
 import click
 
-from loadledger.cli.problems import is_dumb
-from loadledger.cli.sections import Contents
+from loadledger.cli.problems import ends_told, is_dumb
 
 SECTIONS = {
-    "Serve": ("serve", "check", "demo"),
-    "Models of a server": ("load", "unload", "models", "infer", "resources", "top"),
-    "Jobs and events of a server": ("jobs", "job", "cancel", "events"),
-    "Files of a ledger": ("verify", "replay", "export", "archive", "backup", "prepared"),
-    "Keys, tokens and this shell": ("token", "key", "login", "completion"),
+    "Serve": {
+        "serve": "loadledger.cli.serve:serve",
+        "check": "loadledger.cli.serve:check",
+        "demo": "loadledger.cli.serve:demo",
+    },
+    "Models of a server": {
+        "load": "loadledger.cli.load:load",
+        "unload": "loadledger.cli.load:unload",
+        "models": "loadledger.cli.models:models",
+        "infer": "loadledger.cli.infer:infer",
+        "resources": "loadledger.cli.resources:resources",
+        "top": "loadledger.cli.top:top",
+    },
+    "Jobs and events of a server": {
+        "jobs": "loadledger.cli.jobs:jobs",
+        "job": "loadledger.cli.jobs:job",
+        "cancel": "loadledger.cli.jobs:cancel",
+        "events": "loadledger.cli.events:events",
+    },
+    "Files of a ledger": {
+        "verify": "loadledger.cli.verify:verify",
+        "replay": "loadledger.cli.replay:replay",
+        "export": "loadledger.cli.proof:export_events",
+        "archive": "loadledger.cli.proof:archive",
+        "backup": "loadledger.cli.proof:backup",
+        "prepared": "loadledger.cli.prepared:prepared",
+    },
+    "Keys, tokens and this shell": {
+        "token": "loadledger.cli.tokens:token",
+        "key": "loadledger.cli.tokens:key",
+        "login": "loadledger.cli.login:login",
+        "completion": "loadledger.cli.completion:completion",
+    },
 }
-"""The table of contents."""
+"""The table of contents, and where each command is."""
 
 ALIASES = {
     "ls": ("models",),
@@ -43,53 +70,64 @@ http://127.0.0.1:8080. Words of Docker and Ollama do as well: ls, ps, run,
 show, stop, kill, logs, stats."""
 
 
+COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}
+MAX_HELP_CHARACTERS = 200
+"""Of a command's first sentence: none is that long, so none is cut off."""
+
+
 def find(name: str) -> click.Command:
     """Return a command; only its own module is imported, since all of them together take 20 ms."""
-    module = _module(name)
-    command: click.Command = module.export_events if name == "export" else getattr(module, name)
+    command: click.Command = resolve_name(COMMANDS[name])
     return command
 
 
-def _module(name: str) -> ModuleType:  # noqa: PLR0912 - a table, of names that imports are held to the rules by
-    match name:
-        case "serve" | "check" | "demo":
-            return import_module("loadledger.cli.serve")
-        case "load" | "unload":
-            return import_module("loadledger.cli.load")
-        case "models":
-            return import_module("loadledger.cli.models")
-        case "infer":
-            return import_module("loadledger.cli.infer")
-        case "resources":
-            return import_module("loadledger.cli.resources")
-        case "top":
-            return import_module("loadledger.cli.top")
-        case "jobs" | "job" | "cancel":
-            return import_module("loadledger.cli.jobs")
-        case "events":
-            return import_module("loadledger.cli.events")
-        case "verify":
-            return import_module("loadledger.cli.verify")
-        case "replay":
-            return import_module("loadledger.cli.replay")
-        case "export" | "archive" | "backup":
-            return import_module("loadledger.cli.proof")
-        case "prepared":
-            return import_module("loadledger.cli.prepared")
-        case "token" | "key":
-            return import_module("loadledger.cli.tokens")
-        case "login":
-            return import_module("loadledger.cli.login")
-        case "completion":
-            return import_module("loadledger.cli.completion")
-    raise LookupError(name)
+class Contents(click.Group):
+    """Shows its commands by sections, in their order, and understands other tools' words."""
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        """Return a command; None if there is none of this name."""
+        return find(name) if name in COMMANDS else None
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        """Return the names in the order of the sections."""
+        return list(COMMANDS)
+
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections; what a command does is in the same column throughout."""
+        width = max(map(len, COMMANDS))
+        for title, names in SECTIONS.items():
+            rows = [(name.ljust(width), find(name).get_short_help_str(MAX_HELP_CHARACTERS)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that is meant."""
+        with ends_told():
+            return super().invoke(ctx)
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command by its name or an alias; what is none is told with what is like it."""
+        name = args[0]
+        if name == "help":  # as of git, docker and ollama
+            if len(args) == 1:
+                click.echo(context.get_help())
+                context.exit()
+            return self.resolve_command(context, [*args[1:], "--help"])
+        if name in ALIASES:
+            return super().resolve_command(context, [*ALIASES[name], *args[1:]])
+        if name not in COMMANDS and not name.startswith("-"):
+            from difflib import get_close_matches  # noqa: PLC0415 - 5 ms, and only here
+
+            like = get_close_matches(name, [*COMMANDS, *ALIASES], n=3)
+            advice = f"did you mean {' or '.join(like)}?" if like else "`loadledger --help` lists them"
+            context.fail(f"there is no command {name[:64]!r}; {advice}")
+        return super().resolve_command(context, args)
 
 
 @click.group(
     cls=Contents,
-    sections=SECTIONS,
-    find=find,
-    aliases=ALIASES,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from loadledger.cli.completing import models_of_server
+from loadledger.cli.completion import models_of_server
 from loadledger.cli.connection import Where, connected, server_options
-from loadledger.cli.options import json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import json_option, print_json
 from loadledger.cli.tables import NOTHING, age, cell, second, size, state, table
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")

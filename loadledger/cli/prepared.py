@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.options import data_option, json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import data_option, json_option, print_json
 from loadledger.cli.tables import in_one_line, padded, second, width
 
 SHOWN_DIGITS = 12

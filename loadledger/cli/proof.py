@@ -11,8 +11,7 @@ from pathlib import Path
 
 import click
 
-from loadledger.cli.options import data_option, json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import data_option, json_option, print_json
 
 
 @click.command("export")

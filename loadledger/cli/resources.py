@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from loadledger.cli.connection import Where, connected, server_options
-from loadledger.cli.options import json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import json_option, print_json
 from loadledger.cli.tables import age, cell, size, table
 
 HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import click
 
-from loadledger.cli.options import data_option, json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import data_option, json_option, print_json
 from loadledger.cli.problems import problems_told
 from loadledger.cli.proof import ledger_key
 

@@ -15,8 +15,7 @@ import click
 
 from loadledger.cli.connection import Where, connected, server_options
 from loadledger.cli.following import named, words
-from loadledger.cli.options import json_option
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import json_option, print_json
 from loadledger.cli.problems import is_dumb
 from loadledger.cli.resources import HEAD, RIGHT, budget_line, pressure_line, use_row
 from loadledger.cli.tables import age, cell, in_one_line, table

@@ -19,7 +19,7 @@ from events.types import TYPES, LoadFailed, Unknown, WorkerExited
 from loadledger.cli import eventlines, following, jobs, models, resources, top
 from loadledger.cli.eventlines import event_line
 from loadledger.cli.following import step, words
-from loadledger.cli.printing import print_json
+from loadledger.cli.options import print_json
 from loadledger.cli.tables import age, cell, duration, padded, second, size, table, took, width
 from loadledger.records import Failure, File, Job, LoadUse, Model, Resources, Wait
 
