@@ -6,42 +6,34 @@ the names, for those who check types, stand in `__init__.pyi`.
 
 from typing import Any
 
-_RECORDS = {"Event", "Head", "Health", "Job", "Model", "Resources"}
-_PROBLEMS = {
-    "Archived",
-    "BadAnswer",
-    "Busy",
-    "ClientProblem",
-    "JobFailed",
-    "JobUnfinished",
-    "NotAllowed",
-    "NotFound",
-    "ServerError",
-    "ServerUnreachable",
+_MODULES = {
+    "aio": ("AsyncClient",),
+    "client": ("Client",),
+    "problems": (
+        "Archived",
+        "BadAnswer",
+        "Busy",
+        "ClientProblem",
+        "JobFailed",
+        "JobUnfinished",
+        "NotAllowed",
+        "NotFound",
+        "ServerError",
+        "ServerUnreachable",
+    ),
+    "records": ("Event", "Head", "Health", "Job", "Model", "Resources"),
 }
-_NAMES = {"AsyncClient", "Client", *_RECORDS, *_PROBLEMS}
-__all__ = [*_NAMES]  # noqa: PLE0604 - what is loaded late is not found otherwise
+_PLACES = {name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names}
+__all__ = [*_PLACES]  # noqa: PLE0604 - what is loaded late is not found otherwise
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Client":
-        from loadledger.client import Client  # noqa: PLC0415
+    from pkgutil import resolve_name  # noqa: PLC0415
 
-        return Client
-    if name == "AsyncClient":
-        from loadledger.aio import AsyncClient  # noqa: PLC0415
-
-        return AsyncClient
-    if name in _RECORDS:
-        from loadledger import records  # noqa: PLC0415
-
-        return getattr(records, name)
-    if name in _PROBLEMS:
-        from loadledger import problems  # noqa: PLC0415
-
-        return getattr(problems, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return resolve_name(_PLACES[name])
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+    return sorted({*globals(), *_PLACES})

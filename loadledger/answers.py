@@ -10,8 +10,16 @@ import msgspec
 
 from loadledger.address import Address
 from loadledger.exchange import Answer
-from loadledger.printable import clean
-from loadledger.problems import Archived, BadAnswer, Busy, ClientProblem, NotAllowed, NotFound, ServerError
+from loadledger.problems import (
+    Archived,
+    BadAnswer,
+    Busy,
+    ClientProblem,
+    NotAllowed,
+    NotFound,
+    ServerError,
+    clean,
+)
 
 T = TypeVar("T")
 

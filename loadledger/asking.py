@@ -1,4 +1,4 @@
-"""Requests and their answers: what every call of a client has in common."""
+"""Requests and their answers, and when a request is sent again: what all calls of a client have in common."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import msgspec
 from loadledger import answers
 from loadledger.address import Address, query
 from loadledger.exchange import Answer, Request, Transport
-from loadledger.problems import ClientProblem, ServerUnreachable
-from loadledger.retrying import passes, pause_s
+from loadledger.problems import Busy, ClientProblem, ServerUnreachable
 
 T = TypeVar("T")
 
@@ -22,6 +21,9 @@ RETRY_FOR_S = 10.0
 """How long a request is sent again whose connection was lost: a restart of the server takes less."""
 TRIES = 10
 """In a row, of a page of a list that the server puts off."""
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 2.0
+"""Between tries to reach a server: its return is noticed soon, and to be refused costs nearly nothing."""
 MAX_KEY_CHARACTERS = 255
 
 
@@ -143,3 +145,28 @@ async def patiently(setting: Setting, request: Request, kind: type[T], *, reache
                 raise
             wait_s = pause_s(problem, failures, setting.chance())
         await setting.transport.pause(wait_s)
+
+
+def passes(problem: ClientProblem, *, reached: bool) -> bool:
+    """Whether to try again may help, with a server that had answered before or not.
+
+    A server that never answered is more often a wrong URL than one that starts, so that is told at once.
+    What is refused only for coming too often is waited for in any case.
+    """
+    if isinstance(problem, Busy):
+        return reached or problem.code == "rate_limited"
+    return reached and isinstance(problem, ServerUnreachable)
+
+
+def pause_s(problem: ClientProblem | None, failures: int, chance: float) -> float:
+    """Return how long to wait: doubling, spread so that many clients do not come back at once.
+
+    Args:
+        problem: what went wrong, which may say when to come back.
+        failures: in a row, counted from 1.
+        chance: from 0 to 1.
+    """
+    wanted = min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE_S) * (0.5 + chance / 2)
+    if isinstance(problem, Busy) and problem.retry_after_s is not None:
+        return max(wanted, problem.retry_after_s)
+    return wanted

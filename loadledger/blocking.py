@@ -22,8 +22,7 @@ from urllib.parse import urlsplit
 
 from loadledger.exchange import Answer, Request
 from loadledger.options import CHUNK_BYTES, MAX_IDLE, SILENCE_S, Options
-from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable
-from loadledger.reasons import reason
+from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, reason
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from loadledger.address import path
 from loadledger.asking import Setting, asked, get, post
 from loadledger.following import Wish, followed_events, listing_of
-from loadledger.inferring import Question, inferred
+from loadledger.inferring import inferred
 from loadledger.listing import JobPage, Listing, ModelPage, listed, optional, several
 from loadledger.problems import ServerError
 from loadledger.records import Event, Head, Health, Job, Model, Resources
@@ -153,7 +153,7 @@ class Calls:
         model = f"/v2{path('models', model_id, *at)}"
         named = None if outputs is None else [{"name": name} for _, name in several("outputs", outputs)]
         options = {"outputs": named, "parameters": parameters}
-        return await inferred(self._setting, Question(model, inputs, options, timeout_s))
+        return await inferred(self._setting, model, inputs, options, timeout_s)
 
     def events(
         self,

@@ -9,13 +9,12 @@ from http import HTTPStatus
 
 from loadledger import answers
 from loadledger.address import query
-from loadledger.asking import Setting
+from loadledger.asking import Setting, passes, pause_s
 from loadledger.exchange import Request
 from loadledger.lines import Lines, Place, message
 from loadledger.listing import EventPage, Listing, Pairs, pages
 from loadledger.problems import BadAnswer, ClientProblem
 from loadledger.records import Event
-from loadledger.retrying import passes, pause_s
 from loadledger.waiting import Away
 
 EVENTS = "/api/v1/events"

@@ -14,8 +14,7 @@ from yarl import URL
 
 from loadledger.exchange import Answer, Request
 from loadledger.options import CHUNK_BYTES, SILENCE_S, Options
-from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable
-from loadledger.reasons import reason
+from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, reason
 
 CLOSED = "this client is closed"
 

@@ -5,10 +5,12 @@ The texts are safe to print: what a server sent is bounded, has no control chara
 
 from __future__ import annotations
 
+import os
+import socket
+import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from loadledger.printable import clean
 from loadledger.records import Job
 
 REASON_CHARACTERS = 4096
@@ -137,6 +139,25 @@ class JobUnfinished(ClientProblem):
         why = f" ({reason})" if reason else ""
         what = " is still ".join(clean(hide(text), ID_CHARACTERS) for text in (job.id, job.status))
         super().__init__(f"job {what} after {waited_s:g} s{why}; it goes on: wait for it again")
+
+
+def clean(text: str, most: int) -> str:
+    """Return a text that can be printed: in one line, without control characters, not too long."""
+    short = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(letter if letter.isprintable() else " " for letter in short)
+
+
+def reason(error: BaseException) -> str:
+    """Return why a connection failed, in the words of the system, which mean more than a library's."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS fails: {(error.reason or 'no reason given').replace('_', ' ').lower()}"
+    if isinstance(error, socket.gaierror):
+        return "its name is not known"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return "the server closed it"
 
 
 def _again(kind: type[ClientProblem], told: tuple[Any, ...], members: Mapping[str, Any]) -> ClientProblem:

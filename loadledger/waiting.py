@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from loadledger.address import path
-from loadledger.asking import Setting, asked, get
+from loadledger.asking import Setting, asked, get, passes, pause_s
 from loadledger.exchange import Request
 from loadledger.problems import ClientProblem, JobFailed, JobUnfinished
 from loadledger.records import Job
-from loadledger.retrying import passes, pause_s
 
 PREFERRED_S = 20
 """How long a server is asked to hold its answer: less than proxies wait for one."""
