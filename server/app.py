@@ -65,9 +65,8 @@ from server.ledger.proof import PROVER, open_prover, proof_routes
 from server.ledger.tail import stream_routes, streaming
 from server.logs.context import RequestLog
 from server.logs.requests import add_request_id, log_middleware
-from server.metrics.exposition import SCRAPES, Scrapes, metrics_routes, with_metrics_access
-from server.metrics.look import HTTP_COUNTS
-from server.metrics.requests import HttpCounts, counting_middleware
+from server.metrics.requests import HTTP_COUNTS, HttpCounts, counting_middleware
+from server.metrics.scrape import SCRAPES, Scrapes, metrics_routes
 from server.routes import Route, add_routes
 from server.v2.awaited import Means
 from server.v2.demand import Demand
@@ -84,8 +83,8 @@ LEDGER = "ledger.db"
 """The log's file in the data directory."""
 
 
-def all_routes() -> list[Route]:
-    """Return every route of the server."""
+def all_routes(metrics: str = "token") -> list[Route]:
+    """Return every route of the server; `metrics` is the setting of who may read /metrics."""
     return [
         *management_routes(),
         *job_routes(),
@@ -97,7 +96,7 @@ def all_routes() -> list[Route]:
         *server_routes(),
         *repository_routes(),
         *health_routes(),
-        *metrics_routes(),
+        *metrics_routes(metrics),
         *docs_routes(),
         *console_routes(),
     ]
@@ -120,7 +119,7 @@ def create_app(config: Config) -> web.Application:
         ],
         client_max_size=MAX_BODY_BYTES,
     )
-    routes = with_metrics_access(all_routes(), config.metrics)
+    routes = all_routes(config.metrics)
     add_routes(app, routes)
     app[CONFIG] = config
     app[GATE] = gate

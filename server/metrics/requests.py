@@ -56,6 +56,9 @@ class HttpCounts:
         durations.observe(seconds)
 
 
+HTTP_COUNTS = web.AppKey("http_counts", HttpCounts)
+
+
 def counting_middleware(counts: HttpCounts) -> Middleware:
     """Return the middleware that counts; it must be the outermost."""
 

@@ -16,7 +16,7 @@ from server.auth.ratelimit import Quota
 from server.connections.direct import SERVER
 from server.errors import error_response
 from server.logs.context import REQUEST_ID, begin_context
-from server.metrics.look import HTTP_COUNTS
+from server.metrics.requests import HTTP_COUNTS
 from server.routes import Access, LimitClass
 from server.v2.inference import infer
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,24 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_plain
 from support import models
 from support.http import LocalApi, when
+from support.metrics import FAMILIES
 from support.models import save
 from support.workers import computing, until
 
 from events.series import OTHERS, Names
 from events.types import Cause
 from server.app import all_routes
-from server.appkeys import CONSUMER, LOG
+from server.appkeys import LOG
 from server.errors import ERRORS
-from server.metrics.exposition import SCRAPES
-from server.metrics.families import FAMILIES
+from server.metrics.collector import ServerCollector
 from server.metrics.requests import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
+from server.metrics.scrape import SCRAPES, negotiate
 
 Start = Callable[..., Awaitable[LocalApi]]
 Series = Mapping[str, float]
 
 ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
 TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
-PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 INFER = "/v2/models/{id}/infer"
 
 
@@ -53,7 +52,7 @@ def series_of(text: str) -> dict[str, float]:
 
 async def metrics(api: LocalApi, **options: Any) -> Series:
     """Scrape, past what a scrape before may have left."""
-    api.app[SCRAPES]._until_s = 0.0
+    api.app[SCRAPES]._kept_until_s.clear()
     answer = await api.get("/metrics", **options)
     assert answer.status == 200, answer.body
     return series_of(answer.body.decode())
@@ -240,9 +239,8 @@ async def test_what_clients_make_up_makes_no_series(api: LocalApi, repository: P
     assert seen[http(NO_ROUTE, "4xx")] == 3
     assert seen[http(NO_ROUTE, "4xx", OTHER_METHOD)] == 3
     routes = {route.path for route in all_routes()} | {NO_ROUTE}
-    counted = api.app[SCRAPES]._collected
-    assert counted is not None
-    requests = {metric.name: metric for metric in counted.collect()}["loadledger_http_requests"].samples
+    families = {family.name: family for family in ServerCollector(api.app).collect()}
+    requests = families["loadledger_http_requests"].samples
     assert {sample.labels["route"] for sample in requests} <= routes
     assert {sample.labels["method"] for sample in requests} <= METHODS | {OTHER_METHOD}
 
@@ -271,36 +269,35 @@ async def test_beyond_a_number_of_models_they_are_counted_together(api: LocalApi
     assert seen[told("model_serving", model=OTHERS)] == 0
 
 
-FORMS = {
-    "": PLAIN,
-    "*/*": PLAIN,
-    "text/plain;version=0.0.4;q=0.2, */*;q=0.1": PLAIN,
-    "text/plain;version=1.0.0;escaping=allow-utf-8": (
-        "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
-    ),
-    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5, text/plain;q=0.3": (
-        "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
-    ),
-    "application/openmetrics-text": "application/openmetrics-text; version=1.0.0; charset=utf-8",
-    "application/openmetrics-text; version=9.9; escaping=x": PLAIN,
-    "application/openmetrics-text; version=made-up": PLAIN,
-    "application/json": PLAIN,
-    ";=,;;version": PLAIN,
-}
-"""What a scraper accepts, and the content type that it gets. The long ones are Prometheus' own."""
+OPENMETRICS = "application/openmetrics-text"
 
 
-async def test_the_scraper_says_which_form_it_reads(api: LocalApi, subtests: pytest.Subtests) -> None:
-    for accept, content_type in FORMS.items():
-        with subtests.test(accept):
-            answer = await api.get("/metrics", headers={"Accept": accept})
-            assert (answer.status, answer.headers["Content-Type"]) == (200, content_type)
-            is_open = content_type.startswith("application")
-            families = list((read_openmetrics if is_open else read_plain)(answer.body.decode()))
-            names = {family.name.removesuffix("_total") for family in families}
-            assert {family.base for family in FAMILIES.values()} <= names
-            if is_open:
-                assert {family.unit for family in families} >= {"seconds", "bytes", "ratio"}
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("", "text/plain"),
+        ("*/*", "text/plain"),
+        ("text/plain;version=0.0.4;q=0.2, */*;q=0.1", "text/plain"),
+        ("text/plain;version=1.0.0;escaping=allow-utf-8", "text/plain"),
+        (f"{OPENMETRICS};version=1.0.0;escaping=allow-utf-8;q=0.5, text/plain;q=0.3", OPENMETRICS),
+        (f"{OPENMETRICS}; version=0.0.1, {OPENMETRICS}; version=1.0.0", OPENMETRICS),
+        (OPENMETRICS, OPENMETRICS),
+        (f"{OPENMETRICS}; version=made-up", "text/plain"),
+        ("application/json", "text/plain"),
+        (";=,;;version", "text/plain"),
+    ],
+)
+def test_the_scraper_says_which_format_it_reads(accept: str, media_type: str) -> None:
+    assert negotiate(accept) == media_type
+
+
+async def test_openmetrics_are_answered_where_asked_for(api: LocalApi) -> None:
+    answer = await api.get("/metrics", headers={"Accept": OPENMETRICS})
+    assert answer.headers["Content-Type"] == f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
+    families = list(read_openmetrics(answer.body.decode()))  # type: ignore[no-untyped-call]
+    assert {family.unit for family in families} >= {"seconds", "bytes", "ratio"}
+    answer = await api.get("/metrics")
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def test_who_may_scrape_is_a_setting(start: Start) -> None:
@@ -317,41 +314,31 @@ async def test_a_compressed_answer_is_what_a_scraper_may_ask_for(api: LocalApi) 
     assert series_of(answer.body.decode())["ledger_position"] == 1
 
 
-async def test_many_scrapes_at_once_are_one_look(api: LocalApi) -> None:
-    api.app[SCRAPES]._until_s = 0.0
+async def test_many_scrapes_at_once_are_one(api: LocalApi) -> None:
     answers = await asyncio.gather(*(api.get("/metrics") for _ in range(20)))
     assert len({answer.body for answer in answers}) == 1
 
 
-async def test_a_scraper_that_goes_away_leaves_the_look_to_the_next(api: LocalApi) -> None:
+async def test_scraper_that_goes_away_leaves_the_answer_to_the_next(api: LocalApi) -> None:
     scrapes = api.app[SCRAPES]
-    going = [asyncio.create_task(scrapes.body(api.app, "")) for _ in range(3)]
+    going = asyncio.create_task(scrapes.body(api.app, "text/plain"))
     await asyncio.sleep(0)
-    for scrape in going:
-        scrape.cancel()
-    await asyncio.wait(going)
+    going.cancel()
+    await asyncio.wait([going])
     assert (await metrics(api))["ledger_position"] == 1
-    await until(lambda: not scrapes._made)
 
 
-async def test_every_family_has_the_samples_that_its_kind_and_labels_say(
-    start: Start, repository: Path
-) -> None:
+async def test_the_page_lists_every_family_as_it_is(start: Start, repository: Path) -> None:
     save(models.add(), repository, "m")
     api = await start(prepare="on")
     await api.load("m")
     await api.infer("m", ONE)
-    await metrics(api)
-    collected = api.app[SCRAPES]._collected
-    assert collected is not None
-    found = {metric.name: metric for metric in collected.collect()}
-    samples = Counter[str]()
-    for family in FAMILIES.values():
-        metric = found[family.base]
-        assert metric.type == family.kind
-        for sample in metric.samples:
-            assert sample.name in family.series
-            assert set(sample.labels) - {"le"} == set(family.labels), sample
-            samples[sample.name] += 1
-    assert api.app[CONSUMER].preparer.store is not None
-    assert samples["loadledger_prepared_limit_bytes"] == 1
+    found = [family for family in ServerCollector(api.app).collect() if family.name.startswith("loadledger_")]
+    listed = {family.name.removesuffix("_total"): family for family in FAMILIES}
+    assert {family.name: (family.type, family.documentation) for family in found} == {
+        name: (family.kind, family.text) for name, family in listed.items()
+    }
+    for family in found:
+        for sample in family.samples:
+            assert sample.name in listed[family.name].series
+            assert sample.labels.keys() - {"le"} == listed[family.name].labels, sample
