@@ -160,7 +160,7 @@ BAD_BODIES: tuple[tuple[bytes, str], ...] = (
     (b"version=1", "not JSON"),
     (b'{"version": 1}}', "not JSON"),
     (b"\xff\xfe{}", "not UTF-8"),
-    (b"\xef\xbb\xbf{}", "byte order mark"),
+    (b"\xef\xbb\xbf{}", "BOM"),
     (b'{"priority": "\\ud800"}', "surrogate"),
     (b'{"version": ' + b"9" * 5000 + b"}", "out of range"),
 )

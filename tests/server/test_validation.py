@@ -164,11 +164,11 @@ async def test_a_boolean_is_a_boolean(client: Client, value: object) -> None:
         ("{}", "body: Must be a JSON object."),
         (
             b'{"version": 1, "version": 2}',
-            'the key "version" appears twice in one object, at line 1 column 16',
+            'the key "version" appears twice in one object',
         ),
         (b"{", "not JSON: Expecting property name enclosed in double quotes at line 1 column 2"),
         (b" ", "not JSON: Expecting value at line 1 column 2"),
-        (b"[" * 100_000, "nested deeper than 32 at line 1 column 33"),
+        (b"[" * 100_000, "nested deeper than 32"),
     ],
 )
 async def test_a_mistake_names_the_field_and_what_is_allowed(
