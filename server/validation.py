@@ -133,6 +133,23 @@ def header_fields(request: web.Request) -> Any:
     return request[_HEADERS]
 
 
+def load_with(schema: Schema, value: Any, where: str, refusal: type[Exception]) -> Any:
+    """Return what a schema makes of a value.
+
+    Args:
+        schema: what is taken; unknown header fields are ignored, everywhere else they are refused.
+        value: an object of JSON or TOML, parameters, or header fields.
+        where: what the value is, for the message.
+        refusal: raised for what the schema does not take.
+    """
+    if not isinstance(value, dict):
+        raise refusal(f"{where}: Must be a JSON object.")
+    try:
+        return schema.load(value, unknown=EXCLUDE if where == "headers" else RAISE)
+    except ValidationError as error:
+        raise refusal(_told(schema, error, where)) from None
+
+
 async def read_body(request: web.Request, max_bytes: int, idle_s: float = BODY_IDLE_S) -> bytes:
     """Read a whole body that is not compressed.
 
@@ -200,13 +217,13 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
         schema: Schema = declared["schema"]
         match declared["location"]:
             case "json":
-                request[_JSON] = _load(schema, await _body(request), "body", InvalidBody)
+                request[_JSON] = load_with(schema, await _body(request), "body", InvalidBody)
             case "match_info" | "path":
-                request[_PATH] = _load(schema, dict(request.match_info), "path", InvalidParameter)
+                request[_PATH] = load_with(schema, dict(request.match_info), "path", InvalidParameter)
             case "querystring" | "query":
-                request[_QUERY] = _load(schema, _query(request, schema), "query", InvalidParameter)
+                request[_QUERY] = load_with(schema, _query(request, schema), "query", InvalidParameter)
             case "headers":
-                request[_HEADERS] = _load(schema, _headers(request, schema), "headers", InvalidParameter)
+                request[_HEADERS] = load_with(schema, _headers(request, schema), "headers", InvalidParameter)
             case location:
                 raise NotImplementedError(f"no route of ours takes {location}")
     return await handler(request)
@@ -244,15 +261,6 @@ def _headers(request: web.Request, schema: Schema) -> Mapping[str, str]:
     names = [field.data_key or name for name, field in schema.load_fields.items()]
     # RFC 9110 section 5.3: several fields of one name mean their values in one, separated by commas.
     return {name: ", ".join(request.headers.getall(name)) for name in names if name in request.headers}
-
-
-def _load(schema: Schema, value: Any, where: str, refusal: type[ServerProblem]) -> Any:
-    if not isinstance(value, dict):
-        raise refusal(f"{where}: Must be a JSON object.")
-    try:
-        return schema.load(value, unknown=EXCLUDE if where == "headers" else RAISE)
-    except ValidationError as error:
-        raise refusal(_told(schema, error, where)) from None
 
 
 def _told(schema: Schema, error: ValidationError, where: str) -> str:

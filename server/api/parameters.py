@@ -7,25 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
-from marshmallow import RAISE, ValidationError
 
 from events.commands import FileStat, RequestLoad
 from events.jobs import LoadParameters
 from events.types import Idempotency
 from runtime.defaults import InvalidDefaults, defaults_name, read_defaults
-from runtime.errors import RuntimeProblem
 from runtime.repository import ModelVersion, Repository
 from server.api.schemas import LoadBodySchema
 from server.appkeys import CONFIG, REPOSITORY
 from server.config import Config
-from server.errors import ServerProblem
-from server.validation import InvalidBody
+from server.validation import InvalidBody, load_with
 
 _PARAMETERS = LoadParameters.__struct_fields__
 _AS_BODY = LoadBodySchema()
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
 _NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one nothing is batched"
-_MAX_REPORTED = 10
 NEVER = -1
 """The `keep_alive_s` of a model that stays, however long nobody asks it."""
 
@@ -51,11 +47,11 @@ async def requested_load(
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`.
     """
-    asked = _checked(_AS_BODY, asked, "body", InvalidBody)
+    asked = load_with(_AS_BODY, asked, "body", InvalidBody)
     wanted = {name: value for name, value in asked.items() if name != "version"}
     version = asked.get("version")
     found, written = await asyncio.to_thread(_look_up, app[REPOSITORY], model_id, version)
-    defaults = _checked(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
+    defaults = load_with(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
     parameters = _merged(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
     return RequestLoad(
         found.model_id,
@@ -75,7 +71,7 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
     """
     file = defaults_name(model_id)
-    defaults = _checked(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
+    defaults = load_with(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
     return _merged({}, defaults, file, config)
 
 
@@ -83,30 +79,6 @@ def _look_up(
     repository: Repository, model_id: str, version: int | None
 ) -> tuple[ModelVersion, dict[str, Any]]:
     return repository.resolve(model_id, version), read_defaults(repository, model_id)
-
-
-def _checked(
-    schema: LoadBodySchema,
-    given: Mapping[str, Any],
-    where: str,
-    refusal: type[ServerProblem | RuntimeProblem],
-) -> dict[str, Any]:
-    """Return what is given if it is what `schema` takes."""
-    try:
-        values: dict[str, Any] = schema.load(given, unknown=RAISE)
-    except ValidationError as error:
-        raise refusal(_told(schema, error, where)) from None
-    return values
-
-
-def _told(schema: LoadBodySchema, error: ValidationError, where: str) -> str:
-    mistakes: dict[str, list[str]] = error.normalized_messages()  # type: ignore[no-untyped-call]
-    told = [f"{where}: {name}: {' '.join(mistakes[name])}" for name in sorted(mistakes)[:_MAX_REPORTED]]
-    if len(mistakes) > _MAX_REPORTED:
-        told.append(f"and {len(mistakes) - _MAX_REPORTED} more")
-    if mistakes.keys() - schema.fields.keys():
-        told.append(f"known are {', '.join(sorted(schema.fields))}")
-    return "; ".join(told)
 
 
 def _merged(
