@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from events.stored import StoredEvent
@@ -19,37 +18,7 @@ RETRY_MS = 1000
 _FIELD = re.compile(r"[ -~]+")
 
 
-class Form(ABC):
-    """A way to write a stream; each part ends so that it can be read without what follows."""
-
-    media_type: str
-
-    @abstractmethod
-    def opening(self, position: int) -> bytes:
-        """Return what begins a stream after `position`."""
-
-    @abstractmethod
-    def events(self, events: Sequence[StoredEvent]) -> bytes:
-        """Return events of the log."""
-
-    @abstractmethod
-    def bookmark(self, position: int) -> bytes:
-        """Return where the stream is, though no event of it has that position."""
-
-    @abstractmethod
-    def notice(self, kind: str, members: Mapping[str, object]) -> bytes:
-        """Return what is no event of the log: `live` or `stage`."""
-
-    @abstractmethod
-    def heartbeat(self, position: int) -> bytes:
-        """Return what says that the connection lives."""
-
-    @abstractmethod
-    def end(self, reason: str) -> bytes:
-        """Return the last thing that is said."""
-
-
-class ServerSentEvents(Form):
+class ServerSentEvents:
     """`text/event-stream`, which browsers read by themselves."""
 
     media_type = "text/event-stream"
@@ -81,7 +50,7 @@ class ServerSentEvents(Form):
         return b": %b\n\n" % reason.encode()
 
 
-class JsonLines(Form):
+class JsonLines:
     """`application/x-ndjson`: a line for each event; lines with a member `stream` are about the stream."""
 
     media_type = "application/x-ndjson"
@@ -110,6 +79,9 @@ class JsonLines(Form):
         """Return a line that says why."""
         return self.notice("end", {"reason": reason})
 
+
+Form = ServerSentEvents | JsonLines
+"""A way to write a stream; each part ends so that it can be read without what follows."""
 
 SSE = ServerSentEvents()
 NDJSON = JsonLines()
