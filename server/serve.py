@@ -19,7 +19,7 @@ import uvloop
 from aiohttp import web
 
 from server.app import create_app
-from server.config import AUTO, Config
+from server.config import AUTO, OFF, Config, ConfigError
 from server.connections.connection import Limits
 from server.connections.listening import listening
 from server.connections.tls import Certificate
@@ -28,8 +28,6 @@ from server.logs.ledger import telling
 from server.logs.requests import log_inferences
 from server.logs.stderr import STDERR, logging_to_stderr
 from server.notify import Notifier
-from server.settingchecks import OFF
-from server.settings import ConfigError
 from server.v2.shortcut import shorten
 
 _log = logging.getLogger(__name__)

@@ -83,12 +83,9 @@ def _command(command: click.Command, path: str) -> Iterator[str]:
         for name in command.list_commands(context):
             yield from _command(command.commands[name], f"{path} {name}")
         return
-    settings = command.made_names if isinstance(command, SettingsCommand) else ()
-    if settings:
+    if isinstance(command, SettingsCommand):
         yield f"{SETTINGS}\n"
-    options = [
-        each for each in command.params if isinstance(each, click.Option) and each.name not in settings
-    ]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     if options:
         yield table(("option", "what"), map(_row, options))
 

@@ -59,8 +59,7 @@ ADVICE: Mapping[str, str] = {
     "inference_queue_full": "Ask less at once, give the model more `instances`, or raise"
     " `--inference-queue`.",
     "bodies_full": "Too many large bodies are being read at once: come back after `Retry-After`.",
-    "too_many_connections": "Close connections that nobody uses, or raise `--max-connections`"
-    " (or `--max-connections-per-address`).",
+    "too_many_connections": "Close connections that nobody uses, or raise `--max-connections`.",
     "model_not_loaded": "Load it, or have the server do that: `--on-demand on`.",
     "load_failed": "`detail` says why it could not be loaded; it is tried again after `Retry-After`.",
     "model_unloading": "Come back after `Retry-After`: another version may take its place.",

@@ -1,7 +1,6 @@
 """The table of settings in `docs/configuration.md`, from the fields of the configuration."""
 
-from server.config import settings
-from server.settings import Setting
+from server.config import Setting, settings
 from tools.markdown import table
 
 BEGIN = "<!-- settings: written by `make generated` -->\n"

@@ -57,7 +57,7 @@ def problems_told() -> Iterator[None]:
     from events.errors import LedgerProblem  # noqa: PLC0415 - only commands that work on files come here
     from runtime.errors import RuntimeProblem  # noqa: PLC0415
     from server.auth.keys import KeyProblem  # noqa: PLC0415
-    from server.settings import ConfigError  # noqa: PLC0415
+    from server.config import ConfigError  # noqa: PLC0415
 
     try:
         yield

@@ -6,46 +6,36 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import click
 
 from loadledger.cli.options import json_option
-from loadledger.cli.problems import FAILED, INTERRUPTED, problems_told
+from loadledger.cli.problems import FAILED, problems_told
 from loadledger.cli.tables import in_one_line
 
 
-def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add one option for each setting; their values come from there, the environment, or the default."""
-    from server.config import settings  # noqa: PLC0415 - keeps `loadledger --help` quick
-
-    for setting in reversed(settings()):
-        default = "no default" if setting.default is None else f"default: {setting.default}"
-        text = f"{setting.help} [{setting.variable}; {'required' if setting.required else default}]"
-        option = click.option(setting.flag, setting.name, metavar=setting.kind.__name__.upper(), help=text)
-        command = option(command)
-    text = "TOML file with settings by their names, for what neither options nor variables say."
-    return click.option("--config", metavar="FILE", help=f"{text} [LOADLEDGER_CONFIG]")(command)
-
-
 class SettingsCommand(click.Command):
-    """A command that has an option for each setting; they are made when they are wanted."""
-
-    made_names: frozenset[str] = frozenset()
+    """A command that has an option for each setting, beside its own."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the settings' options, then its own."""
-        if not self.made_names:
-            made = _made_options()
-            self.params = [*made, *self.params]
-            self.made_names = frozenset(str(parameter.name) for parameter in made)
-        return super().get_params(ctx)
+        return [*_settings_options(), *super().get_params(ctx)]
 
 
-def _made_options() -> list[click.Parameter]:
-    def nothing(**_: Any) -> None: ...
+@cache
+def _settings_options() -> list[click.Option]:
+    from server.config import settings  # noqa: PLC0415 - keeps `loadledger --help` quick
 
-    return list(reversed(getattr(_settings_options(nothing), "__click_params__", [])))
+    text = "TOML file with settings by their names, for what neither options nor variables say."
+    options = [click.Option(["--config"], metavar="FILE", help=f"{text} [LOADLEDGER_CONFIG]")]
+    for setting in settings():
+        default = "no default" if setting.default is None else f"default: {setting.default}"
+        text = f"{setting.help} [{setting.variable}; {'required' if setting.required else default}]"
+        names = [setting.flag, setting.name]
+        options.append(click.Option(names, metavar=setting.kind.__name__.upper(), help=text))
+    return options
 
 
 @click.command(cls=SettingsCommand)
@@ -56,20 +46,16 @@ def serve(**flags: str | None) -> None:
     it has its default.
     """
     from server import serve as server  # noqa: PLC0415 - as above
-    from server.config import check_files, load_config  # noqa: PLC0415
-    from server.pathchecks import check_paths  # noqa: PLC0415
+    from server.check import load_config  # noqa: PLC0415
 
     with problems_told():
-        config = load_config(flags, os.environ)
-        check_paths(config)
-        check_files(config)
-        sys.exit(server.serve(config, _announce))
+        sys.exit(server.serve(load_config(flags, os.environ), _announce))
 
 
 def _announce(url: str) -> None:
-    from server.unknownvariables import warn_of_unknown  # noqa: PLC0415 - as above
+    from server.configsources import warn_of_unknown_variables  # noqa: PLC0415 - as above
 
-    warn_of_unknown(os.environ)  # here, since by now there is a log
+    warn_of_unknown_variables(os.environ)  # here, since by now there is a log
     click.echo(f"loadledger is ready at {url}")
     sys.stdout.flush()
 
@@ -94,21 +80,14 @@ def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) ->
     The exit code is 0 where nothing is wrong (notes are no problems), 1 where something is, and 2 where
     nothing could be checked.
     """
-    from server.precheck import NothingToCheck, check_configuration  # noqa: PLC0415 - as above
-    from server.repositorycheck import Checked, check_repository  # noqa: PLC0415
+    from server.check import CheckResult, check_configuration, check_repository  # noqa: PLC0415 - as above
 
-    try:
-        config, findings = check_configuration(flags, os.environ)
-    except NothingToCheck as error:
-        raise click.UsageError(str(error)) from None
-    checked = Checked(findings)
+    result = CheckResult()
     with problems_told():
-        try:
-            check_repository(config, checked, limit_s=None if quick else limit_s, on_version=_progress())
-        except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
-    click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(_told(checked)))
-    sys.exit(0 if checked.fine else FAILED)
+        config = check_configuration(flags, os.environ, result)
+        check_repository(config, result, limit_s=None if quick else limit_s, on_version=_progress())
+    click.echo(json.dumps(result.members(), indent=2) if as_json else "\n".join(_lines(result)))
+    sys.exit(0 if result.fine else FAILED)
 
 
 def _progress() -> Callable[[str], None]:
@@ -118,14 +97,14 @@ def _progress() -> Callable[[str], None]:
     return lambda place: click.echo(f"loading {place} …", err=True)
 
 
-def _told(checked: Any) -> list[str]:
+def _lines(result: Any) -> list[str]:
     lines = []
-    for finding in checked.findings:
+    for finding in result.findings:
         word = click.style(finding.severity.value, fg="red" if finding.severity == "problem" else "yellow")
         lines.append(f"{word}: {in_one_line(f'{finding.place}: {finding.text}')} ({finding.code})")
-    problems = sum(finding.severity == "problem" for finding in checked.findings)
-    counted = f"{_number(checked.models, 'model')}, {_number(checked.versions, 'version')}"
-    tried = f", {checked.loaded} of them loaded" if checked.loaded else ""
+    problems = sum(finding.severity == "problem" for finding in result.findings)
+    counted = f"{_number(result.models, 'model')}, {_number(result.versions, 'version')}"
+    tried = f", {result.loaded} of them loaded" if result.loaded else ""
     return [*lines, f"{counted}{tried}: {_number(problems, 'problem') if problems else 'no problems'}"]
 
 

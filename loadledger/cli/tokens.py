@@ -50,12 +50,13 @@ def token(
     It creates the data directory, too. With --json, it is `token`, and `subject`, `roles`, `expires_at` and
     `kid`, the key that signed it, stand beside it.
     """
-    from server.auth.keys import ensure_data_dir, issue_token  # noqa: PLC0415
-    from server.config import read_settings  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from server.auth.keys import ensure_data_dir, issue_token  # noqa: PLC0415 - keeps `--help` quick
+    from server.configsources import raise_mistakes, read_settings  # noqa: PLC0415
 
     expires_s = _seconds(expires)
     with problems_told():
-        chosen = read_settings(list(claims), claims, os.environ)
+        chosen, mistakes = read_settings(claims, os.environ, only=claims)
+        raise_mistakes(mistakes)
         ensure_data_dir(data)
         audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
         made = issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer)

@@ -10,8 +10,7 @@ from events.jobs import JobKind, JobStatus
 from events.models import ModelState
 from events.types import Cause
 from runtime.repository import MAX_VERSION, MODEL_ID
-from server.config import MAX_KEEP_ALIVE_S
-from server.settingchecks import MAX_TIMEOUT_S
+from server.config import MAX_KEEP_ALIVE_S, MAX_TIMEOUT_S
 from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
 
 MAX_PAGE = 1000

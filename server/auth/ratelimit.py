@@ -15,10 +15,9 @@ import limits
 import msgspec
 from aiohttp import web
 
-from server.config import Config
+from server.config import Config, parse_limit
 from server.errors import ServerProblem
 from server.routes import LimitClass
-from server.settingchecks import OFF
 
 MAX_COUNTERS = 10_000
 """Some 2 MB. Past it the counters used least recently are forgotten: nobody can fill the memory."""
@@ -129,7 +128,8 @@ class RateLimits:
         self, config: Config, clock: Callable[[], float] = time.time, capacity: int = MAX_COUNTERS
     ) -> None:
         def windows(notation: str) -> Windows | None:
-            return None if notation == OFF else Windows(limits.parse(notation), clock, capacity)
+            limit = parse_limit(notation)
+            return None if limit is None else Windows(limit, clock, capacity)
 
         self._failures = windows(config.limit_auth_failures)
         self._limits = {

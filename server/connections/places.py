@@ -83,7 +83,7 @@ class Places:
         proxies = config.proxies()
         return cls(
             most,
-            config.max_connections_per_address,
+            0,
             reserve,
             lambda address: proxies.trusts(address) or _is_loopback(address),
         )

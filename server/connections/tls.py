@@ -18,7 +18,7 @@ from typing import NoReturn, cast
 
 from cryptography import x509
 
-from server.settings import ConfigError
+from server.config import ConfigError
 
 _log = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """The command line: tokens, keys, settings, and errors that say what to do."""
 
 import json
-import os
 import re
 import socket
 import stat
@@ -20,7 +19,6 @@ from loadledger.cli.main import main
 from server.auth.gate import create_verifier
 from server.auth.keys import list_keys
 from server.config import Config, settings
-from server.settings import Setting
 
 
 def run(*arguments: str, **environment: str) -> Result:
@@ -229,99 +227,14 @@ def test_a_key_that_there_is_not_is_told(tmp_path: Path, kid: str) -> None:
 
 # Settings of serve
 
-WRONG: dict[str, str] = {
-    "repository": "/nope", "data": "/dev/null", "host": " ", "port": "65536",
-    "tls_cert": "/nope", "tls_key": "/nope", "trusted_proxies": "0.0.0.0/0", "forwarded_header": "via",
-    "loads_at_once": "-1",
-    "threads": "0", "drain_timeout_s": "nan", "inference_timeout_s": "0",
-    "inference_grace_s": "-1", "inference_queue": "0", "timeout_s": "3601",
-    "memory_budget": "0%", "max_loaded": "-1", "evict": "all", "min_residency_s": "nan",
-    "keep_alive_s": "-2", "strategy": "in-place", "on_demand": "true", "warm_up": "",
-    "prepare": "yes", "prepared_size": "0", "huge_pages": "on", "restore": "some",
-    "streams_per_subject": "0", "max_connections": "0", "max_connections_per_address": "-1",
-    "head_timeout_s": "0", "idle_timeout_s": "inf",
-    "log_format": "xml", "log_level": "trace", "log_inferences": "2", "otel": "maybe",
-    "trace_inferences": "nan", "metrics": "none",
-    "jwt_audience": " ", "jwt_issuer": "", "jwt_keys": "/nope", "jwt_roles_claim": " ",
-    "limit_management": "often", "limit_inference": "0/minute", "limit_reads": "",
-    "limit_auth_failures": "1/eon",
-}  # fmt: skip
 
-
-def test_there_is_a_wrong_value_for_each_setting() -> None:
-    assert list(WRONG) == [setting.name for setting in settings()]
-
-
-@pytest.mark.parametrize("setting", settings(), ids=lambda setting: setting.name)
-def test_each_setting_is_taken_from_its_option_before_its_variable_and_told_when_it_is_wrong(
-    tmp_path: Path, setting: Setting
-) -> None:
-    places = {"LOADLEDGER_REPOSITORY": str(tmp_path), "LOADLEDGER_DATA": str(tmp_path / "data")}
-    wrong = WRONG[setting.name]
-    # The option is wrong whatever the variable says, and the variable where the option says nothing.
-    assert setting.flag in refused("serve", f"{setting.flag}={wrong}", **places)
-    text = refused("serve", **places | {setting.variable: wrong})
-    assert setting.flag in text or setting.variable in text
-    assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize("name", ["port", "loads_at_once", "threads", "drain_timeout_s", "timeout_s"])
-@pytest.mark.parametrize("value", ["x", "", "1,5", "0x10"])
-def test_a_setting_that_is_no_number_is_told(tmp_path: Path, name: str, value: str) -> None:
-    places = {"LOADLEDGER_REPOSITORY": str(tmp_path), "LOADLEDGER_DATA": str(tmp_path / "data")}
-    variable = f"LOADLEDGER_{name.upper()}"
-    assert variable in refused("serve", **places, **{variable: value})
-    flag = f"--{name.replace('_', '-')}"
-    assert flag in refused("serve", f"{flag}={value}", **places)
-
-
-@pytest.mark.parametrize("missing", ["repository", "data"])
-def test_serve_says_what_is_missing(tmp_path: Path, missing: str) -> None:
-    given = {"repository": str(tmp_path), "data": str(tmp_path)}
-    del given[missing]
-    text = refused("serve", *(f"--{name}={value}" for name, value in given.items()))
-    assert f"--{missing}" in text
-    assert f"LOADLEDGER_{missing.upper()}" in text
-
-
-@pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ("x" * 300, "cannot be looked at: File name too long; name a shorter one"),
-        ("/x" * 5000, "cannot be looked at: File name too long; name a shorter one"),
-        ("a\0b", "has a character that no path has"),
-        ("a\ud800", "has a character that no path has"),
-        ("a\udcff", "is not UTF-8"),
-    ],
-    ids=["long name", "long path", "NUL", "surrogate", "byte"],
-)
-def test_a_repository_that_no_path_leads_to_is_told_in_one_line(
-    tmp_path: Path, path: str, words: str
-) -> None:
-    text = refused("serve", f"--repository={path}", f"--data={tmp_path / 'data'}")
-    assert text.startswith("loadledger: --repository: ")
-    assert words in text
-    assert text.count("\n") == 1
-    assert len(text) < 250
-    assert not (tmp_path / "data").exists()
-
-
-def test_a_name_that_is_not_utf_8_or_leads_nowhere_is_told_where_it_is_there_too(tmp_path: Path) -> None:
-    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
-    Path(odd).mkdir()
-    (tmp_path / "link").symlink_to(odd)
-    for path in (odd, tmp_path / "link"):
-        assert "is not UTF-8" in refused("serve", f"--repository={path}", f"--data={tmp_path / 'data'}")
-    (tmp_path / "loop").symlink_to("loop")
-    text = refused("serve", f"--repository={tmp_path}", f"--data={tmp_path / 'loop'}")
-    assert re.fullmatch(r"loadledger: --data: \S+ cannot be looked at: Too many .*; .* name another\n", text)
-
-
-def test_a_configuration_file_that_no_path_leads_to_is_told_in_one_line() -> None:
-    text = refused("serve", f"--config={'x' * 300}")
-    assert text.startswith("loadledger: --config: ")
+def test_a_configuration_file_that_cannot_be_read_is_told_in_one_line() -> None:
+    text = refused("serve", f"--config={'x' * 300}", "--repository=a\nb", "--data=/x")
+    lines = text.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("loadledger: --config: ")
+    assert "File name too long" in lines[0]
     assert "Errno" not in text
-    assert text.count("\n") == 1
 
 
 def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_all_that_is_wrong_with_a_configuration_is_told_and_not_the_first_of_it(
     file.write_text('strategy = "sideways"\nloads = 1\n')
     arguments = (f"--repository={tmp_path / 'none'}", "--evict=all", "--threads=0", f"--config={file}")
     told = run(*arguments).stdout
-    for words in ("--evict", "--threads", "config.toml:1", "config.toml:2", "none is not a directory"):
+    for words in ("--evict", "--threads", "config.toml:1", "config.toml:2", "none' is not a directory"):
         assert words in told
     assert "5 problems" in told
     assert [code for _, code in found(*arguments)] == ["invalid_setting"] * 5
@@ -155,7 +155,7 @@ def test_a_data_directory_or_model_that_may_not_be_used_is_told(tmp_path: Path) 
     (folder / "model.onnx").chmod(0)
     data.mkdir(mode=0o500)
     said = dict(found("--quick", f"--repository={root}", f"--data={data}"))
-    assert said == {"--data": "unwritable", "m/1": "unreadable"}
+    assert said == {"--data": "invalid_setting", "m/1": "unreadable"}
 
 
 def test_without_a_repository_there_is_nothing_to_check() -> None:

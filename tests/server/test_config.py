@@ -1,177 +1,346 @@
+"""The settings: where their values come from, which are valid, and what is said of those that are not."""
+
 import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
-from server.config import (
-    Config,
-    check_files,
-    load_config,
-    read_settings,
-)
-from server.settings import ConfigError
+from loadledger.cli import profile
+from loadledger.cli.main import SECTIONS, find, main
+from server.check import find_unusable_paths, load_config
+from server.config import Config, ConfigError, parse_size, settings
+from server.configsources import CONFIG_VARIABLE, OF_OTHERS, read_settings, unknown_variables
 
-REQUIRED = {"repository": "/models", "data": "/data"}
-
-
-def test_flags_win_over_environment_and_environment_over_defaults() -> None:
-    environment = {"LOADLEDGER_PORT": "1", "LOADLEDGER_HOST": "0.0.0.0", "LOADLEDGER_DATA": "/elsewhere"}
-    config = load_config({**REQUIRED, "port": 2, "host": None}, environment)
-    assert (config.port, config.host, config.threads) == (2, "0.0.0.0", 1)
-    assert config.data == Path("/data")
-
-
-def test_every_setting_can_come_from_its_variable() -> None:
-    values = {
-        "repository": "/models", "data": "/data", "host": "::1", "port": "0",
-        "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
-        "forwarded_header": "forwarded", "loads_at_once": "3",
-        "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5", "timeout_s": "10",
-        "inference_grace_s": "0.5", "inference_queue": "7",
-        "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
-        "keep_alive_s": "90", "strategy": "auto", "on_demand": "on", "warm_up": "off",
-        "prepare": "off", "prepared_size": "1GiB", "huge_pages": "off", "restore": "none",
-        "streams_per_subject": "5", "max_connections": "99", "max_connections_per_address": "9",
-        "head_timeout_s": "2.5",
-        "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning", "log_inferences": "0.25",
-        "otel": "on", "trace_inferences": "1.0", "metrics": "open", "jwt_audience": "a",
-        "jwt_issuer": "https://issuer", "jwt_keys": "/keys.json",
-        "jwt_roles_claim": "groups",
-        "limit_management": "1/second", "limit_inference": "off", "limit_reads": "7 per 2 minutes",
-        "limit_auth_failures": "5/hour",
-    }  # fmt: skip
-    config = load_config({}, {f"LOADLEDGER_{name.upper()}": value for name, value in values.items()})
-    assert {name: str(value) for name, value in dataclasses.asdict(config).items()} == values
+ROOT = Path(__file__).parents[2]
+REQUIRED = ("repository", "data")
+VALUES = {
+    "repository": "/models", "data": "/data", "host": "::1", "port": "0",
+    "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
+    "forwarded_header": "forwarded", "loads_at_once": "3",
+    "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5", "timeout_s": "10",
+    "inference_grace_s": "0.5", "inference_queue": "7",
+    "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
+    "keep_alive_s": "90", "strategy": "auto", "on_demand": "on", "warm_up": "off",
+    "prepare": "off", "prepared_size": "1GiB", "huge_pages": "off", "restore": "none",
+    "streams_per_subject": "5", "max_connections": "99", "head_timeout_s": "2.5",
+    "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning", "log_inferences": "0.25",
+    "otel": "on", "trace_inferences": "1.0", "metrics": "open", "jwt_audience": "a",
+    "jwt_issuer": "https://issuer", "jwt_keys": "/keys.json", "jwt_roles_claim": "groups",
+    "limit_management": "1/second", "limit_inference": "off", "limit_reads": "7 per 2 minutes",
+    "limit_auth_failures": "5/hour",
+}  # fmt: skip
+"""A valid value for each setting, which is not its default."""
 
 
-def test_the_environment_of_this_process_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "server.toml"
+
+
+def mistakes(flags: dict[str, Any], environment: dict[str, str] | None = None) -> list[str]:
+    """Return what is wrong, a line each."""
+    return [f"{place}: {text}" for place, text in read_settings(flags, environment or {})[1]]
+
+
+# Sources
+
+
+def test_option_precedes_variable_precedes_file_precedes_default(file: Path) -> None:
+    file.write_text('host = "file"\nport = 1\nthreads = 2\n')
+    environment = {"LOADLEDGER_CONFIG": str(file), "LOADLEDGER_PORT": "4", "LOADLEDGER_THREADS": "5"}
+    values, wrong = read_settings({"threads": "6", "port": None}, environment)
+    assert not wrong
+    found = tuple(values[name] for name in ("host", "port", "threads", "timeout_s"))
+    assert found == ("file", 4, 6, 300)
+    other = file.with_name("other.toml")
+    other.write_text("port = 7")
+    values, _ = read_settings({"config": str(other)}, {"LOADLEDGER_CONFIG": str(file)})
+    assert (values["host"], values["port"]) == ("127.0.0.1", 7)
+
+
+def test_every_setting_comes_from_each_source(file: Path) -> None:
+    kinds = {setting.name: setting.kind for setting in settings()}
+    text = (
+        f'{name} = "{value}"' if kinds[name] in {str, Path} else f"{name} = {value}"
+        for name, value in VALUES.items()
+    )
+    file.write_text("\n".join(text))
+    variables = {f"LOADLEDGER_{name.upper()}": value for name, value in VALUES.items()}
+    for flags, environment in ((VALUES, {}), ({}, variables), ({"config": str(file)}, {})):
+        values, wrong = read_settings(flags, environment)
+        assert not wrong
+        assert {name: str(value) for name, value in values.items()} == VALUES
+        assert [each.name for each in dataclasses.fields(Config(**values))] == list(kinds)
+
+
+def test_process_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOADLEDGER_PORT", "1")
-    assert load_config(REQUIRED, {}).port == 8080
+    assert read_settings({}, {})[0]["port"] == 8080
 
 
-def test_an_empty_variable_is_a_mistake_and_not_a_default() -> None:
-    with pytest.raises(ConfigError, match="LOADLEDGER_PORT"):
-        load_config(REQUIRED, {"LOADLEDGER_PORT": ""})
+def test_relative_path_in_file_is_relative_to_file(file: Path) -> None:
+    file.write_text('repository = "../models"\ndata = "/var/lib/loadledger"\n')
+    values, _ = read_settings({"config": str(file), "jwt_keys": "keys.json"}, {})
+    assert values["repository"] == file.parent / "../models"
+    assert values["data"] == Path("/var/lib/loadledger")
+    assert values["jwt_keys"] == Path("keys.json")
 
 
-@pytest.mark.parametrize("name", ["repository", "data", "tls_cert", "tls_key", "jwt_keys"])
-@pytest.mark.parametrize("path", ["", "~/ledger", "~"])
-def test_a_path_that_is_empty_or_left_to_a_shell_is_refused_and_not_made_somewhere(
-    name: str, path: str
-) -> None:
-    others = {key: value for key, value in REQUIRED.items() if key != name}
-    variable = f"LOADLEDGER_{name.upper()}"
-    for flags, environment in ((others, {variable: path}), ({**others, name: path}, {})):
-        with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')} \(or {variable}\).* is refused"):
-            load_config(flags, environment)
+def test_file_with_byte_order_mark_and_windows_line_ends_is_read(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbfport = 1\r\nhost = ''\r\ndrain_timeout_s = 5\r\n")
+    values, [wrong] = read_settings({"config": str(file)}, {})
+    assert (values["port"], values["drain_timeout_s"]) == (1, 5.0)
+    assert wrong.place == f"{file}:2: host"
+
+
+def test_command_reads_only_the_settings_it_needs() -> None:
+    environment = {"LOADLEDGER_JWT_ISSUER": "me", "LOADLEDGER_PORT": "no number"}
+    assert read_settings({}, environment, only=("jwt_audience", "jwt_issuer")) == (
+        {"jwt_audience": "loadledger", "jwt_issuer": "me"},
+        [],
+    )
+
+
+# Values
+
+
+REFUSED = {
+    "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "0", "loads_at_once": "-1",
+    "timeout_s": "0 3601", "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
+    "limit_reads": "many 0/minute 1/second;10/minute OFF", "max_loaded": "-1 1.5",
+    "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8GB nan% " + "9" * 5000,
+    "evict": "on", "min_residency_s": "-1 nan", "keep_alive_s": "-2 31536001 1.5",
+    "strategy": "Beside", "on_demand": "1", "warm_up": "yes", "prepare": "auto",
+    "huge_pages": "on", "restore": "off",
+    "prepared_size": "0 0GB -1 1.5GB 1gb GB \u0661GB " + "9" * 19,
+    "streams_per_subject": "0", "max_connections": "0", "head_timeout_s": "0",
+    "idle_timeout_s": "nan", "log_format": "JSON", "log_level": "INFO",
+    "log_inferences": "1.1 nan", "otel": "yes", "trace_inferences": "-0.1", "metrics": "off",
+    "jwt_issuer": "a\x07b", "trusted_proxies": "10.0.0.1/8 proxy ::/0 10.0.0.1,",
+    "forwarded_header": "Forwarded", "data": "~/ledger ~", "tls_cert": "~/x",
+}  # fmt: skip
+"""Beside nothing, which no setting takes."""
+
+
+@pytest.mark.parametrize("name", [setting.name for setting in settings()])
+def test_value_that_is_not_valid_is_refused(name: str) -> None:
+    variable, flag = f"LOADLEDGER_{name.upper()}", f"--{name.replace('_', '-')}"
+    for value in ["", *REFUSED.get(name, "").split()]:
+        [of_variable] = mistakes({}, {variable: value})
+        [of_flag] = mistakes({name: value})
+        assert re.match(rf"{variable}: '.* is refused\. .+\.$", of_variable), of_variable
+        assert of_flag.startswith(f"{flag}: {value!r:.80} is refused. ")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "values"),
     [
-        ("port", "65536"), ("port", "-1"), ("port", "http"), ("port", "8080.5"), ("threads", "0"),
-        ("loads_at_once", "-1"), ("timeout_s", "0"), ("timeout_s", "3601"), ("drain_timeout_s", "-1"),
-        ("drain_timeout_s", "nan"), ("inference_timeout_s", "0"), ("inference_timeout_s", "inf"),
-        ("limit_reads", "many"), ("limit_reads", "0/minute"), ("limit_reads", "1/second;10/minute"),
-        ("memory_budget", "0"), ("memory_budget", "-1"), ("memory_budget", "0.0%"),
-        ("memory_budget", "100.1%"), ("memory_budget", "80 %"), ("memory_budget", "1.5"),
-        ("memory_budget", "8GB"), ("memory_budget", "nan%"), ("memory_budget", "9" * 5000),
-        ("max_loaded", "-1"), ("max_loaded", "1.5"), ("evict", "on"), ("min_residency_s", "-1"),
-        ("min_residency_s", "nan"), ("keep_alive_s", "-2"), ("keep_alive_s", "31536001"),
-        ("keep_alive_s", "1.5"), ("strategy", "Beside"), ("on_demand", "1"), ("warm_up", "yes"),
-        ("prepare", "auto"), ("huge_pages", "on"), ("prepared_size", ""), ("prepared_size", "0GB"),
-        ("prepared_size", "-1"), ("prepared_size", "1.5GB"), ("prepared_size", "1 GB"),
-        ("prepared_size", "1gb"), ("prepared_size", "GB"), ("prepared_size", "9" * 19),
-        ("prepared_size", "\u0661GB"),
-        ("restore", "off"), ("streams_per_subject", "0"), ("max_connections", "0"),
-        ("max_connections_per_address", "-1"), ("max_connections_per_address", "ten"),
-        ("head_timeout_s", "0"), ("idle_timeout_s", "nan"), ("log_format", "JSON"), ("log_level", "INFO"),
-        ("log_inferences", "1.1"), ("log_inferences", "nan"), ("otel", "yes"), ("trace_inferences", "-0.1"),
-        ("metrics", "off"),
-        ("limit_management", "OFF"), ("host", ""), ("jwt_audience", " "), ("jwt_issuer", "a\nb"),
-        ("trusted_proxies", "10.0.0.1/8"), ("trusted_proxies", "proxy"), ("trusted_proxies", "::/0"),
-        ("trusted_proxies", "10.0.0.1,"), ("forwarded_header", "Forwarded"),
+        ("memory_budget", ("1", "8589934592", "100%", "0.5%")), ("max_loaded", (0,)),
+        ("min_residency_s", (0,)), ("keep_alive_s", (-1, 0, 31536000)), ("prepared_size", ("1", "999TB")),
+        ("log_inferences", (0, 1)),
     ],
 )  # fmt: skip
-def test_a_bad_value_names_its_setting(name: str, value: str) -> None:
-    variable = f"LOADLEDGER_{name.upper()}"
-    with pytest.raises(ConfigError, match=variable):
-        load_config(REQUIRED, {variable: value})
-    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
-        load_config({**REQUIRED, name: value}, {})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("memory_budget", "1"), ("memory_budget", "8589934592"), ("memory_budget", "100%"),
-        ("memory_budget", "0.5%"), ("max_loaded", 0), ("evict", "off"), ("evict", "idle"),
-        ("min_residency_s", 0), ("keep_alive_s", -1), ("keep_alive_s", 0), ("keep_alive_s", 31536000),
-        ("strategy", "beside"), ("strategy", "in_place"), ("on_demand", "off"), ("warm_up", "on"),
-        ("restore", "all"), ("prepare", "on"), ("huge_pages", "auto"), ("prepared_size", "1"),
-        ("prepared_size", "999TB"), ("max_connections", 1),
-        ("max_connections_per_address", 0), ("log_level", "error"), ("log_format", "text"),
-        ("log_inferences", 1), ("log_inferences", 0), ("otel", "auto"), ("otel", "off"),
-    ],
-)  # fmt: skip
-def test_a_value_at_the_edge_is_taken(name: str, value: object) -> None:
-    assert getattr(load_config({**REQUIRED, name: str(value)}, {}), name) == value
-
-
-def test_no_space_for_prepared_models_is_refused_with_the_option_that_prepares_none() -> None:
-    with pytest.raises(ConfigError, match="--prepare=off"):
-        load_config({**REQUIRED, "prepared_size": "0"}, {})
+def test_value_at_the_edge_is_taken(name: str, values: tuple[object, ...]) -> None:
+    for value in values:
+        assert read_settings({name: str(value)}, {})[0][name] == value
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ("1", 1), ("20000000000", 20 * 10**9), ("20GB", 20 * 10**9), ("3MB", 3 * 10**6), ("2TB", 2 * 10**12),
-        ("5MiB", 5 * 2**20), ("1GiB", 2**30), ("007TiB", 7 * 2**40),
+        ("1", 1), ("20GB", 20 * 10**9), ("3MB", 3 * 10**6), ("2TB", 2 * 10**12), ("5MiB", 5 * 2**20),
+        ("1GiB", 2**30), ("007TiB", 7 * 2**40),
     ],
 )  # fmt: skip
-def test_the_space_for_prepared_models_is_told_in_bytes(size: str, expected: int) -> None:
-    assert load_config({**REQUIRED, "prepared_size": size}, {}).prepared_bytes() == expected
+def test_size_has_units(size: str, expected: int) -> None:
+    assert parse_size(size) == expected
 
 
-def test_the_variable_that_kubernetes_sets_for_a_service_is_explained() -> None:
-    with pytest.raises(ConfigError, match="enableServiceLinks"):
-        load_config(REQUIRED, {"LOADLEDGER_PORT": "tcp://10.0.0.1:8080"})
-
-
-def test_a_missing_required_setting_says_both_ways_to_give_it() -> None:
-    with pytest.raises(ConfigError, match="--repository or set LOADLEDGER_REPOSITORY"):
-        load_config({"data": "/data"}, {})
-
-
-def test_a_command_reads_only_the_settings_it_needs() -> None:
-    environment = {"LOADLEDGER_DATA": "/data", "LOADLEDGER_PORT": "no number"}
-    assert read_settings(["data", "jwt_audience"], {}, environment) == {
-        "data": Path("/data"),
-        "jwt_audience": "loadledger",
-    }
-
-
-def test_a_configuration_made_in_code_is_checked_too() -> None:
-    with pytest.raises(ConfigError, match="--port"):
-        Config(repository=Path(), data=Path(), port=70000)
-
-
-def test_what_must_exist_is_checked_when_serving_begins(tmp_path: Path) -> None:
-    config = Config(repository=tmp_path, data=tmp_path / "new")
-    check_files(config)
-    file = tmp_path / "file"
-    file.write_text("no keys")
-    for change, option in (
-        (dataclasses.replace(config, repository=tmp_path / "none"), "--repository"),
-        (dataclasses.replace(config, data=file), "--data"),
-        (dataclasses.replace(config, jwt_keys=file), "--jwt-keys"),
-        (dataclasses.replace(config, jwt_keys=tmp_path), "--jwt-keys"),
-    ):
-        with pytest.raises(ConfigError, match=option):
-            check_files(change)
+@pytest.mark.parametrize(
+    ("flags", "environment", "words"),
+    [
+        ({"prepared_size": "0"}, {}, "--prepare=off"),
+        ({}, {"LOADLEDGER_PORT": "tcp://10.0.0.1:8080"}, "enableServiceLinks: false"),
+        ({"trusted_proxies": "10.0.0.1/8"}, {}, "that is 10.0.0.0/8"),
+        ({"config": ""}, {}, "--config: '' cannot be read"),
+        ({"config": "/dev/stdin\0"}, {}, "--config"),
+        ({}, {"LOADLEDGER_CONFIG": "/nowhere"}, "'/nowhere' cannot be read: No such file"),
+    ],
+)
+def test_mistake_says_what_to_do(flags: dict[str, str], environment: dict[str, str], words: str) -> None:
+    assert words in "\n".join(mistakes(flags, environment))
 
 
 def test_zero_loads_at_once_means_the_cores() -> None:
     assert Config(repository=Path(), data=Path()).max_loads() >= 1
     assert Config(repository=Path(), data=Path(), loads_at_once=7).max_loads() == 7
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("prot = 1", "prot: there is no such setting; did you mean port?"),
+        ("loads-at-once = 1", "did you mean loads_at_once?"),
+        ('"LOADLEDGER_PORT" = 1', "did you mean port?"),
+        ("max_connections_per_address = 9", "did you mean max_connections?"),
+        ("zzzzzzzz = 1", "loadledger serve --help"),
+        (
+            "[server]\nport = 1",
+            "server: there is no such setting; settings stand at the top, under no [table]",
+        ),
+        ("port = '1'", "port: '1' is refused. Must be a whole number without quotes."),
+        ("port = 1.0", "port: 1.0 is refused. Must be a whole number"),
+        ("port = true", "port: True is refused. Must be a whole number"),
+        ("port.x = 1", "port: {'x': 1} is refused."),
+        ("[[port]]", "port: [{}] is refused."),
+        ("port = 1979-05-27", "port: datetime.date(1979, 5, 27) is refused."),
+        ("port = 65536", "port: 65536 is refused. Must be greater than or equal to 0 and less"),
+        ("on_demand = true", "on_demand: True is refused. Must be text in quotes."),
+        ("memory_budget = 80", "Must be text in quotes."),
+        ("drain_timeout_s = nan", "drain_timeout_s: nan is refused. Special numeric values"),
+        (f"drain_timeout_s = 1{'0' * 400}", "Number too large."),
+        ("data = ''", "data: '' is refused. Must name a path"),
+        ('data = "~/x"', "data: '~/x' is refused. Must name a path, and written out"),
+        ("data = 7", "Must be a path in quotes."),
+        ("port = ", "is not TOML: Invalid value (at line 4"),
+    ],
+)
+def test_mistake_in_file_names_line_and_key(file: Path, line: str, words: str) -> None:
+    file.write_text(f"# the first line\nthreads = 1\n\n{line}\n")
+    [said] = mistakes({"config": str(file)})
+    assert words in said
+    assert said.startswith(f"{file}:4: ") or "TOML" in said
+
+
+def test_bytes_that_are_not_utf_8_are_refused(file: Path) -> None:
+    file.write_bytes(b"port = 1\nhost = '\xff'\n")
+    [said] = mistakes({"config": str(file)})
+    assert f"'{file}' is not TOML: 'utf-8' codec can't decode" in said
+
+
+# All at once
+
+
+def test_all_mistakes_of_all_sources_are_told_at_once(file: Path, tmp_path: Path) -> None:
+    file.write_text("prot = 1\nmax_loaded = 'x'\n")
+    command = ["serve", f"--data={tmp_path / 'data'}", f"--repository={tmp_path / 'none'}", "--threads=0"]
+    environment = {"LOADLEDGER_CONFIG": str(file), "LOADLEDGER_EVICT": "all"}
+    result = CliRunner().invoke(main, [*command, "--tls-cert=x"], env=environment)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.findall(r"^(?:loadledger: )?(.+?): ", result.stderr, re.MULTILINE) == [
+        f"{file}:1", "--threads", f"{file}:2", "LOADLEDGER_EVICT", "--repository", "--tls-cert",
+    ]  # fmt: skip
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_setting_says_each_way_to_give_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config({}, {})
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 2
+    for line, name in zip(lines, REQUIRED, strict=True):
+        assert line.startswith(
+            f"--{name}: is missing: give it or set LOADLEDGER_{name.upper()}, or {name} in"
+        )
+    config = load_config({"repository": str(tmp_path), "data": str(tmp_path / "new")}, {})
+    assert config == Config(repository=tmp_path, data=tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "words"),
+    [
+        ("repository", "none", "none' is not a directory; create it"),
+        ("repository", "file", "file' is not a directory; create it"),
+        ("repository", "x" * 300, "cannot be looked at: File name too long; name another"),
+        ("repository", "a\0b", "'a\\x00b' cannot be looked at: "),
+        ("repository", "a\udcff", "'a\\udcff' cannot be looked at: 'utf-8' codec can't encode"),
+        ("data", "file", "file is not a directory; name another"),
+        ("data", "file/data", "Not a directory; name another"),
+        ("data", "loop", "Too many levels of symbolic links; name another"),
+        ("jwt_keys", "file", "must hold one public key"),
+        ("jwt_keys", "none", "No such file or directory; name another"),
+        ("tls_key", "x", "--tls-key: is given alone: HTTPS takes --tls-cert, too"),
+        ("tls_cert", "x", "--tls-cert: is given alone: HTTPS takes --tls-key, too"),
+    ],
+)
+def test_path_that_cannot_be_used_is_named(tmp_path: Path, name: str, path: str, words: str) -> None:
+    (tmp_path / "file").write_text("no keys")
+    (tmp_path / "loop").symlink_to("loop")
+    flags = {"repository": str(tmp_path), "data": str(tmp_path / "new")}
+    chosen = path if "\0" in path or "\udcff" in path else str(tmp_path / path)
+    values, _ = read_settings({**flags, name: chosen}, {})
+    [wrong] = find_unusable_paths(values)
+    assert words in f"{wrong.place}: {wrong.text}"
+    assert wrong.place == f"--{name.replace('_', '-')}"
+    assert len(wrong.text) < 350
+
+
+# Variables that nothing reads
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("LOADLEDGER_PROT", "did you mean LOADLEDGER_PORT?"),
+        ("LOADLEDGER_REPO", "did you mean LOADLEDGER_REPOSITORY?"),
+        ("LOADLEDGER_on_demand", "did you mean LOADLEDGER_ON_DEMAND?"),
+        ("LOADLEDGER_TOKENS", "did you mean LOADLEDGER_TOKEN?"),
+        ("LOADLEDGER_MAX_CONNECTIONS_PER_ADDRESS", "did you mean LOADLEDGER_MAX_CONNECTIONS?"),
+        ("LOADLEDGER_ZZZZZZZZ", "`loadledger serve --help` lists the settings"),
+        ("LOADLEDGER_", "`loadledger serve --help` lists the settings"),
+    ],
+)
+def test_unknown_variable_is_named_with_a_suggestion(name: str, advice: str) -> None:
+    [found] = unknown_variables({name: "a secret", "PATH": "/bin", "LOADLEDGERS": "1"})
+    assert found == (name, f"nothing reads it; {advice}")
+
+
+def test_variables_of_all_commands_and_of_compose_are_known() -> None:
+    read = {profile.URL, profile.TOKEN, profile.CA, profile.PROFILE, CONFIG_VARIABLE}
+    for name in (name for names in SECTIONS.values() for name in names):
+        command = find(name)
+        for each in [command, *(command.commands.values() if isinstance(command, click.Group) else ())]:
+            read |= {str(parameter.envvar) for parameter in each.params if parameter.envvar}
+    compose = (ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8")
+    read |= set(re.findall("LOADLEDGER_[A-Z_]+", compose))
+    assert read >= OF_OTHERS
+    read |= {setting.variable for setting in settings()}
+    assert list(unknown_variables(dict.fromkeys(read, "x"))) == []
+
+
+def test_service_links_of_kubernetes_are_known() -> None:
+    address = "tcp://10.0.0.1:8080"
+    service = {
+        "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "8080", "SERVICE_PORT_HTTP_V1": "8080", "PORT": address,
+        "PORT_8080_TCP": address, "PORT_8080_TCP_PROTO": "tcp", "PORT_8080_TCP_PORT": "8080",
+        "PORT_53_UDP_ADDR": "10.0.0.1",
+    }  # fmt: skip
+    for name in ("LOADLEDGER", "LOADLEDGER_CANARY_2"):
+        assert not list(unknown_variables({f"{name}_{key}": value for key, value in service.items()}))
+    assert [name for name, _ in unknown_variables({"LOADLEDGER_HTTP_PORT": "8080"})] == [
+        "LOADLEDGER_HTTP_PORT"
+    ]
+
+
+# The documentation
+
+
+PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(toml|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_example_of_the_page_is_valid_and_its_mistakes_are_told_as_shown(file: Path) -> None:
+    (_, example), (_, shown) = BLOCK.findall(PAGE)
+    file.write_text(example)
+    values, wrong = read_settings({"config": str(file)}, {})
+    assert (values["on_demand"], wrong) == ("on", [])
+    file.write_text(example.replace("port =", "prot =").replace("= 20\n", '= "20"\n'))
+    shown = shown.removeprefix("loadledger: ").replace("/etc/loadledger/server.toml", str(file))
+    assert mistakes({"config": str(file)}) == shown.splitlines()

@@ -23,8 +23,8 @@ from support.process import LIMIT_S, MODULE, QUIET, clean_environment
 
 from runtime.memory import descendants
 from server.app import all_routes
-from server.config import Config, load_config, settings
-from server.configfile import read_config_file
+from server.config import Config, settings
+from server.configsources import read_settings
 from server.connections.refusals import TooManyConnections
 from server.routes import Access
 
@@ -32,7 +32,6 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 UNIT = DEPLOY / "loadledger.service"
-KNOWN = {setting.name: setting for setting in settings()}
 VARIABLES = {setting.variable for setting in settings()} | {"LOADLEDGER_CONFIG"}
 OTHER_VARIABLES = {"LOADLEDGER_MODELS"}
 """Of the compose file itself."""
@@ -41,6 +40,12 @@ TEXTS = [ROOT / "Dockerfile", *sorted(path for path in DEPLOY.glob("*.*") if pat
 # A stop waits for handlers and then for connections, half of this each, and then ends the workers.
 DRAIN_S = Config(repository=Path(), data=Path()).drain_timeout_s
 LIMITS = {"s": 1, "m": 60}
+
+
+def read_valid(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
+    values, mistakes = read_settings(flags, environment)
+    assert not mistakes
+    return Config(**values)
 
 
 def instructions(name: str) -> list[str]:
@@ -113,7 +118,7 @@ def test_the_image_is_built_from_what_is_there_and_has_every_package_that_ships(
 
 
 def test_the_image_s_settings_are_valid_and_lie_where_its_volumes_are() -> None:
-    config = load_config({}, image_environment())
+    config = read_valid({}, image_environment())
     assert [str(config.data), str(config.repository)] == json.loads(instructions("VOLUME")[0])
     assert [str(config.port)] == instructions("EXPOSE")
     assert config.host == "0.0.0.0"
@@ -149,7 +154,7 @@ def test_compose_runs_the_image_with_nothing_that_it_does_not_need() -> None:
     assert targets == set(json.loads(instructions("VOLUME")[0]))
     assert asked["ports"] == ["127.0.0.1:8080:8080"]
     assert seconds(asked["stop_grace_period"]) > 2 * DRAIN_S
-    load_config({}, image_environment() | asked["environment"])
+    read_valid({}, image_environment() | asked["environment"])
     assert (DEPLOY / asked["build"]["context"] / "Dockerfile").is_file()
     assert (DEPLOY / asked["volumes"][0].partition(":-")[2].partition("}")[0] / "digits").is_dir()
 
@@ -222,7 +227,7 @@ def test_the_pod_s_settings_are_valid(tmp_path: Path) -> None:
     path = Path(environment.pop("LOADLEDGER_CONFIG"))
     assert path.name == name
     assert str(path.parent) in mounts
-    config = load_config({"config": tmp_path / name}, image_environment() | environment)
+    config = read_valid({"config": tmp_path / name}, image_environment() | environment)
     assert (config.data, config.log_format) == (Path("/data"), "json")
 
 
@@ -238,12 +243,12 @@ def test_the_unit_s_command_and_files_are_what_the_server_has() -> None:
     user = re.search(r"^u (\S+) ", (DEPLOY / "loadledger.sysusers").read_text(), re.MULTILINE)
     assert user
     assert said["User"] == said["Group"] == user[1]
-    values = read_config_file(DEPLOY / "server.toml", KNOWN)
-    assert values["data"] == Path("/var/lib") / said["StateDirectory"]
+    config = read_valid({"config": DEPLOY / "server.toml"}, {})
+    assert config.data == Path("/var/lib") / said["StateDirectory"]
 
 
 def test_the_models_of_the_example_configuration_are_put_there_by_the_page() -> None:
-    place = read_config_file(DEPLOY / "server.toml", KNOWN)["repository"]
+    place = read_valid({"config": DEPLOY / "server.toml"}, {}).repository
     assert f"sudo install -d {place} && sudo cp -r examples/digits {place}" in PAGES[0].read_text()
 
 
@@ -251,12 +256,10 @@ def test_every_line_of_the_example_configuration_is_valid(tmp_path: Path) -> Non
     text = (DEPLOY / "server.toml").read_text(encoding="utf-8")
     path = tmp_path / "server.toml"
     path.write_text(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
-    assert {"host", "port", "tls_cert", "tls_key", "trusted_proxies", "evict"} <= load_values(path).keys()
-
-
-def load_values(path: Path) -> Mapping[str, Any]:
-    load_config({"config": path}, {})
-    return read_config_file(path, KNOWN)
+    config = read_valid({"config": path}, {})
+    assert config.tls_cert is not None
+    assert config.trusted_proxies is not None
+    assert config.evict == "idle"
 
 
 @pytest.fixture

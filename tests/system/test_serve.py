@@ -252,7 +252,7 @@ async def test_every_setting_can_come_from_the_environment_and_does_what_it_says
         "memory_budget": "50%", "max_loaded": 3, "evict": "idle", "min_residency_s": 1,
         "keep_alive_s": 60, "strategy": "auto", "on_demand": "on", "warm_up": "off",
         "prepare": "off", "prepared_size": "5MB", "huge_pages": "off", "restore": "none",
-        "streams_per_subject": 3, "max_connections": 77, "max_connections_per_address": 7,
+        "streams_per_subject": 3, "max_connections": 77,
         "head_timeout_s": 3, "idle_timeout_s": 4,
         "log_format": "json", "log_level": "error", "log_inferences": 0.5, "otel": "off",
         "trace_inferences": 0.5, "metrics": "open",

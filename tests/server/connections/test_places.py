@@ -86,24 +86,6 @@ def test_who_gave_way_is_ended_when_more_than_the_reserve_has_take_their_time_to
     assert not places.leaving
 
 
-def test_the_bound_of_one_address_is_none_by_default_nor_for_this_machine_and_trusted_proxies(
-    tmp_path: Path,
-) -> None:
-    unbounded = Places.of(Config(repository=tmp_path, data=tmp_path))
-    assert not any(taken(unbounded).is_spare for _ in range(3))
-    config = Config(
-        repository=tmp_path,
-        data=tmp_path,
-        max_connections_per_address=1,
-        trusted_proxies="10.0.0.0/8,2001:db8::/32",
-    )
-    places = Places.of(config)
-    exempt = ("127.0.0.2", "::1", "::ffff:127.0.0.1", "10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1", None)
-    for address in exempt:
-        assert not any(taken(places, address).is_spare for _ in range(3))
-    assert [taken(places).is_spare for _ in range(2)] == [False, True]
-
-
 def test_connections_leave_descriptors_to_the_models_and_the_ledger(tmp_path: Path) -> None:
     places = Places.of(Config(repository=tmp_path, data=tmp_path, max_connections=7))
     assert places.most == 7

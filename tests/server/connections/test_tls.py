@@ -18,9 +18,9 @@ from support.http import when
 from support.models import save
 from support.process import serving
 
-from server.config import Config, check_files
+from server.check import load_config
+from server.config import Config, ConfigError
 from server.connections.tls import Certificate, TlsProblem, load_context
-from server.settings import ConfigError
 
 LIMIT_S = 30.0
 HEALTH_CHECK = Path(__file__).parents[3] / "deploy" / "healthcheck.py"
@@ -126,20 +126,15 @@ def test_a_key_that_is_too_short_is_refused_with_openssl_s_reason(tmp_path: Path
     assert "key too small" in refused((cert, key))
 
 
-def test_half_of_a_pair_is_refused_before_any_file_is_read(tmp_path: Path) -> None:
-    for given in ("tls_cert", "tls_key"):
-        with pytest.raises(ConfigError, match=f"--{given.replace('_', '-')} is given alone"):
-            Config(repository=tmp_path, data=tmp_path, **{given: tmp_path / "x"})  # type: ignore[arg-type]
-
-
 def test_files_that_cannot_be_used_are_told_when_serving_begins(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    config = Config(repository=tmp_path, data=tmp_path, tls_cert=files[0], tls_key=files[1])
-    check_files(config)
+    paths = {"repository": tmp_path, "data": tmp_path, "tls_cert": files[0], "tls_key": files[1]}
+    flags = {name: str(path) for name, path in paths.items()}
+    assert load_config(flags, {}).tls_cert == files[0]
     files[1].chmod(0o644)
     with pytest.raises(ConfigError, match=r"--tls-key: .* mode 0644"):
-        check_files(config)
+        load_config(flags, {})
 
 
 def test_a_certificate_that_has_expired_is_served_with_a_warning(

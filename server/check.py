@@ -1,0 +1,287 @@
+"""What `loadledger check` finds: mistakes in the configuration, in what it names, and in the models.
+
+`serve` refuses the same mistakes of the configuration, before it opens anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from events.jobs import LoadParameters
+from runtime.defaults import InvalidDefaults, defaults_name
+from runtime.errors import RuntimeProblem
+from runtime.machine import MemoryUnknown, budget_bytes, memory_limit
+from runtime.needs import need_of
+from runtime.processes.pool import WorkerPool
+from runtime.rehearsal import try_load
+from runtime.repository import MODEL_FILE, ModelVersion, Repository
+from runtime.scheduling.room import megabytes
+from runtime.survey import (
+    NO_ONNX,
+    Finding,
+    Severity,
+    names_in,
+    survey_model,
+    survey_version,
+)
+from server.api.parameters import default_parameters
+from server.auth.keyring import read_public_keys
+from server.auth.keys import KeyProblem
+from server.config import AUTO, ON, Config, ConfigError
+from server.configsources import Mistake, raise_mistakes, read_settings, unknown_variables
+from server.connections.tls import load_context
+
+OnVersion = Callable[[str], None]
+"""Called with each version that is about to be loaded."""
+_Candidate = tuple[ModelVersion, LoadParameters]
+"""A version that may be loaded, and with what."""
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What was checked, and found.
+
+    Attributes:
+        findings: in the order in which they were found.
+        models: how many have a version.
+        versions: how many these have together.
+        loaded: how many of those were loaded, to try them.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    models: int = 0
+    versions: int = 0
+    loaded: int = 0
+
+    @property
+    def fine(self) -> bool:
+        """Whether nothing is wrong; notes are not."""
+        return all(finding.severity is Severity.NOTE for finding in self.findings)
+
+    def members(self) -> dict[str, Any]:
+        """Return it for programs."""
+        findings = [
+            {"severity": each.severity.value, "place": each.place, "code": each.code, "text": each.text}
+            for each in self.findings
+        ]
+        counted = {"models": self.models, "versions": self.versions, "loaded": self.loaded}
+        return {"fine": self.fine, **counted, "findings": findings}
+
+
+def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
+    """Return the configuration to serve with.
+
+    Args:
+        flags: by the settings' names; None is not given.
+        environment: for what no flag says.
+
+    Raises:
+        ConfigError: all that is wrong with it and with the files that it names.
+    """
+    values, mistakes = read_settings(flags, environment, needed=("repository", "data"))
+    raise_mistakes([*mistakes, *find_unusable_paths(values)])
+    return Config(**values)
+
+
+def check_configuration(
+    flags: Mapping[str, Any], environment: Mapping[str, str], result: CheckResult
+) -> Config:
+    """Check a configuration and what it names; return it with defaults for what is not valid.
+
+    Raises:
+        ConfigError: no valid repository is given, so there is nothing to check.
+    """
+    values, mistakes = read_settings(flags, environment, needed=("repository",))
+    if "repository" not in values:
+        raise_mistakes(mistakes)
+    mistakes += find_unusable_paths(values)
+    result.findings += [Finding(place, "invalid_setting", text) for place, text in mistakes]
+    config = Config(**{"data": values["repository"], **values})  # nothing is written
+    result.findings += [*_check_memory(config), *_check_address(config)]
+    for place, text in unknown_variables(environment):
+        result.findings.append(Finding(place, "unknown_variable", text, Severity.NOTE))
+    return config
+
+
+def find_unusable_paths(values: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Look at what settings name, and yield what a server could not be started with."""
+    checks = {"repository": _check_repository, "data": _check_data, "jwt_keys": read_public_keys}
+    for name, check in checks.items():
+        if values.get(name) is not None:
+            yield from _find_mistake("--" + name.replace("_", "-"), check, values[name])
+    cert, key = values["tls_cert"], values["tls_key"]
+    if cert is not None and key is not None:
+        yield from _find_mistake("--tls-cert, --tls-key", load_context, cert, key)
+    elif cert is not None or key is not None:
+        given, other = ("--tls-key", "--tls-cert") if cert is None else ("--tls-cert", "--tls-key")
+        yield Mistake(given, f"is given alone: HTTPS takes {other}, too")
+
+
+def _find_mistake(place: str, check: Callable[..., object], *paths: Path) -> Iterator[Mistake]:
+    try:
+        check(*paths)
+    except (ConfigError, KeyProblem) as error:
+        yield Mistake(place, str(error))
+    except (OSError, ValueError) as error:  # ValueError: a character that no path has, or no UTF-8 one
+        reason = getattr(error, "strerror", None) or error
+        yield Mistake(place, f"{str(paths[0])!r:.200} cannot be looked at: {reason}; name another")
+
+
+def _check_repository(path: Path) -> None:
+    if not Repository(path).root.is_dir():
+        raise ConfigError(f"{str(path)!r:.200} is not a directory; create it or name another")
+
+
+def _check_data(path: Path) -> None:
+    with suppress(FileNotFoundError):  # it will be created
+        path.stat()
+    folder = next(each for each in (path, *path.parents) if each.exists())
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a directory; name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        text = f"{folder} may not be written by the user that this runs as: correct its mode or owner"
+        raise ConfigError(text)
+
+
+def _check_memory(config: Config) -> Iterator[Finding]:
+    try:
+        limit = memory_limit()
+    except MemoryUnknown as error:
+        yield Finding("--memory-budget", error.code, str(error))
+        return
+    budget = budget_bytes(config.memory_budget, limit.bytes)
+    if budget > limit.bytes:
+        text = f"{budget} bytes are more than the {limit.bytes} that the {limit.source} allows"
+        yield Finding("--memory-budget", "beyond_limit", text, Severity.NOTE)
+
+
+def _check_address(config: Config) -> Iterator[Finding]:
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        yield Finding("--host", "no_address", f"{config.host!r} cannot be resolved: {error}")
+        return
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            hint = "; another process does, which may be the server" if taken else ""
+            text = f"{config.host}:{config.port} cannot be listened on: {error.strerror}{hint}"
+            yield Finding("--port", "no_address", text, Severity.NOTE if taken else Severity.PROBLEM)
+            return
+
+
+def check_repository(
+    config: Config, result: CheckResult, *, limit_s: float | None, on_version: OnVersion
+) -> None:
+    """Check the models of a repository; what is found is added to the result.
+
+    Args:
+        config: where the repository is, and how it would be served.
+        result: of the configuration's check.
+        limit_s: how long each version is given to load, in a worker of its own, one after the other; with
+            None, none is loaded.
+        on_version: see `OnVersion`.
+    """
+    try:
+        repository = Repository(config.repository)
+        names = names_in(repository.root)
+    except (OSError, ValueError) as error:
+        if not any(each.place == "--repository" for each in result.findings):
+            text = f"cannot be listed: {getattr(error, 'strerror', error)}"
+            result.findings.append(Finding("--repository", "unreadable", text))
+        return
+    served = repository.models()
+    result.models = len(served)
+    if not served:
+        text = f"{repository.root} has no model that could be served"
+        result.findings.append(Finding("--repository", "empty", text, Severity.NOTE))
+    candidates: list[_Candidate] = []
+    for name in names:
+        result.findings += survey_model(repository, name)
+        if name in served:
+            candidates += _check_versions(repository, name, config, result)
+    if limit_s is not None and candidates:
+        asyncio.run(_load_all(repository, candidates, config, result, limit_s=limit_s, on_version=on_version))
+
+
+def _check_versions(
+    repository: Repository, model_id: str, config: Config, result: CheckResult
+) -> Iterator[_Candidate]:
+    """Look at the files of a model, and yield the versions that are worth a load."""
+    parameters: LoadParameters | None = None
+    try:
+        parameters = default_parameters(repository, model_id, config)
+    except InvalidDefaults as error:  # no load is accepted before that is mended
+        file = defaults_name(model_id)
+        result.findings.append(Finding(file, error.code, str(error).removeprefix(file).lstrip(": ")))
+    for version in repository.versions(model_id):
+        try:
+            found = repository.resolve(model_id, version)
+        except RuntimeProblem:  # somebody has just taken it away
+            continue
+        result.versions += 1
+        findings = list(survey_version(repository, found))
+        if parameters is not None:
+            findings += _check_size(found, parameters, _budget(config))
+            if all(finding.code == NO_ONNX for finding in findings):
+                yield found, parameters
+        result.findings += findings
+
+
+def _check_size(found: ModelVersion, parameters: LoadParameters, budget: int) -> Iterator[Finding]:
+    """Yield whether the server would refuse the load for its size alone, as its scheduler does."""
+    need = need_of(found.files, found.version, parameters, ())
+    if need.bytes > budget:
+        text = (
+            f"needs some {megabytes(need.bytes)} of memory, as its files are, and the budget is"
+            f" {megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
+            f" {defaults_name(found.model_id)} if it takes less"
+        )
+        yield Finding(_place(found), "insufficient_memory", text)
+
+
+async def _load_all(
+    repository: Repository,
+    candidates: list[_Candidate],
+    config: Config,
+    result: CheckResult,
+    *,
+    limit_s: float,
+    on_version: OnVersion,
+) -> None:
+    budget, is_huge = _budget(config), config.huge_pages == AUTO
+    pool = WorkerPool(threads=config.threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
+    try:
+        await pool.open()
+        for found, parameters in candidates:
+            place = _place(found)
+            on_version(place)
+            guess = (f"{place}/{MODEL_FILE}", NO_ONNX)  # of the look at the file: the load knows
+            result.findings = [each for each in result.findings if (each.place, each.code) != guess]
+            try:
+                await try_load(pool, repository, found, parameters, budget_bytes=budget, limit_s=limit_s)
+                result.loaded += 1
+            except RuntimeProblem as problem:
+                result.findings.append(Finding(place, problem.code, str(problem)))
+    finally:
+        await pool.close()
+
+
+def _budget(config: Config) -> int:
+    return budget_bytes(config.memory_budget, memory_limit().bytes)
+
+
+def _place(found: ModelVersion) -> str:
+    return f"{found.model_id}/{found.version}"

@@ -1,0 +1,185 @@
+"""Reading the settings: an option before its variable, that before the file, and that before the default.
+
+The file is TOML whose keys are the settings' names. Whatever is wrong in one of the sources is told together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from marshmallow import ValidationError, fields
+
+from server.config import PREFIX, ConfigError, Setting, settings
+
+_log = logging.getLogger(__name__)
+
+CONFIG_VARIABLE = f"{PREFIX}CONFIG"
+OF_OTHERS = frozenset(
+    f"{PREFIX}{name}" for name in ("URL", "TOKEN", "CA", "PROFILE", "ROLE", "SUBJECT", "EXPIRES", "MODELS")
+)
+"""What other commands read, and our file for Docker Compose: it may be set where a server is started, too."""
+
+_FIELDS = {str: fields.String, Path: fields.String, int: fields.Integer, float: fields.Float}
+_TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text in quotes"),
+    Path: ((str,), "a path in quotes"),
+    int: ((int,), "a whole number without quotes"),
+    float: ((int, float), "a number without quotes"),
+}
+"""The types that a kind of setting has in a file, and what it is to people."""
+
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP|SCTP)")
+"""Kubernetes sets such variables, and one that ends in _PORT, for each Service in every pod beside it."""
+
+
+class Mistake(NamedTuple):
+    """What is wrong with the configuration, and where: an option, a variable, or a key of the file."""
+
+    place: str
+    text: str
+
+
+class _Given(NamedTuple):
+    """A value, where it stands, and the folder of the file if it is one's."""
+
+    place: str
+    value: Any
+    folder: Path | None = None
+
+
+def read_settings(
+    flags: Mapping[str, Any],
+    environment: Mapping[str, str],
+    *,
+    needed: Collection[str] = (),
+    only: Collection[str] = (),
+) -> tuple[dict[str, Any], list[Mistake]]:
+    """Read the settings.
+
+    Args:
+        flags: by the settings' names; None is not given. `config` names the file.
+        environment: LOADLEDGER_CONFIG names the file, unless the flag does.
+        needed: which of those without a default have to be given.
+        only: which are read, for a command that needs no others; none stands for all.
+
+    Returns:
+        The settings that are given or have a default, and all that is wrong with the others.
+    """
+    file, mistakes = _read_file(flags.get("config"), environment)
+    values: dict[str, Any] = {}
+    for setting in settings():
+        if only and setting.name not in only:
+            continue
+        given = _find(setting, flags, environment, file)
+        if not setting.required:
+            values[setting.name] = setting.default
+        if given is None and setting.name in needed:
+            source = f"set {setting.variable}, or {setting.name} in the file that --config names"
+            mistakes.append(Mistake(setting.flag, f"is missing: give it or {source}"))
+        elif given is not None:
+            try:
+                values[setting.name] = _convert(setting, given)
+            except ValidationError as error:
+                mistakes.append(_refused(given, error))
+    return values, mistakes
+
+
+def raise_mistakes(mistakes: Sequence[Mistake]) -> None:
+    """Refuse a configuration, if there are any.
+
+    Raises:
+        ConfigError: there are.
+    """
+    if mistakes:
+        raise ConfigError("\n".join(f"{place}: {text}" for place, text in mistakes))
+
+
+def _find(
+    setting: Setting, flags: Mapping[str, Any], environment: Mapping[str, str], file: Mapping[str, _Given]
+) -> _Given | None:
+    if flags.get(setting.name) is not None:
+        return _Given(setting.flag, flags[setting.name])
+    if setting.variable in environment:
+        return _Given(setting.variable, environment[setting.variable])
+    return file.get(setting.name)
+
+
+def _convert(setting: Setting, given: _Given) -> Any:
+    """Return a value of the setting's kind.
+
+    Raises:
+        ValidationError: it is not valid.
+    """
+    types, wanted = _TOML[setting.kind]
+    if given.folder is not None and type(given.value) not in types:  # a boolean is no number
+        raise ValidationError(f"Must be {wanted}.")
+    value = _FIELDS[setting.kind](validate=setting.validator).deserialize(given.value)
+    return (given.folder or Path()) / value if setting.kind is Path else value
+
+
+def _refused(given: _Given, error: ValidationError) -> Mistake:
+    text = f"{given.value!r:.80} is refused. {' '.join(map(str, error.messages))}"
+    if given.place == f"{PREFIX}PORT" and "://" in given.value:
+        text += (
+            " Kubernetes sets this variable for a Service named loadledger: use enableServiceLinks: false."
+        )
+    return Mistake(given.place, text)
+
+
+def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[str, _Given], list[Mistake]]:
+    """Return what the file gives, if one is named, and the keys in it that are no settings."""
+    name = environment.get(CONFIG_VARIABLE) if flag is None else flag
+    if name is None:
+        return {}, []
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark, which is no TOML
+        document = tomllib.loads(text)
+    except OSError as error:
+        return {}, [Mistake("--config", f"{name!r:.200} cannot be read: {error.strerror}; name another file")]
+    except ValueError as error:  # it is not UTF-8 or not TOML, or the path has a character that none has
+        return {}, [Mistake("--config", f"{name!r:.200} is not TOML: {error}")]
+    file = {key: _Given(f"{path}{_line(text, key)}: {key}", document[key], path.parent) for key in document}
+    known = {setting.name for setting in settings()}
+    return file, [_unknown_key(key, file[key], known) for key in file if key not in known]
+
+
+def _unknown_key(key: str, given: _Given, known: Collection[str]) -> Mistake:
+    if isinstance(given.value, dict):
+        return Mistake(given.place, "there is no such setting; settings stand at the top, under no [table]")
+    return Mistake(given.place, f"there is no such setting; {_suggestion(key, known)}")
+
+
+def _line(text: str, key: str) -> str:
+    """Return the line where a key of the top level stands, to put behind the file's name."""
+    found = re.search(rf"""^[ \t\["']*{re.escape(key)}\b""", text, re.MULTILINE)
+    return "" if found is None else f":{1 + text.count(chr(10), 0, found.start())}"
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[Mistake]:
+    """Yield the variables that begin as settings do and that nothing reads: one may be mistyped."""
+    known = {*(setting.variable for setting in settings()), CONFIG_VARIABLE, *OF_OTHERS}
+    for name, value in sorted(environment.items()):
+        is_link = _SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in value)
+        if name.startswith(PREFIX) and name not in known and not is_link:
+            yield Mistake(name, f"nothing reads it; {_suggestion(name, known)}")
+
+
+def warn_of_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Log one line that names them, if there are any. Their values may be secrets, and are not shown."""
+    unknown = [f"{name}: {text}" for name, text in unknown_variables(environment)]
+    if unknown:
+        _log.warning("variables that nothing reads: %s", "; ".join(unknown))
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    plain = {each.removeprefix(PREFIX).lower(): each for each in known}
+    typed = name.removeprefix(PREFIX).lower().replace("-", "_")
+    near = difflib.get_close_matches(typed, plain, n=1, cutoff=0.5)  # enough that REPO is REPOSITORY
+    return f"did you mean {plain[near[0]]}?" if near else "`loadledger serve --help` lists the settings"
