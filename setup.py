@@ -51,7 +51,6 @@ setup(
         "aiosqlite>=0.22,<0.23",
         "apispec>=6.8,<7",
         "click>=8.1",
-        "limits>=5",
         "marshmallow>=4,<5",
         "msgspec>=0.20",
         "numpy>=2",

@@ -10,9 +10,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-import limits
 from marshmallow import ValidationError, validate
 
 from runtime.machine import budget_bytes
@@ -32,6 +31,10 @@ MANY = 1_000_000
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
+_PERIODS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_RATE = re.compile(
+    r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
+)
 
 Validator = Callable[[Any], object]
 
@@ -55,21 +58,25 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
-def parse_limit(text: str) -> limits.RateLimitItem | None:
-    """Return a rate limit; None where there is none.
+class RateLimit(NamedTuple):
+    """So many requests in a window of so many seconds."""
+
+    amount: int
+    window_s: int
+
+
+def parse_limit(text: str) -> RateLimit | None:
+    """Return a rate limit, like 600/minute or 20 per 5 minutes; None for off.
 
     Raises:
         ValueError: the text is neither; the error's says what it must be.
     """
     if text == OFF:
         return None
-    try:
-        [limit] = limits.parse_many(text)
-    except ValueError:
-        limit = None
-    if limit is None or limit.amount < 1:
+    found = _RATE.fullmatch(text)
+    if found is None:
         raise ValueError(f"Must be one limit like 600/minute, or {OFF}.")
-    return limit
+    return RateLimit(int(found[1]), int(found[2] or 1) * _PERIODS_S[found[3].lower()])
 
 
 def _parsed(parse: Callable[[str], object]) -> Validator:

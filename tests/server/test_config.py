@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from loadledger.cli import profile
 from loadledger.cli.main import SECTIONS, find, main
 from server.check import find_unusable_paths, load_config
-from server.config import Config, ConfigError, parse_size, settings
+from server.config import Config, ConfigError, parse_limit, parse_size, settings
 from server.configsources import CONFIG_VARIABLE, OF_OTHERS, read_settings, unknown_variables
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def test_command_reads_only_the_settings_it_needs() -> None:
 REFUSED = {
     "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "0", "loads_at_once": "-1",
     "timeout_s": "0 3601", "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
-    "limit_reads": "many 0/minute 1/second;10/minute OFF", "max_loaded": "-1 1.5",
+    "limit_reads": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
     "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8GB nan% " + "9" * 5000,
     "evict": "on", "min_residency_s": "-1 nan", "keep_alive_s": "-2 31536001 1.5",
     "strategy": "Beside", "on_demand": "1", "warm_up": "yes", "prepare": "auto",
@@ -158,6 +158,17 @@ def test_value_at_the_edge_is_taken(name: str, values: tuple[object, ...]) -> No
 )  # fmt: skip
 def test_size_has_units(size: str, expected: int) -> None:
     assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("600/minute", (600, 60)), ("1/second", (1, 1)), ("7 per 2 minutes", (7, 120)), ("5/Hour", (5, 3600)),
+        ("9 / 3 days", (9, 259_200)), ("off", None),
+    ],
+)  # fmt: skip
+def test_limit_has_an_amount_and_a_window(limit: str, expected: tuple[int, int] | None) -> None:
+    assert parse_limit(limit) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import limits
 import pytest
 from aiohttp import web
 from aiohttp_apispec import json_schema
@@ -9,6 +8,7 @@ from pytest_aiohttp import AiohttpClient
 from support.smallapp import bearer, route, small_app, small_config
 
 from server.auth.ratelimit import RateLimited, RateLimits, Windows, peer_of
+from server.config import RateLimit
 from server.errors import QUOTA_EXCEEDED
 from server.routes import Access, LimitClass
 
@@ -129,7 +129,7 @@ async def test_requests_without_credentials_lock_nobody_out(
 
 
 def test_a_full_memory_forgets_the_least_recently_used_counter() -> None:
-    windows = Windows(limits.parse("9/minute"), Clock(), capacity=2)
+    windows = Windows(RateLimit(9, 60), Clock(), capacity=2)
     for key in ("a", "b", "a", "c", "a"):
         windows.count(key)
     assert [windows.counted(key)[0] for key in ("a", "b", "c")] == [3, 0, 1]
