@@ -134,7 +134,9 @@ def _refused(given: _Given, error: ValidationError) -> Mistake:
 
 def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[str, _Given], list[Mistake]]:
     """Return what the file gives, if one is named, and the keys in it that are no settings."""
-    name = environment.get(CONFIG_VARIABLE) if flag is None else flag
+    source, name = (
+        ("--config", flag) if flag is not None else (CONFIG_VARIABLE, environment.get(CONFIG_VARIABLE))
+    )
     if name is None:
         return {}, []
     path = Path(name)
@@ -142,9 +144,9 @@ def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[s
         text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark, which is no TOML
         document = tomllib.loads(text)
     except OSError as error:
-        return {}, [Mistake("--config", f"{name!r:.200} cannot be read: {error.strerror}; name another file")]
-    except ValueError as error:  # it is not UTF-8 or not TOML, or the path has a character that none has
-        return {}, [Mistake("--config", f"{name!r:.200} is not TOML: {error}")]
+        return {}, [Mistake(source, f"{name!r:.200} cannot be read: {error.strerror}; name another file")]
+    except (ValueError, RecursionError) as error:  # or not UTF-8, or the path has a NUL
+        return {}, [Mistake(source, f"{name!r:.200} is not TOML: {error}")]
     file = {key: _Given(f"{path}{_line(text, key)}: {key}", document[key], path.parent) for key in document}
     known = {setting.name for setting in settings()}
     return file, [_unknown_key(key, file[key], known) for key in file if key not in known]

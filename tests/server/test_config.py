@@ -179,7 +179,7 @@ def test_limit_has_an_amount_and_a_window(limit: str, expected: tuple[int, int] 
         ({"trusted_proxies": "10.0.0.1/8"}, {}, "that is 10.0.0.0/8"),
         ({"config": ""}, {}, "--config: '' cannot be read"),
         ({"config": "/dev/stdin\0"}, {}, "--config"),
-        ({}, {"LOADLEDGER_CONFIG": "/nowhere"}, "'/nowhere' cannot be read: No such file"),
+        ({}, {"LOADLEDGER_CONFIG": "/nowhere"}, "LOADLEDGER_CONFIG: '/nowhere' cannot be read: No such file"),
     ],
 )
 def test_mistake_says_what_to_do(flags: dict[str, str], environment: dict[str, str], words: str) -> None:
@@ -221,6 +221,7 @@ def test_zero_loads_at_once_means_the_cores() -> None:
         ('data = "~/x"', "data: '~/x' is refused. Must name a path, and written out"),
         ("data = 7", "Must be a path in quotes."),
         ("port = ", "is not TOML: Invalid value (at line 4"),
+        (f"port = {'[' * 100_000}", "is not TOML: "),
     ],
 )
 def test_mistake_in_file_names_line_and_key(file: Path, line: str, words: str) -> None:
