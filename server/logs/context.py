@@ -53,15 +53,14 @@ class RequestLog(Log):
     """The event log, which remembers of unfinished jobs who asked for them first.
 
     Attributes:
-        remembers: whether; who sets it forgets them, too.
+        behind: the requests behind jobs, by job; whoever tells of a job's end removes it.
         started_at: the position of this server's `ServerStarted`.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.remembers = False
         self.started_at = 0
-        self._behind: OrderedDict[str, RequestContext] = OrderedDict()
+        self.behind: OrderedDict[str, RequestContext] = OrderedDict()
 
     async def submit(self, command: Command) -> Receipt:
         """Submit as `Log` does, and note what becomes of it with the request behind it."""
@@ -69,8 +68,10 @@ class RequestLog(Log):
         context = CONTEXT.get()
         if context is not None and receipt.job_id is not None:
             context.job_id, context.position = receipt.job_id, receipt.position
-            if self.remembers and receipt.job_id in self.state.jobs:
-                self._remember(receipt.job_id, context)
+            if receipt.job_id in self.state.jobs:
+                self.behind.setdefault(receipt.job_id, context)
+            if len(self.behind) > MAX_JOBS:
+                self.behind.popitem(last=False)
         return receipt
 
     async def server_started(self) -> Receipt:
@@ -78,19 +79,6 @@ class RequestLog(Log):
         receipt = await super().server_started()
         self.started_at = receipt.position
         return receipt
-
-    def request_behind(self, job_id: str | None) -> RequestContext | None:
-        """Return the request that asked for a job, if that was since the start, and not the server itself."""
-        return self._behind.get(job_id or "")
-
-    def forget(self, job_id: str | None) -> None:
-        """Forget the request behind a job: it has ended."""
-        self._behind.pop(job_id or "", None)
-
-    def _remember(self, job_id: str, context: RequestContext) -> None:
-        self._behind.setdefault(job_id, context)
-        if len(self._behind) > MAX_JOBS:
-            self._behind.popitem(last=False)
 
 
 def begin_context(request: web.BaseRequest) -> RequestContext:

@@ -52,49 +52,34 @@ ENDS = (ModelLoaded, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
 
 
 class LedgerLines:
-    """Tells each event from the start of the server on; `run` has to run.
-
-    Args:
-        log: what is observed.
-        reader: how.
-        on_job_end: is told of each job that has ended, if anything is.
-    """
+    """Tells each event from the start of the server on, and `on_job_end` of each job that has ended."""
 
     def __init__(self, log: RequestLog, reader: Reader, on_job_end: OnJobEnd | None) -> None:
         self._log = log
         self._reader = reader
         self._on_job_end = on_job_end
         self._told = max(0, log.started_at - 1)
-        self._closing = asyncio.Event()
-        log.remembers = True
+        self._closing = False
 
     async def run(self) -> None:
         """Tell what happens until `close`, and then what had happened by then; a defect is logged."""
         wakeup = self._log.subscribe()
         try:
-            while not self._closing.is_set():
+            while not self._closing:
                 await self._catch_up()
-                await self._pause(PACE_S)
+                await asyncio.sleep(PACE_S)
                 await wakeup.wait()
                 wakeup.clear()
             await self._catch_up()
         except Exception:  # noqa: BLE001 - whatever it is, it is about log lines alone
             _log.exception("what the ledger says is not logged any more; the server goes on")
         finally:
-            self._log.remembers = False
             self._log.unsubscribe(wakeup)
 
     def close(self) -> None:
         """Have `run` return soon."""
-        self._closing.set()
+        self._closing = True
         self._log.notify()
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._closing.wait()
-        except TimeoutError:
-            return
 
     async def _catch_up(self) -> None:
         """Tell what is new, but not beyond the head as it is here: who asked for that is not known yet."""
@@ -106,16 +91,16 @@ class LedgerLines:
                     self._told = event.position
             except LedgerProblem as error:
                 _log.warning("the ledger's log lines wait: %s", error)
-                await self._pause(RETRY_S)
+                await asyncio.sleep(RETRY_S)
                 return
             if not events:  # what is archived by now was not told
                 self._told = head
 
     async def _tell(self, event: Event) -> None:
-        behind, job = self._log.request_behind(event.job_id), None
+        behind, job = self._log.behind.get(event.job_id or ""), None
         if isinstance(event.data, ENDS) and event.job_id is not None:
             job = await self._reader.job(event.job_id)
-            self._log.forget(event.job_id)
+            self._log.behind.pop(event.job_id, None)
         context = Context()
         context.run(CONTEXT.set, behind)
         context.run(_write, event, job)

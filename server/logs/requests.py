@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
+from limits import RateLimitItemPerMinute
 
 from server.appkeys import CONFIG, PRINCIPAL, PROXIES
+from server.auth.ratelimit import Windows
 from server.errors import CODE
 from server.logs.context import CONTEXT, REQUEST_ID, RequestContext, begin_context
 from server.logs.forms import fields
@@ -27,40 +29,19 @@ RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 MAX_PATH_CHARACTERS = 512
 MAX_STRANGERS = 60
 """Lines in a minute about requests of nobody: anybody may send those, and must not fill the log."""
-MINUTE_S = 60.0
 
 REFUSED, FAULT = 400, 500
 
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[0-9]{1,9}))?/infer")
 
 
-class Strangers:
-    """Bounds the lines about requests without valid credentials."""
-
-    def __init__(self) -> None:
-        self._until_s = 0.0
-        self._lines = 0
-        self._left_out = 0
-
-    def admit(self) -> int | None:
-        """Return how many lines were left out before this one; None where this one is, too."""
-        now_s = time.monotonic()
-        if now_s >= self._until_s:
-            self._until_s, self._lines = now_s + MINUTE_S, 0
-        if self._lines >= MAX_STRANGERS:
-            self._left_out += 1
-            return None
-        self._lines += 1
-        left_out, self._left_out = self._left_out, 0
-        return left_out
-
-
 def log_middleware() -> Middleware:
     """Return the middleware that logs requests; it stands before all others, and changes nothing."""
-    strangers = Strangers()
+    strangers, left_out = Windows(RateLimitItemPerMinute(MAX_STRANGERS), time.monotonic, capacity=1), 0
 
     @web.middleware
     async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+        nonlocal left_out
         context, route, began_s = begin_context(request), matched_route(request), time.perf_counter()
         if route is not None and route.limit is LimitClass.INFERENCE and request.method == hdrs.METH_POST:
             return await handler(request)
@@ -68,13 +49,14 @@ def log_middleware() -> Middleware:
         try:
             response = await handler(request)
         finally:
-            told = _told(request, route)
-            level: int | None = _level(request, route, response)
-            if level is not None and _is_stranger(request, response):
-                left_out = strangers.admit()
-                level, told["left_out"] = (None if left_out is None else level), left_out or None
-            if level is not None:
+            told, level = _told(request, route), _level(request, route, response)
+            if PRINCIPAL in request or response is None or response.status < REFUSED:
                 _write(level, context, began_s, response, **told)
+            elif strangers.count("")[0] <= MAX_STRANGERS:
+                _write(level, context, began_s, response, **told, left_out=left_out or None)
+                left_out = 0
+            else:
+                left_out += 1
         return response
 
     return log_request
@@ -147,11 +129,6 @@ def _level(request: web.Request, route: Route | None, response: web.StreamRespon
         return logging.WARNING
     manages = route is not None and route.limit is LimitClass.MANAGEMENT and PRINCIPAL in request
     return logging.INFO if manages or status >= REFUSED else logging.DEBUG
-
-
-def _is_stranger(request: web.Request, response: web.StreamResponse | None) -> bool:
-    """Whether this is the line of a refusal that anybody can have."""
-    return PRINCIPAL not in request and response is not None and response.status >= REFUSED
 
 
 def _told(request: web.Request, route: Route | None) -> dict[str, object]:

@@ -36,6 +36,9 @@ from server.routes import matched_route
 
 PROPAGATOR = TraceContextTextMapPropagator()
 
+PARTS = ("starting", "loading", "warming_up", "measuring")
+"""Of a load, one after the other; its files are hashed beside them, which is no part of its own."""
+
 CLOSE_S = 3.0
 """How long the end of the server waits for who takes the spans."""
 
@@ -164,16 +167,11 @@ def _stages(job: Job, end: Event, ended_ns: int) -> Iterator[tuple[str, int, int
     if not isinstance(end.data, ModelLoaded):
         yield ("draining" if job.unload is not None else "loading"), started_ns, ended_ns
         return
-    took = end.data.durations  # the files are hashed beside it, which is no part of its own
-    parts = {
-        "starting": took.starting_us,
-        "loading": took.loading_us,
-        "warming_up": took.warming_up_us,
-        "measuring": took.measuring_us,
-    }
-    for name, duration_us in _known(parts).items():
-        first_ns, started_ns = started_ns, min(started_ns + int(duration_us) * 1000, ended_ns)
-        yield name, first_ns, started_ns
+    for name in PARTS:
+        duration_us: int | None = getattr(end.data.durations, f"{name}_us")
+        if duration_us is not None:
+            first_ns, started_ns = started_ns, min(started_ns + duration_us * 1000, ended_ns)
+            yield name, first_ns, started_ns
 
 
 def _ns(timestamp: str) -> int:
