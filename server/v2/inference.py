@@ -19,8 +19,14 @@ from server.connections.bodies import Share
 from server.connections.direct import DirectResponse
 from server.errors import ServerProblem, errors
 from server.routes import Access, LimitClass, Route
-from server.v2.decoding import HEADER_LENGTH, InferenceRequest, decode_request, header_length
-from server.v2.encoding import encode_response
+from server.v2.codec import (
+    HEADER_LENGTH,
+    InferenceRequest,
+    decode_raw,
+    decode_request,
+    encode_response,
+    header_length,
+)
 from server.v2.protocol import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
@@ -30,7 +36,6 @@ from server.v2.protocol import (
     ReadySchema,
     metadata,
 )
-from server.v2.rawbody import decode_raw
 from server.validation import path_parameters, read_encoded_body
 
 

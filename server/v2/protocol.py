@@ -9,7 +9,7 @@ from marshmallow import fields
 from runtime.router import Route
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema
-from server.v2.decoding import HEADER_LENGTH
+from server.v2.codec import HEADER_LENGTH
 
 MAX_BODY_BYTES = 64 * 2**20
 """Triton's default (`--http-max-input-size`)."""

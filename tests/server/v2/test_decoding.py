@@ -21,8 +21,14 @@ from runtime.wire import (
     encode,
     heads,
 )
-from server.v2.decoding import MAX_HEAD_BYTES, MAX_INPUTS, InferenceRequest, decode_request, header_length
-from server.v2.rawbody import decode_raw
+from server.v2.codec import (
+    MAX_HEAD_BYTES,
+    MAX_INPUTS,
+    InferenceRequest,
+    decode_raw,
+    decode_request,
+    header_length,
+)
 
 MIB = 2**20
 JSON_DATATYPES = sorted(DATATYPES.keys() - {"FP16", "BF16"})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.events import PLAIN
 
 from runtime.wire import DATATYPES, Tensor
-from server.v2.encoding import encode_response
+from server.v2.codec import encode_response
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 
