@@ -208,7 +208,7 @@ BAD: tuple[tuple[str | bytes, str], ...] = (
     (ONE.replace("[1, 2]", "{}"), "flat list"),
     (ONE.replace("[1, 2]", "null"), "flat list"),
     (ONE.replace(', "data": [1, 2]', ""), "data is missing"),
-    (ONE.replace("[2]", "[-1]"), "not a shape"),
+    (ONE.replace("[2]", "[-1]"), "$.inputs[0].shape[0]"),
     (ONE.replace("[2]", "[1.5]"), "shape"),
     (ONE.replace("[2]", "[true]"), "shape"),
     (ONE.replace("[2]", "2"), "shape"),
@@ -228,7 +228,7 @@ BAD: tuple[tuple[str | bytes, str], ...] = (
     (f'{{"inputs": [{ONE}], "outputs": [{{"name": "z"}}]}}', "no output 'z'"),
     (f'{{"inputs": [{ONE}], "outputs": ["y"]}}', "outputs"),
     (f'{{"inputs": [{ONE}], "id": 1}}', "id"),
-    (f'{{"inputs": [{ONE}], "parameters": {{"a": [1]}}}}', "parameter 'a'"),
+    (f'{{"inputs": [{ONE}], "parameters": {{"a": [1]}}}}', "$.parameters"),
     (f'{{"inputs": [{ONE}], "parameters": {{"sequence_id": 7}}}}', "sequence_id"),
     (f'{{"inputs": [{ONE}], "parameters": {{"timeout": -1}}}}', "timeout"),
     (
