@@ -68,13 +68,10 @@ from server.logs.requests import add_request_id, log_middleware
 from server.metrics.requests import HTTP_COUNTS, HttpCounts, counting_middleware
 from server.metrics.scrape import SCRAPES, Scrapes, metrics_routes
 from server.routes import Route, add_routes
-from server.v2.awaited import Means
-from server.v2.demand import Demand
 from server.v2.inference import inference_routes
-from server.v2.protocol import MAX_BODY_BYTES
+from server.v2.metadata import MAX_BODY_BYTES, server_routes
+from server.v2.ondemand import Demand, Means, Setbacks
 from server.v2.repository import repository_routes
-from server.v2.server import server_routes
-from server.v2.setbacks import Setbacks
 from server.validation import validation_middleware
 
 _log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from server.config import Config
 from server.connections.bodies import Bodies
 from server.ledger.streams import Streams
 from server.routes import ROUTES
-from server.v2.demand import Demand
+from server.v2.ondemand import Demand
 
 BODIES = web.AppKey("bodies", Bodies)
 GATE = web.AppKey("gate", Gate)

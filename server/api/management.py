@@ -18,8 +18,7 @@ from events.commands import RequestUnload
 from events.models import Model, ModelState
 from runtime.errors import UnknownModel
 from runtime.repository import Repository
-from server.api.idempotency import IdempotencySchema, idempotency
-from server.api.jobs import PREFER, submit
+from server.api.jobs import PREFER, IdempotencySchema, idempotency, submit
 from server.api.parameters import requested_load
 from server.api.schemas import (
     AtQuerySchema,

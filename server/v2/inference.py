@@ -27,7 +27,7 @@ from server.v2.codec import (
     encode_response,
     header_length,
 )
-from server.v2.protocol import (
+from server.v2.metadata import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
     INFERENCE_RESPONSE,

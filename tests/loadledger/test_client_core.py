@@ -34,7 +34,7 @@ from loadledger.problems import (
 )
 from loadledger.records import Event, Job
 from loadledger.tensors import flat, shape_of, tensors
-from server.api.idempotency import key_in
+from server.api.jobs import key_in
 
 TOKEN = "s3cr3t-token"
 NAMES = set(vars(loadledger)["__all__"])

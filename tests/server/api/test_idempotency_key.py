@@ -15,7 +15,7 @@ from support.http import LIMIT_S, Answer, LocalApi
 from support.models import save
 
 from events.types import CancelRequested, LoadRequested, UnloadRequested
-from server.api.idempotency import MAX_KEY_CHARACTERS, IdempotencySchema, key_in
+from server.api.jobs import MAX_KEY_CHARACTERS, IdempotencySchema, key_in
 
 Start = Callable[..., Awaitable[LocalApi]]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.api.prefer import MAX_WAIT_S, wait_s
+from server.api.jobs import MAX_WAIT_S, wait_s
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,7 @@ from events.commands import FileStat, RequestLoad
 from events.models import ModelState
 from events.types import Cause
 from runtime.errors import InferenceTimeout, QueueFull
-from server.v2.awaited import Means
-from server.v2.demand import Demand
-from server.v2.setbacks import DemandFailed, Setbacks
+from server.v2.ondemand import Demand, DemandFailed, Means, Setbacks
 
 
 class Demanding:

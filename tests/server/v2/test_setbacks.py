@@ -3,7 +3,7 @@
 import pytest
 
 from events.models import Model
-from server.v2.setbacks import LONGEST_PAUSE_S, MAX_SETBACKS, DemandFailed, Setbacks
+from server.v2.ondemand import LONGEST_PAUSE_S, MAX_SETBACKS, DemandFailed, Setbacks
 
 WISH = ("m", None)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
-from server.v2.bodies import NotSupported, asked_load, asked_ready, check_unload
+from server.v2.tritonconfig import NotSupported, asked_load, asked_ready, check_unload
 from server.validation import InvalidBody
 
 JSON = st.recursive(
@@ -115,7 +115,12 @@ def test_what_no_configuration_can_be_is_refused(config: object, told: str) -> N
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("", "config: not JSON"), ("{", "config: not JSON"), ('{"a": 1, "a": 2}', "twice"), ("[" * 40, "deep")],
+    [
+        ("", "config: not JSON"),
+        ("{", "config: not JSON"),
+        ('{"a": 1, "a": 2}', "twice"),
+        ("[" * 40 + "]" * 40, "deep"),
+    ],
 )
 def test_a_configuration_is_strict_json_in_a_string(text: str, told: str) -> None:
     with pytest.raises(InvalidBody, match=told):

@@ -10,7 +10,7 @@ from support.models import FLOAT, save
 
 from events.jobs import LoadParameters
 from runtime.wire import DATATYPES, TensorSpec
-from server.v2.modelconfig import data_type, model_config
+from server.v2.tritonconfig import data_type, model_config
 
 ROW = (None, 4)
 """A batch of any size, of four numbers each."""

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from events.jobs import Failure, LoadParameters
 from events.models import Model, ModelState, PendingLoad, Serving
-from server.v2.index import index
+from server.v2.repository import index
 
 SERVING = Serving("job", 2, 9, "", "alice", ("worker",), (), 1, 1, LoadParameters())
 LOADED = Model("m", ModelState.LOADED, SERVING, last_version=2)

@@ -1,23 +1,102 @@
-"""What the repository extension's requests carry, read strictly: what is not done is refused by its name.
+"""Triton's model configuration: that of a loaded model, and what a load may be asked for with it.
 
-Triton's clients declare no Content-Type, so none is asked for. A load may bring a model configuration, as
-JSON in a string. It may say what is so anyway, and choose what `HONOURED` has.
+The repository extension's requests are read strictly: what is not done is refused by its name. Triton's
+clients declare no Content-Type, so none is asked for. A load may bring a model configuration, as JSON in a
+string. It may say what is so anyway, and choose what `HONOURED` has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from marshmallow import fields
 
+from events.jobs import LoadParameters
 from runtime.repository import MODEL_FILE
+from runtime.wire import DATATYPES, TensorSpec
 from server import strictjson
+from server.api.schemas import AnswerSchema
 from server.errors import ServerProblem
-from server.v2.modelconfig import BACKEND
-from server.v2.protocol import PLATFORM
 from server.validation import MAX_JSON_BYTES, InvalidBody, read_body
+
+PLATFORM = "onnxruntime_onnx"
+"""What Triton calls ONNX models."""
+
+BACKEND = "onnxruntime"
+"""What Triton calls what runs ONNX models."""
+
+
+class ConfiguredTensorSchema(AnswerSchema):
+    """An input or output; `dims` are without the batch dimension where `max_batch_size` is not 0."""
+
+    name = fields.String(required=True)
+    data_type = fields.String(required=True)
+    dims = fields.List(fields.Integer(), required=True)
+    reshape = fields.Dict(metadata={"description": "What the model takes, where that is no dimension."})
+    optional = fields.Boolean(metadata={"description": "Of an input: it may be left out."})
+
+
+class ModelConfigSchema(AnswerSchema):
+    """The configuration."""
+
+    name = fields.String(required=True)
+    platform = fields.String(required=True)
+    backend = fields.String(required=True)
+    version_policy = fields.Dict(required=True, metadata={"description": "The one version that is loaded."})
+    max_batch_size = fields.Integer(required=True)
+    input = fields.List(fields.Nested(ConfiguredTensorSchema), required=True)
+    output = fields.List(fields.Nested(ConfiguredTensorSchema), required=True)
+    instance_group = fields.List(fields.Dict(), required=True)
+    dynamic_batching = fields.Dict(metadata={"description": "Only there where requests run together."})
+    default_model_filename = fields.String(required=True)
+    model_transaction_policy = fields.Dict(required=True)
+
+
+def model_config(
+    model_id: str,
+    version: int,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    parameters: LoadParameters,
+) -> dict[str, Any]:
+    """Return the configuration of a loaded version, from what its load was asked for with."""
+    batched = parameters.max_batch_size > 0
+    config = {
+        "name": model_id,
+        "platform": PLATFORM,
+        "backend": BACKEND,
+        "version_policy": {"specific": {"versions": [version]}},
+        "max_batch_size": parameters.max_batch_size,
+        "input": [{**_tensor(spec, batched=batched), "optional": spec.optional} for spec in inputs],
+        "output": [_tensor(spec, batched=batched) for spec in outputs],
+        "instance_group": [{"name": f"{model_id}_0", "kind": "KIND_CPU", "count": parameters.instances}],
+        "default_model_filename": MODEL_FILE,
+        "model_transaction_policy": {"decoupled": False},
+    }
+    if batched:
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": parameters.max_queue_delay_us}
+    return config
+
+
+def data_type(datatype: str) -> str:
+    """Return what the configuration calls a datatype; of what the protocol has no name for, TYPE_INVALID."""
+    if datatype not in DATATYPES:
+        return "TYPE_INVALID"
+    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+
+
+def _tensor(spec: TensorSpec, *, batched: bool) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": data_type(spec.datatype), **_dims(spec.shape, batched=batched)}
+
+
+def _dims(shape: Sequence[int], *, batched: bool) -> dict[str, Any]:
+    """`dims` must not be empty in Triton's format, so a scalar is a vector of one that is reshaped."""
+    dims = list(shape[1:] if batched else shape)
+    return {"dims": dims} if dims else {"dims": [1], "reshape": {"shape": []}}
+
 
 HONOURED = ("max_batch_size", "dynamic_batching", "instance_group", "version_policy")
 """What a load's configuration may choose. Whatever else there is belongs to the model, or is not ours."""

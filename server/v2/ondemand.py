@@ -1,11 +1,12 @@
-"""A model that inferences wait for: asked for once, watched once, and all who wait are told at once."""
+"""Load on demand: an inference for a model that is not loaded has it loaded, and waits, where that is on."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 from events.commands import RequestLoad
 from events.errors import LedgerProblem
@@ -13,10 +14,97 @@ from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log
 from events.models import Model, ModelState
 from events.reader import Reader
-from runtime.errors import InvalidModelId, QueueFull, RuntimeProblem, UnknownModel, UnknownVersion
-from runtime.router import Router
+from runtime.errors import (
+    InferenceTimeout,
+    InvalidModelId,
+    QueueFull,
+    RuntimeProblem,
+    UnknownModel,
+    UnknownVersion,
+)
+from runtime.leases import Leases
+from runtime.router import ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
 from server.errors import ServerProblem
-from server.v2.setbacks import DemandFailed, Setbacks, Wish
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+"""As a lost model's (DESIGN.md, "Crash")."""
+MAX_SETBACKS = 1000
+"""Beyond so many the oldest is forgotten: that model is then tried sooner than it might be, nothing else."""
+
+Wish = tuple[str, int | None]
+"""A model, and the version of it that is named; None is whatever version the repository has to offer."""
+
+
+class DemandFailed(ServerProblem):
+    """The model could not be loaded on demand.
+
+    Args:
+        detail: why.
+        retry_after_s: before that, it is not tried again on demand.
+        http_headers: such as where the job is.
+    """
+
+    code = "load_failed"
+
+    def __init__(
+        self, detail: str = "", retry_after_s: float = 1, *, http_headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(detail, http_headers=http_headers)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Setback:
+    """The last failure; `model` is what was recorded right after it."""
+
+    reason: str
+    model: Model | None
+    pause_s: float
+    until_s: float
+
+
+class Setbacks:
+    """The failures that count: those after which nothing else has happened to the model."""
+
+    def __init__(self) -> None:
+        self._by_wish: dict[Wish, _Setback] = {}
+
+    def check(self, wish: Wish, model: Model | None, now_s: float) -> None:
+        """Let pass what may be asked for; forgets a failure that somebody's load or unload has outdated.
+
+        Raises:
+            DemandFailed: `load_failed`, with the reason of the last time.
+        """
+        setback = self._by_wish.get(wish)
+        if setback is None:
+            return
+        if setback.model is not model:
+            del self._by_wish[wish]
+        elif now_s < setback.until_s:
+            told = f"{setback.reason}; it is tried again when asked in {setback.until_s - now_s:.1f} s"
+            raise DemandFailed(told, setback.until_s - now_s)
+
+    def note(self, wish: Wish, reason: str, before: Model | None, after: Model | None, now_s: float) -> float:
+        """Remember a failure, and return how many seconds the wish is to rest.
+
+        Args:
+            wish: what was asked for.
+            reason: for those who ask meanwhile.
+            before: the model as recorded when it was asked for.
+            after: and when that had failed; for other versions, this attempt is no news.
+            now_s: on the loop's clock.
+        """
+        last = self._by_wish.pop(wish, None)
+        pause_s = FIRST_PAUSE_S if last is None else min(LONGEST_PAUSE_S, last.pause_s * 2)
+        for other, setback in self._by_wish.items():
+            if other[0] == wish[0] and setback.model is before:
+                self._by_wish[other] = replace(setback, model=after)
+        self._by_wish[wish] = _Setback(reason, after, pause_s, now_s + pause_s)
+        while len(self._by_wish) > MAX_SETBACKS:
+            del self._by_wish[next(iter(self._by_wish))]
+        return pause_s
+
 
 _log = logging.getLogger(__name__)
 
@@ -234,3 +322,81 @@ class Awaited:
                 del self._waiting[told]
                 if not told.done():
                     told.set_result(outcome)
+
+
+class Demand:
+    """The models that inferences wait for.
+
+    Args:
+        means: what it takes to have them loaded.
+        leases: held as long as an inference waits, and until it is answered.
+        on: whether inferences have models loaded at all.
+    """
+
+    def __init__(self, means: Means, leases: Leases, *, on: bool) -> None:
+        self._means = means
+        self._leases = leases
+        self._on = on
+        self._awaited: dict[str, Awaited] = {}
+
+    async def close(self) -> None:
+        """End all waits; what was asked for goes on."""
+        await asyncio.gather(*(awaited.close() for awaited in self._awaited.values()))
+
+    def waiting(self, model_id: str) -> int:
+        """Return how many inferences wait for a model."""
+        awaited = self._awaited.get(model_id)
+        return awaited.waiting if awaited is not None else 0
+
+    @asynccontextmanager
+    async def loaded(
+        self, model_id: str, version: int | None, subject: str, ends_at_s: float
+    ) -> AsyncIterator[None]:
+        """Have a model loaded that nobody could be asked of, and keep it from being evicted meanwhile.
+
+        On entry it can be asked, if it is asked at once.
+
+        Args:
+            model_id: which.
+            version: the one that is named, or None.
+            subject: who asks; the load is requested in the name of the first who does.
+            ends_at_s: on the loop's clock, when the inference is given up.
+
+        Raises:
+            RuntimeProblem: where this is off, what `Router.route_or_why` raises.
+            ModelNotLoaded: `model_not_loaded`, another version is loaded: that is not replaced on demand.
+            InferenceTimeout: `inference_timeout`.
+            Exception: what `Awaited.wait` raises.
+        """
+        if not self._on:
+            await self._means.router.route_or_why(model_id, version)
+            yield
+            return
+        with self._leases.hold(model_id):
+            while not self._can_be_asked(model_id, version):
+                await self._wait(model_id, version, subject, ends_at_s)
+            yield
+
+    def _can_be_asked(self, model_id: str, version: int | None) -> bool:
+        try:
+            self._means.router.route(model_id, version)
+        except OtherVersionLoaded:
+            raise
+        except (ModelNotLoaded, ModelUnloading):
+            return False
+        return True
+
+    async def _wait(self, model_id: str, version: int | None, subject: str, ends_at_s: float) -> None:
+        awaited = self._awaited.get(model_id)
+        if awaited is None:
+            awaited = Awaited(model_id, self._means, lambda: self._forget(model_id))
+            self._awaited[model_id] = awaited
+        try:
+            async with asyncio.timeout_at(ends_at_s):
+                await awaited.wait(version, subject)
+        except TimeoutError:
+            told = f"model '{model_id}' could not be asked within the inference's time: {awaited.reason()}"
+            raise InferenceTimeout(told) from None
+
+    def _forget(self, model_id: str) -> None:
+        self._awaited.pop(model_id, None)
