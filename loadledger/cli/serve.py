@@ -115,6 +115,6 @@ def _number(count: int, what: str) -> str:
 @click.command()
 def demo() -> None:
     """Load, ask, swap and unload a real model, and show the ledger."""
-    from server.demo import run  # noqa: PLC0415 - as above
+    from loadledger.cli.demo import run  # noqa: PLC0415 - as above
 
     sys.exit(run())

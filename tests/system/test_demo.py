@@ -14,8 +14,9 @@ from support.process import LIMIT_S, MODULE, clean_environment
 from support.workers import freeze, until
 
 from bench.memory import tree_bytes
+from loadledger.cli import demo
+from loadledger.problems import NotFound, ServerUnreachable
 from runtime.memory import descendants
-from server import demo
 
 MB = 2**20
 
@@ -65,15 +66,17 @@ async def test_a_demo_whose_server_dies_says_what_is_not_so_and_ends_with_1() ->
 
 
 def test_an_error_of_the_server_is_told_with_its_detail(repository: Path, tmp_path: Path) -> None:
-    told = r"/load succeeds: 404, .*'digits'"
-    with demo._serving(repository, tmp_path / "data") as server, pytest.raises(demo._Failed, match=told):
+    with (
+        demo._serving(repository, tmp_path / "data") as server,
+        pytest.raises(NotFound, match=r"404: .*'digits'"),
+    ):
         server.load(1)
 
 
 def test_a_server_that_does_not_answer_is_told(killed: demo._Server) -> None:
     killed.process.kill()
     killed.process.wait()
-    with pytest.raises(demo._Failed, match=r"unload succeeds: .*Connection refused"):
+    with pytest.raises(ServerUnreachable, match="refused"):
         killed.unload()
 
 

@@ -18,20 +18,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from typing import Any, NoReturn
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import click
 
+from events.listing import Asked
 from events.reader import open_reader
-from events.types import Event, LoadRequested, ModelLoaded, ModelUnloaded, UnloadRequested
 from events.verify import verify
+from loadledger.cli.eventlines import event_line
+from loadledger.client import Client
+from loadledger.problems import ClientProblem
 from runtime.memory import descendants, parse_field
 from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, issue_token
@@ -41,62 +39,31 @@ MAX_KEPT_BYTES = 8 * 2**20
 
 START_LIMIT_S = 60
 STOP_LIMIT_S = 60
-ANSWER_LIMIT_S = 90
-"""Longer than the longest `Prefer: wait`, so that the server's answer comes first."""
 GONE_LIMIT_S = 10
 _MB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    url: str
     process: subprocess.Popen[str]
-    data: Path
-    admin: str
-    predict: str
-
-    def call(self, method: str, path: str, token: str, body: object = None) -> dict[str, Any]:
-        """Send one request and return the JSON answer.
-
-        Raises:
-            _Failed: the server answers with an error, whose detail is passed on, or not at all.
-        """
-        headers = {
-            "Authorization": f"Bearer {token}",
-            "Content-Type": "application/json",
-            "Prefer": "wait=60",
-        }
-        data = json.dumps(body).encode() if body is not None else None
-        request = Request(self.url + path, data, headers, method=method)  # noqa: S310 - our own URL
-        try:
-            with urlopen(request, timeout=ANSWER_LIMIT_S) as answer:  # noqa: S310
-                parsed: dict[str, Any] = json.loads(answer.read())
-        except HTTPError as error:
-            with error:
-                raise _Failed(f"{method} {path} succeeds: {error.code}, {_detail_of(error)}") from None
-        except (OSError, HTTPException) as error:
-            raise _Failed(f"{method} {path} succeeds: {error}") from None
-        return parsed
+    admin: Client
+    predict: Client
 
     def load(self, version: int) -> float:
         """Load a version of the digits and return the milliseconds from request to ready."""
         began = time.perf_counter()
-        job = self.call("POST", "/api/v1/models/digits/load", self.admin, {"version": version})
-        _require(job["status"] == "completed", f"the job completes: {job['error']}")
+        self.admin.load("digits", version, wait=True, on_away=_fail)
         return 1000 * (time.perf_counter() - began)
 
     def unload(self) -> float:
         """Unload the digits and return the milliseconds until their process was gone."""
         began = time.perf_counter()
-        job = self.call("POST", "/api/v1/models/digits/unload", self.admin)
-        _require(job["status"] == "completed", f"the job completes: {job['error']}")
+        self.admin.unload("digits", wait=True, on_away=_fail)
         return 1000 * (time.perf_counter() - began)
 
     def accuracy(self, digits: dict[str, Any]) -> float:
         """Classify all held-out digits over HTTP and return the share that is right."""
-        inputs = digits["inputs"]
-        tensor = {"name": "pixels", "datatype": "FP32", "shape": [len(inputs), 64], "data": inputs}
-        answer = self.call("POST", "/v2/models/digits/infer", self.predict, {"inputs": [tensor]})
+        answer = self.predict.infer("digits", {"pixels": digits["inputs"]})
         labels = next(output["data"] for output in answer["outputs"] if output["name"] == "label")
         right = [said == true for said, true in zip(labels, digits["labels"], strict=True)]
         return float(sum(right)) / len(right)
@@ -118,9 +85,13 @@ class _Failed(Exception):
     pass
 
 
+def _fail(problem: ClientProblem) -> NoReturn:
+    """Give up where a client would wait for a server that went away."""
+    raise problem
+
+
 def run() -> int:
     """Show it; return 0 if all of it was so, else 1."""
-    console = Console(highlight=False)
     examples = resources.files("server.examples")
     digits = json.loads((examples / "digits.json").read_text(encoding="utf-8"))
     try:
@@ -128,30 +99,30 @@ def run() -> int:
             resources.as_file(examples) as repository,
             tempfile.TemporaryDirectory(prefix="loadledger-demo-") as folder,
         ):
-            _show(console, repository, Path(folder) / "data", digits)
-    except _Failed as failure:
-        console.print(f"[red]not so:[/] {escape(str(failure))}", soft_wrap=True)
+            _show(repository, Path(folder) / "data", digits)
+    except (_Failed, ClientProblem) as failure:
+        click.echo(f"{click.style('not so:', fg='red')} {failure}")
         return 1
     return 0
 
 
-def _show(console: Console, repository: Path, data: Path, digits: dict[str, Any]) -> None:
+def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
     with _serving(repository, data) as server:
-        console.print(f"[bold]loadledger[/] serves {server.url}; alice is its admin, bob may predict\n")
+        click.echo(f"loadledger serves {server.admin.url}; alice is its admin, bob may predict\n")
         _warm_up(server, digits)
         before, nothing_loaded = server.memory_bytes(), server.processes()
-        first = _load(console, server, 1, nothing_loaded)
+        first = _load(server, 1, nothing_loaded)
         with_model = server.memory_bytes()
-        plain = _classify(console, server, 1, digits)
-        second = _load(console, server, 2, nothing_loaded | {first})
-        better = _classify(console, server, 2, digits)
+        plain = _classify(server, 1, digits)
+        second = _load(server, 2, nothing_loaded | {first})
+        better = _classify(server, 2, digits)
         _require(better > plain, "version 2 is better than version 1")
         _require(_is_gone(first), f"process {first} of version 1 is gone after the swap")
         took_ms = server.unload()
         _require(_is_gone(second), f"process {second} is gone after the unload")
-        console.print(f"unloaded in {took_ms:.0f} ms: process {second} is gone")
-        _memory(console, before, with_model, server.memory_bytes())
-    _ledger(console, data / LEDGER)
+        click.echo(f"unloaded in {took_ms:.0f} ms: process {second} is gone")
+        _memory(before, with_model, server.memory_bytes())
+    _ledger(data / LEDGER)
 
 
 @contextmanager
@@ -171,7 +142,11 @@ def _serving(repository: Path, data: Path) -> Iterator[_Server]:
     ) as process:
         try:
             url = _announced(process)
-            yield _Server(url, process, data, _token(data, "alice", "admin"), _token(data, "bob", "predict"))
+            with (
+                Client(url, token=_token(data, "alice", "admin")) as admin,
+                Client(url, token=_token(data, "bob", "predict")) as predict,
+            ):
+                yield _Server(process, admin, predict)
         except BaseException:  # that is what is told; the server goes without a word
             process.kill()
             raise
@@ -210,69 +185,43 @@ def _warm_up(server: _Server, digits: dict[str, Any]) -> None:
     server.unload()
 
 
-def _load(console: Console, server: _Server, version: int, others: set[int]) -> int:
+def _load(server: _Server, version: int, others: set[int]) -> int:
     took_ms = server.load(version)
     new = server.processes() - others
     _require(len(new) == 1, "the model has a process of its own")
     pid = new.pop()
-    console.print(f"version {version} loaded in {took_ms:.0f} ms, in a process of its own: {pid}")
+    click.echo(f"version {version} loaded in {took_ms:.0f} ms, in a process of its own: {pid}")
     return pid
 
 
-def _classify(console: Console, server: _Server, version: int, digits: dict[str, Any]) -> float:
+def _classify(server: _Server, version: int, digits: dict[str, Any]) -> float:
     accuracy = server.accuracy(digits)
     count = len(digits["labels"])
-    console.print(f"version {version} reads {accuracy:.1%} of {count} handwritten digits right, over HTTP\n")
+    click.echo(f"version {version} reads {accuracy:.1%} of {count} handwritten digits right, over HTTP\n")
     return accuracy
 
 
-def _memory(console: Console, before: int, with_model: int, after: int) -> None:
-    console.print(
+def _memory(before: int, with_model: int, after: int) -> None:
+    click.echo(
         f"memory of all processes: {before / _MB:.1f} MB before, {with_model / _MB:.1f} MB with a model, "
-        f"{after / _MB:.1f} MB after (mapped files aside)\n",
-        soft_wrap=True,
+        f"{after / _MB:.1f} MB after (mapped files aside)\n"
     )
     _require(before, "the kernel says how much memory a process has")
     _require(after <= before + MAX_KEPT_BYTES, "all the model's memory is back")
 
 
-def _ledger(console: Console, path: Path) -> None:
-    table = Table(title="the ledger", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("#", "time", "who", "what", "model", "detail"):
-        table.add_column(name, justify="right" if name == "#" else "left", no_wrap=True)
-    for event in asyncio.run(_events(path)):
-        model = f"{event.model_id}/{event.version}" if event.model_id else ""
-        when = event.recorded_at[11:23]
-        table.add_row(str(event.position), when, event.actor, event.type, model, _detail(event))
-    console.print(table)
+def _ledger(path: Path) -> None:
+    click.secho("the ledger", bold=True)
+    for line in asyncio.run(_lines(path)):
+        click.echo(event_line(line))
     verification = verify(path)
     _require(verification.verified, f"the chain verifies: {verification.finding}")
-    console.print(f"chain verified: {verification.events} events, head {verification.hash.hex()[:16]}…")
+    click.echo(f"chain verified: {verification.events} events, head {verification.hash.hex()[:16]}…")
 
 
-async def _events(path: Path) -> list[Event]:
+async def _lines(path: Path) -> list[bytes]:
     async with open_reader(path) as reader:
-        return await reader.events(0)
-
-
-def _detail(event: Event) -> str:
-    match event.data:
-        case LoadRequested(cause=cause) | UnloadRequested(cause=cause):
-            return cause.value
-        case ModelLoaded(files=files, memory_bytes=memory_bytes):
-            return f"{memory_bytes / _MB:.1f} MB, sha256 {files[0].sha256[:8]}…"
-        case ModelUnloaded(freed_bytes=freed_bytes):
-            return f"{freed_bytes / _MB:.1f} MB freed"
-    return ""
-
-
-def _detail_of(error: HTTPError) -> str:
-    """Return what the body of an error says, as it is if it is none of the server's."""
-    text = error.read().decode(errors="replace")
-    try:
-        return str(json.loads(text)["detail"])
-    except (ValueError, TypeError, LookupError):
-        return text or error.reason
+        return [event.line for event in (await reader.event_page(Asked())).items]
 
 
 def _anonymous_bytes(pid: int) -> int:
