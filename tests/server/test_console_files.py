@@ -9,8 +9,7 @@ from aiohttp.test_utils import TestClient
 from pytest_aiohttp import AiohttpClient
 from support.smallapp import small_app, small_config
 
-from server.console import console_routes
-from server.docs.page import docs_routes
+from server.pages import console_routes, docs_routes
 from server.routes import Access, LimitClass
 
 Client = TestClient[web.Request, web.Application]

@@ -11,7 +11,7 @@ from playwright.async_api import Browser
 from support.browser import LIMIT_MS, Console, chromium, needs_browser
 from support.smallapp import small_app, small_config
 
-from server.console import console_routes
+from server.pages import console_routes
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 

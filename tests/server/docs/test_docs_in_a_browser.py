@@ -11,8 +11,8 @@ from support.smallapp import small_app, small_config
 from server.app import all_routes
 from server.appkeys import OPENAPI
 from server.docs.openapi import openapi_yaml
-from server.docs.page import docs_routes
 from server.health import show_openapi
+from server.pages import docs_routes
 from server.routes import Access, LimitClass, Route
 
 LIMIT_S = 60

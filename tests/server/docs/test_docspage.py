@@ -6,7 +6,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp import AiohttpClient
 
-from server.docs.page import docs_routes
+from server.pages import docs_routes
 from server.routes import Access, LimitClass, add_routes
 
 Client = TestClient[web.Request, web.Application]
