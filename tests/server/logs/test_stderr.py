@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.logs import stderr
-from server.logs.stderr import LAST_LINES, MAX_LINES, DroppingHandler, logging_to
+from server.logs.stderr import LAST_LINES, logging_to
 
 LIMIT_S = 20.0
 FORM = logging.Formatter()
@@ -28,13 +28,12 @@ def notice(dropped: int) -> str:
 
 
 @contextmanager
-def piped(max_lines: int = MAX_LINES) -> Iterator[tuple[int, int, DroppingHandler]]:
-    """Give a small pipe's two ends, and what writes to it."""
+def small_pipe() -> Iterator[tuple[int, int]]:
+    """Give a pipe's two ends; who still writes to it at the end is waited for."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     try:
-        with logging_to(writing, FORM, max_lines) as handler:
-            yield reading, writing, handler
+        yield reading, writing
     finally:
         with suppress(OSError):
             os.close(reading)  # and who still writes is told, and ends
@@ -74,7 +73,7 @@ def test_lines_come_in_their_order_and_whole(tmp_path: Path) -> None:
 
 
 def test_who_does_not_read_holds_nobody_up_and_is_told_what_was_dropped() -> None:
-    with piped(max_lines=200) as (reading, _, handler):
+    with small_pipe() as (reading, writing), logging_to(writing, FORM, max_lines=200) as handler:
         for number in range(1000):
             log(handler, f"{number:04} {'x' * 94}")
         received, (numbers, dropped) = b"", told(b"")
@@ -90,36 +89,38 @@ def test_who_does_not_read_holds_nobody_up_and_is_told_what_was_dropped() -> Non
 
 def test_at_the_end_what_is_queued_is_written_and_what_was_dropped_is_said() -> None:
     read = list[list[str]]()
-    with piped(max_lines=90) as (reading, _, handler):
-        for number in range(300):
-            log(handler, f"{number:04} {'x' * 94}")
-        last = notice(handler.dropped) if handler.dropped else f"0299 {'x' * 94}"
-        reader = threading.Thread(target=lambda: read.append(lines_of(reading, last)))
-        reader.start()
-    reader.join(LIMIT_S)
+    with small_pipe() as (reading, writing):
+        with logging_to(writing, FORM, max_lines=90) as handler:
+            for number in range(300):
+                log(handler, f"{number:04} {'x' * 94}")
+            last = notice(handler.dropped) if handler.dropped else f"0299 {'x' * 94}"
+            reader = threading.Thread(target=lambda: read.append(lines_of(reading, last)))
+            reader.start()
+        reader.join(LIMIT_S)
     numbers, dropped = told("\n".join([*read[0], ""]).encode())
     assert (len(numbers) + dropped, numbers) == (300, sorted(set(numbers)))
 
 
 def test_the_end_does_not_wait_for_ever_for_who_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stderr, "FLUSH_S", 0.1)
-    with piped() as (_, _, handler):
-        for _ in range(1000):
-            log(handler, "x" * 99)
-        began_s = time.monotonic()
-    assert time.monotonic() - began_s < LIMIT_S
-    log(handler, "too late")  # and harms nobody
+    with small_pipe() as (_, writing):
+        with logging_to(writing, FORM) as handler:
+            for _ in range(1000):
+                log(handler, "x" * 99)
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < LIMIT_S
+        log(handler, "too late")  # and harms nobody
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:
-    with piped() as (reading, _, handler):
+    with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
         os.close(reading)
         for _ in range(100):
             log(handler, "nobody reads this")
 
 
 def test_a_pipe_that_others_made_non_blocking_loses_nothing() -> None:
-    with piped() as (reading, writing, handler):
+    with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
         os.set_blocking(writing, False)
         for number in range(200):
             log(handler, f"{number:03} {'x' * 95}")
@@ -127,7 +128,7 @@ def test_a_pipe_that_others_made_non_blocking_loses_nothing() -> None:
 
 
 def test_a_line_that_cannot_be_made_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
-    with piped() as (reading, _, handler):
+    with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
         handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "%d", ("no number",), None))
         log(handler, "next")
         assert lines_of(reading, "next") == ["next"]
