@@ -58,13 +58,15 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
     try:
         compared = rebuild.is_current(connection)
         fold = _fold_at_base(connection, *base, compared=compared)
-        fold.follow(connection.execute("SELECT position, body, hash FROM events ORDER BY position"))
-        _check_archives(connection, *base)
-        _check_base_state(connection, base[0])
-        if compared:
-            _compare(connection, fold)
-            _compare_snapshots(fold)
-        _check_length(connection, path, fold.position)
+        rows = connection.execute("SELECT position, body, hash FROM events ORDER BY position")
+        finding = fold.follow(rows)
+        if finding is None:
+            _check_archives(connection, *base)
+            _check_base_state(connection, base[0])
+            if compared:
+                _compare(connection, fold)
+                _compare_snapshots(fold)
+            _check_length(connection, path, fold.position)
     except Bad as bad:
         finding = bad.finding
     except sqlite3.DatabaseError as error:
