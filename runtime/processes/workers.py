@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 from runtime import memory
 from runtime.errors import (
@@ -14,12 +15,13 @@ from runtime.errors import (
     InferenceCancelled,
     InferenceFailed,
     InvalidInput,
+    LoadRefused,
     NotRepresentable,
+    PrepareCode,
     QueueFull,
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.processes.awaited import AwaitedForm, AwaitedLoad
 from runtime.processes.channel import Channel
 from runtime.processes.forkclient import Child
 from runtime.processes.inflight import Answer, InFlight
@@ -111,6 +113,42 @@ class PrepareOrder:
     most_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """A load, or a form to be made, that has not been answered yet.
+
+    Attributes:
+        order: what the worker was told.
+        answer: who waits for it.
+        on_stage: is told of each step of a load.
+    """
+
+    order: Load | Prepare
+    answer: asyncio.Future[Any]
+    on_stage: Callable[[str], None] | None = None
+
+    def may_end_with(self, message: Loaded | PrepareDone | LoadFailed) -> bool:
+        """Tell whether a worker may say this: it names the files, and no others, that it was told of."""
+        match self.order, message:
+            case Load(), Loaded():
+                form = self.order.prepared and self.order.prepared.sha256
+                return _paths(message.files) == self.order.files and message.prepared in {None, form}
+            case Load(), LoadFailed():
+                return message.code not in get_args(PrepareCode)
+            case Prepare(), PrepareDone():
+                return _paths(message.sources) == self.order.files
+        return isinstance(message, LoadFailed)
+
+    def settle(self, message: Loaded | PrepareDone | LoadFailed) -> None:
+        """Hand the answer to who waits for it, who may have gone."""
+        if self.answer.done():
+            return
+        if isinstance(message, LoadFailed):
+            self.answer.set_exception(LoadRefused(message.code, plain_text(message.message)))
+        else:
+            self.answer.set_result(message)
+
+
 class Worker:
     """One worker process; a pool's `start` makes them.
 
@@ -133,8 +171,7 @@ class Worker:
         self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
         self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
         self._ids = itertools.count()
-        self._loading: AwaitedLoad | None = None
-        self._preparing: AwaitedForm | None = None
+        self._awaited: _Awaited | None = None
         self._stopping = False
         self._last_words: asyncio.TimerHandle | None = None
 
@@ -179,10 +216,7 @@ class Worker:
         """
         # For so long, what is cancelled may wait for others to run with.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
-        answer: asyncio.Future[LoadReport] = self._loop.create_future()
-        form = None if order.prepared is None else order.prepared.sha256
-        self._loading = AwaitedLoad(answer, on_stage, order.files, form)
-        self._send(
+        report: LoadReport = await self._answer_to(
             Load(
                 str(order.root),
                 str(order.folder),
@@ -199,8 +233,9 @@ class Worker:
                 heads(order.warm_up_inputs),
             ),
             order.warm_up_inputs,
+            on_stage,
         )
-        return await answer
+        return report
 
     async def prepare(self, order: PrepareOrder) -> PrepareReport:
         """Make a prepared form of a model; once per worker instead of a load. It ends by itself after that.
@@ -213,9 +248,7 @@ class Worker:
             LoadRefused: with the code of the reason: `prepare_failed`, `disk_full`, or one of a load's.
             WorkerDied: `worker_died`.
         """
-        answer: asyncio.Future[PrepareReport] = self._loop.create_future()
-        self._preparing = AwaitedForm(answer, order.files)
-        self._send(
+        report: PrepareReport = await self._answer_to(
             Prepare(
                 str(order.root),
                 str(order.folder),
@@ -228,7 +261,7 @@ class Worker:
                 order.most_bytes,
             )
         )
-        return await answer
+        return report
 
     async def infer(
         self,
@@ -310,6 +343,16 @@ class Worker:
         self._stderr.note(f"killed by the server: an inference did not stop within {patience_s:g} s")
         self.kill()
 
+    async def _answer_to(
+        self,
+        order: Load | Prepare,
+        tensors: Sequence[Tensor] = (),
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Any:
+        self._awaited = awaited = _Awaited(order, self._loop.create_future(), on_stage)
+        self._send(order, tensors)
+        return await awaited.answer
+
     def _send(self, message: Load | Prepare | Infer, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
             raise WorkerDied(self.ended.result())
@@ -320,16 +363,14 @@ class Worker:
         if type(message) is Outcome and message.id in self._in_flight:  # first, for it comes most often
             self._in_flight.settle(message.id, (message, tensors))
             return
+        awaited = self._awaited
         match message:
-            case Stage(stage) if self._loading is not None:
-                self._loading.on_stage(stage)
-            case Loaded() | LoadFailed() if self._loading is not None and self._loading.may_end_with(message):
-                self._loading.settle(message)
+            case Stage(stage) if awaited is not None and awaited.on_stage is not None:
+                awaited.on_stage(stage)
+            case Loaded() | PrepareDone() | LoadFailed() if awaited and awaited.may_end_with(message):
+                awaited.settle(message)
                 self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
-                self._loading = None
-            case PrepareDone() | LoadFailed() if self._preparing and self._preparing.may_end_with(message):
-                self._preparing.settle(message)
-                self._preparing = None
+                self._awaited = None
             case Failure(number, code, text) if number in self._in_flight:
                 self._in_flight.settle(number, PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
             case _:
@@ -363,6 +404,9 @@ class Worker:
         self._stderr.close()
         self.ended.set_result(end)
         self._in_flight.abandon(end)
-        for asked in (self._loading, self._preparing):
-            if asked is not None and not asked.answer.done():
-                asked.answer.set_exception(WorkerDied(end))
+        if self._awaited is not None and not self._awaited.answer.done():
+            self._awaited.answer.set_exception(WorkerDied(end))
+
+
+def _paths(files: Sequence[LoadedFile]) -> tuple[str, ...]:
+    return tuple(file.path for file in files)
