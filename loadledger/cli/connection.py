@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +13,8 @@ import click
 
 from loadledger.cli.problems import INTERRUPTED, give_up
 from loadledger.cli.profile import Place, ProfileProblem, find_place
-from loadledger.cli.tables import duration
 
 UNAUTHENTICATED, FORBIDDEN = 401, 403
-MAX_TOKEN_CHARACTERS = 64 * 1024
-"""Of what is looked at to say when it expired; the server's limit for headers is far below."""
-
 
 HINTS = {
     "unknown_model": "`loadledger models` lists them",
@@ -108,22 +100,7 @@ def told(problem: Exception, place: Place) -> str:
             f"{place.url} asks for a token: set LOADLEDGER_TOKEN, or keep one with `loadledger login`"
             " (`loadledger token` makes one beside the server's data)"
         )
-    if status == UNAUTHENTICATED and (ago := expired_ago_s(place.token or "", time.time())) is not None:
-        return f"the token expired {duration(ago)} ago: make another with `loadledger token`"
     if status == FORBIDDEN:
         return f"{problem}; use a token that has the role (`loadledger token --role …`)"
     hint = HINTS.get(getattr(problem, "code", ""))
     return f"{problem}; {hint}" if hint else str(problem)
-
-
-def expired_ago_s(token: str, now_s: float) -> float | None:
-    """Return for how long a token has not been valid any more; None if it is, or does not say."""
-    if len(token) > MAX_TOKEN_CHARACTERS or token.count(".") != 2:  # noqa: PLR2004 - of a JWT
-        return None
-    payload = token.split(".")[1]
-    try:
-        expires = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"]
-        ago = now_s - float(expires)
-    except (binascii.Error, ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        return None
-    return ago if ago > 0 else None

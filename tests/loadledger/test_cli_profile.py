@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
-from loadledger.cli.connection import expired_ago_s
 from loadledger.cli.profile import (
     DEFAULT_URL,
     MAX_PROFILE_BYTES,
@@ -128,10 +127,3 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     assert read_profile(path) == Profile(url, token)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [each.name for each in path.parent.iterdir()] == ["p.toml"]
-
-
-@pytest.mark.parametrize(
-    "token", ["", "a.b.c", "a.e30.c", "a.eyJleHAiOiJ4In0.c", "a.W10.c", "é.é.é", "x" * 10**6]
-)
-def test_a_token_that_does_not_say_when_it_expires_has_not(token: str) -> None:
-    assert expired_ago_s(token, 1e12) is None
