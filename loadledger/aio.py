@@ -58,11 +58,6 @@ class AsyncClient(Calls):
     def __repr__(self) -> str:
         return f"AsyncClient({self.url!r})"
 
-    @property
-    def url(self) -> str:
-        """The server's, without a slash at its end."""
-        return self._setting.address.url
-
     async def close(self) -> None:
         """Close the connections; what waits for one in other tasks, or wants one later, has RuntimeError."""
         await self._transport.close()

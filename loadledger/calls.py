@@ -45,6 +45,11 @@ class Calls:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
 
+    @property
+    def url(self) -> str:
+        """The server's, without a slash at its end."""
+        return self._setting.address.url
+
     async def load(
         self,
         model_id: str,

@@ -43,7 +43,6 @@ class Client:
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         options = Options(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
-        self._address = options.address
         self._transport = Transport(options)
         self._calls = Calls(Setting(options.address, timeout_s, self._transport))
 
@@ -64,7 +63,7 @@ class Client:
     @property
     def url(self) -> str:
         """The server's, without a slash at its end."""
-        return self._address.url
+        return self._calls.url
 
     def close(self) -> None:
         """Close the connections; an iterator closes its own."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from loadledger.cli.options import data_option, json_option, print_json
-from loadledger.cli.tables import in_one_line, padded, second, width
+from loadledger.cli.tables import in_one_line, second, size, table
 
 SHOWN_DIGITS = 12
 """Of a hash: enough to tell them apart; --json has all of it."""
@@ -38,8 +37,7 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
     with problems_told():
         entries = [_told(entry) for entry in _store(data).entries()]
     if as_json:
-        size = sum(entry["bytes"] for entry in entries)
-        click.echo(json.dumps({"bytes": size, "prepared": entries}, indent=2))
+        print_json({"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries})
     else:
         click.echo("\n".join(_table(entries)))
 
@@ -91,23 +89,21 @@ def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
     if not entries:
         yield "nothing is prepared"
         return
-    rows = [HEAD, *map(_row, entries)]
-    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
-    yield _line(HEAD, widths)
-    for entry, row in zip(entries, rows[1:], strict=True):
-        yield _line(row, widths)
+    head, *lines = table(HEAD, [_row(entry) for entry in entries])
+    yield head
+    for entry, line in zip(entries, lines, strict=True):
+        yield line
         for form, reason in entry["tried"].items():
             yield f"  not {form}: {in_one_line(reason)}"
-    size = sum(entry["bytes"] for entry in entries)
-    yield f"{_number(len(entries))}, {_size(size)}"
+    yield f"{_number(len(entries))}, {size(sum(entry['bytes'] for entry in entries))}"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
-        in_one_line(entry["model_id"]),
+        entry["model_id"],
         str(entry["version"]),
         entry["form"] or "bare",
-        _size(entry["bytes"]) if entry["form"] else "",
+        size(entry["bytes"]) if entry["form"] else "",
         f"{entry['took_ms'] / 1000:.1f} s",
         second(entry["made_at"]),
         second(entry["last_used_at"]),
@@ -115,13 +111,5 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _line(cells: Iterable[str], widths: Iterable[int]) -> str:
-    return "  ".join(map(padded, cells, widths)).rstrip()
-
-
 def _number(entries: int) -> str:
     return "1 entry" if entries == 1 else f"{entries} entries"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

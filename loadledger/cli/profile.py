@@ -70,14 +70,6 @@ def find_place(url: str | None, profile: str | None, environment: Mapping[str, s
     return Place(chosen, token, Path(ca) if ca else kept.ca if is_its_own else None)
 
 
-def has_place(url: str | None, profile: str | None, environment: Mapping[str, str]) -> bool:
-    """Tell whether somebody said which server is meant."""
-    if url or profile or environment.get(URL) or environment.get(PROFILE):
-        return True
-    default = _default(environment)
-    return default is not None and default.exists()
-
-
 def profile_path(profile: str | None, environment: Mapping[str, str]) -> Path:
     """Return where a profile is kept.
 
@@ -161,18 +153,13 @@ def _chosen(profile: str | None, environment: Mapping[str, str]) -> Profile:
             return read_profile(path)
         except FileNotFoundError:
             raise ProfileProblem(f"there is no {path}; `loadledger login` makes one") from None
-    default = _default(environment)
-    if default is None:
+    folder = _folder(environment)
+    if folder is None:
         return Profile()
     try:
-        return read_profile(default)
+        return read_profile(folder / f"{DEFAULT_PROFILE}.toml")
     except FileNotFoundError:
         return Profile()
-
-
-def _default(environment: Mapping[str, str]) -> Path | None:
-    folder = _folder(environment)
-    return None if folder is None else folder / f"{DEFAULT_PROFILE}.toml"
 
 
 def _folder(environment: Mapping[str, str]) -> Path | None:
