@@ -20,8 +20,7 @@ from aiohttp import web
 
 from server.app import create_app
 from server.config import AUTO, OFF, Config, ConfigError
-from server.connections.connection import Limits
-from server.connections.listening import listening
+from server.connections.connection import ConnectionLimits, listening
 from server.connections.tls import Certificate
 from server.health import dead, vital
 from server.logs.ledger import telling
@@ -160,8 +159,8 @@ def _exports_traces(config: Config) -> bool:
 async def _listening(runner: web.AppRunner, config: Config) -> AsyncIterator[str]:
     """Listen while the server serves, and give its URL."""
     assert runner.server is not None, "the runner is not set up"
-    where = listening(runner.server, config.host, config.port, Limits.of(config), _tls(config))
-    async with where as port:
+    limits = ConnectionLimits.of(config)
+    async with listening(runner.server, config.host, config.port, limits, _tls(config)) as port:
         host = f"[{config.host}]" if ":" in config.host else config.host
         yield f"{'http' if config.tls_cert is None else 'https'}://{host}:{port}"
 

@@ -1,28 +1,27 @@
-"""Connections that nobody can hold for nothing: bounds on heads, on time, and on how many there are.
+"""Slow-client protection: header, idle and write timeouts, a connection limit, and a reserve for probes.
 
-aiohttp parses, keeps alive and answers; what stands here is what it leaves open. Its protocol class is
-public. What is used of it that is not documented (`_waiter`, `_request_count`, `_request_handler`, `_loop`,
-`_upgraded`, and `_messages` with `_buffer_paused` and `_pause_reading_for_buffer`) is held by tests with raw
-sockets.
-
-What is bounded where: how many there are in `server.connections.places`; bodies that come slowly in
-`server.validation`, and their memory in `server.connections.bodies`; answers that are not read here, and
-streams of events in `server.ledger.stream`.
+A `GuardedConnection` is the protocol of a connection. It passes everything on to aiohttp's protocol, which
+parses and answers, and ends the connection if its client does not go on. Only documented names of aiohttp and
+asyncio are used: the wrapped request handler reports that a request begins, and an access logger that its
+response is written. The rest is left to a reverse proxy: `docs/deployment.md` says what, and how.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+import resource
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from http import HTTPStatus
 from typing import cast
 
-from aiohttp import EMPTY_PAYLOAD, StreamReader, web
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractAccessLogger
 
 from server.config import Config
-from server.connections.direct import UNREAD_S
-from server.connections.places import Place, Places
 from server.connections.refusals import (
     MAX_FIELDS,
     MAX_HEAD_BYTES,
@@ -38,144 +37,211 @@ from server.errors import ServerProblem
 from server.health import is_probe
 from server.validation import MIN_PROGRESS_BYTES
 
-SWEEP_S = 1.0
+_log = logging.getLogger(__name__)
+
+BACKLOG = 1024
+"""Connections that the kernel keeps until they are accepted: a burst is no reason to refuse any."""
+
+RESERVE = 64
+"""Connections beyond the limit, each for one probe: more than connect at once while the server keeps up."""
+
+RESERVE_HEAD_S = 2.0
+"""For the head of a probe, at most: probes send it as soon as they are connected."""
+
+UNREAD_S = 30.0
+"""In so long a client has to read MIN_PROGRESS_BYTES of a long response, which is in memory until then."""
+
 CLOSING_S = 10.0
-"""How long a client may take to read the last of its answers once the connection is to be closed."""
-SPARE_HEAD_S = 2.0
-"""For the head of a probe, at most: they send it as soon as they are connected."""
-_END = b"\r\n\r\n"
-"""Of a head."""
+"""How long the end of a TLS connection may take, with the rest of what is written."""
+
+CHECK_S = 1.0
+"""Between two checks of a connection that does not rest, at most."""
 
 RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 @dataclass(slots=True)
-class Limits:
-    """What connections may take, and which there are.
+class ConnectionLimits:
+    """What connections may take, and the open ones.
 
     Attributes:
-        head_s: for the head of a request to arrive.
+        head_s: for a request's head, on a new connection from its first moment; and for a TLS handshake.
         idle_s: between two requests.
-        places: how many there may be.
-        unread_s: in so long a client has to read some of a long answer.
-        spare_head_s: as head_s, of the reserve.
-        open: those that there are.
-        handshakes: of TLS, that are to become connections.
+        most: open connections; beyond it only probes are answered.
+        reserve: open connections beyond `most`.
+        unread_s: in so long a client has to read some of a long response.
+        reserve_head_s: as `head_s`, of connections in the reserve.
+        check_s: between two checks of a connection.
+        open: the open connections.
     """
 
     head_s: float
     idle_s: float
-    places: Places
+    most: int
+    reserve: int = RESERVE
     unread_s: float = UNREAD_S
-    closing_s: float = CLOSING_S
-    spare_head_s: float = SPARE_HEAD_S
-    open: set[Connection] = field(default_factory=set)
-    handshakes: set[asyncio.Task[None]] = field(default_factory=set)
+    reserve_head_s: float = RESERVE_HEAD_S
+    check_s: float = CHECK_S
+    open: set[GuardedConnection] = field(default_factory=set)
 
     @classmethod
-    def of(cls, config: Config) -> Limits:
-        """Return those of a configuration and of this process."""
-        return cls(config.head_timeout_s, config.idle_timeout_s, Places.of(config))
+    def of(cls, config: Config) -> ConnectionLimits:
+        """Return those of a configuration, which leave descriptors to the ledger, the models and the logs."""
+        most, reserve = config.max_connections, RESERVE
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if descriptors != resource.RLIM_INFINITY:
+            most = min(most, max(1, descriptors * 3 // 4))
+            reserve = min(reserve, max(1, descriptors // 32))
+        return cls(config.head_timeout_s, config.idle_timeout_s, most, reserve)
 
-    def head_s_of(self, place: Place | None) -> float:
-        """Return how long a head may take that comes in a place."""
-        return min(self.head_s, self.spare_head_s) if place is not None and place.is_spare else self.head_s
-
-    async def sweep(self) -> None:
-        """Look at all connections again and again, until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(min(SWEEP_S, self.unread_s / 4, self.closing_s / 4))
-            now_s = loop.time()
-            for connection in tuple(self.open):
-                connection.look(now_s)
+    def interval_s(self) -> float:
+        """Return the time between two checks: often enough for the shortest limit."""
+        return min(self.check_s, self.head_s / 4, self.unread_s / 4)
 
 
-class Connection(web.RequestHandler):
-    """One connection, as aiohttp has it, within limits.
+class GuardedConnection(asyncio.Protocol):
+    """The protocol of one connection: aiohttp's, within limits.
+
+    Limits in time are numbers of checks, which a timer makes while the connection does not rest. A check is a
+    turn of the event loop, so a client is not blamed for time in which the loop did not read.
 
     Args:
-        limits: of all of them.
-        server: that has the handler.
-        place: one that was taken for it; without one it takes one when it begins.
+        server: has the request handler, and ends the connections at shutdown.
+        limits: of all connections.
     """
 
-    __slots__ = ("_body", "_closing_until", "_head_bytes", "_late", "_limits", "_place", "_unread", "_wire")
-
-    def __init__(self, limits: Limits, server: web.Server, place: Place | None = None) -> None:
-        super().__init__(
+    def __init__(self, server: web.Server, limits: ConnectionLimits) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limits = limits
+        self._http = _HttpProtocol(
             server,
-            loop=asyncio.get_running_loop(),
+            loop=self._loop,
             keepalive_timeout=limits.idle_s,
-            access_log=None,  # type: ignore[arg-type]  # as its own runner passes it
+            access_log_class=_EndOfResponse,
+            access_log=_log,
             auto_decompress=False,  # it is done before authentication, and a small body may become a huge one
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES + 1,  # so that the one can be told from the other
             max_headers=MAX_FIELDS,
         )
-        self._limits = limits
-        self._place = place
-        self._wire: asyncio.Transport | None = None
-        self._late: asyncio.TimerHandle | None = None
-        self._body: StreamReader | None = EMPTY_PAYLOAD  # of the last request; None if that is not known
-        self._head_bytes = 0
-        self._closing_until: float | None = None
-        self._unread: tuple[float, int] | None = None
+        self._transport: asyncio.Transport
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_under_way = False
+        self._body: StreamReader | None = None
+        self._is_head_expected = True
+        self._head_bytes = self._checked_head_bytes = self._head_checks = 0
+        self.is_writing_paused = False
+        self._unread_bytes = self._unread_checks = 0
+        self.is_reserve = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, unless there are too many."""
-        super().connection_made(transport)
-        self._wire = cast("asyncio.Transport", transport)
+        """Begin, and refuse the connection if there are too many."""
+        self._transport = cast("asyncio.Transport", transport)
         self._limits.open.add(self)
-        self._place = self._place or self._limits.places.take(_address(transport))
-        if self._place is None:
+        self._http.connection_made(transport)
+        self._schedule_check()
+        beyond = len(self._limits.open) - self._limits.most
+        self.is_reserve = beyond > 0
+        if beyond > self._limits.reserve:
             self._refuse(TooManyConnections())
-            return
-        self._place.give_way, self._place.abort = self._give_way, self._wire.abort
-        if self._place.is_spare and self._request_handler is not None:
-            self._request_handler = partial(self._answer_probe, self._place, self._request_handler)
-        self._expect_head()
 
-    def connection_lost(self, exc: BaseException | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._limits.open.discard(self)
-        if self._place is not None:
-            self._limits.places.leave(self._place)
-            self._place = None
-        self._expect_nothing()
-        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._http.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come; the head that it begins, and does not end, has to end in time."""
-        body, before = self._body, self._request_count
-        is_head = self._is_awaited() if body is None else body.is_eof()
-        super().data_received(data)
-        if self._request_count > before:
-            self._head_ended(data)
-        elif is_head:
-            self._head_grows(data)
+        """Pass data on; between two requests it begins a head, which has to end in time.
 
-    def force_close(self) -> None:
-        """Close, once: a transport of TLS that is closed twice cannot be aborted any more."""
-        if self.transport is not None and self.transport.is_closing():
-            self.transport = None
-        super().force_close()
+        It does not after an early response to a request whose body is still coming. RFC 9112, section 2.2:
+        empty lines before a request are no part of it.
+        """
+        if not self._is_under_way and (self._body is None or self._body.is_eof()):
+            if self._head_bytes or not data.isspace():
+                self._is_head_expected = True
+                self._head_bytes += len(data)
+            if self._timer is None:
+                self._schedule_check()
+        self._http.data_received(data)
 
-    def look(self, now_s: float) -> None:
-        """End the connection if its client does not go on; called every now and then."""
-        wire = self._wire
-        if wire is None:
+    def eof_received(self) -> None:
+        """Pass it on."""
+        self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        """Have the client read, in time, what waits to be sent."""
+        self.is_writing_paused = True
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Go on: most is sent."""
+        self.is_writing_paused = False
+        self._unread_bytes = self._unread_checks = 0
+        self._http.resume_writing()
+
+    def request_began(self, body: StreamReader) -> None:
+        """Take note that a head is complete and its request is handled from now on."""
+        self._is_under_way = True
+        self._body = body
+        self._is_head_expected = False
+        self._head_bytes = self._checked_head_bytes = self._head_checks = 0
+
+    def response_ended(self) -> None:
+        """Take note that the response is written."""
+        self._is_under_way = False
+
+    def _schedule_check(self) -> None:
+        self._timer = self._loop.call_later(self._limits.interval_s(), self._check)
+
+    def _check(self) -> None:
+        unread_bytes = self._transport.get_write_buffer_size()
+        if self.is_writing_paused or self._transport.is_closing():
+            self._check_reading(unread_bytes)
+        elif self._is_head_expected:
+            self._check_head()
+        elif not self._is_under_way and not unread_bytes:
+            self._timer = None  # the connection rests: aiohttp ends it after `idle_s`
             return
-        if wire.is_closing():
-            self._closing_until = self._closing_until or now_s + self._limits.closing_s
-            if now_s > self._closing_until:
-                wire.abort()
-        elif self.writing_paused:
-            self._look_at_unread(wire, now_s)
-        else:
-            self._unread = None
-            if self._head_bytes and self._late is None and self._is_awaited():
-                self._expect_head()  # of a head that was begun while the request before it was under way
+        self._schedule_check()
+
+    def _check_reading(self, unread_bytes: int) -> None:
+        enough = self._unread_bytes - MIN_PROGRESS_BYTES
+        if unread_bytes > self._unread_bytes or unread_bytes <= enough:  # more was written, or much was read
+            self._unread_bytes, self._unread_checks = unread_bytes, 0
+            return
+        self._unread_checks += 1
+        if self._unread_checks * self._limits.interval_s() >= self._limits.unread_s:
+            self._transport.abort()
+
+    def _check_head(self) -> None:
+        """Refuse a head that is late, or that was too long at the check before: it is not just unparsed."""
+        self._head_checks += 1
+        limit_s = self._limits.head_s
+        if self.is_reserve:
+            limit_s = min(limit_s, self._limits.reserve_head_s)
+        if self._head_checks * self._limits.interval_s() > limit_s:
+            if self.is_reserve:
+                self._refuse(TooManyConnections())
+            elif self._head_bytes:
+                self._refuse(HeadTimeout(f"the head of the request did not arrive within {limit_s:g} s"))
+            else:  # the client has asked for nothing, so nothing is answered
+                self._http.force_close()
+        elif self._checked_head_bytes > MAX_HEAD_BYTES:
+            self._refuse(HeadTooLarge(f"the head of a request must end within {MAX_HEAD_BYTES} bytes"))
+        self._checked_head_bytes = self._head_bytes
+
+    def _refuse(self, problem: ServerProblem) -> None:
+        """Respond before there is a request, and close."""
+        self._transport.write(raw_refusal(problem))
+        self._http.force_close()
+
+
+class _HttpProtocol(web.RequestHandler):
+    """aiohttp's protocol, with the one error body for malformed HTTP."""
+
+    __slots__ = ()
 
     def handle_error(
         self,
@@ -184,101 +250,80 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what could not be parsed, in the one shape that errors have."""
-        if status != 400 or request.writer.output_size > 0:  # noqa: PLR2004 - what is ours is answered elsewhere
+        """Respond to what the parser refused; other errors are aiohttp's."""
+        if status != HTTPStatus.BAD_REQUEST:
             return super().handle_error(request, status, exc, message)
         return refusal(request, problem_of_parser(exc))
 
-    async def _answer_probe(
-        self, place: Place, handler: RequestHandler, request: web.BaseRequest
-    ) -> web.StreamResponse:
-        """Answer one request of who has a place of the reserve."""
-        if not is_probe(request):
-            place.give_way = self.force_close
-            return refusal(request, TooManyConnections())
-        place.give_way = None
-        try:
-            response = await handler(request)
-        finally:
-            place.give_way = self.force_close  # which lets go what is written
-        response.force_close()
-        return response
 
-    def _give_way(self) -> None:
-        self._refuse(TooManyConnections())
+class _EndOfResponse(AbstractAccessLogger):
+    """Tells a connection that a response is written, which is when aiohttp logs it."""
 
-    def _look_at_unread(self, wire: asyncio.Transport, now_s: float) -> None:
-        left = wire.get_write_buffer_size()
-        until_s, before = self._unread or (0.0, -1)
-        if left > before or left <= before - MIN_PROGRESS_BYTES:  # there is something new, or much was read
-            self._unread = (now_s + self._limits.unread_s, left)
-        elif now_s > until_s:
-            wire.abort()
-
-    def _wait_for_turn(self) -> None:
-        """Read no more while a request waits for the one before it: the framework would keep 32 of them.
-
-        It reads on itself when it takes up the next one.
-        """
-        if self._messages and not self._buffer_paused:
-            self._pause_reading_for_buffer()
-
-    def _is_awaited(self) -> bool:
-        """Whether no request is under way."""
-        return self._waiter is not None and not self._waiter.done()
-
-    def _expect_head(self) -> None:
-        seconds = self._limits.head_s_of(self._place)
-        self._late = self._loop.call_later(seconds, self._head_is_late)
-
-    def _expect_nothing(self) -> None:
-        self._head_bytes = 0
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _head_ended(self, data: bytes) -> None:
-        if self._head_bytes or self._late is not None:
-            self._expect_nothing()
-        # What follows a wish for another protocol is taken up past us, when that is declined.
-        self._body = self._messages[-1][1] if self._messages and not self._upgraded else None
-        if self._waiter is None:
-            self._wait_for_turn()
-        # After a body nobody knows where it ended and the next head begins.
-        if self._body is EMPTY_PAYLOAD and not data.endswith(_END):
-            self._head_bytes = max(0, len(data) - data.rfind(_END) - len(_END))
-
-    def _head_grows(self, data: bytes) -> None:
-        if not self._head_bytes and not data.strip(b"\r\n"):
-            return  # RFC 9112 section 2.2: empty lines before a request are none of it
-        self._head_bytes += len(data)
-        is_awaited = self._late is not None or self._is_awaited()
-        if self._head_bytes <= MAX_HEAD_BYTES:
-            if self._late is None and is_awaited:
-                self._expect_head()
-        elif is_awaited:
-            self._refuse(HeadTooLarge(f"the head of a request must end within {MAX_HEAD_BYTES} bytes"))
-        else:
-            self.close()  # after the answer that is under way, into which nothing can be said
-
-    def _head_is_late(self) -> None:
-        self._late = None
-        if self._place is not None and self._place.is_spare:
-            self._refuse(TooManyConnections())
-        elif self._head_bytes:
-            seconds = self._limits.head_s
-            self._refuse(HeadTimeout(f"the head of the request did not arrive within {seconds:g} s"))
-        else:  # it has asked for nothing, so nothing is answered
-            self.force_close()
-
-    def _refuse(self, problem: ServerProblem) -> None:
-        """Answer before there is a request, and close."""
-        self._expect_nothing()
-        if self._wire is not None and not self._wire.is_closing():
-            self._wire.write(raw_refusal(problem))
-        self.force_close()
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:  # noqa: ARG002
+        """Tell it."""
+        connection = _connection(request)
+        if connection is not None:
+            connection.response_ended()
 
 
-def _address(transport: asyncio.BaseTransport) -> str | None:
-    peer = transport.get_extra_info("peername")
-    return str(peer[0]) if isinstance(peer, tuple) else None
+def _connection(request: web.BaseRequest) -> GuardedConnection | None:
+    """Return the connection of a request, unless it is closed."""
+    transport = request.transport
+    return None if transport is None else cast("GuardedConnection", transport.get_protocol())
+
+
+def _guarded(handler: RequestHandler) -> RequestHandler:
+    """Return a handler that tells connections when requests begin; in the reserve it answers probes alone."""
+
+    def handle(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        connection = _connection(request)
+        if connection is None:  # it was refused, or the client has gone: do not run the request
+            return _refuse_request(request)
+        connection.request_began(request.content)
+        if not connection.is_reserve:
+            return handler(request)
+        return _answer_probe(handler, request) if is_probe(request) else _refuse_request(request)
+
+    return handle
+
+
+async def _answer_probe(handler: RequestHandler, request: web.BaseRequest) -> web.StreamResponse:
+    response = await handler(request)
+    response.force_close()
+    return response
+
+
+async def _refuse_request(request: web.BaseRequest) -> web.StreamResponse:
+    return refusal(request, TooManyConnections())
+
+
+@asynccontextmanager
+async def listening(
+    server: web.Server, host: str, port: int, limits: ConnectionLimits, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """Listen, and yield the port; on leaving, no new connections are accepted.
+
+    Args:
+        server: of a runner that is set up: it ends the open connections.
+        host: a name or an address.
+        port: 0 picks a free one.
+        limits: of the connections.
+        tls: for HTTPS.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    server.request_handler = _guarded(server.request_handler)
+    listener = await asyncio.get_running_loop().create_server(
+        lambda: GuardedConnection(server, limits),
+        host,
+        port,
+        backlog=BACKLOG,
+        ssl=tls,
+        ssl_handshake_timeout=None if tls is None else limits.head_s,
+        ssl_shutdown_timeout=None if tls is None else CLOSING_S,
+    )
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()

@@ -7,10 +7,8 @@ and stands here; connections, parsing, timeouts and shutdown stay the framework'
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 
@@ -20,15 +18,11 @@ from aiohttp.abc import AbstractStreamWriter
 from runtime.wire import Buffer
 from server.connections.bodies import Share
 from server.logs.context import REQUEST_ID, sane_id
-from server.validation import MIN_PROGRESS_BYTES
 
 SERVER = "loadledger"
 """What runs here, in no version that an attacker could look up."""
 JOINED_BYTES = 64 * 2**10
 """Copying this much takes about as long as telling the kernel of one buffer more."""
-
-UNREAD_S = 30.0
-"""In so long a client has to read MIN_PROGRESS_BYTES of a long answer, which is in memory until it has it."""
 
 
 class DirectResponse(web.StreamResponse):
@@ -76,27 +70,13 @@ class DirectResponse(web.StreamResponse):
                     transport.write(part)
             self._buffers = ()
             if transport.get_write_buffer_size() > JOINED_BYTES:
-                await _drain(transport, request.writer)
+                await request.writer.drain()
         finally:
             self._share.give_back()
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing more: it is all written."""
-
-
-async def _drain(transport: asyncio.WriteTransport, writer: AbstractStreamWriter) -> None:
-    """Wait until the client has read most of what was written, as long as it reads anything."""
-    left = transport.get_write_buffer_size()
-    while True:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(UNREAD_S):
-                await writer.drain()
-            return
-        before, left = left, transport.get_write_buffer_size()
-        if left > before - MIN_PROGRESS_BYTES:
-            transport.abort()
-            raise ConnectionResetError("the client does not read its answer")
 
 
 def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:

@@ -4,16 +4,15 @@ import asyncio
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from server.connections.connection import Limits
-from server.connections.listening import listening
-from server.connections.places import Places
+from server.connections.connection import ConnectionLimits, listening
 from server.routes import Access, LimitClass
 from support.smallapp import route, small_app, small_config
 
@@ -67,25 +66,30 @@ async def long(_: web.Request) -> web.Response:
     return web.Response(body=LONG_ANSWER)
 
 
-def roomy(most: int = 100, **others: Any) -> Limits:
-    """Return limits that nobody meets, but for these."""
-    return Limits(head_s=LONG_S, idle_s=LONG_S, places=Places(most, **others))
+def roomy(most: int = 100, **others: Any) -> ConnectionLimits:
+    """Return limits that no client meets, but for these."""
+    return ConnectionLimits(**{"head_s": LONG_S, "idle_s": LONG_S, "most": most, "check_s": 0.02, **others})
 
 
 @asynccontextmanager
 async def connecting(
-    folder: Path, limits: Limits, context: ssl.SSLContext | None = None
+    folder: Path,
+    limits: ConnectionLimits,
+    tls: ssl.SSLContext | None = None,
+    others: Mapping[str, Handler] | None = None,
 ) -> AsyncIterator[Connect]:
-    """Serve some routes within these limits, and give what connects to them."""
+    """Serve some routes within these limits, and yield what connects to them."""
     public: dict[str, Any] = {"access": Access.PUBLIC, "limit": LimitClass.NONE}
-    handlers = {"/short": short, "/long": long, "/health/live": short, "/metrics": long}
+    handlers = {"/short": short, "/long": long, "/health/live": short, "/metrics": long, **(others or {})}
     routes = [route(path, handler, **public) for path, handler in handlers.items()]
-    runner = web.AppRunner(small_app(routes, small_config(folder / "data")), access_log=None)
+    runner = web.AppRunner(
+        small_app(routes, small_config(folder / "data")), access_log=None, handler_cancellation=True
+    )
     await runner.setup()
     clients = list[Client]()
     assert runner.server is not None
     try:
-        async with listening(runner.server, "127.0.0.1", 0, limits, context) as port:
+        async with listening(runner.server, "127.0.0.1", 0, limits, tls) as port:
 
             async def connect() -> Client:
                 with socket.socket() as made:  # of which little is kept by the kernel
@@ -102,10 +106,6 @@ async def connecting(
             await client.close()
         await runner.cleanup()
     assert not limits.open
-    assert not limits.handshakes
-    assert not limits.places.taken
-    assert not limits.places.spare
-    assert not limits.places.leaving
 
 
 def problem(answer: bytes) -> tuple[int, str]:

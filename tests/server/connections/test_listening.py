@@ -1,25 +1,17 @@
-"""How many connections there are, tried with raw sockets: who is one too many, and who asks for health."""
+"""The connection limit, its reserve for probes, TLS handshakes and shutdown, tried with raw sockets."""
 
 import asyncio
 import socket
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.certificates import Pair, make_pair
-from support.rawconnections import (
-    GET,
-    LIMIT_S,
-    LONG_ANSWER,
-    LONG_S,
-    PROBE,
-    Client,
-    connecting,
-    problem,
-    roomy,
-)
+from aiohttp import web
+from support.certificates import make_pair
+from support.rawconnections import GET, LONG_S, PROBE, Client, connecting, problem, roomy
 from support.workers import until
 
+from server.config import Config
+from server.connections.connection import RESERVE, ConnectionLimits, listening
 from server.connections.tls import load_context
 
 POST = b"POST /short HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n" + bytes(300_000)
@@ -31,22 +23,12 @@ async def answered(client: Client, sent: bytes = GET) -> bool:
     return (await client.answer()).startswith(b"HTTP/1.1 200 OK")
 
 
-def mute(held: ExitStack, pair: Pair, address: tuple[str, int]) -> None:
-    """Have a probe answered, and read no more: not even the goodbye of TLS."""
-    raw = socket.create_connection(address, timeout=LIMIT_S)
-    client = held.enter_context(pair.trusting().wrap_socket(raw, server_hostname="localhost"))
-    client.sendall(PROBE)
-    assert client.recv(15) == b"HTTP/1.1 200 OK"
-
-
 @pytest.mark.parametrize(
     "sent",
     [GET, POST, PROBE.replace(b"GET", b"POST"), PROBE.replace(b"live", b"x")],
     ids=["request", "body", "method", "path"],
 )
-async def test_one_connection_too_many_is_refused_and_told_so_and_room_is_used_again(
-    tmp_path: Path, sent: bytes
-) -> None:
+async def test_connection_beyond_the_limit_is_refused_until_another_ends(tmp_path: Path, sent: bytes) -> None:
     limits = roomy(2)
     async with connecting(tmp_path, limits) as connect:
         first, second = await connect(), await connect()
@@ -62,29 +44,12 @@ async def test_one_connection_too_many_is_refused_and_told_so_and_room_is_used_a
         assert await answered(await connect())
 
 
-async def test_one_connection_too_many_of_one_address_is_refused_as_one_of_all(tmp_path: Path) -> None:
-    limits = roomy(most_of_peer=2)
-    async with connecting(tmp_path, limits) as connect:
-        first, second = await connect(), await connect()
-        assert await answered(first)
-        assert await answered(second)
-        third = await connect()
-        third.send(GET)
-        assert problem(await third.rest()) == (503, "too_many_connections")
-        assert await answered(await connect(), PROBE)
-        await first.close()
-        await until(lambda: len(limits.places.taken) == 1)
-        assert await answered(await connect())
-
-
 @pytest.mark.parametrize(
     "probe",
     [PROBE, PROBE.replace(b" HTTP", b"?verbose HTTP"), PROBE.replace(b"GET", b"HEAD")],
     ids=["plain", "query", "head"],
 )
-async def test_who_asks_how_the_server_is_is_answered_once_when_no_place_is_left(
-    tmp_path: Path, probe: bytes
-) -> None:
+async def test_reserve_answers_one_probe_per_connection(tmp_path: Path, probe: bytes) -> None:
     async with connecting(tmp_path, roomy(0)) as connect:
         for _ in range(3):
             client = await connect()
@@ -95,112 +60,95 @@ async def test_who_asks_how_the_server_is_is_answered_once_when_no_place_is_left
             assert told.count(b"HTTP/1.1") == 1
 
 
-async def test_who_says_nothing_is_not_kept_in_the_reserve_as_long_as_elsewhere(tmp_path: Path) -> None:
-    limits = roomy(0)
-    limits.spare_head_s = 0.05
-    async with connecting(tmp_path, limits) as connect:
+async def test_reserve_has_a_shorter_head_timeout(tmp_path: Path) -> None:
+    async with connecting(tmp_path, roomy(0, reserve_head_s=0.05)) as connect:
         for sent in (b"", PROBE[:-2]):
             client = await connect()
             client.send(sent)
             assert problem(await client.rest()) == (503, "too_many_connections")
 
 
-async def test_who_only_holds_a_place_of_the_reserve_gives_way_to_who_asks(tmp_path: Path) -> None:
-    limits = roomy(0, reserve=1)
-    limits.spare_head_s = LONG_S
+async def test_connection_beyond_the_reserve_is_refused_at_once(tmp_path: Path) -> None:
+    limits = roomy(0, reserve=1, reserve_head_s=LONG_S)
     async with connecting(tmp_path, limits) as connect:
         silent = await connect()
         await until(lambda: len(limits.open) == 1)
-        assert await answered(await connect(), PROBE)
-        assert problem(await silent.rest()) == (503, "too_many_connections")
-
-
-async def test_who_gives_way_while_its_answer_is_sent_gets_all_of_it(tmp_path: Path) -> None:
-    limits = roomy(0, reserve=1)
-    limits.closing_s = LONG_S
-    async with connecting(tmp_path, limits) as connect:
-        slow = await connect()
-        slow.send(PROBE.replace(b"/health/live", b"/metrics"))
-        await until(lambda: any(each.writing_paused for each in limits.open))
-        assert await answered(await connect(), PROBE)
-        told = await slow.rest()
-        assert len(told) > len(LONG_ANSWER)
-        assert told.count(b"HTTP/1.1 ") == 1
-
-
-async def test_without_a_reserve_who_is_too_many_is_told_before_it_asks(tmp_path: Path) -> None:
-    async with connecting(tmp_path, roomy(0, reserve=0)) as connect:
         assert problem(await (await connect()).rest()) == (503, "too_many_connections")
+        await silent.close()
+        await until(lambda: not limits.open)
+        assert await answered(await connect(), PROBE)
 
 
-async def test_who_never_ends_a_handshake_counts_as_a_connection(tmp_path: Path) -> None:
-    limits = roomy(2, reserve=0)
+def test_limits_leave_descriptors_to_models_and_ledger(tmp_path: Path) -> None:
+    few = ConnectionLimits.of(Config(repository=tmp_path, data=tmp_path, max_connections=7))
+    assert few.most == 7
+    assert 1 <= few.reserve <= RESERVE
+    many = ConnectionLimits.of(Config(repository=tmp_path, data=tmp_path, max_connections=1_000_000))
+    assert 1 <= many.most <= 1_000_000
+
+
+# TLS
+
+
+async def test_unfinished_tls_handshake_is_ended_in_time(tmp_path: Path) -> None:
     pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
     pair.write(*files)
-    async with connecting(tmp_path, limits, load_context(*files)) as connect:
+    async with connecting(tmp_path, roomy(head_s=1.0), load_context(*files)) as connect:
         silent, babbling = await connect(), await connect()
-        await until(lambda: len(limits.handshakes) == 2)
-        assert await (await connect()).rest() == b""  # there is no way to tell why
-        babbling.send(b"GET / HTTP/1.1\r\n\r\n")
+        babbling.send(GET)
+        assert await silent.rest() == b""
         assert b"HTTP" not in await babbling.rest()
-        client = await connect()
-        await client.writer.start_tls(pair.trusting(), server_hostname="localhost")
-        assert await answered(client)
-        assert (len(limits.open), len(limits.handshakes)) == (1, 1)
-        assert len(limits.places.taken) == 2
-        await silent.close()
-        await until(lambda: not limits.handshakes)
-        assert len(limits.places.taken) == 1
 
 
-async def test_with_tls_who_asks_how_the_server_is_is_answered_when_no_place_is_left(tmp_path: Path) -> None:
-    limits = roomy(1, reserve=1)
-    limits.spare_head_s = LONG_S
+async def test_limits_hold_over_tls(tmp_path: Path) -> None:
     pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
     pair.write(*files)
+    limits = roomy(1)
     async with connecting(tmp_path, limits, load_context(*files)) as connect:
-        silent, spare = await connect(), await connect()
-        await until(lambda: len(limits.handshakes) == 2)
-        probing = await connect()
-        await probing.writer.start_tls(pair.trusting(), server_hostname="localhost")
-        assert await answered(probing, PROBE)
-        assert await spare.rest() == b""
-        asking = await connect()
-        await asking.writer.start_tls(pair.trusting(), server_hostname="localhost")
-        asking.send(GET)
-        assert problem(await asking.rest()) == (503, "too_many_connections")
-        await silent.close()
-        await until(lambda: not limits.places.taken)
+
+        async def shake() -> Client:
+            client = await connect()
+            await client.writer.start_tls(pair.trusting(), server_hostname="localhost")
+            return client
+
+        first = await shake()
+        assert await answered(first)
+        assert await answered(await shake(), PROBE)
+        refused = await shake()
+        refused.send(GET)
+        assert problem(await refused.rest()) == (503, "too_many_connections")
+        limits.head_s = 0.1
+        first.send(GET[:-2])
+        assert problem(await first.rest()) == (408, "head_timeout")
 
 
-async def test_with_tls_who_gives_way_and_says_no_goodbye_keeps_no_descriptor(tmp_path: Path) -> None:
-    limits = roomy(0, reserve=1)
-    limits.closing_s = LONG_S
-    pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
-    pair.write(*files)
-    async with connecting(tmp_path, limits, load_context(*files)) as connect:
-        address = (await connect()).writer.get_extra_info("peername")
-        with ExitStack() as held:
-            for number in range(8):
-                await asyncio.to_thread(mute, held, pair, address)
-                async with asyncio.timeout(25):  # TLS by itself waits for a goodbye for 30 s
-                    await until(lambda: len(limits.open) <= 2)  # one has the place, one is leaving it
-                assert len(limits.open) == min(number + 1, 2)
-            limits.closing_s = 0.01
-            await until(lambda: not limits.open)
+# Shutdown
 
 
-async def test_with_tls_the_last_of_a_burst_has_the_place_of_the_reserve(tmp_path: Path) -> None:
-    limits = roomy(0, reserve=1)
-    limits.spare_head_s = LONG_S
-    pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
-    pair.write(*files)
-    async with connecting(tmp_path, limits, load_context(*files)) as connect:
-        address = (await connect()).writer.get_extra_info("peername")
-        burst = [socket.create_connection(address, timeout=LIMIT_S) for _ in range(20)]  # without a turn
-        *others, last = [Client(*await asyncio.open_connection(sock=each)) for each in burst]
-        await last.writer.start_tls(pair.trusting(), server_hostname="localhost")
-        assert await answered(last, PROBE)
-        for client in (*others, last):
-            assert await client.rest() == b""
-            await client.close()
+async def test_shutdown_closes_idle_connections_and_lets_running_requests_end() -> None:
+    began, done = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: web.BaseRequest) -> web.Response:
+        began.set()
+        await done.wait()
+        return web.Response(body=b"done")
+
+    limits = roomy()
+    runner = web.ServerRunner(web.Server(wait), shutdown_timeout=LONG_S)
+    await runner.setup()
+    assert runner.server is not None
+    async with listening(runner.server, "127.0.0.1", 0, limits) as port:
+        idle = Client(*await asyncio.open_connection("127.0.0.1", port))
+        busy = Client(*await asyncio.open_connection("127.0.0.1", port))
+        busy.send(GET)
+        await began.wait()
+    ending = asyncio.create_task(runner.cleanup())
+    assert await idle.rest() == b""
+    done.set()
+    assert (await busy.rest()).endswith(b"done")
+    await ending
+    assert not limits.open
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    for client in (idle, busy):
+        await client.close()

@@ -4,16 +4,12 @@ import asyncio
 import io
 import json
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support import models
 from support.http import LocalApi
 from support.models import save
-from support.workers import until
-
-from server.appkeys import BODIES
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -132,30 +128,3 @@ async def test_a_client_that_asks_before_it_sends_takes_the_long_way(api: LocalA
     headers = {"Expect": "100-continue"}
     answer = await api.post(SHORT, data=QUESTION, headers=headers, roles=("predict",))
     assert answer.json["outputs"][0]["data"] == [2, 3]
-
-
-async def test_a_client_that_does_not_read_its_answer_is_let_go_and_its_memory_with_it(
-    api: LocalApi, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.connections.direct.UNREAD_S", 0.05)
-    save(models.identity(shape=[None]), repository, "m")
-    await api.load("m")
-    body = bytes(32 * 2**20)
-    reader, writer = await asyncio.open_connection(
-        api.client.server.host, api.client.server.port, limit=2**10
-    )
-    token = f"Authorization: Bearer {api.token('predict')}"
-    head = f"POST {SHORT} HTTP/1.1\r\nHost: a\r\n{token}\r\nInference-Header-Content-Length: 0\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    bodies = api.app[BODIES]
-    await until(lambda: bodies.taken_bytes > len(body))
-    await until(lambda: bodies.taken_bytes == 0)
-    received = 0
-    with suppress(ConnectionError):
-        while piece := await reader.read(2**20):
-            received += len(piece)
-    assert received < len(body)
-    writer.close()
-    with suppress(ConnectionError):
-        await writer.wait_closed()
-    assert (await api.post(SHORT, data=QUESTION, roles=("predict",))).status == 200

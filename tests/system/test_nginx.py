@@ -1,0 +1,130 @@
+"""The nginx configuration of `docs/deployment.md`, with a real nginx in front of a real server."""
+
+import asyncio
+import os
+import re
+import shutil
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+
+import aiohttp
+import pytest
+from support import models
+from support.http import Api, when
+from support.models import save
+from support.process import LIMIT_S, Server, serving
+from yarl import URL
+
+from server.config import Config
+
+PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
+MAIN = """
+daemon off; master_process off; pid {folder}/pid; error_log stderr;
+events {{ worker_connections 100; }}
+http {{
+    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    {page}
+}}
+"""
+"""What a distribution's nginx.conf has around the page's file, for a user who is not root."""
+
+
+def page_configuration(**changes: str) -> str:
+    """Return the page's configuration with these texts replaced, each of which has to be there."""
+    found = re.search(r"```nginx\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    text = found[1]
+    for name, value in changes.items():
+        text, count = re.subn(rf"\b{name} [^;]+;", f"{name} {value};", text)
+        assert count == 1, name
+    return text
+
+
+@asynccontextmanager
+async def proxied(server: Server, config: Config, folder: Path, **changes: str) -> AsyncIterator[Api]:
+    """Run nginx before a server, and yield a client of it."""
+    program = os.environ.get("NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("nginx is not installed here")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = page_configuration(listen=f"127.0.0.1:{port}", **changes)
+    page = page.replace("127.0.0.1:8080", f"127.0.0.1:{URL(server.url).port}")
+    (folder / "nginx.conf").write_text(MAIN.format(folder=folder, page=page))
+    process = await asyncio.create_subprocess_exec(program, "-c", folder / "nginx.conf", "-p", folder)
+    try:
+        async with aiohttp.ClientSession() as session:
+            api = Api(session, f"http://127.0.0.1:{port}", config)
+            await when(lambda: is_up(api), bool)
+            yield api
+    finally:
+        process.terminate()
+        async with asyncio.timeout(LIMIT_S):
+            await process.wait()
+
+
+async def is_up(api: Api) -> bool:
+    try:
+        return await status(api) == HTTPStatus.OK
+    except aiohttp.ClientConnectorError:
+        return False
+
+
+async def status(api: Api) -> int:
+    """Return the status of a probe, which is nginx's own or the server's."""
+    async with api.session.get(f"{api.url}/health/live") as response:
+        return response.status
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "repository").mkdir()
+    return Config(repository=tmp_path / "repository", data=tmp_path / "data")
+
+
+async def test_loads_inferences_and_long_tensors_pass_through_nginx(config: Config, tmp_path: Path) -> None:
+    save(models.identity(shape=[None]), config.repository, "m")
+    async with (
+        serving(config, "--trusted-proxies=127.0.0.1") as server,
+        proxied(server, config, tmp_path) as api,
+    ):
+        await api.load("m")
+        floats = [float(number) for number in range(100_000)]
+        tensor = {"name": "x", "shape": [len(floats)], "datatype": "FP32", "data": floats}
+        assert (await api.infer("m", tensor)).json["outputs"][0]["data"] == floats
+
+
+async def test_nginx_ends_slow_heads(config: Config, tmp_path: Path) -> None:
+    async with (
+        serving(config) as server,
+        proxied(server, config, tmp_path, client_header_timeout="1s") as api,
+    ):
+        url = URL(api.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"GET /health/live HTTP/1.1\r\n")
+        async with asyncio.timeout(LIMIT_S):
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()
+
+
+async def test_nginx_passes_events_on_and_bounds_the_requests_of_an_address(
+    config: Config, tmp_path: Path
+) -> None:
+    async with (
+        serving(config, "--trusted-proxies=127.0.0.1") as server,
+        proxied(server, config, tmp_path, **{"limit_conn addresses": "1"}) as api,
+    ):
+        token = {"Authorization": f"Bearer {api.token('admin')}"}
+        async with api.session.get(f"{api.url}/api/v1/events/stream?after=0", headers=token) as stream:
+            assert stream.status == HTTPStatus.OK
+            async with asyncio.timeout(LIMIT_S):
+                assert await stream.content.readline()  # an event has come while the request is under way
+            assert await status(api) == HTTPStatus.SERVICE_UNAVAILABLE
+            stream.close()
+        await when(lambda: status(api), lambda seen: seen == HTTPStatus.OK)
