@@ -1,4 +1,4 @@
-"""The memory that long requests and answers take, all together: bounded, whoever does not read his."""
+"""The budget for bodies: memory of all long requests and responses together, of one subject half of it."""
 
 from __future__ import annotations
 
@@ -20,44 +20,33 @@ class Bodies:
     """How many bytes of bodies are in memory.
 
     Args:
-        max_bytes: beyond so many no more are taken in; of one subject, beyond half.
+        max_bytes: the budget of all subjects; one subject has half of it.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._by_subject: Counter[str] = Counter()
+        self._by_subject = Counter[str]()
         self.taken_bytes = 0
 
     def share(self, subject: str) -> Share:
-        """Return what one request of this subject holds; nothing yet."""
+        """Return the share of one request of this subject, empty as yet."""
         return Share(self, subject)
 
-    def take(self, subject: str, count: int) -> None:
-        """Count bytes of a request that have come.
-
-        Raises:
-            BodiesFull: `bodies_full`; these are not counted.
-        """
+    def has_room(self, subject: str, count: int) -> bool:
+        """Say whether the subject may have so many bytes more."""
         of_subject = self._by_subject[subject] + count
-        if self.taken_bytes + count > self._max_bytes or of_subject > self._max_bytes // 2:
-            raise BodiesFull
-        self.take_always(subject, count)
+        return self.taken_bytes + count <= self._max_bytes and of_subject <= self._max_bytes // 2
 
-    def take_always(self, subject: str, count: int) -> None:
-        """Count bytes that are there already."""
+    def add(self, subject: str, count: int) -> None:
+        """Count bytes of a subject; a negative number gives them back."""
         self.taken_bytes += count
         self._by_subject[subject] += count
-
-    def give_back(self, subject: str, count: int) -> None:
-        """Let others have them."""
-        self.taken_bytes -= count
-        self._by_subject[subject] -= count
         if not self._by_subject[subject]:
             del self._by_subject[subject]
 
 
 class Share:
-    """The bytes of one request, and after it those of its answer, until the client has that."""
+    """The bytes of one request, and after it those of its response, until the client has that."""
 
     __slots__ = ("_bodies", "_count", "_subject")
 
@@ -67,22 +56,25 @@ class Share:
         self._count = 0
 
     def take(self, count: int) -> None:
-        """Count bytes that have come.
+        """Count bytes that have arrived.
 
         Raises:
-            BodiesFull: `bodies_full`.
+            BodiesFull: `bodies_full`; these are not counted.
         """
-        self._bodies.take(self._subject, count)
-        self._count += count
+        if not self._bodies.has_room(self._subject, count):
+            raise BodiesFull
+        self._add(count)
 
     def become(self, count: int) -> None:
-        """Give back the request's, and count those of the answer, which is there already."""
+        """Give back the request's bytes, and count those of the response, which is there already."""
         self.give_back()
-        self._bodies.take_always(self._subject, count)
-        self._count = count
+        self._add(count)
 
     def give_back(self) -> None:
-        """Let others have them."""
+        """Let other requests have the bytes."""
         if self._count:
-            self._bodies.give_back(self._subject, self._count)
-            self._count = 0
+            self._add(-self._count)
+
+    def _add(self, count: int) -> None:
+        self._bodies.add(self._subject, count)
+        self._count += count

@@ -1,8 +1,8 @@
-"""An answer written to its connection in one piece, past the framework's own machinery.
+"""A response written to its connection in one piece, past aiohttp's own machinery: the fast path's.
 
-The framework takes 25 µs to write a response (measured: 16,000 constant replies a second with it, 27,000
-without), most of what an inference costs here. What it does for a response is small when the length is known,
-and stands here; connections, parsing, timeouts and shutdown stay the framework's.
+aiohttp takes 25 µs to write a response (measured: 16,000 constant responses a second with it, 27,000
+without), most of what an inference costs here. What it does for a response is small when the length is
+known, and stands here; connections, parsing, time limits and shutdown are those of all responses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DirectResponse(web.StreamResponse):
     Args:
         fields: values as they go out: no line breaks in them.
         body: one after the other.
-        share: the memory of what is asked and answered, given back when the client has the answer.
+        share: the memory of request and response, given back when the client has the response.
     """
 
     def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer], share: Share) -> None:
@@ -50,7 +50,7 @@ class DirectResponse(web.StreamResponse):
         """Write all of it.
 
         Raises:
-            ConnectionResetError: the client has gone, or does not read.
+            ConnectionResetError: the client has gone, or was disconnected as it did not read.
         """
         try:
             transport = request.transport
@@ -59,8 +59,9 @@ class DirectResponse(web.StreamResponse):
             self._is_kept = request.keep_alive
             length = sum(map(len, self._buffers))
             more = _connection(request)
-            if (name := request.headers.get(REQUEST_ID)) is not None:
-                more += _named(name)
+            request_id = request.headers.get(REQUEST_ID)  # only given ones: to make one would take longer
+            if request_id is not None and sane_id((request_id,)) is not None:
+                more += f"{REQUEST_ID}: {request_id}\r\n"
             head = _head(self._fields, length, more)
             if length < JOINED_BYTES:
                 transport.write(b"".join((head, *self._buffers)))
@@ -88,15 +89,10 @@ def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
 
 
 def _connection(request: web.BaseRequest) -> str:
-    """Say what becomes of the connection, where that is not what the protocol's version implies."""
+    """Return the Connection field, where the protocol's version does not imply it."""
     if request.version == HttpVersion11:
         return "" if request.keep_alive else "Connection: close\r\n"
     return "Connection: keep-alive\r\n" if request.keep_alive else ""
-
-
-def _named(name: str) -> str:
-    """Say a request's name again, to who has given it one: to make one for each would take longer."""
-    return "" if sane_id((name,)) is None else f"{REQUEST_ID}: {name}\r\n"
 
 
 @lru_cache(maxsize=1)

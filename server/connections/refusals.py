@@ -1,4 +1,4 @@
-"""What a connection is told when it makes no request, or may make none: in the shape of all errors."""
+"""Responses to malformed HTTP, and on connections that may make no request: in the one error body."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_LINE_BYTES = 8190
 
 MAX_FIELDS = 100
 MAX_HEAD_BYTES = 64 * 2**10
-"""Of a head that is not whole: what one connection can have us keep before anybody knows who it is."""
+"""Of a head that has not ended: what a connection can have us keep before it is authenticated."""
 
 
 class HeadTooLarge(ServerProblem):
@@ -46,7 +46,7 @@ class TooManyConnections(ServerProblem):
 
 
 def problem_of_parser(defect: BaseException | None) -> ServerProblem:
-    """Say what is wrong with what the parser refused."""
+    """Return the error for what aiohttp's parser refused."""
     if isinstance(defect, http_exceptions.LineTooLong):
         if MAX_LINE_BYTES in defect.args:
             return TargetTooLong(f"the request line must not have more than {MAX_LINE_BYTES} bytes")
@@ -59,7 +59,7 @@ def problem_of_parser(defect: BaseException | None) -> ServerProblem:
 
 
 def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:
-    """Return the answer to a request after which the connection is closed."""
+    """Return the response to a request after which the connection is closed."""
     response = problem_response(problem_of(problem), request.path)
     response.headers[hdrs.SERVER] = SERVER
     response.force_close()
@@ -67,7 +67,7 @@ def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:
 
 
 def raw_refusal(error: ServerProblem) -> bytes:
-    """Return a whole answer, as it goes over the wire where there is no request."""
+    """Return a whole response, as it goes over the wire where there is no request."""
     problem = problem_of(error)
     response = problem_response(problem, "/")
     assert isinstance(response.body, bytes)

@@ -1,7 +1,7 @@
-"""HTTPS by certificate files, which may be renewed while the server runs: the next handshake has the new.
+"""HTTPS from certificate files, which may be renewed while the server runs.
 
-Nothing has to be told to the server: it looks at the files when somebody connects, at most once a second.
-What it cannot use of a renewal, such as a certificate whose key is not there yet, it does not take.
+The files are checked at a handshake, at most once a second. A renewal that cannot be used, such as a
+certificate whose key is not there yet, is not taken.
 """
 
 from __future__ import annotations
@@ -22,15 +22,11 @@ from server.config import ConfigError
 
 _log = logging.getLogger(__name__)
 
-REREAD_AFTER_S = 1.0
-"""Two looks at files a second cost nothing; who renews a certificate does not wait for a second."""
+RELOAD_INTERVAL_S = 1.0
+"""Two checks of files a second cost nothing; who renews a certificate does not wait for a second."""
 
-MAX_FILE_BYTES = 2**20
-"""A certificate with its chain has some kilobytes."""
-
-READABLE_BY_OTHERS = 0o007
-WRITABLE_BY_GROUP = 0o020
-"""A group that may read it is how Debian (`ssl-cert`) and Kubernetes (`fsGroup`) give a key to a service."""
+UNSAFE_KEY_MODE = 0o027
+"""A group may read it: so Debian (`ssl-cert`) and Kubernetes (`fsGroup`) give a key to a service."""
 
 
 class TlsProblem(ConfigError):
@@ -47,20 +43,20 @@ def load_context(cert: Path, key: Path) -> ssl.SSLContext:
     Raises:
         TlsProblem: they cannot be used.
     """
-    _certificate(cert)
+    _read_certificate(cert)
     _check_key_file(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
 
-    def encrypted() -> NoReturn:  # by default OpenSSL would ask the terminal, and wait
+    def refuse_password() -> NoReturn:  # by default OpenSSL would ask the terminal, and wait
         raise TlsProblem(
             f"{key} is encrypted, and nobody is there to type its password;"
             f" `openssl pkey -in {key} -out …` writes one that is not: protect it by its mode"
         )
 
     try:
-        context.load_cert_chain(cert, key, password=encrypted)
+        context.load_cert_chain(cert, key, password=refuse_password)
     except ssl.SSLError as error:
         raise TlsProblem(_reason(error, cert, key)) from None
     except OSError as error:
@@ -68,94 +64,74 @@ def load_context(cert: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
-def valid_until(cert: Path) -> datetime:
-    """Return when a certificate ends, in UTC.
-
-    Raises:
-        TlsProblem: it is none.
-    """
-    return _certificate(cert).not_valid_after_utc
-
-
 class Certificate:
     """A certificate and its key, as they are now.
 
+    Args:
+        cert: see `load_context`.
+        key: likewise.
+        clock: in seconds, for the time between two checks.
+
     Attributes:
         context: for `create_server`; each handshake with it has the files' latest usable content.
+
+    Raises:
+        TlsProblem: they cannot be used.
     """
 
-    def __init__(
-        self,
-        cert: Path,
-        key: Path,
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
-        """Read the files.
-
-        Raises:
-            TlsProblem: they cannot be used.
-        """
+    def __init__(self, cert: Path, key: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._cert = cert
         self._key = key
         self._clock = clock
-        self._now = now
-        self._looked_at = clock()
-        self._seen = self._look()  # before they are read: what changes meanwhile is read again
-        self._current = self.context = load_context(cert, key)
+        self._checked_s = clock()
+        self._versions = (
+            _version(cert),
+            _version(key),
+        )  # before the files: what changes meanwhile is read again
+        self._current = self.context = self._load()
         self.context.sni_callback = self._on_handshake
-        self._ends: datetime | None = valid_until(cert)
-        self._warn_if_over()
 
     def _on_handshake(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        """Give a handshake the present certificate. It is called also when the client names no server."""
-        if self._clock() - self._looked_at >= REREAD_AFTER_S:
-            self._looked_at = self._clock()
-            self._reread()
-            self._warn_if_over()
+        """Give a handshake the current certificate. It is called also when the client names no server."""
+        if self._clock() - self._checked_s >= RELOAD_INTERVAL_S:
+            self._checked_s = self._clock()
+            self._reload_if_changed()
         if self._current is not connection.context:
             connection.context = self._current
 
-    def _reread(self) -> None:
-        seen = self._look()
-        if seen == self._seen:
+    def _reload_if_changed(self) -> None:
+        versions = _version(self._cert), _version(self._key)
+        if versions == self._versions:
             return
-        self._seen = seen
+        self._versions = versions
         try:
-            context, ends = load_context(self._cert, self._key), valid_until(self._cert)
-            self._current, self._ends = context, ends
-            _log.info("the TLS certificate %s was renewed and is valid until %s", self._cert, ends)
+            self._current = self._load()
+            _log.info("the TLS certificate %s was renewed", self._cert)
         except TlsProblem as error:  # half renewed, most likely: it is read again when it changes again
             _log.warning("the TLS certificate cannot be renewed yet, the one in use stays: %s", error)
 
-    def _warn_if_over(self) -> None:
-        """Say once of each certificate that it has expired, at start or while it is served."""
-        if self._ends is not None and self._ends <= self._now():
-            _log.warning(
-                "the TLS certificate %s has expired on %s: clients will refuse it", self._cert, self._ends
-            )
-            self._ends = None
-
-    def _look(self) -> tuple[object, ...]:
-        return tuple(_identity(path) for path in (self._cert, self._key))
+    def _load(self) -> ssl.SSLContext:
+        context = load_context(self._cert, self._key)
+        ends = _read_certificate(self._cert).not_valid_after_utc
+        if ends <= datetime.now(UTC):
+            _log.warning("the TLS certificate %s has expired on %s: clients will refuse it", self._cert, ends)
+        return context
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Return what differs where a file has another content; None where there is none."""
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Return what differs where a file has other content or rights; None where there is none."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
-def _certificate(path: Path) -> x509.Certificate:
+def _read_certificate(path: Path) -> x509.Certificate:
     """Return the first certificate of a file."""
-    _regular(path)
+    _stat_file(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES)
-        return x509.load_pem_x509_certificates(content)[0]
+        return x509.load_pem_x509_certificates(path.read_bytes())[0]
     except (OSError, ValueError) as error:
         raise TlsProblem(
             f"{path} has no certificate that can be read ({error});"
@@ -164,10 +140,10 @@ def _certificate(path: Path) -> x509.Certificate:
 
 
 def _check_key_file(path: Path) -> None:
-    """Refuse a key that others than the server, its group and root may read or change."""
-    status = _regular(path)
+    """Refuse a key that other users than the server's, its group and root may read or change."""
+    status = _stat_file(path)
     mode = stat.S_IMODE(status.st_mode)
-    if mode & (READABLE_BY_OTHERS | WRITABLE_BY_GROUP):
+    if mode & UNSAFE_KEY_MODE:
         raise TlsProblem(
             f"{path} has mode {mode:04o}: others may read or change the key; `chmod 0600 {path}`, or 0640"
         )
@@ -175,7 +151,7 @@ def _check_key_file(path: Path) -> None:
         raise TlsProblem(f"{path} is another user's ({status.st_uid}); it must be the server's or root's")
 
 
-def _regular(path: Path) -> os.stat_result:
+def _stat_file(path: Path) -> os.stat_result:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
