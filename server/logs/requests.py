@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
-from limits import RateLimitItemPerMinute
 
 from server.appkeys import CONFIG, PRINCIPAL, PROXIES
 from server.auth.ratelimit import Windows
+from server.config import RateLimit
 from server.errors import CODE
 from server.logs.context import CONTEXT, REQUEST_ID, RequestContext, begin_context
 from server.logs.forms import fields
@@ -37,7 +37,7 @@ _INFER = re.compile(r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>
 
 def log_middleware() -> Middleware:
     """Return the middleware that logs requests; it stands before all others, and changes nothing."""
-    strangers, left_out = Windows(RateLimitItemPerMinute(MAX_STRANGERS), time.monotonic, capacity=1), 0
+    strangers, left_out = Windows(RateLimit(MAX_STRANGERS, window_s=60), time.monotonic, capacity=1), 0
 
     @web.middleware
     async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
