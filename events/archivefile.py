@@ -14,20 +14,19 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain as joined
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Annotated, BinaryIO, TypeVar, cast
 
 import msgspec
 
 from events.canonical import GENESIS, chain
 from events.errors import LogUnavailable
 from events.exact import is_canonical
-from events.exportforms import form_of
+from events.export import FORMAT, jsonl
 from events.files import shown
 from events.findings import Kind
 from events.refusals import LedgerDamaged
-from events.signing import Base, SignedHead
+from events.signing import Base, SignedHead, as_signed_head
 from events.store import Row
 
 MAX_LINE = 16 * 2**20
@@ -38,6 +37,8 @@ LEVEL = 6
 
 BUFFER = 2**18
 """Bytes read at once."""
+
+T = TypeVar("T")
 
 
 class FileDamaged(LedgerDamaged):
@@ -106,7 +107,7 @@ class _Seen(io.RawIOBase):
 
 
 class ExportReader:
-    """An export of either form, as it is read: what has been yielded is proved.
+    """An export as it is read: what has been yielded is proved.
 
     Attributes:
         after: where it begins.
@@ -125,14 +126,11 @@ class ExportReader:
 
     def __init__(self, lines: Iterable[bytes], *, known: bool = False) -> None:
         self._known = known
-        each = iter(lines)
-        first = next(each, b"")
+        self._lines = iter(lines)
         try:
-            self._form = form_of(first)
+            self.after = _beginning(next(self._lines, b""))
         except ValueError as error:
             raise FileDamaged(str(error), 0) from None
-        self._lines = joined([first], each) if self._form.begins_at_once else each
-        self.after = self._form.after
         if not _may_begin(self.after):
             raise FileDamaged("it begins with another hash than ledgers do", 0, Kind.BASE)
         self.position, self.hash = self.after.position, self.after.hash
@@ -158,7 +156,7 @@ class ExportReader:
 
     def _read(self, line: bytes) -> Row | SignedHead:
         try:
-            return self._form.read(line)
+            return _parsed(line)
         except (ValueError, RecursionError) as error:
             position = self.position + 1
             raise FileDamaged(f"the line for position {position} is no event: {error}", position) from None
@@ -184,7 +182,7 @@ class ExportReader:
         if recorded_at < self._recorded_at:
             problem = f"the event at position {position} was recorded before the one before it"
             raise FileDamaged(problem, position, Kind.ORDER)
-        if not self._is_written(row, line):
+        if not _is_written(row, line):
             raise FileDamaged(f"the line for position {position} says something else than the body", position)
         self._recorded_at = recorded_at
 
@@ -199,16 +197,10 @@ class ExportReader:
         is_of_then = statement.recorded_at == self._recorded_at or position == self.after.position
         is_before = statement.base.position < self.after.position and _may_begin(statement.base)
         is_whole = is_before or statement.base == self.after
-        if not (is_of_then and is_whole and self._is_written(head, line)):
+        if not (is_of_then and is_whole and _is_written(head, line)):
             raise FileDamaged(f"the signed head does not fit the events up to position {position}", position)
         if next(self._lines, None) is not None:
             raise FileDamaged("there is something after the signed head", position)
-
-    def _is_written(self, found: Row | SignedHead, line: bytes) -> bool:
-        try:
-            return self._form.written(found, self.hash) == line
-        except (KeyError, RecursionError, TypeError, ValueError):
-            return False
 
 
 def check_archive(path: Path) -> ArchiveCheck:
@@ -225,6 +217,91 @@ def check_archive(path: Path) -> ArchiveCheck:
         pass
     assert reader.head is not None
     return ArchiveCheck(reader.after, reader.head, digest.digest())
+
+
+def _beginning(first: bytes) -> Base:
+    """Return where the events of an export begin, by its first line.
+
+    Raises:
+        ValueError: it is no export that can be read.
+    """
+    if first.startswith(b"SQLite format 3"):
+        raise ValueError("this is a database, no export: name the data directory of a ledger with --data")
+    unknown = f"the first line does not say that this is a {FORMAT}"
+    try:
+        mark = _decoded(first, _Mark)
+    except ValueError:
+        raise ValueError(unknown) from None
+    if mark.specversion is not None:
+        raise ValueError(
+            "these are CloudEvents, which are not read again: export the ledger with `--format jsonl`, and "
+            "verify that file"
+        )
+    if mark.export != FORMAT:
+        raise ValueError(unknown)
+    try:
+        after = _decoded(first, _Opening).after
+        base = Base(after.position, bytes.fromhex(after.hash))
+    except ValueError as error:
+        raise ValueError(f"the first line does not say where this begins: {error}") from None
+    if jsonl().first(base) != first:
+        raise ValueError("the first line is not as it is written")
+    return base
+
+
+def _parsed(line: bytes) -> Row | SignedHead:
+    """Return the event, or the head, of a line.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    members = _decoded(line, _Line)
+    if members.head:
+        return as_signed_head(msgspec.json.decode(members.head))
+    if members.position is None or members.hash is None or members.body is None:
+        raise ValueError("it has no position, hash and body")
+    return Row(members.position, members.body, bytes.fromhex(members.hash))
+
+
+def _is_written(found: Row | SignedHead, line: bytes) -> bool:
+    """Whether `line` is the one that is written for what was found in it."""
+    lines = jsonl()
+    try:
+        written = lines.last(found) if isinstance(found, SignedHead) else lines.event(found, b"")
+    except ValueError:  # a lone surrogate
+        return False
+    return written == line
+
+
+def _decoded(text: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+_Position = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Mark(msgspec.Struct):
+    export: str | None = None
+    specversion: str | None = None
+
+
+class _After(msgspec.Struct):
+    position: _Position
+    hash: str
+
+
+class _Opening(msgspec.Struct):
+    after: _After
+
+
+class _Line(msgspec.Struct, gc=False):
+    position: _Position | None = None
+    hash: str | None = None
+    body: str | None = None
+    head: msgspec.Raw = msgspec.Raw()
 
 
 def _may_begin(base: Base) -> bool:

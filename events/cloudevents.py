@@ -1,6 +1,6 @@
-"""The log as CloudEvents 1.0 in JSON, one a line, for whatever already reads those.
+"""The log as CloudEvents 1.0 in JSON, one a line, for programs that already read those.
 
-`data` is the whole event in canonical form, so that each line verifies by itself, and with the one before it:
+It is written and never read again: `verify` takes `jsonl`. `data` is the whole event in canonical form;
 `ledgerhash` is SHA-256 of the bytes of `ledgerprevious` and the UTF-8 of `data` as it stands in the line.
 """
 
@@ -25,16 +25,7 @@ SEQUENCE_DIGITS = 19
 
 def cloudevents(public_key: bytes) -> Lines:
     """Return the form whose lines are CloudEvents; `source` names the ledger by its public key."""
-    return from_source(source_of(public_key))
-
-
-def source_of(public_key: bytes) -> str:
-    """Return the `source` of the events of the ledger with this public key."""
-    return f"urn:loadledger:{key_id(public_key)}"
-
-
-def from_source(source: str) -> Lines:
-    """Return the form whose lines are CloudEvents from this `source`."""
+    source = f"urn:loadledger:{key_id(public_key)}"
     return Lines(
         lambda _after: b"",
         lambda row, previous: _event(row, previous, source),

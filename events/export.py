@@ -8,7 +8,7 @@ r"""The log written out: lines that verify by themselves, with a signed head at 
     {"head":{"position":…,"hash":"…","recorded_at":"…","base":{…},…,"signature":"…"}}
 
 `body` is the text whose UTF-8 is hashed, so nobody has to write canonical JSON to verify. `cloudevents` has a
-CloudEvent a line instead (`events.cloudevents`).
+CloudEvent a line instead, for other programs: those files are not read again (`events.cloudevents`).
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ from loadledger.cli.options import data_option, json_option, print_json
 @click.option("--until", type=click.IntRange(min=0), help="Only events up to this position.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="-")
 def export_events(data: Path, form: str, after: int | None, until: int | None, file: Path) -> None:
-    """Write events out as lines that prove themselves.
+    """Write events out as lines.
 
     They go to FILE, or to standard output, with a signed head at the end. Works beside a running server.
-    Lines of `jsonl` have the exact bodies and hashes, those of `cloudevents` are CloudEvents 1.0; either
-    verifies by itself (docs/verify-it-yourself.md).
+    Lines of `jsonl` have the exact bodies and hashes, and `verify` reads them (docs/verify-it-yourself.md).
+    Those of `cloudevents` are CloudEvents 1.0 for other programs: `verify` does not read them.
     """
     from events.cloudevents import cloudevents  # noqa: PLC0415
     from events.export import export, jsonl  # noqa: PLC0415

@@ -49,8 +49,8 @@ def verify(
     server, and on a copy made with `backup`. Where events were archived, --archive names their files: they
     are checked, have to lead to where the log begins, and have to come to the state that is stored there.
 
-    Each FILE, an export of either format or an archive, is checked by itself: its chain, and its signed head.
-    With --data too, the ledger has to have the same events. Whose the signature is, only --key can say.
+    Each FILE, an export as jsonl or an archive, is checked by itself: its chain, and its signed head. With
+    --data too, the ledger has to have the same events. Whose the signature is, only --key can say.
 
     The exit code is 0 where all is well, 1 where something is wrong, and 2 where nobody can say.
     """
