@@ -69,26 +69,6 @@ def is_base_state_whole(connection: sqlite3.Connection, base: int) -> bool:
     return row is not None and bool(row[0] == base_state_digest(connection, base))
 
 
-def mend_base_state(connection: sqlite3.Connection, base: int) -> None:
-    """Store what somebody made bytes of as the text or number it was, in the caller's transaction.
-
-    By bytes nothing is found. The texts stay the same, so whether they are what archiving wrote is proved as
-    before; what would then be there twice is left for verification to name.
-    """
-    if base == 0:
-        return
-    for table, key, kind in (
-        ("model_snapshots", "model_id", "TEXT"),
-        ("job_snapshots", "created_position", "INTEGER"),
-    ):
-        connection.execute(
-            f"UPDATE OR IGNORE {table} SET position = :base, {key} = CAST({key} AS {kind}),"  # noqa: S608 - literals
-            " body = CAST(body AS TEXT) WHERE position IN (:base, CAST(:base AS BLOB))"
-            f" AND 'blob' IN (typeof(position), typeof({key}), typeof(body))",
-            {"base": base},
-        )
-
-
 def write_base_state(connection: sqlite3.Connection, state: State) -> int:
     """Store the state at the new base, and forget what had ended by then; the caller holds the transaction.
 

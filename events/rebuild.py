@@ -10,11 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from events import snapshots, store
-from events.basestate import mend_base_state
 from events.checkpoint import leave_alone_complete
 from events.copies import lacks_wal
 from events.errors import LogUnavailable
-from events.history import PAGE, base_of, base_state, fold, pages
+from events.history import PAGE, base_state, fold, pages
 from events.schema import check_readable, connect, connect_read_only
 
 __all__ = ["FOLDS", "MAX_NAMED", "PAGE", "Rebuilt", "compare", "is_current", "rebuild", "rebuild_file"]
@@ -31,14 +30,10 @@ _KEPT_SINCE = 2
 _WALKS = {
     "models": "SELECT id, body FROM models ORDER BY 1",
     "jobs": "SELECT id, body FROM jobs ORDER BY 1",
-    "models of archived events": "SELECT model_id, body FROM model_snapshots"
-    " WHERE position = (SELECT nullif(position, 0) FROM base) ORDER BY 1",
-    "jobs of archived events": "SELECT created_position, body FROM job_snapshots"
-    " WHERE position = (SELECT nullif(position, 0) FROM base) ORDER BY 1",
 }
 """What a rebuild may change: keys and bodies in the order of the keys."""
 
-_Key = float | str | bytes
+_Key = str | bytes
 
 
 def is_current(connection: sqlite3.Connection) -> bool:
@@ -50,7 +45,7 @@ def is_current(connection: sqlite3.Connection) -> bool:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Mend the base, fold the log from there and store what comes of it, snapshots too, in one transaction.
+    """Fold the log from its base and store what comes of it, snapshots too, in one transaction.
 
     Memory grows with the models and the jobs that have not ended, not with the log.
 
@@ -60,7 +55,6 @@ def rebuild(connection: sqlite3.Connection) -> None:
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        mend_base_state(connection, base_of(connection))
         state = base_state(connection)
         connection.execute("DELETE FROM jobs")
         connection.execute("DELETE FROM models")
@@ -152,6 +146,6 @@ def _differences(
             one, other = old.fetchone(), new.fetchone()
 
 
-def _place(key: _Key) -> tuple[bool, bool, _Key]:
-    """Return what sorts keys as SQLite does, whatever somebody stored: numbers, texts, then bytes."""
-    return isinstance(key, bytes), isinstance(key, str), key
+def _place(key: _Key) -> tuple[bool, _Key]:
+    """Return what sorts keys as SQLite does, whatever somebody stored: texts, then bytes."""
+    return isinstance(key, bytes), key

@@ -434,69 +434,6 @@ def test_a_changed_base_state_is_found(statement: str) -> None:
         assert finding.position in {7, HEAD}
 
 
-def beside_the_log(path: Path) -> list[tuple[object, ...]]:
-    """Return what is stored of the archived events, and the projections."""
-    with closing(sqlite3.connect(path)) as connection:
-        return [
-            *connection.execute("SELECT model_id, body FROM model_snapshots WHERE position = 19 ORDER BY 1"),
-            *connection.execute("SELECT created_position, body FROM job_snapshots WHERE position = 19"),
-            *connection.execute("SELECT id, body FROM models ORDER BY id"),
-            *connection.execute("SELECT id, body FROM jobs ORDER BY id"),
-        ]
-
-
-@pytest.mark.parametrize(
-    ("table", "column", "named"),
-    [
-        ("model_snapshots", "model_id", ["lacked 'digits'", "had, and the log does not give, b'digits'"]),
-        ("model_snapshots", "body", ["differed at 'digits'"]),
-        ("model_snapshots", "position", ["lacked 'digits'"]),
-        ("job_snapshots", "created_position", ["lacked 2", "had, and the log does not give, b'2'"]),
-        ("job_snapshots", "body", ["differed at 2"]),
-        ("job_snapshots", "position", ["lacked 2"]),
-    ],
-)
-@pytest.mark.parametrize("others", [False, True], ids=["one row", "all rows"])
-def test_a_rebuild_gives_what_became_bytes_at_the_base_its_type_again(
-    table: str,
-    column: str,
-    named: list[str],
-    others: bool,  # noqa: FBT001
-) -> None:
-    with copy() as path:
-        archived(path, 20)
-        sound = beside_the_log(path)
-        row = "body LIKE '%\"digits\"%'" if table == "model_snapshots" else "created_position = 2"
-        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            changed = connection.execute(
-                f"UPDATE {table} SET {column} = CAST({column} AS BLOB) WHERE position = 19 AND ({row} OR ?)",
-                (others,),
-            )
-            assert (changed.rowcount > 1) == others
-        differences = rebuild.rebuild_file(path).differences
-        kind = table.removesuffix("_snapshots")
-        assert [f"the stored {kind}s of archived events {what}" for what in named] == [
-            each for each in differences if each.endswith(tuple(named))
-        ]
-        assert audit(path).finding is None
-        assert beside_the_log(path) == sound
-        assert rebuild.rebuild_file(path).differences == []
-
-
-def test_a_copy_at_the_base_that_is_there_twice_is_left_for_verification_to_name() -> None:
-    with copy() as path:
-        archived(path, 20)
-        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            connection.execute(
-                "INSERT INTO model_snapshots SELECT CAST(model_id AS BLOB), position, body"
-                " FROM model_snapshots WHERE position = 19 AND model_id = 'digits'"
-            )
-        rebuild.rebuild_file(path)
-        finding = verify(path).finding
-        assert finding is not None
-        assert (finding.position, finding.kind) == (19, Kind.BASE)
-
-
 @pytest.mark.parametrize(
     "statement",
     [
