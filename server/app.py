@@ -69,7 +69,7 @@ from server.pages import console_routes, docs_routes
 from server.routes import Route, add_routes
 from server.v2.inference import inference_routes
 from server.v2.metadata import MAX_BODY_BYTES, server_routes
-from server.v2.ondemand import Demand, Means, Setbacks
+from server.v2.ondemand import OnDemand
 from server.v2.repository import repository_routes
 from server.validation import validation_middleware
 
@@ -237,7 +237,7 @@ async def _applying(app: web.Application) -> AsyncIterator[None]:
         store=await asyncio.to_thread(_prepared, config),
     )
     app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY], max_queue=config.inference_queue)
-    app[DEMAND] = demand = _demand(app, leases)
+    app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     try:
         yield
@@ -247,19 +247,19 @@ async def _applying(app: web.Application) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-def _demand(app: web.Application, leases: Leases) -> Demand:
+def _on_demand(app: web.Application) -> OnDemand:
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
         return replace(await requested_load(app, model_id, asked, subject), cause=Cause.DEMAND)
 
-    means = Means(
+    return OnDemand(
         log=app[LOG],
         reader=app[READER],
         router=app[ROUTER],
-        setbacks=Setbacks(),
+        leases=app[LEASES],
         look_up=look_up,
         waiting_for=app[CONSUMER].waiting_for,
         stopping=app[STOPPING],
         max_waiting=app[CONFIG].inference_queue,
+        on=app[CONFIG].on_demand == ON,
     )
-    return Demand(means, leases, on=app[CONFIG].on_demand == ON)

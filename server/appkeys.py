@@ -19,7 +19,7 @@ from server.config import Config
 from server.connections.bodies import Bodies
 from server.ledger.streams import Streams
 from server.routes import ROUTES
-from server.v2.ondemand import Demand
+from server.v2.ondemand import OnDemand
 
 BODIES = web.AppKey("bodies", Bodies)
 GATE = web.AppKey("gate", Gate)
@@ -35,7 +35,7 @@ ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
 """What may be used of the machine's memory."""
 LEASES = web.AppKey("leases", Leases)
-DEMAND = web.AppKey("demand", Demand)
+DEMAND = web.AppKey("demand", OnDemand)
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 """Set when the server begins to stop: long waits answer with what they have."""

@@ -14,7 +14,7 @@ from events.commands import FileStat, RequestLoad
 from events.models import ModelState
 from events.types import Cause
 from runtime.errors import InferenceTimeout, QueueFull
-from server.v2.ondemand import Demand, DemandFailed, Means, Setbacks
+from server.v2.ondemand import DemandFailed, OnDemand
 
 
 class Demanding:
@@ -25,17 +25,17 @@ class Demanding:
         self.looks = 0
         self.defect: Exception | None = None
         self.leases = engine.leases
-        means = Means(
+        self.demand = OnDemand(
             log=engine.log,
             reader=engine.reader,
             router=engine.router,
-            setbacks=Setbacks(),
+            leases=self.leases,
             look_up=self._look_up,
             waiting_for=engine.consumer.waiting_for,
             stopping=asyncio.Event(),
             max_waiting=max_waiting,
+            on=True,
         )
-        self.demand = Demand(means, self.leases, on=True)
 
     async def wait(self, model_id: str, *, version: int | None = None, within_s: float = 1000) -> bool:
         """Wait for a model, and return whether it can be asked then, and is held."""
@@ -104,7 +104,7 @@ async def test_who_has_no_time_left_is_told_so_and_leaves_nothing_behind(folder:
         with pytest.raises(InferenceTimeout, match="is not loaded yet"):
             await on_demand.wait("adder", within_s=-1)
         assert not on_demand.leases.held("adder")
-        await until(lambda: "adder" not in on_demand.demand._awaited)
+        await until(lambda: not on_demand.demand._attempts)
         assert await engine.story(of="adder") == []
 
 
