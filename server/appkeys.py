@@ -17,7 +17,7 @@ from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA
 from server.config import Config
 from server.connections.bodies import Bodies
-from server.ledger.streams import Streams
+from server.ledger.stream import Streams
 from server.routes import ROUTES
 from server.v2.ondemand import OnDemand
 

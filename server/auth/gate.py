@@ -1,9 +1,19 @@
-"""Who is asking, and may they: bearer tokens (RFC 6750, 7519, 8725), roles, and the one middleware."""
+"""Who is asking, and may they: bearer tokens (RFC 6750, 7519, 8725), roles, and the one middleware.
 
+Denied attempts go into the ledger: one event a subject, action and minute, within a bound. Only who was
+verified is counted: what anybody may send without a valid token must not fill the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
 import hashlib
+import logging
+import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +21,175 @@ import jwt
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from server.auth.credentials import (
-    PRINCIPAL,
-    Forbidden,
-    InvalidToken,
-    MalformedAuthorization,
-    Principal,
-    bearer_token,
-)
-from server.auth.denials import NO_ROUTE, Denials
+from events.clock import uuid7
+from events.commands import Command, Record
+from events.types import SYSTEM, AccessDenied, Draft
 from server.auth.keyring import KeyRing, VerificationKey, open_key_ring
 from server.auth.keys import ROLES, subject_refusal
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA, Quota, RateLimits
 from server.config import Config
+from server.errors import ServerProblem
 from server.routes import Access, LimitClass, matched_route
 
-__all__ = ["PRINCIPAL", "Gate", "Principal", "Verifier", "auth_middleware", "check_role", "create_verifier"]
+REALM = "loadledger"
+
+# RFC 6750 section 2.1, with as many spaces as RFC 9110 section 11.4 allows.
+_BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a verified token speaks for.
+
+    Attributes:
+        subject: 1 to 128 printable characters, never `system`; the actor of the events it causes.
+        roles: Those of the token that exist here.
+    """
+
+    subject: str
+    roles: frozenset[str]
+
+
+PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
+"""Who asks, on every request but those to public routes."""
+
+
+class Challenge(ServerProblem):
+    """The request is told how to show who it is from, in WWW-Authenticate."""
+
+    error: str | None = None
+
+    def __init__(self, detail: str = "", *, extra: str = "") -> None:
+        challenge = f'Bearer realm="{REALM}"'
+        if self.error is not None:
+            challenge += f', error="{self.error}"{extra}'
+        super().__init__(detail, http_headers={hdrs.WWW_AUTHENTICATE: challenge})
+
+
+class NoCredentials(Challenge):
+    """This route needs a token: send it as Authorization: Bearer <token>."""
+
+    code = "no_credentials"
+
+
+class InvalidToken(Challenge):
+    """The token is not valid."""
+
+    code = "invalid_token"
+    error = "invalid_token"
+
+
+class MalformedAuthorization(Challenge):
+    """There must be one Authorization field, of the form Bearer <token>."""
+
+    code = "invalid_request"
+    error = "invalid_request"
+
+
+class Forbidden(Challenge):
+    """The token's roles do not allow this."""
+
+    code = "forbidden"
+    error = "insufficient_scope"
+
+    def __init__(self, principal: Principal, access: Access) -> None:
+        needed = sorted(access.value)
+        has = ", ".join(sorted(principal.roles)) or "none"
+        super().__init__(
+            f"this needs one of the roles {', '.join(needed)}; the token has {has}",
+            extra=f', scope="{" ".join(needed)}"',
+        )
+
+
+def bearer_token(fields: list[str]) -> str:
+    """Return the token out of a request's Authorization fields.
+
+    Raises:
+        NoCredentials: there is no bearer token (`no_credentials`).
+        MalformedAuthorization: there are several fields, or the one is malformed (`invalid_request`).
+    """
+    if len(fields) > 1:
+        raise MalformedAuthorization
+    scheme = fields[0].partition(" ")[0].lower() if fields else ""
+    if not fields or (scheme and scheme != "bearer"):
+        raise NoCredentials
+    match = _BEARER.fullmatch(fields[0].strip())
+    if match is None:
+        raise MalformedAuthorization
+    return match[1]
+
+
+MINUTE_S = 60.0
+
+MAX_EVENTS = 60
+"""In a minute, whoever tries whatever."""
+
+OTHER = "other"
+"""The action of the event, by `system`, that counts what had no room for an event of its own."""
+
+NO_ROUTE = "no route"
+"""The action of who asked, without any role, for a path or with a method that no route has."""
+
+_log = logging.getLogger(__name__)
+
+
+class Denials:
+    """Counts who was refused what; `run` appends the counts whenever a minute has passed."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], int] = {}
+        self._some = asyncio.Event()
+        self._closing = asyncio.Event()
+
+    def count(self, subject: str, action: str) -> None:
+        """Count one attempt of a verified subject."""
+        self._add((subject, action), 1)
+
+    async def run(self, submit: Callable[[Command], Awaitable[object]], minute_s: float = MINUTE_S) -> None:
+        """Append each minute's counts at its end; it begins with its first attempt. Until `close`."""
+        while not self._closing.is_set():
+            await self._some.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(minute_s):
+                    await self._closing.wait()
+            await self._flush(submit)
+        await self._flush(submit)  # of what was counted before this began, or since
+
+    def close(self) -> None:
+        """Have `run` append what was counted, and return."""
+        self._closing.set()
+        self._some.set()
+
+    async def _flush(self, submit: Callable[[Command], Awaitable[object]]) -> None:
+        """Append what was counted; where that fails, it is kept, and appended with the next minute's."""
+        counts, self._counts = self._counts, {}
+        self._some.clear()
+        if not counts:
+            return
+        drafts = tuple(
+            Draft(uuid7(), AccessDenied(action, count), subject)
+            for (subject, action), count in counts.items()
+        )
+        try:
+            await submit(Record(drafts))
+        except Exception as error:  # noqa: BLE001 - whatever it is, attempts are counted on
+            _log.warning("denied attempts could not be recorded yet: %s", error)
+            self._keep(counts)
+
+    def _keep(self, counts: dict[tuple[str, str], int]) -> None:
+        """Put counts back, the earlier ones first, so that the bound holds for them together."""
+        later, self._counts = self._counts, counts
+        self._some.set()
+        for key, count in later.items():
+            self._add(key, count)
+
+    def _add(self, key: tuple[str, str], count: int) -> None:
+        if key not in self._counts and len(self._counts) >= MAX_EVENTS - 1:
+            key = (SYSTEM, OTHER)
+        self._counts[key] = self._counts.get(key, 0) + count
+        self._some.set()
+
 
 CLOCK_SKEW_S = 60.0
 """How far an issuer's clock may be ahead, for `nbf` and `iat`. `exp` is taken at its word."""

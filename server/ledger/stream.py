@@ -1,23 +1,204 @@
-"""One open stream of events: what its client is told, how it is kept alive, and what ends it."""
+"""Open streams of events: what a client is told, how a stream is kept alive, and what ends it.
+
+Beside events they tell the live stages of unfinished jobs: the latest of each, not what was in between. Those
+are no facts and not in the log, so there is nothing to catch up with: who comes later gets the present.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import jwt
 from aiohttp import hdrs, web
 
 from events.errors import LedgerProblem
-from events.tail import Batch, Tail
-from server.auth.credentials import InvalidToken, bearer_token
-from server.auth.gate import Verifier
+from events.jobs import Job
+from events.log import Log
+from events.stored import EventFilter
+from events.tail import PACE_S, Batch, Tail, Tails
+from server.auth.gate import InvalidToken, Verifier, bearer_token
+from server.errors import ServerProblem
 from server.ledger.sse import Form
-from server.ledger.stages import STAGE
-from server.ledger.streams import Streams
+
+STAGE = "stage"
+"""The name of such a notice, which a filter on `type` may ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a job is, and as which change that became known."""
+
+    number: int
+    job_id: str
+    model_id: str
+    stage: str | None
+    waiting_for: str | None
+
+    @property
+    def members(self) -> dict[str, object]:
+        """Return what is told of it."""
+        return {
+            "job_id": self.job_id,
+            "model_id": self.model_id,
+            "stage": self.stage,
+            "waiting_for": self.waiting_for,
+        }
+
+
+class Stages:
+    """What was last seen of each unfinished job.
+
+    Args:
+        log: whose unfinished jobs they are.
+        stage: tells the stage of a job.
+        waiting_for: tells what a job waits for.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        stage: Callable[[Job], str | None],
+        waiting_for: Callable[[Job], str | None],
+    ) -> None:
+        self._log = log
+        self._stage = stage
+        self._waiting_for = waiting_for
+        self._seen = dict[str, Stage]()
+        self.changes = 0
+
+    @property
+    def any_to_come(self) -> bool:
+        """Whether there is a job whose stage may change."""
+        return bool(self._log.state.jobs)
+
+    def look(self) -> bool:
+        """Look at all unfinished jobs; returns whether something has changed."""
+        before, jobs = self.changes, self._log.state.jobs
+        for job_id in self._seen.keys() - jobs.keys():
+            del self._seen[job_id]
+        for job in jobs.values():
+            seen, now = self._seen.get(job.id), (self._stage(job), self._waiting_for(job))
+            if now != ((seen.stage, seen.waiting_for) if seen is not None else (None, None)):
+                self.changes += 1
+                self._seen[job.id] = Stage(self.changes, job.id, job.model_id, *now)
+        return self.changes > before
+
+    def since(self, change: int, wanted: EventFilter) -> Iterator[Stage]:
+        """Return what became known after a change; filters on the model, the job and the type apply.
+
+        Stages have no actor: a filter on that lets none pass.
+        """
+        if change >= self.changes or wanted.actors or (wanted.types and STAGE not in wanted.types):
+            return
+        for stage in self._seen.values():
+            if (
+                stage.number > change
+                and (not wanted.models or stage.model_id in wanted.models)
+                and (not wanted.jobs or stage.job_id in wanted.jobs)
+            ):
+                yield stage
+
+
+BEAT_S = 1.0
+"""How often it is looked whose heartbeat is due."""
+
+
+class TooManyStreams(ServerProblem):
+    """The subject has as many streams open as it may."""
+
+    code = "too_many_streams"
+    retry_after_s = 5.0
+
+
+class Streams:
+    """The open streams of a server; `run` has to run for them to have heartbeats and stages.
+
+    Attributes:
+        tasks: what has to run for there to be streams, by name.
+    """
+
+    def __init__(self, log: Log, tails: Tails, stages: Stages, *, per_subject: int) -> None:
+        self._log = log
+        self._per_subject = per_subject
+        self._by_subject = Counter[str]()
+        self._open = set[Stream]()
+        self._wakeup = asyncio.Event()
+        self.tails = tails
+        self.stages = stages
+        self.tasks = dict[str, asyncio.Task[None]]()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def run(self) -> None:
+        """Wake streams that have something to say of their own; a defect ends all of them."""
+        self._wakeup = self._log.subscribe()
+        try:
+            while True:
+                await self._pause()
+                if self.tails.closed:
+                    self._hurry()
+                if self._open and self.stages.look():
+                    self.tails.wake()
+                now = asyncio.get_running_loop().time()
+                for stream in self._open:
+                    if stream.due <= now:
+                        stream.wake()
+        finally:
+            self._log.unsubscribe(self._wakeup)
+            self.tails.close()
+            self._hurry()
+
+    @contextmanager
+    def admit(self, subject: str) -> Iterator[None]:
+        """Count a stream of a subject for as long as it is open.
+
+        Raises:
+            TooManyStreams: `too_many_streams`.
+        """
+        if self._by_subject[subject] >= self._per_subject:
+            raise TooManyStreams(
+                f"{subject} has {self._per_subject} streams open, as many as --streams-per-subject allows;"
+                " close one first"
+            )
+        self._by_subject[subject] += 1
+        try:
+            yield
+        finally:
+            self._by_subject[subject] -= 1
+            if not self._by_subject[subject]:
+                del self._by_subject[subject]
+
+    @contextmanager
+    def beating(self, stream: Stream) -> Iterator[None]:
+        """Wake a stream when it is due, for as long as it is open."""
+        self._open.add(stream)
+        self._wakeup.set()
+        try:
+            yield
+        finally:
+            self._open.discard(stream)
+
+    def _hurry(self) -> None:
+        """Let none of them hold up the end of the server."""
+        for stream in self._open:
+            stream.hurry()
+
+    async def _pause(self) -> None:
+        """Wait for the next look: soon while stages may change, long when nobody listens."""
+        self._wakeup.clear()
+        if self._open and self.stages.any_to_come:
+            await asyncio.sleep(PACE_S)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(BEAT_S if self._open else None):
+                await self._wakeup.wait()
+
 
 HEARTBEAT_S = 15.0
 """Between signs of life: less than what proxies wait for."""

@@ -16,9 +16,7 @@ from server.appkeys import CONFIG, CONSUMER, LOG, PRINCIPAL, STREAMS, VERIFIER
 from server.errors import errors
 from server.ledger.listing import filter_fields, wanted_events
 from server.ledger.sse import NDJSON, SSE, chosen_form
-from server.ledger.stages import STAGE, Stages
-from server.ledger.stream import Stream, Ticket
-from server.ledger.streams import Streams
+from server.ledger.stream import STAGE, Stages, Stream, Streams, Ticket
 from server.routes import Access, LimitClass, Route
 from server.validation import ParameterInteger, header_fields, query_parameters
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.auth.credentials import PRINCIPAL
-from server.auth.gate import Gate, auth_middleware, create_verifier
+from server.auth.gate import PRINCIPAL, Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, issue_token
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import Config

@@ -18,8 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from pytest_aiohttp import AiohttpClient
 from support.smallapp import bearer, route, small_app, small_config
 
-from server.auth.credentials import InvalidToken, Principal
-from server.auth.gate import Verifier, create_verifier
+from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier
 from server.auth.keyring import FileKeyRing, FolderKeyRing, read_public_keys
 from server.auth.keys import KeyProblem, issue_token, keys_folder, list_keys, load_private_key, revoke, rotate
 from server.config import Config

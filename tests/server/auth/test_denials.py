@@ -19,7 +19,7 @@ from events.reader import open_reader
 from events.types import SYSTEM, AccessDenied
 from server.app import LEDGER
 from server.appkeys import GATE
-from server.auth.denials import MAX_EVENTS, NO_ROUTE, OTHER, Denials
+from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
 
 Start = Callable[..., Awaitable[LocalApi]]
 Told = dict[tuple[str, str], int]
