@@ -11,7 +11,8 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from events.clock import uuid7
 from events.jobs import Failure
@@ -20,9 +21,9 @@ from runtime.defaults import WarmUp, read_warm_up
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.live import MEASURE_LIMIT_S, LiveLoad
 from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import LoadOrder, LoadReport, Worker
+from runtime.processes.workers import LoadReport, Worker
 from runtime.repository import FileStat, ModelVersion, Repository
-from runtime.wire import LoadedFile, Prepared
+from runtime.wire import Load, LoadedFile, Prepared
 
 FindPrepared = Callable[[tuple[FileStat, ...]], Prepared | None]
 """Gives the prepared form of these files, if there is one; it may read files."""
@@ -38,7 +39,7 @@ INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
 """Workers of one load that load side by side, after the first: each takes a core and its peak of memory."""
 
 
-async def run_load(load: LiveLoad, pool: WorkerPool, ordered: Awaitable[LoadOrder]) -> None:
+async def run_load(load: LiveLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
     """Load the model in as many workers as are asked for; the outcome stands in `report` or `failure`.
 
     The first loads alone and hashes, so that the bytes are read for that once. What fails one fails all; but
@@ -67,7 +68,7 @@ async def order_of(
     repository: Repository,
     known: tuple[LoadedFile, ...],
     prepared: FindPrepared,
-) -> LoadOrder:
+) -> Load:
     """Look at what is to be loaded, and say how.
 
     Args:
@@ -88,22 +89,23 @@ async def order_of(
     found, warm_up, load.prepared = await asyncio.to_thread(look_up)
     if load.prepared is None:  # and there may have been one when the load's need was found out
         load.reserve_bare()
-    return LoadOrder(
-        root=repository.root,
-        folder=found.folder,
+    load.warm_up_inputs = warm_up.inputs
+    return Load(
+        root=str(repository.root),
+        folder=str(found.folder),
         files=tuple(file.path for file in found.files),
+        threads=pool.threads,
         known=known,
         memory_limit_bytes=load.parameters.memory_limit_bytes,
         max_batch_size=load.parameters.max_batch_size,
         max_queue_delay_us=load.parameters.max_queue_delay_us,
         warm_up=pool.warm_up if warm_up.enabled is None else warm_up.enabled,
-        warm_up_inputs=warm_up.inputs,
         prepared=load.prepared,
         huge_pages=pool.huge_pages,
     )
 
 
-async def _load_rest(load: LiveLoad, pool: WorkerPool, order: LoadOrder) -> None:
+async def _load_rest(load: LiveLoad, pool: WorkerPool, order: Load) -> None:
     """Load the other instances, some at once; at the first that fails, the others are not waited for."""
     places = asyncio.Semaphore(INSTANCES_AT_ONCE)
 
@@ -127,7 +129,7 @@ def _contents(files: tuple[LoadedFile, ...]) -> list[tuple[str, str]]:
 
 
 async def _load_instance(
-    load: LiveLoad, pool: WorkerPool, order: LoadOrder, worker_id: str, began_ns: int
+    load: LiveLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
 ) -> LoadReport:
     """Start a worker and load the model in it. Why not, if so, is there before its end is noticed.
 
@@ -140,7 +142,7 @@ async def _load_instance(
     load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
     worker.ended.add_done_callback(lambda _: load.wake())
     try:
-        report = await worker.load(order, lambda stage: setattr(load, "stage", stage))
+        report = await worker.load(order, lambda stage: setattr(load, "stage", stage), load.warm_up_inputs)
     except WorkerDied as death:
         is_killed = death.end.signal == signal.SIGKILL  # by somebody else
         if load.replace(worker, None if is_killed else f"{death} while it loaded that"):
@@ -164,7 +166,7 @@ async def _load_instance(
     return report
 
 
-async def _load_bare(load: LiveLoad, pool: WorkerPool, order: LoadOrder, worker_id: str) -> LoadReport:
+async def _load_bare(load: LiveLoad, pool: WorkerPool, order: Load, worker_id: str) -> LoadReport:
     """Load in another worker what the first did not make of a prepared form."""
     load.reserve_bare()
     load.told.discard(worker_id)

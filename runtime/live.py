@@ -14,7 +14,7 @@ from events.models import FORK_SERVER_DIED
 from runtime.processes.workers import LoadReport, Worker
 from runtime.scheduling.sight import Phase, Running
 from runtime.statistics import Statistics
-from runtime.wire import Prepared
+from runtime.wire import Prepared, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class LiveLoad:
         reports: of the workers that have loaded, by id.
         prepared: the form that its workers are given, until one can do nothing with it.
         prepared_failure: why not, then.
+        warm_up_inputs: what the model is run on before it is loaded; nothing is zeros.
         replaced_if_dead: ids of the workers that load with that form: one that dies has not failed the load.
         draining: no more requests are routed to it.
         unloading: `run_unload` has begun.
@@ -59,6 +60,7 @@ class LiveLoad:
     stage: str | None = None
     prepared: Prepared | None = None
     prepared_failure: str | None = None
+    warm_up_inputs: tuple[Tensor, ...] = ()
     replaced_if_dead: set[str] = field(default_factory=set)
     starting_us: int = 0
     draining: bool = False

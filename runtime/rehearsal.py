@@ -10,8 +10,8 @@ from runtime.defaults import read_warm_up
 from runtime.errors import RuntimeProblem
 from runtime.processes.pool import WorkerPool
 from runtime.processes.shielding import ended
-from runtime.processes.workers import LoadOrder
 from runtime.repository import ModelVersion, Repository
+from runtime.wire import Load, Tensor
 
 
 class TrialTimeout(RuntimeProblem):
@@ -43,11 +43,11 @@ async def try_load(
         RuntimeProblem: it cannot be loaded.
     """
     limit_s = min(limit_s, parameters.timeout_s)
-    order = await asyncio.to_thread(_order, pool, repository, found, parameters, budget_bytes)
+    order, inputs = await asyncio.to_thread(_order, pool, repository, found, parameters, budget_bytes)
     worker = await pool.start(uuid7())
     try:
         async with asyncio.timeout(limit_s):
-            await worker.load(order, lambda _: None)
+            await worker.load(order, lambda _: None, inputs)
     except TimeoutError:
         raise TrialTimeout(f"it was not loaded within {limit_s:g} s") from None
     finally:
@@ -60,16 +60,17 @@ def _order(
     found: ModelVersion,
     parameters: LoadParameters,
     budget_bytes: int,
-) -> LoadOrder:
+) -> tuple[Load, tuple[Tensor, ...]]:
     warm_up = read_warm_up(repository, found.model_id)
-    return LoadOrder(
-        root=repository.root,
-        folder=found.folder,
+    order = Load(
+        root=str(repository.root),
+        folder=str(found.folder),
         files=tuple(file.path for file in found.files),
+        threads=pool.threads,
         memory_limit_bytes=min(budget_bytes, parameters.memory_limit_bytes or budget_bytes),
         max_batch_size=parameters.max_batch_size,
         max_queue_delay_us=parameters.max_queue_delay_us,
         warm_up=pool.warm_up if warm_up.enabled is None else warm_up.enabled,
-        warm_up_inputs=warm_up.inputs,
         huge_pages=pool.huge_pages,
     )
+    return order, warm_up.inputs

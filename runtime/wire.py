@@ -184,8 +184,9 @@ class Load(Message, frozen=True):
     """Load the model in `folder`; the first message to a worker. `known` files need no hashing.
 
     `files` are the paths that the version consists of, in order: with others it is not the one to be loaded.
-    `memory_limit_bytes` is what the model may take beside the empty worker; None is no limit. With `warm_up`
-    the model is run once before it is loaded: on `tensors`, if there are any, else on zeros.
+    `memory_limit_bytes` is what the model may take beside the empty worker; None is no limit. With a
+    `max_batch_size` of 0 there is no batching. With `warm_up` the model is run once before it is loaded: on
+    `tensors`, which `Worker.load` adds, if there are any, else on zeros where shapes allow it.
 
     With `prepared` the session is made of that, if it is of use, and of the repository's files if not. In the
     `background` all that the worker ever does waits for whoever else wants the machine. With `huge_pages` the

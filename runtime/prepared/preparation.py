@@ -30,9 +30,8 @@ from runtime.prepared.store import Made, PreparedStore
 from runtime.prepared.trial import Pair, Trial, told
 from runtime.processes.pool import WorkerPool
 from runtime.processes.shielding import ended, whole
-from runtime.processes.workers import LoadOrder, PrepareOrder
 from runtime.repository import Repository
-from runtime.wire import Form, LoadedFile, SourceHash, Tensor
+from runtime.wire import Form, Load, LoadedFile, Prepare, SourceHash, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ class Preparing:
             untried_on=untried_on,
         )
 
-    async def _first_of_use(self, bare: LoadOrder, trial: Trial) -> dict[Form, str] | None:
+    async def _first_of_use(self, bare: Load, trial: Trial) -> dict[Form, str] | None:
         """Keep the first form that is of use; if there is none, return why each is not."""
         tried: dict[Form, str] = {}
         for form in FORMS:
@@ -153,7 +152,7 @@ class Preparing:
             tried[form] = why_not
         return tried
 
-    async def _bare(self) -> tuple[LoadOrder, tuple[Tensor, ...]]:
+    async def _bare(self) -> tuple[Load, tuple[Tensor, ...]]:
         """Return how the version is loaded bare, and the inputs that its `loadledger.toml` gives."""
         candidate, repository = self._candidate, self._repository
         try:
@@ -163,19 +162,18 @@ class Preparing:
             raise _Changed from problem
         if tuple(file.path for file in found.files) != tuple(file.path for file in candidate.sources):
             raise _Changed
-        order = LoadOrder(
-            root=repository.root,
-            folder=found.folder,
+        order = Load(
+            root=str(repository.root),
+            folder=str(found.folder),
             files=tuple(file.path for file in found.files),
+            threads=self._pool.threads,
             known=candidate.sources,
             memory_limit_bytes=candidate.worker_bytes,
             huge_pages=self._pool.huge_pages,
         )
         return order, given
 
-    async def _why_not(
-        self, form: Form, bare: LoadOrder, trial: Trial, tried: Mapping[Form, str]
-    ) -> str | None:
+    async def _why_not(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
         """Make a form, try it, and keep it; returns why not, or None."""
         try:
             async with self._draft(form) as draft:
@@ -207,11 +205,20 @@ class Preparing:
             for draft in made:
                 await whole(asyncio.to_thread(self._store.discard, draft))
 
-    async def _make(self, form: Form, bare: LoadOrder, draft: Path) -> tuple[LoadedFile, ...]:
+    async def _make(self, form: Form, bare: Load, draft: Path) -> tuple[LoadedFile, ...]:
         worker = await self._pool.start(uuid7())
         alone_bytes = self._candidate.need_bytes - WORKER_BYTES
-        version = bare.root, bare.folder, bare.files
-        order = PrepareOrder(*version, form, draft, bare.known, alone_bytes, self._store.limit_bytes)
+        order = Prepare(
+            root=bare.root,
+            folder=bare.folder,
+            files=bare.files,
+            threads=bare.threads,
+            memory_limit_bytes=alone_bytes,
+            known=bare.known,
+            form=form,
+            target=str(draft),
+            most_bytes=self._store.limit_bytes,
+        )
         try:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):
                 raise PreparedUnavailable("ONNX Runtime was replaced while this server uses it: restart it")

@@ -12,7 +12,9 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from events.clock import uuid7
 from runtime.errors import InferenceFailed, InvalidInput, LoadRefused
@@ -21,8 +23,8 @@ from runtime.prepared.files import hashes_of
 from runtime.prepared.samples import samples
 from runtime.processes.pool import WorkerPool
 from runtime.processes.shielding import ended
-from runtime.processes.workers import LoadOrder, LoadReport, Worker
-from runtime.wire import Outcome, Prepared, Tensor
+from runtime.processes.workers import LoadReport, Worker
+from runtime.wire import Load, Outcome, Prepared, Tensor
 
 ROUNDS = 3
 """Pairs of fresh processes."""
@@ -86,7 +88,7 @@ class Trial:
         given: inputs that the model is known to take; nothing means that some are made up.
     """
 
-    def __init__(self, pool: WorkerPool, bare: LoadOrder, given: Sequence[Tensor]) -> None:
+    def __init__(self, pool: WorkerPool, bare: Load, given: Sequence[Tensor]) -> None:
         self._pool = pool
         self._bare = replace(bare, warm_up=False, background=True, max_batch_size=0, max_queue_delay_us=0)
         self._given = tuple(given)
@@ -122,7 +124,7 @@ class Trial:
         return verdict(pairs), pairs
 
     @asynccontextmanager
-    async def _loaded(self, order: LoadOrder) -> AsyncIterator[tuple[Worker, LoadReport]]:
+    async def _loaded(self, order: Load) -> AsyncIterator[tuple[Worker, LoadReport]]:
         worker = await self._pool.start(uuid7())
         try:
             with of_the_model() if order.prepared is None else nullcontext():

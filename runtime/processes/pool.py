@@ -125,7 +125,7 @@ class WorkerPool:
                 asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
             child = await self._answer(fork_server, asked)
             ours.callback(close_watched, child.pidfd)
-            worker = Worker(worker_id, child, read, self.threads, self._patience_s)
+            worker = Worker(worker_id, child, read, self._patience_s)
             ours.pop_all()
         return worker, data, control
 

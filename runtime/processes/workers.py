@@ -6,8 +6,9 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
+
+from msgspec.structs import replace
 
 from runtime import memory
 from runtime.errors import (
@@ -31,7 +32,6 @@ from runtime.wire import (
     FROM_WORKER,
     Cancel,
     Failure,
-    Form,
     Frame,
     FromWorker,
     Infer,
@@ -42,7 +42,6 @@ from runtime.wire import (
     MalformedFrame,
     Outcome,
     Prepare,
-    Prepared,
     PrepareDone,
     Stage,
     Tensor,
@@ -68,49 +67,6 @@ LoadReport = Loaded
 """What a load came to: files with identities and hashes, inputs, outputs, memory, durations."""
 PrepareReport = PrepareDone
 """What preparing came to: the form's files and those of the repository, with identities and hashes."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOrder:
-    """What to load: a version's folder in the repository at `root`, and the paths of its files, in order.
-
-    Files that are `known` by identity are not hashed again. `memory_limit_bytes` is what the model may take
-    beside the empty worker; None is no limit. A `max_batch_size` of 0 is no batching. With `warm_up` the
-    model is run once before it is loaded: on `warm_up_inputs` or, with none, on zeros where shapes allow it.
-
-    The session is made of the `prepared` form, where that is of use. In the `background` the worker gives way
-    to whoever else wants the machine, and goes on to. Without `huge_pages` it has none.
-    """
-
-    root: Path
-    folder: Path
-    files: tuple[str, ...]
-    known: tuple[LoadedFile, ...] = ()
-    memory_limit_bytes: int | None = None
-    max_batch_size: int = 0
-    max_queue_delay_us: int = 0
-    warm_up: bool = True
-    warm_up_inputs: tuple[Tensor, ...] = ()
-    prepared: Prepared | None = None
-    background: bool = False
-    huge_pages: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareOrder:
-    """What to prepare, as in `LoadOrder`, in which form, and into which folder: an empty one that exists.
-
-    No file there has more than `most_bytes`, if that is given: what the store keeps at most.
-    """
-
-    root: Path
-    folder: Path
-    files: tuple[str, ...]
-    form: Form
-    target: Path
-    known: tuple[LoadedFile, ...] = ()
-    memory_limit_bytes: int | None = None
-    most_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +115,13 @@ class Worker:
             `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
     """
 
-    def __init__(self, worker_id: str, child: Child, stderr: int, threads: int, patience_s: float) -> None:
+    def __init__(self, worker_id: str, child: Child, stderr: int, patience_s: float) -> None:
         self.worker_id = worker_id
         self.pid = child.pid
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Exit] = self._loop.create_future()
         self._process = Process(child, self._on_gone)
         self._stderr = StderrTail(stderr)
-        self._threads = threads
         self._in_flight = InFlight(patience_s, self._cancel, self._end_stuck)
         self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
         self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
@@ -203,12 +158,15 @@ class Worker:
         """Wait until nothing is in flight; a dead worker is drained."""
         await self._in_flight.drained()
 
-    async def load(self, order: LoadOrder, on_stage: Callable[[str], None]) -> LoadReport:
+    async def load(
+        self, order: Load, on_stage: Callable[[str], None], warm_up_inputs: Sequence[Tensor] = ()
+    ) -> LoadReport:
         """Load a model; once per worker, which ends by itself when this fails.
 
         Args:
             order: what to load.
             on_stage: is called with `loading`, if the model is run `warming_up`, then `measuring`.
+            warm_up_inputs: what it is run on; with none, zeros, where shapes allow it.
 
         Raises:
             LoadRefused: with the code of the reason.
@@ -216,28 +174,11 @@ class Worker:
         """
         # For so long, what is cancelled may wait for others to run with.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
-        report: LoadReport = await self._answer_to(
-            Load(
-                str(order.root),
-                str(order.folder),
-                order.files,
-                self._threads,
-                order.memory_limit_bytes,
-                order.known,
-                order.max_batch_size,
-                order.max_queue_delay_us,
-                order.warm_up,
-                order.prepared,
-                order.background,
-                order.huge_pages,
-                heads(order.warm_up_inputs),
-            ),
-            order.warm_up_inputs,
-            on_stage,
-        )
+        order = replace(order, tensors=heads(warm_up_inputs))
+        report: LoadReport = await self._answer_to(order, warm_up_inputs, on_stage)
         return report
 
-    async def prepare(self, order: PrepareOrder) -> PrepareReport:
+    async def prepare(self, order: Prepare) -> PrepareReport:
         """Make a prepared form of a model; once per worker instead of a load. It ends by itself after that.
 
         Args:
@@ -248,19 +189,7 @@ class Worker:
             LoadRefused: with the code of the reason: `prepare_failed`, `disk_full`, or one of a load's.
             WorkerDied: `worker_died`.
         """
-        report: PrepareReport = await self._answer_to(
-            Prepare(
-                str(order.root),
-                str(order.folder),
-                order.files,
-                self._threads,
-                order.memory_limit_bytes,
-                order.known,
-                order.form,
-                str(order.target),
-                order.most_bytes,
-            )
-        )
+        report: PrepareReport = await self._answer_to(order)
         return report
 
     async def infer(

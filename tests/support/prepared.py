@@ -6,9 +6,8 @@ from pathlib import Path
 from runtime.prepared.key import key_of
 from runtime.prepared.store import Made, PreparedStore
 from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import PrepareOrder
 from runtime.repository import Repository
-from runtime.wire import Form, Prepared, SourceHash
+from runtime.wire import Form, Prepare, Prepared, SourceHash
 from support.forms import found
 
 LIMIT_BYTES = 10**9
@@ -41,7 +40,8 @@ async def keep_form(
     """
     version, key = Repository(root).resolve(model_id, None), key_in(root, model_id)
     draft = store.draft(key)
-    order = PrepareOrder(root, version.folder, tuple(file.path for file in version.files), form, draft)
+    files = tuple(file.path for file in version.files)
+    order = Prepare(str(root), str(version.folder), files, 1, None, (), form, str(draft))
     own = (await (await pool.start("maker")).prepare(order)).files
     if instead is not None:
         shutil.copy(instead, draft / "model.onnx")

@@ -17,9 +17,9 @@ import pytest
 from runtime.processes import pool as pool_module
 from runtime.processes import workers as workers_module
 from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import LoadOrder, LoadReport, Worker
+from runtime.processes.workers import LoadReport, Worker
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, LoadedFile, Outcome, Tensor, WantedOutput
+from runtime.wire import DATATYPES, Load, LoadedFile, Outcome, Tensor, WantedOutput
 
 T = TypeVar("T")
 
@@ -73,11 +73,21 @@ def order_of(
     memory_limit_bytes: int | None = None,
     max_batch_size: int = 0,
     max_queue_delay_us: int = 0,
-) -> LoadOrder:
+    threads: int = 1,
+) -> Load:
     """Make the order to load a version of a model, the highest when none is named."""
     found = Repository(root).resolve(model_id, version)
     files = tuple(file.path for file in found.files)
-    return LoadOrder(root, found.folder, files, known, memory_limit_bytes, max_batch_size, max_queue_delay_us)
+    return Load(
+        str(root),
+        str(found.folder),
+        files,
+        threads,
+        memory_limit_bytes,
+        known,
+        max_batch_size,
+        max_queue_delay_us,
+    )
 
 
 async def loaded(pool: WorkerPool, root: Path, model_id: str) -> Worker:
@@ -90,7 +100,13 @@ async def batching(
 ) -> Worker:
     """Start a worker with the highest version of a model, which runs so many requests at once."""
     worker = await pool.start(model_id)
-    order = order_of(root, model_id, max_batch_size=max_batch_size, max_queue_delay_us=max_queue_delay_us)
+    order = order_of(
+        root,
+        model_id,
+        max_batch_size=max_batch_size,
+        max_queue_delay_us=max_queue_delay_us,
+        threads=pool.threads,
+    )
     await worker.load(order, lambda _: None)
     return worker
 

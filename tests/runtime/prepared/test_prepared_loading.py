@@ -4,12 +4,11 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
 from support.forms import (
@@ -27,8 +26,8 @@ from support.workers import array, ask, floats, order_of, running_pool, tensor
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
 from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import LoadOrder, Worker
-from runtime.wire import Form
+from runtime.processes.workers import Worker
+from runtime.wire import Form, Load
 from runtime.worker.hugepages import are_better
 
 
@@ -151,7 +150,7 @@ async def test_form_is_used_for_files_that_are_known(pool: WorkerPool, root: Pat
 async def test_restored_copy_of_a_form_is_used(pool: WorkerPool, root: Path) -> None:
     given = await prepared(pool, root)
     copy = shutil.copytree(given.folder, root.parent / "restored")
-    moved = msgspec.structs.replace(given, folder=str(copy))
+    moved = replace(given, folder=str(copy))
     _, report = await load(pool, replace(order_of(root, "m"), prepared=moved))
     assert report.prepared == given.sha256
 
@@ -206,7 +205,7 @@ async def test_damaged_form_is_not_used_and_the_load_goes_on(
     assert len(await ask(worker, [layers_input()])) == 1
 
 
-async def crafted(root: Path, form: ModelProto | bytes) -> LoadOrder:
+async def crafted(root: Path, form: ModelProto | bytes) -> Load:
     """Order model `m` with a form that somebody wrote, hashes and all."""
     data = form if isinstance(form, bytes) else form.SerializeToString()
     order, folder = order_of(root, "m"), models.save_bytes(data, root.parent / "forms", "m")
@@ -285,7 +284,7 @@ async def test_file_changed_while_its_form_is_loaded_is_told_of(pool: WorkerPool
 
     def touch(stage: str) -> None:
         if stage == "loading":
-            os.utime(order.folder / "model.onnx", ns=(1, 1))
+            os.utime(Path(order.folder) / "model.onnx", ns=(1, 1))
 
     with pytest.raises(LoadRefused) as refused:
         await worker.load(order, touch)

@@ -1,10 +1,10 @@
 """When a prepared form is of use: its loads are faster, and its inferences not slower."""
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support import models
 from support.forms import describe, found, made, prepare_order, prepared, written_by_the_runtime
 from support.models import save

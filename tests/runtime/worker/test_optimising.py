@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from onnx import TensorProto, helper
 from support import models
 from support.events import PLAIN
@@ -25,7 +24,7 @@ from support.workers import computing, freeze, order_of, running_pool, until
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
 from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import PrepareOrder, Worker
+from runtime.processes.workers import Worker
 from runtime.wire import encode
 from runtime.worker import alignment
 from runtime.worker.alignment import align
@@ -46,7 +45,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-async def refusal(pool: WorkerPool, order: PrepareOrder) -> LoadRefused:
+def target_of(order: wire.Prepare) -> Path:
+    return Path(order.target)
+
+
+async def refusal(pool: WorkerPool, order: wire.Prepare) -> LoadRefused:
     """Prepare what is to be refused, and see the worker end by itself."""
     worker = await pool.start("w")
     with pytest.raises(LoadRefused) as refused:
@@ -60,27 +63,27 @@ async def test_what_is_written_is_ours_alone_and_all_there_is(pool: WorkerPool, 
     report = await made(pool, order)
     assert report.files == found(order.target)
     assert {file.path for file in report.files} == {"model.onnx", "weights.bin"}
-    assert {path.stat().st_mode & 0o777 for path in order.target.iterdir()} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in target_of(order).iterdir()} == {0o600}
     assert report.sources == found(order.folder)
     assert report.took_us > 0
 
 
 async def test_known_sources_are_not_hashed_again(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
-    known = tuple(msgspec.structs.replace(file, sha256=WRONG) for file in found(order.folder))
+    known = tuple(replace(file, sha256=WRONG) for file in found(order.folder))
     assert (await made(pool, replace(order, known=known))).sources == known
 
 
 async def test_folder_that_is_not_empty_is_not_written_to(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
-    (order.target / "model.onnx").write_text("ours")
+    (target_of(order) / "model.onnx").write_text("ours")
     assert (await refusal(pool, order)).code == "prepare_failed"
-    assert (order.target / "model.onnx").read_text() == "ours"
+    assert (target_of(order) / "model.onnx").read_text() == "ours"
 
 
 async def test_folder_that_is_not_there_is_said(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
-    order.target.rmdir()
+    target_of(order).rmdir()
     refused = await refusal(pool, order)
     assert (refused.code, str(order.target) in str(refused)) == ("prepare_failed", True)
 
@@ -91,14 +94,14 @@ async def test_form_that_grows_without_end_is_stopped(pool: WorkerPool, tmp_path
     save(models.grown(), root, "m")
     order = prepare_order(root)
     assert (await refusal(pool, order)).code == "prepare_failed"
-    assert sum(path.stat().st_size for path in order.target.iterdir()) <= 64 * 2**20
+    assert sum(path.stat().st_size for path in target_of(order).iterdir()) <= 64 * 2**20
 
 
 async def test_no_file_of_a_form_has_more_than_it_may(pool: WorkerPool, root: Path) -> None:
     order = replace(prepare_order(root), most_bytes=10**6)
     refused = await refusal(pool, order)
     assert (refused.code, str(refused)) == ("prepare_failed", "a file of it has more than 1000000 bytes")
-    assert max(path.stat().st_size for path in order.target.iterdir()) <= 10**6
+    assert max(path.stat().st_size for path in target_of(order).iterdir()) <= 10**6
 
 
 @contextlib.contextmanager
@@ -124,9 +127,9 @@ async def test_some_of_the_disk_is_left_to_others(
     """The form has 1 MB, of which there is room for two, and a twentieth of the disk is not to be taken."""
     save(models.weights(1, layers=4), tmp_path / "models", "m")
     order = prepare_order(tmp_path / "models", "optimised")
-    with small_disk(order.target.parent, megabytes):
-        order.target.mkdir()
-        others, reserve = order.target.parent / "others", megabytes * 2**20 // 20
+    with small_disk(target_of(order).parent, megabytes):
+        target_of(order).mkdir()
+        others, reserve = target_of(order).parent / "others", megabytes * 2**20 // 20
         free = os.statvfs(order.target).f_bavail * os.statvfs(order.target).f_frsize
         others.write_bytes(bytes(max(0, free - reserve - spare * 10**6)))
         if fits:
@@ -181,12 +184,12 @@ async def test_kill_while_preparing_is_a_death(pool: WorkerPool, tmp_path: Path)
 
 def done(**lies: Any) -> wire.PrepareDone:
     own = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, WRONG)
-    return msgspec.structs.replace(wire.PrepareDone((own,), (own,), 1), **lies)
+    return replace(wire.PrepareDone((own,), (own,), 1), **lies)
 
 
 def loaded(**lies: Any) -> wire.Loaded:
     file = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, WRONG)
-    return msgspec.structs.replace(wire.Loaded((file,), (), (), 1, 2, 3, 4, 5), **lies)
+    return replace(wire.Loaded((file,), (), (), 1, 2, 3, 4, 5), **lies)
 
 
 def hear(worker: Worker, message: wire.Message) -> None:

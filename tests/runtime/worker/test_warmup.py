@@ -3,13 +3,13 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 from onnx import ModelProto, TensorProto
 from support import models
 from support.models import save
@@ -57,15 +57,15 @@ async def loaded(
     """Load the model `m` into a worker; returns what it reports, and the stages."""
     stages: list[str] = []
     worker = await pool.start("w")
-    order = replace(order_of(root, "m"), warm_up_inputs=given, **ordered)
-    return await worker.load(order, stages.append), stages, worker
+    order = replace(order_of(root, "m"), **ordered)
+    return await worker.load(order, stages.append, given), stages, worker
 
 
 async def refused(pool: WorkerPool, root: Path, *given: Tensor, **ordered: Any) -> LoadRefused:
     """Load the model `m`, which is to be refused, and see its worker end by itself."""
     worker = await pool.start("w")
     with pytest.raises(LoadRefused) as refusal:
-        await worker.load(replace(order_of(root, "m"), warm_up_inputs=given, **ordered), lambda _: None)
+        await worker.load(replace(order_of(root, "m"), **ordered), lambda _: None, given)
     assert await asyncio.shield(worker.ended) == Exit(0, None)
     return refusal.value
 

@@ -6,14 +6,13 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 from support import models
 from support.models import ENDLESS, LOWEST, save, save_bytes
 from support.workers import (
@@ -92,7 +91,7 @@ async def test_load_reports_files_shapes_memory_and_durations(pool: WorkerPool, 
 async def test_known_files_are_not_hashed_again(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     first = await load(await pool.start("w"), tmp_path, "m")
-    known = tuple(msgspec.structs.replace(file, sha256=REMEMBERED) for file in first.files)
+    known = tuple(replace(file, sha256=REMEMBERED) for file in first.files)
     order = order_of(tmp_path, "m", known=known)
     report = await (await pool.start("w")).load(order, lambda _: None)
     assert [file.sha256 for file in report.files] == [REMEMBERED]
@@ -667,8 +666,8 @@ async def test_worker_that_says_what_it_should_not_is_killed(
 def report(**lies: Any) -> wire.Loaded:
     file = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, REMEMBERED)
     lied = {name: lies.pop(name) for name in list(lies) if name in wire.LoadedFile.__struct_fields__}
-    truth = wire.Loaded((msgspec.structs.replace(file, **lied),), (), (), 1, 2, 3, 4, 5)
-    return msgspec.structs.replace(truth, **lies)
+    truth = wire.Loaded((replace(file, **lied),), (), (), 1, 2, 3, 4, 5)
+    return replace(truth, **lies)
 
 
 def failed(code: Any) -> wire.LoadFailed:
