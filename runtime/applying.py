@@ -128,7 +128,7 @@ class Applier:
                     self.totals.end(load)
                     del self.live[key]
 
-    async def act(self, action: Action) -> None:
+    async def act(self, action: Action) -> None:  # noqa: PLR0912 - a table of all actions
         """Do what the scheduler says.
 
         Raises:
@@ -153,13 +153,6 @@ class Applier:
                 self.preparer.stop()
             case CancelJob(job):
                 await self._record(about(job, JobCancelled()))
-            case StartUnload() | Kill() | FinishUnload() | RecordDeath():
-                await self._end(action)
-            case MakeWay() | RequestReload() | RequestEnd() | GiveUp():
-                await self._request(action)
-
-    async def _end(self, action: StartUnload | Kill | FinishUnload | RecordDeath) -> None:
-        match action:
             case StartUnload(job, load_job_id):
                 await self._start_unload(job, load_job_id)
             case Kill(load_job_id):
@@ -168,12 +161,7 @@ class Applier:
                 await self._finish_unload(jobs, load_job_id)
             case RecordDeath(load_job_id, worker_ids):
                 load = self.live[load_job_id]
-                dead = [worker for worker in load.workers if worker.worker_id in worker_ids]
-                await self._record_of(load, dead)
-
-    async def _request(self, action: MakeWay | RequestReload | RequestEnd | GiveUp) -> None:
-        """Request, for the system, what becomes a job of its own."""
-        match action:
+                await self._record_of(load, [each for each in load.workers if each.worker_id in worker_ids])
             case MakeWay(job, load_job_id):
                 await self._record(_swapped_out(self.live[load_job_id], job.id))
             case RequestReload(model, cause):
