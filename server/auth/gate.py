@@ -24,7 +24,7 @@ from aiohttp.typedefs import Handler, Middleware
 from events.clock import uuid7
 from events.commands import Command, Record
 from events.types import SYSTEM, AccessDenied, Draft
-from server.auth.keyring import KeyRing, VerificationKey, open_key_ring
+from server.auth.keyring import KeyRing, VerificationKey
 from server.auth.keys import ROLES, subject_refusal
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA, Quota, RateLimits
@@ -302,7 +302,7 @@ class Verifier:
 
 def create_verifier(config: Config) -> Verifier:
     """Return the verifier that a configuration asks for. Nothing is read yet."""
-    keys = open_key_ring(config.data, config.jwt_keys)
+    keys = KeyRing(config.data, config.jwt_keys)
     return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
 
 

@@ -6,10 +6,10 @@ algorithm or key never chooses more than which of these is tried.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -41,103 +41,74 @@ class VerificationKey:
     public: PublicKey
 
 
-class KeyRing(Protocol):
-    """Where the verifier finds keys."""
-
-    def find(self, kid: str | None, now: float) -> VerificationKey | None:
-        """Return the key a token names, or None. The same object as long as the key is the same."""
+_Keys = Mapping[str | None, VerificationKey]
+_Signature = tuple[int, int, int]
+"""Inode, size and time of a file when it was read; a difference in any is another content."""
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A file as it was when it was read; a difference in any of these is another content."""
+class KeyRing:
+    """The keys that verify tokens: each look-up may read files that have changed, creating one reads none.
 
-    inode: int
-    size: int
-    mtime_ns: int
+    Args:
+        data: the data directory, where our own keys are.
+        foreign: the file of an identity provider, whose keys replace our own.
+    """
 
-
-def open_key_ring(data: Path, foreign: Path | None) -> KeyRing:
-    """Return our own keys, or an identity provider's where its file is given. Nothing is read yet."""
-    return FolderKeyRing(data) if foreign is None else FileKeyRing(foreign)
-
-
-class FolderKeyRing:
-    """Our own keys, in `<data>/keys`. Creating one touches no file; each look-up may reread the folder."""
-
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, foreign: Path | None = None) -> None:
         self._folder = keys_folder(data)
-        self._keys: dict[str, tuple[_File, VerificationKey]] = {}
+        self._foreign = foreign
+        self._files: dict[Path, tuple[_Signature, _Keys]] = {}
+        self._keys: _Keys = {}
         self._read_at: float | None = None
 
     def find(self, kid: str | None, now: float) -> VerificationKey | None:
-        """Return the key of that name."""
-        if _is_due(self._read_at, now):
+        """Return the key that a token names, or None. The same object as long as its file is the same.
+
+        A provider's PEM key is for all tokens, and the only key of its set also for those that name none.
+        """
+        # A clock that was set back must not keep a revoked key alive.
+        if self._read_at is None or not 0 <= now - self._read_at < REREAD_AFTER_S:
             self._read_at = now
             self._reread()
-        known = self._keys.get(kid) if kid is not None else None
-        return known[1] if known is not None else None
+        if kid is None and self._foreign is not None and len(self._keys) == 1:
+            return next(iter(self._keys.values()))
+        return self._keys.get(kid) or self._keys.get(None)
 
     def _reread(self) -> None:
         try:
-            names = [path.name for path in self._folder.iterdir()]
+            if self._foreign is not None:
+                paths = [self._foreign]
+            else:
+                paths = [path for path in self._folder.iterdir() if is_kid_file(path.name)]
         except FileNotFoundError:
-            names = []
+            paths = []
         except OSError as error:  # out of descriptors, say: not a reason to lock everyone out
             log.warning("the key folder cannot be read, the keys known stay: %s", error)
             return
-        present = (name.removesuffix(".pem") for name in names if is_kid_file(name))
-        self._keys = dict(self._entries(present))
-
-    def _entries(self, kids: Iterator[str]) -> Iterator[tuple[str, tuple[_File, VerificationKey]]]:
-        for kid in kids:
-            path = self._folder / f"{kid}.pem"
+        known, self._files = self._files, {}
+        for path in paths:
             try:
-                file = _look_at(path)
-                known = self._keys.get(kid)
-                if known is not None and known[0] == file:
-                    yield kid, known
+                status = path.stat()
+                signature = (status.st_ino, status.st_size, status.st_mtime_ns)
+                if path not in known or known[path][0] != signature:
+                    self._files[path] = signature, self._read(path)
                 else:
-                    yield kid, (file, VerificationKey(kid, ALGORITHM, load_private_key(path).public_key()))
+                    self._files[path] = known[path]
             except FileNotFoundError:
                 continue  # revoked just now
             except (OSError, KeyProblem) as error:
-                log.warning("key %s is not used: %s", kid, error)
+                log.warning("%s is not used: %s", path.name, error)
+                if self._foreign is not None and path in known:  # half-written, most likely
+                    self._files[path] = known[path]
+        self._keys = {kid: key for _, keys in self._files.values() for kid, key in keys.items()}
+
+    def _read(self, path: Path) -> _Keys:
+        if self._foreign is not None:
+            return read_public_keys(path)
+        return {path.stem: VerificationKey(path.stem, ALGORITHM, load_private_key(path).public_key())}
 
 
-class FileKeyRing:
-    """Keys of an existing identity provider: one public key as PEM, or a JWKS."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: _File | None = None
-        self._keys: Mapping[str | None, VerificationKey] = {}
-        self._read_at: float | None = None
-
-    def find(self, kid: str | None, now: float) -> VerificationKey | None:
-        """Return the key of that name; a PEM key, and the only key of a set for a token that names none."""
-        if _is_due(self._read_at, now):
-            self._read_at = now
-            self._reread()
-        if None in self._keys:
-            return self._keys[None]
-        if kid is None and len(self._keys) == 1:
-            return next(iter(self._keys.values()))
-        return self._keys.get(kid)
-
-    def _reread(self) -> None:
-        try:
-            file = _look_at(self._path)
-            if file != self._file:
-                self._keys = read_public_keys(self._path)
-                self._file = file
-        except FileNotFoundError:
-            self._keys, self._file = {}, None
-        except (OSError, KeyProblem) as error:  # half-written, most likely
-            log.warning("the identity provider's keys cannot be read, those known stay: %s", error)
-
-
-def read_public_keys(path: Path) -> Mapping[str | None, VerificationKey]:
+def read_public_keys(path: Path) -> _Keys:
     """Read a PEM public key (under None) or the usable keys of a JWKS (by kid).
 
     Raises:
@@ -166,7 +137,7 @@ def _pem(path: Path, content: bytes) -> VerificationKey:
     return key
 
 
-def _jwks(path: Path, content: bytes) -> Mapping[str | None, VerificationKey]:
+def _jwks(path: Path, content: bytes) -> _Keys:
     try:
         document = json.loads(content)
         entries = document["keys"]
@@ -219,13 +190,3 @@ def _pinned(kid: str | None, public: object, algorithm: str | None) -> Verificat
     if algorithm is not None and algorithm not in possible:
         return None
     return VerificationKey(kid, algorithm or possible[0], public)
-
-
-def _is_due(read_at: float | None, now: float) -> bool:
-    # A clock that was set back must not keep a revoked key alive.
-    return read_at is None or not 0 <= now - read_at < REREAD_AFTER_S
-
-
-def _look_at(path: Path) -> _File:
-    status = path.stat()
-    return _File(status.st_ino, status.st_size, status.st_mtime_ns)

@@ -19,7 +19,7 @@ from pytest_aiohttp import AiohttpClient
 from support.smallapp import bearer, route, small_app, small_config
 
 from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier
-from server.auth.keyring import FileKeyRing, FolderKeyRing, read_public_keys
+from server.auth.keyring import KeyRing, read_public_keys
 from server.auth.keys import KeyProblem, issue_token, keys_folder, list_keys, load_private_key, revoke, rotate
 from server.config import Config
 from server.routes import Access, LimitClass
@@ -273,7 +273,7 @@ async def test_a_remembered_token_expires_like_any_other(config: Config) -> None
 
 
 async def test_the_memory_of_verified_tokens_is_bounded(config: Config) -> None:
-    verifier = Verifier(FolderKeyRing(config.data), "loadledger", capacity=3)
+    verifier = Verifier(KeyRing(config.data), "loadledger", capacity=3)
     tokens = [signed(config, sub=f"user {number}") for number in range(10)]
     for token in tokens:
         verifier.verify(token, time.time())
@@ -301,7 +301,7 @@ async def test_an_issuer_is_checked_where_it_is_configured(tmp_path: Path) -> No
 async def test_the_claim_with_the_roles_can_be_another(
     config: Config, name: str, changes: dict[str, object]
 ) -> None:
-    verifier = Verifier(FolderKeyRing(config.data), "loadledger", roles_claim=name)
+    verifier = Verifier(KeyRing(config.data), "loadledger", roles_claim=name)
     assert verifier.verify(signed(config, **changes), time.time()).roles == {"audit"}
     assert verifier.verify(signed(config), time.time()).roles == frozenset()
 
@@ -315,7 +315,7 @@ async def test_a_public_key_of_a_provider_is_bound_to_one_algorithm(
 ) -> None:
     file = tmp_path / "provider.pem"
     file.write_bytes(public_pem(private))
-    verifier = Verifier(FileKeyRing(file), "loadledger")
+    verifier = Verifier(KeyRing(tmp_path, file), "loadledger")
     for headers in ({"kid": "theirs"}, {}):
         token = jwt.encode(claims(), private, algorithm, headers=headers)
         assert verifier.verify(token, time.time()).subject == "alice"
@@ -359,7 +359,7 @@ async def test_a_changed_key_set_is_reread_and_a_broken_one_is_not(tmp_path: Pat
         os.replace(draft, file)  # noqa: PTH105
 
     publish(json.dumps({"keys": [jwk(jwt.algorithms.ECAlgorithm, EC_KEY, kid="e")]}))
-    verifier = Verifier(FileKeyRing(file), "loadledger")
+    verifier = Verifier(KeyRing(tmp_path, file), "loadledger")
     old = jwt.encode(claims(exp=2**40), EC_KEY, "ES256", headers={"kid": "e"})
     new = jwt.encode(claims(exp=2**40), ED_KEY, "EdDSA", headers={"kid": "d"})
     now = time.time()
