@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from events import history, rebuild, store
-from events.archivefile import ArchiveCheck, check_archive, compressed
+from events.archivefile import compressed
 from events.audit import audit
 from events.basestate import base_state_digest, read_base, write_base_state
 from events.checkpoint import leave_alone_complete
@@ -27,6 +27,7 @@ from events.clock import later, stamp
 from events.copies import wants_wal
 from events.errors import LogUnavailable
 from events.export import export_of, jsonl
+from events.fileaudit import FileAudit, audit_file
 from events.files import forget_drafts, make_durable, refuse_irregular, shown, written
 from events.findings import Finding
 from events.keys import KEPT_S
@@ -173,7 +174,7 @@ def _refuse_what_must_stay(
         )
 
 
-def _write(connection: sqlite3.Connection, base: Base, last: int, target: Path, sign: Sign) -> ArchiveCheck:
+def _write(connection: sqlite3.Connection, base: Base, last: int, target: Path, sign: Sign) -> FileAudit:
     """Write the file, unless an interrupted run has, and verify what is on the disk."""
     was_there = target.exists()
     if not was_there:
@@ -182,32 +183,29 @@ def _write(connection: sqlite3.Connection, base: Base, last: int, target: Path, 
                 packed.write(line)
     else:  # who was interrupted may not have come as far
         make_durable(target)
-    wrong = WrongTarget(f"{target} is there and has something else: choose another file")
-    try:
-        check = check_archive(target)
-    except LedgerDamaged as error:
-        raise wrong if was_there else error from None
+    check = audit_file(target)
+    if check.finding is not None and not was_there:
+        raise LedgerDamaged(check.finding.problem)
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (last,)).fetchone()
-    statement = check.head.statement
-    if (check.after, statement.position, statement.hash) != (base, last, digest):
-        raise wrong
+    if check.finding is not None or (check.after, check.proved) != (base, Base(last, digest)):
+        raise WrongTarget(f"{target} is there and has something else: choose another file")
     return check
 
 
-def _move(connection: sqlite3.Connection, base: Base, check: ArchiveCheck, file: str, now: str) -> int:
+def _move(connection: sqlite3.Connection, base: Base, check: FileAudit, file: str, now: str) -> int:
     """Take the events out of the log, in the caller's transaction; return how many ended jobs went, too."""
-    last, digest = check.head.statement.position, check.head.statement.hash
-    state = history.state_at(connection, last, from_base=True)
+    end = check.proved
+    state = history.state_at(connection, end.position, from_base=True)
     with _lifted(connection):
         jobs = write_base_state(connection, state)
-        connection.execute("DELETE FROM events WHERE position <= ?", (last,))
-        connection.execute("UPDATE base SET position = ?, hash = ?", (last, digest))
-    state_sha256 = base_state_digest(connection, last)
+        connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))
+        connection.execute("UPDATE base SET position = ?, hash = ?", (end.position, end.hash))
+    state_sha256 = base_state_digest(connection, end.position)
     connection.execute(
         "INSERT INTO archives"
         " (last_position, first_position, hash, archived_at, file, sha256, state_sha256)"
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (last, base.position + 1, digest, now, file, check.sha256, state_sha256),
+        (end.position, base.position + 1, end.hash, now, file, check.sha256, state_sha256),
     )
     return jobs
 

@@ -7,13 +7,11 @@ byte, the one that is written for what it says, so that nobody can read it in an
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, TypeVar, cast
 
@@ -48,15 +46,6 @@ class FileDamaged(LedgerDamaged):
         super().__init__(problem)
         self.position = position
         self.kind = kind
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveCheck:
-    """What a file has: the events after `after` up to the head that is signed in it, and its own SHA-256."""
-
-    after: Base
-    head: SignedHead
-    sha256: bytes
 
 
 @contextmanager
@@ -201,22 +190,6 @@ class ExportReader:
             raise FileDamaged(f"the signed head does not fit the events up to position {position}", position)
         if next(self._lines, None) is not None:
             raise FileDamaged("there is something after the signed head", position)
-
-
-def check_archive(path: Path) -> ArchiveCheck:
-    """Verify an archive or an export, all of it.
-
-    Raises:
-        LedgerDamaged: it does not verify.
-        LogUnavailable: it is no regular file.
-        OSError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    reader = ExportReader(lines_of(path, digest.update))
-    for _ in reader:
-        pass
-    assert reader.head is not None
-    return ArchiveCheck(reader.after, reader.head, digest.digest())
 
 
 def _beginning(first: bytes) -> Base:

@@ -22,7 +22,7 @@ class FileAudit:
         after: where its events begin.
         proved: up to where they are proved.
         head: the signed head, which holds; null where there is a finding before it.
-        sha256: of the file; null likewise.
+        sha256: of the file; empty likewise.
         has_expected: whether the position that was expected is in it.
     """
 
@@ -30,7 +30,7 @@ class FileAudit:
     after: Base
     proved: Base
     head: SignedHead | None
-    sha256: bytes | None
+    sha256: bytes
     finding: Finding | None
     has_expected: bool = False
 
@@ -67,14 +67,14 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
         finding = Finding(0 if reader is None else reader.position + 1, str(error), Kind.DAMAGED)
     if reader is None:
         nothing = Base(0, bytes(32))
-        return FileAudit(path, nothing, nothing, None, None, finding)
+        return FileAudit(path, nothing, nothing, None, b"", finding)
     proved = Base(reader.position, reader.hash)
     return FileAudit(
         path,
         reader.after,
         proved,
         reader.head,
-        digest.digest() if finding is None else None,
+        digest.digest() if finding is None else b"",
         finding or unexpected or _signed_by_another(reader.head, key),
         expected is not None and reader.after.position <= expected.position <= proved.position,
     )

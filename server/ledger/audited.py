@@ -121,7 +121,7 @@ def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
         "recorded_at": head and (head.statement.recorded_at or None),
         "key_id": head and key_id(head.public_key),
         "key_expected": None if key is None or head is None else key_id(head.public_key) == key,
-        "sha256": None if file.sha256 is None else file.sha256.hex(),
+        "sha256": file.sha256.hex() or None,
         "finding": _finding(file.finding, file.path),
     }
 

@@ -20,13 +20,14 @@ from support.ledgers import SIGN, rows_of, stored, told_history, write_ledger
 from events import archive as module
 from events import history, rebuild, snapshots
 from events.archive import Moved, archive
-from events.archivefile import ExportReader, check_archive, lines_of
+from events.archivefile import ExportReader, lines_of
 from events.archives import ArchivedTo
 from events.audit import audit
 from events.basestate import base_state_digest, read_base, read_base_state
 from events.bodies import from_body
 from events.clock import stamp
 from events.commands import Record
+from events.fileaudit import audit_file
 from events.past import BadMoment
 from events.refusals import IncompleteCopy, LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.schema import connect, schema_of
@@ -147,7 +148,7 @@ def test_archives_follow_one_another(before: int, data: st.DataObject) -> None:
         rows: list[Row] = []
         for number, cut in enumerate(cuts):
             archived(path, cut, f"{number}.gz")
-            check = check_archive(path.with_name(f"{number}.gz"))
+            check = audit_file(path.with_name(f"{number}.gz"))
             assert check.after == Base(len(rows), rows[-1].hash if rows else bytes(32))
             rows += rows_in(path.with_name(f"{number}.gz"))
         assert rows + [Row(*row) for row in rows_of(path)] == ROWS

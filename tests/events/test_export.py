@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from support.events import PLAIN, opened, write
 from support.ledgers import SIGN, rows_of, write_ledger
 
-from events.archivefile import ExportReader, check_archive
+from events.archivefile import ExportReader
 from events.cloudevents import HEAD_TYPE, cloudevents
 from events.errors import LogUnavailable
 from events.export import PAGE, export, jsonl
+from events.fileaudit import audit_file
 from events.refusals import IncompleteCopy, LedgerDamaged, NothingThere
 from events.signing import Base, as_signed_head
 from events.store import Row
@@ -162,20 +163,19 @@ def test_a_compressed_export_that_is_damaged_is_never_verified(cut: int, index: 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "export.gz"
         path.write_bytes(packed)
-        head = check_archive(path).head
+        head = audit_file(path).head
         path.write_bytes(packed[: cut % len(packed)])
-        with pytest.raises(LedgerDamaged):
-            check_archive(path)
+        assert audit_file(path).finding is not None
         index %= len(packed)
         path.write_bytes(packed[:index] + bytes([packed[index] ^ bits]) + packed[index + 1 :])
-        with suppress(LedgerDamaged):
-            assert check_archive(path).head == head  # a byte of gzip's header, which says nothing
+        found = audit_file(path)
+        assert found.finding is not None or found.head == head  # a byte of gzip's header, which says nothing
 
 
 def test_an_export_is_checked_like_an_archive(tmp_path: Path) -> None:
     path = tmp_path / "export.jsonl"
     path.write_bytes(EXPORT)
-    check = check_archive(path)
+    check = audit_file(path)
     assert check.after == Base(0, bytes(32))
     assert check.sha256 == hashlib.sha256(EXPORT).digest()
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from support.events import child, opened
 from support.ledgers import rows_of, told_history, write_ledger
 
-from events.archivefile import check_archive
+from events.fileaudit import audit_file
 from events.lock import hold
 from events.signing import as_signed_head, key_id
 from loadledger.cli.main import main
@@ -159,7 +159,8 @@ def test_an_export_to_standard_output_verifies_by_itself(data: Path, tmp_path: P
     result = run("export", "--data", data)
     assert result.exit_code == 0
     (tmp_path / "export").write_bytes(result.stdout_bytes)
-    head = check_archive(tmp_path / "export").head
+    head = audit_file(tmp_path / "export").head
+    assert head is not None
     assert head.statement.position == HEAD
     assert head.public_key == open_signer(data).public_key
 
@@ -225,7 +226,8 @@ def test_an_archive_moves_what_is_before_and_says_so(data: Path, tmp_path: Path)
     assert datetime.now(UTC) - long_ago(data) > timedelta(days=1)
     result = run("archive", "--data", data, "--before", 9, file)
     assert result.exit_code == 0, result.output
-    check = check_archive(file)
+    check = audit_file(file)
+    assert check.head is not None
     assert result.stdout.splitlines() == [
         "archived: positions 1 to 8, 1 ended jobs",
         f"sha256 of archive.gz: {check.sha256.hex()}",
