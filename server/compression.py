@@ -99,21 +99,22 @@ def chosen_encoding(accept_encoding: str | None) -> str | None:
     By RFC 9110 section 12.5.3, with gzip among equals. An answer that no coding fits goes out without one,
     as that section allows; what is malformed in the field counts as not said.
     """
-    weights = dict(filter(None, map(_weighed, (accept_encoding or "").split(","))))
+    weights = {_ALIASES.get(name, name): weight for name, weight in accepted(accept_encoding).items()}
     others = weights.get("*", 0.0)
     best = max(CODINGS, key=lambda coding: weights.get(coding, others))
     weight = weights.get(best, others)
     return best if weight > 0 and weight >= weights.get("identity", 0.0) else None
 
 
-def _weighed(member: str) -> tuple[str, float] | None:
-    name, *parameters = (part.strip(" \t") for part in member.lower().split(";"))
-    if not name or len(parameters) > 1:
-        return None
-    weight = _WEIGHT.fullmatch(parameters[0]) if parameters else None
-    if parameters and weight is None:
-        return None
-    return _ALIASES.get(name, name), float(weight[1]) if weight else 1.0
+def accepted(field: str | None) -> dict[str, float]:
+    """Return the weight of each member of an Accept or Accept-Encoding field; malformed ones are left out."""
+    weights = {}
+    for member in (field or "").lower().split(","):
+        name, *parameters = (part.strip(" \t") for part in member.split(";"))
+        given = next((each for each in parameters if each.startswith("q=")), "q=1")
+        if name and (weight := _WEIGHT.fullmatch(given)):
+            weights[name] = float(weight[1])
+    return weights
 
 
 def _coding(encoding: str | None) -> str | None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from events.stored import StoredEvent
+from server.compression import accepted
 
 RETRY_MS = 1000
 """How long a browser waits before it connects again."""
@@ -89,17 +90,9 @@ NDJSON = JsonLines()
 
 def chosen_form(accept: str | None) -> Form:
     """Return what the field Accept asks for: JSON lines where it names them and prefers nothing else here."""
-    weights = dict(_weighed(part) for part in (accept or "").lower().split(","))
+    weights = accepted(accept)
     lines = weights.get(NDJSON.media_type, 0.0)
     return NDJSON if lines > weights.get(SSE.media_type, 0.0) else SSE
-
-
-def _weighed(media_range: str) -> tuple[str, float]:
-    name, *parameters = (part.strip() for part in media_range.split(";"))
-    for parameter in parameters:
-        if match := re.fullmatch(r"q=([01](?:\.\d{0,3})?)", parameter, re.ASCII):
-            return name, float(match[1])
-    return name, 1.0
 
 
 def _named(kind: str) -> bytes:

@@ -115,7 +115,7 @@ def test_other_codings_and_several_at_once_are_refused_and_the_known_ones_told(e
         ("gzip;Q=0.3", "gzip"), ("gzip;q=2", None), ("gzip;q=x", None), ("gzip;q=", None),
         ("gzip;q=-1", None),
         ("gzip;q=0.0001", None), ("gzip;q=nan, deflate", "deflate"), (";q=1", None), (",,gzip,", "gzip"),
-        ("gzip;a=b;q=1", None), ("gzip deflate", None),
+        ("gzip;a=b;q=1", "gzip"), ("gzip deflate", None),
     ],
 )  # fmt: skip
 def test_the_answer_s_coding_is_the_best_that_is_accepted(accepted: str | None, expected: str | None) -> None:
