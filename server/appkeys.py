@@ -12,13 +12,11 @@ from runtime.machine import MemoryLimit
 from runtime.processes.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
-from server.auth.gate import PRINCIPAL, Gate, Verifier
+from server.auth.gate import Gate, Verifier
 from server.auth.proxies import Proxies
-from server.auth.ratelimit import QUOTA
 from server.config import Config
 from server.connections.bodies import Bodies
 from server.ledger.stream import Streams
-from server.routes import ROUTES
 from server.v2.ondemand import OnDemand
 
 BODIES = web.AppKey("bodies", Bodies)
@@ -41,27 +39,3 @@ STOPPING = web.AppKey("stopping", asyncio.Event)
 """Set when the server begins to stop: long waits answer with what they have."""
 OPENAPI = web.AppKey("openapi", str)
 PROXIES = web.AppKey("proxies", Proxies)
-
-__all__ = [
-    "BODIES",
-    "CONFIG",
-    "CONSUMER",
-    "CONSUMER_TASK",
-    "DEMAND",
-    "GATE",
-    "LEASES",
-    "LIMIT",
-    "LOG",
-    "OPENAPI",
-    "POOL",
-    "PRINCIPAL",
-    "PROXIES",
-    "QUOTA",
-    "READER",
-    "REPOSITORY",
-    "ROUTER",
-    "ROUTES",
-    "STOPPING",
-    "STREAMS",
-    "VERIFIER",
-]

@@ -36,7 +36,8 @@ from server.api.schemas import (
 )
 from server.api.timetravel import past_job, past_jobs
 from server.api.views import job_view
-from server.appkeys import CONSUMER, LOG, PRINCIPAL, READER, STOPPING
+from server.appkeys import CONSUMER, LOG, READER, STOPPING
+from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem, errors
 from server.routes import Access, LimitClass, Route, matched_route
 from server.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters

@@ -33,7 +33,8 @@ from server.api.schemas import (
 )
 from server.api.timetravel import past_model, past_models
 from server.api.views import model_view
-from server.appkeys import LOG, PRINCIPAL, REPOSITORY
+from server.appkeys import LOG, REPOSITORY
+from server.auth.gate import PRINCIPAL
 from server.errors import errors
 from server.routes import Access, LimitClass, Route
 from server.validation import NothingSchema, json_body, path_parameters, query_parameters

@@ -12,8 +12,8 @@ from events.jobs import JobStatus
 from events.past import Moment, Past, open_past
 from runtime.errors import UnknownModel
 from server.api.views import job_view, model_view
-from server.appkeys import LOG, PRINCIPAL
-from server.auth.gate import check_role
+from server.appkeys import LOG
+from server.auth.gate import PRINCIPAL, check_role
 from server.routes import Access
 
 PAST = web.AppKey("past", Past)

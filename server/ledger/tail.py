@@ -12,7 +12,8 @@ from marshmallow import Schema, fields, validate
 
 from events.reader import open_reader
 from events.tail import Tails
-from server.appkeys import CONFIG, CONSUMER, LOG, PRINCIPAL, STREAMS, VERIFIER
+from server.appkeys import CONFIG, CONSUMER, LOG, STREAMS, VERIFIER
+from server.auth.gate import PRINCIPAL
 from server.errors import errors
 from server.ledger.listing import filter_fields, wanted_events
 from server.ledger.sse import NDJSON, SSE, chosen_form

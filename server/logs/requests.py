@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from server.appkeys import CONFIG, PRINCIPAL, PROXIES
+from server.appkeys import CONFIG, PROXIES
+from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import Windows
 from server.config import RateLimit
 from server.errors import CODE

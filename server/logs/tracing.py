@@ -28,7 +28,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from events.clock import moment
 from events.jobs import Job, JobStatus
 from events.types import Event, ModelLoaded
-from server.appkeys import CONFIG, PRINCIPAL, PROXIES
+from server.appkeys import CONFIG, PROXIES
+from server.auth.gate import PRINCIPAL
 from server.errors import CODE
 from server.logs.context import RequestContext, begin_context
 from server.logs.requests import FAULT, RequestHandler, inference_of, path_of, wrap_handler

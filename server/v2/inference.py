@@ -12,7 +12,8 @@ from runtime.router import ModelNotLoaded, ModelUnloading, Router
 from runtime.router import Route as ModelRoute
 from runtime.wire import Buffer, Tensor
 from server.api.schemas import ModelPathSchema, ModelVersionPathSchema
-from server.appkeys import BODIES, CONFIG, DEMAND, PRINCIPAL, ROUTER
+from server.appkeys import BODIES, CONFIG, DEMAND, ROUTER
+from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
 from server.compression import chosen_encoding, compress, decompress
 from server.connections.bodies import Share

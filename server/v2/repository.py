@@ -23,7 +23,8 @@ from runtime.repository import Repository
 from server.api.jobs import carry_out, job_path
 from server.api.parameters import requested_load
 from server.api.schemas import AnswerSchema, ModelPathSchema
-from server.appkeys import LOG, PRINCIPAL, REPOSITORY
+from server.appkeys import LOG, REPOSITORY
+from server.auth.gate import PRINCIPAL
 from server.errors import ERRORS, ServerProblem, errors
 from server.routes import Access, LimitClass, Route
 from server.v2.tritonconfig import (
