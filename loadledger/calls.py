@@ -62,7 +62,24 @@ class Calls:
         idempotency_key: str | None = None,
         **parameters: Unpack[LoadParameters],
     ) -> Job:
-        """Have a model loaded, and return the job: see `Client.load`."""
+        """Have a model loaded, and return the job.
+
+        Args:
+            model_id: its folder in the repository.
+            version: the highest if left out.
+            wait: until the job has ended, over restarts of the server.
+            wait_s: no longer than this.
+            on_stage: told the job at once, and whenever its status, stage or what it waits for has changed.
+            on_away: told why, once each time the server cannot be asked.
+            idempotency_key: the same for the same request; one that is new if left out.
+            parameters: how to load.
+
+        Raises:
+            JobFailed: `wait`, and the job failed or was cancelled.
+            JobUnfinished: `wait_s` is over; the job goes on.
+            ServerError: it was refused: `unknown_model`, `unknown_version`, `queue_full`, …
+            ServerUnreachable: nobody answers. If `sent`, the job may be there all the same.
+        """
         body = {**parameters} if version is None else {"version": version, **parameters}
         request = post(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
         return await submitted(self._setting, request, Patience(wait_s, on_stage, on_away) if wait else None)
@@ -78,13 +95,30 @@ class Calls:
         on_away: Away | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """Have a model unloaded, and return the job: see `Client.unload`."""
+        """Have a model unloaded, the active one if none is named, and return the job; see `load`.
+
+        Args:
+            model_id: which.
+            force: do not wait for running requests, nor for a worker that is stuck.
+            wait: as of `load`, with all that follows.
+            wait_s: see there.
+            on_stage: see there.
+            on_away: see there.
+            idempotency_key: see there.
+
+        Raises:
+            ServerError: it was refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
+        """
         target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
         request = post(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
         return await submitted(self._setting, request, Patience(wait_s, on_stage, on_away) if wait else None)
 
     async def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
-        """Have a job cancelled, and return it as it is: see `Client.cancel`."""
+        """Have a job cancelled, and return it as it is: `wait_for` tells what came of that.
+
+        Raises:
+            ServerError: `unknown_job`, or too late: `already_started`, `already_finished`.
+        """
         return await asked(
             self._setting, post(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key), Job
         )
@@ -101,7 +135,11 @@ class Calls:
         on_change: Told | None = None,
         on_away: Away | None = None,
     ) -> Job:
-        """Return a job when it has ended, whatever its end: see `Client.wait_for`."""
+        """Return a job when it has ended, whatever its end, over restarts of the server.
+
+        Raises:
+            JobUnfinished: `timeout_s` is over; the job goes on.
+        """
         return await waited_for(self._setting, job_id, Patience(timeout_s, on_change, on_away))
 
     def jobs(
@@ -153,7 +191,18 @@ class Calls:
         parameters: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """Ask a model, and return its answer: see `Client.infer`."""
+        """Ask a model, and return its answer as the Open Inference Protocol has it. It runs at most once.
+
+        A model that is not loaded is loaded first, if the server does that (`--on-demand on`).
+
+        Args:
+            model_id: which.
+            inputs: by name a nested list or an array, whose datatype is then asked for first; or tensors.
+            version: which; the one that serves if left out.
+            outputs: names of those that are wanted; all if left out.
+            parameters: of the request.
+            timeout_s: other than the client's.
+        """
         at = () if version is None else ("versions", str(version))
         model = f"/v2{path('models', model_id, *at)}"
         named = None if outputs is None else [{"name": name} for _, name in several("outputs", outputs)]
@@ -173,7 +222,26 @@ class Calls:
         until: At | None = None,
         on_away: Away | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Return the ledger's events, those that there are or all to come: see `Client.events`."""
+        """Return the ledger's events in their order: those that there are, or with `follow` all to come.
+
+        What is followed goes on after a lost connection or a restart of the server where it was: no event
+        comes twice, and none is left out. Close the iterator, or leave its loop, to end it.
+
+        Args:
+            after: only above this position; if left out, from the oldest on, or with `follow` from now on.
+            follow: go on with what happens, for ever.
+            types: only of one of these types.
+            models: only of one of these models.
+            jobs: only of one of the jobs with these ids.
+            actors: only by one of these.
+            since: only from this position or time on.
+            until: only up to this position or time; not with `follow`.
+            on_away: told why, once each time the server cannot be followed.
+
+        Raises:
+            Archived: when iterated; what is asked for is not in the log any more. Its `after` is.
+            ServerError: when iterated, `beyond_head`: this is not the ledger that it was.
+        """
         if follow and until is not None:
             raise ValueError("until ends a list, and follow never ends: leave one out")
         filters = {"type": types, "model": models, "job": jobs, "actor": actors}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import click
@@ -46,11 +47,10 @@ class Where:
 def server_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say which server is meant; the command gets them as `where`."""
 
+    @wraps(command)
     def called(*arguments: Any, url: str | None, profile: str | None, **options: Any) -> None:
         command(*arguments, where=Where(url, profile), **options)
 
-    called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     with_profile = click.option(
         "--profile",
         metavar="NAME|FILE",
