@@ -6,18 +6,16 @@ Its coroutines block and never wait, so `run` and `iterate` need no event loop f
 from __future__ import annotations
 
 import http.client
-import io
 import select
 import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Generator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from http import HTTPStatus
 from math import inf
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from loadledger.exchange import Answer, Request
@@ -50,71 +48,31 @@ def iterate(values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         run(values.aclose())
 
 
-@dataclass(slots=True)
-class Deadline:
-    """When what is read has to be there: each byte after no more silence than this, and all by a moment."""
-
-    silence_s: float
-    until: float
-
-    @property
-    def left_s(self) -> float:
-        """How long the next byte may take.
-
-        Raises:
-            TimeoutError: time is up.
-        """
-        left_s = min(self.silence_s, self.until - time.monotonic())
-        if left_s <= 0:
-            raise TimeoutError
-        return left_s
-
-
-class _Timed(io.RawIOBase):
-    """What comes over a connection, in time: the library's own limit begins anew with every byte."""
-
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: Deadline) -> None:
-        self._sock = sock
-        self._raw = raw
-        self._deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if self._sock.fileno() >= 0:  # else the library has closed it, and only what it held is left
-            self._sock.settimeout(self._deadline.left_s)
-        found: int | None = self._raw.readinto(buffer)
-        return found
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _TimedResponse(http.client.HTTPResponse):
-    """The library's answer; its head, too, has to come in time, and so has what follows its body."""
-
-    def __init__(self, deadline: Deadline, sock: socket.socket, *arguments: Any, **options: Any) -> None:
-        super().__init__(sock, *arguments, **options)
-        raw: Any = self.fp.detach()
-        self.fp = io.BufferedReader(_Timed(sock, raw, deadline))
-
-
 class Response:
     """An answer that is still being read, and the connection it comes from.
 
+    Args:
+        transport: where the connection is kept.
+        connection: a request was sent over it.
+        sock: of the connection, which the library may let go of.
+        silence_s: how long the next byte may take.
+
     Attributes:
-        deadline: for what is still to be read.
         answer: as of a `Stream`.
     """
 
     def __init__(
-        self, transport: Transport, connection: http.client.HTTPConnection, deadline: Deadline
+        self,
+        transport: Transport,
+        connection: http.client.HTTPConnection,
+        sock: socket.socket,
+        silence_s: float,
     ) -> None:
         self._transport = transport
         self._connection = connection
-        self.deadline = deadline
+        self._sock = sock
+        self._silence_s = silence_s
+        self._until = inf
         self._response = connection.getresponse()
         headers = {name.lower(): text for name, text in self._response.getheaders()}
         self.answer = Answer(self._response.status, headers, b"")
@@ -125,7 +83,12 @@ class Response:
 
     async def read(self) -> bytes:
         """Return what has come of the body, and wait if that is nothing; no bytes are its end."""
+        left_s = min(self._silence_s, self._until - time.monotonic())
         try:
+            if left_s <= 0:
+                raise TimeoutError
+            if self._sock.fileno() >= 0:  # else it was closed, and only what the library holds is left
+                self._sock.settimeout(left_s)
             chunk = self._response.read1(CHUNK_BYTES)
         except (http.client.HTTPException, OSError) as error:
             raise self._transport.problem(error) from _told(error)
@@ -136,7 +99,7 @@ class Response:
 
     async def read_all(self, until: float) -> Answer:
         """Return the answer with the rest of its body, which has to be there in time."""
-        self.deadline.until = until
+        self._until = until
         found = bytearray()
         while chunk := await self.read():
             found += chunk
@@ -207,28 +170,24 @@ class Transport:
 
         Args:
             request: what is asked.
-            silence_s: until its head is there, and then between two parts of its body.
+            silence_s: between two parts of it.
         """
         connection = self._connection()
         headers = {**self._headers, **request.headers}
-        deadline = Deadline(silence_s, time.monotonic() + silence_s)
-        response_class: Any = partial(_TimedResponse, deadline)
-        connection.response_class = response_class
         try:
-            assert connection.sock is not None
-            connection.sock.settimeout(silence_s)
+            sock = connection.sock
+            assert sock is not None
+            sock.settimeout(silence_s)
             # A server that refuses a body early does not read the rest of it: its answer may be there.
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(request.method, self._parts.path + request.target, request.body, headers)
-            response = Response(self, connection, deadline)
+            return Response(self, connection, sock, silence_s)
         except (http.client.HTTPException, OSError) as error:
             connection.close()
             raise self.problem(error) from _told(error)
         except BaseException:
             connection.close()
             raise
-        deadline.until = inf  # a stream has no end
-        return response
 
     def problem(self, error: Exception, *, sent: bool = True) -> ClientProblem:
         """Return what an error of the library means."""

@@ -146,31 +146,6 @@ def test_a_server_that_answers_byte_by_byte_is_given_up_all_the_same(kind: str) 
 
 
 @pytest.mark.parametrize(
-    ("head", "part"),
-    [
-        (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-        (streamed(b"{}", end=True)[:-2], b"X: y\r\n"),
-    ],
-    ids=["head", "before it", "after the body"],
-)
-def test_a_server_that_has_no_end_is_given_up_wherever_that_is(kind: str, head: bytes, part: bytes) -> None:
-    over = threading.Event()
-
-    def drip(connection: socket.socket) -> None:
-        connection.sendall(head)
-        for _ in range(1000):  # and then it is over, whoever still waits
-            if over.wait(0.02):
-                break
-            connection.sendall(part)
-
-    try:
-        assert "it took too long" in str(refused(kind, drip, timeout_s=0.3))
-    finally:
-        over.set()
-
-
-@pytest.mark.parametrize(
     "text",
     [
         b"SSH-2.0-OpenSSH_9.9\r\n",
