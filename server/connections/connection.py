@@ -52,7 +52,7 @@ UNREAD_S = 30.0
 """In so long a client has to read MIN_PROGRESS_BYTES of a long response, which is in memory until then."""
 
 CLOSING_S = 10.0
-"""How long the end of a TLS connection may take, with the rest of what is written."""
+"""By itself, TLS waits 30 s for a client to say goodbye."""
 
 CHECK_S = 1.0
 """Between two checks of a connection that does not rest, at most."""
@@ -71,6 +71,7 @@ class ConnectionLimits:
         reserve: open connections beyond `most`.
         unread_s: in so long a client has to read some of a long response.
         reserve_head_s: as `head_s`, of connections in the reserve.
+        closing_s: for the end of a TLS connection, with the rest of what is written.
         check_s: between two checks of a connection.
         open: the open connections.
     """
@@ -81,6 +82,7 @@ class ConnectionLimits:
     reserve: int = RESERVE
     unread_s: float = UNREAD_S
     reserve_head_s: float = RESERVE_HEAD_S
+    closing_s: float = CLOSING_S
     check_s: float = CHECK_S
     open: set[GuardedConnection] = field(default_factory=set)
 
@@ -321,7 +323,7 @@ async def listening(
         backlog=BACKLOG,
         ssl=tls,
         ssl_handshake_timeout=None if tls is None else limits.head_s,
-        ssl_shutdown_timeout=None if tls is None else CLOSING_S,
+        ssl_shutdown_timeout=None if tls is None else limits.closing_s,
     )
     try:
         yield listener.sockets[0].getsockname()[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from support.certificates import make_pair
-from support.rawconnections import GET, LONG_S, PROBE, Client, connecting, problem, roomy
+from support.rawconnections import GET, LONG_ANSWER, LONG_S, PROBE, Client, connecting, problem, roomy
 from support.workers import until
 
 from server.config import Config
@@ -120,6 +120,20 @@ async def test_limits_hold_over_tls(tmp_path: Path) -> None:
         limits.head_s = 0.1
         first.send(GET[:-2])
         assert problem(await first.rest()) == (408, "head_timeout")
+
+
+@pytest.mark.parametrize("end", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+async def test_client_that_does_not_read_over_tls_is_disconnected(tmp_path: Path, end: bytes) -> None:
+    pair, files = make_pair(), (tmp_path / "cert.pem", tmp_path / "key.pem")
+    pair.write(*files)
+    limits = roomy(unread_s=0.1, idle_s=0.5, closing_s=0.1)
+    async with connecting(tmp_path, limits, load_context(*files)) as connect:
+        client = await connect()
+        await client.writer.start_tls(pair.trusting(), server_hostname="localhost")
+        client.send(b"GET /long HTTP/1.1\r\nHost: a\r\n" + end + b"\r\n")
+        await until(lambda: bool(limits.open))
+        await until(lambda: not limits.open)
+        assert len(await client.rest()) < len(LONG_ANSWER)
 
 
 # Shutdown
