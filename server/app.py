@@ -55,7 +55,6 @@ from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import ON, Config
 from server.connections.bodies import MAX_BODIES_BYTES, Bodies
 from server.connections.direct import SERVER
-from server.docs.openapi import openapi_yaml
 from server.errors import errors_middleware
 from server.health import dead, health_routes
 from server.ledger.listing import event_routes
@@ -65,6 +64,7 @@ from server.logs.context import RequestLog
 from server.logs.requests import add_request_id, log_middleware
 from server.metrics.requests import HTTP_COUNTS, HttpCounts, counting_middleware
 from server.metrics.scrape import SCRAPES, Scrapes, metrics_routes
+from server.openapi import openapi_yaml
 from server.pages import console_routes, docs_routes
 from server.routes import Route, add_routes
 from server.v2.inference import inference_routes

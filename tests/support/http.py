@@ -21,7 +21,7 @@ from server.app import all_routes
 from server.appkeys import CONSUMER, LOG, READER
 from server.auth.keys import issue_token
 from server.config import Config
-from server.docs.openapi import openapi_document
+from server.openapi import openapi_document
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""

@@ -10,8 +10,8 @@ from support.smallapp import small_app, small_config
 
 from server.app import all_routes
 from server.appkeys import OPENAPI
-from server.docs.openapi import openapi_yaml
 from server.health import show_openapi
+from server.openapi import openapi_yaml
 from server.pages import docs_routes
 from server.routes import Access, LimitClass, Route
 

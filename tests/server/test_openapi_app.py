@@ -12,11 +12,11 @@ from support.http import LocalApi
 from server.app import all_routes, create_app
 from server.appkeys import OPENAPI
 from server.config import Config
-from server.docs.openapi import documented_path, error_codes
 from server.errors import ERRORS
+from server.openapi import error_codes
 from server.routes import ROUTES
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "openapi.yaml"
 
 
@@ -32,10 +32,6 @@ def generated(folder: Path) -> str:
 
 def test_the_committed_document_is_what_the_code_generates(tmp_path: Path) -> None:
     assert COMMITTED.read_text(encoding="utf-8") == generated(tmp_path), "run `make generated`"
-
-
-def test_two_applications_give_equal_bytes(tmp_path: Path) -> None:
-    assert generated(tmp_path).encode() == generated(tmp_path).encode()
 
 
 def test_the_validator_accepts_it(document: dict[str, Any]) -> None:
@@ -59,7 +55,7 @@ def test_every_route_of_the_application_is_in_it_and_no_other(
 
 def test_every_code_of_a_route_is_in_it_under_its_status(document: dict[str, Any]) -> None:
     for route in all_routes():
-        responses = document["paths"][documented_path(route.path)][route.method.lower()]["responses"]
+        responses = document["paths"][route.path][route.method.lower()]["responses"]
         for code in error_codes(route):
             [content] = responses[str(ERRORS[code].status)]["content"].values()
             [allowed] = [part["properties"]["code"]["enum"] for part in content["schema"]["allOf"][1:]]

@@ -5,7 +5,6 @@ same handlers give the same bytes. What every route has in common is added from 
 limit, and the errors that follow from them and from its schemas.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -18,7 +17,6 @@ from marshmallow import INCLUDE, Schema, fields
 
 from server.errors import ERRORS, media_type_of
 from server.routes import Access, LimitClass, Route
-from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
 
 OPENAPI_VERSION = "3.0.3"
 """What the bundled Swagger UI 4.1 can show; it cannot show 3.1."""
@@ -35,13 +33,7 @@ _HEADERS_BY_STATUS = {
     429: ["Retry-After", "RateLimit", "RateLimit-Policy"],
     503: ["Retry-After"],
 }
-_LOCATIONS = {
-    "match_info": "path",
-    "path": "path",
-    "querystring": "query",
-    "query": "query",
-    "headers": "header",
-}
+_LOCATIONS = {"match_info": "path", "querystring": "query", "headers": "header"}
 
 
 class ProblemSchema(Schema):
@@ -89,14 +81,9 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
     for route in routes:
         operation = _operation(route)
         operation["operationId"] = _unique(operation["operationId"], taken)
-        spec.path(path=documented_path(route.path), operations={route.method.lower(): operation})
+        spec.path(path=route.path, operations={route.method.lower(): operation})
     document: dict[str, Any] = spec.to_dict()
     return document
-
-
-def documented_path(path: str) -> str:
-    """Return a route's path without the regular expressions of its variables."""
-    return re.sub(r"\{(\w+):(?:[^{}]|\{[^{}]*\})*\}", r"{\1}", path)
 
 
 def error_codes(route: Route) -> list[str]:
@@ -106,21 +93,13 @@ def error_codes(route: Route) -> list[str]:
 
 
 def _empty_spec() -> APISpec:
-    plugin = MarshmallowPlugin()
     spec = APISpec(
         title="loadledger",
         version=metadata.version("loadledger"),
         openapi_version=OPENAPI_VERSION,
-        plugins=[plugin],
+        plugins=[MarshmallowPlugin()],
         info={"description": _DESCRIPTION, "license": {"name": "Apache-2.0"}},
     )
-    for strict, plain in (
-        (StrictInteger, fields.Integer),
-        (ParameterInteger, fields.Integer),
-        (StrictBoolean, fields.Boolean),
-        (ParameterBoolean, fields.Boolean),
-    ):
-        plugin.map_to_openapi_type(strict, plain)  # type: ignore[no-untyped-call]
     bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
     spec.components.security_scheme(TOKEN, bearer)
     spec.components.schema("Problem", schema=ProblemSchema)
@@ -129,14 +108,10 @@ def _empty_spec() -> APISpec:
 
 def _operation(route: Route) -> dict[str, Any]:
     described = _described(route)
-    operation = {
-        name: described[name]
-        for name in ("tags", "summary", "description", "operationId", "deprecated")
-        if name in described
-    }
-    operation.setdefault("operationId", getattr(route.handler, "__name__", "operation"))
+    operation = {name: described[name] for name in ("tags", "summary", "description") if name in described}
+    operation["operationId"] = getattr(route.handler, "__name__", "operation")
     operation["description"] = _with_access(operation.get("description", ""), route.access)
-    operation["parameters"] = list(_parameters(route, described))
+    operation["parameters"] = list(_parameters(described))
     body = _request_body(described)
     if body is not None:
         operation["requestBody"] = body
@@ -159,19 +134,12 @@ def _with_access(description: str, access: Access) -> str:
     return f"{description.strip()}\n\n{who}".strip()
 
 
-def _parameters(route: Route, described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    declared: set[str] = set()
+def _parameters(described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for entry in described.get("schemas", ()):
         location = _LOCATIONS.get(entry["location"])
         if location is not None:
-            declared |= set(entry["schema"].load_fields)
             yield {"in": location, "schema": entry["schema"]}
-    for parameter in described.get("parameters", ()):
-        declared.add(parameter["name"])
-        yield dict(parameter)
-    for name in re.findall(r"\{(\w+)\}", documented_path(route.path)):
-        if name not in declared:
-            yield {"in": "path", "name": name, "required": True, "schema": {"type": "string"}}
+    yield from map(dict, described.get("parameters", ()))
 
 
 def _request_body(described: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -179,11 +147,8 @@ def _request_body(described: Mapping[str, Any]) -> dict[str, Any] | None:
         return dict(described["requestBody"])
     for entry in described.get("schemas", ()):
         if entry["location"] == "json":
-            content: dict[str, Any] = {"schema": entry["schema"]}
-            example = {name: value for name, value in entry["example"].items() if name != "add_to_refs"}
-            if example:
-                content["example"] = example
-            return {"required": entry["options"]["required"], "content": {"application/json": content}}
+            content = {"application/json": {"schema": entry["schema"]}}
+            return {"required": entry["options"]["required"], "content": content}
     return None
 
 
@@ -195,7 +160,7 @@ def _responses(described: Mapping[str, Any]) -> dict[str, Any]:
 
 def _response(declared: Mapping[str, Any], media_types: Iterable[str]) -> dict[str, Any]:
     response = {name: declared[name] for name in ("headers", "content") if name in declared}
-    response["description"] = declared.get("description") or "Done."
+    response["description"] = declared["description"]
     if declared.get("schema") is not None:
         response["content"] = {media_type: {"schema": declared["schema"]} for media_type in media_types}
     return response
