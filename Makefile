@@ -29,11 +29,11 @@ test: install
 
 # All of ONNX's own conformance cases over HTTP; `make test` takes every 40th.
 conformance: install
-	CONFORMANCE=all $(BIN)/pytest -s tests/conformance
+	CONFORMANCE=all $(BIN)/pytest -n 0 -s tests/conformance
 
 # The long forms of what `make test` does for some seconds each: about half an hour, with figures.
 soak: install
-	SOAK=all $(BIN)/pytest -s $(foreach soak,$(SOAKS),tests/$(soak).py)
+	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 
 SOAKS := runtime/scheduling/test_simulation runtime/prepared/test_prepared_store \
 	$(addprefix system/test_,many_models swaps_under_load cycles killed_servers restore tails prepared)
