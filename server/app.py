@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 
 from aiohttp import hdrs, web
 
@@ -121,7 +122,7 @@ def create_app(config: Config) -> web.Application:
     app[PROXIES] = proxies
     app[VERIFIER] = verifier
     app[BODIES] = Bodies(MAX_BODIES_BYTES)
-    app[OPENAPI] = openapi_yaml(routes)
+    app[OPENAPI] = partial(_openapi, config.metrics)
     app[STOPPING] = asyncio.Event()
     app[LAST_LOOK] = LastLook()
     app[HTTP_COUNTS] = counts
@@ -132,6 +133,12 @@ def create_app(config: Config) -> web.Application:
         [_data_directory, _workers, _ledger, _reading, reading_the_past, _applying, streaming]
     )
     return app
+
+
+@cache
+def _openapi(metrics: str) -> str:
+    """Return the API's description. It takes a quarter of a second: the first request waits for it."""
+    return openapi_yaml(with_metrics_access(all_routes(), metrics))
 
 
 async def _name_no_versions(_request: web.Request, response: web.StreamResponse) -> None:

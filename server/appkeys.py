@@ -1,6 +1,7 @@
 """The typed keys under which an application and its requests carry things, in one place."""
 
 import asyncio
+from functools import partial
 
 from aiohttp import web
 
@@ -37,5 +38,6 @@ DEMAND = web.AppKey("demand", OnDemand)
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 """Set when the server begins to stop: long waits answer with what they have."""
-OPENAPI = web.AppKey("openapi", str)
+OPENAPI: web.AppKey[partial[str]] = web.AppKey("openapi", partial)
+"""Gives the API's description."""
 PROXIES = web.AppKey("proxies", Proxies)

@@ -60,7 +60,7 @@ class ProblemSchema(Schema):
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """YAML in the order given, without anchors: each place can be read on its own.
 
-    The text is the same either way, but libyaml takes a fifth of the time, and each start waits for it.
+    The text is the same either way, but libyaml takes a fifth of the time.
     """
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 -- the base class asks per value

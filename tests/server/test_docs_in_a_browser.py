@@ -1,5 +1,6 @@
 """`/docs` as a browser shows it, under the page's own policy and without a network."""
 
+from functools import partial
 from pathlib import Path
 
 from playwright.async_api import expect
@@ -19,7 +20,7 @@ from server.routes import Access, LimitClass, Route
 async def test_the_page_shows_every_route(aiohttp_server: AiohttpServer, tmp_path: Path) -> None:
     document = Route("GET", "/openapi.yaml", show_openapi, Access.PUBLIC, LimitClass.NONE)
     app = small_app([*docs_routes(), document], small_config(tmp_path / "data"))
-    app[OPENAPI] = openapi_yaml(all_routes())
+    app[OPENAPI] = partial(openapi_yaml, all_routes())
     server = await aiohttp_server(app)
     async with chromium() as browser:
         page = await browser.new_page()

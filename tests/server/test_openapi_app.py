@@ -27,7 +27,7 @@ def document() -> dict[str, Any]:
 
 
 def generated(folder: Path) -> str:
-    return create_app(Config(repository=folder, data=folder / "data"))[OPENAPI]
+    return create_app(Config(repository=folder, data=folder / "data"))[OPENAPI]()
 
 
 def test_the_committed_document_is_what_the_code_generates(tmp_path: Path) -> None:
