@@ -138,7 +138,7 @@ def create_app(config: Config) -> web.Application:
 @cache
 def _openapi(metrics: str) -> str:
     """Return the API's description. It takes a quarter of a second: the first request waits for it."""
-    return openapi_yaml(with_metrics_access(all_routes(), metrics))
+    return openapi_yaml(all_routes(metrics))
 
 
 async def _name_no_versions(_request: web.Request, response: web.StreamResponse) -> None:
