@@ -29,7 +29,7 @@ from server.api.jobs import job_routes
 from server.api.management import management_routes
 from server.api.parameters import requested_load
 from server.api.resources import LAST_LOOK, LastLook, resource_routes
-from server.api.timetravel import reading_the_past
+from server.api.timetravel import past_middleware, reading_the_past
 from server.appkeys import (
     BODIES,
     CONFIG,
@@ -111,6 +111,7 @@ def create_app(config: Config) -> web.Application:
             log_middleware(),
             errors_middleware,
             auth_middleware(gate),
+            past_middleware,
             validation_middleware,
         ],
         client_max_size=MAX_BODY_BYTES,

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from events.jobs import JobStatus
 from events.past import Moment, Past, open_past
@@ -24,6 +25,14 @@ async def reading_the_past(app: web.Application) -> AsyncIterator[None]:
     async with open_past(app[LOG].path) as past:
         app[PAST] = past
         yield
+
+
+@web.middleware
+async def past_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse who may not ask for the past before it is looked at how; between auth and validation."""
+    if "at" in request.query and _takes_at(request.match_info.handler):
+        check_role(request[PRINCIPAL], Access.AUDIT)
+    return await handler(request)
 
 
 async def past_models(request: web.Request, at: str, cursor: str, limit: int) -> dict[str, Any]:
@@ -85,6 +94,12 @@ async def past_job(request: web.Request, at: str, job_id: str) -> dict[str, Any]
 def as_of(moment: Moment) -> dict[str, Any]:
     """Return the members that say which moment an answer is about."""
     return {"as_of": moment.position, "as_of_time": moment.recorded_at}
+
+
+def _takes_at(handler: Handler) -> bool:
+    """Whether a handler was decorated with a query that has `at`."""
+    declared = getattr(handler, "__schemas__", ())
+    return any(each["location"] == "querystring" and "at" in each["schema"].fields for each in declared)
 
 
 def _past(request: web.Request) -> Past:

@@ -160,7 +160,9 @@ async def test_the_past_is_for_those_who_may_audit(api: LocalApi) -> None:
     for path in ("models", "models/digits", "jobs", "jobs/x"):
         answer = await api.get(f"/api/v1/{path}?at=nonsense", roles=("predict",), subject="pia")
         assert answer.refusal == (403, "forbidden")
-    for query in ("at=0&limit=bad", "at=0&at=1", "at=0&no=1"):
+    for query in ("at=0&limit=bad", "at=0&at=1", "at=0&no=1"):  # whatever else is wrong
+        answer = await api.get(f"/api/v1/jobs?{query}", roles=("predict",), subject="pia")
+        assert answer.refusal == (403, "forbidden")
         assert (await api.get(f"/api/v1/jobs?{query}")).refusal == (400, "invalid_parameter")
     assert (await api.get("/api/v1/models", roles=("predict",), subject="pia")).status == 200
     assert (await api.get("/api/v1/models?at=0", roles=("audit",))).status == 200
