@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 X_FORWARDED_FOR = "x-forwarded-for"
@@ -55,16 +56,11 @@ def _network(text: str) -> Network:
     return network
 
 
-def plain_address(text: str | None) -> str | None:
-    """Return an address in the one form that it is compared in; None if it is none.
+def parse_address(text: str | None) -> Address | None:
+    """Return an address in the one form that it is compared in; None if the text is none.
 
     An IPv4 address that is mapped into IPv6 is an IPv4 address, and an interface (`%eth0`) is left out.
     """
-    parsed = _parsed(text)
-    return None if parsed is None else str(parsed)
-
-
-def _parsed(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         parsed = ipaddress.ip_address((text or "").partition("%")[0])
     except ValueError:
@@ -73,46 +69,15 @@ def _parsed(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
     return parsed if mapped is None else mapped
 
 
-def client_address(
-    direct: str, fields: Iterable[str], read_hop: Callable[[str], str | None], trusts: Callable[[str], bool]
-) -> str:
-    """Return whose request this is.
-
-    Args:
-        direct: where the connection comes from, which is trusted.
-        fields: the values of the forwarded fields, in their order.
-        read_hop: gives the address of one entry, None where there is none.
-        trusts: says whether an address is one of our proxies'.
-
-    Returns:
-        The rightmost address that is not trusted; the leftmost one if all are. An entry that is no address
-        ends the list: what stands left of it might be anybody's words.
-    """
-    client = direct
-    for entry in _from_the_right(fields):
-        address = read_hop(entry)
-        if address is None:
-            break
-        client = address
-        if not trusts(address):
-            break
-    return client
-
-
-def _from_the_right(fields: Iterable[str]) -> Iterator[str]:
-    joined = ",".join(fields)  # RFC 9110 section 5.3: several lines are one list
-    yield from reversed(joined.rsplit(",", MAX_HOPS)[-MAX_HOPS:] if joined else [])
-
-
-def x_forwarded_for_hop(entry: str) -> str | None:
+def x_forwarded_for_hop(entry: str) -> Address | None:
     """Return the address of an entry of X-Forwarded-For, which may have a port; None if it is none."""
     text = entry.strip(" \t")
     found = _WITH_PORT.fullmatch(text)
     # What has several colons and no brackets is an IPv6 address, and has no port.
-    return plain_address(text if found is None else found[1] or found[2])
+    return parse_address(text if found is None else found[1] or found[2])
 
 
-def forwarded_hop(entry: str) -> str | None:
+def forwarded_hop(entry: str) -> Address | None:
     """Return the address of an element of Forwarded (RFC 7239); None if it hides it or is malformed.
 
     A quoted value with a comma or semicolon in it, which no address has, counts as malformed.
@@ -141,26 +106,46 @@ class Proxies:
     def peer(self, request: web.BaseRequest) -> str | None:
         """Return the address that a request comes from; None where the connection has none."""
         direct = request.remote
-        if not self.trusted or direct is None or not self.trusts(direct):
+        if direct is None or not self._trusts(direct):
             return direct
+        return self.client_address(direct, request.headers.getall(self.header, ()))
+
+    def client_address(self, direct: str, fields: Iterable[str]) -> str:
+        """Return whose request this is.
+
+        Args:
+            direct: where the connection comes from, which is trusted.
+            fields: the values of the forwarded fields, in their order.
+
+        Returns:
+            The rightmost address that is not trusted; the leftmost one if all are. What is no address ends
+            the list: what stands left of it might be anybody's words.
+        """
         read_hop = forwarded_hop if self.header == FORWARDED else x_forwarded_for_hop
-        return client_address(direct, request.headers.getall(self.header, ()), read_hop, self.trusts)
-
-    def trusts(self, address: str) -> bool:
-        """Say whether an address is a trusted proxy's."""
-        parsed = _parsed(address)
-        return parsed is not None and any(parsed in network for network in self.trusted)
-
-    def prefix(self, request: web.BaseRequest) -> str:
-        """Return the path under which a trusted proxy says that it has this server; else nothing."""
-        if not self.trusted or request.remote is None or not self.trusts(request.remote):
-            return ""
-        given = request.headers.getall(PREFIX, ())
-        text = given[0].rstrip("/") if len(given) == 1 else ""
-        return text if _PATH.fullmatch(text) and ".." not in text.split("/") else ""
+        client = direct
+        # RFC 9110 section 5.3: several lines are one list.
+        for entry in reversed(",".join(fields).rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
+            address = read_hop(entry)
+            if address is None:
+                break
+            client = str(address)
+            if not self._has(address):
+                break
+        return client
 
     def relocate(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Put that path before the response's `Location`, if it has one."""
-        location = response.headers.get(hdrs.LOCATION)
-        if location is not None and location.startswith("/") and (prefix := self.prefix(request)):
+        """Put the path under which a trusted proxy says that it has this server before a `Location`."""
+        location = response.headers.get(hdrs.LOCATION, "")
+        given = request.headers.getall(PREFIX, ())
+        if not location.startswith("/") or len(given) != 1 or not self._trusts(request.remote):
+            return
+        prefix = given[0].rstrip("/")
+        if _PATH.fullmatch(prefix) and ".." not in prefix.split("/"):
             response.headers[hdrs.LOCATION] = prefix + location
+
+    def _trusts(self, text: str | None) -> bool:
+        address = parse_address(text) if self.trusted else None
+        return address is not None and self._has(address)
+
+    def _has(self, address: Address) -> bool:
+        return any(address in network for network in self.trusted)

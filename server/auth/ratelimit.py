@@ -14,6 +14,7 @@ from functools import lru_cache
 import msgspec
 from aiohttp import web
 
+from server.auth.proxies import parse_address
 from server.config import Config, RateLimit, parse_limit
 from server.errors import ServerProblem
 from server.routes import LimitClass
@@ -190,12 +191,7 @@ def peer_of(address: str | None) -> str:
     """Return whom an address stands for: an IPv6 host has a whole /64 to choose addresses from."""
     if address is None:
         return "local"  # a Unix socket
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return str(parsed)
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.IPv6Network((parsed, 64), strict=False))
+    parsed = parse_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(ipaddress.IPv6Network((parsed, 64), strict=False))
+    return address if parsed is None else str(parsed)
