@@ -145,13 +145,32 @@ class Repository:
         except LoadRefused as refused:
             raise UnsafeFile(f"could not be opened as it was found: {refused}") from None
 
-    def _versions(self, model_id: str) -> list[int]:
-        found = [int(name) for name in _names(self.root / model_id) if VERSION.fullmatch(name)]
-        return sorted(v for v in found if v <= MAX_VERSION and self._complete(model_id, v))
+    def find_unserved(self) -> Iterator[tuple[str, str]]:
+        """Yield the path of each model and version that is not served as it is, and why, in words."""
+        for model_id in self.folders():
+            seen = _look(self.root / model_id, self.root)
+            if isinstance(seen, str):
+                yield model_id, seen
+            elif stat.S_ISDIR(seen.st_mode):
+                names = [name for name in _names(self.root / model_id) if name.isdecimal()]
+                for name in names:
+                    if (refusal := self._refuse_version(model_id, name)) is not None:
+                        yield f"{model_id}/{name}", refusal
+                if not names:
+                    yield model_id, f"has no version: add a folder {model_id}/1 with a {MODEL_FILE}"
 
-    def _complete(self, model_id: str, version: int) -> bool:
-        seen = _look(self.root / model_id / str(version) / MODEL_FILE, self.root)
-        return not isinstance(seen, str) and stat.S_ISREG(seen.st_mode)
+    def _versions(self, model_id: str) -> list[int]:
+        names = _names(self.root / model_id)
+        return sorted(int(name) for name in names if self._refuse_version(model_id, name) is None)
+
+    def _refuse_version(self, model_id: str, name: str) -> str | None:
+        """Return why a folder of a model is no complete version; None if it is one."""
+        if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
+            return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
+        seen = _look(self.root / model_id / name / MODEL_FILE, self.root)
+        if isinstance(seen, str):
+            return f"is not complete: its {MODEL_FILE} {seen}"
+        return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {MODEL_FILE} is a folder"
 
 
 def identify(folder: Path, root: Path) -> list[FileIdentity]:

@@ -12,26 +12,21 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from events.clock import uuid7
 from events.jobs import LoadParameters
-from runtime.defaults import InvalidDefaults, defaults_name
+from runtime.defaults import InvalidDefaults, defaults_name, read_warm_up
 from runtime.errors import RuntimeProblem
 from runtime.machine import MemoryUnknown, budget_bytes, memory_limit
 from runtime.needs import need_of
 from runtime.processes.pool import WorkerPool
-from runtime.rehearsal import try_load
-from runtime.repository import MODEL_FILE, ModelVersion, Repository
+from runtime.processes.shielding import ended
+from runtime.repository import MODEL_ID, ModelVersion, Repository
 from runtime.scheduling.room import megabytes
-from runtime.survey import (
-    NO_ONNX,
-    Finding,
-    Severity,
-    names_in,
-    survey_model,
-    survey_version,
-)
+from runtime.wire import Load, Tensor
 from server.api.parameters import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
@@ -43,6 +38,30 @@ OnVersion = Callable[[str], None]
 """Called with each version that is about to be loaded."""
 _Candidate = tuple[ModelVersion, LoadParameters]
 """A version that may be loaded, and with what."""
+
+
+class Severity(StrEnum):
+    """Whether something is wrong, or may be meant so."""
+
+    PROBLEM = "problem"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that was found.
+
+    Attributes:
+        place: an option, or a path in the repository.
+        code: what it is, for programs.
+        text: what it is and what to do, for people.
+        severity: whether it is wrong.
+    """
+
+    place: str
+    code: str
+    text: str
+    severity: Severity = Severity.PROBLEM
 
 
 @dataclass(slots=True)
@@ -196,22 +215,24 @@ def check_repository(
     """
     try:
         repository = Repository(config.repository)
-        names = names_in(repository.root)
+        names = sorted(path.name for path in repository.root.iterdir())
     except (OSError, ValueError) as error:
         if not any(each.place == "--repository" for each in result.findings):
             text = f"cannot be listed: {getattr(error, 'strerror', error)}"
             result.findings.append(Finding("--repository", "unreadable", text))
         return
-    served = repository.models()
-    result.models = len(served)
-    if not served:
+    for name in names:
+        if not MODEL_ID.fullmatch(name) and not name.startswith("."):
+            text = "is not served: a model's name has A-Z a-z 0-9 . _ - and a letter or digit first"
+            result.findings.append(Finding(name, "invalid_model_id", text, Severity.NOTE))
+    result.findings += [Finding(place, "not_served", text) for place, text in repository.find_unserved()]
+    candidates: list[_Candidate] = []
+    for model_id in repository.models():
+        result.models += 1
+        candidates += _check_versions(repository, model_id, config, result)
+    if not result.models:
         text = f"{repository.root} has no model that could be served"
         result.findings.append(Finding("--repository", "empty", text, Severity.NOTE))
-    candidates: list[_Candidate] = []
-    for name in names:
-        result.findings += survey_model(repository, name)
-        if name in served:
-            candidates += _check_versions(repository, name, config, result)
     if limit_s is not None and candidates:
         asyncio.run(_load_all(repository, candidates, config, result, limit_s=limit_s, on_version=on_version))
 
@@ -219,7 +240,7 @@ def check_repository(
 def _check_versions(
     repository: Repository, model_id: str, config: Config, result: CheckResult
 ) -> Iterator[_Candidate]:
-    """Look at the files of a model, and yield the versions that are worth a load."""
+    """Yield the versions of a model that are worth a load."""
     parameters: LoadParameters | None = None
     try:
         parameters = default_parameters(repository, model_id, config)
@@ -232,24 +253,18 @@ def _check_versions(
         except RuntimeProblem:  # somebody has just taken it away
             continue
         result.versions += 1
-        findings = list(survey_version(repository, found))
-        if parameters is not None:
-            findings += _check_size(found, parameters, _budget(config))
-            if all(finding.code == NO_ONNX for finding in findings):
-                yield found, parameters
-        result.findings += findings
-
-
-def _check_size(found: ModelVersion, parameters: LoadParameters, budget: int) -> Iterator[Finding]:
-    """Yield whether the server would refuse the load for its size alone, as its scheduler does."""
-    need = need_of(found.files, found.version, parameters, ())
-    if need.bytes > budget:
-        text = (
+        if parameters is None:
+            continue
+        need, budget = need_of(found.files, version, parameters, ()), _budget(config)
+        if need.bytes <= budget:
+            yield found, parameters
+            continue
+        text = (  # the scheduler refuses such a load without trying it
             f"needs some {megabytes(need.bytes)} of memory, as its files are, and the budget is"
             f" {megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
-            f" {defaults_name(found.model_id)} if it takes less"
+            f" {defaults_name(model_id)} if it takes less"
         )
-        yield Finding(_place(found), "insufficient_memory", text)
+        result.findings.append(Finding(_place(found), "insufficient_memory", text))
 
 
 async def _load_all(
@@ -261,22 +276,51 @@ async def _load_all(
     limit_s: float,
     on_version: OnVersion,
 ) -> None:
-    budget, is_huge = _budget(config), config.huge_pages == AUTO
+    is_huge = config.huge_pages == AUTO
     pool = WorkerPool(threads=config.threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
     try:
         await pool.open()
         for found, parameters in candidates:
-            place = _place(found)
-            on_version(place)
-            guess = (f"{place}/{MODEL_FILE}", NO_ONNX)  # of the look at the file: the load knows
-            result.findings = [each for each in result.findings if (each.place, each.code) != guess]
+            on_version(_place(found))
+            timeout_s = min(limit_s, parameters.timeout_s)
             try:
-                await try_load(pool, repository, found, parameters, budget_bytes=budget, limit_s=limit_s)
+                order, inputs = _trial_order(pool, repository, found, parameters, _budget(config))
+                await _load_once(pool, order, inputs, timeout_s)
                 result.loaded += 1
+            except TimeoutError:
+                text = f"it was not loaded within {timeout_s:g} s"
+                result.findings.append(Finding(_place(found), "timeout", text))
             except RuntimeProblem as problem:
-                result.findings.append(Finding(place, problem.code, str(problem)))
+                result.findings.append(Finding(_place(found), problem.code, str(problem)))
     finally:
         await pool.close()
+
+
+async def _load_once(pool: WorkerPool, order: Load, inputs: tuple[Tensor, ...], timeout_s: float) -> None:
+    worker = await pool.start(uuid7())
+    try:
+        async with asyncio.timeout(timeout_s):
+            await worker.load(order, lambda _: None, inputs)
+    finally:
+        await ended(worker)
+
+
+def _trial_order(
+    pool: WorkerPool, repository: Repository, found: ModelVersion, parameters: LoadParameters, budget: int
+) -> tuple[Load, tuple[Tensor, ...]]:
+    warm_up = read_warm_up(repository, found.model_id)
+    order = Load(
+        root=str(repository.root),
+        folder=str(found.folder),
+        files=tuple(file.path for file in found.files),
+        threads=pool.threads,
+        memory_limit_bytes=min(budget, parameters.memory_limit_bytes or budget),
+        max_batch_size=parameters.max_batch_size,
+        max_queue_delay_us=parameters.max_queue_delay_us,
+        warm_up=pool.warm_up if warm_up.enabled is None else warm_up.enabled,
+        huge_pages=pool.huge_pages,
+    )
+    return order, warm_up.inputs
 
 
 def _budget(config: Config) -> int:

@@ -61,7 +61,7 @@ def _announce(url: str) -> None:
 
 
 @click.command(cls=SettingsCommand)
-@click.option("--quick", is_flag=True, show_default=False, help="Look at files only, and load no model.")
+@click.option("--quick", is_flag=True, show_default=False, help="Load no model.")
 @click.option(
     "--limit-s",
     metavar="SECONDS",

@@ -229,3 +229,33 @@ def test_a_folder_that_cannot_be_listed_for_want_of_memory_is_not_taken_for_an_e
     (tmp_path / "model.onnx").touch()
     ended = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path)], check=False, timeout=120)
     assert ended.returncode == 7
+
+
+def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Path) -> None:
+    save(add(), tmp_path, "good", 2)
+    for name in ("good/assets", "good/1", "good/01", "empty", "folder/1/model.onnx", ".git/1", "my model/1"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "README.md").touch()
+    (tmp_path / "good" / "config.pbtxt").touch()
+    (tmp_path / "out").symlink_to("/usr")
+    (tmp_path / "long").symlink_to("x" * 300)
+    (tmp_path / "good" / "7").symlink_to("x" * 300)
+    (tmp_path / "good" / "8").symlink_to("/usr")
+    save(add(), tmp_path, "file")
+    (tmp_path / "file" / "1" / "model.onnx").unlink()
+    (tmp_path / "file" / "1" / "model.onnx").symlink_to("/etc/hostname")
+    unserved = dict(Repository(tmp_path).find_unserved())
+    assert {place: reason.partition(":")[0] for place, reason in unserved.items()} == {
+        "empty": "has no version",
+        "file/1": "is not complete",
+        "folder/1": "is not complete",
+        "good/01": "is no version, which is a number from 1 to 2147483647 without zeros before it",
+        "good/1": "is not complete",
+        "good/7": "is not complete",
+        "good/8": "is not complete",
+        "long": "cannot be looked at",
+        "out": "leads out of the repository",
+    }
+    assert unserved["file/1"].endswith("model.onnx leads out of the repository")
+    assert unserved["folder/1"].endswith("model.onnx is a folder")
+    assert unserved["good/1"].endswith("model.onnx cannot be looked at: No such file or directory")
