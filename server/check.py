@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,16 @@ class CheckResult:
     """What was checked, and found.
 
     Attributes:
-        findings: in the order in which they were found.
         models: how many have a version.
         versions: how many these have together.
         loaded: how many of those were loaded, to try them.
+        findings: in the order in which they were found.
     """
 
-    findings: list[Finding] = field(default_factory=list)
     models: int = 0
     versions: int = 0
     loaded: int = 0
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def fine(self) -> bool:
@@ -87,12 +87,7 @@ class CheckResult:
 
     def members(self) -> dict[str, Any]:
         """Return it for programs."""
-        findings = [
-            {"severity": each.severity.value, "place": each.place, "code": each.code, "text": each.text}
-            for each in self.findings
-        ]
-        counted = {"models": self.models, "versions": self.versions, "loaded": self.loaded}
-        return {"fine": self.fine, **counted, "findings": findings}
+        return {"fine": self.fine, **asdict(self)}
 
 
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
