@@ -17,6 +17,7 @@ from pathlib import Path
 from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
 
 MODEL_FILE = "model.onnx"
+SUFFIX = ".onnx"
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,9}")
 MAX_VERSION = 2**31 - 1
@@ -157,7 +158,11 @@ class Repository:
                     if (refusal := self._refuse_version(model_id, name)) is not None:
                         yield f"{model_id}/{name}", refusal
                 if not names:
-                    yield model_id, f"has no version: add a folder {model_id}/1 with a {MODEL_FILE}"
+                    file = _only_model(self.root / model_id)
+                    cure = f"move {file} to" if file else "add"
+                    yield model_id, f"has no version: {cure} {model_id}/1/{MODEL_FILE}"
+            elif model_id.endswith(SUFFIX):
+                yield model_id, f"is in no model's folder: move it to {Path(model_id).stem}/1/{MODEL_FILE}"
 
     def _versions(self, model_id: str) -> list[int]:
         names = _names(self.root / model_id)
@@ -169,7 +174,8 @@ class Repository:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
         seen = _look(self.root / model_id / name / MODEL_FILE, self.root)
         if isinstance(seen, str):
-            return f"is not complete: its {MODEL_FILE} {seen}"
+            file = _only_model(self.root / model_id / name)
+            return f"is not complete: its {MODEL_FILE} {seen}{f'; rename {file}' if file else ''}"
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {MODEL_FILE} is a folder"
 
 
@@ -267,6 +273,12 @@ def _look(path: Path, root: Path) -> os.stat_result | str:
         return "leads out of the repository"
     usable = stat.S_ISREG(seen.st_mode) or stat.S_ISDIR(seen.st_mode)
     return seen if usable else "is not a regular file"
+
+
+def _only_model(folder: Path) -> str | None:
+    """Return the name of the only file in a folder that looks like a model, unless there are several."""
+    found = [name for name in _names(folder) if name.endswith(SUFFIX) and name != MODEL_FILE]
+    return found[0] if len(found) == 1 else None
 
 
 def _names(folder: Path) -> list[str]:

@@ -241,12 +241,18 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
     (tmp_path / "long").symlink_to("x" * 300)
     (tmp_path / "good" / "7").symlink_to("x" * 300)
     (tmp_path / "good" / "8").symlink_to("/usr")
+    for name in ("loose.onnx", "flat/net.onnx", "other/1/net.onnx"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     save(add(), tmp_path, "file")
     (tmp_path / "file" / "1" / "model.onnx").unlink()
     (tmp_path / "file" / "1" / "model.onnx").symlink_to("/etc/hostname")
     unserved = dict(Repository(tmp_path).find_unserved())
     assert {place: reason.partition(":")[0] for place, reason in unserved.items()} == {
         "empty": "has no version",
+        "flat": "has no version",
+        "loose.onnx": "is in no model's folder",
+        "other/1": "is not complete",
         "file/1": "is not complete",
         "folder/1": "is not complete",
         "good/01": "is no version, which is a number from 1 to 2147483647 without zeros before it",
@@ -258,4 +264,7 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
     }
     assert unserved["file/1"].endswith("model.onnx leads out of the repository")
     assert unserved["folder/1"].endswith("model.onnx is a folder")
+    assert unserved["flat"].endswith("move net.onnx to flat/1/model.onnx")
+    assert unserved["loose.onnx"].endswith("move it to loose/1/model.onnx")
+    assert unserved["other/1"].endswith("rename net.onnx")
     assert unserved["good/1"].endswith("model.onnx cannot be looked at: No such file or directory")
