@@ -18,8 +18,8 @@ import uvloop
 from bench import stories
 from bench.table import Row
 from events.commands import Record
+from events.history import open_past
 from events.log import Log
-from events.past import open_past
 from events.schema import connect, connect_read_only
 from events.types import AccessDenied, Draft
 from events.verify import verify

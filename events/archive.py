@@ -19,22 +19,18 @@ from datetime import datetime
 from pathlib import Path
 
 from events import history, rebuild, store
-from events.archivefile import compressed
+from events.archivefile import FileAudit, audit_file, compressed
 from events.audit import audit
 from events.basestate import base_state_digest, read_base, write_base_state
-from events.checkpoint import leave_alone_complete
 from events.clock import later, stamp
-from events.copies import wants_wal
-from events.errors import LogUnavailable
+from events.commands import KEPT_S
+from events.copies import leave_alone_complete, wants_wal
+from events.errors import LedgerDamaged, LogUnavailable, MustStay, NothingThere, WrongTarget
 from events.export import export_of, jsonl
-from events.fileaudit import FileAudit, audit_file
 from events.files import forget_drafts, make_durable, refuse_irregular, shown, written
 from events.findings import Finding
-from events.keys import KEPT_S
-from events.past import parse_time
-from events.refusals import LedgerDamaged, MustStay, NothingThere, WrongTarget
-from events.schema import connect
-from events.schemacheck import schema_difference
+from events.history import parse_time
+from events.schema import connect, schema_difference
 from events.signing import Base, Sign
 from events.verify import verify_connection
 

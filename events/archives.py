@@ -12,20 +12,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from events.archivefile import ExportReader, lines_of
+from events.archivefile import ExportReader, FileAudit, audit_files, lines_of
 from events.basestate import jobs_behind
 from events.bodies import from_body
-from events.entities import Entities
-from events.errors import LogUnavailable
-from events.expected import Expected
-from events.fileaudit import FileAudit, audit_files
+from events.errors import ArchiveMissing, LedgerDamaged, LogUnavailable
 from events.files import shown
-from events.findings import Finding, Kind
+from events.findings import Expected, Finding, Kind
 from events.jobs import Job
 from events.models import Model
-from events.refusals import ArchiveMissing, LedgerDamaged
 from events.signing import Base
-from events.state import State
+from events.state import Entities, State
 from events.store import Row, as_bytes
 from events.types import Event
 

@@ -8,17 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from events import store
+from events.archivefile import FileAudit
 from events.archives import ArchivedTo, Behind, check_archives, compare_with_base, hash_in, told_archives
 from events.basestate import hash_at, read_base, read_base_state
 from events.copies import lacks_wal, refuse_incomplete
-from events.errors import LogUnavailable
-from events.expected import Expected
-from events.fileaudit import FileAudit
+from events.errors import Archived, ArchiveMissing, LogUnavailable, NothingThere
 from events.files import shown
-from events.findings import Finding, Kind, Verification
-from events.refusals import Archived, ArchiveMissing, NothingThere
-from events.schema import readable
-from events.schemacheck import schema_difference
+from events.findings import Expected, Finding, Kind, Verification
+from events.schema import readable, schema_difference
 from events.signing import Base
 from events.state import State
 from events.verify import verify_connection

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from events.audit import Audit, audit
 from events.copies import lacks_wal, refuse_incomplete
-from events.errors import DataInUse, LogUnavailable
+from events.errors import DataInUse, LedgerDamaged, LogUnavailable, WrongTarget
 from events.files import draft_of, publish
-from events.refusals import LedgerDamaged, WrongTarget
 from events.schema import readable
 
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from events import rebuild, store
-from events.checkpoint import checkpoint, leave_alone_complete
-from events.copies import lacks_wal
+from events.commands import KnownKey
+from events.copies import checkpoint, lacks_wal, leave_alone_complete
 from events.errors import LogUnavailable
-from events.keys import KnownKey
 from events.schema import connect, readable
 from events.state import Changes, State
 from events.store import Head, Row

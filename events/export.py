@@ -8,7 +8,7 @@ r"""The log written out: lines that verify by themselves, with a signed head at 
     {"head":{"position":…,"hash":"…","recorded_at":"…","base":{…},…,"signature":"…"}}
 
 `body` is the text whose UTF-8 is hashed, so nobody has to write canonical JSON to verify. `cloudevents` has a
-CloudEvent a line instead, for other programs: those files are not read again (`events.cloudevents`).
+CloudEvent a line instead, for other programs: those files are not read again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 from events.basestate import hash_at, read_base
 from events.canonical import chain
 from events.copies import lacks_wal, refuse_incomplete
-from events.errors import LogUnavailable
-from events.refusals import Archived, LedgerDamaged, NothingThere
+from events.errors import Archived, LedgerDamaged, LogUnavailable, NothingThere
 from events.schema import readable
-from events.signing import Base, Sign, SignedHead, Statement
+from events.signing import Base, Sign, SignedHead, Statement, key_id
 from events.store import Row
+from events.types import SYSTEM
 
 FORMAT = "loadledger-export-v1"
 """The first line's mark; other lines will have another."""
@@ -154,3 +154,72 @@ def _event(row: Row, _previous: bytes) -> bytes:
 
 def _last(head: SignedHead) -> bytes:
     return _line({"head": head.members()})
+
+
+TYPE_PREFIX = "dev.loadledger."
+"""CloudEvents ask for reverse-DNS names; what follows is the event's own type."""
+
+HEAD_TYPE = f"{TYPE_PREFIX}head.v1"
+"""The type of the last line: the signed head."""
+
+SEQUENCE_DIGITS = 19
+"""As many as the largest position has, so that text sorts as numbers (CloudEvents' `sequence` extension)."""
+
+
+def cloudevents(public_key: bytes) -> Lines:
+    """Return the form whose lines are CloudEvents 1.0, for programs that already read those.
+
+    `source` names the ledger by its public key. `data` is the whole event in canonical form; `ledgerhash` is
+    SHA-256 of the bytes of `ledgerprevious` and the UTF-8 of `data` as it stands in the line.
+    """
+    source = f"urn:loadledger:{key_id(public_key)}"
+    return Lines(
+        lambda _: b"",
+        lambda row, previous: _cloudevent(row, previous, source),
+        lambda head: _cloudevent_head(head, source),
+    )
+
+
+def _cloudevent(row: Row, previous: bytes, source: str) -> bytes:
+    event = json.loads(row.body)
+    attributes = {
+        "specversion": "1.0",
+        "id": event["id"],
+        "source": source,
+        "type": TYPE_PREFIX + event["type"],
+        "subject": event["model_id"],
+        "time": event["recorded_at"],
+        "datacontenttype": "application/json",
+        "sequence": _sequence(row.position),
+        "correlationid": event["job_id"],
+        "authtype": "system" if event["actor"] == SYSTEM else "unknown",
+        "authid": event["actor"],
+        "ledgerprevious": previous.hex(),
+        "ledgerhash": row.hash.hex(),
+    }
+    return _cloudevent_line(attributes, row.body)
+
+
+def _cloudevent_head(head: SignedHead, source: str) -> bytes:
+    statement = head.statement
+    attributes = {
+        "specversion": "1.0",
+        "id": f"head-{statement.position}-{statement.hash.hex()[:16]}",
+        "source": source,
+        "type": HEAD_TYPE,
+        "time": statement.recorded_at or None,
+        "datacontenttype": "application/json",
+        "sequence": _sequence(statement.position),
+        "ledgerhash": statement.hash.hex(),
+    }
+    return _cloudevent_line(attributes, json.dumps(head.members(), separators=(",", ":")))
+
+
+def _sequence(position: int) -> str:
+    return f"{position:0{SEQUENCE_DIGITS}}"
+
+
+def _cloudevent_line(attributes: dict[str, str | None], data: str) -> bytes:
+    """Write a CloudEvent around `data`, which is JSON already; what is null is left out."""
+    given = {name: value for name, value in attributes.items() if value is not None}
+    return f'{json.dumps(given, separators=(",", ":"))[:-1]},"data":{data}}}\n'.encode()

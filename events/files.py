@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from events.refusals import WrongTarget
+from events.errors import WrongTarget
 
 _DRAFT = re.compile(r"\.[0-9a-f]{8}(-journal|-wal|-shm)?", re.ASCII)
 """How the name of a draft goes on after that of its target: SQLite's files have the draft's and more."""

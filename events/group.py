@@ -11,9 +11,8 @@ from msgspec import Struct
 from events.accept import Accepted, Existing, Refused, accept
 from events.bodies import to_body
 from events.canonical import chain
-from events.commands import Command, Record
+from events.commands import Command, KnownKey, Record
 from events.errors import LedgerProblem, RequestRefused
-from events.keys import KnownKey
 from events.state import Attempt, State
 from events.store import Head, Row
 from events.types import Draft, Event, recorded

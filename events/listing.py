@@ -13,9 +13,8 @@ from typing import Any
 
 import msgspec
 
-from events.errors import LogUnavailable
-from events.past import BeyondHead
-from events.refusals import Archived
+from events.errors import Archived, LogUnavailable
+from events.history import BeyondHead
 from events.stored import EVERYTHING, EventFilter, StoredEvent, stored_event
 
 SCAN = 10_000

@@ -10,8 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from events import snapshots, store
-from events.checkpoint import leave_alone_complete
-from events.copies import lacks_wal
+from events.copies import lacks_wal, leave_alone_complete
 from events.errors import LogUnavailable
 from events.history import PAGE, base_state, fold, pages
 from events.schema import check_readable, connect, connect_read_only

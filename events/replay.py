@@ -9,9 +9,8 @@ from pathlib import Path
 from events import history
 from events.archives import BadArchive, Behind, check_archives, folded, told_archives
 from events.basestate import read_base
-from events.errors import LogUnavailable
-from events.past import Moment, head_of, moment_at, parse_time, state_of
-from events.refusals import Archived, ArchiveMissing, NothingThere
+from events.errors import Archived, ArchiveMissing, LogUnavailable, NothingThere
+from events.history import Moment, head_of, moment_at, parse_time, state_of
 from events.state import State
 
 

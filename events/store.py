@@ -10,8 +10,8 @@ import msgspec
 from events import snapshots
 from events.bodies import from_body
 from events.canonical import GENESIS
+from events.commands import KnownKey, key_of
 from events.jobs import Job, JobStatus
-from events.keys import KnownKey, key_of
 from events.models import Model
 from events.state import Changes, State
 

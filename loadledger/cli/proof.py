@@ -29,8 +29,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     Lines of `jsonl` have the exact bodies and hashes, and `verify` reads them (docs/verify-it-yourself.md).
     Those of `cloudevents` are CloudEvents 1.0 for other programs: `verify` does not read them.
     """
-    from events.cloudevents import cloudevents  # noqa: PLC0415
-    from events.export import export, jsonl  # noqa: PLC0415
+    from events.export import cloudevents, export, jsonl  # noqa: PLC0415
     from events.files import is_stream, refuse_own, written  # noqa: PLC0415
     from loadledger.cli.problems import problems_told  # noqa: PLC0415
     from server.ledger.key import open_signer  # noqa: PLC0415

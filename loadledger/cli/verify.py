@@ -54,10 +54,10 @@ def verify(
 
     The exit code is 0 where all is well, 1 where something is wrong, and 2 where nobody can say.
     """
-    from events.expected import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from events.findings import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
     from loadledger.cli.problems import problems_told  # noqa: PLC0415
     from loadledger.cli.proof import ledger_in  # noqa: PLC0415
-    from server.ledger.checking import check  # noqa: PLC0415
+    from server.ledger.audited import check  # noqa: PLC0415
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None

@@ -8,8 +8,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from events.history import Moment, Past, open_past
 from events.jobs import JobStatus
-from events.past import Moment, Past, open_past
 from runtime.errors import UnknownModel
 from server.api.views import job_view, model_view
 from server.appkeys import LOG

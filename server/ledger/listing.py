@@ -11,8 +11,8 @@ from aiohttp import web
 from aiohttp_apispec import docs, querystring_schema, response_schema
 from marshmallow import fields, validate
 
+from events.history import parse_time
 from events.listing import LAST, Asked
-from events.past import parse_time
 from events.stored import EventFilter
 from events.types import TYPES
 from server.api.schemas import AnswerSchema, PageQuerySchema

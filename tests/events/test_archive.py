@@ -20,16 +20,15 @@ from support.ledgers import SIGN, rows_of, stored, told_history, write_ledger
 from events import archive as module
 from events import history, rebuild, snapshots
 from events.archive import Moved, archive
-from events.archivefile import ExportReader, lines_of
+from events.archivefile import ExportReader, audit_file, lines_of
 from events.archives import ArchivedTo
 from events.audit import audit
 from events.basestate import base_state_digest, read_base, read_base_state
 from events.bodies import from_body
 from events.clock import stamp
 from events.commands import Record
-from events.fileaudit import audit_file
-from events.past import BadMoment
-from events.refusals import IncompleteCopy, LedgerDamaged, MustStay, NothingThere, WrongTarget
+from events.errors import IncompleteCopy, LedgerDamaged, MustStay, NothingThere, WrongTarget
+from events.history import BadMoment
 from events.schema import connect, schema_of
 from events.signing import Base
 from events.state import State

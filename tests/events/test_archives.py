@@ -21,16 +21,14 @@ from support.ledgers import SIGN, rows_of, write_ledger
 
 from events import rebuild
 from events.archive import archive
+from events.archivefile import audit_file
 from events.archives import BadArchive
 from events.audit import Audit, audit
 from events.basestate import base_state_digest
-from events.errors import LedgerProblem, LogUnavailable
-from events.expected import Expected
+from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.export import export, jsonl
-from events.fileaudit import audit_file
-from events.findings import Kind
-from events.past import BeyondHead, Moment
-from events.refusals import Archived, ArchiveMissing, LedgerDamaged, NothingThere
+from events.findings import Expected, Kind
+from events.history import BeyondHead, Moment
 from events.replay import replay
 from events.schema import connect, opened_to_read
 from events.signing import HeadSigner, key_id

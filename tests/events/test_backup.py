@@ -12,8 +12,7 @@ from support.ledgers import rows_of, write_ledger
 
 from events.audit import audit
 from events.backup import back_up
-from events.errors import ForeignDatabase, LogUnavailable
-from events.refusals import IncompleteCopy, LedgerDamaged
+from events.errors import ForeignDatabase, IncompleteCopy, LedgerDamaged, LogUnavailable
 
 
 def names_in(folder: Path) -> list[str]:

@@ -15,10 +15,9 @@ from events.audit import audit
 from events.backup import back_up
 from events.clock import utc_now
 from events.copies import lacks_wal, wants_wal
-from events.errors import LogUnavailable
+from events.errors import IncompleteCopy, LogUnavailable
 from events.export import export, jsonl
 from events.rebuild import FOLDS, rebuild_file
-from events.refusals import IncompleteCopy
 
 
 @pytest.fixture

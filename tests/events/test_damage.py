@@ -18,10 +18,9 @@ from support.ledgers import SIGN, rows_of, write_ledger
 from events import rebuild
 from events.archive import archive
 from events.audit import Audit, audit
-from events.errors import LedgerProblem, LogUnavailable
-from events.expected import Expected, parse_expected
+from events.errors import Archived, IncompleteCopy, LedgerProblem, LogUnavailable
+from events.findings import Expected, parse_expected
 from events.log import Log
-from events.refusals import Archived, IncompleteCopy
 from events.schema import connect
 from events.verify import Kind
 

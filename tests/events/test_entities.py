@@ -5,10 +5,9 @@ from hypothesis import strategies as st
 from support.events import PLAIN, as_event, drafts
 from support.ledgers import told_history
 
-from events import jobs, modelfold
-from events.entities import Entities
+from events import jobs, models
 from events.jobs import Job
-from events.state import State
+from events.state import Entities, State
 from events.types import TYPES, Event
 
 
@@ -51,7 +50,7 @@ def test_it_goes_on_from_models_and_jobs() -> None:
 
 def test_each_type_says_what_it_does_to_models_and_jobs() -> None:
     kinds = set(TYPES.values())
-    assert {kind.TYPE for kind in kinds - set(modelfold.STEPS)} == {"ServerStarted", "AccessDenied"}
+    assert {kind.TYPE for kind in kinds - set(models.STEPS)} == {"ServerStarted", "AccessDenied"}
     assert {kind.TYPE for kind in kinds - set(jobs.STEPS) - set(jobs.REQUESTS)} == {
         *("ServerStarted", "ServerStopped", "AccessDenied")
     }

@@ -13,12 +13,11 @@ from support.events import PLAIN, opened, write
 
 from events import listing
 from events.commands import Record
-from events.errors import LogUnavailable
+from events.errors import Archived, LogUnavailable
+from events.history import BeyondHead
 from events.listing import INDEXES, Asked, EventPage, page_sql, probe_sql
 from events.log import Log
-from events.past import BeyondHead
 from events.reader import Reader, open_reader
-from events.refusals import Archived
 from events.stored import EventFilter, StoredEvent, body_of, hash_of
 from events.types import AccessDenied, Draft, LoadStarted, ServerStopped
 

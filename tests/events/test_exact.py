@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN, any_data, load_requested
 
-from events.bodies import from_body, to_body
-from events.exact import Exactness, is_canonical
+from events.bodies import Exactness, from_body, is_canonical, to_body
 from events.types import Event
 
 EXACTNESS = Exactness()

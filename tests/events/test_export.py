@@ -16,12 +16,9 @@ from hypothesis import strategies as st
 from support.events import PLAIN, opened, write
 from support.ledgers import SIGN, rows_of, write_ledger
 
-from events.archivefile import ExportReader
-from events.cloudevents import HEAD_TYPE, cloudevents
-from events.errors import LogUnavailable
-from events.export import PAGE, export, jsonl
-from events.fileaudit import audit_file
-from events.refusals import IncompleteCopy, LedgerDamaged, NothingThere
+from events.archivefile import ExportReader, audit_file
+from events.errors import IncompleteCopy, LedgerDamaged, LogUnavailable, NothingThere
+from events.export import HEAD_TYPE, PAGE, cloudevents, export, jsonl
 from events.signing import Base, as_signed_head
 from events.store import Row
 

@@ -20,13 +20,10 @@ from hypothesis import strategies as st
 from support.events import PLAIN, child
 from support.ledgers import SIGN, rows_of, write_ledger
 
-from events.archivefile import MAX_LINE
-from events.cloudevents import cloudevents
+from events.archivefile import MAX_LINE, FileAudit, audit_file
 from events.errors import LogUnavailable
-from events.expected import Expected
-from events.export import export, jsonl
-from events.fileaudit import FileAudit, audit_file
-from events.findings import Finding, Kind
+from events.export import cloudevents, export, jsonl
+from events.findings import Expected, Finding, Kind
 from events.signing import Base, HeadSigner, SignedHead, Statement, key_id
 from events.store import Row
 
@@ -311,7 +308,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
 AUDIT = """
 import resource, sys
 from pathlib import Path
-from events.fileaudit import audit_file
+from events.archivefile import audit_file
 resource.setrlimit(resource.RLIMIT_DATA, (300 * 2**20, 300 * 2**20))
 print(audit_file(Path(sys.argv[1])).finding.problem[:200])
 """

@@ -17,11 +17,19 @@ from events import rebuild, snapshots, store
 from events.basestate import write_base_state
 from events.bodies import to_body
 from events.canonical import GENESIS, chain
-from events.errors import LogUnavailable
-from events.history import job_at, jobs_at, state_at
+from events.errors import Archived, LogUnavailable
+from events.history import (
+    BadMoment,
+    BeyondHead,
+    Moment,
+    job_at,
+    jobs_at,
+    moment_at,
+    open_past,
+    parse_time,
+    state_at,
+)
 from events.jobs import Job, JobStatus
-from events.past import BadMoment, BeyondHead, Moment, moment_at, open_past, parse_time
-from events.refusals import Archived
 from events.schema import connect
 from events.state import State
 from events.store import Row

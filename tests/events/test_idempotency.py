@@ -18,9 +18,17 @@ from support.events import MODEL, PLAIN, START, History, at, drafts, ids, load_r
 from events import store
 from events.accept import Accepted, Decision, Existing, Refused, accept
 from events.bodies import from_body
-from events.commands import Command, Record, RequestCancel, RequestLoad, RequestUnload
+from events.commands import (
+    KEPT_S,
+    Command,
+    KnownKey,
+    Record,
+    RequestCancel,
+    RequestLoad,
+    RequestUnload,
+    key_of,
+)
 from events.errors import LogUnavailable, RequestRefused
-from events.keys import KEPT_S, KnownKey, key_of
 from events.log import Log, Receipt
 from events.schema import connect
 from events.state import State

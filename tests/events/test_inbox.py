@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from events.inbox import Inbox
+from events.log import Inbox
 
 LIMIT_S = 60
 """For what cannot take long: only against hanging."""

@@ -22,11 +22,12 @@ from support.events import (
 )
 
 from events.jobs import Failure, JobKind, LoadParameters
-from events.modelfold import INCIDENT_WINDOW_S, MAX_FOOTPRINTS
 from events.models import (
     CRASH_LOOP,
     FORK_SERVER_DIED,
+    INCIDENT_WINDOW_S,
     INSUFFICIENT_MEMORY,
+    MAX_FOOTPRINTS,
     TIMEOUT,
     TOO_MANY_LOADED,
     Footprint,

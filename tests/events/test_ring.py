@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
-from events.ring import Ring
 from events.stored import StoredEvent
+from events.tail import Ring
 
 
 def event(position: int, size: int = 10) -> StoredEvent:

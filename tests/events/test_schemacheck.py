@@ -10,8 +10,7 @@ from support.ledgers import rows_of, write_ledger
 from events.audit import audit
 from events.backup import back_up
 from events.findings import Kind
-from events.schema import APPLICATION_ID, _migrations, connect
-from events.schemacheck import schema_difference
+from events.schema import APPLICATION_ID, _migrations, connect, schema_difference
 
 
 def made(path: Path, migrations: int) -> None:

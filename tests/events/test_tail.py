@@ -10,12 +10,11 @@ import pytest
 from support.events import facts, opened, write
 
 from events import tail as module
+from events.history import BeyondHead
 from events.log import Log
-from events.past import BeyondHead
 from events.reader import open_reader
-from events.ring import Ring
 from events.stored import EventFilter
-from events.tail import Batch, Tail, Tails
+from events.tail import Batch, Ring, Tail, Tails
 
 LIMIT_S = 60
 """Only against hanging."""

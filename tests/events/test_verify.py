@@ -20,7 +20,7 @@ from events.bodies import from_body
 from events.canonical import canonical
 from events.commands import Record
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable
-from events.storedjobs import StoredJobs
+from events.projections import StoredJobs
 from events.types import Draft, Unknown
 from events.verify import Finding, Kind, Verification, verify
 

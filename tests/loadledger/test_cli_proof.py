@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from support.events import child, opened
 from support.ledgers import rows_of, told_history, write_ledger
 
-from events.fileaudit import audit_file
+from events.archivefile import audit_file
 from events.lock import hold
 from events.signing import as_signed_head, key_id
 from loadledger.cli.main import main

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from support.events import START
 from support.ledgers import rows_of, told_history, write_ledger
 
-from events.fileaudit import audit_file
+from events.archivefile import audit_file
 from events.signing import key_id
 from loadledger.cli.main import main
 from server.app import LEDGER

@@ -14,7 +14,7 @@ from support.models import save
 from support.process import MODULE, Server, clean_environment, events, serving, verified
 
 from events.audit import audit
-from events.refusals import IncompleteCopy
+from events.errors import IncompleteCopy
 from server.app import LEDGER
 from server.config import Config
 
