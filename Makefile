@@ -27,16 +27,18 @@ demo: install
 test: install
 	$(BIN)/pytest
 
-# All of ONNX's own conformance cases over HTTP; `make test` takes every 40th.
+# All of ONNX's own conformance cases over HTTP; `make test` takes every 80th.
 conformance: install
 	CONFORMANCE=all $(BIN)/pytest -n 0 -s tests/conformance
 
-# The long forms of what `make test` does for some seconds each: about half an hour, with figures.
+# The long forms of what `make test` does for some seconds each: about half an hour, with figures; and the
+# properties of the ledger, with many new examples.
 soak: install
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
+	SOAK=all $(BIN)/pytest tests/events
 
 SOAKS := runtime/scheduling/test_simulation runtime/prepared/test_prepared_store \
-	$(addprefix system/test_,many_models swaps_under_load cycles killed_servers restore tails prepared)
+	$(addprefix system/test_,bench many_models swaps_under_load cycles killed_servers restore tails prepared)
 
 lint: $(BIN)/.tools
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
-from support.events import MODEL, PLAIN, History, as_event, at, drafts, ids
+from support.events import FEWER, MODEL, History, as_event, at, drafts, ids
 
 from events.accept import MAX_QUEUE, Accepted, Decision, Existing, Refused, accept
 from events.commands import Command, FileStat, Record, RequestCancel, RequestLoad, RequestUnload
@@ -527,7 +527,7 @@ SYSTEM_UNLOADS = st.builds(
 KEYED = st.builds(lambda command, key: replace(command, idempotency=key), COMMANDS, KEYS)
 
 
-@PLAIN
+@FEWER
 @given(
     st.lists(
         COMMANDS | KEYED | CANCELS | SYSTEM_UNLOADS | drafts().map(lambda draft: Record((draft,))),
@@ -552,7 +552,7 @@ def test_whatever_is_commanded_accept_decides_and_names_jobs_that_exist(commands
                 assert message
 
 
-@PLAIN
+@FEWER
 @given(st.lists(drafts(), max_size=30), COMMANDS)
 def test_the_same_command_twice_is_one_job(facts: list[Draft], command: RequestLoad | RequestUnload) -> None:
     history = History()

@@ -12,10 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, START, child, opened, write
+from support.events import FEWER, START, child, opened, write
 from support.ledgers import SIGN, rows_of, stored, told_history, write_ledger
+from support.soak import of_both
 
 from events import archive as module
 from events import history, rebuild, snapshots
@@ -113,7 +114,7 @@ with copy() as _path:
 # What moved and what stays.
 
 
-@PLAIN
+@FEWER
 @given(CUTS)
 def test_archive_and_log_together_are_what_the_log_was(before: int) -> None:
     with copy() as path:
@@ -128,7 +129,7 @@ def test_archive_and_log_together_are_what_the_log_was(before: int) -> None:
         assert (found.verification.position, found.verification.hash) == (HEAD, ROWS[-1].hash)
 
 
-@PLAIN
+@FEWER
 @given(CUTS)
 def test_each_moment_that_is_left_is_answered_as_before(before: int) -> None:
     with copy() as path:
@@ -139,7 +140,7 @@ def test_each_moment_that_is_left_is_answered_as_before(before: int) -> None:
         assert texts(base) == STATES[before - 1]
 
 
-@settings(PLAIN, max_examples=25)
+@FEWER
 @given(CUTS, st.data())
 def test_archives_follow_one_another(before: int, data: st.DataObject) -> None:
     cuts = sorted({before, *data.draw(st.lists(CUTS, max_size=2))})
@@ -161,7 +162,7 @@ def test_archives_follow_one_another(before: int, data: st.DataObject) -> None:
         ]
 
 
-@settings(PLAIN, max_examples=25)
+@FEWER
 @given(CUTS)
 def test_projections_made_anew_after_an_archive_are_those_that_are_stored(before: int) -> None:
     with copy() as path:
@@ -173,7 +174,7 @@ def test_projections_made_anew_after_an_archive_are_those_that_are_stored(before
         assert verify(path).verified
 
 
-@settings(PLAIN, max_examples=25)
+@FEWER
 @given(CUTS)
 def test_jobs_that_models_are_loaded_by_stay_and_others_that_had_ended_go(before: int) -> None:
     with copy() as path:
@@ -288,11 +289,11 @@ def test_a_file_that_is_there_is_never_replaced() -> None:
 
 ARCHIVE_AND_DIE = """
 import os, signal, sys
-from datetime import timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from support.events import START
-from support.ledgers import SIGN
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from events.archive import archive
+from events.signing import HeadSigner
 path, last = Path(sys.argv[1]), int(sys.argv[2])
 left = last
 def at_each_line(frame, event, argument):
@@ -305,7 +306,8 @@ def at_each_line(frame, event, argument):
             os.kill(os.getpid(), signal.SIGKILL)
     return at_each_line
 sys.settrace(at_each_line)
-archive(path, "20", path.with_name("archive.gz"), SIGN, START + timedelta(days=30))
+sign = HeadSigner(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+archive(path, "20", path.with_name("archive.gz"), sign, datetime(2026, 2, 1, tzinfo=UTC))
 sys.settrace(None)
 print(last - left)
 """
@@ -321,7 +323,7 @@ def test_who_is_killed_at_any_line_leaves_all_or_nothing_and_may_try_again() -> 
     with copy() as path:
         lines = int(run(path, 10**9).stdout)
     moved = 0
-    for line in range(3, lines + 1, max(1, lines // 12)):
+    for line in range(3, lines + 1, max(1, lines // of_both(short=5, long=100))):
         with copy() as path:
             assert run(path, line).returncode == -signal.SIGKILL
             first = rows_of(path)[0][0]

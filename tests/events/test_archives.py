@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, START
+from support.events import FEWER, START
 from support.ledgers import SIGN, rows_of, write_ledger
 
 from events import rebuild
@@ -94,7 +94,7 @@ with copy() as _path:
 # What archives prove.
 
 
-@settings(PLAIN, max_examples=30)
+@FEWER
 @given(CUTS, st.randoms())
 def test_archives_in_any_order_lead_from_the_first_event_to_the_base(cuts: list[int], random: object) -> None:
     with copy() as path:
@@ -113,7 +113,7 @@ def test_archives_in_any_order_lead_from_the_first_event_to_the_base(cuts: list[
             assert (wrong.position, wrong.kind) == (position, Kind.EXPECTATION)
 
 
-@settings(PLAIN, max_examples=30)
+@FEWER
 @given(CUTS, st.sampled_from(MOMENTS))
 def test_replay_with_archives_gives_what_it_gave_before_archiving(cuts: list[int], moment: object) -> None:
     with copy() as path:
@@ -241,7 +241,7 @@ def test_an_archive_that_was_forged_with_care_does_not_lead_on(number: int, posi
             replayed(path, 5, files)
 
 
-@settings(PLAIN, max_examples=60)
+@FEWER
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_an_archive_that_was_changed_anywhere_is_named(index: int, bits: int) -> None:
     with copy() as path:

@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.events import PLAIN, START, child, opened, write
+from support.events import FEWER, PLAIN, START, child, opened, write
 from support.ledgers import SIGN, rows_of, write_ledger
+from support.soak import of_both
 
 from events import rebuild
 from events.archive import archive
@@ -25,7 +26,7 @@ from events.schema import connect
 from events.verify import Kind
 
 LATER = START + timedelta(days=30)
-MANY = settings(PLAIN, max_examples=200)
+MANY = settings(PLAIN, max_examples=of_both(short=60, long=1_000))
 ANSWERS = (
     "SELECT position, body, hash FROM events ORDER BY position",
     "SELECT position, type FROM events INDEXED BY events_by_type ORDER BY type, position",
@@ -171,7 +172,7 @@ def test_each_head_that_somebody_kept_is_found_again(position: int) -> None:
         assert (finding.position, finding.kind) == (position, Kind.EXPECTATION)
 
 
-@PLAIN
+@FEWER
 @given(st.integers(1, HEAD - 1))
 def test_an_end_that_was_cut_off_with_care_is_found_by_who_kept_the_head(length: int) -> None:
     with copy() as path:

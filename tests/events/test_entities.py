@@ -2,7 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, as_event, drafts
+from support.events import FEWER, as_event, drafts
 from support.ledgers import told_history
 
 from events import jobs, models
@@ -27,7 +27,7 @@ def agree(events: list[Event]) -> None:
         assert entities.jobs == state.jobs
 
 
-@PLAIN
+@FEWER
 @given(st.lists(drafts(), max_size=30))
 def test_it_agrees_with_the_live_state_whatever_is_folded(told: list[object]) -> None:
     agree([as_event(draft, number, number) for number, draft in enumerate(told, 1)])  # type: ignore[arg-type]

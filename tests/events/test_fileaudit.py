@@ -326,7 +326,6 @@ BOMBS = {
 def test_a_small_file_that_unpacks_to_a_gigabyte_takes_little_memory(tmp_path: Path, bomb: str) -> None:
     packed = gzip.compress(BOMBS[bomb](), 1)
     path = tmp_path / "bomb.gz"
-    path.write_bytes(packed + gzip.compress(BOMBS[bomb](), 1) * 16)
     for content in (b"", gzip.compress(OPENING), gzip.compress(FILES["jsonl"])):
         path.write_bytes(content + packed * 16)
         done = subprocess.run(child(AUDIT, path), capture_output=True, text=True, timeout=120, check=False)

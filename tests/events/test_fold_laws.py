@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import PLAIN, History, any_data, as_event, drafts, instances, opened, values
+from support.events import FEWER, History, any_data, as_event, drafts, instances, opened, values
 
 from events import rebuild, snapshots, store
 from events.bodies import from_body, to_body
@@ -60,7 +60,7 @@ def texts(state: State) -> list[str]:
     return [*sorted(map(store.as_text, state.models.values())), *map(store.as_text, state.unended())]
 
 
-@settings(PLAIN, max_examples=60)
+@FEWER
 @given(HISTORIES, st.frozensets(st.integers(1, 30), max_size=5))
 def test_replay_from_a_snapshot_is_replay_from_zero(events: list[Event], at: frozenset[int]) -> None:
     with TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def test_replay_from_a_snapshot_is_replay_from_zero(events: list[Event], at: fro
                 assert near.position == position
 
 
-@settings(PLAIN, max_examples=30)
+@FEWER
 @given(HISTORIES, st.frozensets(st.integers(1, 30), max_size=5))
 def test_snapshots_made_anew_tell_the_same_past(events: list[Event], at: frozenset[int]) -> None:
     with TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def test_snapshots_made_anew_tell_the_same_past(events: list[Event], at: frozens
         assert verify(path).verified
 
 
-@PLAIN
+@FEWER
 @given(HISTORIES)
 def test_a_fold_gives_the_same_each_time(events: list[Event]) -> None:
     assert fold(events) == fold(events)
@@ -107,7 +107,7 @@ NEW_NAMES = st.text(min_size=1, max_size=8).map(lambda name: f"new_{name}")
 NEW_FIELDS = st.dictionaries(NEW_NAMES, JSONS, max_size=3)
 
 
-@PLAIN
+@FEWER
 @given(any_data(), NEW_FIELDS, NEW_FIELDS)
 def test_fields_of_a_later_release_are_kept_and_skipped(
     data: Any, inside: dict[str, Any], beside: dict[str, Any]
@@ -119,7 +119,7 @@ def test_fields_of_a_later_release_are_kept_and_skipped(
     assert fold([from_body(later)]) == fold([event])
 
 
-@settings(PLAIN, max_examples=40)
+@FEWER
 @given(HISTORIES, st.data())
 def test_events_of_a_later_release_are_kept_and_skipped(events: list[Event], draws: st.DataObject) -> None:
     known = draws.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
@@ -161,7 +161,7 @@ async def test_a_ledger_with_events_of_a_later_release_is_opened_and_goes_on(tmp
 
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
-@settings(PLAIN, max_examples=20)
+@FEWER
 @given(draws=st.data())
 def test_an_event_reads_back_as_it_was_written(kind: str, draws: st.DataObject) -> None:
     data = draws.draw(instances(TYPES[kind]))

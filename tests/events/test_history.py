@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import PLAIN, START, History, as_event, at, drafts, opened, write
+from support.events import FEWER, START, History, as_event, at, drafts, opened, write
 
 from events import rebuild, snapshots, store
 from events.basestate import write_base_state
@@ -67,7 +67,7 @@ def histories(draw: st.DrawFn) -> list[Event]:
     return events
 
 
-@settings(PLAIN, max_examples=40)
+@FEWER
 @given(histories(), st.frozensets(st.integers(1, 30), max_size=3))
 def test_jobs_of_the_past_are_what_a_fold_gives(events: list[Event], snapshots_at: frozenset[int]) -> None:
     with ledger(events, snapshots_at) as connection:

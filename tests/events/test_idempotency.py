@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import MODEL, PLAIN, START, History, at, drafts, ids, load_requested, opened
+from support.events import FEWER, MODEL, PLAIN, START, History, at, drafts, ids, load_requested, opened
 
 from events import store
 from events.accept import Accepted, Decision, Existing, Refused, accept
@@ -290,7 +290,7 @@ def outcomes_in_memory(groups: list[list[Asked]]) -> list[list[str]]:
     return found
 
 
-@settings(PLAIN, max_examples=30)  # each writes and syncs files
+@FEWER
 @given(st.lists(st.lists(ASKED, min_size=1, max_size=4), min_size=1, max_size=6))
 @example([[Asked(load(), 0), Asked(load(), 0), Asked(load(OTHER_REQUEST), 0)]])
 def test_the_log_answers_as_if_it_held_all_keys_in_memory(groups: list[list[Asked]]) -> None:
@@ -358,7 +358,7 @@ async def test_a_log_whose_keys_cannot_be_read_refuses_and_recovers_by_itself(pa
         assert log.healthy
 
 
-@settings(PLAIN, max_examples=60)
+@FEWER
 @given(st.lists(drafts(), max_size=20), st.data())
 def test_what_the_log_knows_of_a_key_is_what_folding_it_gives(
     facts: list[Draft], data: st.DataObject

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import MODEL, PLAIN, History, as_event, at, drafts, load_requested, model_loaded
+from support.events import FEWER, MODEL, History, as_event, at, drafts, load_requested, model_loaded
 
 from events.jobs import Failure, Job, JobKind, JobStatus, LoadParameters, UnloadParameters, evolve_job
 from events.types import (
@@ -338,7 +338,7 @@ def test_a_deadline_beyond_the_calendar_is_its_last_moment() -> None:
     assert history.job("L").deadline_at == "9999-12-31T23:59:59.999999Z"
 
 
-@PLAIN
+@FEWER
 @given(st.lists(drafts(), max_size=25))
 def test_a_job_never_leaves_its_end_and_keeps_what_it_was_asked_for(told_drafts: list[Draft]) -> None:
     history = History()

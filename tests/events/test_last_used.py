@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, at, facts, opened, write
+from support.events import FEWER, at, facts, opened, write
 
 from events.errors import LogClosed, LogUnavailable, NotEncodable
 from events.log import Log, Receipt
@@ -55,7 +55,7 @@ STAMPS = st.integers(0, 10**6).map(at)
 NOTES = st.lists(st.dictionaries(st.text(max_size=3), STAMPS, max_size=3), max_size=6)
 
 
-@settings(PLAIN, max_examples=30)  # each writes and syncs a file
+@FEWER
 @given(NOTES)
 def test_the_latest_use_of_each_model_is_kept_in_whatever_order(
     tmp_path_factory: pytest.TempPathFactory, notes: list[dict[str, str]]

@@ -9,17 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import (
-    MODEL,
-    PLAIN,
-    History,
-    as_event,
-    at,
-    drafts,
-    file,
-    load_requested,
-    model_loaded,
-)
+from support.events import FEWER, MODEL, History, as_event, at, drafts, file, load_requested, model_loaded
 
 from events.jobs import Failure, JobKind, LoadParameters
 from events.models import (
@@ -827,7 +817,7 @@ def test_models_do_not_touch_each_other() -> None:
     assert history.model("a") is before
 
 
-@PLAIN
+@FEWER
 @given(st.lists(drafts(), max_size=30))
 def test_whatever_comes_the_fold_never_raises_and_stays_coherent(told_drafts: list[Draft]) -> None:
     history = History()
@@ -841,7 +831,7 @@ def test_whatever_comes_the_fold_never_raises_and_stays_coherent(told_drafts: li
         assert active is None or active.phase in {LOADED, UNLOADING}
 
 
-@PLAIN
+@FEWER
 @given(st.lists(drafts(), max_size=30))
 def test_ended_jobs_need_not_be_remembered(told_drafts: list[Draft]) -> None:
     remembering, forgetting = History(), History()

@@ -6,9 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.events import MODEL, PLAIN, History, drafts, load_requested, model_loaded, opened
+from support.events import FEWER, MODEL, History, drafts, load_requested, model_loaded, opened
 
 from events import store
 from events.bodies import from_body
@@ -56,7 +56,7 @@ async def reopened(path: Path) -> State:
         return log.state
 
 
-@settings(PLAIN, max_examples=30)  # each writes and syncs a file
+@FEWER
 @given(GROUPS)
 def test_stored_tables_are_what_folding_from_the_base_gives(groups: list[list[list[Draft]]]) -> None:
     with TemporaryDirectory() as folder:

@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, History, as_event, drafts, opened, write
+from support.events import FEWER, History, as_event, drafts, opened, write
 
 from events import rebuild, store
 from events.bodies import to_body
@@ -130,7 +130,7 @@ async def test_an_empty_ledger_of_the_first_schema_is_migrated_without_a_word(
     assert verify(path).compared
 
 
-@settings(PLAIN, max_examples=40)
+@FEWER
 @given(st.lists(drafts(), max_size=30))
 def test_projections_made_anew_are_those_that_were_written_with_their_events(told: list[Draft]) -> None:
     facts = [as_event(draft, number, number) for number, draft in enumerate(told, 1)]

@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, START, opened
+from support.events import FEWER, START, opened
 from support.ledgers import SIGN, rows_of, told_history, write_ledger
 
 from events import snapshots
@@ -83,7 +83,7 @@ def test_snapshots_that_the_writer_made_are_what_the_log_gives() -> None:
             assert connection.execute("SELECT count(*) FROM snapshots").fetchone() == (-(-HEAD // APART),)
 
 
-@settings(PLAIN, max_examples=20)
+@FEWER
 @given(st.integers(2, HEAD - 1))
 def test_so_are_those_that_archiving_left(before: int) -> None:
     with copy() as path:
@@ -100,7 +100,7 @@ async def test_a_ledger_without_snapshots_has_nothing_to_compare(tmp_path: Path)
 POSITIONS = st.integers(1, -(-HEAD // APART)).map(lambda number: min(number * APART, HEAD))
 
 
-@PLAIN
+@FEWER
 @given(st.data())
 def test_a_changed_copy_is_found_at_its_position(data: st.DataObject) -> None:
     with copy() as path:

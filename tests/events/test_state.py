@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import MODEL, PLAIN, History, as_event, drafts
+from support.events import FEWER, MODEL, History, as_event, drafts
 
 from events.jobs import Job
 from events.state import Attempt, State, in_queue
@@ -29,7 +29,7 @@ def assert_queues_are_right(state: State) -> None:
         assert state.queue(model_id) == [job for job in unended(state, model_id) if in_queue(job)]
 
 
-@PLAIN
+@FEWER
 @given(GROUPS)
 def test_the_jobs_that_have_not_ended_are_those_whatever_was_tried(
     groups: Sequence[tuple[list[Draft], bool]],
@@ -50,7 +50,7 @@ def test_the_jobs_that_have_not_ended_are_those_whatever_was_tried(
         assert State(state.position, state.recorded_at, state.models, state.jobs) == state
 
 
-@PLAIN
+@FEWER
 @given(st.lists(drafts(), max_size=25))
 def test_the_jobs_that_have_not_ended_are_those_though_no_ended_one_is_forgotten(told: list[Draft]) -> None:
     state = State()

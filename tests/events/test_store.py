@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from support.events import MODEL, PLAIN, History, as_event, drafts
+from support.events import FEWER, MODEL, History, as_event, drafts
 
 from events import store
 from events.bodies import to_body
@@ -59,7 +59,7 @@ def ledger() -> Iterator[Ledger]:
     made.connection.close()
 
 
-@settings(PLAIN)
+@FEWER
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 @example(["\0", "a\0b", '"', "\\", "\\u0000", "\x1f\x7f\x85\u2028\ufeff", "é\U0001f600\uffff", "[{"])
 def test_whatever_a_body_says_is_stored_as_it_is_hashed(texts: list[str]) -> None:
@@ -120,7 +120,7 @@ def test_a_job_and_a_model_that_somebody_removed_are_there_again_once_they_go_on
     ]
 
 
-@settings(PLAIN, max_examples=50)
+@FEWER
 @given(st.lists(st.lists(drafts(), min_size=1, max_size=4), max_size=6))
 def test_a_job_whose_id_comes_again_is_where_it_began_the_last_time(groups: list[list[Draft]]) -> None:
     made, position, jobs = Ledger(), 0, dict[str, tuple[int, str]]()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import MODEL, PLAIN, History, at, drafts, opened, write
+from support.events import FEWER, MODEL, History, at, drafts, opened, write
 
 from events.commands import Record
 from events.errors import LogUnavailable
@@ -116,7 +116,7 @@ def test_codes_without_end_are_counted_as_others() -> None:
     assert failures[OTHER_CODE] == 5
 
 
-@PLAIN
+@FEWER
 @given(st.lists(drafts(), max_size=30), st.integers(1, 7))
 def test_whatever_is_recorded_is_counted_alike_in_groups_of_any_size(
     recorded: list[Draft], size: int

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
+from support.events import FEWER, INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
 
 from events.bodies import from_body, to_body
 from events.canonical import canonical
@@ -131,7 +131,7 @@ def test_types_are_named_once_and_as_the_design_has_them() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TYPES))
-@PLAIN
+@FEWER
 @given(st.data())
 def test_data_of_each_type_reads_back_as_it_was(name: str, data: st.DataObject) -> None:
     given_data = data.draw(instances(TYPES[name]))

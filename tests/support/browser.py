@@ -121,9 +121,15 @@ class Console:
         """Press a button of the dialog that is open."""
         await self.page.locator("dialog[open]").get_by_role("button", name=button, exact=True).click()
 
-    async def serious(self, part: str | None = None) -> list[str]:
-        """Return what axe-core holds to be wrong and serious, or worse, in the page or a part of it."""
-        results = await Axe().run(self.page, context=part)
+    async def serious(self, part: str | None = None, *rules: str) -> list[str]:
+        """Return what axe-core holds to be wrong and serious, or worse, in the page or a part of it.
+
+        Args:
+            part: of the page, by its selector.
+            rules: axe's; all, if left out.
+        """
+        options = {"resultTypes": ["violations"], **({"runOnly": list(rules)} if rules else {})}
+        results = await Axe().run(self.page, part, options)
         return [
             f"{found['id']}: {[node['target'] for node in found['nodes']]}"
             for found in results.response["violations"]

@@ -5,7 +5,6 @@ the moment it exists.
 """
 
 import enum
-import os
 import sys
 import types
 import typing
@@ -50,6 +49,7 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
+from support.soak import SOAK, of_both
 
 T = TypeVar("T", bound=Struct)
 
@@ -62,13 +62,15 @@ MODEL = "digits"
 PLAIN = settings(
     deadline=None,
     database=None,
-    derandomize=os.environ.get("SOAK") != "all",
+    derandomize=not SOAK,
     suppress_health_check=[HealthCheck.too_slow],
 )
 """For every property: no duration is asserted, and no examples are left behind.
 
 The examples are the same in each run, so that nothing fails by chance; with `SOAK=all` they are new ones.
 """
+FEWER = settings(PLAIN, max_examples=of_both(short=25, long=500))
+"""For a property each of whose examples takes milliseconds: it folds a history, or writes a file."""
 
 
 def at(seconds: float) -> str:

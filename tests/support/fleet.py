@@ -1,16 +1,11 @@
-"""Models that tell who answered, many at once, and the clients, counts and looks that soak tests share.
-
-Each soak test has a short form, which always runs, and a long one: `SOAK=all`, or `make soak`.
-"""
+"""Models that tell who answered, many at once, and the clients, counts and looks that soak tests share."""
 
 import asyncio
-import os
 import random
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from events.types import (
     Event,
@@ -27,10 +22,6 @@ from support import models
 from support.http import Answer, Json, when
 from support.process import Server
 
-T = TypeVar("T")
-
-SOAK = os.environ.get("SOAK") == "all"
-"""Whether the long forms run."""
 TABLE_MB = 4
 """Of one model: enough to be told from what its process has besides, 6 MB."""
 ENTRIES = TABLE_MB * 250_000
@@ -38,26 +29,6 @@ SETTLE_S = 120.0
 """A lost model that was loaded with low priority comes back within a minute, however busy the machine is."""
 
 _SOURCE = re.compile(r"(?P<model>[^/]+)/(?P<version>\d+);position=(?P<position>\d+)")
-
-
-def of_both(*, short: T, long: T) -> T:
-    """Return what the form that runs has."""
-    return long if SOAK else short
-
-
-def new_dice() -> random.Random:
-    """Return the source of a test's random decisions, and print the seed that repeats them.
-
-    The short form always has the same, the long one a new one each time; `SOAK_SEED` goes before both.
-    """
-    seed = int(os.environ.get("SOAK_SEED") or of_both(short=20261120, long=random.randrange(2**32)))
-    tell(f"SOAK_SEED={seed} repeats the random decisions of this test")
-    return random.Random(seed)
-
-
-def tell(text: str) -> None:
-    """Print what happened: `make soak` shows it, otherwise it stands beside a failure."""
-    print(text)  # noqa: T201 - see above
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""`make bench` runs through; what it measures says nothing here, beside other tests."""
+"""`make bench` runs through; what it measures says nothing here, beside other tests.
+
+The parts that take long are run by CI and `make soak`.
+"""
 
 import asyncio
 import json
@@ -11,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from support.process import UNHURRIED, clean_environment
+from support.soak import soak_only
 
 from bench import answers, bare, constant, models
 from bench.answers import longest_gap
@@ -61,6 +65,7 @@ def table_of(done: subprocess.CompletedProcess[str]) -> str:
     return text
 
 
+@soak_only
 def test_the_bench_measures_the_installed_server_and_prints_its_table() -> None:
     # Some seconds: a round of 54 MB networks, three of them thrown away, and two cycles of one.
     parts = [f"--only={part}" for part in ("loads", "memory", "inference")]
@@ -79,6 +84,7 @@ def test_the_bench_measures_the_installed_server_and_prints_its_table() -> None:
     assert "Triton" not in text
 
 
+@soak_only
 def test_the_bench_measures_swaps_forced_unloads_queued_loads_and_eviction() -> None:
     # Some seconds: three 54 MB networks at once and as many bare sessions, and four swaps of 54 MB.
     options = ("--repeats", "1", "--rounds", "1", "--swaps", "3")
@@ -103,6 +109,7 @@ def test_the_bench_measures_swaps_forced_unloads_queued_loads_and_eviction() -> 
     assert "÷ constant reply" not in text
 
 
+@soak_only
 def test_the_bench_measures_what_prepared_models_take_and_give() -> None:
     # Twenty seconds: the smallest network, which is prepared in four of them where nothing else runs.
     options = ("--repeats", "1", "--rounds", "1", "--network", "stateful", "--seconds", "0.2")
@@ -121,6 +128,7 @@ def test_the_bench_measures_what_prepared_models_take_and_give() -> None:
     assert "MLP" not in text
 
 
+@soak_only
 @pytest.mark.parametrize("network", NETWORKS, ids=[network.name for network in NETWORKS])
 def test_a_network_takes_what_is_sent_to_it(network: Network) -> None:
     content = network.build()
@@ -133,12 +141,14 @@ def test_a_network_takes_what_is_sent_to_it(network: Network) -> None:
     assert all(np.isfinite(output).all() for output in session.run(None, zeros))
 
 
+@soak_only
 def test_the_bench_measures_many_streams() -> None:
     text = table("--only", "tails", "--tails", "20", "--tail-seconds", "1")
     for row in ("20 tails, ", "late by more than 1 s", "median, and latest", "memory of the server, a tail"):
         assert row in text
 
 
+@soak_only
 def test_the_bench_measures_the_ledger_by_itself() -> None:
     text = table("--only", "ledger", "--facts", "2000", "--rounds", "1")
     for row in (

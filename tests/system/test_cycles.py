@@ -8,15 +8,15 @@ from pathlib import Path
 
 import aiohttp
 from support import models
-from support.fleet import SOAK, of_both, tell
 from support.http import LIMIT_S, Api, Json, when
 from support.process import Server, serving, verified
+from support.soak import SOAK, of_both, tell
 from support.workers import descriptors, threads
 
 from bench.memory import tree_bytes
 from server.config import Config
 
-CYCLES = of_both(short=20, long=1000)
+CYCLES = of_both(short=10, long=1000)
 WARM_UP = of_both(short=5, long=100)
 """Before anything is counted: pools of connections, threads and buffers fill."""
 MEMORY_GOAL = 1.02

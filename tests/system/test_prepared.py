@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support import models
-from support.fleet import new_dice, of_both, tell
 from support.http import Json
 from support.process import PREPARING, UNHURRIED, Server, events, serving, verified
+from support.soak import new_dice, of_both, tell
 
 from events.types import ModelLoaded
 from loadledger.cli.main import main
@@ -20,7 +20,7 @@ SLOW = models.slow_to_fold(side=300, depth=60)
 IN_SPARE_TIME_S = 600.0
 TRIALS = 6
 """On a busy machine one in fourteen finds inferences slow (measured), which says nothing of the form."""
-KILLS = of_both(short=4, long=100)
+KILLS = of_both(short=2, long=100)
 MOMENTS_S = (0.0, 3.0)
 """After a load: a preparation takes some 3 s."""
 X: Json = {"name": "x", "shape": [2], "datatype": "FP32", "data": [1.0, 2.0]}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question
+from support.fleet import Fleet, agreed, check_inference, question
 from support.http import Json, when
 from support.models import save, save_bytes
 from support.process import Server, events, serving, verified
+from support.soak import new_dice, of_both
 
 from events.types import Cause, ModelLoaded, UnloadRequested
 from server.app import LEDGER
@@ -117,7 +118,7 @@ async def test_killed_before_uses_were_noted_the_last_loaded_come_back(config: C
     verified(config)
 
 
-@pytest.mark.parametrize("how", [STOPPED, KILLED])
+@pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
 async def test_where_nothing_is_to_be_restored_models_are_unloaded_for_the_restart_and_jobs_go_on(
     config: Config, fleet: Fleet, how: str
 ) -> None:
@@ -142,7 +143,7 @@ async def test_where_nothing_is_to_be_restored_models_are_unloaded_for_the_resta
     assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("how", [STOPPED, KILLED])
+@pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
 async def test_an_unfinished_load_goes_on_when_what_was_loaded_has_come_back_and_left_room(
     config: Config, fleet: Fleet, how: str
 ) -> None:

@@ -92,8 +92,8 @@ async def test_it_says_where_it_listens_serves_and_ends_in_order_and_no_child_ha
 
 @pytest.mark.parametrize(
     ("number", "to_group"),
-    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
-    ids=["SIGTERM", "SIGINT", "SIGTERM to the group", "SIGINT to the group"],
+    [(signal.SIGTERM, False), (signal.SIGINT, True)],
+    ids=["SIGTERM, as from a service manager", "SIGINT to the group, as from a terminal"],
 )
 async def test_a_signal_to_stop_lets_a_running_inference_end(
     config: Config, number: signal.Signals, *, to_group: bool

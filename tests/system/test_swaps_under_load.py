@@ -15,18 +15,16 @@ from support.fleet import (
     check_ends,
     check_inference,
     check_sources,
-    new_dice,
-    of_both,
     question,
     repeated,
     settled,
-    tell,
 )
 from support.process import PREPARING, Server, events, serving, verified
+from support.soak import new_dice, of_both, tell
 
 from server.config import Config
 
-SWAPS = of_both(short=30, long=1000)
+SWAPS = of_both(short=10, long=1000)
 CLIENTS = 8
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.fleet import SOAK, new_dice, of_both, tell
 from support.models import save
 from support.process import Server, events, serving
+from support.soak import SOAK, new_dice, of_both, tell
 from support.streams import following
 
 from bench import driver, tails
 from server.config import Config
 
-CUTS = of_both(short=100, long=1000)
+CUTS = of_both(short=40, long=1000)
 TAILS = of_both(short=50, long=1000)
-SECONDS = of_both(short=3.0, long=30.0)
+SECONDS = of_both(short=1.0, long=30.0)
 UNLIMITED = ("--limit-management=off", "--limit-reads=off", "--streams-per-subject=1000")
 
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.events import PLAIN, child
-from support.fleet import new_dice, of_both, tell
 from support.keptforms import MODEL, check_whole, halves, keep, key, made, written
+from support.soak import new_dice, of_both, tell
 
 from runtime.prepared.files import hashes_of
 from runtime.prepared.leastused import Use, Uses

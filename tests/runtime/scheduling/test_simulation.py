@@ -1,11 +1,10 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
-import os
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.events import PLAIN
+from support.soak import of_both
 from support.watchedworld import WatchedWorld
 
 from events.clock import later
@@ -206,7 +205,7 @@ class Simulation(RuleBasedStateMachine):
         self.world.check_rest()
 
 
-EXAMPLES = 5_000 if os.environ.get("SOAK") == "all" else 300
-
-Simulation.TestCase.settings = settings(PLAIN, max_examples=EXAMPLES, stateful_step_count=50)
+Simulation.TestCase.settings = settings(
+    PLAIN, max_examples=of_both(short=100, long=5_000), stateful_step_count=50
+)
 TestSimulation = Simulation.TestCase

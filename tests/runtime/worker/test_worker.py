@@ -674,47 +674,47 @@ def failed(code: Any) -> wire.LoadFailed:
     return wire.LoadFailed(code, "so it says")
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [
-        failed("fork_server_died"),
-        failed("crash_loop"),
-        failed("x" * 10_000),
-        wire.LoadFailed("invalid_model", "x" * (wire.MAX_TEXT_BYTES + 1)),
-        report(path="../../etc/passwd"),
-        report(path="model.onnx\0"),
-        report(files=()),
-        report(files=report().files * 2),
-        report(sha256="AB" * 32),
-        report(sha256="ab" * 32 + "\n"),
-        report(sha256="ab" * 33),
-        report(bytes=2**63),
-        report(bytes=-1),
-        report(mtime_ns=2**63),
-        report(memory_bytes=2**63),
-        report(memory_bytes=2**64 - 1),
-        report(peak_memory_bytes=-1),
-        report(loading_us=1.5),
-        report(warming_up_us=-1),
-        wire.Stage("warmed up"),  # type: ignore[arg-type]
-        report(inputs=(TensorSpec("x" * 5000, "FP32", ()),)),
-        report(outputs=(TensorSpec("x", "FP32", (-2,)),)),
-    ],
-    ids=lambda lie: repr(lie)[:60],
-)
+LIES: list[wire.Loaded | wire.LoadFailed | wire.Stage] = [
+    failed("fork_server_died"),
+    failed("crash_loop"),
+    failed("x" * 10_000),
+    wire.LoadFailed("invalid_model", "x" * (wire.MAX_TEXT_BYTES + 1)),
+    report(path="../../etc/passwd"),
+    report(path="model.onnx\0"),
+    report(files=()),
+    report(files=report().files * 2),
+    report(sha256="AB" * 32),
+    report(sha256="ab" * 32 + "\n"),
+    report(sha256="ab" * 33),
+    report(bytes=2**63),
+    report(bytes=-1),
+    report(mtime_ns=2**63),
+    report(memory_bytes=2**63),
+    report(memory_bytes=2**64 - 1),
+    report(peak_memory_bytes=-1),
+    report(loading_us=1.5),
+    report(warming_up_us=-1),
+    wire.Stage("warmed up"),  # type: ignore[arg-type]
+    report(inputs=(TensorSpec("x" * 5000, "FP32", ()),)),
+    report(outputs=(TensorSpec("x", "FP32", (-2,)),)),
+]
+
+
 async def test_worker_that_reports_a_load_as_none_can_be_is_killed(
-    pool: WorkerPool, tmp_path: Path, lie: wire.Loaded | wire.LoadFailed | wire.Stage
+    pool: WorkerPool, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     save(models.add(), tmp_path, "m")
-    worker = await pool.start("w")
-    await freeze(worker.pid)
-    loading = asyncio.ensure_future(load(worker, tmp_path, "m"))
-    await asyncio.sleep(0)
-    hear(worker, b"".join(bytes(part) for part in encode(lie)))
-    with pytest.raises(WorkerDied):
-        await loading
-    assert worker.ended.result() == Exit(None, signal.SIGKILL)
-    assert not worker.orphaned
+    for number, lie in enumerate(LIES):
+        with subtests.test(repr(lie)[:60]):
+            worker = await pool.start(f"w{number}")
+            await freeze(worker.pid)
+            loading = asyncio.ensure_future(load(worker, tmp_path, "m"))
+            await asyncio.sleep(0)
+            hear(worker, b"".join(bytes(part) for part in encode(lie)))
+            with pytest.raises(WorkerDied):
+                await loading
+            assert worker.ended.result() == Exit(None, signal.SIGKILL)
+            assert not worker.orphaned
 
 
 async def test_worker_that_tells_the_truth_is_believed(pool: WorkerPool, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from support.models import CORRUPT, TEXT, save, save_bytes
 from support.workers import computing, until
 
 from events.accept import MAX_QUEUE
+from events.commands import RequestLoad
 from events.types import LoadRequested, UnloadRequested, WorkerExited
 from runtime.memory import descendants
 from server.app import LEDGER
+from server.appkeys import LOG
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -570,19 +572,20 @@ async def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room(
     start: Start, repository: Path
 ) -> None:
     api = await start(loads_at_once=1)
-    names = [f"m{number}" for number in range(MAX_QUEUE)]
-    for name in names:
+    for name in ("first", "last"):
         save(models.identity(), repository, name)
     save_bytes(endless_load(), repository, "slow")
     await api.accepted_load("slow")
-    waiting = [await api.accepted_load(name) for name in names[:-1]]
-    answer = await api.post(f"/api/v1/models/{names[-1]}/load")
+    first = await api.accepted_load("first")
+    others = [RequestLoad(f"x{number}", 1, (), "alice") for number in range(MAX_QUEUE - 2)]
+    await asyncio.gather(*map(api.app[LOG].submit, others))
+    answer = await api.post("/api/v1/models/last/load")
     assert answer.refusal == (429, "queue_full")
     assert int(answer.headers["Retry-After"]) >= 1
-    again = await api.post(f"/api/v1/models/{names[0]}/load")  # joins the one that waits
-    assert (again.status, again.json["id"]) == (202, waiting[0]["id"])
-    await api.unload(names[0], force=True)
-    await api.accepted_load(names[-1])
+    again = await api.post("/api/v1/models/first/load")  # joins the one that waits
+    assert (again.status, again.json["id"]) == (202, first["id"])
+    await api.unload("first", force=True)
+    await api.accepted_load("last")
 
 
 async def test_another_version_takes_over_when_it_is_loaded_and_the_old_process_ends(

@@ -163,35 +163,34 @@ async def test_the_server_s_strategy_applies_where_nobody_says(start: Start, rep
 NOTHING = "nothing"
 
 
-@pytest.mark.parametrize(
-    ("setting", "said", "recorded"),
-    [
-        (-1, (NOTHING, NOTHING), None),
-        (-1, (NOTHING, None), None),
-        (-1, (NOTHING, -1), -1),
-        (-1, (60, NOTHING), 60),
-        (-1, (60, None), None),
-        (-1, (60, 0), 0),
-        (300, (NOTHING, NOTHING), 300),
-        (300, (60, NOTHING), 60),
-        (300, (60, None), 300),
-        (300, (-1, NOTHING), -1),
-        (300, (60, -1), -1),
-        (0, (NOTHING, NOTHING), 0),
+KEEP_ALIVES: dict[int, list[tuple[object, object, int | None]]] = {
+    -1: [
+        (NOTHING, NOTHING, None),
+        (NOTHING, None, None),
+        (NOTHING, -1, -1),
+        (60, NOTHING, 60),
+        (60, None, None),
+        (60, 0, 0),
     ],
-)
+    300: [(NOTHING, NOTHING, 300), (60, NOTHING, 60), (60, None, 300), (-1, NOTHING, -1), (60, -1, -1)],
+    0: [(NOTHING, NOTHING, 0)],
+}
+"""By the server's setting: what the file says, what the request says, and what is recorded."""
+
+
+@pytest.mark.parametrize("setting", KEEP_ALIVES)
 async def test_a_keep_alive_is_the_request_s_the_file_s_or_the_server_s_and_null_is_the_server_s(
-    start: Start, repository: Path, setting: int, said: tuple[object, object], recorded: int | None
+    start: Start, repository: Path, subtests: pytest.Subtests, setting: int
 ) -> None:
-    file, request = said
     model = save(models.add(), repository, "m").parent / "loadledger.toml"
-    if file is not NOTHING:
-        say(model, f"keep_alive_s = {file}")
     api = await start(keep_alive_s=setting)
-    body = {} if request is NOTHING else {"keep_alive_s": request}
-    command = await requested_load(api.app, "m", body, "Ann")
-    assert command.parameters.keep_alive_s == recorded
-    assert command.asked == body.keys()
+    for file, request, recorded in KEEP_ALIVES[setting]:
+        with subtests.test(f"{file} {request}"):
+            say(model, "" if file is NOTHING else f"keep_alive_s = {file}")
+            body = {} if request is NOTHING else {"keep_alive_s": request}
+            command = await requested_load(api.app, "m", body, "Ann")
+            assert command.parameters.keep_alive_s == recorded
+            assert command.asked == body.keys()
 
 
 # Batching

@@ -345,8 +345,8 @@ async def test_a_full_queue_of_jobs_is_429(start: Start, repository: Path) -> No
     save(models.add(1), repository, "m")
     api = await start(on_demand="on", loads_at_once=1)
     await api.accepted_load("slow")
-    for number in range(MAX_QUEUE - 1):
-        await api.app[LOG].submit(RequestLoad(f"x{number}", 1, (), "alice"))
+    asked = [RequestLoad(f"x{number}", 1, (), "alice") for number in range(MAX_QUEUE - 1)]
+    await asyncio.gather(*map(api.app[LOG].submit, asked))
     assert (await api.infer("m", floats(1))).refusal == (429, "queue_full")
 
 
