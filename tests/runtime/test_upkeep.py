@@ -17,10 +17,10 @@ from events.errors import LogUnavailable
 from events.jobs import LoadParameters
 from events.models import ModelState
 from events.types import Cause, UnloadRequested
+from runtime import consumer as consumer_module
 from runtime import memory
-from runtime import upkeep as upkeep_module
+from runtime.consumer import Upkeep
 from runtime.scheduling.sight import Policy
-from runtime.upkeep import Upkeep
 from runtime.wire import Tensor
 
 GROWTH_BYTES = 40_000_000
@@ -30,8 +30,8 @@ GROWTH_BYTES = 40_000_000
 @pytest.fixture(autouse=True)
 def _only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have nothing be measured or noted but what a test asks for, however long it takes."""
-    monkeypatch.setattr(upkeep_module, "MEASURE_S", FOR_EVER_S)
-    monkeypatch.setattr(upkeep_module, "MEASURE_LIMIT_S", LIMIT_S)
+    monkeypatch.setattr(consumer_module, "MEASURE_S", FOR_EVER_S)
+    monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", LIMIT_S)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ async def test_a_worker_that_cannot_be_measured_holds_up_nobody_and_is_not_asked
         os.mkfifo(fifo)
         (proc / str(well.pid)).symlink_to(f"/proc/{well.pid}")
         monkeypatch.setattr(memory, "PROC", proc)
-        monkeypatch.setattr(upkeep_module, "MEASURE_LIMIT_S", 0.5)
+        monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", 0.5)
         for _ in range(3):
             engine.live("new").measured_bytes.clear()
             await upkeep(engine).measure()
@@ -210,7 +210,7 @@ async def test_uses_that_could_not_be_noted_are_noted_the_next_time(folder: Path
 async def test_it_goes_on_by_itself_until_the_consumer_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep_module, "MEASURE_S", 0.01)
+    monkeypatch.setattr(consumer_module, "MEASURE_S", 0.01)
     async with running(folder) as engine:
         await engine.load("old")
         await engine.infer("old", index())
