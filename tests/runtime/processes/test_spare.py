@@ -10,14 +10,14 @@ import pytest
 from support import models
 from support.workers import LIMIT_S, freeze, load, running_pool, until
 
-from runtime.processes import spare
+from runtime.processes import pool as pool_module
 from runtime.processes.pool import WorkerPool
 
 
 @pytest.fixture(autouse=True)
 def _kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what is forked ahead be kept, however long it takes until somebody comes."""
-    monkeypatch.setattr(spare, "KEPT_S", LIMIT_S)
+    monkeypatch.setattr(pool_module, "KEPT_S", LIMIT_S)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ async def test_however_many_are_expected_one_is_forked(pool: WorkerPool) -> None
 
 
 async def test_one_that_nobody_takes_ends(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spare, "KEPT_S", 0.0)
+    monkeypatch.setattr(pool_module, "KEPT_S", 0.0)
     pool.expect()
     await asyncio.sleep(0)
     await until(lambda: not pool._spare._tasks and not pool._workers)
