@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.clientmodels import CLIENT_MODELS, ELEMENTS, client_repository, sample
+from support.clientmodels import ELEMENTS, sample, serving_client_models
 from support.process import Server
-from support.standing import address, bearer, standing
-from tritonclient.http import InferenceServerClient
+from support.standing import bearer
 
 pytest.importorskip("kserve", reason="KServe's client is not made for this Python")
 import httpx
@@ -22,11 +21,7 @@ BY_KSERVE = [datatype for datatype in ELEMENTS if datatype != "BF16"]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    repository = tmp_path_factory.mktemp("kserve") / "repository"
-    client_repository(repository)
-    with standing(repository) as server, InferenceServerClient(address(server)) as client:
-        for name in CLIENT_MODELS:
-            client.load_model(name, headers=bearer(server, "admin"))
+    with serving_client_models(tmp_path_factory.mktemp("clients")) as server:
         yield server
 
 

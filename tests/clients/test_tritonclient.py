@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from support import models
-from support.clientmodels import CLIENT_MODELS, ELEMENTS, client_repository, sample
+from support.clientmodels import CLIENT_MODELS, ELEMENTS, sample, serving_client_models
 from support.process import Server
-from support.standing import address, bearer, standing
+from support.standing import address, bearer
 from tritonclient.utils import InferenceServerException
 
 FORMS = [
@@ -24,11 +24,7 @@ FORMS = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    repository = tmp_path_factory.mktemp("triton") / "repository"
-    client_repository(repository)
-    with standing(repository) as server, triton.InferenceServerClient(address(server)) as client:
-        for name in CLIENT_MODELS:
-            client.load_model(name, headers=bearer(server, "admin"))
+    with serving_client_models(tmp_path_factory.mktemp("clients")) as server:
         yield server
 
 

@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 import tritonclient.http.aio as triton
 from support import models
-from support.clientmodels import CLIENT_MODELS, ELEMENTS, client_repository, sample
+from support.clientmodels import ELEMENTS, sample, serving_client_models
 from support.process import Server
-from support.standing import address, bearer, standing
-from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+from support.standing import address, bearer
+from tritonclient.http import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    repository = tmp_path_factory.mktemp("triton") / "repository"
-    client_repository(repository)
-    with standing(repository) as server, InferenceServerClient(address(server)) as client:
-        for name in CLIENT_MODELS:
-            client.load_model(name, headers=bearer(server, "admin"))
+    with serving_client_models(tmp_path_factory.mktemp("clients")) as server:
         yield server
 
 
@@ -129,24 +125,6 @@ async def test_errors_say_what_and_why(
     assert "protobuf" in message.lower()
     endless = an_input("trips", np.array(models.ENDLESS, np.int64), "INT64")
     assert (await refused(client.infer, "loop", [endless], timeout=100_000, headers=admin))[0] == "504"
-
-
-async def test_extensions_that_are_not_there_give_clean_errors(
-    client: triton.InferenceServerClient, admin: dict[str, str]
-) -> None:
-    for call, arguments in (
-        (client.get_system_shared_memory_status, ()),
-        (client.register_system_shared_memory, ("region", "/key", 64)),
-        (client.unregister_system_shared_memory, ()),
-        (client.get_cuda_shared_memory_status, ()),
-        (client.register_cuda_shared_memory, ("region", b"handle", 0, 64)),
-        (client.unregister_cuda_shared_memory, ()),
-        (client.get_trace_settings, ()),
-        (client.update_trace_settings, ()),
-        (client.get_log_settings, ()),
-        (client.update_log_settings, ({},)),
-    ):
-        assert (await refused(call, *arguments, headers=admin))[0] == "404"
 
 
 async def test_a_plugin_sends_the_token_with_every_call(

@@ -97,9 +97,6 @@ async def test_a_ledger_without_snapshots_has_nothing_to_compare(tmp_path: Path)
     assert difference(tmp_path / "ledger.db") is None
 
 
-POSITIONS = st.integers(1, -(-HEAD // APART)).map(lambda number: min(number * APART, HEAD))
-
-
 @FEWER
 @given(st.data())
 def test_a_changed_copy_is_found_at_its_position(data: st.DataObject) -> None:

@@ -1,13 +1,18 @@
 """A repository with what the tests of the clients ask."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 from onnx import TensorProto
+from tritonclient.http import InferenceServerClient
 
 from support import models
+from support.process import Server
+from support.standing import address, bearer, standing
 
 ELEMENTS: dict[str, int] = {
     "BOOL": TensorProto.BOOL,
@@ -29,6 +34,16 @@ ELEMENTS: dict[str, int] = {
 FLOATS: dict[str, Any] = {"FP16": np.float16, "BF16": bfloat16, "FP32": np.float32, "FP64": np.float64}
 CLIENT_MODELS = ("subtract", "loop", *(f"identity-{datatype}" for datatype in ELEMENTS))
 """What there is to load, beside `corrupt`, which cannot be, and `idle`, which no test loads."""
+
+
+@contextmanager
+def serving_client_models(folder: Path) -> Iterator[Server]:
+    """Start a server on all of them in a new folder, and load what can be and is not `idle`."""
+    client_repository(folder / "repository")
+    with standing(folder / "repository") as server, InferenceServerClient(address(server)) as client:
+        for name in CLIENT_MODELS:
+            client.load_model(name, headers=bearer(server, "admin"))
+        yield server
 
 
 def client_repository(root: Path) -> None:

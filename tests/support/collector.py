@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -89,11 +88,6 @@ async def collecting() -> AsyncIterator[Collector]:
         yield collector
     finally:
         await runner.cleanup()
-
-
-def without_otel() -> dict[str, str]:
-    """Return this process's variables that the library reads, each unset."""
-    return dict.fromkeys((name for name in os.environ if name.startswith("OTEL_")), "")
 
 
 def _attributes(pairs: object) -> dict[str, str | int]:

@@ -112,17 +112,9 @@ async def test_a_later_load_says_which_form_it_used_and_clearing_them_has_it_mad
         await prepacked(config, server)
         assert await server.stop() == 0
     check_forms(config)
-
-
-async def test_where_nothing_is_to_be_prepared_nothing_is_made_or_used(config: Config) -> None:
-    async with serving(config, command=UNHURRIED, environment=PREPARING) as server:
+    async with serving(config, "--prepare=off", "--restore=none") as server:  # then none is used either
         await server.api.load("slow")
-        await prepared(config)
-        assert await server.stop() == 0
-    async with serving(config, "--prepare=off") as server:
-        await server.api.load("slow")
-        loads = await loads_of(config)
-        assert all(load.prepared is None for load in loads)
+        assert (await loads_of(config))[-1].prepared is None
         assert await server.stop() == 0
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
 
 import pytest
 from support import models
@@ -11,8 +10,6 @@ from support.http import Json, LocalApi
 from support.models import save
 
 from server.appkeys import LOG
-
-Start = Callable[..., Awaitable[LocalApi]]
 
 PATH = "/api/v1/events"
 

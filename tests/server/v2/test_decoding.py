@@ -30,7 +30,6 @@ from server.v2.codec import (
     header_length,
 )
 
-MIB = 2**20
 JSON_DATATYPES = sorted(DATATYPES.keys() - {"FP16", "BF16"})
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ELEMENTS = st.integers() | st.text(max_size=3) | st.floats(allow_nan=False, allow_infinity=False)
