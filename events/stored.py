@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-HASH_BYTES = len(',"hash":""}') + 64
-"""How many bytes at the end of a line are not the body's; `}` stands in their place there."""
-
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
@@ -81,11 +78,6 @@ def stored_event(body: bytes, digest: bytes) -> StoredEvent:
     members = _DECODER.decode(body)
     line = b'%b,"hash":"%b"}' % (body[:-1], digest.hex().encode())
     return StoredEvent(members.position, members.type, members.model_id, members.job_id, members.actor, line)
-
-
-def body_of(line: bytes) -> bytes:
-    """Return the body, whose hash is in the line, exactly as it is hashed."""
-    return line[:-HASH_BYTES] + b"}"
 
 
 def hash_of(line: bytes) -> bytes:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from msgspec.structs import replace
 
 from events.clock import uuid7
-from events.jobs import Failure
+from events.jobs import Failure, LoadParameters
 from events.models import FORK_SERVER_DIED
 from runtime.defaults import WarmUp, read_warm_up
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
@@ -90,17 +90,23 @@ async def order_of(
     if load.prepared is None:  # and there may have been one when the load's need was found out
         load.reserve_bare()
     load.warm_up_inputs = warm_up.inputs
+    message = load_message(pool, repository, found, load.parameters, warm_up)
+    return replace(message, known=known, prepared=load.prepared)
+
+
+def load_message(
+    pool: WorkerPool, repository: Repository, found: ModelVersion, parameters: LoadParameters, warm_up: WarmUp
+) -> Load:
+    """Return what a worker is told to load a version as its files are."""
     return Load(
         root=str(repository.root),
         folder=str(found.folder),
         files=tuple(file.path for file in found.files),
         threads=pool.threads,
-        known=known,
-        memory_limit_bytes=load.parameters.memory_limit_bytes,
-        max_batch_size=load.parameters.max_batch_size,
-        max_queue_delay_us=load.parameters.max_queue_delay_us,
+        memory_limit_bytes=parameters.memory_limit_bytes,
+        max_batch_size=parameters.max_batch_size,
+        max_queue_delay_us=parameters.max_queue_delay_us,
         warm_up=pool.warm_up if warm_up.enabled is None else warm_up.enabled,
-        prepared=load.prepared,
         huge_pages=pool.huge_pages,
     )
 

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -16,9 +17,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from events.clock import uuid7
 from events.jobs import LoadParameters
 from runtime.defaults import InvalidDefaults, defaults_name, read_warm_up
+from runtime.effects import load_message
 from runtime.errors import RuntimeProblem
 from runtime.machine import MemoryUnknown, budget_bytes, memory_limit
 from runtime.needs import need_of
@@ -279,8 +283,11 @@ async def _load_all(
             on_version(_place(found))
             timeout_s = min(limit_s, parameters.timeout_s)
             try:
-                order, inputs = _trial_order(pool, repository, found, parameters, _budget(config))
-                await _load_once(pool, order, inputs, timeout_s)
+                limit = min(_budget(config), parameters.memory_limit_bytes or sys.maxsize)
+                warm_up = read_warm_up(repository, found.model_id)
+                message = load_message(pool, repository, found, parameters, warm_up)
+                message = structs.replace(message, memory_limit_bytes=limit)
+                await _load_once(pool, message, warm_up.inputs, timeout_s)
                 result.loaded += 1
             except TimeoutError:
                 text = f"it was not loaded within {timeout_s:g} s"
@@ -291,31 +298,13 @@ async def _load_all(
         await pool.close()
 
 
-async def _load_once(pool: WorkerPool, order: Load, inputs: tuple[Tensor, ...], timeout_s: float) -> None:
+async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...], timeout_s: float) -> None:
     worker = await pool.start(uuid7())
     try:
         async with asyncio.timeout(timeout_s):
-            await worker.load(order, lambda _: None, inputs)
+            await worker.load(message, lambda _: None, inputs)
     finally:
         await ended(worker)
-
-
-def _trial_order(
-    pool: WorkerPool, repository: Repository, found: ModelVersion, parameters: LoadParameters, budget: int
-) -> tuple[Load, tuple[Tensor, ...]]:
-    warm_up = read_warm_up(repository, found.model_id)
-    order = Load(
-        root=str(repository.root),
-        folder=str(found.folder),
-        files=tuple(file.path for file in found.files),
-        threads=pool.threads,
-        memory_limit_bytes=min(budget, parameters.memory_limit_bytes or budget),
-        max_batch_size=parameters.max_batch_size,
-        max_queue_delay_us=parameters.max_queue_delay_us,
-        warm_up=pool.warm_up if warm_up.enabled is None else warm_up.enabled,
-        huge_pages=pool.huge_pages,
-    )
-    return order, warm_up.inputs
 
 
 def _budget(config: Config) -> int:

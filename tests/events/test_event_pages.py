@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, opened, write
+from support.events import PLAIN, body_of, opened, write
 
 from events import listing
 from events.commands import Record
@@ -18,7 +18,7 @@ from events.history import BeyondHead
 from events.listing import INDEXES, Asked, EventPage, page_sql, probe_sql
 from events.log import Log
 from events.reader import Reader, open_reader
-from events.stored import EventFilter, StoredEvent, body_of, hash_of
+from events.stored import EventFilter, StoredEvent, hash_of
 from events.types import AccessDenied, Draft, LoadStarted, ServerStopped
 
 ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support import models
-from support.events import opened, write
+from support.events import body_of, opened, write
 from support.http import LIMIT_S
 from support.ledgers import SIGN, told_history, write_ledger
 from support.models import save
@@ -20,7 +20,6 @@ from support.process import APART, MODULE, clean_environment, serving
 
 from events.archive import archive
 from events.clock import utc_now
-from events.stored import body_of
 from loadledger.cli.main import main
 from server.app import LEDGER
 from server.config import Config
