@@ -125,7 +125,7 @@ def check_configuration(
     config = Config(**{"data": values["repository"], **values})  # nothing is written
     result.findings += [*_check_memory(config), *_check_address(config)]
     for place, text in unknown_variables(environment):
-        result.findings.append(Finding(place, "unknown_variable", text, Severity.NOTE))
+        result.findings.append(Finding(place, "unknown_variable", f"nothing reads it; {text}", Severity.NOTE))
     return config
 
 

@@ -170,7 +170,7 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[Mistake]:
     for name, value in sorted(environment.items()):
         is_link = _SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in value)
         if name.startswith(PREFIX) and name not in known and not is_link:
-            yield Mistake(name, f"nothing reads it; {_suggestion(name, known)}")
+            yield Mistake(name, _suggestion(name, known))
 
 
 def warn_of_unknown_variables(environment: Mapping[str, str]) -> None:

@@ -155,7 +155,7 @@ def test_the_bench_measures_the_ledger_by_itself() -> None:
         "append, durable, 64 writers, facts ÷ plain sqlite3",
         "append, durable, 64 writers, loads and unloads ÷ plain sqlite3",
         "verify and fold 2,000 events",
-        "SQLite's own integrity check",
+        "verify and fold 2,000 events ÷ SQLite's integrity_check of the same file",
         "models as of a moment of 2,000 events",
         "100 jobs as of a moment of 2,000 events",
     ):
