@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +30,6 @@ Row = tuple[int, bytes, bytes]
 """The position, body and hash of an event, as they are stored."""
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 class CheckedFold:
@@ -56,7 +55,6 @@ class CheckedFold:
         snapshots: StoredSnapshots | None = None,
     ) -> None:
         self.position, self.hash, self._recorded_at = position, digest, ""
-        self._hashed = position, digest
         self.stored = stored
         known = sorted(jobs, key=lambda job: job.created_position)
         self.entities = Entities(models, (job for job in known if not job.ended))
@@ -78,54 +76,60 @@ class CheckedFold:
             sqlite3.Error: they cannot be read on.
         """
         for page in _pages(rows):
-            hashed, finding = _each(self._check_hash, page, None)
-            events, finding = _each(self._read, hashed, finding)
-            ended, finding = _each(self._fold, zip(hashed, events, strict=False), finding)
+            hashed, finding = _taken(self._hashed(page), None)
+            events, finding = _taken(self._read(hashed), finding)
+            ended, finding = _taken(self._folded(zip(hashed, events, strict=False)), finding)
             if self.stored is not None:
-                for job in filter(None, ended):
+                for job in ended:
                     self.stored.compare(job)
             if finding is not None:
                 return finding
         return None
 
-    def _check_hash(self, row: Row) -> Row:
-        position, body, digest = row
-        before, previous = self._hashed
-        if position != before + 1:
-            raise Bad(before + 1, f"missing: the next event is at position {position}", Kind.MISSING)
-        if not (isinstance(body, bytes) and (body.isascii() or _is_utf_8(body))):
-            raise Bad(position, "the body is not UTF-8", Kind.EVENT)
-        if sha256(previous + body).digest() != digest:
-            raise Bad(position, "the hash is not that of the previous hash and the body", Kind.HASH)
-        self._hashed = position, digest
-        return row
+    def _hashed(self, page: Iterable[Row]) -> Iterator[Row]:
+        """Yield the rows that follow one another, and whose hash is that of the previous one and the body."""
+        before, previous = self.position, self.hash
+        for row in page:
+            position, body, digest = row
+            if position != before + 1:
+                raise Bad(before + 1, f"missing: the next event is at position {position}", Kind.MISSING)
+            if not (isinstance(body, bytes) and (body.isascii() or _is_utf_8(body))):
+                raise Bad(position, "the body is not UTF-8", Kind.EVENT)
+            if sha256(previous + body).digest() != digest:
+                raise Bad(position, "the hash is not that of the previous hash and the body", Kind.HASH)
+            yield row
+            before, previous = position, digest
 
-    def _read(self, row: Row) -> Event:
-        position, body, _ = row
-        try:
-            event = from_body(body)
-        except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
-            raise Bad(position, f"the body is not an event: {error!r}", Kind.EVENT) from None
-        if event.position != position:
-            raise Bad(position, f"the body says position {event.position}", Kind.EVENT)
-        if not self._exactness.holds(event, body):
-            raise Bad(position, "the body is not in the canonical form", Kind.EVENT)
-        return event
+    def _read(self, rows: Iterable[Row]) -> Iterator[Event]:
+        """Yield the events that are in the canonical form."""
+        holds = self._exactness.holds
+        for position, body, _ in rows:
+            try:
+                event = from_body(body)
+            except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
+                raise Bad(position, f"the body is not an event: {error!r}", Kind.EVENT) from None
+            if event.position != position:
+                raise Bad(position, f"the body says position {event.position}", Kind.EVENT)
+            if not holds(event, body):
+                raise Bad(position, "the body is not in the canonical form", Kind.EVENT)
+            yield event
 
-    def _fold(self, found: tuple[Row, Event]) -> Job | None:
-        """Fold an event in and return the job that ended with it."""
-        (position, _, digest), event = found
-        if event.recorded_at < self._recorded_at:
-            raise Bad(position, "it was recorded before the one before it", Kind.ORDER)
-        try:
-            ended = self.entities.apply(event)
-        except Exception as error:  # noqa: BLE001 - as above
-            raise Bad(position, f"the body is not an event: {error!r}", Kind.EVENT) from None
-        self.position, self.hash, self._recorded_at = position, digest, event.recorded_at
-        self._touched.add(event.model_id)
-        if position == self._compare_at:
-            self._compare_snapshots()
-        return ended
+    def _folded(self, found: Iterable[tuple[Row, Event]]) -> Iterator[Job]:
+        """Fold events in, and yield the jobs that ended with them."""
+        apply, touch = self.entities.apply, self._touched.add
+        for (position, _, digest), event in found:
+            if event.recorded_at < self._recorded_at:
+                raise Bad(position, "it was recorded before the one before it", Kind.ORDER)
+            try:
+                ended = apply(event)
+            except Exception as error:  # noqa: BLE001 - as above
+                raise Bad(position, f"the body is not an event: {error!r}", Kind.EVENT) from None
+            self.position, self.hash, self._recorded_at = position, digest, event.recorded_at
+            touch(event.model_id)
+            if position == self._compare_at:
+                self._compare_snapshots()
+            if ended is not None:
+                yield ended
 
     def _compare_snapshots(self) -> None:
         assert self.snapshots is not None
@@ -148,14 +152,12 @@ def _pages(rows: Iterable[Row]) -> Iterator[list[Row]]:
     yield page
 
 
-def _each(
-    step: Callable[[T], R], items: Iterable[T], later: Finding | None
-) -> tuple[list[R], Finding | None]:
-    """Take items through a step, up to the first that is bad; `later` is of what comes after them, if any."""
-    done = list[R]()
+def _taken(step: Iterator[T], later: Finding | None) -> tuple[list[T], Finding | None]:
+    """Return what a step yields up to the first that is bad; `later` is of what comes after it, if any."""
+    done = list[T]()
     try:
-        for item in items:
-            done.append(step(item))
+        for item in step:
+            done.append(item)
     except Bad as bad:
         return done, bad.finding
     return done, later
