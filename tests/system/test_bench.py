@@ -154,8 +154,8 @@ def test_the_bench_measures_the_ledger_by_itself() -> None:
     for row in (
         "append, durable, 64 writers, facts ÷ plain sqlite3",
         "append, durable, 64 writers, loads and unloads ÷ plain sqlite3",
-        "verify and fold 2,000 events",
         "verify and fold 2,000 events ÷ SQLite's integrity_check of the same file",
+        "verify and fold 2,000 events: peak memory",
         "models as of a moment of 2,000 events",
         "100 jobs as of a moment of 2,000 events",
     ):
