@@ -22,9 +22,14 @@ from events.schema import check_readable, connect_read_only, refuse_foreign
 from events.state import Entities
 from events.types import Event
 
+__all__ = ["Finding", "Kind", "Verification", "verify", "verify_connection"]
+
 PAGE = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It
 takes a sixth less time than event by event (measured)."""
+
+_ARCHIVES_SINCE = 4
+"""The schema from which on archives are told of."""
 
 Row = tuple[int, bytes, bytes]
 """The position, body and hash of an event, as they are stored."""
@@ -168,12 +173,6 @@ def _is_utf_8(body: bytes) -> bool:
         return bool(body.decode())
     except UnicodeDecodeError:
         return False
-
-
-__all__ = ["Finding", "Kind", "Verification", "verify", "verify_connection"]
-
-_ARCHIVES_SINCE = 4
-"""The schema from which on archives are told of."""
 
 
 def verify(path: Path) -> Verification:
