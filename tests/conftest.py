@@ -1,19 +1,14 @@
-"""The real application over a new repository and a new ledger, behind pytest-aiohttp's client."""
+"""The real application over a new repository and a new ledger."""
 
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestServer
-from pytest_aiohttp import AiohttpClient
-from support.http import Client, LocalApi
-
-from server.app import create_app
-from server.auth.keys import ensure_data_dir
-from server.config import Config
-from server.v2.shortcut import shorten
+import pytest_asyncio
+from support.http import LocalApi, local_server
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -33,26 +28,31 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(aiohttp_client: AiohttpClient, repository: Path, tmp_path: Path) -> Start:
-    """Start the application with these settings; it is stopped after the test.
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Start the application with these settings; it is stopped after the test."""
+    async with AsyncExitStack() as servers:
 
-    Nothing is prepared in the background, unless a test asks for it.
-    """
+        async def started(**settings: Any) -> LocalApi:
+            return await servers.enter_async_context(local_server(tmp_path, **settings))
 
-    async def started(**settings: Any) -> LocalApi:
-        config = Config(repository=repository, data=tmp_path / "data", **{"prepare": "off", **settings})
-        ensure_data_dir(config.data)
-        app = create_app(config)
-        server = TestServer(app)
-        await server.start_server(auto_decompress=False)  # as `serve` has it
-        assert server.runner is not None
-        shorten(server.runner, app)
-        return LocalApi(cast("Client", await aiohttp_client(server)), config)
-
-    return started
+        yield started
 
 
 @pytest.fixture
 async def api(start: Start) -> LocalApi:
     """The application with default settings."""
     return await start()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application for those tests of a module that do not disturb each other."""
+    async with local_server(tmp_path_factory.mktemp("shared")) as api:
+        yield api
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that share an application on the loop on which it runs."""
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)

@@ -3,25 +3,28 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, TestServer
 from multidict import CIMultiDictProxy
 from openapi_schema_validator import OAS30Validator
 from yarl import URL
 
 from events.types import Data, Event
 from runtime.processes.workers import Worker
-from server.app import all_routes
+from server.app import all_routes, create_app
 from server.appkeys import CONSUMER, LOG, READER
-from server.auth.keys import issue_token
+from server.auth.keys import ensure_data_dir, issue_token
 from server.config import Config
 from server.openapi import openapi_document
+from server.v2.shortcut import shorten
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
@@ -239,6 +242,24 @@ class LocalApi(Api):
             if load.model_id == model_id and load.worker is not None
         ]
         return workers[-1]
+
+
+@asynccontextmanager
+async def local_server(folder: Path, **settings: Any) -> AsyncIterator[LocalApi]:
+    """Serve the application over `repository` and `data` in a folder, and yield a client of it.
+
+    Nothing is prepared in the background, unless the settings say so.
+    """
+    config = Config(repository=folder / "repository", data=folder / "data", **{"prepare": "off", **settings})
+    config.repository.mkdir(exist_ok=True)
+    ensure_data_dir(config.data)
+    app = create_app(config)
+    server = TestServer(app)
+    await server.start_server(auto_decompress=False)  # as `serve` has it
+    assert server.runner is not None
+    shorten(server.runner, app)
+    async with TestClient(server) as client:
+        yield LocalApi(client, config)
 
 
 async def when(probe: Callable[[], Awaitable[T]], holds: Callable[[T], bool]) -> T:

@@ -1,4 +1,4 @@
-"""Who is believed about whom a request is for, and what a forged, odd or malformed field comes to."""
+"""The client's address behind trusted proxies; forged, unusual and malformed header fields."""
 
 import ipaddress
 from collections.abc import Awaitable, Callable
@@ -62,9 +62,7 @@ def peer(*fields: str, header: str = X_FORWARDED_FOR) -> str:
         (("\u0661.1.1.1",), PROXY),
     ],
 )
-def test_the_rightmost_address_that_is_not_trusted_is_the_client_s(
-    fields: tuple[str, ...], expected: str
-) -> None:
+def test_client_is_the_rightmost_untrusted_address(fields: tuple[str, ...], expected: str) -> None:
     assert peer(*fields) == expected
 
 
@@ -86,7 +84,7 @@ def test_the_rightmost_address_that_is_not_trusted_is_the_client_s(
         ('for="', PROXY),
     ],
 )
-def test_forwarded_is_read_by_the_same_rule(field: str, expected: str) -> None:
+def test_forwarded_field_names_the_same_client(field: str, expected: str) -> None:
     assert peer(field, header=FORWARDED) == expected
 
 
@@ -97,29 +95,27 @@ WORDS = st.text(st.characters(blacklist_characters="\r\n\0"), max_size=30)
 @PLAIN
 @given(st.lists(WORDS, max_size=5), ADDRESSES)
 @example(words=["1.2.3.4, ", '"'], client="192.0.2.1")
-def test_nothing_that_a_client_writes_changes_what_the_proxy_says_of_it(
-    words: list[str], client: str
-) -> None:
+def test_client_cannot_change_what_the_proxy_adds(words: list[str], client: str) -> None:
     """The proxy adds the client's address on the right, in the same line or in one of its own."""
     address = parse_address(client)
     if any(address in network for network in TRUSTED):
         return
-    told = str(address)
+    expected = str(address)
     node = f'for="[{client}]"' if ":" in client else f"for={client}"
     for header, added in ((X_FORWARDED_FOR, client), (FORWARDED, node)):
-        assert peer(*words, added, header=header) == told
-        assert peer(", ".join([*words, added]), header=header) == told
+        assert peer(*words, added, header=header) == expected
+        assert peer(", ".join([*words, added]), header=header) == expected
 
 
 @PLAIN
 @given(st.lists(WORDS | ADDRESSES, max_size=4), st.sampled_from([X_FORWARDED_FOR, FORWARDED]))
-def test_whatever_is_sent_comes_to_an_address(fields: list[str], header: str) -> None:
+def test_any_field_leads_to_an_address(fields: list[str], header: str) -> None:
     ipaddress.ip_address(peer(*fields, header=header))
 
 
 @PLAIN
 @given(ADDRESSES, st.integers(0, 65535))
-def test_an_address_is_the_same_with_a_port_and_in_quotes(address: str, port: int) -> None:
+def test_port_and_quotes_do_not_change_the_address(address: str, port: int) -> None:
     bracketed = f"[{address}]" if ":" in address else address
     expected = parse_address(address)
     assert expected is not None
@@ -128,7 +124,7 @@ def test_an_address_is_the_same_with_a_port_and_in_quotes(address: str, port: in
     assert {forwarded_hop(f'for="{text.strip()}"') for text in spellings} == {expected}
 
 
-def test_a_list_of_endless_proxies_is_not_followed_further_than_any_real_one() -> None:
+def test_chain_of_proxies_is_followed_to_a_limit() -> None:
     hops = ["192.0.2.1", *["10.9.9.9"] * (MAX_HOPS - 1)]
     assert peer(",".join(hops)) == "192.0.2.1"
     assert peer(",".join(["192.0.2.1", "10.1.1.1", *hops[1:]])) == "10.1.1.1"
@@ -146,7 +142,7 @@ def test_a_list_of_endless_proxies_is_not_followed_further_than_any_real_one() -
         ("10.0.0.1, ::/0", "everybody"),
     ],
 )
-def test_what_names_no_network_or_everybody_is_refused(text: str, words: str) -> None:
+def test_invalid_or_universal_network_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_networks(text)
 
@@ -154,7 +150,7 @@ def test_what_names_no_network_or_everybody_is_refused(text: str, words: str) ->
 # Over HTTP
 
 
-async def failed(api: LocalApi, **headers: str) -> tuple[int, str]:
+async def fail(api: LocalApi, **headers: str) -> tuple[int, str]:
     answer = await api.get("/api/v1/models", roles=(), headers=INVALID | headers)
     return answer.refusal
 
@@ -163,31 +159,31 @@ def xff(value: str) -> dict[str, str]:
     return {"X-Forwarded-For": value}
 
 
-async def test_without_trusted_proxies_the_field_is_not_looked_at(start: Start) -> None:
+REFUSED = (401, "invalid_token")
+
+
+async def test_untrusted_x_forwarded_for_is_ignored(start: Start) -> None:
     api = await start(limit_auth_failures="1/hour")
-    assert await failed(api, **xff("192.0.2.1")) == (401, "invalid_token")
-    assert await failed(api, **xff("192.0.2.2")) == LIMITED
+    assert await fail(api, **xff("192.0.2.1")) == REFUSED
+    assert await fail(api, **xff("192.0.2.2")) == LIMITED
 
 
-async def test_failures_behind_a_trusted_proxy_count_for_the_client_and_not_for_its_neighbours(
-    start: Start,
-) -> None:
+async def test_failures_behind_a_proxy_count_for_the_client(start: Start) -> None:
     api = await start(limit_auth_failures="1/hour", trusted_proxies="127.0.0.1")
-    inference = "/v2/models/m/infer"
-    assert await failed(api, **xff("9.9.9.9, 192.0.2.1")) == (401, "invalid_token")
-    assert await failed(api, **xff("8.8.8.8, 192.0.2.1")) == LIMITED
-    assert (await api.post(inference, headers=xff("192.0.2.1"))).refusal == LIMITED  # the short way, too
-    assert await failed(api, Forwarded="for=192.0.2.7") == (401, "invalid_token")  # not the field in use
-    assert await failed(api, Forwarded="for=192.0.2.8") == LIMITED
-    answer = await api.get("/api/v1/models", headers=xff("192.0.2.2"))
-    assert answer.status == 200
+    assert await fail(api, **xff("9.9.9.9, 192.0.2.1")) == REFUSED
+    assert await fail(api, **xff("8.8.8.8, 192.0.2.1")) == LIMITED
+    fast_path = await api.post("/v2/models/m/infer", headers=xff("192.0.2.1"))
+    assert fast_path.refusal == LIMITED
+    assert await fail(api, Forwarded="for=192.0.2.7") == REFUSED  # not the configured field
+    assert await fail(api, Forwarded="for=192.0.2.8") == LIMITED
+    assert (await api.get("/api/v1/models", headers=xff("192.0.2.2"))).status == 200
 
 
-async def test_forwarded_is_read_where_the_setting_says_so(start: Start) -> None:
+async def test_forwarded_field_is_read_where_configured(start: Start) -> None:
     api = await start(limit_auth_failures="1/hour", trusted_proxies="127.0.0.0/8", forwarded_header=FORWARDED)
-    assert await failed(api, Forwarded="for=192.0.2.1") == (401, "invalid_token")
-    assert await failed(api, Forwarded="for=192.0.2.1") == LIMITED
-    assert await failed(api, Forwarded="for=192.0.2.2", **xff("192.0.2.1")) == (401, "invalid_token")
+    assert await fail(api, Forwarded="for=192.0.2.1") == REFUSED
+    assert await fail(api, Forwarded="for=192.0.2.1") == LIMITED
+    assert await fail(api, Forwarded="for=192.0.2.2", **xff("192.0.2.1")) == REFUSED
 
 
 PREFIXES = {
@@ -196,22 +192,19 @@ PREFIXES = {
 }  # fmt: skip
 
 
-async def test_a_path_that_a_trusted_proxy_adds_is_put_before_location_and_nothing_else_is(
-    start: Start, repository: Path
-) -> None:
+async def test_prefix_of_a_trusted_proxy_begins_location(start: Start, repository: Path) -> None:
     save(models.add(1), repository, "m")
     save_bytes(TEXT, repository, "text")
     api = await start(trusted_proxies="127.0.0.1", on_demand="on")
     for prefix, expected in PREFIXES.items():
         answer = await api.post("/api/v1/models/m/load", wait=30, headers={"X-Forwarded-Prefix": prefix})
         assert answer.headers["Location"] == f"{expected}/api/v1/jobs/{answer.json['id']}", prefix
-    answer = await api.post(
-        "/v2/models/text/infer", json={"inputs": []}, headers={"X-Forwarded-Prefix": "/ml"}
-    )
-    assert answer.headers["Location"].startswith("/ml/api/v1/jobs/")  # of the load that failed, the short way
+    headers = {"X-Forwarded-Prefix": "/ml"}
+    failed = await api.post("/v2/models/text/infer", json={"inputs": []}, headers=headers)  # the fast path
+    assert failed.headers["Location"].startswith("/ml/api/v1/jobs/")
 
 
-async def test_a_path_that_anybody_else_adds_is_not(start: Start, repository: Path) -> None:
+async def test_prefix_of_anybody_else_is_ignored(start: Start, repository: Path) -> None:
     save(models.add(1), repository, "m")
     api = await start(trusted_proxies="192.0.2.1")
     answer = await api.post("/api/v1/models/m/load", headers={"X-Forwarded-Prefix": "/ml"})
