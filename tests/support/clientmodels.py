@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 from onnx import TensorProto
-from tritonclient.http import InferenceServerClient
+from tritonclient.http import InferenceServerClient, InferInput
 
 from support import models
 from support.process import Server
@@ -66,3 +66,15 @@ def sample(datatype: str) -> Any:
         return np.array([[0, -0.0, 1.5], [-2, np.inf, -np.inf]], FLOATS[datatype])
     limits = np.iinfo(datatype.lower())
     return np.array([[0, 1, 2], [limits.min, limits.max, 3]], datatype.lower())
+
+
+def tensor(name: str, array: Any, datatype: str = "FP32", *, binary: bool = True) -> InferInput:
+    """Return an input of Triton's clients."""
+    given = InferInput(name, list(array.shape), datatype)
+    given.set_data_from_numpy(array, binary_data=binary)
+    return given
+
+
+def floats(name: str, *values: float, binary: bool = True) -> InferInput:
+    """Return an input of FP32 numbers."""
+    return tensor(name, np.array(values, np.float32), binary=binary)

@@ -17,15 +17,19 @@ LIMIT_S = 60.0
 
 
 class Blocked:
-    """An `AsyncClient` that blocks, in a loop of its own; what it iterates can be closed."""
+    """An asynchronous client that blocks: each call runs to its answer; its iterators can be closed.
 
-    def __init__(self, client: AsyncClient, runner: asyncio.Runner) -> None:
-        self._client = client
+    Attributes:
+        client: ours, or somebody else's.
+    """
+
+    def __init__(self, client: Any, runner: asyncio.Runner) -> None:
+        self.client = client
         self._runner = runner
 
     def __getattr__(self, name: str) -> Any:
         def called(*arguments: Any, **options: Any) -> Any:
-            made = getattr(self._client, name)(*arguments, **options)
+            made = getattr(self.client, name)(*arguments, **options)
             if name in ("jobs", "models", "events"):
                 return self._iterated(made)
             return self._runner.run(_in_time(made))
