@@ -1,17 +1,18 @@
-"""Words for what the scheduler is told and what it says: facts, processes, conditions, and actions.
+"""Decisions of the scheduler in words: facts, processes, actions, and scenes of several models.
 
-Facts are told in the words of STEPS: `L…`, `R…` are loads and `U…`, `F…` (forced), `S` (a swap's) unloads of
-the model `digits`; `O…` are loads of the model `other`; `P` is one of two instances, `P1` and `P2`. Processes
-are told as `<load>:<phase>`, with `!` when they were killed, and then `/<worker>` for each that died. An
-action is named as `said` does. A `Scene` tells of several models and what they take.
+Facts are words of STEPS: `L…` and `R` (a reload) are loads, `U`, `F` (forced) and `S` (a replaced version's)
+unloads of the model `digits`; `O` is a load of the model `other`; `P` is a load of two instances, `P1` and
+`P2`. A process is `<load>:<phase>`, with `!` when it was killed, then `/<worker>` for each worker that died.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Any, assert_never
 
+import pytest
+
 from events.clock import seconds_between
-from events.models import Model
 from events.types import CancelRequested, Cause, JobCancelled
 from runtime.scheduling.actions import (
     Action,
@@ -41,57 +42,63 @@ OTHER = "other"
 PAIR = Policy(loads_at_once=2)
 
 STEPS: dict[str, Callable[[History], object]] = {
-    "ask": lambda h: h.ask_load("L"),
-    "ask_briefly": lambda h: h.ask_load("L", timeout_s=10),
+    "request": lambda h: h.ask_load("L"),
+    "request_10s": lambda h: h.ask_load("L", timeout_s=10),
     "start": lambda h: h.start_load("L"),
-    "end": lambda h: h.end_load("L"),
+    "complete": lambda h: h.end_load("L"),
     "load": lambda h: h.load("L"),
     "fail": lambda h: h.fail_load("L"),
-    "ask_2": lambda h: h.ask_load("L2", version=2),
+    "request_2": lambda h: h.ask_load("L2", version=2),
+    "request_in_place": lambda h: h.ask_load("L2", version=2, strategy="in_place"),
     "start_2": lambda h: h.start_load("L2", version=2),
-    "end_2": lambda h: h.end_load("L2", version=2),
+    "complete_2": lambda h: h.end_load("L2", version=2),
     "fail_2": lambda h: h.fail_load("L2", version=2),
-    "ask_3": lambda h: h.ask_load("L3"),
-    "swap_out": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
-    "start_swap_out": lambda h: h.start_unload("S"),
+    "request_3": lambda h: h.ask_load("L3"),
+    "replace": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
+    "start_replace": lambda h: h.start_unload("S"),
+    "end_replace": lambda h: h.end_unload("S"),
+    "reload_old": lambda h: h.ask_load("R", cause=Cause.SWAP),
     "unload": lambda h: h.ask_unload("U", "L"),
-    "start_unload": lambda h: h.start_unload("U"),
     "unload_2": lambda h: h.ask_unload("U", "L2"),
     "unload_R": lambda h: h.ask_unload("U", "R"),
+    "unload_P": lambda h: h.ask_unload("U", "P"),
+    "start_unload": lambda h: h.start_unload("U"),
     "force": lambda h: h.ask_unload("F", "L", force=True),
-    "start_force": lambda h: h.start_unload("F"),
     "force_2": lambda h: h.ask_unload("F", "L2", force=True),
     "force_again": lambda h: h.ask_unload("F2", "L", force=True),
+    "start_force": lambda h: h.start_unload("F"),
+    "request_cancel": lambda h: h.add(CancelRequested(), "L"),
+    "request_cancel_2": lambda h: h.add(CancelRequested(), "L2", version=2),
+    "request_cancel_R": lambda h: h.add(CancelRequested(), "R"),
+    "request_cancel_U": lambda h: h.add(CancelRequested(), "U"),
     "cancel": lambda h: h.add(JobCancelled(), "L"),
     "cancel_2": lambda h: h.add(JobCancelled(), "L2", version=2),
-    "want_cancel": lambda h: h.add(CancelRequested(), "L"),
-    "want_cancel_2": lambda h: h.add(CancelRequested(), "L2", version=2),
-    "want_cancel_R": lambda h: h.add(CancelRequested(), "R"),
-    "want_cancel_U": lambda h: h.add(CancelRequested(), "U"),
     "cancel_R": lambda h: h.add(JobCancelled(), "R"),
-    "ask_2_in_place": lambda h: h.ask_load("L2", version=2, strategy="in_place"),
-    "end_swap_out": lambda h: h.end_unload("S"),
-    "reload_old": lambda h: h.ask_load("R", cause=Cause.SWAP),
     "die": lambda h: h.kill_worker("w-L"),
     "fork_server_dies": lambda h: h.kill_worker("w-L", signal=None),
     "load_pair": lambda h: h.load_pair("P"),
     "die_1": lambda h: h.kill_worker("P1"),
     "die_2": lambda h: h.kill_worker("P2"),
-    "unload_P": lambda h: h.ask_unload("U", "P"),
     "recover": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
     "start_R": lambda h: h.start_load("R"),
     "fail_R": lambda h: h.fail_load("R"),
     "restart": lambda h: h.restart(),
-    "restart_cleanly": lambda h: h.restart(unclean=False),
-    "ask_other": lambda h: h.ask_load("O", of=OTHER),
+    "stop_and_start": lambda h: h.restart(unclean=False),
+    "request_other": lambda h: h.ask_load("O", of=OTHER),
     "start_other": lambda h: h.start_load("O", of=OTHER),
     "load_other": lambda h: h.load("O", of=OTHER),
     "unload_other": lambda h: h.ask_unload("P", "O", of=OTHER),
 }
-"""The words that the tables are told in."""
 
 
-def told(words: str) -> History:
+def read_table(text: str) -> list[Any]:
+    """Return the rows of a table: columns separated by `|`, `#` begins a comment, `-` is nothing, spaces continue a row."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    rows = "\n".join(lines).replace("\n  ", " ").splitlines()
+    return [pytest.param(*(column.strip(" -") for column in row.split("|")), id=row) for row in rows]
+
+
+def history_of(words: str) -> History:
     history = History()
     for word in words.split():
         STEPS[word](history)
@@ -109,12 +116,12 @@ def processes(words: str) -> dict[str, Running]:
     return found
 
 
-def decided(facts: str, running: str = "", *, policy: Policy = PAIR, after_s: float = 0) -> Decision:
-    history = told(facts)
+def decide_on(facts: str, running: str = "", *, policy: Policy = PAIR, after_s: float = 0) -> Decision:
+    history = history_of(facts)
     return decide(history.state, processes(running), policy, at(history.seconds + after_s))
 
 
-def said(action: Action | None) -> str:  # noqa: PLR0912 - one word for each action
+def describe(action: Action | None) -> str:  # noqa: PLR0912 - one word for each action
     match action:
         case None:
             return "nothing"
@@ -127,7 +134,7 @@ def said(action: Action | None) -> str:  # noqa: PLR0912 - one word for each act
         case CancelJob(job):
             return f"cancel {job.id}"
         case StartUnload(job, load):
-            return f"begin {job.id} of {load}"
+            return f"start {job.id} of {load}"
         case Kill(load):
             return f"kill {load}"
         case FinishUnload(jobs, load):
@@ -137,11 +144,11 @@ def said(action: Action | None) -> str:  # noqa: PLR0912 - one word for each act
         case RequestReload(model, cause):
             return f"reload {model.id}, {cause}"
         case SizeUp(job):
-            return f"size up {job.id}"
+            return f"estimate {job.id}"
         case TakeOver(job, load):
-            return f"go on with {load} as {job.id}"
+            return f"reuse {load} for {job.id}"
         case MakeWay(job, load):
-            return f"end {load} for {job.id}"
+            return f"replace {load} by {job.id}"
         case RequestEnd(model, cause, event):
             return f"unload {model.id}, {cause}" + (f" for {event}" if event else "")
         case GiveUp(model):
@@ -155,20 +162,48 @@ def said(action: Action | None) -> str:  # noqa: PLR0912 - one word for each act
 
 
 class Scene:
-    """Several models, each loaded or to be loaded, in a budget of 100 bytes and two loads at once.
+    """Several models in a budget of 100 bytes, two loads at once; the id of a load is `<model><version>`.
 
-    A load's id is its model's and its version's: `a1`.
+    Args:
+        script: what happens, and what is to follow from it, for `play`.
+        policy: where it differs from the usual.
     """
 
-    def __init__(self, budget_bytes: int | None = 100, **policy: Any) -> None:
+    def __init__(self, script: str = "", **policy: Any) -> None:
         self.history = History()
-        self.policy = Policy(**{"loads_at_once": 2, "budget_bytes": budget_bytes, "evicts": True} | policy)
+        self.policy = Policy(**{"loads_at_once": 2, "budget_bytes": 100, "evicts": True} | policy)
         self.running: dict[str, Running] = {}
-        self.needs: dict[str, int | None] = {}
-        self.looked_at: set[str] = set()
-        self.conditions = Conditions(needs=self.needs, looked_at=self.looked_at)
+        self.conditions = Conditions(needs={}, looked_at=set())
+        self.play(script)
 
-    def serves(
+    def play(self, script: str) -> None:
+        """Do steps separated by `;`, each a method's name, its arguments and options, as `load a 60 busy=true`.
+
+        After `->` stands the next action, `a1 waits for <words>`, or `wakes in <seconds>`.
+        """
+        for part in script.split(";"):
+            step, _, expected = part.partition("->")
+            if words := step.split():
+                options = dict(word.split("=") for word in words[1:] if "=" in word)
+                arguments = [_read_value(word) for word in words[1:] if "=" not in word]
+                getattr(self, words[0])(*arguments, **{key: _read_value(options[key]) for key in options})
+            if expected := expected.strip():
+                self._expect(expected, part)
+
+    def _expect(self, expected: str, part: str) -> None:
+        decision = self.decision()
+        if expected.startswith("wakes "):
+            assert f"wakes in {self.wake_in_s():g}" == expected, part
+            return
+        load, waits, words = expected.partition(" waits for ")
+        assert describe(decision.action) == ("nothing" if waits else expected), (part, decision.waiting_for)
+        assert words in decision.waiting_for.get(load, ""), part
+
+    def set(self, **policy: Any) -> None:
+        """Change the policy."""
+        self.policy = replace(self.policy, **policy)
+
+    def load(
         self,
         model: str,
         memory_bytes: int = 0,
@@ -178,71 +213,112 @@ class Scene:
         used_s_ago: float | None = None,
         **given: Any,
     ) -> None:
-        """A model is loaded, and takes so much."""
+        """A model is loaded and takes these bytes."""
         load = f"{model}{version}"
         self.history.load(load, of=model, version=version, **given)
         used_at = None if used_s_ago is None else at(self.history.seconds - used_s_ago)
-        self.runs(load, model, Phase.SERVING, memory_bytes=memory_bytes, busy=busy, last_used_at=used_at)
+        self.run(load, model, memory_bytes=memory_bytes, busy=busy, last_used_at=used_at)
 
-    def asks(self, model: str, needs: int | None = 0, *, version: int = 1, **given: Any) -> str:
-        """A load is asked for, which will need so much."""
+    def request(self, model: str, needs: int | None = 0, *, version: int = 1, **given: Any) -> None:
+        """A load is requested that will need these bytes; None is not known yet."""
+        self.history.ask_load(f"{model}{version}", of=model, version=version, **given)
+        self.estimate(f"{model}{version}", needs)
+
+    def estimate(self, load: str, needs: int | None) -> None:
+        """The memory that a load will need becomes known, or is being found out."""
+        self.conditions = replace(self.conditions, needs={**self.conditions.needs, load: needs})
+
+    def unknown(self) -> None:
+        """Nothing is known of the memory that loads will need."""
+        self.conditions = replace(self.conditions, needs={})
+
+    def observe(self, **given: Any) -> None:
+        """Something else was observed."""
+        self.conditions = replace(self.conditions, **given)
+
+    def begin(self, model: str, *, version: int = 1) -> None:
+        """A requested load begins."""
         load = f"{model}{version}"
-        self.history.ask_load(load, of=model, version=version, **given)
-        self.needs[load] = needs
-        return load
-
-    def loads(self, model: str, needs: int = 0, *, version: int = 1, **given: Any) -> None:
-        """A load is asked for and has begun."""
-        load = self.asks(model, needs, version=version, **given)
         self.history.start_load(load, of=model, version=version)
-        self.runs(load, model, Phase.LOADING, memory_bytes=needs)
+        self.run(load, model, Phase.LOADING, memory_bytes=self.conditions.needs.get(load) or 0)
 
-    def ends(self, model: str, *, version: int = 1, cause: Cause = Cause.REQUEST, begun: bool = True) -> None:
-        """An unload was asked for, and has begun."""
+    def start(self, model: str, needs: int = 0, *, version: int = 1, **given: Any) -> None:
+        """A load is requested and begins."""
+        self.request(model, needs, version=version, **given)
+        self.begin(model, version=version)
+
+    def complete(self, model: str, memory_bytes: int, *, version: int = 1) -> None:
+        """A load ends well; its worker keeps these bytes."""
+        self.history.end_load(f"{model}{version}", of=model, version=version)
+        self.run(f"{model}{version}", model, memory_bytes=memory_bytes)
+
+    def fail(self, model: str, code: str = "broken", *, version: int = 1) -> None:
+        """A load ends badly, and no process is left of it."""
+        self.history.fail_load(f"{model}{version}", code, of=model, version=version)
+        self.running.pop(f"{model}{version}", None)
+
+    def unload(
+        self, model: str, *, version: int = 1, cause: Cause = Cause.REQUEST, begun: bool = True
+    ) -> None:
+        """An unload is requested, and begins."""
         load = f"{model}{version}"
         self.history.ask_unload(f"-{load}", load, of=model, cause=cause)
         if begun:
             self.history.start_unload(f"-{load}", of=model)
             self.running[load] = replace(self.running[load], phase=Phase.DRAINING)
 
-    def is_gone(self, model: str, *, version: int = 1) -> None:
-        """The process behind a load whose end is recorded is gone."""
+    def exit(self, model: str, *, version: int = 1) -> None:
+        """The process that was being unloaded has exited."""
         self.history.end_unload(f"-{model}{version}", of=model)
-        del self.running[f"{model}{version}"]
+        self.forget(f"{model}{version}")
 
-    def is_killed(self, load: str, model: str, memory_bytes: int) -> None:
-        """A process that nobody wants was killed, and is not gone yet."""
-        self.runs(load, model, Phase.DRAINING, killed=True, memory_bytes=memory_bytes)
+    def kill(self, load: str, model: str, memory_bytes: int) -> None:
+        """A process of no recorded load was killed, and has not exited yet."""
+        self.run(load, model, Phase.DRAINING, killed=True, memory_bytes=memory_bytes)
 
-    def runs(self, load: str, model: str, phase: Phase, **given: Any) -> None:
-        """There is a process."""
-        self.running[load] = Running(load, model, phase, **given)
+    def run(self, load: str, model: str, phase: str = Phase.SERVING, **given: Any) -> None:
+        """A process is in this phase."""
+        self.running[load] = Running(load, model, Phase(phase), **given)
 
-    def passes(self, seconds: float) -> None:
+    def forget(self, load: str) -> None:
+        """A process is there no more."""
+        del self.running[load]
+
+    def use(self, load: str) -> None:
+        """The last request of a process ends now."""
+        self.running[load] = replace(self.running[load], busy=False, last_used_at=at(self.history.seconds))
+
+    def restart(self, *models: str) -> None:
+        """The server was killed after it had loaded these models, in this order, and has started again."""
+        for model in models:
+            self.history.load(f"{model}0", of=model)
+        self.history.restart()
+
+    def wait(self, seconds: float) -> None:
         """Time passes."""
         self.history.seconds += seconds
 
-    def model(self, model: str) -> Model:
-        """Return what is recorded of a model."""
-        return self.history.model(model)
-
     def decision(self) -> Decision:
         """Return what the scheduler decides now."""
-        return decide(
-            self.history.state, self.running, self.policy, at(self.history.seconds), self.conditions
-        )
+        now = at(self.history.seconds)
+        return decide(self.history.state, self.running, self.policy, now, self.conditions)
 
-    def says(self) -> str:
-        """Return the next action in words."""
-        return said(self.decision().action)
-
-    def waiting_for(self, load: str) -> str:
-        """Return what a load waits for; nothing else is to be done."""
-        decision = self.decision()
-        assert said(decision.action) == "nothing"
-        return decision.waiting_for[load]
-
-    def next_look_s(self) -> float | None:
-        """Return in how many seconds the scheduler wants to be asked again."""
+    def wake_in_s(self) -> float:
+        """Return in how many seconds the scheduler is to decide again at the latest."""
         wake_at = self.decision().wake_at
-        return None if wake_at is None else seconds_between(at(self.history.seconds), wake_at)
+        return inf if wake_at is None else seconds_between(at(self.history.seconds), wake_at)
+
+    def next_action(self) -> str:
+        """Return the next action in words."""
+        return describe(self.decision().action)
+
+
+def _read_value(word: str) -> Any:
+    if word in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[word]
+    if word in list(Cause):
+        return Cause(word)
+    try:
+        return float(word) if "." in word else int(word)
+    except ValueError:
+        return {each for each in word.split("+") if each} if "+" in word else word

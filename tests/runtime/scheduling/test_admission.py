@@ -1,471 +1,206 @@
-"""Which load begins next, and what the others wait for: priority, age, places, memory, pressure."""
+"""Which load begins next, and what the others wait for: priority, age, memory, the model limit, pressure.
 
-from itertools import pairwise
+A row is what happens and, after `->`, what the scheduler decides then: see `Scene.play`.
+"""
 
 import pytest
-from support.decisions import Scene, said
+from support.decisions import Scene, read_table
 
-from events.models import INSUFFICIENT_MEMORY, TOO_MANY_LOADED
-from events.types import Cause
 from runtime.scheduling.actions import FailLoad, StartLoad
 from runtime.scheduling.admission import OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S
 from runtime.scheduling.room import megabytes
-from runtime.scheduling.sight import Conditions, Phase
 
-TWO_MINUTES_S = 2 * RISE_S
+SCENES = """
+# Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
+request a none; unknown -> estimate a1
+set budget_bytes=none; request a none; unknown -> start a1
+start a 10; request a version=2; unknown -> nothing
+request a none; observe looked_at=a1+; request b 60 -> b1 waits for a look at the files of 'a', which comes first;
+  estimate a1 60 -> start a1
+request a none; observe looked_at=a1+; estimate b1 101; request b 101 -> fail b1: insufficient_memory
+request a none -> a1 waits for a look at its files; request b 60 -> start b1
+
+# What never fits fails at once.
+request a 100 -> start a1
+request a 101 -> fail a1: insufficient_memory
+
+# The estimate is reserved until the load has ended, then what its worker takes counts.
+set evicts=false; start a 60; request b 41 -> nothing; request c 40 -> start c1
+set evicts=false; start a 70; request b 50 -> nothing; complete a 30 -> start b1
+
+# What is being unloaded or was killed counts until its process has exited.
+load a 80; request b 50; unload a -> b1 waits for it is being given back;
+  run a1 a draining killed=true memory_bytes=80 -> b1 waits for it is being given back; exit a -> start b1
+kill x1 x 80; request b 50 -> b1 waits for it is being given back
+set max_loaded=1; kill x1 x 80; request b 50 -> b1 waits for it is being given back
+
+# What is being given back is kept for the load that waits for it; others get the rest.
+set evicts=false; load a 80; request b 50; request c 20; unload a -> start c1
+set evicts=false; load a 80; request b 50; request c 21; unload a -> c1 waits for being given back
+set evicts=false; load a 80; request b 50; request c 50; unload a -> c1 waits for being given back
+set evicts=false; load a 80; request b 50; request c 51; unload a
+  -> c1 waits for some kept for job b1, before it
+
+# The model limit.
+set max_loaded=2 evicts=false; load a; request c -> start c1
+set max_loaded=1 evicts=false; load a; request c -> c1 waits for a place among the 1 models that may be loaded;
+set max_loaded=1 evicts=false; load a; request a version=2 -> start a2
+set max_loaded=2; load a 10; load z 10; unload a; request b 10; request c 10
+  -> b1 waits for it is being given back; -> c1 waits for a place among the 2 models that may be loaded, some kept
+set max_loaded=1; load a version=2; kill a1 a 10; unload a version=2; request b
+  -> b1 waits for it is being given back; exit a version=2 -> nothing; forget a1 -> start b1
+set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request b 10 -> start b1
+set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request c 10; request b 10
+  -> c1 waits for it is being given back; -> b1 waits for room, which is kept for job c1, before it
+
+# A load that waits for room is overtaken for a while; then its room is kept until it ends.
+set evicts=false; load a 80; request b 50; wait 28; request c 10 -> start c1
+set evicts=false; load a 80; request b 50; wait 30; request c 10 -> c1 waits for room, which is kept for job b1
+set evicts=false; load a 80; request b 50 timeout_s=40; wait 38; request c 10; wait 1 -> fail b1: timeout;
+  fail b timeout -> start c1
+set evicts=false; load z 60; request big 90 timeout_s=3600; wait 30; request small 10 -> nothing; wait 90;
+  request urgent 10 priority=high -> nothing; unload z; exit z -> start big1
+
+# Reloads go first; a recovery neither waits for kept room nor keeps any.
+request a 30 priority=high; request b 30 cause=recovery -> start b1
+request a 30 priority=high; request b 30 cause=restart -> start b1
+request a 30 priority=high; request b 30 cause=swap -> start b1
+set evicts=false; load z 50; request a 60 timeout_s=3600; wait 300; request b 30 cause=recovery -> start b1
+set evicts=false; load z 50; request a 60 cause=recovery; wait 200; request b 30 -> start b1
+
+# One load more than usual may run at once to repair what served.
+start a 10; start b 10; request c 10 -> c1 waits for a free place; request d 10 cause=recovery -> start d1;
+  begin d; request e 10 cause=recovery -> e1 waits for a free place
+
+# An on-demand load without pending demand is cancelled unless it has begun.
+set evicts=false; load z 80; request a 30 cause=demand -> cancel a1; observe awaited=a+ -> nothing
+start a 30 cause=demand -> nothing
+
+# Under pressure only low priority waits, for a minute at most, and keeps no room.
+observe under_pressure=true; request a priority=normal -> start a1
+observe under_pressure=true; request a priority=high -> start a1
+observe under_pressure=true; request a priority=low -> a1 waits for the machine, which is under pressure;
+  -> wakes in 1; wait 59.5 -> wakes in 0.5; wait 0.5 -> start a1
+observe under_pressure=true; request a priority=low cause=recovery -> start a1
+observe under_pressure=true; request a priority=low cause=restart -> start a1
+observe under_pressure=true; request a priority=low cause=swap -> start a1
+observe under_pressure=true; request a 100 priority=low; wait 31; request b 100 -> start b1
+
+# A clock that was set back delays no load; loads that serve do not notice one that waits.
+request a; wait -86400 -> start a1
+load a 80 busy=true; request b 50; wait 100 -> nothing
+"""
 
 
-def order(scene: Scene) -> list[str]:
-    """Start what is to be started, one after the other, and say in which order."""
-    started = []
+@pytest.mark.parametrize("script", read_table(SCENES))
+def test_admission_decides(script: str) -> None:
+    assert (OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S) == (30, 1, 60)  # as the rows have it
+    Scene(script)
+
+
+def start_order(scene: Scene) -> list[str]:
+    """Start and fail one load after the other; return their order."""
+    order = []
     while isinstance(action := scene.decision().action, StartLoad):
-        started.append(action.job.id)
-        scene.history.start_load(action.job.id, of=action.job.model_id)
-        scene.runs(action.job.id, action.job.model_id, Phase.FAILED)
-        scene.history.fail_load(action.job.id, of=action.job.model_id)
-        del scene.running[action.job.id]
-    return started
+        order.append(action.job.id)
+        scene.begin(action.job.model_id)
+        scene.fail(action.job.model_id)
+    return order
 
 
-# Turns.
-
-
-def test_loads_have_their_turn_by_priority_then_age() -> None:
+def test_loads_start_by_priority_then_age() -> None:
     scene = Scene()
     for model, priority in {"a": "low", "b": "normal", "c": "high", "d": "low", "e": "high"}.items():
-        scene.asks(model, priority=priority)
-    assert order(scene) == ["c1", "e1", "b1", "a1", "d1"]
+        scene.request(model, priority=priority)
+    assert start_order(scene) == ["c1", "e1", "b1", "a1", "d1"]
 
 
 @pytest.mark.parametrize(
-    ("older", "newer", "waited_s"),
-    [("normal", "high", RISE_S), ("low", "normal", RISE_S), ("low", "high", TWO_MINUTES_S)],
+    ("older", "newer", "after_s"),
+    [("normal", "high", RISE_S), ("low", "normal", RISE_S), ("low", "high", 2 * RISE_S)],
 )
-def test_who_waits_rises_by_one_priority_a_minute(older: str, newer: str, waited_s: float) -> None:
-    for waited, first in ((waited_s - 3, "b1"), (waited_s, "a1")):
-        scene = Scene()
-        scene.asks("a", priority=older)
-        scene.passes(waited)
-        scene.asks("b", priority=newer)
-        assert order(scene)[0] == first
+def test_waiting_load_rises_one_priority_per_minute(older: str, newer: str, after_s: float) -> None:
+    for waited_s, first in ((after_s - 3, "b1"), (after_s, "a1")):
+        scene = Scene(f"request a priority={older}; wait {waited_s}; request b priority={newer}")
+        assert start_order(scene)[0] == first
 
 
 @pytest.mark.parametrize("priority", ["low", "normal", "high"])
-def test_nobody_who_came_later_comes_before_who_has_waited_two_minutes(priority: str) -> None:
-    scene = Scene(evicts=False)
-    scene.serves("z", 60)
-    scene.asks("a", 50, priority=priority)
-    scene.passes(TWO_MINUTES_S)
-    scene.asks("b", 1, priority="high")
-    assert scene.waiting_for("b1") == "room, which is kept for job a1, before it"
+def test_load_older_by_two_minutes_is_not_overtaken(priority: str) -> None:
+    Scene(
+        f"set evicts=false; load z 60; request a 50 priority={priority}; wait {2 * RISE_S};"
+        "request b 1 priority=high -> b1 waits for room, which is kept for job a1, before it"
+    )
 
 
-def test_a_clock_that_was_set_back_makes_nobody_wait_longer_than_the_queue_says() -> None:
-    scene = Scene()
-    scene.asks("a")
-    scene.passes(-86_400)
-    assert scene.says() == "start a1"
+def test_scheduler_wakes_when_waiting_load_rises() -> None:
+    scene = Scene(
+        "set evicts=false; load a 80; request c 10 priority=low; run y1 y loading; run z1 z loading; wait 40;"
+        "request b 50 priority=high timeout_s=3600; wait 35; forget y1 -> c1 waits for room, which is kept"
+    )
+    waited_s = 40 + 35 + 1
+    while scene.next_action() == "nothing":
+        seconds = scene.wake_in_s()
+        waited_s += seconds
+        scene.wait(seconds)
+    assert scene.next_action() == "start c1"
+    assert waited_s == pytest.approx(2 * RISE_S)
 
 
-# Need.
+# Messages.
 
 
-def test_a_load_is_sized_up_before_it_begins() -> None:
-    scene = Scene()
-    scene.asks("a", None)
-    del scene.needs["a1"]
-    assert scene.says() == "size up a1"
-
-
-def test_loads_keep_their_order_for_a_look_at_the_files_of_one() -> None:
-    scene = Scene()
-    scene.looked_at.add(scene.asks("a", None))
-    scene.asks("b", 60)
-    assert scene.waiting_for("b1") == "a look at the files of 'a', which comes first"
-    scene.needs["a1"] = 60
-    assert scene.says() == "start a1"
-
-
-def test_what_comes_later_is_sized_up_or_fails_meanwhile() -> None:
-    scene = Scene()
-    scene.looked_at.add(scene.asks("a", None))
-    scene.asks("b", None)
-    del scene.needs["b1"]
-    assert scene.says() == "size up b1"
-    scene.needs["b1"] = 101
-    assert scene.says() == "fail b1: insufficient_memory"
-
-
-def test_a_load_whose_files_are_looked_at_for_long_holds_nobody_up() -> None:
-    scene = Scene()
-    scene.asks("a", None)
-    assert scene.waiting_for("a1") == "a look at its files"
-    scene.asks("b", 60)
-    assert scene.says() == "start b1"
-
-
-def test_without_a_budget_nothing_is_sized_up() -> None:
-    scene = Scene(budget_bytes=None)
-    scene.asks("a", None)
-    del scene.needs["a1"]
-    assert scene.says() == "start a1"
-
-
-def test_a_load_behind_another_of_its_model_is_not_sized_up_yet() -> None:
-    scene = Scene()
-    scene.loads("a", 10)
-    scene.asks("a", version=2)
-    scene.needs.clear()
-    assert scene.says() == "nothing"
-
-
-@pytest.mark.parametrize(("need", "says"), [(100, "start a1"), (101, "fail a1: insufficient_memory")])
-def test_what_never_fits_fails_at_once_and_says_the_numbers(need: int, says: str) -> None:
-    scene = Scene()
-    scene.asks("a", need)
-    assert scene.says() == says
-
-
-def test_what_never_fits_says_what_it_needs_and_what_there_is() -> None:
-    scene = Scene(budget_bytes=1_500_000_000)
-    scene.asks("a", 2_000_000_000)
+def message(scene: Scene) -> str:
     action = scene.decision().action
     assert isinstance(action, FailLoad)
-    assert action.message == "it needs 2,000 MB of memory, and the budget is 1,500 MB in all"
+    return action.message
+
+
+def test_load_that_never_fits_reports_need_and_budget() -> None:
+    scene = Scene("request a 2000000000", budget_bytes=1_500_000_000)
+    assert message(scene) == "it needs 2,000 MB of memory, and the budget is 1,500 MB in all"
+    scene.observe(estimated={"a1"})
+    assert "(estimated from its files)" in message(scene)
+    assert "memory_limit_bytes" in message(scene)
+
+
+def test_load_without_memory_reports_free_bytes_and_advice() -> None:
+    scene = Scene("load a 80000000; request b 30000000", budget_bytes=100_000_000, evicts=False)
+    text = "30 MB of memory, and of the budget of 100 MB 20 MB are free; "
+    assert scene.decision().waiting_for == {"b1": text + "unload a model, or have --evict idle do it"}
+    scene.wait(300)
+    assert text in message(scene)  # of the timeout
 
 
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0.0 MB"), (9_940_000, "9.9 MB"), (10_000_000, "10 MB"), (12_345_678_901, "12,346 MB")],
 )
-def test_bytes_are_written_for_people(number: int, text: str) -> None:
+def test_megabytes_are_rounded_for_people(number: int, text: str) -> None:
     assert megabytes(number) == text
-
-
-# Room.
-
-
-def test_a_load_is_reserved_what_it_needs_before_it_begins() -> None:
-    scene = Scene(evicts=False)
-    scene.loads("a", 60)
-    scene.asks("b", 41)
-    assert scene.says() == "nothing"
-    scene.asks("c", 40)
-    assert scene.says() == "start c1"
-
-
-def test_a_load_that_waits_for_memory_says_how_much_and_what_to_do() -> None:
-    scene = Scene(budget_bytes=100_000_000, evicts=False)
-    scene.serves("a", 80_000_000)
-    scene.asks("b", 30_000_000)
-    assert scene.waiting_for("b1") == (
-        "30 MB of memory, and of the budget of 100 MB 20 MB are free; "
-        "unload a model, or have --evict idle do it"
-    )
-
-
-def test_a_load_that_waits_for_a_place_says_so() -> None:
-    scene = Scene(budget_bytes=None, max_loaded=1, evicts=False)
-    scene.serves("a")
-    scene.asks("b")
-    assert scene.waiting_for("b1").startswith("a place among the 1 models that may be loaded; ")
-
-
-def test_what_is_on_its_way_out_counts_until_it_is_gone() -> None:
-    scene = Scene()
-    scene.serves("a", 80)
-    scene.asks("b", 50)
-    scene.ends("a")
-    assert scene.waiting_for("b1").endswith("it is being given back")
-    scene.is_gone("a")
-    assert scene.says() == "start b1"
-
-
-@pytest.mark.parametrize("max_loaded", [1, None])
-def test_a_killed_process_counts_until_it_is_gone(max_loaded: int | None) -> None:
-    scene = Scene(max_loaded=max_loaded)
-    scene.is_killed("x1", "x", 80)
-    scene.asks("b", 50)
-    assert scene.waiting_for("b1").endswith("it is being given back")
-
-
-@pytest.mark.parametrize(
-    ("needs", "says"),
-    [
-        (10, "start c1"),  # of the 20 that are free, b needs nothing: it gets what a gives back
-        (20, "start c1"),
-        (21, "being given back"),
-        (50, "being given back"),
-        (51, "some kept for job b1, before it; unload a model, or have --evict idle do it"),
-    ],
-)
-def test_of_room_that_is_being_given_back_others_get_what_is_left(needs: int, says: str) -> None:
-    scene = Scene(evicts=False)
-    scene.serves("a", 80)
-    scene.asks("b", 50)
-    scene.asks("c", needs)
-    scene.ends("a")
-    assert (scene.waiting_for("c1") if scene.says() == "nothing" else scene.says()).endswith(says)
-
-
-def test_a_place_that_is_being_given_back_is_kept_for_who_waits_for_it() -> None:
-    scene = Scene(max_loaded=2)
-    scene.serves("a", 10)
-    scene.serves("z", 10)
-    scene.ends("a")
-    for model in "bc":
-        scene.asks(model, 10)
-    assert scene.waiting_for("b1").endswith("it is being given back")
-    assert scene.waiting_for("c1").startswith(
-        "a place among the 2 models that may be loaded, some kept for job b1"
-    )
-
-
-def test_a_model_that_is_leaving_takes_its_place_again_unless_somebody_came_first() -> None:
-    scene = Scene(max_loaded=2, evicts=False)
-    scene.serves("a", 10)
-    scene.is_killed("x1", "b", 10)
-    scene.asks("b", 10)
-    assert scene.says() == "start b1"
-    scene = Scene(max_loaded=2, evicts=False)
-    scene.serves("a", 10)
-    scene.is_killed("x1", "b", 10)
-    for model in "cb":
-        scene.asks(model, 10)
-    assert scene.waiting_for("c1").endswith("it is being given back")
-    assert scene.waiting_for("b1") == "room, which is kept for job c1, before it"
-
-
-@pytest.mark.parametrize("cause", [Cause.RECOVERY, Cause.RESTART, Cause.SWAP])
-def test_what_is_wanted_back_goes_before_what_was_asked_for_earlier(cause: Cause) -> None:
-    scene = Scene()
-    scene.asks("a", 30, priority="high")
-    scene.asks("b", 30, cause=cause)
-    assert scene.says() == "start b1"
-
-
-def test_who_waits_for_room_keeps_none_from_a_recovery_that_fits() -> None:
-    scene = Scene(evicts=False)
-    scene.serves("z", 50)
-    scene.asks("a", 60, timeout_s=3600)
-    scene.passes(300)
-    scene.asks("b", 30, cause=Cause.RECOVERY)
-    assert scene.says() == "start b1"
-
-
-def test_a_recovery_that_does_not_fit_keeps_no_room() -> None:
-    scene = Scene(evicts=False)
-    scene.serves("z", 50)
-    scene.asks("a", 60, cause=Cause.RECOVERY)
-    scene.passes(200)
-    scene.asks("b", 30)
-    assert scene.says() == "start b1"
-
-
-def test_loads_without_end_leave_one_place_for_what_served_until_now() -> None:
-    scene = Scene(loads_at_once=2)
-    for model in "ab":
-        scene.loads(model, 10)
-    scene.asks("c", 10)
-    assert scene.waiting_for("c1").startswith("a free place")
-    scene.asks("d", 10, cause=Cause.RECOVERY)
-    assert scene.says() == "start d1"
-    scene.history.start_load("d1", of="d")
-    scene.runs("d1", "d", Phase.LOADING)
-    scene.asks("e", 10, cause=Cause.RECOVERY)
-    assert scene.waiting_for("e1").startswith("a free place")
-
-
-def test_a_load_on_demand_that_nobody_waits_for_any_more_is_cancelled_unless_it_has_begun() -> None:
-    scene = Scene(evicts=False)
-    scene.serves("z", 80)
-    scene.asks("a", 30, cause=Cause.DEMAND)
-    assert scene.says() == "cancel a1"
-    scene.conditions = Conditions(needs=scene.needs, awaited={"a"})
-    assert scene.says() == "nothing"
-    begun = Scene()
-    begun.loads("a", 30, cause=Cause.DEMAND)
-    assert begun.says() == "nothing"
-
-
-def test_an_estimate_is_told_as_one() -> None:
-    scene = Scene(evicts=False)
-    scene.serves("z", 80)
-    scene.asks("a", 120)
-    scene.conditions = Conditions(needs=scene.needs, estimated={"a1"})
-    action = scene.decision().action
-    assert isinstance(action, FailLoad)
-    assert "(estimated from its files)" in action.message
-    assert "memory_limit_bytes" in action.message
-
-
-def test_who_waits_for_room_is_overtaken_for_a_while_by_those_that_fit() -> None:
-    for waited_s, says in ((OVERTAKEN_S - 2, "start c1"), (OVERTAKEN_S, "nothing")):
-        scene = Scene(evicts=False)
-        scene.serves("a", 80)
-        scene.asks("b", 50)
-        scene.passes(waited_s)
-        scene.asks("c", 10)
-        assert scene.says() == says
-
-
-def test_room_is_kept_until_who_waits_for_it_has_failed() -> None:
-    scene = Scene(evicts=False)
-    scene.serves("a", 80)
-    scene.asks("b", 50, timeout_s=40)
-    scene.passes(38)
-    scene.asks("c", 10)
-    assert scene.waiting_for("c1") == "room, which is kept for job b1, before it"
-    scene.passes(1)
-    decision = scene.decision()
-    assert isinstance(decision.action, FailLoad)
-    assert "it waited for 0.0 MB of memory, and of the budget" in decision.action.message
-    scene.history.fail_load("b1", "timeout", of="b")
-    assert scene.says() == "start c1"
-
-
-def test_a_load_that_rises_before_who_keeps_the_room_is_looked_at_in_time() -> None:
-    scene = Scene(evicts=False)
-    scene.serves("a", 80)
-    scene.asks("c", 10, priority="low")
-    scene.runs("y1", "y", Phase.LOADING)
-    scene.runs("z1", "z", Phase.LOADING)
-    scene.passes(40)
-    scene.asks("b", 50, priority="high", timeout_s=3_600)
-    scene.passes(35)
-    del scene.running["y1"]
-    assert scene.waiting_for("c1") == "room, which is kept for job b1, before it"
-    looks = []
-    while (seconds := scene.next_look_s()) is not None and scene.says() == "nothing":
-        looks.append(seconds)
-        scene.passes(seconds)
-    assert scene.says() == "start c1"
-    assert sum(looks) + 40 + 35 + 1 == pytest.approx(TWO_MINUTES_S)
-
-
-@pytest.mark.parametrize(("max_loaded", "says"), [(2, "start c1"), (1, "nothing")])
-def test_so_many_models_may_have_a_process(max_loaded: int, says: str) -> None:
-    scene = Scene(max_loaded=max_loaded, evicts=False)
-    scene.serves("a")
-    scene.asks("c")
-    assert scene.says() == says
-
-
-def test_a_swap_is_no_additional_model() -> None:
-    scene = Scene(max_loaded=1, evicts=False)
-    scene.serves("a")
-    scene.asks("a", version=2)
-    assert scene.says() == "start a2"
-
-
-def test_the_place_of_a_model_is_free_when_all_its_processes_are_gone() -> None:
-    scene = Scene(max_loaded=1)
-    scene.serves("a", version=2)
-    scene.is_killed("a1", "a", 10)
-    scene.ends("a", version=2)
-    scene.asks("b")
-    assert scene.waiting_for("b1").endswith("it is being given back")
-    scene.is_gone("a", version=2)
-    assert scene.says() == "nothing"
-    del scene.running["a1"]
-    assert scene.says() == "start b1"
-
-
-# Pressure.
-
-
-def under_pressure(scene: Scene) -> Scene:
-    scene.conditions = Conditions(under_pressure=True, needs=scene.needs)
-    return scene
-
-
-@pytest.mark.parametrize(
-    ("priority", "says"), [("low", "nothing"), ("normal", "start a1"), ("high", "start a1")]
-)
-def test_only_low_priority_yields_to_pressure(priority: str, says: str) -> None:
-    scene = under_pressure(Scene())
-    scene.asks("a", priority=priority)
-    assert scene.says() == says
-
-
-@pytest.mark.parametrize("cause", [Cause.RECOVERY, Cause.RESTART, Cause.SWAP])
-def test_what_is_wanted_back_does_not_yield_to_pressure(cause: Cause) -> None:
-    scene = under_pressure(Scene())
-    scene.asks("a", priority="low", cause=cause)
-    assert scene.says() == "start a1"
-
-
-def test_low_priority_yields_for_a_minute_at_most_and_looks_every_second() -> None:
-    scene = under_pressure(Scene())
-    scene.asks("a", priority="low")
-    assert scene.waiting_for("a1") == "the machine, which is under pressure"
-    assert scene.next_look_s() == PRESSURE_LOOK_S
-    scene.passes(RISE_S - 0.5)
-    assert scene.next_look_s() == 0.5
-    scene.passes(0.5)
-    assert scene.says() == "start a1"
-
-
-def test_who_yields_to_pressure_keeps_nothing() -> None:
-    scene = under_pressure(Scene())
-    scene.asks("a", 100, priority="low")
-    scene.passes(OVERTAKEN_S + 1)
-    scene.asks("b", 100)
-    assert scene.says() == "start b1"
 
 
 # After a start of the server.
 
+RESTARTED = (
+    "restart a b c; request c 45 cause=restart; request b 45 cause=restart; request a 45 cause=restart;"
+)
 
-def restored(**policy: int | bool | None) -> Scene:
-    """Three models were loaded when the server died, and their loads have been requested again."""
-    scene = Scene(**policy)
+
+def test_restart_reloads_what_fits_and_fails_the_rest() -> None:
+    scene = Scene(RESTARTED + "-> start c1; begin c -> start b1; begin b; set loads_at_once=3")
+    scene.play("-> a1 waits for 0.0 MB of memory")  # the two may keep less than was reserved for them
+    scene.play("complete c 45; complete b 45; wait 100 -> fail a1: insufficient_memory")
+
+
+def test_restart_respects_the_model_limit() -> None:
+    scene = Scene(RESTARTED + "begin c; complete c 45", max_loaded=1)
+    scene.play("-> fail b1: too_many_loaded; fail b too_many_loaded; fail a insufficient_memory -> nothing")
+    assert [scene.history.model(model).state for model in "abc"] == ["failed", "failed", "loaded"]
+
+
+def test_restart_reloads_in_order_of_last_use() -> None:
+    scene = Scene("restart a b c", loads_at_once=0)
+    scene.observe(last_used={"a": "2026-01-01T00:00:30.000000Z", "b": "2026-01-01T00:00:20.000000Z"})
     for model in "abc":
-        scene.history.load(f"{model}0", of=model)
-    scene.history.restart()
-    for model in "cba":
-        scene.asks(model, 45, cause=Cause.RESTART)
-    return scene
-
-
-def test_what_was_loaded_comes_back_as_far_as_there_is_room_and_the_rest_has_failed() -> None:
-    scene = restored()
-    for model in "cb":
-        assert scene.says() == f"start {model}1"
-        scene.history.start_load(f"{model}1", of=model)
-        scene.runs(f"{model}1", model, Phase.LOADING, memory_bytes=45)
-    scene.policy = Scene(loads_at_once=3).policy
-    assert scene.waiting_for("a1").startswith("0.0 MB of memory")  # what loads may keep less than it reserved
-    for model in "cb":
-        scene.history.end_load(f"{model}1", of=model)
-        scene.runs(f"{model}1", model, Phase.SERVING, memory_bytes=45)
-    scene.passes(1_000)  # both may be evicted by now, though not for this
-    assert scene.says() in {"fail a1: insufficient_memory", "fail a1: timeout"}
-
-
-def test_what_has_no_place_after_a_start_has_failed_and_is_not_tried_again() -> None:
-    scene = restored(max_loaded=1)
-    scene.history.start_load("c1", of="c")
-    scene.history.end_load("c1", of="c")
-    scene.runs("c1", "c", Phase.SERVING, memory_bytes=45)
-    assert scene.says() == f"fail b1: {TOO_MANY_LOADED}"
-    scene.history.fail_load("b1", TOO_MANY_LOADED, of="b")
-    scene.history.fail_load("a1", INSUFFICIENT_MEMORY, of="a")
-    assert scene.says() == "nothing"
-    assert [scene.model(model).state for model in "abc"] == ["failed", "failed", "loaded"]
-
-
-def test_what_was_used_last_comes_back_first() -> None:
-    scene = Scene(loads_at_once=0)
-    for model in "abc":
-        scene.history.load(f"{model}0", of=model)
-    scene.history.restart()
-    used = {"a": "2026-01-01T00:00:30.000000Z", "b": "2026-01-01T00:00:20.000000Z"}
-    scene.conditions = Conditions(last_used=used, needs=scene.needs)
-    told = []
-    for _ in "abc":
-        told.append(said(scene.decision().action))
-        scene.asks(told[-1].split()[1].rstrip(","), cause=Cause.RESTART)
-    assert told == ["reload a, restart", "reload b, restart", "reload c, restart"]
-    ranks = [scene.history.job(f"{model}1").created_position for model in "abc"]
-    assert all(earlier < later for earlier, later in pairwise(ranks))
+        scene.play(f"-> reload {model}, restart; request {model} cause=restart")

@@ -1,32 +1,94 @@
-"""Which idle models make room for a load: the fewest that are enough, the least recently used of them."""
+"""Which models the system unloads: victims of a load that needs room, idle ones, what is not restored.
+
+A row is what happens and, after `->`, what the scheduler decides then: see `Scene.play`.
+"""
 
 from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.decisions import Scene
+from support.decisions import PAIR, Scene, describe, history_of, read_table
 from support.events import PLAIN, at
 
 from events.models import Model
 from events.types import Cause
-from runtime.scheduling.actions import RequestEnd
 from runtime.scheduling.eviction import LOOK_S, Victim, fewest
-from runtime.scheduling.sight import MIN_RESIDENCY_S, Conditions, Phase
+from runtime.scheduling.scheduler import decide
+from runtime.scheduling.sight import MIN_RESIDENCY_S, Policy
 
-SIZES = st.lists(st.integers(0, 6), max_size=6)
+SCENES = """
+# The least recently used idle model is the victim. A load by somebody counts as a use, a reload does not.
+load old 50; load new 50; wait 10; request x 50 -> unload old, eviction for x1
+load old 50; load new 50; wait 10; request x 50; use old1 -> unload new, eviction for x1
+set max_loaded=2 budget_bytes=none; load a used_s_ago=0; load b used_s_ago=5; wait 10; request x
+  -> unload a, eviction for x1
+restart a b; load b 50 cause=restart; load a 50 cause=restart; wait 10; request x 50
+  -> unload b, eviction for x1
+set evicts=false; load old 50; load new 50; wait 10; request x 50 -> nothing
+
+# No victim is busy, pinned, loading, being unloaded, with a job, or within its minimum residency.
+load old 50 busy=true; load new 50; wait 10; request x 50 -> unload new, eviction for x1
+load old 50 pinned=true; load new 50; wait 10; request x 50 -> unload new, eviction for x1
+load old 50; load new 50; wait 10; request x 50; request old none version=2 -> unload new, eviction for x1
+load old 50; load new 50; wait 10; request x 50; unload old -> x1 waits for it is being given back
+start a 100; wait 10; request x 50 -> nothing
+set loads_at_once=3; start a 90; run a1 a loaded memory_bytes=90 -> complete a1
+load a 90 cause=demand busy=true; wait 10; request b 50 priority=high -> nothing
+load a 80; request x 50 -> nothing; -> wakes in 9; wait 9 -> unload a, eviction for x1
+load a 80 pinned=true; request x 50 -> wakes in 300
+restart y; load a 80; wait 10; request y 50 cause=restart -> fail y1: insufficient_memory
+
+# The fewest that are enough, one at a time; nobody in vain.
+load a 20; load b 20; load c 50; wait 10; request x 45 -> unload c, eviction for x1
+load a 25; load b 25; load c 25; load d 25; wait 10; request x 60 -> unload a, eviction for x1;
+  unload a cause=eviction -> unload b, eviction for x1; unload b cause=eviction -> unload c, eviction for x1;
+  unload c cause=eviction -> x1 waits for it is being given back
+load a 25; load b 25; load c 25; load d 25; wait 10; request x 20 -> unload a, eviction for x1;
+  unload a cause=eviction -> x1 waits for it is being given back
+load a 50; load b 50 busy=true; wait 10; request x 60
+  -> x1 waits for the others are busy, pinned, or were loaded just now; -> wakes in 0.25
+
+# Workers that outgrew the budget: the fewest idle models make up for it, even if they are not enough.
+load a 60; load b 30; load c 30; wait 10 -> unload a, eviction; unload a cause=eviction -> nothing
+set evicts=false; load a 60; load b 30; load c 30; wait 10 -> nothing; -> wakes in inf
+set budget_bytes=120; load a 60; load b 30; load c 30; wait 10 -> nothing; -> wakes in inf
+load a 150 busy=true; load b 10; wait 10 -> unload b, eviction; unload b cause=eviction -> nothing;
+  -> wakes in 0.25
+
+# The idle timeout runs from the end of the last request, else from the load, at least the minimum residency.
+load a used_s_ago=0 keep_alive_s=0 -> unload a, idle
+load a used_s_ago=0 keep_alive_s=30 -> wakes in 30; wait 29.9 -> nothing; wait 0.1 -> unload a, idle
+load a keep_alive_s=5 -> wakes in 10; wait 10 -> unload a, idle
+load a keep_alive_s=30 -> wakes in 30; wait 30 -> unload a, idle
+load a used_s_ago=0 busy=true keep_alive_s=0; wait 1000 -> nothing; -> wakes in 0.25
+load a used_s_ago=0 busy=true keep_alive_s=30; wait 1000 -> nothing; -> wakes in 30; use a1; wait 29.9 -> nothing;
+  wait 0.1 -> unload a, idle
+load a used_s_ago=0; wait 1000000 -> nothing; -> wakes in inf
+load a used_s_ago=0 keep_alive_s=-1; wait 1000000 -> nothing; -> wakes in inf
+load a used_s_ago=0 keep_alive_s=0 pinned=true; wait 1000000 -> nothing
+load a 10 used_s_ago=0 keep_alive_s=0; request a none version=2 -> nothing; unload a begun=false -> nothing
+"""
 
 
-def victims(sizes: list[int]) -> list[Victim]:
-    return [Victim(Model(f"m{number}"), size, at(number)) for number, size in enumerate(sizes)]
+@pytest.mark.parametrize("script", read_table(SCENES))
+def test_eviction_decides(script: str) -> None:
+    assert (MIN_RESIDENCY_S, LOOK_S) == (10, 0.25)  # as the rows have it
+    Scene(script)
+
+
+def test_reloaded_models_keep_their_last_use() -> None:
+    scene = Scene("restart a b; load b 50 cause=restart; load a 50 cause=restart; wait 10; request x 50")
+    scene.observe(last_used={"a": at(1), "b": at(2)})
+    assert scene.next_action() == "unload a, eviction for x1"
 
 
 @PLAIN
-@given(SIZES, st.integers(-3, 20), st.integers(-2, 7))
-def test_the_fewest_are_chosen_and_of_them_the_least_recently_used(
+@given(st.lists(st.integers(0, 6), max_size=6), st.integers(-3, 20), st.integers(-2, 7))
+def test_fewest_least_recently_used_victims_are_chosen(
     sizes: list[int], missing_bytes: int, missing_models: int
 ) -> None:
-    candidates = victims(sizes)
+    candidates = [Victim(Model(f"m{number}"), size, at(number)) for number, size in enumerate(sizes)]
     choices = (
         choice
         for number in range(max(0, missing_models), len(sizes) + 1)
@@ -36,174 +98,27 @@ def test_the_fewest_are_chosen_and_of_them_the_least_recently_used(
     assert fewest(candidates, missing_bytes, missing_models) == next(choices, None)
 
 
-def full(**given: object) -> Scene:
-    """`old` and `new` fill the budget, for long enough; another model is asked for that needs half of it."""
-    scene = Scene()
-    scene.serves("old", 50, **given)  # type: ignore[arg-type]
-    scene.serves("new", 50)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("x", 50)
-    return scene
+@pytest.mark.parametrize(
+    ("facts", "action"),
+    [
+        ("load restart", "unload digits, restart"),
+        ("load die restart", "unload digits, restart"),
+        ("load die", "reload digits, recovery"),
+        ("load restart unload", "start U of L"),
+        ("load restart unload start_unload", "finish U of L"),
+        ("request restart", "start L"),
+        ("load request_2 restart", "start L2"),
+        ("load die recover restart", "start R"),
+    ],
+)
+def test_without_restore_only_lost_models_are_unloaded(facts: str, action: str) -> None:
+    policy = Policy(loads_at_once=1, restores=False)
+    assert describe(decide(history_of(facts).state, {}, policy, at(100)).action) == action
 
 
-def test_the_least_recently_used_model_makes_room() -> None:
-    assert full().says() == "unload old, eviction for x1"
-    scene = full()
-    scene.runs(
-        "old1", "old", scene.running["old1"].phase, memory_bytes=50, last_used_at=at(scene.history.seconds)
-    )
-    assert scene.says() == "unload new, eviction for x1"
-
-
-def test_that_the_system_loaded_a_model_again_is_no_use_of_it() -> None:
-    scene = Scene()
-    scene.serves("a", 50)
-    scene.serves("b", 50)
-    scene.history.restart()
-    for model in "ba":  # the one that was used last is loaded first
-        scene.history.load(f"{model}1r", of=model, cause=Cause.RESTART)
-        del scene.running[f"{model}1"]
-        scene.runs(f"{model}1r", model, Phase.SERVING, memory_bytes=50)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("x", 50)
-    scene.conditions = Conditions(needs=scene.needs, last_used={"a": at(1), "b": at(2)})
-    assert scene.says() == "unload a, eviction for x1"
-
-
-def test_without_eviction_nobody_is_unloaded() -> None:
-    scene = full()
-    scene.policy = Scene(evicts=False).policy
-    assert scene.says() == "nothing"
-
-
-@pytest.mark.parametrize("given", [{"busy": True}, {"pinned": True}], ids=["busy or waited for", "pinned"])
-def test_a_model_is_no_victim_that_is(given: dict[str, bool]) -> None:
-    assert full(**given).says() == "unload new, eviction for x1"
-
-
-def test_a_model_is_no_victim_of_which_something_is_asked() -> None:
-    scene = full()
-    scene.asks("old", 200, version=2)
-    scene.needs["old2"] = None
-    assert scene.says() == "unload new, eviction for x1"
-
-
-def test_a_model_that_is_loading_is_no_victim() -> None:
-    scene = Scene()
-    scene.loads("a", 100)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("x", 50)
-    assert scene.says() == "nothing"
-
-
-def test_a_model_that_is_being_unloaded_is_no_victim_and_its_bytes_come() -> None:
-    scene = full()
-    scene.ends("old")
-    assert scene.waiting_for("x1").endswith("it is being given back")
-
-
-def test_one_unload_is_asked_for_at_a_time_and_what_comes_is_counted() -> None:
-    scene = Scene()
-    for model in "abcd":
-        scene.serves(model, 25)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("x", 60)
-    for model in "abc":
-        assert scene.says() == f"unload {model}, eviction for x1"
-        scene.ends(model, cause=Cause.EVICTION)
-    assert scene.waiting_for("x1").endswith("it is being given back")
-
-
-def test_one_that_is_enough_goes_before_two_that_were_used_longer_ago() -> None:
-    scene = Scene()
-    for model, memory_bytes in {"a": 20, "b": 20, "c": 50}.items():
-        scene.serves(model, memory_bytes)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("x", 45)
-    assert scene.says() == "unload c, eviction for x1"
-
-
-def test_nobody_is_evicted_in_vain() -> None:
-    scene = Scene()
-    scene.serves("a", 50)
-    scene.serves("b", 50, busy=True)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("x", 60)
-    assert scene.waiting_for("x1").endswith("the others are busy, pinned, or were loaded just now")
-    assert scene.next_look_s() == LOOK_S
-
-
-def test_a_model_has_its_minimum_residency() -> None:
-    scene = Scene()
-    scene.serves("a", 80)
-    scene.asks("x", 50)
-    assert scene.says() == "nothing"
-    assert scene.next_look_s() == MIN_RESIDENCY_S - 1
-    scene.passes(MIN_RESIDENCY_S - 1)
-    assert scene.says() == "unload a, eviction for x1"
-
-
-def test_nobody_looks_for_victims_where_all_are_pinned() -> None:
-    scene = Scene()
-    scene.serves("a", 80, pinned=True)
-    scene.asks("x", 50)
-    assert scene.next_look_s() == pytest.approx(300)  # the load's own deadline
-
-
-def test_a_place_is_made_as_memory_is() -> None:
-    scene = Scene(budget_bytes=None, max_loaded=2)
-    scene.serves("a", used_s_ago=0)
-    scene.serves("b", used_s_ago=5)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("x")
-    assert scene.says() == "unload a, eviction for x1"
-
-
-def test_what_comes_back_after_a_start_of_the_server_evicts_nobody() -> None:
-    scene = Scene()
-    scene.history.load("y0", of="y")
-    scene.history.restart()
-    scene.serves("a", 80)
-    scene.passes(MIN_RESIDENCY_S)
-    scene.asks("y", 50, cause=Cause.RESTART)
-    assert scene.says() == "fail y1: insufficient_memory"
-
-
-def test_an_eviction_says_for_which_load() -> None:
-    action = full().decision().action
-    assert isinstance(action, RequestEnd)
-    assert action.cause_event_id == "x1"
-
-
-# What outgrew the budget.
-
-
-def grown(**policy: object) -> Scene:
-    scene = Scene(**policy)  # type: ignore[arg-type]
-    for model, memory_bytes in {"a": 60, "b": 30, "c": 30}.items():
-        scene.serves(model, memory_bytes)
-    scene.passes(MIN_RESIDENCY_S)
-    return scene
-
-
-def test_what_outgrew_the_budget_is_made_up_for_by_the_fewest() -> None:
-    scene = grown()
-    assert scene.says() == "unload a, eviction"
-    scene.ends("a", cause=Cause.EVICTION)
-    assert scene.says() == "nothing"
-
-
-@pytest.mark.parametrize("policy", [{"evicts": False}, {"budget_bytes": None}, {"budget_bytes": 120}])
-def test_nothing_is_made_up_for_where(policy: dict[str, object]) -> None:
-    assert grown(**policy).decision() == grown(budget_bytes=None).decision()
-
-
-def test_what_is_idle_goes_even_if_it_is_not_enough_when_the_budget_is_outgrown() -> None:
-    scene = Scene()
-    scene.serves("a", 150, busy=True)
-    scene.serves("b", 10)
-    scene.passes(MIN_RESIDENCY_S)
-    assert scene.says() == "unload b, eviction"
-    scene.ends("b", cause=Cause.EVICTION)
-    assert scene.says() == "nothing"
-    assert scene.next_look_s() == LOOK_S
+def test_unload_instead_of_restore_ends_the_model() -> None:
+    history = history_of("load restart")
+    history.ask_unload("U", "L", cause=Cause.RESTART)
+    history.end_unload("U")
+    assert (history.model().state, history.model().serving) == ("unloaded", None)
+    assert decide(history.state, {}, PAIR, at(100)).action is None

@@ -1,350 +1,135 @@
-"""How a version takes the place of another: `in_place` and `auto`; `beside` is in `test_scheduler.py`."""
+"""How a version replaces another `in_place` and with `auto`; `beside` is in `test_scheduler.py`."""
 
 import pytest
-from support.decisions import STEPS, Scene, decided, processes, said, told
+from support.decisions import STEPS, Scene, decide_on, describe, history_of, processes, read_table
 from support.events import at
 
-from events.types import CancelRequested, Cause
-from runtime.scheduling.actions import MakeWay
-from runtime.scheduling.admission import OVERTAKEN_S
+from events.types import Cause
 from runtime.scheduling.scheduler import decide
-from runtime.scheduling.sight import MIN_RESIDENCY_S, Phase, Policy
+from runtime.scheduling.sight import Policy
 
-IN_PLACE: list[tuple[str, str, str, str]] = [
-    # (given and when, facts, processes, then the next action)
-    ("it is asked for", "load ask_2_in_place", "L:serving", "end L for L2"),
-    ("the old version is to end", "load ask_2_in_place swap_out", "L:serving", "begin S of L"),
-    ("the old version drains", "load ask_2_in_place swap_out start_swap_out", "L:draining", "nothing"),
-    ("the old version is gone", "load ask_2_in_place swap_out start_swap_out", "L:gone", "finish S of L"),
-    ("the place is free", "load ask_2_in_place swap_out end_swap_out", "", "start L2"),
-    ("the new version loads", "load ask_2_in_place swap_out end_swap_out start_2", "L2:loading", "nothing"),
-    (
-        "the new version is there",
-        "load ask_2_in_place swap_out end_swap_out start_2",
-        "L2:loaded",
-        "complete L2",
-    ),
-    ("the new version failed", "load ask_2_in_place swap_out end_swap_out start_2", "L2:failed", "fail L2"),
-    (
-        "the old version is wanted back",
-        "load ask_2_in_place swap_out end_swap_out start_2 fail_2",
-        "L2:draining!",
-        "reload digits, swap",
-    ),
-    (
-        "the old version is coming back",
-        "load ask_2_in_place swap_out end_swap_out fail_2 reload_old",
-        "",
-        "start R",
-    ),
-    ("the model was lost before", "load die ask_2_in_place", "", "start L2"),
-    ("the old version died before it was asked to end", "load ask_2_in_place", "L:gone", "record death of L"),
-    ("the old version died and the new one has its place", "load ask_2_in_place die", "", "start L2"),
-    (
-        "the old version died when it was to end",
-        "load ask_2_in_place swap_out",
-        "L:gone",
-        "record death of L",
-    ),
-    ("the old version died and was to end", "load ask_2_in_place swap_out die", "", "begin S of L"),
-    # Ended by somebody.
-    ("it is cancelled before it began", "load ask_2_in_place want_cancel_2", "L:serving", "cancel L2"),
-    (
-        "it is cancelled while the old version drains",
-        "load ask_2_in_place swap_out start_swap_out want_cancel_2 cancel_2",
-        "L:draining",
-        "nothing",
-    ),
-    (
-        "it was cancelled while the old version drained",
-        "load ask_2_in_place swap_out start_swap_out want_cancel_2 cancel_2 end_swap_out",
-        "",
-        "reload digits, swap",
-    ),
-    (
-        "it is cancelled in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 want_cancel_2",
-        "L2:loaded",
-        "cancel L2",
-    ),
-    (
-        "it was cancelled in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 want_cancel_2 cancel_2",
-        "",
-        "reload digits, swap",
-    ),
-    (
-        "the reload of the old version is cancelled",
-        "load ask_2_in_place swap_out end_swap_out fail_2 reload_old want_cancel_R cancel_R",
-        "",
-        "nothing",
-    ),
-    (
-        "an unload waits in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 unload_2",
-        "L2:loading",
-        "nothing",
-    ),
-    (
-        "an unload waited in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 unload_2 end_2",
-        "L2:serving",
-        "begin U of L2",
-    ),
-    (
-        "an unload waited in the gap for one that failed",
-        "load ask_2_in_place swap_out end_swap_out start_2 unload_2 fail_2",
-        "",
-        "begin U of L",
-    ),
-    (
-        "an unload comes when the old version is coming back",
-        "load ask_2_in_place swap_out end_swap_out fail_2 reload_old start_R unload_R",
-        "R:loading",
-        "cancel R",
-    ),
-    (
-        "force comes while the old version drains",
-        "load ask_2_in_place swap_out start_swap_out force",
-        "L:draining",
-        "cancel L2",
-    ),
-    (
-        "force has cancelled it while the old version drains",
-        "load ask_2_in_place swap_out start_swap_out force cancel_2 start_force",
-        "L:draining",
-        "kill L",
-    ),
-    (
-        "force in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 force_2",
-        "L2:loading",
-        "cancel L2",
-    ),
-    (
-        "force has cancelled it in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 force_2 cancel_2 start_force",
-        "L2:draining!",
-        "nothing",
-    ),
-    (
-        "force has ended it in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 force_2 cancel_2 start_force",
-        "",
-        "finish F of L",
-    ),
-    # Another is asked for.
-    (
-        "two swaps are asked for at once",
-        "load ask_2_in_place ask_3 swap_out end_swap_out start_2 end_2",
-        "L2:serving",
-        "start L3",
-    ),
-    (
-        "the first of two swaps failed in the gap",
-        "load ask_2_in_place ask_3 swap_out end_swap_out start_2 fail_2",
-        "",
-        "start L3",
-    ),
-    # The server dies.
-    ("the server died before", "load ask_2_in_place restart", "", "start L2"),
-    ("the server died when the old was to end", "load ask_2_in_place swap_out restart", "", "begin S of L"),
-    (
-        "the server died while the old drained",
-        "load ask_2_in_place swap_out start_swap_out restart start_swap_out",
-        "",
-        "finish S of L",
-    ),
-    (
-        "the server died in the gap",
-        "load ask_2_in_place swap_out end_swap_out start_2 restart",
-        "",
-        "start L2",
-    ),
-    (
-        "the server died in the gap, and it failed",
-        "load ask_2_in_place swap_out end_swap_out start_2 restart fail_2",
-        "",
-        "reload digits, swap",
-    ),
-    (
-        "the server died when the old version was wanted back",
-        "load ask_2_in_place swap_out end_swap_out fail_2 restart",
-        "",
-        "reload digits, restart",
-    ),
-    (
-        "the server died while the old version was coming back",
-        "load ask_2_in_place swap_out end_swap_out fail_2 reload_old start_R restart",
-        "",
-        "start R",
-    ),
-]
+IN_PLACE = """
+# facts                                              | processes   | next action
+load request_in_place                                | L:serving   | replace L by L2
+load request_in_place replace                        | L:serving   | start S of L
+load request_in_place replace start_replace          | L:draining  | nothing
+load request_in_place replace start_replace          | L:gone      | finish S of L
+load request_in_place replace end_replace            |             | start L2
+load request_in_place replace end_replace start_2    | L2:loading  | nothing
+load request_in_place replace end_replace start_2    | L2:loaded   | complete L2
+load request_in_place replace end_replace start_2    | L2:failed   | fail L2
+load request_in_place replace end_replace start_2 fail_2 | L2:draining! | reload digits, swap
+load request_in_place replace end_replace fail_2 reload_old | | start R
+load die request_in_place                            |             | start L2
+load request_in_place                                | L:gone      | record death of L
+load request_in_place die                            |             | start L2
+load request_in_place replace                        | L:gone      | record death of L
+load request_in_place replace die                    |             | start S of L
+# Cancelled, unloaded or killed.
+load request_in_place request_cancel_2               | L:serving   | cancel L2
+load request_in_place replace start_replace request_cancel_2 | L:draining | cancel L2
+load request_in_place replace start_replace request_cancel_2 cancel_2 | L:draining | nothing
+load request_in_place replace start_replace request_cancel_2 cancel_2 end_replace | | reload digits, swap
+load request_in_place replace end_replace start_2 request_cancel_2 | L2:loaded | cancel L2
+load request_in_place replace end_replace start_2 request_cancel_2 cancel_2 | | reload digits, swap
+load request_in_place replace end_replace fail_2 reload_old request_cancel_R cancel_R | | nothing
+load request_in_place replace end_replace start_2 unload_2 | L2:loading | nothing
+load request_in_place replace end_replace start_2 unload_2 complete_2 | L2:serving | start U of L2
+load request_in_place replace end_replace start_2 unload_2 fail_2 | | start U of L
+load request_in_place replace end_replace fail_2 reload_old start_R unload_R | R:loading | cancel R
+load request_in_place replace start_replace force    | L:draining  | cancel L2
+load request_in_place replace start_replace force cancel_2 start_force | L:draining | kill L
+load request_in_place replace end_replace start_2 force_2 | L2:loading | cancel L2
+load request_in_place replace end_replace start_2 force_2 cancel_2 start_force | L2:draining! | nothing
+load request_in_place replace end_replace start_2 force_2 cancel_2 start_force | | finish F of L
+# Another swap is requested.
+load request_in_place request_3 replace end_replace start_2 complete_2 | L2:serving | start L3
+load request_in_place request_3 replace end_replace start_2 fail_2 | | start L3
+# The server is killed.
+load request_in_place restart                        |             | start L2
+load request_in_place replace restart                |             | start S of L
+load request_in_place replace start_replace restart start_replace | | finish S of L
+load request_in_place replace end_replace start_2 restart | | start L2
+load request_in_place replace end_replace start_2 restart fail_2 | | reload digits, swap
+load request_in_place replace end_replace fail_2 restart | | reload digits, restart
+load request_in_place replace end_replace fail_2 reload_old start_R restart | | start R
+"""
 
 
-@pytest.mark.parametrize(
-    ("facts", "running", "action"), [row[1:] for row in IN_PLACE], ids=[row[0] for row in IN_PLACE]
-)
-def test_a_swap_in_place_when(facts: str, running: str, action: str) -> None:
-    assert said(decided(facts, running).action) == action
+@pytest.mark.parametrize(("facts", "running", "action"), read_table(IN_PLACE))
+def test_in_place_swap_decides(facts: str, running: str, action: str) -> None:
+    assert describe(decide_on(facts, running).action) == action
 
 
-def test_the_old_version_comes_back_with_back_off_once_its_reload_failed() -> None:
-    history = told("load ask_2_in_place swap_out end_swap_out fail_2 reload_old fail_R")
-    decision = decide(history.state, {}, Policy(2), at(history.seconds))
-    assert (decision.action, decision.wake_at) == (None, at(history.seconds + 0.5))
-    assert said(decide(history.state, {}, Policy(2), at(history.seconds + 0.5)).action) == (
-        "reload digits, recovery"
-    )
+def test_failed_reload_of_old_version_backs_off() -> None:
+    facts = "load request_in_place replace end_replace fail_2 reload_old fail_R"
+    decision = decide_on(facts)
+    assert (decision.action, decision.wake_at) == (None, at(history_of(facts).seconds + 0.5))
+    assert describe(decide_on(facts, after_s=0.5).action) == "reload digits, recovery"
 
 
-def test_a_swap_in_place_that_is_late_brings_the_old_version_back() -> None:
-    history = told("load")
+def test_late_in_place_swap_reloads_old_version() -> None:
+    history = history_of("load")
     history.ask_load("L2", version=2, strategy="in_place", timeout_s=5)
-    for word in ("swap_out", "end_swap_out", "start_2"):
+    for word in ("replace", "end_replace", "start_2"):
         STEPS[word](history)
     late = decide(history.state, processes("L2:loading"), Policy(2), at(history.seconds + 5))
-    assert said(late.action) == "fail L2: timeout"
+    assert describe(late.action) == "fail L2: timeout"
     history.fail_load("L2", "timeout", version=2)
-    assert said(decide(history.state, {}, Policy(2), at(history.seconds)).action) == "reload digits, swap"
-
-
-# Which strategy.
-
-
-@pytest.mark.parametrize(
-    ("strategy", "need", "says"),
-    [
-        ("beside", 40, "start a2"),
-        ("beside", 41, "fail a2: insufficient_memory"),
-        ("in_place", 1, "end a1 for a2"),
-        ("in_place", 100, "end a1 for a2"),
-        ("in_place", 101, "fail a2: insufficient_memory"),
-        ("auto", 40, "start a2"),
-        ("auto", 41, "end a1 for a2"),
-        ("auto", 101, "fail a2: insufficient_memory"),
-    ],
-)
-def test_a_strategy_does_with_memory_what_it_says(strategy: str, need: int, says: str) -> None:
-    scene = Scene()
-    scene.serves("a", 60)
-    scene.asks("a", need, version=2, strategy=strategy)
-    assert scene.says() == says
-
-
-def test_a_swap_beside_that_never_fits_says_which_strategy_would() -> None:
-    scene = Scene()
-    scene.serves("a", 60)
-    scene.asks("a", 60, version=2)
-    assert "with strategy auto or in_place it takes its place" in scene.decision().action.message  # type: ignore[union-attr]
+    assert describe(decide(history.state, {}, Policy(2), at(history.seconds)).action) == "reload digits, swap"
 
 
 @pytest.mark.parametrize("strategy", ["in_place", "auto"])
-def test_what_repairs_a_model_that_still_serves_does_not_end_it_first(strategy: str) -> None:
-    history = told("load_pair die_1")
+def test_repair_of_serving_model_never_replaces_it_first(strategy: str) -> None:
+    history = history_of("load_pair die_1")
     history.ask_load("R", cause=Cause.RECOVERY, strategy=strategy)
     decision = decide(history.state, processes("P:serving/P1"), Policy(2), at(history.seconds))
-    assert said(decision.action) == "start R"
+    assert describe(decision.action) == "start R"
 
 
-@pytest.mark.parametrize("strategy", ["in_place", "auto"])
-def test_what_serves_is_ended_only_when_the_new_version_then_has_room(strategy: str) -> None:
-    scene = Scene()
-    scene.serves("z", 50)
-    scene.serves("a", 40)
-    scene.asks("a", 70, version=2, strategy=strategy)
-    assert scene.says() == "nothing"
-    scene.passes(MIN_RESIDENCY_S)
-    assert scene.says() == "unload z, eviction for a2"
-    scene.ends("z", cause=Cause.EVICTION)
-    assert scene.waiting_for("a2").endswith("it is being given back")
-    scene.is_gone("z")
-    assert isinstance(scene.decision().action, MakeWay)
+GAP = "load a 60; request a 80 version=2 strategy=in_place priority=low; unload a cause=swap;"
+"""The old version takes 60 and drains; the new one will need 80."""
+
+SCENES = f"""
+# What each strategy does with memory. In place, what serves is replaced only once the new version has room.
+load a 60; request a 40 version=2 strategy=beside -> start a2
+load a 60; request a 41 version=2 strategy=beside -> fail a2: insufficient_memory
+load a 60; request a 1 version=2 strategy=in_place -> replace a1 by a2
+load a 60; request a 100 version=2 strategy=in_place -> replace a1 by a2
+load a 60; request a 101 version=2 strategy=in_place -> fail a2: insufficient_memory
+load a 60; request a 40 version=2 strategy=auto -> start a2
+load a 60; request a 41 version=2 strategy=auto -> replace a1 by a2
+load a 60; request a 101 version=2 strategy=auto -> fail a2: insufficient_memory
+set evicts=false; load z 30; load a 30; request a 60 version=2 -> nothing
+load z 50; load a 40; request a 70 version=2 strategy=in_place -> nothing; wait 10
+  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z -> replace a1 by a2
+load z 50; load a 40; request a 70 version=2 strategy=auto -> nothing; wait 10
+  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z -> replace a1 by a2
+set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=in_place -> a2 waits for a free place
+set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=auto -> a2 waits for a free place
+
+# A model between two versions goes before everything, and its room is kept.
+{GAP} request b 30 priority=high -> a2 waits for the end of the version whose place it takes;
+  -> b1 waits for room, which is kept for job a2, before it; exit a -> start a2
+set budget_bytes=none; {GAP} request b -> start b1
+{GAP} run z1 z memory_bytes=50; exit a; request b 30 priority=high -> b1 waits for room, which is kept for job a2
+{GAP} exit a; fail a version=2 -> reload a, swap; request b 60 priority=high;
+  request a 60 version=3 cause=swap priority=low -> start a3
+{GAP} exit a; observe under_pressure=true -> start a2
+
+# Two swaps at once end in the later version.
+load a 60; request a 60 version=2 strategy=in_place; request a 60 version=3 strategy=in_place -> replace a1 by a2;
+  unload a cause=swap; exit a -> start a2; begin a version=2; complete a 60 version=2 -> replace a2 by a3;
+  unload a version=2 cause=swap; exit a version=2 -> start a3; begin a version=3; complete a 60 version=3;
+  wait 30 -> nothing
+"""
 
 
-@pytest.mark.parametrize("strategy", ["in_place", "auto"])
-def test_what_serves_is_not_ended_before_a_load_may_begin(strategy: str) -> None:
-    scene = Scene(loads_at_once=1)
-    scene.serves("a", 60)
-    scene.loads("b", 10)
-    scene.asks("a", 60, version=2, strategy=strategy)
-    assert scene.waiting_for("a2") == "a free place: of loads, 1 may run at once"
+@pytest.mark.parametrize("script", read_table(SCENES))
+def test_swap_decides(script: str) -> None:
+    Scene(script)
 
 
-def in_the_gap(**policy: object) -> Scene:
-    """A model's old version takes 60 and drains; the new one will need 80."""
-    scene = Scene(**policy)  # type: ignore[arg-type]
-    scene.serves("a", 60)
-    scene.asks("a", 80, version=2, strategy="in_place", priority="low")
-    scene.ends("a", cause=Cause.SWAP)
-    return scene
-
-
-def test_room_is_kept_while_the_old_version_drains() -> None:
-    scene = in_the_gap()
-    scene.asks("b", 30, priority="high")
-    assert scene.waiting_for("a2") == "the end of the version whose place it takes"
-    assert scene.waiting_for("b1") == "room, which is kept for job a2, before it"
-
-
-def test_without_a_budget_a_drain_holds_nobody_up() -> None:
-    scene = in_the_gap(budget_bytes=None)
-    scene.asks("b")
-    assert scene.says() == "start b1"
-
-
-def test_a_model_that_made_way_goes_before_everything() -> None:
-    scene = in_the_gap()
-    scene.asks("b", 30, priority="high")
-    scene.is_gone("a")
-    assert scene.says() == "start a2"
-
-
-def test_room_is_kept_for_a_model_that_made_way_from_the_first_moment() -> None:
-    scene = in_the_gap()
-    scene.runs("z1", "z", Phase.SERVING, memory_bytes=50)  # it grew meanwhile
-    scene.is_gone("a")
-    scene.asks("b", 30, priority="high")
-    assert scene.waiting_for("b1") == "room, which is kept for job a2, before it"
-
-
-def test_a_version_that_is_coming_back_goes_before_everything() -> None:
-    scene = in_the_gap()
-    scene.is_gone("a")
-    scene.history.fail_load("a2", of="a", version=2)
-    assert scene.says() == "reload a, swap"
-    scene.asks("b", 60, priority="high")
-    scene.asks("a", 60, version=3, cause=Cause.SWAP, priority="low")
-    assert scene.says() == "start a3"
-
-
-def test_a_model_that_made_way_does_not_yield_to_pressure() -> None:
-    scene = in_the_gap()
-    scene.is_gone("a")
-    scene.conditions = type(scene.conditions)(under_pressure=True, needs=scene.needs)
-    assert scene.says() == "start a2"
-
-
-def test_a_model_that_makes_way_for_another_is_its_own_no_more() -> None:
-    scene = in_the_gap()
-    assert scene.model("a").unloads == ("-a1",)
-    scene.history.add(CancelRequested(), "a2", of="a", version=2)
-    assert scene.says() == "cancel a2"
-
-
-def test_two_swaps_at_once_end_in_the_later_one() -> None:
-    scene = Scene()
-    scene.serves("a", 60)
-    scene.asks("a", 60, version=2, strategy="in_place")
-    scene.asks("a", 60, version=3, strategy="in_place")
-    for old, new in ((1, 2), (2, 3)):
-        assert scene.says() == f"end a{old} for a{new}"
-        scene.ends("a", version=old, cause=Cause.SWAP)
-        scene.is_gone("a", version=old)
-        assert scene.says() == f"start a{new}"
-        scene.history.start_load(f"a{new}", of="a", version=new)
-        scene.history.end_load(f"a{new}", of="a", version=new)
-        scene.runs(f"a{new}", "a", Phase.SERVING, memory_bytes=60)
-    scene.passes(OVERTAKEN_S)
-    assert scene.says() == "nothing"
-    assert scene.model("a").version == 3
+def test_swap_that_never_fits_beside_names_the_strategies() -> None:
+    action = Scene("load a 60; request a 60 version=2").decision().action
+    assert "with strategy auto or in_place it takes its place" in action.message  # type: ignore[union-attr]
