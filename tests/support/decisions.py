@@ -92,7 +92,10 @@ STEPS: dict[str, Callable[[History], object]] = {
 
 
 def read_table(text: str) -> list[Any]:
-    """Return the rows of a table: columns separated by `|`, `#` begins a comment, `-` is nothing, spaces continue a row."""
+    """Return the rows of a table whose columns are separated by `|`.
+
+    `#` begins a comment, spaces continue a row, and `-` is an empty column.
+    """
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     rows = "\n".join(lines).replace("\n  ", " ").splitlines()
     return [pytest.param(*(column.strip(" -") for column in row.split("|")), id=row) for row in rows]
@@ -177,7 +180,7 @@ class Scene:
         self.play(script)
 
     def play(self, script: str) -> None:
-        """Do steps separated by `;`, each a method's name, its arguments and options, as `load a 60 busy=true`.
+        """Do steps separated by `;`, each a method with arguments and options: `load a 60 busy=true`.
 
         After `->` stands the next action, `a1 waits for <words>`, or `wakes in <seconds>`.
         """

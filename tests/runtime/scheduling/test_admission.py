@@ -15,7 +15,8 @@ SCENES = """
 request a none; unknown -> estimate a1
 set budget_bytes=none; request a none; unknown -> start a1
 start a 10; request a version=2; unknown -> nothing
-request a none; observe looked_at=a1+; request b 60 -> b1 waits for a look at the files of 'a', which comes first;
+request a none; observe looked_at=a1+; request b 60
+  -> b1 waits for a look at the files of 'a', which comes first;
   estimate a1 60 -> start a1
 request a none; observe looked_at=a1+; estimate b1 101; request b 101 -> fail b1: insufficient_memory
 request a none -> a1 waits for a look at its files; request b 60 -> start b1
@@ -43,10 +44,12 @@ set evicts=false; load a 80; request b 50; request c 51; unload a
 
 # The model limit.
 set max_loaded=2 evicts=false; load a; request c -> start c1
-set max_loaded=1 evicts=false; load a; request c -> c1 waits for a place among the 1 models that may be loaded;
+set max_loaded=1 evicts=false; load a; request c
+  -> c1 waits for a place among the 1 models that may be loaded
 set max_loaded=1 evicts=false; load a; request a version=2 -> start a2
 set max_loaded=2; load a 10; load z 10; unload a; request b 10; request c 10
-  -> b1 waits for it is being given back; -> c1 waits for a place among the 2 models that may be loaded, some kept
+  -> b1 waits for it is being given back;
+  -> c1 waits for a place among the 2 models that may be loaded, some kept
 set max_loaded=1; load a version=2; kill a1 a 10; unload a version=2; request b
   -> b1 waits for it is being given back; exit a version=2 -> nothing; forget a1 -> start b1
 set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request b 10 -> start b1
@@ -55,7 +58,8 @@ set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request c 10; request b 
 
 # A load that waits for room is overtaken for a while; then its room is kept until it ends.
 set evicts=false; load a 80; request b 50; wait 28; request c 10 -> start c1
-set evicts=false; load a 80; request b 50; wait 30; request c 10 -> c1 waits for room, which is kept for job b1
+set evicts=false; load a 80; request b 50; wait 30; request c 10
+  -> c1 waits for room, which is kept for job b1
 set evicts=false; load a 80; request b 50 timeout_s=40; wait 38; request c 10; wait 1 -> fail b1: timeout;
   fail b timeout -> start c1
 set evicts=false; load z 60; request big 90 timeout_s=3600; wait 30; request small 10 -> nothing; wait 90;
@@ -138,7 +142,7 @@ def test_scheduler_wakes_when_waiting_load_rises() -> None:
         "set evicts=false; load a 80; request c 10 priority=low; run y1 y loading; run z1 z loading; wait 40;"
         "request b 50 priority=high timeout_s=3600; wait 35; forget y1 -> c1 waits for room, which is kept"
     )
-    waited_s = 40 + 35 + 1
+    waited_s = 40.0 + 35 + 1
     while scene.next_action() == "nothing":
         seconds = scene.wake_in_s()
         waited_s += seconds

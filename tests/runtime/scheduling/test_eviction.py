@@ -62,7 +62,8 @@ load a used_s_ago=0 keep_alive_s=30 -> wakes in 30; wait 29.9 -> nothing; wait 0
 load a keep_alive_s=5 -> wakes in 10; wait 10 -> unload a, idle
 load a keep_alive_s=30 -> wakes in 30; wait 30 -> unload a, idle
 load a used_s_ago=0 busy=true keep_alive_s=0; wait 1000 -> nothing; -> wakes in 0.25
-load a used_s_ago=0 busy=true keep_alive_s=30; wait 1000 -> nothing; -> wakes in 30; use a1; wait 29.9 -> nothing;
+load a used_s_ago=0 busy=true keep_alive_s=30; wait 1000 -> nothing; -> wakes in 30; use a1; wait 29.9
+  -> nothing;
   wait 0.1 -> unload a, idle
 load a used_s_ago=0; wait 1000000 -> nothing; -> wakes in inf
 load a used_s_ago=0 keep_alive_s=-1; wait 1000000 -> nothing; -> wakes in inf

@@ -102,23 +102,28 @@ load a 60; request a 41 version=2 strategy=auto -> replace a1 by a2
 load a 60; request a 101 version=2 strategy=auto -> fail a2: insufficient_memory
 set evicts=false; load z 30; load a 30; request a 60 version=2 -> nothing
 load z 50; load a 40; request a 70 version=2 strategy=in_place -> nothing; wait 10
-  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z -> replace a1 by a2
+  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z
+  -> replace a1 by a2
 load z 50; load a 40; request a 70 version=2 strategy=auto -> nothing; wait 10
-  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z -> replace a1 by a2
-set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=in_place -> a2 waits for a free place
+  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z
+  -> replace a1 by a2
+set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=in_place
+  -> a2 waits for a free place
 set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=auto -> a2 waits for a free place
 
 # A model between two versions goes before everything, and its room is kept.
 {GAP} request b 30 priority=high -> a2 waits for the end of the version whose place it takes;
   -> b1 waits for room, which is kept for job a2, before it; exit a -> start a2
 set budget_bytes=none; {GAP} request b -> start b1
-{GAP} run z1 z memory_bytes=50; exit a; request b 30 priority=high -> b1 waits for room, which is kept for job a2
+{GAP} run z1 z memory_bytes=50; exit a; request b 30 priority=high
+  -> b1 waits for room, which is kept for job a2
 {GAP} exit a; fail a version=2 -> reload a, swap; request b 60 priority=high;
   request a 60 version=3 cause=swap priority=low -> start a3
 {GAP} exit a; observe under_pressure=true -> start a2
 
 # Two swaps at once end in the later version.
-load a 60; request a 60 version=2 strategy=in_place; request a 60 version=3 strategy=in_place -> replace a1 by a2;
+load a 60; request a 60 version=2 strategy=in_place; request a 60 version=3 strategy=in_place
+  -> replace a1 by a2;
   unload a cause=swap; exit a -> start a2; begin a version=2; complete a 60 version=2 -> replace a2 by a3;
   unload a version=2 cause=swap; exit a version=2 -> start a3; begin a version=3; complete a 60 version=3;
   wait 30 -> nothing
