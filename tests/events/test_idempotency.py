@@ -1,8 +1,7 @@
-"""A request that is repeated with its Idempotency-Key is answered with the first job, for 24 hours."""
+"""A request repeated with its Idempotency-Key is answered with the first job, for 24 hours."""
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example
+from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import FEWER, MODEL, PLAIN, START, History, at, drafts, ids, load_requested, opened
+from support.events import FEWER, MODEL, PLAIN, START, History, at, drafts, given, ids, load_requested, opened
 
 from events import store
 from events.accept import Accepted, Decision, Existing, Refused, accept
@@ -71,103 +71,78 @@ def decide(history: History, command: Command, after_s: float = 0) -> Decision:
     return accept(history.state, command, lambda: "new", at(history.seconds + after_s))
 
 
-# What is decided, as tables. The first request has the key `k`, in each of the three ways to use one up.
+# The decision. The first request, of each kind, has the key `k`.
 
 
-def use_up_by_load(history: History) -> None:
-    history.add(replace(load_requested(), idempotency=KEY), "L", by="alice")
-
-
-def use_up_by_unload(history: History) -> None:
-    history.load("M")
-    history.add(UnloadRequested(force=False, load_job_id="M", cause=Cause.REQUEST, idempotency=KEY), "U")
-
-
-def use_up_by_cancel(history: History) -> None:
-    history.ask_load("N")
-    history.add(CancelRequested(KEY), "N")
-
-
-FIRST: dict[str, Callable[[History], None]] = {
-    "load": use_up_by_load,
-    "unload": use_up_by_unload,
-    "cancel": use_up_by_cancel,
-}
-JOBS = {"load": "L", "unload": "U", "cancel": "N"}
-
-
-def first(kind: str) -> History:
+def first_load() -> History:
     history = History()
-    FIRST[kind](history)
+    history.add(replace(load_requested(), idempotency=KEY), "L", by="alice")
     return history
 
 
+def first_unload() -> History:
+    history = given("load")
+    history.add(UnloadRequested(force=False, load_job_id="L", cause=Cause.REQUEST, idempotency=KEY), "U")
+    return history
+
+
+def first_cancel() -> History:
+    history = given("request")
+    history.add(CancelRequested(KEY), "L")
+    return history
+
+
+FIRST = {"load": (first_load, "L"), "unload": (first_unload, "U"), "cancel": (first_cancel, "L")}
+
+
 @pytest.mark.parametrize("kind", FIRST)
-@pytest.mark.parametrize("command", [load(), unload(), cancel("X")], ids=["load", "unload", "cancel"])
-def test_the_same_key_and_fingerprint_is_the_first_job_whatever_became_of_it(
-    kind: str, command: Command
-) -> None:
-    history = first(kind)
-    assert decide(history, command) == Existing(JOBS[kind])
-    history.end_cancelled(JOBS[kind])
+def test_repeated_key_returns_first_job(kind: str) -> None:
+    first, job = FIRST[kind]
+    history = first()
+    for command in (load(), unload(), cancel("X")):
+        assert decide(history, command) == Existing(job)
+    history.end_cancelled(job)
     history.restart()
-    assert decide(history, command) == Existing(JOBS[kind])
+    for command in (load(), unload(), cancel("X")):
+        assert decide(history, command) == Existing(job)
 
 
 @pytest.mark.parametrize("kind", FIRST)
-@pytest.mark.parametrize(
-    "command",
-    [load(OTHER_REQUEST), unload(OTHER_REQUEST), cancel("L", OTHER_REQUEST)],
-    ids=["load", "unload", "cancel"],
-)
-def test_the_same_key_for_another_request_is_refused_with_what_to_do(kind: str, command: Command) -> None:
-    decision = decide(first(kind), command)
-    assert isinstance(decision, Refused)
-    assert decision.code == "idempotency_mismatch"
-    assert JOBS[kind] in decision.message
-    assert "new key" in decision.message
-
-
-@pytest.mark.parametrize("key", [None, OTHER_KEY])
-def test_another_key_or_none_is_another_request(key: Idempotency | None) -> None:
-    history = first("load")
-    history.end_load("L")
-    assert isinstance(decide(history, unload(key)), Accepted)
+def test_key_of_other_request_is_refused(kind: str) -> None:
+    first, job = FIRST[kind]
+    for command in (load(OTHER_REQUEST), unload(OTHER_REQUEST), cancel("L", OTHER_REQUEST)):
+        decision = decide(first(), command)
+        assert isinstance(decision, Refused)
+        assert decision.code == "idempotency_mismatch"
+        assert job in decision.message
+        assert "new key" in decision.message
 
 
 @pytest.mark.parametrize(
     ("after_s", "holds"), [(0, True), (KEPT_S - 1e-6, True), (KEPT_S, False), (2 * KEPT_S, False)]
 )
-@pytest.mark.parametrize("command", [unload(), unload(OTHER_REQUEST)], ids=["same", "other"])
-def test_a_key_stands_for_its_request_for_24_hours(
-    after_s: float,
-    holds: bool,  # noqa: FBT001 - a column of the table
-    command: RequestUnload,
-) -> None:
-    history = first("load")
-    history.end_load("L", of=MODEL)
-    since_key = history.seconds - 1  # the key was used a second before the load ended
-    decision = accept(history.state, command, lambda: "new", at(since_key + after_s))
-    assert isinstance(decision, Accepted) is not holds
+def test_key_expires_after_24_hours(after_s: float, holds: bool) -> None:  # noqa: FBT001
+    history = first_load()
+    history.end_load("L")  # a second after the key was used
+    for key in (KEY, OTHER_REQUEST):
+        assert isinstance(decide(history, unload(key), after_s - 1), Accepted) is not holds
+    for other in (None, OTHER_KEY):
+        assert isinstance(decide(history, unload(other), after_s - 1), Accepted)
 
 
-def test_a_key_that_was_used_again_after_it_was_forgotten_stands_for_the_later_request() -> None:
-    history = first("load")
+def test_key_used_again_after_expiry_stands_for_later_request() -> None:
+    history = first_load()
     history.end_load("L")
     history.add(UnloadRequested(False, "L", Cause.REQUEST, None, OTHER_REQUEST), "U", after_s=KEPT_S)
     assert decide(history, unload(OTHER_REQUEST)) == Existing("U")
     assert isinstance(decide(history, load(KEY)), Refused)
 
 
-@pytest.mark.parametrize("command", [load(), unload(), cancel("L")], ids=["load", "unload", "cancel"])
-def test_an_accepted_request_is_recorded_with_its_key(command: Command) -> None:
-    history = History()
-    if not isinstance(command, RequestLoad):
-        history.load("L")
-    if isinstance(command, RequestCancel):
-        history.ask_unload("U", "L")
-        command = cancel("U")
-    decision = decide(history, command)
+@pytest.mark.parametrize(
+    ("facts", "command"), [("", load()), ("load", unload()), ("load request_unload", cancel("U"))]
+)
+def test_accepted_request_records_its_key(facts: str, command: Command) -> None:
+    decision = decide(given(facts), command)
     assert isinstance(decision, Accepted)
     (draft,) = decision.drafts
     assert isinstance(draft.data, LoadRequested | UnloadRequested | CancelRequested)
@@ -195,7 +170,7 @@ ASKED = st.builds(Asked, COMMANDS, st.sampled_from([0, 1, 3_600, KEPT_S / 2, KEP
 
 
 class Oracle:
-    """Who remembers every key that an accepted request used up, and when."""
+    """Remembers every key that an accepted request used, and when."""
 
     def __init__(self) -> None:
         self.used: dict[str, tuple[str, str, float]] = {}
@@ -211,10 +186,8 @@ class Oracle:
 
 
 @PLAIN
-@given(st.lists(ASKED, max_size=25))
-def test_within_24_hours_a_key_always_gives_the_first_job_and_is_used_up_by_nothing_else(
-    requests: list[Asked],
-) -> None:
+@given_any(st.lists(ASKED, max_size=25))
+def test_key_returns_first_job_for_any_requests(requests: list[Asked]) -> None:
     state, oracle, new_id, seconds = State(), Oracle(), ids("j"), 0.0
     for asked in requests:
         seconds += asked.after_s
@@ -234,7 +207,7 @@ def test_within_24_hours_a_key_always_gives_the_first_job_and_is_used_up_by_noth
             assert not (isinstance(decision, Refused) and decision.code == "idempotency_mismatch")
 
 
-# In the log.
+# The log.
 
 
 async def outcome(log: Log, command: Command) -> str:
@@ -246,23 +219,17 @@ async def outcome(log: Log, command: Command) -> str:
     return f"{'' if receipt.existing else 'new '}{receipt.job_id}"
 
 
-class Clock:
-    """A wall clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.moment = START
-
-    def __call__(self) -> datetime:
-        return self.moment
-
-
 async def outcomes_of(path: Path, groups: list[list[Asked]], *, reopens: bool) -> list[list[str]]:
     """Submit these groups to a log of their own, opened anew for each or not."""
-    found, new_id, clock = [], ids("j"), Clock()
+    moment, found, new_id = START, [], ids("j")
+
+    def now() -> datetime:
+        return moment
+
     for run in [[group] for group in groups] if reopens else [groups]:
-        async with opened(path, new_id=new_id, now=clock, monotonic=float) as log:
+        async with opened(path, new_id=new_id, now=now, monotonic=float) as log:
             for group in run:
-                clock.moment += timedelta(seconds=group[0].after_s)
+                moment += timedelta(seconds=group[0].after_s)
                 found.append(await asyncio.gather(*(outcome(log, asked.command) for asked in group)))
             assert not log.state.keys  # they are in the log
     return found
@@ -291,9 +258,9 @@ def outcomes_in_memory(groups: list[list[Asked]]) -> list[list[str]]:
 
 
 @FEWER
-@given(st.lists(st.lists(ASKED, min_size=1, max_size=4), min_size=1, max_size=6))
+@given_any(st.lists(st.lists(ASKED, min_size=1, max_size=4), min_size=1, max_size=6))
 @example([[Asked(load(), 0), Asked(load(), 0), Asked(load(OTHER_REQUEST), 0)]])
-def test_the_log_answers_as_if_it_held_all_keys_in_memory(groups: list[list[Asked]]) -> None:
+def test_log_answers_as_if_keys_were_in_memory(groups: list[list[Asked]]) -> None:
     expected = outcomes_in_memory(groups)
     for reopens in (False, True):
         with TemporaryDirectory() as folder:
@@ -302,29 +269,21 @@ def test_the_log_answers_as_if_it_held_all_keys_in_memory(groups: list[list[Aske
             assert verify(path).verified
 
 
-async def test_requests_at_once_with_one_key_are_one_job(path: Path) -> None:
+async def test_log_answers_repeated_keys(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         same = [log.submit(load()) for _ in range(5)]
         others = [log.submit(load(OTHER_REQUEST, "other")) for _ in range(5)]
         results = await asyncio.gather(*same, *others, return_exceptions=True)
         assert results[:5] == [Receipt("j1", existing=number > 0, position=1) for number in range(5)]
         assert {type(result) for result in results[5:]} == {RequestRefused}
-        assert log.head.position == 1
-
-
-async def test_an_ended_job_answers_for_its_key_where_the_request_alone_would_make_a_new_one(
-    path: Path,
-) -> None:
-    async with opened(path, new_id=ids("j")) as log:
-        await log.submit(load())
         await log.submit(Record((Draft("e", LoadFailed("x", "y"), SYSTEM, "j1", MODEL, 1),)))
-        assert await log.submit(load()) == Receipt("j1", existing=True, position=2)
+        assert await log.submit(load()) == Receipt("j1", existing=True, position=2)  # though it has ended
         assert (await log.submit(load(None))).job_id == "j2"
     async with opened(path) as log:
         assert await log.submit(load()) == Receipt("j1", existing=True, position=3)
 
 
-async def test_a_refused_or_a_joined_request_does_not_use_its_key_up(path: Path) -> None:
+async def test_refused_or_joined_request_leaves_key_unused(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         assert await outcome(log, unload(KEY)) == "not_loaded"
         assert await outcome(log, load(None)) == "new j1"
@@ -333,7 +292,7 @@ async def test_a_refused_or_a_joined_request_does_not_use_its_key_up(path: Path)
         assert await outcome(log, load(KEY)) == "idempotency_mismatch"
 
 
-async def test_a_request_that_was_not_recorded_has_not_used_its_key_up(path: Path) -> None:
+async def test_failed_write_leaves_key_unused(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         await log.submit(load(None, "first"))
         assert log._database._connection is not None
@@ -345,39 +304,32 @@ async def test_a_request_that_was_not_recorded_has_not_used_its_key_up(path: Pat
             other.execute("ROLLBACK")
         assert await outcome(log, load(OTHER_REQUEST, "other")) == "new j3"
         assert await outcome(log, load(KEY)) == "idempotency_mismatch"
-
-
-async def test_a_log_whose_keys_cannot_be_read_refuses_and_recovers_by_itself(path: Path) -> None:
-    async with opened(path, new_id=ids("j")) as log:
-        await log.submit(load(KEY))
         assert log._database._connection is not None
-        log._database._connection.close()
+        log._database._connection.close()  # the keys cannot be read: the log refuses, and recovers
         with pytest.raises(LogUnavailable):
-            await log.submit(load(KEY))
-        assert await outcome(log, load(KEY)) == "j1"
+            await log.submit(load(OTHER_REQUEST))
+        assert await outcome(log, load(OTHER_REQUEST)) == "j3"
         assert log.healthy
 
 
 @FEWER
-@given(st.lists(drafts(), max_size=20), st.data())
-def test_what_the_log_knows_of_a_key_is_what_folding_it_gives(
-    facts: list[Draft], data: st.DataObject
-) -> None:
+@given_any(st.lists(drafts(), max_size=20), st.data())
+def test_keys_read_from_log_equal_folded_keys(facts: list[Draft], data: st.DataObject) -> None:
     keys = st.sampled_from([KEY, OTHER_REQUEST, OTHER_KEY, None])
-    given_facts = [
+    with_keys = [
         replace(draft, data=replace(draft.data, idempotency=data.draw(keys)))
         if isinstance(draft.data, LoadRequested | UnloadRequested | CancelRequested)
         else draft
         for draft in facts
     ]
 
-    async def written(path: Path) -> None:
+    async def write(path: Path) -> None:
         async with opened(path) as log:
-            await asyncio.gather(*(log.submit(Record((draft,))) for draft in given_facts))
+            await asyncio.gather(*(log.submit(Record((draft,))) for draft in with_keys))
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
-        asyncio.run(written(path))
+        asyncio.run(write(path))
         state = State()
         with closing(connect(path)) as connection:
             for (body,) in connection.execute("SELECT body FROM events ORDER BY position"):
@@ -385,7 +337,7 @@ def test_what_the_log_knows_of_a_key_is_what_folding_it_gives(
             assert store.read_keys(connection, ["k", "l", "never"]) == state.keys
 
 
-async def test_keys_are_found_by_an_index_that_holds_no_other_events(path: Path) -> None:
+async def test_key_index_holds_events_with_keys_only(path: Path) -> None:
     async with opened(path) as log:
         await log.submit(load(KEY))
         await log.submit(load(None, "other"))

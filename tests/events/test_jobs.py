@@ -1,11 +1,9 @@
-"""The fold of jobs, as tables: given these facts, when one more comes, the job reads so."""
-
-from collections.abc import Callable
+"""The fold of jobs: after these facts, a job reads so. `support.events.STEPS` explains the words."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given as given_any
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, History, as_event, at, drafts, load_requested, model_loaded
+from support.events import FEWER, MODEL, History, as_event, at, drafts, given, load_requested, model_loaded
 
 from events.jobs import Failure, Job, JobKind, JobStatus, LoadParameters, UnloadParameters, evolve_job
 from events.types import (
@@ -19,40 +17,19 @@ from events.types import (
     LoadFailed,
     LoadRequested,
     LoadStarted,
-    ModelUnloaded,
     ServerStopped,
     Unknown,
-    UnloadFailed,
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
 )
 
-Told = Callable[[History], object]
+PENDING, IN_PROGRESS, COMPLETED = JobStatus.PENDING, JobStatus.IN_PROGRESS, JobStatus.COMPLETED
+FAILED, CANCELLED = JobStatus.FAILED, JobStatus.CANCELLED
+BROKEN, STUCK = Failure("broken", "because"), Failure("stuck", "x")
 
 
-def told(*facts: Told) -> History:
-    history = History()
-    for fact in facts:
-        fact(history)
-    return history
-
-
-def add(data: Data, job: str) -> Told:
-    return lambda history: history.add(data, job)
-
-
-ASKED: Told = lambda history: history.ask_load("L")  # noqa: E731 - reads as a row of the tables
-STARTED: Told = lambda history: history.start_load("L")  # noqa: E731
-RESTARTED: Told = lambda history: history.restart()  # noqa: E731
-STOPPED_AND_RESTARTED: Told = lambda history: history.restart(unclean=False)  # noqa: E731
-CANCEL: Told = lambda history: history.ask_cancel("L")  # noqa: E731
-CANCEL_UNLOAD: Told = lambda history: history.ask_cancel("U")  # noqa: E731
-LOADED: Told = lambda history: history.load("L")  # noqa: E731
-ASKED_TO_UNLOAD: Told = lambda history: history.ask_unload("U", "L")  # noqa: E731
-
-
-def test_a_requested_load_is_a_pending_job_with_the_id_of_its_event() -> None:
+def test_requested_load_is_pending_job_with_deadline() -> None:
     history = History()
     data = LoadRequested(
         "high", 60, 5, 6, "auto", pinned=True, instances=3, cause=Cause.DEMAND, max_batch_size=8,
@@ -64,7 +41,7 @@ def test_a_requested_load_is_a_pending_job_with_the_id_of_its_event() -> None:
         kind=JobKind.LOAD,
         model_id=MODEL,
         version=4,
-        status=JobStatus.PENDING,
+        status=PENDING,
         created_at=at(1),
         created_position=1,
         position=1,
@@ -75,7 +52,7 @@ def test_a_requested_load_is_a_pending_job_with_the_id_of_its_event() -> None:
     )
 
 
-def test_a_requested_unload_is_a_pending_job_without_a_deadline() -> None:
+def test_requested_unload_is_pending_job_without_deadline() -> None:
     history = History()
     history.add(UnloadRequested(force=True, load_job_id="L", cause=Cause.IDLE), "U", by="bob")
     assert history.job("U") == Job(
@@ -83,7 +60,7 @@ def test_a_requested_unload_is_a_pending_job_without_a_deadline() -> None:
         kind=JobKind.UNLOAD,
         model_id=MODEL,
         version=1,
-        status=JobStatus.PENDING,
+        status=PENDING,
         created_at=at(1),
         created_position=1,
         position=1,
@@ -94,264 +71,176 @@ def test_a_requested_unload_is_a_pending_job_without_a_deadline() -> None:
     assert history.job("U").forced
 
 
-STATUSES: list[tuple[str, list[Told], str, JobStatus, Failure | None]] = [
-    ("requested", [ASKED], "L", JobStatus.PENDING, None),
-    ("started", [ASKED, STARTED], "L", JobStatus.IN_PROGRESS, None),
-    ("loaded", [LOADED], "L", JobStatus.COMPLETED, None),
-    (
-        "failed before it started",
-        [ASKED, add(LoadFailed("timeout", "waited"), "L")],
-        "L",
-        JobStatus.FAILED,
-        Failure("timeout", "waited"),
-    ),
-    (
-        "failed",
-        [ASKED, STARTED, add(LoadFailed("invalid_model", "no"), "L")],
-        "L",
-        JobStatus.FAILED,
-        Failure("invalid_model", "no"),
-    ),
-    ("cancelled while pending", [ASKED, add(JobCancelled(), "L")], "L", JobStatus.CANCELLED, None),
-    ("cancelled amid", [ASKED, STARTED, add(JobCancelled(), "L")], "L", JobStatus.CANCELLED, None),
-    ("only asked to be cancelled", [ASKED, add(CancelRequested(), "L")], "L", JobStatus.PENDING, None),
-    (
-        "its worker died",
-        [ASKED, STARTED, add(WorkerExited(1, None, ()), "L")],
-        "L",
-        JobStatus.IN_PROGRESS,
-        None,
-    ),
-    ("interrupted by a start of the server", [ASKED, STARTED, RESTARTED], "L", JobStatus.PENDING, None),
-    ("pending at a start of the server", [ASKED, RESTARTED], "L", JobStatus.PENDING, None),
-    ("ended before a start of the server", [LOADED, RESTARTED], "L", JobStatus.COMPLETED, None),
-    ("unload requested", [LOADED, ASKED_TO_UNLOAD], "U", JobStatus.PENDING, None),
-    (
-        "unload started",
-        [LOADED, ASKED_TO_UNLOAD, add(UnloadStarted(), "U")],
-        "U",
-        JobStatus.IN_PROGRESS,
-        None,
-    ),
-    ("unloaded", [LOADED, ASKED_TO_UNLOAD, add(ModelUnloaded(1, 2, 3), "U")], "U", JobStatus.COMPLETED, None),
-    (
-        "unload failed",
-        [LOADED, ASKED_TO_UNLOAD, add(UnloadStarted(), "U"), add(UnloadFailed("stuck", "x"), "U")],
-        "U",
-        JobStatus.FAILED,
-        Failure("stuck", "x"),
-    ),
-    (
-        "unload interrupted by a start of the server",
-        [LOADED, ASKED_TO_UNLOAD, add(UnloadStarted(), "U"), RESTARTED],
-        "U",
-        JobStatus.PENDING,
-        None,
-    ),
-    ("a forced unload beside it", [ASKED, STARTED, ASKED_TO_UNLOAD], "L", JobStatus.IN_PROGRESS, None),
+STATUSES: list[tuple[str, str, JobStatus, Failure | None]] = [
+    # facts, job, then: status, error
+    ("request", "L", PENDING, None),
+    ("request start", "L", IN_PROGRESS, None),
+    ("load", "L", COMPLETED, None),
+    ("request fail", "L", FAILED, BROKEN),
+    ("request start fail", "L", FAILED, BROKEN),
+    ("request cancel_L", "L", CANCELLED, None),
+    ("request start cancel_L", "L", CANCELLED, None),
+    ("request request_cancel_L", "L", PENDING, None),
+    ("request start request_force", "L", IN_PROGRESS, None),
+    ("request start restart", "L", PENDING, None),
+    ("request restart", "L", PENDING, None),
+    ("load restart", "L", COMPLETED, None),
+    ("load request_unload", "U", PENDING, None),
+    ("load request_unload start_unload", "U", IN_PROGRESS, None),
+    ("load request_unload start_unload finish_unload", "U", COMPLETED, None),
+    ("load request_unload finish_unload", "U", COMPLETED, None),
+    ("load request_unload start_unload fail_unload", "U", FAILED, STUCK),
+    ("load request_unload cancel_U", "U", CANCELLED, None),
+    ("load request_unload start_unload restart", "U", PENDING, None),
 ]
 
 
-@pytest.mark.parametrize(
-    ("facts", "job", "status", "error"), [row[1:] for row in STATUSES], ids=[r[0] for r in STATUSES]
-)
-def test_status_of_a_job_after(facts: list[Told], job: str, status: JobStatus, error: Failure | None) -> None:
-    found = told(*facts).job(job)
+@pytest.mark.parametrize(("facts", "job", "status", "error"), STATUSES)
+def test_job_status(facts: str, job: str, status: JobStatus, error: Failure | None) -> None:
+    found = given(facts).job(job)
     assert (found.status, found.error) == (status, error)
-    assert found.ended == (status in {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
+    assert found.ended == (status in {COMPLETED, FAILED, CANCELLED})
     assert (found.finished_at is not None) == found.ended
 
 
-def test_a_job_tells_when_it_began_and_ended_and_its_latest_position() -> None:
-    history = told(LOADED)
-    job = history.job("L")
+def test_job_keeps_times_and_latest_position() -> None:
+    job = given("load").job("L")
     assert (job.created_at, job.started_at, job.finished_at) == (at(1), at(2), at(3))
     assert (job.created_position, job.position) == (1, 3)
 
 
 @pytest.mark.parametrize("data", [CancelRequested(), WorkerExited(1, None, ())])
-def test_a_fact_about_a_job_moves_its_position_even_if_its_status_stays(data: Data) -> None:
-    assert told(ASKED, add(data, "L")).job("L").position == 2
+def test_event_of_job_moves_its_position(data: Data) -> None:
+    history = given("request start")
+    history.add(data, "L")
+    assert (history.job("L").position, history.job("L").status) == (3, IN_PROGRESS)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        LoadStarted(9),
-        model_loaded(),
-        LoadFailed("late", "late"),
-        JobCancelled(),
-        CancelRequested(),
-        load_requested(),
-        WorkerExited(1, None, ()),
-    ],
-    ids=lambda data: data.TYPE,
-)
-@pytest.mark.parametrize(
-    "end", [JobCancelled(), LoadFailed("first", "first"), model_loaded()], ids=lambda d: d.TYPE
-)
-def test_a_job_that_has_ended_never_changes(end: Data, data: Data) -> None:
-    ended = told(ASKED, STARTED, add(end, "L")).job("L")
-    late = as_event(Draft("x", data, SYSTEM, "L", MODEL, 1), 9, 9)
-    assert evolve_job(ended, late) is ended
-
-
-CANCELS: list[tuple[str, list[Told], str, bool, bool]] = [
-    # facts, job, whether it was asked for, whether it is in time
-    ("a load that nobody asked to cancel", [ASKED], "L", False, False),
-    ("a pending load", [ASKED, CANCEL], "L", True, True),
-    ("a load under way", [ASKED, STARTED, CANCEL], "L", True, True),
-    ("a load that began meanwhile", [ASKED, CANCEL, STARTED], "L", True, True),
-    ("a load that ended meanwhile", [ASKED, CANCEL, STARTED, add(model_loaded(), "L")], "L", True, False),
-    ("a load that had ended", [LOADED, CANCEL], "L", False, False),
-    ("a load, and the server died", [ASKED, STARTED, CANCEL, RESTARTED], "L", True, True),
-    ("a load that was cancelled", [ASKED, CANCEL, add(JobCancelled(), "L")], "L", True, False),
-    ("a pending unload", [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD], "U", True, True),
-    (
-        "an unload that began meanwhile",
-        [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD, add(UnloadStarted(), "U")],
-        "U",
-        True,
-        False,
-    ),
-    (
-        "an unload that had begun when the server died",
-        [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD, add(UnloadStarted(), "U"), RESTARTED],
-        "U",
-        True,
-        False,
-    ),
-    ("an unload, and the server died", [LOADED, ASKED_TO_UNLOAD, CANCEL_UNLOAD, RESTARTED], "U", True, True),
+ENDS: list[Data] = [JobCancelled(), LoadFailed("first", "first"), model_loaded()]
+LATE: list[Data] = [
+    *(LoadStarted(9), model_loaded(), LoadFailed("late", "late"), JobCancelled()),
+    *(CancelRequested(), load_requested(), WorkerExited(1, None, ())),
 ]
 
 
-@pytest.mark.parametrize(
-    ("facts", "job", "cancel"), [(*row[1:3], row[3:]) for row in CANCELS], ids=[row[0] for row in CANCELS]
-)
-def test_cancel_of(facts: list[Told], job: str, cancel: tuple[bool, bool]) -> None:
-    found = told(*facts).job(job)
-    assert (found.cancel_requested, found.cancelling) == cancel
+@pytest.mark.parametrize("end", ENDS, ids=lambda data: data.TYPE)
+def test_ended_job_never_changes(end: Data) -> None:
+    history = given("request start")
+    history.add(end, "L")
+    ended = history.job("L")
+    for data in LATE:
+        late = as_event(Draft("x", data, SYSTEM, "L", MODEL, 1), 9, 9)
+        assert evolve_job(ended, late) is ended
+
+
+CANCELS: list[tuple[str, str, bool, bool]] = [
+    # facts, job, then: whether a cancellation was requested, and whether it is in time
+    ("request", "L", False, False),
+    ("request request_cancel_L", "L", True, True),
+    ("request start request_cancel_L", "L", True, True),
+    ("request request_cancel_L start", "L", True, True),
+    ("request request_cancel_L start finish", "L", True, False),
+    ("load request_cancel_L", "L", False, False),
+    ("request start request_cancel_L restart", "L", True, True),
+    ("request request_cancel_L cancel_L", "L", True, False),
+    ("load request_unload request_cancel_U", "U", True, True),
+    ("load request_unload request_cancel_U start_unload", "U", True, False),
+    ("load request_unload request_cancel_U start_unload restart", "U", True, False),
+    ("load request_unload request_cancel_U restart", "U", True, True),
+]
+
+
+@pytest.mark.parametrize(("facts", "job", "requested", "in_time"), CANCELS)
+def test_job_cancellation(facts: str, job: str, requested: bool, in_time: bool) -> None:  # noqa: FBT001
+    found = given(facts).job(job)
+    assert (found.cancel_requested, found.cancelling) == (requested, in_time)
 
 
 @pytest.mark.parametrize("data", [ServerStopped(), AccessDenied("load", 1), Unknown("Later", 1, {})])
-def test_what_does_not_concern_a_job_leaves_it_alone(data: Data | Unknown) -> None:
-    history = told(ASKED)
+def test_unrelated_event_leaves_job_alone(data: Data | Unknown) -> None:
+    history = given("request")
     before = history.job("L")
     history.add(data, "L")
-    assert history.job("L") is before
-
-
-def test_a_fact_about_another_job_leaves_this_one_alone() -> None:
-    history = told(ASKED)
-    before = history.job("L")
     history.load("M")
     assert history.job("L") is before
 
 
 @pytest.mark.parametrize("data", [load_requested(), UnloadRequested(False, "L", Cause.REQUEST)])
-def test_a_request_whose_id_is_not_its_jobs_makes_no_job(data: Data) -> None:
+def test_request_with_other_id_or_without_model_makes_no_job(data: Data) -> None:
     history = History()
     history.add(data, "L", event_id="other")
-    assert not history.state.jobs
-
-
-@pytest.mark.parametrize("data", [load_requested(), UnloadRequested(False, "L", Cause.REQUEST)])
-def test_a_request_without_a_model_makes_no_job(data: Data) -> None:
-    history = History()
     history.add(data, "L", of=None)
     assert not history.state.jobs
 
 
 @pytest.mark.parametrize("data", [LoadStarted(1), model_loaded(), JobCancelled(), UnloadStarted()])
-def test_an_outcome_of_a_job_that_nobody_requested_makes_no_job(data: Data) -> None:
+def test_outcome_without_request_makes_no_job(data: Data) -> None:
     history = History()
     history.add(data, "L")
     assert not history.state.jobs
 
 
-def test_the_attempt_is_that_of_the_last_start() -> None:
-    history = told(ASKED, STARTED, RESTARTED)
+def test_attempts_count_starts() -> None:
+    history = given("request start restart")
     assert history.job("L").attempt == 1
     history.start_load("L", attempt=2)
-    assert (history.job("L").attempt, history.job("L").status) == (2, JobStatus.IN_PROGRESS)
+    assert (history.job("L").attempt, history.job("L").status) == (2, IN_PROGRESS)
+    assert given("load request_unload start_unload restart start_unload").job("U").attempt == 2
 
 
-def test_the_attempts_of_an_unload_are_counted() -> None:
-    history = told(LOADED, ASKED_TO_UNLOAD, add(UnloadStarted(), "U"), RESTARTED, add(UnloadStarted(), "U"))
-    assert history.job("U").attempt == 2
+@pytest.mark.parametrize(
+    ("facts", "deaths"),
+    [
+        ("request start restart", 1),
+        ("request restart", 0),
+        ("request start restart_cleanly", 0),
+        ("request start restart start restart start restart", 3),
+        ("request start restart restart", 1),
+        ("request start restart start restart_cleanly", 1),
+    ],
+)
+def test_server_deaths_charged_to_job(facts: str, deaths: int) -> None:
+    assert given(facts).job("L").server_deaths == deaths
 
 
-DEATHS: list[tuple[str, list[Told], int]] = [
-    ("in progress at an unclean death", [ASKED, STARTED, RESTARTED], 1),
-    ("pending at an unclean death", [ASKED, RESTARTED], 0),
-    ("in progress at an orderly stop", [ASKED, STARTED, STOPPED_AND_RESTARTED], 0),
-    ("at three unclean deaths", [ASKED, STARTED, RESTARTED, STARTED, RESTARTED, STARTED, RESTARTED], 3),
-    ("not begun again before the second death", [ASKED, STARTED, RESTARTED, RESTARTED], 1),
-    (
-        "at an unclean death, then an orderly stop",
-        [ASKED, STARTED, RESTARTED, STARTED, STOPPED_AND_RESTARTED],
-        1,
-    ),
-]
-
-
-@pytest.mark.parametrize(("facts", "deaths"), [row[1:] for row in DEATHS], ids=[row[0] for row in DEATHS])
-def test_deaths_of_the_server_charged_to_a_job(facts: list[Told], deaths: int) -> None:
-    assert told(*facts).job("L").server_deaths == deaths
-
-
-def test_after_a_restart_a_load_has_the_time_that_was_left_at_the_last_event_before_it() -> None:
+@pytest.mark.parametrize(
+    ("timeout_s", "pauses_s", "deadline_at"),
+    [
+        (100, [], at(101)),  # requested at 1
+        (100, [1_000], at(1_101)),
+        (100, [50, 70], at(101 + 50 + 70)),
+        (100, [0], at(101)),  # the clock says nothing about the pause
+        (2**63 - 1, [50], "9999-12-31T23:59:59.999999Z"),
+    ],
+)
+def test_deadline_moves_by_time_server_was_down(
+    timeout_s: int, pauses_s: list[int], deadline_at: str
+) -> None:
     history = History()
-    history.ask_load("L", timeout_s=100)  # at 1, so until 101
-    history.start_load("L")  # at 2
-    history.restart(down_s=1_000)  # at 1002: 99 s were left
-    assert history.job("L").deadline_at == at(1_002 + 99)
+    history.ask_load("L", timeout_s=timeout_s)
+    for pause_s in pauses_s:
+        history.restart(down_s=pause_s)
+    assert history.job("L").deadline_at == deadline_at
 
 
-def test_each_restart_moves_the_deadline_by_its_own_pause() -> None:
-    history = History()
-    history.ask_load("L", timeout_s=100)
-    history.restart(down_s=50)
-    history.restart(down_s=70)
-    assert history.job("L").deadline_at == at(101 + 50 + 70)
-
-
-def test_a_restart_whose_clock_says_nothing_about_the_pause_leaves_the_deadline() -> None:
-    history = History()
-    history.ask_load("L", timeout_s=100)
-    history.restart(down_s=0)
-    assert history.job("L").deadline_at == at(101)
-
-
-def test_a_restart_leaves_ended_jobs_and_the_lack_of_a_deadline_alone() -> None:
-    history = told(LOADED, ASKED_TO_UNLOAD)
+def test_restart_leaves_ended_jobs_and_unloads_without_deadline() -> None:
+    history = given("load request_unload")
     ended = history.job("L")
     history.restart(down_s=50)
     assert history.job("L") is ended
     assert history.job("U").deadline_at is None
 
 
-def test_a_deadline_beyond_the_calendar_is_its_last_moment() -> None:
-    history = History()
-    history.ask_load("L", timeout_s=2**63 - 1)
-    history.restart(down_s=50)
-    assert history.job("L").deadline_at == "9999-12-31T23:59:59.999999Z"
-
-
 @FEWER
-@given(st.lists(drafts(), max_size=25))
-def test_a_job_never_leaves_its_end_and_keeps_what_it_was_asked_for(told_drafts: list[Draft]) -> None:
+@given_any(st.lists(drafts(), max_size=25))
+def test_job_keeps_its_request_and_its_end(events: list[Draft]) -> None:
     history = History()
-    for number, draft in enumerate(told_drafts, 1):
+    for number, draft in enumerate(events, 1):
         before = dict(history.state.jobs)
         history.state.apply(as_event(draft, number, number))
         for key, job in before.items():
             after = history.state.jobs[key]
             if after.created_position == job.created_position:
-                assert (after.load, after.unload, after.kind, after.cause) == (
-                    job.load,
-                    job.unload,
-                    job.kind,
-                    job.cause,
-                )
+                asked = (job.load, job.unload, job.kind, job.cause)
+                assert (after.load, after.unload, after.kind, after.cause) == asked
                 assert after is job or not job.ended

@@ -1,15 +1,34 @@
-"""The queues of the live state are what looking through all its jobs would give, in a group and after it."""
+"""The live state: its queues, the active model, and what holds of folding any events."""
 
-from collections.abc import Sequence
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, History, as_event, drafts
+from msgspec.structs import replace
+from support.events import FEWER, MODEL, History, any_data, as_event, drafts, fold, opened
+from support.ledgers import told_history
 
+from events import jobs, models, rebuild, snapshots, store
+from events.bodies import from_body, to_body
+from events.canonical import GENESIS, canonical, chain
+from events.history import state_at
 from events.jobs import Job
-from events.state import Attempt, State, in_queue
-from events.types import Draft
+from events.models import Serving
+from events.rebuild import FOLDS
+from events.schema import connect
+from events.state import Attempt, Entities, State, in_queue
+from events.store import Row
+from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
+from events.verify import verify
+
+# Queues of unended jobs.
 
 GROUPS = st.lists(st.tuples(st.lists(drafts(), min_size=1, max_size=6), st.booleans()), max_size=8)
 """Groups of facts, and whether each becomes durable."""
@@ -17,8 +36,8 @@ GROUPS = st.lists(st.tuples(st.lists(drafts(), min_size=1, max_size=6), st.boole
 
 def unended(state: State, model_id: str | None) -> list[Job]:
     """Look through all jobs."""
-    jobs = [job for job in state.jobs.values() if not job.ended and model_id in (None, job.model_id)]
-    return sorted(jobs, key=lambda job: job.created_position)
+    found = [job for job in state.jobs.values() if not job.ended and model_id in (None, job.model_id)]
+    return sorted(found, key=lambda job: job.created_position)
 
 
 def assert_queues_are_right(state: State) -> None:
@@ -31,9 +50,7 @@ def assert_queues_are_right(state: State) -> None:
 
 @FEWER
 @given(GROUPS)
-def test_the_jobs_that_have_not_ended_are_those_whatever_was_tried(
-    groups: Sequence[tuple[list[Draft], bool]],
-) -> None:
+def test_queues_hold_unended_jobs_in_any_transaction(groups: Sequence[tuple[list[Draft], bool]]) -> None:
     state = State()
     for group, durable in groups:
         before = (state.unended(), state.backlog)
@@ -51,16 +68,20 @@ def test_the_jobs_that_have_not_ended_are_those_whatever_was_tried(
 
 
 @FEWER
-@given(st.lists(drafts(), max_size=25))
-def test_the_jobs_that_have_not_ended_are_those_though_no_ended_one_is_forgotten(told: list[Draft]) -> None:
-    state = State()
-    for position, draft in enumerate(told, 1):
-        state.apply(as_event(draft, position, position))
-        assert_queues_are_right(state)
+@given(st.lists(drafts(), max_size=30))
+def test_ended_jobs_may_be_forgotten(events: list[Draft]) -> None:
+    remembering, forgetting = History(), History()
+    for number, draft in enumerate(events, 1):
+        event = as_event(draft, number, number)
+        remembering.state.apply(event)
+        assert_queues_are_right(remembering.state)
+        forgetting.state.forget_ended(forgetting.state.apply(event).jobs.values())
+    assert remembering.state.models == forgetting.state.models
+    assert remembering.state.unended() == forgetting.state.unended()
 
 
-@pytest.mark.parametrize("forget", [False, True], ids=["remembered", "forgotten"])
-def test_an_id_that_is_requested_again_after_its_end_is_the_newest_job(forget: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("forget", [False, True])
+def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:  # noqa: FBT001
     history = History()
     history.ask_load("L")
     history.ask_load("M")
@@ -69,3 +90,240 @@ def test_an_id_that_is_requested_again_after_its_end_is_the_newest_job(forget: b
         history.state.forget_ended(list(history.state.jobs.values()))
     history.ask_load("L")
     assert [job.id for job in history.state.queue(MODEL)] == ["M", "L"]
+
+
+# The active model.
+
+
+def serving(history: History, model: str) -> Serving:
+    found = history.model(model).serving
+    assert found is not None
+    return found
+
+
+VERBS: dict[str, Callable[[History, str, str], object]] = {
+    "load": lambda h, model, job: h.load(job, of=model),
+    "demand": lambda h, model, job: h.load(job, of=model, cause=Cause.DEMAND),
+    "recover": lambda h, model, job: h.load(job, of=model, cause=Cause.RECOVERY),
+    "restore": lambda h, model, job: h.load(job, of=model, cause=Cause.RESTART),
+    "return": lambda h, model, job: h.load(job, of=model, cause=Cause.SWAP),
+    "request": lambda h, model, job: h.ask_load(job, of=model),
+    "start": lambda h, model, job: h.start_load(job, of=model),
+    "request_unload": lambda h, model, job: h.ask_unload(job, serving(h, model).load_job_id, of=model),
+    "start_unload": lambda h, model, job: h.start_unload(job, of=model),
+    "unload": lambda h, model, job: h.unload(job, serving(h, model).load_job_id, of=model),
+    "crash": lambda h, model, _: h.kill_worker(*serving(h, model).worker_ids, of=model),
+    "restart": lambda h, *_: h.restart(),
+}
+CONTINUES = {"start", "start_unload", "crash", "restart"}
+"""Verbs that go on with the job of the verb before."""
+
+
+def tell(history: History, words: str) -> History:
+    """Tell facts of several models, `verb:model` each; `restart` concerns all."""
+    job = ""
+    for number, word in enumerate(words.split()):
+        verb, _, model = word.partition(":")
+        job = job if verb in CONTINUES else f"{verb}{number}"
+        VERBS[verb](history, model, job)
+    return history
+
+
+ACTIVE: list[tuple[str, str | None]] = [
+    ("", None),
+    ("request:a start:a", None),
+    ("load:a", "a"),
+    ("load:a load:b", "b"),
+    ("load:a load:b load:a", "a"),
+    ("load:a demand:b", "b"),
+    ("load:a load:b request_unload:b", "b"),
+    ("load:a load:b request_unload:b start_unload:b", "b"),
+    ("load:a load:b unload:b", "a"),
+    ("load:a load:b unload:a", "b"),
+    ("load:a load:b unload:b unload:a", None),
+    ("load:a load:b crash:b", "a"),
+    ("load:a load:b crash:b recover:b", "b"),
+    ("load:a load:b crash:a recover:a", "b"),
+    ("load:a load:b restart", None),
+    ("load:a load:b restart restore:b restore:a", "b"),
+    ("load:a load:b return:a", "b"),
+    ("load:a load:b load:c restart restore:c restore:b restore:a unload:c", "b"),
+    ("load:a load:b unload:a load:a", "a"),
+]
+
+
+@pytest.mark.parametrize(("facts", "active"), ACTIVE)
+def test_active_model(facts: str, active: str | None) -> None:
+    found = tell(History(), facts).state.active()
+    assert (found.id if found else None) == active
+
+
+def test_models_do_not_affect_each_other() -> None:
+    history = tell(History(), "load:a")
+    before = history.model("a")
+    tell(history, "load:b crash:b recover:b unload:b")
+    assert history.model("a") is before
+
+
+# `Entities` folds the same, faster.
+
+
+def assert_entities_agree(events: Sequence[Event]) -> None:
+    state, entities = State(), Entities()
+    for event in events:
+        ended = entities.apply(event)
+        changed = state.apply(event).jobs.values()
+        state.forget_ended(changed)
+        assert [job for job in changed if job.ended] == ([] if ended is None else [ended])
+        assert entities.models == state.models
+        assert entities.jobs == state.jobs
+
+
+@FEWER
+@given(st.lists(drafts(), max_size=30))
+def test_entities_agree_with_state(events: list[Draft]) -> None:
+    assert_entities_agree(fold(events).facts)
+
+
+def test_entities_agree_on_history_and_continue_anywhere() -> None:
+    assert_entities_agree(told_history(rounds=3))
+    events = told_history()
+    whole = Entities()
+    for middle, event in enumerate(events, 1):
+        whole.apply(event)
+        rest = Entities(whole.models.values(), whole.jobs.values())
+        for later in events[middle:]:
+            rest.apply(later)
+        assert (len(rest.models), len(rest.jobs)) == (3, 1)
+
+
+def test_every_type_has_a_fold() -> None:
+    kinds = set(TYPES.values())
+    assert {kind.TYPE for kind in kinds - set(models.STEPS)} == {"ServerStarted", "AccessDenied"}
+    assert {kind.TYPE for kind in kinds - set(jobs.STEPS) - set(jobs.REQUESTS)} == {
+        *("ServerStarted", "ServerStopped", "AccessDenied")
+    }
+
+
+# Replays agree, and what this release does not know changes nothing.
+
+HISTORIES = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
+
+
+def write_ledger(path: Path, bodies: Sequence[str], snapshots_at: frozenset[int] = frozenset()) -> State:
+    """Write a ledger of these events, each in a transaction of its own, with snapshots at these positions."""
+    state, digest = State(), GENESIS
+    with closing(connect(path)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("UPDATE projected SET folds = ?", (FOLDS,))
+        for position, body in enumerate(bodies, 1):
+            digest = chain(digest, body)
+            changes = state.apply(from_body(body))
+            store.write_group(connection, [Row(position, body, digest)], changes, entities=0)
+            if position in snapshots_at:
+                snapshots.write(connection, position)
+    return state
+
+
+def fold_events(events: Sequence[Event]) -> State:
+    state = State()
+    for event in events:
+        state.apply(event)
+    return state
+
+
+def texts(state: State) -> list[str]:
+    return [*sorted(map(store.as_text, state.models.values())), *map(store.as_text, state.unended())]
+
+
+def texts_at_each_position(connection: sqlite3.Connection, last: int) -> list[list[str]]:
+    return [texts(state_at(connection, position)) for position in range(last + 1)]
+
+
+@FEWER
+@given(HISTORIES, st.frozensets(st.integers(1, 30), max_size=5))
+def test_replay_from_snapshot_is_replay_from_zero(events: list[Event], at: frozenset[int]) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.db"
+        write_ledger(path, list(map(to_body, events)), at)
+        with closing(connect(path)) as connection:
+            for position in range(len(events) + 1):
+                zero = state_at(connection, position, from_base=True)
+                near = state_at(connection, position)
+                folded = fold_events(events[:position])
+                assert near.models == zero.models == folded.models
+                assert near.unended() == zero.unended() == folded.unended()
+                assert (near.position, near.recorded_at) == (zero.position, zero.recorded_at)
+                assert near.position == position
+            before = texts_at_each_position(connection, len(events))
+            rebuild.rebuild(connection)
+            assert texts_at_each_position(connection, len(events)) == before
+        assert verify(path).verified
+
+
+@FEWER
+@given(HISTORIES)
+def test_fold_is_repeatable(events: list[Event]) -> None:
+    assert fold_events(events) == fold_events(events)
+    read = [from_body(to_body(event)) for event in events]
+    assert texts(fold_events(events)) == texts(fold_events(read))
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=5)
+JSONS = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=5,
+)
+NEW_NAMES = st.text(min_size=1, max_size=8).map(lambda name: f"new_{name}")
+NEW_FIELDS = st.dictionaries(NEW_NAMES, JSONS, max_size=3)
+
+
+@FEWER
+@given(any_data(), NEW_FIELDS, NEW_FIELDS)
+def test_fields_of_later_release_are_skipped(
+    data: Any, inside: dict[str, Any], beside: dict[str, Any]
+) -> None:
+    event = Event(7, "e", data, "alice", "2026-01-01T00:00:00.000000Z", "e", "m", 1)
+    raw = json.loads(to_body(event))
+    later = canonical({**raw, **beside, "data": {**raw["data"], **inside}})
+    assert from_body(later) == event
+    assert fold_events([from_body(later)]) == fold_events([event])
+
+
+OBJECTS = st.dictionaries(st.text(max_size=5), JSONS, max_size=3)
+UNKNOWN = st.builds(Unknown, NEW_NAMES, st.integers(1, 3), OBJECTS) | st.builds(
+    Unknown, st.sampled_from(sorted(TYPES)), st.integers(SCHEMA + 1, SCHEMA + 3), OBJECTS
+)
+
+
+@FEWER
+@given(HISTORIES, st.data())
+def test_events_of_later_release_are_kept_and_skipped(events: list[Event], draws: st.DataObject) -> None:
+    known = draws.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
+    pairs = list(zip(events, known, strict=True))
+    written = [event if is_known else replace(event, data=draws.draw(UNKNOWN)) for event, is_known in pairs]
+    without = fold_events([event for event, is_known in pairs if is_known])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.db"
+        bodies = list(map(to_body, written))
+        state = write_ledger(path, bodies)
+        assert (state.models, state.unended()) == (without.models, without.unended())
+        verification = verify(path)
+        assert verification.verified, verification.finding
+        with closing(connect(path)) as connection:
+            rows = connection.execute("SELECT body FROM events ORDER BY position").fetchall()
+        assert [body for (body,) in rows] == bodies
+
+
+async def test_ledger_with_events_of_later_release_opens(tmp_path: Path) -> None:
+    history = History()
+    history.load("L")
+    history.add(Unknown("ModelBlessed", 1, {"by": "somebody"}), "L")
+    history.add(Unknown("ModelLoaded", 2, {"files": "elsewhere"}), "L")
+    path = tmp_path / "ledger.db"
+    write_ledger(path, list(map(to_body, history.facts)))
+    async with opened(path) as log:
+        assert log.state.models == history.state.models
+        await log.server_started()
+    assert verify(path).verified

@@ -8,7 +8,7 @@ import enum
 import sys
 import types
 import typing
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -25,7 +25,15 @@ from events.clock import stamp
 from events.commands import Command, Record
 from events.jobs import Job
 from events.log import Log, Receipt
-from events.models import Model
+from events.models import (
+    CRASH_LOOP,
+    FORK_SERVER_DIED,
+    INCIDENT_WINDOW_S,
+    INSUFFICIENT_MEMORY,
+    TIMEOUT,
+    TOO_MANY_LOADED,
+    Model,
+)
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -44,7 +52,9 @@ from events.types import (
     ModelLoaded,
     ModelUnloaded,
     ServerStarted,
+    ServerStopped,
     Unknown,
+    UnloadFailed,
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
@@ -230,6 +240,115 @@ class History:
     def model(self, model: str = MODEL) -> Model:
         """Return a model of the present state."""
         return self.state.models[model]
+
+
+def _request_cancel(job: str) -> Callable[[History], object]:
+    return lambda h: h.ask_cancel(job)
+
+
+def _cancel(job: str) -> Callable[[History], object]:
+    return lambda h: h.end_cancelled(job)
+
+
+STEPS: dict[str, Callable[[History], object]] = {
+    "request": lambda h: h.ask_load("L"),
+    "start": lambda h: h.start_load("L"),
+    "finish": lambda h: h.end_load("L"),
+    "fail": lambda h: h.fail_load("L"),
+    "load": lambda h: h.load("L"),
+    # The same version again, asked for by a person.
+    "request_again": lambda h: h.ask_load("L3"),
+    "start_again": lambda h: h.start_load("L3"),
+    "fail_again": lambda h: h.fail_load("L3"),
+    "timeout_again": lambda h: h.fail_load("L3", TIMEOUT),
+    "no_memory_again": lambda h: h.fail_load("L3", INSUFFICIENT_MEMORY),
+    "load_again": lambda h: h.load("L3"),
+    # Another version, beside or in place; the old one drains.
+    "request_v2": lambda h: h.ask_load("L2", version=2),
+    "request_in_place": lambda h: h.ask_load("L2", version=2, strategy="in_place"),
+    "start_v2": lambda h: h.start_load("L2", version=2),
+    "finish_v2": lambda h: h.end_load("L2", version=2),
+    "fail_v2": lambda h: h.fail_load("L2", version=2),
+    "crash_loop_v2": lambda h: h.fail_load("L2", CRASH_LOOP, version=2),
+    "forkserver_fails_v2": lambda h: h.fail_load("L2", FORK_SERVER_DIED, version=2),
+    "load_v2": lambda h: h.load("L2", version=2),
+    "request_drain": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
+    "start_drain": lambda h: h.start_unload("S"),
+    "finish_drain": lambda h: h.end_unload("S"),
+    "fail_drain": lambda h: h.add(UnloadFailed("stuck", "x"), "S"),
+    "drain": lambda h: h.unload("S", "L", cause=Cause.SWAP),
+    "drain_again": lambda h: h.unload("S2", "L", cause=Cause.SWAP),
+    # Unloads, gentle and forced.
+    "request_unload": lambda h: h.ask_unload("U", "L"),
+    "request_unload_v2": lambda h: h.ask_unload("U", "L2"),
+    "request_unload_pair": lambda h: h.ask_unload("U", "P"),
+    "request_unload_unknown": lambda h: h.ask_unload("U", "unknown"),
+    "request_eviction": lambda h: h.ask_unload("U", "L", cause=Cause.EVICTION),
+    "start_unload": lambda h: h.start_unload("U"),
+    "finish_unload": lambda h: h.end_unload("U"),
+    "fail_unload": lambda h: h.add(UnloadFailed("stuck", "x"), "U"),
+    "request_force": lambda h: h.ask_unload("F", "L", force=True),
+    "request_force_v2": lambda h: h.ask_unload("F", "L2", force=True),
+    "start_force": lambda h: h.start_unload("F"),
+    "finish_force": lambda h: h.end_unload("F"),
+    **{f"request_cancel_{job}": _request_cancel(job) for job in ("L", "L2", "L3", "R", "U")},
+    **{f"cancel_{job}": _cancel(job) for job in ("L", "L2", "L3", "R", "U", "F", "S")},
+    # Deaths of workers and of the server, and what the system does about them.
+    "crash": lambda h: h.kill_worker("w-L"),
+    "crash_again": lambda h: h.kill_worker("w-R"),
+    "crash_unknown": lambda h: h.kill_worker("unknown"),
+    "forkserver_exit": lambda h: h.kill_worker("w-L", signal=None),
+    "restart": lambda h: h.restart(),
+    "restart_cleanly": lambda h: h.restart(unclean=False),
+    "stop_server": lambda h: h.add(ServerStopped(), of=None),
+    "request_recovery": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
+    "request_restore": lambda h: h.ask_load("R", cause=Cause.RESTART),
+    "request_return": lambda h: h.ask_load("R", cause=Cause.SWAP),
+    "start_recovery": lambda h: h.start_load("R"),
+    "finish_recovery": lambda h: h.end_load("R"),
+    "fail_recovery": lambda h: h.fail_load("R"),
+    "timeout_recovery": lambda h: h.fail_load("R", TIMEOUT),
+    "no_memory_recovery": lambda h: h.fail_load("R", INSUFFICIENT_MEMORY),
+    "too_many_recovery": lambda h: h.fail_load("R", TOO_MANY_LOADED),
+    "crash_loop_recovery": lambda h: h.fail_load("R", CRASH_LOOP),
+    "forkserver_fails_recovery": lambda h: h.fail_load("R", FORK_SERVER_DIED),
+    "restore": lambda h: h.load("R", cause=Cause.RESTART),
+    # A model of two instances.
+    "load_pair": lambda h: h.load_pair("P"),
+    "crash_1": lambda h: h.kill_worker("P1"),
+    "crash_2": lambda h: h.kill_worker("P2"),
+    "crash_2_later": lambda h: h.kill_worker("P2", after_s=INCIDENT_WINDOW_S + 1),
+    "forkserver_exit_1": lambda h: h.kill_worker("P1", signal=None),
+    "forkserver_exit_2": lambda h: h.kill_worker("P2", signal=None),
+    "recover_pair": lambda h: h.load_pair("R", cause=Cause.RECOVERY),
+    "crash_1_again": lambda h: h.kill_worker("R1"),
+    # Another model.
+    "request_other": lambda h: h.ask_load("O", of="other"),
+    "load_other": lambda h: h.load("O", of="other"),
+}
+"""The words in which tables tell a history of the model `digits`.
+
+Jobs: `L`, `L2` (version 2), `L3` and `P` (two instances) are loads, `R` a load by the system; `U` is an
+unload, `F` a forced one, `S` that of the replaced version; `O` loads the model `other`. The worker of the
+load `L` is `w-L`, those of `P` are `P1` and `P2`.
+"""
+
+
+def given(words: str) -> History:
+    """Return the history that these words of STEPS tell."""
+    history = History()
+    for word in words.split():
+        STEPS[word](history)
+    return history
+
+
+def fold(drafts: Iterable[Draft]) -> History:
+    """Return the history of these drafts, one second apart."""
+    history = History()
+    for number, draft in enumerate(drafts, 1):
+        history.facts.append(as_event(draft, number, number))
+        history.state.apply(history.facts[-1])
+    return history
 
 
 def ids(prefix: str = "id") -> Callable[[], str]:
