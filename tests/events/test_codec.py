@@ -1,0 +1,241 @@
+"""Canonical JSON and the hash chain; the fast writer and the fast check agree with the rule."""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from support.events import INTEGERS, PLAIN, any_data, load_requested, model_loaded
+from support.ledgers import told_history
+
+from events.bodies import Exactness, canonical_body, from_body, is_canonical, to_body
+from events.canonical import GENESIS, canonical, chain
+from events.errors import NotEncodable
+from events.types import AccessDenied, Event, LoadFailed, WorkerExited
+
+VECTORS: list[dict[str, str]] = json.loads(
+    Path(__file__).with_name("vectors.json").read_text(encoding="ascii"),
+)["vectors"]
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
+def test_canonical_form_is_committed_vector(vector: dict[str, str]) -> None:
+    text = canonical(json.loads(vector["json"]))
+    assert text == vector["canonical"]
+    assert text.encode().hex() == vector["utf8"]
+
+
+def test_committed_vectors_are_one_chain() -> None:
+    previous = bytes(32)
+    assert previous == GENESIS
+    for vector in VECTORS:
+        expected = hashlib.sha256(previous + bytes.fromhex(vector["utf8"])).digest()
+        assert chain(previous, vector["canonical"]) == expected
+        assert expected.hex() == vector["hash"]
+        previous = expected
+
+
+LEAVES = st.none() | st.booleans() | INTEGERS | st.text()
+JSON = st.recursive(
+    LEAVES,
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(), children, max_size=4),
+    max_leaves=12,
+)
+
+
+@PLAIN
+@given(JSON)
+def test_canonical_form_reads_back_and_is_fixed_point(value: Any) -> None:
+    text = canonical(value)
+    assert json.loads(text) == value
+    assert canonical(json.loads(text)) == text
+
+
+@PLAIN
+@given(st.dictionaries(st.text(), INTEGERS, max_size=6))
+def test_key_order_and_tuples_do_not_matter(value: dict[str, int]) -> None:
+    backwards = dict(reversed(value.items()))
+    assert canonical([value]) == canonical((backwards,))
+    assert list(json.loads(canonical(backwards))) == sorted(value)
+
+
+@PLAIN
+@given(st.text())
+def test_only_quotes_backslashes_and_controls_are_escaped(text: str) -> None:
+    short = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    written = "".join(
+        short.get(character) or (f"\\u{ord(character):04x}" if character < " " else character)
+        for character in text
+    )
+    assert canonical(text) == f'"{written}"'
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.5,
+        1.0,
+        float("nan"),
+        float("inf"),
+        2**63,
+        -(2**63) - 1,
+        10**5_000,
+        {1: "a"},
+        {None: "a"},
+        {True: "a"},
+        "\ud800",
+        "\udfff\ud800",
+        {"\ud800": 1},
+        b"bytes",
+        bytearray(b"bytes"),
+        {"a set"},
+        range(3),
+        object(),
+        1j,
+    ],
+    ids=lambda value: repr(value)[:20] if not isinstance(value, int) else f"{value.bit_length()} bits",
+)
+def test_value_without_canonical_form_is_refused(value: object) -> None:
+    for holder in (value, [value], {"key": [{"deeper": value}]}):
+        with pytest.raises(NotEncodable) as raised:
+            canonical(holder)
+        assert raised.value.code == "not_encodable"
+
+
+def test_refusal_names_place_of_value() -> None:
+    with pytest.raises(NotEncodable, match=r"\$\.data\.files\[1\]\.bytes: float"):
+        canonical({"data": {"files": [{"bytes": 1}, {"bytes": 1.5}]}})
+
+
+# The fast writer writes what the rule gives, and refuses what the rule refuses.
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=10)
+"""Lone surrogates, too."""
+
+
+def event(data: Any, **envelope: Any) -> Event:
+    plain = Event(7, "e", data, "alice", "2026-01-01T00:00:00.000000Z", "e", "m", 1)
+    return replace(plain, **envelope)
+
+
+def assert_written_by_the_rule(written: Event) -> None:
+    def outcome(write: Any) -> str:
+        try:
+            return str(write(written))
+        except NotEncodable as error:
+            return f"refused: {error}"
+
+    assert outcome(to_body) == outcome(canonical_body)
+
+
+@PLAIN
+@given(any_data(), ANY_TEXT, ANY_TEXT | st.none(), st.integers(-(2**70), 2**70))
+@example(
+    LoadFailed("".join(map(chr, range(0x250))), "\u2028\u2029\ufeff\uffff\U0001f600/<>&"), "\x7f", "", 2**63
+)
+@example(LoadFailed("x", "\ud800"), "a", "b", 1)
+@example(AccessDenied("x", 2**63), "a", "b", 1)
+def test_body_is_written_by_the_rule(data: Any, actor: str, model_id: str | None, position: int) -> None:
+    assert_written_by_the_rule(event(data, actor=actor, model_id=model_id, position=position))
+
+
+class Word(StrEnum):
+    ONE = "one"
+
+
+class Text(str):
+    __slots__ = ()
+
+
+ODD: list[Any] = [
+    *(1.0, 1.5, float("nan"), 2**63, -(2**63) - 1, 2**64, 10**400, True),
+    *(b"x", Word.ONE, Text("x"), datetime(2026, 1, 1, tzinfo=UTC), Ellipsis),
+    *([1], ["x", 1.0], {"a": 1}, {1: 2}, {"x"}, ("x", ("y", 2**63))),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_value_of_wrong_type_is_written_or_refused_by_the_rule(odd: Any) -> None:
+    for data in (
+        AccessDenied("x", odd),
+        LoadFailed(odd, "x"),
+        WorkerExited(1, None, odd),
+        replace(load_requested(), cause=odd),
+        replace(model_loaded(), files=(odd,)),
+    ):
+        assert_written_by_the_rule(event(data))
+    assert_written_by_the_rule(event(load_requested(), version=odd))
+
+
+def test_history_is_written_by_the_rule_and_reads_back() -> None:
+    for each in told_history():
+        assert to_body(each) == canonical_body(each)
+        assert from_body(to_body(each)) == from_body(to_body(each).encode()) == each
+
+
+# The fast check of a body's form says what the rule says.
+
+
+EXACTNESS = Exactness()
+"""One for all, as a verification has."""
+
+
+STYLES = st.fixed_dictionaries(
+    {
+        "sort_keys": st.booleans(),
+        "ensure_ascii": st.booleans(),
+        "separators": st.sampled_from([(",", ":"), (", ", ":"), (",", ": ")]),
+        "indent": st.sampled_from([None, None, 0]),
+    }
+)
+
+
+@PLAIN
+@given(any_data(), STYLES)
+def test_only_canonical_bytes_pass_the_check(data: Any, style: dict[str, Any]) -> None:
+    expected = to_body(event(data)).encode()
+    assert is_canonical(expected)
+    assert EXACTNESS.holds(from_body(expected), expected)
+    body = json.dumps(json.loads(expected), **style).encode()
+    assert EXACTNESS.holds(from_body(body), body) == is_canonical(body) == (body == expected)
+
+
+CHANGES = [
+    # a part of a body, what stands there instead, and whether that is canonical
+    ('"timeout_s":300', '"timeout_s":-9223372036854775808', True),
+    ('"timeout_s":300', '"timeout_s":18446744073709551615', True),
+    ('"timeout_s":300', '"timeout_s":1000000000000000000000000', True),
+    ('"worker_id":null', '"worker_id":null,"z":1', True),
+    (',"max_batch_size":0', "", True),
+    ('"LoadRequested"', '"LoadRequested2"', True),
+    ('"schema":1', '"schema":2', True),
+    ('"position":7', '"position":7.0', False),
+    ('"position":7', '"position":7e0', False),
+    ('"position":7', '"position":-0', False),
+    ('"position":7', '"position":7,"position":7', False),
+    ('"worker_id":null', '"worker_id":null,"z":1.5', False),
+    ('"worker_id":null', '"worker_id":null,"a":1', False),
+    ('"alice"', '"\\u0061lice"', False),
+    ('"alice"', '"\\/"', False),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "holds"), CHANGES)
+def test_check_of_changed_body(old: str, new: str, holds: bool) -> None:  # noqa: FBT001
+    written = to_body(event(load_requested()))
+    assert old in written
+    body = written.replace(old, new).encode()
+    assert is_canonical(body) == holds
+    try:
+        read = from_body(body)
+    except ValueError:
+        assert not holds
+    else:
+        assert EXACTNESS.holds(read, body) == holds

@@ -1,0 +1,431 @@
+"""The log when writing fails, and files that are not its own: nothing is lost, nothing foreign is touched."""
+
+import asyncio
+import json
+import shutil
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.events import MODEL, START, at, child, facts, ids, opened, write
+
+import migrations
+from events.bodies import from_body
+from events.clock import stamp
+from events.commands import Record, RequestLoad
+from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable, NotEncodable
+from events.log import Log, Receipt
+from events.schema import APPLICATION_ID
+from events.types import SYSTEM, Draft, LoadFailed, LoadStarted
+from events.verify import verify
+
+LIMIT_S = 60
+"""Only against hanging."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+def query(path: Path, sql: str) -> list[tuple[object, ...]]:
+    """Read through a connection of its own."""
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def bodies(path: Path) -> list[str]:
+    return [str(body) for (body,) in query(path, "SELECT body FROM events ORDER BY position")]
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def make(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def fact(name: str, message: str = "") -> Record:
+    return Record((Draft(name, LoadFailed("x", message), SYSTEM, "job", MODEL, 1),))
+
+
+def load(model_id: str = MODEL) -> RequestLoad:
+    return RequestLoad(model_id, 1, (), "alice")
+
+
+# Writes that fail.
+
+
+def forbid_growth(log: Log) -> None:
+    """Let this connection, and no other, find the disk full."""
+    assert log._database._connection is not None
+    (pages,) = log._database._connection.execute("PRAGMA page_count").fetchone()
+    assert log._database._connection.execute(f"PRAGMA max_page_count = {pages}").fetchone() == (pages,)
+
+
+async def test_full_disk_fails_transaction_and_log_recovers(path: Path) -> None:
+    async with opened(path, new_id=ids("j")) as log:
+        await write(log, 3)
+        forbid_growth(log)
+        big = [log.submit(fact(f"big{number}", "x" * 4_000)) for number in range(10)]
+        results = await asyncio.gather(*big, log.submit(load()), return_exceptions=True)
+        assert all(type(result) is LogUnavailable for result in results), results
+        assert (log.head.position, log.state.position, log.state.jobs) == (3, 3, {})
+        assert len(bodies(path)) == 3
+        assert await log.submit(load()) == Receipt("j2", existing=False, position=4)
+        assert log.healthy
+    assert verify(path).verified
+    assert verify(path).position == 4
+
+
+async def test_busy_database_fails_transaction_and_log_recovers(path: Path) -> None:
+    async with opened(path) as log:
+        await write(log, 3)
+        assert log._database._connection is not None
+        log._database._connection.execute("PRAGMA busy_timeout = 20")
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(LogUnavailable):
+                await log.submit(fact("late"))
+            other.execute("ROLLBACK")
+        assert [receipt.position for receipt in await write(log, 2, first=4)] == [4, 5]
+    assert [from_body(body).id for body in bodies(path)] == ["f1", "f2", "f3", "f4", "f5"]
+
+
+async def test_lost_connection_fails_transaction_and_log_recovers(path: Path) -> None:
+    async with opened(path) as log:
+        await write(log, 1)
+        for writing, expected in ((log.submit(fact("late")), 2), (log.note_last_used({"a": at(1)}), 3)):
+            assert log._database._connection is not None
+            log._database._connection.close()
+            with pytest.raises(LogUnavailable):
+                await writing
+            assert [receipt.position for receipt in await write(log, 1, first=expected)] == [expected]
+    assert verify(path).verified
+
+
+FILE_SIZE_LIMIT = """
+import asyncio, logging, resource, sys
+from pathlib import Path
+from events.errors import LogUnavailable
+from events.verify import verify
+from support.events import facts, opened, write
+logging.disable()
+async def main(path):
+    async with opened(path) as log:
+        await write(log, 20)
+        wal = path.with_name(path.name + "-wal")
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (wal.stat().st_size + 100, hard))
+        results = await asyncio.gather(*map(log.submit, facts(200, first=100)), return_exceptions=True)
+        assert all(type(result) is LogUnavailable for result in results), results
+        assert not log.healthy
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        async with asyncio.timeout(30):  # nobody writes: the log tries by itself
+            while not log.healthy:
+                await asyncio.sleep(0.01)
+        receipts = await write(log, 20, first=21)
+        assert [receipt.position for receipt in receipts] == list(range(21, 41)), receipts
+        assert log.healthy
+    assert verify(path).verified
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+def run(script: str, *arguments: object, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = child(script, *arguments, first=first)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+def test_file_size_limit_fails_transaction_and_log_recovers(path: Path) -> None:
+    done = run(FILE_SIZE_LIMIT, path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [from_body(body).id for body in bodies(path)] == [f"f{number}" for number in range(1, 41)]
+
+
+# An fsync that fails is made by the kernel itself: a seccomp filter on the log's own thread answers EIO.
+FSYNC_FAILS = """
+import asyncio, ctypes, logging, os, platform, sys
+from pathlib import Path
+from events.errors import LogUnavailable
+from events.verify import verify
+from support.events import facts, opened, write
+NUMBERS = {"x86_64": (74, 75), "aarch64": (82, 83)}.get(platform.machine())
+LOAD, EQUAL, ANSWER, ALLOW, EIO = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000 | 5
+logging.disable()
+class Step(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_ushort), ("yes", ctypes.c_ubyte), ("no", ctypes.c_ubyte)]
+    _fields_ += [("operand", ctypes.c_uint32)]
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.POINTER(Step))]
+def fail_fsync(descriptor):
+    steps = [(LOAD, 0, 0, 0), (EQUAL, 1, 0, NUMBERS[0]), (EQUAL, 0, 3, NUMBERS[1])]
+    only = [(LOAD, 0, 0, 16), (EQUAL, 0, 1, descriptor)]
+    steps += [(LOAD, 0, 0, 0)] * 2 if descriptor is None else only
+    steps += [(ANSWER, 0, 0, EIO), (ANSWER, 0, 0, ALLOW)]
+    program = Program(len(steps), (Step * len(steps))(*steps))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program)):
+        os._exit(77)
+def descriptor_of(path):
+    for entry in os.scandir("/proc/self/fd"):
+        if os.path.exists(entry) and os.path.samefile(entry, path):
+            return int(entry.name)
+async def main(path, scope):
+    if NUMBERS is None:
+        os._exit(77)
+    spare = os.open("/dev/null", os.O_RDONLY)
+    log = None
+    async with opened(path) as log:
+        await write(log, 3)
+        wal = descriptor_of(path.with_name(path.name + "-wal"))
+        assert wal > spare
+        os.close(spare)  # what is opened anew has other numbers, so that only this WAL's fsync fails
+        await log._database.run(lambda: fail_fsync(wal if scope == "once" else None))
+        results = await asyncio.gather(*map(log.submit, facts(5, first=4)), return_exceptions=True)
+        print([getattr(result, "position", type(result).__name__) for result in results])
+        print(log.healthy, log.head.position)
+        if scope == "once":
+            await write(log, 1, first=9)
+asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("scope", ["once", "always"])
+def test_unknown_commit_is_acknowledged_only_when_on_disk(path: Path, scope: str) -> None:
+    done = run(FSYNC_FAILS, path, scope)
+    if done.returncode == 77:
+        pytest.skip("this kernel or architecture takes no such filter")
+    assert (done.returncode, done.stderr) == (0, "")
+    if scope == "once":
+        assert done.stdout.splitlines() == ["[4, 5, 6, 7, 8]", "True 8"]
+        assert len(bodies(path)) == 9
+    else:
+        assert done.stdout.splitlines() == [str(["LogUnavailable"] * 5), "False 3"]
+        assert len(bodies(path)) in {3, 8}  # what was not acknowledged may be there; what was, is
+    assert verify(path).verified
+
+
+NOTES: list[tuple[dict[str, Any], type[Exception]]] = [
+    ({"\ud800": at(1)}, NotEncodable),
+    ({"a": 2**64}, LogUnavailable),
+]
+
+
+@pytest.mark.parametrize(("note", "problem"), NOTES, ids=["no text", "no stamp"])
+async def test_invalid_note_fails_alone(path: Path, note: dict[str, Any], problem: type[Exception]) -> None:
+    async with opened(path) as log:
+        results = await asyncio.gather(
+            log.note_last_used(note),
+            log.note_last_used({"a": at(1)}),
+            *map(log.submit, facts(1)),
+            return_exceptions=True,
+        )
+        assert type(results[0]) is problem
+        assert results[1] is None
+        assert isinstance(results[2], Receipt)
+        assert log.healthy
+
+
+async def test_note_without_table_fails_and_log_stays_healthy(path: Path) -> None:
+    async with opened(path) as log:
+        await write(log, 1)
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.executescript("DROP TABLE last_used; CREATE TABLE last_used (something_else)")
+        note, *receipts = await asyncio.gather(
+            log.note_last_used({"a": at(1)}), *map(log.submit, facts(5, first=2)), return_exceptions=True
+        )
+        assert type(note) is LogUnavailable
+        assert [each.position for each in receipts if isinstance(each, Receipt)] == [2, 3, 4, 5, 6]
+        assert log.healthy
+    assert verify(path).verified
+
+
+# What the database itself refuses.
+
+
+def body_at(position: object) -> str:
+    return json.dumps({"position": position, "type": "t", "actor": "a", "recorded_at": "r"})
+
+
+FORBIDDEN = [
+    "UPDATE events SET body = body",
+    "UPDATE events SET hash = zeroblob(32) WHERE position = 1",
+    "UPDATE OR REPLACE events SET position = 2 WHERE position = 1",
+    "DELETE FROM events",
+    "DELETE FROM events WHERE position = 3",
+    f"INSERT INTO events (position, body, hash) VALUES (5, '{body_at(5)}', zeroblob(32))",
+    f"INSERT INTO events (position, body, hash) VALUES (3, '{body_at(3)}', zeroblob(32))",
+    f"INSERT INTO events (position, body, hash) VALUES (0, '{body_at(0)}', zeroblob(32))",
+    f"INSERT INTO events (body, hash) VALUES ('{body_at(4)}', zeroblob(32))",
+    f"INSERT OR REPLACE INTO events (position, body, hash) VALUES (2, '{body_at(2)}', zeroblob(32))",
+    f"INSERT OR IGNORE INTO events (position, body, hash) VALUES (9, '{body_at(9)}', zeroblob(32))",
+    f"REPLACE INTO events (position, body, hash) VALUES (1, '{body_at(1)}', zeroblob(32))",
+    """INSERT INTO events (position, body, hash) SELECT position, body, hash FROM events WHERE position = 2
+       ON CONFLICT (position) DO UPDATE SET hash = zeroblob(32)""",
+    "UPDATE base SET position = 1",
+    "DELETE FROM base",
+    "INSERT OR REPLACE INTO base (one, position, hash) VALUES (1, 7, zeroblob(32))",
+    "INSERT INTO base (one, position, hash) VALUES (2, 7, zeroblob(32))",
+    # At the head, but not what may stand there.
+    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(5)}', zeroblob(32))",
+    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at('4')}', zeroblob(32))",
+    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4.0)}', zeroblob(32))",
+    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(None)}', zeroblob(32))",
+    f"INSERT INTO events (position, body, hash) VALUES (4, CAST('{body_at(4)}' AS BLOB), zeroblob(32))",
+    """INSERT INTO events (position, body, hash) VALUES (4, '{"position":4}', zeroblob(32))""",
+    """INSERT INTO events (position, body, hash) VALUES (4, '{}', zeroblob(32))""",
+    """INSERT INTO events (position, body, hash) VALUES (4, 'no JSON', zeroblob(32))""",
+    "INSERT INTO events (position, body, hash) VALUES (4, NULL, zeroblob(32))",
+    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', zeroblob(31))",
+    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', '{'x' * 32}')",
+    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', NULL)",
+]
+
+
+@pytest.mark.parametrize("statement", FORBIDDEN)
+async def test_database_refuses_to_change_events(path: Path, statement: str) -> None:
+    async with opened(path) as log:
+        await write(log, 3)
+    before = query(path, "SELECT position, body, hash FROM events"), query(path, "SELECT * FROM base")
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        with pytest.raises((sqlite3.IntegrityError, sqlite3.OperationalError)):
+            connection.execute(statement)
+        sound = f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', zeroblob(32))"
+        connection.execute("BEGIN")
+        connection.execute(sound)  # so that the refusals above are for what they change
+        connection.execute("ROLLBACK")
+    assert (
+        query(path, "SELECT position, body, hash FROM events"),
+        query(path, "SELECT * FROM base"),
+    ) == before
+
+
+async def test_columns_are_computed_from_hashed_body(path: Path) -> None:
+    draft = Draft("e", LoadStarted(1), "é'\U0001f600", "j", "m", 1)
+    async with opened(path, now=lambda: START, monotonic=float) as log:
+        await log.submit(Record((draft,)))
+    assert query(path, "SELECT type, model_id, job_id, actor, recorded_at FROM events") == [
+        ("LoadStarted", "m", "j", "é'\U0001f600", stamp(START))
+    ]
+
+
+# Files that are not the log's own.
+
+
+async def refused(path: Path, problem: type[LedgerProblem]) -> str:
+    before = content(path)
+    with pytest.raises(problem) as raised:
+        await Log(path).open()
+    assert content(path) == before
+    return str(raised.value)
+
+
+async def test_ledger_of_newer_schema_is_refused(path: Path) -> None:
+    async with opened(path) as log:
+        await write(log, 1)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    message = await refused(path, FutureSchema)
+    assert "schema 99" in message
+    assert "use the release that wrote it" in message
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE notes (text)"],
+        ["CREATE TABLE events (position INTEGER PRIMARY KEY, body TEXT)"],
+        ["PRAGMA application_id = 7"],
+        ["PRAGMA user_version = 1"],
+        ["CREATE TABLE notes (text)", "PRAGMA user_version = 1", "PRAGMA application_id = 7"],
+    ],
+)
+async def test_foreign_database_is_refused_untouched(path: Path, statements: list[str]) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.execute("VACUUM")  # so that there is a file
+    await refused(path, ForeignDatabase)
+    assert [each.name for each in path.parent.iterdir()] == ["ledger.db"]
+
+
+async def test_file_that_is_no_database_is_refused(path: Path) -> None:
+    make(path, b"this is no database, it is a sentence\n" * 100)
+    assert "not a database" in await refused(path, LogUnavailable)
+    with pytest.raises(LogUnavailable, match=r"ledger\.db cannot be opened"):
+        await Log(path.parent / "nowhere" / "ledger.db").open()
+
+
+@pytest.mark.parametrize("damage", ["{}", '{"id":1}', "no JSON"])
+async def test_damaged_projections_make_log_unavailable(path: Path, damage: str) -> None:
+    async with opened(path) as log:
+        await log.submit(load())
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE models SET body = ?", (damage,))
+    await refused(path, LogUnavailable)
+
+
+async def test_empty_file_becomes_ledger(path: Path) -> None:
+    make(path, b"")
+    async with opened(path) as log:
+        await write(log, 1)
+    assert query(path, "PRAGMA application_id") == [(APPLICATION_ID,)]
+    assert verify(path).verified
+
+
+MIGRATE = """
+import sqlite3, sys
+from pathlib import Path
+import migrations
+from events.schema import connect
+assert Path(migrations.__file__).parent == Path(sys.argv[2]) / "migrations", migrations.__file__
+try:
+    connect(Path(sys.argv[1])).close()
+except sqlite3.Error as error:
+    print(error)
+"""
+
+
+async def test_migration_is_one_transaction(path: Path, tmp_path: Path) -> None:
+    async with opened(path) as log:
+        await write(log, 3)
+    before = query(path, "SELECT sql FROM sqlite_schema"), bodies(path)
+    folder = tmp_path / "release" / "migrations"
+    shutil.copytree(Path(migrations.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    number = len(list(folder.glob("*.sql"))) + 1
+    script = folder / f"{number:04}_next.sql"
+
+    script.write_text("CREATE TABLE extra (x);\nINSERT INTO nowhere VALUES (1);\n")
+    done = run(MIGRATE, path, folder.parent, first=folder.parent)
+    assert (done.stdout, done.stderr) == ("no such table: nowhere\n", "")
+    assert (query(path, "SELECT sql FROM sqlite_schema"), bodies(path)) == before
+    assert query(path, "PRAGMA user_version") == [(number - 1,)]
+
+    script.write_text(
+        "CREATE TABLE extra (x);\n-- the last statement lacks its semicolon\nINSERT INTO extra VALUES (1)"
+    )
+    done = run(MIGRATE, path, folder.parent, first=folder.parent)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert query(path, "SELECT x FROM extra") == [(1,)]
+    assert query(path, "PRAGMA user_version") == [(number,)]
+    assert bodies(path) == before[1]
+    with pytest.raises(FutureSchema):
+        await Log(path).open()
+
+
+async def test_broken_first_migration_leaves_empty_database(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "release" / "migrations"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "0001_broken.sql").write_text("CREATE TABLE events (x);\nINSERT INTO nowhere VALUES (1);\n")
+    done = run(MIGRATE, path, folder.parent, first=folder.parent)
+    assert (done.stdout, done.stderr) == ("no such table: nowhere\n", "")
+    assert query(path, "SELECT * FROM sqlite_schema") == []
+    async with opened(path) as log:  # which a sound release makes a ledger of
+        await write(log, 1)
+    assert verify(path).verified
