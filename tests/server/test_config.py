@@ -1,4 +1,4 @@
-"""The settings: where their values come from, which are valid, and what is said of those that are not."""
+"""Settings: their sources, valid values, and the messages about invalid ones."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ VALUES = {
     "limit_management": "1/second", "limit_inference": "off", "limit_reads": "7 per 2 minutes",
     "limit_auth_failures": "5/hour",
 }  # fmt: skip
-"""A valid value for each setting, which is not its default."""
+"""A valid value for each setting, other than its default."""
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def file(tmp_path: Path) -> Path:
 
 
 def mistakes(flags: dict[str, Any], environment: dict[str, str] | None = None) -> list[str]:
-    """Return what is wrong, a line each."""
+    """Return a line for each invalid value."""
     return [f"{place}: {text}" for place, text in read_settings(flags, environment or {})[1]]
 
 
 # Sources
 
 
-def test_option_precedes_variable_precedes_file_precedes_default(file: Path) -> None:
+def test_option_then_variable_then_file_then_default(file: Path) -> None:
     file.write_text('host = "file"\nport = 1\nthreads = 2\n')
     environment = {"LOADLEDGER_CONFIG": str(file), "LOADLEDGER_PORT": "4", "LOADLEDGER_THREADS": "5"}
     values, wrong = read_settings({"threads": "6", "port": None}, environment)
@@ -90,14 +90,14 @@ def test_relative_path_in_file_is_relative_to_file(file: Path) -> None:
     assert values["jwt_keys"] == Path("keys.json")
 
 
-def test_file_with_byte_order_mark_and_windows_line_ends_is_read(file: Path) -> None:
+def test_file_with_bom_and_crlf_is_read(file: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbfport = 1\r\nhost = ''\r\ndrain_timeout_s = 5\r\n")
     values, [wrong] = read_settings({"config": str(file)}, {})
     assert (values["port"], values["drain_timeout_s"]) == (1, 5.0)
     assert wrong.place == f"{file}:2: host"
 
 
-def test_command_reads_only_the_settings_it_needs() -> None:
+def test_command_reads_only_named_settings() -> None:
     environment = {"LOADLEDGER_JWT_ISSUER": "me", "LOADLEDGER_PORT": "no number"}
     assert read_settings({}, environment, only=("jwt_audience", "jwt_issuer")) == (
         {"jwt_audience": "loadledger", "jwt_issuer": "me"},
@@ -123,11 +123,11 @@ REFUSED = {
     "jwt_issuer": "a\x07b", "trusted_proxies": "10.0.0.1/8 proxy ::/0 10.0.0.1,",
     "forwarded_header": "Forwarded", "data": "~/ledger ~", "tls_cert": "~/x",
 }  # fmt: skip
-"""Beside nothing, which no setting takes."""
+"""By setting; the empty text, too, which no setting takes."""
 
 
 @pytest.mark.parametrize("name", [setting.name for setting in settings()])
-def test_value_that_is_not_valid_is_refused(name: str) -> None:
+def test_invalid_value_is_refused_from_each_source(name: str) -> None:
     variable, flag = f"LOADLEDGER_{name.upper()}", f"--{name.replace('_', '-')}"
     for value in ["", *REFUSED.get(name, "").split()]:
         [of_variable] = mistakes({}, {variable: value})
@@ -144,7 +144,7 @@ def test_value_that_is_not_valid_is_refused(name: str) -> None:
         ("log_inferences", (0, 1)),
     ],
 )  # fmt: skip
-def test_value_at_the_edge_is_taken(name: str, values: tuple[object, ...]) -> None:
+def test_value_at_the_limit_is_taken(name: str, values: tuple[object, ...]) -> None:
     for value in values:
         assert read_settings({name: str(value)}, {})[0][name] == value
 
@@ -182,7 +182,7 @@ def test_limit_has_an_amount_and_a_window(limit: str, expected: tuple[int, int] 
         ({}, {"LOADLEDGER_CONFIG": "/nowhere"}, "LOADLEDGER_CONFIG: '/nowhere' cannot be read: No such file"),
     ],
 )
-def test_mistake_says_what_to_do(flags: dict[str, str], environment: dict[str, str], words: str) -> None:
+def test_refusal_says_what_to_do(flags: dict[str, str], environment: dict[str, str], words: str) -> None:
     assert words in "\n".join(mistakes(flags, environment))
 
 
@@ -224,7 +224,7 @@ def test_zero_loads_at_once_means_the_cores() -> None:
         (f"port = {'[' * 100_000}", "is not TOML: "),
     ],
 )
-def test_mistake_in_file_names_line_and_key(file: Path, line: str, words: str) -> None:
+def test_refusal_names_line_and_key_of_file(file: Path, line: str, words: str) -> None:
     file.write_text(f"# the first line\nthreads = 1\n\n{line}\n")
     [said] = mistakes({"config": str(file)})
     assert words in said
@@ -240,7 +240,7 @@ def test_bytes_that_are_not_utf_8_are_refused(file: Path) -> None:
 # All at once
 
 
-def test_all_mistakes_of_all_sources_are_told_at_once(file: Path, tmp_path: Path) -> None:
+def test_mistakes_of_all_sources_are_reported_at_once(file: Path, tmp_path: Path) -> None:
     file.write_text("prot = 1\nmax_loaded = 'x'\n")
     command = ["serve", f"--data={tmp_path / 'data'}", f"--repository={tmp_path / 'none'}", "--threads=0"]
     environment = {"LOADLEDGER_CONFIG": str(file), "LOADLEDGER_EVICT": "all"}
@@ -282,7 +282,7 @@ def test_missing_setting_says_each_way_to_give_it(tmp_path: Path) -> None:
         ("tls_cert", "x", "--tls-cert: is given alone: HTTPS takes --tls-key, too"),
     ],
 )
-def test_path_that_cannot_be_used_is_named(tmp_path: Path, name: str, path: str, words: str) -> None:
+def test_unusable_path_is_named(tmp_path: Path, name: str, path: str, words: str) -> None:
     (tmp_path / "file").write_text("no keys")
     (tmp_path / "loop").symlink_to("loop")
     flags = {"repository": str(tmp_path), "data": str(tmp_path / "new")}
@@ -294,7 +294,7 @@ def test_path_that_cannot_be_used_is_named(tmp_path: Path, name: str, path: str,
     assert len(wrong.text) < 350
 
 
-# Variables that nothing reads
+# Unknown variables
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_unknown_variable_is_named_with_a_suggestion(name: str, advice: str) -> 
     assert found == (name, advice)
 
 
-def test_variables_of_all_commands_and_of_compose_are_known() -> None:
+def test_variables_of_commands_and_compose_are_known() -> None:
     read = {profile.URL, profile.TOKEN, profile.CA, profile.PROFILE, CONFIG_VARIABLE}
     for name in (name for names in SECTIONS.values() for name in names):
         command = find(name)
@@ -348,7 +348,7 @@ PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(toml|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_example_of_the_page_is_valid_and_its_mistakes_are_told_as_shown(file: Path) -> None:
+def test_documented_example_and_its_mistakes_are_true(file: Path) -> None:
     (_, example), (_, shown) = BLOCK.findall(PAGE)
     file.write_text(example)
     values, wrong = read_settings({"config": str(file)}, {})

@@ -1,3 +1,5 @@
+"""Every error is one RFC 9457 body, from the table of codes."""
+
 import asyncio
 import json
 import logging
@@ -24,7 +26,7 @@ MEMBERS = {"type", "title", "status", "detail", "code", "error"}
 
 
 class Domain(Exception):
-    """An error of another package, of which this one knows nothing but its code."""
+    """An error of another package, known by its code only."""
 
     def __init__(self, code: object, text: str = "what happened", **attributes: object) -> None:
         super().__init__(text)
@@ -52,13 +54,14 @@ async def answer_of(config: Config, aiohttp_client: AiohttpClient) -> Callable[.
 
 
 @pytest.mark.parametrize("code", list(ERRORS))
-async def test_each_code_has_one_body(answer_of: Callable[..., Any], code: str) -> None:
+async def test_each_code_has_one_body_and_status(answer_of: Callable[..., Any], code: str) -> None:
     answer, body = await answer_of(Domain(code))
     assert answer.status == ERRORS[code].status == body["status"]
     assert answer.content_type == "application/problem+json"
     assert (body["code"], body["title"], body["error"]) == (code, ERRORS[code].title, body["detail"])
     assert body["type"] == ERRORS[code].registered_type or body["type"] == f"urn:loadledger:error:{code}"
     assert set(body) - {"instance"} == MEMBERS
+    assert answer.headers.get("Retry-After") == ("1" if answer.status in {429, 503} else None)
     if code != "internal":
         assert body["detail"] == "what happened"
 
@@ -72,7 +75,7 @@ async def test_each_code_has_one_body(answer_of: Callable[..., Any], code: str) 
         web.HTTPBadGateway(text="secret"),
     ],
 )
-async def test_an_unexpected_error_is_logged_with_an_id_and_not_told(
+async def test_unexpected_error_is_logged_with_an_id(
     answer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     with caplog.at_level(logging.ERROR, "server.errors"):
@@ -86,28 +89,17 @@ async def test_an_unexpected_error_is_logged_with_an_id_and_not_told(
 
 
 @pytest.mark.parametrize(("seconds", "field"), [(0, "1"), (0.2, "1"), (2, "2"), (2.1, "3")])
-async def test_retry_after_is_whole_seconds_and_never_early(
+async def test_retry_after_is_rounded_up_to_seconds(
     answer_of: Callable[..., Any], seconds: float, field: str
 ) -> None:
     answer, _ = await answer_of(Domain("model_unloading", retry_after_s=seconds))
     assert answer.headers["Retry-After"] == field
 
 
-@pytest.mark.parametrize("code", [code for code, kind in ERRORS.items() if kind.status in {429, 503}])
-async def test_whoever_should_try_again_is_told_when(answer_of: Callable[..., Any], code: str) -> None:
-    answer, _ = await answer_of(Domain(code))
-    assert answer.headers["Retry-After"] == "1"
-
-
-async def test_members_and_header_fields_of_an_error_are_added(answer_of: Callable[..., Any]) -> None:
-    error = Domain("not_loaded", problem_members={"load": "/x"}, http_headers={"Link": "</x>"})
-    answer, body = await answer_of(error)
-    assert (body["load"], answer.headers["Link"]) == ("/x", "</x>")
-
-
-async def test_a_detail_that_is_no_text_or_too_long_is_made_fit(answer_of: Callable[..., Any]) -> None:
-    answer, body = await answer_of(Domain("unknown_model", "\ud800" * 100_000))
-    assert answer.status == 404
+async def test_members_headers_and_long_details_of_an_error(answer_of: Callable[..., Any]) -> None:
+    attributes = {"problem_members": {"load": "/x"}, "http_headers": {"Link": "</x>"}}
+    answer, body = await answer_of(Domain("not_loaded", "\ud800" * 100_000, **attributes))
+    assert (answer.status, body["load"], answer.headers["Link"]) == (409, "/x", "</x>")
     assert len(body["detail"]) == DETAIL_CHARACTERS
     assert set(body["detail"]) == {"?", "…"}
 
@@ -116,16 +108,14 @@ async def test_a_detail_that_is_no_text_or_too_long_is_made_fit(answer_of: Calla
     ("path", "media_type"),
     [("/v2", "application/json"), ("/v2/models", "application/json"), ("/v20", "application/problem+json")],
 )
-async def test_inference_clients_get_their_media_type(
+async def test_errors_under_v2_are_plain_json(
     answer_of: Callable[..., Any], path: str, media_type: str
 ) -> None:
     answer, body = await answer_of(Domain("unknown_model"), path)
     assert (answer.content_type, set(body)) == (media_type, MEMBERS)
 
 
-async def test_every_kind_of_route_answers_with_the_one_body(
-    config: Config, aiohttp_client: AiohttpClient
-) -> None:
+async def test_errors_of_every_layer_have_the_one_body(config: Config, aiohttp_client: AiohttpClient) -> None:
     @json_schema(Schema())
     async def takes_json(request: web.Request) -> web.Response:
         return web.json_response({"size": len(await request.read())})
@@ -149,7 +139,7 @@ async def test_every_kind_of_route_answers_with_the_one_body(
         (await client.get("/admin", headers=auditor), 403, "forbidden"),
         (await client.get("/none", headers=headers), 404, "not_found"),
         (await client.get("/v2/none", headers=headers), 404, "not_found"),
-        (await client.delete("/public", headers=headers), 405, "method_not_allowed"),
+        (wrong_method := await client.delete("/public", headers=headers), 405, "method_not_allowed"),
         (await client.post("/json", headers=headers, data=b"{}"), 415, "unsupported_media_type"),
         (await client.post("/json", headers=typed, data=b"{"), 400, "invalid_body"),
         (await client.post("/v2/read", headers=headers, data=big), 413, "body_too_large"),
@@ -158,16 +148,11 @@ async def test_every_kind_of_route_answers_with_the_one_body(
         body = await answer.json(content_type=None)
         assert (answer.status, body["status"], body["code"], set(body)) == (status, status, code, MEMBERS)
         assert answer.content_type == f"application/{'' if '/v2' in answer.url.path else 'problem+'}json"
+    assert wrong_method.headers["Allow"] == "GET,HEAD"
+    assert "GET,HEAD" in (await wrong_method.json())["detail"]
 
 
-async def test_a_wrong_method_is_told_the_right_ones(config: Config, aiohttp_client: AiohttpClient) -> None:
-    client = await aiohttp_client(small_app([route()], config))
-    answer = await client.delete("/x", headers=bearer(config))
-    assert answer.headers["Allow"] == "GET,HEAD"
-    assert "GET,HEAD" in (await answer.json())["detail"]
-
-
-async def test_a_redirect_is_no_error(config: Config, aiohttp_client: AiohttpClient) -> None:
+async def test_redirect_is_not_an_error(config: Config, aiohttp_client: AiohttpClient) -> None:
     async def moved(request: web.Request) -> web.Response:  # noqa: ARG001
         raise web.HTTPSeeOther("/elsewhere")
 
@@ -176,7 +161,7 @@ async def test_a_redirect_is_no_error(config: Config, aiohttp_client: AiohttpCli
     assert (answer.status, answer.headers["Location"]) == (303, "/elsewhere")
 
 
-async def test_an_error_in_the_middle_of_an_answer_breaks_the_connection(
+async def test_error_amid_a_stream_closes_the_connection(
     config: Config, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def stream(request: web.Request) -> web.StreamResponse:
@@ -193,7 +178,7 @@ async def test_an_error_in_the_middle_of_an_answer_breaks_the_connection(
 
 
 async def _raw(client: Client, head: str, body: bytes = b"") -> tuple[bytes, bytes]:
-    """Send a head, wait to be asked for the body if it says so, and read the head and body of the answer."""
+    """Send a request, its body after `100 Continue`, and return the head and body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     try:
         async with asyncio.timeout(10):
@@ -217,7 +202,7 @@ async def _raw(client: Client, head: str, body: bytes = b"") -> tuple[bytes, byt
         ("Content-Encoding: gzip\r\nContent-Length: 4", b"nope", "unsupported_media_type"),
     ],
 )
-async def test_a_body_that_cannot_be_read_is_the_client_s_error(
+async def test_unreadable_body_is_a_client_error(
     config: Config, aiohttp_client: AiohttpClient, headers: str, body: bytes, code: str
 ) -> None:
     async def handler(request: web.Request) -> web.Response:
@@ -232,7 +217,9 @@ async def test_a_body_that_cannot_be_read_is_the_client_s_error(
     assert answer.startswith(f"HTTP/1.1 {ERRORS[code].status} ".encode())
 
 
-async def test_expectations_are_met_or_ignored(config: Config, aiohttp_client: AiohttpClient) -> None:
+async def test_expect_100_continue_is_answered_others_ignored(
+    config: Config, aiohttp_client: AiohttpClient
+) -> None:
     client = await aiohttp_client(small_app([route()], config))
     token = bearer(config)["Authorization"]
     for expectation in ("100-continue", "tea"):
@@ -241,10 +228,7 @@ async def test_expectations_are_met_or_ignored(config: Config, aiohttp_client: A
         assert answer.startswith(b"HTTP/1.1 200 OK")
 
 
-def test_a_code_that_is_not_in_the_table_cannot_be_named() -> None:
+def test_errors_takes_known_codes_only() -> None:
     with pytest.raises(KeyError):
         errors("unknown_model", "no such code")
-
-
-def test_the_docstring_is_the_default_message() -> None:
     assert str(ServerProblem()) == "The request could not be served."

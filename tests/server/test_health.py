@@ -1,4 +1,4 @@
-"""Health answers without a token, and says which part of the server is not well."""
+"""`/health` and `/v2/health`: public, and name the part that is not well."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.http import LocalApi, when
+from support.http import ONE, LocalApi, when
 from support.models import TEXT, save, save_bytes
 
 from runtime.memory import descendants
@@ -16,11 +16,11 @@ LIVE = ("/health/live", "/v2/health/live")
 READY = ("/health/ready", "/v2/health/ready")
 
 
-async def told(api: LocalApi, path: str) -> str:
-    """Return "ok", or what is not well."""
+async def status_of(api: LocalApi, path: str) -> str:
+    """Return "ok", or the detail of the answer."""
     answer = await api.get(path, roles=())
     if answer.status == 200 and path.startswith("/v2"):
-        assert answer.json == {path.rpartition("/")[2]: True}  # what KServe's client reads
+        assert answer.json == {path.rpartition("/")[2]: True}
         return "ok"
     if answer.status == 200:
         assert all(answer.json["checks"].values())
@@ -31,56 +31,54 @@ async def told(api: LocalApi, path: str) -> str:
     return str(answer.json["detail"])
 
 
-async def test_a_server_that_has_started_is_well_and_says_so_to_everyone_without_counting(
+async def test_started_server_is_well_for_everyone(
     api: LocalApi,
 ) -> None:
     for path in (*LIVE, *READY):
-        assert await told(api, path) == "ok"
+        assert await status_of(api, path) == "ok"
         answer = await api.get(path, roles=(), headers={"Authorization": "Bearer nonsense"})
         assert answer.status == 200
         assert "RateLimit" not in answer.headers
         assert (await api.send("HEAD", path, roles=())).status == 200
 
 
-async def test_loads_and_failed_models_change_nothing(api: LocalApi, repository: Path) -> None:
+async def test_loads_do_not_change_health(api: LocalApi, repository: Path) -> None:
+    """Triton #8958, #5940."""
     save_bytes(TEXT, repository, "bad")
-    save(models.slow_model(depth=500), repository, "slow")
+    save(models.add(1), repository, "m")
+    save_bytes(models.endless_load(), repository, "slow")
     await api.failed_load("bad")
+    await api.load("m")
     job = await api.accepted_load("slow")
     await api.job_when(job["id"], stage="loading")
     for path in (*LIVE, *READY):
-        assert await told(api, path) == "ok"
+        assert await status_of(api, path) == "ok"
+    assert (await api.infer("m", ONE)).status == 200
     await api.unload("slow", force=True)
 
 
-async def test_a_server_without_a_fork_server_is_alive_and_not_ready_until_it_has_another(
+async def test_server_without_fork_server_is_not_ready(
     api: LocalApi,
 ) -> None:
     [fork_server] = descendants(os.getpid())
     os.kill(fork_server, signal.SIGKILL)
-    await when(lambda: told(api, "/health/ready"), lambda seen: seen == "not well: fork_server")
-    assert await told(api, "/health/live") == "ok"
-    await when(lambda: told(api, "/health/ready"), lambda seen: seen == "ok")
+    await when(lambda: status_of(api, "/health/ready"), lambda seen: seen == "not well: fork_server")
+    assert await status_of(api, "/health/live") == "ok"
+    await when(lambda: status_of(api, "/health/ready"), lambda seen: seen == "ok")
 
 
-async def test_a_server_that_stops_is_alive_and_not_ready(api: LocalApi) -> None:
+async def test_stopping_server_is_alive_and_not_ready(api: LocalApi) -> None:
     api.app[STOPPING].set()
     for path in READY:
-        assert await told(api, path) == "not well: serving"
+        assert await status_of(api, path) == "not well: serving"
     for path in LIVE:
-        assert await told(api, path) == "ok"
+        assert await status_of(api, path) == "ok"
 
 
-async def test_a_server_whose_consumer_has_ended_is_not_alive(api: LocalApi) -> None:
-    api.app[CONSUMER_TASK].cancel()
-    await when(lambda: told(api, "/health/live"), lambda seen: seen == "not well: consumer")
+@pytest.mark.parametrize("name", ["consumer", "tails", "streams"])
+async def test_server_without_a_vital_task_is_not_alive(api: LocalApi, name: str) -> None:
+    task = api.app[CONSUMER_TASK] if name == "consumer" else api.app[STREAMS].tasks[name]
+    task.cancel()
+    await when(lambda: status_of(api, "/health/live"), lambda seen: seen != "ok")
     for path in (*LIVE, *READY):
-        assert await told(api, path) == "not well: consumer"
-
-
-@pytest.mark.parametrize("name", ["tails", "streams"])
-async def test_a_server_whose_streams_all_end_is_not_alive(api: LocalApi, name: str) -> None:
-    api.app[STREAMS].tasks[name].cancel()
-    await when(lambda: told(api, "/health/live"), lambda seen: seen != "ok")
-    for path in (*LIVE, *READY):
-        assert name in await told(api, path)
+        assert name in await status_of(api, path)

@@ -1,5 +1,8 @@
+"""`openapi.yaml`: what a small set of routes gives, and that the committed document is the application's."""
+
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +18,18 @@ from aiohttp_apispec import (
 )
 from marshmallow import Schema, fields, validate
 from openapi_spec_validator import OpenAPIV30SpecValidator
+from support.http import LocalApi
 
-from server.errors import errors
+from server.app import all_routes, create_app
+from server.appkeys import OPENAPI
+from server.config import Config
+from server.errors import ERRORS, errors
 from server.openapi import error_codes, openapi_document, openapi_yaml
+from server.routes import ROUTES as ROUTE_TABLE
 from server.routes import Access, LimitClass, Route
 from server.validation import ParameterBoolean, StrictInteger
+
+COMMITTED = Path(__file__).parents[2] / "openapi.yaml"
 
 
 class JobSchema(Schema):
@@ -74,39 +84,28 @@ def document() -> dict[str, Any]:
     return read
 
 
-def test_the_document_is_valid_and_the_same_each_time(document: dict[str, Any]) -> None:
-    OpenAPIV30SpecValidator(document).validate()
-    assert openapi_yaml(ROUTES) == openapi_yaml(list(ROUTES))
-    assert openapi_document(ROUTES) == document
-
-
-def test_what_the_decorators_wrote_is_not_changed() -> None:
+def test_document_is_valid_and_stable(document: dict[str, Any]) -> None:
     def state() -> list[Any]:
         described = [route.handler.__apispec__ for route in ROUTES]  # type: ignore[attr-defined]
         return [copy.copy(described), repr(described), repr(load.__schemas__)]  # type: ignore[attr-defined]
 
     before = state()
-    openapi_yaml(ROUTES)
+    OpenAPIV30SpecValidator(document).validate()
+    assert openapi_yaml(ROUTES) == openapi_yaml(list(ROUTES))
+    assert openapi_document(ROUTES) == document
+    assert not re.search(r"[&*]id\d", openapi_yaml(ROUTES))
     assert state() == before
 
 
-def test_no_alias_stands_in_the_text() -> None:
-    assert not re.search(r"[&*]id\d", openapi_yaml(ROUTES))
-
-
-def test_every_route_is_in_it_with_its_security(document: dict[str, Any]) -> None:
-    assert list(document["paths"]) == [
-        "/api/v1/models/{id}/load",
-        "/health/live",
-        "/v2/health/live",
-    ]
+def test_each_route_has_its_security_and_operation_id(document: dict[str, Any]) -> None:
+    assert list(document["paths"]) == ["/api/v1/models/{id}/load", "/health/live", "/v2/health/live"]
     operations = [next(iter(item.values())) for item in document["paths"].values()]
     assert [operation["security"] for operation in operations] == [[{"token": []}], [], [{"token": []}]]
     assert [operation["operationId"] for operation in operations] == ["load", "live", "live_2"]
     assert "Needs the role admin." in operations[0]["description"]
 
 
-def test_parameters_body_and_answers_come_from_the_schemas(document: dict[str, Any]) -> None:
+def test_parameters_body_and_answers_are_the_schemas(document: dict[str, Any]) -> None:
     operation = document["paths"]["/api/v1/models/{id}/load"]["post"]
     assert {(entry["in"], entry["name"], entry["required"]) for entry in operation["parameters"]} == {
         ("path", "id", True),
@@ -124,7 +123,7 @@ def test_parameters_body_and_answers_come_from_the_schemas(document: dict[str, A
     assert accepted["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Job"}
 
 
-def test_the_codes_of_a_route_are_its_own_and_those_that_follow() -> None:
+def test_codes_of_a_route_include_those_implied() -> None:
     assert set(error_codes(ROUTES[0])) == {
         "unknown_model", "unknown_version", "log_unavailable", "internal", "invalid_request",
         "no_credentials",
@@ -141,3 +140,78 @@ def test_errors_under_v2_are_plain_json(document: dict[str, Any]) -> None:
     }
     assert media_types["/v2/health/live"] == ["application/json"]
     assert media_types["/health/live"] == ["application/problem+json"]
+
+
+# The application's document
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load(COMMITTED.read_text(encoding="utf-8"))
+    return read
+
+
+def generated(folder: Path) -> str:
+    return create_app(Config(repository=folder, data=folder / "data"))[OPENAPI]()
+
+
+def test_committed_document_is_generated(tmp_path: Path) -> None:
+    assert COMMITTED.read_text(encoding="utf-8") == generated(tmp_path), "run `make generated`"
+
+
+def test_committed_document_is_valid(committed: dict[str, Any]) -> None:
+    OpenAPIV30SpecValidator(committed).validate()
+    assert committed["openapi"] == "3.0.3"
+
+
+def test_committed_document_has_every_route(committed: dict[str, Any], tmp_path: Path) -> None:
+    app = create_app(Config(repository=tmp_path, data=tmp_path))
+    served = {
+        (route.method.lower(), re.sub(r"\{(\w+)[^}]*\}", r"{\1}", route.resource.canonical))
+        for route in app.router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    }
+    documented = {(method, path) for path, item in committed["paths"].items() for method in item}
+    assert served == documented
+    assert len(app[ROUTE_TABLE]) == len(app.router.routes())
+
+
+def test_committed_document_has_every_error_code(committed: dict[str, Any]) -> None:
+    for route in all_routes():
+        responses = committed["paths"][route.path][route.method.lower()]["responses"]
+        for code in error_codes(route):
+            [content] = responses[str(ERRORS[code].status)]["content"].values()
+            [allowed] = [part["properties"]["code"]["enum"] for part in content["schema"]["allOf"][1:]]
+            assert code in allowed
+            assert ERRORS[code].title in responses[str(ERRORS[code].status)]["description"]
+
+
+def test_each_operation_has_summary_tags_and_answers(committed: dict[str, Any]) -> None:
+    operations = [
+        (path, operation) for path, item in committed["paths"].items() for operation in item.values()
+    ]
+    assert len({operation["operationId"] for _, operation in operations}) == len(operations)
+    for path, operation in operations:
+        assert operation["summary"], path
+        assert operation["tags"], path
+        assert any(status.startswith("2") for status in operation["responses"]), path
+        assert all(response["description"] for response in operation["responses"].values()), path
+
+
+async def test_server_serves_the_committed_document(api: LocalApi) -> None:
+    answer = await api.get("/openapi.yaml", roles=())
+    assert (answer.status, answer.media_type) == (200, "application/yaml")
+    assert answer.body == COMMITTED.read_bytes()
+
+
+async def test_managing_routes_need_admin(api: LocalApi) -> None:
+    """TorchServe's CVEs, Kokoro-FastAPI #478: there is no unauthenticated management."""
+    public = {route.path for route in all_routes() if route.access is Access.PUBLIC}
+    assert not [path for path in public if "models" in path or "jobs" in path or "events" in path]
+    managing = [route for route in all_routes() if route.access is Access.ADMIN]
+    assert len(managing) >= 6
+    for route in managing:
+        path = route.path.replace("{id}", "m").replace("{job_id}", "j")
+        assert (await api.send(route.method, path, roles=())).refusal == (401, "no_credentials")
+        for role in ("predict", "audit"):
+            assert (await api.send(route.method, path, roles=(role,))).refusal == (403, "forbidden")

@@ -42,6 +42,12 @@ ANYWHERE = {
 
 Client = TestClient[web.Request, web.Application]
 Json = Any
+ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+"""Input of `models.add`."""
+
+ENDLESS: Json = {"name": "trips", "shape": [], "datatype": "INT64", "data": [2**62]}
+"""Input that keeps `models.counting_loop` running until its worker is killed."""
+
 T = TypeVar("T")
 E = TypeVar("E", bound=Data)
 

@@ -5,6 +5,7 @@ the server reads, `<root>/<model>/<version>/model.onnx`.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -490,3 +491,10 @@ def grown(count: int = 20_000_000) -> ModelProto:
     nodes = [helper.make_node("Expand", ["one", "count"], ["w"]), helper.make_node("Add", ["x", "w"], ["y"])]
     tensors = [helper.make_tensor("one", FLOAT, [1], [1.0]), helper.make_tensor("count", INT64, [1], [count])]
     return model(nodes, [value("x", FLOAT, [1])], [value("y", FLOAT, [count])], tensors)
+
+
+@cache
+def endless_load() -> bytes:
+    """A model that takes minutes to load: tests wait for its load to begin, never for its end."""
+    content: bytes = slow_model(depth=2000).SerializeToString()
+    return content

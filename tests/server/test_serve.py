@@ -1,8 +1,9 @@
-"""What the service manager is told, over a socket as its own."""
+"""What `serve` does around the application: messages to the service manager, standard streams."""
 
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.notify import Notifier
+from server.serve import _fill_standard_streams
 
 LIMIT_S = 30.0
 
@@ -22,7 +24,7 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         yield listening
 
 
-def test_it_is_told_when_the_server_is_ready_and_when_it_stops(manager: socket.socket) -> None:
+def test_notifier_sends_ready_and_stopping(manager: socket.socket) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
     notifier.ready("http://127.0.0.1:8080")
     assert manager.recv(4096) == b"READY=1\nSTATUS=ready at http://127.0.0.1:8080"
@@ -30,7 +32,7 @@ def test_it_is_told_when_the_server_is_ready_and_when_it_stops(manager: socket.s
     assert manager.recv(4096).startswith(b"STOPPING=1\n")
 
 
-def test_an_address_without_a_file_is_reached_too(tmp_path: Path) -> None:
+def test_notifier_reaches_abstract_socket(tmp_path: Path) -> None:
     name = f"loadledger-{os.getpid()}-{tmp_path.name}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(f"\0{name}")
@@ -39,14 +41,14 @@ def test_an_address_without_a_file_is_reached_too(tmp_path: Path) -> None:
         assert listening.recv(4096).startswith(b"STOPPING=1")
 
 
-async def test_without_a_manager_nothing_is_said() -> None:
+async def test_notifier_without_manager_sends_nothing() -> None:
     notifier = Notifier({"WATCHDOG_USEC": "1000"})
     notifier.ready("http://127.0.0.1:8080")
-    await notifier.live()  # returns: there is nobody to tell
+    await notifier.live()
 
 
 @pytest.mark.parametrize("where", ["none", "n" * 200, "full"])
-def test_a_manager_that_cannot_be_told_stops_nothing_and_is_logged(
+def test_unreachable_manager_is_logged_once(
     manager: socket.socket, tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = manager.getsockname() if where == "full" else str(tmp_path / where)
@@ -62,7 +64,7 @@ def test_a_manager_that_cannot_be_told_stops_nothing_and_is_logged(
     assert "READY=1" in caplog.text
 
 
-async def test_it_is_told_twice_a_period_that_the_loop_turns(manager: socket.socket) -> None:
+async def test_watchdog_is_notified_twice_a_period(manager: socket.socket) -> None:
     environment = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "20000"}
     living = asyncio.create_task(Notifier(environment | {"WATCHDOG_PID": str(os.getpid())}).live())
     manager.setblocking(False)
@@ -78,10 +80,30 @@ async def test_it_is_told_twice_a_period_that_the_loop_turns(manager: socket.soc
     [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"}],
     ids=["unset", "zero", "no number", "of another process"],
 )
-async def test_where_no_watchdog_waits_for_us_nothing_is_said(
+async def test_watchdog_of_another_process_is_not_notified(
     manager: socket.socket, watchdog: dict[str, str]
 ) -> None:
     await Notifier({"NOTIFY_SOCKET": manager.getsockname()} | watchdog).live()
     manager.setblocking(False)
     with pytest.raises(BlockingIOError):
         manager.recv(4096)
+
+
+def test_closed_standard_streams_are_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    kept = [os.dup(number) for number in range(3)]
+    try:
+        for number in (0, 2):
+            os.close(number)
+        _fill_standard_streams()
+        opened = [os.path.sameopenfile(number, kept[1]) for number in range(3)]
+        devices = [os.fstat(number).st_rdev for number in (0, 2)]
+        sys.stdout.flush()
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+    assert opened[1]
+    assert devices == [Path(os.devnull).stat().st_rdev] * 2

@@ -1,0 +1,265 @@
+"""Jobs over HTTP: cancel, lists, what they wait for, and `Prefer: wait=N` as RFC 7240 has it."""
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support import models
+from support.http import ONE, Answer, Json, LocalApi, when
+from support.models import TEXT, save, save_bytes
+from support.workers import until
+
+from events.models import ModelState
+from events.types import CancelRequested, JobCancelled
+from server.api.jobs import MAX_WAIT_S, wait_s
+from server.app import LEDGER
+from server.appkeys import LOG
+
+Start = Callable[..., Awaitable[LocalApi]]
+
+NO_UNLOADS = """CREATE TRIGGER full BEFORE INSERT ON events
+WHEN json_extract(NEW.body, '$.type') = 'UnloadStarted' BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"""
+
+
+async def cancel(api: LocalApi, job: Json, **options: object) -> Answer:
+    return await api.post(f"/api/v1/jobs/{job['id']}/cancel", **options)
+
+
+async def cancelled(api: LocalApi, job: Json) -> Json:
+    """Cancel a job and return it, which must end as cancelled."""
+    answer = await cancel(api, job, wait=60)
+    assert (answer.status, answer.json["status"]) == (200, "cancelled"), answer.body
+    return answer.json
+
+
+async def loading(api: LocalApi, repository: Path, model_id: str = "m", version: int = 1) -> Json:
+    """Return the job of a load that has begun and takes minutes."""
+    save_bytes(models.endless_load(), repository, model_id, version)
+    job = await api.accepted_load(model_id)
+    return await api.job_when(job["id"], stage="loading")
+
+
+# Cancel
+
+
+async def test_cancel_ends_a_load_and_its_process(api: LocalApi, repository: Path) -> None:
+    job = await loading(api, repository)
+    assert job["cancel_requested"] is False
+    pid = api.worker("m").pid
+    answer = await cancel(api, job, subject="Bob")
+    assert answer.status == 202
+    assert answer.headers["Location"] == f"/api/v1/jobs/{job['id']}"
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert (answer.json["id"], answer.json["cancel_requested"]) == (job["id"], True)
+    ended = await api.ended(job["id"])
+    assert (ended["status"], ended["error"], ended["requested_by"]) == ("cancelled", None, "alice")
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+    assert (await api.model("m"))["state"] == "unloaded"
+    events = await api.events("m")
+    assert [event.type for event in events] == [
+        "LoadRequested", "LoadStarted", "CancelRequested", "JobCancelled",
+    ]  # fmt: skip
+    assert (events[2].actor, events[2].job_id) == ("Bob", job["id"])
+
+
+async def test_cancel_of_queued_load_lets_the_next_start(start: Start, repository: Path) -> None:
+    api = await start(loads_at_once=1)
+    slow = await loading(api, repository, "slow")
+    save(models.add(1), repository, "m")
+    queued = await api.accepted_load("m")
+    assert (await cancelled(api, queued))["started_at"] is None
+    again = await api.accepted_load("m")
+    assert again["id"] != queued["id"]
+    await cancelled(api, slow)
+    assert (await api.ended(again["id"]))["status"] == "completed"
+
+
+async def test_cancel_of_swap_keeps_serving_version(api: LocalApi, repository: Path) -> None:
+    save(models.add(1), repository, "m")
+    first = await api.load("m")
+    await cancelled(api, await loading(api, repository, version=2))
+    model = await api.model("m")
+    assert (model["state"], model["version"], model["next_version"], model["job_id"]) == (
+        "loaded", 1, None, first["id"],
+    )  # fmt: skip
+    assert (await api.infer("m", ONE)).status == 200
+
+
+async def test_cancel_of_pending_unload_keeps_the_model(start: Start, repository: Path) -> None:
+    api = await start(loads_at_once=1)
+    save(models.add(1), repository, "m")
+    save(models.add(2), repository, "m", 2)
+    await api.load("m", version=1)
+    slow = await loading(api, repository, "slow")
+    swap = await api.accepted_load("m")
+    await cancelled(api, (await api.post("/api/v1/models/m/unload")).json)
+    await cancelled(api, slow)
+    assert (await api.ended(swap["id"]))["status"] == "completed"
+    assert (await api.model("m"))["state"] == "loaded"
+
+
+async def test_simultaneous_cancels_append_one_event(api: LocalApi, repository: Path) -> None:
+    job = await loading(api, repository)
+    answers = await asyncio.gather(*(cancel(api, job, wait=60) for _ in range(5)))
+    for answer in answers:
+        ended = (answer.status, answer.json.get("status"))
+        assert ended == (200, "cancelled") or answer.refusal == (409, "already_finished")
+    assert len(await api.data_of(CancelRequested)) == len(await api.data_of(JobCancelled)) == 1
+
+
+async def test_cancel_of_a_load_under_v2_is_400(api: LocalApi, repository: Path) -> None:
+    save_bytes(models.endless_load(), repository, "m")
+    waiting = asyncio.create_task(api.post("/v2/repository/models/m/load", data=b""))
+    [job] = await when(api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
+    await cancelled(api, job)
+    answer = await waiting
+    assert answer.refusal == (400, "cancelled")
+    assert answer.json["error"] == "load failed for model 'm': version 1: it was cancelled"
+
+
+async def test_cancel_of_unrecorded_unload_keeps_the_model(
+    api: LocalApi, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(models.add(1), repository, "m")
+    await api.load("m")
+    with closing(sqlite3.connect(api.config.data / LEDGER, isolation_level=None)) as ledger:
+        ledger.execute(NO_UNLOADS)
+        unload = (await api.post("/api/v1/models/m/unload")).json
+        await until(lambda: "cannot be written" in caplog.text)
+        assert (await cancelled(api, unload))["started_at"] is None
+        ledger.execute("DROP TRIGGER full")
+    assert (await api.infer("m", ONE)).status == 200
+    assert (await api.unload("m"))["status"] == "completed"
+
+
+async def test_refused_cancel_appends_nothing(api: LocalApi, repository: Path) -> None:
+    save(models.identity(), repository, "good")
+    save_bytes(TEXT, repository, "bad")
+    finished = [await api.load("good"), await api.failed_load("bad"), await api.unload("good")]
+    job = await loading(api, repository)
+    head, path = api.position, f"/api/v1/jobs/{job['id']}/cancel"
+    for each in finished:
+        assert (await cancel(api, each)).refusal == (409, "already_finished")
+    assert (await cancel(api, {"id": "nope"})).refusal == (404, "unknown_job")
+    assert (await api.post(path, json={"force": True})).refusal == (400, "invalid_body")
+    assert (await api.post(f"{path}?force=true")).refusal == (400, "invalid_parameter")
+    assert (await api.post(path, data=b"{}", headers={"Content-Type": "text/plain"})).status == 415
+    for method in ("GET", "DELETE"):
+        assert (await api.send(method, path)).refusal == (405, "method_not_allowed")
+    assert api.position == head
+    assert (await api.post(path, json={}, wait=60)).json["status"] == "cancelled"
+
+
+# Lists
+
+
+async def test_jobs_say_what_they_wait_for(start: Start, repository: Path) -> None:
+    api = await start(loads_at_once=1)
+    slow = await loading(api, repository, "slow")
+    save(models.identity(), repository, "m")
+    save(models.identity(), repository, "m", 2)
+    assert slow["waiting_for"] is None
+    first = await api.accepted_load("m", version=1)
+    second = await api.accepted_load("m", version=2)
+    waiting = await when(lambda: api.job(first["id"]), lambda job: job["waiting_for"] is not None)
+    assert "of loads, 1 may run at once" in waiting["waiting_for"]
+    assert (waiting["status"], waiting["stage"]) == ("pending", None)
+    await api.job_when(second["id"], waiting_for=f"job {first['id']} of the same model")
+    await api.unload("slow", force=True)
+    for job in (first, second):
+        ended = await api.ended(job["id"])
+        assert (ended["status"], ended["waiting_for"]) == ("completed", None)
+
+
+async def pages(api: LocalApi, kind: str, limit: int, count: int) -> list[Json]:
+    """Return the members of all pages of a list, which must be so many pages."""
+    seen, cursor = [], ""
+    for left in reversed(range(count)):
+        page = (await api.get(f"/api/v1/{kind}?limit={limit}{cursor}")).json
+        assert page.keys() == {kind, "as_of", "next_cursor"}
+        assert page["as_of"] == api.position
+        assert (page["next_cursor"] is None) == (left == 0)
+        seen += page[kind]
+        cursor = f"&cursor={page['next_cursor']}"
+    return seen
+
+
+async def test_models_are_listed_by_id_in_pages(api: LocalApi, repository: Path) -> None:
+    names = ["B", "a", "a.1", "b", "c"]
+    for name in names:
+        save(models.identity(), repository, name)
+    for version in (2, 10):
+        save(models.identity(), repository, "c", version)
+    await api.load("b")
+    seen = await pages(api, "models", limit=2, count=3)
+    assert [model["id"] for model in seen] == names
+    assert [model["state"] for model in seen].count("loaded") == 1
+    assert seen[-1] == {
+        "id": "c", "versions": [1, 2, 10], "state": "unloaded", "version": None, "next_version": None,
+        "active": False, "loaded_at": None, "loaded_by": None, "job_id": None, "position": None, "files": [],
+        "prepared": None, "memory_bytes": None, "error": None, "instances": None,
+    }  # fmt: skip
+    assert (await api.get("/api/v1/models?limit=5")).json["next_cursor"] is None
+    assert (await api.get("/api/v1/models?cursor=zzz")).json["models"] == []
+
+
+async def test_jobs_are_listed_newest_first_with_filters(api: LocalApi, repository: Path) -> None:
+    """MLServer #957: index, jobs and models are folds of one state."""
+    save(models.identity(), repository, "good")
+    save_bytes(TEXT, repository, "bad")
+    made = [
+        await api.load("good"),
+        await api.failed_load("bad"),
+        await api.unload("good"),
+        await api.load("good"),
+    ]
+    made.reverse()
+    assert await pages(api, "jobs", limit=2, count=2) == made
+    ids = [job["id"] for job in made]
+    for query, expected in (
+        ("?model=good", [ids[0], ids[1], ids[3]]),
+        ("?status=failed", [ids[2]]),
+        ("?model=good&status=completed&limit=1", [ids[0]]),
+        ("?model=bad&status=completed", []),
+        ("?model=%00", []),
+        ("?model=%ff", []),
+        ("?cursor=1", []),
+    ):
+        assert [job["id"] for job in await api.jobs(query)] == expected, query
+    index = (await api.post("/v2/repository/index")).json
+    listed = (await api.get("/api/v1/models")).json
+    assert listed["as_of"] == api.app[LOG].state.position
+    states = {model["id"]: model["state"] for model in listed["models"]}
+    assert states == {"good": "loaded", "bad": "failed"}
+    assert {entry["name"]: entry["state"] == "READY" for entry in index} == {
+        name: state == ModelState.LOADED for name, state in states.items()
+    }
+
+
+# Prefer
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ([], 0), ([""], 0), (["wait=10"], 10), (["wait=0"], 0), (["WAIT=10"], 10), (["wait = 10"], 10),
+        (['wait="10"'], 10), (["respond-async, wait=10"], 10), (["wait=10, respond-async"], 10),
+        (["wait=10; x=y"], 10), (["wait=10;x"], 10), (["respond-async", "wait=10"], 10),
+        (['foo="a, wait=30", wait=10'], 10), (['foo="\\", wait=30", wait=10'], 10),
+        (["wait=5, wait=10"], 5), (["wait=5", "wait=10"], 5),
+        (["wait=61"], MAX_WAIT_S), (["wait=99999999999999999999"], MAX_WAIT_S),
+        *(
+            ([text], 0)
+            for text in (
+                "wait", "wait=", "wait=-1", "wait=1.5", "wait=x", "wait=\u0663", "await=5", "wait5",
+                "waiting=5", "wait=5 6", 'wait="5', 'wait=5"', 'foo="a, wait=30"', 'foo=", wait=30', ",,,",
+                "=", ";", '"', "respond-async",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_prefer_wait_is_read_as_in_rfc_7240(fields: list[str], seconds: int) -> None:
+    assert wait_s(fields) == seconds

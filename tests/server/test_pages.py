@@ -1,0 +1,146 @@
+"""The console and `/docs` as served; `tests/system/test_console.py` uses the console in a browser."""
+
+import re
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient
+from playwright.async_api import expect
+from pytest_aiohttp import AiohttpClient, AiohttpServer
+from support.browser import chromium, needs_browser
+from support.smallapp import small_app, small_config
+
+from server.app import all_routes
+from server.appkeys import OPENAPI
+from server.health import show_openapi
+from server.openapi import openapi_yaml
+from server.pages import console_routes, docs_routes
+from server.routes import Access, LimitClass, Route
+
+Client = TestClient[web.Request, web.Application]
+
+STATIC = Path(__file__).parents[2] / "server" / "static"
+OWN = set(STATIC.iterdir())
+SCRIPTS = sorted(path for path in STATIC.glob("*.js") if path.name != "init.js")
+IMPORT = re.compile(r'^import .* from "\./([a-z]+\.js)";$', re.MULTILINE)
+
+
+@pytest.fixture
+async def client(aiohttp_client: AiohttpClient, tmp_path: Path) -> Client:
+    routes = [*console_routes(), *docs_routes()]
+    return await aiohttp_client(small_app(routes, small_config(tmp_path / "data")))
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+async def test_page_has_nothing_inline_and_its_files_are_served(client: Client, path: str) -> None:
+    answer = await client.get(path)
+    page = await answer.text()
+    assert (answer.status, answer.content_type, answer.charset) == (200, "text/html", "utf-8")
+    assert not re.search(r"<style|<script(?![^>]*src=)|\son\w+=|\sstyle=|javascript:|https?:", page)
+    names = set(re.findall(r'(?:src|href)="([^"#]+)"', page)) - {"/openapi.yaml", "/docs", "/"}
+    assert names
+    for name in names:
+        file = await client.get(name)
+        assert file.status == 200, name
+        content, own = await file.read(), STATIC / name.rpartition("/")[2]
+        assert content == own.read_bytes() if own in OWN else content
+
+
+async def test_every_script_is_imported_and_served(client: Client) -> None:
+    needed, found = {"main.js"}, set[str]()
+    while todo := needed - found:
+        name = todo.pop()
+        found.add(name)
+        file = await client.get(f"/console/{name}")
+        assert (file.status, file.content_type) == (200, "text/javascript"), name
+        needed |= set(IMPORT.findall(await file.text()))
+    assert found == {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/docs/static/init.js", "/docs/static/swagger-ui-bundle.js"])
+async def test_policy_lets_only_this_server_in(client: Client, path: str) -> None:
+    headers = (await client.get(path)).headers
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    if path == "/":
+        assert policy["style-src"] == policy["img-src"] == "'self'"
+        assert policy["require-trusted-types-for"] == "'script'"
+        assert policy["trusted-types"] == "'none'"
+        assert "unsafe" not in headers["Content-Security-Policy"]
+    else:
+        assert policy["style-src-elem"] == "'self'"
+
+
+@pytest.mark.parametrize("path", ["/", "/console/main.js", "/console/console.css", "/console/console.svg"])
+async def test_unchanged_console_file_is_304(client: Client, path: str) -> None:
+    first = await client.get(path)
+    assert first.headers["Cache-Control"] == "no-cache"
+    tag = first.headers["ETag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}'):
+        again = await client.get(path, headers={"If-None-Match": known})
+        assert (again.status, await again.read(), again.headers["ETag"]) == (304, b"", tag)
+    assert (await client.get(path, headers={"If-None-Match": '"other"'})).status == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/console/docs.html", "/console/init.js", "/console/none.js", "/console/..%2f__init__.py",
+        "/console/%2e%2e%2fconsole.py", "/console/console.css%00", f"/console/{'x' * 99}",
+        "/docs/static/index.html", "/docs/static/swagger-ui.js.map", "/docs/static/..%2f__init__.py",
+        "/docs/static/%2e%2e/docs.html", "/docs/static/",
+    ],
+)  # fmt: skip
+async def test_no_other_file_is_served(client: Client, path: str) -> None:
+    answer = await client.get(path)
+    assert answer.status in ({400, 404} if path.startswith("/console") else {401, 404})
+    assert answer.content_type == "application/problem+json"
+
+
+def test_pages_need_no_token_and_are_not_limited() -> None:
+    routes = [*console_routes(), *docs_routes()]
+    assert {(route.access, route.limit) for route in routes} == {(Access.PUBLIC, LimitClass.NONE)}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_short_and_writes_text_only(path: Path) -> None:
+    script = path.read_text(encoding="utf-8")
+    assert len(script.splitlines()) <= 250
+    for forbidden in (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment",
+        r"\beval\(|localStorage|document\.cookie|new (Function|EventSource|WebSocket)",
+    ):
+        assert not re.search(forbidden, script)
+    assert set(re.findall(r'https?://[^"`\s]+', script)) <= {"http://www.w3.org/2000/svg"}
+
+
+async def test_docs_script_shows_our_document_only(client: Client) -> None:
+    answer = await client.get("/docs/static/init.js")
+    script = await answer.text()
+    assert answer.content_type == "text/javascript"
+    assert 'url: "/openapi.yaml"' in script
+    assert "validatorUrl: null" in script
+    assert "http" not in script
+    bundled = resources.files("aiohttp_apispec") / "static" / "swagger-ui-bundle.js"
+    assert await (await client.get("/docs/static/swagger-ui-bundle.js")).read() == bundled.read_bytes()
+
+
+@needs_browser
+async def test_docs_show_every_route_in_a_browser(aiohttp_server: AiohttpServer, tmp_path: Path) -> None:
+    document = Route("GET", "/openapi.yaml", show_openapi, Access.PUBLIC, LimitClass.NONE)
+    app = small_app([*docs_routes(), document], small_config(tmp_path / "data"))
+    app[OPENAPI] = partial(openapi_yaml, all_routes())
+    server = await aiohttp_server(app)
+    async with chromium() as browser:
+        page = await browser.new_page()
+        await page.goto(str(server.make_url("/docs")))
+        for path in {route.path for route in all_routes()}:
+            await expect(page.locator(f'[data-path="{path}"]').first).to_be_visible()
