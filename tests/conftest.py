@@ -28,7 +28,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Start]:
+async def start(repository: Path, tmp_path: Path) -> AsyncIterator[Start]:  # noqa: ARG001 - it exists
     """Start the application with these settings; it is stopped after the test."""
     async with AsyncExitStack() as servers:
 

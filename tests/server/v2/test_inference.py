@@ -1,439 +1,436 @@
-"""Asking models over HTTP by the Open Inference Protocol v2, and all that can be wrong with a question."""
+"""Inference over HTTP by the Open Inference Protocol v2: JSON and binary tensors, refusals, metadata."""
 
 import asyncio
+import gzip
 import io
-import os
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+import json
+import math
+import struct
+import zlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 import pytest
-from onnx import TensorProto
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto, TensorProto
 from support import models
-from support.http import Json, LocalApi, when
-from support.models import save
-from support.workers import computing, until
+from support.events import PLAIN
+from support.http import Answer, Json, LocalApi, when
+from support.models import FLOAT, save
 
-from events.types import ModelLoaded, WorkerExited
+from events.types import ModelLoaded
 
-Start = Callable[..., Awaitable[LocalApi]]
-
+LENGTH = "Inference-Header-Content-Length"
 MIB = 2**20
+LOADED = ["LoadRequested", "LoadStarted", "ModelLoaded"]
+SIZES = {
+    "BOOL": 1, "UINT8": 1, "UINT16": 2, "UINT32": 4, "UINT64": 8, "INT8": 1, "INT16": 2, "INT32": 4,
+    "INT64": 8, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8,
+}  # fmt: skip
+ONNX = {"FP16": "FLOAT16", "BF16": "BFLOAT16", "FP32": "FLOAT", "FP64": "DOUBLE", "BYTES": "STRING"}
 RANGES = {
     **{f"INT{bits}": [-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] for bits in (8, 16, 32, 64)},
     **{f"UINT{bits}": [0, 2**bits - 1] for bits in (8, 16, 32, 64)},
 }
-ELEMENTS: dict[str, tuple[int, list[Json]]] = {
-    **{name: (getattr(TensorProto, name), values) for name, values in RANGES.items()},
-    "BOOL": (TensorProto.BOOL, [True, False]),
-    "BYTES": (TensorProto.STRING, ["", "é\u0000😀"]),
-    "FP32": (TensorProto.FLOAT, [1.5, -0.25]),
-    "FP64": (TensorProto.DOUBLE, [1e300, -0.1]),
+VALUES: dict[str, list[Json]] = RANGES | {
+    "BOOL": [True, False],
+    "BYTES": ["", "é\u0000😀"],
+    "FP32": [1.5, -0.25],
+    "FP64": [1e300, -0.1],
 }
-TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A tensor as its bytes on the wire."""
+
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def head(self, **members: Json) -> bytes:
+        """Return the JSON of a request for this tensor, with other members of the input."""
+        named = {"name": "x", "datatype": self.datatype, "shape": self.shape}
+        return json.dumps(
+            {"inputs": [{**named, "parameters": {"binary_data_size": len(self.data)}, **members}]}
+        ).encode()
+
+
+PAIR = Binary("FP32", (2,), struct.pack("<2f", 1, 2))
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Binary:
+    datatype = draw(st.sampled_from([*SIZES, "BYTES"]))
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+    count = math.prod(shape)
+    if datatype == "BYTES":
+        texts = draw(st.lists(st.text(max_size=5), min_size=count, max_size=count))
+        packed = [text.encode() for text in texts]
+        return Binary(datatype, shape, b"".join(struct.pack("<I", len(data)) + data for data in packed))
+    if datatype == "BOOL":
+        bits = draw(st.lists(st.integers(0, 1), min_size=count, max_size=count))
+        return Binary(datatype, shape, bytes(bits))
+    size = SIZES[datatype] * count
+    return Binary(datatype, shape, draw(st.binary(min_size=size, max_size=size)))
 
 
 def floats(*values: float, name: str = "x") -> Json:
     return {"name": name, "shape": [len(values)], "datatype": "FP32", "data": list(values)}
 
 
-async def computed_by(api: LocalApi, model_id: str, *inputs: Json) -> asyncio.Task[Json]:
-    """Ask something that takes long, and return when the worker is at it."""
-    is_computing = computing(api.worker(model_id).pid)
-    running = asyncio.create_task(api.infer(model_id, *inputs))
-    await until(is_computing)
-    return running
+async def load(api: LocalApi, model_id: str, model: ModelProto, number: int = 1, **parameters: Any) -> None:
+    save(model, api.config.repository, model_id, number)
+    await api.load(model_id, version=number, **parameters)
 
 
-# Answers
+async def infer_binary(api: LocalApi, model_id: str, tensor: Binary, **members: Json) -> Answer:
+    """Send one binary tensor; outputs come back binary unless the members say otherwise."""
+    members = {"parameters": {"binary_data_output": True}, **members}
+    head = json.dumps({**json.loads(tensor.head()), **members}).encode()
+    path, headers = f"/v2/models/{model_id}/infer", {LENGTH: str(len(head))}
+    return await api.post(path, data=io.BytesIO(head + tensor.data), headers=headers, roles=("predict",))
 
 
-async def test_every_datatype_comes_back_as_it_went_flat_and_nested(
-    api: LocalApi, repository: Path, subtests: pytest.Subtests
+def outputs_of(answer: Answer) -> list[Binary]:
+    assert answer.status == 200, answer.body
+    length = int(answer.headers.get(LENGTH, len(answer.body)))
+    rest, found = answer.body[length:], []
+    for output in json.loads(answer.body[:length])["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        found.append(Binary(output["datatype"], tuple(output["shape"]), rest[:size]))
+        rest = rest[size:]
+    assert not rest
+    return found
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def identities(shared: LocalApi) -> LocalApi:
+    """`y = x` loaded for each datatype, of any shape, under the datatype's name."""
+    for datatype in (*SIZES, "BYTES"):
+        element = getattr(TensorProto, ONNX.get(datatype, datatype))
+        await load(shared, datatype, models.identity_of_any_shape(element))
+    return shared
+
+
+# Tensors
+
+
+async def test_json_tensors_of_each_datatype_come_back_equal(identities: LocalApi) -> None:
+    cases = [
+        (datatype, [1, 2], data, values) for datatype, values in VALUES.items() for data in (values, [values])
+    ]
+    cases += [("FP32", [0, 3], [], []), ("FP32", [2, 0], [[], []], []), ("FP32", [], [7.5], [7.5])]
+    for datatype, shape, data, values in cases:
+        tensor = {"name": "x", "shape": shape, "datatype": datatype, "data": data}
+        assert (await identities.infer(datatype, tensor)).json == {
+            "model_name": datatype,
+            "model_version": "1",
+            "outputs": [{"name": "y", "shape": shape, "datatype": datatype, "data": values}],
+        }
+
+
+@settings(PLAIN, suppress_health_check=[HealthCheck.too_slow])
+@given(tensor=tensors())
+async def test_any_binary_tensor_comes_back_bit_for_bit(identities: LocalApi, tensor: Binary) -> None:
+    assert outputs_of(await infer_binary(identities, tensor.datatype, tensor)) == [tensor]
+
+
+@settings(PLAIN, suppress_health_check=[HealthCheck.too_slow])
+@given(tensor=tensors())
+async def test_any_json_tensor_comes_back_bit_for_bit(identities: LocalApi, tensor: Binary) -> None:
+    answer = await infer_binary(identities, tensor.datatype, tensor, parameters={})
+    if answer.status == 400:
+        assert answer.refusal[1] == "not_representable"
+        assert tensor.datatype in {"FP16", "BF16", "FP32", "FP64"}
+        return
+    [output] = answer.json["outputs"]
+    assert "parameters" not in output
+    again = {"name": "x", **{name: output[name] for name in ("datatype", "shape", "data")}}
+    binary = {"binary_data_output": True}
+    assert outputs_of(await identities.infer(tensor.datatype, again, parameters=binary)) == [tensor]
+
+
+async def test_each_output_comes_in_the_requested_form(identities: LocalApi) -> None:
+    for default in (True, False):
+        for own in (True, False):
+            parameters = {"binary_data_output": default}
+            outputs = [{"name": "y", "parameters": {"binary_data": own}}]
+            answer = await infer_binary(identities, "FP32", PAIR, parameters=parameters, outputs=outputs)
+            assert (LENGTH in answer.headers) is own
+            assert answer.media_type == ("application/octet-stream" if own else "application/json")
+
+
+async def test_raw_body_is_answered_raw(shared: LocalApi) -> None:
+    await load(shared, "raw", models.identity())
+    body = struct.pack("<3f", 1, 2, 3)
+    path, headers = "/v2/models/raw/infer", {LENGTH: "0"}
+    answer = await shared.post(path, data=body, headers=headers, roles=("predict",))
+    assert outputs_of(answer) == [Binary("FP32", (3,), body)]
+    odd = await shared.post(path, data=b"12345", headers=headers, roles=("predict",))
+    assert odd.refusal == (400, "invalid_input")
+
+
+@pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+async def test_request_and_answer_are_compressed(
+    identities: LocalApi, coding: str, pack: Callable[[bytes], bytes]
 ) -> None:
-    for datatype, (element, values) in ELEMENTS.items():
-        with subtests.test(datatype):
-            save(models.identity(element, [None, None]), repository, datatype)
-            await api.load(datatype)
-            for data in (values, [values]):
-                question = {"name": "x", "shape": [1, 2], "datatype": datatype, "data": data}
-                answer = await api.infer(datatype, question)
-                assert answer.json == {
-                    "model_name": datatype,
-                    "model_version": "1",
-                    "outputs": [{"name": "y", "shape": [1, 2], "datatype": datatype, "data": values}],
-                }
+    tensor = Binary("FP32", (1000,), bytes(4000))
+    head = tensor.head()
+    headers = {LENGTH: str(len(head)), "Content-Encoding": coding, "Accept-Encoding": coding}
+    answer = await identities.post("/v2/models/FP32/infer", data=pack(head + tensor.data), headers=headers)
+    assert (answer.status, answer.headers["Content-Encoding"]) == (200, coding)
+    assert answer.json["outputs"][0]["data"] == [0.0] * 1000  # the test's client has unpacked it
 
 
-async def test_empty_tensors_and_scalars_are_tensors_too(api: LocalApi, repository: Path) -> None:
-    save(models.identity(shape=[None, None]), repository, "m")
-    save(models.identity(shape=[]), repository, "scalar")
-    for model_id, shape, data in (("m", [0, 3], []), ("m", [2, 0], [[], []]), ("scalar", [], [7.5])):
-        await api.load(model_id)
-        question = {"name": "x", "shape": shape, "datatype": "FP32", "data": data}
-        [output] = (await api.infer(model_id, question)).json["outputs"]
-        assert (output["shape"], output["data"]) == (shape, [] if 0 in shape else data)
-
-
-async def test_the_id_is_echoed_if_there_is_one_and_named_outputs_come_alone_and_in_their_order(
-    api: LocalApi, repository: Path
-) -> None:
-    save(models.zip_map(), repository, "m")
-    await api.load("m")
-    question = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
-    answer = (await api.infer("m", question)).json
+async def test_request_id_and_output_names_are_kept(shared: LocalApi) -> None:
+    await load(shared, "zip", models.zip_map())
+    rows = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
+    answer = (await shared.infer("zip", rows)).json
     assert "id" not in answer
     assert [output["name"] for output in answer["outputs"]] == ["scores"]  # the other is no tensor
-    answer = (await api.infer("m", question, id="é", outputs=[{"name": "scores", "parameters": {}}])).json
-    assert answer["id"] == "é"
-    assert [output["name"] for output in answer["outputs"]] == ["scores"]
-    assert (await api.infer("m", question, outputs=[{"name": "named"}])).refusal == (400, "invalid_input")
+    answer = (await shared.infer("zip", rows, id="é", outputs=[{"name": "scores"}])).json
+    assert (answer["id"], answer["outputs"][0]["name"]) == ("é", "scores")
+    assert (await shared.infer("zip", rows, outputs=[{"name": "named"}])).refusal == (400, "invalid_input")
 
 
-async def test_inputs_are_told_apart_by_their_names(api: LocalApi, repository: Path) -> None:
-    save(models.subtract(), repository, "m")
-    await api.load("m")
-    for inputs in ([floats(5, name="a"), floats(3, name="b")], [floats(3, name="b"), floats(5, name="a")]):
-        assert (await api.infer("m", *inputs)).json["outputs"][0]["data"] == [2]
+async def test_inputs_are_matched_by_name(shared: LocalApi) -> None:
+    await load(shared, "subtract", models.subtract())
+    a, b = floats(5, name="a"), floats(3, name="b")
+    for inputs in ((a, b), (b, a)):
+        assert (await shared.infer("subtract", *inputs)).json["outputs"][0]["data"] == [2]
+    largest = 3.4e38
+    refused = await shared.infer("subtract", floats(largest, name="a"), floats(-largest, name="b"))
+    assert refused.refusal == (400, "not_representable")
+    assert "'y'" in refused.json["error"]
+    refused = await shared.infer("subtract", floats(1, 2, name="a"), floats(1, 2, 3, name="b"))
+    assert refused.refusal == (400, "inference_failed")
+    assert "ONNXRuntimeError" in refused.json["error"]
+    assert await shared.types("subtract") == LOADED  # inference appends nothing
 
 
-async def test_the_answer_names_the_load_behind_it(api: LocalApi, repository: Path) -> None:
-    for version in (1, 2):
-        save(models.add(version), repository, "m", version)
-        await api.load("m", version=version)
-        loaded = [event for event in await api.events("m") if isinstance(event.data, ModelLoaded)][-1]
-        answer = await api.infer("m", floats(1))
-        assert answer.headers["Loadledger-Model"] == f"m/{version};position={loaded.position}"
-        assert answer.json["model_version"] == str(version)
-        assert answer.json["outputs"][0]["data"] == [1 + version]
-        assert (await api.infer("m", floats(1), version=version)).status == 200
+async def test_answer_names_the_load_behind_it(shared: LocalApi) -> None:
+    for number in (1, 2):
+        await load(shared, "versions", models.add(number), number)
+        events = [event for event in await shared.events("versions") if isinstance(event.data, ModelLoaded)]
+        answer = await shared.infer("versions", floats(1))
+        assert answer.headers["Loadledger-Model"] == f"versions/{number};position={events[-1].position}"
+        assert answer.json["model_version"] == str(number)
+        assert answer.json["outputs"][0]["data"] == [1 + number]
+        assert (await shared.infer("versions", floats(1), version=number)).status == 200
 
 
-async def test_inference_appends_nothing(api: LocalApi, repository: Path) -> None:
-    save(models.identity(), repository, "m")
-    await api.load("m")
-    head = api.position
-    assert (await api.infer("m", floats(1))).status == 200
-    assert (await api.infer("m", floats(1, name="z"))).status == 400
-    assert (await api.infer("nope", floats(1))).status == 404
-    assert api.position == head
+async def test_concurrent_requests_get_their_own_answers(identities: LocalApi) -> None:
+    answers = await asyncio.gather(*(identities.infer("FP32", floats(n), id=str(n)) for n in range(100)))
+    found = [(answer.json["id"], answer.json["outputs"][0]["data"]) for answer in answers]
+    assert found == [(str(n), [float(n)]) for n in range(100)]
 
 
-async def test_metadata_and_readiness_of_a_loaded_model(api: LocalApi, repository: Path) -> None:
-    save(models.identity(shape=[None, 3]), repository, "m", 7)
-    await api.load("m")
-    for path in ("/v2/models/m", "/v2/models/m/versions/7"):
-        assert (await api.get(path)).json == {
-            "name": "m", "versions": ["7"], "platform": "onnxruntime_onnx",
-            "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}],
-            "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}],
-        }  # fmt: skip
-        assert (await api.get(f"{path}/ready")).json == {"name": "m", "ready": True}
+# Refusals: one of each kind, see test_codec.py and the worker's tests for the others
 
 
-# Who is not there
+def json_body(**members: Json) -> bytes:
+    return json.dumps({"inputs": [floats(1, 2) | members]}).encode()
 
 
-async def test_a_model_that_is_not_loaded_is_503_and_the_call_that_loads_it_is_named(
-    api: LocalApi, repository: Path
+@pytest.mark.parametrize(
+    ("body", "length", "reason"),
+    [
+        (b"", None, "not an inference request"),
+        (b"[" * 100_000, None, "not an inference request"),
+        (b'{"inputs": []}', None, "no value for input 'x'"),
+        (json_body().replace(b"[1, 2]", b"[NaN, 2]"), None, "malformed"),
+        (json_body(data=[1e39, 2]), None, "out of the range"),
+        (json_body(data=[1]), None, "data has shape [1], declared is [2]"),
+        (json_body(data=["1", "2"]), None, "Expected `float`, got `str`"),
+        (json_body(shape=[1, 2]), None, "Invalid rank"),
+        (json_body(datatype="INT32"), None, "input 'x' is FP32, not INT32"),
+        (json_body(name="z"), None, "no input 'z'"),
+        (json.dumps({"inputs": [floats(1, 2)] * 2}).encode(), None, "given twice"),
+        (json.dumps({"inputs": [floats(1)], "outputs": [{"name": "z"}]}).encode(), None, "no output 'z'"),
+        (json.dumps({"inputs": [floats(1)], "parameters": {"timeout": -1}}).encode(), None, "timeout"),
+        (PAIR.head() + PAIR.data, "9" * 5000, "Inference-Header-Content-Length"),
+        (PAIR.head() + PAIR.data[:-1], str(len(PAIR.head())), "only 7 bytes"),
+        (PAIR.head(shape=[3]) + PAIR.data, str(len(PAIR.head())), "input 'x'"),
+        (PAIR.head(datatype="FP64") + PAIR.data, str(len(PAIR.head())), "input 'x'"),
+    ],
+    ids=lambda part: repr(part)[:40],
+)  # fmt: skip
+async def test_invalid_request_is_refused_with_the_reason(
+    identities: LocalApi, body: bytes, length: str | None, reason: str
 ) -> None:
-    save(models.identity(), repository, "m")
-    for answer in (await api.infer("m", floats(1)), await api.get("/v2/models/m")):
-        assert answer.refusal == (503, "model_not_loaded")
-        assert "POST /api/v1/models/m/load" in answer.json["error"]
-        assert "Retry-After" in answer.headers
-        assert answer.media_type == "application/json"
-    assert (await api.get("/v2/models/m/ready")).refusal == (400, "not_ready")
+    await load(identities, "pair", models.identity())
+    pid = identities.worker("pair").pid
+    headers = {LENGTH: length} if length is not None else {}
+    answer = await identities.post("/v2/models/pair/infer", data=io.BytesIO(body), headers=headers)
+    assert answer.refusal == (400, "invalid_input")
+    assert reason in answer.json["error"]
+    assert answer.json["error"] == answer.json["detail"]
+    assert len(answer.body) < 5_000
+    assert (await identities.infer("pair", floats(1, 2))).status == 200
+    assert identities.worker("pair").pid == pid
 
 
-async def test_a_version_that_is_not_the_one_that_serves_is_503_and_names_both(
-    api: LocalApi, repository: Path
-) -> None:
-    for version in (1, 2):
-        save(models.identity(), repository, "m", version)
-    await api.load("m", version=1)
-    for version in (2, 3):
-        for answer in (
-            await api.infer("m", floats(1), version=version),
-            await api.get(f"/v2/models/m/versions/{version}"),
-        ):
-            assert answer.refusal == (503, "model_not_loaded")
-            assert f"version {version} of model 'm' is not loaded, version 1 is" in answer.json["error"]
-        assert (await api.get(f"/v2/models/m/versions/{version}/ready")).refusal == (400, "not_ready")
+async def test_bytes_that_are_no_text_are_refused(identities: LocalApi) -> None:
+    for data in (b"\2\0\0\0\xff\xff", b"\xff\xff\xff\xff", b"\1\0\0\0", b"\0"):
+        refused = await infer_binary(identities, "BYTES", Binary("BYTES", (1,), data))
+        assert refused.refusal == (400, "invalid_input")
 
 
-async def test_a_model_that_does_not_exist_is_404_and_not_ready(api: LocalApi) -> None:
-    assert (await api.infer("nope", floats(1))).refusal == (404, "unknown_model")
-    assert (await api.infer("nope", floats(1), version=1)).refusal == (404, "unknown_model")
-    assert (await api.get("/v2/models/nope")).refusal == (404, "unknown_model")
-    assert (await api.get("/v2/models/nope/ready")).refusal == (400, "not_ready")
-
-
-async def test_a_version_that_is_no_number_is_400(api: LocalApi) -> None:
-    for version in ("0", "-1", "01x", "v1", "1.0", "99999999999", "%00", "+1", "%2B1"):
-        for path in (f"/v2/models/m/versions/{version}", f"/v2/models/m/versions/{version}/ready"):
-            assert (await api.get(path)).refusal == (400, "invalid_parameter"), version
-
-
-# Questions that are wrong
-
-ONE = '{"name": "x", "shape": [2], "datatype": "FP32", "data": [1, 2]}'
-BAD: tuple[tuple[str | bytes, str], ...] = (
-    ("", "not an inference request"),
-    ("null", "not an inference request"),
-    ("[]", "not an inference request"),
-    ("{}", "inputs"),
-    ('{"inputs": {}}', "inputs"),
-    ('{"inputs": [1]}', "inputs"),
-    ('{"inputs": []}', "no value for input 'x'"),
-    (f'{{"inputs": [{ONE}', "truncated"),
-    (f'{{"inputs": [{ONE}]}} x', "malformed"),
-    (f'\ufeff{{"inputs": [{ONE}]}}', "malformed"),
-    (b'{"inputs": [{"name": "\xff", "shape": [1], "datatype": "FP32", "data": [1]}]}', "decode"),
-    (b"\xff\xfe", "malformed"),
-    ("[" * 100_000, "not an inference request"),
-    ('{"x":' * 100_000 + "1" + "}" * 100_000, "not an inference request"),
-    (f'{{"inputs": [{ONE}], "x": {"[" * 100_000}{"]" * 100_000}}}', "not an inference request"),
-    (ONE.replace("[1, 2]", "[" * 100_000 + "]" * 100_000), "not an inference request"),
-    (ONE.replace("[1, 2]", "[NaN, 2]"), "malformed"),
-    (ONE.replace("[1, 2]", "[1e999, 2]"), "out of range"),
-    (ONE.replace("[1, 2]", "[1e39, 2]"), "out of the range"),
-    (ONE.replace("[1, 2]", "[1, 2, 3]"), "data has shape [3], declared is [2]"),
-    (ONE.replace("[1, 2]", "[1]"), "data has shape [1], declared is [2]"),
-    (ONE.replace("[1, 2]", "[[1, 2]]"), "nested as its shape"),
-    (ONE.replace("[1, 2]", "[1, [2]]"), "Expected `float`, got `array`"),
-    (ONE.replace("[1, 2]", '["1", "2"]'), "Expected `float`, got `str`"),
-    (ONE.replace("[1, 2]", "[null, 2]"), "Expected `float`, got `null`"),
-    (ONE.replace("[1, 2]", "[true, 2]"), "Expected `float`, got `bool`"),
-    (ONE.replace("[1, 2]", "{}"), "flat list"),
-    (ONE.replace("[1, 2]", "null"), "flat list"),
-    (ONE.replace(', "data": [1, 2]', ""), "data is missing"),
-    (ONE.replace("[2]", "[-1]"), "$.inputs[0].shape[0]"),
-    (ONE.replace("[2]", "[1.5]"), "shape"),
-    (ONE.replace("[2]", "[true]"), "shape"),
-    (ONE.replace("[2]", "2"), "shape"),
-    (ONE.replace("[2]", "[99999999999999999999]"), "shape"),
-    (ONE.replace("[2]", "[1, 2]"), "Invalid rank"),
-    (ONE.replace("FP32", "FP64"), "input 'x' is FP32, not FP64"),
-    (ONE.replace("FP32", "INT32"), "input 'x' is FP32, not INT32"),
-    (ONE.replace("FP32", "FP16"), "FP16 cannot be sent as JSON"),
-    (ONE.replace("FP32", "fp32"), "no datatype"),
-    (ONE.replace('"FP32"', "1"), "datatype"),
-    (ONE.replace('"x"', '"z"'), "no input 'z'"),
-    (ONE.replace('"x"', '""'), "no input ''"),
-    (ONE.replace('"x"', "1"), "name"),
-    (ONE.replace('"x"', '"\\ud800"'), "malformed"),
-    (f"{ONE}, {ONE}", "given twice"),
-    (f"{ONE}, {ONE.replace('x', 'z')}", "no input 'z'"),
-    (f'{{"inputs": [{ONE}], "outputs": [{{"name": "z"}}]}}', "no output 'z'"),
-    (f'{{"inputs": [{ONE}], "outputs": ["y"]}}', "outputs"),
-    (f'{{"inputs": [{ONE}], "id": 1}}', "id"),
-    (f'{{"inputs": [{ONE}], "parameters": {{"a": [1]}}}}', "$.parameters"),
-    (f'{{"inputs": [{ONE}], "parameters": {{"sequence_id": 7}}}}', "sequence_id"),
-    (f'{{"inputs": [{ONE}], "parameters": {{"timeout": -1}}}}', "timeout"),
-    (
-        f'{{"inputs": [{ONE}], "outputs": [{{"name": "y", "parameters": {{"binary_data": 1}}}}]}}',
-        "binary_data",
-    ),
-)
-
-
-def as_body(question: str | bytes) -> bytes:
-    """Return the bytes to send; an input alone becomes a question with that input."""
-    if isinstance(question, bytes):
-        return question
-    return (f'{{"inputs": [{question}]}}' if question.startswith('{"name"') else question).encode()
-
-
-async def test_a_question_that_is_wrong_is_400_says_why_and_harms_nobody(
-    api: LocalApi, repository: Path, subtests: pytest.Subtests
-) -> None:
-    save(models.identity(), repository, "m")
-    await api.load("m")
-    pid = api.worker("m").pid
-    for body, reason in BAD:
-        with subtests.test(str(body[:80])):
-            answer = await api.post("/v2/models/m/infer", data=io.BytesIO(as_body(body)))
-            assert answer.refusal == (400, "invalid_input")
-            assert reason in answer.json["error"]
-            assert answer.json["error"] == answer.json["detail"]
-            assert len(answer.body) < 20_000
-    assert (await api.infer("m", floats(1, 2))).status == 200
-    assert api.worker("m").pid == pid
-
-
-async def test_integers_out_of_range_and_ragged_text_are_400(api: LocalApi, repository: Path) -> None:
-    save(models.identity(TensorProto.INT8), repository, "i")
-    save(models.identity(TensorProto.STRING, [None, None]), repository, "s")
-    for model_id, datatype, shape, data in (
-        ("i", "INT8", [1], [128]),
-        ("i", "INT8", [1], [-129]),
-        ("i", "INT8", [1], [1.0]),
-        ("i", "INT8", [1], [2**64]),
-        ("i", "INT8", [1], [10**4000]),
-        ("s", "BYTES", [2, 1], [["a"], ["b", "c"]]),
-        ("s", "BYTES", [2, 1], [[], ["a"]]),
-        ("s", "BYTES", [1, 1], [[1]]),
-    ):
-        await api.load(model_id)
-        question = {"name": "x", "shape": shape, "datatype": datatype, "data": data}
-        assert (await api.infer(model_id, question)).refusal == (400, "invalid_input")
-
-
-async def test_a_question_of_more_than_64_mebibytes_is_413_however_it_is_sent(
-    api: LocalApi, repository: Path
-) -> None:
-    save(models.identity(), repository, "m")
-    await api.load("m")
-
-    async def chunks(count: int) -> AsyncIterator[bytes]:
-        for _ in range(count):
+async def test_too_large_body_is_refused(identities: LocalApi) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(65):
             yield b" " * MIB
 
-    for body in (io.BytesIO(b" " * (64 * MIB + 1)), chunks(65)):
-        answer = await api.post("/v2/models/m/infer", data=body)
+    bomb, packed = zlib.compress(bytes(65 * MIB)), {"Content-Encoding": "deflate"}
+    for body, headers in ((io.BytesIO(b" " * (64 * MIB + 1)), {}), (chunks(), {}), (bomb, packed)):
+        answer = await identities.post("/v2/models/FP32/infer", data=body, headers=headers)
         assert answer.refusal == (413, "body_too_large")
-    assert (await api.infer("m", floats(1))).status == 200
+    head = "POST /v2/models/FP32/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1073741824\r\n"
+    token, server = identities.token("predict"), identities.client.server
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer.write(f"{head}Authorization: Bearer {token}\r\n\r\n0123456789".encode())
+    assert b" 413 " in await reader.readline()  # before the rest has come
+    writer.close()
+    await writer.wait_closed()
 
 
-async def test_an_answer_that_json_cannot_carry_is_said_to_be_one(api: LocalApi, repository: Path) -> None:
-    save(models.subtract(), repository, "m")
-    await api.load("m")
-    largest = 3.4e38
-    answer = await api.infer("m", floats(largest, name="a"), floats(-largest, name="b"))
-    assert answer.refusal == (400, "not_representable")
-    assert "'y'" in answer.json["error"]
+# Models that are not loaded
+
+NOT_LOADED, UNKNOWN = (503, "model_not_loaded"), (404, "unknown_model")
+NOT_READY, INVALID = (400, "not_ready"), (400, "invalid_parameter")
 
 
-async def test_what_the_runtime_cannot_compute_is_400_in_its_own_words(
-    api: LocalApi, repository: Path
-) -> None:
-    save(models.subtract(), repository, "m")
-    await api.load("m")
-    answer = await api.infer("m", floats(1, 2, name="a"), floats(1, 2, 3, name="b"))
-    assert answer.refusal == (400, "inference_failed")
-    assert "ONNXRuntimeError" in answer.json["error"]
-    assert (await api.infer("m", floats(1, name="a"), floats(1, name="b"))).status == 200
+async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) -> None:
+    for number in (1, 2):
+        save(models.identity(), shared.config.repository, "idle", number)
+    await load(shared, "one", models.identity())
+    save(models.identity(), shared.config.repository, "one", 2)
+    for path, expected, ready in (
+        ("idle", NOT_LOADED, NOT_READY),
+        ("idle/versions/1", NOT_LOADED, NOT_READY),
+        ("one/versions/2", NOT_LOADED, NOT_READY),
+        ("one/versions/3", NOT_LOADED, NOT_READY),
+        ("nope", UNKNOWN, NOT_READY),
+        ("nope/versions/1", UNKNOWN, NOT_READY),
+    ):
+        answer = await shared.post(f"/v2/models/{path}/infer", json={"inputs": [floats(1)]})
+        assert answer.refusal == expected, path
+        assert answer.media_type == "application/json"
+        for rest in ("", "/config", "/stats"):
+            assert (await shared.get(f"/v2/models/{path}{rest}")).refusal == expected, path
+        assert (await shared.get(f"/v2/models/{path}/ready")).refusal == ready, path
+    for text in ("0", "-1", "01x", "v1", "1.0", "99999999999", "%00", "+1", "%2B1"):
+        for rest in ("", "/ready", "/config", "/stats"):
+            assert (await shared.get(f"/v2/models/one/versions/{text}{rest}")).refusal == INVALID, text
+    idle = await shared.infer("idle", floats(1))
+    assert "POST /api/v1/models/idle/load" in idle.json["error"]
+    assert "Retry-After" in idle.headers
+    other = await shared.infer("one", floats(1), version=2)
+    assert "version 2 of model 'one' is not loaded, version 1 is" in other.json["error"]
+    assert [await shared.types(name) for name in ("idle", "one", "nope")] == [[], LOADED, []]
 
 
-# Time, death and change
+# Metadata, configuration, statistics
 
 
-async def test_an_endless_inference_is_stopped_when_its_time_is_up_and_the_worker_goes_on(
-    start: Start, repository: Path
-) -> None:
-    save(models.counting_loop(), repository, "m")
-    api = await start(inference_timeout_s=0.3)
-    await api.load("m")
-    pid = api.worker("m").pid
-    answer = await api.infer("m", TRIPS)
-    assert answer.refusal == (504, "inference_timeout")
-    assert "0.3 s" in answer.json["error"]
-    assert (await api.infer("m", {**TRIPS, "data": [5]})).json["outputs"][0]["data"] == [5]
-    assert api.worker("m").pid == pid
+async def test_server_metadata_lists_extensions(shared: LocalApi) -> None:
+    extensions = ["model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics"]
+    for path in ("/v2", "/v2/"):
+        answer = await shared.get(path, roles=("audit",))
+        expected = {"name": "loadledger", "version": version("loadledger"), "extensions": extensions}
+        assert answer.json == expected
 
 
-async def test_a_worker_killed_amid_an_inference_is_503_and_is_replaced(
-    api: LocalApi, repository: Path
-) -> None:
-    save(models.counting_loop(), repository, "m")
-    save(models.add(1), repository, "other")
-    await api.load("m")
-    await api.load("other")
-    running = await computed_by(api, "m", TRIPS)
-    os.kill(api.worker("m").pid, signal.SIGKILL)
-    answer = await running
-    assert answer.refusal == (503, "worker_died")
-    assert "signal 9" in answer.json["error"]
-    assert (await api.infer("other", floats(1))).status == 200
-    answer = await when(lambda: api.infer("m", {**TRIPS, "data": [3]}), lambda seen: seen.status == 200)
-    assert answer.json["outputs"][0]["data"] == [3]
-    [exited] = await api.data_of(WorkerExited)
-    assert exited.signal == signal.SIGKILL
-    assert (await api.jobs())[0]["cause"] == "recovery"
+async def test_metadata_and_configuration_of_a_loaded_model(shared: LocalApi) -> None:
+    await load(shared, "seven", models.identity(FLOAT, (None, 4)), 7)
+    for path in ("/v2/models/seven", "/v2/models/seven/versions/7"):
+        assert (await shared.get(path)).json == {
+            "name": "seven", "versions": ["7"], "platform": "onnxruntime_onnx",
+            "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
+            "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
+        }  # fmt: skip
+        assert (await shared.get(f"{path}/ready")).json == {"name": "seven", "ready": True}
+        assert (await shared.get(f"{path}/config", roles=("predict",))).json == {
+            "name": "seven",
+            "platform": "onnxruntime_onnx",
+            "backend": "onnxruntime",
+            "version_policy": {"specific": {"versions": [7]}},
+            "max_batch_size": 0,
+            "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 4], "optional": False}],
+            "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [-1, 4]}],
+            "instance_group": [{"name": "seven_0", "kind": "KIND_CPU", "count": 1}],
+            "default_model_filename": "model.onnx",
+            "model_transaction_policy": {"decoupled": False},
+        }
 
 
-async def test_a_question_that_kills_its_worker_is_503_and_the_model_comes_back(
-    api: LocalApi, repository: Path
-) -> None:
-    save(models.crash_on_run(), repository, "m")
-    await api.load("m")
-    pair = [
-        {"name": n, "shape": [1], "datatype": "INT64", "data": [v]}
-        for n, v in (("a", models.LOWEST), ("b", -1))
-    ]
-    assert (await api.infer("m", *pair)).refusal == (503, "worker_died")
-    pair[0]["data"] = [8]
-    answer = await when(lambda: api.infer("m", *pair), lambda seen: seen.status == 200)
-    assert answer.json["outputs"][0]["data"] == [-8]
+async def test_batched_model_s_configuration_leaves_out_the_batch(shared: LocalApi) -> None:
+    batching = {"max_batch_size": 8, "max_queue_delay_us": 100, "instances": 2}
+    await load(shared, "batched", models.identity(FLOAT, (None, 4)), **batching)
+    config = (await shared.get("/v2/models/batched/config")).json
+    dimensions = [config[each][0]["dims"] for each in ("input", "output")]
+    assert (config["max_batch_size"], dimensions) == (8, [[4], [4]])
+    assert config["dynamic_batching"] == {"max_queue_delay_microseconds": 100}
+    assert config["instance_group"][0]["count"] == 2
+    assert (await shared.get("/v2/models/batched")).json["inputs"][0]["shape"] == [-1, 4]
 
 
-async def test_one_model_s_long_inference_holds_up_neither_other_models_nor_health(
-    api: LocalApi, repository: Path
-) -> None:
-    save(models.counting_loop(), repository, "slow")
-    save(models.identity(), repository, "quick")
-    await api.load("slow")
-    await api.load("quick")
-    running = await computed_by(api, "slow", TRIPS)
-    assert (await api.infer("quick", floats(1))).status == 200
-    assert (await api.get("/health/ready")).status == 200
-    assert not running.done()
-    await api.unload("slow", force=True)
-    assert (await running).status == 503
+PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
-async def test_no_inference_fails_while_versions_are_swapped(api: LocalApi, repository: Path) -> None:
-    for version in (1, 2):
-        save(models.add(version), repository, "m", version)
-    await api.load("m", version=1)
-    swapping = True
-    seen = set()
-
-    async def ask() -> None:
-        while swapping:
-            answer = await api.infer("m", floats(1))
-            assert answer.status == 200, answer.body
-            version = int(answer.json["model_version"])
-            assert answer.json["outputs"][0]["data"] == [1 + version]
-            seen.add(version)
-
-    asking = [asyncio.create_task(ask()) for _ in range(8)]
-    for turn in range(20):
-        await api.load("m", version=1 + (turn + 1) % 2)
-    swapping = False
-    await asyncio.gather(*asking)
-    assert seen == {1, 2}
+async def stats(api: LocalApi, path: str = "/v2/models/stats") -> list[Json]:
+    answer = await api.get(path, roles=("audit",))
+    assert answer.status == 200, answer.body
+    found: list[Json] = answer.json["model_stats"]
+    return found
 
 
-async def test_a_question_that_arrives_slowly_does_not_notice_that_the_version_was_swapped_meanwhile(
-    api: LocalApi, repository: Path
-) -> None:
-    for version in (1, 2):
-        save(models.add(version), repository, "m", version)
-    await api.load("m", version=1)
-    old, swapped = api.worker("m"), asyncio.Event()
+async def test_statistics_count_each_phase_of_a_load_s_inferences(shared: LocalApi) -> None:
+    await load(shared, "counted", models.subtract(), 3)
+    path = "/v2/models/counted/versions/3/stats"
+    [before] = await stats(shared, path)
+    assert (before["name"], before["version"]) == ("counted", "3")
+    assert (before["inference_count"], before["execution_count"], before["last_inference"]) == (0, 0, 0)
+    for values in ((1, 2), (3, 4), (5,)):
+        await shared.infer("counted", floats(*values, name="a"), floats(1, 2, name="b"))
+    assert (await shared.infer("counted", floats(1, 2, 3, name="a"), floats(1, 2, name="b"))).status == 400
+    [after] = await stats(shared, path)
+    assert (after["inference_count"], after["execution_count"]) == (3, 3)
+    assert after["last_inference"] > 1_600_000_000_000
+    counts = after["inference_stats"]
+    assert {counts[phase]["count"] for phase in ("success", *PHASES)} == {3}
+    assert counts["fail"]["count"] == 1
+    assert counts["success"]["ns"] >= counts["compute_infer"]["ns"] > 0
+    [batch] = after["batch_stats"]
+    assert (batch["batch_size"], batch["compute_infer"]["count"]) == (1, 3)
+    memory_bytes = (await shared.model("counted"))["memory_bytes"]
+    assert after["memory_usage"] == [{"type": "CPU", "id": 0, "byte_size": memory_bytes}]
+    await load(shared, "counted", models.subtract(), 4)
+    [fresh] = await stats(shared, "/v2/models/counted/stats")
+    assert (fresh["version"], fresh["inference_count"]) == ("4", 0)
+    shared.worker("counted").kill()
 
-    async def slowly() -> AsyncIterator[bytes]:
-        yield b'{"inputs": [{"name": "x", "shape": [1], '
-        await swapped.wait()
-        yield b'"datatype": "FP32", "data": [1]}]}'
+    async def restarted() -> bool:
+        return [each["name"] for each in await stats(shared)].count("counted") == 1
 
-    asking = asyncio.create_task(api.post("/v2/models/m/infer", data=slowly()))
-    await api.load("m", version=2)
-    await asyncio.wait({old.ended})
-    swapped.set()
-    answer = await asking
-    assert answer.status == 200
-    assert answer.json["outputs"][0]["data"] == [3]
+    await when(restarted, bool)
 
 
-async def test_many_questions_at_once_are_each_answered_with_their_own_answer(
-    api: LocalApi, repository: Path
-) -> None:
-    save(models.add(1), repository, "m")
-    await api.load("m")
-    answers = await asyncio.gather(*(api.infer("m", floats(i), id=str(i)) for i in range(100)))
-    assert [(answer.json["id"], answer.json["outputs"][0]["data"]) for answer in answers] == [
-        (str(i), [i + 1.0]) for i in range(100)
-    ]
+async def test_statistics_list_loaded_models_by_name(shared: LocalApi) -> None:
+    for name in ("stats", "a"):
+        await load(shared, name, models.add())
+    names = [each["name"] for each in await stats(shared)]
+    assert names == sorted(names)
+    assert {"a", "stats"} <= set(names)
+    await shared.unload("a")
+    assert "a" not in [each["name"] for each in await stats(shared)]
+    # The one model whose metadata without a version cannot be read: its name is the route's.
+    assert (await shared.get("/v2/models/stats/versions/1")).json["name"] == "stats"
+    assert (await shared.infer("stats", floats(1))).status == 200
+    [own] = await stats(shared, "/v2/models/stats/stats")
+    assert own["inference_count"] == 1

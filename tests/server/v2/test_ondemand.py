@@ -1,28 +1,97 @@
-"""What inferences wait for, at the runtime itself: how often it is asked, and what ends the wait."""
+"""On-demand loads: an inference has its model loaded and waits for it; back-off after failures."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from support import models
+from support.http import Answer, Json, LocalApi, local_server, when
+from support.models import save, save_bytes
 from support.running import Engine, running
 from support.workers import until
 
+from events import accept
 from events.commands import FileStat, RequestLoad
-from events.models import ModelState
-from events.types import Cause
+from events.models import Model, ModelState
+from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
-from server.v2.ondemand import DemandFailed, OnDemand
+from server.appkeys import DEMAND, LEASES
+from server.v2.ondemand import LONGEST_PAUSE_S, MAX_FAILURES, BackOff, DemandFailed, OnDemand
+
+Start = Callable[..., Awaitable[LocalApi]]
+
+SLOW = models.slow_model(side=800, depth=2_000)
+"""Loads for half a minute: tests wait for its load to begin, never for its end."""
+ENDLESS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+
+
+# Back-off
+
+
+def fail(back_off: BackOff, demand: tuple[str, int | None], before: Model | None, now_s: float) -> Model:
+    """Fail once and return the model as it is recorded then."""
+    back_off.check(demand, before, now_s)
+    after = Model(demand[0])
+    back_off.note(demand, "because", before, after, now_s)
+    return after
+
+
+def test_pause_doubles_to_a_limit() -> None:
+    back_off, now_s, model, pauses = BackOff(), 0.0, None, list[float]()
+    for _ in range(9):
+        back_off.check(("m", None), model, now_s)
+        before, model = model, Model("m")
+        pauses.append(back_off.note(("m", None), "because", before, model, now_s))
+        with pytest.raises(DemandFailed, match="because") as refused:
+            back_off.check(("m", None), model, now_s + pauses[-1] - 0.25)
+        assert refused.value.retry_after_s == 0.25
+        now_s += pauses[-1]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+
+
+def test_change_of_the_model_ends_the_pause() -> None:
+    back_off = BackOff()
+    fail(back_off, ("m", None), None, 0.0)
+    changed = Model("m")
+    back_off.check(("m", None), changed, 0.0)
+    assert back_off.note(("m", None), "because", changed, Model("m"), 0.0) == 0.5
+
+
+def test_versions_have_their_own_pauses() -> None:
+    back_off = BackOff()
+    model = fail(back_off, ("m", 1), None, 0.0)
+    model = fail(back_off, ("m", 2), model, 0.0)
+    for version in (1, 2):
+        with pytest.raises(DemandFailed):
+            back_off.check(("m", version), model, 0.4)
+    back_off.check(("m", None), model, 0.4)
+    back_off.check(("other", 1), None, 0.4)
+
+
+def test_remembered_failures_are_bounded() -> None:
+    back_off = BackOff()
+    seen = {number: fail(back_off, (f"m{number}", None), None, 0.0) for number in range(MAX_FAILURES + 1)}
+    back_off.check(("m0", None), seen[0], 0.1)
+    for number in (1, MAX_FAILURES):
+        with pytest.raises(DemandFailed):
+            back_off.check((f"m{number}", None), seen[number], 0.1)
+
+
+# At the runtime, without HTTP
 
 
 class Demanding:
-    """Load on demand for what runs, which counts how often it looks into the repository."""
+    """On-demand loads that count their look-ups in the repository."""
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self._engine = engine
-        self.looks = 0
+        self.look_ups = 0
         self.defect: Exception | None = None
         self.leases = engine.leases
         self.demand = OnDemand(
@@ -37,20 +106,20 @@ class Demanding:
             on=True,
         )
 
-    async def wait(self, model_id: str, *, version: int | None = None, within_s: float = 1000) -> bool:
-        """Wait for a model, and return whether it can be asked then, and is held."""
+    async def wait(self, model_id: str, *, within_s: float = 1000) -> bool:
+        """Wait for a model, and return whether it is ready then, and held."""
         ends_at_s = asyncio.get_running_loop().time() + within_s
-        async with self.demand.loaded(model_id, version, "ann", ends_at_s):
+        async with self.demand.loaded(model_id, None, "ann", ends_at_s):
             return self._engine.router.is_ready(model_id) and self.leases.held(model_id)
 
-    async def waiting(self, model_id: str, count: int = 1) -> list[asyncio.Task[bool]]:
+    async def waiting(self, model_id: str, count: int) -> list[asyncio.Task[bool]]:
         """Begin to wait so many times."""
         tasks = [asyncio.create_task(self.wait(model_id)) for _ in range(count)]
         await until(lambda: self.demand.waiting(model_id) == count)
         return tasks
 
     async def _look_up(self, model_id: str, version: int | None, subject: str) -> RequestLoad:
-        self.looks += 1
+        self.look_ups += 1
         if self.defect is not None:
             raise self.defect
         found = await asyncio.to_thread(self._engine.repository.resolve, model_id, version)
@@ -59,34 +128,33 @@ class Demanding:
 
 
 @asynccontextmanager
-async def demanding(folder: Path, max_waiting: int = 1024) -> AsyncIterator[tuple[Engine, Demanding]]:
-    """Start the runtime with load on demand, and stop both."""
+async def demanding(folder: Path, max_waiting: int = 1000) -> AsyncIterator[tuple[Engine, Demanding]]:
+    """Start the runtime with on-demand loads of `adder`, and of `slow`, which loads for half a minute."""
+    save(models.add(1), folder / "models", "adder")
+    save(SLOW, folder / "models", "slow")
     async with running(folder) as engine:
         on_demand = Demanding(engine, max_waiting)
         yield engine, on_demand
         await on_demand.demand.close()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Give a place with the models `adder`, and `slow` that loads for half a minute."""
-    models.save(models.add(1), tmp_path / "models", "adder")
-    models.save(models.slow_model(side=800, depth=2_000), tmp_path / "models", "slow")
-    return tmp_path
-
-
-async def test_a_thousand_who_wait_are_one_look_into_the_repository_and_one_load(folder: Path) -> None:
-    async with demanding(folder, max_waiting=1_000) as (engine, on_demand):
+async def test_thousand_waiters_are_one_look_up_and_one_load(tmp_path: Path) -> None:
+    async with demanding(tmp_path) as (engine, on_demand):
+        with pytest.raises(InferenceTimeout, match="is not loaded yet"):
+            await on_demand.wait("adder", within_s=-1)
+        await until(lambda: not on_demand.demand._attempts)
+        assert await engine.story(of="adder") == []
+        on_demand.look_ups = 0
         waits = [asyncio.create_task(on_demand.wait("adder")) for _ in range(1_000)]
         assert all(await asyncio.gather(*waits))
-        assert on_demand.looks == 1
+        assert on_demand.look_ups == 1
         assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
         assert on_demand.demand.waiting("adder") == 0
         assert not on_demand.leases.held("adder")
 
 
-async def test_one_more_than_may_wait_is_refused_and_a_place_that_is_left_is_free(folder: Path) -> None:
-    async with demanding(folder, max_waiting=2) as (_, on_demand):
+async def test_waiter_beyond_the_queue_is_refused(tmp_path: Path) -> None:
+    async with demanding(tmp_path, max_waiting=2) as (_, on_demand):
         first, second = await on_demand.waiting("slow", 2)
         with pytest.raises(QueueFull):
             await on_demand.wait("slow")
@@ -95,51 +163,300 @@ async def test_one_more_than_may_wait_is_refused_and_a_place_that_is_left_is_fre
         with pytest.raises(InferenceTimeout):
             await on_demand.wait("slow", within_s=0.05)
         assert not second.done()
-        assert on_demand.looks == 1
+        assert on_demand.look_ups == 1
         second.cancel()
 
 
-async def test_who_has_no_time_left_is_told_so_and_leaves_nothing_behind(folder: Path) -> None:
-    async with demanding(folder) as (engine, on_demand):
-        with pytest.raises(InferenceTimeout, match="is not loaded yet"):
-            await on_demand.wait("adder", within_s=-1)
-        assert not on_demand.leases.held("adder")
-        await until(lambda: not on_demand.demand._attempts)
-        assert await engine.story(of="adder") == []
-
-
-async def test_a_lost_model_that_is_given_up_is_not_waited_for_any_longer(folder: Path) -> None:
-    async with demanding(folder) as (engine, on_demand):
+async def test_lost_model_that_is_given_up_fails_its_waiters(tmp_path: Path) -> None:
+    async with demanding(tmp_path) as (engine, on_demand):
         await engine.load("adder")
-        models.save(models.unknown_operator(), folder / "models", "adder")
+        save(models.unknown_operator(), tmp_path / "models", "adder")
         await engine.die("adder")
-        [wait] = await on_demand.waiting("adder")
+        [wait] = await on_demand.waiting("adder", 1)
         for _ in range(4):
             before = len(engine.model("adder").incidents)
             engine.pass_time(30)
             await engine.recorded(lambda count=before: len(engine.model("adder").incidents) != count)  # type: ignore[misc]
-        with pytest.raises(DemandFailed) as caught:
+        with pytest.raises(DemandFailed, match="adder"):
             await wait
-        assert "adder" in str(caught.value)
         assert engine.model("adder").state is ModelState.FAILED
-        assert on_demand.looks == 0
+        assert on_demand.look_ups == 0
 
 
-async def test_a_wait_that_is_closed_ends_for_all(folder: Path) -> None:
-    async with demanding(folder) as (_, on_demand):
-        waits = await on_demand.waiting("slow", 3)
-        await on_demand.demand.close()
-        ends = await asyncio.gather(*waits, return_exceptions=True)
-        assert [getattr(end, "code", None) for end in ends] == ["shutting_down"] * 3
-
-
-async def test_a_defect_in_the_look_up_is_told_to_all_who_wait_and_stops_nothing_else(
-    folder: Path, caplog: pytest.LogCaptureFixture
+async def test_defect_of_a_look_up_fails_its_waiters_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with demanding(folder) as (_, on_demand):
+    async with demanding(tmp_path) as (_, on_demand):
         on_demand.defect = OSError("the disk is on fire")
         results = await asyncio.gather(*(on_demand.wait("adder") for _ in range(3)), return_exceptions=True)
         assert results == [on_demand.defect] * 3
         assert "the disk is on fire" in caplog.text
         on_demand.defect = None
         assert await on_demand.wait("adder")
+
+
+# Over HTTP
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application with on-demand loads, for tests that do not disturb each other."""
+    async with local_server(tmp_path_factory.mktemp("shared"), on_demand="on") as api:
+        yield api
+
+
+def floats(*values: float) -> Json:
+    return {"name": "x", "shape": [len(values)], "datatype": "FP32", "data": list(values)}
+
+
+def add(api: LocalApi, model_id: str, *versions: int) -> None:
+    """Save versions of `y = x + version`."""
+    for version in versions or (1,):
+        save(models.add(version), api.config.repository, model_id, version)
+
+
+async def causes(api: LocalApi, model_id: str) -> list[str]:
+    """Return why each load of a model was requested, in order."""
+    events = await api.events(model_id)
+    return [event.data.cause.value for event in events if isinstance(event.data, LoadRequested)]
+
+
+async def recorded(api: LocalApi, model_id: str, kind: str) -> None:
+    """Wait for an event: a state can be over before it is seen."""
+    await when(lambda: api.types(model_id), lambda seen: kind in seen)
+
+
+async def begin(api: LocalApi, model_id: str, count: int = 1, **request: Json) -> list[asyncio.Task[Answer]]:
+    """Send inferences for a model that is slow to load, and wait until that has begun."""
+    tasks = [asyncio.create_task(api.infer(model_id, floats(1), **request)) for _ in range(count)]
+    await when(lambda: api.model(model_id), lambda seen: seen["state"] == "loading")
+    await until(lambda: api.app[DEMAND].waiting(model_id) == count)
+    return tasks
+
+
+async def test_inference_loads_its_model(shared: LocalApi) -> None:
+    add(shared, "m")
+    answer = await shared.infer("m", floats(1))
+    assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [2])
+    [requested, *_, loaded] = await shared.events("m")
+    assert isinstance(requested.data, LoadRequested)
+    assert (requested.data.cause, requested.actor, requested.version) == (Cause.DEMAND, "pia", 1)
+    assert answer.headers["Loadledger-Model"] == f"m/1;position={loaded.position}"
+    assert (await shared.infer("m", floats(1))).status == 200
+    assert await shared.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert not shared.app[LEASES].held("m")
+
+
+async def test_raw_body_loads_its_model(shared: LocalApi) -> None:
+    add(shared, "raw")
+    headers = {"Inference-Header-Content-Length": "0"}
+    answer = await shared.post("/v2/models/raw/infer", data=b"\0\0\x80\x3f", headers=headers)
+    assert answer.status == 200, answer.body
+
+
+async def test_nothing_is_loaded_unless_configured(api: LocalApi, repository: Path) -> None:
+    save(models.add(1), repository, "m")
+    head = api.position
+    assert (await api.infer("m", floats(1))).refusal == (503, "model_not_loaded")
+    assert api.position == head
+
+
+async def test_reads_and_invalid_requests_load_nothing(shared: LocalApi) -> None:
+    add(shared, "untouched")
+    for answer, expected in (
+        (await shared.get("/v2/models/untouched"), (503, "model_not_loaded")),
+        (await shared.get("/v2/models/untouched/ready"), (400, "not_ready")),
+        (await shared.post("/v2/models/untouched/infer", json={}), (400, "invalid_input")),
+        (await shared.infer("untouched", floats(1), version=7), (404, "unknown_version")),
+        (await shared.infer("nope", floats(1)), (404, "unknown_model")),
+    ):
+        assert answer.refusal == expected
+    assert await shared.types("untouched") == await shared.types("nope") == []
+
+
+async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) -> None:
+    add(shared, "pair", 1, 2)
+    answers = await asyncio.gather(
+        *(shared.infer("pair", floats(1), version=v) for v in (1, 2) for _ in range(5))
+    )
+    assert Counter(answer.status for answer in answers) == {200: 5, 503: 5}
+    loaded = (await shared.model("pair"))["version"]
+    assert (await shared.infer("pair", floats(1))).json["model_version"] == str(loaded)
+    refused = await shared.infer("pair", floats(1), version=3 - loaded)
+    assert refused.refusal == (503, "model_not_loaded")
+    assert f"version {loaded} is" in refused.json["error"]
+    assert await causes(shared, "pair") == ["demand"]
+
+
+# Over HTTP: what is under way already
+
+
+async def test_requested_load_is_joined(shared: LocalApi) -> None:
+    save(models.slow_identity(side=400), shared.config.repository, "joined")
+    await shared.accepted_load("joined")
+    assert (await shared.infer("joined", floats(1))).json["outputs"][0]["data"] == [1]
+    assert await causes(shared, "joined") == ["request"]
+
+
+async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) -> None:
+    save(models.counting_loop(), shared.config.repository, "loop")
+    await shared.load("loop")
+    worker = shared.worker("loop")
+    running = asyncio.create_task(shared.infer("loop", ENDLESS))
+    await until(lambda: worker.in_flight == 1)
+    await shared.post("/api/v1/models/loop/unload")
+    await shared.model_when("loop", state="unloading")
+    waiting = asyncio.create_task(shared.infer("loop", {**ENDLESS, "data": [5]}))
+    await until(lambda: shared.app[DEMAND].waiting("loop") == 1)
+    assert await causes(shared, "loop") == ["request"]
+    await shared.unload("loop", force=True)
+    assert (await waiting).json["outputs"][0]["data"] == [5]
+    assert (await running).refusal == (503, "worker_died")
+    assert await causes(shared, "loop") == ["request", "demand"]
+
+
+async def test_lost_model_is_waited_for(shared: LocalApi) -> None:
+    add(shared, "lost")
+    await shared.load("lost")
+    os.kill(shared.worker("lost").pid, signal.SIGKILL)
+    await recorded(shared, "lost", "WorkerExited")
+    assert (await shared.infer("lost", floats(1))).json["outputs"][0]["data"] == [2]
+    assert await causes(shared, "lost") == ["request", "recovery"]
+
+
+async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
+    add(shared, "swap")
+    save(models.slow_identity(side=400), shared.config.repository, "swap", 2)
+    await shared.load("swap", version=1)
+    await shared.accepted_load("swap", version=2, strategy="in_place")
+    await recorded(shared, "swap", "ModelUnloaded")
+    answer = await shared.infer("swap", floats(1))
+    assert (answer.json["model_version"], answer.json["outputs"][0]["data"]) == ("2", [1])
+    assert await causes(shared, "swap") == ["request", "request"]
+
+
+async def test_models_of_which_one_fits_take_turns(start: Start) -> None:
+    api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0, keep_alive_s=0)
+    for number in range(3):
+        save(models.add(number), api.config.repository, f"m{number}")
+    answers = await asyncio.gather(*(api.infer(f"m{n % 3}", floats(1)) for n in range(30)))
+    assert [answer.json["outputs"][0]["data"] for answer in answers] == [[1.0 + n % 3] for n in range(30)]
+    assert set(await causes(api, "m0")) == {"demand"}
+    await api.model_when("m0", state="unloaded")
+
+
+# Over HTTP: failures
+
+
+async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) -> None:
+    save(models.unknown_operator(), shared.config.repository, "broken", 1)
+    add(shared, "broken", 2)
+    answers = await asyncio.gather(*(shared.infer("broken", floats(1), version=1) for _ in range(20)))
+    for answer in answers:
+        assert answer.refusal == (503, "load_failed")
+        assert "Frobnicate" in answer.json["error"]
+        assert answer.headers["Retry-After"] == "1"
+    job_id = (await shared.events("broken"))[0].job_id
+    assert f"/api/v1/jobs/{job_id}" in {answer.headers.get("Location") for answer in answers}
+    assert (await shared.job(str(job_id)))["status"] == "failed"
+
+    async def retry() -> tuple[str, int]:
+        answer = await shared.infer("broken", floats(1), version=1)
+        assert answer.refusal == (503, "load_failed")
+        return answer.json["error"], len(await causes(shared, "broken"))
+
+    error, loads = await when(retry, lambda seen: "tried again when asked in" in seen[0])
+    assert "Frobnicate" in error
+    await when(retry, lambda seen: seen[1] > loads)
+    assert (await shared.infer("broken", floats(1))).json["outputs"][0]["data"] == [3]  # of version 2
+
+
+async def test_invalid_model_settings_are_load_failed(shared: LocalApi) -> None:
+    add(shared, "unset")
+    (shared.config.repository / "unset" / "loadledger.toml").write_text("instances = 0\n")
+    for _ in range(2):
+        answer = await shared.infer("unset", floats(1))
+        assert answer.refusal == (503, "load_failed")
+        assert "instances" in answer.json["error"]
+    assert await causes(shared, "unset") == []
+
+
+async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
+    save(SLOW, shared.config.repository, "slow")
+    [waiting] = await begin(shared, "slow", parameters={"timeout": 2_000_000})
+    answer = await waiting
+    assert answer.refusal == (504, "inference_timeout")
+    assert "still loading" in answer.json["error"]
+    assert (await shared.model("slow"))["state"] == "loading"
+    assert not shared.app[LEASES].held("slow")
+    waiting_too = await begin(shared, "slow", 3)
+    await shared.unload("slow", force=True)
+    for answer in await asyncio.gather(*waiting_too):
+        assert answer.refusal == (503, "load_failed")
+        assert "cancelled" in answer.json["error"]
+    assert await causes(shared, "slow") == ["demand"]
+
+
+async def test_full_job_queue_is_429(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(accept._MOST_UNENDED, Cause.DEMAND, 1)
+    api = await start(on_demand="on")
+    save(SLOW, api.config.repository, "slow")
+    add(api, "m")
+    await api.accepted_load("slow")
+    assert (await api.infer("m", floats(1))).refusal == (429, "queue_full")
+
+
+async def test_shutdown_ends_the_wait(start: Start) -> None:
+    api = await start(on_demand="on")
+    save_bytes(SLOW.SerializeToString(), api.config.repository, "m")
+    waiting = await begin(api, "m", 2)
+    await api.app.shutdown()
+    for answer in [*await asyncio.gather(*waiting), await api.infer("m", floats(1))]:
+        assert answer.refusal == (503, "shutting_down")
+
+
+# Over HTTP: clients that give up
+
+
+async def test_pending_load_without_waiters_is_cancelled(start: Start) -> None:
+    api = await start(on_demand="on", max_loaded=1)
+    add(api, "pinned")
+    add(api, "m")
+    await api.load("pinned", pinned=True)
+    refused = await api.infer("m", floats(1), parameters={"timeout": 1_000_000})
+    assert refused.refusal == (504, "inference_timeout")
+    [job] = await api.jobs("?model=m")
+    assert (await api.ended(job["id"]))["status"] == "cancelled"
+    await api.unload("pinned")
+    assert (await api.infer("m", floats(1))).status == 200
+
+
+async def wait_for(api: LocalApi, model_id: str, subject: str = "ann") -> bool:
+    """Wait as an inference does, and return whether the model is held then."""
+    ends_at_s = asyncio.get_running_loop().time() + 1000
+    async with api.app[DEMAND].loaded(model_id, None, subject, ends_at_s):
+        return api.app[LEASES].held(model_id)
+
+
+async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) -> None:
+    add(shared, "common")
+    first, second = (asyncio.create_task(wait_for(shared, "common", subject)) for subject in ("ann", "bob"))
+    await until(lambda: shared.app[DEMAND].waiting("common") == 2)
+    first.cancel()
+    assert await second
+    assert first.cancelled()
+    assert not shared.app[LEASES].held("common")
+    await until(lambda: shared.app[DEMAND].waiting("common") == 0)
+    [requested, *_] = await shared.events("common")
+    assert requested.actor in ("ann", "bob")  # ann may have gone before the load was requested
+
+
+async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
+    save(models.slow_identity(side=400), shared.config.repository, "alone")
+    waiting = asyncio.create_task(wait_for(shared, "alone"))
+    await recorded(shared, "alone", "LoadStarted")
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert not shared.app[LEASES].held("alone")
+    await shared.model_when("alone", state="loaded")
+    assert await causes(shared, "alone") == ["demand"]

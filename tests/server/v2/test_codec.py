@@ -1,4 +1,4 @@
-"""Requests of the Open Inference Protocol: JSON, binary and raw, and all that can be wrong with them."""
+"""Requests and responses of the Open Inference Protocol, JSON, binary and raw; invalid requests."""
 
 import json
 import math
@@ -27,6 +27,7 @@ from server.v2.codec import (
     InferenceRequest,
     decode_raw,
     decode_request,
+    encode_response,
     header_length,
 )
 
@@ -35,7 +36,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ELEMENTS = st.integers() | st.text(max_size=3) | st.floats(allow_nan=False, allow_infinity=False)
 
 
-def asked(*inputs: Any, data: bytes = b"", **members: Any) -> InferenceRequest:
+def decode(*inputs: Any, data: bytes = b"", **members: Any) -> InferenceRequest:
     """Decode a request with these inputs, and `data` after its JSON."""
     text = json.dumps({"inputs": inputs, **members}).encode()
     return decode_request(text + data, len(text) if data else None)
@@ -59,7 +60,7 @@ def refusal(body: bytes, header_bytes: int | None = None) -> str:
 
 def refused(*inputs: Any, data: bytes = b"", **members: Any) -> str:
     with pytest.raises(InvalidInput) as error:
-        asked(*inputs, data=data, **members)
+        decode(*inputs, data=data, **members)
     return str(error.value)
 
 
@@ -75,19 +76,19 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 def written(item: Tensor) -> str:
-    """Write an input as a client does."""
+    """Return an input as a client writes it."""
     head = f'"name": {json.dumps(item.name)}, "shape": {list(item.shape)}, "datatype": "{item.datatype}"'
     if item.text:
         return f'{{{head}, "data": {bytes(item.data).decode()}}}'
     return f'{{{head}, "parameters": {{"binary_data_size": {len(item.data)}, "mine": 1.5}}}}'
 
 
-# What is right
+# Valid requests
 
 
 @PLAIN
 @given(st.lists(tensors(), max_size=5))
-def test_what_a_client_writes_comes_out_as_it_was_and_fits_into_a_frame(drawn: list[Tensor]) -> None:
+def test_request_is_decoded_as_written(drawn: list[Tensor]) -> None:
     text = f'{{"id": "7", "inputs": [{", ".join(map(written, drawn))}]}}'.encode()
     payload = b"".join(item.data for item in drawn if not item.text)
     request = decode_request(text + payload, len(text))
@@ -97,7 +98,7 @@ def test_what_a_client_writes_comes_out_as_it_was_and_fits_into_a_frame(drawn: l
         assert decode_request(text) == request
 
 
-def test_the_tensors_are_views_of_the_body_and_no_copies() -> None:
+def test_decoded_tensors_are_views_of_the_body() -> None:
     text = json.dumps({"inputs": [tensor(), binary(8)]}).encode()
     body = bytearray(text + bytes(8))
     request = decode_request(body, len(text))
@@ -107,7 +108,7 @@ def test_the_tensors_are_views_of_the_body_and_no_copies() -> None:
     assert bytes(request.tensors[0].data) == b"[5, 2]"
 
 
-def test_the_form_of_outputs_is_json_unless_the_request_or_the_output_says_otherwise() -> None:
+def test_output_form_is_json_unless_requested_otherwise() -> None:
     named = [{"name": "a"}, {"name": "b", "parameters": {"binary_data": True}}]
     named += [
         {"name": "c", "parameters": {"binary_data": False, "mine": "x"}},
@@ -118,38 +119,38 @@ def test_the_form_of_outputs_is_json_unless_the_request_or_the_output_says_other
         ({"binary_data_output": False}, (True, False, False, True)),
         ({"binary_data_output": True}, (False, False, True, False)),
     ):
-        request = asked(tensor(), outputs=named, parameters=members)
+        request = decode(tensor(), outputs=named, parameters=members)
         wanted = {"a": forms[0], "b": False, "c": True, "d": forms[3]}
         assert request.outputs == tuple(WantedOutput(name, text) for name, text in wanted.items())
         assert request.text is forms[0]
-        assert asked(tensor(), parameters=members).outputs == ()
+        assert decode(tensor(), parameters=members).outputs == ()
 
 
 @pytest.mark.parametrize(
-    ("given_us", "expected"), [(0, None), (1, 1), (2**63 - 1, 2**63 - 1), (5_000_000, 5_000_000)]
+    ("sent_us", "expected"), [(0, None), (1, 1), (2**63 - 1, 2**63 - 1), (5_000_000, 5_000_000)]
 )
-def test_the_timeout_is_in_microseconds_and_0_is_none(given_us: int, expected: int | None) -> None:
-    assert asked(tensor(), parameters={"timeout": given_us}).timeout_us == expected
-    assert asked(tensor()).timeout_us is None
+def test_timeout_of_zero_is_none(sent_us: int, expected: int | None) -> None:
+    assert decode(tensor(), parameters={"timeout": sent_us}).timeout_us == expected
+    assert decode(tensor()).timeout_us is None
 
 
-def test_members_and_parameters_of_the_client_s_own_are_ignored_as_is_what_asks_for_nothing() -> None:
+def test_custom_members_and_neutral_parameters_are_ignored() -> None:
     custom: dict[str, Any] = {"mine": "x", "pi": 3.1, "n": -(2**63), "yes": True, "": "", "headers": "x"}
     for neutral in (0, ""):
         custom |= {"sequence_id": neutral, "sequence_start": False, "sequence_end": False, "priority": 0}
         output = {"name": "y", "parameters": {**custom, "classification": 0}, "mine": []}
-        request = asked(tensor(parameters=custom, mine={}), outputs=[output], parameters=custom, mine=[{}])
-        assert request == asked(tensor(), outputs=[{"name": "y"}])
+        request = decode(tensor(parameters=custom, mine={}), outputs=[output], parameters=custom, mine=[{}])
+        assert request == decode(tensor(), outputs=[{"name": "y"}])
 
 
-def test_members_that_are_null_are_not_there() -> None:
-    plain = asked(tensor(parameters=None), outputs=None, id=None, parameters=None)
-    assert plain == asked(tensor()) == asked(tensor(), outputs=[], parameters={})
-    assert asked(tensor(), id="").id == ""
+def test_null_members_are_absent() -> None:
+    plain = decode(tensor(parameters=None), outputs=None, id=None, parameters=None)
+    assert plain == decode(tensor()) == decode(tensor(), outputs=[], parameters={})
+    assert decode(tensor(), id="").id == ""
 
 
-def test_zero_size_tensors_and_scalars_may_be_binary() -> None:
-    request = asked(
+def test_empty_tensors_and_scalars_may_be_binary() -> None:
+    request = decode(
         binary(0, shape=[0, 3]), binary(4, shape=[]), binary(0, shape=[2**31 - 1, 0]), data=b"abcd"
     )
     assert [bytes(each.data) for each in request.tensors] == [b"", b"abcd", b""]
@@ -157,16 +158,16 @@ def test_zero_size_tensors_and_scalars_may_be_binary() -> None:
     assert decode_request(text, len(text)) == decode_request(text)
 
 
-# What is wrong
+# Invalid requests
 
 
 @pytest.mark.parametrize("size", [7, 9, 0, -8, 8.0, "8", True, 2**62, 10**30, -(10**30)])
-def test_a_size_that_is_not_the_shape_s_is_refused(size: object) -> None:
+def test_binary_size_must_match_the_shape(size: object) -> None:
     assert "input 'x'" in refused(binary(size), data=bytes(8))
 
 
 @pytest.mark.parametrize(
-    ("inputs", "data", "told"),
+    ("inputs", "data", "reason"),
     [
         ([binary(8)], bytes(7), "only 7 bytes of the body are left"),
         ([binary(8)], b"", "only 0 bytes of the body are left"),
@@ -199,8 +200,8 @@ def test_a_size_that_is_not_the_shape_s_is_refused(size: object) -> None:
         ([tensor(parameters={"triton_x": 1})], b"", "input 'x': the parameter 'triton_x' is not supported"),
     ],
 )  # fmt: skip
-def test_an_input_that_is_wrong_is_refused_by_name(inputs: list[Any], data: bytes, told: str) -> None:
-    assert told in refused(*inputs, data=data)
+def test_invalid_input_is_refused_by_name(inputs: list[Any], data: bytes, reason: str) -> None:
+    assert reason in refused(*inputs, data=data)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +215,7 @@ def test_an_input_that_is_wrong_is_refused_by_name(inputs: list[Any], data: byte
         ("binary_data_output", 1), ("binary_data_output", "true"),
     ],
 )  # fmt: skip
-def test_a_parameter_of_the_request_that_is_not_supported_is_refused_by_name(
-    name: str, value: object
-) -> None:
+def test_unsupported_request_parameter_is_refused(name: str, value: object) -> None:
     assert f"the parameter '{name}'" in refused(tensor(), parameters={"a": 1, name: value})
 
 
@@ -227,11 +226,11 @@ def test_a_parameter_of_the_request_that_is_not_supported_is_refused_by_name(
         ("shared_memory_byte_size", 8), ("triton_x", 1),
     ],
 )  # fmt: skip
-def test_a_parameter_of_an_output_that_is_not_supported_is_refused_by_name(name: str, value: object) -> None:
+def test_unsupported_output_parameter_is_refused(name: str, value: object) -> None:
     for more in ({}, {"a": 1}, {"binary_data": True}):
-        told = refused(tensor(), outputs=[{"name": "z"}, {"name": "y", "parameters": {**more, name: value}}])
-        assert told.startswith("output 'y': ")
-        assert name in told
+        text = refused(tensor(), outputs=[{"name": "z"}, {"name": "y", "parameters": {**more, name: value}}])
+        assert text.startswith("output 'y': ")
+        assert name in text
 
 
 @pytest.mark.parametrize(
@@ -253,23 +252,23 @@ def test_a_parameter_of_an_output_that_is_not_supported_is_refused_by_name(name:
     ],
     ids=lambda body: repr(body[:20]),
 )  # fmt: skip
-def test_what_is_no_request_is_refused(body: bytes) -> None:
+def test_malformed_request_is_refused(body: bytes) -> None:
     assert "not an inference request" in refusal(body)
     assert refusal(body, len(body))
 
 
-def test_a_refusal_does_not_repeat_a_long_name() -> None:
+def test_refusal_shortens_a_long_name() -> None:
     long = "n" * MAX_NAME_CHARACTERS
-    for told in (
+    for text in (
         refused(tensor(name=long, datatype=long)),
         refused(tensor(), outputs=[{"name": long, "parameters": {"triton_" + long: 1}}]),
         refused(tensor(), parameters={"triton_" + long: 1}),
         refused(tensor(name=long, shape=[-1])),
     ):
-        assert len(told) < 500
+        assert len(text) < 500
 
 
-def test_names_and_parameters_without_end_are_refused_and_data_as_long_is_not() -> None:
+def test_head_is_limited_and_data_is_not() -> None:
     many = MAX_HEAD_BYTES // 10
     for members in (
         {"parameters": {str(number): number for number in range(many)}},
@@ -278,12 +277,12 @@ def test_names_and_parameters_without_end_are_refused_and_data_as_long_is_not() 
     ):
         assert f"at most {MAX_HEAD_BYTES} are taken" in refused(tensor(), **members)
     assert "are taken" in refused(*[tensor()] * many)
-    assert len(asked(tensor(data=[0] * MAX_HEAD_BYTES)).tensors[0].data) > MAX_HEAD_BYTES
+    assert len(decode(tensor(data=[0] * MAX_HEAD_BYTES)).tensors[0].data) > MAX_HEAD_BYTES
     assert "$.inputs[0].shape" in refused(tensor(data=[0] * MAX_HEAD_BYTES, shape=[-1]))
     assert "not an inference request" in refusal(b"[" * MAX_HEAD_BYTES + b"]")
 
 
-def test_inputs_without_end_are_refused_before_they_take_memory() -> None:
+def test_too_many_inputs_are_refused_without_taking_memory() -> None:
     body = b'{"inputs":[' + b"{}," * 2**20 + b"{}]}"
     tracemalloc.start()
     try:
@@ -307,7 +306,7 @@ SCRAPS = st.sampled_from(
 @PLAIN
 @given(st.lists(SCRAPS | st.binary(max_size=6), max_size=12).map(b"".join), st.none() | st.integers(-3, 90))
 @example(b'{"inputs":[{"name":"x","shape":[2],"datatype":"FP32","parameters":{"binary_data_size":8}}]}', 90)
-def test_any_bytes_are_a_request_or_refused(body: bytes, header_bytes: int | None) -> None:
+def test_any_bytes_are_decoded_or_refused(body: bytes, header_bytes: int | None) -> None:
     try:
         request = decode_request(body, header_bytes)
     except InvalidInput:
@@ -321,7 +320,7 @@ def test_any_bytes_are_a_request_or_refused(body: bytes, header_bytes: int | Non
 @pytest.mark.parametrize(
     ("fields", "expected"), [(None, None), ([], None), ("0", 0), (["10"], 10), ("007", 7), (("3",), 3)]
 )
-def test_the_header_s_length_is_a_number_within_the_body(fields: Any, expected: int | None) -> None:
+def test_header_length_is_read(fields: Any, expected: int | None) -> None:
     assert header_length(fields, 10) == expected
 
 
@@ -330,7 +329,7 @@ def test_the_header_s_length_is_a_number_within_the_body(fields: Any, expected: 
     ["", "-1", "+1", "1.0", "0x1", "1 ", " 1", "1,1", "1, 1", "٣", "²", "11", "9" * 12, "9" * 9000,
      ["1", "1"], ["1", "2"], [""], "a" * 9000, "1_0", "\x00"],
 )  # fmt: skip
-def test_what_is_no_length_within_the_body_is_refused(fields: Any) -> None:
+def test_invalid_header_length_is_refused(fields: Any) -> None:
     with pytest.raises(InvalidInput, match="Inference-Header-Content-Length") as refused:
         header_length(fields, 10)
     assert len(str(refused.value)) < 300
@@ -346,7 +345,7 @@ def test_any_field_is_a_length_within_the_body_or_refused(fields: Any, body_leng
     assert length is None or 0 <= length <= body_length
 
 
-# Nothing but data
+# Raw bodies
 
 
 def spec(*shape: int, datatype: str = "FP32", optional: bool = False) -> TensorSpec:
@@ -360,7 +359,7 @@ def spec(*shape: int, datatype: str = "FP32", optional: bool = False) -> TensorS
         ((-1,), 0, (0,)), ((0,), 0, (0,)), ((0, -1), 0, (0, 0)),
     ],
 )  # fmt: skip
-def test_the_variable_dimension_follows_from_the_body_s_size(
+def test_raw_body_determines_the_variable_dimension(
     shape: tuple[int, ...], size: int, expected: tuple[int, ...]
 ) -> None:
     body = bytes(range(size))
@@ -373,36 +372,32 @@ def test_the_variable_dimension_follows_from_the_body_s_size(
     ("shape", "size"),
     [((4,), 15), ((4,), 20), ((-1,), 15), ((2, -1), 12), ((-1, -1), 16), ((0,), 4), ((), 8), ((0, -1), 4)],
 )  # fmt: skip
-def test_a_body_that_does_not_make_the_input_is_refused(shape: tuple[int, ...], size: int) -> None:
+def test_raw_body_of_another_size_is_refused(shape: tuple[int, ...], size: int) -> None:
     with pytest.raises(InvalidInput, match="'x'"):
         decode_raw(bytes(size), [spec(*shape)])
 
 
-def test_where_the_model_batches_the_body_is_a_batch_of_one() -> None:
-    [tensor] = decode_raw(bytes(16), [spec(-1, -1)], max_batch_size=8).tensors
-    assert tensor.shape == (1, 4)
-
-
 @pytest.mark.parametrize("shape", [(), (-1,), (1,), (-1, 1)])
 @pytest.mark.parametrize("body", [b"", b"a", bytes(300)])
-def test_of_bytes_the_whole_body_is_one_element(shape: tuple[int, ...], body: bytes) -> None:
+def test_raw_bytes_body_is_one_element(shape: tuple[int, ...], body: bytes) -> None:
     [tensor] = decode_raw(memoryview(body), [spec(*shape, datatype="BYTES")]).tensors
     assert tensor == Tensor("x", "BYTES", (1,) * len(shape), len(body).to_bytes(4, "little") + body)
 
 
-def test_of_bytes_in_a_larger_shape_there_is_no_raw_form() -> None:
-    with pytest.raises(InvalidInput, match="one element"):
-        decode_raw(b"a", [spec(2, datatype="BYTES")])
-
-
-def test_only_a_model_with_one_input_to_fill_takes_a_raw_body() -> None:
-    more = spec(1, optional=True)
-    assert decode_raw(bytes(4), [more]) == decode_raw(bytes(4), [more, spec(1), more])
-    for inputs in ([], [spec(1), spec(1)], [more, more]):
-        with pytest.raises(InvalidInput, match="one input"):
+def test_raw_body_needs_exactly_one_required_input() -> None:
+    optional = spec(1, optional=True)
+    assert decode_raw(bytes(4), [optional]) == decode_raw(bytes(4), [optional, spec(1), optional])
+    [batched] = decode_raw(bytes(16), [spec(-1, -1)], max_batch_size=8).tensors
+    assert batched.shape == (1, 4)  # a batch of one
+    for inputs, reason in (
+        ([], "one input"),
+        ([spec(1), spec(1)], "one input"),
+        ([optional, optional], "one input"),
+        ([spec(1, datatype="seq(tensor(float))")], "has no binary form"),
+        ([spec(2, datatype="BYTES")], "one element"),
+    ):
+        with pytest.raises(InvalidInput, match=reason):
             decode_raw(bytes(4), inputs)
-    with pytest.raises(InvalidInput, match="has no binary form"):
-        decode_raw(bytes(4), [spec(1, datatype="seq(tensor(float))")])
 
 
 @PLAIN
@@ -411,9 +406,74 @@ def test_only_a_model_with_one_input_to_fill_takes_a_raw_body() -> None:
     st.lists(st.integers(-1, 3) | st.just(2**62), max_size=3),
     st.binary(max_size=40),
 )
-def test_any_body_fills_the_input_or_is_refused(datatype: str, shape: list[int], body: bytes) -> None:
+def test_any_raw_body_is_decoded_or_refused(datatype: str, shape: list[int], body: bytes) -> None:
     try:
         request = decode_raw(body, [spec(*shape, datatype=datatype)])
     except InvalidInput:
         return
     assert heads(request.tensors)
+
+
+# Responses
+
+
+@st.composite
+def outputs(draw: st.DrawFn) -> Tensor:
+    datatype = draw(st.sampled_from(sorted(DATATYPES)))
+    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=4)))
+    if draw(st.booleans()):
+        text = json.dumps(draw(st.lists(st.integers() | st.text(max_size=3), max_size=3))).encode()
+        return Tensor(draw(NAMES), datatype, shape, text, text=True)
+    size = math.prod(shape) * DATATYPES[datatype].size if datatype != "BYTES" else draw(st.integers(0, 9))
+    return Tensor(draw(NAMES), datatype, shape, memoryview(draw(st.binary(min_size=size, max_size=size))))
+
+
+def read(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], list[Tensor]]:
+    """Read a response as a client does: the JSON, then the binary outputs in their order."""
+    answer = json.loads(body[:header_bytes])
+    rest = b"" if header_bytes is None else body[header_bytes:]
+    tensors = []
+    for each in answer.pop("outputs"):
+        head = each["name"], each["datatype"], tuple(each["shape"])
+        if "parameters" in each:
+            assert "data" not in each
+            size = each["parameters"]["binary_data_size"]
+            tensors.append(Tensor(*head, rest[:size]))
+            rest = rest[size:]
+        else:
+            tensors.append(Tensor(*head, json.dumps(each["data"]).encode(), text=True))
+    assert rest == b""
+    return answer, tensors
+
+
+@PLAIN
+@given(NAMES, NAMES | st.none(), st.lists(outputs(), max_size=5))
+def test_response_is_read_back_bit_for_bit(
+    model_id: str, request_id: str | None, drawn: list[Tensor]
+) -> None:
+    buffers, header_bytes = encode_response(model_id, 3, request_id, drawn)
+    answer, tensors = read(b"".join(buffers), header_bytes)
+    assert tensors == drawn
+    expected = {"model_name": model_id, "model_version": "3"}
+    assert answer == (expected if request_id is None else {**expected, "id": request_id})
+    assert (header_bytes is None) == (not any(len(each.data) for each in drawn if not each.text))
+
+
+def test_response_of_json_alone_has_no_header_length() -> None:
+    buffers, header_bytes = encode_response("m", 1, None, [Tensor("y", "FP32", (2,), b"[1.5,2]", text=True)])
+    output = b'{"name":"y","datatype":"FP32","shape":[2],"data":[1.5,2]}'
+    assert buffers == [b'{"model_name":"m","model_version":"1","outputs":[' + output + b"]}"]
+    assert header_bytes is None
+    empty = Tensor("y", "FP32", (0, 3), b"")
+    [body], header_bytes = encode_response("m", 1, "", [empty])
+    assert header_bytes is None
+    assert json.loads(bytes(body))["outputs"][0]["parameters"] == {"binary_data_size": 0}
+    assert json.loads(bytes(body))["id"] == ""
+
+
+def test_binary_data_is_not_copied() -> None:
+    data, empty = memoryview(bytes(100)), Tensor("x", "FP32", (0, 3), b"")
+    buffers, header_bytes = encode_response("m", 1, None, [empty, Tensor("y", "INT8", (100,), data), empty])
+    assert header_bytes == len(buffers[0])
+    assert buffers[1] is data
+    assert len(buffers) == 2

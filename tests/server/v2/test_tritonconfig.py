@@ -1,4 +1,4 @@
-"""What the repository extension's requests may carry, from plain values."""
+"""Requests of the repository extension, and the configuration that models report."""
 
 import json
 from typing import Any
@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
-from server.v2.tritonconfig import NotSupported, asked_load, asked_ready, check_unload
+from events.jobs import LoadParameters
+from runtime.wire import DATATYPES, TensorSpec
+from server.v2.tritonconfig import (
+    NotSupported,
+    asked_load,
+    asked_ready,
+    check_unload,
+    data_type,
+    model_config,
+)
 from server.validation import InvalidBody
 
 JSON = st.recursive(
@@ -22,17 +31,17 @@ MEMBERS = (
 )  # fmt: skip
 
 
-def asked(config: object) -> dict[str, Any]:
-    """Return what a load with this configuration asks for."""
+def requested(config: object) -> dict[str, Any]:
+    """Return the parameters of a load with this configuration."""
     return asked_load({"parameters": {"config": json.dumps(config)}}, "m")
 
 
-def test_no_configuration_and_an_empty_one_ask_for_nothing() -> None:
-    assert asked_load({}, "m") == asked_load({"parameters": {}}, "m") == asked({}) == {}
+def test_empty_configuration_requests_nothing() -> None:
+    assert asked_load({}, "m") == asked_load({"parameters": {}}, "m") == requested({}) == {}
 
 
-def test_what_is_so_anyway_may_be_said() -> None:
-    so = {
+def test_configuration_may_repeat_what_is_fixed() -> None:
+    fixed = {
         "name": "m",
         "platform": "onnxruntime_onnx",
         "backend": "onnxruntime",
@@ -43,7 +52,7 @@ def test_what_is_so_anyway_may_be_said() -> None:
         "instance_group": [],
         "version_policy": {"latest": {"num_versions": 1}},
     }
-    assert asked(so) == asked({"name": "", "platform": "", "version_policy": {"latest": {}}}) == {}
+    assert requested(fixed) == requested({"name": "", "platform": "", "version_policy": {"latest": {}}}) == {}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +70,12 @@ def test_what_is_so_anyway_may_be_said() -> None:
         ({"version_policy": {"specific": {"versions": ["2"]}}}, {"version": 2}),
     ],
 )
-def test_what_is_chosen_is_asked_for(config: dict[str, Any], expected: dict[str, int]) -> None:
-    assert asked(config) == expected
+def test_configuration_sets_parameters(config: dict[str, Any], expected: dict[str, int]) -> None:
+    assert requested(config) == expected
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "reason"),
     [
         ({"name": "other"}, "name"),
         ({"platform": "tensorrt_plan"}, "platform"),
@@ -88,13 +97,13 @@ def test_what_is_chosen_is_asked_for(config: dict[str, Any], expected: dict[str,
         ({"x" * 1000: 1}, "x…"),
     ],
 )
-def test_what_is_not_done_is_refused_by_its_name(config: dict[str, Any], told: str) -> None:
-    with pytest.raises(NotSupported, match=told):
-        asked(config)
+def test_unsupported_configuration_is_refused_by_name(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(NotSupported, match=reason):
+        requested(config)
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "reason"),
     [
         ({"max_batch_size": True}, "max_batch_size"),
         ({"max_batch_size": 1.5}, "max_batch_size"),
@@ -108,41 +117,39 @@ def test_what_is_not_done_is_refused_by_its_name(config: dict[str, Any], told: s
         ([], "JSON object"),
     ],
 )
-def test_what_no_configuration_can_be_is_refused(config: object, told: str) -> None:
-    with pytest.raises(InvalidBody, match=told):
-        asked(config)
+def test_malformed_configuration_is_refused(config: object, reason: str) -> None:
+    with pytest.raises(InvalidBody, match=reason):
+        requested(config)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [
         ("", "config: not JSON"),
         ("{", "config: not JSON"),
         ('{"a": 1, "a": 2}', "twice"),
         ("[" * 40 + "]" * 40, "deep"),
+        ({}, "string"),
+        (None, "string"),
     ],
 )
-def test_a_configuration_is_strict_json_in_a_string(text: str, told: str) -> None:
-    with pytest.raises(InvalidBody, match=told):
+def test_configuration_is_strict_json_in_a_string(text: object, reason: str) -> None:
+    with pytest.raises(InvalidBody, match=reason):
         asked_load({"parameters": {"config": text}}, "m")
-    with pytest.raises(InvalidBody, match="string"):
-        asked_load({"parameters": {"config": {}}}, "m")
-    with pytest.raises(InvalidBody, match="string"):
-        asked_load({"parameters": {"config": None}}, "m")
 
 
-@pytest.mark.parametrize("known", [asked_load, lambda body, _: check_unload(body)])
-def test_other_members_and_parameters_are_refused_by_name(known: Any) -> None:
+@pytest.mark.parametrize("check", [lambda body: asked_load(body, "m"), check_unload])
+def test_unknown_members_are_refused_by_name(check: Any) -> None:
     with pytest.raises(InvalidBody, match="config"):
-        known({"config": "{}"}, "m")
+        check({"config": "{}"})
     with pytest.raises(InvalidBody, match="parameters"):
-        known({"parameters": []}, "m")
+        check({"parameters": []})
     for name in ("file:1/model.onnx", "priority", "pinned"):
         with pytest.raises(NotSupported, match=name):
-            known({"parameters": {name: "eA=="}}, "m")
+            check({"parameters": {name: "eA=="}})
 
 
-def test_an_unload_takes_no_dependents() -> None:
+def test_unload_of_dependents_is_refused() -> None:
     for parameters in ({}, {"unload_dependents": False}):
         check_unload({"parameters": parameters})
     with pytest.raises(NotSupported, match="unload_dependents"):
@@ -151,7 +158,7 @@ def test_an_unload_takes_no_dependents() -> None:
         check_unload({"parameters": {"unload_dependents": 0}})
 
 
-def test_an_index_takes_ready_and_nothing_else() -> None:
+def test_index_request_has_only_ready() -> None:
     assert [asked_ready(body) for body in ({}, {"ready": False}, {"ready": True})] == [False, False, True]
     for body in ({"ready": 1}, {"ready": None}, {"x": True}):
         with pytest.raises(InvalidBody):
@@ -160,9 +167,34 @@ def test_an_index_takes_ready_and_nothing_else() -> None:
 
 @PLAIN
 @given(st.dictionaries(st.sampled_from(MEMBERS), JSON))
-def test_any_configuration_is_taken_as_numbers_or_refused(config: dict[str, Any]) -> None:
+def test_any_configuration_is_read_or_refused(config: dict[str, Any]) -> None:
     try:
-        taken = asked(config)
+        taken = requested(config)
     except (InvalidBody, NotSupported):
         return
     assert all(type(number) is int for number in taken.values())
+
+
+def test_every_datatype_has_a_triton_name() -> None:
+    named = {datatype: data_type(datatype) for datatype in DATATYPES}
+    assert named.pop("BYTES") == "TYPE_STRING"
+    assert named == {datatype: f"TYPE_{datatype}" for datatype in named}
+    assert data_type("seq(tensor(float))") == "TYPE_INVALID"
+
+
+@pytest.mark.parametrize(
+    ("max_batch_size", "shape", "expected"),
+    [
+        (0, (), {"dims": [1], "reshape": {"shape": []}}),
+        (0, (3, -1), {"dims": [3, -1]}),
+        (4, (-1,), {"dims": [1], "reshape": {"shape": []}}),
+        (4, (-1, 3), {"dims": [3]}),
+    ],
+)
+def test_reported_dimensions_are_never_empty(
+    max_batch_size: int, shape: tuple[int, ...], expected: dict[str, object]
+) -> None:
+    spec = TensorSpec("x", "INT64", shape, optional=True)
+    config = model_config("m", 1, [spec], [], LoadParameters(max_batch_size=max_batch_size))
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_INT64", **expected, "optional": True}]
+    assert ("dynamic_batching" in config) == (max_batch_size > 0)

@@ -1,0 +1,221 @@
+"""Inference under pressure: deadlines, queues, body budget, dying workers, swaps, clients that leave."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from support import models
+from support.http import Answer, Json, LocalApi, when
+from support.models import save
+from support.workers import computing, until
+
+from events.types import WorkerExited
+from server.appkeys import BODIES
+
+Start = Callable[..., Awaitable[LocalApi]]
+
+ENDLESS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+SHORT = {**ENDLESS, "data": [5]}
+
+
+def floats(*values: float) -> Json:
+    return {"name": "x", "shape": [len(values)], "datatype": "FP32", "data": list(values)}
+
+
+async def load_loop(api: LocalApi, model_id: str) -> None:
+    save(models.counting_loop(), api.config.repository, model_id)
+    await api.load(model_id)
+
+
+async def begin(api: LocalApi, model_id: str, *, count: int = 1) -> list[asyncio.Task[Answer]]:
+    """Send so many endless inferences and wait until the worker has them."""
+    worker = api.worker(model_id)
+    running = [asyncio.create_task(api.infer(model_id, ENDLESS)) for _ in range(count)]
+    await until(lambda: worker.in_flight == count)
+    return running
+
+
+# Deadlines
+
+
+async def test_request_timeout_stops_the_run(shared: LocalApi) -> None:
+    await load_loop(shared, "deadline")
+    pid = shared.worker("deadline").pid
+    answer = await shared.infer("deadline", ENDLESS, parameters={"timeout": 50_000})
+    assert answer.refusal == (504, "inference_timeout")
+    assert "0.05 s" in answer.json["error"]
+    assert (await shared.infer("deadline", SHORT)).json["outputs"][0]["data"] == [5]
+    assert shared.worker("deadline").pid == pid
+
+
+async def test_stuck_worker_is_replaced_and_queued_requests_are_answered(
+    start: Start, repository: Path
+) -> None:
+    save(models.counting_loop(), repository, "m")
+    api = await start(inference_timeout_s=20.0, inference_grace_s=0.1)
+    await api.load("m")
+    worker = api.worker("m")
+    os.kill(worker.pid, signal.SIGSTOP)
+    first = asyncio.create_task(api.infer("m", ENDLESS, parameters={"timeout": 50_000}))
+    await until(lambda: worker.in_flight == 1)
+    queued = [asyncio.create_task(api.infer("m", {**ENDLESS, "data": [number]})) for number in (3, 4)]
+    assert (await first).refusal == (504, "inference_timeout")
+    assert [(await task).json["outputs"][0]["data"] for task in queued] == [[3], [4]]
+    [exited] = await api.data_of(WorkerExited)
+    assert "did not stop" in exited.stderr[-1]
+    assert api.worker("m").pid != worker.pid
+
+
+async def test_server_timeout_and_full_queue_refuse(start: Start, repository: Path) -> None:
+    save(models.counting_loop(), repository, "m")
+    api = await start(inference_queue=2, inference_timeout_s=2.0)
+    await api.load("m")
+    running = await begin(api, "m", count=2)
+    refused = await api.infer("m", ENDLESS)
+    assert refused.refusal == (503, "inference_queue_full")
+    assert refused.headers["Retry-After"] == "1"
+    for task in running:
+        assert (await task).refusal == (504, "inference_timeout")
+
+
+# Workers and clients that go away
+
+
+async def test_killed_worker_fails_its_requests_and_is_replaced(shared: LocalApi) -> None:
+    await load_loop(shared, "killed")
+    await load_loop(shared, "other")
+    is_computing = computing(shared.worker("killed").pid)
+    [running] = await begin(shared, "killed")
+    await until(is_computing)
+    assert (await shared.infer("other", SHORT)).status == 200  # and is not held up meanwhile
+    assert (await shared.get("/health/ready")).status == 200
+    os.kill(shared.worker("killed").pid, signal.SIGKILL)
+    answer = await running
+    assert answer.refusal == (503, "worker_died")
+    assert "signal 9" in answer.json["error"]
+    assert (await shared.infer("other", SHORT)).status == 200
+    answer = await when(lambda: shared.infer("killed", SHORT), lambda seen: seen.status == 200)
+    assert answer.json["outputs"][0]["data"] == [5]
+    [exited] = [event.data for event in await shared.events("killed") if isinstance(event.data, WorkerExited)]
+    assert exited.signal == signal.SIGKILL
+    assert (await shared.jobs("?model=killed"))[0]["cause"] == "recovery"
+
+
+async def test_disconnected_client_s_run_is_stopped(shared: LocalApi) -> None:
+    await load_loop(shared, "left")
+    worker = shared.worker("left")
+    [running] = await begin(shared, "left")
+    running.cancel()
+    await until(lambda: worker.in_flight == 0)
+    assert (await shared.infer("left", SHORT)).status == 200
+    assert shared.worker("left") is worker
+
+
+# Swaps
+
+
+async def load_adder(api: LocalApi, model_id: str, version: int) -> None:
+    save(models.add(version), api.config.repository, model_id, version)
+    await api.load(model_id, version=version)
+
+
+async def test_no_inference_fails_during_swaps(shared: LocalApi) -> None:
+    await load_adder(shared, "swapped", 1)
+    is_swapping, seen = True, set[int]()
+
+    async def infer() -> None:
+        while is_swapping:
+            answer = await shared.infer("swapped", floats(1))
+            assert answer.status == 200, answer.body
+            version = int(answer.json["model_version"])
+            assert answer.json["outputs"][0]["data"] == [1 + version]
+            seen.add(version)
+
+    clients = [asyncio.create_task(infer()) for _ in range(4)]
+    for turn in range(8):
+        await load_adder(shared, "swapped", 1 + (turn + 1) % 2)
+    is_swapping = False
+    await asyncio.gather(*clients)
+    assert seen == {1, 2}
+
+
+async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi) -> None:
+    await load_adder(shared, "slow", 1)
+    old, swapped = shared.worker("slow"), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"inputs": [{"name": "x", "shape": [1], '
+        await swapped.wait()
+        yield b'"datatype": "FP32", "data": [1]}]}'
+
+    running = asyncio.create_task(shared.post("/v2/models/slow/infer", data=body()))
+    await load_adder(shared, "slow", 2)
+    await asyncio.wait({old.ended})
+    swapped.set()
+    assert (await running).json["outputs"][0]["data"] == [3]
+
+
+# Memory
+
+
+@pytest.fixture
+async def small_budget(start: Start, repository: Path, monkeypatch: pytest.MonkeyPatch) -> LocalApi:
+    """A server with 1 MiB for request bodies, and an identity loaded as `m`."""
+    monkeypatch.setattr("server.app.MAX_BODIES_BYTES", 2**20)
+    save(models.identity(), repository, "m")
+    api = await start()
+    await api.load("m")
+    return api
+
+
+async def test_bodies_beyond_the_budget_are_refused(small_budget: LocalApi) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(32):
+            yield b" " * 2**16
+
+    for _ in range(2):
+        answer = await small_budget.post("/v2/models/m/infer", data=endless())
+        assert answer.refusal == (503, "bodies_full")
+    await until(lambda: small_budget.app[BODIES].taken_bytes == 0)
+    assert (await small_budget.infer("m", floats(1))).status == 200
+
+
+async def test_one_subject_gets_half_of_the_free_body_budget(small_budget: LocalApi) -> None:
+    api, more = small_budget, asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b" " * 2**19
+        await more.wait()
+        yield json.dumps({"inputs": [floats(7)]}).encode()
+
+    half = asyncio.create_task(api.post("/v2/models/m/infer", data=slow(), subject="alice"))
+    await until(lambda: api.app[BODIES].taken_bytes == 2**19)
+    large = json.dumps({"inputs": [floats(7)]}).encode() + b" " * 2**18
+    for subject, status in (("alice", 503), ("bob", 200)):
+        assert (await api.post("/v2/models/m/infer", data=large, subject=subject)).status == status
+    more.set()
+    assert (await half).refusal == (503, "bodies_full")
+    await until(lambda: api.app[BODIES].taken_bytes == 0)
+
+
+async def test_data_that_a_worker_does_not_read_is_bounded(
+    shared: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.processes.workers.MAX_UNSENT_BYTES", 2**20)
+    save(models.identity(), shared.config.repository, "stopped")
+    await shared.load("stopped")
+    pid = shared.worker("stopped").pid
+    os.kill(pid, signal.SIGSTOP)
+    tensor = {"name": "x", "shape": [2**20], "datatype": "FP32", "parameters": {"binary_data_size": 2**22}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"timeout": 20_000}}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    for expected in ((504, "inference_timeout"), (503, "inference_queue_full")):
+        body = io.BytesIO(head + bytes(2**22))
+        assert (await shared.post("/v2/models/stopped/infer", data=body, headers=headers)).refusal == expected
+    os.kill(pid, signal.SIGCONT)
+    await when(lambda: shared.infer("stopped", floats(1)), lambda seen: seen.status == 200)
