@@ -13,11 +13,9 @@ from hypothesis import example
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import FEWER, MODEL, PLAIN, START, History, at, drafts, given, ids, load_requested, opened
+from support.events import FEWER, MODEL, PLAIN, START, History, at, given, ids, load_requested, opened
 
-from events import store
 from events.accept import Accepted, Decision, Existing, Refused, accept
-from events.bodies import from_body
 from events.commands import (
     KEPT_S,
     Command,
@@ -30,7 +28,6 @@ from events.commands import (
 )
 from events.errors import LogUnavailable, RequestRefused
 from events.log import Log, Receipt
-from events.schema import connect
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -310,31 +307,6 @@ async def test_failed_write_leaves_key_unused(path: Path) -> None:
             await log.submit(load(OTHER_REQUEST))
         assert await outcome(log, load(OTHER_REQUEST)) == "j3"
         assert log.healthy
-
-
-@FEWER
-@given_any(st.lists(drafts(), max_size=20), st.data())
-def test_keys_read_from_log_equal_folded_keys(facts: list[Draft], data: st.DataObject) -> None:
-    keys = st.sampled_from([KEY, OTHER_REQUEST, OTHER_KEY, None])
-    with_keys = [
-        replace(draft, data=replace(draft.data, idempotency=data.draw(keys)))
-        if isinstance(draft.data, LoadRequested | UnloadRequested | CancelRequested)
-        else draft
-        for draft in facts
-    ]
-
-    async def write(path: Path) -> None:
-        async with opened(path) as log:
-            await asyncio.gather(*(log.submit(Record((draft,))) for draft in with_keys))
-
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "ledger.db"
-        asyncio.run(write(path))
-        state = State()
-        with closing(connect(path)) as connection:
-            for (body,) in connection.execute("SELECT body FROM events ORDER BY position"):
-                state.apply(from_body(body))
-            assert store.read_keys(connection, ["k", "l", "never"]) == state.keys
 
 
 async def test_key_index_holds_events_with_keys_only(path: Path) -> None:

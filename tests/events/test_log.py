@@ -19,7 +19,7 @@ from events.bodies import from_body
 from events.clock import stamp
 from events.commands import Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import LogClosed, NotEncodable, RequestRefused
-from events.log import MAX_GROUP, Inbox, Log, Receipt
+from events.log import MAX_GROUP, Log, Receipt
 from events.types import SYSTEM, Draft, LoadFailed, LoadStarted, ServerStarted, ServerStopped
 from events.verify import verify
 
@@ -342,36 +342,3 @@ async def test_note_is_no_event_and_wakes_nobody(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("UPDATE last_used SET used_at = 'forged'")
     assert verify(path).verified  # it proves nothing and is no part of the proof
-
-
-# The inbox of the writer.
-
-
-async def test_inbox_gives_items_in_order_up_to_limit() -> None:
-    inbox = Inbox[int]()
-    for number in range(5):
-        inbox.put(number)
-    assert len(inbox) == 5
-    assert inbox.take(2) == [0, 1]
-    async with asyncio.timeout(LIMIT_S):
-        await inbox.wait()  # for there is more
-    assert inbox.take(7) == [2, 3, 4]
-    assert inbox.take() == []
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0):
-            await inbox.wait()
-
-
-@pytest.mark.parametrize("items", [["a", "b"], []])
-async def test_inbox_wakes_reader_for_items_and_calls(items: list[str]) -> None:
-    inbox = Inbox[str]()
-    reader = asyncio.create_task(inbox.wait())
-    await asyncio.sleep(0)
-    assert not reader.done()
-    for item in items:
-        inbox.put(item)
-    if not items:
-        inbox.call()
-    async with asyncio.timeout(LIMIT_S):
-        await reader
-    assert inbox.take() == items

@@ -1,4 +1,4 @@
-"""A tail catches up and follows, misses nothing, repeats nothing, and holds nothing up."""
+"""A tail catches up and follows: it misses nothing, repeats nothing, and holds nothing up."""
 
 import asyncio
 import sqlite3
@@ -7,13 +7,15 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
-from support.events import facts, opened, write
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import PLAIN, facts, opened, write
 
 from events import tail as module
 from events.history import BeyondHead
 from events.log import Log
 from events.reader import open_reader
-from events.stored import EventFilter
+from events.stored import EventFilter, StoredEvent
 from events.tail import Batch, Ring, Tail, Tails
 
 LIMIT_S = 60
@@ -57,30 +59,28 @@ async def read_until(tail: Tail, last: int) -> list[int]:
     return found
 
 
-async def test_a_tail_catches_up_in_pages_says_so_and_then_follows(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tail_catches_up_in_pages_then_follows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PAGE", 3)
     async with opened(path) as log, tailing(log) as tails:
         await write(log, 7)
-        with tails.open(1) as tail:
+        with tails.open(1) as tail, tails.open() as at_head:
             assert positions(await tail.read()) == [2, 3, 4]
             assert positions(await tail.read()) == [5, 6, 7]
             assert await tail.read() == Batch([], 7, 7, live=True)
+            assert await at_head.read() == Batch([], 7, 7, live=True)
             await write(log, 1, first=8)
-            assert await read_until(tail, 8) == [8]
+            assert await read_until(tail, 8) == await read_until(at_head, 8) == [8]
+        with pytest.raises(BeyondHead), tails.open(9):
+            pass
+        assert not len(tails)
+        await write(log, 5, first=9)  # while nobody follows
+        with tails.open(7) as tail, tails.open() as at_head:
+            assert await read_until(tail, 13) == [8, 9, 10, 11, 12, 13]
+            await write(log, 1, first=14)
+            assert await read_until(at_head, 14) == await read_until(tail, 14) == [14]
 
 
-async def test_a_tail_that_begins_at_the_head_sees_only_what_is_new(path: Path) -> None:
-    async with opened(path) as log, tailing(log) as tails:
-        await write(log, 3)
-        with tails.open() as tail:
-            assert await tail.read() == Batch([], 3, 3, live=True)
-            await write(log, 2, first=4)
-            assert await read_until(tail, 5) == [4, 5]
-
-
-async def test_a_tail_knows_how_far_the_log_was_when_it_began_though_the_ring_is_behind(path: Path) -> None:
+async def test_tail_keeps_head_at_its_start(path: Path) -> None:
     async with opened(path) as log, AsyncExitStack() as stack:
         await write(log, 3)
         readers = [await stack.enter_async_context(open_reader(path)) for _ in range(2)]
@@ -92,15 +92,7 @@ async def test_a_tail_knows_how_far_the_log_was_when_it_began_though_the_ring_is
                 assert (batch.upto, batch.live, tail.opened_at) == (3, True, 5)
 
 
-async def test_nobody_begins_beyond_the_head(path: Path) -> None:
-    async with opened(path) as log, tailing(log) as tails:
-        await write(log, 3)
-        with pytest.raises(BeyondHead), tails.open(4):
-            pass
-        assert not len(tails)
-
-
-async def test_who_saw_an_event_before_the_writer_heard_of_its_commit_waits_for_that(path: Path) -> None:
+async def test_reader_ahead_of_writer_waits_for_commit(path: Path) -> None:
     async with opened(path) as log, tailing(log) as tails:
         await write(log, 2)
         known = log.head
@@ -117,21 +109,8 @@ async def test_who_saw_an_event_before_the_writer_heard_of_its_commit_waits_for_
         await tails.reaches(3)
 
 
-async def test_a_tail_that_begins_after_a_time_without_any_misses_nothing(path: Path) -> None:
-    async with opened(path) as log, tailing(log) as tails:
-        with tails.open(0) as tail:
-            await write(log, 2)
-            assert await read_until(tail, 2) == [1, 2]
-        await write(log, 5, first=3)
-        with tails.open(1) as tail, tails.open() as other:
-            assert await read_until(tail, 7) == [2, 3, 4, 5, 6, 7]
-            await write(log, 1, first=8)
-            assert await read_until(other, 8) == [8]
-            assert await read_until(tail, 8) == [8]
-
-
 @pytest.mark.parametrize("size", [1, 7, 4096])
-async def test_nothing_is_missed_or_repeated_while_others_append(path: Path, size: int) -> None:
+async def test_tail_misses_and_repeats_nothing(path: Path, size: int) -> None:
     async with opened(path) as log, tailing(log, ring=Ring(max_events=size)) as tails:
 
         async def append(first: int) -> None:
@@ -148,7 +127,7 @@ async def test_nothing_is_missed_or_repeated_while_others_append(path: Path, siz
             assert found == list(range(1, 241))
 
 
-async def test_a_hundred_tails_all_see_everything_and_share_what_they_see(path: Path) -> None:
+async def test_tails_at_same_position_share_batches(path: Path) -> None:
     async with opened(path) as log, tailing(log) as tails:
         await write(log, 5)
 
@@ -168,7 +147,7 @@ async def test_a_hundred_tails_all_see_everything_and_share_what_they_see(path: 
             assert await one.read() is await two.read()
 
 
-async def test_filters_choose_and_the_place_moves_on_all_the_same(path: Path) -> None:
+async def test_filtered_tail_still_moves_on(path: Path) -> None:
     async with opened(path) as log, tailing(log) as tails:
         await write(log, 4)
         nothing, everything = EventFilter(models=("other",)), EventFilter(jobs=("job",), actors=("system",))
@@ -180,9 +159,7 @@ async def test_filters_choose_and_the_place_moves_on_all_the_same(path: Path) ->
             assert await read_until(all_of_them, 6) == [5, 6]
 
 
-async def test_a_batch_is_bounded_by_bytes_and_has_one_event_at_least(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_batch_is_limited_by_bytes_but_never_empty(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BATCH_BYTES", 1)
     async with opened(path) as log, tailing(log) as tails:
         await write(log, 2)
@@ -196,7 +173,7 @@ async def test_a_batch_is_bounded_by_bytes_and_has_one_event_at_least(
             assert [positions(await tail.read()) for _ in range(3)] == [[3], [4], []]
 
 
-async def test_who_lags_behind_the_ring_reads_the_log_and_holds_no_snapshot(path: Path) -> None:
+async def test_slow_tail_reads_log_and_holds_no_snapshot(path: Path) -> None:
     async with opened(path) as log, tailing(log, ring=Ring(max_events=2)) as tails:
         with tails.open(0) as slow, tails.open(0) as quick:
             await write(log, 20)
@@ -206,7 +183,7 @@ async def test_who_lags_behind_the_ring_reads_the_log_and_holds_no_snapshot(path
             assert await read_until(slow, 20) == list(range(1, 21))
 
 
-async def test_more_tails_than_readers_wait_for_their_turn(path: Path) -> None:
+async def test_tails_share_readers_and_cancelled_read_returns_its_own(path: Path) -> None:
     async with opened(path) as log, tailing(log, readers=1) as tails:
         await write(log, 50)
 
@@ -214,24 +191,17 @@ async def test_more_tails_than_readers_wait_for_their_turn(path: Path) -> None:
             with tails.open(0) as tail:
                 return await read_until(tail, 50)
 
-        for found in await asyncio.gather(*(follow() for _ in range(20))):
-            assert found == list(range(1, 51))
-
-
-async def test_a_tail_that_is_cancelled_amid_a_read_gives_its_reader_back(path: Path) -> None:
-    async with opened(path) as log, tailing(log, readers=1) as tails:
-        await write(log, 5)
         for _ in range(5):
             with tails.open(0) as tail:
                 reading = asyncio.create_task(tail.read())
                 await asyncio.sleep(0)
                 reading.cancel()
                 await asyncio.wait([reading])
-        with tails.open(0) as tail:
-            assert await read_until(tail, 5) == [1, 2, 3, 4, 5]
+        for found in await asyncio.gather(*(follow() for _ in range(20))):
+            assert found == list(range(1, 51))
 
 
-async def test_the_end_wakes_all_tails_for_the_last_time(path: Path) -> None:
+async def test_close_wakes_all_tails(path: Path) -> None:
     async with opened(path) as log:
         async with tailing(log) as tails:
             with tails.open() as tail:
@@ -241,3 +211,56 @@ async def test_the_end_wakes_all_tails_for_the_last_time(path: Path) -> None:
                     await tail.wakeup.wait()
                 assert tails.closed
         assert not log._wakeups
+
+
+# The ring of latest events.
+
+
+def event(position: int, size: int = 10) -> StoredEvent:
+    return StoredEvent(position, "LoadStarted", None, None, "system", b"x" * size)
+
+
+def ring_after(ring: Ring, after: int, limit: int) -> list[int] | None:
+    found = ring.after(after, limit)
+    return None if found is None else [each.position for each in found]
+
+
+def test_ring_continues_after_restart_and_refuses_gaps() -> None:
+    ring = Ring()
+    ring.restart(4)
+    assert (ring.base, ring.head) == (4, 4)
+    ring.extend([event(5), event(6), event(7)])
+    assert (ring.base, ring.head) == (4, 7)
+    expected = {(3, 9): None, (4, 9): [5, 6, 7], (4, 2): [5, 6], (6, 2): [7], (7, 2): [], (99, 2): []}
+    assert {key: ring_after(ring, *key) for key in expected} == expected
+    for position in (7, 9):
+        with pytest.raises(ValueError, match="does not follow 7"):
+            ring.extend([event(position)])
+    ring.restart(9)
+    assert (ring.base, ring.head, ring.held_bytes) == (9, 9, 0)
+
+
+@PLAIN
+@given(
+    sizes=st.lists(st.integers(1, 50), max_size=60),
+    max_events=st.integers(1, 20),
+    max_bytes=st.integers(1, 300),
+    limit=st.integers(1, 9),
+)
+def test_ring_stays_within_bounds_and_in_order(
+    sizes: list[int], max_events: int, max_bytes: int, limit: int
+) -> None:
+    ring = Ring(max_events, max_bytes)
+    for number, size in enumerate(sizes, 1):
+        ring.extend([event(number, size)])
+        held = sizes[ring.base : ring.head]
+        assert ring.head == number
+        assert ring.held_bytes == sum(held) <= max_bytes
+        assert len(held) <= max_events
+        one_more = sizes[ring.base - 1 : ring.head] if ring.base else None
+        assert (
+            one_more is None or len(one_more) > max_events or sum(one_more) > max_bytes or ring.base == number
+        )
+        for after in range(number + 1):
+            right = None if after < ring.base else list(range(after + 1, min(number, after + limit) + 1))
+            assert ring_after(ring, after, limit) == right

@@ -1,4 +1,4 @@
-"""What is counted of what is recorded: from plain histories, and from a log whose disk fails."""
+"""Counters for metrics: from histories, and from a log whose disk fails; histograms and labels."""
 
 import asyncio
 import sqlite3
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, History, at, drafts, opened, write
+from support.events import FEWER, MODEL, PLAIN, History, at, drafts, opened, write
 
 from events.commands import Record
 from events.errors import LogUnavailable
 from events.group import Waiting, decide
-from events.series import Observed
+from events.series import OTHERS, Histogram, Names, Observed
 from events.state import State
 from events.store import Head
 from events.tally import BARE, MAX_CODES, OTHER_CODE, STAGES, Tally
@@ -32,7 +32,7 @@ def count(observed: Observed) -> int:
     return sum(observed.counts)
 
 
-def test_a_job_is_counted_once_when_it_ends_with_its_cause_outcome_and_time() -> None:
+def test_ended_job_is_counted_by_cause_and_status() -> None:
     history = History()
     history.load("a")
     history.ask_load("b", cause=Cause.DEMAND)
@@ -56,7 +56,7 @@ def test_a_job_is_counted_once_when_it_ends_with_its_cause_outcome_and_time() ->
     assert tally.events.total() == len(history.facts)
 
 
-def test_a_load_is_counted_by_its_form_and_by_what_took_its_time() -> None:
+def test_load_is_counted_by_form_and_stage() -> None:
     history = History()
     history.load("a")
     durations = Durations(1_000_000, 2, 3, 4, 5, 6, 7)
@@ -75,7 +75,7 @@ def test_a_load_is_counted_by_its_form_and_by_what_took_its_time() -> None:
     }
 
 
-def test_what_only_changes_the_parameters_of_a_load_is_a_job_and_no_load() -> None:
+def test_change_of_settings_is_job_but_no_load() -> None:
     history = History()
     history.load("a")
     history.ask_load("b", keeps_load_job_id="a")
@@ -86,7 +86,7 @@ def test_what_only_changes_the_parameters_of_a_load_is_a_job_and_no_load() -> No
     assert count(tally.load_s["completed"].observed()) == 1
 
 
-def test_deaths_of_workers_and_what_comes_back_are_counted_by_model() -> None:
+def test_worker_exits_and_restarts_are_counted_by_model() -> None:
     history = History()
     history.load("a")
     history.kill_worker("w-a")
@@ -99,34 +99,28 @@ def test_deaths_of_workers_and_what_comes_back_are_counted_by_model() -> None:
     assert tally.restarts == {MODEL: 1}
 
 
-def test_refused_requests_are_counted_as_often_as_they_were_made() -> None:
+def test_denied_requests_and_codes_beyond_limit_are_counted() -> None:
     history = History()
     for times in (3, 4):
         history.add(AccessDenied("POST /", times), of=None, version=None, by="eve")
-    assert counted(history).denied == 7
-
-
-def test_codes_without_end_are_counted_as_others() -> None:
-    history = History()
     for number in range(MAX_CODES + 5):
         history.ask_load(f"j{number}")
         history.fail_load(f"j{number}", f"code{number}")
-    failures = counted(history).failures
-    assert len(failures) == MAX_CODES + 1
-    assert failures[OTHER_CODE] == 5
+    tally = counted(history)
+    assert tally.denied == 7
+    assert len(tally.failures) == MAX_CODES + 1
+    assert tally.failures[OTHER_CODE] == 5
 
 
 @FEWER
 @given(st.lists(drafts(), max_size=30), st.integers(1, 7))
-def test_whatever_is_recorded_is_counted_alike_in_groups_of_any_size(
-    recorded: list[Draft], size: int
-) -> None:
-    told = [_told_in_groups(recorded, each) for each in (1, size)]
+def test_counts_do_not_depend_on_transaction_size(recorded: list[Draft], size: int) -> None:
+    told = [_count_in_groups(recorded, each) for each in (1, size)]
     assert told[0] == told[1]
     assert told[0][0] == len(recorded)
 
 
-def _told_in_groups(recorded: list[Draft], size: int) -> tuple[object, ...]:
+def _count_in_groups(recorded: list[Draft], size: int) -> tuple[object, ...]:
     loop = asyncio.new_event_loop()
     state, tally, head = State(), Tally(), Head()
     try:
@@ -153,7 +147,7 @@ def _told_in_groups(recorded: list[Draft], size: int) -> tuple[object, ...]:
     )
 
 
-async def test_appends_and_transactions_are_timed_and_failed_ones_are_counted(tmp_path: Path) -> None:
+async def test_appends_commits_and_failures_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     async with opened(path) as log:
         await write(log, 3)
@@ -172,3 +166,41 @@ async def test_appends_and_transactions_are_timed_and_failed_ones_are_counted(tm
         await write(log, 1, first=4)
         assert log.tally.events == {LoadStarted.TYPE: 4}
         assert log.waiting == 0
+
+
+# Histograms and labels.
+
+BOUNDS = (0.001, 0.1, 1.0, 60.0)
+SECONDS = st.floats(0, 1e6) | st.sampled_from(BOUNDS)
+
+
+@PLAIN
+@given(st.lists(SECONDS))
+def test_histogram_counts_into_first_bucket_that_holds(times: list[float]) -> None:
+    histogram = Histogram(BOUNDS)
+    for seconds in times:
+        histogram.observe(seconds)
+    seen = histogram.observed()
+    for place, bound in enumerate(BOUNDS):
+        assert sum(seen.counts[: place + 1]) == sum(seconds <= bound for seconds in times)
+    assert sum(seen.counts) == len(times)
+    assert abs(seen.total_s - sum(times)) <= 1e-6 * sum(times)
+
+
+def test_observed_histogram_is_snapshot() -> None:
+    histogram = Histogram(BOUNDS)
+    before = histogram.observed()
+    histogram.observe(2)
+    assert before.counts == (0, 0, 0, 0, 0)
+    assert histogram.observed().counts == (0, 0, 0, 1, 0)
+
+
+@PLAIN
+@given(st.lists(st.sampled_from("abcdefgh")), st.integers(0, 8))
+def test_model_keeps_its_label_up_to_limit(asked: list[str], most: int) -> None:
+    names = Names(most)
+    told = [(model_id, names.of(model_id)) for model_id in asked]
+    assert all(names.of(model_id) == label for model_id, label in told)
+    own = {label for _, label in told} - {OTHERS}
+    assert len(own) == min(most, len(set(asked)))
+    assert all(label in (model_id, OTHERS) for model_id, label in told)

@@ -1,0 +1,70 @@
+"""One process per data directory, by a lock that the kernel releases."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.events import child
+
+from events.errors import DataInUse
+from events.lock import hold
+
+HOLD = """
+import sys
+from pathlib import Path
+from events.lock import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(data: Path) -> subprocess.Popen[str]:
+    """Start a process that holds the lock until its input ends; returns when it does."""
+    process = subprocess.Popen(child(HOLD, data), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_holder_is_refused_with_pid_of_first(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        for _ in range(2):
+            with pytest.raises(DataInUse) as raised, hold(tmp_path):
+                pass
+            assert raised.value.code == "data_in_use"
+            assert f"process {process.pid};" in str(raised.value)
+            assert str(tmp_path) in str(raised.value)
+        assert (tmp_path / "lock").read_text() == f"{process.pid}\n"
+        process.communicate()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, None])
+def test_lock_is_free_when_holder_ends(tmp_path: Path, end: signal.Signals | None) -> None:
+    (tmp_path / "lock").write_text("99999999999999999999\n")  # a longer pid leaves nothing behind
+    with holder(tmp_path) as process:
+        if end is not None:
+            process.send_signal(end)
+            process.wait()
+        else:
+            process.communicate()
+        with hold(tmp_path):
+            assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_lock_is_free_after_error_inside(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), hold(tmp_path):
+        raise ZeroDivisionError
+    with hold(tmp_path), pytest.raises(DataInUse, match=f"process {os.getpid()};"), hold(tmp_path):
+        pass
+
+
+def test_lock_file_is_private_and_not_inherited(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with hold(tmp_path), hold(other):
+        assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
+        inherited = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, check=True)
+        assert str(tmp_path) not in inherited.stdout
