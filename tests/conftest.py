@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from msgspec.structs import replace
+from onnx import ModelProto
+from support import models
 from support.http import LocalApi, local_server
+from support.workers import Serve, order_of, running_pool, until
+
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import Worker
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -51,8 +58,38 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loca
         yield api
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_pool() -> AsyncIterator[WorkerPool]:
+    """One pool of workers for a module's tests."""
+    async with running_pool() as pool:
+        yield pool
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def pool(shared_pool: WorkerPool) -> AsyncIterator[WorkerPool]:
+    """The module's pool; the workers that a test leaves are killed after it."""
+    yield shared_pool
+    for worker in shared_pool._workers:
+        worker.kill()
+    await until(lambda: not shared_pool._workers)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def serve(pool: WorkerPool, tmp_path: Path) -> Serve:
+    """A function that starts a worker and loads a model into it."""
+
+    async def started(model: ModelProto | bytes, model_id: str = "m", **changes: Any) -> Worker:
+        data = model if isinstance(model, bytes) else model.SerializeToString()
+        models.save_bytes(data, tmp_path, model_id)
+        worker = await pool.start(model_id)
+        await worker.load(replace(order_of(tmp_path, model_id), **changes), lambda _: None)
+        return worker
+
+    return started
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that share an application on the loop on which it runs."""
+    """Run the tests that share an application or a pool of workers on the loop on which it runs."""
     for item in items:
-        if "shared" in getattr(item, "fixturenames", ()):
+        if {"shared", "shared_pool"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)

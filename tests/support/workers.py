@@ -6,7 +6,7 @@ import os
 import resource
 import select
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +16,16 @@ import pytest
 
 from runtime.processes import pool as pool_module
 from runtime.processes import workers as workers_module
+from runtime.processes.forkclient import ForkServer
 from runtime.processes.pool import WorkerPool
 from runtime.processes.workers import LoadReport, Worker
 from runtime.repository import Repository
 from runtime.wire import DATATYPES, Load, LoadedFile, Outcome, Tensor, WantedOutput
 
 T = TypeVar("T")
+
+Serve = Callable[..., Awaitable[Worker]]
+"""Start a worker and load a model, with changes of the order to load: the fixture `serve`."""
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
@@ -41,6 +45,12 @@ async def running_pool(*, threads: int = 1) -> AsyncIterator[WorkerPool]:
             yield pool
         finally:
             await pool.close()
+
+
+def fork_server_of(pool: WorkerPool) -> ForkServer:
+    """Return the fork server that a pool has now."""
+    assert pool._fork_server is not None
+    return pool._fork_server
 
 
 @contextmanager
@@ -116,7 +126,7 @@ async def asked_at_once(worker: Worker, *asked: Coroutine[Any, Any, T]) -> list[
     await freeze(worker.pid)
     tasks = [asyncio.ensure_future(each) for each in asked]
     await asyncio.sleep(0)
-    os.kill(worker.pid, signal.SIGCONT)
+    resume(worker.pid)
     return tasks
 
 
@@ -126,6 +136,11 @@ async def ask(
     """Run the model of a worker, with all the time it needs; no outputs means all."""
     _, tensors = await ask_all(worker, inputs, *outputs, text=text)
     return tensors
+
+
+async def answer(worker: Worker, *inputs: Tensor) -> Any:
+    """Run the model of a worker, and return its first output as lists and numbers."""
+    return array((await ask(worker, inputs))[0]).tolist()
 
 
 async def ask_all(
@@ -147,6 +162,11 @@ async def freeze(pid: int) -> None:
     """Stop a process, and wait until it has stopped: the signal alone only begins it."""
     os.kill(pid, signal.SIGSTOP)
     await until(lambda: all(_fields(task)[0] == "T" for task in Path(f"/proc/{pid}/task").iterdir()))
+
+
+def resume(pid: int) -> None:
+    """Let a stopped process go on."""
+    os.kill(pid, signal.SIGCONT)
 
 
 def computing(pid: int) -> Callable[[], bool]:
@@ -204,8 +224,9 @@ def floats(name: str, *values: float) -> Tensor:
     return tensor(name, "FP32", np.array(values, np.float32))
 
 
-def tensor(name: str, datatype: str, array: np.ndarray) -> Tensor:
-    """Make a tensor of an array, which must be of the datatype's type."""
+def tensor(name: str, datatype: str, values: Any) -> Tensor:
+    """Make a tensor of an array, nested lists, or one number."""
+    array = np.asarray(values, DATATYPES[datatype].numpy)
     return Tensor(name, datatype, array.shape, array.tobytes())
 
 

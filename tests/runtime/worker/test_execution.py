@@ -1,21 +1,180 @@
-"""What the worker's executor does without a worker around it."""
+"""Execution in a worker: the queue, dynamic batching, and cancellation of requests that run together."""
 
+import asyncio
 import socket
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto
 from support import models
+from support.events import PLAIN
+from support.models import ENDLESS, INT64, STRING
+from support.workers import (
+    LIMIT_S,
+    Serve,
+    answer,
+    array,
+    ask,
+    ask_all,
+    asked_at_once,
+    computing,
+    floats,
+    tensor,
+    until,
+)
 
+from runtime.errors import InvalidInput, LoadRefused
 from runtime.frames import FrameReader
-from runtime.wire import FROM_WORKER, Failure, Infer, Tensor, TensorSpec, WantedOutput
+from runtime.processes.workers import Worker
+from runtime.wire import FROM_WORKER, Failure, Infer, Tensor, TensorSpec, WantedOutput, pack_texts
+from runtime.worker.batching import MAX_WAITING, BatchDimension, NotApart, Queue, Request, apart, together
 from runtime.worker.cancellation import Cancellation
 from runtime.worker.execution import Executor
-from runtime.worker.inference import Runner
+from runtime.worker.inference import Asked, Runner
 from runtime.worker.outbox import Outbox
 
+ASKED = Asked(["y"], [("y", "FP32", False)])
+HOUR_US = 3600 * 10**6
 NO_NUMBERS = Tensor("x", "FP32", (1,), b'["none"]', text=True)
+
+
+def request(number: int, size: int = 1, width: int = 1, *, alone: bool = False, came_ns: int = 0) -> Request:
+    feed = {"x": np.full((size, width), number)}
+    return Request(number, ASKED, feed, size, alone, 0, came_ns or number + 1, 0)
+
+
+def row(*values: float) -> Tensor:
+    return tensor("x", "FP32", [values])
+
+
+def rows(count: int) -> Tensor:
+    return tensor("x", "FP32", np.arange(2 * count).reshape(count, 2))
+
+
+async def sizes(tasks: Sequence[asyncio.Task[Any]]) -> list[tuple[int, int]]:
+    """Wait for the answers; returns the size of each request, and of the batch it ran in (0 but for one)."""
+    async with asyncio.timeout(LIMIT_S):
+        return [(outcome.batch_size, outcome.execution_size) for outcome, _ in await asyncio.gather(*tasks)]
+
+
+# The queue, without a worker
+
+
+@PLAIN
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3), st.booleans()), max_size=20), st.integers(4, 9)
+)
+def test_queue_batches_like_requests_oldest_first(drawn: list[tuple[int, int, bool]], limit: int) -> None:
+    queue = Queue(limit, 0)
+    waiting = [request(n, size, width, alone=alone) for n, (size, width, alone) in enumerate(drawn)]
+    for each in waiting:
+        queue.add(each)
+    while waiting:
+        assert len(queue) == len(waiting)
+        batch = queue.take()
+        assert batch[0] is waiting[0]
+        assert len({each.kind() for each in batch}) == 1
+        assert sum(each.size for each in batch) <= limit
+        assert len(batch) == 1 or not any(each.alone for each in batch)
+        waiting = [each for each in waiting if each not in batch]
+    assert not queue
+
+
+@PLAIN
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(0, 2))
+def test_joined_inputs_split_into_what_they_were(drawn: list[int], width: int) -> None:
+    batch = [request(n, size, width) for n, size in enumerate(drawn)]
+    parts = apart(batch, [together(batch)["x"], None])
+    assert [second for _, second in parts] == [None] * len(batch)
+    for each, (first, _) in zip(batch, parts, strict=True):
+        assert np.array_equal(first, each.feed["x"])
+
+
+@pytest.mark.parametrize("output", [np.zeros(()), np.zeros((3, 2)), np.zeros((1, 2))])
+def test_outputs_of_another_length_are_not_split(output: Any) -> None:
+    with pytest.raises(NotApart):
+        apart([request(0), request(1)], [np.zeros(2), output])
+
+
+def test_queue_waits_until_oldest_is_due_or_a_batch_is_full() -> None:
+    queue, alone, crowd = Queue(3, 100), Queue(2, 100), Queue(2, 100)
+    queue.add(request(0, came_ns=1000))
+    assert queue.wait_ns(1010) == 90
+    queue.add(request(1, width=2, came_ns=1050))
+    assert [queue.wait_ns(now) for now in (1060, 2000)] == [40, 0]
+    queue.add(request(2, size=2, width=2, came_ns=1070))
+    assert queue.wait_ns(1080) is None
+    alone.add(request(0, alone=True))
+    for number in range(MAX_WAITING):
+        assert number == 0 or crowd.wait_ns(0) is not None
+        crowd.add(request(number, width=number))
+    assert [alone.wait_ns(0), crowd.wait_ns(0)] == [None, None]
+
+
+def test_queue_time_counts_from_sending() -> None:
+    sent = Request(0, ASKED, {}, 1, alone=False, sent_ns=900, came_ns=1000, input_ns=0)
+    assert [each.waits_since_ns() for each in (request(0, came_ns=1000), sent)] == [1000, 900]
+
+
+@pytest.mark.parametrize(
+    ("feed", "measured"),
+    [
+        ({"x": np.zeros((4, 2))}, (4, False)),
+        ({"x": np.zeros((2, 2)), "z": np.zeros(2)}, (2, False)),
+        ({"x": np.zeros((0, 2))}, (0, True)),
+        ({"x": np.zeros((2, 2)), "default": np.zeros(3)}, (2, True)),
+        ({}, (1, False)),
+    ],
+)
+def test_request_size_is_its_first_dimension(feed: dict[str, Any], measured: tuple[int, bool]) -> None:
+    assert BatchDimension(4, ["x", "z"]).measure(feed) == measured
+
+
+def test_cancellation_affects_its_request_only() -> None:
+    cancellation = Cancellation()
+    for number in (1, 2, 3):
+        cancellation.wait(number)
+    assert cancellation.begin([3]) is not None
+    cancellation.end()
+    for number in (2, 3, 7):  # waits though a later one has run; is over; is to come
+        cancellation.cancel(number)
+    assert [cancellation.drop(number) for number in (1, 2, 3)] == [False, True, False]
+    assert cancellation.begin([7]) is None
+    cancellation.skip(7)
+    cancellation.cancel(7)
+    assert cancellation.begin([7]) is not None
+
+
+def test_cancelled_member_of_a_batch_is_not_run_again() -> None:
+    cancellation = Cancellation()
+    options = cancellation.begin([1, 2])
+    assert options is not None
+    cancellation.cancel(2)
+    assert options.terminate
+    cancellation.end_to_begin_again()
+    first = cancellation.begin([1])
+    assert first is not None
+    assert not first.terminate
+    cancellation.end()
+    assert cancellation.begin([2]) is None
+    assert cancellation.drop(2)
+
+
+def test_late_cancellation_is_forgotten() -> None:
+    cancellation = Cancellation()
+    assert cancellation.begin([1]) is not None
+    cancellation.cancel(1)
+    cancellation.end()
+    assert not cancellation._cancelled
+
+
+# The executor, without a worker
 
 
 @pytest.fixture
@@ -31,7 +190,7 @@ def runner() -> Runner:
     return Runner(session, [TensorSpec("x", "FP32", (-1,))], [TensorSpec("y", "FP32", (-1,))])
 
 
-def test_what_was_cancelled_before_it_came_is_not_read(
+def test_request_cancelled_before_arrival_is_not_decoded(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
     outbox, cancellation = Outbox(channel[1]), Cancellation()
@@ -42,11 +201,11 @@ def test_what_was_cancelled_before_it_came_is_not_read(
     outbox.flush()
     reader = FrameReader(FROM_WORKER)
     answers = [message for message, _ in reader.advance(channel[0].recv_into(reader.buffer()))]
-    codes = [(answer.id, answer.code) for answer in answers if isinstance(answer, Failure)]
+    codes = [(each.id, each.code) for each in answers if isinstance(each, Failure)]
     assert codes == [(0, "invalid_input"), (1, "inference_cancelled"), (2, "invalid_input")]
 
 
-def test_an_output_named_without_end_is_answered_and_not_remembered(runner: Runner) -> None:
+def test_long_lists_of_wanted_outputs_are_not_cached(runner: Runner) -> None:
     once = (WantedOutput("y"),)
     assert runner.asked(once, False) is runner.asked(once, False)
     tracemalloc.start()
@@ -56,3 +215,138 @@ def test_an_output_named_without_end_is_answered_and_not_remembered(runner: Runn
         assert tracemalloc.get_traced_memory()[0] < 2**20
     finally:
         tracemalloc.stop()
+
+
+# Batches in a worker
+
+
+ROWS = [row(n, -n) for n in range(6)]
+STRINGS = [Tensor("x", "BYTES", (1, 2), pack_texts(["ä" * n, "b"])) for n in range(4)]
+BATCHES: dict[str, tuple[ModelProto, int, list[Tensor], list[tuple[int, int]]]] = {
+    "waiting requests": (models.rows(), 4, ROWS, [(1, 4), (1, 0), (1, 0), (1, 0), (1, 2), (1, 0)]),
+    "no batching": (models.rows(), 0, [rows(5)] * 3, [(1, 1)] * 3),
+    "limit": (models.rows(), 4, [rows(n) for n in (3, 2, 2, 4, 0)], [(3, 3), (2, 4), (2, 0), (4, 4), (0, 0)]),
+    "strings": (models.rows(STRING), 8, STRINGS, [(1, 4), (1, 0), (1, 0), (1, 0)]),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+async def test_waiting_requests_run_in_batches(serve: Serve, case: str) -> None:
+    model, limit, inputs, expected = BATCHES[case]
+    worker = await serve(model, max_batch_size=limit)
+    tasks = await asked_at_once(worker, *(ask_all(worker, [x]) for x in inputs))
+    assert await sizes(tasks) == expected
+    assert [bytes(task.result()[1][0].data) for task in tasks] == [bytes(x.data) for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("model", "datatype"),
+    [(models.rows(), "FP32"), (models.rows(INT64), "INT64"), (models.look_up(), "INT64")],
+)
+async def test_batched_answers_equal_unbatched_ones(serve: Serve, model: ModelProto, datatype: str) -> None:
+    random = np.random.default_rng(7)
+    shapes = [(int(random.integers(0, 4)), int(random.integers(0, 3))) for _ in range(60)]
+    inputs = [tensor("x", datatype, random.integers(0, 4, shape)) for shape in shapes]
+    answers = []
+    for limit in (0, 4):
+        worker = await serve(model, max_batch_size=limit)
+        tasks = await asked_at_once(worker, *(ask(worker, [x]) for x in inputs))
+        answers.append(await asyncio.gather(*tasks))
+    for (plain,), (batched,) in zip(*answers, strict=True):
+        assert (batched.shape, bytes(batched.data)) == (plain.shape, bytes(plain.data))
+
+
+async def test_json_and_binary_requests_are_batched_apart(serve: Serve) -> None:
+    worker = await serve(models.rows(), max_batch_size=4)
+    text = Tensor("x", "FP32", (1, 2), b"[1,2.5]", text=True)
+    tasks = await asked_at_once(
+        worker,
+        *(ask_all(worker, [x], text=as_text) for as_text in (True, False) for x in (text, row(1, 2.5))),
+    )
+    assert await sizes(tasks) == [(1, 2), (1, 0)] * 2
+    data = [bytes(task.result()[1][0].data) for task in tasks]
+    assert data == [b"[1.0,2.5]"] * 2 + [bytes(row(1, 2.5).data)] * 2
+
+
+async def test_batch_runs_when_full_or_when_its_delay_ends(serve: Serve) -> None:
+    worker = await serve(models.rows(), max_batch_size=3, max_queue_delay_us=HOUR_US)
+    tasks = []
+    for n in range(3):
+        tasks += await asked_at_once(worker, ask_all(worker, [row(n)]))
+    assert await sizes(tasks) == [(1, 3), (1, 0), (1, 0)]
+    (task,) = await asked_at_once(worker, ask_all(worker, [row(1)]))
+    assert (await worker.stop(LIMIT_S)).exit_code == 0
+    await asyncio.wait([task])
+    assert task.exception() is not None
+    worker = await serve(models.rows(), max_batch_size=3, max_queue_delay_us=2000)
+    assert await sizes([asyncio.ensure_future(ask_all(worker, [row(1)]))]) == [(1, 1)]
+
+
+async def test_invalid_request_fails_alone(serve: Serve) -> None:
+    worker = await serve(models.look_up(), max_batch_size=8)
+    tasks = await asked_at_once(worker, *(ask_all(worker, [tensor("x", "INT64", [[n]])]) for n in (1, 9, 3)))
+    assert await sizes([tasks[0], tasks[2]]) == [(1, 1)] * 2
+    assert [array(tasks[n].result()[1][0]).tolist() for n in (0, 2)] == [[[10]], [[30]]]
+    with pytest.raises(InvalidInput, match="out of data bounds"):
+        await tasks[1]
+
+
+async def test_outputs_without_batch_dimension_run_one_by_one(serve: Serve) -> None:
+    worker = await serve(models.distinct_rows(), max_batch_size=8)
+    tasks = await asked_at_once(worker, *(ask_all(worker, [row(n)]) for n in (1, 1, 2)))
+    assert await sizes(tasks) == [(1, 1)] * 3
+    assert [array(task.result()[1][0]).tolist() for task in tasks] == [[[1]], [[1]], [[2]]]
+
+
+async def test_request_with_an_unbatched_input_runs_alone(serve: Serve) -> None:
+    worker = await serve(models.with_default(), max_batch_size=8)
+    x, c = floats("x", 1), floats("c", 100)
+    tasks = await asked_at_once(worker, *(ask_all(worker, asked) for asked in ([x], [x, c], [x, c], [x])))
+    assert await sizes(tasks) == [(1, 2), (1, 1), (1, 1), (1, 0)]
+    assert [float(array(task.result()[1][0])[0]) for task in tasks] == [6, 101, 101, 6]
+
+
+@pytest.mark.parametrize(
+    ("cancelled", "answers"),
+    [((3, 1), {0: 5, 2: 7, 4: 9}), ((0, 2, 1, 3), {4: 9})],
+    ids=["the endless ones", "all but the last"],
+)
+async def test_cancelled_requests_leave_their_batch_running(
+    serve: Serve, cancelled: tuple[int, ...], answers: dict[int, int]
+) -> None:
+    worker = await serve(models.counting_rows(), max_batch_size=3)  # 0 to 2 run together, 3 and 4 wait
+    counts = (5, ENDLESS, 7, ENDLESS, 9)
+    tasks = await asked_at_once(worker, *(answer(worker, tensor("x", "INT64", [n])) for n in counts))
+    await until(computing(worker.pid))
+    for n in cancelled:
+        tasks[n].cancel()
+        await asyncio.sleep(0)
+    async with asyncio.timeout(LIMIT_S):
+        assert {n: (await tasks[n])[0] for n in answers} == answers
+        await worker.drained()
+
+
+async def test_request_that_fits_no_batch_is_refused(serve: Serve) -> None:
+    worker: Worker = await serve(models.subtract(), max_batch_size=8)
+    for a, b, words in (
+        (floats("a", *range(9)), floats("b", *range(9)), "batch size is 9, and of this model at most 8"),
+        (floats("a", 1), floats("b", 1, 2), "same first dimension"),
+        (tensor("a", "FP32", 1), floats("b", 1), "same first dimension"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            await ask(worker, [a, b])
+    assert await answer(worker, floats("a", *range(8)), floats("b", *[1] * 8)) == list(range(-1, 7))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (models.identity(shape=()), r"'x' has shape \[\].*first dimension"),
+        (models.identity(shape=(4, None)), r"'x' has shape \[4, -1\]"),
+        (models.memory_bomb_on_run(), r"'sum' has shape \[\]"),
+    ],
+)
+async def test_model_without_batch_dimension_is_refused(serve: Serve, model: ModelProto, words: str) -> None:
+    with pytest.raises(LoadRefused, match=words) as refused:
+        await serve(model, max_batch_size=8)
+    assert refused.value.code == "invalid_model"

@@ -1,11 +1,11 @@
-"""What a worker makes of an order to prepare: a form that can be used, or a reason why there is none."""
+"""Making a cached model in a worker: its files, refusals, limits, and the alignment of its weights."""
 
 import asyncio
 import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 from support import models
 from support.events import PLAIN
 from support.forms import found, in_background, made, prepare_order
 from support.models import save
-from support.workers import computing, freeze, order_of, running_pool, until
+from support.workers import computing, until
 
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
 from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import Worker
-from runtime.wire import encode
 from runtime.worker import alignment
 from runtime.worker.alignment import align
 
-WRONG = "ab" * 32
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[WorkerPool]:
-    async with running_pool() as running:
-        yield running
+KNOWN_SHA256 = "ab" * 32
 
 
 @pytest.fixture
@@ -58,7 +50,7 @@ async def refusal(pool: WorkerPool, order: wire.Prepare) -> LoadRefused:
     return refused.value
 
 
-async def test_what_is_written_is_ours_alone_and_all_there_is(pool: WorkerPool, root: Path) -> None:
+async def test_written_files_are_reported_and_private(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
     report = await made(pool, order)
     assert report.files == found(order.target)
@@ -70,38 +62,22 @@ async def test_what_is_written_is_ours_alone_and_all_there_is(pool: WorkerPool, 
 
 async def test_known_sources_are_not_hashed_again(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
-    known = tuple(replace(file, sha256=WRONG) for file in found(order.folder))
+    known = tuple(replace(file, sha256=KNOWN_SHA256) for file in found(order.folder))
     assert (await made(pool, replace(order, known=known))).sources == known
 
 
-async def test_folder_that_is_not_empty_is_not_written_to(pool: WorkerPool, root: Path) -> None:
+async def test_target_folder_must_be_empty(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
     (target_of(order) / "model.onnx").write_text("ours")
     assert (await refusal(pool, order)).code == "prepare_failed"
     assert (target_of(order) / "model.onnx").read_text() == "ours"
 
 
-async def test_folder_that_is_not_there_is_said(pool: WorkerPool, root: Path) -> None:
+async def test_missing_target_folder_is_named(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
     target_of(order).rmdir()
     refused = await refusal(pool, order)
     assert (refused.code, str(order.target) in str(refused)) == ("prepare_failed", True)
-
-
-async def test_form_that_grows_without_end_is_stopped(pool: WorkerPool, tmp_path: Path) -> None:
-    """The same way as by a full disk: what is written fails."""
-    root = tmp_path / "models"
-    save(models.grown(), root, "m")
-    order = prepare_order(root)
-    assert (await refusal(pool, order)).code == "prepare_failed"
-    assert sum(path.stat().st_size for path in target_of(order).iterdir()) <= 64 * 2**20
-
-
-async def test_no_file_of_a_form_has_more_than_it_may(pool: WorkerPool, root: Path) -> None:
-    order = replace(prepare_order(root), most_bytes=10**6)
-    refused = await refusal(pool, order)
-    assert (refused.code, str(refused)) == ("prepare_failed", "a file of it has more than 1000000 bytes")
-    assert max(path.stat().st_size for path in target_of(order).iterdir()) <= 10**6
 
 
 @contextlib.contextmanager
@@ -121,7 +97,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
     [(40, 2, False), (40, 3, True), (8, 8, True)],
     ids=["full", "fits", "small"],
 )
-async def test_some_of_the_disk_is_left_to_others(
+async def test_disk_reserve_is_kept_free(
     pool: WorkerPool, tmp_path: Path, megabytes: int, spare: int, *, fits: bool
 ) -> None:
     """The form has 1 MB, of which there is room for two, and a twentieth of the disk is not to be taken."""
@@ -141,35 +117,33 @@ async def test_some_of_the_disk_is_left_to_others(
         assert used.f_bavail * used.f_frsize >= reserve
 
 
-async def test_preparing_takes_no_more_memory_than_it_may(pool: WorkerPool, tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    save(models.memory_bomb_on_load(), root, "m")
-    order = replace(prepare_order(root), memory_limit_bytes=200_000_000)
-    assert (await refusal(pool, order)).code == "out_of_memory"
+REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], dict[str, Any], str, str]] = {
+    "file too long": (lambda: models.weights(2), {"most_bytes": 10**6}, "prepare_failed", "1000000 bytes"),
+    "folded weights too long": (models.grown, {}, "prepare_failed", "a file of it has more than"),
+    "memory": (models.memory_bomb_on_load, {"memory_limit_bytes": 200_000_000}, "out_of_memory", "200000000"),
+    "no files": (models.add, {"files": ()}, "model_changed", ""),
+    "more files": (models.add, {"files": ("model.onnx", "more")}, "model_changed", ""),
+    "data outside": (lambda: models.external("../../secret"), {}, "unsafe_file", "secret"),
+    "no model": (lambda: models.CORRUPT, {}, "prepare_failed", "protobuf"),
+}
 
 
-@pytest.mark.parametrize("files", [(), ("model.onnx", "more")])
-async def test_sources_that_are_not_those_that_were_found_are_not_prepared(
-    pool: WorkerPool, root: Path, files: tuple[str, ...]
-) -> None:
-    assert (await refusal(pool, replace(prepare_order(root), files=files))).code == "model_changed"
+@pytest.mark.parametrize("case", REFUSED)
+async def test_cached_model_is_refused_with_code(pool: WorkerPool, tmp_path: Path, case: str) -> None:
+    build, changes, code, words = REFUSED[case]
+    model = build()
+    models.save_bytes(
+        model if isinstance(model, bytes) else model.SerializeToString(), tmp_path / "models", "m"
+    )
+    (tmp_path / "models" / "secret").write_bytes(models.external_bytes())
+    order = replace(prepare_order(tmp_path / "models"), **changes)
+    refused = await refusal(pool, order)
+    assert (refused.code, words in str(refused)) == (code, True), refused
+    written = [path.stat().st_size for path in target_of(order).iterdir()]
+    assert max(written, default=0) <= min(order.most_bytes or 64 * 2**20, 64 * 2**20)
 
 
-async def test_source_that_leads_out_is_not_prepared(pool: WorkerPool, tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    save(models.external("../../secret"), root, "m")
-    (root / "secret").write_bytes(models.external_bytes())
-    assert (await refusal(pool, prepare_order(root))).code == "unsafe_file"
-
-
-async def test_source_that_is_no_model_is_not_prepared(pool: WorkerPool, tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    models.save_bytes(models.CORRUPT, root, "m")
-    refused = await refusal(pool, prepare_order(root))
-    assert (refused.code, "protobuf" in str(refused)) == ("prepare_failed", True)
-
-
-async def test_kill_while_preparing_is_a_death(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_kill_while_optimising_is_a_death(pool: WorkerPool, tmp_path: Path) -> None:
     root = tmp_path / "models"
     save(models.slow_model(), root, "m")
     worker = await pool.start("w")
@@ -179,71 +153,6 @@ async def test_kill_while_preparing_is_a_death(pool: WorkerPool, tmp_path: Path)
     worker.kill()
     with pytest.raises(WorkerDied):
         await preparing
-    assert worker.ended.result() == Exit(None, signal.SIGKILL)
-
-
-def done(**lies: Any) -> wire.PrepareDone:
-    own = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, WRONG)
-    return replace(wire.PrepareDone((own,), (own,), 1), **lies)
-
-
-def loaded(**lies: Any) -> wire.Loaded:
-    file = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, WRONG)
-    return replace(wire.Loaded((file,), (), (), 1, 2, 3, 4, 5), **lies)
-
-
-def hear(worker: Worker, message: wire.Message) -> None:
-    """Let the server read this as if the worker, taken over by its model, had written it."""
-    data = b"".join(bytes(part) for part in encode(message))
-    worker._data.get_buffer(-1)[: len(data)] = data
-    worker._data.buffer_updated(len(data))
-
-
-@pytest.mark.parametrize(
-    "lie",
-    [
-        loaded(),
-        done(sources=()),
-        done(sources=done().files * 2),
-        done(took_us=-1),
-        wire.Stage("measuring"),
-        wire.Outcome(1),
-    ],
-    ids=lambda lie: repr(lie)[:60],
-)
-async def test_worker_that_says_of_a_form_what_cannot_be_is_killed(
-    pool: WorkerPool, root: Path, lie: wire.Message
-) -> None:
-    worker = await pool.start("w")
-    await freeze(worker.pid)
-    preparing = asyncio.ensure_future(worker.prepare(prepare_order(root)))
-    await asyncio.sleep(0)
-    hear(worker, lie)
-    with pytest.raises(WorkerDied):
-        await preparing
-    assert worker.ended.result() == Exit(None, signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    "lie",
-    [
-        done(),
-        loaded(prepared=WRONG),
-        wire.LoadFailed("prepare_failed", "?"),
-        wire.LoadFailed("disk_full", "?"),
-    ],
-    ids=lambda lie: repr(lie)[:60],
-)
-async def test_worker_that_says_of_a_load_what_is_of_a_form_is_killed(
-    pool: WorkerPool, root: Path, lie: wire.Message
-) -> None:
-    worker = await pool.start("w")
-    await freeze(worker.pid)
-    loading = asyncio.ensure_future(worker.load(order_of(root, "m"), lambda _: None))
-    await asyncio.sleep(0)
-    hear(worker, lie)
-    with pytest.raises(WorkerDied):
-        await loading
     assert worker.ended.result() == Exit(None, signal.SIGKILL)
 
 
@@ -283,7 +192,7 @@ def external(tensor: TensorProto) -> dict[str, str]:
 @given(
     lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=8), gap=st.integers(0, 70), inside=st.data()
 )
-def test_weights_are_moved_to_aligned_places_and_stay_what_they_are(
+def test_weights_are_aligned_and_keep_their_content(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], gap: int, inside: st.DataObject
 ) -> None:
     folder, content, tensors = tmp_path_factory.mktemp("form"), b"", []
@@ -323,7 +232,7 @@ def test_weights_are_moved_to_aligned_places_and_stay_what_they_are(
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "weights.bin"]
 
 
-def test_long_weights_have_pages_to_themselves(tmp_path: Path) -> None:
+def test_long_weights_start_at_a_page(tmp_path: Path) -> None:
     long = bytes(2**20)
     tensors = [weight("a", 0, b"12345"), weight("b", 5, long)]
     (tmp_path / "model.onnx").write_bytes(with_weights(tensors, []).SerializeToString())
@@ -339,7 +248,7 @@ def test_long_weights_have_pages_to_themselves(tmp_path: Path) -> None:
     places=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=6),
     piece=st.integers(1, 70),
 )
-def test_weights_that_overlap_are_moved_piece_by_piece(
+def test_overlapping_weights_are_moved_in_pieces(
     tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int]], piece: int
 ) -> None:
     folder, content = tmp_path_factory.mktemp("form"), bytes(range(120))
@@ -356,7 +265,7 @@ def test_weights_that_overlap_are_moved_piece_by_piece(
         assert written[place : place + length] == content[offset : offset + length]
 
 
-def test_graph_without_weights_beside_it_is_left_alone(tmp_path: Path) -> None:
+def test_graph_without_weights_file_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(models.CORRUPT)
     align(tmp_path / "model.onnx", tmp_path / "weights.bin")
     assert (tmp_path / "model.onnx").read_bytes() == models.CORRUPT
@@ -374,7 +283,7 @@ def test_graph_without_weights_beside_it_is_left_alone(tmp_path: Path) -> None:
     ],
     ids=["elsewhere", "beyond_the_end", "short_packed", "long_packed", "packed_beyond_the_end", "negative"],
 )
-def test_what_the_runtime_is_not_known_to_write_is_refused(tmp_path: Path, tensor: TensorProto) -> None:
+def test_weights_written_in_unknown_ways_are_refused(tmp_path: Path, tensor: TensorProto) -> None:
     (tmp_path / "model.onnx").write_bytes(with_weights([tensor], []).SerializeToString())
     (tmp_path / "weights.bin").write_bytes(bytes(10))
     with pytest.raises(LoadRefused) as refused:

@@ -1,0 +1,201 @@
+"""The pool of workers: cancelled starts, either event loop, and the pre-forked worker."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+from support import models
+from support.workers import (
+    LIMIT_S,
+    ask,
+    floats,
+    fork_server_of,
+    freeze,
+    load,
+    loaded,
+    resume,
+    running_pool,
+    until,
+)
+
+from runtime.errors import Exit
+from runtime.memory import descendants
+from runtime.processes import pool as pool_module
+from runtime.processes.pool import WorkerPool
+from runtime.processes.shielding import whole
+
+
+@pytest.fixture
+def _long_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a pre-forked worker for longer than any test takes to use it."""
+    monkeypatch.setattr(pool_module, "KEPT_S", LIMIT_S)
+
+
+def pids(pool: WorkerPool) -> list[int]:
+    return [worker.pid for worker in pool._workers]
+
+
+async def forked_ahead(pool: WorkerPool) -> int:
+    """Have the pool fork a worker ahead, and return its process id."""
+    pool.expect()
+    await until(lambda: bool(pool._workers))
+    return pids(pool)[0]
+
+
+# Start
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_pool_works_on_either_loop_in_any_thread(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    models.save(models.add(), tmp_path, "add")
+    ends: list[Exit] = []
+
+    async def main() -> None:
+        async with running_pool() as pool:
+            worker = await loaded(pool, tmp_path, "add")
+            (result,) = await ask(worker, [floats("x", 1, 2)])
+            assert bytes(result.data) == bytes(floats("y", 2, 3).data)
+            ends.append(await worker.stop(LIMIT_S))
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(main())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ends == [Exit(0, None)]
+
+
+async def test_cancelled_start_leaves_no_process(pool: WorkerPool) -> None:
+    fork_server = fork_server_of(pool)
+    await freeze(fork_server.pid)
+    starting = asyncio.ensure_future(pool.start("w"))
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    resume(fork_server.pid)
+    worker = await pool.start("next")
+    await until(lambda: descendants(fork_server.pid) == [worker.pid])
+
+
+@pytest.mark.parametrize("turns", range(3))
+async def test_start_cancelled_while_connecting_ends_its_process(pool: WorkerPool, turns: int) -> None:
+    starting = asyncio.ensure_future(pool.start("w"))
+    while not pool._workers:  # noqa: ASYNC110 - each turn of the loop counts
+        await asyncio.sleep(0)
+    [worker] = pool._workers
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert worker.ended.done()
+
+
+async def test_many_workers_start_at_once(pool: WorkerPool) -> None:
+    workers = await asyncio.gather(*(pool.start(str(number)) for number in range(20)))
+    assert len({worker.pid for worker in workers}) == 20
+    assert set(await asyncio.gather(*(worker.stop(LIMIT_S) for worker in workers))) == {Exit(0, None)}
+
+
+# Pre-forked worker
+
+
+@pytest.mark.usefixtures("_long_kept")
+async def test_start_takes_the_pre_forked_worker(pool: WorkerPool, tmp_path: Path) -> None:
+    models.save(models.add(), tmp_path, "m")
+    pid = await forked_ahead(pool)
+    worker = await pool.start("w")
+    assert (worker.pid, worker.worker_id) == (pid, "w")
+    await load(worker, tmp_path, "m")
+    assert (await pool.start("other")).pid != pid
+
+
+@pytest.mark.usefixtures("_long_kept")
+async def test_at_most_one_worker_is_pre_forked(pool: WorkerPool) -> None:
+    for _ in range(100):
+        pool.expect()
+    worker = await pool.start("w")  # waits for it
+    assert pids(pool) == [worker.pid]
+    await pool.start("other")
+    assert len(pool._workers) == 2
+
+
+async def test_pre_forked_worker_ends_when_not_taken(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "KEPT_S", 0.0)
+    pool.expect()
+    await asyncio.sleep(0)
+    await until(lambda: not pool._spare._tasks and not pool._workers)
+    assert (await pool.start("w")).worker_id == "w"
+
+
+@pytest.mark.usefixtures("_long_kept")
+@pytest.mark.parametrize("killed", ["worker", "fork server"])
+async def test_pre_forked_worker_that_died_is_not_taken(pool: WorkerPool, killed: str) -> None:
+    pid = await forked_ahead(pool)
+    os.kill(pid if killed == "worker" else fork_server_of(pool).pid, signal.SIGKILL)
+    await until(lambda: not pool._workers and pool.healthy)
+    assert (await pool.start("w")).pid != pid
+
+
+@pytest.mark.usefixtures("_long_kept")
+async def test_start_cancelled_during_pre_fork_leaves_nothing(pool: WorkerPool) -> None:
+    await freeze(fork_server_of(pool).pid)
+    pool.expect()
+    start = asyncio.create_task(pool.start("w"))
+    await asyncio.sleep(0)
+    start.cancel()
+    resume(fork_server_of(pool).pid)
+    await asyncio.wait({start})
+    assert start.cancelled()
+    await until(lambda: not pool._spare._tasks and not pool._workers)
+
+
+@pytest.mark.usefixtures("_long_kept")
+@pytest.mark.parametrize("is_there", [False, True], ids=["coming", "there"])
+async def test_closed_pool_leaves_no_pre_forked_worker(*, is_there: bool) -> None:
+    async with running_pool() as pool:
+        if is_there:
+            await forked_ahead(pool)
+        else:
+            pool.expect()
+            await asyncio.sleep(0)
+    assert not pool._workers
+    pool.expect()
+    assert not pool._spare._tasks
+
+
+# Work that a cancelled task completes
+
+
+async def test_cancelled_task_waits_for_shielded_work() -> None:
+    may_end, ended = threading.Event(), list[str]()
+
+    def work() -> None:
+        may_end.wait()
+        ended.append("well")
+
+    task = asyncio.create_task(whole(asyncio.to_thread(work)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended == ["well"]
+    assert await whole(asyncio.to_thread(lambda: 3)) == 3
+    with pytest.raises(ZeroDivisionError):
+        await whole(asyncio.to_thread(lambda: 1 // 0))

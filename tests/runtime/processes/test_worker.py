@@ -1,0 +1,303 @@
+"""The server's side of a worker: its death, cancelled inferences, stop, and reports that cannot be true."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support import models
+from support.models import ENDLESS, LOWEST, save
+from support.workers import (
+    LIMIT_S,
+    Serve,
+    answer,
+    ask,
+    computing,
+    floats,
+    freeze,
+    load,
+    order_of,
+    tensor,
+    threads,
+    trips,
+    until,
+)
+
+from events.jobs import LoadParameters
+from runtime import effects, memory, wire
+from runtime.effects import order_of as order_of_load
+from runtime.effects import run_load, run_unload
+from runtime.errors import Exit, WorkerDied
+from runtime.live import LiveLoad
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import Worker
+from runtime.repository import Repository
+from runtime.wire import TensorSpec, encode
+
+SHA256 = "ab" * 32
+KILLED = Exit(None, signal.SIGKILL)
+
+
+def encoded(message: wire.Message) -> bytes:
+    return b"".join(bytes(part) for part in encode(message))
+
+
+def receive(worker: Worker, data: bytes) -> None:
+    """Let the server read this as if the worker, taken over by its model, had written it."""
+    worker._data.get_buffer(-1)[: len(data)] = data
+    worker._data.buffer_updated(len(data))
+
+
+# Death, stop and cancellation
+
+
+async def test_kill_during_load_is_reported_with_its_signal(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.slow_model(), tmp_path, "m")
+    worker = await pool.start("w")
+    loading = asyncio.ensure_future(load(worker, tmp_path, "m"))
+    await until(computing(worker.pid))
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied) as death:
+        await loading
+    assert death.value.end == worker.ended.result() == KILLED
+
+
+async def test_crash_during_load_is_reported_with_stderr(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.crash_on_load(), tmp_path, "m")
+    worker = await pool.start("w")
+    with pytest.raises(WorkerDied) as death:
+        await load(worker, tmp_path, "m")
+    assert death.value.end == Exit(None, signal.SIGFPE)
+    assert any("Fatal Python error: Floating" in line for line in worker.stderr_tail())
+
+
+async def test_crash_at_inference_fails_all_in_flight(serve: Serve) -> None:
+    worker = await serve(models.crash_on_run())
+    inputs = [tensor("a", "INT64", [LOWEST]), tensor("b", "INT64", [-1])]
+    results = await asyncio.gather(*(ask(worker, inputs) for _ in range(3)), return_exceptions=True)
+    assert [type(result) for result in results] == 3 * [WorkerDied]
+    assert worker.in_flight == 0
+    await worker.drained()
+    for again in (ask(worker, inputs), worker.measure()):
+        with pytest.raises(WorkerDied):
+            await again
+
+
+async def test_death_of_one_worker_leaves_another_serving(serve: Serve) -> None:
+    first, second = await serve(models.add()), await serve(models.add())
+    first.kill()
+    await asyncio.shield(first.ended)
+    with pytest.raises(ProcessLookupError):  # it is reaped
+        os.kill(first.pid, 0)
+    assert await answer(second, floats("x", 1)) == [2]
+    first.kill()  # again, to no effect
+    assert await first.stop(LIMIT_S) == KILLED
+
+
+async def test_stop_kills_a_stopped_worker_after_its_grace(pool: WorkerPool) -> None:
+    worker = await pool.start("w")
+    await until(lambda: threads(worker.pid) == 2)
+    await freeze(worker.pid)
+    assert await worker.stop(0.05) == KILLED
+
+
+async def test_stop_ends_a_computing_worker(serve: Serve) -> None:
+    worker = await serve(models.counting_loop())
+    running = asyncio.ensure_future(ask(worker, [trips(ENDLESS)]))
+    await until(computing(worker.pid))
+    assert await worker.stop(LIMIT_S) == Exit(0, None)
+    with pytest.raises(WorkerDied):
+        await running
+
+
+async def test_stop_returns_memory_and_frees_channel_buffers(serve: Serve, pool: WorkerPool) -> None:
+    empty = await (await pool.start("empty")).measure()
+    worker = await serve(models.weights(40))
+    assert await worker.measure() - empty > 40_000_000
+    assert await worker.stop(LIMIT_S) == Exit(0, None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker.pid, 0)
+    assert [len(channel._reader._chunk) for channel in (worker._data, worker._control)] == [0, 0]
+
+
+async def test_cancelled_inference_makes_way_for_the_next(serve: Serve) -> None:
+    worker = await serve(models.counting_loop())
+    endless = asyncio.ensure_future(ask(worker, [trips(ENDLESS)]))
+    await until(computing(worker.pid))
+    queued, dropped = (asyncio.ensure_future(answer(worker, trips(count))) for count in (5, ENDLESS))
+    await asyncio.sleep(0)
+    assert worker.in_flight == 3
+    dropped.cancel()
+    endless.cancel()
+    assert await queued == 5
+    await worker.drained()
+    assert worker.in_flight == 0
+    assert endless.cancelled()
+    assert dropped.cancelled()
+
+
+async def test_deadline_of_the_caller_stops_the_inference(serve: Serve) -> None:
+    worker = await serve(models.counting_loop())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await ask(worker, [trips(ENDLESS)])
+    await worker.drained()
+    assert await answer(worker, trips(1)) == 1
+
+
+async def test_unload_ends_without_a_measurement(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(models.add(), tmp_path, "m")
+    live = LiveLoad("job", "m", 1, LoadParameters(), "w", lambda: None)
+    await run_load(live, pool, order_of_load(live, pool, Repository(tmp_path), (), lambda _: None))
+    assert live.worker is not None
+    assert live.report is not None
+    fifo = tmp_path / str(live.worker.pid) / "smaps_rollup"  # as if the kernel did not answer
+    fifo.parent.mkdir()
+    os.mkfifo(fifo)
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(effects, "MEASURE_LIMIT_S", 0.05)
+    monkeypatch.setattr(effects, "STOP_GRACE_S", LIMIT_S)
+    await run_unload(live, drain_timeout_s=1)
+    assert live.freed_bytes == live.report.memory_bytes
+    assert live.worker.ended.result() == Exit(0, None)
+    os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads
+
+
+async def test_stderr_flood_is_bounded(pool: WorkerPool) -> None:
+    worker = await pool.start("w")
+    await until(lambda: threads(worker.pid) == 2)  # then its descriptors are in their places
+    pipe = os.open(f"/proc/{worker.pid}/fd/2", os.O_WRONLY)
+    for number in range(50):
+        await asyncio.to_thread(os.write, pipe, b"\xff line %d\n" % number * 2000)
+    os.close(pipe)
+    await worker.stop(LIMIT_S)
+    tail = worker.stderr_tail()
+    assert len(tail) == 64
+    assert tail[-1] == "\ufffd line 49"
+    assert len("\n".join(tail)) < 16 * 2**10
+
+
+# Malformed and untrue messages
+
+
+@pytest.mark.parametrize("channel", ["data", "control"])
+@pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n\r\n", b"\x01\0\0\0\0\0\0\0\0\0\0\0\xc1"])
+async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str, junk: bytes) -> None:
+    other, worker = await serve(models.add()), await serve(models.add())
+    transport = {"data": worker._data, "control": worker._control}[channel]._transport
+    assert transport is not None
+    transport.write(junk)
+    assert await asyncio.shield(worker.ended) == Exit(76, None)
+    assert any("malformed frame" in line for line in worker.stderr_tail())
+    assert await answer(other, floats("x", 1)) == [2]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        encoded(wire.Outcome(77)),
+        encoded(wire.LoadFailed("invalid_model", "y")),
+        encoded(wire.Cancel(1)),
+        wire.PREFIX.pack(2, wire.MAX_PAYLOAD_BYTES + 1),
+    ],
+    ids=["HTTP", "no such inference", "no load", "not a worker's message", "too long"],
+)
+async def test_unexpected_message_kills_the_worker(serve: Serve, junk: bytes) -> None:
+    worker = await serve(models.counting_loop())
+    running = asyncio.ensure_future(ask(worker, [trips(ENDLESS)]))
+    await asyncio.sleep(0)
+    receive(worker, junk)
+    with pytest.raises(WorkerDied):
+        await running
+    assert worker.ended.result() == KILLED
+
+
+def loaded(**changes: Any) -> wire.Loaded:
+    """A plausible report of a load, with changes of it or of its only file."""
+    file = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, SHA256)
+    of_file = {name: changes.pop(name) for name in list(changes) if name in wire.LoadedFile.__struct_fields__}
+    return replace(wire.Loaded((replace(file, **of_file),), (), (), 1, 2, 3, 4, 5), **changes)
+
+
+def failed(code: Any, text: str = "so it says") -> wire.LoadFailed:
+    return wire.LoadFailed(code, text)
+
+
+def prepared(**changes: Any) -> wire.PrepareDone:
+    return replace(wire.PrepareDone(loaded().files, loaded().files, 1), **changes)
+
+
+UNTRUE_OF_A_LOAD: list[wire.Message] = [
+    failed("fork_server_died"),
+    failed("crash_loop"),
+    failed("x" * 10_000),
+    failed("invalid_model", "x" * (wire.MAX_TEXT_BYTES + 1)),
+    loaded(path="../../etc/passwd"),
+    loaded(path="model.onnx\0"),
+    loaded(files=()),
+    loaded(files=loaded().files * 2),
+    loaded(sha256="AB" * 32),
+    loaded(sha256="ab" * 32 + "\n"),
+    loaded(sha256="ab" * 33),
+    loaded(bytes=2**63),
+    loaded(bytes=-1),
+    loaded(mtime_ns=2**63),
+    loaded(memory_bytes=2**63),
+    loaded(memory_bytes=2**64 - 1),
+    loaded(peak_memory_bytes=-1),
+    loaded(loading_us=1.5),
+    loaded(warming_up_us=-1),
+    wire.Stage("warmed up"),  # type: ignore[arg-type]
+    loaded(inputs=(TensorSpec("x" * 5000, "FP32", ()),)),
+    loaded(outputs=(TensorSpec("x", "FP32", (-2,)),)),
+    loaded(prepared=SHA256),
+    prepared(),
+    failed("prepare_failed"),
+    failed("disk_full"),
+]
+UNTRUE_OF_PREPARING: list[wire.Message] = [
+    loaded(),
+    prepared(sources=()),
+    prepared(sources=loaded().files * 2),
+    prepared(took_us=-1),
+    wire.Stage("measuring"),
+    wire.Outcome(1),
+]
+
+
+@pytest.mark.parametrize("order", ["load", "prepare"])
+async def test_untrue_report_kills_the_worker(
+    pool: WorkerPool, tmp_path: Path, subtests: pytest.Subtests, order: str
+) -> None:
+    save(models.add(), tmp_path, "m")
+    found = order_of(tmp_path, "m")
+    prepare = wire.Prepare(found.root, found.folder, found.files, 1, None, (), "optimised", str(tmp_path))
+    for message in UNTRUE_OF_A_LOAD if order == "load" else UNTRUE_OF_PREPARING:
+        with subtests.test(repr(message)[:60]):
+            worker = await pool.start("w")
+            await freeze(worker.pid)
+            ordered = worker.load(found, lambda _: None) if order == "load" else worker.prepare(prepare)
+            awaited: asyncio.Future[Any] = asyncio.ensure_future(ordered)
+            await asyncio.sleep(0)
+            receive(worker, encoded(message))
+            with pytest.raises(WorkerDied):
+                await awaited
+            assert worker.ended.result() == KILLED
+            assert not worker.orphaned
+
+
+async def test_plausible_report_is_accepted(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    worker = await pool.start("w")
+    await freeze(worker.pid)
+    loading = asyncio.ensure_future(load(worker, tmp_path, "m"))
+    await asyncio.sleep(0)
+    old = loaded(mtime_ns=-1, inode=2**64 - 1)
+    receive(worker, encoded(old))
+    assert await loading == old

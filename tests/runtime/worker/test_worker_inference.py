@@ -1,0 +1,299 @@
+"""Inference in a worker: datatypes, text and binary tensors, optional inputs and outputs, refused inputs."""
+
+import asyncio
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto
+from support import models
+from support.models import ENDLESS, save
+from support.workers import (
+    LIMIT_S,
+    Serve,
+    answer,
+    array,
+    ask,
+    ask_all,
+    asked_at_once,
+    floats,
+    freeze,
+    load,
+    resume,
+    tensor,
+    trips,
+)
+
+from runtime import wire
+from runtime.errors import InferenceFailed, InvalidInput, NotRepresentable
+from runtime.processes.pool import WorkerPool
+from runtime.processes.workers import Worker
+from runtime.wire import DATATYPES, Tensor, TensorSpec, WantedOutput
+
+
+def element_of(datatype: str) -> int:
+    """Return ONNX's element type of a datatype."""
+    name = DATATYPES[datatype].onnx[len("tensor(") : -1].upper()
+    return int(getattr(onnx.TensorProto, name))
+
+
+def json(name: str, data: bytes, datatype: str = "FP32", length: int = 1) -> Tensor:
+    return Tensor(name, datatype, (length,), data, text=True)
+
+
+async def digests(worker: Worker, inputs: list[Tensor]) -> list[bytes]:
+    _, tensors = await worker.infer(inputs, digest=True, timeout_s=LIMIT_S)
+    assert all((each.datatype, each.shape, each.text) == ("UINT8", (32,), False) for each in tensors)
+    return [bytes(each.data) for each in tensors]
+
+
+@pytest.mark.parametrize("name", DATATYPES)
+async def test_every_datatype_round_trips(serve: Serve, name: str) -> None:
+    worker = await serve(models.identity(element_of(name), (None, 2)))
+    size = DATATYPES[name].size or 6
+    data = b"\2\0\0\0\xc3\xa4" * 4 if name == "BYTES" else bytes([0, 1] * (2 * size))
+    sent = Tensor("x", name, (2, 2), data)
+    (back,) = await ask(worker, [sent])
+    assert (back.name, back.datatype, back.shape, bytes(back.data)) == ("y", name, (2, 2), data)
+    (empty,) = await ask(worker, [Tensor("x", name, (0, 2), b"")])
+    assert (empty.shape, bytes(empty.data)) == ((0, 2), b"")
+    assert await digests(worker, [sent]) == [hashlib.sha256(f"{name} [2, 2]\n".encode() + data).digest()]
+
+
+async def test_digest_covers_shape_and_replaces_output_of_any_length(serve: Serve) -> None:
+    worker = await serve(models.identity(onnx.TensorProto.FLOAT, (None, None)))
+    data = np.arange(6, dtype=np.float32)
+    given = [[tensor("x", "FP32", data.reshape(shape))] for shape in ((2, 3), (3, 2), (2, 3))]
+    first, other, again = [await digests(worker, inputs) for inputs in given]
+    assert first == again != other
+    long = await serve(models.widened(wire.MAX_PAYLOAD_BYTES // 4 + 1), "long")
+    with pytest.raises(InferenceFailed, match="are larger"):
+        await ask(long, [floats("x", 1)])
+    assert len(await digests(long, [floats("x", 1)])) == 1
+
+
+async def test_strings_round_trip_in_binary_and_json(serve: Serve) -> None:
+    worker = await serve(models.strings())
+    texts = ["", "a\0b", "ä" * 1000, "\U0001f600"]
+    data = b"".join(len(t.encode()).to_bytes(4, "little") + t.encode() for t in texts)
+    (back,) = await ask(worker, [Tensor("x", "BYTES", (4,), data)])
+    assert bytes(back.data) == data
+    text = json("x", b'["","a\\u0000b","\\ud83d\\ude00"]', "BYTES", 3)
+    (y,) = await ask(worker, [text], text=True)
+    assert bytes(y.data) == '["","a\\u0000b","\U0001f600"]'.encode()
+
+
+STRINGS = models.strings()
+HALF = models.identity(onnx.TensorProto.FLOAT16)
+REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
+    (models.add(), [], "no value for input 'x'"),
+    (models.add(), [floats("z", 1)], "no input 'z'"),
+    (models.add(), [floats("x", 1), floats("x", 1)], "twice"),
+    (models.add(), [tensor("x", "FP64", [0])], "is FP32, not FP64"),
+    (models.add(), [tensor("x", "FP32", [[0]])], "rank"),
+    (models.add(), [Tensor("x", "FP32", (0, 2**62, 2**62), b"")], "elements"),
+    (models.add(), [Tensor("x", "FP32", (2,), b"1234")], "not of its shape"),
+    (models.add(), [Tensor("x", "FP31", (1,), b"1234")], "no such datatype"),
+    (models.add(), [Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
+    (models.add(), [Tensor("x" * 5000, "FP32", (1,), b"1234")], "4096 characters"),
+    (models.add(), [Tensor("x", "FP32", (0, 2**63), b"")], "shape or size"),
+    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[NaN]", b'["1"]', b"[\xff]")),
+    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[" * 10_000, b"[1e39]")),
+    (HALF, [json("x", b"[1]", "FP16")], "input 'x': FP16 cannot be sent as JSON; use the binary"),
+    (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0")], "longer than the data"),
+    (STRINGS, [Tensor("x", "BYTES", (1,), b"\2\0\0\0a")], "longer than the data"),
+    (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0a")], "has 1 elements"),
+    (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0\0\xff")], "not UTF-8"),
+    (STRINGS, [json("x", b'["\\ud800"]', "BYTES")], "'x'"),
+    (models.with_default(), [floats("c", 1)], "no value for input 'x'"),
+    (models.sequence_input(), [floats("s", 1)], "no tensor can be"),
+]
+
+
+async def test_invalid_input_is_refused_and_worker_lives(serve: Serve, subtests: pytest.Subtests) -> None:
+    workers = {id(model): model for model, _, _ in REFUSED}
+    started = {key: await serve(model, f"m{key}") for key, model in workers.items()}
+    for model, tensors, words in REFUSED:
+        with subtests.test(words), pytest.raises(InvalidInput, match=words):
+            await ask(started[id(model)], tensors)
+    assert not any(worker.ended.done() for worker in started.values())
+
+
+async def test_input_beyond_the_payload_limit_is_refused(serve: Serve) -> None:
+    worker = await serve(models.add())
+    too_long = wire.MAX_PAYLOAD_BYTES + 1
+    with pytest.raises(InvalidInput, match="allowed length"):
+        await ask(worker, [Tensor("x", "UINT8", (too_long,), bytes(too_long))])
+    assert await answer(worker, floats("x", 1)) == [2]
+
+
+async def test_refused_inputs_release_their_memory_at_once(serve: Serve) -> None:
+    worker = await serve(models.add())
+    empty = await worker.measure()
+    for _ in range(20):
+        with pytest.raises(InvalidInput):
+            await ask(worker, [floats("other", *[0.0] * 2**20)])
+    assert await worker.measure() - empty < 2**25
+
+
+async def test_failed_inference_has_the_runtimes_words(serve: Serve) -> None:
+    worker = await serve(models.subtract())
+    with pytest.raises(InferenceFailed, match="Sub"):
+        await ask(worker, [floats("a", 1, 2, 3), floats("b", 1, 2)])
+    assert await answer(worker, floats("b", 1), floats("a", 5)) == [4]
+
+
+async def test_output_that_is_no_tensor_is_omitted_or_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.zip_map(), tmp_path, "m")
+    worker = await pool.start("w")
+    report = await load(worker, tmp_path, "m")
+    assert report.outputs[1] == TensorSpec("named", "seq(map(int64,tensor(float)))", ())
+    x = tensor("x", "FP32", [[1, 1]])
+    assert [y.name for y in await ask(worker, [x])] == ["scores"]
+    assert [y.name for y in await ask(worker, [x], "scores", "scores")] == ["scores"]
+    for name, words in (("named", "which is no tensor"), ("q", "no output 'q'")):
+        with pytest.raises(InvalidInput, match=words):
+            await ask(worker, [x], name)
+
+
+async def test_model_without_tensor_output_refuses_inference(serve: Serve) -> None:
+    model = models.zip_map()
+    del model.graph.output[0]
+    worker = await serve(model)
+    with pytest.raises(InvalidInput, match="output"):
+        await ask(worker, [tensor("x", "FP32", [[1, 1]])])
+
+
+@pytest.mark.parametrize("form", ["all as JSON", "one as JSON", "binary"])
+async def test_json_input_is_answered_in_the_form_asked_for(serve: Serve, form: str) -> None:
+    worker = await serve(models.subtract())
+    inputs = [json("a", b" [ 5, 2.5e0 ]", length=2), floats("b", 1, 2)]
+    wanted = (WantedOutput("y", text=True),) if form == "one as JSON" else ()
+    _, (y,) = await worker.infer(inputs, wanted, text=form == "all as JSON", timeout_s=LIMIT_S)
+    assert (y.name, y.datatype, y.shape, y.text) == ("y", "FP32", (2,), form != "binary")
+    assert bytes(y.data) == (b"[4.0,0.5]" if y.text else bytes(floats("y", 4, 0.5).data))
+
+
+async def test_each_output_has_its_own_form(serve: Serve) -> None:
+    worker = await serve(models.running_total())
+    inputs = [floats("state", 1, 2), tensor("x", "FP32", np.ones((2, 2)))]
+    wanted = (WantedOutput("totals", text=True), WantedOutput("new_state"))
+    _, (totals, state) = await worker.infer(inputs, wanted, timeout_s=LIMIT_S)
+    assert (totals.name, totals.shape, bytes(totals.data)) == ("totals", (2, 2), b"[2.0,3.0,3.0,4.0]")
+    assert (state.name, array(state).tolist()) == ("new_state", [3, 4])
+
+
+async def test_output_that_json_cannot_carry_is_refused(serve: Serve) -> None:
+    worker, half = await serve(models.identity()), await serve(HALF, "half")
+    with pytest.raises(NotRepresentable, match="'y' holds NaN"):
+        await ask(worker, [floats("x", 1, np.nan)], text=True)
+    one = tensor("x", "FP16", [1])
+    with pytest.raises(NotRepresentable, match="output 'y': FP16 cannot be sent as JSON"):
+        await ask(half, [one], text=True)
+    assert await answer(half, one) == [1]
+
+
+@pytest.mark.parametrize(
+    ("model", "specs", "answers"),
+    [
+        (
+            models.with_default(),
+            (TensorSpec("x", "FP32", (-1,)), TensorSpec("c", "FP32", (1,), optional=True)),
+            [([], [[6]]), ([floats("c", 2)], [[3]]), ([], [[6]])],
+        ),
+        (
+            models.optional_input(),
+            (TensorSpec("x", "FP32", (-1,)), TensorSpec("o", "FP32", (-1,), optional=True)),
+            [([], [[1], False]), ([floats("o", 2, 3)], [[2, 3], True]), ([], [[1], False])],
+        ),
+    ],
+    ids=["default", "optional"],
+)
+async def test_optional_input_may_be_omitted(
+    pool: WorkerPool,
+    tmp_path: Path,
+    model: ModelProto,
+    specs: tuple[TensorSpec, ...],
+    answers: list[tuple[list[Tensor], list[Any]]],
+) -> None:
+    save(model, tmp_path, "m")
+    worker = await pool.start("w")
+    assert (await load(worker, tmp_path, "m")).inputs == specs
+    for given, expected in answers:
+        outputs = await ask(worker, [floats("x", 1), *given])
+        assert [array(each).tolist() for each in outputs] == expected
+
+
+async def test_optional_output_without_value_is_omitted(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.optional_output(), tmp_path, "m")
+    worker = await pool.start("w")
+    report = await load(worker, tmp_path, "m")
+    maybe = TensorSpec("maybe", "FP32", (-1,), optional=True)
+    assert report.outputs == (maybe, TensorSpec("z", "FP32", (-1,)))
+    for wanted in (True, False):
+        inputs = [floats("x", 1), tensor("wanted", "BOOL", wanted)]
+        assert [y.name for y in await ask(worker, inputs)] == ["maybe", "z"][not wanted :]
+        assert len(await ask(worker, inputs, "maybe")) == wanted
+
+
+async def test_output_can_be_the_next_input(serve: Serve) -> None:
+    worker = await serve(models.running_total())
+    state = floats("state", 0, 10)
+    for total in (2, 4, 6):
+        new_state, totals = await ask(worker, [tensor("x", "FP32", np.ones((2, 2))), state])
+        assert array(totals).tolist() == [[total - 1, total + 9], [total, total + 10]]
+        state = Tensor("state", "FP32", (2,), new_state.data)
+
+
+async def test_many_inferences_in_flight_are_each_answered(serve: Serve) -> None:
+    worker = await serve(models.add(0.5))
+    answers = await asyncio.gather(*(answer(worker, floats("x", n)) for n in range(500)))
+    assert answers == [[n + 0.5] for n in range(500)]
+
+
+async def test_large_inputs_wait_while_worker_is_stopped(serve: Serve) -> None:
+    worker = await serve(models.identity())
+    await freeze(worker.pid)
+    block = np.arange(1_000_000, dtype=np.float32)
+    running = [asyncio.ensure_future(ask(worker, [tensor("x", "FP32", block)])) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert worker.in_flight == 20
+    resume(worker.pid)
+    for (y,) in await asyncio.gather(*running):
+        assert np.array_equal(array(y), block)
+
+
+async def test_answers_of_all_lengths_may_be_mixed(serve: Serve) -> None:
+    worker = await serve(models.identity())
+    blocks = [np.full(n, n, np.float32) for n in (1, 10_000, 2, 70_000, 3, 1_000_000, 4, *[1000] * 100, 9000)]
+    tasks = await asked_at_once(worker, *(ask(worker, [tensor("x", "FP32", block)]) for block in blocks))
+    for block, (y,) in zip(blocks, await asyncio.gather(*tasks), strict=True):
+        assert np.array_equal(array(y), block)
+
+
+async def test_answer_is_sent_before_an_endless_run(serve: Serve) -> None:
+    worker = await serve(models.counting_loop())
+    for _ in range(2):
+        *quick, endless = await asked_at_once(worker, *(answer(worker, trips(n)) for n in (1, 2, ENDLESS)))
+        async with asyncio.timeout(LIMIT_S):
+            assert await asyncio.gather(*quick) == [1, 2]
+        endless.cancel()
+        await worker.drained()
+
+
+async def test_outcome_has_the_durations_of_each_step(serve: Serve) -> None:
+    worker = await serve(models.counting_loop())
+    before = time.monotonic_ns()
+    tasks = await asked_at_once(worker, *(ask_all(worker, [trips(20_000)]) for _ in range(2)))
+    (first, _), (second, _) = await asyncio.gather(*tasks)
+    elapsed = time.monotonic_ns() - before
+    for outcome in (first, second):
+        times = outcome.queue_ns, outcome.input_ns, outcome.infer_ns, outcome.output_ns
+        assert min(times) > 0
+        assert sum(times) <= elapsed
+        assert (outcome.batch_size, outcome.execution_size) == (1, 1)
+    assert second.queue_ns >= first.infer_ns

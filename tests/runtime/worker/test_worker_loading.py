@@ -1,0 +1,227 @@
+"""Loading a model in a worker: what the load reports, what it refuses, and its memory limit."""
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from onnx import ModelProto
+from support import models
+from support.models import save, save_bytes
+from support.workers import Serve, answer, ask, floats, load, order_of, running_pool, tensor, threads
+
+from runtime import wire
+from runtime.errors import Exit, InferenceFailed, LoadRefused
+from runtime.processes.pool import WorkerPool
+from runtime.wire import TensorSpec
+
+KNOWN_SHA256 = "ab" * 32
+"""A hash that no file here has."""
+
+
+TAKEN = 64 * 2**20
+WATCHED = f"""
+import mmap, sys
+from runtime.worker.beside import Beside
+from runtime.memory import resident
+
+before = resident().anonymous_bytes
+with open(sys.argv[1], "rb") as file, Beside(watched=False) as beside:
+    for _ in range(int(sys.argv[2])):
+        block = mmap.mmap(-1, {TAKEN}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for place in range(0, {TAKEN}, 4096):
+            block[place] = 1
+        block.close()
+    weights = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+    for place in range(0, len(weights), 4096):
+        weights[place]
+print(beside.peak_anonymous_bytes - before)
+"""
+
+
+async def refusal(pool: WorkerPool, root: Path, limit_bytes: int | None = None) -> LoadRefused:
+    """Load a model that the worker refuses; the worker ends by itself."""
+    worker = await pool.start("w")
+    with pytest.raises(LoadRefused) as refused:
+        await load(worker, root, "m", limit_bytes)
+    assert await asyncio.shield(worker.ended) == Exit(0, None)
+    return refused.value
+
+
+async def test_load_reports_files_shapes_memory_and_durations(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.weights(8), tmp_path, "m")
+    stages: list[str] = []
+    worker = await pool.start("w")
+    report = await worker.load(order_of(tmp_path, "m"), stages.append)
+    data, seen = (folder / "model.onnx").read_bytes(), (folder / "model.onnx").stat()
+    (file,) = report.files
+    assert (file.path, file.bytes, file.mtime_ns) == ("model.onnx", len(data), seen.st_mtime_ns)
+    assert (file.inode, file.sha256) == (seen.st_ino, hashlib.sha256(data).hexdigest())
+    assert report.inputs == (TensorSpec("x", "FP32", (-1, 500)),)
+    assert report.outputs == (TensorSpec("y", "FP32", (-1, 500)),)
+    assert report.peak_memory_bytes >= report.memory_bytes > 8_000_000
+    assert min(report.loading_us, report.hashing_us, report.warming_up_us or 0, report.measuring_us) > 0
+    assert stages == ["loading", "warming_up", "measuring"]
+    assert abs(await worker.measure() - report.memory_bytes) < 4 * 2**20
+
+
+async def test_load_hashes_only_files_that_changed(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    first = await load(await pool.start("w"), tmp_path, "m")
+    known = tuple(replace(file, sha256=KNOWN_SHA256) for file in first.files)
+    order = order_of(tmp_path, "m", known=known)
+    report = await (await pool.start("w")).load(order, lambda _: None)
+    assert [file.sha256 for file in report.files] == [KNOWN_SHA256]
+    folder = save(models.add(2), tmp_path, "m")
+    report = await (await pool.start("w")).load(order, lambda _: None)
+    data = (folder / "model.onnx").read_bytes()
+    assert report.files[0].sha256 == hashlib.sha256(data).hexdigest()
+
+
+async def test_external_data_is_loaded_and_hashed(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.external("data/w.bin"), tmp_path, "m")
+    (folder / "data").mkdir()
+    (folder / "data" / "w.bin").write_bytes(models.external_bytes())
+    worker = await pool.start("w")
+    report = await load(worker, tmp_path, "m")
+    assert [file.path for file in report.files] == ["data/w.bin", "model.onnx"]
+    assert report.files[0].sha256 == hashlib.sha256(models.external_bytes()).hexdigest()
+    assert await answer(worker, floats("x", 1, 1, 1, 1)) == [1, 2, 3, 4]
+
+
+async def test_load_takes_the_version_that_was_resolved(pool: WorkerPool, tmp_path: Path) -> None:
+    for version in (1, 2):
+        save(models.add(version), tmp_path, "m", version)
+    worker = await pool.start("w")
+    await worker.load(order_of(tmp_path, "m", 1), lambda _: None)
+    assert await answer(worker, floats("x", 0)) == [1]
+
+
+async def test_protobuf_group_in_a_model_is_skipped(serve: Serve) -> None:
+    worker = await serve(models.add().SerializeToString() + b"\xa3\x06\x08\x01\xa4\x06")
+    assert await answer(worker, floats("x", 1)) == [2]
+
+
+def with_long_name() -> ModelProto:
+    model = models.identity()
+    model.graph.input[0].name = model.graph.node[0].input[0] = "x" * (wire.MAX_NAME_CHARACTERS + 1)
+    return model
+
+
+def not_utf8() -> bytes:
+    data: bytes = models.identity().SerializeToString()
+    return data.replace(b"\x01x", b"\x01\xff")
+
+
+REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], int | None, str, str]] = {
+    "empty": (lambda: b"", None, "invalid_model", "No graph was found"),
+    "text": (lambda: models.TEXT, None, "invalid_model", "protobuf parsing failed"),
+    "corrupt": (lambda: models.CORRUPT, None, "invalid_model", "protobuf parsing failed"),
+    "other format": (lambda: models.OTHER_FORMAT, None, "invalid_model", "protobuf parsing failed"),
+    "unknown operator": (models.unknown_operator, None, "invalid_model", "Frobnicate"),
+    "long tag": (
+        lambda: models.behind_a_long_tag(models.identity()), None, "invalid_model", "is not an ONNX file",
+    ),
+    "name not UTF-8": (not_utf8, None, "invalid_model", "not UTF-8"),
+    "name too long": (with_long_name, None, "invalid_model", "characters"),
+    "data outside": (lambda: models.external("../../secret"), None, "unsafe_file", "secret"),
+    "absolute data": (lambda: models.external("/etc/hostname"), None, "unsafe_file", "hostname"),
+    "linked data": (lambda: models.external("link"), None, "unsafe_file", "link"),
+    "missing data": (lambda: models.external("missing"), None, "unsafe_file", "missing"),
+    "fifo": (models.add, None, "unsafe_file", "fifo"),
+    "memory bomb": (models.memory_bomb_on_load, 200_000_000, "out_of_memory", "200000000 bytes"),
+    "limit 0": (lambda: models.weights(8), 0, "out_of_memory", ""),
+    "limit below the worker": (lambda: models.weights(8), 100_000, "out_of_memory", ""),
+    "limit below the model": (lambda: models.weights(8), 2_000_000, "out_of_memory", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_load_is_refused_with_code_and_reason(pool: WorkerPool, tmp_path: Path, case: str) -> None:
+    model, limit_bytes, code, words = REFUSED[case]
+    built, root = model(), tmp_path / "root"
+    folder = save_bytes(built if isinstance(built, bytes) else built.SerializeToString(), root, "m")
+    (root / "secret").write_bytes(models.external_bytes())
+    if case == "linked data":
+        (tmp_path / "outside").write_bytes(models.external_bytes())
+        (folder / "link").symlink_to(tmp_path / "outside")
+    if case == "fifo":
+        os.mkfifo(folder / "fifo")
+    refused = await refusal(pool, root, limit_bytes)
+    assert refused.code == code
+    assert words in str(refused)
+
+
+@pytest.mark.parametrize("location", ["w.bin", "../../w.bin", "/etc/hostname", "*/_ORT_MEM_ADDR_/*"])
+async def test_external_data_hidden_from_our_parser_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    """Neither from the model's folder nor, as ONNX Runtime does by default, from the working directory."""
+    folder = save_bytes(models.behind_a_long_tag(models.external(location)), tmp_path, "m")
+    for place in (folder, tmp_path):
+        (place / "w.bin").write_bytes(models.external_bytes())
+    monkeypatch.chdir(folder)
+    async with running_pool() as pool:  # a worker has the fork server's working directory
+        refused = await refusal(pool, tmp_path)
+    assert refused.code == "invalid_model"
+    assert "external" in str(refused).lower()
+
+
+async def test_model_loads_within_its_memory_limit(serve: Serve) -> None:
+    worker = await serve(models.add(), memory_limit_bytes=100_000_000)
+    assert len(await ask(worker, [floats("x", 1)])) == 1
+
+
+async def test_memory_bomb_at_inference_fails_only_that_one(serve: Serve) -> None:
+    # For the next one ONNX Runtime's arena takes nearly all that the limit leaves, and where that is too much
+    # it fails: at some limits from 202 to 208 MB (measured with 1.31), far from this: limits swing by 20.
+    worker = await serve(models.memory_bomb_on_run(), memory_limit_bytes=150_000_000)
+    with pytest.raises(InferenceFailed, match=r"(?i)alloc"):
+        await ask(worker, [tensor("shape", "INT64", [1000, 1000, 1000])])
+    assert await answer(worker, tensor("shape", "INT64", [1000])) == 0
+
+
+async def test_file_changed_during_load_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.slow_model(1000), tmp_path, "m")
+    worker = await pool.start("w")
+
+    def touch(stage: str) -> None:
+        if stage == "loading":
+            os.utime(folder / "model.onnx", ns=(1, 1))
+
+    with pytest.raises(LoadRefused) as refused:
+        await worker.load(order_of(tmp_path, "m"), touch)
+    assert refused.value.code == "model_changed"
+
+
+@pytest.mark.parametrize("files", [(), ("model.onnx", "more"), ("other.onnx",)])
+async def test_files_other_than_those_resolved_are_refused(serve: Serve, files: tuple[str, ...]) -> None:
+    with pytest.raises(LoadRefused) as refused:
+        await serve(models.add(), files=files)
+    assert refused.value.code == "model_changed"
+
+
+async def test_threads_of_the_pool_compute(tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    async with running_pool(threads=3) as pool:
+        worker = await pool.start("w")
+        await worker.load(order_of(tmp_path, "m", threads=pool.threads), lambda _: None)
+        assert threads(worker.pid) == 4  # two more to compute with, and control
+        assert await answer(worker, floats("x", 1)) == [2]
+
+
+@pytest.mark.parametrize("times", [0, 1], ids=["nothing", "something"])
+@pytest.mark.parametrize("mapped", [2**20, 2 * TAKEN], ids=["short_file", "long_file"])
+async def test_peak_memory_includes_returned_memory(tmp_path: Path, times: int, mapped: int) -> None:
+    """Up to what mapped files may hide."""
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(mapped))
+    command = [sys.executable, "-c", WATCHED, str(file), str(times)]
+    ran = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, timeout=60)
+    seen, took = int(ran.stdout), times * TAKEN
+    assert took - mapped - 2**22 < seen < took + 2**22
