@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from events.clock import utc_now
 from events.commands import Command, FileStat, RequestLoad, RequestUnload
@@ -18,7 +20,7 @@ from events.jobs import Job, LoadParameters
 from events.log import Log, Receipt
 from events.models import Model, ModelState
 from events.reader import Reader, open_reader
-from events.types import Event
+from events.types import Data, Event
 from runtime import memory
 from runtime.consumer import Consumer
 from runtime.leases import Leases
@@ -30,7 +32,10 @@ from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduling.sight import Policy
 from runtime.wire import Tensor, WantedOutput
-from support.workers import LIMIT_S, array, floats, freeze, threads, unhurried, until
+from support import models
+from support.workers import LIMIT_S, array, floats, freeze, threads, trips, unhurried, until
+
+D = TypeVar("D", bound=Data)
 
 
 @dataclass
@@ -169,6 +174,10 @@ class Engine:
         """Return the types of what is recorded, in order."""
         return [event.type for event in await self.events(of=of)]
 
+    async def facts(self, kind: type[D], *, of: str | None = None) -> list[D]:
+        """Return the recorded facts of this kind, about one model or all."""
+        return [event.data for event in await self.events(of=of) if isinstance(event.data, kind)]
+
     def pass_time(self, seconds: float) -> None:
         """Let time pass for log and consumer, who are told."""
         self.clock.ahead += timedelta(seconds=seconds)
@@ -195,6 +204,18 @@ class Engine:
         """Kill a model's worker and wait until its loss is recorded."""
         self.kill(model_id)
         await self.becomes(model_id, ModelState.LOST)
+
+    async def start_endless(self, model_id: str = "loop") -> list[asyncio.Task[object]]:
+        """Start an inference that never ends by itself in each worker of a `counting_loop`."""
+        asked: list[asyncio.Task[object]] = [
+            asyncio.create_task(self.infer(model_id, trips(models.ENDLESS))) for _ in self.workers(model_id)
+        ]
+        await until(lambda: all(worker.in_flight == 1 for worker in self.workers(model_id)))
+        return asked
+
+    async def nothing_left(self) -> None:
+        """Wait until no load and no worker is left; a worker forked for nobody ends a moment later."""
+        await until(lambda: self.consumer.live == {} and self.worker_pids() == [])
 
     @property
     def fork_server_pid(self) -> int:
@@ -233,10 +254,47 @@ class Engine:
         return worker.pid
 
 
+@cache
+def slow_model() -> bytes:
+    """Return a model of 2.5 MB that loads for half a minute."""
+    content: bytes = models.slow_model(side=800, depth=2_000).SerializeToString()
+    return content
+
+
+def save_models(folder: Path) -> Path:
+    """Save `adder` (versions 1 and 2, which add as much), `other`, `loop` and `slow`; return the folder."""
+    root = folder / "models"
+    models.save(models.add(1), root, "adder", 1)
+    models.save(models.add(2), root, "adder", 2)
+    models.save(models.add(100), root, "other")
+    models.save(models.counting_loop(), root, "loop")
+    models.save_bytes(slow_model(), root, "slow")
+    return folder
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has exited and was reaped."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def code_of(job: Job) -> str | None:
+    """Return the code of the error with which a job ended."""
+    return job.error.code if job.error is not None else None
+
+
 def job_of(receipt: Receipt) -> str:
     """Return the job that stands behind a receipt."""
     assert receipt.job_id is not None
     return receipt.job_id
+
+
+async def end_workers(pool: WorkerPool) -> None:
+    """Kill all workers of a pool and wait until they have exited."""
+    await pool._spare.close()
+    workers = list(pool._workers)
+    for worker in workers:
+        worker.kill()
+    await asyncio.gather(*(asyncio.shield(worker.ended) for worker in workers))
 
 
 @asynccontextmanager
@@ -251,6 +309,7 @@ async def running(
     patience_s: float = LIMIT_S,
     policy: Policy | None = None,
     store: PreparedStore | None = None,
+    pool: WorkerPool | None = None,
 ) -> AsyncIterator[Engine]:
     """Start the runtime on `<folder>/ledger.db` and `<folder>/models`; nothing of it is left after.
 
@@ -264,12 +323,15 @@ async def running(
         patience_s: for an inference that was told to stop.
         policy: such as one with a budget.
         store: where prepared forms are, open; without one, none are made or used.
+        pool: one that tests share; its workers end with this, its fork server does not.
     """
     with unhurried():
         clock = clock or Clock()
-        log, pool = Log(folder / "ledger.db", now=clock.now), WorkerPool(patience_s=patience_s)
+        log, shared = Log(folder / "ledger.db", now=clock.now), pool
+        pool = shared or WorkerPool(patience_s=patience_s)
         repository = Repository(folder / "models")
-        await pool.open()
+        if shared is None:
+            await pool.open()
         await log.open()
         await log.server_started()
         policy = policy or Policy(loads_at_once)
@@ -294,6 +356,9 @@ async def running(
             if stops_cleanly:
                 await log.server_stopped()
             await log.close()
-            await pool.close()
+            if shared is None:
+                await pool.close()
+            else:
+                await end_workers(shared)
             assert not [task for load in consumer.live.values() for task in load.tasks]
         applying.result()
