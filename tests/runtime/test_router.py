@@ -1,4 +1,4 @@
-"""Who answers for a model in which state, and with which code nobody does."""
+"""Which load answers an inference of a model, and with which code the router refuses one."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import models
-from support.running import Engine, running, stopped_clock
+from support.running import Engine, running, save_models, slow_model, stopped_clock
 from support.workers import LIMIT_S, array, floats, tensor, trips, until
 
 from events.jobs import LoadParameters
@@ -24,25 +24,17 @@ from runtime.errors import (
     UnknownModel,
     WorkerDied,
 )
+from runtime.processes.pool import WorkerPool
 from runtime.router import ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
-
-SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
-"""Loads for half a minute, if it is let."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a place with the models `adder` (versions 1 and 2), `loop` and `slow`."""
-    root = tmp_path / "models"
-    models.save(models.add(1), root, "adder", 1)
-    models.save(models.add(2), root, "adder", 2)
-    models.save(models.counting_loop(), root, "loop")
-    models.save_bytes(SLOW, root, "slow")
-    return tmp_path
+    return save_models(tmp_path)
 
 
 async def refusal(engine: Engine, model_id: str, version: int | None = None) -> RuntimeProblem:
-    """Return why nobody answers, which `is_ready` and `route` agree with."""
+    """Return why no load answers, on which `is_ready` and `route` agree."""
     assert not engine.router.is_ready(model_id, version)
     with pytest.raises((ModelNotLoaded, ModelUnloading)):
         engine.router.route(model_id, version)
@@ -51,8 +43,8 @@ async def refusal(engine: Engine, model_id: str, version: int | None = None) -> 
     return caught.value
 
 
-async def test_a_loaded_model_is_answered_by_its_worker(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_loaded_model_is_routed_to_its_worker(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("adder")
         route = await engine.router.route_or_why("adder")
         assert route == engine.router.route("adder", 2)
@@ -66,66 +58,45 @@ async def test_a_loaded_model_is_answered_by_its_worker(folder: Path) -> None:
         assert [spec.name for spec in route.outputs] == ["y"]
 
 
-async def test_a_model_that_was_never_loaded_is_answered_with_the_call_that_loads_it(folder: Path) -> None:
-    async with running(folder) as engine:
-        problem = await refusal(engine, "adder")
-        assert isinstance(problem, ModelNotLoaded)
-        assert problem.code == "model_not_loaded"
-        assert "POST /api/v1/models/adder/load" in str(problem)
-
-
-async def test_a_model_that_nobody_knows_is_unknown(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_router_refuses_what_is_not_loaded(folder: Path, shared_pool: WorkerPool) -> None:
+    models.save_bytes(models.TEXT, folder / "models", "bad")
+    async with running(folder, pool=shared_pool) as engine:
+        never_loaded = await refusal(engine, "adder")
+        assert isinstance(never_loaded, ModelNotLoaded)
+        assert never_loaded.code == "model_not_loaded"
+        assert "POST /api/v1/models/adder/load" in str(never_loaded)
         assert isinstance(await refusal(engine, "nobody"), UnknownModel)
         assert isinstance(await refusal(engine, "../adder"), InvalidModelId)
-
-
-async def test_a_model_that_was_unloaded_and_left_the_repository_is_unknown(folder: Path) -> None:
-    async with running(folder) as engine:
+        await engine.load("bad")
+        assert isinstance(await refusal(engine, "bad"), ModelNotLoaded)
         await engine.load("loop")
         await engine.unload("loop")
         assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
         (folder / "models/loop/1/model.onnx").unlink()
         assert isinstance(await refusal(engine, "loop"), UnknownModel)
+        await engine.ask_load("slow")
+        await engine.becomes("slow", ModelState.LOADING)
+        still_loading = await refusal(engine, "slow")
+        assert isinstance(still_loading, ModelNotLoaded)
+        assert "still loading" in str(still_loading)
 
 
-async def test_a_loaded_model_that_left_the_repository_still_answers(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.load("adder", 1)
-        for version in (1, 2):
-            (folder / f"models/adder/{version}/model.onnx").unlink()
-        assert await engine.ask("adder", 1) == 2
-
-
-async def test_another_version_than_the_loaded_one_does_not_answer(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_router_refuses_other_versions(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("adder", 1)
         problem = await refusal(engine, "adder", 2)
         assert isinstance(problem, OtherVersionLoaded)
         assert "version 1 is" in str(problem)
         assert '{"version": 2}' in str(problem)
+        for version in (1, 2):
+            (folder / f"models/adder/{version}/model.onnx").unlink()
+        assert await engine.ask("adder", 1) == 2  # what is loaded answers, whatever became of its files
 
 
-async def test_a_model_that_is_loading_does_not_answer_yet(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.ask_load("slow")
-        await engine.becomes("slow", ModelState.LOADING)
-        problem = await refusal(engine, "slow")
-        assert isinstance(problem, ModelNotLoaded)
-        assert "still loading" in str(problem)
-
-
-async def test_a_model_that_failed_to_load_does_not_answer(folder: Path) -> None:
-    models.save_bytes(models.TEXT, folder / "models", "bad")
-    async with running(folder) as engine:
-        await engine.load("bad")
-        assert isinstance(await refusal(engine, "bad"), ModelNotLoaded)
-
-
-async def test_the_old_version_answers_until_the_new_one_is_loaded(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_old_version_answers_until_the_swap(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("adder", 1)
-        models.save_bytes(SLOW, folder / "models", "adder", 3)
+        models.save_bytes(slow_model(), folder / "models", "adder", 3)
         swap = await engine.ask_load("adder", 3)
         await engine.loading("adder")
         assert engine.router.route("adder").version == 1
@@ -138,12 +109,26 @@ async def test_the_old_version_answers_until_the_new_one_is_loaded(folder: Path)
         assert isinstance(await refusal(engine, "adder", 1), ModelNotLoaded)
 
 
-async def test_a_model_that_is_being_unloaded_takes_no_more_requests(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_router_refuses_during_in_place_swap(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
+        await engine.load("adder", 1)
+        models.save_bytes(slow_model(), folder / "models", "adder", 3)
+        swap = await engine.ask_load("adder", 3, LoadParameters(strategy="in_place"))
+        await engine.recorded(lambda: engine.model("adder").previous is not None)
+        problem = await refusal(engine, "adder")
+        assert isinstance(problem, ModelReplaced)
+        assert "is being replaced by another version" in str(problem)
+        await engine.loading("adder")
+        engine.kill("adder")
+        await engine.ended(swap)
+        await engine.becomes("adder", ModelState.LOADED)
+        assert engine.router.route("adder").version == 1
+
+
+async def test_router_refuses_during_unload(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("loop")
-        worker = engine.worker("loop")
-        asked = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
-        await until(lambda: worker.in_flight == 1)
+        [asked] = await engine.start_endless()
         await engine.ask_unload("loop")
         await engine.becomes("loop", ModelState.UNLOADING)
         problem = await refusal(engine, "loop")
@@ -155,8 +140,8 @@ async def test_a_model_that_is_being_unloaded_takes_no_more_requests(folder: Pat
         assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
 
 
-async def test_a_lost_model_does_not_answer_until_it_is_back(folder: Path) -> None:
-    async with running(folder, clock=stopped_clock()) as engine:
+async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, clock=stopped_clock(), pool=shared_pool) as engine:
         await engine.load("adder")
         await engine.die("adder")
         problem = await refusal(engine, "adder")
@@ -165,61 +150,48 @@ async def test_a_lost_model_does_not_answer_until_it_is_back(folder: Path) -> No
         engine.pass_time(0.5)
         await engine.becomes("adder", ModelState.LOADED)
         assert engine.router.is_ready("adder")
-
-
-async def test_a_worker_whose_death_is_not_recorded_yet_does_not_answer(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.load("adder")
         await engine.consumer.stop()
         await asyncio.wait([engine.applying])
         worker = engine.worker("adder")
         os.kill(worker.pid, signal.SIGKILL)
         await asyncio.wait([worker.ended])
-        assert engine.model("adder").state is ModelState.LOADED
-        problem = await refusal(engine, "adder")
-        assert isinstance(problem, ModelNotLoaded)
-        assert "has just died" in str(problem)
+        assert engine.model("adder").state is ModelState.LOADED  # the death is not recorded yet
+        assert "has just died" in str(await refusal(engine, "adder"))
 
 
-async def test_an_inference_that_takes_too_long_is_stopped_and_the_worker_goes_on(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_inference_stops_at_timeout_and_on_cancel(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("loop")
         with pytest.raises(InferenceTimeout) as caught:
             await engine.infer("loop", trips(models.ENDLESS), timeout_s=0.05)
         assert caught.value.code == "inference_timeout"
         assert "0.05 s" in str(caught.value)
+        [asked] = await engine.start_endless()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        await until(lambda: engine.worker("loop").in_flight == 0)
         (answer,) = await engine.infer("loop", trips(7))
         assert array(answer) == 7
 
 
-async def test_a_caller_that_gives_up_stops_the_inference(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.load("loop")
-        worker = engine.worker("loop")
-        asked = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
-        await until(lambda: worker.in_flight == 1)
-        asked.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await asked
-        await until(lambda: worker.in_flight == 0)
-
-
-async def test_what_the_model_does_not_take_is_the_callers_mistake(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_wrong_input_is_refused_and_counted(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("adder")
         for inputs in ([], [floats("z", 1)], [tensor("x", "INT64", np.array([1], np.int64))]):
             with pytest.raises(InvalidInput):
                 await engine.infer("adder", *inputs)
         with pytest.raises(InvalidInput):
             await engine.infer("adder", floats("x", 1), outputs=["nothing"])
-        assert await engine.ask("adder", 1) == 3
+        for _ in range(3):
+            assert await engine.ask("adder", 1) == 3
+        counted = engine.live("adder").statistics
+        assert (counted.requests, counted.failures, counted.executions) == (3, 4, 3)
+        assert counted.total_ns >= counted.infer_ns > 0
 
 
-# Queues, and workers that do not stop
-
-
-async def test_as_many_as_may_be_are_in_flight_and_the_next_is_refused_at_once(folder: Path) -> None:
-    async with running(folder, max_queue=2) as engine:
+async def test_full_queue_refuses_at_once(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, max_queue=2, pool=shared_pool) as engine:
         await engine.load("loop")
         worker = engine.worker("loop")
         asked = [asyncio.create_task(engine.infer("loop", trips(models.ENDLESS))) for _ in range(2)]
@@ -234,27 +206,26 @@ async def test_as_many_as_may_be_are_in_flight_and_the_next_is_refused_at_once(f
         assert array(answer) == 7
 
 
-async def test_what_waited_behind_the_inference_that_killed_the_worker_is_answered_after_its_return(
-    folder: Path,
-) -> None:
-    async with running(folder) as engine:
+async def test_queued_inferences_survive_their_worker(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("loop")
         worker = engine.worker("loop")
-        first = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
-        await until(lambda: worker.in_flight == 1)
-        behind = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
+        [first] = await engine.start_endless()
+        queued = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
         await until(lambda: worker.in_flight == 4)
         await engine.die("loop")
         with pytest.raises(WorkerDied):
             await first
-        assert not any(task.done() for task in behind)
+        assert not any(task.done() for task in queued)
         engine.pass_time(0.5)
-        assert [int(array((await task)[0])) for task in behind] == [0, 1, 2]
+        assert [int(array((await task)[0])) for task in queued] == [0, 1, 2]
         assert engine.model("loop").state is ModelState.LOADED
 
 
-async def test_what_waits_for_a_model_that_is_unloaded_instead_is_told_so(folder: Path) -> None:
-    async with running(folder, clock=stopped_clock()) as engine:
+async def test_queued_inference_is_refused_if_the_model_is_unloaded(
+    folder: Path, shared_pool: WorkerPool
+) -> None:
+    async with running(folder, clock=stopped_clock(), pool=shared_pool) as engine:
         await engine.load("loop")
         worker = engine.worker("loop")
         tasks = [asyncio.create_task(engine.infer("loop", trips(models.ENDLESS))) for _ in range(2)]
@@ -267,15 +238,14 @@ async def test_what_waits_for_a_model_that_is_unloaded_instead_is_told_so(folder
             await tasks[0]
 
 
-async def test_a_worker_that_does_not_stop_is_killed_and_the_model_comes_back(folder: Path) -> None:
+async def test_stuck_worker_is_killed_and_reloaded(folder: Path) -> None:
     async with running(folder, patience_s=0.05) as engine:
         await engine.load("loop")
-        worker = engine.worker("loop")
-        os.kill(worker.pid, signal.SIGSTOP)
+        os.kill(engine.worker("loop").pid, signal.SIGSTOP)
         with pytest.raises(InferenceTimeout):
             await engine.infer("loop", trips(1), timeout_s=0.05)
         await engine.becomes("loop", ModelState.LOST)
-        [exited] = [e.data for e in await engine.events() if isinstance(e.data, WorkerExited)]
+        [exited] = await engine.facts(WorkerExited)
         assert exited.signal == signal.SIGKILL
         assert "did not stop within 0.05 s" in exited.stderr[-1]
         engine.pass_time(0.5)
@@ -284,12 +254,11 @@ async def test_a_worker_that_does_not_stop_is_killed_and_the_model_comes_back(fo
         assert array(answer) == 7
 
 
-async def test_a_cancelled_inference_that_only_waits_is_no_reason_to_kill_the_worker(folder: Path) -> None:
+async def test_cancel_of_queued_inference_does_not_kill_worker(folder: Path) -> None:
     async with running(folder, patience_s=0.01) as engine:
         await engine.load("loop")
         worker = engine.worker("loop")
-        first = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
-        await until(lambda: worker.in_flight == 1)
+        [first] = await engine.start_endless()
         for _ in range(3):
             with pytest.raises(InferenceTimeout):
                 await engine.infer("loop", trips(1), timeout_s=0.02)
@@ -300,20 +269,8 @@ async def test_a_cancelled_inference_that_only_waits_is_no_reason_to_kill_the_wo
         assert engine.worker("loop") is worker
 
 
-async def test_answers_and_refusals_are_counted(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.load("adder")
-        for _ in range(3):
-            await engine.ask("adder", 1)
-        with pytest.raises(InvalidInput):
-            await engine.infer("adder")
-        counted = engine.live("adder").statistics
-        assert (counted.requests, counted.failures, counted.executions) == (3, 1, 3)
-        assert counted.total_ns >= counted.infer_ns > 0
-
-
-async def test_a_model_was_last_used_when_its_last_inference_ended_answered_or_not(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_last_use_is_the_end_of_the_last_inference(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("loop")
         load = engine.live("loop")
         assert load.last_used_ns == 0
@@ -324,25 +281,8 @@ async def test_a_model_was_last_used_when_its_last_inference_ended_answered_or_n
             await engine.infer("loop")
         refused_ns = load.last_used_ns
         assert refused_ns > answered_ns
-        asked = asyncio.create_task(engine.infer("loop", trips(models.ENDLESS)))
-        await until(lambda: engine.worker("loop").in_flight == 1)
+        [asked] = await engine.start_endless()
         assert load.last_used_ns == refused_ns
         asked.cancel()
         await asyncio.wait([asked])
         assert load.last_used_ns > refused_ns
-
-
-async def test_a_model_that_makes_way_for_another_version_says_so(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.load("adder", 1)
-        models.save_bytes(SLOW, folder / "models", "adder", 3)
-        swap = await engine.ask_load("adder", 3, LoadParameters(strategy="in_place"))
-        await engine.recorded(lambda: engine.model("adder").previous is not None)
-        problem = await refusal(engine, "adder")
-        assert isinstance(problem, ModelReplaced)
-        assert "is being replaced by another version" in str(problem)
-        await engine.loading("adder")
-        engine.kill("adder")
-        await engine.ended(swap)
-        await engine.becomes("adder", ModelState.LOADED)
-        assert engine.router.route("adder").version == 1
