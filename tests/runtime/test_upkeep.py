@@ -1,4 +1,4 @@
-"""What is kept up to date of workers that serve: what they take, and when models were last used."""
+"""The consumer's periodic upkeep: measurements of workers, and last uses noted in the ledger's file."""
 
 import asyncio
 import os
@@ -20,6 +20,7 @@ from events.types import Cause, UnloadRequested
 from runtime import consumer as consumer_module
 from runtime import memory
 from runtime.consumer import Upkeep
+from runtime.processes.pool import WorkerPool
 from runtime.scheduling.sight import Policy
 from runtime.wire import Tensor
 
@@ -29,14 +30,14 @@ GROWTH_BYTES = 40_000_000
 
 @pytest.fixture(autouse=True)
 def _only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have nothing be measured or noted but what a test asks for, however long it takes."""
+    """Let only the tests measure and note."""
     monkeypatch.setattr(consumer_module, "MEASURE_S", FOR_EVER_S)
     monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", LIMIT_S)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a place with the models `grows`, `old` and `new`."""
+    """Return a folder whose repository has `grows`, `old` and `new`."""
     root = tmp_path / "models"
     models.save(models.memory_bomb_on_run(), root, "grows")
     models.save(models.table(4, 1), root, "old")
@@ -63,68 +64,49 @@ def noted(folder: Path) -> dict[str, str]:
         return dict(connection.execute("SELECT model_id, used_at FROM last_used"))
 
 
-async def evicted(engine: Engine) -> list[str]:
-    """Return the models that the system asked to make room of, in order."""
-    return [
-        event.model_id or ""
-        for event in await engine.events()
-        if isinstance(event.data, UnloadRequested) and event.data.cause is Cause.EVICTION
-    ]
-
-
 # Measurements
 
 
-async def test_what_an_inference_made_a_worker_keep_is_counted_from_the_next_measurement_on(
-    folder: Path,
-) -> None:
-    async with running(folder) as engine:
+async def test_measured_growth_counts_against_the_budget(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("grows")
-        loaded = engine.live("grows").memory_bytes
-        await engine.infer("grows", shape())
-        assert engine.live("grows").memory_bytes == loaded
-        await upkeep(engine).measure()
-        assert engine.live("grows").memory_bytes >= loaded + 0.9 * GROWTH_BYTES
-        [use] = engine.consumer.uses()
-        assert use.memory_bytes == engine.live("grows").memory_bytes
-
-
-async def test_each_instance_is_measured(folder: Path) -> None:
-    async with running(folder) as engine:
         await engine.load("old", parameters=LoadParameters(instances=2))
+        load, pair = engine.live("grows"), engine.live("old")
+        loaded = load.memory_bytes
+        await engine.infer("grows", shape())
+        assert load.memory_bytes == loaded
         await upkeep(engine).measure()
-        load = engine.live("old")
-        assert set(load.measured_bytes) == {worker.worker_id for worker in load.workers}
-        assert load.memory_bytes == sum(load.measured_bytes.values())
+        assert load.memory_bytes >= loaded + 0.9 * GROWTH_BYTES
+        assert set(pair.measured_bytes) == {worker.worker_id for worker in pair.workers}
+        assert pair.memory_bytes == sum(pair.measured_bytes.values())
+        uses = {use.model_id: use.memory_bytes for use in engine.consumer.uses()}
+        assert uses == {"grows": load.memory_bytes, "old": pair.memory_bytes}
 
 
-async def test_growth_beyond_the_budget_evicts_idle_models_until_it_is_kept(folder: Path) -> None:
-    policy = Policy(2, budget_bytes=GROWTH_BYTES + 15_000_000, evicts=True, min_residency_s=0)
-    async with running(folder, policy=policy) as engine:
+@pytest.mark.parametrize("evicts", [True, False])
+async def test_growth_beyond_the_budget_evicts_if_allowed(
+    folder: Path, shared_pool: WorkerPool, *, evicts: bool
+) -> None:
+    policy = Policy(2, budget_bytes=GROWTH_BYTES + 15_000_000, evicts=evicts, min_residency_s=0)
+    async with running(folder, policy=policy, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.load("grows")
         await engine.infer("old", index())
         await engine.infer("grows", shape())
         await upkeep(engine).measure()
-        await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
-        await until(lambda: not engine.log.state.unended())
-        assert engine.model("grows").state is ModelState.LOADED
-        assert await evicted(engine) == ["old"]
-        assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 15_000_000
-
-
-async def test_growth_beyond_the_budget_is_left_alone_where_nothing_is_evicted(folder: Path) -> None:
-    async with running(folder, policy=Policy(2, budget_bytes=GROWTH_BYTES)) as engine:
-        await engine.load("grows")
-        await engine.infer("grows", shape())
-        await upkeep(engine).measure()
-        job_id = await engine.ask_load("old")  # whose turn comes after whatever else there is to decide
-        await until(lambda: job_id in engine.consumer._decision.waiting_for)
-        assert await evicted(engine) == []
+        if evicts:
+            await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
+            await until(lambda: not engine.log.state.unended())
+            assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 15_000_000
+        else:
+            job_id = await engine.ask_load("new")  # decided on after any eviction
+            await until(lambda: job_id in engine.consumer._decision.waiting_for)
+        requests = await engine.facts(UnloadRequested)
+        assert [request.cause for request in requests] == [Cause.EVICTION] * evicts
         assert engine.model("grows").state is ModelState.LOADED
 
 
-async def test_a_worker_that_dies_meanwhile_is_passed_over(folder: Path) -> None:
+async def test_dead_worker_is_not_measured(folder: Path) -> None:
     async with running(folder) as engine:
         await engine.load("old")
         await engine.load("new")
@@ -136,11 +118,11 @@ async def test_a_worker_that_dies_meanwhile_is_passed_over(folder: Path) -> None
         assert engine.live("new").measured_bytes
 
 
-async def test_a_worker_that_cannot_be_measured_holds_up_nobody_and_is_not_asked_about_twice(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_stuck_measurement_delays_no_other_worker(
+    folder: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proc = folder / "proc"
-    async with running(folder) as engine:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.load("new")
         stuck, well = engine.worker("old"), engine.worker("new")
@@ -164,8 +146,8 @@ async def test_a_worker_that_cannot_be_measured_holds_up_nobody_and_is_not_asked
 # Last uses
 
 
-async def test_only_what_was_asked_since_the_last_time_is_noted(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_only_new_uses_are_noted(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.load("new")
         await upkeep(engine).note_uses()
@@ -183,18 +165,18 @@ async def test_only_what_was_asked_since_the_last_time_is_noted(folder: Path) ->
         assert engine.log.head.position == position
 
 
-async def test_an_orderly_end_notes_what_was_not_noted_yet(folder: Path) -> None:
-    async with running(folder, stops_cleanly=True) as engine:
+async def test_stop_notes_the_last_uses(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool, stops_cleanly=True) as engine:
         await engine.load("old")
         await engine.infer("old", index())
         assert noted(folder) == {}
     assert set(noted(folder)) == {"old"}
-    async with running(folder) as engine:
+    async with running(folder, pool=shared_pool) as engine:
         assert engine.log.last_used == noted(folder)
 
 
-async def test_uses_that_could_not_be_noted_are_noted_the_next_time(folder: Path) -> None:
-    async with running(folder) as engine:
+async def test_unnoted_uses_are_noted_later(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.infer("old", index())
         with closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as connection:
@@ -207,11 +189,11 @@ async def test_uses_that_could_not_be_noted_are_noted_the_next_time(folder: Path
         assert set(noted(folder)) == {"old"}
 
 
-async def test_it_goes_on_by_itself_until_the_consumer_ends(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_upkeep_runs_periodically(
+    folder: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumer_module, "MEASURE_S", 0.01)
-    async with running(folder) as engine:
+    async with running(folder, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.infer("old", index())
         await until(lambda: bool(noted(folder)) and bool(engine.live("old").measured_bytes))
