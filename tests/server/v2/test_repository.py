@@ -1,0 +1,402 @@
+"""The repository extension: load and unload wait for their end, the index shows the state of each version."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support import models
+from support.http import LIMIT_S, Answer, Json, LocalApi, when
+from support.models import FLOAT, TEXT, save, save_bytes
+from support.workers import computing, until
+
+from events.jobs import Failure, LoadParameters
+from events.models import Model, ModelState, PendingLoad, Serving
+from events.types import UnloadRequested
+from server.v2 import repository as extension
+from server.validation import MAX_JSON_BYTES
+
+ENDLESS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+
+
+@cache
+def endless_load() -> bytes:
+    """A model that takes minutes to load: tests wait for its load to begin, never for its end."""
+    content: bytes = models.slow_model(depth=2000).SerializeToString()
+    return content
+
+
+async def load(api: LocalApi, model_id: str, **config: Any) -> Answer:
+    """Load as tritonclient does: no Content-Type, the configuration as JSON in a string."""
+    body = {"parameters": {"config": json.dumps(config)}} if config else {}
+    return await send(api, f"models/{model_id}/load", json.dumps(body).encode())
+
+
+async def unload(api: LocalApi, model_id: str) -> Answer:
+    body = {"parameters": {"unload_dependents": False}}
+    return await send(api, f"models/{model_id}/unload", json.dumps(body).encode())
+
+
+async def send(api: LocalApi, path: str, body: bytes, **options: Any) -> Answer:
+    """Send a body without a Content-Type, unless `options` have one."""
+    options["skip_auto_headers"] = ["Content-Type"]
+    return await api.post(f"/v2/repository/{path}", data=io.BytesIO(body), **options)
+
+
+def job_of(answer: Answer) -> str:
+    """Return the id of the job that an empty 200 names."""
+    assert (answer.status, answer.body) == (200, b"")
+    return answer.headers["Location"].removeprefix("/api/v1/jobs/")
+
+
+async def index(api: LocalApi, *names: str, body: bytes = b"") -> list[Json]:
+    """Return the entries of these models."""
+    answer = await send(api, "index", body, roles=("predict",))
+    assert answer.status == 200, answer.body
+    return [each for each in answer.json if each["name"] in names]
+
+
+def entry(name: str, number: int, state: str, **more: str) -> Json:
+    return {"name": name, "version": str(number), "state": state, **more}
+
+
+def version(number: int) -> Json:
+    return {"specific": {"versions": [number]}}
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+async def begin_load(api: LocalApi, model_id: str, model: bytes) -> asyncio.Task[Answer]:
+    """Send a load and wait until the model's worker is at it."""
+    save_bytes(model, api.config.repository, model_id)
+    task = asyncio.create_task(load(api, model_id))
+
+    async def stages() -> list[str]:
+        return [job["stage"] for job in await api.jobs(f"?model={model_id}")]
+
+    await when(stages, lambda seen: seen == ["loading"])
+    return task
+
+
+# Load
+
+
+async def test_load_is_answered_when_the_model_is_ready(shared: LocalApi) -> None:
+    save(models.identity(), shared.config.repository, "m")
+    answers = await asyncio.gather(*(load(shared, "m") for _ in range(5)))
+    [job_id] = {job_of(answer) for answer in answers}
+    assert (await shared.get("/v2/models/m/ready")).status == 200
+    job = await shared.job(job_id)
+    assert (job["status"], job["cause"], job["requested_by"]) == ("completed", "request", "alice")
+    types = await shared.types("m")
+    assert job_of(await load(shared, "m")) == job_id
+    assert await shared.types("m") == types
+    assert types.count("LoadRequested") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [(b"", None), (b"{}", "text/plain"), (b'{"parameters": {}}', "application/json"), (b"{}", "x")],
+)
+async def test_content_type_and_preferences_are_ignored(
+    shared: LocalApi, body: bytes, content_type: str | None
+) -> None:
+    save(models.identity(), shared.config.repository, "typed")
+    headers = {"Prefer": "respond-async, wait=0", **({"Content-Type": content_type} if content_type else {})}
+    for verb in ("load", "unload"):
+        job_of(await send(shared, f"models/typed/{verb}", body, headers=headers))
+
+
+async def test_load_of_changed_files_or_a_new_version_swaps(shared: LocalApi) -> None:
+    repository = shared.config.repository
+    save(models.add(1.0), repository, "changed")
+    first = job_of(await load(shared, "changed"))
+    save(models.add(22.0), repository, "changed")
+    os.utime(repository / "changed" / "1" / "model.onnx", ns=(1, 1))
+    second = job_of(await load(shared, "changed"))
+    save(models.add(3.0), repository, "changed", 2)
+    third = job_of(await load(shared, "changed"))
+    assert len({first, second, third}) == 3
+    assert (await shared.model("changed"))["version"] == 2
+    both = await asyncio.gather(*(load(shared, "changed", version_policy=version(n)) for n in (1, 2)))
+    assert {(await shared.job(job_of(answer)))["version"] for answer in both} == {1, 2}
+
+
+async def test_load_goes_on_when_its_client_leaves(shared: LocalApi) -> None:
+    save(models.slow_model(side=500), shared.config.repository, "left")
+    waiting = asyncio.create_task(load(shared, "left"))
+    await when(lambda: shared.jobs("?model=left"), bool)
+    waiting.cancel()  # and with it the handler: the tests' server cancels those of clients that left
+    [job] = await shared.jobs("?model=left")
+    assert (await shared.ended(job["id"]))["status"] == "completed"
+    assert job_of(await load(shared, "left")) == job["id"]
+
+
+async def test_shutdown_answers_who_waits_for_a_load(api: LocalApi) -> None:
+    waiting = await begin_load(api, "m", endless_load())
+    [job] = await api.jobs()
+    async with asyncio.timeout(LIMIT_S):
+        await api.client.server.close()
+    answer = await waiting
+    assert answer.refusal == (503, "shutting_down")
+    assert answer.headers["Location"] == f"/api/v1/jobs/{job['id']}"
+
+
+# Failed loads
+
+
+def write_model(folder: Path, model_id: str) -> None:
+    """Write a model that fails to load in the way that its id says."""
+    match model_id:
+        case "text":
+            save_bytes(TEXT, folder, model_id)
+        case "operator":
+            save(models.unknown_operator(), folder, model_id)
+        case "link":
+            (folder.parent / "secret").write_text("x")
+            save(models.identity(), folder, model_id).joinpath("data").symlink_to(folder.parent / "secret")
+        case "bomb":
+            save(models.memory_bomb_on_load(), folder, model_id)
+            (folder / model_id / "loadledger.toml").write_text(f"memory_limit_bytes = {200 * 2**20}")
+        case "slow":
+            save_bytes(endless_load(), folder, model_id)
+            (folder / model_id / "loadledger.toml").write_text("timeout_s = 1")
+        case "crash":
+            save(models.crash_on_load(), folder, model_id)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "status", "code", "reason"),
+    [
+        ("text", 400, "invalid_model", ""),
+        ("operator", 400, "invalid_model", "Frobnicate"),
+        ("link", 400, "unsafe_file", "leads out"),
+        ("bomb", 503, "out_of_memory", ""),
+        ("slow", 503, "timeout", "not loaded within 1 s"),
+        ("crash", 503, "worker_died", "killed by signal"),
+    ],
+)
+async def test_failed_load_has_its_reason(
+    shared: LocalApi, model_id: str, status: int, code: str, reason: str
+) -> None:
+    write_model(shared.config.repository, model_id)
+    answer = await load(shared, model_id)
+    assert answer.refusal == (status, code)
+    job = await shared.job(answer.headers["Location"].removeprefix("/api/v1/jobs/"))
+    assert (job["status"], job["error"]["code"]) == ("failed", code)
+    assert reason in job["error"]["message"]
+    expected = f"load failed for model '{model_id}': version 1: {job['error']['message']}"
+    assert answer.json["error"] == expected
+
+
+async def test_failed_swap_leaves_the_serving_version(shared: LocalApi) -> None:
+    save(models.add(), shared.config.repository, "swap", 1)
+    job_of(await load(shared, "swap"))
+    save_bytes(TEXT, shared.config.repository, "swap", 2)
+    answer = await load(shared, "swap")
+    assert answer.refusal == (400, "invalid_model")
+    first, second = await index(shared, "swap")
+    assert first == entry("swap", 1, "READY")
+    assert (second["version"], second["state"]) == ("2", "UNAVAILABLE")
+    assert second["reason"] in answer.json["error"]
+
+
+# Refusals
+
+
+async def test_refused_requests_append_nothing(shared: LocalApi) -> None:
+    save(models.identity(), shared.config.repository, "idle")
+    for path, body, expected in (
+        ("models/none/load", b"", (404, "unknown_model")),
+        ("models/idle/VERB", b"[]", (400, "invalid_body")),
+        ("models/idle/VERB", b"{", (400, "invalid_body")),
+        ("models/idle/VERB", b'{"parameters": {"file:1/model.onnx": "eA=="}}', (400, "not_supported")),
+        ("models/idle/VERB", b" " * (MAX_JSON_BYTES + 1), (413, "body_too_large")),
+        ("index", b'{"ready": 1}', (400, "invalid_body")),
+        ("index", b"nope", (400, "invalid_body")),
+        ("r/index", b"", (404, "not_found")),
+        ("r/models/idle/VERB", b"", (404, "not_found")),
+    ):
+        for verb in ("load", "unload"):
+            refused = await send(shared, path.replace("VERB", verb), body)
+            assert refused.refusal == expected, (path, verb, body[:50])
+    for verb in ("load", "unload"):
+        refused = await send(shared, f"models/..%2fm/{verb}", b"")
+        assert refused.refusal in {(400, "invalid_parameter"), (404, "not_found")}
+    assert await shared.types("idle") == []
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "reason"),
+    [
+        ({"max_batch_size": -1}, "invalid_body", "max_batch_size"),
+        ({"instance_group": [{"count": 65}]}, "invalid_body", "instances"),
+        ({"version_policy": version(0)}, "invalid_body", "version"),
+        ({"sequence_batching": {}}, "not_supported", "sequence_batching"),
+        ({"version_policy": version(2)}, "unknown_version", "2"),
+    ],
+)
+async def test_invalid_configuration_is_refused_by_name(
+    shared: LocalApi, config: Json, code: str, reason: str
+) -> None:
+    save(models.identity(), shared.config.repository, "unset")
+    answer = await load(shared, "unset", **config)
+    assert answer.refusal == (404 if code == "unknown_version" else 400, code)
+    assert reason in answer.json["error"]
+    assert await shared.types("unset") == []
+
+
+# The configuration of a load
+
+
+async def test_configuration_and_model_file_set_the_parameters(shared: LocalApi) -> None:
+    for number in (1, 2):
+        save(models.identity(FLOAT, (None, 4)), shared.config.repository, "set", number)
+    file = shared.config.repository / "set" / "loadledger.toml"
+    file.write_text('priority = "high"\nkeep_alive_s = 600\nstrategy = "auto"\npinned = true')
+    batching = {"max_batch_size": 8, "dynamic_batching": {"max_queue_delay_microseconds": "250"}}
+    group = [{"name": "set_0", "count": 2, "kind": "KIND_CPU"}]
+    answer = await load(shared, "set", **batching, instance_group=group, version_policy=version(1))
+    parameters = (await shared.job(job_of(answer)))["parameters"]
+    expected = {"instances": 2, "max_batch_size": 8, "max_queue_delay_us": 250}
+    expected |= {"priority": "high", "keep_alive_s": 600, "strategy": "auto", "pinned": True}
+    assert parameters | expected == parameters
+    assert (await shared.model("set"))["version"] == 1
+
+
+async def test_reported_configuration_can_be_sent_back(shared: LocalApi) -> None:
+    save(models.identity(FLOAT, (None, 4)), shared.config.repository, "back")
+    first = job_of(await load(shared, "back", max_batch_size=4))
+    config = (await shared.get("/v2/models/back/config")).json
+    del config["input"], config["output"]
+    assert job_of(await load(shared, "back", **config)) == first
+    second = job_of(await load(shared, "back", max_batch_size=8))
+    assert second != first
+    assert job_of(await load(shared, "back")) == second
+
+
+# Unload
+
+
+async def test_unload_is_answered_when_the_process_is_gone(shared: LocalApi) -> None:
+    save(models.identity(), shared.config.repository, "over")
+    job_of(await load(shared, "over"))
+    pid = shared.worker("over").pid
+    job = await shared.job(job_of(await unload(shared, "over")))
+    assert gone(pid)
+    assert (job["kind"], job["status"], job["parameters"]["force"]) == ("unload", "completed", False)
+    types = await shared.types("over")
+    for name in ("over", "none"):
+        answer = await unload(shared, name)
+        assert (answer.status, answer.body, "Location" in answer.headers) == (200, b"", False)
+    assert await shared.types("over") == types
+
+
+async def test_unload_waits_for_running_requests(shared: LocalApi) -> None:
+    save(models.counting_loop(), shared.config.repository, "loop")
+    job_of(await load(shared, "loop"))
+    pid = shared.worker("loop").pid
+    is_computing = computing(pid)
+    running = asyncio.create_task(shared.infer("loop", ENDLESS))
+    await until(is_computing)
+    unloads = [asyncio.create_task(unload(shared, "loop")) for _ in range(2)]
+    await shared.model_when("loop", state="unloading")
+    assert await index(shared, "loop") == [entry("loop", 1, "UNLOADING")]
+    assert not gone(pid)
+    os.kill(pid, signal.SIGKILL)
+    answers = await asyncio.gather(*unloads)
+    assert len({job_of(answer) for answer in answers}) == 1
+    events = await shared.events("loop")
+    assert [isinstance(event.data, UnloadRequested) for event in events].count(True) == 1
+    await running
+
+
+async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
+    waiting = await begin_load(shared, "first", endless_load())
+    pid = shared.worker("first").pid
+    assert await index(shared, "first") == [entry("first", 1, "LOADING")]
+    job_of(await unload(shared, "first"))
+    assert gone(pid)
+    answer = await waiting
+    assert answer.refusal == (400, "cancelled")
+    assert answer.json["error"].startswith("load failed for model 'first': version 1: ")
+    assert await index(shared, "first") == [entry("first", 1, "UNAVAILABLE", reason="unloaded")]
+
+
+# The index
+
+SERVING = Serving("job", 2, 9, "", "alice", ("worker",), (), 1, 1, LoadParameters())
+READY = Model("m", ModelState.LOADED, SERVING, last_version=2)
+LOST = replace(READY, phase=ModelState.LOST)
+BROKEN = Failure("invalid_model", "broken")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Model("m"), []),
+        (Model("m", loads=(PendingLoad("j", 1),)), [(1, "LOADING", None)]),
+        (Model("m", last_version=1), [(1, "UNAVAILABLE", "unloaded")]),
+        (Model("m", ModelState.FAILED, last_version=1, error=BROKEN), [(1, "UNAVAILABLE", "broken")]),
+        (READY, [(2, "READY", None)]),
+        (replace(READY, phase=ModelState.UNLOADING), [(2, "UNLOADING", None)]),
+        (replace(READY, loads=(PendingLoad("j", 3),)), [(2, "READY", None), (3, "LOADING", None)]),
+        (replace(READY, loads=(PendingLoad("j", 2),)), [(2, "READY", None)]),
+        (replace(READY, last_version=3, error=BROKEN), [(2, "READY", None), (3, "UNAVAILABLE", "broken")]),
+        (replace(LOST, error=BROKEN), [(2, "UNAVAILABLE", "lost, and to be loaded again: broken")]),
+        (LOST, [(2, "UNAVAILABLE", "lost, and to be loaded again: the server was started again")]),
+        (replace(LOST, loads=(PendingLoad("j", 2),)), [(2, "LOADING", None)]),
+        (
+            Model("m", last_version=2, previous=SERVING, loads=(PendingLoad("j", 3),)),
+            [(2, "UNAVAILABLE", "it made way for another version"), (3, "LOADING", None)],
+        ),
+    ],
+)
+def test_index_shows_the_state_of_each_version(
+    model: Model, expected: list[tuple[int, str, str | None]]
+) -> None:
+    entries = extension.index({"m": model}, ["m"])
+    versions = [each for each in entries if each != {"name": "m"}]
+    found = [(int(each["version"]), each["state"], each.get("reason")) for each in versions]
+    assert found == expected
+    ready = extension.index({"m": model}, ["m"], only_ready=True)
+    assert ready == [each for each in entries if each.get("state") == "READY"]
+
+
+def test_index_is_sorted_and_leaves_out_models_that_are_gone() -> None:
+    loads = tuple(PendingLoad("j", number) for number in (10, 9))
+    entries = extension.index({"b": Model("b", loads=loads)}, ["c", "b", "a"])
+    found = [(each["name"], each.get("version")) for each in entries]
+    assert found == [("a", None), ("b", "9"), ("b", "10"), ("c", None)]
+    assert extension.index({"m": Model("m", last_version=1)}, []) == []
+    assert extension.index({"m": READY}, []) == extension.index({"m": READY}, [], only_ready=True)
+
+
+async def test_index_lists_ready_unloaded_and_unknown_models(shared: LocalApi) -> None:
+    names = ("ready", "unloaded", "never", "deleted")
+    for name in names:
+        folder = save(models.identity(), shared.config.repository, name, 3)
+    (shared.config.repository / "empty").mkdir()
+    for name in ("ready", "unloaded", "deleted"):
+        job_of(await load(shared, name))
+    job_of(await unload(shared, "unloaded"))
+    (folder / "model.onnx").unlink()
+    expected = [
+        entry("deleted", 3, "READY"),
+        {"name": "never"},
+        entry("ready", 3, "READY"),
+        entry("unloaded", 3, "UNAVAILABLE", reason="unloaded"),
+    ]
+    assert await index(shared, *names, "empty") == expected
+    assert await index(shared, *names, body=b'{"ready": false}') == expected
+    assert await index(shared, *names, body=b'{"ready": true}') == [expected[0], expected[2]]
+    job_of(await unload(shared, "deleted"))
+    assert await index(shared, "deleted") == []
