@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from server.routes import Access, LimitClass
 from server.validation import read_body
 
 Client = TestClient[web.Request, web.Application]
+AnswerOf = Callable[..., Awaitable[tuple[aiohttp.ClientResponse, dict[str, Any]]]]
 MEMBERS = {"type", "title", "status", "detail", "code", "error"}
 
 
@@ -41,42 +42,45 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-async def answer_of(config: Config, aiohttp_client: AiohttpClient) -> Callable[..., Any]:
-    async def get(error: Exception, path: str = "/x") -> tuple[aiohttp.ClientResponse, dict[str, Any]]:
-        async def handler(request: web.Request) -> web.Response:  # noqa: ARG001
-            raise error
+async def answer_of(config: Config, aiohttp_client: AiohttpClient) -> AnswerOf:
+    """Serve a route that raises what a test chooses."""
+    raised: list[Exception] = []
 
-        client = await aiohttp_client(small_app([route(path, handler)], config))
+    async def handler(request: web.Request) -> web.Response:  # noqa: ARG001
+        raise raised.pop()
+
+    routes = [route(path, handler) for path in ("/x", "/v2", "/v2/models", "/v20")]
+    client = await aiohttp_client(small_app(routes, config))
+
+    async def get(error: Exception, path: str = "/x") -> tuple[aiohttp.ClientResponse, dict[str, Any]]:
+        raised.append(error)
         answer = await client.get(path, headers=bearer(config))
         return answer, await answer.json(content_type=None)
 
     return get
 
 
-@pytest.mark.parametrize("code", list(ERRORS))
-async def test_each_code_has_one_body_and_status(answer_of: Callable[..., Any], code: str) -> None:
-    answer, body = await answer_of(Domain(code))
-    assert answer.status == ERRORS[code].status == body["status"]
-    assert answer.content_type == "application/problem+json"
-    assert (body["code"], body["title"], body["error"]) == (code, ERRORS[code].title, body["detail"])
-    assert body["type"] == ERRORS[code].registered_type or body["type"] == f"urn:loadledger:error:{code}"
-    assert set(body) - {"instance"} == MEMBERS
-    assert answer.headers.get("Retry-After") == ("1" if answer.status in {429, 503} else None)
-    if code != "internal":
-        assert body["detail"] == "what happened"
+async def test_each_code_has_one_body_and_status(answer_of: AnswerOf) -> None:
+    for code, kind in ERRORS.items():
+        answer, body = await answer_of(Domain(code))
+        assert answer.status == kind.status == body["status"]
+        assert answer.content_type == "application/problem+json"
+        assert (body["code"], body["title"], body["error"]) == (code, kind.title, body["detail"])
+        assert body["type"] in {kind.registered_type, f"urn:loadledger:error:{code}"}
+        assert set(body) - {"instance"} == MEMBERS
+        assert answer.headers.get("Retry-After") == ("1" if kind.status in {429, 503} else None)
+        assert code == "internal" or body["detail"] == "what happened"
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        Domain("no such code", "secret"),
-        Domain(7, "secret"),
-        KeyError("secret"),
+        Domain("no such code", "secret"), Domain(7, "secret"), KeyError("secret"),
         web.HTTPBadGateway(text="secret"),
     ],
-)
+)  # fmt: skip
 async def test_unexpected_error_is_logged_with_an_id(
-    answer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture, error: Exception
+    answer_of: AnswerOf, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     with caplog.at_level(logging.ERROR, "server.errors"):
         answer, body = await answer_of(error)
@@ -88,15 +92,13 @@ async def test_unexpected_error_is_logged_with_an_id(
     assert "Traceback" in caplog.text
 
 
-@pytest.mark.parametrize(("seconds", "field"), [(0, "1"), (0.2, "1"), (2, "2"), (2.1, "3")])
-async def test_retry_after_is_rounded_up_to_seconds(
-    answer_of: Callable[..., Any], seconds: float, field: str
-) -> None:
-    answer, _ = await answer_of(Domain("model_unloading", retry_after_s=seconds))
-    assert answer.headers["Retry-After"] == field
+async def test_retry_after_is_rounded_up_to_seconds(answer_of: AnswerOf) -> None:
+    for seconds, field in ((0, "1"), (0.2, "1"), (2, "2"), (2.1, "3")):
+        answer, _ = await answer_of(Domain("model_unloading", retry_after_s=seconds))
+        assert answer.headers["Retry-After"] == field
 
 
-async def test_members_headers_and_long_details_of_an_error(answer_of: Callable[..., Any]) -> None:
+async def test_members_headers_and_long_details_of_an_error(answer_of: AnswerOf) -> None:
     attributes = {"problem_members": {"load": "/x"}, "http_headers": {"Link": "</x>"}}
     answer, body = await answer_of(Domain("not_loaded", "\ud800" * 100_000, **attributes))
     assert (answer.status, body["load"], answer.headers["Link"]) == (409, "/x", "</x>")
@@ -104,15 +106,10 @@ async def test_members_headers_and_long_details_of_an_error(answer_of: Callable[
     assert set(body["detail"]) == {"?", "…"}
 
 
-@pytest.mark.parametrize(
-    ("path", "media_type"),
-    [("/v2", "application/json"), ("/v2/models", "application/json"), ("/v20", "application/problem+json")],
-)
-async def test_errors_under_v2_are_plain_json(
-    answer_of: Callable[..., Any], path: str, media_type: str
-) -> None:
-    answer, body = await answer_of(Domain("unknown_model"), path)
-    assert (answer.content_type, set(body)) == (media_type, MEMBERS)
+async def test_errors_under_v2_are_plain_json(answer_of: AnswerOf) -> None:
+    for path, kind in (("/v2", "json"), ("/v2/models", "json"), ("/v20", "problem+json")):
+        answer, body = await answer_of(Domain("unknown_model"), path)
+        assert (answer.content_type, set(body)) == (f"application/{kind}", MEMBERS)
 
 
 async def test_errors_of_every_layer_have_the_one_body(config: Config, aiohttp_client: AiohttpClient) -> None:

@@ -9,10 +9,12 @@
 | llama.cpp #22284, pytorch/serve #2030 | here |
 | llama-swap #25 | test_eviction.py (idle timeout) |
 | llama-swap #92, pytorch/serve #2428, triton #6536 | test_scheduler.py (reloads) |
-| ollama #7779, #14364, #17428 | test_scheduler.py (force), tests/server/test_mistakes_over_http.py |
-| tensorflow/serving #2017 | test_swaps.py (strategies), tests/server/test_mistakes_over_http.py |
-| llama-swap #946; triton #6711, #8958, #5940, #356; MLServer #957 | tests/server/test_mistakes_over_http.py |
-| TorchServe's CVEs, Kokoro-FastAPI #478 | tests/server/test_mistakes_over_http.py |
+| ollama #7779, #14364, #17428 | test_scheduler.py (force), tests/server/api/test_unloads.py |
+| tensorflow/serving #2017 | test_swaps.py (strategies), tests/server/api/test_loads.py |
+| llama-swap #946 | tests/server/api/test_unloads.py |
+| triton #6711, #6536, #356 | tests/server/api/test_loads.py |
+| triton #8958, #5940; MLServer #957 | tests/server/test_health.py; tests/server/api/test_jobs.py |
+| TorchServe's CVEs, Kokoro-FastAPI #478 | tests/server/test_openapi.py |
 """
 
 from itertools import pairwise
