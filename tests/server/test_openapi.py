@@ -98,10 +98,7 @@ def test_load_operation_documents_all_parts(committed: dict[str, Any]) -> None:
 
 
 def test_public_and_v2_routes_are_marked(committed: dict[str, Any]) -> None:
-    for path, media_type in (
-        ("/v2/health/live", "application/json"),
-        ("/health/live", "application/problem+json"),
-    ):
+    for path, kind in (("/v2/health/live", "json"), ("/health/live", "problem+json")):
         operation = committed["paths"][path]["get"]
         assert operation["security"] == []
         assert list(operation["responses"]["500"]["content"]) == [f"application/{kind}"]
