@@ -1,119 +1,193 @@
-"""What is stored beside the log is what the log says, whatever it says and however it was grouped."""
+"""`verify` compares stored jobs, models and snapshots with a fold of the log, and names what differs."""
 
-import asyncio
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, History, drafts, load_requested, model_loaded, opened
+from support.events import FEWER, START
+from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 
-from events import store
-from events.bodies import from_body
-from events.commands import Record
-from events.jobs import Job, JobStatus
-from events.models import Model
-from events.state import State
-from events.types import SYSTEM, Data, Draft, LoadStarted
-from events.verify import verify
+from events.archive import archive
+from events.projections import StoredJobs
+from events.rebuild import rebuild_file
+from events.verify import Finding, Kind, Verification, verify
 
-GROUPS = st.lists(st.lists(st.lists(drafts(), min_size=1, max_size=3), min_size=1, max_size=6), max_size=6)
-"""Groups of commands of facts: each group is handed over at once."""
-
-
-def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def rebuild(path: Path) -> tuple[State, dict[str, Job]]:
-    """Fold the log from its base, one event at a time, with no other help."""
-    state, jobs = State(), dict[str, Job]()
-    for (body,) in rows(path, "SELECT body FROM events ORDER BY position"):
-        jobs.update(state.apply(from_body(str(body))).jobs)
-    return state, jobs
+LEDGER = sound_ledger()
+LONG_LEDGER = sound_ledger(3, snapshots_every=13)
+"""With snapshots at 13, 26, 39, 52 and its end."""
+with copy_of(LEDGER) as _path:
+    HEAD, _, HEAD_HASH = rows_of(_path)[-1]
+OPEN_JOBS = (
+    "CREATE TABLE forged AS SELECT created_position, id, body FROM jobs",
+    "DROP TABLE jobs",
+    "ALTER TABLE forged RENAME TO jobs",
+)
+"""Put a table in the place of the jobs that takes whatever it is given."""
 
 
-def stored_models(path: Path) -> dict[str, Model]:
-    return {str(key): store.as_model(str(body)) for key, body in rows(path, "SELECT id, body FROM models")}
+# Jobs and models.
 
 
-def stored_jobs(path: Path) -> dict[str, Job]:
-    return {str(key): store.as_job(str(body)) for key, body in rows(path, "SELECT id, body FROM jobs")}
+@pytest.mark.parametrize(
+    ("statement", "problem"),
+    [
+        ("UPDATE projected SET position = 3", "projections are at position 3"),
+        ("DELETE FROM projected", "projections are at position None"),
+        ("DELETE FROM models WHERE id = 'other'", "models lack 'other'"),
+        ("DELETE FROM jobs WHERE id = 'F0'", "jobs lack 'F0'"),
+        (
+            "UPDATE models SET body = replace(body, 'loaded', 'failed') WHERE id = 'other'",
+            "models differ from the log's at 'other'",
+        ),
+        ("UPDATE models SET body = body || ' '", "models differ from the log's at 'digits'"),
+        (
+            "UPDATE models SET body = CAST(body AS BLOB) WHERE id = 'other'",
+            "models differ from the log's at 'other'",
+        ),
+        (
+            "UPDATE models SET id = CAST(id AS BLOB) WHERE id = 'other'",
+            "models differ from the log's at 'other'",
+        ),
+        ("UPDATE models SET body = 'no JSON' WHERE id = 'other'", "models differ from the log's at 'other'"),
+        ("INSERT INTO models VALUES ('ghost', '{}')", "models differ from the log's at 'ghost'"),
+        (
+            "UPDATE jobs SET body = replace(body, 'alice', 'mallory') WHERE id = 'L0'",
+            "jobs differ from the log's at 'L0'",
+        ),
+        ("UPDATE jobs SET created_position = 99 WHERE id = 'L0'", "jobs differ from the log's at 'L0'"),
+        ("UPDATE jobs SET created_position = -1 WHERE id = 'L0'", "jobs differ from the log's at 'L0'"),
+        ("UPDATE jobs SET id = 'X' WHERE id = 'L0'", "jobs differ from the log's at 'X'"),
+        (
+            "UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE id = 'L0'",
+            "jobs differ from the log's at '\ufffd'",
+        ),
+        ("UPDATE jobs SET id = CAST(id AS BLOB) WHERE id = 'L0'", "jobs differ from the log's at 'L0'"),
+        (
+            "INSERT INTO jobs (created_position, id, body) SELECT 99, 'ghost', body FROM jobs LIMIT 1",
+            "jobs differ from the log's at 'ghost'",
+        ),
+    ],
+)
+def test_changed_projection_is_named_at_the_head(statement: str, problem: str) -> None:
+    with copy_of(LEDGER) as path:
+        change_ledger(path, statement)
+        assert verify(path) == Verification(HEAD, HEAD, HEAD_HASH, Finding(HEAD, f"the stored {problem}"))
 
 
-async def write_groups(path: Path, groups: list[list[list[Draft]]]) -> State:
-    async with opened(path) as log:
-        for group in groups:
-            await asyncio.gather(*(log.submit(Record(tuple(command))) for command in group))
-        return log.state
+@pytest.mark.parametrize(
+    "value",
+    [
+        "created_position = NULL",
+        "created_position = 'z'",
+        "created_position = 2.5",
+        "created_position = x'00'",
+        "body = 'no JSON'",
+    ],
+)
+def test_job_row_that_no_schema_allows_is_named(value: str) -> None:
+    with copy_of(LEDGER) as path:
+        change_ledger(path, *OPEN_JOBS, f"UPDATE jobs SET {value} WHERE id = 'L0'")
+        assert verify(path).finding == Finding(HEAD, "the stored jobs differ from the log's at 'L0'")
 
 
-async def reopened(path: Path) -> State:
-    async with opened(path) as log:
-        return log.state
+def test_surplus_jobs_are_read_one_by_one() -> None:
+    with copy_of(LEDGER) as path:
+        change_ledger(
+            path,
+            "WITH RECURSIVE numbers (n) AS (SELECT 1000 UNION ALL SELECT n + 1 FROM numbers WHERE n < 9999)"
+            " INSERT INTO jobs (created_position, id, body) SELECT n, 'x' || n, body"
+            " FROM numbers, (SELECT body FROM jobs LIMIT 1)",
+        )
+        with closing(sqlite3.connect(path)) as connection:
+            connection.text_factory = bytes
+            stored = StoredJobs(connection)
+            assert stored.difference(()) == "the stored jobs differ from the log's at 'L0'"
+            assert next(stored._walk)[1] == b"F0"
+
+
+# Snapshots.
+
+
+def difference(path: Path) -> int | None:
+    """Return the position of the snapshot that differs from the log, as `verify` finds it."""
+    finding = verify(path).finding
+    if finding is None:
+        return None
+    assert finding.kind is Kind.PROJECTIONS
+    assert "snapshot" in finding.problem
+    return finding.position
+
+
+def test_snapshots_of_the_writer_are_what_the_log_gives() -> None:
+    with copy_of(LONG_LEDGER) as path:
+        assert difference(path) is None
+        with closing(sqlite3.connect(path)) as connection:
+            found = connection.execute("SELECT position FROM snapshots").fetchall()
+        assert found == [(13,), (26,), (39,), (52,), (54,)]
+        change_ledger(path, "DELETE FROM snapshots WHERE position = 26")  # nobody misses one
+        assert difference(path) is None
 
 
 @FEWER
-@given(GROUPS)
-def test_stored_tables_are_what_folding_from_the_base_gives(groups: list[list[list[Draft]]]) -> None:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "ledger.db"
-        live = asyncio.run(write_groups(path, groups))
-        state, jobs = rebuild(path)
-        assert state.position == sum(len(command) for group in groups for command in group)
-        assert rows(path, "SELECT position FROM projected") == [(state.position,)]
-        assert stored_models(path) == state.models == live.models
-        assert stored_jobs(path) == jobs
-        assert live.unended() == state.unended()
-        assert live.jobs.keys() == {job.id for job in state.unended()}
-        assert asyncio.run(reopened(path)) == live
-        assert_queried_by_what_is_said(path)
-        verification = verify(path)
-        assert verification.verified, verification.finding
-        assert verification.events == state.position
+@given(st.data())
+def test_changed_character_of_a_snapshot_is_found(data: st.DataObject) -> None:
+    with copy_of(LONG_LEDGER) as path:
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            rows = connection.execute(
+                "SELECT 'model_snapshots', rowid, position, body FROM model_snapshots"
+                " UNION ALL SELECT 'job_snapshots', rowid, position, body FROM job_snapshots"
+            ).fetchall()
+            table, number, position, body = data.draw(st.sampled_from(rows))
+            index = data.draw(st.integers(0, len(body) - 1))
+            other = body[:index] + chr(ord(body[index]) ^ 1) + body[index + 1 :]
+            connection.execute(f"UPDATE {table} SET body = ? WHERE rowid = ?", (other, number))
+        assert difference(path) == position
 
 
-def assert_queried_by_what_is_said(path: Path) -> None:
-    """The generated columns must be what the bodies say."""
-    for body, *queried in rows(path, "SELECT body, type, model_id, job_id, actor, recorded_at FROM events"):
-        event = from_body(str(body))
-        assert queried == [event.type, event.model_id, event.job_id, event.actor, event.recorded_at]
-    columns = rows(path, "SELECT id, created_position, model_id, status FROM jobs")
-    assert set(columns) == {
-        (job.id, job.created_position, job.model_id, str(job.status)) for job in stored_jobs(path).values()
-    }
+@pytest.mark.parametrize(
+    ("statement", "position"),
+    [
+        ("DELETE FROM model_snapshots WHERE model_id = 'digits' AND position = 26", 26),
+        ("DELETE FROM model_snapshots WHERE position = 13", 13),
+        ("DELETE FROM job_snapshots WHERE position = 39", 39),
+        ("UPDATE model_snapshots SET position = 7 WHERE model_id = 'digits' AND position = 13", 7),
+        ("UPDATE model_snapshots SET model_id = 'digits2' WHERE model_id = 'digits' AND position = 13", 13),
+        ("INSERT INTO model_snapshots SELECT 'zoo', 26, body FROM model_snapshots LIMIT 1", 26),
+        (
+            "INSERT INTO model_snapshots SELECT model_id, 20, body FROM model_snapshots WHERE position = 39",
+            20,
+        ),
+        ("INSERT INTO job_snapshots SELECT 13, 12, body FROM job_snapshots WHERE position = 39", 13),
+        ("INSERT INTO snapshots VALUES (1000)", 1000),
+        ("UPDATE snapshots SET position = 14 WHERE position = 13", 14),
+        ("INSERT INTO snapshots VALUES (-1)", -1),
+        ("INSERT INTO model_snapshots SELECT 'zoo', -1, body FROM model_snapshots LIMIT 1", -1),
+        ("INSERT INTO model_snapshots SELECT 'zoo', 0, body FROM model_snapshots LIMIT 1", 0),
+        ("INSERT INTO model_snapshots SELECT 'digits', 13.5, body FROM model_snapshots LIMIT 1", 0),
+        ("INSERT INTO model_snapshots SELECT 'digits', 'z', body FROM model_snapshots LIMIT 1", 0),
+        ("INSERT INTO model_snapshots SELECT 'digits', x'00', body FROM model_snapshots LIMIT 1", 0),
+        ("UPDATE model_snapshots SET model_id = CAST(model_id AS BLOB) WHERE position = 26", 26),
+        ("UPDATE model_snapshots SET body = CAST(body AS BLOB) WHERE position = 26", 26),
+        ("INSERT INTO job_snapshots SELECT -1, 1, body FROM job_snapshots LIMIT 1", -1),
+        ("INSERT INTO job_snapshots SELECT 1000, 1, body FROM job_snapshots LIMIT 1", 1000),
+        ("INSERT INTO job_snapshots SELECT 'z', 1, body FROM job_snapshots LIMIT 1", 0),
+    ],
+)
+def test_tampered_snapshot_is_found_and_a_rebuild_removes_it(statement: str, position: int) -> None:
+    with copy_of(LONG_LEDGER) as path:
+        assert change_ledger(path, statement, keeps_triggers=True) > 0
+        assert difference(path) == position
+        rebuild_file(path)
+        assert difference(path) is None
 
 
-def test_an_entity_reads_back_from_the_table_as_it_was() -> None:
-    history = History()
-    history.load("L")
-    history.ask_load("L2", version=2)
-    history.start_load("L2", version=2)
-    history.ask_unload("U", "L", force=True)
-    history.fail_load("L2", version=2)
-    history.kill_worker("w-L")
-    model = history.model()
-    assert store.as_model(store.as_text(model)) == model
-    for job in history.state.jobs.values():
-        assert store.as_job(store.as_text(job)) == job
-
-
-async def test_a_model_and_its_jobs_are_stored_with_the_events_that_change_them(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    steps: list[tuple[Data, JobStatus]] = [
-        (load_requested(), JobStatus.PENDING),
-        (LoadStarted(1), JobStatus.IN_PROGRESS),
-        (model_loaded(), JobStatus.COMPLETED),
-    ]
-    async with opened(path) as log:
-        for number, (data, status) in enumerate(steps):
-            draft = Draft("L" if number == 0 else f"e{number}", data, SYSTEM, "L", MODEL, 1)
-            receipt = await log.submit(Record((draft,)))
-            assert rows(path, "SELECT position FROM projected") == [(receipt.position,)]
-            assert stored_jobs(path)["L"].status is status
-            assert stored_jobs(path)["L"].position == receipt.position
-        assert stored_models(path)[MODEL] == log.state.models[MODEL]
-        assert not log.state.jobs
+def test_snapshot_before_the_base_is_found_and_a_rebuild_removes_it() -> None:
+    with copy_of(LONG_LEDGER) as path:
+        archive(path, "20", path.with_name("archive.gz"), SIGN, START)
+        change_ledger(path, "INSERT INTO model_snapshots SELECT 'zoo', 5, body FROM model_snapshots LIMIT 1")
+        assert difference(path) == 5
+        rebuild_file(path)
+        assert difference(path) is None

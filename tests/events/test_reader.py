@@ -1,18 +1,30 @@
-"""Reading beside the writer: pages, cursors, filters, and the position that an answer reflects."""
+"""The reader beside the writer: pages of events and jobs, cursors, filters, and walks along an index."""
 
+import asyncio
+import hashlib
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.events import MODEL, facts, ids, load_requested, opened, write
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import MODEL, PLAIN, body_of, facts, ids, load_requested, opened, write
 
+from events import listing
 from events.commands import Record
-from events.errors import ForeignDatabase, FutureSchema, LogUnavailable
+from events.errors import Archived, ForeignDatabase, FutureSchema, LogUnavailable
+from events.history import BeyondHead
 from events.jobs import JobStatus
+from events.listing import INDEXES, Asked, EventPage, page_sql, probe_sql
 from events.log import Log
 from events.reader import Page, Reader, open_reader
-from events.types import SYSTEM, Draft, LoadFailed, LoadStarted
+from events.stored import EventFilter, StoredEvent, hash_of
+from events.types import SYSTEM, AccessDenied, Draft, LoadFailed, LoadStarted, ServerStopped
+
+ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)
+KINDS = (LoadStarted(1), AccessDenied("load", 2), ServerStopped())
+NUMBER = 120
 
 
 @pytest.fixture
@@ -20,19 +32,229 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.db"
 
 
-async def ask(log: Log, job: str, model_id: str = MODEL) -> None:
+async def fill(log: Log) -> None:
+    """Append events in which all values meet."""
+    for number in range(NUMBER):
+        draft = Draft(
+            f"e{number}",
+            KINDS[number % 3],
+            ACTORS[number // 3 % 3],
+            JOBS[number // 7 % 4],
+            MODELS[number // 5 % 3],
+        )
+        await log.submit(Record((draft,)))
+
+
+def some(values: tuple[str | None, ...]) -> st.SearchStrategy[tuple[str, ...]]:
+    known = [value for value in values if value is not None]
+    return st.lists(st.sampled_from([*known, "nobody"]), max_size=3).map(tuple)
+
+
+FILTERS = st.builds(
+    EventFilter,
+    types=some(("LoadStarted", "AccessDenied", "ServerStopped")),
+    models=some(MODELS),
+    jobs=some(JOBS),
+    actors=some(ACTORS),
+)
+PLACES = st.none() | st.integers(0, NUMBER)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log that is only read."""
+    path = tmp_path_factory.mktemp("filled") / "ledger.db"
+
+    async def make() -> None:
+        async with opened(path) as log:
+            await fill(log)
+
+    asyncio.run(make())
+    return path
+
+
+async def everything(reader: Reader) -> list[StoredEvent]:
+    return (await reader.event_page(Asked(limit=1000))).items
+
+
+def fits(event: StoredEvent, asked: Asked) -> bool:
+    """Whether an event is asked for, said in another way."""
+    low = max(asked.after or 0, (int(asked.since or 0) or 1) - 1)
+    high = min(
+        NUMBER if asked.before is None else asked.before - 1,
+        NUMBER if asked.until is None else int(asked.until),
+    )
+    return low < event.position <= high and asked.wanted.matches(event)
+
+
+async def walked(reader: Reader, asked: Asked) -> tuple[list[StoredEvent], list[EventPage]]:
+    """Follow the cursor to the end."""
+    items, pages = list[StoredEvent](), list[EventPage]()
+    while True:
+        page = await reader.event_page(asked)
+        items += page.items
+        pages.append(page)
+        if page.next_cursor is None:
+            return items, pages
+        step = {"before" if asked.newest_first else "after": page.next_cursor}
+        asked = Asked(**{**{name: getattr(asked, name) for name in asked.__slots__}, **step})
+
+
+@PLAIN
+@given(
+    wanted=FILTERS, after=PLACES, before=PLACES, since=PLACES, until=PLACES, newest_first=st.booleans(),
+    limit=st.integers(1, 50), scan=st.integers(1, 40),
+)  # fmt: skip
+def test_all_event_pages_together_are_what_was_asked_for(  # noqa: PLR0917
+    filled: Path,
+    wanted: EventFilter,
+    after: int | None,
+    before: int | None,
+    since: int | None,
+    until: int | None,
+    newest_first: bool,  # noqa: FBT001
+    limit: int,
+    scan: int,
+) -> None:
+    asked = Asked(wanted, after, before, since, until, newest_first, limit)
+
+    async def run() -> None:
+        async with open_reader(filled) as reader:
+            right = [event for event in await everything(reader) if fits(event, asked)]
+            found, pages = await walked(reader, asked)
+            assert found == (right[::-1] if newest_first else right)
+            assert all(len(page.items) <= limit for page in pages)
+            if not newest_first and (until, before) == (None, None):
+                assert pages[-1].seen == NUMBER
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "SCAN", scan)
+        asyncio.run(run())
+
+
+async def test_line_of_an_event_is_its_body_and_its_hash(path: Path) -> None:
+    async with opened(path) as log, open_reader(path) as reader:
+        await fill(log)
+        before = bytes(32)
+        for event in await everything(reader):
+            before = hashlib.sha256(before + body_of(event.line)).digest()
+            assert hash_of(event.line) == before
+        assert before == log.head.hash
+
+
+def plan(connection: sqlite3.Connection, sql: str, wanted: EventFilter) -> list[str]:
+    values = {
+        f"{column}_{number}": value
+        for column, several in wanted.columns.items()
+        for number, value in enumerate(several)
+    }
+    asked = {"low": 1, "high": 9, "limit": 5, **values}
+    return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", asked)]
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 16])
+@pytest.mark.parametrize("leading", sorted(INDEXES))
+def test_event_page_walks_an_index_and_never_sorts(
+    filled: Path,
+    leading: str,
+    number: int,
+    newest_first: bool,  # noqa: FBT001
+) -> None:
+    several = tuple(f"v{each}" for each in range(number)) * 2
+    wanted = EventFilter(several, several, several, several)
+    with closing(sqlite3.connect(filled)) as connection:
+        steps = plan(connection, page_sql(wanted, leading, newest_first=newest_first), wanted)
+        walks = [step for step in steps if step.startswith("SEARCH events")]
+        index = f"USING INDEX {INDEXES[leading]} ({leading}=? AND position>? AND position<?)"
+        assert walks == [f"SEARCH events {index}"] * number
+        asked = [step for step in steps if step.startswith("SEARCH other")]
+        others = [INDEXES[column] for column in wanted.columns if column != leading] if number == 1 else []
+        assert [step.split("INDEX ")[1].split()[0] for step in asked] == others
+        assert all("=? AND position=?" in step for step in asked)
+        steps += plan(connection, probe_sql(wanted, newest_first=newest_first), wanted)
+        steps += plan(connection, page_sql(wanted, None, newest_first=newest_first), wanted)
+        assert not [step for step in steps if "TEMP B-TREE" in step or "SCAN events" in step], steps
+
+
+async def test_event_page_is_one_snapshot(path: Path) -> None:
+    async with opened(path) as log, open_reader(path) as reader:
+        await write(log, 5)
+        page = await reader.event_page(Asked(limit=3))
+        await write(log, 5, first=6)
+        assert ([event.position for event in page.items], page.as_of, page.next_cursor) == ([1, 2, 3], 5, 3)
+        assert page.seen == 3
+
+
+async def test_archived_position_is_refused_with_the_oldest(path: Path) -> None:
+    async with opened(path) as log, open_reader(path) as reader:
+        await write(log, 6)
+        first = (await everything(reader))[0]
+        with closing(sqlite3.connect(path)) as connection:
+            row = connection.execute(
+                "SELECT hash, json_extract(body, '$.recorded_at') FROM events WHERE position = 4"
+            ).fetchone()
+            for (name,) in connection.execute(
+                "SELECT name FROM sqlite_schema WHERE type = 'trigger'"
+            ).fetchall():
+                connection.execute(f"DROP TRIGGER {name}")
+            connection.execute("DELETE FROM events WHERE position <= 4")
+            connection.execute("UPDATE base SET position = 4, hash = ?", (row[0],))
+            connection.commit()
+        assert [event.position for event in await everything(reader)] == [5, 6]
+        assert (await reader.event_page(Asked(after=4))).base == 4
+        newest = await reader.event_page(Asked(before=9, newest_first=True))
+        assert ([event.position for event in newest.items], newest.next_cursor) == ([6, 5], None)
+        early = "2001-01-01T00:00:00.000000Z"
+        begins = (Asked(after=3), Asked(since=4), Asked(since=0), Asked(since=early))
+        ends = (Asked(until=4), Asked(until=early), *(Asked(before=at, newest_first=True) for at in (3, 5)))
+        for asked in (*begins, *ends):
+            with pytest.raises(Archived, match="after=4") as caught:
+                await reader.event_page(asked)
+            assert caught.value.problem_members == {"oldest": 5, "head": 6}
+        assert [event.position for event in (await reader.event_page(Asked(until=5))).items] == [5]
+        assert (await reader.event_page(Asked(after=4, until=3))).items == []  # nothing is between these
+        assert first.position == 1
+
+
+async def test_position_beyond_the_head_is_refused(path: Path) -> None:
+    async with opened(path) as log, open_reader(path) as reader:
+        await write(log, 2)
+        assert (await reader.event_page(Asked(after=2))).items == []
+        with pytest.raises(BeyondHead, match="position 2"):
+            await reader.event_page(Asked(after=3))
+
+
+async def test_damaged_event_is_not_returned(path: Path) -> None:
+    async with opened(path) as log, open_reader(path) as reader:
+        await write(log, 2)
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("DROP TRIGGER events_never_change")
+            connection.execute("PRAGMA ignore_check_constraints = ON")
+            connection.execute(
+                "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2"
+            )
+            connection.commit()
+        with pytest.raises(LogUnavailable, match="verify"):
+            await reader.event_page(Asked())
+
+
+# Jobs.
+
+
+async def submit_job(log: Log, job: str, model_id: str = MODEL) -> None:
     await log.submit(Record((Draft(job, load_requested(), "alice", job, model_id, 1),)))
-
-
-async def end(log: Log, job: str, model_id: str = MODEL) -> None:
-    await log.submit(Record((Draft(f"end of {job}", LoadFailed("x", "y"), SYSTEM, job, model_id, 1),)))
 
 
 async def start(log: Log, job: str, model_id: str = MODEL) -> None:
     await log.submit(Record((Draft(f"start of {job}", LoadStarted(1), SYSTEM, job, model_id, 1),)))
 
 
-async def pages(reader: Reader, limit: int, **filters: object) -> list[list[str]]:
+async def end(log: Log, job: str, model_id: str = MODEL) -> None:
+    await log.submit(Record((Draft(f"end of {job}", LoadFailed("x", "y"), SYSTEM, job, model_id, 1),)))
+
+
+async def job_pages(reader: Reader, limit: int, **filters: object) -> list[list[str]]:
     """Return the ids of all pages, following the cursor."""
     found: list[list[str]] = []
     cursor: int | None = None
@@ -43,78 +265,49 @@ async def pages(reader: Reader, limit: int, **filters: object) -> list[list[str]
     return found
 
 
-async def test_events_come_in_order_after_a_position_and_in_short_pages(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        await write(log, 7)
-        assert [event.position for event in await reader.events(0)] == [1, 2, 3, 4, 5, 6, 7]
-        assert [event.position for event in await reader.events(2, 3)] == [3, 4, 5]
-        assert await reader.events(7) == []
-        assert await reader.events(700) == []
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6, 100])
-async def test_the_cursor_pages_through_all_jobs_newest_first(path: Path, limit: int) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        for number in range(1, 6):
-            await ask(log, f"j{number}")
-        newest_first = ["j5", "j4", "j3", "j2", "j1"]
-        cut = [newest_first[first : first + limit] for first in range(0, 5, limit)]
-        assert await pages(reader, limit) == cut
-
-
-async def test_jobs_that_are_new_do_not_shift_the_pages_behind_the_cursor(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        for number in range(1, 5):
-            await ask(log, f"j{number}")
-        first = await reader.jobs(limit=2)
-        await ask(log, "j5")
-        second = await reader.jobs(before=first.next_cursor, limit=2)
-        assert [job.id for job in [*first.items, *second.items]] == ["j4", "j3", "j2", "j1"]
-        assert second.next_cursor is None
-        assert (first.as_of, second.as_of) == (4, 5)
-
-
-async def test_filters_take_model_and_status_alone_and_together(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        for number in range(1, 7):
-            await ask(log, f"j{number}", "odd" if number % 2 else "even")
-        await end(log, "j1", "odd")
-        await end(log, "j2", "even")
-        await start(log, "j3", "odd")
-        assert await pages(reader, 2, model_id="odd") == [["j5", "j3"], ["j1"]]
-        assert await pages(reader, 2, status=JobStatus.FAILED) == [["j2", "j1"]]
-        assert await pages(reader, 9, status=JobStatus.PENDING) == [["j6", "j5", "j4"]]
-        assert await pages(reader, 9, model_id="odd", status=JobStatus.IN_PROGRESS) == [["j3"]]
-        assert await pages(reader, 9, model_id="nobody's") == [[]]
-        assert await pages(reader, 9, status=JobStatus.CANCELLED) == [[]]
-
-
-@pytest.mark.parametrize(
-    ("clause", "index"), [("model_id = 'm'", "jobs_by_model"), ("status = 'pending'", "jobs_by_status")]
-)
-async def test_a_filter_uses_its_index(path: Path, clause: str, index: str) -> None:
-    async with opened(path):
-        pass
-    with closing(sqlite3.connect(path)) as connection:
-        sql = f"SELECT body FROM jobs WHERE {clause} ORDER BY created_position DESC LIMIT 5"
-        plan = str(connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall())
-        assert index in plan
-        assert "TEMP B-TREE" not in plan
-
-
-async def test_a_page_says_which_position_it_reflects_even_if_it_is_empty(path: Path) -> None:
+async def test_jobs_are_paged_newest_first(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
         assert await reader.jobs() == Page([], as_of=0, next_cursor=None)
         await write(log, 3)
         assert await reader.jobs() == Page([], as_of=3, next_cursor=None)
-        await ask(log, "j")
-        page = await reader.jobs()
-        assert (page.as_of, [job.id for job in page.items]) == (4, ["j"])
+        for number in range(1, 6):
+            await submit_job(log, f"j{number}")
+        newest_first = ["j5", "j4", "j3", "j2", "j1"]
+        for limit in (1, 2, 3, 4, 5, 6, 100):
+            cut = [newest_first[first : first + limit] for first in range(0, 5, limit)]
+            assert await job_pages(reader, limit) == cut
+        first = await reader.jobs(limit=2)
+        await submit_job(log, "j6")  # does not shift what is behind the cursor
+        second = await reader.jobs(before=first.next_cursor, limit=3)
+        assert [job.id for job in [*first.items, *second.items]] == newest_first
+        assert second.next_cursor is None
+        assert (first.as_of, second.as_of) == (8, 9)
 
 
-async def test_a_job_is_found_by_its_id_ended_or_not(path: Path) -> None:
+async def test_job_filters_work_alone_and_together(path: Path) -> None:
+    async with opened(path) as log, open_reader(path) as reader:
+        for number in range(1, 7):
+            await submit_job(log, f"j{number}", "odd" if number % 2 else "even")
+        await end(log, "j1", "odd")
+        await end(log, "j2", "even")
+        await start(log, "j3", "odd")
+        assert await job_pages(reader, 2, model_id="odd") == [["j5", "j3"], ["j1"]]
+        assert await job_pages(reader, 2, status=JobStatus.FAILED) == [["j2", "j1"]]
+        assert await job_pages(reader, 9, status=JobStatus.PENDING) == [["j6", "j5", "j4"]]
+        assert await job_pages(reader, 9, model_id="odd", status=JobStatus.IN_PROGRESS) == [["j3"]]
+        assert await job_pages(reader, 9, model_id="nobody's") == [[]]
+        assert await job_pages(reader, 9, status=JobStatus.CANCELLED) == [[]]
+    for clause, index in (("model_id = 'm'", "jobs_by_model"), ("status = 'pending'", "jobs_by_status")):
+        with closing(sqlite3.connect(path)) as connection:
+            sql = f"SELECT body FROM jobs WHERE {clause} ORDER BY created_position DESC LIMIT 5"
+            steps = str(connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall())
+            assert index in steps
+            assert "TEMP B-TREE" not in steps
+
+
+async def test_job_is_found_by_its_id(path: Path) -> None:
     async with opened(path, new_id=ids()) as log, open_reader(path) as reader:
-        await ask(log, "j")
+        await submit_job(log, "j")
         assert await reader.job("j") == log.state.jobs["j"]
         await end(log, "j")
         found = await reader.job("j")
@@ -123,62 +316,40 @@ async def test_a_job_is_found_by_its_id_ended_or_not(path: Path) -> None:
         assert await reader.job("nobody's") is None
 
 
-async def test_a_reader_sees_each_commit_and_can_write_nothing(path: Path) -> None:
+# The file.
+
+
+async def test_reader_sees_each_commit_and_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a?b#c%41 ü" / "ledger.db"  # characters that mean something in an address
+    path.parent.mkdir()
     async with opened(path) as log, open_reader(path) as reader:
         for number, command in enumerate(facts(5), 1):
             await log.submit(command)
             assert len(await reader.events(0)) == number
+        assert [event.position for event in await reader.events(2, 2)] == [3, 4]
+        assert await reader.events(700) == []
         with pytest.raises(LogUnavailable, match="readonly"):
             await reader._all("DELETE FROM jobs", ())
 
 
-async def test_a_ledger_that_is_not_there_is_unavailable_and_is_not_made(path: Path) -> None:
-    with pytest.raises(LogUnavailable, match=r"ledger\.db cannot be opened"):
+FOREIGN = (
+    (None, LogUnavailable, r"ledger\.db cannot be opened"),
+    (b"this is no database, it is a sentence\n" * 100, LogUnavailable, "not a database"),
+    ("PRAGMA user_version = 99; PRAGMA application_id = 0x4C4C6467", FutureSchema, "schema 99"),
+    ("CREATE TABLE notes (text)", ForeignDatabase, "not a ledger"),
+)
+
+
+@pytest.mark.parametrize(("content", "error", "words"), FOREIGN)
+async def test_file_that_is_no_ledger_is_refused(
+    path: Path, content: bytes | str | None, error: type[Exception], words: str
+) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)  # noqa: ASYNC240
+    elif content is not None:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.executescript(content)
+    with pytest.raises(error, match=words):
         async with open_reader(path):
             pass
-    assert list_of(path.parent) == []
-
-
-async def test_a_file_that_is_no_database_cannot_be_read(path: Path) -> None:
-    make(path, b"this is no database, it is a sentence\n" * 100)
-    with pytest.raises(LogUnavailable, match="not a database"):
-        async with open_reader(path):
-            pass
-
-
-async def test_a_ledger_of_the_future_is_not_read(path: Path) -> None:
-    async with opened(path):
-        pass
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(FutureSchema, match="schema 99"):
-        async with open_reader(path):
-            pass
-
-
-async def test_the_database_of_somebody_else_is_not_read(path: Path) -> None:
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE notes (text)")
-    with pytest.raises(ForeignDatabase):
-        async with open_reader(path):
-            pass
-
-
-async def test_a_path_with_characters_that_mean_something_in_an_address_is_read(tmp_path: Path) -> None:
-    folder = tmp_path / "a?b#c%41 ü"
-    make_folder(folder)
-    async with opened(folder / "ledger.db") as log, open_reader(folder / "ledger.db") as reader:
-        await write(log, 2)
-        assert len(await reader.events(0)) == 2
-
-
-def list_of(folder: Path) -> list[Path]:
-    return list(folder.iterdir())
-
-
-def make(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def make_folder(path: Path) -> None:
-    path.mkdir()
+    assert path.exists() == (content is not None)  # noqa: ASYNC240

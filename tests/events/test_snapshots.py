@@ -5,22 +5,25 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from support.events import History, facts, load_requested, opened
+from support.ledgers import FAST_FOLDER, append_events
 
 from events import snapshots
 from events.commands import Record
 from events.rebuild import FOLDS
 from events.schema import connect
 from events.snapshots import EVERY
-from events.types import SYSTEM, Draft, LoadFailed, Unknown
+from events.types import SYSTEM, Draft, LoadFailed
 from events.verify import verify
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
+def path() -> Iterator[Path]:
+    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
+        yield Path(folder) / "ledger.db"
 
 
 def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
@@ -32,38 +35,33 @@ def positions(path: Path) -> list[object]:
     return [position for (position,) in rows(path, "SELECT position FROM snapshots ORDER BY position")]
 
 
-@pytest.fixture
-def connection(path: Path) -> Iterator[sqlite3.Connection]:
-    with closing(connect(path)) as found:
-        yield found
-
-
 async def append(path: Path, history: History) -> None:
     async with opened(path) as log:
-        for fact in history.facts[log.head.position :]:
-            assert not isinstance(fact.data, Unknown)
-            draft = Draft(
-                fact.id, fact.data, fact.actor, fact.job_id, fact.model_id, fact.version, fact.worker_id
-            )
-            await log.submit(Record((draft,)))
+        await append_events(log, history.facts[log.head.position :])
 
 
-async def test_a_snapshot_is_written_with_the_event_that_makes_it_due(path: Path) -> None:
+async def test_snapshot_is_written_with_the_event_that_makes_it_due(path: Path) -> None:
     async with opened(path) as log:
-        receipts = await asyncio.gather(*map(log.submit, facts(EVERY - 1)))
+        await asyncio.gather(*map(log.submit, facts(EVERY - 1)))
         assert positions(path) == []
         await asyncio.gather(*map(log.submit, facts(2, first=EVERY)))
         assert positions(path) == [EVERY + 1]  # with its group
-        assert log.head.position == receipts[-1].position + 2
+        assert log.head.position == EVERY + 1
     async with opened(path) as log:
         await asyncio.gather(*map(log.submit, facts(EVERY - 1, first=EVERY + 2)))
         assert positions(path) == [EVERY + 1]  # opening the log changes nothing
         await asyncio.gather(*map(log.submit, facts(1)))
         assert positions(path) == [EVERY + 1, 2 * EVERY + 1]
     assert verify(path).verified
+    with closing(connect(path)) as connection:
+        connection.execute("UPDATE projected SET folds = ?", (FOLDS + 1,))
+        connection.execute("UPDATE snapshots SET position = 7 WHERE position = ?", (EVERY + 1,))
+    async with opened(path):  # other folds: they are made anew
+        assert 7 not in positions(path)
+        assert positions(path)
 
 
-async def test_with_many_models_and_jobs_there_is_a_snapshot_only_after_as_many_events(path: Path) -> None:
+async def test_many_models_and_jobs_put_a_snapshot_off(path: Path) -> None:
     many = EVERY + 500
     asked = [
         Record((Draft(f"j{number}", load_requested(), SYSTEM, f"j{number}", f"m{number}", 1),))
@@ -79,10 +77,10 @@ async def test_with_many_models_and_jobs_there_is_a_snapshot_only_after_as_many_
         await asyncio.gather(*map(log.submit, failed))
         [position] = positions(path)
         assert isinstance(position, int)
-        assert position > EVERY + 500
+        assert position > many
 
 
-async def test_of_each_model_only_what_changed_is_written_again(path: Path) -> None:
+async def test_snapshot_writes_only_models_that_changed(path: Path) -> None:
     history = History()
     history.load("L")
     history.load("O", of="other")
@@ -102,26 +100,6 @@ async def test_of_each_model_only_what_changed_is_written_again(path: Path) -> N
         assert [snapshots.latest(connection, at) for at in (5, 6, 7)] == [None, 6, 7]
 
 
-def test_snapshots_are_due_by_events_and_entities(connection: sqlite3.Connection) -> None:
-    snapshots.write_if_due(connection, EVERY - 1, 0)
-    snapshots.write_if_due(connection, EVERY, EVERY + 1)
-    assert snapshots.latest(connection, EVERY) is None
-    snapshots.write_if_due(connection, EVERY, EVERY)
-    assert snapshots.latest(connection, EVERY) == EVERY
-
-
-async def test_a_ledger_of_other_folds_gets_its_snapshots_anew(path: Path) -> None:
-    async with opened(path) as log:
-        await asyncio.gather(*map(log.submit, facts(EVERY + 1)))
-    assert len(positions(path)) == 1
-    with closing(connect(path)) as connection:
-        connection.execute("UPDATE projected SET folds = ?", (FOLDS + 1,))
-        connection.execute("UPDATE snapshots SET position = 7")
-    async with opened(path):
-        [position] = positions(path)
-        assert position != 7
-
-
 def damage(path: Path, table: str) -> None:
     """Overwrite the pages of a table and of its index; the database is closed."""
     with closing(connect(path)) as connection:
@@ -136,7 +114,7 @@ def damage(path: Path, table: str) -> None:
 
 
 @pytest.mark.parametrize("table", ["snapshots", "model_snapshots", "job_snapshots"])
-async def test_a_snapshot_that_cannot_be_written_holds_up_no_event_and_is_told_once(
+async def test_failed_snapshot_holds_up_no_event_and_is_logged_once(
     path: Path, table: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     history = History()

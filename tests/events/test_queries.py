@@ -1,26 +1,33 @@
-"""What the writer's statements leave in the tables: every body to the byte, and every entity in its place."""
+"""Stored tables are what a fold of the log gives: every body to the byte, however events were grouped."""
 
+import asyncio
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, History, as_event, drafts
+from support.events import FEWER, MODEL, History, as_event, drafts, opened
+from support.ledgers import FAST_FOLDER
 
 from events import store
-from events.bodies import to_body
+from events.bodies import from_body, to_body
 from events.canonical import GENESIS, chain
-from events.schema import APPLICATION_ID, connect
+from events.commands import Record
+from events.jobs import Job
+from events.schema import connect
 from events.state import Attempt, State
 from events.store import Row
 from events.types import SYSTEM, Draft, Event, LoadFailed
+from events.verify import verify
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40)
 """All that UTF-8 has."""
+GROUPS = st.lists(st.lists(st.lists(drafts(), min_size=1, max_size=3), min_size=1, max_size=6), max_size=6)
+"""Groups of commands of facts: each group is submitted at once."""
 
 
 class Ledger:
@@ -43,10 +50,6 @@ class Ledger:
         attempt.commit()
         self.rows += group
 
-    def change(self, statement: str) -> None:
-        """Change the tables behind the writer's back."""
-        self.connection.execute(statement)
-
     def query(self, sql: str) -> list[tuple[object, ...]]:
         """Return rows as they are."""
         return self.connection.execute(sql).fetchall()
@@ -60,9 +63,51 @@ def ledger() -> Iterator[Ledger]:
 
 
 @FEWER
+@given(GROUPS)
+def test_stored_tables_equal_a_fold_of_the_log(groups: list[list[list[Draft]]]) -> None:
+    async def write(path: Path) -> State:
+        async with opened(path) as log:
+            for group in groups:
+                await asyncio.gather(*(log.submit(Record(tuple(command))) for command in group))
+            return log.state
+
+    async def reopen(path: Path) -> State:
+        async with opened(path) as log:
+            return log.state
+
+    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
+        path = Path(folder) / "ledger.db"
+        live = asyncio.run(write(path))
+        state, jobs = State(), dict[str, Job]()
+        with closing(sqlite3.connect(path)) as connection:
+            for body, *columns in connection.execute(
+                "SELECT body, type, model_id, job_id, actor, recorded_at FROM events ORDER BY position"
+            ):
+                event = from_body(body)
+                assert columns == [event.type, event.model_id, event.job_id, event.actor, event.recorded_at]
+                jobs.update(state.apply(event).jobs)
+            assert connection.execute("SELECT position FROM projected").fetchall() == [(state.position,)]
+            models = connection.execute("SELECT id, body FROM models").fetchall()
+            stored = connection.execute("SELECT body, id, created_position, model_id, status FROM jobs")
+            for body, *columns in stored.fetchall():
+                job = jobs.pop(columns[0])
+                assert store.as_job(body) == job
+                assert columns == [job.id, job.created_position, job.model_id, str(job.status)]
+            assert not jobs
+        assert state.position == sum(len(command) for group in groups for command in group)
+        assert {key: store.as_model(body) for key, body in models} == state.models == live.models
+        assert live.unended() == state.unended()
+        assert live.jobs.keys() == {job.id for job in state.unended()}
+        assert asyncio.run(reopen(path)) == live
+        verification = verify(path)
+        assert verification.verified, verification.finding
+        assert verification.events == state.position
+
+
+@FEWER
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 @example(["\0", "a\0b", '"', "\\", "\\u0000", "\x1f\x7f\x85\u2028\ufeff", "é\U0001f600\uffff", "[{"])
-def test_whatever_a_body_says_is_stored_as_it_is_hashed(texts: list[str]) -> None:
+def test_any_text_is_stored_as_it_is_hashed(texts: list[str]) -> None:
     made = Ledger()
     with closing(made.connection):
         told = [Draft(text, LoadFailed(text, text), SYSTEM, None, text, 1) for text in texts]
@@ -73,7 +118,7 @@ def test_whatever_a_body_says_is_stored_as_it_is_hashed(texts: list[str]) -> Non
         assert types == [("integer", "text", "blob")]
 
 
-def test_a_group_that_is_not_at_the_head_is_not_written_at_all(ledger: Ledger) -> None:
+def test_group_beside_the_head_is_not_written(ledger: Ledger) -> None:
     told = History()
     told.load("L")
     ledger.append(told.facts[:2])
@@ -92,25 +137,13 @@ def jobs_of(told: History) -> list[tuple[object, ...]]:
     ]
 
 
-@pytest.mark.parametrize("groups", [[7], [1, 6], [2, 5], [1, 1, 1, 1, 1, 1, 1], [3, 4]], ids=str)
-def test_jobs_are_stored_as_they_are_however_they_were_grouped(ledger: Ledger, groups: list[int]) -> None:
-    told = History()
-    told.load("L")
-    told.ask_load("M", version=2)
-    told.unload("U", "L")
-    ends = [sum(groups[: number + 1]) for number in range(len(groups))]
-    for size, end in zip(groups, ends, strict=True):
-        ledger.append(told.facts[end - size : end])
-    assert ledger.query("SELECT created_position, id, body FROM jobs ORDER BY 1") == jobs_of(told)
-
-
-def test_a_job_and_a_model_that_somebody_removed_are_there_again_once_they_go_on(ledger: Ledger) -> None:
+def test_removed_job_and_model_are_stored_again_with_their_next_event(ledger: Ledger) -> None:
     told = History()
     told.ask_load("L")
     told.ask_load("M", of="other")
     ledger.append(told.facts)
-    ledger.change("DELETE FROM jobs WHERE id = 'L'")
-    ledger.change("DELETE FROM models")
+    ledger.query("DELETE FROM jobs WHERE id = 'L'")
+    ledger.query("DELETE FROM models")
     told.start_load("L")
     told.start_load("M", of="other")
     ledger.append(told.facts[2:])
@@ -122,7 +155,7 @@ def test_a_job_and_a_model_that_somebody_removed_are_there_again_once_they_go_on
 
 @FEWER
 @given(st.lists(st.lists(drafts(), min_size=1, max_size=4), max_size=6))
-def test_a_job_whose_id_comes_again_is_where_it_began_the_last_time(groups: list[list[Draft]]) -> None:
+def test_repeated_job_id_is_stored_where_it_began_last(groups: list[list[Draft]]) -> None:
     made, position, jobs = Ledger(), 0, dict[str, tuple[int, str]]()
     state = State()
     with closing(made.connection):
@@ -135,19 +168,3 @@ def test_a_job_whose_id_comes_again_is_where_it_began_the_last_time(groups: list
                 jobs.update({job.id: (job.created_position, store.as_text(job)) for job in changed})
         stored = made.query("SELECT id, created_position, body FROM jobs ORDER BY id")
         assert stored == [(key, *job) for key, job in sorted(jobs.items())]
-
-
-def test_models_of_a_ledger_of_an_earlier_schema_are_all_kept(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    scripts = sorted(resources.files("migrations").iterdir(), key=lambda file: file.name)
-    models = [(f"model-{number:03}", f'{{"id":"{number}"}}' * 200) for number in range(40)]
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for script in [file for file in scripts if file.name.endswith(".sql")][:4]:
-            connection.executescript(script.read_text(encoding="utf-8"))
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute("PRAGMA user_version = 4")
-        connection.executemany("INSERT INTO models (id, body) VALUES (?, ?)", models)
-    with closing(connect(path)) as connection:
-        assert connection.execute("SELECT id, body FROM models ORDER BY id").fetchall() == models
-        assert connection.execute("SELECT count(rowid) FROM models").fetchone() == (40,)
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

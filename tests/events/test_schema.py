@@ -1,20 +1,22 @@
-"""The schema: each that our migrations make is taken, and whatever somebody made of it is named."""
+"""The schema: every one that a release made is known and migrated, and any other change is named."""
 
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.ledgers import rows_of, write_ledger
+from support.ledgers import change_ledger, copy_of, sound_ledger
 
 from events.audit import audit
 from events.backup import back_up
 from events.findings import Kind
 from events.schema import APPLICATION_ID, _migrations, connect, schema_difference
 
+LEDGER = sound_ledger()
 
-def made(path: Path, migrations: int) -> None:
-    """Make a ledger as the release did that had so many migrations."""
+
+def make_schema(path: Path, migrations: int) -> None:
+    """Make an empty ledger as the release did that had so many migrations."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for number, script in _migrations()[:migrations]:
             connection.executescript(script)
@@ -22,21 +24,8 @@ def made(path: Path, migrations: int) -> None:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
-@pytest.fixture
-async def path(tmp_path: Path) -> Path:
-    await write_ledger(tmp_path / "ledger.db")
-    return tmp_path / "ledger.db"
-
-
-def changed(path: Path, *statements: str) -> None:
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA writable_schema = ON")
-        for statement in statements:
-            connection.execute(statement)
-
-
 def difference(path: Path) -> str | None:
-    """Return what `verify` says of the schema, which has to be the one thing that is wrong."""
+    """Return what `audit` says of the schema, which has to be the one thing that is wrong."""
     found = audit(path)
     assert found.verification.verified
     assert found.damage is None
@@ -47,36 +36,49 @@ def difference(path: Path) -> str | None:
 
 
 @pytest.mark.parametrize("migrations", range(1, len(_migrations()) + 1))
-def test_every_schema_there_was_is_known_and_so_is_what_it_was_migrated_to(
-    tmp_path: Path, migrations: int
-) -> None:
+def test_every_released_schema_is_known_and_migrated(tmp_path: Path, migrations: int) -> None:
     path = tmp_path / "ledger.db"
-    made(path, migrations)
+    make_schema(path, migrations)
     assert difference(path) is None
     with closing(connect(path)) as connection:
         assert schema_difference(connection) is None
 
 
-def test_a_copy_has_the_schema_of_its_ledger(path: Path, tmp_path: Path) -> None:
-    with closing(connect(path)) as connection:
-        connection.execute("VACUUM")
-    assert back_up(path, tmp_path / "copy.db").finding is None
-    assert difference(tmp_path / "copy.db") is None
-
-
-def test_what_columns_say_of_a_body_cannot_be_made_to_lie(path: Path) -> None:
-    column = "json_extract(body, '$.actor')".replace("'", "''")
-    changed(
-        path,
-        f"UPDATE sqlite_schema SET sql = replace(sql, '{column}', 'iif(position = 2, ''mallory'', {column})')"
-        " WHERE name = 'events'",
-    )
+def test_models_of_an_earlier_schema_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    models = [(f"model-{number:03}", f'{{"id":"{number}"}}' * 200) for number in range(40)]
+    make_schema(path, 4)
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("REINDEX")
-        told = connection.execute("SELECT position FROM events WHERE actor = 'mallory'").fetchall()
-    assert told == [(2,)]
-    assert rows_of(path)
-    assert difference(path) == "the table 'events' is not as it was made"
+        connection.executemany("INSERT INTO models (id, body) VALUES (?, ?)", models)
+        connection.commit()
+    with closing(connect(path)) as connection:
+        assert connection.execute("SELECT id, body FROM models ORDER BY id").fetchall() == models
+        assert connection.execute("SELECT count(rowid) FROM models").fetchone() == (40,)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_copy_has_the_schema_of_its_ledger() -> None:
+    with copy_of(LEDGER) as path:
+        change_ledger(path, "VACUUM", keeps_triggers=True)
+        copy = path.with_name("copy.db")
+        assert back_up(path, copy).finding is None
+        assert difference(copy) is None
+
+
+def test_generated_column_that_lies_is_named() -> None:
+    column = "json_extract(body, '$.actor')".replace("'", "''")
+    lie = f"iif(position = 2, ''mallory'', {column})"
+    with copy_of(LEDGER) as path:
+        change_ledger(
+            path,
+            f"UPDATE sqlite_schema SET sql = replace(sql, '{column}', '{lie}') WHERE name = 'events'",
+            keeps_triggers=True,
+        )
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("REINDEX")
+            told = connection.execute("SELECT position FROM events WHERE actor = 'mallory'").fetchall()
+        assert told == [(2,)]
+        assert difference(path) == "the table 'events' is not as it was made"
 
 
 @pytest.mark.parametrize(
@@ -101,13 +103,11 @@ def test_what_columns_say_of_a_body_cannot_be_made_to_lie(path: Path) -> None:
         ("CREATE VIEW ghost AS SELECT * FROM events", "the view 'ghost' is none of a ledger's"),
         ("ALTER TABLE jobs ADD COLUMN ghost", "the table 'jobs' is not as it was made"),
         ("PRAGMA user_version = 4", "the table 'models' is not as it was made"),
+        ("CREATE TABLE _replication (id TEXT PRIMARY KEY)", None),  # plain tables of others are left alone
+        ("ANALYZE", None),
     ],
 )
-def test_what_is_gone_or_changed_or_more_is_named(path: Path, statement: str, problem: str) -> None:
-    changed(path, statement)
-    assert difference(path) == problem
-
-
-def test_plain_tables_of_others_are_left_alone(path: Path) -> None:
-    changed(path, "CREATE TABLE _replication (id TEXT PRIMARY KEY)", "ANALYZE")
-    assert difference(path) is None
+def test_changed_schema_is_named(statement: str, problem: str | None) -> None:
+    with copy_of(LEDGER) as path:
+        change_ledger(path, statement, keeps_triggers=True)
+        assert difference(path) == problem

@@ -1,0 +1,158 @@
+"""`audit` finds what somebody, or a disk, changed in a ledger's file, and compares it with a kept head."""
+
+import sqlite3
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.events import FEWER, PLAIN, START
+from support.ledgers import SIGN, change_ledger, copy_of, flip_byte, rows_of, sound_ledger
+from support.soak import of_both
+
+from events import rebuild
+from events.archive import archive
+from events.audit import audit
+from events.errors import Archived, LedgerProblem, LogUnavailable
+from events.findings import Expected, Finding, Kind, parse_expected
+from events.schema import connect
+
+MANY = settings(PLAIN, max_examples=of_both(short=60, long=1_000))
+ANSWERS = (
+    "SELECT position, body, hash FROM events ORDER BY position",
+    "SELECT position, type FROM events INDEXED BY events_by_type ORDER BY type, position",
+    "SELECT position, model_id FROM events INDEXED BY events_by_model WHERE model_id > '' ORDER BY 2, 1",
+    "SELECT position, job_id FROM events INDEXED BY events_by_job WHERE job_id IS NOT NULL ORDER BY 2, 1",
+    "SELECT position, actor FROM events INDEXED BY events_by_actor ORDER BY actor, position",
+    "SELECT position, recorded_at FROM events INDEXED BY events_by_time ORDER BY recorded_at, position",
+    "SELECT created_position, id, body FROM jobs ORDER BY created_position",
+    "SELECT id, body FROM models ORDER BY id",
+    "SELECT position, hash FROM base",
+)
+"""What anybody may ask of a ledger, through each index."""
+
+LEDGER = sound_ledger()
+
+
+def answers(path: Path) -> list[list[tuple[object, ...]]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return [connection.execute(sql).fetchall() for sql in ANSWERS]
+
+
+def audited(path: Path, position: int, digest: bytes) -> Finding | None:
+    return audit(path, Expected(position, digest)).finding
+
+
+def place_of(finding: Finding | None) -> tuple[int, Kind]:
+    assert finding is not None
+    return finding.position, finding.kind
+
+
+with copy_of(LEDGER) as _path:
+    ROWS = rows_of(_path)
+    SOUND = answers(_path)
+HEAD = len(ROWS)
+
+
+# Bytes.
+
+
+@MANY
+@given(st.integers(0, len(LEDGER) - 1), st.integers(1, 255))
+def test_changed_byte_of_the_file_is_found_or_changes_no_answer(index: int, bits: int) -> None:
+    with copy_of(flip_byte(LEDGER, index, bits)) as path:
+        try:
+            finding = audit(path).finding
+        except LedgerProblem:
+            return  # it is no ledger any more, and says so
+        if finding is None:
+            assert answers(path) == SOUND
+
+
+@MANY
+@given(st.integers(1, HEAD), st.booleans(), st.integers(0, 10_000), st.integers(1, 255))
+def test_changed_byte_of_a_stored_event_is_named_at_its_position(
+    position: int,
+    of_hash: bool,  # noqa: FBT001 - drawn
+    index: int,
+    bits: int,
+) -> None:
+    _, body, digest = ROWS[position - 1]
+    changed = digest if of_hash else body.encode()
+    assert LEDGER.count(changed) == 1  # a body is short enough not to be spread over pages
+    with copy_of(flip_byte(LEDGER, LEDGER.index(changed) + index % len(changed), bits)) as path:
+        found, kind = place_of(audit(path).finding)
+        assert found == position
+        assert kind is Kind.HASH or not of_hash
+
+
+def test_damage_that_only_sqlite_sees_is_told_in_its_words() -> None:
+    with copy_of(LEDGER) as path:
+        assert audit(path).damage is None
+        change_ledger(
+            path,
+            "UPDATE sqlite_schema SET rootpage = (SELECT sum(rootpage) FROM sqlite_schema WHERE name IN"
+            " ('events_by_type', 'events_by_actor')) - rootpage"
+            " WHERE name IN ('events_by_type', 'events_by_actor')",
+            keeps_triggers=True,
+        )
+        found = audit(path)
+        assert found.verification.verified
+        assert found.damage is not None
+        assert place_of(found.finding) == (HEAD, Kind.DAMAGED)
+
+
+def test_missing_file_is_unavailable_and_not_created(tmp_path: Path) -> None:
+    with pytest.raises(LogUnavailable):
+        audit(tmp_path / "ledger.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+# An expected head.
+
+
+@pytest.mark.parametrize("position", [0, 1, HEAD // 2, HEAD])
+def test_expected_head_is_found_or_refuted(position: int) -> None:
+    digest = ROWS[position - 1][2] if position else bytes(32)
+    with copy_of(LEDGER) as path:
+        assert audited(path, position, digest) is None
+        assert place_of(audited(path, position, b"\1" * 32)) == (position, Kind.EXPECTATION)
+
+
+@FEWER
+@given(st.integers(1, HEAD - 1))
+def test_truncated_log_is_found_by_the_expected_head(length: int) -> None:
+    with copy_of(LEDGER) as path:
+        with closing(connect(path)) as connection:
+            (trigger,) = connection.execute(
+                "SELECT sql FROM sqlite_schema WHERE name = 'events_never_go'"
+            ).fetchone()
+            connection.execute("DROP TRIGGER events_never_go")
+            connection.execute("DELETE FROM events WHERE position > ?", (length,))
+            connection.execute(trigger)
+            rebuild.rebuild(connection)
+        assert place_of(audited(path, HEAD, ROWS[-1][2])) == (length + 1, Kind.EXPECTATION)
+        assert audited(path, length, ROWS[length - 1][2]) is None  # who kept only this cannot know
+
+
+def test_damaged_position_goes_before_the_expected_head() -> None:
+    with copy_of(flip_byte(LEDGER, LEDGER.index(ROWS[4][2]), 1)) as path:
+        assert place_of(audited(path, HEAD + 9, bytes(32))) == (5, Kind.HASH)
+
+
+def test_expected_position_before_the_base_is_refused() -> None:
+    with copy_of(LEDGER) as path:
+        archive(path, "4", path.with_name("archive.gz"), SIGN, START + timedelta(days=30))
+        assert audited(path, 3, ROWS[2][2]) is None
+        assert audited(path, 3, ROWS[1][2]) is not None
+        with pytest.raises(Archived, match="up to position 3"):
+            audited(path, 2, ROWS[1][2])
+
+
+def test_expected_head_is_parsed() -> None:
+    assert parse_expected("5:" + "aB" * 32) == Expected(5, b"\xab" * 32)
+    for text in ("", "5", "5:", ":", "5:" + "0" * 63, "-1:" + "0" * 64, "5:" + "g" * 64):
+        with pytest.raises(ValueError, match="POSITION:HASH"):
+            parse_expected(text)

@@ -1,0 +1,325 @@
+"""Archives beside their log: they lead to its base, come to what it stores there, and replay to the past."""
+
+import gzip
+import hashlib
+import json
+import os
+from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import FEWER, START
+from support.ledgers import (
+    OTHER_SIGN,
+    SIGN,
+    change_ledger,
+    copy_of,
+    flip_byte,
+    forge_bodies,
+    rows_of,
+    sound_ledger,
+    stored,
+)
+
+from events import rebuild
+from events.archive import archive
+from events.archivefile import audit_file
+from events.archives import BadArchive
+from events.audit import audit
+from events.basestate import base_state_digest
+from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
+from events.export import export, jsonl
+from events.findings import Expected, Finding, Kind
+from events.history import BeyondHead, Moment
+from events.replay import replay
+from events.schema import connect, opened_to_read
+from events.signing import HeadSigner, key_id
+from events.store import as_text
+
+LATER = START + timedelta(days=30)
+LEDGER = sound_ledger(3, seconds=0.5)
+"""At most two of its events have the same time."""
+
+
+def archived(path: Path, *cuts: int, sign: HeadSigner = SIGN) -> list[Path]:
+    """Archive up to before each of these positions, and return the files."""
+    files = [path.with_name(f"{cut}.gz") for cut in cuts]
+    for cut, file in zip(cuts, files, strict=True):
+        archive(path, str(cut), file, sign, LATER)
+    return files
+
+
+def exported(path: Path, name: str, until: int | None = None) -> Path:
+    """Write an export of the ledger beside it, and return its file."""
+    file = path.with_name(name)
+    file.write_bytes(b"".join(export(path, jsonl(), SIGN, until=until)))
+    return file
+
+
+def replayed(path: Path, until: object, archives: list[Path]) -> tuple[Moment, list[str], list[str]]:
+    """Return the moment, the models, and the jobs that have not ended."""
+    with opened_to_read(path) as connection:
+        moment, state = replay(connection, None if until is None else str(until), archives)
+        return moment, sorted(map(as_text, state.models.values())), list(map(as_text, state.unended()))
+
+
+def place_of(finding: Finding | None) -> tuple[int, Kind]:
+    assert finding is not None
+    return finding.position, finding.kind
+
+
+with copy_of(LEDGER) as _path:
+    ROWS = rows_of(_path)
+    HEAD = len(ROWS)
+    TIMES = [json.loads(body)["recorded_at"] for _, body, _ in ROWS]
+    MOMENTS = [None, *range(HEAD + 1), "2025-12-31T23:59:59Z", "2099-01-01T00:00:00Z", *sorted(set(TIMES))]
+    PAST = {moment: replayed(_path, moment, []) for moment in MOMENTS}
+CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=4, unique=True).map(sorted)
+
+
+# What archives prove.
+
+
+@FEWER
+@given(CUTS, st.randoms(), st.sampled_from(MOMENTS))
+def test_archives_in_any_order_prove_and_replay_the_past(
+    cuts: list[int], dice: object, moment: object
+) -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, *cuts)
+        dice.shuffle(files)  # type: ignore[attr-defined]
+        found = audit(path, archives=files)
+        assert found.finding is None
+        assert found.behind is not None
+        assert found.behind.is_folded
+        assert [each.proved.position for each in found.behind.files] == [cut - 1 for cut in cuts]
+        for position in (1, cuts[0] - 1, cuts[-1], HEAD):
+            expected = Expected(position, ROWS[position - 1][2])
+            assert audit(path, expected, archives=files).finding is None
+            wrong = audit(path, Expected(position, b"\1" * 32), archives=files).finding
+            assert place_of(wrong) == (position, Kind.EXPECTATION)
+        assert replayed(path, moment, files) == PAST[moment]
+
+
+@pytest.mark.parametrize("cuts", [[2], [20], [8, 33, HEAD]], ids=str)
+def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, *cuts)
+        for moment in MOMENTS:
+            assert replayed(path, moment, files) == PAST[moment], moment
+        with pytest.raises(BeyondHead):
+            replayed(path, HEAD + 1, files)
+        if cuts[0] > 2:
+            with pytest.raises(Archived):
+                replayed(path, 1, [])
+
+
+def test_base_state_keeps_ended_loads_that_models_serve_from() -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, 3, 6, 9)
+        jobs = [json.loads(str(row[-1])) for row in stored(path, "job_snapshots")["job_snapshots"]]
+        assert any(job["status"] == "completed" for job in jobs)
+        assert audit(path, archives=files).finding is None
+
+
+def test_later_archives_alone_prove_from_where_they_begin() -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, 8, 20, 33)
+        found = audit(path, archives=files[:0:-1])
+        assert found.finding is None
+        assert found.behind is not None
+        assert not found.behind.is_folded
+        assert found.behind.after.position == 7
+        with pytest.raises(Archived, match="up to position 7"):
+            audit(path, Expected(3, bytes(32)), archives=files[1:])
+        with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
+            replayed(path, None, files[1:])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ([0, 2], r"8 to 19 are missing: 8.gz ends at 7, and 33.gz begins .*: positions 8 to 19, '20.gz'"),
+        ([0, 1], r"20 to 32 are missing: 20.gz ends at 19, and the log .*: positions 20 to 32, '33.gz'"),
+        ([0, 0, 1, 2], r"8.gz goes on to position 7, and 8.gz begins after 0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_missing_or_repeated_archive_is_named(chosen: list[int], words: str) -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, 8, 20, 33)
+        for archives in ([files[each] for each in chosen], [files[each] for each in chosen[::-1]]):
+            with pytest.raises(ArchiveMissing, match=words):
+                audit(path, archives=archives)
+            with pytest.raises(ArchiveMissing, match=words):
+                replayed(path, 5, archives)
+
+
+def test_export_replaces_archives_whose_events_it_has() -> None:
+    with copy_of(LEDGER) as path:
+        whole, later = exported(path, "whole.jsonl", 32), exported(path, "later.jsonl")
+        with pytest.raises(NothingThere):
+            audit(path, archives=[later])  # nothing is archived yet
+        with pytest.raises(NothingThere):
+            replayed(path, None, [later])
+        archived(path, 8, 20, 33)
+        assert audit(path, archives=[whole]).finding is None
+        assert replayed(path, 25, [whole]) == PAST[25]
+        with pytest.raises(ArchiveMissing, match=f"goes on to position {HEAD}, and the log begins after 32"):
+            audit(path, archives=[later])
+        with pytest.raises(LedgerProblem):
+            audit(path.with_name("none.db"), archives=[whole])
+
+
+def test_archive_signed_by_another_key_is_found() -> None:
+    with copy_of(LEDGER) as path:
+        files = [*archived(path, 8), *archived(path, 20, sign=OTHER_SIGN)]
+        assert audit(path, archives=files).finding is None
+        found = audit(path, archives=files, key=key_id(SIGN.public_key))
+        assert (found.at, *place_of(found.finding)) == (files[1], 19, Kind.EXPECTATION)
+
+
+# What somebody makes of them.
+
+
+def forge(file: Path, change: tuple[str, str]) -> None:
+    """Change an archive's bodies, make all its hashes anew, and sign its head with another key."""
+    opening, *events, _ = map(json.loads, gzip.decompress(file.read_bytes()).splitlines())
+    digest = bytes.fromhex(opening["after"]["hash"])
+    for event in events:
+        event["body"] = event["body"].replace(*change)
+        digest = hashlib.sha256(digest + event["body"].encode()).digest()
+        event["hash"] = digest.hex()
+    lines = [json.dumps(each, separators=(",", ":")).encode() + b"\n" for each in (opening, *events)]
+    head = audit_file(file).head
+    assert head is not None
+    lines.append(jsonl().last(OTHER_SIGN(replace(head.statement, hash=digest))))
+    file.write_bytes(gzip.compress(b"".join(lines)))
+    assert audit_file(file).finding is None
+
+
+@pytest.mark.parametrize(("number", "position"), [(0, 7), (1, 19)])
+def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, 8, 20)
+        forge(files[number], ("alice", "mallory"))
+        found = audit(path, archives=files)
+        assert (found.at, *place_of(found.finding)) == (files[1], position, Kind.BASE)
+        with pytest.raises(BadArchive, match=f"20.gz does not verify: position {position}"):
+            replayed(path, 5, files)
+
+
+@FEWER
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_changed_byte_of_an_archive_is_named(index: int, bits: int) -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, 8, 20)
+        packed = files[0].read_bytes()
+        files[0].write_bytes(flip_byte(packed, index, bits))
+        found = audit(path, archives=files)
+        if found.finding is None:
+            assert gzip.decompress(files[0].read_bytes()) == gzip.decompress(packed)
+        else:
+            assert found.at == files[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE model_snapshots SET body = replace(body, 'alice', 'mallory') WHERE position = 19",
+        "DELETE FROM model_snapshots WHERE position = 19 AND model_id = 'digits'",
+        (
+            "INSERT INTO model_snapshots (model_id, position, body)"
+            " SELECT 'zoo', position, replace(body, 'digits', 'zoo') FROM model_snapshots"
+            " WHERE position = 19 AND model_id = 'digits'"
+        ),
+        "DELETE FROM job_snapshots WHERE position = 19",
+        "UPDATE job_snapshots SET body = replace(body, 'alice', 'mallory') WHERE position = 19",
+    ],
+)
+def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, 8, 20)
+        with closing(connect(path)) as connection:
+            assert connection.execute(change).rowcount > 0
+            connection.execute(
+                "UPDATE archives SET state_sha256 = ? WHERE last_position = 19",
+                (base_state_digest(connection, 19),),
+            )
+            rebuild.rebuild(connection)
+        assert audit(path).finding is None  # who can write the file can write its hash, too
+        found = audit(path, archives=files)
+        assert place_of(found.finding) == (19, Kind.BASE)
+        assert "not what the archives give" in str(found.finding)
+        assert replayed(path, None, files) == PAST[None]
+
+
+def test_newer_export_shows_that_the_log_was_cut() -> None:
+    with copy_of(LEDGER) as path:
+        late = exported(path, "late.jsonl")
+        assert audit(path, files=[audit_file(late)]).compared == ((late, None),)
+        archived(path, 8)
+        files = [audit_file(late)]
+        assert audit(path, files=files).compared == ((late, None),)
+        change_ledger(path, f"DELETE FROM events WHERE position = {HEAD}")
+        with closing(connect(path)) as connection:
+            rebuild.rebuild(connection)
+            connection.execute("PRAGMA journal_mode = DELETE")
+        found = audit(path, files=files)
+        assert (found.at, *place_of(found.finding)) == (late, HEAD, Kind.EXPECTATION)
+
+
+@pytest.mark.parametrize("end", [0, 5, 7, 8, 18])
+def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) -> None:
+    with copy_of(LEDGER) as path, copy_of(LEDGER) as other:
+        forge_bodies(other, lambda _, body: body.replace("alice", "mallory"))
+        own, foreign = exported(path, "own.jsonl", end), exported(other, "foreign.jsonl", end)
+        archives = archived(path, 8, 20)
+        for file in (own, foreign):
+            with pytest.raises(ArchiveMissing, match=r"name it with --archive, .*: positions \d+ to \d+, '"):
+                audit(path, files=[audit_file(file)])
+        assert audit(path, archives=archives, files=[audit_file(own)]).compared == ((own, None),)
+        found = audit(path, archives=archives, files=[audit_file(foreign)])
+        if end:  # without any events they are the same
+            assert (found.at, *place_of(found.finding)) == (foreign, end, Kind.EXPECTATION)
+        if end < 7:
+            with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
+                audit(path, archives=archives[1:], files=[audit_file(own)])
+
+
+@pytest.mark.parametrize("until", ["3", "7", "8", "19", "25", None, TIMES[5]])
+def test_archive_that_changes_after_its_proof_fails_the_replay(until: str | None) -> None:
+    with copy_of(LEDGER) as path:
+        files = archived(path, 8, 20)
+        forgery = path.with_name("forgery.gz")
+        forgery.write_bytes(files[0].read_bytes())
+        forge(forgery, ("alice", "mallory"))
+        with opened_to_read(path) as connection:
+            statements = list[str]()
+
+            def swap(statement: str) -> None:
+                statements.append(statement)
+                if statement == "BEGIN":  # all was proved by then
+                    files[0].write_bytes(forgery.read_bytes())
+
+            connection.set_trace_callback(swap)
+            with pytest.raises(LogUnavailable, match=r"8\.gz was changed while it was read"):
+                replay(connection, until, files)
+            assert "BEGIN" in statements
+
+
+def test_file_name_that_is_not_utf_8_can_be_printed() -> None:
+    with copy_of(LEDGER) as path:
+        (file,) = archived(path, 8)
+        odd = path.with_name(os.fsdecode(b"\xff.gz"))
+        odd.write_bytes(file.read_bytes()[:-20])
+        finding = audit(path, archives=[odd]).finding
+        assert finding is not None
+        assert finding.problem.encode()
+        with pytest.raises(LedgerDamaged) as raised:
+            replayed(path, 5, [odd])
+        assert str(raised.value).encode()

@@ -1,0 +1,243 @@
+"""The ledger's file and its write-ahead log: complete after every end; a copy without the log is refused."""
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support.events import child, opened, write
+from support.ledgers import SIGN, change_ledger, rows_of, write_and_be_killed, write_ledger
+
+from events.archive import archive
+from events.audit import audit
+from events.backup import back_up
+from events.clock import utc_now
+from events.copies import lacks_wal, wants_wal
+from events.errors import IncompleteCopy, LogUnavailable
+from events.export import export, jsonl
+from events.findings import Expected, Kind
+from events.log import Log
+from events.rebuild import FOLDS, rebuild_file
+
+
+@pytest.fixture
+async def copied(tmp_path: Path) -> Path:
+    """A ledger's file, copied from under a running server without its write-ahead log."""
+    path, copied = tmp_path / "running.db", tmp_path / "ledger.db"
+    async with opened(path) as log:
+        await log.server_started()
+        await write(log, 20)
+        copied.write_bytes(path.read_bytes())
+        await log.server_stopped()
+    path.unlink()
+    return copied
+
+
+def refused(path: Path) -> bool:
+    with pytest.raises(IncompleteCopy, match="backup"):
+        audit(path)
+    return wants_wal(path)
+
+
+# A file that is complete.
+
+
+async def test_file_of_an_orderly_stop_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    await write_ledger(path)
+    assert not path.with_name("ledger.db-wal").exists()
+    assert not wants_wal(path)
+    assert audit(path).finding is None
+    change_ledger(path, "PRAGMA journal_mode = WAL", keeps_triggers=True)
+    assert lacks_wal(path)
+    assert audit(path).finding is None  # its last event says that nothing is missing
+    rebuild_file(path)
+    assert not wants_wal(path)
+    with pytest.raises(LogUnavailable):
+        rebuild_file(tmp_path / "none.db")
+    assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.parametrize("events", [0, 7])
+async def test_file_of_a_killed_server_is_complete_with_its_wal(tmp_path: Path, events: int) -> None:
+    path = tmp_path / "ledger.db"
+    write_and_be_killed(path, events)
+    for _ in range(2):
+        found = audit(path)
+        assert found.finding is None
+        assert found.verification.position == events + 1
+    assert wants_wal(path)
+    assert not lacks_wal(path)
+    if events:
+        rebuild_file(path)
+    else:
+        async with opened(path) as log:
+            assert log.head.type != "ServerStopped"  # nothing is written, as where the key cannot be read
+    assert not wants_wal(path)
+    assert not path.with_name("ledger.db-wal").exists()
+    assert audit(path).finding is None
+
+
+async def test_start_brings_the_file_up_to_date(tmp_path: Path) -> None:
+    path, copied = tmp_path / "ledger.db", tmp_path / "copy.db"
+    await write_ledger(path)
+    async with opened(path) as log:
+        await log.server_started()
+        copied.write_bytes(path.read_bytes())
+        assert rows_of(copied) == rows_of(path)
+        assert path.with_name("ledger.db-wal").stat().st_size > 0
+        assert audit(path).finding is None
+
+
+async def wait_until_up_to_date(log: Log) -> None:
+    async with asyncio.timeout(30):
+        while not log._whole:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(tmp_path: Path) -> None:
+    path, copied = tmp_path / "ledger.db", tmp_path / "copy.db"
+    await write_ledger(path)
+    head = len(rows_of(path))
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("PRAGMA journal_mode = WAL")  # as a server leaves it that was killed
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM events").fetchone()
+        async with opened(path) as log:
+            await log.server_started()
+            await write(log, 2)
+            assert log.head.position == head + 3
+            reader.execute("ROLLBACK")
+            await wait_until_up_to_date(log)
+            copied.write_bytes(path.read_bytes())
+            assert refused(copied)
+
+
+async def test_reader_during_an_orderly_stop_leaves_the_wal(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    async with opened(path) as log:
+        await write(log, 2)
+        reader = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM events").fetchone()
+    with closing(reader):
+        assert audit(path).finding is None
+    assert audit(path).finding is None
+
+
+# A copy without the write-ahead log.
+
+
+async def test_copy_without_wal_is_refused_unless_a_head_is_expected(tmp_path: Path) -> None:
+    path, copied = tmp_path / "ledger.db", tmp_path / "copy.db"
+    async with opened(path) as log:
+        await log.server_started()
+        early = log.head
+        await write(log, 20)
+        assert audit(path).verification.position == log.head.position
+        copied.write_bytes(path.read_bytes())
+        for _ in range(3):  # looking at it must not make it look complete
+            assert refused(copied)
+        assert audit(copied, Expected(early.position, early.hash)).finding is None
+        finding = audit(copied, Expected(log.head.position, log.head.hash)).finding
+        assert finding is not None
+        assert (finding.position, finding.kind) == (early.position + 1, Kind.EXPECTATION)
+
+
+def test_nothing_is_made_of_a_copy_without_wal(copied: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(IncompleteCopy):
+        archive(copied, "1", target, SIGN, utc_now())
+    with pytest.raises(IncompleteCopy):
+        back_up(copied, target)
+    with pytest.raises(IncompleteCopy, match=r"ledger\.db-wal"):
+        list(export(copied, jsonl(), SIGN))
+    for _ in range(2):
+        rebuild_file(copied)
+        assert refused(copied)
+    assert not target.exists()
+
+
+async def test_start_that_fails_leaves_the_copy_refused(copied: Path) -> None:
+    for _ in range(2):
+        async with opened(copied) as log:  # as where the key cannot be read
+            assert log.head.position == 1
+        assert refused(copied)
+    change_ledger(copied, f"UPDATE projected SET folds = {FOLDS + 1}", keeps_triggers=True)
+    async with opened(copied):
+        pass
+    assert refused(copied)
+    async with opened(copied) as log:
+        await log.server_started()  # and its stop is not recorded
+    assert refused(copied)
+    change_ledger(
+        copied,
+        "UPDATE projected SET folds = 0",
+        "UPDATE models SET body = 'no JSON'",
+        'UPDATE events SET body = \'{"position":1,"type":"","actor":"","recorded_at":""}\'',
+    )
+    with pytest.raises(LogUnavailable):
+        async with opened(copied):
+            pass
+    assert wants_wal(copied)
+
+
+async def test_server_that_starts_and_stops_completes_the_copy(copied: Path) -> None:
+    async with opened(copied) as log:
+        await log.server_started()
+        await log.server_stopped()
+    assert audit(copied).finding is None
+    assert not wants_wal(copied)
+
+
+# A file that nobody may write.
+
+READ_ONLY = """
+import asyncio, ctypes, logging, sys
+from pathlib import Path
+from events.errors import LogUnavailable
+from events.verify import verify
+from support.events import facts, opened, write
+logging.disable()
+async def main(folder):
+    path = folder / "ledger.db"
+    async with opened(path) as log:
+        await write(log, 3)
+        folder.chmod(0o500)
+        path.chmod(0o400)
+        log._database._connection.close()  # whatever makes the writer open the file anew
+        for command in facts(2, first=4):
+            try:
+                await log.submit(command)
+            except LogUnavailable:
+                assert log.head.position == 3
+            else:
+                raise SystemExit("written, though nobody may")
+        folder.chmod(0o700)
+        path.chmod(0o600)
+        async with asyncio.timeout(30):  # nobody writes: the log tries by itself
+            while not log.healthy:
+                await asyncio.sleep(0.01)
+        assert [receipt.position for receipt in await write(log, 2, first=4)] == [4, 5]
+    assert verify(path).verified
+class Capabilities(ctypes.Structure):  # capget(2), version 3
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+def obey_modes():
+    # root writes whatever it likes by CAP_DAC_OVERRIDE
+    libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    capabilities = (Capabilities * 2)()
+    assert libc.capget(header, capabilities) == 0
+    capabilities[0].effective &= ~2
+    assert libc.capset(header, capabilities) == 0
+obey_modes()
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+async def test_read_only_file_fails_requests_until_it_is_writable(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *child(READ_ONLY, tmp_path), stderr=asyncio.subprocess.PIPE
+    )
+    _, stderr = await process.communicate()
+    assert (process.returncode, stderr.decode()) == (0, "")
