@@ -1,23 +1,21 @@
 """The live state: its queues, the active model, and what holds of folding any events."""
 
-import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import FEWER, MODEL, History, any_data, as_event, drafts, fold, opened
+from support.events import FEWER, MODEL, History, as_event, drafts, fold, opened
 from support.ledgers import told_history
 
 from events import jobs, models, rebuild, snapshots, store
 from events.bodies import from_body, to_body
-from events.canonical import GENESIS, canonical, chain
+from events.canonical import GENESIS, chain
 from events.history import state_at
 from events.jobs import Job
 from events.models import Serving
@@ -276,19 +274,6 @@ JSONS = st.recursive(
     max_leaves=5,
 )
 NEW_NAMES = st.text(min_size=1, max_size=8).map(lambda name: f"new_{name}")
-NEW_FIELDS = st.dictionaries(NEW_NAMES, JSONS, max_size=3)
-
-
-@FEWER
-@given(any_data(), NEW_FIELDS, NEW_FIELDS)
-def test_fields_of_later_release_are_skipped(
-    data: Any, inside: dict[str, Any], beside: dict[str, Any]
-) -> None:
-    event = Event(7, "e", data, "alice", "2026-01-01T00:00:00.000000Z", "e", "m", 1)
-    raw = json.loads(to_body(event))
-    later = canonical({**raw, **beside, "data": {**raw["data"], **inside}})
-    assert from_body(later) == event
-    assert fold_events([from_body(later)]) == fold_events([event])
 
 
 OBJECTS = st.dictionaries(st.text(max_size=5), JSONS, max_size=3)
