@@ -1,4 +1,4 @@
-"""Lines on their way to stderr: nobody waits for who reads them, and what is dropped is counted and said."""
+"""Log lines to stderr: a slow reader delays nothing; dropped lines are counted and reported."""
 
 import fcntl
 import logging
@@ -29,14 +29,14 @@ def notice(dropped: int) -> str:
 
 @contextmanager
 def small_pipe() -> Iterator[tuple[int, int]]:
-    """Give a pipe's two ends; who still writes to it at the end is waited for."""
+    """Yield both ends of a pipe of 4 KiB; at the end, wait for its writers."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     try:
         yield reading, writing
     finally:
         with suppress(OSError):
-            os.close(reading)  # and who still writes is told, and ends
+            os.close(reading)  # which ends the writers
         for thread in threading.enumerate():
             if thread.name == LAST_LINES:
                 thread.join(LIMIT_S)
@@ -44,7 +44,7 @@ def small_pipe() -> Iterator[tuple[int, int]]:
 
 
 def lines_of(reading: int, last: str) -> list[str]:
-    """Read until a line has come."""
+    """Read up to a line."""
     received = b""
     while not received.endswith(f"{last}\n".encode()):
         piece = os.read(reading, 2**16)
@@ -53,8 +53,8 @@ def lines_of(reading: int, last: str) -> list[str]:
     return received.decode().splitlines()
 
 
-def told(received: bytes) -> tuple[list[int], int]:
-    """Return the numbers of whole lines, and how many others are said to have been dropped."""
+def parse(received: bytes) -> tuple[list[int], int]:
+    """Return the numbers of the lines, and how many others were reported as dropped."""
     numbers, dropped = list[int](), 0
     for line in received.decode().rpartition("\n")[0].splitlines():
         if found := re.match(r"(\d+) log lines were dropped", line):
@@ -64,7 +64,7 @@ def told(received: bytes) -> tuple[list[int], int]:
     return numbers, dropped
 
 
-def test_lines_come_in_their_order_and_whole(tmp_path: Path) -> None:
+def test_lines_are_written_in_order(tmp_path: Path) -> None:
     expected = [f"{number} {'x' * (number % 9000)}" for number in range(500)]
     with (tmp_path / "log").open("wb") as file, logging_to(file.fileno(), FORM) as handler:
         for line in expected:
@@ -72,14 +72,14 @@ def test_lines_come_in_their_order_and_whole(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().splitlines() == expected
 
 
-def test_who_does_not_read_holds_nobody_up_and_is_told_what_was_dropped() -> None:
+def test_slow_reader_loses_lines_and_is_told_how_many() -> None:
     with small_pipe() as (reading, writing), logging_to(writing, FORM, max_lines=200) as handler:
         for number in range(1000):
             log(handler, f"{number:04} {'x' * 94}")
-        received, (numbers, dropped) = b"", told(b"")
+        received, (numbers, dropped) = b"", parse(b"")
         while len(numbers) + dropped + handler.dropped < 1000:
             received += os.read(reading, 2**16)
-            numbers, dropped = told(received)
+            numbers, dropped = parse(received)
         assert numbers == sorted(set(numbers))
         assert len(numbers) < 500
         lost = handler.dropped
@@ -87,7 +87,7 @@ def test_who_does_not_read_holds_nobody_up_and_is_told_what_was_dropped() -> Non
         assert lines_of(reading, "after") == [*([notice(lost)] if lost else []), "after"]
 
 
-def test_at_the_end_what_is_queued_is_written_and_what_was_dropped_is_said() -> None:
+def test_end_writes_queued_lines_and_the_dropped_count() -> None:
     read = list[list[str]]()
     with small_pipe() as (reading, writing):
         with logging_to(writing, FORM, max_lines=90) as handler:
@@ -97,11 +97,11 @@ def test_at_the_end_what_is_queued_is_written_and_what_was_dropped_is_said() -> 
             reader = threading.Thread(target=lambda: read.append(lines_of(reading, last)))
             reader.start()
         reader.join(LIMIT_S)
-    numbers, dropped = told("\n".join([*read[0], ""]).encode())
+    numbers, dropped = parse("\n".join([*read[0], ""]).encode())
     assert (len(numbers) + dropped, numbers) == (300, sorted(set(numbers)))
 
 
-def test_the_end_does_not_wait_for_ever_for_who_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_does_not_wait_for_a_reader_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stderr, "FLUSH_S", 0.1)
     with small_pipe() as (_, writing):
         with logging_to(writing, FORM) as handler:
@@ -109,17 +109,17 @@ def test_the_end_does_not_wait_for_ever_for_who_does_not_read(monkeypatch: pytes
                 log(handler, "x" * 99)
             began_s = time.monotonic()
         assert time.monotonic() - began_s < LIMIT_S
-        log(handler, "too late")  # and harms nobody
+        log(handler, "too late")
 
 
-def test_a_reader_that_has_gone_is_no_error() -> None:
+def test_closed_pipe_is_no_error() -> None:
     with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
         os.close(reading)
         for _ in range(100):
             log(handler, "nobody reads this")
 
 
-def test_a_pipe_that_others_made_non_blocking_loses_nothing() -> None:
+def test_non_blocking_pipe_loses_nothing() -> None:
     with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
         os.set_blocking(writing, False)
         for number in range(200):
@@ -127,7 +127,7 @@ def test_a_pipe_that_others_made_non_blocking_loses_nothing() -> None:
         assert [line[:3] for line in lines_of(reading, f"199 {'x' * 95}")] == [f"{n:03}" for n in range(200)]
 
 
-def test_a_line_that_cannot_be_made_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+def test_record_that_cannot_be_formatted_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
         handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "%d", ("no number",), None))
         log(handler, "next")

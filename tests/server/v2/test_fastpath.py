@@ -102,8 +102,8 @@ async def test_pipelined_requests_are_answered_in_order(shared: LocalApi) -> Non
 
 async def test_large_answer_arrives_whole(shared: LocalApi) -> None:
     values = np.arange(1_000_000, dtype=np.float32)
-    tensor = {"name": "x", "shape": [len(values)], "datatype": "FP32"}
-    tensor["parameters"] = {"binary_data_size": values.nbytes}
+    size = {"binary_data_size": values.nbytes}
+    tensor = {"name": "x", "shape": [len(values)], "datatype": "FP32", "parameters": size}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
     answer = await shared.post(FAST, data=io.BytesIO(head + values.tobytes()), headers=headers)

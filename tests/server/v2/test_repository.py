@@ -266,7 +266,7 @@ async def test_configuration_and_model_file_set_the_parameters(shared: LocalApi)
     group = [{"name": "set_0", "count": 2, "kind": "KIND_CPU"}]
     answer = await load(shared, "set", **batching, instance_group=group, version_policy=version(1))
     parameters = (await shared.job(job_of(answer)))["parameters"]
-    expected = {"instances": 2, "max_batch_size": 8, "max_queue_delay_us": 250}
+    expected: Json = {"instances": 2, "max_batch_size": 8, "max_queue_delay_us": 250}
     expected |= {"priority": "high", "keep_alive_s": 600, "strategy": "auto", "pinned": True}
     assert parameters | expected == parameters
     assert (await shared.model("set"))["version"] == 1
@@ -383,12 +383,12 @@ def test_index_is_sorted_and_leaves_out_models_that_are_gone() -> None:
 async def test_index_lists_ready_unloaded_and_unknown_models(shared: LocalApi) -> None:
     names = ("ready", "unloaded", "never", "deleted")
     for name in names:
-        folder = save(models.identity(), shared.config.repository, name, 3)
+        save(models.identity(), shared.config.repository, name, 3)
     (shared.config.repository / "empty").mkdir()
     for name in ("ready", "unloaded", "deleted"):
         job_of(await load(shared, name))
     job_of(await unload(shared, "unloaded"))
-    (folder / "model.onnx").unlink()
+    (shared.config.repository / "deleted" / "3" / "model.onnx").unlink()
     expected = [
         entry("deleted", 3, "READY"),
         {"name": "never"},
