@@ -1,4 +1,4 @@
-"""Memory of processes, from /proc's texts and from the real thing."""
+"""What a container or machine may use and what processes take, from files as the kernel writes them."""
 
 import mmap
 import os
@@ -7,15 +7,354 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.events import PLAIN
 
 from bench.memory import tree_bytes
-from runtime.memory import (
-    data_bytes,
-    descendants,
-    parse_field,
-    parse_private,
-    private_bytes,
+from runtime.machine import (
+    CPU_PRESSURE_PERCENT,
+    MEMORY_PRESSURE_PERCENT,
+    MemoryLimit,
+    MemoryUnknown,
+    Pressure,
+    budget_bytes,
+    is_under_pressure,
+    memory_limit,
+    parse_cgroups,
+    parse_limit,
+    parse_some_percent,
+    pressure,
 )
+from runtime.memory import data_bytes, descendants, parse_field, parse_private, private_bytes
+
+GB = 2**30
+MACHINE = MemoryLimit(24684096 * 1024, "machine")
+MEMINFO = """\
+MemTotal:       24684096 kB
+MemFree:        24153040 kB
+MemAvailable:   24262108 kB
+SwapTotal:             0 kB
+"""
+V2 = "0::/system.slice/loadledger.service\n"
+V1 = """\
+12:pids:/docker/0123abcd
+11:name=systemd:/docker/0123abcd
+10:cpu,cpuacct:/docker/0123abcd
+9:hugetlb,memory:/docker/0123abcd
+8:freezer:/docker/0123abcd
+"""
+HYBRID = """\
+9:name=systemd:/
+4:memory:/pods/a
+1:cpu:/
+0::/user.slice/a
+"""
+V1_NONE = "9223372036854771712\n"
+V1_NONE_64K = "9223372036854710272\n"
+
+TEXT = st.one_of(
+    st.binary(max_size=200),
+    st.from_regex(rb"\A[0-9]{1,40}\n?\Z"),
+    st.from_regex(rb"\A([0-9]{0,2}:[a-z,]{0,9}:[/.a-z\x00\xff:]{0,40}\n?){0,4}\Z"),
+    st.from_regex(rb"\AMemTotal:[ ]*[0-9x]{0,30}( kB)?\n?\Z"),
+    st.from_regex(rb"\A(some|full) avg10=[0-9.]{0,12}( avg60=0.00)?\n?\Z"),
+    st.sampled_from([b"max\n", b"0::/a/b\n", b"4:memory:/a\n0::/a\n", b"MemTotal: " + b"9" * 5000]),
+)
+
+
+class Files:
+    """The two file systems, written where a test wants them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.proc = folder / "proc"
+        self.cgroups = folder / "cgroup"
+
+    def write(self, **contents: str) -> None:
+        """Write what is found under /proc: `self_cgroup`, `meminfo`, and so on, with `_` for `/`."""
+        for name, text in contents.items():
+            self._save(self.proc / name.replace("_", "/"), text.encode())
+
+    def cgroup(self, path: str, text: str) -> None:
+        self._save(self.cgroups / path, text.encode())
+
+    def limit(self) -> MemoryLimit:
+        return memory_limit(self.proc, self.cgroups)
+
+    def pressure(self) -> Pressure | None:
+        return pressure(self.proc, self.cgroups)
+
+    @staticmethod
+    def _save(path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    files = Files(tmp_path)
+    files.write(meminfo=MEMINFO)
+    return files
+
+
+def unified(files: Files, own: str, limits: dict[str, str], mount: str = "") -> None:
+    """Write a hierarchy of cgroup v2: this process's path, and what each folder's memory.max says."""
+    files.write(self_cgroup=own)
+    files.cgroup(f"{mount}cgroup.controllers", "cpuset cpu io memory pids\n")
+    for folder, text in limits.items():
+        files.cgroup(f"{mount}{folder}memory.max", text)
+
+
+# The limit
+
+SERVICE, SLICE = "system.slice/loadledger.service/", "system.slice/"
+OUTSIDE = "0::/../outside\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "limit_gb"),
+    [
+        (V2, {SERVICE: f"{4 * GB}\n"}, 4),
+        (V2, {SERVICE: f"{4 * GB}\n", SLICE: f"{2 * GB}\n"}, 2),
+        (V2, {SERVICE: "max\n", SLICE: f"{3 * GB}\n"}, 3),
+        (V2, {SERVICE: f"{GB}\n", SLICE: "max\n"}, 1),
+        (V2, {SERVICE: "max\n", SLICE: "max\n"}, None),
+        (V2, {"system.slice/other.service/": f"{GB}\n"}, None),
+        (V2, {f"{SERVICE}child/": f"{GB}\n"}, None),
+        (V2, {SERVICE: f"{64 * GB}\n"}, None),  # more than there is
+        (V2, {}, None),
+        # In a container the mount is its own cgroup, whatever its path is said to be.
+        *(
+            (own, {"": f"{2 * GB}\n"}, 2)
+            for own in ("0::/\n", "0::/kubepods.slice/pod1\n", "0::/../cri-2\n", "")
+        ),
+        (OUTSIDE, {"": "max\n", "../outside/": f"{GB}\n", "outside/": f"{GB}\n"}, None),
+    ],
+)
+def test_limit_is_the_least_of_the_cgroups_above(
+    files: Files, own: str, limits: dict[str, str], limit_gb: int | None
+) -> None:
+    unified(files, own, limits)
+    assert files.limit() == (MACHINE if limit_gb is None else MemoryLimit(limit_gb * GB, "cgroup v2"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "limit_gb"),
+    [
+        ({"docker/0123abcd": f"{4 * GB}\n", "docker": V1_NONE, ".": V1_NONE}, 4),
+        ({"docker/0123abcd": f"{4 * GB}\n", "docker": f"{3 * GB}\n", ".": V1_NONE}, 3),
+        ({"docker/0123abcd": V1_NONE, "docker": V1_NONE, ".": f"{5 * GB}\n"}, 5),
+        ({".": f"{5 * GB}\n"}, 5),  # a container that sees the host's path: the mount is its own
+        ({"docker/0123abcd": V1_NONE, ".": V1_NONE_64K}, None),
+    ],
+)
+def test_limit_of_cgroup_v1(files: Files, limits: dict[str, str], limit_gb: int | None) -> None:
+    files.write(self_cgroup=V1)
+    for folder, text in limits.items():
+        files.cgroup(f"memory/{folder}/memory.limit_in_bytes", text)
+    assert files.limit() == (MACHINE if limit_gb is None else MemoryLimit(limit_gb * GB, "cgroup v1"))
+
+
+@pytest.mark.parametrize(
+    ("v1", "v2", "expected"),
+    [
+        (f"{2 * GB}\n", None, MemoryLimit(2 * GB, "cgroup v1")),
+        (V1_NONE, None, MACHINE),
+        (None, f"{3 * GB}\n", MemoryLimit(3 * GB, "cgroup v2")),
+        (f"{2 * GB}\n", f"{GB}\n", MemoryLimit(GB, "cgroup v2")),
+    ],
+)
+def test_limit_of_hybrid_cgroups_is_the_lower(
+    files: Files, v1: str | None, v2: str | None, expected: MemoryLimit
+) -> None:
+    unified(files, HYBRID, {} if v2 is None else {"user.slice/a/": v2}, mount="unified/")
+    if v1 is not None:
+        files.cgroup("memory/pods/a/memory.limit_in_bytes", v1)
+    assert files.limit() == expected
+
+
+@pytest.mark.parametrize("text", ["", "-1\n", "0\n", "1.5\n", "4G\n", "\u0664\n", "9" * 5000, "max max\n"])
+def test_unreadable_limit_is_skipped(files: Files, text: str) -> None:
+    assert parse_limit(text) is None
+    unified(files, V2, {"system.slice/loadledger.service/": text, "system.slice/": f"{2 * GB}\n"})
+    assert files.limit() == MemoryLimit(2 * GB, "cgroup v2")
+
+
+@pytest.mark.parametrize("text", ["", "MemTotal:\n", "MemTotal: much kB\n", "MemTotal: 0 kB\n"])
+def test_limit_of_cgroup_without_meminfo(files: Files, text: str) -> None:
+    unified(files, V2, {"system.slice/loadledger.service/": f"{4 * GB}\n"})
+    files.write(meminfo=text)
+    assert files.limit() == MemoryLimit(4 * GB, "cgroup v2")
+
+
+def test_unreadable_limits_are_an_error_naming_the_places(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    with pytest.raises(MemoryUnknown, match="meminfo") as error:
+        files.limit()
+    assert str(files.proc) in str(error.value)
+    assert str(files.cgroups) in str(error.value)
+    files.write(self_cgroup=V1, meminfo="")
+    files.cgroup("memory/memory.limit_in_bytes", V1_NONE_64K)
+    with pytest.raises(MemoryUnknown):
+        files.limit()
+
+
+def test_folders_in_place_of_files_are_skipped(files: Files) -> None:
+    for path in ("proc/self/cgroup", "cgroup/cgroup.controllers", "cgroup/memory.max"):
+        (files.proc.parent / path).mkdir(parents=True)
+    assert files.limit() == MACHINE
+    assert files.pressure() is None
+
+
+def test_cgroup_name_may_be_no_text(files: Files) -> None:
+    name = b"b\xf8r"
+    unified(files, "", {"": "max\n"})
+    (files.proc / "self/cgroup").write_bytes(b"0::/" + name + b"\n")
+    folder = files.cgroups / os.fsdecode(name)
+    folder.mkdir()
+    (folder / "memory.max").write_text(f"{GB}\n")
+    assert files.limit() == MemoryLimit(GB, "cgroup v2")
+
+
+def test_cgroup_path_may_contain_separators() -> None:
+    own = parse_cgroups("4:memory:/a:b\n0::/c:d e\n")
+    assert (own.v1_memory, own.unified) == ("/a:b", "/c:d e")
+
+
+@PLAIN
+@given(own=TEXT, meminfo=TEXT, limit=TEXT, some=TEXT)
+def test_garbled_files_raise_memory_unknown_at_most(
+    tmp_path_factory: pytest.TempPathFactory, own: bytes, meminfo: bytes, limit: bytes, some: bytes
+) -> None:
+    files = Files(tmp_path_factory.mktemp("garbled"))
+    unified(files, "", {"": "", "a/": ""})
+    files.cgroup("memory/a/memory.limit_in_bytes", "")
+    for path, content in (
+        ("proc/self/cgroup", own), ("proc/meminfo", meminfo), ("cgroup/memory.max", limit),
+        ("cgroup/a/memory.max", limit), ("cgroup/memory/a/memory.limit_in_bytes", limit),
+        ("cgroup/memory.pressure", some), ("cgroup/a/cpu.pressure", some),
+    ):  # fmt: skip
+        (files.proc.parent / path).write_bytes(content)
+    try:
+        assert files.limit().bytes > 0
+    except MemoryUnknown:
+        assert parse_limit(limit.decode(errors="replace")) is None
+    assert is_under_pressure(files.pressure()) in (True, False)
+
+
+def test_this_machine_has_a_limit_and_pressure() -> None:
+    with Path("/proc/meminfo").open(encoding="ascii") as meminfo:
+        total = parse_field(meminfo.read(), "MemTotal")
+    assert 0 < memory_limit().bytes <= total
+    found = pressure()
+    assert found is None or found != Pressure(None, None)
+
+
+# The budget
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("80%", 800), ("100%", 1000), ("100.000%", 1000), ("12.5%", 125), ("0.1%", 1), ("33.3%", 333),
+        ("0.000000001%", 1), ("080%", 800), ("1", 1), ("1000", 1000), ("8589934592", 8589934592),
+        ("9" * 18, 10**18 - 1),
+    ],
+)  # fmt: skip
+def test_budget_is_bytes_or_a_percentage(setting: str, expected: int) -> None:
+    assert budget_bytes(setting, limit_bytes=1000) == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "", "0", "-1", "+1", "1.5", "1e9", "8GB", "9" * 19, " 1", "1\n", "0%", "0.0%", "100.1%", "101%",
+        "1000%", "-5%", "nan%", "inf%", "%", ".5%", "5.%", "80 %", "80%\n", "80%%", "\u0661%", "\u0661",
+        "1_000", "0x10", "007",
+    ],
+)  # fmt: skip
+def test_other_budget_is_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match="Must be bytes, like 8589934592, or a percentage"):
+        budget_bytes(setting, limit_bytes=1000)
+
+
+@PLAIN
+@given(limit=st.integers(1, 2**62), thousandths=st.integers(1, 100_000))
+def test_percentage_is_exact_and_within_the_limit(limit: int, thousandths: int) -> None:
+    budget = budget_bytes(f"{thousandths // 1000}.{thousandths % 1000:03}%", limit)
+    assert budget == max(1, limit * thousandths // 100_000)
+    assert budget <= limit
+
+
+# Pressure
+
+
+def psi(avg10: float) -> str:
+    line = f"avg10={avg10:.2f} avg60=0.85 avg300=1.85 total=2818861001\n"
+    return f"some {line}full avg10=99.00 avg60=0.00 avg300=0.00 total=0\n"
+
+
+def test_own_cgroup_pressure_goes_before_the_machines(files: Files) -> None:
+    unified(files, V2, {})
+    files.write(pressure_memory=psi(50), pressure_cpu=psi(60))
+    assert files.pressure() == Pressure(50, 60)
+    files.cgroup("system.slice/loadledger.service/memory.pressure", psi(1.25))
+    files.cgroup("system.slice/loadledger.service/cpu.pressure", psi(2))
+    assert files.pressure() == Pressure(1.25, 2)
+
+
+@pytest.mark.parametrize("own", ["0::/\n", "0::/kubepods.slice/pod1\n", "0::/../other\n"])
+@pytest.mark.parametrize("mount", ["", "unified/"])
+def test_pressure_in_a_container_is_the_mounts(files: Files, own: str, mount: str) -> None:
+    unified(files, own, {}, mount=mount)
+    files.write(pressure_memory=psi(50), pressure_cpu=psi(60))
+    files.cgroup(f"{mount}memory.pressure", psi(3))
+    files.cgroup(f"{mount}cpu.pressure", psi(4))
+    assert files.pressure() == Pressure(3, 4)
+
+
+def test_each_pressure_is_read_where_it_is(files: Files) -> None:
+    unified(files, V2, {})
+    assert files.pressure() is None
+    files.write(pressure_cpu=psi(6))
+    assert files.pressure() == Pressure(None, 6)
+    files.cgroup("system.slice/loadledger.service/memory.pressure", psi(7))
+    assert files.pressure() == Pressure(7, 6)
+    files.write(pressure_cpu="")
+    assert files.pressure() == Pressure(7, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (psi(0), 0), (psi(100), 100), (psi(12.34), 12.34), ("some avg10=7 avg60=1\n", 7),
+        ("full avg10=5.00\nsome avg10=6.00\n", 6), ("", None), ("full avg10=5.00 avg60=0.00\n", None),
+        ("some avg60=5.00\n", None), ("some avg10=\n", None), ("some avg10=nan\n", None),
+        ("some avg10=1000.00\n", None), ("some avg10=-1.00\n", None), ("awesome avg10=5.00\n", None),
+    ],
+)  # fmt: skip
+def test_pressure_is_the_ten_second_average(text: str, expected: float | None) -> None:
+    assert parse_some_percent(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (None, False),
+        (Pressure(None, None), False),
+        (Pressure(0, 0), False),
+        (Pressure(MEMORY_PRESSURE_PERCENT - 0.01, CPU_PRESSURE_PERCENT - 0.01), False),
+        (Pressure(MEMORY_PRESSURE_PERCENT, 0), True),
+        (Pressure(0, CPU_PRESSURE_PERCENT), True),
+        (Pressure(MEMORY_PRESSURE_PERCENT, None), True),
+        (Pressure(None, CPU_PRESSURE_PERCENT), True),
+    ],
+)
+def test_either_pressure_counts(found: Pressure | None, *, expected: bool) -> None:
+    assert is_under_pressure(found) is expected
+
+
+# Memory of processes
 
 ROLLUP = """\
 55cf01eef000-7ffd3aff2000 ---p 00000000 00:00 0                          [rollup]
@@ -37,15 +376,12 @@ child.communicate(b"\\n")
 """
 
 
-def test_private_pages_are_summed_but_for_those_that_their_file_has() -> None:
+def test_private_pages_are_summed() -> None:
     assert parse_private(ROLLUP) == 2024 * 1024
-
-
-def test_field_that_is_not_there_is_nothing() -> None:
     assert parse_field(ROLLUP, "VmData") == 0
 
 
-def test_own_memory_grows_by_what_is_touched() -> None:
+def test_touched_memory_is_private() -> None:
     size = 32 * 2**20
     private, data = private_bytes(), data_bytes()
     with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
@@ -54,7 +390,7 @@ def test_own_memory_grows_by_what_is_touched() -> None:
         assert data_bytes() - data > 0.9 * size
 
 
-def test_own_memory_does_not_grow_by_what_is_mapped_and_only_read(tmp_path: Path) -> None:
+def test_mapped_read_only_memory_is_not_private(tmp_path: Path) -> None:
     size = 32 * 2**20
     with (tmp_path / "file").open("wb") as written:
         written.write(os.urandom(size))
@@ -65,7 +401,7 @@ def test_own_memory_does_not_grow_by_what_is_mapped_and_only_read(tmp_path: Path
         assert private_bytes() - private < 0.1 * size
 
 
-def test_descendants_are_found_beneath_their_parents() -> None:
+def test_descendants_are_found() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", NEST], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
@@ -79,7 +415,7 @@ def test_descendants_are_found_beneath_their_parents() -> None:
         child.communicate(b"\n")
 
 
-def test_process_that_is_gone_is_an_error() -> None:
+def test_exited_process_has_no_memory() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         child.wait()
     with pytest.raises(ProcessLookupError):

@@ -3,11 +3,11 @@
 import asyncio
 import math
 import os
-import shutil
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -49,42 +49,44 @@ def need(
 
 # The figure
 
-
-def test_files_that_were_never_loaded_are_estimated_by_their_sizes() -> None:
-    assert need() == ESTIMATE
-
-
-def test_files_that_were_loaded_need_what_they_took_then() -> None:
-    assert need(footprint(MODEL, WEIGHTS)) == PEAK
-
-
-def test_the_order_in_which_files_are_named_does_not_matter() -> None:
-    assert need(footprint(WEIGHTS, MODEL)) == PEAK
+KNOWN = footprint(MODEL, WEIGHTS)
+TOUCHED, LARGER = FileStat("model.onnx", 1000, 7), FileStat("model.onnx", 1001, 1)
+RENAMED, MORE = FileStat("model2.onnx", 1000, 1), FileStat("more.bin", 0, 3)
 
 
 @pytest.mark.parametrize(
-    "files",
+    ("footprints", "given", "expected"),
     [
-        (FileStat("model.onnx", 1000, 7), WEIGHTS),
-        (FileStat("model.onnx", 1001, 1), WEIGHTS),
-        (FileStat("model2.onnx", 1000, 1), WEIGHTS),
-        (MODEL,),
-        (MODEL, WEIGHTS, FileStat("more.bin", 0, 3)),
+        ([], {}, ESTIMATE),
+        ([KNOWN], {}, PEAK),
+        ([footprint(WEIGHTS, MODEL)], {}, PEAK),
+        # Files that have changed since are estimated again.
+        ([KNOWN], {"files": (TOUCHED, WEIGHTS)}, ESTIMATE),
+        ([KNOWN], {"files": (LARGER, WEIGHTS)}, ESTIMATE + 3),
+        ([KNOWN], {"files": (RENAMED, WEIGHTS)}, WORKER_BYTES + 1000 + 5000),
+        ([KNOWN], {"files": (MODEL,)}, WORKER_BYTES + 2500),
+        ([KNOWN], {"files": (MODEL, WEIGHTS, MORE)}, ESTIMATE),
+        # What another version took says nothing, even of the same files.
+        ([footprint(MODEL, WEIGHTS, version=2, peak=5)], {}, ESTIMATE),
+        ([footprint(MODEL, WEIGHTS, version=2, peak=5), KNOWN], {}, PEAK),
+        # A memory limit bounds the model beside its worker.
+        ([KNOWN], {"limit": 2000}, WORKER_BYTES + 2000),
+        ([], {"limit": 2000}, WORKER_BYTES + 2000),
+        ([KNOWN], {"limit": 10**12}, PEAK),
+        ([], {"limit": 10**12}, ESTIMATE),
+        # Each instance needs as much.
+        ([], {"instances": 3}, 3 * ESTIMATE),
+        ([KNOWN], {"instances": 3}, 3 * PEAK),
+        ([], {"limit": 2000, "instances": 3}, 3 * (WORKER_BYTES + 2000)),
     ],
-    ids=["touched", "larger", "renamed", "one fewer", "one more"],
 )
-def test_files_that_have_changed_since_are_estimated_again(files: tuple[FileStat, ...]) -> None:
-    weights = sum(file.bytes * (5 if file.path == MODEL.path else 2) for file in files)
-    assert need(footprint(MODEL, WEIGHTS), files=files) == WORKER_BYTES + (weights + 1) // 2
+def test_need_is_the_last_peak_or_an_estimate(
+    footprints: list[Footprint], given: dict[str, Any], expected: int
+) -> None:
+    assert need(*footprints, **given) == expected
 
 
-def test_what_another_version_took_says_nothing_even_of_the_same_files() -> None:
-    other = footprint(MODEL, WEIGHTS, version=2, peak=5)
-    assert need(other) == ESTIMATE
-    assert need(other, footprint(MODEL, WEIGHTS)) == PEAK
-
-
-def test_files_need_what_they_took_in_the_form_that_they_will_be_loaded_in() -> None:
+def test_need_depends_on_the_prepared_form() -> None:
     bare, prepared = footprint(MODEL), Footprint(1, footprint(MODEL).files, 20_000, "prepacked")
     for seen in ([bare, prepared], [prepared, bare]):
         found = [need_of((MODEL,), 1, LoadParameters(), seen, form).bytes for form in ("prepacked", None)]
@@ -96,18 +98,11 @@ def test_files_need_what_they_took_in_the_form_that_they_will_be_loaded_in() -> 
     assert need_bare(2, LoadParameters(), [prepared, bare]) == need_bare(1, LoadParameters(), [prepared]) == 0
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_limit_bounds_what_is_needed_beside_what_a_worker_has_anyway(*, known: bool) -> None:
-    footprints = [footprint(MODEL, WEIGHTS)] if known else []
-    assert need(*footprints, limit=2000) == WORKER_BYTES + 2000
-    assert need(*footprints, limit=10**12) == (PEAK if known else ESTIMATE)
-
-
 @pytest.mark.parametrize(
     ("footprints", "limit", "is_estimate"),
     [((), None, True), ((), 10**12, True), ((), 2000, False), ((footprint(MODEL),), None, False)],
 )
-def test_what_is_known_of_sizes_alone_is_an_estimate(
+def test_need_from_sizes_alone_is_an_estimate(
     footprints: tuple[Footprint, ...],
     limit: int | None,
     is_estimate: bool,  # noqa: FBT001 - a column of the table
@@ -116,19 +111,13 @@ def test_what_is_known_of_sizes_alone_is_an_estimate(
     assert found.is_estimate is is_estimate
 
 
-def test_each_instance_needs_as_much() -> None:
-    assert need(instances=3) == 3 * ESTIMATE
-    assert need(footprint(MODEL, WEIGHTS), instances=3) == 3 * PEAK
-    assert need(limit=2000, instances=3) == 3 * (WORKER_BYTES + 2000)
-
-
 @PLAIN
 @given(
     st.lists(st.builds(FileStat, st.text(max_size=3), st.integers(0, 2**40), st.integers(0, 9)), max_size=4),
     st.integers(2**20, 2**50) | st.none(),
     st.integers(1, 64),
 )
-def test_a_need_is_at_least_a_workers_own_and_at_most_the_limit(
+def test_need_is_between_a_worker_and_the_limit(
     files: list[FileStat], limit: int | None, instances: int
 ) -> None:
     needed = need(files=files, limit=limit, instances=instances)
@@ -162,57 +151,46 @@ class Looking:
         self.woken.clear()
 
 
-async def test_a_need_is_unknown_until_its_files_were_looked_at_and_then_somebody_is_woken(
-    tmp_path: Path,
-) -> None:
+async def test_need_is_found_in_the_background(tmp_path: Path) -> None:
     models.save(models.add(1), tmp_path, "m")
     looking = Looking(tmp_path)
     job = looking.ask()
-    assert looking.needs.known == {job.id: None}
+    assert (looking.needs.known, looking.needs.looked_at) == ({job.id: None}, {job.id})
     await looking.found()
     size = (tmp_path / "m" / "1" / "model.onnx").stat().st_size
     assert looking.needs.known == {job.id: WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)}
+    assert looking.needs.looked_at == set()
 
 
 @pytest.mark.parametrize("missing", ["m", "m/1", "m/1/model.onnx"])
-async def test_a_load_whose_files_are_gone_needs_nothing_for_it_says_itself_what_is_wrong(
-    tmp_path: Path, missing: str
-) -> None:
+async def test_need_of_missing_files_is_zero(tmp_path: Path, missing: str) -> None:
     models.save(models.add(1), tmp_path, "m")
-    gone = tmp_path / missing
-    if gone.is_dir():
-        shutil.rmtree(gone)
-    else:
-        gone.unlink()
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
     looking = Looking(tmp_path)
     job = looking.ask()
     await looking.found()
     assert looking.needs.known == {job.id: 0}
 
 
-async def test_what_is_known_of_a_job_is_forgotten_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_found", [True, False])
+async def test_need_is_forgotten_with_its_job(tmp_path: Path, *, is_found: bool) -> None:
     models.save(models.add(1), tmp_path, "m")
     looking = Looking(tmp_path)
     looking.ask("one")
     looking.ask("two", of="other")
-    await looking.found()
+    if is_found:
+        await asyncio.gather(*looking.needs.tasks)
     looking.history.fail_load("one", of="m")
     looking.history.state.forget_ended([looking.history.job("one")])
     looking.needs.forget_ended(looking.history.state)
-    assert set(looking.needs.known) == {"two"}
     await asyncio.gather(*looking.needs.tasks)
+    assert set(looking.needs.known) == {"two"}
 
 
-async def test_others_wait_for_a_look_at_files_until_it_ends(tmp_path: Path) -> None:
-    models.save(models.add(1), tmp_path, "m")
-    looking = Looking(tmp_path)
-    job = looking.ask()
-    assert looking.needs.looked_at == {job.id}
-    await looking.found()
-    assert looking.needs.looked_at == set()
-
-
-async def test_others_do_not_wait_for_a_look_that_does_not_end(tmp_path: Path) -> None:
+async def test_hanging_look_delays_others_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.needs.LOOK_S", 0.05)
     models.save(models.add(1), tmp_path, "m")
     looking, hangs = Looking(tmp_path), threading.Event()
     threads = ThreadPoolExecutor(max_workers=1)
@@ -226,26 +204,7 @@ async def test_others_do_not_wait_for_a_look_that_does_not_end(tmp_path: Path) -
     assert looking.needs.known[job.id] is not None
 
 
-async def test_a_job_that_ends_while_its_files_are_looked_at_is_not_remembered(tmp_path: Path) -> None:
-    models.save(models.add(1), tmp_path, "m")
-    looking = Looking(tmp_path)
-    looking.ask()
-    looking.history.fail_load("j", of="m")
-    looking.history.state.forget_ended([looking.history.job("j")])
-    looking.needs.forget_ended(looking.history.state)
-    await looking.found()
-    assert looking.needs.known == {}
-
-
 # From the ledger
-
-
-async def peak_of(engine: Engine, job: Job) -> int:
-    [event] = [
-        event for event in await engine.events() if event.job_id == job.id and event.type == "ModelLoaded"
-    ]
-    assert isinstance(event.data, ModelLoaded)
-    return event.data.peak_memory_bytes
 
 
 async def reserved(engine: Engine, model_id: str) -> int:
@@ -257,7 +216,7 @@ async def reserved(engine: Engine, model_id: str) -> int:
     return found
 
 
-async def test_the_second_load_of_the_same_files_reserves_what_the_first_took_after_a_restart_too(
+async def test_reservation_is_the_last_peak_after_a_restart_too(
     tmp_path: Path,
 ) -> None:
     folder = models.save(models.table(4), tmp_path / "models", "m")
@@ -278,10 +237,10 @@ async def test_the_second_load_of_the_same_files_reserves_what_the_first_took_af
         assert await reserved(engine, "m") == estimate
 
 
-async def test_two_instances_reserve_twice_what_one_took(tmp_path: Path) -> None:
+async def test_instances_reserve_the_last_peak_each(tmp_path: Path) -> None:
     models.save(models.table(4), tmp_path / "models", "m")
     async with running(tmp_path, policy=Policy(loads_at_once=2, budget_bytes=10**9)) as engine:
-        job = await engine.load("m", parameters=LoadParameters(instances=2))
-        peak = await peak_of(engine, job)
+        await engine.load("m", parameters=LoadParameters(instances=2))
+        [loaded] = await engine.facts(ModelLoaded)
         await engine.unload("m")
-        assert await reserved(engine, "m") == -(-peak // 2)
+        assert await reserved(engine, "m") == -(-loaded.peak_memory_bytes // 2)

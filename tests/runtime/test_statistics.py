@@ -1,16 +1,23 @@
-"""Statistics: what the protocol's clients read of them, from plain values."""
+"""What is counted of inferences: one load's statistics, a model's totals, and the requests that wait."""
 
+from contextlib import suppress
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
-from runtime.statistics import MAX_COUNT, MAX_SIZES, Statistics
+from events.jobs import LoadParameters
+from events.series import Names
+from runtime.leases import Leases
+from runtime.live import LiveLoad
+from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, Statistics
+from runtime.totals import Totals
 from runtime.wire import Outcome
 
 COUNT = st.integers(0, 2**63 - 1)
 COMPUTE = ("compute_input", "compute_infer", "compute_output")
+STATS = ("success", "fail", "queue", *COMPUTE, "cache_hit", "cache_miss")
 
 
 @st.composite
@@ -20,57 +27,41 @@ def outcomes(draw: st.DrawFn) -> Outcome:
     return Outcome(1, (), **times, batch_size=draw(COUNT), execution_size=draw(COUNT))
 
 
-def told(statistics: Statistics) -> dict[str, Any]:
+def protocol(statistics: Statistics) -> dict[str, Any]:
     return statistics.as_protocol("m", 3, 1000)
 
 
-def test_a_load_that_was_asked_nothing_counts_nothing() -> None:
-    none = {"count": 0, "ns": 0}
-    assert told(Statistics()) == {
+def test_statistics_of_idle_load_are_zero() -> None:
+    assert protocol(Statistics()) == {
         "name": "m",
         "version": "3",
         "last_inference": 0,
         "inference_count": 0,
         "execution_count": 0,
-        "inference_stats": {
-            "success": none,
-            "fail": none,
-            "queue": none,
-            "compute_input": none,
-            "compute_infer": none,
-            "compute_output": none,
-            "cache_hit": none,
-            "cache_miss": none,
-        },
+        "inference_stats": {name: {"count": 0, "ns": 0} for name in STATS},
         "response_stats": {},
         "batch_stats": [],
         "memory_usage": [{"type": "CPU", "id": 0, "byte_size": 1000}],
     }
 
 
-def test_two_requests_that_ran_together_are_one_execution_of_their_size() -> None:
+def test_requests_of_one_batch_are_one_execution() -> None:
     statistics = Statistics()
     statistics.success(Outcome(1, (), 10, 20, 30, 40, batch_size=2, execution_size=5), 200, 1_000)
     statistics.success(Outcome(2, (), 1, 2, 3, 4, batch_size=3, execution_size=0), 100, 2_000)
-    seen = told(statistics)
+    seen = protocol(statistics)
     assert (seen["inference_count"], seen["execution_count"], seen["last_inference"]) == (5, 1, 2_000)
     assert seen["inference_stats"]["success"] == {"count": 2, "ns": 300}
     assert seen["inference_stats"]["queue"] == {"count": 2, "ns": 11}
     assert [seen["inference_stats"][name]["ns"] for name in COMPUTE] == [22, 33, 44]
-    assert seen["batch_stats"] == [
-        {
-            "batch_size": 5,
-            "compute_input": {"count": 1, "ns": 20},
-            "compute_infer": {"count": 1, "ns": 30},
-            "compute_output": {"count": 1, "ns": 40},
-        },
-    ]
+    compute = {name: {"count": 1, "ns": ns} for name, ns in zip(COMPUTE, (20, 30, 40), strict=True)}
+    assert seen["batch_stats"] == [{"batch_size": 5, **compute}]
 
 
-def test_a_failure_counts_as_nothing_but_a_failure() -> None:
+def test_failure_counts_as_failure_only() -> None:
     statistics = Statistics()
     statistics.failure(7)
-    seen = told(statistics)
+    seen = protocol(statistics)
     assert seen["inference_stats"].pop("fail") == {"count": 1, "ns": 7}
     assert {counts["count"] for counts in seen["inference_stats"].values()} == {0}
     assert (seen["inference_count"], seen["last_inference"]) == (0, 0)
@@ -78,11 +69,11 @@ def test_a_failure_counts_as_nothing_but_a_failure() -> None:
 
 @PLAIN
 @given(st.lists(outcomes(), max_size=20))
-def test_queue_and_compute_count_what_succeeded_and_no_number_is_past_64_bits(answers: list[Outcome]) -> None:
+def test_statistics_count_successes_within_64_bits(answers: list[Outcome]) -> None:
     statistics = Statistics()
     for answer in answers:
         statistics.success(answer, answer.queue_ns, 1)
-    seen = told(statistics)
+    seen = protocol(statistics)
     stats = seen["inference_stats"]
     assert {stats[name]["count"] for name in ("success", "queue", *COMPUTE)} == {len(answers)}
     assert all(counts["ns"] <= MAX_COUNT for counts in stats.values())
@@ -90,10 +81,80 @@ def test_queue_and_compute_count_what_succeeded_and_no_number_is_past_64_bits(an
     assert sum(entry["compute_infer"]["count"] for entry in seen["batch_stats"]) == seen["execution_count"]
 
 
-def test_a_worker_that_makes_sizes_up_does_not_fill_the_memory() -> None:
+def test_invented_batch_sizes_are_bounded() -> None:
     statistics = Statistics()
     for size in range(1, MAX_SIZES + 100):
         statistics.success(Outcome(1, (), execution_size=size), 1, 1)
-    seen = told(statistics)
-    assert len(seen["batch_stats"]) == MAX_SIZES
-    assert seen["execution_count"] == MAX_SIZES + 99
+    seen = protocol(statistics)
+    assert (len(seen["batch_stats"]), seen["execution_count"]) == (MAX_SIZES, MAX_SIZES + 99)
+
+
+def test_durations_fall_into_the_first_bucket_that_holds_them() -> None:
+    statistics = Statistics()
+    for seconds in (*TOOK_S, 10**6):
+        statistics.success(Outcome(1), round(seconds * 1e9), 1)
+    assert statistics.took == [1] * (len(TOOK_S) + 1)
+
+
+# Totals of a model over its loads.
+
+
+def load(model_id: str) -> LiveLoad:
+    return LiveLoad("job", model_id, 1, LoadParameters(), "w", lambda: None)
+
+
+def figures(counts: Statistics) -> tuple[int, ...]:
+    return (counts.requests, counts.failures, counts.total_ns, counts.failed_ns, *counts.took)
+
+
+@PLAIN
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["ask", "fail", "end", "look"]), st.integers(0, 3), st.integers(0, 10**10))
+    )
+)
+def test_totals_never_lose_or_repeat_an_inference(steps: list[tuple[str, int, int]]) -> None:
+    totals, live = Totals(Names()), [load("a"), load("a"), load("b"), load("b")]
+    there, expected, before = set(range(4)), {"a": Statistics(), "b": Statistics()}, dict[str, Statistics]()
+    for step, number, took_ns in steps:
+        each = live[number]
+        for counts in (each.statistics, expected[each.model_id]):
+            if step == "ask":  # also of a load that is over: an answer may come to be counted last
+                counts.success(Outcome(1, (), 1, 2, 3, 4), took_ns, 5)
+            elif step == "fail":
+                counts.failure(took_ns)
+        if step == "end":
+            totals.end(each)
+            there.discard(number)
+        seen = totals.with_live(live[number] for number in there)
+        for name, counts in seen.items():
+            assert figures(counts) == figures(expected[name])
+            assert all(map(int.__le__, figures(before.get(name, Statistics())), figures(counts)))
+        before = seen
+
+
+def test_totals_sum_up_models_beyond_the_limit() -> None:
+    totals = Totals(Names(1))
+    live = [load(name) for name in ("a", "b", "c")]
+    for each in live:
+        each.statistics.failure(1)
+    expected = {"a": 1, "_others": 2}
+    assert {name: counts.failures for name, counts in totals.with_live(live).items()} == expected
+    for each in live:
+        totals.end(each)
+    assert {name: counts.failures for name, counts in totals.with_live([]).items()} == expected
+
+
+# Requests that wait for a model.
+
+
+def test_model_is_held_until_its_last_request_ends() -> None:
+    leases, ended = Leases(), list[str]()
+    leases.on_end = lambda: ended.append("end")
+    with leases.hold("m"):
+        with suppress(KeyboardInterrupt), leases.hold("m"), leases.hold("n"):
+            assert set(leases.models) == {"m", "n"}
+            raise KeyboardInterrupt
+        assert (leases.held("m"), leases.held("n"), ended) == (True, False, ["end"])
+    assert ended == ["end", "end"]
+    assert not leases.models
