@@ -1,4 +1,4 @@
-"""`/metrics`: what is counted and measured, in which forms, for whom, and that it never goes back."""
+"""`/metrics`: what is counted and measured, in which formats, for whom; counters never decrease."""
 
 import asyncio
 import os
@@ -26,43 +26,43 @@ from server.metrics.requests import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
 from server.metrics.scrape import SCRAPES, negotiate
 
 Start = Callable[..., Awaitable[LocalApi]]
-Series = Mapping[str, float]
+Samples = Mapping[str, float]
 
 ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
 TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
 INFER = "/v2/models/{id}/infer"
 
 
-def told(name: str, **labels: str) -> str:
-    """Return a series' name as these tests write it, without `loadledger_`."""
+def series(name: str, **labels: str) -> str:
+    """Return a series' name with its labels, without `loadledger_`."""
     inner = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
     return name.removeprefix("loadledger_") + (f"{{{inner}}}" if inner else "")
 
 
 def http(path: str, status: str, method: str = "GET") -> str:
-    return told("http_requests_total", method=method, route=path, status=status)
+    return series("http_requests_total", method=method, route=path, status=status)
 
 
-def series_of(text: str) -> dict[str, float]:
+def samples_of(text: str) -> dict[str, float]:
     samples = [sample for family in read_plain(text) for sample in family.samples]
-    seen = {told(sample.name, **sample.labels): sample.value for sample in samples}
+    seen = {series(sample.name, **sample.labels): sample.value for sample in samples}
     assert len(seen) == len(samples)
     return seen
 
 
-async def metrics(api: LocalApi, **options: Any) -> Series:
+async def metrics(api: LocalApi, **options: Any) -> Samples:
     """Scrape, past what a scrape before may have left."""
     api.app[SCRAPES]._kept_until_s.clear()
     answer = await api.get("/metrics", **options)
     assert answer.status == 200, answer.body
-    return series_of(answer.body.decode())
+    return samples_of(answer.body.decode())
 
 
-async def metrics_when(api: LocalApi, holds: Callable[[Series], bool]) -> Series:
+async def metrics_when(api: LocalApi, holds: Callable[[Samples], bool]) -> Samples:
     return await when(lambda: metrics(api), holds)
 
 
-async def test_what_a_server_does_is_counted_and_measured(start: Start, repository: Path) -> None:
+async def test_server_counts_and_measures_its_work(start: Start, repository: Path) -> None:
     save(models.add(), repository, "m")
     api = await start(memory_budget="1000000000", inference_queue=7)
     before = await metrics(api)
@@ -71,7 +71,7 @@ async def test_what_a_server_does_is_counted_and_measured(start: Start, reposito
     assert before["memory_budget_bytes"] == 1_000_000_000
     assert before["memory_used_bytes"] == before["memory_reserved_bytes"] == 0
     assert before["ledger_position"] == api.position
-    assert before[told("ledger_events_total", type="ServerStarted")] == 1
+    assert before[series("ledger_events_total", type="ServerStarted")] == 1
     assert {value for name, value in before.items() if name.startswith("healthy")} == {1.0}
     assert not [name for name in before if 'model="' in name]
     await api.load("m")
@@ -79,7 +79,7 @@ async def test_what_a_server_does_is_counted_and_measured(start: Start, reposito
         assert (await api.infer("m", ONE)).status == 200
     assert (await api.infer("m", {**ONE, "datatype": "INT64"})).status == 400
     seen = await metrics(api)
-    of_m = {name: seen[told(name, model="m")] for name in FAMILIES_OF_A_MODEL}
+    of_m = {name: seen[series(name, model="m")] for name in FAMILIES_OF_A_MODEL}
     assert of_m == {
         "inference_duration_seconds_count": 3,
         "inference_failures_total": 1,
@@ -89,24 +89,24 @@ async def test_what_a_server_does_is_counted_and_measured(start: Start, reposito
         "model_serving": 1,
         "model_workers": 1,
     }
-    assert seen[told("inference_duration_seconds_bucket", model="m", le="+Inf")] == 3
-    assert seen[told("inference_stage_seconds_total", model="m", stage="infer")] > 0
-    assert seen[told("model_info", model="m", version="1", form="none")] == 1
-    assert seen[told("model_memory_bytes", model="m")] == seen["memory_used_bytes"] > 0
-    assert seen[told("models", state="loaded")] == 1
-    assert seen[told("loads_total", cause="request", outcome="completed")] == 1
-    assert seen[told("loads_by_form_total", form="none")] == 1
-    assert seen[told("load_duration_seconds_count", outcome="completed")] == 1
-    assert seen[told("load_duration_seconds_count", outcome="failed")] == 0
-    assert seen[told("load_stage_seconds_total", stage="loading")] > 0
+    assert seen[series("inference_duration_seconds_bucket", model="m", le="+Inf")] == 3
+    assert seen[series("inference_stage_seconds_total", model="m", stage="infer")] > 0
+    assert seen[series("model_info", model="m", version="1", form="none")] == 1
+    assert seen[series("model_memory_bytes", model="m")] == seen["memory_used_bytes"] > 0
+    assert seen[series("models", state="loaded")] == 1
+    assert seen[series("loads_total", cause="request", outcome="completed")] == 1
+    assert seen[series("loads_by_form_total", form="none")] == 1
+    assert seen[series("load_duration_seconds_count", outcome="completed")] == 1
+    assert seen[series("load_duration_seconds_count", outcome="failed")] == 0
+    assert seen[series("load_stage_seconds_total", stage="loading")] > 0
     assert seen["ledger_append_duration_seconds_count"] > before["ledger_append_duration_seconds_count"]
     assert seen["ledger_commit_duration_seconds_sum"] > 0
     assert seen["ledger_size_bytes"] > 0
     assert seen[http(INFER, "2xx", "POST")] == 3
     assert seen[http(INFER, "4xx", "POST")] == 1
-    assert seen[told("http_errors_total", code="invalid_input")] == 1
+    assert seen[series("http_errors_total", code="invalid_input")] == 1
     assert seen[http("/metrics", "2xx")] == 1
-    assert seen[told("http_request_duration_seconds_count", method="GET", route="/metrics")] == 1
+    assert seen[series("http_request_duration_seconds_count", method="GET", route="/metrics")] == 1
     assert seen["process_resident_memory_bytes"] > 0
     assert 0 <= seen["least_recently_used_age_seconds"] < 3600
 
@@ -122,26 +122,24 @@ FAMILIES_OF_A_MODEL = (
 )
 
 
-async def test_a_counter_is_there_before_what_it_counts_happens(api: LocalApi, repository: Path) -> None:
+async def test_counters_start_at_zero(api: LocalApi, repository: Path) -> None:
     save(models.add(), repository, "m")
     await api.load("m")
     seen = await metrics(api)
     for code in ERRORS:
-        assert seen[told("http_errors_total", code=code)] == 0
+        assert seen[series("http_errors_total", code=code)] == 0
     for name in ("worker_exits_total", "worker_restarts_total", "inference_failures_total"):
-        assert seen[told(name, model="m")] == 0
+        assert seen[series(name, model="m")] == 0
     for cause in Cause:
-        assert seen[told("loads_total", cause=cause.value, outcome="failed")] == 0
-    assert seen[told("ledger_events_total", type="WorkerExited")] == 0
+        assert seen[series("loads_total", cause=cause.value, outcome="failed")] == 0
+    assert seen[series("ledger_events_total", type="WorkerExited")] == 0
 
 
-async def test_no_count_goes_back_when_a_model_is_unloaded_swapped_or_dies(
-    api: LocalApi, repository: Path
-) -> None:
+async def test_counters_survive_unload_swap_and_death(api: LocalApi, repository: Path) -> None:
     for version in (1, 2):
         save(models.add(), repository, "m", version)
 
-    async def ask_and_look(earlier: Series) -> Series:
+    async def ask_and_look(earlier: Samples) -> Samples:
         assert (await api.infer("m", ONE)).status == 200
         seen = await metrics(api)
         counts = {
@@ -155,22 +153,22 @@ async def test_no_count_goes_back_when_a_model_is_unloaded_swapped_or_dies(
     await api.load("m", version=2)  # swapped
     seen = await ask_and_look(seen)
     await api.unload("m")
-    assert (await metrics(api))[told("inferences_total", model="m")] == 2
+    assert (await metrics(api))[series("inferences_total", model="m")] == 2
     await api.load("m")
     seen = await ask_and_look(seen)
-    assert seen[told("unloads_total", cause="swap", outcome="completed")] == 1
-    assert seen[told("unloads_total", cause="request", outcome="completed")] == 1
-    assert seen[told("unload_duration_seconds_count", outcome="completed")] == 2
-    assert seen[told("evictions_total", cause="eviction")] == 0
+    assert seen[series("unloads_total", cause="swap", outcome="completed")] == 1
+    assert seen[series("unloads_total", cause="request", outcome="completed")] == 1
+    assert seen[series("unload_duration_seconds_count", outcome="completed")] == 2
+    assert seen[series("evictions_total", cause="eviction")] == 0
     os.kill(api.worker("m").pid, signal.SIGKILL)
-    await metrics_when(api, lambda seen: seen.get(told("worker_restarts_total", model="m")) == 1)
+    await metrics_when(api, lambda seen: seen.get(series("worker_restarts_total", model="m")) == 1)
     seen = await ask_and_look(seen)
-    assert seen[told("worker_exits_total", model="m")] == 1
-    assert seen[told("inferences_total", model="m")] == 4
-    assert seen[told("loads_total", cause="recovery", outcome="completed")] == 1
+    assert seen[series("worker_exits_total", model="m")] == 1
+    assert seen[series("inferences_total", model="m")] == 4
+    assert seen[series("loads_total", cause="recovery", outcome="completed")] == 1
 
 
-async def test_what_waits_runs_or_is_evicted_is_seen(start: Start, repository: Path) -> None:
+async def test_running_waiting_and_evicted_work_is_measured(start: Start, repository: Path) -> None:
     save(models.counting_loop(), repository, "busy")
     for name in ("a", "b"):
         save(models.add(), repository, name)
@@ -182,35 +180,33 @@ async def test_what_waits_runs_or_is_evicted_is_seen(start: Start, repository: P
     await api.load("a")
     await api.load("b")
     seen = await metrics(api)
-    assert seen[told("inference_in_flight", model="busy")] == 1
-    assert seen[told("evictions_total", cause="eviction")] == 1
-    assert told("model_workers", model="a") not in seen
-    assert seen[told("inferences_total", model="a")] == 0
+    assert seen[series("inference_in_flight", model="busy")] == 1
+    assert seen[series("evictions_total", cause="eviction")] == 1
+    assert series("model_workers", model="a") not in seen
+    assert seen[series("inferences_total", model="a")] == 0
     unload = (await api.post("/api/v1/models/busy/unload")).json
     await api.job_when(unload["id"], stage="draining")
     seen = await metrics(api)
-    assert seen[told("jobs", kind="unload", status="in_progress")] == 1
-    assert seen[told("jobs", kind="load", status="pending")] == 0
+    assert seen[series("jobs", kind="unload", status="in_progress")] == 1
+    assert seen[series("jobs", kind="load", status="pending")] == 0
     assert seen["oldest_job_age_seconds"] > 0
-    assert told("model_serving", model="busy") not in seen
+    assert series("model_serving", model="busy") not in seen
     await api.unload("busy", force=True)
     assert (await running).status == 503
 
 
-async def test_a_model_that_cannot_be_loaded_is_one_that_does_not_serve(
-    api: LocalApi, repository: Path
-) -> None:
+async def test_failed_load_is_counted(api: LocalApi, repository: Path) -> None:
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
     await api.failed_load("broken")
     seen = await metrics(api)
-    assert seen[told("model_serving", model="broken")] == 0
-    assert seen[told("models", state="failed")] == 1
-    assert seen[told("load_failures_total", code="invalid_model")] == 1
-    assert seen[told("loads_total", cause="request", outcome="failed")] == 1
+    assert seen[series("model_serving", model="broken")] == 0
+    assert seen[series("models", state="failed")] == 1
+    assert seen[series("load_failures_total", code="invalid_model")] == 1
+    assert seen[series("loads_total", cause="request", outcome="failed")] == 1
 
 
-async def test_streams_and_how_far_the_slowest_is_behind_are_seen(api: LocalApi) -> None:
+async def test_streams_and_their_lag_are_measured(api: LocalApi) -> None:
     headers = {"Authorization": f"Bearer {api.token('audit')}"}
     async with api.session.get(f"{api.url}/api/v1/events/stream?after=0", headers=headers) as stream:
         await stream.content.readuntil(b"event: live")
@@ -222,7 +218,7 @@ async def test_streams_and_how_far_the_slowest_is_behind_are_seen(api: LocalApi)
     assert not [name for name in seen if "duration" in name and "/stream" in name]
 
 
-async def test_what_clients_make_up_makes_no_series(api: LocalApi, repository: Path) -> None:
+async def test_invented_names_make_no_series(api: LocalApi, repository: Path) -> None:
     save(models.add(), repository, "m")
     await api.load("m")
     for number in range(3):
@@ -245,7 +241,7 @@ async def test_what_clients_make_up_makes_no_series(api: LocalApi, repository: P
     assert {sample.labels["method"] for sample in requests} <= METHODS | {OTHER_METHOD}
 
 
-async def test_beyond_a_number_of_models_they_are_counted_together(api: LocalApi, repository: Path) -> None:
+async def test_models_beyond_the_limit_are_counted_together(api: LocalApi, repository: Path) -> None:
     names = ("a", "b", "c")
     for name in names:
         save(models.add(), repository, name)
@@ -255,18 +251,18 @@ async def test_beyond_a_number_of_models_they_are_counted_together(api: LocalApi
         await api.load(name)
         assert (await api.infer(name, ONE)).status == 200
     seen = await metrics(api)
-    assert seen[told("inferences_total", model="a")] == 1
-    assert seen[told("inferences_total", model=OTHERS)] == 2
-    assert seen[told("model_workers", model=OTHERS)] == 2
+    assert seen[series("inferences_total", model="a")] == 1
+    assert seen[series("inferences_total", model=OTHERS)] == 2
+    assert seen[series("model_workers", model=OTHERS)] == 2
     serving = {name: value for name, value in seen.items() if name.startswith("model_serving")}
-    assert serving == {told("model_serving", model=name): 1 for name in ("a", OTHERS)}
+    assert serving == {series("model_serving", model=name): 1 for name in ("a", OTHERS)}
     await api.unload("b")
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
     await api.failed_load("broken")
     seen = await metrics(api)
-    assert seen[told("inferences_total", model=OTHERS)] == 2
-    assert seen[told("model_serving", model=OTHERS)] == 0
+    assert seen[series("inferences_total", model=OTHERS)] == 2
+    assert seen[series("model_serving", model=OTHERS)] == 0
 
 
 OPENMETRICS = "application/openmetrics-text"
@@ -287,48 +283,32 @@ OPENMETRICS = "application/openmetrics-text"
         (";=,;;version", "text/plain"),
     ],
 )
-def test_the_scraper_says_which_format_it_reads(accept: str, media_type: str) -> None:
+def test_format_is_negotiated(accept: str, media_type: str) -> None:
     assert negotiate(accept) == media_type
 
 
-async def test_openmetrics_are_answered_where_asked_for(api: LocalApi) -> None:
-    answer = await api.get("/metrics", headers={"Accept": OPENMETRICS})
-    assert answer.headers["Content-Type"] == f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
-    families = list(read_openmetrics(answer.body.decode()))  # type: ignore[no-untyped-call]
-    assert {family.unit for family in families} >= {"seconds", "bytes", "ratio"}
-    answer = await api.get("/metrics")
-    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-
-
-async def test_who_may_scrape_is_a_setting(start: Start) -> None:
+async def test_scrape_formats_and_sharing(start: Start) -> None:
     api = await start(metrics="open", limit_reads="1/hour")
     for _ in range(3):
         answer = await api.get("/metrics", roles=())
         assert (answer.status, "RateLimit" in answer.headers) == (200, False)
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert (await api.get("/api/v1/resources", roles=())).refusal == (401, "no_credentials")
-
-
-async def test_a_compressed_answer_is_what_a_scraper_may_ask_for(api: LocalApi) -> None:
-    answer = await api.get("/metrics", headers={"Accept-Encoding": "gzip"})
-    assert answer.headers["Content-Encoding"] == "gzip"  # which the client has undone
-    assert series_of(answer.body.decode())["ledger_position"] == 1
-
-
-async def test_many_scrapes_at_once_are_one(api: LocalApi) -> None:
+    answer = await api.get("/metrics", headers={"Accept": OPENMETRICS, "Accept-Encoding": "gzip"})
+    assert answer.headers["Content-Type"] == f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
+    assert answer.headers["Content-Encoding"] == "gzip"  # the test's client has unpacked it
+    families = list(read_openmetrics(answer.body.decode()))  # type: ignore[no-untyped-call]
+    assert {family.unit for family in families} >= {"seconds", "bytes", "ratio"}
     answers = await asyncio.gather(*(api.get("/metrics") for _ in range(20)))
     assert len({answer.body for answer in answers}) == 1
-
-
-async def test_scraper_that_goes_away_leaves_the_answer_to_the_next(api: LocalApi) -> None:
-    scrapes = api.app[SCRAPES]
-    going = asyncio.create_task(scrapes.body(api.app, "text/plain"))
+    leaving = asyncio.create_task(api.app[SCRAPES].body(api.app, "text/plain"))
     await asyncio.sleep(0)
-    going.cancel()
-    await asyncio.wait([going])
+    leaving.cancel()
+    await asyncio.wait([leaving])
     assert (await metrics(api))["ledger_position"] == 1
 
 
-async def test_the_page_lists_every_family_as_it_is(start: Start, repository: Path) -> None:
+async def test_page_lists_every_family(start: Start, repository: Path) -> None:
     save(models.add(), repository, "m")
     api = await start(prepare="on")
     await api.load("m")
