@@ -9,7 +9,7 @@
 | llama.cpp #22284, pytorch/serve #2030 | here |
 | llama-swap #25 | test_eviction.py (idle timeout) |
 | llama-swap #92, pytorch/serve #2428, triton #6536 | test_scheduler.py (reloads) |
-| ollama #7779, #14364, #17428 | test_scheduler.py (force), tests/server/api/test_unloads.py |
+| ollama #7779, #14364, #17428 | test_scheduler.py (force), ../test_consumer.py |
 | tensorflow/serving #2017 | test_swaps.py (strategies), tests/server/api/test_loads.py |
 | llama-swap #946 | tests/server/api/test_unloads.py |
 | triton #6711, #6536, #356 | tests/server/api/test_loads.py |

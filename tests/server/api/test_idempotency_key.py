@@ -174,7 +174,8 @@ async def test_refused_or_idle_request_does_not_use_key(api: LocalApi) -> None:
 async def test_ledger_keeps_key_hash_across_restart(api: LocalApi, start: Start) -> None:
     load = (await send(api, "models/m/load", '"secret one"')).json
     unload = (await send(api, "models/m/unload", '"secret two"')).json
-    requested = [*await api.data_of(LoadRequested), *await api.data_of(UnloadRequested)]
+    requested: list[LoadRequested | UnloadRequested] = await api.data_of(LoadRequested)
+    requested += await api.data_of(UnloadRequested)
     keys = [each.idempotency for each in requested if each.idempotency is not None]
     assert len({text for key in keys for text in (key.key_hash, key.fingerprint)}) == 4
     assert "secret" not in repr(await api.events())

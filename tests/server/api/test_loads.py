@@ -143,18 +143,6 @@ async def test_simultaneous_loads_join_one_job(api: LocalApi, repository: Path) 
     assert job["parameters"]["timeout_s"] == requested.timeout_s
 
 
-async def test_load_and_unload_end_in_order_of_acceptance(api: LocalApi, repository: Path) -> None:
-    save(models.identity(), repository, "m")
-    await api.load("m")
-    unload, load = await asyncio.gather(
-        api.post("/api/v1/models/m/unload"), api.post("/api/v1/models/m/load", wait=60)
-    )
-    for answer in (unload, load):
-        assert (await api.ended(answer.json["id"]))["status"] == "completed"
-    state = "loaded" if unload.json["position"] < load.json["position"] else "unloaded"
-    assert (await api.model("m"))["state"] == state
-
-
 async def test_load_continues_when_client_disconnects(api: LocalApi, repository: Path) -> None:
     """Triton #6536."""
     save(models.add(1), repository, "m")
@@ -188,33 +176,6 @@ async def test_load_that_changes_settings_reuses_workers(api: LocalApi, reposito
     for same in ({}, {"pinned": True}, {"priority": "high"}):
         assert (await api.load("m", **same))["id"] == pinned["id"]
     assert (await api.load("m", pinned=False, keep_alive_s=60))["id"] != pinned["id"]
-
-
-async def test_load_with_other_instances_replaces_workers(api: LocalApi, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    first = await api.load("m")
-    pid = api.worker("m").pid
-    second = await api.load("m", pinned=True, instances=2)
-    assert second["id"] != first["id"]
-    assert (await api.model("m"))["instances"] == 2
-    assert api.worker("m").pid != pid
-
-
-async def test_requests_do_not_notice_changed_settings(api: LocalApi, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    await api.load("m")
-    done, statuses = asyncio.Event(), list[int]()
-
-    async def infer_until_done() -> None:
-        while not done.is_set():
-            statuses.append((await api.infer("m", ONE)).status)
-
-    clients = [asyncio.create_task(infer_until_done()) for _ in range(4)]
-    for turn in range(10):
-        await api.load("m", pinned=turn % 2 == 0)
-    done.set()
-    await asyncio.gather(*clients)
-    assert set(statuses) == {200}
 
 
 async def test_changed_settings_apply_once_the_log_can_be_written(
@@ -292,14 +253,6 @@ async def test_strategy_decides_when_old_version_is_unloaded(
     [swap] = [job for job in await api.jobs() if job["kind"] == "unload"]
     events = {event.id: event for event in await api.events("m")}
     assert events[str(getattr(events[swap["id"]].data, "cause_event_id", None))].type == cause
-
-
-async def test_load_of_changed_files_replaces_them(api: LocalApi, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    first = await api.load("m")
-    save(models.add(2), repository, "m")
-    assert (await api.load("m"))["id"] != first["id"]
-    assert await result_of(api, "m") == 3
 
 
 async def test_lost_instance_is_shown_until_it_is_replaced(api: LocalApi, repository: Path) -> None:
