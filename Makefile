@@ -38,7 +38,7 @@ soak: install
 	SOAK=all $(BIN)/pytest tests/events
 
 SOAKS := runtime/scheduling/test_simulation runtime/prepared/test_prepared_store \
-	$(addprefix system/test_,bench many_models swaps_under_load cycles killed_servers restore tails prepared)
+	$(addprefix system/test_,bench many_models cycles killed_servers restore tails prepared)
 
 lint: $(BIN)/.tools
 	$(BIN)/ruff check .

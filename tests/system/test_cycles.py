@@ -1,4 +1,4 @@
-"""Load and unload again and again: nothing is left over of it. `make soak` does so 1,000 times."""
+"""Loads, unloads and failed loads leave nothing behind. `make soak` repeats them 1,000 times."""
 
 import asyncio
 from collections import Counter
@@ -16,17 +16,17 @@ from support.workers import descriptors, threads
 from bench.memory import tree_bytes
 from server.config import Config
 
-CYCLES = of_both(short=10, long=1000)
-WARM_UP = of_both(short=5, long=100)
-"""Before anything is counted: pools of connections, threads and buffers fill."""
+CYCLES = of_both(short=5, long=1000)
+WARM_UP = of_both(short=3, long=100)
+"""Cycles before the first measurement, in which pools of connections, threads and buffers fill."""
 MEMORY_GOAL = 1.02
 """DESIGN.md, "Numbers to reach"."""
 FLOATS: Json = {"name": "x", "shape": [1, 790], "datatype": "FP32", "data": [0.5] * 790}
 
 
 @dataclass(frozen=True)
-class Left:
-    """What a server has of what could be left over."""
+class Resources:
+    """What a server has open."""
 
     descriptors: Counter[str]
     threads: int
@@ -36,9 +36,9 @@ class Left:
     files: frozenset[Path]
 
 
-def left(server: Server, config: Config) -> Left:
+def resources(server: Server, config: Config) -> Resources:
     fork_server = server.children()[0]
-    return Left(
+    return Resources(
         Counter(descriptors(server.pid)),
         threads(server.pid),
         Counter(descriptors(fork_server)),
@@ -49,19 +49,21 @@ def left(server: Server, config: Config) -> Left:
 
 
 def temporary_folder(config: Config) -> Path:
-    """The server's own: others are busy in the usual one."""
+    """Return a folder of this server alone: other tests use /tmp."""
     return config.data.with_name("temporary")
 
 
 async def fill_pools(server: Server) -> None:
-    """Have the server start all the threads that it ever will, by asking much at once; connections close."""
+    """Have the server start all its threads, by many requests at once."""
     async with aiohttp.ClientSession() as session:
         api = Api(session, server.url, server.api.config)
         await asyncio.gather(*(api.get("/api/v1/models") for _ in range(64)))
 
 
-async def the_same_twice(cycle: Callable[[], Awaitable[None]], look: Callable[[], Left]) -> Left:
-    """Go on until a cycle changes nothing: what is on its way out for a moment more is no measure."""
+async def measure_when_stable(
+    cycle: Callable[[], Awaitable[None]], look: Callable[[], Resources]
+) -> Resources:
+    """Repeat the cycle until it changes nothing, and return what was measured then."""
     before = look()
     async with asyncio.timeout(LIMIT_S):
         while True:
@@ -71,10 +73,10 @@ async def the_same_twice(cycle: Callable[[], Awaitable[None]], look: Callable[[]
             before = now
 
 
-async def test_nothing_is_left_over_of_loads_and_unloads(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    models.save(models.weights(20), repository, "m")
-    config = Config(repository=repository, data=tmp_path / "data")
+async def test_loads_and_unloads_leave_nothing_behind(config: Config) -> None:
+    models.save(models.weights(20), config.repository, "m")
+    models.save_bytes(models.TEXT, config.repository, "invalid")
+    models.save(models.crash_on_load(), config.repository, "crash")
     temporary_folder(config).mkdir()
     environment = {"TMPDIR": str(temporary_folder(config))}
     async with serving(
@@ -82,6 +84,8 @@ async def test_nothing_is_left_over_of_loads_and_unloads(tmp_path: Path) -> None
     ) as server:
 
         async def cycle() -> None:
+            for model_id in ("invalid", "crash"):
+                await server.api.failed_load(model_id)
             await server.api.load("m")
             assert (await server.api.infer("m", FLOATS)).status == 200
             await server.api.unload("m")
@@ -89,13 +93,13 @@ async def test_nothing_is_left_over_of_loads_and_unloads(tmp_path: Path) -> None
         await fill_pools(server)
         for _ in range(WARM_UP + 1):
             await cycle()
-        before = await the_same_twice(cycle, lambda: left(server, config))
+        before = await measure_when_stable(cycle, lambda: resources(server, config))
         before_bytes = tree_bytes(server.pid)
         for _ in range(CYCLES):
             await cycle()
 
-        async def look() -> Left:
-            return left(server, config)
+        async def look() -> Resources:
+            return resources(server, config)
 
         tell(f"before: {before}")
         await when(look, lambda after: after == before)

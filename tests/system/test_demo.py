@@ -1,4 +1,4 @@
-"""What `loadledger demo` says when it is not so, and the figure of memory that it checks."""
+"""`loadledger demo`: its failures, and the memory figure that it checks."""
 
 import asyncio
 import os
@@ -15,7 +15,6 @@ from support.workers import freeze, until
 
 from bench.memory import tree_bytes
 from loadledger.cli import demo
-from loadledger.problems import NotFound, ServerUnreachable
 from runtime.memory import descendants
 
 MB = 2**20
@@ -23,22 +22,13 @@ MB = 2**20
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository without any model."""
     (tmp_path / "repository").mkdir()
     return tmp_path / "repository"
 
 
-@pytest.fixture
-def killed(repository: Path, tmp_path: Path) -> Iterator[demo._Server]:
-    """A server that the test kills, in one way or another, which is told at the end."""
-    told = "ended with -9"
-    with pytest.raises(demo._Failed, match=told), demo._serving(repository, tmp_path / "data") as server:
-        yield server
-
-
 @contextmanager
-def somebody_else() -> Iterator[None]:
-    """A process that maps the libraries that the server and its fork server have mapped."""
+def other_process() -> Iterator[None]:
+    """A process with the libraries of the server and its fork server."""
     code = "import onnxruntime, server.app; print('ready', flush=True); input()"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -49,7 +39,7 @@ def somebody_else() -> Iterator[None]:
     process.communicate("\n", timeout=LIMIT_S)
 
 
-async def test_a_demo_whose_server_dies_says_what_is_not_so_and_ends_with_1() -> None:
+async def test_demo_whose_server_dies_exits_with_1() -> None:
     process = await asyncio.create_subprocess_exec(
         *(*MODULE, "demo"),
         env=clean_environment(),
@@ -65,33 +55,20 @@ async def test_a_demo_whose_server_dies_says_what_is_not_so_and_ends_with_1() ->
     assert b"Traceback" not in err
 
 
-def test_an_error_of_the_server_is_told_with_its_detail(repository: Path, tmp_path: Path) -> None:
-    with (
-        demo._serving(repository, tmp_path / "data") as server,
-        pytest.raises(NotFound, match=r"404: .*'digits'"),
-    ):
-        server.load(1)
-
-
-def test_a_server_that_does_not_answer_is_told(killed: demo._Server) -> None:
-    killed.process.kill()
-    killed.process.wait()
-    with pytest.raises(ServerUnreachable, match="refused"):
-        killed.unload()
-
-
-async def test_a_server_that_does_not_stop_is_told_and_killed(killed: demo._Server) -> None:
-    await freeze(killed.process.pid)
+async def test_server_that_does_not_stop_is_killed(repository: Path, tmp_path: Path) -> None:
+    context = demo._serving(repository, tmp_path / "data")
+    server = context.__enter__()
+    await freeze(server.process.pid)
     with pytest.raises(demo._Failed, match=r"stops within 0\.1 s"):
-        demo._stop(killed.process, limit_s=0.1)
+        demo._stop(server.process, limit_s=0.1)
+    with pytest.raises(demo._Failed, match="ended with -9"):
+        context.__exit__(None, None, None)
 
 
-def test_its_figure_of_memory_is_not_moved_by_others_who_map_the_same_libraries(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_memory_figure_ignores_other_processes_with_same_libraries(repository: Path, tmp_path: Path) -> None:
     with demo._serving(repository, tmp_path / "data") as server:
         alone = server.memory_bytes()
-        with somebody_else():
+        with other_process():
             assert abs(server.memory_bytes() - alone) < MB
         assert abs(server.memory_bytes() - alone) < MB
         assert alone < tree_bytes(server.process.pid)

@@ -1,7 +1,6 @@
-"""The server is killed at random moments of whatever it does. `make soak` does so 200 times.
+"""kill -9 of the server at random moments; `make soak` does so 200 times.
 
-Each life begins with a look at what the one before has left: what was accepted ends, and a key that was used
-finds its job again.
+Each start checks what the one before accepted: every job ends, and an idempotency key finds its job again.
 """
 
 import asyncio
@@ -10,7 +9,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import aiohttp
 from support.fleet import (
@@ -31,7 +29,7 @@ from support.soak import new_dice, of_both, tell
 from events.types import CancelRequested, Event, LoadFailed, LoadRequested, UnloadRequested
 from server.config import Config
 
-LIVES = of_both(short=5, long=200)
+LIVES = of_both(short=4, long=200)
 LIFE_S = 1.2
 RECOVERY_S = 0.3
 CLIENTS = 4
@@ -42,12 +40,12 @@ SETTINGS = (
 """Room for three or four of eight."""
 SUBJECT = "alice"
 FAILURES = {"insufficient_memory", "crash_loop", "timeout"}
-"""What the loads of good models may end with, where not all come back and the server dies again and again."""
+"""Codes that loads of good models may fail with while the server is killed again and again."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was sent with a key, answered or not."""
+    """A request with an idempotency key, answered or not."""
 
     key: str
     path: str
@@ -55,13 +53,13 @@ class Request:
 
     @property
     def key_hash(self) -> str:
-        """What the ledger keeps of the key."""
+        """The key as the ledger has it."""
         return hashlib.sha256(json.dumps([SUBJECT, self.key], separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass
 class Lives:
-    """What clients have been told, over all lives of the server."""
+    """What clients were answered, over all lives of the server."""
 
     fleet: Fleet
     dice: random.Random
@@ -72,7 +70,7 @@ class Lives:
     counts: Counter[str] = field(default_factory=Counter)
 
     async def client(self, server: Server, dice: random.Random) -> None:
-        """Do as one likes for as long as the server answers."""
+        """Send random requests until the server is gone."""
         try:
             await repeated(lambda: self._act(server, dice), lambda: True)
         except aiohttp.ClientError:
@@ -114,7 +112,7 @@ class Lives:
             assert answer.status == 503, answer
 
     async def check(self, server: Server, config: Config) -> None:
-        """Check what is due to those who were told something in the lives before."""
+        """Check that jobs and keys of the lives before are kept."""
         for job_id in self.unchecked:
             job = await server.api.ended(job_id)
             self.counts[f"{job['kind']} {job['status']}"] += 1
@@ -132,7 +130,7 @@ class Lives:
 
 
 def _by_key(log: list[Event]) -> dict[str, str]:
-    """Return the job of each key; no key stands in two events, however often it was sent."""
+    """Return the job of each key; no two events have the same key."""
     found: dict[str, str] = {}
     for event in log:
         data = event.data
@@ -144,29 +142,24 @@ def _by_key(log: list[Event]) -> dict[str, str]:
 
 
 async def live(lives: Lives, config: Config) -> None:
-    """Have one server live: look at what the last one left, do as clients like, and die of it."""
+    """Start a server, check what the last one left, send requests, and kill it."""
     dice = lives.dice
     async with serving(config, *SETTINGS, environment=PREPARING) as server:
         clients: list[asyncio.Task[None]] = []
-        if dice.random() < 0.75:  # else it is killed amid what it does by itself after its start
+        if dice.random() < 0.75:  # else it is killed while it recovers
             await lives.check(server, config)
             own = [random.Random(dice.random()) for _ in range(CLIENTS)]
             clients = [asyncio.create_task(lives.client(server, each)) for each in own]
-        await asyncio.sleep(
-            dice.uniform(0, LIFE_S if clients else RECOVERY_S)
-        )  # random, as the moment is to be
-        await server.kill()  # no process of it is left
+        await asyncio.sleep(dice.uniform(0, LIFE_S if clients else RECOVERY_S))  # a random moment
+        await server.kill()
         await asyncio.gather(*clients)
     lives.counts["killed"] += 1
     verified(config)
 
 
-async def test_whenever_the_server_is_killed_what_it_accepted_ends_and_keys_keep_their_jobs(
-    tmp_path: Path,
-) -> None:
-    fleet = Fleet(tmp_path / "repository", 8)
+async def test_server_killed_at_random_keeps_jobs_and_keys(config: Config) -> None:
+    fleet = Fleet(config.repository, 8)
     fleet.write()
-    config = Config(repository=fleet.root, data=tmp_path / "data")
     lives = Lives(fleet, new_dice())
     for _ in range(LIVES):
         await live(lives, config)

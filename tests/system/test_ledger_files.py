@@ -1,10 +1,10 @@
-"""The ledger's file in trouble under a running server: a code, nothing lost, and inference goes on."""
+"""A full disk, a lock, a damaged schema: loads are refused, nothing is lost, inference goes on."""
 
 import asyncio
 import resource
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,18 +21,11 @@ from server.config import Config
 ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    (tmp_path / "repository").mkdir()
-    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
-    save(models.add(1), config.repository, "m")
-    save(models.add(2), config.repository, "n")
-    return config
-
-
 @asynccontextmanager
 async def loaded(config: Config) -> AsyncIterator[Server]:
-    """A server that has a model loaded."""
+    """A server of two models, one of which is loaded."""
+    save(models.add(1), config.repository, "m")
+    save(models.add(2), config.repository, "n")
     async with serving(config) as server:
         await server.api.load("m")
         yield server
@@ -42,8 +35,7 @@ async def is_ready(server: Server) -> bool:
     return (await server.api.get("/health/ready", roles=())).status == 200
 
 
-async def refused_but_inferring(server: Server) -> None:
-    """A load is refused with a code, and inference does not notice."""
+async def check_load_refused_and_inference_works(server: Server) -> None:
     refused = await server.api.post("/api/v1/models/n/load")
     assert refused.refusal == (503, "log_unavailable")
     assert int(refused.headers["Retry-After"]) >= 1
@@ -52,71 +44,68 @@ async def refused_but_inferring(server: Server) -> None:
     assert (await server.api.get("/health/live", roles=())).status == 200
 
 
-async def recovered(server: Server, config: Config, acknowledged: list[str]) -> None:
-    """It is ready by itself, takes requests again, and all that was ever acknowledged is there."""
-    await when(lambda: is_ready(server), bool)
-    acknowledged.append((await server.api.load("n"))["id"])
-    assert await server.stop() == 0
-    verified(config)
-    told = [event.id for event in await events(config)]
-    assert [event_id for event_id in told if event_id in acknowledged] == acknowledged
-    assert len(set(told)) == len(told)
-    assert [event.model_id for event in await events(config) if event.type == "LoadRequested"] == ["m", "n"]
-
-
-async def requests_of(config: Config) -> list[str]:
-    return [event.id for event in await events(config) if event.type == "LoadRequested"]
-
-
-async def test_a_full_disk(config: Config) -> None:
-    async with loaded(config) as server:
-        acknowledged = await requests_of(config)
-        wal = config.data / f"{LEDGER}-wal"
-        before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (wal.stat().st_size, before[1]))
-        await refused_but_inferring(server)
-        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
-        await recovered(server, config, acknowledged)
-
-
 @contextmanager
 def other_process(data: Path) -> Iterator[sqlite3.Connection]:
-    """A connection of somebody else's to the ledger."""
+    """Connect to the ledger as another process does."""
     with closing(sqlite3.connect(data / LEDGER, isolation_level=None, timeout=60)) as connection:
         yield connection
 
 
-async def test_a_ledger_that_another_process_has_locked(config: Config) -> None:
-    async with loaded(config) as server:
-        acknowledged = await requests_of(config)
-        with other_process(config.data) as other:
-            other.execute("BEGIN IMMEDIATE")
-            await refused_but_inferring(server)
-            other.execute("ROLLBACK")
-        await recovered(server, config, acknowledged)
+@contextmanager
+def full_disk(server: Server, data: Path) -> Iterator[None]:
+    wal = data / f"{LEDGER}-wal"
+    before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (wal.stat().st_size, before[1]))
+    yield
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
 
 
-async def test_a_ledger_whose_schema_is_damaged(config: Config) -> None:
-    async with loaded(config) as server:
-        acknowledged = await requests_of(config)
-        with other_process(config.data) as other:
-            other.execute("PRAGMA writable_schema = ON")
-            (sql,) = other.execute("SELECT sql FROM sqlite_schema WHERE name = 'events_by_time'").fetchone()
-            _damage(other, "no SQL")
-            await refused_but_inferring(server)
-            assert not await is_ready(server)
-            _damage(other, sql)
-        await recovered(server, config, acknowledged)
+@contextmanager
+def locked(_server: Server, data: Path) -> Iterator[None]:
+    with other_process(data) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
 
 
-def _damage(connection: sqlite3.Connection, sql: str) -> None:
-    """Write this as an index's definition, and have everybody read it."""
+@contextmanager
+def damaged_schema(_server: Server, data: Path) -> Iterator[None]:
+    with other_process(data) as other:
+        other.execute("PRAGMA writable_schema = ON")
+        (sql,) = other.execute("SELECT sql FROM sqlite_schema WHERE name = 'events_by_time'").fetchone()
+        _define_index(other, "no SQL")
+        yield
+        _define_index(other, sql)
+
+
+def _define_index(connection: sqlite3.Connection, sql: str) -> None:
     connection.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'events_by_time'", (sql,))
     (version,) = connection.execute("PRAGMA schema_version").fetchone()
-    connection.execute(f"PRAGMA schema_version = {version + 1}")
+    connection.execute(f"PRAGMA schema_version = {version + 1}")  # so that every connection reads it
 
 
-async def test_the_file_of_a_running_server_copied_alone_is_refused_and_a_backup_is_not(
+@pytest.mark.parametrize("trouble", [full_disk, locked, damaged_schema])
+async def test_server_recovers_when_the_ledger_can_be_written_again(
+    config: Config, trouble: Callable[[Server, Path], AbstractContextManager[None]]
+) -> None:
+    async with loaded(config) as server:
+        acknowledged = [event.id for event in await events(config) if event.type == "LoadRequested"]
+        with trouble(server, config.data):
+            await check_load_refused_and_inference_works(server)
+            if trouble is damaged_schema:
+                assert not await is_ready(server)
+        await when(lambda: is_ready(server), bool)
+        acknowledged.append((await server.api.load("n"))["id"])
+        assert await server.stop() == 0
+    verified(config)
+    log = await events(config)
+    ids = [event.id for event in log]
+    assert [event_id for event_id in ids if event_id in acknowledged] == acknowledged
+    assert len(set(ids)) == len(ids)
+    assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n"]
+
+
+async def test_plain_copy_of_an_open_ledger_is_refused_and_backup_is_not(
     config: Config, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copied.db"
@@ -139,7 +128,7 @@ async def test_the_file_of_a_running_server_copied_alone_is_refused_and_a_backup
     assert audit(config.data / LEDGER).finding is None
 
 
-async def test_a_start_that_fails_after_a_kill_leaves_a_ledger_that_can_be_verified(config: Config) -> None:
+async def test_failed_start_after_a_kill_leaves_a_verifiable_ledger(config: Config) -> None:
     async with loaded(config) as server:
         await server.kill()
     (config.data / "ledger.key").write_text("no key")

@@ -1,4 +1,4 @@
-"""The nginx configuration of `docs/deployment.md`, with a real nginx in front of a real server."""
+"""The nginx configuration of `docs/deployment.md`, with real nginx and a real server."""
 
 import asyncio
 import os
@@ -30,11 +30,11 @@ http {{
     {page}
 }}
 """
-"""What a distribution's nginx.conf has around the page's file, for a user who is not root."""
+"""What a distribution's nginx.conf has around the page's file, without root."""
 
 
 def page_configuration(**changes: str) -> str:
-    """Return the page's configuration with these texts replaced, each of which has to be there."""
+    """Return the page's configuration with these directives changed; each has to be there."""
     found = re.search(r"```nginx\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     text = found[1]
@@ -76,55 +76,36 @@ async def is_up(api: Api) -> bool:
 
 
 async def status(api: Api) -> int:
-    """Return the status of a probe, which is nginx's own or the server's."""
+    """Return the status of a probe, nginx's own or the server's."""
     async with api.session.get(f"{api.url}/health/live") as response:
         return response.status
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    (tmp_path / "repository").mkdir()
-    return Config(repository=tmp_path / "repository", data=tmp_path / "data")
-
-
-async def test_loads_inferences_and_long_tensors_pass_through_nginx(config: Config, tmp_path: Path) -> None:
+async def test_nginx_passes_tensors_and_events_and_limits_clients(config: Config, tmp_path: Path) -> None:
     save(models.identity(shape=[None]), config.repository, "m")
+    changes = {"limit_conn addresses": "1", "client_header_timeout": "1s"}
     async with (
         serving(config, "--trusted-proxies=127.0.0.1") as server,
-        proxied(server, config, tmp_path) as api,
+        proxied(server, config, tmp_path, **changes) as api,
     ):
         await api.load("m")
         floats = [float(number) for number in range(100_000)]
         tensor = {"name": "x", "shape": [len(floats)], "datatype": "FP32", "data": floats}
         assert (await api.infer("m", tensor)).json["outputs"][0]["data"] == floats
 
-
-async def test_nginx_ends_slow_heads(config: Config, tmp_path: Path) -> None:
-    async with (
-        serving(config) as server,
-        proxied(server, config, tmp_path, client_header_timeout="1s") as api,
-    ):
-        url = URL(api.url)
-        reader, writer = await asyncio.open_connection(url.host, url.port)
-        writer.write(b"GET /health/live HTTP/1.1\r\n")
-        async with asyncio.timeout(LIMIT_S):
-            with suppress(ConnectionError):
-                assert await reader.read() == b""
-        writer.close()
-
-
-async def test_nginx_passes_events_on_and_bounds_the_requests_of_an_address(
-    config: Config, tmp_path: Path
-) -> None:
-    async with (
-        serving(config, "--trusted-proxies=127.0.0.1") as server,
-        proxied(server, config, tmp_path, **{"limit_conn addresses": "1"}) as api,
-    ):
         token = {"Authorization": f"Bearer {api.token('admin')}"}
         async with api.session.get(f"{api.url}/api/v1/events/stream?after=0", headers=token) as stream:
             assert stream.status == HTTPStatus.OK
             async with asyncio.timeout(LIMIT_S):
-                assert await stream.content.readline()  # an event has come while the request is under way
+                assert await stream.content.readline()  # an event comes while the request is open
             assert await status(api) == HTTPStatus.SERVICE_UNAVAILABLE
             stream.close()
         await when(lambda: status(api), lambda seen: seen == HTTPStatus.OK)
+
+        url = URL(api.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"GET /health/live HTTP/1.1\r\n")  # a head that does not end
+        async with asyncio.timeout(LIMIT_S):
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()

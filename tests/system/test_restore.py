@@ -1,4 +1,4 @@
-"""What comes back with the server: most recently used first within the budget; or nothing, if so chosen."""
+"""`--restore`: models reloaded after a restart, the most recently used first, or none."""
 
 import asyncio
 import sqlite3
@@ -20,11 +20,11 @@ from server.config import Config
 KILLED = "killed"
 STOPPED = "stopped"
 USED = ("m01", "m04", "m00", "m03")
-"""In this order; `m02` is only loaded, before all that."""
+"""In this order; `m02` is loaded before them and not used."""
 TABLE_MB = 24
-"""What each model has: much beside what the same load takes more or less of another time."""
+"""Large beside the differences between two measurements of one load."""
 DIFFERENCE_BYTES = 4_000_000
-"""What the next measurements may differ by: 2.1 MB of a worker, where pages are shared or not (measured)."""
+"""Between two measurements: 2.1 MB of a worker, whose pages are shared or not (measured)."""
 
 
 @pytest.fixture
@@ -32,11 +32,6 @@ def fleet(tmp_path: Path) -> Fleet:
     fleet = Fleet(tmp_path / "repository", 5, versions=(1,), table_mb=TABLE_MB)
     fleet.write()
     return fleet
-
-
-@pytest.fixture
-def config(fleet: Fleet, tmp_path: Path) -> Config:
-    return Config(repository=fleet.root, data=tmp_path / "data")
 
 
 async def end(server: Server, how: str) -> None:
@@ -48,20 +43,20 @@ async def end(server: Server, how: str) -> None:
 
 
 def noted(config: Config) -> dict[str, str]:
-    """Return when models were last used, as far as the ledger's file knows."""
+    """Return when models were last used, as the ledger's file says."""
     with closing(sqlite3.connect(config.data / LEDGER)) as connection:
         return dict(connection.execute("SELECT model_id, used_at FROM last_used"))
 
 
 async def load_and_use(server: Server, config: Config, fleet: Fleet, how: str) -> None:
-    """Load all in the order of their names, and use all but one in another."""
+    """Load all models in the order of their names, and use all but one in another order."""
     for model_id in fleet.ids:
         await server.api.load(model_id)
     dice = new_dice()
     for model_id in USED:
         asked = question(dice)
         check_inference(model_id, asked, await server.api.infer(model_id, asked))
-    if how == KILLED:  # what was noted by then is known; an orderly stop notes it itself
+    if how == KILLED:  # wait until the uses are stored; an orderly stop stores them itself
 
         async def look() -> set[str]:
             return set(await asyncio.to_thread(noted, config))
@@ -70,9 +65,9 @@ async def load_and_use(server: Server, config: Config, fleet: Fleet, how: str) -
 
 
 async def budget_for_two(config: Config) -> int:
-    """Return a budget that two of the models fit into, but a third does not, nor two while both are loaded.
+    """Return a budget with room for two models, but not for two loads at once.
 
-    Otherwise one that takes a little less could begin beside the first, and so overtake the second.
+    Otherwise a load that takes a little less could start beside the first and overtake the second.
     """
     loaded = [event.data for event in await events(config) if isinstance(event.data, ModelLoaded)]
     memory = [data.memory_bytes for data in loaded]
@@ -83,7 +78,7 @@ async def budget_for_two(config: Config) -> int:
 
 
 @pytest.mark.parametrize("how", of_both(short=[STOPPED], long=[STOPPED, KILLED]))
-async def test_after_a_restart_with_less_room_the_most_recently_used_come_back_and_the_others_say_why_not(
+async def test_restart_with_smaller_budget_reloads_most_recently_used(
     config: Config, fleet: Fleet, how: str
 ) -> None:
     async with serving(config) as server:
@@ -107,21 +102,8 @@ async def test_after_a_restart_with_less_room_the_most_recently_used_come_back_a
     verified(config)
 
 
-async def test_killed_before_uses_were_noted_the_last_loaded_come_back(config: Config, fleet: Fleet) -> None:
-    async with serving(config) as server:
-        for model_id in fleet.ids:
-            await server.api.load(model_id)
-        await server.kill()
-    async with serving(config, f"--memory-budget={await budget_for_two(config)}") as server:
-        await all_ended(server)
-        assert set(await agreed(server)) == {"m04", "m03"}
-    verified(config)
-
-
 @pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
-async def test_where_nothing_is_to_be_restored_models_are_unloaded_for_the_restart_and_jobs_go_on(
-    config: Config, fleet: Fleet, how: str
-) -> None:
+async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fleet: Fleet, how: str) -> None:
     save_bytes(models.slow_model(depth=2000).SerializeToString(), config.repository, "slow")  # takes minutes
     async with serving(config) as server:
         for model_id in fleet.ids[:2]:
@@ -143,34 +125,8 @@ async def test_where_nothing_is_to_be_restored_models_are_unloaded_for_the_resta
     assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
-async def test_an_unfinished_load_goes_on_when_what_was_loaded_has_come_back_and_left_room(
-    config: Config, fleet: Fleet, how: str
-) -> None:
-    save_bytes(models.slow_model(depth=2000).SerializeToString(), config.repository, "slow")
-    async with serving(config) as server:
-        for model_id in fleet.ids[:3]:
-            await server.api.load(model_id)
-        job = await server.api.accepted_load("slow")
-        await server.api.job_when(job["id"], stage="loading")
-        await end(server, how)
-    models.save(models.table(TABLE_MB, 900), config.repository, "slow")
-    budget = await budget_for_two(config)
-    async with serving(config, f"--memory-budget={budget}") as server:
-        await server.api.model_when("m00", state="failed")
-        for model_id in fleet.ids[1:3]:
-            await server.api.model_when(model_id, state="loaded")
-            assert (await server.api.job(job["id"]))["status"] == "pending"
-        for model_id in fleet.ids[1:3]:
-            await server.api.unload(model_id)
-        ended = await all_ended(server)
-        assert (ended[job["id"]]["status"], ended[job["id"]]["attempt"]) == ("completed", 2)
-        assert set(await agreed(server)) == {"slow"}
-    verified(config)
-
-
 async def all_ended(server: Server) -> dict[str, Json]:
-    """Wait until every job has ended and no model is on its way back; returns the jobs by id."""
+    """Wait until every job has ended and no model is being reloaded; return the jobs by id."""
 
     async def look() -> tuple[list[Json], list[str]]:
         jobs = await server.api.jobs("?limit=1000")
