@@ -1,7 +1,4 @@
-"""Triton's load generator, unchanged, against the server as a process, where the program is to be had.
-
-It is named by PERF_ANALYZER, or found on PATH; docs/clients/perf_analyzer.md says where it comes from.
-"""
+"""Triton's load generator, unchanged, where PERF_ANALYZER or PATH has it (docs/clients/perf_analyzer.md)."""
 
 import os
 import re
@@ -59,22 +56,18 @@ def analyze(
 @pytest.mark.parametrize(
     ("model", "options", "batch"),
     [
-        ("subtract", ["--shape=a:16", "--shape=b:16"], 1),
-        ("subtract", ["--shape=a:16", "--shape=b:16", "--async", "--concurrency-range=4"], 1),
-        (
-            "subtract",
-            ["--shape=a:1", "--shape=b:1", "--input-tensor-format=json", "--output-tensor-format=json"],
-            1,
-        ),
-        ("identity-BYTES", ["--shape=x:2,3", "--string-length=5"], 1),
-        ("batched", ["-b", "4", "--concurrency-range=4"], 4),
+        ("subtract", "--shape=a:16 --shape=b:16", 1),
+        ("subtract", "--shape=a:16 --shape=b:16 --async --concurrency-range=4", 1),
+        ("subtract", "--shape=a:1 --shape=b:1 --input-tensor-format=json --output-tensor-format=json", 1),
+        ("identity-BYTES", "--shape=x:2,3 --string-length=5", 1),
+        ("batched", "-b 4 --concurrency-range=4", 4),
     ],
     ids=["binary", "asynchronous", "JSON", "texts", "batches"],
 )
-def test_it_measures_and_agrees_with_the_server_on_how_much(
-    server: Server, model: str, options: list[str], batch: int
+def test_perf_analyzer_agrees_with_server_statistics(
+    server: Server, model: str, options: str, batch: int
 ) -> None:
-    done = analyze(server, model, *options)
+    done = analyze(server, model, *options.split())
     assert done.returncode == 0, done.stdout + done.stderr
     client, _, ours = done.stdout.partition("Server:")
     assert number("Request count", client) >= REQUESTS
@@ -84,14 +77,13 @@ def test_it_measures_and_agrees_with_the_server_on_how_much(
     assert number("compute infer", ours) > 0
 
 
-def test_without_a_token_it_says_that_one_is_needed(server: Server) -> None:
+def test_perf_analyzer_without_token_is_refused(server: Server) -> None:
     done = analyze(server, "subtract", "--shape=a:16", "--shape=b:16", token=False)
     assert done.returncode != 0
     assert "token" in done.stdout + done.stderr
 
 
 def number(label: str, text: str) -> float:
-    """Return the number that the report has behind a label."""
     found = re.search(rf"{label}:? (\d+)", text)
     assert found, f"no {label} in:\n{text}"
     return float(found[1])

@@ -1,16 +1,19 @@
 """A repository with what the tests of the clients ask."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 from onnx import TensorProto
-from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.http import InferenceServerClient, InferInput, aio
 
 from support import models
+from support.clients import Blocked
 from support.process import Server
 from support.standing import address, bearer, standing
 
@@ -36,14 +39,40 @@ CLIENT_MODELS = ("subtract", "loop", *(f"identity-{datatype}" for datatype in EL
 """What there is to load, beside `corrupt`, which cannot be, and `idle`, which no test loads."""
 
 
+@dataclass(frozen=True)
+class ServedClients:
+    """A server with these models, and clients of it.
+
+    Attributes:
+        server: with all loaded but `idle` and `corrupt`.
+        runner: the loop of asynchronous clients.
+        triton: Triton's clients, `sync` and `aio`.
+        resources: closed with the server.
+    """
+
+    server: Server
+    runner: asyncio.Runner
+    triton: Mapping[str, Any]
+    resources: ExitStack
+
+
 @contextmanager
-def serving_client_models(folder: Path) -> Iterator[Server]:
-    """Start a server on all of them in a new folder, and load what can be and is not `idle`."""
+def serving_clients(folder: Path) -> Iterator[ServedClients]:
+    """Start a server on all models in a new folder, and Triton's clients."""
+
+    async def open_aio() -> aio.InferenceServerClient:
+        return aio.InferenceServerClient(address(server))
+
     client_repository(folder / "repository")
-    with standing(folder / "repository") as server, InferenceServerClient(address(server)) as client:
+    with ExitStack() as resources:
+        server = resources.enter_context(standing(folder / "repository"))
+        runner = resources.enter_context(asyncio.Runner())
+        sync = resources.enter_context(InferenceServerClient(address(server), concurrency=4))
+        for_loops = runner.run(open_aio())
+        resources.callback(lambda: runner.run(for_loops.close()))
         for name in CLIENT_MODELS:
-            client.load_model(name, headers=bearer(server, "admin"))
-        yield server
+            sync.load_model(name, headers=bearer(server, "admin"))
+        yield ServedClients(server, runner, {"sync": sync, "aio": Blocked(for_loops, runner)}, resources)
 
 
 def client_repository(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""`prepared list` and `prepared clear`: what they print, what they remove, and what they refuse."""
+"""`loadledger prepared list` and `clear`: what they print, remove and refuse."""
 
 import json
 from pathlib import Path
@@ -22,15 +22,6 @@ def printed(*arguments: object) -> str:
     return result.stdout
 
 
-def refused(*arguments: object) -> str:
-    """Run the command, which must end with 2 and words on stderr alone; return them."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data directory."""
@@ -39,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(data: Path) -> PreparedStore:
-    """Two forms and one model without, as a server has kept them."""
+    """Two cached models and one without, as a server has kept them."""
     store = PreparedStore(data / FOLDER, 10**9, now_ns=lambda: 1_800_000_000 * 10**9)
     store.open()
     keep(store, "a", 3_000_000, model_id="detector")
@@ -49,9 +40,8 @@ def store(data: Path) -> PreparedStore:
     return store
 
 
-def test_what_was_prepared_is_listed_the_last_used_first(store: PreparedStore, data: Path) -> None:
-    prepared = store.use(key("a"))
-    other = store.use(key("b"))
+def test_list_prints_latest_used_first(store: PreparedStore, data: Path) -> None:
+    prepared, other = store.use(key("a")), store.use(key("b"))
     assert prepared is not None
     assert other is not None
     at = "2027-01-15 08:00:00Z"
@@ -66,11 +56,11 @@ def test_what_was_prepared_is_listed_the_last_used_first(store: PreparedStore, d
     ]
 
 
-def test_what_was_prepared_in_json(store: PreparedStore, data: Path) -> None:
-    told = json.loads(printed("list", "--data", data, "--json"))
-    assert told["bytes"] == 3_250_000
-    bare, optimised, prepacked = told["prepared"]
-    assert [each["model_id"] for each in told["prepared"]] == ["small", "digits", "detector"]
+def test_list_in_json(store: PreparedStore, data: Path) -> None:
+    found = json.loads(printed("list", "--data", data, "--json"))
+    assert found["bytes"] == 3_250_000
+    bare, optimised, prepacked = found["prepared"]
+    assert [each["model_id"] for each in found["prepared"]] == ["small", "digits", "detector"]
     entry = store.find(key("a"))
     assert entry is not None
     assert prepacked == {
@@ -90,28 +80,26 @@ def test_what_was_prepared_in_json(store: PreparedStore, data: Path) -> None:
     assert (bare["form"], bare["sha256"], bare["bytes"], bare["took_ms"]) == (None, None, 0, 440)
 
 
-def test_where_nothing_was_prepared_nothing_is_listed_and_nothing_is_made(data: Path) -> None:
+def test_empty_cache_is_listed_and_cleared_without_a_trace(data: Path) -> None:
     assert printed("list", "--data", data) == "nothing is prepared\n"
     assert json.loads(printed("list", "--data", data, "--json")) == {"bytes": 0, "prepared": []}
     assert printed("clear", "--data", data) == "cleared: 0 entries, 0 bytes\n"
     assert list(data.iterdir()) == []
 
 
-def test_all_or_one_model_is_cleared(store: PreparedStore, data: Path) -> None:
+def test_clear_removes_one_model_or_all(store: PreparedStore, data: Path) -> None:
     assert printed("clear", "--data", data, "--model", "digits") == "cleared: 1 entry, 250000 bytes\n"
-    assert printed("clear", "--data", data, "--model", "unheard") == "cleared: 0 entries, 0 bytes\n"
+    unknown = printed("clear", "--data", data, "--model", "unheard", "--json")
+    assert json.loads(unknown) == {"entries": 0, "bytes": 0}
     assert [entry.model_id for entry in store.entries()] == ["small", "detector"]
+    left = data / FOLDER / f"draft-{'0' * 16}-{'1' * 8}"  # of a server that was killed
+    left.mkdir()
+    (left / "weights.bin").write_bytes(b"x")
     assert printed("clear", "--data", data) == "cleared: 2 entries, 3000000 bytes\n"
     assert list((data / FOLDER).iterdir()) == []
 
 
-def test_what_was_cleared_in_json(store: PreparedStore, data: Path) -> None:
-    told = printed("clear", "--data", data, "--model", "digits", "--json")
-    assert json.loads(told) == {"entries": 1, "bytes": 250_000}
-    assert [entry.model_id for entry in store.entries()] == ["small", "detector"]
-
-
-def test_both_work_beside_a_server_and_leave_what_it_is_making(store: PreparedStore, data: Path) -> None:
+def test_clear_beside_server_leaves_its_drafts(store: PreparedStore, data: Path) -> None:
     with hold(data):
         draft = store.draft(key("d"))
         files = written(draft, halves(10, "d"))
@@ -122,23 +110,15 @@ def test_both_work_beside_a_server_and_leave_what_it_is_making(store: PreparedSt
     assert printed("list", "--data", data).endswith("1 entry, 0.0 MB\n")
 
 
-@pytest.mark.usefixtures("store")
-def test_what_a_dead_server_was_making_is_cleared(data: Path) -> None:
-    left = data / FOLDER / f"draft-{'0' * 16}-{'1' * 8}"
-    left.mkdir()
-    (left / "weights.bin").write_bytes(b"x")
-    assert printed("list", "--data", data).endswith("3 entries, 3.2 MB\n")
-    printed("clear", "--data", data)
-    assert not left.exists()
-
-
 @pytest.mark.parametrize("command", ["list", "clear"])
-def test_a_folder_that_is_a_link_is_refused(data: Path, command: str) -> None:
+def test_unusable_data_directory_is_refused(data: Path, command: str) -> None:
     (data / FOLDER).symlink_to(data)
-    assert "symbolic link" in refused(command, "--data", data)
-
-
-@pytest.mark.parametrize("command", ["list", "clear"])
-def test_a_data_directory_that_there_is_not_is_refused(data: Path, command: str) -> None:
-    assert "--data" in refused(command, "--data", data / "nowhere")
-    assert "--data" in refused(command)
+    for arguments, words in (
+        (("--data", data), "symbolic link"),
+        (("--data", data / "nowhere"), "--data"),
+        ((), "--data"),
+    ):
+        result = run(command, *arguments)
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,154 @@
+"""`loadledger check`: findings of a configuration and a repository before it is served."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from support import models
+from support.models import save, save_bytes
+
+from loadledger.cli.main import main
+from server.config import settings
+
+NOTHING = dict.fromkeys([*(setting.variable for setting in settings()), "LOADLEDGER_CONFIG"])
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    result = CliRunner().invoke(main, ["check", "--port=0", *arguments], env={**NOTHING, **environment})
+    assert "Traceback" not in result.output
+    return result
+
+
+def problems(*arguments: str) -> list[tuple[str, str]]:
+    """Return place and code of each problem; the exit code has to agree."""
+    result = run(*arguments, "--json")
+    told = json.loads(result.stdout)
+    found = [each for each in told["findings"] if each["severity"] == "problem"]
+    assert (result.exit_code, told["fine"]) == ((1, False) if found else (0, True))
+    return [(each["place"], each["code"]) for each in found]
+
+
+def test_check_loads_every_version(tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    save(models.add(), tmp_path, "m", 2)
+    for flags, told in (((), "1 model, 2 versions, 2 of them loaded"), (("--quick",), "1 model, 2 versions")):
+        result = run(f"--repository={tmp_path}", *flags)
+        assert (result.exit_code, result.stdout) == (0, f"{told}: no problems\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_check_finds_failed_loads(tmp_path: Path) -> None:
+    save(models.unknown_operator(), tmp_path, "bad")
+    save_bytes(b"text", tmp_path, "text")
+    save(models.external("../../secret"), tmp_path, "outside")
+    save(models.crash_on_load(), tmp_path, "crash")
+    save(models.memory_bomb_on_load(), tmp_path, "bomb")
+    save(models.reshape(), tmp_path, "unwarmed")
+    save(models.add(), tmp_path, "good")
+    assert problems(f"--repository={tmp_path}", "--memory-budget=400000000") == [
+        ("bad/1", "invalid_model"),
+        ("bomb/1", "out_of_memory"),
+        ("crash/1", "worker_died"),
+        ("outside/1", "unsafe_file"),
+        ("text/1", "invalid_model"),
+        ("unwarmed/1", "warm_up_failed"),
+    ]
+    assert problems(f"--repository={tmp_path}", "--quick") == []
+
+
+def test_check_stops_endless_load_at_limit(tmp_path: Path) -> None:
+    save(models.endless(), tmp_path, "endless")
+    assert problems(f"--repository={tmp_path}", "--limit-s=0.5") == [("endless/1", "timeout")]
+
+
+def test_quick_check_finds_problems_of_files(tmp_path: Path) -> None:
+    save(models.weights(4), tmp_path, "large")
+    for name, line in (("parameters", 'instances = "two"'), ("delay", "max_queue_delay_us = 5")):
+        save(models.add(), tmp_path, name)
+        (tmp_path / name / "loadledger.toml").write_text(f"{line}\n")
+    (tmp_path / "empty").mkdir()
+    assert problems(f"--repository={tmp_path}", "--quick", "--memory-budget=9000000") == [
+        ("empty", "not_served"),
+        ("delay/loadledger.toml", "invalid_defaults"),
+        ("large/1", "insufficient_memory"),
+        ("parameters/loadledger.toml", "invalid_defaults"),
+    ]
+
+
+def test_check_finds_every_wrong_setting(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('strategy = "sideways"\nloads = 1\n')
+    arguments = (f"--repository={tmp_path / 'none'}", "--evict=all", "--threads=0", f"--config={file}")
+    told = run(*arguments).stdout
+    for words in ("--evict", "--threads", "config.toml:1", "config.toml:2", "none' is not a directory"):
+        assert words in told
+    assert "5 problems" in told
+    assert [code for _, code in problems(*arguments)] == ["invalid_setting"] * 5
+
+
+def test_check_reads_file_and_variables_as_serve_does(tmp_path: Path) -> None:
+    save(models.add(), tmp_path / "repository", "m")
+    file = tmp_path / "config.toml"
+    file.write_text('repository = "repository"\n')
+    result = run("--quick", LOADLEDGER_CONFIG=str(file))
+    assert (result.exit_code, result.stdout) == (0, "1 model, 1 version: no problems\n")
+    assert run("--quick", LOADLEDGER_REPOSITORY=str(tmp_path / "repository")).exit_code == 0
+    result = run()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "LOADLEDGER_REPOSITORY" in result.stderr
+
+
+def test_check_finds_problems_of_address_data_and_budget(tmp_path: Path) -> None:
+    root = ("--quick", f"--repository={tmp_path}")
+    long, odd = str(tmp_path / ("x" * 300)), os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    (tmp_path / "file").touch()
+    for arguments, place in (
+        ((*root, "--host=host.invalid"), ("--host", "no_address")),
+        ((*root, "--host=192.0.2.1"), ("--port", "no_address")),
+        ((*root, f"--data={tmp_path / 'file'}"), ("--data", "invalid_setting")),
+        ((*root, f"--data={long}"), ("--data", "invalid_setting")),
+    ):
+        assert place in problems(*arguments)
+    assert [place for place, _ in problems(*root, f"--jwt-keys={long}", f"--data={long}")] == [
+        "--data",
+        "--jwt-keys",
+    ]
+    Path(odd).mkdir()
+    (tmp_path / "link").symlink_to(odd)
+    for name in (odd, tmp_path / "link"):
+        assert problems("--quick", f"--repository={name}") == [("--repository", "invalid_setting")]
+    assert "beyond_limit" in run(*root, "--memory-budget=999999999999999").stdout
+
+
+def test_check_notes_taken_port_and_unknown_variables(tmp_path: Path) -> None:
+    root = ("--quick", f"--repository={tmp_path}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run(*root, f"--port={taken.getsockname()[1]}")
+    assert result.exit_code == 0
+    assert "note: --port: 127.0.0.1:" in result.stdout
+    variables = {"LOADLEDGER_PROT": "1", "LOADLEDGER_TOKEN": "t", "LOADLEDGER_X_SERVICE_HOST": "10.0.0.1"}
+    result = run(*root, **variables)
+    assert result.exit_code == 0
+    assert "note: LOADLEDGER_PROT: nothing reads it; did you mean LOADLEDGER_PORT? (unknown" in result.stdout
+    assert result.stdout.count("LOADLEDGER_") == 2
+
+
+def test_check_prints_in_any_encoding_and_on_dumb_terminal(tmp_path: Path) -> None:
+    (tmp_path / "…x.onnx").touch()
+    arguments = ["check", "--quick", "--port=0", f"--repository={tmp_path}"]
+    result = CliRunner(charset="latin-1").invoke(main, arguments, env=NOTHING, color=True)
+    assert (result.exit_code, "?x.onnx" in result.stdout, "\x1b" in result.stdout) == (0, True, True)
+    result = CliRunner().invoke(main, arguments, env={**NOTHING, "TERM": "dumb"}, color=True)
+    assert (result.exit_code, "\x1b" in result.stdout) == (0, False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="takes a user that may not read everything, and this is root")
+def test_check_finds_unusable_directories(tmp_path: Path) -> None:
+    root, data = tmp_path / "repository", tmp_path / "data"
+    root.mkdir(mode=0o300)
+    data.mkdir(mode=0o500)
+    found = dict(problems("--quick", f"--repository={root}", f"--data={data}"))
+    assert found == {"--data": "invalid_setting", "--repository": "unreadable"}

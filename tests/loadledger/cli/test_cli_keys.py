@@ -1,0 +1,149 @@
+"""`loadledger token` and `key`: what they create, print and refuse."""
+
+import json
+import re
+import stat
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from click.testing import CliRunner, Result
+
+from loadledger.cli.main import main
+from server.auth.gate import create_verifier
+from server.auth.keys import list_keys
+from server.config import Config, settings
+
+ALICE = ("--subject=alice", "--role=admin")
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    """Run the command with this environment and nothing of ours beside it."""
+    ours = {setting.variable: None for setting in settings()}
+    return CliRunner().invoke(main, arguments, env={**ours, **environment})
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """Return the reason of a command that must end with 2 and print nothing else."""
+    result = run(*arguments, **environment)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.strip()
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def create(data: Path, *arguments: str, **environment: str) -> str:
+    """Return a new token of alice, an administrator; nothing else may be printed."""
+    result = run("token", f"--data={data}", *ALICE, *arguments, **environment)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", result.stdout)
+    return result.stdout.strip()
+
+
+def claims(token: str) -> dict[str, Any]:
+    return jwt.decode(token, options={"verify_signature": False})
+
+
+def test_first_token_creates_data_directory(tmp_path: Path) -> None:
+    data = tmp_path / "new" / "data"
+    token = create(data, "--role", "audit")
+    assert stat.S_IMODE(data.stat().st_mode) == 0o700
+    assert {path.name for path in data.iterdir()} == {"keys", "ledger.key"}
+    principal = create_verifier(Config(repository=tmp_path, data=data)).verify(token, time.time())
+    assert (principal.subject, principal.roles) == ("alice", frozenset({"admin", "audit"}))
+    assert run("token", *ALICE, LOADLEDGER_DATA=str(data)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("expires", "seconds"),
+    [(None, 12 * 3600), ("90s", 90), ("30m", 1800), ("12h", 43200), ("7d", 604800), ("1s", 1)],
+)
+def test_token_expires_after(tmp_path: Path, expires: str | None, seconds: int) -> None:
+    made = claims(create(tmp_path, *([] if expires is None else ["--expires", expires])))
+    assert made["exp"] - made["iat"] == seconds
+
+
+def test_token_has_audience_and_issuer_of_settings(tmp_path: Path) -> None:
+    made = claims(create(tmp_path, LOADLEDGER_JWT_AUDIENCE="there", LOADLEDGER_JWT_ISSUER="me"))
+    assert (made["aud"], made["iss"]) == ("there", "me")
+    made = claims(create(tmp_path))
+    assert (made["aud"], "iss" in made) == ("loadledger", False)
+
+
+def test_token_in_json_repeats_its_claims(tmp_path: Path) -> None:
+    roles = ("--role=predict", "--role=audit")
+    result = run("token", f"--data={tmp_path}", "--subject=alice", *roles, "--expires=1h", "--json")
+    found = json.loads(result.stdout)
+    assert found == {
+        "token": found["token"],
+        "subject": "alice",
+        "roles": ["audit", "predict"],
+        "expires_at": f"{datetime.fromtimestamp(claims(found['token'])['exp'], UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "kid": list_keys(tmp_path)[-1].kid,
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "words"),
+    [
+        ("expires", ["", "0s", "-1h", "1", "h", "1.5h", "1w", "1h30m", " 1h", "\u0661h", "9" * 9 + "d"], ""),
+        ("subject", ["", "system", "SYSTEM ", "a\nb", "x" * 129], "subject"),
+        ("role", ["", "root"], "admin, audit, predict"),
+    ],
+)
+def test_token_refuses_value(tmp_path: Path, option: str, values: list[str], words: str) -> None:
+    for value in values:
+        assert words in refused("token", f"--data={tmp_path}", *ALICE, f"--{option}={value}")
+
+
+def test_token_refuses_missing_option_and_bad_setting(tmp_path: Path) -> None:
+    data = f"--data={tmp_path}"
+    assert "--role" in refused("token", data, "--subject=a")
+    assert "--subject" in refused("token", data, "--role=admin")
+    assert "--data" in refused("token", *ALICE)
+    assert "LOADLEDGER_JWT_AUDIENCE" in refused("token", data, *ALICE, LOADLEDGER_JWT_AUDIENCE=" ")
+
+
+@pytest.mark.parametrize(
+    "command", ["token --subject=a --role=admin", "key list", "key rotate", "key revoke x"]
+)
+def test_unusable_data_directory_is_refused(tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "keys").write_text("")
+    for name in ("file", "data", "file/beneath", "x" * 300):
+        assert refused(*command.split(), f"--data={tmp_path / name}")
+
+
+def test_keys_are_listed_rotated_and_revoked(tmp_path: Path) -> None:
+    data = ("--data", str(tmp_path))
+    first = create(tmp_path)
+    rotated = run("key", "rotate", *data).stdout.strip()
+    second = create(tmp_path)
+    lines = run("key", "list", *data).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [key.kid for key in list_keys(tmp_path)]
+    assert [line.endswith("signs") for line in lines] == [False, True]
+    listed = json.loads(run("key", "list", *data, "--json").stdout)["keys"]
+    old, new = (jwt.get_unverified_header(token)["kid"] for token in (first, second))
+    assert [(each["kid"], each["signs"]) for each in listed] == [(old, False), (rotated, True)]
+    assert new == rotated
+    revoked = run("key", "revoke", *data, old)
+    assert (revoked.exit_code, revoked.output) == (0, "")
+    assert len(run("key", "list", *data).stdout.splitlines()) == 1
+    rotated_again = json.loads(run("key", "rotate", *data, "--json").stdout)
+    assert json.loads(run("key", "revoke", *data, rotated_again["kid"], "--json").stdout) == rotated_again
+    verifier = create_verifier(Config(repository=tmp_path, data=tmp_path))
+    assert verifier.verify(second, time.time()).subject == "alice"
+
+
+@pytest.mark.parametrize(
+    "kid", ["nope", "../ledger", "20260101T000000000000Z-00000000", "", "%2e", "x" * 5000]
+)
+def test_unknown_key_is_refused(tmp_path: Path, kid: str) -> None:
+    create(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert len(refused("key", "revoke", "--data", str(tmp_path), kid)) < 500
+    assert sorted(tmp_path.rglob("*")) == before

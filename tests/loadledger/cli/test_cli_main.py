@@ -1,0 +1,181 @@
+"""`loadledger` itself: help, aliases, exit codes, completion, and what the thin commands import."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from support.process import clean_environment
+
+from loadledger.cli.completion import _items
+from loadledger.cli.main import ALIASES, SECTIONS, Contents, find, main
+from server.config import settings
+
+WIDTH = 80
+HEAVY = {
+    *("aiohttp", "onnxruntime", "numpy", "server", "runtime", "events"),
+    *("sqlite3", "asyncio", "cryptography", "rich"),
+}
+"""What no command may import that only asks a server or explains itself."""
+
+
+def every_command() -> dict[str, click.Command]:
+    """Return all commands by what is typed."""
+    found: dict[str, click.Command] = {}
+    for name in (name for names in SECTIONS.values() for name in names):
+        command = find(name)
+        assert command.name == name
+        inner = command.commands if isinstance(command, click.Group) else {}
+        found |= {f"{name} {each}": inner[each] for each in inner} or {name: command}
+    return found
+
+
+@pytest.mark.parametrize("command", ["", "key", "prepared", *every_command()])
+def test_help_explains_command_and_options(command: str) -> None:
+    for flag in ("--help", "-h"):
+        result = CliRunner().invoke(main, [*command.split(), flag])
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.startswith("Usage: ")
+    options = every_command()[command].params if command in every_command() else []
+    for parameter in options:
+        if isinstance(parameter, click.Option):
+            assert (parameter.help or "").endswith((".", "]")), parameter.name
+
+
+def test_help_lists_commands_in_sections_on_whole_lines() -> None:
+    text = CliRunner().invoke(main, ["--help"], terminal_width=WIDTH).stdout
+    contents = text.partition("Options:")[2].splitlines()
+    for title, names in SECTIONS.items():
+        begin = contents.index(f"{title}:") + 1
+        listed = contents[begin : begin + len(names)]
+        assert [line.split()[0] for line in listed] == list(names)
+        for line, name in zip(listed, names, strict=True):
+            assert line.endswith("."), line
+            assert len(line) < WIDTH
+            first = (find(name).help or "").partition("\n\n")[0].replace("\n", " ")
+            assert line.split(maxsplit=1)[1] == first
+
+
+def test_help_of_serve_has_every_setting() -> None:
+    text = " ".join(CliRunner().invoke(main, ["serve", "--help"]).stdout.split())
+    for setting in settings():
+        assert setting.flag in text
+        default = "no default" if setting.default is None else f"default: {setting.default}"
+        assert f"[{setting.variable}; {'required' if setting.required else default}]" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "usage"),
+    [
+        ("help", "[OPTIONS] COMMAND"),
+        ("help ps", "models [OPTIONS]"),
+        *((f"{alias} --help", f"{ALIASES[alias][0]} ") for alias in ALIASES),
+    ],
+)
+def test_alias_leads_to_command(typed: str, usage: str) -> None:
+    result = CliRunner().invoke(main, typed.split(), prog_name="loadledger")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: loadledger {usage}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("modles", "did you mean models"),
+        ("lod", "load"),
+        ("xyzzy", "`loadledger --help` lists them"),
+        ("serve --nope", "--nope"),
+        ("key nope", "nope"),
+    ],
+)
+def test_unknown_command_or_option_is_refused_with_advice(typed: str, advice: str) -> None:
+    result = CliRunner().invoke(main, typed.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert advice in result.stderr
+
+
+def test_version_is_printed() -> None:
+    assert re.search(r"\d+\.\d+\.\d+", CliRunner().invoke(main, ["--version"]).stdout)
+
+
+@pytest.mark.parametrize("ends_by", [KeyboardInterrupt, click.Abort])
+def test_interrupt_ends_with_130(ends_by: type[BaseException]) -> None:
+    def end() -> None:
+        raise ends_by
+
+    result = CliRunner().invoke(Contents("group", callback=end, invoke_without_command=True), [])
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_closed_pipe_ends_quietly_with_141() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "loadledger", "completion", "fish"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_shell_script(shell: str) -> None:
+    result = CliRunner().invoke(main, ["completion", shell])
+    assert result.exit_code == 0
+    assert "_LOADLEDGER_COMPLETE" in result.stdout
+    assert f"{shell}_complete" in result.stdout
+
+
+def test_completion_offers_nothing_that_a_shell_would_run() -> None:
+    evil = [("; rm -rf ~", ""), ("$(id)", ""), ("`id`", ""), ("a\nb", "")]
+    assert [item.value for item in _items([("m-1.0", "loaded"), *evil], "")] == ["m-1.0"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("--help", "load --help", "load m --wait", "models", "jobs", "resources", "events --follow"),
+        *("infer m -i x=1", "top --once", "completion zsh"),
+    ],
+)
+def test_thin_command_imports_nothing_heavy(arguments: str) -> None:
+    # Imports are printed however the command ends: nobody listens there, so most of these end with 2.
+    script = (
+        "import atexit, json, sys\n"
+        "from loadledger.cli.main import main\n"
+        "atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
+        "main(sys.argv[1:], prog_name='loadledger')\n"
+    )
+    environment = clean_environment() | {"LOADLEDGER_URL": "http://127.0.0.1:9", "HOME": "/nowhere"}
+    command = [sys.executable, "-P", "-c", script, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    modules = json.loads(done.stderr.splitlines()[-1])
+    assert "loadledger.cli.main" in modules
+    assert not [name for name in modules if name.partition(".")[0] in HEAVY]
+
+
+# serve
+
+
+def test_serve_refuses_unreadable_configuration_file_in_one_line() -> None:
+    result = CliRunner().invoke(main, ["serve", f"--config={'x' * 300}", "--repository=a\nb", "--data=/x"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("loadledger: --config: ")
+    assert "File name too long" in lines[0]
+    assert "Errno" not in result.stderr
+
+
+def test_serve_on_taken_port_is_refused(tmp_path: Path) -> None:
+    places = (f"--repository={tmp_path}", f"--data={tmp_path / 'data'}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "loadledger", "serve", *places, f"--port={taken.getsockname()[1]}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
