@@ -1,6 +1,5 @@
-"""What real servers once wrote is folded to what it was then; who changes that has to say so."""
+"""Recorded histories of real servers fold to the recorded states; a change of the folds has to say so."""
 
-import asyncio
 import json
 from contextlib import closing
 from pathlib import Path
@@ -28,12 +27,7 @@ def bodies(name: str) -> list[str]:
     return (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
 
 
-def recorded(name: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return told
-
-
-def test_there_is_something_of_everything_in_the_recorded_histories() -> None:
+def test_recorded_histories_have_every_event_type_and_cause() -> None:
     events = [from_body(body) for name in NAMES for body in bodies(name)]
     assert {event.type for event in events} >= set(TYPES) - {UnloadFailed.TYPE}  # which nothing writes yet
     causes = {cause for event in events if (cause := getattr(event.data, "cause", None)) is not None}
@@ -41,12 +35,13 @@ def test_there_is_something_of_everything_in_the_recorded_histories() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recorded_history_is_folded_to_what_was_recorded(name: str) -> None:
-    told, state = recorded(name), State()
+def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
+    told, state = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")), State()
     assert told["folds"] == FOLDS, (
         "with a new number of the folds, tests/histories/record.py --refold makes the recorded states anew"
     )
     for body, expected in zip(bodies(name), told["changes"], strict=True):
+        assert to_body(from_body(body)) == body
         changes = state.apply(from_body(body))
         where = (
             f"{name} at {state.position}: other texts are stored now, so events.rebuild.FOLDS is to change"
@@ -62,13 +57,7 @@ def texts(entities: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_event_of_a_recorded_history_is_written_as_it_was(name: str) -> None:
-    for body in bodies(name):
-        assert to_body(from_body(body)) == body
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, tmp_path: Path) -> None:
+async def test_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, tmp_path: Path) -> None:
     path, state, digest = tmp_path / "ledger.db", State(), GENESIS
     with closing(connect(path)) as connection:
         for position, body in enumerate(bodies(name), 1):
@@ -81,10 +70,6 @@ def test_a_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, tmp_p
     verification = verify(path)
     assert verification.verified, verification.finding
     assert verification.compared
-    asyncio.run(goes_on(path, state))
-
-
-async def goes_on(path: Path, state: State) -> None:
     async with opened(path) as log:
         assert log.state.models == state.models
         await log.server_started()

@@ -1,4 +1,4 @@
-"""Jobs and moments of the past are what folding up to there would have given."""
+"""Time travel: jobs and states at a past position or time are what a fold up to there gives."""
 
 import asyncio
 import sqlite3
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.events import FEWER, START, History, as_event, at, drafts, opened, write
+from support.ledgers import FAST_FOLDER
 
 from events import rebuild, snapshots, store
 from events.basestate import write_base_state
@@ -39,8 +40,10 @@ from events.types import Event, LoadRequested, UnloadRequested
 @contextmanager
 def ledger(events: list[Event], snapshots_at: frozenset[int] = frozenset()) -> Iterator[sqlite3.Connection]:
     """A ledger of these events, with snapshots at these positions."""
-    with TemporaryDirectory() as folder, closing(connect(Path(folder) / "ledger.db")) as connection:
-        connection.execute("PRAGMA synchronous = OFF")
+    with (
+        TemporaryDirectory(dir=FAST_FOLDER) as folder,
+        closing(connect(Path(folder) / "ledger.db")) as connection,
+    ):
         state, digest = State(), GENESIS
         for event in events:
             digest = chain(digest, body := to_body(event))
@@ -69,7 +72,7 @@ def histories(draw: st.DrawFn) -> list[Event]:
 
 @FEWER
 @given(histories(), st.frozensets(st.integers(1, 30), max_size=3))
-def test_jobs_of_the_past_are_what_a_fold_gives(events: list[Event], snapshots_at: frozenset[int]) -> None:
+def test_past_jobs_are_what_a_fold_gives(events: list[Event], snapshots_at: frozenset[int]) -> None:
     with ledger(events, snapshots_at) as connection:
         state, jobs = State(), dict[str, Job]()
         for event in [None, *events]:
@@ -80,12 +83,12 @@ def test_jobs_of_the_past_are_what_a_fold_gives(events: list[Event], snapshots_a
             for status in JobStatus:
                 found = jobs_at(connection, state.position, status=status, model_id="m")
                 assert found == [job for job in then if job.status is status and job.model_id == "m"]
-            for earlier in (each.id for each in events):
-                assert job_at(connection, earlier, state.position) == jobs.get(earlier)
+            for job_id in (each.id for each in events if each.id == each.job_id):
+                assert job_at(connection, job_id, state.position) == jobs.get(job_id)
 
 
 @pytest.mark.parametrize("status", [None, *JobStatus])
-def test_pages_of_past_jobs_are_cut_where_they_are_asked_to_be(status: JobStatus | None) -> None:
+def test_page_of_past_jobs_begins_at_its_cursor(status: JobStatus | None) -> None:
     history = History()
     for number in range(4):
         history.load(f"L{number}", of=f"m{number}")
@@ -106,7 +109,7 @@ def test_pages_of_past_jobs_are_cut_where_they_are_asked_to_be(status: JobStatus
 # Moments.
 
 
-def test_a_time_means_the_last_event_recorded_no_later() -> None:
+def test_time_means_the_last_event_recorded_by_then() -> None:
     history = History()
     history.restart()  # at 1 s
     history.load("L")  # at 2, 3, 4 s
@@ -123,31 +126,29 @@ def test_a_time_means_the_last_event_recorded_no_later() -> None:
             moment_at(connection, "6")
 
 
-@pytest.mark.parametrize(
-    ("text", "stamped"),
-    [
-        ("2026-01-31T14:02:00Z", "2026-01-31T14:02:00.000000Z"),
-        ("2026-01-31t14:02:00z", "2026-01-31T14:02:00.000000Z"),
-        ("2026-01-31 14:02:00Z", "2026-01-31T14:02:00.000000Z"),
-        ("2026-01-31T14:02:00.5Z", "2026-01-31T14:02:00.500000Z"),
-        ("2026-01-31T14:02:00.1234569Z", "2026-01-31T14:02:00.123456Z"),
-        ("2026-01-31T14:02:00+01:00", "2026-01-31T13:02:00.000000Z"),
-        ("2026-01-31T14:02:00 01:00", "2026-01-31T13:02:00.000000Z"),
-        ("2026-01-31T14:02:00-00:00", "2026-01-31T14:02:00.000000Z"),
-    ],
-)
-def test_times_of_rfc_3339_are_read(text: str, stamped: str) -> None:
-    assert parse_time(text) == stamped
-
-
-@pytest.mark.parametrize(
-    "text", ["", "noon", "2026-01-31", "2026-01-31T14:02:00", "2026-01-31T14:02Z", "2026-W05-6T14:02:00Z",
-             "20260131T140200Z", "2026-02-30T00:00:00Z", "2026-01-31T25:00:00Z", "0001-01-01T00:00:00+10:00",
-             "9999-12-31T23:59:59-10:00", "2026-01-31T14:02:00,5Z", "2026-01-31T14:02:00Z\n"],
+TIMES = {
+    "2026-01-31T14:02:00Z": "2026-01-31T14:02:00.000000Z",
+    "2026-01-31t14:02:00z": "2026-01-31T14:02:00.000000Z",
+    "2026-01-31 14:02:00Z": "2026-01-31T14:02:00.000000Z",
+    "2026-01-31T14:02:00.5Z": "2026-01-31T14:02:00.500000Z",
+    "2026-01-31T14:02:00.1234569Z": "2026-01-31T14:02:00.123456Z",
+    "2026-01-31T14:02:00+01:00": "2026-01-31T13:02:00.000000Z",
+    "2026-01-31T14:02:00 01:00": "2026-01-31T13:02:00.000000Z",
+    "2026-01-31T14:02:00-00:00": "2026-01-31T14:02:00.000000Z",
+}
+NO_TIMES = (
+    "", "noon", "2026-01-31", "2026-01-31T14:02:00", "2026-01-31T14:02Z", "2026-W05-6T14:02:00Z",
+    "20260131T140200Z", "2026-02-30T00:00:00Z", "2026-01-31T25:00:00Z", "0001-01-01T00:00:00+10:00",
+    "9999-12-31T23:59:59-10:00", "2026-01-31T14:02:00,5Z", "2026-01-31T14:02:00Z\n",
 )  # fmt: skip
-def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(BadMoment):
-        parse_time(text)
+
+
+def test_times_of_rfc_3339_are_parsed() -> None:
+    for text, expected in TIMES.items():
+        assert parse_time(text) == expected, text
+    for text in NO_TIMES:
+        with pytest.raises(BadMoment):
+            parse_time(text)
 
 
 # What is archived.
@@ -173,7 +174,7 @@ def long_history() -> History:
     return history
 
 
-def test_what_is_archived_is_refused_and_what_is_left_is_as_it_was() -> None:
+def test_moment_before_the_base_is_refused_and_others_stay() -> None:
     history = long_history()
     with ledger(history.facts, frozenset({3, 7})) as connection:
         before = [state_at(connection, position) for position in range(11)]
@@ -196,7 +197,7 @@ def test_what_is_archived_is_refused_and_what_is_left_is_as_it_was() -> None:
         assert moment_at(connection, "0") == Moment(0, None)
 
 
-def test_a_page_of_jobs_of_archived_events_takes_one_fold() -> None:
+def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
     history = History()
     for number in range(20):
         history.ask_load(f"L{number}", of=f"m{number}")
@@ -214,7 +215,7 @@ def test_a_page_of_jobs_of_archived_events_takes_one_fold() -> None:
         assert len(folds) == 2  # a page, and that there is no other
 
 
-def test_what_stands_for_archived_events_is_never_made_anew_and_missed_when_it_is_gone() -> None:
+def test_base_snapshot_survives_a_rebuild_and_is_missed() -> None:
     with ledger(long_history().facts, frozenset({3, 7})) as connection:
         expected = state_at(connection, 10)
         archive(connection, 5)
@@ -231,7 +232,7 @@ def test_what_stands_for_archived_events_is_never_made_anew_and_missed_when_it_i
 # Beside the writer.
 
 
-async def test_the_past_is_asked_beside_the_writer(tmp_path: Path) -> None:
+async def test_past_is_read_beside_the_writer(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     async with opened(path, now=lambda: START, monotonic=float) as log, open_past(path) as past:
         await write(log, 3)
@@ -264,20 +265,13 @@ def shown(told: tuple[Moment, State]) -> tuple[object, ...]:
 def path(tmp_path: Path) -> Path:
     """A ledger with snapshots at 5 and 8."""
     path = tmp_path / "ledger.db"
-    with closing(connect(path)) as connection:
-        state, digest = State(), GENESIS
-        for event in long_history().facts:
-            digest = chain(digest, body := to_body(event))
-            row = Row(event.position, body, digest)
-            store.write_group(connection, [row], state.apply(event), entities=0)
-            if event.position in {5, 8}:
-                snapshots.write(connection, event.position)
-        connection.execute("PRAGMA journal_mode = DELETE")
+    with ledger(long_history().facts, frozenset({5, 8})) as connection:
+        connection.execute("VACUUM INTO ?", (str(path),))
     return path
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-async def test_a_damaged_snapshot_is_passed_over_and_told_once(
+async def test_damaged_snapshot_is_skipped_and_logged_once(
     path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_past(path) as past:
@@ -300,7 +294,7 @@ async def test_a_damaged_snapshot_is_passed_over_and_told_once(
 
 
 @pytest.mark.parametrize("table", ["snapshots", "model_snapshots", "job_snapshots"])
-async def test_snapshots_whose_pages_are_damaged_are_passed_over(
+async def test_snapshot_on_damaged_pages_is_skipped(
     path: Path, table: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_past(path) as past:
@@ -320,7 +314,7 @@ async def test_snapshots_whose_pages_are_damaged_are_passed_over(
     assert caplog.records
 
 
-async def test_a_ledger_that_is_locked_has_no_damaged_snapshots(path: Path) -> None:
+async def test_locked_ledger_is_unavailable_not_damaged(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         async with open_past(path) as past:
             other.execute("BEGIN EXCLUSIVE")

@@ -1,9 +1,10 @@
-"""Makes the recorded histories: real runtimes with real workers live through a story each.
+"""Record a history: a real runtime with real workers runs a scenario, and what it wrote is kept.
 
-What they wrote and what a fold made of each event is kept, as NAME.jsonl and NAME.json. To record a story:
-`PYTHONPATH=.:tests python tests/histories/record.py NAME`. That is for new ones: those that are there stay as
-they are, since ledgers like them exist. With `--refold` instead of a name, all states are made anew from the
-events; that is right only together with a new `events.rebuild.FOLDS`.
+    PYTHONPATH=.:tests python tests/histories/record.py NAME
+
+writes the events to NAME.jsonl and the states that a fold makes of them to NAME.json. Record new scenarios
+only: recorded ones stay as they are, since ledgers like them exist. `--refold` instead of a name makes all
+states anew from the events; use it only together with a new `events.rebuild.FOLDS`.
 """
 
 import asyncio
@@ -33,15 +34,15 @@ from runtime.scheduling.sight import Policy
 
 HERE = Path(__file__).parent
 BACK_OFF_S = 60
-"""More than any pause before a recovery, less than what incidents are remembered."""
+"""Longer than any back-off before a recovery, shorter than the time for which incidents count."""
 SLOW = models.slow_model(side=800, depth=2_000).SerializeToString()
-"""Loads for half a minute, if it is let."""
+"""A model that takes half a minute to load."""
 
-Story = Callable[[Path], Awaitable[None]]
+Scenario = Callable[[Path], Awaitable[None]]
 
 
 def changes(bodies: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the stored form of what each event changed, by kind and id."""
+    """Return the stored forms of the models and jobs that each event changed."""
     state, found = State(), []
     for body in bodies:
         changed = state.apply(from_body(body))
@@ -55,14 +56,14 @@ def changes(bodies: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def write_states(name: str) -> None:
-    """Fold a recorded history and keep what came of it."""
+    """Fold a recorded history, and write the states to its file."""
     bodies = (HERE / f"{name}.jsonl").read_text().splitlines()
     told = {"folds": FOLDS, "changes": changes(bodies)}
     (HERE / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 async def loads_and_swaps(folder: Path) -> None:
-    """Loads, loads of what is there, swaps beside and in place, failures, unloads; somebody is refused."""
+    """Loads, repeated loads, swaps beside and in place, failed loads, unloads, and a denied request."""
     async with running(folder, stops_cleanly=True) as engine:
         await engine.load("adder", 1)
         await engine.load("adder", 1)
@@ -82,7 +83,7 @@ async def loads_and_swaps(folder: Path) -> None:
 
 
 async def deaths(folder: Path) -> None:
-    """Workers die: of one, of two, again and again until it is given up, and a later load tries again."""
+    """Workers die: one of one, one of two, repeatedly until recovery gives up; a later load tries again."""
     async with running(folder, clock=Clock(), stops_cleanly=True) as engine:
         await engine.load("adder", 1)
         await engine.load("other", parameters=LoadParameters(instances=2))
@@ -104,7 +105,7 @@ async def deaths(folder: Path) -> None:
 
 
 async def restarts(folder: Path) -> None:
-    """The server ends amid loads, a swap and a queue, cleanly and not; what was there comes back."""
+    """The server ends during loads, a swap and with a queue, cleanly or not; models are reloaded."""
     async with running(folder, loads_at_once=1) as engine:
         await engine.load("adder", 1)
         await engine.load("other")
@@ -131,7 +132,7 @@ async def restarts(folder: Path) -> None:
 
 
 async def cancels_and_force(folder: Path) -> None:
-    """Cancels in time and too late, forced unloads of what loads or is stuck, and jobs whose time is up."""
+    """Cancels in time and too late, forced unloads of loading models, and jobs that time out."""
     async with running(folder, loads_at_once=1, clock=Clock(), drain_timeout_s=1) as engine:
         slow = await engine.ask_load("slow")
         waits = await engine.ask_load("other", parameters=LoadParameters(timeout_s=5))
@@ -143,7 +144,7 @@ async def cancels_and_force(folder: Path) -> None:
         await engine.ended(late)
         await engine.log.submit(RequestCancel(slow, "bob"))
         await engine.ended(slow)
-        await refused(engine.log.submit(RequestCancel(slow, "bob")))
+        await expect_refusal(engine.log.submit(RequestCancel(slow, "bob")))
         again = await engine.ask_load("slow")
         await engine.loading("slow")
         await engine.unload("slow", force=True)
@@ -157,7 +158,7 @@ async def cancels_and_force(folder: Path) -> None:
 
 
 async def evictions_and_memory(folder: Path) -> None:
-    """One model may be loaded: others make room. Then there is memory for none."""
+    """With room for one model, others are evicted; then there is memory for none."""
     one = Policy(2, max_loaded=1, evicts=True, min_residency_s=0)
     async with running(folder, policy=one, stops_cleanly=True) as engine:
         await engine.load("adder", 1)
@@ -172,7 +173,7 @@ async def evictions_and_memory(folder: Path) -> None:
 
 
 async def keys(folder: Path) -> None:
-    """Requests with idempotency keys: repeated, repeated as something else, and forgotten after a day."""
+    """Requests with idempotency keys: repeated, reused for another request, and expired after a day."""
     async with running(folder, clock=Clock(), stops_cleanly=True) as engine:
         found = engine.repository.resolve("adder", 1)
         files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
@@ -181,7 +182,7 @@ async def keys(folder: Path) -> None:
         job = job_of(await engine.log.submit(load))
         await engine.ended(job)
         assert job_of(await engine.log.submit(load)) == job
-        await refused(
+        await expect_refusal(
             engine.log.submit(RequestUnload("adder", "alice", idempotency=Idempotency("11" * 32, "33" * 32)))
         )
         unload = RequestUnload("adder", "alice", idempotency=Idempotency("44" * 32, "55" * 32))
@@ -195,16 +196,16 @@ async def keys(folder: Path) -> None:
         await engine.log.submit(cancel)
 
 
-async def refused(asked: Awaitable[object]) -> None:
-    """Ask for what is not to be had."""
+async def expect_refusal(asked: Awaitable[object]) -> None:
+    """Await a request that has to be refused."""
     try:
         await asked
     except RequestRefused:
         return
-    raise AssertionError("this is refused")
+    raise AssertionError("the request was accepted")
 
 
-STORIES: dict[str, Story] = {
+SCENARIOS: dict[str, Scenario] = {
     "cancels-and-force": cancels_and_force,
     "deaths": deaths,
     "evictions-and-memory": evictions_and_memory,
@@ -215,7 +216,7 @@ STORIES: dict[str, Story] = {
 
 
 async def record(name: str) -> None:
-    """Live through a story, and keep what was written of it."""
+    """Run a scenario, and write its events to its file."""
     with TemporaryDirectory() as place:
         folder = Path(place)
         root = folder / "models"
@@ -226,14 +227,14 @@ async def record(name: str) -> None:
         models.save(models.add(100), root, "other")
         models.save_bytes(b"no model either", root, "broken")
         models.save_bytes(SLOW, root, "slow")
-        await STORIES[name](folder)
+        await SCENARIOS[name](folder)
         async with open_reader(folder / "ledger.db") as reader:
             events = await reader.events(0, 10_000)
-    (HERE / f"{name}.jsonl").write_text("".join(f"{placeless(to_body(event))}\n" for event in events))
+    (HERE / f"{name}.jsonl").write_text("".join(f"{without_paths(to_body(event))}\n" for event in events))
 
 
-def placeless(body: str) -> str:
-    """Take out of a body where it was recorded, which a worker's last words name."""
+def without_paths(body: str) -> str:
+    """Replace the paths of this machine in a body; a worker's stderr names them."""
     return body.replace(str(HERE.parents[1]), "/srv/loadledger").replace(sys.prefix, "/srv/environment")
 
 
@@ -241,5 +242,5 @@ if __name__ == "__main__":
     for asked in sys.argv[1:]:
         if asked != "--refold":
             asyncio.run(record(asked))
-        for each in STORIES if asked == "--refold" else [asked]:
+        for each in SCENARIOS if asked == "--refold" else [asked]:
             write_states(each)
