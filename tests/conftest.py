@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
 from support.http import LocalApi, local_server
+from support.running import Engine, running, save_models
 from support.workers import Serve, order_of, running_pool, until
 
 from runtime.processes.pool import WorkerPool
@@ -72,6 +73,13 @@ async def pool(shared_pool: WorkerPool) -> AsyncIterator[WorkerPool]:
     for worker in shared_pool._workers:
         worker.kill()
     await until(lambda: not shared_pool._workers)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(tmp_path: Path, shared_pool: WorkerPool) -> AsyncIterator[Engine]:
+    """The runtime without HTTP, over a new ledger and the models of `save_models`."""
+    async with running(save_models(tmp_path), pool=shared_pool) as engine:
+        yield engine
 
 
 @pytest_asyncio.fixture(loop_scope="module")

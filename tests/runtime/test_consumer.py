@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.running import code_of, gone, running, save_models
+from support.running import Engine, code_of, gone, running, save_models
 from support.workers import until
 
 from events.jobs import Failure, JobStatus, LoadParameters
@@ -41,29 +41,28 @@ def stopped(pid: int) -> bool:
 # Loads.
 
 
-async def test_load_records_hashes_memory_and_durations(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        job = await engine.load("adder", 1)
-        assert job.status is JobStatus.COMPLETED
-        assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-        [loaded] = await engine.facts(ModelLoaded, of="adder")
-        (file,) = loaded.files
-        path = folder / "models/adder/1/model.onnx"
-        content = path.read_bytes()
-        assert (file.path, file.bytes) == ("model.onnx", len(content))
-        assert file.sha256 == hashlib.sha256(content).hexdigest()
-        assert file.mtime_ns == path.stat().st_mtime_ns
-        assert loaded.worker_ids == (engine.worker("adder").worker_id,)
-        assert 0 < loaded.memory_bytes <= loaded.peak_memory_bytes
-        durations = loaded.durations
-        parts = (durations.waiting_us, durations.starting_us, durations.loading_us, durations.measuring_us)
-        assert all(part > 0 for part in parts)
-        assert sum(parts) <= durations.total_us
-        assert await engine.ask("adder", 1) == 2
-        await engine.unload("adder")
-        await engine.load("adder", 1)  # with the hashes that are known
-        assert [each.files for each in await engine.facts(ModelLoaded, of="adder")] == [(file,)] * 2
-        assert engine.consumer._applier._hashed["adder", 1] != ()
+async def test_load_records_hashes_memory_and_durations(engine: Engine) -> None:
+    job = await engine.load("adder", 1)
+    assert job.status is JobStatus.COMPLETED
+    assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    [loaded] = await engine.facts(ModelLoaded, of="adder")
+    (file,) = loaded.files
+    path = engine.root / "adder/1/model.onnx"
+    content = path.read_bytes()
+    assert (file.path, file.bytes) == ("model.onnx", len(content))
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
+    assert file.mtime_ns == path.stat().st_mtime_ns
+    assert loaded.worker_ids == (engine.worker("adder").worker_id,)
+    assert 0 < loaded.memory_bytes <= loaded.peak_memory_bytes
+    durations = loaded.durations
+    parts = (durations.waiting_us, durations.starting_us, durations.loading_us, durations.measuring_us)
+    assert all(part > 0 for part in parts)
+    assert sum(parts) <= durations.total_us
+    assert await engine.ask("adder", 1) == 2
+    await engine.unload("adder")
+    await engine.load("adder", 1)  # with the hashes that are known
+    assert [each.files for each in await engine.facts(ModelLoaded, of="adder")] == [(file,)] * 2
+    assert engine.consumer._applier._hashed["adder", 1] != ()
 
 
 async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_pool: WorkerPool) -> None:
@@ -102,22 +101,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-async def test_bad_model_fails_its_load_with_the_reason(
-    folder: Path, shared_pool: WorkerPool, case: str
-) -> None:
+async def test_bad_model_fails_its_load_with_the_reason(engine: Engine, case: str) -> None:
     make, code, words = BAD[case]
-    make(folder / "models")
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder")
-        job = await engine.load("bad", parameters=LoadParameters(memory_limit_bytes=200_000_000))
-        assert job.status is JobStatus.FAILED
-        assert job.error is not None
-        assert job.error.code == code
-        assert words in job.error.message
-        assert (engine.model("bad").state, engine.model("bad").error) == (ModelState.FAILED, job.error)
-        assert await engine.story(of="bad") == ["LoadRequested", "LoadStarted", "LoadFailed"]
-        await until(lambda: len(engine.consumer.live) == 1)
-        assert await engine.ask("adder", 1) == 3
+    make(engine.root)
+    await engine.load("adder")
+    job = await engine.load("bad", parameters=LoadParameters(memory_limit_bytes=200_000_000))
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert job.error.code == code
+    assert words in job.error.message
+    assert (engine.model("bad").state, engine.model("bad").error) == (ModelState.FAILED, job.error)
+    assert await engine.story(of="bad") == ["LoadRequested", "LoadStarted", "LoadFailed"]
+    await until(lambda: len(engine.consumer.live) == 1)
+    assert await engine.ask("adder", 1) == 3
 
 
 async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool) -> None:
@@ -131,136 +127,100 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
         await engine.nothing_left()
 
 
-async def test_crash_during_load_records_the_last_words(folder: Path, shared_pool: WorkerPool) -> None:
-    models.save(models.crash_on_load(), folder / "models", "crash")
-    async with running(folder, pool=shared_pool) as engine:
-        job = await engine.load("crash")
-        assert job.error is not None
-        assert job.error.code == "worker_died"
-        assert f"killed by signal {int(signal.SIGFPE)}" in job.error.message
-        assert "Floating" in job.error.message
-        [exited] = await engine.facts(WorkerExited, of="crash")
-        assert (exited.exit_code, exited.signal) == (None, signal.SIGFPE)
-        assert any("Floating" in line for line in exited.stderr)
+async def test_crash_during_load_records_the_last_words(engine: Engine) -> None:
+    models.save(models.crash_on_load(), engine.root, "crash")
+    job = await engine.load("crash")
+    assert job.error is not None
+    assert job.error.code == "worker_died"
+    assert f"killed by signal {int(signal.SIGFPE)}" in job.error.message
+    assert "Floating" in job.error.message
+    [exited] = await engine.facts(WorkerExited, of="crash")
+    assert (exited.exit_code, exited.signal) == (None, signal.SIGFPE)
+    assert any("Floating" in line for line in exited.stderr)
 
 
-async def test_worker_killed_during_load_fails_it(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        job_id = await engine.ask_load("slow")
-        load = await engine.loading("slow")
-        engine.kill("slow")
-        assert code_of(await engine.ended(job_id)) == "worker_died"
-        assert await engine.story(of="slow") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
-        exited = (await engine.events(of="slow"))[2]
-        assert (exited.worker_id, exited.data) == (load.worker_id, WorkerExited(None, signal.SIGKILL, ()))
-        await engine.nothing_left()
+async def test_worker_killed_during_load_fails_it(engine: Engine) -> None:
+    job_id = await engine.ask_load("slow")
+    load = await engine.loading("slow")
+    engine.kill("slow")
+    assert code_of(await engine.ended(job_id)) == "worker_died"
+    assert await engine.story(of="slow") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
+    exited = (await engine.events(of="slow"))[2]
+    assert (exited.worker_id, exited.data) == (load.worker_id, WorkerExited(None, signal.SIGKILL, ()))
+    await engine.nothing_left()
 
 
-async def test_slow_load_ends_at_its_timeout(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        job_id = await engine.ask_load("slow", parameters=LoadParameters(timeout_s=100))
-        await engine.loading("slow")
-        engine.pass_time(100)
-        job = await engine.ended(job_id)
-        assert code_of(job) == "timeout"
-        assert await engine.story(of="slow") == ["LoadRequested", "LoadStarted", "LoadFailed"]
-        await engine.nothing_left()
+async def test_slow_load_ends_at_its_timeout(engine: Engine) -> None:
+    job_id = await engine.ask_load("slow", parameters=LoadParameters(timeout_s=100))
+    await engine.loading("slow")
+    engine.pass_time(100)
+    job = await engine.ended(job_id)
+    assert code_of(job) == "timeout"
+    assert await engine.story(of="slow") == ["LoadRequested", "LoadStarted", "LoadFailed"]
+    await engine.nothing_left()
 
 
 # Swaps.
 
 
-async def test_swap_drains_the_old_version(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder", 1)
-        draining, old = engine.live("adder"), engine.worker("adder")
-        os.kill(old.pid, signal.SIGSTOP)
-        asked = asyncio.create_task(engine.ask("adder", 10))
-        await until(lambda: old.in_flight == 1)
-        job = await engine.load("adder", 2)
-        assert await engine.ask("adder", 10) == 12
-        await until(lambda: draining.unloading)
-        assert not asked.done()
-        os.kill(old.pid, signal.SIGCONT)
-        assert await asked == 11
-        await until(lambda: len(engine.consumer.live) == 1)
-        assert gone(old.pid)
-        [requested] = await engine.facts(UnloadRequested, of="adder")
-        loaded = [event for event in await engine.events(of="adder") if isinstance(event.data, ModelLoaded)]
-        assert (requested.cause, requested.cause_event_id) == (Cause.SWAP, loaded[-1].id)
-        [unloaded] = await engine.facts(ModelUnloaded, of="adder")
-        assert (unloaded.drained_requests, unloaded.aborted_requests) == (1, 0)
-        model = engine.model("adder")
-        assert (model.state, model.version) == (ModelState.LOADED, 2)
-        assert model.serving is not None
-        assert model.serving.load_job_id == job.id
-
-
-async def test_changed_files_are_swapped_in(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        first = await engine.load("adder", 2)
-        models.save(models.add(7), folder / "models", "adder", 2)
-        second = await engine.load("adder", 2)
-        assert second.id != first.id
-        assert await engine.ask("adder", 1) == 8
-        before, after = await engine.facts(ModelLoaded, of="adder")
-        assert before.files[0].sha256 != after.files[0].sha256
-        await until(lambda: len(engine.consumer.live) == 1)
-
-
-async def test_requests_succeed_during_swaps(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder", 1)
-        answers, over = set[float](), asyncio.Event()
-
-        async def keep_asking() -> None:
-            while not over.is_set():
-                answers.add(await engine.ask("adder", 10))
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(4):
-                group.create_task(keep_asking())
-            for version in (2, 1, 2):
-                await engine.load("adder", version)
-            over.set()
-        assert answers == {11, 12}
+async def test_swap_drains_the_old_version(engine: Engine) -> None:
+    await engine.load("adder", 1)
+    draining, old = engine.live("adder"), engine.worker("adder")
+    os.kill(old.pid, signal.SIGSTOP)
+    asked = asyncio.create_task(engine.ask("adder", 10))
+    await until(lambda: old.in_flight == 1)
+    job = await engine.load("adder", 2)
+    assert await engine.ask("adder", 10) == 12
+    await until(lambda: draining.unloading)
+    assert not asked.done()
+    os.kill(old.pid, signal.SIGCONT)
+    assert await asked == 11
+    await until(lambda: len(engine.consumer.live) == 1)
+    assert gone(old.pid)
+    [requested] = await engine.facts(UnloadRequested, of="adder")
+    loaded = [event for event in await engine.events(of="adder") if isinstance(event.data, ModelLoaded)]
+    assert (requested.cause, requested.cause_event_id) == (Cause.SWAP, loaded[-1].id)
+    [unloaded] = await engine.facts(ModelUnloaded, of="adder")
+    assert (unloaded.drained_requests, unloaded.aborted_requests) == (1, 0)
+    model = engine.model("adder")
+    assert (model.state, model.version) == (ModelState.LOADED, 2)
+    assert model.serving is not None
+    assert model.serving.load_job_id == job.id
 
 
 # Unloads.
 
 
-async def test_unload_returns_the_memory_of_the_process(folder: Path, shared_pool: WorkerPool) -> None:
-    models.save(models.weights(20), folder / "models", "big")
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("big")
-        pid = engine.worker("big").pid
-        job_id = await engine.ask_unload("big")
-        await engine.recorded(lambda: engine.model("big").phase is ModelState.UNLOADED)
-        assert gone(pid)
-        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
-        story = await engine.story(of="big")
-        assert story[-3:] == ["UnloadRequested", "UnloadStarted", "ModelUnloaded"]
-        [unloaded] = await engine.facts(ModelUnloaded, of="big")
-        assert unloaded.freed_bytes > 20_000_000
-        assert (unloaded.drained_requests, unloaded.aborted_requests) == (0, 0)
-        await engine.nothing_left()
+async def test_unload_returns_the_memory_of_the_process(engine: Engine) -> None:
+    models.save(models.weights(20), engine.root, "big")
+    await engine.load("big")
+    pid = engine.worker("big").pid
+    job_id = await engine.ask_unload("big")
+    await engine.recorded(lambda: engine.model("big").phase is ModelState.UNLOADED)
+    assert gone(pid)
+    assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
+    story = await engine.story(of="big")
+    assert story[-3:] == ["UnloadRequested", "UnloadStarted", "ModelUnloaded"]
+    [unloaded] = await engine.facts(ModelUnloaded, of="big")
+    assert unloaded.freed_bytes > 20_000_000
+    assert (unloaded.drained_requests, unloaded.aborted_requests) == (0, 0)
+    await engine.nothing_left()
 
 
-async def test_unload_waits_for_running_requests(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder")
-        load, worker = engine.live("adder"), engine.worker("adder")
-        os.kill(worker.pid, signal.SIGSTOP)
-        asked = asyncio.create_task(engine.ask("adder", 10))
-        await until(lambda: worker.in_flight == 1)
-        job_id = await engine.ask_unload("adder")
-        await until(lambda: load.unloading)
-        assert engine.consumer.stage(engine.log.state.jobs[job_id]) == "draining"
-        os.kill(worker.pid, signal.SIGCONT)
-        assert await asked == 12
-        await engine.ended(job_id)
-        [unloaded] = await engine.facts(ModelUnloaded, of="adder")
-        assert unloaded.drained_requests == 1
+async def test_unload_waits_for_running_requests(engine: Engine) -> None:
+    await engine.load("adder")
+    load, worker = engine.live("adder"), engine.worker("adder")
+    os.kill(worker.pid, signal.SIGSTOP)
+    asked = asyncio.create_task(engine.ask("adder", 10))
+    await until(lambda: worker.in_flight == 1)
+    job_id = await engine.ask_unload("adder")
+    await until(lambda: load.unloading)
+    assert engine.consumer.stage(engine.log.state.jobs[job_id]) == "draining"
+    os.kill(worker.pid, signal.SIGCONT)
+    assert await asked == 12
+    await engine.ended(job_id)
+    [unloaded] = await engine.facts(ModelUnloaded, of="adder")
+    assert unloaded.drained_requests == 1
 
 
 async def test_unload_kills_at_the_drain_timeout(folder: Path, shared_pool: WorkerPool) -> None:
@@ -275,49 +235,46 @@ async def test_unload_kills_at_the_drain_timeout(folder: Path, shared_pool: Work
         assert "WorkerExited" not in await engine.story()
 
 
-async def test_worker_dying_in_a_drain_ends_the_unload(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("loop")
-        [asked] = await engine.start_endless()
-        job_id = await engine.ask_unload("loop")
-        await engine.becomes("loop", ModelState.UNLOADING)
-        engine.kill("loop")
-        with pytest.raises(WorkerDied):
-            await asked
-        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
-        assert (await engine.story(of="loop"))[-3:] == ["UnloadStarted", "WorkerExited", "ModelUnloaded"]
-        assert engine.model("loop").state is ModelState.UNLOADED
+async def test_worker_dying_in_a_drain_ends_the_unload(engine: Engine) -> None:
+    await engine.load("loop")
+    [asked] = await engine.start_endless()
+    job_id = await engine.ask_unload("loop")
+    await engine.becomes("loop", ModelState.UNLOADING)
+    engine.kill("loop")
+    with pytest.raises(WorkerDied):
+        await asked
+    assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
+    assert (await engine.story(of="loop"))[-3:] == ["UnloadStarted", "WorkerExited", "ModelUnloaded"]
+    assert engine.model("loop").state is ModelState.UNLOADED
 
 
 # Force.
 
 
-async def test_unload_force_kills_stopped_worker(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder")
-        pid = engine.worker("adder").pid
-        os.kill(pid, signal.SIGSTOP)
-        unload, load = await asyncio.gather(engine.ask_unload("adder", force=True), engine.ask_load("adder"))
-        assert (await engine.ended(unload)).status is JobStatus.COMPLETED
-        assert gone(pid)
-        assert "WorkerExited" not in await engine.story()
-        [unloaded] = await engine.facts(ModelUnloaded, of="adder")
-        assert unloaded.freed_bytes > 0
-        assert (await engine.ended(load)).status is JobStatus.COMPLETED
+async def test_unload_force_kills_stopped_worker(engine: Engine) -> None:
+    await engine.load("adder")
+    pid = engine.worker("adder").pid
+    os.kill(pid, signal.SIGSTOP)
+    unload, load = await asyncio.gather(engine.ask_unload("adder", force=True), engine.ask_load("adder"))
+    assert (await engine.ended(unload)).status is JobStatus.COMPLETED
+    assert gone(pid)
+    assert "WorkerExited" not in await engine.story()
+    [unloaded] = await engine.facts(ModelUnloaded, of="adder")
+    assert unloaded.freed_bytes > 0
+    assert (await engine.ended(load)).status is JobStatus.COMPLETED
 
 
-async def test_unload_force_ends_a_load_in_progress(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        load_id = await engine.ask_load("slow")
-        await engine.loading("slow")
-        pid = engine.worker("slow").pid
-        unload = await engine.unload("slow", force=True)
-        assert unload.status is JobStatus.COMPLETED
-        assert gone(pid)
-        assert (await engine.ended(load_id)).status is JobStatus.CANCELLED
-        story = ["UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded"]
-        assert (await engine.story(of="slow"))[2:] == story
-        assert engine.model("slow").state is ModelState.UNLOADED
+async def test_unload_force_ends_a_load_in_progress(engine: Engine) -> None:
+    load_id = await engine.ask_load("slow")
+    await engine.loading("slow")
+    pid = engine.worker("slow").pid
+    unload = await engine.unload("slow", force=True)
+    assert unload.status is JobStatus.COMPLETED
+    assert gone(pid)
+    assert (await engine.ended(load_id)).status is JobStatus.CANCELLED
+    story = ["UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded"]
+    assert (await engine.story(of="slow"))[2:] == story
+    assert engine.model("slow").state is ModelState.UNLOADED
 
 
 async def test_unload_force_does_not_wait_for_stopped_fork_server(folder: Path) -> None:
@@ -333,17 +290,16 @@ async def test_unload_force_does_not_wait_for_stopped_fork_server(folder: Path) 
         assert (await engine.load("adder")).status is JobStatus.COMPLETED
 
 
-async def test_unload_force_ends_a_drain_and_both_jobs(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("loop")
-        [asked] = await engine.start_endless()
-        unforced = await engine.ask_unload("loop")
-        await engine.becomes("loop", ModelState.UNLOADING)
-        forced = await engine.unload("loop", force=True)
-        with pytest.raises(WorkerDied):
-            await asked
-        ends = [await engine.ended(unforced), forced]
-        assert [job.status for job in ends] == [JobStatus.COMPLETED] * 2
-        assert ends[0].position + 1 == ends[1].position
-        unloads = await engine.facts(ModelUnloaded, of="loop")
-        assert [unload.aborted_requests for unload in unloads] == [1, 1]
+async def test_unload_force_ends_a_drain_and_both_jobs(engine: Engine) -> None:
+    await engine.load("loop")
+    [asked] = await engine.start_endless()
+    unforced = await engine.ask_unload("loop")
+    await engine.becomes("loop", ModelState.UNLOADING)
+    forced = await engine.unload("loop", force=True)
+    with pytest.raises(WorkerDied):
+        await asked
+    ends = [await engine.ended(unforced), forced]
+    assert [job.status for job in ends] == [JobStatus.COMPLETED] * 2
+    assert ends[0].position + 1 == ends[1].position
+    unloads = await engine.facts(ModelUnloaded, of="loop")
+    assert [unload.aborted_requests for unload in unloads] == [1, 1]

@@ -46,22 +46,22 @@ def refusal(root: Path) -> str:
     return str(refused.value)
 
 
-def test_a_model_without_the_file_has_no_defaults(root: Path) -> None:
-    assert read_defaults(Repository(root), "m") == {}
-
-
-def test_what_the_file_says_is_given_as_it_is(root: Path) -> None:
+def test_defaults_are_read_each_time(root: Path) -> None:
+    repository = Repository(root)
+    assert read_defaults(repository, "m") == {}
     written(root, b"# why\ntimeout_s = 5\ninstances = 2\nnonsense = [1, 'x']\n")
-    assert read_defaults(Repository(root), "m") == {"timeout_s": 5, "instances": 2, "nonsense": [1, "x"]}
+    assert read_defaults(repository, "m") == {"timeout_s": 5, "instances": 2, "nonsense": [1, "x"]}
+    written(root, b"instances = 2\n".ljust(MAX_DEFAULTS_BYTES, b"#"))
+    assert read_defaults(repository, "m") == {"instances": 2}
+    (root / "shared.toml").write_text("instances = 3")
+    (root / "m" / DEFAULTS_FILE).unlink()
+    (root / "m" / DEFAULTS_FILE).symlink_to("../shared.toml")
+    assert read_defaults(repository, "m") == {"instances": 3}
+    with pytest.raises(InvalidModelId):
+        read_defaults(repository, "..")
 
 
-def test_the_file_is_looked_at_each_time(root: Path) -> None:
-    for number in (1, 2):
-        written(root, b"instances = %d" % number)
-        assert read_defaults(Repository(root), "m") == {"instances": number}
-
-
-def test_the_file_is_no_version_and_no_file_of_one(root: Path) -> None:
+def test_defaults_file_is_no_file_of_a_version(root: Path) -> None:
     written(root, b"instances = 2")
     found = Repository(root).resolve("m")
     assert [file.path for file in found.files] == ["model.onnx"]
@@ -80,20 +80,9 @@ def test_the_file_is_no_version_and_no_file_of_one(root: Path) -> None:
     ],
     ids=["no TOML", "twice", "no UTF-8", "a long number", "deep", "large"],
 )
-def test_a_file_that_says_nothing_is_refused(root: Path, content: bytes, words: str) -> None:
+def test_invalid_defaults_file_is_refused(root: Path, content: bytes, words: str) -> None:
     written(root, content)
     assert words in refusal(root)
-
-
-def test_a_file_of_the_largest_size_is_read(root: Path) -> None:
-    written(root, b"instances = 2\n".ljust(MAX_DEFAULTS_BYTES, b"#"))
-    assert read_defaults(Repository(root), "m") == {"instances": 2}
-
-
-def test_a_link_within_the_repository_is_followed(root: Path) -> None:
-    (root / "shared.toml").write_text("instances = 3")
-    (root / "m" / DEFAULTS_FILE).symlink_to("../shared.toml")
-    assert read_defaults(Repository(root), "m") == {"instances": 3}
 
 
 def bound_socket(path: Path) -> None:
@@ -117,29 +106,22 @@ UNSAFE: list[tuple[str, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("make", "words"), [row[1:] for row in UNSAFE], ids=[row[0] for row in UNSAFE])
-def test_what_is_no_file_of_the_repository_is_not_read(
-    root: Path, make: Callable[[Path], object], words: str
-) -> None:
+def test_unsafe_defaults_file_is_refused(root: Path, make: Callable[[Path], object], words: str) -> None:
     make(root / "m" / DEFAULTS_FILE)
     assert words in refusal(root)
-
-
-def test_a_model_id_cannot_lead_out_of_the_repository(root: Path) -> None:
-    with pytest.raises(InvalidModelId):
-        read_defaults(Repository(root), "..")
 
 
 INPUT = b"[[warm_up.inputs]]\nname = 'x'\ndatatype = 'INT64'\nshape = [2, 1]\ndata = %s\n"
 
 
-def test_a_model_that_says_nothing_of_its_warm_up_leaves_it_to_the_server(root: Path) -> None:
+def test_warm_up_is_unset_by_default(root: Path) -> None:
     assert read_warm_up(Repository(root), "m") == WarmUp(None, ())
     written(root, b"instances = 2\n[warm_up]\n")
     assert read_warm_up(Repository(root), "m") == WarmUp(None, ())
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_warm_up_can_be_switched_and_is_no_default_of_a_load(root: Path, *, enabled: bool) -> None:
+def test_warm_up_can_be_switched(root: Path, *, enabled: bool) -> None:
     written(root, b"instances = 2\nwarm_up.enabled = %s\n" % str(enabled).lower().encode())
     assert read_warm_up(Repository(root), "m") == WarmUp(enabled, ())
     assert read_defaults(Repository(root), "m") == {"instances": 2}
@@ -157,7 +139,7 @@ def test_the_warm_up_can_be_switched_and_is_no_default_of_a_load(root: Path, *, 
     ],
     ids=["flat", "nested", "floats", "booleans", "texts", "empty"],
 )
-def test_inputs_of_a_warm_up_are_what_a_request_would_bring(root: Path, data: bytes, text: bytes) -> None:
+def test_warm_up_inputs_are_json_tensors(root: Path, data: bytes, text: bytes) -> None:
     written(root, INPUT % data)
     assert read_warm_up(Repository(root), "m").inputs == (Tensor("x", "INT64", (2, 1), text, text=True),)
 
@@ -190,6 +172,6 @@ BAD_WARM_UPS = [
 
 
 @pytest.mark.parametrize(("content", "words"), BAD_WARM_UPS, ids=[row[1] for row in BAD_WARM_UPS])
-def test_a_warm_up_that_is_none_is_refused_naming_the_key(root: Path, content: bytes, words: str) -> None:
+def test_invalid_warm_up_is_refused_with_its_key(root: Path, content: bytes, words: str) -> None:
     written(root, content)
     assert words in refusal(root)

@@ -55,31 +55,29 @@ async def taken(engine: Engine, pid: int) -> None:
     await until(lambda: any(worker.pid == pid for load in loads.values() for worker in load.workers))
 
 
-async def test_load_of_instances_is_one_fact(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        job = await engine.load("adder", 1, THREE)
-        assert job.status is JobStatus.COMPLETED
-        assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-        load, fact = engine.live("adder"), (await engine.events(of="adder"))[-1]
-        assert isinstance(fact.data, ModelLoaded)
-        assert fact.data.worker_ids == tuple(worker.worker_id for worker in load.workers)
-        assert (len(set(fact.data.worker_ids)), fact.worker_id) == (3, None)
-        reports = load.reports.values()
-        assert fact.data.memory_bytes == sum(report.memory_bytes for report in reports)
-        assert fact.data.peak_memory_bytes == sum(report.peak_memory_bytes for report in reports)
-        assert fact.data.durations.loading_us == max(report.loading_us for report in reports)
-        assert len(engine.worker_pids()) == 3
+async def test_load_of_instances_is_one_fact(engine: Engine) -> None:
+    job = await engine.load("adder", 1, THREE)
+    assert job.status is JobStatus.COMPLETED
+    assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    load, fact = engine.live("adder"), (await engine.events(of="adder"))[-1]
+    assert isinstance(fact.data, ModelLoaded)
+    assert fact.data.worker_ids == tuple(worker.worker_id for worker in load.workers)
+    assert (len(set(fact.data.worker_ids)), fact.worker_id) == (3, None)
+    reports = load.reports.values()
+    assert fact.data.memory_bytes == sum(report.memory_bytes for report in reports)
+    assert fact.data.peak_memory_bytes == sum(report.peak_memory_bytes for report in reports)
+    assert fact.data.durations.loading_us == max(report.loading_us for report in reports)
+    assert len(engine.worker_pids()) == 3
 
 
-async def test_requests_go_to_the_idle_instance(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder", 1, TWO)
-        await freeze(engine.workers("adder")[0].pid)
-        stuck = asyncio.create_task(engine.ask("adder", 1))
-        await until(lambda: engine.workers("adder")[0].in_flight == 1)
-        assert [await engine.ask("adder", value) for value in range(5)] == [1, 2, 3, 4, 5]
-        os.kill(engine.workers("adder")[0].pid, signal.SIGCONT)
-        assert await stuck == 2
+async def test_requests_go_to_the_idle_instance(engine: Engine) -> None:
+    await engine.load("adder", 1, TWO)
+    await freeze(engine.workers("adder")[0].pid)
+    stuck = asyncio.create_task(engine.ask("adder", 1))
+    await until(lambda: engine.workers("adder")[0].in_flight == 1)
+    assert [await engine.ask("adder", value) for value in range(5)] == [1, 2, 3, 4, 5]
+    os.kill(engine.workers("adder")[0].pid, signal.SIGCONT)
+    assert await stuck == 2
 
 
 async def test_instances_compute_side_by_side_and_drain_together(
@@ -102,21 +100,18 @@ async def test_instances_compute_side_by_side_and_drain_together(
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
-async def test_instance_dying_during_the_load_fails_it(
-    folder: Path, shared_pool: WorkerPool, which: str
-) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        job_id, load, second = await half_load(engine, THREE if which == "second" else TWO)
-        dead = load.workers[0] if which == "first" else second
-        os.kill(dead.pid, signal.SIGKILL)
-        job = await engine.ended(job_id)
-        assert job.error is not None
-        assert (job.error.code, "right after" in job.error.message) == ("worker_died", which == "first")
-        events = await engine.events(of="adder")
-        story = ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
-        assert [event.type for event in events] == story
-        assert events[2].worker_id == dead.worker_id
-        await engine.nothing_left()
+async def test_instance_dying_during_the_load_fails_it(engine: Engine, which: str) -> None:
+    job_id, load, second = await half_load(engine, THREE if which == "second" else TWO)
+    dead = load.workers[0] if which == "first" else second
+    os.kill(dead.pid, signal.SIGKILL)
+    job = await engine.ended(job_id)
+    assert job.error is not None
+    assert (job.error.code, "right after" in job.error.message) == ("worker_died", which == "first")
+    events = await engine.events(of="adder")
+    story = ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
+    assert [event.type for event in events] == story
+    assert events[2].worker_id == dead.worker_id
+    await engine.nothing_left()
 
 
 async def test_fork_server_dying_during_the_load_is_the_reason(folder: Path) -> None:
@@ -147,44 +142,16 @@ async def test_files_changed_between_instances_fail_the_load(
 
 
 @pytest.mark.parametrize("end", ["timeout", "force"])
-async def test_half_loaded_instances_end_with_their_load(
-    folder: Path, shared_pool: WorkerPool, end: str
-) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        job_id, load, _ = await half_load(engine, LoadParameters(instances=3, timeout_s=100))
-        if end == "timeout":
-            engine.pass_time(100)
-            assert code_of(await engine.ended(job_id)) == "timeout"
-        else:
-            await engine.unload("adder", force=True)
-            assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
-        await engine.nothing_left()
-        assert len(load.workers) <= 3
-
-
-async def test_unload_force_kills_stopped_instances(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder", 1, TWO)
-        for worker in engine.workers("adder"):
-            await freeze(worker.pid)
-        assert (await engine.unload("adder", force=True)).status is JobStatus.COMPLETED
-        assert "WorkerExited" not in await engine.story()
-        await engine.nothing_left()
-
-
-async def test_instances_dying_in_a_drain_are_recorded(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("loop", parameters=TWO)
-        asked = await engine.start_endless()
-        workers = engine.workers("loop")
-        unload = await engine.ask_unload("loop")
-        await engine.becomes("loop", ModelState.UNLOADING)
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGKILL)
-        await engine.ended(unload)
-        await asyncio.wait(asked)
-        exits = [event.worker_id for event in await engine.events() if isinstance(event.data, WorkerExited)]
-        assert sorted(filter(None, exits)) == sorted(worker.worker_id for worker in workers)
+async def test_half_loaded_instances_end_with_their_load(engine: Engine, end: str) -> None:
+    job_id, load, _ = await half_load(engine, LoadParameters(instances=3, timeout_s=100))
+    if end == "timeout":
+        engine.pass_time(100)
+        assert code_of(await engine.ended(job_id)) == "timeout"
+    else:
+        await engine.unload("adder", force=True)
+        assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
+    await engine.nothing_left()
+    assert len(load.workers) <= 3
 
 
 async def test_degraded_model_serves_while_it_is_repaired(folder: Path, shared_pool: WorkerPool) -> None:

@@ -206,7 +206,7 @@ def test_folders_in_place_of_files_are_skipped(files: Files) -> None:
     assert files.pressure() is None
 
 
-def test_cgroup_name_may_be_no_text(files: Files) -> None:
+def test_cgroup_name_may_contain_anything(files: Files) -> None:
     name = b"b\xf8r"
     unified(files, "", {"": "max\n"})
     (files.proc / "self/cgroup").write_bytes(b"0::/" + name + b"\n")
@@ -214,9 +214,6 @@ def test_cgroup_name_may_be_no_text(files: Files) -> None:
     folder.mkdir()
     (folder / "memory.max").write_text(f"{GB}\n")
     assert files.limit() == MemoryLimit(GB, "cgroup v2")
-
-
-def test_cgroup_path_may_contain_separators() -> None:
     own = parse_cgroups("4:memory:/a:b\n0::/c:d e\n")
     assert (own.v1_memory, own.unified) == ("/a:b", "/c:d e")
 
@@ -303,8 +300,9 @@ def test_own_cgroup_pressure_goes_before_the_machines(files: Files) -> None:
     assert files.pressure() == Pressure(1.25, 2)
 
 
-@pytest.mark.parametrize("own", ["0::/\n", "0::/kubepods.slice/pod1\n", "0::/../other\n"])
-@pytest.mark.parametrize("mount", ["", "unified/"])
+@pytest.mark.parametrize(
+    ("own", "mount"), [("0::/\n", ""), ("0::/pods/pod1\n", "unified/"), ("0::/../x\n", "")]
+)
 def test_pressure_in_a_container_is_the_mounts(files: Files, own: str, mount: str) -> None:
     unified(files, own, {}, mount=mount)
     files.write(pressure_memory=psi(50), pressure_cpu=psi(60))
@@ -340,16 +338,12 @@ def test_pressure_is_the_ten_second_average(text: str, expected: float | None) -
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (None, False),
-        (Pressure(None, None), False),
-        (Pressure(0, 0), False),
+        (None, False), (Pressure(None, None), False), (Pressure(0, 0), False),
         (Pressure(MEMORY_PRESSURE_PERCENT - 0.01, CPU_PRESSURE_PERCENT - 0.01), False),
-        (Pressure(MEMORY_PRESSURE_PERCENT, 0), True),
-        (Pressure(0, CPU_PRESSURE_PERCENT), True),
-        (Pressure(MEMORY_PRESSURE_PERCENT, None), True),
-        (Pressure(None, CPU_PRESSURE_PERCENT), True),
+        (Pressure(MEMORY_PRESSURE_PERCENT, 0), True), (Pressure(0, CPU_PRESSURE_PERCENT), True),
+        (Pressure(MEMORY_PRESSURE_PERCENT, None), True), (Pressure(None, CPU_PRESSURE_PERCENT), True),
     ],
-)
+)  # fmt: skip
 def test_either_pressure_counts(found: Pressure | None, *, expected: bool) -> None:
     assert is_under_pressure(found) is expected
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.running import code_of, gone, running, save_models, stopped_clock
+from support.running import Engine, code_of, gone, running, save_models, stopped_clock
 from support.workers import until
 
 from events.commands import RequestCancel
@@ -38,42 +38,40 @@ def folder(tmp_path: Path) -> Path:
 # Deaths.
 
 
-async def test_dead_worker_is_replaced_after_the_back_off(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder")
-        first = engine.worker("adder").worker_id
-        engine.pass_time(-86_400)  # a clock that is set back delays nothing
+async def test_dead_worker_is_replaced_after_the_back_off(engine: Engine) -> None:
+    await engine.load("adder")
+    first = engine.worker("adder").worker_id
+    engine.pass_time(-86_400)  # a clock that is set back delays nothing
+    await engine.die("adder")
+    engine.pass_time(0.5)
+    await engine.becomes("adder", ModelState.LOADED)
+    assert await engine.ask("adder", 1) == 3
+    events = (await engine.events(of="adder"))[3:]
+    story = ["WorkerExited", "LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert [event.type for event in events] == story
+    assert (events[0].worker_id, events[0].data) == (first, WorkerExited(None, signal.SIGKILL, ()))
+    requested = events[1].data
+    assert isinstance(requested, LoadRequested)
+    assert (requested.cause, events[1].actor) == (Cause.RECOVERY, "system")
+
+
+async def test_crash_loop_fails_the_model_until_a_request(engine: Engine) -> None:
+    await engine.load("adder")
+    for _ in range(MAX_INCIDENTS - 1):
         await engine.die("adder")
-        engine.pass_time(0.5)
+        engine.pass_time(BACK_OFF_S)
         await engine.becomes("adder", ModelState.LOADED)
-        assert await engine.ask("adder", 1) == 3
-        events = (await engine.events(of="adder"))[3:]
-        story = ["WorkerExited", "LoadRequested", "LoadStarted", "ModelLoaded"]
-        assert [event.type for event in events] == story
-        assert (events[0].worker_id, events[0].data) == (first, WorkerExited(None, signal.SIGKILL, ()))
-        requested = events[1].data
-        assert isinstance(requested, LoadRequested)
-        assert (requested.cause, events[1].actor) == (Cause.RECOVERY, "system")
-
-
-async def test_crash_loop_fails_the_model_until_a_request(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder")
-        for _ in range(MAX_INCIDENTS - 1):
-            await engine.die("adder")
-            engine.pass_time(BACK_OFF_S)
-            await engine.becomes("adder", ModelState.LOADED)
-        engine.kill("adder")
-        model = await engine.becomes("adder", ModelState.FAILED)
-        assert model.error is not None
-        assert model.error.code == "crash_loop"
-        assert "killed by signal 9" in model.error.message
-        assert len(await engine.facts(WorkerExited, of="adder")) == MAX_INCIDENTS
-        head = engine.log.head
-        engine.pass_time(86_400)
-        await until(lambda: engine.consumer.live == {})
-        assert engine.log.head == head
-        assert (await engine.load("adder")).status is JobStatus.COMPLETED
+    engine.kill("adder")
+    model = await engine.becomes("adder", ModelState.FAILED)
+    assert model.error is not None
+    assert model.error.code == "crash_loop"
+    assert "killed by signal 9" in model.error.message
+    assert len(await engine.facts(WorkerExited, of="adder")) == MAX_INCIDENTS
+    head = engine.log.head
+    engine.pass_time(86_400)
+    await until(lambda: engine.consumer.live == {})
+    assert engine.log.head == head
+    assert (await engine.load("adder")).status is JobStatus.COMPLETED
 
 
 async def test_fork_server_death_is_no_incident_of_a_model(folder: Path) -> None:
@@ -150,95 +148,89 @@ async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_po
     ],
 )
 async def test_unwritable_ledger_delays_each_fact(
-    folder: Path, shared_pool: WorkerPool, fact: str, model: str, caplog: pytest.LogCaptureFixture
+    engine: Engine, fact: str, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    models.save_bytes(models.TEXT, folder / "models", "bad")
-    async with running(folder, pool=shared_pool) as engine:
-        with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
-            other.execute(
-                "CREATE TRIGGER broken BEFORE INSERT ON events"
-                f" WHEN json_extract(NEW.body, '$.type') = '{fact}'"
-                " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
-            )
-            load = await engine.ask_load(model)
-            unload = None
-            if fact in {"UnloadStarted", "ModelUnloaded"}:
-                await engine.ended(load)
-                unload = await engine.ask_unload(model)
-            await until(lambda: "cannot be written" in caplog.text)
-            assert fact not in await engine.story()
-            other.execute("DROP TRIGGER broken")
-        jobs = [await engine.ended(job) for job in (load, unload) if job is not None]
-        expected = JobStatus.FAILED if model == "bad" else JobStatus.COMPLETED
-        assert [job.status for job in jobs] == [expected] * len(jobs)
-        story = await engine.story(of=model)
-        assert story.count(fact) == 1
-        assert "WorkerExited" not in story
-        await until(lambda: len(engine.consumer.live) == (1 if fact in {"LoadStarted", "ModelLoaded"} else 0))
+    models.save_bytes(models.TEXT, engine.root, "bad")
+    with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
+        other.execute(
+            "CREATE TRIGGER broken BEFORE INSERT ON events"
+            f" WHEN json_extract(NEW.body, '$.type') = '{fact}'"
+            " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        )
+        load = await engine.ask_load(model)
+        unload = None
+        if fact in {"UnloadStarted", "ModelUnloaded"}:
+            await engine.ended(load)
+            unload = await engine.ask_unload(model)
+        await until(lambda: "cannot be written" in caplog.text)
+        assert fact not in await engine.story()
+        other.execute("DROP TRIGGER broken")
+    jobs = [await engine.ended(job) for job in (load, unload) if job is not None]
+    expected = JobStatus.FAILED if model == "bad" else JobStatus.COMPLETED
+    assert [job.status for job in jobs] == [expected] * len(jobs)
+    story = await engine.story(of=model)
+    assert story.count(fact) == 1
+    assert "WorkerExited" not in story
+    await until(lambda: len(engine.consumer.live) == (1 if fact in {"LoadStarted", "ModelLoaded"} else 0))
 
 
-async def test_unwritable_ledger_starts_no_worker(
-    folder: Path, shared_pool: WorkerPool, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("other")
-        serving, policy = engine.worker_pids(), engine.consumer.policy
-        engine.consumer.policy = replace(policy, loads_at_once=0)
-        job_id = await engine.ask_load("adder")
-        head = engine.log.head
-        assert engine.log._database._connection is not None
-        engine.log._database._connection.execute("PRAGMA busy_timeout = 20")
-        with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")  # nothing can be written at all
-            engine.consumer.policy = policy
-            engine.log.notify()
-            await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
-            assert not engine.log.healthy
-            assert [load.model_id for load in engine.consumer.live.values()] == ["other"]
-            assert engine.worker_pids() == serving
-            await until(lambda: "looking at a model" not in {task.get_name() for task in asyncio.all_tasks()})
-            job = engine.log.state.jobs[job_id]
-            assert (job.status, job.attempt, engine.log.head) == (JobStatus.PENDING, 0, head)
-            assert await engine.ask("other", 1) == 101
-            other.execute("ROLLBACK")
-        job = await engine.ended(job_id)
-        assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
-        assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-        assert len(engine.worker_pids()) == len(serving) + 1
-        assert await engine.ask("adder", 1) == 3
+async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    await engine.load("other")
+    serving, policy = engine.worker_pids(), engine.consumer.policy
+    engine.consumer.policy = replace(policy, loads_at_once=0)
+    job_id = await engine.ask_load("adder")
+    head = engine.log.head
+    assert engine.log._database._connection is not None
+    engine.log._database._connection.execute("PRAGMA busy_timeout = 20")
+    with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # nothing can be written at all
+        engine.consumer.policy = policy
+        engine.log.notify()
+        await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
+        assert not engine.log.healthy
+        assert [load.model_id for load in engine.consumer.live.values()] == ["other"]
+        assert engine.worker_pids() == serving
+        await until(lambda: "looking at a model" not in {task.get_name() for task in asyncio.all_tasks()})
+        job = engine.log.state.jobs[job_id]
+        assert (job.status, job.attempt, engine.log.head) == (JobStatus.PENDING, 0, head)
+        assert await engine.ask("other", 1) == 101
+        other.execute("ROLLBACK")
+    job = await engine.ended(job_id)
+    assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
+    assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert len(engine.worker_pids()) == len(serving) + 1
+    assert await engine.ask("adder", 1) == 3
 
 
 async def test_unwritable_ledger_leaves_load_cancellable(
-    folder: Path, shared_pool: WorkerPool, caplog: pytest.LogCaptureFixture
+    engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
-            other.execute(
-                "CREATE TRIGGER broken BEFORE INSERT ON events"
-                " WHEN json_extract(NEW.body, '$.type') = 'LoadStarted'"
-                " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
-            )
-            job_id = await engine.ask_load("adder")
-            await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
-            while not engine.log.state.jobs[job_id].cancelling:
-                with suppress(LogUnavailable):  # it was in one group with the start, which failed them both
-                    await engine.log.submit(RequestCancel(job_id, "alice"))
-                    break
-            assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
-            other.execute("DROP TRIGGER broken")
-        assert await engine.story(of="adder") == ["LoadRequested", "CancelRequested", "JobCancelled"]
-        assert (engine.consumer.live, engine.worker_pids()) == ({}, [])
+    with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
+        other.execute(
+            "CREATE TRIGGER broken BEFORE INSERT ON events"
+            " WHEN json_extract(NEW.body, '$.type') = 'LoadStarted'"
+            " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        )
+        job_id = await engine.ask_load("adder")
+        await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
+        while not engine.log.state.jobs[job_id].cancelling:
+            with suppress(LogUnavailable):  # it was in one group with the start, which failed them both
+                await engine.log.submit(RequestCancel(job_id, "alice"))
+                break
+        assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
+        other.execute("DROP TRIGGER broken")
+    assert await engine.story(of="adder") == ["LoadRequested", "CancelRequested", "JobCancelled"]
+    assert (engine.consumer.live, engine.worker_pids()) == ({}, [])
 
 
 # The end of the consumer itself.
 
 
-async def test_stopped_consumer_leaves_no_task(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.ask_load("slow")
-        load = await engine.loading("slow")
-        head = engine.log.head
-        await engine.consumer.stop()
-        await asyncio.wait([engine.applying])
-        assert load.tasks == set()
-        assert engine.log.head == head
+async def test_stopped_consumer_leaves_no_task(engine: Engine) -> None:
+    await engine.ask_load("slow")
+    load = await engine.loading("slow")
+    head = engine.log.head
+    await engine.consumer.stop()
+    await asyncio.wait([engine.applying])
+    assert load.tasks == set()
+    assert engine.log.head == head

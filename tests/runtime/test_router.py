@@ -43,101 +43,95 @@ async def refusal(engine: Engine, model_id: str, version: int | None = None) -> 
     return caught.value
 
 
-async def test_loaded_model_is_routed_to_its_worker(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder")
-        route = await engine.router.route_or_why("adder")
-        assert route == engine.router.route("adder", 2)
-        assert engine.router.is_ready("adder")
-        assert engine.router.is_ready("adder", 2)
-        assert (route.model_id, route.version) == ("adder", 2)
-        assert route.load.serving == (engine.worker("adder"),)
-        events = await engine.events()
-        assert events[route.position - 1].type == "ModelLoaded"
-        assert [(spec.name, spec.datatype, spec.shape) for spec in route.inputs] == [("x", "FP32", (-1,))]
-        assert [spec.name for spec in route.outputs] == ["y"]
+async def test_loaded_model_is_routed_to_its_worker(engine: Engine) -> None:
+    await engine.load("adder")
+    route = await engine.router.route_or_why("adder")
+    assert route == engine.router.route("adder", 2)
+    assert engine.router.is_ready("adder")
+    assert engine.router.is_ready("adder", 2)
+    assert (route.model_id, route.version) == ("adder", 2)
+    assert route.load.serving == (engine.worker("adder"),)
+    events = await engine.events()
+    assert events[route.position - 1].type == "ModelLoaded"
+    assert [(spec.name, spec.datatype, spec.shape) for spec in route.inputs] == [("x", "FP32", (-1,))]
+    assert [spec.name for spec in route.outputs] == ["y"]
 
 
-async def test_router_refuses_what_is_not_loaded(folder: Path, shared_pool: WorkerPool) -> None:
-    models.save_bytes(models.TEXT, folder / "models", "bad")
-    async with running(folder, pool=shared_pool) as engine:
-        never_loaded = await refusal(engine, "adder")
-        assert isinstance(never_loaded, ModelNotLoaded)
-        assert never_loaded.code == "model_not_loaded"
-        assert "POST /api/v1/models/adder/load" in str(never_loaded)
-        assert isinstance(await refusal(engine, "nobody"), UnknownModel)
-        assert isinstance(await refusal(engine, "../adder"), InvalidModelId)
-        await engine.load("bad")
-        assert isinstance(await refusal(engine, "bad"), ModelNotLoaded)
-        await engine.load("loop")
-        await engine.unload("loop")
-        assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
-        (folder / "models/loop/1/model.onnx").unlink()
-        assert isinstance(await refusal(engine, "loop"), UnknownModel)
-        await engine.ask_load("slow")
-        await engine.becomes("slow", ModelState.LOADING)
-        still_loading = await refusal(engine, "slow")
-        assert isinstance(still_loading, ModelNotLoaded)
-        assert "still loading" in str(still_loading)
+async def test_router_refuses_what_is_not_loaded(engine: Engine) -> None:
+    models.save_bytes(models.TEXT, engine.root, "bad")
+    never_loaded = await refusal(engine, "adder")
+    assert isinstance(never_loaded, ModelNotLoaded)
+    assert never_loaded.code == "model_not_loaded"
+    assert "POST /api/v1/models/adder/load" in str(never_loaded)
+    assert isinstance(await refusal(engine, "nobody"), UnknownModel)
+    assert isinstance(await refusal(engine, "../adder"), InvalidModelId)
+    await engine.load("bad")
+    assert isinstance(await refusal(engine, "bad"), ModelNotLoaded)
+    await engine.load("loop")
+    await engine.unload("loop")
+    assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
+    (engine.root / "loop/1/model.onnx").unlink()
+    assert isinstance(await refusal(engine, "loop"), UnknownModel)
+    await engine.ask_load("slow")
+    await engine.becomes("slow", ModelState.LOADING)
+    still_loading = await refusal(engine, "slow")
+    assert isinstance(still_loading, ModelNotLoaded)
+    assert "still loading" in str(still_loading)
 
 
-async def test_router_refuses_other_versions(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder", 1)
-        problem = await refusal(engine, "adder", 2)
-        assert isinstance(problem, OtherVersionLoaded)
-        assert "version 1 is" in str(problem)
-        assert '{"version": 2}' in str(problem)
-        for version in (1, 2):
-            (folder / f"models/adder/{version}/model.onnx").unlink()
-        assert await engine.ask("adder", 1) == 2  # what is loaded answers, whatever became of its files
+async def test_router_refuses_other_versions(engine: Engine) -> None:
+    await engine.load("adder", 1)
+    problem = await refusal(engine, "adder", 2)
+    assert isinstance(problem, OtherVersionLoaded)
+    assert "version 1 is" in str(problem)
+    assert '{"version": 2}' in str(problem)
+    for version in (1, 2):
+        (engine.root / f"adder/{version}/model.onnx").unlink()
+    assert await engine.ask("adder", 1) == 2  # what is loaded answers, whatever became of its files
 
 
-async def test_old_version_answers_until_the_swap(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder", 1)
-        models.save_bytes(slow_model(), folder / "models", "adder", 3)
-        swap = await engine.ask_load("adder", 3)
-        await engine.loading("adder")
-        assert engine.router.route("adder").version == 1
-        assert isinstance(await refusal(engine, "adder", 3), ModelNotLoaded)
-        os.kill(engine.worker("adder").pid, signal.SIGKILL)
-        await engine.ended(swap)
-        assert engine.router.route("adder").version == 1
-        await engine.load("adder", 2)
-        assert engine.router.route("adder").version == 2
-        assert isinstance(await refusal(engine, "adder", 1), ModelNotLoaded)
+async def test_old_version_answers_until_the_swap(engine: Engine) -> None:
+    await engine.load("adder", 1)
+    models.save_bytes(slow_model(), engine.root, "adder", 3)
+    swap = await engine.ask_load("adder", 3)
+    await engine.loading("adder")
+    assert engine.router.route("adder").version == 1
+    assert isinstance(await refusal(engine, "adder", 3), ModelNotLoaded)
+    os.kill(engine.worker("adder").pid, signal.SIGKILL)
+    await engine.ended(swap)
+    assert engine.router.route("adder").version == 1
+    await engine.load("adder", 2)
+    assert engine.router.route("adder").version == 2
+    assert isinstance(await refusal(engine, "adder", 1), ModelNotLoaded)
 
 
-async def test_router_refuses_during_in_place_swap(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder", 1)
-        models.save_bytes(slow_model(), folder / "models", "adder", 3)
-        swap = await engine.ask_load("adder", 3, LoadParameters(strategy="in_place"))
-        await engine.recorded(lambda: engine.model("adder").previous is not None)
-        problem = await refusal(engine, "adder")
-        assert isinstance(problem, ModelReplaced)
-        assert "is being replaced by another version" in str(problem)
-        await engine.loading("adder")
-        engine.kill("adder")
-        await engine.ended(swap)
-        await engine.becomes("adder", ModelState.LOADED)
-        assert engine.router.route("adder").version == 1
+async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
+    await engine.load("adder", 1)
+    models.save_bytes(slow_model(), engine.root, "adder", 3)
+    swap = await engine.ask_load("adder", 3, LoadParameters(strategy="in_place"))
+    await engine.recorded(lambda: engine.model("adder").previous is not None)
+    problem = await refusal(engine, "adder")
+    assert isinstance(problem, ModelReplaced)
+    assert "is being replaced by another version" in str(problem)
+    await engine.loading("adder")
+    engine.kill("adder")
+    await engine.ended(swap)
+    await engine.becomes("adder", ModelState.LOADED)
+    assert engine.router.route("adder").version == 1
 
 
-async def test_router_refuses_during_unload(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("loop")
-        [asked] = await engine.start_endless()
-        await engine.ask_unload("loop")
-        await engine.becomes("loop", ModelState.UNLOADING)
-        problem = await refusal(engine, "loop")
-        assert isinstance(problem, ModelUnloading)
-        assert problem.code == "model_unloading"
-        await engine.unload("loop", force=True)
-        with pytest.raises(WorkerDied):
-            await asked
-        assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
+async def test_router_refuses_during_unload(engine: Engine) -> None:
+    await engine.load("loop")
+    [asked] = await engine.start_endless()
+    await engine.ask_unload("loop")
+    await engine.becomes("loop", ModelState.UNLOADING)
+    problem = await refusal(engine, "loop")
+    assert isinstance(problem, ModelUnloading)
+    assert problem.code == "model_unloading"
+    await engine.unload("loop", force=True)
+    with pytest.raises(WorkerDied):
+        await asked
+    assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
 
 
 async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_pool: WorkerPool) -> None:
@@ -159,35 +153,33 @@ async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_
         assert "has just died" in str(await refusal(engine, "adder"))
 
 
-async def test_inference_stops_at_timeout_and_on_cancel(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("loop")
-        with pytest.raises(InferenceTimeout) as caught:
-            await engine.infer("loop", trips(models.ENDLESS), timeout_s=0.05)
-        assert caught.value.code == "inference_timeout"
-        assert "0.05 s" in str(caught.value)
-        [asked] = await engine.start_endless()
-        asked.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await asked
-        await until(lambda: engine.worker("loop").in_flight == 0)
-        (answer,) = await engine.infer("loop", trips(7))
-        assert array(answer) == 7
+async def test_inference_stops_at_timeout_and_on_cancel(engine: Engine) -> None:
+    await engine.load("loop")
+    with pytest.raises(InferenceTimeout) as caught:
+        await engine.infer("loop", trips(models.ENDLESS), timeout_s=0.05)
+    assert caught.value.code == "inference_timeout"
+    assert "0.05 s" in str(caught.value)
+    [asked] = await engine.start_endless()
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    await until(lambda: engine.worker("loop").in_flight == 0)
+    (answer,) = await engine.infer("loop", trips(7))
+    assert array(answer) == 7
 
 
-async def test_wrong_input_is_refused_and_counted(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("adder")
-        for inputs in ([], [floats("z", 1)], [tensor("x", "INT64", np.array([1], np.int64))]):
-            with pytest.raises(InvalidInput):
-                await engine.infer("adder", *inputs)
+async def test_wrong_input_is_refused_and_counted(engine: Engine) -> None:
+    await engine.load("adder")
+    for inputs in ([], [floats("z", 1)], [tensor("x", "INT64", np.array([1], np.int64))]):
         with pytest.raises(InvalidInput):
-            await engine.infer("adder", floats("x", 1), outputs=["nothing"])
-        for _ in range(3):
-            assert await engine.ask("adder", 1) == 3
-        counted = engine.live("adder").statistics
-        assert (counted.requests, counted.failures, counted.executions) == (3, 4, 3)
-        assert counted.total_ns >= counted.infer_ns > 0
+            await engine.infer("adder", *inputs)
+    with pytest.raises(InvalidInput):
+        await engine.infer("adder", floats("x", 1), outputs=["nothing"])
+    for _ in range(3):
+        assert await engine.ask("adder", 1) == 3
+    counted = engine.live("adder").statistics
+    assert (counted.requests, counted.failures, counted.executions) == (3, 4, 3)
+    assert counted.total_ns >= counted.infer_ns > 0
 
 
 async def test_full_queue_refuses_at_once(folder: Path, shared_pool: WorkerPool) -> None:
@@ -206,20 +198,19 @@ async def test_full_queue_refuses_at_once(folder: Path, shared_pool: WorkerPool)
         assert array(answer) == 7
 
 
-async def test_queued_inferences_survive_their_worker(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("loop")
-        worker = engine.worker("loop")
-        [first] = await engine.start_endless()
-        queued = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
-        await until(lambda: worker.in_flight == 4)
-        await engine.die("loop")
-        with pytest.raises(WorkerDied):
-            await first
-        assert not any(task.done() for task in queued)
-        engine.pass_time(0.5)
-        assert [int(array((await task)[0])) for task in queued] == [0, 1, 2]
-        assert engine.model("loop").state is ModelState.LOADED
+async def test_queued_inferences_survive_their_worker(engine: Engine) -> None:
+    await engine.load("loop")
+    worker = engine.worker("loop")
+    [first] = await engine.start_endless()
+    queued = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
+    await until(lambda: worker.in_flight == 4)
+    await engine.die("loop")
+    with pytest.raises(WorkerDied):
+        await first
+    assert not any(task.done() for task in queued)
+    engine.pass_time(0.5)
+    assert [int(array((await task)[0])) for task in queued] == [0, 1, 2]
+    assert engine.model("loop").state is ModelState.LOADED
 
 
 async def test_queued_inference_is_refused_if_the_model_is_unloaded(
@@ -269,20 +260,19 @@ async def test_cancel_of_queued_inference_does_not_kill_worker(folder: Path) -> 
         assert engine.worker("loop") is worker
 
 
-async def test_last_use_is_the_end_of_the_last_inference(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("loop")
-        load = engine.live("loop")
-        assert load.last_used_ns == 0
-        await engine.infer("loop", trips(1))
-        answered_ns = load.last_used_ns
-        assert 0 < answered_ns <= time.monotonic_ns()
-        with pytest.raises(InvalidInput):
-            await engine.infer("loop")
-        refused_ns = load.last_used_ns
-        assert refused_ns > answered_ns
-        [asked] = await engine.start_endless()
-        assert load.last_used_ns == refused_ns
-        asked.cancel()
-        await asyncio.wait([asked])
-        assert load.last_used_ns > refused_ns
+async def test_last_use_is_the_end_of_the_last_inference(engine: Engine) -> None:
+    await engine.load("loop")
+    load = engine.live("loop")
+    assert load.last_used_ns == 0
+    await engine.infer("loop", trips(1))
+    answered_ns = load.last_used_ns
+    assert 0 < answered_ns <= time.monotonic_ns()
+    with pytest.raises(InvalidInput):
+        await engine.infer("loop")
+    refused_ns = load.last_used_ns
+    assert refused_ns > answered_ns
+    [asked] = await engine.start_endless()
+    assert load.last_used_ns == refused_ns
+    asked.cancel()
+    await asyncio.wait([asked])
+    assert load.last_used_ns > refused_ns

@@ -41,6 +41,14 @@ from support.events import MODEL, History, at
 OTHER = "other"
 PAIR = Policy(loads_at_once=2)
 
+
+def fail_recovery(history: History) -> None:
+    """A recovery is requested and fails."""
+    job = f"R{history.seconds}"
+    history.ask_load(job, cause=Cause.RECOVERY)
+    history.fail_load(job)
+
+
 STEPS: dict[str, Callable[[History], object]] = {
     "request": lambda h: h.ask_load("L"),
     "request_10s": lambda h: h.ask_load("L", timeout_s=10),
@@ -80,6 +88,8 @@ STEPS: dict[str, Callable[[History], object]] = {
     "die_1": lambda h: h.kill_worker("P1"),
     "die_2": lambda h: h.kill_worker("P2"),
     "recover": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
+    "recover_fails": fail_recovery,
+    "fail_3": lambda h: h.fail_load("L3", "timeout"),
     "start_R": lambda h: h.start_load("R"),
     "fail_R": lambda h: h.fail_load("R"),
     "restart": lambda h: h.restart(),

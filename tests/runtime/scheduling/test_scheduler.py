@@ -257,17 +257,38 @@ def dying(deaths: int, *, apart_s: float = 1) -> History:
     return history
 
 
-def failing(facts: str, failures: int) -> History:
-    """A model whose recovery failed so many times after these facts."""
-    history = history_of(facts)
-    for number in range(failures):
-        history.ask_load(f"R{number}", cause=Cause.RECOVERY)
-        history.fail_load(f"R{number}")
-    return history
-
-
 def decision_of(history: History, running: str = "", after_s: float = 0) -> Decision:
     return decide(history.state, processes(running), PAIR, at(history.seconds + after_s))
+
+
+FAILS_4 = "recover_fails recover_fails recover_fails recover_fails"
+
+RELOADS = f"""
+# facts                                 | processes    | after s | next action
+load die recover_fails                  | -            | 0.999   | nothing
+load die recover_fails                  | -            | 1       | reload digits, recovery
+load die {FAILS_4}                      | -            | 0       | give up digits
+load fork_server_dies request_3 fail_3  | -            | 0.5     | reload digits, recovery
+load_pair die_1 {FAILS_4}               | P:serving/P1 | 0       | nothing
+load_pair die_1 {FAILS_4}               | P:serving/P1 | 1000000 | nothing
+load_pair die_1 {FAILS_4} die_2         | -            | 0       | give up digits
+load_pair die_1 {FAILS_4} restart       | -            | 0       | reload digits, restart
+# A model with a job, or whose reload was cancelled, is not reloaded.
+load die request_2                      | -            | 1000    | fail L2: timeout
+load die recover                        | -            | 200     | start R
+load die unload start_unload            | -            | 1000    | finish U of L
+load die recover request_cancel_R cancel_R | -         | 0       | nothing
+load die recover request_cancel_R cancel_R | -         | 1000000 | nothing
+load_pair die_1 recover request_cancel_R cancel_R | P:serving/P1 | 0 | nothing
+load_pair die_1 recover request_cancel_R cancel_R | P:serving/P1 | 1000000 | nothing
+"""
+
+
+@pytest.mark.parametrize(("facts", "running", "after_s", "action"), read_table(RELOADS))
+def test_scheduler_reloads(facts: str, running: str, after_s: str, action: str) -> None:
+    decision = decide_on(facts, running, after_s=float(after_s))
+    assert describe(decision.action) == action
+    assert action != "nothing" or (decision.wake_at is None) is (float(after_s) != 0.999)
 
 
 @pytest.mark.parametrize(("deaths", "pause_s"), [(1, 0.5), (2, 1), (3, 2), (4, 4)])
@@ -282,20 +303,15 @@ def test_fifth_death_is_a_crash_loop() -> None:
     action = decide(dying(5).state, {}, PAIR, at(0)).action
     assert isinstance(action, GiveUp)
     assert action.message == "failed 5 times within 10 minutes; at last: its worker was killed by signal 9"
-
-
-def test_failed_recoveries_count_as_incidents() -> None:
-    history = failing("load die", 1)
-    assert decision_of(history).wake_at == at(history.seconds + 1)
-    action = decision_of(failing("load die", 4)).action
+    action = decide_on(f"load die {FAILS_4}").action
     assert isinstance(action, GiveUp)
-    assert "because" in action.message
+    assert action.message.endswith("at last: because")
 
 
 def test_incidents_expire_after_ten_minutes() -> None:
     history = dying(9, apart_s=151)
     assert decision_of(history).wake_at == at(history.seconds + 4)
-    history = failing("load_pair die_1", 4)
+    history = history_of(f"load_pair die_1 {FAILS_4}")
     history.kill_worker("P2", after_s=10_000)
     assert decision_of(history).wake_at == at(history.seconds + 0.5)
 
@@ -308,55 +324,13 @@ def test_fork_server_death_is_no_incident() -> None:
     assert decision_of(history).wake_at == at(history.seconds + 0.5)
 
 
-@pytest.mark.parametrize("code", [FORK_SERVER_DIED, "timeout"])
-def test_failed_request_leaves_lost_model_to_be_reloaded(code: str) -> None:
-    history = history_of("load fork_server_dies request_3")
-    history.fail_load("L3", code)
-    assert describe(decision_of(history, after_s=0.5).action) == "reload digits, recovery"
-
-
-@pytest.mark.parametrize("after_s", [0, 1_000, 1_000_000])
-@pytest.mark.parametrize(
-    ("facts", "running"),
-    [
-        ("load die recover request_cancel_R cancel_R", ""),
-        ("load_pair die_1 recover request_cancel_R cancel_R", "P:serving/P1"),
-    ],
-)
-def test_cancelled_reload_is_not_repeated(facts: str, running: str, after_s: float) -> None:
-    assert decide_on(facts, running, after_s=after_s) == Decision()
-
-
-@pytest.mark.parametrize("after_s", [0, 1_000, 1_000_000])
-def test_degraded_model_serves_on_after_five_incidents(after_s: float) -> None:
-    history = failing("load_pair die_1", 4)
-    assert decision_of(history, "P:serving/P1", after_s) == Decision()
-    assert history.model().error == Failure("broken", "because")
-
-
 def test_request_clears_incidents_of_degraded_model() -> None:
-    history = failing("load_pair die_1", 4)
+    history = history_of(f"load_pair die_1 {FAILS_4}")
+    assert history.model().error == Failure("broken", "because")
     history.load_pair("Q")
     assert (history.model().degraded, history.model().incidents, history.model().error) == (False, (), None)
     history.kill_worker("Q1")
     assert describe(decision_of(history, "Q:serving/Q1", 0.5).action) == "reload digits, recovery"
-
-
-def test_last_instance_dying_after_five_incidents_is_a_crash_loop() -> None:
-    history = failing("load_pair die_1", 4)
-    history.kill_worker("P2")
-    assert describe(decision_of(history).action) == "give up digits"
-
-
-def test_restart_reloads_degraded_model_after_five_incidents() -> None:
-    history = failing("load_pair die_1", 4)
-    history.restart()
-    assert describe(decision_of(history).action) == "reload digits, restart"
-
-
-@pytest.mark.parametrize("facts", ["load die request_2", "load die recover", "load die unload start_unload"])
-def test_lost_model_with_a_job_is_not_reloaded(facts: str) -> None:
-    assert not isinstance(decide_on(facts, after_s=1000).action, RequestReload)
 
 
 def test_crash_looped_model_loads_on_request() -> None:
