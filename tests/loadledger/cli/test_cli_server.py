@@ -1,4 +1,4 @@
-"""Which server is meant: options before variables before profiles; and no token goes astray."""
+"""Which server a command talks to: options, then variables, then profiles; and where a token goes."""
 
 import os
 import stat
@@ -25,49 +25,51 @@ from loadledger.cli.profile import (
 HERE, THERE = "http://127.0.0.1:1", "https://example.org/ledger"
 
 
-def kept(home: Path, profile: Profile, name: str = "profile") -> Path:
+def write(home: Path, profile: Profile, name: str = "profile") -> Path:
     path = home / ".config" / "loadledger" / f"{name}.toml"
     write_profile(path, profile)
     return path
 
 
-def test_without_anything_it_is_the_server_here(tmp_path: Path) -> None:
-    assert find_place(None, None, {}) == Place(DEFAULT_URL)
-    assert find_place(None, None, {"HOME": str(tmp_path)}) == Place(DEFAULT_URL)
-
-
-def test_an_option_goes_before_the_variable_and_that_before_the_profile(tmp_path: Path) -> None:
-    kept(tmp_path, Profile(HERE, "of-profile", tmp_path / "ca.pem"))
-    kept(tmp_path, Profile(THERE, "of-two"), "two")
+def test_option_overrides_variable_overrides_profile(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path)}
-    assert find_place(None, None, home) == Place(HERE, "of-profile", tmp_path / "ca.pem")
-    assert find_place(None, "two", home) == Place(THERE, "of-two")
-    assert find_place(None, None, {**home, "LOADLEDGER_PROFILE": "two"}) == Place(THERE, "of-two")
-    path = str(tmp_path / ".config" / "loadledger" / "two.toml")
-    assert find_place(None, path, {}) == Place(THERE, "of-two")
-    assert find_place(None, None, {**home, "LOADLEDGER_TOKEN": "t"}).token == "t"
-    assert find_place(None, None, {**home, "LOADLEDGER_CA": "/ca"}).ca == Path("/ca")
-    assert find_place(f"{HERE}/", None, home).token == "of-profile"
+    for environment in ({}, home):
+        assert find_place(None, None, environment) == Place(DEFAULT_URL)
+    write(tmp_path, Profile(HERE, "of-profile", tmp_path / "ca.pem"))
+    two = write(tmp_path, Profile(THERE, "of-two"), "two")
     moved = {"HOME": "/nowhere", "XDG_CONFIG_HOME": str(tmp_path / ".config")}
-    assert find_place(None, None, moved).url == HERE
+    of_profile = Place(HERE, "of-profile", tmp_path / "ca.pem")
+    for url, profile, environment, place in (
+        (None, None, home, of_profile),
+        (None, None, moved, of_profile),
+        (f"{HERE}/", None, home, Place(f"{HERE}/", "of-profile", tmp_path / "ca.pem")),
+        (None, "two", home, Place(THERE, "of-two")),
+        (None, None, home | {"LOADLEDGER_PROFILE": "two"}, Place(THERE, "of-two")),
+        (None, str(two), {}, Place(THERE, "of-two")),
+        (None, None, home | {"LOADLEDGER_TOKEN": "t"}, Place(HERE, "t", tmp_path / "ca.pem")),
+        (None, None, home | {"LOADLEDGER_CA": "/ca"}, Place(HERE, "of-profile", Path("/ca"))),
+    ):
+        assert find_place(url, profile, environment) == place
 
 
-def test_the_token_of_a_profile_goes_to_no_other_server(tmp_path: Path) -> None:
-    kept(tmp_path, Profile(HERE, "secret", tmp_path / "ca.pem"))
+def test_token_of_profile_goes_to_no_other_server(tmp_path: Path) -> None:
+    write(tmp_path, Profile(HERE, "secret", tmp_path / "ca.pem"))
     home = {"HOME": str(tmp_path)}
-    assert find_place(THERE, None, home) == Place(THERE)
-    assert find_place(None, None, {**home, "LOADLEDGER_URL": THERE}) == Place(THERE)
-    assert find_place(f"{HERE}0", None, home) == Place(f"{HERE}0")
-    assert find_place(THERE, None, {**home, "LOADLEDGER_TOKEN": "given"}) == Place(THERE, "given")
-    kept(tmp_path, Profile(None, "of no server"))
+    for url, variables, place in (
+        (THERE, {}, Place(THERE)),
+        (None, {"LOADLEDGER_URL": THERE}, Place(THERE)),
+        (f"{HERE}0", {}, Place(f"{HERE}0")),
+        (THERE, {"LOADLEDGER_TOKEN": "given"}, Place(THERE, "given")),
+    ):
+        assert find_place(url, None, home | variables) == place
+    write(tmp_path, Profile(None, "of no server"))
     assert find_place(None, None, home) == Place(DEFAULT_URL, "of no server")
     assert find_place(THERE, None, home) == Place(THERE)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666, 0o601])
-def test_a_profile_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
-    path = kept(tmp_path, Profile(HERE, "secret"))
-    path.chmod(mode)
+def test_profile_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
+    write(tmp_path, Profile(HERE, "secret")).chmod(mode)
     with pytest.raises(ProfileProblem, match=f"mode 0{mode:o}.*chmod 600") as refused:
         find_place(None, None, {"HOME": str(tmp_path)})
     assert "secret" not in str(refused.value)
@@ -85,7 +87,7 @@ def test_a_profile_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> 
         (b"#" * (MAX_PROFILE_BYTES + 1), "it is no profile"),
     ],
 )
-def test_what_is_no_profile_is_told_and_not_repeated(tmp_path: Path, content: bytes, words: str) -> None:
+def test_invalid_profile_is_refused_without_its_token(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "p.toml"
     path.write_bytes(content)
     path.chmod(0o600)
@@ -94,7 +96,7 @@ def test_what_is_no_profile_is_told_and_not_repeated(tmp_path: Path, content: by
     assert "secret" not in str(refused.value)
 
 
-def test_a_fifo_or_a_folder_in_its_place_does_not_hang(tmp_path: Path) -> None:
+def test_fifo_or_folder_as_profile_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.toml", 0o600)
     (tmp_path / "folder.toml").mkdir(mode=0o700)
     for name in ("fifo.toml", "folder.toml"):
@@ -102,13 +104,13 @@ def test_a_fifo_or_a_folder_in_its_place_does_not_hang(tmp_path: Path) -> None:
             read_profile(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["", ".x", "a b", "x" * 65, "a\n"])
-def test_a_name_that_is_none_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["-", ".x", "a b", "x" * 65, "a\n"])
+def test_profile_name_is_refused(name: str) -> None:
     with pytest.raises(ProfileProblem):
-        profile_path(name or "-", {"HOME": "/home/a"})
+        profile_path(name, {"HOME": "/home/a"})
 
 
-def test_without_a_home_only_a_path_will_do(tmp_path: Path) -> None:
+def test_profile_without_home_needs_path(tmp_path: Path) -> None:
     with pytest.raises(ProfileProblem, match="no HOME"):
         profile_path(None, {})
     assert profile_path(f"{tmp_path}/mine.toml", {}) == tmp_path / "mine.toml"
@@ -121,7 +123,7 @@ PRINTABLE = st.text(st.sampled_from(string.ascii_letters + string.digits + " \\\
 
 @PLAIN
 @given(url=PRINTABLE, token=PRINTABLE)
-def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, url: str, token: str) -> None:
+def test_written_profile_reads_back(tmp_path_factory: pytest.TempPathFactory, url: str, token: str) -> None:
     path = tmp_path_factory.mktemp("home") / "p.toml"
     write_profile(path, Profile(url, token))
     assert read_profile(path) == Profile(url, token)
