@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.events import FEWER, START, History, as_event, at, drafts, opened, write
-from support.ledgers import FAST_FOLDER
+from support.ledgers import FAST_FOLDER, overwrite_pages
 
 from events import rebuild, snapshots, store
 from events.basestate import write_base_state
@@ -203,14 +203,14 @@ def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
         history.ask_load(f"L{number}", of=f"m{number}")
     for number in range(20):
         history.ask_cancel(f"L{number}", of=f"m{number}")
-    with ledger(history.facts, frozenset()) as connection:
+    with ledger(history.facts) as connection:
         listed = jobs_at(connection, 30)
         archive(connection, 25)
-        asked: list[str] = []
-        connection.set_trace_callback(asked.append)
+        statements: list[str] = []
+        connection.set_trace_callback(statements.append)
         assert jobs_at(connection, 30) == listed
         folds = [
-            each for each in asked if each.startswith("SELECT position, body FROM events WHERE position >")
+            each for each in statements if each.startswith("SELECT position, body FROM events WHERE pos")
         ]
         assert len(folds) == 2  # a page, and that there is no other
 
@@ -286,8 +286,7 @@ async def test_damaged_snapshot_is_skipped_and_logged_once(
     with closing(connect(path)) as connection:
         connection.execute(damage.replace("= 8", "= 5"))
         assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
-    assert len(caplog.records) == 2
-    with closing(connect(path)) as connection:
+        assert len(caplog.records) == 2
         rebuild.rebuild(connection)
         assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
     assert len(caplog.records) == 2
@@ -299,16 +298,7 @@ async def test_snapshot_on_damaged_pages_is_skipped(
 ) -> None:
     async with open_past(path) as past:
         expected = shown(await past.state("10"))
-    with closing(connect(path)) as connection:
-        (size,) = connection.execute("PRAGMA page_size").fetchone()
-        pages = connection.execute(
-            "SELECT rootpage FROM sqlite_schema WHERE tbl_name = ? AND rootpage > 0", (table,)
-        ).fetchall()
-        connection.execute("PRAGMA journal_mode = DELETE")
-    with path.open("r+b") as file:
-        for (page,) in pages:
-            file.seek((page - 1) * size)
-            file.write(b"\xff" * size)
+    overwrite_pages(path, table)
     async with open_past(path) as past:
         assert shown(await past.state("10")) == expected
     assert caplog.records

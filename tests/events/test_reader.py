@@ -4,12 +4,14 @@ import asyncio
 import hashlib
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.events import MODEL, PLAIN, body_of, facts, ids, load_requested, opened, write
+from support.ledgers import change_ledger
 
 from events import listing
 from events.commands import Record
@@ -20,11 +22,12 @@ from events.listing import INDEXES, Asked, EventPage, page_sql, probe_sql
 from events.log import Log
 from events.reader import Page, Reader, open_reader
 from events.stored import EventFilter, StoredEvent, hash_of
-from events.types import SYSTEM, AccessDenied, Draft, LoadFailed, LoadStarted, ServerStopped
+from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, LoadStarted, ServerStopped
 
 ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)
 KINDS = (LoadStarted(1), AccessDenied("load", 2), ServerStopped())
 NUMBER = 120
+FAILED = LoadFailed("x", "y")
 
 
 @pytest.fixture
@@ -32,17 +35,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.db"
 
 
-async def fill(log: Log) -> None:
-    """Append events in which all values meet."""
-    for number in range(NUMBER):
-        draft = Draft(
-            f"e{number}",
-            KINDS[number % 3],
-            ACTORS[number // 3 % 3],
-            JOBS[number // 7 % 4],
-            MODELS[number // 5 % 3],
-        )
-        await log.submit(Record((draft,)))
+def drafts() -> list[Draft]:
+    """Return drafts in which all values meet."""
+    return [
+        Draft(f"e{n}", KINDS[n % 3], ACTORS[n // 3 % 3], JOBS[n // 7 % 4], MODELS[n // 5 % 3])
+        for n in range(NUMBER)
+    ]
 
 
 def some(values: tuple[str | None, ...]) -> st.SearchStrategy[tuple[str, ...]]:
@@ -57,7 +55,10 @@ FILTERS = st.builds(
     jobs=some(JOBS),
     actors=some(ACTORS),
 )
-PLACES = st.none() | st.integers(0, NUMBER)
+POSITIONS = st.none() | st.integers(0, NUMBER)
+ASKED = st.builds(
+    Asked, FILTERS, POSITIONS, POSITIONS, POSITIONS, POSITIONS, st.booleans(), st.integers(1, 50)
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     async def make() -> None:
         async with opened(path) as log:
-            await fill(log)
+            await log.submit(Record(tuple(drafts())))
 
     asyncio.run(make())
     return path
@@ -96,35 +97,20 @@ async def walked(reader: Reader, asked: Asked) -> tuple[list[StoredEvent], list[
         pages.append(page)
         if page.next_cursor is None:
             return items, pages
-        step = {"before" if asked.newest_first else "after": page.next_cursor}
-        asked = Asked(**{**{name: getattr(asked, name) for name in asked.__slots__}, **step})
+        cursor = page.next_cursor
+        asked = replace(asked, before=cursor) if asked.newest_first else replace(asked, after=cursor)
 
 
 @PLAIN
-@given(
-    wanted=FILTERS, after=PLACES, before=PLACES, since=PLACES, until=PLACES, newest_first=st.booleans(),
-    limit=st.integers(1, 50), scan=st.integers(1, 40),
-)  # fmt: skip
-def test_all_event_pages_together_are_what_was_asked_for(  # noqa: PLR0917
-    filled: Path,
-    wanted: EventFilter,
-    after: int | None,
-    before: int | None,
-    since: int | None,
-    until: int | None,
-    newest_first: bool,  # noqa: FBT001
-    limit: int,
-    scan: int,
-) -> None:
-    asked = Asked(wanted, after, before, since, until, newest_first, limit)
-
+@given(ASKED, st.integers(1, 40))
+def test_all_event_pages_together_are_what_was_asked_for(filled: Path, asked: Asked, scan: int) -> None:
     async def run() -> None:
         async with open_reader(filled) as reader:
             right = [event for event in await everything(reader) if fits(event, asked)]
             found, pages = await walked(reader, asked)
-            assert found == (right[::-1] if newest_first else right)
-            assert all(len(page.items) <= limit for page in pages)
-            if not newest_first and (until, before) == (None, None):
+            assert found == (right[::-1] if asked.newest_first else right)
+            assert all(len(page.items) <= asked.limit for page in pages)
+            if not asked.newest_first and (asked.until, asked.before) == (None, None):
                 assert pages[-1].seen == NUMBER
 
     with pytest.MonkeyPatch.context() as patch:
@@ -132,14 +118,12 @@ def test_all_event_pages_together_are_what_was_asked_for(  # noqa: PLR0917
         asyncio.run(run())
 
 
-async def test_line_of_an_event_is_its_body_and_its_hash(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        await fill(log)
+async def test_line_of_an_event_is_its_body_and_its_hash(filled: Path) -> None:
+    async with open_reader(filled) as reader:
         before = bytes(32)
         for event in await everything(reader):
             before = hashlib.sha256(before + body_of(event.line)).digest()
             assert hash_of(event.line) == before
-        assert before == log.head.hash
 
 
 def plan(connection: sqlite3.Connection, sql: str, wanted: EventFilter) -> list[str]:
@@ -184,57 +168,44 @@ async def test_event_page_is_one_snapshot(path: Path) -> None:
         await write(log, 5, first=6)
         assert ([event.position for event in page.items], page.as_of, page.next_cursor) == ([1, 2, 3], 5, 3)
         assert page.seen == 3
+        assert (await reader.event_page(Asked(after=10))).items == []
+        with pytest.raises(BeyondHead, match="position 10"):
+            await reader.event_page(Asked(after=11))
+
+
+EARLY = "2001-01-01T00:00:00.000000Z"
+ARCHIVED = [
+    Asked(after=3), Asked(since=4), Asked(since=0), Asked(since=EARLY), Asked(until=4), Asked(until=EARLY),
+    Asked(before=3, newest_first=True), Asked(before=5, newest_first=True),
+]  # fmt: skip
+RETAINED = [
+    (Asked(), [5, 6]), (Asked(after=4), [5, 6]), (Asked(before=9, newest_first=True), [6, 5]),
+    (Asked(until=5), [5]), (Asked(after=4, until=3), []),
+]  # fmt: skip
 
 
 async def test_archived_position_is_refused_with_the_oldest(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
         await write(log, 6)
-        first = (await everything(reader))[0]
-        with closing(sqlite3.connect(path)) as connection:
-            row = connection.execute(
-                "SELECT hash, json_extract(body, '$.recorded_at') FROM events WHERE position = 4"
-            ).fetchone()
-            for (name,) in connection.execute(
-                "SELECT name FROM sqlite_schema WHERE type = 'trigger'"
-            ).fetchall():
-                connection.execute(f"DROP TRIGGER {name}")
-            connection.execute("DELETE FROM events WHERE position <= 4")
-            connection.execute("UPDATE base SET position = 4, hash = ?", (row[0],))
-            connection.commit()
-        assert [event.position for event in await everything(reader)] == [5, 6]
-        assert (await reader.event_page(Asked(after=4))).base == 4
-        newest = await reader.event_page(Asked(before=9, newest_first=True))
-        assert ([event.position for event in newest.items], newest.next_cursor) == ([6, 5], None)
-        early = "2001-01-01T00:00:00.000000Z"
-        begins = (Asked(after=3), Asked(since=4), Asked(since=0), Asked(since=early))
-        ends = (Asked(until=4), Asked(until=early), *(Asked(before=at, newest_first=True) for at in (3, 5)))
-        for asked in (*begins, *ends):
+        change_ledger(
+            path,
+            "UPDATE base SET position = 4, hash = (SELECT hash FROM events WHERE position = 4)",
+            "DELETE FROM events WHERE position <= 4",
+        )
+        for asked, positions in RETAINED:
+            page = await reader.event_page(asked)
+            assert ([event.position for event in page.items], page.base) == (positions, 4)
+            assert page.next_cursor is None
+        for asked in ARCHIVED:
             with pytest.raises(Archived, match="after=4") as caught:
                 await reader.event_page(asked)
             assert caught.value.problem_members == {"oldest": 5, "head": 6}
-        assert [event.position for event in (await reader.event_page(Asked(until=5))).items] == [5]
-        assert (await reader.event_page(Asked(after=4, until=3))).items == []  # nothing is between these
-        assert first.position == 1
-
-
-async def test_position_beyond_the_head_is_refused(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        await write(log, 2)
-        assert (await reader.event_page(Asked(after=2))).items == []
-        with pytest.raises(BeyondHead, match="position 2"):
-            await reader.event_page(Asked(after=3))
 
 
 async def test_damaged_event_is_not_returned(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
         await write(log, 2)
-        with closing(sqlite3.connect(path)) as connection:
-            connection.execute("DROP TRIGGER events_never_change")
-            connection.execute("PRAGMA ignore_check_constraints = ON")
-            connection.execute(
-                "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2"
-            )
-            connection.commit()
+        change_ledger(path, "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2")
         with pytest.raises(LogUnavailable, match="verify"):
             await reader.event_page(Asked())
 
@@ -242,16 +213,10 @@ async def test_damaged_event_is_not_returned(path: Path) -> None:
 # Jobs.
 
 
-async def submit_job(log: Log, job: str, model_id: str = MODEL) -> None:
-    await log.submit(Record((Draft(job, load_requested(), "alice", job, model_id, 1),)))
-
-
-async def start(log: Log, job: str, model_id: str = MODEL) -> None:
-    await log.submit(Record((Draft(f"start of {job}", LoadStarted(1), SYSTEM, job, model_id, 1),)))
-
-
-async def end(log: Log, job: str, model_id: str = MODEL) -> None:
-    await log.submit(Record((Draft(f"end of {job}", LoadFailed("x", "y"), SYSTEM, job, model_id, 1),)))
+async def append(log: Log, job: str, data: Data, model_id: str = MODEL) -> None:
+    """Append a fact about a job; its request has the job's id."""
+    event_id = job if isinstance(data, LoadRequested) else f"{data.TYPE} of {job}"
+    await log.submit(Record((Draft(event_id, data, "alice", job, model_id, 1),)))
 
 
 async def job_pages(reader: Reader, limit: int, **filters: object) -> list[list[str]]:
@@ -271,13 +236,13 @@ async def test_jobs_are_paged_newest_first(path: Path) -> None:
         await write(log, 3)
         assert await reader.jobs() == Page([], as_of=3, next_cursor=None)
         for number in range(1, 6):
-            await submit_job(log, f"j{number}")
+            await append(log, f"j{number}", load_requested())
         newest_first = ["j5", "j4", "j3", "j2", "j1"]
         for limit in (1, 2, 3, 4, 5, 6, 100):
             cut = [newest_first[first : first + limit] for first in range(0, 5, limit)]
             assert await job_pages(reader, limit) == cut
         first = await reader.jobs(limit=2)
-        await submit_job(log, "j6")  # does not shift what is behind the cursor
+        await append(log, "j6", load_requested())  # does not shift what is behind the cursor
         second = await reader.jobs(before=first.next_cursor, limit=3)
         assert [job.id for job in [*first.items, *second.items]] == newest_first
         assert second.next_cursor is None
@@ -287,10 +252,10 @@ async def test_jobs_are_paged_newest_first(path: Path) -> None:
 async def test_job_filters_work_alone_and_together(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
         for number in range(1, 7):
-            await submit_job(log, f"j{number}", "odd" if number % 2 else "even")
-        await end(log, "j1", "odd")
-        await end(log, "j2", "even")
-        await start(log, "j3", "odd")
+            await append(log, f"j{number}", load_requested(), "odd" if number % 2 else "even")
+        await append(log, "j1", FAILED, "odd")
+        await append(log, "j2", FAILED, "even")
+        await append(log, "j3", LoadStarted(1), "odd")
         assert await job_pages(reader, 2, model_id="odd") == [["j5", "j3"], ["j1"]]
         assert await job_pages(reader, 2, status=JobStatus.FAILED) == [["j2", "j1"]]
         assert await job_pages(reader, 9, status=JobStatus.PENDING) == [["j6", "j5", "j4"]]
@@ -307,9 +272,9 @@ async def test_job_filters_work_alone_and_together(path: Path) -> None:
 
 async def test_job_is_found_by_its_id(path: Path) -> None:
     async with opened(path, new_id=ids()) as log, open_reader(path) as reader:
-        await submit_job(log, "j")
+        await append(log, "j", load_requested())
         assert await reader.job("j") == log.state.jobs["j"]
-        await end(log, "j")
+        await append(log, "j", FAILED)
         found = await reader.job("j")
         assert found is not None
         assert (found.status, found.position) == (JobStatus.FAILED, 2)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from support.events import History, facts, load_requested, opened
-from support.ledgers import FAST_FOLDER, append_events
+from support.ledgers import FAST_FOLDER, append_events, overwrite_pages
 
 from events import snapshots
 from events.commands import Record
@@ -100,19 +100,6 @@ async def test_snapshot_writes_only_models_that_changed(path: Path) -> None:
         assert [snapshots.latest(connection, at) for at in (5, 6, 7)] == [None, 6, 7]
 
 
-def damage(path: Path, table: str) -> None:
-    """Overwrite the pages of a table and of its index; the database is closed."""
-    with closing(connect(path)) as connection:
-        (size,) = connection.execute("PRAGMA page_size").fetchone()
-        pages = connection.execute(
-            "SELECT rootpage FROM sqlite_schema WHERE tbl_name = ? AND rootpage > 0", (table,)
-        ).fetchall()
-    with path.open("r+b") as file:
-        for (page,) in pages:
-            file.seek((page - 1) * size)
-            file.write(b"\xff" * size)
-
-
 @pytest.mark.parametrize("table", ["snapshots", "model_snapshots", "job_snapshots"])
 async def test_failed_snapshot_holds_up_no_event_and_is_logged_once(
     path: Path, table: str, caplog: pytest.LogCaptureFixture
@@ -121,7 +108,7 @@ async def test_failed_snapshot_holds_up_no_event_and_is_logged_once(
     history.load("L")
     history.ask_load("L2", version=2)
     await append(path, history)
-    damage(path, table)
+    overwrite_pages(path, table)
     async with opened(path) as log:
         await asyncio.gather(*map(log.submit, facts(EVERY)))
         assert log.head.position == EVERY + 4

@@ -151,6 +151,19 @@ def forge_bodies(path: Path, change_body: Callable[[int, str], str]) -> None:
         connection.commit()
 
 
+def overwrite_pages(path: Path, table: str) -> None:
+    """Overwrite the pages of a table and of its indexes in a database that is closed."""
+    with closing(sqlite3.connect(path)) as connection:
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        pages = connection.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE tbl_name = ? AND rootpage > 0", (table,)
+        ).fetchall()
+    with path.open("r+b") as file:
+        for (page,) in pages:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * size)
+
+
 def flip_byte(data: bytes, index: int, bits: int) -> bytes:
     """Return the data with some bits of one byte changed."""
     index %= len(data)
