@@ -1,0 +1,441 @@
+"""The optimised model cache on a real folder: what it keeps, uses, evicts and clears."""
+
+import os
+import random
+import shutil
+import stat
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.events import PLAIN, child
+from support.keptforms import MODEL, check_whole, halves, keep, key, made, written
+from support.soak import new_dice, of_both, tell
+
+from runtime.prepared.entries import Entry, hash_of, is_open
+from runtime.prepared.leastused import Use, Uses
+from runtime.prepared.store import NONE_KNOWN_S, Cleared, PreparedStore, PreparedUnavailable, key_of
+from runtime.wire import SourceHash, Tensor
+
+A, B, C = map(key, "abc")
+LIMIT = 1_000
+SECOND_NS = 10**9
+
+
+class Clock:
+    """A time that stands still until it is set."""
+
+    now_ns = 1_700_000_000 * SECOND_NS
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+def opened(folder: Path, limit_bytes: int = LIMIT) -> PreparedStore:
+    store = PreparedStore(folder, limit_bytes)
+    store.open()
+    return store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "prepared"
+
+
+@pytest.fixture
+def store(folder: Path) -> PreparedStore:
+    return opened(folder)
+
+
+def found(store: PreparedStore, key: str) -> Entry:
+    entry = store.find(key)
+    assert entry is not None
+    return entry
+
+
+def keys(store: PreparedStore) -> list[str]:
+    return [entry.key for entry in store.entries()]
+
+
+# Keep and use
+
+
+def test_kept_model_is_found_and_used(store: PreparedStore, folder: Path) -> None:
+    assert store.find(A) is None
+    assert store.use(A) is None
+    prepared = keep(store, "a", 100)
+    assert prepared is not None
+    assert prepared == store.use(A)
+    assert (prepared.folder, prepared.form) == (str(folder / A), "prepacked")
+    assert prepared.sources == (SourceHash("model.onnx", "ab" * 32),)
+    check_whole(prepared)
+    entry = found(store, A)
+    assert (entry.key, entry.model_id, entry.version, entry.bytes) == (A, MODEL, 1, 100)
+    assert (entry.form, entry.sha256, entry.took_ms) == ("prepacked", prepared.sha256, 2_500)
+    assert entry.figures == {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
+    assert entry.made_at <= entry.used_at
+    store.settle_none(B, {"prepacked": "slower"}, model_id="b", version=2)
+    again = opened(folder)
+    assert again.use(A) == prepared
+    assert again.entries() == [again.find(A), again.find(B)]
+    draft = store.draft(B)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / A, draft)] == [0o700] * 3
+
+
+def test_hash_covers_files_in_order_of_their_paths(store: PreparedStore) -> None:
+    prepared = keep(store, "a")
+    assert prepared is not None
+    first, second = prepared.files
+    assert (first.path, second.path) == ("model.onnx", "weights.bin")
+    text = f"{first.sha256} model.onnx\n{second.sha256} weights.bin\n".encode()
+    ran = subprocess.run(["sha256sum"], input=text, capture_output=True, check=True)
+    assert prepared.sha256 == ran.stdout.split()[0].decode()
+
+
+def test_new_form_replaces_the_old_one(store: PreparedStore, folder: Path) -> None:
+    old = keep(store, "a", seed="old")
+    assert old is not None
+    with (Path(old.folder) / "weights.bin").open("rb") as mapped:
+        new = keep(store, "a", seed="new")
+        assert mapped.read() == halves(10, "aold")["weights.bin"]  # a worker that has it open keeps it
+    assert new is not None
+    assert new.sha256 != old.sha256
+    assert store.use(A) == new
+    check_whole(new)
+    assert os.listdir(folder) == [A]  # noqa: PTH208
+
+
+# No form is of use
+
+
+def test_reasons_against_forms_are_remembered(store: PreparedStore, folder: Path) -> None:
+    why = "killed by signal 11 \ud800 " + "x" * 10_000
+    store.settle_none(A, {"prepacked": why, "optimised": "slower"}, model_id="m", version=3, took_ms=9)
+    for each in (store, opened(folder)):
+        entry = found(each, A)
+        assert (entry.form, entry.sha256, entry.bytes) == (None, None, 0)
+        assert (entry.model_id, entry.version, entry.took_ms) == ("m", 3, 9)
+        assert entry.tried["prepacked"].startswith("killed by signal 11 ? xxx")
+        assert entry.tried["optimised"] == "slower"
+        assert each.use(A) is None
+
+
+def test_dropped_form_is_gone_and_its_reason_stays(store: PreparedStore, folder: Path) -> None:
+    used = keep(store, "a", form="optimised")
+    assert store.drop(A, "it killed its worker", used)
+    assert store.use(A) is None
+    entry = found(opened(folder), A)
+    assert entry.form is None
+    assert entry.tried == {"prepacked": "the worker ended: signal 11", "optimised": "it killed its worker"}
+    assert os.listdir(folder / A) == ["manifest.json"]  # noqa: PTH208
+    assert not store.drop(A, "again", used)
+
+
+def test_drop_spares_what_replaced_the_form(store: PreparedStore) -> None:
+    used = keep(store, "a")
+    store.clear()
+    assert not store.drop(A, "its files are gone", used)
+    assert store.find(A) is None
+    new = keep(store, "a")
+    assert not store.drop(A, "its files are not what they were", used)
+    assert store.use(A) == new
+
+
+def test_form_larger_than_the_cache_is_left_out(store: PreparedStore, folder: Path) -> None:
+    keep(store, "b", LIMIT)
+    assert keep(store, "a", LIMIT + 1) is None
+    entry = found(store, A)
+    assert entry.form is None
+    assert entry.tried == {
+        "prepacked": f"it takes {LIMIT + 1} bytes, and all forms together may take {LIMIT}"
+    }
+    assert store.use(B) is not None  # nothing was evicted for it
+    assert opened(folder, LIMIT).find(A) is not None
+    assert opened(folder, LIMIT + 1).find(A) is None
+
+
+def test_trials_without_use_are_repeated_after_a_day(folder: Path) -> None:
+    clock = Clock()
+    store = PreparedStore(folder, LIMIT, now_ns=clock)
+    store.open()
+    store.settle_none(A, {"prepacked": "slower"}, model_id="m", version=1)
+    keep(store, "b")
+    keep(store, "c", form="optimised")
+    assert store.drop(C, "killed by signal 11")
+    clock.now_ns += NONE_KNOWN_S * SECOND_NS
+    assert found(store, A).tried == {"prepacked": "slower"}
+    clock.now_ns += SECOND_NS
+    assert store.find(A) is None
+    store.settle_none(A, {"prepacked": "slower again"}, model_id="m", version=1)
+    assert found(store, A).tried == {"prepacked": "slower again"}
+    clock.now_ns += 1000 * NONE_KNOWN_S * SECOND_NS
+    assert found(store, B).form == "prepacked"
+    assert found(store, C).tried["optimised"] == "killed by signal 11"  # a load found that: for good
+
+
+def test_untried_model_is_tried_on_other_inputs(store: PreparedStore) -> None:
+    given = (Tensor("x", "FP32", (1,), b"[1]", text=True),)
+    assert is_open(None, given)
+    store.settle_none(A, {}, model_id="m", version=1, untried_on=hash_of(()))
+    assert not is_open(store.find(A), ())
+    assert is_open(store.find(A), given)
+    store.settle_none(A, {}, model_id="m", version=1)
+    assert not is_open(store.find(A), given)
+
+
+# Eviction
+
+
+def test_least_recently_used_form_is_evicted(store: PreparedStore, folder: Path) -> None:
+    for name in "abc":
+        keep(store, name, 300)
+    assert store.use(A) is not None
+    keep(store, "d", 300)
+    assert keys(store) == [key("d"), A, C]
+    assert {path.name for path in folder.iterdir()} == {key("d"), A, C}  # and no draft
+    assert keys(opened(folder, 600)) == [key("d"), A]
+
+
+def test_keys_without_a_form_are_bounded_by_number(folder: Path) -> None:
+    store = PreparedStore(folder, LIMIT, max_without_form=2)
+    store.open()
+    keep(store, "x", LIMIT)
+    for name in "abc":
+        store.settle_none(key(name), {}, model_id=name, version=1)
+        store.use(A)
+    assert set(keys(store)) == {key("x"), A, C}
+    again = PreparedStore(folder, LIMIT, max_without_form=1)
+    again.open()
+    assert set(keys(again)) == {key("x"), A}
+
+
+def test_clock_set_back_keeps_the_order_of_use(folder: Path) -> None:
+    times = iter([5 * 10**18, *range(100, 0, -1)])
+    store = PreparedStore(folder, LIMIT, now_ns=lambda: next(times))
+    store.open()
+    for name in "abcd":
+        keep(store, name, 300)
+    assert keys(store) == [key("d"), C, B]
+
+
+NAMES = st.sampled_from("abcdef")
+STEPS = st.one_of(
+    st.tuples(st.just("keep"), NAMES, st.integers(1, 60) | st.integers(1, 150)),
+    st.tuples(st.sampled_from(["settle", "use", "drop", "clear", "clear beside"]), NAMES, st.none()),
+    st.tuples(st.just("open"), st.none(), st.integers(20, 120)),
+)
+
+
+class Expected:
+    """The expected entries in order of use: the size of each form, None for no form."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.sizes: dict[str, int | None] = {}
+        self.too_large: dict[str, int] = {}
+
+    def put(self, name: str, size: int | None) -> None:
+        self.remove(name)
+        if size is not None and size > self.limit:
+            self.too_large[name], size = size, None
+        self.sizes[name] = size
+        self.evict()
+
+    def use(self, name: str) -> int | None:
+        if name in self.sizes:
+            self.sizes[name] = self.sizes.pop(name)
+        return self.sizes.get(name)
+
+    def remove(self, name: str) -> None:
+        self.sizes.pop(name, None)
+        self.too_large.pop(name, None)
+
+    def open(self, limit: int) -> None:
+        self.limit = limit
+        for name in [each for each, size in self.too_large.items() if size <= limit]:
+            self.remove(name)
+        self.evict()
+
+    def evict(self) -> None:
+        while sum(size or 0 for size in self.sizes.values()) > self.limit:
+            self.remove(next(name for name, size in self.sizes.items() if size is not None))
+
+
+@settings(PLAIN, max_examples=of_both(short=60, long=1_000))
+@given(steps=st.lists(STEPS, max_size=25))
+def test_entries_follow_a_list_in_order_of_use(
+    steps: list[tuple[str, str | None, int | None]],
+) -> None:
+    expected = Expected(limit=100)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "prepared"
+        store = opened(folder, expected.limit)
+        for step in steps:
+            match step:
+                case "keep", str(name), int(size):
+                    keep(store, name, size, model_id=name)
+                    expected.put(name, size)
+                case "settle", str(name), _:
+                    store.settle_none(key(name), {}, model_id=name, version=1)
+                    expected.put(name, None)
+                case "use", str(name), _:
+                    assert (store.use(key(name)) is not None) == (expected.use(name) is not None)
+                case "drop", str(name), _:
+                    has_form = expected.sizes.get(name) is not None
+                    assert store.drop(key(name), "bad") == has_form
+                    if has_form:
+                        expected.put(name, None)
+                case "clear" | "clear beside" as who, str(name), _:
+                    (store if who == "clear" else PreparedStore(folder, 0)).clear(name)
+                    expected.remove(name)
+                case "open", _, int(limit):
+                    store = opened(folder, limit)
+                    expected.open(limit)
+            listed = [(entry.model_id, entry.bytes) for entry in store.entries()]
+            assert listed == [(name, size or 0) for name, size in reversed(expected.sizes.items())]
+
+
+@PLAIN
+@given(
+    limit=st.integers(0, 50),
+    most=st.integers(0, 3),
+    uses=st.lists(st.tuples(st.integers(0, 8), st.none() | st.integers(0, 60)), max_size=40),
+)
+def test_fewest_and_oldest_are_evicted(limit: int, most: int, uses: list[tuple[int, int | None]]) -> None:
+    least, expected = Uses(limit, most), dict[str, int | None]()
+    for number, size in uses:
+        name = str(number)
+        least.use(name, size, 0)
+        expected.pop(name, None)
+        expected[name] = size
+        for gone in least.next_to_go():
+            least.forget(gone)
+        forms = [each for each, taken in expected.items() if taken is not None]
+        bare = [each for each, taken in expected.items() if taken is None]
+        while sum(taken or 0 for taken in expected.values()) > limit:
+            del expected[forms.pop(0)]
+        for each in bare[: max(0, len(bare) - most)]:
+            del expected[each]
+        assert sorted(least) == sorted(expected)
+        assert not least.are_too_many()
+
+
+def test_first_key_is_evicted_of_those_used_at_once() -> None:
+    least = Uses(limit_bytes=1, max_without_form=0)
+    least.put("b", Use(7, 1))
+    least.put("a", Use(7, 1))
+    assert next(least.next_to_go()) == "a"
+
+
+# Clear
+
+
+def test_clear_takes_all_or_one_model(store: PreparedStore, folder: Path) -> None:
+    keep(store, "a", 10, model_id="one")
+    keep(store, "b", 20, model_id="two")
+    store.settle_none(C, {}, model_id="two", version=1)
+    (folder / key("d")).mkdir()
+    assert store.clear("three") == Cleared(0, 0)
+    assert store.clear("two") == Cleared(2, 20)
+    assert keys(store) == [A]
+    assert store.clear() == Cleared(2, 10)
+    assert list(folder.iterdir()) == []
+    assert store.clear() == Cleared(0, 0)
+
+
+def test_clear_beside_a_server_spares_its_drafts(store: PreparedStore, folder: Path) -> None:
+    draft = store.draft(A)
+    files = written(draft, halves(10, "a"))
+    (folder / f"draft-{'0' * 16}-{'1' * 8}").mkdir()
+    PreparedStore(folder, 0).clear()
+    assert [path.name for path in folder.iterdir()] == [draft.name]
+    assert store.keep(A, draft, made(files)) is not None
+
+
+def test_folder_removed_while_open_comes_back(store: PreparedStore, folder: Path) -> None:
+    keep(store, "a")
+    shutil.rmtree(folder)
+    assert store.entries() == []
+    assert store.use(A) is None
+    assert store.clear() == Cleared(0, 0)
+    assert keep(store, "b") is not None
+    draft = store.draft(A)
+    files = written(draft, halves(10, "a"))
+    shutil.rmtree(folder)
+    with pytest.raises(PreparedUnavailable, match="gone"):
+        store.keep(A, draft, made(files))
+    assert store.draft(A, 1).is_dir()
+
+
+# Threads, processes, and their deaths
+
+
+def test_threads_and_another_process_share_the_cache(folder: Path) -> None:
+    store, beside = opened(folder, 2_000), PreparedStore(folder, 0)
+
+    def work(seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(of_both(short=40, long=1_000)):
+            name = dice.choice("abcdefgh")
+            match dice.randrange(8):
+                case 0:
+                    store.settle_none(key(name), {}, model_id=name, version=1)
+                case 1:
+                    store.drop(key(name), "bad")
+                case 2:
+                    beside.clear(name)
+                case 3:
+                    beside.entries()
+                case 4:
+                    store.find(key(name))
+                case 5:
+                    used = store.use(key(name))
+                    assert used is None or used.form == "prepacked"
+                case _:
+                    keep(store, name, dice.randrange(1, 700), model_id=name, seed=str(dice.random()))
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work, seed) for seed in range(4)]:
+            done.result()
+    entries = store.entries()
+    assert {path.name for path in folder.iterdir()} == {entry.key for entry in entries}
+    assert sum(entry.bytes for entry in entries) <= 2_000
+    for entry in entries:
+        used = store.use(entry.key)
+        assert (used is None) == (entry.form is None)
+        if used is not None:
+            check_whole(used)
+
+
+def test_kill_while_keeping_leaves_nothing_wrong(folder: Path) -> None:
+    lives, seed = of_both(short=60, long=5_000), new_dice().randrange(2**32)
+    script = (
+        "from pathlib import Path; from support.keptprocess import main; "
+        "main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
+    )
+    command = child(script, folder, lives, seed)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1_200, check=False)
+    assert done.returncode == 0, done.stderr
+    tell(done.stdout)
+    counts = dict(each.split("=") for each in done.stdout.replace("drafts left", "drafts").split())
+    assert int(counts["lives"]) == lives
+    assert int(counts["drafts"]) > 0  # some were killed in the middle of it
+    assert int(counts["forms"]) > 0
+
+
+def test_key_covers_files_in_any_order_and_threads() -> None:
+    one, two = SourceHash("model.onnx", "ab" * 32), SourceHash("weights", "cd" * 32)
+    assert key_of([one, two], 1) == key_of([two, one], 1)
+    keys = [
+        key_of([one, two], 1),
+        key_of([one, two], 2),
+        key_of([one], 1),
+        key_of([SourceHash("other", one.sha256), two], 1),
+        key_of([SourceHash(one.path, two.sha256), two], 1),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert all(len(each) == 64 for each in keys)
