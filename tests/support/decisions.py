@@ -35,7 +35,7 @@ from runtime.scheduling.actions import (
     TakeOver,
 )
 from runtime.scheduling.scheduler import decide
-from runtime.scheduling.sight import Conditions, Phase, Policy, Running
+from runtime.scheduling.sight import Conditions, Phase, Policy, Preparation, Running
 from support.events import MODEL, History, at
 
 OTHER = "other"
@@ -248,6 +248,18 @@ class Scene:
     def observe(self, **given: Any) -> None:
         """Something else was observed."""
         self.conditions = replace(self.conditions, **given)
+
+    def offer(self, load: str, memory_bytes: int) -> None:
+        """A load has no cached model yet; to make it takes these bytes."""
+        self.observe(preparable={**self.conditions.preparable, load: memory_bytes})
+
+    def prepare(self, load: str, memory_bytes: int, *, stopping: bool = False) -> None:
+        """The cached model of a load is being made."""
+        self.observe(preparation=Preparation(load, memory_bytes, stopping))
+
+    def end_preparing(self) -> None:
+        """No cached model is being made any more."""
+        self.observe(preparation=None)
 
     def begin(self, model: str, *, version: int = 1) -> None:
         """A requested load begins."""

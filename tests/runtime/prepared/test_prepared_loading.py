@@ -1,9 +1,9 @@
-"""Prepared forms in a real worker: made, used where they are of use, and never in the way of a load."""
+"""Loading a cached model in a real worker: the same answers, or a bare load where it is of no use."""
 
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from support.forms import (
     written_by_the_runtime,
 )
 from support.models import save
-from support.workers import array, ask, floats, order_of, running_pool, tensor
+from support.workers import array, ask, floats, order_of, tensor
 
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
@@ -29,12 +29,6 @@ from runtime.processes.pool import WorkerPool
 from runtime.processes.workers import Worker
 from runtime.wire import Form, Load
 from runtime.worker.hugepages import are_better
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[WorkerPool]:
-    async with running_pool() as running:
-        yield running
 
 
 @pytest.fixture
@@ -49,7 +43,7 @@ def layers_input() -> wire.Tensor:
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_prepared_model_answers_as_the_bare_one(pool: WorkerPool, root: Path, form: Form) -> None:
+async def test_cached_model_answers_as_the_bare_one(pool: WorkerPool, root: Path, form: Form) -> None:
     bare, bare_report = await load(pool, order_of(root, "m"))
     given = await prepared(pool, root, form)
     worker, report = await load(pool, replace(order_of(root, "m"), prepared=given))
@@ -77,7 +71,7 @@ BUILDERS: dict[str, Callable[[], ModelProto]] = {
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-async def test_models_of_all_kinds_can_be_prepared(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+async def test_models_of_all_kinds_can_be_cached(pool: WorkerPool, tmp_path: Path, name: str) -> None:
     root = tmp_path / "models"
     save(BUILDERS[name](), root, "m")
     _, bare = await load(pool, order_of(root, "m"))
@@ -88,7 +82,7 @@ async def test_models_of_all_kinds_can_be_prepared(pool: WorkerPool, tmp_path: P
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_external_data_is_prepared_too(pool: WorkerPool, tmp_path: Path, form: Form) -> None:
+async def test_external_data_is_cached_too(pool: WorkerPool, tmp_path: Path, form: Form) -> None:
     root, count = tmp_path / "models", 10_000
     folder = save(models.external("data/w.bin", count=count), root, "m")
     (folder / "data").mkdir()
@@ -105,7 +99,7 @@ def status(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
 
 
-async def test_peak_of_a_form_is_what_its_load_took_and_gave_back(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_peak_memory_of_a_form_is_measured(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(32, layers=1), tmp_path / "models", "m")  # packed, and then found packed in the form
     order = order_of(tmp_path / "models", "m")
     _, bare = await load(pool, order)
@@ -116,7 +110,7 @@ async def test_peak_of_a_form_is_what_its_load_took_and_gave_back(pool: WorkerPo
     assert 30_000_000 < report.peak_memory_bytes < 44_000_000
 
 
-async def test_load_in_the_background_gives_way(pool: WorkerPool, root: Path) -> None:
+async def test_background_load_has_low_priority(pool: WorkerPool, root: Path) -> None:
     worker, _ = await load(pool, replace(order_of(root, "m"), background=True))
     assert in_background(worker.pid)
     worker, _ = await load(pool, order_of(root, "m"))
@@ -137,20 +131,17 @@ async def test_form_of_other_files_is_not_used(pool: WorkerPool, root: Path) -> 
         assert bytes(y.data) == bytes(expected.data)
 
 
-async def test_form_is_used_for_files_that_are_known(pool: WorkerPool, root: Path) -> None:
-    given = await prepared(pool, root)
-    order = replace(order_of(root, "m"), prepared=given, known=found(order_of(root, "m").folder))
-    _, report = await load(pool, order)
-    assert report.prepared == given.sha256
-    assert report.peak_memory_bytes >= report.memory_bytes > 0
-
-
-async def test_restored_copy_of_a_form_is_used(pool: WorkerPool, root: Path) -> None:
-    given = await prepared(pool, root)
+async def test_form_is_used_for_known_files_restored_or_limited(pool: WorkerPool, root: Path) -> None:
+    given, order = await prepared(pool, root), order_of(root, "m")
     copy = shutil.copytree(given.folder, root.parent / "restored")
-    moved = replace(given, folder=str(copy))
-    _, report = await load(pool, replace(order_of(root, "m"), prepared=moved))
-    assert report.prepared == given.sha256
+    for changes in (
+        {"prepared": given, "known": found(order.folder)},
+        {"prepared": given, "memory_limit_bytes": 100_000_000},
+        {"prepared": replace(given, folder=str(copy))},
+    ):
+        _, report = await load(pool, replace(order, **changes))
+        assert report.prepared == given.sha256
+        assert report.peak_memory_bytes >= report.memory_bytes > 0
 
 
 def gone(folder: Path) -> None:
@@ -191,7 +182,7 @@ def a_fifo(folder: Path) -> None:
     [gone, without_weights, cut_off, overwritten, linked, a_folder, a_fifo],
     ids=lambda damage: damage.__name__,
 )
-async def test_damaged_form_is_not_used_and_the_load_goes_on(
+async def test_damaged_form_is_replaced_by_a_bare_load(
     pool: WorkerPool, root: Path, damage: Callable[[Path], None]
 ) -> None:
     given = await prepared(pool, root)
@@ -204,7 +195,7 @@ async def test_damaged_form_is_not_used_and_the_load_goes_on(
 
 
 async def crafted(root: Path, form: ModelProto | bytes) -> Load:
-    """Order model `m` with a form that somebody wrote, hashes and all."""
+    """Make the order to load model `m` with this form, hashes included."""
     data = form if isinstance(form, bytes) else form.SerializeToString()
     order, folder = order_of(root, "m"), models.save_bytes(data, root.parent / "forms", "m")
     return replace(order, prepared=describe(folder, "optimised", found(folder), found(order.folder)))
@@ -215,7 +206,7 @@ async def crafted(root: Path, form: ModelProto | bytes) -> Load:
     [models.TEXT, b"", models.unknown_operator(), models.divide(), models.external("nowhere")],
     ids=["text", "empty", "unknown_operator", "fails_on_zeros", "without_its_data"],
 )
-async def test_form_that_does_not_do_is_not_used_and_the_load_goes_on(
+async def test_unusable_form_is_replaced_by_a_bare_load(
     pool: WorkerPool, tmp_path: Path, form: ModelProto | bytes
 ) -> None:
     save(models.add(), tmp_path / "models", "m")
@@ -239,9 +230,7 @@ async def rows_of(worker: Worker, count: int) -> wire.Tensor:
     return (await ask(worker, [x]))[0]
 
 
-async def test_weights_where_the_runtime_puts_them_can_kill_a_worker_and_where_we_do_cannot(
-    pool: WorkerPool, tmp_path: Path
-) -> None:
+async def test_aligned_weights_prevent_the_runtimes_crash(pool: WorkerPool, tmp_path: Path) -> None:
     root = tmp_path / "models"
     save(models.misaligned(), root, "m")
     raw, report = await load(pool, written_by_the_runtime(root))
@@ -264,7 +253,7 @@ async def test_weights_where_the_runtime_puts_them_can_kill_a_worker_and_where_w
     ],
     ids=["warm_up_failed", "invalid_model", "unsafe_file"],
 )
-async def test_a_problem_of_the_model_has_its_code_whatever_the_form(
+async def test_problem_of_the_model_keeps_its_code(
     pool: WorkerPool, tmp_path: Path, model: Callable[[], ModelProto], code: str
 ) -> None:
     save(model(), tmp_path / "models", "m")
@@ -274,7 +263,7 @@ async def test_a_problem_of_the_model_has_its_code_whatever_the_form(
     assert refused.value.code == code
 
 
-async def test_file_changed_while_its_form_is_loaded_is_told_of(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_file_changed_while_its_form_loads_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
     root = tmp_path / "models"
     save(models.add(), root, "m")
     order = await crafted(root, models.slow_model(1000))
@@ -290,9 +279,7 @@ async def test_file_changed_while_its_form_is_loaded_is_told_of(pool: WorkerPool
 
 
 @pytest.mark.parametrize("limit", [0, 100_000])
-async def test_limit_that_nothing_fits_into_holds_for_a_form(
-    pool: WorkerPool, root: Path, limit: int
-) -> None:
+async def test_memory_limit_holds_for_a_form(pool: WorkerPool, root: Path, limit: int) -> None:
     given = await prepared(pool, root)
     worker = await pool.start("w")
     with pytest.raises(LoadRefused) as refused:
@@ -302,18 +289,12 @@ async def test_limit_that_nothing_fits_into_holds_for_a_form(
     assert refused.value.code == "out_of_memory"
 
 
-async def test_form_is_loaded_within_a_limit(pool: WorkerPool, root: Path) -> None:
-    given = await prepared(pool, root)
-    order = replace(order_of(root, "m"), prepared=given, memory_limit_bytes=100_000_000)
-    assert (await load(pool, order))[1].prepared == given.sha256
-
-
 def has_huge_pages(worker: Worker) -> bool:
     return "THP_enabled:\t1\n" in status(worker.pid)
 
 
 @pytest.mark.skipif("THP_enabled:\t1\n" not in status(os.getpid()), reason="this kernel has no huge pages")
-async def test_huge_pages_are_for_what_is_copied_or_packed(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_huge_pages_are_used_for_copied_or_packed_weights(pool: WorkerPool, tmp_path: Path) -> None:
     root = tmp_path / "models"
     save(models.add(), root, "small")
     save(models.table(4), root, "m")
@@ -324,14 +305,6 @@ async def test_huge_pages_are_for_what_is_copied_or_packed(pool: WorkerPool, tmp
     optimised, prepacked = [await prepared(pool, root, form) for form in ("optimised", "prepacked")]
     assert has_huge_pages((await load(pool, replace(order, prepared=optimised)))[0])
     assert not has_huge_pages((await load(pool, replace(order, prepared=prepacked)))[0])
-
-
-async def test_prepacked_form_with_packed_weights_has_huge_pages(pool: WorkerPool, tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    save(models.weights(4), root, "m")
-    assert are_better(4_000_000, await prepared(pool, root))
-
-
-async def test_huge_pages_can_be_done_without(pool: WorkerPool, root: Path) -> None:
-    worker, _ = await load(pool, replace(order_of(root, "m"), huge_pages=False))
-    assert "THP_enabled:\t0\n" in status(worker.pid)
+    packed = tmp_path / "packed" / "models"
+    save(models.weights(4), packed, "m")
+    assert are_better(4_000_000, await prepared(pool, packed))

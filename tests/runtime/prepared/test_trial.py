@@ -1,20 +1,25 @@
-"""When a prepared form is of use: its loads are faster, and its inferences not slower."""
+"""The trial of a cached model: made-up inputs, equal answers, and a verdict on its durations."""
 
-from collections.abc import AsyncIterator
+import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
+from onnx import ModelProto
 from support import models
+from support.events import PLAIN
 from support.forms import describe, found, made, prepare_order, prepared, written_by_the_runtime
 from support.models import save
-from support.workers import order_of, running_pool
+from support.workers import Serve, array, ask, order_of
 
 from runtime.errors import LoadRefused, WorkerDied
 from runtime.prepared.blame import NotTried, Stopped
+from runtime.prepared.samples import MAX_SAMPLE_BYTES, samples
 from runtime.prepared.trial import Pair, Trial, told, verdict
 from runtime.processes.pool import WorkerPool
-from runtime.wire import Prepared, Tensor
+from runtime.wire import DATATYPES, Prepared, Tensor, TensorSpec
 
 
 def pair(load: int = 10, bare_load: int = 30, infer: int = 100, bare_infer: int = 100) -> Pair:
@@ -47,13 +52,11 @@ def pair(load: int = 10, bare_load: int = 30, infer: int = 100, bare_infer: int 
         "slower in inference", "slower in inference but once", "at its best", "too quick to be told",
     ],
 )  # fmt: skip
-def test_a_form_is_of_use_if_it_loads_faster_in_most_pairs_and_is_not_slower_in_all(
-    pairs: list[Pair], why_not: str | None
-) -> None:
+def test_verdict_needs_faster_loads_and_inference_as_quick(pairs: list[Pair], why_not: str | None) -> None:
     assert verdict(pairs) == why_not
 
 
-def test_what_is_kept_of_a_trial_is_the_least_of_each() -> None:
+def test_figures_are_the_least_of_each() -> None:
     assert told([pair(load=7), pair(infer=9), pair(bare_load=8)]) == {
         "bare_load_us": 8,
         "load_us": 7,
@@ -64,12 +67,6 @@ def test_what_is_kept_of_a_trial_is_the_least_of_each() -> None:
     }
 
 
-@pytest.fixture
-async def pool() -> AsyncIterator[WorkerPool]:
-    async with running_pool() as pool:
-        yield pool
-
-
 async def of_other_answers(pool: WorkerPool, root: Path) -> Prepared:
     """Prepare `x + 1`, and give it out for a form of `m`, which is `x + 2`."""
     save(models.add(1), root.parent / "other", "m")
@@ -78,9 +75,7 @@ async def of_other_answers(pool: WorkerPool, root: Path) -> Prepared:
     return describe(order.target, order.form, own, found(root / "m" / "1"))
 
 
-async def test_a_form_that_answers_the_same_is_held_against_the_bare_model_in_three_pairs(
-    pool: WorkerPool, tmp_path: Path
-) -> None:
+async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(4), tmp_path / "models", "m")
     form = await prepared(pool, tmp_path / "models")
     why_not, pairs = await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form)
@@ -89,22 +84,23 @@ async def test_a_form_that_answers_the_same_is_held_against_the_bare_model_in_th
     assert all(min(pair.load_us, pair.infer_ns, pair.bare_infer_ns, pair.bytes) > 0 for pair in pairs)
 
 
-async def test_a_form_that_answers_otherwise_is_of_no_use(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.add(2), tmp_path / "models", "m")
-    form = await of_other_answers(pool, tmp_path / "models")
-    assert await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form) == ("its answers differ", [])
-
-
-async def test_a_form_that_is_declared_otherwise_is_of_no_use(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.subtract(), tmp_path / "models", "m")
-    form = await of_other_answers(pool, tmp_path / "models")
-    why_not, _ = await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form)
-    assert why_not == "its inputs or outputs are declared otherwise"
-
-
-async def test_a_form_that_kills_its_process_with_several_rows_but_not_with_one_is_found_out(
-    pool: WorkerPool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model", "why_not"),
+    [
+        (models.add(2), "its answers differ"),
+        (models.subtract(), "its inputs or outputs are declared otherwise"),
+    ],
+    ids=["answers", "declared"],
+)
+async def test_form_that_differs_is_of_no_use(
+    pool: WorkerPool, tmp_path: Path, model: ModelProto, why_not: str
 ) -> None:
+    save(model, tmp_path / "models", "m")
+    form = await of_other_answers(pool, tmp_path / "models")
+    assert await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form) == (why_not, [])
+
+
+async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.misaligned(), tmp_path / "models", "m")
     order = written_by_the_runtime(tmp_path / "models")
     assert order.prepared is not None
@@ -113,9 +109,7 @@ async def test_a_form_that_kills_its_process_with_several_rows_but_not_with_one_
     assert not pool._workers
 
 
-async def test_files_that_are_others_by_now_are_no_reason_against_a_form(
-    pool: WorkerPool, tmp_path: Path
-) -> None:
+async def test_trial_of_changed_files_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(2), tmp_path / "models", "m")
     form = await prepared(pool, tmp_path / "models")
     save(models.add(3), tmp_path / "models", "m")
@@ -124,33 +118,32 @@ async def test_files_that_are_others_by_now_are_no_reason_against_a_form(
     assert refused.value.code == "model_changed"
 
 
-async def test_that_the_bare_model_has_too_little_memory_says_nothing_of_the_form(
-    pool: WorkerPool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model", "given", "limit_bytes", "words"),
+    [
+        (models.weights(30), (), 20 * 10**6, "the limit is 20000000 bytes"),
+        (models.crash_on_zeros(), (), None, "signal 8"),
+        (models.add(2), (Tensor("other", "FP32", (), b"1", text=True),), None, "bare as it is"),
+    ],
+    ids=["memory", "crash", "given inputs"],
+)
+async def test_bare_model_that_fails_ends_the_trial(
+    pool: WorkerPool,
+    tmp_path: Path,
+    model: ModelProto,
+    given: tuple[Tensor, ...],
+    *,
+    limit_bytes: int | None,
+    words: str,
 ) -> None:
-    save(models.weights(100), tmp_path / "models", "m")
+    save(model, tmp_path / "models", "m")
     form = await prepared(pool, tmp_path / "models")
-    with pytest.raises(Stopped, match="the limit is 20000000 bytes"):
-        await Trial(pool, order_of(tmp_path / "models", "m", memory_limit_bytes=20 * 10**6), ()).of(form)
+    order = order_of(tmp_path / "models", "m", memory_limit_bytes=limit_bytes)
+    with pytest.raises(Stopped if limit_bytes else NotTried, match=words):
+        await Trial(pool, order, given).of(form)
 
 
-async def test_a_bare_model_that_dies_of_what_is_made_up_is_not_tried(
-    pool: WorkerPool, tmp_path: Path
-) -> None:
-    save(models.crash_on_zeros(), tmp_path / "models", "m")
-    form = await prepared(pool, tmp_path / "models")
-    with pytest.raises(NotTried, match="signal 8"):
-        await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form)
-
-
-async def test_a_bare_model_that_refuses_what_is_given_is_not_tried(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.add(2), tmp_path / "models", "m")
-    form = await prepared(pool, tmp_path / "models")
-    given = (Tensor("other", "FP32", (), b"1", text=True),)
-    with pytest.raises(NotTried, match="bare as it is"):
-        await Trial(pool, order_of(tmp_path / "models", "m"), given).of(form)
-
-
-async def test_inputs_that_are_given_are_what_a_model_is_tried_on(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_trial_uses_given_inputs(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.reshape(6), tmp_path / "models", "m")
     form = await prepared(pool, tmp_path / "models")
     order = order_of(tmp_path / "models", "m")
@@ -162,3 +155,81 @@ async def test_inputs_that_are_given_are_what_a_model_is_tried_on(pool: WorkerPo
     )
     _, pairs = await Trial(pool, order, given).of(form)
     assert len(pairs) == 3
+
+
+# Made-up inputs
+
+
+SPECS = st.lists(
+    st.builds(
+        TensorSpec,
+        st.text(max_size=5),
+        st.sampled_from(sorted(DATATYPES)),
+        st.lists(st.integers(-1, 3), max_size=3).map(tuple),
+        st.booleans(),
+    ),
+    max_size=3,
+    unique_by=lambda spec: spec.name,
+)
+
+
+@PLAIN
+@given(SPECS)
+def test_samples_match_declared_inputs_and_repeat(specs: list[TensorSpec]) -> None:
+    required = [spec for spec in specs if not spec.optional]
+    sampled = list(samples(specs))
+    assert sampled
+    assert sampled == list(samples(specs))
+    for tensors in sampled:
+        assert [(each.name, each.datatype) for each in tensors] == [(s.name, s.datatype) for s in required]
+        for spec, tensor in zip(required, tensors, strict=True):
+            assert len(tensor.shape) == len(spec.shape)
+            for declared, length in zip(spec.shape, tensor.shape, strict=True):
+                assert length == declared or (declared == -1 and length in {1, 2, 8, 64})
+            if spec.datatype != "BYTES":
+                array(tensor)  # which checks the size of the data
+
+
+async def test_model_of_texts_accepts_samples(serve: Serve) -> None:
+    worker = await serve(models.strings())
+    for tensors in samples([TensorSpec("x", "BYTES", (-1,))]):
+        assert await ask(worker, tensors)
+
+
+@pytest.mark.parametrize("datatype", sorted(set(DATATYPES) - {"BYTES"}))
+def test_samples_are_noise_within_one_and_zeros(datatype: str) -> None:
+    noise, zeros = list(samples([TensorSpec("x", datatype, (100,))]))
+    if datatype != "BF16":  # which numpy has no name for
+        found = array(noise[0]).astype(float)
+        assert abs(found).max() <= 1
+    assert len({bytes(noise[0].data)[i : i + 2] for i in range(0, len(noise[0].data), 2)}) > 1
+    assert not any(zeros[0].data)
+
+
+@pytest.mark.parametrize(
+    ("declared", "shapes"),
+    [
+        ((-1, 3, -1), [(1, 3, 8), (8, 3, 8), (2, 3, 8), (1, 3, 64)]),
+        ((2, 3), [(2, 3)]),
+        ((-1, 3, 640, 640), [(1, 3, 640, 640), (2, 3, 640, 640)]),
+        ((math.isqrt(MAX_SAMPLE_BYTES // 4) + 1,) * 2, []),
+        ((2**60, 2**60), []),
+    ],
+    ids=["open", "declared", "large rows", "too large", "far too large"],
+)
+def test_samples_have_several_lengths_within_the_limit(
+    declared: tuple[int, ...], shapes: list[tuple[int, ...]]
+) -> None:
+    found = [tensors[0].shape for tensors in samples([TensorSpec("x", "FP32", declared)])]
+    assert found[::2] == found[1::2] == shapes  # noise and zeros of each
+
+
+@pytest.mark.parametrize("datatype", sorted(set(DATATYPES) - {"BYTES"}))
+def test_rows_of_a_long_sample_differ(datatype: str) -> None:
+    [noise], _ = samples([TensorSpec("x", datatype, (64, 1024))])
+    row = len(noise.data) // 64
+    assert len({bytes(noise.data[start : start + row]) for start in range(0, len(noise.data), row)}) == 64
+
+
+def test_input_that_is_no_tensor_has_no_samples() -> None:
+    assert list(samples([TensorSpec("x", "seq(tensor(float))", ())])) == []
