@@ -1,4 +1,7 @@
-"""The console as an operator uses it: a real browser on a real server, whose models are real."""
+"""The console in a real browser on a real server: what an operator does, accessibility, and the pictures.
+
+With `SCREENSHOTS=docs/images` the pictures of the README are written there.
+"""
 
 import asyncio
 import os
@@ -12,7 +15,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Route, expect
 from support import models
-from support.browser import Console, chromium, needs_browser, tokens_in
+from support.browser import PHONE, Console, chromium, needs_browser, tokens_in
 from support.http import when
 from support.process import Server, serving
 
@@ -20,27 +23,34 @@ from server.config import Config
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 
+PICTURES = os.environ.get("SCREENSHOTS")
+"""The folder for the README's pictures; without it they are taken and thrown away."""
+MAX_BYTES = 200_000
+"""Of a picture, so that the README loads quickly."""
+SHOWN_S = 45
+"""Duration of the inferences that fill the charts."""
+QUESTION = {"name": "x", "datatype": "FP32", "shape": [4], "data": [0.5, 1, 2, 3]}
+
+
 ONE = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
 
 
 def write_models(root: Path) -> None:
-    """Put into the repository what each test has for itself."""
+    """Write the models; each test has its own."""
     for version in (1, 2):
         for model_id in ("digits", "past"):
             models.save(models.add(float(version)), root, model_id, version)
     models.save(models.slow_to_fold(900, 40), root, "slow")
     models.save(models.counting_loop(), root, "counter")
     models.save_bytes(models.TEXT, root, "broken")
-    models.save(
-        models.weights(36), root, "large"
-    )  # it needs 98 MB, and gets them where nothing else is loaded
+    models.save(models.weights(36), root, "large")  # needs 98 MB: nothing else may be loaded
     for model_id in ("refused", "hostile"):
         models.save(models.add(), root, model_id)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
-    """A server for all tests of this file."""
+    """A server for most tests."""
     root = tmp_path_factory.mktemp("console")
     write_models(root / "repository")
     config = Config(repository=root / "repository", data=root / "data")
@@ -49,15 +59,36 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def busy_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    """A server with a failed model and a load that waits for memory."""
+    root = tmp_path_factory.mktemp("looks")
+    repository = root / "repository"
+    for version in (1, 2, 3):
+        models.save(models.add(float(version)), repository, "fraud-check", version)
+    models.save(models.weights(24, seed=1), repository, "ranker", 1)
+    models.save(models.weights(14, seed=2), repository, "embedder", 4)
+    models.save(models.weights(44, seed=3), repository, "captioner", 1)
+    models.save(models.add(), repository, "spam", 7)
+    models.save_bytes(models.CORRUPT, repository, "churn", 2)
+    config = Config(repository=repository, data=root / "data")
+    async with serving(config, "--memory-budget=130000000") as running:
+        api = running.api
+        await api.load("fraud-check", version=2)
+        await api.load("ranker")
+        await api.load("embedder", pinned=True)
+        await api.failed_load("churn")
+        await api.accepted_load("captioner")
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    """A browser for all tests of this file; each has a profile of its own."""
+    """A browser; each test opens a profile of its own."""
     async with chromium() as running:
         yield running
 
 
-async def test_an_operator_loads_sees_it_become_ready_predicts_swaps_pins_and_unloads(
-    server: Server, browser: Browser
-) -> None:
+async def test_load_predict_swap_pin_and_unload(server: Server, browser: Browser) -> None:
     async with Console.opened(browser, server.url) as console:
         page = console.page
         await console.sign_in(server.api.token("admin"))
@@ -87,14 +118,12 @@ async def test_an_operator_loads_sees_it_become_ready_predicts_swaps_pins_and_un
         await console.see("digits", "loaded")
         assert (await server.api.jobs("?model=digits"))[-2]["parameters"]["strategy"] == "in_place"
 
-        position = (await server.api.model("digits"))["position"]
         await console.press("digits", "Pin")
         await expect(console.row("digits").get_by_text("pinned")).to_be_visible()
         await console.press("digits", "Unpin")
         await expect(console.row("digits").get_by_text("pinned")).to_be_hidden()
         assert (await server.api.model("digits"))["files"]
         assert (await server.api.infer("digits", ONE)).headers["Loadledger-Model"].startswith("digits/2;")
-        assert position
 
         await console.press("digits", "Unload")
         await console.choose("Unload")
@@ -102,9 +131,7 @@ async def test_an_operator_loads_sees_it_become_ready_predicts_swaps_pins_and_un
         assert not tokens_in(console, server.api, "admin")
 
 
-async def test_the_stages_of_a_load_are_seen_as_they_happen_and_the_ledger_grows_by_itself(
-    server: Server, browser: Browser
-) -> None:
+async def test_stages_of_a_load_and_new_events_appear(server: Server, browser: Browser) -> None:
     async with Console.opened(browser, server.url) as console:
         await console.sign_in(server.api.token("admin"))
         job = await server.api.accepted_load("slow")
@@ -126,7 +153,7 @@ async def test_the_stages_of_a_load_are_seen_as_they_happen_and_the_ledger_grows
         await expect(console.page.locator("#ledger-list strong").first).to_have_text("LoadRequested")
 
 
-async def test_a_worker_that_is_stopped_is_ended_by_force(server: Server, browser: Browser) -> None:
+async def test_force_unload_kills_stopped_worker(server: Server, browser: Browser) -> None:
     async with Console.opened(browser, server.url) as console:
         await console.sign_in(server.api.token("admin"))
         await server.api.load("counter")
@@ -142,15 +169,13 @@ async def test_a_worker_that_is_stopped_is_ended_by_force(server: Server, browse
         assert (await asking).status == 503
 
 
-async def test_what_failed_and_what_waits_comes_first_with_its_reason_and_what_to_do(
-    server: Server, browser: Browser
-) -> None:
+async def test_failed_and_waiting_loads_need_attention(server: Server, browser: Browser) -> None:
     async with Console.opened(browser, server.url) as console:
         await console.sign_in(server.api.token("admin"))
         await server.api.failed_load("broken")
         failed = console.attention.filter(has_text="broken failed")
         await expect(failed).to_contain_text("invalid_model: ")
-        await expect(failed).to_contain_text("Put a right one there")
+        await expect(failed).to_contain_text("as a new version")
         await expect(failed.get_by_role("button")).to_have_text(re.compile("^Load…"))
         assert "⚠" in await console.page.title()
         first = console.page.locator("#models-rows > tr").first
@@ -170,11 +195,11 @@ OFFERED: dict[str, tuple[str, set[str], bool]] = {
     "audit": ("Live", set(), True),
     "predict": ("Every 3 s", {"Predict…"}, False),
 }
-"""By role: how the page is kept alive, what a loaded model offers, and whether ledger and past are shown."""
+"""By role: connection, buttons of a loaded model, and whether ledger and time travel are shown."""
 
 
 @pytest.mark.parametrize("role", OFFERED)
-async def test_what_a_role_may_not_do_is_not_offered(server: Server, browser: Browser, role: str) -> None:
+async def test_role_is_offered_only_what_it_may_do(server: Server, browser: Browser, role: str) -> None:
     says, offers, shown = OFFERED[role]
     await server.api.load("hostile")
     async with Console.opened(browser, server.url) as console:
@@ -187,16 +212,14 @@ async def test_what_a_role_may_not_do_is_not_offered(server: Server, browser: Br
         assert not tokens_in(console, server.api, role)
 
 
-async def test_a_refusal_of_the_server_is_said_where_it_was_asked_for(
-    server: Server, browser: Browser
-) -> None:
-    async def as_somebody_else(route: Route) -> None:
+async def test_refusal_is_shown_in_the_open_dialog(server: Server, browser: Browser) -> None:
+    async def as_another_role(route: Route) -> None:
         authorization = f"Bearer {server.api.token('predict')}"
         await route.continue_(headers={**route.request.headers, "authorization": authorization})
 
     async with Console.opened(browser, server.url) as console:
         await console.sign_in(server.api.token("admin"))
-        await console.page.route("**/refused/load", as_somebody_else)
+        await console.page.route("**/refused/load", as_another_role)
         await console.press("refused", "Load")
         await console.choose("Load")
         await expect(console.page.locator("dialog[open] .refusal")).to_contain_text("Not allowed: ")
@@ -204,9 +227,7 @@ async def test_a_refusal_of_the_server_is_said_where_it_was_asked_for(
         await console.choose("Keep as it is")
 
 
-async def test_a_token_that_is_none_or_not_taken_is_told_so_and_sign_out_forgets_it(
-    server: Server, browser: Browser
-) -> None:
+async def test_invalid_token_is_refused_and_sign_out_forgets(server: Server, browser: Browser) -> None:
     async with Console.opened(browser, server.url) as console:
         page, why = console.page, console.page.locator("#sign-in-why")
         await page.get_by_label("Token").fill("nonsense")
@@ -225,7 +246,7 @@ async def test_a_token_that_is_none_or_not_taken_is_told_so_and_sign_out_forgets
         assert await page.evaluate("localStorage.length + document.cookie.length") == 0
 
 
-async def test_a_double_click_signs_in_once(server: Server, browser: Browser) -> None:
+async def test_double_click_signs_in_once(server: Server, browser: Browser) -> None:
     async with Console.opened(browser, server.url) as console:
         await console.page.get_by_label("Token").fill(server.api.token("admin"))
         await console.page.get_by_role("button", name="Sign in").dblclick()
@@ -234,7 +255,7 @@ async def test_a_double_click_signs_in_once(server: Server, browser: Browser) ->
         assert sum("/events/stream" in url for url in console.urls) == 1
 
 
-async def test_time_travel_shows_who_had_loaded_which_bytes(server: Server, browser: Browser) -> None:
+async def test_time_travel_shows_actor_and_hash(server: Server, browser: Browser) -> None:
     await server.api.load("past", version=1)
     then = await server.api.model("past")
     await server.api.load("past", version=2)
@@ -255,7 +276,7 @@ async def test_time_travel_shows_who_had_loaded_which_bytes(server: Server, brow
         await expect(console.page.locator("#past-when")).to_have_text("before everything")
 
 
-async def test_what_others_wrote_is_text_and_nothing_else(server: Server, browser: Browser) -> None:
+async def test_subject_with_markup_is_shown_as_text(server: Server, browser: Browser) -> None:
     name = "<img src=/x onerror=alert(1)>"
     await server.api.unload("hostile") if (await server.api.model("hostile"))["state"] == "loaded" else None
     asked = await server.api.post("/api/v1/models/hostile/load", subject=name, wait=60)
@@ -267,9 +288,7 @@ async def test_what_others_wrote_is_text_and_nothing_else(server: Server, browse
         assert await console.page.locator("main img").count() == 0
 
 
-async def test_a_server_that_goes_is_told_loudly_and_found_again_when_it_is_back(
-    browser: Browser, tmp_path: Path
-) -> None:
+async def test_console_reconnects_after_restart(browser: Browser, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     models.save(models.add(), repository, "m")
     config = Config(repository=repository, data=tmp_path / "data")
@@ -289,3 +308,152 @@ async def test_a_server_that_goes_is_told_loudly_and_found_again_when_it_is_back
                 await expect(started).to_have_count(2)
                 await when(lambda: second.api.model("m"), lambda model: model["state"] == "loaded")
                 await console.see("m", "loaded")
+
+
+# Accessibility, dialogs, pictures.
+
+
+async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: Browser) -> None:
+    async with Console.opened(browser, busy_server.url) as console:
+        await check_accessibility(console)  # signing in
+        await console.sign_in(busy_server.api.token("admin"))
+        await expect(console.attention).to_have_count(3)
+        await console.page.locator("#ledger-list summary").first.click()
+        await expect(console.page.locator("#ledger-list pre").first).not_to_be_empty()
+        await check_accessibility(console)
+        await console.page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
+        await console.page.route("**/api/**", lambda route: route.abort())
+        await expect(console.page.locator("#lost")).to_be_visible()
+        await check_accessibility(console)
+
+
+async def test_axe_finds_nothing_serious_in_dialogs(busy_server: Server, browser: Browser) -> None:
+    async with Console.opened(browser, busy_server.url) as console:
+        await console.sign_in(busy_server.api.token("admin"))
+        for button, close in (("Swap", "Keep as it is"), ("Unload", "Keep it"), ("Predict", "Close")):
+            await console.press("fraud-check", button)
+            if button == "Predict":
+                await console.choose("Predict")
+                await expect(console.page.locator("#predict-answer")).to_be_visible()
+            await check_accessibility(console, "dialog[open]")
+            await console.choose(close)
+
+
+async def check_accessibility(console: Console, part: str | None = None) -> None:
+    await console.page.emulate_media(color_scheme="light", reduced_motion="reduce")
+    assert await console.serious(part) == []
+    await console.page.emulate_media(color_scheme="dark")
+    assert await console.serious(part, "color-contrast") == []  # the rest is the same in each scheme
+
+
+async def test_nothing_is_wider_than_a_phone(busy_server: Server, browser: Browser) -> None:
+    wide = "(each) => each.getBoundingClientRect().right > innerWidth"
+    async with Console.opened(browser, busy_server.url, PHONE) as console:
+        await console.sign_in(busy_server.api.token("admin"))
+        assert await console.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        for button, close in (("Swap", "Keep as it is"), ("Unload", "Keep it"), ("Predict", "Close")):
+            await console.press("fraud-check", button)
+            parts = console.page.locator("dialog[open] *")
+            assert await parts.evaluate_all(f"parts => parts.filter({wide}).length") == 0
+            await console.choose(close)
+
+
+async def test_console_works_by_keyboard(busy_server: Server, browser: Browser) -> None:
+    async with Console.opened(browser, busy_server.url) as console:
+        page = console.page
+        await page.keyboard.type(busy_server.api.token("admin"))  # the field has the focus
+        await page.keyboard.press("Enter")
+        await console.see("fraud-check", "loaded")
+        swap = console.row("fraud-check").get_by_role("button", name="Swap… fraud-check")
+        await swap.focus()
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_label("Version")).to_be_focused()
+        await page.keyboard.press("Escape")
+        await expect(page.locator("dialog[open]")).to_have_count(0)
+        await expect(swap).to_be_focused()
+        await page.get_by_label("Find").focus()
+        await page.keyboard.type("RANK")
+        await expect(page.locator("#models-rows > tr")).to_have_count(1)
+
+
+async def test_late_response_does_not_change_another_dialog(busy_server: Server, browser: Browser) -> None:
+    late = asyncio.Event()
+
+    async def answered_late(route: Route) -> None:
+        await late.wait()
+        await route.continue_()
+
+    async with Console.opened(browser, busy_server.url) as console:
+        page = console.page
+        await console.sign_in(busy_server.api.token("admin"))
+        for path in ("api/v1/models/ranker", "v2/models/ranker", "v2/models/fraud-check/infer"):
+            await page.route(f"**/{path}", answered_late)
+        await console.press("ranker", "Swap")
+        await page.get_by_label("Strategy").select_option("in_place")
+        await page.get_by_label("Priority").select_option("high")
+        await page.keyboard.press("Escape")
+        await console.press("fraud-check", "Swap")
+        for choice in ("Strategy", "Priority"):
+            await expect(page.get_by_label(choice)).to_have_value("")
+        await page.keyboard.press("Escape")
+        await console.press("fraud-check", "Predict")
+        await expect(page.locator("#predict-body")).not_to_have_value("")
+        await console.choose("Predict")
+        await page.keyboard.press("Escape")
+        await console.press("embedder", "Predict")
+        await expect(page.locator("#predict-body")).not_to_have_value("")
+        asked = page.expect_response("**/api/v1/models/ranker")
+        async with asked:
+            late.set()
+        await expect(page.locator("#predict-title")).to_have_text("Predict with embedder")
+        await expect(page.locator("#predict-told")).to_have_text("")
+        await expect(page.locator("#load-title")).to_have_text("Swap fraud-check")
+
+
+async def test_refusal_after_closing_the_dialog_is_a_notice(busy_server: Server, browser: Browser) -> None:
+    late = asyncio.Event()
+
+    async def refused_late(route: Route) -> None:
+        await late.wait()
+        problem = {"title": "Not now", "detail": "later \u202eperhaps", "code": "x"}
+        await route.fulfill(status=503, json=problem)
+
+    async with Console.opened(browser, busy_server.url) as console:
+        await console.sign_in(busy_server.api.token("admin"))
+        await console.page.route("**/ranker/unload", refused_late)
+        await console.press("ranker", "Unload")
+        await expect(console.page.get_by_role("button", name="Keep it")).to_be_focused()
+        await console.choose("Unload")
+        await console.choose("Keep it")
+        await console.press("embedder", "Unload")
+        late.set()
+        notices = console.page.locator("#notices")
+        await expect(notices).to_contain_text("Not now: later \ufffdperhaps")
+        await expect(console.page.locator("#unload-dialog .refusal")).to_be_hidden()
+        await expect(console.page.locator("#unload-title")).to_have_text("Unload embedder")
+        await expect(console.page.locator("#unload-dialog")).to_be_visible()
+
+
+async def test_pictures_of_the_readme(busy_server: Server, browser: Browser, tmp_path: Path) -> None:
+    folder = Path(PICTURES) if PICTURES else tmp_path
+    async with Console.opened(browser, busy_server.url, {"width": 1180, "height": 800}) as console:
+        page = console.page
+        await console.sign_in(busy_server.api.token("admin"))
+        for turn in range(SHOWN_S * 4 if PICTURES else 1):
+            for _ in range(10 + 8 * (turn // 16 % 4)):
+                await busy_server.api.infer("fraud-check", QUESTION)
+            await page.wait_for_timeout(250)
+        await page.emulate_media(color_scheme="light")
+        await page.screenshot(path=folder / "console-light.png")
+        await page.emulate_media(color_scheme="dark")
+        await page.get_by_label("Position", exact=True).fill("12")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#past-when")).to_contain_text("position 12")
+        await page.locator("#past-when").click()  # the focus leaves the field
+        await page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+        await page.screenshot(path=folder / "console-dark.png")
+        await page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
+        await page.evaluate("scrollTo(0, 0)")
+        await page.screenshot(path=folder / "console-phone.png")
+    for picture in folder.glob("console-*.png"):
+        assert picture.stat().st_size < MAX_BYTES, picture
