@@ -34,32 +34,23 @@ def body(name: str) -> onnx.GraphProto:
 
 
 def test_every_external_tensor_is_found(tmp_path: Path) -> None:
+    node, at = helper.make_node, external_tensor
     sparse = helper.make_sparse_tensor(
-        external_tensor("values", "sparse values", 1), external_tensor("indices", "sparse indices", 1), [9]
+        at("values", "sparse values", 1), at("indices", "sparse indices", 1), [9]
     )
     nodes = [
-        helper.make_node("Constant", [], ["a"], value=external_tensor("t", "attribute")),
-        helper.make_node(
-            "Custom", [], ["b"], many=[external_tensor("t", "in a list"), external_tensor("t", "of two")]
-        ),
-        helper.make_node("Constant", [], ["c"], sparse_value=sparse),
-        helper.make_node("If", ["go"], ["d"], then_branch=body("then"), else_branch=body("else")),
-        helper.make_node("Custom", [], ["e"], graphs=[body("one of"), body("several")]),
-        helper.make_node("Custom", [], ["f"], sparse_list=[sparse]),
+        node("Constant", [], ["a"], value=at("t", "attribute")),
+        node("Custom", [], ["b"], many=[at("t", "in a list"), at("t", "of two")]),
+        node("Constant", [], ["c"], sparse_value=sparse),
+        node("If", ["go"], ["d"], then_branch=body("then"), else_branch=body("else")),
+        node("Custom", [], ["e"], graphs=[body("one of"), body("several")]),
+        node("Custom", [], ["f"], sparse_list=[sparse]),
     ]
-    inner = helper.make_node("Constant", [], ["y"], value=external_tensor("t", "function"))
-    function = helper.make_function(
-        "local",
-        "F",
-        [],
-        ["y"],
-        [inner],
-        [helper.make_opsetid("", 18)],
-        attribute_protos=[helper.make_attribute("default", external_tensor("t", "default"))],
-    )
-    model = models.model(
-        nodes, [], [value("y", FLOAT, [4])], [external_tensor("w", "initializer")], [function]
-    )
+    inner = node("Constant", [], ["y"], value=at("t", "function"))
+    default = helper.make_attribute("default", at("t", "default"))
+    opset = [helper.make_opsetid("", 18)]
+    function = helper.make_function("local", "F", [], ["y"], [inner], opset, attribute_protos=[default])
+    model = models.model(nodes, [], [value("y", FLOAT, [4])], [at("w", "initializer")], [function])
     model.graph.sparse_initializer.append(sparse)
     training = model.training_info.add()
     training.initialization.CopyFrom(body("initialization"))

@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import sqlite3
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,26 +138,31 @@ async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_po
 # The ledger cannot be written.
 
 
-@pytest.mark.parametrize(
-    ("fact", "model"),
-    [
-        ("LoadStarted", "adder"),
-        ("ModelLoaded", "adder"),
-        ("LoadFailed", "bad"),
-        ("UnloadStarted", "adder"),
-        ("ModelUnloaded", "adder"),
-    ],
-)
-async def test_unwritable_ledger_delays_each_fact(
-    engine: Engine, fact: str, model: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    models.save_bytes(models.TEXT, engine.root, "bad")
+@contextmanager
+def unwritable(engine: Engine, fact: str) -> Iterator[None]:
+    """Have the ledger refuse facts of this type."""
     with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
         other.execute(
             "CREATE TRIGGER broken BEFORE INSERT ON events"
             f" WHEN json_extract(NEW.body, '$.type') = '{fact}'"
             " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
         )
+        yield
+        other.execute("DROP TRIGGER broken")
+
+
+@pytest.mark.parametrize(
+    ("fact", "model"),
+    [
+        ("LoadStarted", "adder"), ("ModelLoaded", "adder"), ("LoadFailed", "bad"), ("UnloadStarted", "adder"),
+        ("ModelUnloaded", "adder"),
+    ],
+)  # fmt: skip
+async def test_unwritable_ledger_delays_each_fact(
+    engine: Engine, fact: str, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    models.save_bytes(models.TEXT, engine.root, "bad")
+    with unwritable(engine, fact):
         load = await engine.ask_load(model)
         unload = None
         if fact in {"UnloadStarted", "ModelUnloaded"}:
@@ -164,7 +170,6 @@ async def test_unwritable_ledger_delays_each_fact(
             unload = await engine.ask_unload(model)
         await until(lambda: "cannot be written" in caplog.text)
         assert fact not in await engine.story()
-        other.execute("DROP TRIGGER broken")
     jobs = [await engine.ended(job) for job in (load, unload) if job is not None]
     expected = JobStatus.FAILED if model == "bad" else JobStatus.COMPLETED
     assert [job.status for job in jobs] == [expected] * len(jobs)
@@ -205,12 +210,7 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
 async def test_unwritable_ledger_leaves_load_cancellable(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
-        other.execute(
-            "CREATE TRIGGER broken BEFORE INSERT ON events"
-            " WHEN json_extract(NEW.body, '$.type') = 'LoadStarted'"
-            " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
-        )
+    with unwritable(engine, "LoadStarted"):
         job_id = await engine.ask_load("adder")
         await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
         while not engine.log.state.jobs[job_id].cancelling:
@@ -218,7 +218,6 @@ async def test_unwritable_ledger_leaves_load_cancellable(
                 await engine.log.submit(RequestCancel(job_id, "alice"))
                 break
         assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
-        other.execute("DROP TRIGGER broken")
     assert await engine.story(of="adder") == ["LoadRequested", "CancelRequested", "JobCancelled"]
     assert (engine.consumer.live, engine.worker_pids()) == ({}, [])
 

@@ -4,11 +4,13 @@ import asyncio
 import os
 import signal
 import sqlite3
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytest_asyncio
 from support import models
 from support.running import Engine, running
 from support.workers import FOR_EVER_S, LIMIT_S, freeze, tensor, until
@@ -45,6 +47,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(folder: Path, shared_pool: WorkerPool) -> AsyncIterator[Engine]:
+    async with running(folder, pool=shared_pool) as engine:
+        yield engine
+
+
 def upkeep(engine: Engine) -> Upkeep:
     return engine.consumer._upkeep
 
@@ -67,20 +75,19 @@ def noted(folder: Path) -> dict[str, str]:
 # Measurements
 
 
-async def test_measured_growth_counts_against_the_budget(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("grows")
-        await engine.load("old", parameters=LoadParameters(instances=2))
-        load, pair = engine.live("grows"), engine.live("old")
-        loaded = load.memory_bytes
-        await engine.infer("grows", shape())
-        assert load.memory_bytes == loaded
-        await upkeep(engine).measure()
-        assert load.memory_bytes >= loaded + 0.9 * GROWTH_BYTES
-        assert set(pair.measured_bytes) == {worker.worker_id for worker in pair.workers}
-        assert pair.memory_bytes == sum(pair.measured_bytes.values())
-        uses = {use.model_id: use.memory_bytes for use in engine.consumer.uses()}
-        assert uses == {"grows": load.memory_bytes, "old": pair.memory_bytes}
+async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None:
+    await engine.load("grows")
+    await engine.load("old", parameters=LoadParameters(instances=2))
+    load, pair = engine.live("grows"), engine.live("old")
+    loaded = load.memory_bytes
+    await engine.infer("grows", shape())
+    assert load.memory_bytes == loaded
+    await upkeep(engine).measure()
+    assert load.memory_bytes >= loaded + 0.9 * GROWTH_BYTES
+    assert set(pair.measured_bytes) == {worker.worker_id for worker in pair.workers}
+    assert pair.memory_bytes == sum(pair.measured_bytes.values())
+    uses = {use.model_id: use.memory_bytes for use in engine.consumer.uses()}
+    assert uses == {"grows": load.memory_bytes, "old": pair.memory_bytes}
 
 
 @pytest.mark.parametrize("evicts", [True, False])
@@ -119,50 +126,48 @@ async def test_dead_worker_is_not_measured(folder: Path) -> None:
 
 
 async def test_stuck_measurement_delays_no_other_worker(
-    folder: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proc = folder / "proc"
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("old")
-        await engine.load("new")
-        stuck, well = engine.worker("old"), engine.worker("new")
-        fifo = proc / str(stuck.pid) / "smaps_rollup"  # as if the kernel did not answer
-        fifo.parent.mkdir(parents=True)
-        os.mkfifo(fifo)
-        (proc / str(well.pid)).symlink_to(f"/proc/{well.pid}")
-        monkeypatch.setattr(memory, "PROC", proc)
-        monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", 0.5)
-        for _ in range(3):
-            engine.live("new").measured_bytes.clear()
-            await upkeep(engine).measure()
-            await until(lambda: bool(engine.live("new").measured_bytes))
-        assert set(upkeep(engine)._measuring) == {stuck.worker_id}
-        with await asyncio.to_thread(fifo.open, "w") as file:
-            file.write("Private_Dirty: 5 kB\n")
-        await until(lambda: not upkeep(engine)._measuring)
-        assert engine.live("old").memory_bytes == 5 * 1024
+    await engine.load("old")
+    await engine.load("new")
+    stuck, well = engine.worker("old"), engine.worker("new")
+    fifo = proc / str(stuck.pid) / "smaps_rollup"  # as if the kernel did not answer
+    fifo.parent.mkdir(parents=True)
+    os.mkfifo(fifo)
+    (proc / str(well.pid)).symlink_to(f"/proc/{well.pid}")
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", 0.5)
+    for _ in range(3):
+        engine.live("new").measured_bytes.clear()
+        await upkeep(engine).measure()
+        await until(lambda: bool(engine.live("new").measured_bytes))
+    assert set(upkeep(engine)._measuring) == {stuck.worker_id}
+    with await asyncio.to_thread(fifo.open, "w") as file:
+        file.write("Private_Dirty: 5 kB\n")
+    await until(lambda: not upkeep(engine)._measuring)
+    assert engine.live("old").memory_bytes == 5 * 1024
 
 
 # Last uses
 
 
-async def test_only_new_uses_are_noted(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("old")
-        await engine.load("new")
-        await upkeep(engine).note_uses()
-        assert noted(folder) == {}
-        await engine.infer("old", index())
-        await upkeep(engine).note_uses()
-        first = noted(folder)
-        assert set(first) == {"old"}
-        await engine.infer("new", index())
-        await upkeep(engine).note_uses()
-        assert noted(folder) == first | {"new": noted(folder)["new"]}
-        assert noted(folder)["new"] > first["old"]
-        position = engine.log.head.position
-        await upkeep(engine).note_uses()
-        assert engine.log.head.position == position
+async def test_only_new_uses_are_noted(engine: Engine, folder: Path) -> None:
+    await engine.load("old")
+    await engine.load("new")
+    await upkeep(engine).note_uses()
+    assert noted(folder) == {}
+    await engine.infer("old", index())
+    await upkeep(engine).note_uses()
+    first = noted(folder)
+    assert set(first) == {"old"}
+    await engine.infer("new", index())
+    await upkeep(engine).note_uses()
+    assert noted(folder) == first | {"new": noted(folder)["new"]}
+    assert noted(folder)["new"] > first["old"]
+    position = engine.log.head.position
+    await upkeep(engine).note_uses()
+    assert engine.log.head.position == position
 
 
 async def test_stop_notes_the_last_uses(folder: Path, shared_pool: WorkerPool) -> None:
@@ -175,18 +180,17 @@ async def test_stop_notes_the_last_uses(folder: Path, shared_pool: WorkerPool) -
         assert engine.log.last_used == noted(folder)
 
 
-async def test_unnoted_uses_are_noted_later(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool) as engine:
-        await engine.load("old")
-        await engine.infer("old", index())
-        with closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as connection:
-            connection.execute("ALTER TABLE last_used RENAME TO elsewhere")
-            with pytest.raises(LogUnavailable):
-                await engine.log.note_last_used({"old": "x"})
-            await upkeep(engine).note_uses()
-            connection.execute("ALTER TABLE elsewhere RENAME TO last_used")
+async def test_unnoted_uses_are_noted_later(engine: Engine, folder: Path) -> None:
+    await engine.load("old")
+    await engine.infer("old", index())
+    with closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as connection:
+        connection.execute("ALTER TABLE last_used RENAME TO elsewhere")
+        with pytest.raises(LogUnavailable):
+            await engine.log.note_last_used({"old": "x"})
         await upkeep(engine).note_uses()
-        assert set(noted(folder)) == {"old"}
+        connection.execute("ALTER TABLE elsewhere RENAME TO last_used")
+    await upkeep(engine).note_uses()
+    assert set(noted(folder)) == {"old"}
 
 
 async def test_upkeep_runs_periodically(

@@ -11,37 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.events import PLAIN
 
+from runtime import wire
 from runtime.frames import CHUNK_BYTES, FrameReader
-from runtime.wire import (
-    BY_ONNX,
-    CONTROL,
-    DATATYPES,
-    FROM_WORKER,
-    MAX_HEADER_BYTES,
-    MAX_PAYLOAD_BYTES,
-    MAX_TEXT_BYTES,
-    PREFIX,
-    TO_WORKER,
-    Cancel,
-    Frame,
-    FromWorker,
-    Infer,
-    Load,
-    MalformedFrame,
-    MalformedTexts,
-    Message,
-    Outcome,
-    Stage,
-    Tensor,
-    TensorHead,
-    ToWorker,
-    WantedOutput,
-    encode,
-    heads,
-    pack_texts,
-    plain_text,
-    unpack_texts,
-)
+from runtime.wire import Infer, MalformedFrame, MalformedTexts, Outcome, Tensor, TensorHead, heads
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 hashes = st.binary(min_size=32, max_size=32).map(bytes.hex)
@@ -76,27 +48,27 @@ def structs(kind: type[Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
-    datatype = draw(st.sampled_from(sorted(DATATYPES)))
+    datatype = draw(st.sampled_from(sorted(wire.DATATYPES)))
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
-    size = math.prod(shape) * DATATYPES[datatype].size
+    size = math.prod(shape) * wire.DATATYPES[datatype].size
     text = draw(st.booleans())
     any_length = text or datatype == "BYTES"
     data = draw(st.binary(max_size=100) if any_length else st.binary(min_size=size, max_size=size))
     return Tensor(draw(names), datatype, shape, data, text)
 
 
-MESSAGES = {TO_WORKER: ToWorker, FROM_WORKER: FromWorker, CONTROL: Cancel}
+MESSAGES = {wire.TO_WORKER: wire.ToWorker, wire.FROM_WORKER: wire.FromWorker, wire.CONTROL: wire.Cancel}
 
 
-def frame(message: Message, content: tuple[Tensor, ...] = ()) -> bytes:
-    return b"".join(bytes(part) for part in encode(message, content))
+def frame(message: wire.Message, content: tuple[Tensor, ...] = ()) -> bytes:
+    return b"".join(bytes(part) for part in wire.encode(message, content))
 
 
 def asked(content: list[Tensor]) -> Infer:
-    return Infer(7, heads(content), (WantedOutput("y", text=True),), text=True, sent_ns=8)
+    return Infer(7, heads(content), (wire.WantedOutput("y", text=True),), text=True, sent_ns=8)
 
 
-def read(decoder: Any, data: bytes, step: int = 2**30) -> list[Frame[Any]]:
+def read(decoder: Any, data: bytes, step: int = 2**30) -> list[wire.Frame[Any]]:
     reader: FrameReader[Any] = FrameReader(decoder)
     found, position = [], 0
     while position < len(data):
@@ -108,7 +80,7 @@ def read(decoder: Any, data: bytes, step: int = 2**30) -> list[Frame[Any]]:
     return found
 
 
-def comparable(frames: list[Frame[Any]]) -> list[Any]:
+def comparable(frames: list[wire.Frame[Any]]) -> list[Any]:
     return [(m, [(t.name, t.datatype, t.shape, bytes(t.data), t.text) for t in ts]) for m, ts in frames]
 
 
@@ -116,12 +88,12 @@ def comparable(frames: list[Frame[Any]]) -> list[Any]:
 @given(data=st.data(), step=st.integers(1, 300))
 def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None:
     decoder = data.draw(st.sampled_from(list(MESSAGES)))
-    choices: st.SearchStrategy[Frame[Any]] = values(MESSAGES[decoder]).map(lambda message: (message, ()))
-    if decoder is not CONTROL:
+    choices: st.SearchStrategy[wire.Frame[Any]] = values(MESSAGES[decoder]).map(lambda message: (message, ()))
+    if decoder is not wire.CONTROL:
         choices |= st.lists(tensors(), max_size=3).map(
             lambda ts: (
-                data.draw(st.sampled_from([asked(ts), Load("r", "f", (), 1, tensors=heads(ts))]))
-                if decoder is TO_WORKER
+                data.draw(st.sampled_from([asked(ts), wire.Load("r", "f", (), 1, tensors=heads(ts))]))
+                if decoder is wire.TO_WORKER
                 else Outcome(7, heads(ts), 1, 2, 3, 4, 5, 6),
                 tuple(ts),
             )
@@ -135,17 +107,17 @@ def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None
 @pytest.mark.parametrize("step", [1000, CHUNK_BYTES, 2**30])
 def test_long_frames_round_trip(size: int, step: int) -> None:
     content = (Tensor("x", "UINT8", (size,), bytes(range(256)) * (size // 256) + bytes(size % 256)),)
-    sent: list[Frame[Any]] = [
-        (Stage("loading"), ()),
+    sent: list[wire.Frame[Any]] = [
+        (wire.Stage("loading"), ()),
         (Outcome(1, heads(content)), content),
-        (Stage("measuring"), ()),
+        (wire.Stage("measuring"), ()),
     ]
     stream = b"".join(frame(message, parts) for message, parts in sent)
-    assert comparable(read(FROM_WORKER, stream, step)) == comparable(sent)
+    assert comparable(read(wire.FROM_WORKER, stream, step)) == comparable(sent)
 
 
 def test_tensors_outlive_the_next_frame() -> None:
-    reader: FrameReader[Any] = FrameReader(FROM_WORKER)
+    reader: FrameReader[Any] = FrameReader(wire.FROM_WORKER)
     kept = []
     for fill in (b"\x01", b"\x02"):
         content = (Tensor("x", "UINT8", (8,), fill * 8),)
@@ -156,9 +128,9 @@ def test_tensors_outlive_the_next_frame() -> None:
 
 
 @PLAIN
-@given(data=st.binary(max_size=300), decoder=st.sampled_from([TO_WORKER, FROM_WORKER, CONTROL]))
+@given(data=st.binary(max_size=300), decoder=st.sampled_from(list(MESSAGES)))
 def test_any_bytes_are_read_or_malformed(data: bytes, decoder: Any) -> None:
-    with_prefix = PREFIX.pack(len(data), 0) + data
+    with_prefix = wire.PREFIX.pack(len(data), 0) + data
     for stream in (data, with_prefix):
         with suppress(MalformedFrame):
             read(decoder, stream)
@@ -168,22 +140,22 @@ def test_any_bytes_are_read_or_malformed(data: bytes, decoder: Any) -> None:
 @given(data=st.data())
 def test_damaged_frames_are_read_or_malformed(data: st.DataObject) -> None:
     content = (Tensor("x", "INT16", (2, 1), b"1234"), Tensor("s", "BYTES", (1,), b"\1\0\0\0a"))
-    stream = bytearray(frame(Infer(3, heads(content), (WantedOutput("y"),)), content))
+    stream = bytearray(frame(Infer(3, heads(content), (wire.WantedOutput("y"),)), content))
     for _ in range(data.draw(st.integers(1, 4))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
     with suppress(MalformedFrame):
-        read(TO_WORKER, bytes(stream))
+        read(wire.TO_WORKER, bytes(stream))
 
 
 @pytest.mark.parametrize(
     "stream",
     [
-        PREFIX.pack(MAX_HEADER_BYTES + 1, 0),
-        PREFIX.pack(1, MAX_PAYLOAD_BYTES + 1),
-        PREFIX.pack(0, 0),
-        PREFIX.pack(1, 0) + b"\xc1",
+        wire.PREFIX.pack(wire.MAX_HEADER_BYTES + 1, 0),
+        wire.PREFIX.pack(1, wire.MAX_PAYLOAD_BYTES + 1),
+        wire.PREFIX.pack(0, 0),
+        wire.PREFIX.pack(1, 0) + b"\xc1",
         frame(Outcome(1)),  # not in this direction
-        frame(Cancel(1)),
+        frame(wire.Cancel(1)),
         frame(Infer(1, (TensorHead("x", "FP32", (1,), 4),))),  # without its data
         frame(Infer(1), (Tensor("x", "FP32", (1,), b"1234"),)),  # data without its head
         frame(Infer(1, (TensorHead("x", "FP99", (), 0),))),
@@ -195,58 +167,58 @@ def test_damaged_frames_are_read_or_malformed(data: st.DataObject) -> None:
 )
 def test_malformed_frames_are_refused(stream: bytes) -> None:
     with pytest.raises(MalformedFrame):
-        read(TO_WORKER, stream)
+        read(wire.TO_WORKER, stream)
 
 
 def test_deep_nesting_is_malformed() -> None:
     header = b"\x82\xa4type\xa5Infer\xa2id" + b"\x91" * 100_000
     with pytest.raises(MalformedFrame):
-        read(TO_WORKER, PREFIX.pack(len(header), 0) + header)
+        read(wire.TO_WORKER, wire.PREFIX.pack(len(header), 0) + header)
 
 
 def test_announced_bytes_take_no_memory() -> None:
-    stream = PREFIX.pack(10, MAX_PAYLOAD_BYTES) + b"x"
-    assert read(FROM_WORKER, stream) == []
+    stream = wire.PREFIX.pack(10, wire.MAX_PAYLOAD_BYTES) + b"x"
+    assert read(wire.FROM_WORKER, stream) == []
 
 
 def test_datatypes_have_one_onnx_type_each() -> None:
-    assert {datatype.onnx: datatype for datatype in DATATYPES.values()} == BY_ONNX
-    assert len(BY_ONNX) == len(DATATYPES) == 14
+    assert {datatype.onnx: datatype for datatype in wire.DATATYPES.values()} == wire.BY_ONNX
+    assert len(wire.BY_ONNX) == len(wire.DATATYPES) == 14
 
 
 @PLAIN
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 def test_texts_round_trip(texts: list[str]) -> None:
-    packed = pack_texts(texts)
-    assert unpack_texts(packed) == unpack_texts(memoryview(packed)) == texts
+    packed = wire.pack_texts(texts)
+    assert wire.unpack_texts(packed) == wire.unpack_texts(memoryview(packed)) == texts
 
 
 def test_texts_are_length_prefixed() -> None:
-    assert pack_texts(["é", ""]) == b"\2\0\0\0\xc3\xa9\0\0\0\0"
-    assert unpack_texts(b"") == []
+    assert wire.pack_texts(["é", ""]) == b"\2\0\0\0\xc3\xa9\0\0\0\0"
+    assert wire.unpack_texts(b"") == []
 
 
 @pytest.mark.parametrize("data", [b"\1", b"\1\0\0", b"\0\0\0\0\0", b"\2\0\0\0a", b"\xff\xff\xff\xffa"])
 def test_text_beyond_the_data_is_malformed(data: bytes) -> None:
     with pytest.raises(MalformedTexts, match="longer than the data"):
-        unpack_texts(data)
+        wire.unpack_texts(data)
 
 
 @PLAIN
 @given(st.binary(max_size=30))
 def test_any_bytes_are_texts_or_malformed(data: bytes) -> None:
     with suppress(MalformedTexts):
-        assert pack_texts(unpack_texts(data)) == data
+        assert wire.pack_texts(wire.unpack_texts(data)) == data
 
 
 @PLAIN
 @given(text=st.text(), limit=st.integers(4, 40))
 def test_plain_text_is_bounded_and_encodable(text: str, limit: int) -> None:
-    plain = plain_text(text + "\ud800", limit)
+    plain = wire.plain_text(text + "\ud800", limit)
     assert len(plain.encode()) <= limit
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(plain)) == plain
 
 
 def test_plain_text_is_cut_between_characters() -> None:
-    assert plain_text("ä" * 4000) == "ä" * (MAX_TEXT_BYTES // 2)
-    assert plain_text("short") == "short"
+    assert wire.plain_text("ä" * 4000) == "ä" * (wire.MAX_TEXT_BYTES // 2)
+    assert wire.plain_text("short") == "short"
