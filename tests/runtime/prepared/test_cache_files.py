@@ -274,8 +274,12 @@ def test_folder_that_others_can_fill_is_refused(folder: Path, tmp_path: Path, ki
             folder.mkdir()
             folder.chmod(0o777)
     store = PreparedStore(folder, LIMIT)
-    calls: list[Callable[[], object]] = [store.open, lambda: store.draft(A)]
-    for call in (*calls, lambda: store.settle_none(A, {}, model_id="m", version=1)):
+    calls: list[Callable[[], object]] = [
+        store.open,
+        lambda: store.draft(A),
+        lambda: store.settle_none(A, {}, model_id="m", version=1),
+    ]
+    for call in calls:
         with pytest.raises(PreparedUnavailable, match=str(folder)):
             call()
     assert store.use(A) is None

@@ -190,16 +190,6 @@ def test_untried_model_is_tried_on_other_inputs(store: PreparedStore) -> None:
 # Eviction
 
 
-def test_least_recently_used_form_is_evicted(store: PreparedStore, folder: Path) -> None:
-    for name in "abc":
-        keep(store, name, 300)
-    assert store.use(A) is not None
-    keep(store, "d", 300)
-    assert keys(store) == [key("d"), A, C]
-    assert {path.name for path in folder.iterdir()} == {key("d"), A, C}  # and no draft
-    assert keys(opened(folder, 600)) == [key("d"), A]
-
-
 def test_keys_without_a_form_are_bounded_by_number(folder: Path) -> None:
     store = PreparedStore(folder, LIMIT, max_without_form=2)
     store.open()
@@ -297,31 +287,6 @@ def test_entries_follow_a_list_in_order_of_use(
                     expected.open(limit)
             listed = [(entry.model_id, entry.bytes) for entry in store.entries()]
             assert listed == [(name, size or 0) for name, size in reversed(expected.sizes.items())]
-
-
-@PLAIN
-@given(
-    limit=st.integers(0, 50),
-    most=st.integers(0, 3),
-    uses=st.lists(st.tuples(st.integers(0, 8), st.none() | st.integers(0, 60)), max_size=40),
-)
-def test_fewest_and_oldest_are_evicted(limit: int, most: int, uses: list[tuple[int, int | None]]) -> None:
-    least, expected = Uses(limit, most), dict[str, int | None]()
-    for number, size in uses:
-        name = str(number)
-        least.use(name, size, 0)
-        expected.pop(name, None)
-        expected[name] = size
-        for gone in least.next_to_go():
-            least.forget(gone)
-        forms = [each for each, taken in expected.items() if taken is not None]
-        bare = [each for each, taken in expected.items() if taken is None]
-        while sum(taken or 0 for taken in expected.values()) > limit:
-            del expected[forms.pop(0)]
-        for each in bare[: max(0, len(bare) - most)]:
-            del expected[each]
-        assert sorted(least) == sorted(expected)
-        assert not least.are_too_many()
 
 
 def test_first_key_is_evicted_of_those_used_at_once() -> None:

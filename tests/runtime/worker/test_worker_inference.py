@@ -76,12 +76,8 @@ async def test_digest_covers_shape_and_replaces_output_of_any_length(serve: Serv
     assert len(await digests(long, [floats("x", 1)])) == 1
 
 
-async def test_strings_round_trip_in_binary_and_json(serve: Serve) -> None:
+async def test_strings_round_trip_in_json(serve: Serve) -> None:
     worker = await serve(models.strings())
-    texts = ["", "a\0b", "ä" * 1000, "\U0001f600"]
-    data = b"".join(len(t.encode()).to_bytes(4, "little") + t.encode() for t in texts)
-    (back,) = await ask(worker, [Tensor("x", "BYTES", (4,), data)])
-    assert bytes(back.data) == data
     text = json("x", b'["","a\\u0000b","\\ud83d\\ude00"]', "BYTES", 3)
     (y,) = await ask(worker, [text], text=True)
     assert bytes(y.data) == '["","a\\u0000b","\U0001f600"]'.encode()
@@ -247,12 +243,6 @@ async def test_output_can_be_the_next_input(serve: Serve) -> None:
         new_state, totals = await ask(worker, [tensor("x", "FP32", np.ones((2, 2))), state])
         assert array(totals).tolist() == [[total - 1, total + 9], [total, total + 10]]
         state = Tensor("state", "FP32", (2,), new_state.data)
-
-
-async def test_many_inferences_in_flight_are_each_answered(serve: Serve) -> None:
-    worker = await serve(models.add(0.5))
-    answers = await asyncio.gather(*(answer(worker, floats("x", n)) for n in range(500)))
-    assert answers == [[n + 0.5] for n in range(500)]
 
 
 async def test_large_inputs_wait_while_worker_is_stopped(serve: Serve) -> None:
