@@ -8,11 +8,10 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.decisions import PAIR, Scene, describe, history_of, read_table
+from support.decisions import Scene, describe, history_of, read_table
 from support.events import PLAIN, at
 
 from events.models import Model
-from events.types import Cause
 from runtime.scheduling.eviction import LOOK_S, Victim, fewest
 from runtime.scheduling.scheduler import decide
 from runtime.scheduling.sight import MIN_RESIDENCY_S, Policy
@@ -115,11 +114,3 @@ def test_fewest_least_recently_used_victims_are_chosen(
 def test_without_restore_only_lost_models_are_unloaded(facts: str, action: str) -> None:
     policy = Policy(loads_at_once=1, restores=False)
     assert describe(decide(history_of(facts).state, {}, policy, at(100)).action) == action
-
-
-def test_unload_instead_of_restore_ends_the_model() -> None:
-    history = history_of("load restart")
-    history.ask_unload("U", "L", cause=Cause.RESTART)
-    history.end_unload("U")
-    assert (history.model().state, history.model().serving) == ("unloaded", None)
-    assert decide(history.state, {}, PAIR, at(100)).action is None
