@@ -28,7 +28,6 @@ from loadledger import (
     Client,
     Event,
     Job,
-    JobFailed,
     JobUnfinished,
     NotFound,
     ServerError,
@@ -105,15 +104,6 @@ def test_wait_reports_each_stage(client: Client, server: Server) -> None:
     assert seen[-1].ended
 
 
-def test_failed_load_raises_with_reason(client: Client) -> None:
-    with pytest.raises(JobFailed, match=r"the load of broken/1 failed: .*Frobnicate") as caught:
-        client.load("broken", wait=True)
-    assert caught.value.code == "invalid_model"
-    job = client.job(caught.value.job.id)
-    assert job.status == "failed"
-    assert client.wait_for(job.id) == job
-
-
 def test_wait_ends_in_time_and_job_is_cancelled(client: Client) -> None:
     with pytest.raises(JobUnfinished) as caught:
         client.load("slow", wait=True, wait_s=0.0, on_stage=lambda _: None)
@@ -125,17 +115,6 @@ def test_wait_ends_in_time_and_job_is_cancelled(client: Client) -> None:
     assert client.wait_for(job_id, timeout_s=LIMIT_S).ended
     client.load("slow", wait=True)
     client.unload("slow", force=True, wait=True)
-
-
-def test_same_idempotency_key_is_same_job(client: Client) -> None:
-    key = f'a "key" \\ {os.urandom(8).hex()}'
-    first = client.load("a", wait=True, idempotency_key=key)
-    client.unload("a", wait=True)
-    assert client.load("a", idempotency_key=key).id == first.id
-    with pytest.raises(ServerError) as caught:
-        client.load("b", idempotency_key=key)
-    assert caught.value.code == "idempotency_mismatch"
-    assert client.model("a").state == "unloaded"
 
 
 def test_lists_page_filter_and_look_back(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,17 +177,6 @@ def test_refusals_raise_by_kind(client: Client) -> None:
         with pytest.raises(kind) as caught:
             ask()
         assert caught.value.code == code
-
-
-def test_resources_health_and_get(client: Client) -> None:
-    client.load("gone", wait=True)
-    resources = client.resources()
-    assert [use.model_id for use in resources.models] == ["gone"]
-    assert resources.free_bytes == resources.budget_bytes - resources.reserved_bytes - resources.used_bytes
-    assert client.health().checks["log"] is True
-    assert client.get("/v2/models/gone/ready")["ready"] is True
-    assert client.get("/api/v1/jobs", {"limit": "1", "model": "gone"})["jobs"][0]["model_id"] == "gone"
-    client.unload("gone", wait=True)
 
 
 def test_threads_share_a_client(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""What the client decides: calls are played with answers from a list, and a clock that is a number."""
+"""The client's decisions: calls played with listed answers and a clock that is a number."""
 
 import json
 from typing import Any
@@ -29,7 +29,6 @@ from loadledger.problems import (
     ClientProblem,
     JobFailed,
     JobUnfinished,
-    NotFound,
     ServerError,
     ServerUnreachable,
 )
@@ -68,38 +67,21 @@ def positions(played: Played) -> list[int]:
 # Requests
 
 
-def test_a_load_whose_connection_was_lost_is_sent_again_with_the_same_key() -> None:
-    play = Played([LOST, GONE, answer(job())])
-    assert play.play(play.calls.load("m")).id == "j1"
-    keys = [request.headers["Idempotency-Key"] for request in play.requests]
-    assert len(keys) == 3
-    assert len(set(keys)) == 1
-    again = Played([answer(job())])
-    again.play(again.calls.load("m"))
-    assert again.requests[0].headers["Idempotency-Key"] != keys[0]
+def test_absent_server_is_not_retried_and_lost_one_within_limit() -> None:
+    for answers, longest in (([GONE], 0), ([LOST] * 100, RETRY_FOR_S)):
+        play = Played(answers)
+        with pytest.raises(ServerUnreachable):
+            play.play(play.calls.load("m"))
+        assert sum(play.pauses) <= longest
 
 
-def test_a_server_that_was_never_there_is_told_at_once() -> None:
-    play = Played([GONE])
-    with pytest.raises(ServerUnreachable):
-        play.play(play.calls.load("m"))
-    assert play.pauses == []
-
-
-def test_a_connection_that_is_lost_again_and_again_is_told_in_the_end() -> None:
-    play = Played([LOST] * 100)
-    with pytest.raises(ServerUnreachable):
-        play.play(play.calls.load("m"))
-    assert sum(play.pauses) <= RETRY_FOR_S
-
-
-def test_a_load_that_is_lost_late_in_the_time_that_it_was_to_be_held_is_sent_again() -> None:
+def test_load_lost_after_long_wait_is_resent() -> None:
     play = Played([LOST, answer(job("completed"))], took_s=RETRY_FOR_S + 5.0)
     assert load(play).status == "completed"
     assert len({request.headers["Idempotency-Key"] for request in play.requests}) == 1
 
 
-def test_an_inference_is_sent_once() -> None:
+def test_inference_is_sent_once() -> None:
     play = Played([LOST])
     tensor = {"shape": [1], "datatype": "FP32", "data": [1.5]}
     options: Any = {"version": 2, "outputs": ["y"], "parameters": None, "timeout_s": 3.0}
@@ -113,7 +95,7 @@ def test_an_inference_is_sent_once() -> None:
     )
 
 
-def test_what_cannot_be_asked_is_told_before_anything_is_sent() -> None:
+def test_invalid_argument_is_refused_unsent() -> None:
     play = Played([])
     calls = play.calls
     unsendable: Any = {"priority": object()}
@@ -139,7 +121,7 @@ def test_what_cannot_be_asked_is_told_before_anything_is_sent() -> None:
 # Waiting
 
 
-def test_a_job_is_looked_at_until_it_has_ended_and_every_change_is_told_once() -> None:
+def test_wait_reports_each_change_once() -> None:
     seen = [
         job(),
         job("pending", waiting_for="memory"),
@@ -160,7 +142,7 @@ def test_a_job_is_looked_at_until_it_has_ended_and_every_change_is_told_once() -
     assert "Prefer" not in play.requests[0].headers
 
 
-def test_who_only_wants_the_end_has_the_server_hold_its_answer() -> None:
+def test_wait_without_callback_prefers_held_answer() -> None:
     play = Played([answer(job("completed"))])
     load(play)
     assert play.requests[0].headers["Prefer"] == f"wait={PREFERRED_S}"
@@ -172,7 +154,7 @@ def test_who_only_wants_the_end_has_the_server_hold_its_answer() -> None:
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
-def test_a_job_that_does_not_complete_is_told_with_its_reason(status: str) -> None:
+def test_unsuccessful_job_raises_with_reason(status: str) -> None:
     error = {"code": "invalid_model", "message": "no such operator"} if status == "failed" else None
     play = Played([answer(job(status, error=error))])
     with pytest.raises(
@@ -185,7 +167,7 @@ def test_a_job_that_does_not_complete_is_told_with_its_reason(status: str) -> No
     assert play.play(play.calls.wait_for("j1")).status == status
 
 
-def test_waiting_goes_on_over_an_absence_which_is_told_once() -> None:
+def test_wait_reports_absence_once_and_goes_on() -> None:
     told: list[ClientProblem] = []
     away: list[Any] = [LOST, GONE, GONE, BUSY]
     answers = [answer(job()), *away, answer(job("in_progress")), *away, answer(job("completed"))]
@@ -195,7 +177,7 @@ def test_waiting_goes_on_over_an_absence_which_is_told_once() -> None:
     assert told == [LOST, LOST]
 
 
-def test_waiting_ends_in_time_and_says_that_the_job_goes_on() -> None:
+def test_wait_past_limit_raises_unfinished() -> None:
     for after in ([answer(job("in_progress"))] * 500, [GONE] * 500):
         play = Played([answer(job()), *after])
         with pytest.raises(JobUnfinished, match=r"it goes on") as caught:
@@ -206,13 +188,7 @@ def test_waiting_ends_in_time_and_says_that_the_job_goes_on() -> None:
         assert ("cannot be reached" in str(caught.value)) == (after[0] is GONE)
 
 
-def test_a_job_that_is_not_known_any_more_is_told() -> None:
-    play = Played([answer(job()), problem(404, "unknown_job")])
-    with pytest.raises(NotFound):
-        load(play)
-
-
-def test_who_waits_long_looks_less_often_and_is_never_late_by_much() -> None:
+def test_polls_back_off_to_half_a_second() -> None:
     play = Played([answer(job()), *[answer(job("in_progress"))] * 40, answer(job("completed"))])
     load(play)
     assert play.pauses == sorted(play.pauses)
@@ -223,7 +199,7 @@ def test_who_waits_long_looks_less_often_and_is_never_late_by_much() -> None:
 # Lists
 
 
-def test_a_list_is_asked_for_page_by_page_and_no_further_than_wanted() -> None:
+def test_list_is_paged_up_to_limit() -> None:
     first = answer({"jobs": [job(), job()], "as_of": 9, "next_cursor": 5})
     last = answer({"jobs": [job()], "as_of": 9, "next_cursor": None})
     play = Played([first, last])
@@ -239,7 +215,7 @@ def test_a_list_is_asked_for_page_by_page_and_no_further_than_wanted() -> None:
     assert play.requests[0].target.endswith("limit=2")
 
 
-def test_the_pages_of_a_time_are_those_of_the_position_that_it_meant() -> None:
+def test_pages_of_a_time_keep_its_position() -> None:
     model = {"id": "m", "state": "loaded"}
     pages = [
         answer({"models": [model], "as_of": 17, "next_cursor": "m"}),
@@ -250,9 +226,8 @@ def test_the_pages_of_a_time_are_those_of_the_position_that_it_meant() -> None:
     assert play.requests[1].target == "/api/v1/models?at=17&cursor=m&limit=500"
 
 
-def test_a_list_is_taken_up_after_a_lost_connection_and_when_the_server_says() -> None:
+def test_list_is_resumed_and_respects_retry_after() -> None:
     page = answer({"jobs": [], "next_cursor": None})
-    slower = problem(429, "rate_limited")
     slower = answer({"code": "rate_limited", "detail": "slower"}, 429, retry_after="17")
     play = Played([slower, LOST, GONE, page])
     play.iterate(play.calls.jobs())
@@ -263,20 +238,20 @@ def test_a_list_is_taken_up_after_a_lost_connection_and_when_the_server_says() -
             play.iterate(play.calls.jobs())
 
 
-def test_a_list_is_not_asked_for_again_where_nobody_answered_in_all_of_the_time() -> None:
+def test_list_past_retry_limit_is_not_resent() -> None:
     play = Played([LOST] * 100, took_s=31.0)
     with pytest.raises(ServerUnreachable):
         play.iterate(play.calls.jobs())
     assert len(play.requests) == 1
 
 
-def test_a_server_that_gives_the_same_page_for_ever_is_told() -> None:
+def test_repeated_page_is_refused() -> None:
     play = Played([answer({"jobs": [], "next_cursor": 5})] * 10)
     with pytest.raises(BadAnswer, match="again and again"):
         play.iterate(play.calls.jobs())
 
 
-def test_a_list_of_events_is_whole_over_an_empty_page() -> None:
+def test_empty_page_of_events_is_passed_over() -> None:
     def page(cursor: int | None, *found: int) -> Any:
         events = [{"position": position, "type": "A"} for position in found]
         return answer({"events": events, "as_of": 9, "next_cursor": cursor})
@@ -294,7 +269,7 @@ def test_a_list_of_events_is_whole_over_an_empty_page() -> None:
 # Following
 
 
-def test_a_stream_goes_on_where_it_was_after_its_end_an_absence_and_a_refusal() -> None:
+def test_stream_resumes_after_end_absence_and_refusal() -> None:
     told: list[ClientProblem] = []
     play = followed(
         NDJSON, lines(1, 2), lines(3) + b'{"position":4,', LOST,  # half an event is none
@@ -312,12 +287,7 @@ def test_a_stream_goes_on_where_it_was_after_its_end_an_absence_and_a_refusal() 
     assert play.closed == 4  # the refusal as well
 
 
-def test_no_event_comes_twice_whatever_the_server_sends() -> None:
-    play = followed(NDJSON, lines(1, 2, 3), b"", NDJSON, lines(1, 2, 3, 4), b"")
-    assert positions(play) == [1, 2, 3, 4]
-
-
-def test_an_event_that_is_missing_is_told_where_all_are_wanted() -> None:
+def test_missing_event_is_refused_unless_filtered() -> None:
     play = Played([NDJSON, lines(1, 2), lines(4)])
     with pytest.raises(BadAnswer, match="after position 2 the server sent 4"):
         follow(play)
@@ -325,7 +295,7 @@ def test_an_event_that_is_missing_is_told_where_all_are_wanted() -> None:
     assert positions(followed(NDJSON, lines(2, 9), types=["LoadStarted"])) == [2, 9]
 
 
-def test_a_bookmark_leads_on_where_events_are_chosen_and_hides_none_where_all_are_wanted() -> None:
+def test_bookmark_moves_filtered_stream_only() -> None:
     chosen = followed(NDJSON, bookmark(7) + b"\n", LOST, NDJSON, lines(9), types=["LoadStarted"])
     assert chosen.requests[1].target.endswith("after=7")
     assert positions(followed(NDJSON, bookmark(7) + b"\n", LOST, NDJSON, lines(1, 2))) == [1, 2]
@@ -334,7 +304,7 @@ def test_a_bookmark_leads_on_where_events_are_chosen_and_hides_none_where_all_ar
         follow(play)
 
 
-def test_from_now_on_begins_where_the_server_says_that_it_is() -> None:
+def test_follow_from_now_begins_at_bookmark() -> None:
     play = followed(NDJSON, bookmark(41) + b"\n", LOST, NDJSON, lines(42), after=None)
     assert [request.target for request in play.requests] == [
         "/api/v1/events/stream",
@@ -343,7 +313,7 @@ def test_from_now_on_begins_where_the_server_says_that_it_is() -> None:
     assert positions(play) == [42]
 
 
-def test_what_is_followed_since_a_moment_is_listed_first() -> None:
+def test_follow_since_lists_first() -> None:
     page = answer({"events": [{"position": 3, "type": "A"}], "as_of": 7, "next_cursor": None})
     play = followed(page, NDJSON, lines(8), after=None, since=2)
     assert positions(play) == [3, 8]
@@ -363,7 +333,7 @@ def test_what_is_followed_since_a_moment_is_listed_first() -> None:
     ],
     ids=["gone", "archived", "beyond", "forbidden", "streams", "redirect", "no stream"],
 )
-def test_what_waiting_would_not_mend_is_told_at_once(refusal: Any, kind: type[Exception]) -> None:
+def test_permanent_refusal_ends_stream(refusal: Any, kind: type[Exception]) -> None:
     play = Played([refusal])
     with pytest.raises(kind):
         follow(play)
@@ -373,7 +343,7 @@ def test_what_waiting_would_not_mend_is_told_at_once(refusal: Any, kind: type[Ex
             follow(play)
 
 
-def test_a_server_that_breaks_off_at_once_is_asked_less_and_less_often() -> None:
+def test_broken_streams_back_off() -> None:
     play = followed(*[NDJSON, b""] * 12)
     assert play.pauses[0] < 0.3
     assert play.pauses[-1] == 2.0
@@ -383,7 +353,7 @@ def test_a_server_that_breaks_off_at_once_is_asked_less_and_less_often() -> None
 
 @PLAIN
 @given(st.data(), st.integers(1, 8))
-def test_over_any_losses_all_events_come_once_and_in_order(data: Any, head: int) -> None:
+def test_events_come_once_in_order_over_any_losses(data: Any, head: int) -> None:
     """A server that has so many events cuts streams anywhere, repeats itself, and goes away."""
     play = Played(())
 
@@ -413,7 +383,7 @@ def test_over_any_losses_all_events_come_once_and_in_order(data: Any, head: int)
 # What else there is
 
 
-def test_health_is_told_for_a_server_that_is_not_well_too() -> None:
+def test_health_of_unhealthy_server() -> None:
     play = Played([problem(503, "unhealthy", "not well: log")])
     assert play.play(play.calls.health()).status == "not well: log"
     play = Played([answer({}, 502)])
@@ -421,7 +391,7 @@ def test_health_is_told_for_a_server_that_is_not_well_too() -> None:
         play.play(play.calls.health())
 
 
-def test_an_inference_asks_for_datatypes_first_where_they_are_not_given() -> None:
+def test_inference_reads_datatypes_from_metadata() -> None:
     metadata = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]}
     play = Played([answer(metadata), answer({"outputs": []})])
     options: Any = {"version": None, "outputs": None, "parameters": {"a": 1}, "timeout_s": None}
@@ -453,7 +423,7 @@ INFER: Any = {"version": None, "outputs": None, "parameters": None, "timeout_s":
     ],
     ids=str,
 )
-def test_a_model_that_is_not_loaded_is_asked_with_what_values_look_like(value: Any, datatype: str) -> None:
+def test_unloaded_model_gets_guessed_datatypes(value: Any, datatype: str) -> None:
     play = Played([NOT_LOADED, DONE])
     assert play.play(play.calls.infer("m", {"x": value}, **INFER)) == {"outputs": []}
     assert [request.method for request in play.requests] == ["GET", "POST"]
@@ -466,7 +436,7 @@ def test_a_model_that_is_not_loaded_is_asked_with_what_values_look_like(value: A
     }
 
 
-def test_a_guess_that_the_model_refuses_is_followed_by_its_own_datatypes() -> None:
+def test_refused_guess_is_followed_by_metadata() -> None:
     play = Played([NOT_LOADED, MISTAKEN, METADATA, DONE])
     assert play.play(play.calls.infer("m", {"x": [1]}, **INFER)) == {"outputs": []}
     assert [request.method for request in play.requests] == ["GET", "POST", "GET", "POST"]
@@ -484,9 +454,7 @@ def test_a_guess_that_the_model_refuses_is_followed_by_its_own_datatypes() -> No
     ],
     ids=["no model", "not on demand", "gone again", "wrong all the same"],
 )
-def test_a_question_that_cannot_be_answered_ends_with_the_reason(
-    answers: list[Answer], code: str, asked: int
-) -> None:
+def test_failed_inference_ends_with_reason(answers: list[Answer], code: str, asked: int) -> None:
     play = Played(answers)
     with pytest.raises(ServerError) as caught:
         play.play(play.calls.infer("m", {"x": [1]}, **INFER))

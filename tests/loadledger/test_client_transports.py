@@ -1,35 +1,33 @@
-"""Both clients against servers that are gone, slow, broken or hostile."""
+"""Both transports against servers that are gone, slow, broken or hostile, byte by byte."""
 
-import datetime as dt
+import asyncio
 import re
 import socket
 import ssl
 import threading
 import traceback
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from support.certificates import make_pair
 from support.clients import KINDS, connected
 from support.oddserver import LIMIT_S, Script, odd_server, said, staying, streamed
 from support.playedcalls import bookmark, event_line, job
 
-from loadledger import BadAnswer, ServerError, ServerUnreachable
+from loadledger import AsyncClient, BadAnswer, ServerError, ServerUnreachable
 
 TOKEN = "s3cr3t-token"
 JOB = said(msgspec.json.encode(job("completed")))
 NOTHING = b""
 
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def refused(kind: str, *scripts: Script, **options: Any) -> Exception:
-    """Ask such a server for its resources, which has to fail; return how."""
+def refusal(kind: str, *scripts: Script, **options: Any) -> Exception:
+    """Return how a request for resources fails, which has to hide the token."""
     with odd_server(*scripts) as server, connected(kind, server.url, TOKEN, **options) as client:
         with pytest.raises(Exception, match=r".") as caught:
             client.resources()
@@ -38,26 +36,26 @@ def refused(kind: str, *scripts: Script, **options: Any) -> Exception:
         return caught.value
 
 
-def test_nobody_there_is_told_with_the_url(kind: str) -> None:
+# Requests
+
+
+@each_kind
+def test_absent_server_is_unreachable(kind: str) -> None:
     with odd_server() as server:
         server.stop()
+        words = rf"{server.url} cannot be reached: connection ref.*is the server running"
         with connected(kind, server.url) as client:
-            with pytest.raises(
-                ServerUnreachable, match=rf"{server.url} cannot be reached: connection ref"
-            ) as caught:
+            with pytest.raises(ServerUnreachable, match=words) as caught:
                 client.load("m")
             assert (caught.value.url, caught.value.sent) == (server.url, False)
-            assert "is the server running" in str(caught.value)
-
-
-def test_a_name_that_nobody_knows_is_told(kind: str) -> None:
     with connected(kind, "http://nobody.invalid") as client:
         with pytest.raises(ServerUnreachable, match=r"nobody\.invalid cannot be reached: ") as caught:
             client.resources()
         assert not caught.value.sent
 
 
-def test_a_load_is_sent_again_with_its_key_when_the_connection_is_lost(kind: str) -> None:
+@each_kind
+def test_load_is_resent_with_its_key_after_lost_connection(kind: str) -> None:
     with odd_server(NOTHING, b"HTTP/1.1 200 OK\r\nContent-Le", JOB) as server:
         with connected(kind, server.url + "/", TOKEN) as client:
             assert client.load("m/../é", 2, priority="high", wait=True).status == "completed"
@@ -74,16 +72,18 @@ def test_a_load_is_sent_again_with_its_key_when_the_connection_is_lost(kind: str
         assert msgspec.json.decode(body) == {"version": 2, "priority": "high"}
 
 
-def test_an_inference_is_not_sent_again(kind: str) -> None:
-    tensor = {"shape": [1], "datatype": "FP32", "data": [1.5]}
-    with odd_server(NOTHING, JOB) as server, connected(kind, server.url, TOKEN) as client:
-        with pytest.raises(ServerUnreachable, match="does not answer: the connection was lost") as caught:
-            client.infer("m", {"x": tensor})
-        assert caught.value.sent
-        assert len(server.requests) == 1
+@each_kind
+def test_inference_is_not_resent(kind: str) -> None:
+    for answer in (NOTHING, said(b'{"id": "j1"}')[:-3]):
+        with odd_server(answer, JOB) as server, connected(kind, server.url, TOKEN) as client:
+            with pytest.raises(ServerUnreachable, match="does not answer: the connection was lost") as caught:
+                client.infer("m", {"x": {"shape": [1], "datatype": "FP32", "data": [1.5]}})
+            assert caught.value.sent
+            assert len(server.requests) == 1
 
 
-def test_a_server_behind_a_prefix_is_asked_there(kind: str) -> None:
+@each_kind
+def test_prefix_of_url_is_kept(kind: str) -> None:
     with odd_server(JOB) as server, connected(kind, f"{server.url}/loadledger/", TOKEN) as client:
         client.job("j1", at="2026-01-31T14:02:00+01:00")
         assert server.requests[0].startswith(
@@ -91,58 +91,60 @@ def test_a_server_behind_a_prefix_is_asked_there(kind: str) -> None:
         )
 
 
-def test_a_redirect_is_not_followed(kind: str) -> None:
+@each_kind
+def test_redirect_is_not_followed(kind: str) -> None:
     with odd_server(JOB) as elsewhere:
         script = said(b"{}", "307 Temporary Redirect", f"Location: {elsewhere.url}/{TOKEN}")
-        error = refused(kind, script)
+        error = refusal(kind, script)
         assert isinstance(error, ServerError)
         assert error.code == "redirected"
         assert elsewhere.url in str(error)
         assert elsewhere.requests == []
 
 
-def test_a_token_that_the_server_repeats_is_not_told(kind: str) -> None:
-    body = msgspec.json.encode({"code": "invalid_token", "detail": f"no such token: {TOKEN}\x1b[2J"})
-    error = refused(kind, said(body, "401 Unauthorized"))
-    assert "no such token: [token]" in str(error)
-
-
-def test_what_is_longer_than_is_taken_is_refused_before_it_is_read(kind: str) -> None:
+@each_kind
+def test_too_long_answer_is_refused_unread(kind: str) -> None:
     endless = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + b" " * 300_000
-    error = refused(kind, staying(endless), max_answer_bytes=200_000)
+    error = refusal(kind, staying(endless), max_answer_bytes=200_000)
     assert isinstance(error, BadAnswer)
     assert "max_answer_bytes" in str(error)
 
 
-def test_an_answer_that_is_cut_off_is_lost_and_not_believed(kind: str) -> None:
-    whole = said(b'{"id": "j1"}')
-    with odd_server(whole[:-3]) as server, connected(kind, server.url) as client:
-        with pytest.raises(ServerUnreachable) as caught:
-            client.infer("m", [])
-        assert caught.value.sent
-
-
-def test_a_server_that_never_answers_is_given_up(kind: str) -> None:
-    error = refused(kind, staying(b""), timeout_s=0.2)
+@each_kind
+def test_silent_server_times_out(kind: str) -> None:
+    error = refusal(kind, staying(b""), timeout_s=0.2)
     assert isinstance(error, ServerUnreachable)
     assert "it took too long" in str(error)
 
 
-def test_a_server_that_answers_byte_by_byte_is_given_up_all_the_same(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("head", "part", "kinds"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" ", KINDS),
+        (b"HTTP/1.1 200 OK\r\nX-A: ", b"a", ["AsyncClient"]),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", ["AsyncClient"]),
+        (streamed(b"{}", end=True)[:-2], b"X: y\r\n", ["AsyncClient"]),
+    ],
+    ids=["body", "head", "before it", "after the body"],
+)
+def test_byte_by_byte_server_times_out(head: bytes, part: bytes, kinds: list[str]) -> None:
     over = threading.Event()
 
     def drip(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-        while not over.wait(0.02):
-            connection.sendall(b" ")
+        connection.sendall(head)
+        for _ in range(1000):  # and then it is over, whoever still waits
+            if over.wait(0.02):
+                break
+            connection.sendall(part)
 
-    try:
+    for kind in kinds:
+        over.clear()
         with odd_server(drip) as server, connected(kind, server.url, timeout_s=0.3) as client:
-            with pytest.raises(ServerUnreachable):
-                client.infer("m", [])
-            over.set()
-    finally:
-        over.set()
+            try:
+                with pytest.raises(ServerUnreachable):
+                    client.infer("m", [])
+            finally:
+                over.set()
 
 
 @pytest.mark.parametrize(
@@ -158,21 +160,19 @@ def test_a_server_that_answers_byte_by_byte_is_given_up_all_the_same(kind: str) 
     ],
     ids=["ssh", "echo", "echo in a field", "many headers", "html", "gzip", "other JSON"],
 )
-def test_what_is_no_answer_of_such_a_server_is_told(kind: str, text: bytes) -> None:
-    error = refused(kind, *[text] * 40)
+@each_kind
+def test_answer_of_another_service_is_refused(kind: str, text: bytes) -> None:
+    error = refusal(kind, *[text] * 40)
     assert isinstance(error, BadAnswer | ServerUnreachable)
     assert "is this its URL?" in str(error)
 
 
-def test_a_body_that_is_refused_early_is_told_as_it_was_refused(kind: str) -> None:
-    refusal = said(b'{"code":"body_too_large","detail":"too large"}', "413 Content Too Large")
+@each_kind
+def test_early_refusal_of_large_body_is_read(kind: str) -> None:
+    early = said(b'{"code":"body_too_large","detail":"too large"}', "413 Content Too Large")
     tensor = {"shape": [4_000_000], "datatype": "BYTES", "data": ["x" * 8_000_000]}
-
-    def refuse(connection: socket.socket) -> None:
-        connection.sendall(refusal)
-
     with (
-        odd_server(refuse) as server,
+        odd_server(staying(early)) as server,
         connected(kind, server.url) as client,
         pytest.raises(ServerError, match="body_too_large"),
     ):
@@ -186,7 +186,8 @@ def lines(*positions: int) -> bytes:
     return b"".join(event_line(position) + b"\n" for position in positions)
 
 
-def test_a_stream_is_taken_up_where_it_broke_off(kind: str) -> None:
+@each_kind
+def test_stream_resumes_where_it_broke_off(kind: str) -> None:
     busy = said(b'{"code":"shutting_down","detail":"x"}', "503 Service Unavailable", "Retry-After: 0")
     scripts = (
         streamed(bookmark(4) + b"\n", lines(5, 6) + b'{"posi'),  # the chunks have no end
@@ -205,7 +206,8 @@ def test_a_stream_is_taken_up_where_it_broke_off(kind: str) -> None:
         assert asked == [b"4", b"6", b"6", b"7", b"7"]
 
 
-def test_a_line_that_never_ends_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_kind
+def test_endless_line_closes_stream(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadledger.lines.Lines.__init__.__defaults__", (1000,))
     with odd_server(staying(streamed(b"x" * 2000))) as server, connected(kind, server.url) as client:
         with pytest.raises(BadAnswer, match="2000 bytes"):
@@ -213,27 +215,58 @@ def test_a_line_that_never_ends_is_refused(kind: str, monkeypatch: pytest.Monkey
         assert server.closed.wait(LIMIT_S)
 
 
-def test_a_stream_without_a_sign_of_life_is_taken_for_dead(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@each_kind
+def test_silent_stream_is_opened_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("blocking", "looping"):
         monkeypatch.setattr(f"loadledger.{module}.SILENCE_S", 1.0)
-    told: list[Exception] = []
+    away: list[Exception] = []
     scripts = staying(streamed(lines(1))), staying(streamed(lines(2)))
     with odd_server(*scripts) as server, connected(kind, server.url) as client:
-        events = client.events(after=0, follow=True, on_away=told.append)
+        events = client.events(after=0, follow=True, on_away=away.append)
         assert [next(events).position for _ in range(2)] == [1, 2]
         events.close()
-    assert [type(each) for each in told] == [ServerUnreachable]
+    assert [type(each) for each in away] == [ServerUnreachable]
+
+
+@pytest.mark.parametrize(
+    ("answer", "ask"),
+    [
+        (b"", lambda client: client.resources()),
+        (b"", lambda client: anext(client.events(follow=True))),
+        (streamed(bookmark(3) + b"\n"), lambda client: anext(client.events(follow=True))),
+    ],
+    ids=["an answer", "a stream", "an event"],
+)
+async def test_closing_client_ends_pending_calls(
+    answer: bytes, ask: Callable[[AsyncClient], Coroutine[Any, Any, Any]]
+) -> None:
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+
+    def say(connection: socket.socket) -> None:
+        connection.sendall(answer)
+        loop.call_soon_threadsafe(asked.set)
+
+    with odd_server(say) as server:
+        client = AsyncClient(server.url)
+        pending = asyncio.ensure_future(ask(client))
+        async with asyncio.timeout(LIMIT_S):
+            await asked.wait()
+            await client.close()
+            with pytest.raises(RuntimeError, match="this client is closed"):
+                await pending
+    with pytest.raises(RuntimeError, match="this client is closed"):
+        await client.health()
 
 
 # TLS
 
 
-def test_a_server_with_a_certificate_of_our_own_is_trusted_by_its_file_only(
-    kind: str, tmp_path: Path
-) -> None:
-    context, ca_file = own_certificate(tmp_path)
+@each_kind
+def test_own_certificate_is_trusted_by_ca_file_only(kind: str, tmp_path: Path) -> None:
+    ca_file, key = tmp_path / "ca.pem", tmp_path / "key.pem"
+    make_pair().write(ca_file, key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(ca_file, key)
     with odd_server(NOTHING, JOB, tls=context) as server:
         with connected(kind, server.url, TOKEN) as client:
             with pytest.raises(ServerUnreachable, match="its certificate is not trusted") as caught:
@@ -249,31 +282,3 @@ def test_a_server_with_a_certificate_of_our_own_is_trusted_by_its_file_only(
             connected(kind, "https://localhost", ca_file=tmp_path / file) as client,
         ):
             client.health()
-
-
-def own_certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
-    """Make a certificate for localhost; returns the server's side of it, and the file to trust."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    ca_file, both = folder / "ca.pem", folder / "both.pem"
-    ca_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    both.write_bytes(secret + ca_file.read_bytes())
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(both)
-    return context, ca_file

@@ -1,7 +1,6 @@
 """`loadledger verify` and `replay`: output, JSON and exit code; what is proved is tested in tests/events."""
 
 import asyncio
-import gzip
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from support import models
-from support.events import START, History, opened
+from support.events import History, opened
 from support.http import LocalApi
 from support.ledgers import append_events, rows_of, told_history, write_ledger
 
@@ -208,27 +206,6 @@ def test_verify_of_archives_in_json(data: Path, archives: list[Path]) -> None:
     }
 
 
-def test_verify_names_damaged_archive(data: Path, archives: list[Path]) -> None:
-    content = gzip.decompress(archives[1].read_bytes()).replace(b"alice", b"mallo")
-    archives[1].write_bytes(gzip.compress(content))
-    finding = audit_file(archives[1]).finding
-    assert finding is not None
-    first = lines("verify", "--data", data, *with_each(archives), code=1)[0]
-    assert first.startswith(f"NOT verified: {archives[1]}: position {finding.position}: ")
-    found = members("verify", "--data", data, *with_each(archives), code=1)
-    assert found["files"][1]["finding"] == found["finding"]
-    archives[1].write_bytes(b"")
-    assert lines("verify", "--data", data, *with_each(archives), code=1)
-
-
-def test_expected_head_may_be_archived(data: Path, archives: list[Path]) -> None:
-    head = f"7:{audit_file(archives[0]).proved.hash.hex()}"
-    assert "were archived" in refused("verify", "--data", data, "--expect", head)
-    given = ("--data", data, *with_each(archives), "--expect")
-    assert lines("verify", *given, head)
-    assert "(expectation)" in lines("verify", *given, f"7:{'ab' * 32}", code=1)[0]
-
-
 # verify, of files
 
 
@@ -280,20 +257,6 @@ def test_verify_compares_files_with_ledger(data: Path, exports: list[Path]) -> N
     found = lines("verify", *exports, "--data", data)
     assert found[2:4] == [f"the same as in the ledger: {file}" for file in exports]
     assert len(members("verify", *exports, "--data", data)["files"]) == 2
-
-
-async def test_verify_compares_archived_file_through_archives(
-    data: Path, archives: list[Path], tmp_path: Path
-) -> None:
-    assert "positions 1 to 7, 'first.gz'" in refused("verify", archives[0], "--data", data)
-    found = lines("verify", archives[0], "--data", data, *with_each(archives))
-    assert f"the same as in the ledger: {archives[0]}" in found
-    other, file = tmp_path / "other", tmp_path / "other.jsonl"
-    ensure_data_dir(other)
-    await write_ledger(other / LEDGER, 1, now=lambda: START + timedelta(seconds=1))
-    assert run("export", "--data", other, "--until", 5, file).exit_code == 0
-    found = lines("verify", file, "--data", data, *with_each(archives), code=1)
-    assert found[0].startswith(f"NOT verified: {file}: position 5: the hash is ")
 
 
 def test_verify_prints_names_that_are_not_utf_8(archives: list[Path]) -> None:

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import stat
@@ -143,16 +142,6 @@ def test_archive_beside_reader_warns_of_write_ahead_log(data: Path, tmp_path: Pa
         assert "ledger.db-wal stays beside it and is a part of it" in result.stderr
         assert run("verify", "--data", data).exit_code == 0
     printed("archive", "--data", data, "--before", 12, tmp_path / "b.gz")
-
-
-def test_archive_finishes_after_earlier_kill(data: Path, tmp_path: Path) -> None:
-    file, copy = tmp_path / "archive.gz", tmp_path / "copy"
-    shutil.copytree(data, copy)
-    printed("archive", "--data", copy, "--before", 9, file)
-    for suffix in ("", "-journal"):
-        (tmp_path / f".archive.gz.0123abcd{suffix}").touch()
-    printed("archive", "--data", data, "--before", 9, file)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["archive.gz", "copy", "data"]
 
 
 def test_archive_name_must_be_utf_8(data: Path, tmp_path: Path) -> None:
