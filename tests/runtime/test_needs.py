@@ -20,6 +20,7 @@ from support.workers import LIMIT_S
 from events.jobs import Job, JobStatus, LoadParameters
 from events.models import Footprint, Model
 from events.types import LoadedFile, ModelLoaded
+from runtime import needs as needs_module
 from runtime.needs import BYTES_PER_MODEL_BYTE, WORKER_BYTES, Need, Needs, need_bare, need_of
 from runtime.repository import FileStat, Repository
 from runtime.scheduling.sight import Policy
@@ -190,7 +191,7 @@ async def test_need_is_forgotten_with_its_job(tmp_path: Path, *, is_found: bool)
 async def test_hanging_look_delays_others_for_a_while_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.needs.LOOK_S", 0.05)
+    monkeypatch.setattr(needs_module, "LOOK_S", 0.05)
     models.save(models.add(1), tmp_path, "m")
     looking, hangs = Looking(tmp_path), threading.Event()
     threads = ThreadPoolExecutor(max_workers=1)
