@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runtime.processes.forkserver import ADDED
+from runtime.process.forkserver import ADDED
 
 MALLOC = "GLIBC_TUNABLES"
 # The workers' own, so that the figures differ by the server's own work alone.

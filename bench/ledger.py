@@ -17,12 +17,12 @@ import uvloop
 
 from bench import stories
 from bench.table import Row
+from events.audit.verify import verify
 from events.commands import Record
-from events.history import open_past
 from events.log import Log
-from events.schema import connect, connect_read_only
+from events.sqlite.history import open_past
+from events.sqlite.schema import connect, connect_read_only
 from events.types import AccessDenied, Draft
-from events.verify import verify
 
 WRITERS = 64
 APPENDED = 20_000

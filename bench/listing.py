@@ -13,12 +13,10 @@ from typing import NamedTuple
 from bench import stories
 from bench.table import Row
 from events.clock import later
-from events.group import encoded
-from events.listing import Asked
-from events.reader import Reader, open_reader
-from events.schema import connect
-from events.store import Head
-from events.stored import EVERYTHING, EventFilter
+from events.log import encoded
+from events.sqlite.queries import Head
+from events.sqlite.reader import EVERYTHING, Asked, EventFilter, Reader, open_reader
+from events.sqlite.schema import connect
 from events.types import AccessDenied, Draft
 
 PLACES = 20

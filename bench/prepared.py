@@ -13,9 +13,9 @@ from bench.loads import ABOVE_GOAL_MS, RATIO_GOAL
 from bench.networks import Network
 from bench.subject import Subject, prepared, tried
 from bench.table import Row
-from runtime.prepared.store import FOLDER, PreparedStore
+from runtime.cache.store import FOLDER, PreparedStore
 from runtime.repository import MODEL_FILE
-from runtime.worker.hugepages import are_better
+from runtime.worker.loading import are_better
 
 OPTIONS = (*driver.UNLIMITED, "--warm-up=off")
 LATER_GOAL, MEAN_GOAL = 1.0, 0.5

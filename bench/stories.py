@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from events import store
-from events.bodies import to_body
-from events.canonical import GENESIS, chain
 from events.clock import later
+from events.codec import GENESIS, chain, to_body
 from events.jobs import LoadParameters, load_requested
-from events.rebuild import FOLDS
-from events.schema import connect
+from events.sqlite import queries
+from events.sqlite.queries import Row
+from events.sqlite.schema import connect
+from events.sqlite.storage import FOLDS
 from events.state import Attempt, State
-from events.store import Row
 from events.types import (
     SYSTEM,
     Cause,
@@ -54,7 +53,7 @@ def write(path: Path, facts: int) -> None:
                 digest = chain(digest, body)
                 rows.append(Row(position, body, digest))
                 attempt.state.apply(event)
-            store.write_group(connection, rows, attempt.changes, len(state.models) + attempt.state.backlog)
+            queries.write_group(connection, rows, attempt.changes, len(state.models) + attempt.state.backlog)
             attempt.commit()
 
 

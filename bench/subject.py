@@ -7,7 +7,7 @@ from pathlib import Path
 from bench import models
 from bench.driver import Server
 from bench.networks import Network
-from runtime.prepared.store import Entry, PreparedStore
+from runtime.cache.store import Entry, PreparedStore
 
 # Three pairs of processes for each form, at low priority: half a minute, where nothing else runs.
 PREPARING_LIMIT_S = 900.0

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from events.errors import LedgerProblem
-from events.listing import Asked, beyond_head
 from events.log import Log
-from events.reader import Reader
-from events.stored import EVERYTHING, EventFilter, StoredEvent
+from events.sqlite.reader import EVERYTHING, Asked, EventFilter, Reader, StoredEvent, beyond_head
 
 MAX_EVENTS = 4096
 """Some seconds of a busy log: enough for a client that pauses; who is further behind reads the log."""

@@ -6,11 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from loadledger.address import Address
-from loadledger.asking import Setting
-from loadledger.calls import Calls
-from loadledger.looping import Transport
-from loadledger.options import MAX_ANSWER_BYTES, Options
+from loadledger.address import MAX_ANSWER_BYTES, Address, Options
+from loadledger.aiotransport import Transport
+from loadledger.operations import Calls
+from loadledger.requests import Setting
 
 
 class AsyncClient(Calls):

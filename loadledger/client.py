@@ -8,11 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from loadledger.address import Address
-from loadledger.asking import Setting
-from loadledger.blocking import Transport, iterate, run
-from loadledger.calls import Calls
-from loadledger.options import MAX_ANSWER_BYTES, Options
+from loadledger.address import MAX_ANSWER_BYTES, Address, Options
+from loadledger.operations import Calls
+from loadledger.requests import Setting
+from loadledger.transport import Transport, iterate, run
 
 P = ParamSpec("P")
 T = TypeVar("T")

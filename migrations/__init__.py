@@ -1,1 +1,1 @@
-"""The log's SQL schema: numbered files, each applied once, in one transaction, by `events.schema`."""
+"""The log's SQL schema: numbered files, each applied once, in one transaction, by `events.sqlite.schema`."""

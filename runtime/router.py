@@ -11,10 +11,10 @@ from typing import Protocol
 
 from events.log import Log
 from events.models import Model, ModelState
+from runtime.consumer.loads import LiveLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
-from runtime.live import LiveLoad
-from runtime.processes.inflight import Answer
-from runtime.processes.workers import Worker
+from runtime.process.requests import Answer
+from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.wire import Tensor, TensorSpec, WantedOutput
 

@@ -12,22 +12,24 @@ from functools import cache, partial
 from aiohttp import hdrs, web
 
 from events.commands import RequestLoad
+from events.datalock import hold
 from events.errors import LogUnavailable
-from events.lock import hold
-from events.reader import open_reader
+from events.sqlite.reader import open_reader
 from events.types import Cause
-from runtime.consumer import Consumer
-from runtime.leases import Leases
-from runtime.machine import budget_bytes, is_under_pressure, memory_limit, pressure
-from runtime.prepared.folder import PreparedUnavailable
-from runtime.prepared.store import FOLDER, PreparedStore
-from runtime.processes.pool import WorkerPool
+from runtime.cache.files import PreparedUnavailable
+from runtime.cache.store import FOLDER, PreparedStore
+from runtime.consumer.consumer import Consumer
+from runtime.consumer.usage import Leases
+from runtime.memory import budget_bytes, is_under_pressure, memory_limit, pressure
+from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
-from runtime.scheduling.sight import Policy
+from runtime.scheduler.view import Policy
+from server.api.events import PROVER, event_routes, open_prover, proof_routes, stream_routes, streaming
+from server.api.health import dead, health_routes
 from server.api.jobs import job_routes
-from server.api.management import management_routes
-from server.api.parameters import requested_load
+from server.api.models import management_routes, requested_load
+from server.api.pages import console_routes, docs_routes
 from server.api.resources import LAST_LOOK, LastLook, resource_routes
 from server.api.timetravel import past_middleware, reading_the_past
 from server.appkeys import (
@@ -54,25 +56,25 @@ from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import ON, Config
-from server.connections.bodies import MAX_BODIES_BYTES, Bodies
-from server.connections.direct import SERVER
 from server.errors import errors_middleware
-from server.health import dead, health_routes
-from server.ledger.listing import event_routes
-from server.ledger.proof import PROVER, open_prover, proof_routes
-from server.ledger.tail import stream_routes, streaming
-from server.logs.context import RequestLog
-from server.logs.requests import add_request_id, log_middleware
-from server.metrics.requests import HTTP_COUNTS, HttpCounts, counting_middleware
-from server.metrics.scrape import SCRAPES, Scrapes, metrics_routes
+from server.http.limits import MAX_BODIES_BYTES, Bodies
+from server.http.responses import SERVER
+from server.http.validation import validation_middleware
+from server.observability.output import RequestLog
+from server.observability.requestlog import (
+    HTTP_COUNTS,
+    HttpCounts,
+    add_request_id,
+    counting_middleware,
+    log_middleware,
+)
+from server.observability.scrape import SCRAPES, Scrapes, metrics_routes
 from server.openapi import openapi_yaml
-from server.pages import console_routes, docs_routes
-from server.routes import Route, add_routes
+from server.routing import Route, add_routes
 from server.v2.inference import inference_routes
 from server.v2.metadata import MAX_BODY_BYTES, server_routes
 from server.v2.ondemand import OnDemand
 from server.v2.repository import repository_routes
-from server.validation import validation_middleware
 
 _log = logging.getLogger(__name__)
 

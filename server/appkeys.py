@@ -6,18 +6,18 @@ from functools import partial
 from aiohttp import web
 
 from events.log import Log
-from events.reader import Reader
-from runtime.consumer import Consumer
-from runtime.leases import Leases
-from runtime.machine import MemoryLimit
-from runtime.processes.pool import WorkerPool
+from events.sqlite.reader import Reader
+from runtime.consumer.consumer import Consumer
+from runtime.consumer.usage import Leases
+from runtime.memory import MemoryLimit
+from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
+from server.api.stream import Streams
 from server.auth.gate import Gate, Verifier
 from server.auth.proxies import Proxies
 from server.config import Config
-from server.connections.bodies import Bodies
-from server.ledger.stream import Streams
+from server.http.limits import Bodies
 from server.v2.ondemand import OnDemand
 
 BODIES = web.AppKey("bodies", Bodies)

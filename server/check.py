@@ -21,22 +21,21 @@ from msgspec import structs
 
 from events.clock import uuid7
 from events.jobs import LoadParameters
-from runtime.defaults import InvalidDefaults, defaults_name, read_warm_up
-from runtime.effects import load_message
+from runtime.consumer.loads import load_message
 from runtime.errors import RuntimeProblem
-from runtime.machine import MemoryUnknown, budget_bytes, memory_limit
-from runtime.needs import need_of
-from runtime.processes.pool import WorkerPool
-from runtime.processes.shielding import ended
+from runtime.estimates import need_of
+from runtime.memory import MemoryUnknown, budget_bytes, memory_limit
+from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
+from runtime.process.pool import WorkerPool, ended
 from runtime.repository import MODEL_ID, ModelVersion, Repository
-from runtime.scheduling.room import megabytes
+from runtime.scheduler.admission import megabytes
 from runtime.wire import Load, Tensor
-from server.api.parameters import default_parameters
+from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
 from server.config import AUTO, ON, Config, ConfigError
 from server.configsources import Mistake, raise_mistakes, read_settings, unknown_variables
-from server.connections.tls import load_context
+from server.http.tls import load_context
 
 OnVersion = Callable[[str], None]
 """Called with each version that is about to be loaded."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from marshmallow import ValidationError, validate
 
-from runtime.machine import budget_bytes
+from runtime.memory import budget_bytes
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 
 PREFIX = "LOADLEDGER_"

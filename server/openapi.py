@@ -16,7 +16,7 @@ from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import INCLUDE, Schema, fields
 
 from server.errors import ERRORS, media_type_of
-from server.routes import Access, LimitClass, Route
+from server.routing import Access, LimitClass, Route
 
 OPENAPI_VERSION = "3.0.3"
 """What the bundled Swagger UI 4.1 can show; it cannot show 3.1."""

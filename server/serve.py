@@ -1,4 +1,7 @@
-"""Running the server: the loop, the signals, and an end that says why."""
+"""Running the server: the loop, the signals, and an end that says why.
+
+What the service manager is told: that the server is ready, that it lives, that it stops (sd_notify(3)).
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,76 @@ import logging
 import os
 import resource
 import signal
+import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
 import uvloop
 from aiohttp import web
 
+from server.api.health import dead, vital
 from server.app import create_app
 from server.config import AUTO, OFF, Config, ConfigError
-from server.connections.connection import ConnectionLimits, listening
-from server.connections.tls import Certificate
-from server.health import dead, vital
-from server.logs.ledger import telling
-from server.logs.requests import log_inferences
-from server.logs.stderr import STDERR, logging_to_stderr
-from server.notify import Notifier
-from server.v2.shortcut import shorten
+from server.http.connection import ConnectionLimits, listening
+from server.http.tls import Certificate
+from server.observability.eventlog import telling
+from server.observability.output import STDERR, logging_to_stderr
+from server.observability.requestlog import log_inferences
+from server.v2.fastpath import shorten
 
 _log = logging.getLogger(__name__)
+
+
+class Notifier:
+    """Tells the manager, where there is one that wants to know; nothing ever waits for it or fails by it.
+
+    Args:
+        environment: what the process was started with: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        given = environment.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{given[1:]}" if given.startswith("@") else given
+        self._watchdog_s = _watchdog_s(environment) if given else None
+        self._failed = False
+
+    def ready(self, url: str) -> None:
+        """Say that the server answers at this address."""
+        self._tell(f"READY=1\nSTATUS=ready at {url}")
+
+    def stopping(self) -> None:
+        """Say that the server ends of its own accord, or because it was told to."""
+        self._tell("STOPPING=1\nSTATUS=stopping: running requests may end")
+
+    async def live(self) -> None:
+        """Say, twice in the time after which the manager would kill us, that the event loop turns."""
+        while self._watchdog_s is not None:
+            self._tell("WATCHDOG=1")
+            await asyncio.sleep(self._watchdog_s / 2)
+
+    def _tell(self, state: str) -> None:
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sending:
+                sending.setblocking(False)
+                sending.sendto(state.encode(), self._address)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:  # once, and not with each sign of life
+                _log.warning("the service manager could not be told %s: %s", state.partition("\n")[0], error)
+            self._failed = True
+
+
+def _watchdog_s(environment: Mapping[str, str]) -> float | None:
+    """Return in how many seconds the manager wants to hear of us; None if it does not."""
+    period, process = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID")
+    is_ours = process is None or process == str(os.getpid())
+    return int(period) / 1e6 if is_ours and period.isdecimal() and int(period) > 0 else None
+
 
 STDOUT = 1
 
@@ -103,7 +155,7 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
     app = create_app(config)
     tracing = None
     if _exports_traces(config):
-        from server.logs.tracing import Tracing  # noqa: PLC0415 - of an extra, and slow to import
+        from server.observability.tracing import Tracing  # noqa: PLC0415 - of an extra, and slow to import
 
         tracing = Tracing()
     app.cleanup_ctx.append(partial(telling, on_job_end=tracing.record_job if tracing is not None else None))
@@ -145,7 +197,7 @@ def _exports_traces(config: Config) -> bool:
     if config.otel == OFF or (config.otel == AUTO and (disabled or not named)):
         return False
     try:
-        importlib.import_module("server.logs.tracing")
+        importlib.import_module("server.observability.tracing")
     except ImportError as error:
         told = f"traces cannot be exported, {error.name} is not installed: {INSTALL_OTEL}"
         if config.otel != AUTO:

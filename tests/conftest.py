@@ -15,8 +15,8 @@ from support.http import LocalApi, local_server
 from support.running import Engine, running, save_models
 from support.workers import Serve, order_of, running_pool, until
 
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import Worker
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
 
 Start = Callable[..., Awaitable[LocalApi]]
 

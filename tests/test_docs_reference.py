@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from support.pages import BLOCK
 
-from events.bodies import to_body
+from events.codec import to_body
 from events.types import SYSTEM, TYPES, Cause, Event, ServerStopped
 from runtime.errors import UnknownModel
 from server.config import settings

@@ -14,7 +14,7 @@ WORKER = "runtime.worker.main"
 # A text such as `loadledger.cli.main:main`, by which something is imported later.
 ENTRY_POINT = re.compile(r"(\w+\.)+\w+:\w+")
 # What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
-CHILD_PROCESSES = ("runtime.processes.forkserver", WORKER)
+CHILD_PROCESSES = ("runtime.process.forkserver", WORKER)
 
 
 def module_name(path: Path) -> str:
@@ -120,7 +120,7 @@ def test_what_ships_imports_nothing_that_does_not() -> None:
 def test_the_web_framework_appears_in_server_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) != "server"}
-    assert beside == {"loadledger.looping"}  # the client for event loops
+    assert beside == {"loadledger.aiotransport"}  # the client for event loops
 
 
 def test_sqlite_appears_in_events_only() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from loadledger.cli.profile import find_place
-from loadledger.cli.tables import in_one_line
+from loadledger.cli.output import in_one_line
+from loadledger.cli.server import find_place
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_LOADLEDGER_COMPLETE"

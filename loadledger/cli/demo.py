@@ -24,10 +24,9 @@ from typing import Any, NoReturn
 
 import click
 
-from events.listing import Asked
-from events.reader import open_reader
-from events.verify import verify
-from loadledger.cli.eventlines import event_line
+from events.audit.verify import verify
+from events.sqlite.reader import Asked, open_reader
+from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem
 from runtime.memory import descendants, parse_field

@@ -11,10 +11,8 @@ from typing import Any
 import click
 
 from loadledger.cli.completion import loaded_models
-from loadledger.cli.connection import Where, connected, server_options
-from loadledger.cli.options import json_option, print_json
-from loadledger.cli.problems import give_up
-from loadledger.cli.tables import cell, table
+from loadledger.cli.output import cell, give_up, table
+from loadledger.cli.server import Where, connected, json_option, print_json, server_options
 
 HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
 MAX_DATA_CHARACTERS = 400

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.problems import ends_told, is_dumb
+from loadledger.cli.output import ends_told, is_dumb
 
 SECTIONS = {
     "Serve": {
@@ -19,11 +19,11 @@ SECTIONS = {
         "demo": "loadledger.cli.serve:demo",
     },
     "Models of a server": {
-        "load": "loadledger.cli.load:load",
-        "unload": "loadledger.cli.load:unload",
+        "load": "loadledger.cli.jobs:load",
+        "unload": "loadledger.cli.jobs:unload",
         "models": "loadledger.cli.models:models",
         "infer": "loadledger.cli.infer:infer",
-        "resources": "loadledger.cli.resources:resources",
+        "resources": "loadledger.cli.models:resources",
         "top": "loadledger.cli.top:top",
     },
     "Jobs and events of a server": {
@@ -33,17 +33,17 @@ SECTIONS = {
         "events": "loadledger.cli.events:events",
     },
     "Files of a ledger": {
-        "verify": "loadledger.cli.verify:verify",
-        "replay": "loadledger.cli.replay:replay",
-        "export": "loadledger.cli.proof:export_events",
-        "archive": "loadledger.cli.proof:archive",
-        "backup": "loadledger.cli.proof:backup",
-        "prepared": "loadledger.cli.prepared:prepared",
+        "verify": "loadledger.cli.ledger:verify",
+        "replay": "loadledger.cli.ledger:replay",
+        "export": "loadledger.cli.ledger:export_events",
+        "archive": "loadledger.cli.ledger:archive",
+        "backup": "loadledger.cli.ledger:backup",
+        "prepared": "loadledger.cli.cache:prepared",
     },
     "Keys, tokens and this shell": {
-        "token": "loadledger.cli.tokens:token",
-        "key": "loadledger.cli.tokens:key",
-        "login": "loadledger.cli.login:login",
+        "token": "loadledger.cli.keys:token",
+        "key": "loadledger.cli.keys:key",
+        "login": "loadledger.cli.server:login",
         "completion": "loadledger.cli.completion:completion",
     },
 }

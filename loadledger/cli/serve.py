@@ -11,9 +11,8 @@ from typing import Any
 
 import click
 
-from loadledger.cli.options import json_option
-from loadledger.cli.problems import FAILED, problems_told
-from loadledger.cli.tables import in_one_line
+from loadledger.cli.output import FAILED, in_one_line, problems_told
+from loadledger.cli.server import json_option
 
 
 class SettingsCommand(click.Command):

@@ -13,12 +13,10 @@ from typing import Any
 
 import click
 
-from loadledger.cli.connection import Where, connected, server_options
-from loadledger.cli.following import named, words
-from loadledger.cli.options import json_option, print_json
-from loadledger.cli.problems import is_dumb
-from loadledger.cli.resources import HEAD, RIGHT, budget_line, pressure_line, use_row
-from loadledger.cli.tables import age, cell, in_one_line, table
+from loadledger.cli.jobs import named, words
+from loadledger.cli.models import RIGHT, USE_HEAD, budget_line, pressure_line, use_row
+from loadledger.cli.output import age, cell, in_one_line, is_dumb, table
+from loadledger.cli.server import Where, connected, json_option, print_json, server_options
 
 JOBS_HEAD = ("JOB", "KIND", "MODEL", "STATUS", "BY", "AGE", "WHERE")
 WRONG_HEAD = ("MODEL", "STATE", "REASON")
@@ -125,7 +123,7 @@ def lines(look: Look) -> Iterator[str]:
     yield from filter(None, [pressure_line(found)])
     yield ""
     uses = [use_row(use, now) for use in found.models[:MOST_ROWS]]
-    yield from table(HEAD, uses, right=RIGHT) if uses else ["nothing is loaded"]
+    yield from table(USE_HEAD, uses, right=RIGHT) if uses else ["nothing is loaded"]
     if look.jobs:
         yield ""
         yield from table(JOBS_HEAD, [_job_row(job, now) for job in look.jobs[:MOST_ROWS]], right={"AGE"})

@@ -1,25 +1,327 @@
-"""What a worker does with `Load`: check the files, create the session, run it once, measure what it takes."""
+"""What a worker does with `Load`: check the files, create the session, run it once, measure what it takes.
 
+What goes on beside the creation of a session: hashing files, and watching the memory that it takes.
+
+A load's prepared form: whether it is still what was prepared, and of the files that are to be loaded.
+
+Huge pages for a worker's memory, or not: the fork server asks for them, and here one goes without.
+
+Giving way: a worker whose work can wait leaves processor and disk to whoever else wants them.
+"""
+
+import contextlib
 import ctypes
+import hashlib
+import itertools
 import os
+import platform
+import stat
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import onnxruntime as ort
 
 from runtime import memory
 from runtime.errors import LoadRefused
-from runtime.repository import FileIdentity, identify
-from runtime.wire import Load, Loaded, LoadedFile, LoadStage, Prepare, Prepared, Tensor, plain_text
-from runtime.worker import hugepages, sessions
-from runtime.worker.background import give_way
-from runtime.worker.beside import Beside, Hashing
-from runtime.worker.formuse import FormUnusable, GivenForm
-from runtime.worker.model import Model, model_of
-from runtime.worker.warmup import warm_up
+from runtime.repository import MODEL_FILE, FileIdentity, identify, open_identified
+from runtime.wire import (
+    Load,
+    Loaded,
+    LoadedFile,
+    LoadStage,
+    Prepare,
+    Prepared,
+    SourceHash,
+    Tensor,
+    plain_text,
+)
+from runtime.worker import sessions
+from runtime.worker.sessions import Model, model_of, warm_up
+
+HASH_BLOCK_BYTES = 2**18
+"""What stays in a core's own cache: the session beside it needs what the cores share."""
+HASHED_BLOCKS_A_SAMPLE = 16
+"""2.5 ms of hashing, after which the memory is looked at."""
+SAMPLE_INTERVAL_S = 0.005
+"""Of the memory taken meanwhile. A sample costs 0.03 ms; walking the mappings would cost 0.7 ms, and hold
+up the session when it maps memory: 10 ms more for a load of 60 (measured)."""
+
+
+class Hashing:
+    """Files of one folder, and their hashes once these are there.
+
+    Args:
+        folder: where they are.
+        files: what is to be hashed.
+        known: files that are not hashed again, if they still are those.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[FileIdentity], known: Iterable[LoadedFile]) -> None:
+        self.folder = folder
+        self.hashed: list[LoadedFile] = []
+        self.problem: Exception | None = None
+        hashes = {_key(file): file.sha256 for file in known}
+        self.files = [(file, hashes.get(_key(file))) for file in files]
+
+    @property
+    def known(self) -> tuple[LoadedFile, ...] | None:
+        """The files, if none of them is to be read."""
+        hashes = [_loaded(file, sha256) for file, sha256 in self.files if sha256 is not None]
+        return tuple(hashes) if len(hashes) == len(self.files) else None
+
+
+class Beside:
+    """Hashes files and watches the process's memory in one thread, beside what is in the `with` block.
+
+    One thread, because starting one takes some milliseconds of a load (measured); none, if nothing is to be
+    hashed and nobody asked for the memory to be watched all the time.
+
+    Args:
+        hashings: what is to be hashed, one after the other.
+        watched: whether the memory is watched all the time, and not only by `sample`.
+
+    Attributes:
+        hashing_us: for how long it hashed, in microseconds.
+        peak_anonymous_bytes: the most memory of no file that was seen, or that there must have been from one
+            look to the next. Files of which pages were read meanwhile may hide as much of that.
+    """
+
+    def __init__(self, *hashings: Hashing, watched: bool = True) -> None:
+        self.hashing_us = 0
+        self.peak_anonymous_bytes = 0
+        self._seen = memory.resident()
+        self._looking = threading.Lock()
+        self._hashings = hashings
+        self._watched = watched
+        self._all_hashed = threading.Event()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._watched or any(hashing.known is None for hashing in self._hashings):
+            self.watch()
+        else:
+            self._hash()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.sample()
+
+    def watch(self) -> None:
+        """Watch the memory all the time from here on."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hashing and sampling")
+            self._thread.start()
+
+    def result(self, hashing: Hashing) -> tuple[LoadedFile, ...]:
+        """Wait for the hashes.
+
+        Raises:
+            LoadRefused: `model_changed`, for a file that is no longer the one that was identified.
+        """
+        self._all_hashed.wait()
+        if hashing.problem is not None:
+            raise hashing.problem
+        return tuple(hashing.hashed)
+
+    def sample(self) -> None:
+        """Look at the memory now."""
+        with contextlib.suppress(MemoryError), self._looking:  # then the peak is known well enough
+            before, self._seen = self._seen, memory.resident()
+            peak = self._seen.anonymous_bytes
+            if self._seen.peak_bytes > before.peak_bytes:  # at some moment since then
+                peak = max(peak, self._seen.peak_bytes - max(_of_files(before), _of_files(self._seen)))
+            self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, peak)
+
+    def _run(self) -> None:
+        if not self._all_hashed.is_set():
+            self._hash()
+        while not self._over.wait(SAMPLE_INTERVAL_S):
+            self.sample()
+
+    def _hash(self) -> None:
+        started = time.perf_counter_ns()
+        for hashing in self._hashings:
+            try:
+                for file, sha256 in hashing.files:
+                    hashing.hashed.append(_loaded(file, sha256 or self._digest(hashing.folder, file)))
+            except Exception as error:  # noqa: BLE001 - whatever it is, who waits for the hashes has to know
+                hashing.problem = error
+        self.hashing_us = (time.perf_counter_ns() - started) // 1000
+        self._all_hashed.set()
+
+    def _digest(self, folder: Path, file: FileIdentity) -> str:
+        digest = hashlib.sha256()
+        descriptor = open_identified(folder, file)
+        try:
+            block = memoryview(bytearray(HASH_BLOCK_BYTES))
+            for number in itertools.count(1):
+                length = os.readv(descriptor, [block])
+                if not length or self._over.is_set():
+                    break
+                digest.update(block[:length])
+                if number % HASHED_BLOCKS_A_SAMPLE == 0:
+                    self.sample()
+        finally:
+            os.close(descriptor)
+        return digest.hexdigest()
+
+
+def _of_files(seen: memory.Resident) -> int:
+    return seen.all_bytes - seen.anonymous_bytes
+
+
+def _key(file: FileIdentity | LoadedFile) -> tuple[str, int, int, int, int, int]:
+    return file.path, file.dev, file.inode, file.bytes, file.mtime_ns, file.ctime_ns
+
+
+def _loaded(file: FileIdentity, sha256: str) -> LoadedFile:
+    return LoadedFile(*_key(file), sha256=sha256)
+
+
+class FormUnusable(Exception):
+    """A prepared form is of no use here; says why, and nothing of the model itself."""
+
+
+class GivenForm:
+    """The form that a load was given, for the files that it is to load.
+
+    Files that have the identity that they had are taken for what they were; the others are hashed.
+
+    Args:
+        prepared: the form.
+        sources: the repository's files and, as soon as they are there, their hashes.
+
+    Raises:
+        FormUnusable: it is of other files, or its own are not there as they were.
+    """
+
+    def __init__(self, prepared: Prepared, sources: Hashing) -> None:
+        self.hashing = Hashing(Path(prepared.folder), _look(prepared), prepared.files)
+        self.model_file = str(self.hashing.folder / MODEL_FILE)
+        self.sha256 = prepared.sha256
+        self.bytes = sum(file.bytes for file in prepared.files)
+        self._prepared = prepared
+        self._sources = sources
+        if sources.known is not None:
+            self._check_sources(sources.known)
+
+    def check(self, beside: Beside) -> None:
+        """Wait for the hashes, and compare them.
+
+        Raises:
+            FormUnusable: it is of other files, or its own have changed.
+            LoadRefused: `model_changed`, of the repository's files.
+        """
+        self._check_sources(beside.result(self._sources))
+        try:
+            own = beside.result(self.hashing)
+        except (LoadRefused, OSError) as problem:
+            raise FormUnusable(str(problem)) from None
+        for file, is_ in zip(self._prepared.files, own, strict=True):
+            if file.sha256 != is_.sha256:
+                raise FormUnusable(f"{file.path!r} is not what was prepared")
+
+    def _check_sources(self, found: Sequence[LoadedFile]) -> None:
+        if tuple(SourceHash(file.path, file.sha256) for file in found) != self._prepared.sources:
+            raise FormUnusable("it was made of other files than are to be loaded")
+
+
+def _look(prepared: Prepared) -> list[FileIdentity]:
+    folder = Path(prepared.folder)
+    if not any(file.path == MODEL_FILE for file in prepared.files):
+        raise FormUnusable(f"it has no {MODEL_FILE}")
+    return [_look_at(folder, file) for file in prepared.files]
+
+
+def _look_at(folder: Path, file: LoadedFile) -> FileIdentity:
+    try:
+        seen = os.lstat(folder / file.path)
+    except (OSError, ValueError) as error:
+        raise FormUnusable(f"{file.path!r} cannot be looked at: {error}") from None
+    if not stat.S_ISREG(seen.st_mode) or seen.st_size != file.bytes:
+        raise FormUnusable(f"{file.path!r} is not the file that was prepared")
+    return FileIdentity(file.path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+
+PR_SET_THP_DISABLE = 41
+"""linux/prctl.h"""
+ENOUGH_BYTES = 2_000_000
+"""Of weights that are copied or packed while a session is made. With less it is made no faster, and can take
+2 MB more; with 5 MB it is made in two thirds of the time, with 50 MB in half (measured, decision 22)."""
+
+
+def are_better(source_bytes: int, prepared: Prepared | None) -> bool:
+    """Tell whether a session is better with huge pages.
+
+    Args:
+        source_bytes: of the files that it is, or its form was, made of.
+        prepared: the form that it is made of. What is in that twice, as it was and packed, is packed again to
+            find it there (ONNX Runtime 1.31), and the rest only mapped.
+    """
+    if prepared is None or prepared.form == "optimised":
+        return source_bytes >= ENOUGH_BYTES
+    return sum(file.bytes for file in prepared.files) - source_bytes >= ENOUGH_BYTES
+
+
+def go_without() -> None:
+    """Have this process take no huge pages from here on, whatever malloc asks for.
+
+    A kernel that refuses leaves it with what it has.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+NICENESS = 10
+"""A tenth of the share of a core that others have who want it. With 19, a sixtieth, what is prepared on a
+busy machine takes memory for minutes, and its trial measures how it waited."""
+SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
+"""Its number by machine; the C library has no function for it."""
+IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT = 1, 3, 13
+"""linux/ioprio.h"""
+AUTOGROUP = "/proc/self/autogroup"
+"""Each session (setsid) may be scheduled as one, and processes in it then are nice to each other only."""
+
+
+def give_way() -> None:
+    """Put the calling thread, and those that it starts, behind others; for good.
+
+    What the kernel refuses, or does not know, is left as it is.
+    """
+    for lower in (_nice, _batch, _idle_io, _autogroup):
+        with contextlib.suppress(OSError):
+            lower()
+
+
+def _nice() -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+
+
+def _batch() -> None:
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _idle_io() -> None:
+    number = SYS_IOPRIO_SET.get(platform.machine())
+    if number is not None:
+        ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)
+
+
+def _autogroup() -> None:
+    descriptor = os.open(AUTOGROUP, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, b"%d" % NICENESS)
+    finally:
+        os.close(descriptor)
+
 
 WATCHED_FROM_BYTES = 4 * 2**20
 """Of a form's files: so much of what a load takes in between can be missed when nobody watches it (see
@@ -87,8 +389,8 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Mode
     sources = Hashing(folder, before, order.known)
     form, why_not = _given_form(order.prepared, sources)
     used = None if form is None else order.prepared
-    if not order.huge_pages or not hugepages.are_better(sum(file.bytes for file in before), used):
-        hugepages.go_without()
+    if not order.huge_pages or not are_better(sum(file.bytes for file in before), used):
+        go_without()
     # Within a limit there may be no memory for a thread any more when a form turns out to be of no use.
     limited = order.memory_limit_bytes is not None
     watched = form is None or limited or form.bytes >= WATCHED_FROM_BYTES

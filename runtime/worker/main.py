@@ -34,13 +34,10 @@ from runtime.wire import (
     plain_text,
 )
 from runtime.worker.batching import Queue
-from runtime.worker.cancellation import Cancellation
-from runtime.worker.execution import Executor
+from runtime.worker.execution import Cancellation, Executor, Outbox
 from runtime.worker.loading import load
-from runtime.worker.model import Model
 from runtime.worker.optimising import prepare_form
-from runtime.worker.outbox import Outbox
-from runtime.worker.sessions import register_operators
+from runtime.worker.sessions import Model, register_operators
 
 EX_PROTOCOL = 76
 """sysexits.h: what a worker exits with when it was told something that is no frame."""

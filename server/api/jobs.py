@@ -33,14 +33,14 @@ from server.api.schemas import (
     JobPathSchema,
     JobSchema,
     JobsQuerySchema,
+    job_view,
 )
 from server.api.timetravel import past_job, past_jobs
-from server.api.views import job_view
 from server.appkeys import CONSUMER, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem, errors
-from server.routes import Access, LimitClass, Route, matched_route
-from server.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters
+from server.http.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters
+from server.routing import Access, LimitClass, Route, matched_route
 
 MAX_WAIT_S = 60
 """Longer than this, proxies and clients give up by themselves (DESIGN.md, "HTTP")."""

@@ -9,11 +9,11 @@ from aiohttp import web
 from aiohttp_apispec import docs, querystring_schema, response_schema
 from marshmallow import fields, validate
 
-from runtime.machine import pressure
+from runtime.memory import pressure
 from server.api.schemas import AnswerSchema
 from server.appkeys import CONSUMER, LIMIT, LOG
-from server.routes import Access, LimitClass, Route
-from server.validation import NothingSchema
+from server.http.validation import NothingSchema
+from server.routing import Access, LimitClass, Route
 
 KEPT_S = 0.1
 """How long an answer stands: any role may ask, and often."""

@@ -1,17 +1,23 @@
-"""The management API on the wire, as marshmallow schemas: checked on the way in, and documented."""
+"""The management API on the wire, as marshmallow schemas: checked on the way in, and documented.
+
+Jobs and models as the management API shows them: plain values, ready for JSON.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from marshmallow import INCLUDE, Schema, fields, validate
 
-from events.jobs import JobKind, JobStatus
-from events.models import ModelState
+from events.jobs import Failure, Job, JobKind, JobStatus
+from events.models import Model, ModelState
+from events.state import State
 from events.types import Cause
+from runtime.consumer.consumer import Consumer
 from runtime.repository import MAX_VERSION, MODEL_ID
 from server.config import MAX_KEEP_ALIVE_S, MAX_TIMEOUT_S
-from server.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
+from server.http.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
 
 MAX_PAGE = 1000
 MAX_INSTANCES = 64
@@ -304,3 +310,63 @@ class HealthSchema(AnswerSchema):
 
     status = fields.String(required=True)
     checks = fields.Dict(required=True, keys=fields.String(), values=fields.Boolean())
+
+
+_HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
+
+
+def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
+    """Return a job with the live values of the consumer, which the past has none of, laid over it."""
+    runs, waits = job.status is JobStatus.IN_PROGRESS, job.status is JobStatus.PENDING
+    parameters = msgspec.to_builtins(job.load if job.load is not None else job.unload)
+    return {
+        "id": job.id,
+        "kind": job.kind.value,
+        "model_id": job.model_id,
+        "version": job.version,
+        "status": job.status.value,
+        "stage": consumer.stage(job) if consumer and runs else None,
+        "waiting_for": consumer.waiting_for(job) if consumer and waits else None,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "requested_by": job.requested_by,
+        "cause": job.cause.value,
+        "cancel_requested": job.cancel_requested,
+        "attempt": job.attempt,
+        "position": job.position,
+        "parameters": parameters,
+        "error": _failure(job.error),
+    }
+
+
+def model_view(
+    model_id: str, state: State, versions: list[int] | None, active: Model | None
+) -> dict[str, Any]:
+    """Return a model of the state, or one that is only in the repository, with its `versions` there.
+
+    What the repository had in the past is not known: `versions` is null then.
+    """
+    model = state.models.get(model_id) or Model(model_id)
+    serving = model.serving
+    return {
+        "id": model.id,
+        "versions": versions,
+        "state": model.state.value,
+        "version": model.version,
+        "next_version": model.next_version,
+        "active": active is not None and active.id == model.id,
+        "loaded_at": serving.loaded_at if serving else None,
+        "loaded_by": serving.loaded_by if serving else None,
+        "job_id": serving.load_job_id if serving else None,
+        "position": serving.position if serving else None,
+        "files": msgspec.to_builtins(serving.files) if serving else [],
+        "prepared": msgspec.to_builtins(serving.prepared) if serving else None,
+        "memory_bytes": serving.memory_bytes if serving else None,
+        "error": _failure(model.error),
+        "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,
+    }
+
+
+def _failure(error: Failure | None) -> dict[str, str] | None:
+    return {"code": error.code, "message": error.message} if error is not None else None

@@ -8,13 +8,13 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from events.history import Moment, Past, open_past
 from events.jobs import JobStatus
+from events.sqlite.history import Moment, Past, open_past
 from runtime.errors import UnknownModel
-from server.api.views import job_view, model_view
+from server.api.schemas import job_view, model_view
 from server.appkeys import LOG
 from server.auth.gate import PRINCIPAL, check_role
-from server.routes import Access
+from server.routing import Access
 
 PAST = web.AppKey("past", Past)
 """Answers what was so."""

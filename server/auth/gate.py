@@ -30,7 +30,7 @@ from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA, Quota, RateLimits
 from server.config import Config
 from server.errors import ServerProblem
-from server.routes import Access, LimitClass, matched_route
+from server.routing import Access, LimitClass, matched_route
 
 REALM = "loadledger"
 

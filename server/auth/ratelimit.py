@@ -17,7 +17,7 @@ from aiohttp import web
 from server.auth.proxies import parse_address
 from server.config import Config, RateLimit, parse_limit
 from server.errors import ServerProblem
-from server.routes import LimitClass
+from server.routing import LimitClass
 
 MAX_COUNTERS = 10_000
 """Some 2 MB. Past it the counters used least recently are forgotten: nobody can fill the memory."""

@@ -15,11 +15,12 @@ from server.api.schemas import ModelPathSchema, ModelVersionPathSchema
 from server.appkeys import BODIES, CONFIG, DEMAND, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
-from server.compression import chosen_encoding, compress, decompress
-from server.connections.bodies import Share
-from server.connections.direct import DirectResponse
 from server.errors import ServerProblem, errors
-from server.routes import Access, LimitClass, Route
+from server.http.compression import chosen_encoding, compress, decompress
+from server.http.limits import Share
+from server.http.responses import DirectResponse
+from server.http.validation import path_parameters, read_encoded_body
+from server.routing import Access, LimitClass, Route
 from server.v2.codec import (
     HEADER_LENGTH,
     InferenceRequest,
@@ -37,7 +38,6 @@ from server.v2.metadata import (
     ReadySchema,
     metadata,
 )
-from server.validation import path_parameters, read_encoded_body
 
 
 class NotReady(ServerProblem):

@@ -13,16 +13,16 @@ from aiohttp_apispec import docs, match_info_schema, response_schema
 from marshmallow import fields
 
 from events.models import ModelState
-from runtime.live import LiveLoad
+from runtime.consumer.loads import LiveLoad
 from runtime.router import Route as ModelRoute
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema
 from server.appkeys import CONSUMER, LOG, ROUTER
 from server.errors import errors
-from server.routes import Access, LimitClass, Route
+from server.http.validation import path_parameters
+from server.routing import Access, LimitClass, Route
 from server.v2.codec import HEADER_LENGTH
 from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
-from server.validation import path_parameters
 
 MAX_BODY_BYTES = 64 * 2**20
 """Triton's default (`--http-max-input-size`)."""

@@ -17,8 +17,9 @@ from events.errors import LedgerProblem
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log
 from events.models import Model, ModelState
-from events.reader import Reader
+from events.sqlite.reader import Reader
 from events.types import Cause
+from runtime.consumer.usage import Leases
 from runtime.errors import (
     InferenceTimeout,
     InvalidModelId,
@@ -27,7 +28,6 @@ from runtime.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from runtime.leases import Leases
 from runtime.router import ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
 from server.errors import ServerProblem
 

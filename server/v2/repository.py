@@ -21,12 +21,13 @@ from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
 from runtime.repository import Repository
 from server.api.jobs import carry_out, job_path
-from server.api.parameters import requested_load
+from server.api.models import requested_load
 from server.api.schemas import AnswerSchema, ModelPathSchema
 from server.appkeys import LOG, REPOSITORY
 from server.auth.gate import PRINCIPAL
 from server.errors import ERRORS, ServerProblem, errors
-from server.routes import Access, LimitClass, Route
+from server.http.validation import path_parameters
+from server.routing import Access, LimitClass, Route
 from server.v2.tritonconfig import (
     INDEX_BODY,
     LOAD_BODY,
@@ -36,7 +37,6 @@ from server.v2.tritonconfig import (
     check_unload,
     read_object,
 )
-from server.validation import path_parameters
 
 Entry = dict[str, str]
 ReadyState = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]

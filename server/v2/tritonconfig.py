@@ -17,10 +17,10 @@ from marshmallow import fields
 from events.jobs import LoadParameters
 from runtime.repository import MODEL_FILE
 from runtime.wire import DATATYPES, TensorSpec
-from server import strictjson
 from server.api.schemas import AnswerSchema
 from server.errors import ServerProblem
-from server.validation import MAX_JSON_BYTES, InvalidBody, read_body
+from server.http import validation
+from server.http.validation import MAX_JSON_BYTES, InvalidBody, read_body
 
 PLATFORM = "onnxruntime_onnx"
 """What Triton calls ONNX models."""
@@ -234,8 +234,8 @@ def asked_ready(body: Mapping[str, Any]) -> bool:
 
 def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
-        value = strictjson.loads(text)
-    except strictjson.InvalidJson as error:
+        value = validation.loads(text)
+    except validation.InvalidJson as error:
         raise InvalidBody(f"{where}: {error}") from None
     if not isinstance(value, dict):
         raise InvalidBody(f"{where}: Must be a JSON object.")

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from support import models
-from support.clientmodels import (
+from support.clients import (
     CLIENT_MODELS,
     ELEMENTS,
+    Blocked,
     ServedClients,
+    connected,
     floats,
     sample,
     serving_clients,
     tensor,
 )
-from support.clients import Blocked, connected
-from support.process import Server
-from support.standing import bearer
+from support.servers import Server, bearer
 from tritonclient.utils import InferenceServerException
 
 from loadledger import ServerError

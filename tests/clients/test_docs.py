@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.pages import ROOT, blocks, expected, printed_as, run_page
-from support.process import Server, clean_environment
-from support.standing import standing
+from support.servers import Server, clean_environment, standing
 from yarl import URL
 
 PAGES = ("curl", "tritonclient", "kserve")

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 from support import models
-from support.clientmodels import client_repository
-from support.process import Server, clean_environment
-from support.standing import address, bearer, standing
+from support.clients import client_repository
+from support.servers import Server, address, bearer, clean_environment, standing
 from tritonclient.http import InferenceServerClient
 
 PROGRAM = os.environ.get("PERF_ANALYZER") or shutil.which("perf_analyzer")

@@ -13,14 +13,12 @@ from typing import Any
 import aiohttp
 import pytest
 from support import models
-from support.bareonnx import cases
-from support.binary import Value, binary_answer, binary_request
+from support.clients import Value, binary_answer, binary_request
 from support.http import LIMIT_S
-from support.onnxcases import Asked, Case, compare, deadly_cases
-from support.process import serving
-from support.standing import bearer
+from support.onnxcases import Asked, Case, cases, compare, deadly_cases
+from support.servers import bearer, serving
 
-from runtime.defaults import DEFAULTS_FILE
+from runtime.modeldefaults import DEFAULTS_FILE
 from server.config import Config
 
 ALL = os.environ.get("CONFORMANCE") == "all"

@@ -1,6 +1,6 @@
 """What the writer decides: after these facts, a command is accepted, joined to a job, or refused.
 
-`support.events.STEPS` explains the words; new events are called `new`.
+`support.history.STEPS` explains the words; new events are called `new`.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import structs
-from support.events import FEWER, MODEL, History, at, drafts, fold, given, ids
+from support.history import FEWER, MODEL, History, at, drafts, fold, given, ids
 
 from events.accept import MAX_QUEUE, Accepted, Decision, Existing, Refused, accept
 from events.commands import Command, FileStat, Record, RequestCancel, RequestLoad, RequestUnload

@@ -12,35 +12,39 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, START, child, opened, write
-from support.ledgers import (
+from support.fleet import of_both
+from support.history import (
+    FEWER,
     SIGN,
+    START,
     change_ledger,
+    child,
     copy_of,
+    opened,
     rows_of,
     sound_ledger,
     stored,
+    write,
     write_and_be_killed,
     write_ledger,
 )
-from support.soak import of_both
 
-from events import archive as module
-from events import history, rebuild, snapshots
-from events.archive import Moved, archive
-from events.archivefile import ExportReader, audit_file, lines_of
-from events.archives import ArchivedTo
-from events.audit import audit
-from events.basestate import base_state_digest, read_base, read_base_state
-from events.bodies import from_body
+from events.audit import archive as module
+from events.audit.archive import Moved, archive
+from events.audit.archivechain import ArchivedTo
+from events.audit.audit import audit
+from events.audit.exportreader import ExportReader, audit_file, lines_of
+from events.audit.signing import Base
+from events.audit.verify import Kind, verify
 from events.clock import stamp
+from events.codec import from_body
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
-from events.history import BadMoment
-from events.schema import connect, schema_of
-from events.signing import Base
+from events.sqlite import history, snapshots, storage
+from events.sqlite.base import base_state_digest, read_base, read_base_state
+from events.sqlite.history import BadMoment
+from events.sqlite.queries import Row, as_text
+from events.sqlite.schema import connect, schema_of
 from events.state import State
-from events.store import Row, as_text
-from events.verify import Kind, verify
 
 LATER = START + timedelta(days=30)
 LEDGER = sound_ledger(3, snapshots_every=13)
@@ -115,7 +119,7 @@ def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
             for model in history.state_at(connection, HEAD).models.values():
                 assert model.serving is None or model.serving.load_job_id in job_ids(path)
             kept = stored(path, "jobs", "models")
-            rebuild.rebuild(connection)
+            storage.rebuild(connection)
         assert stored(path, "jobs", "models") == kept
         assert verify(path).verified
 
@@ -228,8 +232,8 @@ ARCHIVE_AND_DIE = """
 import os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from support.ledgers import SIGN
-from events.archive import archive
+from support.history import SIGN
+from events.audit.archive import archive
 path, last = Path(sys.argv[1]), int(sys.argv[2])
 left = last
 def at_each_line(frame, event, argument):
@@ -304,7 +308,7 @@ def test_base_state_of_an_earlier_release_is_understood() -> None:
             connection.execute("UPDATE archives SET state_sha256 = ?", (base_state_digest(connection, 19),))
             connection.execute("UPDATE projected SET folds = 1")
             snapshots.forget(connection, 19)
-            rebuild.rebuild(connection)
+            storage.rebuild(connection)
             snapshots.write(connection, HEAD)
             bodies = connection.execute("SELECT position, body FROM model_snapshots").fetchall()
         assert {position for position, body in bodies if "prepared" in body} == {HEAD}

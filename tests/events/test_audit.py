@@ -8,16 +8,25 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.events import FEWER, PLAIN, START
-from support.ledgers import SIGN, change_ledger, copy_of, flip_byte, rows_of, sound_ledger
-from support.soak import of_both
+from support.fleet import of_both
+from support.history import (
+    FEWER,
+    PLAIN,
+    SIGN,
+    START,
+    change_ledger,
+    copy_of,
+    flip_byte,
+    rows_of,
+    sound_ledger,
+)
 
-from events import rebuild
-from events.archive import archive
-from events.audit import audit
+from events.audit.archive import archive
+from events.audit.audit import audit
+from events.audit.verify import Expected, Finding, Kind, parse_expected
 from events.errors import Archived, LedgerProblem, LogUnavailable
-from events.findings import Expected, Finding, Kind, parse_expected
-from events.schema import connect
+from events.sqlite import storage
+from events.sqlite.schema import connect
 
 MANY = settings(PLAIN, max_examples=of_both(short=60, long=1_000))
 ANSWERS = (
@@ -132,7 +141,7 @@ def test_truncated_log_is_found_by_the_expected_head(length: int) -> None:
             connection.execute("DROP TRIGGER events_never_go")
             connection.execute("DELETE FROM events WHERE position > ?", (length,))
             connection.execute(trigger)
-            rebuild.rebuild(connection)
+            storage.rebuild(connection)
         assert place_of(audited(path, HEAD, ROWS[-1][2])) == (length + 1, Kind.EXPECTATION)
         assert audited(path, length, ROWS[length - 1][2]) is None  # who kept only this cannot know
 

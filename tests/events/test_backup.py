@@ -7,11 +7,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.events import opened, write
-from support.ledgers import change_ledger, rows_of, write_ledger
+from support.history import change_ledger, opened, rows_of, write, write_ledger
 
-from events.audit import audit
-from events.backup import back_up
+from events.audit.audit import audit
+from events.audit.backup import back_up
 from events.errors import ForeignDatabase, LedgerDamaged, LogUnavailable
 
 

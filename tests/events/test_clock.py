@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, at
+from support.history import PLAIN, at
 
 from events.clock import SteadyClock, later, moment, seconds_between, stamp, utc_now, uuid7
 

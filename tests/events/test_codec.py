@@ -11,11 +11,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import INTEGERS, PLAIN, any_data, load_requested, model_loaded
-from support.ledgers import told_history
+from support.history import INTEGERS, PLAIN, any_data, load_requested, model_loaded, told_history
 
-from events.bodies import Exactness, canonical_body, from_body, is_canonical, to_body
-from events.canonical import GENESIS, canonical, chain
+from events.codec import (
+    GENESIS,
+    Exactness,
+    canonical,
+    canonical_body,
+    chain,
+    from_body,
+    is_canonical,
+    to_body,
+)
 from events.errors import NotEncodable
 from events.types import AccessDenied, Event, LoadFailed, WorkerExited
 

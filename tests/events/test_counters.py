@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, PLAIN, History, at, drafts, opened, write
+from support.history import FEWER, MODEL, PLAIN, History, at, drafts, opened, write
 
 from events.commands import Record
+from events.counters import BARE, MAX_CODES, OTHER_CODE, OTHERS, STAGES, Histogram, Names, Observed, Tally
 from events.errors import LogUnavailable
-from events.group import Waiting, decide
-from events.series import OTHERS, Histogram, Names, Observed
+from events.log import Waiting, decide
+from events.sqlite.queries import Head
 from events.state import State
-from events.store import Head
-from events.tally import BARE, MAX_CODES, OTHER_CODE, STAGES, Tally
 from events.types import AccessDenied, Cause, Draft, Durations, LoadStarted, ModelLoaded, Prepared
 
 

@@ -6,15 +6,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.events import child
+from support.history import child
 
+from events.datalock import hold
 from events.errors import DataInUse
-from events.lock import hold
 
 HOLD = """
 import sys
 from pathlib import Path
-from events.lock import hold
+from events.datalock import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.events import opened, write
-from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
+from support.history import SIGN, change_ledger, copy_of, opened, rows_of, sound_ledger, write
 
-from events.archivefile import ExportReader
+from events.audit.export import HEAD_TYPE, PAGE, cloudevents, export, jsonl
+from events.audit.exportreader import ExportReader
+from events.audit.signing import as_signed_head
 from events.errors import LedgerDamaged, LogUnavailable, NothingThere
-from events.export import HEAD_TYPE, PAGE, cloudevents, export, jsonl
-from events.signing import as_signed_head
-from events.store import Row
+from events.sqlite.queries import Row
 
 LEDGER = sound_ledger()
 

@@ -15,15 +15,24 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, child
-from support.ledgers import FAST_FOLDER, OTHER_SIGN, SIGN, copy_of, flip_byte, rows_of, sound_ledger
+from support.history import (
+    FAST_FOLDER,
+    OTHER_SIGN,
+    PLAIN,
+    SIGN,
+    child,
+    copy_of,
+    flip_byte,
+    rows_of,
+    sound_ledger,
+)
 
-from events.archivefile import MAX_LINE, FileAudit, audit_file
+from events.audit.export import Lines, cloudevents, export, jsonl
+from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
+from events.audit.signing import Base, HeadSigner, SignedHead, Statement, key_id
+from events.audit.verify import Expected, Finding, Kind
 from events.errors import LogUnavailable
-from events.export import Lines, cloudevents, export, jsonl
-from events.findings import Expected, Finding, Kind
-from events.signing import Base, HeadSigner, SignedHead, Statement, key_id
-from events.store import Row
+from events.sqlite.queries import Row
 
 with copy_of(sound_ledger()) as _path:
     ROWS = [Row(*row) for row in rows_of(_path)]
@@ -287,7 +296,7 @@ def test_file_that_is_not_regular_is_refused(tmp_path: Path) -> None:
 AUDIT = """
 import resource, sys
 from pathlib import Path
-from events.archivefile import audit_file
+from events.audit.exportreader import audit_file
 resource.setrlimit(resource.RLIMIT_DATA, (300 * 2**20, 300 * 2**20))
 for path in sys.argv[1:]:
     print(audit_file(Path(path)).finding.problem[:200])

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.events import opened
+from support.history import opened
 
-from events import rebuild, store
-from events.bodies import from_body, to_body
-from events.canonical import GENESIS, canonical, chain
-from events.history import state_at
-from events.rebuild import FOLDS
-from events.schema import connect
+from events.audit.verify import verify
+from events.codec import GENESIS, canonical, chain, from_body, to_body
+from events.sqlite import queries, storage
+from events.sqlite.history import state_at
+from events.sqlite.queries import Row, as_text
+from events.sqlite.schema import connect
+from events.sqlite.storage import FOLDS
 from events.state import State
-from events.store import Row, as_text
 from events.types import TYPES, UnloadFailed
-from events.verify import verify
 
 FOLDER = Path(__file__).parents[1] / "histories"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
@@ -43,9 +42,7 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
     for body, expected in zip(bodies(name), told["changes"], strict=True):
         assert to_body(from_body(body)) == body
         changes = state.apply(from_body(body))
-        where = (
-            f"{name} at {state.position}: other texts are stored now, so events.rebuild.FOLDS is to change"
-        )
+        where = f"{name} at {state.position}: other texts are stored now: change events.sqlite.storage.FOLDS"
         assert {key: as_text(model) for key, model in changes.models.items()} == texts(expected["models"]), (
             where
         )
@@ -62,10 +59,10 @@ async def test_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, t
     with closing(connect(path)) as connection:
         for position, body in enumerate(bodies(name), 1):
             digest = chain(digest, body)
-            store.write_group(
+            queries.write_group(
                 connection, [Row(position, body, digest)], state.apply(from_body(body)), entities=0
             )
-        rebuild.rebuild(connection)
+        storage.rebuild(connection)
         assert state_at(connection, state.position).models == state.models
     verification = verify(path)
     assert verification.verified, verification.finding

@@ -11,15 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import FEWER, START, History, as_event, at, drafts, opened, write
-from support.ledgers import FAST_FOLDER, overwrite_pages
+from support.history import (
+    FAST_FOLDER,
+    FEWER,
+    START,
+    History,
+    as_event,
+    at,
+    drafts,
+    opened,
+    overwrite_pages,
+    write,
+)
 
-from events import rebuild, snapshots, store
-from events.basestate import write_base_state
-from events.bodies import to_body
-from events.canonical import GENESIS, chain
+from events.codec import GENESIS, chain, to_body
 from events.errors import Archived, LogUnavailable
-from events.history import (
+from events.jobs import Job, JobStatus
+from events.sqlite import queries, snapshots, storage
+from events.sqlite.base import write_base_state
+from events.sqlite.history import (
     BadMoment,
     BeyondHead,
     Moment,
@@ -30,10 +40,9 @@ from events.history import (
     parse_time,
     state_at,
 )
-from events.jobs import Job, JobStatus
-from events.schema import connect
+from events.sqlite.queries import Row
+from events.sqlite.schema import connect
 from events.state import State
-from events.store import Row
 from events.types import Event, LoadRequested, UnloadRequested
 
 
@@ -48,7 +57,7 @@ def ledger(events: list[Event], snapshots_at: frozenset[int] = frozenset()) -> I
         for event in events:
             digest = chain(digest, body := to_body(event))
             changes = state.apply(event)
-            store.write_group(connection, [Row(event.position, body, digest)], changes, entities=0)
+            queries.write_group(connection, [Row(event.position, body, digest)], changes, entities=0)
             if event.position in snapshots_at:
                 snapshots.write(connection, event.position)
         yield connection
@@ -220,7 +229,7 @@ def test_base_snapshot_survives_a_rebuild_and_is_missed() -> None:
         expected = state_at(connection, 10)
         archive(connection, 5)
         listed = jobs_at(connection, 10)
-        rebuild.rebuild(connection)
+        storage.rebuild(connection)
         assert jobs_at(connection, 10) == listed
         assert connection.execute("SELECT position FROM snapshots").fetchall() == [(5,)]
         assert state_at(connection, 10).models == expected.models
@@ -287,7 +296,7 @@ async def test_damaged_snapshot_is_skipped_and_logged_once(
         connection.execute(damage.replace("= 8", "= 5"))
         assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
         assert len(caplog.records) == 2
-        rebuild.rebuild(connection)
+        storage.rebuild(connection)
         assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
     assert len(caplog.records) == 2
 

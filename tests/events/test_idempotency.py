@@ -13,9 +13,10 @@ from hypothesis import example
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import FEWER, MODEL, PLAIN, START, History, at, given, ids, load_requested, opened
+from support.history import FEWER, MODEL, PLAIN, START, History, at, given, ids, load_requested, opened
 
 from events.accept import Accepted, Decision, Existing, Refused, accept
+from events.audit.verify import verify
 from events.commands import (
     KEPT_S,
     Command,
@@ -40,7 +41,6 @@ from events.types import (
     UnloadRequested,
     recorded,
 )
-from events.verify import verify
 
 KEY = Idempotency("k", "f")
 OTHER_REQUEST = Idempotency("k", "g")

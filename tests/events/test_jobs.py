@@ -1,9 +1,9 @@
-"""The fold of jobs: after these facts, a job reads so. `support.events.STEPS` explains the words."""
+"""The fold of jobs: after these facts, a job reads so. `support.history.STEPS` explains the words."""
 
 import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, History, as_event, at, drafts, given, load_requested, model_loaded
+from support.history import FEWER, MODEL, History, as_event, at, drafts, given, load_requested, model_loaded
 
 from events.jobs import Failure, Job, JobKind, JobStatus, LoadParameters, UnloadParameters, evolve_job
 from events.types import (

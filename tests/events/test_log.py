@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, START, at, child, facts, ids, opened, write
+from support.history import FEWER, MODEL, START, at, child, facts, ids, opened, write
 
-from events.bodies import from_body
+from events.audit.verify import verify
 from events.clock import stamp
+from events.codec import from_body
 from events.commands import Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import LogClosed, NotEncodable, RequestRefused
 from events.log import MAX_GROUP, Log, Receipt
 from events.types import SYSTEM, Draft, LoadFailed, LoadStarted, ServerStarted, ServerStopped
-from events.verify import verify
 
 LIMIT_S = 60
 """Only against hanging."""
@@ -74,7 +74,7 @@ async def test_receipt_means_event_is_on_disk(path: Path) -> None:
 SUBMIT_FOR_EVER = """
 import asyncio, sys
 from pathlib import Path
-from support.events import facts, opened
+from support.history import facts, opened
 async def main():
     async with opened(Path(sys.argv[1])) as log:
         async def client(first):

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.events import MODEL, START, at, child, facts, ids, opened, write
+from support.history import MODEL, START, at, child, facts, ids, opened, write
 
 import migrations
-from events.bodies import from_body
+from events.audit.verify import verify
 from events.clock import stamp
+from events.codec import from_body
 from events.commands import Record, RequestLoad
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable, NotEncodable
 from events.log import Log, Receipt
-from events.schema import APPLICATION_ID
+from events.sqlite.schema import APPLICATION_ID
 from events.types import SYSTEM, Draft, LoadFailed, LoadStarted
-from events.verify import verify
 
 LIMIT_S = 60
 """Only against hanging."""
@@ -112,8 +112,8 @@ FILE_SIZE_LIMIT = """
 import asyncio, logging, resource, sys
 from pathlib import Path
 from events.errors import LogUnavailable
-from events.verify import verify
-from support.events import facts, opened, write
+from events.audit.verify import verify
+from support.history import facts, opened, write
 logging.disable()
 async def main(path):
     async with opened(path) as log:
@@ -152,8 +152,8 @@ FSYNC_FAILS = """
 import asyncio, ctypes, logging, os, platform, sys
 from pathlib import Path
 from events.errors import LogUnavailable
-from events.verify import verify
-from support.events import facts, opened, write
+from events.audit.verify import verify
+from support.history import facts, opened, write
 NUMBERS = {"x86_64": (74, 75), "aarch64": (82, 83)}.get(platform.machine())
 LOAD, EQUAL, ANSWER, ALLOW, EIO = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000 | 5
 logging.disable()
@@ -382,7 +382,7 @@ MIGRATE = """
 import sqlite3, sys
 from pathlib import Path
 import migrations
-from events.schema import connect
+from events.sqlite.schema import connect
 assert Path(migrations.__file__).parent == Path(sys.argv[2]) / "migrations", migrations.__file__
 try:
     connect(Path(sys.argv[1])).close()

@@ -1,10 +1,10 @@
-"""The fold of models: after these facts, a model reads so. `support.events.STEPS` explains the words."""
+"""The fold of models: after these facts, a model reads so. `support.history.STEPS` explains the words."""
 
 import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import (
+from support.history import (
     FEWER,
     MODEL,
     STEPS,

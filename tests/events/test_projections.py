@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, START
-from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
+from support.history import FEWER, SIGN, START, change_ledger, copy_of, rows_of, sound_ledger
 
-from events.archive import archive
-from events.projections import StoredJobs
-from events.rebuild import rebuild_file
-from events.verify import Finding, Kind, Verification, verify
+from events.audit.archive import archive
+from events.audit.projections import StoredJobs
+from events.audit.verify import Finding, Kind, Verification, verify
+from events.sqlite.storage import rebuild_file
 
 LEDGER = sound_ledger()
 LONG_LEDGER = sound_ledger(3, snapshots_every=13)

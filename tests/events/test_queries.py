@@ -10,19 +10,17 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.events import FEWER, MODEL, History, as_event, drafts, opened
-from support.ledgers import FAST_FOLDER
+from support.history import FAST_FOLDER, FEWER, MODEL, History, as_event, drafts, opened
 
-from events import store
-from events.bodies import from_body, to_body
-from events.canonical import GENESIS, chain
+from events.audit.verify import verify
+from events.codec import GENESIS, chain, from_body, to_body
 from events.commands import Record
 from events.jobs import Job
-from events.schema import connect
+from events.sqlite import queries
+from events.sqlite.queries import Row
+from events.sqlite.schema import connect
 from events.state import Attempt, State
-from events.store import Row
 from events.types import SYSTEM, Draft, Event, LoadFailed
-from events.verify import verify
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40)
 """All that UTF-8 has."""
@@ -46,7 +44,7 @@ class Ledger:
             previous = (self.rows + group)[-1].hash if self.rows or group else GENESIS
             body = to_body(event)
             group.append(Row(event.position, body, chain(previous, body)))
-        store.write_group(self.connection, group, attempt.changes, entities=0)
+        queries.write_group(self.connection, group, attempt.changes, entities=0)
         attempt.commit()
         self.rows += group
 
@@ -91,11 +89,11 @@ def test_stored_tables_equal_a_fold_of_the_log(groups: list[list[list[Draft]]]) 
             stored = connection.execute("SELECT body, id, created_position, model_id, status FROM jobs")
             for body, *columns in stored.fetchall():
                 job = jobs.pop(columns[0])
-                assert store.as_job(body) == job
+                assert queries.as_job(body) == job
                 assert columns == [job.id, job.created_position, job.model_id, str(job.status)]
             assert not jobs
         assert state.position == sum(len(command) for group in groups for command in group)
-        assert {key: store.as_model(body) for key, body in models} == state.models == live.models
+        assert {key: queries.as_model(body) for key, body in models} == state.models == live.models
         assert live.unended() == state.unended()
         assert live.jobs.keys() == {job.id for job in state.unended()}
         assert asyncio.run(reopen(path)) == live
@@ -124,7 +122,7 @@ def test_group_beside_the_head_is_not_written(ledger: Ledger) -> None:
     ledger.append(told.facts[:2])
     one, two = Row(3, to_body(told.facts[2]), bytes(32)), Row(5, "{}", bytes(32))
     with pytest.raises(sqlite3.IntegrityError):
-        store.write_group(ledger.connection, [one, two], told.state.apply(told.facts[2]), entities=0)
+        queries.write_group(ledger.connection, [one, two], told.state.apply(told.facts[2]), entities=0)
     assert not ledger.connection.in_transaction
     assert ledger.query("SELECT max(position) FROM events") == [(2,)]
     assert ledger.query("SELECT position FROM projected") == [(2,)]
@@ -132,7 +130,7 @@ def test_group_beside_the_head_is_not_written(ledger: Ledger) -> None:
 
 def jobs_of(told: History) -> list[tuple[object, ...]]:
     return [
-        (job.created_position, job.id, store.as_text(job))
+        (job.created_position, job.id, queries.as_text(job))
         for job in sorted(told.state.jobs.values(), key=lambda job: job.created_position)
     ]
 
@@ -149,7 +147,7 @@ def test_removed_job_and_model_are_stored_again_with_their_next_event(ledger: Le
     ledger.append(told.facts[2:])
     assert ledger.query("SELECT created_position, id, body FROM jobs ORDER BY 1") == jobs_of(told)
     assert ledger.query("SELECT id, body FROM models ORDER BY id") == [
-        (model_id, store.as_text(told.model(model_id))) for model_id in (MODEL, "other")
+        (model_id, queries.as_text(told.model(model_id))) for model_id in (MODEL, "other")
     ]
 
 
@@ -165,6 +163,6 @@ def test_repeated_job_id_is_stored_where_it_began_last(groups: list[list[Draft]]
             made.append(events)
             for event in events:
                 changed = state.apply(event).jobs.values()
-                jobs.update({job.id: (job.created_position, store.as_text(job)) for job in changed})
+                jobs.update({job.id: (job.created_position, queries.as_text(job)) for job in changed})
         stored = made.query("SELECT id, created_position, body FROM jobs ORDER BY id")
         assert stored == [(key, *job) for key, job in sorted(jobs.items())]

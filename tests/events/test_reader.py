@@ -10,18 +10,27 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import MODEL, PLAIN, body_of, facts, ids, load_requested, opened, write
-from support.ledgers import change_ledger
+from support.history import MODEL, PLAIN, body_of, change_ledger, facts, ids, load_requested, opened, write
 
-from events import listing
 from events.commands import Record
 from events.errors import Archived, ForeignDatabase, FutureSchema, LogUnavailable
-from events.history import BeyondHead
 from events.jobs import JobStatus
-from events.listing import INDEXES, Asked, EventPage, page_sql, probe_sql
 from events.log import Log
-from events.reader import Page, Reader, open_reader
-from events.stored import EventFilter, StoredEvent, hash_of
+from events.sqlite import reader
+from events.sqlite.history import BeyondHead
+from events.sqlite.reader import (
+    INDEXES,
+    Asked,
+    EventFilter,
+    EventPage,
+    Page,
+    Reader,
+    StoredEvent,
+    hash_of,
+    open_reader,
+    page_sql,
+    probe_sql,
+)
 from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, LoadStarted, ServerStopped
 
 ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)
@@ -114,7 +123,7 @@ def test_all_event_pages_together_are_what_was_asked_for(filled: Path, asked: As
                 assert pages[-1].seen == NUMBER
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(listing, "SCAN", scan)
+        patch.setattr(reader, "SCAN", scan)
         asyncio.run(run())
 
 

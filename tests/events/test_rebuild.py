@@ -11,19 +11,27 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, History, as_event, drafts, opened, write
-from support.ledgers import FAST_FOLDER, change_ledger, told_history
+from support.history import (
+    FAST_FOLDER,
+    FEWER,
+    History,
+    as_event,
+    change_ledger,
+    drafts,
+    opened,
+    told_history,
+    write,
+)
 
-from events import rebuild, store
-from events.bodies import to_body
-from events.canonical import GENESIS, chain
+from events.audit.verify import verify
+from events.codec import GENESIS, chain, to_body
 from events.errors import LogUnavailable
 from events.jobs import Job
-from events.rebuild import FOLDS, PAGE, is_current
-from events.schema import APPLICATION_ID, connect
+from events.sqlite import queries, storage
+from events.sqlite.schema import APPLICATION_ID, connect
+from events.sqlite.storage import FOLDS, PAGE, is_current
 from events.state import State
 from events.types import Draft, Event
-from events.verify import verify
 
 HISTORY = told_history()
 
@@ -47,7 +55,7 @@ def write_schema_1(path: Path, facts: list[Event]) -> None:
             digest = chain(digest, body := to_body(event))
             connection.execute("INSERT INTO events (position, body, hash) VALUES (?, ?, ?)",
                                (event.position, body, digest))  # fmt: skip
-            store.write_projections(
+            queries.write_projections(
                 connection, changes.models.values(), changes.jobs.values(), event.position
             )
         connection.execute("UPDATE jobs SET body = json_remove(body, '$.cancel_requested')")
@@ -111,8 +119,8 @@ def test_rebuilt_projections_equal_those_of_the_writer(told: list[Draft]) -> Non
         state, jobs = State(), dict[str, Job]()
         for event in facts:
             jobs.update(state.apply(event).jobs)
-        expected = [(key, store.as_text(job), job.created_position) for key, job in sorted(jobs.items())]
-        models = [(key, store.as_text(model)) for key, model in sorted(state.models.items())]
+        expected = [(key, queries.as_text(job), job.created_position) for key, job in sorted(jobs.items())]
+        models = [(key, queries.as_text(model)) for key, model in sorted(state.models.items())]
         assert stored(path) == [*expected, *models, (1, len(facts), FOLDS)]
         verification = verify(path)
         assert verification.verified, verification.finding
@@ -138,7 +146,7 @@ def test_projections_are_rebuilt_for_other_folds_only(path: Path) -> None:
         assert stored(path) == sound
     with closing(connect(path)) as connection:
         assert is_current(connection)
-        rebuild.rebuild(connection)
+        storage.rebuild(connection)
     assert stored(path) == sound
     change_ledger(path, "DELETE FROM models WHERE id = 'other'")
     open_once(path)
@@ -186,7 +194,7 @@ def test_rebuild_names_keys_that_became_bytes(path: Path, table: str, key: str) 
     open_once(path)
     sound = stored(path)
     change_ledger(path, f"UPDATE {table} SET id = CAST(id AS BLOB)", keeps_triggers=True)
-    differences = rebuild.rebuild_file(path).differences
+    differences = storage.rebuild_file(path).differences
     assert f"the stored {table} lacked {key!r}" in differences
     assert f"the stored {table} had, and the log does not give, {key.encode()!r}" in differences
     assert stored(path) == sound

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import FEWER, START
-from support.ledgers import (
+from support.history import (
+    FEWER,
     OTHER_SIGN,
     SIGN,
+    START,
     change_ledger,
     copy_of,
     flip_byte,
@@ -25,20 +26,19 @@ from support.ledgers import (
     stored,
 )
 
-from events import rebuild
-from events.archive import archive
-from events.archivefile import audit_file
-from events.archives import BadArchive
-from events.audit import audit
-from events.basestate import base_state_digest
+from events.audit.archive import archive
+from events.audit.archivechain import BadArchive
+from events.audit.audit import audit, replay
+from events.audit.export import export, jsonl
+from events.audit.exportreader import audit_file
+from events.audit.signing import HeadSigner, key_id
+from events.audit.verify import Expected, Finding, Kind
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
-from events.export import export, jsonl
-from events.findings import Expected, Finding, Kind
-from events.history import BeyondHead, Moment
-from events.replay import replay
-from events.schema import connect, opened_to_read
-from events.signing import HeadSigner, key_id
-from events.store import as_text
+from events.sqlite import storage
+from events.sqlite.base import base_state_digest
+from events.sqlite.history import BeyondHead, Moment
+from events.sqlite.queries import as_text
+from events.sqlite.schema import connect, opened_to_read
 
 LATER = START + timedelta(days=30)
 LEDGER = sound_ledger(3, seconds=0.5)
@@ -250,7 +250,7 @@ def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
                 "UPDATE archives SET state_sha256 = ? WHERE last_position = 19",
                 (base_state_digest(connection, 19),),
             )
-            rebuild.rebuild(connection)
+            storage.rebuild(connection)
         assert audit(path).finding is None  # who can write the file can write its hash, too
         found = audit(path, archives=files)
         assert place_of(found.finding) == (19, Kind.BASE)
@@ -267,7 +267,7 @@ def test_newer_export_shows_that_the_log_was_cut() -> None:
         assert audit(path, files=files).compared == ((late, None),)
         change_ledger(path, f"DELETE FROM events WHERE position = {HEAD}")
         with closing(connect(path)) as connection:
-            rebuild.rebuild(connection)
+            storage.rebuild(connection)
             connection.execute("PRAGMA journal_mode = DELETE")
         found = audit(path, files=files)
         assert (found.at, *place_of(found.finding)) == (late, HEAD, Kind.EXPECTATION)

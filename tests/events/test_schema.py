@@ -5,12 +5,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.ledgers import change_ledger, copy_of, sound_ledger
+from support.history import change_ledger, copy_of, sound_ledger
 
-from events.audit import audit
-from events.backup import back_up
-from events.findings import Kind
-from events.schema import APPLICATION_ID, _migrations, connect, schema_difference
+from events.audit.audit import audit
+from events.audit.backup import back_up
+from events.audit.verify import Kind
+from events.sqlite.schema import APPLICATION_ID, _migrations, connect, schema_difference
 
 LEDGER = sound_ledger()
 

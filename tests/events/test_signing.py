@@ -10,10 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, at
-from support.ledgers import OTHER_SIGN, SIGN
+from support.history import OTHER_SIGN, PLAIN, SIGN, at
 
-from events.signing import Base, Statement, as_signed_head, key_id
+from events.audit.signing import Base, Statement, as_signed_head, key_id
 
 HASHES = st.binary(min_size=32, max_size=32)
 STATEMENTS = st.builds(

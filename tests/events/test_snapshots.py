@@ -8,16 +8,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from support.events import History, facts, load_requested, opened
-from support.ledgers import FAST_FOLDER, append_events, overwrite_pages
+from support.history import (
+    FAST_FOLDER,
+    History,
+    append_events,
+    facts,
+    load_requested,
+    opened,
+    overwrite_pages,
+)
 
-from events import snapshots
+from events.audit.verify import verify
 from events.commands import Record
-from events.rebuild import FOLDS
-from events.schema import connect
-from events.snapshots import EVERY
+from events.sqlite import snapshots
+from events.sqlite.schema import connect
+from events.sqlite.snapshots import EVERY
+from events.sqlite.storage import FOLDS
 from events.types import SYSTEM, Draft, LoadFailed
-from events.verify import verify
 
 
 @pytest.fixture

@@ -10,21 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import FEWER, MODEL, History, as_event, drafts, fold, opened
-from support.ledgers import told_history
+from support.history import FEWER, MODEL, History, as_event, drafts, fold, opened, told_history
 
-from events import jobs, models, rebuild, snapshots, store
-from events.bodies import from_body, to_body
-from events.canonical import GENESIS, chain
-from events.history import state_at
+from events import jobs, models
+from events.audit.verify import verify
+from events.codec import GENESIS, chain, from_body, to_body
 from events.jobs import Job
 from events.models import Serving
-from events.rebuild import FOLDS
-from events.schema import connect
+from events.sqlite import queries, snapshots, storage
+from events.sqlite.history import state_at
+from events.sqlite.queries import Row
+from events.sqlite.schema import connect
+from events.sqlite.storage import FOLDS
 from events.state import Attempt, Entities, State, in_queue
-from events.store import Row
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
-from events.verify import verify
 
 # Queues of unended jobs.
 
@@ -217,7 +216,7 @@ def write_ledger(path: Path, bodies: Sequence[str], snapshots_at: frozenset[int]
         for position, body in enumerate(bodies, 1):
             digest = chain(digest, body)
             changes = state.apply(from_body(body))
-            store.write_group(connection, [Row(position, body, digest)], changes, entities=0)
+            queries.write_group(connection, [Row(position, body, digest)], changes, entities=0)
             if position in snapshots_at:
                 snapshots.write(connection, position)
     return state
@@ -231,7 +230,7 @@ def fold_events(events: Sequence[Event]) -> State:
 
 
 def texts(state: State) -> list[str]:
-    return [*sorted(map(store.as_text, state.models.values())), *map(store.as_text, state.unended())]
+    return [*sorted(map(queries.as_text, state.models.values())), *map(queries.as_text, state.unended())]
 
 
 def texts_at_each_position(connection: sqlite3.Connection, last: int) -> list[list[str]]:
@@ -254,7 +253,7 @@ def test_replay_from_snapshot_is_replay_from_zero(events: list[Event], at: froze
                 assert (near.position, near.recorded_at) == (zero.position, zero.recorded_at)
                 assert near.position == position
             before = texts_at_each_position(connection, len(events))
-            rebuild.rebuild(connection)
+            storage.rebuild(connection)
             assert texts_at_each_position(connection, len(events)) == before
         assert verify(path).verified
 

@@ -6,19 +6,27 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.events import child, opened, write
-from support.ledgers import SIGN, change_ledger, rows_of, write_and_be_killed, write_ledger
+from support.history import (
+    SIGN,
+    change_ledger,
+    child,
+    opened,
+    rows_of,
+    write,
+    write_and_be_killed,
+    write_ledger,
+)
 
-from events.archive import archive
-from events.audit import audit
-from events.backup import back_up
+from events.audit.archive import archive
+from events.audit.audit import audit
+from events.audit.backup import back_up
+from events.audit.export import export, jsonl
+from events.audit.verify import Expected, Kind
 from events.clock import utc_now
-from events.copies import lacks_wal, wants_wal
 from events.errors import IncompleteCopy, LogUnavailable
-from events.export import export, jsonl
-from events.findings import Expected, Kind
 from events.log import Log
-from events.rebuild import FOLDS, rebuild_file
+from events.sqlite.schema import lacks_wal, wants_wal
+from events.sqlite.storage import FOLDS, rebuild_file
 
 
 @pytest.fixture
@@ -197,8 +205,8 @@ READ_ONLY = """
 import asyncio, ctypes, logging, sys
 from pathlib import Path
 from events.errors import LogUnavailable
-from events.verify import verify
-from support.events import facts, opened, write
+from events.audit.verify import verify
+from support.history import facts, opened, write
 logging.disable()
 async def main(folder):
     path = folder / "ledger.db"

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, facts, opened, write
+from support.history import PLAIN, facts, opened, write
 
 from events import tail as module
-from events.history import BeyondHead
 from events.log import Log
-from events.reader import open_reader
-from events.stored import EventFilter, StoredEvent
+from events.sqlite.history import BeyondHead
+from events.sqlite.reader import EventFilter, StoredEvent, open_reader
 from events.tail import Batch, Ring, Tail, Tails
 
 LIMIT_S = 60

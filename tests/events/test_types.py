@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.events import FEWER, INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
+from support.history import FEWER, INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
 
-from events.bodies import from_body, to_body
-from events.canonical import canonical
+from events.codec import canonical, from_body, to_body
 from events.types import (
     SCHEMA,
     TYPES,

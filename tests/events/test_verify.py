@@ -12,14 +12,12 @@ from typing import NamedTuple
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.events import PLAIN, facts, opened
-from support.ledgers import change_ledger, copy_of, flip_byte, rows_of, sound_ledger
+from support.history import PLAIN, change_ledger, copy_of, facts, flip_byte, opened, rows_of, sound_ledger
 
-from events.bodies import from_body
-from events.canonical import canonical
+from events.audit.verify import Finding, Kind, Verification, verify
+from events.codec import canonical, from_body
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable
 from events.types import Unknown
-from events.verify import Finding, Kind, Verification, verify
 
 
 class Row(NamedTuple):

@@ -4,7 +4,7 @@
 
 writes the events to NAME.jsonl and the states that a fold makes of them to NAME.json. Record new scenarios
 only: recorded ones stay as they are, since ledgers like them exist. `--refold` instead of a name makes all
-states anew from the events; use it only together with a new `events.rebuild.FOLDS`.
+states anew from the events; use it only together with a new `events.sqlite.storage.FOLDS`.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from typing import Any
 from support import models
 from support.running import Clock, job_of, running
 
-from events.bodies import from_body, to_body
+from events.codec import from_body, to_body
 from events.commands import FileStat, Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import RequestRefused
 from events.jobs import LoadParameters
 from events.models import ModelState
-from events.reader import open_reader
-from events.rebuild import FOLDS
+from events.sqlite.queries import as_text
+from events.sqlite.reader import open_reader
+from events.sqlite.storage import FOLDS
 from events.state import State
-from events.store import as_text
 from events.types import AccessDenied, Draft, Idempotency
-from runtime.scheduling.sight import Policy
+from runtime.scheduler.view import Policy
 
 HERE = Path(__file__).parent
 BACK_OFF_S = 60

@@ -19,19 +19,9 @@ from support import models
 from support.clients import KINDS, connected
 from support.http import LIMIT_S, when
 from support.models import save
-from support.process import APART, Server, serving
-from support.standing import standing
+from support.servers import APART, Server, serving, standing
 
-from loadledger import (
-    AsyncClient,
-    Busy,
-    Client,
-    Event,
-    Job,
-    JobUnfinished,
-    NotFound,
-    ServerError,
-)
+from loadledger import AsyncClient, Busy, Client, Event, Job, JobUnfinished, NotFound, ServerError
 from server.config import Config
 
 
@@ -121,7 +111,7 @@ def test_lists_page_filter_and_look_back(client: Client, monkeypatch: pytest.Mon
     client.load("b", wait=True)
     client.unload("b", wait=True)
     jobs, events, found = list(client.jobs()), list(client.events()), list(client.models())
-    monkeypatch.setattr("loadledger.listing.PAGE", 2)
+    monkeypatch.setattr("loadledger.stream.PAGE", 2)
     assert list(client.jobs())[-len(jobs) :] == jobs
     assert list(client.events())[: len(events)] == events
     assert [model.id for model in client.models()] == [model.id for model in found]

@@ -7,21 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
-from support.playedcalls import (
-    NDJSON,
-    OutOfAnswers,
-    Played,
-    answer,
-    bookmark,
-    event_line,
-    job,
-    problem,
-)
+from support.clients import NDJSON, OutOfAnswers, Played, answer, bookmark, event_line, job, problem
+from support.history import PLAIN
 
 from loadledger import problems
-from loadledger.asking import RETRY_FOR_S
-from loadledger.exchange import Answer, Request
+from loadledger.jobs import PREFERRED_S
 from loadledger.problems import (
     Archived,
     BadAnswer,
@@ -33,7 +23,7 @@ from loadledger.problems import (
     ServerUnreachable,
 )
 from loadledger.records import Job
-from loadledger.waiting import PREFERRED_S
+from loadledger.requests import RETRY_FOR_S, Answer, Request
 
 GONE = ServerUnreachable("http://h", "connection refused")
 LOST = ServerUnreachable("http://h", "the connection was lost", sent=True)

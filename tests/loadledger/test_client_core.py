@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
-from support.playedcalls import ADDRESS, answer, bookmark, event_line, problem
+from support.clients import ADDRESS, answer, bookmark, event_line, problem
+from support.history import PLAIN
 
 import loadledger
-from loadledger import answers, problems, records
+from loadledger import problems, records, requests
 from loadledger.address import Address, path, query
-from loadledger.asking import LONGEST_PAUSE_S, passes, pause_s, quoted
-from loadledger.exchange import Answer
-from loadledger.lines import Lines, Place, message
 from loadledger.problems import (
     Archived,
     BadAnswer,
@@ -33,6 +30,8 @@ from loadledger.problems import (
     ServerUnreachable,
 )
 from loadledger.records import Event, Job
+from loadledger.requests import LONGEST_BACKOFF_S, Answer, passes, pause_s, quoted
+from loadledger.stream import Lines, Place, message
 from loadledger.tensors import flat, shape_of, tensors
 from server.api.jobs import key_in
 
@@ -132,7 +131,7 @@ def test_invalid_idempotency_key_is_refused(key: str) -> None:
 )
 def test_refusal_raises_by_status(kind: type[ServerError], statuses: list[int]) -> None:
     for status in statuses:
-        error = answers.refusal(problem(status, "some_code", "because", instance="urn:uuid:1"), ADDRESS)
+        error = requests.refusal(problem(status, "some_code", "because", instance="urn:uuid:1"), ADDRESS)
         assert type(error) is kind
         assert (error.status, error.code, error.detail) == (status, "some_code", "because")
         assert error.instance == "urn:uuid:1"
@@ -140,16 +139,16 @@ def test_refusal_raises_by_status(kind: type[ServerError], statuses: list[int]) 
 
 
 def test_archived_refusal_has_position_to_begin_at() -> None:
-    error = answers.refusal(problem(410, "archived", oldest=9, head=20), ADDRESS)
+    error = requests.refusal(problem(410, "archived", oldest=9, head=20), ADDRESS)
     assert isinstance(error, Archived)
     assert (error.oldest, error.after) == (9, 8)
     for oldest in (None, "9", True, -1, 1.5):
-        assert type(answers.refusal(problem(410, "archived", oldest=oldest), ADDRESS)) is ServerError
+        assert type(requests.refusal(problem(410, "archived", oldest=oldest), ADDRESS)) is ServerError
 
 
 def test_redirect_is_refused_with_its_target() -> None:
     for status in (301, 302, 307, 308):
-        error = answers.refusal(answer({}, status, location="https://evil.example/\x1b[2J"), ADDRESS)
+        error = requests.refusal(answer({}, status, location="https://evil.example/\x1b[2J"), ADDRESS)
         assert isinstance(error, ServerError)
         assert error.code == "redirected"
         assert "https://evil.example/" in str(error)
@@ -158,9 +157,9 @@ def test_redirect_is_refused_with_its_target() -> None:
 
 def test_retry_after_is_bounded_seconds() -> None:
     for text, seconds in (("7", 7.0), (" 0 ", 0.0), ("99999999999", 300.0)):
-        assert answers.retry_after_s({"retry-after": text}) == seconds
+        assert requests.retry_after_s({"retry-after": text}) == seconds
     for text in ("-1", "1.5", "soon", ""):
-        assert answers.retry_after_s({"retry-after": text}) is None
+        assert requests.retry_after_s({"retry-after": text}) is None
 
 
 HOSTILE = [
@@ -184,7 +183,7 @@ HOSTILE = [
 def test_hostile_body_is_one_line_without_token(status: int) -> None:
     for body in HOSTILE:
         with pytest.raises(ClientProblem) as caught:
-            answers.value(Answer(status, {"content-type": f"x\x1b{TOKEN}"}, body), Job, ADDRESS)
+            requests.value(Answer(status, {"content-type": f"x\x1b{TOKEN}"}, body), Job, ADDRESS)
         check_line(str(caught.value))
 
 
@@ -230,7 +229,7 @@ def test_event_keeps_line_when_copied_or_pickled() -> None:
 @given(st.integers(200, 599), st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 def test_any_body_is_value_or_problem(status: int, body: bytes) -> None:
     try:
-        answers.value(Answer(status, {}, body), Job, ADDRESS)
+        requests.value(Answer(status, {}, body), Job, ADDRESS)
     except ClientProblem as error:
         assert str(error).isprintable()  # noqa: PT017 - a value is right as well
 
@@ -246,7 +245,7 @@ MEMBERS = st.sampled_from(["code", "detail", "oldest", "instance", "title", "sta
 @PLAIN
 @given(st.integers(300, 599), st.dictionaries(MEMBERS, JSON))
 def test_refusal_with_any_members_is_printable(status: int, members: dict[str, Any]) -> None:
-    error = answers.refusal(Answer(status, {}, msgspec.json.encode(members)), ADDRESS)
+    error = requests.refusal(Answer(status, {}, msgspec.json.encode(members)), ADDRESS)
     assert isinstance(error, ServerError)
     assert error.status == status
     assert str(error).isprintable()
@@ -254,7 +253,7 @@ def test_refusal_with_any_members_is_printable(status: int, members: dict[str, A
 
 def test_unknown_members_are_ignored_and_missing_ones_default() -> None:
     body = answer({"id": "j", "kind": "load", "model_id": "m", "status": "pending", "later": {"x": 1}})
-    job = answers.value(body, Job, ADDRESS)
+    job = requests.value(body, Job, ADDRESS)
     assert (job.id, job.stage, job.ended, job.error) == ("j", None, False, None)
 
 
@@ -284,7 +283,7 @@ def test_back_off_grows_to_limit_and_respects_retry_after(
 ) -> None:
     problem = Busy(503, "unhealthy", "", retry_after_s=after_s)
     pause = pause_s(problem, failures, chance)
-    assert 0 < pause <= max(LONGEST_PAUSE_S, after_s or 0)
+    assert 0 < pause <= max(LONGEST_BACKOFF_S, after_s or 0)
     assert pause >= (after_s or 0)
     assert pause_s(None, failures, chance) <= pause_s(None, failures + 1, chance)
 

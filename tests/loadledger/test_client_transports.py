@@ -12,10 +12,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.certificates import make_pair
-from support.clients import KINDS, connected
-from support.oddserver import LIMIT_S, Script, odd_server, said, staying, streamed
-from support.playedcalls import bookmark, event_line, job
+from support.clients import KINDS, bookmark, connected, event_line, job
+from support.connections import LIMIT_S, Script, make_pair, odd_server, said, staying, streamed
 
 from loadledger import AsyncClient, BadAnswer, ServerError, ServerUnreachable
 
@@ -208,7 +206,7 @@ def test_stream_resumes_where_it_broke_off(kind: str) -> None:
 
 @each_kind
 def test_endless_line_closes_stream(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadledger.lines.Lines.__init__.__defaults__", (1000,))
+    monkeypatch.setattr("loadledger.stream.Lines.__init__.__defaults__", (1000,))
     with odd_server(staying(streamed(b"x" * 2000))) as server, connected(kind, server.url) as client:
         with pytest.raises(BadAnswer, match="2000 bytes"):
             next(client.events(follow=True))
@@ -217,7 +215,7 @@ def test_endless_line_closes_stream(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 @each_kind
 def test_silent_stream_is_opened_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("blocking", "looping"):
+    for module in ("transport", "aiotransport"):
         monkeypatch.setattr(f"loadledger.{module}.SILENCE_S", 1.0)
     away: list[Exception] = []
     scripts = staying(streamed(lines(1))), staying(streamed(lines(2)))

@@ -15,15 +15,9 @@ from support.workers import until
 
 from events.jobs import Failure, JobStatus, LoadParameters
 from events.models import ModelState
-from events.types import (
-    Cause,
-    ModelLoaded,
-    ModelUnloaded,
-    UnloadRequested,
-    WorkerExited,
-)
+from events.types import Cause, ModelLoaded, ModelUnloaded, UnloadRequested, WorkerExited
 from runtime.errors import WorkerDied
-from runtime.processes.pool import WorkerPool
+from runtime.process.pool import WorkerPool
 
 BACK_OFF_S = 60
 """More than any back-off, less than the time for which incidents are remembered."""

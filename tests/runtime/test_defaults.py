@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from support import models
 
-from runtime.defaults import (
+from runtime.errors import InvalidModelId
+from runtime.modeldefaults import (
     DEFAULTS_FILE,
     MAX_DEFAULTS_BYTES,
     InvalidDefaults,
@@ -17,7 +18,6 @@ from runtime.defaults import (
     read_defaults,
     read_warm_up,
 )
-from runtime.errors import InvalidModelId
 from runtime.repository import Repository
 from runtime.wire import Tensor
 

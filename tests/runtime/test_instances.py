@@ -14,10 +14,10 @@ from support.workers import computing, freeze, until
 from events.jobs import JobStatus, LoadParameters
 from events.models import ModelState
 from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
+from runtime.consumer.loads import LiveLoad
 from runtime.errors import WorkerDied
-from runtime.live import LiveLoad
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import Worker
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
 
 TWO = LoadParameters(instances=2)
 THREE = LoadParameters(instances=3)

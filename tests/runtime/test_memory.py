@@ -9,24 +9,28 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
 from bench.memory import tree_bytes
-from runtime.machine import (
+from runtime.memory import (
     CPU_PRESSURE_PERCENT,
     MEMORY_PRESSURE_PERCENT,
     MemoryLimit,
     MemoryUnknown,
     Pressure,
     budget_bytes,
+    data_bytes,
+    descendants,
     is_under_pressure,
     memory_limit,
     parse_cgroups,
+    parse_field,
     parse_limit,
+    parse_private,
     parse_some_percent,
     pressure,
+    private_bytes,
 )
-from runtime.memory import data_bytes, descendants, parse_field, parse_private, private_bytes
 
 GB = 2**30
 MACHINE = MemoryLimit(24684096 * 1024, "machine")

@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import models
-from support.events import PLAIN, History
+from support.history import PLAIN, History
 from support.running import Engine, running
 from support.workers import LIMIT_S
 
 from events.jobs import Job, JobStatus, LoadParameters
 from events.models import Footprint, Model
 from events.types import LoadedFile, ModelLoaded
-from runtime import needs as needs_module
-from runtime.needs import BYTES_PER_MODEL_BYTE, WORKER_BYTES, Need, Needs, need_bare, need_of
+from runtime import estimates as needs_module
+from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES, Need, Needs, need_bare, need_of
 from runtime.repository import FileStat, Repository
-from runtime.scheduling.sight import Policy
+from runtime.scheduler.view import Policy
 
 MODEL = FileStat("model.onnx", 1000, 1)
 WEIGHTS = FileStat("weights.bin", 5000, 2)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from support import models
-from support.events import PLAIN
+from support.history import PLAIN
 from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value, varint
 
 from runtime.errors import LoadRefused

@@ -18,14 +18,10 @@ from events.commands import RequestCancel
 from events.errors import LogUnavailable
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.types import (
-    Cause,
-    LoadRequested,
-    WorkerExited,
-)
+from events.types import Cause, LoadRequested, WorkerExited
 from runtime.errors import WorkerDied
-from runtime.processes.pool import WorkerPool
-from runtime.scheduling.scheduler import MAX_INCIDENTS
+from runtime.process.pool import WorkerPool
+from runtime.scheduler.scheduler import MAX_INCIDENTS
 
 BACK_OFF_S = 60
 """More than any back-off, less than the time for which incidents are remembered."""

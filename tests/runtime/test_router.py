@@ -24,7 +24,7 @@ from runtime.errors import (
     UnknownModel,
     WorkerDied,
 )
-from runtime.processes.pool import WorkerPool
+from runtime.process.pool import WorkerPool
 from runtime.router import ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
 
 

@@ -5,14 +5,13 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
+from events.counters import Names
 from events.jobs import LoadParameters
-from events.series import Names
-from runtime.leases import Leases
-from runtime.live import LiveLoad
+from runtime.consumer.loads import LiveLoad
+from runtime.consumer.usage import Leases, Totals
 from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, Statistics
-from runtime.totals import Totals
 from runtime.wire import Outcome
 
 COUNT = st.integers(0, 2**63 - 1)

@@ -19,11 +19,11 @@ from events.errors import LogUnavailable
 from events.jobs import LoadParameters
 from events.models import ModelState
 from events.types import Cause, UnloadRequested
-from runtime import consumer as consumer_module
 from runtime import memory
-from runtime.consumer import Upkeep
-from runtime.processes.pool import WorkerPool
-from runtime.scheduling.sight import Policy
+from runtime.consumer import consumer as consumer_module
+from runtime.consumer.consumer import Upkeep
+from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import Policy
 from runtime.wire import Tensor
 
 GROWTH_BYTES = 40_000_000

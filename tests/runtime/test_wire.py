@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
 from runtime import wire
 from runtime.frames import CHUNK_BYTES, FrameReader

@@ -8,10 +8,10 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
 from runtime.wire import Buffer
-from server.compression import (
+from server.http.compression import (
     CODINGS,
     INLINE_BYTES,
     MalformedCoding,
@@ -21,7 +21,7 @@ from server.compression import (
     decompress,
     decompressed,
 )
-from server.validation import BodyTooLarge, UnsupportedMediaType
+from server.http.validation import BodyTooLarge, UnsupportedMediaType
 
 MIB = 2**20
 PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}

@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from loadledger.cli import profile
+from loadledger.cli import server
 from loadledger.cli.main import SECTIONS, find, main
 from server.check import find_unusable_paths, load_config
 from server.config import Config, ConfigError, parse_limit, parse_size, settings
@@ -315,7 +315,7 @@ def test_unknown_variable_is_named_with_a_suggestion(name: str, advice: str) -> 
 
 
 def test_variables_of_commands_and_compose_are_known() -> None:
-    read = {profile.URL, profile.TOKEN, profile.CA, profile.PROFILE, CONFIG_VARIABLE}
+    read = {server.URL, server.TOKEN, server.CA, server.PROFILE, CONFIG_VARIABLE}
     for name in (name for names in SECTIONS.values() for name in names):
         command = find(name)
         for each in [command, *(command.commands.values() if isinstance(command, click.Group) else ())]:

@@ -14,12 +14,12 @@ from aiohttp.test_utils import TestClient
 from aiohttp_apispec import json_schema
 from marshmallow import Schema
 from pytest_aiohttp import AiohttpClient
-from support.smallapp import bearer, route, small_app, small_config
+from support.http import bearer, route, small_app, small_config
 
 from server.config import Config
 from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem, errors
-from server.routes import Access, LimitClass
-from server.validation import read_body
+from server.http.validation import read_body
+from server.routing import Access, LimitClass
 
 Client = TestClient[web.Request, web.Application]
 AnswerOf = Callable[..., Awaitable[tuple[aiohttp.ClientResponse, dict[str, Any]]]]

@@ -14,8 +14,8 @@ from server.appkeys import OPENAPI
 from server.config import Config
 from server.errors import ERRORS
 from server.openapi import error_codes, openapi_yaml
-from server.routes import ROUTES as ROUTE_TABLE
-from server.routes import Access
+from server.routing import ROUTES as ROUTE_TABLE
+from server.routing import Access
 
 COMMITTED = Path(__file__).parents[2] / "openapi.yaml"
 

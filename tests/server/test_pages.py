@@ -11,14 +11,14 @@ from aiohttp.test_utils import TestClient
 from playwright.async_api import expect
 from pytest_aiohttp import AiohttpClient, AiohttpServer
 from support.browser import chromium, needs_browser
-from support.smallapp import small_app, small_config
+from support.http import small_app, small_config
 
+from server.api.health import show_openapi
+from server.api.pages import console_routes, docs_routes
 from server.app import all_routes
 from server.appkeys import OPENAPI
-from server.health import show_openapi
 from server.openapi import openapi_yaml
-from server.pages import console_routes, docs_routes
-from server.routes import Access, LimitClass, Route
+from server.routing import Access, LimitClass, Route
 
 Client = TestClient[web.Request, web.Application]
 

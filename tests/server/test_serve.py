@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.notify import Notifier
-from server.serve import _fill_standard_streams
+from server.serve import Notifier, _fill_standard_streams
 
 LIMIT_S = 30.0
 

@@ -24,13 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marshmallow import Schema, fields, validate
 from pytest_aiohttp import AiohttpClient
-from support.events import PLAIN
+from support.history import PLAIN
 from yarl import URL
 
 from server.errors import errors_middleware
-from server.strictjson import MAX_DEPTH, InvalidJson, loads
-from server.validation import (
+from server.http.validation import (
+    MAX_DEPTH,
     MAX_JSON_BYTES,
+    InvalidJson,
     NothingSchema,
     ParameterBoolean,
     ParameterInteger,
@@ -38,6 +39,7 @@ from server.validation import (
     StrictInteger,
     header_fields,
     json_body,
+    loads,
     path_parameters,
     query_parameters,
     validation_middleware,

@@ -14,7 +14,7 @@ import pytest
 
 from events.clock import seconds_between
 from events.types import CancelRequested, Cause, JobCancelled
-from runtime.scheduling.actions import (
+from runtime.scheduler.actions import (
     Action,
     CancelJob,
     CompleteLoad,
@@ -34,9 +34,9 @@ from runtime.scheduling.actions import (
     StopPreparing,
     TakeOver,
 )
-from runtime.scheduling.scheduler import decide
-from runtime.scheduling.sight import Conditions, Phase, Policy, Preparation, Running
-from support.events import MODEL, History, at
+from runtime.scheduler.scheduler import decide
+from runtime.scheduler.view import Conditions, Phase, Policy, Preparation, Running
+from support.history import MODEL, History, at
 
 OTHER = "other"
 PAIR = Policy(loads_at_once=2)

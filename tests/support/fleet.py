@@ -1,11 +1,18 @@
-"""Models that tell who answered, many at once, and the clients, counts and looks that soak tests share."""
+"""Models that tell who answered, many at once, and the clients, counts and looks that soak tests share.
+
+Soak tests: a short form always runs, the long one with `SOAK=all`, as `make soak` has it.
+"""
 
 import asyncio
+import os
 import random
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import pytest
 
 from events.types import (
     Event,
@@ -20,7 +27,7 @@ from events.types import (
 from runtime.memory import private_bytes
 from support import models
 from support.http import Answer, Json, when
-from support.process import Server
+from support.servers import Server
 
 TABLE_MB = 4
 """Of one model: enough to be told from what its process has besides, 6 MB."""
@@ -182,3 +189,31 @@ def _private_bytes(pid: int) -> int:
         return private_bytes(pid)
     except ProcessLookupError:
         return 0
+
+
+T = TypeVar("T")
+
+SOAK = os.environ.get("SOAK") == "all"
+"""Whether the long forms run."""
+soak_only = pytest.mark.skipif(not SOAK, reason="takes long, and `make soak` runs it")
+"""For a test that has no short form."""
+
+
+def of_both(*, short: T, long: T) -> T:
+    """Return what the form that runs has."""
+    return long if SOAK else short
+
+
+def new_dice() -> random.Random:
+    """Return the source of a test's random decisions, and print the seed that repeats them.
+
+    The short form always has the same, the long one a new one each time; `SOAK_SEED` goes before both.
+    """
+    seed = int(os.environ.get("SOAK_SEED") or of_both(short=20261120, long=random.randrange(2**32)))
+    tell(f"SOAK_SEED={seed} repeats the random decisions of this test")
+    return random.Random(seed)
+
+
+def tell(text: str) -> None:
+    """Print what happened: `make soak` shows it, otherwise it stands beside a failure."""
+    print(text)  # noqa: T201 - see above

@@ -1,11 +1,17 @@
-"""The server as its clients see it: every answer is held to the OpenAPI document that the code generates."""
+"""The server as its clients see it: every answer is held to the OpenAPI document that the code generates.
+
+A small application with the real middlewares, in their real order, and a token for whoever asks.
+
+A client of the stream of events, written from the rules of server-sent events and nothing of ours.
+"""
 
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,18 +19,24 @@ from typing import Any, TypeVar
 import aiohttp
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.typedefs import Handler
 from multidict import CIMultiDictProxy
 from openapi_schema_validator import OAS30Validator
 from yarl import URL
 
 from events.types import Data, Event
-from runtime.processes.workers import Worker
+from runtime.process.worker import Worker
 from server.app import all_routes, create_app
 from server.appkeys import CONSUMER, LOG, READER
+from server.auth.gate import PRINCIPAL, Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, issue_token
+from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import Config
+from server.errors import errors_middleware
+from server.http.validation import validation_middleware
 from server.openapi import openapi_document
-from server.v2.shortcut import shorten
+from server.routing import Access, LimitClass, Route, add_routes
+from server.v2.fastpath import shorten
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
@@ -332,3 +344,156 @@ def _paths() -> list[tuple[str, Json]]:
 def _validator(schema: str) -> OAS30Validator:
     # The document's own components, so that its references lead somewhere.
     return OAS30Validator({"allOf": [json.loads(schema)], "components": _document()["components"]})
+
+
+def small_config(folder: Path, **changes: object) -> Config:
+    """Return a configuration over a new data directory with keys."""
+    ensure_data_dir(folder)
+    return replace(Config(repository=folder, data=folder), **changes)  # type: ignore[arg-type]
+
+
+def small_app(
+    routes: Iterable[Route], config: Config, clock: Callable[[], float] = time.time
+) -> web.Application:
+    """Assemble what stands between the network and a handler."""
+    limits = RateLimits(config, clock)
+    app = web.Application(
+        middlewares=[
+            errors_middleware,
+            auth_middleware(Gate(create_verifier(config), limits, clock)),
+            validation_middleware,
+        ]
+    )
+    app.on_response_prepare.append(add_quota_headers)
+    add_routes(app, routes)
+    return app
+
+
+def bearer(config: Config, *roles: str, subject: str = "alice", expires_s: float = 3600) -> dict[str, str]:
+    """Return the header of a valid token."""
+    token = issue_token(config.data, subject, roles or ["admin"], expires_s=expires_s, audience="loadledger")
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def whoami(request: web.Request) -> web.Response:
+    """Answer with the subject, if there is one."""
+    principal = request.get(PRINCIPAL)
+    return web.json_response({"subject": principal.subject if principal is not None else None})
+
+
+def route(
+    path: str = "/x",
+    handler: Handler = whoami,
+    *,
+    method: str = "GET",
+    access: Access = Access.ANY,
+    limit: LimitClass = LimitClass.READS,
+) -> Route:
+    """Return a route with the usual answers to what a test does not care about."""
+    return Route(method, path, handler, access, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What stands between two blank lines."""
+
+    id: int | None = None
+    event: str = ""
+    data: str = ""
+    comment: str = ""
+    retry: int | None = None
+
+    @property
+    def json(self) -> Any:
+        """The data."""
+        return json.loads(self.data)
+
+
+class Following:
+    """An open stream."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.last_id: int | None = None
+
+    async def message(self) -> Message:
+        """Return what comes next.
+
+        Raises:
+            EOFError: the server has ended the stream.
+        """
+        fields: dict[str, Any] = {}
+        async with asyncio.timeout(LIMIT_S):
+            while (line := await self.response.content.readline()) != b"\n":
+                if not line.endswith(b"\n"):  # what is not ended does not count
+                    raise EOFError
+                name, _, value = line[:-1].decode().partition(":")
+                fields[name or "comment"] = value.removeprefix(" ")
+        if "id" in fields:
+            self.last_id = int(fields["id"])
+        for name in fields.keys() & {"id", "retry"}:
+            fields[name] = int(fields[name])
+        return Message(**fields)
+
+    async def event(self) -> Any:
+        """Return the next event of the log, whatever else comes before it."""
+        async with asyncio.timeout(LIMIT_S):
+            while not ((message := await self.message()).id is not None and message.data):
+                pass
+        event = message.json
+        assert (message.id, message.event) == (event["position"], event["type"])
+        return event
+
+    async def events(self, number: int) -> list[Any]:
+        """Return the next events of the log."""
+        return [await self.event() for _ in range(number)]
+
+    async def until(self, event: str) -> list[Message]:
+        """Return all messages up to the one of this name."""
+        found = [await self.message()]
+        async with asyncio.timeout(LIMIT_S):
+            while found[-1].event != event:
+                found.append(await self.message())
+        return found
+
+    async def rest(self) -> list[Message]:
+        """Return all messages up to the end of the stream, which has to come."""
+        found: list[Message] = []
+        while True:
+            try:
+                found.append(await self.message())
+            except EOFError:
+                return found
+
+    async def line(self) -> Any:
+        """Return the next line of a stream of JSON lines."""
+        async with asyncio.timeout(LIMIT_S):
+            return json.loads(await self.response.content.readline())
+
+
+@asynccontextmanager
+async def following(
+    api: Api,
+    query: str = "",
+    *,
+    headers: Mapping[str, str] | None = None,
+    token: str | None = None,
+    session: aiohttp.ClientSession | None = None,
+    subject: str = "alice",
+) -> AsyncIterator[Following]:
+    """Open a stream, which has to be one; leave it at the end.
+
+    Args:
+        api: the server's client.
+        query: `?after=…`.
+        headers: beside the token.
+        token: of another one than `subject` with the role `audit`.
+        session: other than the client's.
+        subject: whose stream it is.
+    """
+    sent = {"Authorization": f"Bearer {token or api.token('audit', subject=subject)}", **(headers or {})}
+    url = f"{api.url}/api/v1/events/stream{query}"
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with (session or api.session).get(url, headers=sent, timeout=timeout) as response:
+        assert response.status == 200, await response.read()
+        yield Following(response)

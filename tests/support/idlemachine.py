@@ -6,17 +6,17 @@ Otherwise a model would be prepared when the machine that runs the tests has lit
 from pathlib import Path
 
 from loadledger.cli.main import main
-from runtime import machine
+from runtime import memory
 
 
 def unknown(
-    proc: Path = machine.PROC,  # noqa: ARG001 - as `pressure` is called
-    cgroups: Path = machine.CGROUPS,  # noqa: ARG001
-) -> machine.Pressure | None:
+    proc: Path = memory.PROC,  # noqa: ARG001 - as `pressure` is called
+    cgroups: Path = memory.CGROUPS,  # noqa: ARG001
+) -> memory.Pressure | None:
     """Say what is said where the kernel does not tell."""
     return None
 
 
 if __name__ == "__main__":
-    machine.pressure = unknown
+    memory.pressure = unknown
     main()

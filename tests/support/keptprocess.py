@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from runtime.prepared.store import PreparedStore
-from support.keptforms import check_whole, keep, key
+from runtime.cache.store import PreparedStore
+from support.cache import check_whole, keep, key
 
 NAMES = "abcdef"
 LIMIT_BYTES = 400_000

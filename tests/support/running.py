@@ -19,18 +19,18 @@ from events.commands import Command, FileStat, RequestLoad, RequestUnload
 from events.jobs import Job, LoadParameters
 from events.log import Log, Receipt
 from events.models import Model, ModelState
-from events.reader import Reader, open_reader
+from events.sqlite.reader import Reader, open_reader
 from events.types import Data, Event
 from runtime import memory
-from runtime.consumer import Consumer
-from runtime.leases import Leases
-from runtime.live import LiveLoad
-from runtime.prepared.store import PreparedStore
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import Worker
+from runtime.cache.store import PreparedStore
+from runtime.consumer.consumer import Consumer
+from runtime.consumer.loads import LiveLoad
+from runtime.consumer.usage import Leases
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.router import Router
-from runtime.scheduling.sight import Policy
+from runtime.scheduler.view import Policy
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.workers import LIMIT_S, array, floats, freeze, threads, trips, unhurried, until

@@ -4,7 +4,7 @@ from events.clock import later, seconds_between
 from events.jobs import Job, JobKind, JobStatus
 from events.models import RELOADS, Model, ModelState
 from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, UnloadRequested
-from runtime.scheduling.actions import (
+from runtime.scheduler.actions import (
     Action,
     CompleteLoad,
     FailLoad,
@@ -21,8 +21,8 @@ from runtime.scheduling.actions import (
     StopPreparing,
     TakeOver,
 )
-from runtime.scheduling.scheduler import MAX_INCIDENTS
-from runtime.scheduling.sight import Phase
+from runtime.scheduler.scheduler import MAX_INCIDENTS
+from runtime.scheduler.view import Phase
 from support.worlds import World
 
 UNFORCED = (

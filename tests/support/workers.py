@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from runtime.processes import pool as pool_module
-from runtime.processes import workers as workers_module
-from runtime.processes.forkclient import ForkServer
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import LoadReport, Worker
+from runtime.process import pool as pool_module
+from runtime.process import worker as workers_module
+from runtime.process.forkclient import ForkServer
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import LoadReport, Worker
 from runtime.repository import Repository
 from runtime.wire import DATATYPES, Load, LoadedFile, Outcome, Tensor, WantedOutput
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from support.process import UNHURRIED, clean_environment
-from support.soak import soak_only
+from support.fleet import soak_only
+from support.servers import UNHURRIED, clean_environment
 
 from bench import answers, bare, constant, models
 from bench.answers import longest_gap

@@ -17,7 +17,7 @@ from playwright.async_api import Browser, Route, expect
 from support import models
 from support.browser import PHONE, Console, chromium, needs_browser, tokens_in
 from support.http import when
-from support.process import Server, serving
+from support.servers import Server, serving
 
 from server.config import Config
 

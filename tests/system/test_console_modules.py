@@ -8,9 +8,9 @@ import pytest_asyncio
 from aiohttp.test_utils import TestServer
 from playwright.async_api import Browser
 from support.browser import LIMIT_MS, Console, chromium, needs_browser
-from support.smallapp import small_app, small_config
+from support.http import small_app, small_config
 
-from server.pages import console_routes
+from server.api.pages import console_routes
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 

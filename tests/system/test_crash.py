@@ -9,10 +9,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import models
-from support.http import Json, when
+from support.http import Json, following, when
 from support.models import save
-from support.process import Server, events, serving, verified
-from support.streams import following
+from support.servers import Server, events, serving, verified
 from support.workers import computing, until
 
 from events.types import Event, ServerStarted, ServerStopped

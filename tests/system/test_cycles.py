@@ -8,9 +8,9 @@ from pathlib import Path
 
 import aiohttp
 from support import models
+from support.fleet import SOAK, of_both, tell
 from support.http import LIMIT_S, Api, Json, when
-from support.process import Server, serving, verified
-from support.soak import SOAK, of_both, tell
+from support.servers import Server, serving, verified
 from support.workers import descriptors, threads
 
 from bench.memory import tree_bytes

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.process import LIMIT_S, MODULE, clean_environment
+from support.servers import LIMIT_S, MODULE, clean_environment
 from support.workers import freeze, until
 
 from bench.memory import tree_bytes

@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 import yaml
-from support.process import LIMIT_S, MODULE, QUIET, clean_environment
+from support.servers import LIMIT_S, MODULE, QUIET, clean_environment
 
 from runtime.memory import descendants
 from server.app import all_routes
 from server.config import Config, settings
 from server.configsources import read_settings
-from server.connections.refusals import TooManyConnections
-from server.routes import Access
+from server.http.responses import TooManyConnections
+from server.routing import Access
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

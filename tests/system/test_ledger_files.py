@@ -11,9 +11,9 @@ import pytest
 from support import models
 from support.http import Json, when
 from support.models import save
-from support.process import MODULE, Server, clean_environment, events, serving, verified
+from support.servers import MODULE, Server, clean_environment, events, serving, verified
 
-from events.audit import audit
+from events.audit.audit import audit
 from events.errors import IncompleteCopy
 from server.app import LEDGER
 from server.config import Config

@@ -8,11 +8,11 @@ import re
 from support import models
 from support.http import LIMIT_S, Json, when
 from support.models import save
-from support.process import MODULE, Server, serving
+from support.servers import MODULE, Server, serving
 from yarl import URL
 
 from server.config import Config
-from server.logs.requests import MAX_STRANGERS
+from server.observability.requestlog import MAX_STRANGERS
 
 QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
 LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}

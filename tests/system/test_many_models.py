@@ -20,13 +20,15 @@ from support.fleet import (
     check_ends,
     check_inference,
     check_sources,
+    new_dice,
+    of_both,
     question,
     repeated,
     settled,
+    tell,
 )
 from support.http import Answer, Json
-from support.process import PREPARING, Server, events, serving, verified
-from support.soak import new_dice, of_both, tell
+from support.servers import PREPARING, Server, events, serving, verified
 
 from events.types import Event, LoadFailed, ModelLoaded
 from server.config import Config

@@ -15,7 +15,7 @@ import pytest
 from support import models
 from support.http import Api, when
 from support.models import save
-from support.process import LIMIT_S, Server, serving
+from support.servers import LIMIT_S, Server, serving
 from yarl import URL
 
 from server.config import Config

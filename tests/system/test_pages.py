@@ -10,18 +10,8 @@ from pathlib import Path
 
 import pytest
 from support import pages
-from support.fresh import bare_environment, copy_examples, copy_tree, fresh_environment
-from support.pages import (
-    ROOT,
-    blocks,
-    expected,
-    printed_as,
-    run_alone,
-    run_page,
-    says,
-)
-from support.process import QUIET
-from support.standing import standing
+from support.pages import ROOT, blocks, expected, printed_as, run_alone, run_page, says
+from support.servers import QUIET, bare_environment, copy_examples, copy_tree, fresh_environment, standing
 from yarl import URL
 
 QUICK_START = "docs/quick-start.md"

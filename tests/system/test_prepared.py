@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support import models
+from support.fleet import new_dice, of_both, tell
 from support.http import Json
-from support.process import PREPARING, UNHURRIED, Server, events, serving, verified
-from support.soak import new_dice, of_both, tell
+from support.servers import PREPARING, UNHURRIED, Server, events, serving, verified
 
 from events.types import ModelLoaded
 from loadledger.cli.main import main

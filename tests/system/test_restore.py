@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.fleet import Fleet, agreed, check_inference, question
+from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question
 from support.http import Json, when
 from support.models import save, save_bytes
-from support.process import Server, events, serving, verified
-from support.soak import new_dice, of_both
+from support.servers import Server, events, serving, verified
 
 from events.types import Cause, ModelLoaded, UnloadRequested
 from server.app import LEDGER

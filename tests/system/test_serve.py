@@ -13,7 +13,7 @@ import pytest
 from support import models
 from support.http import LIMIT_S, Json, when
 from support.models import save
-from support.process import MODULE, SCRIPT, Server, clean_environment, events, serving, verified
+from support.servers import MODULE, SCRIPT, Server, clean_environment, events, serving, verified
 from support.workers import computing, freeze, until
 from yarl import URL
 

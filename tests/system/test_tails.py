@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from support import models
+from support.fleet import SOAK, new_dice, of_both, tell
+from support.http import following
 from support.models import save
-from support.process import Server, events, serving
-from support.soak import SOAK, new_dice, of_both, tell
-from support.streams import following
+from support.servers import Server, events, serving
 
 from bench import driver, tails
 from server.config import Config

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.collector import Collector, Taken, collecting
 from support.http import Json
 from support.models import save
-from support.process import Server, serving
+from support.servers import Server, serving
+from support.telemetry import Collector, Taken, collecting
 
 from server.config import Config
 from server.serve import INSTALL_OTEL

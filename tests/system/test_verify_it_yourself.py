@@ -15,15 +15,13 @@ from types import CodeType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.events import PLAIN
-from support.ledgers import SIGN, rows_of, write_ledger
+from support.history import PLAIN, SIGN, rows_of, write_ledger
 from support.pages import ROOT, expected, printed_as, run_page
-from support.process import clean_environment
-from support.standing import standing
+from support.servers import clean_environment, standing
 from yarl import URL
 
-from events.export import export, jsonl
-from events.verify import verify
+from events.audit.export import export, jsonl
+from events.audit.verify import verify
 
 PAGE = "docs/verify-it-yourself.md"
 VERIFIER = re.search(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from support.keptforms import halves, keep, key, made, written
+from support.cache import halves, keep, key, made_of, written
 
-from events.lock import hold
+from events.datalock import hold
 from loadledger.cli.main import main
-from runtime.prepared.store import FOLDER, PreparedStore
+from runtime.cache.store import FOLDER, PreparedStore
 
 
 def run(*arguments: object) -> Result:
@@ -106,7 +106,7 @@ def test_clear_beside_server_leaves_its_drafts(store: PreparedStore, data: Path)
         assert printed("list", "--data", data).endswith("3 entries, 3.2 MB\n")
         assert printed("clear", "--data", data) == "cleared: 3 entries, 3250000 bytes\n"
         assert store.use(key("a")) is None
-        assert store.keep(key("d"), draft, made(files)) is not None
+        assert store.keep(key("d"), draft, made_of(files)) is not None
     assert printed("list", "--data", data).endswith("1 entry, 0.0 MB\n")
 
 

@@ -13,8 +13,7 @@ from click.testing import CliRunner, Result
 from onnx import ModelProto
 from support import models
 from support.models import save
-from support.process import APART, Server, serving
-from support.terminal import CTRL_C, at_terminal
+from support.servers import APART, CTRL_C, Server, at_terminal, serving
 
 from loadledger.cli.main import main
 from server.config import Config

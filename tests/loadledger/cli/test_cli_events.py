@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support import models
-from support.events import body_of, opened, write
+from support.history import SIGN, body_of, opened, told_history, write, write_ledger
 from support.http import LIMIT_S
-from support.ledgers import SIGN, told_history, write_ledger
 from support.models import save
-from support.process import APART, MODULE, clean_environment, serving
+from support.servers import APART, MODULE, clean_environment, serving
 
-from events.archive import archive
+from events.audit.archive import archive
 from events.clock import utc_now
 from loadledger.cli.main import main
 from server.app import LEDGER
@@ -65,7 +64,7 @@ def test_file_is_listed_for_people_and_exactly(tmp_path: Path) -> None:
 
 
 def test_filters_apply_across_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.ledger.source.PAGE", 3)
+    monkeypatch.setattr("loadledger.cli.localledger.PAGE", 3)
     fill(tmp_path, 10)
     every = list(range(1, 11))
     for arguments, positions in (

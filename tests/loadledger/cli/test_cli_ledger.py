@@ -16,18 +16,16 @@ import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from support import models
-from support.events import History, opened
+from support.history import History, append_events, opened, rows_of, told_history, write_ledger
 from support.http import LocalApi
-from support.ledgers import append_events, rows_of, told_history, write_ledger
 
-from events.archivefile import audit_file
-from events.lock import hold
-from events.signing import key_id
-from events.verify import verify
+from events.audit.exportreader import audit_file
+from events.audit.signing import key_id
+from events.audit.verify import verify
+from events.datalock import hold
 from loadledger.cli.main import main
 from server.app import LEDGER
-from server.auth.keys import ensure_data_dir
-from server.ledger.key import open_signer
+from server.auth.keys import ensure_data_dir, open_signer
 
 TRIGGERS = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
 ROUNDS = 2

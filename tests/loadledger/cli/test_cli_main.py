@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from support.process import clean_environment
+from support.servers import clean_environment
 
 from loadledger.cli.completion import _items
 from loadledger.cli.main import ALIASES, SECTIONS, Contents, find, main

@@ -12,15 +12,15 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN, History
+from support.history import PLAIN, History
 
-from events.bodies import to_body
+from events.codec import to_body
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
-from loadledger.cli import eventlines, following, jobs, models, resources, top
-from loadledger.cli.eventlines import event_line
-from loadledger.cli.following import step, words
-from loadledger.cli.options import print_json
-from loadledger.cli.tables import age, cell, duration, padded, second, size, table, took, width
+from loadledger.cli import events, jobs, models, top
+from loadledger.cli.events import event_line
+from loadledger.cli.jobs import step, words
+from loadledger.cli.output import age, cell, duration, padded, second, size, table, took, width
+from loadledger.cli.server import print_json
 from loadledger.records import Failure, File, Job, LoadUse, Model, Resources, Wait
 
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -141,14 +141,14 @@ def test_hostile_answer_prints_no_control_characters(
         *table(models.HEAD, [models._row(model)]),
         *jobs._details(job),
         *table(jobs.HEAD, [jobs._row(job)]),
-        *resources._told(found),
+        *models._told(found),
         *top.lines(top.Look("http://here", found, [job], [model], NOW, 0.1, EVIL)),
     ]
     assert [line for line in map(click.unstyle, shown) if not line.isprintable()] == []
     said = printed(
         capsys,
-        *(partial(following.conclude, each, as_json=False) for each in (job, done, failed)),
-        partial(following.answer, None, done, wait=False, as_json=False),
+        *(partial(jobs.conclude, each, as_json=False) for each in (job, done, failed)),
+        partial(jobs.answer, None, done, wait=False, as_json=False),
     )
     assert [line for text in said for line in text.splitlines() if not line.isprintable()] == []
     text = "\x9b \u202e é \U000e0001"
@@ -165,7 +165,7 @@ def line_of(event: Any) -> bytes:
 
 
 def test_every_event_type_has_words() -> None:
-    assert set(eventlines._TOLD) == set(TYPES)
+    assert set(events._TOLD) == set(TYPES)
 
 
 def test_event_line_is_one_printable_line() -> None:

@@ -16,16 +16,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from support.events import child
-from support.ledgers import told_history, write_ledger
+from support.history import child, told_history, write_ledger
 
-from events.archivefile import audit_file
-from events.lock import hold
-from events.signing import as_signed_head, key_id
+from events.audit.exportreader import audit_file
+from events.audit.signing import as_signed_head, key_id
+from events.datalock import hold
 from loadledger.cli.main import main
 from server.app import LEDGER
-from server.auth.keys import ensure_data_dir
-from server.ledger.key import open_signer
+from server.auth.keys import ensure_data_dir, open_signer
 
 HEAD = len(told_history()) + 1
 Arguments = Callable[[Path, Path], tuple[object, ...]]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
-from loadledger.cli.profile import (
+from loadledger.cli.server import (
     DEFAULT_URL,
     MAX_PROFILE_BYTES,
     Place,

@@ -13,11 +13,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
-from support.keptforms import check_whole, halves, keep, key, made, written
+from support.cache import check_whole, halves, keep, key, made_of, written
+from support.history import PLAIN
 
-from runtime.prepared.files import hashes_of
-from runtime.prepared.store import PreparedStore, PreparedUnavailable
+from runtime.cache.files import hashes_of
+from runtime.cache.store import PreparedStore, PreparedUnavailable
 from runtime.wire import LoadedFile
 
 A, B, C = map(key, "abc")
@@ -66,7 +66,7 @@ def test_other_files_of_a_draft_are_not_kept(store: PreparedStore, tmp_path: Pat
     (draft / "manifest.json").mkdir()
     (tmp_path / "elsewhere").write_text("stays")
     (draft / "link").symlink_to(tmp_path / "elsewhere")
-    prepared = store.keep(A, draft, made(written(draft, halves(10, "a"))))
+    prepared = store.keep(A, draft, made_of(written(draft, halves(10, "a"))))
     assert prepared is not None
     check_whole(prepared)
     assert (tmp_path / "elsewhere").read_text() == "stays"
@@ -99,7 +99,7 @@ def test_files_other_than_those_reported_are_not_kept(store: PreparedStore, fold
     ]
     for make in wrong:
         draft = store.draft(A)
-        assert store.keep(A, draft, made(make(draft))) is None
+        assert store.keep(A, draft, made_of(make(draft))) is None
         entry = store.find(A)
         assert entry is not None
         assert (entry.form, entry.tried) == (
@@ -245,7 +245,7 @@ def test_open_removes_leftovers_and_spares_foreign_files(
     draft = store.draft(A)
     files = written(draft, halves(10, "a"))
     store.open()
-    assert store.keep(A, draft, made(files)) is not None  # its own draft is no leftover
+    assert store.keep(A, draft, made_of(files)) is not None  # its own draft is no leftover
     for name in (STRAY_DRAFT, B):
         (folder / name).mkdir()
         (folder / name / "weights.bin").write_bytes(b"x")
@@ -312,7 +312,7 @@ def test_full_disk_makes_the_cache_unavailable(store: PreparedStore, folder: Pat
     draft = store.draft(A)
     files = written(draft, halves(10, "new"))
     with file_size_limit(100), pytest.raises(PreparedUnavailable, match="cannot be kept in"):
-        store.keep(A, draft, made(files))
+        store.keep(A, draft, made_of(files))
     with file_size_limit(100), pytest.raises(PreparedUnavailable):
         store.settle_none(B, {}, model_id="b", version=1)
     with file_size_limit(100), pytest.raises(PreparedUnavailable):

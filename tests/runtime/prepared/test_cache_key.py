@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.prepared.cpu import cpu_features
-from runtime.prepared.key import runtime_was_replaced
+from runtime.cache.key import cpu_features, runtime_was_replaced
 
 X86 = """\
 processor	: {number}
@@ -82,7 +81,7 @@ def test_unknown_cpus_are_equal(tmp_path: Path) -> None:
 KEYS = """
 import os, sys
 from pathlib import Path
-from runtime.prepared.key import key_of
+from runtime.cache.key import key_of
 folder = Path(sys.argv[1], "onnxruntime", "capi")
 def key(name, data, mtime):
     (folder / name).write_bytes(data)
@@ -114,7 +113,7 @@ def test_key_covers_the_onnxruntime_package(tmp_path: Path) -> None:
     run(KEYS, str(tmp_path))
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "onnxruntime.py").touch()
-    run("from runtime.prepared.key import key_of; assert len(key_of([], 1)) == 64", str(tmp_path / "without"))
+    run("from runtime.cache.key import key_of; assert len(key_of([], 1)) == 64", str(tmp_path / "without"))
 
 
 def test_replaced_library_is_found_in_mapped_files(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.events import PLAIN, child
-from support.keptforms import MODEL, check_whole, halves, keep, key, made, written
-from support.soak import new_dice, of_both, tell
+from support.cache import MODEL, check_whole, halves, keep, key, made_of, written
+from support.fleet import new_dice, of_both, tell
+from support.history import PLAIN, child
 
-from runtime.prepared.entries import Entry, hash_of, is_open
-from runtime.prepared.leastused import Use, Uses
-from runtime.prepared.store import NONE_KNOWN_S, Cleared, PreparedStore, PreparedUnavailable, key_of
+from runtime.cache.key import Entry, hash_of, is_open
+from runtime.cache.store import NONE_KNOWN_S, Cleared, PreparedStore, PreparedUnavailable, Use, Uses, key_of
 from runtime.wire import SourceHash, Tensor
 
 A, B, C = map(key, "abc")
@@ -318,7 +317,7 @@ def test_clear_beside_a_server_spares_its_drafts(store: PreparedStore, folder: P
     (folder / f"draft-{'0' * 16}-{'1' * 8}").mkdir()
     PreparedStore(folder, 0).clear()
     assert [path.name for path in folder.iterdir()] == [draft.name]
-    assert store.keep(A, draft, made(files)) is not None
+    assert store.keep(A, draft, made_of(files)) is not None
 
 
 def test_folder_removed_while_open_comes_back(store: PreparedStore, folder: Path) -> None:
@@ -332,7 +331,7 @@ def test_folder_removed_while_open_comes_back(store: PreparedStore, folder: Path
     files = written(draft, halves(10, "a"))
     shutil.rmtree(folder)
     with pytest.raises(PreparedUnavailable, match="gone"):
-        store.keep(A, draft, made(files))
+        store.keep(A, draft, made_of(files))
     assert store.draft(A, 1).is_dir()
 
 

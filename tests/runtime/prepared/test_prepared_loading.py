@@ -11,24 +11,16 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.forms import (
-    FORMS,
-    describe,
-    found,
-    in_background,
-    load,
-    prepared,
-    written_by_the_runtime,
-)
+from support.cache import FORMS, describe, found, in_background, load, prepared, written_by_the_runtime
 from support.models import save
 from support.workers import array, ask, floats, order_of, tensor
 
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import Worker
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
 from runtime.wire import Form, Load
-from runtime.worker.hugepages import are_better
+from runtime.worker.loading import are_better
 
 
 @pytest.fixture

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from onnx import ModelProto
 from support import models
-from support.forms import found
-from support.prepared import keep_form, key_in, opened
+from support.cache import found, keep_form, key_in, opened
 from support.running import Engine, running
 from support.workers import until
 
 from events.jobs import Job, JobStatus, LoadParameters
 from events.types import ModelLoaded
+from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
+from runtime.cache.store import Entry, PreparedStore
+from runtime.cache.trial import is_circumstance
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -26,14 +28,9 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.prepared.blame import is_circumstance
-from runtime.prepared.counts import KEPT, LEFT_OUT, STOPPED
-from runtime.prepared.preparation import Candidate
-from runtime.prepared.preparing import MAX_ATTEMPTS, Preparer
-from runtime.prepared.store import Entry, PreparedStore
-from runtime.processes.pool import WorkerPool
+from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.scheduling.sight import Policy
+from runtime.scheduler.view import Policy
 from runtime.wire import Form
 
 SLOW = models.slow_to_fold(side=300, depth=60)
@@ -50,7 +47,7 @@ def _no_inference_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
     `test_trial.py` tests the verdict on such figures.
     """
-    monkeypatch.setattr("runtime.prepared.trial.AS_QUICK", 0.0)
+    monkeypatch.setattr("runtime.cache.trial.AS_QUICK", 0.0)
 
 
 @pytest.fixture

@@ -9,16 +9,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.events import PLAIN
-from support.forms import describe, found, made, prepare_order, prepared, written_by_the_runtime
+from support.cache import describe, found, made, prepare_order, prepared, written_by_the_runtime
+from support.history import PLAIN
 from support.models import save
 from support.workers import Serve, array, ask, order_of
 
+from runtime.cache.trial import MAX_SAMPLE_BYTES, NotTried, Pair, Stopped, Trial, samples, told, verdict
 from runtime.errors import LoadRefused, WorkerDied
-from runtime.prepared.blame import NotTried, Stopped
-from runtime.prepared.samples import MAX_SAMPLE_BYTES, samples
-from runtime.prepared.trial import Pair, Trial, told, verdict
-from runtime.processes.pool import WorkerPool
+from runtime.process.pool import WorkerPool
 from runtime.wire import DATATYPES, Prepared, Tensor, TensorSpec
 
 

@@ -33,11 +33,11 @@ from support.workers import (
 
 from runtime.errors import Exit, ForkServerUnavailable
 from runtime.memory import descendants
-from runtime.processes import pool as pool_module
-from runtime.processes import workers as workers_module
-from runtime.processes.forkclient import ForkServer
-from runtime.processes.forkserver import ADDED, launch_command, launch_environment
-from runtime.processes.pool import WorkerPool
+from runtime.process import pool as pool_module
+from runtime.process import worker as workers_module
+from runtime.process.forkclient import ForkServer
+from runtime.process.forkserver import ADDED, launch_command, launch_environment
+from runtime.process.pool import WorkerPool
 
 ENDED = Exit(0, None)
 PARENT = """
@@ -129,7 +129,7 @@ async def test_environment_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_worker_imports_no_http_stack_and_no_database() -> None:
     code = (
-        "import runtime.worker.main, runtime.processes.forkserver, sys; "
+        "import runtime.worker.main, runtime.process.forkserver, sys; "
         "print(*{m.split('.')[0] for m in sys.modules})"
     )
     ran = subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True)

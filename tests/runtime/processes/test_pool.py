@@ -25,9 +25,8 @@ from support.workers import (
 
 from runtime.errors import Exit
 from runtime.memory import descendants
-from runtime.processes import pool as pool_module
-from runtime.processes.pool import WorkerPool
-from runtime.processes.shielding import whole
+from runtime.process import pool as pool_module
+from runtime.process.pool import WorkerPool, whole
 
 
 @pytest.fixture

@@ -27,13 +27,13 @@ from support.workers import (
 )
 
 from events.jobs import LoadParameters
-from runtime import effects, memory, wire
-from runtime.effects import order_of as order_of_load
-from runtime.effects import run_load, run_unload
+from runtime import memory, wire
+from runtime.consumer import loads
+from runtime.consumer.loads import LiveLoad, run_load, run_unload
+from runtime.consumer.loads import order_of as order_of_load
 from runtime.errors import Exit, WorkerDied
-from runtime.live import LiveLoad
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import Worker
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.wire import TensorSpec, encode
 
@@ -160,8 +160,8 @@ async def test_unload_ends_without_a_measurement(
     fifo.parent.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(effects, "MEASURE_LIMIT_S", 0.05)
-    monkeypatch.setattr(effects, "STOP_GRACE_S", LIMIT_S)
+    monkeypatch.setattr(loads, "MEASURE_LIMIT_S", 0.05)
+    monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
     await run_unload(live, drain_timeout_s=1)
     assert live.freed_bytes == live.report.memory_bytes
     assert live.worker.ended.result() == Exit(0, None)

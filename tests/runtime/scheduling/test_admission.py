@@ -6,9 +6,8 @@ A row is what happens and, after `->`, what the scheduler decides then: see `Sce
 import pytest
 from support.decisions import Scene, read_table
 
-from runtime.scheduling.actions import FailLoad, StartLoad
-from runtime.scheduling.admission import OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S
-from runtime.scheduling.room import megabytes
+from runtime.scheduler.actions import FailLoad, StartLoad
+from runtime.scheduler.admission import OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S, megabytes
 
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decisions import Scene, describe, history_of, read_table
-from support.events import PLAIN, at
+from support.history import PLAIN, at
 
 from events.models import Model
-from runtime.scheduling.eviction import LOOK_S, Victim, fewest
-from runtime.scheduling.scheduler import decide
-from runtime.scheduling.sight import MIN_RESIDENCY_S, Policy
+from runtime.scheduler.eviction import LOOK_S, Victim, fewest
+from runtime.scheduler.scheduler import decide
+from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
 
 SCENES = """
 # The least recently used idle model is the victim. A load by somebody counts as a use, a reload does not.

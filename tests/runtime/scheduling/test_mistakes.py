@@ -26,8 +26,8 @@ from events.commands import FileStat, RequestLoad
 from events.jobs import LoadParameters
 from events.models import CRASH_LOOP, ModelState
 from events.types import ModelLoaded, WorkerExited
-from runtime.scheduling.scheduler import MAX_INCIDENTS
-from runtime.scheduling.sight import MIN_RESIDENCY_S, Policy
+from runtime.scheduler.scheduler import MAX_INCIDENTS
+from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
 
 
 def test_llama_cpp_22284_models_that_do_not_fit_together_take_turns() -> None:

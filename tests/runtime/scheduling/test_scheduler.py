@@ -1,24 +1,15 @@
 """What the scheduler decides about jobs, deaths and time, as tables of facts and processes."""
 
 import pytest
-from support.decisions import (
-    OTHER,
-    PAIR,
-    STEPS,
-    decide_on,
-    describe,
-    history_of,
-    processes,
-    read_table,
-)
-from support.events import MODEL, History, at
+from support.decisions import OTHER, PAIR, STEPS, decide_on, describe, history_of, processes, read_table
+from support.history import MODEL, History, at
 
 from events.jobs import Failure
 from events.models import CRASH_LOOP, FORK_SERVER_DIED, ModelState
 from events.types import Cause
-from runtime.scheduling.actions import Decision, FailLoad, GiveUp, RequestReload, StartLoad
-from runtime.scheduling.scheduler import FORK_SERVER_LOOK_S, decide, is_wanted
-from runtime.scheduling.sight import Conditions, Phase, Policy, Running
+from runtime.scheduler.actions import Decision, FailLoad, GiveUp, RequestReload, StartLoad
+from runtime.scheduler.scheduler import FORK_SERVER_LOOK_S, decide, is_wanted
+from runtime.scheduler.view import Conditions, Phase, Policy, Running
 
 NEXT_ACTIONS = """
 # facts                                      | processes              | next action

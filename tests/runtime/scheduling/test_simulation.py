@@ -3,15 +3,15 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.events import PLAIN
-from support.soak import of_both
+from support.fleet import of_both
+from support.history import PLAIN
 from support.watchedworld import WatchedWorld
 
 from events.clock import later
 from events.commands import FileStat, RequestCancel, RequestLoad, RequestUnload
 from events.jobs import LoadParameters
 from events.types import WorkerExited
-from runtime.scheduling.sight import Policy
+from runtime.scheduler.view import Policy
 
 NAMES = st.sampled_from(["a", "b", "c"])
 OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies"])

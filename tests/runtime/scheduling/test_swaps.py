@@ -2,11 +2,11 @@
 
 import pytest
 from support.decisions import STEPS, Scene, decide_on, describe, history_of, processes, read_table
-from support.events import at
+from support.history import at
 
 from events.types import Cause
-from runtime.scheduling.scheduler import decide
-from runtime.scheduling.sight import Policy
+from runtime.scheduler.scheduler import decide
+from runtime.scheduler.view import Policy
 
 IN_PLACE = """
 # facts                                              | processes   | next action

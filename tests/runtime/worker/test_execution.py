@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto
 from support import models
-from support.events import PLAIN
+from support.history import PLAIN
 from support.models import ENDLESS, INT64, STRING
 from support.workers import (
     LIMIT_S,
@@ -31,13 +31,11 @@ from support.workers import (
 
 from runtime.errors import InvalidInput, LoadRefused
 from runtime.frames import FrameReader
-from runtime.processes.workers import Worker
+from runtime.process.worker import Worker
 from runtime.wire import FROM_WORKER, Failure, Infer, Tensor, TensorSpec, WantedOutput, pack_texts
 from runtime.worker.batching import MAX_WAITING, BatchDimension, NotApart, Queue, Request, apart, together
-from runtime.worker.cancellation import Cancellation
-from runtime.worker.execution import Executor
+from runtime.worker.execution import Cancellation, Executor, Outbox
 from runtime.worker.inference import Asked, Runner
-from runtime.worker.outbox import Outbox
 
 ASKED = Asked(["y"], [("y", "FP32", False)])
 HOUR_US = 3600 * 10**6

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
 from runtime.errors import InvalidInput, NotRepresentable
 from runtime.wire import DATATYPES, MAX_DIMENSIONS, Tensor
-from runtime.worker.jsontensors import MAX_JSON_BYTES, check_json, decode_text, encode_text
+from runtime.worker.inference import MAX_JSON_BYTES, check_json, decode_text, encode_text
 
 INTEGERS = {
     f"{sign}INT{bits}": (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from onnx import ModelProto, TensorProto, helper
 from support import models
-from support.events import PLAIN
-from support.forms import found, in_background, made, prepare_order
+from support.cache import found, in_background, made, prepare_order
+from support.history import PLAIN
 from support.models import save
 from support.workers import computing, until
 
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
-from runtime.processes.pool import WorkerPool
-from runtime.worker import alignment
-from runtime.worker.alignment import align
+from runtime.process.pool import WorkerPool
+from runtime.worker import optimising
+from runtime.worker.optimising import align
 
 KNOWN_SHA256 = "ab" * 32
 
@@ -256,7 +256,7 @@ def test_overlapping_weights_are_moved_in_pieces(
     (folder / "model.onnx").write_bytes(with_weights(tensors, []).SerializeToString())
     (folder / "weights.bin").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment, "PIECE_BYTES", piece)
+        patch.setattr(optimising, "PIECE_BYTES", piece)
         align(folder / "model.onnx", folder / "weights.bin")
     written = (folder / "weights.bin").read_bytes()
     moved = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer

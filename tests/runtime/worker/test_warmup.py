@@ -15,13 +15,13 @@ from support.workers import Serve, answer, computing, floats, order_of, tensor, 
 
 from events.jobs import Job, JobStatus, LoadParameters
 from events.types import LoadFailed, ModelLoaded, WorkerExited
-from runtime.defaults import DEFAULTS_FILE
 from runtime.errors import Exit, LoadRefused
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import LoadReport, Worker
+from runtime.modeldefaults import DEFAULTS_FILE
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import LoadReport, Worker
 from runtime.statistics import Statistics
 from runtime.wire import Tensor
-from runtime.worker.warmup import MAX_ZEROS_BYTES
+from runtime.worker.sessions import MAX_ZEROS_BYTES
 
 OFF = "warm_up.enabled = false\n"
 GIVEN = """

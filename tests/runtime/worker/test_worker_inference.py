@@ -30,8 +30,8 @@ from support.workers import (
 
 from runtime import wire
 from runtime.errors import InferenceFailed, InvalidInput, NotRepresentable
-from runtime.processes.pool import WorkerPool
-from runtime.processes.workers import Worker
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
 from runtime.wire import DATATYPES, Tensor, TensorSpec, WantedOutput
 
 

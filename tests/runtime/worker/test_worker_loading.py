@@ -17,7 +17,7 @@ from support.workers import Serve, answer, ask, floats, load, order_of, running_
 
 from runtime import wire
 from runtime.errors import Exit, InferenceFailed, LoadRefused
-from runtime.processes.pool import WorkerPool
+from runtime.process.pool import WorkerPool
 from runtime.wire import TensorSpec
 
 KNOWN_SHA256 = "ab" * 32
@@ -27,7 +27,7 @@ KNOWN_SHA256 = "ab" * 32
 TAKEN = 64 * 2**20
 WATCHED = f"""
 import mmap, sys
-from runtime.worker.beside import Beside
+from runtime.worker.loading import Beside
 from runtime.memory import resident
 
 before = resident().anonymous_bytes

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marshmallow import ValidationError
 from support import models
-from support.events import PLAIN
+from support.history import PLAIN
 from support.http import LIMIT_S, Answer, LocalApi
 from support.models import save
 

@@ -10,8 +10,8 @@ from support.http import LocalApi
 from support.models import save
 
 from events.types import LoadRequested
-from server.api.parameters import requested_load
-from server.validation import InvalidBody
+from server.api.models import requested_load
+from server.http.validation import InvalidBody
 
 Start = Callable[..., Awaitable[LocalApi]]
 

@@ -11,8 +11,8 @@ from support.http import ENDLESS, Json, LocalApi, when
 from support.models import save, save_bytes
 from support.workers import computing, until
 
+from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.memory import private_bytes
-from runtime.needs import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from server.appkeys import CONSUMER
 
 Start = Callable[..., Awaitable[LocalApi]]

@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marshmallow import Schema
 from pytest_aiohttp import AiohttpClient
-from support.events import PLAIN
-from support.http import LocalApi
-from support.smallapp import bearer, route, small_app, small_config
+from support.history import PLAIN
+from support.http import LocalApi, bearer, route, small_app, small_config
 from support.workers import until
 
 from events.commands import Command, Record
 from events.errors import LogUnavailable
-from events.reader import open_reader
+from events.sqlite.reader import open_reader
 from events.types import SYSTEM, AccessDenied
 from server.app import LEDGER, all_routes
 from server.appkeys import GATE
@@ -28,7 +27,7 @@ from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
 from server.auth.ratelimit import RateLimited, RateLimits, Windows, peer_of
 from server.config import RateLimit
 from server.errors import QUOTA_EXCEEDED
-from server.routes import Access, LimitClass, Route
+from server.routing import Access, LimitClass, Route
 
 Client = TestClient[web.Request, web.Application]
 Counts = dict[tuple[str, str], int]

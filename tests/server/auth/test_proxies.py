@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import models
-from support.events import PLAIN
+from support.history import PLAIN
 from support.http import LocalApi
 from support.models import TEXT, save, save_bytes
 

@@ -17,13 +17,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from pytest_aiohttp import AiohttpClient
-from support.smallapp import route, small_app, small_config
+from support.http import route, small_app, small_config
 
 from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier
 from server.auth.keyring import KeyRing, read_public_keys
 from server.auth.keys import KeyProblem, issue_token, keys_folder, list_keys, load_private_key, revoke, rotate
 from server.config import Config
-from server.routes import Access
+from server.routing import Access
 
 Client = TestClient[web.Request, web.Application]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from support.certificates import make_pair
-from support.rawconnections import (
+from support.connections import (
     GET,
     LIMIT_S,
     LONG_ANSWER,
@@ -19,17 +18,17 @@ from support.rawconnections import (
     Connect,
     connecting,
     fields,
+    make_pair,
     problem,
     roomy,
 )
 from support.workers import until
 
 from server.config import Config
-from server.connections.bodies import Bodies
-from server.connections.connection import RESERVE, ConnectionLimits, listening
-from server.connections.direct import DirectResponse
-from server.connections.refusals import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES
-from server.connections.tls import load_context
+from server.http.connection import RESERVE, ConnectionLimits, listening
+from server.http.limits import Bodies
+from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES, DirectResponse
+from server.http.tls import load_context
 
 GET_LONG = GET.replace(b"/short", b"/long")
 

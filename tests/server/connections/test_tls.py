@@ -15,14 +15,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from onnx import TensorProto
 from support import models
-from support.certificates import Pair, make_pair, replace
+from support.connections import Pair, make_pair, replace
 from support.http import when
 from support.models import save
-from support.process import serving
+from support.servers import serving
 
 from server.check import load_config
 from server.config import Config, ConfigError
-from server.connections.tls import Certificate, TlsProblem, load_context
+from server.http.tls import Certificate, TlsProblem, load_context
 
 LIMIT_S = 30.0
 HEALTH_CHECK = Path(__file__).parents[3] / "deploy" / "healthcheck.py"

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 from support import models
-from support.events import write
+from support.history import write
 from support.http import Json, LocalApi
 from support.models import save
 

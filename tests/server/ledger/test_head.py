@@ -12,10 +12,9 @@ from support import models
 from support.http import LocalApi
 from support.models import save
 
-from events.signing import as_signed_head, key_id
+from events.audit.signing import as_signed_head, key_id
 from server.app import LEDGER
-from server.auth.keys import KeyProblem, keys_folder, list_keys
-from server.ledger.key import open_signer
+from server.auth.keys import KeyProblem, keys_folder, list_keys, open_signer
 
 HEAD = "/api/v1/events/head"
 

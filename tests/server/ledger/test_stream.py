@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.events import facts, write
-from support.http import LIMIT_S, LocalApi, when
+from support.history import facts, write
+from support.http import LIMIT_S, LocalApi, following, when
 from support.models import save
-from support.streams import following
 
-from events.bodies import from_body
+from events.codec import from_body
+from server.api import stream
 from server.appkeys import LOG, STREAMS
 from server.auth.keys import issue_token, list_keys, revoke
-from server.ledger import stream
 
 Start = Callable[..., Awaitable[LocalApi]]
 

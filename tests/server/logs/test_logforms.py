@@ -8,10 +8,18 @@ from contextvars import Context
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
-from server.logs.context import CONTEXT, RequestContext, sane_id
-from server.logs.forms import HIDDEN, MAX_TEXT_CHARACTERS, JsonForm, TextForm, fields
+from server.observability.output import (
+    CONTEXT,
+    HIDDEN,
+    MAX_TEXT_CHARACTERS,
+    JsonForm,
+    RequestContext,
+    TextForm,
+    fields,
+    sane_id,
+)
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl-_"
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (INFO|ERROR) {4,}")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from server.logs import stderr
-from server.logs.stderr import LAST_LINES, logging_to
+from server.observability import output
+from server.observability.output import LAST_LINES, logging_to
 
 LIMIT_S = 20.0
 FORM = logging.Formatter()
@@ -102,7 +102,7 @@ def test_end_writes_queued_lines_and_the_dropped_count() -> None:
 
 
 def test_end_does_not_wait_for_a_reader_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stderr, "FLUSH_S", 0.1)
+    monkeypatch.setattr(output, "FLUSH_S", 0.1)
     with small_pipe() as (_, writing):
         with logging_to(writing, FORM) as handler:
             for _ in range(1000):

@@ -12,18 +12,18 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_plain
 from support import models
 from support.http import LocalApi, when
-from support.metrics import FAMILIES
 from support.models import save
+from support.telemetry import FAMILIES
 from support.workers import computing, until
 
-from events.series import OTHERS, Names
+from events.counters import OTHERS, Names
 from events.types import Cause
 from server.app import all_routes
 from server.appkeys import LOG
 from server.errors import ERRORS
-from server.metrics.collector import ServerCollector
-from server.metrics.requests import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
-from server.metrics.scrape import SCRAPES, negotiate
+from server.observability.collector import ServerCollector
+from server.observability.requestlog import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
+from server.observability.scrape import SCRAPES, negotiate
 
 OF_EACH_MODEL = ("worker_exits", "worker_restarts", "inference_failures")
 Start = Callable[..., Awaitable[LocalApi]]

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from support import models
 from support.http import LocalApi
-from support.metrics import FAMILIES
 from support.models import save
+from support.telemetry import FAMILIES
 
 ROOT = Path(__file__).parents[3]
 FILES = ROOT / "deploy" / "metrics"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
 from runtime.errors import InvalidInput
 from runtime.wire import (

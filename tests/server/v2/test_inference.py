@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto
 from support import models
-from support.events import PLAIN
+from support.history import PLAIN
 from support.http import Answer, Json, LocalApi, when
 from support.models import FLOAT, save
 

@@ -206,7 +206,7 @@ async def test_one_subject_gets_half_of_the_free_body_budget(small_budget: Local
 async def test_data_that_a_worker_does_not_read_is_bounded(
     shared: LocalApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.processes.workers.MAX_UNSENT_BYTES", 2**20)
+    monkeypatch.setattr("runtime.process.worker.MAX_UNSENT_BYTES", 2**20)
     save(models.identity(), shared.config.repository, "stopped")
     await shared.load("stopped")
     pid = shared.worker("stopped").pid

@@ -19,8 +19,8 @@ from support.workers import computing, until
 from events.jobs import Failure, LoadParameters
 from events.models import Model, ModelState, PendingLoad, Serving
 from events.types import UnloadRequested
+from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension
-from server.validation import MAX_JSON_BYTES
 
 ENDLESS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.events import PLAIN
+from support.history import PLAIN
 
 from events.jobs import LoadParameters
 from runtime.wire import DATATYPES, TensorSpec
+from server.http.validation import InvalidBody
 from server.v2.tritonconfig import (
     NotSupported,
     asked_load,
@@ -18,7 +19,6 @@ from server.v2.tritonconfig import (
     data_type,
     model_config,
 )
-from server.validation import InvalidBody
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -1,0 +1,236 @@
+"""Retention: the oldest events move to a file that verifies by itself, and the log goes on after them.
+
+The file is on the disk, complete and verified, before anything is taken out of the log; that is then one
+transaction. Who dies in between leaves the log as it was, and a file that has a part of it twice.
+
+What stays is verified more than once, each time for a reason of its own: first, with all the rest, since
+ended jobs are taken over as they are stored; then what would be left, as long as it can be taken back; at
+last the file, which VACUUM wrote anew.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from events.audit.audit import audit
+from events.audit.export import export_of, jsonl
+from events.audit.exportreader import FileAudit, audit_file, compressed
+from events.audit.files import forget_drafts, make_durable, refuse_irregular, shown, written
+from events.audit.signing import Base, Sign
+from events.audit.verify import Finding, verify_connection
+from events.clock import later, stamp
+from events.commands import KEPT_S
+from events.errors import LedgerDamaged, LogUnavailable, MustStay, NothingThere, WrongTarget
+from events.sqlite import history, queries, storage
+from events.sqlite.base import base_state_digest, read_base, write_base_state
+from events.sqlite.history import parse_time
+from events.sqlite.schema import connect, leave_alone_complete, schema_difference, wants_wal
+
+_LIFTED = ("events_never_go", "base_never_changes")
+"""The triggers that stand in the way of archiving, and of nothing else that is right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What was done: the positions that moved, the file's SHA-256, and how many ended jobs went with them.
+
+    `alone` is whether the ledger's file is complete by itself; somebody who reads it meanwhile keeps the
+    write-ahead log beside it.
+    """
+
+    first_position: int
+    last_position: int
+    sha256: bytes
+    jobs: int
+    alone: bool
+
+
+def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) -> Moved:
+    """Move the events before a position, or a time, to `target`; the caller holds the lock of the data.
+
+    Args:
+        path: of the ledger.
+        before: a position, in digits, or an RFC 3339 time: what is there, or was recorded then, stays.
+        target: the file; if it is there, it must be what an interrupted run of this left.
+        sign: signs the head of the file.
+        now: the present moment.
+
+    Raises:
+        BadMoment: `invalid_parameter`.
+        NothingThere: `nothing_there`, there are no events before that.
+        MustStay: `must_stay`, the last event, or idempotency keys of the last 24 hours, would go.
+        WrongTarget: `wrong_target`, the file is there and has something else, or its name is no text.
+        LedgerDamaged: `ledger_damaged`, the ledger or the file does not verify; nothing was moved, unless it
+            says so.
+        IncompleteCopy: `incomplete_copy`.
+        LogUnavailable: `log_unavailable`, the ledger cannot be read or written; nothing was moved.
+        OSError: the file cannot be written; nothing was moved.
+    """
+    _refuse_name(target)
+    refuse_irregular(target)
+    forget_drafts(target)
+    _refuse_damaged(path)
+    try:
+        with _opened(path) as connection:
+            if not storage.is_current(connection):
+                storage.rebuild(connection)
+            base, last = read_base(connection), _last_to_go(connection, before, now)
+            check = _write(connection, base, last, target, sign)
+            with _all_or_nothing(connection):
+                jobs = _move(connection, base, check, target.name, stamp(now))
+                _refuse_wrong(connection, path)
+            _shrink(connection)
+    except sqlite3.Error as error:
+        raise LogUnavailable(f"the ledger {path.name} cannot be archived: {error}") from error
+    _refuse_damaged(path, f"events up to position {last} were moved to {shown(target)}, and what is left")
+    return Moved(base.position + 1, last, check.sha256, jobs, alone=not wants_wal(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the ledger; however this ends, its file is complete alone."""
+    with closing(connect(path)) as connection:
+        try:
+            yield connection
+        finally:
+            leave_alone_complete(connection)
+
+
+def _refuse_name(target: Path) -> None:
+    """The ledger keeps the file's name, as text."""
+    try:
+        target.name.encode()
+    except UnicodeEncodeError:
+        raise WrongTarget(f"the name {target.name!r} is not UTF-8: choose another") from None
+
+
+def _refuse_damaged(path: Path, what: str = "the ledger") -> None:
+    _refuse(audit(path).finding, what)
+
+
+def _refuse(found: Finding | None, what: str) -> None:
+    if found is not None:
+        raise LedgerDamaged(f"{what} does not verify: position {found.position}, {found.problem}")
+
+
+def _refuse_wrong(connection: sqlite3.Connection, path: Path) -> None:
+    """Verify what is about to be left while all can be taken back: there is no way to put archives back.
+
+    Raises:
+        LedgerDamaged: it does not verify.
+    """
+    connection.text_factory = bytes
+    try:
+        found = verify_connection(connection, path).finding
+    finally:
+        connection.text_factory = str
+    _refuse(found, "nothing was moved, since the ledger that would be left")
+    if difference := schema_difference(connection):
+        raise LedgerDamaged(f"nothing was moved, since the schema would be left otherwise: {difference}")
+
+
+def _last_to_go(connection: sqlite3.Connection, before: str, now: datetime) -> int:
+    base, head = read_base(connection), queries.read_head(connection)
+    if re.fullmatch(r"\d{1,18}", before, re.ASCII):
+        last = int(before) - 1
+    else:
+        (last,) = connection.execute(
+            "SELECT coalesce(max(position), 0) FROM events WHERE recorded_at < ?", (parse_time(before),)
+        ).fetchone()
+    if last <= base.position:
+        raise NothingThere(f"there are no events before that: the log begins after position {base.position}")
+    _refuse_what_must_stay(connection, last, head, now)
+    return int(last)
+
+
+def _refuse_what_must_stay(
+    connection: sqlite3.Connection, last: int, head: queries.Head, now: datetime
+) -> None:
+    """Keep the last event, which the next start builds on, and the idempotency keys that still hold."""
+    if last >= head.position:
+        raise MustStay(f"the log's last event has to stay: archive --before {head.position} at most")
+    since = later(max(stamp(now), head.recorded_at), -KEPT_S)
+    (kept,) = connection.execute(
+        "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"
+        " AND recorded_at > ?",
+        (last, since),
+    ).fetchone()
+    if kept is not None:
+        raise MustStay(
+            f"idempotency keys hold for 24 hours, and that of position {kept} still does: archive "
+            f"--before {kept} at most, or later"
+        )
+
+
+def _write(connection: sqlite3.Connection, base: Base, last: int, target: Path, sign: Sign) -> FileAudit:
+    """Write the file, unless an interrupted run has, and verify what is on the disk."""
+    was_there = target.exists()
+    if not was_there:
+        with written(target, replace=False) as file, compressed(file) as packed:
+            for line in export_of(connection, jsonl(), sign, after=base.position, until=last):
+                packed.write(line)
+    else:  # who was interrupted may not have come as far
+        make_durable(target)
+    check = audit_file(target)
+    if check.finding is not None and not was_there:
+        raise LedgerDamaged(check.finding.problem)
+    (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (last,)).fetchone()
+    if check.finding is not None or (check.after, check.proved) != (base, Base(last, digest)):
+        raise WrongTarget(f"{target} is there and has something else: choose another file")
+    return check
+
+
+def _move(connection: sqlite3.Connection, base: Base, check: FileAudit, file: str, now: str) -> int:
+    """Take the events out of the log, in the caller's transaction; return how many ended jobs went, too."""
+    end = check.proved
+    state = history.state_at(connection, end.position, from_base=True)
+    with _lifted(connection):
+        jobs = write_base_state(connection, state)
+        connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))
+        connection.execute("UPDATE base SET position = ?, hash = ?", (end.position, end.hash))
+    state_sha256 = base_state_digest(connection, end.position)
+    connection.execute(
+        "INSERT INTO archives"
+        " (last_position, first_position, hash, archived_at, file, sha256, state_sha256)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (end.position, base.position + 1, end.hash, now, file, check.sha256, state_sha256),
+    )
+    return jobs
+
+
+@contextmanager
+def _all_or_nothing(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.rollback()
+        raise
+
+
+@contextmanager
+def _lifted(connection: sqlite3.Connection) -> Iterator[None]:
+    """Lift the triggers within the caller's transaction, so that nobody ever sees the log without them."""
+    found = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' AND name IN (?, ?)", _LIFTED
+    ).fetchall()
+    for name, _ in found:
+        connection.execute(f"DROP TRIGGER {name}")
+    yield
+    for _, sql in found:
+        connection.execute(sql)
+
+
+def _shrink(connection: sqlite3.Connection) -> None:
+    """Give the space back where there is some to do it in, and leave one file that is complete by itself."""
+    with suppress(sqlite3.Error):
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("VACUUM")

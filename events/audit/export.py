@@ -1,0 +1,224 @@
+r"""The log written out: lines that verify by themselves, with a signed head at their end.
+
+`jsonl`, each line one JSON object, in ASCII:
+
+    {"export":"loadledger-export-v1","after":{"position":0,"hash":"0000…"}}
+    {"position":1,"hash":"…","body":"{\"actor\":…}"}
+    …
+    {"head":{"position":…,"hash":"…","recorded_at":"…","base":{…},…,"signature":"…"}}
+
+`body` is the text whose UTF-8 is hashed, so nobody has to write canonical JSON to verify. `cloudevents` has a
+CloudEvent a line instead, for other programs: those files are not read again.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from events.audit.signing import Base, Sign, SignedHead, Statement, key_id
+from events.codec import chain
+from events.errors import Archived, LedgerDamaged, LogUnavailable, NothingThere
+from events.sqlite.base import hash_at, read_base
+from events.sqlite.queries import Row
+from events.sqlite.schema import lacks_wal, readable, refuse_incomplete
+from events.types import SYSTEM
+
+FORMAT = "loadledger-export-v1"
+"""The first line's mark; other lines will have another."""
+
+PAGE = 500
+"""Rows read at once: no cursor stays open meanwhile, so that the WAL can be checkpointed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A form of export: its lines before the events, for one event (with the previous hash), and after."""
+
+    first: Callable[[Base], bytes]
+    event: Callable[[Row, bytes], bytes]
+    last: Callable[[SignedHead], bytes]
+
+
+def jsonl() -> Lines:
+    """Return the form that has the exact bodies and hashes."""
+    return Lines(_first, _event, _last)
+
+
+def export(
+    path: Path, form: Lines, sign: Sign, *, after: int | None = None, until: int | None = None
+) -> Iterator[bytes]:
+    """Yield the lines of the events after position `after` up to and with `until`, and the signed head there.
+
+    Without `after` it begins where the log does, without `until` it ends at the head that the log has at the
+    beginning. Memory does not grow with the log. The chain is checked on the way, so that no head is signed
+    that does not follow from what was written.
+
+    Raises:
+        IncompleteCopy: `incomplete_copy`, the file may lack its newest events.
+        Archived: `archived`, `after` is before what the log has.
+        NothingThere: `nothing_there`, `until` is beyond the head or before `after`.
+        LedgerDamaged: `ledger_damaged`, naming the position.
+        LogUnavailable: `log_unavailable`, it cannot be read.
+    """
+    try:
+        without_wal = lacks_wal(path)
+        with readable(path) as connection:
+            if without_wal:
+                refuse_incomplete(connection, path)
+            yield from export_of(connection, form, sign, after=after, until=until)
+    except (sqlite3.Error, FileNotFoundError, UnicodeDecodeError) as error:
+        raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
+
+
+def export_of(
+    connection: sqlite3.Connection, form: Lines, sign: Sign, *, after: int | None, until: int | None
+) -> Iterator[bytes]:
+    """Yield what `export` does, of an open ledger."""
+    base = read_base(connection)
+    first, last = _bounds(connection, base, after, until)
+    digest = hash_at(connection, base, first)
+    if opening := form.first(Base(first, digest)):
+        yield opening
+    for row in rows_between(connection, first, last):
+        previous, digest = digest, _checked(row, digest)
+        yield form.event(row, previous)
+    yield form.last(sign(Statement(last, digest, _recorded_at(connection, last), base)))
+
+
+def rows_between(connection: sqlite3.Connection, after: int, until: int) -> Iterator[Row]:
+    """Yield the events after one position up to and with another, a page at a time.
+
+    Raises:
+        LedgerDamaged: one is missing.
+    """
+    while after < until:
+        page = connection.execute(
+            "SELECT position, body, hash FROM events WHERE position > ? AND position <= ?"
+            " ORDER BY position LIMIT ?",
+            (after, until, PAGE),
+        ).fetchall()
+        for position, body, digest in page or [(until + 1, "", b"")]:
+            if position != after + 1:
+                raise LedgerDamaged(f"the event at position {after + 1} is missing; `verify` says more")
+            after = position
+            yield Row(position, body, digest)
+
+
+def _bounds(
+    connection: sqlite3.Connection, base: Base, after: int | None, until: int | None
+) -> tuple[int, int]:
+    (head,) = connection.execute("SELECT max(position) FROM events").fetchone()
+    head = base.position if head is None else head
+    first, last = base.position if after is None else after, head if until is None else until
+    if first < base.position:
+        problem = f"events up to position {base.position} were archived: export what is after them"
+        raise Archived(problem, base.position + 1, head)
+    if not first <= last <= head:
+        raise NothingThere(
+            f"there is nothing from after position {first} to {last}: the log ends at position {head}"
+        )
+    return first, last
+
+
+def _checked(row: Row, previous: bytes) -> bytes:
+    digest = chain(previous, row.body)
+    if digest != row.hash:
+        raise LedgerDamaged(f"the event at position {row.position} is not what it was; `verify` says more")
+    return digest
+
+
+def _recorded_at(connection: sqlite3.Connection, position: int) -> str:
+    row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
+    return "" if row is None else str(row[0])
+
+
+def _line(members: dict[str, object]) -> bytes:
+    return _ENCODER.encode(members).encode("ascii") + b"\n"
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+def _first(after: Base) -> bytes:
+    return _line({"export": FORMAT, "after": {"position": after.position, "hash": after.hash.hex()}})
+
+
+def _event(row: Row, _previous: bytes) -> bytes:
+    return _line({"position": row.position, "hash": row.hash.hex(), "body": row.body})
+
+
+def _last(head: SignedHead) -> bytes:
+    return _line({"head": head.members()})
+
+
+TYPE_PREFIX = "dev.loadledger."
+"""CloudEvents ask for reverse-DNS names; what follows is the event's own type."""
+
+HEAD_TYPE = f"{TYPE_PREFIX}head.v1"
+"""The type of the last line: the signed head."""
+
+SEQUENCE_DIGITS = 19
+"""As many as the largest position has, so that text sorts as numbers (CloudEvents' `sequence` extension)."""
+
+
+def cloudevents(public_key: bytes) -> Lines:
+    """Return the form whose lines are CloudEvents 1.0, for programs that already read those.
+
+    `source` names the ledger by its public key. `data` is the whole event in canonical form; `ledgerhash` is
+    SHA-256 of the bytes of `ledgerprevious` and the UTF-8 of `data` as it stands in the line.
+    """
+    source = f"urn:loadledger:{key_id(public_key)}"
+    return Lines(
+        lambda _: b"",
+        lambda row, previous: _cloudevent(row, previous, source),
+        lambda head: _cloudevent_head(head, source),
+    )
+
+
+def _cloudevent(row: Row, previous: bytes, source: str) -> bytes:
+    event = json.loads(row.body)
+    attributes = {
+        "specversion": "1.0",
+        "id": event["id"],
+        "source": source,
+        "type": TYPE_PREFIX + event["type"],
+        "subject": event["model_id"],
+        "time": event["recorded_at"],
+        "datacontenttype": "application/json",
+        "sequence": _sequence(row.position),
+        "correlationid": event["job_id"],
+        "authtype": "system" if event["actor"] == SYSTEM else "unknown",
+        "authid": event["actor"],
+        "ledgerprevious": previous.hex(),
+        "ledgerhash": row.hash.hex(),
+    }
+    return _cloudevent_line(attributes, row.body)
+
+
+def _cloudevent_head(head: SignedHead, source: str) -> bytes:
+    statement = head.statement
+    attributes = {
+        "specversion": "1.0",
+        "id": f"head-{statement.position}-{statement.hash.hex()[:16]}",
+        "source": source,
+        "type": HEAD_TYPE,
+        "time": statement.recorded_at or None,
+        "datacontenttype": "application/json",
+        "sequence": _sequence(statement.position),
+        "ledgerhash": statement.hash.hex(),
+    }
+    return _cloudevent_line(attributes, json.dumps(head.members(), separators=(",", ":")))
+
+
+def _sequence(position: int) -> str:
+    return f"{position:0{SEQUENCE_DIGITS}}"
+
+
+def _cloudevent_line(attributes: dict[str, str | None], data: str) -> bytes:
+    """Write a CloudEvent around `data`, which is JSON already; what is null is left out."""
+    given = {name: value for name, value in attributes.items() if value is not None}
+    return f'{json.dumps(given, separators=(",", ":"))[:-1]},"data":{data}}}\n'.encode()

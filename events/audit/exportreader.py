@@ -1,0 +1,389 @@
+"""Exports and archives read again: their events one by one as they are proved, and their signed head.
+
+An archive is an export (`events.audit.export`, form `jsonl`) compressed with gzip. Each line has to be, byte
+for byte, the one that is written for what it says, so that nobody can read it in another way.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO, TypeVar, cast
+
+import msgspec
+
+from events.audit.export import FORMAT, jsonl
+from events.audit.files import shown
+from events.audit.signing import Base, SignedHead, as_signed_head, key_id
+from events.audit.verify import Expected, Finding, Kind
+from events.codec import GENESIS, chain, is_canonical
+from events.errors import LedgerDamaged, LogUnavailable
+from events.sqlite.queries import Row
+
+MAX_LINE = 16 * 2**20
+"""Bytes: more than any event has, and no hostile file is read into memory whole."""
+
+LEVEL = 6
+"""gzip's own default: a tenth of the size, 30 MB/s."""
+
+BUFFER = 2**18
+"""Bytes read at once."""
+
+T = TypeVar("T")
+
+
+class FileDamaged(LedgerDamaged):
+    """A file of events does not verify."""
+
+    def __init__(self, problem: str, position: int, kind: Kind = Kind.EVENT) -> None:
+        super().__init__(problem)
+        self.position = position
+        self.kind = kind
+
+
+@contextmanager
+def compressed(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Give a file whose content arrives compressed in `file`; the same content gives the same bytes."""
+    with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=LEVEL) as packed:
+        yield cast("BinaryIO", packed)
+
+
+def lines_of(path: Path, seen: Callable[[memoryview], None] = lambda _: None) -> Iterator[bytes]:
+    """Yield the lines of an archive, or of an export that is not compressed; what has no end is cut.
+
+    Args:
+        path: of a regular file.
+        seen: told the file's own bytes as they are read, all of them in the end.
+
+    Raises:
+        LedgerDamaged: it is cut off, or not what gzip wrote.
+        LogUnavailable: it is no regular file.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise LogUnavailable(f"{shown(path)} is no regular file")
+    with path.open("rb", buffering=0) as raw, io.BufferedReader(_Seen(raw, seen), BUFFER) as file:
+        is_packed = file.peek(2)[:2] == b"\x1f\x8b"  # RFC 1952 section 2.3.1
+        source = gzip.GzipFile(fileobj=file) if is_packed else file
+        try:
+            while line := source.readline(MAX_LINE):
+                yield line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise LedgerDamaged(f"{shown(path)} is damaged: {error}") from None
+
+
+class _Seen(io.RawIOBase):
+    """A file that tells what is read of it."""
+
+    def __init__(self, file: io.FileIO, tell: Callable[[memoryview], None]) -> None:
+        self._file = file
+        self._tell = tell
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # it is given nothing else
+        count = self._file.readinto(buffer)
+        self._tell(buffer[:count])
+        return count
+
+
+class ExportReader:
+    """An export as it is read: what has been yielded is proved.
+
+    Attributes:
+        after: where it begins.
+        position: of the last event that was proved, or where it begins.
+        hash: there.
+        head: the signed head, once all events have been yielded.
+
+    Args:
+        lines: of the export.
+        known: whether all of it was verified before: then the chain alone is checked, since with the same
+            last hash all of it is the same.
+
+    Raises:
+        FileDamaged: from here and while it is read, naming the first position that is wrong, or missing.
+    """
+
+    def __init__(self, lines: Iterable[bytes], *, known: bool = False) -> None:
+        self._known = known
+        self._lines = iter(lines)
+        try:
+            self.after = _beginning(next(self._lines, b""))
+        except ValueError as error:
+            raise FileDamaged(str(error), 0) from None
+        if not _may_begin(self.after):
+            raise FileDamaged("it begins with another hash than ledgers do", 0, Kind.BASE)
+        self.position, self.hash = self.after.position, self.after.hash
+        self.head: SignedHead | None = None
+        self._recorded_at = ""
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the events."""
+        for line in self._lines:
+            found = self._read(line)
+            if isinstance(found, SignedHead):
+                if not self._known:
+                    self._check_head(found, line)
+                self.head = found
+                return
+            self._check(found, line)
+            yield found
+        raise FileDamaged(
+            f"the end is missing: there is nothing after position {self.position}, and no signed head",
+            self.position + 1,
+            Kind.MISSING,
+        )
+
+    def _read(self, line: bytes) -> Row | SignedHead:
+        try:
+            return _parsed(line)
+        except (ValueError, RecursionError) as error:
+            position = self.position + 1
+            raise FileDamaged(f"the line for position {position} is no event: {error}", position) from None
+
+    def _check(self, row: Row, line: bytes) -> None:
+        position = self.position + 1
+        if row.position != position:
+            problem = f"position {position} is missing: the next event is at {row.position}"
+            raise FileDamaged(problem, position, Kind.MISSING)
+        digest = chain(self.hash, row.body)
+        if digest != row.hash:
+            raise FileDamaged(f"the event at position {position} is not what was hashed", position, Kind.HASH)
+        if not self._known:
+            self._check_text(row, line)
+        self.position, self.hash = position, digest
+
+    def _check_text(self, row: Row, line: bytes) -> None:
+        """What was hashed has to have one reading, and the line has to say the same."""
+        position, body = row.position, row.body.encode()
+        if not is_canonical(body):
+            raise FileDamaged(f"the body at position {position} is not in the canonical form", position)
+        recorded_at = _stated(body, position)
+        if recorded_at < self._recorded_at:
+            problem = f"the event at position {position} was recorded before the one before it"
+            raise FileDamaged(problem, position, Kind.ORDER)
+        if not _is_written(row, line):
+            raise FileDamaged(f"the line for position {position} says something else than the body", position)
+        self._recorded_at = recorded_at
+
+    def _check_head(self, head: SignedHead, line: bytes) -> None:
+        statement, position = head.statement, self.position
+        if (statement.position, statement.hash) != (position, self.hash):
+            problem = f"the signed head is not that of position {position}, the last one here"
+            raise FileDamaged(problem, position, Kind.HASH)
+        if not head.holds():
+            problem = f"the signature of the head at position {position} is not its key's"
+            raise FileDamaged(problem, position, Kind.SIGNATURE)
+        is_of_then = statement.recorded_at == self._recorded_at or position == self.after.position
+        is_before = statement.base.position < self.after.position and _may_begin(statement.base)
+        is_whole = is_before or statement.base == self.after
+        if not (is_of_then and is_whole and _is_written(head, line)):
+            raise FileDamaged(f"the signed head does not fit the events up to position {position}", position)
+        if next(self._lines, None) is not None:
+            raise FileDamaged("there is something after the signed head", position)
+
+
+def _beginning(first: bytes) -> Base:
+    """Return where the events of an export begin, by its first line.
+
+    Raises:
+        ValueError: it is no export that can be read.
+    """
+    if first.startswith(b"SQLite format 3"):
+        raise ValueError("this is a database, no export: name the data directory of a ledger with --data")
+    unknown = f"the first line does not say that this is a {FORMAT}"
+    try:
+        mark = _decoded(first, _Mark)
+    except ValueError:
+        raise ValueError(unknown) from None
+    if mark.specversion is not None:
+        raise ValueError(
+            "these are CloudEvents, which are not read again: export the ledger with `--format jsonl`, and "
+            "verify that file"
+        )
+    if mark.export != FORMAT:
+        raise ValueError(unknown)
+    try:
+        after = _decoded(first, _Opening).after
+        base = Base(after.position, bytes.fromhex(after.hash))
+    except ValueError as error:
+        raise ValueError(f"the first line does not say where this begins: {error}") from None
+    if jsonl().first(base) != first:
+        raise ValueError("the first line is not as it is written")
+    return base
+
+
+def _parsed(line: bytes) -> Row | SignedHead:
+    """Return the event, or the head, of a line.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    members = _decoded(line, _Line)
+    if members.head:
+        return as_signed_head(msgspec.json.decode(members.head))
+    if members.position is None or members.hash is None or members.body is None:
+        raise ValueError("it has no position, hash and body")
+    return Row(members.position, members.body, bytes.fromhex(members.hash))
+
+
+def _is_written(found: Row | SignedHead, line: bytes) -> bool:
+    """Whether `line` is the one that is written for what was found in it."""
+    lines = jsonl()
+    try:
+        written = lines.last(found) if isinstance(found, SignedHead) else lines.event(found, b"")
+    except ValueError:  # a lone surrogate
+        return False
+    return written == line
+
+
+def _decoded(text: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+_Position = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Mark(msgspec.Struct):
+    export: str | None = None
+    specversion: str | None = None
+
+
+class _After(msgspec.Struct):
+    position: _Position
+    hash: str
+
+
+class _Opening(msgspec.Struct):
+    after: _After
+
+
+class _Line(msgspec.Struct, gc=False):
+    position: _Position | None = None
+    hash: str | None = None
+    body: str | None = None
+    head: msgspec.Raw = msgspec.Raw()
+
+
+def _may_begin(base: Base) -> bool:
+    """Whether a log may begin there: at first with zeros, later with the hash of an event, never zeros."""
+    is_first = base.hash == GENESIS
+    return base.position >= 0 and len(base.hash) == len(GENESIS) and is_first == (base.position == 0)
+
+
+class _Stated(msgspec.Struct, gc=False):
+    position: int
+    recorded_at: str
+
+
+_STATED = msgspec.json.Decoder(_Stated)
+
+
+def _stated(body: bytes, position: int) -> str:
+    """Return when an event says that it was recorded."""
+    try:
+        stated = _STATED.decode(body)
+    except (RecursionError, ValueError) as error:
+        raise FileDamaged(f"the body at position {position} is no event: {error}", position) from None
+    if stated.position != position:
+        raise FileDamaged(f"the body at position {position} says position {stated.position}", position)
+    return stated.recorded_at
+
+
+@dataclass(frozen=True, slots=True)
+class FileAudit:
+    """What was found in a file: from where to where it is proved, and the first problem, if any.
+
+    Attributes:
+        after: where its events begin.
+        proved: up to where they are proved.
+        head: the signed head, which holds; null where there is a finding before it.
+        sha256: of the file; empty likewise.
+        has_expected: whether the position that was expected is in it.
+    """
+
+    path: Path
+    after: Base
+    proved: Base
+    head: SignedHead | None
+    sha256: bytes
+    finding: Finding | None
+    has_expected: bool = False
+
+    @property
+    def events(self) -> int:
+        """How many events are proved."""
+        return self.proved.position - self.after.position
+
+
+def audit_file(path: Path, *, key: str | None = None, expected: Expected | None = None) -> FileAudit:
+    """Verify an export or an archive, all of it; memory does not grow with it.
+
+    Args:
+        path: of the file.
+        key: the id of the key that has to have signed it, where that is known.
+        expected: what somebody kept, if it is there to be compared.
+
+    Raises:
+        LogUnavailable: `log_unavailable`, it is no regular file.
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    reader: ExportReader | None = None
+    finding, unexpected = None, None
+    try:
+        reader = ExportReader(lines_of(path, digest.update))
+        unexpected = _unexpected(expected, reader.after)
+        for row in reader:
+            if expected is not None and row.position == expected.position:
+                unexpected = _unexpected(expected, Base(row.position, row.hash))
+    except FileDamaged as error:
+        finding = Finding(error.position, str(error), error.kind)
+    except LedgerDamaged as error:
+        finding = Finding(0 if reader is None else reader.position + 1, str(error), Kind.DAMAGED)
+    if reader is None:
+        nothing = Base(0, bytes(32))
+        return FileAudit(path, nothing, nothing, None, b"", finding)
+    proved = Base(reader.position, reader.hash)
+    return FileAudit(
+        path,
+        reader.after,
+        proved,
+        reader.head,
+        digest.digest() if finding is None else b"",
+        finding or unexpected or _signed_by_another(reader.head, key),
+        expected is not None and reader.after.position <= expected.position <= proved.position,
+    )
+
+
+def audit_files(
+    paths: Sequence[Path], *, key: str | None = None, expected: Expected | None = None
+) -> list[FileAudit]:
+    """Verify several, as `audit_file` does."""
+    return [audit_file(path, key=key, expected=expected) for path in paths]
+
+
+def _unexpected(expected: Expected | None, found: Base) -> Finding | None:
+    if expected is None or expected.position != found.position or expected.hash == found.hash:
+        return None
+    problem = f"the hash is {found.hash.hex()}, {expected.hash.hex()} was expected"
+    return Finding(found.position, problem, Kind.EXPECTATION)
+
+
+def _signed_by_another(head: SignedHead | None, key: str | None) -> Finding | None:
+    if head is None or key is None or key_id(head.public_key) == key:
+        return None
+    problem = f"the head is signed by the key {key_id(head.public_key)}, {key} was expected"
+    return Finding(head.statement.position, problem, Kind.EXPECTATION)

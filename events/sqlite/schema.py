@@ -1,0 +1,319 @@
+"""The ledger's database: numbered migrations, each in one transaction, and whether it is what they make.
+
+A ledger's file by itself: whether it lacks its write-ahead log, and bringing it up to that.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from events.errors import ForeignDatabase, FutureSchema, IncompleteCopy, LogUnavailable
+from events.sqlite import queries
+from events.types import ServerStopped
+
+APPLICATION_ID = 0x4C4C6467
+"""SQLite's application_id of our files: "LLdg"."""
+
+CACHE = "PRAGMA cache_size = -512"
+"""KiB of pages that a reader keeps: the ends of log and indexes; the kernel has the rest anyway. The writer
+has SQLite's 2,000: one group of 64 changes up to 900 KiB of pages."""
+
+CHECKPOINT = "PRAGMA wal_autocheckpoint = 4000"
+"""Pages, of 4 KiB, of the write-ahead log after which these are copied into the database. The stored
+projections are the same pages in each group: at SQLite's 1,000 they would be copied four times as often."""
+
+
+class SchemaRow(NamedTuple):
+    """A table, an index or a trigger; what is made for another one, as a key's index is, has no SQL."""
+
+    type: bytes
+    name: bytes
+    tbl_name: bytes
+    sql: bytes | None
+
+
+_NAME = re.compile(r"^(\d{4})_\w+\.sql$")
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the ledger for writing, durably, creating and migrating it where needed.
+
+    The connection may be used from any thread, by one at a time.
+
+    Raises:
+        FutureSchema: `future_schema`, a newer release wrote it.
+        ForeignDatabase: `foreign_database`, it is somebody else's.
+        sqlite3.Error: it cannot be opened or is not a database.
+    """
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA busy_timeout = 5000")
+        refuse_foreign(connection)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(CHECKPOINT)
+        migrate(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """Open the ledger beside a running server, or without one; nothing can be written through this."""
+    connection = sqlite3.connect(read_only_uri(path), uri=True, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA busy_timeout = 5000")
+    return connection
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a ledger to read it, beside a running server or without one; anything else is refused.
+
+    Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
+        sqlite3.Error, UnicodeDecodeError: there is none, or it is damaged; so may the caller's reading.
+    """
+    with closing(connect_read_only(path)) as connection:
+        refuse_foreign(connection)
+        check_readable(connection)
+        yield connection
+
+
+@contextmanager
+def opened_to_read(path: Path, what: str = "cannot be read") -> Iterator[sqlite3.Connection]:
+    """Open a ledger as `readable` does, for who has nothing of their own to say of its errors.
+
+    Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
+        LogUnavailable: `log_unavailable`, there is none, or it cannot be opened or read.
+    """
+    try:
+        with readable(path) as connection:
+            yield connection
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
+        raise LogUnavailable(f"the ledger {path.name} {what}: {error}") from error
+
+
+def read_only_uri(path: Path) -> str:
+    """Return SQLite's name for opening `path` read-only."""
+    return f"{path.absolute().as_uri()}?mode=ro"
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Apply what has not been applied yet.
+
+    Raises:
+        FutureSchema: the database has migrations that this release does not know.
+    """
+    done = check_readable(connection)
+    known = _migrations()
+    for number, script in known[done:]:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if _pragma(connection, "user_version") < number:
+                _apply(connection, number, script)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.rollback()
+            raise
+
+
+def check_readable(connection: sqlite3.Connection) -> int:
+    """Return how many migrations the database has.
+
+    Raises:
+        FutureSchema: `future_schema`, more than this release knows.
+    """
+    done, known = _pragma(connection, "user_version"), len(_migrations())
+    if done > known:
+        raise FutureSchema(
+            f"the ledger has schema {done}, this loadledger knows {known}: use the release that wrote it, "
+            "or a later one",
+        )
+    return done
+
+
+def schema_of(connection: sqlite3.Connection) -> set[SchemaRow]:
+    """Return the tables, indexes and triggers of a database, as SQLite has them: each with its SQL."""
+    columns = ", ".join(f"CAST({column} AS BLOB)" for column in SchemaRow._fields)
+    return {SchemaRow(*row) for row in connection.execute(f"SELECT {columns} FROM sqlite_schema")}  # noqa: S608 - literals
+
+
+def schema_after(migrations: int) -> set[SchemaRow]:
+    """Return what `schema_of` gives of a ledger to which so many migrations were applied."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        for number, script in _migrations()[:migrations]:
+            _apply(connection, number, script)
+        return schema_of(connection)
+
+
+def _apply(connection: sqlite3.Connection, number: int, script: str) -> None:
+    for statement in _statements(script):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {number}")
+
+
+def refuse_foreign(connection: sqlite3.Connection) -> None:
+    """Raise unless the database is a ledger, or empty and nobody's.
+
+    Raises:
+        ForeignDatabase: `foreign_database`.
+    """
+    owner = _pragma(connection, "application_id")
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if owner != APPLICATION_ID and (tables or owner or _pragma(connection, "user_version")):
+        raise ForeignDatabase
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    (value,) = connection.execute(f"PRAGMA {name}").fetchone()
+    return int(value)
+
+
+def _migrations() -> list[tuple[int, str]]:
+    """Return the migrations in order, with their numbers; a gap in those is a mistake in the package."""
+    found = sorted(
+        (int(match[1]), file.read_text(encoding="utf-8"))
+        for file in resources.files("migrations").iterdir()
+        if (match := _NAME.match(file.name))
+    )
+    assert [number for number, _ in found] == list(range(1, len(found) + 1))
+    return found
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield single statements; `executescript` would commit before it begins."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+    if statement.strip():
+        yield statement
+
+
+def schema_difference(connection: sqlite3.Connection) -> str | None:
+    """Return in words what the schema has otherwise than the migrations that the ledger says it has.
+
+    Plain tables of others, as SQLite's statistics and tools for replication keep them, are left alone:
+    nothing of ours is read from them, or changed by them.
+    """
+    stored, made = schema_of(connection), schema_after(check_readable(connection))
+    tables = {row.tbl_name for row in made}
+    for row in sorted(made - stored, key=_name):
+        what = "is not as it was made" if _name(row) in set(map(_name, stored)) else "is missing"
+        return f"the {_shown(row)} {what}"
+    for row in sorted(stored - made, key=_name):
+        if row.tbl_name in tables or not _is_plain_table(row):
+            return f"the {_shown(row)} is none of a ledger's"
+    return None
+
+
+def _is_plain_table(row: SchemaRow) -> bool:
+    """Whether it is a table, or the index of its key; SQLite goes by the SQL, whatever the type says."""
+    return row.sql is None if row.type == b"index" else (row.sql or b"").startswith(b"CREATE TABLE ")
+
+
+def _name(row: SchemaRow) -> tuple[bytes, bytes]:
+    return row.type, row.name
+
+
+def _shown(row: SchemaRow) -> str:
+    return f"{row.type.decode(errors='replace')} {row.name.decode(errors='replace')!r}"
+
+
+_READ_VERSION = 19
+"""Offset of the byte of SQLite's header that says how the file is read."""
+
+_WAL = 2
+"""Its value for a file with a write-ahead log."""
+
+
+def wants_wal(path: Path) -> bool:
+    """Whether the file is one with a write-ahead log beside it."""
+    with path.open("rb") as file:
+        header = file.read(_READ_VERSION + 1)
+    return header[_READ_VERSION:] == bytes([_WAL])
+
+
+def lacks_wal(path: Path) -> bool:
+    """Whether the file was written with a write-ahead log that is not there; a server's is never empty.
+
+    It has to be asked before the file is opened, which makes an empty one.
+    """
+    wal = path.with_name(f"{path.name}-wal")
+    return wants_wal(path) and not (wal.exists() and wal.stat().st_size > 0)
+
+
+def may_lack_events(connection: sqlite3.Connection) -> bool:
+    """Whether a ledger that lacks its write-ahead log does not say by its last event that it needs none."""
+    last = connection.execute("SELECT type FROM events ORDER BY position DESC LIMIT 1").fetchone()
+    return last is not None and last[0] not in (ServerStopped.TYPE, ServerStopped.TYPE.encode())
+
+
+def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse a ledger that lacks its write-ahead log unless its last event says that it needs none.
+
+    Raises:
+        IncompleteCopy: `incomplete_copy`.
+    """
+    if may_lack_events(connection):
+        raise IncompleteCopy(
+            f"{path.name} may lack its newest events: {path.name}-wal is not there, and the last event is no "
+            "ServerStopped. Copy the ledger of a running server with `loadledger backup`; start and stop the "
+            "server where this is no copy; or have `loadledger verify --expect POSITION:HASH` say whether it "
+            "has what it must have"
+        )
+
+
+_BUSY_MS = 5000
+"""What the writer's connection waits for others otherwise (`events.sqlite.schema.connect`)."""
+
+
+def checkpoint(connection: sqlite3.Connection) -> bool:
+    """Write all of the WAL into the database and begin the WAL anew; return False if a reader is in the way.
+
+    It does not wait for one: whoever writes waits for this. The new WAL gets a commit that changes nothing,
+    because an empty one is also what a reader makes of a file that was copied without.
+
+    Raises:
+        sqlite3.Error: it cannot be written.
+    """
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+    if not busy:
+        queries.probe(connection)
+    return not busy
+
+
+def leave_alone_complete(connection: sqlite3.Connection, *, lacked_wal: bool = False) -> None:
+    """Leave one file that needs no other, to be read on any medium, before the connection is closed.
+
+    Closing would write the WAL into the file and remove it, and the file would look like a copy that lacks
+    it. Where it cannot be done, say because of a reader, the WAL stays beside the file.
+
+    Args:
+        connection: that has written.
+        lacked_wal: whether the file had no WAL, as one that was copied without, before it was opened
+            (`lacks_wal`): then it goes on looking like that until its last event says that it
+            is complete.
+    """
+    with suppress(sqlite3.Error):
+        if lacked_wal and may_lack_events(connection):
+            return
+        connection.execute("PRAGMA busy_timeout = 0")
+        connection.execute("PRAGMA journal_mode = DELETE")

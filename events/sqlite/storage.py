@@ -1,0 +1,338 @@
+"""The ledger's database as its one writer has it: a connection in a thread, opened anew after errors.
+
+The thread is handed a whole group at a time: one hop, not one for each statement. Readers have connections
+of their own (`events.sqlite.reader`).
+
+The stored projections made anew by folding the log, for folds that are not those they were made by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from events.commands import KnownKey
+from events.errors import LogUnavailable
+from events.sqlite import queries, snapshots
+from events.sqlite.history import PAGE, base_state, fold, pages
+from events.sqlite.queries import Head, Row
+from events.sqlite.schema import (
+    check_readable,
+    checkpoint,
+    connect,
+    connect_read_only,
+    lacks_wal,
+    leave_alone_complete,
+    readable,
+)
+from events.state import Changes, State
+
+__all__ = ["FOLDS", "MAX_NAMED", "PAGE", "Rebuilt", "compare", "is_current", "rebuild", "rebuild_file"]
+
+FOLDS = 2
+"""The number of the folds: one more with each change after which the same events give other stored texts."""
+
+MAX_NAMED = 100
+"""Differences that are named: who has more has something else to do than to read them."""
+
+_KEPT_SINCE = 2
+"""The schema from which on the number is stored."""
+
+_WALKS = {
+    "models": "SELECT id, body FROM models ORDER BY 1",
+    "jobs": "SELECT id, body FROM jobs ORDER BY 1",
+}
+"""What a rebuild may change: keys and bodies in the order of the keys."""
+
+_Key = str | bytes
+
+
+def is_current(connection: sqlite3.Connection) -> bool:
+    """Whether the stored projections were made by this release's folds; what is damaged is not outdated."""
+    if check_readable(connection) < _KEPT_SINCE:
+        return False
+    row: tuple[object] | None = connection.execute("SELECT folds FROM projected").fetchone()
+    return row is None or bool(row[0] == FOLDS)
+
+
+def rebuild(connection: sqlite3.Connection) -> None:
+    """Fold the log from its base and store what comes of it, snapshots too, in one transaction.
+
+    Memory grows with the models and the jobs that have not ended, not with the log.
+
+    Raises:
+        LogUnavailable: an event cannot be folded; nothing was changed.
+        sqlite3.Error: it cannot be read or written; nothing was changed.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        state = base_state(connection)
+        connection.execute("DELETE FROM jobs")
+        connection.execute("DELETE FROM models")
+        snapshots.forget(connection, state.position)
+        connection.execute(
+            "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
+            (state.position, FOLDS),
+        )
+        queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
+        for page in pages(connection, state.position):
+            models, jobs = fold(state, page)
+            queries.write_projections(connection, models.values(), jobs.values(), state.position)
+            snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.rollback()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What was done: the position the projections had been at, and in which rows they differed, in words."""
+
+    position: int | None
+    differences: list[str]
+
+
+def rebuild_file(path: Path) -> Rebuilt:
+    """Make the stored projections of the ledger at `path` anew; the caller holds the lock of the data.
+
+    A copy that lacks its write-ahead log goes on looking like one.
+
+    Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
+        LogUnavailable: `log_unavailable`, it cannot be read or written, or folded; nothing was changed.
+    """
+    try:
+        lacked_wal = lacks_wal(path)
+        with closing(connect(path)) as connection:
+            try:
+                return _rebuilt(connection, path)
+            finally:
+                leave_alone_complete(connection, lacked_wal=lacked_wal)
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
+        raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: {error}") from error
+
+
+def _rebuilt(connection: sqlite3.Connection, path: Path) -> Rebuilt:
+    with closing(connect_read_only(path)) as before:
+        before.execute("BEGIN")
+        row = before.execute("SELECT position FROM projected").fetchone()  # the snapshot begins here
+        rebuild(connection)
+        return Rebuilt(row and row[0], compare(before, connection))
+
+
+def compare(before: sqlite3.Connection, after: sqlite3.Connection) -> list[str]:
+    """Return in which rows the stored projections differ, at most `MAX_NAMED`, each in words.
+
+    Args:
+        before: in a read transaction that began before they were made anew.
+        after: where they are as they are now.
+    """
+    found = (
+        f"the stored {name} {what} {key!r}"
+        for name, walk in _WALKS.items()
+        for what, key in _differences(before, after, walk)
+    )
+    return list(islice(found, MAX_NAMED))
+
+
+def _differences(
+    before: sqlite3.Connection, after: sqlite3.Connection, walk: str
+) -> Iterator[tuple[str, _Key]]:
+    """Walk both in the order of their keys; neither is held in memory."""
+    old, new = before.execute(walk), after.execute(walk)
+    one, other = old.fetchone(), new.fetchone()
+    while one is not None or other is not None:
+        if other is None or (one is not None and _place(one[0]) < _place(other[0])):
+            yield "had, and the log does not give,", one[0]
+            one = old.fetchone()
+        elif one is None or _place(other[0]) < _place(one[0]):
+            yield "lacked", other[0]
+            other = new.fetchone()
+        else:
+            if one[1] != other[1]:
+                yield "differed at", one[0]
+            one, other = old.fetchone(), new.fetchone()
+
+
+def _place(key: _Key) -> tuple[bool, _Key]:
+    """Return what sorts keys as SQLite does, whatever somebody stored: texts, then bytes."""
+    return isinstance(key, bytes), key
+
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STATEMENTS_IN_MEMORY = "PRAGMA temp_store = MEMORY"
+"""What a statement changes is kept until it is done, some pages for each event of a group: not in a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a ledger says when it is opened: where it ends, what is so there, when models were last used."""
+
+    head: Head
+    state: State
+    last_used: Mapping[str, str]
+
+
+class Database:
+    """The writer's connection. What it cannot do raises sqlite3.Error, where nothing else is said.
+
+    After such an error nobody knows what the connection would still do: `give_up` it, and `open` it anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
+        self._connection: sqlite3.Connection | None = None
+        self._was_open = False
+        self._lacked_wal = False
+        self._unsynced = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection."""
+        return self._connection is not None
+
+    async def open(self) -> Stored:
+        """Connect, and read what is stored; projections that other folds made are made anew first.
+
+        Raises:
+            FutureSchema: `future_schema`.
+            ForeignDatabase: `foreign_database`.
+            LogUnavailable: `log_unavailable`, it cannot be opened, or what is stored is damaged.
+        """
+        try:
+            self._connection, stored = await self.run(self._opened)
+        except (sqlite3.Error, OSError, ValueError) as error:  # what is stored may be damaged
+            raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
+        self._was_open, self._unsynced = True, False
+        return stored
+
+    async def write(self, rows: Sequence[Row], changes: Changes, entities: int) -> None:
+        """Append a group of events and store what they changed; durable on return."""
+        connection = self._connected()
+        await self.run(lambda: queries.write_group(connection, rows, changes, entities))
+
+    async def read_keys(self, hashes: AbstractSet[str]) -> Mapping[str, KnownKey]:
+        """Return what the log knows of these idempotency keys; most groups have none.
+
+        Raises:
+            LogUnavailable: `log_unavailable`, they cannot be read; the connection is given up.
+        """
+        if not hashes:
+            return {}
+        connection = self._connected()
+        try:
+            return await self.run(lambda: queries.read_keys(connection, hashes))
+        except sqlite3.Error as error:
+            _log.exception("the idempotency keys of a group could not be looked up")
+            await self.give_up()
+            raise LogUnavailable from error
+
+    async def note(self, used: Mapping[str, str]) -> None:
+        """Note when models were last used.
+
+        Raises:
+            UnicodeEncodeError: an id that is no text.
+        """
+        connection = self._connected()
+        await self.run(lambda: queries.write_last_used(connection, used))
+
+    async def probe(self) -> None:
+        """Write nothing new, durably: so it can be written again."""
+        connection = self._connected()
+        await self.run(lambda: queries.probe(connection))
+
+    async def make_whole(self) -> bool:
+        """Bring the file up to its write-ahead log; return False where that cannot be done yet."""
+        connection = self._connection
+        if connection is None:
+            return False
+        try:
+            return await self.run(lambda: checkpoint(connection))  # not as long as a reader is in the way
+        except sqlite3.Error as error:
+            _log.warning("the ledger's file could not be brought up to date yet: %s", error)
+            return False
+
+    async def give_up(self, error: sqlite3.Error | None = None) -> None:
+        """Close the connection after an error; after one of the disk, all is synced when opened anew."""
+        if error is not None and queries.kind_of(error) == sqlite3.SQLITE_IOERR:
+            self._unsynced = True
+        await self.run(self._drop)
+
+    async def close(self) -> None:
+        """Leave one file that is complete alone, and end the thread."""
+        await self.run(self._leave)
+        self._thread.shutdown()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do some work in the thread that has the connection."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _connected(self) -> sqlite3.Connection:
+        assert self._connection is not None
+        return self._connection
+
+    def _opened(self) -> tuple[sqlite3.Connection, Stored]:
+        if not self._was_open and self._path.exists():
+            self._lacked_wal = lacks_wal(self._path)
+            _look_at(self._path)
+        connection = connect(self._path)
+        try:
+            if self._unsynced:
+                queries.sync(connection)
+            stored = _stored(connection)
+            connection.execute(STATEMENTS_IN_MEMORY)
+        except BaseException:
+            if not self._was_open:
+                leave_alone_complete(connection, lacked_wal=self._lacked_wal)
+            connection.close()
+            raise
+        return connection, stored
+
+    def _leave(self) -> None:
+        if self._connection is not None:
+            leave_alone_complete(self._connection, lacked_wal=self._lacked_wal)
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+
+
+def _look_at(path: Path) -> None:
+    """Read what is stored before anything is written, so that a file that cannot be used stays as it is.
+
+    Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
+        sqlite3.Error, ValueError: it is damaged, or no database.
+    """
+    with readable(path) as connection:
+        if is_current(connection):
+            queries.read_state(connection)
+
+
+def _stored(connection: sqlite3.Connection) -> Stored:
+    head = queries.read_head(connection)
+    if not is_current(connection):
+        if head.position:
+            _log.info("%d events are folded anew, since another release did it last", head.position)
+        rebuild(connection)
+    return Stored(head, queries.read_state(connection), queries.read_last_used(connection))

@@ -1,0 +1,156 @@
+"""The transport for event loops: connections to one server, over aiohttp."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, closing
+from dataclasses import replace
+from http import HTTPStatus
+
+import aiohttp
+from yarl import URL
+
+from loadledger.address import CHUNK_BYTES, SILENCE_S, Options
+from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, reason
+from loadledger.requests import Answer, Request
+
+CLOSED = "this client is closed"
+
+
+class Stream:
+    """A response in an event loop that is still being read."""
+
+    def __init__(self, transport: Transport, response: aiohttp.ClientResponse) -> None:
+        self._transport = transport
+        self._response = response
+        headers = {name.lower(): text for name, text in response.headers.items()}
+        self.answer = Answer(response.status, headers, b"")
+
+    async def read(self) -> bytes:
+        """Return what has come of a body, and wait if that is nothing; no bytes are its end."""
+        async with self._transport.within(None):
+            return await self._response.content.read(CHUNK_BYTES)
+
+    async def read_all(self) -> Answer:
+        """Return the answer with the rest of its body."""
+        found = bytearray()
+        while chunk := await self.read():
+            found += chunk
+            self._transport.options.check(len(found))
+        return replace(self.answer, body=bytes(found))
+
+    def release(self) -> None:
+        """Keep the connection for the next request, if nothing is left to read; else close it."""
+        self._response.release()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._response.close()
+
+
+class Transport:
+    """Connections to one server, in one event loop."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._tls = options.tls() if options.address.is_secure else None
+        self._session: aiohttp.ClientSession | None = None
+        self._waits: set[asyncio.Timeout] = set()
+        self._closed = False
+
+    async def close(self) -> None:
+        """Close all connections; who waits for something that was to come over one is told so."""
+        self._closed = True
+        for wait in self._waits:  # the library would have them wait for ever
+            if not wait.expired():
+                wait.reschedule(asyncio.get_running_loop().time())
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def send(self, request: Request) -> Answer:
+        """Return the whole answer."""
+        limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
+        async with self.within(limit_s):
+            stream = await self._respond(request, limit_s)
+            try:
+                return await stream.read_all()
+            finally:
+                stream.release()
+
+    async def open(self, request: Request) -> Stream:
+        """Return a stream; a redirect is none."""
+        stream = await self._respond(request, SILENCE_S)
+        if stream.answer.status != HTTPStatus.OK:
+            with closing(stream):
+                async with self.within(self.options.timeout_s):
+                    stream.answer = await stream.read_all()
+        return stream
+
+    async def pause(self, seconds: float) -> None:
+        """Do nothing for a while."""
+        await asyncio.sleep(seconds)
+
+    async def _respond(self, request: Request, silence_s: float) -> Stream:
+        """Return a response whose body was not read yet; a redirect is one, too."""
+        connect_s = min(self.options.connect_s, silence_s)
+        async with self.within(connect_s + silence_s):
+            response = await self._opened().request(
+                request.method,
+                URL(f"{self.options.address.url}{request.target}", encoded=True),
+                data=None if request.body is None else io.BytesIO(request.body),
+                headers=request.headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=silence_s),
+            )
+        return Stream(self, response)
+
+    @asynccontextmanager
+    async def within(self, limit_s: float | None) -> AsyncGenerator[None, None]:
+        """Wait no longer than this, nor for what cannot come any more, and say what went wrong."""
+        if self._closed:
+            raise RuntimeError(CLOSED)
+        wait = asyncio.timeout(limit_s)
+        try:
+            async with wait:
+                self._waits.add(wait)
+                yield
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if self._closed:
+                raise RuntimeError(CLOSED) from None
+            raise self._problem(error) from _told(error)
+        finally:
+            self._waits.discard(wait)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                ssl=True if self._tls is None else self._tls, limit=0, keepalive_timeout=15
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                headers=self.options.address.headers(),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    def _problem(self, error: Exception) -> ClientProblem:
+        url = self.options.address.url
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            return ServerUnreachable(url, reason(error.certificate_error))
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return ServerUnreachable(url, reason(error.os_error))
+        if isinstance(error, TimeoutError):
+            sent = not isinstance(error, aiohttp.ConnectionTimeoutError)
+            return ServerUnreachable(url, "it took too long", sent=sent)
+        if isinstance(error, aiohttp.ClientResponseError):
+            return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
+        return ServerUnreachable(url, f"the connection was lost: {reason(error)}", sent=True)
+
+
+def _told(error: Exception) -> Exception | None:
+    """Return what may stand in a trace: the library's own errors repeat what was sent, the token perhaps."""
+    return None if isinstance(error, aiohttp.ClientResponseError) else error

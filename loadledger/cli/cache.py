@@ -1,0 +1,115 @@
+"""`loadledger prepared list | clear`: the prepared forms of models in a data directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadledger.cli.output import in_one_line, second, size, table
+from loadledger.cli.server import data_option, json_option, print_json
+
+SHOWN_DIGITS = 12
+"""Of a hash: enough to tell them apart; --json has all of it."""
+HEAD = ("model", "version", "form", "size", "took", "made", "last used", "sha256")
+
+
+@click.group()
+def prepared() -> None:
+    """List or clear what was prepared to load models faster.
+
+    A server that runs may go on meanwhile.
+    """
+
+
+@prepared.command("list")
+@data_option
+@json_option
+def list_prepared(data: Path, *, as_json: bool) -> None:
+    """Show what was prepared, the last used first.
+
+    `bare` is a model that loads fastest from its own files; the reasons stand below it.
+    """
+    from loadledger.cli.output import problems_told  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    with problems_told():
+        entries = [_told(entry) for entry in _store(data).entries()]
+    if as_json:
+        print_json({"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries})
+    else:
+        click.echo("\n".join(_table(entries)))
+
+
+@prepared.command()
+@data_option
+@click.option("--model", "model_id", metavar="ID", help="Only what was made of this model.")
+@json_option
+def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
+    """Remove what was prepared; models that are loaded from it go on.
+
+    They are prepared anew after their next load. With --json, `entries` and `bytes` say how much was removed.
+    """
+    from loadledger.cli.output import problems_told  # noqa: PLC0415 - as above
+
+    with problems_told():
+        cleared = _store(data).clear(model_id)
+    if as_json:
+        print_json({"entries": cleared.entries, "bytes": cleared.bytes})
+    else:
+        click.echo(f"cleared: {_number(cleared.entries)}, {cleared.bytes} bytes")
+
+
+def _store(data: Path) -> Any:
+    from runtime.cache.store import FOLDER, PreparedStore  # noqa: PLC0415 - as above
+
+    if not data.is_dir():
+        raise click.BadParameter(f"there is no {data}; `token` and `serve` create it", param_hint="--data")
+    return PreparedStore(data / FOLDER, limit_bytes=0)  # which only what is kept is held to
+
+
+def _told(entry: Any) -> dict[str, Any]:
+    return {
+        "model_id": entry.model_id,
+        "version": entry.version,
+        "form": entry.form,
+        "sha256": entry.sha256,
+        "bytes": entry.bytes,
+        "made_at": entry.made_at,
+        "last_used_at": entry.used_at,
+        "took_ms": entry.took_ms,
+        "figures": dict(entry.figures),
+        "tried": dict(entry.tried),
+        "key": entry.key,
+    }
+
+
+def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
+    if not entries:
+        yield "nothing is prepared"
+        return
+    head, *lines = table(HEAD, [_row(entry) for entry in entries])
+    yield head
+    for entry, line in zip(entries, lines, strict=True):
+        yield line
+        for form, reason in entry["tried"].items():
+            yield f"  not {form}: {in_one_line(reason)}"
+    yield f"{_number(len(entries))}, {size(sum(entry['bytes'] for entry in entries))}"
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        entry["model_id"],
+        str(entry["version"]),
+        entry["form"] or "bare",
+        size(entry["bytes"]) if entry["form"] else "",
+        f"{entry['took_ms'] / 1000:.1f} s",
+        second(entry["made_at"]),
+        second(entry["last_used_at"]),
+        (entry["sha256"] or "")[:SHOWN_DIGITS],
+    )
+
+
+def _number(entries: int) -> str:
+    return "1 entry" if entries == 1 else f"{entries} entries"

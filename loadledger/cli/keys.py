@@ -1,0 +1,153 @@
+"""`loadledger token` and `loadledger key`: what signs tokens, and the tokens."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from loadledger.cli.ledger import ledger_key
+from loadledger.cli.output import problems_told
+from loadledger.cli.server import data_option, json_option, print_json
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
+
+
+@click.command()
+@data_option
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    envvar="LOADLEDGER_ROLE",
+    required=True,
+    help="admin, predict or audit; may be repeated.",
+)
+@click.option(
+    "--subject",
+    envvar="LOADLEDGER_SUBJECT",
+    required=True,
+    help="Who the token speaks for; the ledger names them.",
+)
+@click.option(
+    "--expires",
+    envvar="LOADLEDGER_EXPIRES",
+    default="12h",
+    help="For how long it is valid: 90s, 30m, 12h, 7d.",
+)
+@click.option("--jwt-audience", help="As given to `serve`. [LOADLEDGER_JWT_AUDIENCE]", show_default=False)
+@click.option("--jwt-issuer", help="As given to `serve`. [LOADLEDGER_JWT_ISSUER]", show_default=False)
+@json_option
+def token(
+    data: Path, roles: tuple[str, ...], subject: str, expires: str, *, as_json: bool, **claims: str | None
+) -> None:
+    """Print a token; the first use makes the keys.
+
+    It creates the data directory, too. With --json, it is `token`, and `subject`, `roles`, `expires_at` and
+    `kid`, the key that signed it, stand beside it.
+    """
+    from server.auth.keys import ensure_data_dir, issue_token  # noqa: PLC0415 - keeps `--help` quick
+    from server.configsources import raise_mistakes, read_settings  # noqa: PLC0415
+
+    expires_s = _seconds(expires)
+    with problems_told():
+        chosen, mistakes = read_settings(claims, os.environ, only=claims)
+        raise_mistakes(mistakes)
+        ensure_data_dir(data)
+        audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
+        made = issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer)
+    if as_json:
+        print_json(_told(made))
+    else:
+        click.echo(made)
+
+
+@click.group()
+def key() -> None:
+    """List, rotate and revoke keys; show the ledger's.
+
+    Tokens cannot be revoked, but the keys that signed them can.
+    """
+
+
+@key.command("list")
+@data_option
+@json_option
+def list_keys(data: Path, *, as_json: bool) -> None:
+    """Show the keys, newest last; the one that signs is marked."""
+    from server.auth import keys  # noqa: PLC0415 - as above
+
+    with problems_told():
+        if not data.is_dir():
+            raise click.BadParameter(
+                f"there is no {data}; `token` and `serve` create it", param_hint="--data"
+            )
+        found = keys.list_keys(data)
+    if as_json:
+        print_json({"keys": found})
+        return
+    for info in found:
+        click.echo(f"{info.kid}  {info.created_at:%Y-%m-%d %H:%M:%S}Z{'  signs' if info.signs else ''}")
+
+
+@key.command()
+@data_option
+@json_option
+def rotate(data: Path, *, as_json: bool) -> None:
+    """Make a new key, which signs from now on; tokens of the old ones stay valid."""
+    from server.auth import keys  # noqa: PLC0415 - as above
+
+    with problems_told():
+        kid = keys.rotate(data)
+    if as_json:
+        print_json({"kid": kid})
+    else:
+        click.echo(kid)
+
+
+@key.command()
+@data_option
+@json_option
+@click.argument("kid")
+def revoke(data: Path, kid: str, *, as_json: bool) -> None:
+    """Remove a key, and with it the validity of every token that it signed.
+
+    Nothing is printed; with --json, the `kid` that was removed.
+    """
+    from server.auth import keys  # noqa: PLC0415 - as above
+
+    with problems_told():
+        keys.revoke(data, kid)
+    if as_json:
+        print_json({"kid": kid})
+
+
+key.add_command(ledger_key)
+
+
+def _told(made: str) -> dict[str, object]:
+    """Return a token that was just made, with what stands in it."""
+    import jwt  # noqa: PLC0415 - as above
+
+    whole = jwt.decode_complete(made, options={"verify_signature": False})
+    claims = whole["payload"]
+    return {
+        "token": made,
+        "subject": claims["sub"],
+        "roles": claims["roles"],
+        "expires_at": datetime.fromtimestamp(claims["exp"], UTC),
+        "kid": whole["header"]["kid"],
+    }
+
+
+def _seconds(text: str) -> int:
+    match = _DURATION.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise click.BadParameter(
+            f"{text!r} is not a duration like 90s, 30m, 12h or 7d", param_hint="--expires"
+        )
+    return int(match[1]) * _UNITS_S[match[2]]

@@ -1,0 +1,277 @@
+"""What `loadledger verify` checks, and what an audit found, in words and as JSON.
+
+The events of a ledger's file, for the command `events`; a server may run beside it or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from events.audit.archivechain import Behind
+from events.audit.audit import Audit, audit
+from events.audit.exportreader import FileAudit, audit_files
+from events.audit.signing import Base, key_id
+from events.audit.verify import Expected, Finding
+from events.errors import NothingThere
+from events.sqlite.reader import Asked, EventFilter, Reader, open_reader
+from server.api.events import place
+from server.auth.keys import expected_key
+
+
+def told(found: Audit, *, key: str | None = None) -> list[str]:
+    """Return it in lines of text: whether it is verified, what is wrong, and the head that was proved.
+
+    Args:
+        found: of a ledger.
+        key: the id of the key by which archives had to be signed, where that was known.
+    """
+    verification, finding = found.verification, found.finding
+    head = f"{verification.position}:{verification.hash.hex()}"
+    if finding is not None:
+        return list(_wrong(found, finding, head))
+    lines = [f"verified: {verification.events} events after position {found.base.position}", f"head: {head}"]
+    if not verification.compared:
+        lines.append("not compared: the stored projections, made by another release; `serve` makes them anew")
+    lines += [f"the same as in the ledger: {_name(path)}" for path, _ in found.compared]
+    if found.behind is None:
+        return lines + [f"for a whole proof: {each}" for each in found.archives]
+    return [*lines, *_behind(found.behind, key)]
+
+
+def _wrong(found: Audit, finding: Finding, head: str) -> Iterator[str]:
+    at = "" if found.at is None else f"{_name(found.at)}: "
+    yield f"NOT verified: {at}position {finding.position}: {finding.problem} ({finding.kind})"
+    if found.damage is not None:
+        yield f"SQLite's integrity check: {found.damage}"
+    yield f"proved up to: {head}"
+
+
+def _behind(behind: Behind, key: str | None) -> Iterator[str]:
+    for file in behind.files:
+        yield f"archive: positions {file.after.position + 1} to {file.proved.position}, {_name(file.path)}"
+    for signer in dict.fromkeys(map(_signer, behind.files)):
+        yield f"the archives are {_signed(signer, key)}"
+    if behind.is_folded:
+        yield "from the first event on: the archives come to the state with which the log begins"
+    else:
+        yield (
+            f"not proved: what the events up to position {behind.after.position} were and came to; name the "
+            "archives that have them, too"
+        )
+
+
+def file_told(file: FileAudit, *, key: str | None = None) -> list[str]:
+    """Return in lines of text what a file proves by itself."""
+    name, end = _name(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
+    if file.finding is not None:
+        finding = file.finding
+        return [
+            f"{name}: NOT verified: position {finding.position}: {finding.problem} ({finding.kind})",
+            f"{name}: proved up to: {end}",
+        ]
+    return [
+        f"{name}: verified: {file.events} events after position {file.after.position}",
+        f"{name}: head: {end}",
+        f"{name}: {_signed(_signer(file), key)}",
+    ]
+
+
+def _signed(signer: str, key: str | None) -> str:
+    if key is not None:
+        return f"signed by the expected key {signer}"
+    return f"signed by the key {signer}; whose that is, only --key can say"
+
+
+def _signer(file: FileAudit) -> str:
+    assert file.head is not None
+    return key_id(file.head.public_key)
+
+
+def _name(path: Path) -> str:
+    return click.format_filename(path)
+
+
+def members(found: Audit) -> dict[str, Any]:
+    """Return it as JSON has it."""
+    verification, finding = found.verification, found.finding
+    behind = found.behind
+    return {
+        "verified": finding is None,
+        "events": verification.events,
+        "position": verification.position,
+        "hash": verification.hash.hex(),
+        "base": _base(found.base),
+        "integrity": found.damage or "ok",
+        "projections_compared": verification.compared,
+        "finding": _finding(finding, found.at),
+        "archives": [asdict(each) for each in found.archives],
+        "proved_after": (found.base if behind is None else behind.after).position,
+        "base_state_proved": found.base.position == 0 if behind is None else behind.is_folded,
+    }
+
+
+def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
+    """Return what a file proves as JSON has it; `key_expected` is null where no key was."""
+    head = file.head
+    return {
+        "file": str(file.path),
+        "verified": file.finding is None,
+        "events": file.events,
+        "after": _base(file.after),
+        "position": file.proved.position,
+        "hash": file.proved.hash.hex(),
+        "recorded_at": head and (head.statement.recorded_at or None),
+        "key_id": head and key_id(head.public_key),
+        "key_expected": None if key is None or head is None else key_id(head.public_key) == key,
+        "sha256": file.sha256.hex() or None,
+        "finding": _finding(file.finding, file.path),
+    }
+
+
+def _base(base: Base) -> dict[str, Any]:
+    return {"position": base.position, "hash": base.hash.hex()}
+
+
+def _finding(finding: Finding | None, at: Path | None) -> dict[str, Any] | None:
+    if finding is None:
+        return None
+    return {
+        "position": finding.position,
+        "kind": str(finding.kind),
+        "problem": finding.problem,
+        "file": None if at is None else str(at),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found of a ledger, if one was asked for, and of files, by a key that was expected, if any."""
+
+    ledger: Audit | None
+    files: Sequence[FileAudit]
+    key: str | None
+
+    @property
+    def verified(self) -> bool:
+        """Whether nothing is wrong."""
+        found = [each.finding for each in self.files]
+        return all(finding is None for finding in (*found, self.ledger and self.ledger.finding))
+
+    def lines(self) -> list[str]:
+        """Return it for people."""
+        lines = [] if self.ledger is None else told(self.ledger, key=self.key)
+        return lines + [line for file in self.files for line in file_told(file, key=self.key)]
+
+    def members(self) -> dict[str, Any]:
+        """Return it for programs: what is of the ledger is not there without one."""
+        behind = self.ledger.behind.files if self.ledger and self.ledger.behind else ()
+        files = [file_members(each, key=self.key) for each in (*behind, *self.files)]
+        of_ledger = {} if self.ledger is None else members(self.ledger)
+        return {**of_ledger, "verified": self.verified, "files": files}
+
+
+def check(
+    ledger: Path | None,
+    archives: Sequence[Path],
+    files: Sequence[Path],
+    key: str | None,
+    expected: Expected | None,
+) -> Checked:
+    """Check a ledger or files, or both beside one another.
+
+    Args:
+        ledger: the database's file, if it is to be checked.
+        archives: of that ledger.
+        files: exports or archives, each to be checked by itself.
+        key: by whom files have to be signed: a key's id, or a file that has it.
+        expected: what the ledger must have, or without one a file.
+
+    Raises:
+        KeyProblem: the key is none.
+        LedgerProblem: nobody can say; the text says why.
+        OSError: a file cannot be read.
+    """
+    wanted = None if key is None else expected_key(key)
+    checked = audit_files(files, key=wanted, expected=expected if ledger is None else None)
+    if ledger is not None:
+        sound = [each for each in checked if each.finding is None]
+        found = audit(ledger, expected, archives=archives, key=wanted, files=sound)
+        return Checked(found, checked, wanted)
+    if expected is not None and not any(each.has_expected or each.finding for each in checked):
+        raise NothingThere(f"none of these files has position {expected.position}, so nobody can say")
+    return Checked(None, checked, wanted)
+
+
+PAGE = 500
+POLL_S = 0.2
+"""How often a file is looked at that is followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked for.
+
+    Attributes:
+        since: as it was typed in: a position, or a time.
+        until: likewise.
+        tail: only from so many positions before the head on.
+    """
+
+    wanted: EventFilter
+    after: int | None = None
+    since: str | None = None
+    until: str | None = None
+    tail: int | None = None
+
+
+class FileSource:
+    """The ledger in a data directory; it gives events as lines, as they are stored."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def listed(self, wish: Wish) -> AsyncIterator[Sequence[bytes] | int]:
+        """Yield pages of lines, and last the position up to which that is all."""
+        asked = Asked(
+            wish.wanted, after=wish.after, since=place(wish.since), until=place(wish.until), limit=PAGE
+        )
+        async with open_reader(self._path) as reader:
+            if wish.tail is not None:
+                asked = replace(asked, after=await _before_head(reader, wish.tail))
+            async for page in _pages(reader, asked):
+                yield page
+
+    async def followed(self, wanted: EventFilter, after: int | None) -> AsyncIterator[Sequence[bytes]]:
+        """Yield lines as they are appended, for ever; None is from the head on."""
+        async with open_reader(self._path) as reader:
+            if after is None:
+                after = await _before_head(reader, 0)
+            while True:
+                page = await reader.event_page(Asked(wanted, after=after, limit=PAGE))
+                after = page.seen
+                if page.items:
+                    yield [event.line for event in page.items]
+                elif page.next_cursor is None:
+                    await asyncio.sleep(POLL_S)
+
+
+async def _before_head(reader: Reader, count: int) -> int:
+    """Return the position so many before the head, or where the log begins."""
+    page = await reader.event_page(Asked(limit=1))
+    return max(page.as_of - count, page.base)
+
+
+async def _pages(reader: Reader, asked: Asked) -> AsyncIterator[Sequence[bytes] | int]:
+    while True:
+        page = await reader.event_page(asked)
+        yield [event.line for event in page.items]
+        if page.next_cursor is None:
+            yield page.as_of
+            return
+        asked = replace(asked, after=page.next_cursor)

@@ -1,0 +1,375 @@
+"""The server that a command talks to: its options, a client of it, and words for what goes wrong.
+
+Which server a command talks to, and the token for it: from options, the environment, or a profile file.
+
+A profile is a small TOML file with `url`, `token` and `ca`, by default `~/.config/loadledger/profile.toml`.
+Since it holds a token, one that others may read is refused, and its token goes to its own URL and nowhere
+else, whatever URL an option or a variable names.
+
+`loadledger login`: keeps a server's URL and token in a profile, so that nobody types them again.
+
+What several commands have: options, and answers in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadledger.cli.output import INTERRUPTED, give_up, in_one_line
+
+URL = "LOADLEDGER_URL"
+TOKEN = "LOADLEDGER_TOKEN"  # noqa: S105 -- the name of a variable
+CA = "LOADLEDGER_CA"
+PROFILE = "LOADLEDGER_PROFILE"
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_PROFILE = "profile"
+
+MAX_PROFILE_BYTES = 64 * 1024
+"""Three lines, one of which is a token."""
+KNOWN = ("url", "token", "ca")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ProfileProblem(Exception):
+    """The profile cannot be used; the text says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a profile file says; None is what it does not say."""
+
+    url: str | None = None
+    token: str | None = field(default=None, repr=False)
+    ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A server, what it is shown, and by what it is known.
+
+    Attributes:
+        ca: file of the certificates that may have signed its own; None is the system's.
+    """
+
+    url: str
+    token: str | None = field(default=None, repr=False)
+    ca: Path | None = None
+
+
+def find_place(url: str | None, profile: str | None, environment: Mapping[str, str]) -> Place:
+    """Return the server to talk to: by option, then variable, then profile; else the default one, here.
+
+    Raises:
+        ProfileProblem: there is no such profile, or it cannot be used.
+    """
+    kept = _chosen(profile, environment)
+    kept_url = kept.url or DEFAULT_URL
+    chosen = url or environment.get(URL) or kept_url
+    is_its_own = _same(chosen, kept_url)
+    token = environment.get(TOKEN) or (kept.token if is_its_own else None)
+    ca = environment.get(CA)
+    return Place(chosen, token, Path(ca) if ca else kept.ca if is_its_own else None)
+
+
+def profile_path(profile: str | None, environment: Mapping[str, str]) -> Path:
+    """Return where a profile is kept.
+
+    Args:
+        profile: a name, a path with a slash in it, or None for the default one.
+        environment: whose home and configuration folder count.
+
+    Raises:
+        ProfileProblem: it is no name, or there is no home to keep it in.
+    """
+    name = profile or environment.get(PROFILE) or DEFAULT_PROFILE
+    if "/" in name:
+        return Path(name)
+    if not _NAME.fullmatch(name):
+        raise ProfileProblem(f"{name[:64]!r} is no name of a profile: letters, digits, and . _ - between")
+    folder = _folder(environment)
+    if folder is None:
+        raise ProfileProblem("there is no HOME to keep profiles in: give --profile a path, like ./mine.toml")
+    return folder / f"{name}.toml"
+
+
+def read_profile(path: Path) -> Profile:
+    """Return what a profile file says.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ProfileProblem: others may read it, or it is no profile.
+    """
+    try:
+        text = _private_text(path)
+        import tomllib  # noqa: PLC0415 - keeps commands quick that read none
+
+        values = tomllib.loads(text)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ProfileProblem(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # it may stand beside the token, so it is not repeated
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "TOML"
+        raise ProfileProblem(f"{path} is not {kind}: write it anew with `loadledger login`") from None
+    unknown = sorted(values.keys() - set(KNOWN))
+    if unknown:
+        raise ProfileProblem(f"{path}: {unknown[0][:64]!r} is none of {', '.join(KNOWN)}")
+    wrong = [name for name, value in values.items() if not isinstance(value, str) or not value]
+    if wrong:
+        raise ProfileProblem(f'{path}: {wrong[0]} has to be a text, like {wrong[0]} = "…"')
+    ca = values.get("ca")
+    return Profile(values.get("url"), values.get("token"), Path(ca).expanduser() if ca else None)
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write a profile that nobody else may read; one that is there is replaced in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    values = {"url": profile.url, "token": profile.token, "ca": profile.ca and str(profile.ca)}
+    text = "".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items() if value
+    )
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        new.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink()
+        raise
+
+
+def _chosen(profile: str | None, environment: Mapping[str, str]) -> Profile:
+    named = profile or environment.get(PROFILE)
+    if named:
+        path = profile_path(named, environment)
+        try:
+            return read_profile(path)
+        except FileNotFoundError:
+            raise ProfileProblem(f"there is no {path}; `loadledger login` makes one") from None
+    folder = _folder(environment)
+    if folder is None:
+        return Profile()
+    try:
+        return read_profile(folder / f"{DEFAULT_PROFILE}.toml")
+    except FileNotFoundError:
+        return Profile()
+
+
+def _folder(environment: Mapping[str, str]) -> Path | None:
+    """Return the folder of the XDG base directory specification, which wants it absolute."""
+    given, home = environment.get("XDG_CONFIG_HOME", ""), environment.get("HOME", "")
+    base = Path(given) if given.startswith("/") else Path(home) / ".config" if home else None
+    return None if base is None else base / "loadledger"
+
+
+def _same(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/")
+
+
+def _private_text(path: Path) -> str:
+    # O_NONBLOCK: the open of a FIFO would wait for ever.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
+        seen = os.fstat(file.fileno())
+        if not stat.S_ISREG(seen.st_mode):
+            raise ProfileProblem(f"{path} is no file")
+        if seen.st_uid not in {os.geteuid(), 0}:
+            raise ProfileProblem(f"{path} belongs to somebody else, who could send your token anywhere")
+        if seen.st_mode & 0o077:
+            mode = f"{stat.S_IMODE(seen.st_mode):04o}"
+            raise ProfileProblem(
+                f"others may use {path} (mode {mode}), which holds a token: chmod 600 {path}"
+            )
+        content = file.read(MAX_PROFILE_BYTES + 1)
+    if len(content) > MAX_PROFILE_BYTES:
+        raise ProfileProblem(f"{path} has more than {MAX_PROFILE_BYTES} bytes: it is no profile")
+    return content.decode()
+
+
+UNAUTHENTICATED, FORBIDDEN = 401, 403
+
+HINTS = {
+    "unknown_model": "`loadledger models` lists them",
+    "unknown_version": "`loadledger models MODEL` names those that there are",
+    "unknown_job": "`loadledger jobs` lists them",
+    "not_loaded": "`loadledger ps` lists what is loaded",
+    "nothing_loaded": "`loadledger ps` lists what is loaded",
+    "model_not_loaded": "`loadledger load MODEL --wait` loads it",
+}
+"""What to do next, by the server's codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What the options say of the server; None is nothing."""
+
+    url: str | None = None
+    profile: str | None = None
+
+    def place(self) -> Place:
+        """Return the server that is meant.
+
+        Raises:
+            ProfileProblem: the profile cannot be used.
+        """
+        return find_place(self.url, self.profile, os.environ)
+
+
+def server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which server is meant; the command gets them as `where`."""
+
+    @wraps(command)
+    def called(*arguments: Any, url: str | None, profile: str | None, **options: Any) -> None:
+        command(*arguments, where=Where(url, profile), **options)
+
+    with_profile = click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Which profile has URL and token, as `login` keeps them. [LOADLEDGER_PROFILE]",
+    )
+    with_url = click.option(
+        "--url", metavar="URL", help="The server, like http://127.0.0.1:8080. [LOADLEDGER_URL]"
+    )
+    return with_url(with_profile(called))
+
+
+@contextmanager
+def connected(where: Where, *, timeout_s: float = 30.0) -> Iterator[Any]:
+    """Give a client of the server that is meant; what goes wrong ends the command, as in `talking_to`."""
+    try:
+        place = where.place()
+    except ProfileProblem as problem:
+        give_up(str(problem))
+    with talking_to(place, timeout_s=timeout_s) as client:
+        yield client
+
+
+@contextmanager
+def talking_to(place: Place, *, timeout_s: float = 30.0) -> Iterator[Any]:
+    """Give a client of a server; what goes wrong with it is told, and ends the command.
+
+    Ctrl-C ends it as well, without a word: whoever has more to say then says it first.
+    """
+    from loadledger import Client, ClientProblem  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    try:
+        with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
+            yield client
+    except ClientProblem as problem:
+        give_up(told(problem, place))
+    except ValueError as error:  # what was typed cannot be sent, and was not
+        give_up(str(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def told(problem: Exception, place: Place) -> str:
+    """Say what went wrong and what to do about it."""
+    status = getattr(problem, "status", None)
+    if status == UNAUTHENTICATED and not place.token:
+        return (
+            f"{place.url} asks for a token: set LOADLEDGER_TOKEN, or keep one with `loadledger login`"
+            " (`loadledger token` makes one beside the server's data)"
+        )
+    if status == FORBIDDEN:
+        return f"{problem}; use a token that has the role (`loadledger token --role …`)"
+    hint = HINTS.get(getattr(problem, "code", ""))
+    return f"{problem}; {hint}" if hint else str(problem)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, show_default=False, help="Print JSON.")
+"""Adds `--json`, which the command gets as `as_json`."""
+
+
+def data_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `--data`, without which the command does not run."""
+    return click.option(
+        "--data",
+        type=click.Path(path_type=Path, file_okay=False),
+        envvar="LOADLEDGER_DATA",
+        required=True,
+        help="Directory of the ledger and the keys.",
+    )(command)
+
+
+def print_json(value: Any) -> None:
+    """Print a value of the client's, or plain ones, over as many lines as it takes.
+
+    What would move a terminal's cursor is escaped, as JSON may have it anyway.
+    """
+    import msgspec  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    click.echo("".join(map(_visible, text)) if not text.isascii() else text)
+
+
+def _visible(letter: str) -> str:
+    if letter.isprintable() or letter == "\n":
+        return letter
+    return json.dumps(letter)[1:-1]
+
+
+@click.command()
+@click.option("--url", metavar="URL", envvar="LOADLEDGER_URL", default=DEFAULT_URL, help="The server.")
+@click.option("--profile", metavar="NAME|FILE", help="Under which name it is kept. [LOADLEDGER_PROFILE]")
+@click.option(
+    "--ca",
+    metavar="FILE",
+    envvar="LOADLEDGER_CA",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True),
+    help="Certificates to trust, in PEM, instead of the system's. [LOADLEDGER_CA]",
+)
+@json_option
+def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> None:
+    """Keep a server's URL and a token in a profile.
+
+    The token is asked for, or read from standard input: `loadledger token … | loadledger login`. The server
+    is asked whether it takes it before anything is written. Nobody else can read the file.
+
+    With --json, `url` is the server's, and `profile` the file.
+    """
+    try:
+        path = profile_path(profile, os.environ)
+    except ProfileProblem as problem:
+        give_up(str(problem))
+    token = _token()
+    with talking_to(Place(url, token, ca)) as client:
+        client.resources()
+        url = client.url
+    try:
+        write_profile(path, Profile(url, token, ca))
+    except OSError as error:
+        give_up(f"{path} cannot be written: {error.strerror}")
+    if as_json:
+        click.echo(json.dumps({"url": url, "profile": str(path)}, indent=2))  # whatever bytes a path has
+    else:
+        click.echo(f"{in_one_line(url)} takes the token; kept in {path}")
+
+
+def _token() -> str:
+    if sys.stdin.isatty():
+        text: str = click.prompt("Token", hide_input=True, err=True)
+    else:
+        text = sys.stdin.readline(64 * 1024)
+    if not text.strip():
+        give_up("there is no token on standard input: `loadledger token … | loadledger login`")
+    return text.strip()

@@ -1,0 +1,132 @@
+"""Jobs, from the request to the end: asked for once, looked at until they have ended.
+
+They are looked at rather than followed: any role may, it takes none of the subject's streams, and a restart
+of the server needs no thought. Who looks again after a fixed part of the time that has passed is late by no
+more than that part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf
+
+from loadledger.address import path
+from loadledger.problems import ClientProblem, JobFailed, JobUnfinished
+from loadledger.records import Job
+from loadledger.requests import Request, Setting, asked, get, passes, pause_s
+
+PREFERRED_S = 20
+"""How long a server is asked to hold its answer: less than proxies wait for one."""
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.02, 0.5
+PART = 0.125
+SHORTEST_ANSWER_S = 1.0
+"""What a server is given to answer, however little time is left."""
+
+Told = Callable[[Job], None]
+Away = Callable[[ClientProblem], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How a job is waited for.
+
+    Attributes:
+        limit_s: for how long; None is until it ends, which every load does within its `timeout_s`.
+        on_change: told the job whenever something about it has changed.
+        on_away: told once whenever the server cannot be asked.
+    """
+
+    limit_s: float | None = None
+    on_change: Told | None = None
+    on_away: Away | None = None
+
+
+def job_request(job_id: str, at: int | str | None = None) -> Request:
+    """Return the request for a job, perhaps as it was in the past."""
+    return get(f"/api/v1{path('jobs', job_id)}", [] if at is None else [("at", str(at))])
+
+
+async def submitted(setting: Setting, request: Request, patience: Patience | None) -> Job:
+    """Ask for a job and return it, ended if it is waited for.
+
+    Raises:
+        JobFailed: it is waited for, and does not complete.
+        JobUnfinished: it is not waited for any longer.
+    """
+    if patience is None:
+        return await asked(setting, request, Job)
+    began = setting.now()
+    job = await asked(setting, _preferring(setting, request, patience), Job)
+    job = await _until_ended(setting, job, patience, began)
+    if job.status != "completed":
+        raise JobFailed(job, setting.address.hide)
+    return job
+
+
+async def waited_for(setting: Setting, job_id: str, patience: Patience) -> Job:
+    """Return a job when it has ended, whatever its end.
+
+    Raises:
+        JobUnfinished: it is not waited for any longer.
+    """
+    began = setting.now()
+    job = await asked(setting, job_request(job_id), Job)
+    return await _until_ended(setting, job, patience, began)
+
+
+def look_again_s(waited_s: float) -> float:
+    """Return when to look at a job again that has been waited for so long."""
+    return min(max(SHORTEST_LOOK_S, PART * waited_s), LONGEST_LOOK_S)
+
+
+def _preferring(setting: Setting, request: Request, patience: Patience) -> Request:
+    """Let the server hold its answer until the end, unless somebody wants to see what happens before."""
+    limit_s = inf if patience.limit_s is None else patience.limit_s
+    request = replace(request, timeout_s=min(setting.timeout_s, max(limit_s, SHORTEST_ANSWER_S)))
+    seconds = int(min(PREFERRED_S, limit_s))
+    if patience.on_change is not None or seconds < 1:
+        return request
+    headers = {**request.headers, "Prefer": f"wait={seconds}"}
+    return replace(request, headers=headers, patience_s=float(seconds))
+
+
+async def _until_ended(setting: Setting, job: Job, patience: Patience, began: float) -> Job:
+    failures, trouble = 0, ""
+    _tell(patience.on_change, job)
+    wait_s = look_again_s(setting.now() - began)
+    while not job.ended:
+        left_s = _left_s(setting, patience, began)
+        if left_s <= 0:
+            raise JobUnfinished(job, patience.limit_s or 0.0, trouble, setting.address.hide)
+        await setting.transport.pause(min(wait_s, left_s))
+        try:
+            seen = await asked(setting, _look(setting, job, left_s), Job)
+        except ClientProblem as problem:
+            if not passes(problem, reached=True):
+                raise
+            failures, trouble = failures + 1, str(problem)
+            if failures == 1 and patience.on_away is not None:
+                patience.on_away(problem)
+            wait_s = pause_s(problem, failures, setting.chance())
+            continue
+        if seen != job:
+            _tell(patience.on_change, seen)
+        job, failures, trouble = seen, 0, ""
+        wait_s = look_again_s(setting.now() - began)
+    return job
+
+
+def _left_s(setting: Setting, patience: Patience, began: float) -> float:
+    return inf if patience.limit_s is None else began + patience.limit_s - setting.now()
+
+
+def _look(setting: Setting, job: Job, left_s: float) -> Request:
+    """Ask for the job once, so that what goes wrong is known at once, and in no more than what is left."""
+    limit_s = min(setting.timeout_s, max(left_s, SHORTEST_ANSWER_S))
+    return replace(job_request(job.id), repeatable=False, timeout_s=limit_s)
+
+
+def _tell(on_change: Told | None, job: Job) -> None:
+    if on_change is not None:
+        on_change(job)

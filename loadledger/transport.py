@@ -1,0 +1,243 @@
+"""The transport that blocks: connections to one server, with nothing but the standard library.
+
+Its coroutines block and never wait, so `run` and `iterate` need no event loop for what is written over it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import select
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Generator
+from contextlib import closing, suppress
+from dataclasses import replace
+from http import HTTPStatus
+from math import inf
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from loadledger.address import CHUNK_BYTES, MAX_IDLE, SILENCE_S, Options
+from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, reason
+from loadledger.requests import Answer, Request
+
+T = TypeVar("T")
+
+_LOST = (http.client.RemoteDisconnected, http.client.IncompleteRead, OSError)
+
+
+def run(work: Awaitable[T]) -> T:
+    """Return what this comes to; all that it waits for is a transport that blocks."""
+    try:
+        next(work.__await__())
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("this waits for an event loop")
+
+
+def iterate(values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+    """Yield what this yields, and close it in the end."""
+    try:
+        while True:
+            yield run(anext(values))
+    except StopAsyncIteration:
+        return
+    finally:
+        run(values.aclose())
+
+
+class Response:
+    """An answer that is still being read, and the connection it comes from.
+
+    Args:
+        transport: where the connection is kept.
+        connection: a request was sent over it.
+        sock: of the connection, which the library may let go of.
+        silence_s: how long the next byte may take.
+
+    Attributes:
+        answer: as of a `Stream`.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        connection: http.client.HTTPConnection,
+        sock: socket.socket,
+        silence_s: float,
+    ) -> None:
+        self._transport = transport
+        self._connection = connection
+        self._sock = sock
+        self._silence_s = silence_s
+        self._until = inf
+        self._response = connection.getresponse()
+        headers = {name.lower(): text for name, text in self._response.getheaders()}
+        self.answer = Answer(self._response.status, headers, b"")
+        # The library takes the end of a connection for the end of the headers: there is no body then, nor
+        # anything that says how long it is.
+        self._is_cut = self._response.length is None and not self._response.chunked
+        self._is_read = False
+
+    async def read(self) -> bytes:
+        """Return what has come of the body, and wait if that is nothing; no bytes are its end."""
+        left_s = min(self._silence_s, self._until - time.monotonic())
+        try:
+            if left_s <= 0:
+                raise TimeoutError
+            if self._sock.fileno() >= 0:  # else it was closed, and only what the library holds is left
+                self._sock.settimeout(left_s)
+            chunk = self._response.read1(CHUNK_BYTES)
+        except (http.client.HTTPException, OSError) as error:
+            raise self._transport.problem(error) from _told(error)
+        if not chunk and (self._response.length or self._is_cut):
+            raise self._transport.problem(ConnectionResetError())
+        self._is_cut = False
+        return chunk
+
+    async def read_all(self, until: float) -> Answer:
+        """Return the answer with the rest of its body, which has to be there in time."""
+        self._until = until
+        found = bytearray()
+        while chunk := await self.read():
+            found += chunk
+            self._transport.options.check(len(found))
+        self._is_read = True
+        return replace(self.answer, body=bytes(found))
+
+    def close(self) -> None:
+        """Keep the connection for the next request, if all of the body was read; else close it."""
+        self._response.close()
+        if self._is_read and not self._response.will_close:
+            self._transport.keep(self._connection)
+        else:
+            self._connection.close()
+
+
+class Transport:
+    """Connections to one server, which threads may share."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._parts = urlsplit(options.address.url)
+        self._headers = options.address.headers()
+        self._tls = options.tls() if options.address.is_secure else None
+        self._idle: list[http.client.HTTPConnection] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Close all connections that nobody uses, and keep none from now on."""
+        with self._lock:
+            idle, self._idle, self._closed = self._idle, [], True
+        for connection in idle:
+            connection.close()
+
+    def keep(self, connection: http.client.HTTPConnection) -> None:
+        """Keep a connection for the next request, if there are not enough of them."""
+        with self._lock:
+            if not self._closed and len(self._idle) < MAX_IDLE:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    async def send(self, request: Request) -> Answer:
+        """Return the whole answer."""
+        limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
+        until = time.monotonic() + limit_s
+        with closing(self._respond(request, limit_s)) as response:
+            return await response.read_all(until)
+
+    async def open(self, request: Request) -> Response:
+        """Return a stream; a redirect is none."""
+        response = self._respond(request, SILENCE_S)
+        try:
+            if response.answer.status != HTTPStatus.OK:
+                response.answer = await response.read_all(time.monotonic() + self.options.timeout_s)
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    async def pause(self, seconds: float) -> None:
+        """Do nothing for a while."""
+        time.sleep(seconds)  # noqa: ASYNC251 - it is to block
+
+    def _respond(self, request: Request, silence_s: float) -> Response:
+        """Return a response whose body was not read yet; a redirect is one, too.
+
+        Args:
+            request: what is asked.
+            silence_s: between two parts of it.
+        """
+        connection = self._connection()
+        headers = {**self._headers, **request.headers}
+        try:
+            sock = connection.sock
+            assert sock is not None
+            sock.settimeout(silence_s)
+            # A server that refuses a body early does not read the rest of it: its answer may be there.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(request.method, self._parts.path + request.target, request.body, headers)
+            return Response(self, connection, sock, silence_s)
+        except (http.client.HTTPException, OSError) as error:
+            connection.close()
+            raise self.problem(error) from _told(error)
+        except BaseException:
+            connection.close()
+            raise
+
+    def problem(self, error: Exception, *, sent: bool = True) -> ClientProblem:
+        """Return what an error of the library means."""
+        url = self.options.address.url
+        if isinstance(error, TimeoutError):
+            return ServerUnreachable(url, "it took too long", sent=sent)
+        if isinstance(error, _LOST):
+            lost = "the connection was lost: " if sent else ""
+            return ServerUnreachable(url, f"{lost}{reason(error)}", sent=sent)
+        return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
+
+    def _connection(self) -> http.client.HTTPConnection:
+        """Return a connection: one that was kept, if the server has kept it, too."""
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._connected()
+            if _is_quiet(connection.sock):
+                return connection
+            connection.close()
+
+    def _connected(self) -> http.client.HTTPConnection:
+        host, limit_s = self._parts.hostname or "", self.options.connect_s
+        port = self._parts.port or (http.client.HTTP_PORT if self._tls is None else http.client.HTTPS_PORT)
+        connection = (
+            http.client.HTTPConnection(host, port, timeout=limit_s)
+            if self._tls is None
+            else http.client.HTTPSConnection(host, port, timeout=limit_s, context=self._tls)
+        )
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise self.problem(error, sent=False) from error
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _told(error: Exception) -> Exception | None:
+    """Return what may stand in a trace: the library's own errors repeat what was sent, the token perhaps."""
+    return None if isinstance(error, http.client.HTTPException) else error
+
+
+def _is_quiet(sock: socket.socket | None) -> bool:
+    """Whether a connection can be used again: its end has not come, nor what nobody asked for."""
+    if sock is None or sock.fileno() < 0:
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)

@@ -1,0 +1,478 @@
+"""What is prepared, what may be, and the forms that loads use.
+
+The scheduler says when to prepare (`Prepare`, `StopPreparing`); `preparation` does it.
+
+Preparing one version: a worker makes a form, and others, fresh ones, try it beside the bare model.
+
+A form that a worker dies of, that answers otherwise or that is no quicker is not kept, and the next simpler
+one is tried. All of it may end at any moment: what is not finished is a draft, which nobody uses.
+
+What became of preparing models since the server started: counted for the metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from events.clock import uuid7
+from events.counters import Histogram
+from events.models import Footprint
+from runtime.cache.files import PreparedUnavailable, hashes_of, prepared_in
+from runtime.cache.key import hash_of, is_open, key_of, runtime_was_replaced
+from runtime.cache.store import Made, PreparedStore
+from runtime.cache.trial import (
+    CHANGED,
+    MAX_SAMPLE_BYTES,
+    NotTried,
+    Pair,
+    Stopped,
+    Trial,
+    is_circumstance,
+    told,
+)
+from runtime.errors import RuntimeProblem, WorkerDied
+from runtime.estimates import WORKER_BYTES, same_files
+from runtime.modeldefaults import read_warm_up
+from runtime.process.pool import WorkerPool, ended, whole
+from runtime.repository import FileStat, Repository
+from runtime.scheduler.view import Preparation
+from runtime.wire import Form, Load, LoadedFile, Prepare, Prepared, SourceHash, Tensor
+
+KEPT = "kept"
+LEFT_OUT = "left_out"
+STOPPED = "stopped"
+"""It may be tried again: a load wanted the memory, the machine was not well, or the server ended."""
+TOOK_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+"""From a model of some kilobytes to the longest that preparing one may take."""
+
+
+class PreparingCounts:
+    """The forms that were tried, by form and by what became of them, and the time that it took.
+
+    Attributes:
+        tried: forms that were tried, by form and outcome.
+        took_s: how long preparing a model took, with all forms that were tried for it.
+        dropped: forms that a load, or a worker that served from it, could do nothing with.
+    """
+
+    def __init__(self) -> None:
+        self.tried = Counter[tuple[str, str]]()
+        self.took_s = Histogram(TOOK_S)
+        self.dropped = 0
+
+    def count(self, tried: Mapping[Form, str], took_s: float) -> None:
+        """Count a preparation that has ended; one that tried nothing took nothing worth telling."""
+        if tried:
+            self.tried.update(tried.items())
+            self.took_s.observe(took_s)
+
+
+_log = logging.getLogger(__name__)
+
+FORMS: tuple[Form, ...] = ("prepacked", "optimised")
+"""From the one that loads in the least time to the simplest."""
+WEIGHTS_IN: dict[Form, int] = {"prepacked": 2, "optimised": 1}
+"""How often a form has all that its sources have, at most: as it is, and packed."""
+LIMIT_S = 900.0
+"""For all of one preparation: some hundred inferences of a second each, and 18 loads."""
+TRIED_IN_TIMES = 1.75
+"""What a worker of a trial may map, in times of what a bare load took at most. With five networks of 2 to
+105 MB a bare load and an inference of one row map 1.1 times as much, a prepacked form of an MLP 1.6 times; to
+make a form takes 1.7, and whoever does is alone. With 8 rows some map 2.3 times: these are tried on fewer."""
+TRIED_IN_BYTES = 2 * MAX_SAMPLE_BYTES
+"""Beside that: of a small model the inputs take most, as they come and as they are run."""
+
+
+class _Changed(Exception):
+    """The repository no longer has the files that were loaded: its next load offers what it then has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What may be prepared: a version as it was loaded bare, and what one worker took for it at most.
+
+    What that load was limited to says nothing of what may be taken here: that is reserved.
+    """
+
+    load_job_id: str
+    model_id: str
+    version: int
+    sources: tuple[LoadedFile, ...]
+    peak_bytes: int
+    attempts: int = 0
+
+    @property
+    def need_bytes(self) -> int:
+        """What preparing and trying takes at most: two workers at once, each within its limit."""
+        return 2 * (self.worker_bytes + WORKER_BYTES)
+
+    @property
+    def worker_bytes(self) -> int:
+        """What one worker of a trial may take, beside what an empty one has."""
+        return math.ceil(self.peak_bytes * TRIED_IN_TIMES) + TRIED_IN_BYTES
+
+    @property
+    def hashes(self) -> tuple[SourceHash, ...]:
+        """The files by content."""
+        return hashes_of(self.sources)
+
+
+class Preparing:
+    """One version being prepared.
+
+    Attributes:
+        outcomes: what became of each form that was tried until now.
+    """
+
+    def __init__(
+        self, store: PreparedStore, pool: WorkerPool, repository: Repository, candidate: Candidate
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._repository = repository
+        self._candidate = candidate
+        self._key = ""
+        self._began = time.monotonic()
+        self.outcomes: dict[Form, str] = {}
+
+    async def run(self) -> None:
+        """Keep the first form that is of use, or that none is, if neither is known by now.
+
+        Raises:
+            Stopped: it may be tried again.
+            PreparedUnavailable: it cannot be kept.
+            OSError: the repository cannot be read.
+        """
+        self._key = await asyncio.to_thread(key_of, self._candidate.hashes, self._pool.threads)
+        given: tuple[Tensor, ...] = ()
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                bare, given = await self._bare()
+                if not is_open(await asyncio.to_thread(self._store.find, self._key), given):
+                    return
+                tried = await self._first_of_use(bare, Trial(self._pool, bare, given))
+        except NotTried as why:
+            await self.settle_none(dict.fromkeys(FORMS, str(why)), untried_on=hash_of(given))
+        except TimeoutError:
+            raise Stopped(f"it took more than {LIMIT_S:g} s") from None
+        except _Changed:
+            return
+        else:
+            if tried is not None:
+                await self.settle_none(tried)
+
+    async def settle_none(self, tried: Mapping[Form, str], *, untried_on: str | None = None) -> None:
+        """Have it remembered for a while that no form is of use, and why each is not."""
+        candidate = self._candidate
+        await asyncio.to_thread(
+            self._store.settle_none,
+            self._key,
+            tried,
+            model_id=candidate.model_id,
+            version=candidate.version,
+            took_ms=self._took_ms,
+            untried_on=untried_on,
+        )
+
+    async def _first_of_use(self, bare: Load, trial: Trial) -> dict[Form, str] | None:
+        """Keep the first form that is of use; if there is none, return why each is not."""
+        tried: dict[Form, str] = {}
+        for form in FORMS:
+            self.outcomes[form] = STOPPED  # as long as nothing else is known
+            why_not = await self._why_not(form, bare, trial, tried)
+            self.outcomes[form] = KEPT if why_not is None else LEFT_OUT
+            if why_not is None:
+                return None
+            tried[form] = why_not
+        return tried
+
+    async def _bare(self) -> tuple[Load, tuple[Tensor, ...]]:
+        """Return how the version is loaded bare, and the inputs that its `loadledger.toml` gives."""
+        candidate, repository = self._candidate, self._repository
+        try:
+            found = await asyncio.to_thread(repository.resolve, candidate.model_id, candidate.version)
+            given = (await asyncio.to_thread(read_warm_up, repository, candidate.model_id)).inputs
+        except RuntimeProblem as problem:
+            raise _Changed from problem
+        if tuple(file.path for file in found.files) != tuple(file.path for file in candidate.sources):
+            raise _Changed
+        order = Load(
+            root=str(repository.root),
+            folder=str(found.folder),
+            files=tuple(file.path for file in found.files),
+            threads=self._pool.threads,
+            known=candidate.sources,
+            memory_limit_bytes=candidate.worker_bytes,
+            huge_pages=self._pool.huge_pages,
+        )
+        return order, given
+
+    async def _why_not(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
+        """Make a form, try it, and keep it; returns why not, or None."""
+        try:
+            async with self._draft(form) as draft:
+                files = await self._make(form, bare, draft)
+                why_not, pairs = await trial.of(prepared_in(draft, form, files, self._candidate.hashes))
+                if why_not is None:  # whole: the draft must not be removed while it becomes an entry
+                    await whole(asyncio.to_thread(self._keep, draft, form, files, pairs, tried))
+                return why_not
+        except PreparedUnavailable:
+            raise
+        except RuntimeProblem as problem:
+            if problem.code in CHANGED:
+                raise _Changed from problem
+            if problem.code == "disk_full":
+                raise PreparedUnavailable(str(problem)) from problem
+            if is_circumstance(problem):
+                raise Stopped(f"{form}: {problem}") from problem
+            return f"its worker died: {problem}" if isinstance(problem, WorkerDied) else str(problem)
+
+    @asynccontextmanager
+    async def _draft(self, form: Form) -> AsyncIterator[Path]:
+        """Give a draft, and remove what is left of it, also if this is cancelled while it is made."""
+        made: list[Path] = []
+        expected_bytes = WEIGHTS_IN[form] * sum(file.bytes for file in self._candidate.sources)
+        try:
+            await whole(asyncio.to_thread(lambda: made.append(self._store.draft(self._key, expected_bytes))))
+            yield made[0]
+        finally:
+            for draft in made:
+                await whole(asyncio.to_thread(self._store.discard, draft))
+
+    async def _make(self, form: Form, bare: Load, draft: Path) -> tuple[LoadedFile, ...]:
+        worker = await self._pool.start(uuid7())
+        alone_bytes = self._candidate.need_bytes - WORKER_BYTES
+        order = Prepare(
+            root=bare.root,
+            folder=bare.folder,
+            files=bare.files,
+            threads=bare.threads,
+            memory_limit_bytes=alone_bytes,
+            known=bare.known,
+            form=form,
+            target=str(draft),
+            most_bytes=self._store.limit_bytes,
+        )
+        try:
+            if await asyncio.to_thread(runtime_was_replaced, worker.pid):
+                raise PreparedUnavailable("ONNX Runtime was replaced while this server uses it: restart it")
+            made = await worker.prepare(order)
+        finally:
+            await ended(worker)
+        if hashes_of(made.sources) != self._candidate.hashes:
+            raise _Changed
+        return made.files
+
+    @property
+    def _took_ms(self) -> int:
+        return round((time.monotonic() - self._began) * 1000)
+
+    def _keep(
+        self,
+        draft: Path,
+        form: Form,
+        files: tuple[LoadedFile, ...],
+        pairs: Sequence[Pair],
+        tried: Mapping[Form, str],
+    ) -> None:
+        candidate = self._candidate
+        made = Made(
+            form=form,
+            files=files,
+            sources=candidate.hashes,
+            model_id=candidate.model_id,
+            version=candidate.version,
+            took_ms=self._took_ms,
+            figures=told(pairs),
+            tried=dict(tried),
+        )
+        if self._store.keep(self._key, draft, made) is not None:
+            _log.info("%s version %d is prepared: %s", candidate.model_id, candidate.version, form)
+
+
+MAX_ATTEMPTS = 3
+"""Of one that is stopped each time. If a load was in the way, a later one offers it again; if it took too
+long or too much memory, or its workers were killed, no form is of use for now."""
+PAUSE_S = 600.0
+"""After the disk was full, or failed: until then nothing is prepared."""
+MAX_CANDIDATES = 1000
+"""Versions that wait to be prepared."""
+
+
+class Preparer:
+    """What is prepared, and what may be.
+
+    Args:
+        store: where forms are kept; None prepares nothing, and uses nothing.
+        pool: where workers come from.
+        repository: where the versions are.
+        wake: is called when there is something new to decide on.
+
+    Attributes:
+        preparation: what is being prepared now.
+        candidate: the version that this is.
+        counts: what became of it until now.
+    """
+
+    def __init__(
+        self, store: PreparedStore | None, pool: WorkerPool, repository: Repository, wake: Callable[[], None]
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._repository = repository
+        self._wake = wake
+        self._candidates: dict[str, Candidate] = {}
+        self._running: asyncio.Task[None] | None = None
+        self._looks: set[asyncio.Task[None]] = set()
+        self._paused_until = 0.0
+        self.preparation: Preparation | None = None
+        self.candidate: Candidate | None = None
+        self.counts = PreparingCounts()
+
+    @property
+    def store(self) -> PreparedStore | None:
+        """Where forms are kept, if they are."""
+        return self._store
+
+    @property
+    def preparable(self) -> dict[str, int]:
+        """What preparing the files of a load would take, in bytes by load job id, oldest first."""
+        if time.monotonic() < self._paused_until:
+            return {}
+        return {each.load_job_id: each.need_bytes for each in self._candidates.values()}
+
+    def offer(self, candidate: Candidate) -> None:
+        """Have a version prepared that was loaded bare, if it was not tried before."""
+        if self._store is not None and len(self._candidates) < MAX_CANDIDATES:
+            self._spawn(self._look(self._store, candidate))
+
+    def begin(self, load_job_id: str) -> None:
+        """Prepare what was offered for a load; `wake` is called when that has ended, well or not."""
+        assert self._store is not None
+        assert self._running is None
+        key = next(key for key, each in self._candidates.items() if each.load_job_id == load_job_id)
+        self.candidate = candidate = self._candidates.pop(key)
+        self.preparation = Preparation(load_job_id, candidate.need_bytes)
+        self._running = asyncio.create_task(self._prepare(self._store, key, candidate), name="preparing")
+        self._running.add_done_callback(lambda _: self._over())
+
+    def stop(self) -> None:
+        """End what is being prepared; what it takes is given back when its processes have exited."""
+        if self._running is not None and self.preparation is not None:
+            self.preparation = replace(self.preparation, stopping=True)
+            self._running.cancel()
+
+    async def close(self) -> None:
+        """End everything, and wait until it has ended."""
+        tasks = [*self._looks, *filter(None, [self._running])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def form_for(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> Prepared | None:
+        """Return the prepared form of these files, if there is one; reads files, so call it in a thread.
+
+        What they hold is what the ledger knows of files with these sizes and times; the load finds out
+        whether they do.
+        """
+        key = self._key(files, footprints)
+        if self._store is None or key is None:
+            return None
+        try:
+            return self._store.use(key)
+        except (PreparedUnavailable, OSError) as error:
+            _log.warning("a prepared form cannot be used, and the load goes on without: %s", error)
+            return None
+
+    def form_of(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
+        """Return which form `form_for` would give, most likely; call it in a thread, too."""
+        key = self._key(files, footprints)
+        entry = self._store.find(key) if self._store is not None and key is not None else None
+        return None if entry is None else entry.form
+
+    def _key(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
+        known = next((seen.files for seen in footprints if same_files(seen.files, files)), None)
+        if self._store is None or known is None:
+            return None
+        return key_of(hashes_of(known), self._pool.threads)
+
+    def failed(self, prepared: Prepared, reason: str) -> None:
+        """Drop a form that a load could do nothing with."""
+        _log.warning("the prepared form %s is dropped: %s", prepared.sha256[:12], reason)
+        self.counts.dropped += 1
+        if self._store is not None:
+            self._spawn(self._drop(self._store, prepared, reason))
+
+    def _spawn(self, look: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(look)
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
+
+    async def _look(self, store: PreparedStore, candidate: Candidate) -> None:
+        key = await asyncio.to_thread(self._key_to_prepare, store, candidate)
+        if key is not None:
+            self._candidates.setdefault(key, candidate)  # other models may have the same files
+            self._wake()
+
+    def _key_to_prepare(self, store: PreparedStore, candidate: Candidate) -> str | None:
+        """Return the key, if it is not known what is of use for it, or there are other inputs to try."""
+        key = key_of(candidate.hashes, self._pool.threads)
+        entry = store.find(key)
+        if entry is None:
+            return key
+        if entry.untried_on is None:
+            return None
+        try:
+            given = read_warm_up(self._repository, candidate.model_id).inputs
+        except (RuntimeProblem, OSError):  # the next load says what is wrong with them
+            return None
+        return key if is_open(entry, given) else None
+
+    async def _drop(self, store: PreparedStore, prepared: Prepared, reason: str) -> None:
+        try:
+            key = await asyncio.to_thread(key_of, prepared.sources, self._pool.threads)
+            await asyncio.to_thread(store.drop, key, reason, prepared)
+        except (PreparedUnavailable, OSError) as error:
+            self._pause(error)
+
+    def _over(self) -> None:
+        self._running = self.preparation = self.candidate = None
+        self._wake()
+
+    def _pause(self, error: Exception) -> None:
+        _log.warning("nothing is prepared for %d minutes: %s", PAUSE_S // 60, error)
+        self._paused_until = time.monotonic() + PAUSE_S
+
+    async def _prepare(self, store: PreparedStore, key: str, candidate: Candidate) -> None:
+        preparing = Preparing(store, self._pool, self._repository, candidate)
+        began = time.monotonic()
+        try:
+            await self._attempt(preparing, key, candidate)
+        except (PreparedUnavailable, OSError) as error:
+            self._pause(error)
+        except Exception:  # noqa: BLE001 - whatever it is, nobody but the log is to notice
+            _log.exception("%s could not be prepared", candidate.model_id)
+        finally:
+            self.counts.count(preparing.outcomes, time.monotonic() - began)
+
+    async def _attempt(self, preparing: Preparing, key: str, candidate: Candidate) -> None:
+        again = replace(candidate, attempts=candidate.attempts + 1)
+        try:
+            await preparing.run()
+        except asyncio.CancelledError:
+            if again.attempts < MAX_ATTEMPTS:
+                self._candidates[key] = again
+            raise
+        except Stopped as why:
+            if again.attempts < MAX_ATTEMPTS:
+                self._candidates[key] = again
+            else:
+                await preparing.settle_none(dict.fromkeys(FORMS, f"{why}, {MAX_ATTEMPTS} times"))

@@ -1,0 +1,332 @@
+"""The trial of a prepared form: the same model bare and prepared, in fresh processes, side by side.
+
+What is compared is what a client would see: the inputs and outputs that it declares, each answer bit for
+bit, how long a load takes, and how long an inference: the least of several, since the rest is what else the
+machine did. Nothing is tolerated in an answer: a form makes a model quick, and not another one.
+
+Inputs made up for a model, to tell whether two sessions of it answer the same. Pure, and always the same.
+
+Where a shape leaves a length open, any may do, or only some: who asks tries one after the other.
+
+Whose fault it is that a trial could not be held: the prepared form's, the model's, or nobody's here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import random
+import signal
+import struct
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from events.clock import uuid7
+from runtime.cache.files import hashes_of
+from runtime.errors import (
+    ForkServerUnavailable,
+    InferenceFailed,
+    InferenceTimeout,
+    InvalidInput,
+    LoadRefused,
+    QueueFull,
+    RuntimeProblem,
+    WorkerDied,
+)
+from runtime.process.pool import WorkerPool, ended
+from runtime.process.worker import LoadReport, Worker
+from runtime.wire import DATATYPES, Load, Outcome, Prepared, Tensor, TensorSpec
+
+LENGTHS = ((1, 8), (8, 8), (2, 8), (1, 64))
+"""Tried where a shape leaves one open: along the first dimension, mostly the batch's, and along others."""
+MAX_SAMPLE_BYTES = 10 * 2**20
+"""Of all inputs together: two pictures of 640 by 640 as floats. A model that takes more is tried on what its
+`loadledger.toml` gives, or not."""
+PERIOD = 4099
+"""Values, after which noise repeats itself: quickly made, and a prime, so that rows differ."""
+_TEXT = struct.pack("<I", 1) + b"a"
+_FLOATS = {"FP16": "e", "FP32": "f", "FP64": "d"}
+
+
+def samples(inputs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what a model with these inputs may take, the likeliest first: of each shape noise, then zeros.
+
+    Floats are between -1 and 1; integers 0 or 1, which is an index of anything.
+    """
+    required = [spec for spec in inputs if not spec.optional]
+    if not all(spec.datatype in DATATYPES for spec in required):
+        return
+    made = set[tuple[tuple[int, ...], ...]]()
+    for first, other in LENGTHS:
+        shapes = tuple(_shape(spec, first, other) for spec in required)
+        if shapes not in made and _total(required, shapes) <= MAX_SAMPLE_BYTES:
+            made.add(shapes)
+            yield tuple(map(_noise, required, shapes))
+            yield tuple(map(_zeros, required, shapes))
+
+
+def _shape(spec: TensorSpec, first: int, other: int) -> tuple[int, ...]:
+    lengths = (first if index == 0 else other for index in range(len(spec.shape)))
+    return tuple(
+        open_ if declared < 0 else declared for declared, open_ in zip(spec.shape, lengths, strict=True)
+    )
+
+
+def _total(specs: Iterable[TensorSpec], shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) * _size(spec.datatype) for spec, shape in zip(specs, shapes, strict=True))
+
+
+def _size(datatype: str) -> int:
+    return DATATYPES[datatype].size or len(_TEXT)
+
+
+def _noise(spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    values = _values(spec, min(count, PERIOD))
+    times = -(-count // PERIOD)
+    return Tensor(spec.name, spec.datatype, shape, (values * times)[: count * _size(spec.datatype)])
+
+
+def _values(spec: TensorSpec, count: int) -> bytes:
+    dice = random.Random(spec.name)  # noqa: S311 - the same each time
+    if spec.datatype == "BYTES":
+        return _TEXT * count
+    if spec.datatype in _FLOATS:
+        values = (dice.random() * 2 - 1 for _ in range(count))
+        return struct.pack(f"<{count}{_FLOATS[spec.datatype]}", *values)
+    if spec.datatype == "BF16":  # the upper half of a float's four bytes
+        return b"".join(struct.pack("<f", dice.random() * 2 - 1)[2:] for _ in range(count))
+    size = _size(spec.datatype)
+    return b"".join(dice.getrandbits(1).to_bytes(size, "little") for _ in range(count))
+
+
+def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+    empty = bytes(4) if spec.datatype == "BYTES" else bytes(_size(spec.datatype))
+    return Tensor(spec.name, spec.datatype, shape, empty * math.prod(shape))
+
+
+CHANGED = ("model_changed", "unsafe_file")
+"""Why a load is refused whose files are no longer those that were loaded before."""
+
+
+class NotTried(Exception):
+    """There is nothing to try the model on, or the bare one does not do either: it says what."""
+
+
+class Stopped(Exception):
+    """It could not be finished, for no reason of the form's own, and may be tried again: it says why."""
+
+
+def is_circumstance(problem: RuntimeProblem) -> bool:
+    """Tell whether it may be another's fault than that of whatever was loaded or run.
+
+    A process that is killed is so by whoever wants its memory, or at the server's end.
+    """
+    if isinstance(problem, WorkerDied):
+        return problem.end.exit_code is None and problem.end.signal in {None, signal.SIGKILL}
+    return isinstance(problem, ForkServerUnavailable | InferenceTimeout | QueueFull)
+
+
+@contextmanager
+def of_the_model(*, passing: tuple[type[RuntimeProblem], ...] = ()) -> Iterator[None]:
+    """Blame no form for what goes wrong with the bare model.
+
+    Args:
+        passing: problems that are passed on, as it is that the files are others by now.
+
+    Raises:
+        NotTried: it is the model's own.
+        Stopped: it is what the model was given of time and memory, or somebody else's doing.
+    """
+    try:
+        yield
+    except RuntimeProblem as problem:
+        if isinstance(problem, passing) or problem.code in CHANGED:
+            raise
+        if is_circumstance(problem) or problem.code == "out_of_memory":
+            raise Stopped(f"the bare model: {problem}") from problem
+        raise NotTried(f"the model cannot be tried, bare as it is: {problem}") from problem
+
+
+ROUNDS = 3
+"""Pairs of fresh processes."""
+RUNS = 200
+"""Inferences of each, in each round, at most; `MIN_RUNS` at least, and otherwise for `RUN_S`."""
+MIN_RUNS = 3
+RUN_S = 0.5
+INFERENCE_LIMIT_S = 60.0
+MADE_UP = 2
+"""Shapes of inputs that are made up and asked. Kernels differ for one row and for several, and so do mistakes
+in what they get: with misaligned weights one row is answered, and two crash (measured with 1.31)."""
+AS_QUICK = 0.97
+"""What part of the bare session's rate a prepared one has to have: less could not be told from nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What was measured of a bare and a prepared session, side by side.
+
+    Each has the microseconds of its load, the nanoseconds of its quickest inference, and its private bytes.
+    """
+
+    bare_load_us: int
+    load_us: int
+    bare_infer_ns: int
+    infer_ns: int
+    bare_bytes: int
+    bytes: int
+
+
+def verdict(pairs: Sequence[Pair]) -> str | None:
+    """Say why a form whose answers are equal is still of no use; None if it is of use.
+
+    It has to load faster in most pairs, and at its best than the bare one at its best. Its inferences are
+    slower if they are in every pair: what else the machine does makes one look slow now and then, and not
+    again and again.
+    """
+    faster = sum(pair.load_us < pair.bare_load_us for pair in pairs)
+    ours, bare = min(pair.load_us for pair in pairs), min(pair.bare_load_us for pair in pairs)
+    if 2 * faster <= len(pairs) or ours >= bare:
+        return f"it loads no faster: at best {ours / 1000:.1f} ms, bare {bare / 1000:.1f} ms"
+    best = max(pair.bare_infer_ns / pair.infer_ns if pair.infer_ns else 1.0 for pair in pairs)
+    if best < AS_QUICK:
+        return f"its inferences are slower: at best {best:.2f} of the bare rate"
+    return None
+
+
+def told(pairs: Sequence[Pair]) -> dict[str, int]:
+    """Return what is kept of the measurements: the least of each."""
+    return {
+        field.name: min(getattr(pair, field.name) for pair in pairs) for field in dataclasses.fields(Pair)
+    }
+
+
+class Trial:
+    """Tries prepared forms of one version.
+
+    Args:
+        pool: where workers come from.
+        bare: how the version is loaded; without a warm-up, and in the background.
+        given: inputs that the model is known to take; nothing means that some are made up.
+    """
+
+    def __init__(self, pool: WorkerPool, bare: Load, given: Sequence[Tensor]) -> None:
+        self._pool = pool
+        self._bare = replace(bare, warm_up=False, background=True, max_batch_size=0, max_queue_delay_us=0)
+        self._given = tuple(given)
+        self._sets: list[tuple[Tensor, ...]] | None = None
+
+    async def of(self, prepared: Prepared) -> tuple[str | None, Sequence[Pair]]:
+        """Try a form; returns why it is of no use, or None, and what was measured.
+
+        Raises:
+            NotTried: nobody can say, of any form.
+            Stopped: it took too long, or the bare model more memory than was reserved for it.
+            RuntimeProblem: the files are others by now, or the prepared one could not be loaded or run, or
+                its worker died.
+        """
+        pairs: list[Pair] = []
+        for _ in range(ROUNDS):
+            async with (
+                self._loaded(self._bare) as (bare, bare_report),
+                self._loaded(replace(self._bare, prepared=prepared)) as (other, report),
+            ):
+                if hashes_of(bare_report.files) != prepared.sources:
+                    raise LoadRefused("model_changed", "the model's files are others by now")
+                difference = _difference(bare_report, report)
+                if difference is not None:
+                    return difference, pairs
+                sets = self._sets = self._sets or await self._asked(bare, bare_report)
+                if not await _agree(bare, other, sets):
+                    return "its answers differ", pairs
+                bare_ns, other_ns = await _quickest_ns(bare, other, sets[0])
+            loads_us = bare_report.loading_us, report.loading_us
+            memory = bare_report.memory_bytes, report.memory_bytes
+            pairs.append(Pair(*loads_us, bare_ns, other_ns, *memory))
+        return verdict(pairs), pairs
+
+    @asynccontextmanager
+    async def _loaded(self, order: Load) -> AsyncIterator[tuple[Worker, LoadReport]]:
+        worker = await self._pool.start(uuid7())
+        try:
+            with of_the_model() if order.prepared is None else nullcontext():
+                report = await worker.load(order, lambda _: None)
+            yield worker, report
+        finally:
+            await ended(worker)
+
+    async def _asked(self, bare: Worker, report: LoadReport) -> list[tuple[Tensor, ...]]:
+        """Return what the model is tried on: what is given, and what is made up that it takes."""
+        found = [self._given] if self._given else []
+        shapes: set[tuple[tuple[int, ...], ...]] = set()
+        refused = ""
+        async for inputs in _made_up(report):
+            shape = tuple(tensor.shape for tensor in inputs)
+            if shape in shapes:
+                continue
+            try:
+                with of_the_model(passing=(InvalidInput, InferenceFailed)):
+                    await _ask(bare, inputs)
+            except (InvalidInput, InferenceFailed) as problem:
+                refused = str(problem)
+                continue
+            shapes.add(shape)
+            found.append(inputs)
+            if len(shapes) == MADE_UP:
+                break
+        if not found:
+            advice = "give inputs that it takes as [[warm_up.inputs]] in its loadledger.toml"
+            raise NotTried(f"nothing is known that the model could be tried on: {advice}. {refused}".strip())
+        return found
+
+
+async def _made_up(report: LoadReport) -> AsyncIterator[tuple[Tensor, ...]]:
+    """Yield made-up inputs; each is made in a thread, since making a large one takes a while."""
+    source = samples(report.inputs)
+    while (made := await asyncio.to_thread(next, source, None)) is not None:
+        yield made
+
+
+def _difference(bare: LoadReport, prepared: LoadReport) -> str | None:
+    if prepared.prepared is None:
+        return prepared.prepared_failure or "it was not used"
+    if (bare.inputs, bare.outputs) != (prepared.inputs, prepared.outputs):
+        return "its inputs or outputs are declared otherwise"
+    return None
+
+
+async def _agree(bare: Worker, other: Worker, sets: Iterable[tuple[Tensor, ...]]) -> bool:
+    for inputs in sets:
+        with of_the_model():
+            _, expected = await _ask(bare, inputs)
+        _, answered = await _ask(other, inputs)
+        if _told(answered) != _told(expected):
+            return False
+    return True
+
+
+async def _quickest_ns(bare: Worker, other: Worker, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Ask both in turn until it is enough, and return what the quickest inference of each took."""
+    until = time.monotonic() + 2 * RUN_S
+    took: list[tuple[int, int]] = []
+    while len(took) < MIN_RUNS or (len(took) < RUNS and time.monotonic() < until):
+        with of_the_model():
+            bare_outcome, _ = await _ask(bare, inputs)
+        outcome, _ = await _ask(other, inputs)
+        took.append((bare_outcome.infer_ns, outcome.infer_ns))
+    bare_ns, other_ns = zip(*took, strict=True)
+    return min(bare_ns), min(other_ns)
+
+
+async def _ask(worker: Worker, inputs: tuple[Tensor, ...]) -> tuple[Outcome, tuple[Tensor, ...]]:
+    """Run the model; its answers stay with the worker, however long: what comes back is their hashes."""
+    return await worker.infer(inputs, digest=True, timeout_s=INFERENCE_LIMIT_S)
+
+
+def _told(answers: Iterable[Tensor]) -> list[tuple[str, bytes]]:
+    return [(answer.name, bytes(answer.data)) for answer in answers]

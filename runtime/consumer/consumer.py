@@ -1,0 +1,255 @@
+"""The consumer: the single coroutine that applies requested events against workers.
+
+It asks the scheduler, does the one thing it says, and asks again; effects are tasks that report back by
+waking it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from events.clock import seconds_between
+from events.errors import LedgerProblem, LogUnavailable
+from events.jobs import Job
+from events.log import Log
+from events.state import State
+from runtime.cache.store import PreparedStore
+from runtime.consumer.executor import Applier
+from runtime.consumer.loads import MEASURE_LIMIT_S, LiveLoad
+from runtime.consumer.usage import Leases, LoadUse, PreparationUse, Wait, uses, waits
+from runtime.errors import WorkerDied
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
+from runtime.repository import Repository
+from runtime.scheduler.actions import Decision
+from runtime.scheduler.scheduler import decide
+from runtime.scheduler.view import Conditions, Policy, ended_by
+
+_log = logging.getLogger(__name__)
+
+LOG_RETRY_S = 0.5
+"""How long to wait before an outcome is recorded again, when the ledger could not be written."""
+MEASURE_S = 5.0
+"""How often workers are measured. One costs about a millisecond, of a thread."""
+NOTE_EVERY = 2
+"""Measurements after which last uses are noted: every 10 s (a commit takes a fraction of a millisecond)."""
+
+
+class Consumer:
+    """Applies what the log requests; give it the log, the workers and where models are.
+
+    Args:
+        log: open, with `ServerStarted` appended.
+        pool: open.
+        repository: where versions are resolved.
+        policy: what the scheduler is told.
+        drain_timeout_s: how long an unload without force waits for running requests.
+        leases: the requests that wait for models.
+        under_pressure: tells whether the machine has more to do than it can; asked while a load of low
+            priority waits, or something is to be prepared.
+        store: where prepared forms are; None neither makes nor uses any.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        pool: WorkerPool,
+        repository: Repository,
+        *,
+        policy: Policy,
+        drain_timeout_s: float,
+        leases: Leases | None = None,
+        under_pressure: Callable[[], bool] = lambda: False,
+        store: PreparedStore | None = None,
+    ) -> None:
+        self._log = log
+        self._pool = pool
+        self.policy = policy
+        self._leases = leases or Leases()
+        self._under_pressure = under_pressure
+        self._wakeup = log.subscribe()
+        self._leases.on_end = self._wakeup.set
+        self._stopping = False
+        self._decision = Decision()
+        self._applier = Applier(
+            log, pool, repository, self._wakeup.set, drain_timeout_s=drain_timeout_s, store=store
+        )
+        self.live = self._applier.live
+        self.totals = self._applier.totals
+        self.preparer = self._applier.preparer
+        self._upkeep = Upkeep(log, self.live, self._wakeup.set)
+
+    async def run(self) -> None:
+        """Work until `stop`; that it ends before is a defect worth dying for."""
+        upkeep = asyncio.create_task(self._upkeep.run(), name="upkeep")
+        try:
+            while not self._stopping:
+                await self._step()
+        finally:
+            self._log.unsubscribe(self._wakeup)
+            upkeep.cancel()
+            await self._cancel_effects()
+            await asyncio.wait([upkeep])
+            await self._applier.preparer.close()
+            await self._upkeep.note_uses()
+
+    async def stop(self) -> None:
+        """Have `run` end after the action that it is at, and all effects with it; appends nothing more."""
+        self._stopping = True
+        self._wakeup.set()
+
+    def stage(self, job: Job) -> str | None:
+        """Return the live stage of a job: of a load where its worker is, of an unload what it waits for."""
+        if job.unload is None:
+            load = self.live.get(job.id)
+            return load.stage if load is not None and load.report is None else None
+        target = self.live.get(ended_by(self._log.state, job))
+        return None if target is None or not target.draining else target.stage
+
+    def waiting_for(self, job: Job) -> str | None:
+        """Return what a pending job waits for, as of the last decision."""
+        return self._decision.waiting_for.get(job.id)
+
+    def uses(self) -> list[LoadUse]:
+        """Return what each load takes of the memory budget."""
+        return uses(self.live.values(), self._log.state, self._log.now())
+
+    def preparation(self) -> PreparationUse | None:
+        """Return what is being prepared."""
+        preparer = self._applier.preparer
+        candidate, preparation = preparer.candidate, preparer.preparation
+        if candidate is None or preparation is None:
+            return None
+        return PreparationUse(
+            candidate.model_id, candidate.version, preparation.memory_bytes, preparation.stopping
+        )
+
+    def waits(self) -> list[Wait]:
+        """Return the jobs that wait, as of the last decision."""
+        return waits(self._log.state, self._decision.waiting_for, self._applier.needs.known)
+
+    async def _step(self) -> None:
+        self._wakeup.clear()
+        state, now = self._log.state, self._log.now()
+        self._applier.settle_names(state)
+        self._applier.sweep(state)
+        self._applier.needs.forget_ended(state)
+        running = {
+            key: load.view(state.unended_job(key), now, leased=self._leases.held(load.model_id))
+            for key, load in self.live.items()
+        }
+        self._decision = decide(state, running, self.policy, now, self._conditions(state))
+        if self._decision.action is None:
+            await self._sleep(self._decision.wake_at, now)
+            return
+        try:
+            await self._applier.act(self._decision.action)
+        except LogUnavailable:
+            _log.warning("the ledger cannot be written; %s waits", type(self._decision.action).__name__)
+            self._wakeup.clear()
+            await self._sleep(None, now, at_most_s=LOG_RETRY_S)
+
+    def _conditions(self, state: State) -> Conditions:
+        preparer = self._applier.preparer
+        preparable = preparer.preparable
+        may_yield = preparable or any(job.load and job.load.priority == "low" for job in state.unended())
+        return Conditions(
+            fork_server_up=self._pool.healthy,
+            under_pressure=bool(may_yield) and self._under_pressure(),
+            needs=self._applier.needs.known,
+            looked_at=self._applier.needs.looked_at,
+            estimated=self._applier.needs.estimated,
+            awaited=self._leases.models,
+            last_used=self._log.last_used,
+            preparable=preparable,
+            preparation=preparer.preparation,
+        )
+
+    async def _cancel_effects(self) -> None:
+        tasks = [*self._applier.needs.tasks, *(task for load in self.live.values() for task in load.tasks)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sleep(self, until: str | None, now: str, at_most_s: float | None = None) -> None:
+        seconds = at_most_s if until is None else max(0.0, seconds_between(now, until))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wakeup.wait()
+
+
+class Upkeep:
+    """Keeps what is known of the workers that serve up to date.
+
+    Args:
+        log: where last uses are noted.
+        live: what runs.
+        wake: is called when measurements are there.
+    """
+
+    def __init__(self, log: Log, live: Mapping[str, LiveLoad], wake: Callable[[], None]) -> None:
+        self._log = log
+        self._live = live
+        self._wake = wake
+        self._noted: dict[str, int] = {}
+        self._measuring: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Go on until this is cancelled, whatever fails meanwhile: decisions go on without."""
+        try:
+            for turn in itertools.count(1):
+                await asyncio.sleep(MEASURE_S)
+                await self._turn(turn)
+        finally:
+            for measuring in self._measuring.values():
+                measuring.cancel()
+
+    async def _turn(self, turn: int) -> None:
+        try:
+            await self.measure()
+            if turn % NOTE_EVERY == 0:
+                await self.note_uses()
+        except Exception:  # noqa: BLE001 - see `run`
+            _log.exception("what is known of the workers could not be brought up to date")
+
+    async def measure(self) -> None:
+        """Measure the workers that there are, one after the other; those that load may do so for long.
+
+        One that cannot be measured for now holds up none of the others, and is not asked about again before
+        it has been: each question takes a thread.
+        """
+        workers = {worker: load for load in self._live.values() for worker in load.left}
+        for worker, load in workers.items():
+            if worker.worker_id not in self._measuring:
+                measuring = asyncio.create_task(self._measure(load, worker))
+                self._measuring[worker.worker_id] = measuring
+                await asyncio.wait({measuring}, timeout=MEASURE_LIMIT_S)
+        if workers:
+            self._wake()
+
+    async def note_uses(self) -> None:
+        """Have the ledger's file remember when models were last used."""
+        now = self._log.now()
+        seen = {load.job_id: load.last_used_ns for load in self._live.values()}
+        used: dict[str, str] = {}
+        for load in self._live.values():
+            used_at = load.last_used_at(now)
+            if used_at is not None and load.last_used_ns > self._noted.get(load.job_id, 0):
+                used[load.model_id] = max(used_at, used.get(load.model_id, ""))
+        if used:
+            try:
+                await self._log.note_last_used(used)
+            except LedgerProblem:  # next time, then; the writer has said what is wrong
+                return
+        self._noted = seen
+
+    async def _measure(self, load: LiveLoad, worker: Worker) -> None:
+        try:
+            with suppress(WorkerDied, OSError):
+                load.measured_bytes[worker.worker_id] = await worker.measure()
+        finally:
+            del self._measuring[worker.worker_id]

@@ -1,0 +1,409 @@
+"""The consumer's hands: carries out what the scheduler says, by facts in the log and effects on workers.
+
+Every outcome is recorded here and nowhere else, so a job ends once.
+
+The facts that the consumer records, made of jobs and of what runs for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+
+from msgspec.structs import replace
+
+from events.clock import seconds_between, uuid7
+from events.commands import Record, RequestLoad, RequestUnload
+from events.errors import LogUnavailable, RequestRefused
+from events.jobs import Failure, Job, load_requested
+from events.log import Log
+from events.models import CRASH_LOOP, Model, Serving
+from events.state import State
+from events.types import (
+    SYSTEM,
+    Cause,
+    Data,
+    Draft,
+    Durations,
+    JobCancelled,
+    LoadedFile,
+    LoadFailed,
+    LoadStarted,
+    ModelLoaded,
+    ModelUnloaded,
+    Prepared,
+    UnloadRequested,
+    UnloadStarted,
+    WorkerExited,
+)
+from runtime.cache.files import hashes_of
+from runtime.cache.preparer import Candidate, Preparer
+from runtime.cache.store import PreparedStore
+from runtime.consumer.loads import LiveLoad, order_of, run_load, run_unload
+from runtime.consumer.usage import Totals
+from runtime.errors import Exit
+from runtime.estimates import Needs, need_bare
+from runtime.process.pool import WorkerPool, begun
+from runtime.process.worker import LoadReport, Worker
+from runtime.repository import Repository
+from runtime.scheduler.actions import (
+    Action,
+    CancelJob,
+    CompleteLoad,
+    FailLoad,
+    FinishUnload,
+    GiveUp,
+    Kill,
+    MakeWay,
+    Prepare,
+    RecordDeath,
+    RequestEnd,
+    RequestReload,
+    SizeUp,
+    StartLoad,
+    StartUnload,
+    StopPreparing,
+    TakeOver,
+)
+from runtime.scheduler.scheduler import is_wanted
+from runtime.wire import LoadedFile as HashedFile
+from runtime.wire import plain_text
+
+
+def about(job: Job, data: Data, worker_id: str | None = None) -> Draft:
+    """Return a fact about a job."""
+    return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
+
+
+def model_loaded(job: Job, load: LiveLoad, now: str) -> ModelLoaded:
+    """Return what a load came to; its `report` is there."""
+    assert job.started_at is not None
+    assert load.report is not None
+    reports = [load.reports[worker.worker_id] for worker in load.workers]
+    form = load.prepared_form
+    return ModelLoaded(
+        files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.report.files),
+        worker_ids=tuple(worker.worker_id for worker in load.workers),
+        prepared=None if form is None else Prepared(form.form, form.sha256),
+        memory_bytes=sum(report.memory_bytes for report in reports),
+        peak_memory_bytes=sum(report.peak_memory_bytes for report in reports),
+        durations=Durations(
+            waiting_us=_us(seconds_between(job.created_at, job.started_at)),
+            starting_us=load.starting_us,
+            loading_us=max(report.loading_us for report in reports),
+            hashing_us=max(report.hashing_us for report in reports),
+            warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
+            measuring_us=max(report.measuring_us for report in reports),
+            total_us=_us(seconds_between(job.created_at, now)),
+        ),
+    )
+
+
+def taken_over(serving: Serving) -> ModelLoaded:
+    """Return that what serves goes on: the same bytes in the same workers, and nothing that took any time."""
+    return ModelLoaded(
+        files=serving.files,
+        worker_ids=serving.worker_ids,
+        prepared=serving.prepared,
+        memory_bytes=serving.memory_bytes,
+        peak_memory_bytes=serving.peak_memory_bytes,
+        durations=Durations(0, 0, 0, 0, None, 0, 0),
+    )
+
+
+def model_unloaded(load: LiveLoad | None) -> ModelUnloaded:
+    """Return what the end of a load's processes gave back, if there were any."""
+    if load is None:
+        return ModelUnloaded(0, 0, 0)
+    return ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
+
+
+def swapped_out(
+    load_job_id: str, model_id: str, version: int | None, worker_id: str | None, cause_event_id: str
+) -> Draft:
+    """Return the request that ends a load for the sake of another one of its model."""
+    request = UnloadRequested(
+        force=False, load_job_id=load_job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
+    )
+    swap_id = uuid7()
+    return Draft(swap_id, request, SYSTEM, swap_id, model_id, version, worker_id)
+
+
+def given_up(model: Model, message: str) -> tuple[Draft, Draft]:
+    """Return the load that is not tried any more, and that it failed."""
+    assert model.serving is not None
+    job_id, version = uuid7(), model.serving.version
+    request = load_requested(model.serving.parameters, Cause.RECOVERY)
+    failed = LoadFailed(CRASH_LOOP, plain_text(message))
+    return (
+        Draft(job_id, request, SYSTEM, job_id, model.id, version),
+        Draft(uuid7(), failed, SYSTEM, job_id, model.id, version),
+    )
+
+
+def death(load: LiveLoad, worker: Worker) -> Draft:
+    """Return that a worker ended and nobody had asked."""
+    # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
+    end = Exit(None, None) if worker.orphaned else worker.ended.result()
+    data = WorkerExited(end.exit_code, end.signal, tuple(worker.stderr_tail()))
+    return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1_000_000))
+
+
+MAX_REMEMBERED_VERSIONS = 1000
+"""Versions whose files' hashes are remembered by identity, so that the same bytes are not hashed again."""
+FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
+"""Signals by which code ends itself, where others are sent."""
+RELOAD_TIMEOUT_S = 300
+"""What a load that the system requests has at least: the default of those that people request."""
+
+
+class Applier:
+    """Applies one action after the other.
+
+    Args:
+        log: what is recorded in.
+        pool: where workers come from.
+        repository: where versions are resolved.
+        wake: is called when there is something new to decide on.
+        drain_timeout_s: how long an unload without force waits for running requests.
+        store: where prepared forms are; None neither makes nor uses any.
+
+    Attributes:
+        live: the loads that run, by job.
+        needs: what is known of the memory that pending loads need.
+        preparer: what is prepared, and may be.
+        totals: the inferences of the loads that have ended.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        pool: WorkerPool,
+        repository: Repository,
+        wake: Callable[[], None],
+        *,
+        drain_timeout_s: float,
+        store: PreparedStore | None = None,
+    ) -> None:
+        self._log = log
+        self._pool = pool
+        self._repository = repository
+        self._wake = wake
+        self.live: dict[str, LiveLoad] = {}
+        self.totals = Totals(log.tally.names)
+        self.preparer = Preparer(store, pool, repository, wake)
+        self.needs = Needs(repository, wake, self.preparer.form_of)
+        self._drain_timeout_s = drain_timeout_s
+        self._hashed: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
+
+    def settle_names(self, state: State) -> None:
+        """Drop, of the two names that a load has while it is taken over, the one that was not recorded."""
+        if not self._log.healthy:  # what is recorded is known when the ledger was read again
+            return
+        for key, load in [(key, load) for key, load in self.live.items() if key != load.job_id]:
+            model = state.models.get(load.model_id)
+            serving = model.serving if model is not None else None
+            if serving is not None and serving.load_job_id == key:
+                del self.live[load.job_id]
+                load.job_id, load.parameters = key, serving.parameters
+            else:
+                del self.live[key]
+
+    def sweep(self, state: State) -> None:
+        """End what nobody wants any more, by any of its names, and forget what has ended."""
+        wanted = {id(load) for key, load in self.live.items() if is_wanted(state, key, load.model_id)}
+        for key, load in list(self.live.items()):
+            if id(load) not in wanted:
+                if not load.killed:
+                    load.kill()
+                if load.over:
+                    self.totals.end(load)
+                    del self.live[key]
+
+    async def act(self, action: Action) -> None:  # noqa: PLR0912 - a table of all actions
+        """Do what the scheduler says.
+
+        Raises:
+            LogUnavailable: it could not be recorded, so nothing follows from it.
+        """
+        match action:
+            case StartLoad(job):
+                await self._start_load(job)
+            case TakeOver(job, load_job_id):
+                await self._take_over(job, self.live[load_job_id])
+            case CompleteLoad(job, replaces):
+                await self._complete_load(job, replaces)
+            case FailLoad(job, code, message):
+                await self._fail_load(job, Failure(code, message) if code is not None else None)
+            case SizeUp(job):
+                self.needs.find(job, self._log.state.models.get(job.model_id))
+                if all(load.report is not None for load in self.live.values()):  # else it may have to wait
+                    self._pool.expect()
+            case Prepare(load_job_id):
+                self.preparer.begin(load_job_id)
+            case StopPreparing():
+                self.preparer.stop()
+            case CancelJob(job):
+                await self._record(about(job, JobCancelled()))
+            case StartUnload(job, load_job_id):
+                await self._start_unload(job, load_job_id)
+            case Kill(load_job_id):
+                self.live[load_job_id].kill()
+            case FinishUnload(jobs, load_job_id):
+                await self._finish_unload(jobs, load_job_id)
+            case RecordDeath(load_job_id, worker_ids):
+                load = self.live[load_job_id]
+                await self._record_of(load, [each for each in load.workers if each.worker_id in worker_ids])
+            case MakeWay(job, load_job_id):
+                await self._record(_swapped_out(self.live[load_job_id], job.id))
+            case RequestReload(model, cause):
+                await self._request_reload(model, cause)
+            case RequestEnd(model, cause, cause_event_id):
+                await self._request_end(model, cause, cause_event_id)
+            case GiveUp(model, message):
+                await self._record(*given_up(model, message))
+
+    async def _start_load(self, job: Job) -> None:
+        assert job.load is not None
+        assert job.version is not None
+        load = LiveLoad(job.id, job.model_id, job.version, job.load, uuid7(), self._wake)
+        load.reserved_bytes = self.needs.known.get(job.id) or 0
+        known = self._hashed.get((job.model_id, job.version), ())
+        model = self._log.state.models.get(job.model_id)
+        footprints = model.footprints if model is not None else ()
+        load.bare_bytes = need_bare(job.version, job.load, footprints)
+        form_for = partial(self.preparer.form_for, footprints=footprints)
+        ordered = begun(order_of(load, self._pool, self._repository, known, form_for), "looking at a model")
+        try:  # its files are looked at beside the disk's work
+            await self._record(about(job, LoadStarted(job.attempt + 1), load.worker_id))
+        except BaseException:
+            ordered.cancel()
+            raise
+        self.live[job.id] = load
+        load.spawn(asyncio.create_task(run_load(load, self._pool, ordered)))
+
+    async def _take_over(self, job: Job, load: LiveLoad) -> None:
+        """Have the workers of a load go on as those of another; requests do not notice.
+
+        Both names lead to them until it is known which one is recorded: `settle_names`.
+        """
+        model = self._log.state.models[job.model_id]
+        assert model.serving is not None
+        self.live[job.id] = load
+        started = about(job, LoadStarted(job.attempt + 1), load.only_worker_id)
+        await self._record(started, about(job, taken_over(model.serving), load.only_worker_id))
+
+    async def _complete_load(self, job: Job, replaces: str | None) -> None:
+        load = self.live[job.id]
+        assert load.report is not None
+        self._remember(load, load.report)
+        loaded = about(job, model_loaded(job, load, self._log.now()), load.only_worker_id)
+        old = self.live.get(replaces) if replaces is not None else None
+        swapped_out = [] if old is None else [_swapped_out(old, loaded.id)]
+        await self._record(loaded, *swapped_out)
+        self._have_prepared(load)
+
+    def _remember(self, load: LiveLoad, report: LoadReport) -> None:
+        self._hashed[load.model_id, load.version] = report.files
+        while len(self._hashed) > MAX_REMEMBERED_VERSIONS:
+            del self._hashed[next(iter(self._hashed))]
+
+    def _have_prepared(self, load: LiveLoad) -> None:
+        """Offer what was loaded bare to be prepared, and drop a form of the same files that was of no use."""
+        assert load.report is not None
+        if load.prepared is not None and load.prepared.sources == hashes_of(load.report.files):
+            if load.prepared_failure is not None:
+                self.preparer.failed(load.prepared, load.prepared_failure)
+            return
+        peak_bytes = max(report.peak_memory_bytes for report in load.reports.values())
+        self.preparer.offer(
+            Candidate(load.job_id, load.model_id, load.version, load.report.files, peak_bytes)
+        )
+
+    async def _fail_load(self, job: Job, reason: Failure | None) -> None:
+        load = self.live.get(job.id)
+        if reason is None:
+            assert load is not None
+            reason = load.reason
+        failed = LoadFailed(reason.code, plain_text(reason.message))
+        await self._record_of(load, load.dead if load else [], about(job, failed, _worker_id(load)))
+
+    async def _start_unload(self, job: Job, load_job_id: str) -> None:
+        load = self.live.get(load_job_id)
+        if load is not None:
+            load.draining = True  # routing stops before the fact is recorded
+            load.stage = "draining"
+        try:
+            await self._record(about(job, UnloadStarted(), _worker_id(load)))
+        except LogUnavailable:
+            if load is not None:  # who asked may have the unload cancelled until it can be recorded
+                load.draining, load.stage = False, None
+            raise
+        if load is not None and not job.forced and not load.unloading:
+            load.unloading = True
+            load.spawn(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
+
+    async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
+        load = self.live.get(load_job_id)
+        unloaded = model_unloaded(load)
+        ends = [about(job, unloaded, _worker_id(load)) for job in jobs]
+        await self._record_of(load, load.dead if load else [], *ends)
+
+    async def _request_reload(self, model: Model, cause: Cause) -> None:
+        serving = model.serving
+        assert serving is not None
+        # Many may be requested at once: who asked for little time did not mean the queue after a restart.
+        timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
+        parameters = replace(serving.parameters, timeout_s=timeout_s)
+        command = RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
+        await self._log.submit(command)
+
+    async def _request_end(self, model: Model, cause: Cause, cause_event_id: str | None) -> None:
+        assert model.serving is not None
+        with suppress(RequestRefused):  # somebody asked for something else of it meanwhile
+            await self._log.submit(
+                RequestUnload(
+                    model.id,
+                    SYSTEM,
+                    cause=cause,
+                    cause_event_id=cause_event_id,
+                    load_job_id=model.serving.load_job_id,
+                )
+            )
+
+    async def _record_of(self, load: LiveLoad | None, dead: Sequence[Worker], *drafts: Draft) -> None:
+        """Record the deaths of these workers, each once, and what follows from them."""
+        if load is None:
+            await self._record(*drafts)
+            return
+        new = [worker for worker in dead if worker.worker_id not in load.recorded]
+        self._suspect(load, new)
+        await self._record(*(death(load, worker) for worker in new), *drafts)
+        load.recorded.update(worker.worker_id for worker in new)
+
+    def _suspect(self, load: LiveLoad, dead: Sequence[Worker]) -> None:
+        """A prepared form with which a worker crashed is dropped: the model comes back bare."""
+        form = load.prepared_form
+        of_form = (worker for worker in dead if not worker.orphaned and load.uses_form(worker))
+        crashed = (worker.ended.result() for worker in of_form)
+        if form is not None and (end := next((end for end in crashed if end.signal in FAULTS), None)):
+            load.prepared_failure = f"a worker that served from it ended {end}"
+            self.preparer.failed(form, load.prepared_failure)
+
+    async def _record(self, *drafts: Draft) -> None:
+        await self._log.submit(Record(drafts))
+
+
+def _worker_id(load: LiveLoad | None) -> str | None:
+    return load.only_worker_id if load is not None else None
+
+
+def _swapped_out(old: LiveLoad, cause_event_id: str) -> Draft:
+    return swapped_out(old.job_id, old.model_id, old.version, old.only_worker_id, cause_event_id)

@@ -1,0 +1,474 @@
+"""The live side of a load: its workers, and what is known of them.
+
+The two effects on a load: its workers load the model, and end. The consumer spawns them.
+
+What they come to stands in the `LiveLoad`; they report by waking the consumer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from events.clock import later, uuid7
+from events.jobs import Failure, Job, LoadParameters
+from events.models import FORK_SERVER_DIED
+from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
+from runtime.modeldefaults import WarmUp, read_warm_up
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import LoadReport, Worker
+from runtime.repository import FileStat, ModelVersion, Repository
+from runtime.scheduler.view import Phase, Running
+from runtime.statistics import Statistics
+from runtime.wire import Load, LoadedFile, Prepared, Tensor
+
+_log = logging.getLogger(__name__)
+
+MEASURE_LIMIT_S = 1.0
+"""For a measurement before the end. The kernel gives it when the process's mappings are free, which a worker
+can put off; it is then still to be ended."""
+
+
+@dataclass(slots=True)
+class LiveLoad:
+    """What runs for one load job. Written by the consumer and its effects, on the loop only.
+
+    Attributes:
+        worker_id: the first worker's, which may not be there yet.
+        workers: those that were started, dead or alive.
+        report: the first worker's, once all have loaded; inputs and outputs are the same in all.
+        reports: of the workers that have loaded, by id.
+        prepared: the form that its workers are given, until one can do nothing with it.
+        prepared_failure: why not, then.
+        warm_up_inputs: what the model is run on before it is loaded; nothing is zeros.
+        replaced_if_dead: ids of the workers that load with that form: one that dies has not failed the load.
+        draining: no more requests are routed to it.
+        unloading: `run_unload` has begun.
+        told: ids of the workers whose end is no surprise: they were told to, or refused to load.
+        killed: all are ended by force.
+        recorded: ids of the workers whose death was recorded.
+        reserved_bytes: what the load may take until it is known what it takes.
+        bare_bytes: what it is known to take without a prepared form; 0 is nothing.
+        measured_bytes: what workers took when they were last looked at, by id.
+        last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
+    """
+
+    job_id: str
+    model_id: str
+    version: int
+    parameters: LoadParameters
+    worker_id: str
+    wake: Callable[[], None]
+    workers: list[Worker] = field(default_factory=list)
+    report: LoadReport | None = None
+    reports: dict[str, LoadReport] = field(default_factory=dict)
+    failure: Failure | None = None
+    stage: str | None = None
+    prepared: Prepared | None = None
+    prepared_failure: str | None = None
+    warm_up_inputs: tuple[Tensor, ...] = ()
+    replaced_if_dead: set[str] = field(default_factory=set)
+    starting_us: int = 0
+    draining: bool = False
+    unloading: bool = False
+    told: set[str] = field(default_factory=set)
+    killed: bool = False
+    recorded: set[str] = field(default_factory=set)
+    requests_at_drain: int = 0
+    aborted_requests: int = 0
+    freed_bytes: int = 0
+    reserved_bytes: int = 0
+    bare_bytes: int = 0
+    measured_bytes: dict[str, int] = field(default_factory=dict)
+    last_used_ns: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def worker(self) -> Worker | None:
+        """The first worker that is left, else the first that there was."""
+        return next(iter([*self.left, *self.workers]), None)
+
+    @property
+    def only_worker_id(self) -> str | None:
+        """The worker that a fact about the whole load is about, if there is but one."""
+        return self.worker_id if self.parameters.instances == 1 else None
+
+    @property
+    def left(self) -> list[Worker]:
+        """The workers whose processes have not ended."""
+        return [worker for worker in self.workers if not worker.ended.done()]
+
+    @property
+    def gone(self) -> bool:
+        """Whether there were processes and all have ended."""
+        return bool(self.workers) and not (self.left or self.replaced_if_dead)
+
+    @property
+    def serving(self) -> tuple[Worker, ...]:
+        """The workers that can be asked: loaded, alive, and not being ended."""
+        if self.report is None or self.draining:
+            return ()
+        return tuple(worker for worker in self.workers if not worker.dying)
+
+    @property
+    def dead(self) -> list[Worker]:
+        """The workers that have ended and nobody had asked."""
+        known = self.told | self.replaced_if_dead
+        return [worker for worker in self.workers if worker.ended.done() and worker.worker_id not in known]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of this load is left to run: no process, no task."""
+        return not self.tasks and not self.left
+
+    @property
+    def drained_requests(self) -> int:
+        """Requests that were running when the drain began, and were answered."""
+        return max(0, self.requests_at_drain - self.aborted_requests)
+
+    @property
+    def reason(self) -> Failure:
+        """Why this is not going to be loaded."""
+        if self.failure is not None:
+            return self.failure
+        code = FORK_SERVER_DIED if any(worker.orphaned for worker in self.dead) else "worker_died"
+        return Failure(code, "the worker died right after it had loaded the model")
+
+    @property
+    def memory_bytes(self) -> int:
+        """What is to be counted against the budget, until the processes have exited."""
+        if self.report is None:
+            is_over = self.gone or (self.failure is not None and not self.left)
+            return 0 if is_over else max(self.reserved_bytes, sum(self.measured_bytes.values()))
+        return sum(self.bytes_of(worker) for worker in self.left)
+
+    def bytes_of(self, worker: Worker) -> int:
+        """Return what a worker that has loaded took when it was last looked at."""
+        loaded = self.reports.get(worker.worker_id)
+        return self.measured_bytes.get(worker.worker_id, loaded.memory_bytes if loaded else 0)
+
+    @property
+    def in_flight(self) -> int:
+        """How many inferences are queued or running."""
+        return sum(worker.in_flight for worker in self.left)
+
+    def last_used_at(self, now: str) -> str | None:
+        """Return when the last request ended, as a stamp; `now` is the present one."""
+        if not self.last_used_ns:
+            return None
+        return later(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
+
+    def view(self, job: Job | None, now: str = "", *, leased: bool = False) -> Running:
+        """Return what the scheduler sees, where `job` is the load's job as long as it has not ended."""
+        return Running(
+            self.job_id,
+            self.model_id,
+            self._phase(job),
+            self.killed,
+            tuple(worker.worker_id for worker in self.dead),
+            self.memory_bytes,
+            busy=leased or self.in_flight > 0,
+            last_used_at=self.last_used_at(now),
+        )
+
+    def _phase(self, job: Job | None) -> Phase:
+        if job is not None:
+            if self.failure is not None or self._lacks_workers:
+                return Phase.FAILED
+            return Phase.LOADING if self.report is None else Phase.LOADED
+        if self.gone:
+            return Phase.GONE
+        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
+
+    @property
+    def usable(self) -> Prepared | None:
+        """The prepared form, if nothing is known against it."""
+        return self.prepared if self.prepared_failure is None else None
+
+    @property
+    def prepared_form(self) -> Prepared | None:
+        """The prepared form that workers have loaded, all or some of them."""
+        used = any(report.prepared is not None for report in self.reports.values())
+        return self.prepared if used else None
+
+    def uses_form(self, worker: Worker) -> bool:
+        """Tell whether a worker has loaded the prepared form."""
+        report = self.reports.get(worker.worker_id)
+        return report is not None and report.prepared is not None
+
+    @property
+    def _lacks_workers(self) -> bool:
+        ended = (worker.worker_id for worker in self.workers if worker.ended.done())
+        return any(worker_id not in self.replaced_if_dead for worker_id in ended)
+
+    def spawn(self, effect: asyncio.Task[None]) -> None:
+        """Keep an effect until it ends, then wake the consumer."""
+        self.tasks.add(effect)
+        effect.add_done_callback(self._effect_ended)
+
+    def _effect_ended(self, effect: asyncio.Task[None]) -> None:
+        self.tasks.discard(effect)
+        if not effect.cancelled() and effect.exception() is not None:
+            _log.error("an effect on %s failed", self.model_id, exc_info=effect.exception())
+            self.failure = self.failure or Failure(
+                "internal", "the load failed within the server; see its log"
+            )
+            self.kill()
+        self.wake()
+
+    def kill(self) -> None:
+        """End all processes now, however they are stuck; counts what that aborts."""
+        self.killed = True
+        if self.report is None:  # more would be started; and who waits for one may meet a stuck fork server
+            for effect in self.tasks:
+                effect.cancel()
+        self.kill_workers()
+
+    def kill_workers(self) -> None:
+        """End the processes that there are."""
+        for worker in self.left:
+            report = self.reports.get(worker.worker_id)
+            self.note_end(worker, report.memory_bytes if report is not None else 0)
+            worker.kill()
+
+    def reserve_bare(self) -> None:
+        """Have what is reserved be enough without a prepared form, which was to be loaded."""
+        self.reserved_bytes = max(self.reserved_bytes, self.bare_bytes)
+
+    def replace(self, dead: Worker, reason: str | None) -> bool:
+        """Forget a worker that ended with a prepared form, for another to load without.
+
+        Args:
+            dead: it has ended.
+            reason: what there is against the form; None is nothing.
+
+        Returns:
+            Whether this is for another to do.
+        """
+        if dead.orphaned or self.killed or self.failure or dead.worker_id not in self.replaced_if_dead:
+            return False
+        self.prepared_failure = self.prepared_failure or reason
+        self.replaced_if_dead.discard(dead.worker_id)
+        self.workers.remove(dead)
+        self.measured_bytes.pop(dead.worker_id, None)
+        return True
+
+    def note_end(self, worker: Worker, memory_bytes: int) -> None:
+        """Take down, right before a worker's end, what it aborts and how many bytes it gives back."""
+        if worker.worker_id not in self.told:
+            self.told.add(worker.worker_id)
+            self.aborted_requests += worker.in_flight
+            self.freed_bytes += memory_bytes
+
+
+FindPrepared = Callable[[tuple[FileStat, ...]], Prepared | None]
+"""Gives the prepared form of these files, if there is one; it may read files."""
+
+OUT_OF_MEMORY = "out_of_memory"
+START_ATTEMPTS = 3
+"""A fork server that has to be replaced is no reason for a load to fail; one that cannot fork is."""
+START_PAUSE_S = 0.1
+"""Between them: by then it is known that the fork server has ended, and the next one is waited for."""
+STOP_GRACE_S = 1.0
+"""For a worker to end by itself once there is nobody to serve; then it is killed."""
+INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
+"""Workers of one load that load side by side, after the first: each takes a core and its peak of memory."""
+
+
+async def run_load(load: LiveLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
+    """Load the model in as many workers as are asked for; the outcome stands in `report` or `failure`.
+
+    The first loads alone and hashes, so that the bytes are read for that once. What fails one fails all; but
+    one that fails with a prepared form is given the files of the repository instead.
+
+    Args:
+        load: what is to be loaded.
+        pool: where workers come from.
+        ordered: `order_of` it.
+    """
+    began = time.monotonic_ns()
+    load.stage = "starting"
+    try:
+        order = await ordered
+        first = await _load_instance(load, pool, order, load.worker_id, began)
+        await _load_rest(load, pool, replace(order, known=first.files, prepared=load.usable))
+        load.report = first
+    except RuntimeProblem as problem:
+        load.failure = load.failure or Failure(problem.code, str(problem))
+        load.kill_workers()
+
+
+async def order_of(
+    load: LiveLoad,
+    pool: WorkerPool,
+    repository: Repository,
+    known: tuple[LoadedFile, ...],
+    prepared: FindPrepared,
+) -> Load:
+    """Look at what is to be loaded, and say how.
+
+    Args:
+        load: what is to be loaded.
+        pool: whose workers are to do it.
+        repository: where the model is.
+        known: files of which the hashes are known.
+        prepared: finds the prepared form.
+
+    Raises:
+        RuntimeProblem: the model is not there, or not as it should be; its code says why.
+    """
+
+    def look_up() -> tuple[ModelVersion, WarmUp, Prepared | None]:
+        found = repository.resolve(load.model_id, load.version)
+        return found, read_warm_up(repository, load.model_id), prepared(found.files)
+
+    found, warm_up, load.prepared = await asyncio.to_thread(look_up)
+    if load.prepared is None:  # and there may have been one when the load's need was found out
+        load.reserve_bare()
+    load.warm_up_inputs = warm_up.inputs
+    message = load_message(pool, repository, found, load.parameters, warm_up)
+    return replace(message, known=known, prepared=load.prepared)
+
+
+def load_message(
+    pool: WorkerPool, repository: Repository, found: ModelVersion, parameters: LoadParameters, warm_up: WarmUp
+) -> Load:
+    """Return what a worker is told to load a version as its files are."""
+    return Load(
+        root=str(repository.root),
+        folder=str(found.folder),
+        files=tuple(file.path for file in found.files),
+        threads=pool.threads,
+        memory_limit_bytes=parameters.memory_limit_bytes,
+        max_batch_size=parameters.max_batch_size,
+        max_queue_delay_us=parameters.max_queue_delay_us,
+        warm_up=pool.warm_up if warm_up.enabled is None else warm_up.enabled,
+        huge_pages=pool.huge_pages,
+    )
+
+
+async def _load_rest(load: LiveLoad, pool: WorkerPool, order: Load) -> None:
+    """Load the other instances, some at once; at the first that fails, the others are not waited for."""
+    places = asyncio.Semaphore(INSTANCES_AT_ONCE)
+
+    async def load_one() -> None:
+        async with places:
+            report = await _load_instance(load, pool, order, uuid7(), time.monotonic_ns())
+        if _contents(report.files) != _contents(order.known):
+            raise LoadRefused("model_changed", "a file changed while the instances were loaded")
+
+    others = [asyncio.create_task(load_one()) for _ in range(load.parameters.instances - 1)]
+    try:
+        await asyncio.gather(*others)
+    finally:
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+
+def _contents(files: tuple[LoadedFile, ...]) -> list[tuple[str, str]]:
+    return [(file.path, file.sha256) for file in files]
+
+
+async def _load_instance(
+    load: LiveLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
+) -> LoadReport:
+    """Start a worker and load the model in it. Why not, if so, is there before its end is noticed.
+
+    If it dies of a prepared form, another goes on without that, and nobody but the log is to notice.
+    """
+    if order.prepared is not None:
+        load.replaced_if_dead.add(worker_id)
+    worker = await _start_worker(pool, worker_id)
+    load.workers.append(worker)
+    load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
+    worker.ended.add_done_callback(lambda _: load.wake())
+    try:
+        report = await worker.load(order, lambda stage: setattr(load, "stage", stage), load.warm_up_inputs)
+    except WorkerDied as death:
+        is_killed = death.end.signal == signal.SIGKILL  # by somebody else
+        if load.replace(worker, None if is_killed else f"{death} while it loaded that"):
+            return await _load_bare(load, pool, order, worker_id)
+        load.failure = load.failure or _death(worker, death, load.stage)
+        raise
+    except RuntimeProblem as problem:
+        load.told.add(worker_id)
+        if problem.code == OUT_OF_MEMORY and worker_id in load.replaced_if_dead:
+            await asyncio.shield(worker.ended)  # to make a form's session can take more than a bare one does
+            if load.replace(worker, None):
+                return await _load_bare(load, pool, order, worker_id)
+        load.failure = load.failure or Failure(problem.code, str(problem))
+        raise
+    finally:
+        load.replaced_if_dead.discard(worker_id)
+    if report.prepared_failure is not None:
+        load.prepared_failure = report.prepared_failure
+    load.reports[worker_id] = report
+    load.measured_bytes.pop(worker_id, None)  # what it took while it loaded
+    return report
+
+
+async def _load_bare(load: LiveLoad, pool: WorkerPool, order: Load, worker_id: str) -> LoadReport:
+    """Load in another worker what the first did not make of a prepared form."""
+    load.reserve_bare()
+    load.told.discard(worker_id)
+    return await _load_instance(load, pool, replace(order, prepared=None), worker_id, time.monotonic_ns())
+
+
+async def _start_worker(pool: WorkerPool, worker_id: str) -> Worker:
+    for _ in range(START_ATTEMPTS - 1):
+        with suppress(ForkServerUnavailable):
+            return await pool.start(worker_id)
+        await asyncio.sleep(START_PAUSE_S)
+    return await pool.start(worker_id)
+
+
+def _death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:
+    """Say of what a load died, in the worker's own words too."""
+    lines = "\n".join(worker.stderr_tail())
+    said = f"; it said:\n{lines}" if lines else ""
+    code = FORK_SERVER_DIED if worker.orphaned else death.code
+    at = "warmed the model up" if stage == "warming_up" else "loaded the model"
+    return Failure(code, f"{death} while it {at}{said}")
+
+
+async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
+    """Wait for running requests, but not for ever, then end the processes."""
+    workers = load.left
+    load.requests_at_drain = sum(worker.in_flight for worker in workers)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(drain_timeout_s):
+            await asyncio.gather(*(worker.drained() for worker in workers))  # a dead worker is drained
+    if load.left:
+        load.stage = "stopping"
+        await asyncio.gather(*(_stop(load, worker) for worker in load.left))
+
+
+async def _stop(load: LiveLoad, worker: Worker) -> None:
+    try:
+        load.note_end(worker, await _measured(load, worker))
+    except WorkerDied:
+        return
+    await worker.stop(STOP_GRACE_S)
+
+
+async def _measured(load: LiveLoad, worker: Worker) -> int:
+    """Measure how many bytes the worker has; if that cannot be had in time, give what it had after its load.
+
+    Raises:
+        WorkerDied: `worker_died`.
+    """
+    try:
+        async with asyncio.timeout(MEASURE_LIMIT_S):
+            return await worker.measure()
+    except OSError:  # no time left, or no descriptor to read with
+        return load.reports[worker.worker_id].memory_bytes

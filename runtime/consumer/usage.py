@@ -1,0 +1,153 @@
+"""What the workers take of the memory budget at this moment, load by load. Plain values for people.
+
+Which models inferences wait for: such a model is not unloaded by the system before they were answered.
+
+The inferences of each model since the server started, over all its loads: what the metrics count.
+
+The statistics of a load begin at nothing with it. When it ends they are added to those of the model's earlier
+loads, so that no count goes back when a model is unloaded or swapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from events.counters import Names
+from events.state import State
+from runtime.consumer.loads import LiveLoad
+from runtime.scheduler.view import Phase, Running
+from runtime.statistics import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class LoadUse:
+    """What one load takes: `reserved_bytes` until it is loaded, from then on `memory_bytes`, as measured.
+
+    A model can have two for a moment: the version that serves, and the next one, or the one that drains.
+    """
+
+    model_id: str
+    version: int
+    job_id: str
+    phase: str
+    workers: int
+    reserved_bytes: int
+    memory_bytes: int
+    in_flight: int
+    last_used_at: str | None
+    pinned: bool
+    keep_alive_s: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A job that waits: what it will need, in bytes, if that is known yet, and what for."""
+
+    job_id: str
+    model_id: str
+    needs_bytes: int | None
+    waiting_for: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationUse:
+    """What is being prepared for later loads, and may take `reserved_bytes`, until its processes exited."""
+
+    model_id: str
+    version: int
+    reserved_bytes: int
+    stopping: bool
+
+
+def uses(live: Iterable[LiveLoad], state: State, now: str) -> list[LoadUse]:
+    """Return what each load takes whose processes have not exited, by model, then oldest first."""
+    loads = {id(load): load for load in live}  # one that is being taken over is there twice
+    there = [load for load in loads.values() if not load.gone]
+    found = (_use(load, load.view(state.unended_job(load.job_id), now)) for load in there)
+    return sorted(found, key=lambda use: (use.model_id, use.job_id))
+
+
+def waits(state: State, waiting_for: Mapping[str, str], needs: Mapping[str, int | None]) -> list[Wait]:
+    """Return the jobs that wait, oldest first."""
+    return [
+        Wait(job.id, job.model_id, needs.get(job.id), waiting_for[job.id])
+        for job in state.unended()
+        if job.id in waiting_for
+    ]
+
+
+def _use(load: LiveLoad, run: Running) -> LoadUse:
+    is_reserved = load.report is None
+    return LoadUse(
+        model_id=load.model_id,
+        version=load.version,
+        job_id=load.job_id,
+        phase="loading" if run.phase in (Phase.LOADING, Phase.LOADED) else run.phase.value,
+        workers=len(load.left),
+        reserved_bytes=run.memory_bytes if is_reserved else 0,
+        memory_bytes=0 if is_reserved else run.memory_bytes,
+        in_flight=load.in_flight,
+        last_used_at=run.last_used_at,
+        pinned=load.parameters.pinned,
+        keep_alive_s=load.parameters.keep_alive_s,
+    )
+
+
+class Leases:
+    """Counts, by model, the inferences that wait for it or are being answered after they did."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self.on_end: Callable[[], None] = lambda: None
+        """Is called when the last lease of a model has ended."""
+
+    @contextmanager
+    def hold(self, model_id: str) -> Iterator[None]:
+        """Keep a model from being evicted or unloaded as idle meanwhile; it need not be loaded yet."""
+        self._counts[model_id] = self._counts.get(model_id, 0) + 1
+        try:
+            yield
+        finally:
+            self._counts[model_id] -= 1
+            if not self._counts[model_id]:
+                del self._counts[model_id]
+                self.on_end()
+
+    def held(self, model_id: str) -> bool:
+        """Whether anybody holds a lease of the model."""
+        return model_id in self._counts
+
+    @property
+    def models(self) -> Collection[str]:
+        """The models that somebody holds a lease of."""
+        return self._counts.keys()
+
+
+class Totals:
+    """What became of the inferences of all loads that have ended.
+
+    Args:
+        names: which models are told apart.
+    """
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._ended: dict[str, Statistics] = {}
+
+    def end(self, load: LiveLoad) -> None:
+        """Add a load that is over; what a request still has to say of it is added, too. May be repeated."""
+        sum_ = self._ended.setdefault(self._names.of(load.model_id), Statistics())
+        if load.statistics is not sum_:
+            sum_.add(load.statistics)
+            load.statistics = sum_
+
+    def with_live(self, live: Iterable[LiveLoad]) -> dict[str, Statistics]:
+        """Return the sums by label, of the loads that have ended and of these, each given once."""
+        sums = {name: ended.copy() for name, ended in self._ended.items()}
+        for load in live:
+            name = self._names.of(load.model_id)
+            if load.statistics is not self._ended.get(name):
+                sums.setdefault(name, Statistics()).add(load.statistics)
+        return sums

@@ -1,0 +1,85 @@
+"""A child of the fork server, held by its pidfd, so that what is done to it can never hit another process."""
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable
+
+from runtime.errors import Exit
+from runtime.process.forkclient import Child
+
+
+class Process:
+    """Watches a process that is no child of this one, and kills it.
+
+    Args:
+        child: the process; its pidfd is from now on this object's to close.
+        on_gone: is called once, on the loop, when the process has ended, whatever the fork server does.
+
+    Attributes:
+        orphaned: known when closed: the fork server had ended, and by that this process. Not that it has not
+            said how: a process can see to that, if it stops the fork server and ends.
+    """
+
+    def __init__(self, child: Child, on_gone: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._child = child
+        self._on_gone = on_gone
+        self._closed = False
+        self.orphaned = False
+        self._loop.add_reader(child.pidfd, self._note_gone)
+
+    @property
+    def told(self) -> bool:
+        """Whether the fork server has said how the process ended."""
+        return self._child.end.done()
+
+    def when_told(self, callback: Callable[[], None]) -> None:
+        """Call back when the fork server says how the process ended, or has ended itself."""
+        self._child.end.add_done_callback(lambda _: callback())
+
+    def gone(self) -> bool:
+        """Ask the kernel whether the process has ended."""
+        if self._closed:
+            return True
+        poll = select.poll()
+        poll.register(self._child.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def kill(self) -> None:
+        """Kill the process, be it stopped; one that has ended is left alone."""
+        if not self._closed:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
+
+    def close(self) -> Exit:
+        """Let go of a process that has ended, and say how, as far as it is known."""
+        end = self._child.end.result() if self.told else Exit(None, None)
+        self.orphaned = self.told and end == Exit(None, None)
+        if end == Exit(None, None):
+            end = _reap(self._child.pidfd)
+        os.close(self._child.pidfd)
+        self._closed = True
+        return end
+
+    def _note_gone(self) -> None:
+        self._loop.remove_reader(self._child.pidfd)
+        self._on_gone()
+
+
+def _reap(pidfd: int) -> Exit:
+    """Learn how an orphan ended.
+
+    When the fork server dies first, its children become those of the next reaper above it. In a container
+    that may be this very process, and then nobody else removes them.
+    """
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except OSError:
+        return Exit(None, None)
+    if info is None:
+        return Exit(None, None)
+    exited = info.si_code == os.CLD_EXITED
+    return Exit(info.si_status, None) if exited else Exit(None, info.si_status)

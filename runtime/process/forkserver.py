@@ -1,0 +1,226 @@
+"""The fork server: a small process that has ONNX Runtime imported, and forks itself into workers.
+
+A fork of it is ready in a few milliseconds and shares the memory of everything imported. It must therefore
+stay what it is at its start: one thread, no descriptors but its own, no secrets. It is a program of its own
+(`launch_command`), not the standard library's: that one imports the server's main module again in each child,
+needs a named socket and a resource tracker, and takes its environment from the server's.
+
+It serves one SOCK_SEQPACKET socket that it inherits. `Fork` comes with three descriptors (the worker's end
+of its data channel, of its control channel, and of its stderr pipe) and is answered, in order, with `Forked`
+and a pidfd, taken before the child can be reaped, so that it can never mean another process. When a child
+ends, `Exited` says how. When the socket ends, so does the fork server, and the kernel ends its children.
+"""
+
+import array
+import contextlib
+import ctypes
+import faulthandler
+import fcntl
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import msgspec
+
+WORKER_FDS = 3
+DATA, CONTROL = 3, 4
+"""The descriptors that a worker finds its channels at; 0 is /dev/null, 1 and 2 are its stderr pipe."""
+MESSAGE_BYTES = 4096
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
+EX_SOFTWARE = 70
+"""sysexits.h: what a worker exits with when an exception that nobody expected ended it."""
+
+PASSED_ON = {"PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH"}
+"""Variables that the fork server and its workers may see, with LC_*.
+
+No HOME: nothing in a worker has any business there, and libraries leave caches where they find one. Not ours
+(LOADLEDGER_*), nor any other: a model that takes over its worker finds no secrets in its environment.
+"""
+ADDED = {
+    "ORT_DISABLE_TELEMETRY": "1",  # else importing ONNX Runtime starts a thread and opens a database
+    "OPENBLAS_NUM_THREADS": "1",  # else importing numpy starts threads
+    "OMP_NUM_THREADS": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages for malloc: sessions are created in 2/3 the time
+}
+
+
+class Fork(msgspec.Struct, frozen=True, tag=True):
+    """Make a worker of the three descriptors that come with this."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The first message: everything is imported."""
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Fork`; a pidfd comes with it."""
+
+    pid: int
+
+
+class ForkFailed(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Fork` when there is no new process."""
+
+    message: str
+
+
+class Exited(msgspec.Struct, frozen=True, tag=True):
+    """A child has ended; exactly one of the two is not None."""
+
+    pid: int
+    exit_code: int | None
+    signal: int | None
+
+
+FromForkServer = Ready | Forked | ForkFailed | Exited
+FROM_FORK_SERVER = msgspec.msgpack.Decoder(FromForkServer)
+
+
+def launch_command(parent: int, descriptor: int) -> list[str]:
+    """Give the command line of a fork server that serves `descriptor` and ends with the process `parent`.
+
+    Isolated mode keeps PYTHON* variables and the working directory out; what this process can import, the
+    fork server can, since it is told the path.
+    """
+    path = json.dumps([os.path.abspath(entry) for entry in sys.path])  # noqa: PTH100 - "" is the working directory
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
+        "from runtime.process.forkserver import main; main()"
+    )
+    return [sys.executable, "-I", "-c", code, path, str(parent), str(descriptor)]
+
+
+def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Reduce an environment to what the fork server may see, and add what it needs."""
+    passed = {k: v for k, v in environment.items() if k in PASSED_ON or k.startswith("LC_")}
+    return passed | ADDED
+
+
+def main() -> NoReturn:
+    """Run the fork server: `argv` holds the import path, the server's process id and the socket."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        die_with(int(sys.argv[2]))
+        importlib.import_module("runtime.worker.main").prepare()
+        gc.collect()
+        gc.disable()
+        gc.freeze()  # a collection would write to every object, and so copy the pages that children share
+        _Server(socket.socket(fileno=int(sys.argv[3]))).serve()
+    except BaseException:  # noqa: BLE001 - told, then the process ends
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(EX_SOFTWARE)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, stopped or not.
+
+    Args:
+        parent: the process id of the parent; if it is no longer that, it is gone already.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+class _Server:
+    """One thread, one poll loop: requests on the socket, deaths on a pidfd for each child."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        self._children: dict[int, int] = {}  # pidfd → pid
+
+    def serve(self) -> None:
+        self._send(Ready())
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor in self._children:
+                    self._reap(descriptor)
+                else:
+                    self._request()
+
+    def _request(self) -> None:
+        message, descriptors, _, _ = socket.recv_fds(self._connection, MESSAGE_BYTES, WORKER_FDS)
+        if not message:  # the server has closed its end, or is gone
+            os._exit(0)
+        answer, pidfds = self._fork(descriptors)
+        for descriptor in descriptors:  # before anyone can wait for the end of what they are ends of
+            os.close(descriptor)
+        self._send(answer, *pidfds)
+
+    def _fork(self, descriptors: Sequence[int]) -> tuple[Forked | ForkFailed, Sequence[int]]:
+        """Make a worker; gives the answer, and the pidfd to go with it."""
+        if len(descriptors) != WORKER_FDS:
+            return ForkFailed("the descriptors did not arrive: too many open files"), ()
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            return ForkFailed(f"fork: {error.strerror}"), ()
+        if pid == 0:
+            self._connection.detach()  # its number will soon be another's
+            _become_worker(parent, descriptors)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return ForkFailed(f"pidfd_open: {error.strerror}"), ()
+        self._children[pidfd] = pid
+        self._poll.register(pidfd, select.POLLIN)
+        return Forked(pid), (pidfd,)
+
+    def _reap(self, pidfd: int) -> None:
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        pid, status = os.waitpid(self._children.pop(pidfd), 0)
+        code = os.waitstatus_to_exitcode(status)
+        self._send(Exited(pid, code if code >= 0 else None, -code if code < 0 else None))
+
+    def _send(self, message: FromForkServer, *descriptors: int) -> None:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        try:
+            self._connection.sendmsg([msgspec.msgpack.encode(message)], [rights] if descriptors else [])
+        except OSError:  # nobody is there to be told
+            os._exit(0)
+
+
+def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
+    """Turn a fresh child into a worker; it never returns into the fork server's frames."""
+    try:
+        os.setsid()
+        die_with(parent)
+        _arrange(descriptors)
+        faulthandler.enable(all_threads=False)  # walking the others, it may itself crash
+        gc.enable()
+        importlib.import_module("runtime.worker.main").main(DATA, CONTROL)
+    except BaseException:  # noqa: BLE001 - told, then the process ends
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+    finally:
+        os._exit(EX_SOFTWARE)
+
+
+def _arrange(descriptors: Sequence[int]) -> None:
+    """Leave /dev/null, the stderr pipe twice, the data and the control channel, and nothing else, open."""
+    data, control, stderr = descriptors
+    null = os.open(os.devnull, os.O_RDONLY)
+    # First out of the way of the numbers that they are to have, whatever numbers they came with.
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 2 * CONTROL) for fd in (null, stderr, stderr, data, control)]
+    for number, descriptor in enumerate(moved):
+        os.dup2(descriptor, number, inheritable=number < DATA)
+    for descriptor in [int(entry.name) for entry in os.scandir("/proc/self/fd")]:
+        if descriptor > CONTROL:
+            with contextlib.suppress(OSError):  # the listing's own descriptor is closed already
+                os.close(descriptor)

@@ -1,0 +1,340 @@
+"""The server's side of a worker: load, infer, measure, stop, kill, and one fact, its end."""
+
+import asyncio
+import itertools
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from msgspec.structs import replace
+
+from runtime import memory
+from runtime.errors import (
+    Exit,
+    InferenceCancelled,
+    InferenceFailed,
+    InvalidInput,
+    LoadRefused,
+    NotRepresentable,
+    PrepareCode,
+    QueueFull,
+    RuntimeProblem,
+    WorkerDied,
+)
+from runtime.process.channel import Channel
+from runtime.process.child import Process
+from runtime.process.forkclient import Child, StderrTail
+from runtime.process.requests import Answer, InFlight
+from runtime.wire import (
+    FROM_WORKER,
+    Cancel,
+    Failure,
+    Frame,
+    FromWorker,
+    Infer,
+    Load,
+    Loaded,
+    LoadedFile,
+    LoadFailed,
+    MalformedFrame,
+    Outcome,
+    Prepare,
+    PrepareDone,
+    Stage,
+    Tensor,
+    WantedOutput,
+    heads,
+    plain_text,
+)
+
+MAX_UNSENT_BYTES = 256 * 2**20
+"""Of inferences that a worker has not begun to read. Beyond it the next is refused, however few they are:
+what was given up or timed out is in memory until it is read, too."""
+MAX_UNSENT_CANCELS_BYTES = 2**20
+"""Some 50,000. A worker reads them at once, even while it computes; one that does not is not well."""
+MAX_ANSWER_HEADER_BYTES = 4 * 2**20
+"""Of tens of thousands of outputs. It is the list of a load's files that may be longer."""
+LAST_WORDS_S = 1.0
+"""After a worker's death: how long its exit status, and what it still had to say, are waited for."""
+PROBLEMS: dict[str, type[RuntimeProblem]] = {
+    problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
+}
+
+LoadReport = Loaded
+"""What a load came to: files with identities and hashes, inputs, outputs, memory, durations."""
+PrepareReport = PrepareDone
+"""What preparing came to: the form's files and those of the repository, with identities and hashes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """A load, or a form to be made, that has not been answered yet.
+
+    Attributes:
+        order: what the worker was told.
+        answer: who waits for it.
+        on_stage: is told of each step of a load.
+    """
+
+    order: Load | Prepare
+    answer: asyncio.Future[Any]
+    on_stage: Callable[[str], None] | None = None
+
+    def may_end_with(self, message: Loaded | PrepareDone | LoadFailed) -> bool:
+        """Tell whether a worker may say this: it names the files, and no others, that it was told of."""
+        match self.order, message:
+            case Load(), Loaded():
+                form = self.order.prepared and self.order.prepared.sha256
+                return _paths(message.files) == self.order.files and message.prepared in {None, form}
+            case Load(), LoadFailed():
+                return message.code not in get_args(PrepareCode)
+            case Prepare(), PrepareDone():
+                return _paths(message.sources) == self.order.files
+        return isinstance(message, LoadFailed)
+
+    def settle(self, message: Loaded | PrepareDone | LoadFailed) -> None:
+        """Hand the answer to who waits for it, who may have gone."""
+        if self.answer.done():
+            return
+        if isinstance(message, LoadFailed):
+            self.answer.set_exception(LoadRefused(message.code, plain_text(message.message)))
+        else:
+            self.answer.set_result(message)
+
+
+class Worker:
+    """One worker process; a pool's `start` makes them.
+
+    Attributes:
+        worker_id: the name that the server has for it.
+        pid: its process id, of use for people and /proc only: after `ended` it may be another's.
+        ended: set once, when the process is gone. Wait for it with `asyncio.wait` or through
+            `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
+    """
+
+    def __init__(self, worker_id: str, child: Child, stderr: int, patience_s: float) -> None:
+        self.worker_id = worker_id
+        self.pid = child.pid
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[Exit] = self._loop.create_future()
+        self._process = Process(child, self._on_gone)
+        self._stderr = StderrTail(stderr)
+        self._in_flight = InFlight(patience_s, self._cancel, self._end_stuck)
+        self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
+        self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
+        self._ids = itertools.count()
+        self._awaited: _Awaited | None = None
+        self._stopping = False
+        self._last_words: asyncio.TimerHandle | None = None
+
+    async def connect(self, data: socket.socket, control: socket.socket) -> None:
+        """Take over this side's ends of the channels; the pool does this once, and ends it if this fails."""
+
+        async def both() -> None:
+            await self._data.connect(data)
+            await self._control.connect(control)
+
+        await asyncio.shield(both())  # half of it would leave a socket that nobody closes
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether it ended with the fork server, and not by itself."""
+        return self._process.orphaned
+
+    @property
+    def dying(self) -> bool:
+        """Whether its process is gone; its last words may be on their way."""
+        return self._last_words is not None
+
+    @property
+    def in_flight(self) -> int:
+        """How many inferences are queued or running, those included whose caller has gone."""
+        return len(self._in_flight)
+
+    async def drained(self) -> None:
+        """Wait until nothing is in flight; a dead worker is drained."""
+        await self._in_flight.drained()
+
+    async def load(
+        self, order: Load, on_stage: Callable[[str], None], warm_up_inputs: Sequence[Tensor] = ()
+    ) -> LoadReport:
+        """Load a model; once per worker, which ends by itself when this fails.
+
+        Args:
+            order: what to load.
+            on_stage: is called with `loading`, if the model is run `warming_up`, then `measuring`.
+            warm_up_inputs: what it is run on; with none, zeros, where shapes allow it.
+
+        Raises:
+            LoadRefused: with the code of the reason.
+            WorkerDied: `worker_died`.
+        """
+        # For so long, what is cancelled may wait for others to run with.
+        self._in_flight.patience_s += order.max_queue_delay_us / 1e6
+        order = replace(order, tensors=heads(warm_up_inputs))
+        report: LoadReport = await self._answer_to(order, warm_up_inputs, on_stage)
+        return report
+
+    async def prepare(self, order: Prepare) -> PrepareReport:
+        """Make a prepared form of a model; once per worker instead of a load. It ends by itself after that.
+
+        Args:
+            order: what to prepare, and where to put it. Whatever is there after a failure is the caller's to
+                remove.
+
+        Raises:
+            LoadRefused: with the code of the reason: `prepare_failed`, `disk_full`, or one of a load's.
+            WorkerDied: `worker_died`.
+        """
+        report: PrepareReport = await self._answer_to(order)
+        return report
+
+    async def infer(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: tuple[WantedOutput, ...] = (),
+        *,
+        text: bool = False,
+        digest: bool = False,
+        timeout_s: float,
+    ) -> Answer:
+        """Run the model; if the task that waits for this is cancelled, so is the inference.
+
+        Nothing waits here for the worker to read: whoever asks bounds what is in flight.
+
+        Args:
+            inputs: by name, in any order; their data must not change until this returns.
+            outputs: what is wanted; nothing means all that are tensors.
+            text: whether all that are tensors come as JSON.
+            digest: whether each comes as UINT8 of shape [32] instead: SHA-256 over its datatype, shape and
+                data, to be compared with another worker's.
+            timeout_s: after this many seconds the inference is stopped.
+
+        Raises:
+            InvalidInput: `invalid_input`, or `not_representable` for what JSON cannot carry.
+            InferenceFailed: `inference_failed`.
+            InferenceCancelled: `inference_cancelled`.
+            InferenceTimeout: `inference_timeout`.
+            QueueFull: `inference_queue_full`, the worker has much to read.
+            WorkerDied: `worker_died`.
+        """
+        if self._data.unsent_bytes > MAX_UNSENT_BYTES:
+            raise QueueFull("the model's worker has more to read than may wait")
+        number = next(self._ids)
+        try:
+            asked = Infer(number, heads(inputs), outputs, text, time.monotonic_ns(), digest)
+            self._send(asked, inputs)
+        except MalformedFrame as error:
+            raise InvalidInput(str(error)) from None
+        return await self._in_flight.answer(number, timeout_s)
+
+    async def measure(self) -> int:
+        """Measure the worker's private bytes.
+
+        Raises:
+            WorkerDied: `worker_died`.
+        """
+        try:
+            measured = await asyncio.to_thread(memory.private_bytes, self.pid)
+        except ProcessLookupError:
+            measured = 0
+        if self._process.gone():  # or the process that was measured may have been another with its number
+            raise WorkerDied(await asyncio.shield(self.ended))
+        return measured
+
+    async def stop(self, grace_s: float = 1.0) -> Exit:
+        """End the worker, whatever it does: by closing its channels, then, after `grace_s`, by force."""
+        self._stopping = True
+        self._data.abort()
+        self._control.abort()
+        await asyncio.wait({self.ended}, timeout=grace_s)
+        self.kill()
+        return await asyncio.shield(self.ended)
+
+    def kill(self) -> None:
+        """Kill the worker at once; it may be stopped, or gone already."""
+        self._process.kill()
+
+    def stderr_tail(self) -> list[str]:
+        """Give the last lines that the worker wrote: at most 64, 16 KiB."""
+        return self._stderr.lines()
+
+    def _cancel(self, number: int) -> None:
+        self._control.send(Cancel(number))
+        if self._control.unsent_bytes > MAX_UNSENT_CANCELS_BYTES:
+            self.kill()
+
+    def _end_stuck(self) -> None:
+        patience_s = self._in_flight.patience_s
+        self._stderr.note(f"killed by the server: an inference did not stop within {patience_s:g} s")
+        self.kill()
+
+    async def _answer_to(
+        self,
+        order: Load | Prepare,
+        tensors: Sequence[Tensor] = (),
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Any:
+        self._awaited = awaited = _Awaited(order, self._loop.create_future(), on_stage)
+        self._send(order, tensors)
+        return await awaited.answer
+
+    def _send(self, message: Load | Prepare | Infer, tensors: Sequence[Tensor] = ()) -> None:
+        if self.ended.done():
+            raise WorkerDied(self.ended.result())
+        self._data.send(message, tensors)
+
+    def _on_frame(self, frame: Frame[FromWorker]) -> None:
+        message, tensors = frame
+        if type(message) is Outcome and message.id in self._in_flight:  # first, for it comes most often
+            self._in_flight.settle(message.id, (message, tensors))
+            return
+        awaited = self._awaited
+        match message:
+            case Stage(stage) if awaited is not None and awaited.on_stage is not None:
+                awaited.on_stage(stage)
+            case Loaded() | PrepareDone() | LoadFailed() if awaited and awaited.may_end_with(message):
+                awaited.settle(message)
+                self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
+                self._awaited = None
+            case Failure(number, code, text) if number in self._in_flight:
+                self._in_flight.settle(number, PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
+            case _:
+                self.kill()
+
+    def _on_unexpected(self, _: Frame[FromWorker]) -> None:
+        self.kill()  # a worker says nothing on its control channel
+
+    def _on_lost(self) -> None:
+        if not self._stopping:
+            self.kill()
+        self._finish_when_told()
+
+    def _on_gone(self) -> None:
+        """The process is gone. How, the fork server says; what it said last is still on its way."""
+        self._last_words = self._loop.call_later(LAST_WORDS_S, self._finish)
+        self._process.when_told(self._finish_when_told)
+        self._finish_when_told()
+
+    def _finish_when_told(self) -> None:
+        if self._last_words is not None and self._process.told and self._data.lost and self._control.lost:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.ended.done() or self._last_words is None:
+            return
+        self._last_words.cancel()
+        end = self._process.close()
+        self._data.abort()
+        self._control.abort()
+        self._stderr.close()
+        self.ended.set_result(end)
+        self._in_flight.abandon(end)
+        if self._awaited is not None and not self._awaited.answer.done():
+            self._awaited.answer.set_exception(WorkerDied(end))
+
+
+def _paths(files: Sequence[LoadedFile]) -> tuple[str, ...]:
+    return tuple(file.path for file in files)

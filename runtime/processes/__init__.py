@@ -1,1 +1,0 @@
-"""Workers from outside: the processes, the fork server that they come from, and the wire to each."""

@@ -1,1 +1,0 @@
-"""What to start, wait for, evict or refuse: decided here, all of it pure, and carried out elsewhere."""

@@ -1,0 +1,140 @@
+"""Is the server alive, and can it work? Loads and failed models change neither."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import hdrs, web
+from aiohttp_apispec import docs, response_schema
+from marshmallow import fields
+
+from server.api.schemas import AnswerSchema, HealthSchema
+from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING, STREAMS
+from server.errors import ServerProblem, errors
+from server.routing import Access, LimitClass, Route
+
+
+class LiveSchema(AnswerSchema):
+    """That the server is alive."""
+
+    live = fields.Boolean(required=True)
+
+
+class ServerReadySchema(AnswerSchema):
+    """That the server can be asked."""
+
+    ready = fields.Boolean(required=True)
+
+
+class Unhealthy(ServerProblem):
+    """The server cannot work at the moment."""
+
+    code = "unhealthy"
+
+
+@docs(tags=["health"], summary="Whether the process is worth keeping")
+@response_schema(HealthSchema(), 200, description="It is.")
+@errors("unhealthy")
+async def live(request: web.Request) -> web.Response:
+    """Answer 200 as long as what the server cannot do without runs; when it does not, the process ends."""
+    return _answer(live_checks(request.app))
+
+
+@docs(tags=["health"], summary="Whether requests can be served")
+@response_schema(HealthSchema(), 200, description="They can.")
+@errors("unhealthy")
+async def ready(request: web.Request) -> web.Response:
+    """Answer 200 when the log can be written, the consumer works and workers can be started."""
+    return _answer(ready_checks(request.app))
+
+
+@docs(tags=["health"], summary="Whether the process is worth keeping, as the protocol has it")
+@response_schema(LiveSchema(), 200, description="It is.")
+@errors("unhealthy")
+async def v2_live(request: web.Request) -> web.Response:
+    """Answer as `live` does; KServe's client looks for the member `live`, Triton's only at the status."""
+    _check(live_checks(request.app))
+    return web.json_response({"live": True})
+
+
+@docs(tags=["health"], summary="Whether requests can be served, as the protocol has it")
+@response_schema(ServerReadySchema(), 200, description="They can.")
+@errors("unhealthy")
+async def v2_ready(request: web.Request) -> web.Response:
+    """Answer as `ready` does; KServe's client looks for the member `ready`, Triton's only at the status."""
+    _check(ready_checks(request.app))
+    return web.json_response({"ready": True})
+
+
+@docs(
+    tags=["documentation"],
+    summary="This document",
+    produces=["application/yaml"],
+    responses={"200": {"description": "OpenAPI 3.0.3."}},
+)
+async def show_openapi(request: web.Request) -> web.Response:
+    """Answer with the document that the routes give."""
+    text = await asyncio.to_thread(request.app[OPENAPI])
+    return web.Response(text=text, content_type="application/yaml")
+
+
+def health_routes() -> list[Route]:
+    """Return the routes of this module; all are public and not limited."""
+    public = (Access.PUBLIC, LimitClass.NONE)
+    return [
+        Route("GET", "/health/live", live, *public),
+        Route("GET", "/health/ready", ready, *public),
+        Route("GET", "/v2/health/live", v2_live, *public),
+        Route("GET", "/v2/health/ready", v2_ready, *public),
+        Route("GET", "/openapi.yaml", show_openapi, *public),
+    ]
+
+
+_PROBED = frozenset({*(route.path for route in health_routes() if "/health/" in route.path), "/metrics"})
+
+
+def is_probe(request: web.BaseRequest) -> bool:
+    """Whether a request only asks how the server is, which is to be told when nobody else can be served."""
+    return request.method in (hdrs.METH_GET, hdrs.METH_HEAD) and request.path in _PROBED
+
+
+def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:
+    """Return the tasks without which the server would accept requests and do nothing."""
+    return {
+        "consumer": app[CONSUMER_TASK],
+        "writer": app[LOG].writer,
+        "keeper": app[POOL].keeper,
+        **app[STREAMS].tasks,
+    }
+
+
+def dead(app: web.Application) -> dict[str, BaseException]:
+    """Return those of them that ended by a defect, and the defects."""
+    ended = {name: task for name, task in vital(app).items() if task.done() and not task.cancelled()}
+    return {name: error for name, task in ended.items() if (error := task.exception()) is not None}
+
+
+def live_checks(app: web.Application) -> dict[str, bool]:
+    """Return what must hold for the process to be worth keeping."""
+    return {name: not task.done() for name, task in vital(app).items()}
+
+
+def ready_checks(app: web.Application) -> dict[str, bool]:
+    """Return what must hold for requests to be served."""
+    return {
+        **live_checks(app),
+        "log": app[LOG].healthy,
+        "fork_server": app[POOL].healthy,
+        "serving": not app[STOPPING].is_set(),
+    }
+
+
+def _answer(checks: dict[str, bool]) -> web.Response:
+    _check(checks)
+    return web.json_response({"status": "ok", "checks": checks})
+
+
+def _check(checks: dict[str, bool]) -> None:
+    failed = [name for name, well in checks.items() if not well]
+    if failed:
+        raise Unhealthy(f"not well: {', '.join(failed)}")

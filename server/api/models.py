@@ -1,0 +1,273 @@
+"""The management API: models, load and unload. Handlers parse, make one call, and serialise.
+
+What a load is asked for with: the request over the model's loadledger.toml over the server's settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+from aiohttp_apispec import (
+    docs,
+    headers_schema,
+    json_schema,
+    match_info_schema,
+    querystring_schema,
+    response_schema,
+)
+
+from events.commands import FileStat, RequestLoad, RequestUnload
+from events.jobs import LoadParameters
+from events.models import Model, ModelState
+from events.types import Idempotency
+from runtime.errors import UnknownModel
+from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
+from runtime.repository import ModelVersion, Repository
+from server.api.jobs import PREFER, IdempotencySchema, idempotency, submit
+from server.api.schemas import (
+    AtQuerySchema,
+    JobSchema,
+    LoadBodySchema,
+    ModelListSchema,
+    ModelPathSchema,
+    ModelSchema,
+    ModelsQuerySchema,
+    UnloadBodySchema,
+    UnloadQuerySchema,
+    model_view,
+)
+from server.api.timetravel import past_model, past_models
+from server.appkeys import CONFIG, LOG, REPOSITORY
+from server.auth.gate import PRINCIPAL
+from server.config import Config
+from server.errors import errors
+from server.http.validation import (
+    InvalidBody,
+    NothingSchema,
+    json_body,
+    load_with,
+    path_parameters,
+    query_parameters,
+)
+from server.routing import Access, LimitClass, Route
+
+_PARAMETERS = LoadParameters.__struct_fields__
+_AS_BODY = LoadBodySchema()
+_AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
+_NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one nothing is batched"
+NEVER = -1
+"""The `keep_alive_s` of a model that stays, however long nobody asks it."""
+
+
+async def requested_load(
+    app: web.Application,
+    model_id: str,
+    asked: Mapping[str, Any],
+    subject: str,
+    idempotency: Idempotency | None = None,
+) -> RequestLoad:
+    """Return the command for a load that a request asks for.
+
+    Args:
+        app: whose repository and settings count.
+        model_id: as the request names it.
+        asked: the members of a load's body, no more than the request gave.
+        subject: who asks.
+        idempotency: the request's key, if it has one.
+
+    Raises:
+        InvalidBody: `invalid_body`, what is asked for is not what a load takes.
+        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
+        RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`.
+    """
+    asked = load_with(_AS_BODY, asked, "body", InvalidBody)
+    wanted = {name: value for name, value in asked.items() if name != "version"}
+    version = asked.get("version")
+    found, written = await asyncio.to_thread(_look_up, app[REPOSITORY], model_id, version)
+    defaults = load_with(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
+    parameters = _merged(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
+    return RequestLoad(
+        found.model_id,
+        found.version,
+        tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files),
+        subject,
+        parameters,
+        asked=frozenset(wanted),
+        idempotency=idempotency,
+    )
+
+
+def default_parameters(repository: Repository, model_id: str, config: Config) -> LoadParameters:
+    """Return what a model is loaded with when a request asks for nothing.
+
+    Raises:
+        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
+    """
+    file = defaults_name(model_id)
+    defaults = load_with(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
+    return _merged({}, defaults, file, config)
+
+
+def _look_up(
+    repository: Repository, model_id: str, version: int | None
+) -> tuple[ModelVersion, dict[str, Any]]:
+    return repository.resolve(model_id, version), read_defaults(repository, model_id)
+
+
+def _merged(
+    wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, config: Config
+) -> LoadParameters:
+    """Lay one over the other; the delay is that of a batch, so who turns batching off turns both off."""
+    merged = {"timeout_s": config.timeout_s, "strategy": config.strategy, **defaults, **wanted}
+    if merged.get("keep_alive_s") is None:  # null stands for the server's setting, whoever says it
+        merged["keep_alive_s"] = None if config.keep_alive_s == NEVER else config.keep_alive_s
+    if merged.get("max_queue_delay_us") and not merged.get("max_batch_size"):
+        if wanted.get("max_queue_delay_us"):
+            raise InvalidBody(f"body: {_NO_BATCHING}")
+        if not defaults.get("max_batch_size"):
+            raise InvalidDefaults(f"{file}: {_NO_BATCHING}")
+        merged["max_queue_delay_us"] = 0
+    return LoadParameters(**merged)
+
+
+_ACCEPTED = "Accepted: follow the job at `Location`."
+_ENDED = "Nothing to do, or the job ended within `Prefer: wait=N`, whatever its outcome."
+
+
+@docs(tags=["models"], summary="Load a model, or another version of it", parameters=[PREFER])
+@match_info_schema(ModelPathSchema())
+@querystring_schema(NothingSchema())
+@headers_schema(IdempotencySchema())
+@json_schema(LoadBodySchema())
+@response_schema(JobSchema(), 202, description=_ACCEPTED)
+@response_schema(JobSchema(), 200, description=_ENDED)
+@errors("unknown_model", "unknown_version", "invalid_defaults", "idempotency_mismatch", "queue_full")
+@errors("log_unavailable", "shutting_down")
+async def load_model(request: web.Request) -> web.Response:
+    """Append `LoadRequested`, unless what is asked for is so or under way."""
+    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
+    asked, key = json_body(request), idempotency(request)
+    return await submit(request, await requested_load(request.app, model_id, asked, subject, key))
+
+
+@docs(tags=["models"], summary="Unload the active model", parameters=[PREFER])
+@querystring_schema(UnloadQuerySchema())
+@headers_schema(IdempotencySchema())
+@json_schema(UnloadBodySchema())
+@response_schema(JobSchema(), 202, description=_ACCEPTED)
+@response_schema(JobSchema(), 200, description=_ENDED)
+@errors("nothing_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down")
+async def unload_active(request: web.Request) -> web.Response:
+    """Append `UnloadRequested` for the model loaded last."""
+    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
+    return await submit(request, RequestUnload(None, subject, force, idempotency=idempotency(request)))
+
+
+@docs(tags=["models"], summary="Unload a model", parameters=[PREFER])
+@match_info_schema(ModelPathSchema())
+@querystring_schema(UnloadQuerySchema())
+@headers_schema(IdempotencySchema())
+@json_schema(UnloadBodySchema())
+@response_schema(JobSchema(), 202, description=_ACCEPTED)
+@response_schema(JobSchema(), 200, description=_ENDED)
+@errors("unknown_model", "not_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down")
+async def unload_model(request: web.Request) -> web.Response:
+    """Append `UnloadRequested`, unless an unload is under way."""
+    model_id = path_parameters(request)["id"]
+    await _versions(request, model_id)
+    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
+    return await submit(request, RequestUnload(model_id, subject, force, idempotency=idempotency(request)))
+
+
+@docs(tags=["models"], summary="List the models, in the repository or loaded")
+@querystring_schema(ModelsQuerySchema())
+@response_schema(ModelListSchema(), 200, description="One page, by id.")
+@errors("beyond_head", "archived", "log_unavailable")
+async def list_models(request: web.Request) -> web.Response:
+    """Answer with a page of models, from the recorded state and the repository as it is now."""
+    query, state = query_parameters(request), request.app[LOG].state
+    if query["at"] is not None:
+        return web.json_response(await past_models(request, query["at"], query["cursor"], query["limit"]))
+    known = {model.id for model in state.models.values() if _is_live(model)}
+    page = await asyncio.to_thread(
+        _page_of_models,
+        request.app[REPOSITORY],
+        known,
+        query["cursor"],
+        query["limit"],
+    )
+    active = state.active()
+    models = [model_view(model_id, state, versions, active) for model_id, versions in page[: query["limit"]]]
+    more = len(page) > query["limit"]
+    next_cursor = models[-1]["id"] if more else None
+    return web.json_response({"models": models, "as_of": state.position, "next_cursor": next_cursor})
+
+
+@docs(tags=["models"], summary="Show a model")
+@match_info_schema(ModelPathSchema())
+@querystring_schema(AtQuerySchema())
+@response_schema(ModelSchema(), 200, description="The model.")
+@errors("unknown_model", "beyond_head", "archived", "log_unavailable")
+async def show_model(request: web.Request) -> web.Response:
+    """Answer with one model."""
+    model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
+    if at is not None:
+        return web.json_response(await past_model(request, at, model_id))
+    versions = await _versions(request, model_id)
+    state = request.app[LOG].state
+    return web.json_response(model_view(model_id, state, versions, state.active()))
+
+
+def management_routes() -> list[Route]:
+    """Return the routes of this module."""
+    manage = (Access.ADMIN, LimitClass.MANAGEMENT)
+    read = (Access.ANY, LimitClass.READS)
+    return [
+        Route("GET", "/api/v1/models", list_models, *read),
+        Route("GET", "/api/v1/models/{id}", show_model, *read),
+        Route("POST", "/api/v1/models/unload", unload_active, *manage),
+        Route("POST", "/api/v1/models/{id}/load", load_model, *manage),
+        Route("POST", "/api/v1/models/{id}/unload", unload_model, *manage),
+    ]
+
+
+async def _versions(request: web.Request, model_id: str) -> list[int]:
+    """Return the model's versions in the repository; none is an error unless it is loaded all the same."""
+    versions = await asyncio.to_thread(_versions_or_none, request.app[REPOSITORY], model_id)
+    model = request.app[LOG].state.models.get(model_id)
+    if not versions and (model is None or not _is_live(model)):
+        raise UnknownModel(model_id)
+    return versions
+
+
+def _is_live(model: Model) -> bool:
+    """Whether there is something to show, and to unload, of a model that is not in the repository."""
+    return bool(model.loads) or model.state not in (ModelState.UNLOADED, ModelState.FAILED)
+
+
+def _versions_or_none(repository: Repository, model_id: str) -> list[int]:
+    try:
+        return repository.versions(model_id)
+    except UnknownModel:
+        return []
+
+
+def _page_of_models(
+    repository: Repository,
+    known: set[str],
+    cursor: str,
+    limit: int,
+) -> list[tuple[str, list[int]]]:
+    """Return ids after the cursor with their versions, one more than the page so that its end is known."""
+    page: list[tuple[str, list[int]]] = []
+    ids = sorted(model_id for model_id in {*repository.folders(), *known} if model_id > cursor)
+    for model_id in ids:  # only those of the page are looked into
+        versions = _versions_or_none(repository, model_id)
+        if versions or model_id in known:
+            page.append((model_id, versions))
+        if len(page) > limit:
+            break
+    return page

@@ -1,0 +1,180 @@
+"""Pages for people, from files on this machine: the console at `/`, and the OpenAPI document at `/docs`.
+
+The pages are public, since they have no data: what the console shows it asks for as any client does, with the
+token of who signs in. Its files are plain ES modules, served as they are written.
+"""
+
+import asyncio
+from functools import cache
+from hashlib import sha256
+from importlib import resources
+
+from aiohttp import ETag, hdrs, web
+from aiohttp_apispec import docs, match_info_schema
+from marshmallow import Schema, fields, validate
+
+from server.errors import ServerProblem, errors
+from server.http.validation import path_parameters
+from server.routing import Access, LimitClass, Route
+
+_NOTHING_ELSE = "default-src 'none'; script-src 'self'; connect-src 'self'; "
+_NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+# `require-trusted-types-for` has browsers refuse text where markup is expected, such as innerHTML: what the
+# ledger says was written by others. No form is ever sent by the browser itself, least of all with a token.
+_CONSOLE_HEADERS = {
+    **_HEADERS,
+    "Content-Security-Policy": f"{_NOTHING_ELSE}style-src 'self'; img-src 'self'; {_NO_FRAMES}; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    hdrs.CACHE_CONTROL: "no-cache",  # a page and its modules have to be of one version: each is asked for
+}
+
+# It is weaker than the console's in what Swagger UI needs: it sets style attributes, which can do no harm
+# alone, has its icons as data: URLs in its style sheet, and hands text to the browser as markup, after a
+# sanitiser of its own.
+_DOCS_HEADERS = {
+    **_HEADERS,
+    "Content-Security-Policy": f"{_NOTHING_ELSE}style-src-elem 'self'; style-src-attr 'unsafe-inline'; "
+    f"img-src 'self' data:; {_NO_FRAMES}",
+    hdrs.CACHE_CONTROL: "max-age=3600",
+}
+
+_OURS = resources.files("server") / "static"
+_BUNDLED = resources.files("aiohttp_apispec") / "static"
+_TYPES = {
+    "css": "text/css",
+    "html": "text/html",
+    "js": "text/javascript",
+    "png": "image/png",
+    "svg": "image/svg+xml",
+}
+CONSOLE_PAGE, DOCS_PAGE = "console.html", "docs.html"
+_DOCS_FILES = {
+    DOCS_PAGE: _OURS,
+    "init.js": _OURS,
+    "swagger-ui-bundle.js": _BUNDLED,
+    "swagger-ui.css": _BUNDLED,
+    "favicon-32x32.png": _BUNDLED,
+}
+
+
+class NoSuchFile(ServerProblem):
+    """The console has no such file."""
+
+    code = "not_found"
+
+
+class FilePathSchema(Schema):
+    """The file named by the path."""
+
+    file = fields.String(
+        required=True,
+        validate=validate.Length(1, 64),
+        metadata={"description": "A script, style sheet or picture of the page."},
+    )
+
+
+_UNCHANGED = {"304": {"description": "It is still what `If-None-Match` names."}}
+
+
+@docs(
+    tags=["console"],
+    summary="The console: a page to see and manage models",
+    produces=["text/html"],
+    responses={"200": {"description": "The page."}, **_UNCHANGED},
+)
+async def show_console(request: web.Request) -> web.StreamResponse:
+    """Answer with the page."""
+    return await _console_file(request, CONSOLE_PAGE)
+
+
+@docs(
+    tags=["console"],
+    summary="A file of the console",
+    responses={"200": {"description": "The file."}, **_UNCHANGED},
+)
+@match_info_schema(FilePathSchema())
+@errors("not_found")
+async def show_console_file(request: web.Request) -> web.StreamResponse:
+    """Answer with a file of the page."""
+    return await _console_file(request, path_parameters(request)["file"])
+
+
+@docs(
+    tags=["documentation"],
+    summary="This document as a page",
+    produces=["text/html"],
+    responses={"200": {"description": "The page."}},
+)
+async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler's signature
+    """Answer with the page."""
+    return await _docs_file(DOCS_PAGE)
+
+
+@docs(
+    tags=["documentation"],
+    summary="A file of the page",
+    responses={"200": {"description": "The file."}},
+)
+async def show_file(request: web.Request) -> web.Response:
+    """Answer with the file that the path ends in; only paths of files have this handler."""
+    return await _docs_file(request.path.rpartition("/")[2])
+
+
+def docs_routes() -> list[Route]:
+    """Return the routes of the OpenAPI document's page: itself and each of the files it needs."""
+    public = (Access.PUBLIC, LimitClass.NONE)
+    return [
+        Route("GET", "/docs", show_docs, *public),
+        *(
+            Route("GET", f"/docs/static/{name}", show_file, *public)
+            for name in _DOCS_FILES
+            if name != DOCS_PAGE
+        ),
+    ]
+
+
+def console_routes() -> list[Route]:
+    """Return the routes of the console's page and of its files."""
+    public = (Access.PUBLIC, LimitClass.NONE)
+    return [
+        Route("GET", "/", show_console, *public),
+        Route("GET", "/console/{file}", show_console_file, *public),
+    ]
+
+
+async def _console_file(request: web.Request, name: str) -> web.Response:
+    files = await asyncio.to_thread(_files)
+    if name not in files or name in _DOCS_FILES:
+        raise NoSuchFile(f"the console has no file {name!r}")
+    body, tag = files[name]
+    if any(known.value in {tag, "*"} for known in request.if_none_match or ()):
+        response = web.Response(status=304, headers=_CONSOLE_HEADERS)
+    else:
+        response = _response(name, body, _CONSOLE_HEADERS)
+    response.etag = ETag(tag)
+    return response
+
+
+async def _docs_file(name: str) -> web.Response:
+    files = await asyncio.to_thread(_files)
+    return _response(name, files[name][0], _DOCS_HEADERS)
+
+
+def _response(name: str, body: bytes, headers: dict[str, str]) -> web.Response:
+    media_type = _TYPES[name.rpartition(".")[2]]
+    charset = None if media_type == "image/png" else "utf-8"
+    return web.Response(body=body, content_type=media_type, charset=charset, headers=headers)
+
+
+@cache
+def _files() -> dict[str, tuple[bytes, str]]:
+    """Read all files once, so that what is served is of one version, and no path is made from a request."""
+    ours = {file.name: _OURS for file in _OURS.iterdir() if file.name.rpartition(".")[2] in _TYPES}
+    found = {name: (folder / name).read_bytes() for name, folder in {**ours, **_DOCS_FILES}.items()}
+    return {name: (body, sha256(body).hexdigest()[:32]) for name, body in found.items()}

@@ -1,0 +1,128 @@
+"""Content codings of bodies, both ways: gzip and deflate (RFC 9110 section 8.4.1).
+
+`deflate` is the zlib format, as the RFC and Triton's clients have it, not a bare deflate stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+
+from runtime.wire import Buffer
+from server.errors import ServerProblem
+from server.http.validation import BodyTooLarge, UnsupportedMediaType
+
+CODINGS = ("gzip", "deflate")
+"""What is understood and spoken, the preferred one first."""
+
+LEVEL = 1
+"""Tensors of floats and numbers as JSON hardly get smaller at higher levels, which take up to seven times as
+long (measured)."""
+
+INLINE_BYTES = 64 * 1024
+"""So much takes two milliseconds at most; the change to a thread is not worth it."""
+
+_WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_ALIASES = {"x-gzip": "gzip"}  # RFC 9110 section 8.4.1.3
+_WEIGHT = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)", re.ASCII | re.IGNORECASE)
+
+
+class MalformedCoding(ServerProblem):
+    """The body is not in the coding that its Content-Encoding names."""
+
+    code = "invalid_request"
+
+
+def decompressed(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
+    """Return the body as it was before its Content-Encoding; without one, as it is.
+
+    Args:
+        body: as it came.
+        encoding: the field's value; several fields are one, separated by commas.
+        max_bytes: what the result may have. Not more than that is ever unpacked.
+
+    Raises:
+        MalformedCoding: it is damaged, cut off, or there is something behind it (`invalid_request`).
+        BodyTooLarge: there is more in it (`body_too_large`).
+        UnsupportedMediaType: none of `CODINGS`, or several (`unsupported_media_type`).
+    """
+    coding = _coding(encoding)
+    if coding is None:
+        return body
+    inflater = zlib.decompressobj(_WINDOW[coding])
+    try:
+        unpacked = inflater.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise MalformedCoding(f"the body is not {coding}, as its Content-Encoding says: {error}") from None
+    if len(unpacked) > max_bytes:
+        raise BodyTooLarge(max_bytes)
+    if not inflater.eof:
+        raise MalformedCoding(f"the body is cut off: its {coding} data does not end")
+    if inflater.unused_data:
+        raise MalformedCoding(f"the body has {len(inflater.unused_data)} bytes after its {coding} data")
+    return unpacked
+
+
+def compressed(buffers: Iterable[Buffer], encoding: str) -> bytes:
+    """Return the buffers, joined, in a coding of `CODINGS`."""
+    deflater = zlib.compressobj(LEVEL, zlib.DEFLATED, _WINDOW[encoding])
+    return b"".join([*(deflater.compress(buffer) for buffer in buffers), deflater.flush()])
+
+
+async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
+    """Do as `decompressed`, in a thread where there is much to do: a few bytes can unpack to many."""
+    if _coding(encoding) is None:
+        return body
+    if len(body) <= INLINE_BYTES:
+        try:
+            return decompressed(body, encoding, min(max_bytes, INLINE_BYTES))
+        except BodyTooLarge:
+            if max_bytes <= INLINE_BYTES:
+                raise
+    return await asyncio.to_thread(decompressed, body, encoding, max_bytes)
+
+
+async def compress(buffers: list[Buffer], encoding: str) -> bytes:
+    """Do as `compressed`, in a thread where there is much to do."""
+    if sum(len(buffer) for buffer in buffers) <= INLINE_BYTES:
+        return compressed(buffers, encoding)
+    return await asyncio.to_thread(compressed, buffers, encoding)
+
+
+@lru_cache(maxsize=64)
+def chosen_encoding(accept_encoding: str | None) -> str | None:
+    """Return the coding of `CODINGS` for an answer by the request's Accept-Encoding, None for no coding.
+
+    By RFC 9110 section 12.5.3, with gzip among equals. An answer that no coding fits goes out without one,
+    as that section allows; what is malformed in the field counts as not said.
+    """
+    weights = {_ALIASES.get(name, name): weight for name, weight in accepted(accept_encoding).items()}
+    others = weights.get("*", 0.0)
+    best = max(CODINGS, key=lambda coding: weights.get(coding, others))
+    weight = weights.get(best, others)
+    return best if weight > 0 and weight >= weights.get("identity", 0.0) else None
+
+
+def accepted(field: str | None) -> dict[str, float]:
+    """Return the weight of each member of an Accept or Accept-Encoding field; malformed ones are left out."""
+    weights = {}
+    for member in (field or "").lower().split(","):
+        name, *parameters = (part.strip(" \t") for part in member.split(";"))
+        given = next((each for each in parameters if each.startswith("q=")), "q=1")
+        if name and (weight := _WEIGHT.fullmatch(given)):
+            weights[name] = float(weight[1])
+    return weights
+
+
+def _coding(encoding: str | None) -> str | None:
+    name = (encoding or "").strip(" \t").lower()
+    coding = _ALIASES.get(name, name)
+    if coding in ("", "identity"):
+        return None
+    if coding not in CODINGS:
+        told = f"Content-Encoding must be one of {', '.join(CODINGS)}, applied once, or be left out"
+        raise UnsupportedMediaType(told, http_headers={"Accept-Encoding": ", ".join(CODINGS)})
+    return coding

@@ -1,0 +1,331 @@
+"""Slow-client protection: header, idle and write timeouts, a connection limit, and a reserve for probes.
+
+A `GuardedConnection` is the protocol of a connection. It passes everything on to aiohttp's protocol, which
+parses and answers, and ends the connection if its client does not go on. Only documented names of aiohttp and
+asyncio are used: the wrapped request handler reports that a request begins, and an access logger that its
+response is written. The rest is left to a reverse proxy: `docs/deployment.md` says what, and how.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import cast
+
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractAccessLogger
+
+from server.api.health import is_probe
+from server.config import Config
+from server.errors import ServerProblem
+from server.http.responses import (
+    MAX_FIELDS,
+    MAX_HEAD_BYTES,
+    MAX_LINE_BYTES,
+    HeadTimeout,
+    HeadTooLarge,
+    TooManyConnections,
+    problem_of_parser,
+    raw_refusal,
+    refusal,
+)
+from server.http.validation import MIN_PROGRESS_BYTES
+
+_log = logging.getLogger(__name__)
+
+BACKLOG = 1024
+"""Connections that the kernel keeps until they are accepted: a burst is no reason to refuse any."""
+
+RESERVE = 64
+"""Connections beyond the limit, each for one probe: more than connect at once while the server keeps up."""
+
+RESERVE_HEAD_S = 2.0
+"""For the head of a probe, at most: probes send it as soon as they are connected."""
+
+UNREAD_S = 30.0
+"""In so long a client has to read MIN_PROGRESS_BYTES of a long response, which is in memory until then."""
+
+CLOSING_S = 10.0
+"""By itself, TLS waits 30 s for a client to say goodbye."""
+
+CHECK_S = 1.0
+"""Between two checks of a connection that does not rest, at most."""
+
+RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@dataclass(slots=True)
+class ConnectionLimits:
+    """What connections may take, and the open ones.
+
+    Attributes:
+        head_s: for a request's head, on a new connection from its first moment; and for a TLS handshake.
+        idle_s: between two requests.
+        most: open connections; beyond it only probes are answered.
+        reserve: open connections beyond `most`.
+        unread_s: in so long a client has to read some of a long response.
+        reserve_head_s: as `head_s`, of connections in the reserve.
+        closing_s: for the end of a TLS connection, with the rest of what is written.
+        check_s: between two checks of a connection.
+        open: the open connections.
+    """
+
+    head_s: float
+    idle_s: float
+    most: int
+    reserve: int = RESERVE
+    unread_s: float = UNREAD_S
+    reserve_head_s: float = RESERVE_HEAD_S
+    closing_s: float = CLOSING_S
+    check_s: float = CHECK_S
+    open: set[GuardedConnection] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, config: Config) -> ConnectionLimits:
+        """Return those of a configuration, which leave descriptors to the ledger, the models and the logs."""
+        most, reserve = config.max_connections, RESERVE
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if descriptors != resource.RLIM_INFINITY:
+            most = min(most, max(1, descriptors * 3 // 4))
+            reserve = min(reserve, max(1, descriptors // 32))
+        return cls(config.head_timeout_s, config.idle_timeout_s, most, reserve)
+
+    def interval_s(self) -> float:
+        """Return the time between two checks: often enough for the shortest limit."""
+        return min(self.check_s, self.head_s / 4, self.unread_s / 4)
+
+
+class GuardedConnection(asyncio.Protocol):
+    """The protocol of one connection: aiohttp's, within limits.
+
+    Limits in time are numbers of checks, which a timer makes while the connection does not rest. A check is a
+    turn of the event loop, so a client is not blamed for time in which the loop did not read.
+
+    Args:
+        server: has the request handler, and ends the connections at shutdown.
+        limits: of all connections.
+    """
+
+    def __init__(self, server: web.Server, limits: ConnectionLimits) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limits = limits
+        self._http = _HttpProtocol(
+            server,
+            loop=self._loop,
+            keepalive_timeout=limits.idle_s,
+            access_log_class=_EndOfResponse,
+            access_log=_log,
+            auto_decompress=False,  # it is done before authentication, and a small body may become a huge one
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES + 1,  # so that the one can be told from the other
+            max_headers=MAX_FIELDS,
+        )
+        self._transport: asyncio.Transport
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_under_way = False
+        self._body: StreamReader | None = None
+        self._is_head_expected = True
+        self._head_bytes = self._checked_head_bytes = self._head_checks = 0
+        self.is_writing_paused = False
+        self._unread_bytes = self._unread_checks = 0
+        self.is_reserve = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, and refuse the connection if there are too many."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._limits.open.add(self)
+        self._http.connection_made(transport)
+        self._schedule_check()
+        beyond = len(self._limits.open) - self._limits.most
+        self.is_reserve = beyond > 0
+        if beyond > self._limits.reserve:
+            self._refuse(TooManyConnections())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._limits.open.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._http.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Pass data on; between two requests it begins a head, which has to end in time.
+
+        It does not after an early response to a request whose body is still coming. RFC 9112, section 2.2:
+        empty lines before a request are no part of it.
+        """
+        if not self._is_under_way and (self._body is None or self._body.is_eof()):
+            if self._head_bytes or not data.isspace():
+                self._is_head_expected = True
+                self._head_bytes += len(data)
+            if self._timer is None:
+                self._schedule_check()
+        self._http.data_received(data)
+
+    def eof_received(self) -> None:
+        """Pass it on."""
+        self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        """Have the client read, in time, what waits to be sent."""
+        self.is_writing_paused = True
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Go on: most is sent."""
+        self.is_writing_paused = False
+        self._unread_bytes = self._unread_checks = 0
+        self._http.resume_writing()
+
+    def request_began(self, body: StreamReader) -> None:
+        """Take note that a head is complete and its request is handled from now on."""
+        self._is_under_way = True
+        self._body = body
+        self._is_head_expected = False
+        self._head_bytes = self._checked_head_bytes = self._head_checks = 0
+
+    def response_ended(self) -> None:
+        """Take note that the response is written."""
+        self._is_under_way = False
+
+    def _schedule_check(self) -> None:
+        self._timer = self._loop.call_later(self._limits.interval_s(), self._check)
+
+    def _check(self) -> None:
+        unread_bytes = self._transport.get_write_buffer_size()
+        if self.is_writing_paused or self._transport.is_closing():
+            self._check_reading(unread_bytes)
+        elif self._is_head_expected:
+            self._check_head()
+        elif not self._is_under_way and not unread_bytes:
+            self._timer = None  # the connection rests: aiohttp ends it after `idle_s`
+            return
+        self._schedule_check()
+
+    def _check_reading(self, unread_bytes: int) -> None:
+        enough = self._unread_bytes - MIN_PROGRESS_BYTES
+        if unread_bytes > self._unread_bytes or unread_bytes <= enough:  # more was written, or much was read
+            self._unread_bytes, self._unread_checks = unread_bytes, 0
+            return
+        self._unread_checks += 1
+        if self._unread_checks * self._limits.interval_s() >= self._limits.unread_s:
+            self._transport.abort()
+
+    def _check_head(self) -> None:
+        """Refuse a head that is late, or that was too long at the check before: it is not just unparsed."""
+        self._head_checks += 1
+        limit_s = self._limits.head_s
+        if self.is_reserve:
+            limit_s = min(limit_s, self._limits.reserve_head_s)
+        if self._head_checks * self._limits.interval_s() > limit_s:
+            if self.is_reserve:
+                self._refuse(TooManyConnections())
+            elif self._head_bytes:
+                self._refuse(HeadTimeout(f"the head of the request did not arrive within {limit_s:g} s"))
+            else:  # the client has asked for nothing, so nothing is answered
+                self._http.force_close()
+        elif self._checked_head_bytes > MAX_HEAD_BYTES:
+            self._refuse(HeadTooLarge(f"the head of a request must end within {MAX_HEAD_BYTES} bytes"))
+        self._checked_head_bytes = self._head_bytes
+
+    def _refuse(self, problem: ServerProblem) -> None:
+        """Respond before there is a request, and close."""
+        self._transport.write(raw_refusal(problem))
+        self._http.force_close()
+
+
+class _HttpProtocol(web.RequestHandler):
+    """aiohttp's protocol, with the one error body for malformed HTTP."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Respond to what the parser refused; other errors are aiohttp's."""
+        if status != HTTPStatus.BAD_REQUEST:
+            return super().handle_error(request, status, exc, message)
+        return refusal(request, problem_of_parser(exc))
+
+
+class _EndOfResponse(AbstractAccessLogger):
+    """Tells a connection that a response is written, which is when aiohttp logs it."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:  # noqa: ARG002
+        """Tell it."""
+        connection = _connection(request)
+        if connection is not None:
+            connection.response_ended()
+
+
+def _connection(request: web.BaseRequest) -> GuardedConnection | None:
+    """Return the connection of a request, unless it is closed."""
+    transport = request.transport
+    return None if transport is None else cast("GuardedConnection", transport.get_protocol())
+
+
+def _guarded(handler: RequestHandler) -> RequestHandler:
+    """Return a handler that tells connections when requests begin; in the reserve it answers probes alone."""
+
+    def handle(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        connection = _connection(request)
+        if connection is None:  # it was refused, or the client has gone: do not run the request
+            return _refuse_request(request)
+        connection.request_began(request.content)
+        if not connection.is_reserve:
+            return handler(request)
+        return _answer_probe(handler, request) if is_probe(request) else _refuse_request(request)
+
+    return handle
+
+
+async def _answer_probe(handler: RequestHandler, request: web.BaseRequest) -> web.StreamResponse:
+    response = await handler(request)
+    response.force_close()
+    return response
+
+
+async def _refuse_request(request: web.BaseRequest) -> web.StreamResponse:
+    return refusal(request, TooManyConnections())
+
+
+@asynccontextmanager
+async def listening(
+    server: web.Server, host: str, port: int, limits: ConnectionLimits, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """Listen, and yield the port; on leaving, no new connections are accepted.
+
+    Args:
+        server: of a runner that is set up: it ends the open connections.
+        host: a name or an address.
+        port: 0 picks a free one.
+        limits: of the connections.
+        tls: for HTTPS.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    server.request_handler = _guarded(server.request_handler)
+    listener = await asyncio.get_running_loop().create_server(
+        lambda: GuardedConnection(server, limits),
+        host,
+        port,
+        backlog=BACKLOG,
+        ssl=tls,
+        ssl_handshake_timeout=None if tls is None else limits.head_s,
+        ssl_shutdown_timeout=None if tls is None else limits.closing_s,
+    )
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()

@@ -1,0 +1,174 @@
+"""A response written to its connection in one piece, past aiohttp's own machinery: the fast path's.
+
+aiohttp takes 25 µs to write a response (measured: 16,000 constant responses a second with it, 27,000
+without), most of what an inference costs here. What it does for a response is small when the length is
+known, and stands here; connections, parsing, time limits and shutdown are those of all responses.
+
+Responses to malformed HTTP, and on connections that may make no request: in the one error body.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from email.utils import formatdate
+from functools import lru_cache
+
+from aiohttp import HttpVersion11, hdrs, http_exceptions, web
+from aiohttp.abc import AbstractStreamWriter
+
+from runtime.wire import Buffer
+from server.errors import ServerProblem, problem_of, problem_response
+from server.http.limits import Share
+from server.observability.output import REQUEST_ID, sane_id
+
+SERVER = "loadledger"
+"""What runs here, in no version that an attacker could look up."""
+JOINED_BYTES = 64 * 2**10
+"""Copying this much takes about as long as telling the kernel of one buffer more."""
+
+
+class DirectResponse(web.StreamResponse):
+    """A 200 with these header fields and this body; its fields are not to be changed any more.
+
+    Args:
+        fields: values as they go out: no line breaks in them.
+        body: one after the other.
+        share: the memory of request and response, given back when the client has the response.
+    """
+
+    def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer], share: Share) -> None:
+        super().__init__()
+        self._fields = fields
+        self._buffers = body
+        self._share = share
+        self._is_kept = False
+
+    @property
+    def keep_alive(self) -> bool | None:
+        """Whether the connection stays open after this."""
+        return self._is_kept
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write all of it.
+
+        Raises:
+            ConnectionResetError: the client has gone, or was disconnected as it did not read.
+        """
+        try:
+            transport = request.transport
+            if transport is None:
+                raise ConnectionResetError("the client has gone")
+            self._is_kept = request.keep_alive
+            length = sum(map(len, self._buffers))
+            more = _connection(request)
+            request_id = request.headers.get(REQUEST_ID)  # only given ones: to make one would take longer
+            if request_id is not None and sane_id((request_id,)) is not None:
+                more += f"{REQUEST_ID}: {request_id}\r\n"
+            head = _head(self._fields, length, more)
+            if length < JOINED_BYTES:
+                transport.write(b"".join((head, *self._buffers)))
+            else:
+                self._share.become(length)
+                for part in (head, *self._buffers):
+                    transport.write(part)
+            self._buffers = ()
+            if transport.get_write_buffer_size() > JOINED_BYTES:
+                await request.writer.drain()
+        finally:
+            self._share.give_back()
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing more: it is all written."""
+
+
+def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    return (
+        f"HTTP/1.1 200 OK\r\n{lines}Content-Length: {length}\r\n"
+        f"Date: {_date(int(time.time()))}\r\nServer: {SERVER}\r\n{connection}\r\n"
+    ).encode("latin-1")
+
+
+def _connection(request: web.BaseRequest) -> str:
+    """Return the Connection field, where the protocol's version does not imply it."""
+    if request.version == HttpVersion11:
+        return "" if request.keep_alive else "Connection: close\r\n"
+    return "Connection: keep-alive\r\n" if request.keep_alive else ""
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
+MAX_LINE_BYTES = 8190
+"""Of a request line, or a header field: a token with many roles has some thousand."""
+
+MAX_FIELDS = 100
+MAX_HEAD_BYTES = 64 * 2**10
+"""Of a head that has not ended: what a connection can have us keep before it is authenticated."""
+
+
+class HeadTooLarge(ServerProblem):
+    """The request's header fields are too many or too long."""
+
+    code = "head_too_large"
+
+
+class TargetTooLong(ServerProblem):
+    """The request line is too long."""
+
+    code = "target_too_long"
+
+
+class MalformedRequest(ServerProblem):
+    """The request is no HTTP."""
+
+    code = "invalid_request"
+
+
+class HeadTimeout(ServerProblem):
+    """The request's head did not arrive in time."""
+
+    code = "head_timeout"
+
+
+class TooManyConnections(ServerProblem):
+    """The server has as many connections open as it may; try again."""
+
+    code = "too_many_connections"
+
+
+def problem_of_parser(defect: BaseException | None) -> ServerProblem:
+    """Return the error for what aiohttp's parser refused."""
+    if isinstance(defect, http_exceptions.LineTooLong):
+        if MAX_LINE_BYTES in defect.args:
+            return TargetTooLong(f"the request line must not have more than {MAX_LINE_BYTES} bytes")
+        return HeadTooLarge(f"a header field must not have more than {MAX_LINE_BYTES} bytes")
+    if "Too many headers" in str(defect):
+        return HeadTooLarge(f"a request must not have more than {MAX_FIELDS} header fields")
+    told = defect.message if isinstance(defect, http_exceptions.HttpProcessingError) else str(defect)
+    first = told.strip().partition("\n")[0].rstrip(":")  # then come the bytes that were sent
+    return MalformedRequest(f"the request is no HTTP: {first or 'malformed'}")
+
+
+def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:
+    """Return the response to a request after which the connection is closed."""
+    response = problem_response(problem_of(problem), request.path)
+    response.headers[hdrs.SERVER] = SERVER
+    response.force_close()
+    return response
+
+
+def raw_refusal(error: ServerProblem) -> bytes:
+    """Return a whole response, as it goes over the wire where there is no request."""
+    problem = problem_of(error)
+    response = problem_response(problem, "/")
+    assert isinstance(response.body, bytes)
+    retry = "".join(f"{name}: {value}\r\n" for name, value in problem.headers.items())
+    return (
+        f"HTTP/1.1 {problem.status} {response.reason}\r\nContent-Type: application/problem+json\r\n"
+        f"Content-Length: {len(response.body)}\r\nServer: {SERVER}\r\nConnection: close\r\n{retry}\r\n"
+    ).encode() + response.body

@@ -1,1 +1,0 @@
-"""The ledger as it is shown: listed, followed, signed and checked."""

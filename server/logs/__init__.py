@@ -1,1 +1,0 @@
-"""Log lines and spans: what they say, how they are written, and where they go."""

@@ -1,1 +1,0 @@
-"""`/metrics`: what is counted and measured, and how it is told to Prometheus."""

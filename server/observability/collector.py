@@ -1,0 +1,457 @@
+"""What `/metrics` shows: the name, help text, values and labels of each metric, read for one scrape.
+
+Names and units follow Prometheus' conventions. docs/metrics.md lists the metrics; the dashboard and the alert
+rules in deploy/metrics name nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiohttp import web
+from prometheus_client import Metric, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from events.accept import MAX_QUEUE
+from events.clock import seconds_between
+from events.counters import BARE, ENDS, EVICTIONS, OTHERS, Observed
+from events.jobs import JobKind, JobStatus
+from events.models import Model, ModelState
+from events.types import TYPES, Cause
+from runtime.cache.preparer import FORMS, KEPT, LEFT_OUT, STOPPED
+from runtime.memory import pressure
+from runtime.statistics import TOOK_S
+from server.api.health import ready_checks
+from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, STREAMS
+from server.errors import ERRORS
+from server.observability.requestlog import HTTP_COUNTS
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+SERIES_AT_ONCE = 64
+"""Series that are added without a pause: about a millisecond for histograms."""
+PAUSE_S = 0.0001
+"""Lets the event loop have the interpreter, which it would otherwise wait 5 ms for."""
+STAGES = ("queue", "input", "infer", "output")
+
+_UNITS = ("seconds", "bytes", "ratio")
+_UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
+_WANTED = (ModelState.LOADED, ModelState.LOST, ModelState.FAILED)
+_PROCESS = ProcessCollector(registry=None)
+
+
+class ServerCollector(Collector):
+    """The metrics of one scrape.
+
+    To make one copies, on the event loop, whatever must fit together; `collect` may run in a thread, and
+    reads single numbers and dictionaries of counts at once, as they are then.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: web.Application) -> None:
+        self._app = app
+        log, consumer = app[LOG], app[CONSUMER]
+        loads = list({id(load): load for load in consumer.live.values()}.values())
+        name_of = log.tally.names.of
+        self._statistics = consumer.totals.with_live(loads)
+        self._now = log.now()
+        self._jobs = log.state.unended()
+        self._models = list(log.state.models.values())
+        self._names = {model.id: name_of(model.id) for model in self._models if _is_wanted(model)}
+        self._tail_lag = max((log.head.position - tail.position for tail in app[STREAMS].tails), default=0)
+        self._workers, self._memory, self._in_flight = Counter[str](), Counter[str](), Counter[str]()
+        self._used_bytes = 0
+        self._last_used_ns: dict[str, int | None] = {}
+        for load in loads:
+            if load.gone:
+                continue
+            name, memory_bytes, in_flight = name_of(load.model_id), load.memory_bytes, load.in_flight
+            self._workers[name] += len(load.left)
+            self._memory[name] += memory_bytes
+            self._in_flight[name] += in_flight
+            self._used_bytes += memory_bytes if load.report is not None else 0
+            if load.serving:
+                self._last_used_ns[load.model_id] = None if in_flight else load.last_used_ns
+        preparation = consumer.preparation()
+        preparing_bytes = preparation.reserved_bytes if preparation is not None else 0
+        self._reserved_bytes = self._memory.total() - self._used_bytes + preparing_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family after the other, those without samples too."""
+        return chain(
+            self._http_families(),
+            self._inference_families(),
+            self._model_families(),
+            self._job_families(),
+            self._memory_families(),
+            self._ledger_families(),
+            self._preparing_families(),
+            _PROCESS.collect(),
+        )
+
+    def _http_families(self) -> Iterator[Metric]:
+        checks = {name: float(well) for name, well in ready_checks(self._app).items()}
+        yield _gauge("healthy", "Whether what /health/ready looks at is well, 1, or not, 0.", checks, "check")
+        counts = self._app[HTTP_COUNTS]
+        yield _counter(
+            "http_requests_total",
+            "Requests, by route as in /openapi.yaml and class of status: 2xx to 5xx, or "
+            "aborted by the client.",
+            dict(counts.requests),
+            "method route status",
+        )
+        yield _histogram(
+            "http_request_duration_seconds",
+            "Time until there was an answer, without inferences, which have their own, and streams.",
+            {key: durations.observed() for key, durations in list(counts.durations.items())},
+            "method route",
+        )
+        yield _counter(
+            "http_errors_total",
+            "Refused or failed requests, by the code in the answer.",
+            _with_zeros(ERRORS, counts.errors),
+            "code",
+        )
+
+    def _inference_families(self) -> Iterator[Metric]:
+        sums = self._statistics
+        yield _histogram(
+            "inference_duration_seconds",
+            "Time from when an inference was understood until its model had answered, queueing included.",
+            {name: Observed(TOOK_S, tuple(each.took), each.total_ns / 1e9) for name, each in sums.items()},
+            "model",
+        )
+        yield _counter(
+            "inference_failures_total",
+            "Inferences that the model did not answer.",
+            {name: each.failures for name, each in sums.items()},
+            "model",
+        )
+        yield _counter(
+            "inferences_total",
+            "Inferences answered, each counted with its batch size.",
+            {name: each.inferences for name, each in sums.items()},
+            "model",
+        )
+        yield _counter(
+            "inference_executions_total",
+            "Executions of the model; fewer than requests where some ran together.",
+            {name: each.executions for name, each in sums.items()},
+            "model",
+        )
+        yield _counter(
+            "inference_stage_seconds_total",
+            "Time of answered inferences in the worker: queue, input, infer, output.",
+            {
+                (name, stage): getattr(each, f"{stage}_ns") / 1e9
+                for name, each in sums.items()
+                for stage in STAGES
+            },
+            "model stage",
+        )
+        yield _gauge(
+            "inference_in_flight", "Inferences that are queued or running.", self._in_flight, "model"
+        )
+        yield _gauge(
+            "inference_queue_limit",
+            "How many of one model may be in flight (--inference-queue).",
+            self._app[CONFIG].inference_queue,
+        )
+
+    def _model_families(self) -> Iterator[Metric]:
+        states = Counter(model.state for model in self._models)
+        yield _gauge(
+            "models",
+            "Models that were ever asked for, by state.",
+            {state.value: states[state] for state in ModelState},
+            "state",
+        )
+        yield _gauge(
+            "model_serving",
+            "1 if it takes requests, 0 if it is wanted but failed, lost or on its way; "
+            "of _others, if all do.",
+            self._serving(),
+            "model",
+        )
+        yield _gauge(
+            "model_info",
+            "1 for what serves: its version and its prepared form.",
+            dict.fromkeys(self._infos(), 1),
+            "model version form",
+        )
+        yield _gauge("model_workers", "Processes of the model.", self._workers, "model")
+        yield _gauge(
+            "model_memory_bytes",
+            "What the model's workers count for in the memory budget.",
+            self._memory,
+            "model",
+        )
+        yield _gauge(
+            "least_recently_used_age_seconds",
+            "How long the loaded model that was used the longest ago has been idle; 0 if all are busy.",
+            self._longest_idle_s(),
+        )
+        tally = self._app[LOG].tally
+        yield _counter(
+            "worker_exits_total",
+            "Workers that ended and nobody had asked.",
+            _with_zeros(self._statistics, tally.exits),
+            "model",
+        )
+        yield _counter(
+            "worker_restarts_total",
+            "Times that a model was loaded again, its worker having died.",
+            _with_zeros(self._statistics, tally.restarts),
+            "model",
+        )
+
+    def _serving(self) -> dict[str, float]:
+        """Return by label whether the models that somebody wants serve; models that share one all have to."""
+        serving: dict[str, float] = {}
+        for model_id, name in self._names.items():
+            serving[name] = min(serving.get(name, 1.0), float(model_id in self._last_used_ns))
+        return serving
+
+    def _infos(self) -> Iterator[tuple[str, str, str]]:
+        for model in self._models:
+            serving = model.serving if model.id in self._last_used_ns else None
+            if serving is not None and self._names.get(model.id, OTHERS) != OTHERS:
+                form = BARE if serving.prepared is None else serving.prepared.form
+                yield model.id, str(serving.version), form
+
+    def _longest_idle_s(self) -> float:
+        """Return how long the model has been idle that nobody asked for the longest time."""
+        models, now_ns = self._app[LOG].state.models, time.monotonic_ns()
+        longest_s = 0.0
+        for model_id, last_used_ns in self._last_used_ns.items():
+            model = models.get(model_id)
+            if last_used_ns:
+                longest_s = max(longest_s, (now_ns - last_used_ns) / 1e9)
+            elif last_used_ns == 0 and model is not None and model.serving is not None:
+                longest_s = max(longest_s, seconds_between(model.serving.loaded_at, self._now))
+        return longest_s
+
+    def _job_families(self) -> Iterator[Metric]:
+        tally = self._app[LOG].tally
+        counts = Counter((job.kind, job.status) for job in self._jobs)
+        ends = [(cause.value, status.value) for cause in Cause for status in ENDS]
+        yield _gauge(
+            "jobs",
+            "Jobs that have not ended: the queue.",
+            {(kind.value, status.value): counts[kind, status] for kind in JobKind for status in _UNENDED},
+            "kind status",
+        )
+        yield _gauge(
+            "jobs_limit",
+            "How many jobs may be unended before requests are refused with queue_full.",
+            MAX_QUEUE,
+        )
+        yield _gauge(
+            "oldest_job_age_seconds",
+            "How long ago the oldest job that has not ended was requested.",
+            max((seconds_between(job.created_at, self._now) for job in self._jobs), default=0.0),
+        )
+        yield _counter(
+            "loads_total", "Load jobs that ended.", _with_zeros(ends, tally.loads), "cause outcome"
+        )
+        yield _counter(
+            "load_failures_total",
+            "Load jobs that failed, by the code of the error.",
+            dict(tally.failures),
+            "code",
+        )
+        yield _histogram(
+            "load_duration_seconds",
+            "Time from a load's request to its end, waiting included.",
+            {status: durations.observed() for status, durations in tally.load_s.items()},
+            "outcome",
+        )
+        yield _counter(
+            "load_stage_seconds_total",
+            "Where the time of completed loads went; hashing runs beside loading.",
+            tally.stage_s,
+            "stage",
+        )
+        yield _counter(
+            "loads_by_form_total",
+            "Completed loads, by the prepared form that they used.",
+            _with_zeros((BARE, *FORMS), tally.forms),
+            "form",
+        )
+        yield _counter(
+            "unloads_total", "Unload jobs that ended.", _with_zeros(ends, tally.unloads), "cause outcome"
+        )
+        yield _histogram(
+            "unload_duration_seconds",
+            "Time from an unload's request until the processes were gone.",
+            {status: durations.observed() for status, durations in tally.unload_s.items()},
+            "outcome",
+        )
+        yield _counter(
+            "evictions_total",
+            "Models unloaded because another one needed the room (eviction), or "
+            "because they were idle (idle).",
+            {cause.value: tally.unloads[cause, "completed"] for cause in EVICTIONS},
+            "cause",
+        )
+
+    def _memory_families(self) -> Iterator[Metric]:
+        limit_bytes = self._app[LIMIT].bytes
+        budget_bytes = self._app[CONSUMER].policy.budget_bytes or limit_bytes
+        yield _gauge("memory_limit_bytes", "Memory that may be used here at all.", limit_bytes)
+        yield _gauge(
+            "memory_budget_bytes", "Memory that workers may take together (--memory-budget).", budget_bytes
+        )
+        yield _gauge(
+            "memory_reserved_bytes",
+            "What of the budget is reserved for loads and preparing.",
+            self._reserved_bytes,
+        )
+        yield _gauge(
+            "memory_used_bytes", "What of the budget loaded models take, as measured.", self._used_bytes
+        )
+        found = pressure()
+        percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
+        yield _gauge(
+            "pressure_ratio",
+            "Part of the last 10 s in which something waited for memory or cpu, "
+            "where the kernel says so (PSI).",
+            {name: percent / 100 for name, percent in percents.items() if percent is not None},
+            "resource",
+        )
+
+    def _ledger_families(self) -> Iterator[Metric]:
+        log = self._app[LOG]
+        tally = log.tally
+        yield _gauge("ledger_position", "The position of the last event.", log.head.position)
+        yield _gauge(
+            "ledger_size_bytes", "The ledger's files, its write-ahead log included.", _size(log.path)
+        )
+        yield _counter("ledger_events_total", "Events appended.", _with_zeros(TYPES, tally.events), "type")
+        yield _histogram(
+            "ledger_append_duration_seconds",
+            "Time from when a command was handed to the ledger until its outcome was durable.",
+            tally.append_s.observed(),
+        )
+        yield _histogram(
+            "ledger_commit_duration_seconds",
+            "Time of transactions, each with all that was waiting.",
+            tally.commit_s.observed(),
+        )
+        yield _counter("ledger_write_failures_total", "Transactions that failed.", tally.write_failures)
+        yield _gauge("ledger_waiting_commands", "Commands that wait to be written.", log.waiting)
+        yield _counter(
+            "access_denied_total",
+            "Requests refused for lack of a role, as the ledger has them.",
+            tally.denied,
+        )
+        yield _gauge("streams", "Open streams of events.", len(self._app[STREAMS]))
+        yield _gauge(
+            "tail_lag_events", "How many events the slowest stream is behind the ledger.", self._tail_lag
+        )
+
+    def _preparing_families(self) -> Iterator[Metric]:
+        preparer = self._app[CONSUMER].preparer
+        counts, store = preparer.counts, preparer.store
+        if store is not None:
+            forms, size_bytes = store.kept
+            yield _gauge("prepared_forms", "Prepared forms that are kept.", forms)
+            yield _gauge("prepared_bytes", "What they take on the disk.", size_bytes)
+            yield _gauge("prepared_limit_bytes", "What they may take (--prepared-size).", store.limit_bytes)
+        is_preparing = float(preparer.preparation is not None)
+        yield _gauge("preparing", "Whether a model is being prepared.", is_preparing)
+        outcomes = [(form, outcome) for form in FORMS for outcome in (KEPT, LEFT_OUT, STOPPED)]
+        yield _counter(
+            "preparing_forms_total",
+            "Forms tried: kept, left_out as of no use, or stopped before that was known.",
+            _with_zeros(outcomes, counts.tried),
+            "form outcome",
+        )
+        yield _histogram(
+            "preparing_duration_seconds",
+            "Time that preparing a model took, all forms tried.",
+            counts.took_s.observed(),
+        )
+        yield _counter(
+            "prepared_dropped_total",
+            "Forms dropped because a load could do nothing with them.",
+            counts.dropped,
+        )
+
+
+def _family(
+    kind: type[CounterMetricFamily | GaugeMetricFamily],
+    name: str,
+    text: str,
+    values: Mapping[Any, float] | float,
+    labels: str = "",
+) -> Metric:
+    """Return a family with one value, or one for each key, which is the label's value or those of all."""
+    family = kind(f"loadledger_{name}", text, labels=labels.split(), unit=_unit(name))
+    for key, value in _series(values):
+        family.add_metric(key, value)
+    return family
+
+
+_counter = partial(_family, CounterMetricFamily)
+_gauge = partial(_family, GaugeMetricFamily)
+
+
+def _histogram(
+    name: str, text: str, values: Mapping[Any, Observed] | Observed, labels: str = ""
+) -> HistogramMetricFamily:
+    """Return a family of histograms, in which each bucket counts those before it too."""
+    family = HistogramMetricFamily(f"loadledger_{name}", text, labels=labels.split(), unit=_unit(name))
+    for key, observed in _series(values):
+        bounds = (*map(repr, observed.bounds), "+Inf")
+        buckets = list(zip(bounds, accumulate(observed.counts), strict=True))
+        family.add_metric(key, buckets, observed.total_s)
+    return family
+
+
+def _series(values: Mapping[Any, V] | V) -> Iterator[tuple[tuple[str, ...], V]]:
+    if not isinstance(values, Mapping):
+        yield (), values
+        return
+    for number, (key, value) in enumerate(values.items(), 1):
+        yield key if isinstance(key, tuple) else (key,), value
+        if number % SERIES_AT_ONCE == 0:
+            time.sleep(PAUSE_S)
+
+
+def _unit(name: str) -> str:
+    last = name.removesuffix("_total").rpartition("_")[2]
+    return last if last in _UNITS else ""
+
+
+def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]:
+    """Return counts, and zeros for what can be known before it happens.
+
+    A counter that begins with its first event has not increased by it, as Prometheus sees it.
+    """
+    return {**dict.fromkeys(known, 0.0), **counts}
+
+
+def _is_wanted(model: Model) -> bool:
+    """Tell whether somebody wants the model to serve, and nobody wants it to go."""
+    return model.phase in _WANTED or model.previous is not None
+
+
+def _size(ledger: Path) -> int:
+    """Return the size of the ledger's files; its write-ahead log may not be there."""
+    size_bytes = 0
+    for path in (ledger, ledger.with_name(f"{ledger.name}-wal")):
+        with suppress(OSError):
+            size_bytes += path.stat().st_size
+    return size_bytes

@@ -1,0 +1,184 @@
+"""Log lines of what the ledger says: one observer reads each event after it was recorded.
+
+The ledger is the record; these lines are a copy for who reads logs, and nothing waits for them. An event's
+line has the event's time, and comes up to `PACE_S` after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextvars import Context
+
+from aiohttp import web
+
+from events.clock import moment, seconds_between
+from events.errors import LedgerProblem
+from events.jobs import Job
+from events.sqlite.reader import PAGE, Reader
+from events.types import (
+    AccessDenied,
+    Event,
+    JobCancelled,
+    LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelUnloaded,
+    ServerStarted,
+    UnloadFailed,
+    UnloadRequested,
+    WorkerExited,
+)
+from server.appkeys import LOG, READER
+from server.observability.output import CONTEXT, RequestLog, fields
+
+_log = logging.getLogger(__name__)
+
+OnJobEnd = Callable[[Job, Event, Mapping[str, str]], None]
+"""Takes a job, the event with which it ended, and the `carrier` of the request behind it."""
+
+PACE_S = 0.1
+"""Between two looks at the log: many events of a moment are read at once."""
+
+RETRY_S = 1.0
+"""How long to wait before the log is read again when it could not be."""
+
+ENDS = (ModelLoaded, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
+"""The events with which a job ends."""
+
+
+class LedgerLines:
+    """Tells each event from the start of the server on, and `on_job_end` of each job that has ended."""
+
+    def __init__(self, log: RequestLog, reader: Reader, on_job_end: OnJobEnd | None) -> None:
+        self._log = log
+        self._reader = reader
+        self._on_job_end = on_job_end
+        self._told = max(0, log.started_at - 1)
+        self._closing = False
+
+    async def run(self) -> None:
+        """Tell what happens until `close`, and then what had happened by then; a defect is logged."""
+        wakeup = self._log.subscribe()
+        try:
+            while not self._closing:
+                await self._catch_up()
+                await asyncio.sleep(PACE_S)
+                await wakeup.wait()
+                wakeup.clear()
+            await self._catch_up()
+        except Exception:  # noqa: BLE001 - whatever it is, it is about log lines alone
+            _log.exception("what the ledger says is not logged any more; the server goes on")
+        finally:
+            self._log.unsubscribe(wakeup)
+
+    def close(self) -> None:
+        """Have `run` return soon."""
+        self._closing = True
+        self._log.notify()
+
+    async def _catch_up(self) -> None:
+        """Tell what is new, but not beyond the head as it is here: who asked for that is not known yet."""
+        while self._told < (head := self._log.head.position):
+            try:
+                events = await self._reader.events(self._told, min(PAGE, head - self._told))
+                for event in events:
+                    await self._tell(event)
+                    self._told = event.position
+            except LedgerProblem as error:
+                _log.warning("the ledger's log lines wait: %s", error)
+                await asyncio.sleep(RETRY_S)
+                return
+            if not events:  # what is archived by now was not told
+                self._told = head
+
+    async def _tell(self, event: Event) -> None:
+        behind, job = self._log.behind.get(event.job_id or ""), None
+        if isinstance(event.data, ENDS) and event.job_id is not None:
+            job = await self._reader.job(event.job_id)
+            self._log.behind.pop(event.job_id, None)
+        context = Context()
+        context.run(CONTEXT.set, behind)
+        context.run(_write, event, job)
+        if self._on_job_end is not None and job is not None:
+            self._on_job_end(job, event, behind.carrier if behind is not None else {})
+
+
+def _write(event: Event, job: Job | None) -> None:
+    level = _level(event)
+    if not _log.isEnabledFor(level):
+        return
+    named = fields(
+        event=event.type,
+        position=event.position,
+        job=event.job_id,
+        model=event.model_id,
+        version=event.version,
+        subject=event.actor,
+        worker=event.worker_id,
+        duration_s=_duration_s(job),
+        **_details(event),
+    )
+    record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=named)
+    record.created = moment(event.recorded_at).timestamp()
+    _log.handle(record)
+
+
+def _level(event: Event) -> int:
+    match event.data:
+        case LoadFailed() | UnloadFailed() | WorkerExited() | AccessDenied() | ServerStarted(unclean=True):
+            return logging.WARNING
+        case _:
+            return logging.INFO
+
+
+def _message(event: Event) -> str:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", event.type).lower()
+    if event.model_id is None:
+        return words
+    return f"{words}: {event.model_id}" + (f" version {event.version}" if event.version is not None else "")
+
+
+def _duration_s(job: Job | None) -> float | None:
+    """Return how long a job took that has ended, from its request."""
+    if job is None or job.finished_at is None:
+        return None
+    return round(seconds_between(job.created_at, job.finished_at), 6)
+
+
+def _details(event: Event) -> dict[str, object]:
+    match event.data:
+        case LoadRequested(cause=cause, priority=priority):
+            return {"cause": cause.value, "priority": priority}
+        case UnloadRequested(cause=cause, force=force):
+            return {"cause": cause.value, "force": force}
+        case LoadStarted(attempt=attempt):
+            return {"attempt": attempt}
+        case ModelLoaded(memory_bytes=memory_bytes, prepared=prepared):
+            return {"memory_bytes": memory_bytes, "prepared": prepared.form if prepared is not None else None}
+        case LoadFailed(code=code, message=message) | UnloadFailed(code=code, message=message):
+            return {"code": code, "reason": message}
+        case ModelUnloaded(freed_bytes=freed, drained_requests=drained, aborted_requests=aborted):
+            return {"freed_bytes": freed, "drained_requests": drained, "aborted_requests": aborted}
+        case AccessDenied(action=action, count=count):
+            return {"action": action, "count": count}
+        case WorkerExited(exit_code=exit_code, signal=signal, stderr=stderr):
+            return {"exit_code": exit_code, "signal": signal, "stderr": stderr[-1] if stderr else None}
+        case ServerStarted(unclean=unclean, down_since=down_since):
+            return {"unclean": unclean, "down_since": down_since}
+        case _:
+            return {}
+
+
+async def telling(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:
+    """Have the ledger's events told while the application runs; a resource of it, the last to be opened."""
+    log = app[LOG]
+    assert isinstance(log, RequestLog)
+    lines = LedgerLines(log, app[READER], on_job_end)
+    task = asyncio.create_task(lines.run(), name="ledger lines")
+    yield
+    lines.close()
+    await task

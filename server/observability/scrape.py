@@ -1,0 +1,105 @@
+"""`/metrics`: what Prometheus scrapes, in its own text format or in OpenMetrics'."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from aiohttp import hdrs, web
+from aiohttp_apispec import docs
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+
+from server.http.compression import chosen_encoding, compress
+from server.observability.collector import ServerCollector
+from server.routing import Access, LimitClass, Route
+
+OPEN = "open"
+"""The value of --metrics with which nobody needs a token."""
+
+KEPT_S = 0.1
+"""How long an answer is kept at least."""
+KEPT_TIMES = 10
+"""How long it is kept, in times of what it took: scraping takes a tenth of a core at most."""
+COMPRESSED_FROM_BYTES = 1024
+
+_PLAIN, _OPENMETRICS = "text/plain", "application/openmetrics-text"
+_FORMATS: dict[str, tuple[str, Callable[[Collector], bytes]]] = {
+    _PLAIN: (CONTENT_TYPE_PLAIN_0_0_4, generate_latest),
+    _OPENMETRICS: (openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest),
+}
+
+
+class Scrapes:
+    """The last answer in each format, kept for a moment; scrapes that come meanwhile share it."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, asyncio.Task[bytes]] = {}
+        self._kept_until_s: dict[str, float] = {}
+
+    async def body(self, app: web.Application, media_type: str) -> bytes:
+        """Return the metrics in one of the formats."""
+        answer = self._answers.get(media_type)
+        if answer is None or (answer.done() and time.monotonic() >= self._kept_until_s.get(media_type, 0)):
+            answer = self._answers[media_type] = asyncio.create_task(self._generate(app, media_type))
+        return await asyncio.shield(answer)  # the thread goes on though its scraper has gone
+
+    async def _generate(self, app: web.Application, media_type: str) -> bytes:
+        began_s = time.monotonic()
+        body = await asyncio.to_thread(_FORMATS[media_type][1], ServerCollector(app))
+        now_s = time.monotonic()
+        self._kept_until_s[media_type] = now_s + max(KEPT_S, KEPT_TIMES * (now_s - began_s))
+        return body
+
+
+SCRAPES = web.AppKey("scrapes", Scrapes)
+
+
+@docs(
+    tags=["health"],
+    summary="Metrics for Prometheus",
+    description=(
+        "Prometheus' text format, or OpenMetrics' if `Accept` asks for it. docs/metrics.md lists them."
+        " With `--metrics=open` no token is needed."
+    ),
+    responses={
+        "200": {
+            "description": "As it is now, or was a moment ago.",
+            "content": {
+                media_type: {"schema": {"type": "string"}, "example": "loadledger_ledger_position 17\n"}
+                for media_type in _FORMATS
+            },
+        }
+    },
+)
+async def show_metrics(request: web.Request) -> web.Response:
+    """Answer with all metrics."""
+    media_type = negotiate(",".join(request.headers.getall(hdrs.ACCEPT, ())))
+    body = await request.app[SCRAPES].body(request.app, media_type)
+    headers = {
+        hdrs.CONTENT_TYPE: _FORMATS[media_type][0],
+        hdrs.VARY: f"{hdrs.ACCEPT}, {hdrs.ACCEPT_ENCODING}",
+    }
+    encoding = chosen_encoding(request.headers.get(hdrs.ACCEPT_ENCODING))
+    if encoding is not None and len(body) >= COMPRESSED_FROM_BYTES:
+        headers[hdrs.CONTENT_ENCODING] = encoding
+        body = await compress([body], encoding)
+    return web.Response(body=body, headers=headers)
+
+
+def metrics_routes(metrics: str) -> list[Route]:
+    """Return the routes of this module, for whom --metrics says."""
+    access = (Access.PUBLIC, LimitClass.NONE) if metrics == OPEN else (Access.ANY, LimitClass.READS)
+    return [Route("GET", "/metrics", show_metrics, *access)]
+
+
+def negotiate(accept: str) -> str:
+    """Return the media type to answer with: OpenMetrics where `accept` names it, in version 1.0.0 or none."""
+    for accepted in accept.split(","):
+        media_type, *parameters = (part.strip() for part in accepted.split(";"))
+        versions = [value for value in parameters if value.startswith("version=")]
+        if media_type == _OPENMETRICS and versions in ([], ["version=1.0.0"]):
+            return _OPENMETRICS
+    return _PLAIN

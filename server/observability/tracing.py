@@ -1,0 +1,179 @@
+"""Spans of requests and jobs, exported with OpenTelemetry; not imported where that is not wanted.
+
+The library is configured by its own variables (`OTEL_EXPORTER_OTLP_…`, `OTEL_SERVICE_NAME`,
+`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER`, `OTEL_BSP_…`). Its global provider is left alone.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Mapping
+
+from aiohttp import web
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import (
+    Span,
+    SpanKind,
+    StatusCode,
+    format_trace_id,
+    get_current_span,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from events.clock import moment
+from events.jobs import Job, JobStatus
+from events.types import Event, ModelLoaded
+from server.appkeys import CONFIG, PROXIES
+from server.auth.gate import PRINCIPAL
+from server.errors import CODE
+from server.observability.output import RequestContext, begin_context
+from server.observability.requestlog import FAULT, RequestHandler, inference_of, path_of, wrap_handler
+from server.routing import matched_route
+
+PROPAGATOR = TraceContextTextMapPropagator()
+
+PARTS = ("starting", "loading", "warming_up", "measuring")
+"""Of a load, one after the other; its files are hashed beside them, which is no part of its own."""
+
+CLOSE_S = 3.0
+"""How long the end of the server waits for who takes the spans."""
+
+
+class Tracing:
+    """Makes spans, which the library's thread sends in batches; what it cannot send it drops."""
+
+    def __init__(self) -> None:
+        resource = Resource.create(
+            {"service.name": "loadledger", **OTELResourceDetector().detect().attributes}
+        )
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("loadledger")
+
+    def trace_requests(self, runner: web.BaseRunner, app: web.Application) -> None:
+        """Have a runner that is set up trace its requests: of inferences without a trace a share."""
+        proxies, share = app[PROXIES], app[CONFIG].trace_inferences
+
+        def traced(inner: RequestHandler) -> RequestHandler:
+            async def handle(request: web.BaseRequest) -> web.StreamResponse:
+                parent = PROPAGATOR.extract(request.headers)
+                is_part = get_current_span(parent).get_span_context().is_valid
+                if not is_part and inference_of(request) and random.random() >= share:  # noqa: S311 - a sample
+                    return await inner(request)
+                asked = _asked(request, proxies.peer(request))
+                with self._tracer.start_span(request.method, parent, SpanKind.SERVER, asked) as span:
+                    context = begin_context(request)
+                    context.trace_id = format_trace_id(span.get_span_context().trace_id)
+                    PROPAGATOR.inject(context.carrier, set_span_in_context(span))
+                    response: web.StreamResponse | None = None
+                    try:
+                        response = await inner(request)
+                    finally:
+                        _describe(span, request, response, context)
+                    return response
+
+            return handle
+
+        wrap_handler(runner, traced)
+
+    def record_job(self, job: Job, end: Event, carrier: Mapping[str, str]) -> None:
+        """Record the spans of a job that has ended: the job, in that of its request, and its stages."""
+        parent, ended_ns = PROPAGATOR.extract(carrier), _ns(job.finished_at or end.recorded_at)
+        span = self._tracer.start_span(
+            job.kind, parent, attributes=_attributes(job, end), start_time=_ns(job.created_at)
+        )
+        inside = set_span_in_context(span)
+        for name, first_ns, last_ns in _stages(job, end, ended_ns):
+            self._tracer.start_span(name, inside, start_time=first_ns).end(last_ns)
+        if job.status is JobStatus.FAILED:
+            span.set_status(StatusCode.ERROR, job.error.message if job.error is not None else None)
+        span.end(ended_ns)
+
+    def close(self) -> None:
+        """Export what is waiting, for no longer than `CLOSE_S`; nothing is exported after that."""
+        closing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+
+
+def _known(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _asked(request: web.BaseRequest, peer: str | None) -> dict[str, str | int]:
+    named = {
+        "http.request.method": request.method,
+        "url.path": path_of(request),
+        "url.scheme": request.scheme,
+        "client.address": peer,
+    }
+    return _known(named)
+
+
+def _describe(
+    span: Span, request: web.BaseRequest, response: web.StreamResponse | None, context: RequestContext
+) -> None:
+    """Say what a request was, and what came of it; of one that was given up, the library says that."""
+    route, principal = _route(request), request.get(PRINCIPAL)
+    status, code = (None, None) if response is None else (response.status, response.get(CODE))
+    is_fault = status is not None and status >= FAULT  # a client's mistake is none of the server's
+    if route is not None:
+        span.update_name(f"{request.method} {route}")
+    named = {
+        "http.route": route,
+        "http.response.status_code": status,
+        "loadledger.job": context.job_id,
+        "loadledger.code": code,
+        "loadledger.subject": principal.subject if principal is not None else None,
+        "error.type": code or str(status) if is_fault else None,
+    }
+    span.set_attributes(_known(named))
+    if is_fault:
+        span.set_status(StatusCode.ERROR)
+
+
+def _route(request: web.BaseRequest) -> str | None:
+    """Return the path of a request's route; the fast path of inferences has not matched one."""
+    if found := inference_of(request):
+        return f"/v2/models/{{id}}{'/versions/{version}' if found['version'] else ''}/infer"
+    route = matched_route(request) if isinstance(request, web.Request) else None
+    return route.path if route is not None else None
+
+
+def _attributes(job: Job, end: Event) -> dict[str, str | int]:
+    named = {
+        "loadledger.job": job.id,
+        "loadledger.model": job.model_id,
+        "loadledger.version": job.version,
+        "loadledger.cause": job.cause.value,
+        "loadledger.subject": job.requested_by,
+        "loadledger.status": job.status.value,
+        "loadledger.position": end.position,
+        "error.type": job.error.code if job.error is not None else None,
+    }
+    return _known(named)
+
+
+def _stages(job: Job, end: Event, ended_ns: int) -> Iterator[tuple[str, int, int]]:
+    """Return the parts of a job, one after the other, in nanoseconds: its waiting, then what it did."""
+    started_ns = ended_ns if job.started_at is None else _ns(job.started_at)
+    yield "waiting", _ns(job.created_at), started_ns
+    if job.started_at is None:
+        return
+    if not isinstance(end.data, ModelLoaded):
+        yield ("draining" if job.unload is not None else "loading"), started_ns, ended_ns
+        return
+    for name in PARTS:
+        duration_us: int | None = getattr(end.data.durations, f"{name}_us")
+        if duration_us is not None:
+            first_ns, started_ns = started_ns, min(started_ns + duration_us * 1000, ended_ns)
+            yield name, first_ns, started_ns
+
+
+def _ns(timestamp: str) -> int:
+    return round(moment(timestamp).timestamp() * 10**6) * 1000

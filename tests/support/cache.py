@@ -1,0 +1,207 @@
+"""Prepared forms for the tests: made by real workers, described as the store describes them.
+
+Prepared forms, as a worker leaves them in a draft: any bytes will do for those who only keep them.
+
+Prepared forms for the tests: made by real workers, kept without a trial, or spoilt on purpose.
+"""
+
+import asyncio
+import ctypes
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+import onnxruntime as ort
+from msgspec.structs import replace
+
+from runtime.cache.files import Figure, prepared_in
+from runtime.cache.key import key_of
+from runtime.cache.store import Made, PreparedStore
+from runtime.errors import Exit
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import LoadReport, PrepareReport, Worker
+from runtime.repository import Repository
+from runtime.wire import Form, Load, LoadedFile, Prepare, Prepared, SourceHash
+from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
+from support.workers import order_of
+
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> Prepare:
+    """Make the order to prepare a model into a new folder beside the repository."""
+    load = order_of(root, model_id)
+    target = root.parent / "forms" / form
+    target.mkdir(parents=True)
+    return Prepare(str(root), load.folder, load.files, 1, None, (), form, str(target))
+
+
+async def made(pool: WorkerPool, order: Prepare) -> PrepareReport:
+    """Prepare a model, and see the worker end by itself."""
+    worker = await pool.start("w")
+    report = await worker.prepare(order)
+    assert await asyncio.shield(worker.ended) == Exit(0, None)
+    return report
+
+
+async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> Prepared:
+    """Prepare model `m`, and describe the form as the store does."""
+    order = prepare_order(root, form)
+    report = await made(pool, order)
+    return describe(order.target, form, report.files, report.sources)
+
+
+def describe(
+    folder: Path | str, form: Form, files: tuple[LoadedFile, ...], sources: tuple[LoadedFile, ...]
+) -> Prepared:
+    """Describe a form of these sources."""
+    return prepared_in(Path(folder), form, files, [SourceHash(file.path, file.sha256) for file in sources])
+
+
+def found(folder: Path | str) -> tuple[LoadedFile, ...]:
+    """Describe the files of a folder as they are."""
+    files = []
+    for path in sorted(Path(folder).iterdir()):
+        seen, sha256 = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
+        identity = seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
+        files.append(LoadedFile(path.name, *identity, sha256=sha256))
+    return tuple(files)
+
+
+async def load(pool: WorkerPool, order: Load) -> tuple[Worker, LoadReport]:
+    """Load what is ordered into a new worker."""
+    worker = await pool.start("w")
+    return worker, await worker.load(order, lambda _: None)
+
+
+def written_by_the_runtime(root: Path) -> Load:
+    """Order model `m` with its prepacked form as ONNX Runtime writes it, and nobody has touched it."""
+    order, folder = order_of(root, "m"), root.parent / "forms" / "raw"
+    folder.mkdir(parents=True)
+    chosen = ort.SessionOptions()
+    chosen.optimized_model_filepath = str(folder / "model.onnx")
+    name = "session.optimized_model_external_initializers_file_name"
+    chosen.add_session_config_entry(name, "weights.bin")
+    chosen.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    ort.InferenceSession(Path(order.folder) / "model.onnx", chosen, providers=["CPUExecutionProvider"])
+    return replace(order, prepared=describe(folder, "prepacked", found(folder), found(order.folder)))
+
+
+def in_background(pid: int) -> bool:
+    """Tell whether a process gives way in its share of a core, is batch work, and idle on the disk."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    number = SYS_IOPRIO_SET[os.uname().machine] + 1  # ioprio_get follows ioprio_set everywhere
+    idle = ctypes.CDLL(None).syscall(number, 1, pid) >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_IDLE
+    return int(fields[16]) == NICENESS and os.sched_getscheduler(pid) == os.SCHED_BATCH and idle
+
+
+MODEL = "digits"
+
+
+def key(name: str) -> str:
+    """Return the key that stands for this name."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def written(folder: Path, contents: Mapping[str, bytes]) -> tuple[LoadedFile, ...]:
+    """Write files, and say of them what a worker says."""
+    return tuple(_written(folder / path, content) for path, content in contents.items())
+
+
+def made_of(files: tuple[LoadedFile, ...], *, model_id: str = MODEL, form: Form = "prepacked") -> Made:
+    """Say of files what is said of a form that won."""
+    sources = (SourceHash("model.onnx", "ab" * 32),)
+    figures: dict[str, Figure] = {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
+    tried: dict[Form, str] = {} if form == "prepacked" else {"prepacked": "the worker ended: signal 11"}
+    return Made(form, files, sources, model_id, 1, 2_500, figures, tried)
+
+
+def keep(
+    store: PreparedStore,
+    name: str,
+    size: int = 10,
+    *,
+    model_id: str = MODEL,
+    form: Form = "prepacked",
+    seed: str = "",
+) -> Prepared | None:
+    """Have the store keep a form of this size: two files, the contents of which follow from name and seed."""
+    draft = store.draft(key(name))
+    files = written(draft, halves(size, name + seed))
+    return store.keep(key(name), draft, made_of(files, model_id=model_id, form=form))
+
+
+def halves(size: int, seed: str) -> dict[str, bytes]:
+    """Return the contents of two files of a form of this size."""
+    content = (hashlib.sha256(seed.encode()).digest() * (size // 32 + 1))[:size]
+    return {"model.onnx": content[: size // 2], "weights.bin": content[size // 2 :]}
+
+
+def check_whole(prepared: Prepared) -> None:
+    """Check that a form's files hold what is said of them, and are those that are named."""
+    folder = Path(prepared.folder)
+    for file in prepared.files:
+        assert _loaded(folder / file.path) == file
+    names = {file.path for file in prepared.files} | {"manifest.json"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def _written(path: Path, content: bytes) -> LoadedFile:
+    path.write_bytes(content)
+    return _loaded(path)
+
+
+def _loaded(path: Path) -> LoadedFile:
+    seen, digest = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
+    return LoadedFile(
+        path.name, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, digest
+    )
+
+
+LIMIT_BYTES = 10**9
+
+
+def opened(folder: Path, limit_bytes: int = LIMIT_BYTES) -> PreparedStore:
+    """Open a store in the data directory `folder`."""
+    store = PreparedStore(folder / "prepared", limit_bytes)
+    store.open()
+    return store
+
+
+def key_in(root: Path, model_id: str) -> str:
+    """Return the key of a model's highest version, for one thread."""
+    return key_of(_sources(root, model_id), 1)
+
+
+async def keep_form(
+    pool: WorkerPool,
+    store: PreparedStore,
+    root: Path,
+    model_id: str,
+    form: Form = "optimised",
+    *,
+    instead: Path | None = None,
+) -> Prepared:
+    """Have a worker make a form of a model's highest version, and keep it untried.
+
+    With `instead`, that ONNX file takes the place of the one that was made: whoever loads the form loads it.
+    """
+    version, key = Repository(root).resolve(model_id, None), key_in(root, model_id)
+    draft = store.draft(key)
+    files = tuple(file.path for file in version.files)
+    order = Prepare(str(root), str(version.folder), files, 1, None, (), form, str(draft))
+    own = (await (await pool.start("maker")).prepare(order)).files
+    if instead is not None:
+        shutil.copy(instead, draft / "model.onnx")
+        own = found(draft)
+    kept = store.keep(key, draft, Made(form, own, _sources(root, model_id), model_id, version.version, 1))
+    assert kept is not None
+    return kept
+
+
+def _sources(root: Path, model_id: str) -> tuple[SourceHash, ...]:
+    folder = Repository(root).resolve(model_id, None).folder
+    return tuple(SourceHash(file.path, file.sha256) for file in found(folder))

@@ -1,0 +1,376 @@
+"""`loadledger serve` as a process of its own: started, asked, stopped or killed, and nothing of it left.
+
+A server that stands while the tests of a module ask it: `serve` as a process, for clients that block.
+
+What a new user has: a folder, and an environment in which nobody has set anything.
+
+The installed command at a terminal, as a person has it: what it shows, and keys that are pressed.
+"""
+
+import asyncio
+import os
+import pty
+import re
+import shutil
+import signal
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from select import select
+
+import aiohttp
+
+from events.audit.verify import Verification, verify
+from events.sqlite.reader import PAGE, open_reader
+from events.types import Event
+from runtime.memory import descendants
+from server.app import LEDGER
+from server.config import Config
+from support.http import Api
+from support.workers import wait_gone
+
+MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
+SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
+"""The two ways to call the command."""
+UNHURRIED = (sys.executable, "-P", str(Path(__file__).with_name("idlemachine.py")))
+"""Called so, it prepares models however busy the machine is."""
+
+APART = "--host=127.7.7.7"
+"""For a server that is started again on its port: on 127.0.0.1 another could be given it meanwhile."""
+
+LIMIT_S = 120.0
+"""Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
+
+
+@dataclass(slots=True)
+class Server:
+    """A running `serve`.
+
+    Attributes:
+        process: the command.
+        url: what it printed.
+        api: a client of it.
+        output: all that it wrote to stderr so far stands in this file.
+    """
+
+    process: asyncio.subprocess.Process
+    url: str
+    api: Api
+    output: Path
+    _pidfds: list[int] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self.process.pid
+
+    def children(self) -> list[int]:
+        """Return the process ids of the fork server and its workers, the fork server first."""
+        return descendants(self.pid)
+
+    def worker(self) -> int:
+        """Return the process id of the newest worker."""
+        return max(self.children()[1:], key=started)
+
+    def send(self, number: signal.Signals, *, to_group: bool = False) -> None:
+        """Send a signal to the server, or to its whole process group as a terminal does."""
+        if to_group:
+            os.killpg(self.pid, number)
+        else:
+            self.process.send_signal(number)
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM, *, to_group: bool = False) -> int:
+        """Send a signal, wait for the end and return the exit code."""
+        self._hold_children()
+        self.send(number, to_group=to_group)
+        return await self.ended()
+
+    async def kill(self) -> None:
+        """Kill the server as nothing can prevent, and wait until no process of it is left."""
+        await self.stop(signal.SIGKILL)
+        await self.nothing_left()
+
+    async def ended(self) -> int:
+        """Wait for the end and return the exit code; negative is a signal."""
+        async with asyncio.timeout(LIMIT_S):
+            return await self.process.wait()
+
+    async def nothing_left(self) -> None:
+        """Wait until all processes that the server had made are gone too."""
+        held, self._pidfds = self._pidfds, []
+        assert await asyncio.to_thread(wait_gone, held)
+
+    def _hold_children(self) -> None:
+        for child in self.children():
+            with suppress(ProcessLookupError):
+                self._pidfds.append(os.pidfd_open(child))
+
+
+QUIET = {"LOADLEDGER_PREPARE": "off", "LOADLEDGER_LOG_LEVEL": "warning"}
+"""Nothing runs, and nothing is told, but what a test asks for."""
+PREPARING = {"LOADLEDGER_PREPARE": "on"}
+"""As it is by default."""
+
+
+@asynccontextmanager
+async def serving(
+    config: Config,
+    *arguments: str,
+    command: Sequence[str] = MODULE,
+    environment: Mapping[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[Server]:
+    """Start `serve` on the configuration's repository and data, on a free port; kill it in the end.
+
+    Args:
+        config: names the directories and, for the tokens, the audience; the other settings are not passed on.
+        arguments: further ones.
+        command: how the command is called.
+        environment: settings, beside nothing else of ours but `QUIET`.
+        tls: whom the client trusts, of a server that has a certificate.
+    """
+    output = config.data.with_name(f"{config.data.name[:50]}.stderr")
+    with output.open("ab") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            *(*command, "serve", "--port=0", f"--repository={config.repository}", f"--data={config.data}"),
+            *arguments,
+            env=clean_environment() | QUIET | dict(environment or {}),
+            cwd=config.repository,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    server = None
+    try:
+        url = await _announced(process, output)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls or True)) as session:
+            server = Server(process, url, Api(session, url, config), output)
+            yield server
+    finally:
+        if process.returncode is None:
+            if server is not None:
+                await server.kill()
+            else:
+                process.kill()
+        await process.communicate()
+        if server is not None:
+            await server.nothing_left()
+
+
+def started(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; process ids say nothing, they wrap."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # proc_pid_stat(5)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without settings of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LOADLEDGER_")}
+
+
+async def events(config: Config) -> list[Event]:
+    """Read the whole ledger."""
+    found: list[Event] = []
+    async with open_reader(config.data / LEDGER) as reader:
+        while page := await reader.events(len(found), PAGE):
+            found += page
+    return found
+
+
+def verified(config: Config) -> Verification:
+    """Verify the ledger, which must be whole, and return what was found."""
+    verification = verify(config.data / LEDGER)
+    assert verification.verified, verification
+    return verification
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+async def _announced(process: asyncio.subprocess.Process, output: Path) -> str:
+    assert process.stdout is not None
+    async with asyncio.timeout(LIMIT_S):
+        line = (await process.stdout.readline()).decode()
+    found = re.fullmatch(r"loadledger is ready at (https?://\S+:\d+)\n", line)
+    assert found, f"{line!r} {_text(output)}"
+    return found[1]
+
+
+@contextmanager
+def standing(repository: Path, *arguments: str) -> Iterator[Server]:
+    """Start `serve` on a repository, and on `data` beside it; stop it in the end."""
+    config = Config(repository=repository, data=repository.with_name("data"))
+    with asyncio.Runner() as runner:
+        context = serving(config, *arguments, command=UNHURRIED)
+        server = runner.run(context.__aenter__())
+        try:
+            yield server
+        finally:
+            runner.run(context.__aexit__(None, None, None))
+
+
+def bearer(server: Server, *roles: str) -> dict[str, str]:
+    """Return the header that a client has to send."""
+    return {"Authorization": f"Bearer {server.api.token(*roles)}"}
+
+
+def address(server: Server) -> str:
+    """Return host and port, as some clients want them."""
+    return server.url.removeprefix("http://")
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
+
+
+def copy_examples(here: Path) -> None:
+    """Make a folder with what a new user has: the models and their inputs."""
+    ignored = shutil.ignore_patterns("*.py", "__pycache__")
+    shutil.copytree(ROOT / "examples", here / "examples", ignore=ignored)
+
+
+def copy_tree(here: Path) -> None:
+    """Make a folder with what a copy of the repository has, as far as it is installed."""
+    here.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, here)
+    for name in (*PACKAGES, "examples"):
+        shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """Return the environment of somebody who has Python and nothing of ours, for a page that installs it.
+
+    There need be no network: pip fetches nothing, and builds with what this environment has; that stands
+    behind what is installed, whose own files come first.
+    """
+    programs = folder / "programs"
+    programs.mkdir()
+    python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    (programs / "python3").symlink_to(python)
+    libraries = [entry for entry in sys.path if Path(entry).name in {"site-packages", "dist-packages"}]
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_QUIET": "1"}
+    return fresh_environment(folder / "home") | {
+        "PATH": os.pathsep.join([str(programs), os.defpath]),
+        "PYTHONPATH": os.pathsep.join(libraries),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        **offline,
+    }
+
+
+def fresh_environment(home: Path) -> dict[str, str]:
+    """Return the environment of somebody who has installed the command and done nothing else."""
+    home.mkdir(exist_ok=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"}
+
+
+TERMINAL_LIMIT_S = 60.0
+"""Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+CTRL_C = b"\x03"
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Terminal:
+    """A process at a terminal of its own.
+
+    Attributes:
+        pid: the process.
+        shown: all that it has written so far.
+    """
+
+    def __init__(self, pid: int, descriptor: int) -> None:
+        self.pid = pid
+        self.shown = ""
+        self._descriptor = descriptor
+        self._ended = False
+
+    @property
+    def plain(self) -> str:
+        """What was shown, without colours and movements."""
+        return _ESCAPES.sub("", self.shown)
+
+    async def until(self, pattern: str) -> None:
+        """Wait until something like this was shown since the beginning."""
+        await asyncio.to_thread(self._until, pattern)
+
+    async def end(self) -> int:
+        """Wait for the end and return the exit code."""
+        return await asyncio.to_thread(self._end)
+
+    def press(self, keys: bytes) -> None:
+        """Press keys."""
+        os.write(self._descriptor, keys)
+
+    def close(self) -> None:
+        """Kill it if it has not ended."""
+        if not self._ended:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self._descriptor)
+
+    def _until(self, pattern: str) -> None:
+        deadline = time.monotonic() + TERMINAL_LIMIT_S
+        while not re.search(pattern, self.plain):
+            assert self._read(deadline), f"ended without {pattern!r}: {self.plain}"
+
+    def _end(self) -> int:
+        deadline = time.monotonic() + TERMINAL_LIMIT_S
+        while self._read(deadline):
+            pass
+        _, status = os.waitpid(self.pid, 0)
+        self._ended = True
+        return os.waitstatus_to_exitcode(status)
+
+    def _read(self, deadline: float) -> bool:
+        assert select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))[0], self.plain
+        try:
+            data = os.read(self._descriptor, 65536)
+        except OSError:  # EIO: nobody holds the other end any more
+            return False
+        self.shown += data.decode(errors="replace")
+        return bool(data)
+
+
+@contextmanager
+def at_terminal(
+    *arguments: str, environment: Mapping[str, str], command: Sequence[str] = MODULE
+) -> Iterator[Terminal]:
+    """Run the command at a terminal of 24 lines with 120 columns."""
+    surroundings = clean_environment() | {"TERM": "xterm", "LINES": "24", "COLUMNS": "120"}
+    surroundings.pop("NO_COLOR", None)
+    surroundings.update(environment)
+    pid, descriptor = _spawn([*command, *arguments], surroundings)
+    terminal = Terminal(pid, descriptor)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int]:
+    """Start a process whose terminal is a new one; no Python runs between fork and exec."""
+    ours, theirs = pty.openpty()
+    try:
+        # A session of its own whose first terminal, opened by its name, is the one that Ctrl-C comes from.
+        pid = os.posix_spawn(
+            command[0],
+            list(command),
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.ttyname(theirs), os.O_RDWR, 0),
+                (os.POSIX_SPAWN_DUP2, 0, 1),
+                (os.POSIX_SPAWN_DUP2, 0, 2),
+            ],
+            setsid=True,
+            setsigdef=[signal.SIGINT],
+        )
+    finally:
+        os.close(theirs)
+    return pid, ours
