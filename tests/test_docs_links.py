@@ -1,4 +1,4 @@
-"""The pages hang together: links and their anchors are there, and every page is found from the first."""
+"""Links between pages and their anchors exist, and every page is linked from the index."""
 
 import re
 from collections import Counter
@@ -25,12 +25,12 @@ def names(pages: list[Path]) -> list[str]:
 
 
 def text_of(page: Path) -> str:
-    """The page without what only looks like links and headings."""
+    """Return the page without its code blocks."""
     return BLOCK.sub("", page.read_text(encoding="utf-8"))
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
-    """Where the page leads to within the tree, and to which anchor there."""
+    """Return the files and anchors of the tree that the page links to."""
     for found in LINK.finditer(CODE.sub("", text_of(page).replace("[`", "[").replace("`]", "]"))):
         target = found[1] or found[2]
         if not target.startswith(ELSEWHERE):
@@ -39,7 +39,7 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 
 
 def anchors(page: Path) -> list[str]:
-    """The anchors of the page's headings: those that are there already are counted."""
+    """Return the anchors of the page's headings; repeated ones are numbered."""
     found, seen = [], Counter[str]()
     for heading in HEADING.findall(text_of(page)):
         name = slug(MARKUP.sub(r"\1", heading))
@@ -57,11 +57,11 @@ def broken(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
-def test_what_a_page_links_to_is_there(page: Path) -> None:
+def test_links_of_a_page_exist(page: Path) -> None:
     assert list(broken(page)) == []
 
 
-def test_every_page_is_found_from_the_index() -> None:
+def test_every_page_is_linked_from_the_index() -> None:
     found, todo = set[Path](), {INDEX}
     while todo:
         page = todo.pop()
@@ -72,7 +72,7 @@ def test_every_page_is_found_from_the_index() -> None:
     assert {page for page in PAGES if page not in found} == set()
 
 
-def test_the_figures_of_the_readme_are_those_of_the_page_about_them() -> None:
+def test_figures_of_the_readme_match_their_page() -> None:
     told = rows(ROOT / "README.md", "Measured")
     have = rows(ROOT / "docs/explanation/what-is-measured.md", "What is measured, and what is not")
     assert told
@@ -81,7 +81,7 @@ def test_the_figures_of_the_readme_are_those_of_the_page_about_them() -> None:
 
 
 def rows(page: Path, section: str) -> list[list[str]]:
-    """The cells of the rows of a section's tables, their heads left out."""
+    """Return the cells of the rows of a section's tables, without their heads."""
     text = page.read_text(encoding="utf-8").partition(f"# {section}\n")[2].partition("\n## ")[0]
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
@@ -104,7 +104,7 @@ def rows(page: Path, section: str) -> list[list[str]]:
         ("[a](https://example.org/#b)", 0),
     ],
 )
-def test_a_link_that_leads_nowhere_is_noticed(
+def test_broken_links_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, count: int
 ) -> None:
     monkeypatch.setitem(globals(), "ROOT", tmp_path)

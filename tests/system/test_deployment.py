@@ -1,4 +1,4 @@
-"""The Dockerfile and the files of `deploy/`: what they name is there, and what they ask works."""
+"""The Dockerfile and `deploy/`: what they name exists, and what they ask for works."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def public_paths() -> set[str]:
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
-def test_every_variable_and_option_that_is_named_exists(path: Path) -> None:
+def test_named_variables_and_options_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert set(re.findall(r"LOADLEDGER_[A-Z_]+\b", text)) <= VARIABLES | OTHER_VARIABLES
     given = re.findall(r"loadledger serve((?: +-[^|&;#`\n]*)?)", text)
@@ -105,7 +105,7 @@ def test_every_variable_and_option_that_is_named_exists(path: Path) -> None:
 # The image
 
 
-def test_the_image_is_built_from_what_is_there_and_has_every_package_that_ships() -> None:
+def test_image_copies_every_package() -> None:
     copied = [line.split() for line in instructions("COPY") if not line.startswith("--from")]
     sources = {source for *names, _ in copied for source in names}
     assert all((ROOT / source).exists() for source in sources)
@@ -117,14 +117,14 @@ def test_the_image_is_built_from_what_is_there_and_has_every_package_that_ships(
     assert {line[1:] for line in ignored if line.startswith("!")} == sources
 
 
-def test_the_image_s_settings_are_valid_and_lie_where_its_volumes_are() -> None:
+def test_image_settings_are_valid_and_match_its_volumes() -> None:
     config = read_valid({}, image_environment())
     assert [str(config.data), str(config.repository)] == json.loads(instructions("VOLUME")[0])
     assert [str(config.port)] == instructions("EXPOSE")
     assert config.host == "0.0.0.0"
 
 
-def test_the_image_runs_the_command_as_nobody_special_and_is_ended_by_sigterm() -> None:
+def test_image_runs_without_root_and_stops_by_sigterm() -> None:
     user, group = instructions("USER")[-1].split(":")
     assert int(user) == int(group) >= 10_000
     assert instructions("ENTRYPOINT") == ['["loadledger"]']
@@ -134,17 +134,14 @@ def test_the_image_runs_the_command_as_nobody_special_and_is_ended_by_sigterm() 
     python, script = json.loads(check.partition("CMD ")[2])
     assert python == "python"
     assert f"COPY deploy/{Path(script).name} {script}" in DOCKERFILE
+    docker_s = re.search(r"--timeout=(\d+)s", check)
+    limit_s = re.search(r"^LIMIT_S = ([\d.]+)$", (DEPLOY / "healthcheck.py").read_text(), re.MULTILINE)
+    assert docker_s
+    assert limit_s
+    assert 2 * float(limit_s[1]) < int(docker_s[1])
 
 
-def test_the_health_check_ends_before_docker_gives_it_up() -> None:
-    found = re.search(r"--timeout=(\d+)s", instructions("HEALTHCHECK")[0])
-    limit = re.search(r"^LIMIT_S = ([\d.]+)$", (DEPLOY / "healthcheck.py").read_text(), re.MULTILINE)
-    assert found
-    assert limit
-    assert 2 * float(limit[1]) < int(found[1])
-
-
-def test_compose_runs_the_image_with_nothing_that_it_does_not_need() -> None:
+def test_compose_service_has_least_privilege() -> None:
     asked = service()
     assert asked["read_only"] is True
     assert asked["cap_drop"] == ["ALL"]
@@ -167,7 +164,7 @@ def seconds(text: str) -> int:
 # Kubernetes
 
 
-def test_the_pod_has_no_rights_and_writes_to_its_volumes_alone() -> None:
+def test_pod_has_least_privilege() -> None:
     spec, inner = pod(), container()["securityContext"]
     assert spec["automountServiceAccountToken"] is False
     assert spec["enableServiceLinks"] is False
@@ -187,14 +184,7 @@ def test_the_pod_has_no_rights_and_writes_to_its_volumes_alone() -> None:
     assert writable == {"/tmp", image_environment()["LOADLEDGER_DATA"]}
 
 
-def test_there_is_one_pod_at_a_time_and_it_has_the_time_to_end() -> None:
-    deployment = documents()["Deployment"]["spec"]
-    assert deployment["replicas"] == 1
-    assert deployment["strategy"] == {"type": "Recreate"}
-    assert pod()["terminationGracePeriodSeconds"] > 2 * DRAIN_S
-
-
-def test_probes_ask_public_routes_on_the_port_that_the_service_leads_to() -> None:
+def test_probes_ask_public_routes_on_the_service_port() -> None:
     ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
     assert ports == {"http": int(image_environment()["LOADLEDGER_PORT"])}
     asked = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
@@ -206,7 +196,7 @@ def test_probes_ask_public_routes_on_the_port_that_the_service_leads_to() -> Non
     assert port["targetPort"] == "http"
 
 
-def test_labels_claims_and_limits_fit_together() -> None:
+def test_pod_labels_claims_and_limits_match() -> None:
     objects = documents()
     labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert objects["Deployment"]["spec"]["selector"]["matchLabels"] == labels
@@ -217,9 +207,12 @@ def test_labels_claims_and_limits_fit_together() -> None:
     assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes} == claims
     asked = container()["resources"]
     assert asked["requests"]["memory"] == asked["limits"]["memory"]
+    deployment = objects["Deployment"]["spec"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+    assert pod()["terminationGracePeriodSeconds"] > 2 * DRAIN_S
 
 
-def test_the_pod_s_settings_are_valid(tmp_path: Path) -> None:
+def test_pod_settings_are_valid(tmp_path: Path) -> None:
     [(name, text)] = documents()["ConfigMap"]["data"].items()
     (tmp_path / name).write_text(text)
     environment = {entry["name"]: entry["value"] for entry in container()["env"]}
@@ -234,7 +227,7 @@ def test_the_pod_s_settings_are_valid(tmp_path: Path) -> None:
 # systemd
 
 
-def test_the_unit_s_command_and_files_are_what_the_server_has() -> None:
+def test_unit_command_and_paths_match_the_server() -> None:
     said = unit()
     assert said["ExecStart"] == "/opt/loadledger/bin/loadledger serve --config /etc/loadledger/server.toml"
     assert said["Type"] == "notify"
@@ -247,12 +240,9 @@ def test_the_unit_s_command_and_files_are_what_the_server_has() -> None:
     assert config.data == Path("/var/lib") / said["StateDirectory"]
 
 
-def test_the_models_of_the_example_configuration_are_put_there_by_the_page() -> None:
+def test_example_configuration_is_valid(tmp_path: Path) -> None:
     place = read_valid({"config": DEPLOY / "server.toml"}, {}).repository
     assert f"sudo install -d {place} && sudo cp -r examples/digits {place}" in PAGES[0].read_text()
-
-
-def test_every_line_of_the_example_configuration_is_valid(tmp_path: Path) -> None:
     text = (DEPLOY / "server.toml").read_text(encoding="utf-8")
     path = tmp_path / "server.toml"
     path.write_text(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
@@ -262,36 +252,26 @@ def test_every_line_of_the_example_configuration_is_valid(tmp_path: Path) -> Non
     assert config.evict == "idle"
 
 
-@pytest.fixture
-def installed_unit(tmp_path: Path) -> Path:
-    """The unit, with a command that is there."""
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed here")
-    script = Path(sys.executable).with_name("loadledger")
-    path = tmp_path / UNIT.name
-    path.write_text(UNIT.read_text().replace("/opt/loadledger/bin/loadledger", str(script)))
-    return path
-
-
-def analyzed(*arguments: str) -> subprocess.CompletedProcess[str]:
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["systemd-analyze", "--no-pager", *arguments], capture_output=True, text=True, timeout=60, check=False
     )
 
 
-def test_systemd_finds_nothing_wrong_with_the_unit(installed_unit: Path) -> None:
-    done = analyzed("verify", "--man=no", str(installed_unit))
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
+def test_systemd_finds_the_unit_valid_and_well_protected(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("loadledger")
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text().replace("/opt/loadledger/bin/loadledger", str(script)))
+    done = analyze("verify", "--man=no", str(path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_systemd_finds_the_unit_well_protected(installed_unit: Path) -> None:
-    done = analyzed("security", "--offline=yes", "--threshold=15", str(installed_unit))  # in tenths
+    done = analyze("security", "--offline=yes", "--threshold=15", str(path))  # in tenths
     if "offline" in done.stderr:
-        pytest.skip("this systemd-analyze is too old to look at a unit that is not installed")
+        pytest.skip("this systemd-analyze checks installed units only")
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
 
 
-# As a container has it
+# As in a container
 
 
 SANDBOX = """
@@ -304,13 +284,13 @@ while read -r _ _ _ _ point _; do
 done < /proc/self/mountinfo
 exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs -- "$@"
 """
-"""Nothing can be written but the data and a new /tmp, and nobody has any right beside that of their user."""
+"""Only the data and a new /tmp are writable, and no process has a capability."""
 
 PROBE = "import os, sys; sys.exit(0 if not os.access(sys.argv[1], os.W_OK) and os.getpid() == 1 else 9)"
 
 
 def sandboxed(folder: Path, *command: str) -> list[str]:
-    """Return how a command is run in there, as process 1; skip where that is not possible."""
+    """Return a command line that runs a command as process 1 of the sandbox; skip where there is none."""
     if any(shutil.which(tool) is None for tool in ("unshare", "setpriv", "mount")):
         pytest.skip("there are no unshare, setpriv and mount here to make a sandbox with")
     for name in ("data", "tmp"):
@@ -321,12 +301,9 @@ def sandboxed(folder: Path, *command: str) -> list[str]:
 
 
 def sandbox_environment(folder: Path) -> dict[str, str]:
+    python = {name: value for name, value in image_environment().items() if name.startswith("PYTHON")}
     places = {"DATA": str(folder / "data"), "TMPDIR": str(folder / "tmp"), "LOADLEDGER_PORT": "0"}
-    return clean_environment() | QUIET | image_environment_without_paths() | places
-
-
-def image_environment_without_paths() -> dict[str, str]:
-    return {name: value for name, value in image_environment().items() if name.startswith("PYTHON")}
+    return clean_environment() | QUIET | python | places
 
 
 @contextmanager
@@ -338,7 +315,7 @@ def manager(path: Path) -> Iterator[socket.socket]:
         yield listening
 
 
-def test_it_serves_without_rights_on_files_that_cannot_be_written_as_process_1(tmp_path: Path) -> None:
+def test_serve_as_process_1_on_a_read_only_system(tmp_path: Path) -> None:
     probe = sandboxed(tmp_path, sys.executable, "-c", PROBE, str(tmp_path))
     environment = sandbox_environment(tmp_path)
     tried = subprocess.run(probe, env=environment, capture_output=True, timeout=60, check=False)
@@ -380,16 +357,8 @@ def health(port: str, host: str = "0.0.0.0") -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_health_check_of_a_server_that_is_not_there_fails_and_says_why() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # and not listened on
-        done = health(str(unused.getsockname()[1]))
-    assert done.returncode == 1
-    assert "refused" in done.stderr
-
-
 @pytest.mark.parametrize(("host", "asked"), [("::", "::1"), ("::1", "::1"), ("127.0.0.2", "127.0.0.2")])
-def test_the_health_check_asks_where_the_server_listens(host: str, asked: str) -> None:
+def test_health_check_asks_where_the_server_listens(host: str, asked: str) -> None:
     family = socket.AF_INET6 if ":" in asked else socket.AF_INET
     with socket.socket(family) as server:
         try:
@@ -402,17 +371,23 @@ def test_the_health_check_asks_where_the_server_listens(host: str, asked: str) -
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [("too_many_connections", 0), ("unhealthy", 1)])
-def test_a_server_that_has_too_many_connections_lives_and_one_that_is_not_well_does_not(
-    code: str, exit_code: int
-) -> None:
+def test_health_check_accepts_only_too_many_connections(code: str, exit_code: int) -> None:
     assert TooManyConnections.code == "too_many_connections"
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = health_of(server, "503 Service Unavailable", json.dumps({"code": code}), "127.0.0.1")
     assert done.returncode == exit_code
 
 
+def test_health_check_without_a_server_fails_with_the_reason() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        done = health(str(unused.getsockname()[1]))
+    assert done.returncode == 1
+    assert "refused" in done.stderr
+
+
 def health_of(server: socket.socket, status: str, body: str, host: str) -> subprocess.CompletedProcess[str]:
-    """Run the image's check, and answer it once; then nobody listens any more."""
+    """Run the image's check, and answer it once; then the port is closed."""
     port = str(server.getsockname()[1])
     answering = threading.Thread(target=answer_once, args=(server, status, body))
     answering.start()

@@ -1,4 +1,4 @@
-"""The wheel has all that the server needs and nothing else, and runs where nothing of the tree is."""
+"""The wheel: what is in it, and that it runs without the source tree."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ LIMIT_S = 60
 
 
 def source_files() -> set[str]:
-    """Where each file that must ship lies in the wheel: all of the packages, and of the examples these."""
+    """Return the paths in the wheel of all files that must ship."""
     code = {path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
     names = {path.relative_to(ROOT).as_posix() for path in code if "__pycache__" not in path.parts}
     examples = {path for pattern in EXAMPLES for path in (ROOT / "examples").glob(pattern)}
@@ -37,7 +37,7 @@ def source_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without a network from a copy: a build leaves files that a later one would pack."""
+    """The wheel, built from a copy without a network: a build leaves files that a later one would pack."""
     tree, built = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment that has the wheel, and sees this environment's packages behind it."""
+    """A new environment with the wheel, before the packages of this environment."""
     home = tmp_path_factory.mktemp("installed")
     venv.create(home, with_pip=False, symlinks=True)
     [packages] = home.glob("lib/python*/site-packages")
@@ -81,7 +81,7 @@ def run(command: list[str], *, cwd: Path) -> str:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Nothing that would lead back to the tree, such as PYTHONPATH, and no settings of who runs the tests."""
+    """Return an environment without a way back to the tree, such as PYTHONPATH."""
     return {"PATH": os.defpath, "HOME": str(home), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
@@ -91,24 +91,13 @@ def metadata(wheel: Path) -> Message:
         return BytesParser().parsebytes(archive.read(name))
 
 
-def test_the_wheel_has_every_module_and_data_file_and_nothing_else(wheel: Path) -> None:
+def test_wheel_has_all_source_files_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == source_files()
 
 
-def test_the_wheel_has_the_log_s_schema_the_console_and_something_to_load(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert any(re.fullmatch(r"migrations/0001_\w+\.sql", name) for name in names)
-    assert any(name.startswith("server/static/") for name in names)
-    assert {
-        "server/examples/digits.json",
-        *(f"server/examples/digits/{v}/model.onnx" for v in (1, 2)),
-    } <= set(names)
-
-
-def test_the_metadata_says_the_license_the_command_and_the_one_version_that_works(wheel: Path) -> None:
+def test_metadata_names_license_command_and_pinned_version(wheel: Path) -> None:
     about = metadata(wheel)
     assert about["License-Expression"] == "Apache-2.0"
     assert "aiohttp-apispec==3.0.0b2" in about.get_all("Requires-Dist", [])
@@ -122,21 +111,10 @@ def test_the_metadata_says_the_license_the_command_and_the_one_version_that_work
         ]
 
 
-def test_what_is_imported_in_the_new_environment_is_the_wheel_s(installed: Path, tmp_path: Path) -> None:
+async def test_installed_server_starts_and_stops(installed: Path, examples: Path, tmp_path: Path) -> None:
     show = "import events, runtime, server; print(events.__file__, runtime.__file__, server.__file__)"
     files = run([str(installed / "bin" / "python"), "-c", show], cwd=tmp_path).split()
     assert all(Path(file).is_relative_to(installed) for file in files)
-
-
-def test_the_installed_command_explains_itself(installed: Path, tmp_path: Path) -> None:
-    out = run([str(installed / "bin" / "loadledger"), "--help"], cwd=tmp_path)
-    assert "serve" in out
-    assert "demo" in out
-
-
-async def test_the_installed_server_starts_anywhere_answers_and_ends_on_sigterm_with_0(
-    installed: Path, examples: Path, tmp_path: Path
-) -> None:
     process = await asyncio.create_subprocess_exec(
         *(str(installed / "bin" / "loadledger"), "serve", "--port", "0"),
         *("--repository", str(examples), "--data", str(tmp_path / "data")),
@@ -159,14 +137,8 @@ async def test_the_installed_server_starts_anywhere_answers_and_ends_on_sigterm_
             await process.communicate()
 
 
-async def test_the_readme_s_first_line_ends_in_a_demo_that_shows_all_of_it_and_leaves_nothing(
-    installed: Path, tmp_path: Path
-) -> None:
-    """The steps of the line, but for what needs a network: `pip install` fetches no dependencies here.
-
-    `python3 -m venv` and `pip install .` are the fixtures `wheel` and `installed`, which build from a copy
-    of the tree, install without dependencies and see those of the environment that runs the tests.
-    """
+async def test_first_line_of_the_readme_runs_the_demo(installed: Path, tmp_path: Path) -> None:
+    """The fixtures do what the line does before the demo, but fetch nothing from a network."""
     line, _ = re.findall(r"^```sh\n(.*?)^```$", TRY_IT, re.MULTILINE | re.DOTALL)
     assert line == "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/loadledger demo\n"
     out = run([str(installed / "bin" / "loadledger"), "demo"], cwd=tmp_path)
@@ -179,11 +151,8 @@ async def test_the_readme_s_first_line_ends_in_a_demo_that_shows_all_of_it_and_l
     await until(lambda: not processes_of(installed))
 
 
-def test_the_readme_s_second_line_installs_what_tests_need_and_runs_this_suite(wheel: Path) -> None:
-    """It cannot run here: `pip install` needs a network, and this suite would run itself without end.
-
-    So what it consists of is looked at: the extra, and that a bare `pytest` means all of the tests.
-    """
+def test_second_line_of_the_readme_runs_this_suite(wheel: Path) -> None:
+    """The line cannot run here: the extra and pytest's settings are checked instead."""
     _, line = re.findall(r"^```sh\n(.*?)^```$", TRY_IT, re.MULTILINE | re.DOTALL)
     assert line == "python3 -m venv .venv && .venv/bin/pip install '.[test]' && .venv/bin/pytest\n"
     about = metadata(wheel)

@@ -1,16 +1,12 @@
-"""The pages about the server itself: their examples are run, and what they print is compared."""
+"""The examples of the documentation are run, and their output is compared."""
 
-import os
 import re
-import select
 import shutil
-import socket
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from support import pages
-from support.pages import ROOT, blocks, expected, printed_as, run_alone, run_page, says
+from support.pages import ROOT, Block, blocks, expected, printed_as, run_alone, run_page, says
 from support.servers import QUIET, bare_environment, copy_examples, copy_tree, fresh_environment, standing
 from yarl import URL
 
@@ -24,7 +20,7 @@ GUIDES = {
     "docs/how-to/swap-without-downtime.md": 6,
     "docs/how-to/use-tritons-client.md": 1,
 }
-"""And how many of their answers are compared."""
+"""Pages that start their own servers, and how many answers are compared."""
 STANDING = {
     "docs/models.md": ("", 4),
     "docs/events.md": ("", 5),
@@ -32,10 +28,10 @@ STANDING = {
     "docs/time-travel.md": ("", 5),
     "docs/prepared.md": ("--prepare on", 2),
     "docs/client.md": ("", 6),
+    "docs/verify-it-yourself.md": ("", 8),
 }
-"""Pages that go on where the quick start has started a server, with these options, and how many answers."""
+"""Pages that need the quick start's server: its options, and how many answers are compared."""
 ELSEWHERE = {
-    "docs/verify-it-yourself.md": "tests/system/test_verify_it_yourself.py",
     "docs/clients/curl.md": "tests/clients/test_docs.py",
     "docs/clients/kserve.md": "tests/clients/test_docs.py",
     "docs/clients/perf_analyzer.md": "tests/clients/test_docs.py",
@@ -45,7 +41,7 @@ ELSEWHERE = {
 OF_OTHERS = {f"docs/{name}.md" for name in ("cli", "configuration", "console", "deployment")} | {
     f"docs/{name}.md" for name in ("logs", "metrics")
 }
-"""Reference pages, and what takes root, containers or a cluster: held to the code by tests of their own."""
+"""Reference pages, and pages for root, containers or a cluster; other tests hold them to the code."""
 COMMANDS = re.compile(r"^```(sh|python)$", re.MULTILINE)
 PROGRAMS = ("curl", "openssl")
 
@@ -60,52 +56,48 @@ def skip_without_programs(page: str) -> None:
 @pytest.mark.parametrize(
     ("page", "options", "comparisons"), [(page, *rest) for page, rest in STANDING.items()]
 )
-def test_the_examples_of_a_page_do_what_it_says(
-    tmp_path: Path, page: str, options: str, comparisons: int
-) -> None:
+def test_examples_print_what_the_page_says(tmp_path: Path, page: str, options: str, comparisons: int) -> None:
     assert not options or f"`{options}`" in (ROOT / page).read_text()
     skip_without_programs(page)
     copy_examples(tmp_path)
     with standing(tmp_path / "examples", *options.split()) as server:
         port = str(URL(server.url).port)
-        compared = 0
-        for block, printed in run_page(page, tmp_path, port, fresh_environment(tmp_path / "home")):
-            if block.answer is not None:
-                assert printed_as(block, printed) == expected(block), block.text
-                compared += 1
-    assert compared == comparisons
+        ran = run_page(page, tmp_path, port, fresh_environment(tmp_path / "home"))
+        answers = [(block, printed) for block, printed in ran if block.answer is not None]
+    for block, printed in answers:
+        assert printed_as(block, printed) == expected(block), block.text
+    assert len(answers) == comparisons
+
+
+def compared(ran: Iterable[tuple[Block, str]]) -> int:
+    """Compare what blocks printed with what the page says; return how many answers there were."""
+    answers = [(block, printed) for block, printed in ran if block.answer is not None]
+    for block, printed in answers:
+        assert says(block, printed), f"{block.text}\nprinted\n{printed}"
+    return len(answers)
 
 
 @pytest.mark.parametrize("page", GUIDES)
-def test_the_commands_of_a_guide_do_what_it_says_from_nothing(tmp_path: Path, page: str) -> None:
+def test_guide_prints_what_it_says(tmp_path: Path, page: str) -> None:
     skip_without_programs(page)
     if "triton" in page:
         pytest.importorskip("tritonclient.http", reason="the page uses tritonclient, not installed here")
-    compared = 0
-    for block, printed in run_alone(page, tmp_path, fresh_environment(tmp_path / "home") | QUIET):
-        if block.answer is not None:
-            assert says(block, printed), f"{block.text}\nprinted\n{printed}"
-            compared += 1
-    assert compared == GUIDES[page]
+    ran = run_alone(page, tmp_path, fresh_environment(tmp_path / "home") | QUIET)
+    assert compared(ran) == GUIDES[page]
 
 
 @pytest.mark.parametrize("page", GUIDES)
-def test_a_guide_says_where_its_commands_start(page: str) -> None:
+def test_guide_names_its_starting_point(page: str) -> None:
     before, _, _ = (ROOT / page).read_text(encoding="utf-8").partition("```sh")
     assert "in the environment of the [quick start](../quick-start.md)" in before.replace("\n", " ")
 
 
-def test_the_quick_start_leads_from_a_copy_of_the_tree_to_its_end(tmp_path: Path) -> None:
+def test_quick_start_works_in_a_copy_of_the_tree(tmp_path: Path) -> None:
     skip_without_programs(QUICK_START)
-    compared = 0
-    for block, printed in run_alone(QUICK_START, tmp_path, bare_environment(tmp_path), copy_tree):
-        if block.answer is not None:
-            assert says(block, printed), f"{block.text}\nprinted\n{printed}"
-            compared += 1
-    assert compared == 8
+    assert compared(run_alone(QUICK_START, tmp_path, bare_environment(tmp_path), copy_tree)) == 8
 
 
-def test_whatever_has_commands_is_run_by_a_test() -> None:
+def test_every_page_with_commands_is_run() -> None:
     run = {QUICK_START, *GUIDES, *STANDING, *ELSEWHERE}
     have = {
         page.relative_to(ROOT).as_posix()
@@ -117,49 +109,6 @@ def test_whatever_has_commands_is_run_by_a_test() -> None:
         assert Path(page).stem in (ROOT / test).read_text(encoding="utf-8")
 
 
-def test_the_readme_and_the_quick_start_install_alike() -> None:
+def test_readme_and_quick_start_install_alike() -> None:
     first = blocks(QUICK_START)[0].text.splitlines()[0]
     assert first in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-# How pages are run.
-
-
-def made(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
-    """A page of one block of commands in a tree of its own."""
-    monkeypatch.setattr(pages, "ROOT", folder)
-    (folder / "examples").mkdir(parents=True)
-    (folder / "page.md").write_text(f"```sh\n{text}\n```\n", encoding="utf-8")
-    return "page.md"
-
-
-def test_a_page_whose_port_is_taken_is_run_on_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = other.getsockname()[1]
-        serve = "loadledger serve --repository examples --data data"
-        port = f"808{taken % 10}"
-        text = f"test {port} != {taken} || {serve} --port {port} > server.log 2>&1\necho {port}"
-        page = made(tmp_path / "tree", monkeypatch, text)
-        monkeypatch.setattr(pages, "some_ports", lambda: [taken // 10, pages.PORTS[0]])
-        [(_, printed)] = run_alone(page, tmp_path / "run", fresh_environment(tmp_path))
-    assert printed == f"{port}\n"
-    assert pages.IN_USE in (tmp_path / "run" / str(taken // 10) / pages.LOG).read_text()
-
-
-def test_what_a_page_left_running_is_ended_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = made(tmp_path / "tree", monkeypatch, "sleep 1000 > /dev/null 2>&1 &\necho $!")
-    [(_, printed)] = run_alone(page, tmp_path / "run", fresh_environment(tmp_path))
-    with suppress(ProcessLookupError):  # there is nothing left of it, or what nobody has asked the end of
-        pidfd = os.pidfd_open(int(printed))
-        ended, _, _ = select.select([pidfd], [], [], pages.LIMIT_S)
-        os.close(pidfd)
-        assert ended
-
-
-def test_a_page_that_does_not_end_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = made(tmp_path / "tree", monkeypatch, "sleep 1000")
-    monkeypatch.setattr(pages, "LIMIT_S", 0.1)
-    with pytest.raises(AssertionError, match="has not ended in time"):
-        list(run_alone(page, tmp_path / "run", fresh_environment(tmp_path)))

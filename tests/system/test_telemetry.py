@@ -1,11 +1,9 @@
-"""Traces of a real server, exported to a real collector: request, job and stages are one trace."""
+"""Traces of a real server, exported to a collector: request, job and stages are one trace."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
 from support import models
 from support.http import Json
 from support.models import save
@@ -25,12 +23,6 @@ LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
 QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    (tmp_path / "repository").mkdir()
-    return Config(repository=tmp_path / "repository", data=tmp_path / "data")
-
-
 async def load(server: Server, model: str = "m", **headers: str) -> Json:
     answer = await server.api.post(f"/api/v1/models/{model}/load", wait=60, headers=headers)
     return answer.json
@@ -45,9 +37,7 @@ def inside(collector: Collector, outer: Taken) -> list[str]:
     return [span.name for span in collector.children(outer)]
 
 
-async def test_a_request_its_job_and_the_stages_of_that_are_parts_of_the_callers_trace(
-    config: Config,
-) -> None:
+async def test_request_job_and_stages_join_the_callers_trace(config: Config) -> None:
     save(models.add(1), config.repository, "m")
     async with collecting() as collector:
         environment = {**collector.environment, **LOUD, "OTEL_SERVICE_NAME": "shop-models"}
@@ -81,9 +71,7 @@ async def test_a_request_its_job_and_the_stages_of_that_are_parts_of_the_callers
     assert inside(collector, unload_job) == ["waiting", "draining"]
 
 
-async def test_what_the_caller_does_not_record_is_not_exported_and_a_load_that_fails_is_a_failed_span(
-    config: Config,
-) -> None:
+async def test_unsampled_requests_are_not_exported(config: Config) -> None:
     save(models.add(1), config.repository, "m")
     async with collecting() as collector:
         arguments = ("--trace-inferences=0", "--otel=on")
@@ -110,9 +98,7 @@ async def test_what_the_caller_does_not_record_is_not_exported_and_a_load_that_f
         assert request.resource["service.name"] == "loadledger"
 
 
-async def test_a_collector_that_does_not_answer_costs_the_server_nothing_but_its_spans(
-    config: Config,
-) -> None:
+async def test_unreachable_collector_costs_only_spans(config: Config) -> None:
     save(models.add(1), config.repository, "m")
     environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}  # discard: nobody listens
     async with serving(config, environment=environment) as server:
@@ -121,26 +107,23 @@ async def test_a_collector_that_does_not_answer_costs_the_server_nothing_but_its
         assert await server.stop() == 0
 
 
-def without_the_extra(
-    config: Config, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run `serve` where the library cannot be imported, on a port that is taken: it ends by itself."""
+def test_otel_without_the_extra_names_the_install_command(config: Config) -> None:
     hidden = "import sys; sys.modules['opentelemetry'] = None; from loadledger.__main__ import main; main()"
-    command = [sys.executable, "-P", "-c", hidden, "serve", "--port=0", *arguments]
     places = [f"--repository={config.repository}", f"--data={config.data}"]
-    return subprocess.run(
-        [*command, *places], env=environment, capture_output=True, text=True, timeout=60, check=False
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", hidden, "serve", "--port=0", "--otel=on", *places],
+        env={},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-
-
-def test_who_asks_for_traces_without_the_extra_is_told_how_to_install_it(config: Config) -> None:
-    done = without_the_extra(config, "--otel=on")
     assert (done.returncode, done.stdout) == (2, "")
     assert INSTALL_OTEL in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_without_traces_the_library_is_not_imported() -> None:
+def test_server_does_not_import_opentelemetry_by_itself() -> None:
     code = "import json, sys, server.serve; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
