@@ -1,14 +1,12 @@
-"""The folder that prepared forms lie in: how a name is given there, taken away, and kept by nobody else.
+"""The cache's folder: drafts, entries and their manifests, files that can be trusted, and disk space.
 
-An entry is a folder named by its key. It is made as a draft beside the others and then renamed, and before
-it is removed it is renamed to a draft again: no entry is ever seen in part. Each process locks the drafts
-that it works on, so that those which a killed one left can be told from them.
+An entry is a folder named by its key. It is written as a draft beside the others and then renamed, and it is
+renamed to a draft before it is removed: no reader ever sees part of an entry. Each process locks its drafts,
+so that the drafts of a killed process can be recognised.
 
-What lies in the folder of one prepared form: its files, and a manifest that says what they are.
-
-A file is trusted by its identity, which cannot stay the same when it is written to or replaced. If that is
-another, because the data directory was copied, restored or mounted anew, its content decides. A manifest that
-says anything else than it may is as if it were not there.
+A file is trusted by its identity, which changes when it is written to or replaced. If the identity differs,
+because the data directory was copied, restored or mounted anew, the content decides. An invalid manifest
+counts as none.
 """
 
 import fcntl

@@ -1,13 +1,9 @@
-"""What a prepared form depends on: with anything of it another, the form is another, under another key.
+"""The key of a cached model: its sources, the ONNX Runtime, the CPU and the number of threads.
 
-Which CPU this is: weights that were packed for one may be useless on another, or worse.
-
-/proc/cpuinfo is text for people, which differs from architecture to architecture and from kernel to kernel
-(proc(5)). Only what names a kind of CPU, and what it can do, is taken from it; what is not there is passed
-over. Frequencies, numbers and the microcode's revision are left out: they change while the CPU stays what it
-is. A microcode that takes a feature away is seen by the features.
-
-What the store of prepared forms is told, and what it tells.
+A difference in any of these is another key. Weights packed for one CPU may crash or slow down another one, so
+the key has the kinds of CPU in /proc/cpuinfo (proc(5)) and their features. Frequencies, core numbers and
+microcode revisions are left out: they change while the CPU stays the same, and the features show a microcode
+that takes one away.
 """
 
 import hashlib

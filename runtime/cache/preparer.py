@@ -1,13 +1,8 @@
-"""What is prepared, what may be, and the forms that loads use.
+"""Making cached models in the background: candidates, one preparation at a time, and its outcomes.
 
-The scheduler says when to prepare (`Prepare`, `StopPreparing`); `preparation` does it.
-
-Preparing one version: a worker makes a form, and others, fresh ones, try it beside the bare model.
-
-A form that a worker dies of, that answers otherwise or that is no quicker is not kept, and the next simpler
-one is tried. All of it may end at any moment: what is not finished is a draft, which nobody uses.
-
-What became of preparing models since the server started: counted for the metrics.
+The scheduler decides when (`Prepare`, `StopPreparing`). A worker makes a form, and fresh workers try it
+beside the bare model. A form that crashes its worker, answers differently or is not faster is left out, and the next
+simpler form is tried. A preparation may end at any moment: what it leaves is a draft, which nobody uses.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""The prepared forms of models, on disk: `<data>/prepared/<key>/`, each complete or not there at all.
+"""The cached models on disk, `<data>/prepared/<key>/`: each complete or absent, evicted by last use.
 
-One process writes here: the server that holds the data directory. What is made lies in a draft beside the
-entries until all of it is on the disk, and takes its name in one step; what goes loses its name first. So
-whoever is killed leaves drafts, which the next `open` removes. Other processes may list and clear meanwhile:
-to whoever reads, an entry that vanishes, or is not what it says, was never there. Workers that have files
-mapped which are removed keep them until they end, since no file is written to once it is an entry's.
+One process writes: the server that holds the data directory. A form is written to a draft until all of it is
+on the disk, and then takes its name in one step; a removed entry loses its name first. So a killed process
+leaves only drafts, which the next `open` removes. Other processes may list and clear meanwhile: to a reader,
+an entry that vanishes or is damaged was never there. Workers keep removed files that they have mapped, since
+no file of an entry is ever written to.
 
-Nothing here is asynchronous: call it in threads, as many as there are.
-
-What was used last, and what has to go for it: the least recently used, of forms and of keys without.
+All methods block, so call them in threads, as many as you like.
 """
 
 import logging

@@ -1,14 +1,11 @@
-"""The trial of a prepared form: the same model bare and prepared, in fresh processes, side by side.
+"""The trial of a cached model: the bare and the cached session side by side, in fresh processes.
 
-What is compared is what a client would see: the inputs and outputs that it declares, each answer bit for
-bit, how long a load takes, and how long an inference: the least of several, since the rest is what else the
-machine did. Nothing is tolerated in an answer: a form makes a model quick, and not another one.
+It compares what a client would see: declared inputs and outputs, each answer bit for bit, the duration of a
+load and of an inference. Durations are the least of several: the rest is what else the machine did. Answers
+must be bit-equal.
 
-Inputs made up for a model, to tell whether two sessions of it answer the same. Pure, and always the same.
-
-Where a shape leaves a length open, any may do, or only some: who asks tries one after the other.
-
-Whose fault it is that a trial could not be held: the prepared form's, the model's, or nobody's here.
+Without given inputs the trial makes some up, the same ones each time. Where a shape leaves a length open, it
+tries several.
 """
 
 from __future__ import annotations

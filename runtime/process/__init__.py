@@ -1,1 +1,13 @@
-"""process."""
+"""The server's side of worker processes: start, messages, in-flight inferences, and exits.
+
+The way of a worker: `pool.WorkerPool.start` takes the pre-forked worker or asks `forkclient.ForkServer` for a
+new one; `forkserver`, a process of its own, forks; `worker.Worker` then owns the two channels and the pidfd
+until `ended` is set.
+
+To change: how processes are forked, their environment and descriptors: `forkserver`. When a fork server is
+replaced, pre-forking: `pool`. What a worker may be told and may answer: `worker`. Deadlines, cancellation and
+stuck workers: `requests`. Bytes on the socket and busy-polling: `channel`. Exit codes and stderr: `child`,
+`forkclient`.
+
+Nothing here imports ONNX Runtime; what runs inside a worker is `runtime.worker`.
+"""

@@ -1,4 +1,4 @@
-"""The server's end of a channel to a worker, on asyncio: frames out, frames in."""
+"""The server's end of a channel to a worker, on asyncio: frames out, frames in, and busy-polling."""
 
 import asyncio
 import os
@@ -13,19 +13,19 @@ from runtime.frames import FrameReader
 from runtime.wire import Buffer, Frame, FromWorker, MalformedFrame, Message, Tensor, encode
 
 AWAKE_NS = 300_000
-"""Where the last answer came within so long the next is waited for awake: sleeping and being woken takes as
-long as a small model. At one client 1.3 times as many requests are answered with this, at eight 1.1 times."""
+"""After an answer within this time the loop busy-polls for the next one: to sleep and wake takes as long as a
+small model. At one client this answers 1.3 times as many requests, at eight 1.1 times."""
 JOINED_BYTES = 32 * 2**10
-"""Copying this much takes about as long as telling the kernel of one buffer more."""
+"""Copying this much takes about as long as one more buffer in a system call."""
 
 
 class Channel(asyncio.BufferedProtocol):
     """One connected socket; its callbacks run on the loop.
 
     Args:
-        decoder: knows the messages that may come in.
-        on_frame: is called with each.
-        on_lost: is called once, when nothing more can come: closed at either end, or a frame that is none.
+        decoder: decodes the messages that may arrive.
+        on_frame: called with each frame.
+        on_lost: called once, when the channel is closed at either end or a frame is malformed.
     """
 
     def __init__(
@@ -47,15 +47,14 @@ class Channel(asyncio.BufferedProtocol):
         self.lost = False
 
     async def connect(self, end: socket.socket) -> None:
-        """Take over a connected stream socket, which is closed with the channel."""
+        """Adopt a connected stream socket, which the channel closes."""
         await self._loop.create_unix_connection(lambda: self, sock=end)
 
     def send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        """Send a frame, after those that wait; on a lost channel nothing happens.
+        """Queue a frame; on a lost channel nothing happens, since `on_lost` reports that.
 
-        What is sent within one turn of the loop goes out at its end, in one call of the kernel: with several
-        clients, that call and waking the worker cost more than everything else that an inference takes here.
-        Whoever waits for an answer is told by `on_lost`.
+        All frames of one turn of the loop are sent at its end in one system call: with several clients, that
+        call and waking the worker cost more than everything else that an inference takes here.
         """
         if self._transport is None or self._transport.is_closing():
             return
@@ -74,10 +73,7 @@ class Channel(asyncio.BufferedProtocol):
             self._loop.call_soon(self._stay_awake)
 
     def _stay_awake(self) -> None:
-        """Have the loop look for the answer again, and for all else, instead of sleeping; not for long.
-
-        Whoever else wants this core has it meanwhile.
-        """
+        """Keep the loop turning for a short while instead of sleeping; other processes may have the core."""
         self._is_awake = self._is_awaited and time.monotonic_ns() - self._sent_ns < AWAKE_NS
         if self._is_awake:
             os.sched_yield()
@@ -85,28 +81,28 @@ class Channel(asyncio.BufferedProtocol):
 
     @property
     def unsent_bytes(self) -> int:
-        """What the other side has not taken yet, of what was sent in earlier turns of the loop."""
+        """Bytes of earlier turns of the loop that the other side has not read yet."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def limit_headers(self, max_bytes: int) -> None:
-        """Take no longer headers than that from here on."""
+        """Limit the headers of the frames that follow."""
         self._reader.max_header_bytes = max_bytes
 
     def abort(self) -> None:
-        """Close the channel without a word more."""
+        """Close the channel without sending what is queued."""
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
+        """Keep the transport."""
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the frames know better
-        """Give the place for the next bytes."""
+        """Return the buffer for the next bytes."""
         return self._reader.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Hand on the frames that are complete now."""
+        """Pass on the frames that are now complete."""
         self._is_quick = time.monotonic_ns() - self._sent_ns < AWAKE_NS
         self._is_awaited = False
         try:
@@ -116,7 +112,7 @@ class Channel(asyncio.BufferedProtocol):
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why does not matter
-        """End; what has not been sent has nobody to read it."""
+        """Report the end, and drop what was not sent."""
         self.lost = True
         self._reader.close()
         self._waiting.clear()
@@ -124,7 +120,7 @@ class Channel(asyncio.BufferedProtocol):
 
 
 def _joined(parts: list[Buffer]) -> list[Buffer]:
-    """Join what is short, for few calls of the kernel; copy nothing that is long."""
+    """Join short buffers, for few system calls; long ones are not copied."""
     if sum(map(len, parts)) < JOINED_BYTES:
         return [b"".join(parts)]
     joined, short = list[Buffer](), list[Buffer]()

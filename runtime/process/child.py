@@ -1,4 +1,4 @@
-"""A child of the fork server, held by its pidfd, so that what is done to it can never hit another process."""
+"""A forked process, held by its pidfd, so that no signal can reach another process with its pid."""
 
 import asyncio
 import contextlib
@@ -19,8 +19,8 @@ class Process:
         on_gone: is called once, on the loop, when the process has ended, whatever the fork server does.
 
     Attributes:
-        orphaned: known when closed: the fork server had ended, and by that this process. Not that it has not
-            said how: a process can see to that, if it stops the fork server and ends.
+        orphaned: whether it ended with the fork server; known when closed. A missing exit report alone does
+            not prove that: a process could stop the fork server and then end.
     """
 
     def __init__(self, child: Child, on_gone: Callable[[], None]) -> None:
@@ -33,11 +33,11 @@ class Process:
 
     @property
     def told(self) -> bool:
-        """Whether the fork server has said how the process ended."""
+        """Whether the fork server has reported how the process ended, or has ended itself."""
         return self._child.end.done()
 
     def when_told(self, callback: Callable[[], None]) -> None:
-        """Call back when the fork server says how the process ended, or has ended itself."""
+        """Call back when the fork server reports how the process ended, or ends itself."""
         self._child.end.add_done_callback(lambda _: callback())
 
     def gone(self) -> bool:
@@ -49,13 +49,13 @@ class Process:
         return bool(poll.poll(0))
 
     def kill(self) -> None:
-        """Kill the process, be it stopped; one that has ended is left alone."""
+        """Kill the process, even a stopped one; nothing happens if it has ended."""
         if not self._closed:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
 
     def close(self) -> Exit:
-        """Let go of a process that has ended, and say how, as far as it is known."""
+        """Close the pidfd of a process that has ended; returns how it ended, as far as known."""
         end = self._child.end.result() if self.told else Exit(None, None)
         self.orphaned = self.told and end == Exit(None, None)
         if end == Exit(None, None):
@@ -70,10 +70,10 @@ class Process:
 
 
 def _reap(pidfd: int) -> Exit:
-    """Learn how an orphan ended.
+    """Reap an orphaned worker and return how it ended.
 
-    When the fork server dies first, its children become those of the next reaper above it. In a container
-    that may be this very process, and then nobody else removes them.
+    When the fork server dies first, the next reaper above it adopts its children. In a container that may be
+    this very process, and then nobody else reaps them.
     """
     try:
         info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

@@ -1,6 +1,6 @@
-"""The server's side of a fork server: one process, from its launch to its end; it is never started twice.
+"""The server's side of a fork server: its launch, the workers it forks, their exits, and its own end.
 
-The last words of a process: the end of its stderr pipe, read as it comes and kept within bounds.
+A fork server is launched once and never restarted; `runtime.process.pool` launches the next one.
 """
 
 import asyncio
@@ -33,14 +33,14 @@ from runtime.process.forkserver import (
 MAX_LINES = 64
 MAX_BYTES = 16 * 2**10
 READ_BYTES = 64 * 2**10
-"""What a pipe holds: one read empties it, and the loop does something else before the next."""
+"""The capacity of a pipe: one read empties it, and the loop turns before the next."""
 
 
 class StderrTail:
     """Reads a pipe on the running loop until its end, and keeps the last 64 lines, at most 16 KiB.
 
     Args:
-        descriptor: the reading end of the pipe, from now on this object's to close.
+        descriptor: the reading end of the pipe, which this object closes.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -51,16 +51,16 @@ class StderrTail:
         self._loop.add_reader(descriptor, self._read)
 
     def lines(self) -> list[str]:
-        """Give the last lines, oldest first; what is not UTF-8 is replaced."""
+        """Return the last lines, oldest first; bytes that are not UTF-8 are replaced."""
         text = self._kept.decode("utf-8", "replace").encode()[-MAX_BYTES:]  # a replaced byte takes three
         return text.decode("utf-8", "ignore").splitlines()[-MAX_LINES:]
 
     def note(self, line: str) -> None:
-        """Add a line of the server's own, for whoever reads why the process ended."""
+        """Add a line of the server that explains why the process ended."""
         self._keep(f"{line}\n".encode())
 
     def close(self) -> list[str]:
-        """Read what is left in the pipe, close it, and give the last lines."""
+        """Read the rest of the pipe, close it, and return the last lines."""
         self._read()
         self._close()
         return self.lines()
@@ -90,10 +90,10 @@ FORK = msgspec.msgpack.encode(Fork())
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that the fork server made: its id, a pidfd (the owner's to close) and how it will end.
+    """A forked process: its id, a pidfd (the owner closes it) and its future exit.
 
-    `end` is set when the fork server has reaped it, or to nulls when the fork server itself has ended; it
-    must not be cancelled.
+    `end` is set when the fork server has reaped the process, or to nulls when the fork server itself has
+    ended. It must not be cancelled.
     """
 
     pid: int
@@ -102,11 +102,11 @@ class Child:
 
 
 class ForkServer:
-    """A running fork server; make one with `launch`.
+    """A running fork server, which `launch` starts; once ended it is never started again.
 
     Attributes:
-        ready: set when everything is imported; ForkServerUnavailable if it ended before.
-        ended: set when the process is gone and nothing of it is left, reaped and closed.
+        ready: set when everything is imported; ForkServerUnavailable if the process ended before.
+        ended: set when the process is reaped and its descriptors are closed.
     """
 
     def __init__(
@@ -123,13 +123,15 @@ class ForkServer:
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._on_end)
-        self._loop.add_reader(self._connection.fileno(), self._on_readable)  # last: undone by closing it
+        self._loop.add_reader(
+            self._connection.fileno(), self._on_readable
+        )  # last: closing the socket undoes it
 
     @classmethod
     def launch(cls, environment: Mapping[str, str]) -> Self:
-        """Start the process; it is of use when `ready` is set.
+        """Start the process; it can fork once `ready` is set.
 
-        The kernel kills it when the calling thread ends, so that has to be the one that runs the loop.
+        The kernel kills it when the calling thread ends, so call this in the thread that runs the loop.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, there is no new process.
@@ -151,9 +153,9 @@ class ForkServer:
         return self._process.pid
 
     def fork(self, descriptors: Sequence[int]) -> asyncio.Future[Child]:
-        """Ask for a worker with these descriptors, which the caller may close at once.
+        """Request a worker with these descriptors, which the caller may close at once.
 
-        The returned future must not be cancelled: a child that it brings has to be looked after.
+        The returned future must not be cancelled: somebody must own the child that it brings.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, by the future.
@@ -170,12 +172,12 @@ class ForkServer:
         return answer
 
     def kill(self) -> None:
-        """Kill the fork server, and by that all its children, stopped or not."""
+        """Kill the fork server and with it all its children, stopped or not."""
         if not self.ended.done():
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _on_readable(self) -> None:
-        """Take one message; when there can be no more, end the process."""
+        """Read one message; at the end of the socket, kill the process."""
         if not self._take() and self._at_end:
             self._loop.remove_reader(self._connection.fileno())
             self.kill()
@@ -230,7 +232,7 @@ class ForkServer:
             answer.set_exception(ForkServerUnavailable(text))
         if not self.ready.done():
             self.ready.set_exception(ForkServerUnavailable(text))
-            self.ready.exception()  # seen, also if nobody waits for it
+            self.ready.exception()  # retrieved, even if nobody awaits it
         self._children.clear()
         self._asked.clear()
         self.ended.set_result(None)
@@ -245,7 +247,7 @@ def close_watched(descriptor: int) -> None:
 def _start_process(
     environment: Mapping[str, str], undo: contextlib.ExitStack
 ) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
-    """Start a fork server: gives the process, its connection, and the reading end of its stderr pipe."""
+    """Start a fork server; returns the process, its connection and the reading end of its stderr pipe."""
     with contextlib.ExitStack() as theirs:
         connection, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(connection.close)

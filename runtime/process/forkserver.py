@@ -1,9 +1,9 @@
 """The fork server: a small process that has ONNX Runtime imported, and forks itself into workers.
 
-A fork of it is ready in a few milliseconds and shares the memory of everything imported. It must therefore
-stay what it is at its start: one thread, no descriptors but its own, no secrets. It is a program of its own
-(`launch_command`), not the standard library's: that one imports the server's main module again in each child,
-needs a named socket and a resource tracker, and takes its environment from the server's.
+A forked worker is ready in a few milliseconds and shares the memory of everything imported. The fork server
+must therefore stay as clean as at its start: one thread, no descriptors but its own, no secrets. It is a
+program of its own (`launch_command`), not the standard library's: that one imports the server's main module
+again in each child, needs a named socket and a resource tracker, and takes its environment from the server's.
 
 It serves one SOCK_SEQPACKET socket that it inherits. `Fork` comes with three descriptors (the worker's end
 of its data channel, of its control channel, and of its stderr pipe) and is answered, in order, with `Forked`
@@ -31,18 +31,18 @@ import msgspec
 
 WORKER_FDS = 3
 DATA, CONTROL = 3, 4
-"""The descriptors that a worker finds its channels at; 0 is /dev/null, 1 and 2 are its stderr pipe."""
+"""A worker's descriptors for its channels; 0 is /dev/null, 1 and 2 are its stderr pipe."""
 MESSAGE_BYTES = 4096
 PR_SET_PDEATHSIG = 1
 """linux/prctl.h"""
 EX_SOFTWARE = 70
-"""sysexits.h: what a worker exits with when an exception that nobody expected ended it."""
+"""sysexits.h: the exit code of a worker that an unexpected exception ended."""
 
 PASSED_ON = {"PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH"}
-"""Variables that the fork server and its workers may see, with LC_*.
+"""The variables that the fork server and its workers may see, besides LC_*.
 
-No HOME: nothing in a worker has any business there, and libraries leave caches where they find one. Not ours
-(LOADLEDGER_*), nor any other: a model that takes over its worker finds no secrets in its environment.
+HOME is left out because libraries leave caches there. LOADLEDGER_* and all others are left out, so that a
+model that takes over its worker finds no secrets in its environment.
 """
 ADDED = {
     "ORT_DISABLE_TELEMETRY": "1",  # else importing ONNX Runtime starts a thread and opens a database
@@ -53,7 +53,7 @@ ADDED = {
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
-    """Make a worker of the three descriptors that come with this."""
+    """Fork a worker with the three descriptors that come with this message."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -85,10 +85,10 @@ FROM_FORK_SERVER = msgspec.msgpack.Decoder(FromForkServer)
 
 
 def launch_command(parent: int, descriptor: int) -> list[str]:
-    """Give the command line of a fork server that serves `descriptor` and ends with the process `parent`.
+    """Return the command line of a fork server that serves `descriptor` and ends with the process `parent`.
 
-    Isolated mode keeps PYTHON* variables and the working directory out; what this process can import, the
-    fork server can, since it is told the path.
+    Isolated mode keeps PYTHON* variables and the working directory out. The import path is an argument, so
+    the fork server can import what this process can.
     """
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])  # noqa: PTH100 - "" is the working directory
     code = (
@@ -99,7 +99,7 @@ def launch_command(parent: int, descriptor: int) -> list[str]:
 
 
 def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Reduce an environment to what the fork server may see, and add what it needs."""
+    """Return the fork server's environment: the allowed variables of this one, and `ADDED`."""
     passed = {k: v for k, v in environment.items() if k in PASSED_ON or k.startswith("LC_")}
     return passed | ADDED
 
@@ -115,17 +115,17 @@ def main() -> NoReturn:
         gc.disable()
         gc.freeze()  # a collection would write to every object, and so copy the pages that children share
         _Server(socket.socket(fileno=int(sys.argv[3]))).serve()
-    except BaseException:  # noqa: BLE001 - told, then the process ends
+    except BaseException:  # noqa: BLE001 - printed, then the process ends
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(EX_SOFTWARE)
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, stopped or not.
+    """Have the kernel kill this process, even a stopped one, when the thread that started it ends.
 
     Args:
-        parent: the process id of the parent; if it is no longer that, it is gone already.
+        parent: the parent's process id; if this process has another parent, its own is gone already.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -133,7 +133,7 @@ def die_with(parent: int) -> None:
 
 
 class _Server:
-    """One thread, one poll loop: requests on the socket, deaths on a pidfd for each child."""
+    """A poll loop in one thread: requests on the socket, exits on a pidfd for each child."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -155,12 +155,12 @@ class _Server:
         if not message:  # the server has closed its end, or is gone
             os._exit(0)
         answer, pidfds = self._fork(descriptors)
-        for descriptor in descriptors:  # before anyone can wait for the end of what they are ends of
+        for descriptor in descriptors:  # at once: their other ends see no EOF while they are open here
             os.close(descriptor)
         self._send(answer, *pidfds)
 
     def _fork(self, descriptors: Sequence[int]) -> tuple[Forked | ForkFailed, Sequence[int]]:
-        """Make a worker; gives the answer, and the pidfd to go with it."""
+        """Fork a worker; returns the answer and the pidfd to send with it."""
         if len(descriptors) != WORKER_FDS:
             return ForkFailed("the descriptors did not arrive: too many open files"), ()
         parent = os.getpid()
@@ -192,7 +192,7 @@ class _Server:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
         try:
             self._connection.sendmsg([msgspec.msgpack.encode(message)], [rights] if descriptors else [])
-        except OSError:  # nobody is there to be told
+        except OSError:  # the server is gone
             os._exit(0)
 
 
@@ -205,7 +205,7 @@ def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
         faulthandler.enable(all_threads=False)  # walking the others, it may itself crash
         gc.enable()
         importlib.import_module("runtime.worker.main").main(DATA, CONTROL)
-    except BaseException:  # noqa: BLE001 - told, then the process ends
+    except BaseException:  # noqa: BLE001 - printed, then the process ends
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
     finally:
@@ -216,7 +216,7 @@ def _arrange(descriptors: Sequence[int]) -> None:
     """Leave /dev/null, the stderr pipe twice, the data and the control channel, and nothing else, open."""
     data, control, stderr = descriptors
     null = os.open(os.devnull, os.O_RDONLY)
-    # First out of the way of the numbers that they are to have, whatever numbers they came with.
+    # First to high numbers: a descriptor may have arrived with the number of another one's target.
     moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 2 * CONTROL) for fd in (null, stderr, stderr, data, control)]
     for number, descriptor in enumerate(moved):
         os.dup2(descriptor, number, inheritable=number < DATA)

@@ -1,7 +1,4 @@
-"""Makes workers, and keeps a fork server running to make them from.
-
-Waiting for what has to come to its end, whatever becomes of the task that waits for it.
-"""
+"""The pool of workers: one fork server, replaced when it ends, and at most one pre-forked worker."""
 
 import asyncio
 import contextlib
@@ -18,7 +15,7 @@ T = TypeVar("T")
 
 
 async def whole(work: Coroutine[Any, Any, T]) -> T:
-    """Wait until this has ended, also if the waiting task is cancelled; only then is it."""
+    """Await this work to its end even if the task is cancelled; the cancellation is raised after it."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -27,35 +24,35 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        task.exception()  # seen: who cancels does not ask
+        task.exception()  # retrieved: a canceller does not ask for it
         raise cancelled
     return task.result()
 
 
 def begun(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-    """Begin what somebody will probably wait for; if nobody does, its problem is nobody's."""
+    """Start a task whose exception nobody needs to retrieve."""
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return task
 
 
 async def ended(worker: Worker) -> None:
-    """End a worker, and wait until it is gone."""
+    """Kill a worker, and wait until it is gone, even if the task is cancelled."""
     worker.kill()
     await whole(asyncio.wait({worker.ended}))
 
 
 LAUNCH_LIMIT_S = 10.0
-"""For a new fork server to import everything; it takes 0.2 s."""
+"""Limit for a new fork server to import everything, which takes 0.2 s."""
 FORK_LIMIT_S = 5.0
-"""For a fork, which takes 4 ms. A fork server that does not answer is killed, and its workers with it."""
+"""Limit for a fork, which takes 4 ms. A fork server that does not answer is killed with its workers."""
 RETRY_S = (0.1, 5.0)
-"""Between launches when the fork server does not come up: the first pause, doubling to the last."""
+"""Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
-"""Of a channel's socket, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
+"""Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
 KEPT_S = 1.0
-"""How long a worker waits to be taken. From a look at a load's files to its start it is some milliseconds;
-a load that has to wait for longer has its worker forked when it starts."""
+"""How long a pre-forked worker is kept. A load starts some milliseconds after its files are resolved; one
+that waits longer forks its own worker."""
 _UNTAKEN = "spare"
 
 
@@ -64,9 +61,9 @@ class WorkerPool:
 
     Args:
         threads: how many threads each worker computes with.
-        patience_s: how long an inference that was told to stop may go on, before its worker is killed.
-        warm_up: whether models run once before they are loaded, where their loadledger.toml does not say.
-        huge_pages: whether workers have huge pages where they were measured to be better.
+        patience_s: how long a cancelled inference may go on before its worker is killed.
+        warm_up: whether models are warmed up, unless their loadledger.toml decides.
+        huge_pages: whether workers use huge pages where these were measured to be better.
     """
 
     def __init__(
@@ -90,14 +87,14 @@ class WorkerPool:
 
     @property
     def keeper(self) -> asyncio.Task[None]:
-        """What replaces the fork server, once the pool is open; that it ends before `close` is a defect."""
+        """The task that replaces the fork server, once the pool is open; its end before `close` is a defect."""
         assert self._keeper is not None, "the pool is not open"
         return self._keeper
 
     async def open(self) -> None:
         """Start the fork server and wait until it has imported everything.
 
-        The thread that runs this must live as long as the pool: the kernel ends the fork server with it.
+        The calling thread must live as long as the pool: the kernel kills the fork server when it ends.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.
@@ -106,15 +103,15 @@ class WorkerPool:
         self._keeper = asyncio.create_task(self._keep(fork_server), name="fork server")
 
     def expect(self) -> None:
-        """Have a worker forked ahead, since somebody will probably `start` one in a moment."""
+        """Fork a worker ahead of a `start` that probably follows in a moment."""
         if self.healthy and not self._closed:
             self._spare.expect()
 
     async def start(self, worker_id: str) -> Worker:
-        """Give a worker: one that was forked ahead, else a new one.
+        """Return the pre-forked worker or a new one, with this id.
 
         Raises:
-            ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new one is being started.
+            ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new fork server is starting.
         """
         return await self._spare.take(worker_id) or await self._fork_one(worker_id)
 
@@ -127,14 +124,14 @@ class WorkerPool:
             try:
                 await worker.connect(data, control)
             except BaseException:
-                await ended(worker)  # whoever gives up gives back what it reserved for it
+                await ended(worker)  # before the caller releases its reservation
                 raise
         except OSError as error:
             raise ForkServerUnavailable(f"cannot start a worker: {error.strerror}") from None
         return worker
 
     async def close(self) -> None:
-        """Kill what is left and wait until it is gone; the pool cannot be opened again."""
+        """Kill all workers and the fork server, and wait for their ends; the pool cannot be reopened."""
         self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
@@ -145,14 +142,14 @@ class WorkerPool:
             worker.kill()
         if workers:
             await asyncio.wait({worker.ended for worker in workers})
-        if self._fork_server is not None:  # last, for it is who reaps them
+        if self._fork_server is not None:  # last: it reaps the workers
             self._fork_server.kill()
             await asyncio.shield(self._fork_server.ended)
 
     async def _fork(
         self, fork_server: ForkServer, worker_id: str
     ) -> tuple[Worker, socket.socket, socket.socket]:
-        """Make a worker: gives it with this side's ends of its data and control channels."""
+        """Fork a worker; returns it with this side's ends of its data and control channels."""
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as theirs:
                 data, data_end = _socketpair(ours, theirs)
@@ -205,7 +202,7 @@ class WorkerPool:
         return self._fork_server
 
     async def _answer(self, fork_server: ForkServer, asked: asyncio.Future[Child]) -> Child:
-        """Wait for the fork server's answer; whoever is not there to take a child leaves it to be killed."""
+        """Wait for the fork server's answer; a child that nobody takes ends with its channels."""
         try:
             async with asyncio.timeout(FORK_LIMIT_S):
                 child = await asyncio.shield(asked)
@@ -223,14 +220,14 @@ class WorkerPool:
 
 
 def _discard(asked: asyncio.Future[Child]) -> None:
-    if asked.exception() is None:  # its channels are closed at this end, so it ends by itself
+    if asked.exception() is None:  # this side's channels are closed, so the child ends by itself
         os.close(asked.result().pidfd)
 
 
 def _socketpair(
     ours: contextlib.ExitStack, theirs: contextlib.ExitStack
 ) -> tuple[socket.socket, socket.socket]:
-    """Make a channel; its ends are closed with the two stacks."""
+    """Create a channel whose ends the two stacks close."""
     our_end, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.callback(our_end.close)
     theirs.callback(their_end.close)
@@ -241,10 +238,10 @@ def _socketpair(
 
 
 class Spare:
-    """At most one pre-forked worker: while a load is decided on and recorded, what it will run in comes up.
+    """At most one pre-forked worker: it starts while its load is still being decided and recorded.
 
     Args:
-        fork: makes a worker of this name.
+        fork: forks a worker with this id.
     """
 
     def __init__(self, fork: Callable[[str], Coroutine[Any, Any, Worker]]) -> None:
@@ -254,7 +251,7 @@ class Spare:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Begin to fork one, if there is none; nobody is told if that fails."""
+        """Begin to fork one, if there is none; a failure is ignored."""
         if self._coming is None:
             self._coming = task = begun(self._fork(_UNTAKEN), "forking ahead")
             self._tasks.add(task)
@@ -262,7 +259,7 @@ class Spare:
             self._timer = asyncio.get_running_loop().call_later(KEPT_S, self.drop)
 
     async def take(self, worker_id: str) -> Worker | None:
-        """Give it this name, and hand it over; None if there is none, or it is of no use any more."""
+        """Hand over the pre-forked worker with this id; None if there is none or it is dying."""
         task = self._let_go()
         if task is None:
             return None
@@ -279,13 +276,13 @@ class Spare:
         return worker
 
     def drop(self) -> None:
-        """End it: nobody has come for it."""
+        """Kill the pre-forked worker, which no load has taken."""
         task = self._let_go()
         if task is not None:
             task.add_done_callback(_kill)
 
     async def close(self) -> None:
-        """End what is being forked, and wait until it has ended."""
+        """Cancel the fork under way, and wait until it has ended."""
         self.drop()
         for task in self._tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""What a worker was asked and has not answered: deadlines, cancelling, and whether it stops when told to."""
+"""In-flight inferences of a worker: their deadlines, their cancellation, and a worker that is stuck."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from runtime.errors import Exit, InferenceTimeout, RuntimeProblem, WorkerDied
 from runtime.wire import Outcome, Tensor
 
 Answer = tuple[Outcome, tuple[Tensor, ...]]
-"""What an inference came to: where its time went, and the outputs."""
+"""The result of an inference: its durations and its outputs."""
 
 
 class InFlight:
-    """The inferences of one worker that are queued or running, in the order in which they were asked for.
+    """The queued and running inferences of one worker, in the order of their requests.
 
-    One that was cancelled, or timed out, stays until the worker says that it is over.
+    A cancelled or timed-out inference stays in flight until the worker reports its end.
 
     Args:
-        patience_s: how long one that was cancelled may go on running.
-        cancel: has the worker stop an inference.
-        on_stuck: is called when it does not: nobody behind that would be served.
+        patience_s: how long a cancelled inference may go on running.
+        cancel: sends the cancellation to the worker.
+        on_stuck: called when the worker does not stop it: requests behind it would wait for ever.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class InFlight:
         return number in self._asked
 
     async def drained(self) -> None:
-        """Wait until there is none."""
+        """Wait until nothing is in flight."""
         while self._asked:
             self._idle.clear()
             await self._idle.wait()
 
     async def answer(self, number: int, timeout_s: float) -> Answer:
-        """Wait for the answer to an inference that was just sent; if this is cancelled, so is that.
+        """Wait for the answer to an inference that was just sent; cancelling this cancels the inference.
 
         Raises:
-            InferenceTimeout: `inference_timeout`, and it was told to stop.
+            InferenceTimeout: `inference_timeout`; the inference is cancelled.
             WorkerDied: `worker_died`.
-            RuntimeProblem: what it failed with.
+            RuntimeProblem: the inference failed.
         """
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._asked[number] = answer
@@ -69,7 +69,7 @@ class InFlight:
             del answer  # a failure's traceback holds this frame, and so would keep the tensors
 
     def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
-        """Hand on what the worker said of an inference; who asked may have gone."""
+        """Hand the worker's answer to the caller, who may have gone."""
         answer = self._asked.pop(number)
         self._heard_at = self._loop.time()
         if self._cancelled:
@@ -84,7 +84,7 @@ class InFlight:
             answer.set_result(result)
 
     def abandon(self, end: Exit) -> None:
-        """Tell all who wait that the worker has ended; it may have been at work on the first."""
+        """Fail all inferences because the worker has ended; the first may have been running."""
         first = next(iter(self._asked), None)
         for number, answer in self._asked.items():
             if not answer.done():
@@ -113,9 +113,9 @@ class InFlight:
             self._watching = self._loop.call_later(delay_s, self._look_for_stuck)
 
     def _look_for_stuck(self) -> None:
-        """Judge the first: inferences run in their order, so it is the one that runs.
+        """Check the first inference: they run in order, so it is the running one.
 
-        One behind it that was cancelled does nothing, and is nobody's fault.
+        A cancelled inference behind it only waits, and proves nothing.
         """
         self._watching = None
         if not self._cancelled:

@@ -1,4 +1,4 @@
-"""The server's side of a worker: load, infer, measure, stop, kill, and one fact, its end."""
+"""The server's side of a worker: load, prepare, infer, measure, stop and kill one process."""
 
 import asyncio
 import itertools
@@ -50,32 +50,32 @@ from runtime.wire import (
 )
 
 MAX_UNSENT_BYTES = 256 * 2**20
-"""Of inferences that a worker has not begun to read. Beyond it the next is refused, however few they are:
-what was given up or timed out is in memory until it is read, too."""
+"""Limit of inferences that a worker has not read. Beyond it the next is refused, however few they are:
+cancelled and timed-out requests stay in memory until they are read, too."""
 MAX_UNSENT_CANCELS_BYTES = 2**20
-"""Some 50,000. A worker reads them at once, even while it computes; one that does not is not well."""
+"""Some 50,000. A worker reads cancellations at once, even while it computes; one that does not is killed."""
 MAX_ANSWER_HEADER_BYTES = 4 * 2**20
-"""Of tens of thousands of outputs. It is the list of a load's files that may be longer."""
+"""Enough for tens of thousands of outputs. Only a load's list of files may be longer."""
 LAST_WORDS_S = 1.0
-"""After a worker's death: how long its exit status, and what it still had to say, are waited for."""
+"""After a worker's death: how long the server waits for its exit status and its last output."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
     problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
 }
 
 LoadReport = Loaded
-"""What a load came to: files with identities and hashes, inputs, outputs, memory, durations."""
+"""The report of a load: files with identities and hashes, inputs, outputs, memory, durations."""
 PrepareReport = PrepareDone
-"""What preparing came to: the form's files and those of the repository, with identities and hashes."""
+"""The report of preparing: the cached model's files and its sources, with identities and hashes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Awaited:
-    """A load, or a form to be made, that has not been answered yet.
+    """A load or preparation whose report is awaited.
 
     Attributes:
-        order: what the worker was told.
-        answer: who waits for it.
-        on_stage: is told of each step of a load.
+        order: the message to the worker.
+        answer: the caller's future.
+        on_stage: called with each stage of a load.
     """
 
     order: Load | Prepare
@@ -83,7 +83,7 @@ class _Awaited:
     on_stage: Callable[[str], None] | None = None
 
     def may_end_with(self, message: Loaded | PrepareDone | LoadFailed) -> bool:
-        """Tell whether a worker may say this: it names the files, and no others, that it was told of."""
+        """Return whether the worker may report this: the order's files, or a code of its kind."""
         match self.order, message:
             case Load(), Loaded():
                 form = self.order.prepared and self.order.prepared.sha256
@@ -95,7 +95,7 @@ class _Awaited:
         return isinstance(message, LoadFailed)
 
     def settle(self, message: Loaded | PrepareDone | LoadFailed) -> None:
-        """Hand the answer to who waits for it, who may have gone."""
+        """Set the caller's result; the caller may have gone."""
         if self.answer.done():
             return
         if isinstance(message, LoadFailed):
@@ -105,11 +105,11 @@ class _Awaited:
 
 
 class Worker:
-    """One worker process; a pool's `start` makes them.
+    """One worker process; `WorkerPool.start` creates it.
 
     Attributes:
-        worker_id: the name that the server has for it.
-        pid: its process id, of use for people and /proc only: after `ended` it may be another's.
+        worker_id: its id in the ledger.
+        pid: its process id, for people and /proc only: after `ended` another process may have it.
         ended: set once, when the process is gone. Wait for it with `asyncio.wait` or through
             `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
     """
@@ -130,7 +130,7 @@ class Worker:
         self._last_words: asyncio.TimerHandle | None = None
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
-        """Take over this side's ends of the channels; the pool does this once, and ends it if this fails."""
+        """Adopt this side's ends of the channels; the pool kills the worker if this fails."""
 
         async def both() -> None:
             await self._data.connect(data)
@@ -140,17 +140,17 @@ class Worker:
 
     @property
     def orphaned(self) -> bool:
-        """Whether it ended with the fork server, and not by itself."""
+        """Whether the worker ended with the fork server, and not by itself."""
         return self._process.orphaned
 
     @property
     def dying(self) -> bool:
-        """Whether its process is gone; its last words may be on their way."""
+        """Whether the process is gone; its last output may still be on its way."""
         return self._last_words is not None
 
     @property
     def in_flight(self) -> int:
-        """How many inferences are queued or running, those included whose caller has gone."""
+        """How many inferences are queued or running, including those whose caller has gone."""
         return len(self._in_flight)
 
     async def drained(self) -> None:
@@ -160,29 +160,28 @@ class Worker:
     async def load(
         self, order: Load, on_stage: Callable[[str], None], warm_up_inputs: Sequence[Tensor] = ()
     ) -> LoadReport:
-        """Load a model; once per worker, which ends by itself when this fails.
+        """Load a model, once per worker; the worker ends by itself when this fails.
 
         Args:
             order: what to load.
-            on_stage: is called with `loading`, if the model is run `warming_up`, then `measuring`.
-            warm_up_inputs: what it is run on; with none, zeros, where shapes allow it.
+            on_stage: called with `loading`, `warming_up` if the model is run, and `measuring`.
+            warm_up_inputs: inputs of the warm-up; empty means zeros, where shapes allow it.
 
         Raises:
             LoadRefused: with the code of the reason.
             WorkerDied: `worker_died`.
         """
-        # For so long, what is cancelled may wait for others to run with.
+        # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         order = replace(order, tensors=heads(warm_up_inputs))
         report: LoadReport = await self._answer_to(order, warm_up_inputs, on_stage)
         return report
 
     async def prepare(self, order: Prepare) -> PrepareReport:
-        """Make a prepared form of a model; once per worker instead of a load. It ends by itself after that.
+        """Make a cached model, once per worker and instead of a load; the worker then ends by itself.
 
         Args:
-            order: what to prepare, and where to put it. Whatever is there after a failure is the caller's to
-                remove.
+            order: what to prepare, and the target folder, which the caller clears after a failure.
 
         Raises:
             LoadRefused: with the code of the reason: `prepare_failed`, `disk_full`, or one of a load's.
@@ -200,24 +199,24 @@ class Worker:
         digest: bool = False,
         timeout_s: float,
     ) -> Answer:
-        """Run the model; if the task that waits for this is cancelled, so is the inference.
+        """Run the model; cancelling the awaiting task cancels the inference.
 
-        Nothing waits here for the worker to read: whoever asks bounds what is in flight.
+        This does not wait for the worker to read: the caller bounds what is in flight.
 
         Args:
             inputs: by name, in any order; their data must not change until this returns.
-            outputs: what is wanted; nothing means all that are tensors.
-            text: whether all that are tensors come as JSON.
-            digest: whether each comes as UINT8 of shape [32] instead: SHA-256 over its datatype, shape and
-                data, to be compared with another worker's.
-            timeout_s: after this many seconds the inference is stopped.
+            outputs: the wanted outputs; empty means all that are tensors.
+            text: whether all tensors are returned as JSON.
+            digest: whether each output is returned as UINT8 of shape [32] instead: SHA-256 over its
+                datatype, shape and data, to compare with another worker's.
+            timeout_s: limit after which the inference is cancelled.
 
         Raises:
             InvalidInput: `invalid_input`, or `not_representable` for what JSON cannot carry.
             InferenceFailed: `inference_failed`.
             InferenceCancelled: `inference_cancelled`.
             InferenceTimeout: `inference_timeout`.
-            QueueFull: `inference_queue_full`, the worker has much to read.
+            QueueFull: `inference_queue_full`, the worker has too much to read.
             WorkerDied: `worker_died`.
         """
         if self._data.unsent_bytes > MAX_UNSENT_BYTES:
@@ -240,12 +239,12 @@ class Worker:
             measured = await asyncio.to_thread(memory.private_bytes, self.pid)
         except ProcessLookupError:
             measured = 0
-        if self._process.gone():  # or the process that was measured may have been another with its number
+        if self._process.gone():  # else another process may have had its pid
             raise WorkerDied(await asyncio.shield(self.ended))
         return measured
 
     async def stop(self, grace_s: float = 1.0) -> Exit:
-        """End the worker, whatever it does: by closing its channels, then, after `grace_s`, by force."""
+        """End the worker by closing its channels, and after `grace_s` kill it."""
         self._stopping = True
         self._data.abort()
         self._control.abort()
@@ -254,11 +253,11 @@ class Worker:
         return await asyncio.shield(self.ended)
 
     def kill(self) -> None:
-        """Kill the worker at once; it may be stopped, or gone already."""
+        """Kill the worker at once; it may be stopped or gone already."""
         self._process.kill()
 
     def stderr_tail(self) -> list[str]:
-        """Give the last lines that the worker wrote: at most 64, 16 KiB."""
+        """Return the worker's last lines on stderr: at most 64, 16 KiB."""
         return self._stderr.lines()
 
     def _cancel(self, number: int) -> None:
@@ -305,7 +304,7 @@ class Worker:
                 self.kill()
 
     def _on_unexpected(self, _: Frame[FromWorker]) -> None:
-        self.kill()  # a worker says nothing on its control channel
+        self.kill()  # a worker sends nothing on its control channel
 
     def _on_lost(self) -> None:
         if not self._stopping:
@@ -313,7 +312,7 @@ class Worker:
         self._finish_when_told()
 
     def _on_gone(self) -> None:
-        """The process is gone. How, the fork server says; what it said last is still on its way."""
+        """The process is gone; its exit report and its last output may still arrive."""
         self._last_words = self._loop.call_later(LAST_WORDS_S, self._finish)
         self._process.when_told(self._finish_when_told)
         self._finish_when_told()

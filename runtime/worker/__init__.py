@@ -1,1 +1,13 @@
-"""What runs in a worker's own process, and nowhere else: ONNX Runtime is imported here only."""
+"""The inside of a worker process, and the only package that imports ONNX Runtime.
+
+The way of a load: `main` reads a `Load` from the data channel; `loading.load` checks and hashes the files,
+watches the memory and uses the cached model if it may; `sessions` creates the session and warms it up. The
+way of an inference: `main` reads an `Infer`; `batching` chooses what runs together; `execution.Executor` runs
+it; `inference` turns tensors into arrays and back. `optimising` makes a cached model instead of a load.
+
+To change: session options, warm-up, memory limit: `sessions`. Cancellation, answers on the channel:
+`execution`. JSON and binary tensors: `inference`. Alignment of weights: `optimising`.
+
+Every module here is imported by the fork server and shared by all workers: what is imported here costs their
+start and memory. A test holds that no HTTP, SQL or asyncio is among it.
+"""

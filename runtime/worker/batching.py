@@ -1,8 +1,8 @@
-"""Which requests of a model with a batch dimension go together, and their tensors put together and apart.
+"""Dynamic batching: the queue of requests, what may run together, joined inputs and split outputs.
 
-Requests go together that bring the same inputs, of the same shapes but for the first dimension, and ask for
-the same outputs. The one that waits longest is always among those that are run next: the server relies on
-it when it looks for the inference that a worker is stuck in.
+Requests go together that bring the same inputs, of equal shapes but for the first dimension, and ask for the
+same outputs. The oldest request is always in the next batch: the server relies on that when it looks for the
+inference that a worker is stuck in.
 """
 
 from collections import deque

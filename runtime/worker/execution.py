@@ -1,9 +1,4 @@
-"""From `Infer` to `Outcome` or `Failure`, one by one or several at once.
-
-What a worker says on its data channel: small answers together, large ones without a copy.
-
-Which inference runs, and which are not to be run: what a worker's two threads share.
-"""
+"""Running inferences: one request or a batch, its cancellation, and the answers on the data channel."""
 
 import os
 import socket
@@ -20,7 +15,7 @@ from runtime.worker.batching import BatchDimension, NotApart, Request, apart, to
 from runtime.worker.inference import Runner
 
 JOINED_BYTES = 32 * 2**10
-"""Copying this much takes about as long as telling the kernel of one buffer more."""
+"""Copying this much takes about as long as one more buffer in a system call."""
 HELD_BYTES = 256 * 2**10
 """So much waits at most to be sent: what a socket's buffer holds about."""
 HELD_NS = 200_000

@@ -1,9 +1,7 @@
-"""What a worker does with `Infer`: tensors of the wire to ONNX Runtime's and back.
+"""Inputs and outputs of an inference: tensors of the wire, binary or JSON, to numpy's arrays and back.
 
-JSON tensors of the Open Inference Protocol v2, to and from numpy's arrays.
-
-Source of the rules: the protocol's "Tensor Data": flat or nested, row-major, elements as many as the shape
-has; FP16 and BF16 have no JSON form.
+Source of the rules for JSON: "Tensor Data" of the Open Inference Protocol v2: flat or nested, row-major, as
+many elements as the shape has; FP16 and BF16 have no JSON form.
 """
 
 import ctypes

@@ -1,12 +1,7 @@
-"""What a worker does with `Load`: check the files, create the session, run it once, measure what it takes.
+"""How a worker loads a model: its files, its cached model, the session, and the memory they take.
 
-What goes on beside the creation of a session: hashing files, and watching the memory that it takes.
-
-A load's prepared form: whether it is still what was prepared, and of the files that are to be loaded.
-
-Huge pages for a worker's memory, or not: the fork server asks for them, and here one goes without.
-
-Giving way: a worker whose work can wait leaves processor and disk to whoever else wants them.
+One thread beside the creation of the session hashes the files and samples the memory. A cached model is used
+if its files and its sources are unchanged; otherwise the load goes on with the repository's files.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
-"""The worker: the process that holds one session of one model version.
+"""The worker process: it holds one session of one model version and serves its two channels.
 
 Its main thread serves the data channel: reads, runs, answers, with no hand-over between. A second thread
-sleeps on the control channel, so that a cancellation reaches an inference that is running. The worker ends
-when either channel does, when it is told something that is no frame, after a load that failed, and after it
-has prepared a form.
+sleeps on the control channel, so that a cancellation reaches a running inference. The worker ends when either
+channel ends, on a malformed frame, after a failed load, and after it has made a cached model.
 """
 
 import _thread

@@ -1,17 +1,12 @@
-"""What a worker does with `Prepare`: have ONNX Runtime write down what it makes of a model's files.
+"""How a worker makes a cached model: ONNX Runtime writes its optimised graph, and the weights are aligned.
 
-That is the graph as it is after all optimisations for this machine, and beside it the weights, which a load
-then maps instead of reading them; "prepacked", with what the kernels make of the weights as well. Loading it
-is the work of `runtime.worker.loading`.
+The graph is written after all optimisations for this machine, with the weights in a file beside it, which a
+load maps instead of reading; the form "prepacked" also has what the kernels made of the weights.
 
-Moves the weights that ONNX Runtime wrote beside a graph to where its kernels can use them.
-
-ONNX Runtime (1.31) puts what it packed right behind the weight that it packed it of, wherever that ends, and
-a load maps it from there. Its matrix kernels read packed weights in steps that have to be aligned: of a 250
-by 250 matrix the process dies of SIGSEGV, and only when it is asked for two rows at once. What is not packed
-can lie anywhere, and is quicker to read where memory of its own would be. So all of it is copied to such
-places, and the graph is told of them: the protobuf messages that lead to tensors are written anew, all others
-are left as they are.
+ONNX Runtime (1.31) writes packed weights at any offset. Its matrix kernels read them in aligned steps: of a
+250 by 250 matrix the process dies of SIGSEGV, and only when it is run on two rows at once. Other weights are
+read faster where an allocation of their own would be. So all weights are copied to aligned offsets, and the
+protobuf messages that lead to tensors are rewritten; all others stay as they are.
 """
 
 import errno

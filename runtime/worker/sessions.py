@@ -1,9 +1,4 @@
-"""Making sessions: the options that all have, and what ONNX Runtime says when it makes none.
-
-A session that can serve, and what it takes and gives.
-
-The inference that a worker runs before its model is loaded, so that no request pays for the first one.
-"""
+"""Sessions: their options and errors, the description of their inputs and outputs, and the warm-up."""
 
 import math
 import os
