@@ -1,8 +1,9 @@
 """Making cached models in the background: candidates, one preparation at a time, and its outcomes.
 
 The scheduler decides when (`Prepare`, `StopPreparing`). A worker makes a form, and fresh workers try it
-beside the bare model. A form that crashes its worker, answers differently or is not faster is left out, and the next
-simpler form is tried. A preparation may end at any moment: what it leaves is a draft, which nobody uses.
+beside the bare model. A form that crashes its worker, answers differently or is not faster is left out, and
+the next simpler form is tried. A preparation may end at any moment: what it leaves is a draft, which nobody
+uses.
 """
 
 from __future__ import annotations

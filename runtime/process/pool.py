@@ -87,7 +87,7 @@ class WorkerPool:
 
     @property
     def keeper(self) -> asyncio.Task[None]:
-        """The task that replaces the fork server, once the pool is open; its end before `close` is a defect."""
+        """The task that replaces the fork server of an open pool; its end before `close` is a defect."""
         assert self._keeper is not None, "the pool is not open"
         return self._keeper
 
