@@ -25,12 +25,11 @@ from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import Policy
-from server.api.events import PROVER, event_routes, open_prover, proof_routes, stream_routes, streaming
-from server.api.health import dead, health_routes
-from server.api.jobs import job_routes
-from server.api.models import management_routes, requested_load
-from server.api.pages import console_routes, docs_routes
-from server.api.resources import LAST_LOOK, LastLook, resource_routes
+from server.api import events, health, jobs, models, pages, resources
+from server.api.events import PROVER, open_prover, streaming
+from server.api.health import dead
+from server.api.models import requested_load
+from server.api.resources import LAST_LOOK, LastLook
 from server.api.timetravel import past_middleware, reading_the_past
 from server.appkeys import (
     BODIES,
@@ -60,6 +59,7 @@ from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
 from server.http.responses import SERVER
 from server.http.validation import validation_middleware
+from server.observability import scrape
 from server.observability.output import RequestLog
 from server.observability.requestlog import (
     HTTP_COUNTS,
@@ -68,13 +68,12 @@ from server.observability.requestlog import (
     counting_middleware,
     log_middleware,
 )
-from server.observability.scrape import SCRAPES, Scrapes, metrics_routes
+from server.observability.scrape import SCRAPES, Scrapes
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
-from server.v2.inference import inference_routes
-from server.v2.metadata import MAX_BODY_BYTES, server_routes
+from server.v2 import inference, metadata, repository
+from server.v2.metadata import MAX_BODY_BYTES
 from server.v2.ondemand import OnDemand
-from server.v2.repository import repository_routes
 
 _log = logging.getLogger(__name__)
 
@@ -85,19 +84,16 @@ LEDGER = "ledger.db"
 def all_routes(metrics: str = "token") -> list[Route]:
     """Return every route of the server; `metrics` is the setting of who may read /metrics."""
     return [
-        *management_routes(),
-        *job_routes(),
-        *resource_routes(),
-        *event_routes(),
-        *stream_routes(),
-        *proof_routes(),
-        *inference_routes(),
-        *server_routes(),
-        *repository_routes(),
-        *health_routes(),
-        *metrics_routes(metrics),
-        *docs_routes(),
-        *console_routes(),
+        *models.routes,
+        *jobs.routes,
+        *resources.routes,
+        *events.routes,
+        *inference.routes,
+        *metadata.routes,
+        *repository.routes,
+        *health.routes,
+        *scrape.metrics_routes(metrics),
+        *pages.routes,
     ]
 
 

@@ -7,21 +7,18 @@ A domain error is any exception with a string attribute `code` that stands in th
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from aiohttp_apispec import docs
 
 log = logging.getLogger(__name__)
 
 CODE: web.ResponseKey[str] = web.ResponseKey("code", str)
 """Of an answer that tells an error: its code."""
-
-Decorated = TypeVar("Decorated", bound=Callable[..., object])
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 # Long enough for any message of ours; a hostile field name must not be echoed by the megabyte.
@@ -136,24 +133,6 @@ class Problem:
     instance: str | None
     headers: Mapping[str, str]
     members: Mapping[str, object]
-
-
-def errors(*codes: str) -> Callable[[Decorated], Decorated]:
-    """Name the codes a handler can answer, for the OpenAPI document; the route's own codes are implied.
-
-    Raises:
-        KeyError: a code is not in `ERRORS`.
-    """
-    for code in codes:
-        ERRORS[code]
-
-    def decorate(handler: Decorated) -> Decorated:
-        earlier: dict[str, Any] = getattr(handler, "__apispec__", {})
-        named = (*earlier.get("x-error-codes", ()), *codes)
-        decorated: Decorated = docs(**{"x-error-codes": named})(handler)
-        return decorated
-
-    return decorate
 
 
 def problem_of(error: Exception) -> Problem:

@@ -1,12 +1,22 @@
-"""What a route is: its path and handler, who may call it and which limit counts it."""
+"""Declare routes: one decorator states a route's path, role, schemas, answers and documentation.
 
-from collections.abc import Iterable, Mapping
+`Routes` collects the handlers of a module, as aiohttp's `RouteTableDef` does. What it is told is kept on the
+handler by aiohttp-apispec's decorators: `server.openapi` reads it there for the document, and
+`validation_middleware` for the schemas that a request is checked with.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
+from typing import Any, Required, TypedDict, TypeVar, Unpack
 
+import aiohttp_apispec as apispec
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
+from marshmallow import Schema
+
+from server.errors import ERRORS
 
 
 class Access(Enum):
@@ -20,12 +30,22 @@ class Access(Enum):
 
 
 class LimitClass(Enum):
-    """Which of the per-subject limits counts a route. NONE is for routes without a subject."""
+    """The per-subject limit that counts a route; NONE is for routes without a subject."""
 
     NONE = "none"
     READS = "reads"
     MANAGEMENT = "management"
     INFERENCE = "inference"
+
+
+LIMITS: Mapping[Access, LimitClass] = {
+    Access.PUBLIC: LimitClass.NONE,
+    Access.ANY: LimitClass.READS,
+    Access.AUDIT: LimitClass.READS,
+    Access.ADMIN: LimitClass.MANAGEMENT,
+    Access.PREDICT: LimitClass.INFERENCE,
+}
+"""The limit of a route follows from who may call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +62,91 @@ class Route:
     def name(self) -> str:
         """What the route does, as the ledger says it of who was refused."""
         return f"{self.method} {self.path}"
+
+
+Answer = tuple[Schema, str] | Mapping[str, Any]
+"""A schema and a description, or OpenAPI's own response object."""
+
+
+class Operation(TypedDict, total=False):
+    """What a handler's decorator declares beside method and paths."""
+
+    access: Required[Access]
+    tag: Required[str]
+    summary: Required[str]
+    description: str
+    path: Schema
+    query: Schema
+    headers: Schema
+    body: Schema
+    answers: Required[Mapping[int, Answer]]
+    errors: Sequence[str]
+    """Codes of the handler; those of its schemas and its access are implied."""
+    produces: Sequence[str]
+    parameters: Sequence[Mapping[str, Any]]
+    """OpenAPI's own, of fields that the handler reads itself."""
+    request_body: Mapping[str, Any]
+    """OpenAPI's own, of a body that the handler reads itself."""
+
+
+AnyHandler = TypeVar("AnyHandler", bound=Callable[..., Any])
+
+
+class Routes(list[Route]):
+    """The routes of a module, in the order of their declaration."""
+
+    def get(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
+        """Declare a handler of GET and HEAD."""
+        return self._declare(hdrs.METH_GET, paths, operation)
+
+    def post(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
+        """Declare a handler of POST."""
+        return self._declare(hdrs.METH_POST, paths, operation)
+
+    def _declare(
+        self, method: str, paths: Sequence[str], operation: Operation
+    ) -> Callable[[AnyHandler], AnyHandler]:
+        def decorate(handler: AnyHandler) -> AnyHandler:
+            _describe(handler, operation)
+            access = operation["access"]
+            self.extend(Route(method, path, handler, access, LIMITS[access]) for path in paths)
+            return handler
+
+        return decorate
+
+
+def _describe(handler: Callable[..., Any], operation: Operation) -> None:
+    """Keep schemas and documentation on the handler.
+
+    Raises:
+        KeyError: an error code is not in `ERRORS`.
+    """
+    for code in operation.get("errors", ()):
+        ERRORS[code]
+    answers: dict[str, Mapping[str, Any]] = {}  # aiohttp-apispec's own are texts, too
+    for status, answer in operation["answers"].items():
+        if isinstance(answer, tuple):
+            apispec.response_schema(answer[0], status, description=answer[1])(handler)
+        else:
+            answers[str(status)] = answer
+    declared: Mapping[str, Any] = operation
+    for part, declare in _REQUEST_PARTS.items():
+        if part in declared:
+            declare(declared[part])(handler)
+    documented = {name: declared[name] for name in _DOCUMENTED if name in declared}
+    if "request_body" in operation:
+        documented["requestBody"] = operation["request_body"]
+    errors = {"x-error-codes": operation.get("errors", ())}
+    apispec.docs(tags=[operation["tag"]], responses=answers, **documented, **errors)(handler)
+
+
+_DOCUMENTED = ("summary", "description", "parameters", "produces")
+_REQUEST_PARTS: Mapping[str, Callable[..., Any]] = {  # in the order in which a request is checked
+    "body": apispec.json_schema,
+    "headers": apispec.headers_schema,
+    "query": apispec.querystring_schema,
+    "path": apispec.match_info_schema,
+}
 
 
 RouteTable = Mapping[web.AbstractRoute, Route]

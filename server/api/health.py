@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from aiohttp import hdrs, web
-from aiohttp_apispec import docs, response_schema
 from marshmallow import fields
 
 from server.api.schemas import AnswerSchema, HealthSchema
 from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING, STREAMS
-from server.errors import ServerProblem, errors
-from server.routing import Access, LimitClass, Route
+from server.errors import ServerProblem
+from server.routing import Access, Routes
+
+routes = Routes()
 
 
 class LiveSchema(AnswerSchema):
@@ -32,45 +33,67 @@ class Unhealthy(ServerProblem):
     code = "unhealthy"
 
 
-@docs(tags=["health"], summary="Whether the process is worth keeping")
-@response_schema(HealthSchema(), 200, description="It is.")
-@errors("unhealthy")
+@routes.get(
+    "/health/live",
+    access=Access.PUBLIC,
+    tag="health",
+    summary="Whether the process is worth keeping",
+    answers={200: (HealthSchema(), "It is.")},
+    errors=("unhealthy",),
+)
 async def live(request: web.Request) -> web.Response:
     """Answer 200 as long as what the server cannot do without runs; when it does not, the process ends."""
     return _answer(live_checks(request.app))
 
 
-@docs(tags=["health"], summary="Whether requests can be served")
-@response_schema(HealthSchema(), 200, description="They can.")
-@errors("unhealthy")
+@routes.get(
+    "/health/ready",
+    access=Access.PUBLIC,
+    tag="health",
+    summary="Whether requests can be served",
+    answers={200: (HealthSchema(), "They can.")},
+    errors=("unhealthy",),
+)
 async def ready(request: web.Request) -> web.Response:
     """Answer 200 when the log can be written, the consumer works and workers can be started."""
     return _answer(ready_checks(request.app))
 
 
-@docs(tags=["health"], summary="Whether the process is worth keeping, as the protocol has it")
-@response_schema(LiveSchema(), 200, description="It is.")
-@errors("unhealthy")
+@routes.get(
+    "/v2/health/live",
+    access=Access.PUBLIC,
+    tag="health",
+    summary="Whether the process is worth keeping, as the protocol has it",
+    answers={200: (LiveSchema(), "It is.")},
+    errors=("unhealthy",),
+)
 async def v2_live(request: web.Request) -> web.Response:
     """Answer as `live` does; KServe's client looks for the member `live`, Triton's only at the status."""
     _check(live_checks(request.app))
     return web.json_response({"live": True})
 
 
-@docs(tags=["health"], summary="Whether requests can be served, as the protocol has it")
-@response_schema(ServerReadySchema(), 200, description="They can.")
-@errors("unhealthy")
+@routes.get(
+    "/v2/health/ready",
+    access=Access.PUBLIC,
+    tag="health",
+    summary="Whether requests can be served, as the protocol has it",
+    answers={200: (ServerReadySchema(), "They can.")},
+    errors=("unhealthy",),
+)
 async def v2_ready(request: web.Request) -> web.Response:
     """Answer as `ready` does; KServe's client looks for the member `ready`, Triton's only at the status."""
     _check(ready_checks(request.app))
     return web.json_response({"ready": True})
 
 
-@docs(
-    tags=["documentation"],
+@routes.get(
+    "/openapi.yaml",
+    access=Access.PUBLIC,
+    tag="documentation",
     summary="This document",
     produces=["application/yaml"],
-    responses={"200": {"description": "OpenAPI 3.0.3."}},
+    answers={200: {"description": "OpenAPI 3.0.3."}},
 )
 async def show_openapi(request: web.Request) -> web.Response:
     """Answer with the document that the routes give."""
@@ -78,19 +101,7 @@ async def show_openapi(request: web.Request) -> web.Response:
     return web.Response(text=text, content_type="application/yaml")
 
 
-def health_routes() -> list[Route]:
-    """Return the routes of this module; all are public and not limited."""
-    public = (Access.PUBLIC, LimitClass.NONE)
-    return [
-        Route("GET", "/health/live", live, *public),
-        Route("GET", "/health/ready", ready, *public),
-        Route("GET", "/v2/health/live", v2_live, *public),
-        Route("GET", "/v2/health/ready", v2_ready, *public),
-        Route("GET", "/openapi.yaml", show_openapi, *public),
-    ]
-
-
-_PROBED = frozenset({*(route.path for route in health_routes() if "/health/" in route.path), "/metrics"})
+_PROBED = frozenset({*(route.path for route in routes if "/health/" in route.path), "/metrics"})
 
 
 def is_probe(request: web.BaseRequest) -> bool:

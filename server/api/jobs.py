@@ -12,14 +12,6 @@ import json
 import re
 
 from aiohttp import hdrs, web
-from aiohttp_apispec import (
-    docs,
-    headers_schema,
-    json_schema,
-    match_info_schema,
-    querystring_schema,
-    response_schema,
-)
 from marshmallow import Schema, fields, validate
 
 from events.commands import Command, RequestCancel
@@ -38,9 +30,11 @@ from server.api.schemas import (
 from server.api.timetravel import past_job, past_jobs
 from server.appkeys import CONSUMER, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
-from server.errors import ServerProblem, errors
+from server.errors import ServerProblem
 from server.http.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters
-from server.routing import Access, LimitClass, Route, matched_route
+from server.routing import Access, Routes, matched_route
+
+routes = Routes()
 
 MAX_WAIT_S = 60
 """Longer than this, proxies and clients give up by themselves (DESIGN.md, "HTTP")."""
@@ -143,10 +137,15 @@ class ShuttingDown(ServerProblem):
     code = "shutting_down"
 
 
-@docs(tags=["jobs"], summary="List the jobs, newest first")
-@querystring_schema(JobsQuerySchema())
-@response_schema(JobListSchema(), 200, description="One page.")
-@errors("beyond_head", "archived", "log_unavailable")
+@routes.get(
+    "/api/v1/jobs",
+    access=Access.ANY,
+    tag="jobs",
+    summary="List the jobs, newest first",
+    query=JobsQuerySchema(),
+    answers={200: (JobListSchema(), "One page.")},
+    errors=("beyond_head", "archived", "log_unavailable"),
+)
 async def list_jobs(request: web.Request) -> web.Response:
     """Answer with a page of jobs."""
     query = query_parameters(request)
@@ -162,11 +161,16 @@ async def list_jobs(request: web.Request) -> web.Response:
     return web.json_response({"jobs": jobs, "as_of": page.as_of, "next_cursor": page.next_cursor})
 
 
-@docs(tags=["jobs"], summary="Show a job")
-@match_info_schema(JobPathSchema())
-@querystring_schema(AtQuerySchema())
-@response_schema(JobSchema(), 200, description="The job, ended or not.")
-@errors("unknown_job", "beyond_head", "archived", "log_unavailable")
+@routes.get(
+    "/api/v1/jobs/{job_id}",
+    access=Access.ANY,
+    tag="jobs",
+    summary="Show a job",
+    path=JobPathSchema(),
+    query=AtQuerySchema(),
+    answers={200: (JobSchema(), "The job, ended or not.")},
+    errors=("unknown_job", "beyond_head", "archived", "log_unavailable"),
+)
 async def show_job(request: web.Request) -> web.Response:
     """Answer with one job; that it failed is not an error of this request."""
     job_id, at = path_parameters(request)["job_id"], query_parameters(request)["at"]
@@ -178,36 +182,36 @@ async def show_job(request: web.Request) -> web.Response:
     return web.json_response(job_view(await _job(request.app, job_id), request.app[CONSUMER]))
 
 
-@docs(
-    tags=["jobs"],
+@routes.post(
+    "/api/v1/jobs/{job_id}/cancel",
+    access=Access.ADMIN,
+    tag="jobs",
     summary="Cancel a job",
     description="Ends a load that has not loaded its model, or an unload that has not begun. Who is too late "
     "changes nothing: the job may complete between this answer and the end, so its `status` is what counts. "
     "A job that is being cancelled already is answered as it is.",
     parameters=[PREFER],
+    path=JobPathSchema(),
+    query=NothingSchema(),
+    headers=IdempotencySchema(),
+    body=CancelBodySchema(),
+    answers={
+        202: (JobSchema(), "Accepted: follow the job at `Location`."),
+        200: (JobSchema(), "The job ended within `Prefer: wait=N`, whatever its outcome."),
+    },
+    errors=(
+        "unknown_job",
+        "idempotency_mismatch",
+        "already_finished",
+        "already_started",
+        "log_unavailable",
+        "shutting_down",
+    ),
 )
-@match_info_schema(JobPathSchema())
-@querystring_schema(NothingSchema())
-@headers_schema(IdempotencySchema())
-@json_schema(CancelBodySchema())
-@response_schema(JobSchema(), 202, description="Accepted: follow the job at `Location`.")
-@response_schema(JobSchema(), 200, description="The job ended within `Prefer: wait=N`, whatever its outcome.")
-@errors("unknown_job", "idempotency_mismatch", "already_finished", "already_started")
-@errors("log_unavailable", "shutting_down")
 async def cancel_job(request: web.Request) -> web.Response:
     """Append `CancelRequested`, unless the job is past it."""
     job = await _job(request.app, path_parameters(request)["job_id"])
     return await submit(request, RequestCancel(job.id, request[PRINCIPAL].subject, idempotency(request)))
-
-
-def job_routes() -> list[Route]:
-    """Return the routes of this module."""
-    read = (Access.ANY, LimitClass.READS)
-    return [
-        Route("GET", "/api/v1/jobs", list_jobs, *read),
-        Route("GET", "/api/v1/jobs/{job_id}", show_job, *read),
-        Route("POST", "/api/v1/jobs/{job_id}/cancel", cancel_job, Access.ADMIN, LimitClass.MANAGEMENT),
-    ]
 
 
 async def submit(request: web.Request, command: Command) -> web.Response:

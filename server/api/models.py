@@ -10,14 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
-from aiohttp_apispec import (
-    docs,
-    headers_schema,
-    json_schema,
-    match_info_schema,
-    querystring_schema,
-    response_schema,
-)
 
 from events.commands import FileStat, RequestLoad, RequestUnload
 from events.jobs import LoadParameters
@@ -43,7 +35,6 @@ from server.api.timetravel import past_model, past_models
 from server.appkeys import CONFIG, LOG, REPOSITORY
 from server.auth.gate import PRINCIPAL
 from server.config import Config
-from server.errors import errors
 from server.http.validation import (
     InvalidBody,
     NothingSchema,
@@ -52,7 +43,9 @@ from server.http.validation import (
     path_parameters,
     query_parameters,
 )
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Routes
+
+routes = Routes()
 
 _PARAMETERS = LoadParameters.__struct_fields__
 _AS_BODY = LoadBodySchema()
@@ -137,55 +130,15 @@ _ACCEPTED = "Accepted: follow the job at `Location`."
 _ENDED = "Nothing to do, or the job ended within `Prefer: wait=N`, whatever its outcome."
 
 
-@docs(tags=["models"], summary="Load a model, or another version of it", parameters=[PREFER])
-@match_info_schema(ModelPathSchema())
-@querystring_schema(NothingSchema())
-@headers_schema(IdempotencySchema())
-@json_schema(LoadBodySchema())
-@response_schema(JobSchema(), 202, description=_ACCEPTED)
-@response_schema(JobSchema(), 200, description=_ENDED)
-@errors("unknown_model", "unknown_version", "invalid_defaults", "idempotency_mismatch", "queue_full")
-@errors("log_unavailable", "shutting_down")
-async def load_model(request: web.Request) -> web.Response:
-    """Append `LoadRequested`, unless what is asked for is so or under way."""
-    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
-    asked, key = json_body(request), idempotency(request)
-    return await submit(request, await requested_load(request.app, model_id, asked, subject, key))
-
-
-@docs(tags=["models"], summary="Unload the active model", parameters=[PREFER])
-@querystring_schema(UnloadQuerySchema())
-@headers_schema(IdempotencySchema())
-@json_schema(UnloadBodySchema())
-@response_schema(JobSchema(), 202, description=_ACCEPTED)
-@response_schema(JobSchema(), 200, description=_ENDED)
-@errors("nothing_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down")
-async def unload_active(request: web.Request) -> web.Response:
-    """Append `UnloadRequested` for the model loaded last."""
-    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
-    return await submit(request, RequestUnload(None, subject, force, idempotency=idempotency(request)))
-
-
-@docs(tags=["models"], summary="Unload a model", parameters=[PREFER])
-@match_info_schema(ModelPathSchema())
-@querystring_schema(UnloadQuerySchema())
-@headers_schema(IdempotencySchema())
-@json_schema(UnloadBodySchema())
-@response_schema(JobSchema(), 202, description=_ACCEPTED)
-@response_schema(JobSchema(), 200, description=_ENDED)
-@errors("unknown_model", "not_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down")
-async def unload_model(request: web.Request) -> web.Response:
-    """Append `UnloadRequested`, unless an unload is under way."""
-    model_id = path_parameters(request)["id"]
-    await _versions(request, model_id)
-    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
-    return await submit(request, RequestUnload(model_id, subject, force, idempotency=idempotency(request)))
-
-
-@docs(tags=["models"], summary="List the models, in the repository or loaded")
-@querystring_schema(ModelsQuerySchema())
-@response_schema(ModelListSchema(), 200, description="One page, by id.")
-@errors("beyond_head", "archived", "log_unavailable")
+@routes.get(
+    "/api/v1/models",
+    access=Access.ANY,
+    tag="models",
+    summary="List the models, in the repository or loaded",
+    query=ModelsQuerySchema(),
+    answers={200: (ModelListSchema(), "One page, by id.")},
+    errors=("beyond_head", "archived", "log_unavailable"),
+)
 async def list_models(request: web.Request) -> web.Response:
     """Answer with a page of models, from the recorded state and the repository as it is now."""
     query, state = query_parameters(request), request.app[LOG].state
@@ -206,11 +159,16 @@ async def list_models(request: web.Request) -> web.Response:
     return web.json_response({"models": models, "as_of": state.position, "next_cursor": next_cursor})
 
 
-@docs(tags=["models"], summary="Show a model")
-@match_info_schema(ModelPathSchema())
-@querystring_schema(AtQuerySchema())
-@response_schema(ModelSchema(), 200, description="The model.")
-@errors("unknown_model", "beyond_head", "archived", "log_unavailable")
+@routes.get(
+    "/api/v1/models/{id}",
+    access=Access.ANY,
+    tag="models",
+    summary="Show a model",
+    path=ModelPathSchema(),
+    query=AtQuerySchema(),
+    answers={200: (ModelSchema(), "The model.")},
+    errors=("unknown_model", "beyond_head", "archived", "log_unavailable"),
+)
 async def show_model(request: web.Request) -> web.Response:
     """Answer with one model."""
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
@@ -221,17 +179,71 @@ async def show_model(request: web.Request) -> web.Response:
     return web.json_response(model_view(model_id, state, versions, state.active()))
 
 
-def management_routes() -> list[Route]:
-    """Return the routes of this module."""
-    manage = (Access.ADMIN, LimitClass.MANAGEMENT)
-    read = (Access.ANY, LimitClass.READS)
-    return [
-        Route("GET", "/api/v1/models", list_models, *read),
-        Route("GET", "/api/v1/models/{id}", show_model, *read),
-        Route("POST", "/api/v1/models/unload", unload_active, *manage),
-        Route("POST", "/api/v1/models/{id}/load", load_model, *manage),
-        Route("POST", "/api/v1/models/{id}/unload", unload_model, *manage),
-    ]
+@routes.post(
+    "/api/v1/models/unload",
+    access=Access.ADMIN,
+    tag="models",
+    summary="Unload the active model",
+    parameters=[PREFER],
+    query=UnloadQuerySchema(),
+    headers=IdempotencySchema(),
+    body=UnloadBodySchema(),
+    answers={202: (JobSchema(), _ACCEPTED), 200: (JobSchema(), _ENDED)},
+    errors=("nothing_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down"),
+)
+async def unload_active(request: web.Request) -> web.Response:
+    """Append `UnloadRequested` for the model loaded last."""
+    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
+    return await submit(request, RequestUnload(None, subject, force, idempotency=idempotency(request)))
+
+
+@routes.post(
+    "/api/v1/models/{id}/load",
+    access=Access.ADMIN,
+    tag="models",
+    summary="Load a model, or another version of it",
+    parameters=[PREFER],
+    path=ModelPathSchema(),
+    query=NothingSchema(),
+    headers=IdempotencySchema(),
+    body=LoadBodySchema(),
+    answers={202: (JobSchema(), _ACCEPTED), 200: (JobSchema(), _ENDED)},
+    errors=(
+        "unknown_model",
+        "unknown_version",
+        "invalid_defaults",
+        "idempotency_mismatch",
+        "queue_full",
+        "log_unavailable",
+        "shutting_down",
+    ),
+)
+async def load_model(request: web.Request) -> web.Response:
+    """Append `LoadRequested`, unless what is asked for is so or under way."""
+    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
+    asked, key = json_body(request), idempotency(request)
+    return await submit(request, await requested_load(request.app, model_id, asked, subject, key))
+
+
+@routes.post(
+    "/api/v1/models/{id}/unload",
+    access=Access.ADMIN,
+    tag="models",
+    summary="Unload a model",
+    parameters=[PREFER],
+    path=ModelPathSchema(),
+    query=UnloadQuerySchema(),
+    headers=IdempotencySchema(),
+    body=UnloadBodySchema(),
+    answers={202: (JobSchema(), _ACCEPTED), 200: (JobSchema(), _ENDED)},
+    errors=("unknown_model", "not_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down"),
+)
+async def unload_model(request: web.Request) -> web.Response:
+    """Append `UnloadRequested`, unless an unload is under way."""
+    model_id = path_parameters(request)["id"]
+    await _versions(request, model_id)
+    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
+    return await submit(request, RequestUnload(model_id, subject, force, idempotency=idempotency(request)))
 
 
 async def _versions(request: web.Request, model_id: str) -> list[int]:

@@ -10,12 +10,13 @@ from hashlib import sha256
 from importlib import resources
 
 from aiohttp import ETag, hdrs, web
-from aiohttp_apispec import docs, match_info_schema
 from marshmallow import Schema, fields, validate
 
-from server.errors import ServerProblem, errors
+from server.errors import ServerProblem
 from server.http.validation import path_parameters
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Routes
+
+routes = Routes()
 
 _NOTHING_ELSE = "default-src 'none'; script-src 'self'; connect-src 'self'; "
 _NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -79,73 +80,59 @@ class FilePathSchema(Schema):
     )
 
 
-_UNCHANGED = {"304": {"description": "It is still what `If-None-Match` names."}}
+_UNCHANGED = {304: {"description": "It is still what `If-None-Match` names."}}
 
 
-@docs(
-    tags=["console"],
-    summary="The console: a page to see and manage models",
-    produces=["text/html"],
-    responses={"200": {"description": "The page."}, **_UNCHANGED},
-)
-async def show_console(request: web.Request) -> web.StreamResponse:
-    """Answer with the page."""
-    return await _console_file(request, CONSOLE_PAGE)
-
-
-@docs(
-    tags=["console"],
-    summary="A file of the console",
-    responses={"200": {"description": "The file."}, **_UNCHANGED},
-)
-@match_info_schema(FilePathSchema())
-@errors("not_found")
-async def show_console_file(request: web.Request) -> web.StreamResponse:
-    """Answer with a file of the page."""
-    return await _console_file(request, path_parameters(request)["file"])
-
-
-@docs(
-    tags=["documentation"],
+@routes.get(
+    "/docs",
+    access=Access.PUBLIC,
+    tag="documentation",
     summary="This document as a page",
     produces=["text/html"],
-    responses={"200": {"description": "The page."}},
+    answers={200: {"description": "The page."}},
 )
 async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler's signature
     """Answer with the page."""
     return await _docs_file(DOCS_PAGE)
 
 
-@docs(
-    tags=["documentation"],
+@routes.get(
+    *(f"/docs/static/{name}" for name in _DOCS_FILES if name != DOCS_PAGE),
+    access=Access.PUBLIC,
+    tag="documentation",
     summary="A file of the page",
-    responses={"200": {"description": "The file."}},
+    answers={200: {"description": "The file."}},
 )
 async def show_file(request: web.Request) -> web.Response:
     """Answer with the file that the path ends in; only paths of files have this handler."""
     return await _docs_file(request.path.rpartition("/")[2])
 
 
-def docs_routes() -> list[Route]:
-    """Return the routes of the OpenAPI document's page: itself and each of the files it needs."""
-    public = (Access.PUBLIC, LimitClass.NONE)
-    return [
-        Route("GET", "/docs", show_docs, *public),
-        *(
-            Route("GET", f"/docs/static/{name}", show_file, *public)
-            for name in _DOCS_FILES
-            if name != DOCS_PAGE
-        ),
-    ]
+@routes.get(
+    "/",
+    access=Access.PUBLIC,
+    tag="console",
+    summary="The console: a page to see and manage models",
+    produces=["text/html"],
+    answers={200: {"description": "The page."}, **_UNCHANGED},
+)
+async def show_console(request: web.Request) -> web.StreamResponse:
+    """Answer with the page."""
+    return await _console_file(request, CONSOLE_PAGE)
 
 
-def console_routes() -> list[Route]:
-    """Return the routes of the console's page and of its files."""
-    public = (Access.PUBLIC, LimitClass.NONE)
-    return [
-        Route("GET", "/", show_console, *public),
-        Route("GET", "/console/{file}", show_console_file, *public),
-    ]
+@routes.get(
+    "/console/{file}",
+    access=Access.PUBLIC,
+    tag="console",
+    summary="A file of the console",
+    path=FilePathSchema(),
+    answers={200: {"description": "The file."}, **_UNCHANGED},
+    errors=("not_found",),
+)
+async def show_console_file(request: web.Request) -> web.StreamResponse:
+    """Answer with a file of the page."""
+    return await _console_file(request, path_parameters(request)["file"])
 
 
 async def _console_file(request: web.Request, name: str) -> web.Response:

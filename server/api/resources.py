@@ -6,14 +6,15 @@ import asyncio
 
 import msgspec
 from aiohttp import web
-from aiohttp_apispec import docs, querystring_schema, response_schema
 from marshmallow import fields, validate
 
 from runtime.memory import pressure
 from server.api.schemas import AnswerSchema
 from server.appkeys import CONSUMER, LIMIT, LOG
 from server.http.validation import NothingSchema
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Routes
+
+routes = Routes()
 
 KEPT_S = 0.1
 """How long an answer stands: any role may ask, and often."""
@@ -107,9 +108,14 @@ class LastLook:
         return self._body
 
 
-@docs(tags=["resources"], summary="Show the memory budget, and what is taken of it")
-@querystring_schema(NothingSchema())
-@response_schema(ResourcesSchema(), 200, description="As it is now, or was a tenth of a second ago.")
+@routes.get(
+    "/api/v1/resources",
+    access=Access.ANY,
+    tag="resources",
+    summary="Show the memory budget, and what is taken of it",
+    query=NothingSchema(),
+    answers={200: (ResourcesSchema(), "As it is now, or was a tenth of a second ago.")},
+)
 async def show_resources(request: web.Request) -> web.Response:
     """Answer with the budget and every load that has a process."""
     body = request.app[LAST_LOOK].body(request.app)
@@ -117,11 +123,6 @@ async def show_resources(request: web.Request) -> web.Response:
 
 
 LAST_LOOK = web.AppKey("last_look", LastLook)
-
-
-def resource_routes() -> list[Route]:
-    """Return the routes of this module."""
-    return [Route("GET", "/api/v1/resources", show_resources, Access.ANY, LimitClass.READS)]
 
 
 def _resources(app: web.Application) -> dict[str, object]:

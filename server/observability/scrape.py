@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from aiohttp import hdrs, web
-from aiohttp_apispec import docs
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from server.http.compression import chosen_encoding, compress
 from server.observability.collector import ServerCollector
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, LimitClass, Route, Routes
+
+routes = Routes()
 
 OPEN = "open"
 """The value of --metrics with which nobody needs a token."""
@@ -57,15 +59,15 @@ class Scrapes:
 SCRAPES = web.AppKey("scrapes", Scrapes)
 
 
-@docs(
-    tags=["health"],
+@routes.get(
+    "/metrics",
+    access=Access.ANY,
+    tag="health",
     summary="Metrics for Prometheus",
-    description=(
-        "Prometheus' text format, or OpenMetrics' if `Accept` asks for it. docs/metrics.md lists them."
-        " With `--metrics=open` no token is needed."
-    ),
-    responses={
-        "200": {
+    description="Prometheus' text format, or OpenMetrics' if `Accept` asks for it. docs/metrics.md lists "
+    "them. With `--metrics=open` no token is needed.",
+    answers={
+        200: {
             "description": "As it is now, or was a moment ago.",
             "content": {
                 media_type: {"schema": {"type": "string"}, "example": "loadledger_ledger_position 17\n"}
@@ -90,9 +92,10 @@ async def show_metrics(request: web.Request) -> web.Response:
 
 
 def metrics_routes(metrics: str) -> list[Route]:
-    """Return the routes of this module, for whom --metrics says."""
-    access = (Access.PUBLIC, LimitClass.NONE) if metrics == OPEN else (Access.ANY, LimitClass.READS)
-    return [Route("GET", "/metrics", show_metrics, *access)]
+    """Return the routes of this module; `metrics` is the setting of who may read them."""
+    if metrics != OPEN:
+        return routes
+    return [replace(route, access=Access.PUBLIC, limit=LimitClass.NONE) for route in routes]
 
 
 def negotiate(accept: str) -> str:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 
 from aiohttp import hdrs, web
-from aiohttp_apispec import docs, match_info_schema, response_schema
 
 from runtime.router import ModelNotLoaded, ModelUnloading, Router
 from runtime.router import Route as ModelRoute
@@ -15,12 +14,12 @@ from server.api.schemas import ModelPathSchema, ModelVersionPathSchema
 from server.appkeys import BODIES, CONFIG, DEMAND, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
-from server.errors import ServerProblem, errors
+from server.errors import ServerProblem
 from server.http.compression import chosen_encoding, compress, decompress
 from server.http.limits import Share
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters, read_encoded_body
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Routes
 from server.v2.codec import (
     HEADER_LENGTH,
     InferenceRequest,
@@ -38,6 +37,8 @@ from server.v2.metadata import (
     ReadySchema,
     metadata,
 )
+
+routes = Routes()
 
 
 class NotReady(ServerProblem):
@@ -68,81 +69,96 @@ _INFER_ERRORS = (
     "shutting_down",
 )
 
-_INFERENCE = {
-    "parameters": INFERENCE_PARAMETERS,
-    "requestBody": INFERENCE_BODY,
-    "responses": {200: INFERENCE_RESPONSE},
-}
-
 COMPRESSED_FROM_BYTES = 1024
 """Less is in one packet anyway."""
 
 
-@docs(tags=["inference"], summary="Ask a loaded model", **_INFERENCE)
-@match_info_schema(ModelPathSchema())
-@errors(*_INFER_ERRORS)
+@routes.post(
+    "/v2/models/{id}/infer",
+    access=Access.PREDICT,
+    tag="inference",
+    summary="Ask a loaded model",
+    path=ModelPathSchema(),
+    parameters=INFERENCE_PARAMETERS,
+    request_body=INFERENCE_BODY,
+    answers={200: INFERENCE_RESPONSE},
+    errors=_INFER_ERRORS,
+)
 async def infer_model(request: web.Request) -> web.StreamResponse:
     """Run one inference on the version that serves."""
     return await _infer(request)
 
 
-@docs(tags=["inference"], summary="Ask a loaded version", **_INFERENCE)
-@match_info_schema(ModelVersionPathSchema())
-@errors(*_INFER_ERRORS)
+@routes.post(
+    "/v2/models/{id}/versions/{version}/infer",
+    access=Access.PREDICT,
+    tag="inference",
+    summary="Ask a loaded version",
+    path=ModelVersionPathSchema(),
+    parameters=INFERENCE_PARAMETERS,
+    request_body=INFERENCE_BODY,
+    answers={200: INFERENCE_RESPONSE},
+    errors=_INFER_ERRORS,
+)
 async def infer_version(request: web.Request) -> web.StreamResponse:
     """Run one inference, if this version is the one that serves."""
     return await _infer(request)
 
 
-@docs(tags=["inference"], summary="What a loaded model takes and gives")
-@match_info_schema(ModelPathSchema())
-@response_schema(MetadataSchema(), 200, description="The metadata.")
-@errors("unknown_model", "model_not_loaded", "model_unloading")
+@routes.get(
+    "/v2/models/{id}",
+    access=Access.ANY,
+    tag="inference",
+    summary="What a loaded model takes and gives",
+    path=ModelPathSchema(),
+    answers={200: (MetadataSchema(), "The metadata.")},
+    errors=("unknown_model", "model_not_loaded", "model_unloading"),
+)
 async def show_metadata(request: web.Request) -> web.Response:
     """Answer with inputs and outputs of the version that serves."""
     return web.json_response(metadata(await _route(request)))
 
 
-@docs(tags=["inference"], summary="What a loaded version takes and gives")
-@match_info_schema(ModelVersionPathSchema())
-@response_schema(MetadataSchema(), 200, description="The metadata.")
-@errors("unknown_model", "model_not_loaded", "model_unloading")
+@routes.get(
+    "/v2/models/{id}/versions/{version}",
+    access=Access.ANY,
+    tag="inference",
+    summary="What a loaded version takes and gives",
+    path=ModelVersionPathSchema(),
+    answers={200: (MetadataSchema(), "The metadata.")},
+    errors=("unknown_model", "model_not_loaded", "model_unloading"),
+)
 async def show_version_metadata(request: web.Request) -> web.Response:
     """Answer with inputs and outputs, if this version is the one that serves."""
     return web.json_response(metadata(await _route(request)))
 
 
-@docs(tags=["inference"], summary="Whether a model can be asked")
-@match_info_schema(ModelPathSchema())
-@response_schema(ReadySchema(), 200, description="It can.")
-@errors("not_ready")
+@routes.get(
+    "/v2/models/{id}/ready",
+    access=Access.ANY,
+    tag="inference",
+    summary="Whether a model can be asked",
+    path=ModelPathSchema(),
+    answers={200: (ReadySchema(), "It can.")},
+    errors=("not_ready",),
+)
 async def show_ready(request: web.Request) -> web.Response:
     """Answer 200 where an inference would be tried, else 400, as Triton's clients expect."""
     return _ready(request)
 
 
-@docs(tags=["inference"], summary="Whether a version can be asked")
-@match_info_schema(ModelVersionPathSchema())
-@response_schema(ReadySchema(), 200, description="It can.")
-@errors("not_ready")
+@routes.get(
+    "/v2/models/{id}/versions/{version}/ready",
+    access=Access.ANY,
+    tag="inference",
+    summary="Whether a version can be asked",
+    path=ModelVersionPathSchema(),
+    answers={200: (ReadySchema(), "It can.")},
+    errors=("not_ready",),
+)
 async def show_version_ready(request: web.Request) -> web.Response:
     """Answer 200 where an inference would be tried, else 400, as Triton's clients expect."""
     return _ready(request)
-
-
-def inference_routes() -> list[Route]:
-    """Return the routes of this module."""
-    model, version = "/v2/models/{id}", "/v2/models/{id}/versions/{version}"
-    predict = (Access.PREDICT, LimitClass.INFERENCE)
-    read = (Access.ANY, LimitClass.READS)
-    return [
-        Route("POST", f"{model}/infer", infer_model, *predict),
-        Route("POST", f"{version}/infer", infer_version, *predict),
-        Route("GET", model, show_metadata, *read),
-        Route("GET", version, show_version_metadata, *read),
-        Route("GET", f"{model}/ready", show_ready, *read),
-        Route("GET", f"{version}/ready", show_version_ready, *read),
-    ]
 
 
 async def _infer(request: web.Request) -> web.StreamResponse:

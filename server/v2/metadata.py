@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from aiohttp_apispec import docs, match_info_schema, response_schema
 from marshmallow import fields
 
 from events.models import ModelState
@@ -18,11 +17,12 @@ from runtime.router import Route as ModelRoute
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema
 from server.appkeys import CONSUMER, LOG, ROUTER
-from server.errors import errors
 from server.http.validation import path_parameters
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Routes
 from server.v2.codec import HEADER_LENGTH
 from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
+
+routes = Routes()
 
 MAX_BODY_BYTES = 64 * 2**20
 """Triton's default (`--http-max-input-size`)."""
@@ -255,15 +255,26 @@ class StatisticsSchema(AnswerSchema):
     model_stats = fields.List(fields.Nested(ModelStatisticsSchema), required=True)
 
 
-@docs(tags=["server"], summary="Who answers here, and what beyond the protocol is there")
-@response_schema(ServerMetadataSchema(), 200, description="The metadata.")
+@routes.get(
+    "/v2",
+    "/v2/",
+    access=Access.ANY,
+    tag="server",
+    summary="Who answers here, and what beyond the protocol is there",
+    answers={200: (ServerMetadataSchema(), "The metadata.")},
+)
 async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler
     """Answer with name, version and extensions."""
     return web.json_response({"name": NAME, "version": _version(), "extensions": EXTENSIONS})
 
 
-@docs(tags=["server"], summary="The statistics of all models that can be asked")
-@response_schema(StatisticsSchema(), 200, description="By name.")
+@routes.get(
+    "/v2/models/stats",
+    access=Access.ANY,
+    tag="server",
+    summary="The statistics of all models that can be asked",
+    answers={200: (StatisticsSchema(), "By name.")},
+)
 async def all_statistics(request: web.Request) -> web.Response:
     """Answer with the statistics of what is loaded; goes before the metadata of a model called `stats`."""
     loads = list(request.app[CONSUMER].live.values())  # these have processes, so they bound the work
@@ -275,55 +286,60 @@ async def all_statistics(request: web.Request) -> web.Response:
     return _json({"model_stats": sorted(stats, key=lambda entry: str(entry["name"]))})
 
 
-@docs(tags=["inference"], summary="The statistics of a loaded model")
-@match_info_schema(ModelPathSchema())
-@response_schema(StatisticsSchema(), 200, description="Of the version that serves.")
-@errors(*_ASKED_ERRORS)
+@routes.get(
+    "/v2/models/{id}/stats",
+    access=Access.ANY,
+    tag="inference",
+    summary="The statistics of a loaded model",
+    path=ModelPathSchema(),
+    answers={200: (StatisticsSchema(), "Of the version that serves.")},
+    errors=_ASKED_ERRORS,
+)
 async def model_statistics(request: web.Request) -> web.Response:
     """Answer with the statistics of the version that serves."""
     return await _model_statistics(request)
 
 
-@docs(tags=["inference"], summary="The statistics of a loaded version")
-@match_info_schema(ModelVersionPathSchema())
-@response_schema(StatisticsSchema(), 200, description="Of this version.")
-@errors(*_ASKED_ERRORS)
+@routes.get(
+    "/v2/models/{id}/versions/{version}/stats",
+    access=Access.ANY,
+    tag="inference",
+    summary="The statistics of a loaded version",
+    path=ModelVersionPathSchema(),
+    answers={200: (StatisticsSchema(), "Of this version.")},
+    errors=_ASKED_ERRORS,
+)
 async def version_statistics(request: web.Request) -> web.Response:
     """Answer with the statistics, if this version is the one that serves."""
     return await _model_statistics(request)
 
 
-@docs(tags=["inference"], summary="How a loaded model is configured")
-@match_info_schema(ModelPathSchema())
-@response_schema(ModelConfigSchema(), 200, description="As Triton has it.")
-@errors(*_ASKED_ERRORS)
+@routes.get(
+    "/v2/models/{id}/config",
+    access=Access.ANY,
+    tag="inference",
+    summary="How a loaded model is configured",
+    path=ModelPathSchema(),
+    answers={200: (ModelConfigSchema(), "As Triton has it.")},
+    errors=_ASKED_ERRORS,
+)
 async def show_config(request: web.Request) -> web.Response:
     """Answer with the configuration of the version that serves."""
     return await _config(request)
 
 
-@docs(tags=["inference"], summary="How a loaded version is configured")
-@match_info_schema(ModelVersionPathSchema())
-@response_schema(ModelConfigSchema(), 200, description="As Triton has it.")
-@errors(*_ASKED_ERRORS)
+@routes.get(
+    "/v2/models/{id}/versions/{version}/config",
+    access=Access.ANY,
+    tag="inference",
+    summary="How a loaded version is configured",
+    path=ModelVersionPathSchema(),
+    answers={200: (ModelConfigSchema(), "As Triton has it.")},
+    errors=_ASKED_ERRORS,
+)
 async def show_version_config(request: web.Request) -> web.Response:
     """Answer with the configuration, if this version is the one that serves."""
     return await _config(request)
-
-
-def server_routes() -> list[Route]:
-    """Return the routes of this module."""
-    read = (Access.ANY, LimitClass.READS)
-    model, version = "/v2/models/{id}", "/v2/models/{id}/versions/{version}"
-    return [
-        Route("GET", "/v2", server_metadata, *read),
-        Route("GET", "/v2/", server_metadata, *read),  # as the protocol's own document spells it
-        Route("GET", "/v2/models/stats", all_statistics, *read),
-        Route("GET", f"{model}/stats", model_statistics, *read),
-        Route("GET", f"{version}/stats", version_statistics, *read),
-        Route("GET", f"{model}/config", show_config, *read),
-        Route("GET", f"{version}/config", show_version_config, *read),
-    ]
 
 
 async def _model_statistics(request: web.Request) -> web.Response:

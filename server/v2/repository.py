@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 import msgspec
 from aiohttp import hdrs, web
-from aiohttp_apispec import docs, match_info_schema, response_schema
 from marshmallow import fields
 
 from events.commands import RequestUnload
@@ -25,9 +24,9 @@ from server.api.models import requested_load
 from server.api.schemas import AnswerSchema, ModelPathSchema
 from server.appkeys import LOG, REPOSITORY
 from server.auth.gate import PRINCIPAL
-from server.errors import ERRORS, ServerProblem, errors
+from server.errors import ERRORS, ServerProblem
 from server.http.validation import path_parameters
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Routes
 from server.v2.tritonconfig import (
     INDEX_BODY,
     LOAD_BODY,
@@ -37,6 +36,8 @@ from server.v2.tritonconfig import (
     check_unload,
     read_object,
 )
+
+routes = Routes()
 
 Entry = dict[str, str]
 ReadyState = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
@@ -163,7 +164,7 @@ class IndexEntrySchema(AnswerSchema):
 
 
 _ENDED = {
-    "200": {
+    200: {
         "description": "It is so; the body is empty.",
         "headers": {
             "Location": {
@@ -175,9 +176,15 @@ _ENDED = {
 }
 
 
-@docs(tags=["repository"], summary="List the versions of all models and their states", requestBody=INDEX_BODY)
-@response_schema(IndexEntrySchema(many=True), 200, description="By name and version.")
-@errors("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type")
+@routes.post(
+    "/v2/repository/index",
+    access=Access.ANY,
+    tag="repository",
+    summary="List the versions of all models and their states",
+    request_body=INDEX_BODY,
+    answers={200: (IndexEntrySchema(many=True), "By name and version.")},
+    errors=("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type"),
+)
 async def show_index(request: web.Request) -> web.Response:
     """Answer with what is recorded, and with what the repository has beside it."""
     only_ready = asked_ready(await read_object(request))
@@ -188,14 +195,16 @@ async def show_index(request: web.Request) -> web.Response:
     return web.Response(body=entries, content_type="application/json")
 
 
-@docs(
-    tags=["repository"],
+@routes.post(
+    "/v2/repository/models/{id}/load",
+    access=Access.ADMIN,
+    tag="repository",
     summary="Load a model, and wait until it can be asked",
-    requestBody=LOAD_BODY,
-    responses=_ENDED,
+    path=ModelPathSchema(),
+    request_body=LOAD_BODY,
+    answers=_ENDED,
+    errors=(*_BODY_ERRORS, *_LOAD_ERRORS, *_LOG_ERRORS),
 )
-@match_info_schema(ModelPathSchema())
-@errors(*_BODY_ERRORS, *_LOAD_ERRORS, *_LOG_ERRORS)
 async def load_and_wait(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless what is asked for is so or under way, and wait for the job's end."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
@@ -204,30 +213,22 @@ async def load_and_wait(request: web.Request) -> web.Response:
     return _done(job)
 
 
-@docs(
-    tags=["repository"],
+@routes.post(
+    "/v2/repository/models/{id}/unload",
+    access=Access.ADMIN,
+    tag="repository",
     summary="Unload a model, and wait until its memory is back",
-    requestBody=UNLOAD_BODY,
-    responses=_ENDED,
+    path=ModelPathSchema(),
+    request_body=UNLOAD_BODY,
+    answers=_ENDED,
+    errors=(*_BODY_ERRORS, "job_failed", "cancelled", *_LOG_ERRORS),
 )
-@match_info_schema(ModelPathSchema())
-@errors(*_BODY_ERRORS, "job_failed", "cancelled", *_LOG_ERRORS)
 async def unload_and_wait(request: web.Request) -> web.Response:
     """Append `UnloadRequested` unless nothing of the model is there, and wait for the job's end."""
     model_id = path_parameters(request)["id"]
     check_unload(await read_object(request))
     job = await _unload(request.app, model_id, request[PRINCIPAL].subject)
     return _done(job)
-
-
-def repository_routes() -> list[Route]:
-    """Return the routes of this module."""
-    manage = (Access.ADMIN, LimitClass.MANAGEMENT)
-    return [
-        Route("POST", "/v2/repository/index", show_index, Access.ANY, LimitClass.READS),
-        Route("POST", "/v2/repository/models/{id}/load", load_and_wait, *manage),
-        Route("POST", "/v2/repository/models/{id}/unload", unload_and_wait, *manage),
-    ]
 
 
 def _encoded_index(recorded: Mapping[str, Model], repository: Repository, *, only_ready: bool) -> bytes:

@@ -17,7 +17,7 @@ from pytest_aiohttp import AiohttpClient
 from support.http import bearer, route, small_app, small_config
 
 from server.config import Config
-from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem, errors
+from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem
 from server.http.validation import read_body
 from server.routing import Access, LimitClass
 
@@ -225,7 +225,5 @@ async def test_expect_100_continue_is_answered_others_ignored(
         assert answer.startswith(b"HTTP/1.1 200 OK")
 
 
-def test_errors_takes_known_codes_only() -> None:
-    with pytest.raises(KeyError):
-        errors("unknown_model", "no such code")
+def test_problem_without_detail_uses_its_docstring() -> None:
     assert str(ServerProblem()) == "The request could not be served."

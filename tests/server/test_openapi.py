@@ -15,7 +15,7 @@ from server.config import Config
 from server.errors import ERRORS
 from server.openapi import error_codes, openapi_yaml
 from server.routing import ROUTES as ROUTE_TABLE
-from server.routing import Access
+from server.routing import Access, Routes
 
 COMMITTED = Path(__file__).parents[2] / "openapi.yaml"
 
@@ -109,6 +109,12 @@ async def test_server_serves_the_committed_document(api: LocalApi) -> None:
     answer = await api.get("/openapi.yaml", roles=())
     assert (answer.status, answer.media_type) == (200, "application/yaml")
     assert answer.body == COMMITTED.read_bytes()
+
+
+def test_route_takes_known_error_codes_only() -> None:
+    declare = Routes().get("/x", access=Access.ANY, tag="x", summary="X", answers={}, errors=["no such code"])
+    with pytest.raises(KeyError):
+        declare(lambda request: request)
 
 
 async def test_managing_routes_need_admin(api: LocalApi) -> None:

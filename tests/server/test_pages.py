@@ -13,12 +13,11 @@ from pytest_aiohttp import AiohttpClient, AiohttpServer
 from support.browser import chromium, needs_browser
 from support.http import small_app, small_config
 
-from server.api.health import show_openapi
-from server.api.pages import console_routes, docs_routes
+from server.api import health, pages
 from server.app import all_routes
 from server.appkeys import OPENAPI
 from server.openapi import openapi_yaml
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, LimitClass
 
 Client = TestClient[web.Request, web.Application]
 
@@ -30,8 +29,7 @@ IMPORT = re.compile(r'^import .* from "\./([a-z]+\.js)";$', re.MULTILINE)
 
 @pytest.fixture
 async def client(aiohttp_client: AiohttpClient, tmp_path: Path) -> Client:
-    routes = [*console_routes(), *docs_routes()]
-    return await aiohttp_client(small_app(routes, small_config(tmp_path / "data")))
+    return await aiohttp_client(small_app(pages.routes, small_config(tmp_path / "data")))
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
@@ -106,8 +104,7 @@ async def test_no_other_file_is_served(client: Client, path: str) -> None:
 
 
 def test_pages_need_no_token_and_are_not_limited() -> None:
-    routes = [*console_routes(), *docs_routes()]
-    assert {(route.access, route.limit) for route in routes} == {(Access.PUBLIC, LimitClass.NONE)}
+    assert {(route.access, route.limit) for route in pages.routes} == {(Access.PUBLIC, LimitClass.NONE)}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -135,8 +132,7 @@ async def test_docs_script_shows_our_document_only(client: Client) -> None:
 
 @needs_browser
 async def test_docs_show_every_route_in_a_browser(aiohttp_server: AiohttpServer, tmp_path: Path) -> None:
-    document = Route("GET", "/openapi.yaml", show_openapi, Access.PUBLIC, LimitClass.NONE)
-    app = small_app([*docs_routes(), document], small_config(tmp_path / "data"))
+    app = small_app([*pages.routes, *health.routes], small_config(tmp_path / "data"))
     app[OPENAPI] = partial(openapi_yaml, all_routes())
     server = await aiohttp_server(app)
     async with chromium() as browser:

@@ -197,6 +197,10 @@ def test_loads_refuses_other_json_with_reason(body: bytes, message: str) -> None
 # Requests
 
 
+NO_INTEGERS: list[Any] = ["3", 1.5, 1.0, True, None, 2**63, [], {}]
+NO_BOOLEANS: list[Any] = [1, 0, "true", "", None, []]
+
+
 async def test_each_part_of_a_request_is_loaded_by_its_schema(client: Client) -> None:
     answer = await client.post(
         "/all/abc?force=true&limit=7",
@@ -230,8 +234,8 @@ async def test_body_must_be_declared_as_json_in_utf_8(client: Client) -> None:
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
-        *(({"version": value}, "body: version: ") for value in ("3", 1.5, 1.0, True, None, 2**63, [], {})),
-        *(({"pinned": value}, "body: pinned: ") for value in (1, 0, "true", "", None, [])),
+        *(({"version": value}, "body: version: ") for value in NO_INTEGERS),
+        *(({"pinned": value}, "body: pinned: ") for value in NO_BOOLEANS),
         ({"version": 0}, "body: version: Must be greater than or equal to 1."),
         ({"version": "1"}, "body: version: Must be an integer of 64 bits."),
         ({"pinned": 1}, "body: pinned: Must be true or false."),

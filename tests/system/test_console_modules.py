@@ -10,7 +10,7 @@ from playwright.async_api import Browser
 from support.browser import LIMIT_MS, Console, chromium, needs_browser
 from support.http import small_app, small_config
 
-from server.api.pages import console_routes
+from server.api import pages
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 
@@ -268,7 +268,7 @@ async def browser() -> AsyncIterator[Browser]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """Where the console's files are, and nothing else."""
-    app = small_app(console_routes(), small_config(tmp_path_factory.mktemp("files") / "data"))
+    app = small_app(pages.routes, small_config(tmp_path_factory.mktemp("files") / "data"))
     async with TestServer(app) as server:
         yield str(server.make_url("/"))
 
