@@ -5,7 +5,7 @@ handler by aiohttp-apispec's decorators: `server.openapi` reads it there for the
 `validation_middleware` for the schemas that a request is checked with.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -17,6 +17,9 @@ from aiohttp.typedefs import Handler
 from marshmallow import Schema
 
 from server.errors import ERRORS
+
+RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+"""Handles each request of a server, before the application matches a route and runs its middlewares."""
 
 
 class Access(Enum):
@@ -170,6 +173,11 @@ def add_routes(app: web.Application, routes: Iterable[Route]) -> None:
 def matched_route(request: web.Request) -> Route | None:
     """Return the route a request was matched to; None for unknown paths and wrong methods."""
     return request.app[ROUTES].get(request.match_info.route)
+
+
+def wrap_handler(server: web.Server, wrap: Callable[[RequestHandler], RequestHandler]) -> None:
+    """Put a wrapper around the handler of a server: each request passes the one that was added last first."""
+    server.request_handler = wrap(server.request_handler)
 
 
 async def _ask_for_body(request: web.Request) -> None:

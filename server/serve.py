@@ -30,7 +30,7 @@ from server.http.tls import Certificate
 from server.observability.eventlog import telling
 from server.observability.output import STDERR, logging_to_stderr
 from server.observability.requestlog import log_inferences
-from server.v2.fastpath import shorten
+from server.v2.fastpath import add_fast_path
 
 _log = logging.getLogger(__name__)
 
@@ -167,11 +167,12 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
     )
     try:
         await runner.setup()
-        shorten(runner, app)
-        log_inferences(runner, app)
+        assert runner.server is not None, "the runner is not set up"
+        add_fast_path(runner.server, app)
+        log_inferences(runner.server, app)
         if tracing is not None:
-            tracing.trace_requests(runner, app)
-        async with _listening(runner, config) as url:
+            tracing.trace_requests(runner.server, app)
+        async with _listening(runner.server, config) as url:
             announce(url)
             manager.ready(url)
             living = asyncio.create_task(manager.live())
@@ -208,11 +209,10 @@ def _exports_traces(config: Config) -> bool:
 
 
 @asynccontextmanager
-async def _listening(runner: web.AppRunner, config: Config) -> AsyncIterator[str]:
+async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
     """Listen while the server serves, and give its URL."""
-    assert runner.server is not None, "the runner is not set up"
     limits = ConnectionLimits.of(config)
-    async with listening(runner.server, config.host, config.port, limits, _tls(config)) as port:
+    async with listening(server, config.host, config.port, limits, _tls(config)) as port:
         host = f"[{config.host}]" if ":" in config.host else config.host
         yield f"{'http' if config.tls_cert is None else 'https'}://{host}:{port}"
 

@@ -1,7 +1,8 @@
-"""Who is asking, and may they: bearer tokens (RFC 6750, 7519, 8725), roles, and the one middleware.
+"""Authentication and authorisation: bearer tokens (RFC 6750, 7519, 8725), roles, limits, denials.
 
-Denied attempts go into the ledger: one event a subject, action and minute, within a bound. Only who was
-verified is counted: what anybody may send without a valid token must not fill the ledger.
+`Gate.admit` checks a request, for the middleware and for the fast path of inferences. Denials of verified
+subjects go into the ledger, one event per subject, action and minute, up to a limit: requests without a valid
+token must not fill the ledger.
 """
 
 from __future__ import annotations
@@ -27,12 +28,37 @@ from events.types import SYSTEM, AccessDenied, Draft
 from server.auth.keyring import KeyRing, VerificationKey
 from server.auth.keys import ROLES, subject_refusal
 from server.auth.proxies import Proxies
-from server.auth.ratelimit import QUOTA, Quota, RateLimits
+from server.auth.ratelimit import QUOTA, RateLimits
 from server.config import Config
 from server.errors import ServerProblem
 from server.routing import Access, LimitClass, matched_route
 
+_log = logging.getLogger(__name__)
+
 REALM = "loadledger"
+
+MINUTE_S = 60.0
+
+MAX_EVENTS = 60
+"""`AccessDenied` events of a minute, so that no client can fill the ledger."""
+
+OTHER = "other"
+"""The action of the event, by `system`, that counts all denials beyond `MAX_EVENTS`."""
+
+NO_ROUTE = "no route"
+"""The action of a subject without any role that requested a path or method that no route has."""
+
+CLOCK_SKEW_S = 60.0
+"""How far an issuer's clock may be ahead, for `nbf` and `iat`. `exp` has no tolerance."""
+
+MAX_TIME_S = 2**53
+"""Up to here a float is exact to the second; excludes infinity, and integers that no float can hold."""
+
+MAX_REMEMBERED = 4096
+"""Verified tokens in memory, some 2 MB; a token that was forgotten costs one signature check (0.1 ms)."""
+
+_USUAL = "Bearer "
+"""How nearly all clients begin the field; a remembered token after it needs no further parsing."""
 
 # RFC 6750 section 2.1, with as many spaces as RFC 9110 section 11.4 allows.
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
@@ -40,11 +66,11 @@ _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a verified token speaks for.
+    """The subject and roles of a verified token.
 
     Attributes:
-        subject: 1 to 128 printable characters, never `system`; the actor of the events it causes.
-        roles: Those of the token that exist here.
+        subject: 1 to 128 printable characters, never `system`; the actor of the events that it causes.
+        roles: Those of the token that exist here, see `ROLES`.
     """
 
     subject: str
@@ -52,11 +78,11 @@ class Principal:
 
 
 PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
-"""Who asks, on every request but those to public routes."""
+"""Set on every request except those to public routes."""
 
 
 class Challenge(ServerProblem):
-    """The request is told how to show who it is from, in WWW-Authenticate."""
+    """A refusal whose WWW-Authenticate header says which credentials to send."""
 
     error: str | None = None
 
@@ -120,22 +146,8 @@ def bearer_token(fields: list[str]) -> str:
     return match[1]
 
 
-MINUTE_S = 60.0
-
-MAX_EVENTS = 60
-"""In a minute, whoever tries whatever."""
-
-OTHER = "other"
-"""The action of the event, by `system`, that counts what had no room for an event of its own."""
-
-NO_ROUTE = "no route"
-"""The action of who asked, without any role, for a path or with a method that no route has."""
-
-_log = logging.getLogger(__name__)
-
-
 class Denials:
-    """Counts who was refused what; `run` appends the counts whenever a minute has passed."""
+    """Counts denied requests by subject and action; `run` appends the counts each minute."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], int] = {}
@@ -143,26 +155,26 @@ class Denials:
         self._closing = asyncio.Event()
 
     def count(self, subject: str, action: str) -> None:
-        """Count one attempt of a verified subject."""
+        """Count one denied request of a verified subject."""
         self._add((subject, action), 1)
 
     async def run(self, submit: Callable[[Command], Awaitable[object]], minute_s: float = MINUTE_S) -> None:
-        """Append each minute's counts at its end; it begins with its first attempt. Until `close`."""
+        """Append the counts a minute after the first denial, again and again, until `close`."""
         while not self._closing.is_set():
             await self._some.wait()
             with suppress(TimeoutError):
                 async with asyncio.timeout(minute_s):
                     await self._closing.wait()
             await self._flush(submit)
-        await self._flush(submit)  # of what was counted before this began, or since
+        await self._flush(submit)  # of what was counted before this task began, or since
 
     def close(self) -> None:
-        """Have `run` append what was counted, and return."""
+        """Let `run` append the remaining counts and return."""
         self._closing.set()
         self._some.set()
 
     async def _flush(self, submit: Callable[[Command], Awaitable[object]]) -> None:
-        """Append what was counted; where that fails, it is kept, and appended with the next minute's."""
+        """Append the counts; if that fails, keep them for the next minute."""
         counts, self._counts = self._counts, {}
         self._some.clear()
         if not counts:
@@ -173,12 +185,12 @@ class Denials:
         )
         try:
             await submit(Record(drafts))
-        except Exception as error:  # noqa: BLE001 - whatever it is, attempts are counted on
-            _log.warning("denied attempts could not be recorded yet: %s", error)
+        except Exception as error:  # noqa: BLE001 - counting goes on whatever the error is
+            _log.warning("denied requests could not be recorded yet: %s", error)
             self._keep(counts)
 
     def _keep(self, counts: dict[tuple[str, str], int]) -> None:
-        """Put counts back, the earlier ones first, so that the bound holds for them together."""
+        """Put counts back before the later ones, so that the limit holds for both together."""
         later, self._counts = self._counts, counts
         self._some.set()
         for key, count in later.items():
@@ -191,19 +203,6 @@ class Denials:
         self._some.set()
 
 
-CLOCK_SKEW_S = 60.0
-"""How far an issuer's clock may be ahead, for `nbf` and `iat`. `exp` is taken at its word."""
-
-MAX_TIME_S = 2**53
-"""Up to here a float is exact to the second; refuses infinity, and integers that are no floats at all."""
-
-_USUAL = "Bearer "
-"""How all but odd clients begin the field; a token that is remembered need not be looked at further."""
-
-MAX_REMEMBERED = 4096
-"""Verified tokens kept, some 2 MB; one more costs a signature check (about 0.1 ms), nothing else."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Remembered:
     principal: Principal
@@ -213,7 +212,7 @@ class _Remembered:
 
 
 class Verifier:
-    """Checks tokens; remembers valid ones by their SHA-256 until they expire or their key is gone."""
+    """Verifies tokens; remembers valid ones by their SHA-256 until they expire or their key is revoked."""
 
     def __init__(
         self,
@@ -231,14 +230,14 @@ class Verifier:
         self._remembered: OrderedDict[bytes, _Remembered] = OrderedDict()
 
     def verify(self, token: str, now: float) -> Principal:
-        """Return who a token speaks for.
+        """Return the subject and roles of a token.
 
         Args:
             token: As sent, without `Bearer`.
             now: Seconds since the epoch.
 
         Raises:
-            InvalidToken: it is not valid here and now (`invalid_token`).
+            InvalidToken: it is not valid (`invalid_token`).
         """
         if (known := self.recall(token, now)) is not None:
             return known
@@ -249,7 +248,7 @@ class Verifier:
         return verified.principal
 
     def recall(self, token: str, now: float) -> Principal | None:
-        """Return who a token speaks for, if it was verified before and is still valid."""
+        """Return the subject and roles of a token that was verified before and is still valid."""
         digest = _digest(token)
         known = self._remembered.get(digest)
         if known is None:
@@ -272,7 +271,7 @@ class Verifier:
     def _claims(self, token: str, key: VerificationKey) -> Mapping[str, Any]:
         options: jwt.types.Options = {
             "require": ["sub", "exp", "aud"],
-            "verify_exp": False,  # the times are compared with our caller's, in _check_times
+            "verify_exp": False,  # _check_times compares the times with the caller's
             "verify_nbf": False,
             "verify_iat": False,
             "verify_iss": self._issuer is not None,
@@ -294,20 +293,20 @@ class Verifier:
         refusal = subject_refusal(subject) if isinstance(subject, str) else "the subject must be text"
         if refusal is not None:
             raise InvalidToken(refusal)
-        roles = _followed(claims, self._roles_claim)
+        roles = _find_claim(claims, self._roles_claim)
         if not isinstance(roles, list):
             raise InvalidToken(f"the claim {self._roles_claim} must be a list of roles")
         return Principal(subject, ROLES.intersection(role for role in roles if isinstance(role, str)))
 
 
 def create_verifier(config: Config) -> Verifier:
-    """Return the verifier that a configuration asks for. Nothing is read yet."""
+    """Return the verifier for a configuration. It reads no keys yet."""
     keys = KeyRing(config.data, config.jwt_keys)
     return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
 
 
 class Gate:
-    """Lets through who may, in the order 429 (address), 401, 429 (subject), 403."""
+    """Admits requests; refuses them in the order 429 (address), 401, 429 (subject), 403."""
 
     def __init__(
         self,
@@ -322,15 +321,37 @@ class Gate:
         self._proxies = proxies or Proxies()
         self.denials = Denials()
 
-    def authenticate(self, request: web.BaseRequest) -> Principal:
-        """Return who asks.
+    def admit(self, request: web.BaseRequest, access: Access, limit: LimitClass, action: str) -> Principal:
+        """Authenticate a request, count it against its subject's limit, and check the subject's roles.
+
+        From then on the request has `PRINCIPAL`, and `QUOTA` if the limit is set.
+
+        Args:
+            request: of which only the header fields are read.
+            access: the roles that the route needs.
+            limit: the limit that counts the route.
+            action: what the ledger says of a denial.
 
         Raises:
             TooManyFailures: `too_many_failures`.
             NoCredentials: `no_credentials`.
             InvalidToken: `invalid_token`.
             MalformedAuthorization: `invalid_request`.
+            RateLimited: `rate_limited`.
+            Forbidden: `forbidden`; the denial is counted.
         """
+        request[PRINCIPAL] = principal = self._authenticate(request)
+        quota = self._limits.count(limit, principal.subject)
+        if quota is not None:
+            request[QUOTA] = quota
+        try:
+            check_role(principal, access)
+        except Forbidden:
+            self.denials.count(principal.subject, action)
+            raise
+        return principal
+
+    def _authenticate(self, request: web.BaseRequest) -> Principal:
         if self._limits.has_failures:
             self._limits.check_peer(self._proxies.peer(request))
         fields, now = request.headers.getall(hdrs.AUTHORIZATION, []), self._clock()
@@ -341,33 +362,14 @@ class Gate:
         try:
             return self._verifier.verify(bearer_token(fields), now)
         except (InvalidToken, MalformedAuthorization):
-            # Not those without credentials: they guess nothing, and their neighbours would be locked out.
+            # Requests without credentials are not counted: they guess nothing, and counting them would lock
+            # out everybody behind the same address.
             self._limits.count_failure(self._proxies.peer(request))
-            raise
-
-    def count(self, principal: Principal, limit: LimitClass) -> Quota | None:
-        """Count the request against its subject's limit; return what is left.
-
-        Raises:
-            RateLimited: `rate_limited`.
-        """
-        return self._limits.count(limit, principal.subject)
-
-    def admit(self, principal: Principal, access: Access, action: str) -> None:
-        """Refuse who has none of the roles that a route asks for, and count it: the ledger names the action.
-
-        Raises:
-            Forbidden: `forbidden`.
-        """
-        try:
-            check_role(principal, access)
-        except Forbidden:
-            self.denials.count(principal.subject, action)
             raise
 
 
 def check_role(principal: Principal, access: Access) -> None:
-    """Refuse who has none of the roles that are asked for; `Gate.admit` counts it, too.
+    """Refuse a subject that has none of the roles that a route, or a parameter of it, needs.
 
     Raises:
         Forbidden: `forbidden`.
@@ -377,7 +379,7 @@ def check_role(principal: Principal, access: Access) -> None:
 
 
 def auth_middleware(gate: Gate) -> Middleware:
-    """Return the middleware that asks the gate.
+    """Return the middleware that admits requests.
 
     Unknown paths and wrong methods need a token of any role, so that nobody explores them without one.
     """
@@ -385,18 +387,16 @@ def auth_middleware(gate: Gate) -> Middleware:
     @web.middleware
     async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
         route = matched_route(request)
-        if route is not None and route.access is Access.PUBLIC:
+        if route is None:
+            gate.admit(request, Access.ANY, LimitClass.READS, NO_ROUTE)
             return await handler(request)
-        request[PRINCIPAL] = principal = gate.authenticate(request)
-        quota = gate.count(principal, LimitClass.READS if route is None else route.limit)
-        if quota is not None:
-            request[QUOTA] = quota
-        action = NO_ROUTE if route is None else route.name
-        gate.admit(principal, Access.ANY if route is None else route.access, action)
+        if route.access is Access.PUBLIC:
+            return await handler(request)
+        principal = gate.admit(request, route.access, route.limit, route.name)
         try:
             return await handler(request)
-        except Forbidden:  # the route is for these roles, but not with such parameters
-            gate.denials.count(principal.subject, f"{action}?")
+        except Forbidden:  # these roles may use the route, but not with such parameters
+            gate.denials.count(principal.subject, f"{route.name}?")
             raise
 
     return authorise
@@ -427,8 +427,8 @@ def _check_times(claims: Mapping[str, Any], now: float) -> float:
     return float(times["exp"])
 
 
-def _followed(claims: Mapping[str, Any], path: str) -> object:
-    """Return the claim of that name, or at the end of the dotted path; an empty list if there is none."""
+def _find_claim(claims: Mapping[str, Any], path: str) -> object:
+    """Return the claim of this name, or at the end of this dotted path; an empty list if there is none."""
     if path in claims:
         return claims[path]
     found: object = claims

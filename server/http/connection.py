@@ -12,7 +12,7 @@ import asyncio
 import logging
 import resource
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -36,6 +36,7 @@ from server.http.responses import (
     refusal,
 )
 from server.http.validation import MIN_PROGRESS_BYTES
+from server.routing import RequestHandler, wrap_handler
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +57,6 @@ CLOSING_S = 10.0
 
 CHECK_S = 1.0
 """Between two checks of a connection that does not rest, at most."""
-
-RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 @dataclass(slots=True)
@@ -315,7 +314,7 @@ async def listening(
     Raises:
         OSError: the address cannot be listened on.
     """
-    server.request_handler = _guarded(server.request_handler)
+    wrap_handler(server, _guarded)
     listener = await asyncio.get_running_loop().create_server(
         lambda: GuardedConnection(server, limits),
         host,

@@ -12,7 +12,6 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -24,11 +23,9 @@ from server.auth.ratelimit import Windows
 from server.config import RateLimit
 from server.errors import CODE
 from server.observability.output import CONTEXT, REQUEST_ID, RequestContext, begin_context, fields
-from server.routing import LimitClass, Route, matched_route
+from server.routing import LimitClass, RequestHandler, Route, matched_route, wrap_handler
 
 _log = logging.getLogger(__name__)
-
-RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 MAX_PATH_CHARACTERS = 512
 MAX_STRANGERS = 60
@@ -66,7 +63,7 @@ def log_middleware() -> Middleware:
     return log_request
 
 
-def log_inferences(runner: web.BaseRunner, app: web.Application) -> None:
+def log_inferences(server: web.Server, app: web.Application) -> None:
     """Have a runner that is set up log inferences, the share that is configured."""
     share, proxies = app[CONFIG].log_inferences, app[PROXIES]
 
@@ -87,13 +84,7 @@ def log_inferences(runner: web.BaseRunner, app: web.Application) -> None:
         return handle
 
     if share:
-        wrap_handler(runner, logged)
-
-
-def wrap_handler(runner: web.BaseRunner, wrap: Callable[[RequestHandler], RequestHandler]) -> None:
-    """Have a runner that is set up hand its requests, those of the fast path too, to a wrapper first."""
-    assert runner.server is not None, "the runner is not set up"
-    runner.server.request_handler = wrap(runner.server.request_handler)
+        wrap_handler(server, logged)
 
 
 def inference_of(request: web.BaseRequest) -> re.Match[str] | None:

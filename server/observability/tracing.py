@@ -32,8 +32,8 @@ from server.appkeys import CONFIG, PROXIES
 from server.auth.gate import PRINCIPAL
 from server.errors import CODE
 from server.observability.output import RequestContext, begin_context
-from server.observability.requestlog import FAULT, RequestHandler, inference_of, path_of, wrap_handler
-from server.routing import matched_route
+from server.observability.requestlog import FAULT, inference_of, path_of
+from server.routing import RequestHandler, matched_route, wrap_handler
 
 PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -55,7 +55,7 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("loadledger")
 
-    def trace_requests(self, runner: web.BaseRunner, app: web.Application) -> None:
+    def trace_requests(self, server: web.Server, app: web.Application) -> None:
         """Have a runner that is set up trace its requests: of inferences without a trace a share."""
         proxies, share = app[PROXIES], app[CONFIG].trace_inferences
 
@@ -79,7 +79,7 @@ class Tracing:
 
             return handle
 
-        wrap_handler(runner, traced)
+        wrap_handler(server, traced)
 
     def record_job(self, job: Job, end: Event, carrier: Mapping[str, str]) -> None:
         """Record the spans of a job that has ended: the job, in that of its request, and its stages."""

@@ -163,24 +163,22 @@ async def show_version_ready(request: web.Request) -> web.Response:
 
 async def _infer(request: web.Request) -> web.StreamResponse:
     path = path_parameters(request)
-    subject, quota = request[PRINCIPAL].subject, request.get(QUOTA)
-    return await infer(request, request.app, path["id"], path.get("version"), subject=subject, quota=quota)
+    return await infer(request, request.app, path["id"], path.get("version"))
 
 
 async def infer(
-    request: web.BaseRequest,
-    app: web.Application,
-    model_id: str,
-    version: int | None,
-    *,
-    subject: str,
-    quota: Quota | None,
+    request: web.BaseRequest, app: web.Application, model_id: str, version: int | None
 ) -> web.StreamResponse:
-    """Decode, run, encode; the header leads from the answer to the bytes and the person behind it.
+    """Decode, run, encode. The `Loadledger-Model` header names the load behind the answer.
 
-    The subject has been let through, and counted against its `quota`. A model that nobody can be asked of is
-    loaded where that is on, within the inference's own time.
+    Args:
+        request: admitted by the gate.
+        app: the application.
+        model_id: which model.
+        version: the one that must be loaded; None for any. If it is not loaded and on-demand loads are
+            configured, it is loaded within the inference's own time.
     """
+    subject = request[PRINCIPAL].subject
     router, share = app[ROUTER], app[BODIES].share(subject)
     loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
     question: InferenceRequest | None = None
@@ -198,7 +196,7 @@ async def infer(
                 question = question or _question(router, model_id, version, body, header_bytes)
                 left_s = ends_at_s - loop.time()
                 route, (_, outputs) = await router.infer(model_id, version, question, left_s)
-        fields, answer = _answer(route, question, outputs, quota)
+        fields, answer = _answer(route, question, outputs, request.get(QUOTA))
         encoding = _encoding(request, answer)
         if encoding is not None:
             fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}

@@ -36,7 +36,7 @@ from server.errors import errors_middleware
 from server.http.validation import validation_middleware
 from server.openapi import openapi_document
 from server.routing import Access, LimitClass, Route, add_routes
-from server.v2.fastpath import shorten
+from server.v2.fastpath import add_fast_path
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
@@ -275,7 +275,8 @@ async def local_server(folder: Path, **settings: Any) -> AsyncIterator[LocalApi]
     server = TestServer(app)
     await server.start_server(auto_decompress=False)  # as `serve` has it
     assert server.runner is not None
-    shorten(server.runner, app)
+    assert server.runner.server is not None
+    add_fast_path(server.runner.server, app)
     async with TestClient(server) as client:
         yield LocalApi(client, config)
 
