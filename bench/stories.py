@@ -7,7 +7,6 @@ from pathlib import Path
 
 from events.clock import later
 from events.codec import GENESIS, chain, to_body
-from events.jobs import LoadParameters, load_requested
 from events.sqlite import queries
 from events.sqlite.queries import Row
 from events.sqlite.schema import connect
@@ -21,6 +20,8 @@ from events.types import (
     Durations,
     LoadedFile,
     LoadFailed,
+    LoadParameters,
+    LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelUnloaded,
@@ -80,7 +81,7 @@ def cycles(model_id: str, dice: random.Random) -> Iterator[Draft]:
         def fact(data: Data, actor: str = SYSTEM, event_id: str = "") -> Draft:
             return Draft(event_id or _id(dice), data, actor, job, model_id, version)  # noqa: B023 - used at once
 
-        yield fact(load_requested(LoadParameters(), Cause.REQUEST), who, job)
+        yield fact(LoadRequested.of(LoadParameters(), Cause.REQUEST), who, job)
         yield fact(LoadStarted(1))
         if dice.randrange(FAILURES) == 0:
             yield fact(

@@ -1,17 +1,28 @@
-"""What the log's writer is asked, and idempotency keys; `events.accept` decides."""
+"""Commands to the writer of the log, and idempotency keys. `events.accept` decides a command."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from events.clock import later
-from events.jobs import LoadParameters
-from events.types import CancelRequested, Cause, Draft, Event, Idempotency, LoadRequested, UnloadRequested
+from events.types import (
+    CancelRequested,
+    Cause,
+    Draft,
+    Event,
+    Idempotency,
+    LoadParameters,
+    LoadRequested,
+    UnloadRequested,
+)
+
+KEY_LIFETIME_S = 24 * 3_600
+"""How long an idempotency key stands for its first request: clients retry within a day."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileStat:
-    """A file of a version as the repository has it now; relative path, bytes, nanoseconds."""
+    """A file of a version as the repository holds it now; `path` is relative to the version's folder."""
 
     path: str
     bytes: int
@@ -20,10 +31,12 @@ class FileStat:
 
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
-    """Load this version; `files` are what the repository holds for it now.
+    """Load a version of a model.
 
-    `asked` are the names of those `parameters` that the request itself gave: who asks a model that is loaded
-    for nothing in particular is content with how it is.
+    Attributes:
+        files: of the version, as the repository holds them now.
+        asked: the names of the parameters that the request itself gave. A request that gives none accepts a
+            loaded model as it is.
     """
 
     model_id: str
@@ -39,10 +52,11 @@ class RequestLoad:
 
 @dataclass(frozen=True, slots=True)
 class RequestUnload:
-    """Unload this model, or the active one where no model is named.
+    """Unload a model; None is the active model.
 
-    With `load_job_id`, only if the model serves from that load and nothing is asked of it already: so the
-    system unloads what it has looked at, and nothing newer.
+    Attributes:
+        load_job_id: for an automatic unload, the load that the scheduler chose. The unload is refused if the
+            model serves from another load, or has a pending job.
     """
 
     model_id: str | None
@@ -56,7 +70,7 @@ class RequestUnload:
 
 @dataclass(frozen=True, slots=True)
 class RequestCancel:
-    """End this job before it has its effect."""
+    """Cancel a job before it has its effect."""
 
     job_id: str
     actor: str
@@ -65,7 +79,7 @@ class RequestCancel:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Facts to append as they are, in this order, in one transaction."""
+    """Append these facts unchanged, in this order, in one transaction."""
 
     drafts: tuple[Draft, ...]
 
@@ -73,25 +87,21 @@ class Record:
 Command = RequestLoad | RequestUnload | RequestCancel | Record
 
 
-KEPT_S = 24 * 3_600
-"""How long a key stands for its first request."""
-
-
 @dataclass(frozen=True, slots=True)
 class KnownKey:
-    """A key that was used: the fingerprint of the request, the job that answers it, and when that was."""
+    """A used idempotency key: the fingerprint of its request, the job that answers, and the time of use."""
 
     fingerprint: str
     job_id: str
     recorded_at: str
 
     def holds(self, now: str) -> bool:
-        """Whether the key still stands for its request at the stamp `now`."""
-        return now < later(self.recorded_at, KEPT_S)
+        """Whether the key still stands for its request at `now`."""
+        return now < later(self.recorded_at, KEY_LIFETIME_S)
 
 
 def key_of(event: Event) -> tuple[str, KnownKey] | None:
-    """Return the key that the event was requested with, hashed, and what is to be known of it."""
+    """Return the hash of the event's idempotency key and what it stands for, if it has one."""
     data = event.data
     if not isinstance(data, _REQUESTS) or data.idempotency is None or event.job_id is None:
         return None
@@ -100,4 +110,4 @@ def key_of(event: Event) -> tuple[str, KnownKey] | None:
 
 
 _REQUESTS = (LoadRequested, UnloadRequested, CancelRequested)
-"""The events that a key can be given with."""
+"""The events that can carry an idempotency key."""

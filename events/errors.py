@@ -1,4 +1,4 @@
-"""What the ledger may refuse or fail with; each class carries a stable `code`."""
+"""Refusals and failures of the ledger; each class carries a stable `code`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LedgerProblem(Exception):
 
 
 class NotEncodable(LedgerProblem):
-    """The event holds a value that the canonical form does not have."""
+    """The event holds a value that has no canonical form."""
 
     code = "not_encodable"
 
@@ -25,7 +25,7 @@ class LogUnavailable(LedgerProblem):
 
 
 class LogClosed(LogUnavailable):
-    """The ledger is closed, because the server stops; nothing was accepted."""
+    """The server is stopping and has closed the ledger; nothing was accepted."""
 
     code = "shutting_down"
 
@@ -49,7 +49,7 @@ class DataInUse(LedgerProblem):
 
 
 class RequestRefused(LedgerProblem):
-    """The present state does not allow the request; the code says why."""
+    """The present state does not allow the request; `code` says why."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -63,12 +63,12 @@ class IncompleteCopy(LedgerProblem):
 
 
 class Archived(LedgerProblem):
-    """What is asked for was archived; the archive has it.
+    """The events asked for were archived; the archive has them.
 
     Args:
-        message: in words.
-        oldest: the first position that can be asked for in this way.
-        head: the last one.
+        message: for people.
+        oldest: the first position that can still be read in this way.
+        head: the last position.
     """
 
     code = "archived"
@@ -79,19 +79,19 @@ class Archived(LedgerProblem):
 
 
 class ArchiveMissing(LedgerProblem):
-    """The archives do not follow one another up to where the log begins."""
+    """The archives do not form one chain up to the first event of the log."""
 
     code = "archive_missing"
 
 
 class LedgerDamaged(LedgerProblem):
-    """The ledger, or what was written of it, does not verify."""
+    """The ledger, or a file written from it, does not verify."""
 
     code = "ledger_damaged"
 
 
 class NothingThere(LedgerProblem):
-    """The log has no events where they were asked for."""
+    """The log has no events at the requested positions."""
 
     code = "nothing_there"
 
@@ -103,6 +103,6 @@ class MustStay(LedgerProblem):
 
 
 class WrongTarget(LedgerProblem):
-    """The file cannot be written where it was asked for."""
+    """The file cannot be written at the requested path."""
 
     code = "wrong_target"

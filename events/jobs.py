@@ -1,4 +1,7 @@
-"""The `Jobs` projection: what became of each accepted load and unload. A pure fold, one entity at a time."""
+"""The `Jobs` projection: status and outcome of each accepted load and unload. A pure fold, one job at a time.
+
+`REQUESTS` make a job of the event with its id; `STEPS` move it on until it has ended.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from events.types import (
     Cause,
     Data,
     Event,
-    Idempotency,
     JobCancelled,
     LoadFailed,
+    LoadParameters,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -30,19 +33,16 @@ from events.types import (
     WorkerExited,
 )
 
-NEVER = -1
-"""The `keep_alive_s` of a model that is not unloaded for being idle; null says the same."""
-
 
 class JobKind(StrEnum):
-    """What a job does."""
+    """The kind of a job."""
 
     LOAD = "load"
     UNLOAD = "unload"
 
 
 class JobStatus(StrEnum):
-    """How far a job is."""
+    """The status of a job."""
 
     PENDING = "pending"
     IN_PROGRESS = "in_progress"
@@ -55,38 +55,29 @@ _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
 
 
 class Failure(Struct, frozen=True, gc=False):
-    """Why a job, or a model, failed: a stable code, and words for people."""
+    """Why a job or a model failed: a stable code, and a message for people."""
 
     code: str
     message: str
 
 
-class LoadParameters(Struct, frozen=True, gc=False):
-    """What a load was asked for with; bytes and seconds as named. A `max_batch_size` of 0 is no batching."""
-
-    priority: str = "normal"
-    timeout_s: int = 300
-    keep_alive_s: int | None = None
-    memory_limit_bytes: int | None = None
-    strategy: str = "beside"
-    pinned: bool = False
-    instances: int = 1
-    max_batch_size: int = 0
-    max_queue_delay_us: int = 0
-
-
 class UnloadParameters(Struct, frozen=True, gc=False):
-    """What an unload was asked for with, and the load that it ends."""
+    """The parameters of an unload, and the load that it ends."""
 
     force: bool
     load_job_id: str
 
 
 class Job(Struct, frozen=True, gc=False):
-    """One accepted load or unload. `deadline_at` is null for an unload; times are stamps.
+    """One accepted load or unload; times are timestamps.
 
-    `cancel_requested` says what somebody asked for; whether that was in time is said by `cancelling`. A load
-    that `keeps` another one goes on with its workers, if they are still there when it has its turn.
+    Attributes:
+        load: the parameters of a load; None for an unload, like `deadline_at`.
+        unload: the parameters of an unload; None for a load.
+        attempt: 0 until the job starts, then one more for each start.
+        server_deaths: unclean ends of the server while the job was in progress.
+        cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.
+        keeps: the load whose workers this load reuses, if they are still there when its turn comes.
     """
 
     id: str
@@ -112,19 +103,19 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to this job."""
+        """Whether the job is completed, failed or cancelled."""
         return self.status not in _UNENDED
 
     @property
     def forced(self) -> bool:
-        """Whether this is an unload that does not wait for running requests."""
+        """Whether this is an unload that aborts running requests."""
         return self.unload is not None and self.unload.force
 
     @property
     def cancellable(self) -> bool:
-        """Whether it can still end without its effect: a load until it ended, an unload until it began.
+        """Whether the job can still be cancelled: a load until it has ended, an unload until it starts.
 
-        An unload of cause `swap` is only the second half of a swap that has taken place.
+        An unload of cause `swap` cannot: the swap has taken place.
         """
         if self.kind is JobKind.LOAD:
             return not self.ended
@@ -132,17 +123,18 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def cancelling(self) -> bool:
-        """Whether this job is to end as cancelled: somebody asked for it in time."""
+        """Whether the job will end as cancelled: a client asked for it in time."""
         return self.cancel_requested and self.cancellable
 
 
 def evolve_job(job: Job | None, event: Event) -> Job | None:
-    """Return the job after `event`; an event that cannot concern it changes nothing."""
+    """Return the job after `event`; one that does not concern the job changes nothing."""
     data = event.data
     if job is None:
         request = REQUESTS.get(type(data))
-        is_one = request is not None and event.model_id is not None and event.job_id == event.id
-        return request(event, data) if request is not None and is_one else None
+        if request is None or event.model_id is None or event.job_id != event.id:
+            return None
+        return request(event, event.model_id, data)
     if job.status not in _UNENDED:
         return job
     if type(data) is ServerStarted:
@@ -151,12 +143,11 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
     return job if step is None or event.job_id != job.id else step(job, event, data)
 
 
-def _load_requested(event: Event, data: LoadRequested) -> Job:
-    assert event.model_id is not None
+def _load_requested(event: Event, model_id: str, data: LoadRequested) -> Job:
     return Job(
         id=event.id,
         kind=JobKind.LOAD,
-        model_id=event.model_id,
+        model_id=model_id,
         version=event.version,
         status=JobStatus.PENDING,
         created_at=event.recorded_at,
@@ -164,18 +155,17 @@ def _load_requested(event: Event, data: LoadRequested) -> Job:
         position=event.position,
         requested_by=event.actor,
         cause=data.cause,
-        load=load_parameters(data),
+        load=data.parameters,
         deadline_at=later(event.recorded_at, data.timeout_s),
         keeps=data.keeps_load_job_id,
     )
 
 
-def _unload_requested(event: Event, data: UnloadRequested) -> Job:
-    assert event.model_id is not None
+def _unload_requested(event: Event, model_id: str, data: UnloadRequested) -> Job:
     return Job(
         id=event.id,
         kind=JobKind.UNLOAD,
-        model_id=event.model_id,
+        model_id=model_id,
         version=event.version,
         status=JobStatus.PENDING,
         created_at=event.recorded_at,
@@ -187,55 +177,15 @@ def _unload_requested(event: Event, data: UnloadRequested) -> Job:
     )
 
 
-REQUESTS: Mapping[type[Data | Unknown], Callable[[Event, Any], Job]] = {
+REQUESTS: Mapping[type[Data | Unknown], Callable[[Event, str, Any], Job]] = {
     LoadRequested: _load_requested,
     UnloadRequested: _unload_requested,
 }
-"""What makes a job of the events that are one's request."""
-
-
-def load_requested(
-    parameters: LoadParameters,
-    cause: Cause,
-    cause_event_id: str | None = None,
-    idempotency: Idempotency | None = None,
-    keeps_load_job_id: str | None = None,
-) -> LoadRequested:
-    """Return the request of a load with these parameters."""
-    return LoadRequested(
-        priority=parameters.priority,
-        timeout_s=parameters.timeout_s,
-        keep_alive_s=parameters.keep_alive_s,
-        memory_limit_bytes=parameters.memory_limit_bytes,
-        strategy=parameters.strategy,
-        pinned=parameters.pinned,
-        instances=parameters.instances,
-        cause=cause,
-        cause_event_id=cause_event_id,
-        idempotency=idempotency,
-        max_batch_size=parameters.max_batch_size,
-        max_queue_delay_us=parameters.max_queue_delay_us,
-        keeps_load_job_id=keeps_load_job_id,
-    )
-
-
-def load_parameters(data: LoadRequested) -> LoadParameters:
-    """Return the parameters of a load's request, without what only accounts for it."""
-    return LoadParameters(
-        priority=data.priority,
-        timeout_s=data.timeout_s,
-        keep_alive_s=data.keep_alive_s,
-        memory_limit_bytes=data.memory_limit_bytes,
-        strategy=data.strategy,
-        pinned=data.pinned,
-        instances=data.instances,
-        max_batch_size=data.max_batch_size,
-        max_queue_delay_us=data.max_queue_delay_us,
-    )
+"""The events that create a job, and how; the string is the id of their model."""
 
 
 def _restarted(job: Job, event: Event, data: ServerStarted) -> Job:
-    """Return the job for its next attempt; the time that the server was down is not the job's."""
+    """Return the job pending for its next attempt; its deadline moves by the time the server was down."""
     interrupted = job.status is JobStatus.IN_PROGRESS
     deadline_at = job.deadline_at
     if deadline_at is not None and data.down_since is not None:
@@ -302,7 +252,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
 }
-"""What events of each type make of their unended job, but for `ServerStarted`; others leave it as it is.
+"""The step of each event type that concerns one unended job; `ServerStarted` concerns all.
 
-A `match` of so many classes takes as long as all the rest of a step (measured).
+A table, because a `match` of so many classes takes as long as the rest of a step (measured).
 """

@@ -1,4 +1,8 @@
-"""The `Models` projection: what is loaded, by whom, from which bytes. A pure fold, one entity at a time."""
+"""The `Models` projection: what is loaded, by whom, from which bytes. A pure fold, one model at a time.
+
+`evolve_model` looks the event's type up in `STEPS`. Each step returns the model after the event, or the same
+object where the event does not concern it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import seconds_between
-from events.jobs import Failure, Job, JobKind, JobStatus, LoadParameters
+from events.jobs import Failure, Job, JobKind, JobStatus
 from events.types import (
     CancelRequested,
     Cause,
@@ -19,6 +23,7 @@ from events.types import (
     JobCancelled,
     LoadedFile,
     LoadFailed,
+    LoadParameters,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -34,26 +39,40 @@ from events.types import (
 )
 
 CRASH_LOOP = "crash_loop"
-"""The code of a load that is not tried any more, because it kept dying."""
+"""Error code of a load that the scheduler gave up, because its workers kept dying."""
 
 FORK_SERVER_DIED = "fork_server_died"
-"""The code of a load whose worker ended with the fork server, which says nothing against the model."""
+"""Error code of a load whose worker ended with the fork server: no fault of the model."""
 
 INSUFFICIENT_MEMORY = "insufficient_memory"
-"""The code of a load for which the memory budget has no room, and will have none."""
+"""Error code of a load that never fits into the memory budget."""
 
 TOO_MANY_LOADED = "too_many_loaded"
-"""The code of a load of more models than may be loaded, after a start of the server."""
+"""Error code of a restore beyond `--max-loaded`."""
 
 TIMEOUT = "timeout"
-"""The code of a load that had not ended by its deadline."""
+"""Error code of a load that missed its deadline."""
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP)
-"""Why the system loads a model again of its own accord."""
+"""Causes of reloads: loads by the system that bring back a lost model or instance."""
+
+INCIDENT_WINDOW_S = 600
+"""How long deaths and failed recoveries count as incidents (DESIGN.md, "Crash")."""
+
+MAX_FOOTPRINTS = 8
+"""Footprints kept of a model: the version that serves, the next, and two to go back to, each as it is and
+from a prepared form."""
+
+_BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
+_NOT_RETRIED = (CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED)
+
+_NOT_BLAMED = (TIMEOUT, INSUFFICIENT_MEMORY)
+"""Error codes that leave a lost model lost when a client's load of it failed before it started: nothing was
+tried, so the failure says nothing about the model."""
 
 
 class ModelState(StrEnum):
-    """What a model is; `lost` is: was loaded when its worker or the server died, and is wanted back."""
+    """The state of a model. A `lost` one is to be reloaded: its worker or the server died."""
 
     UNLOADED = "unloaded"
     LOADING = "loading"
@@ -66,8 +85,13 @@ class ModelState(StrEnum):
 class Serving(Struct, frozen=True, gc=False):
     """The load that a model serves from, is being unloaded from, or lost.
 
-    `worker_ids` are those left. `degraded_at` is when the incident began in which some died; null as long as
-    all are left. `kept_as_is` says that the load which was to make it whole was cancelled, or has no room.
+    Attributes:
+        position: of its `ModelLoaded`.
+        worker_ids: of the workers that are left.
+        memory_bytes: the sum of all workers', like `peak_memory_bytes`.
+        degraded_at: when the incident began in which workers died; None while all are left.
+        kept_as_is: whether its repair was cancelled or has no room, so that it stays degraded.
+        prepared: the prepared form that the workers use, if any.
     """
 
     load_job_id: str
@@ -86,9 +110,10 @@ class Serving(Struct, frozen=True, gc=False):
 
 
 class Footprint(Struct, frozen=True, gc=False):
-    """What one worker took at most while it loaded these files, since they are what they are.
+    """The peak memory of one worker that loaded these files.
 
-    `form` is the prepared form that it loaded instead; null is none.
+    Attributes:
+        form: the prepared form that it loaded instead, if any.
     """
 
     version: int
@@ -98,7 +123,7 @@ class Footprint(Struct, frozen=True, gc=False):
 
 
 class PendingLoad(Struct, frozen=True, gc=False):
-    """A load of this model that has not ended."""
+    """A load of the model that has not ended."""
 
     job_id: str
     version: int
@@ -106,11 +131,21 @@ class PendingLoad(Struct, frozen=True, gc=False):
 
 
 class Model(Struct, frozen=True, gc=False):
-    """One model. `phase` is its state as far as what serves goes: never `loading`, see `state`.
+    """One model.
 
-    `previous` is the load that was ended so that another version can come in its place, until that one is
-    there; should it not come, the model is `lost` and `previous` wanted back. `footprints` are of the
-    versions loaded last, the latest at the end.
+    Attributes:
+        phase: the state of what serves: never `loading`, see `state`.
+        serving: set in the phases `loaded`, `unloading` and `lost`; `loaded` is the same as a type.
+        rank: the position of the latest load by a client; the active model has the highest.
+        loads: that have not ended, in the order of their requests.
+        unloads: ids of the jobs that end the present load, or one of `loads`.
+        error: of the last failure, until the model is loaded or unloaded.
+        last_version: of the last load that was tried.
+        lost_by: the cause of the reload that is to come, in the phase `lost`.
+        incidents: times of deaths and failed recoveries; old ones are dropped with the next.
+        previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
+            the model is `lost` with this load.
+        footprints: of the versions loaded last, the latest at the end.
     """
 
     id: str
@@ -129,7 +164,7 @@ class Model(Struct, frozen=True, gc=False):
 
     @property
     def state(self) -> ModelState:
-        """The model's state: a model that serves stays `loaded` while another version of it is loading."""
+        """The state of the model: it stays `loaded` while another version of it is loading beside."""
         if self.previous is not None:
             return ModelState.LOADING
         if self.phase in (ModelState.LOADED, ModelState.UNLOADING) or self.under_way is None:
@@ -137,46 +172,54 @@ class Model(Struct, frozen=True, gc=False):
         return ModelState.LOADING
 
     @property
+    def loaded(self) -> LoadedModel | None:
+        """The model with its load; None if it has none."""
+        return LoadedModel(self, self.serving) if self.serving is not None else None
+
+    @property
     def under_way(self) -> PendingLoad | None:
-        """The load that has begun and not ended."""
+        """The load that has started and not ended."""
         return next((load for load in self.loads if load.started), None)
 
     @property
     def degraded(self) -> bool:
-        """Whether the model serves with fewer workers than it was loaded in."""
+        """Whether the model serves with fewer workers than it was loaded with."""
         serving = self.serving
         return self.phase is ModelState.LOADED and serving is not None and serving.degraded_at is not None
 
     @property
     def version(self) -> int | None:
-        """The version that serves, else the one that is loading, else the last that was tried."""
+        """The version that serves, else the one that is loading, else the last one tried."""
         if self.serving is not None:
             return self.serving.version
         return self.under_way.version if self.under_way is not None else self.last_version
 
     @property
     def next_version(self) -> int | None:
-        """The version that will take the place of the one that serves."""
+        """The version that is loading beside the one that serves."""
         return self.under_way.version if self.phase is ModelState.LOADED and self.under_way else None
 
 
-INCIDENT_WINDOW_S = 600
-"""Deaths and failed recoveries count for ten minutes (DESIGN.md, "Crash")."""
+class LoadedModel(Struct, frozen=True, gc=False):
+    """A model that has a load: it serves from it, is being unloaded from it, or lost it."""
 
-MAX_FOOTPRINTS = 8
-"""How often it is remembered what a version of a model took: the one that serves, the next, and two to go
-back to, each as it is and from a prepared form."""
+    model: Model
+    serving: Serving
 
-_NOT_RETRIED = (CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED)
-
-_UNTRIED = (TIMEOUT, INSUFFICIENT_MEMORY)
-"""What says nothing against a model, where a load that somebody asked for had not begun."""
-
-_ASKED_FOR = (Cause.REQUEST, Cause.DEMAND)
+    @property
+    def id(self) -> str:
+        """The id of the model."""
+        return self.model.id
 
 
 def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | None:
-    """Return the model after `event`, where `job` is the event's job as it was before the event."""
+    """Return the model after an event.
+
+    Args:
+        model: as it was before; None if there was no event of it.
+        event: of any model or of none.
+        job: the event's job as it was before the event.
+    """
     kind = type(event.data)
     if kind is ServerStarted:
         return None if model is None else _restarted(model, event)
@@ -184,21 +227,21 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
         return model
     evolve = STEPS.get(kind)
     if evolve is None:
-        return model  # nor does it make one
+        return model
     return evolve(model or Model(event.model_id), event, event.data, job)
 
 
 def _restarted(model: Model, event: Event) -> Model:
-    """No process of before is there any more: what was loaded is lost, what was loading has not begun."""
-    gone = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
+    """A start of the server: no process is left, so a loaded model is lost and a load starts again."""
+    lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
     after = replace(
         model,
-        phase=ModelState.LOST if gone else model.phase,
-        lost_by=Cause.RESTART if gone or model.phase is ModelState.LOST else model.lost_by,
-        lost_at=event.recorded_at if gone else model.lost_at,
+        phase=ModelState.LOST if lost else model.phase,
+        lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
+        lost_at=event.recorded_at if lost else model.lost_at,
         loads=tuple(replace(load, started=False) for load in model.loads),
     )
-    return model if after == model else after  # most of thousands may be unloaded
+    return model if after == model else after  # most models may be unloaded
 
 
 def _load_requested(model: Model, event: Event, _: LoadRequested, job: Job | None) -> Model:
@@ -216,10 +259,10 @@ def _load_started(model: Model, event: Event, _: LoadStarted, __: Job | None) ->
     return replace(model, loads=loads, last_version=event.version)
 
 
-def _loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> Model:
+def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> Model:
     if job is None or job.load is None or event.version is None:
         return model
-    by_system = job.cause not in _ASKED_FOR
+    by_system = job.cause not in _BY_CLIENTS
     serving = Serving(
         load_job_id=job.id,
         version=event.version,
@@ -234,10 +277,9 @@ def _loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> M
         prepared=data.prepared,
     )
     form = data.prepared.form if data.prepared is not None else None
+    peak_bytes = -(-data.peak_memory_bytes // max(1, len(data.worker_ids)))  # of one worker, rounded up
     return replace(
-        model,
-        loads=_loads_but(model, job.id),
-        unloads=_unloads_but(model, job.id),
+        _without(model, job.id),
         phase=ModelState.LOADED,
         serving=serving,
         rank=model.rank if by_system and model.rank is not None else event.position,
@@ -247,40 +289,39 @@ def _loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> M
         lost_at=None,
         incidents=model.incidents if by_system else (),
         previous=None,
-        footprints=_footprints(model, Footprint(event.version, data.files, _peak_of_one(data), form)),
+        footprints=_footprints(model, Footprint(event.version, data.files, peak_bytes, form)),
     )
 
 
 def _footprints(model: Model, latest: Footprint) -> tuple[Footprint, ...]:
-    """Return the footprints with the latest: of the same files the highest counts, as peaks are sampled.
+    """Return the footprints with the latest one added.
 
-    Those of other files of the version are forgotten, in whatever form they were loaded.
+    Of the same files the highest counts, because peaks are sampled. Footprints of other files of the same
+    version are dropped.
     """
     others = []
     for known in model.footprints:
-        is_of_others = known.version != latest.version
-        if is_of_others or (known.files == latest.files and known.form != latest.form):
+        is_other_version = known.version != latest.version
+        if is_other_version or (known.files == latest.files and known.form != latest.form):
             others.append(known)
         elif known.files == latest.files and known.peak_memory_bytes > latest.peak_memory_bytes:
             latest = known
     return (*others, latest)[-MAX_FOOTPRINTS:]
 
 
-def _peak_of_one(data: ModelLoaded) -> int:
-    """Return the peak of one worker, rounded up; the event has the sum of all."""
-    return -(-data.peak_memory_bytes // max(1, len(data.worker_ids)))
-
-
 def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) -> Model:
-    """What serves goes on serving, and what is wanted back stays wanted, until it kept dying."""
+    """A failed load leaves a loaded model loaded and a lost one lost, except after a crash loop.
+
+    A model that has no load, and a lost one whose own version a client could not load, are `failed`.
+    """
     if not _waits_for(model, event):
         return model
     error = Failure(data.code, data.message)
     model = replace(_without(model, event.job_id), error=error, last_version=event.version)
     if model.previous is not None:
-        return _back_to_previous(model, event)
+        return _lose_previous(model, event)
     if model.degraded and job is not None and job.cause in RELOADS and error.code != FORK_SERVER_DIED:
-        return _wish_ended(model) if error.code == INSUFFICIENT_MEMORY else _with_incident(model, event)
+        return _end_reloads(model) if error.code == INSUFFICIENT_MEMORY else _with_incident(model, event)
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
         return model
     if model.phase is ModelState.LOST:
@@ -290,17 +331,14 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
             return _with_incident(_lost(model, event), event)
         if model.serving is not None and model.serving.version != event.version:
             return model
-        if error.code in _UNTRIED and _is_untried_request(job):
+        untried = job is not None and job.cause in _BY_CLIENTS and job.status is JobStatus.PENDING
+        if untried and error.code in _NOT_BLAMED:
             return model
     return replace(model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None, lost_at=None)
 
 
-def _is_untried_request(job: Job | None) -> bool:
-    return job is not None and job.cause in _ASKED_FOR and job.status is JobStatus.PENDING
-
-
 def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Job | None) -> Model:
-    """An unload is this model's own only if it ends its present load, or one that it waits for."""
+    """An unload belongs to the model only if it ends its present load, or one of its pending loads."""
     if job is not None or event.job_id != event.id:
         return model
     present = [load.job_id for load in model.loads]
@@ -318,37 +356,32 @@ def _unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | None) -> 
     if event.job_id not in model.unloads:
         return model
     if job is not None and job.cause is Cause.SWAP:
-        return _made_way(_without(model, event.job_id), event, job)
-    return _wanted_no_more(_without(model, event.job_id))
+        return _unloaded_for_replacement(_without(model, event.job_id), event, job)
+    return _reset(_without(model, event.job_id))
 
 
-def _wanted_no_more(model: Model) -> Model:
-    return replace(
-        model,
-        phase=ModelState.UNLOADED,
-        serving=None,
-        rank=None,
-        error=None,
-        lost_by=None,
-        lost_at=None,
-        incidents=(),
-        previous=None,
+def _reset(model: Model) -> Model:
+    """Return the model as unloaded, with its pending jobs."""
+    return Model(
+        model.id,
+        loads=model.loads,
+        unloads=model.unloads,
+        last_version=model.last_version,
+        footprints=model.footprints,
     )
 
 
-def _made_way(model: Model, event: Event, job: Job) -> Model:
-    """What served is gone, for a version that takes its place; if none is to come any more, it is missed."""
+def _unloaded_for_replacement(model: Model, event: Event, job: Job) -> Model:
+    """The old version is unloaded before the new one loads; without a new one to come, the model is lost."""
     serving = model.serving
     if serving is None or job.unload is None or job.unload.load_job_id != serving.load_job_id:
         return model
-    away = replace(
-        model, phase=ModelState.UNLOADED, serving=None, previous=serving, lost_by=None, lost_at=None
-    )
-    return _back_to_previous(away, event)
+    gone = replace(model, phase=ModelState.UNLOADED, serving=None, previous=serving)
+    return _lose_previous(replace(gone, lost_by=None, lost_at=None), event)
 
 
-def _back_to_previous(model: Model, event: Event) -> Model:
-    """Want back what made way, once no load is left that could take its place."""
+def _lose_previous(model: Model, event: Event) -> Model:
+    """Return the model as lost with its previous load, once no pending load is left to replace that."""
     if model.previous is None or model.loads:
         return model
     return replace(
@@ -361,27 +394,25 @@ def _back_to_previous(model: Model, event: Event) -> Model:
     )
 
 
-def _given_up(model: Model, event: Event, _: UnloadFailed | JobCancelled, job: Job | None) -> Model:
-    """A job that ended without its effect; the model whose unload had begun is loaded again.
+def _ended_without_effect(
+    model: Model, event: Event, _: UnloadFailed | JobCancelled, job: Job | None
+) -> Model:
+    """A job failed to unload or was cancelled: a model that was unloading is loaded again.
 
-    Somebody who cancels the reload of a model that is wanted back, whole or at all, ends the wish.
+    A client that cancels the reload of a lost or degraded model also ends further reloads.
     """
-    if job is not None and job.cancelling and _is_reload(job):
-        return _wish_ended(_without(model, job.id))
+    if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
+        return _end_reloads(_without(model, job.id))
     begun = job is not None and job.status is JobStatus.IN_PROGRESS and event.job_id in model.unloads
     back = begun and model.phase is ModelState.UNLOADING
     phase = ModelState.LOADED if back else model.phase
     after = replace(_without(model, event.job_id), phase=phase)
-    return _back_to_previous(after, event)
+    return _lose_previous(after, event)
 
 
-def _is_reload(job: Job) -> bool:
-    return job.kind is JobKind.LOAD and job.cause in RELOADS
-
-
-def _wish_ended(model: Model) -> Model:
+def _end_reloads(model: Model) -> Model:
     if model.phase is ModelState.LOST:
-        return _wanted_no_more(model)
+        return _reset(model)
     if model.serving is None or not model.degraded:
         return model
     return replace(model, serving=replace(model.serving, kept_as_is=True))
@@ -394,9 +425,9 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
     left = tuple(worker for worker in serving.worker_ids if worker != event.worker_id)
     of = f"; {len(left)} of {serving.parameters.instances} are left" if left else ""
     is_new = _is_new_incident(serving, event)
-    unknown = data.exit_code is None and data.signal is None  # the fork server's end, not this model's
+    by_forkserver = data.exit_code is None and data.signal is None  # no fault of the model
     incidents = (
-        _recent(model, event) if unknown or not is_new else (*_recent(model, event), event.recorded_at)
+        _recent(model, event) if by_forkserver or not is_new else (*_recent(model, event), event.recorded_at)
     )
     after = replace(model, error=Failure("worker_died", _end(data) + of), incidents=incidents)
     if not left:
@@ -406,10 +437,9 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
 
 
 def _is_new_incident(serving: Serving, event: Event) -> bool:
-    """Whether a death is not of the same incident as those before it.
+    """Whether a death begins an incident: all deaths of one load are one, until it expires.
 
-    What is bounded is how often a model is loaded again. So one load is one incident, however many of its
-    workers die, until that incident is forgotten.
+    Incidents limit how often a model is reloaded, not how many workers die.
     """
     began = serving.degraded_at
     return began is None or seconds_between(began, event.recorded_at) > INCIDENT_WINDOW_S
@@ -418,12 +448,9 @@ def _is_new_incident(serving: Serving, event: Event) -> bool:
 def _end(data: WorkerExited) -> str:
     if data.signal is not None:
         return f"its worker was killed by signal {data.signal}"
-    code = data.exit_code
-    return (
-        f"its worker ended with exit code {code}"
-        if code is not None
-        else "its worker ended with the fork server"
-    )
+    if data.exit_code is not None:
+        return f"its worker ended with exit code {data.exit_code}"
+    return "its worker ended with the fork server"
 
 
 def _lost(model: Model, event: Event) -> Model:
@@ -435,27 +462,23 @@ def _with_incident(model: Model, event: Event) -> Model:
 
 
 def _recent(model: Model, event: Event) -> tuple[str, ...]:
-    """Return the model's incidents that are not forgotten at `event`."""
+    """Return the incidents of the model that have not expired at the time of the event."""
     now = event.recorded_at
     return tuple(past for past in model.incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
 
 
 def _waits_for(model: Model, event: Event) -> bool:
-    """Whether the event is of a load of this model that has not ended."""
+    """Whether the event belongs to a pending load of the model."""
     return event.job_id in [load.job_id for load in model.loads]
 
 
 def _without(model: Model, job_id: str | None) -> Model:
-    """Return the model that does not wait for a job which has ended."""
-    return replace(model, loads=_loads_but(model, job_id), unloads=_unloads_but(model, job_id))
-
-
-def _loads_but(model: Model, job_id: str | None) -> tuple[PendingLoad, ...]:
-    return tuple([load for load in model.loads if load.job_id != job_id]) if model.loads else ()
-
-
-def _unloads_but(model: Model, job_id: str | None) -> tuple[str, ...]:
-    return tuple([unload for unload in model.unloads if unload != job_id]) if model.unloads else ()
+    """Return the model without a job that has ended."""
+    return replace(
+        model,
+        loads=tuple([load for load in model.loads if load.job_id != job_id]),
+        unloads=tuple([unload for unload in model.unloads if unload != job_id]),
+    )
 
 
 def _unchanged(model: Model, _: Event, __: CancelRequested | ServerStopped, ___: Job | None) -> Model:
@@ -465,18 +488,18 @@ def _unchanged(model: Model, _: Event, __: CancelRequested | ServerStopped, ___:
 STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], Model]] = {
     LoadRequested: _load_requested,
     LoadStarted: _load_started,
-    ModelLoaded: _loaded,
+    ModelLoaded: _model_loaded,
     LoadFailed: _load_failed,
     UnloadRequested: _unload_requested,
     UnloadStarted: _unload_started,
     ModelUnloaded: _unloaded,
-    UnloadFailed: _given_up,
-    JobCancelled: _given_up,
+    UnloadFailed: _ended_without_effect,
+    JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
     CancelRequested: _unchanged,
     ServerStopped: _unchanged,
 }
-"""What events of each type make of their model, but for `ServerStarted`; others do not even make one.
+"""The step of each event type that concerns one model; `ServerStarted` concerns all.
 
-A `match` of so many classes takes as long as all the rest of a step (measured).
+A table, because a `match` of so many classes takes as long as the rest of a step (measured).
 """

@@ -1,4 +1,8 @@
-"""The live state: all models and the jobs that have not ended, folded one event at a time."""
+"""The live state: all models and the unended jobs, folded one event at a time.
+
+`State` is the writer's; an `Attempt` folds a transaction on top of it; `Entities` folds the same, faster, for
+replay and verification.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class State:
-    """What is true after the event at `position`.
+    """Models and jobs after the event at `position`.
 
-    Entities are immutable values; the maps are the writer's, and everybody else only reads them.
+    Models and jobs are immutable values. Only the writer changes the maps; everything else reads them.
 
     Attributes:
-        keys: the idempotency keys at hand; the writer reads those that its commands name from the log.
-        queues: the jobs of each model that have not ended, oldest first.
-        backlog: how many jobs have not ended.
+        keys: idempotency keys in memory; the writer reads those that its commands name from the log.
+        queues: the unended jobs of each model, oldest first.
+        backlog: the number of unended jobs.
     """
 
     position: int = 0
@@ -45,17 +49,17 @@ class State:
             self._enqueue(sorted(self.jobs.values(), key=_age))
 
     def unended(self, model_id: str | None = None) -> list[Job]:
-        """Return the jobs that have not ended, of one model or of all, oldest first."""
+        """Return the unended jobs of one model or of all, oldest first."""
         if model_id is not None:
             return list(self.queues.get(model_id, ()))
         return sorted(chain.from_iterable(self.queues.values()), key=_age)
 
     def queue(self, model_id: str) -> list[Job]:
-        """Return the model's unended jobs in the order in which they are carried out."""
+        """Return the unended jobs of a model in the order in which they run."""
         return [job for job in self.unended(model_id) if in_queue(job)]
 
     def unended_job(self, job_id: str | None) -> Job | None:
-        """Return the job unless it has ended: whether an ended one is still at hand must not matter."""
+        """Return the job unless it has ended; ended jobs may be in memory or not."""
         job = self.jobs.get(job_id) if job_id is not None else None
         return None if job is None or job.ended else job
 
@@ -83,7 +87,7 @@ class State:
         return changes
 
     def _apply_to_one(self, event: Event) -> Changes:
-        """Fold an event that concerns one job and one model at most, as all but the server's starts do."""
+        """Fold an event that concerns at most one job and one model: all but `ServerStarted`."""
         model_id, job_id = event.model_id, event.job_id
         before = self.unended_job(job_id)
         models: Mapping[str, Model] = _NOTHING
@@ -103,7 +107,7 @@ class State:
         return Changes(models, jobs)
 
     def forget_ended(self, jobs: Iterable[Job]) -> None:
-        """Drop those of `jobs` that have ended: they live in the stored table from now on."""
+        """Drop those of `jobs` that have ended: from now on only the stored table has them."""
         for job in jobs:
             if job.ended:
                 self.jobs.pop(job.id, None)
@@ -121,7 +125,7 @@ class State:
         self.backlog += len(after) - len(before)
 
     def _enqueue(self, jobs: Iterable[Job]) -> None:
-        """Put what changed in its place; what is new comes last, because positions only grow."""
+        """Put changed jobs in their places and new ones at the end, because positions only grow."""
         changed: dict[str, dict[str, Job]] = {}
         for job in jobs:
             changed.setdefault(job.model_id, {})[job.id] = job
@@ -138,12 +142,12 @@ def _age(job: Job) -> int:
 
 
 def in_queue(job: Job) -> bool:
-    """Whether a job has its turn among its model's: the end of a load that was swapped out has none."""
+    """Whether a job waits its turn in its model's queue: the unload of a replaced load does not."""
     return job.kind is JobKind.LOAD or job.cause is not Cause.SWAP
 
 
 class Changes(Struct, frozen=True):
-    """The entities that an event, or a group of them, changed."""
+    """The models and jobs that one event, or a transaction, changed."""
 
     models: Mapping[str, Model]
     jobs: Mapping[str, Job]
@@ -153,7 +157,7 @@ _NOTHING: Mapping[str, Never] = MappingProxyType({})
 
 
 def _restarted(state: State, event: Event) -> Changes:
-    """Return what a start of the server makes of all models, and of the jobs that have not ended."""
+    """Return what a start of the server changes in all models and unended jobs."""
     models = ((model, evolve_model(model, event, None)) for model in state.models.values())
     jobs = ((job, evolve_job(job, event)) for job in state.unended())
     return Changes(
@@ -163,19 +167,21 @@ def _restarted(state: State, event: Event) -> Changes:
 
 
 class _Layers(ChainMap[str, T]):
-    """What a group changed, on top of what was there; most of what is asked of the standard one is `get`."""
+    """Changes of a transaction over the state before; `get` is overridden because it is the hot path."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return what is there, or was there before."""
+        """Return the changed value, else the one before."""
         changed, before = self.maps
         return changed[key] if key in changed else before.get(key, default)
 
 
 class Attempt:
-    """A group of events tried on top of a state, which changes only when the group is durable.
+    """A transaction folded on top of a state, which changes only once the transaction is durable.
 
-    `keys` are those of the log that the group's commands name. Those of the group itself are found in the log
-    once it is durable, so the base needs none.
+    Args:
+        base: the durable state.
+        keys: the known idempotency keys that the transaction's commands name. The transaction's own keys are
+            read from the log once it is durable, so the base needs none.
     """
 
     def __init__(self, base: State, keys: Mapping[str, KnownKey] | None = None) -> None:
@@ -194,11 +200,11 @@ class Attempt:
 
     @property
     def changes(self) -> Changes:
-        """Everything the group changed so far."""
+        """All changes of the transaction so far."""
         return Changes(self._models, self._jobs)
 
     def commit(self) -> None:
-        """Move the base on to what was tried."""
+        """Apply the changes to the base."""
         self._base.models.update(self._models)
         self._base.jobs.update(self._jobs)
         self._base.forget_ended(self._jobs.values())
@@ -211,11 +217,11 @@ class Attempt:
 
 
 class Entities:
-    """What `events.state.State` says of models and unended jobs, in half of the time.
+    """The models and unended jobs of `State`, folded in half the time: no queues, no keys, no changes.
 
     Args:
-        models: as they are where the fold begins.
-        jobs: that had not ended there.
+        models: where the fold begins.
+        jobs: the unended ones there.
     """
 
     __slots__ = ("jobs", "models")
@@ -225,7 +231,7 @@ class Entities:
         self.jobs = {job.id: job for job in jobs}
 
     def apply(self, event: Event) -> Job | None:
-        """Fold one event in and return the job that ended with it, which is then forgotten."""
+        """Fold one event and return the job that ended with it, which is then dropped."""
         if type(event.data) is ServerStarted:
             self._restart(event)
             return None
@@ -247,7 +253,7 @@ class Entities:
         return job
 
     def _restart(self, event: Event) -> None:
-        """Fold in what changes all models and unended jobs, and ends none."""
+        """Fold `ServerStarted`, which changes all models and unended jobs and ends none."""
         models = [evolve_model(model, event, None) for model in self.models.values()]
         jobs = [evolve_job(job, event) for job in self.jobs.values()]
         self.models = {model.id: model for model in models if model is not None}

@@ -1,4 +1,8 @@
-"""The tails of a log: each catches up from a position, then follows, with no gap and nothing twice."""
+"""Tails of the log: each catches up from a position, then follows, with no gap and no repetition.
+
+One follower reads new events into a ring that all tails share. A tail that is behind the ring reads the log
+through one of a few readers. A wakeup carries no data; the tail reads after it.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,35 @@ from events.errors import LedgerProblem
 from events.log import Log
 from events.sqlite.reader import EVERYTHING, Asked, EventFilter, Reader, StoredEvent, beyond_head
 
+_log = logging.getLogger(__name__)
+
 MAX_EVENTS = 4096
-"""Some seconds of a busy log: enough for a client that pauses; who is further behind reads the log."""
+"""Events in the ring: some seconds of a busy log, enough for a client that pauses."""
 
 MAX_BYTES = 8 * 2**20
-"""Of the events' lines."""
+"""Bytes of the events' lines in the ring."""
+
+PAGE = 100
+"""Events that a tail takes at a time: read at once, written at once."""
+
+MAX_BATCH_BYTES = 64 * 2**10
+"""Bytes of lines in one batch, unless a single event has more: what a stopped reader keeps in memory."""
+
+MAX_SHARED = 16
+"""Batches kept for tails at the same position: those that follow are at one position for each filter."""
+
+REACHED_S = 5.0
+"""How long the writer may take to hear of a commit that readers have seen; usually milliseconds."""
+
+PACE_S = 0.1
+"""How often tails are woken at most: ten events in one write cost a tenth of ten writes (measured)."""
+
+RETRY_S = 1.0
+"""How long to wait after the log could not be read."""
 
 
 class Ring:
-    """A run of events without a gap: those above `base`, up to `head`; the oldest make room for new ones."""
+    """The latest events without a gap: those above `base`, up to `head`; the oldest are dropped."""
 
     def __init__(self, max_events: int = MAX_EVENTS, max_bytes: int = MAX_BYTES) -> None:
         self._max_events = max_events
@@ -38,25 +62,25 @@ class Ring:
 
     @property
     def base(self) -> int:
-        """The position before the first event; who has seen all up to here can go on from the ring."""
+        """The position before the first event in the ring."""
         return self._head - len(self._events)
 
     @property
     def held_bytes(self) -> int:
-        """What the events' lines take."""
+        """Bytes of the events' lines."""
         return self._bytes
 
     def restart(self, head: int) -> None:
-        """Forget all events and go on after `head`."""
+        """Drop all events and continue after `head`."""
         self._events.clear()
         self._bytes = 0
         self._head = head
 
     def extend(self, events: Sequence[StoredEvent]) -> None:
-        """Add events that follow the head.
+        """Add events.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they do not follow the head.
         """
         for event in events:
             if event.position != self._head + 1:
@@ -81,36 +105,16 @@ class Ring:
         return [*newest_first][::-1]
 
 
-_log = logging.getLogger(__name__)
-
-PAGE = 100
-"""Events that a tail takes at a time: read at once, written at once."""
-
-MAX_BATCH_BYTES = 64 * 2**10
-"""Of their lines, unless a single one has more: what a reader that has stopped reading keeps in memory."""
-
-MAX_SHARED = 16
-"""Batches that are kept for tails at the same place: those that follow are at one place for each filter."""
-
-REACHED_S = 5.0
-"""How long the writer may take to hear of a commit that others have seen; it hears within milliseconds."""
-PACE_S = 0.1
-"""How often tails are woken at most: ten events in one write cost a tenth of ten writes (measured)."""
-
-RETRY_S = 1.0
-"""How long to wait before the log is read again when it could not be."""
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a tail gets next.
+    """The next events of a tail.
 
     Attributes:
-        events: those that match, in order.
-        after: where the tail was.
-        upto: where it is now: all that matches up to here was given.
-        live: whether that is all there is to read at the moment; the next ones come with a wakeup.
-        made: what readers made of it, by a name of theirs, so that those at the same place make it once.
+        events: those that match its filter, in order.
+        after: the position of the tail before.
+        upto: its position now: the batch has all matching events up to here.
+        live: whether there is nothing more to read at the moment; a wakeup announces the next events.
+        made: an encoded cache: serialised forms by name, shared by the readers of this batch.
     """
 
     events: Sequence[StoredEvent]
@@ -121,10 +125,10 @@ class Batch:
 
 
 class Tail:
-    """One reader's place in the log. Wait for `wakeup` when `read` said that it is live.
+    """One reader's position in the log. Wait for `wakeup` after `read` returned a live batch.
 
     Attributes:
-        opened_at: the head of the log when this began: what is shared may not have come as far yet.
+        opened_at: the head of the log when the tail was opened; the ring may not have reached it yet.
     """
 
     def __init__(self, tails: Tails, after: int, wanted: EventFilter) -> None:
@@ -135,10 +139,10 @@ class Tail:
         self.wakeup = asyncio.Event()
 
     async def read(self) -> Batch:
-        """Return what comes next, without waiting for it to happen.
+        """Return the next batch, without waiting for new events.
 
         Raises:
-            Archived: `archived`, it is not in the log any more.
+            Archived: `archived`, the next events are not in the log any more.
             LogUnavailable: `log_unavailable`, the log cannot be read.
         """
         batch = self._tails.from_ring(self.position, self.wanted)
@@ -149,13 +153,13 @@ class Tail:
 
 
 class Tails:
-    """All tails of a log; `run` has to run for them to see anything new.
+    """All tails of a log; `run` must run for them to see new events.
 
     Args:
-        log: where the head is, and what wakes the follower.
+        log: knows the head and wakes the follower.
         follower: the reader that fills the ring.
-        readers: for those that are behind it; as many read at once.
-        ring: what tails share.
+        readers: for tails that are behind the ring; as many tails read at once.
+        ring: the events that tails share.
     """
 
     def __init__(
@@ -179,7 +183,7 @@ class Tails:
         self.closed = False
 
     async def run(self) -> None:
-        """Follow the log until cancelled; a defect ends all tails, so that nobody waits for nothing."""
+        """Follow the log until cancelled; a defect closes all tails, so that none waits for ever."""
         wakeup = self._log.subscribe()
         try:
             while True:
@@ -192,17 +196,17 @@ class Tails:
             self.close()
 
     def close(self) -> None:
-        """Wake all tails for the last time; their readers look at `closed`."""
+        """Wake all tails for the last time; their readers check `closed`."""
         self.closed = True
         self.wake()
 
     def wake(self) -> None:
-        """Wake all tails: there is something new, or something of their own to look at."""
+        """Wake all tails, for new events or something else to check."""
         for tail in self._tails:
             tail.wakeup.set()
 
     def __iter__(self) -> Iterator[Tail]:
-        """Return the tails that are open."""
+        """Iterate over the open tails."""
         return iter(tuple(self._tails))
 
     def __len__(self) -> int:
@@ -214,9 +218,9 @@ class Tails:
         return self._log.head.position
 
     async def reaches(self, after: int) -> None:
-        """Wait until the head is there, if the file has come as far.
+        """Wait until the writer's head reaches `after`, if the file has.
 
-        Readers see a commit a moment before its writer hears of it, and so may those who ask what follows.
+        Readers see a commit a moment before the writer hears of it, so a client may ask for what follows it.
 
         Raises:
             BeyondHead: `beyond_head`.
@@ -238,7 +242,7 @@ class Tails:
 
     @contextmanager
     def open(self, after: int | None = None, wanted: EventFilter = EVERYTHING) -> Iterator[Tail]:
-        """Begin a tail after a position, or at the head; it is registered before its first read.
+        """Open a tail after a position, or at the head; it is registered before its first read.
 
         Raises:
             BeyondHead: `beyond_head`.
@@ -247,7 +251,7 @@ class Tails:
             after = self.head
         elif after > self.head:
             raise beyond_head(after, self.head)
-        if not self._tails:  # nobody followed meanwhile
+        if not self._tails:  # the ring was not kept up to date without tails
             self._ring.restart(self.head)
             self._shared.clear()
         tail = Tail(self, after, wanted)
@@ -258,9 +262,9 @@ class Tails:
             self._tails.discard(tail)
 
     def from_ring(self, after: int, wanted: EventFilter) -> Batch | None:
-        """Return what follows in the ring, or None if that does not reach back so far.
+        """Return the next batch from the ring, or None if the ring does not reach back so far.
 
-        Tails with the same place and filter share the answer, the same object.
+        Tails at the same position with the same filter share one object.
         """
         known = self._shared.get((after, wanted))
         if known is not None:
@@ -276,7 +280,7 @@ class Tails:
         return batch
 
     async def from_log(self, after: int, wanted: EventFilter) -> Batch:
-        """Return what follows in the log: waits for one of the readers.
+        """Return the next batch from the log, once one of the readers is free.
 
         Raises:
             Archived: `archived`.
@@ -296,10 +300,10 @@ class Tails:
             try:
                 page = await self._follower.event_page(Asked(after=after, limit=PAGE))
             except LedgerProblem as error:
-                _log.warning("those who follow the ledger wait: %s", error)
+                _log.warning("clients that follow the ledger wait: %s", error)
                 await asyncio.sleep(RETRY_S)
                 continue
-            if after != self._ring.head:  # all tails have ended meanwhile, and others begun
+            if after != self._ring.head:  # all tails were closed meanwhile, and others opened
                 continue
             self._ring.extend(page.items)
             self._shared.clear()
@@ -309,7 +313,7 @@ class Tails:
 
 
 def _batch(events: Sequence[StoredEvent], after: int, upto: int, *, live: bool) -> Batch:
-    """Return as many of the events as may be held at once, at least one."""
+    """Return a batch of as many events as fit, at least one."""
     held = 0
     for number, event in enumerate(events):
         held += len(event.line)

@@ -1,6 +1,6 @@
-"""The event types, with all their fields. They are hashed for ever: add fields, never change or remove one.
+"""The event types, with all their fields. Bodies are hashed for ever: add fields, never change or remove one.
 
-`type` is a stable string that stands here once; it never comes from a Python path.
+`TYPE` is the stable name of a type in the log; it never comes from a Python path.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from msgspec import Struct
+from msgspec.structs import asdict
 
 
 class Cause(StrEnum):
@@ -26,18 +28,18 @@ class Cause(StrEnum):
 
 
 SYSTEM = "system"
-"""The actor of what the server does of its own accord; no token may carry it as its subject."""
+"""The actor of what the server does by itself; no token may have it as its subject."""
 
 
 class Idempotency(Struct, frozen=True, gc=False):
-    """The key of an idempotent request, hashed, and the fingerprint of what was asked (hex SHA-256 each)."""
+    """The hash of an idempotency key and the fingerprint of its request (hex SHA-256 each)."""
 
     key_hash: str
     fingerprint: str
 
 
 class LoadedFile(Struct, frozen=True, gc=False):
-    """One file of a loaded version as it was read: path relative to the version's folder."""
+    """One file of a loaded version as it was read; `path` is relative to the version's folder."""
 
     path: str
     bytes: int
@@ -46,17 +48,16 @@ class LoadedFile(Struct, frozen=True, gc=False):
 
 
 class Prepared(Struct, frozen=True, gc=False):
-    """The prepared form that a load used instead of the repository's file, and its hash."""
+    """The prepared form that a load used instead of the repository's model file, and its hash."""
 
     form: str
     sha256: str
 
 
 class Durations(Struct, frozen=True, gc=False):
-    """How long the parts of a load took, in microseconds; null where a part did not take place.
+    """How long the stages of a load took; None where a stage did not take place.
 
-    Of several instances, each part is as long as in the one that took longest for it, so that the parts need
-    not add up to the whole.
+    Of several instances each stage is that of the slowest, so the stages need not add up to the total.
     """
 
     waiting_us: int
@@ -68,38 +69,75 @@ class Durations(Struct, frozen=True, gc=False):
     total_us: int
 
 
-class LoadRequested(Struct, frozen=True, gc=False):
-    """Somebody, or the system, asked for a version to be loaded. The event's id is the job's.
+NEVER = -1
+"""The `keep_alive_s` of a model that is never unloaded for being idle; None says the same."""
 
-    What applies is here, whoever chose it: the request, the model's loadledger.toml or the server. With
-    `keeps_load_job_id`, only what applies to a loaded model is to change, and its workers stay.
+
+class LoadParameters(Struct, frozen=True, gc=False):
+    """The parameters of a load, from the HTTP schema to the consumer, which orders the workers.
+
+    A new field needs a default, because earlier events lack it. Workers import nothing of `events`, so the
+    `Load` message of the wire names the parameters that they need.
+
+    Attributes:
+        priority: `high`, `normal` or `low`.
+        timeout_s: from acceptance to the end of the load, waiting included.
+        keep_alive_s: how long the model may be idle; None, like NEVER, has no limit.
+        memory_limit_bytes: of one instance beside the empty worker; None has no limit.
+        strategy: how a loaded version is replaced: `beside`, `in_place` or `auto`.
+        pinned: whether the model is exempt from automatic unloads.
+        instances: how many workers serve the model.
+        max_batch_size: requests run together; 0 turns batching off.
+        max_queue_delay_us: how long a request may wait for its batch.
+    """
+
+    priority: str = "normal"
+    timeout_s: int = 300
+    keep_alive_s: int | None = None
+    memory_limit_bytes: int | None = None
+    strategy: str = "beside"
+    pinned: bool = False
+    instances: int = 1
+    max_batch_size: int = 0
+    max_queue_delay_us: int = 0
+
+
+class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
+    """A person or the system requested the load of a version. The event's id is the job's.
+
+    The parameters are those that apply, whether the request, the model's loadledger.toml or the server chose
+    them. With `keeps_load_job_id` the load changes only the settings of that load, and reuses its workers.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
-    priority: str
-    timeout_s: int
-    keep_alive_s: int | None
-    memory_limit_bytes: int | None
-    strategy: str
-    pinned: bool
-    instances: int
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
-    max_batch_size: int = 0
-    max_queue_delay_us: int = 0
     keeps_load_job_id: str | None = None
+
+    @classmethod
+    def of(cls, parameters: LoadParameters, cause: Cause, **rest: Any) -> LoadRequested:
+        """Return the request of a load with these parameters; `rest` are the other fields."""
+        return cls(**asdict(parameters), cause=cause, **rest)
+
+    @property
+    def parameters(self) -> LoadParameters:
+        """The parameters alone, without what the request records about itself."""
+        return LoadParameters(*_parameters_of(self))
+
+
+_parameters_of = attrgetter(*LoadParameters.__struct_fields__)
 
 
 class LoadStarted(Struct, frozen=True, gc=False):
-    """The load began; `attempt` counts from 1, one more for each start of the server amid the load."""
+    """The load started; `attempt` counts from 1 and grows when the server restarts during the load."""
 
     TYPE: ClassVar[str] = "LoadStarted"
     attempt: int
 
 
 class ModelLoaded(Struct, frozen=True, gc=False):
-    """The version can serve, and from here on does. The bytes are the sums of all workers'."""
+    """The version serves from here on. Memory is the sum of all workers."""
 
     TYPE: ClassVar[str] = "ModelLoaded"
     files: tuple[LoadedFile, ...]
@@ -111,7 +149,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
 
 
 class LoadFailed(Struct, frozen=True, gc=False):
-    """The load ended without a model that can serve."""
+    """The load failed."""
 
     TYPE: ClassVar[str] = "LoadFailed"
     code: str
@@ -119,7 +157,7 @@ class LoadFailed(Struct, frozen=True, gc=False):
 
 
 class UnloadRequested(Struct, frozen=True, gc=False):
-    """Somebody, or the system, asked for the end of the load `load_job_id`. The event's id is the job's."""
+    """A person or the system requested the end of the load `load_job_id`. The event's id is the job's."""
 
     TYPE: ClassVar[str] = "UnloadRequested"
     force: bool
@@ -130,13 +168,13 @@ class UnloadRequested(Struct, frozen=True, gc=False):
 
 
 class UnloadStarted(Struct, frozen=True, gc=False):
-    """The model takes no more requests; those that run are waited for."""
+    """The model accepts no more requests; running ones are drained."""
 
     TYPE: ClassVar[str] = "UnloadStarted"
 
 
 class ModelUnloaded(Struct, frozen=True, gc=False):
-    """The process is gone, and all its memory with it."""
+    """The workers have exited, and their memory is free."""
 
     TYPE: ClassVar[str] = "ModelUnloaded"
     freed_bytes: int
@@ -145,7 +183,7 @@ class ModelUnloaded(Struct, frozen=True, gc=False):
 
 
 class UnloadFailed(Struct, frozen=True, gc=False):
-    """The unload ended and the model is still there."""
+    """The unload failed; the model is still loaded."""
 
     TYPE: ClassVar[str] = "UnloadFailed"
     code: str
@@ -153,20 +191,20 @@ class UnloadFailed(Struct, frozen=True, gc=False):
 
 
 class CancelRequested(Struct, frozen=True, gc=False):
-    """Somebody asked for the job `job_id` of this event to be cancelled."""
+    """A client asked to cancel the job of this event."""
 
     TYPE: ClassVar[str] = "CancelRequested"
     idempotency: Idempotency | None = None
 
 
 class JobCancelled(Struct, frozen=True, gc=False):
-    """The job ended before it did anything that lasts."""
+    """The job was cancelled before it had its effect."""
 
     TYPE: ClassVar[str] = "JobCancelled"
 
 
 class AccessDenied(Struct, frozen=True, gc=False):
-    """`actor` was refused `action` for lack of a role, `count` times."""
+    """`actor` was denied `action` for lack of a role, `count` times."""
 
     TYPE: ClassVar[str] = "AccessDenied"
     action: str
@@ -174,7 +212,7 @@ class AccessDenied(Struct, frozen=True, gc=False):
 
 
 class WorkerExited(Struct, frozen=True, gc=False):
-    """A worker's process ended and nobody had asked; both numbers are null when nobody can know them."""
+    """A worker ended unexpectedly; code and signal are None if it ended with the fork server."""
 
     TYPE: ClassVar[str] = "WorkerExited"
     exit_code: int | None
@@ -183,9 +221,11 @@ class WorkerExited(Struct, frozen=True, gc=False):
 
 
 class ServerStarted(Struct, frozen=True, gc=False):
-    """The server started on this log, whose last event before, if any, was recorded at `down_since`.
+    """The server started on this log. Jobs are not charged for the time since `down_since`.
 
-    `unclean` says that the last one was not `ServerStopped`. The time between is not charged to any job.
+    Attributes:
+        unclean: whether the event before was not `ServerStopped`.
+        down_since: when the event before was recorded; None in a new log.
     """
 
     TYPE: ClassVar[str] = "ServerStarted"
@@ -194,14 +234,14 @@ class ServerStarted(Struct, frozen=True, gc=False):
 
 
 class ServerStopped(Struct, frozen=True, gc=False):
-    """The server stopped in order; nothing is appended per model."""
+    """The server stopped in order; no event per model follows."""
 
     TYPE: ClassVar[str] = "ServerStopped"
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """An event of a type or schema version that this release does not know: kept, and skipped by folds."""
+    """Data of a type or schema version that this release does not know: kept, and skipped by folds."""
 
     type: str
     schema: int
@@ -224,15 +264,15 @@ Data = (
     | ServerStarted
     | ServerStopped
 )
-"""Every type this release writes."""
+"""The types that this release writes."""
 
 TYPES: Mapping[str, type[Data]] = {kind.TYPE: kind for kind in Data.__args__}
 SCHEMA = 1
-"""The version of all types so far."""
+"""The schema version of all types so far."""
 
 
 class Draft(Struct, frozen=True, gc=False):
-    """An event before the writer gave it its position and time."""
+    """An event before the writer gives it a position and a time."""
 
     id: str
     data: Data
@@ -244,7 +284,7 @@ class Draft(Struct, frozen=True, gc=False):
 
 
 class Event(Struct, frozen=True, gc=False):
-    """An immutable fact at its place in the log."""
+    """An immutable fact at its position in the log."""
 
     position: int
     id: str
@@ -258,7 +298,7 @@ class Event(Struct, frozen=True, gc=False):
 
     @property
     def type(self) -> str:
-        """The stable name of what happened."""
+        """The stable name of the event's type."""
         return self.data.type if isinstance(self.data, Unknown) else self.data.TYPE
 
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from events.jobs import Job, LoadParameters
+from events.jobs import Job
 from events.models import Footprint, Model
 from events.state import State
-from events.types import LoadedFile
+from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem
 from runtime.repository import MODEL_FILE, FileStat, Repository
 

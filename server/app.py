@@ -14,6 +14,7 @@ from aiohttp import hdrs, web
 from events.commands import RequestLoad
 from events.datalock import hold
 from events.errors import LogUnavailable
+from events.log import Log
 from events.sqlite.reader import open_reader
 from events.types import Cause
 from runtime.cache.files import PreparedUnavailable
@@ -46,6 +47,7 @@ from server.appkeys import (
     PROXIES,
     READER,
     REPOSITORY,
+    REQUEST_LOG,
     ROUTER,
     STOPPING,
     STREAMS,
@@ -181,11 +183,12 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _ledger(app: web.Application) -> AsyncIterator[None]:
-    app[LOG] = log = RequestLog(app[CONFIG].data / LEDGER)
+    app[LOG] = log = Log(app[CONFIG].data / LEDGER)
     await log.open()
     try:
         app[PROVER] = await open_prover(app[CONFIG].data, log.path)
-        await log.server_started()
+        started = await log.server_started()
+        app[REQUEST_LOG] = RequestLog(log, started.position)
         denials = app[GATE].denials
         counting = asyncio.create_task(denials.run(log.submit), name="denials")
         yield
@@ -259,6 +262,7 @@ def _on_demand(app: web.Application) -> OnDemand:
 
     return OnDemand(
         log=app[LOG],
+        submit=app[REQUEST_LOG].submit,
         reader=app[READER],
         router=app[ROUTER],
         leases=app[LEASES],

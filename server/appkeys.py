@@ -18,6 +18,7 @@ from server.auth.gate import Gate, Verifier
 from server.auth.proxies import Proxies
 from server.config import Config
 from server.http.limits import Bodies
+from server.observability.output import RequestLog
 from server.v2.ondemand import OnDemand
 
 BODIES = web.AppKey("bodies", Bodies)
@@ -25,6 +26,7 @@ GATE = web.AppKey("gate", Gate)
 VERIFIER = web.AppKey("verifier", Verifier)
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", Log)
+REQUEST_LOG = web.AppKey("request_log", RequestLog)
 READER = web.AppKey("reader", Reader)
 REPOSITORY = web.AppKey("repository", Repository)
 POOL = web.AppKey("pool", WorkerPool)

@@ -20,7 +20,7 @@ from typing import Any
 from msgspec import structs
 
 from events.clock import uuid7
-from events.jobs import LoadParameters
+from events.types import LoadParameters
 from runtime.consumer.loads import load_message
 from runtime.errors import RuntimeProblem
 from runtime.estimates import need_of

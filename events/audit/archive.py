@@ -25,7 +25,7 @@ from events.audit.files import forget_drafts, make_durable, refuse_irregular, sh
 from events.audit.signing import Base, Sign
 from events.audit.verify import Finding, verify_connection
 from events.clock import later, stamp
-from events.commands import KEPT_S
+from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, LogUnavailable, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, queries, storage
 from events.sqlite.base import base_state_digest, read_base, write_base_state
@@ -155,7 +155,7 @@ def _refuse_what_must_stay(
     """Keep the last event, which the next start builds on, and the idempotency keys that still hold."""
     if last >= head.position:
         raise MustStay(f"the log's last event has to stay: archive --before {head.position} at most")
-    since = later(max(stamp(now), head.recorded_at), -KEPT_S)
+    since = later(max(stamp(now), head.recorded_at), -KEY_LIFETIME_S)
     (kept,) = connection.execute(
         "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"
         " AND recorded_at > ?",

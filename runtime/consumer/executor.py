@@ -18,9 +18,9 @@ from msgspec.structs import replace
 from events.clock import seconds_between, uuid7
 from events.commands import Record, RequestLoad, RequestUnload
 from events.errors import LogUnavailable, RequestRefused
-from events.jobs import Failure, Job, load_requested
+from events.jobs import Failure, Job
 from events.log import Log
-from events.models import CRASH_LOOP, Model, Serving
+from events.models import CRASH_LOOP, LoadedModel, Serving
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -31,6 +31,7 @@ from events.types import (
     JobCancelled,
     LoadedFile,
     LoadFailed,
+    LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelUnloaded,
@@ -132,11 +133,11 @@ def swapped_out(
     return Draft(swap_id, request, SYSTEM, swap_id, model_id, version, worker_id)
 
 
-def given_up(model: Model, message: str) -> tuple[Draft, Draft]:
+def given_up(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     """Return the load that is not tried any more, and that it failed."""
-    assert model.serving is not None
-    job_id, version = uuid7(), model.serving.version
-    request = load_requested(model.serving.parameters, Cause.RECOVERY)
+    serving = model.serving
+    job_id, version = uuid7(), serving.version
+    request = LoadRequested.of(serving.parameters, Cause.RECOVERY)
     failed = LoadFailed(CRASH_LOOP, plain_text(message))
     return (
         Draft(job_id, request, SYSTEM, job_id, model.id, version),
@@ -294,11 +295,12 @@ class Applier:
 
         Both names lead to them until it is known which one is recorded: `settle_names`.
         """
-        model = self._log.state.models[job.model_id]
-        assert model.serving is not None
+        serving = self._log.state.models[job.model_id].serving
+        if serving is None:
+            raise RuntimeError(f"model '{job.model_id}' has no load to reuse the workers of")
         self.live[job.id] = load
         started = about(job, LoadStarted(job.attempt + 1), load.only_worker_id)
-        await self._record(started, about(job, taken_over(model.serving), load.only_worker_id))
+        await self._record(started, about(job, taken_over(serving), load.only_worker_id))
 
     async def _complete_load(self, job: Job, replaces: str | None) -> None:
         load = self.live[job.id]
@@ -356,17 +358,15 @@ class Applier:
         ends = [about(job, unloaded, _worker_id(load)) for job in jobs]
         await self._record_of(load, load.dead if load else [], *ends)
 
-    async def _request_reload(self, model: Model, cause: Cause) -> None:
+    async def _request_reload(self, model: LoadedModel, cause: Cause) -> None:
         serving = model.serving
-        assert serving is not None
         # Many may be requested at once: who asked for little time did not mean the queue after a restart.
         timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
         parameters = replace(serving.parameters, timeout_s=timeout_s)
         command = RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
         await self._log.submit(command)
 
-    async def _request_end(self, model: Model, cause: Cause, cause_event_id: str | None) -> None:
-        assert model.serving is not None
+    async def _request_end(self, model: LoadedModel, cause: Cause, cause_event_id: str | None) -> None:
         with suppress(RequestRefused):  # somebody asked for something else of it meanwhile
             await self._log.submit(
                 RequestUnload(

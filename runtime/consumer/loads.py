@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from events.clock import later, uuid7
-from events.jobs import Failure, Job, LoadParameters
+from events.jobs import Failure, Job
 from events.models import FORK_SERVER_DIED
+from events.types import LoadParameters
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from events.jobs import Job
-from events.models import Model
+from events.models import LoadedModel
 from events.types import Cause
 
 
@@ -84,7 +84,7 @@ class RecordDeath:
 class RequestReload:
     """Request, for the system, the load of a model that is wanted back, or back at its full strength."""
 
-    model: Model
+    model: LoadedModel
     cause: Cause
 
 
@@ -107,7 +107,7 @@ class MakeWay:
 class RequestEnd:
     """Request, for the system, the unload of a model; `cause_event_id` is what it is for, if of an event."""
 
-    model: Model
+    model: LoadedModel
     cause: Cause
     cause_event_id: str | None = None
 
@@ -116,7 +116,7 @@ class RequestEnd:
 class GiveUp:
     """Record that a model is not tried any more."""
 
-    model: Model
+    model: LoadedModel
     message: str
 
 

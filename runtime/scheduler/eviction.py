@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from events.clock import later
-from events.models import Model, ModelState
+from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
 from runtime.scheduler.actions import RequestEnd
 from runtime.scheduler.view import Running, Sight
@@ -25,7 +25,7 @@ LOOK_S = 0.25
 class Victim:
     """A model that may be unloaded now: how many bytes that gives back, and when it was used last."""
 
-    model: Model
+    model: LoadedModel
     memory_bytes: int
     used_at: str
 
@@ -47,17 +47,18 @@ class Eviction:
         found = [
             Victim(model, run.memory_bytes, self._sight.used_at(model, run))
             for model, run in self._candidates
-            if not run.busy and loaded_at(model) <= self._resident_since
+            if not run.busy and model.serving.loaded_at <= self._resident_since
         ]
         return sorted(found, key=lambda victim: (victim.used_at, victim.model.id))
 
     @cached_property
     def next_at(self) -> str | None:
         """When to look again for victims that cannot be had now, if there are any."""
-        stamps = (loaded_at(model) for model, _ in self._candidates)
+        stamps = (model.serving.loaded_at for model, _ in self._candidates)
         oldest = min((stamp for stamp in stamps if stamp > self._resident_since), default=None)
         times = [later(oldest, self._sight.policy.min_residency_s)] if oldest is not None else []
-        if any(run.busy and loaded_at(model) <= self._resident_since for model, run in self._candidates):
+        busy = (model for model, run in self._candidates if run.busy)
+        if any(model.serving.loaded_at <= self._resident_since for model in busy):
             times.append(later(self._sight.now, LOOK_S))
         return min(times, default=None)
 
@@ -72,8 +73,9 @@ class Eviction:
         return sum(victim.memory_bytes for victim in self.victims)
 
     @cached_property
-    def _candidates(self) -> list[tuple[Model, Running]]:
-        return [(model, run) for model, run in self._sight.at_rest if not _is_pinned(model)]
+    def _candidates(self) -> list[tuple[LoadedModel, Running]]:
+        at_rest = self._sight.at_rest
+        return [(model, run) for model, run in at_rest if not model.serving.parameters.pinned]
 
 
 def fewest(
@@ -105,17 +107,6 @@ def fewest(
     return tuple(chosen)
 
 
-def loaded_at(model: Model) -> str:
-    """Return when a model that serves was loaded, by whomever."""
-    assert model.serving is not None
-    return model.serving.loaded_at
-
-
-def _is_pinned(model: Model) -> bool:
-    assert model.serving is not None
-    return model.serving.parameters.pinned
-
-
 @dataclass(frozen=True, slots=True)
 class Removal:
     """The next end to be requested; else when to look again, if ever."""
@@ -126,7 +117,8 @@ class Removal:
 
 def remove(sight: Sight, eviction: Eviction) -> Removal:
     """Find what is to be unloaded though nobody asks for it."""
-    let_go = next((model for model in sight.state.models.values() if _is_let_go(sight, model)), None)
+    models = (model for model in sight.state.models.values() if _is_let_go(sight, model))
+    let_go = next((loaded for model in models if (loaded := model.loaded) is not None), None)
     if let_go is not None:
         return Removal(RequestEnd(let_go, Cause.RESTART))
     times: list[str] = []
@@ -149,28 +141,27 @@ def _is_let_go(sight: Sight, model: Model) -> bool:
     return lost and not sight.policy.restores and not model.loads and not model.unloads
 
 
-def _idle_ends(sight: Sight) -> Iterator[tuple[Model, str]]:
+def _idle_ends(sight: Sight) -> Iterator[tuple[LoadedModel, str]]:
     """Yield of the models that are unloaded when they are idle those that are first, and when that is.
 
     A busy one is looked at again when it can have been idle for long enough at the soonest.
     """
-    first: dict[float, tuple[str, Model]] = {}
+    first: dict[float, tuple[str, LoadedModel]] = {}
     for model, run in sight.at_rest:
         stays_s = _stays_s(sight, model, run)
         if stays_s is not None:
-            since = sight.now if run.busy else max(run.last_used_at or "", loaded_at(model))
+            since = sight.now if run.busy else max(run.last_used_at or "", model.serving.loaded_at)
             if stays_s not in first or since < first[stays_s][0]:
                 first[stays_s] = since, model
     for stays_s, (since, model) in first.items():
         yield model, later(since, stays_s)
 
 
-def _stays_s(sight: Sight, model: Model, run: Running) -> float | None:
+def _stays_s(sight: Sight, model: LoadedModel, run: Running) -> float | None:
     """Return for how long a model stays without a request, from the end of the last; null is for ever.
 
     One that was not asked yet has at least the time that any model has: it was loaded for something.
     """
-    assert model.serving is not None
     keep_alive_s = model.serving.parameters.keep_alive_s
     if keep_alive_s is None or keep_alive_s < 0 or model.serving.parameters.pinned:
         return None

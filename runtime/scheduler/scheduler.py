@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from events.clock import later
 from events.jobs import Job, JobKind, JobStatus
-from events.models import RELOADS, TIMEOUT, Model, ModelState
+from events.models import RELOADS, TIMEOUT, LoadedModel, Model, ModelState
 from events.state import State
 from events.types import Cause
 from runtime.scheduler.actions import (
@@ -202,35 +202,37 @@ def _timeouts(sight: Sight, waiting_for: Mapping[str, str]) -> Iterator[Action]:
         yield FailLoad(job, TIMEOUT, f"not loaded within {job.load.timeout_s} s; it waited for {reason}")
 
 
-def _reloads(wanted_back: Sequence[Model], now: str) -> Iterator[Action]:
+def _reloads(wanted_back: Sequence[LoadedModel], now: str) -> Iterator[Action]:
     """What was lost is requested again, last loaded first; a model that keeps dying is given up."""
-    for model in wanted_back:
+    for loaded in wanted_back:
+        model = loaded.model
         if model.lost_by in (Cause.RESTART, Cause.SWAP):
-            yield RequestReload(model, model.lost_by)
+            yield RequestReload(loaded, model.lost_by)
         elif _keeps_dying(model):
             reason = model.error.message if model.error else "its worker died"
-            yield GiveUp(model, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}")
-        elif _reload_at(model) <= now:
-            yield RequestReload(model, Cause.RECOVERY)
+            yield GiveUp(loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}")
+        elif _reload_at(loaded) <= now:
+            yield RequestReload(loaded, Cause.RECOVERY)
 
 
-def _wanted_back(sight: Sight) -> list[Model]:
+def _wanted_back(sight: Sight) -> list[LoadedModel]:
     """Return the models that are wanted back, whole or at all, and that nobody is at, in their order."""
-    wanted = (model for model in sight.state.models.values() if _is_missed(sight, model))
+    loaded = (model.loaded for model in sight.state.models.values())
+    wanted = (model for model in loaded if model is not None and _is_missed(sight, model))
     return sorted(wanted, key=lambda model: _importance(sight, model), reverse=True)
 
 
-def _is_missed(sight: Sight, model: Model) -> bool:
-    if model.serving is None or model.loads or model.unloads:
+def _is_missed(sight: Sight, loaded: LoadedModel) -> bool:
+    model = loaded.model
+    if model.loads or model.unloads:
         return False
     if model.phase is ModelState.LOST:
         return sight.policy.restores or model.lost_by is not Cause.RESTART
-    return model.degraded and not model.serving.kept_as_is and not _keeps_dying(model)
+    return model.degraded and not loaded.serving.kept_as_is and not _keeps_dying(model)
 
 
-def _importance(sight: Sight, model: Model) -> tuple[bool, str, int]:
+def _importance(sight: Sight, model: LoadedModel) -> tuple[bool, str, int]:
     """Return whether a model is pinned, when it was used last, and which of two was loaded later."""
-    assert model.serving is not None
     used_at = max(sight.conditions.last_used.get(model.id, ""), model.serving.loaded_at)
     return model.serving.parameters.pinned, used_at, model.serving.position
 
@@ -239,10 +241,10 @@ def _keeps_dying(model: Model) -> bool:
     return len(model.incidents) >= MAX_INCIDENTS
 
 
-def _reload_at(model: Model) -> str:
+def _reload_at(loaded: LoadedModel) -> str:
     """Return when a model whose worker died is requested again: some time after the last that went wrong."""
-    assert model.serving is not None
-    since = model.lost_at or max([model.serving.degraded_at or "", *model.incidents])
+    model = loaded.model
+    since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents])
     doublings = max(0, len(model.incidents) - 1)
     return later(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
@@ -257,7 +259,7 @@ def _to_prepare(sight: Sight) -> str | None:
 
 
 def _wake_at(
-    sight: Sight, admission: Admission, removal: Removal, wanted_back: Sequence[Model]
+    sight: Sight, admission: Admission, removal: Removal, wanted_back: Sequence[LoadedModel]
 ) -> str | None:
     times = [job.deadline_at for job in sight.unended if job.deadline_at is not None]
     times += [_reload_at(model) for model in wanted_back]

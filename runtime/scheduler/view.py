@@ -9,7 +9,7 @@ from functools import cached_property
 
 from events.clock import later
 from events.jobs import Job
-from events.models import Model, ModelState
+from events.models import LoadedModel, Model, ModelState
 from events.state import State, in_queue
 from events.types import SYSTEM, Cause
 
@@ -214,14 +214,15 @@ class Sight:
         return any(run.phase in loading for run in self.running.values())
 
     @cached_property
-    def at_rest(self) -> list[tuple[Model, Running]]:
+    def at_rest(self) -> list[tuple[LoadedModel, Running]]:
         """The models that serve and of which nothing else is asked or under way."""
         serving = ((self.state.models.get(run.model_id), run) for run in self.running.values())
         return [
-            (model, run)
+            (loaded, run)
             for model, run in serving
             if model is not None
             and not (model.loads or model.unloads or run.killed)
+            and (loaded := model.loaded) is not None
             and self.serving_run(model) is run
         ]
 
@@ -239,9 +240,8 @@ class Sight:
         unended = self.state.unended(model.id)
         return any(job.cause is Cause.SWAP and job.id in model.unloads for job in unended)
 
-    def used_at(self, model: Model, run: Running) -> str:
+    def used_at(self, model: LoadedModel, run: Running) -> str:
         """Return when a model that serves was used last: that somebody had it loaded counts as a use."""
-        assert model.serving is not None
         loaded_at = model.serving.loaded_at
         if model.serving.loaded_by == SYSTEM:  # which is no use; when it was used before, may be known
             loaded_at = self.conditions.last_used.get(model.id, loaded_at)

@@ -28,7 +28,7 @@ from server.api.schemas import (
     job_view,
 )
 from server.api.timetravel import past_job, past_jobs
-from server.appkeys import CONSUMER, LOG, READER, STOPPING
+from server.appkeys import CONSUMER, LOG, READER, REQUEST_LOG, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters
@@ -216,7 +216,7 @@ async def cancel_job(request: web.Request) -> web.Response:
 
 async def submit(request: web.Request, command: Command) -> web.Response:
     """Submit what becomes a job, and answer with it: 200 where it has ended, else 202 and where to look."""
-    receipt = await request.app[LOG].submit(command)
+    receipt = await request.app[REQUEST_LOG].submit(command)
     assert receipt.job_id is not None
     seconds = wait_s(request.headers.getall("Prefer", []))
     job = await _ended(request.app, receipt.job_id, seconds)
@@ -234,7 +234,7 @@ async def carry_out(app: web.Application, command: Command) -> Job:
         ShuttingDown: `shutting_down`, the server stops before the job has ended.
         LedgerProblem: `log_unavailable`, or what the command is refused with.
     """
-    receipt = await app[LOG].submit(command)
+    receipt = await app[REQUEST_LOG].submit(command)
     assert receipt.job_id is not None
     job = await _ended(app, receipt.job_id, None)
     if not job.ended:

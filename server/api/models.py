@@ -12,9 +12,8 @@ from typing import Any
 from aiohttp import web
 
 from events.commands import FileStat, RequestLoad, RequestUnload
-from events.jobs import LoadParameters
 from events.models import Model, ModelState
-from events.types import Idempotency
+from events.types import Idempotency, LoadParameters
 from runtime.errors import UnknownModel
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import ModelVersion, Repository

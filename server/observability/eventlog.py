@@ -17,6 +17,7 @@ from aiohttp import web
 from events.clock import moment, seconds_between
 from events.errors import LedgerProblem
 from events.jobs import Job
+from events.log import Log
 from events.sqlite.reader import PAGE, Reader
 from events.types import (
     AccessDenied,
@@ -32,7 +33,7 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
-from server.appkeys import LOG, READER
+from server.appkeys import LOG, READER, REQUEST_LOG
 from server.observability.output import CONTEXT, RequestLog, fields
 
 _log = logging.getLogger(__name__)
@@ -53,11 +54,12 @@ ENDS = (ModelLoaded, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
 class LedgerLines:
     """Tells each event from the start of the server on, and `on_job_end` of each job that has ended."""
 
-    def __init__(self, log: RequestLog, reader: Reader, on_job_end: OnJobEnd | None) -> None:
+    def __init__(self, log: Log, requests: RequestLog, reader: Reader, on_job_end: OnJobEnd | None) -> None:
         self._log = log
+        self._requests = requests
         self._reader = reader
         self._on_job_end = on_job_end
-        self._told = max(0, log.started_at - 1)
+        self._told = max(0, requests.started_at - 1)
         self._closing = False
 
     async def run(self) -> None:
@@ -96,10 +98,10 @@ class LedgerLines:
                 self._told = head
 
     async def _tell(self, event: Event) -> None:
-        behind, job = self._log.behind.get(event.job_id or ""), None
+        behind, job = self._requests.behind.get(event.job_id or ""), None
         if isinstance(event.data, ENDS) and event.job_id is not None:
             job = await self._reader.job(event.job_id)
-            self._log.behind.pop(event.job_id, None)
+            self._requests.behind.pop(event.job_id, None)
         context = Context()
         context.run(CONTEXT.set, behind)
         context.run(_write, event, job)
@@ -175,9 +177,7 @@ def _details(event: Event) -> dict[str, object]:
 
 async def telling(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:
     """Have the ledger's events told while the application runs; a resource of it, the last to be opened."""
-    log = app[LOG]
-    assert isinstance(log, RequestLog)
-    lines = LedgerLines(log, app[READER], on_job_end)
+    lines = LedgerLines(app[LOG], app[REQUEST_LOG], app[READER], on_job_end)
     task = asyncio.create_task(lines.run(), name="ledger lines")
     yield
     lines.close()

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging import Formatter, LogRecord
 from logging.handlers import QueueHandler, QueueListener
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from uuid import uuid4
@@ -71,35 +70,36 @@ CONTEXT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 """The request on whose behalf something happens; None where nobody asked."""
 
 
-class RequestLog(Log):
-    """The event log, which remembers of unfinished jobs who asked for them first.
+class RequestLog:
+    """Submits the commands of requests to the event log, and remembers the request behind each unended job.
+
+    Args:
+        log: the event log.
+        started_at: the position of this server's `ServerStarted`.
 
     Attributes:
-        behind: the requests behind jobs, by job; whoever tells of a job's end removes it.
-        started_at: the position of this server's `ServerStarted`.
+        behind: the first request behind each job; the event log lines remove it when the job has ended.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.started_at = 0
+    def __init__(self, log: Log, started_at: int) -> None:
+        self._log = log
+        self.started_at = started_at
         self.behind: OrderedDict[str, RequestContext] = OrderedDict()
 
     async def submit(self, command: Command) -> Receipt:
-        """Submit as `Log` does, and note what becomes of it with the request behind it."""
-        receipt = await super().submit(command)
+        """Submit a command, and note its job and position in the context of the request.
+
+        Raises:
+            LedgerProblem: as `Log.submit`.
+        """
+        receipt = await self._log.submit(command)
         context = CONTEXT.get()
         if context is not None and receipt.job_id is not None:
             context.job_id, context.position = receipt.job_id, receipt.position
-            if receipt.job_id in self.state.jobs:
+            if receipt.job_id in self._log.state.jobs:
                 self.behind.setdefault(receipt.job_id, context)
             if len(self.behind) > MAX_JOBS:
                 self.behind.popitem(last=False)
-        return receipt
-
-    async def server_started(self) -> Receipt:
-        """Append `ServerStarted`, and note where."""
-        receipt = await super().server_started()
-        self.started_at = receipt.position
         return receipt
 
 

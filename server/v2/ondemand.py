@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from events.commands import RequestLoad
 from events.errors import LedgerProblem
 from events.jobs import Failure, Job, JobKind, JobStatus
-from events.log import Log
+from events.log import Log, Receipt
 from events.models import Model, ModelState
 from events.sqlite.reader import Reader
 from events.types import Cause
@@ -150,7 +150,8 @@ class OnDemand:
     """The models that inferences wait for.
 
     Args:
-        log: where loads are asked for, and that notifies of what comes of them.
+        log: holds the live state and notifies of outcomes.
+        submit: submits the command of a load.
         reader: finds jobs that have ended.
         router: says whether a model can be asked.
         leases: held as long as an inference waits, and until it is answered.
@@ -165,6 +166,7 @@ class OnDemand:
         self,
         *,
         log: Log,
+        submit: Callable[[RequestLoad], Awaitable[Receipt]],
         reader: Reader,
         router: Router,
         leases: Leases,
@@ -175,6 +177,7 @@ class OnDemand:
         on: bool,
     ) -> None:
         self._log = log
+        self._submit = submit
         self._reader = reader
         self._router = router
         self._leases = leases
@@ -355,7 +358,7 @@ class OnDemand:
             raise DemandFailed(reason, self._note(attempt, reason, attempt.before)) from None
         is_absent = state.models.get(model_id) is attempt.before and not state.queue(model_id)
         if self._waiting[attempt.demand] and is_absent and not self._stopping.is_set():
-            receipt = await self._log.submit(command)
+            receipt = await self._submit(command)
             attempt.watched = receipt.job_id
             attempt.asked = None if receipt.existing else receipt.job_id
 

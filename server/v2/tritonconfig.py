@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 from marshmallow import fields
 
-from events.jobs import LoadParameters
+from events.types import LoadParameters
 from runtime.repository import MODEL_FILE
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema

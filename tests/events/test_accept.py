@@ -14,13 +14,13 @@ from support.history import FEWER, MODEL, History, at, drafts, fold, given, ids
 
 from events.accept import MAX_QUEUE, Accepted, Decision, Existing, Refused, accept
 from events.commands import Command, FileStat, Record, RequestCancel, RequestLoad, RequestUnload
-from events.jobs import LoadParameters, load_parameters
 from events.state import State
 from events.types import (
     CancelRequested,
     Cause,
     Draft,
     Idempotency,
+    LoadParameters,
     LoadRequested,
     LoadStarted,
     UnloadRequested,
@@ -129,7 +129,7 @@ def test_load_is_new_or_joins_job(facts: str, command: RequestLoad, job: str) ->
 def test_accepted_load_records_all_that_was_asked_for() -> None:
     parameters = LoadParameters("high", 10, 20, 30, "auto", pinned=True, instances=2)
     command = RequestLoad(MODEL, 3, FILES, "alice", parameters, Cause.DEMAND, "e7", idempotency=KEY)
-    data = LoadRequested("high", 10, 20, 30, "auto", True, 2, Cause.DEMAND, "e7", KEY)
+    data = LoadRequested.of(parameters, Cause.DEMAND, cause_event_id="e7", idempotency=KEY)
     assert decide(State(), command) == Accepted((Draft(NEW, data, "alice", NEW, MODEL, 3),), NEW)
 
 
@@ -139,7 +139,7 @@ def kept(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters]:
     assert isinstance(decision, Accepted)
     [draft] = decision.drafts
     assert isinstance(draft.data, LoadRequested)
-    return draft.data.keeps_load_job_id, load_parameters(draft.data)
+    return draft.data.keeps_load_job_id, draft.data.parameters
 
 
 @pytest.mark.parametrize(

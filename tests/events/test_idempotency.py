@@ -18,7 +18,7 @@ from support.history import FEWER, MODEL, PLAIN, START, History, at, given, ids,
 from events.accept import Accepted, Decision, Existing, Refused, accept
 from events.audit.verify import verify
 from events.commands import (
-    KEPT_S,
+    KEY_LIFETIME_S,
     Command,
     KnownKey,
     Record,
@@ -42,6 +42,7 @@ from events.types import (
     recorded,
 )
 
+DAY_S = KEY_LIFETIME_S
 KEY = Idempotency("k", "f")
 OTHER_REQUEST = Idempotency("k", "g")
 OTHER_KEY = Idempotency("l", "f")
@@ -116,7 +117,7 @@ def test_key_of_other_request_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("after_s", "holds"), [(0, True), (KEPT_S - 1e-6, True), (KEPT_S, False), (2 * KEPT_S, False)]
+    ("after_s", "holds"), [(0, True), (DAY_S - 1e-6, True), (DAY_S, False), (2 * DAY_S, False)]
 )
 def test_key_expires_after_24_hours(after_s: float, holds: bool) -> None:  # noqa: FBT001
     history = first_load()
@@ -130,7 +131,7 @@ def test_key_expires_after_24_hours(after_s: float, holds: bool) -> None:  # noq
 def test_key_used_again_after_expiry_stands_for_later_request() -> None:
     history = first_load()
     history.end_load("L")
-    history.add(UnloadRequested(False, "L", Cause.REQUEST, None, OTHER_REQUEST), "U", after_s=KEPT_S)
+    history.add(UnloadRequested(False, "L", Cause.REQUEST, None, OTHER_REQUEST), "U", after_s=DAY_S)
     assert decide(history, unload(OTHER_REQUEST)) == Existing("U")
     assert isinstance(decide(history, load(KEY)), Refused)
 
@@ -163,7 +164,7 @@ COMMANDS = (
     | st.builds(unload, KEYS, MODELS | st.none())
     | st.builds(cancel, st.sampled_from(["j1", "j2", "j3"]), KEYS)
 )
-ASKED = st.builds(Asked, COMMANDS, st.sampled_from([0, 1, 3_600, KEPT_S / 2, KEPT_S - 1, KEPT_S, 2 * KEPT_S]))
+ASKED = st.builds(Asked, COMMANDS, st.sampled_from([0, 1, 3_600, DAY_S / 2, DAY_S - 1, DAY_S, 2 * DAY_S]))
 
 
 class Oracle:
@@ -177,7 +178,7 @@ class Oracle:
         if key is None or key.key_hash not in self.used:
             return None
         fingerprint, job_id, then = self.used[key.key_hash]
-        if seconds - then >= KEPT_S:
+        if seconds - then >= DAY_S:
             return None
         return job_id if fingerprint == key.fingerprint else "idempotency_mismatch"
 

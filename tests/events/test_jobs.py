@@ -5,7 +5,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from support.history import FEWER, MODEL, History, as_event, at, drafts, given, load_requested, model_loaded
 
-from events.jobs import Failure, Job, JobKind, JobStatus, LoadParameters, UnloadParameters, evolve_job
+from events.jobs import Failure, Job, JobKind, JobStatus, UnloadParameters, evolve_job
 from events.types import (
     SYSTEM,
     AccessDenied,
@@ -15,6 +15,7 @@ from events.types import (
     Draft,
     JobCancelled,
     LoadFailed,
+    LoadParameters,
     LoadRequested,
     LoadStarted,
     ServerStopped,
@@ -31,11 +32,8 @@ BROKEN, STUCK = Failure("broken", "because"), Failure("stuck", "x")
 
 def test_requested_load_is_pending_job_with_deadline() -> None:
     history = History()
-    data = LoadRequested(
-        "high", 60, 5, 6, "auto", pinned=True, instances=3, cause=Cause.DEMAND, max_batch_size=8,
-        max_queue_delay_us=90,
-    )  # fmt: skip
-    history.add(data, "L", version=4, by="alice")
+    parameters = LoadParameters("high", 60, 5, 6, "auto", True, 3, 8, 90)
+    history.add(LoadRequested.of(parameters, Cause.DEMAND), "L", version=4, by="alice")
     assert history.job("L") == Job(
         id="L",
         kind=JobKind.LOAD,
@@ -47,7 +45,7 @@ def test_requested_load_is_pending_job_with_deadline() -> None:
         position=1,
         requested_by="alice",
         cause=Cause.DEMAND,
-        load=LoadParameters("high", 60, 5, 6, "auto", True, 3, 8, 90),
+        load=parameters,
         deadline_at=at(61),
     )
 

@@ -18,7 +18,7 @@ from support.history import (
     model_loaded,
 )
 
-from events.jobs import Failure, JobKind, LoadParameters
+from events.jobs import Failure, JobKind
 from events.models import (
     INCIDENT_WINDOW_S,
     MAX_FOOTPRINTS,
@@ -36,6 +36,7 @@ from events.types import (
     Draft,
     JobCancelled,
     LoadFailed,
+    LoadParameters,
     LoadStarted,
     ModelUnloaded,
     Prepared,

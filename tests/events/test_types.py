@@ -43,16 +43,16 @@ KEYS = Idempotency("aa" * 32, "bb" * 32)
 
 DECODED: dict[str, Data] = {
     "LoadRequested": LoadRequested(
-        "high",
-        300,
-        60,
-        1_073_741_824,
-        "beside",
-        True,
-        2,
-        Cause.RECOVERY,
-        "e7",
-        KEYS,
+        priority="high",
+        timeout_s=300,
+        keep_alive_s=60,
+        memory_limit_bytes=1_073_741_824,
+        strategy="beside",
+        pinned=True,
+        instances=2,
+        cause=Cause.RECOVERY,
+        cause_event_id="e7",
+        idempotency=KEYS,
     ),
     "LoadStarted": LoadStarted(2),
     "ModelLoaded": ModelLoaded(

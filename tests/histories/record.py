@@ -23,13 +23,12 @@ from support.running import Clock, job_of, running
 from events.codec import from_body, to_body
 from events.commands import FileStat, Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import RequestRefused
-from events.jobs import LoadParameters
 from events.models import ModelState
 from events.sqlite.queries import as_text
 from events.sqlite.reader import open_reader
 from events.sqlite.storage import FOLDS
 from events.state import State
-from events.types import AccessDenied, Draft, Idempotency
+from events.types import AccessDenied, Draft, Idempotency, LoadParameters
 from runtime.scheduler.view import Policy
 
 HERE = Path(__file__).parent

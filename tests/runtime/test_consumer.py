@@ -13,9 +13,9 @@ from support import models
 from support.running import Engine, code_of, gone, running, save_models
 from support.workers import until
 
-from events.jobs import Failure, JobStatus, LoadParameters
+from events.jobs import Failure, JobStatus
 from events.models import ModelState
-from events.types import Cause, ModelLoaded, ModelUnloaded, UnloadRequested, WorkerExited
+from events.types import Cause, LoadParameters, ModelLoaded, ModelUnloaded, UnloadRequested, WorkerExited
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 

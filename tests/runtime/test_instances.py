@@ -11,9 +11,9 @@ from support import models
 from support.running import Engine, code_of, gone, running, save_models, stopped_clock
 from support.workers import computing, freeze, until
 
-from events.jobs import JobStatus, LoadParameters
+from events.jobs import JobStatus
 from events.models import ModelState
-from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
+from events.types import Cause, LoadParameters, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
 from runtime.consumer.loads import LiveLoad
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool

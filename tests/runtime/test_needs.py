@@ -17,9 +17,9 @@ from support.history import PLAIN, History
 from support.running import Engine, running
 from support.workers import LIMIT_S
 
-from events.jobs import Job, JobStatus, LoadParameters
+from events.jobs import Job, JobStatus
 from events.models import Footprint, Model
-from events.types import LoadedFile, ModelLoaded
+from events.types import LoadedFile, LoadParameters, ModelLoaded
 from runtime import estimates as needs_module
 from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES, Need, Needs, need_bare, need_of
 from runtime.repository import FileStat, Repository

@@ -12,9 +12,8 @@ from support import models
 from support.running import Engine, running, save_models, slow_model, stopped_clock
 from support.workers import LIMIT_S, array, floats, tensor, trips, until
 
-from events.jobs import LoadParameters
 from events.models import ModelState
-from events.types import WorkerExited
+from events.types import LoadParameters, WorkerExited
 from runtime.errors import (
     InferenceTimeout,
     InvalidInput,

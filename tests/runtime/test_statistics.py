@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from events.counters import Names
-from events.jobs import LoadParameters
+from events.types import LoadParameters
 from runtime.consumer.loads import LiveLoad
 from runtime.consumer.usage import Leases, Totals
 from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, Statistics

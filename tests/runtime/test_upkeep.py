@@ -16,9 +16,8 @@ from support.running import Engine, running
 from support.workers import FOR_EVER_S, LIMIT_S, freeze, tensor, until
 
 from events.errors import LogUnavailable
-from events.jobs import LoadParameters
 from events.models import ModelState
-from events.types import Cause, UnloadRequested
+from events.types import Cause, LoadParameters, UnloadRequested
 from runtime import memory
 from runtime.consumer import consumer as consumer_module
 from runtime.consumer.consumer import Upkeep

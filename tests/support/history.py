@@ -112,9 +112,7 @@ def load_requested(
     cause: Cause = Cause.REQUEST, *, timeout_s: int = 300, instances: int = 1
 ) -> LoadRequested:
     """Return what a plain load asks for."""
-    return LoadRequested(
-        "normal", timeout_s, None, None, "beside", pinned=False, instances=instances, cause=cause
-    )
+    return LoadRequested(timeout_s=timeout_s, instances=instances, cause=cause)
 
 
 def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:

@@ -16,11 +16,11 @@ from typing import TypeVar
 
 from events.clock import utc_now
 from events.commands import Command, FileStat, RequestLoad, RequestUnload
-from events.jobs import Job, LoadParameters
+from events.jobs import Job
 from events.log import Log, Receipt
 from events.models import Model, ModelState
 from events.sqlite.reader import Reader, open_reader
-from events.types import Data, Event
+from events.types import Data, Event, LoadParameters
 from runtime import memory
 from runtime.cache.store import PreparedStore
 from runtime.consumer.consumer import Consumer

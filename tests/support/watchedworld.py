@@ -2,7 +2,7 @@
 
 from events.clock import later, seconds_between
 from events.jobs import Job, JobKind, JobStatus
-from events.models import RELOADS, Model, ModelState
+from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, UnloadRequested
 from runtime.scheduler.actions import (
     Action,
@@ -175,10 +175,9 @@ class WatchedWorld(World):
     def _waited_s(self, job: Job) -> float:
         return seconds_between(job.created_at, self.now)
 
-    def _check_end(self, model: Model, cause: Cause, for_job: Job | None) -> None:
+    def _check_end(self, loaded: LoadedModel, cause: Cause, for_job: Job | None) -> None:
         """What the system unloads by itself is asked for by nobody, and had its time."""
-        serving = model.serving
-        assert serving is not None
+        model, serving = loaded.model, loaded.serving
         assert not self.state.queue(model.id)
         if cause is Cause.RESTART:
             assert (model.phase, self.policy.restores) == (ModelState.LOST, False)

@@ -17,7 +17,7 @@ from events.accept import Accepted, Decision, accept
 from events.clock import later
 from events.commands import Command, Record, RequestLoad, RequestUnload
 from events.jobs import Job
-from events.models import CRASH_LOOP, FORK_SERVER_DIED, Model
+from events.models import CRASH_LOOP, FORK_SERVER_DIED, LoadedModel
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -337,14 +337,12 @@ class World:
                 assert set(workers) <= self.live[load].dead.keys()
                 return Record(self._deaths(load, workers))
             case RequestReload(model, cause):
-                assert model.serving is not None
                 serving = model.serving
                 parameters = structs.replace(
                     serving.parameters, timeout_s=max(300, serving.parameters.timeout_s)
                 )
                 return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
             case RequestEnd(model, cause, event):
-                assert model.serving is not None
                 load = model.serving.load_job_id
                 return RequestUnload(model.id, SYSTEM, cause=cause, cause_event_id=event, load_job_id=load)
             case GiveUp(model):
@@ -361,8 +359,7 @@ class World:
         data = UnloadRequested(force=False, load_job_id=load, cause=Cause.SWAP, cause_event_id=job.id)
         return (Draft(swap, data, SYSTEM, swap, job.model_id, old.version),)
 
-    def _given_up(self, model: Model) -> Record:
-        assert model.serving is not None
+    def _given_up(self, model: LoadedModel) -> Record:
         about = (SYSTEM, job_id := self.new_id(), model.id, model.serving.version)
         failed = Draft(self.new_id(), LoadFailed(CRASH_LOOP, "because"), *about)
         return Record((Draft(job_id, load_requested(Cause.RECOVERY), *about), failed))

@@ -15,8 +15,8 @@ from support.cache import found, keep_form, key_in, opened
 from support.running import Engine, running
 from support.workers import until
 
-from events.jobs import Job, JobStatus, LoadParameters
-from events.types import ModelLoaded
+from events.jobs import Job, JobStatus
+from events.types import LoadParameters, ModelLoaded
 from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
 from runtime.cache.store import Entry, PreparedStore
 from runtime.cache.trial import is_circumstance

@@ -26,7 +26,7 @@ from support.workers import (
     until,
 )
 
-from events.jobs import LoadParameters
+from events.types import LoadParameters
 from runtime import memory, wire
 from runtime.consumer import loads
 from runtime.consumer.loads import LiveLoad, run_load, run_unload

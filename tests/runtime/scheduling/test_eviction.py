@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.decisions import Scene, describe, history_of, read_table
 from support.history import PLAIN, at
 
-from events.models import Model
+from events.models import LoadedModel, Model, Serving
+from events.types import LoadParameters
 from runtime.scheduler.eviction import LOOK_S, Victim, fewest
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
@@ -70,6 +71,8 @@ load a used_s_ago=0 keep_alive_s=0 pinned=true; wait 1000000 -> nothing
 load a 10 used_s_ago=0 keep_alive_s=0; request a none version=2 -> nothing; unload a begun=false -> nothing
 """
 
+SERVING = Serving("L", 1, 3, at(3), "alice", ("w",), (), 1, 1, LoadParameters())
+
 
 @pytest.mark.parametrize("script", read_table(SCENES))
 def test_eviction_decides(script: str) -> None:
@@ -88,7 +91,10 @@ def test_reloaded_models_keep_their_last_use() -> None:
 def test_fewest_least_recently_used_victims_are_chosen(
     sizes: list[int], missing_bytes: int, missing_models: int
 ) -> None:
-    candidates = [Victim(Model(f"m{number}"), size, at(number)) for number, size in enumerate(sizes)]
+    candidates = [
+        Victim(LoadedModel(Model(f"m{number}"), SERVING), size, at(number))
+        for number, size in enumerate(sizes)
+    ]
     choices = (
         choice
         for number in range(max(0, missing_models), len(sizes) + 1)

@@ -23,9 +23,8 @@ from support.worlds import World
 
 from events.clock import later, seconds_between
 from events.commands import FileStat, RequestLoad
-from events.jobs import LoadParameters
 from events.models import CRASH_LOOP, ModelState
-from events.types import ModelLoaded, WorkerExited
+from events.types import LoadParameters, ModelLoaded, WorkerExited
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
 

@@ -9,8 +9,7 @@ from support.watchedworld import WatchedWorld
 
 from events.clock import later
 from events.commands import FileStat, RequestCancel, RequestLoad, RequestUnload
-from events.jobs import LoadParameters
-from events.types import WorkerExited
+from events.types import LoadParameters, WorkerExited
 from runtime.scheduler.view import Policy
 
 NAMES = st.sampled_from(["a", "b", "c"])

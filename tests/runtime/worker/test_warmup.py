@@ -13,8 +13,8 @@ from support.models import save
 from support.running import Engine, running
 from support.workers import Serve, answer, computing, floats, order_of, tensor, until
 
-from events.jobs import Job, JobStatus, LoadParameters
-from events.types import LoadFailed, ModelLoaded, WorkerExited
+from events.jobs import Job, JobStatus
+from events.types import LoadFailed, LoadParameters, ModelLoaded, WorkerExited
 from runtime.errors import Exit, LoadRefused
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool

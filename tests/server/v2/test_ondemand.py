@@ -96,6 +96,7 @@ class Demanding:
         self.leases = engine.leases
         self.demand = OnDemand(
             log=engine.log,
+            submit=engine.log.submit,
             reader=engine.reader,
             router=engine.router,
             leases=self.leases,

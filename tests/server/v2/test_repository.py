@@ -16,9 +16,9 @@ from support.http import LIMIT_S, Answer, Json, LocalApi, when
 from support.models import FLOAT, TEXT, save, save_bytes
 from support.workers import computing, until
 
-from events.jobs import Failure, LoadParameters
+from events.jobs import Failure
 from events.models import Model, ModelState, PendingLoad, Serving
-from events.types import UnloadRequested
+from events.types import LoadParameters, UnloadRequested
 from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension
 

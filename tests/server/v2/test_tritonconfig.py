@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
 
-from events.jobs import LoadParameters
+from events.types import LoadParameters
 from runtime.wire import DATATYPES, TensorSpec
 from server.http.validation import InvalidBody
 from server.v2.tritonconfig import (
