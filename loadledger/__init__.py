@@ -1,7 +1,15 @@
-"""The client: what a program needs to talk to a server of loadledger. The command is in `loadledger.cli`.
+"""The Python client of a loadledger server; `loadledger.cli` is the command.
 
-What is imported from here is loaded when it is used first, since the command begins with this package, too:
-the names, for those who check types, stand in `__init__.pyi`.
+`Client` (client.py) blocks, `AsyncClient` (aio.py) is for event loops. Both have the operations of
+operations.py, written once as coroutines over a transport: transport.py uses the standard library,
+aiotransport.py uses aiohttp. An operation goes this way:
+
+    operations.py    arguments -> request (paging, inference, polling in jobs.py, events in stream.py)
+    requests.py      request -> answer, with retries; answer -> value of records.py or exception
+    problems.py      the exceptions
+
+To add an operation, add a method to `Operations` and name it in `Client`. Public names are imported on first
+use, since every run of the command imports this package; type checkers find them in `__init__.pyi`.
 """
 
 from typing import Any

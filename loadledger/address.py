@@ -1,7 +1,4 @@
-"""Where a server is: its URL, perhaps with a prefix behind a proxy, and what may be sent there.
-
-How a client speaks to its server: limits that both transports keep.
-"""
+"""How is a server reached? Its URL, the token for it, time limits and TLS."""
 
 from __future__ import annotations
 
@@ -17,13 +14,23 @@ _VISIBLE = re.compile(r"[!-~]+")
 USER_AGENT = "loadledger-client"
 
 
+CONNECT_S = 10.0
+SILENCE_S = 45.0
+"""A stream without a byte for so long is dead: the server sends a heartbeat every 15 s."""
+CHUNK_BYTES = 2**16
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Longest answer, which is held in memory: a page of a list has a few megabytes at most."""
+MAX_IDLE = 8
+"""Idle connections that are kept: as many threads need no new one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A server, and the token that is shown to it and to nobody else.
+    """A server's URL and the token for it alone.
 
     Attributes:
-        url: without a slash at its end.
-        token: never part of a text.
+        url: without a trailing slash; it may have a prefix, as behind a proxy.
+        token: never part of a message or a repr.
     """
 
     url: str
@@ -31,39 +38,39 @@ class Address:
 
     @classmethod
     def of(cls, url: str, token: str | None = None) -> Address:
-        """Return the address that a person wrote.
+        """Parse a URL.
 
         Raises:
-            ValueError: it is no URL of a server, or the token cannot be sent; the token is not repeated.
+            ValueError: it is no URL of a server, or the token cannot be sent; the message hides the token.
         """
         if token is not None and not _VISIBLE.fullmatch(token):
             raise ValueError(
-                "the token has characters that no token has: give it without spaces and line ends"
+                "the token has characters that a token cannot have: give it without spaces and line ends"
             )
         return cls(_base(url), token)
 
     @property
     def is_secure(self) -> bool:
-        """Whether it is spoken to over TLS."""
+        """Whether the connection uses TLS."""
         return self.url.startswith("https:")
 
     def headers(self) -> dict[str, str]:
-        """Return what goes with every request; no compression, so that no answer is larger than it looks."""
+        """Return the headers of every request; without compression, so that limits hold for what is read."""
         sent = {"User-Agent": USER_AGENT, "Accept": "application/json", "Accept-Encoding": "identity"}
         if self.token:
             sent["Authorization"] = f"Bearer {self.token}"
         return sent
 
     def hide(self, text: str) -> str:
-        """Return a text of the server's without the token, which it may have repeated."""
+        """Replace the token in a text of the server, which may repeat it."""
         return text.replace(self.token, "[token]") if self.token else text
 
 
 def path(*segments: str) -> str:
-    """Return a path below the server's URL, with everything encoded that is not plain.
+    """Return a path below the server's URL, percent-encoded.
 
     Raises:
-        ValueError: a segment is none: empty, or one that means a folder.
+        ValueError: a segment is empty, `.` or `..`.
     """
     for segment in segments:
         if segment in ("", ".", ".."):
@@ -72,7 +79,7 @@ def path(*segments: str) -> str:
 
 
 def query(pairs: list[tuple[str, str]]) -> str:
-    """Return the query of a URL, with its question mark where there is one."""
+    """Return a query with its question mark; of no parameters, nothing."""
     return f"?{urlencode(pairs, quote_via=quote, safe='')}" if pairs else ""
 
 
@@ -80,10 +87,10 @@ def _base(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{_short(url)} does not begin with http:// or https://")
     if not _VISIBLE.fullmatch(url) or "\\" in url:
-        raise ValueError(f"{_short(url)} has characters that no URL has")
+        raise ValueError(f"{_short(url)} has characters that a URL cannot have: percent-encode them")
     parts = urlsplit(url)
     if "@" in parts.netloc:  # not repeated: it may be a password
-        raise ValueError("the URL names a user: leave that out, and give a token")
+        raise ValueError("the URL names a user: remove it, and give a token")
     try:
         named = parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
@@ -97,24 +104,14 @@ def _short(url: str) -> str:
     return repr(url if len(url) <= 100 else f"{url[:99]}…")  # noqa: PLR2004 - enough to recognise it
 
 
-CONNECT_S = 10.0
-SILENCE_S = 45.0
-"""After so long without a sign of life, of which a stream has one every 15 s, it is taken for dead."""
-CHUNK_BYTES = 2**16
-MAX_ANSWER_BYTES = 64 * 2**20
-"""Of one answer, which is held in memory: a page of a list has some megabytes at most."""
-MAX_IDLE = 8
-"""Connections that are kept for the next request: as many threads need no new one."""
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a client was made with.
+    """Options of a client.
 
     Attributes:
-        timeout_s: for an answer that is not asked to wait.
+        timeout_s: limit of an answer that the server does not hold back on request.
         ca_file: certificates to trust, in PEM, instead of the system's.
-        max_answer_bytes: what is longer is not taken.
+        max_answer_bytes: longest answer that is accepted.
     """
 
     address: Address
@@ -124,15 +121,15 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
-            raise ValueError("timeout_s is more than 0")
+            raise ValueError(f"timeout_s has to be more than 0, not {self.timeout_s}")
 
     @property
     def connect_s(self) -> float:
-        """For a connection to be made."""
+        """Limit of the time to connect."""
         return min(CONNECT_S, self.timeout_s)
 
     def tls(self) -> ssl.SSLContext:
-        """Return what says whom to trust.
+        """Return the TLS context.
 
         Raises:
             ValueError: the file has no certificates.
@@ -143,13 +140,13 @@ class Options:
             raise ValueError(f"ca_file {self.ca_file} has no certificates in PEM: {error}") from error
 
     def check(self, length: int) -> None:
-        """Refuse an answer that is too long.
+        """Check the length of an answer.
 
         Raises:
-            BadAnswer: it is.
+            BadAnswer: it is too long.
         """
         if length > self.max_answer_bytes:
             raise BadAnswer(
                 f"{self.address.url} answers more than {self.max_answer_bytes} bytes;"
-                " a larger max_answer_bytes would take it"
+                " raise max_answer_bytes to accept it"
             )

@@ -1,4 +1,4 @@
-"""The client for event loops."""
+"""`AsyncClient`: the operations for event loops."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from loadledger.requests import Setting
 
 
 class AsyncClient(Calls):
-    """What `Client` is, for a program with an event loop: the same methods, to be awaited or iterated.
+    """An asynchronous client of one server, with the methods of `Client`.
 
-    Use `async with`, or await `close`. It belongs to the event loop that it is first used in, whose tasks may
-    share it. Who is cancelled lets go of the connection; a job that was asked for goes on. An iterator that
-    is left before its end holds its connection until it is closed: use `contextlib.aclosing`.
+    Use `async with`, or await `close`. It belongs to the event loop of its first use, whose tasks may share
+    it. Cancelling a task closes its connection and leaves its job running. An iterator that is left early
+    holds its connection until it is closed: use `contextlib.aclosing`.
 
     Args:
         url: such as http://127.0.0.1:8080, or https://example.org/loadledger behind a proxy.
         token: as `loadledger token` prints it.
-        timeout_s: for each answer, but not for a job that is waited for.
+        timeout_s: limit of each answer; `wait_s` limits the wait for a job.
         ca_file: certificates to trust, in PEM, instead of the system's.
-        max_answer_bytes: what is longer is not taken.
+        max_answer_bytes: longest answer that is accepted.
 
     Raises:
-        ValueError: one of these cannot be.
+        ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -58,5 +58,5 @@ class AsyncClient(Calls):
         return f"AsyncClient({self.url!r})"
 
     async def close(self) -> None:
-        """Close the connections; what waits for one in other tasks, or wants one later, has RuntimeError."""
+        """Close the connections; pending and later calls raise RuntimeError."""
         await self._transport.close()

@@ -20,7 +20,7 @@ CLOSED = "this client is closed"
 
 
 class Stream:
-    """A response in an event loop that is still being read."""
+    """A response that is being read."""
 
     def __init__(self, transport: Transport, response: aiohttp.ClientResponse) -> None:
         self._transport = transport
@@ -29,12 +29,12 @@ class Stream:
         self.answer = Answer(response.status, headers, b"")
 
     async def read(self) -> bytes:
-        """Return what has come of a body, and wait if that is nothing; no bytes are its end."""
+        """Return the next bytes of the body; b"" is its end."""
         async with self._transport.within(None):
             return await self._response.content.read(CHUNK_BYTES)
 
     async def read_all(self) -> Answer:
-        """Return the answer with the rest of its body."""
+        """Return the answer with its whole body."""
         found = bytearray()
         while chunk := await self.read():
             found += chunk
@@ -42,7 +42,7 @@ class Stream:
         return replace(self.answer, body=bytes(found))
 
     def release(self) -> None:
-        """Keep the connection for the next request, if nothing is left to read; else close it."""
+        """Keep the connection for the next request if the body was read to its end, else close it."""
         self._response.release()
 
     def close(self) -> None:
@@ -61,9 +61,9 @@ class Transport:
         self._closed = False
 
     async def close(self) -> None:
-        """Close all connections; who waits for something that was to come over one is told so."""
+        """Close all connections; pending calls raise RuntimeError."""
         self._closed = True
-        for wait in self._waits:  # the library would have them wait for ever
+        for wait in self._waits:  # the library would leave them pending for ever
             if not wait.expired():
                 wait.reschedule(asyncio.get_running_loop().time())
         session, self._session = self._session, None
@@ -81,7 +81,7 @@ class Transport:
                 stream.release()
 
     async def open(self, request: Request) -> Stream:
-        """Return a stream; a redirect is none."""
+        """Return the answer as a stream; one without success is read whole."""
         stream = await self._respond(request, SILENCE_S)
         if stream.answer.status != HTTPStatus.OK:
             with closing(stream):
@@ -90,11 +90,11 @@ class Transport:
         return stream
 
     async def pause(self, seconds: float) -> None:
-        """Do nothing for a while."""
+        """Sleep."""
         await asyncio.sleep(seconds)
 
     async def _respond(self, request: Request, silence_s: float) -> Stream:
-        """Return a response whose body was not read yet; a redirect is one, too."""
+        """Send a request and return the response with its body unread."""
         connect_s = min(self.options.connect_s, silence_s)
         async with self.within(connect_s + silence_s):
             response = await self._opened().request(
@@ -109,7 +109,7 @@ class Transport:
 
     @asynccontextmanager
     async def within(self, limit_s: float | None) -> AsyncGenerator[None, None]:
-        """Wait no longer than this, nor for what cannot come any more, and say what went wrong."""
+        """Limit a wait, end it when the client is closed, and translate the library's errors."""
         if self._closed:
             raise RuntimeError(CLOSED)
         wait = asyncio.timeout(limit_s)
@@ -152,5 +152,5 @@ class Transport:
 
 
 def _told(error: Exception) -> Exception | None:
-    """Return what may stand in a trace: the library's own errors repeat what was sent, the token perhaps."""
+    """Return the cause to chain; errors of the library may repeat the token, so they are left out."""
     return None if isinstance(error, aiohttp.ClientResponseError) else error

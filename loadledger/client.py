@@ -1,4 +1,4 @@
-"""The client that blocks."""
+"""`Client`: the operations as blocking methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def _blocking(
     method: Callable[Concatenate[Calls, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[Client, P], T]:
-    """Return the method of `Client` that does the same, and blocks meanwhile."""
+    """Make an operation a blocking method."""
 
     @wraps(method)
     def called(self: Client, /, *arguments: P.args, **options: P.kwargs) -> T:
@@ -32,7 +32,7 @@ def _blocking(
 def _iterating(
     method: Callable[Concatenate[Calls, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate[Client, P], Generator[T, None, None]]:
-    """Return the method of `Client` that iterates over the same."""
+    """Make an operation that yields a method that iterates."""
 
     @wraps(method)
     def called(self: Client, /, *arguments: P.args, **options: P.kwargs) -> Generator[T, None, None]:
@@ -42,19 +42,19 @@ def _iterating(
 
 
 class Client:
-    """A server, as programs see it that may block; close it when it is not used any more, or use `with`.
+    """A blocking client of one server; close it after use, or use `with`.
 
-    Threads may share one. An iterator is for one thread; it holds a connection until it ends or is closed.
+    Threads may share it. An iterator belongs to one thread and holds a connection until it ends or is closed.
 
     Args:
         url: such as http://127.0.0.1:8080, or https://example.org/loadledger behind a proxy.
         token: as `loadledger token` prints it.
-        timeout_s: for each answer, but not for a job that is waited for.
+        timeout_s: limit of each answer; `wait_s` limits the wait for a job.
         ca_file: certificates to trust, in PEM, instead of the system's.
-        max_answer_bytes: what is longer is not taken.
+        max_answer_bytes: longest answer that is accepted.
 
     Raises:
-        ValueError: one of these cannot be.
+        ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Client:
 
     @property
     def url(self) -> str:
-        """The server's, without a slash at its end."""
+        """The server's URL, without a trailing slash."""
         return self._calls.url
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
-"""Jobs, from the request to the end: asked for once, looked at until they have ended.
+"""How is a job awaited? It is polled, with intervals that grow with the time waited.
 
-They are looked at rather than followed: any role may, it takes none of the subject's streams, and a restart
-of the server needs no thought. Who looks again after a fixed part of the time that has passed is late by no
-more than that part.
+Polling needs no role, takes none of the subject's streams, and survives a restart of the server. An interval
+of a fixed part of the time waited bounds the delay to that part.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from loadledger.records import Job
 from loadledger.requests import Request, Setting, asked, get, passes, pause_s
 
 PREFERRED_S = 20
-"""How long a server is asked to hold its answer: less than proxies wait for one."""
+"""Seconds for `Prefer: wait`: less than the usual timeout of a proxy."""
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.02, 0.5
 PART = 0.125
 SHORTEST_ANSWER_S = 1.0
-"""What a server is given to answer, however little time is left."""
+"""Least time for an answer, however little of the limit is left."""
 
 Told = Callable[[Job], None]
 Away = Callable[[ClientProblem], None]
@@ -29,12 +28,12 @@ Away = Callable[[ClientProblem], None]
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How a job is waited for.
+    """How to wait for a job.
 
     Attributes:
-        limit_s: for how long; None is until it ends, which every load does within its `timeout_s`.
-        on_change: told the job whenever something about it has changed.
-        on_away: told once whenever the server cannot be asked.
+        limit_s: limit of the wait; None: until it ends, which every load does within its `timeout_s`.
+        on_change: called with the job after each change.
+        on_away: called once each time the server becomes unreachable.
     """
 
     limit_s: float | None = None
@@ -43,16 +42,16 @@ class Patience:
 
 
 def job_request(job_id: str, at: int | str | None = None) -> Request:
-    """Return the request for a job, perhaps as it was in the past."""
+    """Return the request for a job, with `at` as of a position or time."""
     return get(f"/api/v1{path('jobs', job_id)}", [] if at is None else [("at", str(at))])
 
 
 async def submitted(setting: Setting, request: Request, patience: Patience | None) -> Job:
-    """Ask for a job and return it, ended if it is waited for.
+    """Send the request for a job and return the job, with `patience` once it has completed.
 
     Raises:
-        JobFailed: it is waited for, and does not complete.
-        JobUnfinished: it is not waited for any longer.
+        JobFailed: the job ended without completing.
+        JobUnfinished: the limit of the wait is over.
     """
     if patience is None:
         return await asked(setting, request, Job)
@@ -65,10 +64,10 @@ async def submitted(setting: Setting, request: Request, patience: Patience | Non
 
 
 async def waited_for(setting: Setting, job_id: str, patience: Patience) -> Job:
-    """Return a job when it has ended, whatever its end.
+    """Wait until a job has ended, and return it whatever its outcome.
 
     Raises:
-        JobUnfinished: it is not waited for any longer.
+        JobUnfinished: the limit of the wait is over.
     """
     began = setting.now()
     job = await asked(setting, job_request(job_id), Job)
@@ -76,12 +75,12 @@ async def waited_for(setting: Setting, job_id: str, patience: Patience) -> Job:
 
 
 def look_again_s(waited_s: float) -> float:
-    """Return when to look at a job again that has been waited for so long."""
+    """Return the polling interval after so long a wait."""
     return min(max(SHORTEST_LOOK_S, PART * waited_s), LONGEST_LOOK_S)
 
 
 def _preferring(setting: Setting, request: Request, patience: Patience) -> Request:
-    """Let the server hold its answer until the end, unless somebody wants to see what happens before."""
+    """Ask the server to hold its answer until the job ends, unless the caller wants each change."""
     limit_s = inf if patience.limit_s is None else patience.limit_s
     request = replace(request, timeout_s=min(setting.timeout_s, max(limit_s, SHORTEST_ANSWER_S)))
     seconds = int(min(PREFERRED_S, limit_s))
@@ -122,7 +121,7 @@ def _left_s(setting: Setting, patience: Patience, began: float) -> float:
 
 
 def _look(setting: Setting, job: Job, left_s: float) -> Request:
-    """Ask for the job once, so that what goes wrong is known at once, and in no more than what is left."""
+    """Return the request of one poll: not resent, and limited to the time left."""
     limit_s = min(setting.timeout_s, max(left_s, SHORTEST_ANSWER_S))
     return replace(job_request(job.id), repeatable=False, timeout_s=limit_s)
 

@@ -1,7 +1,4 @@
-"""What a client can do: written down once, for the client that blocks and the other one.
-
-Inferences: also of a model that may have to be loaded for them.
-"""
+"""The operations of a client, written once as coroutines for `Client` and `AsyncClient`."""
 
 from __future__ import annotations
 
@@ -31,21 +28,28 @@ Json = dict[str, Any]
 
 NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
 REFUSED = "invalid_input"
-"""The server's code for inputs that are not the model's; nothing was run then."""
+"""The server's code for inputs that do not fit the model; nothing ran."""
+
+
+At = int | str
+"""A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
+UNWELL = "unhealthy"
+_PATH = re.compile(r"[!-\"$->@-~]+")
+"""Visible ASCII characters except `#` and `?`, which end a path."""
 
 
 async def inferred(
     setting: Setting, path: str, inputs: Inputs, options: Mapping[str, Any], timeout_s: float | None
 ) -> Json:
-    """Return the answer of the model at a path.
+    """Run one inference of the model at a path.
 
-    Of a model that is not loaded nobody can say what it takes, and on demand nothing but a question loads it.
-    So that goes out with datatypes that the values look like. This cannot change an answer, since others than
-    the model's are refused; and by then the server can say which they are.
+    The metadata of an unloaded model is not known, and only an inference loads it on demand. So the first
+    request carries guessed datatypes. A wrong guess is refused, never run, and loads the model; then its
+    metadata is known.
 
     Raises:
-        ServerError: with the server's code.
-        ValueError: an input is none of the model's, or its lists are of different lengths.
+        ServerError: the server refused.
+        ValueError: the model has no such input, or its lists are ragged.
     """
     wanted = {name: value for name, value in options.items() if value is not None}
 
@@ -56,7 +60,7 @@ async def inferred(
         return await asked(setting, request, Json)
 
     async def ask_as_told() -> Json:
-        """Ask with the datatypes that the server says are the model's."""
+        """Send the inference with the datatypes of the model's metadata."""
         return await ask(await asked(setting, get(path), Json))
 
     if is_complete(inputs):
@@ -78,17 +82,8 @@ async def inferred(
         raise (refused if problem.code in NOT_LOADED else problem) from None
 
 
-At = int | str
-"""A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
-
-UNWELL = "unhealthy"
-
-_PATH = re.compile(r"[!-\"$->@-~]+")
-"""Visible characters of ASCII, of which `#` and `?` end a path."""
-
-
 class LoadParameters(TypedDict, total=False):
-    """How to load; what is left out, the model's loadledger.toml says, or else the server."""
+    """Parameters of a load; the default of each is the model's loadledger.toml, then the server's setting."""
 
     timeout_s: int
     memory_limit_bytes: int | None
@@ -102,14 +97,14 @@ class LoadParameters(TypedDict, total=False):
 
 
 class Calls:
-    """The calls of one server; what cannot be sent is a ValueError, before anything is."""
+    """Operations on one server; an argument that cannot be sent raises ValueError before any request."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
 
     @property
     def url(self) -> str:
-        """The server's, without a slash at its end."""
+        """The server's URL, without a trailing slash."""
         return self._setting.address.url
 
     async def load(
@@ -124,23 +119,23 @@ class Calls:
         idempotency_key: str | None = None,
         **parameters: Unpack[LoadParameters],
     ) -> Job:
-        """Have a model loaded, and return the job.
+        """Load a model and return the job.
 
         Args:
             model_id: its folder in the repository.
-            version: the highest if left out.
-            wait: until the job has ended, over restarts of the server.
-            wait_s: no longer than this.
-            on_stage: told the job at once, and whenever its status, stage or what it waits for has changed.
-            on_away: told why, once each time the server cannot be asked.
-            idempotency_key: the same for the same request; one that is new if left out.
+            version: the version; default: the highest.
+            wait: wait until the job has ended, across restarts of the server.
+            wait_s: limit of the wait, in seconds.
+            on_stage: called with the job at once and after each change of status, stage or reason to wait.
+            on_away: called with the problem once each time the server becomes unreachable.
+            idempotency_key: use the same key to repeat a request; default: a new one.
             parameters: how to load.
 
         Raises:
-            JobFailed: `wait`, and the job failed or was cancelled.
-            JobUnfinished: `wait_s` is over; the job goes on.
-            ServerError: it was refused: `unknown_model`, `unknown_version`, `queue_full`, …
-            ServerUnreachable: nobody answers. If `sent`, the job may be there all the same.
+            JobFailed: with `wait`: the job failed or was cancelled.
+            JobUnfinished: `wait_s` is over; the job continues.
+            ServerError: the server refused: `unknown_model`, `unknown_version`, `queue_full`, …
+            ServerUnreachable: the server does not answer. If `sent`, the job may exist anyway.
         """
         body = {**parameters} if version is None else {"version": version, **parameters}
         request = post(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
@@ -157,26 +152,26 @@ class Calls:
         on_away: Away | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """Have a model unloaded, the active one if none is named, and return the job; see `load`.
+        """Unload a model, by default the active one, and return the job.
 
         Args:
-            model_id: which.
-            force: do not wait for running requests, nor for a worker that is stuck.
-            wait: as of `load`, with all that follows.
-            wait_s: see there.
-            on_stage: see there.
-            on_away: see there.
-            idempotency_key: see there.
+            model_id: the model; default: the active one.
+            force: do not wait for running requests or a stuck worker.
+            wait: as for `load`, like all further arguments.
+            wait_s: as for `load`.
+            on_stage: as for `load`.
+            on_away: as for `load`.
+            idempotency_key: as for `load`.
 
         Raises:
-            ServerError: it was refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
+            ServerError: the server refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
         target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
         request = post(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
         return await submitted(self._setting, request, Patience(wait_s, on_stage, on_away) if wait else None)
 
     async def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
-        """Have a job cancelled, and return it as it is: `wait_for` tells what came of that.
+        """Request a job's cancellation and return the job; `wait_for` returns its outcome.
 
         Raises:
             ServerError: `unknown_job`, or too late: `already_started`, `already_finished`.
@@ -186,7 +181,7 @@ class Calls:
         )
 
     async def job(self, job_id: str, *, at: At | None = None) -> Job:
-        """Return a job, perhaps as it was in the past."""
+        """Return a job, with `at` as of a position or time."""
         return await asked(self._setting, job_request(job_id, at), Job)
 
     async def wait_for(
@@ -197,10 +192,10 @@ class Calls:
         on_change: Told | None = None,
         on_away: Away | None = None,
     ) -> Job:
-        """Return a job when it has ended, whatever its end, over restarts of the server.
+        """Wait until a job has ended, across restarts of the server, and return it whatever its outcome.
 
         Raises:
-            JobUnfinished: `timeout_s` is over; the job goes on.
+            JobUnfinished: `timeout_s` is over; the job continues.
         """
         return await waited_for(self._setting, job_id, Patience(timeout_s, on_change, on_away))
 
@@ -212,30 +207,30 @@ class Calls:
         at: At | None = None,
         limit: int | None = None,
     ) -> AsyncGenerator[Job, None]:
-        """Return jobs, newest first, page by page as they are wanted; no more than `limit`."""
+        """Iterate over jobs, newest first, at most `limit`; pages are fetched on demand."""
         if limit is not None and limit < 1:
             raise ValueError("limit is at least 1")
         pairs = optional(model=model, status=status, at=at)
         return listed(self._setting, Listing("/api/v1/jobs", JobPage, pairs, most=limit))
 
     def models(self, *, at: At | None = None) -> AsyncGenerator[Model, None]:
-        """Return models by their ids, in the repository or loaded; page by page as they are wanted."""
+        """Iterate over the models of the repository and loaded ones by id; pages are fetched on demand."""
         return listed(self._setting, Listing("/api/v1/models", ModelPage, optional(at=at)))
 
     async def model(self, model_id: str, *, at: At | None = None) -> Model:
-        """Return a model, perhaps as it was in the past."""
+        """Return a model, with `at` as of a position or time."""
         return await asked(self._setting, get(f"/api/v1{path('models', model_id)}", optional(at=at)), Model)
 
     async def resources(self) -> Resources:
-        """Return the memory budget, what is taken of it, and who waits for it."""
+        """Return the memory budget, its use, and the jobs that wait for it."""
         return await asked(self._setting, get("/api/v1/resources"), Resources)
 
     async def head(self) -> Head:
-        """Return the signed end of the ledger."""
+        """Return the signed head of the ledger."""
         return await asked(self._setting, get("/api/v1/events/head"), Head)
 
     async def health(self) -> Health:
-        """Return whether requests can be served: `status` is then `ok`, else it says what is not well."""
+        """Return the server's readiness: `status` is `ok`, or says which check fails."""
         try:
             return await asked(self._setting, get("/health/ready"), Health)
         except ServerError as problem:
@@ -253,17 +248,17 @@ class Calls:
         parameters: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """Ask a model, and return its answer as the Open Inference Protocol has it. It runs at most once.
+        """Run an inference at most once; return the Open Inference Protocol's response.
 
-        A model that is not loaded is loaded first, if the server does that (`--on-demand on`).
+        A server with `--on-demand on` loads the model first if needed.
 
         Args:
-            model_id: which.
-            inputs: by name a nested list or an array, whose datatype is then asked for first; or tensors.
-            version: which; the one that serves if left out.
-            outputs: names of those that are wanted; all if left out.
-            parameters: of the request.
-            timeout_s: other than the client's.
+            model_id: the model.
+            inputs: nested lists or arrays by name, whose datatypes the metadata gives; or whole tensors.
+            version: the version; default: the one that serves.
+            outputs: names of the outputs; default: all.
+            parameters: parameters of the request.
+            timeout_s: instead of the client's timeout.
         """
         at = () if version is None else ("versions", str(version))
         model = f"/v2{path('models', model_id, *at)}"
@@ -284,39 +279,39 @@ class Calls:
         until: At | None = None,
         on_away: Away | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Return the ledger's events in their order: those that there are, or with `follow` all to come.
+        """Iterate over the ledger's events in order: the stored ones, or with `follow` also new ones.
 
-        What is followed goes on after a lost connection or a restart of the server where it was: no event
-        comes twice, and none is left out. Close the iterator, or leave its loop, to end it.
+        A followed stream resumes after a lost connection or a restart of the server: no event comes twice,
+        none is missing. Close the iterator, or leave its loop, to end it.
 
         Args:
-            after: only above this position; if left out, from the oldest on, or with `follow` from now on.
-            follow: go on with what happens, for ever.
-            types: only of one of these types.
-            models: only of one of these models.
-            jobs: only of one of the jobs with these ids.
-            actors: only by one of these.
-            since: only from this position or time on.
-            until: only up to this position or time; not with `follow`.
-            on_away: told why, once each time the server cannot be followed.
+            after: only events above this position; default: from the oldest, with `follow` from now.
+            follow: continue with new events until the iterator is closed.
+            types: only events of these types.
+            models: only events of these models.
+            jobs: only events of jobs with these ids.
+            actors: only events by these actors.
+            since: only events from this position or time on.
+            until: only events up to this position or time; not with `follow`.
+            on_away: called with the problem once each time the server becomes unreachable.
 
         Raises:
-            Archived: when iterated; what is asked for is not in the log any more. Its `after` is.
-            ServerError: when iterated, `beyond_head`: this is not the ledger that it was.
+            Archived: while iterating: the first events asked for were archived; begin at its `after`.
+            ServerError: while iterating: `beyond_head`, so this is another ledger.
         """
         if follow and until is not None:
-            raise ValueError("until ends a list, and follow never ends: leave one out")
+            raise ValueError("until ends a list and follow never ends: give one of them")
         filters = {"type": types, "model": models, "job": jobs, "actor": actors}
         chosen = [pair for name, values in filters.items() for pair in several(name, values)]
         wish = Wish(chosen, after, optional(since=since, until=until), on_away)
         return followed_events(self._setting, wish) if follow else listed(self._setting, listing_of(wish))
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
-        """Return the JSON at a path of the server, such as `/v2/models/stats`, that has no method here."""
+        """Return the JSON of a GET of any path, such as `/v2/models/stats`."""
         if not path.startswith("/"):
-            raise ValueError(f"{path!r} does not begin with /")
+            raise ValueError(f"{path!r} does not begin with /: give a path such as /v2/models/stats")
         if not _PATH.fullmatch(path):
             raise ValueError(
-                f"{path!r} has characters that no path has: encode them, and give a query as such"
+                f"{path!r} has characters that a path cannot have: encode them, and pass a query as `query`"
             )
         return await asked(self._setting, get(path, list((query or {}).items())), Any)

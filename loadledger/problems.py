@@ -1,6 +1,6 @@
-"""What can go wrong for a client: every exception names it, and says what to do.
+"""The client's exceptions; each message says what is wrong and what to do.
 
-The texts are safe to print: what a server sent is bounded, has no control characters, and never the token.
+Messages are safe to print: a server's text in them is bounded, and free of control characters and the token.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from typing import Any
 from loadledger.records import Job
 
 REASON_CHARACTERS = 4096
-"""Of why a job failed: the model's runtime and the last lines of its worker may have much to say."""
+"""Longest reason of a failed job: the runtime's message and the worker's last lines."""
 ID_CHARACTERS = 100
-"""Of a job's id and status, of which a proper server's have fewer."""
+"""Longest id and status of a job; a real server's are shorter."""
+
+
+_ENDS = {"failed": "failed", "cancelled": "was cancelled"}
 
 
 class ClientProblem(Exception):
-    """What was asked for cannot be had. It may cross from one process to another."""
+    """Root of the client's exceptions; it can be pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.args, self.__dict__)
 
 
 class ServerUnreachable(ClientProblem):
-    """The server does not answer: nobody is there, the connection was lost, or time was up.
+    """The server does not answer: it is absent, the connection was lost, or the time limit passed.
 
     Attributes:
-        url: the server's, as the client was given it.
+        url: the server's URL.
         reason: in a few words.
-        sent: whether the request may have arrived all the same.
+        sent: the request may have arrived.
     """
 
     def __init__(self, url: str, reason: str, *, sent: bool = False) -> None:
@@ -44,14 +47,14 @@ class ServerUnreachable(ClientProblem):
 
 
 class ServerError(ClientProblem):
-    """The server refused, and said why.
+    """The server refused the request.
 
     Attributes:
-        status: of the answer, in HTTP.
-        code: stable, what programs decide by; `http_502`, say, where something before the server answered.
+        status: the HTTP status.
+        code: stable, for programs; such as `http_502` if a proxy answered.
         detail: what happened, for people.
-        retry_after_s: when to come back, if the server said so.
-        instance: what to look for in the server's log, if anything.
+        retry_after_s: when to retry, if the server says so.
+        instance: id of the failure in the server's log, if it has one.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class ServerError(ClientProblem):
 
 
 class NotAllowed(ServerError):
-    """The token is missing, not valid (401), or its roles do not allow this (403)."""
+    """The token is missing or invalid (401), or lacks the role (403)."""
 
 
 class NotFound(ServerError):
@@ -82,37 +85,37 @@ class NotFound(ServerError):
 
 
 class Busy(ServerError):
-    """Not now (429, 502, 503, 504): the same request may be answered later."""
+    """The server is busy or unavailable (429, 502, 503, 504): a retry may succeed."""
 
 
 class Archived(ServerError):
-    """What was asked for lies before what the log still holds (410).
+    """The events asked for were archived (410).
 
     Attributes:
-        oldest: the first position that is retained.
-        after: what to give as `after` to begin there.
+        oldest: the first position that the log holds.
+        after: use this as `after` to begin there.
     """
 
     oldest: int
     after: int
 
     def begin_at(self, oldest: int) -> Archived:
-        """Say where to begin, and return it."""
+        """Set the first position that the log holds; return self."""
         self.oldest = oldest
         self.after = max(0, oldest - 1)
         return self
 
 
 class BadAnswer(ClientProblem):
-    """The answer is none of loadledger's, or larger than this client takes."""
+    """The answer is not loadledger's, or longer than the client accepts."""
 
 
 class JobFailed(ClientProblem):
-    """The job that was waited for failed, or was cancelled.
+    """An awaited job failed or was cancelled.
 
     Attributes:
         job: as it ended.
-        code: of the reason; `cancelled` if it was.
+        code: code of its error, or `cancelled`.
     """
 
     def __init__(self, job: Job, hide: Callable[[str], str] = str) -> None:
@@ -128,10 +131,10 @@ class JobFailed(ClientProblem):
 
 
 class JobUnfinished(ClientProblem):
-    """The job has not ended in the time that it was given; it goes on, and can be waited for again.
+    """The limit of the wait passed before the job ended; the job continues.
 
     Attributes:
-        job: as it was last seen.
+        job: its latest known state.
     """
 
     def __init__(self, job: Job, waited_s: float, reason: str = "", hide: Callable[[str], str] = str) -> None:
@@ -142,13 +145,13 @@ class JobUnfinished(ClientProblem):
 
 
 def clean(text: str, most: int) -> str:
-    """Return a text that can be printed: in one line, without control characters, not too long."""
+    """Return a text as one printable line of bounded length."""
     short = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(letter if letter.isprintable() else " " for letter in short)
 
 
 def reason(error: BaseException) -> str:
-    """Return why a connection failed, in the words of the system, which mean more than a library's."""
+    """Return why a connection failed, in the words of the operating system."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -161,10 +164,7 @@ def reason(error: BaseException) -> str:
 
 
 def _again(kind: type[ClientProblem], told: tuple[Any, ...], members: Mapping[str, Any]) -> ClientProblem:
-    """Make a copy: what a problem was made from is not kept, as pickle takes it to be."""
+    """Restore a pickled problem, whose constructor's arguments are not kept."""
     problem = kind.__new__(kind, *told)
     problem.__dict__.update(members)
     return problem
-
-
-_ENDS = {"failed": "failed", "cancelled": "was cancelled"}

@@ -1,4 +1,4 @@
-"""What a server answers, as values: members as in its OpenAPI document; unknown ones are passed over."""
+"""The server's answers as structs, with the members of its OpenAPI document; unknown ones are ignored."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         status: pending, in_progress, completed, failed or cancelled.
-        stage: where it is while it runs: starting, loading, warming_up, measuring; draining, stopping.
-        waiting_for: what it waits for while it is pending.
+        stage: while in progress: starting, loading, warming_up, measuring; draining, stopping.
+        waiting_for: while pending: the reason.
         position: of its latest event in the ledger.
     """
 
@@ -48,12 +48,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether the status is final."""
         return self.status in ENDED
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file of a loaded version, as it was read."""
+    """A file of a loaded version."""
 
     path: str
     bytes: int
@@ -62,20 +62,20 @@ class File(msgspec.Struct, frozen=True):
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """The prepared form that the workers loaded."""
+    """The optimised copy that the workers loaded."""
 
     form: str
     sha256: str
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of the repository, or one that is loaded.
+    """A model that is in the repository or loaded.
 
     Attributes:
-        versions: in the repository; None in the past, which does not know it.
+        versions: in the repository; None with `at`, since the ledger does not record them.
         state: unloaded, loading, loaded, unloading, failed or lost.
-        position: of the `ModelLoaded` behind it.
-        instances: workers that are left.
+        position: of its latest `ModelLoaded`.
+        instances: workers alive.
     """
 
     id: str
@@ -98,7 +98,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadUse(msgspec.Struct, frozen=True, kw_only=True):
-    """What one load takes until its processes have exited."""
+    """Resources of one load until its processes have exited."""
 
     model_id: str
     version: int
@@ -123,7 +123,7 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Preparation(msgspec.Struct, frozen=True, kw_only=True):
-    """What is being prepared, so that it loads faster later."""
+    """The model version whose optimised copy is being made."""
 
     model_id: str
     version: int
@@ -132,14 +132,14 @@ class Preparation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pressure(msgspec.Struct, frozen=True, kw_only=True):
-    """How much of the last ten seconds something waited for this, in percent."""
+    """Pressure stall information: share of the last ten seconds, in percent."""
 
     memory_some_percent: float | None = None
     cpu_some_percent: float | None = None
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
-    """The memory budget for workers, what is taken of it, and who waits for it."""
+    """The memory budget of the workers, its use, and the jobs that wait for it."""
 
     budget_bytes: int
     reserved_bytes: int
@@ -156,14 +156,14 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Base(msgspec.Struct, frozen=True):
-    """Where the log begins; what is before was archived."""
+    """Last archived position, after which the log begins."""
 
     position: int
     hash: str
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """The end of the ledger, signed: who keeps it can prove later that nothing before it was changed."""
+    """The signed head of the ledger: keep it to prove later that no earlier event was changed."""
 
     position: int
     hash: str
@@ -176,7 +176,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether requests can be served, and what was looked at to say so."""
+    """Readiness of the server, and its checks."""
 
     status: str
     checks: dict[str, bool] = {}
@@ -186,8 +186,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A fact of the ledger.
 
     Attributes:
-        data: what is particular to its type.
-        hash: of the event before and this one's text, in hexadecimal.
+        data: members of its type.
+        hash: SHA-256 over the previous hash and this event's text, in hexadecimal.
     """
 
     position: int
@@ -205,10 +205,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @classmethod
     def read(cls, line: bytes) -> Event:
-        """Return the event that a line is.
+        """Parse an event and keep its line.
 
         Raises:
-            msgspec.MsgspecError: it is none.
+            msgspec.MsgspecError: it is no event.
         """
         event = msgspec.json.decode(line, type=cls)
         event.__dict__["line"] = line  # beside the members, so that nothing that is sent can be taken for it
@@ -222,6 +222,6 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def line(self) -> bytes:
-        """The event exactly as it was sent, in one line, so that it can be kept and hashed again."""
+        """The event's exact line, to be stored and hashed again."""
         line: bytes = self.__dict__["line"]
         return line

@@ -1,11 +1,6 @@
-"""Requests and their answers, and when a request is sent again: what all calls of a client have in common.
+"""How is a request sent and its answer read? Requests, retries with back-off, answers decoded.
 
-What an answer means: a value, or the exception that says what went wrong. Nothing in it is trusted.
-
-A request, its answer, and the transport that carries them.
-
-All that a client does is written once, as coroutines over a `Transport`. The one of `AsyncClient` waits in
-its event loop. The one of `Client` blocks, so what is written over it never waits, and needs no event loop.
+Nothing in an answer is trusted: it becomes a value of records.py or an exception with a printable message.
 """
 
 from __future__ import annotations
@@ -32,15 +27,47 @@ from loadledger.problems import (
     clean,
 )
 
+T = TypeVar("T")
+DETAIL_CHARACTERS = 4096
+PROBLEM_BYTES = 2**16
+"""A longer problem body is not parsed; the server's own are far smaller."""
+LONGEST_RETRY_AFTER_S = 300.0
+"""Upper limit of Retry-After: a wrong value must not stop a client for longer."""
+_SUCCESS, _REDIRECT = range(200, 300), range(300, 400)
+_KINDS: Mapping[int, type[ServerError]] = {
+    401: NotAllowed,
+    403: NotAllowed,
+    404: NotFound,
+    410: Archived,
+    429: Busy,
+    502: Busy,
+    503: Busy,
+    504: Busy,
+}
+_ADVICE = {
+    "no_credentials": "give a token: `loadledger token` creates one",
+    "invalid_token": "get a new one: `loadledger token` creates one",
+}
+_CODE = re.compile(r"[a-z0-9_]{1,64}")
+RETRY_FOR_S = 10.0
+"""Retries after a lost connection end after this; a restart of the server takes less."""
+TRIES = 10
+"""Attempts in a row to fetch a page that the server defers."""
+FIRST_PAUSE_S = 0.2
+LONGEST_BACKOFF_S = 2.0
+"""Back-off between attempts: a return is noticed soon, and a refused connection costs nearly nothing."""
+MAX_KEY_CHARACTERS = 255
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a server is asked.
+    """One HTTP request.
 
     Attributes:
         target: path and query below the server's URL, encoded.
-        repeatable: whether to ask twice does no more than to ask once.
-        patience_s: how long the server may take beyond what the client allows every answer.
+        repeatable: sending it twice has no further effect.
+        patience_s: extra time for an answer that the server was asked to hold back.
+        timeout_s: instead of the client's.
     """
 
     method: str
@@ -54,7 +81,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What it said; names of headers are in lower case."""
+    """One HTTP answer; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -62,23 +89,23 @@ class Answer:
 
 
 class Stream(Protocol):
-    """A response whose body is read as it comes.
+    """A response whose body is read as it arrives.
 
     Attributes:
-        answer: status and headers; the body as well, if the status is not 200 and there is no stream.
+        answer: status and headers; with a status other than 200, the body too.
     """
 
     answer: Answer
 
     async def read(self) -> bytes:
-        """Return the next bytes; none is the end."""
+        """Return the next bytes; b"" is the end."""
 
     def close(self) -> None:
         """Close the connection."""
 
 
 class Transport(Protocol):
-    """Connections to one server; what goes wrong with one is a `ClientProblem`."""
+    """Connections to one server; every failure is a `ClientProblem`."""
 
     async def send(self, request: Request) -> Answer:
         """Return the whole answer."""
@@ -87,41 +114,15 @@ class Transport(Protocol):
         """Return the answer as a stream."""
 
     async def pause(self, seconds: float) -> None:
-        """Do nothing for a while."""
-
-
-T = TypeVar("T")
-
-DETAIL_CHARACTERS = 4096
-PROBLEM_BYTES = 2**16
-"""Of the body of a refusal that are looked at; the server's own are far smaller."""
-LONGEST_RETRY_AFTER_S = 300.0
-"""Nobody is sent away for longer than this."""
-
-_SUCCESS, _REDIRECT = range(200, 300), range(300, 400)
-_KINDS: Mapping[int, type[ServerError]] = {
-    401: NotAllowed,
-    403: NotAllowed,
-    404: NotFound,
-    410: Archived,
-    429: Busy,
-    502: Busy,
-    503: Busy,
-    504: Busy,
-}
-_ADVICE = {
-    "no_credentials": "give a token: `loadledger token` makes one",
-    "invalid_token": "get a new one: `loadledger token` makes one",
-}
-_CODE = re.compile(r"[a-z0-9_]{1,64}")
+        """Sleep."""
 
 
 def value(answer: Answer, kind: type[T], address: Address) -> T:
-    """Return what was answered.
+    """Decode the body of an answer.
 
     Raises:
-        ServerError: it was refused.
-        BadAnswer: it is something else.
+        ServerError: the server refused.
+        BadAnswer: the body has another shape.
     """
     if answer.status not in _SUCCESS:
         raise refusal(answer, address)
@@ -132,7 +133,7 @@ def value(answer: Answer, kind: type[T], address: Address) -> T:
 
 
 def refusal(answer: Answer, address: Address) -> ClientProblem:
-    """Return the exception that an answer other than success stands for."""
+    """Return the exception for an answer without success."""
     if answer.status in _REDIRECT:
         return _redirected(answer, address)
     members = _members(answer.body)
@@ -140,7 +141,7 @@ def refusal(answer: Answer, address: Address) -> ClientProblem:
     if not isinstance(code, str) or not _CODE.fullmatch(code):
         code = f"http_{answer.status}"
     if not isinstance(detail, str) or not detail:
-        detail = answer.body[:200].decode(errors="replace") or "it did not say why"
+        detail = answer.body[:200].decode(errors="replace") or "no reason given"
     instance = members.get("instance")
     kind = _KINDS.get(answer.status, ServerError)
     if kind is Archived and not _is_position(members.get("oldest")):
@@ -157,7 +158,7 @@ def refusal(answer: Answer, address: Address) -> ClientProblem:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return when to come back, if that is said in seconds."""
+    """Return Retry-After, if it is in seconds."""
     text = headers.get("retry-after", "").strip()
     if not re.fullmatch(r"[0-9]{1,20}", text):
         return None
@@ -169,8 +170,8 @@ def _redirected(answer: Answer, address: Address) -> ClientProblem:
     return ServerError(
         answer.status,
         "redirected",
-        f"{address.url} points to {where}, and a redirect is not followed, since the token is for this URL",
-        advice="give the URL that the server really has",
+        f"{address.url} redirects to {where}, which is not followed, since the token is for this URL",
+        advice="use the server's own URL",
     )
 
 
@@ -190,17 +191,7 @@ def _is_position(number: object) -> bool:
 
 def _other(address: Address, answer: Answer, why: str) -> str:
     media_type = clean(address.hide(answer.headers.get("content-type", "no media type")), 100)
-    return f"{address.url} answers something that is not loadledger's ({media_type}: {why}): is this its URL?"
-
-
-RETRY_FOR_S = 10.0
-"""How long a request is sent again whose connection was lost: a restart of the server takes less."""
-TRIES = 10
-"""In a row, of a page of a list that the server puts off."""
-FIRST_PAUSE_S = 0.2
-LONGEST_BACKOFF_S = 2.0
-"""Between tries to reach a server: its return is noticed soon, and to be refused costs nearly nothing."""
-MAX_KEY_CHARACTERS = 255
+    return f"{address.url} does not answer as loadledger does ({media_type}: {why}): is this its URL?"
 
 
 def _chance() -> float:
@@ -209,12 +200,12 @@ def _chance() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all calls of a client know.
+    """Shared by all operations of a client.
 
     Attributes:
-        timeout_s: for an answer that is not asked to wait.
-        now: a clock that never goes back.
-        chance: from 0 to 1.
+        timeout_s: limit of an answer that the server does not hold back on request.
+        now: a monotonic clock, in seconds.
+        chance: random numbers from 0 to 1, for the jitter of back-off.
     """
 
     address: Address
@@ -225,7 +216,7 @@ class Setting:
 
 
 def get(path: str, pairs: list[tuple[str, str]] | None = None) -> Request:
-    """Return the request for what is at a path."""
+    """Return a GET request for a path."""
     return Request("GET", path + query(pairs or []))
 
 
@@ -236,7 +227,7 @@ def post(
     body: Mapping[str, Any] | None = None,
     key: str | None = None,
 ) -> Request:
-    """Return the request for a job; a key of its own makes it safe to send again.
+    """Return a POST request for a job; its idempotency key makes it safe to resend.
 
     Raises:
         ValueError: the key or the body cannot be sent.
@@ -249,10 +240,10 @@ def post(
 
 
 def quoted(key: str) -> str:
-    """Return a key as the header field has it (RFC 9651, section 3.3.3).
+    """Return a key as a string of a structured field (RFC 9651, section 3.3.3).
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is empty, too long, or not printable ASCII.
     """
     if not (0 < len(key) <= MAX_KEY_CHARACTERS and key.isascii() and key.isprintable()):
         raise ValueError(
@@ -263,21 +254,21 @@ def quoted(key: str) -> str:
 
 
 def encoded(body: Any) -> bytes:
-    """Return JSON.
+    """Encode a body as JSON.
 
     Raises:
-        ValueError: there is something in it that JSON has no way to write.
+        ValueError: it has a value that JSON cannot represent.
     """
     try:
         return msgspec.json.encode(body)
     except (TypeError, RecursionError, msgspec.MsgspecError) as error:
-        raise ValueError(f"this cannot be written as JSON: {error}") from error
+        raise ValueError(f"a value cannot be written as JSON: {error}") from error
 
 
 async def answered(setting: Setting, request: Request) -> Answer:
-    """Return the answer; a repeatable request whose connection was lost is sent again for a while.
+    """Send a request and return its answer; resend a repeatable one for a while after lost connections.
 
-    What the server was asked to hold it is no part of that: it may be lost at the end of that time, too.
+    The time for which the server was asked to hold its answer does not count: it may be lost at its end.
     """
     limit_s = request.patience_s + min(RETRY_FOR_S, request.timeout_s or setting.timeout_s)
     until, failures, sent = setting.now() + limit_s, 0, False
@@ -293,19 +284,19 @@ async def answered(setting: Setting, request: Request) -> Answer:
 
 
 async def asked(setting: Setting, request: Request, kind: type[T]) -> T:
-    """Return the value that is answered, or raise what went wrong."""
+    """Send a request and return the decoded value of its answer."""
     return value(await answered(setting, request), kind, setting.address)
 
 
 async def patiently(setting: Setting, request: Request, kind: type[T], *, reached: bool) -> T:
-    """Return the value that is answered, coming back when the server says so, or returns.
+    """Fetch a value; retry when the server says so or is back.
 
-    One that takes all of the time for an answer, and never answered before, is not asked again.
+    A server that never answered before and lets the whole time limit pass is not asked again.
 
     Args:
         setting: of the client.
-        request: which may be sent twice.
-        kind: of the value.
+        request: a repeatable one.
+        kind: type of the value.
         reached: whether the server has answered before.
     """
     once, failures, has_answered = replace(request, repeatable=False), 0, reached
@@ -324,10 +315,10 @@ async def patiently(setting: Setting, request: Request, kind: type[T], *, reache
 
 
 def passes(problem: ClientProblem, *, reached: bool) -> bool:
-    """Whether to try again may help, with a server that had answered before or not.
+    """Whether a problem is transient, so that a retry may help.
 
-    A server that never answered is more often a wrong URL than one that starts, so that is told at once.
-    What is refused only for coming too often is waited for in any case.
+    A server that never answered is more often a wrong URL than one that starts, so that is no reason to
+    retry. A rate limit always is.
     """
     if isinstance(problem, Busy):
         return reached or problem.code == "rate_limited"
@@ -335,12 +326,12 @@ def passes(problem: ClientProblem, *, reached: bool) -> bool:
 
 
 def pause_s(problem: ClientProblem | None, failures: int, chance: float) -> float:
-    """Return how long to wait: doubling, spread so that many clients do not come back at once.
+    """Return the back-off: exponential, with jitter so that many clients do not return at once.
 
     Args:
-        problem: what went wrong, which may say when to come back.
+        problem: its Retry-After is the least.
         failures: in a row, counted from 1.
-        chance: from 0 to 1.
+        chance: the jitter, from 0 to 1.
     """
     wanted = min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10), LONGEST_BACKOFF_S) * (0.5 + chance / 2)
     if isinstance(problem, Busy) and problem.retry_after_s is not None:

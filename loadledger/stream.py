@@ -1,8 +1,6 @@
-"""The ledger's events as they happen, over every loss of the connection: none twice, and none left out.
+"""How are events listed and followed? Pages of lists, and JSON lines over one connection after another.
 
-The lines of a stream of events: cut out of what arrives, and what each says.
-
-Lists that come in pages: they are asked for one after the other, and given as one.
+A followed stream has each event once and none missing, whatever connections are lost.
 """
 
 from __future__ import annotations
@@ -23,14 +21,23 @@ from loadledger.records import Event, Job, Model
 from loadledger.requests import Request, Setting, get, passes, patiently, pause_s
 
 MAX_LINE_BYTES = 16 * 2**20
-"""Of an event; what is longer is none."""
+"""Longest line of an event; it bounds memory."""
+
+
+_NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)
+PAGE = 500
+Pairs = list[tuple[str, str]]
+EVENTS = "/api/v1/events"
+LINES = "application/x-ndjson"
+LASTING_S = 5.0
+"""A connection that lasted so long counts as a success, so back-off starts anew."""
 
 
 class Lines:
-    """Cuts lines out of chunks, wherever those end.
+    """Splits chunks into lines.
 
     Args:
-        most: bytes that a line may have.
+        most: limit of a line, in bytes.
     """
 
     def __init__(self, most: int = MAX_LINE_BYTES) -> None:
@@ -38,7 +45,7 @@ class Lines:
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that a chunk completes, without their ends; what is left waits for the next.
+        """Return the lines that a chunk completes; the rest waits for the next chunk.
 
         Raises:
             BadAnswer: a line is too long.
@@ -55,23 +62,21 @@ class Lines:
 
     def _check(self, length: int) -> None:
         if length > self._most:
-            raise BadAnswer(
-                f"what the server sends is no stream of events: a line has {length} bytes or more"
-            )
+            raise BadAnswer(f"the server does not send a stream of events: a line has {length} bytes or more")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a stream is, though no event of it has that position."""
+    """A position that a filtered stream has reached without an event."""
 
     position: int
 
 
 def message(line: bytes) -> Event | Place | None:
-    """Return what a line of a stream says; None if it is nothing that matters here.
+    """Parse a line of a stream: an event, a bookmark, or None for other notices.
 
     Raises:
-        BadAnswer: it is no line of such a stream.
+        BadAnswer: it is none of these.
     """
     if not line.strip():
         return None
@@ -87,10 +92,10 @@ def message(line: bytes) -> Event | Place | None:
 
 
 def event(line: bytes) -> Event:
-    """Return the event that a line is.
+    """Parse an event.
 
     Raises:
-        BadAnswer: it is none.
+        BadAnswer: the line is no event.
     """
     try:
         return Event.read(line)
@@ -103,64 +108,56 @@ class _Notice(msgspec.Struct):
     position: int | None = None
 
 
-_NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)
-
-
 def _no_event(line: bytes) -> BadAnswer:
-    return BadAnswer(f"the server sent a line of {len(line)} bytes that is no event")
-
-
-PAGE = 500
-
-Pairs = list[tuple[str, str]]
+    return BadAnswer(f"the server sent a line of {len(line)} bytes that is no event: is this its URL?")
 
 
 class JobPage(msgspec.Struct):
-    """Some jobs."""
+    """A page of jobs."""
 
     jobs: list[Job]
     as_of: int = 0
     next_cursor: int | None = None
 
     def values(self) -> Sequence[Job]:
-        """Return them."""
+        """Return the items of the page."""
         return self.jobs
 
 
 class ModelPage(msgspec.Struct):
-    """Some models."""
+    """A page of models."""
 
     models: list[Model]
     as_of: int = 0
     next_cursor: str | None = None
 
     def values(self) -> Sequence[Model]:
-        """Return them."""
+        """Return the items of the page."""
         return self.models
 
 
 class EventPage(msgspec.Struct):
-    """Some events, the text of each as it is."""
+    """A page of events; each keeps its exact text."""
 
     events: list[msgspec.Raw]
     as_of: int
     next_cursor: int | None = None
 
     def values(self) -> Sequence[Event]:
-        """Return them."""
+        """Return the items of the page."""
         return [event(bytes(text)) for text in self.events]
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Which list.
+    """One list of the server.
 
     Attributes:
-        target: where it is.
-        page: what a page of it is.
-        pairs: what is asked for.
-        cursor: the name of the parameter that says where to go on.
-        most: no more than this.
+        target: its path.
+        page: the type of its pages.
+        pairs: query parameters.
+        cursor: name of the query parameter for the next page.
+        most: limit of the number of items.
     """
 
     target: str
@@ -171,14 +168,14 @@ class Listing:
 
 
 async def listed(setting: Setting, listing: Listing) -> AsyncGenerator[Any, None]:
-    """Yield the values of a list."""
+    """Yield the items of a list."""
     async for values, _ in pages(setting, listing):
         for value in values:
             yield value
 
 
 async def pages(setting: Setting, listing: Listing) -> AsyncGenerator[tuple[Sequence[Any], int], None]:
-    """Yield the pages of a list: the values of each, and the position that it reflects."""
+    """Yield the items of each page, and the position that the page reflects."""
     pairs, cursor, left, reached = listing.pairs, None, listing.most, False
     while True:
         size = PAGE if left is None else min(PAGE, left)
@@ -192,47 +189,43 @@ async def pages(setting: Setting, listing: Listing) -> AsyncGenerator[tuple[Sequ
         if page.next_cursor is None or left == 0:
             return
         if page.next_cursor == cursor:
-            raise BadAnswer(f"{setting.address.url} gives the same page of {listing.target} again and again")
+            raise BadAnswer(
+                f"{setting.address.url} repeats the same page of {listing.target}: is this its URL?"
+            )
         cursor, reached = page.next_cursor, True
         pairs = _as_of(pairs, page.as_of)
 
 
 def several(name: str, values: Iterable[str]) -> Pairs:
-    """Return a parameter that may be repeated.
+    """Return a repeated query parameter.
 
     Raises:
-        TypeError: it is one text, whose letters are not meant.
+        TypeError: `values` is one string instead of several.
     """
     if isinstance(values, str):
-        raise TypeError(f"{name} takes several texts, such as ({values[:40]!r},), not one")
+        raise TypeError(f"{name} takes several strings, such as ({values[:40]!r},), not one")
     return [(name, value) for value in values]
 
 
 def optional(**values: object) -> Pairs:
-    """Return the parameters that have a value."""
+    """Return the query parameters that are not None."""
     return [(name, str(value)) for name, value in values.items() if value is not None]
 
 
 def _as_of(pairs: Pairs, position: int) -> Pairs:
-    """Go through the pages of a time by its position: the time itself may come to mean another one."""
+    """Replace a time by its position: later pages have to reflect the same moment."""
     return [(name, str(position) if name == "at" else text) for name, text in pairs]
-
-
-EVENTS = "/api/v1/events"
-LINES = "application/x-ndjson"
-LASTING_S = 5.0
-"""A connection that lasts so long was a good one, whatever came over it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """Which events.
+    """Which events to list or follow.
 
     Attributes:
-        filters: parameters that choose; without any, events have every position.
-        after: only those above this position.
-        moments: parameters that are places of a list.
-        on_away: told once whenever the server cannot be followed.
+        filters: query parameters that filter; without any, positions have no gaps.
+        after: only events above this position.
+        moments: the query parameters `since` and `until`.
+        on_away: called once each time the server becomes unreachable.
     """
 
     filters: Pairs
@@ -242,13 +235,13 @@ class Wish:
 
 
 def listing_of(wish: Wish) -> Listing:
-    """Return the list of the events that there are."""
+    """Return the list of stored events."""
     after = [] if wish.after is None else [("after", str(wish.after))]
     return Listing(EVENTS, EventPage, [*wish.filters, *wish.moments, *after], cursor="after")
 
 
 async def followed_events(setting: Setting, wish: Wish) -> AsyncGenerator[Event, None]:
-    """Yield events as they happen, for ever: after the wish's position, or from now on."""
+    """Yield events as they are appended, without end: after a position, or from now on."""
     after = wish.after
     if wish.moments:
         async for events, as_of in pages(setting, listing_of(wish)):
@@ -276,13 +269,13 @@ async def followed_events(setting: Setting, wish: Wish) -> AsyncGenerator[Event,
 
 
 class Track:
-    """How far a stream has come.
+    """Progress of a stream across connections.
 
     Attributes:
-        position: of the last event or bookmark; None as long as none was seen.
-        whole: whether every event is asked for, so that none may be missing.
-        reached: whether the server has ever answered.
-        told: whether somebody knows that it is away.
+        position: of the last event or bookmark; None before the first.
+        whole: no filter applies, so no event may be missing.
+        reached: the server has answered before.
+        told: the caller knows that the server is unreachable.
     """
 
     def __init__(self, position: int | None, *, whole: bool) -> None:
@@ -292,10 +285,10 @@ class Track:
         self.told = False
 
     def news(self, lines: Sequence[bytes]) -> list[Event]:
-        """Return the events among lines that were not seen yet.
+        """Return the new events among lines.
 
         Raises:
-            BadAnswer: an event is missing, or a line is none.
+            BadAnswer: an event is missing, or a line is neither event nor notice.
         """
         found = []
         for said in map(message, lines):
@@ -306,7 +299,7 @@ class Track:
         return found
 
     def _move(self, position: int) -> None:
-        """Go on to a bookmark; where all events are asked for, only an event leads on."""
+        """Move to a bookmark; without a filter only events move the position."""
         if self.position is None or (not self.whole and position > self.position):
             self.position = position
 
@@ -315,14 +308,14 @@ class Track:
             return False
         if self.whole and self.position is not None and event.position != self.position + 1:
             raise BadAnswer(
-                f"after position {self.position} the server sent {event.position}: what is between is missing"
+                f"after position {self.position} the server sent {event.position}: events are missing"
             )
         self.position = event.position
         return True
 
 
 async def _stream(setting: Setting, wish: Wish, track: Track) -> AsyncGenerator[Event, None]:
-    """Yield what one connection tells, to its end."""
+    """Yield the events of one connection."""
     after = [] if track.position is None else [("after", str(track.position))]
     request = Request("GET", f"{EVENTS}/stream{query([*wish.filters, *after])}", {"Accept": LINES})
     stream = await setting.transport.open(request)
@@ -331,7 +324,7 @@ async def _stream(setting: Setting, wish: Wish, track: Track) -> AsyncGenerator[
         if answer.status != HTTPStatus.OK:
             raise requests.refusal(answer, setting.address)
         if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
-            raise BadAnswer(f"{setting.address.url} answers no stream of events: is this its URL?")
+            raise BadAnswer(f"{setting.address.url} does not answer with an event stream: is this its URL?")
         track.reached, track.told = True, False
         lines = Lines()
         while chunk := await stream.read():

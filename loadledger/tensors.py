@@ -1,4 +1,4 @@
-"""Inputs of an inference, from nested lists and the model's metadata to the Open Inference Protocol."""
+"""Inputs of an inference: nested lists or arrays to tensors of the Open Inference Protocol."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""By name a nested list, or what has `tolist` as arrays do, or a tensor; or tensors with their names."""
+"""By name: a nested list, an array (anything with `tolist`) or a tensor; or a list of named tensors."""
 
 
 def is_complete(inputs: Inputs) -> bool:
-    """Whether all are tensors with shape and datatype, so that nobody has to be asked for these."""
+    """Whether all inputs are tensors, so that the model's metadata is not needed."""
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     return all(isinstance(value, Mapping) for value in values)
 
@@ -19,11 +19,11 @@ def tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[str
     """Return the inputs as tensors.
 
     Args:
-        inputs: as they were given.
-        metadata: of the model; without it, datatypes that are not given are those that values look like.
+        inputs: of the caller.
+        metadata: of the model; without it, datatypes are guessed from the values.
 
     Raises:
-        ValueError: an input is none of the model's, or its lists are of different lengths.
+        ValueError: the model has no such input, or its lists are ragged.
     """
     if not isinstance(inputs, Mapping):
         return [dict(tensor) for tensor in inputs]
@@ -32,10 +32,10 @@ def tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[str
 
 
 def shape_of(name: str, value: Any) -> list[int]:
-    """Return the shape of nested lists; of one value it is empty.
+    """Return the shape of nested lists; a single value has the shape [].
 
     Raises:
-        ValueError: they are of different lengths.
+        ValueError: they are ragged.
     """
     shape: list[int | None] = []
     level = [value]
@@ -49,7 +49,7 @@ def shape_of(name: str, value: Any) -> list[int]:
 
 
 def flat(value: Any) -> list[Any]:
-    """Return the values of nested lists, row by row."""
+    """Return the values of nested lists, in row-major order."""
     level = [value]
     while any(isinstance(item, list | tuple) for item in level):
         level = [part for item in level for part in item]
@@ -63,7 +63,7 @@ def _tensor(name: str, value: Any, known: Mapping[str, str] | None) -> dict[str,
         raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
     plain = value.tolist() if hasattr(value, "tolist") else value
     shape = shape_of(name, plain)
-    if hasattr(value, "shape"):  # of an array without values, the lists do not say all
+    if hasattr(value, "shape"):  # an empty array's lists do not give its shape
         shape = [int(length) for length in value.shape]
     data = flat(plain)
     datatype = _looks_like(data) if known is None else known[name]

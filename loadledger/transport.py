@@ -1,6 +1,7 @@
-"""The transport that blocks: connections to one server, with nothing but the standard library.
+"""The blocking transport: keep-alive connections to one server, over the standard library.
 
-Its coroutines block and never wait, so `run` and `iterate` need no event loop for what is written over it.
+Its coroutines block and never suspend, so `run` and `iterate` complete the client's coroutines without an
+event loop.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ _LOST = (http.client.RemoteDisconnected, http.client.IncompleteRead, OSError)
 
 
 def run(work: Awaitable[T]) -> T:
-    """Return what this comes to; all that it waits for is a transport that blocks."""
+    """Run a coroutine over this transport and return its result."""
     try:
         next(work.__await__())
     except StopIteration as end:
         result: T = end.value
         return result
-    raise AssertionError("this waits for an event loop")
+    raise AssertionError("the coroutine suspended: it needs an event loop")
 
 
 def iterate(values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
-    """Yield what this yields, and close it in the end."""
+    """Iterate over an asynchronous generator, and close it at the end."""
     try:
         while True:
             yield run(anext(values))
@@ -49,13 +50,13 @@ def iterate(values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
 
 
 class Response:
-    """An answer that is still being read, and the connection it comes from.
+    """A response that is being read, and its connection.
 
     Args:
-        transport: where the connection is kept.
-        connection: a request was sent over it.
-        sock: of the connection, which the library may let go of.
-        silence_s: how long the next byte may take.
+        transport: gets the connection back after the response.
+        connection: with a request sent.
+        sock: the connection's socket, which the library may release earlier.
+        silence_s: limit of the wait for the next byte.
 
     Attributes:
         answer: as of a `Stream`.
@@ -76,13 +77,13 @@ class Response:
         self._response = connection.getresponse()
         headers = {name.lower(): text for name, text in self._response.getheaders()}
         self.answer = Answer(self._response.status, headers, b"")
-        # The library takes the end of a connection for the end of the headers: there is no body then, nor
-        # anything that says how long it is.
+        # The library takes the end of a connection for the end of the headers: then there is neither a
+        # body nor its length.
         self._is_cut = self._response.length is None and not self._response.chunked
         self._is_read = False
 
     async def read(self) -> bytes:
-        """Return what has come of the body, and wait if that is nothing; no bytes are its end."""
+        """Return the next bytes of the body; b"" is its end."""
         left_s = min(self._silence_s, self._until - time.monotonic())
         try:
             if left_s <= 0:
@@ -98,7 +99,7 @@ class Response:
         return chunk
 
     async def read_all(self, until: float) -> Answer:
-        """Return the answer with the rest of its body, which has to be there in time."""
+        """Return the answer with its whole body, read before a deadline."""
         self._until = until
         found = bytearray()
         while chunk := await self.read():
@@ -108,7 +109,7 @@ class Response:
         return replace(self.answer, body=bytes(found))
 
     def close(self) -> None:
-        """Keep the connection for the next request, if all of the body was read; else close it."""
+        """Keep the connection for the next request if the body was read to its end, else close it."""
         self._response.close()
         if self._is_read and not self._response.will_close:
             self._transport.keep(self._connection)
@@ -117,7 +118,7 @@ class Response:
 
 
 class Transport:
-    """Connections to one server, which threads may share."""
+    """Keep-alive connections to one server, shared by threads."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -129,14 +130,14 @@ class Transport:
         self._closed = False
 
     def close(self) -> None:
-        """Close all connections that nobody uses, and keep none from now on."""
+        """Close the idle connections, and keep none from now on."""
         with self._lock:
             idle, self._idle, self._closed = self._idle, [], True
         for connection in idle:
             connection.close()
 
     def keep(self, connection: http.client.HTTPConnection) -> None:
-        """Keep a connection for the next request, if there are not enough of them."""
+        """Keep an idle connection, up to `MAX_IDLE`."""
         with self._lock:
             if not self._closed and len(self._idle) < MAX_IDLE:
                 self._idle.append(connection)
@@ -151,7 +152,7 @@ class Transport:
             return await response.read_all(until)
 
     async def open(self, request: Request) -> Response:
-        """Return a stream; a redirect is none."""
+        """Return the answer as a stream; one without success is read whole."""
         response = self._respond(request, SILENCE_S)
         try:
             if response.answer.status != HTTPStatus.OK:
@@ -162,15 +163,15 @@ class Transport:
         return response
 
     async def pause(self, seconds: float) -> None:
-        """Do nothing for a while."""
+        """Sleep."""
         time.sleep(seconds)  # noqa: ASYNC251 - it is to block
 
     def _respond(self, request: Request, silence_s: float) -> Response:
-        """Return a response whose body was not read yet; a redirect is one, too.
+        """Send a request and return the response with its body unread.
 
         Args:
-            request: what is asked.
-            silence_s: between two parts of it.
+            request: the request.
+            silence_s: limit between two parts of the response.
         """
         connection = self._connection()
         headers = {**self._headers, **request.headers}
@@ -178,7 +179,7 @@ class Transport:
             sock = connection.sock
             assert sock is not None
             sock.settimeout(silence_s)
-            # A server that refuses a body early does not read the rest of it: its answer may be there.
+            # A server that refuses a body early does not read the rest: its answer may have arrived.
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(request.method, self._parts.path + request.target, request.body, headers)
             return Response(self, connection, sock, silence_s)
@@ -190,7 +191,7 @@ class Transport:
             raise
 
     def problem(self, error: Exception, *, sent: bool = True) -> ClientProblem:
-        """Return what an error of the library means."""
+        """Return the `ClientProblem` for an error of the library."""
         url = self.options.address.url
         if isinstance(error, TimeoutError):
             return ServerUnreachable(url, "it took too long", sent=sent)
@@ -200,7 +201,7 @@ class Transport:
         return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
 
     def _connection(self) -> http.client.HTTPConnection:
-        """Return a connection: one that was kept, if the server has kept it, too."""
+        """Return an idle connection that the server has not closed, or a new one."""
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
@@ -230,12 +231,12 @@ class Transport:
 
 
 def _told(error: Exception) -> Exception | None:
-    """Return what may stand in a trace: the library's own errors repeat what was sent, the token perhaps."""
+    """Return the cause to chain; errors of the library may repeat the token, so they are left out."""
     return None if isinstance(error, http.client.HTTPException) else error
 
 
 def _is_quiet(sock: socket.socket | None) -> bool:
-    """Whether a connection can be used again: its end has not come, nor what nobody asked for."""
+    """Whether an idle connection is reusable: neither closed nor readable."""
     if sock is None or sock.fileno() < 0:
         return False
     poll = select.poll()

@@ -1,4 +1,4 @@
-"""`loadledger prepared list | clear`: the prepared forms of models in a data directory."""
+"""`loadledger prepared list | clear`: the optimised model cache of a data directory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`loadledger completion`, and what a shell then offers for a model or a job.
-
-The server says what there is; if it does not answer at once, nothing is offered.
-"""
+"""`loadledger completion`: shell completion; ids of models and jobs come from the server, if it is quick."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`loadledger demo`: the whole story in a few seconds, on a real server, a real model and a real ledger.
 
-It talks to a server of its own over HTTP like anybody else, looks at the process tree from outside, and
-fails when what it sees is not what it tells.
+It talks to a server of its own over HTTP, observes the process tree from outside, and fails if what it sees
+differs from what it says.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`loadledger events`: lists or follows the events of a server, or of a ledger's file.
-
-An event as a line for people: when, where in the log, what, of which model, by whom, and what matters.
-"""
+"""`loadledger events`: list or follow the events of a server or of a ledger's file."""
 
 from __future__ import annotations
 
@@ -25,6 +22,11 @@ _MB = 10**6
 _SHOWN_DIGITS = 12
 """Of a hash: enough to tell files apart."""
 _ABSENT = "?"
+
+
+DATA = "LOADLEDGER_DATA"
+Command = Callable[..., None]
+Show = Callable[[Sequence[bytes]], None]
 
 
 def event_line(line: bytes) -> str:
@@ -120,12 +122,6 @@ _TOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "ServerStarted": _started,
     "ServerStopped": lambda _: "",
 }
-
-
-DATA = "LOADLEDGER_DATA"
-
-Command = Callable[..., None]
-Show = Callable[[Sequence[bytes]], None]
 
 
 def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], Command]:

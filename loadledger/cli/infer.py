@@ -1,4 +1,4 @@
-"""`loadledger infer`: ask a model, with inputs that are typed in or lie in a file."""
+"""`loadledger infer`: run an inference with inputs from options or a file."""
 
 from __future__ import annotations
 

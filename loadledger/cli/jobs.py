@@ -1,9 +1,4 @@
-"""`loadledger jobs | job | cancel`: what was asked of a server, and what became of it.
-
-`loadledger load | unload`: ask a server for it, and wait or not.
-
-A job that is waited for: its stages while it runs, and how to come back to it after Ctrl-C.
-"""
+"""`loadledger load | unload | jobs | job | cancel`: request jobs, list them, wait for them."""
 
 from __future__ import annotations
 
@@ -37,6 +32,14 @@ STEPS = {
     "unload": ("draining", "stopping"),
 }
 """The stages of a job, in their order; a job that has none yet is pending."""
+
+
+HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
+STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
+SHOWN = 20
+_wait_option = click.option(
+    "--wait", "-w", is_flag=True, show_default=False, help="Follow it to its end; Ctrl-C leaves it running."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +171,6 @@ def _away(problem: Exception) -> str:
     return f"{problem}; trying again until it is back"
 
 
-HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
-STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
-SHOWN = 20
-
-
 @click.command()
 @click.option("--model", metavar="ID", shell_complete=models_of_server, help="Only those of this model.")
 @click.option("--status", type=click.Choice(STATUSES), help="Only those that are so.")
@@ -266,11 +264,6 @@ def _details(job: Any) -> Iterator[str]:
     for name, value in facts.items():
         if value is not None:
             yield f"  {name + ':':<12} {cell(value, most=4096)}"
-
-
-_wait_option = click.option(
-    "--wait", "-w", is_flag=True, show_default=False, help="Follow it to its end; Ctrl-C leaves it running."
-)
 
 
 @click.command()

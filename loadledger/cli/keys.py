@@ -1,4 +1,4 @@
-"""`loadledger token` and `loadledger key`: what signs tokens, and the tokens."""
+"""`loadledger token` and `loadledger key`: create tokens; list, rotate and revoke their keys."""
 
 from __future__ import annotations
 

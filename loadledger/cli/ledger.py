@@ -1,9 +1,4 @@
-"""`loadledger verify`: of a ledger, with its archives or without, and of files with events by themselves.
-
-`loadledger replay`: what was so, folded from the log alone, without a server or beside one.
-
-`loadledger export | archive | backup`, and `key ledger`: files that prove what they have.
-"""
+"""`loadledger verify | replay | export | archive | backup` and `key ledger`: the files of a ledger."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What `loadledger verify` checks, and what an audit found, in words and as JSON.
-
-The events of a ledger's file, for the command `events`; a server may run beside it or not.
-"""
+"""A ledger's files for the commands: results of `verify` as text and JSON, events of a file."""
 
 from __future__ import annotations
 
@@ -22,6 +19,10 @@ from events.errors import NothingThere
 from events.sqlite.reader import Asked, EventFilter, Reader, open_reader
 from server.api.events import place
 from server.auth.keys import expected_key
+
+PAGE = 500
+POLL_S = 0.2
+"""How often a file is looked at that is followed."""
 
 
 def told(found: Audit, *, key: str | None = None) -> list[str]:
@@ -206,11 +207,6 @@ def check(
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
         raise NothingThere(f"none of these files has position {expected.position}, so nobody can say")
     return Checked(None, checked, wanted)
-
-
-PAGE = 500
-POLL_S = 0.2
-"""How often a file is looked at that is followed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The command `loadledger`: thin, and what it needs is imported by the subcommand that needs it."""
+"""The command `loadledger`: its sections, aliases and help; each command's module is imported on use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`loadledger models`: what there is, what is loaded, and one of them with all that is known of it.
-
-`loadledger resources`: the memory budget, what is taken of it, and who waits for it.
-"""
+"""`loadledger models | resources`: models and their states; the memory budget and its use."""
 
 from __future__ import annotations
 
@@ -18,6 +15,11 @@ from loadledger.cli.server import Where, connected, json_option, print_json, ser
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
 """That are named; of more, the highest."""
+
+
+USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
+RIGHT = frozenset({"WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED"})
+WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 
 
 @click.command()
@@ -93,11 +95,6 @@ def _details(model: Any) -> Iterator[str]:
             yield f"  {name + ':':<13} {cell(value, most=4096)}"
     for file in model.files:
         yield f"  {cell(file.path)}: {file.bytes} bytes, sha256 {cell(file.sha256)}"
-
-
-USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
-RIGHT = frozenset({"WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED"})
-WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 
 
 @click.command()

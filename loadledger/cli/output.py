@@ -1,7 +1,4 @@
-"""Tables and values as people read them; plain text, since what it goes through may be a pipe.
-
-What is told, in one line, of what whoever typed a command can mend.
-"""
+"""Output for people: tables, values with units, notes on stderr, exit codes."""
 
 from __future__ import annotations
 
@@ -37,6 +34,16 @@ MAX_BYTES = 2**63
 """More is no size of anything, and from some number on it is none that can be divided."""
 _MB, _GB = 10**6, 10**9
 _AGES = (("d", 86400), ("h", 3600), ("m", 60))
+
+
+FAILED = 1
+"""What was asked for was done, and did not come out well: a job failed, a check found something."""
+COULD_NOT = 2
+"""It could not be done: it was typed wrongly, refused, or nobody answered."""
+INTERRUPTED = 130
+"""What shells say of a command that Ctrl-C ended: 128 and the signal's number."""
+UNREAD = 141
+"""What they say of one whose reader went away, as `| head` does: it is no answer of the command's."""
 
 
 def table(
@@ -143,16 +150,6 @@ def took(begin: str | None, end: str | None) -> str:
     """Return the time between two, if both are known."""
     first, last = (None if stamp is None else moment(stamp) for stamp in (begin, end))
     return NOTHING if first is None or last is None else duration((last - first).total_seconds())
-
-
-FAILED = 1
-"""What was asked for was done, and did not come out well: a job failed, a check found something."""
-COULD_NOT = 2
-"""It could not be done: it was typed wrongly, refused, or nobody answered."""
-INTERRUPTED = 130
-"""What shells say of a command that Ctrl-C ended: 128 and the signal's number."""
-UNREAD = 141
-"""What they say of one whose reader went away, as `| head` does: it is no answer of the command's."""
 
 
 def give_up(text: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""`loadledger serve | check | demo`: run a server, say what would go wrong, and show what it is like."""
+"""`loadledger serve | check | demo`: run a server, check its configuration, demonstrate it."""
 
 from __future__ import annotations
 

@@ -1,14 +1,7 @@
-"""The server that a command talks to: its options, a client of it, and words for what goes wrong.
+"""Which server does a command talk to? Options, variables, profiles, `loadledger login`, and the client.
 
-Which server a command talks to, and the token for it: from options, the environment, or a profile file.
-
-A profile is a small TOML file with `url`, `token` and `ca`, by default `~/.config/loadledger/profile.toml`.
-Since it holds a token, one that others may read is refused, and its token goes to its own URL and nowhere
-else, whatever URL an option or a variable names.
-
-`loadledger login`: keeps a server's URL and token in a profile, so that nobody types them again.
-
-What several commands have: options, and answers in JSON.
+A profile is a TOML file with `url`, `token` and `ca`, by default `~/.config/loadledger/profile.toml`. As it holds
+a token, a profile that others may read is refused, and the token goes to the profile's URL only.
 """
 
 from __future__ import annotations
@@ -40,6 +33,20 @@ MAX_PROFILE_BYTES = 64 * 1024
 """Three lines, one of which is a token."""
 KNOWN = ("url", "token", "ca")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+UNAUTHENTICATED, FORBIDDEN = 401, 403
+HINTS = {
+    "unknown_model": "`loadledger models` lists them",
+    "unknown_version": "`loadledger models MODEL` names those that there are",
+    "unknown_job": "`loadledger jobs` lists them",
+    "not_loaded": "`loadledger ps` lists what is loaded",
+    "nothing_loaded": "`loadledger ps` lists what is loaded",
+    "model_not_loaded": "`loadledger load MODEL --wait` loads it",
+}
+"""What to do next, by the server's codes."""
+json_option = click.option("--json", "as_json", is_flag=True, show_default=False, help="Print JSON.")
+"""Adds `--json`, which the command gets as `as_json`."""
 
 
 class ProfileProblem(Exception):
@@ -205,19 +212,6 @@ def _private_text(path: Path) -> str:
     return content.decode()
 
 
-UNAUTHENTICATED, FORBIDDEN = 401, 403
-
-HINTS = {
-    "unknown_model": "`loadledger models` lists them",
-    "unknown_version": "`loadledger models MODEL` names those that there are",
-    "unknown_job": "`loadledger jobs` lists them",
-    "not_loaded": "`loadledger ps` lists what is loaded",
-    "nothing_loaded": "`loadledger ps` lists what is loaded",
-    "model_not_loaded": "`loadledger load MODEL --wait` loads it",
-}
-"""What to do next, by the server's codes."""
-
-
 @dataclass(frozen=True, slots=True)
 class Where:
     """What the options say of the server; None is nothing."""
@@ -294,10 +288,6 @@ def told(problem: Exception, place: Place) -> str:
         return f"{problem}; use a token that has the role (`loadledger token --role …`)"
     hint = HINTS.get(getattr(problem, "code", ""))
     return f"{problem}; {hint}" if hint else str(problem)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, show_default=False, help="Print JSON.")
-"""Adds `--json`, which the command gets as `as_json`."""
 
 
 def data_option(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""`loadledger top`: a live view of a server: memory, what is loaded, what is under way, what failed."""
+"""`loadledger top`: a live view of memory, loaded models, jobs in progress and failures."""
 
 from __future__ import annotations
 

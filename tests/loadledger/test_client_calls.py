@@ -237,7 +237,7 @@ def test_list_past_retry_limit_is_not_resent() -> None:
 
 def test_repeated_page_is_refused() -> None:
     play = Played([answer({"jobs": [], "next_cursor": 5})] * 10)
-    with pytest.raises(BadAnswer, match="again and again"):
+    with pytest.raises(BadAnswer, match="repeats the same page"):
         play.iterate(play.calls.jobs())
 
 
