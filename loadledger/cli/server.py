@@ -1,7 +1,7 @@
 """Which server does a command talk to? Options, variables, profiles, `loadledger login`, and the client.
 
-A profile is a TOML file with `url`, `token` and `ca`, by default `~/.config/loadledger/profile.toml`. As it holds
-a token, a profile that others may read is refused, and the token goes to the profile's URL only.
+A profile is a TOML file with `url`, `token` and `ca`, by default `~/.config/loadledger/profile.toml`. As it
+holds a token, a profile that others may read is refused, and the token goes to the profile's URL only.
 """
 
 from __future__ import annotations
