@@ -100,7 +100,7 @@ def all_routes(metrics: str = "token") -> list[Route]:
 
 
 def create_app(config: Config) -> web.Application:
-    """Return the application; nothing is opened before it starts."""
+    """Return the application; it does no I/O before it starts."""
     verifier = create_verifier(config)
     proxies = config.proxies()
     gate = Gate(verifier, RateLimits(config), proxies=proxies)

@@ -1,6 +1,6 @@
-"""What `loadledger check` finds: mistakes in the configuration, in what it names, and in the models.
+"""The config check of `loadledger check`: settings, the files that they name, and the models.
 
-`serve` refuses the same mistakes of the configuration, before it opens anything.
+`serve` refuses the same mistakes of the configuration before it opens anything.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from server.configsources import Mistake, raise_mistakes, read_settings, unknown
 from server.http.tls import load_context
 
 OnVersion = Callable[[str], None]
-"""Called with each version that is about to be loaded."""
+"""Called with each version before its trial load."""
 _Candidate = tuple[ModelVersion, LoadParameters]
-"""A version that may be loaded, and with what."""
+"""A version to try, and its load parameters."""
 
 
 class Severity(StrEnum):
-    """Whether something is wrong, or may be meant so."""
+    """Whether a finding is a problem, or only worth a note."""
 
     PROBLEM = "problem"
     NOTE = "note"
@@ -52,13 +52,13 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that was found.
+    """One finding of the config check.
 
     Attributes:
         place: an option, or a path in the repository.
-        code: what it is, for programs.
-        text: what it is and what to do, for people.
-        severity: whether it is wrong.
+        code: stable, for programs.
+        text: what is wrong and what to do, for people.
+        severity: problem or note.
     """
 
     place: str
@@ -69,13 +69,13 @@ class Finding:
 
 @dataclass(slots=True)
 class CheckResult:
-    """What was checked, and found.
+    """The result of a config check.
 
     Attributes:
-        models: how many have a version.
-        versions: how many these have together.
-        loaded: how many of those were loaded, to try them.
-        findings: in the order in which they were found.
+        models: number of models with a version.
+        versions: number of their versions.
+        loaded: number of successful trial loads.
+        findings: in the order of the checks.
     """
 
     models: int = 0
@@ -85,23 +85,23 @@ class CheckResult:
 
     @property
     def fine(self) -> bool:
-        """Whether nothing is wrong; notes are not."""
+        """Whether there is no problem; notes do not count."""
         return all(finding.severity is Severity.NOTE for finding in self.findings)
 
     def members(self) -> dict[str, Any]:
-        """Return it for programs."""
+        """Return the result as plain values."""
         return {"fine": self.fine, **asdict(self)}
 
 
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
-    """Return the configuration to serve with.
+    """Return the configuration of a server.
 
     Args:
-        flags: by the settings' names; None is not given.
-        environment: for what no flag says.
+        flags: options by the settings' names; None means not given.
+        environment: the environment variables.
 
     Raises:
-        ConfigError: all that is wrong with it and with the files that it names.
+        ConfigError: with all mistakes of the settings and of the files that they name.
     """
     values, mistakes = read_settings(flags, environment, needed=("repository", "data"))
     raise_mistakes([*mistakes, *find_unusable_paths(values)])
@@ -111,10 +111,10 @@ def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Con
 def check_configuration(
     flags: Mapping[str, Any], environment: Mapping[str, str], result: CheckResult
 ) -> Config:
-    """Check a configuration and what it names; return it with defaults for what is not valid.
+    """Check a configuration; return it with defaults in place of invalid values.
 
     Raises:
-        ConfigError: no valid repository is given, so there is nothing to check.
+        ConfigError: without a valid repository there is nothing to check.
     """
     values, mistakes = read_settings(flags, environment, needed=("repository",))
     if "repository" not in values:
@@ -124,12 +124,12 @@ def check_configuration(
     config = Config(**{"data": values["repository"], **values})  # nothing is written
     result.findings += [*_check_memory(config), *_check_address(config)]
     for place, text in unknown_variables(environment):
-        result.findings.append(Finding(place, "unknown_variable", f"nothing reads it; {text}", Severity.NOTE))
+        result.findings.append(Finding(place, "unknown_variable", f"is unknown; {text}", Severity.NOTE))
     return config
 
 
 def find_unusable_paths(values: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Look at what settings name, and yield what a server could not be started with."""
+    """Check the paths that settings name; yield a mistake for each unusable one."""
     checks = {"repository": _check_repository, "data": _check_data, "jwt_keys": read_public_keys}
     for name, check in checks.items():
         if values.get(name) is not None:
@@ -147,9 +147,9 @@ def _find_mistake(place: str, check: Callable[..., object], *paths: Path) -> Ite
         check(*paths)
     except (ConfigError, KeyProblem) as error:
         yield Mistake(place, str(error))
-    except (OSError, ValueError) as error:  # ValueError: a character that no path has, or no UTF-8 one
+    except (OSError, ValueError) as error:  # ValueError: an invalid character
         reason = getattr(error, "strerror", None) or error
-        yield Mistake(place, f"{str(paths[0])!r:.200} cannot be looked at: {reason}; name another")
+        yield Mistake(place, f"{str(paths[0])!r:.200} cannot be read: {reason}; name another")
 
 
 def _check_repository(path: Path) -> None:
@@ -164,7 +164,7 @@ def _check_data(path: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a directory; name another")
     if not os.access(folder, os.W_OK | os.X_OK):
-        text = f"{folder} may not be written by the user that this runs as: correct its mode or owner"
+        text = f"{folder} is not writable for this user: correct its mode or owner"
         raise ConfigError(text)
 
 
@@ -202,13 +202,13 @@ def _check_address(config: Config) -> Iterator[Finding]:
 def check_repository(
     config: Config, result: CheckResult, *, limit_s: float | None, on_version: OnVersion
 ) -> None:
-    """Check the models of a repository; what is found is added to the result.
+    """Check the models of a repository and add findings to the result.
 
     Args:
-        config: where the repository is, and how it would be served.
+        config: the settings.
         result: of the configuration's check.
-        limit_s: how long each version is given to load, in a worker of its own, one after the other; with
-            None, none is loaded.
+        limit_s: time limit of each trial load, one after the other in a worker of its own; None: no trial
+            loads.
         on_version: see `OnVersion`.
     """
     try:
@@ -224,41 +224,47 @@ def check_repository(
             text = "is not served: a model's name has A-Z a-z 0-9 . _ - and a letter or digit first"
             result.findings.append(Finding(name, "invalid_model_id", text, Severity.NOTE))
     result.findings += [Finding(place, "not_served", text) for place, text in repository.find_unserved()]
-    candidates: list[_Candidate] = []
-    for model_id in repository.models():
-        result.models += 1
-        candidates += _check_versions(repository, model_id, config, result)
-    if not result.models:
+    models = repository.models()
+    result.models = len(models)
+    if not models:
         text = f"{repository.root} has no model that could be served"
         result.findings.append(Finding("--repository", "empty", text, Severity.NOTE))
+        return
+    budget = budget_bytes(config.memory_budget, memory_limit().bytes)
+    candidates = [
+        each for name in models for each in _check_versions(repository, name, config, budget, result)
+    ]
     if limit_s is not None and candidates:
-        asyncio.run(_load_all(repository, candidates, config, result, limit_s=limit_s, on_version=on_version))
+        loads = _load_all(
+            repository, candidates, config, budget, result, limit_s=limit_s, on_version=on_version
+        )
+        asyncio.run(loads)
 
 
 def _check_versions(
-    repository: Repository, model_id: str, config: Config, result: CheckResult
+    repository: Repository, model_id: str, config: Config, budget: int, result: CheckResult
 ) -> Iterator[_Candidate]:
-    """Yield the versions of a model that are worth a load."""
+    """Yield the versions of a model that fit the budget."""
     parameters: LoadParameters | None = None
     try:
         parameters = default_parameters(repository, model_id, config)
-    except InvalidDefaults as error:  # no load is accepted before that is mended
+    except InvalidDefaults as error:  # no load is accepted with it
         file = defaults_name(model_id)
         result.findings.append(Finding(file, error.code, str(error).removeprefix(file).lstrip(": ")))
     for version in repository.versions(model_id):
         try:
             found = repository.resolve(model_id, version)
-        except RuntimeProblem:  # somebody has just taken it away
+        except RuntimeProblem:  # it was just deleted
             continue
         result.versions += 1
         if parameters is None:
             continue
-        need, budget = need_of(found.files, version, parameters, ()), _budget(config)
+        need = need_of(found.files, version, parameters, ())
         if need.bytes <= budget:
             yield found, parameters
             continue
         text = (  # the scheduler refuses such a load without trying it
-            f"needs some {megabytes(need.bytes)} of memory, as its files are, and the budget is"
+            f"needs about {megabytes(need.bytes)} of memory, estimated from its files, and the budget is"
             f" {megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
             f" {defaults_name(model_id)} if it takes less"
         )
@@ -269,6 +275,7 @@ async def _load_all(
     repository: Repository,
     candidates: list[_Candidate],
     config: Config,
+    budget: int,
     result: CheckResult,
     *,
     limit_s: float,
@@ -282,14 +289,14 @@ async def _load_all(
             on_version(_place(found))
             timeout_s = min(limit_s, parameters.timeout_s)
             try:
-                limit = min(_budget(config), parameters.memory_limit_bytes or sys.maxsize)
+                limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
                 warm_up = read_warm_up(repository, found.model_id)
                 message = load_message(pool, repository, found, parameters, warm_up)
                 message = structs.replace(message, memory_limit_bytes=limit)
                 await _load_once(pool, message, warm_up.inputs, timeout_s)
                 result.loaded += 1
             except TimeoutError:
-                text = f"it was not loaded within {timeout_s:g} s"
+                text = f"was not loaded within {timeout_s:g} s"
                 result.findings.append(Finding(_place(found), "timeout", text))
             except RuntimeProblem as problem:
                 result.findings.append(Finding(_place(found), problem.code, str(problem)))
@@ -304,10 +311,6 @@ async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...]
             await worker.load(message, lambda _: None, inputs)
     finally:
         await ended(worker)
-
-
-def _budget(config: Config) -> int:
-    return budget_bytes(config.memory_budget, memory_limit().bytes)
 
 
 def _place(found: ModelVersion) -> str:

@@ -1,6 +1,6 @@
-"""The settings of a server: what each is for, its default, and which values are valid.
+"""The settings of a server: purpose, default and valid values of each.
 
-The options of `serve` and `check`, and the table in the documentation, are made from here;
+The options of `serve` and `check` and the table in the documentation are generated from `Config`;
 `server.configsources` reads the values.
 """
 
@@ -18,16 +18,17 @@ from runtime.memory import budget_bytes
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 
 PREFIX = "LOADLEDGER_"
-"""Of the environment variables."""
+"""Of the settings' environment variables."""
 
 AUTO = "auto"
 ON = "on"
 OFF = "off"
 MAX_TIMEOUT_S = 3600
-"""The longest that a client may ask for, too."""
+"""Also the longest timeout that a request may choose."""
 MAX_KEEP_ALIVE_S = 365 * 86400
-"""A year: whoever wants more means never, which is -1."""
+"""A year; for longer there is -1, which means never."""
 MANY = 1_000_000
+"""Upper limit of counts: catches typing errors, limits nothing real."""
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
@@ -40,26 +41,26 @@ Validator = Callable[[Any], object]
 
 
 class ConfigError(Exception):
-    """Settings are missing or not valid; each line of the text says which, why and what to do."""
+    """Settings are missing or invalid; each line says which setting, why and what to do."""
 
 
 def parse_size(text: str) -> int:
     """Return the bytes of a size: bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB.
 
     Raises:
-        ValueError: it is none, or 0; its text says what it must be.
+        ValueError: the text is no size or 0; the message says what it must be.
     """
     found = _SIZE.fullmatch(text)
     if found is None or int(found[1]) == 0:
         raise ValueError(
             "Must be bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB, like 20GB, and more than 0; to"
-            " prepare nothing, give --prepare=off."
+            " prepare no models, use --prepare=off."
         )
     return int(found[1]) * _UNITS[found[2]]
 
 
 class RateLimit(NamedTuple):
-    """So many requests in a window of so many seconds."""
+    """Requests per window, and the window's length in seconds."""
 
     amount: int
     window_s: int
@@ -69,7 +70,7 @@ def parse_limit(text: str) -> RateLimit | None:
     """Return a rate limit, like 600/minute or 20 per 5 minutes; None for off.
 
     Raises:
-        ValueError: the text is neither; the error's says what it must be.
+        ValueError: the text is neither; the message says what it must be.
     """
     if text == OFF:
         return None
@@ -101,12 +102,12 @@ _POSITIVE_SECONDS = validate.Range(0, MAX_TIMEOUT_S, min_inclusive=False)
 _SHARE = validate.Range(0, 1)
 _SWITCH = validate.OneOf((ON, OFF))
 _LIMIT = _parsed(parse_limit)
-_PATH = validate.Regexp("[^~]", error="Must name a path, and written out: nothing here replaces a ~.")
-"""A shell leaves the ~ in --data=~/ledger, and a folder of that name would be made."""
+_PATH = validate.Regexp("[^~]", error="Must name a path in full: ~ is not expanded.")
+"""A shell does not expand the ~ of --data=~/ledger; a folder named ~ would be created."""
 
 
 def setting(default: Any, help_text: str, validator: Validator | None = None) -> Any:
-    """Return a field of the configuration that need not be given."""
+    """Return an optional field of the configuration."""
     return field(default=default, metadata={"help": help_text, "validator": validator})
 
 
@@ -118,169 +119,152 @@ class Config:
     data: Path = field(metadata={"help": "Directory of the ledger and the keys; created when it is missing."})
     host: str = setting("127.0.0.1", "Address to listen on.", _printable)
     port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
-    tls_cert: Path | None = field(
-        default=None,
-        metadata={
-            "help": "Certificate (PEM, with its chain) to serve HTTPS with; read again when it changes."
-        },
+    tls_cert: Path | None = setting(
+        None, "Certificate (PEM, with its chain) for HTTPS; reloaded when the file changes."
     )
-    tls_key: Path | None = field(
-        default=None,
-        metadata={"help": "The certificate's private key (PEM, not encrypted, mode 0600 or 0640)."},
+    tls_key: Path | None = setting(
+        None, "The certificate's private key (PEM, not encrypted, mode 0600 or 0640)."
     )
     trusted_proxies: str | None = setting(
         None,
-        "Addresses or networks of proxies, with commas between, that are believed when they say for whom a"
-        " request is.",
+        "Trusted proxies: addresses or networks, separated by commas. Their header field names the client.",
         _parsed(parse_networks),
     )
     forwarded_header: str = setting(
         X_FORWARDED_FOR,
-        "In which header field they say so: x-forwarded-for, or forwarded (RFC 7239).",
+        "Header field of trusted proxies that names the client: x-forwarded-for, or forwarded (RFC 7239).",
         validate.OneOf((X_FORWARDED_FOR, FORWARDED)),
     )
     loads_at_once: int = setting(
         0,
-        "How many models may load at the same time; 0 means as many as there are cores.",
+        "Models that may load at the same time; 0 means as many as there are cores.",
         validate.Range(0, 1024),
     )
-    threads: int = setting(1, "Threads that one model computes with.", validate.Range(1, 1024))
-    drain_timeout_s: float = setting(30.0, "How long an unload waits for running inferences.", _SECONDS)
-    inference_timeout_s: float = setting(60.0, "How long one inference may take.", _POSITIVE_SECONDS)
+    threads: int = setting(1, "Threads of each model.", validate.Range(1, 1024))
+    drain_timeout_s: float = setting(30.0, "Seconds that an unload waits for running inferences.", _SECONDS)
+    inference_timeout_s: float = setting(60.0, "Seconds that one inference may take.", _POSITIVE_SECONDS)
     inference_grace_s: float = setting(
         5.0,
-        "How long an inference that was told to stop may go on before its worker is killed.",
+        "Seconds that a stopped inference may continue before its worker is killed.",
         _POSITIVE_SECONDS,
     )
     inference_queue: int = setting(
-        1024, "How many inferences of one model may be queued or running.", validate.Range(1, MANY)
+        1024, "Inferences of one model that may be queued or running.", validate.Range(1, MANY)
     )
     timeout_s: int = setting(
         300,
-        "How long a load may take, waiting included, when its request does not say.",
+        "Seconds that a load may take, waiting included, unless its request says otherwise.",
         validate.Range(1, MAX_TIMEOUT_S),
     )
     memory_budget: str = setting(
         "80%",
-        "Memory that workers may take together: bytes, or a percentage of what this container or machine may"
-        " use.",
+        "Memory for all workers together: bytes, or a percentage of the container's or machine's memory.",
         _parsed(lambda text: budget_bytes(text, limit_bytes=1)),
     )
     max_loaded: int = setting(
-        0, "How many models may be loaded at once; 0 means no limit.", validate.Range(0, MANY)
+        0, "Models that may be loaded at the same time; 0 means no limit.", validate.Range(0, MANY)
     )
     evict: str = setting(
         OFF,
-        "Whether a load that needs room unloads the least recently used idle models: idle, or off.",
+        "Evict the least recently used idle models when a load needs room: idle, or off.",
         validate.OneOf((OFF, "idle")),
     )
-    min_residency_s: float = setting(
-        10.0, "How long a model stays after it was loaded before it may be evicted.", _SECONDS
-    )
+    min_residency_s: float = setting(10.0, "Seconds after its load before a model may be evicted.", _SECONDS)
     keep_alive_s: int = setting(
         -1,
-        "After how many idle seconds a model is unloaded, when its load does not say; -1 is never, 0 is"
-        " right after its last request.",
+        "Idle seconds after which a model is unloaded, unless its load says otherwise; -1 is never, 0 is"
+        " directly after its last request.",
         validate.Range(-1, MAX_KEEP_ALIVE_S),
     )
     strategy: str = setting(
         "beside",
-        "How a new version takes the place of the old one, when its load does not say: beside, in_place, or"
-        " auto.",
+        "How a new version replaces the old one, unless its load says otherwise: beside, in_place, or auto.",
         validate.OneOf(("beside", "in_place", "auto")),
     )
     on_demand: str = setting(
         OFF,
-        "Whether an inference for a model that is not loaded requests its load and waits: on, or off.",
+        "Load a model when an inference needs it; the inference waits: on, or off.",
         _SWITCH,
     )
     warm_up: str = setting(
         ON,
-        "Whether a model runs once before it gets requests, when its loadledger.toml does not say: on, or"
-        " off.",
+        "Run a model once before it gets requests, unless its loadledger.toml says otherwise: on, or off.",
         _SWITCH,
     )
     prepare: str = setting(
         ON,
-        "Whether models that were loaded are prepared in the background, so as to load faster later: on, or"
-        " off, which does not use what was prepared either.",
+        "Prepare loaded models in the background, so that later loads are faster: on, or off. With off,"
+        " prepared models are not used either.",
         _SWITCH,
     )
     prepared_size: str = setting(
         "20GB",
-        "Disk space that prepared models may take, the least recently used of which go first: bytes, or a"
-        " number of MB, GB, TB, MiB, GiB or TiB.",
+        "Disk space for prepared models; the least recently used are deleted first: bytes, or a number of MB,"
+        " GB, TB, MiB, GiB or TiB.",
         _parsed(parse_size),
     )
     huge_pages: str = setting(
         AUTO,
-        "Whether workers use huge pages for memory: auto, where they make loading faster, or off.",
+        "Huge pages for the memory of workers: auto, where they make loading faster, or off.",
         validate.OneOf((AUTO, OFF)),
     )
     restore: str = setting(
         "all",
-        "What is loaded again at start of what was loaded when the server ended: all, or none.",
+        "Models to reload at start, of those that were loaded when the server ended: all, or none.",
         validate.OneOf(("all", "none")),
     )
     streams_per_subject: int = setting(
-        20, "How many streams of events one subject may have open.", validate.Range(1, MANY)
+        20, "Streams of events that one subject may have open.", validate.Range(1, MANY)
     )
     max_connections: int = setting(
         10_000,
-        "How many connections may be open at once; three quarters of the file descriptors that the process"
-        " may have, if that is less.",
+        "Connections that may be open at the same time; at most three quarters of the process's file"
+        " descriptors.",
         validate.Range(1, MANY),
     )
     head_timeout_s: float = setting(
         10.0,
-        "How long the head of a request may take to arrive, on a new connection from its first moment.",
+        "Seconds in which the head of a request must arrive; on a new connection, counted from its start.",
         _POSITIVE_SECONDS,
     )
     idle_timeout_s: float = setting(
         75.0,
-        "How long a connection is kept between two requests; more than a proxy in front keeps it.",
+        "Seconds that an idle connection is kept open; must be more than a proxy in front keeps it.",
         _POSITIVE_SECONDS,
     )
-    log_format: str = setting(
-        "text", "How log lines are written: text, for people, or json.", validate.OneOf(("text", "json"))
-    )
+    log_format: str = setting("text", "Form of log lines: text, or json.", validate.OneOf(("text", "json")))
     log_level: str = setting(
         "info",
-        "From which level on log lines are written: debug, info, warning, or error.",
+        "Lowest level of log lines: debug, info, warning, or error.",
         validate.OneOf(("debug", "info", "warning", "error")),
     )
     log_inferences: float = setting(
-        0.0, "The share of inferences that have a log line each, from 0, none, to 1, all.", _SHARE
+        0.0, "Share of inferences that are logged, from 0 (none) to 1 (all).", _SHARE
     )
     otel: str = setting(
         AUTO,
-        "Whether traces are exported with OpenTelemetry: auto, where OTEL_EXPORTER_OTLP_ENDPOINT is set, on,"
-        " or off.",
+        "Export traces with OpenTelemetry: auto (if OTEL_EXPORTER_OTLP_ENDPOINT is set), on, or off.",
         validate.OneOf((AUTO, ON, OFF)),
     )
     trace_inferences: float = setting(
         0.01,
-        "The share of inferences that are traced, of those that come without a trace of their own, from 0 to"
-        " 1.",
+        "Share of inferences without a trace of their own that are traced, from 0 to 1.",
         _SHARE,
     )
     metrics: str = setting(
         "token",
-        "Who may read /metrics: token, who has one of any role, or open, anybody.",
+        "Access to /metrics: token (of any role), or open (no token).",
         validate.OneOf(("token", "open")),
     )
-    jwt_audience: str = setting("loadledger", "The aud that tokens must name.", _printable)
+    jwt_audience: str = setting("loadledger", "Value of aud that tokens must have.", _printable)
     jwt_issuer: str | None = setting(
-        None, "The iss that tokens must name; unset, it is not looked at.", _printable
+        None, "Value of iss that tokens must have; if unset, iss is not checked.", _printable
     )
-    jwt_keys: Path | None = field(
-        default=None,
-        metadata={
-            "help": "Public key (PEM) or JWKS file of an identity provider, used instead of our own keys."
-        },
+    jwt_keys: Path | None = setting(
+        None, "Public key (PEM) or JWKS file of an identity provider, used instead of our own keys."
     )
     jwt_roles_claim: str = setting(
-        "roles", "The claim that lists the roles; a path like realm_access.roles is followed.", _printable
+        "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _printable
     )
     limit_management: str = setting("600/minute", "Loads and unloads per subject, or off.", _LIMIT)
     limit_inference: str = setting("600000/minute", "Inferences per subject, or off.", _LIMIT)
@@ -288,7 +272,7 @@ class Config:
     limit_auth_failures: str = setting("30/minute", "Refused credentials per peer address, or off.", _LIMIT)
 
     def max_loads(self) -> int:
-        """Return how many loads may run at once, with 0 resolved to the cores this process may use."""
+        """Return how many loads may run at the same time; 0 means the cores of this process."""
         return self.loads_at_once or len(os.sched_getaffinity(0))
 
     def prepared_bytes(self) -> int:
@@ -296,22 +280,22 @@ class Config:
         return parse_size(self.prepared_size)
 
     def proxies(self) -> Proxies:
-        """Return whom to believe when they say for whom a request is."""
+        """Return the trusted proxies and their header field."""
         trusted = () if self.trusted_proxies is None else parse_networks(self.trusted_proxies)
         return Proxies(trusted, self.forwarded_header)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One field of the configuration as people meet it.
+    """One field of the configuration, with its option and variable.
 
     Attributes:
         name: the field's name, and the key in the file.
-        help: what it is for.
+        help: its purpose, for people.
         kind: `str`, `int`, `float` or `Path`.
-        required: whether it has to be given.
-        default: None where there is none.
-        validator: raises `ValidationError` for a value that is not valid; None where each is.
+        required: whether there is no default.
+        default: None if there is none.
+        validator: raises `ValidationError` for an invalid value; None if every value is valid.
     """
 
     name: str

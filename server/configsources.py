@@ -1,6 +1,6 @@
-"""Reading the settings: an option before its variable, that before the file, and that before the default.
+"""Read the settings: option, then variable, then file, then default.
 
-The file is TOML whose keys are the settings' names. Whatever is wrong in one of the sources is told together.
+The file is TOML with the settings' names as keys. All mistakes of all sources are reported together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 OF_OTHERS = frozenset(
     f"{PREFIX}{name}" for name in ("URL", "TOKEN", "CA", "PROFILE", "ROLE", "SUBJECT", "EXPIRES", "MODELS")
 )
-"""What other commands read, and our file for Docker Compose: it may be set where a server is started, too."""
+"""Variables of other commands and of deploy/compose.yaml."""
 
 _FIELDS = {str: fields.String, Path: fields.String, int: fields.Integer, float: fields.Float}
 _TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
@@ -32,21 +32,21 @@ _TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number without quotes"),
     float: ((int, float), "a number without quotes"),
 }
-"""The types that a kind of setting has in a file, and what it is to people."""
+"""The TOML types of each kind of setting, and its description."""
 
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP|SCTP)")
-"""Kubernetes sets such variables, and one that ends in _PORT, for each Service in every pod beside it."""
+"""Kubernetes sets such variables, and one that ends in _PORT, for each Service."""
 
 
 class Mistake(NamedTuple):
-    """What is wrong with the configuration, and where: an option, a variable, or a key of the file."""
+    """A mistake in the configuration and its place: an option, a variable, or a key of the file."""
 
     place: str
     text: str
 
 
 class _Given(NamedTuple):
-    """A value, where it stands, and the folder of the file if it is one's."""
+    """A value, its place, and the folder of the file that it comes from."""
 
     place: str
     value: Any
@@ -63,13 +63,13 @@ def read_settings(
     """Read the settings.
 
     Args:
-        flags: by the settings' names; None is not given. `config` names the file.
-        environment: LOADLEDGER_CONFIG names the file, unless the flag does.
-        needed: which of those without a default have to be given.
-        only: which are read, for a command that needs no others; none stands for all.
+        flags: options by the settings' names; None means not given. `config` names the file.
+        environment: LOADLEDGER_CONFIG names the file, unless the option does.
+        needed: required settings.
+        only: the settings to read; empty means all.
 
     Returns:
-        The settings that are given or have a default, and all that is wrong with the others.
+        The values that are given or have a default, and all mistakes.
     """
     file, mistakes = _read_file(flags.get("config"), environment)
     values: dict[str, Any] = {}
@@ -91,10 +91,10 @@ def read_settings(
 
 
 def raise_mistakes(mistakes: Sequence[Mistake]) -> None:
-    """Refuse a configuration, if there are any.
+    """Raise all mistakes as one error, if there are any.
 
     Raises:
-        ConfigError: there are.
+        ConfigError: with a line for each mistake.
     """
     if mistakes:
         raise ConfigError("\n".join(f"{place}: {text}" for place, text in mistakes))
@@ -114,7 +114,7 @@ def _convert(setting: Setting, given: _Given) -> Any:
     """Return a value of the setting's kind.
 
     Raises:
-        ValidationError: it is not valid.
+        ValidationError: the value is invalid.
     """
     types, wanted = _TOML[setting.kind]
     if given.folder is not None and type(given.value) not in types:  # a boolean is no number
@@ -133,7 +133,7 @@ def _refused(given: _Given, error: ValidationError) -> Mistake:
 
 
 def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[str, _Given], list[Mistake]]:
-    """Return what the file gives, if one is named, and the keys in it that are no settings."""
+    """Return the values of the file, if there is one, and mistakes for unknown keys."""
     source, name = (
         ("--config", flag) if flag is not None else (CONFIG_VARIABLE, environment.get(CONFIG_VARIABLE))
     )
@@ -141,7 +141,7 @@ def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[s
         return {}, []
     path = Path(name)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark, which is no TOML
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
         document = tomllib.loads(text)
     except OSError as error:
         return {}, [Mistake(source, f"{name!r:.200} cannot be read: {error.strerror}; name another file")]
@@ -154,18 +154,18 @@ def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[s
 
 def _unknown_key(key: str, given: _Given, known: Collection[str]) -> Mistake:
     if isinstance(given.value, dict):
-        return Mistake(given.place, "there is no such setting; settings stand at the top, under no [table]")
+        return Mistake(given.place, "there is no such setting; settings stand at the top, not in a [table]")
     return Mistake(given.place, f"there is no such setting; {_suggestion(key, known)}")
 
 
 def _line(text: str, key: str) -> str:
-    """Return the line where a key of the top level stands, to put behind the file's name."""
+    """Return `:LINE` of a top-level key, or nothing."""
     found = re.search(rf"""^[ \t\["']*{re.escape(key)}\b""", text, re.MULTILINE)
     return "" if found is None else f":{1 + text.count(chr(10), 0, found.start())}"
 
 
 def unknown_variables(environment: Mapping[str, str]) -> Iterator[Mistake]:
-    """Yield the variables that begin as settings do and that nothing reads: one may be mistyped."""
+    """Yield unknown variables with the prefix of settings: one may be mistyped."""
     known = {*(setting.variable for setting in settings()), CONFIG_VARIABLE, *OF_OTHERS}
     for name, value in sorted(environment.items()):
         is_link = _SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in value)
@@ -174,10 +174,10 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[Mistake]:
 
 
 def warn_of_unknown_variables(environment: Mapping[str, str]) -> None:
-    """Log one line that names them, if there are any. Their values may be secrets, and are not shown."""
+    """Log one line with the unknown variables, if any; values may be secrets and are not shown."""
     unknown = [f"{name}: {text}" for name, text in unknown_variables(environment)]
     if unknown:
-        _log.warning("variables that nothing reads: %s", "; ".join(unknown))
+        _log.warning("unknown variables: %s", "; ".join(unknown))
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""The one table of error codes, and the one middleware that turns every error into an RFC 9457 body.
+"""The table of error codes, and the middleware that turns every error into an RFC 9457 body.
 
-A domain error is any exception with a string attribute `code` that stands in the table. Its text is the
-`detail`. It may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings).
+A domain error is any exception with an attribute `code` that is in the table; its text is the `detail`. It
+may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings).
 """
 
 import json
@@ -18,20 +18,20 @@ from aiohttp.typedefs import Handler
 log = logging.getLogger(__name__)
 
 CODE: web.ResponseKey[str] = web.ResponseKey("code", str)
-"""Of an answer that tells an error: its code."""
+"""The error code of an answer."""
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 # Long enough for any message of ours; a hostile field name must not be echoed by the megabyte.
 DETAIL_CHARACTERS = 4096
 RETRY_LATER = (429, 503)
-"""What a client should try again, and so is told when (RFC 9110 sections 10.2.3 and 15.6.4, RFC 6585)."""
+"""Statuses with Retry-After (RFC 9110 sections 10.2.3 and 15.6.4, RFC 6585)."""
 RETRY_AFTER_S = 1
-"""Where nobody knows better: what passes, like a worker's or the fork server's restart, takes about that."""
+"""Default: about as long as a restart of a worker or of the fork server takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """What a code means in HTTP: its status, its stable title, and its registered problem type."""
+    """HTTP status, stable title and registered problem type of a code."""
 
     status: int
     title: str
@@ -40,43 +40,41 @@ class ErrorKind:
 
 ERRORS: Mapping[str, ErrorKind] = {
     "invalid_request": ErrorKind(400, "The request is malformed"),
-    "invalid_body": ErrorKind(400, "The request body is not what this route takes"),
-    "invalid_parameter": ErrorKind(400, "A parameter is not what this route takes"),
+    "invalid_body": ErrorKind(400, "The request body is invalid"),
+    "invalid_parameter": ErrorKind(400, "A parameter is invalid"),
     "not_supported": ErrorKind(400, "This is not supported"),
-    "beyond_head": ErrorKind(400, "The log has not come as far"),
-    "invalid_defaults": ErrorKind(400, "The model's loadledger.toml is not what it has to be"),
+    "beyond_head": ErrorKind(400, "The position is beyond the head of the log"),
+    "invalid_defaults": ErrorKind(400, "The model's loadledger.toml is invalid"),
     "inference_failed": ErrorKind(400, "The model could not compute an answer"),
     "inference_cancelled": ErrorKind(400, "The inference was stopped"),
     "invalid_input": ErrorKind(400, "The input does not fit the model"),
     "invalid_model": ErrorKind(400, "The model cannot be loaded"),
     "warm_up_failed": ErrorKind(400, "The model loads, but its first inference fails"),
     "model_changed": ErrorKind(400, "The model's files changed while it was loaded"),
-    "unsafe_file": ErrorKind(400, "The model has a file that is not to be opened"),
-    "crash_loop": ErrorKind(400, "The model kept dying and is not tried any more"),
+    "unsafe_file": ErrorKind(400, "The model has an unsafe file"),
+    "crash_loop": ErrorKind(400, "The model's workers died too often"),
     "job_failed": ErrorKind(400, "The job failed"),
     "cancelled": ErrorKind(400, "The job was cancelled"),
     "no_credentials": ErrorKind(401, "A bearer token is needed"),
     "invalid_token": ErrorKind(401, "The bearer token is not valid"),
     "forbidden": ErrorKind(403, "The token's roles do not allow this"),
-    "not_found": ErrorKind(404, "There is nothing here"),
+    "not_found": ErrorKind(404, "No such route or file"),
     "unknown_model": ErrorKind(404, "No such model"),
     "unknown_version": ErrorKind(404, "No such version of the model"),
     "unknown_job": ErrorKind(404, "No such job"),
     "not_ready": ErrorKind(400, "The model is not ready"),
-    "not_representable": ErrorKind(400, "JSON cannot carry the answer"),
+    "not_representable": ErrorKind(400, "JSON cannot represent the answer"),
     "method_not_allowed": ErrorKind(405, "This route does not take the method"),
-    "body_timeout": ErrorKind(408, "The request body did not come"),
-    "head_timeout": ErrorKind(408, "The request's head did not come"),
+    "body_timeout": ErrorKind(408, "The request body did not arrive in time"),
+    "head_timeout": ErrorKind(408, "The request's head did not arrive in time"),
     "nothing_loaded": ErrorKind(409, "No model is loaded"),
     "already_finished": ErrorKind(409, "The job has ended"),
     "already_started": ErrorKind(409, "The job cannot be cancelled any more"),
     "not_loaded": ErrorKind(409, "The model is not loaded"),
-    "archived": ErrorKind(410, "This lies before what the log still holds"),
+    "archived": ErrorKind(410, "The position was archived"),
     "body_too_large": ErrorKind(413, "The request body is too large"),
     "target_too_long": ErrorKind(414, "The request line is too long"),
-    "unsupported_media_type": ErrorKind(
-        415, "The request body is of a media type or coding that is not taken"
-    ),
+    "unsupported_media_type": ErrorKind(415, "The media type or coding of the request body is not supported"),
     "idempotency_mismatch": ErrorKind(422, "The Idempotency-Key was used for another request"),
     "rate_limited": ErrorKind(429, "Too many requests", QUOTA_EXCEEDED),
     "too_many_failures": ErrorKind(429, "Too many failed authentications", QUOTA_EXCEEDED),
@@ -85,24 +83,24 @@ ERRORS: Mapping[str, ErrorKind] = {
     "head_too_large": ErrorKind(431, "The request's header fields are too large"),
     "internal": ErrorKind(500, "The server failed"),
     "inference_queue_full": ErrorKind(503, "Too many inferences of the model are waiting"),
-    "bodies_full": ErrorKind(503, "Too much is being sent at once"),
+    "bodies_full": ErrorKind(503, "Too many large bodies are in memory"),
     "too_many_connections": ErrorKind(503, "Too many connections are open"),
     "model_not_loaded": ErrorKind(503, "The model is not loaded"),
     "load_failed": ErrorKind(503, "The model could not be loaded on demand"),
     "model_unloading": ErrorKind(503, "The model is being unloaded"),
-    "worker_died": ErrorKind(503, "The model's process ended"),
+    "worker_died": ErrorKind(503, "The model's worker ended"),
     "out_of_memory": ErrorKind(503, "There is not enough memory for the model"),
     "insufficient_memory": ErrorKind(503, "The model does not fit into the memory budget"),
-    "too_many_loaded": ErrorKind(503, "As many models are loaded as may be"),
+    "too_many_loaded": ErrorKind(503, "The limit on loaded models is reached"),
     "timeout": ErrorKind(503, "The load took too long"),
-    "fork_server_died": ErrorKind(503, "The process that starts workers ended"),
-    "fork_server_unavailable": ErrorKind(503, "The process that starts workers does not answer"),
+    "fork_server_died": ErrorKind(503, "The fork server ended"),
+    "fork_server_unavailable": ErrorKind(503, "The fork server does not answer"),
     "log_unavailable": ErrorKind(503, "The event log cannot be written"),
-    "unhealthy": ErrorKind(503, "The server is not well"),
+    "unhealthy": ErrorKind(503, "The server is unhealthy"),
     "shutting_down": ErrorKind(503, "The server is stopping"),
     "inference_timeout": ErrorKind(504, "The inference took too long"),
 }
-"""Every code a client can meet. Adding one here is all it takes to answer with it."""
+"""Every error code of the API; an entry here is all that a new code needs."""
 
 # aiohttp's own exceptions, by status; any other 4xx is reported under its status as `invalid_request`.
 _FRAMEWORK_CODES = {
@@ -125,7 +123,7 @@ class ServerProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One error answer, before it is written down."""
+    """An error answer before it is serialised."""
 
     code: str
     status: int
@@ -136,7 +134,7 @@ class Problem:
 
 
 def problem_of(error: Exception) -> Problem:
-    """Say what an exception means to a client; one that is not in the table is logged and not told."""
+    """Return the problem for an exception; one that is not in the table is logged and answered 500."""
     if isinstance(error, web.HTTPException):
         return _of_framework(error)
     if isinstance(error, web.RequestPayloadError):
@@ -149,7 +147,7 @@ def problem_of(error: Exception) -> Problem:
 
 
 def problem_response(problem: Problem, path: str) -> web.Response:
-    """Write a problem as its RFC 9457 body, in the media type that clients of `path` read."""
+    """Return a problem as an RFC 9457 body, in the media type that clients of `path` read."""
     kind = ERRORS[problem.code]
     detail = _printable(problem.detail)
     body: dict[str, object] = {
@@ -178,7 +176,7 @@ def media_type_of(path: str) -> str:
 
 @web.middleware
 async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every error below with one shape; must be the outermost middleware but for the one that logs."""
+    """Turn every error into one form of answer; must be the outermost middleware but for the log's."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -190,7 +188,7 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 
 def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
-    """Return the answer that says what went wrong, if it is not too late for one."""
+    """Return the answer to an error; raises it again if the answer has already begun."""
     problem = problem_of(error)
     if request.writer.output_size > 0:
         # A second status line in the middle of a stream would be read as data: break the connection instead.
@@ -198,7 +196,7 @@ def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
     response = problem_response(problem, request.path)
     response[CODE] = problem.code
     if isinstance(error, web.RequestPayloadError):
-        response.force_close()  # the framework ends such a connection: nobody should use it again
+        response.force_close()  # the framework ends such a connection
     return response
 
 
@@ -222,13 +220,13 @@ def _of_framework(error: web.HTTPException) -> Problem:
     }
     detail = _FRAMEWORK_DETAILS.get(code) or error.text or error.reason
     if isinstance(error, web.HTTPMethodNotAllowed):
-        detail = f"{error.method} is not one of the methods here: {headers.get('Allow', '')}"
+        detail = f"{error.method} is not a method of this route: {headers.get('Allow', '')}"
     return Problem(code, error.status, detail, None, headers, {})
 
 
 _FRAMEWORK_DETAILS = {
-    "not_found": "no route has this path; /openapi.yaml lists the routes",
-    "body_too_large": "the request body is larger than this route takes",
+    "not_found": "no route has this path; see /openapi.yaml for all routes",
+    "body_too_large": "the request body is larger than this route allows",
 }
 
 

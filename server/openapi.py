@@ -1,8 +1,7 @@
-"""The OpenAPI 3.0.3 document, generated from the routes and from what their handlers are decorated with.
+"""Generate the OpenAPI 3.0.3 document from the routes.
 
-aiohttp-apispec keeps that at `handler.__apispec__`; it is only read here, so that two applications over the
-same handlers give the same bytes. What every route has in common is added from the route: its token, its
-limit, and the errors that follow from them and from its schemas.
+`server.routing` keeps the documentation of each route at `handler.__apispec__`; this module only reads it, so
+the same routes give the same bytes. It adds what follows from access and schemas: token, limits and errors.
 """
 
 from collections import defaultdict
@@ -19,13 +18,13 @@ from server.errors import ERRORS, media_type_of
 from server.routing import Access, LimitClass, Route
 
 OPENAPI_VERSION = "3.0.3"
-"""What the bundled Swagger UI 4.1 can show; it cannot show 3.1."""
+"""The bundled Swagger UI 4.1 cannot show 3.1."""
 
 TOKEN = "token"  # noqa: S105 -- the name of the security scheme
 
 _DESCRIPTION = (
-    "Loads and unloads ONNX models, each in a process of its own, and keeps a ledger of who asked for what "
-    "and what came of it. Every error has the same body, whose `code` is stable."
+    "Loads and unloads ONNX models, each in its own process, and keeps a ledger of all requests and their "
+    "outcomes. Every error has the same body with a stable `code`."
 )
 _HEADERS_BY_STATUS = {
     401: ["WWW-Authenticate"],
@@ -40,28 +39,23 @@ class ProblemSchema(Schema):
     """The one body of all errors (RFC 9457)."""
 
     class Meta:
-        """Other members may be there too, and clients ignore those that they do not know (section 3.2)."""
+        """Clients ignore unknown members (section 3.2)."""
 
         unknown = INCLUDE
 
     type = fields.String(required=True, metadata={"format": "uri", "description": "Identifies the problem."})
-    title = fields.String(required=True, metadata={"description": "What the code means; always the same."})
+    title = fields.String(required=True, metadata={"description": "Title of the code; always the same."})
     status = fields.Integer(required=True, metadata={"description": "The HTTP status."})
-    detail = fields.String(required=True, metadata={"description": "What happened here, for people."})
-    instance = fields.String(
-        metadata={"format": "uri", "description": "What to look for in the server's log."}
-    )
-    code = fields.String(required=True, metadata={"description": "Stable; what programs decide by."})
+    detail = fields.String(required=True, metadata={"description": "What happened, for people."})
+    instance = fields.String(metadata={"format": "uri", "description": "Reference to the server's log."})
+    code = fields.String(required=True, metadata={"description": "Stable; for programs."})
     error = fields.String(
         required=True, metadata={"description": "Same as detail, for Open Inference clients."}
     )
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """YAML in the order given, without anchors: each place can be read on its own.
-
-    The text is the same either way, but libyaml takes a fifth of the time.
-    """
+    """YAML in the given order, without anchors. libyaml gives the same text in a fifth of the time."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 -- the base class asks per value
         return True
@@ -87,7 +81,7 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 def error_codes(route: Route) -> list[str]:
-    """Return every code that a route can answer with: its handler's own, and what follows from the route."""
+    """Return every error code of a route: its handler's, and those implied by access and schemas."""
     described = _described(route)
     return sorted({*described.get("x-error-codes", ()), *_implied(route)}, key=list(ERRORS).index)
 

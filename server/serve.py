@@ -1,7 +1,4 @@
-"""Running the server: the loop, the signals, and an end that says why.
-
-What the service manager is told: that the server is ready, that it lives, that it stops (sd_notify(3)).
-"""
+"""Run the server: event loop, signals, messages to the service manager (sd_notify(3)), exit code."""
 
 from __future__ import annotations
 
@@ -36,10 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 class Notifier:
-    """Tells the manager, where there is one that wants to know; nothing ever waits for it or fails by it.
+    """Notifies the service manager, if there is one; never blocks and never fails.
 
     Args:
-        environment: what the process was started with: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+        environment: of the process, with NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -49,15 +46,15 @@ class Notifier:
         self._failed = False
 
     def ready(self, url: str) -> None:
-        """Say that the server answers at this address."""
+        """Notify that the server answers at this address."""
         self._tell(f"READY=1\nSTATUS=ready at {url}")
 
     def stopping(self) -> None:
-        """Say that the server ends of its own accord, or because it was told to."""
+        """Notify that the server stops."""
         self._tell("STOPPING=1\nSTATUS=stopping: running requests may end")
 
     async def live(self) -> None:
-        """Say, twice in the time after which the manager would kill us, that the event loop turns."""
+        """Notify twice per watchdog period that the event loop runs."""
         while self._watchdog_s is not None:
             self._tell("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s / 2)
@@ -71,13 +68,13 @@ class Notifier:
                 sending.sendto(state.encode(), self._address)
             self._failed = False
         except OSError as error:
-            if not self._failed:  # once, and not with each sign of life
+            if not self._failed:  # once, not with each watchdog message
                 _log.warning("the service manager could not be told %s: %s", state.partition("\n")[0], error)
             self._failed = True
 
 
 def _watchdog_s(environment: Mapping[str, str]) -> float | None:
-    """Return in how many seconds the manager wants to hear of us; None if it does not."""
+    """Return the watchdog period of this process; None without a watchdog."""
     period, process = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID")
     is_ours = process is None or process == str(os.getpid())
     return int(period) / 1e6 if is_ours and period.isdecimal() and int(period) > 0 else None
@@ -86,7 +83,7 @@ def _watchdog_s(environment: Mapping[str, str]) -> float | None:
 STDOUT = 1
 
 OTEL_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-"""Each says where traces go; OpenTelemetry reads them, and its other variables, itself."""
+"""Variables that enable traces; OpenTelemetry reads them and its others itself."""
 
 INSTALL_OTEL = "pip install 'loadledger[otel]'"
 
@@ -102,8 +99,8 @@ def serve(config: Config, announce: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT; return the process's exit code: 0, or 1 when a part of the server died.
 
     Args:
-        config: how to run.
-        announce: told the server's URL once it is ready.
+        config: the settings.
+        announce: called with the server's URL once it is ready.
 
     Raises:
         TlsProblem: the certificate or its key cannot be used.
@@ -119,28 +116,28 @@ def serve(config: Config, announce: Callable[[str], None]) -> int:
 
 
 def _fill_standard_streams() -> None:
-    """Open what was closed of stdin, stdout and stderr, so that nothing else gets their numbers.
+    """Open closed standard streams on /dev/null, so that no other file gets their numbers.
 
-    Log lines would be written into a socket or a file of ours, and libuv aborts when it closes one of them.
+    Otherwise log lines would go into a socket or a file, and libuv would abort when it closes one of them.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STDERR:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    if getattr(sys, "stdout", None) is None:  # as Python has it where it was closed
+    if getattr(sys, "stdout", None) is None:  # it was closed
         sys.stdout = os.fdopen(STDOUT, "w", closefd=False)
 
 
 def _allow_many_descriptors() -> None:
-    """Raise the soft limit to the hard one: each connection takes a descriptor, and each model four."""
+    """Raise the soft limit to the hard one: a connection takes a descriptor, a model four."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what large requests gave back, within bounds, for the next ones.
+    """Make glibc keep freed buffers of large requests, within limits.
 
-    By itself it returns their buffers to the kernel at once, and what comes back from there has to be cleared
-    page by page: of tensors of 600 KB a single client had half as many answered (measured).
+    By default it returns them to the kernel at once, which clears each page again: with tensors of 600 KB,
+    one client got half the throughput (measured).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none
     if mallopt is not None:
@@ -163,7 +160,7 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
         app,
         access_log=None,
         shutdown_timeout=config.drain_timeout_s / 2,  # it waits as long twice: for handlers, then connections
-        handler_cancellation=True,  # an inference that nobody waits for any more must not hold up the next
+        handler_cancellation=True,  # an inference without a client must not delay the next
     )
     try:
         await runner.setup()
@@ -180,7 +177,7 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
                 return await _until_end(app, stop)
             finally:
                 manager.stopping()
-                living.cancel()  # from here on the manager's limit for stopping counts
+                living.cancel()  # from here the manager's stop timeout runs
     finally:
         await runner.cleanup()
         if tracing is not None:
@@ -218,7 +215,7 @@ async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
 
 
 async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
-    """Wait for a signal, or for the end of what must not end: better no server than one that does nothing."""
+    """Wait for a signal or the end of a vital task: no server is better than one that does nothing."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({stopping, *vital(app).values()}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

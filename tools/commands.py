@@ -1,4 +1,4 @@
-"""The page `docs/cli.md`, from the commands."""
+"""Generate `docs/cli.md` from the commands."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from tools.markdown import cell, table
 HEAD = """\
 # The command
 
-This page is generated from the commands; a test holds it to them. Each says the same with `--help`.
+This page is generated from the commands; a test keeps it current. Each command prints the same with `--help`.
 
-## In common
+## All commands
 
-**Which server.** Commands that talk to a server take `--url`, or else `LOADLEDGER_URL`, or else the profile's
-`url`, or else http://127.0.0.1:8080. The token is in `LOADLEDGER_TOKEN`, or else in the profile;
-certificates to trust instead of the system's are in the file that `LOADLEDGER_CA` names, or else the
-profile's `ca`.
+**Server.** Commands use the first of these addresses: `--url`, `LOADLEDGER_URL`, the profile's `url`,
+http://127.0.0.1:8080. The token is that of `LOADLEDGER_TOKEN` or of the profile. To trust other certificates
+than the system's, set `LOADLEDGER_CA` or the profile's `ca` to a file.
 
-**Profiles.** `loadledger login` asks for a token, tries it, and writes it to
-`~/.config/loadledger/profile.toml` (or below `XDG_CONFIG_HOME`) with mode 0600; with `--profile staging` that
-is `staging.toml` there, and with a path that file. `--profile`, or `LOADLEDGER_PROFILE`, chooses another than
-the first. A profile that others may read is refused, and its token is shown to its own URL only.
+**Profiles.** `loadledger login` asks for a token, tests it, and writes it to
+`~/.config/loadledger/profile.toml` (or below `XDG_CONFIG_HOME`) with mode 0600. With `--profile staging` the
+file is `staging.toml`; with a path it is that file. Choose a profile with `--profile` or
+`LOADLEDGER_PROFILE`. A profile that others can read is refused. Its token is sent to its own URL only.
 
 ```toml
 url = "https://models.example.org"
@@ -34,28 +33,27 @@ token = "eyJ…"
 ca = "/etc/ssl/our-ca.pem"
 ```
 
-**What is printed.** Tables for people, with colours on a terminal only, and never where `NO_COLOR` is set
-or `TERM` is `dumb`; `--json` prints what the server says. Answers go to standard output, all else to
-standard error.
+**Output.** Commands print tables. Colours appear on a terminal only, and never if `NO_COLOR` is set or `TERM`
+is `dumb`. `--json` prints the server's answer. Results go to standard output, everything else to standard
+error.
 
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | done, and it did not come out well: a job failed or was cancelled, a check found something |
-| 2 | not done: typed wrongly, refused, or nobody answered; standard error says what to do |
+| 1 | done, with a bad result: a job failed or was cancelled, a check found a problem |
+| 2 | not done: a usage error, a refusal, or no answer; standard error says what to do |
 | 130 | ended by Ctrl-C |
-| 141 | ended since whoever read went away, as `head` does |
+| 141 | ended because the reader closed the pipe, as `head` does |
 
-**Waiting.** `load`, `unload` and `job` follow a job with `--wait`, over restarts of the server. Ctrl-C ends
-the waiting and not the job; `loadledger job JOB --wait` comes back to it.
+**Waiting.** With `--wait`, `load`, `unload` and `job` follow a job, across restarts of the server. Ctrl-C
+ends the waiting, not the job; `loadledger job JOB --wait` resumes it.
 
-**In a shell.** `eval "$(loadledger completion bash)"` completes commands and options, and, from the server
-that is meant, models and jobs.
+**Completion.** `eval "$(loadledger completion bash)"` completes commands, options, models and jobs.
 
-**Other words.** What Docker and Ollama call by these names is here, too:
+**Aliases.** These names of Docker and Ollama work, too:
 """
 
-SETTINGS = "Its other options are the settings of the server, one for each; `--help` lists them."
+SETTINGS = "Its other options are the server's settings; `--help` lists them."
 
 
 def command_page() -> str:

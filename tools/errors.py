@@ -14,76 +14,76 @@ ADVICE: Mapping[str, str] = {
     "beyond_head": "The position is not there yet. If it was, this is another ledger: ask who restored what.",
     "invalid_defaults": "Correct the model's `loadledger.toml`; `detail` says where.",
     "inference_failed": "The message is ONNX Runtime's. Look at the inputs; the same will fail again.",
-    "inference_cancelled": "The client went away, or somebody unloaded by force. Ask again, if it is still"
-    " wanted.",
-    "invalid_input": "Send what the model takes: `GET /v2/models/{id}` says names, types and shapes.",
-    "invalid_model": "ONNX Runtime does not take the file; the message is its own. Export the model again.",
-    "warm_up_failed": "Give inputs that the model runs on, as [[warm_up.inputs]], or switch its warm-up off.",
-    "model_changed": "Somebody wrote to the files while they were read. Load again when the copying is done.",
+    "inference_cancelled": "The client disconnected, or the model was unloaded by force. Send the"
+    " request again if needed.",
+    "invalid_input": "Send the inputs that the model takes: `GET /v2/models/{id}` has names, types and"
+    " shapes.",
+    "invalid_model": "ONNX Runtime refuses the file; the message is its own. Export the model again.",
+    "warm_up_failed": "Set inputs that the model can run, as [[warm_up.inputs]], or switch its warm-up off.",
+    "model_changed": "The files changed while they were read. Load again when copying has finished.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"
     " devices.",
     "crash_loop": "The server died with this load three times, or the model's workers too often. Look at the"
     " `WorkerExited` events, then load again.",
-    "job_failed": "The job has the reason: `error.message`.",
-    "cancelled": "Somebody cancelled the job; `CancelRequested` in the ledger says who.",
+    "job_failed": "See the job's `error.message` for the reason.",
+    "cancelled": "The job was cancelled; `CancelRequested` in the ledger has the subject.",
     "not_ready": "Load the model, or wait for its load.",
-    "not_representable": "Ask for this output as bytes: `binary_data`.",
+    "not_representable": "Request this output as bytes: `binary_data`.",
     "no_credentials": "Send `Authorization: Bearer TOKEN`.",
-    "invalid_token": "Get a new token: `detail` says what is wrong with this one.",
+    "invalid_token": "Get a new token; `detail` says what is wrong with this one.",
     "forbidden": "Use a token with one of the roles that `detail` names. The attempt is in the ledger.",
-    "not_found": "Correct the path; `/openapi.yaml` has all of them.",
-    "unknown_model": "Look at the name, and at the folder of that name in the repository.",
-    "unknown_version": "Look at the version, and whether its `model.onnx` is there.",
-    "unknown_job": "Look at the id. Jobs that were archived are in the archive: `loadledger replay"
-    " --archive`.",
+    "not_found": "Correct the path; `/openapi.yaml` lists all routes.",
+    "unknown_model": "Check the name, and the folder of that name in the repository.",
+    "unknown_version": "Check the version, and that its `model.onnx` exists.",
+    "unknown_job": "Check the id. For archived jobs use `loadledger replay --archive`.",
     "method_not_allowed": "Use a method that `Allow` names.",
-    "body_timeout": "Send the body without a pause; look at the network.",
-    "head_timeout": "Send the head of a request without a pause; `--head-timeout-s` is how long it may take.",
+    "body_timeout": "Send the body without a pause; check the network.",
+    "head_timeout": "Send the head without a pause; `--head-timeout-s` sets the limit.",
     "nothing_loaded": "There is nothing to unload.",
     "already_finished": "The job has ended; look at its status.",
-    "already_started": "It is too late to cancel. To end a load all the same, unload with `?force=true`.",
-    "not_loaded": "There is nothing to unload. A load that still runs is ended by `?force=true`.",
-    "archived": "Ask from `oldest` on, or ask the archives: `loadledger replay --archive`.",
+    "already_started": "It is too late to cancel. To end a load anyway, unload with `?force=true`.",
+    "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
+    "archived": "Start at `oldest`, or read the archives: `loadledger replay --archive`.",
     "body_too_large": "Send less at once, or in bytes rather than JSON.",
-    "target_too_long": "Ask with a shorter path and query; fewer filters at once, say.",
+    "target_too_long": "Use a shorter path and query, for example fewer filters at once.",
     "unsupported_media_type": "Send `Content-Type: application/json` in UTF-8, or a coding that `detail`"
     " names.",
     "idempotency_mismatch": "Use a new key for a new request.",
-    "rate_limited": "Come back after `Retry-After`; the limits are `--limit-…`.",
-    "too_many_failures": "Correct the token and wait for `Retry-After`. Behind a proxy, all clients have one"
-    " address.",
+    "rate_limited": "Retry after `Retry-After`; the limits are `--limit-…`.",
+    "too_many_failures": "Correct the token and wait for `Retry-After`. Behind a proxy, set"
+    " `--trusted-proxies`: else all clients share its address.",
     "queue_full": "Wait until some jobs have ended.",
-    "too_many_streams": "Close streams that nobody reads, or raise `--streams-per-subject`.",
+    "too_many_streams": "Close unused streams, or raise `--streams-per-subject`.",
     "head_too_large": "Send fewer or shorter header fields.",
-    "internal": "A bug. The server's log has the reason under the reference in `instance`.",
-    "inference_queue_full": "Ask less at once, give the model more `instances`, or raise"
+    "internal": "This is a bug. The server's log has the reason under the reference in `instance`.",
+    "inference_queue_full": "Send fewer requests at once, give the model more `instances`, or raise"
     " `--inference-queue`.",
-    "bodies_full": "Too many large bodies are being read at once: come back after `Retry-After`.",
-    "too_many_connections": "Close connections that nobody uses, or raise `--max-connections`.",
-    "model_not_loaded": "Load it, or have the server do that: `--on-demand on`.",
-    "load_failed": "`detail` says why it could not be loaded; it is tried again after `Retry-After`.",
-    "model_unloading": "Come back after `Retry-After`: another version may take its place.",
-    "worker_died": "Ask again: the worker is replaced. Of a load, `WorkerExited` has its last words.",
-    "out_of_memory": "Raise the load's `memory_limit_bytes`; with none, the machine had no more.",
-    "insufficient_memory": "Unload a model, have the server do that (`--evict idle`), or raise"
+    "bodies_full": "Too many large bodies are in memory: retry after `Retry-After`.",
+    "too_many_connections": "Close unused connections, or raise `--max-connections`.",
+    "model_not_loaded": "Load it, or let the server load it: `--on-demand on`.",
+    "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
+    "model_unloading": "Retry after `Retry-After`: another version may replace it.",
+    "worker_died": "Retry: the worker is replaced. After a failed load, `WorkerExited` has its last lines.",
+    "out_of_memory": "Raise the load's `memory_limit_bytes`; without one, the machine has no more memory.",
+    "insufficient_memory": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
     " `--memory-budget`.",
-    "too_many_loaded": "Unload a model, have the server do that (`--evict idle`), or raise `--max-loaded`.",
-    "timeout": "`detail` says what it waited for. Give it more `timeout_s`, or what it waited for.",
-    "fork_server_died": "It is started again by itself, and what was loaded comes back; load again.",
-    "fork_server_unavailable": "It is started again by itself: come back after `Retry-After`.",
-    "log_unavailable": "Look at the disk of the data directory: full, or read-only.",
-    "unhealthy": "`detail` names what is not well. What cannot come back by itself ends the process: see its"
-    " log.",
-    "shutting_down": "Come back when the server is up again; what was accepted goes on then.",
-    "inference_timeout": "Allow more time (`timeout`, `--inference-timeout-s`), or ask for less at once.",
+    "too_many_loaded": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
+    " `--max-loaded`.",
+    "timeout": "`detail` says what the load waited for. Provide that, or raise `timeout_s`.",
+    "fork_server_died": "The server restarts it and reloads the models that were loaded. Load again.",
+    "fork_server_unavailable": "The server restarts it: retry after `Retry-After`.",
+    "log_unavailable": "Check the disk of the data directory: it may be full or read-only.",
+    "unhealthy": "`detail` names the failed checks. If a part cannot recover, the process ends: see its log.",
+    "shutting_down": "Retry when the server is up again; accepted jobs continue then.",
+    "inference_timeout": "Allow more time (`timeout`, `--inference-timeout-s`), or send less at once.",
 }
-"""What whoever meets a code can do."""
+"""What to do about each code."""
 
 _HEAD = """\
 # Errors
 
-Generated from the one table of codes; a test holds this page to it. Every error is one JSON body (RFC 9457),
-here of a model that is not there:
+Generated from the table of codes; a test keeps it current. Every error has one JSON body (RFC 9457). For
+example, for an unknown model:
 
 ```json
 {"type": "urn:loadledger:error:unknown_model", "title": "No such model", "status": 404,
@@ -91,10 +91,10 @@ here of a model that is not there:
  "error": "model 'nothing' is not in the repository"}
 ```
 
-Programs decide by `code`, which is stable; `detail` is for people, and `error` repeats it for clients of the
-Open Inference Protocol. A load that fails is no error of its request: its job says `failed`, with one of
-these codes and a message, often ONNX Runtime's own. `POST /v2/repository/models/{id}/load` waits for the job,
-and so answers with that code itself.
+Programs use `code`, which is stable. `detail` is for people; `error` repeats it for clients of the Open
+Inference Protocol. A failed load is not an error of its request: the job's status is `failed`, with one of
+these codes and a message, often of ONNX Runtime. `POST /v2/repository/models/{id}/load` waits for the job and
+answers with its code.
 """
 
 

@@ -11,10 +11,11 @@ from events.types import SCHEMA, SYSTEM, TYPES, Cause, Durations, Idempotency, L
 from tools.markdown import cell, slug, table
 
 BY: Mapping[str, str] = {
-    "LoadRequested": f"who asked; `{SYSTEM}` where the cause is neither `request` nor `demand`",
-    "UnloadRequested": f"who asked; `{SYSTEM}` where the cause is not `request`",
-    "CancelRequested": "who asked",
-    "AccessDenied": f"who was refused; `{SYSTEM}` with the action `other`, of what had no room",
+    "LoadRequested": f"the caller; `{SYSTEM}` if the cause is neither `request` nor `demand`",
+    "UnloadRequested": f"the caller; `{SYSTEM}` if the cause is not `request`",
+    "CancelRequested": "the caller",
+    "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
+    f" of events",
 } | dict.fromkeys(
     (
         "LoadStarted",
@@ -30,61 +31,61 @@ BY: Mapping[str, str] = {
     ),
     f"`{SYSTEM}`",
 )
-"""Whose name an event of a type bears as its `actor`."""
+"""The `actor` of each type of event."""
 
 CAUSES: Mapping[Cause, str] = {
-    Cause.REQUEST: "somebody asked for it",
-    Cause.DEMAND: "somebody's inference needed the model (`--on-demand on`)",
-    Cause.SWAP: "another version, or changed files, took the place of what is unloaded",
-    Cause.EVICTION: "another load needed the room (`--evict idle`)",
-    Cause.IDLE: "nobody had asked the model anything for its `keep_alive_s`",
-    Cause.RECOVERY: "a worker of the model had died",
-    Cause.RESTART: "the server had, and the model was loaded before",
+    Cause.REQUEST: "a caller requested it",
+    Cause.DEMAND: "an inference needed the model (`--on-demand on`)",
+    Cause.SWAP: "another version, or changed files, replaced the model",
+    Cause.EVICTION: "another load needed the memory (`--evict idle`)",
+    Cause.IDLE: "the model had no request for its `keep_alive_s`",
+    Cause.RECOVERY: "a worker of the model died",
+    Cause.RESTART: "the server restarted, and the model was loaded before",
 }
-"""What each cause says of a load or an unload."""
+"""The meaning of each cause of a load or an unload."""
 
 MEMBERS: Mapping[str, tuple[str, str]] = {
-    "position": ("integer", "its place in the log: from 1, without gaps"),
-    "id": ("text", "a UUIDv7; of a request, the id of its job"),
-    "type": ("text", "what happened: one of the types below"),
+    "position": ("integer", "its number in the log: from 1, without gaps"),
+    "id": ("text", "a UUIDv7; for a request, also the id of its job"),
+    "type": ("text", "one of the types below"),
     "schema": ("integer", "the version of the type's members"),
-    "job_id": ("text or null", "the job that it belongs to"),
-    "model_id": ("text or null", "the model that it is about"),
+    "job_id": ("text or null", "its job"),
+    "model_id": ("text or null", "its model"),
     "version": ("integer or null", "the model's version"),
-    "worker_id": ("text or null", "the worker that it is about"),
+    "worker_id": ("text or null", "its worker"),
     "actor": ("text", f"a token's subject, or `{SYSTEM}`"),
-    "recorded_at": ("text", "when, as `YYYY-MM-DDTHH:MM:SS.ffffffZ`; never before the event before"),
+    "recorded_at": ("text", "`YYYY-MM-DDTHH:MM:SS.ffffffZ`; never earlier than the event before"),
     "data": ("object", "the members of its type"),
 }
-"""What every event has, by name."""
+"""The members of every event."""
 
 _PARTS = (LoadedFile, Prepared, Durations, Idempotency)
 _HEAD = f"""\
 # Events
 
-Generated from [events/types.py](../../events/types.py); a test holds this page to it. How to list and follow
+Generated from [events/types.py](../../events/types.py); a test keeps it current. How to list and follow
 events is in [The ledger's events](../events.md), how they are hashed in [Verify it
 yourself](../verify-it-yourself.md).
 
-An event is hashed for ever, so types and members are added and never changed or removed; a release that does
-not know a type, or a schema version, keeps the event and passes over it. All types are at schema version
-{SCHEMA}. Where a member may be missing, as in events from before it was added, the table says what that
-means. Values are 64-bit integers, text, booleans and null; no event has tensors or secrets in it. Who asked
-is the subject of their token.
+Hashes are permanent, so types and members are added but never changed or removed. A release that does not
+know a type or a schema version keeps the event and skips it. All types have schema version {SCHEMA}. If a
+member may be missing, for example in events older than the member, the table says what that means. Values are
+64-bit integers, text, booleans and null; no event has tensors or secrets. The caller is the subject of a
+token.
 """
 
 
 def event_page() -> str:
     """Return the page."""
     rows = ((name, kind, what) for name, (kind, what) in MEMBERS.items())
-    parts = [_HEAD, "## What every event has\n", _members(rows), "## Types\n", _overview()]
+    parts = [_HEAD, "## Members of every event\n", _members(rows), "## Types\n", _overview()]
     for name, kind in TYPES.items():
         parts += [f"### {name}\n", f"{_about(kind)}\n", f"Actor: {BY[name]}.\n", _members_of(kind)]
     parts.append("## Parts of events\n")
     for part in _PARTS:
         parts += [f"### {part.__name__}\n", f"{_about(part)}\n", _members_of(part)]
     causes = ((f"`{cause}`", why) for cause, why in CAUSES.items())
-    parts += ["## Causes\n", table(("cause", "of a load or an unload, because"), causes)]
+    parts += ["## Causes\n", table(("cause", "a load or an unload happened because"), causes)]
     return "\n".join(parts)
 
 
@@ -113,7 +114,7 @@ def _members(rows: Iterable[tuple[str, str, str]]) -> str:
 def _missing(member: FieldInfo) -> str:
     if member.default is NODEFAULT:
         return ""
-    return f"where it is missing: {msgspec.json.encode(member.default).decode()}"
+    return f"if missing: {msgspec.json.encode(member.default).decode()}"
 
 
 def _type(hint: Any) -> str:

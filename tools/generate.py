@@ -1,4 +1,4 @@
-"""Writes what is generated from the code, and committed: `python -m tools.generate`, or `make generated`."""
+"""Write the generated files that are committed: `python -m tools.generate`, or `make generated`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 def pages() -> Mapping[str, str]:
     """Return each generated file's text by its path in the tree; the same code gives the same text."""
-    configuration = "docs/configuration.md"  # of which a part is generated
+    configuration = "docs/configuration.md"  # only a part of it is generated
     return {
         "docs/cli.md": command_page(),
         configuration: with_settings((ROOT / configuration).read_text(encoding="utf-8")),

@@ -1,4 +1,4 @@
-"""What the generated pages have in common: tables, their cells, and the anchors of headings."""
+"""Markdown of generated pages: tables, cells, anchors of headings."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,13 +7,13 @@ _NOT_IN_A_SLUG = re.compile(r"[^\w\- ]")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; what is in its cells has to be Markdown that may stand there, see `cell`."""
+    """Return a table; its cells must be valid Markdown, see `cell`."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def cell(text: str) -> str:
-    """Return text as it may stand in a cell of a table, in one line."""
+    """Return text as one line that is valid in a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

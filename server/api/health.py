@@ -1,4 +1,4 @@
-"""Is the server alive, and can it work? Loads and failed models change neither."""
+"""Liveness, readiness and the OpenAPI document. Loads and failed models do not change health."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ routes = Routes()
 
 
 class LiveSchema(AnswerSchema):
-    """That the server is alive."""
+    """The server is alive."""
 
     live = fields.Boolean(required=True)
 
 
 class ServerReadySchema(AnswerSchema):
-    """That the server can be asked."""
+    """The server is ready."""
 
     ready = fields.Boolean(required=True)
 
@@ -37,12 +37,12 @@ class Unhealthy(ServerProblem):
     "/health/live",
     access=Access.PUBLIC,
     tag="health",
-    summary="Whether the process is worth keeping",
+    summary="Liveness: whether to keep the process",
     answers={200: (HealthSchema(), "It is.")},
     errors=("unhealthy",),
 )
 async def live(request: web.Request) -> web.Response:
-    """Answer 200 as long as what the server cannot do without runs; when it does not, the process ends."""
+    """Answer 200 while all vital tasks run; when one ends, the process ends, too."""
     return _answer(live_checks(request.app))
 
 
@@ -50,7 +50,7 @@ async def live(request: web.Request) -> web.Response:
     "/health/ready",
     access=Access.PUBLIC,
     tag="health",
-    summary="Whether requests can be served",
+    summary="Readiness: whether to send requests",
     answers={200: (HealthSchema(), "They can.")},
     errors=("unhealthy",),
 )
@@ -63,7 +63,7 @@ async def ready(request: web.Request) -> web.Response:
     "/v2/health/live",
     access=Access.PUBLIC,
     tag="health",
-    summary="Whether the process is worth keeping, as the protocol has it",
+    summary="Liveness, in the form of the protocol",
     answers={200: (LiveSchema(), "It is.")},
     errors=("unhealthy",),
 )
@@ -77,7 +77,7 @@ async def v2_live(request: web.Request) -> web.Response:
     "/v2/health/ready",
     access=Access.PUBLIC,
     tag="health",
-    summary="Whether requests can be served, as the protocol has it",
+    summary="Readiness, in the form of the protocol",
     answers={200: (ServerReadySchema(), "They can.")},
     errors=("unhealthy",),
 )
@@ -96,7 +96,7 @@ async def v2_ready(request: web.Request) -> web.Response:
     answers={200: {"description": "OpenAPI 3.0.3."}},
 )
 async def show_openapi(request: web.Request) -> web.Response:
-    """Answer with the document that the routes give."""
+    """Answer with the OpenAPI document."""
     text = await asyncio.to_thread(request.app[OPENAPI])
     return web.Response(text=text, content_type="application/yaml")
 
@@ -105,12 +105,12 @@ _PROBED = frozenset({*(route.path for route in routes if "/health/" in route.pat
 
 
 def is_probe(request: web.BaseRequest) -> bool:
-    """Whether a request only asks how the server is, which is to be told when nobody else can be served."""
+    """Whether a request is a health check or a scrape, which have reserved connections."""
     return request.method in (hdrs.METH_GET, hdrs.METH_HEAD) and request.path in _PROBED
 
 
 def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:
-    """Return the tasks without which the server would accept requests and do nothing."""
+    """Return the vital tasks: without one of them the server would accept requests and do nothing."""
     return {
         "consumer": app[CONSUMER_TASK],
         "writer": app[LOG].writer,
@@ -120,18 +120,18 @@ def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:
 
 
 def dead(app: web.Application) -> dict[str, BaseException]:
-    """Return those of them that ended by a defect, and the defects."""
+    """Return the vital tasks that failed, with their exceptions."""
     ended = {name: task for name, task in vital(app).items() if task.done() and not task.cancelled()}
     return {name: error for name, task in ended.items() if (error := task.exception()) is not None}
 
 
 def live_checks(app: web.Application) -> dict[str, bool]:
-    """Return what must hold for the process to be worth keeping."""
+    """Return the checks of liveness."""
     return {name: not task.done() for name, task in vital(app).items()}
 
 
 def ready_checks(app: web.Application) -> dict[str, bool]:
-    """Return what must hold for requests to be served."""
+    """Return the checks of readiness."""
     return {
         **live_checks(app),
         "log": app[LOG].healthy,

@@ -1,7 +1,7 @@
-"""The management API: jobs, the answer to what becomes one, `Prefer: wait=N` and `Idempotency-Key`.
+"""Jobs: list, show and cancel them; answer requests that become one (`Prefer: wait=N`, `Idempotency-Key`).
 
-Whether an idempotency key was used is decided where the request is accepted; here it is read, and hashed
-together with what was asked. Under /v2 both fields are ignored: that protocol does not have them.
+This module reads and hashes an idempotency key; `events.accept` decides whether it was used. Under /v2 both
+fields are ignored: that protocol does not have them.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from server.routing import Access, Routes, matched_route
 routes = Routes()
 
 MAX_WAIT_S = 60
-"""Longer than this, proxies and clients give up by themselves (DESIGN.md, "HTTP")."""
+"""Proxies and clients give up on longer waits (DESIGN.md, "HTTP")."""
 
 _PREFERENCE = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')  # a comma in a quoted string separates nothing
 _WAIT = re.compile(r'wait\s*=\s*(?:"(\d+)"|(\d+))\s*(?:;.*)?', re.ASCII | re.IGNORECASE)
 
 
 def wait_s(fields: list[str]) -> int:
-    """Return the seconds to wait, 0 where nothing is preferred; the first `wait` counts, others are ignored.
+    """Return the seconds to wait, 0 without a preference; the first `wait` counts.
 
     Args:
         fields: the values of all `Prefer` header fields, in order.
@@ -71,25 +71,25 @@ _RULE = (
 
 
 class IdempotencySchema(Schema):
-    """The header field of a request that may be sent twice."""
+    """The header field that makes a request repeatable."""
 
     idempotency_key = fields.String(
         data_key="Idempotency-Key",
         validate=validate.Regexp(rf"(?:{_QUOTED}|{_BARE})\Z", error=_RULE),
         metadata={
-            "description": "Any string in double quotes, new for each request and the same when it is sent "
-            "again; a UUID, say. For 24 hours the same request of the same subject with the same key is "
-            "answered with the job of the first, ended or not, whatever has changed since (only a model, "
-            "version or job that is not there any more is 404 all the same); another request with it is "
-            "422 `idempotency_mismatch`. A request that is refused, or that changes nothing, does not use "
-            "its key up. The ledger keeps a hash of the key, never the key.",
+            "description": "Any string in double quotes, for example a UUID: new for each request, the same "
+            "when you repeat it. For 24 hours, the same request of the same subject with the same key is "
+            "answered with the job of the first, ended or not, whatever has changed since (but 404 if the "
+            "model, version or job is gone). Another request with the key is 422 `idempotency_mismatch`. A "
+            "refused request, or one that changes nothing, does not use its key. The ledger keeps a hash of "
+            "the key, never the key.",
             "example": '"8e03978e-40d5-43dd-bc93-6894a57f9324"',
         },
     )
 
 
 def idempotency(request: web.Request) -> Idempotency | None:
-    """Return the key of a validated request, which is its subject's alone, and what was asked; or None."""
+    """Return the hashed key of a validated request and its fingerprint; keys belong to one subject."""
     field = header_fields(request).get("idempotency_key")
     if field is None:
         return None
@@ -97,12 +97,12 @@ def idempotency(request: web.Request) -> Idempotency | None:
 
 
 def key_in(field: str) -> str:
-    """Return the key that a field of the right form carries; it is the same with and without quotes."""
+    """Return the key of a valid field, without quotes and escapes."""
     return re.sub(r"\\(.)", r"\1", field[1:-1]) if field.startswith('"') else field
 
 
 def _fingerprint(request: web.Request) -> str:
-    """Hash what was asked as it was understood: the order of members and white space do not matter."""
+    """Hash the request as validated: order of members and white space do not matter."""
     route = matched_route(request)
     assert route is not None
     path = dict(request.match_info)
@@ -114,15 +114,15 @@ def _hash(parts: list[object]) -> str:
 
 
 POLL_AFTER_S = 1
-"""A hint for clients that poll: most loads take less."""
+"""Retry-After for clients that poll: most loads take less."""
 
 PREFER = {
     "in": "header",
     "name": "Prefer",
     "schema": {"type": "string"},
-    "description": "`wait=N`: answer when the job has ended, or after N seconds, at most 60.",
+    "description": "`wait=N`: answer when the job has ended, or after N seconds (at most 60).",
 }
-"""How a route that answers with `submit` documents what it prefers."""
+"""OpenAPI parameter of routes that answer with `submit`."""
 
 
 class UnknownJob(LedgerProblem):
@@ -132,7 +132,7 @@ class UnknownJob(LedgerProblem):
 
 
 class ShuttingDown(ServerProblem):
-    """The server stops; nobody waits for the job any more, but it goes on at the next start."""
+    """The server stops; the job continues at its next start."""
 
     code = "shutting_down"
 
@@ -168,16 +168,16 @@ async def list_jobs(request: web.Request) -> web.Response:
     summary="Show a job",
     path=JobPathSchema(),
     query=AtQuerySchema(),
-    answers={200: (JobSchema(), "The job, ended or not.")},
+    answers={200: (JobSchema(), "The job.")},
     errors=("unknown_job", "beyond_head", "archived", "log_unavailable"),
 )
 async def show_job(request: web.Request) -> web.Response:
-    """Answer with one job; that it failed is not an error of this request."""
+    """Answer with one job; a failed job is not an error of this request."""
     job_id, at = path_parameters(request)["job_id"], query_parameters(request)["at"]
     if at is not None:
         past = await past_job(request, at, job_id)
         if past is None:
-            raise UnknownJob(f"there was no job {job_id!r} then")
+            raise UnknownJob(f"there was no job {job_id!r} at that time")
         return web.json_response(past)
     return web.json_response(job_view(await _job(request.app, job_id), request.app[CONSUMER]))
 
@@ -187,17 +187,17 @@ async def show_job(request: web.Request) -> web.Response:
     access=Access.ADMIN,
     tag="jobs",
     summary="Cancel a job",
-    description="Ends a load that has not loaded its model, or an unload that has not begun. Who is too late "
-    "changes nothing: the job may complete between this answer and the end, so its `status` is what counts. "
-    "A job that is being cancelled already is answered as it is.",
+    description="Ends a load that has not completed, or an unload that has not begun. The job may still "
+    "complete after this answer, so check its `status`. A job that is already being cancelled is returned "
+    "as it is.",
     parameters=[PREFER],
     path=JobPathSchema(),
     query=NothingSchema(),
     headers=IdempotencySchema(),
     body=CancelBodySchema(),
     answers={
-        202: (JobSchema(), "Accepted: follow the job at `Location`."),
-        200: (JobSchema(), "The job ended within `Prefer: wait=N`, whatever its outcome."),
+        202: (JobSchema(), "Accepted; follow the job at `Location`."),
+        200: (JobSchema(), "The job has ended within `Prefer: wait=N`, with any outcome."),
     },
     errors=(
         "unknown_job",
@@ -209,13 +209,13 @@ async def show_job(request: web.Request) -> web.Response:
     ),
 )
 async def cancel_job(request: web.Request) -> web.Response:
-    """Append `CancelRequested`, unless the job is past it."""
+    """Append `CancelRequested`, unless it is too late."""
     job = await _job(request.app, path_parameters(request)["job_id"])
     return await submit(request, RequestCancel(job.id, request[PRINCIPAL].subject, idempotency(request)))
 
 
 async def submit(request: web.Request, command: Command) -> web.Response:
-    """Submit what becomes a job, and answer with it: 200 where it has ended, else 202 and where to look."""
+    """Submit a command and answer with its job: 200 if it has ended, else 202 with its `Location`."""
     receipt = await request.app[REQUEST_LOG].submit(command)
     assert receipt.job_id is not None
     seconds = wait_s(request.headers.getall("Prefer", []))
@@ -228,11 +228,11 @@ async def submit(request: web.Request, command: Command) -> web.Response:
 
 
 async def carry_out(app: web.Application, command: Command) -> Job:
-    """Submit what becomes a job, and return it when it has ended, however that took: it has its own limits.
+    """Submit a command and return its job when it has ended; the job's own timeout applies.
 
     Raises:
         ShuttingDown: `shutting_down`, the server stops before the job has ended.
-        LedgerProblem: `log_unavailable`, or what the command is refused with.
+        LedgerProblem: `log_unavailable`, or the refusal of the command.
     """
     receipt = await app[REQUEST_LOG].submit(command)
     assert receipt.job_id is not None
@@ -240,19 +240,19 @@ async def carry_out(app: web.Application, command: Command) -> Job:
     if not job.ended:
         where = job_path(job.id)
         raise ShuttingDown(
-            f"the server stops; at its next start the {job.kind} goes on, see {where}",
+            f"the server stops; the {job.kind} continues at its next start, see {where}",
             http_headers={hdrs.LOCATION: where},
         )
     return job
 
 
 def job_path(job_id: str) -> str:
-    """Return where a job is to be looked at."""
+    """Return the path of a job."""
     return f"/api/v1/jobs/{job_id}"
 
 
 async def _ended(app: web.Application, job_id: str, seconds: float | None) -> Job:
-    """Return the job when it has ended, or as it is when time, if limited, is up or the server stops."""
+    """Return the job when it has ended, the time is up, or the server stops."""
     if seconds == 0:
         return await _job(app, job_id)
     log, stopping = app[LOG], app[STOPPING]

@@ -1,6 +1,6 @@
-"""The management API: models, load and unload. Handlers parse, make one call, and serialise.
+"""Models: list, show, load and unload them.
 
-What a load is asked for with: the request over the model's loadledger.toml over the server's settings.
+The parameters of a load come from the request, then the model's loadledger.toml, then the server's settings.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ routes = Routes()
 _PARAMETERS = LoadParameters.__struct_fields__
 _AS_BODY = LoadBodySchema()
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
-_NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one nothing is batched"
+_NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 NEVER = -1
-"""The `keep_alive_s` of a model that stays, however long nobody asks it."""
+"""The `keep_alive_s` of a model without an idle timeout."""
 
 
 async def requested_load(
@@ -61,18 +61,18 @@ async def requested_load(
     subject: str,
     idempotency: Idempotency | None = None,
 ) -> RequestLoad:
-    """Return the command for a load that a request asks for.
+    """Return the command that a request to load becomes.
 
     Args:
-        app: whose repository and settings count.
-        model_id: as the request names it.
-        asked: the members of a load's body, no more than the request gave.
-        subject: who asks.
+        app: the application with repository and settings.
+        model_id: as in the request.
+        asked: the members of the request's body, without defaults.
+        subject: the caller.
         idempotency: the request's key, if it has one.
 
     Raises:
-        InvalidBody: `invalid_body`, what is asked for is not what a load takes.
-        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
+        InvalidBody: `invalid_body`, a parameter is unknown or invalid.
+        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`.
     """
     asked = load_with(_AS_BODY, asked, "body", InvalidBody)
@@ -93,10 +93,10 @@ async def requested_load(
 
 
 def default_parameters(repository: Repository, model_id: str, config: Config) -> LoadParameters:
-    """Return what a model is loaded with when a request asks for nothing.
+    """Return the parameters of a load whose request names none.
 
     Raises:
-        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is not what it has to be.
+        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
     """
     file = defaults_name(model_id)
     defaults = load_with(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
@@ -112,9 +112,9 @@ def _look_up(
 def _merged(
     wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, config: Config
 ) -> LoadParameters:
-    """Lay one over the other; the delay is that of a batch, so who turns batching off turns both off."""
+    """Merge the sources; a request that switches batching off also drops its delay."""
     merged = {"timeout_s": config.timeout_s, "strategy": config.strategy, **defaults, **wanted}
-    if merged.get("keep_alive_s") is None:  # null stands for the server's setting, whoever says it
+    if merged.get("keep_alive_s") is None:  # null means the server's setting in each source
         merged["keep_alive_s"] = None if config.keep_alive_s == NEVER else config.keep_alive_s
     if merged.get("max_queue_delay_us") and not merged.get("max_batch_size"):
         if wanted.get("max_queue_delay_us"):
@@ -125,21 +125,21 @@ def _merged(
     return LoadParameters(**merged)
 
 
-_ACCEPTED = "Accepted: follow the job at `Location`."
-_ENDED = "Nothing to do, or the job ended within `Prefer: wait=N`, whatever its outcome."
+_ACCEPTED = "Accepted; follow the job at `Location`."
+_ENDED = "Nothing to do, or the job has ended within `Prefer: wait=N`, with any outcome."
 
 
 @routes.get(
     "/api/v1/models",
     access=Access.ANY,
     tag="models",
-    summary="List the models, in the repository or loaded",
+    summary="List the models of the repository and those loaded",
     query=ModelsQuerySchema(),
     answers={200: (ModelListSchema(), "One page, by id.")},
     errors=("beyond_head", "archived", "log_unavailable"),
 )
 async def list_models(request: web.Request) -> web.Response:
-    """Answer with a page of models, from the recorded state and the repository as it is now."""
+    """Answer with a page of models, from the recorded state and the repository."""
     query, state = query_parameters(request), request.app[LOG].state
     if query["at"] is not None:
         return web.json_response(await past_models(request, query["at"], query["cursor"], query["limit"]))
@@ -191,7 +191,7 @@ async def show_model(request: web.Request) -> web.Response:
     errors=("nothing_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down"),
 )
 async def unload_active(request: web.Request) -> web.Response:
-    """Append `UnloadRequested` for the model loaded last."""
+    """Append `UnloadRequested` for the active model."""
     subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
     return await submit(request, RequestUnload(None, subject, force, idempotency=idempotency(request)))
 
@@ -200,7 +200,7 @@ async def unload_active(request: web.Request) -> web.Response:
     "/api/v1/models/{id}/load",
     access=Access.ADMIN,
     tag="models",
-    summary="Load a model, or another version of it",
+    summary="Load a model, or replace its version",
     parameters=[PREFER],
     path=ModelPathSchema(),
     query=NothingSchema(),
@@ -218,7 +218,7 @@ async def unload_active(request: web.Request) -> web.Response:
     ),
 )
 async def load_model(request: web.Request) -> web.Response:
-    """Append `LoadRequested`, unless what is asked for is so or under way."""
+    """Append `LoadRequested`, unless the model is loaded as requested or an equal load is in progress."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
     asked, key = json_body(request), idempotency(request)
     return await submit(request, await requested_load(request.app, model_id, asked, subject, key))
@@ -238,7 +238,7 @@ async def load_model(request: web.Request) -> web.Response:
     errors=("unknown_model", "not_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down"),
 )
 async def unload_model(request: web.Request) -> web.Response:
-    """Append `UnloadRequested`, unless an unload is under way."""
+    """Append `UnloadRequested`, unless an unload is in progress."""
     model_id = path_parameters(request)["id"]
     await _versions(request, model_id)
     subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]

@@ -1,7 +1,7 @@
-"""Pages for people, from files on this machine: the console at `/`, and the OpenAPI document at `/docs`.
+"""The console at `/` and the OpenAPI document at `/docs`, served from files of this package.
 
-The pages are public, since they have no data: what the console shows it asks for as any client does, with the
-token of who signs in. Its files are plain ES modules, served as they are written.
+The pages are public and hold no data: the console requests everything as any client does, with the token of
+its user. Its files are plain ES modules.
 """
 
 import asyncio
@@ -80,7 +80,7 @@ class FilePathSchema(Schema):
     )
 
 
-_UNCHANGED = {304: {"description": "It is still what `If-None-Match` names."}}
+_UNCHANGED = {304: {"description": "Not changed: it still has the tag of `If-None-Match`."}}
 
 
 @routes.get(
@@ -104,7 +104,7 @@ async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a 
     answers={200: {"description": "The file."}},
 )
 async def show_file(request: web.Request) -> web.Response:
-    """Answer with the file that the path ends in; only paths of files have this handler."""
+    """Answer with the file at the end of the path; each file has its route."""
     return await _docs_file(request.path.rpartition("/")[2])
 
 
@@ -112,7 +112,7 @@ async def show_file(request: web.Request) -> web.Response:
     "/",
     access=Access.PUBLIC,
     tag="console",
-    summary="The console: a page to see and manage models",
+    summary="The console, a page to see and manage models",
     produces=["text/html"],
     answers={200: {"description": "The page."}, **_UNCHANGED},
 )
@@ -161,7 +161,7 @@ def _response(name: str, body: bytes, headers: dict[str, str]) -> web.Response:
 
 @cache
 def _files() -> dict[str, tuple[bytes, str]]:
-    """Read all files once, so that what is served is of one version, and no path is made from a request."""
+    """Read all files once: they belong together, and no path is built from a request."""
     ours = {file.name: _OURS for file in _OURS.iterdir() if file.name.rpartition(".")[2] in _TYPES}
     found = {name: (folder / name).read_bytes() for name, folder in {**ours, **_DOCS_FILES}.items()}
     return {name: (body, sha256(body).hexdigest()[:32]) for name, body in found.items()}

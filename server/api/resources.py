@@ -1,4 +1,4 @@
-"""The management API: what of the memory budget is taken, by whom, and who waits for it."""
+"""`GET /api/v1/resources`: the memory budget, its users, and the jobs that wait for it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from server.routing import Access, Routes
 routes = Routes()
 
 KEPT_S = 0.1
-"""How long an answer stands: any role may ask, and often."""
+"""Seconds for which an answer is reused: any role may poll, and often."""
 
 
 class LoadUseSchema(AnswerSchema):
-    """What one load takes until its processes have exited."""
+    """Resources of one load until its processes have exited."""
 
     model_id = fields.String(required=True)
     version = fields.Integer(required=True)
-    job_id = fields.String(required=True, metadata={"description": "Of the load."})
+    job_id = fields.String(required=True, metadata={"description": "Job of the load."})
     phase = fields.String(
         required=True, validate=validate.OneOf(["loading", "failed", "serving", "draining"])
     )
     workers = fields.Integer(required=True)
     reserved_bytes = fields.Integer(
-        required=True, metadata={"description": "What it may take while it loads; 0 from then on."}
+        required=True, metadata={"description": "Memory reserved while it loads; 0 afterwards."}
     )
     memory_bytes = fields.Integer(
         required=True, metadata={"description": "Private bytes of its workers, measured every few seconds."}
@@ -54,33 +54,33 @@ class WaitSchema(AnswerSchema):
 
 
 class PreparationSchema(AnswerSchema):
-    """What is being prepared, so that it loads faster later."""
+    """The model that is being prepared in the background."""
 
     model_id = fields.String(required=True)
     version = fields.Integer(required=True)
     reserved_bytes = fields.Integer(
-        required=True, metadata={"description": "What it may take until its processes have exited."}
+        required=True, metadata={"description": "Memory reserved until its processes have exited."}
     )
-    stopping = fields.Boolean(required=True, metadata={"description": "A load needs what it takes."})
+    stopping = fields.Boolean(required=True, metadata={"description": "A load needs the memory."})
 
 
 class PressureSchema(AnswerSchema):
-    """Of the last ten seconds, how much of the time something waited for this, in percent (PSI)."""
+    """Percent of the last ten seconds in which a task waited for the resource (PSI)."""
 
     memory_some_percent = fields.Float(required=True, allow_none=True)
     cpu_some_percent = fields.Float(required=True, allow_none=True)
 
 
 class ResourcesSchema(AnswerSchema):
-    """The budget for workers and what is taken of it."""
+    """The memory budget of workers and its use."""
 
-    limit_bytes = fields.Integer(required=True, metadata={"description": "What may be used here at all."})
+    limit_bytes = fields.Integer(required=True, metadata={"description": "Of this container or machine."})
     limit_source = fields.String(required=True, metadata={"description": "cgroup v2, cgroup v1 or machine."})
     budget_bytes = fields.Integer(required=True)
     reserved_bytes = fields.Integer(required=True)
     used_bytes = fields.Integer(required=True)
     free_bytes = fields.Integer(
-        required=True, metadata={"description": "Less than 0 where models have grown beyond the budget."}
+        required=True, metadata={"description": "Negative if models have grown beyond the budget."}
     )
     max_loaded = fields.Integer(required=True, allow_none=True)
     models = fields.List(fields.Nested(LoadUseSchema), required=True)
@@ -89,18 +89,18 @@ class ResourcesSchema(AnswerSchema):
     pressure = fields.Nested(
         PressureSchema, required=True, allow_none=True, metadata={"description": "Null without PSI."}
     )
-    as_of = fields.Integer(required=True, metadata={"description": "The position this reflects."})
+    as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
 
 
 class LastLook:
-    """The last answer, which stands for a moment unless something is recorded: 1,000 loads take 18 ms."""
+    """Cache of the last answer until the next event, at most for KEPT_S: 1,000 loads take 18 ms."""
 
     def __init__(self) -> None:
         self._seen: tuple[int, float] | None = None
         self._body = b""
 
     def body(self, app: web.Application) -> bytes:
-        """Return the answer as it is now, or was a moment ago."""
+        """Return the answer, at most KEPT_S old."""
         position, now_s = app[LOG].state.position, asyncio.get_running_loop().time()
         if self._seen is None or self._seen[0] != position or now_s - self._seen[1] > KEPT_S:
             self._body = msgspec.json.encode(_resources(app))
@@ -112,9 +112,9 @@ class LastLook:
     "/api/v1/resources",
     access=Access.ANY,
     tag="resources",
-    summary="Show the memory budget, and what is taken of it",
+    summary="Show the memory budget and its use",
     query=NothingSchema(),
-    answers={200: (ResourcesSchema(), "As it is now, or was a tenth of a second ago.")},
+    answers={200: (ResourcesSchema(), "The current use, at most a tenth of a second old.")},
 )
 async def show_resources(request: web.Request) -> web.Response:
     """Answer with the budget and every load that has a process."""

@@ -1,7 +1,4 @@
-"""The management API on the wire, as marshmallow schemas: checked on the way in, and documented.
-
-Jobs and models as the management API shows them: plain values, ready for JSON.
-"""
+"""Schemas of the management API: what requests may hold, what answers look like; views of jobs and models."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ from server.http.validation import ParameterBoolean, ParameterInteger, StrictBoo
 
 MAX_PAGE = 1000
 MAX_INSTANCES = 64
-"""Each is a process with a copy of the model: more than this is a mistake on one machine."""
+"""Each instance is a process with a copy of the model; more is a mistake on one machine."""
 MAX_BATCH_SIZE = 65_536
 MAX_QUEUE_DELAY_US = 1_000_000
-"""A second: who waits longer for company would be answered sooner alone."""
-_AS_OF_IN_THE_PAST = "With `at`: the position this reflects."
-_AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null where it is not in the log."
+"""A second: a longer wait for a batch costs more than it saves."""
+_AS_OF_IN_THE_PAST = "With `at`: the position that the answer reflects."
+_AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null if the log does not have it."
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
@@ -57,138 +54,137 @@ class JobPathSchema(Schema):
 
 
 class LoadBodySchema(Schema):
-    """How to load; all of it may be left out: then the model's loadledger.toml says, else the server."""
+    """Parameters of a load. Defaults: the model's loadledger.toml, then the server's settings."""
 
     version = StrictInteger(
         validate=validate.Range(1, MAX_VERSION),
-        metadata={"description": "The highest version if left out, resolved when the load is accepted."},
+        metadata={"description": "Default: the highest version at acceptance."},
     )
     timeout_s = StrictInteger(
         validate=validate.Range(1, MAX_TIMEOUT_S),
         metadata={
-            "description": "Seconds from acceptance, waiting included, after which the load fails; "
-            "the server's --timeout-s if left out.",
+            "description": "Seconds from acceptance, waiting included, after which the load fails. "
+            "Default: the server's --timeout-s.",
         },
     )
     memory_limit_bytes = StrictInteger(
         validate=validate.Range(min=2**20),
         allow_none=True,
         metadata={
-            "description": "What each instance of the model may take; more is the load's failure, "
-            "`out_of_memory`. No limit if null.",
+            "description": "Memory of each instance; a load that needs more fails with "
+            "`out_of_memory`. Null is no limit.",
         },
     )
     priority = fields.String(
         validate=validate.OneOf(["high", "normal", "low"]),
         metadata={
-            "description": "Which of the loads that wait goes first: by priority, then by age; `normal` if "
-            "left out. A `low` one waits, within a bound, while the machine is under pressure.",
+            "description": "Waiting loads start by priority, then by age. Default: `normal`. A `low` one "
+            "waits, up to a limit, while the machine is under pressure.",
         },
     )
     keep_alive_s = StrictInteger(
         validate=validate.Range(-1, MAX_KEEP_ALIVE_S),
         allow_none=True,
         metadata={
-            "description": "Seconds without a request after which the model is unloaded, counted from the "
-            "end of the last one: -1 is never, 0 right after it; the server's --keep-alive-s if null, or if "
-            "left out. What is recorded as null is never, too: neither request nor server said anything.",
+            "description": "Idle timeout: seconds after the end of the last request until the model is "
+            "unloaded. -1 is never, 0 is at once. Default, also for null: the server's --keep-alive-s. A job "
+            "shows null for never if neither request nor server set it.",
         },
     )
     strategy = fields.String(
         validate=validate.OneOf(["beside", "in_place", "auto"]),
         metadata={
-            "description": "How a loaded model is replaced: `beside`, the old one serves until the new one "
-            "can, and both take memory meanwhile; `in_place`, the old one ends first, and requests are "
-            "refused with 503 until the new one can serve; `auto`, beside where both fit into the memory "
-            "budget, else in place; the server's --strategy if left out.",
+            "description": "How a loaded model is replaced. `beside`: the old version serves until the new "
+            "one is loaded; both use memory. `in_place`: the old version is unloaded first; requests get 503 "
+            "until the new one is loaded. `auto`: beside if both fit into the memory budget, else in place. "
+            "Default: the server's --strategy.",
         },
     )
     pinned = StrictBoolean(
         metadata={
-            "description": "Whether the model is never unloaded to make room for another, nor for being "
-            "idle; `false` if left out.",
+            "description": "A pinned model is never evicted and has no idle timeout. Default: `false`.",
         },
     )
     instances = StrictInteger(
         validate=validate.Range(1, MAX_INSTANCES),
-        metadata={"description": "Workers that answer for the model side by side, 1 if left out."},
+        metadata={"description": "Workers that serve the model in parallel. Default: 1."},
     )
     max_batch_size = StrictInteger(
         validate=validate.Range(0, MAX_BATCH_SIZE),
         metadata={
-            "description": "Requests that wait are run together up to this size of the first dimension; "
-            "0, if left out, is one by one.",
+            "description": "Queued requests are run together up to this size of the first dimension. "
+            "Default: 0, no batching.",
         },
     )
     max_queue_delay_us = StrictInteger(
         validate=validate.Range(0, MAX_QUEUE_DELAY_US),
         metadata={
-            "description": "Microseconds that a request may wait for others to be run with; "
-            "takes a `max_batch_size`.",
+            "description": "Microseconds that a request may wait for its batch to fill; "
+            "needs a `max_batch_size`.",
         },
     )
 
 
 class UnloadBodySchema(Schema):
-    """An unload takes no body, or an empty object."""
+    """An unload takes no body or an empty object."""
 
 
 class CancelBodySchema(Schema):
-    """A cancel takes no body, or an empty object."""
+    """A cancel takes no body or an empty object."""
 
 
 class UnloadQuerySchema(Schema):
-    """How to unload."""
+    """Query of an unload."""
 
     force = ParameterBoolean(
         load_default=False,
-        metadata={"description": "Do not wait for running requests; wins over a load and a stuck worker."},
+        metadata={"description": "Do not wait for running requests; end a load and a stuck worker, too."},
     )
 
 
 class PageQuerySchema(Schema):
-    """Which page of a list."""
+    """Page of a list."""
 
     limit = ParameterInteger(load_default=100, validate=validate.Range(1, MAX_PAGE))
 
 
 class AtQuerySchema(Schema):
-    """As of when."""
+    """Time travel."""
 
     at = fields.String(
         load_default=None,
         metadata={
-            "description": "What was so then, for the roles `audit` and `admin`: a position of the log, all "
-            "digits, or a time with its offset (RFC 3339), which is the last position recorded no later. "
-            "0 is before everything.",
+            "description": "Answer as of this moment; for the roles `audit` and `admin`. A position of the "
+            "log (digits), or a time with its offset (RFC 3339), which means the last position recorded by "
+            "then. 0 is before the first event.",
             "example": "2026-01-31T14:02:00Z",
         },
     )
 
 
 class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
-    """Which page of the models."""
+    """Page of the models."""
 
-    cursor = fields.String(load_default="", metadata={"description": "The `next_cursor` of the page before."})
+    cursor = fields.String(load_default="", metadata={"description": "The `next_cursor` of the last page."})
 
 
 class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
-    """Which page of which jobs."""
+    """Page of the jobs, and filters."""
 
     cursor = ParameterInteger(
         load_default=None,
         validate=validate.Range(min=1),
-        metadata={"description": "The `next_cursor` of the page before."},
+        metadata={"description": "The `next_cursor` of the last page."},
     )
     model = fields.String(load_default=None, metadata={"description": "Only jobs of this model."})
     status = fields.String(load_default=None, validate=_values(JobStatus))
 
 
 class AnswerSchema(Schema):
-    """What is answered; clients must expect members that are added later."""
+    """An answer; clients must ignore unknown members, since later releases add some."""
 
     class Meta:
-        """Told to the document's readers as well."""
+        """Makes the document say so, too."""
 
         unknown = INCLUDE
 
@@ -221,11 +217,11 @@ class JobSchema(AnswerSchema):
     cause = fields.String(required=True, validate=_values(Cause))
     cancel_requested = fields.Boolean(
         required=True,
-        metadata={"description": "Whether somebody asked to cancel it; `status` says what came of that."},
+        metadata={"description": "Whether a cancel was requested; see `status` for its outcome."},
     )
     attempt = fields.Integer(required=True)
-    position = fields.Integer(required=True, metadata={"description": "Of its latest event in the log."})
-    parameters = fields.Dict(required=True, metadata={"description": "Of its request."})
+    position = fields.Integer(required=True, metadata={"description": "Position of its latest event."})
+    parameters = fields.Dict(required=True, metadata={"description": "Parameters of its request."})
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
     as_of = fields.Integer(metadata={"description": _AS_OF_IN_THE_PAST})
     as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
@@ -255,7 +251,7 @@ class ModelSchema(AnswerSchema):
         fields.Integer(),
         required=True,
         allow_none=True,
-        metadata={"description": "In the repository; null with `at`: what it had in the past is not known."},
+        metadata={"description": "In the repository; null with `at`: its past is not recorded."},
     )
     state = fields.String(required=True, validate=_values(ModelState))
     version = fields.Integer(required=True, allow_none=True)
@@ -267,21 +263,21 @@ class ModelSchema(AnswerSchema):
     position = fields.Integer(
         required=True,
         allow_none=True,
-        metadata={"description": "Of the `ModelLoaded` behind it."},
+        metadata={"description": "Position of its `ModelLoaded`."},
     )
     files = fields.List(fields.Nested(FileSchema), required=True)
     prepared = fields.Nested(
         PreparedSchema,
         required=True,
         allow_none=True,
-        metadata={"description": "The prepared form that its workers loaded; null is the files themselves."},
+        metadata={"description": "The prepared form that its workers loaded; null if they loaded the files."},
     )
     memory_bytes = fields.Integer(required=True, allow_none=True)
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
     instances = fields.Integer(
         required=True,
         allow_none=True,
-        metadata={"description": "Workers that are left, which may be fewer than were loaded."},
+        metadata={"description": "Running workers; may be fewer than were loaded."},
     )
     as_of = fields.Integer(metadata={"description": _AS_OF_IN_THE_PAST})
     as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
@@ -291,7 +287,7 @@ class ModelListSchema(AnswerSchema):
     """One page of the models, by id."""
 
     models = fields.List(fields.Nested(ModelSchema), required=True)
-    as_of = fields.Integer(required=True, metadata={"description": "The position this reflects."})
+    as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
     as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
     next_cursor = fields.String(required=True, allow_none=True)
 
@@ -300,13 +296,13 @@ class JobListSchema(AnswerSchema):
     """One page of the jobs, newest first."""
 
     jobs = fields.List(fields.Nested(JobSchema), required=True)
-    as_of = fields.Integer(required=True, metadata={"description": "The position this reflects."})
+    as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
     as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
     next_cursor = fields.Integer(required=True, allow_none=True)
 
 
 class HealthSchema(AnswerSchema):
-    """What was looked at, and that all of it is well."""
+    """The checks, all passed."""
 
     status = fields.String(required=True)
     checks = fields.Dict(required=True, keys=fields.String(), values=fields.Boolean())
@@ -316,7 +312,7 @@ _HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
 
 
 def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
-    """Return a job with the live values of the consumer, which the past has none of, laid over it."""
+    """Return a job; `stage` and `waiting_for` come from the consumer and are null without one."""
     runs, waits = job.status is JobStatus.IN_PROGRESS, job.status is JobStatus.PENDING
     parameters = msgspec.to_builtins(job.load if job.load is not None else job.unload)
     return {
@@ -343,9 +339,13 @@ def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
 def model_view(
     model_id: str, state: State, versions: list[int] | None, active: Model | None
 ) -> dict[str, Any]:
-    """Return a model of the state, or one that is only in the repository, with its `versions` there.
+    """Return a model of the state, or one of the repository only.
 
-    What the repository had in the past is not known: `versions` is null then.
+    Args:
+        model_id: its id.
+        state: where to find it.
+        versions: its versions in the repository; None for the past, which is not recorded.
+        active: the active model of that state.
     """
     model = state.models.get(model_id) or Model(model_id)
     serving = model.serving

@@ -1,4 +1,4 @@
-"""`?at=`: what the management API answers of a moment of the past, for those who may audit."""
+"""`?at=`: models and jobs of the past, for auditors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from server.auth.gate import PRINCIPAL, check_role
 from server.routing import Access
 
 PAST = web.AppKey("past", Past)
-"""Answers what was so."""
+"""The time travel reader."""
 
 
 async def reading_the_past(app: web.Application) -> AsyncIterator[None]:
-    """Open what `?at=` is answered from; a resource of the application."""
+    """Open the time travel reader; a resource of the application."""
     async with open_past(app[LOG].path) as past:
         app[PAST] = past
         yield
@@ -29,7 +29,7 @@ async def reading_the_past(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def past_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse who may not ask for the past before it is looked at how; between auth and validation."""
+    """Check the role for `?at=` before the rest of the request; between auth and validation."""
     if "at" in request.query and _takes_at(request.match_info.handler):
         check_role(request[PRINCIPAL], Access.AUDIT)
     return await handler(request)
@@ -60,7 +60,7 @@ async def past_model(request: web.Request, at: str, model_id: str) -> dict[str, 
     """Return a model as it was at a moment.
 
     Raises:
-        UnknownModel: `unknown_model`, nobody had asked for it by then; and what `past_models` raises.
+        UnknownModel: `unknown_model`, there was no load of it by then; and what `past_models` raises.
     """
     moment, state = await _past(request).state(at)
     if model_id not in state.models:

@@ -132,7 +132,7 @@ def test_check_notes_taken_port_and_unknown_variables(tmp_path: Path) -> None:
     variables = {"LOADLEDGER_PROT": "1", "LOADLEDGER_TOKEN": "t", "LOADLEDGER_X_SERVICE_HOST": "10.0.0.1"}
     result = run(*root, **variables)
     assert result.exit_code == 0
-    assert "note: LOADLEDGER_PROT: nothing reads it; did you mean LOADLEDGER_PORT? (unknown" in result.stdout
+    assert "note: LOADLEDGER_PROT: is unknown; did you mean LOADLEDGER_PORT? (unknown" in result.stdout
     assert result.stdout.count("LOADLEDGER_") == 2
 
 
