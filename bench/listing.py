@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from bench import stories
 from bench.table import Row
-from events.clock import later
-from events.log import encoded
+from events.clock import add_seconds
+from events.log import encode_drafts
 from events.sqlite.queries import Head
 from events.sqlite.reader import EVERYTHING, Asked, EventFilter, Reader, open_reader
 from events.sqlite.schema import connect
@@ -83,8 +83,8 @@ def write(path: Path, listed: int) -> None:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA cache_size = -200000")  # KiB: jobs have random ids, all over their index
         while group := list(islice(told, GROUP)):
-            now = later(stories.START, stories.APART_S * head.position)
-            _, rows, head = encoded(group, head, now)
+            now = add_seconds(stories.START, stories.APART_S * head.position)
+            _, rows, head = encode_drafts(group, head, now)
             connection.execute("BEGIN")
             connection.executemany(
                 "INSERT INTO events (position, body, hash) VALUES (?, ?, ?)",
@@ -109,7 +109,7 @@ async def _row(reader: Reader, case: Case, listed: int) -> Row:
     """Ask for pages in both directions, each at places of its own, so that none is asked for twice."""
     dice = random.Random(case.what)  # noqa: S311 - the same places each time
     starts = [0, *(dice.randrange(listed) for _ in range(PLACES // 2 - 1))]
-    half = later(stories.START, stories.APART_S * listed / 2)
+    half = add_seconds(stories.START, stories.APART_S * listed / 2)
     since, until = half if case.since else None, half if case.until else None
     took_ms = []
     for place in starts:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from events.clock import later
-from events.codec import GENESIS, chain, to_body
+from events.clock import add_seconds
+from events.codec import GENESIS, encode_event, hash_body
 from events.sqlite import queries
 from events.sqlite.queries import Row
 from events.sqlite.schema import connect
@@ -28,7 +28,7 @@ from events.types import (
     ServerStarted,
     UnloadRequested,
     UnloadStarted,
-    recorded,
+    record_draft,
 )
 
 MODELS = 100
@@ -49,9 +49,9 @@ def write(path: Path, facts: int) -> None:
             attempt, rows = Attempt(state), list[Row]()
             for _ in range(min(GROUP, facts - state.position)):
                 position = attempt.state.position + 1
-                event = recorded(next(told), position, later(START, APART_S * position))
-                body = to_body(event)
-                digest = chain(digest, body)
+                event = record_draft(next(told), position, add_seconds(START, APART_S * position))
+                body = encode_event(event)
+                digest = hash_body(digest, body)
                 rows.append(Row(position, body, digest))
                 attempt.state.apply(event)
             queries.write_group(connection, rows, attempt.changes, len(state.models) + attempt.state.backlog)
@@ -66,7 +66,9 @@ def stories() -> Iterator[Draft]:
     for number in range(1, 2**63):
         if number % RESTARTS == 0:
             yield Draft(
-                _id(dice), ServerStarted(unclean=True, down_since=later(START, APART_S * number)), SYSTEM
+                _id(dice),
+                ServerStarted(unclean=True, down_since=add_seconds(START, APART_S * number)),
+                SYSTEM,
             )
         else:
             yield next(dice.choice(under_way))

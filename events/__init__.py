@@ -1,4 +1,12 @@
-"""The ledger: event types, the hash-chained log in SQLite, projections, tail and verification.
+"""The ledger: event types, the hash-chained log, projections, tails. Proof is in `audit`, SQL in `sqlite`.
+
+The way of a command: `log` queues it, `accept` decides it on `state`, `codec` writes the events as canonical
+JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
+
+- A new event or field: `types`, then the folds in `jobs` and `models`, then `counters`.
+- Who may do what, duplicates, idempotency keys: `accept`; the commands themselves: `commands`.
+- The live state and its transactions: `state`; group commit and failures of writing: `log`.
+- Times and ids: `clock`; refusals and failures with a code: `errors`; one process per directory: `datalock`.
 
 This package knows no HTTP and no ONNX, and imports neither `runtime` nor `server`.
 """

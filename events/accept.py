@@ -12,7 +12,7 @@ from collections.abc import Callable
 from msgspec import Struct
 from msgspec.structs import replace
 
-from events.commands import Command, FileStat, Record, RequestCancel, RequestLoad, RequestUnload
+from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
 from events.jobs import Job, JobKind
 from events.models import Model, ModelState, Serving
 from events.state import State
@@ -181,11 +181,11 @@ def _value(parameters: LoadParameters, name: str) -> object:
     return NEVER if name == "keep_alive_s" and value is None else value
 
 
-def _stat(file: LoadedFile) -> FileStat:
-    return FileStat(file.path, file.bytes, file.mtime_ns)
+def _stat(file: LoadedFile) -> FileIdentity:
+    return FileIdentity(file.path, file.bytes, file.mtime_ns)
 
 
-def _path(file: FileStat) -> str:
+def _path(file: FileIdentity) -> str:
     return file.path
 
 

@@ -10,27 +10,27 @@ from datetime import UTC, datetime, timedelta
 _LAST = "9999-12-31T23:59:59.999999Z"
 
 
-def stamp(moment: datetime) -> str:
+def format_timestamp(moment: datetime) -> str:
     """Return `YYYY-MM-DDTHH:MM:SS.ffffffZ`: always six digits, always UTC, so that text sorts as time."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
-def moment(text: str) -> datetime:
-    """Return the moment that `stamp` wrote."""
+def parse_timestamp(text: str) -> datetime:
+    """Return the moment that `format_timestamp` wrote."""
     return datetime.fromisoformat(text)
 
 
-def later(text: str, seconds: float) -> str:
+def add_seconds(text: str, seconds: float) -> str:
     """Return the stamp `seconds` after the stamp `text`; past the year 9999 it is the last there is."""
     try:
-        return stamp(moment(text) + timedelta(seconds=seconds))
+        return format_timestamp(parse_timestamp(text) + timedelta(seconds=seconds))
     except OverflowError:
         return _LAST
 
 
 def seconds_between(earlier: str, later_one: str) -> float:
     """Return the seconds from one stamp to another; negative if they are the other way round."""
-    return (moment(later_one) - moment(earlier)).total_seconds()
+    return (parse_timestamp(later_one) - parse_timestamp(earlier)).total_seconds()
 
 
 class SteadyClock:

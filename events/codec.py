@@ -43,7 +43,7 @@ GENESIS = bytes(32)
 _MAX = 2**63
 
 
-def canonical(value: object) -> str:
+def encode_canonical(value: object) -> str:
     """Return `value` in canonical form.
 
     Raises:
@@ -58,7 +58,7 @@ def canonical(value: object) -> str:
     return text
 
 
-def chain(previous: bytes, body: str) -> bytes:
+def hash_body(previous: bytes, body: str) -> bytes:
     """Return the hash of `body` after an event whose hash was `previous` (32 bytes each)."""
     return hashlib.sha256(previous + body.encode()).digest()
 
@@ -83,18 +83,18 @@ def _check(value: object, where: str) -> None:
             raise NotEncodable(f"{where}: {type(value).__name__} has no canonical form")
 
 
-def to_body(event: Event) -> str:
+def encode_event(event: Event) -> str:
     """Return the canonical JSON of the whole event, which is what is stored and hashed.
 
     Raises:
         NotEncodable: a value that the canonical form does not have.
     """
     quick = _quickly(event)
-    return quick if quick is not None else canonical_body(event)
+    return quick if quick is not None else encode_by_rule(event)
 
 
-def canonical_body(event: Event) -> str:
-    """Return what `to_body` does, written by the rule itself.
+def encode_by_rule(event: Event) -> str:
+    """Return what `encode_event` does, written by the rule itself.
 
     Raises:
         NotEncodable: a value that the canonical form does not have.
@@ -104,7 +104,7 @@ def canonical_body(event: Event) -> str:
         data = unknown.data if unknown else msgspec.to_builtins(event.data)
     except TypeError as error:
         raise NotEncodable(f"$.data: {error}") from None
-    return canonical(
+    return encode_canonical(
         {
             "position": event.position,
             "id": event.id,
@@ -121,7 +121,7 @@ def canonical_body(event: Event) -> str:
     )
 
 
-class Members(msgspec.Struct, gc=False):
+class EventBody(msgspec.Struct, gc=False):
     """What a body has; in the order of names, because that is sorted again each time."""
 
     actor: str
@@ -137,9 +137,9 @@ class Members(msgspec.Struct, gc=False):
     worker_id: str | None
 
 
-def members_of(event: Event, data: Data) -> Members:
+def make_body(event: Event, data: Data) -> EventBody:
     """Return what the body of an event with these data has."""
-    return Members(
+    return EventBody(
         event.actor,
         data,
         event.id,
@@ -164,7 +164,7 @@ def _quickly(event: Event) -> str | None:
     if isinstance(data, Unknown) or not all(map(_is_plain, (*_members(event), data))):
         return None
     try:
-        return _QUICK.encode(members_of(event, data)).decode()
+        return _QUICK.encode(make_body(event, data)).decode()
     except UnicodeEncodeError:  # a lone surrogate
         return None
 
@@ -195,7 +195,7 @@ _VALUES: Mapping[type[Any], Callable[[Any], tuple[object, ...]]] = {
 _members = attrgetter("position", "id", "actor", "recorded_at", "job_id", "model_id", "version", "worker_id")
 
 
-def from_body(body: str | bytes) -> Event:
+def decode_event(body: str | bytes) -> Event:
     """Return the event whose body this is; what this release does not know becomes `Unknown`.
 
     Raises:
@@ -254,7 +254,7 @@ _ENCODER = msgspec.json.Encoder(order="sorted")
 """Writes the canonical form of nearly all bodies, much faster than the rule itself."""
 
 
-class Exactness:
+class CanonicalCheck:
     """Whether bodies are in the canonical form, asked one after the other by one thread."""
 
     __slots__ = ("_buffer",)
@@ -271,7 +271,7 @@ class Exactness:
         data = event.data
         if not isinstance(data, Unknown):
             try:
-                _ENCODER.encode_into(members_of(event, data), self._buffer)
+                _ENCODER.encode_into(make_body(event, data), self._buffer)
                 if self._buffer == body:
                     return True
             except (ValueError, OverflowError):  # as by a release of msgspec that has no such integers
@@ -290,6 +290,6 @@ def is_canonical(body: bytes) -> bool:
     except (ValueError, RecursionError):
         pass
     try:
-        return canonical(json.loads(body)).encode() == body
+        return encode_canonical(json.loads(body)).encode() == body
     except (NotEncodable, ValueError, RecursionError):
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from events.clock import later
+from events.clock import add_seconds
 from events.types import (
     CancelRequested,
     Cause,
@@ -21,7 +21,7 @@ KEY_LIFETIME_S = 24 * 3_600
 
 
 @dataclass(frozen=True, slots=True)
-class FileStat:
+class FileIdentity:
     """A file of a version as the repository holds it now; `path` is relative to the version's folder."""
 
     path: str
@@ -41,7 +41,7 @@ class RequestLoad:
 
     model_id: str
     version: int
-    files: tuple[FileStat, ...]
+    files: tuple[FileIdentity, ...]
     actor: str
     parameters: LoadParameters = field(default_factory=LoadParameters)
     cause: Cause = Cause.REQUEST
@@ -97,10 +97,10 @@ class KnownKey:
 
     def holds(self, now: str) -> bool:
         """Whether the key still stands for its request at `now`."""
-        return now < later(self.recorded_at, KEY_LIFETIME_S)
+        return now < add_seconds(self.recorded_at, KEY_LIFETIME_S)
 
 
-def key_of(event: Event) -> tuple[str, KnownKey] | None:
+def read_key(event: Event) -> tuple[str, KnownKey] | None:
     """Return the hash of the event's idempotency key and what it stands for, if it has one."""
     data = event.data
     if not isinstance(data, _REQUESTS) or data.idempotency is None or event.job_id is None:

@@ -23,13 +23,13 @@ from events.types import AccessDenied, Cause, Data, Event, LoadFailed, ModelLoad
 OTHERS = "_others"
 """The label of all models that have none of their own; no model can be called that."""
 
-MAX_OWN = 1000
+MAX_LABELS = 1000
 """Models that are told apart, some 30 lines of text each. Those that come first stay: a counter that moved
 from one label to another would go back."""
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
+class HistogramSnapshot:
     """A histogram as it was at one moment.
 
     Attributes:
@@ -58,16 +58,16 @@ class Histogram:
         self._counts[bisect_left(self._bounds, seconds)] += 1
         self._total_s += seconds
 
-    def observed(self) -> Observed:
+    def observed(self) -> HistogramSnapshot:
         """Return what was observed until now."""
-        return Observed(self._bounds, tuple(self._counts), self._total_s)
+        return HistogramSnapshot(self._bounds, tuple(self._counts), self._total_s)
 
 
 @dataclass(slots=True)
-class Names:
+class ModelLabels:
     """The models that are told apart; once one is, or is not, that stays so."""
 
-    most: int = MAX_OWN
+    most: int = MAX_LABELS
     _own: set[str] = field(default_factory=set)
 
     def of(self, model_id: str) -> str:
@@ -83,7 +83,7 @@ APPEND_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 1
 """A durable commit takes from a fraction of a millisecond to what a sick disk makes of it."""
 JOB_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 """From a small model that is loaded again to one that waits for memory until its time is up."""
-BARE = "none"
+NO_FORM = "none"
 """Which prepared form a load used that used none."""
 MAX_CODES = 100
 """Reasons of failed loads that are told apart; there are some twenty."""
@@ -116,8 +116,8 @@ class Tally:
         write_failures: transactions that failed.
     """
 
-    def __init__(self, names: Names | None = None) -> None:
-        self.names = names or Names()
+    def __init__(self, names: ModelLabels | None = None) -> None:
+        self.names = names or ModelLabels()
         self.events = Counter[str]()
         self.loads = Counter[tuple[str, str]]()
         self.unloads = Counter[tuple[str, str]]()
@@ -163,7 +163,7 @@ class Tally:
         durations = data.durations
         if not durations.total_us:  # the workers of an earlier load go on
             return
-        self.forms[data.prepared.form if data.prepared is not None else BARE] += 1
+        self.forms[data.prepared.form if data.prepared is not None else NO_FORM] += 1
         for stage in STAGES:
             self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
 

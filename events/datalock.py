@@ -12,7 +12,7 @@ from events.errors import DataInUse
 
 
 @contextmanager
-def hold(data: Path) -> Iterator[None]:
+def lock_data(data: Path) -> Iterator[None]:
     """Hold the lock of the data directory `data` and write who holds it into it.
 
     Raises:

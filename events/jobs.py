@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from events.clock import later, seconds_between
+from events.clock import add_seconds, seconds_between
 from events.types import (
     CancelRequested,
     Cause,
@@ -156,7 +156,7 @@ def _load_requested(event: Event, model_id: str, data: LoadRequested) -> Job:
         requested_by=event.actor,
         cause=data.cause,
         load=data.parameters,
-        deadline_at=later(event.recorded_at, data.timeout_s),
+        deadline_at=add_seconds(event.recorded_at, data.timeout_s),
         keeps=data.keeps_load_job_id,
     )
 
@@ -189,7 +189,7 @@ def _restarted(job: Job, event: Event, data: ServerStarted) -> Job:
     interrupted = job.status is JobStatus.IN_PROGRESS
     deadline_at = job.deadline_at
     if deadline_at is not None and data.down_since is not None:
-        deadline_at = later(deadline_at, max(0.0, seconds_between(data.down_since, event.recorded_at)))
+        deadline_at = add_seconds(deadline_at, max(0.0, seconds_between(data.down_since, event.recorded_at)))
     return replace(
         job,
         status=JobStatus.PENDING,

@@ -23,15 +23,15 @@ from typing import Generic, TypeVar
 from msgspec import Struct
 
 from events.accept import Accepted, Existing, Refused, accept
-from events.clock import SteadyClock, moment, stamp, utc_now, uuid7
-from events.codec import chain, to_body
+from events.clock import SteadyClock, format_timestamp, parse_timestamp, utc_now, uuid7
+from events.codec import encode_event, hash_body
 from events.commands import Command, KnownKey, Record
 from events.counters import Tally
 from events.errors import LedgerProblem, LogClosed, LogUnavailable, NotEncodable, RequestRefused
 from events.sqlite.queries import Head, Row, kind_of
 from events.sqlite.storage import Database
 from events.state import Attempt, State
-from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, recorded
+from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, record_draft
 
 
 class Receipt(Struct, frozen=True, gc=False):
@@ -43,7 +43,7 @@ class Receipt(Struct, frozen=True, gc=False):
 
 
 @dataclass(slots=True)
-class Waiting:
+class PendingCommand:
     """A command and who waits for it. A refusal, too, holds only once what it was decided on is durable."""
 
     command: Command
@@ -67,7 +67,7 @@ class Waiting:
 
 
 @dataclass(slots=True)
-class Noting:
+class PendingNote:
     """When models were last used, and who waits for that to be noted."""
 
     used: Mapping[str, str]
@@ -75,7 +75,7 @@ class Noting:
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
+class DecidedGroup:
     """What a group comes to: the events, also as rows, the state that they make, and the head after them."""
 
     attempt: Attempt
@@ -84,20 +84,20 @@ class Decided:
     head: Head
 
 
-def keys_of(group: Iterable[Waiting]) -> set[str]:
+def collect_keys(group: Iterable[PendingCommand]) -> set[str]:
     """Return the idempotency keys that the commands of a group were given with; most have none."""
     return {key_hash for waiting in group if (key_hash := waiting.key_hash) is not None}
 
 
-def decide(
-    group: Iterable[Waiting],
+def decide_group(
+    group: Iterable[PendingCommand],
     state: State,
     head: Head,
     *,
     known: Mapping[str, KnownKey],
     now: str,
     new_id: Callable[[], str],
-) -> Decided:
+) -> DecidedGroup:
     """Decide the commands of a group one after the other, each on what those before it come to.
 
     Nothing but the outcomes of those who wait is changed; who gave up changes nothing.
@@ -117,33 +117,33 @@ def decide(
         try:
             decision = accept(attempt.state, waiting.command, new_id, now)
             if isinstance(decision, Accepted):
-                new_events, new_rows, head = encoded(decision.drafts, head, now)
+                new_events, new_rows, head = encode_drafts(decision.drafts, head, now)
                 for event in new_events:
                     attempt.state.apply(event)
                 events += new_events
                 rows += new_rows
-            waiting.outcome = receipt_of(decision, head)
+            waiting.outcome = make_receipt(decision, head)
         except LedgerProblem as error:
             waiting.outcome = error
-    return Decided(attempt, events, rows, head)
+    return DecidedGroup(attempt, events, rows, head)
 
 
-def encoded(drafts: Sequence[Draft], head: Head, now: str) -> tuple[list[Event], list[Row], Head]:
+def encode_drafts(drafts: Sequence[Draft], head: Head, now: str) -> tuple[list[Event], list[Row], Head]:
     """Return the drafts as events and rows after `head`: all or none of them, so one caller fails alone."""
     events, rows = [], []
     position, digest = head.position, head.hash
     recorded_at = max(now, head.recorded_at)
     for draft in drafts:
         position += 1
-        event = recorded(draft, position, recorded_at)
-        body = to_body(event)
-        digest = chain(digest, body)
+        event = record_draft(draft, position, recorded_at)
+        body = encode_event(event)
+        digest = hash_body(digest, body)
         events.append(event)
         rows.append(Row(position, body, digest))
     return events, rows, Head(position, digest, recorded_at, events[-1].type) if events else head
 
 
-def receipt_of(decision: Accepted | Existing | Refused, head: Head) -> Receipt:
+def make_receipt(decision: Accepted | Existing | Refused, head: Head) -> Receipt:
     """Return what a decision comes to, where `head` is the log's after it.
 
     Raises:
@@ -154,7 +154,7 @@ def receipt_of(decision: Accepted | Existing | Refused, head: Head) -> Receipt:
     return Receipt(decision.job_id, existing=isinstance(decision, Existing), position=head.position)
 
 
-def fail(group: Iterable[Waiting | Noting], error: Exception) -> None:
+def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
     """Tell all who wait that nothing came of it."""
     for waiting in group:
         if not waiting.done.done():
@@ -226,7 +226,7 @@ class Log:
         self._path = path
         self._clock = SteadyClock(now, monotonic)
         self._new_id = new_id
-        self._inbox: Inbox[Waiting | Noting] = Inbox()
+        self._inbox: Inbox[PendingCommand | PendingNote] = Inbox()
         self._database = Database(path)
         self._writer: asyncio.Task[None] | None = None
         self._wakeups: set[asyncio.Event] = set()
@@ -266,7 +266,7 @@ class Log:
 
     def now(self) -> str:
         """Return the ledger's time as a stamp: it is never before anything recorded, and always goes on."""
-        return stamp(self._clock())
+        return format_timestamp(self._clock())
 
     async def open(self) -> None:
         """Open the database and begin to write; `last_used` is what was noted until now.
@@ -300,7 +300,7 @@ class Log:
         """
         if self._closing or self.writer.done():
             raise LogClosed
-        waiting = Waiting(command, asyncio.get_running_loop().create_future())
+        waiting = PendingCommand(command, asyncio.get_running_loop().create_future())
         began = time.monotonic()
         self._inbox.put(waiting)
         receipt = await waiting.done
@@ -318,7 +318,7 @@ class Log:
         """
         if self._closing or self.writer.done():
             raise LogClosed
-        noting = Noting(dict(used), asyncio.get_running_loop().create_future())
+        noting = PendingNote(dict(used), asyncio.get_running_loop().create_future())
         self._inbox.put(noting)
         await noting.done
 
@@ -364,25 +364,25 @@ class Log:
         stored = await self._database.open()
         self.head, self.state, self.last_used = stored.head, stored.state, stored.last_used
         if self.head.recorded_at:
-            self._clock.start_after(moment(self.head.recorded_at))
+            self._clock.start_after(parse_timestamp(self.head.recorded_at))
         self.notify()  # there may be events that nobody was told of, after an error in COMMIT
 
     async def _write_groups(self) -> None:
-        group: list[Waiting | Noting] = []
+        group: list[PendingCommand | PendingNote] = []
         try:
             while self._inbox or not self._closing:
                 await self._wait()
                 group = self._inbox.take(MAX_GROUP)
-                commands = [each for each in group if isinstance(each, Waiting)]
+                commands = [each for each in group if isinstance(each, PendingCommand)]
                 if commands:
                     await self._write(commands)
                 for each in group:
-                    if isinstance(each, Noting):
+                    if isinstance(each, PendingNote):
                         await self._note(each)
                 if not self._whole:
                     self._whole = await self._database.make_whole()
         finally:  # should the writer die, nobody waits for ever
-            fail([*group, *self._inbox.take()], LogClosed())
+            fail_callers([*group, *self._inbox.take()], LogClosed())
 
     async def _wait(self) -> None:
         """Wait for work; as long as the log cannot be written, or is not whole, try it meanwhile."""
@@ -407,24 +407,26 @@ class Log:
             return
         self._can_write = True
 
-    async def _write(self, group: Sequence[Waiting]) -> None:
+    async def _write(self, group: Sequence[PendingCommand]) -> None:
         try:
             if not self._database.is_open:
                 await self._open()
-            known = await self._database.read_keys(keys_of(group))
-            decided = decide(group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id)
+            known = await self._database.read_keys(collect_keys(group))
+            decided = decide_group(
+                group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id
+            )
         except LedgerProblem as error:
-            fail(group, error)
+            fail_callers(group, error)
             return
         except Exception as error:  # noqa: BLE001 - a defect fails its group, not the server
             _log.exception("a group of commands could not be decided; none of them was applied")
-            fail(group, error)
+            fail_callers(group, error)
             return
         try:
             if decided.rows:
                 await self._commit(decided)
         except LogUnavailable as error:
-            fail(group, error)
+            fail_callers(group, error)
             return
         decided.attempt.commit()
         self.head = decided.head
@@ -434,7 +436,7 @@ class Log:
         if decided.rows:
             self.notify()
 
-    async def _commit(self, decided: Decided) -> None:
+    async def _commit(self, decided: DecidedGroup) -> None:
         """Make a group durable; an error in COMMIT may come after the commit, so the file is asked then.
 
         Raises:
@@ -468,7 +470,7 @@ class Log:
         if (self.head.position, self.head.hash) != (head.position, head.hash):
             raise LogUnavailable
 
-    async def _note(self, noting: Noting) -> None:
+    async def _note(self, noting: PendingNote) -> None:
         try:
             if not self._database.is_open:
                 await self._open()
@@ -479,10 +481,10 @@ class Log:
         if not noting.done.done():
             noting.done.set_result(None)
 
-    async def _fail_to_note(self, noting: Noting, error: Exception) -> None:
+    async def _fail_to_note(self, noting: PendingNote, error: Exception) -> None:
         """Say so, and see whether it is the log that cannot be written."""
         _log.warning("when models were last used could not be noted: %s", error)
         if isinstance(error, sqlite3.Error) and kind_of(error) == sqlite3.SQLITE_IOERR:
             await self._database.give_up(error)
         await self._probe()
-        fail([noting], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())
+        fail_callers([noting], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())

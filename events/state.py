@@ -15,7 +15,7 @@ from typing import Any, Never, TypeVar
 
 from msgspec import Struct
 
-from events.commands import KnownKey, key_of
+from events.commands import KnownKey, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
 from events.types import Cause, Event, ServerStarted
@@ -56,7 +56,7 @@ class State:
 
     def queue(self, model_id: str) -> list[Job]:
         """Return the unended jobs of a model in the order in which they run."""
-        return [job for job in self.unended(model_id) if in_queue(job)]
+        return [job for job in self.unended(model_id) if has_turn(job)]
 
     def unended_job(self, job_id: str | None) -> Job | None:
         """Return the job unless it has ended; ended jobs may be in memory or not."""
@@ -81,7 +81,7 @@ class State:
             self._enqueue(changes.jobs.values())
         else:
             changes = self._apply_to_one(event)
-            if key := key_of(event):
+            if key := read_key(event):
                 self.keys.update([key])
         self.position, self.recorded_at = event.position, event.recorded_at
         return changes
@@ -141,7 +141,7 @@ def _age(job: Job) -> int:
     return job.created_position
 
 
-def in_queue(job: Job) -> bool:
+def has_turn(job: Job) -> bool:
     """Whether a job waits its turn in its model's queue: the unload of a replaced load does not."""
     return job.kind is JobKind.LOAD or job.cause is not Cause.SWAP
 

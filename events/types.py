@@ -302,7 +302,7 @@ class Event(Struct, frozen=True, gc=False):
         return self.data.type if isinstance(self.data, Unknown) else self.data.TYPE
 
 
-def recorded(draft: Draft, position: int, recorded_at: str) -> Event:
+def record_draft(draft: Draft, position: int, recorded_at: str) -> Event:
     """Return the event that `draft` becomes at `position`."""
     return Event(
         position=position,

@@ -12,7 +12,7 @@ from functools import cache, partial
 from aiohttp import hdrs, web
 
 from events.commands import RequestLoad
-from events.datalock import hold
+from events.datalock import lock_data
 from events.errors import LogUnavailable
 from events.log import Log
 from events.sqlite.reader import open_reader
@@ -162,7 +162,7 @@ async def _begin_stop(app: web.Application) -> None:
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
     data = app[CONFIG].data
     await asyncio.to_thread(ensure_data_dir, data)
-    with hold(data):
+    with lock_data(data):
         yield
 
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from support.pages import BLOCK
 
-from events.codec import to_body
+from events.codec import encode_event
 from events.types import SYSTEM, TYPES, Cause, Event, ServerStopped
 from runtime.errors import UnknownModel
 from server.config import settings
@@ -65,7 +65,7 @@ def test_example_error_is_the_servers_response() -> None:
 def test_every_type_cause_and_member_is_described() -> None:
     assert set(BY) == set(TYPES)
     assert set(CAUSES) == set(Cause)
-    body = json.loads(to_body(Event(1, "id", ServerStopped(), SYSTEM, "2026-01-31T14:02:00.000000Z")))
+    body = json.loads(encode_event(Event(1, "id", ServerStopped(), SYSTEM, "2026-01-31T14:02:00.000000Z")))
     assert set(MEMBERS) == set(body)
 
 

@@ -24,7 +24,7 @@ from events.audit.exportreader import FileAudit, audit_file, compressed
 from events.audit.files import forget_drafts, make_durable, refuse_irregular, shown, written
 from events.audit.signing import Base, Sign
 from events.audit.verify import Finding, verify_connection
-from events.clock import later, stamp
+from events.clock import add_seconds, format_timestamp
 from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, LogUnavailable, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, queries, storage
@@ -83,7 +83,7 @@ def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) ->
             base, last = read_base(connection), _last_to_go(connection, before, now)
             check = _write(connection, base, last, target, sign)
             with _all_or_nothing(connection):
-                jobs = _move(connection, base, check, target.name, stamp(now))
+                jobs = _move(connection, base, check, target.name, format_timestamp(now))
                 _refuse_wrong(connection, path)
             _shrink(connection)
     except sqlite3.Error as error:
@@ -155,7 +155,7 @@ def _refuse_what_must_stay(
     """Keep the last event, which the next start builds on, and the idempotency keys that still hold."""
     if last >= head.position:
         raise MustStay(f"the log's last event has to stay: archive --before {head.position} at most")
-    since = later(max(stamp(now), head.recorded_at), -KEY_LIFETIME_S)
+    since = add_seconds(max(format_timestamp(now), head.recorded_at), -KEY_LIFETIME_S)
     (kept,) = connection.execute(
         "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"
         " AND recorded_at > ?",

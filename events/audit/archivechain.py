@@ -16,7 +16,7 @@ from events.audit.exportreader import ExportReader, FileAudit, audit_files, line
 from events.audit.files import shown
 from events.audit.signing import Base
 from events.audit.verify import Expected, Finding, Kind
-from events.codec import from_body
+from events.codec import decode_event
 from events.errors import ArchiveMissing, LedgerDamaged, LogUnavailable
 from events.jobs import Job
 from events.models import Model
@@ -207,7 +207,7 @@ def folded(
                 break
             continue
         try:
-            event = from_body(row.body)
+            event = decode_event(row.body)
             if ends(event):
                 last = file
                 continue

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from events.audit.signing import Base, Sign, SignedHead, Statement, key_id
-from events.codec import chain
+from events.codec import hash_body
 from events.errors import Archived, LedgerDamaged, LogUnavailable, NothingThere
 from events.sqlite.base import hash_at, read_base
 from events.sqlite.queries import Row
@@ -125,7 +125,7 @@ def _bounds(
 
 
 def _checked(row: Row, previous: bytes) -> bytes:
-    digest = chain(previous, row.body)
+    digest = hash_body(previous, row.body)
     if digest != row.hash:
         raise LedgerDamaged(f"the event at position {row.position} is not what it was; `verify` says more")
     return digest

@@ -23,7 +23,7 @@ from events.audit.export import FORMAT, jsonl
 from events.audit.files import shown
 from events.audit.signing import Base, SignedHead, as_signed_head, key_id
 from events.audit.verify import Expected, Finding, Kind
-from events.codec import GENESIS, chain, is_canonical
+from events.codec import GENESIS, hash_body, is_canonical
 from events.errors import LedgerDamaged, LogUnavailable
 from events.sqlite.queries import Row
 
@@ -155,7 +155,7 @@ class ExportReader:
         if row.position != position:
             problem = f"position {position} is missing: the next event is at {row.position}"
             raise FileDamaged(problem, position, Kind.MISSING)
-        digest = chain(self.hash, row.body)
+        digest = hash_body(self.hash, row.body)
         if digest != row.hash:
             raise FileDamaged(f"the event at position {position} is not what was hashed", position, Kind.HASH)
         if not self._known:

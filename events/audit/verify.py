@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from events.audit.projections import NEVER, StoredJobs, StoredSnapshots
-from events.codec import GENESIS, Exactness, from_body
+from events.codec import GENESIS, CanonicalCheck, decode_event
 from events.errors import LogUnavailable
 from events.jobs import Job
 from events.models import Model
@@ -147,7 +147,7 @@ class CheckedFold:
             for job in known:
                 if job.ended:
                     stored.compare(job)
-        self._exactness = Exactness()
+        self._exactness = CanonicalCheck()
         self.snapshots = snapshots
         self._touched = set[str | None]() if snapshots is None else snapshots.touched
         self._compare_at = NEVER if snapshots is None else snapshots.next
@@ -190,7 +190,7 @@ class CheckedFold:
         holds = self._exactness.holds
         for position, body, _ in rows:
             try:
-                event = from_body(body)
+                event = decode_event(body)
             except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
                 raise Bad(position, f"the body is not an event: {error!r}", Kind.EVENT) from None
             if event.position != position:

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from events.clock import stamp
-from events.codec import from_body
+from events.clock import format_timestamp
+from events.codec import decode_event
 from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
@@ -185,7 +185,7 @@ def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Itera
         " ORDER BY position",
         (job.id, job.created_position, position, ServerStarted.TYPE, job.created_position, position),
     )
-    return (from_body(body) for _, body in rows)
+    return (decode_event(body) for _, body in rows)
 
 
 def _nearest(connection: sqlite3.Connection, position: int) -> State:
@@ -239,7 +239,7 @@ def _pass_over(connection: sqlite3.Connection, position: int, error: Exception) 
 
 def _applied(state: State, position: int, body: str) -> Changes:
     try:
-        return state.apply(from_body(body))
+        return state.apply(decode_event(body))
     except Exception as error:  # whatever a forged body does to us
         raise LogUnavailable(
             f"the ledger cannot be folded, its event {position} is none: {error!r}; "
@@ -320,7 +320,7 @@ def parse_time(at: str) -> str:
     day, time, fraction, zulu, sign, offset = match.groups()
     zone = "+00:00" if zulu else f"{'-' if sign == '-' else '+'}{offset}"
     try:
-        return stamp(datetime.fromisoformat(f"{day}T{time}.{fraction or '0':0<6}{zone}"))
+        return format_timestamp(datetime.fromisoformat(f"{day}T{time}.{fraction or '0':0<6}{zone}"))
     except (ValueError, OverflowError):
         raise BadMoment(f"there is no time {at[:64]!r}") from None
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from events.codec import GENESIS, from_body
-from events.commands import KnownKey, key_of
+from events.codec import GENESIS, decode_event
+from events.commands import KnownKey, read_key
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.sqlite import snapshots
@@ -74,7 +74,7 @@ def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str
         for (body,) in connection.execute(
             "SELECT body FROM events WHERE idempotency_key = ? ORDER BY position DESC", (key_hash,)
         ):
-            known = key_of(from_body(body))
+            known = read_key(decode_event(body))
             if known is not None:  # else it is of an event that this release does not know
                 found.update([known])
                 break

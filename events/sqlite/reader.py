@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import aiosqlite
 import msgspec
 
-from events.codec import from_body
+from events.codec import decode_event
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite.history import BeyondHead
@@ -372,7 +372,7 @@ class Reader:
             "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?",
             (after, limit),
         )
-        return [from_body(str(body)) for (body,) in rows]
+        return [decode_event(str(body)) for (body,) in rows]
 
     async def event_page(self, asked: Asked) -> EventPage:
         """Return events as they are stored, and where to go on.

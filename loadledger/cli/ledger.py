@@ -194,10 +194,10 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
 
 
 def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
-    from events.datalock import hold  # noqa: PLC0415 - as above
+    from events.datalock import lock_data  # noqa: PLC0415 - as above
     from events.sqlite.storage import rebuild_file  # noqa: PLC0415
 
-    with hold(data):
+    with lock_data(data):
         done = rebuild_file(path)
     differences = done.differences
     told = {"position": done.position, "differ": bool(differences), "differences": differences}
@@ -268,14 +268,14 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     """
     from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from events.datalock import hold  # noqa: PLC0415
+    from events.datalock import lock_data  # noqa: PLC0415
     from loadledger.cli.output import problems_told  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with problems_told():
         ledger, sign = ledger_in(data), open_signer(data)
         refuse_own(file, data)
-        with _ended_by_sigterm(), hold(data):
+        with _ended_by_sigterm(), lock_data(data):
             done = archive(ledger, before, file, sign, datetime.now(UTC))
     if as_json:
         print_json(

@@ -15,8 +15,8 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from events.clock import stamp
-from events.codec import canonical
+from events.clock import format_timestamp
+from events.codec import encode_canonical
 from runtime.cache.files import LAYOUT, Figure, Manifest
 from runtime.wire import Form, LoadedFile, SourceHash, Tensor
 
@@ -51,7 +51,7 @@ def cpu_features(proc: Path = PROC) -> str:
             text = file.read(MAX_TEXT_BYTES).decode(errors="replace")
     except OSError:
         text = ""
-    return hashlib.sha256(canonical(sorted(_kinds(text))).encode()).hexdigest()
+    return hashlib.sha256(encode_canonical(sorted(_kinds(text))).encode()).hexdigest()
 
 
 def _kinds(text: str) -> set[tuple[tuple[str, str], ...]]:
@@ -94,7 +94,7 @@ def key_of(sources: Sequence[SourceHash], threads: int) -> str:
         "threads": threads,
         "sources": sorted([source.path, source.sha256] for source in sources),
     }
-    return hashlib.sha256(canonical(told).encode()).hexdigest()
+    return hashlib.sha256(encode_canonical(told).encode()).hexdigest()
 
 
 def runtime_was_replaced(pid: int, proc: Path = PROC) -> bool:
@@ -135,7 +135,7 @@ def _described(folder: Path, _changed_ns: int) -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     sizes = [[path.name, path.stat().st_size] for path in files if ".so" in path.suffixes]
     says = [path.read_text(errors="replace") for path in files if path.name == _SAYS]
-    return canonical([says, sizes])
+    return encode_canonical([says, sizes])
 
 
 MAX_TIME_S = 250_000_000_000
@@ -229,7 +229,7 @@ def entry_of(manifest: Manifest, used_ns: int) -> Entry:
 def stamp_of(time_ns: int) -> str:
     """Return a time as the ledger writes it, from nanoseconds since 1970."""
     seconds = min(max(time_ns / 1e9, 0), MAX_TIME_S)
-    return stamp(datetime.fromtimestamp(seconds, UTC))
+    return format_timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
 def hash_of(given: Iterable[Tensor]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from events.clock import later
+from events.clock import add_seconds
 from runtime.cache.files import (
     LAYOUT,
     MANIFEST,
@@ -277,7 +277,7 @@ class PreparedStore:
             untried_on: if nothing could be tried, the SHA-256 of the inputs that there were for it.
         """
         manifest = self._manifest(key, model_id, version, took_ms, tried)
-        until = later(manifest.made_at, NONE_KNOWN_S)
+        until = add_seconds(manifest.made_at, NONE_KNOWN_S)
         self._settle(msgspec.structs.replace(manifest, known_until=until, untried_on=untried_on))
 
     def drop(self, key: str, reason: str, used: Prepared | None = None) -> bool:

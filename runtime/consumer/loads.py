@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from events.clock import later, uuid7
+from events.clock import add_seconds, uuid7
 from events.jobs import Failure, Job
 from events.models import FORK_SERVER_DIED
 from events.types import LoadParameters
@@ -166,7 +166,7 @@ class LiveLoad:
         """Return when the last request ended, as a stamp; `now` is the present one."""
         if not self.last_used_ns:
             return None
-        return later(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
+        return add_seconds(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
 
     def view(self, job: Job | None, now: str = "", *, leased: bool = False) -> Running:
         """Return what the scheduler sees, where `job` is the load's job as long as it has not ended."""

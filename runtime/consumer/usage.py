@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from events.counters import Names
+from events.counters import ModelLabels
 from events.state import State
 from runtime.consumer.loads import LiveLoad
 from runtime.scheduler.view import Phase, Running
@@ -132,7 +132,7 @@ class Totals:
         names: which models are told apart.
     """
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: ModelLabels) -> None:
         self._names = names
         self._ended: dict[str, Statistics] = {}
 

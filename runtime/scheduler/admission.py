@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from events.clock import later
+from events.clock import add_seconds
 from events.jobs import Job, JobKind
 from events.models import CRASH_LOOP, INSUFFICIENT_MEMORY, RELOADS, TOO_MANY_LOADED, Model
 from events.types import Cause
@@ -317,7 +317,7 @@ def _next_rises(sight: Sight, turns: Sequence[_Turn]) -> Iterator[str]:
         since = (turn.job.created_at for turn in turns if turn.rank > 0 and turn.job.created_at > risen)
         oldest = min(since, default=None)
         if oldest is not None:
-            yield later(oldest, rise_s)
+            yield add_seconds(oldest, rise_s)
 
 
 def _verdict(
@@ -346,7 +346,7 @@ def _verdict(
             return StopPreparing()
         return Waits(
             "the machine, which is under pressure",
-            min(later(job.created_at, RISE_S), later(sight.now, PRESSURE_LOOK_S)),
+            min(add_seconds(job.created_at, RISE_S), add_seconds(sight.now, PRESSURE_LOOK_S)),
         )
     is_kept_for = turn.rank == _FIRST or job.created_at <= sight.ago(OVERTAKEN_S)
     keeps_room = is_kept_for and job.cause not in _KEEPS_NOTHING

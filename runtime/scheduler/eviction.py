@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from events.clock import later
+from events.clock import add_seconds
 from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
 from runtime.scheduler.actions import RequestEnd
@@ -56,10 +56,10 @@ class Eviction:
         """When to look again for victims that cannot be had now, if there are any."""
         stamps = (model.serving.loaded_at for model, _ in self._candidates)
         oldest = min((stamp for stamp in stamps if stamp > self._resident_since), default=None)
-        times = [later(oldest, self._sight.policy.min_residency_s)] if oldest is not None else []
+        times = [add_seconds(oldest, self._sight.policy.min_residency_s)] if oldest is not None else []
         busy = (model for model, run in self._candidates if run.busy)
         if any(model.serving.loaded_at <= self._resident_since for model in busy):
-            times.append(later(self._sight.now, LOOK_S))
+            times.append(add_seconds(self._sight.now, LOOK_S))
         return min(times, default=None)
 
     def fewest(self, missing_bytes: int, missing_models: int = 0) -> tuple[Victim, ...] | None:
@@ -154,7 +154,7 @@ def _idle_ends(sight: Sight) -> Iterator[tuple[LoadedModel, str]]:
             if stays_s not in first or since < first[stays_s][0]:
                 first[stays_s] = since, model
     for stays_s, (since, model) in first.items():
-        yield model, later(since, stays_s)
+        yield model, add_seconds(since, stays_s)
 
 
 def _stays_s(sight: Sight, model: LoadedModel, run: Running) -> float | None:

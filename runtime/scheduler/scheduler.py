@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from events.clock import later
+from events.clock import add_seconds
 from events.jobs import Job, JobKind, JobStatus
 from events.models import RELOADS, TIMEOUT, LoadedModel, Model, ModelState
 from events.state import State
@@ -246,7 +246,7 @@ def _reload_at(loaded: LoadedModel) -> str:
     model = loaded.model
     since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents])
     doublings = max(0, len(model.incidents) - 1)
-    return later(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
+    return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
 def _to_prepare(sight: Sight) -> str | None:
@@ -264,9 +264,9 @@ def _wake_at(
     times = [job.deadline_at for job in sight.unended if job.deadline_at is not None]
     times += [_reload_at(model) for model in wanted_back]
     if times and not sight.conditions.fork_server_up:
-        times.append(later(sight.now, FORK_SERVER_LOOK_S))
+        times.append(add_seconds(sight.now, FORK_SERVER_LOOK_S))
     if sight.conditions.preparable and sight.conditions.under_pressure:
-        times.append(later(sight.now, SPARE_LOOK_S))
+        times.append(add_seconds(sight.now, SPARE_LOOK_S))
     return min(filter(None, [*times, *admission.wake_at, removal.wake_at]), default=None)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-from events.clock import later
+from events.clock import add_seconds
 from events.jobs import Job
 from events.models import LoadedModel, Model, ModelState
-from events.state import State, in_queue
+from events.state import State, has_turn
 from events.types import SYSTEM, Cause
 
 MIN_RESIDENCY_S = 10.0
@@ -136,18 +136,18 @@ class Sight:
         self._ago: dict[float, str] = {}
         self.queues: dict[str, list[Job]] = {}
         for job in self.unended:
-            if in_queue(job):
+            if has_turn(job):
                 self.queues.setdefault(job.model_id, []).append(job)
 
     def ago(self, seconds: float) -> str:
         """Return the stamp so long before this moment."""
         if seconds not in self._ago:
-            self._ago[seconds] = later(self.now, -seconds)
+            self._ago[seconds] = add_seconds(self.now, -seconds)
         return self._ago[seconds]
 
     def is_next(self, job: Job) -> bool:
         """Whether no earlier job of its model has to end before this one."""
-        return not in_queue(job) or self.queues[job.model_id][0].id == job.id
+        return not has_turn(job) or self.queues[job.model_id][0].id == job.id
 
     def alive(self, load_job_id: str) -> bool:
         """Whether there is a process behind this load."""

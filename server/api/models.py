@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from events.commands import FileStat, RequestLoad, RequestUnload
+from events.commands import FileIdentity, RequestLoad, RequestUnload
 from events.models import Model, ModelState
 from events.types import Idempotency, LoadParameters
 from runtime.errors import UnknownModel
@@ -84,7 +84,7 @@ async def requested_load(
     return RequestLoad(
         found.model_id,
         found.version,
-        tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files),
+        tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files),
         subject,
         parameters,
         asked=frozenset(wanted),

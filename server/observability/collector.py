@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from events.accept import MAX_QUEUE
 from events.clock import seconds_between
-from events.counters import BARE, ENDS, EVICTIONS, OTHERS, Observed
+from events.counters import ENDS, EVICTIONS, NO_FORM, OTHERS, HistogramSnapshot
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.types import TYPES, Cause
@@ -129,7 +129,10 @@ class ServerCollector(Collector):
         yield _histogram(
             "inference_duration_seconds",
             "Time from when an inference was understood until its model had answered, queueing included.",
-            {name: Observed(TOOK_S, tuple(each.took), each.total_ns / 1e9) for name, each in sums.items()},
+            {
+                name: HistogramSnapshot(TOOK_S, tuple(each.took), each.total_ns / 1e9)
+                for name, each in sums.items()
+            },
             "model",
         )
         yield _counter(
@@ -227,7 +230,7 @@ class ServerCollector(Collector):
         for model in self._models:
             serving = model.serving if model.id in self._last_used_ns else None
             if serving is not None and self._names.get(model.id, OTHERS) != OTHERS:
-                form = BARE if serving.prepared is None else serving.prepared.form
+                form = NO_FORM if serving.prepared is None else serving.prepared.form
                 yield model.id, str(serving.version), form
 
     def _longest_idle_s(self) -> float:
@@ -286,7 +289,7 @@ class ServerCollector(Collector):
         yield _counter(
             "loads_by_form_total",
             "Completed loads, by the prepared form that they used.",
-            _with_zeros((BARE, *FORMS), tally.forms),
+            _with_zeros((NO_FORM, *FORMS), tally.forms),
             "form",
         )
         yield _counter(
@@ -409,7 +412,7 @@ _gauge = partial(_family, GaugeMetricFamily)
 
 
 def _histogram(
-    name: str, text: str, values: Mapping[Any, Observed] | Observed, labels: str = ""
+    name: str, text: str, values: Mapping[Any, HistogramSnapshot] | HistogramSnapshot, labels: str = ""
 ) -> HistogramMetricFamily:
     """Return a family of histograms, in which each bucket counts those before it too."""
     family = HistogramMetricFamily(f"loadledger_{name}", text, labels=labels.split(), unit=_unit(name))

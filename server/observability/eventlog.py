@@ -14,7 +14,7 @@ from contextvars import Context
 
 from aiohttp import web
 
-from events.clock import moment, seconds_between
+from events.clock import parse_timestamp, seconds_between
 from events.errors import LedgerProblem
 from events.jobs import Job
 from events.log import Log
@@ -125,7 +125,7 @@ def _write(event: Event, job: Job | None) -> None:
         **_details(event),
     )
     record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=named)
-    record.created = moment(event.recorded_at).timestamp()
+    record.created = parse_timestamp(event.recorded_at).timestamp()
     _log.handle(record)
 
 

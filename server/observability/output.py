@@ -33,7 +33,7 @@ from uuid import uuid4
 from aiohttp import web
 from multidict import istr
 
-from events.clock import stamp
+from events.clock import format_timestamp
 from events.commands import Command
 from events.log import Log, Receipt
 from server.config import Config
@@ -170,7 +170,7 @@ FORMS: Mapping[str, type[logging.Formatter]] = {"text": TextForm, "json": JsonFo
 
 
 def _time(record: logging.LogRecord) -> str:
-    return stamp(datetime.fromtimestamp(record.created, UTC))
+    return format_timestamp(datetime.fromtimestamp(record.created, UTC))
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

@@ -25,7 +25,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from events.clock import moment
+from events.clock import parse_timestamp
 from events.jobs import Job, JobStatus
 from events.types import Event, ModelLoaded
 from server.appkeys import CONFIG, PROXIES
@@ -176,4 +176,4 @@ def _stages(job: Job, end: Event, ended_ns: int) -> Iterator[tuple[str, int, int
 
 
 def _ns(timestamp: str) -> int:
-    return round(moment(timestamp).timestamp() * 10**6) * 1000
+    return round(parse_timestamp(timestamp).timestamp() * 10**6) * 1000

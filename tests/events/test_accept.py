@@ -13,7 +13,7 @@ from msgspec import structs
 from support.history import FEWER, MODEL, History, at, drafts, fold, given, ids
 
 from events.accept import MAX_QUEUE, Accepted, Decision, Existing, Refused, accept
-from events.commands import Command, FileStat, Record, RequestCancel, RequestLoad, RequestUnload
+from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
 from events.state import State
 from events.types import (
     CancelRequested,
@@ -24,20 +24,22 @@ from events.types import (
     LoadRequested,
     LoadStarted,
     UnloadRequested,
-    recorded,
+    record_draft,
 )
 
 NEW = "new"
 KEY = Idempotency("5f" * 32, "c0" * 32)
-FILES = (FileStat("model.onnx", 4_096, 1),)
-CHANGED = (FileStat("model.onnx", 4_096, 2),)
+FILES = (FileIdentity("model.onnx", 4_096, 1),)
+CHANGED = (FileIdentity("model.onnx", 4_096, 2),)
 
 
 def decide(state: State, command: Command) -> Decision:
     return accept(state, command, lambda: NEW, at(9_999))
 
 
-def load(version: int = 1, files: tuple[FileStat, ...] = FILES, cause: Cause = Cause.REQUEST) -> RequestLoad:
+def load(
+    version: int = 1, files: tuple[FileIdentity, ...] = FILES, cause: Cause = Cause.REQUEST
+) -> RequestLoad:
     return RequestLoad(MODEL, version, files, "alice", cause=cause)
 
 
@@ -74,7 +76,7 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load", asking(load(), pinned=True), NEW),
     ("request start", asking(load(), pinned=True), "L"),
     ("load", load(files=CHANGED), NEW),
-    ("load", load(files=(*FILES, FileStat("weights.bin", 1, 1))), NEW),
+    ("load", load(files=(*FILES, FileIdentity("weights.bin", 1, 1))), NEW),
     ("load", load(files=()), NEW),
     ("load", load(2), NEW),
     ("request start", load(2), NEW),
@@ -186,7 +188,7 @@ def test_order_of_files_does_not_matter() -> None:
     files = tuple(structs.replace(model.serving.files[0], path=path) for path in "ba")
     serving = structs.replace(model.serving, files=files)
     history.state.models[MODEL] = structs.replace(model, serving=serving)
-    stats = (FileStat("a", 4_096, 1), FileStat("b", 4_096, 1))
+    stats = (FileIdentity("a", 4_096, 1), FileIdentity("b", 4_096, 1))
     assert decide(history.state, load(files=stats)) == Existing("L")
     assert decide(history.state, load(files=stats[::-1])) == Existing("L")
 
@@ -458,7 +460,7 @@ def test_accept_names_existing_jobs_for_any_commands(commands: list[Command]) ->
             case Accepted(accepted):
                 for draft in accepted:
                     position = state.position + 1
-                    state.apply(recorded(draft, position, at(position)))
+                    state.apply(record_draft(draft, position, at(position)))
             case Existing(job_id):
                 serving = {model.serving.load_job_id for model in state.models.values() if model.serving}
                 known = {key.job_id for key in state.keys.values()}
@@ -476,6 +478,6 @@ def test_repeated_command_is_one_job(facts: list[Draft], command: RequestLoad | 
     expected: Decision = first
     if isinstance(first, Accepted):
         (draft,) = first.drafts
-        state.apply(recorded(draft, state.position + 1, at(state.position + 1)))
+        state.apply(record_draft(draft, state.position + 1, at(state.position + 1)))
         expected = Existing("first")
     assert accept(state, command, lambda: "second", at(99)) == expected

@@ -36,8 +36,8 @@ from events.audit.audit import audit
 from events.audit.exportreader import ExportReader, audit_file, lines_of
 from events.audit.signing import Base
 from events.audit.verify import Kind, verify
-from events.clock import stamp
-from events.codec import from_body
+from events.clock import format_timestamp
+from events.codec import decode_event
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, snapshots, storage
 from events.sqlite.base import base_state_digest, read_base, read_base_state
@@ -61,7 +61,7 @@ def rows_in(path: Path) -> list[Row]:
 def folded(rows: list[Row]) -> State:
     state = State()
     for row in rows:
-        changes = state.apply(from_body(row.body))
+        changes = state.apply(decode_event(row.body))
         state.forget_ended(changes.jobs.values())
     return state
 
@@ -212,7 +212,7 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
             "CREATE TEMP TRIGGER meddles AFTER INSERT ON main.archives"
             " BEGIN UPDATE jobs SET body = replace(body, 'alice', 'mallory'); END"
         )
-        base, now = read_base(connection), stamp(LATER)
+        base, now = read_base(connection), format_timestamp(LATER)
         check = module._write(connection, base, 19, path.with_name("archive.gz"), SIGN)
 
         def move() -> None:

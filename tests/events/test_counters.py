@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from support.history import FEWER, MODEL, PLAIN, History, at, drafts, opened, write
 
 from events.commands import Record
-from events.counters import BARE, MAX_CODES, OTHER_CODE, OTHERS, STAGES, Histogram, Names, Observed, Tally
+from events.counters import (
+    MAX_CODES,
+    NO_FORM,
+    OTHER_CODE,
+    OTHERS,
+    STAGES,
+    Histogram,
+    HistogramSnapshot,
+    ModelLabels,
+    Tally,
+)
 from events.errors import LogUnavailable
-from events.log import Waiting, decide
+from events.log import PendingCommand, decide_group
 from events.sqlite.queries import Head
 from events.state import State
 from events.types import AccessDenied, Cause, Draft, Durations, LoadStarted, ModelLoaded, Prepared
@@ -27,7 +37,7 @@ def counted(history: History) -> Tally:
     return tally
 
 
-def count(observed: Observed) -> int:
+def count(observed: HistogramSnapshot) -> int:
     return sum(observed.counts)
 
 
@@ -63,7 +73,7 @@ def test_load_is_counted_by_form_and_stage() -> None:
     history.ask_load("b", of="n")
     history.add(data, "b", of="n")
     tally = counted(history)
-    assert tally.forms == {BARE: 1, "prepacked": 1}
+    assert tally.forms == {NO_FORM: 1, "prepacked": 1}
     assert {stage: round(tally.stage_s[stage] * 1e6) for stage in STAGES} == {
         "waiting": 1_000_001,
         "starting": 4,
@@ -81,7 +91,7 @@ def test_change_of_settings_is_job_but_no_load() -> None:
     history.add(ModelLoaded((), ("w-a",), None, 1, 1, Durations(0, 0, 0, 0, None, 0, 0)), "b")
     tally = counted(history)
     assert tally.loads == {("request", "completed"): 2}
-    assert tally.forms == {BARE: 1}
+    assert tally.forms == {NO_FORM: 1}
     assert count(tally.load_s["completed"].observed()) == 1
 
 
@@ -125,9 +135,10 @@ def _count_in_groups(recorded: list[Draft], size: int) -> tuple[object, ...]:
     try:
         for first in range(0, len(recorded), size):
             group = [
-                Waiting(Record((draft,)), loop.create_future()) for draft in recorded[first : first + size]
+                PendingCommand(Record((draft,)), loop.create_future())
+                for draft in recorded[first : first + size]
             ]
-            decided = decide(group, state, head, known={}, now=at(0), new_id=lambda: "new")
+            decided = decide_group(group, state, head, known={}, now=at(0), new_id=lambda: "new")
             decided.attempt.commit()
             head = decided.head
             tally.count(decided.events, decided.attempt.changes.jobs.values())
@@ -197,7 +208,7 @@ def test_observed_histogram_is_snapshot() -> None:
 @PLAIN
 @given(st.lists(st.sampled_from("abcdefgh")), st.integers(0, 8))
 def test_model_keeps_its_label_up_to_limit(asked: list[str], most: int) -> None:
-    names = Names(most)
+    names = ModelLabels(most)
     told = [(model_id, names.of(model_id)) for model_id in asked]
     assert all(names.of(model_id) == label for model_id, label in told)
     own = {label for _, label in told} - {OTHERS}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.history import child
 
-from events.datalock import hold
+from events.datalock import lock_data
 from events.errors import DataInUse
 
 HOLD = """
@@ -32,7 +32,7 @@ def holder(data: Path) -> subprocess.Popen[str]:
 def test_second_holder_is_refused_with_pid_of_first(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         for _ in range(2):
-            with pytest.raises(DataInUse) as raised, hold(tmp_path):
+            with pytest.raises(DataInUse) as raised, lock_data(tmp_path):
                 pass
             assert raised.value.code == "data_in_use"
             assert f"process {process.pid};" in str(raised.value)
@@ -50,21 +50,21 @@ def test_lock_is_free_when_holder_ends(tmp_path: Path, end: signal.Signals | Non
             process.wait()
         else:
             process.communicate()
-        with hold(tmp_path):
+        with lock_data(tmp_path):
             assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
 def test_lock_is_free_after_error_inside(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), hold(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock_data(tmp_path):
         raise ZeroDivisionError
-    with hold(tmp_path), pytest.raises(DataInUse, match=f"process {os.getpid()};"), hold(tmp_path):
+    with lock_data(tmp_path), pytest.raises(DataInUse, match=f"process {os.getpid()};"), lock_data(tmp_path):
         pass
 
 
 def test_lock_file_is_private_and_not_inherited(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    with hold(tmp_path), hold(other):
+    with lock_data(tmp_path), lock_data(other):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
         inherited = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, check=True)
         assert str(tmp_path) not in inherited.stdout

@@ -15,13 +15,13 @@ from support.history import INTEGERS, PLAIN, any_data, load_requested, model_loa
 
 from events.codec import (
     GENESIS,
-    Exactness,
-    canonical,
-    canonical_body,
-    chain,
-    from_body,
+    CanonicalCheck,
+    decode_event,
+    encode_by_rule,
+    encode_canonical,
+    encode_event,
+    hash_body,
     is_canonical,
-    to_body,
 )
 from events.errors import NotEncodable
 from events.types import AccessDenied, Event, LoadFailed, WorkerExited
@@ -33,7 +33,7 @@ VECTORS: list[dict[str, str]] = json.loads(
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
 def test_canonical_form_is_committed_vector(vector: dict[str, str]) -> None:
-    text = canonical(json.loads(vector["json"]))
+    text = encode_canonical(json.loads(vector["json"]))
     assert text == vector["canonical"]
     assert text.encode().hex() == vector["utf8"]
 
@@ -43,7 +43,7 @@ def test_committed_vectors_are_one_chain() -> None:
     assert previous == GENESIS
     for vector in VECTORS:
         expected = hashlib.sha256(previous + bytes.fromhex(vector["utf8"])).digest()
-        assert chain(previous, vector["canonical"]) == expected
+        assert hash_body(previous, vector["canonical"]) == expected
         assert expected.hex() == vector["hash"]
         previous = expected
 
@@ -59,17 +59,17 @@ JSON = st.recursive(
 @PLAIN
 @given(JSON)
 def test_canonical_form_reads_back_and_is_fixed_point(value: Any) -> None:
-    text = canonical(value)
+    text = encode_canonical(value)
     assert json.loads(text) == value
-    assert canonical(json.loads(text)) == text
+    assert encode_canonical(json.loads(text)) == text
 
 
 @PLAIN
 @given(st.dictionaries(st.text(), INTEGERS, max_size=6))
 def test_key_order_and_tuples_do_not_matter(value: dict[str, int]) -> None:
     backwards = dict(reversed(value.items()))
-    assert canonical([value]) == canonical((backwards,))
-    assert list(json.loads(canonical(backwards))) == sorted(value)
+    assert encode_canonical([value]) == encode_canonical((backwards,))
+    assert list(json.loads(encode_canonical(backwards))) == sorted(value)
 
 
 @PLAIN
@@ -80,7 +80,7 @@ def test_only_quotes_backslashes_and_controls_are_escaped(text: str) -> None:
         short.get(character) or (f"\\u{ord(character):04x}" if character < " " else character)
         for character in text
     )
-    assert canonical(text) == f'"{written}"'
+    assert encode_canonical(text) == f'"{written}"'
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ def test_only_quotes_backslashes_and_controls_are_escaped(text: str) -> None:
 def test_value_without_canonical_form_is_refused(value: object) -> None:
     for holder in (value, [value], {"key": [{"deeper": value}]}):
         with pytest.raises(NotEncodable) as raised:
-            canonical(holder)
+            encode_canonical(holder)
         assert raised.value.code == "not_encodable"
 
 
 def test_refusal_names_place_of_value() -> None:
     with pytest.raises(NotEncodable, match=r"\$\.data\.files\[1\]\.bytes: float"):
-        canonical({"data": {"files": [{"bytes": 1}, {"bytes": 1.5}]}})
+        encode_canonical({"data": {"files": [{"bytes": 1}, {"bytes": 1.5}]}})
 
 
 # The fast writer writes what the rule gives, and refuses what the rule refuses.
@@ -139,7 +139,7 @@ def assert_written_by_the_rule(written: Event) -> None:
         except NotEncodable as error:
             return f"refused: {error}"
 
-    assert outcome(to_body) == outcome(canonical_body)
+    assert outcome(encode_event) == outcome(encode_by_rule)
 
 
 @PLAIN
@@ -183,14 +183,14 @@ def test_value_of_wrong_type_is_written_or_refused_by_the_rule(odd: Any) -> None
 
 def test_history_is_written_by_the_rule_and_reads_back() -> None:
     for each in told_history():
-        assert to_body(each) == canonical_body(each)
-        assert from_body(to_body(each)) == from_body(to_body(each).encode()) == each
+        assert encode_event(each) == encode_by_rule(each)
+        assert decode_event(encode_event(each)) == decode_event(encode_event(each).encode()) == each
 
 
 # The fast check of a body's form says what the rule says.
 
 
-EXACTNESS = Exactness()
+EXACTNESS = CanonicalCheck()
 """One for all, as a verification has."""
 
 
@@ -207,11 +207,11 @@ STYLES = st.fixed_dictionaries(
 @PLAIN
 @given(any_data(), STYLES)
 def test_only_canonical_bytes_pass_the_check(data: Any, style: dict[str, Any]) -> None:
-    expected = to_body(event(data)).encode()
+    expected = encode_event(event(data)).encode()
     assert is_canonical(expected)
-    assert EXACTNESS.holds(from_body(expected), expected)
+    assert EXACTNESS.holds(decode_event(expected), expected)
     body = json.dumps(json.loads(expected), **style).encode()
-    assert EXACTNESS.holds(from_body(body), body) == is_canonical(body) == (body == expected)
+    assert EXACTNESS.holds(decode_event(body), body) == is_canonical(body) == (body == expected)
 
 
 CHANGES = [
@@ -236,12 +236,12 @@ CHANGES = [
 
 @pytest.mark.parametrize(("old", "new", "holds"), CHANGES)
 def test_check_of_changed_body(old: str, new: str, holds: bool) -> None:  # noqa: FBT001
-    written = to_body(event(load_requested()))
+    written = encode_event(event(load_requested()))
     assert old in written
     body = written.replace(old, new).encode()
     assert is_canonical(body) == holds
     try:
-        read = from_body(body)
+        read = decode_event(body)
     except ValueError:
         assert not holds
     else:

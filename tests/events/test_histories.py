@@ -9,7 +9,7 @@ import pytest
 from support.history import opened
 
 from events.audit.verify import verify
-from events.codec import GENESIS, canonical, chain, from_body, to_body
+from events.codec import GENESIS, decode_event, encode_canonical, encode_event, hash_body
 from events.sqlite import queries, storage
 from events.sqlite.history import state_at
 from events.sqlite.queries import Row, as_text
@@ -27,7 +27,7 @@ def bodies(name: str) -> list[str]:
 
 
 def test_recorded_histories_have_every_event_type_and_cause() -> None:
-    events = [from_body(body) for name in NAMES for body in bodies(name)]
+    events = [decode_event(body) for name in NAMES for body in bodies(name)]
     assert {event.type for event in events} >= set(TYPES) - {UnloadFailed.TYPE}  # which nothing writes yet
     causes = {cause for event in events if (cause := getattr(event.data, "cause", None)) is not None}
     assert causes >= {"request", "swap", "eviction", "recovery", "restart"}
@@ -40,8 +40,8 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
         "with a new number of the folds, tests/histories/record.py --refold makes the recorded states anew"
     )
     for body, expected in zip(bodies(name), told["changes"], strict=True):
-        assert to_body(from_body(body)) == body
-        changes = state.apply(from_body(body))
+        assert encode_event(decode_event(body)) == body
+        changes = state.apply(decode_event(body))
         where = f"{name} at {state.position}: other texts are stored now: change events.sqlite.storage.FOLDS"
         assert {key: as_text(model) for key, model in changes.models.items()} == texts(expected["models"]), (
             where
@@ -50,7 +50,7 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
 
 
 def texts(entities: dict[str, Any]) -> dict[str, str]:
-    return {key: canonical(entity) for key, entity in entities.items()}
+    return {key: encode_canonical(entity) for key, entity in entities.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,9 +58,9 @@ async def test_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, t
     path, state, digest = tmp_path / "ledger.db", State(), GENESIS
     with closing(connect(path)) as connection:
         for position, body in enumerate(bodies(name), 1):
-            digest = chain(digest, body)
+            digest = hash_body(digest, body)
             queries.write_group(
-                connection, [Row(position, body, digest)], state.apply(from_body(body)), entities=0
+                connection, [Row(position, body, digest)], state.apply(decode_event(body)), entities=0
             )
         storage.rebuild(connection)
         assert state_at(connection, state.position).models == state.models

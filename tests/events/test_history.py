@@ -24,7 +24,7 @@ from support.history import (
     write,
 )
 
-from events.codec import GENESIS, chain, to_body
+from events.codec import GENESIS, encode_event, hash_body
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite import queries, snapshots, storage
@@ -55,7 +55,7 @@ def ledger(events: list[Event], snapshots_at: frozenset[int] = frozenset()) -> I
     ):
         state, digest = State(), GENESIS
         for event in events:
-            digest = chain(digest, body := to_body(event))
+            digest = hash_body(digest, body := encode_event(event))
             changes = state.apply(event)
             queries.write_group(connection, [Row(event.position, body, digest)], changes, entities=0)
             if event.position in snapshots_at:

@@ -25,7 +25,7 @@ from events.commands import (
     RequestCancel,
     RequestLoad,
     RequestUnload,
-    key_of,
+    read_key,
 )
 from events.errors import LogUnavailable, RequestRefused
 from events.log import Log, Receipt
@@ -39,7 +39,7 @@ from events.types import (
     LoadFailed,
     LoadRequested,
     UnloadRequested,
-    recorded,
+    record_draft,
 )
 
 DAY_S = KEY_LIFETIME_S
@@ -145,7 +145,7 @@ def test_accepted_request_records_its_key(facts: str, command: Command) -> None:
     (draft,) = decision.drafts
     assert isinstance(draft.data, LoadRequested | UnloadRequested | CancelRequested)
     assert draft.data.idempotency == KEY
-    known = key_of(recorded(draft, 9, at(9)))
+    known = read_key(record_draft(draft, 9, at(9)))
     assert known == ("k", KnownKey("f", decision.job_id or "", at(9)))
 
 
@@ -200,7 +200,7 @@ def test_key_returns_first_job_for_any_requests(requests: list[Asked]) -> None:
             if key is not None:
                 oracle.used[key.key_hash] = (key.fingerprint, decision.job_id, seconds)
             for draft in decision.drafts:
-                state.apply(recorded(draft, state.position + 1, at(seconds)))
+                state.apply(record_draft(draft, state.position + 1, at(seconds)))
         else:
             assert not (isinstance(decision, Refused) and decision.code == "idempotency_mismatch")
 
@@ -245,7 +245,7 @@ def outcomes_in_memory(groups: list[list[Asked]]) -> list[list[str]]:
             match decision:
                 case Accepted(accepted, job_id):
                     for draft in accepted:
-                        state.apply(recorded(draft, state.position + 1, at(seconds)))
+                        state.apply(record_draft(draft, state.position + 1, at(seconds)))
                     answers.append(f"new {job_id}")
                 case Existing(job_id):
                     answers.append(job_id)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from support.history import FEWER, MODEL, START, at, child, facts, ids, opened, write
 
 from events.audit.verify import verify
-from events.clock import stamp
-from events.codec import from_body
+from events.clock import format_timestamp
+from events.codec import decode_event
 from events.commands import Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import LogClosed, NotEncodable, RequestRefused
 from events.log import MAX_GROUP, Log, Receipt
@@ -135,7 +135,7 @@ async def test_record_is_one_ordered_transaction(path: Path) -> None:
         before = commits(path)
         assert await log.submit(Record(drafts)) == Receipt(None, existing=False, position=101)
         assert commits(path) - before == 1
-    assert [from_body(body).id for body in bodies(path)[1:]] == [draft.id for draft in drafts]
+    assert [decode_event(body).id for body in bodies(path)[1:]] == [draft.id for draft in drafts]
 
 
 async def test_event_without_encoding_fails_its_caller_alone(path: Path) -> None:
@@ -145,7 +145,7 @@ async def test_event_without_encoding_fails_its_caller_alone(path: Path) -> None
             log.submit(fact("a")), log.submit(bad), log.submit(fact("b")), return_exceptions=True
         )
         assert isinstance(results[1], NotEncodable)
-        assert [from_body(body).id for body in bodies(path)] == ["a", "b"]
+        assert [decode_event(body).id for body in bodies(path)] == ["a", "b"]
     assert verify(path).verified
 
 
@@ -155,8 +155,8 @@ async def test_recorded_at_never_goes_back(path: Path) -> None:
         await write(log, 5)
     async with opened(path, now=lambda: START, monotonic=float) as log:
         await write(log, 1, first=6)
-    assert [from_body(body).recorded_at for body in bodies(path)] == [
-        stamp(START + timedelta(seconds=seconds)) for seconds in (5, 5, 9, 9, 9, 9)
+    assert [decode_event(body).recorded_at for body in bodies(path)] == [
+        format_timestamp(START + timedelta(seconds=seconds)) for seconds in (5, 5, 9, 9, 9, 9)
     ]
 
 
@@ -204,8 +204,8 @@ async def test_server_start_names_unclean_end(path: Path) -> None:
         await log.server_started()
         await log.server_stopped()
         await log.server_started()
-    at = stamp(START)
-    assert [from_body(body).data for body in bodies(path)] == [
+    at = format_timestamp(START)
+    assert [decode_event(body).data for body in bodies(path)] == [
         ServerStarted(unclean=False, down_since=None),
         ServerStarted(unclean=True, down_since=at),
         ServerStopped(),
@@ -255,7 +255,7 @@ async def test_cancelled_caller_does_not_disturb_others(path: Path) -> None:
             assert isinstance(third, Receipt)
             if turns == 1:  # before its turn
                 assert isinstance(second, asyncio.CancelledError)
-                assert "f11" not in [from_body(body).id for body in bodies(path)]
+                assert "f11" not in [decode_event(body).id for body in bodies(path)]
         assert log.healthy
     assert verify(path).verified
 

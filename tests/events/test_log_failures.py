@@ -14,8 +14,8 @@ from support.history import MODEL, START, at, child, facts, ids, opened, write
 
 import migrations
 from events.audit.verify import verify
-from events.clock import stamp
-from events.codec import from_body
+from events.clock import format_timestamp
+from events.codec import decode_event
 from events.commands import Record, RequestLoad
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable, NotEncodable
 from events.log import Log, Receipt
@@ -93,7 +93,7 @@ async def test_busy_database_fails_transaction_and_log_recovers(path: Path) -> N
                 await log.submit(fact("late"))
             other.execute("ROLLBACK")
         assert [receipt.position for receipt in await write(log, 2, first=4)] == [4, 5]
-    assert [from_body(body).id for body in bodies(path)] == ["f1", "f2", "f3", "f4", "f5"]
+    assert [decode_event(body).id for body in bodies(path)] == ["f1", "f2", "f3", "f4", "f5"]
 
 
 async def test_lost_connection_fails_transaction_and_log_recovers(path: Path) -> None:
@@ -144,7 +144,7 @@ def run(script: str, *arguments: object, first: Path | None = None) -> subproces
 def test_file_size_limit_fails_transaction_and_log_recovers(path: Path) -> None:
     done = run(FILE_SIZE_LIMIT, path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [from_body(body).id for body in bodies(path)] == [f"f{number}" for number in range(1, 41)]
+    assert [decode_event(body).id for body in bodies(path)] == [f"f{number}" for number in range(1, 41)]
 
 
 # An fsync that fails is made by the kernel itself: a seccomp filter on the log's own thread answers EIO.
@@ -310,7 +310,7 @@ async def test_columns_are_computed_from_hashed_body(path: Path) -> None:
     async with opened(path, now=lambda: START, monotonic=float) as log:
         await log.submit(Record((draft,)))
     assert query(path, "SELECT type, model_id, job_id, actor, recorded_at FROM events") == [
-        ("LoadStarted", "m", "j", "é'\U0001f600", stamp(START))
+        ("LoadStarted", "m", "j", "é'\U0001f600", format_timestamp(START))
     ]
 
 

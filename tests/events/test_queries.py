@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.history import FAST_FOLDER, FEWER, MODEL, History, as_event, drafts, opened
 
 from events.audit.verify import verify
-from events.codec import GENESIS, chain, from_body, to_body
+from events.codec import GENESIS, decode_event, encode_event, hash_body
 from events.commands import Record
 from events.jobs import Job
 from events.sqlite import queries
@@ -42,8 +42,8 @@ class Ledger:
         for event in events:
             attempt.state.apply(event)
             previous = (self.rows + group)[-1].hash if self.rows or group else GENESIS
-            body = to_body(event)
-            group.append(Row(event.position, body, chain(previous, body)))
+            body = encode_event(event)
+            group.append(Row(event.position, body, hash_body(previous, body)))
         queries.write_group(self.connection, group, attempt.changes, entities=0)
         attempt.commit()
         self.rows += group
@@ -81,7 +81,7 @@ def test_stored_tables_equal_a_fold_of_the_log(groups: list[list[list[Draft]]]) 
             for body, *columns in connection.execute(
                 "SELECT body, type, model_id, job_id, actor, recorded_at FROM events ORDER BY position"
             ):
-                event = from_body(body)
+                event = decode_event(body)
                 assert columns == [event.type, event.model_id, event.job_id, event.actor, event.recorded_at]
                 jobs.update(state.apply(event).jobs)
             assert connection.execute("SELECT position FROM projected").fetchall() == [(state.position,)]
@@ -120,7 +120,7 @@ def test_group_beside_the_head_is_not_written(ledger: Ledger) -> None:
     told = History()
     told.load("L")
     ledger.append(told.facts[:2])
-    one, two = Row(3, to_body(told.facts[2]), bytes(32)), Row(5, "{}", bytes(32))
+    one, two = Row(3, encode_event(told.facts[2]), bytes(32)), Row(5, "{}", bytes(32))
     with pytest.raises(sqlite3.IntegrityError):
         queries.write_group(ledger.connection, [one, two], told.state.apply(told.facts[2]), entities=0)
     assert not ledger.connection.in_transaction

@@ -24,7 +24,7 @@ from support.history import (
 )
 
 from events.audit.verify import verify
-from events.codec import GENESIS, chain, to_body
+from events.codec import GENESIS, encode_event, hash_body
 from events.errors import LogUnavailable
 from events.jobs import Job
 from events.sqlite import queries, storage
@@ -52,7 +52,7 @@ def write_schema_1(path: Path, facts: list[Event]) -> None:
         connection.execute("BEGIN")
         for event in facts:
             changes = state.apply(event)
-            digest = chain(digest, body := to_body(event))
+            digest = hash_body(digest, body := encode_event(event))
             connection.execute("INSERT INTO events (position, body, hash) VALUES (?, ?, ?)",
                                (event.position, body, digest))  # fmt: skip
             queries.write_projections(

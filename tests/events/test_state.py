@@ -14,7 +14,7 @@ from support.history import FEWER, MODEL, History, as_event, drafts, fold, opene
 
 from events import jobs, models
 from events.audit.verify import verify
-from events.codec import GENESIS, chain, from_body, to_body
+from events.codec import GENESIS, decode_event, encode_event, hash_body
 from events.jobs import Job
 from events.models import Serving
 from events.sqlite import queries, snapshots, storage
@@ -22,7 +22,7 @@ from events.sqlite.history import state_at
 from events.sqlite.queries import Row
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
-from events.state import Attempt, Entities, State, in_queue
+from events.state import Attempt, Entities, State, has_turn
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
 
 # Queues of unended jobs.
@@ -42,7 +42,7 @@ def assert_queues_are_right(state: State) -> None:
     assert state.backlog == len(unended(state, None))
     for model_id in ("m", "n", "never"):
         assert state.unended(model_id) == unended(state, model_id)
-        assert state.queue(model_id) == [job for job in unended(state, model_id) if in_queue(job)]
+        assert state.queue(model_id) == [job for job in unended(state, model_id) if has_turn(job)]
 
 
 @FEWER
@@ -214,8 +214,8 @@ def write_ledger(path: Path, bodies: Sequence[str], snapshots_at: frozenset[int]
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("UPDATE projected SET folds = ?", (FOLDS,))
         for position, body in enumerate(bodies, 1):
-            digest = chain(digest, body)
-            changes = state.apply(from_body(body))
+            digest = hash_body(digest, body)
+            changes = state.apply(decode_event(body))
             queries.write_group(connection, [Row(position, body, digest)], changes, entities=0)
             if position in snapshots_at:
                 snapshots.write(connection, position)
@@ -242,7 +242,7 @@ def texts_at_each_position(connection: sqlite3.Connection, last: int) -> list[li
 def test_replay_from_snapshot_is_replay_from_zero(events: list[Event], at: frozenset[int]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
-        write_ledger(path, list(map(to_body, events)), at)
+        write_ledger(path, list(map(encode_event, events)), at)
         with closing(connect(path)) as connection:
             for position in range(len(events) + 1):
                 zero = state_at(connection, position, from_base=True)
@@ -262,7 +262,7 @@ def test_replay_from_snapshot_is_replay_from_zero(events: list[Event], at: froze
 @given(HISTORIES)
 def test_fold_is_repeatable(events: list[Event]) -> None:
     assert fold_events(events) == fold_events(events)
-    read = [from_body(to_body(event)) for event in events]
+    read = [decode_event(encode_event(event)) for event in events]
     assert texts(fold_events(events)) == texts(fold_events(read))
 
 
@@ -290,7 +290,7 @@ def test_events_of_later_release_are_kept_and_skipped(events: list[Event], draws
     without = fold_events([event for event, is_known in pairs if is_known])
     with TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
-        bodies = list(map(to_body, written))
+        bodies = list(map(encode_event, written))
         state = write_ledger(path, bodies)
         assert (state.models, state.unended()) == (without.models, without.unended())
         verification = verify(path)
@@ -306,7 +306,7 @@ async def test_ledger_with_events_of_later_release_opens(tmp_path: Path) -> None
     history.add(Unknown("ModelBlessed", 1, {"by": "somebody"}), "L")
     history.add(Unknown("ModelLoaded", 2, {"files": "elsewhere"}), "L")
     path = tmp_path / "ledger.db"
-    write_ledger(path, list(map(to_body, history.facts)))
+    write_ledger(path, list(map(encode_event, history.facts)))
     async with opened(path) as log:
         assert log.state.models == history.state.models
         await log.server_started()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
 
-from events.codec import canonical, from_body, to_body
+from events.codec import decode_event, encode_canonical, encode_event
 from events.types import (
     SCHEMA,
     TYPES,
@@ -36,7 +36,7 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
-    recorded,
+    record_draft,
 )
 
 KEYS = Idempotency("aa" * 32, "bb" * 32)
@@ -88,7 +88,7 @@ def event(data: Data | Unknown) -> Event:
 
 
 def change(body: str, **changes: Any) -> str:
-    return canonical(json.loads(body) | changes)
+    return encode_canonical(json.loads(body) | changes)
 
 
 def test_every_type_has_committed_body() -> None:
@@ -97,9 +97,9 @@ def test_every_type_has_committed_body() -> None:
 
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_committed_body_reads_and_writes_as_ever(name: str) -> None:
-    assert from_body(BODIES[name]) == event(DECODED[name])
-    assert canonical(json.loads(BODIES[name])) == BODIES[name]
-    written, committed = json.loads(to_body(event(DECODED[name]))), json.loads(BODIES[name])
+    assert decode_event(BODIES[name]) == event(DECODED[name])
+    assert encode_canonical(json.loads(BODIES[name])) == BODIES[name]
+    written, committed = json.loads(encode_event(event(DECODED[name]))), json.loads(BODIES[name])
     assert written.pop("data").items() >= committed.pop("data").items()
     assert written == committed
 
@@ -109,8 +109,8 @@ def test_committed_body_reads_and_writes_as_ever(name: str) -> None:
 @given(st.data())
 def test_event_of_each_type_reads_back(name: str, data: st.DataObject) -> None:
     draft, position, recorded_at = data.draw(drafts()), data.draw(INTEGERS), data.draw(TEXTS)
-    written = recorded(replace(draft, data=data.draw(instances(TYPES[name]))), position, recorded_at)
-    read = from_body(to_body(written))
+    written = record_draft(replace(draft, data=data.draw(instances(TYPES[name]))), position, recorded_at)
+    read = decode_event(encode_event(written))
     assert read == written
     assert type(read.data) is TYPES[name]
     assert read.type == name
@@ -119,7 +119,7 @@ def test_event_of_each_type_reads_back(name: str, data: st.DataObject) -> None:
 @PLAIN
 @given(any_data())
 def test_body_has_same_keys_for_every_type(data: Data) -> None:
-    raw = json.loads(to_body(event(data)))
+    raw = json.loads(encode_event(event(data)))
     assert sorted(raw) == [
         *("actor", "data", "id", "job_id", "model_id", "position", "recorded_at"),
         *("schema", "type", "version", "worker_id"),
@@ -132,18 +132,18 @@ def test_body_has_same_keys_for_every_type(data: Data) -> None:
 @pytest.mark.parametrize("changes", [{"type": "ModelMoved"}, {"schema": 2}, {"type": "X", "schema": 0}])
 def test_unknown_type_or_schema_is_kept_exactly(changes: dict[str, Any]) -> None:
     body = change(BODIES["ModelLoaded"], **changes)
-    read = from_body(body)
+    read = decode_event(body)
     assert isinstance(read.data, Unknown)
     assert read.data.data == json.loads(body)["data"]
     assert read.type == json.loads(body)["type"]
-    assert to_body(read) == body
+    assert encode_event(read) == body
 
 
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_field_of_later_release_is_skipped(name: str) -> None:
     data = json.loads(BODIES[name])["data"] | {"added_later": {"deep": [1]}}
     body = change(BODIES[name], data=data, also_added="yes")
-    assert from_body(body) == event(DECODED[name])
+    assert decode_event(body) == event(DECODED[name])
 
 
 @pytest.mark.parametrize("name", sorted(TYPES))
@@ -160,7 +160,7 @@ def test_field_missing_in_earlier_release_takes_default(name: str) -> None:
     data = {key: value for key, value in json.loads(BODIES[name])["data"].items() if key not in optional}
     whole: Any = DECODED[name]
     expected = replace(whole, **optional)
-    assert from_body(change(BODIES[name], data=data)) == event(expected)
+    assert decode_event(change(BODIES[name], data=data)) == event(expected)
 
 
 def test_event_is_immutable_value() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN, change_ledger, copy_of, facts, flip_byte, opened, rows_of, sound_ledger
 
 from events.audit.verify import Finding, Kind, Verification, verify
-from events.codec import canonical, from_body
+from events.codec import decode_event, encode_canonical
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable
 from events.types import Unknown
 
@@ -61,7 +61,7 @@ def with_body(position: int, body: bytes) -> list[Row]:
 
 def edited(position: int, /, **members: object) -> bytes:
     """Return the body at a position with some other members."""
-    return canonical(json.loads(ROWS[position - 1].body) | members).encode()
+    return encode_canonical(json.loads(ROWS[position - 1].body) | members).encode()
 
 
 async def test_sound_ledger_verifies_and_is_not_written(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_column_of_another_type_is_found(column: str, value: str) -> None:
 
 def test_event_type_of_a_later_release_is_skipped() -> None:
     body = edited(HEAD, type="ModelMoved", data={"to": "gpu"})
-    assert isinstance(from_body(body.decode()).data, Unknown)
+    assert isinstance(decode_event(body.decode()).data, Unknown)
     assert verify_rows(with_body(HEAD, body)).verified
     finding = verify_rows(with_body(HEAD - 1, edited(HEAD - 1, type="ModelMoved", data={}))).finding
     assert finding is not None

@@ -20,8 +20,8 @@ from typing import Any
 from support import models
 from support.running import Clock, job_of, running
 
-from events.codec import from_body, to_body
-from events.commands import FileStat, Record, RequestCancel, RequestLoad, RequestUnload
+from events.codec import decode_event, encode_event
+from events.commands import FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import RequestRefused
 from events.models import ModelState
 from events.sqlite.queries import as_text
@@ -44,7 +44,7 @@ def changes(bodies: Iterable[str]) -> list[dict[str, Any]]:
     """Return the stored forms of the models and jobs that each event changed."""
     state, found = State(), []
     for body in bodies:
-        changed = state.apply(from_body(body))
+        changed = state.apply(decode_event(body))
         found.append(
             {
                 "models": {key: json.loads(as_text(model)) for key, model in changed.models.items()},
@@ -175,7 +175,7 @@ async def keys(folder: Path) -> None:
     """Requests with idempotency keys: repeated, reused for another request, and expired after a day."""
     async with running(folder, clock=Clock(), stops_cleanly=True) as engine:
         found = engine.repository.resolve("adder", 1)
-        files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
+        files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
         key = Idempotency("11" * 32, "22" * 32)
         load = RequestLoad("adder", 1, files, "alice", LoadParameters(), idempotency=key)
         job = job_of(await engine.log.submit(load))
@@ -229,7 +229,9 @@ async def record(name: str) -> None:
         await SCENARIOS[name](folder)
         async with open_reader(folder / "ledger.db") as reader:
             events = await reader.events(0, 10_000)
-    (HERE / f"{name}.jsonl").write_text("".join(f"{without_paths(to_body(event))}\n" for event in events))
+    (HERE / f"{name}.jsonl").write_text(
+        "".join(f"{without_paths(encode_event(event))}\n" for event in events)
+    )
 
 
 def without_paths(body: str) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
 
-from events.counters import Names
+from events.counters import ModelLabels
 from events.types import LoadParameters
 from runtime.consumer.loads import LiveLoad
 from runtime.consumer.usage import Leases, Totals
@@ -113,7 +113,7 @@ def figures(counts: Statistics) -> tuple[int, ...]:
     )
 )
 def test_totals_never_lose_or_repeat_an_inference(steps: list[tuple[str, int, int]]) -> None:
-    totals, live = Totals(Names()), [load("a"), load("a"), load("b"), load("b")]
+    totals, live = Totals(ModelLabels()), [load("a"), load("a"), load("b"), load("b")]
     there, expected, before = set(range(4)), {"a": Statistics(), "b": Statistics()}, dict[str, Statistics]()
     for step, number, took_ns in steps:
         each = live[number]
@@ -133,7 +133,7 @@ def test_totals_never_lose_or_repeat_an_inference(steps: list[tuple[str, int, in
 
 
 def test_totals_sum_up_models_beyond_the_limit() -> None:
-    totals = Totals(Names(1))
+    totals = Totals(ModelLabels(1))
     live = [load(name) for name in ("a", "b", "c")]
     for each in live:
         each.statistics.failure(1)

@@ -33,7 +33,7 @@ from msgspec.structs import replace
 
 import events.log
 from events.audit.signing import HeadSigner
-from events.clock import stamp
+from events.clock import format_timestamp
 from events.commands import Command, Record
 from events.jobs import Job
 from events.log import Log, Receipt
@@ -100,7 +100,7 @@ FEWER = settings(PLAIN, max_examples=of_both(short=25, long=500))
 
 def at(seconds: float) -> str:
     """Return the stamp so many seconds after START."""
-    return stamp(START + timedelta(seconds=seconds))
+    return format_timestamp(START + timedelta(seconds=seconds))
 
 
 def file(mtime_ns: int = 1) -> LoadedFile:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from events.clock import utc_now
-from events.commands import Command, FileStat, RequestLoad, RequestUnload
+from events.commands import Command, FileIdentity, RequestLoad, RequestUnload
 from events.jobs import Job
 from events.log import Log, Receipt
 from events.models import Model, ModelState
@@ -90,7 +90,7 @@ class Engine:
     ) -> Receipt:
         """Ask for a load, as the HTTP handler does."""
         found = self.repository.resolve(model_id, version)
-        files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
+        files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
         command = RequestLoad(model_id, found.version, files, "alice", parameters or LoadParameters())
         return await self.log.submit(command)
 

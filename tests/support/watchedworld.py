@@ -1,6 +1,6 @@
 """A world that holds each decision against what no decision may be."""
 
-from events.clock import later, seconds_between
+from events.clock import add_seconds, seconds_between
 from events.jobs import Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, UnloadRequested
@@ -190,10 +190,10 @@ class WatchedWorld(World):
         if cause is Cause.IDLE:
             assert serving.parameters.keep_alive_s is not None
             idle_since = max(process.last_used_at or "", serving.loaded_at)
-            assert later(idle_since, serving.parameters.keep_alive_s) <= self.now
+            assert add_seconds(idle_since, serving.parameters.keep_alive_s) <= self.now
         if cause is Cause.EVICTION:
             assert self.policy.evicts
-            assert later(serving.loaded_at, self.policy.min_residency_s) <= self.now
+            assert add_seconds(serving.loaded_at, self.policy.min_residency_s) <= self.now
             self._check_need_to_evict(for_job)
 
     def _check_need_to_evict(self, job: Job | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 from msgspec import structs
 
 from events.accept import Accepted, Decision, accept
-from events.clock import later
+from events.clock import add_seconds
 from events.commands import Command, Record, RequestLoad, RequestUnload
 from events.jobs import Job
 from events.models import CRASH_LOOP, FORK_SERVER_DIED, LoadedModel
@@ -33,7 +33,7 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
-    recorded,
+    record_draft,
 )
 from runtime.scheduler.actions import (
     Action,
@@ -193,7 +193,7 @@ class World:
     def submit(self, command: Command) -> Decision:
         decision = accept(self.state, command, self.new_id, self.now)
         for draft in decision.drafts if isinstance(decision, Accepted) else ():
-            event = recorded(draft, self.state.position + 1, self.now)
+            event = record_draft(draft, self.state.position + 1, self.now)
             self.events.append(event)
             changes = self.state.apply(event)
             self.state.forget_ended(changes.jobs.values())
@@ -235,9 +235,9 @@ class World:
     def _check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
         assert not [job for job in self.state.unended() if job.deadline_at and job.deadline_at <= self.now]
-        until = decision.wake_at or later(self.now, EVER_S)
+        until = decision.wake_at or add_seconds(self.now, EVER_S)
         assert until > self.now
-        assert self.decision(later(until, -0.000_001)).action is None
+        assert self.decision(add_seconds(until, -0.000_001)).action is None
 
     def settle(self) -> Next:
         """Take turns until there is nothing to do, which has to be soon."""

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 from support.cache import halves, keep, key, made_of, written
 
-from events.datalock import hold
+from events.datalock import lock_data
 from loadledger.cli.main import main
 from runtime.cache.store import FOLDER, PreparedStore
 
@@ -100,7 +100,7 @@ def test_clear_removes_one_model_or_all(store: PreparedStore, data: Path) -> Non
 
 
 def test_clear_beside_server_leaves_its_drafts(store: PreparedStore, data: Path) -> None:
-    with hold(data):
+    with lock_data(data):
         draft = store.draft(key("d"))
         files = written(draft, halves(10, "d"))
         assert printed("list", "--data", data).endswith("3 entries, 3.2 MB\n")

@@ -22,7 +22,7 @@ from support.http import LocalApi
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
 from events.audit.verify import verify
-from events.datalock import hold
+from events.datalock import lock_data
 from loadledger.cli.main import main
 from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, open_signer
@@ -391,7 +391,7 @@ def test_replay_refuses(two_models: Path, arguments: tuple[str, ...], words: str
 
 
 def test_rebuild_beside_server_names_its_process(two_models: Path) -> None:
-    with hold(two_models):
+    with lock_data(two_models):
         assert re.search(r"is in use by process \d+", refused("replay", "--data", two_models, "--rebuild"))
         assert lines("replay", "--data", two_models)
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN, History
 
-from events.codec import to_body
+from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
 from loadledger.cli import events, jobs, models, top
 from loadledger.cli.events import event_line
@@ -161,7 +161,7 @@ def test_hostile_answer_prints_no_control_characters(
 
 
 def line_of(event: Any) -> bytes:
-    return f'{to_body(event)[:-1]},"hash":"{"0" * 64}"}}'.encode()
+    return f'{encode_event(event)[:-1]},"hash":"{"0" * 64}"}}'.encode()
 
 
 def test_every_event_type_has_words() -> None:

@@ -20,7 +20,7 @@ from support.history import child, told_history, write_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import as_signed_head, key_id
-from events.datalock import hold
+from events.datalock import lock_data
 from loadledger.cli.main import main
 from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, open_signer
@@ -172,7 +172,7 @@ def test_backup_refuses_leftovers_of_other_database(data: Path, tmp_path: Path) 
 def test_running_server_refuses_archive_and_backup_into_it(data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    with hold(data), hold(other):
+    with lock_data(data), lock_data(other):
         assert "in use by process" in refused("archive", "--data", data, "--before", 9, tmp_path / "a.gz")
         assert "a server is running on" in refused("backup", "--data", data, other / LEDGER)
     assert not (tmp_path / "a.gz").exists()

@@ -21,8 +21,8 @@ from itertools import pairwise
 
 from support.worlds import World
 
-from events.clock import later, seconds_between
-from events.commands import FileStat, RequestLoad
+from events.clock import add_seconds, seconds_between
+from events.commands import FileIdentity, RequestLoad
 from events.models import CRASH_LOOP, ModelState
 from events.types import LoadParameters, ModelLoaded, WorkerExited
 from runtime.scheduler.scheduler import MAX_INCIDENTS
@@ -33,12 +33,12 @@ def test_llama_cpp_22284_models_that_do_not_fit_together_take_turns() -> None:
     world = World(Policy(loads_at_once=2, budget_bytes=100, evicts=True))
     for _ in range(100):
         for name, version in {"b": 2, "c": 1}.items():
-            files = (FileStat("model.onnx", 4_096, 1),)
+            files = (FileIdentity("model.onnx", 4_096, 1),)
             world.submit(RequestLoad(name, version, files, "alice", LoadParameters(timeout_s=3_600)))
         world.settle()
         world.progress("loaded")
         world.settle()
-        world.now = later(world.now, 1)
+        world.now = add_seconds(world.now, 1)
     loaded = [event for event in world.events if isinstance(event.data, ModelLoaded)]
     assert len(loaded) >= 100 // (MIN_RESIDENCY_S + 3)
     for first, second in pairwise(loaded):

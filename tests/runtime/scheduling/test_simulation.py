@@ -7,8 +7,8 @@ from support.fleet import of_both
 from support.history import PLAIN
 from support.watchedworld import WatchedWorld
 
-from events.clock import later
-from events.commands import FileStat, RequestCancel, RequestLoad, RequestUnload
+from events.clock import add_seconds
+from events.commands import FileIdentity, RequestCancel, RequestLoad, RequestUnload
 from events.types import LoadParameters, WorkerExited
 from runtime.scheduler.view import Policy
 
@@ -39,7 +39,7 @@ LOADS = st.builds(
     lambda name, version, mtime_ns, parameters: RequestLoad(
         name,
         version,
-        (FileStat("model.onnx", 4_096, mtime_ns),),
+        (FileIdentity("model.onnx", 4_096, mtime_ns),),
         "alice",
         parameters,
         asked=frozenset({"instances"} if parameters.instances > 1 else ()),
@@ -165,7 +165,7 @@ class Simulation(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.001, 1, 12, 12, 35, 65, 400]), turns=TURNS)
     def time_passes(self, seconds: float, turns: int) -> None:
-        self.world.now = later(self.world.now, seconds)
+        self.world.now = add_seconds(self.world.now, seconds)
         self.world.work(turns)
 
     @rule(trouble=st.sampled_from(TROUBLES), turns=TURNS)

@@ -10,7 +10,7 @@ import pytest
 from support import models
 from support.http import ONE, Json, LocalApi
 
-from events.clock import moment, stamp
+from events.clock import format_timestamp, parse_timestamp
 from events.types import ModelLoaded, ModelUnloaded
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -55,7 +55,7 @@ async def test_past_model_shows_its_files_and_who_loaded_it(past: LocalApi) -> N
 async def test_time_means_the_last_position_recorded_by_then(past: LocalApi) -> None:
     events = await past.events()
     for event in events:
-        later = stamp(moment(event.recorded_at) + timedelta(microseconds=1))
+        later = format_timestamp(parse_timestamp(event.recorded_at) + timedelta(microseconds=1))
         listed = await found(past, f"models?at={event.recorded_at}")
         last = max(each.position for each in events if each.recorded_at <= event.recorded_at)
         assert (listed["as_of"], listed["as_of_time"]) == (last, event.recorded_at)
@@ -67,7 +67,7 @@ async def test_time_means_the_last_position_recorded_by_then(past: LocalApi) -> 
 )
 async def test_time_may_have_any_offset(api: LocalApi, written: str, minutes: int) -> None:
     [last] = await api.events()
-    local = moment(last.recorded_at).replace(tzinfo=None) + timedelta(minutes=minutes)
+    local = parse_timestamp(last.recorded_at).replace(tzinfo=None) + timedelta(minutes=minutes)
     assert (await found(api, f"models?at={local.isoformat()}{written}"))["as_of"] == last.position
 
 

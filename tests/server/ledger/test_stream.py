@@ -16,7 +16,7 @@ from support.history import facts, write
 from support.http import LIMIT_S, LocalApi, following, when
 from support.models import save
 
-from events.codec import from_body
+from events.codec import decode_event
 from server.api import stream
 from server.appkeys import LOG, STREAMS
 from server.auth.keys import issue_token, list_keys, revoke
@@ -88,7 +88,7 @@ async def test_streamed_event_is_the_listed_and_hashed_text(api: LocalApi) -> No
             text, _, digest = message.data.rpartition(',"hash":"')
             before = hashlib.sha256(before + f"{text}}}".encode()).digest()
             assert digest == f'{before.hex()}"}}'
-            assert from_body(f"{text}}}") == fact
+            assert decode_event(f"{text}}}") == fact
 
 
 async def test_last_event_id_overrides_after(api: LocalApi) -> None:

@@ -16,7 +16,7 @@ from support.models import save
 from support.telemetry import FAMILIES
 from support.workers import computing, until
 
-from events.counters import OTHERS, Names
+from events.counters import OTHERS, ModelLabels
 from events.types import Cause
 from server.app import all_routes
 from server.appkeys import LOG
@@ -239,7 +239,7 @@ async def test_models_beyond_the_limit_are_counted_together(api: LocalApi, repos
     for name in names:
         save(models.add(), repository, name)
     api.app[LOG].tally.names.most = 1
-    assert isinstance(api.app[LOG].tally.names, Names)
+    assert isinstance(api.app[LOG].tally.names, ModelLabels)
     for name in names:
         await api.load(name)
         assert (await api.infer(name, ONE)).status == 200

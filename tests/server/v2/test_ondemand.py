@@ -17,7 +17,7 @@ from support.running import Engine, running
 from support.workers import until
 
 from events import accept
-from events.commands import FileStat, RequestLoad
+from events.commands import FileIdentity, RequestLoad
 from events.models import Model, ModelState
 from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
@@ -124,7 +124,7 @@ class Demanding:
         if self.defect is not None:
             raise self.defect
         found = await asyncio.to_thread(self._engine.repository.resolve, model_id, version)
-        files = tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in found.files)
+        files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
         return RequestLoad(model_id, found.version, files, subject, cause=Cause.DEMAND)
 
 
