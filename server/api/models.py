@@ -47,7 +47,6 @@ from server.routing import Access, Routes
 routes = Routes()
 
 _PARAMETERS = LoadParameters.__struct_fields__
-_AS_BODY = LoadBodySchema()
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
 _NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 NEVER = -1
@@ -66,16 +65,15 @@ async def requested_load(
     Args:
         app: the application with repository and settings.
         model_id: as in the request.
-        asked: the members of the request's body, without defaults.
+        asked: the members of the request's body as `LoadBodySchema` loaded them, without defaults.
         subject: the caller.
         idempotency: the request's key, if it has one.
 
     Raises:
-        InvalidBody: `invalid_body`, a parameter is unknown or invalid.
+        InvalidBody: `invalid_body`, a queue delay without batches.
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`.
     """
-    asked = load_with(_AS_BODY, asked, "body", InvalidBody)
     wanted = {name: value for name, value in asked.items() if name != "version"}
     version = asked.get("version")
     found, written = await asyncio.to_thread(_look_up, app[REPOSITORY], model_id, version)

@@ -31,10 +31,10 @@ from server.v2.tritonconfig import (
     INDEX_BODY,
     LOAD_BODY,
     UNLOAD_BODY,
-    asked_load,
-    asked_ready,
     check_unload,
+    read_load,
     read_object,
+    read_only_ready,
 )
 
 routes = Routes()
@@ -187,7 +187,7 @@ _ENDED = {
 )
 async def show_index(request: web.Request) -> web.Response:
     """Answer with what is recorded, and with what the repository has beside it."""
-    only_ready = asked_ready(await read_object(request))
+    only_ready = read_only_ready(await read_object(request))
     recorded = dict(request.app[LOG].state.models)  # of now: the thread must not see it change
     entries = await asyncio.to_thread(
         _encoded_index, recorded, request.app[REPOSITORY], only_ready=only_ready
@@ -208,7 +208,7 @@ async def show_index(request: web.Request) -> web.Response:
 async def load_and_wait(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless what is asked for is so or under way, and wait for the job's end."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
-    asked = asked_load(await read_object(request), model_id)
+    asked = read_load(await read_object(request), model_id)
     job = await carry_out(request.app, await requested_load(request.app, model_id, asked, subject))
     return _done(job)
 

@@ -1,8 +1,8 @@
-"""Triton's model configuration: that of a loaded model, and what a load may be asked for with it.
+"""Triton's model configuration: of a loaded model, and of a load; bodies of the repository extension.
 
-The repository extension's requests are read strictly: what is not done is refused by its name. Triton's
-clients declare no Content-Type, so none is asked for. A load may bring a model configuration, as JSON in a
-string. It may say what is so anyway, and choose what `HONOURED` has.
+Bodies are read strictly: unsupported members are refused by name. Triton's clients declare no Content-Type,
+so none is required. A load may bring a model configuration, as JSON in a string: it may repeat what is fixed,
+and choose the members in `HONOURED`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from marshmallow import fields
 from events.types import LoadParameters
 from runtime.repository import MODEL_FILE
 from runtime.wire import DATATYPES, TensorSpec
-from server.api.schemas import AnswerSchema
+from server.api.schemas import AnswerSchema, LoadBodySchema
 from server.errors import ServerProblem
 from server.http import validation
-from server.http.validation import MAX_JSON_BYTES, InvalidBody, read_body
+from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_body
 
 PLATFORM = "onnxruntime_onnx"
 """What Triton calls ONNX models."""
 
+MAX_NAME_CHARACTERS = 64
+"""Characters of an unknown name that a refusal repeats."""
+
 BACKEND = "onnxruntime"
-"""What Triton calls what runs ONNX models."""
+"""What Triton calls the runtime of ONNX models."""
 
 
 class ConfiguredTensorSchema(AnswerSchema):
@@ -35,8 +38,8 @@ class ConfiguredTensorSchema(AnswerSchema):
     name = fields.String(required=True)
     data_type = fields.String(required=True)
     dims = fields.List(fields.Integer(), required=True)
-    reshape = fields.Dict(metadata={"description": "What the model takes, where that is no dimension."})
-    optional = fields.Boolean(metadata={"description": "Of an input: it may be left out."})
+    reshape = fields.Dict(metadata={"description": "The model's own shape, if it is a scalar."})
+    optional = fields.Boolean(metadata={"description": "An input that may be left out."})
 
 
 class ModelConfigSchema(AnswerSchema):
@@ -50,7 +53,7 @@ class ModelConfigSchema(AnswerSchema):
     input = fields.List(fields.Nested(ConfiguredTensorSchema), required=True)
     output = fields.List(fields.Nested(ConfiguredTensorSchema), required=True)
     instance_group = fields.List(fields.Dict(), required=True)
-    dynamic_batching = fields.Dict(metadata={"description": "Only there where requests run together."})
+    dynamic_batching = fields.Dict(metadata={"description": "Present if requests run in batches."})
     default_model_filename = fields.String(required=True)
     model_transaction_policy = fields.Dict(required=True)
 
@@ -62,7 +65,7 @@ def model_config(
     outputs: Iterable[TensorSpec],
     parameters: LoadParameters,
 ) -> dict[str, Any]:
-    """Return the configuration of a loaded version, from what its load was asked for with."""
+    """Return the configuration of a loaded version, from the parameters of its load."""
     batched = parameters.max_batch_size > 0
     config = {
         "name": model_id,
@@ -82,7 +85,7 @@ def model_config(
 
 
 def data_type(datatype: str) -> str:
-    """Return what the configuration calls a datatype; of what the protocol has no name for, TYPE_INVALID."""
+    """Return Triton's name of a datatype; TYPE_INVALID if the protocol has none."""
     if datatype not in DATATYPES:
         return "TYPE_INVALID"
     return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
@@ -99,17 +102,19 @@ def _dims(shape: Sequence[int], *, batched: bool) -> dict[str, Any]:
 
 
 HONOURED = ("max_batch_size", "dynamic_batching", "instance_group", "version_policy")
-"""What a load's configuration may choose. Whatever else there is belongs to the model, or is not ours."""
+"""The members of a load's configuration that choose something. All others belong to the model."""
+
+_LOAD_BODY = LoadBodySchema()
 
 
 class NotSupported(ServerProblem):
-    """This is part of the protocol, but nothing here does it."""
+    """This is part of the protocol, but the server does not support it."""
 
     code = "not_supported"
 
 
 class InstanceGroup(msgspec.Struct):
-    """How many workers, on what; 0 is Triton's default, one."""
+    """The number of workers and their device; 0 is Triton's default, one."""
 
     count: int = 0
     kind: str = "KIND_AUTO"
@@ -117,7 +122,7 @@ class InstanceGroup(msgspec.Struct):
 
 
 class DynamicBatching(msgspec.Struct):
-    """That requests run together."""
+    """Requests run in batches, after this delay at the latest."""
 
     max_queue_delay_microseconds: int = 0
 
@@ -129,7 +134,7 @@ class Specific(msgspec.Struct):
 
 
 class Latest(msgspec.Struct):
-    """So many of the highest."""
+    """The highest versions."""
 
     num_versions: int = 1
 
@@ -141,8 +146,8 @@ class VersionPolicy(msgspec.Struct):
     latest: Latest | None = None
 
 
-class AskedConfig(msgspec.Struct):
-    """A load's configuration, without what is only compared with what is so."""
+class LoadConfig(msgspec.Struct):
+    """The `HONOURED` members of a load's configuration."""
 
     max_batch_size: int | None = None
     dynamic_batching: DynamicBatching | None = None
@@ -150,13 +155,12 @@ class AskedConfig(msgspec.Struct):
     version_policy: VersionPolicy | None = None
 
 
-def body_doc(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a body that may be left out is documented."""
+def _optional_body(properties: Mapping[str, Any]) -> dict[str, Any]:
     schema = {"type": "object", "properties": properties}
     return {"required": False, "content": {"application/json": {"schema": schema}}}
 
 
-LOAD_BODY = body_doc(
+LOAD_BODY = _optional_body(
     {
         "parameters": {
             "type": "object",
@@ -164,17 +168,17 @@ LOAD_BODY = body_doc(
                 "config": {
                     "type": "string",
                     "description": f"Triton's model configuration as JSON. Honoured: {', '.join(HONOURED)}. "
-                    "What else a load can be asked for with is what the model's loadledger.toml says, or "
-                    "the server's settings; POST /api/v1/models/{id}/load takes it per request.",
+                    "All others come from the model's loadledger.toml, or the server's settings; "
+                    "POST /api/v1/models/{id}/load accepts them per request.",
                 }
             },
         }
     }
 )
-UNLOAD_BODY = body_doc(
+UNLOAD_BODY = _optional_body(
     {"parameters": {"type": "object", "properties": {"unload_dependents": {"type": "boolean"}}}}
 )
-INDEX_BODY = body_doc({"ready": {"type": "boolean", "description": "Only what can be asked."}})
+INDEX_BODY = _optional_body({"ready": {"type": "boolean", "description": "Only versions that are ready."}})
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
@@ -184,55 +188,56 @@ async def read_object(request: web.Request) -> dict[str, Any]:
         InvalidBody: `invalid_body`; also `body_too_large`, `body_timeout`, `unsupported_media_type`.
     """
     body = await read_body(request, MAX_JSON_BYTES)
-    return _object(body, "body") if body else {}
+    return _parse_object(body, "body") if body else {}
 
 
-def asked_load(body: Mapping[str, Any], model_id: str) -> dict[str, Any]:
-    """Return what a load's body asks for, as members of a load's body in the management API.
+def read_load(body: Mapping[str, Any], model_id: str) -> dict[str, Any]:
+    """Return the parameters of a load's body, as `LoadBodySchema` loads them.
 
     Raises:
         InvalidBody: `invalid_body`.
         NotSupported: `not_supported`.
     """
-    parameters = _parameters(body, {"config"})
-    config = parameters.get("config")
-    if config is None and "config" not in parameters:
+    parameters = _read_parameters(body, {"config"})
+    if "config" not in parameters:
         return {}
+    config = parameters["config"]
     if not isinstance(config, str):
         raise InvalidBody("body: parameters.config: Must be a string that holds JSON.")
-    given = _object(config.encode("utf-8", "replace"), "parameters.config")
-    _check_what_is_so(given, model_id)
-    return _asked(_typed(given))
+    given = _parse_object(config.encode("utf-8", "replace"), "parameters.config")
+    _check_fixed_members(given, model_id)
+    loaded: dict[str, Any] = load_with(_LOAD_BODY, _load_parameters(_convert(given)), "body", InvalidBody)
+    return loaded
 
 
 def check_unload(body: Mapping[str, Any]) -> None:
-    """Check an unload's body, which changes nothing.
+    """Check an unload's body, which chooses nothing.
 
     Raises:
         InvalidBody: `invalid_body`.
         NotSupported: `not_supported`.
     """
-    dependents = _parameters(body, {"unload_dependents"}).get("unload_dependents", False)
+    dependents = _read_parameters(body, {"unload_dependents"}).get("unload_dependents", False)
     if not isinstance(dependents, bool):
         raise InvalidBody("body: parameters.unload_dependents: Must be true or false.")
     if dependents:
         raise NotSupported("parameters.unload_dependents: true is not supported: no model depends on another")
 
 
-def asked_ready(body: Mapping[str, Any]) -> bool:
-    """Return whether an index is to have only what can be asked.
+def read_only_ready(body: Mapping[str, Any]) -> bool:
+    """Return whether an index is limited to versions that are ready.
 
     Raises:
         InvalidBody: `invalid_body`.
     """
-    _only(body, {"ready"}, "body", InvalidBody)
+    _check_names(body, {"ready"}, "body", InvalidBody)
     ready = body.get("ready", False)
     if not isinstance(ready, bool):
         raise InvalidBody("body: ready: Must be true or false.")
     return ready
 
 
-def _object(text: bytes, where: str) -> dict[str, Any]:
+def _parse_object(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = validation.loads(text)
     except validation.InvalidJson as error:
@@ -242,31 +247,30 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _parameters(body: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
-    _only(body, {"parameters"}, "body", InvalidBody)
+def _read_parameters(body: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
+    _check_names(body, {"parameters"}, "body", InvalidBody)
     parameters = body.get("parameters", {})
     if not isinstance(parameters, dict):
         raise InvalidBody("body: parameters: Must be a JSON object.")
-    _only(parameters, known, "parameters", NotSupported)
+    _check_names(parameters, known, "parameters", NotSupported)
     return parameters
 
 
-def _only(
+def _check_names(
     given: Mapping[str, Any],
     known: Collection[str],
     where: str,
     refusal: type[InvalidBody | NotSupported],
 ) -> None:
     for name in sorted(given.keys() - set(known)):
-        shown = name if len(name) <= 64 else f"{name[:63]}…"  # noqa: PLR2004 -- a name, not a novel
-        raise refusal(
-            f"{where}: {shown} is not supported; leave it out. Known are {', '.join(sorted(known))}"
-        )
+        shown = name if len(name) <= MAX_NAME_CHARACTERS else f"{name[: MAX_NAME_CHARACTERS - 1]}…"
+        known_names = ", ".join(sorted(known))
+        raise refusal(f"{where}: {shown} is not supported; leave it out. Known are {known_names}")
 
 
-def _check_what_is_so(config: Mapping[str, Any], model_id: str) -> None:
-    """Refuse what the configuration says of the model that is not so, or not known before it is loaded."""
-    so: dict[str, tuple[Any, ...]] = {
+def _check_fixed_members(config: Mapping[str, Any], model_id: str) -> None:
+    """Refuse members that contradict the model, or that nothing knows before it is loaded."""
+    fixed: dict[str, tuple[Any, ...]] = {
         "name": ("", model_id),
         "platform": ("", PLATFORM),
         "backend": ("", BACKEND),
@@ -275,53 +279,53 @@ def _check_what_is_so(config: Mapping[str, Any], model_id: str) -> None:
         "input": ([],),
         "output": ([],),
     }
-    _only(config, {*so, *HONOURED}, "parameters.config", NotSupported)
-    for name, values in so.items():
+    _check_names(config, {*fixed, *HONOURED}, "parameters.config", NotSupported)
+    for name, values in fixed.items():
         if name in config and config[name] not in values:
-            said = f"it is {values[-1]!r}" if values[-1] else "the model itself says it"
-            raise NotSupported(f"parameters.config: {name}: cannot be chosen, {said}; leave it out")
+            reason = f"it is {values[-1]!r}" if values[-1] else "the model itself says it"
+            raise NotSupported(f"parameters.config: {name}: cannot be chosen, {reason}; leave it out")
 
 
-def _typed(config: Mapping[str, Any]) -> AskedConfig:
-    """Return the configuration's members; numbers may be strings, as protobuf writes those of 64 bits."""
-    _only_members(config.get("dynamic_batching"), DynamicBatching, "dynamic_batching")
-    _only_members(config.get("version_policy"), VersionPolicy, "version_policy")
+def _convert(config: Mapping[str, Any]) -> LoadConfig:
+    """Return the honoured members; numbers may be strings, as protobuf writes those of 64 bits."""
+    _check_members(config.get("dynamic_batching"), DynamicBatching, "dynamic_batching")
+    _check_members(config.get("version_policy"), VersionPolicy, "version_policy")
     groups = config.get("instance_group")
     for group in groups if isinstance(groups, list) else ():
-        _only_members(group, InstanceGroup, "instance_group")
+        _check_members(group, InstanceGroup, "instance_group")
     honoured = {name: config[name] for name in HONOURED if name in config}
     try:
-        return msgspec.convert(honoured, AskedConfig, strict=False)
+        return msgspec.convert(honoured, LoadConfig, strict=False)
     except msgspec.ValidationError as error:
         raise InvalidBody(f"parameters.config: {error}") from None
 
 
-def _only_members(given: object, kind: type[msgspec.Struct], where: str) -> None:
+def _check_members(given: object, kind: type[msgspec.Struct], where: str) -> None:
     if isinstance(given, dict):
-        _only(given, kind.__struct_fields__, f"parameters.config: {where}", NotSupported)
+        _check_names(given, kind.__struct_fields__, f"parameters.config: {where}", NotSupported)
 
 
-def _asked(config: AskedConfig) -> dict[str, Any]:
-    asked = {
+def _load_parameters(config: LoadConfig) -> dict[str, Any]:
+    parameters = {
         "version": _version(config.version_policy),
         "instances": _instances(config.instance_group),
         "max_batch_size": config.max_batch_size,
     }
     if config.dynamic_batching is not None:
         if not config.max_batch_size:
-            raise InvalidBody("parameters.config: dynamic_batching takes a max_batch_size of at least 1")
-        asked["max_queue_delay_us"] = config.dynamic_batching.max_queue_delay_microseconds
-    return {name: value for name, value in asked.items() if value is not None}
+            raise InvalidBody("parameters.config: dynamic_batching needs a max_batch_size of at least 1")
+        parameters["max_queue_delay_us"] = config.dynamic_batching.max_queue_delay_microseconds
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _version(policy: VersionPolicy | None) -> int | None:
-    """Return the version that is chosen; one at a time can be, and the highest is what None means."""
+    """Return the only version of a policy; None means the highest."""
     if policy is None or (policy.specific is None and policy.latest == Latest(1)):
         return None
     if policy.specific is not None and policy.latest is None and len(policy.specific.versions) == 1:
         return policy.specific.versions[0]
     raise NotSupported(
-        "parameters.config: version_policy: a model has one version loaded at a time; take "
+        "parameters.config: version_policy: a model has one version loaded at a time; use "
         '{"specific": {"versions": [N]}} or {"latest": {"num_versions": 1}}'
     )
 
@@ -330,5 +334,5 @@ def _instances(groups: list[InstanceGroup]) -> int | None:
     if not groups:
         return None
     if len(groups) > 1 or groups[0].kind not in ("KIND_CPU", "KIND_AUTO"):
-        raise NotSupported("parameters.config: instance_group: takes one group, of KIND_CPU or KIND_AUTO")
+        raise NotSupported("parameters.config: instance_group: must be one group, of KIND_CPU or KIND_AUTO")
     return groups[0].count or 1

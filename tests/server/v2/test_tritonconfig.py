@@ -13,11 +13,11 @@ from runtime.wire import DATATYPES, TensorSpec
 from server.http.validation import InvalidBody
 from server.v2.tritonconfig import (
     NotSupported,
-    asked_load,
-    asked_ready,
     check_unload,
     data_type,
     model_config,
+    read_load,
+    read_only_ready,
 )
 
 JSON = st.recursive(
@@ -33,11 +33,11 @@ MEMBERS = (
 
 def requested(config: object) -> dict[str, Any]:
     """Return the parameters of a load with this configuration."""
-    return asked_load({"parameters": {"config": json.dumps(config)}}, "m")
+    return read_load({"parameters": {"config": json.dumps(config)}}, "m")
 
 
 def test_empty_configuration_requests_nothing() -> None:
-    assert asked_load({}, "m") == asked_load({"parameters": {}}, "m") == requested({}) == {}
+    assert read_load({}, "m") == read_load({"parameters": {}}, "m") == requested({}) == {}
 
 
 def test_configuration_may_repeat_what_is_fixed() -> None:
@@ -135,10 +135,10 @@ def test_malformed_configuration_is_refused(config: object, reason: str) -> None
 )
 def test_configuration_is_strict_json_in_a_string(text: object, reason: str) -> None:
     with pytest.raises(InvalidBody, match=reason):
-        asked_load({"parameters": {"config": text}}, "m")
+        read_load({"parameters": {"config": text}}, "m")
 
 
-@pytest.mark.parametrize("check", [lambda body: asked_load(body, "m"), check_unload])
+@pytest.mark.parametrize("check", [lambda body: read_load(body, "m"), check_unload])
 def test_unknown_members_are_refused_by_name(check: Any) -> None:
     with pytest.raises(InvalidBody, match="config"):
         check({"config": "{}"})
@@ -159,10 +159,10 @@ def test_unload_of_dependents_is_refused() -> None:
 
 
 def test_index_request_has_only_ready() -> None:
-    assert [asked_ready(body) for body in ({}, {"ready": False}, {"ready": True})] == [False, False, True]
+    assert [read_only_ready(body) for body in ({}, {"ready": False}, {"ready": True})] == [False, False, True]
     for body in ({"ready": 1}, {"ready": None}, {"x": True}):
         with pytest.raises(InvalidBody):
-            asked_ready(body)
+            read_only_ready(body)
 
 
 @PLAIN
