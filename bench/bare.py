@@ -48,9 +48,9 @@ def main(model: str, inferences: int) -> None:
     # Only the process that measures pays for these, and before it measures.
     import onnxruntime  # noqa: PLC0415
 
-    from runtime.worker.sessions import options  # noqa: PLC0415
+    from runtime.worker.sessions import session_options  # noqa: PLC0415
 
-    chosen = options(1)
+    chosen = session_options(1)
     start = time.perf_counter()
     session = onnxruntime.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
     for _ in range(inferences):

@@ -30,9 +30,9 @@ def main(model: str, elements: int, seconds: float) -> None:
     import numpy as np  # noqa: PLC0415
     import onnxruntime  # noqa: PLC0415
 
-    from runtime.worker.sessions import options  # noqa: PLC0415
+    from runtime.worker.sessions import session_options  # noqa: PLC0415
 
-    session = onnxruntime.InferenceSession(model, options(1), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, session_options(1), providers=["CPUExecutionProvider"])
     values = {"x": np.arange(elements, dtype=np.float32).reshape(1, elements)}
     for _ in range(WARM_UP_CALLS):
         session.run(None, values)

@@ -13,9 +13,9 @@ from bench.loads import ABOVE_GOAL_MS, RATIO_GOAL
 from bench.networks import Network
 from bench.subject import Subject, prepared, tried
 from bench.table import Row
-from runtime.cache.store import FOLDER, PreparedStore
+from runtime.cache.store import FOLDER, ModelCache
 from runtime.repository import MODEL_FILE
-from runtime.worker.loading import are_better
+from runtime.worker.loading import huge_pages_help
 
 OPTIONS = (*driver.UNLIMITED, "--warm-up=off")
 LATER_GOAL, MEAN_GOAL = 1.0, 0.5
@@ -49,7 +49,7 @@ def measure(
     with ExitStack() as stack:
         plain = stack.enter_context(driver.running(folder / "plain", *OPTIONS, "--prepare=off"))
         server = stack.enter_context(driver.running(folder / "preparing", *OPTIONS, "--prepare=on"))
-        store = PreparedStore(folder / "preparing" / "data" / FOLDER, limit_bytes=0)
+        store = ModelCache(folder / "preparing" / "data" / FOLDER, limit_bytes=0)
         tried(store, driver.TINY)
         for network in networks:
             subject = prepared(network, server, plain, store)
@@ -80,7 +80,7 @@ def _loads(subject: Subject, repeats: int) -> Loads:
 
 def _round(subject: Subject, number: int, new: str) -> tuple[float, float, float]:
     """Return the milliseconds of a first, a later and a bare load, each round beginning with another."""
-    huge = are_better(subject.bytes, None)
+    huge = huge_pages_help(subject.bytes, None)
     environment = bare.WORKER_ENVIRONMENT if huge else bare.PLAIN_ENVIRONMENT  # as a bare worker has them
     steps = (
         lambda: _loaded(subject.plain, new),

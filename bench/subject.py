@@ -7,7 +7,8 @@ from pathlib import Path
 from bench import models
 from bench.driver import Server
 from bench.networks import Network
-from runtime.cache.store import Entry, PreparedStore
+from runtime.cache.key import Entry
+from runtime.cache.store import ModelCache
 
 # Three pairs of processes for each form, at low priority: half a minute, where nothing else runs.
 PREPARING_LIMIT_S = 900.0
@@ -48,7 +49,7 @@ class Subject:
         return f"{self.bytes / 1e6:.0f} MB {self.network.what}"
 
 
-def prepared(network: Network, server: Server, plain: Server, store: PreparedStore) -> Subject:
+def prepared(network: Network, server: Server, plain: Server, store: ModelCache) -> Subject:
     """Put a network into both repositories, and wait until it is prepared; nothing is loaded then."""
     content = network.build()
     path = models.write(server.repository, network.name, content)
@@ -59,7 +60,7 @@ def prepared(network: Network, server: Server, plain: Server, store: PreparedSto
     return Subject(network, path, server, plain, entry)
 
 
-def tried(store: PreparedStore, model_id: str) -> Entry:
+def tried(store: ModelCache, model_id: str) -> Entry:
     """Wait for what `loadledger prepared list` shows of a model that was loaded.
 
     Not before is the server done with it: its workers that prepare would be measured with the others.

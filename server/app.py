@@ -17,8 +17,8 @@ from events.errors import LogUnavailable
 from events.log import Log
 from events.sqlite.reader import open_reader
 from events.types import Cause
-from runtime.cache.files import PreparedUnavailable
-from runtime.cache.store import FOLDER, PreparedStore
+from runtime.cache.files import CacheUnavailable
+from runtime.cache.store import FOLDER, ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import Leases
 from runtime.memory import budget_bytes, is_under_pressure, memory_limit, pressure
@@ -218,14 +218,14 @@ def _policy(config: Config, limit_bytes: int) -> Policy:
     )
 
 
-def _prepared(config: Config) -> PreparedStore | None:
+def _prepared(config: Config) -> ModelCache | None:
     """Open the prepared forms; where they cannot be kept, models load without."""
     if config.prepare != ON:
         return None
-    store = PreparedStore(config.data / FOLDER, config.prepared_bytes())
+    store = ModelCache(config.data / FOLDER, config.prepared_bytes())
     try:
         store.open()
-    except PreparedUnavailable as error:
+    except CacheUnavailable as error:
         _log.warning("models are not prepared: %s", error)
         return None
     return store

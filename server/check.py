@@ -26,7 +26,7 @@ from runtime.errors import RuntimeProblem
 from runtime.estimates import need_of
 from runtime.memory import MemoryUnknown, budget_bytes, memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
-from runtime.process.pool import WorkerPool, ended
+from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, ModelVersion, Repository
 from runtime.scheduler.admission import megabytes
 from runtime.wire import Load, Tensor
@@ -310,7 +310,7 @@ async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...]
         async with asyncio.timeout(timeout_s):
             await worker.load(message, lambda _: None, inputs)
     finally:
-        await ended(worker)
+        await kill_and_wait(worker)
 
 
 def _place(found: ModelVersion) -> str:

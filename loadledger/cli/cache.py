@@ -62,11 +62,11 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
 
 def _store(data: Path) -> Any:
-    from runtime.cache.store import FOLDER, PreparedStore  # noqa: PLC0415 - as above
+    from runtime.cache.store import FOLDER, ModelCache  # noqa: PLC0415 - as above
 
     if not data.is_dir():
         raise click.BadParameter(f"there is no {data}; `token` and `serve` create it", param_hint="--data")
-    return PreparedStore(data / FOLDER, limit_bytes=0)  # which only what is kept is held to
+    return ModelCache(data / FOLDER, limit_bytes=0)  # which only what is kept is held to
 
 
 def _told(entry: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The way of a cached model: after a bare load, `preparer.Preparer.offer` takes the version as a candidate; when
 the scheduler finds spare time and memory, a worker writes an optimised form into a draft (`files`); `trial`
-compares it with the bare model in fresh processes; `store.PreparedStore` keeps it under its `key`. The next
+compares it with the bare model in fresh processes; `store.ModelCache` keeps it under its `key`. The next
 load of the same bytes asks `Preparer.find_form` and passes it to its worker.
 
 To change: what a cached model depends on: `key`. Layout on disk, drafts, disk space: `files`. Eviction and

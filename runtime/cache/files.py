@@ -91,7 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return None if self.form is None else self.bytes
 
 
-def hashes_of(files: Iterable[LoadedFile | RecordedFile]) -> tuple[SourceHash, ...]:
+def source_hashes(files: Iterable[LoadedFile | RecordedFile]) -> tuple[SourceHash, ...]:
     """Return the content of files, in order of their paths."""
     return tuple(SourceHash(file.path, file.sha256) for file in sorted(files, key=lambda file: file.path))
 
@@ -102,7 +102,7 @@ def form_sha256(files: Iterable[LoadedFile]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def prepared_in(
+def describe_cached(
     folder: Path, form: Form, files: Sequence[LoadedFile], sources: Sequence[SourceHash]
 ) -> Prepared:
     """Describe a form, which may still be a draft, to a worker that is to load it."""
@@ -142,7 +142,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
-def are_there(folder: Path, files: Iterable[LoadedFile]) -> bool:
+def have_sizes(folder: Path, files: Iterable[LoadedFile]) -> bool:
     """Tell whether the folder has these files, in their sizes, without reading them."""
     try:
         seen = [(file, (folder / file.path).lstat()) for file in files]
@@ -151,7 +151,7 @@ def are_there(folder: Path, files: Iterable[LoadedFile]) -> bool:
     return all(stat.S_ISREG(found.st_mode) and found.st_size == file.bytes for file, found in seen)
 
 
-def trusted(folder: Path, files: Iterable[LoadedFile]) -> tuple[LoadedFile, ...] | None:
+def verify_files(folder: Path, files: Iterable[LoadedFile]) -> tuple[LoadedFile, ...] | None:
     """Return the files as they are now, in order of paths; None if one has not the content that it had.
 
     A file is read only if its identity is another.
@@ -197,11 +197,13 @@ def _is_sound(manifest: Manifest) -> bool:
     if manifest.form is None:
         return manifest.sha256 is None and not manifest.files
     return (
-        bool(manifest.files) and are_names(manifest.files) and form_sha256(manifest.files) == manifest.sha256
+        bool(manifest.files)
+        and are_plain_names(manifest.files)
+        and form_sha256(manifest.files) == manifest.sha256
     )
 
 
-def are_names(files: Sequence[LoadedFile]) -> bool:
+def are_plain_names(files: Sequence[LoadedFile]) -> bool:
     """Tell whether files that somebody named would lie directly in a folder, each once, beside a manifest."""
     names = {file.path for file in files}
     return len(names) == len(files) and not any(
@@ -242,13 +244,13 @@ _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _DRAFT = re.compile(r"draft-[0-9a-f]{16}-[0-9a-f]{8}", re.ASCII)
 
 
-class PreparedUnavailable(RuntimeProblem):
+class CacheUnavailable(RuntimeProblem):
     """Prepared forms of models cannot be kept at the moment; models load without."""
 
     code = "prepared_unavailable"
 
 
-class PreparedFolder:
+class CacheFolder:
     """The folder, for the threads of one process.
 
     Args:
@@ -296,7 +298,7 @@ class PreparedFolder:
             PreparedUnavailable: `prepared_unavailable`, it is no folder, a link, another user's, open to
                 everybody's writing, or it cannot be made.
         """
-        with told(self.path):
+        with explain_os_errors(self.path):
             try:
                 self.path.mkdir(mode=0o700)
             except FileExistsError:
@@ -332,7 +334,7 @@ class PreparedFolder:
         """
         doomed = list[Path]()
         try:
-            with told(self.path), self._lock:
+            with explain_os_errors(self.path), self._lock:
                 yield doomed
         finally:
             for path in doomed:
@@ -354,7 +356,7 @@ class PreparedFolder:
             doomed.append(draft)
 
     def _listed(self) -> list[Path]:
-        with told(self.path):
+        with explain_os_errors(self.path):
             try:
                 self._refuse_irregular(self.path.lstat())
                 return sorted(self.path.iterdir(), key=lambda path: path.name)
@@ -365,12 +367,12 @@ class PreparedFolder:
         self._refuse_irregular(seen)
         mode = stat.S_IMODE(seen.st_mode)
         if seen.st_uid != os.geteuid():
-            raise PreparedUnavailable(
+            raise CacheUnavailable(
                 f"{self.path} belongs to user {seen.st_uid}, and this process is user {os.geteuid()}: remove"
                 " it, or give it to this user"
             )
         if mode & stat.S_IWOTH:
-            raise PreparedUnavailable(
+            raise CacheUnavailable(
                 f"everybody can write to {self.path}, so what is in it may be anybody's: remove it"
             )
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -383,19 +385,19 @@ class PreparedFolder:
     def _refuse_irregular(self, seen: os.stat_result) -> None:
         if not stat.S_ISDIR(seen.st_mode):
             what = "a symbolic link" if stat.S_ISLNK(seen.st_mode) else "no folder"
-            raise PreparedUnavailable(f"{self.path} is {what}: remove it, and a folder is made there")
+            raise CacheUnavailable(f"{self.path} is {what}: remove it, and a folder is made there")
 
     def _new_name(self, entry: Path) -> Path:
         return self.path / f"draft-{entry.name[:16]}-{secrets.token_hex(4)}"
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
+def explain_os_errors(folder: Path) -> Iterator[None]:
     """Say of all that the file system refuses what it means."""
     try:
         yield
     except (OSError, LedgerProblem) as error:
-        raise PreparedUnavailable(f"prepared models cannot be kept in {folder}: {error}") from error
+        raise CacheUnavailable(f"prepared models cannot be kept in {folder}: {error}") from error
 
 
 def _is_key(name: str) -> bool:

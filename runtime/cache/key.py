@@ -77,7 +77,7 @@ _SAYS = "build_and_package_info.py"
 """Where, beside them, it has its name and version."""
 
 
-def key_of(sources: Sequence[SourceHash], threads: int) -> str:
+def make_key(sources: Sequence[SourceHash], threads: int) -> str:
     """Return the key of what is prepared: SHA-256, in 64 hex digits, of all that it depends on.
 
     What else is set for a session is the same for all of them, and a change of that is one of `LAYOUT`.
@@ -143,7 +143,7 @@ MAX_TIME_S = 250_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class FinishedForm:
     """A form that was made and found to be of use.
 
     Attributes:
@@ -172,7 +172,7 @@ class Entry:
     """What is known for a key.
 
     Attributes:
-        key: as `key_of` makes it.
+        key: as `make_key` makes it.
         model_id: what it was made of; other models with the same files use it too.
         version: of that model.
         form: None if no form is of use.
@@ -208,7 +208,7 @@ class Cleared:
     bytes: int
 
 
-def entry_of(manifest: Manifest, used_ns: int) -> Entry:
+def make_entry(manifest: Manifest, used_ns: int) -> Entry:
     """Return what a manifest says, and when it was used."""
     return Entry(
         manifest.key,
@@ -218,7 +218,7 @@ def entry_of(manifest: Manifest, used_ns: int) -> Entry:
         manifest.sha256,
         manifest.bytes,
         manifest.made_at,
-        stamp_of(used_ns),
+        timestamp_of(used_ns),
         manifest.took_ms,
         manifest.figures,
         manifest.tried,
@@ -226,18 +226,18 @@ def entry_of(manifest: Manifest, used_ns: int) -> Entry:
     )
 
 
-def stamp_of(time_ns: int) -> str:
+def timestamp_of(time_ns: int) -> str:
     """Return a time as the ledger writes it, from nanoseconds since 1970."""
     seconds = min(max(time_ns / 1e9, 0), MAX_TIME_S)
     return format_timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
-def hash_of(given: Iterable[Tensor]) -> str:
+def hash_inputs(given: Iterable[Tensor]) -> str:
     """Return the SHA-256 of inputs, in 64 hex digits."""
     told = repr([(each.name, each.datatype, each.shape, bytes(each.data)) for each in given])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def is_open(entry: Entry | None, given: Iterable[Tensor]) -> bool:
+def needs_trial(entry: Entry | None, given: Iterable[Tensor]) -> bool:
     """Tell whether something is to be found out: nothing is known, or nothing but with other inputs."""
-    return entry is None or (entry.untried_on is not None and entry.untried_on != hash_of(given))
+    return entry is None or (entry.untried_on is not None and entry.untried_on != hash_inputs(given))

@@ -21,23 +21,23 @@ from pathlib import Path
 from events.clock import uuid7
 from events.counters import Histogram
 from events.models import Footprint
-from runtime.cache.files import PreparedUnavailable, hashes_of, prepared_in
-from runtime.cache.key import hash_of, is_open, key_of, runtime_was_replaced
-from runtime.cache.store import Made, PreparedStore
+from runtime.cache.files import CacheUnavailable, describe_cached, source_hashes
+from runtime.cache.key import FinishedForm, hash_inputs, make_key, needs_trial, runtime_was_replaced
+from runtime.cache.store import ModelCache
 from runtime.cache.trial import (
     CHANGED,
     MAX_SAMPLE_BYTES,
-    NotTried,
     Pair,
-    Stopped,
     Trial,
-    is_circumstance,
-    told,
+    TrialImpossible,
+    TrialInterrupted,
+    has_outside_cause,
+    least_of_each,
 )
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.estimates import WORKER_BYTES, same_files
 from runtime.modeldefaults import read_warm_up
-from runtime.process.pool import WorkerPool, ended, whole
+from runtime.process.pool import WorkerPool, complete, kill_and_wait
 from runtime.repository import FileStat, Repository
 from runtime.scheduler.view import Preparation
 from runtime.wire import Form, Load, LoadedFile, Prepare, Prepared, SourceHash, Tensor
@@ -118,10 +118,10 @@ class Candidate:
     @property
     def hashes(self) -> tuple[SourceHash, ...]:
         """The files by content."""
-        return hashes_of(self.sources)
+        return source_hashes(self.sources)
 
 
-class Preparing:
+class PreparationRun:
     """One version being prepared.
 
     Attributes:
@@ -129,7 +129,7 @@ class Preparing:
     """
 
     def __init__(
-        self, store: PreparedStore, pool: WorkerPool, repository: Repository, candidate: Candidate
+        self, store: ModelCache, pool: WorkerPool, repository: Repository, candidate: Candidate
     ) -> None:
         self._store = store
         self._pool = pool
@@ -144,21 +144,21 @@ class Preparing:
 
         Raises:
             Stopped: it may be tried again.
-            PreparedUnavailable: it cannot be kept.
+            CacheUnavailable: it cannot be kept.
             OSError: the repository cannot be read.
         """
-        self._key = await asyncio.to_thread(key_of, self._candidate.hashes, self._pool.threads)
+        self._key = await asyncio.to_thread(make_key, self._candidate.hashes, self._pool.threads)
         given: tuple[Tensor, ...] = ()
         try:
             async with asyncio.timeout(LIMIT_S):
                 bare, given = await self._bare()
-                if not is_open(await asyncio.to_thread(self._store.find, self._key), given):
+                if not needs_trial(await asyncio.to_thread(self._store.find, self._key), given):
                     return
                 tried = await self._first_of_use(bare, Trial(self._pool, bare, given))
-        except NotTried as why:
-            await self.settle_none(dict.fromkeys(FORMS, str(why)), untried_on=hash_of(given))
+        except TrialImpossible as why:
+            await self.settle_none(dict.fromkeys(FORMS, str(why)), untried_on=hash_inputs(given))
         except TimeoutError:
-            raise Stopped(f"it took more than {LIMIT_S:g} s") from None
+            raise TrialInterrupted(f"it took more than {LIMIT_S:g} s") from None
         except _Changed:
             return
         else:
@@ -216,19 +216,19 @@ class Preparing:
         try:
             async with self._draft(form) as draft:
                 files = await self._make(form, bare, draft)
-                why_not, pairs = await trial.of(prepared_in(draft, form, files, self._candidate.hashes))
+                why_not, pairs = await trial.of(describe_cached(draft, form, files, self._candidate.hashes))
                 if why_not is None:  # whole: the draft must not be removed while it becomes an entry
-                    await whole(asyncio.to_thread(self._keep, draft, form, files, pairs, tried))
+                    await complete(asyncio.to_thread(self._keep, draft, form, files, pairs, tried))
                 return why_not
-        except PreparedUnavailable:
+        except CacheUnavailable:
             raise
         except RuntimeProblem as problem:
             if problem.code in CHANGED:
                 raise _Changed from problem
             if problem.code == "disk_full":
-                raise PreparedUnavailable(str(problem)) from problem
-            if is_circumstance(problem):
-                raise Stopped(f"{form}: {problem}") from problem
+                raise CacheUnavailable(str(problem)) from problem
+            if has_outside_cause(problem):
+                raise TrialInterrupted(f"{form}: {problem}") from problem
             return f"its worker died: {problem}" if isinstance(problem, WorkerDied) else str(problem)
 
     @asynccontextmanager
@@ -237,11 +237,13 @@ class Preparing:
         made: list[Path] = []
         expected_bytes = WEIGHTS_IN[form] * sum(file.bytes for file in self._candidate.sources)
         try:
-            await whole(asyncio.to_thread(lambda: made.append(self._store.draft(self._key, expected_bytes))))
+            await complete(
+                asyncio.to_thread(lambda: made.append(self._store.draft(self._key, expected_bytes)))
+            )
             yield made[0]
         finally:
             for draft in made:
-                await whole(asyncio.to_thread(self._store.discard, draft))
+                await complete(asyncio.to_thread(self._store.discard, draft))
 
     async def _make(self, form: Form, bare: Load, draft: Path) -> tuple[LoadedFile, ...]:
         worker = await self._pool.start(uuid7())
@@ -259,11 +261,11 @@ class Preparing:
         )
         try:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):
-                raise PreparedUnavailable("ONNX Runtime was replaced while this server uses it: restart it")
+                raise CacheUnavailable("ONNX Runtime was replaced while this server uses it: restart it")
             made = await worker.prepare(order)
         finally:
-            await ended(worker)
-        if hashes_of(made.sources) != self._candidate.hashes:
+            await kill_and_wait(worker)
+        if source_hashes(made.sources) != self._candidate.hashes:
             raise _Changed
         return made.files
 
@@ -280,14 +282,14 @@ class Preparing:
         tried: Mapping[Form, str],
     ) -> None:
         candidate = self._candidate
-        made = Made(
+        made = FinishedForm(
             form=form,
             files=files,
             sources=candidate.hashes,
             model_id=candidate.model_id,
             version=candidate.version,
             took_ms=self._took_ms,
-            figures=told(pairs),
+            figures=least_of_each(pairs),
             tried=dict(tried),
         )
         if self._store.keep(self._key, draft, made) is not None:
@@ -319,7 +321,7 @@ class Preparer:
     """
 
     def __init__(
-        self, store: PreparedStore | None, pool: WorkerPool, repository: Repository, wake: Callable[[], None]
+        self, store: ModelCache | None, pool: WorkerPool, repository: Repository, wake: Callable[[], None]
     ) -> None:
         self._store = store
         self._pool = pool
@@ -334,7 +336,7 @@ class Preparer:
         self.counts = PreparingCounts()
 
     @property
-    def store(self) -> PreparedStore | None:
+    def store(self) -> ModelCache | None:
         """Where forms are kept, if they are."""
         return self._store
 
@@ -384,7 +386,7 @@ class Preparer:
             return None
         try:
             return self._store.use(key)
-        except (PreparedUnavailable, OSError) as error:
+        except (CacheUnavailable, OSError) as error:
             _log.warning("a prepared form cannot be used, and the load goes on without: %s", error)
             return None
 
@@ -398,7 +400,7 @@ class Preparer:
         known = next((seen.files for seen in footprints if same_files(seen.files, files)), None)
         if self._store is None or known is None:
             return None
-        return key_of(hashes_of(known), self._pool.threads)
+        return make_key(source_hashes(known), self._pool.threads)
 
     def failed(self, prepared: Prepared, reason: str) -> None:
         """Drop a form that a load could do nothing with."""
@@ -412,15 +414,15 @@ class Preparer:
         self._looks.add(task)
         task.add_done_callback(self._looks.discard)
 
-    async def _look(self, store: PreparedStore, candidate: Candidate) -> None:
+    async def _look(self, store: ModelCache, candidate: Candidate) -> None:
         key = await asyncio.to_thread(self._key_to_prepare, store, candidate)
         if key is not None:
             self._candidates.setdefault(key, candidate)  # other models may have the same files
             self._wake()
 
-    def _key_to_prepare(self, store: PreparedStore, candidate: Candidate) -> str | None:
+    def _key_to_prepare(self, store: ModelCache, candidate: Candidate) -> str | None:
         """Return the key, if it is not known what is of use for it, or there are other inputs to try."""
-        key = key_of(candidate.hashes, self._pool.threads)
+        key = make_key(candidate.hashes, self._pool.threads)
         entry = store.find(key)
         if entry is None:
             return key
@@ -430,13 +432,13 @@ class Preparer:
             given = read_warm_up(self._repository, candidate.model_id).inputs
         except (RuntimeProblem, OSError):  # the next load says what is wrong with them
             return None
-        return key if is_open(entry, given) else None
+        return key if needs_trial(entry, given) else None
 
-    async def _drop(self, store: PreparedStore, prepared: Prepared, reason: str) -> None:
+    async def _drop(self, store: ModelCache, prepared: Prepared, reason: str) -> None:
         try:
-            key = await asyncio.to_thread(key_of, prepared.sources, self._pool.threads)
+            key = await asyncio.to_thread(make_key, prepared.sources, self._pool.threads)
             await asyncio.to_thread(store.drop, key, reason, prepared)
-        except (PreparedUnavailable, OSError) as error:
+        except (CacheUnavailable, OSError) as error:
             self._pause(error)
 
     def _over(self) -> None:
@@ -447,19 +449,19 @@ class Preparer:
         _log.warning("nothing is prepared for %d minutes: %s", PAUSE_S // 60, error)
         self._paused_until = time.monotonic() + PAUSE_S
 
-    async def _prepare(self, store: PreparedStore, key: str, candidate: Candidate) -> None:
-        preparing = Preparing(store, self._pool, self._repository, candidate)
+    async def _prepare(self, store: ModelCache, key: str, candidate: Candidate) -> None:
+        preparing = PreparationRun(store, self._pool, self._repository, candidate)
         began = time.monotonic()
         try:
             await self._attempt(preparing, key, candidate)
-        except (PreparedUnavailable, OSError) as error:
+        except (CacheUnavailable, OSError) as error:
             self._pause(error)
         except Exception:  # noqa: BLE001 - whatever it is, nobody but the log is to notice
             _log.exception("%s could not be prepared", candidate.model_id)
         finally:
             self.counts.count(preparing.outcomes, time.monotonic() - began)
 
-    async def _attempt(self, preparing: Preparing, key: str, candidate: Candidate) -> None:
+    async def _attempt(self, preparing: PreparationRun, key: str, candidate: Candidate) -> None:
         again = replace(candidate, attempts=candidate.attempts + 1)
         try:
             await preparing.run()
@@ -467,7 +469,7 @@ class Preparer:
             if again.attempts < MAX_ATTEMPTS:
                 self._candidates[key] = again
             raise
-        except Stopped as why:
+        except TrialInterrupted as why:
             if again.attempts < MAX_ATTEMPTS:
                 self._candidates[key] = again
             else:

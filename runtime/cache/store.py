@@ -23,20 +23,20 @@ from events.clock import add_seconds
 from runtime.cache.files import (
     LAYOUT,
     MANIFEST,
+    CacheFolder,
+    CacheUnavailable,
     Manifest,
-    PreparedFolder,
-    PreparedUnavailable,
-    are_names,
-    are_there,
-    prepared_in,
+    are_plain_names,
+    describe_cached,
+    explain_os_errors,
+    have_sizes,
     read_manifest,
     remove_others,
     sync,
-    told,
-    trusted,
+    verify_files,
     write_manifest,
 )
-from runtime.cache.key import Cleared, Entry, Made, entry_of, key_of, stamp_of
+from runtime.cache.key import Cleared, Entry, FinishedForm, make_entry, timestamp_of
 from runtime.memory import room
 from runtime.wire import Form, LoadedFile, Prepared, plain_text
 
@@ -53,7 +53,7 @@ class Use:
     bytes: int | None
 
 
-class Uses:
+class UseOrder:
     """The last use of each key, within limits.
 
     Args:
@@ -129,20 +129,18 @@ class Uses:
             self._bytes += sign * use.bytes
 
 
-__all__ = ["FOLDER", "Cleared", "Entry", "Made", "PreparedStore", "PreparedUnavailable", "key_of"]
-
 FOLDER = "prepared"
 """In the data directory."""
-NONE_KNOWN_S = 86_400
+USELESS_KNOWN_S = 86_400
 """For how long it is known that no form is of use, where trials say so and no load or inference did."""
 
 _log = logging.getLogger(__name__)
 
 
-class PreparedStore:
+class ModelCache:
     """What is prepared, in one folder.
 
-    `find` and `use` never fail for what is in there. The others raise `PreparedUnavailable`
+    `find` and `use` never fail for what is in there. The others raise `CacheUnavailable`
     (`prepared_unavailable`) whenever the file system refuses, the disk being full included, and leave no
     draft behind.
 
@@ -166,11 +164,11 @@ class PreparedStore:
         now_ns: Callable[[], int] = time.time_ns,
         room: Callable[[Path], int] = room,
     ) -> None:
-        self._folder = PreparedFolder(folder)
+        self._folder = CacheFolder(folder)
         self.limit_bytes = limit_bytes
         self._now_ns = now_ns
         self._room = room
-        self._uses = Uses(limit_bytes, max_without_form)
+        self._uses = UseOrder(limit_bytes, max_without_form)
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -200,7 +198,7 @@ class PreparedStore:
         if found is None:
             return None
         until = found[0].known_until
-        return entry_of(*found) if until is None or stamp_of(self._now_ns()) <= until else None
+        return make_entry(*found) if until is None or timestamp_of(self._now_ns()) <= until else None
 
     def use(self, key: str) -> Prepared | None:
         """Return the form to load for a key, and note that it is used; None if there is none of use.
@@ -212,15 +210,17 @@ class PreparedStore:
         if found is None:
             return None
         manifest, folder = found[0], self._folder.entry(key)
-        files = trusted(folder, manifest.files)
+        files = verify_files(folder, manifest.files)
         if files is None:
             self._forget(manifest)
             return None
         if files != manifest.files:
             manifest = self._renewed(manifest, files)
-        with suppress(PreparedUnavailable), self._folder.changing():
+        with suppress(CacheUnavailable), self._folder.changing():
             self._count_use(manifest)
-        return None if manifest.form is None else prepared_in(folder, manifest.form, files, manifest.sources)
+        return (
+            None if manifest.form is None else describe_cached(folder, manifest.form, files, manifest.sources)
+        )
 
     def draft(self, key: str, expected_bytes: int = 0) -> Path:
         """Make an empty folder for a form of this key, which is the caller's to keep or discard.
@@ -241,7 +241,7 @@ class PreparedStore:
         """Remove a draft, if it is there; without an error."""
         self._folder.discard(draft)
 
-    def keep(self, key: str, draft: Path, made: Made) -> Prepared | None:
+    def keep(self, key: str, draft: Path, made: FinishedForm) -> Prepared | None:
         """Have the form in a draft be what is used for a key, instead of what was, and make room for it.
 
         The draft is no longer there afterwards, however this ends.
@@ -251,7 +251,7 @@ class PreparedStore:
             those that were made; then that is what is known for the key.
         """
         try:
-            with told(self._folder.path):
+            with explain_os_errors(self._folder.path):
                 return self._keep(key, draft, made)
         finally:
             self.discard(draft)
@@ -277,7 +277,7 @@ class PreparedStore:
             untried_on: if nothing could be tried, the SHA-256 of the inputs that there were for it.
         """
         manifest = self._manifest(key, model_id, version, took_ms, tried)
-        until = add_seconds(manifest.made_at, NONE_KNOWN_S)
+        until = add_seconds(manifest.made_at, USELESS_KNOWN_S)
         self._settle(msgspec.structs.replace(manifest, known_until=until, untried_on=untried_on))
 
     def drop(self, key: str, reason: str, used: Prepared | None = None) -> bool:
@@ -303,7 +303,7 @@ class PreparedStore:
     def entries(self) -> list[Entry]:
         """List all that is known, the last used first."""
         found = [found for path in self._folder.entries() if (found := read_manifest(path)) is not None]
-        return [entry_of(*each) for each in sorted(found, key=lambda each: -each[1])]
+        return [make_entry(*each) for each in sorted(found, key=lambda each: -each[1])]
 
     def clear(self, model_id: str | None = None) -> Cleared:
         """Remove all that was prepared, or what was made of one model; what is being made goes on.
@@ -321,7 +321,7 @@ class PreparedStore:
                     self._take_away(path, doomed)
         return Cleared(entries, size)
 
-    def _keep(self, key: str, draft: Path, made: Made) -> Prepared | None:
+    def _keep(self, key: str, draft: Path, made: FinishedForm) -> Prepared | None:
         files = _checked(draft, made.files)
         manifest = self._manifest(key, made.model_id, made.version, made.took_ms, made.tried)
         if files is None:
@@ -333,7 +333,7 @@ class PreparedStore:
             self._leave_out(manifest, made.form, reason, size)
             return None
         remove_others(draft, files)
-        prepared = prepared_in(self._folder.entry(key), made.form, files, made.sources)
+        prepared = describe_cached(self._folder.entry(key), made.form, files, made.sources)
         manifest = msgspec.structs.replace(
             manifest,
             form=made.form,
@@ -364,13 +364,13 @@ class PreparedStore:
             key=key,
             model_id=model_id,
             version=version,
-            made_at=stamp_of(self._now_ns()),
+            made_at=timestamp_of(self._now_ns()),
             took_ms=took_ms,
             tried={form: plain_text(reason) for form, reason in tried.items()},
         )
 
     def _publish(self, draft: Path, manifest: Manifest) -> None:
-        with told(self._folder.path):
+        with explain_os_errors(self._folder.path):
             write_manifest(draft, manifest)
         with self._folder.changing() as doomed:
             self._folder.put(draft, manifest.key, doomed)
@@ -381,7 +381,7 @@ class PreparedStore:
         found = read_manifest(path)
         if (
             found is None
-            or not are_there(path, found[0].files)
+            or not have_sizes(path, found[0].files)
             or 0 < found[0].needs_bytes <= self.limit_bytes  # it was too much, and no longer is
         ):
             self._take_away(path, doomed)
@@ -400,12 +400,12 @@ class PreparedStore:
             key, size = oldest.pop(0)
             with self._folder.changing() as doomed:
                 self._take_away(self._folder.entry(key), doomed)
-            with told(self._folder.path):
+            with explain_os_errors(self._folder.path):
                 before, there_is = there_is, self._room(self._folder.path)
             if there_is - before < size // 2:  # workers have it mapped: not all are to go for nothing
                 break
         if there_is < needed:
-            raise PreparedUnavailable(
+            raise CacheUnavailable(
                 f"preparing needs {needed} bytes on the disk of {self._folder.path}, and"
                 f" {max(0, there_is)} can be spared: free some there"
             )
@@ -424,7 +424,7 @@ class PreparedStore:
 
     def _forget(self, manifest: Manifest) -> None:
         path = self._folder.entry(manifest.key)
-        with suppress(PreparedUnavailable), self._folder.changing() as doomed:
+        with suppress(CacheUnavailable), self._folder.changing() as doomed:
             if _is_still(path, manifest):
                 _log.warning("the files in %s are no longer those that were prepared", path)
                 self._take_away(path, doomed)
@@ -433,7 +433,7 @@ class PreparedStore:
         """Trust the files' present identities from now on; if that cannot be kept, they are read again."""
         renewed = msgspec.structs.replace(manifest, files=files)
         path = self._folder.entry(manifest.key)
-        with suppress(PreparedUnavailable), self._folder.changing():
+        with suppress(CacheUnavailable), self._folder.changing():
             if _is_still(path, manifest):
                 write_manifest(path, renewed)
         return renewed
@@ -447,18 +447,18 @@ class PreparedStore:
     def _read(self, key: str) -> tuple[Manifest, int] | None:
         folder = self._folder.entry(key)
         found = read_manifest(folder)
-        return found if found is not None and are_there(folder, found[0].files) else None
+        return found if found is not None and have_sizes(folder, found[0].files) else None
 
 
 def _checked(draft: Path, files: tuple[LoadedFile, ...]) -> tuple[LoadedFile, ...] | None:
     """Return a form's files, once they are on the disk; None if they are not those that were made."""
     if not draft.is_dir():
-        raise PreparedUnavailable(f"the draft {draft} is gone: something else has removed it")
-    if not files or not are_names(files) or not are_there(draft, files):
+        raise CacheUnavailable(f"the draft {draft} is gone: something else has removed it")
+    if not files or not are_plain_names(files) or not have_sizes(draft, files):
         return None
     for file in files:
         sync(draft / file.path)
-    return trusted(draft, files)
+    return verify_files(draft, files)
 
 
 def _is_still(path: Path, manifest: Manifest) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from events.clock import uuid7
-from runtime.cache.files import hashes_of
+from runtime.cache.files import source_hashes
 from runtime.errors import (
     ForkServerUnavailable,
     InferenceFailed,
@@ -35,7 +35,7 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.process.pool import WorkerPool, ended
+from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.process.worker import LoadReport, Worker
 from runtime.wire import DATATYPES, Load, Outcome, Prepared, Tensor, TensorSpec
 
@@ -50,7 +50,7 @@ _TEXT = struct.pack("<I", 1) + b"a"
 _FLOATS = {"FP16": "e", "FP32": "f", "FP64": "d"}
 
 
-def samples(inputs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor, ...]]:
+def make_samples(inputs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor, ...]]:
     """Yield what a model with these inputs may take, the likeliest first: of each shape noise, then zeros.
 
     Floats are between -1 and 1; integers 0 or 1, which is an index of anything.
@@ -111,15 +111,15 @@ CHANGED = ("model_changed", "unsafe_file")
 """Why a load is refused whose files are no longer those that were loaded before."""
 
 
-class NotTried(Exception):
+class TrialImpossible(Exception):
     """There is nothing to try the model on, or the bare one does not do either: it says what."""
 
 
-class Stopped(Exception):
+class TrialInterrupted(Exception):
     """It could not be finished, for no reason of the form's own, and may be tried again: it says why."""
 
 
-def is_circumstance(problem: RuntimeProblem) -> bool:
+def has_outside_cause(problem: RuntimeProblem) -> bool:
     """Tell whether it may be another's fault than that of whatever was loaded or run.
 
     A process that is killed is so by whoever wants its memory, or at the server's end.
@@ -130,7 +130,7 @@ def is_circumstance(problem: RuntimeProblem) -> bool:
 
 
 @contextmanager
-def of_the_model(*, passing: tuple[type[RuntimeProblem], ...] = ()) -> Iterator[None]:
+def bare_model_errors(*, passing: tuple[type[RuntimeProblem], ...] = ()) -> Iterator[None]:
     """Blame no form for what goes wrong with the bare model.
 
     Args:
@@ -145,9 +145,9 @@ def of_the_model(*, passing: tuple[type[RuntimeProblem], ...] = ()) -> Iterator[
     except RuntimeProblem as problem:
         if isinstance(problem, passing) or problem.code in CHANGED:
             raise
-        if is_circumstance(problem) or problem.code == "out_of_memory":
-            raise Stopped(f"the bare model: {problem}") from problem
-        raise NotTried(f"the model cannot be tried, bare as it is: {problem}") from problem
+        if has_outside_cause(problem) or problem.code == "out_of_memory":
+            raise TrialInterrupted(f"the bare model: {problem}") from problem
+        raise TrialImpossible(f"the model cannot be tried, bare as it is: {problem}") from problem
 
 
 ROUNDS = 3
@@ -160,7 +160,7 @@ INFERENCE_LIMIT_S = 60.0
 MADE_UP = 2
 """Shapes of inputs that are made up and asked. Kernels differ for one row and for several, and so do mistakes
 in what they get: with misaligned weights one row is answered, and two crash (measured with 1.31)."""
-AS_QUICK = 0.97
+MIN_RATE = 0.97
 """What part of the bare session's rate a prepared one has to have: less could not be told from nothing."""
 
 
@@ -191,12 +191,12 @@ def verdict(pairs: Sequence[Pair]) -> str | None:
     if 2 * faster <= len(pairs) or ours >= bare:
         return f"it loads no faster: at best {ours / 1000:.1f} ms, bare {bare / 1000:.1f} ms"
     best = max(pair.bare_infer_ns / pair.infer_ns if pair.infer_ns else 1.0 for pair in pairs)
-    if best < AS_QUICK:
+    if best < MIN_RATE:
         return f"its inferences are slower: at best {best:.2f} of the bare rate"
     return None
 
 
-def told(pairs: Sequence[Pair]) -> dict[str, int]:
+def least_of_each(pairs: Sequence[Pair]) -> dict[str, int]:
     """Return what is kept of the measurements: the least of each."""
     return {
         field.name: min(getattr(pair, field.name) for pair in pairs) for field in dataclasses.fields(Pair)
@@ -233,7 +233,7 @@ class Trial:
                 self._loaded(self._bare) as (bare, bare_report),
                 self._loaded(replace(self._bare, prepared=prepared)) as (other, report),
             ):
-                if hashes_of(bare_report.files) != prepared.sources:
+                if source_hashes(bare_report.files) != prepared.sources:
                     raise LoadRefused("model_changed", "the model's files are others by now")
                 difference = _difference(bare_report, report)
                 if difference is not None:
@@ -251,11 +251,11 @@ class Trial:
     async def _loaded(self, order: Load) -> AsyncIterator[tuple[Worker, LoadReport]]:
         worker = await self._pool.start(uuid7())
         try:
-            with of_the_model() if order.prepared is None else nullcontext():
+            with bare_model_errors() if order.prepared is None else nullcontext():
                 report = await worker.load(order, lambda _: None)
             yield worker, report
         finally:
-            await ended(worker)
+            await kill_and_wait(worker)
 
     async def _asked(self, bare: Worker, report: LoadReport) -> list[tuple[Tensor, ...]]:
         """Return what the model is tried on: what is given, and what is made up that it takes."""
@@ -267,7 +267,7 @@ class Trial:
             if shape in shapes:
                 continue
             try:
-                with of_the_model(passing=(InvalidInput, InferenceFailed)):
+                with bare_model_errors(passing=(InvalidInput, InferenceFailed)):
                     await _ask(bare, inputs)
             except (InvalidInput, InferenceFailed) as problem:
                 refused = str(problem)
@@ -278,13 +278,15 @@ class Trial:
                 break
         if not found:
             advice = "give inputs that it takes as [[warm_up.inputs]] in its loadledger.toml"
-            raise NotTried(f"nothing is known that the model could be tried on: {advice}. {refused}".strip())
+            raise TrialImpossible(
+                f"nothing is known that the model could be tried on: {advice}. {refused}".strip()
+            )
         return found
 
 
 async def _made_up(report: LoadReport) -> AsyncIterator[tuple[Tensor, ...]]:
     """Yield made-up inputs; each is made in a thread, since making a large one takes a while."""
-    source = samples(report.inputs)
+    source = make_samples(report.inputs)
     while (made := await asyncio.to_thread(next, source, None)) is not None:
         yield made
 
@@ -299,7 +301,7 @@ def _difference(bare: LoadReport, prepared: LoadReport) -> str | None:
 
 async def _agree(bare: Worker, other: Worker, sets: Iterable[tuple[Tensor, ...]]) -> bool:
     for inputs in sets:
-        with of_the_model():
+        with bare_model_errors():
             _, expected = await _ask(bare, inputs)
         _, answered = await _ask(other, inputs)
         if _told(answered) != _told(expected):
@@ -312,7 +314,7 @@ async def _quickest_ns(bare: Worker, other: Worker, inputs: tuple[Tensor, ...]) 
     until = time.monotonic() + 2 * RUN_S
     took: list[tuple[int, int]] = []
     while len(took) < MIN_RUNS or (len(took) < RUNS and time.monotonic() < until):
-        with of_the_model():
+        with bare_model_errors():
             bare_outcome, _ = await _ask(bare, inputs)
         outcome, _ = await _ask(other, inputs)
         took.append((bare_outcome.infer_ns, outcome.infer_ns))

@@ -17,7 +17,7 @@ from events.errors import LedgerProblem, LogUnavailable
 from events.jobs import Job
 from events.log import Log
 from events.state import State
-from runtime.cache.store import PreparedStore
+from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Applier
 from runtime.consumer.loads import MEASURE_LIMIT_S, LiveLoad
 from runtime.consumer.usage import Leases, LoadUse, PreparationUse, Wait, uses, waits
@@ -64,7 +64,7 @@ class Consumer:
         drain_timeout_s: float,
         leases: Leases | None = None,
         under_pressure: Callable[[], bool] = lambda: False,
-        store: PreparedStore | None = None,
+        store: ModelCache | None = None,
     ) -> None:
         self._log = log
         self._pool = pool

@@ -40,14 +40,14 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
-from runtime.cache.files import hashes_of
+from runtime.cache.files import source_hashes
 from runtime.cache.preparer import Candidate, Preparer
-from runtime.cache.store import PreparedStore
+from runtime.cache.store import ModelCache
 from runtime.consumer.loads import LiveLoad, order_of, run_load, run_unload
 from runtime.consumer.usage import Totals
 from runtime.errors import Exit
 from runtime.estimates import Needs, need_bare
-from runtime.process.pool import WorkerPool, begun
+from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import LoadReport, Worker
 from runtime.repository import Repository
 from runtime.scheduler.actions import (
@@ -191,7 +191,7 @@ class Applier:
         wake: Callable[[], None],
         *,
         drain_timeout_s: float,
-        store: PreparedStore | None = None,
+        store: ModelCache | None = None,
     ) -> None:
         self._log = log
         self._pool = pool
@@ -281,7 +281,9 @@ class Applier:
         footprints = model.footprints if model is not None else ()
         load.bare_bytes = need_bare(job.version, job.load, footprints)
         form_for = partial(self.preparer.form_for, footprints=footprints)
-        ordered = begun(order_of(load, self._pool, self._repository, known, form_for), "looking at a model")
+        ordered = start_task(
+            order_of(load, self._pool, self._repository, known, form_for), "looking at a model"
+        )
         try:  # its files are looked at beside the disk's work
             await self._record(about(job, LoadStarted(job.attempt + 1), load.worker_id))
         except BaseException:
@@ -320,7 +322,7 @@ class Applier:
     def _have_prepared(self, load: LiveLoad) -> None:
         """Offer what was loaded bare to be prepared, and drop a form of the same files that was of no use."""
         assert load.report is not None
-        if load.prepared is not None and load.prepared.sources == hashes_of(load.report.files):
+        if load.prepared is not None and load.prepared.sources == source_hashes(load.report.files):
             if load.prepared_failure is not None:
                 self.preparer.failed(load.prepared, load.prepared_failure)
             return

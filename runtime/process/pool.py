@@ -14,7 +14,7 @@ from runtime.process.worker import Worker
 T = TypeVar("T")
 
 
-async def whole(work: Coroutine[Any, Any, T]) -> T:
+async def complete(work: Coroutine[Any, Any, T]) -> T:
     """Await this work to its end even if the task is cancelled; the cancellation is raised after it."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -29,17 +29,17 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-def begun(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+def start_task(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
     """Start a task whose exception nobody needs to retrieve."""
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return task
 
 
-async def ended(worker: Worker) -> None:
+async def kill_and_wait(worker: Worker) -> None:
     """Kill a worker, and wait until it is gone, even if the task is cancelled."""
     worker.kill()
-    await whole(asyncio.wait({worker.ended}))
+    await complete(asyncio.wait({worker.ended}))
 
 
 LAUNCH_LIMIT_S = 10.0
@@ -50,7 +50,7 @@ RETRY_S = (0.1, 5.0)
 """Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
 """Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
-KEPT_S = 1.0
+PREFORKED_KEPT_S = 1.0
 """How long a pre-forked worker is kept. A load starts some milliseconds after its files are resolved; one
 that waits longer forks its own worker."""
 _UNTAKEN = "spare"
@@ -77,7 +77,7 @@ class WorkerPool:
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._workers: set[Worker] = set()
-        self._spare = Spare(self._fork_one)
+        self._spare = PreforkedWorker(self._fork_one)
         self._closed = False
 
     @property
@@ -124,7 +124,7 @@ class WorkerPool:
             try:
                 await worker.connect(data, control)
             except BaseException:
-                await ended(worker)  # before the caller releases its reservation
+                await kill_and_wait(worker)  # before the caller releases its reservation
                 raise
         except OSError as error:
             raise ForkServerUnavailable(f"cannot start a worker: {error.strerror}") from None
@@ -237,7 +237,7 @@ def _socketpair(
     return our_end, their_end
 
 
-class Spare:
+class PreforkedWorker:
     """At most one pre-forked worker: it starts while its load is still being decided and recorded.
 
     Args:
@@ -253,10 +253,10 @@ class Spare:
     def expect(self) -> None:
         """Begin to fork one, if there is none; a failure is ignored."""
         if self._coming is None:
-            self._coming = task = begun(self._fork(_UNTAKEN), "forking ahead")
+            self._coming = task = start_task(self._fork(_UNTAKEN), "forking ahead")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            self._timer = asyncio.get_running_loop().call_later(KEPT_S, self.drop)
+            self._timer = asyncio.get_running_loop().call_later(PREFORKED_KEPT_S, self.drop)
 
     async def take(self, worker_id: str) -> Worker | None:
         """Hand over the pre-forked worker with this id; None if there is none or it is dying."""

@@ -56,7 +56,7 @@ MAX_UNSENT_CANCELS_BYTES = 2**20
 """Some 50,000. A worker reads cancellations at once, even while it computes; one that does not is killed."""
 MAX_ANSWER_HEADER_BYTES = 4 * 2**20
 """Enough for tens of thousands of outputs. Only a load's list of files may be longer."""
-LAST_WORDS_S = 1.0
+EXIT_WAIT_S = 1.0
 """After a worker's death: how long the server waits for its exit status and its last output."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
     problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
@@ -313,7 +313,7 @@ class Worker:
 
     def _on_gone(self) -> None:
         """The process is gone; its exit report and its last output may still arrive."""
-        self._last_words = self._loop.call_later(LAST_WORDS_S, self._finish)
+        self._last_words = self._loop.call_later(EXIT_WAIT_S, self._finish)
         self._process.when_told(self._finish_when_told)
         self._finish_when_told()
 

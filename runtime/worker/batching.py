@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from runtime.errors import InvalidInput
-from runtime.worker.inference import Asked
+from runtime.worker.inference import SelectedOutputs
 
 MAX_WAITING_BYTES = 64 * 2**20
 MAX_WAITING = 1024
@@ -36,7 +36,7 @@ class Request(msgspec.Struct, frozen=True, eq=False):
     """
 
     number: int
-    asked: Asked
+    asked: SelectedOutputs
     feed: dict[str, Any]
     size: int
     alone: bool
@@ -156,16 +156,16 @@ class _Group:
         return self.requests[0].waits_since_ns()
 
 
-class NotApart(Exception):
+class OutputsNotBatched(Exception):
     """The outputs do not have the batch dimension that the model is said to have."""
 
 
-def together(batch: Sequence[Request]) -> dict[str, Any]:
+def join_inputs(batch: Sequence[Request]) -> dict[str, Any]:
     """Put the inputs of requests that go together into one."""
     return {name: np.concatenate([request.feed[name] for request in batch]) for name in batch[0].feed}
 
 
-def apart(batch: Sequence[Request], arrays: Sequence[Any]) -> list[list[Any]]:
+def split_outputs(batch: Sequence[Request], arrays: Sequence[Any]) -> list[list[Any]]:
     """Give each request of a batch its part of the outputs; the arrays are views.
 
     Raises:
@@ -173,7 +173,7 @@ def apart(batch: Sequence[Request], arrays: Sequence[Any]) -> list[list[Any]]:
     """
     total = sum(request.size for request in batch)
     if any(array is not None and (not array.ndim or len(array) != total) for array in arrays):
-        raise NotApart
+        raise OutputsNotBatched
     parts, start = [], 0
     for request in batch:
         end = start + request.size

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from runtime.errors import InferenceCancelled, InferenceFailed, RuntimeProblem
 from runtime.wire import PREFIX, Buffer, Failure, Infer, Message, Outcome, Tensor, plain_text
-from runtime.worker.batching import BatchDimension, NotApart, Request, apart, together
+from runtime.worker.batching import BatchDimension, OutputsNotBatched, Request, join_inputs, split_outputs
 from runtime.worker.inference import Runner
 
 JOINED_BYTES = 32 * 2**10
@@ -284,13 +284,13 @@ class Executor:
             return False
         self._outbox.before_run(self._last_run_ns)
         try:
-            feed = together(batch)
+            feed = join_inputs(batch)
             joined_ns = time.monotonic_ns()
             arrays = self._runner.run(batch[0].asked, feed, options)
             ran_ns = time.monotonic_ns()
             self._last_run_ns = ran_ns - begun_ns
-            parts = apart(batch, arrays)
-        except (MemoryError, RuntimeProblem, NotApart):
+            parts = split_outputs(batch, arrays)
+        except (MemoryError, RuntimeProblem, OutputsNotBatched):
             self._cancellation.end_to_begin_again()
             return False
         self._cancellation.end()

@@ -165,7 +165,7 @@ KNOWN_CHOICES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
+class SelectedOutputs:
     """The outputs that a request asks for: their names, and of each name, datatype and whether as JSON.
 
     With `digest`, only what they hash to.
@@ -201,7 +201,7 @@ class Runner:
         outputs: tuple[WantedOutput, ...],
         text: bool,  # noqa: FBT001 - as in `Infer`
         digest: bool = False,  # noqa: FBT001, FBT002
-    ) -> Asked:
+    ) -> SelectedOutputs:
         """Say what a request asks for; mostly the same object for the same outputs.
 
         Raises:
@@ -211,7 +211,7 @@ class Runner:
             return self._asked(outputs, text, digest)
         return self._known(outputs, text, digest)
 
-    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> Asked:  # noqa: FBT001
+    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> SelectedOutputs:  # noqa: FBT001
         for output in outputs:
             self._check_output(output.name)
         chosen = {output.name: output.text for output in outputs} or {
@@ -221,7 +221,7 @@ class Runner:
         for name, datatype, as_text in forms:
             if as_text:
                 check_json(name, datatype)
-        return Asked(list(chosen), forms, digest)
+        return SelectedOutputs(list(chosen), forms, digest)
 
     def feed(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """View a request's tensors as arrays, by name.
@@ -239,7 +239,7 @@ class Runner:
             raise InvalidInput(f"no value for input {', '.join(map(repr, missing))}")
         return arrays
 
-    def run(self, asked: Asked, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
+    def run(self, asked: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
         """Run the model once; gives an array for each output, None for an optional one without a value.
 
         Raises:
@@ -259,7 +259,9 @@ class Runner:
             raise InferenceFailed(str(error) or type(error).__name__) from None
         return arrays
 
-    def answer(self, asked: Asked, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+    def answer(
+        self, asked: SelectedOutputs, arrays: Sequence[Any]
+    ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
         """Make the outputs' heads and data; what is optional and has no value is left out.
 
         Raises:
@@ -280,7 +282,9 @@ class Runner:
             raise problem(f"the outputs are larger than {MAX_PAYLOAD_BYTES} bytes")
         return tuple(heads), parts
 
-    def _run_with_values(self, asked: Asked, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
+    def _run_with_values(
+        self, asked: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions
+    ) -> list[Any]:
         """Run a model with tensors of BF16, which numpy does not have."""
         values = {name: self._value(name, array) for name, array in feed.items()}
         answers = self._session.run_with_ort_values(values, asked.names, options)
@@ -361,7 +365,7 @@ def to_data(datatype: str, array: Any) -> Buffer:
     return view
 
 
-def _digests(asked: Asked, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+def _digests(asked: SelectedOutputs, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
     """Make tensors of the outputs' SHA-256: of datatype, shape and data, however long."""
     heads: list[TensorHead] = []
     parts: list[Buffer] = []

@@ -36,7 +36,7 @@ from runtime.wire import (
     plain_text,
 )
 from runtime.worker import sessions
-from runtime.worker.sessions import Model, model_of, warm_up
+from runtime.worker.sessions import Model, describe_model, warm_up
 
 HASH_BLOCK_BYTES = 2**18
 """What stays in a core's own cache: the session beside it needs what the cores share."""
@@ -47,7 +47,7 @@ SAMPLE_INTERVAL_S = 0.005
 up the session when it maps memory: 10 ms more for a load of 60 (measured)."""
 
 
-class Hashing:
+class FileHashing:
     """Files of one folder, and their hashes once these are there.
 
     Args:
@@ -70,7 +70,7 @@ class Hashing:
         return tuple(hashes) if len(hashes) == len(self.files) else None
 
 
-class Beside:
+class LoadMonitor:
     """Hashes files and watches the process's memory in one thread, beside what is in the `with` block.
 
     One thread, because starting one takes some milliseconds of a load (measured); none, if nothing is to be
@@ -86,7 +86,7 @@ class Beside:
             look to the next. Files of which pages were read meanwhile may hide as much of that.
     """
 
-    def __init__(self, *hashings: Hashing, watched: bool = True) -> None:
+    def __init__(self, *hashings: FileHashing, watched: bool = True) -> None:
         self.hashing_us = 0
         self.peak_anonymous_bytes = 0
         self._seen = memory.resident()
@@ -116,7 +116,7 @@ class Beside:
             self._thread = threading.Thread(target=self._run, name="hashing and sampling")
             self._thread.start()
 
-    def result(self, hashing: Hashing) -> tuple[LoadedFile, ...]:
+    def result(self, hashing: FileHashing) -> tuple[LoadedFile, ...]:
         """Wait for the hashes.
 
         Raises:
@@ -182,11 +182,11 @@ def _loaded(file: FileIdentity, sha256: str) -> LoadedFile:
     return LoadedFile(*_key(file), sha256=sha256)
 
 
-class FormUnusable(Exception):
+class CachedModelUnusable(Exception):
     """A prepared form is of no use here; says why, and nothing of the model itself."""
 
 
-class GivenForm:
+class CachedModel:
     """The form that a load was given, for the files that it is to load.
 
     Files that have the identity that they had are taken for what they were; the others are hashed.
@@ -199,8 +199,8 @@ class GivenForm:
         FormUnusable: it is of other files, or its own are not there as they were.
     """
 
-    def __init__(self, prepared: Prepared, sources: Hashing) -> None:
-        self.hashing = Hashing(Path(prepared.folder), _look(prepared), prepared.files)
+    def __init__(self, prepared: Prepared, sources: FileHashing) -> None:
+        self.hashing = FileHashing(Path(prepared.folder), _look(prepared), prepared.files)
         self.model_file = str(self.hashing.folder / MODEL_FILE)
         self.sha256 = prepared.sha256
         self.bytes = sum(file.bytes for file in prepared.files)
@@ -209,7 +209,7 @@ class GivenForm:
         if sources.known is not None:
             self._check_sources(sources.known)
 
-    def check(self, beside: Beside) -> None:
+    def check(self, beside: LoadMonitor) -> None:
         """Wait for the hashes, and compare them.
 
         Raises:
@@ -220,20 +220,20 @@ class GivenForm:
         try:
             own = beside.result(self.hashing)
         except (LoadRefused, OSError) as problem:
-            raise FormUnusable(str(problem)) from None
+            raise CachedModelUnusable(str(problem)) from None
         for file, is_ in zip(self._prepared.files, own, strict=True):
             if file.sha256 != is_.sha256:
-                raise FormUnusable(f"{file.path!r} is not what was prepared")
+                raise CachedModelUnusable(f"{file.path!r} is not what was prepared")
 
     def _check_sources(self, found: Sequence[LoadedFile]) -> None:
         if tuple(SourceHash(file.path, file.sha256) for file in found) != self._prepared.sources:
-            raise FormUnusable("it was made of other files than are to be loaded")
+            raise CachedModelUnusable("it was made of other files than are to be loaded")
 
 
 def _look(prepared: Prepared) -> list[FileIdentity]:
     folder = Path(prepared.folder)
     if not any(file.path == MODEL_FILE for file in prepared.files):
-        raise FormUnusable(f"it has no {MODEL_FILE}")
+        raise CachedModelUnusable(f"it has no {MODEL_FILE}")
     return [_look_at(folder, file) for file in prepared.files]
 
 
@@ -241,9 +241,9 @@ def _look_at(folder: Path, file: LoadedFile) -> FileIdentity:
     try:
         seen = os.lstat(folder / file.path)
     except (OSError, ValueError) as error:
-        raise FormUnusable(f"{file.path!r} cannot be looked at: {error}") from None
+        raise CachedModelUnusable(f"{file.path!r} cannot be looked at: {error}") from None
     if not stat.S_ISREG(seen.st_mode) or seen.st_size != file.bytes:
-        raise FormUnusable(f"{file.path!r} is not the file that was prepared")
+        raise CachedModelUnusable(f"{file.path!r} is not the file that was prepared")
     return FileIdentity(file.path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 
@@ -254,7 +254,7 @@ ENOUGH_BYTES = 2_000_000
 2 MB more; with 5 MB it is made in two thirds of the time, with 50 MB in half (measured, decision 22)."""
 
 
-def are_better(source_bytes: int, prepared: Prepared | None) -> bool:
+def huge_pages_help(source_bytes: int, prepared: Prepared | None) -> bool:
     """Tell whether a session is better with huge pages.
 
     Args:
@@ -267,7 +267,7 @@ def are_better(source_bytes: int, prepared: Prepared | None) -> bool:
     return sum(file.bytes for file in prepared.files) - source_bytes >= ENOUGH_BYTES
 
 
-def go_without() -> None:
+def disable_huge_pages() -> None:
     """Have this process take no huge pages from here on, whatever malloc asks for.
 
     A kernel that refuses leaves it with what it has.
@@ -286,7 +286,7 @@ AUTOGROUP = "/proc/self/autogroup"
 """Each session (setsid) may be scheduled as one, and processes in it then are nice to each other only."""
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Put the calling thread, and those that it starts, behind others; for good.
 
     What the kernel refuses, or does not know, is left as it is.
@@ -320,7 +320,7 @@ def _autogroup() -> None:
 
 WATCHED_FROM_BYTES = 4 * 2**20
 """Of a form's files: so much of what a load takes in between can be missed when nobody watches it (see
-`Beside`). A thread that does takes some milliseconds of a load, which are most of a small one."""
+`LoadMonitor`). A thread that does takes some milliseconds of a load, which are most of a small one."""
 OnStage = Callable[[LoadStage], None]
 
 
@@ -350,7 +350,7 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.
     """
     if order.background:
-        give_way()
+        lower_priority()
     try:
         return _load(order, given, on_stage)
     except MemoryError as error:
@@ -359,7 +359,7 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
 
 
-def located(order: Load | Prepare) -> tuple[Path, Path, list[FileIdentity]]:
+def identify_files(order: Load | Prepare) -> tuple[Path, Path, list[FileIdentity]]:
     """Find what an order names: the version's folder, the repository's root without links, and the files.
 
     Raises:
@@ -379,17 +379,17 @@ def check_unchanged(before: list[FileIdentity], folder: Path, root: Path) -> Non
 
 
 def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model, Loaded]:
-    folder, root, before = located(order)
+    folder, root, before = identify_files(order)
     on_stage("loading")
-    sources = Hashing(folder, before, order.known)
+    sources = FileHashing(folder, before, order.known)
     form, why_not = _given_form(order.prepared, sources)
     used = None if form is None else order.prepared
-    if not order.huge_pages or not are_better(sum(file.bytes for file in before), used):
-        go_without()
+    if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), used):
+        disable_huge_pages()
     # Within a limit there may be no memory for a thread any more when a form turns out to be of no use.
     limited = order.memory_limit_bytes is not None
     watched = form is None or limited or form.bytes >= WATCHED_FROM_BYTES
-    with Beside(sources, *(() if form is None else (form.hashing,)), watched=watched) as beside:
+    with LoadMonitor(sources, *(() if form is None else (form.hashing,)), watched=watched) as beside:
         try:
             made = _Loading(order, given, on_stage, beside).make(folder, root, form, why_not)
             files = beside.result(sources)
@@ -399,20 +399,20 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Mode
     return made.model, _report(made, files, beside)
 
 
-def _given_form(prepared: Prepared | None, sources: Hashing) -> tuple[GivenForm | None, str | None]:
+def _given_form(prepared: Prepared | None, sources: FileHashing) -> tuple[CachedModel | None, str | None]:
     """Return the form that a load was given, if that may be of use, or why not."""
     if prepared is None:
         return None, None
     try:
-        return GivenForm(prepared, sources), None
-    except FormUnusable as unusable:
+        return CachedModel(prepared, sources), None
+    except CachedModelUnusable as unusable:
         return None, str(unusable)
 
 
 class _Loading:
     """Makes the session of one load."""
 
-    def __init__(self, order: Load, given: Sequence[Tensor], on_stage: OnStage, beside: Beside) -> None:
+    def __init__(self, order: Load, given: Sequence[Tensor], on_stage: OnStage, beside: LoadMonitor) -> None:
         self._order = order
         self._given = given
         self._on_stage = on_stage
@@ -420,22 +420,22 @@ class _Loading:
         self._started_ns = time.perf_counter_ns()
         sessions.limit_memory(order.memory_limit_bytes)  # here, when this process has all its threads
 
-    def make(self, folder: Path, root: Path, form: GivenForm | None, why_not: str | None) -> _Made:
+    def make(self, folder: Path, root: Path, form: CachedModel | None, why_not: str | None) -> _Made:
         """Make it of a form, if there is one and it is of use, else of the repository's files."""
         if form is not None:
             try:
                 return self._of_form(form)
-            except FormUnusable as unusable:
+            except CachedModelUnusable as unusable:
                 why_not = str(unusable)
             self._beside.watch()
-        chosen = sessions.options(self._order.threads)
+        chosen = sessions.session_options(self._order.threads)
         session = sessions.create_checked(folder, root, chosen, self._order.memory_limit_bytes)
         return replace(self._ready(session, _since(self._started_ns)), prepared_failure=why_not)
 
-    def _of_form(self, form: GivenForm) -> _Made:
-        chosen = sessions.options_as_saved(self._order.threads)
+    def _of_form(self, form: CachedModel) -> _Made:
+        chosen = sessions.saved_graph_options(self._order.threads)
         with _of_the_form():
-            session = sessions.create(form.model_file, chosen, self._order.memory_limit_bytes)
+            session = sessions.create_session(form.model_file, chosen, self._order.memory_limit_bytes)
         loading_us = _since(self._started_ns)
         self._beside.sample()
         form.check(self._beside)
@@ -443,7 +443,7 @@ class _Loading:
             return replace(self._ready(session, loading_us), prepared=form.sha256)
 
     def _ready(self, session: ort.InferenceSession, loading_us: int) -> _Made:
-        model, warming_up_us = model_of(session, self._order.max_batch_size), None
+        model, warming_up_us = describe_model(session, self._order.max_batch_size), None
         if self._order.warm_up:  # before it is measured: what it takes to run is the model's own
             warming_up_us = warm_up(model, self._given, lambda: self._on_stage("warming_up"))
         return _Made(model, loading_us, warming_up_us)
@@ -460,10 +460,10 @@ def _of_the_form() -> Iterator[None]:
     except (LoadRefused, UnicodeDecodeError) as problem:
         if isinstance(problem, LoadRefused) and problem.code == "out_of_memory":
             raise
-        raise FormUnusable(str(problem) or type(problem).__name__) from None
+        raise CachedModelUnusable(str(problem) or type(problem).__name__) from None
 
 
-def _report(made: _Made, files: tuple[LoadedFile, ...], beside: Beside) -> Loaded:
+def _report(made: _Made, files: tuple[LoadedFile, ...], beside: LoadMonitor) -> Loaded:
     """Measure what the session takes, and say what it is."""
     started = time.perf_counter_ns()
     ctypes.CDLL(None).malloc_trim(0)  # in 2 ms gives back what loading took and freed: as much as it kept

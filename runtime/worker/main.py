@@ -35,14 +35,14 @@ from runtime.wire import (
 from runtime.worker.batching import Queue
 from runtime.worker.execution import Cancellation, Executor, Outbox
 from runtime.worker.loading import load
-from runtime.worker.optimising import prepare_form
+from runtime.worker.optimising import make_cached_model
 from runtime.worker.sessions import Model, register_operators
 
 EX_PROTOCOL = 76
 """sysexits.h: what a worker exits with when it was told something that is no frame."""
 MAX_WAIT_S = 3600.0
 """For requests to be run with others, whatever is asked for: select takes no time without end."""
-AWAKE_NS = 400_000
+BUSY_POLL_NS = 400_000
 """A worker whose last request came within so long is awake for so long: at one client of a small model it is
 asked every 300 µs (measured), and answers 1.4 times as many requests. One that is asked less often sleeps."""
 STACK_BYTES = 512 * 2**10
@@ -105,9 +105,9 @@ class _Worker:
         """Take what has come, when something has; False at the end of the channel."""
         asked_ns = time.monotonic_ns()
         if self._awake:
-            self._stay_awake(asked_ns + AWAKE_NS)
+            self._stay_awake(asked_ns + BUSY_POLL_NS)
         count = _receive(self._channel, self._reader)
-        self._awake = time.monotonic_ns() - asked_ns < AWAKE_NS
+        self._awake = time.monotonic_ns() - asked_ns < BUSY_POLL_NS
         for message, tensors in _frames(self._reader, count):
             self._handle(message, tensors)
         return count > 0
@@ -148,7 +148,7 @@ class _Worker:
 
     def _prepare(self, order: Prepare) -> NoReturn:
         try:
-            self._send(prepare_form(order))
+            self._send(make_cached_model(order))
         except LoadRefused as refusal:
             self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
         os._exit(0)

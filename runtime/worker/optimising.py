@@ -38,7 +38,7 @@ from runtime.onnxfile import (
 from runtime.repository import MODEL_FILE, FileIdentity, identify
 from runtime.wire import LoadedFile, Prepare, PrepareDone
 from runtime.worker import sessions
-from runtime.worker.loading import Beside, Hashing, check_unchanged, give_way, located
+from runtime.worker.loading import FileHashing, LoadMonitor, check_unchanged, identify_files, lower_priority
 
 ALIGNMENT = 64
 """Bytes: what ONNX Runtime's own allocations have, for the widest registers."""
@@ -58,7 +58,7 @@ MORE, BITS = 128, 127
 NUMBER = re.compile(r"\d{1,19}")
 
 
-def align(model: Path, weights: Path) -> None:
+def align_weights(model: Path, weights: Path) -> None:
     """Move the weights that lie in `weights`, and change `model` to refer to where they are then.
 
     Raises:
@@ -228,14 +228,14 @@ PROBE_BYTES = 2**16
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-def prepare_form(order: Prepare) -> PrepareDone:
+def make_cached_model(order: Prepare) -> PrepareDone:
     """Make the form that the order names, in its folder; this process is in the background from here on.
 
     Raises:
         LoadRefused: `prepare_failed`, `disk_full`, or of the model's files `model_changed`, `unsafe_file`,
             `out_of_memory`.
     """
-    give_way()
+    lower_priority()
     try:
         return _prepare(order)
     except MemoryError as error:
@@ -246,18 +246,18 @@ def prepare_form(order: Prepare) -> PrepareDone:
 
 def _prepare(order: Prepare) -> PrepareDone:
     started = time.perf_counter_ns()
-    folder, root, before = located(order)
+    folder, root, before = identify_files(order)
     target = Path(order.target)
     with _files_limited(order, before):
-        hashing = Hashing(folder, before, order.known)
-        with Beside(hashing) as beside:
+        hashing = FileHashing(folder, before, order.known)
+        with LoadMonitor(hashing) as beside:
             sessions.limit_memory(order.memory_limit_bytes)
             try:
                 _write(order, folder, root)
                 sources = beside.result(hashing)
             finally:
                 check_unchanged(before, folder, root)
-        align(target / MODEL_FILE, target / WEIGHTS_FILE)
+        align_weights(target / MODEL_FILE, target / WEIGHTS_FILE)
     files = _written(target)
     return PrepareDone(files, sources, (time.perf_counter_ns() - started) // 1000)
 
@@ -307,7 +307,7 @@ def _write(order: Prepare, folder: Path, root: Path) -> None:
 
 
 def _options(order: Prepare, target: Path) -> ort.SessionOptions:
-    chosen = sessions.options(order.threads)
+    chosen = sessions.session_options(order.threads)
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     chosen.optimized_model_filepath = str(target / MODEL_FILE)
     entries = {
@@ -335,10 +335,10 @@ def _written(target: Path) -> tuple[LoadedFile, ...]:
     """Return what was written, with hashes, if it is a model that refers to nothing but its own weights."""
     try:
         locations = set(external_locations(target / MODEL_FILE))
-        hashing = Hashing(target, identify(target, Path(os.path.realpath(target))), ())
+        hashing = FileHashing(target, identify(target, Path(os.path.realpath(target))), ())
     except (Unparsable, LoadRefused) as problem:
         raise LoadRefused("prepare_failed", f"what was written is no model: {problem}") from None
     if not locations <= {WEIGHTS_FILE}:
         raise LoadRefused("prepare_failed", "what was written refers to files that are not its own")
-    with Beside(hashing) as beside:
+    with LoadMonitor(hashing) as beside:
         return beside.result(hashing)

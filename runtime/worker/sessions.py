@@ -43,7 +43,7 @@ class Model:
     dimension: BatchDimension | None
 
 
-def model_of(session: ort.InferenceSession, max_batch_size: int) -> Model:
+def describe_model(session: ort.InferenceSession, max_batch_size: int) -> Model:
     """Describe a session, of which so many elements may be run at once; 0 is no batching.
 
     Raises:
@@ -140,7 +140,7 @@ def warm_up(model: Model, given: Sequence[Tensor], on_begin: Callable[[], None])
 
 
 def _run(model: Model, given: Sequence[Tensor], required: Sequence[TensorSpec]) -> None:
-    feed = model.runner.feed(given) if given else {spec.name: zeros(spec) for spec in required}
+    feed = model.runner.feed(given) if given else {spec.name: make_zeros(spec) for spec in required}
     if model.dimension is not None:
         model.dimension.measure(feed)
     model.runner.run(model.runner.asked((), text=False), feed, ort.RunOptions())
@@ -152,7 +152,7 @@ def zeros_are_allowed(model: Model, required: Sequence[TensorSpec]) -> bool:
     return answers and all(map(_is_known, required)) and sum(map(_bytes, required)) <= MAX_ZEROS_BYTES
 
 
-def zeros(spec: TensorSpec) -> Any:
+def make_zeros(spec: TensorSpec) -> Any:
     """Make an input that is 0, False or the empty text throughout."""
     if spec.datatype == "BYTES":
         return np.full(_shape(spec), "", object)
@@ -199,11 +199,11 @@ def register_operators() -> None:
     With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
     otherwise spend again (measured with 1.31). It leaves one thread, and no descriptor.
     """
-    session = ort.InferenceSession(SMALLEST_MODEL, options(1), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(SMALLEST_MODEL, session_options(1), providers=["CPUExecutionProvider"])
     session.run(None, {"x": np.zeros((), np.float32)})
 
 
-def options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int) -> ort.SessionOptions:
     """Give the options of a session that computes with this many threads."""
     chosen = ort.SessionOptions()
     chosen.intra_op_num_threads = threads
@@ -214,9 +214,9 @@ def options(threads: int) -> ort.SessionOptions:
     return chosen
 
 
-def options_as_saved(threads: int) -> ort.SessionOptions:
+def saved_graph_options(threads: int) -> ort.SessionOptions:
     """Give the options of a session that is made of a graph as it was saved, optimised."""
-    chosen = options(threads)
+    chosen = session_options(threads)
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return chosen
 
@@ -237,12 +237,16 @@ def create_checked(
     """
     path = folder / MODEL_FILE
     if check_external_data(path, folder, root):
-        return create(str(path), chosen, limit_bytes)
-    create(_beginning(path), _isolated(options(1)), limit_bytes)  # says, in its own words, what is wrong
+        return create_session(str(path), chosen, limit_bytes)
+    create_session(
+        _beginning(path), _isolated(session_options(1)), limit_bytes
+    )  # says, in its own words, what is wrong
     raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
 
 
-def create(model: str | bytes, chosen: ort.SessionOptions, limit_bytes: int | None) -> ort.InferenceSession:
+def create_session(
+    model: str | bytes, chosen: ort.SessionOptions, limit_bytes: int | None
+) -> ort.InferenceSession:
     """Create a session of a file, or of bytes; for arguments and errors see `create_checked`."""
     try:
         return ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"], enable_fallback=False)

@@ -17,9 +17,9 @@ from typing import get_args
 import onnxruntime as ort
 from msgspec.structs import replace
 
-from runtime.cache.files import Figure, prepared_in
-from runtime.cache.key import key_of
-from runtime.cache.store import Made, PreparedStore
+from runtime.cache.files import Figure, describe_cached
+from runtime.cache.key import FinishedForm, make_key
+from runtime.cache.store import ModelCache
 from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import LoadReport, PrepareReport, Worker
@@ -58,7 +58,9 @@ def describe(
     folder: Path | str, form: Form, files: tuple[LoadedFile, ...], sources: tuple[LoadedFile, ...]
 ) -> Prepared:
     """Describe a form of these sources."""
-    return prepared_in(Path(folder), form, files, [SourceHash(file.path, file.sha256) for file in sources])
+    return describe_cached(
+        Path(folder), form, files, [SourceHash(file.path, file.sha256) for file in sources]
+    )
 
 
 def found(folder: Path | str) -> tuple[LoadedFile, ...]:
@@ -111,16 +113,18 @@ def written(folder: Path, contents: Mapping[str, bytes]) -> tuple[LoadedFile, ..
     return tuple(_written(folder / path, content) for path, content in contents.items())
 
 
-def made_of(files: tuple[LoadedFile, ...], *, model_id: str = MODEL, form: Form = "prepacked") -> Made:
+def made_of(
+    files: tuple[LoadedFile, ...], *, model_id: str = MODEL, form: Form = "prepacked"
+) -> FinishedForm:
     """Say of files what is said of a form that won."""
     sources = (SourceHash("model.onnx", "ab" * 32),)
     figures: dict[str, Figure] = {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
     tried: dict[Form, str] = {} if form == "prepacked" else {"prepacked": "the worker ended: signal 11"}
-    return Made(form, files, sources, model_id, 1, 2_500, figures, tried)
+    return FinishedForm(form, files, sources, model_id, 1, 2_500, figures, tried)
 
 
 def keep(
-    store: PreparedStore,
+    store: ModelCache,
     name: str,
     size: int = 10,
     *,
@@ -164,21 +168,21 @@ def _loaded(path: Path) -> LoadedFile:
 LIMIT_BYTES = 10**9
 
 
-def opened(folder: Path, limit_bytes: int = LIMIT_BYTES) -> PreparedStore:
+def opened(folder: Path, limit_bytes: int = LIMIT_BYTES) -> ModelCache:
     """Open a store in the data directory `folder`."""
-    store = PreparedStore(folder / "prepared", limit_bytes)
+    store = ModelCache(folder / "prepared", limit_bytes)
     store.open()
     return store
 
 
 def key_in(root: Path, model_id: str) -> str:
     """Return the key of a model's highest version, for one thread."""
-    return key_of(_sources(root, model_id), 1)
+    return make_key(_sources(root, model_id), 1)
 
 
 async def keep_form(
     pool: WorkerPool,
-    store: PreparedStore,
+    store: ModelCache,
     root: Path,
     model_id: str,
     form: Form = "optimised",
@@ -197,7 +201,9 @@ async def keep_form(
     if instead is not None:
         shutil.copy(instead, draft / "model.onnx")
         own = found(draft)
-    kept = store.keep(key, draft, Made(form, own, _sources(root, model_id), model_id, version.version, 1))
+    kept = store.keep(
+        key, draft, FinishedForm(form, own, _sources(root, model_id), model_id, version.version, 1)
+    )
     assert kept is not None
     return kept
 

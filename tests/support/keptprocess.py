@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from runtime.cache.store import PreparedStore
+from runtime.cache.store import ModelCache
 from support.cache import check_whole, keep, key
 
 NAMES = "abcdef"
@@ -52,7 +52,7 @@ def _live(folder: Path, seed: float, seconds: float) -> None:
 
 
 def _keep_for_ever(folder: Path, dice: random.Random, told: int) -> None:
-    store = PreparedStore(folder, LIMIT_BYTES)
+    store = ModelCache(folder, LIMIT_BYTES)
     store.open()
     os.write(told, b".")
     while True:
@@ -69,7 +69,7 @@ def _keep_for_ever(folder: Path, dice: random.Random, told: int) -> None:
 
 
 def _look(folder: Path, seen: Counter[str]) -> None:
-    store = PreparedStore(folder, LIMIT_BYTES)
+    store = ModelCache(folder, LIMIT_BYTES)
     store.open()
     entries = store.entries()
     assert {path.name for path in folder.iterdir()} == {entry.key for entry in entries}

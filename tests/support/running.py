@@ -22,7 +22,7 @@ from events.models import Model, ModelState
 from events.sqlite.reader import Reader, open_reader
 from events.types import Data, Event, LoadParameters
 from runtime import memory
-from runtime.cache.store import PreparedStore
+from runtime.cache.store import ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.loads import LiveLoad
 from runtime.consumer.usage import Leases
@@ -308,7 +308,7 @@ async def running(
     max_queue: int = 1024,
     patience_s: float = LIMIT_S,
     policy: Policy | None = None,
-    store: PreparedStore | None = None,
+    store: ModelCache | None = None,
     pool: WorkerPool | None = None,
 ) -> AsyncIterator[Engine]:
     """Start the runtime on `<folder>/ledger.db` and `<folder>/models`; nothing of it is left after.

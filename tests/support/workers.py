@@ -60,7 +60,7 @@ def unhurried() -> Iterator[None]:
     A fork server that is late would else be replaced, or could not say how a worker ended.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers_module, "LAST_WORDS_S", LIMIT_S)
+        patch.setattr(workers_module, "EXIT_WAIT_S", LIMIT_S)
         patch.setattr(pool_module, "LAUNCH_LIMIT_S", LIMIT_S)
         patch.setattr(pool_module, "FORK_LIMIT_S", LIMIT_S)
         yield

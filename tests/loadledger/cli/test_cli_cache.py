@@ -9,7 +9,7 @@ from support.cache import halves, keep, key, made_of, written
 
 from events.datalock import lock_data
 from loadledger.cli.main import main
-from runtime.cache.store import FOLDER, PreparedStore
+from runtime.cache.store import FOLDER, ModelCache
 
 
 def run(*arguments: object) -> Result:
@@ -29,9 +29,9 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(data: Path) -> PreparedStore:
+def store(data: Path) -> ModelCache:
     """Two cached models and one without, as a server has kept them."""
-    store = PreparedStore(data / FOLDER, 10**9, now_ns=lambda: 1_800_000_000 * 10**9)
+    store = ModelCache(data / FOLDER, 10**9, now_ns=lambda: 1_800_000_000 * 10**9)
     store.open()
     keep(store, "a", 3_000_000, model_id="detector")
     keep(store, "b", 250_000, model_id="digits", form="optimised")
@@ -40,7 +40,7 @@ def store(data: Path) -> PreparedStore:
     return store
 
 
-def test_list_prints_latest_used_first(store: PreparedStore, data: Path) -> None:
+def test_list_prints_latest_used_first(store: ModelCache, data: Path) -> None:
     prepared, other = store.use(key("a")), store.use(key("b"))
     assert prepared is not None
     assert other is not None
@@ -56,7 +56,7 @@ def test_list_prints_latest_used_first(store: PreparedStore, data: Path) -> None
     ]
 
 
-def test_list_in_json(store: PreparedStore, data: Path) -> None:
+def test_list_in_json(store: ModelCache, data: Path) -> None:
     found = json.loads(printed("list", "--data", data, "--json"))
     assert found["bytes"] == 3_250_000
     bare, optimised, prepacked = found["prepared"]
@@ -87,7 +87,7 @@ def test_empty_cache_is_listed_and_cleared_without_a_trace(data: Path) -> None:
     assert list(data.iterdir()) == []
 
 
-def test_clear_removes_one_model_or_all(store: PreparedStore, data: Path) -> None:
+def test_clear_removes_one_model_or_all(store: ModelCache, data: Path) -> None:
     assert printed("clear", "--data", data, "--model", "digits") == "cleared: 1 entry, 250000 bytes\n"
     unknown = printed("clear", "--data", data, "--model", "unheard", "--json")
     assert json.loads(unknown) == {"entries": 0, "bytes": 0}
@@ -99,7 +99,7 @@ def test_clear_removes_one_model_or_all(store: PreparedStore, data: Path) -> Non
     assert list((data / FOLDER).iterdir()) == []
 
 
-def test_clear_beside_server_leaves_its_drafts(store: PreparedStore, data: Path) -> None:
+def test_clear_beside_server_leaves_its_drafts(store: ModelCache, data: Path) -> None:
     with lock_data(data):
         draft = store.draft(key("d"))
         files = written(draft, halves(10, "d"))

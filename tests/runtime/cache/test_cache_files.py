@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from support.cache import check_whole, halves, keep, key, made_of, written
 from support.history import PLAIN
 
-from runtime.cache.files import hashes_of
-from runtime.cache.store import PreparedStore, PreparedUnavailable
+from runtime.cache.files import CacheUnavailable, source_hashes
+from runtime.cache.store import ModelCache
 from runtime.wire import LoadedFile
 
 A, B, C = map(key, "abc")
@@ -25,8 +25,8 @@ LIMIT = 1_000
 STRAY_DRAFT = f"draft-{'0' * 16}-{'1' * 8}"
 
 
-def opened(folder: Path) -> PreparedStore:
-    store = PreparedStore(folder, LIMIT)
+def opened(folder: Path) -> ModelCache:
+    store = ModelCache(folder, LIMIT)
     store.open()
     return store
 
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(folder: Path) -> PreparedStore:
+def store(folder: Path) -> ModelCache:
     return opened(folder)
 
 
@@ -59,7 +59,7 @@ def drafts(folder: Path) -> list[str]:
 # Drafts
 
 
-def test_other_files_of_a_draft_are_not_kept(store: PreparedStore, tmp_path: Path) -> None:
+def test_other_files_of_a_draft_are_not_kept(store: ModelCache, tmp_path: Path) -> None:
     draft = store.draft(A)
     (draft / "log").mkdir()
     (draft / "log" / "deep").write_bytes(b"x" * 10_000)
@@ -72,7 +72,7 @@ def test_other_files_of_a_draft_are_not_kept(store: PreparedStore, tmp_path: Pat
     assert (tmp_path / "elsewhere").read_text() == "stays"
 
 
-def test_files_other_than_those_reported_are_not_kept(store: PreparedStore, folder: Path) -> None:
+def test_files_other_than_those_reported_are_not_kept(store: ModelCache, folder: Path) -> None:
     def changed(draft: Path) -> tuple[LoadedFile, ...]:
         files = written(draft, halves(10, "a"))
         (draft / "weights.bin").write_bytes(b"other")
@@ -109,7 +109,7 @@ def test_files_other_than_those_reported_are_not_kept(store: PreparedStore, fold
         assert not drafts(folder)
 
 
-def test_only_drafts_are_discarded(store: PreparedStore, folder: Path, tmp_path: Path) -> None:
+def test_only_drafts_are_discarded(store: ModelCache, folder: Path, tmp_path: Path) -> None:
     keep(store, "a")
     for path in (folder / A, folder, tmp_path / STRAY_DRAFT):
         path.mkdir(exist_ok=True)
@@ -119,7 +119,7 @@ def test_only_drafts_are_discarded(store: PreparedStore, folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a" * 63, "A" * 64, "a" * 64 + "\n", "draft-1"])
-def test_name_that_is_no_key_is_refused(store: PreparedStore, name: str) -> None:
+def test_name_that_is_no_key_is_refused(store: ModelCache, name: str) -> None:
     for method in (store.use, store.draft):
         with pytest.raises(ValueError, match="no key"):
             method(name)
@@ -128,9 +128,7 @@ def test_name_that_is_no_key_is_refused(store: PreparedStore, name: str) -> None
 # Damage
 
 
-def test_restored_copy_with_the_same_content_is_used(
-    store: PreparedStore, folder: Path, tmp_path: Path
-) -> None:
+def test_restored_copy_with_the_same_content_is_used(store: ModelCache, folder: Path, tmp_path: Path) -> None:
     before = keep(store, "a")
     assert before is not None
     moved = shutil.copytree(folder, tmp_path / "restored" / "prepared")
@@ -141,12 +139,12 @@ def test_restored_copy_with_the_same_content_is_used(
     check_whole(after)
     (moved / A / "weights.bin").rename(tmp_path / "away")  # the identity recorded then is trusted
     (tmp_path / "away").rename(moved / A / "weights.bin")
-    assert PreparedStore(moved, LIMIT).use(A) is not None
+    assert ModelCache(moved, LIMIT).use(A) is not None
 
 
 @pytest.mark.parametrize("change", ["same size", "other size", "gone", "link", "folder", "FIFO"])
 def test_form_with_changed_content_is_forgotten(
-    store: PreparedStore, folder: Path, tmp_path: Path, change: str
+    store: ModelCache, folder: Path, tmp_path: Path, change: str
 ) -> None:
     keep(store, "a", 64)
     file = folder / A / "weights.bin"
@@ -178,7 +176,7 @@ def test_form_with_changed_content_is_forgotten(
     ],
     ids=["empty", "cut", "null", "list", "not-text", "twice", "deep", "partial", "wrong-type"],
 )  # fmt: skip
-def test_unreadable_manifest_is_none(store: PreparedStore, folder: Path, text: bytes) -> None:
+def test_unreadable_manifest_is_none(store: ModelCache, folder: Path, text: bytes) -> None:
     keep(store, "a")
     keep(store, "b")
     (folder / A / "manifest.json").write_bytes(text)
@@ -199,7 +197,7 @@ def test_unreadable_manifest_is_none(store: PreparedStore, folder: Path, text: b
     ],
     ids=str,
 )  # fmt: skip
-def test_impossible_manifest_is_none(store: PreparedStore, folder: Path, field: str, value: object) -> None:
+def test_impossible_manifest_is_none(store: ModelCache, folder: Path, field: str, value: object) -> None:
     keep(store, "a")
     file = folder / A / "manifest.json"
     told = msgspec.json.decode(file.read_bytes())
@@ -227,7 +225,7 @@ def test_any_byte_of_a_manifest_may_be_wrong(position: int, byte: int) -> None:
         store.open()
 
 
-def test_manifest_of_an_impossible_date_is_listed(store: PreparedStore, folder: Path) -> None:
+def test_manifest_of_an_impossible_date_is_listed(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
     for time_ns in (-(10**18), 2**62):
         os.utime(folder / A / "manifest.json", ns=(time_ns, time_ns))
@@ -239,7 +237,7 @@ def test_manifest_of_an_impossible_date_is_listed(store: PreparedStore, folder: 
 
 
 def test_open_removes_leftovers_and_spares_foreign_files(
-    store: PreparedStore, folder: Path, caplog: pytest.LogCaptureFixture
+    store: ModelCache, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     keep(store, "a")
     draft = store.draft(A)
@@ -273,27 +271,27 @@ def test_folder_that_others_can_fill_is_refused(folder: Path, tmp_path: Path, ki
         case "writable":
             folder.mkdir()
             folder.chmod(0o777)
-    store = PreparedStore(folder, LIMIT)
+    store = ModelCache(folder, LIMIT)
     calls: list[Callable[[], object]] = [
         store.open,
         lambda: store.draft(A),
         lambda: store.settle_none(A, {}, model_id="m", version=1),
     ]
     for call in calls:
-        with pytest.raises(PreparedUnavailable, match=str(folder)):
+        with pytest.raises(CacheUnavailable, match=str(folder)):
             call()
     assert store.use(A) is None
     assert kind != "link" or (elsewhere / A).exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_folder_of_another_user_is_refused(store: PreparedStore, folder: Path) -> None:
+def test_folder_of_another_user_is_refused(store: ModelCache, folder: Path) -> None:
     os.chown(folder, 12_345, -1)
-    with pytest.raises(PreparedUnavailable, match="user 12345"):
+    with pytest.raises(CacheUnavailable, match="user 12345"):
         store.open()
 
 
-def test_group_writable_folder_is_emptied(store: PreparedStore, folder: Path) -> None:
+def test_group_writable_folder_is_emptied(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
     folder.chmod(0o755)
     opened(folder)
@@ -307,24 +305,24 @@ def test_group_writable_folder_is_emptied(store: PreparedStore, folder: Path) ->
 # Disk space
 
 
-def test_full_disk_makes_the_cache_unavailable(store: PreparedStore, folder: Path) -> None:
+def test_full_disk_makes_the_cache_unavailable(store: ModelCache, folder: Path) -> None:
     old = keep(store, "a", seed="old")
     draft = store.draft(A)
     files = written(draft, halves(10, "new"))
-    with file_size_limit(100), pytest.raises(PreparedUnavailable, match="cannot be kept in"):
+    with file_size_limit(100), pytest.raises(CacheUnavailable, match="cannot be kept in"):
         store.keep(A, draft, made_of(files))
-    with file_size_limit(100), pytest.raises(PreparedUnavailable):
+    with file_size_limit(100), pytest.raises(CacheUnavailable):
         store.settle_none(B, {}, model_id="b", version=1)
-    with file_size_limit(100), pytest.raises(PreparedUnavailable):
+    with file_size_limit(100), pytest.raises(CacheUnavailable):
         store.drop(A, "bad")
     assert os.listdir(folder) == [A]  # noqa: PTH208
     assert store.use(A) == old
     assert keep(store, "b") is not None
 
 
-def with_room(folder: Path, room: Callable[[Path], int]) -> PreparedStore:
+def with_room(folder: Path, room: Callable[[Path], int]) -> ModelCache:
     """Open a store on a disk with this room, with three forms of 300 bytes."""
-    store = PreparedStore(folder, LIMIT, room=room)
+    store = ModelCache(folder, LIMIT, room=room)
     store.open()
     for name in "abc":
         keep(store, name, 300)
@@ -342,15 +340,15 @@ def test_draft_evicts_the_least_recently_used_for_room(folder: Path) -> None:
 
 def test_eviction_without_effect_stops_after_the_first(folder: Path) -> None:
     store = with_room(folder, lambda _: 100)  # the others are mapped as well
-    with pytest.raises(PreparedUnavailable, match=r"needs 200 bytes .* 100 can be spared"):
+    with pytest.raises(CacheUnavailable, match=r"needs 200 bytes .* 100 can be spared"):
         store.draft(key("d"), 100)
     assert {entry.key for entry in store.entries()} == {B, C}
     assert not drafts(folder)
 
 
-def test_draft_larger_than_the_disk_evicts_nothing(store: PreparedStore, folder: Path) -> None:
+def test_draft_larger_than_the_disk_evicts_nothing(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
-    with pytest.raises(PreparedUnavailable, match=f"needs {2 * 10**18} bytes on the disk of {folder}, and"):
+    with pytest.raises(CacheUnavailable, match=f"needs {2 * 10**18} bytes on the disk of {folder}, and"):
         store.draft(B, 10**18)
     assert os.listdir(folder) == [A]  # noqa: PTH208
     assert store.draft(B, 10).is_dir()
@@ -358,6 +356,6 @@ def test_draft_larger_than_the_disk_evicts_nothing(store: PreparedStore, folder:
 
 def test_sources_are_hashes_of_the_loaded_files(tmp_path: Path) -> None:
     files = written(tmp_path, {"b": b"2", "a": b"1"})
-    assert [(source.path, source.sha256) for source in hashes_of(files)] == sorted(
+    assert [(source.path, source.sha256) for source in source_hashes(files)] == sorted(
         (file.path, file.sha256) for file in files
     )

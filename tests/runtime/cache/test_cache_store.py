@@ -16,8 +16,9 @@ from support.cache import MODEL, check_whole, halves, keep, key, made_of, writte
 from support.fleet import new_dice, of_both, tell
 from support.history import PLAIN, child
 
-from runtime.cache.key import Entry, hash_of, is_open
-from runtime.cache.store import NONE_KNOWN_S, Cleared, PreparedStore, PreparedUnavailable, Use, Uses, key_of
+from runtime.cache.files import CacheUnavailable
+from runtime.cache.key import Cleared, Entry, hash_inputs, make_key, needs_trial
+from runtime.cache.store import USELESS_KNOWN_S, ModelCache, Use, UseOrder
 from runtime.wire import SourceHash, Tensor
 
 A, B, C = map(key, "abc")
@@ -34,8 +35,8 @@ class Clock:
         return self.now_ns
 
 
-def opened(folder: Path, limit_bytes: int = LIMIT) -> PreparedStore:
-    store = PreparedStore(folder, limit_bytes)
+def opened(folder: Path, limit_bytes: int = LIMIT) -> ModelCache:
+    store = ModelCache(folder, limit_bytes)
     store.open()
     return store
 
@@ -46,24 +47,24 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(folder: Path) -> PreparedStore:
+def store(folder: Path) -> ModelCache:
     return opened(folder)
 
 
-def found(store: PreparedStore, key: str) -> Entry:
+def found(store: ModelCache, key: str) -> Entry:
     entry = store.find(key)
     assert entry is not None
     return entry
 
 
-def keys(store: PreparedStore) -> list[str]:
+def keys(store: ModelCache) -> list[str]:
     return [entry.key for entry in store.entries()]
 
 
 # Keep and use
 
 
-def test_kept_model_is_found_and_used(store: PreparedStore, folder: Path) -> None:
+def test_kept_model_is_found_and_used(store: ModelCache, folder: Path) -> None:
     assert store.find(A) is None
     assert store.use(A) is None
     prepared = keep(store, "a", 100)
@@ -85,7 +86,7 @@ def test_kept_model_is_found_and_used(store: PreparedStore, folder: Path) -> Non
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / A, draft)] == [0o700] * 3
 
 
-def test_hash_covers_files_in_order_of_their_paths(store: PreparedStore) -> None:
+def test_hash_covers_files_in_order_of_their_paths(store: ModelCache) -> None:
     prepared = keep(store, "a")
     assert prepared is not None
     first, second = prepared.files
@@ -95,7 +96,7 @@ def test_hash_covers_files_in_order_of_their_paths(store: PreparedStore) -> None
     assert prepared.sha256 == ran.stdout.split()[0].decode()
 
 
-def test_new_form_replaces_the_old_one(store: PreparedStore, folder: Path) -> None:
+def test_new_form_replaces_the_old_one(store: ModelCache, folder: Path) -> None:
     old = keep(store, "a", seed="old")
     assert old is not None
     with (Path(old.folder) / "weights.bin").open("rb") as mapped:
@@ -111,7 +112,7 @@ def test_new_form_replaces_the_old_one(store: PreparedStore, folder: Path) -> No
 # No form is of use
 
 
-def test_reasons_against_forms_are_remembered(store: PreparedStore, folder: Path) -> None:
+def test_reasons_against_forms_are_remembered(store: ModelCache, folder: Path) -> None:
     why = "killed by signal 11 \ud800 " + "x" * 10_000
     store.settle_none(A, {"prepacked": why, "optimised": "slower"}, model_id="m", version=3, took_ms=9)
     for each in (store, opened(folder)):
@@ -123,7 +124,7 @@ def test_reasons_against_forms_are_remembered(store: PreparedStore, folder: Path
         assert each.use(A) is None
 
 
-def test_dropped_form_is_gone_and_its_reason_stays(store: PreparedStore, folder: Path) -> None:
+def test_dropped_form_is_gone_and_its_reason_stays(store: ModelCache, folder: Path) -> None:
     used = keep(store, "a", form="optimised")
     assert store.drop(A, "it killed its worker", used)
     assert store.use(A) is None
@@ -134,7 +135,7 @@ def test_dropped_form_is_gone_and_its_reason_stays(store: PreparedStore, folder:
     assert not store.drop(A, "again", used)
 
 
-def test_drop_spares_what_replaced_the_form(store: PreparedStore) -> None:
+def test_drop_spares_what_replaced_the_form(store: ModelCache) -> None:
     used = keep(store, "a")
     store.clear()
     assert not store.drop(A, "its files are gone", used)
@@ -144,7 +145,7 @@ def test_drop_spares_what_replaced_the_form(store: PreparedStore) -> None:
     assert store.use(A) == new
 
 
-def test_form_larger_than_the_cache_is_left_out(store: PreparedStore, folder: Path) -> None:
+def test_form_larger_than_the_cache_is_left_out(store: ModelCache, folder: Path) -> None:
     keep(store, "b", LIMIT)
     assert keep(store, "a", LIMIT + 1) is None
     entry = found(store, A)
@@ -159,52 +160,52 @@ def test_form_larger_than_the_cache_is_left_out(store: PreparedStore, folder: Pa
 
 def test_trials_without_use_are_repeated_after_a_day(folder: Path) -> None:
     clock = Clock()
-    store = PreparedStore(folder, LIMIT, now_ns=clock)
+    store = ModelCache(folder, LIMIT, now_ns=clock)
     store.open()
     store.settle_none(A, {"prepacked": "slower"}, model_id="m", version=1)
     keep(store, "b")
     keep(store, "c", form="optimised")
     assert store.drop(C, "killed by signal 11")
-    clock.now_ns += NONE_KNOWN_S * SECOND_NS
+    clock.now_ns += USELESS_KNOWN_S * SECOND_NS
     assert found(store, A).tried == {"prepacked": "slower"}
     clock.now_ns += SECOND_NS
     assert store.find(A) is None
     store.settle_none(A, {"prepacked": "slower again"}, model_id="m", version=1)
     assert found(store, A).tried == {"prepacked": "slower again"}
-    clock.now_ns += 1000 * NONE_KNOWN_S * SECOND_NS
+    clock.now_ns += 1000 * USELESS_KNOWN_S * SECOND_NS
     assert found(store, B).form == "prepacked"
     assert found(store, C).tried["optimised"] == "killed by signal 11"  # a load found that: for good
 
 
-def test_untried_model_is_tried_on_other_inputs(store: PreparedStore) -> None:
+def test_untried_model_is_tried_on_other_inputs(store: ModelCache) -> None:
     given = (Tensor("x", "FP32", (1,), b"[1]", text=True),)
-    assert is_open(None, given)
-    store.settle_none(A, {}, model_id="m", version=1, untried_on=hash_of(()))
-    assert not is_open(store.find(A), ())
-    assert is_open(store.find(A), given)
+    assert needs_trial(None, given)
+    store.settle_none(A, {}, model_id="m", version=1, untried_on=hash_inputs(()))
+    assert not needs_trial(store.find(A), ())
+    assert needs_trial(store.find(A), given)
     store.settle_none(A, {}, model_id="m", version=1)
-    assert not is_open(store.find(A), given)
+    assert not needs_trial(store.find(A), given)
 
 
 # Eviction
 
 
 def test_keys_without_a_form_are_bounded_by_number(folder: Path) -> None:
-    store = PreparedStore(folder, LIMIT, max_without_form=2)
+    store = ModelCache(folder, LIMIT, max_without_form=2)
     store.open()
     keep(store, "x", LIMIT)
     for name in "abc":
         store.settle_none(key(name), {}, model_id=name, version=1)
         store.use(A)
     assert set(keys(store)) == {key("x"), A, C}
-    again = PreparedStore(folder, LIMIT, max_without_form=1)
+    again = ModelCache(folder, LIMIT, max_without_form=1)
     again.open()
     assert set(keys(again)) == {key("x"), A}
 
 
 def test_clock_set_back_keeps_the_order_of_use(folder: Path) -> None:
     times = iter([5 * 10**18, *range(100, 0, -1)])
-    store = PreparedStore(folder, LIMIT, now_ns=lambda: next(times))
+    store = ModelCache(folder, LIMIT, now_ns=lambda: next(times))
     store.open()
     for name in "abcd":
         keep(store, name, 300)
@@ -279,7 +280,7 @@ def test_entries_follow_a_list_in_order_of_use(
                     if has_form:
                         expected.put(name, None)
                 case "clear" | "clear beside" as who, str(name), _:
-                    (store if who == "clear" else PreparedStore(folder, 0)).clear(name)
+                    (store if who == "clear" else ModelCache(folder, 0)).clear(name)
                     expected.remove(name)
                 case "open", _, int(limit):
                     store = opened(folder, limit)
@@ -289,7 +290,7 @@ def test_entries_follow_a_list_in_order_of_use(
 
 
 def test_first_key_is_evicted_of_those_used_at_once() -> None:
-    least = Uses(limit_bytes=1, max_without_form=0)
+    least = UseOrder(limit_bytes=1, max_without_form=0)
     least.put("b", Use(7, 1))
     least.put("a", Use(7, 1))
     assert next(least.next_to_go()) == "a"
@@ -298,7 +299,7 @@ def test_first_key_is_evicted_of_those_used_at_once() -> None:
 # Clear
 
 
-def test_clear_takes_all_or_one_model(store: PreparedStore, folder: Path) -> None:
+def test_clear_takes_all_or_one_model(store: ModelCache, folder: Path) -> None:
     keep(store, "a", 10, model_id="one")
     keep(store, "b", 20, model_id="two")
     store.settle_none(C, {}, model_id="two", version=1)
@@ -311,16 +312,16 @@ def test_clear_takes_all_or_one_model(store: PreparedStore, folder: Path) -> Non
     assert store.clear() == Cleared(0, 0)
 
 
-def test_clear_beside_a_server_spares_its_drafts(store: PreparedStore, folder: Path) -> None:
+def test_clear_beside_a_server_spares_its_drafts(store: ModelCache, folder: Path) -> None:
     draft = store.draft(A)
     files = written(draft, halves(10, "a"))
     (folder / f"draft-{'0' * 16}-{'1' * 8}").mkdir()
-    PreparedStore(folder, 0).clear()
+    ModelCache(folder, 0).clear()
     assert [path.name for path in folder.iterdir()] == [draft.name]
     assert store.keep(A, draft, made_of(files)) is not None
 
 
-def test_folder_removed_while_open_comes_back(store: PreparedStore, folder: Path) -> None:
+def test_folder_removed_while_open_comes_back(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
     shutil.rmtree(folder)
     assert store.entries() == []
@@ -330,7 +331,7 @@ def test_folder_removed_while_open_comes_back(store: PreparedStore, folder: Path
     draft = store.draft(A)
     files = written(draft, halves(10, "a"))
     shutil.rmtree(folder)
-    with pytest.raises(PreparedUnavailable, match="gone"):
+    with pytest.raises(CacheUnavailable, match="gone"):
         store.keep(A, draft, made_of(files))
     assert store.draft(A, 1).is_dir()
 
@@ -339,7 +340,7 @@ def test_folder_removed_while_open_comes_back(store: PreparedStore, folder: Path
 
 
 def test_threads_and_another_process_share_the_cache(folder: Path) -> None:
-    store, beside = opened(folder, 2_000), PreparedStore(folder, 0)
+    store, beside = opened(folder, 2_000), ModelCache(folder, 0)
 
     def work(seed: int) -> None:
         dice = random.Random(seed)
@@ -393,13 +394,13 @@ def test_kill_while_keeping_leaves_nothing_wrong(folder: Path) -> None:
 
 def test_key_covers_files_in_any_order_and_threads() -> None:
     one, two = SourceHash("model.onnx", "ab" * 32), SourceHash("weights", "cd" * 32)
-    assert key_of([one, two], 1) == key_of([two, one], 1)
+    assert make_key([one, two], 1) == make_key([two, one], 1)
     keys = [
-        key_of([one, two], 1),
-        key_of([one, two], 2),
-        key_of([one], 1),
-        key_of([SourceHash("other", one.sha256), two], 1),
-        key_of([SourceHash(one.path, two.sha256), two], 1),
+        make_key([one, two], 1),
+        make_key([one, two], 2),
+        make_key([one], 1),
+        make_key([SourceHash("other", one.sha256), two], 1),
+        make_key([SourceHash(one.path, two.sha256), two], 1),
     ]
     assert len(set(keys)) == len(keys)
     assert all(len(each) == 64 for each in keys)

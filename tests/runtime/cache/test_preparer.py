@@ -17,9 +17,10 @@ from support.workers import until
 
 from events.jobs import Job, JobStatus
 from events.types import LoadParameters, ModelLoaded
+from runtime.cache.key import Entry
 from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
-from runtime.cache.store import Entry, PreparedStore
-from runtime.cache.trial import is_circumstance
+from runtime.cache.store import ModelCache
+from runtime.cache.trial import has_outside_cause
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -47,15 +48,15 @@ def _no_inference_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
     `test_trial.py` tests the verdict on such figures.
     """
-    monkeypatch.setattr("runtime.cache.trial.AS_QUICK", 0.0)
+    monkeypatch.setattr("runtime.cache.trial.MIN_RATE", 0.0)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> PreparedStore:
+def store(tmp_path: Path) -> ModelCache:
     return opened(tmp_path)
 
 
-def form_of(store: PreparedStore, root: Path, model_id: str = "m") -> str | None:
+def form_of(store: ModelCache, root: Path, model_id: str = "m") -> str | None:
     entry = store.find(key_in(root, model_id))
     return entry.form if entry is not None else None
 
@@ -67,7 +68,7 @@ def candidate(root: Path, model_id: str, load_job_id: str, peak_bytes: int = 50 
     return Candidate(load_job_id, model_id, 1, found(root / model_id / "1"), peak_bytes)
 
 
-def preparer_of(store: PreparedStore, pool: WorkerPool, root: Path) -> Preparer:
+def preparer_of(store: ModelCache, pool: WorkerPool, root: Path) -> Preparer:
     return Preparer(store, pool, Repository(root), lambda: None)
 
 
@@ -77,7 +78,7 @@ async def offer(preparer: Preparer, *candidates: Candidate) -> None:
         await asyncio.gather(*preparer._looks)
 
 
-async def test_same_files_are_offered_once(pool: WorkerPool, store: PreparedStore, tmp_path: Path) -> None:
+async def test_same_files_are_offered_once(pool: WorkerPool, store: ModelCache, tmp_path: Path) -> None:
     for name, constant in (("one", 1), ("two", 1), ("three", 2)):
         models.save(models.add(constant), tmp_path, name)
     preparer = preparer_of(store, pool, tmp_path)
@@ -91,7 +92,7 @@ async def test_same_files_are_offered_once(pool: WorkerPool, store: PreparedStor
 
 
 async def test_preparation_stopped_repeatedly_is_given_up(
-    pool: WorkerPool, store: PreparedStore, tmp_path: Path
+    pool: WorkerPool, store: ModelCache, tmp_path: Path
 ) -> None:
     models.save(SLOWER, tmp_path, "m")
     preparer = preparer_of(store, pool, tmp_path)
@@ -113,9 +114,7 @@ async def test_preparation_stopped_repeatedly_is_given_up(
     assert not preparer.preparable
 
 
-async def test_stop_at_any_time_leaves_nothing(
-    pool: WorkerPool, store: PreparedStore, tmp_path: Path
-) -> None:
+async def test_stop_at_any_time_leaves_nothing(pool: WorkerPool, store: ModelCache, tmp_path: Path) -> None:
     models.save(models.add(1), tmp_path, "m")
     for turns in range(40):
         preparer = preparer_of(store, pool, tmp_path)
@@ -132,7 +131,7 @@ async def test_stop_at_any_time_leaves_nothing(
 
 
 async def test_preparations_are_counted_by_outcome(
-    pool: WorkerPool, store: PreparedStore, tmp_path: Path
+    pool: WorkerPool, store: ModelCache, tmp_path: Path
 ) -> None:
     models.save(models.add(), tmp_path, "m")
     preparer = preparer_of(store, pool, tmp_path)
@@ -162,7 +161,7 @@ async def test_preparations_are_counted_by_outcome(
     ids=["killed", "unknown", "timeout", "no fork server", "crashed", "exited", "failed"],
 )
 def test_problem_with_an_outside_cause_is_a_circumstance(problem: RuntimeProblem, *, expected: bool) -> None:
-    assert is_circumstance(problem) is expected
+    assert has_outside_cause(problem) is expected
 
 
 # Loads with and without a cached model
@@ -170,7 +169,7 @@ def test_problem_with_an_outside_cause_is_a_circumstance(problem: RuntimeProblem
 
 @asynccontextmanager
 async def engine_with(
-    folder: Path, store: PreparedStore, *, budget_bytes: int | None = None
+    folder: Path, store: ModelCache, *, budget_bytes: int | None = None
 ) -> AsyncIterator[Engine]:
     async with running(folder, store=store, policy=Policy(2, budget_bytes=budget_bytes)) as engine:
         yield engine
@@ -178,7 +177,7 @@ async def engine_with(
 
 @asynccontextmanager
 async def engine_with_form(
-    folder: Path, store: PreparedStore, form: Form = "optimised", **bare: ModelProto
+    folder: Path, store: ModelCache, form: Form = "optimised", **bare: ModelProto
 ) -> AsyncIterator[Engine]:
     """Start with these models, which were loaded before and have this form."""
     async with engine_with_other_forms(folder, store, {}, form, **bare) as engine:
@@ -187,7 +186,7 @@ async def engine_with_form(
 
 @asynccontextmanager
 async def engine_with_other_forms(
-    folder: Path, store: PreparedStore, others: Mapping[str, Path], form: Form, **bare: ModelProto
+    folder: Path, store: ModelCache, others: Mapping[str, Path], form: Form, **bare: ModelProto
 ) -> AsyncIterator[Engine]:
     """Start with these models, and other files in place of their cached models."""
     for model_id, model in bare.items():
@@ -220,7 +219,7 @@ async def recorded(engine: Engine, job: Job) -> ModelLoaded:
     return data
 
 
-async def settled(store: PreparedStore, root: Path) -> Entry:
+async def settled(store: ModelCache, root: Path) -> Entry:
     """Wait until the store has an entry for model `m`."""
     key = key_in(root, "m")
     async with asyncio.timeout(IN_SPARE_TIME_S):
@@ -248,7 +247,7 @@ async def preparing(engine: Engine) -> int:
     return min(set(engine.worker_pids()) - serving)
 
 
-async def test_loaded_model_is_prepared_for_the_next_load(tmp_path: Path, store: PreparedStore) -> None:
+async def test_loaded_model_is_prepared_for_the_next_load(tmp_path: Path, store: ModelCache) -> None:
     models.save(SLOW, tmp_path / "models", "m")
     async with engine_with(tmp_path, store) as engine:
         first = await load(engine)
@@ -267,7 +266,7 @@ async def test_loaded_model_is_prepared_for_the_next_load(tmp_path: Path, store:
         }  # fmt: skip
 
 
-async def test_cached_model_is_used_for_the_same_bytes_only(tmp_path: Path, store: PreparedStore) -> None:
+async def test_cached_model_is_used_for_the_same_bytes_only(tmp_path: Path, store: ModelCache) -> None:
     async with engine_with_form(tmp_path, store, m=models.add(1)) as engine:
         first = await load(engine, instances=3)
         assert first.prepared is not None
@@ -290,9 +289,7 @@ async def test_cached_model_is_used_for_the_same_bytes_only(tmp_path: Path, stor
         assert await engine.ask("m", 3) == 4
 
 
-async def test_form_that_fails_a_load_is_dropped_in_the_same_job(
-    tmp_path: Path, store: PreparedStore
-) -> None:
+async def test_form_that_fails_a_load_is_dropped_in_the_same_job(tmp_path: Path, store: ModelCache) -> None:
     deadly = models.save(models.crash_on_load(), tmp_path / "elsewhere", "m") / "model.onnx"
     (tmp_path / "no.onnx").write_bytes(b"no model")
     others, bare = (
@@ -313,7 +310,7 @@ async def test_form_that_fails_a_load_is_dropped_in_the_same_job(
 
 @pytest.mark.parametrize("kind", [signal.SIGSEGV, signal.SIGKILL])
 async def test_form_whose_worker_crashes_in_service_is_dropped(
-    tmp_path: Path, store: PreparedStore, kind: signal.Signals
+    tmp_path: Path, store: ModelCache, kind: signal.Signals
 ) -> None:
     """A worker that is killed says nothing against its form."""
     async with engine_with_form(tmp_path, store, m=models.add(1)) as engine:
@@ -324,7 +321,7 @@ async def test_form_whose_worker_crashes_in_service_is_dropped(
         assert form_of(store, engine.root) == kept
 
 
-async def test_crash_while_preparing_costs_only_that_form(tmp_path: Path, store: PreparedStore) -> None:
+async def test_crash_while_preparing_costs_only_that_form(tmp_path: Path, store: ModelCache) -> None:
     models.save(SLOWER, tmp_path / "models", "m")
     async with engine_with(tmp_path, store) as engine:
         await load(engine)
@@ -335,7 +332,7 @@ async def test_crash_while_preparing_costs_only_that_form(tmp_path: Path, store:
         assert "WorkerExited" not in await engine.story()
 
 
-async def test_preparation_stops_for_a_load_and_resumes(tmp_path: Path, store: PreparedStore) -> None:
+async def test_preparation_stops_for_a_load_and_resumes(tmp_path: Path, store: ModelCache) -> None:
     models.save(SLOWER, tmp_path / "models", "m")
     models.save(models.weights(20), tmp_path / "models", "other")
     async with engine_with(tmp_path, store, budget_bytes=10**10) as engine:
@@ -351,7 +348,7 @@ async def test_preparation_stops_for_a_load_and_resumes(tmp_path: Path, store: P
         assert (await settled(store, engine.root)).form is not None
 
 
-async def test_untried_model_says_what_to_do_and_is_tried_then(tmp_path: Path, store: PreparedStore) -> None:
+async def test_untried_model_says_what_to_do_and_is_tried_then(tmp_path: Path, store: ModelCache) -> None:
     models.save(models.reshape(7), tmp_path / "models", "m")
     defaults = tmp_path / "models" / "m" / "loadledger.toml"
     defaults.write_text("[warm_up]\nenabled = false\n")
@@ -376,7 +373,7 @@ async def test_untried_model_says_what_to_do_and_is_tried_then(tmp_path: Path, s
 
 
 async def test_models_load_where_the_cache_is_unavailable(
-    tmp_path: Path, store: PreparedStore, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, store: ModelCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     models.save(models.add(1), tmp_path / "models", "m")
     async with engine_with(tmp_path, store) as engine:
@@ -388,7 +385,7 @@ async def test_models_load_where_the_cache_is_unavailable(
         assert caplog.text.count("nothing is prepared") == 1
 
 
-async def test_form_beyond_the_memory_limit_is_kept(tmp_path: Path, store: PreparedStore) -> None:
+async def test_form_beyond_the_memory_limit_is_kept(tmp_path: Path, store: ModelCache) -> None:
     """To make a prepacked session of 67 MB takes 140 MB, a bare one 120: where it does, the load is bare."""
     async with engine_with_form(tmp_path, store, "prepacked", m=models.weights(67, layers=16)) as engine:
         for _ in range(2):
@@ -397,7 +394,7 @@ async def test_form_beyond_the_memory_limit_is_kept(tmp_path: Path, store: Prepa
         assert form_of(store, engine.root) == "prepacked"
 
 
-async def test_one_instance_may_load_bare(tmp_path: Path, store: PreparedStore) -> None:
+async def test_one_instance_may_load_bare(tmp_path: Path, store: ModelCache) -> None:
     async with engine_with_form(tmp_path, store, m=models.weights(20)) as engine:
         first = await engine.stopped_ahead()
         job_id = await engine.ask_load("m", parameters=LoadParameters(instances=3))

@@ -14,7 +14,16 @@ from support.history import PLAIN
 from support.models import save
 from support.workers import Serve, array, ask, order_of
 
-from runtime.cache.trial import MAX_SAMPLE_BYTES, NotTried, Pair, Stopped, Trial, samples, told, verdict
+from runtime.cache.trial import (
+    MAX_SAMPLE_BYTES,
+    Pair,
+    Trial,
+    TrialImpossible,
+    TrialInterrupted,
+    least_of_each,
+    make_samples,
+    verdict,
+)
 from runtime.errors import LoadRefused, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.wire import DATATYPES, Prepared, Tensor, TensorSpec
@@ -55,7 +64,7 @@ def test_verdict_needs_faster_loads_and_inference_as_quick(pairs: list[Pair], wh
 
 
 def test_figures_are_the_least_of_each() -> None:
-    assert told([pair(load=7), pair(infer=9), pair(bare_load=8)]) == {
+    assert least_of_each([pair(load=7), pair(infer=9), pair(bare_load=8)]) == {
         "bare_load_us": 8,
         "load_us": 7,
         "bare_infer_ns": 100,
@@ -137,7 +146,7 @@ async def test_bare_model_that_fails_ends_the_trial(
     save(model, tmp_path / "models", "m")
     form = await prepared(pool, tmp_path / "models")
     order = order_of(tmp_path / "models", "m", memory_limit_bytes=limit_bytes)
-    with pytest.raises(Stopped if limit_bytes else NotTried, match=words):
+    with pytest.raises(TrialInterrupted if limit_bytes else TrialImpossible, match=words):
         await Trial(pool, order, given).of(form)
 
 
@@ -145,7 +154,7 @@ async def test_trial_uses_given_inputs(pool: WorkerPool, tmp_path: Path) -> None
     save(models.reshape(6), tmp_path / "models", "m")
     form = await prepared(pool, tmp_path / "models")
     order = order_of(tmp_path / "models", "m")
-    with pytest.raises(NotTried):
+    with pytest.raises(TrialImpossible):
         await Trial(pool, order, ()).of(form)
     given = (
         Tensor("x", "FP32", (6,), b"[1, 2, 3, 4, 5, 6]", text=True),
@@ -175,9 +184,9 @@ SPECS = st.lists(
 @given(SPECS)
 def test_samples_match_declared_inputs_and_repeat(specs: list[TensorSpec]) -> None:
     required = [spec for spec in specs if not spec.optional]
-    sampled = list(samples(specs))
+    sampled = list(make_samples(specs))
     assert sampled
-    assert sampled == list(samples(specs))
+    assert sampled == list(make_samples(specs))
     for tensors in sampled:
         assert [(each.name, each.datatype) for each in tensors] == [(s.name, s.datatype) for s in required]
         for spec, tensor in zip(required, tensors, strict=True):
@@ -190,13 +199,13 @@ def test_samples_match_declared_inputs_and_repeat(specs: list[TensorSpec]) -> No
 
 async def test_model_of_texts_accepts_samples(serve: Serve) -> None:
     worker = await serve(models.strings())
-    for tensors in samples([TensorSpec("x", "BYTES", (-1,))]):
+    for tensors in make_samples([TensorSpec("x", "BYTES", (-1,))]):
         assert await ask(worker, tensors)
 
 
 @pytest.mark.parametrize("datatype", sorted(set(DATATYPES) - {"BYTES"}))
 def test_samples_are_noise_within_one_and_zeros(datatype: str) -> None:
-    noise, zeros = list(samples([TensorSpec("x", datatype, (100,))]))
+    noise, zeros = list(make_samples([TensorSpec("x", datatype, (100,))]))
     if datatype != "BF16":  # which numpy has no name for
         found = array(noise[0]).astype(float)
         assert abs(found).max() <= 1
@@ -218,16 +227,16 @@ def test_samples_are_noise_within_one_and_zeros(datatype: str) -> None:
 def test_samples_have_several_lengths_within_the_limit(
     declared: tuple[int, ...], shapes: list[tuple[int, ...]]
 ) -> None:
-    found = [tensors[0].shape for tensors in samples([TensorSpec("x", "FP32", declared)])]
+    found = [tensors[0].shape for tensors in make_samples([TensorSpec("x", "FP32", declared)])]
     assert found[::2] == found[1::2] == shapes  # noise and zeros of each
 
 
 @pytest.mark.parametrize("datatype", sorted(set(DATATYPES) - {"BYTES"}))
 def test_rows_of_a_long_sample_differ(datatype: str) -> None:
-    [noise], _ = samples([TensorSpec("x", datatype, (64, 1024))])
+    [noise], _ = make_samples([TensorSpec("x", datatype, (64, 1024))])
     row = len(noise.data) // 64
     assert len({bytes(noise.data[start : start + row]) for start in range(0, len(noise.data), row)}) == 64
 
 
 def test_input_that_is_no_tensor_has_no_samples() -> None:
-    assert list(samples([TensorSpec("x", "seq(tensor(float))", ())])) == []
+    assert list(make_samples([TensorSpec("x", "seq(tensor(float))", ())])) == []

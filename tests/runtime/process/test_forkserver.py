@@ -248,7 +248,7 @@ async def test_stopped_fork_server_hides_no_death(monkeypatch: pytest.MonkeyPatc
         worker = await pool.start("w")
         await freeze(fork_server_of(pool).pid)
         with monkeypatch.context() as patch:
-            patch.setattr(workers_module, "LAST_WORDS_S", 0.2)
+            patch.setattr(workers_module, "EXIT_WAIT_S", 0.2)
             worker.kill()
             assert await asyncio.shield(worker.ended) == Exit(None, None)
         assert not worker.orphaned  # or a worker could stop the fork server, end, and be held blameless

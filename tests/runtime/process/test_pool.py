@@ -26,13 +26,13 @@ from support.workers import (
 from runtime.errors import Exit
 from runtime.memory import descendants
 from runtime.process import pool as pool_module
-from runtime.process.pool import WorkerPool, whole
+from runtime.process.pool import WorkerPool, complete
 
 
 @pytest.fixture
 def _long_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a pre-forked worker for longer than any test takes to use it."""
-    monkeypatch.setattr(pool_module, "KEPT_S", LIMIT_S)
+    monkeypatch.setattr(pool_module, "PREFORKED_KEPT_S", LIMIT_S)
 
 
 def pids(pool: WorkerPool) -> list[int]:
@@ -132,7 +132,7 @@ async def test_at_most_one_worker_is_pre_forked(pool: WorkerPool) -> None:
 async def test_pre_forked_worker_ends_when_not_taken(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "KEPT_S", 0.0)
+    monkeypatch.setattr(pool_module, "PREFORKED_KEPT_S", 0.0)
     pool.expect()
     await asyncio.sleep(0)
     await until(lambda: not pool._spare._tasks and not pool._workers)
@@ -185,7 +185,7 @@ async def test_cancelled_task_waits_for_shielded_work() -> None:
         may_end.wait()
         ended.append("well")
 
-    task = asyncio.create_task(whole(asyncio.to_thread(work)))
+    task = asyncio.create_task(complete(asyncio.to_thread(work)))
     for _ in range(3):
         await asyncio.sleep(0)
         task.cancel()
@@ -195,6 +195,6 @@ async def test_cancelled_task_waits_for_shielded_work() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended == ["well"]
-    assert await whole(asyncio.to_thread(lambda: 3)) == 3
+    assert await complete(asyncio.to_thread(lambda: 3)) == 3
     with pytest.raises(ZeroDivisionError):
-        await whole(asyncio.to_thread(lambda: 1 // 0))
+        await complete(asyncio.to_thread(lambda: 1 // 0))

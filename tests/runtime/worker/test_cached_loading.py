@@ -20,7 +20,7 @@ from runtime.errors import Exit, LoadRefused, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.wire import Form, Load
-from runtime.worker.loading import are_better
+from runtime.worker.loading import huge_pages_help
 
 
 @pytest.fixture
@@ -299,4 +299,4 @@ async def test_huge_pages_are_used_for_copied_or_packed_weights(pool: WorkerPool
     assert not has_huge_pages((await load(pool, replace(order, prepared=prepacked)))[0])
     packed = tmp_path / "packed" / "models"
     save(models.weights(4), packed, "m")
-    assert are_better(4_000_000, await prepared(pool, packed))
+    assert huge_pages_help(4_000_000, await prepared(pool, packed))

@@ -33,11 +33,19 @@ from runtime.errors import InvalidInput, LoadRefused
 from runtime.frames import FrameReader
 from runtime.process.worker import Worker
 from runtime.wire import FROM_WORKER, Failure, Infer, Tensor, TensorSpec, WantedOutput, pack_texts
-from runtime.worker.batching import MAX_WAITING, BatchDimension, NotApart, Queue, Request, apart, together
+from runtime.worker.batching import (
+    MAX_WAITING,
+    BatchDimension,
+    OutputsNotBatched,
+    Queue,
+    Request,
+    join_inputs,
+    split_outputs,
+)
 from runtime.worker.execution import Cancellation, Executor, Outbox
-from runtime.worker.inference import Asked, Runner
+from runtime.worker.inference import Runner, SelectedOutputs
 
-ASKED = Asked(["y"], [("y", "FP32", False)])
+ASKED = SelectedOutputs(["y"], [("y", "FP32", False)])
 HOUR_US = 3600 * 10**6
 NO_NUMBERS = Tensor("x", "FP32", (1,), b'["none"]', text=True)
 
@@ -88,7 +96,7 @@ def test_queue_batches_like_requests_oldest_first(drawn: list[tuple[int, int, bo
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(0, 2))
 def test_joined_inputs_split_into_what_they_were(drawn: list[int], width: int) -> None:
     batch = [request(n, size, width) for n, size in enumerate(drawn)]
-    parts = apart(batch, [together(batch)["x"], None])
+    parts = split_outputs(batch, [join_inputs(batch)["x"], None])
     assert [second for _, second in parts] == [None] * len(batch)
     for each, (first, _) in zip(batch, parts, strict=True):
         assert np.array_equal(first, each.feed["x"])
@@ -96,8 +104,8 @@ def test_joined_inputs_split_into_what_they_were(drawn: list[int], width: int) -
 
 @pytest.mark.parametrize("output", [np.zeros(()), np.zeros((3, 2)), np.zeros((1, 2))])
 def test_outputs_of_another_length_are_not_split(output: Any) -> None:
-    with pytest.raises(NotApart):
-        apart([request(0), request(1)], [np.zeros(2), output])
+    with pytest.raises(OutputsNotBatched):
+        split_outputs([request(0), request(1)], [np.zeros(2), output])
 
 
 def test_queue_waits_until_oldest_is_due_or_a_batch_is_full() -> None:

@@ -25,7 +25,7 @@ from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.worker import optimising
-from runtime.worker.optimising import align
+from runtime.worker.optimising import align_weights
 
 KNOWN_SHA256 = "ab" * 32
 
@@ -207,7 +207,7 @@ def test_weights_are_aligned_and_keep_their_content(
     model = with_weights(tensors[:split], tensors[split:])
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     (folder / "weights.bin").write_bytes(content)
-    align(folder / "model.onnx", folder / "weights.bin")
+    align_weights(folder / "model.onnx", folder / "weights.bin")
     moved = onnx.load(folder / "model.onnx", load_external_data=False)
     branch = moved.graph.node[0].attribute[0].g.initializer
     written = (folder / "weights.bin").read_bytes()
@@ -237,7 +237,7 @@ def test_long_weights_start_at_a_page(tmp_path: Path) -> None:
     tensors = [weight("a", 0, b"12345"), weight("b", 5, long)]
     (tmp_path / "model.onnx").write_bytes(with_weights(tensors, []).SerializeToString())
     (tmp_path / "weights.bin").write_bytes(b"12345" + long)
-    align(tmp_path / "model.onnx", tmp_path / "weights.bin")
+    align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
     moved = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
     assert [external(tensor)["offset"] for tensor in moved] == ["0", "4096"]
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "weights.bin"}
@@ -257,7 +257,7 @@ def test_overlapping_weights_are_moved_in_pieces(
     (folder / "weights.bin").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimising, "PIECE_BYTES", piece)
-        align(folder / "model.onnx", folder / "weights.bin")
+        align_weights(folder / "model.onnx", folder / "weights.bin")
     written = (folder / "weights.bin").read_bytes()
     moved = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
     for (offset, length), tensor in zip(places, moved, strict=True):
@@ -267,7 +267,7 @@ def test_overlapping_weights_are_moved_in_pieces(
 
 def test_graph_without_weights_file_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(models.CORRUPT)
-    align(tmp_path / "model.onnx", tmp_path / "weights.bin")
+    align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
     assert (tmp_path / "model.onnx").read_bytes() == models.CORRUPT
 
 
@@ -287,7 +287,7 @@ def test_weights_written_in_unknown_ways_are_refused(tmp_path: Path, tensor: Ten
     (tmp_path / "model.onnx").write_bytes(with_weights([tensor], []).SerializeToString())
     (tmp_path / "weights.bin").write_bytes(bytes(10))
     with pytest.raises(LoadRefused) as refused:
-        align(tmp_path / "model.onnx", tmp_path / "weights.bin")
+        align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
     assert refused.value.code == "prepare_failed"
 
 
@@ -298,4 +298,4 @@ def test_any_bytes_are_aligned_or_refused(tmp_path_factory: pytest.TempPathFacto
     (folder / "model.onnx").write_bytes(b"\x3a" + bytes([len(data)]) + data)
     (folder / "weights.bin").write_bytes(b"")
     with contextlib.suppress(LoadRefused):
-        align(folder / "model.onnx", folder / "weights.bin")
+        align_weights(folder / "model.onnx", folder / "weights.bin")
