@@ -12,6 +12,7 @@ from collections.abc import Callable
 from msgspec import Struct
 from msgspec.structs import replace
 
+from events.clock import Timestamp
 from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
 from events.jobs import Job, JobKind
 from events.models import Model, ModelState, Serving
@@ -68,7 +69,7 @@ class Refused(Struct, frozen=True, gc=False):
 Decision = Accepted | Existing | Refused
 
 
-def accept(state: State, command: Command, new_id: Callable[[], str], now: str) -> Decision:
+def accept(state: State, command: Command, new_id: Callable[[], str], now: Timestamp) -> Decision:
     """Decide `command` on `state`.
 
     Args:
@@ -91,7 +92,7 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: str) 
             return _cancel(state, command, new_id)
 
 
-def _repeated(state: State, given: Idempotency | None, now: str) -> Existing | Refused | None:
+def _repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:
     """Return the outcome of the first request with this key; only an accepted request uses its key."""
     known = state.keys.get(given.key_hash) if given is not None else None
     if given is None or known is None or not known.holds(now):

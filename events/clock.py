@@ -1,4 +1,7 @@
-"""Times and ids as the ledger writes them."""
+"""Timestamps, ids and the steady clock of the ledger.
+
+A timestamp is a string, `YYYY-MM-DDTHH:MM:SS.ffffffZ`: always six digits, always UTC, so text sorts as time.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,38 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+Timestamp = str
+
 _LAST = "9999-12-31T23:59:59.999999Z"
 
 
-def format_timestamp(moment: datetime) -> str:
-    """Return `YYYY-MM-DDTHH:MM:SS.ffffffZ`: always six digits, always UTC, so that text sorts as time."""
+def format_timestamp(moment: datetime) -> Timestamp:
+    """Return the timestamp of a moment."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
-def parse_timestamp(text: str) -> datetime:
-    """Return the moment that `format_timestamp` wrote."""
-    return datetime.fromisoformat(text)
+def parse_timestamp(timestamp: Timestamp) -> datetime:
+    """Return the moment of a timestamp."""
+    return datetime.fromisoformat(timestamp)
 
 
-def add_seconds(text: str, seconds: float) -> str:
-    """Return the stamp `seconds` after the stamp `text`; past the year 9999 it is the last there is."""
+def add_seconds(timestamp: Timestamp, seconds: float) -> Timestamp:
+    """Return the timestamp so many seconds later; past the year 9999 the last one there is."""
     try:
-        return format_timestamp(parse_timestamp(text) + timedelta(seconds=seconds))
+        return format_timestamp(parse_timestamp(timestamp) + timedelta(seconds=seconds))
     except OverflowError:
         return _LAST
 
 
-def seconds_between(earlier: str, later_one: str) -> float:
-    """Return the seconds from one stamp to another; negative if they are the other way round."""
-    return (parse_timestamp(later_one) - parse_timestamp(earlier)).total_seconds()
+def seconds_between(earlier: Timestamp, later: Timestamp) -> float:
+    """Return the seconds from one timestamp to another; negative if the second is earlier."""
+    return (parse_timestamp(later) - parse_timestamp(earlier)).total_seconds()
 
 
 class SteadyClock:
-    """The wall clock, except that it goes on when that one is set back: never slower than time itself.
+    """The wall clock, except that it advances by the monotonic clock when the wall clock is set back.
 
-    So a deadline or a back-off passes, whatever happens to the machine's clock.
+    So deadlines and back-offs pass, whatever happens to the machine's clock.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class SteadyClock:
         return self._latest
 
     def start_after(self, moment_before: datetime) -> None:
-        """Go on from `moment_before`, if the clock is not past it: what was recorded lies in the past."""
+        """Continue from `moment_before` if the clock is earlier: recorded events lie in the past."""
         self._latest = max(self._latest, moment_before)
 
 

@@ -1,16 +1,18 @@
-r"""Events as they are stored and hashed: the canonical JSON of the whole event, and back.
+r"""How an event is stored and hashed: its canonical JSON, and back; the hash chain.
 
-The canonical form: the one text, and so the one sequence of bytes, that an event is hashed as.
-
-The rule, complete, so that anybody can write it again (test vectors: `tests/events/vectors.json`):
+The canonical form of a value is one text, and so one sequence of bytes. The complete rule (test vectors:
+`tests/events/vectors.json`):
 
 - JSON, no white space, UTF-8; object keys sorted by Unicode code point.
 - Leaf values are integers from -2^63 to 2^63-1, strings, `true`, `false` and `null`. No floats.
 - In strings only `"`, `\` and U+0000 to U+001F are escaped: `\"`, `\\`, `\b`, `\f`, `\n`, `\r`, `\t`,
   else `\u00xx` in lower-case hexadecimal. No lone surrogates.
 
-It is not RFC 8785, whose numbers are IEEE doubles: integers stay exact here.
+It is not RFC 8785, whose numbers are IEEE doubles: here integers stay exact.
 `hash = SHA-256(previous hash ‖ UTF-8 of the body)`; before the first event 32 zero bytes.
+
+`encode_by_rule` writes bodies by the rule itself. `encode_event` is five times as fast; a property test holds
+it to the rule. `CanonicalCheck` tells whether stored bytes are canonical.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ GENESIS = bytes(32)
 """The hash before the first event."""
 
 _MAX = 2**63
+"""Integers are from -_MAX to _MAX - 1: 64 bits with a sign, as in SQLite."""
 
 
 def encode_canonical(value: object) -> str:
-    """Return `value` in canonical form.
+    """Return the canonical form of a value.
 
     Raises:
         NotEncodable: a float, an integer beyond 64 bits, a key that is not a string, a lone surrogate.
@@ -59,7 +62,7 @@ def encode_canonical(value: object) -> str:
 
 
 def hash_body(previous: bytes, body: str) -> bytes:
-    """Return the hash of `body` after an event whose hash was `previous` (32 bytes each)."""
+    """Return the hash (32 bytes) of a body that follows the event with the hash `previous`."""
     return hashlib.sha256(previous + body.encode()).digest()
 
 
@@ -74,7 +77,7 @@ def _check(value: object, where: str) -> None:
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise NotEncodable(f"{where}: the key {key!r} is not a string")
-                if type(item) is not str:  # nearly all are, and their place need not be spelt out
+                if type(item) is not str:  # nearly all are strings: skip formatting `where`
                     _check(item, f"{where}.{key}")
         case list() | tuple():
             for index, item in enumerate(value):
@@ -84,20 +87,20 @@ def _check(value: object, where: str) -> None:
 
 
 def encode_event(event: Event) -> str:
-    """Return the canonical JSON of the whole event, which is what is stored and hashed.
+    """Return the canonical JSON of an event, its body.
 
     Raises:
-        NotEncodable: a value that the canonical form does not have.
+        NotEncodable: `not_encodable`, a value has no canonical form.
     """
-    quick = _quickly(event)
-    return quick if quick is not None else encode_by_rule(event)
+    body = _encode_fast(event)
+    return body if body is not None else encode_by_rule(event)
 
 
 def encode_by_rule(event: Event) -> str:
-    """Return what `encode_event` does, written by the rule itself.
+    """Return the body of an event, written by the rule itself.
 
     Raises:
-        NotEncodable: a value that the canonical form does not have.
+        NotEncodable: `not_encodable`, a value has no canonical form.
     """
     unknown = event.data if isinstance(event.data, Unknown) else None
     try:
@@ -122,7 +125,7 @@ def encode_by_rule(event: Event) -> str:
 
 
 class EventBody(msgspec.Struct, gc=False):
-    """What a body has; in the order of names, because that is sorted again each time."""
+    """The members of a body, in the order of their names, which saves time when they are sorted."""
 
     actor: str
     data: Data
@@ -138,7 +141,7 @@ class EventBody(msgspec.Struct, gc=False):
 
 
 def make_body(event: Event, data: Data) -> EventBody:
-    """Return what the body of an event with these data has."""
+    """Return the members of the body of an event with these data."""
     return EventBody(
         event.actor,
         data,
@@ -154,27 +157,28 @@ def make_body(event: Event, data: Data) -> EventBody:
     )
 
 
-_QUICK = msgspec.json.Encoder(order="sorted")
-"""Writes the canonical form, five times as fast, of what `_is_plain`: a property test holds it to that."""
+_ENCODER = msgspec.json.Encoder(order="sorted")
+"""Writes the canonical form of plain values."""
 
 
-def _quickly(event: Event) -> str | None:
-    """Return the body, or None where it takes the long way to write it, or to say why that cannot be."""
+def _encode_fast(event: Event) -> str | None:
+    """Return the body, or None where only the rule can write it, or say why it cannot."""
     data = event.data
-    if isinstance(data, Unknown) or not all(map(_is_plain, (*_members(event), data))):
+    if isinstance(data, Unknown) or not all(map(_is_plain, (*_envelope(event), data))):
         return None
     try:
-        return _QUICK.encode(make_body(event, data)).decode()
+        return _ENCODER.encode(make_body(event, data)).decode()
     except UnicodeEncodeError:  # a lone surrogate
         return None
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether msgspec writes a value as the rule does, as far as its type tells."""
     kind = type(value)
     if kind in _PLAIN:
         return True
     if kind is int:
-        return bool(-(2**63) <= value < 2**63)
+        return bool(-_MAX <= value < _MAX)
     if kind is tuple:
         return all(map(_is_plain, value))
     values = _VALUES.get(kind)
@@ -192,20 +196,20 @@ _PLAIN = frozenset({str, bool, type(None), Cause})
 _VALUES: Mapping[type[Any], Callable[[Any], tuple[object, ...]]] = {
     kind: _values_of(kind) for kind in (*TYPES.values(), Idempotency, LoadedFile, Prepared, Durations)
 }
-_members = attrgetter("position", "id", "actor", "recorded_at", "job_id", "model_id", "version", "worker_id")
+_envelope = attrgetter("position", "id", "actor", "recorded_at", "job_id", "model_id", "version", "worker_id")
 
 
 def decode_event(body: str | bytes) -> Event:
-    """Return the event whose body this is; what this release does not know becomes `Unknown`.
+    """Return the event of a body; data that this release does not know become `Unknown`.
 
     Raises:
-        msgspec.DecodeError: it is no event.
+        msgspec.DecodeError: the body is no event.
     """
-    raw = _WHOLE.decode(body)
+    raw = _RAW.decode(body)
     return Event(
         raw.position,
         raw.id,
-        _data(raw),
+        _decode_data(raw),
         raw.actor,
         raw.recorded_at,
         raw.job_id,
@@ -215,8 +219,8 @@ def decode_event(body: str | bytes) -> Event:
     )
 
 
-class _Whole(msgspec.Struct, gc=False):
-    """An event whose data nobody has looked at: what they are depends on the type, which stands behind."""
+class _RawEvent(msgspec.Struct, gc=False):
+    """An event with its data undecoded: `type`, which says how to decode them, comes after them."""
 
     position: int
     id: str
@@ -231,31 +235,29 @@ class _Whole(msgspec.Struct, gc=False):
     worker_id: str | None
 
 
-_WHOLE = msgspec.json.Decoder(_Whole)
-_KNOWN: Mapping[str, msgspec.json.Decoder[Data]] = {
+_RAW = msgspec.json.Decoder(_RawEvent)
+_DATA: Mapping[str, msgspec.json.Decoder[Data]] = {
     name: msgspec.json.Decoder(kind) for name, kind in TYPES.items()
 }
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
-def _data(raw: _Whole) -> Data | Unknown:
-    known = _KNOWN.get(raw.type)
-    if known is None or raw.schema != SCHEMA:
+def _decode_data(raw: _RawEvent) -> Data | Unknown:
+    decoder = _DATA.get(raw.type)
+    if decoder is None or raw.schema != SCHEMA:
         return Unknown(raw.type, raw.schema, _OBJECT.decode(raw.data))
-    return known.decode(raw.data)
+    return decoder.decode(raw.data)
 
 
-def _no_floats(text: str) -> float:
+def _refuse_float(text: str) -> float:
     raise ValueError(text)
 
 
-_DECODER = msgspec.json.Decoder(float_hook=_no_floats)
-_ENCODER = msgspec.json.Encoder(order="sorted")
-"""Writes the canonical form of nearly all bodies, much faster than the rule itself."""
+_DECODER = msgspec.json.Decoder(float_hook=_refuse_float)
 
 
 class CanonicalCheck:
-    """Whether bodies are in the canonical form, asked one after the other by one thread."""
+    """Checks whether bodies are canonical, one after the other in one thread; it reuses a buffer."""
 
     __slots__ = ("_buffer",)
 
@@ -263,10 +265,10 @@ class CanonicalCheck:
         self._buffer = bytearray()
 
     def holds(self, event: Event, body: bytes) -> bool:
-        """Whether `body`, which was read as `event`, is in the canonical form.
+        """Whether `body`, which was decoded as `event`, is canonical.
 
-        Bytes that come back when the event is written are. Others may still be: of a later release, or an
-        earlier one, which had fewer members.
+        It is, if encoding the event gives the same bytes. Else it may still be: bodies of later releases have
+        more members, those of earlier releases fewer.
         """
         data = event.data
         if not isinstance(data, Unknown):
@@ -274,15 +276,15 @@ class CanonicalCheck:
                 _ENCODER.encode_into(make_body(event, data), self._buffer)
                 if self._buffer == body:
                     return True
-            except (ValueError, OverflowError):  # as by a release of msgspec that has no such integers
+            except (ValueError, OverflowError):  # a release of msgspec without such integers
                 pass
         return is_canonical(body)
 
 
 def is_canonical(body: bytes) -> bool:
-    """Whether these are the bytes that the canonical form has for what they say.
+    """Whether bytes are the canonical form of the JSON that they hold.
 
-    Integers of more than 64 bits, which the form does not have, are let through: they have one reading.
+    Integers beyond 64 bits pass, though they have no canonical form, because there is one way to write them.
     """
     try:
         if _ENCODER.encode(_DECODER.decode(body)) == body:

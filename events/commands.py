@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from events.clock import add_seconds
+from events.clock import Timestamp, add_seconds
 from events.types import (
     CancelRequested,
     Cause,
@@ -93,9 +93,9 @@ class KnownKey:
 
     fingerprint: str
     job_id: str
-    recorded_at: str
+    recorded_at: Timestamp
 
-    def holds(self, now: str) -> bool:
+    def holds(self, now: Timestamp) -> bool:
         """Whether the key still stands for its request at `now`."""
         return now < add_seconds(self.recorded_at, KEY_LIFETIME_S)
 

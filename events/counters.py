@@ -1,11 +1,7 @@
-"""What was recorded since the server started, counted for the metrics as it becomes durable.
+"""Counters of recorded events for the metrics, from the start of the server on.
 
-Another fold of the same events: whatever the ledger says happened is counted, and nothing else. It begins at
-nothing with each start of the server, as counters do.
-
-What is counted for the metrics: histograms of durations, and for which models apart from the others.
-
-Nothing here is ever counted down, and nothing grows with what clients send.
+A `Tally` is another fold of the durable events. Counters only grow. Their number is limited, whatever clients
+send: rare models share the label `OTHERS`, rare error codes the code `OTHER_CODE`.
 """
 
 from __future__ import annotations
@@ -21,21 +17,43 @@ from events.jobs import Job, JobKind, JobStatus
 from events.types import AccessDenied, Cause, Data, Event, LoadFailed, ModelLoaded, Unknown, WorkerExited
 
 OTHERS = "_others"
-"""The label of all models that have none of their own; no model can be called that."""
+"""The label shared by models without a label of their own; no model can have this name."""
 
 MAX_LABELS = 1000
-"""Models that are told apart, some 30 lines of text each. Those that come first stay: a counter that moved
-from one label to another would go back."""
+"""Models with labels of their own, some 30 lines of metrics each. The first ones keep theirs: a counter that
+moved to another label would go back."""
+
+APPEND_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""Buckets for commits: a fraction of a millisecond on a healthy disk, seconds on a failing one."""
+
+JOB_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+"""Buckets for jobs: from the reload of a small model to a load that waits for memory until its timeout."""
+
+NO_FORM = "none"
+"""Label of loads that used no prepared form."""
+
+MAX_CODES = 100
+"""Error codes with counters of their own; there are some twenty."""
+
+OTHER_CODE = "other"
+
+STAGES = ("waiting", "starting", "loading", "hashing", "warming_up", "measuring")
+"""The stages of a load that `ModelLoaded` has durations of."""
+
+ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+EVICTIONS = (Cause.EVICTION, Cause.IDLE)
+"""Causes of automatic unloads, except swaps."""
 
 
 @dataclass(frozen=True, slots=True)
 class HistogramSnapshot:
-    """A histogram as it was at one moment.
+    """A histogram at one moment.
 
     Attributes:
-        bounds: the upper bounds of its buckets, in seconds, without the last one's, which has none.
-        counts: of each bucket alone, one more than there are bounds.
-        total_s: the sum of all that was observed.
+        bounds: the upper bounds of the buckets in seconds; the last bucket has none.
+        counts: of each bucket alone; one more than there are bounds.
+        total_s: the sum of all observations.
     """
 
     bounds: tuple[float, ...]
@@ -44,7 +62,7 @@ class HistogramSnapshot:
 
 
 class Histogram:
-    """How often something took how long. To observe is a bisection and two additions."""
+    """A histogram of durations. An observation costs a bisection and two additions."""
 
     __slots__ = ("_bounds", "_counts", "_total_s")
 
@@ -54,18 +72,18 @@ class Histogram:
         self._total_s = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one that took so long; what is exactly a bound is within it."""
+        """Count a duration; one that equals a bound is within it."""
         self._counts[bisect_left(self._bounds, seconds)] += 1
         self._total_s += seconds
 
-    def observed(self) -> HistogramSnapshot:
-        """Return what was observed until now."""
+    def snapshot(self) -> HistogramSnapshot:
+        """Return the histogram as it is now."""
         return HistogramSnapshot(self._bounds, tuple(self._counts), self._total_s)
 
 
 @dataclass(slots=True)
 class ModelLabels:
-    """The models that are told apart; once one is, or is not, that stays so."""
+    """Labels of models: the first `most` models have their own, all others share one."""
 
     most: int = MAX_LABELS
     _own: set[str] = field(default_factory=set)
@@ -79,41 +97,25 @@ class ModelLabels:
         return model_id
 
 
-APPEND_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-"""A durable commit takes from a fraction of a millisecond to what a sick disk makes of it."""
-JOB_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
-"""From a small model that is loaded again to one that waits for memory until its time is up."""
-NO_FORM = "none"
-"""Which prepared form a load used that used none."""
-MAX_CODES = 100
-"""Reasons of failed loads that are told apart; there are some twenty."""
-OTHER_CODE = "other"
-STAGES = ("waiting", "starting", "loading", "hashing", "warming_up", "measuring")
-"""The parts of a load that `ModelLoaded` has durations of."""
-ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
-EVICTIONS = (Cause.EVICTION, Cause.IDLE)
-"""Why a model is unloaded that nobody asked to unload, nor put another version in the place of."""
-
-
 class Tally:
     """Counts groups of events as they are committed.
 
     Attributes:
-        names: which models are told apart.
+        names: labels of models.
         events: by type.
-        loads: load jobs that ended, by cause and status.
-        unloads: unload jobs that ended, likewise.
-        load_s: how long load jobs took from their request to their end, by status.
-        unload_s: how long unload jobs took, likewise.
-        stage_s: what the parts of loads took, in seconds.
-        failures: loads that failed, by code.
-        forms: loads that completed, by the prepared form that they used.
-        exits: workers that ended and nobody had asked, by model.
-        restarts: models that were loaded again after that, by model.
-        denied: refused requests, as far as they are recorded.
-        append_s: how long commands took from being handed to the log until they were durable.
-        commit_s: how long transactions took.
-        write_failures: transactions that failed.
+        loads: ended load jobs, by cause and status.
+        unloads: ended unload jobs, by cause and status.
+        load_s: durations of load jobs from request to end, by status.
+        unload_s: durations of unload jobs, by status.
+        stage_s: total seconds of the stages of loads.
+        failures: failed loads, by error code.
+        forms: completed loads, by prepared form.
+        exits: unexpected exits of workers, by model.
+        restarts: recoveries after such exits, by model.
+        denied: denied requests, as recorded.
+        append_s: durations of commands from `submit` until durable.
+        commit_s: durations of transactions.
+        write_failures: failed transactions.
     """
 
     def __init__(self, names: ModelLabels | None = None) -> None:
@@ -137,8 +139,8 @@ class Tally:
         """Count a group that has become durable.
 
         Args:
-            events: all of it.
-            jobs: what the group changed, as it was after it; each ends once.
+            events: of the group.
+            jobs: that the group changed, as they are after it.
         """
         for event in events:
             kind = type(event.data)
@@ -148,20 +150,20 @@ class Tally:
                 step(self, event, event.data)
         for job in jobs:
             if job.ended:
-                self._ended(job)
+                self._count_job(job)
 
-    def _ended(self, job: Job) -> None:
+    def _count_job(self, job: Job) -> None:
         is_load = job.kind is JobKind.LOAD
         (self.loads if is_load else self.unloads)[job.cause.value, job.status.value] += 1
         if is_load and job.cause is Cause.RECOVERY and job.status is JobStatus.COMPLETED:
             self.restarts[self.names.of(job.model_id)] += 1
-        if job.finished_at is not None and job.keeps is None:  # what only changed its parameters took nothing
+        if job.finished_at is not None and job.keeps is None:  # a change of settings takes no time
             took_s = seconds_between(job.created_at, job.finished_at)
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
     def _loaded(self, _: Event, data: ModelLoaded) -> None:
         durations = data.durations
-        if not durations.total_us:  # the workers of an earlier load go on
+        if not durations.total_us:  # the load reused the workers of another one
             return
         self.forms[data.prepared.form if data.prepared is not None else NO_FORM] += 1
         for stage in STAGES:
@@ -185,4 +187,4 @@ _STEPS: Mapping[type[Data | Unknown], Callable[[Tally, Event, Any], None]] = {
     WorkerExited: Tally._exited,  # noqa: SLF001
     AccessDenied: Tally._denied,  # noqa: SLF001
 }
-"""What is counted of events of these types, beside that there were some."""
+"""What is counted of these types, beside their number."""

@@ -1,4 +1,4 @@
-"""One process a data directory: `flock` on `<data>/lock`, which the kernel gives back however we end."""
+"""One process per data directory: `flock` on `<data>/lock`, which the kernel releases when it ends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from events.errors import DataInUse
 
 @contextmanager
 def lock_data(data: Path) -> Iterator[None]:
-    """Hold the lock of the data directory `data` and write who holds it into it.
+    """Lock the data directory `data`; the lock file holds the process id.
 
     Raises:
-        DataInUse: `data_in_use`, naming the holder.
+        DataInUse: `data_in_use`, with the process id of the holder.
     """
     path = data / "lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from events.clock import add_seconds, seconds_between
+from events.clock import Timestamp, add_seconds, seconds_between
 from events.types import (
     CancelRequested,
     Cause,
@@ -85,16 +85,16 @@ class Job(Struct, frozen=True, gc=False):
     model_id: str
     version: int | None
     status: JobStatus
-    created_at: str
+    created_at: Timestamp
     created_position: int
     position: int
     requested_by: str
     cause: Cause
     load: LoadParameters | None = None
     unload: UnloadParameters | None = None
-    deadline_at: str | None = None
-    started_at: str | None = None
-    finished_at: str | None = None
+    deadline_at: Timestamp | None = None
+    started_at: Timestamp | None = None
+    finished_at: Timestamp | None = None
     attempt: int = 0
     server_deaths: int = 0
     error: Failure | None = None

@@ -1,9 +1,8 @@
-"""The log's one writer: group commit, the decision before the insert, and the live state that moves with it.
+"""How the log is written: one writer, group commit, the decision right before the insert, the live state.
 
-Everything that is waiting goes into one transaction, because a durable commit costs the same whatever is in
-it. The connection, and what is done through it, is `events.sqlite.storage`; what is decided, `events.log`.
-
-What waits for the writer, and what becomes of it: decided, encoded, and answered when it is durable.
+`Log.submit` queues a command. The writer takes all pending commands as one group, decides them one after the
+other on the state, encodes the accepted events, and commits them in one transaction, because a durable commit
+costs the same whatever is in it. Then it moves the state on, answers the callers and wakes the subscribers.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Generic, TypeVar
 from msgspec import Struct
 
 from events.accept import Accepted, Existing, Refused, accept
-from events.clock import SteadyClock, format_timestamp, parse_timestamp, utc_now, uuid7
+from events.clock import SteadyClock, Timestamp, format_timestamp, parse_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
 from events.commands import Command, KnownKey, Record
 from events.counters import Tally
@@ -33,9 +32,25 @@ from events.sqlite.storage import Database
 from events.state import Attempt, State
 from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, record_draft
 
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PROBE_S = 1.0
+"""Pause between attempts to write again after a failure."""
+
+MAX_GROUP = 512
+"""Commands in one transaction: the cost of the commit vanishes, and answers still take milliseconds."""
+
 
 class Receipt(Struct, frozen=True, gc=False):
-    """What became of a command: the job behind it, whether it was there before, and the head after it."""
+    """The answer to a command.
+
+    Attributes:
+        job_id: the job that the command made or joined; None for facts.
+        existing: whether the job was there before.
+        position: of the head after the command.
+    """
 
     job_id: str | None
     existing: bool
@@ -44,7 +59,7 @@ class Receipt(Struct, frozen=True, gc=False):
 
 @dataclass(slots=True)
 class PendingCommand:
-    """A command and who waits for it. A refusal, too, holds only once what it was decided on is durable."""
+    """A command, its caller's future, and the outcome, which is answered once the group is durable."""
 
     command: Command
     done: asyncio.Future[Receipt]
@@ -52,12 +67,12 @@ class PendingCommand:
 
     @property
     def key_hash(self) -> str | None:
-        """The idempotency key that the command was given with."""
+        """The hash of the command's idempotency key, if it has one."""
         given = None if isinstance(self.command, Record) else self.command.idempotency
         return given.key_hash if given is not None else None
 
-    def settle(self) -> None:
-        """Tell who waits, if still somebody does."""
+    def answer_caller(self) -> None:
+        """Hand the outcome to the caller, unless it was cancelled."""
         if self.done.done():
             return
         if isinstance(self.outcome, Receipt):
@@ -68,7 +83,7 @@ class PendingCommand:
 
 @dataclass(slots=True)
 class PendingNote:
-    """When models were last used, and who waits for that to be noted."""
+    """Times of last use by model id, and the future of the caller."""
 
     used: Mapping[str, str]
     done: asyncio.Future[None]
@@ -76,17 +91,12 @@ class PendingNote:
 
 @dataclass(frozen=True, slots=True)
 class DecidedGroup:
-    """What a group comes to: the events, also as rows, the state that they make, and the head after them."""
+    """The outcome of a group: its events, their rows, the state after them and the head."""
 
     attempt: Attempt
     events: Sequence[Event]
     rows: Sequence[Row]
     head: Head
-
-
-def collect_keys(group: Iterable[PendingCommand]) -> set[str]:
-    """Return the idempotency keys that the commands of a group were given with; most have none."""
-    return {key_hash for waiting in group if (key_hash := waiting.key_hash) is not None}
 
 
 def decide_group(
@@ -95,41 +105,45 @@ def decide_group(
     head: Head,
     *,
     known: Mapping[str, KnownKey],
-    now: str,
+    now: Timestamp,
     new_id: Callable[[], str],
 ) -> DecidedGroup:
-    """Decide the commands of a group one after the other, each on what those before it come to.
+    """Decide the commands of a group one after the other, each on the state after those before it.
 
-    Nothing but the outcomes of those who wait is changed; who gave up changes nothing.
+    Only the outcomes in `group` change. Commands of cancelled callers are skipped.
 
     Args:
-        group: who waits.
-        state: what is durable.
-        head: the log's.
-        known: what the log knows of the group's idempotency keys.
-        now: the ledger's time, as a stamp: one for the group, as it becomes durable at one moment.
-        new_id: gives the ids of new events.
+        group: the pending commands.
+        state: the durable state.
+        head: the durable head.
+        known: the group's idempotency keys that the log has.
+        now: the ledger's time, one for the group, because it becomes durable at one moment.
+        new_id: returns the id of a new event.
     """
     attempt, events, rows = Attempt(state, known), list[Event](), list[Row]()
-    for waiting in group:
-        if waiting.done.cancelled():
+    for pending in group:
+        if pending.done.cancelled():
             continue
         try:
-            decision = accept(attempt.state, waiting.command, new_id, now)
+            decision = accept(attempt.state, pending.command, new_id, now)
             if isinstance(decision, Accepted):
                 new_events, new_rows, head = encode_drafts(decision.drafts, head, now)
                 for event in new_events:
                     attempt.state.apply(event)
                 events += new_events
                 rows += new_rows
-            waiting.outcome = make_receipt(decision, head)
+            pending.outcome = make_receipt(decision, head)
         except LedgerProblem as error:
-            waiting.outcome = error
+            pending.outcome = error
     return DecidedGroup(attempt, events, rows, head)
 
 
-def encode_drafts(drafts: Sequence[Draft], head: Head, now: str) -> tuple[list[Event], list[Row], Head]:
-    """Return the drafts as events and rows after `head`: all or none of them, so one caller fails alone."""
+def encode_drafts(drafts: Sequence[Draft], head: Head, now: Timestamp) -> tuple[list[Event], list[Row], Head]:
+    """Return the drafts as events and rows after `head`.
+
+    Raises:
+        NotEncodable: `not_encodable`; no draft is encoded then, so one caller fails alone.
+    """
     events, rows = [], []
     position, digest = head.position, head.hash
     recorded_at = max(now, head.recorded_at)
@@ -144,10 +158,10 @@ def encode_drafts(drafts: Sequence[Draft], head: Head, now: str) -> tuple[list[E
 
 
 def make_receipt(decision: Accepted | Existing | Refused, head: Head) -> Receipt:
-    """Return what a decision comes to, where `head` is the log's after it.
+    """Return the receipt of a decision; `head` is the one after it.
 
     Raises:
-        RequestRefused: that is what it comes to.
+        RequestRefused: the command was refused.
     """
     if isinstance(decision, Refused):
         raise RequestRefused(decision.code, decision.message)
@@ -155,64 +169,59 @@ def make_receipt(decision: Accepted | Existing | Refused, head: Head) -> Receipt
 
 
 def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
-    """Tell all who wait that nothing came of it."""
-    for waiting in group:
-        if not waiting.done.done():
-            waiting.done.set_exception(error)
-
-
-T = TypeVar("T")
+    """Raise an error in all callers that still wait."""
+    for pending in group:
+        if not pending.done.done():
+            pending.done.set_exception(error)
 
 
 class Inbox(Generic[T]):
-    """A queue whose reader is woken once for whatever waits, which costs less than once for each."""
+    """A queue whose reader is woken once for all items, which costs less than a wakeup for each."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
-        self._call = asyncio.Event()
+        self._wakeup = asyncio.Event()
 
     def __len__(self) -> int:
-        """Return how many wait."""
+        """Return the number of items."""
         return len(self._items)
 
     def put(self, item: T) -> None:
-        """Add something at the end."""
+        """Add an item at the end."""
         self._items.append(item)
-        self._call.set()
+        self._wakeup.set()
 
-    def call(self) -> None:
-        """Wake the reader, though nothing may be there."""
-        self._call.set()
+    def wake(self) -> None:
+        """Wake the reader, even without an item."""
+        self._wakeup.set()
 
     async def wait(self) -> None:
-        """Return when something is there, or the reader was called."""
-        await self._call.wait()
+        """Wait for an item or a wakeup."""
+        await self._wakeup.wait()
 
     def take(self, limit: int | None = None) -> list[T]:
-        """Return what is there, in order: at most `limit`."""
+        """Return the items in order, at most `limit`."""
         number = len(self._items) if limit is None else min(limit, len(self._items))
         taken = [self._items.popleft() for _ in range(number)]
         if not self._items:
-            self._call.clear()
+            self._wakeup.clear()
         return taken
 
 
-__all__ = ["MAX_GROUP", "PROBE_S", "Log", "Receipt"]
-
-_log = logging.getLogger(__name__)
-
-PROBE_S = 1.0
-"""Between tries to write again after a failure."""
-
-MAX_GROUP = 512
-"""Commands in one transaction: the commit's cost vanishes, and answers still take milliseconds."""
-
-
 class Log:
-    """The event log, opened for writing by this process alone (hold `events.datalock` before).
+    """The event log, written by this process alone (take the lock of `events.datalock` before).
+
+    Args:
+        path: of the ledger.
+        now: the wall clock.
+        monotonic: in seconds.
+        new_id: returns the id of a new event.
 
     Attributes:
-        tally: what was recorded since this was made, counted.
+        state: the live state, at the head; read only.
+        head: the last durable event.
+        last_used: times of last use by model id, as read at the start.
+        tally: counters of the events since the start.
     """
 
     def __init__(
@@ -223,7 +232,7 @@ class Log:
         monotonic: Callable[[], float] = time.monotonic,
         new_id: Callable[[], str] = uuid7,
     ) -> None:
-        self._path = path
+        self.path = path
         self._clock = SteadyClock(now, monotonic)
         self._new_id = new_id
         self._inbox: Inbox[PendingCommand | PendingNote] = Inbox()
@@ -231,7 +240,7 @@ class Log:
         self._writer: asyncio.Task[None] | None = None
         self._wakeups: set[asyncio.Event] = set()
         self._closing = False
-        self._whole = True
+        self._is_complete = True
         self._can_write = True
         self.state = State()
         self.head = Head()
@@ -239,99 +248,97 @@ class Log:
         self.tally = Tally()
 
     @property
-    def path(self) -> Path:
-        """Where the ledger is."""
-        return self._path
-
-    @property
     def healthy(self) -> bool:
-        """Whether the last write, or the last try of one since it failed, went well."""
+        """Whether the last write, or the last probe after a failed one, succeeded."""
         return self._database.is_open and self._can_write and not self._closing
 
     @property
     def waiting(self) -> int:
-        """How many commands wait to be written."""
+        """The number of pending commands and notes."""
         return len(self._inbox)
 
     @property
     def closed(self) -> bool:
-        """Whether `close` has written what was waiting: nothing more will be appended."""
+        """Whether `close` has written all pending commands: nothing more will be appended."""
         return self._closing and (self._writer is None or self._writer.done())
 
     @property
     def writer(self) -> asyncio.Task[None]:
-        """The writer coroutine; that it ends before `close` is a defect worth dying for."""
-        assert self._writer is not None
+        """The task of the writer; if it ends before `close`, the server must stop.
+
+        Raises:
+            LogClosed: `shutting_down`, the log is not open.
+        """
+        if self._writer is None:
+            raise LogClosed
         return self._writer
 
     def now(self) -> str:
-        """Return the ledger's time as a stamp: it is never before anything recorded, and always goes on."""
+        """Return the ledger's time: never before the last event, and never standing still."""
         return format_timestamp(self._clock())
 
     async def open(self) -> None:
-        """Open the database and begin to write; `last_used` is what was noted until now.
-
-        Projections that were made by other folds are made anew first.
+        """Open the database and start the writer. Projections of other folds are rebuilt first.
 
         Raises:
             LedgerProblem: `future_schema` or `foreign_database`.
-            LogUnavailable: `log_unavailable`, it cannot be opened.
+            LogUnavailable: `log_unavailable`, the database cannot be opened.
         """
         await self._open()
         self._writer = asyncio.create_task(self._write_groups(), name="ledger-writer")
 
     async def close(self) -> None:
-        """Write what is waiting, then close; what comes later is refused. The file is then complete alone."""
+        """Write pending commands, refuse later ones, and close; the file is then complete without its WAL."""
         self._closing = True
         if self._writer is not None:
-            self._inbox.call()
+            self._inbox.wake()
             await asyncio.wait([self._writer])
         await self._database.close()
         self.notify()
 
     async def submit(self, command: Command) -> Receipt:
-        """Decide `command` and make it durable; what is returned has been written to disk.
+        """Decide a command; when this returns, its events are on disk.
 
         Raises:
-            RequestRefused: its code says why (`nothing_loaded`, `not_loaded`, `queue_full`,
-                `already_finished`, `already_started`, `idempotency_mismatch`).
-            NotEncodable: `not_encodable`, an event that the canonical form does not have.
+            RequestRefused: `nothing_loaded`, `not_loaded`, `queue_full`, `already_finished`,
+                `already_started`, `idempotency_mismatch`.
+            NotEncodable: `not_encodable`, an event has no canonical form.
             LogUnavailable: `log_unavailable`, nothing was accepted.
         """
         if self._closing or self.writer.done():
             raise LogClosed
-        waiting = PendingCommand(command, asyncio.get_running_loop().create_future())
+        pending = PendingCommand(command, asyncio.get_running_loop().create_future())
         began = time.monotonic()
-        self._inbox.put(waiting)
-        receipt = await waiting.done
+        self._inbox.put(pending)
+        receipt = await pending.done
         self.tally.append_s.observe(time.monotonic() - began)
         return receipt
 
     async def note_last_used(self, used: Mapping[str, str]) -> None:
-        """Note when models, by id, were last used, as stamps; it never goes back.
+        """Store times of last use by model id; a stored time never goes back.
 
-        It is no event, and has a transaction of its own, so that it fails alone: what is lost is a hint.
+        A note is no event and has a transaction of its own, so it fails alone.
 
         Raises:
-            NotEncodable: `not_encodable`, an id that is no text.
-            LogUnavailable: `log_unavailable`, nothing was noted.
+            NotEncodable: `not_encodable`, an id is no valid text.
+            LogUnavailable: `log_unavailable`, nothing was stored.
         """
         if self._closing or self.writer.done():
             raise LogClosed
-        noting = PendingNote(dict(used), asyncio.get_running_loop().create_future())
-        self._inbox.put(noting)
-        await noting.done
+        note = PendingNote(dict(used), asyncio.get_running_loop().create_future())
+        self._inbox.put(note)
+        await note.done
 
     async def server_started(self) -> Receipt:
-        """Append `ServerStarted`, unclean unless the last event says that the server had stopped.
+        """Append `ServerStarted`; unclean unless the last event is `ServerStopped`.
 
-        From then on the file alone, copied without its write-ahead log, ends with an event that says so.
+        Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
         """
         unclean = self.head.position > 0 and self.head.type != ServerStopped.TYPE
         data = ServerStarted(unclean, self.head.recorded_at or None)
-        self._whole = False
+        self._is_complete = False
         receipt = await self.submit(Record((Draft(self._new_id(), data, SYSTEM),)))
-        self._whole = await self._database.make_whole()
+        self._is_complete = await self._database.make_whole()
         return receipt
 
     async def server_stopped(self) -> Receipt:
@@ -339,22 +346,22 @@ class Log:
         return await self.submit(Record((Draft(self._new_id(), ServerStopped(), SYSTEM),)))
 
     def subscribe(self) -> asyncio.Event:
-        """Return an event that is set after each commit; the subscriber clears it before it reads."""
+        """Return an event that each commit sets; the subscriber clears it before it reads."""
         wakeup = asyncio.Event()
         self._wakeups.add(wakeup)
         return wakeup
 
     def unsubscribe(self, wakeup: asyncio.Event) -> None:
-        """Forget what `subscribe` returned."""
+        """End a subscription."""
         self._wakeups.discard(wakeup)
 
     def notify(self) -> None:
-        """Wake every subscriber; carries no data, so that a lost one loses nothing."""
+        """Wake all subscribers; a wakeup carries no data, so a lost one loses nothing."""
         for wakeup in self._wakeups:
             wakeup.set()
 
     async def _open(self) -> None:
-        """Open the database, at first or after an error, and go on from what it says.
+        """Open the database, at the start or after an error, and continue from what it holds.
 
         Raises:
             FutureSchema: `future_schema`.
@@ -365,7 +372,7 @@ class Log:
         self.head, self.state, self.last_used = stored.head, stored.state, stored.last_used
         if self.head.recorded_at:
             self._clock.start_after(parse_timestamp(self.head.recorded_at))
-        self.notify()  # there may be events that nobody was told of, after an error in COMMIT
+        self.notify()  # after an error in COMMIT the file may have new events
 
     async def _write_groups(self) -> None:
         group: list[PendingCommand | PendingNote] = []
@@ -379,25 +386,25 @@ class Log:
                 for each in group:
                     if isinstance(each, PendingNote):
                         await self._note(each)
-                if not self._whole:
-                    self._whole = await self._database.make_whole()
-        finally:  # should the writer die, nobody waits for ever
+                if not self._is_complete:
+                    self._is_complete = await self._database.make_whole()
+        finally:  # if the writer dies, no caller waits for ever
             fail_callers([*group, *self._inbox.take()], LogClosed())
 
     async def _wait(self) -> None:
-        """Wait for work; as long as the log cannot be written, or is not whole, try it meanwhile."""
-        while not (self.healthy and self._whole) and not self._closing:
+        """Wait for work; while writing fails, or the file needs its WAL, try again now and then."""
+        while not (self.healthy and self._is_complete) and not self._closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_S):
                     return await self._inbox.wait()
             if not self.healthy:
                 await self._probe()
             else:
-                self._whole = await self._database.make_whole()
+                self._is_complete = await self._database.make_whole()
         return await self._inbox.wait()
 
     async def _probe(self) -> None:
-        """Write nothing new, so that nobody has to make a request to learn that requests are taken again."""
+        """Try an empty write, so that the log becomes healthy again without a request."""
         try:
             if not self._database.is_open:
                 await self._open()
@@ -411,7 +418,8 @@ class Log:
         try:
             if not self._database.is_open:
                 await self._open()
-            known = await self._database.read_keys(collect_keys(group))
+            hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
+            known = await self._database.read_keys(hashes)
             decided = decide_group(
                 group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id
             )
@@ -419,7 +427,7 @@ class Log:
             fail_callers(group, error)
             return
         except Exception as error:  # noqa: BLE001 - a defect fails its group, not the server
-            _log.exception("a group of commands could not be decided; none of them was applied")
+            _log.exception("a group of commands could not be decided; none was applied")
             fail_callers(group, error)
             return
         try:
@@ -431,16 +439,16 @@ class Log:
         decided.attempt.commit()
         self.head = decided.head
         self.tally.count(decided.events, decided.attempt.changes.jobs.values())
-        for waiting in group:
-            waiting.settle()
+        for pending in group:
+            pending.answer_caller()
         if decided.rows:
             self.notify()
 
     async def _commit(self, decided: DecidedGroup) -> None:
-        """Make a group durable; an error in COMMIT may come after the commit, so the file is asked then.
+        """Make a group durable. COMMIT may fail after it took effect, so the file is read again then.
 
         Raises:
-            LogUnavailable: it was not written, or nobody can know at the moment.
+            LogUnavailable: the group was not written, or its outcome is unknown.
         """
         entities = len(self.state.models) + decided.attempt.state.backlog
         began = time.monotonic()
@@ -452,39 +460,39 @@ class Log:
             self.tally.write_failures += 1
             self._can_write = False
             await self._database.give_up(error)
-            await self._find(decided.head)
+            await self._check_written(decided.head)
         self._can_write = True
 
-    async def _find(self, head: Head) -> None:
-        """Reread the file, and return if this is its head.
+    async def _check_written(self, head: Head) -> None:
+        """Read the file again and compare its head.
 
         Raises:
-            LogUnavailable: it is not, or the file cannot be read.
+            LogUnavailable: the file has another head, or cannot be read.
         """
         try:
             await self._open()
         except LedgerProblem as error:
             raise LogUnavailable(
-                f"{error}; whether the last requests were recorded will be seen then"
+                f"{error}; until then it is unknown whether the last requests were recorded"
             ) from error
         if (self.head.position, self.head.hash) != (head.position, head.hash):
             raise LogUnavailable
 
-    async def _note(self, noting: PendingNote) -> None:
+    async def _note(self, note: PendingNote) -> None:
         try:
             if not self._database.is_open:
                 await self._open()
-            await self._database.note(noting.used)
+            await self._database.note(note.used)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a note, it fails alone
-            await self._fail_to_note(noting, error)
+            await self._fail_note(note, error)
             return
-        if not noting.done.done():
-            noting.done.set_result(None)
+        if not note.done.done():
+            note.done.set_result(None)
 
-    async def _fail_to_note(self, noting: PendingNote, error: Exception) -> None:
-        """Say so, and see whether it is the log that cannot be written."""
-        _log.warning("when models were last used could not be noted: %s", error)
+    async def _fail_note(self, note: PendingNote, error: Exception) -> None:
+        """Log a failed note, and probe whether the log itself can be written."""
+        _log.warning("times of last use could not be stored: %s", error)
         if isinstance(error, sqlite3.Error) and kind_of(error) == sqlite3.SQLITE_IOERR:
             await self._database.give_up(error)
         await self._probe()
-        fail_callers([noting], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())
+        fail_callers([note], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())

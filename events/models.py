@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from events.clock import seconds_between
+from events.clock import Timestamp, seconds_between
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.types import (
     CancelRequested,
@@ -97,14 +97,14 @@ class Serving(Struct, frozen=True, gc=False):
     load_job_id: str
     version: int
     position: int
-    loaded_at: str
+    loaded_at: Timestamp
     loaded_by: str
     worker_ids: tuple[str, ...]
     files: tuple[LoadedFile, ...]
     memory_bytes: int
     peak_memory_bytes: int
     parameters: LoadParameters
-    degraded_at: str | None = None
+    degraded_at: Timestamp | None = None
     kept_as_is: bool = False
     prepared: Prepared | None = None
 
@@ -157,7 +157,7 @@ class Model(Struct, frozen=True, gc=False):
     error: Failure | None = None
     last_version: int | None = None
     lost_by: Cause | None = None
-    lost_at: str | None = None
+    lost_at: Timestamp | None = None
     incidents: tuple[str, ...] = ()
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()

@@ -15,6 +15,7 @@ from typing import Any, Never, TypeVar
 
 from msgspec import Struct
 
+from events.clock import Timestamp
 from events.commands import KnownKey, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
@@ -36,7 +37,7 @@ class State:
     """
 
     position: int = 0
-    recorded_at: str = ""
+    recorded_at: Timestamp = ""
     models: MutableMapping[str, Model] = field(default_factory=dict)
     jobs: MutableMapping[str, Job] = field(default_factory=dict)
     keys: MutableMapping[str, KnownKey] = field(default_factory=dict)

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 from msgspec import Struct
 from msgspec.structs import asdict
 
+from events.clock import Timestamp
+
 
 class Cause(StrEnum):
     """Why a load or an unload was requested."""
@@ -230,7 +232,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
 
     TYPE: ClassVar[str] = "ServerStarted"
     unclean: bool
-    down_since: str | None = None
+    down_since: Timestamp | None = None
 
 
 class ServerStopped(Struct, frozen=True, gc=False):
@@ -290,7 +292,7 @@ class Event(Struct, frozen=True, gc=False):
     id: str
     data: Data | Unknown
     actor: str
-    recorded_at: str
+    recorded_at: Timestamp
     job_id: str | None = None
     model_id: str | None = None
     version: int | None = None
@@ -302,7 +304,7 @@ class Event(Struct, frozen=True, gc=False):
         return self.data.type if isinstance(self.data, Unknown) else self.data.TYPE
 
 
-def record_draft(draft: Draft, position: int, recorded_at: str) -> Event:
+def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
     """Return the event that `draft` becomes at `position`."""
     return Event(
         position=position,

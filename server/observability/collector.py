@@ -114,7 +114,7 @@ class ServerCollector(Collector):
         yield _histogram(
             "http_request_duration_seconds",
             "Time until there was an answer, without inferences, which have their own, and streams.",
-            {key: durations.observed() for key, durations in list(counts.durations.items())},
+            {key: durations.snapshot() for key, durations in list(counts.durations.items())},
             "method route",
         )
         yield _counter(
@@ -277,7 +277,7 @@ class ServerCollector(Collector):
         yield _histogram(
             "load_duration_seconds",
             "Time from a load's request to its end, waiting included.",
-            {status: durations.observed() for status, durations in tally.load_s.items()},
+            {status: durations.snapshot() for status, durations in tally.load_s.items()},
             "outcome",
         )
         yield _counter(
@@ -298,7 +298,7 @@ class ServerCollector(Collector):
         yield _histogram(
             "unload_duration_seconds",
             "Time from an unload's request until the processes were gone.",
-            {status: durations.observed() for status, durations in tally.unload_s.items()},
+            {status: durations.snapshot() for status, durations in tally.unload_s.items()},
             "outcome",
         )
         yield _counter(
@@ -345,12 +345,12 @@ class ServerCollector(Collector):
         yield _histogram(
             "ledger_append_duration_seconds",
             "Time from when a command was handed to the ledger until its outcome was durable.",
-            tally.append_s.observed(),
+            tally.append_s.snapshot(),
         )
         yield _histogram(
             "ledger_commit_duration_seconds",
             "Time of transactions, each with all that was waiting.",
-            tally.commit_s.observed(),
+            tally.commit_s.snapshot(),
         )
         yield _counter("ledger_write_failures_total", "Transactions that failed.", tally.write_failures)
         yield _gauge("ledger_waiting_commands", "Commands that wait to be written.", log.waiting)
@@ -384,7 +384,7 @@ class ServerCollector(Collector):
         yield _histogram(
             "preparing_duration_seconds",
             "Time that preparing a model took, all forms tried.",
-            counts.took_s.observed(),
+            counts.took_s.snapshot(),
         )
         yield _counter(
             "prepared_dropped_total",

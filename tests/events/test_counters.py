@@ -54,13 +54,13 @@ def test_ended_job_is_counted_by_cause_and_status() -> None:
     assert tally.loads == {("request", "completed"): 1, ("demand", "failed"): 1, ("request", "cancelled"): 1}
     assert tally.unloads == {("idle", "completed"): 1}
     assert tally.failures == {"invalid_model": 1}
-    assert {status: count(each.observed()) for status, each in tally.load_s.items()} == {
+    assert {status: count(each.snapshot()) for status, each in tally.load_s.items()} == {
         "completed": 1,
         "failed": 1,
         "cancelled": 1,
     }
-    assert tally.load_s["completed"].observed().total_s == 2  # a second passes before each fact
-    assert tally.unload_s["completed"].observed().total_s == 2
+    assert tally.load_s["completed"].snapshot().total_s == 2  # a second passes before each fact
+    assert tally.unload_s["completed"].snapshot().total_s == 2
     assert tally.events["LoadRequested"] == 4
     assert tally.events.total() == len(history.facts)
 
@@ -92,7 +92,7 @@ def test_change_of_settings_is_job_but_no_load() -> None:
     tally = counted(history)
     assert tally.loads == {("request", "completed"): 2}
     assert tally.forms == {NO_FORM: 1}
-    assert count(tally.load_s["completed"].observed()) == 1
+    assert count(tally.load_s["completed"].snapshot()) == 1
 
 
 def test_worker_exits_and_restarts_are_counted_by_model() -> None:
@@ -144,7 +144,7 @@ def _count_in_groups(recorded: list[Draft], size: int) -> tuple[object, ...]:
             tally.count(decided.events, decided.attempt.changes.jobs.values())
     finally:
         loop.close()
-    histograms = [each.observed().counts for each in (*tally.load_s.values(), *tally.unload_s.values())]
+    histograms = [each.snapshot().counts for each in (*tally.load_s.values(), *tally.unload_s.values())]
     return (
         tally.events.total(),
         tally.events,
@@ -161,9 +161,9 @@ async def test_appends_commits_and_failures_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     async with opened(path) as log:
         await write(log, 3)
-        assert count(log.tally.append_s.observed()) == 3
-        assert count(log.tally.commit_s.observed()) == 3
-        assert log.tally.append_s.observed().total_s >= log.tally.commit_s.observed().total_s > 0
+        assert count(log.tally.append_s.snapshot()) == 3
+        assert count(log.tally.commit_s.snapshot()) == 3
+        assert log.tally.append_s.snapshot().total_s >= log.tally.commit_s.snapshot().total_s > 0
         assert log._database._connection is not None
         log._database._connection.execute("PRAGMA busy_timeout = 20")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -190,7 +190,7 @@ def test_histogram_counts_into_first_bucket_that_holds(times: list[float]) -> No
     histogram = Histogram(BOUNDS)
     for seconds in times:
         histogram.observe(seconds)
-    seen = histogram.observed()
+    seen = histogram.snapshot()
     for place, bound in enumerate(BOUNDS):
         assert sum(seen.counts[: place + 1]) == sum(seconds <= bound for seconds in times)
     assert sum(seen.counts) == len(times)
@@ -199,10 +199,10 @@ def test_histogram_counts_into_first_bucket_that_holds(times: list[float]) -> No
 
 def test_observed_histogram_is_snapshot() -> None:
     histogram = Histogram(BOUNDS)
-    before = histogram.observed()
+    before = histogram.snapshot()
     histogram.observe(2)
     assert before.counts == (0, 0, 0, 0, 0)
-    assert histogram.observed().counts == (0, 0, 0, 1, 0)
+    assert histogram.snapshot().counts == (0, 0, 0, 1, 0)
 
 
 @PLAIN

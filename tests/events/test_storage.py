@@ -100,7 +100,7 @@ async def test_start_brings_the_file_up_to_date(tmp_path: Path) -> None:
 
 async def wait_until_up_to_date(log: Log) -> None:
     async with asyncio.timeout(30):
-        while not log._whole:  # noqa: ASYNC110 - it tells nobody
+        while not log._is_complete:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.01)
 
 

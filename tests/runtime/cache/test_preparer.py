@@ -139,7 +139,7 @@ async def test_preparations_are_counted_by_outcome(
     preparer.begin("a1")
     await until(lambda: preparer.preparation is None)
     assert {outcome for _, outcome in preparer.counts.tried} <= {KEPT, LEFT_OUT}
-    took = preparer.counts.took_s.observed()
+    took = preparer.counts.took_s.snapshot()
     assert (sum(took.counts), took.total_s > 0) == (1, True)
     forms, size = store.kept
     assert forms == sum(count for (_, outcome), count in preparer.counts.tried.items() if outcome == KEPT)
