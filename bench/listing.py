@@ -15,7 +15,7 @@ from bench.table import Row
 from events.clock import add_seconds
 from events.log import encode_drafts
 from events.sqlite.queries import Head
-from events.sqlite.reader import EVERYTHING, Asked, EventFilter, Reader, open_reader
+from events.sqlite.reader import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.schema import connect
 from events.types import AccessDenied, Draft
 
@@ -114,8 +114,8 @@ async def _row(reader: Reader, case: Case, listed: int) -> Row:
     took_ms = []
     for place in starts:
         for asked in (
-            Asked(case.wanted, after=place, since=since, until=until),
-            Asked(case.wanted, before=listed + 1 - place, since=since, until=until, newest_first=True),
+            EventQuery(case.wanted, after=place, since=since, until=until),
+            EventQuery(case.wanted, before=listed + 1 - place, since=since, until=until, newest_first=True),
         ):
             start = time.perf_counter()
             await reader.event_page(asked)

@@ -16,7 +16,7 @@ from itertools import islice
 
 from events.errors import LedgerProblem
 from events.log import Log
-from events.sqlite.reader import EVERYTHING, Asked, EventFilter, Reader, StoredEvent, beyond_head
+from events.sqlite.reader import EVERYTHING, EventFilter, EventQuery, Reader, StoredEvent, beyond_head
 
 _log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class Tails:
             return
         wakeup = self._log.subscribe()
         try:
-            page = await self._follower.event_page(Asked(after=after, limit=1))
+            page = await self._follower.event_page(EventQuery(after=after, limit=1))
             async with asyncio.timeout(REACHED_S if page.as_of >= after else 0):
                 while after > self.head:
                     wakeup.clear()
@@ -288,7 +288,7 @@ class Tails:
         """
         reader = await self._readers.get()
         try:
-            page = await reader.event_page(Asked(wanted, after=after, limit=PAGE))
+            page = await reader.event_page(EventQuery(wanted, after=after, limit=PAGE))
         finally:
             self._readers.put_nowait(reader)
         return _batch(page.items, after, page.seen, live=False)
@@ -298,7 +298,7 @@ class Tails:
         while self._tails:
             after = self._ring.head
             try:
-                page = await self._follower.event_page(Asked(after=after, limit=PAGE))
+                page = await self._follower.event_page(EventQuery(after=after, limit=PAGE))
             except LedgerProblem as error:
                 _log.warning("clients that follow the ledger wait: %s", error)
                 await asyncio.sleep(RETRY_S)

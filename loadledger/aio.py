@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Self
 
 from loadledger.address import MAX_ANSWER_BYTES, Address, Options
-from loadledger.aiotransport import Transport
+from loadledger.aiotransport import AioTransport
 from loadledger.operations import Calls
-from loadledger.requests import Setting
+from loadledger.requests import ClientOptions
 
 
 class AsyncClient(Calls):
@@ -40,8 +40,8 @@ class AsyncClient(Calls):
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         options = Options(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
-        self._transport = Transport(options)
-        super().__init__(Setting(options.address, timeout_s, self._transport))
+        self._transport = AioTransport(options)
+        super().__init__(ClientOptions(options.address, timeout_s, self._transport))
 
     async def __aenter__(self) -> Self:
         return self

@@ -19,10 +19,10 @@ from loadledger.requests import Answer, Request
 CLOSED = "this client is closed"
 
 
-class Stream:
+class AioStream:
     """A response that is being read."""
 
-    def __init__(self, transport: Transport, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, transport: AioTransport, response: aiohttp.ClientResponse) -> None:
         self._transport = transport
         self._response = response
         headers = {name.lower(): text for name, text in response.headers.items()}
@@ -50,7 +50,7 @@ class Stream:
         self._response.close()
 
 
-class Transport:
+class AioTransport:
     """Connections to one server, in one event loop."""
 
     def __init__(self, options: Options) -> None:
@@ -80,7 +80,7 @@ class Transport:
             finally:
                 stream.release()
 
-    async def open(self, request: Request) -> Stream:
+    async def open(self, request: Request) -> AioStream:
         """Return the answer as a stream; one without success is read whole."""
         stream = await self._respond(request, SILENCE_S)
         if stream.answer.status != HTTPStatus.OK:
@@ -93,7 +93,7 @@ class Transport:
         """Sleep."""
         await asyncio.sleep(seconds)
 
-    async def _respond(self, request: Request, silence_s: float) -> Stream:
+    async def _respond(self, request: Request, silence_s: float) -> AioStream:
         """Send a request and return the response with its body unread."""
         connect_s = min(self.options.connect_s, silence_s)
         async with self.within(connect_s + silence_s):
@@ -105,7 +105,7 @@ class Transport:
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=silence_s),
             )
-        return Stream(self, response)
+        return AioStream(self, response)
 
     @asynccontextmanager
     async def within(self, limit_s: float | None) -> AsyncGenerator[None, None]:

@@ -10,8 +10,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from loadledger.address import MAX_ANSWER_BYTES, Address, Options
 from loadledger.operations import Calls
-from loadledger.requests import Setting
-from loadledger.transport import Transport, iterate, run
+from loadledger.requests import ClientOptions
+from loadledger.transport import BlockingTransport, iterate, run
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,8 +67,8 @@ class Client:
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         options = Options(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
-        self._transport = Transport(options)
-        self._calls = Calls(Setting(options.address, timeout_s, self._transport))
+        self._transport = BlockingTransport(options)
+        self._calls = Calls(ClientOptions(options.address, timeout_s, self._transport))
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from math import inf
 from loadledger.address import path
 from loadledger.problems import ClientProblem, JobFailed, JobUnfinished
 from loadledger.records import Job
-from loadledger.requests import Request, Setting, asked, get, passes, pause_s
+from loadledger.requests import ClientOptions, Request, asked, get, passes, pause_s
 
 PREFERRED_S = 20
 """Seconds for `Prefer: wait`: less than the usual timeout of a proxy."""
@@ -46,7 +46,7 @@ def job_request(job_id: str, at: int | str | None = None) -> Request:
     return get(f"/api/v1{path('jobs', job_id)}", [] if at is None else [("at", str(at))])
 
 
-async def submitted(setting: Setting, request: Request, patience: Patience | None) -> Job:
+async def submitted(setting: ClientOptions, request: Request, patience: Patience | None) -> Job:
     """Send the request for a job and return the job, with `patience` once it has completed.
 
     Raises:
@@ -63,7 +63,7 @@ async def submitted(setting: Setting, request: Request, patience: Patience | Non
     return job
 
 
-async def waited_for(setting: Setting, job_id: str, patience: Patience) -> Job:
+async def waited_for(setting: ClientOptions, job_id: str, patience: Patience) -> Job:
     """Wait until a job has ended, and return it whatever its outcome.
 
     Raises:
@@ -79,7 +79,7 @@ def look_again_s(waited_s: float) -> float:
     return min(max(SHORTEST_LOOK_S, PART * waited_s), LONGEST_LOOK_S)
 
 
-def _preferring(setting: Setting, request: Request, patience: Patience) -> Request:
+def _preferring(setting: ClientOptions, request: Request, patience: Patience) -> Request:
     """Ask the server to hold its answer until the job ends, unless the caller wants each change."""
     limit_s = inf if patience.limit_s is None else patience.limit_s
     request = replace(request, timeout_s=min(setting.timeout_s, max(limit_s, SHORTEST_ANSWER_S)))
@@ -90,7 +90,7 @@ def _preferring(setting: Setting, request: Request, patience: Patience) -> Reque
     return replace(request, headers=headers, patience_s=float(seconds))
 
 
-async def _until_ended(setting: Setting, job: Job, patience: Patience, began: float) -> Job:
+async def _until_ended(setting: ClientOptions, job: Job, patience: Patience, began: float) -> Job:
     failures, trouble = 0, ""
     _tell(patience.on_change, job)
     wait_s = look_again_s(setting.now() - began)
@@ -116,11 +116,11 @@ async def _until_ended(setting: Setting, job: Job, patience: Patience, began: fl
     return job
 
 
-def _left_s(setting: Setting, patience: Patience, began: float) -> float:
+def _left_s(setting: ClientOptions, patience: Patience, began: float) -> float:
     return inf if patience.limit_s is None else began + patience.limit_s - setting.now()
 
 
-def _look(setting: Setting, job: Job, left_s: float) -> Request:
+def _look(setting: ClientOptions, job: Job, left_s: float) -> Request:
     """Return the request of one poll: not resent, and limited to the time left."""
     limit_s = min(setting.timeout_s, max(left_s, SHORTEST_ANSWER_S))
     return replace(job_request(job.id), repeatable=False, timeout_s=limit_s)

@@ -10,12 +10,12 @@ from loadledger.address import path
 from loadledger.jobs import Away, Patience, Told, job_request, submitted, waited_for
 from loadledger.problems import ServerError
 from loadledger.records import Event, Head, Health, Job, Model, Resources
-from loadledger.requests import Request, Setting, asked, encoded, get, post
+from loadledger.requests import ClientOptions, Request, asked, encoded, get, post
 from loadledger.stream import (
+    EventSelection,
     JobPage,
     Listing,
     ModelPage,
-    Wish,
     followed_events,
     listed,
     listing_of,
@@ -39,7 +39,7 @@ _PATH = re.compile(r"[!-\"$->@-~]+")
 
 
 async def inferred(
-    setting: Setting, path: str, inputs: Inputs, options: Mapping[str, Any], timeout_s: float | None
+    setting: ClientOptions, path: str, inputs: Inputs, options: Mapping[str, Any], timeout_s: float | None
 ) -> Json:
     """Run one inference of the model at a path.
 
@@ -82,7 +82,7 @@ async def inferred(
         raise (refused if problem.code in NOT_LOADED else problem) from None
 
 
-class LoadParameters(TypedDict, total=False):
+class LoadOptions(TypedDict, total=False):
     """Parameters of a load; the default of each is the model's loadledger.toml, then the server's setting."""
 
     timeout_s: int
@@ -99,7 +99,7 @@ class LoadParameters(TypedDict, total=False):
 class Calls:
     """Operations on one server; an argument that cannot be sent raises ValueError before any request."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ClientOptions) -> None:
         self._setting = setting
 
     @property
@@ -117,7 +117,7 @@ class Calls:
         on_stage: Told | None = None,
         on_away: Away | None = None,
         idempotency_key: str | None = None,
-        **parameters: Unpack[LoadParameters],
+        **parameters: Unpack[LoadOptions],
     ) -> Job:
         """Load a model and return the job.
 
@@ -303,7 +303,7 @@ class Calls:
             raise ValueError("until ends a list and follow never ends: give one of them")
         filters = {"type": types, "model": models, "job": jobs, "actor": actors}
         chosen = [pair for name, values in filters.items() for pair in several(name, values)]
-        wish = Wish(chosen, after, optional(since=since, until=until), on_away)
+        wish = EventSelection(chosen, after, optional(since=since, until=until), on_away)
         return followed_events(self._setting, wish) if follow else listed(self._setting, listing_of(wish))
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:

@@ -88,7 +88,7 @@ class Answer:
     body: bytes
 
 
-class Stream(Protocol):
+class ResponseStream(Protocol):
     """A response whose body is read as it arrives.
 
     Attributes:
@@ -110,7 +110,7 @@ class Transport(Protocol):
     async def send(self, request: Request) -> Answer:
         """Return the whole answer."""
 
-    async def open(self, request: Request) -> Stream:
+    async def open(self, request: Request) -> ResponseStream:
         """Return the answer as a stream."""
 
     async def pause(self, seconds: float) -> None:
@@ -199,7 +199,7 @@ def _chance() -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class ClientOptions:
     """Shared by all operations of a client.
 
     Attributes:
@@ -265,7 +265,7 @@ def encoded(body: Any) -> bytes:
         raise ValueError(f"a value cannot be written as JSON: {error}") from error
 
 
-async def answered(setting: Setting, request: Request) -> Answer:
+async def answered(setting: ClientOptions, request: Request) -> Answer:
     """Send a request and return its answer; resend a repeatable one for a while after lost connections.
 
     The time for which the server was asked to hold its answer does not count: it may be lost at its end.
@@ -283,12 +283,12 @@ async def answered(setting: Setting, request: Request) -> Answer:
             await setting.transport.pause(wait_s)
 
 
-async def asked(setting: Setting, request: Request, kind: type[T]) -> T:
+async def asked(setting: ClientOptions, request: Request, kind: type[T]) -> T:
     """Send a request and return the decoded value of its answer."""
     return value(await answered(setting, request), kind, setting.address)
 
 
-async def patiently(setting: Setting, request: Request, kind: type[T], *, reached: bool) -> T:
+async def patiently(setting: ClientOptions, request: Request, kind: type[T], *, reached: bool) -> T:
     """Fetch a value; retry when the server says so or is back.
 
     A server that never answered before and lets the whole time limit pass is not asked again.

@@ -18,7 +18,7 @@ from loadledger.address import query
 from loadledger.jobs import Away
 from loadledger.problems import BadAnswer, ClientProblem
 from loadledger.records import Event, Job, Model
-from loadledger.requests import Request, Setting, get, passes, patiently, pause_s
+from loadledger.requests import ClientOptions, Request, get, passes, patiently, pause_s
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of an event; it bounds memory."""
@@ -33,7 +33,7 @@ LASTING_S = 5.0
 """A connection that lasted so long counts as a success, so back-off starts anew."""
 
 
-class Lines:
+class LineSplitter:
     """Splits chunks into lines.
 
     Args:
@@ -66,13 +66,13 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Bookmark:
     """A position that a filtered stream has reached without an event."""
 
     position: int
 
 
-def message(line: bytes) -> Event | Place | None:
+def message(line: bytes) -> Event | Bookmark | None:
     """Parse a line of a stream: an event, a bookmark, or None for other notices.
 
     Raises:
@@ -87,7 +87,7 @@ def message(line: bytes) -> Event | Place | None:
     if notice.stream is None:
         return event(line)
     if notice.stream == "bookmark" and notice.position is not None:
-        return Place(notice.position)
+        return Bookmark(notice.position)
     return None
 
 
@@ -167,14 +167,14 @@ class Listing:
     most: int | None = None
 
 
-async def listed(setting: Setting, listing: Listing) -> AsyncGenerator[Any, None]:
+async def listed(setting: ClientOptions, listing: Listing) -> AsyncGenerator[Any, None]:
     """Yield the items of a list."""
     async for values, _ in pages(setting, listing):
         for value in values:
             yield value
 
 
-async def pages(setting: Setting, listing: Listing) -> AsyncGenerator[tuple[Sequence[Any], int], None]:
+async def pages(setting: ClientOptions, listing: Listing) -> AsyncGenerator[tuple[Sequence[Any], int], None]:
     """Yield the items of each page, and the position that the page reflects."""
     pairs, cursor, left, reached = listing.pairs, None, listing.most, False
     while True:
@@ -218,7 +218,7 @@ def _as_of(pairs: Pairs, position: int) -> Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class EventSelection:
     """Which events to list or follow.
 
     Attributes:
@@ -234,13 +234,13 @@ class Wish:
     on_away: Away | None = None
 
 
-def listing_of(wish: Wish) -> Listing:
+def listing_of(wish: EventSelection) -> Listing:
     """Return the list of stored events."""
     after = [] if wish.after is None else [("after", str(wish.after))]
     return Listing(EVENTS, EventPage, [*wish.filters, *wish.moments, *after], cursor="after")
 
 
-async def followed_events(setting: Setting, wish: Wish) -> AsyncGenerator[Event, None]:
+async def followed_events(setting: ClientOptions, wish: EventSelection) -> AsyncGenerator[Event, None]:
     """Yield events as they are appended, without end: after a position, or from now on."""
     after = wish.after
     if wish.moments:
@@ -294,7 +294,7 @@ class Track:
         for said in map(message, lines):
             if isinstance(said, Event) and self._is_new(said):
                 found.append(said)
-            elif isinstance(said, Place):
+            elif isinstance(said, Bookmark):
                 self._move(said.position)
         return found
 
@@ -314,7 +314,7 @@ class Track:
         return True
 
 
-async def _stream(setting: Setting, wish: Wish, track: Track) -> AsyncGenerator[Event, None]:
+async def _stream(setting: ClientOptions, wish: EventSelection, track: Track) -> AsyncGenerator[Event, None]:
     """Yield the events of one connection."""
     after = [] if track.position is None else [("after", str(track.position))]
     request = Request("GET", f"{EVENTS}/stream{query([*wish.filters, *after])}", {"Accept": LINES})
@@ -326,7 +326,7 @@ async def _stream(setting: Setting, wish: Wish, track: Track) -> AsyncGenerator[
         if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
             raise BadAnswer(f"{setting.address.url} does not answer with an event stream: is this its URL?")
         track.reached, track.told = True, False
-        lines = Lines()
+        lines = LineSplitter()
         while chunk := await stream.read():
             for event in track.news(lines.feed(chunk)):
                 yield event

@@ -64,7 +64,7 @@ class Response:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: BlockingTransport,
         connection: http.client.HTTPConnection,
         sock: socket.socket,
         silence_s: float,
@@ -117,7 +117,7 @@ class Response:
             self._connection.close()
 
 
-class Transport:
+class BlockingTransport:
     """Keep-alive connections to one server, shared by threads."""
 
     def __init__(self, options: Options) -> None:

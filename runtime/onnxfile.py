@@ -29,7 +29,7 @@ class Unparsable(ValueError):
     """The file is no protobuf message, or one nested too deeply."""
 
 
-class Kind(Enum):
+class MessageKind(Enum):
     """The ONNX messages that lead to a tensor."""
 
     MODEL = auto()
@@ -43,22 +43,22 @@ class Kind(Enum):
     EXTERNAL_DATA = auto()
 
 
-FIELDS: dict[Kind, dict[int, Kind]] = {
-    Kind.MODEL: {7: Kind.GRAPH, 20: Kind.TRAINING, 25: Kind.FUNCTION},
-    Kind.TRAINING: {1: Kind.GRAPH, 2: Kind.GRAPH},
-    Kind.GRAPH: {1: Kind.NODE, 5: Kind.TENSOR, 15: Kind.SPARSE},
-    Kind.FUNCTION: {7: Kind.NODE, 11: Kind.ATTRIBUTE},
-    Kind.NODE: {5: Kind.ATTRIBUTE},
-    Kind.ATTRIBUTE: {
-        5: Kind.TENSOR,
-        6: Kind.GRAPH,
-        10: Kind.TENSOR,
-        11: Kind.GRAPH,
-        22: Kind.SPARSE,
-        23: Kind.SPARSE,
+FIELDS: dict[MessageKind, dict[int, MessageKind]] = {
+    MessageKind.MODEL: {7: MessageKind.GRAPH, 20: MessageKind.TRAINING, 25: MessageKind.FUNCTION},
+    MessageKind.TRAINING: {1: MessageKind.GRAPH, 2: MessageKind.GRAPH},
+    MessageKind.GRAPH: {1: MessageKind.NODE, 5: MessageKind.TENSOR, 15: MessageKind.SPARSE},
+    MessageKind.FUNCTION: {7: MessageKind.NODE, 11: MessageKind.ATTRIBUTE},
+    MessageKind.NODE: {5: MessageKind.ATTRIBUTE},
+    MessageKind.ATTRIBUTE: {
+        5: MessageKind.TENSOR,
+        6: MessageKind.GRAPH,
+        10: MessageKind.TENSOR,
+        11: MessageKind.GRAPH,
+        22: MessageKind.SPARSE,
+        23: MessageKind.SPARSE,
     },
-    Kind.SPARSE: {1: Kind.TENSOR, 2: Kind.TENSOR},
-    Kind.TENSOR: {13: Kind.EXTERNAL_DATA},
+    MessageKind.SPARSE: {1: MessageKind.TENSOR, 2: MessageKind.TENSOR},
+    MessageKind.TENSOR: {13: MessageKind.EXTERNAL_DATA},
 }
 KEY, VALUE = 1, 2
 """Fields of an entry of external data (StringStringEntryProto)."""
@@ -118,10 +118,10 @@ def _check_location(location: str, folder: Path, root: Path) -> None:
 
 def _walk(data: mmap.mmap) -> Iterator[str]:
     """Step through the messages depth first, with a stack of our own: (kind, position, end) each."""
-    stack = [(Kind.MODEL, 0, len(data))]
+    stack = [(MessageKind.MODEL, 0, len(data))]
     while stack:
         kind, position, end = stack.pop()
-        if kind is Kind.EXTERNAL_DATA:
+        if kind is MessageKind.EXTERNAL_DATA:
             yield from _location(data, position, end)
             continue
         inner = FIELDS[kind]

@@ -39,7 +39,7 @@ class FileStat:
 
 
 @dataclass(frozen=True, slots=True)
-class FileIdentity:
+class FoundFile:
     """What cannot stay the same when a file's content is changed or the file is replaced."""
 
     path: str
@@ -179,7 +179,7 @@ class Repository:
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {MODEL_FILE} is a folder"
 
 
-def identify(folder: Path, root: Path) -> list[FileIdentity]:
+def identify(folder: Path, root: Path) -> list[FoundFile]:
     """Take the identity of every file that a version consists of, in order of their paths.
 
     Args:
@@ -203,7 +203,7 @@ def identify(folder: Path, root: Path) -> list[FileIdentity]:
     return sorted(found, key=lambda file: file.path)
 
 
-def open_identified(folder: Path, identity: FileIdentity) -> int:
+def open_identified(folder: Path, identity: FoundFile) -> int:
     """Open a file for reading, only if it still is the one that was identified.
 
     Returns:
@@ -228,8 +228,8 @@ def inside(path: Path, root: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(root)
 
 
-def _identity(path: str, seen: os.stat_result) -> FileIdentity:
-    return FileIdentity(path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+def _identity(path: str, seen: os.stat_result) -> FoundFile:
+    return FoundFile(path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 
 def _listing(folder: Path, root: Path) -> list[FileStat]:

@@ -60,7 +60,7 @@ class Question(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class ModelRoute:
     """Who answers for a model, and what stands behind it: `position` is that of its `ModelLoaded`."""
 
     model_id: str
@@ -113,11 +113,11 @@ class Router:
         self._live = live
         self._repository = repository
         self._max_queue = max_queue
-        self._routes: dict[str, tuple[Model, Route]] = {}
+        self._routes: dict[str, tuple[Model, ModelRoute]] = {}
 
     async def infer(
         self, model_id: str, version: int | None, question: Question, timeout_s: float
-    ) -> tuple[Route, Answer]:
+    ) -> tuple[ModelRoute, Answer]:
         """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
 
         What waited behind the inference that its worker died of is tried once more, when the model is back.
@@ -146,13 +146,13 @@ class Router:
         route.load.statistics.success(answer[0], ended_ns - began_ns, time.time_ns() // 10**6)
         return route, answer
 
-    def _ask(self, route: Route, question: Question, timeout_s: float) -> Awaitable[Answer]:
+    def _ask(self, route: ModelRoute, question: Question, timeout_s: float) -> Awaitable[Answer]:
         worker = route.worker(self._max_queue)
         return worker.infer(question.tensors, question.outputs, text=question.text, timeout_s=timeout_s)
 
     async def _recovered(
         self, model_id: str, version: int | None, timeout_s: float, death: WorkerDied
-    ) -> tuple[Route, float]:
+    ) -> tuple[ModelRoute, float]:
         """Wait until the model serves again; return who does, and the seconds that are left then.
 
         Raises:
@@ -174,7 +174,7 @@ class Router:
         finally:
             self._log.unsubscribe(wakeup)
 
-    async def route_or_why(self, model_id: str, version: int | None = None) -> Route:
+    async def route_or_why(self, model_id: str, version: int | None = None) -> ModelRoute:
         """Return who answers for the model now; only a refusal looks into the repository.
 
         Raises:
@@ -199,7 +199,7 @@ class Router:
             return False
         return True
 
-    def route(self, model_id: str, version: int | None = None) -> Route:
+    def route(self, model_id: str, version: int | None = None) -> ModelRoute:
         """Return who answers for the model now.
 
         Raises:
@@ -225,7 +225,7 @@ class Router:
             )
         return route
 
-    def _remember(self, model_id: str, model: Model | None) -> tuple[Model, Route]:
+    def _remember(self, model_id: str, model: Model | None) -> tuple[Model, ModelRoute]:
         """Make the route of a model that is loaded; it holds as long as the recorded model is this one."""
         self._routes.pop(model_id, None)
         serving = model.serving if model is not None else None
@@ -237,7 +237,7 @@ class Router:
                 f"the worker of model '{model_id}' has just died; it is being started again"
             )
         inputs, outputs = load.report.inputs, load.report.outputs
-        route = Route(model_id, serving.version, serving.position, inputs, outputs, load)
+        route = ModelRoute(model_id, serving.version, serving.position, inputs, outputs, load)
         self._routes[model_id] = known = (model, route)
         return known
 

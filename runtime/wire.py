@@ -3,9 +3,9 @@
 A frame is a fixed prefix (length of the header, length of the payload), a header (one of the messages here,
 in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and
 in row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel
-`Load`, `Prepare` and `Infer` go to the worker, and `Stage`, `Loaded`, `PrepareDone`, `LoadFailed`, `Outcome`
-and `Failure` come back; on the control channel `Cancel` goes to the worker. Nothing is pickled, and what
-cannot be decoded is a `MalformedFrame`, whatever the bytes.
+`Load`, `Prepare` and `Infer` go to the worker, and `StageReached`, `Loaded`, `PrepareDone`, `LoadFailure`,
+`Outcome` and `InferenceFailure` come back; on the control channel `Cancel` goes to the worker. Nothing is
+pickled, and what cannot be decoded is a `MalformedFrame`, whatever the bytes.
 
 A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
 worker says is within what the ledger can hold, or ends it.
@@ -27,7 +27,7 @@ LENGTH = struct.Struct("<I")
 MAX_HEADER_BYTES = 16 * 2**20
 """`Loaded` with the longest list of files that is allowed, and long paths, fits."""
 MAX_PAYLOAD_BYTES = 256 * 2**20
-"""Four times the largest request that the server takes. A worker that has more to say answers `Failure`."""
+"""Four times the largest request that the server takes; a longer answer becomes an `InferenceFailure`."""
 ALIGNMENT = 16
 """Bytes: where the payload of a long frame begins is a multiple of it. malloc gives no other addresses."""
 MAX_DIMENSIONS = 64
@@ -146,7 +146,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional: bool = False
 
 
-class LoadedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class HashedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of a loaded version: its identity and the SHA-256 (64 hex digits) of its content."""
 
     path: Name
@@ -165,7 +165,7 @@ class SourceHash(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     sha256: Sha256
 
 
-class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CachedCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A prepared form on disk: what a load may use instead of the repository's files.
 
     `folder` is absolute, and the paths of `files` are relative to it. `sha256` is of the form: of a line
@@ -176,7 +176,7 @@ class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     folder: str
     form: Form
     sha256: Sha256
-    files: tuple[LoadedFile, ...]
+    files: tuple[HashedFile, ...]
     sources: tuple[SourceHash, ...]
 
 
@@ -198,11 +198,11 @@ class Load(Message, frozen=True):
     files: tuple[str, ...]
     threads: int
     memory_limit_bytes: int | None = None
-    known: tuple[LoadedFile, ...] = ()
+    known: tuple[HashedFile, ...] = ()
     max_batch_size: Count = 0
     max_queue_delay_us: Count = 0
     warm_up: bool = True
-    prepared: Prepared | None = None
+    prepared: CachedCopy | None = None
     background: bool = False
     huge_pages: bool = True
     tensors: tuple[TensorHead, ...] = ()
@@ -221,7 +221,7 @@ class Prepare(Message, frozen=True):
     files: tuple[str, ...]
     threads: int
     memory_limit_bytes: int | None
-    known: tuple[LoadedFile, ...]
+    known: tuple[HashedFile, ...]
     form: Form
     target: str
     most_bytes: Count | None = None
@@ -242,7 +242,7 @@ class Infer(Message, frozen=True):
     digest: bool = False
 
 
-class Stage(Message, frozen=True):
+class StageReached(Message, frozen=True):
     """The load has come to this."""
 
     stage: LoadStage
@@ -255,7 +255,7 @@ class Loaded(Message, frozen=True):
     `prepared_failure` says why.
     """
 
-    files: tuple[LoadedFile, ...]
+    files: tuple[HashedFile, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     memory_bytes: Count
@@ -271,12 +271,12 @@ class Loaded(Message, frozen=True):
 class PrepareDone(Message, frozen=True):
     """The form is there: its own files, and those that it was made of; the worker ends after this."""
 
-    files: tuple[LoadedFile, ...]
-    sources: tuple[LoadedFile, ...]
+    files: tuple[HashedFile, ...]
+    sources: tuple[HashedFile, ...]
     took_us: Count
 
 
-class LoadFailed(Message, frozen=True):
+class LoadFailure(Message, frozen=True):
     """The model cannot be loaded, or prepared; the worker ends after this."""
 
     code: LoadCode
@@ -300,7 +300,7 @@ class Outcome(Message, frozen=True):
     execution_size: Count = 1
 
 
-class Failure(Message, frozen=True):
+class InferenceFailure(Message, frozen=True):
     """No answer to `Infer`: `invalid_input`, `not_representable`, `inference_failed`, `inference_cancelled`.
 
     Whatever else a worker calls it is `inference_failed`.
@@ -318,7 +318,7 @@ class Cancel(Message, frozen=True):
 
 
 ToWorker = Load | Prepare | Infer
-FromWorker = Stage | Loaded | PrepareDone | LoadFailed | Outcome | Failure
+FromWorker = StageReached | Loaded | PrepareDone | LoadFailure | Outcome | InferenceFailure
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)
 FROM_WORKER = msgspec.msgpack.Decoder(FromWorker)
 CONTROL = msgspec.msgpack.Decoder(Cancel)

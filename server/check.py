@@ -51,7 +51,7 @@ class Severity(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckFinding:
     """One finding of the config check.
 
     Attributes:
@@ -81,7 +81,7 @@ class CheckResult:
     models: int = 0
     versions: int = 0
     loaded: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckFinding] = field(default_factory=list)
 
     @property
     def fine(self) -> bool:
@@ -120,11 +120,11 @@ def check_configuration(
     if "repository" not in values:
         raise_mistakes(mistakes)
     mistakes += find_unusable_paths(values)
-    result.findings += [Finding(place, "invalid_setting", text) for place, text in mistakes]
+    result.findings += [CheckFinding(place, "invalid_setting", text) for place, text in mistakes]
     config = Config(**{"data": values["repository"], **values})  # nothing is written
     result.findings += [*_check_memory(config), *_check_address(config)]
     for place, text in unknown_variables(environment):
-        result.findings.append(Finding(place, "unknown_variable", f"is unknown; {text}", Severity.NOTE))
+        result.findings.append(CheckFinding(place, "unknown_variable", f"is unknown; {text}", Severity.NOTE))
     return config
 
 
@@ -168,23 +168,23 @@ def _check_data(path: Path) -> None:
         raise ConfigError(text)
 
 
-def _check_memory(config: Config) -> Iterator[Finding]:
+def _check_memory(config: Config) -> Iterator[CheckFinding]:
     try:
         limit = memory_limit()
     except MemoryUnknown as error:
-        yield Finding("--memory-budget", error.code, str(error))
+        yield CheckFinding("--memory-budget", error.code, str(error))
         return
     budget = budget_bytes(config.memory_budget, limit.bytes)
     if budget > limit.bytes:
         text = f"{budget} bytes are more than the {limit.bytes} that the {limit.source} allows"
-        yield Finding("--memory-budget", "beyond_limit", text, Severity.NOTE)
+        yield CheckFinding("--memory-budget", "beyond_limit", text, Severity.NOTE)
 
 
-def _check_address(config: Config) -> Iterator[Finding]:
+def _check_address(config: Config) -> Iterator[CheckFinding]:
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        yield Finding("--host", "no_address", f"{config.host!r} cannot be resolved: {error}")
+        yield CheckFinding("--host", "no_address", f"{config.host!r} cannot be resolved: {error}")
         return
     for family, kind, protocol, _, address in found:
         try:
@@ -195,7 +195,7 @@ def _check_address(config: Config) -> Iterator[Finding]:
             taken = error.errno == errno.EADDRINUSE
             hint = "; another process does, which may be the server" if taken else ""
             text = f"{config.host}:{config.port} cannot be listened on: {error.strerror}{hint}"
-            yield Finding("--port", "no_address", text, Severity.NOTE if taken else Severity.PROBLEM)
+            yield CheckFinding("--port", "no_address", text, Severity.NOTE if taken else Severity.PROBLEM)
             return
 
 
@@ -217,18 +217,18 @@ def check_repository(
     except (OSError, ValueError) as error:
         if not any(each.place == "--repository" for each in result.findings):
             text = f"cannot be listed: {getattr(error, 'strerror', error)}"
-            result.findings.append(Finding("--repository", "unreadable", text))
+            result.findings.append(CheckFinding("--repository", "unreadable", text))
         return
     for name in names:
         if not MODEL_ID.fullmatch(name) and not name.startswith("."):
             text = "is not served: a model's name has A-Z a-z 0-9 . _ - and a letter or digit first"
-            result.findings.append(Finding(name, "invalid_model_id", text, Severity.NOTE))
-    result.findings += [Finding(place, "not_served", text) for place, text in repository.find_unserved()]
+            result.findings.append(CheckFinding(name, "invalid_model_id", text, Severity.NOTE))
+    result.findings += [CheckFinding(place, "not_served", text) for place, text in repository.find_unserved()]
     models = repository.models()
     result.models = len(models)
     if not models:
         text = f"{repository.root} has no model that could be served"
-        result.findings.append(Finding("--repository", "empty", text, Severity.NOTE))
+        result.findings.append(CheckFinding("--repository", "empty", text, Severity.NOTE))
         return
     budget = budget_bytes(config.memory_budget, memory_limit().bytes)
     candidates = [
@@ -250,7 +250,7 @@ def _check_versions(
         parameters = default_parameters(repository, model_id, config)
     except InvalidDefaults as error:  # no load is accepted with it
         file = defaults_name(model_id)
-        result.findings.append(Finding(file, error.code, str(error).removeprefix(file).lstrip(": ")))
+        result.findings.append(CheckFinding(file, error.code, str(error).removeprefix(file).lstrip(": ")))
     for version in repository.versions(model_id):
         try:
             found = repository.resolve(model_id, version)
@@ -268,7 +268,7 @@ def _check_versions(
             f" {megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
             f" {defaults_name(model_id)} if it takes less"
         )
-        result.findings.append(Finding(_place(found), "insufficient_memory", text))
+        result.findings.append(CheckFinding(_place(found), "insufficient_memory", text))
 
 
 async def _load_all(
@@ -297,9 +297,9 @@ async def _load_all(
                 result.loaded += 1
             except TimeoutError:
                 text = f"was not loaded within {timeout_s:g} s"
-                result.findings.append(Finding(_place(found), "timeout", text))
+                result.findings.append(CheckFinding(_place(found), "timeout", text))
             except RuntimeProblem as problem:
-                result.findings.append(Finding(_place(found), problem.code, str(problem)))
+                result.findings.append(CheckFinding(_place(found), problem.code, str(problem)))
     finally:
         await pool.close()
 

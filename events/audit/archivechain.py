@@ -15,7 +15,7 @@ from pathlib import Path
 from events.audit.exportreader import ExportReader, FileAudit, audit_files, lines_of
 from events.audit.files import shown
 from events.audit.signing import Base
-from events.audit.verify import Expected, Finding, Kind
+from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import decode_event
 from events.errors import ArchiveMissing, LedgerDamaged, LogUnavailable
 from events.jobs import Job
@@ -133,9 +133,13 @@ def _seams(files: list[FileAudit], base: Base) -> Behind:
     for earlier, later in pairwise(files):
         if earlier.proved != later.after:
             problem = f"its hash there is not that with which {shown(earlier.path)} ends"
-            return replace(found, finding=Finding(later.after.position, problem, Kind.BASE), at=later.path)
+            return replace(
+                found, finding=Finding(later.after.position, problem, FindingKind.BASE), at=later.path
+            )
     if files[-1].proved != base:
-        finding = Finding(base.position, "its last hash is not that with which the log begins", Kind.BASE)
+        finding = Finding(
+            base.position, "its last hash is not that with which the log begins", FindingKind.BASE
+        )
         return replace(found, finding=finding, at=files[-1].path)
     return found
 
@@ -158,7 +162,7 @@ def compare_with_base(behind: Behind, stored: State) -> Behind:
     if problem is None:
         return replace(behind, is_folded=True)
     position = behind.files[-1].proved.position
-    return replace(behind, finding=Finding(position, problem, Kind.BASE))
+    return replace(behind, finding=Finding(position, problem, FindingKind.BASE))
 
 
 def _difference(files: Sequence[FileAudit], stored: State) -> str | None:
@@ -214,10 +218,10 @@ def folded(
             job = entities.apply(event)
         except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
             problem = f"the body is not an event: {error!r}"
-            raise BadArchive(Finding(row.position, problem, Kind.EVENT), file) from None
+            raise BadArchive(Finding(row.position, problem, FindingKind.EVENT), file) from None
         if event.recorded_at < recorded_at:
             problem = "it was recorded before the one before it"
-            raise BadArchive(Finding(row.position, problem, Kind.ORDER), file)
+            raise BadArchive(Finding(row.position, problem, FindingKind.ORDER), file)
         position, recorded_at = row.position, event.recorded_at
         if job is not None and job.id in wanted:
             ended[job.id] = job

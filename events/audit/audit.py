@@ -23,7 +23,7 @@ from events.audit.archivechain import (
 from events.audit.exportreader import FileAudit
 from events.audit.files import shown
 from events.audit.signing import Base
-from events.audit.verify import Expected, Finding, Kind, Verification, verify_connection
+from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_connection
 from events.errors import Archived, ArchiveMissing, LogUnavailable, NothingThere
 from events.sqlite import history, queries
 from events.sqlite.base import hash_at, read_base, read_base_state
@@ -89,13 +89,15 @@ class Audit:
         if self.damage is None:
             return None
         problem = f"SQLite's integrity check says: {self.damage}"
-        return Finding(self.verification.position, problem, Kind.DAMAGED)
+        return Finding(self.verification.position, problem, FindingKind.DAMAGED)
 
     @property
     def _reshaped(self) -> Finding | None:
         if self.schema is None:
             return None
-        return Finding(self.verification.position, f"the database's schema: {self.schema}", Kind.SCHEMA)
+        return Finding(
+            self.verification.position, f"the database's schema: {self.schema}", FindingKind.SCHEMA
+        )
 
 
 def audit(
@@ -252,7 +254,7 @@ def _differs(connection: sqlite3.Connection, found: Audit, expected: Expected) -
     head = found.verification.position
     if expected.position > head:
         problem = f"the log ends at position {head}, {expected.position} was expected"
-        return Finding(head + 1, problem, Kind.EXPECTATION)
+        return Finding(head + 1, problem, FindingKind.EXPECTATION)
     return _unlike(expected.position, hash_at(connection, found.base, expected.position), expected.hash)
 
 
@@ -260,7 +262,7 @@ def _unlike(position: int, digest: bytes, expected: bytes) -> Finding | None:
     if digest == expected:
         return None
     problem = f"the hash is {digest.hex()}, {expected.hex()} was expected"
-    return Finding(position, problem, Kind.EXPECTATION)
+    return Finding(position, problem, FindingKind.EXPECTATION)
 
 
 def replay(

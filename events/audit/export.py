@@ -35,7 +35,7 @@ PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
+class ExportFormat:
     """A form of export: its lines before the events, for one event (with the previous hash), and after."""
 
     first: Callable[[Base], bytes]
@@ -43,13 +43,13 @@ class Lines:
     last: Callable[[SignedHead], bytes]
 
 
-def jsonl() -> Lines:
+def jsonl() -> ExportFormat:
     """Return the form that has the exact bodies and hashes."""
-    return Lines(_first, _event, _last)
+    return ExportFormat(_first, _event, _last)
 
 
 def export(
-    path: Path, form: Lines, sign: Sign, *, after: int | None = None, until: int | None = None
+    path: Path, form: ExportFormat, sign: Sign, *, after: int | None = None, until: int | None = None
 ) -> Iterator[bytes]:
     """Yield the lines of the events after position `after` up to and with `until`, and the signed head there.
 
@@ -75,7 +75,7 @@ def export(
 
 
 def export_of(
-    connection: sqlite3.Connection, form: Lines, sign: Sign, *, after: int | None, until: int | None
+    connection: sqlite3.Connection, form: ExportFormat, sign: Sign, *, after: int | None, until: int | None
 ) -> Iterator[bytes]:
     """Yield what `export` does, of an open ledger."""
     base = read_base(connection)
@@ -165,14 +165,14 @@ SEQUENCE_DIGITS = 19
 """As many as the largest position has, so that text sorts as numbers (CloudEvents' `sequence` extension)."""
 
 
-def cloudevents(public_key: bytes) -> Lines:
+def cloudevents(public_key: bytes) -> ExportFormat:
     """Return the form whose lines are CloudEvents 1.0, for programs that already read those.
 
     `source` names the ledger by its public key. `data` is the whole event in canonical form; `ledgerhash` is
     SHA-256 of the bytes of `ledgerprevious` and the UTF-8 of `data` as it stands in the line.
     """
     source = f"urn:loadledger:{key_id(public_key)}"
-    return Lines(
+    return ExportFormat(
         lambda _: b"",
         lambda row, previous: _cloudevent(row, previous, source),
         lambda head: _cloudevent_head(head, source),

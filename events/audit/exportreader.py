@@ -22,7 +22,7 @@ import msgspec
 from events.audit.export import FORMAT, jsonl
 from events.audit.files import shown
 from events.audit.signing import Base, SignedHead, as_signed_head, key_id
-from events.audit.verify import Expected, Finding, Kind
+from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import GENESIS, hash_body, is_canonical
 from events.errors import LedgerDamaged, LogUnavailable
 from events.sqlite.queries import Row
@@ -42,7 +42,7 @@ T = TypeVar("T")
 class FileDamaged(LedgerDamaged):
     """A file of events does not verify."""
 
-    def __init__(self, problem: str, position: int, kind: Kind = Kind.EVENT) -> None:
+    def __init__(self, problem: str, position: int, kind: FindingKind = FindingKind.EVENT) -> None:
         super().__init__(problem)
         self.position = position
         self.kind = kind
@@ -121,7 +121,7 @@ class ExportReader:
         except ValueError as error:
             raise FileDamaged(str(error), 0) from None
         if not _may_begin(self.after):
-            raise FileDamaged("it begins with another hash than ledgers do", 0, Kind.BASE)
+            raise FileDamaged("it begins with another hash than ledgers do", 0, FindingKind.BASE)
         self.position, self.hash = self.after.position, self.after.hash
         self.head: SignedHead | None = None
         self._recorded_at = ""
@@ -140,7 +140,7 @@ class ExportReader:
         raise FileDamaged(
             f"the end is missing: there is nothing after position {self.position}, and no signed head",
             self.position + 1,
-            Kind.MISSING,
+            FindingKind.MISSING,
         )
 
     def _read(self, line: bytes) -> Row | SignedHead:
@@ -154,10 +154,12 @@ class ExportReader:
         position = self.position + 1
         if row.position != position:
             problem = f"position {position} is missing: the next event is at {row.position}"
-            raise FileDamaged(problem, position, Kind.MISSING)
+            raise FileDamaged(problem, position, FindingKind.MISSING)
         digest = hash_body(self.hash, row.body)
         if digest != row.hash:
-            raise FileDamaged(f"the event at position {position} is not what was hashed", position, Kind.HASH)
+            raise FileDamaged(
+                f"the event at position {position} is not what was hashed", position, FindingKind.HASH
+            )
         if not self._known:
             self._check_text(row, line)
         self.position, self.hash = position, digest
@@ -170,7 +172,7 @@ class ExportReader:
         recorded_at = _stated(body, position)
         if recorded_at < self._recorded_at:
             problem = f"the event at position {position} was recorded before the one before it"
-            raise FileDamaged(problem, position, Kind.ORDER)
+            raise FileDamaged(problem, position, FindingKind.ORDER)
         if not _is_written(row, line):
             raise FileDamaged(f"the line for position {position} says something else than the body", position)
         self._recorded_at = recorded_at
@@ -179,10 +181,10 @@ class ExportReader:
         statement, position = head.statement, self.position
         if (statement.position, statement.hash) != (position, self.hash):
             problem = f"the signed head is not that of position {position}, the last one here"
-            raise FileDamaged(problem, position, Kind.HASH)
+            raise FileDamaged(problem, position, FindingKind.HASH)
         if not head.holds():
             problem = f"the signature of the head at position {position} is not its key's"
-            raise FileDamaged(problem, position, Kind.SIGNATURE)
+            raise FileDamaged(problem, position, FindingKind.SIGNATURE)
         is_of_then = statement.recorded_at == self._recorded_at or position == self.after.position
         is_before = statement.base.position < self.after.position and _may_begin(statement.base)
         is_whole = is_before or statement.base == self.after
@@ -352,7 +354,7 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
     except FileDamaged as error:
         finding = Finding(error.position, str(error), error.kind)
     except LedgerDamaged as error:
-        finding = Finding(0 if reader is None else reader.position + 1, str(error), Kind.DAMAGED)
+        finding = Finding(0 if reader is None else reader.position + 1, str(error), FindingKind.DAMAGED)
     if reader is None:
         nothing = Base(0, bytes(32))
         return FileAudit(path, nothing, nothing, None, b"", finding)
@@ -379,11 +381,11 @@ def _unexpected(expected: Expected | None, found: Base) -> Finding | None:
     if expected is None or expected.position != found.position or expected.hash == found.hash:
         return None
     problem = f"the hash is {found.hash.hex()}, {expected.hash.hex()} was expected"
-    return Finding(found.position, problem, Kind.EXPECTATION)
+    return Finding(found.position, problem, FindingKind.EXPECTATION)
 
 
 def _signed_by_another(head: SignedHead | None, key: str | None) -> Finding | None:
     if head is None or key is None or key_id(head.public_key) == key:
         return None
     problem = f"the head is signed by the key {key_id(head.public_key)}, {key} was expected"
-    return Finding(head.statement.position, problem, Kind.EXPECTATION)
+    return Finding(head.statement.position, problem, FindingKind.EXPECTATION)

@@ -27,7 +27,7 @@ from events.state import Entities
 from events.types import Event
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """What kind of thing is wrong."""
 
     MISSING = "missing"
@@ -48,13 +48,13 @@ class Finding:
 
     position: int
     problem: str
-    kind: Kind = field(default=Kind.HASH, compare=False)
+    kind: FindingKind = field(default=FindingKind.HASH, compare=False)
 
 
 class Bad(Exception):
     """Something is wrong, and nothing after it is looked at."""
 
-    def __init__(self, position: int, problem: str, kind: Kind) -> None:
+    def __init__(self, position: int, problem: str, kind: FindingKind) -> None:
         super().__init__(problem)
         self.finding = Finding(position, problem, kind)
 
@@ -102,7 +102,7 @@ def parse_expected(text: str) -> Expected:
     return Expected(int(match[1]), bytes.fromhex(match[2]))
 
 
-__all__ = ["Finding", "Kind", "Verification", "verify", "verify_connection"]
+__all__ = ["Finding", "FindingKind", "Verification", "verify", "verify_connection"]
 
 PAGE = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It
@@ -177,11 +177,15 @@ class CheckedFold:
         for row in page:
             position, body, digest = row
             if position != before + 1:
-                raise Bad(before + 1, f"missing: the next event is at position {position}", Kind.MISSING)
+                raise Bad(
+                    before + 1, f"missing: the next event is at position {position}", FindingKind.MISSING
+                )
             if not (isinstance(body, bytes) and (body.isascii() or _is_utf_8(body))):
-                raise Bad(position, "the body is not UTF-8", Kind.EVENT)
+                raise Bad(position, "the body is not UTF-8", FindingKind.EVENT)
             if sha256(previous + body).digest() != digest:
-                raise Bad(position, "the hash is not that of the previous hash and the body", Kind.HASH)
+                raise Bad(
+                    position, "the hash is not that of the previous hash and the body", FindingKind.HASH
+                )
             yield row
             before, previous = position, digest
 
@@ -192,11 +196,11 @@ class CheckedFold:
             try:
                 event = decode_event(body)
             except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
-                raise Bad(position, f"the body is not an event: {error!r}", Kind.EVENT) from None
+                raise Bad(position, f"the body is not an event: {error!r}", FindingKind.EVENT) from None
             if event.position != position:
-                raise Bad(position, f"the body says position {event.position}", Kind.EVENT)
+                raise Bad(position, f"the body says position {event.position}", FindingKind.EVENT)
             if not holds(event, body):
-                raise Bad(position, "the body is not in the canonical form", Kind.EVENT)
+                raise Bad(position, "the body is not in the canonical form", FindingKind.EVENT)
             yield event
 
     def _folded(self, found: Iterable[tuple[Row, Event]]) -> Iterator[Job]:
@@ -204,11 +208,11 @@ class CheckedFold:
         apply, touch = self.entities.apply, self._touched.add
         for (position, _, digest), event in found:
             if event.recorded_at < self._recorded_at:
-                raise Bad(position, "it was recorded before the one before it", Kind.ORDER)
+                raise Bad(position, "it was recorded before the one before it", FindingKind.ORDER)
             try:
                 ended = apply(event)
             except Exception as error:  # noqa: BLE001 - as above
-                raise Bad(position, f"the body is not an event: {error!r}", Kind.EVENT) from None
+                raise Bad(position, f"the body is not an event: {error!r}", FindingKind.EVENT) from None
             self.position, self.hash, self._recorded_at = position, digest, event.recorded_at
             touch(event.model_id)
             if position == self._compare_at:
@@ -285,7 +289,7 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
     """
     base = connection.execute("SELECT position, hash FROM base").fetchone()
     if base is None or not (isinstance(base[0], int) and isinstance(base[1], bytes)):
-        return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", Kind.BASE))
+        return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", FindingKind.BASE))
     fold = CheckedFold(*base)
     finding, compared = None, True
     try:
@@ -305,7 +309,7 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
     except sqlite3.DatabaseError as error:
         if queries.kind_of(error) != sqlite3.SQLITE_CORRUPT:
             raise
-        finding = Finding(fold.position + 1, f"the file is damaged: {error}", Kind.DAMAGED)
+        finding = Finding(fold.position + 1, f"the file is damaged: {error}", FindingKind.DAMAGED)
     return Verification(fold.position - base[0], fold.position, fold.hash, finding, compared)
 
 
@@ -325,7 +329,7 @@ def _fold_at_base(connection: sqlite3.Connection, base: int, digest: bytes, *, c
         raise
     except Exception as error:  # noqa: BLE001 - whatever somebody made of it is a finding
         problem = f"the state that archived events came to is damaged: {error!r}"
-        raise Bad(base, problem, Kind.BASE) from None
+        raise Bad(base, problem, FindingKind.BASE) from None
 
 
 def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) -> None:
@@ -337,25 +341,25 @@ def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) ->
         ):
             if first != last + 1:
                 problem = f"the archives that are told of do not have position {last + 1} to go on with"
-                raise Bad(base, problem, Kind.BASE)
+                raise Bad(base, problem, FindingKind.BASE)
             last, last_hash = end
             if not isinstance(last, int):
-                raise Bad(base, "the archives that are told of end with no position", Kind.BASE)
+                raise Bad(base, "the archives that are told of end with no position", FindingKind.BASE)
     if (last, last_hash) != (base, digest):
         problem = f"the archives that are told of end with position {last}, the log begins after {base}"
-        raise Bad(base, f"{problem}, or has another hash there", Kind.BASE)
+        raise Bad(base, f"{problem}, or has another hash there", FindingKind.BASE)
 
 
 def _check_base_state(connection: sqlite3.Connection, base: int) -> None:
     if not is_base_state_whole(connection, base):
-        raise Bad(base, "what is stored of archived events is not what they came to", Kind.BASE)
+        raise Bad(base, "what is stored of archived events is not what they came to", FindingKind.BASE)
 
 
 def _check_length(connection: sqlite3.Connection, path: Path, position: int) -> None:
     """SQLite takes the missing end of the last page for zeros, and misses whole pages by itself."""
     (page_size,) = connection.execute("PRAGMA page_size").fetchone()
     if path.stat().st_size % page_size:
-        raise Bad(position, "the file is damaged: its end was cut off", Kind.DAMAGED)
+        raise Bad(position, "the file is damaged: its end was cut off", FindingKind.DAMAGED)
 
 
 def _compare(connection: sqlite3.Connection, fold: CheckedFold) -> None:
@@ -363,12 +367,12 @@ def _compare(connection: sqlite3.Connection, fold: CheckedFold) -> None:
     position = connection.execute("SELECT position FROM projected").fetchone()
     if position != (fold.position,):
         problem = f"the stored projections are at position {position and position[0]}"
-        raise Bad(fold.position, problem, Kind.PROJECTIONS)
+        raise Bad(fold.position, problem, FindingKind.PROJECTIONS)
     _compare_models(connection, fold)
     assert fold.stored is not None
     difference = fold.stored.difference(fold.entities.jobs.values())
     if difference is not None:
-        raise Bad(fold.position, difference, Kind.PROJECTIONS)
+        raise Bad(fold.position, difference, FindingKind.PROJECTIONS)
 
 
 def _compare_snapshots(fold: CheckedFold) -> None:
@@ -376,7 +380,7 @@ def _compare_snapshots(fold: CheckedFold) -> None:
     assert fold.snapshots is not None
     difference = fold.snapshots.end(fold.position)
     if difference is not None:
-        raise Bad(*difference, Kind.PROJECTIONS)
+        raise Bad(*difference, FindingKind.PROJECTIONS)
 
 
 def _compare_models(connection: sqlite3.Connection, fold: CheckedFold) -> None:
@@ -388,8 +392,10 @@ def _compare_models(connection: sqlite3.Connection, fold: CheckedFold) -> None:
         if model is None or not is_text or queries.as_bytes(model) != body:
             shown = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
             raise Bad(
-                fold.position, f"the stored models differ from the log's at {shown!r}", Kind.PROJECTIONS
+                fold.position,
+                f"the stored models differ from the log's at {shown!r}",
+                FindingKind.PROJECTIONS,
             )
     if expected:
         problem = f"the stored models lack {next(iter(expected)).decode()!r}"
-        raise Bad(fold.position, problem, Kind.PROJECTIONS)
+        raise Bad(fold.position, problem, FindingKind.PROJECTIONS)

@@ -128,7 +128,7 @@ Query = Callable[[str, Mapping[str, object]], Awaitable[list[tuple[Any, ...]]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class EventQuery:
     """Which events of the log, and how many.
 
     Attributes:
@@ -149,7 +149,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class EventPage:
+class StoredEventPage:
     """Some events in the order asked for.
 
     Attributes:
@@ -186,7 +186,7 @@ class _Walk:
     cut: bool = False
 
 
-async def event_page(query: Query, asked: Asked) -> EventPage:
+async def event_page(query: Query, asked: EventQuery) -> StoredEventPage:
     """Return a page of events.
 
     Raises:
@@ -267,7 +267,7 @@ def beyond_head(after: int, head: int) -> BeyondHead:
     )
 
 
-async def _bounds(query: Query, asked: Asked) -> _Walk:
+async def _bounds(query: Query, asked: EventQuery) -> _Walk:
     """Return all that may be looked at, moments resolved to positions."""
     since, until = asked.since, asked.until
     moments = {
@@ -300,7 +300,7 @@ async def _bounds(query: Query, asked: Asked) -> _Walk:
     return _Walk(base if low is None else low, head if high is None else min(high, head), base, head)
 
 
-async def _lead(query: Query, asked: Asked, walk: _Walk) -> _Walk:
+async def _lead(query: Query, asked: EventQuery, walk: _Walk) -> _Walk:
     """Decide which index is walked, and how far."""
     columns = list(asked.wanted.columns)
     if len(columns) < 2:  # noqa: PLR2004 - nothing to choose
@@ -332,14 +332,14 @@ def _events(rows: Iterable[tuple[Any, ...]]) -> list[StoredEvent]:
         raise LogUnavailable(f"the ledger is damaged: {error}; run `loadledger verify`") from error
 
 
-def _page(asked: Asked, walk: _Walk, found: list[StoredEvent]) -> EventPage:
+def _page(asked: EventQuery, walk: _Walk, found: list[StoredEvent]) -> StoredEventPage:
     items, cursor = found[: asked.limit], None
     if len(found) > asked.limit:
         cursor = items[-1].position
     elif walk.cut:
         cursor = walk.low + 1 if asked.newest_first else walk.high
     seen = max(walk.low, walk.high) if cursor is None else cursor
-    return EventPage(items, walk.head, walk.base, cursor, seen)
+    return StoredEventPage(items, walk.head, walk.base, cursor, seen)
 
 
 PAGE = 500
@@ -374,7 +374,7 @@ class Reader:
         )
         return [decode_event(str(body)) for (body,) in rows]
 
-    async def event_page(self, asked: Asked) -> EventPage:
+    async def event_page(self, asked: EventQuery) -> StoredEventPage:
         """Return events as they are stored, and where to go on.
 
         Raises:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import click
 
 from events.audit.verify import verify
-from events.sqlite.reader import Asked, open_reader
+from events.sqlite.reader import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem
@@ -220,7 +220,7 @@ def _ledger(path: Path) -> None:
 
 async def _lines(path: Path) -> list[bytes]:
     async with open_reader(path) as reader:
-        return [event.line for event in (await reader.event_page(Asked())).items]
+        return [event.line for event in (await reader.event_page(EventQuery())).items]
 
 
 def _anonymous_bytes(pid: int) -> int:

@@ -241,12 +241,12 @@ def _wish(
 ) -> Any:
     from events.sqlite.reader import EventFilter  # noqa: PLC0415 - as above
     from events.types import TYPES  # noqa: PLC0415
-    from loadledger.cli.localledger import Wish  # noqa: PLC0415
+    from loadledger.cli.localledger import LedgerQuery  # noqa: PLC0415
 
     unknown = set(filters["types"]) - set(TYPES)
     if unknown:
         raise click.BadParameter(f"{min(unknown)!r} is none of {', '.join(TYPES)}", param_hint="--type")
-    return Wish(EventFilter(**filters), after, since, until, tail)
+    return LedgerQuery(EventFilter(**filters), after, since, until, tail)
 
 
 async def _show(source: Any, wish: Any, *, follow: bool, show: Show) -> None:

@@ -16,7 +16,7 @@ from events.audit.exportreader import FileAudit, audit_files
 from events.audit.signing import Base, key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
-from events.sqlite.reader import Asked, EventFilter, Reader, open_reader
+from events.sqlite.reader import EventFilter, EventQuery, Reader, open_reader
 from server.api.events import place
 from server.auth.keys import expected_key
 
@@ -210,7 +210,7 @@ def check(
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class LedgerQuery:
     """What is asked for.
 
     Attributes:
@@ -232,9 +232,9 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    async def listed(self, wish: Wish) -> AsyncIterator[Sequence[bytes] | int]:
+    async def listed(self, wish: LedgerQuery) -> AsyncIterator[Sequence[bytes] | int]:
         """Yield pages of lines, and last the position up to which that is all."""
-        asked = Asked(
+        asked = EventQuery(
             wish.wanted, after=wish.after, since=place(wish.since), until=place(wish.until), limit=PAGE
         )
         async with open_reader(self._path) as reader:
@@ -249,7 +249,7 @@ class FileSource:
             if after is None:
                 after = await _before_head(reader, 0)
             while True:
-                page = await reader.event_page(Asked(wanted, after=after, limit=PAGE))
+                page = await reader.event_page(EventQuery(wanted, after=after, limit=PAGE))
                 after = page.seen
                 if page.items:
                     yield [event.line for event in page.items]
@@ -259,11 +259,11 @@ class FileSource:
 
 async def _before_head(reader: Reader, count: int) -> int:
     """Return the position so many before the head, or where the log begins."""
-    page = await reader.event_page(Asked(limit=1))
+    page = await reader.event_page(EventQuery(limit=1))
     return max(page.as_of - count, page.base)
 
 
-async def _pages(reader: Reader, asked: Asked) -> AsyncIterator[Sequence[bytes] | int]:
+async def _pages(reader: Reader, asked: EventQuery) -> AsyncIterator[Sequence[bytes] | int]:
     while True:
         page = await reader.event_page(asked)
         yield [event.line for event in page.items]

@@ -30,7 +30,7 @@ from events.audit.files import written
 from events.errors import LedgerProblem
 from events.types import LoadedFile as RecordedFile
 from runtime.errors import RuntimeProblem
-from runtime.wire import Count, Form, LoadedFile, Name, Prepared, Sha256, SourceHash, Text
+from runtime.wire import CachedCopy, Count, Form, HashedFile, Name, Sha256, SourceHash, Text
 
 LAYOUT: Literal[1] = 1
 """Of these folders, and of how forms are made: with another number all that was prepared is made anew."""
@@ -72,7 +72,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     took_ms: Count = 0
     form: Form | None = None
     sha256: Sha256 | None = None
-    files: tuple[LoadedFile, ...] = ()
+    files: tuple[HashedFile, ...] = ()
     sources: tuple[SourceHash, ...] = ()
     needs_bytes: Count = 0
     figures: Annotated[Figures, msgspec.Meta(max_length=64)] = {}
@@ -91,24 +91,24 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return None if self.form is None else self.bytes
 
 
-def source_hashes(files: Iterable[LoadedFile | RecordedFile]) -> tuple[SourceHash, ...]:
+def source_hashes(files: Iterable[HashedFile | RecordedFile]) -> tuple[SourceHash, ...]:
     """Return the content of files, in order of their paths."""
     return tuple(SourceHash(file.path, file.sha256) for file in sorted(files, key=lambda file: file.path))
 
 
-def form_sha256(files: Iterable[LoadedFile]) -> str:
+def form_sha256(files: Iterable[HashedFile]) -> str:
     """Return the hash of a form: SHA-256 over a line "<sha256> <path>" for each file, in order of paths."""
     lines = (f"{file.sha256} {file.path}\n" for file in sorted(files, key=lambda file: file.path))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def describe_cached(
-    folder: Path, form: Form, files: Sequence[LoadedFile], sources: Sequence[SourceHash]
-) -> Prepared:
+    folder: Path, form: Form, files: Sequence[HashedFile], sources: Sequence[SourceHash]
+) -> CachedCopy:
     """Describe a form, which may still be a draft, to a worker that is to load it."""
     own = tuple(sorted(files, key=lambda file: file.path))
     of = tuple(sorted(sources, key=lambda file: file.path))
-    return Prepared(str(folder), form, form_sha256(own), own, of)
+    return CachedCopy(str(folder), form, form_sha256(own), own, of)
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, int] | None:
@@ -142,7 +142,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
-def have_sizes(folder: Path, files: Iterable[LoadedFile]) -> bool:
+def have_sizes(folder: Path, files: Iterable[HashedFile]) -> bool:
     """Tell whether the folder has these files, in their sizes, without reading them."""
     try:
         seen = [(file, (folder / file.path).lstat()) for file in files]
@@ -151,7 +151,7 @@ def have_sizes(folder: Path, files: Iterable[LoadedFile]) -> bool:
     return all(stat.S_ISREG(found.st_mode) and found.st_size == file.bytes for file, found in seen)
 
 
-def verify_files(folder: Path, files: Iterable[LoadedFile]) -> tuple[LoadedFile, ...] | None:
+def verify_files(folder: Path, files: Iterable[HashedFile]) -> tuple[HashedFile, ...] | None:
     """Return the files as they are now, in order of paths; None if one has not the content that it had.
 
     A file is read only if its identity is another.
@@ -185,7 +185,7 @@ def remove(path: Path) -> bool:
     return not os.path.lexists(path)
 
 
-def remove_others(folder: Path, files: Iterable[LoadedFile]) -> None:
+def remove_others(folder: Path, files: Iterable[HashedFile]) -> None:
     """Remove what lies beside a form's files."""
     names = {file.path for file in files}
     for found in list(folder.iterdir()):
@@ -203,7 +203,7 @@ def _is_sound(manifest: Manifest) -> bool:
     )
 
 
-def are_plain_names(files: Sequence[LoadedFile]) -> bool:
+def are_plain_names(files: Sequence[HashedFile]) -> bool:
     """Tell whether files that somebody named would lie directly in a folder, each once, beside a manifest."""
     names = {file.path for file in files}
     return len(names) == len(files) and not any(
@@ -211,7 +211,7 @@ def are_plain_names(files: Sequence[LoadedFile]) -> bool:
     )
 
 
-def _trusted(folder: Path, file: LoadedFile) -> LoadedFile | None:
+def _trusted(folder: Path, file: HashedFile) -> HashedFile | None:
     with _opened(folder / file.path) as opened:
         found = _seen(opened, file)
         if found == file or found.bytes != file.bytes:
@@ -220,11 +220,11 @@ def _trusted(folder: Path, file: LoadedFile) -> LoadedFile | None:
         return found if digest == file.sha256 and _seen(opened, file) == found else None
 
 
-def _seen(opened: BufferedReader, file: LoadedFile) -> LoadedFile:
+def _seen(opened: BufferedReader, file: HashedFile) -> HashedFile:
     seen = os.fstat(opened.fileno())
     if not stat.S_ISREG(seen.st_mode):
         raise OSError(f"{file.path} is not a regular file")
-    return LoadedFile(
+    return HashedFile(
         file.path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, file.sha256
     )
 

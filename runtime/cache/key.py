@@ -18,7 +18,7 @@ from pathlib import Path
 from events.clock import format_timestamp
 from events.codec import encode_canonical
 from runtime.cache.files import LAYOUT, Figure, Manifest
-from runtime.wire import Form, LoadedFile, SourceHash, Tensor
+from runtime.wire import Form, HashedFile, SourceHash, Tensor
 
 PROC = Path("/proc")
 KIND = frozenset(
@@ -158,7 +158,7 @@ class FinishedForm:
     """
 
     form: Form
-    files: tuple[LoadedFile, ...]
+    files: tuple[HashedFile, ...]
     sources: tuple[SourceHash, ...]
     model_id: str
     version: int

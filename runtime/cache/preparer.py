@@ -40,7 +40,7 @@ from runtime.modeldefaults import read_warm_up
 from runtime.process.pool import WorkerPool, complete, kill_and_wait
 from runtime.repository import FileStat, Repository
 from runtime.scheduler.view import Preparation
-from runtime.wire import Form, Load, LoadedFile, Prepare, Prepared, SourceHash, Tensor
+from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash, Tensor
 
 KEPT = "kept"
 LEFT_OUT = "left_out"
@@ -101,7 +101,7 @@ class Candidate:
     load_job_id: str
     model_id: str
     version: int
-    sources: tuple[LoadedFile, ...]
+    sources: tuple[HashedFile, ...]
     peak_bytes: int
     attempts: int = 0
 
@@ -245,7 +245,7 @@ class PreparationRun:
             for draft in made:
                 await complete(asyncio.to_thread(self._store.discard, draft))
 
-    async def _make(self, form: Form, bare: Load, draft: Path) -> tuple[LoadedFile, ...]:
+    async def _make(self, form: Form, bare: Load, draft: Path) -> tuple[HashedFile, ...]:
         worker = await self._pool.start(uuid7())
         alone_bytes = self._candidate.need_bytes - WORKER_BYTES
         order = Prepare(
@@ -277,7 +277,7 @@ class PreparationRun:
         self,
         draft: Path,
         form: Form,
-        files: tuple[LoadedFile, ...],
+        files: tuple[HashedFile, ...],
         pairs: Sequence[Pair],
         tried: Mapping[Form, str],
     ) -> None:
@@ -375,7 +375,7 @@ class Preparer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def form_for(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> Prepared | None:
+    def form_for(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> CachedCopy | None:
         """Return the prepared form of these files, if there is one; reads files, so call it in a thread.
 
         What they hold is what the ledger knows of files with these sizes and times; the load finds out
@@ -402,7 +402,7 @@ class Preparer:
             return None
         return make_key(source_hashes(known), self._pool.threads)
 
-    def failed(self, prepared: Prepared, reason: str) -> None:
+    def failed(self, prepared: CachedCopy, reason: str) -> None:
         """Drop a form that a load could do nothing with."""
         _log.warning("the prepared form %s is dropped: %s", prepared.sha256[:12], reason)
         self.counts.dropped += 1
@@ -434,7 +434,7 @@ class Preparer:
             return None
         return key if needs_trial(entry, given) else None
 
-    async def _drop(self, store: ModelCache, prepared: Prepared, reason: str) -> None:
+    async def _drop(self, store: ModelCache, prepared: CachedCopy, reason: str) -> None:
         try:
             key = await asyncio.to_thread(make_key, prepared.sources, self._pool.threads)
             await asyncio.to_thread(store.drop, key, reason, prepared)

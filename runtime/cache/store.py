@@ -38,7 +38,7 @@ from runtime.cache.files import (
 )
 from runtime.cache.key import Cleared, Entry, FinishedForm, make_entry, timestamp_of
 from runtime.memory import room
-from runtime.wire import Form, LoadedFile, Prepared, plain_text
+from runtime.wire import CachedCopy, Form, HashedFile, plain_text
 
 MAX_WITHOUT_FORM = 1_000
 """Keys of which is only known that no form is of use. Each takes a folder and a file; one that is forgotten
@@ -200,7 +200,7 @@ class ModelCache:
         until = found[0].known_until
         return make_entry(*found) if until is None or timestamp_of(self._now_ns()) <= until else None
 
-    def use(self, key: str) -> Prepared | None:
+    def use(self, key: str) -> CachedCopy | None:
         """Return the form to load for a key, and note that it is used; None if there is none of use.
 
         Where its files have another identity than when it was made, they are read, which may take seconds;
@@ -241,7 +241,7 @@ class ModelCache:
         """Remove a draft, if it is there; without an error."""
         self._folder.discard(draft)
 
-    def keep(self, key: str, draft: Path, made: FinishedForm) -> Prepared | None:
+    def keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
         """Have the form in a draft be what is used for a key, instead of what was, and make room for it.
 
         The draft is no longer there afterwards, however this ends.
@@ -280,7 +280,7 @@ class ModelCache:
         until = add_seconds(manifest.made_at, USELESS_KNOWN_S)
         self._settle(msgspec.structs.replace(manifest, known_until=until, untried_on=untried_on))
 
-    def drop(self, key: str, reason: str, used: Prepared | None = None) -> bool:
+    def drop(self, key: str, reason: str, used: CachedCopy | None = None) -> bool:
         """Remove the form of a key, and remember that it is of no use, and why.
 
         Args:
@@ -321,7 +321,7 @@ class ModelCache:
                     self._take_away(path, doomed)
         return Cleared(entries, size)
 
-    def _keep(self, key: str, draft: Path, made: FinishedForm) -> Prepared | None:
+    def _keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
         files = _checked(draft, made.files)
         manifest = self._manifest(key, made.model_id, made.version, made.took_ms, made.tried)
         if files is None:
@@ -429,7 +429,7 @@ class ModelCache:
                 _log.warning("the files in %s are no longer those that were prepared", path)
                 self._take_away(path, doomed)
 
-    def _renewed(self, manifest: Manifest, files: tuple[LoadedFile, ...]) -> Manifest:
+    def _renewed(self, manifest: Manifest, files: tuple[HashedFile, ...]) -> Manifest:
         """Trust the files' present identities from now on; if that cannot be kept, they are read again."""
         renewed = msgspec.structs.replace(manifest, files=files)
         path = self._folder.entry(manifest.key)
@@ -450,7 +450,7 @@ class ModelCache:
         return found if found is not None and have_sizes(folder, found[0].files) else None
 
 
-def _checked(draft: Path, files: tuple[LoadedFile, ...]) -> tuple[LoadedFile, ...] | None:
+def _checked(draft: Path, files: tuple[HashedFile, ...]) -> tuple[HashedFile, ...] | None:
     """Return a form's files, once they are on the disk; None if they are not those that were made."""
     if not draft.is_dir():
         raise CacheUnavailable(f"the draft {draft} is gone: something else has removed it")

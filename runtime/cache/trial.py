@@ -37,7 +37,7 @@ from runtime.errors import (
 )
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.process.worker import LoadReport, Worker
-from runtime.wire import DATATYPES, Load, Outcome, Prepared, Tensor, TensorSpec
+from runtime.wire import DATATYPES, CachedCopy, Load, Outcome, Tensor, TensorSpec
 
 LENGTHS = ((1, 8), (8, 8), (2, 8), (1, 64))
 """Tried where a shape leaves one open: along the first dimension, mostly the batch's, and along others."""
@@ -218,7 +218,7 @@ class Trial:
         self._given = tuple(given)
         self._sets: list[tuple[Tensor, ...]] | None = None
 
-    async def of(self, prepared: Prepared) -> tuple[str | None, Sequence[Pair]]:
+    async def of(self, prepared: CachedCopy) -> tuple[str | None, Sequence[Pair]]:
         """Try a form; returns why it is of no use, or None, and what was measured.
 
         Raises:

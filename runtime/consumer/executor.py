@@ -59,7 +59,7 @@ from runtime.scheduler.actions import (
     GiveUp,
     Kill,
     MakeWay,
-    Prepare,
+    PrepareModel,
     RecordDeath,
     RequestEnd,
     RequestReload,
@@ -70,8 +70,7 @@ from runtime.scheduler.actions import (
     TakeOver,
 )
 from runtime.scheduler.scheduler import is_wanted
-from runtime.wire import LoadedFile as HashedFile
-from runtime.wire import plain_text
+from runtime.wire import HashedFile, plain_text
 
 
 def about(job: Job, data: Data, worker_id: str | None = None) -> Draft:
@@ -247,7 +246,7 @@ class Applier:
                 self.needs.find(job, self._log.state.models.get(job.model_id))
                 if all(load.report is not None for load in self.live.values()):  # else it may have to wait
                     self._pool.expect()
-            case Prepare(load_job_id):
+            case PrepareModel(load_job_id):
                 self.preparer.begin(load_job_id)
             case StopPreparing():
                 self.preparer.stop()

@@ -29,7 +29,7 @@ from runtime.process.worker import LoadReport, Worker
 from runtime.repository import FileStat, ModelVersion, Repository
 from runtime.scheduler.view import Phase, Running
 from runtime.statistics import Statistics
-from runtime.wire import Load, LoadedFile, Prepared, Tensor
+from runtime.wire import CachedCopy, HashedFile, Load, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class LiveLoad:
     reports: dict[str, LoadReport] = field(default_factory=dict)
     failure: Failure | None = None
     stage: str | None = None
-    prepared: Prepared | None = None
+    prepared: CachedCopy | None = None
     prepared_failure: str | None = None
     warm_up_inputs: tuple[Tensor, ...] = ()
     replaced_if_dead: set[str] = field(default_factory=set)
@@ -191,12 +191,12 @@ class LiveLoad:
         return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
 
     @property
-    def usable(self) -> Prepared | None:
+    def usable(self) -> CachedCopy | None:
         """The prepared form, if nothing is known against it."""
         return self.prepared if self.prepared_failure is None else None
 
     @property
-    def prepared_form(self) -> Prepared | None:
+    def prepared_form(self) -> CachedCopy | None:
         """The prepared form that workers have loaded, all or some of them."""
         used = any(report.prepared is not None for report in self.reports.values())
         return self.prepared if used else None
@@ -271,7 +271,7 @@ class LiveLoad:
             self.freed_bytes += memory_bytes
 
 
-FindPrepared = Callable[[tuple[FileStat, ...]], Prepared | None]
+FindPrepared = Callable[[tuple[FileStat, ...]], CachedCopy | None]
 """Gives the prepared form of these files, if there is one; it may read files."""
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -312,7 +312,7 @@ async def order_of(
     load: LiveLoad,
     pool: WorkerPool,
     repository: Repository,
-    known: tuple[LoadedFile, ...],
+    known: tuple[HashedFile, ...],
     prepared: FindPrepared,
 ) -> Load:
     """Look at what is to be loaded, and say how.
@@ -328,7 +328,7 @@ async def order_of(
         RuntimeProblem: the model is not there, or not as it should be; its code says why.
     """
 
-    def look_up() -> tuple[ModelVersion, WarmUp, Prepared | None]:
+    def look_up() -> tuple[ModelVersion, WarmUp, CachedCopy | None]:
         found = repository.resolve(load.model_id, load.version)
         return found, read_warm_up(repository, load.model_id), prepared(found.files)
 
@@ -376,7 +376,7 @@ async def _load_rest(load: LiveLoad, pool: WorkerPool, order: Load) -> None:
         await asyncio.gather(*others, return_exceptions=True)
 
 
-def _contents(files: tuple[LoadedFile, ...]) -> list[tuple[str, str]]:
+def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
     return [(file.path, file.sha256) for file in files]
 
 

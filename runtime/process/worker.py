@@ -30,19 +30,19 @@ from runtime.process.requests import Answer, InFlight
 from runtime.wire import (
     FROM_WORKER,
     Cancel,
-    Failure,
     Frame,
     FromWorker,
+    HashedFile,
     Infer,
+    InferenceFailure,
     Load,
     Loaded,
-    LoadedFile,
-    LoadFailed,
+    LoadFailure,
     MalformedFrame,
     Outcome,
     Prepare,
     PrepareDone,
-    Stage,
+    StageReached,
     Tensor,
     WantedOutput,
     heads,
@@ -82,23 +82,23 @@ class _Awaited:
     answer: asyncio.Future[Any]
     on_stage: Callable[[str], None] | None = None
 
-    def may_end_with(self, message: Loaded | PrepareDone | LoadFailed) -> bool:
+    def may_end_with(self, message: Loaded | PrepareDone | LoadFailure) -> bool:
         """Return whether the worker may report this: the order's files, or a code of its kind."""
         match self.order, message:
             case Load(), Loaded():
                 form = self.order.prepared and self.order.prepared.sha256
                 return _paths(message.files) == self.order.files and message.prepared in {None, form}
-            case Load(), LoadFailed():
+            case Load(), LoadFailure():
                 return message.code not in get_args(PrepareCode)
             case Prepare(), PrepareDone():
                 return _paths(message.sources) == self.order.files
-        return isinstance(message, LoadFailed)
+        return isinstance(message, LoadFailure)
 
-    def settle(self, message: Loaded | PrepareDone | LoadFailed) -> None:
+    def settle(self, message: Loaded | PrepareDone | LoadFailure) -> None:
         """Set the caller's result; the caller may have gone."""
         if self.answer.done():
             return
-        if isinstance(message, LoadFailed):
+        if isinstance(message, LoadFailure):
             self.answer.set_exception(LoadRefused(message.code, plain_text(message.message)))
         else:
             self.answer.set_result(message)
@@ -292,13 +292,13 @@ class Worker:
             return
         awaited = self._awaited
         match message:
-            case Stage(stage) if awaited is not None and awaited.on_stage is not None:
+            case StageReached(stage) if awaited is not None and awaited.on_stage is not None:
                 awaited.on_stage(stage)
-            case Loaded() | PrepareDone() | LoadFailed() if awaited and awaited.may_end_with(message):
+            case Loaded() | PrepareDone() | LoadFailure() if awaited and awaited.may_end_with(message):
                 awaited.settle(message)
                 self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
                 self._awaited = None
-            case Failure(number, code, text) if number in self._in_flight:
+            case InferenceFailure(number, code, text) if number in self._in_flight:
                 self._in_flight.settle(number, PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
             case _:
                 self.kill()
@@ -335,5 +335,5 @@ class Worker:
             self._awaited.answer.set_exception(WorkerDied(end))
 
 
-def _paths(files: Sequence[LoadedFile]) -> tuple[str, ...]:
+def _paths(files: Sequence[HashedFile]) -> tuple[str, ...]:
     return tuple(file.path for file in files)

@@ -121,7 +121,7 @@ class GiveUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepare:
+class PrepareModel:
     """Begin to prepare the files of this load."""
 
     load_job_id: str
@@ -147,7 +147,7 @@ Action = (
     | MakeWay
     | RequestEnd
     | GiveUp
-    | Prepare
+    | PrepareModel
     | StopPreparing
 )
 

@@ -23,7 +23,7 @@ from runtime.scheduler.actions import (
     FinishUnload,
     GiveUp,
     Kill,
-    Prepare,
+    PrepareModel,
     RecordDeath,
     RequestReload,
     StartUnload,
@@ -75,7 +75,7 @@ def decide(
     if removal.action is not None:
         return Decision(removal.action)
     if (load_job_id := _to_prepare(sight)) is not None:
-        return Decision(Prepare(load_job_id))
+        return Decision(PrepareModel(load_job_id))
     return Decision(None, _wake_at(sight, admission, removal, wanted_back), waiting_for)
 
 

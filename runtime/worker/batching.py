@@ -22,7 +22,7 @@ MAX_WAITING = 1024
 it."""
 
 
-class Request(msgspec.Struct, frozen=True, eq=False):
+class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     """An inference that can begin.
 
     Attributes:
@@ -105,7 +105,7 @@ class Queue:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, request: Request) -> None:
+    def add(self, request: BatchRequest) -> None:
         """Let a request wait."""
         kind = request.kind()
         group = self._groups.get(kind)
@@ -124,10 +124,10 @@ class Queue:
             return None
         return max(0, self._next().waits_since_ns() + self._delay_ns - now_ns)
 
-    def take(self) -> list[Request]:
+    def take(self) -> list[BatchRequest]:
         """Take the next batch: the request that waits longest, and what goes together with it."""
         group = self._next()
-        batch: list[Request] = []
+        batch: list[BatchRequest] = []
         size = 0
         while group.requests and (not batch or size + group.requests[0].size <= self._limit):
             request = group.requests.popleft()
@@ -149,7 +149,7 @@ class _Group:
     """Requests that go together, in the order in which they came."""
 
     kind: Hashable
-    requests: deque[Request] = field(default_factory=deque)
+    requests: deque[BatchRequest] = field(default_factory=deque)
     size: int = 0
 
     def waits_since_ns(self) -> int:
@@ -160,12 +160,12 @@ class OutputsNotBatched(Exception):
     """The outputs do not have the batch dimension that the model is said to have."""
 
 
-def join_inputs(batch: Sequence[Request]) -> dict[str, Any]:
+def join_inputs(batch: Sequence[BatchRequest]) -> dict[str, Any]:
     """Put the inputs of requests that go together into one."""
     return {name: np.concatenate([request.feed[name] for request in batch]) for name in batch[0].feed}
 
 
-def split_outputs(batch: Sequence[Request], arrays: Sequence[Any]) -> list[list[Any]]:
+def split_outputs(batch: Sequence[BatchRequest], arrays: Sequence[Any]) -> list[list[Any]]:
     """Give each request of a batch its part of the outputs; the arrays are views.
 
     Raises:

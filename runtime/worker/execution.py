@@ -10,8 +10,14 @@ import msgspec
 import onnxruntime as ort
 
 from runtime.errors import InferenceCancelled, InferenceFailed, RuntimeProblem
-from runtime.wire import PREFIX, Buffer, Failure, Infer, Message, Outcome, Tensor, plain_text
-from runtime.worker.batching import BatchDimension, OutputsNotBatched, Request, join_inputs, split_outputs
+from runtime.wire import PREFIX, Buffer, Infer, InferenceFailure, Message, Outcome, Tensor, plain_text
+from runtime.worker.batching import (
+    BatchDimension,
+    BatchRequest,
+    OutputsNotBatched,
+    join_inputs,
+    split_outputs,
+)
 from runtime.worker.inference import Runner
 
 JOINED_BYTES = 32 * 2**10
@@ -226,7 +232,7 @@ class Executor:
         self._dimension = dimension
         self._last_run_ns = 0
 
-    def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> Request | None:
+    def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> BatchRequest | None:
         """Read a request; None if it was answered that it is none that can be run.
 
         Nothing of what is cancelled already is read: a long text takes more time than a client's 504.
@@ -244,10 +250,10 @@ class Executor:
             self._refuse(infer.id, problem)
         else:
             input_ns = time.monotonic_ns() - came_ns
-            return Request(infer.id, asked, feed, size, alone, infer.sent_ns, came_ns, input_ns)
+            return BatchRequest(infer.id, asked, feed, size, alone, infer.sent_ns, came_ns, input_ns)
         return None
 
-    def run(self, batch: Sequence[Request]) -> None:
+    def run(self, batch: Sequence[BatchRequest]) -> None:
         """Run requests that go together, at once or, if one of them spoils that, one after the other."""
         if len(batch) > 1:
             batch = [request for request in batch if not self._dropped(request.number)]
@@ -256,7 +262,7 @@ class Executor:
         for request in batch:
             self._run_alone(request)
 
-    def _run_alone(self, request: Request) -> None:
+    def _run_alone(self, request: BatchRequest) -> None:
         begun_ns = time.monotonic_ns()
         options = self._cancellation.begin((request.number,))
         try:
@@ -276,7 +282,7 @@ class Executor:
         finally:
             self._cancellation.end()
 
-    def _run_at_once(self, batch: Sequence[Request]) -> bool:
+    def _run_at_once(self, batch: Sequence[BatchRequest]) -> bool:
         """Run a batch and answer all of it, or nothing of it: no request is to suffer from another."""
         begun_ns = time.monotonic_ns()
         options = self._cancellation.begin([request.number for request in batch])
@@ -303,7 +309,11 @@ class Executor:
         return True
 
     def _answer(
-        self, request: Request, arrays: Sequence[object], times: tuple[int, int, int], execution_size: int
+        self,
+        request: BatchRequest,
+        arrays: Sequence[object],
+        times: tuple[int, int, int],
+        execution_size: int,
     ) -> bool:
         """Answer a request that was run; tells whether it has its outputs."""
         split_ns = time.monotonic_ns()
@@ -331,9 +341,9 @@ class Executor:
         self._fail(number, problem)
 
     def _fail(self, number: int, problem: RuntimeProblem) -> None:
-        self._outbox.put(Failure(number, problem.code, plain_text(str(problem))))
+        self._outbox.put(InferenceFailure(number, problem.code, plain_text(str(problem))))
 
 
-def _queue_ns(request: Request, begun_ns: int) -> int:
+def _queue_ns(request: BatchRequest, begun_ns: int) -> int:
     """Return for how long a request waited, what it took to read it left out."""
     return max(0, begun_ns - request.sent_ns - request.input_ns) if request.sent_ns else 0

@@ -23,20 +23,20 @@ import onnxruntime as ort
 
 from runtime import memory
 from runtime.errors import LoadRefused
-from runtime.repository import MODEL_FILE, FileIdentity, identify, open_identified
+from runtime.repository import MODEL_FILE, FoundFile, identify, open_identified
 from runtime.wire import (
+    CachedCopy,
+    HashedFile,
     Load,
     Loaded,
-    LoadedFile,
     LoadStage,
     Prepare,
-    Prepared,
     SourceHash,
     Tensor,
     plain_text,
 )
 from runtime.worker import sessions
-from runtime.worker.sessions import Model, describe_model, warm_up
+from runtime.worker.sessions import ServingSession, describe_model, warm_up
 
 HASH_BLOCK_BYTES = 2**18
 """What stays in a core's own cache: the session beside it needs what the cores share."""
@@ -56,15 +56,15 @@ class FileHashing:
         known: files that are not hashed again, if they still are those.
     """
 
-    def __init__(self, folder: Path, files: Sequence[FileIdentity], known: Iterable[LoadedFile]) -> None:
+    def __init__(self, folder: Path, files: Sequence[FoundFile], known: Iterable[HashedFile]) -> None:
         self.folder = folder
-        self.hashed: list[LoadedFile] = []
+        self.hashed: list[HashedFile] = []
         self.problem: Exception | None = None
         hashes = {_key(file): file.sha256 for file in known}
         self.files = [(file, hashes.get(_key(file))) for file in files]
 
     @property
-    def known(self) -> tuple[LoadedFile, ...] | None:
+    def known(self) -> tuple[HashedFile, ...] | None:
         """The files, if none of them is to be read."""
         hashes = [_loaded(file, sha256) for file, sha256 in self.files if sha256 is not None]
         return tuple(hashes) if len(hashes) == len(self.files) else None
@@ -116,7 +116,7 @@ class LoadMonitor:
             self._thread = threading.Thread(target=self._run, name="hashing and sampling")
             self._thread.start()
 
-    def result(self, hashing: FileHashing) -> tuple[LoadedFile, ...]:
+    def result(self, hashing: FileHashing) -> tuple[HashedFile, ...]:
         """Wait for the hashes.
 
         Raises:
@@ -153,7 +153,7 @@ class LoadMonitor:
         self.hashing_us = (time.perf_counter_ns() - started) // 1000
         self._all_hashed.set()
 
-    def _digest(self, folder: Path, file: FileIdentity) -> str:
+    def _digest(self, folder: Path, file: FoundFile) -> str:
         digest = hashlib.sha256()
         descriptor = open_identified(folder, file)
         try:
@@ -174,12 +174,12 @@ def _of_files(seen: memory.Resident) -> int:
     return seen.all_bytes - seen.anonymous_bytes
 
 
-def _key(file: FileIdentity | LoadedFile) -> tuple[str, int, int, int, int, int]:
+def _key(file: FoundFile | HashedFile) -> tuple[str, int, int, int, int, int]:
     return file.path, file.dev, file.inode, file.bytes, file.mtime_ns, file.ctime_ns
 
 
-def _loaded(file: FileIdentity, sha256: str) -> LoadedFile:
-    return LoadedFile(*_key(file), sha256=sha256)
+def _loaded(file: FoundFile, sha256: str) -> HashedFile:
+    return HashedFile(*_key(file), sha256=sha256)
 
 
 class CachedModelUnusable(Exception):
@@ -199,7 +199,7 @@ class CachedModel:
         FormUnusable: it is of other files, or its own are not there as they were.
     """
 
-    def __init__(self, prepared: Prepared, sources: FileHashing) -> None:
+    def __init__(self, prepared: CachedCopy, sources: FileHashing) -> None:
         self.hashing = FileHashing(Path(prepared.folder), _look(prepared), prepared.files)
         self.model_file = str(self.hashing.folder / MODEL_FILE)
         self.sha256 = prepared.sha256
@@ -225,26 +225,26 @@ class CachedModel:
             if file.sha256 != is_.sha256:
                 raise CachedModelUnusable(f"{file.path!r} is not what was prepared")
 
-    def _check_sources(self, found: Sequence[LoadedFile]) -> None:
+    def _check_sources(self, found: Sequence[HashedFile]) -> None:
         if tuple(SourceHash(file.path, file.sha256) for file in found) != self._prepared.sources:
             raise CachedModelUnusable("it was made of other files than are to be loaded")
 
 
-def _look(prepared: Prepared) -> list[FileIdentity]:
+def _look(prepared: CachedCopy) -> list[FoundFile]:
     folder = Path(prepared.folder)
     if not any(file.path == MODEL_FILE for file in prepared.files):
         raise CachedModelUnusable(f"it has no {MODEL_FILE}")
     return [_look_at(folder, file) for file in prepared.files]
 
 
-def _look_at(folder: Path, file: LoadedFile) -> FileIdentity:
+def _look_at(folder: Path, file: HashedFile) -> FoundFile:
     try:
         seen = os.lstat(folder / file.path)
     except (OSError, ValueError) as error:
         raise CachedModelUnusable(f"{file.path!r} cannot be looked at: {error}") from None
     if not stat.S_ISREG(seen.st_mode) or seen.st_size != file.bytes:
         raise CachedModelUnusable(f"{file.path!r} is not the file that was prepared")
-    return FileIdentity(file.path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+    return FoundFile(file.path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 
 PR_SET_THP_DISABLE = 41
@@ -254,7 +254,7 @@ ENOUGH_BYTES = 2_000_000
 2 MB more; with 5 MB it is made in two thirds of the time, with 50 MB in half (measured, decision 22)."""
 
 
-def huge_pages_help(source_bytes: int, prepared: Prepared | None) -> bool:
+def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
     """Tell whether a session is better with huge pages.
 
     Args:
@@ -328,14 +328,14 @@ OnStage = Callable[[LoadStage], None]
 class _Made:
     """A session that is ready, and what it took to make it."""
 
-    model: Model
+    model: ServingSession
     loading_us: int
     warming_up_us: int | None
     prepared: str | None = None
     prepared_failure: str | None = None
 
 
-def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model, Loaded]:
+def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
     """Load the model that the order names.
 
     Args:
@@ -359,7 +359,7 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
 
 
-def identify_files(order: Load | Prepare) -> tuple[Path, Path, list[FileIdentity]]:
+def identify_files(order: Load | Prepare) -> tuple[Path, Path, list[FoundFile]]:
     """Find what an order names: the version's folder, the repository's root without links, and the files.
 
     Raises:
@@ -372,13 +372,13 @@ def identify_files(order: Load | Prepare) -> tuple[Path, Path, list[FileIdentity
     return folder, root, before
 
 
-def check_unchanged(before: list[FileIdentity], folder: Path, root: Path) -> None:
+def check_unchanged(before: list[FoundFile], folder: Path, root: Path) -> None:
     """Refuse with `model_changed` if the files are no longer those that they were."""
     if identify(folder, root) != before:
         raise LoadRefused("model_changed", "the model's files changed while they were loaded")
 
 
-def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Model, Loaded]:
+def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
     folder, root, before = identify_files(order)
     on_stage("loading")
     sources = FileHashing(folder, before, order.known)
@@ -399,7 +399,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Mode
     return made.model, _report(made, files, beside)
 
 
-def _given_form(prepared: Prepared | None, sources: FileHashing) -> tuple[CachedModel | None, str | None]:
+def _given_form(prepared: CachedCopy | None, sources: FileHashing) -> tuple[CachedModel | None, str | None]:
     """Return the form that a load was given, if that may be of use, or why not."""
     if prepared is None:
         return None, None
@@ -463,7 +463,7 @@ def _of_the_form() -> Iterator[None]:
         raise CachedModelUnusable(str(problem) or type(problem).__name__) from None
 
 
-def _report(made: _Made, files: tuple[LoadedFile, ...], beside: LoadMonitor) -> Loaded:
+def _report(made: _Made, files: tuple[HashedFile, ...], beside: LoadMonitor) -> Loaded:
     """Measure what the session takes, and say what it is."""
     started = time.perf_counter_ns()
     ctypes.CDLL(None).malloc_trim(0)  # in 2 ms gives back what loading took and freed: as much as it kept

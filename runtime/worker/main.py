@@ -22,12 +22,12 @@ from runtime.wire import (
     Frame,
     Infer,
     Load,
-    LoadFailed,
+    LoadFailure,
     M,
     MalformedFrame,
     Message,
     Prepare,
-    Stage,
+    StageReached,
     Tensor,
     ToWorker,
     plain_text,
@@ -36,7 +36,7 @@ from runtime.worker.batching import Queue
 from runtime.worker.execution import Cancellation, Executor, Outbox
 from runtime.worker.loading import load
 from runtime.worker.optimising import make_cached_model
-from runtime.worker.sessions import Model, register_operators
+from runtime.worker.sessions import ServingSession, register_operators
 
 EX_PROTOCOL = 76
 """sysexits.h: what a worker exits with when it was told something that is no frame."""
@@ -139,9 +139,9 @@ class _Worker:
 
     def _load(self, order: Load, given: Sequence[Tensor]) -> None:
         try:
-            model, report = load(order, given, lambda stage: self._send(Stage(stage)))
+            model, report = load(order, given, lambda stage: self._send(StageReached(stage)))
         except LoadRefused as refusal:
-            self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
+            self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
             os._exit(0)
         self._begin(order, model)
         self._send(report)
@@ -150,10 +150,10 @@ class _Worker:
         try:
             self._send(make_cached_model(order))
         except LoadRefused as refusal:
-            self._send(LoadFailed(refusal.code, plain_text(str(refusal))))
+            self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
         os._exit(0)
 
-    def _begin(self, order: Load, model: Model) -> None:
+    def _begin(self, order: Load, model: ServingSession) -> None:
         if order.max_batch_size:
             self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
         self._executor = Executor(model.runner, self._outbox, self._cancellation, model.dimension)

@@ -31,12 +31,12 @@ from runtime.onnxfile import (
     MAX_DEPTH,
     VALUE,
     VARINT,
-    Kind,
+    MessageKind,
     Unparsable,
     external_locations,
 )
-from runtime.repository import MODEL_FILE, FileIdentity, identify
-from runtime.wire import LoadedFile, Prepare, PrepareDone
+from runtime.repository import MODEL_FILE, FoundFile, identify
+from runtime.wire import HashedFile, Prepare, PrepareDone
 from runtime.worker import sessions
 from runtime.worker.loading import FileHashing, LoadMonitor, check_unchanged, identify_files, lower_priority
 
@@ -68,7 +68,7 @@ def align_weights(model: Path, weights: Path) -> None:
     if not weights.exists():
         return
     moves = _Moves(weights.name)
-    data = _rewritten(Kind.MODEL, memoryview(model.read_bytes()), moves)
+    data = _rewritten(MessageKind.MODEL, memoryview(model.read_bytes()), moves)
     moved = weights.with_suffix(".moved")
     moves.copy(weights, moved)
     moved.replace(weights)
@@ -112,7 +112,7 @@ class _Moves:
         return piece
 
 
-def _rewritten(kind: Kind, data: memoryview, moves: _Moves, depth: int = 0) -> bytes:
+def _rewritten(kind: MessageKind, data: memoryview, moves: _Moves, depth: int = 0) -> bytes:
     """Return a message with the weights in it moved."""
     if depth > MAX_DEPTH:
         raise _not_known("messages nested too deeply")
@@ -121,7 +121,7 @@ def _rewritten(kind: Kind, data: memoryview, moves: _Moves, depth: int = 0) -> b
         inner = None if content is None else FIELDS[kind].get(number)
         if content is None or inner is None:
             parts.append(bytes(whole))
-        elif inner is Kind.EXTERNAL_DATA:
+        elif inner is MessageKind.EXTERNAL_DATA:
             entries |= [_entry(content)]
         else:
             parts.append(_field(number, _rewritten(inner, content, moves, depth + 1)))
@@ -263,7 +263,7 @@ def _prepare(order: Prepare) -> PrepareDone:
 
 
 @contextmanager
-def _files_limited(order: Prepare, sources: Sequence[FileIdentity]) -> Iterator[None]:
+def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[None]:
     """See to it that what is written there is all there is, and nobody else's to read, or without end.
 
     Raises:
@@ -331,7 +331,7 @@ def _probe(target: Path) -> None:
         probe.write(bytes(PROBE_BYTES))
 
 
-def _written(target: Path) -> tuple[LoadedFile, ...]:
+def _written(target: Path) -> tuple[HashedFile, ...]:
     """Return what was written, with hashes, if it is a model that refers to nothing but its own weights."""
     try:
         locations = set(external_locations(target / MODEL_FILE))

@@ -27,7 +27,7 @@ OPTIONAL = re.compile(r"optional\((.*)\)")
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ServingSession:
     """A session that can serve.
 
     Attributes:
@@ -43,7 +43,7 @@ class Model:
     dimension: BatchDimension | None
 
 
-def describe_model(session: ort.InferenceSession, max_batch_size: int) -> Model:
+def describe_model(session: ort.InferenceSession, max_batch_size: int) -> ServingSession:
     """Describe a session, of which so many elements may be run at once; 0 is no batching.
 
     Raises:
@@ -55,7 +55,7 @@ def describe_model(session: ort.InferenceSession, max_batch_size: int) -> Model:
         names = [node.name for node in session.get_inputs()]
         _check_batch_dimension([*inputs[: len(names)], *outputs])
         dimension = BatchDimension(max_batch_size, names)
-    return Model(Runner(session, inputs, outputs), inputs, outputs, dimension)
+    return ServingSession(Runner(session, inputs, outputs), inputs, outputs, dimension)
 
 
 def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
@@ -106,7 +106,7 @@ WITH_GIVEN = (
 OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
 
 
-def warm_up(model: Model, given: Sequence[Tensor], on_begin: Callable[[], None]) -> int | None:
+def warm_up(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]) -> int | None:
     """Run a model on what is given, else on zeros of the declared shapes, where these allow it.
 
     Args:
@@ -139,14 +139,14 @@ def warm_up(model: Model, given: Sequence[Tensor], on_begin: Callable[[], None])
     return (time.perf_counter_ns() - started_ns) // 1000
 
 
-def _run(model: Model, given: Sequence[Tensor], required: Sequence[TensorSpec]) -> None:
+def _run(model: ServingSession, given: Sequence[Tensor], required: Sequence[TensorSpec]) -> None:
     feed = model.runner.feed(given) if given else {spec.name: make_zeros(spec) for spec in required}
     if model.dimension is not None:
         model.dimension.measure(feed)
     model.runner.run(model.runner.asked((), text=False), feed, ort.RunOptions())
 
 
-def zeros_are_allowed(model: Model, required: Sequence[TensorSpec]) -> bool:
+def zeros_are_allowed(model: ServingSession, required: Sequence[TensorSpec]) -> bool:
     """Tell whether zeros can be made of these shapes, are not too many, and lead to an answer to send."""
     answers = any(spec.datatype in DATATYPES for spec in model.outputs)
     return answers and all(map(_is_known, required)) and sum(map(_bytes, required)) <= MAX_ZEROS_BYTES

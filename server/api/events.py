@@ -23,12 +23,12 @@ from events.audit.signing import Base, HeadSigner, SignedHead, Statement
 from events.log import Log
 from events.sqlite.base import read_base
 from events.sqlite.history import parse_time
-from events.sqlite.reader import LAST, Asked, EventFilter, open_reader
+from events.sqlite.reader import LAST, EventFilter, EventQuery, open_reader
 from events.sqlite.schema import connect_read_only
 from events.tail import Tails
 from events.types import TYPES
 from server.api.schemas import AnswerSchema, PageQuerySchema
-from server.api.stream import NDJSON, SSE, STAGE, Stages, Stream, Streams, Ticket, chosen_form
+from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, Ticket, chosen_form
 from server.appkeys import CONFIG, CONSUMER, LOG, READER, STREAMS, VERIFIER
 from server.auth.gate import PRINCIPAL
 from server.auth.keys import open_signer
@@ -175,8 +175,8 @@ def place(text: str | None) -> int | str | None:
     return min(int(text), LAST) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else parse_time(text)
 
 
-def _asked(query: Mapping[str, Any]) -> Asked:
-    return Asked(
+def _asked(query: Mapping[str, Any]) -> EventQuery:
+    return EventQuery(
         wanted_events(query),
         after=query["after"],
         before=query["before"],
@@ -273,7 +273,7 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
         await response.prepare(request)
         if request.method == hdrs.METH_GET:
             ticket = Ticket.of(request, request.app[VERIFIER])
-            stream = Stream(request, response, streams=streams, form=form, tail=tail, ticket=ticket)
+            stream = EventStream(request, response, streams=streams, form=form, tail=tail, ticket=ticket)
             await stream.run(batch)
     return response
 

@@ -128,7 +128,7 @@ STAGE = "stage"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class JobStage:
     """Where a job is, and as which change that became known."""
 
     number: int
@@ -166,7 +166,7 @@ class Stages:
         self._log = log
         self._stage = stage
         self._waiting_for = waiting_for
-        self._seen = dict[str, Stage]()
+        self._seen = dict[str, JobStage]()
         self.changes = 0
 
     @property
@@ -183,10 +183,10 @@ class Stages:
             seen, now = self._seen.get(job.id), (self._stage(job), self._waiting_for(job))
             if now != ((seen.stage, seen.waiting_for) if seen is not None else (None, None)):
                 self.changes += 1
-                self._seen[job.id] = Stage(self.changes, job.id, job.model_id, *now)
+                self._seen[job.id] = JobStage(self.changes, job.id, job.model_id, *now)
         return self.changes > before
 
-    def since(self, change: int, wanted: EventFilter) -> Iterator[Stage]:
+    def since(self, change: int, wanted: EventFilter) -> Iterator[JobStage]:
         """Return what became known after a change; filters on the model, the job and the type apply.
 
         Stages have no actor: a filter on that lets none pass.
@@ -224,7 +224,7 @@ class Streams:
         self._log = log
         self._per_subject = per_subject
         self._by_subject = Counter[str]()
-        self._open = set[Stream]()
+        self._open = set[EventStream]()
         self._wakeup = asyncio.Event()
         self.tails = tails
         self.stages = stages
@@ -273,7 +273,7 @@ class Streams:
                 del self._by_subject[subject]
 
     @contextmanager
-    def beating(self, stream: Stream) -> Iterator[None]:
+    def beating(self, stream: EventStream) -> Iterator[None]:
         """Wake a stream when it is due, for as long as it is open."""
         self._open.add(stream)
         self._wakeup.set()
@@ -332,7 +332,7 @@ class Ticket:
         return True
 
 
-class Stream:
+class EventStream:
     """One client that is told what happens.
 
     Attributes:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from aiohttp import hdrs, web
 
-from runtime.router import ModelNotLoaded, ModelUnloading, Router
-from runtime.router import Route as ModelRoute
+from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.wire import Buffer, Tensor
 from server.api.schemas import ModelPathSchema, ModelVersionPathSchema
 from server.appkeys import BODIES, CONFIG, DEMAND, ROUTER

@@ -13,7 +13,7 @@ from marshmallow import fields
 
 from events.models import ModelState
 from runtime.consumer.loads import LiveLoad
-from runtime.router import Route as ModelRoute
+from runtime.router import ModelRoute
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema
 from server.appkeys import CONSUMER, LOG, ROUTER

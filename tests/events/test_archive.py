@@ -35,7 +35,7 @@ from events.audit.archivechain import ArchivedTo
 from events.audit.audit import audit
 from events.audit.exportreader import ExportReader, audit_file, lines_of
 from events.audit.signing import Base
-from events.audit.verify import Kind, verify
+from events.audit.verify import FindingKind, verify
 from events.clock import format_timestamp
 from events.codec import decode_event
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
@@ -346,5 +346,7 @@ def test_changed_base_state_or_archive_table_is_found(statement: str) -> None:
         assert change_ledger(path, statement) > 0
         finding = verify(path).finding
         assert finding is not None
-        assert finding.kind in ({Kind.BASE} if "archives" in statement else {Kind.BASE, Kind.PROJECTIONS})
+        assert finding.kind in (
+            {FindingKind.BASE} if "archives" in statement else {FindingKind.BASE, FindingKind.PROJECTIONS}
+        )
         assert finding.position in ({19} if "archives" in statement else {19, HEAD})

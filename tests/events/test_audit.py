@@ -23,7 +23,7 @@ from support.history import (
 
 from events.audit.archive import archive
 from events.audit.audit import audit
-from events.audit.verify import Expected, Finding, Kind, parse_expected
+from events.audit.verify import Expected, Finding, FindingKind, parse_expected
 from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.sqlite import storage
 from events.sqlite.schema import connect
@@ -54,7 +54,7 @@ def audited(path: Path, position: int, digest: bytes) -> Finding | None:
     return audit(path, Expected(position, digest)).finding
 
 
-def place_of(finding: Finding | None) -> tuple[int, Kind]:
+def place_of(finding: Finding | None) -> tuple[int, FindingKind]:
     assert finding is not None
     return finding.position, finding.kind
 
@@ -94,7 +94,7 @@ def test_changed_byte_of_a_stored_event_is_named_at_its_position(
     with copy_of(flip_byte(LEDGER, LEDGER.index(changed) + index % len(changed), bits)) as path:
         found, kind = place_of(audit(path).finding)
         assert found == position
-        assert kind is Kind.HASH or not of_hash
+        assert kind is FindingKind.HASH or not of_hash
 
 
 def test_damage_that_only_sqlite_sees_is_told_in_its_words() -> None:
@@ -110,7 +110,7 @@ def test_damage_that_only_sqlite_sees_is_told_in_its_words() -> None:
         found = audit(path)
         assert found.verification.verified
         assert found.damage is not None
-        assert place_of(found.finding) == (HEAD, Kind.DAMAGED)
+        assert place_of(found.finding) == (HEAD, FindingKind.DAMAGED)
 
 
 def test_missing_file_is_unavailable_and_not_created(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_expected_head_is_found_or_refuted(position: int) -> None:
     digest = ROWS[position - 1][2] if position else bytes(32)
     with copy_of(LEDGER) as path:
         assert audited(path, position, digest) is None
-        assert place_of(audited(path, position, b"\1" * 32)) == (position, Kind.EXPECTATION)
+        assert place_of(audited(path, position, b"\1" * 32)) == (position, FindingKind.EXPECTATION)
 
 
 @FEWER
@@ -142,13 +142,13 @@ def test_truncated_log_is_found_by_the_expected_head(length: int) -> None:
             connection.execute("DELETE FROM events WHERE position > ?", (length,))
             connection.execute(trigger)
             storage.rebuild(connection)
-        assert place_of(audited(path, HEAD, ROWS[-1][2])) == (length + 1, Kind.EXPECTATION)
+        assert place_of(audited(path, HEAD, ROWS[-1][2])) == (length + 1, FindingKind.EXPECTATION)
         assert audited(path, length, ROWS[length - 1][2]) is None  # who kept only this cannot know
 
 
 def test_damaged_position_goes_before_the_expected_head() -> None:
     with copy_of(flip_byte(LEDGER, LEDGER.index(ROWS[4][2]), 1)) as path:
-        assert place_of(audited(path, HEAD + 9, bytes(32))) == (5, Kind.HASH)
+        assert place_of(audited(path, HEAD + 9, bytes(32))) == (5, FindingKind.HASH)
 
 
 def test_expected_position_before_the_base_is_refused() -> None:

@@ -27,10 +27,10 @@ from support.history import (
     sound_ledger,
 )
 
-from events.audit.export import Lines, cloudevents, export, jsonl
+from events.audit.export import ExportFormat, cloudevents, export, jsonl
 from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
 from events.audit.signing import Base, HeadSigner, SignedHead, Statement, key_id
-from events.audit.verify import Expected, Finding, Kind
+from events.audit.verify import Expected, Finding, FindingKind
 from events.errors import LogUnavailable
 from events.sqlite.queries import Row
 
@@ -39,7 +39,7 @@ with copy_of(sound_ledger()) as _path:
 HEAD = len(ROWS)
 
 
-def exported(form: Lines | None = None, **bounds: int) -> bytes:
+def exported(form: ExportFormat | None = None, **bounds: int) -> bytes:
     with copy_of(sound_ledger()) as path:
         return b"".join(export(path, form or jsonl(), SIGN, **bounds))
 
@@ -86,7 +86,7 @@ def test_sound_file_is_proved_up_to_its_signed_head(form: str) -> None:
     assert audited(FILES[form], key=key_id(SIGN.public_key)).finding is None
     finding = audited(FILES[form], key=key_id(OTHER_SIGN.public_key)).finding
     assert finding is not None
-    assert (finding.position, finding.kind) == (HEAD, Kind.EXPECTATION)
+    assert (finding.position, finding.kind) == (HEAD, FindingKind.EXPECTATION)
     assert key_id(SIGN.public_key) in finding.problem
 
 
@@ -104,7 +104,7 @@ def test_expected_head_is_found_in_a_file(form: str, position: int) -> None:
     assert (audit.finding, audit.has_expected) == (None, True)
     audit = audited(FILES[form], expected=Expected(position, b"\1" * 32))
     assert audit.finding is not None
-    assert (audit.finding.position, audit.finding.kind) == (position, Kind.EXPECTATION)
+    assert (audit.finding.position, audit.finding.kind) == (position, FindingKind.EXPECTATION)
     assert not audited(FILES[form], expected=Expected(HEAD + 1, bytes(32))).has_expected
 
 
@@ -161,7 +161,7 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
     ):
         assert found(signed(replace(statement, **change))).position == HEAD
     forged = SignedHead(statement, OTHER_SIGN(statement).signature, SIGN.public_key)
-    assert found(b"".join(LINES[:-1]) + jsonl().last(forged)).kind is Kind.SIGNATURE
+    assert found(b"".join(LINES[:-1]) + jsonl().last(forged)).kind is FindingKind.SIGNATURE
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_first_event_follows_zeros() -> None:
     head = SIGN(Statement(1, digest, json.loads(row.body)["recorded_at"], after))
     lines = jsonl()
     finding = found(lines.first(after) + lines.event(row, after.hash) + lines.last(head))
-    assert (finding.position, finding.kind) == (0, Kind.BASE)
+    assert (finding.position, finding.kind) == (0, FindingKind.BASE)
 
 
 def test_cloudevents_are_refused_with_a_hint() -> None:
@@ -271,7 +271,7 @@ def test_hashed_body_that_is_no_event_is_found(body: str) -> None:
     line = json.dumps({"position": 1, "hash": digest, "body": body}, separators=(",", ":")).encode()
     finding = found(OPENING + line + b"\n")
     assert finding.position in {1, 2}
-    assert finding.kind is (Kind.EVENT if finding.position == 1 else Kind.MISSING)
+    assert finding.kind is (FindingKind.EVENT if finding.position == 1 else FindingKind.MISSING)
 
 
 def test_event_recorded_before_its_predecessor_is_found() -> None:
@@ -281,7 +281,7 @@ def test_event_recorded_before_its_predecessor_is_found() -> None:
         digest = hashlib.sha256(digest + body.encode()).digest()
         content += jsonl().event(Row(row.position, body, digest), b"")
     finding = found(content)
-    assert (finding.position, finding.kind) == (4, Kind.ORDER)
+    assert (finding.position, finding.kind) == (4, FindingKind.ORDER)
 
 
 def test_file_that_is_not_regular_is_refused(tmp_path: Path) -> None:

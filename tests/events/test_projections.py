@@ -11,7 +11,7 @@ from support.history import FEWER, SIGN, START, change_ledger, copy_of, rows_of,
 
 from events.audit.archive import archive
 from events.audit.projections import StoredJobs
-from events.audit.verify import Finding, Kind, Verification, verify
+from events.audit.verify import Finding, FindingKind, Verification, verify
 from events.sqlite.storage import rebuild_file
 
 LEDGER = sound_ledger()
@@ -115,7 +115,7 @@ def difference(path: Path) -> int | None:
     finding = verify(path).finding
     if finding is None:
         return None
-    assert finding.kind is Kind.PROJECTIONS
+    assert finding.kind is FindingKind.PROJECTIONS
     assert "snapshot" in finding.problem
     return finding.position
 

@@ -20,12 +20,12 @@ from events.sqlite import reader
 from events.sqlite.history import BeyondHead
 from events.sqlite.reader import (
     INDEXES,
-    Asked,
     EventFilter,
-    EventPage,
+    EventQuery,
     Page,
     Reader,
     StoredEvent,
+    StoredEventPage,
     hash_of,
     open_reader,
     page_sql,
@@ -66,7 +66,7 @@ FILTERS = st.builds(
 )
 POSITIONS = st.none() | st.integers(0, NUMBER)
 ASKED = st.builds(
-    Asked, FILTERS, POSITIONS, POSITIONS, POSITIONS, POSITIONS, st.booleans(), st.integers(1, 50)
+    EventQuery, FILTERS, POSITIONS, POSITIONS, POSITIONS, POSITIONS, st.booleans(), st.integers(1, 50)
 )
 
 
@@ -84,10 +84,10 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def everything(reader: Reader) -> list[StoredEvent]:
-    return (await reader.event_page(Asked(limit=1000))).items
+    return (await reader.event_page(EventQuery(limit=1000))).items
 
 
-def fits(event: StoredEvent, asked: Asked) -> bool:
+def fits(event: StoredEvent, asked: EventQuery) -> bool:
     """Whether an event is asked for, said in another way."""
     low = max(asked.after or 0, (int(asked.since or 0) or 1) - 1)
     high = min(
@@ -97,9 +97,9 @@ def fits(event: StoredEvent, asked: Asked) -> bool:
     return low < event.position <= high and asked.wanted.matches(event)
 
 
-async def walked(reader: Reader, asked: Asked) -> tuple[list[StoredEvent], list[EventPage]]:
+async def walked(reader: Reader, asked: EventQuery) -> tuple[list[StoredEvent], list[StoredEventPage]]:
     """Follow the cursor to the end."""
-    items, pages = list[StoredEvent](), list[EventPage]()
+    items, pages = list[StoredEvent](), list[StoredEventPage]()
     while True:
         page = await reader.event_page(asked)
         items += page.items
@@ -112,7 +112,7 @@ async def walked(reader: Reader, asked: Asked) -> tuple[list[StoredEvent], list[
 
 @PLAIN
 @given(ASKED, st.integers(1, 40))
-def test_all_event_pages_together_are_what_was_asked_for(filled: Path, asked: Asked, scan: int) -> None:
+def test_all_event_pages_together_are_what_was_asked_for(filled: Path, asked: EventQuery, scan: int) -> None:
     async def run() -> None:
         async with open_reader(filled) as reader:
             right = [event for event in await everything(reader) if fits(event, asked)]
@@ -173,23 +173,24 @@ def test_event_page_walks_an_index_and_never_sorts(
 async def test_event_page_is_one_snapshot(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
         await write(log, 5)
-        page = await reader.event_page(Asked(limit=3))
+        page = await reader.event_page(EventQuery(limit=3))
         await write(log, 5, first=6)
         assert ([event.position for event in page.items], page.as_of, page.next_cursor) == ([1, 2, 3], 5, 3)
         assert page.seen == 3
-        assert (await reader.event_page(Asked(after=10))).items == []
+        assert (await reader.event_page(EventQuery(after=10))).items == []
         with pytest.raises(BeyondHead, match="position 10"):
-            await reader.event_page(Asked(after=11))
+            await reader.event_page(EventQuery(after=11))
 
 
 EARLY = "2001-01-01T00:00:00.000000Z"
 ARCHIVED = [
-    Asked(after=3), Asked(since=4), Asked(since=0), Asked(since=EARLY), Asked(until=4), Asked(until=EARLY),
-    Asked(before=3, newest_first=True), Asked(before=5, newest_first=True),
+    EventQuery(after=3), EventQuery(since=4), EventQuery(since=0), EventQuery(since=EARLY),
+    EventQuery(until=4), EventQuery(until=EARLY),
+    EventQuery(before=3, newest_first=True), EventQuery(before=5, newest_first=True),
 ]  # fmt: skip
 RETAINED = [
-    (Asked(), [5, 6]), (Asked(after=4), [5, 6]), (Asked(before=9, newest_first=True), [6, 5]),
-    (Asked(until=5), [5]), (Asked(after=4, until=3), []),
+    (EventQuery(), [5, 6]), (EventQuery(after=4), [5, 6]), (EventQuery(before=9, newest_first=True), [6, 5]),
+    (EventQuery(until=5), [5]), (EventQuery(after=4, until=3), []),
 ]  # fmt: skip
 
 
@@ -216,7 +217,7 @@ async def test_damaged_event_is_not_returned(path: Path) -> None:
         await write(log, 2)
         change_ledger(path, "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2")
         with pytest.raises(LogUnavailable, match="verify"):
-            await reader.event_page(Asked())
+            await reader.event_page(EventQuery())
 
 
 # Jobs.

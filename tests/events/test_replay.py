@@ -32,7 +32,7 @@ from events.audit.audit import audit, replay
 from events.audit.export import export, jsonl
 from events.audit.exportreader import audit_file
 from events.audit.signing import HeadSigner, key_id
-from events.audit.verify import Expected, Finding, Kind
+from events.audit.verify import Expected, Finding, FindingKind
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.sqlite import storage
 from events.sqlite.base import base_state_digest
@@ -67,7 +67,7 @@ def replayed(path: Path, until: object, archives: list[Path]) -> tuple[Moment, l
         return moment, sorted(map(as_text, state.models.values())), list(map(as_text, state.unended()))
 
 
-def place_of(finding: Finding | None) -> tuple[int, Kind]:
+def place_of(finding: Finding | None) -> tuple[int, FindingKind]:
     assert finding is not None
     return finding.position, finding.kind
 
@@ -101,7 +101,7 @@ def test_archives_in_any_order_prove_and_replay_the_past(
             expected = Expected(position, ROWS[position - 1][2])
             assert audit(path, expected, archives=files).finding is None
             wrong = audit(path, Expected(position, b"\1" * 32), archives=files).finding
-            assert place_of(wrong) == (position, Kind.EXPECTATION)
+            assert place_of(wrong) == (position, FindingKind.EXPECTATION)
         assert replayed(path, moment, files) == PAST[moment]
 
 
@@ -180,7 +180,7 @@ def test_archive_signed_by_another_key_is_found() -> None:
         files = [*archived(path, 8), *archived(path, 20, sign=OTHER_SIGN)]
         assert audit(path, archives=files).finding is None
         found = audit(path, archives=files, key=key_id(SIGN.public_key))
-        assert (found.at, *place_of(found.finding)) == (files[1], 19, Kind.EXPECTATION)
+        assert (found.at, *place_of(found.finding)) == (files[1], 19, FindingKind.EXPECTATION)
 
 
 # What somebody makes of them.
@@ -208,7 +208,7 @@ def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) ->
         files = archived(path, 8, 20)
         forge(files[number], ("alice", "mallory"))
         found = audit(path, archives=files)
-        assert (found.at, *place_of(found.finding)) == (files[1], position, Kind.BASE)
+        assert (found.at, *place_of(found.finding)) == (files[1], position, FindingKind.BASE)
         with pytest.raises(BadArchive, match=f"20.gz does not verify: position {position}"):
             replayed(path, 5, files)
 
@@ -253,7 +253,7 @@ def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
             storage.rebuild(connection)
         assert audit(path).finding is None  # who can write the file can write its hash, too
         found = audit(path, archives=files)
-        assert place_of(found.finding) == (19, Kind.BASE)
+        assert place_of(found.finding) == (19, FindingKind.BASE)
         assert "not what the archives give" in str(found.finding)
         assert replayed(path, None, files) == PAST[None]
 
@@ -270,7 +270,7 @@ def test_newer_export_shows_that_the_log_was_cut() -> None:
             storage.rebuild(connection)
             connection.execute("PRAGMA journal_mode = DELETE")
         found = audit(path, files=files)
-        assert (found.at, *place_of(found.finding)) == (late, HEAD, Kind.EXPECTATION)
+        assert (found.at, *place_of(found.finding)) == (late, HEAD, FindingKind.EXPECTATION)
 
 
 @pytest.mark.parametrize("end", [0, 5, 7, 8, 18])
@@ -285,7 +285,7 @@ def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) ->
         assert audit(path, archives=archives, files=[audit_file(own)]).compared == ((own, None),)
         found = audit(path, archives=archives, files=[audit_file(foreign)])
         if end:  # without any events they are the same
-            assert (found.at, *place_of(found.finding)) == (foreign, end, Kind.EXPECTATION)
+            assert (found.at, *place_of(found.finding)) == (foreign, end, FindingKind.EXPECTATION)
         if end < 7:
             with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
                 audit(path, archives=archives[1:], files=[audit_file(own)])

@@ -9,7 +9,7 @@ from support.history import change_ledger, copy_of, sound_ledger
 
 from events.audit.audit import audit
 from events.audit.backup import back_up
-from events.audit.verify import Kind
+from events.audit.verify import FindingKind
 from events.sqlite.schema import APPLICATION_ID, _migrations, connect, schema_difference
 
 LEDGER = sound_ledger()
@@ -31,7 +31,7 @@ def difference(path: Path) -> str | None:
     assert found.damage is None
     if found.finding is None:
         return None
-    assert (found.finding.position, found.finding.kind) == (found.verification.position, Kind.SCHEMA)
+    assert (found.finding.position, found.finding.kind) == (found.verification.position, FindingKind.SCHEMA)
     return found.schema
 
 

@@ -21,7 +21,7 @@ from events.audit.archive import archive
 from events.audit.audit import audit
 from events.audit.backup import back_up
 from events.audit.export import export, jsonl
-from events.audit.verify import Expected, Kind
+from events.audit.verify import Expected, FindingKind
 from events.clock import utc_now
 from events.errors import IncompleteCopy, LogUnavailable
 from events.log import Log
@@ -150,7 +150,7 @@ async def test_copy_without_wal_is_refused_unless_a_head_is_expected(tmp_path: P
         assert audit(copied, Expected(early.position, early.hash)).finding is None
         finding = audit(copied, Expected(log.head.position, log.head.hash)).finding
         assert finding is not None
-        assert (finding.position, finding.kind) == (early.position + 1, Kind.EXPECTATION)
+        assert (finding.position, finding.kind) == (early.position + 1, FindingKind.EXPECTATION)
 
 
 def test_nothing_is_made_of_a_copy_without_wal(copied: Path, tmp_path: Path) -> None:

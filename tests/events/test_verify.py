@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.history import PLAIN, change_ledger, copy_of, facts, flip_byte, opened, rows_of, sound_ledger
 
-from events.audit.verify import Finding, Kind, Verification, verify
+from events.audit.verify import Finding, FindingKind, Verification, verify
 from events.codec import decode_event, encode_canonical
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable
 from events.types import Unknown
@@ -233,7 +233,7 @@ def test_event_recorded_before_its_predecessor_is_found() -> None:
     body = ROWS[4].body.replace(b"2026-01-01T", b"2025-01-01T")
     finding = verify_rows(with_body(5, body)).finding
     assert finding is not None
-    assert (finding.position, finding.kind) == (5, Kind.ORDER)
+    assert (finding.position, finding.kind) == (5, FindingKind.ORDER)
 
 
 # The base.

@@ -31,7 +31,7 @@ from loadledger.problems import (
 )
 from loadledger.records import Event, Job
 from loadledger.requests import LONGEST_BACKOFF_S, Answer, passes, pause_s, quoted
-from loadledger.stream import Lines, Place, message
+from loadledger.stream import Bookmark, LineSplitter, message
 from loadledger.tensors import flat, shape_of, tensors
 from server.api.jobs import key_in
 
@@ -297,17 +297,17 @@ def test_lines_are_whole_wherever_chunks_end(lines: list[bytes], data: Any) -> N
     text = b"".join(line + b"\n" for line in lines) + b"rest"
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     chunks = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    cutter = Lines()
+    cutter = LineSplitter()
     assert [line for chunk in chunks for line in cutter.feed(chunk)] == lines
 
 
 def test_endless_line_is_refused() -> None:
-    cutter = Lines(most=100)
+    cutter = LineSplitter(most=100)
     assert cutter.feed(b"x" * 100) == []
     for part in (b"x", b"y" * 101 + b"\n"):
         with pytest.raises(BadAnswer, match="101 bytes"):
             cutter.feed(part)
-        cutter = Lines(most=100)
+        cutter = LineSplitter(most=100)
 
 
 def test_line_is_event_bookmark_or_ignored() -> None:
@@ -317,7 +317,7 @@ def test_line_is_event_bookmark_or_ignored() -> None:
     assert (event.position, event.type, event.model_id, event.data) == (7, "LoadStarted", "m", {"attempt": 2})
     assert event.line == line
     assert msgspec.json.decode(msgspec.json.encode(event)).keys() == set(Event.__struct_fields__)
-    assert message(bookmark(9)) == Place(9)
+    assert message(bookmark(9)) == Bookmark(9)
     ignored = (b"", b" ", b'{"stream":"live","position":3}', b'{"stream":"stage"}', b'{"stream":"later"}')
     assert [message(each) for each in ignored] == [None] * 5
 

@@ -108,9 +108,9 @@ def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None
 def test_long_frames_round_trip(size: int, step: int) -> None:
     content = (Tensor("x", "UINT8", (size,), bytes(range(256)) * (size // 256) + bytes(size % 256)),)
     sent: list[wire.Frame[Any]] = [
-        (wire.Stage("loading"), ()),
+        (wire.StageReached("loading"), ()),
         (Outcome(1, heads(content)), content),
-        (wire.Stage("measuring"), ()),
+        (wire.StageReached("measuring"), ()),
     ]
     stream = b"".join(frame(message, parts) for message, parts in sent)
     assert comparable(read(wire.FROM_WORKER, stream, step)) == comparable(sent)

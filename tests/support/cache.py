@@ -24,7 +24,7 @@ from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import LoadReport, PrepareReport, Worker
 from runtime.repository import Repository
-from runtime.wire import Form, Load, LoadedFile, Prepare, Prepared, SourceHash
+from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import order_of
 
@@ -47,7 +47,7 @@ async def made(pool: WorkerPool, order: Prepare) -> PrepareReport:
     return report
 
 
-async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> Prepared:
+async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> CachedCopy:
     """Prepare model `m`, and describe the form as the store does."""
     order = prepare_order(root, form)
     report = await made(pool, order)
@@ -55,21 +55,21 @@ async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> Pr
 
 
 def describe(
-    folder: Path | str, form: Form, files: tuple[LoadedFile, ...], sources: tuple[LoadedFile, ...]
-) -> Prepared:
+    folder: Path | str, form: Form, files: tuple[HashedFile, ...], sources: tuple[HashedFile, ...]
+) -> CachedCopy:
     """Describe a form of these sources."""
     return describe_cached(
         Path(folder), form, files, [SourceHash(file.path, file.sha256) for file in sources]
     )
 
 
-def found(folder: Path | str) -> tuple[LoadedFile, ...]:
+def found(folder: Path | str) -> tuple[HashedFile, ...]:
     """Describe the files of a folder as they are."""
     files = []
     for path in sorted(Path(folder).iterdir()):
         seen, sha256 = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
         identity = seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
-        files.append(LoadedFile(path.name, *identity, sha256=sha256))
+        files.append(HashedFile(path.name, *identity, sha256=sha256))
     return tuple(files)
 
 
@@ -108,13 +108,13 @@ def key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def written(folder: Path, contents: Mapping[str, bytes]) -> tuple[LoadedFile, ...]:
+def written(folder: Path, contents: Mapping[str, bytes]) -> tuple[HashedFile, ...]:
     """Write files, and say of them what a worker says."""
     return tuple(_written(folder / path, content) for path, content in contents.items())
 
 
 def made_of(
-    files: tuple[LoadedFile, ...], *, model_id: str = MODEL, form: Form = "prepacked"
+    files: tuple[HashedFile, ...], *, model_id: str = MODEL, form: Form = "prepacked"
 ) -> FinishedForm:
     """Say of files what is said of a form that won."""
     sources = (SourceHash("model.onnx", "ab" * 32),)
@@ -131,7 +131,7 @@ def keep(
     model_id: str = MODEL,
     form: Form = "prepacked",
     seed: str = "",
-) -> Prepared | None:
+) -> CachedCopy | None:
     """Have the store keep a form of this size: two files, the contents of which follow from name and seed."""
     draft = store.draft(key(name))
     files = written(draft, halves(size, name + seed))
@@ -144,7 +144,7 @@ def halves(size: int, seed: str) -> dict[str, bytes]:
     return {"model.onnx": content[: size // 2], "weights.bin": content[size // 2 :]}
 
 
-def check_whole(prepared: Prepared) -> None:
+def check_whole(prepared: CachedCopy) -> None:
     """Check that a form's files hold what is said of them, and are those that are named."""
     folder = Path(prepared.folder)
     for file in prepared.files:
@@ -153,14 +153,14 @@ def check_whole(prepared: Prepared) -> None:
     assert {path.name for path in folder.iterdir()} == names
 
 
-def _written(path: Path, content: bytes) -> LoadedFile:
+def _written(path: Path, content: bytes) -> HashedFile:
     path.write_bytes(content)
     return _loaded(path)
 
 
-def _loaded(path: Path) -> LoadedFile:
+def _loaded(path: Path) -> HashedFile:
     seen, digest = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
-    return LoadedFile(
+    return HashedFile(
         path.name, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, digest
     )
 
@@ -188,7 +188,7 @@ async def keep_form(
     form: Form = "optimised",
     *,
     instead: Path | None = None,
-) -> Prepared:
+) -> CachedCopy:
     """Have a worker make a form of a model's highest version, and keep it untried.
 
     With `instead`, that ONNX file takes the place of the one that was made: whoever loads the form loads it.

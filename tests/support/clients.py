@@ -28,7 +28,7 @@ from loadledger import AsyncClient, Client
 from loadledger.address import Address
 from loadledger.operations import Calls
 from loadledger.problems import ClientProblem
-from loadledger.requests import Answer, Request, Setting
+from loadledger.requests import Answer, ClientOptions, Request
 from loadledger.transport import iterate, run
 from support import models
 from support.servers import Server, address, bearer, standing
@@ -221,7 +221,7 @@ class Played:
     @property
     def calls(self) -> Calls:
         """The calls of a client over this."""
-        return Calls(Setting(ADDRESS, 30.0, self, now=lambda: self.now, chance=lambda: 1.0))
+        return Calls(ClientOptions(ADDRESS, 30.0, self, now=lambda: self.now, chance=lambda: 1.0))
 
     def play(self, call: Coroutine[Any, Any, T]) -> T:
         """Return what a call returns; when the answers are used up, it ends."""

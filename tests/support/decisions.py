@@ -24,7 +24,7 @@ from runtime.scheduler.actions import (
     GiveUp,
     Kill,
     MakeWay,
-    Prepare,
+    PrepareModel,
     RecordDeath,
     RequestEnd,
     RequestReload,
@@ -166,7 +166,7 @@ def describe(action: Action | None) -> str:  # noqa: PLR0912 - one word for each
             return f"unload {model.id}, {cause}" + (f" for {event}" if event else "")
         case GiveUp(model):
             return f"give up {model.id}"
-        case Prepare(load):
+        case PrepareModel(load):
             return f"prepare {load}"
         case StopPreparing():
             return "stop preparing"

@@ -12,7 +12,7 @@ from runtime.scheduler.actions import (
     GiveUp,
     Kill,
     MakeWay,
-    Prepare,
+    PrepareModel,
     RecordDeath,
     RequestEnd,
     RequestReload,
@@ -59,7 +59,7 @@ class WatchedWorld(World):
                 self._check_start(job)
             case MakeWay(job, load):
                 self._check_way(job, load)
-            case Prepare(load):
+            case PrepareModel(load):
                 self._check_spare(self.preparable[load])
             case RequestEnd(model, cause, job_id):
                 self._check_end(model, cause, self.state.unended_job(job_id))
@@ -93,7 +93,7 @@ class WatchedWorld(World):
 
     def _about(self, action: Action) -> tuple[str | None, int]:
         match action:
-            case Prepare() | StopPreparing():
+            case PrepareModel() | StopPreparing():
                 return None, 0
             case Kill(load) | RecordDeath(load):
                 return self.live[load].model_id, 0

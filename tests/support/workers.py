@@ -20,7 +20,7 @@ from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import LoadReport, Worker
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, Load, LoadedFile, Outcome, Tensor, WantedOutput
+from runtime.wire import DATATYPES, HashedFile, Load, Outcome, Tensor, WantedOutput
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def order_of(
     model_id: str,
     version: int | None = None,
     *,
-    known: tuple[LoadedFile, ...] = (),
+    known: tuple[HashedFile, ...] = (),
     memory_limit_bytes: int | None = None,
     max_batch_size: int = 0,
     max_queue_delay_us: int = 0,

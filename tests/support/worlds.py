@@ -44,7 +44,7 @@ from runtime.scheduler.actions import (
     GiveUp,
     Kill,
     MakeWay,
-    Prepare,
+    PrepareModel,
     RecordDeath,
     RequestEnd,
     RequestReload,
@@ -259,7 +259,7 @@ class World:
                 self.live[load].killed = True
             case SizeUp(job):
                 self.needs[job.id] = None if self.looks_take_time else need_of(job)
-            case Prepare(load):
+            case PrepareModel(load):
                 self.preparation = Preparation(load, self.preparable.pop(load))
             case StopPreparing():
                 assert self.preparation is not None
@@ -347,7 +347,7 @@ class World:
                 return RequestUnload(model.id, SYSTEM, cause=cause, cause_event_id=event, load_job_id=load)
             case GiveUp(model):
                 return self._given_up(model)
-            case Kill() | SizeUp() | Prepare() | StopPreparing():
+            case Kill() | SizeUp() | PrepareModel() | StopPreparing():
                 raise AssertionError
             case _ as never:
                 assert_never(never)

@@ -18,7 +18,7 @@ from support.history import PLAIN
 
 from runtime.cache.files import CacheUnavailable, source_hashes
 from runtime.cache.store import ModelCache
-from runtime.wire import LoadedFile
+from runtime.wire import HashedFile
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000
@@ -73,21 +73,21 @@ def test_other_files_of_a_draft_are_not_kept(store: ModelCache, tmp_path: Path) 
 
 
 def test_files_other_than_those_reported_are_not_kept(store: ModelCache, folder: Path) -> None:
-    def changed(draft: Path) -> tuple[LoadedFile, ...]:
+    def changed(draft: Path) -> tuple[HashedFile, ...]:
         files = written(draft, halves(10, "a"))
         (draft / "weights.bin").write_bytes(b"other")
         return files
 
-    def renamed(draft: Path, path: str) -> tuple[LoadedFile, ...]:
+    def renamed(draft: Path, path: str) -> tuple[HashedFile, ...]:
         return tuple(msgspec.structs.replace(file, path=path) for file in written(draft, halves(10, "a"))[:1])
 
-    def linked(draft: Path) -> tuple[LoadedFile, ...]:
+    def linked(draft: Path) -> tuple[HashedFile, ...]:
         files = written(draft, halves(10, "a"))
         (draft / "weights.bin").rename(folder / "elsewhere")
         (draft / "weights.bin").symlink_to(folder / "elsewhere")
         return files
 
-    wrong: list[Callable[[Path], tuple[LoadedFile, ...]]] = [
+    wrong: list[Callable[[Path], tuple[HashedFile, ...]]] = [
         changed,
         linked,
         lambda _: (),

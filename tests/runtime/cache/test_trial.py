@@ -26,7 +26,7 @@ from runtime.cache.trial import (
 )
 from runtime.errors import LoadRefused, WorkerDied
 from runtime.process.pool import WorkerPool
-from runtime.wire import DATATYPES, Prepared, Tensor, TensorSpec
+from runtime.wire import DATATYPES, CachedCopy, Tensor, TensorSpec
 
 
 def pair(load: int = 10, bare_load: int = 30, infer: int = 100, bare_infer: int = 100) -> Pair:
@@ -74,7 +74,7 @@ def test_figures_are_the_least_of_each() -> None:
     }
 
 
-async def of_other_answers(pool: WorkerPool, root: Path) -> Prepared:
+async def of_other_answers(pool: WorkerPool, root: Path) -> CachedCopy:
     """Prepare `x + 1`, and give it out for a form of `m`, which is `x + 2`."""
     save(models.add(1), root.parent / "other", "m")
     order = prepare_order(root.parent / "other")

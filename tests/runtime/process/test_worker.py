@@ -202,7 +202,7 @@ async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str,
     [
         b"HTTP/1.1 200 OK\r\n\r\n",
         encoded(wire.Outcome(77)),
-        encoded(wire.LoadFailed("invalid_model", "y")),
+        encoded(wire.LoadFailure("invalid_model", "y")),
         encoded(wire.Cancel(1)),
         wire.PREFIX.pack(2, wire.MAX_PAYLOAD_BYTES + 1),
     ],
@@ -220,13 +220,13 @@ async def test_unexpected_message_kills_the_worker(serve: Serve, junk: bytes) ->
 
 def loaded(**changes: Any) -> wire.Loaded:
     """A plausible report of a load, with changes of it or of its only file."""
-    file = wire.LoadedFile("model.onnx", 1, 2, 3, 4, 5, SHA256)
-    of_file = {name: changes.pop(name) for name in list(changes) if name in wire.LoadedFile.__struct_fields__}
+    file = wire.HashedFile("model.onnx", 1, 2, 3, 4, 5, SHA256)
+    of_file = {name: changes.pop(name) for name in list(changes) if name in wire.HashedFile.__struct_fields__}
     return replace(wire.Loaded((replace(file, **of_file),), (), (), 1, 2, 3, 4, 5), **changes)
 
 
-def failed(code: Any, text: str = "so it says") -> wire.LoadFailed:
-    return wire.LoadFailed(code, text)
+def failed(code: Any, text: str = "so it says") -> wire.LoadFailure:
+    return wire.LoadFailure(code, text)
 
 
 def prepared(**changes: Any) -> wire.PrepareDone:
@@ -253,7 +253,7 @@ UNTRUE_OF_A_LOAD: list[wire.Message] = [
     loaded(peak_memory_bytes=-1),
     loaded(loading_us=1.5),
     loaded(warming_up_us=-1),
-    wire.Stage("warmed up"),  # type: ignore[arg-type]
+    wire.StageReached("warmed up"),  # type: ignore[arg-type]
     loaded(inputs=(TensorSpec("x" * 5000, "FP32", ()),)),
     loaded(outputs=(TensorSpec("x", "FP32", (-2,)),)),
     loaded(prepared=SHA256),
@@ -266,7 +266,7 @@ UNTRUE_OF_PREPARING: list[wire.Message] = [
     prepared(sources=()),
     prepared(sources=loaded().files * 2),
     prepared(took_us=-1),
-    wire.Stage("measuring"),
+    wire.StageReached("measuring"),
     wire.Outcome(1),
 ]
 

@@ -32,13 +32,13 @@ from support.workers import (
 from runtime.errors import InvalidInput, LoadRefused
 from runtime.frames import FrameReader
 from runtime.process.worker import Worker
-from runtime.wire import FROM_WORKER, Failure, Infer, Tensor, TensorSpec, WantedOutput, pack_texts
+from runtime.wire import FROM_WORKER, Infer, InferenceFailure, Tensor, TensorSpec, WantedOutput, pack_texts
 from runtime.worker.batching import (
     MAX_WAITING,
     BatchDimension,
+    BatchRequest,
     OutputsNotBatched,
     Queue,
-    Request,
     join_inputs,
     split_outputs,
 )
@@ -50,9 +50,11 @@ HOUR_US = 3600 * 10**6
 NO_NUMBERS = Tensor("x", "FP32", (1,), b'["none"]', text=True)
 
 
-def request(number: int, size: int = 1, width: int = 1, *, alone: bool = False, came_ns: int = 0) -> Request:
+def request(
+    number: int, size: int = 1, width: int = 1, *, alone: bool = False, came_ns: int = 0
+) -> BatchRequest:
     feed = {"x": np.full((size, width), number)}
-    return Request(number, ASKED, feed, size, alone, 0, came_ns or number + 1, 0)
+    return BatchRequest(number, ASKED, feed, size, alone, 0, came_ns or number + 1, 0)
 
 
 def row(*values: float) -> Tensor:
@@ -124,7 +126,7 @@ def test_queue_waits_until_oldest_is_due_or_a_batch_is_full() -> None:
 
 
 def test_queue_time_counts_from_sending() -> None:
-    sent = Request(0, ASKED, {}, 1, alone=False, sent_ns=900, came_ns=1000, input_ns=0)
+    sent = BatchRequest(0, ASKED, {}, 1, alone=False, sent_ns=900, came_ns=1000, input_ns=0)
     assert [each.waits_since_ns() for each in (request(0, came_ns=1000), sent)] == [1000, 900]
 
 
@@ -207,7 +209,7 @@ def test_request_cancelled_before_arrival_is_not_decoded(
     outbox.flush()
     reader = FrameReader(FROM_WORKER)
     answers = [message for message, _ in reader.advance(channel[0].recv_into(reader.buffer()))]
-    codes = [(each.id, each.code) for each in answers if isinstance(each, Failure)]
+    codes = [(each.id, each.code) for each in answers if isinstance(each, InferenceFailure)]
     assert codes == [(0, "invalid_input"), (1, "inference_cancelled"), (2, "invalid_input")]
 
 
