@@ -7,6 +7,7 @@ import msgspec
 from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 
+from events.eventtext import EVENT_TEXTS
 from events.types import SCHEMA, SYSTEM, TYPES, Cause, Durations, Idempotency, LoadedFile, Prepared
 from tools.markdown import cell, slug, table
 
@@ -80,7 +81,13 @@ def event_page() -> str:
     rows = ((name, kind, what) for name, (kind, what) in MEMBERS.items())
     parts = [_HEAD, "## Members of every event\n", _members(rows), "## Types\n", _overview()]
     for name, kind in TYPES.items():
-        parts += [f"### {name}\n", f"{_about(kind)}\n", f"Actor: {BY[name]}.\n", _members_of(kind)]
+        parts += [
+            f"### {name}\n",
+            f"{_about(kind)}\n",
+            f"Actor: {BY[name]}.\n",
+            _line(name),
+            _members_of(kind),
+        ]
     parts.append("## Parts of events\n")
     for part in _PARTS:
         parts += [f"### {part.__name__}\n", f"{_about(part)}\n", _members_of(part)]
@@ -95,6 +102,16 @@ def _overview() -> str:
         for name, kind in TYPES.items()
     )
     return table(("type", "what", "actor"), rows)
+
+
+def _line(name: str) -> str:
+    """Say what a line in the log, the command line and the console has of a type."""
+    parts = EVENT_TEXTS[name].parts
+    return (
+        f"In a line: {', '.join(f'`{part}`' for part in parts)}.\n"
+        if parts
+        else "In a line: the type alone.\n"
+    )
 
 
 def _about(kind: type[Struct]) -> str:

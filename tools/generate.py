@@ -8,6 +8,7 @@ from server.openapi import openapi_yaml
 from tools.commands import command_page
 from tools.errors import error_page
 from tools.events import event_page
+from tools.eventtable import event_table
 from tools.settings import with_settings
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ def pages() -> Mapping[str, str]:
         "docs/reference/errors.md": error_page(),
         "docs/reference/events.md": event_page(),
         "openapi.yaml": openapi_yaml(all_routes()),
+        "server/static/eventtable.js": event_table(),
     }
 
 

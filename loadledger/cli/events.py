@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.output import COULD_NOT, INTERRUPTED, note
 from loadledger.cli.server import PROFILE, URL, Where, connected, server_options
@@ -18,9 +19,6 @@ from loadledger.cli.server import PROFILE, URL, Where, connected, server_options
 MAX_CHARACTERS = 200
 """Of what is told of an event: messages can have 4 KiB."""
 
-_MB = 10**6
-_SHOWN_DIGITS = 12
-"""Of a hash: enough to tell files apart."""
 _ABSENT = "?"
 
 
@@ -44,7 +42,7 @@ def event_line(line: bytes) -> str:
         f"{kind:<15}",
         f"{_model(event):<16}",
         _word(event.get("actor")),
-        _bounded(_told(kind, values)),
+        _bounded(describe_event(kind, values)),
     ]
     return "".join(letter if letter.isprintable() else "?" for letter in "  ".join(parts).rstrip())
 
@@ -70,58 +68,6 @@ def _word(value: object) -> str:
 def _bounded(text: str) -> str:
     told = "".join(letter if letter.isprintable() else " " for letter in text)
     return told if len(told) <= MAX_CHARACTERS else f"{told[: MAX_CHARACTERS - 1]}…"
-
-
-def _told(kind: str, data: Mapping[str, Any]) -> str:
-    """Say what matters of a type; of one that is not known, or not like it, all that there is."""
-    try:
-        return _TOLD[kind](data)
-    except (LookupError, TypeError, AttributeError, ArithmeticError):
-        return ", ".join(f"{name}: {value}" for name, value in data.items())
-
-
-def _loaded(data: Mapping[str, Any]) -> str:
-    files = [f"{each['path']} {each['sha256'][:_SHOWN_DIGITS]}" for each in data["files"]]
-    took_ms, memory_mb = data["durations"]["total_us"] / 1000, data["memory_bytes"] / _MB
-    return f"{took_ms:.0f} ms, {memory_mb:.1f} MB, {', '.join(files)}"
-
-
-def _unloaded(data: Mapping[str, Any]) -> str:
-    drained, aborted = data["drained_requests"], data["aborted_requests"]
-    return f"{data['freed_bytes'] / _MB:.1f} MB freed, {drained} requests drained, {aborted} aborted"
-
-
-def _exited(data: Mapping[str, Any]) -> str:
-    number, code, stderr = data["signal"], data["exit_code"], data["stderr"]
-    how = f"signal {number}" if number is not None else f"exit code {code}"
-    return f"{how}{f': {stderr[-1]}' if stderr else ''}"
-
-
-def _started(data: Mapping[str, Any]) -> str:
-    how, since = "after an unclean end" if data["unclean"] else "in order", data.get("down_since")
-    return f"{how}, down since {since}" if since else how
-
-
-def _failed(data: Mapping[str, Any]) -> str:
-    return f"{data['code']}: {data['message']}"
-
-
-_TOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "LoadRequested": lambda data: f"{data['cause']}, priority {data['priority']}",
-    "LoadStarted": lambda data: f"attempt {data['attempt']}",
-    "ModelLoaded": _loaded,
-    "LoadFailed": _failed,
-    "UnloadRequested": lambda data: f"{data['cause']}{', by force' if data['force'] else ''}",
-    "UnloadStarted": lambda _: "",
-    "ModelUnloaded": _unloaded,
-    "UnloadFailed": _failed,
-    "CancelRequested": lambda _: "",
-    "JobCancelled": lambda _: "",
-    "AccessDenied": lambda data: f"{data['action']}, {data['count']} times",
-    "WorkerExited": _exited,
-    "ServerStarted": _started,
-    "ServerStopped": lambda _: "",
-}
 
 
 def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], Command]:

@@ -11,27 +11,25 @@ import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import Context
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from events.clock import parse_timestamp, seconds_between
 from events.errors import LedgerProblem
+from events.eventtext import is_bad, log_fields
 from events.jobs import Job
 from events.log import Log
 from events.sqlite.reader import PAGE, Reader
 from events.types import (
-    AccessDenied,
     Event,
     JobCancelled,
     LoadFailed,
-    LoadRequested,
-    LoadStarted,
     ModelLoaded,
     ModelUnloaded,
-    ServerStarted,
+    Unknown,
     UnloadFailed,
-    UnloadRequested,
-    WorkerExited,
 )
 from server.appkeys import LOG, READER, REQUEST_LOG
 from server.observability.output import CONTEXT, RequestLog, fields
@@ -110,7 +108,8 @@ class LedgerLines:
 
 
 def _write(event: Event, job: Job | None) -> None:
-    level = _level(event)
+    data: dict[str, Any] = {} if isinstance(event.data, Unknown) else msgspec.to_builtins(event.data)
+    level = logging.WARNING if is_bad(event.type, data) else logging.INFO
     if not _log.isEnabledFor(level):
         return
     named = fields(
@@ -122,19 +121,11 @@ def _write(event: Event, job: Job | None) -> None:
         subject=event.actor,
         worker=event.worker_id,
         duration_s=_duration_s(job),
-        **_details(event),
+        **log_fields(event.type, data),
     )
     record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=named)
     record.created = parse_timestamp(event.recorded_at).timestamp()
     _log.handle(record)
-
-
-def _level(event: Event) -> int:
-    match event.data:
-        case LoadFailed() | UnloadFailed() | WorkerExited() | AccessDenied() | ServerStarted(unclean=True):
-            return logging.WARNING
-        case _:
-            return logging.INFO
 
 
 def _message(event: Event) -> str:
@@ -149,30 +140,6 @@ def _duration_s(job: Job | None) -> float | None:
     if job is None or job.finished_at is None:
         return None
     return round(seconds_between(job.created_at, job.finished_at), 6)
-
-
-def _details(event: Event) -> dict[str, object]:
-    match event.data:
-        case LoadRequested(cause=cause, priority=priority):
-            return {"cause": cause.value, "priority": priority}
-        case UnloadRequested(cause=cause, force=force):
-            return {"cause": cause.value, "force": force}
-        case LoadStarted(attempt=attempt):
-            return {"attempt": attempt}
-        case ModelLoaded(memory_bytes=memory_bytes, prepared=prepared):
-            return {"memory_bytes": memory_bytes, "prepared": prepared.form if prepared is not None else None}
-        case LoadFailed(code=code, message=message) | UnloadFailed(code=code, message=message):
-            return {"code": code, "reason": message}
-        case ModelUnloaded(freed_bytes=freed, drained_requests=drained, aborted_requests=aborted):
-            return {"freed_bytes": freed, "drained_requests": drained, "aborted_requests": aborted}
-        case AccessDenied(action=action, count=count):
-            return {"action": action, "count": count}
-        case WorkerExited(exit_code=exit_code, signal=signal, stderr=stderr):
-            return {"exit_code": exit_code, "signal": signal, "stderr": stderr[-1] if stderr else None}
-        case ServerStarted(unclean=unclean, down_since=down_since):
-            return {"unclean": unclean, "down_since": down_since}
-        case _:
-            return {}
 
 
 async def telling(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:

@@ -1,33 +1,42 @@
-// What an event says, in a line: its type says most, its data the rest.
+// Events as text, by the table that logs and the command line use too.
 
-import { bytes, count, duration, oneLine } from "./format.js";
+import { EVENT_TEXTS, HASH_DIGITS } from "./eventtable.js";
+import { oneLine } from "./format.js";
 
-export const TYPES = [
-  "LoadRequested", "LoadStarted", "ModelLoaded", "LoadFailed", "UnloadRequested", "UnloadStarted", "ModelUnloaded",
-  "UnloadFailed", "CancelRequested", "JobCancelled", "WorkerExited", "AccessDenied", "ServerStarted", "ServerStopped",
-];
+export const TYPES = Object.keys(EVENT_TEXTS);
 
-const BAD = new Set(["LoadFailed", "UnloadFailed", "WorkerExited", "AccessDenied"]);
-const GOOD = new Set(["ModelLoaded"]);
+export function toneOf(event) {
+  const text = EVENT_TEXTS[event.type];
+  return text?.badIf && event.data?.[text.badIf] ? "bad" : text?.tone ?? "plain";
+}
 
-export const kindOf = (type) => (BAD.has(type) ? "bad" : GOOD.has(type) ? "good" : "plain");
-
-const SAYS = {
-  LoadRequested: (data) => [data.cause === "request" ? null : `cause ${data.cause}`, data.strategy === "beside" ? null : data.strategy, data.pinned ? "pinned" : null],
-  LoadStarted: (data) => [data.attempt > 1 ? `attempt ${data.attempt}` : null],
-  ModelLoaded: (data) => [`in ${duration((data.durations?.total_us ?? 0) / 1e6)}`, bytes(data.memory_bytes), data.files?.[0] ? `sha256 ${String(data.files[0].sha256).slice(0, 8)}…` : null],
-  LoadFailed: (data) => [`${data.code}: ${data.message}`],
-  UnloadFailed: (data) => [`${data.code}: ${data.message}`],
-  UnloadRequested: (data) => [data.cause === "request" ? null : `cause ${data.cause}`, data.force ? "forced" : null],
-  ModelUnloaded: (data) => [`${bytes(data.freed_bytes)} freed`, data.aborted_requests ? `${count(data.aborted_requests, "request")} aborted` : null],
-  WorkerExited: (data) => [data.signal ? `signal ${data.signal}` : data.exit_code == null ? null : `exit code ${data.exit_code}`, data.stderr?.at(-1)],
-  AccessDenied: (data) => [data.action, data.count > 1 ? `${data.count} times` : null],
-  ServerStarted: (data) => [data.unclean ? "after an end that was not orderly" : null],
+const FORMS = {
+  undefined: String,
+  ms: (microseconds) => `${Math.round(microseconds / 1000)} ms`,
+  MB: (size) => `${(size / 1e6).toFixed(1)} MB`,
+  files: (files) => files.map((file) => `${file.path} ${file.sha256.slice(0, HASH_DIGITS)}`).join(", "),
 };
+
+const isEmpty = (value) => value == null || (Array.isArray(value) && !value.length);
+
+const find = (data, path) => path.split(".").reduce((found, step) => (Array.isArray(found) ? found.at(Number(step)) : found?.[step]), data);
+
+function fill(part, data) {
+  const choice = /^(\w+)\?([^|]*)\|?(.*)$/.exec(part);
+  if (choice) return data[choice[1]] ? choice[2] : choice[3];
+  let isLeftOut = false;
+  const text = part.replace(/\{([\w.-]+)\??(?::(\w+))?\}/g, (_, path, form) => {
+    const value = find(data, path);
+    isLeftOut ||= isEmpty(value);
+    return isEmpty(value) ? "" : FORMS[form](value);
+  });
+  return isLeftOut ? "" : text;
+}
 
 export function summary(event) {
   try {
-    return oneLine((SAYS[event.type]?.(event.data) ?? []).filter(Boolean).join(", "), 300);
+    const parts = EVENT_TEXTS[event.type]?.parts ?? [];
+    return oneLine(parts.map((part) => fill(part, event.data)).filter(Boolean).join(", "), 300);
   } catch {
     return ""; // an event of a later schema: its text is there to be read
   }

@@ -2,7 +2,7 @@
 
 import { told } from "./api.js";
 import { byId, el, keyed, setText, show, tell } from "./dom.js";
-import { kindOf, summary, TYPES } from "./eventtext.js";
+import { summary, toneOf, TYPES } from "./eventtext.js";
 import { clock, oneLine, plain } from "./format.js";
 
 const PAGE = 50;
@@ -109,7 +109,7 @@ export class Ledger {
     const line = el("summary", {},
       el("span", { class: "position" }, String(event.position)), " ",
       el("time", { datetime: event.recorded_at, title: event.recorded_at }, clock(event.recorded_at)), " ",
-      el("strong", { class: kindOf(event.type) }, oneLine(event.type, 60)), " ",
+      el("strong", { class: toneOf(event) }, oneLine(event.type, 60)), " ",
       el("span", {}, oneLine(subject, 160)), " ", el("span", { class: "dim" }, `by ${oneLine(event.actor, 130)}`), " ",
       el("span", { class: "says" }, summary(event)));
     const text = el("pre", { tabindex: "0", role: "group", "aria-label": `Event ${event.position}, as it was hashed` });

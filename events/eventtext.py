@@ -1,0 +1,134 @@
+"""Events as text: one table of what a line says of each type, for log, command line, console, reference.
+
+`tools.generate` writes the table into the console's script and the reference page. This module imports the
+standard library only: the start of the command line is a measured budget.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+HASH_DIGITS = 12
+"""Digits of a file's SHA-256 in a line: enough to tell files apart."""
+
+_CHOICE = re.compile(r"(\w+)\?([^|]*)\|?(.*)")
+_MEMBER = re.compile(r"\{([\w.-]+)(\?)?(?::(\w+))?\}")
+
+
+class EventText(NamedTuple):
+    """What a line says of one event type.
+
+    Attributes:
+        parts: joined by commas. `{a.b}` is a member of the event's data, `{a.-1}` the last item of a list;
+            `{a:ms}`, `{a:MB}` and `{a:files}` have a form, and `{a?}` may be missing. A part is left out if
+            its member is null or an empty list. `a?yes|no` chooses by a member.
+        fields: the fields of a log line: name and member.
+        tone: `good`, `bad` or `plain`. A bad event is logged as a warning.
+        bad_if: the member that makes an event bad if it is true.
+    """
+
+    parts: Sequence[str] = ()
+    fields: Mapping[str, str] = {}
+    tone: str = "plain"
+    bad_if: str | None = None
+
+
+_FAILED = EventText(("{code}: {message}",), {"code": "code", "reason": "message"}, "bad")
+
+EVENT_TEXTS: Mapping[str, EventText] = {
+    "LoadRequested": EventText(
+        ("{cause}", "priority {priority}"), {"cause": "cause", "priority": "priority"}
+    ),
+    "LoadStarted": EventText(("attempt {attempt}",), {"attempt": "attempt"}),
+    "ModelLoaded": EventText(
+        ("{durations.total_us:ms}", "{memory_bytes:MB}", "{files:files}"),
+        {"memory_bytes": "memory_bytes", "prepared": "prepared.form"},
+        "good",
+    ),
+    "LoadFailed": _FAILED,
+    "UnloadRequested": EventText(("{cause}", "force?by force"), {"cause": "cause", "force": "force"}),
+    "UnloadStarted": EventText(),
+    "ModelUnloaded": EventText(
+        ("{freed_bytes:MB} freed", "{drained_requests} requests drained", "{aborted_requests} aborted"),
+        {name: name for name in ("freed_bytes", "drained_requests", "aborted_requests")},
+    ),
+    "UnloadFailed": _FAILED,
+    "CancelRequested": EventText(),
+    "JobCancelled": EventText(),
+    "AccessDenied": EventText(("{action}", "{count} times"), {"action": "action", "count": "count"}, "bad"),
+    "WorkerExited": EventText(
+        ("signal {signal}", "exit code {exit_code}", "{stderr.-1}"),
+        {"exit_code": "exit_code", "signal": "signal", "stderr": "stderr.-1"},
+        "bad",
+    ),
+    "ServerStarted": EventText(
+        ("unclean?after an unclean end|in order", "down since {down_since?}"),
+        {"unclean": "unclean", "down_since": "down_since"},
+        bad_if="unclean",
+    ),
+    "ServerStopped": EventText(),
+}
+
+_FORMS: Mapping[str | None, Callable[[Any], str]] = {
+    None: str,
+    "ms": lambda microseconds: f"{microseconds / 1000:.0f} ms",
+    "MB": lambda size_bytes: f"{size_bytes / 10**6:.1f} MB",
+    "files": lambda files: ", ".join(f"{each['path']} {each['sha256'][:HASH_DIGITS]}" for each in files),
+}
+
+
+def describe_event(kind: str, data: Mapping[str, Any]) -> str:
+    """Return what a line says of an event; all of its members if the type or its data is unknown.
+
+    Args:
+        kind: the event's type.
+        data: the event's data, as JSON has it.
+    """
+    try:
+        parts = [_fill(part, data) for part in EVENT_TEXTS[kind].parts]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return ", ".join(f"{name}: {value}" for name, value in data.items())
+    return ", ".join(part for part in parts if part)
+
+
+def log_fields(kind: str, data: Mapping[str, Any]) -> dict[str, object]:
+    """Return the fields of an event's log line; those that are None are not logged."""
+    return {name: _find(data, path) for name, path in EVENT_TEXTS.get(kind, EventText()).fields.items()}
+
+
+def is_bad(kind: str, data: Mapping[str, Any]) -> bool:
+    """Return whether an event is logged as a warning."""
+    text = EVENT_TEXTS.get(kind, EventText())
+    return text.tone == "bad" or (text.bad_if is not None and bool(data[text.bad_if]))
+
+
+def _fill(part: str, data: Mapping[str, Any]) -> str:
+    """Return a part with its members, or nothing if one of them is null or empty."""
+    choice = _CHOICE.fullmatch(part)
+    if choice is not None:
+        return choice[2] if data[choice[1]] else choice[3]
+    found = [_find(data, path, is_optional=bool(mark)) for path, mark, _ in _MEMBER.findall(part)]
+    if any(_is_empty(value) for value in found):
+        return ""
+    values = iter(found)
+    return _MEMBER.sub(lambda member: _FORMS[member[3]](next(values)), part)
+
+
+def _find(data: Any, path: str, *, is_optional: bool = False) -> Any:
+    """Return a member; None if a part of its path is null or an empty list."""
+    for step in path.split("."):
+        if _is_empty(data):
+            return None
+        if isinstance(data, list | tuple):
+            data = data[int(step)]
+        elif step in data or not is_optional:
+            data = data[step]
+        else:
+            return None
+    return data
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value in ([], ())

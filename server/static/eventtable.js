@@ -1,0 +1,20 @@
+// Generated from events/eventtext.py, which says what a part is; a test holds this file to it.
+
+export const HASH_DIGITS = 12;
+
+export const EVENT_TEXTS = {
+  LoadRequested: {"parts": ["{cause}", "priority {priority}"], "tone": "plain", "badIf": null},
+  LoadStarted: {"parts": ["attempt {attempt}"], "tone": "plain", "badIf": null},
+  ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "{files:files}"], "tone": "good", "badIf": null},
+  LoadFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
+  UnloadRequested: {"parts": ["{cause}", "force?by force"], "tone": "plain", "badIf": null},
+  UnloadStarted: {"parts": [], "tone": "plain", "badIf": null},
+  ModelUnloaded: {"parts": ["{freed_bytes:MB} freed", "{drained_requests} requests drained", "{aborted_requests} aborted"], "tone": "plain", "badIf": null},
+  UnloadFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
+  CancelRequested: {"parts": [], "tone": "plain", "badIf": null},
+  JobCancelled: {"parts": [], "tone": "plain", "badIf": null},
+  AccessDenied: {"parts": ["{action}", "{count} times"], "tone": "bad", "badIf": null},
+  WorkerExited: {"parts": ["signal {signal}", "exit code {exit_code}", "{stderr.-1}"], "tone": "bad", "badIf": null},
+  ServerStarted: {"parts": ["unclean?after an unclean end|in order", "down since {down_since?}"], "tone": "plain", "badIf": "unclean"},
+  ServerStopped: {"parts": [], "tone": "plain", "badIf": null},
+};

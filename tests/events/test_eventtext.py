@@ -1,0 +1,73 @@
+"""Events as text: the table has every type, and reads alike in Python and in the console's script."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from events.eventtext import EVENT_TEXTS, describe_event, is_bad, log_fields
+from events.types import TYPES
+
+SCRIPT = Path(__file__).parents[2] / "server" / "static" / "eventtext.js"
+LOADED = {
+    "files": [{"path": "model.onnx", "sha256": "0123456789abcdef"}],
+    "durations": {"total_us": 19_400},
+    "memory_bytes": 3_210_000,
+    "prepared": {"form": "mapped"},
+}
+FREED = {"freed_bytes": 54_321_000, "drained_requests": 2, "aborted_requests": 0}
+EXITED = {"signal": None, "exit_code": 3, "stderr": ["first", "last"]}
+CASES: list[tuple[str, dict[str, Any], str, bool]] = [
+    ("LoadRequested", {"cause": "demand", "priority": "low"}, "demand, priority low", False),
+    ("LoadStarted", {"attempt": 2}, "attempt 2", False),
+    ("ModelLoaded", LOADED, "19 ms, 3.2 MB, model.onnx 0123456789ab", False),
+    ("LoadFailed", {"code": "timeout", "message": "too slow"}, "timeout: too slow", True),
+    ("UnloadRequested", {"cause": "request", "force": True}, "request, by force", False),
+    ("UnloadRequested", {"cause": "idle", "force": False}, "idle", False),
+    ("ModelUnloaded", FREED, "54.3 MB freed, 2 requests drained, 0 aborted", False),
+    ("AccessDenied", {"action": "GET /x", "count": 3}, "GET /x, 3 times", True),
+    ("WorkerExited", EXITED, "exit code 3, last", True),
+    ("WorkerExited", {"signal": 9, "exit_code": None, "stderr": []}, "signal 9", True),
+    ("ServerStarted", {"unclean": True, "down_since": "T"}, "after an unclean end, down since T", True),
+    ("ServerStarted", {"unclean": False}, "in order", False),
+    ("ServerStopped", {}, "", False),
+]
+
+
+def test_table_has_every_event_type() -> None:
+    assert list(EVENT_TEXTS) == list(TYPES)
+
+
+@pytest.mark.parametrize(("kind", "data", "text", "bad"), CASES)
+def test_event_is_described(kind: str, data: dict[str, Any], text: str, bad: bool) -> None:  # noqa: FBT001
+    assert describe_event(kind, data) == text
+    assert is_bad(kind, data) == bad
+
+
+def test_unknown_event_shows_all_members() -> None:
+    for kind in ("Later", "LoadStarted", "ModelLoaded"):
+        assert describe_event(kind, {"other": 1, "more": [2]}) == "other: 1, more: [2]"
+
+
+def test_log_fields_are_members() -> None:
+    assert log_fields("ModelLoaded", LOADED) == {"memory_bytes": 3_210_000, "prepared": "mapped"}
+    assert log_fields("ModelLoaded", LOADED | {"prepared": None})["prepared"] is None
+    assert log_fields("WorkerExited", EXITED) == {"exit_code": 3, "signal": None, "stderr": "last"}
+    assert log_fields("Later", {}) == {}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the console's script")
+def test_console_describes_events_alike(tmp_path: Path) -> None:
+    shutil.copytree(SCRIPT.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    events = [{"type": kind, "data": data} for kind, data, _, _ in CASES]
+    (tmp_path / "check.js").write_text(
+        'import { summary, toneOf } from "./eventtext.js";\n'
+        f"const events = {json.dumps(events)};\n"
+        'console.log(JSON.stringify(events.map((event) => [summary(event), toneOf(event) === "bad"])));\n'
+    )
+    done = subprocess.run(["node", "check.js"], cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    assert json.loads(done.stdout) == [[text, bad] for _, _, text, bad in CASES]
