@@ -12,15 +12,15 @@ from loadledger.cli.output import in_one_line, second, size, table
 from loadledger.cli.server import data_option, json_option, print_json
 
 SHOWN_DIGITS = 12
-"""Of a hash: enough to tell them apart; --json has all of it."""
+"""Shown digits of a hash: enough to tell files apart; --json has all."""
 HEAD = ("model", "version", "form", "size", "took", "made", "last used", "sha256")
 
 
 @click.group()
 def prepared() -> None:
-    """List or clear what was prepared to load models faster.
+    """List or clear the optimised model cache.
 
-    A server that runs may go on meanwhile.
+    The server may be running.
     """
 
 
@@ -28,9 +28,9 @@ def prepared() -> None:
 @data_option
 @json_option
 def list_prepared(data: Path, *, as_json: bool) -> None:
-    """Show what was prepared, the last used first.
+    """List the cached models, last used first.
 
-    `bare` is a model that loads fastest from its own files; the reasons stand below it.
+    `bare` marks a model that loads fastest from its own files; the reasons follow.
     """
     from loadledger.cli.output import problems_told  # noqa: PLC0415 - keeps `loadledger --help` quick
 
@@ -44,12 +44,12 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
 
 @prepared.command()
 @data_option
-@click.option("--model", "model_id", metavar="ID", help="Only what was made of this model.")
+@click.option("--model", "model_id", metavar="ID", help="Only entries of this model.")
 @json_option
 def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
-    """Remove what was prepared; models that are loaded from it go on.
+    """Clear the cache; loaded models are not affected.
 
-    They are prepared anew after their next load. With --json, `entries` and `bytes` say how much was removed.
+    Models are cached again after their next load. --json prints the removed `entries` and `bytes`.
     """
     from loadledger.cli.output import problems_told  # noqa: PLC0415 - as above
 
@@ -65,8 +65,10 @@ def _store(data: Path) -> Any:
     from runtime.cache.store import FOLDER, ModelCache  # noqa: PLC0415 - as above
 
     if not data.is_dir():
-        raise click.BadParameter(f"there is no {data}; `token` and `serve` create it", param_hint="--data")
-    return ModelCache(data / FOLDER, limit_bytes=0)  # which only what is kept is held to
+        raise click.BadParameter(
+            f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
+        )
+    return ModelCache(data / FOLDER, limit_bytes=0)  # the limit applies to new entries only
 
 
 def _told(entry: Any) -> dict[str, Any]:

@@ -17,20 +17,20 @@ from loadledger.cli.server import find_place
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_LOADLEDGER_COMPLETE"
-"""By which the shell asks; click makes the name of the command's."""
+"""click's variable by which the shell asks for completions."""
 PATIENCE_S = 1.0
-"""Somebody has pressed a key, and waits; the client itself would try again for longer."""
+"""Limit of a completion: somebody has pressed Tab and waits."""
 MOST = 200
-"""More is no choice."""
+"""Largest number of offered values."""
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""As ids of models and jobs are: what is offered is put into a line that a shell then runs."""
+"""Safe ids only: the shell puts the value into its command line."""
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print what makes a shell complete commands, models and jobs.
+    """Print a shell's completion script.
 
     \b
     bash:  echo 'eval "$(loadledger completion bash)"' >> ~/.bashrc
@@ -43,12 +43,12 @@ def completion(context: click.Context, shell: str) -> None:
 
 
 def models_of_server(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Offer the models of the repository."""
+    """Complete models of the repository."""
     return _offered(context, begun, lambda client: ((model.id, model.state) for model in client.models()))
 
 
 def loaded_models(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Offer the models that are loaded, or about to be."""
+    """Complete models that are not unloaded."""
 
     def found(client: Any) -> Iterator[tuple[str, str]]:
         return ((model.id, model.state) for model in client.models() if model.state != "unloaded")
@@ -57,7 +57,7 @@ def loaded_models(context: click.Context, _parameter: click.Parameter, begun: st
 
 
 def latest_jobs(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Offer the newest jobs."""
+    """Complete the newest jobs."""
 
     def found(client: Any) -> Iterator[tuple[str, str]]:
         jobs = client.jobs(limit=MOST)
@@ -72,13 +72,13 @@ def _offered(context: click.Context, begun: str, find: Any) -> list[CompletionIt
     def ask() -> None:
         from loadledger import Client  # noqa: PLC0415 - keeps `loadledger --help` quick
 
-        # Whatever goes wrong, the shell's line is no place to say so.
+        # A shell's command line is no place for errors.
         with suppress(Exception):
             place = find_place(context.params.get("url"), context.params.get("profile"), os.environ)
             with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=PATIENCE_S) as client:
                 offered.extend(list(_items(find(client), begun)))
 
-    asking = threading.Thread(target=ask, daemon=True)  # the process does not wait for it
+    asking = threading.Thread(target=ask, daemon=True)  # it must not delay the exit
     asking.start()
     asking.join(PATIENCE_S)
     return list(offered)

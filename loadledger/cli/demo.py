@@ -34,7 +34,7 @@ from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, issue_token
 
 MAX_KEPT_BYTES = 8 * 2**20
-"""How much more than before the tree may have after the unload: allocators of a serving process breathe."""
+"""Tolerated growth of the process tree: the allocators of a serving process vary."""
 
 START_LIMIT_S = 60
 STOP_LIMIT_S = 60
@@ -49,29 +49,29 @@ class _Server:
     predict: Client
 
     def load(self, version: int) -> float:
-        """Load a version of the digits and return the milliseconds from request to ready."""
+        """Load a version of the model; return the milliseconds from request to ready."""
         began = time.perf_counter()
         self.admin.load("digits", version, wait=True, on_away=_fail)
         return 1000 * (time.perf_counter() - began)
 
     def unload(self) -> float:
-        """Unload the digits and return the milliseconds until their process was gone."""
+        """Unload the model; return the milliseconds until its process was gone."""
         began = time.perf_counter()
         self.admin.unload("digits", wait=True, on_away=_fail)
         return 1000 * (time.perf_counter() - began)
 
     def accuracy(self, digits: dict[str, Any]) -> float:
-        """Classify all held-out digits over HTTP and return the share that is right."""
+        """Classify all held-out digits over HTTP; return the accuracy."""
         answer = self.predict.infer("digits", {"pixels": digits["inputs"]})
         labels = next(output["data"] for output in answer["outputs"] if output["name"] == "label")
         right = [said == true for said, true in zip(labels, digits["labels"], strict=True)]
         return float(sum(right)) / len(right)
 
     def memory_bytes(self) -> int:
-        """Return what the whole process tree takes, mapped files aside; pages that it shares count once.
+        """Return the memory of the process tree without mapped files; shared pages count once.
 
-        How much of a mapped library is the tree's own depends on who else has it mapped: with PSS, and with
-        private pages, one unrelated process that imports ONNX Runtime moved this by 9 MB (measured).
+        Mapped files are left out since their share depends on other processes: one that imports ONNX Runtime
+        changed the sum by 9 MB (measured).
         """
         return sum(_anonymous_bytes(pid) for pid in (self.process.pid, *descendants(self.process.pid)))
 
@@ -85,12 +85,12 @@ class _Failed(Exception):
 
 
 def _fail(problem: ClientProblem) -> NoReturn:
-    """Give up where a client would wait for a server that went away."""
+    """Fail at once instead of waiting for the server to return."""
     raise problem
 
 
 def run() -> int:
-    """Show it; return 0 if all of it was so, else 1."""
+    """Run the demo; return 0 if everything held, else 1."""
     examples = resources.files("server.examples")
     digits = json.loads((examples / "digits.json").read_text(encoding="utf-8"))
     try:
@@ -100,7 +100,7 @@ def run() -> int:
         ):
             _show(repository, Path(folder) / "data", digits)
     except (_Failed, ClientProblem) as failure:
-        click.echo(f"{click.style('not so:', fg='red')} {failure}")
+        click.echo(f"{click.style('failed:', fg='red')} {failure}")
         return 1
     return 0
 
@@ -146,7 +146,7 @@ def _serving(repository: Path, data: Path) -> Iterator[_Server]:
                 Client(url, token=_token(data, "bob", "predict")) as predict,
             ):
                 yield _Server(process, admin, predict)
-        except BaseException:  # that is what is told; the server goes without a word
+        except BaseException:  # this is the failure to report
             process.kill()
             raise
         _stop(process, STOP_LIMIT_S)
@@ -162,7 +162,7 @@ def _announced(process: subprocess.Popen[str]) -> str:
 
 
 def _stop(process: subprocess.Popen[str], limit_s: float) -> None:
-    """End the server in order; if it does not end in time, kill it."""
+    """Stop the server cleanly; kill it if it does not end in time."""
     process.send_signal(signal.SIGTERM)
     try:
         status = process.wait(limit_s)
@@ -177,7 +177,7 @@ def _token(data: Path, subject: str, role: str) -> str:
 
 
 def _warm_up(server: _Server, digits: dict[str, Any]) -> None:
-    """Let the server take what it needs once, so that what follows is the models' alone."""
+    """Load and unload once, so that later growth is the models' alone."""
     for version in (1, 2):
         server.load(version)
         server.accuracy(digits)
@@ -224,7 +224,7 @@ async def _lines(path: Path) -> list[bytes]:
 
 
 def _anonymous_bytes(pid: int) -> int:
-    """Return a process's share of the pages that are of no file; none if it is gone."""
+    """Return a process's share of anonymous pages; 0 if it is gone."""
     try:
         return parse_field(Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii"), "Pss_Anon")
     except (FileNotFoundError, ProcessLookupError):
@@ -232,7 +232,7 @@ def _anonymous_bytes(pid: int) -> int:
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether the process ends within a generous limit; it may just be on its way out."""
+    """Whether the process has ended, within a generous limit."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -78,37 +78,37 @@ def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], C
 
 @click.command()
 @click.argument("named", metavar="[MODEL]...", nargs=-1, shell_complete=models_of_server)
-@click.option("--follow", "-f", is_flag=True, help="Go on with what happens: from now, or from --after.")
+@click.option("--follow", "-f", is_flag=True, help="Continue with new events: from now, or from --after.")
 @click.option(
     "--tail",
     "-n",
     metavar="N",
     type=click.IntRange(min=0),
-    help="Only from so many positions before the head.",
+    help="Only the last N positions.",
 )
 @click.option(
     "--after", metavar="POSITION", type=click.IntRange(min=0), help="Only events above this position."
 )
 @click.option(
-    "--since", metavar="POSITION|TIME", help="Only from this position, or time like 2026-01-31T14:02:00Z, on."
+    "--since", metavar="POSITION|TIME", help="Only from a position, or a time like 2026-01-31T14:02:00Z, on."
 )
-@click.option("--until", metavar="POSITION|TIME", help="Only up to this position, or time.")
+@click.option("--until", metavar="POSITION|TIME", help="Only up to a position or time.")
 @_several("--type", "Only events of this type.")
 @_several("--model", "Only events of this model.", shell_complete=models_of_server)
 @_several("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
 @_several("--actor", "Only events by this actor.")
-@click.option("--json", "as_json", is_flag=True, help="Print each event as it is stored, with its hash.")
+@click.option("--json", "as_json", is_flag=True, help="Print each event as stored, with its hash.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Directory of a ledger, instead of a server; one may run or not. [LOADLEDGER_DATA]",
+    help="Directory of a ledger instead of a server. [LOADLEDGER_DATA]",
 )
 @server_options
 def events(data: Path | None, where: Where, *, as_json: bool, named: tuple[str, ...], **options: Any) -> None:
-    """List or follow what happened, of all models or of some.
+    """List or follow the ledger's events.
 
-    What is followed goes on when the server was away: no event comes twice, and none is left out. It takes a
-    token of the role audit or admin.
+    --follow resumes when the server was unreachable: no event comes twice, none is missing. Your token needs
+    the role audit or admin.
     """
     _check(data, where, options)
     options["models"] += named  # as `docker logs` has it
@@ -126,15 +126,15 @@ def events(data: Path | None, where: Where, *, as_json: bool, named: tuple[str, 
 
 def _check(data: Path | None, where: Where, options: dict[str, Any]) -> None:
     if data is not None and where != Where():
-        raise click.UsageError("give --data for a file or --url for a server, not both")
+        raise click.UsageError("give --data for a ledger's file or --url for a server, not both")
     if options["follow"] and options["until"] is not None:
-        raise click.UsageError("--until ends a list, and --follow never ends: leave one out")
+        raise click.UsageError("--until ends a list and --follow never ends: give one of them")
     if options["tail"] is not None and (options["after"] is not None or options["since"] is not None):
-        raise click.UsageError("--tail says where to begin: leave --after and --since out")
+        raise click.UsageError("--tail sets the beginning: leave out --after and --since")
 
 
 def _folder(data: Path | None, where: Where) -> Path | None:
-    """Return the data directory that is meant, if none of the options and variables means a server."""
+    """Return the data directory, unless an option or variable names a server."""
     named = os.environ.get(DATA)
     if data is not None or not named or where != Where() or os.environ.get(URL) or os.environ.get(PROFILE):
         return data
@@ -159,7 +159,7 @@ def _of_server(
 
 
 def _away(problem: Exception) -> None:
-    note(f"{problem}; trying again until it is back")
+    note(f"{problem}; retrying until it is back")
 
 
 def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
@@ -170,7 +170,7 @@ def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
     from server.app import LEDGER  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
-        note(f"there is no ledger in {data}: name the --data of a server that has run, or a --url")
+        note(f"there is no ledger in {data}: give the --data directory of a server, or --url")
         sys.exit(COULD_NOT)
     wish = _wish(**options)
     try:

@@ -16,7 +16,7 @@ from loadledger.cli.server import Where, connected, json_option, print_json, ser
 
 HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
 MAX_DATA_CHARACTERS = 400
-"""Of an output that is shown to people; `--json` has all of it."""
+"""Longest output in a table; `--json` has all of it."""
 
 
 @click.command()
@@ -27,18 +27,20 @@ MAX_DATA_CHARACTERS = 400
     "typed",
     multiple=True,
     metavar="NAME=JSON",
-    help="An input as nested lists, like x='[[1, 2]]', or in a file: x=@FILE. May be repeated.",
+    help="An input as nested lists, like x='[[1, 2]]', or from a file: x=@FILE. May be repeated.",
 )
 @click.option(
     "--file",
     "-f",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help='The inputs as {"NAME": lists}, or a whole request of the protocol; - is standard input.',
+    help='Inputs as {"NAME": lists}, or a whole request of the protocol; - is standard input.',
 )
 @click.option(
-    "--version", "-v", metavar="N", type=click.IntRange(min=1), help="Only if this version is loaded."
+    "--version", "-v", metavar="N", type=click.IntRange(min=1), help="Version; it has to be the loaded one."
 )
-@click.option("--output", "-o", "outputs", multiple=True, metavar="NAME", help="Only this; may be repeated.")
+@click.option(
+    "--output", "-o", "outputs", multiple=True, metavar="NAME", help="Only this output. May be repeated."
+)
 @json_option
 @server_options
 def infer(
@@ -51,10 +53,9 @@ def infer(
     as_json: bool,
     where: Where,
 ) -> None:
-    """Ask a loaded model.
+    """Run an inference on a model.
 
-    Shapes and datatypes need not be given: they are the model's own. A model that is not loaded is loaded
-    first, if the server does that (`--on-demand on`).
+    Shapes and datatypes come from the model. A server with `--on-demand on` loads the model first if needed.
     """
     request = _request(typed, file)
     with connected(where, timeout_s=120.0) as client:
@@ -78,7 +79,7 @@ def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:
         return {"inputs": dict(map(_named, typed))}
     given = _parsed(_text(file), f"--file {file}")
     if not isinstance(given, dict):
-        raise click.BadParameter('it has to be an object, like {"x": [[1, 2]]}', param_hint="--file")
+        raise click.BadParameter('it has to be a JSON object, like {"x": [[1, 2]]}', param_hint="--file")
     if not isinstance(given.get("inputs"), list):
         return {"inputs": given}
     wanted = [each["name"] if isinstance(each, dict) and "name" in each else each for each in _outputs(given)]
@@ -103,7 +104,7 @@ def _parsed(text: str, hint: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"is no JSON: {error}", param_hint=hint) from None
+        raise click.BadParameter(f"it is not JSON: {error}", param_hint=hint) from None
 
 
 def _text(file: Path) -> str:

@@ -31,28 +31,32 @@ STEPS = {
     "load": ("starting", "loading", "warming_up", "measuring"),
     "unload": ("draining", "stopping"),
 }
-"""The stages of a job, in their order; a job that has none yet is pending."""
+"""The stages of a job, in order; a pending job has none yet."""
 
 
 HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
 STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
 SHOWN = 20
 _wait_option = click.option(
-    "--wait", "-w", is_flag=True, show_default=False, help="Follow it to its end; Ctrl-C leaves it running."
+    "--wait",
+    "-w",
+    is_flag=True,
+    show_default=False,
+    help="Wait until the job ends; Ctrl-C leaves it running.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What shows the changes of a job, and that the server is away."""
+    """Callbacks that display a job's changes and an unreachable server."""
 
     on_change: Callable[[Any], None]
     on_away: Callable[[Exception], None]
 
 
 def answer(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
-    """Say what came of a request: a job that begins, one that was waited for, or that nothing is to do."""
-    if job.status == "completed" and not as_json:  # a new one never has, so soon
+    """Print the outcome of a request: a new job, an awaited one, or that there is nothing to do."""
+    if job.status == "completed" and not as_json:  # a new job has not completed yet
         ago = age(job.finished_at, datetime.now(UTC))
         click.echo(f"{named(job)}: nothing to do, its {in_one_line(job.kind)} completed {ago} ago")
     elif wait:
@@ -62,16 +66,16 @@ def answer(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
 
 
 def follow(client: Any, job: Any, *, as_json: bool) -> None:
-    """Wait for a job and say how it ended; the exit code is 1 if it did not complete.
+    """Wait for a job and print its outcome; exit with 1 if it did not complete.
 
-    Ctrl-C ends the waiting only: the job goes on, and it is said how to come back.
+    Ctrl-C ends only the wait, and prints how to resume it.
     """
     try:
         with _shown(job) as shown:
             job = client.wait_for(job.id, on_change=shown.on_change, on_away=shown.on_away)
     except KeyboardInterrupt:
         note(
-            f"detached: the {job.kind} of {named(job)} goes on as job {job.id}\n"
+            f"detached: the {job.kind} of {named(job)} continues as job {job.id}\n"
             f"  to wait for it again: loadledger job {job.id} --wait\n"
             f"  to stop it:           loadledger cancel {job.id}"
         )
@@ -80,7 +84,7 @@ def follow(client: Any, job: Any, *, as_json: bool) -> None:
 
 
 def conclude(job: Any, *, as_json: bool) -> None:
-    """Say how a job ended, or that it has not; the exit code is 1 if it failed or was cancelled."""
+    """Print a job's outcome or progress; exit with 1 if it failed or was cancelled."""
     if as_json:
         print_json(job)
     if job.status in {"failed", "cancelled"}:
@@ -100,13 +104,13 @@ def conclude(job: Any, *, as_json: bool) -> None:
 
 
 def named(job: Any) -> str:
-    """Return what a job is about."""
+    """Return the model and version of a job."""
     model_id = in_one_line(job.model_id)
     return model_id if job.version is None else f"{model_id} version {job.version}"
 
 
 def step(job: Any) -> tuple[int, int]:
-    """Return how many of its steps a job has behind it, and of how many."""
+    """Return the completed steps of a job and their total."""
     stages = STEPS.get(job.kind, ())
     if job.status == "completed":
         return len(stages) + 1, len(stages) + 1
@@ -114,7 +118,7 @@ def step(job: Any) -> tuple[int, int]:
 
 
 def words(job: Any) -> str:
-    """Return where a job is, in words."""
+    """Return a job's progress in words."""
     if job.status == "in_progress":
         return in_one_line((job.stage or "in progress").replace("_", " "))
     if job.status == "pending" and job.waiting_for:
@@ -124,7 +128,7 @@ def words(job: Any) -> str:
 
 @contextmanager
 def _shown(job: Any) -> Iterator[Shown]:
-    """Give what shows a job: a bar on a terminal, else a line for each change."""
+    """Give a display of a job: a progress bar on a terminal, else a line for each change."""
     if sys.stderr.isatty():
         with _bar(job) as shown:
             yield shown
@@ -142,7 +146,7 @@ def _shown(job: Any) -> Iterator[Shown]:
 
 @contextmanager
 def _bar(job: Any) -> Iterator[Shown]:
-    from rich.console import Console  # noqa: PLC0415 - 50 ms, and only who looks at it pays for it
+    from rich.console import Console  # noqa: PLC0415 - 50 ms, for terminals only
     from rich.markup import escape  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
@@ -168,16 +172,14 @@ def _bar(job: Any) -> Iterator[Shown]:
 
 
 def _away(problem: Exception) -> str:
-    return f"{problem}; trying again until it is back"
+    return f"{problem}; retrying until it is back"
 
 
 @click.command()
-@click.option("--model", metavar="ID", shell_complete=models_of_server, help="Only those of this model.")
-@click.option("--status", type=click.Choice(STATUSES), help="Only those that are so.")
-@click.option(
-    "--limit", "-n", metavar="N", type=click.IntRange(min=1), default=SHOWN, help="How many, newest first."
-)
-@click.option("--at", metavar="POSITION|TIME", help="As it was then: a position, or a time.")
+@click.option("--model", metavar="ID", shell_complete=models_of_server, help="Only jobs of this model.")
+@click.option("--status", type=click.Choice(STATUSES), help="Only jobs with this status.")
+@click.option("--limit", "-n", metavar="N", type=click.IntRange(min=1), default=SHOWN, help="Number of jobs.")
+@click.option("--at", metavar="POSITION|TIME", help="Past state: a position or a time.")
 @json_option
 @server_options
 def jobs(*, limit: int, as_json: bool, where: Where, **filters: str | None) -> None:
@@ -196,7 +198,11 @@ def jobs(*, limit: int, as_json: bool, where: Where, **filters: str | None) -> N
 @click.command()
 @click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
 @click.option(
-    "--wait", "-w", is_flag=True, show_default=False, help="Follow it to its end; Ctrl-C leaves it running."
+    "--wait",
+    "-w",
+    is_flag=True,
+    show_default=False,
+    help="Wait until the job ends; Ctrl-C leaves it running.",
 )
 @json_option
 @server_options
@@ -269,40 +275,38 @@ def _details(job: Any) -> Iterator[str]:
 @click.command()
 @click.argument("model", shell_complete=models_of_server)
 @click.option(
-    "--version", "-v", metavar="N", type=click.IntRange(min=1), help="Which; the highest if left out."
+    "--version", "-v", metavar="N", type=click.IntRange(min=1), help="Version. [default: the highest]"
 )
 @_wait_option
-@click.option(
-    "--priority", type=click.Choice(["high", "normal", "low"]), help="Who goes first of those that wait."
-)
+@click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Order among waiting jobs.")
 @click.option(
     "--timeout-s",
     metavar="SECONDS",
     type=click.IntRange(min=1),
-    help="After how long it fails, waiting included.",
+    help="Limit of the whole job, waiting included.",
 )
 @click.option(
     "--keep-alive-s",
     metavar="SECONDS",
     type=click.IntRange(min=-1),
-    help="Idle seconds to its unload; -1 is never.",
+    help="Unload after so many idle seconds; -1: never.",
 )
 @click.option(
-    "--memory-limit-bytes", metavar="BYTES", type=click.IntRange(min=1), help="What each instance may take."
+    "--memory-limit-bytes", metavar="BYTES", type=click.IntRange(min=1), help="Memory limit of each instance."
 )
 @click.option(
-    "--strategy", type=click.Choice(["beside", "in_place", "auto"]), help="How it replaces a loaded version."
+    "--strategy", type=click.Choice(["beside", "in_place", "auto"]), help="How to replace a loaded version."
 )
-@click.option("--pin/--no-pin", "pinned", default=None, help="Never unload it for room or idleness.")
-@click.option("--instances", metavar="N", type=click.IntRange(min=1), help="Workers side by side.")
+@click.option("--pin/--no-pin", "pinned", default=None, help="Never evict the model or unload it when idle.")
+@click.option("--instances", metavar="N", type=click.IntRange(min=1), help="Number of workers.")
 @click.option(
-    "--max-batch-size", metavar="N", type=click.IntRange(min=0), help="Run so many waiting requests together."
+    "--max-batch-size", metavar="N", type=click.IntRange(min=0), help="Batch up to so many waiting requests."
 )
 @click.option(
     "--max-queue-delay-us",
     metavar="MICROSECONDS",
     type=click.IntRange(min=0),
-    help="How long one waits for others.",
+    help="Longest wait for a fuller batch.",
 )
 @json_option
 @server_options
@@ -311,8 +315,8 @@ def load(
 ) -> None:
     """Load a model, or another version of a loaded one.
 
-    What is left out is as the model's loadledger.toml or the server says. With --wait, the exit code is 1 if
-    the load fails, and the reason is told.
+    Defaults come from the model's loadledger.toml, then from the server. With --wait, the command prints why
+    a load failed, and the exit code is 1.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     with connected(where) as client:
@@ -327,9 +331,9 @@ def load(
 @json_option
 @server_options
 def unload(model: str | None, *, force: bool, wait: bool, as_json: bool, where: Where) -> None:
-    """Unload a model; without a name, the one that was loaded last.
+    """Unload a model, by default the one loaded last.
 
-    With --force, running requests are ended, a load under way is cancelled, and a stuck worker is killed.
+    --force aborts running requests, cancels a load in progress and kills a stuck worker.
     """
     with connected(where) as client:
         job = client.unload(model, force=force)

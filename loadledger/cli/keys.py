@@ -25,19 +25,19 @@ _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
     multiple=True,
     envvar="LOADLEDGER_ROLE",
     required=True,
-    help="admin, predict or audit; may be repeated.",
+    help="admin, predict or audit. May be repeated.",
 )
 @click.option(
     "--subject",
     envvar="LOADLEDGER_SUBJECT",
     required=True,
-    help="Who the token speaks for; the ledger names them.",
+    help="Name of the user or program; the ledger records it.",
 )
 @click.option(
     "--expires",
     envvar="LOADLEDGER_EXPIRES",
     default="12h",
-    help="For how long it is valid: 90s, 30m, 12h, 7d.",
+    help="Lifetime: 90s, 30m, 12h, 7d.",
 )
 @click.option("--jwt-audience", help="As given to `serve`. [LOADLEDGER_JWT_AUDIENCE]", show_default=False)
 @click.option("--jwt-issuer", help="As given to `serve`. [LOADLEDGER_JWT_ISSUER]", show_default=False)
@@ -45,10 +45,10 @@ _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 def token(
     data: Path, roles: tuple[str, ...], subject: str, expires: str, *, as_json: bool, **claims: str | None
 ) -> None:
-    """Print a token; the first use makes the keys.
+    """Create a token and print it.
 
-    It creates the data directory, too. With --json, it is `token`, and `subject`, `roles`, `expires_at` and
-    `kid`, the key that signed it, stand beside it.
+    The first use creates the data directory and the keys. --json prints `token`, `subject`, `roles`,
+    `expires_at` and `kid`, the id of the signing key.
     """
     from server.auth.keys import ensure_data_dir, issue_token  # noqa: PLC0415 - keeps `--help` quick
     from server.configsources import raise_mistakes, read_settings  # noqa: PLC0415
@@ -70,7 +70,7 @@ def token(
 def key() -> None:
     """List, rotate and revoke keys; show the ledger's.
 
-    Tokens cannot be revoked, but the keys that signed them can.
+    To revoke tokens, revoke the key that signed them.
     """
 
 
@@ -78,13 +78,13 @@ def key() -> None:
 @data_option
 @json_option
 def list_keys(data: Path, *, as_json: bool) -> None:
-    """Show the keys, newest last; the one that signs is marked."""
+    """List the keys, newest last; the signing one is marked."""
     from server.auth import keys  # noqa: PLC0415 - as above
 
     with problems_told():
         if not data.is_dir():
             raise click.BadParameter(
-                f"there is no {data}; `token` and `serve` create it", param_hint="--data"
+                f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
             )
         found = keys.list_keys(data)
     if as_json:
@@ -98,7 +98,7 @@ def list_keys(data: Path, *, as_json: bool) -> None:
 @data_option
 @json_option
 def rotate(data: Path, *, as_json: bool) -> None:
-    """Make a new key, which signs from now on; tokens of the old ones stay valid."""
+    """Create a new signing key; tokens of the old ones stay valid."""
     from server.auth import keys  # noqa: PLC0415 - as above
 
     with problems_told():
@@ -114,9 +114,9 @@ def rotate(data: Path, *, as_json: bool) -> None:
 @json_option
 @click.argument("kid")
 def revoke(data: Path, kid: str, *, as_json: bool) -> None:
-    """Remove a key, and with it the validity of every token that it signed.
+    """Remove a key; every token that it signed becomes invalid.
 
-    Nothing is printed; with --json, the `kid` that was removed.
+    It prints nothing; --json prints the removed `kid`.
     """
     from server.auth import keys  # noqa: PLC0415 - as above
 
@@ -130,7 +130,7 @@ key.add_command(ledger_key)
 
 
 def _told(made: str) -> dict[str, object]:
-    """Return a token that was just made, with what stands in it."""
+    """Return a new token with its claims."""
     import jwt  # noqa: PLC0415 - as above
 
     whole = jwt.decode_complete(made, options={"verify_signature": False})
@@ -148,6 +148,6 @@ def _seconds(text: str) -> int:
     match = _DURATION.fullmatch(text)
     if match is None or int(match[1]) == 0:
         raise click.BadParameter(
-            f"{text!r} is not a duration like 90s, 30m, 12h or 7d", param_hint="--expires"
+            f"{text!r} is not a duration: use one like 90s, 30m, 12h or 7d", param_hint="--expires"
         )
     return int(match[1]) * _UNITS_S[match[2]]

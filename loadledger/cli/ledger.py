@@ -24,17 +24,17 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="LOADLEDGER_DATA",
-    help="Directory of a ledger to check. [LOADLEDGER_DATA, where no FILE is given]",
+    help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
 @click.option(
     "--archive",
     "archives",
     multiple=True,
     type=_FILE,
-    help="An archive of the ledger in --data; may be repeated, in any order.",
+    help="An archive of the ledger in --data. May be repeated, in any order.",
 )
-@click.option("--key", metavar="FILE|KEY_ID", help="Whose signature is expected: as `key ledger` prints it.")
-@click.option("--expect", metavar="POSITION:HASH", help="What must be there: a head that was kept.")
+@click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
+@click.option("--expect", metavar="POSITION:HASH", help="Expected event: a head that you kept.")
 @json_option
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=_FILE)
 @click.pass_context
@@ -48,16 +48,16 @@ def verify(
     files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Check a ledger, or files that were exported or archived.
+    """Verify a ledger, exports or archives.
 
-    Of a ledger (--data): the database's file, the chain, and what is stored beside it. Works beside a running
-    server, and on a copy made with `backup`. Where events were archived, --archive names their files: they
-    are checked, have to lead to where the log begins, and have to come to the state that is stored there.
+    --data verifies a ledger: the database file, the hash chain and the stored projections. The server may be
+    running; a copy made with `backup` works too. If events were archived, give the files with --archive: they
+    have to lead to the first event of the log, and to the state that the ledger stored there.
 
-    Each FILE, an export as jsonl or an archive, is checked by itself: its chain, and its signed head. With
-    --data too, the ledger has to have the same events. Whose the signature is, only --key can say.
+    Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
+    --data, its events are also compared with the ledger's. Use --key to check who signed.
 
-    The exit code is 0 where all is well, 1 where something is wrong, and 2 where nobody can say.
+    Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
     from loadledger.cli.localledger import check  # noqa: PLC0415
@@ -77,19 +77,19 @@ def verify(
 
 
 def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, files: tuple[Path, ...]) -> None:
-    """Refuse what has no meaning, rather than to leave a part of it out.
+    """Refuse combinations of options without a meaning.
 
     Raises:
-        UsageError: it has none.
+        UsageError: such a combination was given.
     """
     if data is None and archives:
         raise click.UsageError(
-            "--archive goes with the ledger in --data; to check an archive by itself, name it as FILE"
+            "--archive belongs to the ledger in --data; to verify an archive by itself, name it as FILE"
         )
     if data is None and not files:
-        raise click.UsageError("say what to check: --data DIR of a ledger, or FILE")
+        raise click.UsageError("give something to verify: --data DIR of a ledger, or FILE")
     if key is not None and not (files or archives):
-        raise click.UsageError("--key is of signed files: name them as FILE, or with --archive")
+        raise click.UsageError("--key is for signed files: name them as FILE, or with --archive")
 
 
 @click.command()
@@ -97,7 +97,7 @@ def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, file
 @click.option(
     "--until",
     metavar="POSITION|TIME",
-    help="As of when: a position, or a time with its offset like 2026-01-31T14:02:00Z. [default: the head]",
+    help="Last event to fold: a position, or a time like 2026-01-31T14:02:00Z. [default: the head]",
     show_default=False,
 )
 @click.option(
@@ -105,16 +105,16 @@ def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, file
     "archives",
     multiple=True,
     type=click.Path(path_type=Path, dir_okay=False),
-    help="What was archived from this ledger: all its archives, in any order; may be repeated.",
+    help="An archive of this ledger; give all of them, in any order. May be repeated.",
 )
-@click.option("--model", "model_id", metavar="ID", help="Only this model, and its jobs.")
+@click.option("--model", "model_id", metavar="ID", help="Only this model and its jobs.")
 @json_option
 @click.option(
     "--rebuild",
     "rebuilds",
     is_flag=True,
     show_default=False,
-    help="Write the stored projections anew, and say whether they differed; takes a server that is stopped.",
+    help="Rebuild the stored projections and print the differences; the server must be stopped.",
 )
 def replay(
     data: Path,
@@ -125,17 +125,17 @@ def replay(
     as_json: bool,
     rebuilds: bool,
 ) -> None:
-    """Fold the log, and print what was so at a moment.
+    """Replay the log and print the state at a moment.
 
-    That is the models, and the jobs that had not ended. Nothing but the log is asked, and where events were
-    archived, what archiving stored of them; with --archive, the archives are folded instead, and --until may
-    be before the log begins. With --rebuild, the exit code is 1 where the projections differed.
+    The state is the models and the unended jobs. It comes from the log alone; if events were archived, it
+    starts from the state stored then. With --archive it starts from the archives, and --until may lie before
+    the log's first event. With --rebuild, the exit code is 1 if the stored projections differed.
     """
     from loadledger.cli.output import problems_told  # noqa: PLC0415
     from server.app import LEDGER  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     if rebuilds and (until is not None or model_id is not None or archives):
-        raise click.UsageError("--rebuild is of the whole log: leave --until and --model out, and --archive")
+        raise click.UsageError("--rebuild takes the whole log: leave out --until, --model and --archive")
     if not (data / LEDGER).is_file():
         raise click.BadParameter(f"there is no {LEDGER} in {data}", param_hint="--data")
     with problems_told():
@@ -149,7 +149,7 @@ def replay(
 def replayed(
     path: Path, until: str | None, model_id: str | None, archives: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """Return what was so at a moment, as the management API shows it.
+    """Return the state at a moment, in the form of the management API.
 
     Raises:
         LedgerProblem: `invalid_parameter`, `beyond_head`, `archived`, `log_unavailable`, and of archives
@@ -216,17 +216,17 @@ def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
 @click.command("export")
 @data_option
 @click.option(
-    "--format", "form", type=click.Choice(["jsonl", "cloudevents"]), default="jsonl", help="As what."
+    "--format", "form", type=click.Choice(["jsonl", "cloudevents"]), default="jsonl", help="Output format."
 )
 @click.option("--after", type=click.IntRange(min=0), help="Only events after this position.")
 @click.option("--until", type=click.IntRange(min=0), help="Only events up to this position.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="-")
 def export_events(data: Path, form: str, after: int | None, until: int | None, file: Path) -> None:
-    """Write events out as lines.
+    """Export events as lines.
 
-    They go to FILE, or to standard output, with a signed head at the end. Works beside a running server.
-    Lines of `jsonl` have the exact bodies and hashes, and `verify` reads them (docs/verify-it-yourself.md).
-    Those of `cloudevents` are CloudEvents 1.0 for other programs: `verify` does not read them.
+    They go to FILE or standard output, and end with a signed head. The server may be running. `jsonl` has the
+    exact bodies and hashes; `verify` reads it (docs/verify-it-yourself.md). `cloudevents` is CloudEvents 1.0
+    for other programs; `verify` does not read it.
     """
     from events.audit.export import cloudevents, export, jsonl  # noqa: PLC0415
     from events.audit.files import is_stream, refuse_own, written  # noqa: PLC0415
@@ -239,7 +239,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
         exported = export(ledger, lines, sign, after=after, until=until)
         if str(file) == "-":
             sys.stdout.buffer.writelines(exported)
-            sys.stdout.buffer.flush()  # what fails fails here, where it is told
+            sys.stdout.buffer.flush()  # so that an error is reported here
             return
         refuse_own(file, data)
         if is_stream(file):
@@ -256,15 +256,15 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     "--before",
     metavar="POSITION|TIME",
     required=True,
-    help="What goes: events below a position, or recorded before a time like 2026-01-31T14:02:00Z.",
+    help="Archive events below this position, or before a time like 2026-01-31T14:02:00Z.",
 )
 @json_option
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     """Move the oldest events to a compressed file that proves itself.
 
-    Takes a server that is stopped. The chain goes on: the log then begins after the archived events. Jobs
-    that had ended by then go too, except those that models are loaded by.
+    Stop the server first. The log then begins after the archived events, and the hash chain continues. Jobs
+    that had ended by then move too, except those behind loaded models.
     """
     from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
@@ -293,8 +293,8 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
         click.echo(f"sha256 of {file.name}: {done.sha256.hex()}")
     if not done.alone:
         click.echo(
-            f"loadledger: somebody reads {ledger.name}, so it was not made smaller, and {ledger.name}-wal "
-            "stays beside it and is a part of it: copy with `backup`",
+            f"loadledger: {ledger.name} is being read, so it could not shrink; {ledger.name}-wal belongs "
+            "to it: copy both with `loadledger backup`",
             err=True,
         )
 
@@ -304,9 +304,9 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
 @json_option
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def backup(data: Path, file: Path, *, as_json: bool) -> None:
-    """Copy the ledger to a file, and verify the copy.
+    """Copy the ledger to a file and verify the copy.
 
-    FILE is replaced if it is there. Works beside a running server. The keys are not in it: whoever has them
+    An existing FILE is replaced. The server may be running. The keys are not included, since anyone with them
     can sign.
     """
     from events.audit.backup import back_up  # noqa: PLC0415
@@ -329,7 +329,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
 @data_option
 @json_option
 def ledger_key(data: Path, *, as_json: bool) -> None:
-    """Show the public key that the ledger's heads are signed with, and its id."""
+    """Show the public key of the ledger's signatures, and its id."""
     from events.audit.signing import key_id  # noqa: PLC0415
     from loadledger.cli.output import problems_told  # noqa: PLC0415
     from server.auth.keys import open_signer, public_pem  # noqa: PLC0415
@@ -345,7 +345,7 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM end the command as an error does, so that what is half-written is removed."""
+    """Turn SIGTERM into SystemExit, so that drafts are removed."""
 
     def end(number: int, _frame: object) -> None:
         sys.exit(128 + number)
@@ -361,7 +361,7 @@ def ledger_in(data: Path) -> Path:
     """Return the ledger's file in a data directory.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
     """
     from server.app import LEDGER  # noqa: PLC0415
 

@@ -26,11 +26,11 @@ POLL_S = 0.2
 
 
 def told(found: Audit, *, key: str | None = None) -> list[str]:
-    """Return it in lines of text: whether it is verified, what is wrong, and the head that was proved.
+    """Return an audit as lines of text: verified or not, the finding, and the proved head.
 
     Args:
-        found: of a ledger.
-        key: the id of the key by which archives had to be signed, where that was known.
+        found: audit of a ledger.
+        key: id of the expected key of its archives, if one was given.
     """
     verification, finding = found.verification, found.finding
     head = f"{verification.position}:{verification.hash.hex()}"
@@ -68,7 +68,7 @@ def _behind(behind: Behind, key: str | None) -> Iterator[str]:
 
 
 def file_told(file: FileAudit, *, key: str | None = None) -> list[str]:
-    """Return in lines of text what a file proves by itself."""
+    """Return a file's audit as lines of text."""
     name, end = _name(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
         finding = file.finding
@@ -99,7 +99,7 @@ def _name(path: Path) -> str:
 
 
 def members(found: Audit) -> dict[str, Any]:
-    """Return it as JSON has it."""
+    """Return an audit as JSON members."""
     verification, finding = found.verification, found.finding
     behind = found.behind
     return {
@@ -118,7 +118,7 @@ def members(found: Audit) -> dict[str, Any]:
 
 
 def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
-    """Return what a file proves as JSON has it; `key_expected` is null where no key was."""
+    """Return a file's audit as JSON members; `key_expected` is null without an expected key."""
     head = file.head
     return {
         "file": str(file.path),
@@ -152,7 +152,7 @@ def _finding(finding: Finding | None, at: Path | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found of a ledger, if one was asked for, and of files, by a key that was expected, if any."""
+    """Result of `verify`: the audits of a ledger and of files, and the expected key."""
 
     ledger: Audit | None
     files: Sequence[FileAudit]
@@ -160,17 +160,17 @@ class Checked:
 
     @property
     def verified(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no finding."""
         found = [each.finding for each in self.files]
         return all(finding is None for finding in (*found, self.ledger and self.ledger.finding))
 
     def lines(self) -> list[str]:
-        """Return it for people."""
+        """Return the result as text."""
         lines = [] if self.ledger is None else told(self.ledger, key=self.key)
         return lines + [line for file in self.files for line in file_told(file, key=self.key)]
 
     def members(self) -> dict[str, Any]:
-        """Return it for programs: what is of the ledger is not there without one."""
+        """Return the result as JSON members; those of the ledger only if there was one."""
         behind = self.ledger.behind.files if self.ledger and self.ledger.behind else ()
         files = [file_members(each, key=self.key) for each in (*behind, *self.files)]
         of_ledger = {} if self.ledger is None else members(self.ledger)
@@ -184,18 +184,18 @@ def check(
     key: str | None,
     expected: Expected | None,
 ) -> Checked:
-    """Check a ledger or files, or both beside one another.
+    """Verify a ledger, files, or both against each other.
 
     Args:
-        ledger: the database's file, if it is to be checked.
+        ledger: the database file, if any.
         archives: of that ledger.
-        files: exports or archives, each to be checked by itself.
-        key: by whom files have to be signed: a key's id, or a file that has it.
-        expected: what the ledger must have, or without one a file.
+        files: exports or archives, each verified by itself.
+        key: the expected signer: a key's id, or a file with the key.
+        expected: the anchor that the ledger, or without one a file, has to contain.
 
     Raises:
-        KeyProblem: the key is none.
-        LedgerProblem: nobody can say; the text says why.
+        KeyProblem: the key is invalid.
+        LedgerProblem: it cannot be decided.
         OSError: a file cannot be read.
     """
     wanted = None if key is None else expected_key(key)
@@ -205,18 +205,18 @@ def check(
         found = audit(ledger, expected, archives=archives, key=wanted, files=sound)
         return Checked(found, checked, wanted)
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
-        raise NothingThere(f"none of these files has position {expected.position}, so nobody can say")
+        raise NothingThere(f"none of these files has position {expected.position}: name one that has it")
     return Checked(None, checked, wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerQuery:
-    """What is asked for.
+    """Which events of a file to list or follow.
 
     Attributes:
-        since: as it was typed in: a position, or a time.
+        since: a position or a time, as typed.
         until: likewise.
-        tail: only from so many positions before the head on.
+        tail: only the last so many positions.
     """
 
     wanted: EventFilter
@@ -227,13 +227,13 @@ class LedgerQuery:
 
 
 class FileSource:
-    """The ledger in a data directory; it gives events as lines, as they are stored."""
+    """The ledger in a data directory, as lines of stored events."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     async def listed(self, wish: LedgerQuery) -> AsyncIterator[Sequence[bytes] | int]:
-        """Yield pages of lines, and last the position up to which that is all."""
+        """Yield pages of lines, and last the position that they reach."""
         asked = EventQuery(
             wish.wanted, after=wish.after, since=place(wish.since), until=place(wish.until), limit=PAGE
         )
@@ -244,7 +244,7 @@ class FileSource:
                 yield page
 
     async def followed(self, wanted: EventFilter, after: int | None) -> AsyncIterator[Sequence[bytes]]:
-        """Yield lines as they are appended, for ever; None is from the head on."""
+        """Yield lines as they are appended, without end; None is from the head on."""
         async with open_reader(self._path) as reader:
             if after is None:
                 after = await _before_head(reader, 0)
@@ -258,7 +258,7 @@ class FileSource:
 
 
 async def _before_head(reader: Reader, count: int) -> int:
-    """Return the position so many before the head, or where the log begins."""
+    """Return the position so many before the head, or the log's base."""
     page = await reader.event_page(EventQuery(limit=1))
     return max(page.as_of - count, page.base)
 

@@ -47,7 +47,7 @@ SECTIONS = {
         "completion": "loadledger.cli.completion:completion",
     },
 }
-"""The table of contents, and where each command is."""
+"""The sections of the help, and the place of each command."""
 
 ALIASES = {
     "ls": ("models",),
@@ -61,31 +61,31 @@ ALIASES = {
     "kill": ("unload", "--force", "--wait"),
     "stats": ("top",),
 }
-"""What people type who know Docker and Ollama."""
+"""Words of Docker and Ollama."""
 
 EPILOG = """\b
-A server is told by --url or LOADLEDGER_URL, with a token in LOADLEDGER_TOKEN;
-or by a profile, which `loadledger login` writes. Without, it is
-http://127.0.0.1:8080. Words of Docker and Ollama do as well: ls, ps, run,
-show, stop, kill, logs, stats."""
+Name the server by --url or LOADLEDGER_URL, and set the token in
+LOADLEDGER_TOKEN; or save both with `loadledger login`. The default server is
+http://127.0.0.1:8080. Words of Docker and Ollama work too: ls, ps, run, show,
+stop, kill, logs, stats."""
 
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}
 MAX_HELP_CHARACTERS = 200
-"""Of a command's first sentence: none is that long, so none is cut off."""
+"""Longer than each command's first sentence, so that click cuts none."""
 
 
 def find(name: str) -> click.Command:
-    """Return a command; only its own module is imported, since all of them together take 20 ms."""
+    """Import a command's module and return it; all modules together would take 20 ms."""
     command: click.Command = resolve_name(COMMANDS[name])
     return command
 
 
 class Contents(click.Group):
-    """Shows its commands by sections, in their order, and understands other tools' words."""
+    """The top-level group: commands in sections, and aliases."""
 
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
-        """Return a command; None if there is none of this name."""
+        """Return a command; None if it does not exist."""
         return find(name) if name in COMMANDS else None
 
     def list_commands(self, _context: click.Context) -> list[str]:
@@ -93,7 +93,7 @@ class Contents(click.Group):
         return list(COMMANDS)
 
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections; what a command does is in the same column throughout."""
+        """Write the sections, with one column for all descriptions."""
         width = max(map(len, COMMANDS))
         for title, names in SECTIONS.items():
             rows = [(name.ljust(width), find(name).get_short_help_str(MAX_HELP_CHARACTERS)) for name in names]
@@ -101,14 +101,14 @@ class Contents(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that is meant."""
+        """Run the command."""
         with ends_told():
             return super().invoke(ctx)
 
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command by its name or an alias; what is none is told with what is like it."""
+        """Find a command by name or alias; an unknown one is refused with similar ones."""
         name = args[0]
         if name == "help":  # as of git, docker and ollama
             if len(args) == 1:
@@ -135,8 +135,8 @@ class Contents(click.Group):
 @click.pass_context
 def main(context: click.Context) -> None:
     """Load and unload ONNX models over HTTP, each in a process of its own, with a ledger of who did what."""
-    os.umask(0o077)  # what is written is the ledger and keys: nobody else's to read
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is shown as such, and no error
+    os.umask(0o077)  # ledger and keys are private
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that its encoding lacks are no error
         sys.stdout.reconfigure(errors="replace")
-    if os.environ.get("NO_COLOR") or is_dumb(os.environ):  # no-color.org: whatever it says
+    if os.environ.get("NO_COLOR") or is_dumb(os.environ):  # no-color.org: any value
         context.color = False

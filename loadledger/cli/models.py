@@ -14,7 +14,7 @@ from loadledger.cli.server import Where, connected, json_option, print_json, ser
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
-"""That are named; of more, the highest."""
+"""Number of versions in a cell: the highest ones."""
 
 
 USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
@@ -24,16 +24,16 @@ WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 
 @click.command()
 @click.argument("model", required=False, shell_complete=models_of_server)
-@click.option("--loaded", is_flag=True, show_default=False, help="Only those that are not unloaded.")
+@click.option("--loaded", is_flag=True, show_default=False, help="Only models that are not unloaded.")
 @click.option(
-    "--at", metavar="POSITION|TIME", help="As it was then: a position, or a time like 2026-01-31T14:02:00Z."
+    "--at", metavar="POSITION|TIME", help="Past state: a position, or a time like 2026-01-31T14:02:00Z."
 )
 @json_option
 @server_options
 def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, where: Where) -> None:
     """List the models and their states, or show one.
 
-    The active model, the one that an unload without a name takes, has a star.
+    A star marks the active model, which `unload` takes by default.
     """
     with connected(where) as client:
         if model is not None:
@@ -101,7 +101,7 @@ def _details(model: Any) -> Iterator[str]:
 @json_option
 @server_options
 def resources(*, as_json: bool, where: Where) -> None:
-    """Show the memory budget, what takes it, and who waits."""
+    """Show the memory budget, its use, and waiting jobs."""
     with connected(where) as client:
         found = client.resources()
     if as_json:
@@ -111,7 +111,7 @@ def resources(*, as_json: bool, where: Where) -> None:
 
 
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:
-    """Return what one load takes, as the cells of `HEAD`."""
+    """Return the resources of one load, as cells of `HEAD`."""
     return (
         cell(use.model_id),
         str(use.version),
@@ -126,14 +126,14 @@ def use_row(use: Any, now: datetime) -> tuple[str, ...]:
 
 
 def kept(use: Any) -> str:
-    """Return until when a model stays, if nobody asks for its unload."""
+    """Return when a model is unloaded automatically."""
     if use.pinned:
         return "pinned"
     return "-" if use.keep_alive_s is None or use.keep_alive_s < 0 else f"{use.keep_alive_s}s idle"
 
 
 def budget_line(found: Any) -> str:
-    """Return the budget and what is taken of it."""
+    """Return the memory budget and its use."""
     free = f"free {size(found.free_bytes)}"
     parts = [f"used {size(found.used_bytes)}", f"reserved {size(found.reserved_bytes)}", free]
     most = f"; at most {found.max_loaded} loaded" if found.max_loaded is not None else ""
@@ -141,7 +141,7 @@ def budget_line(found: Any) -> str:
 
 
 def pressure_line(found: Any) -> str | None:
-    """Return how much of the time something waited, if the kernel says so."""
+    """Return the pressure stall information, if the kernel has it."""
     if found.pressure is None:
         return None
     told = {"memory": found.pressure.memory_some_percent, "cpu": found.pressure.cpu_some_percent}

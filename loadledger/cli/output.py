@@ -25,33 +25,33 @@ COLOURS = {
     "cancelled": "bright_black",
     "unloaded": "bright_black",
 }
-"""Of states of models and of jobs. `click.echo` leaves colours out where no terminal shows them."""
+"""Colours of states; `click.echo` omits them where the output is no terminal."""
 
 NOTHING = "-"
 MAX_CELL_CHARACTERS = 100
-"""Of a text that others wrote; `--json` has all of it."""
+"""Longest text in a cell; `--json` has all of it."""
 MAX_BYTES = 2**63
-"""More is no size of anything, and from some number on it is none that can be divided."""
+"""Larger sizes are invalid; huge integers cannot even be divided as floats."""
 _MB, _GB = 10**6, 10**9
 _AGES = (("d", 86400), ("h", 3600), ("m", 60))
 
 
 FAILED = 1
-"""What was asked for was done, and did not come out well: a job failed, a check found something."""
+"""Exit code of a negative result: a job failed, a check found a problem."""
 COULD_NOT = 2
-"""It could not be done: it was typed wrongly, refused, or nobody answered."""
+"""Exit code without a result: a usage error, a refusal, or no answer."""
 INTERRUPTED = 130
-"""What shells say of a command that Ctrl-C ended: 128 and the signal's number."""
+"""Exit code after Ctrl-C, by the shells' convention: 128 and the signal's number."""
 UNREAD = 141
-"""What they say of one whose reader went away, as `| head` does: it is no answer of the command's."""
+"""Exit code after SIGPIPE by the same convention, such as before `| head`."""
 
 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()
 ) -> Iterator[str]:
-    """Yield the lines of a table, the head first; columns named in `right` hold numbers.
+    """Yield the lines of a table, the head first; columns named in `right` are aligned right.
 
-    No cell moves a terminal's cursor, whichever a server has sent: a state, too, is what it says it is.
+    Cells are made printable, since a server may send control characters even as a state.
     """
     rows = [[in_one_line(each) for each in cells] for cells in rows]
     widths = [max(map(width, column)) for column in zip(head, *rows, strict=True)]
@@ -65,7 +65,7 @@ def table(
 
 
 def width(text: str) -> int:
-    """Return how many columns of a terminal a text takes: of one letter that is two, one or none."""
+    """Return a text's width in terminal columns; a letter takes two, one or none."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len  # noqa: PLC0415 - only who is shown other letters pays for it
@@ -74,13 +74,13 @@ def width(text: str) -> int:
 
 
 def padded(text: str, columns: int, *, right: bool = False) -> str:
-    """Return a text with the spaces that it takes to fill so many columns of a terminal."""
+    """Pad a text to a width in terminal columns."""
     spaces = " " * (columns - width(text))
     return spaces + text if right else text + spaces
 
 
 def _coloured(line: str, columns: Sequence[str], cells: Sequence[str]) -> str:
-    """Colour the first cell that is a state; the widths were counted without."""
+    """Colour the first cell that is a state."""
     for index, cell in enumerate(cells):
         if cell in COLOURS:
             start = sum(len(each) + 2 for each in columns[:index])
@@ -89,19 +89,19 @@ def _coloured(line: str, columns: Sequence[str], cells: Sequence[str]) -> str:
 
 
 def state(word: str) -> str:
-    """Return a state with its colour."""
+    """Return a state in its colour."""
     return click.style(in_one_line(word), fg=COLOURS.get(word))
 
 
 def in_one_line(text: str) -> str:
-    """Return a text in which nothing moves a terminal's cursor."""
+    """Replace control characters, which could move the cursor."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def cell(text: object, *, most: int = MAX_CELL_CHARACTERS) -> str:
-    """Return what stands in a cell: one line, of bounded length, and never nothing."""
+    """Return a cell's text: one line of bounded length, `-` if empty."""
     if text is None or text == "":
         return NOTHING
     line = in_one_line(str(text))
@@ -109,7 +109,7 @@ def cell(text: object, *, most: int = MAX_CELL_CHARACTERS) -> str:
 
 
 def size(size_bytes: int | None) -> str:
-    """Return a number of bytes as people say it."""
+    """Return a number of bytes in MB or GB."""
     if size_bytes is None:
         return NOTHING
     if abs(size_bytes) > MAX_BYTES:
@@ -118,12 +118,12 @@ def size(size_bytes: int | None) -> str:
 
 
 def second(stamp: str | None) -> str:
-    """Return a time of the ledger to the second."""
+    """Return a timestamp to the second."""
     return NOTHING if stamp is None else f"{stamp[:19].replace('T', ' ')}Z"
 
 
 def moment(stamp: str) -> datetime | None:
-    """Return a time of the ledger; None if it is none."""
+    """Parse a timestamp; None if it is invalid."""
     try:
         found = datetime.fromisoformat(stamp)
     except ValueError:
@@ -132,13 +132,13 @@ def moment(stamp: str) -> datetime | None:
 
 
 def age(stamp: str | None, now: datetime) -> str:
-    """Return how long ago a time was, in its largest unit."""
+    """Return the time since a timestamp, in its largest unit."""
     then = None if stamp is None else moment(stamp)
     return NOTHING if then is None else duration((now - then).total_seconds())
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time: `0.3s` to `9.9s`, then `10s`, `5m`, `3h` or `2d`."""
+    """Return a duration: `0.3s` to `9.9s`, then `10s`, `5m`, `3h` or `2d`."""
     seconds = max(seconds, 0.0)
     for unit, length in _AGES:
         if seconds >= length:
@@ -147,43 +147,43 @@ def duration(seconds: float) -> str:
 
 
 def took(begin: str | None, end: str | None) -> str:
-    """Return the time between two, if both are known."""
+    """Return the time between two timestamps, if both are known."""
     first, last = (None if stamp is None else moment(stamp) for stamp in (begin, end))
     return NOTHING if first is None or last is None else duration((last - first).total_seconds())
 
 
 def give_up(text: str) -> NoReturn:
-    """Tell why it could not be done, and end."""
+    """Print why the command has no result, and exit."""
     note(text)
     sys.exit(COULD_NOT)
 
 
 def note(text: str) -> None:
-    """Tell something beside the answer; each of its lines is one, whatever stands in it."""
+    """Print a note on stderr, free of control characters."""
     lines = [in_one_line(line) for line in f"loadledger: {text}".split("\n")]
     click.echo("\n".join(lines), err=True)
 
 
 def is_dumb(environment: Mapping[str, str]) -> bool:
-    """Whether the terminal is one that only prints, as that of an editor."""
+    """Whether the terminal cannot move its cursor, such as an editor's."""
     return environment.get("TERM", "") in {"dumb", "unknown"}
 
 
 @contextmanager
 def ends_told() -> Iterator[None]:
-    """End a command that is interrupted, or that nobody reads any more, with a code that is no answer."""
+    """Exit quietly after Ctrl-C or a closed pipe, with a code of its own."""
     try:
         yield
     except (KeyboardInterrupt, click.Abort):
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # what is still held for it would fail again while the process ends
+    except BrokenPipeError:  # flushing stdout at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         sys.exit(UNREAD)
 
 
 @contextmanager
 def problems_told() -> Iterator[None]:
-    """Tell what is wrong with files, keys and settings, and end."""
+    """Print a problem of files, keys or settings, and exit."""
     from events.errors import LedgerProblem  # noqa: PLC0415 - only commands that work on files come here
     from runtime.errors import RuntimeProblem  # noqa: PLC0415
     from server.auth.keys import KeyProblem  # noqa: PLC0415

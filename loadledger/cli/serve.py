@@ -16,10 +16,10 @@ from loadledger.cli.server import json_option
 
 
 class SettingsCommand(click.Command):
-    """A command that has an option for each setting, beside its own."""
+    """A command with an option for each setting of the server."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the settings' options, then its own."""
+        """Return the options of the settings, then the command's own."""
         return [*_settings_options(), *super().get_params(ctx)]
 
 
@@ -27,7 +27,7 @@ class SettingsCommand(click.Command):
 def _settings_options() -> list[click.Option]:
     from server.config import settings  # noqa: PLC0415 - keeps `loadledger --help` quick
 
-    text = "TOML file with settings by their names, for what neither options nor variables say."
+    text = "TOML file with settings by name; options and variables override it."
     options = [click.Option(["--config"], metavar="FILE", help=f"{text} [LOADLEDGER_CONFIG]")]
     for setting in settings():
         default = "no default" if setting.default is None else f"default: {setting.default}"
@@ -41,8 +41,7 @@ def _settings_options() -> list[click.Option]:
 def serve(**flags: str | None) -> None:
     """Run the server until SIGTERM.
 
-    Each setting comes from its option, else from its variable, else from the file that --config names, else
-    it has its default.
+    A setting's option overrides its variable, which overrides the --config file, which overrides the default.
     """
     from server import serve as server  # noqa: PLC0415 - as above
     from server.check import load_config  # noqa: PLC0415
@@ -54,7 +53,7 @@ def serve(**flags: str | None) -> None:
 def _announce(url: str) -> None:
     from server.configsources import warn_of_unknown_variables  # noqa: PLC0415 - as above
 
-    warn_of_unknown_variables(os.environ)  # here, since by now there is a log
+    warn_of_unknown_variables(os.environ)  # now that logging is set up
     click.echo(f"loadledger is ready at {url}")
     sys.stdout.flush()
 
@@ -66,18 +65,17 @@ def _announce(url: str) -> None:
     metavar="SECONDS",
     type=click.FloatRange(min=0, min_open=True),
     default=60.0,
-    help="How long each version is given to load, if not its own timeout_s is less.",
+    help="Time limit of each load; a smaller timeout_s of the model goes first.",
 )
 @json_option
 def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) -> None:
-    """Say what is wrong with a configuration or a repository.
+    """Check a configuration and a model repository.
 
-    Takes the options and variables that `serve` takes, and changes nothing; a server may run meanwhile. Each
-    version of each model is loaded in a process of its own, one after the other, within the memory budget,
-    and warmed up as a load is. --data is looked at if it is given.
+    It takes the options and variables of `serve` and changes nothing; a server may be running. Each version
+    of each model is loaded in a process of its own, one after the other, within the memory budget, and warmed
+    up. --data is optional.
 
-    The exit code is 0 where nothing is wrong (notes are no problems), 1 where something is, and 2 where
-    nothing could be checked.
+    Exit code: 0 without problems (notes do not count), 1 with problems, 2 if nothing could be checked.
     """
     from server.check import CheckResult, check_configuration, check_repository  # noqa: PLC0415 - as above
 
@@ -90,7 +88,7 @@ def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) ->
 
 
 def _progress() -> Callable[[str], None]:
-    """Return what tells somebody who watches which version is being loaded."""
+    """Return a callback that prints, on a terminal, which version is being loaded."""
     if not sys.stderr.isatty():
         return lambda _: None
     return lambda place: click.echo(f"loading {place} …", err=True)
@@ -113,7 +111,7 @@ def _number(count: int, what: str) -> str:
 
 @click.command()
 def demo() -> None:
-    """Load, ask, swap and unload a real model, and show the ledger."""
+    """Load, query, swap and unload a real model; show the ledger."""
     from loadledger.cli.demo import run  # noqa: PLC0415 - as above
 
     sys.exit(run())

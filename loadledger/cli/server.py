@@ -38,24 +38,24 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNAUTHENTICATED, FORBIDDEN = 401, 403
 HINTS = {
     "unknown_model": "`loadledger models` lists them",
-    "unknown_version": "`loadledger models MODEL` names those that there are",
+    "unknown_version": "`loadledger models MODEL` lists its versions",
     "unknown_job": "`loadledger jobs` lists them",
     "not_loaded": "`loadledger ps` lists what is loaded",
     "nothing_loaded": "`loadledger ps` lists what is loaded",
     "model_not_loaded": "`loadledger load MODEL --wait` loads it",
 }
-"""What to do next, by the server's codes."""
+"""Advice by the server's error codes."""
 json_option = click.option("--json", "as_json", is_flag=True, show_default=False, help="Print JSON.")
-"""Adds `--json`, which the command gets as `as_json`."""
+"""Adds `--json`, passed as `as_json`."""
 
 
 class ProfileProblem(Exception):
-    """The profile cannot be used; the text says why, and what to do."""
+    """The profile cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a profile file says; None is what it does not say."""
+    """Content of a profile file; None is absent."""
 
     url: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -64,10 +64,10 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A server, what it is shown, and by what it is known.
+    """The server that a command talks to.
 
     Attributes:
-        ca: file of the certificates that may have signed its own; None is the system's.
+        ca: file of certificates to trust, in PEM; None is the system's.
     """
 
     url: str
@@ -76,10 +76,10 @@ class Place:
 
 
 def find_place(url: str | None, profile: str | None, environment: Mapping[str, str]) -> Place:
-    """Return the server to talk to: by option, then variable, then profile; else the default one, here.
+    """Find the server: by option, then variable, then profile, then the default URL.
 
     Raises:
-        ProfileProblem: there is no such profile, or it cannot be used.
+        ProfileProblem: the profile does not exist, or cannot be used.
     """
     kept = _chosen(profile, environment)
     kept_url = kept.url or DEFAULT_URL
@@ -91,32 +91,32 @@ def find_place(url: str | None, profile: str | None, environment: Mapping[str, s
 
 
 def profile_path(profile: str | None, environment: Mapping[str, str]) -> Path:
-    """Return where a profile is kept.
+    """Return the path of a profile.
 
     Args:
         profile: a name, a path with a slash in it, or None for the default one.
-        environment: whose home and configuration folder count.
+        environment: gives the home and configuration folders.
 
     Raises:
-        ProfileProblem: it is no name, or there is no home to keep it in.
+        ProfileProblem: the name is invalid, or there is no home folder.
     """
     name = profile or environment.get(PROFILE) or DEFAULT_PROFILE
     if "/" in name:
         return Path(name)
     if not _NAME.fullmatch(name):
-        raise ProfileProblem(f"{name[:64]!r} is no name of a profile: letters, digits, and . _ - between")
+        raise ProfileProblem(f"{name[:64]!r} cannot name a profile: use letters, digits, and . _ - between")
     folder = _folder(environment)
     if folder is None:
-        raise ProfileProblem("there is no HOME to keep profiles in: give --profile a path, like ./mine.toml")
+        raise ProfileProblem("there is no HOME for profiles: give --profile a path, like ./mine.toml")
     return folder / f"{name}.toml"
 
 
 def read_profile(path: Path) -> Profile:
-    """Return what a profile file says.
+    """Read a profile file.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ProfileProblem: others may read it, or it is no profile.
+        FileNotFoundError: it does not exist.
+        ProfileProblem: others may read it, or it is invalid.
     """
     try:
         text = _private_text(path)
@@ -127,21 +127,21 @@ def read_profile(path: Path) -> Profile:
         raise
     except OSError as error:
         raise ProfileProblem(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # it may stand beside the token, so it is not repeated
+    except (ValueError, RecursionError) as error:  # its text may hold the token, so it is not repeated
         kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "TOML"
-        raise ProfileProblem(f"{path} is not {kind}: write it anew with `loadledger login`") from None
+        raise ProfileProblem(f"{path} is not {kind}: write it again with `loadledger login`") from None
     unknown = sorted(values.keys() - set(KNOWN))
     if unknown:
-        raise ProfileProblem(f"{path}: {unknown[0][:64]!r} is none of {', '.join(KNOWN)}")
+        raise ProfileProblem(f"{path}: {unknown[0][:64]!r} is unknown: use {', '.join(KNOWN)}")
     wrong = [name for name, value in values.items() if not isinstance(value, str) or not value]
     if wrong:
-        raise ProfileProblem(f'{path}: {wrong[0]} has to be a text, like {wrong[0]} = "…"')
+        raise ProfileProblem(f'{path}: {wrong[0]} has to be a string, like {wrong[0]} = "…"')
     ca = values.get("ca")
     return Profile(values.get("url"), values.get("token"), Path(ca).expanduser() if ca else None)
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write a profile that nobody else may read; one that is there is replaced in one step.
+    """Write a private profile; an existing one is replaced atomically.
 
     Raises:
         OSError: it cannot be written.
@@ -172,7 +172,7 @@ def _chosen(profile: str | None, environment: Mapping[str, str]) -> Profile:
         try:
             return read_profile(path)
         except FileNotFoundError:
-            raise ProfileProblem(f"there is no {path}; `loadledger login` makes one") from None
+            raise ProfileProblem(f"there is no {path}; `loadledger login` creates one") from None
     folder = _folder(environment)
     if folder is None:
         return Profile()
@@ -183,7 +183,7 @@ def _chosen(profile: str | None, environment: Mapping[str, str]) -> Profile:
 
 
 def _folder(environment: Mapping[str, str]) -> Path | None:
-    """Return the folder of the XDG base directory specification, which wants it absolute."""
+    """Return the configuration folder by the XDG base directory specification; it must be absolute."""
     given, home = environment.get("XDG_CONFIG_HOME", ""), environment.get("HOME", "")
     base = Path(given) if given.startswith("/") else Path(home) / ".config" if home else None
     return None if base is None else base / "loadledger"
@@ -198,29 +198,29 @@ def _private_text(path: Path) -> str:
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
         seen = os.fstat(file.fileno())
         if not stat.S_ISREG(seen.st_mode):
-            raise ProfileProblem(f"{path} is no file")
+            raise ProfileProblem(f"{path} is not a regular file")
         if seen.st_uid not in {os.geteuid(), 0}:
-            raise ProfileProblem(f"{path} belongs to somebody else, who could send your token anywhere")
+            raise ProfileProblem(f"{path} belongs to another user, who could redirect your token")
         if seen.st_mode & 0o077:
             mode = f"{stat.S_IMODE(seen.st_mode):04o}"
             raise ProfileProblem(
-                f"others may use {path} (mode {mode}), which holds a token: chmod 600 {path}"
+                f"{path} holds a token and others may access it (mode {mode}): chmod 600 {path}"
             )
         content = file.read(MAX_PROFILE_BYTES + 1)
     if len(content) > MAX_PROFILE_BYTES:
-        raise ProfileProblem(f"{path} has more than {MAX_PROFILE_BYTES} bytes: it is no profile")
+        raise ProfileProblem(f"{path} is no profile: it has more than {MAX_PROFILE_BYTES} bytes")
     return content.decode()
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What the options say of the server; None is nothing."""
+    """The options that name a server."""
 
     url: str | None = None
     profile: str | None = None
 
     def place(self) -> Place:
-        """Return the server that is meant.
+        """Find the server.
 
         Raises:
             ProfileProblem: the profile cannot be used.
@@ -229,7 +229,7 @@ class Where:
 
 
 def server_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say which server is meant; the command gets them as `where`."""
+    """Add `--url` and `--profile`, passed as `where`."""
 
     @wraps(command)
     def called(*arguments: Any, url: str | None, profile: str | None, **options: Any) -> None:
@@ -238,17 +238,17 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
     with_profile = click.option(
         "--profile",
         metavar="NAME|FILE",
-        help="Which profile has URL and token, as `login` keeps them. [LOADLEDGER_PROFILE]",
+        help="Profile with URL and token, as `login` saves it. [LOADLEDGER_PROFILE]",
     )
     with_url = click.option(
-        "--url", metavar="URL", help="The server, like http://127.0.0.1:8080. [LOADLEDGER_URL]"
+        "--url", metavar="URL", help="Server, like http://127.0.0.1:8080. [LOADLEDGER_URL]"
     )
     return with_url(with_profile(called))
 
 
 @contextmanager
 def connected(where: Where, *, timeout_s: float = 30.0) -> Iterator[Any]:
-    """Give a client of the server that is meant; what goes wrong ends the command, as in `talking_to`."""
+    """Give a client of the server that the options name; problems end the command, as in `talking_to`."""
     try:
         place = where.place()
     except ProfileProblem as problem:
@@ -259,9 +259,9 @@ def connected(where: Where, *, timeout_s: float = 30.0) -> Iterator[Any]:
 
 @contextmanager
 def talking_to(place: Place, *, timeout_s: float = 30.0) -> Iterator[Any]:
-    """Give a client of a server; what goes wrong with it is told, and ends the command.
+    """Give a client of a server; a problem is printed and ends the command.
 
-    Ctrl-C ends it as well, without a word: whoever has more to say then says it first.
+    Ctrl-C ends the command silently.
     """
     from loadledger import Client, ClientProblem  # noqa: PLC0415 - keeps `loadledger --help` quick
 
@@ -270,28 +270,28 @@ def talking_to(place: Place, *, timeout_s: float = 30.0) -> Iterator[Any]:
             yield client
     except ClientProblem as problem:
         give_up(told(problem, place))
-    except ValueError as error:  # what was typed cannot be sent, and was not
+    except ValueError as error:  # an argument cannot be sent
         give_up(str(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
 def told(problem: Exception, place: Place) -> str:
-    """Say what went wrong and what to do about it."""
+    """Return a problem's message with advice."""
     status = getattr(problem, "status", None)
     if status == UNAUTHENTICATED and not place.token:
         return (
-            f"{place.url} asks for a token: set LOADLEDGER_TOKEN, or keep one with `loadledger login`"
-            " (`loadledger token` makes one beside the server's data)"
+            f"{place.url} asks for a token: set LOADLEDGER_TOKEN, or save one with `loadledger login`"
+            " (`loadledger token` creates one on the server's machine)"
         )
     if status == FORBIDDEN:
-        return f"{problem}; use a token that has the role (`loadledger token --role …`)"
+        return f"{problem}; use a token with that role (`loadledger token --role …`)"
     hint = HINTS.get(getattr(problem, "code", ""))
     return f"{problem}; {hint}" if hint else str(problem)
 
 
 def data_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Add `--data`, without which the command does not run."""
+    """Add the required option `--data`."""
     return click.option(
         "--data",
         type=click.Path(path_type=Path, file_okay=False),
@@ -302,10 +302,7 @@ def data_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def print_json(value: Any) -> None:
-    """Print a value of the client's, or plain ones, over as many lines as it takes.
-
-    What would move a terminal's cursor is escaped, as JSON may have it anyway.
-    """
+    """Print a value as indented JSON; control characters are escaped."""
     import msgspec  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
@@ -319,8 +316,8 @@ def _visible(letter: str) -> str:
 
 
 @click.command()
-@click.option("--url", metavar="URL", envvar="LOADLEDGER_URL", default=DEFAULT_URL, help="The server.")
-@click.option("--profile", metavar="NAME|FILE", help="Under which name it is kept. [LOADLEDGER_PROFILE]")
+@click.option("--url", metavar="URL", envvar="LOADLEDGER_URL", default=DEFAULT_URL, help="Server.")
+@click.option("--profile", metavar="NAME|FILE", help="Profile to write. [LOADLEDGER_PROFILE]")
 @click.option(
     "--ca",
     metavar="FILE",
@@ -330,12 +327,12 @@ def _visible(letter: str) -> str:
 )
 @json_option
 def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> None:
-    """Keep a server's URL and a token in a profile.
+    """Save a server's URL and a token in a profile.
 
-    The token is asked for, or read from standard input: `loadledger token … | loadledger login`. The server
-    is asked whether it takes it before anything is written. Nobody else can read the file.
+    Type the token at the prompt, or pipe it in: `loadledger token … | loadledger login`. The command first
+    checks that the server accepts it. Only you can read the file.
 
-    With --json, `url` is the server's, and `profile` the file.
+    --json prints the server's `url` and the file's path as `profile`.
     """
     try:
         path = profile_path(profile, os.environ)
@@ -350,9 +347,9 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
     except OSError as error:
         give_up(f"{path} cannot be written: {error.strerror}")
     if as_json:
-        click.echo(json.dumps({"url": url, "profile": str(path)}, indent=2))  # whatever bytes a path has
+        click.echo(json.dumps({"url": url, "profile": str(path)}, indent=2))  # a path may be no UTF-8
     else:
-        click.echo(f"{in_one_line(url)} takes the token; kept in {path}")
+        click.echo(f"{in_one_line(url)} accepts the token; saved in {path}")
 
 
 def _token() -> str:

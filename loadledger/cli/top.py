@@ -21,19 +21,19 @@ from loadledger.cli.server import Where, connected, json_option, print_json, ser
 JOBS_HEAD = ("JOB", "KIND", "MODEL", "STATUS", "BY", "AGE", "WHERE")
 WRONG_HEAD = ("MODEL", "STATE", "REASON")
 MOST_ROWS = 100
-"""Of each table; a terminal shows fewer, and a server may have ten thousand."""
+"""Longest table: a terminal shows fewer rows, and a server may have ten thousand models."""
 BAR_CELLS = 40
 PAUSE = 4
-"""Times a look is what lies between two: a view must not keep a server busy that has ten thousand models."""
+"""Pause between two snapshots, in durations of one: `top` must not keep a server of many models busy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was seen of a server at one moment.
+    """State of a server at one moment.
 
     Attributes:
-        took_s: how long it took to look.
-        problem: why it could not be seen this time; the rest is then what was seen before.
+        took_s: duration of the requests.
+        problem: why the latest requests failed; the rest is then the previous state.
     """
 
     url: str
@@ -51,19 +51,19 @@ class Look:
     metavar="SECONDS",
     type=click.FloatRange(0.2, 3600.0),
     default=1.0,
-    help="Seconds between looks.",
+    help="Seconds between updates.",
 )
 @json_option
-@click.option("--once", is_flag=True, show_default=False, help="Look once; so too without a terminal.")
+@click.option("--once", is_flag=True, show_default=False, help="Print once and exit, as without a terminal.")
 @server_options
 def top(*, interval: float, once: bool, as_json: bool, where: Where) -> None:
-    """Watch memory, models, and jobs under way; Ctrl-C ends it."""
+    """Watch memory, models and running jobs until Ctrl-C."""
     with connected(where) as client:
         look = _look(client)
         if as_json:
             print_json({"resources": look.resources, "jobs": look.jobs, "wrong": look.wrong})
             return
-        if once or not sys.stdout.isatty() or is_dumb(os.environ):  # which would show nothing until its end
+        if once or not sys.stdout.isatty() or is_dumb(os.environ):  # there, a live view would print nothing
             click.echo("\n".join(lines(look)))
             return
         try:
@@ -73,7 +73,7 @@ def top(*, interval: float, once: bool, as_json: bool, where: Where) -> None:
 
 
 def _watch(client: Any, look: Look, interval_s: float) -> None:
-    """Show what is seen again and again, while the server is away too."""
+    """Update the view until an error that retrying does not mend."""
     from rich.live import Live  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     from loadledger import ServerError, ServerUnreachable  # noqa: PLC0415
@@ -86,7 +86,7 @@ def _watch(client: Any, look: Look, interval_s: float) -> None:
             except ServerUnreachable as problem:
                 look = _stale(look, problem)
             except ServerError as problem:
-                if problem.status < 500 and problem.status != 429:  # noqa: PLR2004 - it would stay so
+                if problem.status < 500 and problem.status != 429:  # noqa: PLR2004 - permanent
                     raise
                 look = _stale(look, problem)
             live.update(_shown(look), refresh=True)
@@ -107,18 +107,18 @@ def _look(client: Any) -> Look:
 
 
 def _shown(look: Look) -> Any:
-    """Return the view for a terminal: a line that is too long is cut, and not broken."""
+    """Return the view for a terminal; lines that are too long are cut."""
     from rich.text import Text  # noqa: PLC0415 - as above
 
     return Text.from_ansi("\n".join(lines(look)), no_wrap=True, overflow="ellipsis")
 
 
 def lines(look: Look) -> Iterator[str]:
-    """Yield the view."""
+    """Yield the lines of the view."""
     found, now = look.resources, datetime.now(UTC)
     yield f"{click.style('loadledger', bold=True)}  {look.url}  {look.at:%H:%M:%S}Z  position {found.as_of}"
     if look.problem is not None:
-        yield click.style(f"away, trying again; this is as it was: {in_one_line(look.problem)}", fg="red")
+        yield click.style(f"unreachable, retrying; previous state: {in_one_line(look.problem)}", fg="red")
     yield f"memory {_bar(found)} {budget_line(found)}"
     yield from filter(None, [pressure_line(found)])
     yield ""

@@ -224,7 +224,7 @@ async def test_top_survives_restart_and_colours_obey_no_color(tmp_path: Path) ->
         with at_terminal("top", "--interval=0.2", environment=alice.environment) as terminal:
             await terminal.until(r"m +1 +serving")
             assert await server.stop() == 0
-            await terminal.until("away, trying again")
+            await terminal.until("unreachable, retrying")
             terminal.shown = ""
             async with serving(server.api.config, APART, f"--port={port}"):
                 await terminal.until(r"Z  position \d+\s+memory")

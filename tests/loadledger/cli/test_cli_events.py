@@ -174,7 +174,7 @@ async def test_follow_server_across_restart(tmp_path: Path) -> None:
                 await again.api.load("m")
                 assert await positions(process, 4) == [5, 6, 7, 8]
                 code, _, err = await interrupted(process)
-                assert (code, err.count(b"trying again") <= 1) == (130, True)
+                assert (code, err.count(b"retrying") <= 1) == (130, True)
 
 
 async def test_archived_events_are_refused_with_position_to_begin_at(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ Arguments = Callable[[Path, Path], tuple[object, ...]]
         (lambda _data, _file: (), "--data DIR of a ledger, or FILE"),
         (lambda _data, file: ("--archive", file), "name it as FILE"),
         (lambda _data, file: (file, "--archive", file), "name it as FILE"),
-        (lambda data, _file: ("--data", data, "--key", "0" * 32), "--key is of signed files"),
+        (lambda data, _file: ("--data", data, "--key", "0" * 32), "--key is for signed files"),
         (lambda data, file: ("--data", data, "--archive", file), "nothing was archived"),
         (lambda data, _file: ("--data", data, "--archive", data), "is a directory"),
         (lambda _data, file: (file, "--expect", "5"), "POSITION:HASH"),
@@ -382,8 +382,8 @@ def test_rebuild_prints_and_mends_differences(two_models: Path) -> None:
     [
         (("--until", "10"), "the log's head is at position 9"),
         (("--until", "noon"), "is neither a position"),
-        (("--rebuild", "--until", "4"), "leave --until and --model out"),
-        (("--rebuild", "--model", "digits"), "leave --until and --model out"),
+        (("--rebuild", "--until", "4"), "leave out --until, --model"),
+        (("--rebuild", "--model", "digits"), "leave out --until, --model"),
     ],
 )
 def test_replay_refuses(two_models: Path, arguments: tuple[str, ...], words: str) -> None:

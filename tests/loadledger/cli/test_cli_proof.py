@@ -137,7 +137,7 @@ def test_archive_beside_reader_warns_of_write_ahead_log(data: Path, tmp_path: Pa
         reader.execute("SELECT count(*) FROM events").fetchone()
         result = run("archive", "--data", data, "--before", 9, tmp_path / "a.gz")
         assert result.exit_code == 0, result.output
-        assert "ledger.db-wal stays beside it and is a part of it" in result.stderr
+        assert "ledger.db-wal belongs to it" in result.stderr
         assert run("verify", "--data", data).exit_code == 0
     printed("archive", "--data", data, "--before", 12, tmp_path / "b.gz")
 
@@ -215,7 +215,7 @@ def test_drafts_of_killed_commands_are_removed(data: Path, tmp_path: Path, comma
 def test_sigterm_removes_draft(data: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
-        "from events import export\n"
+        "from events.audit import export\n"
         "def stop(*_):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return b''\n"

@@ -70,7 +70,7 @@ def test_token_of_profile_goes_to_no_other_server(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666, 0o601])
 def test_profile_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
     write(tmp_path, Profile(HERE, "secret")).chmod(mode)
-    with pytest.raises(ProfileProblem, match=f"mode 0{mode:o}.*chmod 600") as refused:
+    with pytest.raises(ProfileProblem, match=rf"mode 0{mode:o}.*chmod 600") as refused:
         find_place(None, None, {"HOME": str(tmp_path)})
     assert "secret" not in str(refused.value)
 
@@ -80,11 +80,11 @@ def test_profile_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
     [
         (b"token = secret", "not TOML"),
         (b"\xff", "not UTF-8"),
-        (b"tokens = 'secret'", "'tokens' is none of url, token, ca"),
+        (b"tokens = 'secret'", "'tokens' is unknown: use url, token, ca"),
         (b"token = 7", 'like token = "'),
         (b"url = ''", 'like url = "'),
-        (b"[token]\na = 'secret'", "has to be a text"),
-        (b"#" * (MAX_PROFILE_BYTES + 1), "it is no profile"),
+        (b"[token]\na = 'secret'", "has to be a string"),
+        (b"#" * (MAX_PROFILE_BYTES + 1), "is no profile"),
     ],
 )
 def test_invalid_profile_is_refused_without_its_token(tmp_path: Path, content: bytes, words: str) -> None:
