@@ -1,4 +1,4 @@
-# Every target works from a fresh clone: the first makes .venv. Without make, README.md has the commands.
+# Every target works in a fresh clone: the first one creates .venv. README.md has the commands without make.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,8 +7,8 @@ BIN := .venv/bin
 help:
 	@echo "make demo | test | conformance | soak | lint | type | fmt | bench | bench-peers | generated"
 
-# What runs is the installed package, so every target that runs it installs the present tree first. A build/
-# left by an earlier install would put deleted modules into this one.
+# Targets run the installed package, so they install the working tree first. A build/ of an earlier install would
+# add deleted modules.
 install: | $(BIN)/pip
 	rm -rf build
 	$(BIN)/pip install --quiet '.[test]'
@@ -16,7 +16,7 @@ install: | $(BIN)/pip
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
-# The linters are installed once, and again when setup.py asks for others.
+# Installs the linters once, and again when setup.py changes.
 $(BIN)/.tools: setup.py
 	$(MAKE) install
 	touch $@
@@ -27,12 +27,12 @@ demo: install
 test: install
 	$(BIN)/pytest
 
-# All of ONNX's own conformance cases over HTTP; `make test` takes every 80th.
+# All of ONNX's conformance cases over HTTP; `make test` runs every 80th.
 conformance: install
 	CONFORMANCE=all $(BIN)/pytest -n 0 -s tests/conformance
 
-# The long forms of what `make test` does for some seconds each: about half an hour, with figures; and the
-# properties of the ledger, with many new examples.
+# The long forms of tests that `make test` runs for seconds: half an hour, with figures. Also the ledger's
+# properties with many new examples.
 soak: install
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 	SOAK=all $(BIN)/pytest tests/events
@@ -54,9 +54,9 @@ fmt: $(BIN)/.tools
 bench: install
 	$(BIN)/python -m bench
 
-# Triton, from a wheel of NVIDIA's, in an environment of its own: its Python backend needs numpy 1 (with numpy 2
-# its outputs are empty), whose last wheels are for Python 3.12. Of the wheel only the server in it is run, so
-# what else the wheel asks for is left out. ONNX Runtime is in our version.
+# Measures Triton, too, from NVIDIA's wheel in an environment of its own. Its Python backend needs numpy 1 (with
+# numpy 2 its outputs are empty), which supports Python up to 3.12. Only the server in the wheel runs, so its
+# dependencies are not installed. ONNX Runtime has our version.
 PEERS := .venv/peers
 PEERS_PYTHON ?= $(PYTHON)
 
@@ -71,7 +71,7 @@ $(PEERS)/.installed: | $(BIN)/pip
 	$(PEERS)/bin/pip install --quiet --no-deps nvidia-pytriton==0.7.0
 	touch $@
 
-# What is generated from the code, and tests hold to it. `python -m` finds the tree's own packages first; the
-# installed one is for its dependencies.
+# Generates the reference pages and openapi.yaml from the code. `python -m` imports the packages of the working
+# tree.
 generated: $(BIN)/.tools
 	$(BIN)/python -m tools.generate

@@ -1,4 +1,4 @@
-"""`python -m bench`: every bench against one server after the other, and one table of what came out."""
+"""`python -m bench`: measure one part after the other, each at its own server, and print one table."""
 
 import os
 import platform
@@ -13,19 +13,18 @@ import click
 from rich.console import Console
 
 from bench import (
-    answers,
     driver,
+    generator,
     inference,
     ledger,
-    listing,
     loads,
     memory,
-    policies,
+    peers,
     prepared,
-    tails,
-    triton,
+    streams,
+    swaps,
 )
-from bench.networks import NETWORKS
+from bench.models import NETWORKS
 from bench.table import Row, table
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -33,14 +32,14 @@ WIDTH = 160
 PARTS = ("loads", "prepared", "memory", "policies", "inference", "tails", "ledger", "listing")
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepare=off"
-"""So that nothing is done in the background where something else is measured."""
+"""Nothing may be prepared in the background of what is measured."""
 PEERS = ".venv/peers"
-"""Where `make bench-peers` installs them: a part of what is ours alone, and out of everybody's way."""
+"""The environment that `make bench-peers` creates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to measure, and how often; the fields are the options of the command."""
+    """The options of the command."""
 
     repeats: int
     cycles: int
@@ -67,45 +66,45 @@ class Choice:
     default=15,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Loads, swaps, forced unloads and cold inferences to take the median of.",
+    help="Loads, swaps, forced unloads and cold inferences for each median.",
 )
 @click.option(
     "--cycles",
     default=100,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Loads and unloads between the memory figures; the goal is for 1000.",
+    help="Loads and unloads between the two memory figures; the goal is for 1000.",
 )
 @click.option(
     "--swaps",
     default=1000,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Version swaps one right after the other, under load.",
+    help="Version swaps without pause, under load.",
 )
 @click.option(
     "--rounds",
     default=5,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Rounds of inference, appending, and ten loads at once, to take the median of.",
+    help="Rounds of inferences, appends and ten loads at once for each median.",
 )
-@click.option("--seconds", default=2.0, show_default=True, help="Of each measurement of inference.")
+@click.option("--seconds", default=2.0, show_default=True, help="Duration of each measurement of inference.")
 @click.option("--tails", default=1000, show_default=True, type=AT_LEAST_ONE, help="Streams at once.")
-@click.option("--tail-seconds", default=30.0, show_default=True, help="How long they are listened to.")
+@click.option("--tail-seconds", default=30.0, show_default=True, help="Duration of the streams.")
 @click.option(
     "--facts",
     default=1_000_000,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Events of the ledger that is verified and asked about its past.",
+    help="Events of the ledger for verification and time travel.",
 )
 @click.option(
     "--listed",
     default=1_000_000,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Events of the log that is listed; half a kilobyte each on the disk.",
+    help="Events of the log that is listed, half a kilobyte each on disk.",
 )
 @click.option(
     "--network",
@@ -119,14 +118,14 @@ class Choice:
     is_flag=False,
     flag_value=PEERS,
     type=click.Path(path_type=Path),
-    help=f"Measure Triton too, from this environment [{PEERS}].",
+    help=f"Measure Triton, too, from this environment [{PEERS}].",
 )
 def main(**options: Any) -> None:
     """Measure the installed server and print the ratios beside their goals."""
     choice = Choice(**options)
     busy = os.getloadavg()[0]
     if choice.peers is not None:
-        triton.find(choice.peers)  # before the first of many minutes
+        peers.find(choice.peers)  # before the first of many minutes
     measures = {
         "loads": _loads,
         "prepared": _prepared,
@@ -153,7 +152,7 @@ def _measured(measure: Callable[[Path, Choice], list[Row]], choice: Choice) -> l
 
 def _loads(folder: Path, choice: Choice) -> list[Row]:
     with driver.running(folder, BARE) as server:
-        return loads.measure(server, repeats=choice.repeats)
+        return loads.measure_first_loads(server, repeats=choice.repeats)
 
 
 def _prepared(folder: Path, choice: Choice) -> list[Row]:
@@ -169,25 +168,35 @@ def _memory(folder: Path, choice: Choice) -> list[Row]:
 
 
 def _policies(folder: Path, choice: Choice) -> list[Row]:
-    return policies.measure(folder, repeats=choice.repeats, rounds=choice.rounds, swapped=choice.swaps)
+    options = (*driver.UNLIMITED, BARE)
+    rows: list[Row] = []
+    with driver.running(folder / "gaps", *options) as server:
+        rows += swaps.measure_gaps(server, folder, repeats=choice.repeats)
+    with driver.running(folder / "swaps", *options) as server:
+        rows += swaps.measure_under_load(server, folder, swaps=choice.swaps)
+    with driver.running(folder / "forced", *options) as server:
+        rows += loads.measure_forced_unloads(server, repeats=choice.repeats)
+    with driver.running(folder / "queue", *options) as server:
+        rows += loads.measure_loads_at_once(server, rounds=choice.rounds)
+    return rows + loads.measure_evictions(folder / "eviction", repeats=choice.repeats)
 
 
 def _inference(folder: Path, choice: Choice) -> list[Row]:
-    return inference.measure(folder, rounds=choice.rounds, seconds=choice.seconds, peers=choice.peers)
+    return inference.measure(folder, rounds=choice.rounds, seconds=choice.seconds, peers_at=choice.peers)
 
 
 def _tails(folder: Path, choice: Choice) -> list[Row]:
     room = ("--limit-reads", "off", "--streams-per-subject", str(choice.tails))
     with driver.running(folder, *driver.UNLIMITED, *room, BARE) as server:
-        return tails.measure(server, tails=choice.tails, seconds=choice.tail_seconds)
+        return streams.measure(server, tails=choice.tails, seconds=choice.tail_seconds)
 
 
 def _ledger(folder: Path, choice: Choice) -> list[Row]:
-    return ledger.measure(folder, facts=choice.facts, rounds=choice.rounds)
+    return ledger.measure_ledger(folder, facts=choice.facts, rounds=choice.rounds)
 
 
 def _listing(folder: Path, choice: Choice) -> list[Row]:
-    return listing.measure(folder, listed=choice.listed)
+    return ledger.measure_pages(folder, listed=choice.listed)
 
 
 def _conditions(choice: Choice, busy: float) -> str:
@@ -211,8 +220,8 @@ def _conditions(choice: Choice, busy: float) -> str:
     if "policies" in choice.parts:
         told.append(
             f"Policies: gaps, forced unloads and cold inferences are medians of {choice.repeats}, ten loads "
-            f"of {choice.rounds} rounds; a gap is of the client that waited longest, who is refused asks "
-            f"again after {answers.PAUSE_S * 1000:.0f} ms; bare sessions run the same warm-up inference; "
+            f"of {choice.rounds} rounds; a gap is of the client that waited longest; a refused client asks "
+            f"again after {generator.PAUSE_S * 1000:.0f} ms; bare sessions run the same warm-up inference; "
             "202 to ready is by the ledger's clock."
         )
     if "inference" in choice.parts:
@@ -225,7 +234,7 @@ def _conditions(choice: Choice, busy: float) -> str:
         told.append("Tails: from recorded to received, one process listens to all of them on these cores.")
     if "listing" in choice.parts:
         told.append(
-            f"Pages: of 100 events, by the server's own reader, {listing.PLACES} of each list from different "
+            f"Pages: of 100 events, by the server's own reader, {ledger.PLACES} of each list from different "
             "places, half of them backwards; warm page cache."
         )
     return " ".join(told)

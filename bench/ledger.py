@@ -1,4 +1,4 @@
-"""The ledger by itself: appending beside plain SQLite, verifying a long log, and asking what was so in it."""
+"""How quick is the ledger by itself? Appending beside plain SQLite, verifying, time travel, pages."""
 
 import asyncio
 import gc
@@ -12,17 +12,125 @@ from contextlib import closing
 from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import uvloop
 
-from bench import stories
 from bench.table import Row
 from events.audit.verify import verify
+from events.clock import add_seconds
+from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
-from events.log import Log
+from events.log import Log, encode_drafts
+from events.sqlite import queries
 from events.sqlite.history import open_past
+from events.sqlite.queries import Head
+from events.sqlite.reader import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.schema import connect, connect_read_only
-from events.types import AccessDenied, Draft
+from events.sqlite.storage import FOLDS
+from events.state import Attempt, State
+from events.types import (
+    SYSTEM,
+    AccessDenied,
+    Cause,
+    Data,
+    Draft,
+    Durations,
+    LoadedFile,
+    LoadFailed,
+    LoadParameters,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelUnloaded,
+    ServerStarted,
+    UnloadRequested,
+    UnloadStarted,
+    record_draft,
+)
+
+MODEL_COUNT = 100
+EVENTS_IN_A_GROUP = 256
+# One start for so many facts, and one failed load for so many.
+RESTARTS, FAILURES = 20_000, 20
+START = "2026-01-01T00:00:00.000000Z"
+APART_S = 0.25
+
+
+def write_ledger(path: Path, facts: int) -> None:
+    """Write a ledger of so many facts, through the writer's own statements but not synced to the disk."""
+    state, digest, told = State(), GENESIS, server_facts()
+    with closing(connect(path)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("UPDATE projected SET folds = ?", (FOLDS,))
+        while state.position < facts:
+            attempt, rows = Attempt(state), list[queries.Row]()
+            for _ in range(min(EVENTS_IN_A_GROUP, facts - state.position)):
+                position = attempt.state.position + 1
+                event = record_draft(next(told), position, add_seconds(START, APART_S * position))
+                body = encode_event(event)
+                digest = hash_body(digest, body)
+                rows.append(queries.Row(position, body, digest))
+                attempt.state.apply(event)
+            queries.write_group(connection, rows, attempt.changes, len(state.models) + attempt.state.backlog)
+            attempt.commit()
+
+
+def server_facts() -> Iterator[Draft]:
+    """Yield facts without end: several models at once, each loaded and unloaded again and again."""
+    dice = random.Random(1)  # noqa: S311 - the same ledger each time
+    under_way = [model_facts(f"model-{number:03}", dice) for number in range(MODEL_COUNT)]
+    yield Draft(_id(dice), ServerStarted(unclean=False), SYSTEM)
+    for number in range(1, 2**63):
+        if number % RESTARTS == 0:
+            yield Draft(
+                _id(dice),
+                ServerStarted(unclean=True, down_since=add_seconds(START, APART_S * number)),
+                SYSTEM,
+            )
+        else:
+            yield next(dice.choice(under_way))
+
+
+def model_facts(model_id: str, dice: random.Random) -> Iterator[Draft]:
+    """Yield the facts of a model that is loaded and unloaded again and again."""
+    while True:
+        job, who = _id(dice), dice.choice(["alice@example.org", "bob@example.org", "scheduler", SYSTEM])
+        version = dice.randint(1, 9)
+
+        def fact(data: Data, actor: str = SYSTEM, event_id: str = "") -> Draft:
+            return Draft(event_id or _id(dice), data, actor, job, model_id, version)  # noqa: B023 - used at once
+
+        yield fact(LoadRequested.of(LoadParameters(), Cause.REQUEST), who, job)
+        yield fact(LoadStarted(1))
+        if dice.randrange(FAILURES) == 0:
+            yield fact(
+                LoadFailed("invalid_model", "the model cannot be loaded: Load model failed: bad graph")
+            )
+            continue
+        yield fact(_model_loaded(dice))
+        load, job = job, _id(dice)
+        yield fact(UnloadRequested(dice.random() < 0.1, load, Cause.REQUEST), who, job)  # noqa: PLR2004 - some
+        yield fact(UnloadStarted())
+        yield fact(ModelUnloaded(dice.randrange(10**9), dice.randrange(5), 0))
+
+
+def _model_loaded(dice: random.Random) -> ModelLoaded:
+    names = ("model.onnx", "model.onnx.data")[: dice.randint(1, 2)]
+    files = tuple(
+        LoadedFile(name, dice.randrange(10**9), dice.randrange(10**18), dice.randbytes(32).hex())
+        for name in names
+    )
+    part = dice.randrange(10**5)
+    peak = dice.randrange(10**9)
+    durations = Durations(part, part, part, part, part, part, 6 * part)
+    return ModelLoaded(files, (_id(dice),), None, peak // 2, peak, durations)
+
+
+def _id(dice: random.Random) -> str:
+    text = dice.randbytes(16).hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
 
 WRITERS = 64
 APPENDED = 20_000
@@ -30,7 +138,7 @@ MOMENTS = 100
 APPEND_GOAL, VERIFY_GOAL, VERIFY_GOAL_MB, AS_OF_GOAL_S = 0.5, 1.3, 200, 0.5
 
 
-def measure(folder: Path, *, facts: int, rounds: int) -> list[Row]:
+def measure_ledger(folder: Path, *, facts: int, rounds: int) -> list[Row]:
     """Append in rounds, then write a ledger of so many facts, verify it and ask it about its past.
 
     Args:
@@ -43,7 +151,7 @@ def measure(folder: Path, *, facts: int, rounds: int) -> list[Row]:
         _append(folder, "loads and unloads", _loads, rounds),
     ]
     path = folder / "long.db"
-    stories.write(path, facts)
+    write_ledger(path, facts)
     return [*rows, *_verify(path, facts), *asyncio.run(_as_of(path, facts))]
 
 
@@ -103,7 +211,7 @@ def _denials(number: int) -> Iterator[Draft]:
 
 
 def _loads(number: int) -> Iterator[Draft]:
-    return stories.cycles(f"model-{number:03}", random.Random(number))  # noqa: S311 - the same each time
+    return model_facts(f"model-{number:03}", random.Random(number))  # noqa: S311 - the same each time
 
 
 def _inserted_s(ours: Path, plain: Path, ends: list[int]) -> float:
@@ -175,7 +283,7 @@ def _peak_mb() -> float:
     return int(peak_kib) * 1024 / 1e6
 
 
-def _tell(path: Path) -> None:
+def _print_verification(path: Path) -> None:
     start = time.perf_counter()
     verification = verify(path)
     took_s = time.perf_counter() - start
@@ -188,5 +296,111 @@ def _tell(path: Path) -> None:
     print(json.dumps({"verify_s": took_s, "peak_mb": peak_mb, "check_s": check_s}))
 
 
+PLACES = 20
+"""Pages of each list that are asked for: the first, the newest, and others that begin anywhere."""
+PAGE_GOAL_MS = 100.0
+"""Of the median: the worst of twenty on shared cores says more of what else they do."""
+DENIED = AccessDenied("POST /api/v1/models/{id}/load", 1)
+ALICE, MALLORY, FIRST = "alice@example.org", "mallory@example.org", "carol@example.org"
+
+
+class Page(NamedTuple):
+    """What is asked for: values of columns, and of the time perhaps no more than a half."""
+
+    what: str
+    wanted: EventFilter = EVERYTHING
+    since: bool = False
+    until: bool = False
+
+
+PAGES = (
+    Page("everything"),
+    Page("a type, 1 of 18", EventFilter(types=("LoadStarted",))),
+    Page("a type, 1 of 60,000", EventFilter(types=("ServerStarted",))),
+    Page("a model, 1 of 300", EventFilter(models=("model-007",))),
+    Page("an actor, 2 of 3", EventFilter(actors=(MALLORY,))),
+    Page("an actor of the first event alone", EventFilter(actors=(FIRST,))),
+    Page("an actor of no event", EventFilter(actors=("nobody",))),
+    Page("a job of no event", EventFilter(jobs=("nothing",))),
+    Page("16 models", EventFilter(models=tuple(f"model-{number:03}" for number in range(16)))),
+    Page("since a time", since=True),
+    Page("until a time", until=True),
+    Page("a model, since a time", EventFilter(models=("model-007",)), since=True),
+    Page("an actor of the first event alone, since a time", EventFilter(actors=(FIRST,)), since=True),
+    Page("a type, until a time", EventFilter(types=("LoadFailed",)), until=True),
+    Page("a type and a model", EventFilter(types=("LoadFailed",), models=("model-007",))),
+    Page("a type and an actor that meet", EventFilter(types=("LoadRequested",), actors=(ALICE,))),
+    Page("a type and an actor that never meet", EventFilter(types=("LoadStarted",), actors=(MALLORY,))),
+    Page("a model and an actor that never meet", EventFilter(models=("model-007",), actors=(MALLORY,))),
+    Page(
+        "two types, a model and an actor, since a time",
+        EventFilter(("LoadRequested", "UnloadRequested"), ("model-007",), (), (ALICE,)),
+        since=True,
+    ),
+)
+
+
+def measure_pages(folder: Path, *, listed: int) -> list[Row]:
+    """Write a log of so many events, and ask for pages of it as the server does.
+
+    Args:
+        folder: An empty directory, with room for half a kilobyte an event.
+        listed: How many events.
+    """
+    path = folder / "listed.db"
+    _write_log(path, listed)
+    return asyncio.run(_page_rows(path, listed))
+
+
+def _write_log(path: Path, listed: int) -> None:
+    """Write a log of so many events, without what they come to: lists look at nothing else."""
+    head, told = Head(), islice(_listed_facts(), listed)
+    with closing(connect(path)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA cache_size = -200000")  # KiB: jobs have random ids, all over their index
+        while group := list(islice(told, EVENTS_IN_A_GROUP)):
+            now = add_seconds(START, APART_S * head.position)
+            _, rows, head = encode_drafts(group, head, now)
+            connection.execute("BEGIN")
+            connection.executemany(
+                "INSERT INTO events (position, body, hash) VALUES (?, ?, ?)",
+                [(row.position, row.body, row.hash) for row in rows],
+            )
+            connection.execute("COMMIT")
+
+
+def _listed_facts() -> Iterator[Draft]:
+    """Yield facts without end: those of a busy server, and twice as many of somebody who may do nothing."""
+    yield Draft("first", DENIED, FIRST)
+    for number, fact in enumerate(server_facts()):
+        yield from (fact, Draft(f"{number:036}", DENIED, MALLORY), Draft(f"{number:035}+", DENIED, MALLORY))
+
+
+async def _page_rows(path: Path, listed: int) -> list[Row]:
+    async with open_reader(path) as reader:
+        return [await _page_row(reader, case, listed) for case in PAGES]
+
+
+async def _page_row(reader: Reader, case: Page, listed: int) -> Row:
+    """Ask for pages in both directions, each at places of its own, so that none is asked for twice."""
+    dice = random.Random(case.what)  # noqa: S311 - the same places each time
+    starts = [0, *(dice.randrange(listed) for _ in range(PLACES // 2 - 1))]
+    half = add_seconds(START, APART_S * listed / 2)
+    since, until = half if case.since else None, half if case.until else None
+    took_ms = []
+    for place in starts:
+        for asked in (
+            EventQuery(case.wanted, after=place, since=since, until=until),
+            EventQuery(case.wanted, before=listed + 1 - place, since=since, until=until, newest_first=True),
+        ):
+            start = time.perf_counter()
+            await reader.event_page(asked)
+            took_ms.append((time.perf_counter() - start) * 1000)
+    middle_ms = median(took_ms)
+    figures = f"{middle_ms:.1f} ms, worst {max(took_ms):.1f}"
+    name = f"a page of {listed:,} events: {case.what}"
+    return Row(name, figures, "", None, f"≤ {PAGE_GOAL_MS:.0f} ms", middle_ms <= PAGE_GOAL_MS)
+
+
 if __name__ == "__main__":
-    _tell(Path(sys.argv[1]))
+    _print_verification(Path(sys.argv[1]))

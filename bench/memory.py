@@ -2,7 +2,7 @@
 
 from bench import models
 from bench.driver import Server
-from bench.table import Row
+from bench.table import Row, format_mb
 from runtime.memory import PROC, descendants, parse_field
 
 MODEL = "memory"
@@ -19,7 +19,7 @@ def measure(server: Server, *, cycles: int) -> list[Row]:
     after = tree_bytes(server.pid)
     ratio = after / before
     name = f"memory of the process tree, after {cycles:,} loads and unloads ÷ before"
-    return [Row(name, _mb(after), _mb(before), ratio, f"≤ {RATIO_GOAL:.2f}", ratio <= RATIO_GOAL)]
+    return [Row(name, format_mb(after), format_mb(before), ratio, f"≤ {RATIO_GOAL:.2f}", ratio <= RATIO_GOAL)]
 
 
 def tree_bytes(pid: int) -> int:
@@ -42,7 +42,3 @@ def _rollup(pid: int) -> str:
 def _cycle(server: Server) -> None:
     server.load(MODEL)
     server.unload(MODEL)
-
-
-def _mb(value: int) -> str:
-    return f"{value / 1e6:.1f} MB"

@@ -1,6 +1,10 @@
-"""The models that the benches load, made on the spot: the same bytes in every run, and no download."""
+"""The models that the bench loads, made on the spot with fixed seeds: the same bytes in every run."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +142,295 @@ def write(repository: Path, model_id: str, model: bytes, *, version: int = 1) ->
     path.parent.mkdir(parents=True)
     path.write_bytes(model)
     return path
+
+
+Shape = Sequence[int | str]
+
+
+class Layers(ConvNet):
+    """Builds a network of other layers, too."""
+
+    def silu(self, source: str) -> str:
+        """Append what exporters make of the activation that detectors have."""
+        return self.node("Mul", [source, self.node("Sigmoid", [source])])
+
+    def recurrent(
+        self,
+        operator: str,
+        source: str,
+        inputs: int,
+        hidden: int,
+        states: Sequence[str] = (),
+        **attributes: str,
+    ) -> tuple[str, str]:
+        """Append an LSTM or a GRU; return the names of its outputs and of its last hidden state.
+
+        Args:
+            operator: Either.
+            source: A sequence [length, N, inputs].
+            inputs: How many features.
+            hidden: How many come of them, in each direction.
+            states: The initial one, in place of zeros.
+            attributes: The direction, if it is not forward.
+        """
+        gates, directions = 4 if operator == "LSTM" else 3, 2 if "direction" in attributes else 1
+        weights = [self.weight(directions, gates * hidden, size) for size in (inputs, hidden)]
+        bias = self.weight(directions, 2 * gates * hidden)
+        outputs = [f"{operator}_{len(self._nodes)}_{part}" for part in ("all", "last")]
+        sources = [source, *weights, bias, *(["", *states] if states else [])]
+        self._nodes.append(helper.make_node(operator, sources, outputs, hidden_size=hidden, **attributes))
+        return outputs[0], outputs[1]
+
+    def integers(self, *values: int) -> str:
+        """Append a constant for an operator that takes a shape or axes, and return its name."""
+        return self._constant(TensorProto.INT64, values)
+
+    def separable(self, source: str, inputs: int, outputs: int, *, dimensions: int, stride: int = 1) -> str:
+        """Append a convolution in each channel and one over all, normalised, as they are trained."""
+        kernel, around = [5] * dimensions, [2] * 2 * dimensions
+        own = self.node(
+            "Conv",
+            [source, self.weight(inputs, 1, *kernel)],
+            kernel_shape=kernel,
+            strides=[stride] * dimensions,
+            pads=around,
+            group=inputs,
+        )
+        active = self.node("Relu", [self._normalised(own, inputs)])
+        over_all = self.node("Conv", [active, self.weight(outputs, inputs, *[1] * dimensions)])
+        made = self._normalised(over_all, outputs)
+        return self.node("Add", [made, source]) if inputs == outputs and stride == 1 else made
+
+    def twice(self, source: str, *, dimensions: int) -> str:
+        """Append what makes a picture, or a spectrum, of twice the size along each dimension."""
+        scales = self._constant(TensorProto.FLOAT, (1.0, 1.0, *[2.0] * dimensions))
+        return self.node("Resize", [source, "", scales], mode="nearest")
+
+    def network(self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> bytes:
+        """Return the network as a file; all that goes in and comes out is FP32."""
+        given, results = (
+            [
+                helper.make_tensor_value_info(key, TensorProto.FLOAT, list(shape))
+                for key, shape in each.items()
+            ]
+            for each in (inputs, outputs)
+        )
+        graph = helper.make_graph(self._nodes, name, given, results, self._weights)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        )
+        onnx.checker.check_model(model)
+        content: bytes = model.SerializeToString()
+        return content
+
+    def _normalised(self, source: str, channels: int) -> str:
+        ones = self._constant(TensorProto.FLOAT, [1.0] * channels)
+        return self.node(
+            "BatchNormalization", [source, ones, self.weight(channels), self.weight(channels), ones]
+        )
+
+    def _constant(self, kind: int, values: Sequence[float]) -> str:
+        name = f"constant_{len(self._weights)}"
+        self._weights.append(helper.make_tensor(name, kind, [len(values)], values))
+        return name
+
+
+Body = tuple[int, bytes]
+"""The length of the JSON, and all of a request's body, which begins with it."""
+
+MLP_LAYERS = (1024, 3072, 3072, 3072, 1024, 1000)
+
+# Each stage halves the picture: its channels, and how many blocks follow.
+DETECTOR_STAGES = ((32, 0), (64, 2), (128, 4), (256, 4), (320, 2))
+DETECTOR_HEAD = 80
+DETECTOR_CLASSES = 80
+DETECTOR_SIDE = 320
+
+LINE_HEIGHT, LINE_WIDTH = 48, 320
+# Channels and stride of each block; a picture of a line becomes a sequence, a step for each eight columns.
+LINE_STAGES = ((64, 1), (64, 2), (96, 1), (96, 2), *[(128, 1)] * 6)
+LINE_HIDDEN = 300
+# As many as a published recogniser of Chinese has.
+LINE_CLASSES = 6625
+
+SPECTRUM = 256
+# Each stage halves the spectrum.
+SOUND_CHANNELS = (32, 48, 64, 64)
+SOUND_HIDDEN = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network that is measured.
+
+    Args:
+        name: Its model id.
+        what: What the table calls it.
+        build: Returns the ONNX file; it takes up to a second.
+        inputs: The shapes of what one inference brings, all FP32, by name.
+    """
+
+    name: str
+    what: str
+    build: Callable[[], bytes]
+    inputs: Mapping[str, tuple[int, ...]]
+
+    def request(self) -> Body:
+        """Return an inference in binary form, on noise."""
+        noise = np.random.default_rng(1)
+        values = {name: noise.standard_normal(shape, dtype=np.float32) for name, shape in self.inputs.items()}
+        tensors = [
+            {
+                "name": name,
+                "shape": shape,
+                "datatype": "FP32",
+                "parameters": {"binary_data_size": 4 * math.prod(shape)},
+            }
+            for name, shape in self.inputs.items()
+        ]
+        asked = {"inputs": tensors, "parameters": {"binary_data_output": True}}
+        head = json.dumps(asked, separators=(",", ":")).encode()
+        return len(head), head + b"".join(value.tobytes() for value in values.values())
+
+
+def mlp() -> bytes:
+    """Return a network of fully connected layers, 105 MB."""
+    layers, last = Layers(2), "x"
+    for index, (inputs, outputs) in enumerate(pairwise(MLP_LAYERS)):
+        if index:
+            last = layers.node("Relu", [last])
+        last = layers.node("Gemm", [last, layers.weight(outputs, inputs), layers.weight(outputs)], transB=1)
+    return layers.network("mlp", {"x": ("N", MLP_LAYERS[0])}, {last: ("N", MLP_LAYERS[-1])})
+
+
+def detector() -> bytes:
+    """Return a detector of 20 MB: three scales of a backbone, brought together, with heads on each."""
+    layers = Layers(3)
+    scales = _backbone(layers)
+    last, channels = scales.pop()
+    pyramid = [(last, channels)]
+    while scales:
+        finer, more = scales.pop()
+        last = _merged(layers, last, channels, finer, more)
+        channels = more
+        pyramid.append((last, channels))
+    heads = [[_head(layers, *scale, outputs) for scale in pyramid] for outputs in (4, DETECTOR_CLASSES)]
+    boxes, scores = (layers.node("Concat", head, axis=2) for head in heads)
+    scores = layers.node("Sigmoid", [scores])
+    best = layers.node("ReduceMax", [scores], axes=[1], keepdims=1)
+    return layers.network(
+        "detector",
+        {"image": ("N", 3, DETECTOR_SIDE, DETECTOR_SIDE)},
+        {boxes: ("N", 4, "A"), scores: ("N", DETECTOR_CLASSES, "A"), best: ("N", 1, "A")},
+    )
+
+
+def _backbone(layers: Layers) -> list[tuple[str, int]]:
+    """Append it, and return the names and the channels of its three last stages."""
+    scales: list[tuple[str, int]] = []
+    last, channels = "image", 3
+    for outputs, blocks in DETECTOR_STAGES:
+        last = layers.silu(layers.conv(last, channels, outputs, kernel=3, stride=2))
+        channels = outputs
+        for _ in range(blocks):
+            last = _bottleneck(layers, last, channels)
+        scales.append((last, channels))
+    return scales[-3:]
+
+
+def _bottleneck(layers: Layers, source: str, channels: int) -> str:
+    inner = layers.silu(layers.conv(source, channels, channels // 2, kernel=1))
+    return layers.node("Add", [source, layers.silu(layers.conv(inner, channels // 2, channels, kernel=3))])
+
+
+def _merged(layers: Layers, coarse: str, channels: int, finer: str, more: int) -> str:
+    """Append what brings a coarse scale into a finer one."""
+    narrow = layers.silu(layers.conv(coarse, channels, more, kernel=1))
+    both = layers.node("Concat", [layers.twice(narrow, dimensions=2), finer], axis=1)
+    return layers.silu(layers.conv(both, 2 * more, more, kernel=1))
+
+
+def _head(layers: Layers, source: str, channels: int, outputs: int) -> str:
+    inner = layers.silu(layers.conv(source, channels, DETECTOR_HEAD, kernel=3))
+    made = layers.conv(inner, DETECTOR_HEAD, outputs, kernel=1)
+    return layers.node("Reshape", [made, layers.integers(0, outputs, -1)])
+
+
+def recogniser() -> bytes:
+    """Return a recogniser of 21 MB: convolutions over the picture of a line, an LSTM, and classes."""
+    layers = Layers(4)
+    last = layers.node("Relu", [layers.conv("line", 3, 32, kernel=3, stride=2)])
+    channels = 32
+    for outputs, stride in LINE_STAGES:
+        last = layers.separable(last, channels, outputs, dimensions=2, stride=stride)
+        channels = outputs
+    last = layers.node("ReduceMean", [last], axes=[2], keepdims=0)  # over the height that is left
+    last = layers.node("Transpose", [last], perm=[2, 0, 1])
+    both, _ = layers.recurrent("LSTM", last, channels, LINE_HIDDEN, direction="bidirectional")
+    last = layers.node("Transpose", [both], perm=[2, 0, 1, 3])  # from [length, direction, N, hidden]
+    last = layers.node("Reshape", [last, layers.integers(0, 0, 2 * LINE_HIDDEN)])
+    last = layers.node("MatMul", [last, layers.weight(2 * LINE_HIDDEN, LINE_CLASSES)])
+    last = layers.node("Softmax", [layers.node("Add", [last, layers.weight(LINE_CLASSES)])], axis=2)
+    return layers.network(
+        "recogniser", {"line": ("N", 3, LINE_HEIGHT, LINE_WIDTH)}, {last: ("N", "T", LINE_CLASSES)}
+    )
+
+
+def denoiser() -> bytes:
+    """Return a network of 2 MB that says what of a spectrum is noise, and is given what it remembers.
+
+    Convolutions make it smaller, two GRUs remember, and convolutions make it larger again.
+    """
+    layers, last, channels = Layers(5), "spectrum", 1
+    passed: list[tuple[str, int]] = []
+    for outputs in SOUND_CHANNELS:
+        passed.append((last, channels))
+        for stride in (2, 1, 1):
+            last = layers.separable(last, channels, outputs, dimensions=1, stride=stride)
+            channels = outputs
+    features = channels * SPECTRUM // 2 ** len(SOUND_CHANNELS)
+    last = layers.node("Reshape", [last, layers.integers(0, features)])
+    last, after = _remembered(layers, last, features)
+    last = layers.node("Reshape", [last, layers.integers(0, channels, -1)])
+    for skip, outputs in reversed(passed):
+        last = layers.separable(layers.twice(last, dimensions=1), channels, outputs, dimensions=1)
+        last = layers.separable(layers.node("Add", [last, skip]), outputs, outputs, dimensions=1)
+        channels = outputs
+    state = (1, "N", SOUND_HIDDEN)
+    return layers.network(
+        "denoiser",
+        {"spectrum": ("N", 1, SPECTRUM), "first": state, "second": state},
+        {layers.node("Sigmoid", [last]): ("N", 1, SPECTRUM), **dict.fromkeys(after, state)},
+    )
+
+
+def _remembered(layers: Layers, source: str, features: int) -> tuple[str, list[str]]:
+    """Append what knows of the spectra before; return its output, and the states for the next one."""
+    narrow = layers.node("Gemm", [source, layers.weight(SOUND_HIDDEN, features)], transB=1)
+    last, after = layers.node("Unsqueeze", [narrow, layers.integers(0)]), list[str]()
+    for name in ("first", "second"):
+        every, state = layers.recurrent("GRU", last, SOUND_HIDDEN, SOUND_HIDDEN, [name])
+        last = layers.node("Squeeze", [every, layers.integers(1)])
+        after.append(state)
+    last = layers.node("Squeeze", [last, layers.integers(0)])
+    wide = layers.node("Gemm", [last, layers.weight(features, SOUND_HIDDEN)], transB=1)
+    return layers.node("Relu", [wide]), after
+
+
+NETWORKS = (
+    Network("cnn", "CNN", convnet, {"image": (1, 3, 224, 224)}),
+    Network("mlp", "MLP", mlp, {"x": (1, MLP_LAYERS[0])}),
+    Network("detector", "detector", detector, {"image": (1, 3, DETECTOR_SIDE, DETECTOR_SIDE)}),
+    Network("recogniser", "text recogniser", recogniser, {"line": (1, 3, LINE_HEIGHT, LINE_WIDTH)}),
+    Network(
+        "stateful",
+        "stateful net",
+        denoiser,
+        {
+            "spectrum": (1, 1, SPECTRUM),
+            "first": (1, 1, SOUND_HIDDEN),
+            "second": (1, 1, SOUND_HIDDEN),
+        },
+    ),
+)
+"""What `make bench` measures, the smallest last."""

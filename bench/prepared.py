@@ -1,21 +1,94 @@
-"""Prepared models: what later loads take beside bare first sessions, what they cost, and what they give."""
+"""What do prepared models give, and what do they cost? Later loads, inferences, memory, disk."""
 
+import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from statistics import geometric_mean, median
 
-from bench import bare, driver, steady
-from bench.bare import THROWN_AWAY
+from bench import baselines, driver, models
+from bench.baselines import THROWN_AWAY
 from bench.driver import Server
+from bench.inference import LENGTH
 from bench.loads import ABOVE_GOAL_MS, RATIO_GOAL
-from bench.networks import Network
-from bench.subject import Subject, prepared, tried
-from bench.table import Row
+from bench.memory import parse_pss
+from bench.models import Body, Network
+from bench.table import Row, format_mb, format_ms
+from runtime.cache.key import Entry
 from runtime.cache.store import FOLDER, ModelCache
+from runtime.memory import PROC, descendants, parse_private
 from runtime.repository import MODEL_FILE
 from runtime.worker.loading import huge_pages_help
+
+# Three pairs of processes for each form, at low priority: half a minute, where nothing else runs.
+PREPARING_LIMIT_S = 900.0
+LOOK_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A network that is prepared at one server, and not at the other.
+
+    Args:
+        network: Which.
+        path: Its file, at the server that prepares.
+        server: The server that prepares.
+        plain: The server that does not.
+        entry: What preparing came to.
+    """
+
+    network: Network
+    path: Path
+    server: Server
+    plain: Server
+    entry: Entry
+
+    @property
+    def bytes(self) -> int:
+        """What the model's files take."""
+        return self.path.stat().st_size
+
+    @property
+    def form(self) -> str:
+        """What later loads use."""
+        return self.entry.form or "bare"
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        return f"{self.bytes / 1e6:.0f} MB {self.network.what}"
+
+
+def prepare_network(network: Network, server: Server, plain: Server, store: ModelCache) -> Subject:
+    """Put a network into both repositories, and wait until it is prepared; nothing is loaded then."""
+    content = network.build()
+    path = models.write(server.repository, network.name, content)
+    models.write(plain.repository, network.name, content)
+    server.load(network.name)
+    entry = wait_until_prepared(store, network.name)
+    server.unload(network.name)
+    return Subject(network, path, server, plain, entry)
+
+
+def wait_until_prepared(store: ModelCache, model_id: str) -> Entry:
+    """Wait for what `loadledger prepared list` shows of a model that was loaded.
+
+    Not before is the server done with it: its workers that prepare would be measured with the others.
+    """
+    until = time.monotonic() + PREPARING_LIMIT_S
+    while time.monotonic() < until:
+        found = next((entry for entry in store.entries() if entry.model_id == model_id), None)
+        if found is not None:
+            return found
+        time.sleep(LOOK_S)
+    raise SystemExit(
+        f"{model_id} is not prepared after {PREPARING_LIMIT_S:.0f} s: preparing waits for spare time"
+        " and memory, and this machine may have none"
+    )
+
 
 OPTIONS = (*driver.UNLIMITED, "--warm-up=off")
 LATER_GOAL, MEAN_GOAL = 1.0, 0.5
@@ -50,14 +123,14 @@ def measure(
         plain = stack.enter_context(driver.running(folder / "plain", *OPTIONS, "--prepare=off"))
         server = stack.enter_context(driver.running(folder / "preparing", *OPTIONS, "--prepare=on"))
         store = ModelCache(folder / "preparing" / "data" / FOLDER, limit_bytes=0)
-        tried(store, driver.TINY)
+        wait_until_prepared(store, driver.TINY)
         for network in networks:
-            subject = prepared(network, server, plain, store)
+            subject = prepare_network(network, server, plain, store)
             loads = _loads(subject, repeats)
             ratios.append(loads.later / loads.bare)
             rows += _load_rows(subject, loads)
-            rows.append(steady.inference_row(subject, rounds, seconds))
-            rows += [*steady.memory_rows(subject), *_cost_rows(subject)]
+            rows.append(inference_row(subject, rounds, seconds))
+            rows += [*memory_rows(subject), *_cost_rows(subject)]
     mean, number = geometric_mean(ratios), len(ratios)
     name = f"later load ÷ bare first session, geometric mean of {number} network{'s' * (number > 1)}"
     return [*rows, Row(name, "", "", mean, f"≤ {MEAN_GOAL:.2f}", mean <= MEAN_GOAL)]
@@ -81,11 +154,13 @@ def _loads(subject: Subject, repeats: int) -> Loads:
 def _round(subject: Subject, number: int, new: str) -> tuple[float, float, float]:
     """Return the milliseconds of a first, a later and a bare load, each round beginning with another."""
     huge = huge_pages_help(subject.bytes, None)
-    environment = bare.WORKER_ENVIRONMENT if huge else bare.PLAIN_ENVIRONMENT  # as a bare worker has them
+    environment = (
+        baselines.WORKER_ENVIRONMENT if huge else baselines.PLAIN_ENVIRONMENT
+    )  # as a bare worker has them
     steps = (
         lambda: _loaded(subject.plain, new),
         lambda: _loaded(subject.server, subject.network.name),
-        lambda: bare.run(subject.path, inferences=0, environment=environment),
+        lambda: baselines.measure_session(subject.path, inferences=0, environment=environment),
     )
     took = {index % 3: steps[index % 3]() for index in range(number, number + 3)}
     return took[0], took[1], took[2]
@@ -115,16 +190,16 @@ def _load_rows(subject: Subject, loads: Loads) -> list[Row]:
     return [
         Row(
             f"{subject.label}: first load ÷ bare first session",
-            _ms(first),
-            _ms(beside),
+            format_ms(first, decimals=1),
+            format_ms(beside, decimals=1),
             first / beside,
             goal,
             reached,
         ),
         Row(
             f"{subject.label}: later load, {subject.form} ÷ bare first session",
-            _ms(later),
-            _ms(beside),
+            format_ms(later, decimals=1),
+            format_ms(beside, decimals=1),
             ratio,
             f"≤ {LATER_GOAL:.2f}",
             ratio <= LATER_GOAL,
@@ -136,13 +211,115 @@ def _cost_rows(subject: Subject) -> Iterator[Row]:
     entry = subject.entry
     yield Row(
         f"{subject.label}: what preparing took; disk, {subject.form} ÷ the model's files",
-        f"{entry.took_ms / 1000:.1f} s, {steady.mb(entry.bytes)}",
-        steady.mb(subject.bytes),
+        f"{entry.took_ms / 1000:.1f} s, {format_mb(entry.bytes)}",
+        format_mb(subject.bytes),
         entry.bytes / subject.bytes,
     )
     for form, reason in entry.tried.items():
         yield Row(f"{subject.label}: not {form}: {reason}", "", "", None)
 
 
-def _ms(value: float) -> str:
-    return f"{value:.1f} ms"
+MIN_INFERENCES = 10
+INSTANCES = 4
+RATE_GOAL = 0.97
+# Of models that are large enough for their weights to be most of what a worker takes.
+SHARED_FROM_BYTES, OF_ONE_GOAL, OF_BARE_GOAL = 50_000_000, 1.6, 0.5
+ONCE = "[warm_up]\nenabled = true\n"
+"""As `loadledger.toml`: memory is measured of workers that have run once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What some workers take, in bytes: what no other process has, and with a part of what several have."""
+
+    private: int
+    proportional: int
+
+
+def inference_row(subject: Subject, rounds: int, seconds: float) -> Row:
+    """Compare the quickest inferences of workers that are new in each round; medians of these."""
+    quickest = [_quickest_s(subject, seconds) for _ in range(rounds)]
+    ours, beside = (1 / median(each) for each in zip(*quickest, strict=True))
+    name = f"{subject.label}: inferences a second, {subject.form} ÷ bare"
+    rates = f"{ours:,.1f}", f"{beside:,.1f}"
+    return Row(name, *rates, ours / beside, f"≥ {RATE_GOAL:.2f}", ours / beside >= RATE_GOAL)
+
+
+def _quickest_s(subject: Subject, seconds: float) -> tuple[float, float]:
+    """Ask both servers in turn, and return what the quickest answer of each took."""
+    both, network = (subject.server, subject.plain), subject.network
+    request = network.request()
+    for server in both:
+        server.load(network.name)
+    if len({_outputs(_answer(server, network, request)) for server in both}) > 1:
+        raise SystemExit(f"{network.name} answers otherwise when it is {subject.form}")
+    took: list[tuple[float, ...]] = []
+    until = time.monotonic() + 2 * seconds
+    while len(took) < MIN_INFERENCES or time.monotonic() < until:
+        took.append(tuple(_took_s(server, network, request) for server in both))
+    for server in both:
+        server.unload(network.name)
+    ours, beside = map(min, zip(*took, strict=True))
+    return ours, beside
+
+
+def _took_s(server: Server, network: Network, request: Body) -> float:
+    start = time.perf_counter()
+    _answer(server, network, request)
+    return time.perf_counter() - start
+
+
+def _answer(server: Server, network: Network, request: Body) -> bytes:
+    head_bytes, content = request
+    headers = {LENGTH: str(head_bytes), "Content-Type": "application/octet-stream"}
+    path = f"/v2/models/{network.name}/infer"
+    answer = server.ask("POST", path, content, headers)
+    if answer.status != HTTPStatus.OK:
+        raise SystemExit(f"POST {path}: {answer}")
+    return answer.content
+
+
+def _outputs(content: bytes) -> tuple[str, bytes]:
+    """Return what an answer says of its tensors, and their bytes, which follow the JSON."""
+    head, end = json.JSONDecoder().raw_decode(content.decode("latin-1"))
+    return str(head["outputs"]), content[end:]
+
+
+def memory_rows(subject: Subject) -> list[Row]:
+    """Compare what one worker takes that nobody else has, and what several take together."""
+    one, four = (_memory(subject, subject.server, number) for number in (1, INSTANCES))
+    bare_one, bare_four = (_memory(subject, subject.plain, number) for number in (1, INSTANCES))
+    name = f"{subject.label}: private memory of a worker, {subject.form} ÷ bare"
+    return [
+        Row(name, format_mb(one.private), format_mb(bare_one.private), one.private / bare_one.private),
+        _shared_row(subject, four, one, f"of 1 {subject.form}", OF_ONE_GOAL),
+        _shared_row(subject, four, bare_four, f"of {INSTANCES} bare", OF_BARE_GOAL),
+    ]
+
+
+def _shared_row(subject: Subject, ours: Memory, beside: Memory, what: str, goal: float) -> Row:
+    name = f"{subject.label}: memory of {INSTANCES} workers, {subject.form} ÷ {what}"
+    sizes, ratio = (
+        (format_mb(ours.proportional), format_mb(beside.proportional)),
+        ours.proportional / beside.proportional,
+    )
+    if subject.bytes < SHARED_FROM_BYTES:
+        return Row(name, *sizes, ratio)
+    return Row(name, *sizes, ratio, f"≤ {goal:.2f}", ratio <= goal)
+
+
+def _memory(subject: Subject, server: Server, instances: int) -> Memory:
+    """Return what so many workers of the model take together, each after one inference on zeros."""
+    model = subject.network.name
+    (server.repository / model / "loadledger.toml").write_text(ONCE)
+    before = set(descendants(server.pid))
+    server.load(model, instances=instances)
+    workers = set(descendants(server.pid)) - before
+    texts = [(PROC / str(worker) / "smaps_rollup").read_text() for worker in workers]
+    if len(texts) != instances:
+        raise SystemExit(f"{model} has {len(texts)} workers and not {instances}")
+    server.unload(model)
+    return Memory(
+        sum(map(parse_private, texts)),
+        sum(map(parse_pss, texts)),
+    )

@@ -1,4 +1,4 @@
-"""Clients that infer without pause while the versions of their model are swapped."""
+"""What do clients notice of a swap? Gaps between answers, and failed requests."""
 
 import sys
 import time
@@ -7,10 +7,10 @@ from itertools import cycle
 from pathlib import Path
 from statistics import median
 
-from bench import answers, models
-from bench.answers import Answers
+from bench import generator, models
 from bench.driver import Server
-from bench.requests import Request, Target
+from bench.generator import Answers
+from bench.inference import Request, Target
 from bench.table import Row
 
 BESIDE, IN_PLACE = "beside", "in_place"
@@ -24,7 +24,7 @@ NO_FAILURE = "0"
 Window = tuple[float, float]
 
 
-def gaps(server: Server, folder: Path, *, repeats: int) -> list[Row]:
+def measure_gaps(server: Server, folder: Path, *, repeats: int) -> list[Row]:
     """Measure the longest time without an answer at each of `repeats` swaps, by strategy and clients.
 
     The model has 54 MB and answers in microseconds, so that a gap is of the swap and not of an inference. A
@@ -35,7 +35,7 @@ def gaps(server: Server, folder: Path, *, repeats: int) -> list[Row]:
     for strategy in (BESIDE, IN_PLACE):
         failures: list[Answers] = []
         for clients in (1, MANY_CLIENTS):
-            with answers.running(server.port, _request(server, folder), clients=clients) as stop:
+            with generator.recording(server.port, _request(server, folder), clients=clients) as stop:
                 windows = [_swapped(server, next(versions), strategy) for _ in range(repeats)]
                 failures.append(stop())
             rows.append(_gap_row(strategy, clients, failures[-1], windows))
@@ -43,10 +43,10 @@ def gaps(server: Server, folder: Path, *, repeats: int) -> list[Row]:
     return rows
 
 
-def under_load(server: Server, folder: Path, *, swaps: int) -> list[Row]:
+def measure_under_load(server: Server, folder: Path, *, swaps: int) -> list[Row]:
     """Swap a small model's version again and again, one swap right after the other, under 8 clients."""
     versions = _write(server, models.add_one())
-    with answers.running(server.port, _request(server, folder), clients=MANY_CLIENTS) as stop:
+    with generator.recording(server.port, _request(server, folder), clients=MANY_CLIENTS) as stop:
         quiet = _quiet(QUIET_S)
         begin = time.monotonic()
         for _ in range(swaps):

@@ -40,3 +40,13 @@ def table(rows: Iterable[Row], *, title: str, caption: str) -> Table:
         ratio = f"{row.ratio:.2f}" if row.ratio is not None else ""
         shown.add_row(row.what, row.ours, row.beside, ratio, row.goal, marks[row.reached])
     return shown
+
+
+def format_ms(value: float, *, decimals: int = 0) -> str:
+    """Return a time as the table has it."""
+    return f"{value:.{decimals}f} ms"
+
+
+def format_mb(value: int) -> str:
+    """Return a size in bytes as the table has it."""
+    return f"{value / 1e6:.1f} MB"

@@ -16,18 +16,17 @@ import pytest
 from support.fleet import soak_only
 from support.servers import UNHURRIED, clean_environment
 
-from bench import answers, bare, constant, models
-from bench.answers import longest_gap
+from bench import baselines, generator, models
 from bench.driver import Answer, completed_job
-from bench.generator import Result, WrongAnswer, generate
-from bench.networks import NETWORKS, Network
-from bench.requests import Request, Target
+from bench.generator import Result, WrongAnswer, generate, longest_gap
+from bench.inference import Request, Target
+from bench.models import NETWORKS, Network
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300
 FEWER_LOADS = """
-from bench import __main__, queued
-queued.LOADS = 3
+from bench import __main__, loads
+loads.LOADS_AT_ONCE = 3
 __main__.main()
 """
 """Ten, the usual number, take half a minute."""
@@ -190,7 +189,7 @@ def test_longest_gap_between_answers(times: tuple[float, ...], longest: float) -
 def test_clients_record_answers_and_count_failures(tmp_path: Path, path: str, *, answered: bool) -> None:
     request = tmp_path / "request"
     request.write_bytes(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n".encode())
-    with constant.running() as port, answers.running(port, request, clients=2) as stop:
+    with baselines.constant_reply() as port, generator.recording(port, request, clients=2) as stop:
         told = stop()
     assert len(told.answered_s) == 2
     assert told.total > 0
@@ -202,7 +201,7 @@ def test_clients_record_answers_and_count_failures(tmp_path: Path, path: str, *,
 def test_bare_session_runs_inferences(tmp_path: Path) -> None:
     model = models.write(tmp_path, "a", models.add_one(), version=2)
     assert model == tmp_path / "a" / "2" / "model.onnx"
-    assert all(bare.run(model, inferences=count) > 0 for count in (0, 1, 2))
+    assert all(baselines.measure_session(model, inferences=count) > 0 for count in (0, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -281,5 +280,8 @@ async def test_generator_stops_at_an_unexpected_response(pieces: tuple[bytes, ..
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 def test_wrong_answer_ends_the_bench(*, binary: bool) -> None:
-    with constant.running() as port, pytest.raises(SystemExit, match="a wrong answer: the constant one"):
+    with (
+        baselines.constant_reply() as port,
+        pytest.raises(SystemExit, match="a wrong answer: the constant one"),
+    ):
         Request(16, binary=binary).check(Target("the constant one", port))

@@ -15,7 +15,7 @@ from support.http import following
 from support.models import save
 from support.servers import Server, events, serving
 
-from bench import driver, tails
+from bench import driver, streams
 from server.config import Config
 
 CUTS = of_both(short=25, long=1000)
@@ -76,7 +76,7 @@ async def test_many_tails_get_every_event(tmp_path: Path) -> None:
     def measured() -> list[str]:
         room = ("--limit-reads", "off", "--streams-per-subject", str(TAILS))
         with driver.running(tmp_path, *driver.UNLIMITED, *room) as server:
-            rows = tails.measure(server, tails=TAILS, seconds=SECONDS)
+            rows = streams.measure(server, tails=TAILS, seconds=SECONDS)
         return [f"{row.what} {row.ours}" for row in rows]
 
     told = await asyncio.to_thread(measured)  # which ends with an error if one misses or repeats an event
