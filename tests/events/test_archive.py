@@ -13,18 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.fleet import of_both
-from support.history import (
-    FEWER,
+from support.history import FEWER, START, child, opened, write
+from support.ledgers import (
     SIGN,
-    START,
     change_ledger,
-    child,
     copy_of,
-    opened,
     rows_of,
     sound_ledger,
     stored,
-    write,
     write_and_be_killed,
     write_ledger,
 )
@@ -232,7 +228,7 @@ ARCHIVE_AND_DIE = """
 import os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from support.history import SIGN
+from support.ledgers import SIGN
 from events.audit.archive import archive
 path, last = Path(sys.argv[1]), int(sys.argv[2])
 left = last

@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fleet import of_both
-from support.history import (
-    FEWER,
-    PLAIN,
-    SIGN,
-    START,
-    change_ledger,
-    copy_of,
-    flip_byte,
-    rows_of,
-    sound_ledger,
-)
+from support.history import FEWER, PLAIN, START
+from support.ledgers import SIGN, change_ledger, copy_of, flip_byte, rows_of, sound_ledger
 
 from events.audit.archive import archive
 from events.audit.audit import audit

@@ -7,7 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.history import change_ledger, opened, rows_of, write, write_ledger
+from support.history import opened, write
+from support.ledgers import change_ledger, rows_of, write_ledger
 
 from events.audit.audit import audit
 from events.audit.backup import back_up

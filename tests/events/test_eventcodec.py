@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import INTEGERS, PLAIN, any_data, load_requested, model_loaded, told_history
+from support.history import INTEGERS, PLAIN, any_data, load_requested, model_loaded
+from support.ledgers import sample_history
 
 from events.codec import (
     GENESIS,
@@ -182,7 +183,7 @@ def test_value_of_wrong_type_is_written_or_refused_by_the_rule(odd: Any) -> None
 
 
 def test_history_is_written_by_the_rule_and_reads_back() -> None:
-    for each in told_history():
+    for each in sample_history():
         assert encode_event(each) == encode_by_rule(each)
         assert decode_event(encode_event(each)) == decode_event(encode_event(each).encode()) == each
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.history import SIGN, change_ledger, copy_of, opened, rows_of, sound_ledger, write
+from support.history import opened, write
+from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 
 from events.audit.export import HEAD_TYPE, PAGE, cloudevents, export, jsonl
 from events.audit.exportreader import ExportReader

@@ -15,17 +15,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import (
-    FAST_FOLDER,
-    OTHER_SIGN,
-    PLAIN,
-    SIGN,
-    child,
-    copy_of,
-    flip_byte,
-    rows_of,
-    sound_ledger,
-)
+from support.history import PLAIN, child
+from support.ledgers import FAST_FOLDER, OTHER_SIGN, SIGN, copy_of, flip_byte, rows_of, sound_ledger
 
 from events.audit.export import ExportFormat, cloudevents, export, jsonl
 from events.audit.exportreader import MAX_LINE, FileAudit, audit_file

@@ -11,18 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import (
-    FAST_FOLDER,
-    FEWER,
-    START,
-    History,
-    as_event,
-    at,
-    drafts,
-    opened,
-    overwrite_pages,
-    write,
-)
+from support.history import FEWER, START, History, as_event, at, drafts, opened, write
+from support.ledgers import FAST_FOLDER, overwrite_pages
 
 from events.codec import GENESIS, encode_event, hash_body
 from events.errors import Archived, LogUnavailable

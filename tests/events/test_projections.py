@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import FEWER, SIGN, START, change_ledger, copy_of, rows_of, sound_ledger
+from support.history import FEWER, START
+from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 
 from events.audit.archive import archive
 from events.audit.projections import StoredJobs

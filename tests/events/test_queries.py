@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.history import FAST_FOLDER, FEWER, MODEL, History, as_event, drafts, opened
+from support.history import FEWER, MODEL, History, as_event, drafts, opened
+from support.ledgers import FAST_FOLDER
 
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, encode_event, hash_body

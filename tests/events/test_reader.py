@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import MODEL, PLAIN, body_of, change_ledger, facts, ids, load_requested, opened, write
+from support.history import MODEL, PLAIN, facts, ids, load_requested, opened, write
+from support.ledgers import body_of, change_ledger
 
 from events.commands import Record
 from events.errors import Archived, ForeignDatabase, FutureSchema, LogUnavailable

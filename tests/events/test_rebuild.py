@@ -11,17 +11,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import (
-    FAST_FOLDER,
-    FEWER,
-    History,
-    as_event,
-    change_ledger,
-    drafts,
-    opened,
-    told_history,
-    write,
-)
+from support.history import FEWER, History, as_event, drafts, opened, write
+from support.ledgers import FAST_FOLDER, change_ledger, sample_history
 
 from events.audit.verify import verify
 from events.codec import GENESIS, encode_event, hash_body
@@ -33,7 +24,7 @@ from events.sqlite.storage import FOLDS, PAGE, is_current
 from events.state import State
 from events.types import Draft, Event
 
-HISTORY = told_history()
+HISTORY = sample_history()
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import (
-    FEWER,
+from support.history import FEWER, START
+from support.ledgers import (
     OTHER_SIGN,
     SIGN,
-    START,
     change_ledger,
     copy_of,
     flip_byte,

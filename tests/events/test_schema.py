@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.history import change_ledger, copy_of, sound_ledger
+from support.ledgers import change_ledger, copy_of, sound_ledger
 
 from events.audit.audit import audit
 from events.audit.backup import back_up

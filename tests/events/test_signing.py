@@ -10,7 +10,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import OTHER_SIGN, PLAIN, SIGN, at
+from support.history import PLAIN, at
+from support.ledgers import OTHER_SIGN, SIGN
 
 from events.audit.signing import Base, Statement, as_signed_head, key_id
 

@@ -8,15 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from support.history import (
-    FAST_FOLDER,
-    History,
-    append_events,
-    facts,
-    load_requested,
-    opened,
-    overwrite_pages,
-)
+from support.history import History, facts, load_requested, opened
+from support.ledgers import FAST_FOLDER, append_events, overwrite_pages
 
 from events.audit.verify import verify
 from events.commands import Record

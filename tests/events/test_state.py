@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, MODEL, History, as_event, drafts, fold, opened, told_history
+from support.history import FEWER, MODEL, History, as_event, drafts, fold, opened
+from support.ledgers import sample_history
 
 from events import jobs, models
 from events.audit.verify import verify
@@ -183,8 +184,8 @@ def test_entities_agree_with_state(events: list[Draft]) -> None:
 
 
 def test_entities_agree_on_history_and_continue_anywhere() -> None:
-    assert_entities_agree(told_history(rounds=3))
-    events = told_history()
+    assert_entities_agree(sample_history(rounds=3))
+    events = sample_history()
     whole = Entities()
     for middle, event in enumerate(events, 1):
         whole.apply(event)

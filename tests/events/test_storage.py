@@ -6,16 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.history import (
-    SIGN,
-    change_ledger,
-    child,
-    opened,
-    rows_of,
-    write,
-    write_and_be_killed,
-    write_ledger,
-)
+from support.history import child, opened, write
+from support.ledgers import SIGN, change_ledger, rows_of, write_and_be_killed, write_ledger
 
 from events.audit.archive import archive
 from events.audit.audit import audit

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.history import PLAIN, change_ledger, copy_of, facts, flip_byte, opened, rows_of, sound_ledger
+from support.history import PLAIN, facts, opened
+from support.ledgers import change_ledger, copy_of, flip_byte, rows_of, sound_ledger
 
 from events.audit.verify import Finding, FindingKind, Verification, verify
 from events.codec import decode_event, encode_canonical

@@ -6,33 +6,23 @@ the moment it exists.
 Ledgers in files for the tests of proof: one with most kinds of events, copies of it, and keys to sign.
 """
 
-import asyncio
 import enum
-import hashlib
-import os
-import signal
-import sqlite3
-import subprocess
 import sys
 import types
 import typing
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import replace
 
 import events.log
-from events.audit.signing import HeadSigner
 from events.clock import format_timestamp
 from events.commands import Command, Record
 from events.jobs import Job
@@ -46,8 +36,6 @@ from events.models import (
     TOO_MANY_LOADED,
     Model,
 )
-from events.sqlite import snapshots
-from events.sqlite.schema import connect
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -58,7 +46,6 @@ from events.types import (
     Draft,
     Durations,
     Event,
-    Idempotency,
     JobCancelled,
     LoadedFile,
     LoadFailed,
@@ -476,187 +463,3 @@ def as_event(draft: Draft, position: int, after_s: float) -> Event:
         draft.version,
         draft.worker_id,
     )
-
-
-def body_of(line: bytes) -> bytes:
-    """Return the body of an event in a line that ends with its hash, exactly as it is hashed."""
-    return line[: -len(',"hash":""}') - 64] + b"}"
-
-
-SIGN = HeadSigner(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
-"""A key that is the same in each run."""
-
-OTHER_SIGN = HeadSigner(Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33))))
-"""The key of somebody else, likewise."""
-
-FAST_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-"""Properties write hundreds of ledgers: in memory, an fsync takes 0.01 ms instead of 4 ms."""
-
-
-def told_history(rounds: int = 1) -> list[Event]:
-    """Return a history that has something of most things, so many times over."""
-    history = History()
-    history.restart()
-    for number in range(rounds):
-        history.load(f"L{number}")
-        history.ask_load(f"F{number}", version=2)
-        history.start_load(f"F{number}", version=2)
-        history.fail_load(f"F{number}", version=2)
-        history.kill_worker(f"w-L{number}")
-        history.restart()
-        history.load(f"O{number}", of="other")
-        history.unload(f"U{number}", f"O{number}", of="other")
-        history.ask_load(f"C{number}", of="third")
-        history.ask_cancel(f"C{number}", of="third")
-        history.end_cancelled(f"C{number}", of="third")
-    history.ask_unload("last", "O0", of="other")
-    return history.facts
-
-
-async def append_events(log: Log, events: Iterable[Event], *, key_at: int | None = None) -> None:
-    """Append events to a log as facts; the one at `key_at` gets an idempotency key."""
-    for event in events:
-        data = event.data
-        assert not isinstance(data, Unknown)
-        if event.position == key_at and isinstance(data, LoadRequested):
-            data = replace(data, idempotency=Idempotency("ab" * 32, "cd" * 32))
-        draft = Draft(
-            event.id, data, event.actor, event.job_id, event.model_id, event.version, event.worker_id
-        )
-        await log.submit(Record((draft,)))
-
-
-async def write_ledger(
-    path: Path,
-    rounds: int = 1,
-    *,
-    stopped: bool = True,
-    key_at: int | None = None,
-    now: Callable[[], datetime] = lambda: START,
-) -> None:
-    """Write such a ledger, ended in order unless told otherwise."""
-    async with opened(path, now=now, monotonic=float) as log:
-        await append_events(log, told_history(rounds), key_at=key_at)
-        if stopped:
-            await log.server_stopped()
-
-
-@cache
-def sound_ledger(rounds: int = 1, *, snapshots_every: int | None = None, seconds: float = 0) -> bytes:
-    """Return the file of such a ledger, ended in order.
-
-    Args:
-        rounds: of its history.
-        snapshots_every: after how many events each a snapshot is written; None for no snapshots.
-        seconds: between two events.
-    """
-    events, ticks = told_history(rounds), count()
-    every = snapshots_every or len(events)
-
-    async def write(path: Path) -> None:
-        for begin in range(0, len(events), every):
-            now = lambda: datetime.fromtimestamp(START.timestamp() + int(next(ticks) * seconds), START.tzinfo)  # noqa: E731
-            async with opened(path, now=now, monotonic=float) as log:
-                await append_events(log, events[begin : begin + every])
-                if begin + every >= len(events):
-                    await log.server_stopped()
-            if snapshots_every:
-                with closing(connect(path)) as connection:
-                    (position,) = connection.execute("SELECT position FROM projected").fetchone()
-                    snapshots.write(connection, position)
-                    connection.execute("PRAGMA journal_mode = DELETE")
-
-    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
-        asyncio.run(write(Path(folder) / "ledger.db"))
-        return (Path(folder) / "ledger.db").read_bytes()
-
-
-@contextmanager
-def copy_of(ledger: bytes) -> Iterator[Path]:
-    """Give a copy of a ledger's file, in a folder of its own."""
-    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
-        path = Path(folder) / "ledger.db"
-        path.write_bytes(ledger)
-        yield path
-
-
-def change_ledger(path: Path, *statements: str, keeps_triggers: bool = False) -> int:
-    """Change a ledger behind the writer's back; return how many rows the last statement changed."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("PRAGMA ignore_check_constraints = ON")
-        connection.execute("PRAGMA writable_schema = ON")
-        if not keeps_triggers:
-            triggers = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall()
-            for (name,) in triggers:
-                connection.execute(f"DROP TRIGGER {name}")
-        changed = 0
-        for statement in statements:
-            changed = connection.execute(statement).rowcount
-        return changed
-
-
-def forge_bodies(path: Path, change_body: Callable[[int, str], str]) -> None:
-    """Change the bodies of a ledger's events, and make all hashes anew."""
-    digest, forged = bytes(32), list[tuple[str, bytes, int]]()
-    for position, body, _ in rows_of(path):
-        changed = change_body(position, body)
-        digest = hashlib.sha256(digest + changed.encode()).digest()
-        forged.append((changed, digest, position))
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("DROP TRIGGER events_never_change")
-        connection.executemany("UPDATE events SET body = ?, hash = ? WHERE position = ?", forged)
-        connection.commit()
-
-
-def overwrite_pages(path: Path, table: str) -> None:
-    """Overwrite the pages of a table and of its indexes in a database that is closed."""
-    with closing(sqlite3.connect(path)) as connection:
-        (size,) = connection.execute("PRAGMA page_size").fetchone()
-        pages = connection.execute(
-            "SELECT rootpage FROM sqlite_schema WHERE tbl_name = ? AND rootpage > 0", (table,)
-        ).fetchall()
-    with path.open("r+b") as file:
-        for (page,) in pages:
-            file.seek((page - 1) * size)
-            file.write(b"\xff" * size)
-
-
-def flip_byte(data: bytes, index: int, bits: int) -> bytes:
-    """Return the data with some bits of one byte changed."""
-    index %= len(data)
-    return data[:index] + bytes([data[index] ^ bits]) + data[index + 1 :]
-
-
-KILLED_SERVER = """
-import asyncio, os, signal, sys
-from pathlib import Path
-from support.history import opened, write
-async def main():
-    async with opened(Path(sys.argv[1])) as log:
-        await log.server_started()
-        await write(log, int(sys.argv[2]))
-        os.kill(os.getpid(), signal.SIGKILL)
-asyncio.run(main())
-"""
-
-
-def write_and_be_killed(path: Path, events: int) -> None:
-    """Have a process append so many events and be killed before it closes its log."""
-    done = subprocess.run(child(KILLED_SERVER, path, events), check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL
-
-
-def rows_of(path: Path) -> list[tuple[int, str, bytes]]:
-    """Return positions, bodies and hashes of a ledger."""
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute("SELECT position, body, hash FROM events ORDER BY position").fetchall()
-
-
-def stored(path: Path, *tables: str) -> dict[str, list[tuple[object, ...]]]:
-    """Return all rows of some tables, in an order of their own."""
-    with closing(sqlite3.connect(path)) as connection:
-        return {
-            table: sorted(connection.execute(f"SELECT * FROM {table}").fetchall(), key=repr)
-            for table in tables
-        }

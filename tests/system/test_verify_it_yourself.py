@@ -13,7 +13,8 @@ from types import CodeType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.history import PLAIN, SIGN, rows_of, write_ledger
+from support.history import PLAIN
+from support.ledgers import SIGN, rows_of, write_ledger
 from support.pages import ROOT
 
 from events.audit.export import export, jsonl

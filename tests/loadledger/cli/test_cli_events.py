@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support import models
-from support.history import SIGN, body_of, opened, told_history, write, write_ledger
+from support.history import opened, write
 from support.http import LIMIT_S
+from support.ledgers import SIGN, body_of, sample_history, write_ledger
 from support.models import save
 from support.servers import APART, MODULE, clean_environment, serving
 
@@ -183,7 +184,7 @@ async def test_archived_events_are_refused_with_position_to_begin_at(tmp_path: P
     config.data.mkdir(mode=0o700)
     await write_ledger(config.data / LEDGER)
     archive(config.data / LEDGER, "9", tmp_path / "archive.gz", SIGN, utc_now())
-    head = len(told_history()) + 1
+    head = len(sample_history()) + 1
     async with serving(config) as server:
         token = server.api.token("audit")
         for source in (f"--url={server.url}", f"--data={config.data}"):

@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from support import models
-from support.history import History, append_events, opened, rows_of, told_history, write_ledger
+from support.history import History, opened
 from support.http import LocalApi
+from support.ledgers import append_events, rows_of, sample_history, write_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
@@ -29,7 +30,7 @@ from server.auth.keys import ensure_data_dir, open_signer
 
 TRIGGERS = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
 ROUNDS = 2
-HEAD = len(told_history(ROUNDS)) + 1
+HEAD = len(sample_history(ROUNDS)) + 1
 
 
 def run(*arguments: object, data: Path | None = None) -> Result:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from support.history import child, told_history, write_ledger
+from support.history import child
+from support.ledgers import sample_history, write_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import as_signed_head, key_id
@@ -25,7 +26,7 @@ from loadledger.cli.main import main
 from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, open_signer
 
-HEAD = len(told_history()) + 1
+HEAD = len(sample_history()) + 1
 Arguments = Callable[[Path, Path], tuple[object, ...]]
 WRITERS: dict[str, Arguments] = {
     "export": lambda data, file: ("export", "--data", data, file),
