@@ -23,20 +23,20 @@ BYTES_PER_DATA_BYTE = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryEstimate:
     """What all workers of a load take at most, in bytes; whether nothing is known but the files' sizes."""
 
     bytes: int
     is_estimate: bool
 
 
-def need_of(
+def estimate_memory(
     files: Sequence[FileStat],
     version: int,
     parameters: LoadParameters,
     footprints: Iterable[Footprint],
     form: str | None = None,
-) -> Need:
+) -> MemoryEstimate:
     """Return what a load will need, as far as that can be known before.
 
     Args:
@@ -46,7 +46,7 @@ def need_of(
         footprints: what the model's versions took.
         form: the prepared form that there is of these files; its first load may take what a bare one does.
     """
-    same = [seen for seen in footprints if seen.version == version and same_files(seen.files, files)]
+    same = [seen for seen in footprints if seen.version == version and is_same_files(seen.files, files)]
     bare = next((seen for seen in same if seen.form is None), None)
     known = next((seen for seen in same if seen.form == form), bare)
     one = known.peak_memory_bytes if known is not None else _estimate(files)
@@ -54,10 +54,10 @@ def need_of(
     is_limited = limit is not None and limit + WORKER_BYTES <= one
     if limit is not None and is_limited:
         one = limit + WORKER_BYTES
-    return Need(one * parameters.instances, known is None and not is_limited)
+    return MemoryEstimate(one * parameters.instances, known is None and not is_limited)
 
 
-def need_bare(version: int, parameters: LoadParameters, footprints: Iterable[Footprint]) -> int:
+def estimate_unprepared(version: int, parameters: LoadParameters, footprints: Iterable[Footprint]) -> int:
     """Return what a load takes without a prepared form, as far as that is known of the version; else 0."""
     peaks = (seen.peak_memory_bytes for seen in footprints if seen.version == version and seen.form is None)
     one = max(peaks, default=0)
@@ -71,7 +71,7 @@ def _estimate(files: Iterable[FileStat]) -> int:
     return WORKER_BYTES + math.ceil(sum(file.bytes * weights[file.path == MODEL_FILE] for file in files))
 
 
-def same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool:
+def is_same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool:
     """Tell whether files are still those that were seen, by path, size and time."""
     return sorted((file.path, file.bytes, file.mtime_ns) for file in seen) == sorted(
         (file.path, file.bytes, file.mtime_ns) for file in files
@@ -85,7 +85,7 @@ LOOK_S = 2.0
 """How long loads keep their order for a look at one's files: it takes a millisecond, unless a disk hangs."""
 
 
-class Needs:
+class MemoryEstimates:
     """What pending loads need, found out once each by a look at their files.
 
     Attributes:
@@ -128,11 +128,11 @@ class Needs:
     async def _look(self, job: Job, model: Model | None) -> None:
         assert job.version is not None
         assert job.load is not None
-        need = Need(0, is_estimate=False)
+        need = MemoryEstimate(0, is_estimate=False)
         try:
             footprints = model.footprints if model is not None else ()
             files, form = await asyncio.to_thread(self._seen, job.model_id, job.version, footprints)
-            need = need_of(files, job.version, job.load, footprints, form)
+            need = estimate_memory(files, job.version, job.load, footprints, form)
         except RuntimeProblem:
             pass  # the load itself says what is wrong with the files
         finally:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from events.log import Log
 from events.models import Model, ModelState
-from runtime.consumer.loads import LiveLoad
+from runtime.consumer.loads import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
 from runtime.process.requests import Answer
 from runtime.process.worker import Worker
@@ -68,7 +68,7 @@ class ModelRoute:
     position: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    load: LiveLoad
+    load: RunningLoad
 
     @property
     def max_batch_size(self) -> int:
@@ -104,7 +104,7 @@ class Router:
     def __init__(
         self,
         log: Log,
-        live: Mapping[str, LiveLoad],
+        live: Mapping[str, RunningLoad],
         repository: Repository,
         *,
         max_queue: int,

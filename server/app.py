@@ -20,7 +20,7 @@ from events.types import Cause
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.store import FOLDER, ModelCache
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.usage import Leases
+from runtime.consumer.usage import PendingDemand
 from runtime.memory import budget_bytes, is_under_pressure, memory_limit, pressure
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
@@ -39,10 +39,10 @@ from server.appkeys import (
     CONSUMER_TASK,
     DEMAND,
     GATE,
-    LEASES,
     LIMIT,
     LOG,
     OPENAPI,
+    PENDING_DEMAND,
     POOL,
     PROXIES,
     READER,
@@ -233,7 +233,7 @@ def _prepared(config: Config) -> ModelCache | None:
 
 async def _applying(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
-    app[LEASES] = leases = Leases()
+    app[PENDING_DEMAND] = leases = PendingDemand()
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
@@ -265,7 +265,7 @@ def _on_demand(app: web.Application) -> OnDemand:
         submit=app[REQUEST_LOG].submit,
         reader=app[READER],
         router=app[ROUTER],
-        leases=app[LEASES],
+        leases=app[PENDING_DEMAND],
         look_up=look_up,
         waiting_for=app[CONSUMER].waiting_for,
         stopping=app[STOPPING],

@@ -8,7 +8,7 @@ from aiohttp import web
 from events.log import Log
 from events.sqlite.reader import Reader
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.usage import Leases
+from runtime.consumer.usage import PendingDemand
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
@@ -35,7 +35,7 @@ CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyn
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
 """What may be used of the machine's memory."""
-LEASES = web.AppKey("leases", Leases)
+PENDING_DEMAND = web.AppKey("leases", PendingDemand)
 DEMAND = web.AppKey("demand", OnDemand)
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)

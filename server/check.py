@@ -21,14 +21,14 @@ from msgspec import structs
 
 from events.clock import uuid7
 from events.types import LoadParameters
-from runtime.consumer.loads import load_message
+from runtime.consumer.loads import build_load_message
 from runtime.errors import RuntimeProblem
-from runtime.estimates import need_of
+from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, budget_bytes, memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, ModelVersion, Repository
-from runtime.scheduler.admission import megabytes
+from runtime.scheduler.admission import format_megabytes
 from runtime.wire import Load, Tensor
 from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
@@ -259,13 +259,13 @@ def _check_versions(
         result.versions += 1
         if parameters is None:
             continue
-        need = need_of(found.files, version, parameters, ())
+        need = estimate_memory(found.files, version, parameters, ())
         if need.bytes <= budget:
             yield found, parameters
             continue
         text = (  # the scheduler refuses such a load without trying it
-            f"needs about {megabytes(need.bytes)} of memory, estimated from its files, and the budget is"
-            f" {megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
+            f"needs about {format_megabytes(need.bytes)} of memory, estimated from its files, and the budget"
+            f" is {format_megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
             f" {defaults_name(model_id)} if it takes less"
         )
         result.findings.append(CheckFinding(_place(found), "insufficient_memory", text))
@@ -291,7 +291,7 @@ async def _load_all(
             try:
                 limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
                 warm_up = read_warm_up(repository, found.model_id)
-                message = load_message(pool, repository, found, parameters, warm_up)
+                message = build_load_message(pool, repository, found, parameters, warm_up)
                 message = structs.replace(message, memory_limit_bytes=limit)
                 await _load_once(pool, message, warm_up.inputs, timeout_s)
                 result.loaded += 1

@@ -35,11 +35,11 @@ from runtime.cache.trial import (
     least_of_each,
 )
 from runtime.errors import RuntimeProblem, WorkerDied
-from runtime.estimates import WORKER_BYTES, same_files
+from runtime.estimates import WORKER_BYTES, is_same_files
 from runtime.modeldefaults import read_warm_up
 from runtime.process.pool import WorkerPool, complete, kill_and_wait
 from runtime.repository import FileStat, Repository
-from runtime.scheduler.view import Preparation
+from runtime.scheduler.view import PreparationView
 from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash, Tensor
 
 KEPT = "kept"
@@ -331,7 +331,7 @@ class Preparer:
         self._running: asyncio.Task[None] | None = None
         self._looks: set[asyncio.Task[None]] = set()
         self._paused_until = 0.0
-        self.preparation: Preparation | None = None
+        self.preparation: PreparationView | None = None
         self.candidate: Candidate | None = None
         self.counts = PreparingCounts()
 
@@ -358,7 +358,7 @@ class Preparer:
         assert self._running is None
         key = next(key for key, each in self._candidates.items() if each.load_job_id == load_job_id)
         self.candidate = candidate = self._candidates.pop(key)
-        self.preparation = Preparation(load_job_id, candidate.need_bytes)
+        self.preparation = PreparationView(load_job_id, candidate.need_bytes)
         self._running = asyncio.create_task(self._prepare(self._store, key, candidate), name="preparing")
         self._running.add_done_callback(lambda _: self._over())
 
@@ -397,7 +397,7 @@ class Preparer:
         return None if entry is None else entry.form
 
     def _key(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
-        known = next((seen.files for seen in footprints if same_files(seen.files, files)), None)
+        known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
         if self._store is None or known is None:
             return None
         return make_key(source_hashes(known), self._pool.threads)

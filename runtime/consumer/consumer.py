@@ -18,16 +18,23 @@ from events.jobs import Job
 from events.log import Log
 from events.state import State
 from runtime.cache.store import ModelCache
-from runtime.consumer.executor import Applier
-from runtime.consumer.loads import MEASURE_LIMIT_S, LiveLoad
-from runtime.consumer.usage import Leases, LoadUse, PreparationUse, Wait, uses, waits
+from runtime.consumer.executor import Executor
+from runtime.consumer.loads import MEASURE_LIMIT_S, RunningLoad
+from runtime.consumer.usage import (
+    LoadUsage,
+    PendingDemand,
+    PreparationUsage,
+    WaitingJob,
+    list_usage,
+    list_waiting,
+)
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.scheduler.actions import Decision
 from runtime.scheduler.scheduler import decide
-from runtime.scheduler.view import Conditions, Policy, ended_by
+from runtime.scheduler.view import Observations, Policy, find_unload_target
 
 _log = logging.getLogger(__name__)
 
@@ -62,26 +69,26 @@ class Consumer:
         *,
         policy: Policy,
         drain_timeout_s: float,
-        leases: Leases | None = None,
+        leases: PendingDemand | None = None,
         under_pressure: Callable[[], bool] = lambda: False,
         store: ModelCache | None = None,
     ) -> None:
         self._log = log
         self._pool = pool
         self.policy = policy
-        self._leases = leases or Leases()
+        self._leases = leases or PendingDemand()
         self._under_pressure = under_pressure
         self._wakeup = log.subscribe()
         self._leases.on_end = self._wakeup.set
         self._stopping = False
         self._decision = Decision()
-        self._applier = Applier(
+        self._applier = Executor(
             log, pool, repository, self._wakeup.set, drain_timeout_s=drain_timeout_s, store=store
         )
         self.live = self._applier.live
         self.totals = self._applier.totals
         self.preparer = self._applier.preparer
-        self._upkeep = Upkeep(log, self.live, self._wakeup.set)
+        self._upkeep = WorkerMonitor(log, self.live, self._wakeup.set)
 
     async def run(self) -> None:
         """Work until `stop`; that it ends before is a defect worth dying for."""
@@ -107,30 +114,30 @@ class Consumer:
         if job.unload is None:
             load = self.live.get(job.id)
             return load.stage if load is not None and load.report is None else None
-        target = self.live.get(ended_by(self._log.state, job))
+        target = self.live.get(find_unload_target(self._log.state, job))
         return None if target is None or not target.draining else target.stage
 
     def waiting_for(self, job: Job) -> str | None:
         """Return what a pending job waits for, as of the last decision."""
         return self._decision.waiting_for.get(job.id)
 
-    def uses(self) -> list[LoadUse]:
+    def uses(self) -> list[LoadUsage]:
         """Return what each load takes of the memory budget."""
-        return uses(self.live.values(), self._log.state, self._log.now())
+        return list_usage(self.live.values(), self._log.state, self._log.now())
 
-    def preparation(self) -> PreparationUse | None:
+    def preparation(self) -> PreparationUsage | None:
         """Return what is being prepared."""
         preparer = self._applier.preparer
         candidate, preparation = preparer.candidate, preparer.preparation
         if candidate is None or preparation is None:
             return None
-        return PreparationUse(
+        return PreparationUsage(
             candidate.model_id, candidate.version, preparation.memory_bytes, preparation.stopping
         )
 
-    def waits(self) -> list[Wait]:
+    def waits(self) -> list[WaitingJob]:
         """Return the jobs that wait, as of the last decision."""
-        return waits(self._log.state, self._decision.waiting_for, self._applier.needs.known)
+        return list_waiting(self._log.state, self._decision.waiting_for, self._applier.needs.known)
 
     async def _step(self) -> None:
         self._wakeup.clear()
@@ -153,11 +160,11 @@ class Consumer:
             self._wakeup.clear()
             await self._sleep(None, now, at_most_s=LOG_RETRY_S)
 
-    def _conditions(self, state: State) -> Conditions:
+    def _conditions(self, state: State) -> Observations:
         preparer = self._applier.preparer
         preparable = preparer.preparable
         may_yield = preparable or any(job.load and job.load.priority == "low" for job in state.unended())
-        return Conditions(
+        return Observations(
             fork_server_up=self._pool.healthy,
             under_pressure=bool(may_yield) and self._under_pressure(),
             needs=self._applier.needs.known,
@@ -182,7 +189,7 @@ class Consumer:
                 await self._wakeup.wait()
 
 
-class Upkeep:
+class WorkerMonitor:
     """Keeps what is known of the workers that serve up to date.
 
     Args:
@@ -191,7 +198,7 @@ class Upkeep:
         wake: is called when measurements are there.
     """
 
-    def __init__(self, log: Log, live: Mapping[str, LiveLoad], wake: Callable[[], None]) -> None:
+    def __init__(self, log: Log, live: Mapping[str, RunningLoad], wake: Callable[[], None]) -> None:
         self._log = log
         self._live = live
         self._wake = wake
@@ -247,7 +254,7 @@ class Upkeep:
                 return
         self._noted = seen
 
-    async def _measure(self, load: LiveLoad, worker: Worker) -> None:
+    async def _measure(self, load: RunningLoad, worker: Worker) -> None:
         try:
             with suppress(WorkerDied, OSError):
                 load.measured_bytes[worker.worker_id] = await worker.measure()

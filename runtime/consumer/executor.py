@@ -43,10 +43,10 @@ from events.types import (
 from runtime.cache.files import source_hashes
 from runtime.cache.preparer import Candidate, Preparer
 from runtime.cache.store import ModelCache
-from runtime.consumer.loads import LiveLoad, order_of, run_load, run_unload
-from runtime.consumer.usage import Totals
+from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unload
+from runtime.consumer.usage import InferenceTotals
 from runtime.errors import Exit
-from runtime.estimates import Needs, need_bare
+from runtime.estimates import MemoryEstimates, estimate_unprepared
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import LoadReport, Worker
 from runtime.repository import Repository
@@ -54,22 +54,22 @@ from runtime.scheduler.actions import (
     Action,
     CancelJob,
     CompleteLoad,
+    EstimateMemory,
     FailLoad,
+    FailModel,
     FinishUnload,
-    GiveUp,
-    Kill,
-    MakeWay,
+    KillWorkers,
     PrepareModel,
     RecordDeath,
-    RequestEnd,
     RequestReload,
-    SizeUp,
+    ReuseWorkers,
     StartLoad,
     StartUnload,
-    StopPreparing,
-    TakeOver,
+    StopPreparation,
+    UnloadAutomatically,
+    UnloadForReplacement,
 )
-from runtime.scheduler.scheduler import is_wanted
+from runtime.scheduler.scheduler import is_load_current
 from runtime.wire import HashedFile, plain_text
 
 
@@ -78,7 +78,7 @@ def about(job: Job, data: Data, worker_id: str | None = None) -> Draft:
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
 
 
-def model_loaded(job: Job, load: LiveLoad, now: str) -> ModelLoaded:
+def model_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
     """Return what a load came to; its `report` is there."""
     assert job.started_at is not None
     assert load.report is not None
@@ -114,7 +114,7 @@ def taken_over(serving: Serving) -> ModelLoaded:
     )
 
 
-def model_unloaded(load: LiveLoad | None) -> ModelUnloaded:
+def model_unloaded(load: RunningLoad | None) -> ModelUnloaded:
     """Return what the end of a load's processes gave back, if there were any."""
     if load is None:
         return ModelUnloaded(0, 0, 0)
@@ -144,7 +144,7 @@ def given_up(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     )
 
 
-def death(load: LiveLoad, worker: Worker) -> Draft:
+def death(load: RunningLoad, worker: Worker) -> Draft:
     """Return that a worker ended and nobody had asked."""
     # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
@@ -164,7 +164,7 @@ RELOAD_TIMEOUT_S = 300
 """What a load that the system requests has at least: the default of those that people request."""
 
 
-class Applier:
+class Executor:
     """Applies one action after the other.
 
     Args:
@@ -196,10 +196,10 @@ class Applier:
         self._pool = pool
         self._repository = repository
         self._wake = wake
-        self.live: dict[str, LiveLoad] = {}
-        self.totals = Totals(log.tally.names)
+        self.live: dict[str, RunningLoad] = {}
+        self.totals = InferenceTotals(log.tally.names)
         self.preparer = Preparer(store, pool, repository, wake)
-        self.needs = Needs(repository, wake, self.preparer.form_of)
+        self.needs = MemoryEstimates(repository, wake, self.preparer.form_of)
         self._drain_timeout_s = drain_timeout_s
         self._hashed: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
 
@@ -218,7 +218,7 @@ class Applier:
 
     def sweep(self, state: State) -> None:
         """End what nobody wants any more, by any of its names, and forget what has ended."""
-        wanted = {id(load) for key, load in self.live.items() if is_wanted(state, key, load.model_id)}
+        wanted = {id(load) for key, load in self.live.items() if is_load_current(state, key, load.model_id)}
         for key, load in list(self.live.items()):
             if id(load) not in wanted:
                 if not load.killed:
@@ -236,52 +236,52 @@ class Applier:
         match action:
             case StartLoad(job):
                 await self._start_load(job)
-            case TakeOver(job, load_job_id):
+            case ReuseWorkers(job, load_job_id):
                 await self._take_over(job, self.live[load_job_id])
             case CompleteLoad(job, replaces):
                 await self._complete_load(job, replaces)
             case FailLoad(job, code, message):
                 await self._fail_load(job, Failure(code, message) if code is not None else None)
-            case SizeUp(job):
+            case EstimateMemory(job):
                 self.needs.find(job, self._log.state.models.get(job.model_id))
                 if all(load.report is not None for load in self.live.values()):  # else it may have to wait
                     self._pool.expect()
             case PrepareModel(load_job_id):
                 self.preparer.begin(load_job_id)
-            case StopPreparing():
+            case StopPreparation():
                 self.preparer.stop()
             case CancelJob(job):
                 await self._record(about(job, JobCancelled()))
             case StartUnload(job, load_job_id):
                 await self._start_unload(job, load_job_id)
-            case Kill(load_job_id):
+            case KillWorkers(load_job_id):
                 self.live[load_job_id].kill()
             case FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id)
             case RecordDeath(load_job_id, worker_ids):
                 load = self.live[load_job_id]
                 await self._record_of(load, [each for each in load.workers if each.worker_id in worker_ids])
-            case MakeWay(job, load_job_id):
+            case UnloadForReplacement(job, load_job_id):
                 await self._record(_swapped_out(self.live[load_job_id], job.id))
             case RequestReload(model, cause):
                 await self._request_reload(model, cause)
-            case RequestEnd(model, cause, cause_event_id):
+            case UnloadAutomatically(model, cause, cause_event_id):
                 await self._request_end(model, cause, cause_event_id)
-            case GiveUp(model, message):
+            case FailModel(model, message):
                 await self._record(*given_up(model, message))
 
     async def _start_load(self, job: Job) -> None:
         assert job.load is not None
         assert job.version is not None
-        load = LiveLoad(job.id, job.model_id, job.version, job.load, uuid7(), self._wake)
+        load = RunningLoad(job.id, job.model_id, job.version, job.load, uuid7(), self._wake)
         load.reserved_bytes = self.needs.known.get(job.id) or 0
         known = self._hashed.get((job.model_id, job.version), ())
         model = self._log.state.models.get(job.model_id)
         footprints = model.footprints if model is not None else ()
-        load.bare_bytes = need_bare(job.version, job.load, footprints)
+        load.bare_bytes = estimate_unprepared(job.version, job.load, footprints)
         form_for = partial(self.preparer.form_for, footprints=footprints)
         ordered = start_task(
-            order_of(load, self._pool, self._repository, known, form_for), "looking at a model"
+            build_order(load, self._pool, self._repository, known, form_for), "looking at a model"
         )
         try:  # its files are looked at beside the disk's work
             await self._record(about(job, LoadStarted(job.attempt + 1), load.worker_id))
@@ -291,7 +291,7 @@ class Applier:
         self.live[job.id] = load
         load.spawn(asyncio.create_task(run_load(load, self._pool, ordered)))
 
-    async def _take_over(self, job: Job, load: LiveLoad) -> None:
+    async def _take_over(self, job: Job, load: RunningLoad) -> None:
         """Have the workers of a load go on as those of another; requests do not notice.
 
         Both names lead to them until it is known which one is recorded: `settle_names`.
@@ -313,12 +313,12 @@ class Applier:
         await self._record(loaded, *swapped_out)
         self._have_prepared(load)
 
-    def _remember(self, load: LiveLoad, report: LoadReport) -> None:
+    def _remember(self, load: RunningLoad, report: LoadReport) -> None:
         self._hashed[load.model_id, load.version] = report.files
         while len(self._hashed) > MAX_REMEMBERED_VERSIONS:
             del self._hashed[next(iter(self._hashed))]
 
-    def _have_prepared(self, load: LiveLoad) -> None:
+    def _have_prepared(self, load: RunningLoad) -> None:
         """Offer what was loaded bare to be prepared, and drop a form of the same files that was of no use."""
         assert load.report is not None
         if load.prepared is not None and load.prepared.sources == source_hashes(load.report.files):
@@ -379,7 +379,7 @@ class Applier:
                 )
             )
 
-    async def _record_of(self, load: LiveLoad | None, dead: Sequence[Worker], *drafts: Draft) -> None:
+    async def _record_of(self, load: RunningLoad | None, dead: Sequence[Worker], *drafts: Draft) -> None:
         """Record the deaths of these workers, each once, and what follows from them."""
         if load is None:
             await self._record(*drafts)
@@ -389,7 +389,7 @@ class Applier:
         await self._record(*(death(load, worker) for worker in new), *drafts)
         load.recorded.update(worker.worker_id for worker in new)
 
-    def _suspect(self, load: LiveLoad, dead: Sequence[Worker]) -> None:
+    def _suspect(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
         """A prepared form with which a worker crashed is dropped: the model comes back bare."""
         form = load.prepared_form
         of_form = (worker for worker in dead if not worker.orphaned and load.uses_form(worker))
@@ -402,9 +402,9 @@ class Applier:
         await self._log.submit(Record(drafts))
 
 
-def _worker_id(load: LiveLoad | None) -> str | None:
+def _worker_id(load: RunningLoad | None) -> str | None:
     return load.only_worker_id if load is not None else None
 
 
-def _swapped_out(old: LiveLoad, cause_event_id: str) -> Draft:
+def _swapped_out(old: RunningLoad, cause_event_id: str) -> Draft:
     return swapped_out(old.job_id, old.model_id, old.version, old.only_worker_id, cause_event_id)

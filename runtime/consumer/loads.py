@@ -2,7 +2,7 @@
 
 The two effects on a load: its workers load the model, and end. The consumer spawns them.
 
-What they come to stands in the `LiveLoad`; they report by waking the consumer.
+What they come to stands in the `RunningLoad`; they report by waking the consumer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import LoadReport, Worker
 from runtime.repository import FileStat, ModelVersion, Repository
-from runtime.scheduler.view import Phase, Running
+from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
 from runtime.wire import CachedCopy, HashedFile, Load, Tensor
 
@@ -39,7 +39,7 @@ can put off; it is then still to be ended."""
 
 
 @dataclass(slots=True)
-class LiveLoad:
+class RunningLoad:
     """What runs for one load job. Written by the consumer and its effects, on the loop only.
 
     Attributes:
@@ -168,9 +168,9 @@ class LiveLoad:
             return None
         return add_seconds(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
 
-    def view(self, job: Job | None, now: str = "", *, leased: bool = False) -> Running:
+    def view(self, job: Job | None, now: str = "", *, leased: bool = False) -> LoadView:
         """Return what the scheduler sees, where `job` is the load's job as long as it has not ended."""
-        return Running(
+        return LoadView(
             self.job_id,
             self.model_id,
             self._phase(job),
@@ -285,7 +285,7 @@ INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
 """Workers of one load that load side by side, after the first: each takes a core and its peak of memory."""
 
 
-async def run_load(load: LiveLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
+async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
     """Load the model in as many workers as are asked for; the outcome stands in `report` or `failure`.
 
     The first loads alone and hashes, so that the bytes are read for that once. What fails one fails all; but
@@ -294,7 +294,7 @@ async def run_load(load: LiveLoad, pool: WorkerPool, ordered: Awaitable[Load]) -
     Args:
         load: what is to be loaded.
         pool: where workers come from.
-        ordered: `order_of` it.
+        ordered: `build_order` it.
     """
     began = time.monotonic_ns()
     load.stage = "starting"
@@ -308,8 +308,8 @@ async def run_load(load: LiveLoad, pool: WorkerPool, ordered: Awaitable[Load]) -
         load.kill_workers()
 
 
-async def order_of(
-    load: LiveLoad,
+async def build_order(
+    load: RunningLoad,
     pool: WorkerPool,
     repository: Repository,
     known: tuple[HashedFile, ...],
@@ -336,11 +336,11 @@ async def order_of(
     if load.prepared is None:  # and there may have been one when the load's need was found out
         load.reserve_bare()
     load.warm_up_inputs = warm_up.inputs
-    message = load_message(pool, repository, found, load.parameters, warm_up)
+    message = build_load_message(pool, repository, found, load.parameters, warm_up)
     return replace(message, known=known, prepared=load.prepared)
 
 
-def load_message(
+def build_load_message(
     pool: WorkerPool, repository: Repository, found: ModelVersion, parameters: LoadParameters, warm_up: WarmUp
 ) -> Load:
     """Return what a worker is told to load a version as its files are."""
@@ -357,7 +357,7 @@ def load_message(
     )
 
 
-async def _load_rest(load: LiveLoad, pool: WorkerPool, order: Load) -> None:
+async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
     """Load the other instances, some at once; at the first that fails, the others are not waited for."""
     places = asyncio.Semaphore(INSTANCES_AT_ONCE)
 
@@ -381,7 +381,7 @@ def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
 
 
 async def _load_instance(
-    load: LiveLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
+    load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
 ) -> LoadReport:
     """Start a worker and load the model in it. Why not, if so, is there before its end is noticed.
 
@@ -418,7 +418,7 @@ async def _load_instance(
     return report
 
 
-async def _load_bare(load: LiveLoad, pool: WorkerPool, order: Load, worker_id: str) -> LoadReport:
+async def _load_bare(load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str) -> LoadReport:
     """Load in another worker what the first did not make of a prepared form."""
     load.reserve_bare()
     load.told.discard(worker_id)
@@ -442,7 +442,7 @@ def _death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:
     return Failure(code, f"{death} while it {at}{said}")
 
 
-async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
+async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
     """Wait for running requests, but not for ever, then end the processes."""
     workers = load.left
     load.requests_at_drain = sum(worker.in_flight for worker in workers)
@@ -454,7 +454,7 @@ async def run_unload(load: LiveLoad, drain_timeout_s: float) -> None:
         await asyncio.gather(*(_stop(load, worker) for worker in load.left))
 
 
-async def _stop(load: LiveLoad, worker: Worker) -> None:
+async def _stop(load: RunningLoad, worker: Worker) -> None:
     try:
         load.note_end(worker, await _measured(load, worker))
     except WorkerDied:
@@ -462,7 +462,7 @@ async def _stop(load: LiveLoad, worker: Worker) -> None:
     await worker.stop(STOP_GRACE_S)
 
 
-async def _measured(load: LiveLoad, worker: Worker) -> int:
+async def _measured(load: RunningLoad, worker: Worker) -> int:
     """Measure how many bytes the worker has; if that cannot be had in time, give what it had after its load.
 
     Raises:

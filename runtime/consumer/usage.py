@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from events.counters import ModelLabels
 from events.state import State
-from runtime.consumer.loads import LiveLoad
-from runtime.scheduler.view import Phase, Running
+from runtime.consumer.loads import RunningLoad
+from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)
-class LoadUse:
+class LoadUsage:
     """What one load takes: `reserved_bytes` until it is loaded, from then on `memory_bytes`, as measured.
 
     A model can have two for a moment: the version that serves, and the next one, or the one that drains.
@@ -42,7 +42,7 @@ class LoadUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitingJob:
     """A job that waits: what it will need, in bytes, if that is known yet, and what for."""
 
     job_id: str
@@ -52,7 +52,7 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparationUse:
+class PreparationUsage:
     """What is being prepared for later loads, and may take `reserved_bytes`, until its processes exited."""
 
     model_id: str
@@ -61,7 +61,7 @@ class PreparationUse:
     stopping: bool
 
 
-def uses(live: Iterable[LiveLoad], state: State, now: str) -> list[LoadUse]:
+def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[LoadUsage]:
     """Return what each load takes whose processes have not exited, by model, then oldest first."""
     loads = {id(load): load for load in live}  # one that is being taken over is there twice
     there = [load for load in loads.values() if not load.gone]
@@ -69,18 +69,20 @@ def uses(live: Iterable[LiveLoad], state: State, now: str) -> list[LoadUse]:
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
 
 
-def waits(state: State, waiting_for: Mapping[str, str], needs: Mapping[str, int | None]) -> list[Wait]:
+def list_waiting(
+    state: State, waiting_for: Mapping[str, str], needs: Mapping[str, int | None]
+) -> list[WaitingJob]:
     """Return the jobs that wait, oldest first."""
     return [
-        Wait(job.id, job.model_id, needs.get(job.id), waiting_for[job.id])
+        WaitingJob(job.id, job.model_id, needs.get(job.id), waiting_for[job.id])
         for job in state.unended()
         if job.id in waiting_for
     ]
 
 
-def _use(load: LiveLoad, run: Running) -> LoadUse:
+def _use(load: RunningLoad, run: LoadView) -> LoadUsage:
     is_reserved = load.report is None
-    return LoadUse(
+    return LoadUsage(
         model_id=load.model_id,
         version=load.version,
         job_id=load.job_id,
@@ -95,7 +97,7 @@ def _use(load: LiveLoad, run: Running) -> LoadUse:
     )
 
 
-class Leases:
+class PendingDemand:
     """Counts, by model, the inferences that wait for it or are being answered after they did."""
 
     def __init__(self) -> None:
@@ -125,7 +127,7 @@ class Leases:
         return self._counts.keys()
 
 
-class Totals:
+class InferenceTotals:
     """What became of the inferences of all loads that have ended.
 
     Args:
@@ -136,14 +138,14 @@ class Totals:
         self._names = names
         self._ended: dict[str, Statistics] = {}
 
-    def end(self, load: LiveLoad) -> None:
+    def end(self, load: RunningLoad) -> None:
         """Add a load that is over; what a request still has to say of it is added, too. May be repeated."""
         sum_ = self._ended.setdefault(self._names.of(load.model_id), Statistics())
         if load.statistics is not sum_:
             sum_.add(load.statistics)
             load.statistics = sum_
 
-    def with_live(self, live: Iterable[LiveLoad]) -> dict[str, Statistics]:
+    def with_live(self, live: Iterable[RunningLoad]) -> dict[str, Statistics]:
         """Return the sums by label, of the loads that have ended and of these, each given once."""
         sums = {name: ended.copy() for name, ended in self._ended.items()}
         for load in live:

@@ -18,7 +18,7 @@ class StartLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class TakeOver:
+class ReuseWorkers:
     """Record `LoadStarted` and `ModelLoaded`: the workers of another load go on as those of this job."""
 
     job: Job
@@ -58,7 +58,7 @@ class StartUnload:
 
 
 @dataclass(frozen=True, slots=True)
-class Kill:
+class KillWorkers:
     """End the process behind this load now."""
 
     load_job_id: str
@@ -89,14 +89,14 @@ class RequestReload:
 
 
 @dataclass(frozen=True, slots=True)
-class SizeUp:
+class EstimateMemory:
     """Find out how much memory this load needs, and tell it from then on."""
 
     job: Job
 
 
 @dataclass(frozen=True, slots=True)
-class MakeWay:
+class UnloadForReplacement:
     """Request the end of the load in whose place that of `job` is to come."""
 
     job: Job
@@ -104,7 +104,7 @@ class MakeWay:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestEnd:
+class UnloadAutomatically:
     """Request, for the system, the unload of a model; `cause_event_id` is what it is for, if of an event."""
 
     model: LoadedModel
@@ -113,7 +113,7 @@ class RequestEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUp:
+class FailModel:
     """Record that a model is not tried any more."""
 
     model: LoadedModel
@@ -128,27 +128,27 @@ class PrepareModel:
 
 
 @dataclass(frozen=True, slots=True)
-class StopPreparing:
+class StopPreparation:
     """End the processes that prepare something: what they take is wanted."""
 
 
 Action = (
     StartLoad
-    | TakeOver
+    | ReuseWorkers
     | CompleteLoad
     | FailLoad
     | CancelJob
     | StartUnload
-    | Kill
+    | KillWorkers
     | FinishUnload
     | RecordDeath
     | RequestReload
-    | SizeUp
-    | MakeWay
-    | RequestEnd
-    | GiveUp
+    | EstimateMemory
+    | UnloadForReplacement
+    | UnloadAutomatically
+    | FailModel
     | PrepareModel
-    | StopPreparing
+    | StopPreparation
 )
 
 

@@ -20,23 +20,23 @@ from events.models import CRASH_LOOP, INSUFFICIENT_MEMORY, RELOADS, TOO_MANY_LOA
 from events.types import Cause
 from runtime.scheduler.actions import (
     Action,
+    EstimateMemory,
     FailLoad,
-    MakeWay,
-    RequestEnd,
-    SizeUp,
+    ReuseWorkers,
     StartLoad,
-    StopPreparing,
-    TakeOver,
+    StopPreparation,
+    UnloadAutomatically,
+    UnloadForReplacement,
 )
 from runtime.scheduler.eviction import Eviction
-from runtime.scheduler.view import Running, Sight
+from runtime.scheduler.view import LoadView, SchedulerView
 
 _MB = 1_000_000
 _SMALL_MB = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Waits:
+class Waiting:
     """Why a load does not begin now, and when to look again; whether what becomes free is kept for it."""
 
     reason: str
@@ -45,17 +45,17 @@ class Waits:
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class Reservations:
     """The room that is kept for loads which come first: what is being given back, and what is free beside."""
 
     bytes: int = 0
     models: int = 0
     first: Job | None = None
 
-    def and_of(self, sight: Sight, job: Job) -> Claims:
+    def and_of(self, sight: SchedulerView, job: Job) -> Reservations:
         """Return these with the claim of one more load."""
         models = self.models + (job.model_id not in sight.present - sight.departing)
-        return Claims(self.bytes + _need(sight, job), models, self.first or job)
+        return Reservations(self.bytes + _need(sight, job), models, self.first or job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class _Missing:
         return self.bytes <= 0 and self.models <= 0
 
 
-def never_fits(sight: Sight, job: Job) -> str | None:
+def never_fits(sight: SchedulerView, job: Job) -> str | None:
     """Say why a load will never fit, whatever else is unloaded; None if it may."""
     budget, need = sight.policy.budget_bytes, _need(sight, job)
     if budget is None:
@@ -78,20 +78,20 @@ def never_fits(sight: Sight, job: Job) -> str | None:
     told, own = _needed(sight, job), _own(sight, job)
     limit = "; a memory_limit_bytes would say better" if job.id in sight.conditions.estimated else ""
     if need > budget:
-        return f"it needs {told} of memory, and the budget is {megabytes(budget)} in all{limit}"
+        return f"it needs {told} of memory, and the budget is {format_megabytes(budget)} in all{limit}"
     if own is None or _strategy(job) != "beside" or need + own.memory_bytes <= budget:
         return None
     is_repair = job.cause is Cause.RECOVERY
     in_place = "" if is_repair else "; with strategy auto or in_place it takes its place"
     return (
-        f"it needs {told} of memory beside the {megabytes(own.memory_bytes)} of what it replaces, and the"
-        f" budget is {megabytes(budget)} in all{in_place}{limit}"
+        f"it needs {told} of memory beside the {format_megabytes(own.memory_bytes)} of what it replaces, and"
+        f" the budget is {format_megabytes(budget)} in all{in_place}{limit}"
     )
 
 
 def start_or_make_room(
-    sight: Sight, job: Job, claims: Claims, eviction: Eviction, *, keeps_room: bool
-) -> Action | Waits:
+    sight: SchedulerView, job: Job, claims: Reservations, eviction: Eviction, *, keeps_room: bool
+) -> Action | Waiting:
     """Begin a load, or what goes before it, or wait.
 
     Args:
@@ -107,19 +107,19 @@ def start_or_make_room(
         own is not None and _strategy(job) == "auto" and missing.bytes > 0
     ):  # a gap is not for what can be stopped
         if sight.may_stop_preparing:
-            return StopPreparing()
+            return StopPreparation()
         if sight.conditions.preparation is not None and _missing_then(sight, job, claims, 0).nothing:
-            return Waits(f"{_wanted(sight, job, claims)}; it is being given back", keeps_room=True)
+            return Waiting(f"{_wanted(sight, job, claims)}; it is being given back", keeps_room=True)
     is_in_place = own is not None and (
         _strategy(job) == "in_place" or (_strategy(job) == "auto" and not missing.nothing)
     )
     own_bytes = own.memory_bytes if own is not None and is_in_place else 0
     if not _missing_now(sight, job, claims, own_bytes).nothing:
         return _make_room(sight, job, claims, eviction, own_bytes=own_bytes, keeps_room=keeps_room)
-    return MakeWay(job, own.load_job_id) if own is not None and is_in_place else StartLoad(job)
+    return UnloadForReplacement(job, own.load_job_id) if own is not None and is_in_place else StartLoad(job)
 
 
-def _own(sight: Sight, job: Job) -> Running | None:
+def _own(sight: SchedulerView, job: Job) -> LoadView | None:
     """Return what the load replaces, if that serves."""
     return sight.serving_run(sight.state.models.get(job.model_id))
 
@@ -130,11 +130,11 @@ def _strategy(job: Job) -> str:
     return "beside" if job.cause is Cause.RECOVERY else job.load.strategy
 
 
-def _need(sight: Sight, job: Job) -> int:
+def _need(sight: SchedulerView, job: Job) -> int:
     return sight.conditions.needs.get(job.id) or 0
 
 
-def _missing_now(sight: Sight, job: Job, claims: Claims, own_bytes: int = 0) -> _Missing:
+def _missing_now(sight: SchedulerView, job: Job, claims: Reservations, own_bytes: int = 0) -> _Missing:
     """Return what is missing of what is free, beside what claims take of that.
 
     A model that is leaving has a place yet, and takes that if no claim needs it.
@@ -145,13 +145,13 @@ def _missing_now(sight: Sight, job: Job, claims: Claims, own_bytes: int = 0) -> 
     return _missing(sight, job, own_bytes - kept_bytes, left_models if has_one else min(0, left_models))
 
 
-def _missing_then(sight: Sight, job: Job, claims: Claims, own_bytes: int) -> _Missing:
+def _missing_then(sight: SchedulerView, job: Job, claims: Reservations, own_bytes: int) -> _Missing:
     """Return what will still be missing when what is leaving has gone."""
     coming_bytes = own_bytes + sight.coming_bytes - claims.bytes
     return _missing(sight, job, coming_bytes, len(sight.departing) - claims.models)
 
 
-def _missing(sight: Sight, job: Job, more_bytes: int, more_models: int) -> _Missing:
+def _missing(sight: SchedulerView, job: Job, more_bytes: int, more_models: int) -> _Missing:
     """Return what is missing if so much more than what is free could be had."""
     free, most = sight.free_bytes, sight.policy.max_loaded
     has_place = most is None or job.model_id in sight.present - sight.departing
@@ -162,30 +162,36 @@ def _missing(sight: Sight, job: Job, more_bytes: int, more_models: int) -> _Miss
 
 
 def _make_room(
-    sight: Sight, job: Job, claims: Claims, eviction: Eviction, *, own_bytes: int, keeps_room: bool
-) -> Action | Waits:
+    sight: SchedulerView,
+    job: Job,
+    claims: Reservations,
+    eviction: Eviction,
+    *,
+    own_bytes: int,
+    keeps_room: bool,
+) -> Action | Waiting:
     """Wait for what is on its way out, else send more that way: what prepares, then the fewest models."""
     if sight.may_stop_preparing and _missing_now(sight, job, claims, own_bytes).bytes > 0:
-        return StopPreparing()
+        return StopPreparation()
     missing = _missing_then(sight, job, claims, own_bytes)
     wanted = _wanted(sight, job, claims)
     if missing.nothing:
-        return Waits(f"{wanted}; it is being given back", keeps_room=True)
+        return Waiting(f"{wanted}; it is being given back", keeps_room=True)
     if _may_evict(sight, job):
         chosen = eviction.fewest(missing.bytes, missing.models)
         if chosen:
-            return RequestEnd(chosen[0].model, Cause.EVICTION, job.id)
+            return UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
     if job.cause is Cause.RESTART and not sight.settles:
         return _not_restored(job, missing, wanted)
     wake_at = eviction.next_at if _may_evict(sight, job) else None
-    if claims.first is not None and _missing_now(sight, job, Claims(), own_bytes).nothing:
-        return Waits(
+    if claims.first is not None and _missing_now(sight, job, Reservations(), own_bytes).nothing:
+        return Waiting(
             f"room, which is kept for job {claims.first.id}, before it", wake_at, keeps_room=keeps_room
         )
-    return Waits(f"{wanted}; {_advice(sight, job)}", wake_at, keeps_room=keeps_room)
+    return Waiting(f"{wanted}; {_advice(sight, job)}", wake_at, keeps_room=keeps_room)
 
 
-def _may_evict(sight: Sight, job: Job) -> bool:
+def _may_evict(sight: SchedulerView, job: Job) -> bool:
     """What comes back after a start of the server takes what is free: it was not asked for just now."""
     return sight.policy.evicts and job.cause is not Cause.RESTART
 
@@ -195,25 +201,25 @@ def _not_restored(job: Job, missing: _Missing, wanted: str) -> FailLoad:
     return FailLoad(job, code, f"not loaded again after the server's start: it would need {wanted}")
 
 
-def _wanted(sight: Sight, job: Job, claims: Claims) -> str:
+def _wanted(sight: SchedulerView, job: Job, claims: Reservations) -> str:
     """Say what is missing, and how much."""
     kept = f", some kept for job {claims.first.id}, before it" if claims.first is not None else ""
     budget, free = sight.policy.budget_bytes, sight.free_bytes
     if budget is not None and free is not None and _missing_now(sight, job, claims).bytes > 0:
         return (
-            f"{_needed(sight, job)} of memory, and of the budget of {megabytes(budget)}"
-            f" {megabytes(max(0, free))} are free{kept}"
+            f"{_needed(sight, job)} of memory, and of the budget of {format_megabytes(budget)}"
+            f" {format_megabytes(max(0, free))} are free{kept}"
         )
     return f"a place among the {sight.policy.max_loaded} models that may be loaded{kept}"
 
 
-def _needed(sight: Sight, job: Job) -> str:
+def _needed(sight: SchedulerView, job: Job) -> str:
     """Say how much a load needs, and what that is worth."""
-    told = megabytes(_need(sight, job))
+    told = format_megabytes(_need(sight, job))
     return f"{told} (estimated from its files)" if job.id in sight.conditions.estimated else told
 
 
-def _advice(sight: Sight, job: Job) -> str:
+def _advice(sight: SchedulerView, job: Job) -> str:
     if not sight.policy.evicts:
         return "unload a model, or have --evict idle do it"
     if not _may_evict(sight, job):
@@ -221,7 +227,7 @@ def _advice(sight: Sight, job: Job) -> str:
     return "the idle models are not enough: the others are busy, pinned, or were loaded just now"
 
 
-def megabytes(number: int) -> str:
+def format_megabytes(number: int) -> str:
     """Write a number of bytes for people."""
     digits = 0 if number >= _SMALL_MB * _MB else 1
     return f"{number / _MB:,.{digits}f} MB"
@@ -266,15 +272,15 @@ class _Turn:
     model: Model | None
 
 
-def admit(sight: Sight, eviction: Eviction) -> Admission:
+def admit(sight: SchedulerView, eviction: Eviction) -> Admission:
     """Go through the loads that are next of their models, in the order of their turn."""
     admission = Admission()
     turns = _turns(sight)
-    claims = Claims()
+    claims = Reservations()
     looked_at: Job | None = None
     for turn in turns:
         verdict = _verdict(sight, turn, claims, eviction, looked_at)
-        if not isinstance(verdict, Waits):
+        if not isinstance(verdict, Waiting):
             admission.action = verdict
             return admission
         admission.waiting_for[turn.job.id] = verdict.reason
@@ -288,7 +294,7 @@ def admit(sight: Sight, eviction: Eviction) -> Admission:
     return admission
 
 
-def _turns(sight: Sight) -> list[_Turn]:
+def _turns(sight: SchedulerView) -> list[_Turn]:
     models = sight.state.models
     turns = (
         _Turn(_rank(sight, job, models.get(job.model_id)), job, models.get(job.model_id))
@@ -298,7 +304,7 @@ def _turns(sight: Sight) -> list[_Turn]:
     return sorted(turns, key=lambda turn: (turn.rank, turn.job.created_position))
 
 
-def _rank(sight: Sight, job: Job, model: Model | None) -> int:
+def _rank(sight: SchedulerView, job: Job, model: Model | None) -> int:
     assert job.load is not None
     if job.cause in RELOADS or (model is not None and _has_made_way(sight, model)):
         return _FIRST
@@ -306,11 +312,11 @@ def _rank(sight: Sight, job: Job, model: Model | None) -> int:
     return max(0, _CLASSES.get(job.load.priority, 1) - risen)
 
 
-def _has_made_way(sight: Sight, model: Model) -> bool:
+def _has_made_way(sight: SchedulerView, model: Model) -> bool:
     return model.previous is not None or sight.is_making_way(model)
 
 
-def _next_rises(sight: Sight, turns: Sequence[_Turn]) -> Iterator[str]:
+def _next_rises(sight: SchedulerView, turns: Sequence[_Turn]) -> Iterator[str]:
     """Yield when loads rise next: another may then be the first, and room be kept for no one any more."""
     for rise_s in (RISE_S, 2 * RISE_S):
         risen = sight.ago(rise_s)
@@ -321,30 +327,30 @@ def _next_rises(sight: Sight, turns: Sequence[_Turn]) -> Iterator[str]:
 
 
 def _verdict(
-    sight: Sight, turn: _Turn, claims: Claims, eviction: Eviction, looked_at: Job | None
-) -> Action | Waits:
+    sight: SchedulerView, turn: _Turn, claims: Reservations, eviction: Eviction, looked_at: Job | None
+) -> Action | Waiting:
     """Decide about one load; `looked_at` is one before it whose need will be known in a moment."""
     job, conditions = turn.job, sight.conditions
     kept = sight.serving_run(turn.model)
     if kept is not None and kept.load_job_id == job.keeps and not _is_degraded(turn.model):
-        return TakeOver(job, kept.load_job_id)
+        return ReuseWorkers(job, kept.load_job_id)
     unfit = _unfit(sight, job)
     if unfit is not None:
         return unfit
     if turn.model is not None and sight.is_making_way(turn.model):
-        return Waits(
+        return Waiting(
             "the end of the version whose place it takes", keeps_room=sight.policy.budget_bytes is not None
         )
     if looked_at is not None:
-        return Waits(f"a look at the files of {looked_at.model_id!r}, which comes first")
+        return Waiting(f"a look at the files of {looked_at.model_id!r}, which comes first")
     if not conditions.fork_server_up:
-        return Waits("the fork server, which is being started again")
+        return Waiting("the fork server, which is being started again")
     if sight.free_places + (job.cause in _URGENT) <= 0:
-        return Waits(f"a free place: of loads, {sight.policy.loads_at_once} may run at once")
+        return Waiting(f"a free place: of loads, {sight.policy.loads_at_once} may run at once")
     if conditions.under_pressure and turn.rank == _LOWEST:
         if sight.may_stop_preparing:  # it may be what the machine is under pressure of
-            return StopPreparing()
-        return Waits(
+            return StopPreparation()
+        return Waiting(
             "the machine, which is under pressure",
             min(add_seconds(job.created_at, RISE_S), add_seconds(sight.now, PRESSURE_LOOK_S)),
         )
@@ -357,13 +363,13 @@ def _is_degraded(model: Model | None) -> bool:
     return model is not None and model.degraded
 
 
-def _unfit(sight: Sight, job: Job) -> Action | Waits | None:
+def _unfit(sight: SchedulerView, job: Job) -> Action | Waiting | None:
     """Return what is to be done about a load that will never run, or of which that is not known yet."""
     if job.server_deaths >= MAX_SERVER_DEATHS:
         reason = f"the server died {job.server_deaths} times while this load was in progress"
         return FailLoad(job, CRASH_LOOP, reason)
     needs = sight.conditions.needs
     if sight.policy.budget_bytes is not None and needs.get(job.id) is None:
-        return Waits("a look at its files") if job.id in needs else SizeUp(job)
+        return Waiting("a look at its files") if job.id in needs else EstimateMemory(job)
     reason_not = never_fits(sight, job)
     return FailLoad(job, INSUFFICIENT_MEMORY, reason_not) if reason_not is not None else None

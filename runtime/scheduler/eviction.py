@@ -14,8 +14,8 @@ from itertools import accumulate
 from events.clock import add_seconds
 from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
-from runtime.scheduler.actions import RequestEnd
-from runtime.scheduler.view import Running, Sight
+from runtime.scheduler.actions import UnloadAutomatically
+from runtime.scheduler.view import LoadView, SchedulerView
 
 LOOK_S = 0.25
 """How often to look whether a busy model has become idle: nobody tells, as that would cost each inference."""
@@ -33,7 +33,7 @@ class Victim:
 class Eviction:
     """The idle models that may be evicted now, and when there may be more."""
 
-    def __init__(self, sight: Sight) -> None:
+    def __init__(self, sight: SchedulerView) -> None:
         self._sight = sight
         self._resident_since = sight.ago(sight.policy.min_residency_s)
 
@@ -66,19 +66,19 @@ class Eviction:
         """Return the fewest victims that give back enough; None if all of them do not."""
         if missing_bytes > self._all_bytes or missing_models > len(self.victims):
             return None
-        return fewest(self.victims, missing_bytes, missing_models)
+        return choose_fewest(self.victims, missing_bytes, missing_models)
 
     @cached_property
     def _all_bytes(self) -> int:
         return sum(victim.memory_bytes for victim in self.victims)
 
     @cached_property
-    def _candidates(self) -> list[tuple[LoadedModel, Running]]:
+    def _candidates(self) -> list[tuple[LoadedModel, LoadView]]:
         at_rest = self._sight.at_rest
         return [(model, run) for model, run in at_rest if not model.serving.parameters.pinned]
 
 
-def fewest(
+def choose_fewest(
     candidates: Sequence[Victim], missing_bytes: int, missing_models: int = 0
 ) -> tuple[Victim, ...] | None:
     """Return the fewest of `candidates` that give back enough; None if all of them do not.
@@ -108,40 +108,40 @@ def fewest(
 
 
 @dataclass(frozen=True, slots=True)
-class Removal:
+class AutomaticUnload:
     """The next end to be requested; else when to look again, if ever."""
 
-    action: RequestEnd | None = None
+    action: UnloadAutomatically | None = None
     wake_at: str | None = None
 
 
-def remove(sight: Sight, eviction: Eviction) -> Removal:
+def find_automatic_unload(sight: SchedulerView, eviction: Eviction) -> AutomaticUnload:
     """Find what is to be unloaded though nobody asks for it."""
     models = (model for model in sight.state.models.values() if _is_let_go(sight, model))
     let_go = next((loaded for model in models if (loaded := model.loaded) is not None), None)
     if let_go is not None:
-        return Removal(RequestEnd(let_go, Cause.RESTART))
+        return AutomaticUnload(UnloadAutomatically(let_go, Cause.RESTART))
     times: list[str] = []
     for model, ends_at in _idle_ends(sight):
         if ends_at <= sight.now:
-            return Removal(RequestEnd(model, Cause.IDLE))
+            return AutomaticUnload(UnloadAutomatically(model, Cause.IDLE))
         times.append(ends_at)
     missing = _outgrown(sight)
     if missing > 0:
         victims = eviction.fewest(missing) or eviction.victims
         if victims:
-            return Removal(RequestEnd(victims[0].model, Cause.EVICTION))
+            return AutomaticUnload(UnloadAutomatically(victims[0].model, Cause.EVICTION))
         times += filter(None, [eviction.next_at])
-    return Removal(wake_at=min(times, default=None))
+    return AutomaticUnload(wake_at=min(times, default=None))
 
 
-def _is_let_go(sight: Sight, model: Model) -> bool:
+def _is_let_go(sight: SchedulerView, model: Model) -> bool:
     """Whether a model was lost with the server, and is not to come back."""
     lost = model.phase is ModelState.LOST and model.lost_by is Cause.RESTART
     return lost and not sight.policy.restores and not model.loads and not model.unloads
 
 
-def _idle_ends(sight: Sight) -> Iterator[tuple[LoadedModel, str]]:
+def _idle_ends(sight: SchedulerView) -> Iterator[tuple[LoadedModel, str]]:
     """Yield of the models that are unloaded when they are idle those that are first, and when that is.
 
     A busy one is looked at again when it can have been idle for long enough at the soonest.
@@ -157,7 +157,7 @@ def _idle_ends(sight: Sight) -> Iterator[tuple[LoadedModel, str]]:
         yield model, add_seconds(since, stays_s)
 
 
-def _stays_s(sight: Sight, model: LoadedModel, run: Running) -> float | None:
+def _stays_s(sight: SchedulerView, model: LoadedModel, run: LoadView) -> float | None:
     """Return for how long a model stays without a request, from the end of the last; null is for ever.
 
     One that was not asked yet has at least the time that any model has: it was loaded for something.
@@ -170,7 +170,7 @@ def _stays_s(sight: Sight, model: LoadedModel, run: Running) -> float | None:
     return keep_alive_s if run.last_used_at is not None else max(keep_alive_s, sight.policy.min_residency_s)
 
 
-def _outgrown(sight: Sight) -> int:
+def _outgrown(sight: SchedulerView) -> int:
     """Return by how many bytes the workers outgrew the budget, if idle ones are to make up for it."""
     if sight.free_bytes is None or not sight.policy.evicts:
         return 0

@@ -20,18 +20,18 @@ from runtime.scheduler.actions import (
     CompleteLoad,
     Decision,
     FailLoad,
+    FailModel,
     FinishUnload,
-    GiveUp,
-    Kill,
+    KillWorkers,
     PrepareModel,
     RecordDeath,
     RequestReload,
     StartUnload,
-    StopPreparing,
+    StopPreparation,
 )
 from runtime.scheduler.admission import Admission, admit
-from runtime.scheduler.eviction import Eviction, Removal, remove
-from runtime.scheduler.view import Conditions, Phase, Policy, Running, Sight, ended_by
+from runtime.scheduler.eviction import AutomaticUnload, Eviction, find_automatic_unload
+from runtime.scheduler.view import LoadView, Observations, Phase, Policy, SchedulerView, find_unload_target
 
 MAX_INCIDENTS = 5
 """Incidents within ten minutes, deaths or failed recoveries, after which a model is not tried any more.
@@ -52,13 +52,13 @@ SPARE_LOOK_S = 10.0
 
 def decide(
     state: State,
-    running: Mapping[str, Running],
+    running: Mapping[str, LoadView],
     policy: Policy,
     now: str,
-    conditions: Conditions | None = None,
+    conditions: Observations | None = None,
 ) -> Decision:
     """Decide on the recorded `state` and on what runs, keyed by load job id; `now` is a stamp."""
-    sight = Sight(state, running, policy, now, conditions or Conditions())
+    sight = SchedulerView(state, running, policy, now, conditions or Observations())
     for actions in (_force, _cancels, _outcomes, _unloads, _outgrown):
         action = next(actions(sight), None)
         if action is not None:
@@ -71,7 +71,7 @@ def decide(
     action = late or next(_reloads(wanted_back, sight.now), None) or admission.action
     if action is not None:
         return Decision(action)
-    removal = remove(sight, eviction)
+    removal = find_automatic_unload(sight, eviction)
     if removal.action is not None:
         return Decision(removal.action)
     if (load_job_id := _to_prepare(sight)) is not None:
@@ -79,7 +79,7 @@ def decide(
     return Decision(None, _wake_at(sight, admission, removal, wanted_back), waiting_for)
 
 
-def is_wanted(state: State, load_job_id: str, model_id: str) -> bool:
+def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
     """Whether anything is recorded, or still to be, of the process behind this load; else it is to end.
 
     Told by the state alone, so that it holds also when nobody knows whether the last fact was recorded.
@@ -92,26 +92,26 @@ def is_wanted(state: State, load_job_id: str, model_id: str) -> bool:
     if state.unended_job(load_job_id) is not None:
         return True
     swapped_out = (job for job in state.unended(model_id) if job.unload and job.cause is Cause.SWAP)
-    return any(ended_by(state, job) == load_job_id for job in swapped_out)
+    return any(find_unload_target(state, job) == load_job_id for job in swapped_out)
 
 
-def _force(sight: Sight) -> Iterator[Action]:
+def _force(sight: SchedulerView) -> Iterator[Action]:
     """A forced unload cancels the loads before it, kills what serves, and ends the unloads before it."""
     for model_id, queue in sight.queues.items():
         forced = [index for index, job in enumerate(queue) if job.forced]
         if not forced:
             continue
         before = queue[: forced[-1] + 1]
-        target = ended_by(sight.state, before[-1])
+        target = find_unload_target(sight.state, before[-1])
         yield from (CancelJob(job) for job in before if job.kind is JobKind.LOAD)
         yield from (StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
         alive = [run for run in sight.running.values() if run.model_id == model_id and run.alive]
-        yield from (Kill(run.load_job_id) for run in alive if not run.killed)
+        yield from (KillWorkers(run.load_job_id) for run in alive if not run.killed)
         if not alive:
             yield FinishUnload(tuple(before), target)
 
 
-def _cancels(sight: Sight) -> Iterator[Action]:
+def _cancels(sight: SchedulerView) -> Iterator[Action]:
     """Who asked for a job's end has it, unless the job has had its effect, or an unload has begun.
 
     So has a load that was wanted on demand, that has not begun, and that nobody waits for any more.
@@ -121,12 +121,12 @@ def _cancels(sight: Sight) -> Iterator[Action]:
             yield CancelJob(job)
 
 
-def _is_on_demand(sight: Sight, job: Job) -> bool:
+def _is_on_demand(sight: SchedulerView, job: Job) -> bool:
     is_pending = job.status is JobStatus.PENDING and job.id not in sight.running
     return job.kind is JobKind.LOAD and job.cause is Cause.DEMAND and is_pending
 
 
-def _outcomes(sight: Sight) -> Iterator[Action]:
+def _outcomes(sight: SchedulerView) -> Iterator[Action]:
     """What a worker reported becomes a fact."""
     for run in sight.running.values():
         if run.phase in _UNDER_WAY and not run.dead:
@@ -140,14 +140,14 @@ def _outcomes(sight: Sight) -> Iterator[Action]:
             yield RecordDeath(run.load_job_id, dead)
 
 
-def _replaced_by(sight: Sight, job: Job) -> str | None:
+def _replaced_by(sight: SchedulerView, job: Job) -> str | None:
     model = sight.state.models.get(job.model_id)
     if model is None or model.phase is not ModelState.LOADED or model.serving is None:
         return None
     return model.serving.load_job_id
 
 
-def _unrecorded_deaths(sight: Sight, run: Running) -> tuple[str, ...]:
+def _unrecorded_deaths(sight: SchedulerView, run: LoadView) -> tuple[str, ...]:
     """Return the workers of a load that is recorded as serving whose end is not recorded."""
     model = sight.state.models.get(run.model_id)
     if model is None or model.serving is None or model.phase is not ModelState.LOADED:
@@ -158,14 +158,14 @@ def _unrecorded_deaths(sight: Sight, run: Running) -> tuple[str, ...]:
     return left if run.phase is Phase.GONE else tuple(worker for worker in left if worker in run.dead)
 
 
-def _unloads(sight: Sight) -> Iterator[Action]:
+def _unloads(sight: SchedulerView) -> Iterator[Action]:
     for job in sight.unended:
         if job.kind is not JobKind.UNLOAD or job.forced:
             continue
         if not sight.is_next(job):
             yield from _cancel_reloads_before(sight, job)
             continue
-        load_job_id = ended_by(sight.state, job)
+        load_job_id = find_unload_target(sight.state, job)
         run = sight.running.get(load_job_id)
         if job.status is JobStatus.PENDING or (run is not None and run.phase is Phase.SERVING):
             yield StartUnload(job, load_job_id)
@@ -173,13 +173,13 @@ def _unloads(sight: Sight) -> Iterator[Action]:
             yield FinishUnload((job,), load_job_id)
 
 
-def _outgrown(sight: Sight) -> Iterator[Action]:
+def _outgrown(sight: SchedulerView) -> Iterator[Action]:
     """What serves has grown beyond the budget: what is prepared goes first."""
     if sight.may_stop_preparing and sight.free_bytes is not None and sight.free_bytes < 0:
-        yield StopPreparing()
+        yield StopPreparation()
 
 
-def _cancel_reloads_before(sight: Sight, unload: Job) -> Iterator[Action]:
+def _cancel_reloads_before(sight: SchedulerView, unload: Job) -> Iterator[Action]:
     """An unload ends the wish to have a model back, whole or at all, and so the reloads that it began."""
     model = sight.state.models.get(unload.model_id)
     if model is None or not (model.phase is ModelState.LOST or model.degraded):
@@ -191,7 +191,7 @@ def _cancel_reloads_before(sight: Sight, unload: Job) -> Iterator[Action]:
             yield CancelJob(job)
 
 
-def _timeouts(sight: Sight, waiting_for: Mapping[str, str]) -> Iterator[Action]:
+def _timeouts(sight: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
     for job in sight.unended:
         if job.deadline_at is None or job.deadline_at > sight.now:
             continue
@@ -210,19 +210,21 @@ def _reloads(wanted_back: Sequence[LoadedModel], now: str) -> Iterator[Action]:
             yield RequestReload(loaded, model.lost_by)
         elif _keeps_dying(model):
             reason = model.error.message if model.error else "its worker died"
-            yield GiveUp(loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}")
+            yield FailModel(
+                loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}"
+            )
         elif _reload_at(loaded) <= now:
             yield RequestReload(loaded, Cause.RECOVERY)
 
 
-def _wanted_back(sight: Sight) -> list[LoadedModel]:
+def _wanted_back(sight: SchedulerView) -> list[LoadedModel]:
     """Return the models that are wanted back, whole or at all, and that nobody is at, in their order."""
     loaded = (model.loaded for model in sight.state.models.values())
     wanted = (model for model in loaded if model is not None and _is_missed(sight, model))
     return sorted(wanted, key=lambda model: _importance(sight, model), reverse=True)
 
 
-def _is_missed(sight: Sight, loaded: LoadedModel) -> bool:
+def _is_missed(sight: SchedulerView, loaded: LoadedModel) -> bool:
     model = loaded.model
     if model.loads or model.unloads:
         return False
@@ -231,7 +233,7 @@ def _is_missed(sight: Sight, loaded: LoadedModel) -> bool:
     return model.degraded and not loaded.serving.kept_as_is and not _keeps_dying(model)
 
 
-def _importance(sight: Sight, model: LoadedModel) -> tuple[bool, str, int]:
+def _importance(sight: SchedulerView, model: LoadedModel) -> tuple[bool, str, int]:
     """Return whether a model is pinned, when it was used last, and which of two was loaded later."""
     used_at = max(sight.conditions.last_used.get(model.id, ""), model.serving.loaded_at)
     return model.serving.parameters.pinned, used_at, model.serving.position
@@ -249,7 +251,7 @@ def _reload_at(loaded: LoadedModel) -> str:
     return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
-def _to_prepare(sight: Sight) -> str | None:
+def _to_prepare(sight: SchedulerView) -> str | None:
     """Return the load whose files are prepared next: one at a time, in spare time and spare memory."""
     conditions, free = sight.conditions, sight.free_bytes
     is_spare = not (sight.unended or conditions.under_pressure or conditions.preparation)
@@ -259,7 +261,7 @@ def _to_prepare(sight: Sight) -> str | None:
 
 
 def _wake_at(
-    sight: Sight, admission: Admission, removal: Removal, wanted_back: Sequence[LoadedModel]
+    sight: SchedulerView, admission: Admission, removal: AutomaticUnload, wanted_back: Sequence[LoadedModel]
 ) -> str | None:
     times = [job.deadline_at for job in sight.unended if job.deadline_at is not None]
     times += [_reload_at(model) for model in wanted_back]
@@ -270,7 +272,7 @@ def _wake_at(
     return min(filter(None, [*times, *admission.wake_at, removal.wake_at]), default=None)
 
 
-def _waiting_for(sight: Sight, admission: Admission) -> dict[str, str]:
+def _waiting_for(sight: SchedulerView, admission: Admission) -> dict[str, str]:
     waiting = dict(admission.waiting_for)
     for job in sight.unended:
         if job.status is JobStatus.PENDING and not sight.is_next(job):

@@ -50,7 +50,7 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class LoadView:
     """The live side of one load: `LOADED`, `FAILED` and `GONE` wait to be recorded.
 
     `killed` says that it was killed already. A `GONE` one was serving or draining before. `dead` are the
@@ -75,7 +75,7 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Preparation:
+class PreparationView:
     """What is being prepared: of which load's files, what it may take, whether it was told to stop."""
 
     load_job_id: str
@@ -84,7 +84,7 @@ class Preparation:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
+class Observations:
     """What else there is to know at this moment.
 
     Attributes:
@@ -107,10 +107,10 @@ class Conditions:
     awaited: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
     preparable: Mapping[str, int] = field(default_factory=dict)
-    preparation: Preparation | None = None
+    preparation: PreparationView | None = None
 
 
-def ended_by(state: State, unload: Job) -> str:
+def find_unload_target(state: State, unload: Job) -> str:
     """Return the load that an unload ends now: what serves, if it does, else what the request named."""
     assert unload.unload is not None
     model = state.models.get(unload.model_id)
@@ -119,16 +119,16 @@ def ended_by(state: State, unload: Job) -> str:
     return model.serving.load_job_id
 
 
-class Sight:
+class SchedulerView:
     """One look at everything, with what is asked more than once worked out once."""
 
     def __init__(
         self,
         state: State,
-        running: Mapping[str, Running],
+        running: Mapping[str, LoadView],
         policy: Policy,
         now: str,
-        conditions: Conditions,
+        conditions: Observations,
     ) -> None:
         self.state, self.running, self.policy, self.now = state, running, policy, now
         self.conditions = conditions
@@ -173,7 +173,9 @@ class Sight:
     def leaving(self) -> frozenset[str]:
         """The loads whose processes are on their way out, or will be without anybody asking for more."""
         targets = {
-            ended_by(self.state, job) for job in self.unended if job.unload is not None and self.is_next(job)
+            find_unload_target(self.state, job)
+            for job in self.unended
+            if job.unload is not None and self.is_next(job)
         }
         return frozenset(
             load_job_id
@@ -214,7 +216,7 @@ class Sight:
         return any(run.phase in loading for run in self.running.values())
 
     @cached_property
-    def at_rest(self) -> list[tuple[LoadedModel, Running]]:
+    def at_rest(self) -> list[tuple[LoadedModel, LoadView]]:
         """The models that serve and of which nothing else is asked or under way."""
         serving = ((self.state.models.get(run.model_id), run) for run in self.running.values())
         return [
@@ -226,7 +228,7 @@ class Sight:
             and self.serving_run(model) is run
         ]
 
-    def serving_run(self, model: Model | None) -> Running | None:
+    def serving_run(self, model: Model | None) -> LoadView | None:
         """Return the live side of what a model serves from, if it does."""
         if model is None or model.serving is None or model.phase is not ModelState.LOADED:
             return None
@@ -240,7 +242,7 @@ class Sight:
         unended = self.state.unended(model.id)
         return any(job.cause is Cause.SWAP and job.id in model.unloads for job in unended)
 
-    def used_at(self, model: LoadedModel, run: Running) -> str:
+    def used_at(self, model: LoadedModel, run: LoadView) -> str:
         """Return when a model that serves was used last: that somebody had it loaded counts as a use."""
         loaded_at = model.serving.loaded_at
         if model.serving.loaded_by == SYSTEM:  # which is no use; when it was used before, may be known

@@ -12,7 +12,7 @@ from aiohttp import web
 from marshmallow import fields
 
 from events.models import ModelState
-from runtime.consumer.loads import LiveLoad
+from runtime.consumer.loads import RunningLoad
 from runtime.router import ModelRoute
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema
@@ -360,7 +360,7 @@ async def _route(request: web.Request) -> ModelRoute:
     return await request.app[ROUTER].route_or_why(asked["id"], asked.get("version"))
 
 
-def _statistics(app: web.Application, load: LiveLoad) -> dict[str, Any] | None:
+def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | None:
     """Return a load's statistics if it is what answers for its model."""
     model = app[LOG].state.models.get(load.model_id)
     serving = model.serving if model is not None and model.phase is ModelState.LOADED else None

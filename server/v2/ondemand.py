@@ -19,7 +19,7 @@ from events.log import Log, Receipt
 from events.models import Model, ModelState
 from events.sqlite.reader import Reader
 from events.types import Cause
-from runtime.consumer.usage import Leases
+from runtime.consumer.usage import PendingDemand
 from runtime.errors import (
     InferenceTimeout,
     InvalidModelId,
@@ -169,7 +169,7 @@ class OnDemand:
         submit: Callable[[RequestLoad], Awaitable[Receipt]],
         reader: Reader,
         router: Router,
-        leases: Leases,
+        leases: PendingDemand,
         look_up: Callable[[str, int | None, str], Awaitable[RequestLoad]],
         waiting_for: Callable[[Job], str | None],
         stopping: asyncio.Event,

@@ -9,8 +9,8 @@ from support.history import PLAIN
 
 from events.counters import ModelLabels
 from events.types import LoadParameters
-from runtime.consumer.loads import LiveLoad
-from runtime.consumer.usage import Leases, Totals
+from runtime.consumer.loads import RunningLoad
+from runtime.consumer.usage import InferenceTotals, PendingDemand
 from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, Statistics
 from runtime.wire import Outcome
 
@@ -98,8 +98,8 @@ def test_durations_fall_into_the_first_bucket_that_holds_them() -> None:
 # Totals of a model over its loads.
 
 
-def load(model_id: str) -> LiveLoad:
-    return LiveLoad("job", model_id, 1, LoadParameters(), "w", lambda: None)
+def load(model_id: str) -> RunningLoad:
+    return RunningLoad("job", model_id, 1, LoadParameters(), "w", lambda: None)
 
 
 def figures(counts: Statistics) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ def figures(counts: Statistics) -> tuple[int, ...]:
     )
 )
 def test_totals_never_lose_or_repeat_an_inference(steps: list[tuple[str, int, int]]) -> None:
-    totals, live = Totals(ModelLabels()), [load("a"), load("a"), load("b"), load("b")]
+    totals, live = InferenceTotals(ModelLabels()), [load("a"), load("a"), load("b"), load("b")]
     there, expected, before = set(range(4)), {"a": Statistics(), "b": Statistics()}, dict[str, Statistics]()
     for step, number, took_ns in steps:
         each = live[number]
@@ -133,7 +133,7 @@ def test_totals_never_lose_or_repeat_an_inference(steps: list[tuple[str, int, in
 
 
 def test_totals_sum_up_models_beyond_the_limit() -> None:
-    totals = Totals(ModelLabels(1))
+    totals = InferenceTotals(ModelLabels(1))
     live = [load(name) for name in ("a", "b", "c")]
     for each in live:
         each.statistics.failure(1)
@@ -148,7 +148,7 @@ def test_totals_sum_up_models_beyond_the_limit() -> None:
 
 
 def test_model_is_held_until_its_last_request_ends() -> None:
-    leases, ended = Leases(), list[str]()
+    leases, ended = PendingDemand(), list[str]()
     leases.on_end = lambda: ended.append("end")
     with leases.hold("m"):
         with suppress(KeyboardInterrupt), leases.hold("m"), leases.hold("n"):

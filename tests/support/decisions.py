@@ -19,23 +19,23 @@ from runtime.scheduler.actions import (
     CancelJob,
     CompleteLoad,
     Decision,
+    EstimateMemory,
     FailLoad,
+    FailModel,
     FinishUnload,
-    GiveUp,
-    Kill,
-    MakeWay,
+    KillWorkers,
     PrepareModel,
     RecordDeath,
-    RequestEnd,
     RequestReload,
-    SizeUp,
+    ReuseWorkers,
     StartLoad,
     StartUnload,
-    StopPreparing,
-    TakeOver,
+    StopPreparation,
+    UnloadAutomatically,
+    UnloadForReplacement,
 )
 from runtime.scheduler.scheduler import decide
-from runtime.scheduler.view import Conditions, Phase, Policy, Preparation, Running
+from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
 from support.history import MODEL, History, at
 
 OTHER = "other"
@@ -118,14 +118,14 @@ def history_of(words: str) -> History:
     return history
 
 
-def processes(words: str) -> dict[str, Running]:
+def processes(words: str) -> dict[str, LoadView]:
     found = {}
     for word in words.split():
         load, _, phase = word.partition(":")
         model = OTHER if load.startswith("O") else MODEL
         phase, *dead = phase.split("/")
         killed = phase.endswith("!")
-        found[load] = Running(load, model, Phase(phase.rstrip("!")), killed=killed, dead=tuple(dead))
+        found[load] = LoadView(load, model, Phase(phase.rstrip("!")), killed=killed, dead=tuple(dead))
     return found
 
 
@@ -148,7 +148,7 @@ def describe(action: Action | None) -> str:  # noqa: PLR0912 - one word for each
             return f"cancel {job.id}"
         case StartUnload(job, load):
             return f"start {job.id} of {load}"
-        case Kill(load):
+        case KillWorkers(load):
             return f"kill {load}"
         case FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
@@ -156,19 +156,19 @@ def describe(action: Action | None) -> str:  # noqa: PLR0912 - one word for each
             return " ".join(["record death of", *([load] if workers == (f"w-{load}",) else workers)])
         case RequestReload(model, cause):
             return f"reload {model.id}, {cause}"
-        case SizeUp(job):
+        case EstimateMemory(job):
             return f"estimate {job.id}"
-        case TakeOver(job, load):
+        case ReuseWorkers(job, load):
             return f"reuse {load} for {job.id}"
-        case MakeWay(job, load):
+        case UnloadForReplacement(job, load):
             return f"replace {load} by {job.id}"
-        case RequestEnd(model, cause, event):
+        case UnloadAutomatically(model, cause, event):
             return f"unload {model.id}, {cause}" + (f" for {event}" if event else "")
-        case GiveUp(model):
+        case FailModel(model):
             return f"give up {model.id}"
         case PrepareModel(load):
             return f"prepare {load}"
-        case StopPreparing():
+        case StopPreparation():
             return "stop preparing"
         case _ as never:
             assert_never(never)
@@ -185,8 +185,8 @@ class Scene:
     def __init__(self, script: str = "", **policy: Any) -> None:
         self.history = History()
         self.policy = Policy(**{"loads_at_once": 2, "budget_bytes": 100, "evicts": True} | policy)
-        self.running: dict[str, Running] = {}
-        self.conditions = Conditions(needs={}, looked_at=set())
+        self.running: dict[str, LoadView] = {}
+        self.conditions = Observations(needs={}, looked_at=set())
         self.play(script)
 
     def play(self, script: str) -> None:
@@ -255,7 +255,7 @@ class Scene:
 
     def prepare(self, load: str, memory_bytes: int, *, stopping: bool = False) -> None:
         """The cached model of a load is being made."""
-        self.observe(preparation=Preparation(load, memory_bytes, stopping))
+        self.observe(preparation=PreparationView(load, memory_bytes, stopping))
 
     def end_preparing(self) -> None:
         """No cached model is being made any more."""
@@ -303,7 +303,7 @@ class Scene:
 
     def run(self, load: str, model: str, phase: str = Phase.SERVING, **given: Any) -> None:
         """A process is in this phase."""
-        self.running[load] = Running(load, model, Phase(phase), **given)
+        self.running[load] = LoadView(load, model, Phase(phase), **given)
 
     def forget(self, load: str) -> None:
         """A process is there no more."""

@@ -24,8 +24,8 @@ from events.types import Data, Event, LoadParameters
 from runtime import memory
 from runtime.cache.store import ModelCache
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.loads import LiveLoad
-from runtime.consumer.usage import Leases
+from runtime.consumer.loads import RunningLoad
+from runtime.consumer.usage import PendingDemand
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
@@ -72,7 +72,7 @@ class Engine:
     pool: WorkerPool
     repository: Repository
     consumer: Consumer
-    leases: Leases
+    leases: PendingDemand
     router: Router
     clock: Clock
     applying: asyncio.Task[None] = field(repr=False)
@@ -152,7 +152,7 @@ class Engine:
         """Return a model as it is recorded."""
         return self.log.state.models[model_id]
 
-    def live(self, model_id: str) -> LiveLoad:
+    def live(self, model_id: str) -> RunningLoad:
         """Return the newest load of a model that runs."""
         return [load for load in self.consumer.live.values() if load.model_id == model_id][-1]
 
@@ -227,10 +227,10 @@ class Engine:
         """List the processes of all workers."""
         return memory.descendants(self.fork_server_pid)
 
-    async def loading(self, model_id: str) -> LiveLoad:
+    async def loading(self, model_id: str) -> RunningLoad:
         """Wait until a model's worker is amid its load."""
 
-        def found() -> list[LiveLoad]:
+        def found() -> list[RunningLoad]:
             loads = self.consumer.live.values()
             return [load for load in loads if (load.model_id, load.stage) == (model_id, "loading")]
 
@@ -335,7 +335,7 @@ async def running(
         await log.open()
         await log.server_started()
         policy = policy or Policy(loads_at_once)
-        leases = Leases()
+        leases = PendingDemand()
         consumer = Consumer(
             log,
             pool,

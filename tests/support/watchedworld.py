@@ -7,19 +7,19 @@ from events.types import Cause, LoadRequested, ModelLoaded, ModelUnloaded, Unloa
 from runtime.scheduler.actions import (
     Action,
     CompleteLoad,
+    EstimateMemory,
     FailLoad,
+    FailModel,
     FinishUnload,
-    GiveUp,
-    Kill,
-    MakeWay,
+    KillWorkers,
     PrepareModel,
     RecordDeath,
-    RequestEnd,
     RequestReload,
-    SizeUp,
+    ReuseWorkers,
     StartLoad,
-    StopPreparing,
-    TakeOver,
+    StopPreparation,
+    UnloadAutomatically,
+    UnloadForReplacement,
 )
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 from runtime.scheduler.view import Phase
@@ -30,12 +30,12 @@ UNFORCED = (
     CompleteLoad,
     FailLoad,
     RequestReload,
-    GiveUp,
+    FailModel,
     RecordDeath,
-    SizeUp,
-    MakeWay,
-    RequestEnd,
-    TakeOver,
+    EstimateMemory,
+    UnloadForReplacement,
+    UnloadAutomatically,
+    ReuseWorkers,
 )
 """What is not done to a model before its forced unload has ended."""
 
@@ -57,11 +57,11 @@ class WatchedWorld(World):
         match action:
             case StartLoad(job):
                 self._check_start(job)
-            case MakeWay(job, load):
+            case UnloadForReplacement(job, load):
                 self._check_way(job, load)
             case PrepareModel(load):
                 self._check_spare(self.preparable[load])
-            case RequestEnd(model, cause, job_id):
+            case UnloadAutomatically(model, cause, job_id):
                 self._check_end(model, cause, self.state.unended_job(job_id))
             case CompleteLoad(job):
                 assert not job.cancelling
@@ -93,13 +93,13 @@ class WatchedWorld(World):
 
     def _about(self, action: Action) -> tuple[str | None, int]:
         match action:
-            case PrepareModel() | StopPreparing():
+            case PrepareModel() | StopPreparation():
                 return None, 0
-            case Kill(load) | RecordDeath(load):
+            case KillWorkers(load) | RecordDeath(load):
                 return self.live[load].model_id, 0
             case FinishUnload(jobs):
                 return jobs[0].model_id, jobs[0].created_position
-            case RequestReload(model) | GiveUp(model) | RequestEnd(model):
+            case RequestReload(model) | FailModel(model) | UnloadAutomatically(model):
                 return model.id, 0
             case _:
                 return action.job.model_id, action.job.created_position

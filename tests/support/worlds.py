@@ -39,24 +39,24 @@ from runtime.scheduler.actions import (
     Action,
     CancelJob,
     CompleteLoad,
+    EstimateMemory,
     FailLoad,
+    FailModel,
     FinishUnload,
-    GiveUp,
-    Kill,
-    MakeWay,
+    KillWorkers,
     PrepareModel,
     RecordDeath,
-    RequestEnd,
     RequestReload,
-    SizeUp,
+    ReuseWorkers,
     StartLoad,
     StartUnload,
-    StopPreparing,
-    TakeOver,
+    StopPreparation,
+    UnloadAutomatically,
+    UnloadForReplacement,
 )
 from runtime.scheduler.actions import Decision as Next
-from runtime.scheduler.scheduler import decide, is_wanted
-from runtime.scheduler.view import Conditions, Phase, Policy, Preparation, Running
+from runtime.scheduler.scheduler import decide, is_load_current
+from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
 from support.history import at, load_requested, model_loaded
 
 NEEDS = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, ("c", 2): 120}
@@ -93,8 +93,8 @@ class Process:
     busy: bool = False
     last_used_at: str | None = None
 
-    def view(self, job: Job | None, load: str, *, leased: bool = False) -> Running:
-        return Running(
+    def view(self, job: Job | None, load: str, *, leased: bool = False) -> LoadView:
+        return LoadView(
             load,
             self.model_id,
             self._phase(job),
@@ -181,7 +181,7 @@ class World:
         self.needs: dict[str, int | None] = {}
         self.looks_take_time = False
         self.preparable: dict[str, int] = {}
-        self.preparation: Preparation | None = None
+        self.preparation: PreparationView | None = None
         self.fault: str | None = None
         self.events: list[Event] = []
         self.cancelled: set[str] = set()
@@ -199,14 +199,14 @@ class World:
             self.state.forget_ended(changes.jobs.values())
         return decision
 
-    def running(self) -> dict[str, Running]:
+    def running(self) -> dict[str, LoadView]:
         return {
             load: process.view(self.state.unended_job(load), load, leased=process.model_id in self.leased)
             for load, process in self.live.items()
         }
 
     def decision(self, now: str | None = None) -> Next:
-        conditions = Conditions(
+        conditions = Observations(
             self.fork_server_up,
             self.under_pressure,
             self.needs,
@@ -218,7 +218,7 @@ class World:
     def step(self) -> Next:
         """Do what the consumer does in one turn."""
         for load, process in list(self.live.items()):
-            if not is_wanted(self.state, load, process.model_id):
+            if not is_load_current(self.state, load, process.model_id):
                 process.killed = True
                 if process.over:
                     del self.live[load]
@@ -255,13 +255,13 @@ class World:
 
     def act(self, action: Action) -> None:
         match action:
-            case Kill(load):
+            case KillWorkers(load):
                 self.live[load].killed = True
-            case SizeUp(job):
+            case EstimateMemory(job):
                 self.needs[job.id] = None if self.looks_take_time else need_of(job)
             case PrepareModel(load):
-                self.preparation = Preparation(load, self.preparable.pop(load))
-            case StopPreparing():
+                self.preparation = PreparationView(load, self.preparable.pop(load))
+            case StopPreparation():
                 assert self.preparation is not None
                 assert not self.preparation.stopping
                 self.preparation = replace(self.preparation, stopping=True)
@@ -277,7 +277,7 @@ class World:
         if fault in {None, "twice"}:
             self._note_deaths(action)
             self._begin(action)
-        if isinstance(action, TakeOver) and self._serves_from(action.job):
+        if isinstance(action, ReuseWorkers) and self._serves_from(action.job):
             self.live[action.job.id] = self.live.pop(action.load_job_id)
 
     def _serves_from(self, job: Job) -> bool:
@@ -316,10 +316,10 @@ class World:
             case CompleteLoad(job, replaces):
                 drafts = [self._draft(job, model_loaded(*self.live[job.id].workers))]
                 return Record((*drafts, *self._swapped_out(job, replaces)))
-            case TakeOver(job, load):
+            case ReuseWorkers(job, load):
                 loaded = self._draft(job, model_loaded(*self.live[load].workers))
                 return Record((self._draft(job, LoadStarted(job.attempt + 1)), loaded))
-            case MakeWay(job, load):
+            case UnloadForReplacement(job, load):
                 return Record(self._swapped_out(job, load))
             case FailLoad(job, code):
                 process = self.live.get(job.id)
@@ -342,12 +342,12 @@ class World:
                     serving.parameters, timeout_s=max(300, serving.parameters.timeout_s)
                 )
                 return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
-            case RequestEnd(model, cause, event):
+            case UnloadAutomatically(model, cause, event):
                 load = model.serving.load_job_id
                 return RequestUnload(model.id, SYSTEM, cause=cause, cause_event_id=event, load_job_id=load)
-            case GiveUp(model):
+            case FailModel(model):
                 return self._given_up(model)
-            case Kill() | SizeUp() | PrepareModel() | StopPreparing():
+            case KillWorkers() | EstimateMemory() | PrepareModel() | StopPreparation():
                 raise AssertionError
             case _ as never:
                 assert_never(never)

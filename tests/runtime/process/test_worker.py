@@ -29,8 +29,8 @@ from support.workers import (
 from events.types import LoadParameters
 from runtime import memory, wire
 from runtime.consumer import loads
-from runtime.consumer.loads import LiveLoad, run_load, run_unload
-from runtime.consumer.loads import order_of as order_of_load
+from runtime.consumer.loads import RunningLoad, run_load, run_unload
+from runtime.consumer.loads import build_order as order_of_load
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
@@ -152,7 +152,7 @@ async def test_unload_ends_without_a_measurement(
     pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(models.add(), tmp_path, "m")
-    live = LiveLoad("job", "m", 1, LoadParameters(), "w", lambda: None)
+    live = RunningLoad("job", "m", 1, LoadParameters(), "w", lambda: None)
     await run_load(live, pool, order_of_load(live, pool, Repository(tmp_path), (), lambda _: None))
     assert live.worker is not None
     assert live.report is not None

@@ -21,7 +21,7 @@ from events.commands import FileIdentity, RequestLoad
 from events.models import Model, ModelState
 from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
-from server.appkeys import DEMAND, LEASES
+from server.appkeys import DEMAND, PENDING_DEMAND
 from server.v2.ondemand import LONGEST_PAUSE_S, MAX_FAILURES, BackOff, DemandFailed, OnDemand
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -245,7 +245,7 @@ async def test_inference_loads_its_model(shared: LocalApi) -> None:
     assert answer.headers["Loadledger-Model"] == f"m/1;position={loaded.position}"
     assert (await shared.infer("m", floats(1))).status == 200
     assert await shared.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-    assert not shared.app[LEASES].held("m")
+    assert not shared.app[PENDING_DEMAND].held("m")
 
 
 async def test_raw_body_loads_its_model(shared: LocalApi) -> None:
@@ -389,7 +389,7 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
     assert answer.refusal == (504, "inference_timeout")
     assert "still loading" in answer.json["error"]
     assert (await shared.model("slow"))["state"] == "loading"
-    assert not shared.app[LEASES].held("slow")
+    assert not shared.app[PENDING_DEMAND].held("slow")
     waiting_too = await begin(shared, "slow", 3)
     await shared.unload("slow", force=True)
     for answer in await asyncio.gather(*waiting_too):
@@ -436,7 +436,7 @@ async def wait_for(api: LocalApi, model_id: str, subject: str = "ann") -> bool:
     """Wait as an inference does, and return whether the model is held then."""
     ends_at_s = asyncio.get_running_loop().time() + 1000
     async with api.app[DEMAND].loaded(model_id, None, subject, ends_at_s):
-        return api.app[LEASES].held(model_id)
+        return api.app[PENDING_DEMAND].held(model_id)
 
 
 async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) -> None:
@@ -446,7 +446,7 @@ async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) ->
     first.cancel()
     assert await second
     assert first.cancelled()
-    assert not shared.app[LEASES].held("common")
+    assert not shared.app[PENDING_DEMAND].held("common")
     await until(lambda: shared.app[DEMAND].waiting("common") == 0)
     [requested, *_] = await shared.events("common")
     assert requested.actor in ("ann", "bob")  # ann may have gone before the load was requested
@@ -458,6 +458,6 @@ async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
     await recorded(shared, "alone", "LoadStarted")
     waiting.cancel()
     await asyncio.wait([waiting])
-    assert not shared.app[LEASES].held("alone")
+    assert not shared.app[PENDING_DEMAND].held("alone")
     await shared.model_when("alone", state="loaded")
     assert await causes(shared, "alone") == ["demand"]

@@ -21,7 +21,14 @@ from events.jobs import Job, JobStatus
 from events.models import Footprint, Model
 from events.types import LoadedFile, LoadParameters, ModelLoaded
 from runtime import estimates as needs_module
-from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES, Need, Needs, need_bare, need_of
+from runtime.estimates import (
+    BYTES_PER_MODEL_BYTE,
+    WORKER_BYTES,
+    MemoryEstimate,
+    MemoryEstimates,
+    estimate_memory,
+    estimate_unprepared,
+)
 from runtime.repository import FileStat, Repository
 from runtime.scheduler.view import Policy
 
@@ -45,7 +52,7 @@ def need(
     instances: int = 1,
 ) -> int:
     parameters = LoadParameters(memory_limit_bytes=limit, instances=instances)
-    return need_of(tuple(files), version, parameters, footprints).bytes
+    return estimate_memory(tuple(files), version, parameters, footprints).bytes
 
 
 # The figure
@@ -90,13 +97,19 @@ def test_need_is_the_last_peak_or_an_estimate(
 def test_need_depends_on_the_prepared_form() -> None:
     bare, prepared = footprint(MODEL), Footprint(1, footprint(MODEL).files, 20_000, "prepacked")
     for seen in ([bare, prepared], [prepared, bare]):
-        found = [need_of((MODEL,), 1, LoadParameters(), seen, form).bytes for form in ("prepacked", None)]
+        found = [
+            estimate_memory((MODEL,), 1, LoadParameters(), seen, form).bytes for form in ("prepacked", None)
+        ]
         assert found == [20_000, PEAK]
-    assert need_of((MODEL,), 1, LoadParameters(), [bare], "prepacked").bytes == PEAK
-    assert need_of((MODEL,), 1, LoadParameters(), [prepared]).bytes == WORKER_BYTES + 2500
-    assert need_bare(1, LoadParameters(instances=2), [prepared, bare]) == 2 * PEAK
-    assert need_bare(1, LoadParameters(memory_limit_bytes=2**20), [bare]) == 2**20 + WORKER_BYTES
-    assert need_bare(2, LoadParameters(), [prepared, bare]) == need_bare(1, LoadParameters(), [prepared]) == 0
+    assert estimate_memory((MODEL,), 1, LoadParameters(), [bare], "prepacked").bytes == PEAK
+    assert estimate_memory((MODEL,), 1, LoadParameters(), [prepared]).bytes == WORKER_BYTES + 2500
+    assert estimate_unprepared(1, LoadParameters(instances=2), [prepared, bare]) == 2 * PEAK
+    assert estimate_unprepared(1, LoadParameters(memory_limit_bytes=2**20), [bare]) == 2**20 + WORKER_BYTES
+    assert (
+        estimate_unprepared(2, LoadParameters(), [prepared, bare])
+        == estimate_unprepared(1, LoadParameters(), [prepared])
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +121,7 @@ def test_need_from_sizes_alone_is_an_estimate(
     limit: int | None,
     is_estimate: bool,  # noqa: FBT001 - a column of the table
 ) -> None:
-    found: Need = need_of((MODEL,), 1, LoadParameters(memory_limit_bytes=limit), footprints)
+    found: MemoryEstimate = estimate_memory((MODEL,), 1, LoadParameters(memory_limit_bytes=limit), footprints)
     assert found.is_estimate is is_estimate
 
 
@@ -134,7 +147,7 @@ class Looking:
 
     def __init__(self, root: Path) -> None:
         self.woken = asyncio.Event()
-        self.needs = Needs(Repository(root), self.woken.set)
+        self.needs = MemoryEstimates(Repository(root), self.woken.set)
         self.history = History()
 
     def ask(self, job: str = "j", of: str = "m", version: int = 1) -> Job:

@@ -14,7 +14,7 @@ from support.workers import computing, freeze, until
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.types import Cause, LoadParameters, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
-from runtime.consumer.loads import LiveLoad
+from runtime.consumer.loads import RunningLoad
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     return save_models(tmp_path)
 
 
-async def start_load(engine: Engine, parameters: LoadParameters) -> tuple[str, LiveLoad]:
+async def start_load(engine: Engine, parameters: LoadParameters) -> tuple[str, RunningLoad]:
     """Request a load of `adder`; its first worker is stopped, and does nothing until it is continued."""
     first = await engine.stopped_ahead()
     job_id = await engine.ask_load("adder", 1, parameters)
@@ -36,7 +36,7 @@ async def start_load(engine: Engine, parameters: LoadParameters) -> tuple[str, L
     return job_id, engine.live("adder")
 
 
-async def half_load(engine: Engine, parameters: LoadParameters) -> tuple[str, LiveLoad, Worker]:
+async def half_load(engine: Engine, parameters: LoadParameters) -> tuple[str, RunningLoad, Worker]:
     """Request a load of `adder`; when its first worker has loaded it, its second is stopped before that.
 
     Returns:

@@ -7,9 +7,9 @@ from support.history import MODEL, History, at
 from events.jobs import Failure
 from events.models import CRASH_LOOP, FORK_SERVER_DIED, ModelState
 from events.types import Cause
-from runtime.scheduler.actions import Decision, FailLoad, GiveUp, RequestReload, StartLoad
-from runtime.scheduler.scheduler import FORK_SERVER_LOOK_S, decide, is_wanted
-from runtime.scheduler.view import Conditions, Phase, Policy, Running
+from runtime.scheduler.actions import Decision, FailLoad, FailModel, RequestReload, StartLoad
+from runtime.scheduler.scheduler import FORK_SERVER_LOOK_S, decide, is_load_current
+from runtime.scheduler.view import LoadView, Observations, Phase, Policy
 
 NEXT_ACTIONS = """
 # facts                                      | processes              | next action
@@ -140,14 +140,14 @@ def test_scheduler_decides(facts: str, running: str, action: str) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 7])
 def test_loads_at_once_start_oldest_first(limit: int) -> None:
-    history, running, started = History(), dict[str, Running](), []
+    history, running, started = History(), dict[str, LoadView](), []
     for number in range(9):
         history.ask_load(f"Q{number}", of=f"model{9 - number}")
     while (action := decide(history.state, running, Policy(limit), at(history.seconds)).action) is not None:
         assert isinstance(action, StartLoad)
         started.append(action.job.id)
         history.start_load(action.job.id, of=action.job.model_id)
-        running[action.job.id] = Running(action.job.id, action.job.model_id, Phase.LOADING)
+        running[action.job.id] = LoadView(action.job.id, action.job.model_id, Phase.LOADING)
     assert started == [f"Q{number}" for number in range(limit)]
 
 
@@ -168,7 +168,7 @@ def test_pending_jobs_report_what_they_wait_for() -> None:
 
 def test_missing_fork_server_delays_loads_only() -> None:
     history = history_of("load request_other")
-    down, now = Conditions(fork_server_up=False), at(history.seconds)
+    down, now = Observations(fork_server_up=False), at(history.seconds)
     decision = decide(history.state, processes("L:serving"), PAIR, now, down)
     waits = {"O": "the fork server, which is being started again"}
     assert decision == Decision(None, at(history.seconds + FORK_SERVER_LOOK_S), waits)
@@ -208,7 +208,7 @@ def test_load_behind_another_times_out() -> None:
 
 
 def test_load_times_out_without_fork_server() -> None:
-    state, down = history_of("request_10s").state, Conditions(fork_server_up=False)
+    state, down = history_of("request_10s").state, Observations(fork_server_up=False)
     action = decide(state, {}, PAIR, at(11), down).action
     assert isinstance(action, FailLoad)
     assert "the fork server" in action.message
@@ -292,10 +292,10 @@ def test_back_off_doubles_with_each_death(deaths: int, pause_s: float) -> None:
 
 def test_fifth_death_is_a_crash_loop() -> None:
     action = decide(dying(5).state, {}, PAIR, at(0)).action
-    assert isinstance(action, GiveUp)
+    assert isinstance(action, FailModel)
     assert action.message == "failed 5 times within 10 minutes; at last: its worker was killed by signal 9"
     action = decide_on(f"load die {FAILS_4}").action
-    assert isinstance(action, GiveUp)
+    assert isinstance(action, FailModel)
     assert action.message.endswith("at last: because")
 
 
@@ -372,4 +372,4 @@ load request_2 start_2 unload_2 fail_2         | L2   | no
 
 @pytest.mark.parametrize(("facts", "load", "wanted"), read_table(WANTED))
 def test_process_is_wanted_while_a_fact_is_due(facts: str, load: str, wanted: str) -> None:
-    assert is_wanted(history_of(facts).state, load, MODEL) is (wanted == "yes")
+    assert is_load_current(history_of(facts).state, load, MODEL) is (wanted == "yes")

@@ -7,7 +7,7 @@ import pytest
 from support.decisions import Scene, read_table
 
 from runtime.scheduler.actions import FailLoad, StartLoad
-from runtime.scheduler.admission import OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S, megabytes
+from runtime.scheduler.admission import OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S, format_megabytes
 
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
@@ -180,7 +180,7 @@ def test_load_without_memory_reports_free_bytes_and_advice() -> None:
     [(0, "0.0 MB"), (9_940_000, "9.9 MB"), (10_000_000, "10 MB"), (12_345_678_901, "12,346 MB")],
 )
 def test_megabytes_are_rounded_for_people(number: int, text: str) -> None:
-    assert megabytes(number) == text
+    assert format_megabytes(number) == text
 
 
 # After a start of the server.

@@ -13,7 +13,7 @@ from support.history import PLAIN, at
 
 from events.models import LoadedModel, Model, Serving
 from events.types import LoadParameters
-from runtime.scheduler.eviction import LOOK_S, Victim, fewest
+from runtime.scheduler.eviction import LOOK_S, Victim, choose_fewest
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
 
@@ -101,7 +101,7 @@ def test_fewest_least_recently_used_victims_are_chosen(
         for choice in combinations(candidates, number)  # in the order of their use, within each number
         if sum(victim.memory_bytes for victim in choice) >= missing_bytes
     )
-    assert fewest(candidates, missing_bytes, missing_models) == next(choices, None)
+    assert choose_fewest(candidates, missing_bytes, missing_models) == next(choices, None)
 
 
 @pytest.mark.parametrize(

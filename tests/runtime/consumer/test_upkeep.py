@@ -20,7 +20,7 @@ from events.models import ModelState
 from events.types import Cause, LoadParameters, UnloadRequested
 from runtime import memory
 from runtime.consumer import consumer as consumer_module
-from runtime.consumer.consumer import Upkeep
+from runtime.consumer.consumer import WorkerMonitor
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 from runtime.wire import Tensor
@@ -52,7 +52,7 @@ async def engine(folder: Path, shared_pool: WorkerPool) -> AsyncIterator[Engine]
         yield engine
 
 
-def upkeep(engine: Engine) -> Upkeep:
+def upkeep(engine: Engine) -> WorkerMonitor:
     return engine.consumer._upkeep
 
 
