@@ -22,11 +22,12 @@ from events.clock import add_seconds
 from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log, encode_drafts
-from events.sqlite import queries
-from events.sqlite.history import open_past
-from events.sqlite.queries import Head
+from events.sqlite import queries, snapshots
+from events.sqlite.history import open_time_travel_reader
+from events.sqlite.queries import LogHead
 from events.sqlite.reader import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
-from events.sqlite.schema import connect, connect_read_only
+from events.sqlite.readonly import open_read_only
+from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
 from events.state import Attempt, State
 from events.types import (
@@ -72,7 +73,8 @@ def write_ledger(path: Path, facts: int) -> None:
                 digest = hash_body(digest, body)
                 rows.append(queries.Row(position, body, digest))
                 attempt.state.apply(event)
-            queries.write_group(connection, rows, attempt.changes, len(state.models) + attempt.state.backlog)
+            queries.write_group(connection, rows, attempt.changes)
+            snapshots.try_if_due(connection, rows[-1].position, len(state.models) + attempt.state.backlog)
             attempt.commit()
 
 
@@ -215,7 +217,7 @@ def _loads(number: int) -> Iterator[Draft]:
 
 
 def _inserted_s(ours: Path, plain: Path, ends: list[int]) -> float:
-    with closing(connect_read_only(ours)) as source, closing(connect(plain)) as target:
+    with open_read_only(ours) as source, closing(connect(plain)) as target:
         rows = source.execute("SELECT position, body, hash FROM events ORDER BY position").fetchall()
         start = time.perf_counter()
         for after, until in pairwise(ends):
@@ -257,7 +259,7 @@ def _verify(path: Path, facts: int) -> list[Row]:
 async def _as_of(path: Path, facts: int) -> list[Row]:
     dice = random.Random(1)  # noqa: S311 - the same moments each time
     models, jobs = [], []
-    async with open_past(path) as past:
+    async with open_time_travel_reader(path) as past:
         for _ in range(MOMENTS):
             at = str(dice.randint(1, facts))
             start = time.perf_counter()
@@ -290,7 +292,7 @@ def _print_verification(path: Path) -> None:
     assert verification.verified, verification.finding
     peak_mb = _peak_mb()
     start = time.perf_counter()
-    with closing(connect_read_only(path)) as connection:
+    with open_read_only(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     check_s = time.perf_counter() - start
     print(json.dumps({"verify_s": took_s, "peak_mb": peak_mb, "check_s": check_s}))
@@ -354,7 +356,7 @@ def measure_pages(folder: Path, *, listed: int) -> list[Row]:
 
 def _write_log(path: Path, listed: int) -> None:
     """Write a log of so many events, without what they come to: lists look at nothing else."""
-    head, told = Head(), islice(_listed_facts(), listed)
+    head, told = LogHead(), islice(_listed_facts(), listed)
     with closing(connect(path)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA cache_size = -200000")  # KiB: jobs have random ids, all over their index

@@ -27,7 +27,7 @@ from events.codec import encode_event, hash_body
 from events.commands import Command, KnownKey, Record
 from events.counters import Tally
 from events.errors import LedgerProblem, LogClosed, LogUnavailable, NotEncodable, RequestRefused
-from events.sqlite.queries import Head, Row, kind_of
+from events.sqlite.queries import LogHead, Row, kind_of
 from events.sqlite.storage import Database
 from events.state import Attempt, State
 from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, record_draft
@@ -96,13 +96,13 @@ class DecidedGroup:
     attempt: Attempt
     events: Sequence[Event]
     rows: Sequence[Row]
-    head: Head
+    head: LogHead
 
 
 def decide_group(
     group: Iterable[PendingCommand],
     state: State,
-    head: Head,
+    head: LogHead,
     *,
     known: Mapping[str, KnownKey],
     now: Timestamp,
@@ -138,7 +138,9 @@ def decide_group(
     return DecidedGroup(attempt, events, rows, head)
 
 
-def encode_drafts(drafts: Sequence[Draft], head: Head, now: Timestamp) -> tuple[list[Event], list[Row], Head]:
+def encode_drafts(
+    drafts: Sequence[Draft], head: LogHead, now: Timestamp
+) -> tuple[list[Event], list[Row], LogHead]:
     """Return the drafts as events and rows after `head`.
 
     Raises:
@@ -154,10 +156,10 @@ def encode_drafts(drafts: Sequence[Draft], head: Head, now: Timestamp) -> tuple[
         digest = hash_body(digest, body)
         events.append(event)
         rows.append(Row(position, body, digest))
-    return events, rows, Head(position, digest, recorded_at, events[-1].type) if events else head
+    return events, rows, LogHead(position, digest, recorded_at, events[-1].type) if events else head
 
 
-def make_receipt(decision: Accepted | Existing | Refused, head: Head) -> Receipt:
+def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Receipt:
     """Return the receipt of a decision; `head` is the one after it.
 
     Raises:
@@ -243,7 +245,7 @@ class Log:
         self._is_complete = True
         self._can_write = True
         self.state = State()
-        self.head = Head()
+        self.head = LogHead()
         self.last_used: Mapping[str, str] = {}
         self.tally = Tally()
 
@@ -463,7 +465,7 @@ class Log:
             await self._check_written(decided.head)
         self._can_write = True
 
-    async def _check_written(self, head: Head) -> None:
+    async def _check_written(self, head: LogHead) -> None:
         """Read the file again and compare its head.
 
         Raises:

@@ -20,24 +20,27 @@ from pathlib import Path
 
 from events.audit.audit import audit
 from events.audit.export import export_of, jsonl
-from events.audit.exportreader import FileAudit, audit_file, compressed
-from events.audit.files import forget_drafts, make_durable, refuse_irregular, shown, written
-from events.audit.signing import Base, Sign
+from events.audit.exportreader import FileAudit, audit_file, compress
+from events.audit.files import make_durable, printable_name, refuse_irregular, remove_stale_drafts, write_file
+from events.audit.signing import Sign
 from events.audit.verify import Finding, verify_connection
 from events.clock import add_seconds, format_timestamp
 from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, LogUnavailable, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, queries, storage
-from events.sqlite.base import base_state_digest, read_base, write_base_state
 from events.sqlite.history import parse_time
-from events.sqlite.schema import connect, leave_alone_complete, schema_difference, wants_wal
+from events.sqlite.queries import LogBase, read_base
+from events.sqlite.readonly import wants_wal
+from events.sqlite.schema import connect, schema_difference
+from events.sqlite.snapshots import base_state_digest, write_base_state
+from events.sqlite.storage import leave_complete_file
 
 _LIFTED = ("events_never_go", "base_never_changes")
 """The triggers that stand in the way of archiving, and of nothing else that is right."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class ArchiveResult:
     """What was done: the positions that moved, the file's SHA-256, and how many ended jobs went with them.
 
     `alone` is whether the ledger's file is complete by itself; somebody who reads it meanwhile keeps the
@@ -51,7 +54,7 @@ class Moved:
     alone: bool
 
 
-def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) -> Moved:
+def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) -> ArchiveResult:
     """Move the events before a position, or a time, to `target`; the caller holds the lock of the data.
 
     Args:
@@ -74,7 +77,7 @@ def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) ->
     """
     _refuse_name(target)
     refuse_irregular(target)
-    forget_drafts(target)
+    remove_stale_drafts(target)
     _refuse_damaged(path)
     try:
         with _opened(path) as connection:
@@ -88,8 +91,10 @@ def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) ->
             _shrink(connection)
     except sqlite3.Error as error:
         raise LogUnavailable(f"the ledger {path.name} cannot be archived: {error}") from error
-    _refuse_damaged(path, f"events up to position {last} were moved to {shown(target)}, and what is left")
-    return Moved(base.position + 1, last, check.sha256, jobs, alone=not wants_wal(path))
+    _refuse_damaged(
+        path, f"events up to position {last} were moved to {printable_name(target)}, and what is left"
+    )
+    return ArchiveResult(base.position + 1, last, check.sha256, jobs, alone=not wants_wal(path))
 
 
 @contextmanager
@@ -99,7 +104,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         try:
             yield connection
         finally:
-            leave_alone_complete(connection)
+            leave_complete_file(connection)
 
 
 def _refuse_name(target: Path) -> None:
@@ -150,7 +155,7 @@ def _last_to_go(connection: sqlite3.Connection, before: str, now: datetime) -> i
 
 
 def _refuse_what_must_stay(
-    connection: sqlite3.Connection, last: int, head: queries.Head, now: datetime
+    connection: sqlite3.Connection, last: int, head: queries.LogHead, now: datetime
 ) -> None:
     """Keep the last event, which the next start builds on, and the idempotency keys that still hold."""
     if last >= head.position:
@@ -168,11 +173,11 @@ def _refuse_what_must_stay(
         )
 
 
-def _write(connection: sqlite3.Connection, base: Base, last: int, target: Path, sign: Sign) -> FileAudit:
+def _write(connection: sqlite3.Connection, base: LogBase, last: int, target: Path, sign: Sign) -> FileAudit:
     """Write the file, unless an interrupted run has, and verify what is on the disk."""
     was_there = target.exists()
     if not was_there:
-        with written(target, replace=False) as file, compressed(file) as packed:
+        with write_file(target, replace=False) as file, compress(file) as packed:
             for line in export_of(connection, jsonl(), sign, after=base.position, until=last):
                 packed.write(line)
     else:  # who was interrupted may not have come as far
@@ -181,12 +186,12 @@ def _write(connection: sqlite3.Connection, base: Base, last: int, target: Path, 
     if check.finding is not None and not was_there:
         raise LedgerDamaged(check.finding.problem)
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (last,)).fetchone()
-    if check.finding is not None or (check.after, check.proved) != (base, Base(last, digest)):
+    if check.finding is not None or (check.after, check.proved) != (base, LogBase(last, digest)):
         raise WrongTarget(f"{target} is there and has something else: choose another file")
     return check
 
 
-def _move(connection: sqlite3.Connection, base: Base, check: FileAudit, file: str, now: str) -> int:
+def _move(connection: sqlite3.Connection, base: LogBase, check: FileAudit, file: str, now: str) -> int:
     """Take the events out of the log, in the caller's transaction; return how many ended jobs went, too."""
     end = check.proved
     state = history.state_at(connection, end.position, from_base=True)

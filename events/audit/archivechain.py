@@ -12,22 +12,21 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from events.audit.exportreader import ExportReader, FileAudit, audit_files, lines_of
-from events.audit.files import shown
-from events.audit.signing import Base
+from events.audit.exportreader import ExportReader, FileAudit, audit_files, read_lines
+from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import decode_event
 from events.errors import ArchiveMissing, LedgerDamaged, LogUnavailable
 from events.jobs import Job
 from events.models import Model
-from events.sqlite.base import jobs_behind
-from events.sqlite.queries import Row, as_bytes
+from events.sqlite.queries import LogBase, Row, as_bytes
+from events.sqlite.snapshots import jobs_behind
 from events.state import Entities, State
 from events.types import Event
 
 
 @dataclass(frozen=True, slots=True)
-class ArchivedTo:
+class ArchivedRange:
     """Where events went that the log no longer has: their positions, and the name the file had then."""
 
     first_position: int
@@ -39,27 +38,29 @@ class ArchivedTo:
         return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
 
 
-def told_archives(connection: sqlite3.Connection) -> tuple[ArchivedTo, ...]:
+def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
     """Return what a ledger that has a base says of its archives, the first one first."""
     found = connection.execute(
         "SELECT first_position, last_position, CAST(file AS BLOB) FROM archives ORDER BY last_position"
     )
     return tuple(
-        ArchivedTo(first, last, (file or b"").decode(errors="replace")) for first, last, file in found
+        ArchivedRange(first, last, (file or b"").decode(errors="replace")) for first, last, file in found
     )
 
 
-class BadArchive(LedgerDamaged):
+class InvalidArchive(LedgerDamaged):
     """An archive does not verify."""
 
     def __init__(self, finding: Finding, at: Path) -> None:
-        super().__init__(f"{shown(at)} does not verify: position {finding.position}: {finding.problem}")
+        super().__init__(
+            f"{printable_name(at)} does not verify: position {finding.position}: {finding.problem}"
+        )
         self.finding = finding
         self.at = at
 
 
 @dataclass(frozen=True, slots=True)
-class Behind:
+class ArchiveProof:
     """What archives prove of what is behind a base.
 
     Attributes:
@@ -75,19 +76,19 @@ class Behind:
     at: Path | None = None
 
     @property
-    def after(self) -> Base:
+    def after(self) -> LogBase:
         """From where on the events are proved."""
         return self.files[0].after
 
 
 def check_archives(
     paths: Sequence[Path],
-    base: Base,
-    told: Sequence[ArchivedTo] = (),
+    base: LogBase,
+    told: Sequence[ArchivedRange] = (),
     *,
     key: str | None = None,
     expected: Expected | None = None,
-) -> Behind:
+) -> ArchiveProof:
     """Verify archives, in whatever order they are given, and that together they lead to the base of a log.
 
     Args:
@@ -105,16 +106,16 @@ def check_archives(
     files = audit_files(paths, key=key, expected=expected)
     for number, file in enumerate(files, 1):
         if file.finding is not None:
-            return Behind(tuple(files[:number]), finding=file.finding, at=file.path)
+            return ArchiveProof(tuple(files[:number]), finding=file.finding, at=file.path)
     files.sort(key=lambda file: (file.after.position, file.proved.position))
     for earlier, later in pairwise(files):
-        _refuse_gap(earlier, later.after.position, shown(later.path), told)
+        _refuse_gap(earlier, later.after.position, printable_name(later.path), told)
     _refuse_gap(files[-1], base.position, "the log", told)
     return _seams(files, base)
 
 
-def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, told: Sequence[ArchivedTo]) -> None:
-    end, name = file.proved.position, shown(file.path)
+def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, told: Sequence[ArchivedRange]) -> None:
+    end, name = file.proved.position, printable_name(file.path)
     if end < goes_on_after:
         known = next((f", the ledger says: {each}" for each in told if each.last_position > end), "")
         raise ArchiveMissing(
@@ -128,11 +129,11 @@ def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, told: Sequence[A
         )
 
 
-def _seams(files: list[FileAudit], base: Base) -> Behind:
-    found = Behind(tuple(files))
+def _seams(files: list[FileAudit], base: LogBase) -> ArchiveProof:
+    found = ArchiveProof(tuple(files))
     for earlier, later in pairwise(files):
         if earlier.proved != later.after:
-            problem = f"its hash there is not that with which {shown(earlier.path)} ends"
+            problem = f"its hash there is not that with which {printable_name(earlier.path)} ends"
             return replace(
                 found, finding=Finding(later.after.position, problem, FindingKind.BASE), at=later.path
             )
@@ -144,7 +145,7 @@ def _seams(files: list[FileAudit], base: Base) -> Behind:
     return found
 
 
-def compare_with_base(behind: Behind, stored: State) -> Behind:
+def compare_with_base(behind: ArchiveProof, stored: State) -> ArchiveProof:
     """Fold archives that lead to the base and compare with the state that is stored there.
 
     Those that do not begin with the first event are left as they are: nobody can say what was before.
@@ -157,7 +158,7 @@ def compare_with_base(behind: Behind, stored: State) -> Behind:
         return behind
     try:
         problem = _difference(behind.files, stored)
-    except BadArchive as bad:
+    except InvalidArchive as bad:
         return replace(behind, finding=bad.finding, at=bad.at)
     if problem is None:
         return replace(behind, is_folded=True)
@@ -168,7 +169,7 @@ def compare_with_base(behind: Behind, stored: State) -> Behind:
 def _difference(files: Sequence[FileAudit], stored: State) -> str | None:
     """Return in words what is stored otherwise than the archives give."""
     ended_there = {job.id for job in stored.jobs.values() if job.ended}
-    state, ended = folded(files, wanted=ended_there)
+    state, ended = fold_archives(files, wanted=ended_there)
     for model_id in sorted(state.models.keys() | stored.models.keys()):
         if _text(state.models.get(model_id)) != _text(stored.models.get(model_id)):
             return f"the state stored there is not what the archives give, at the model {model_id!r}"
@@ -176,7 +177,7 @@ def _difference(files: Sequence[FileAudit], stored: State) -> str | None:
     jobs = {job.id: job for job in state.unended()}
     jobs |= {job_id: job for job_id, job in ended.items() if job_id in behind}
     if unknown := behind - jobs.keys():  # an event may name a job that nobody requested: that is none
-        jobs |= folded(files, wanted=unknown)[1]
+        jobs |= fold_archives(files, wanted=unknown)[1]
     for job_id in sorted(jobs.keys() | stored.jobs.keys()):
         if _text(jobs.get(job_id)) != _text(stored.jobs.get(job_id)):
             return f"the state stored there is not what the archives give, at the job {job_id!r}"
@@ -187,7 +188,7 @@ def _text(entity: Job | Model | None) -> bytes | None:
     return None if entity is None else as_bytes(entity)
 
 
-def folded(
+def fold_archives(
     files: Sequence[FileAudit],
     *,
     wanted: Container[str] = (),
@@ -218,17 +219,17 @@ def folded(
             job = entities.apply(event)
         except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
             problem = f"the body is not an event: {error!r}"
-            raise BadArchive(Finding(row.position, problem, FindingKind.EVENT), file) from None
+            raise InvalidArchive(Finding(row.position, problem, FindingKind.EVENT), file) from None
         if event.recorded_at < recorded_at:
             problem = "it was recorded before the one before it"
-            raise BadArchive(Finding(row.position, problem, FindingKind.ORDER), file)
+            raise InvalidArchive(Finding(row.position, problem, FindingKind.ORDER), file)
         position, recorded_at = row.position, event.recorded_at
         if job is not None and job.id in wanted:
             ended[job.id] = job
     return State(position, recorded_at, entities.models, entities.jobs), ended
 
 
-def hash_in(files: Sequence[FileAudit], position: int) -> bytes | None:
+def find_archived_hash(files: Sequence[FileAudit], position: int) -> bytes | None:
     """Return the hash at a position as archives have it that were proved, or None where none has it.
 
     Raises:
@@ -247,11 +248,11 @@ def hash_in(files: Sequence[FileAudit], position: int) -> bytes | None:
 def _rows(files: Sequence[FileAudit]) -> Iterator[tuple[Path, Row]]:
     """Yield the events again, each with its file; at the end of a file it is seen whether it changed."""
     for file in files:
-        changed = LogUnavailable(f"{shown(file.path)} was changed while it was read: try again")
+        changed = LogUnavailable(f"{printable_name(file.path)} was changed while it was read: try again")
         try:
-            reader = ExportReader(lines_of(file.path), known=True)
+            reader = ExportReader(read_lines(file.path), known=True)
             yield from ((file.path, row) for row in reader)
         except LedgerDamaged:
             raise changed from None
-        if (reader.after, Base(reader.position, reader.hash)) != (file.after, file.proved):
+        if (reader.after, LogBase(reader.position, reader.hash)) != (file.after, file.proved):
             raise changed

@@ -11,24 +11,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from events.audit.archivechain import (
-    ArchivedTo,
-    BadArchive,
-    Behind,
+    ArchivedRange,
+    ArchiveProof,
+    InvalidArchive,
     check_archives,
     compare_with_base,
-    folded,
-    hash_in,
-    told_archives,
+    find_archived_hash,
+    fold_archives,
+    list_archives,
 )
 from events.audit.exportreader import FileAudit
-from events.audit.files import shown
-from events.audit.signing import Base
+from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_connection
 from events.errors import Archived, ArchiveMissing, LogUnavailable, NothingThere
 from events.sqlite import history, queries
-from events.sqlite.base import hash_at, read_base, read_base_state
-from events.sqlite.history import Moment, head_of, moment_at, parse_time, state_of
-from events.sqlite.schema import lacks_wal, readable, refuse_incomplete, schema_difference
+from events.sqlite.history import Moment, head_moment, moment_at, parse_time, state_at_moment
+from events.sqlite.queries import LogBase, hash_at, read_base
+from events.sqlite.readonly import lacks_wal, open_read_only, refuse_incomplete
+from events.sqlite.schema import schema_difference
+from events.sqlite.snapshots import read_base_state
 from events.state import State
 
 _NOBODYS_FAULT = {
@@ -55,12 +56,12 @@ class Audit:
         schema: how the database's schema is not the one that its migrations make; null if it is.
     """
 
-    base: Base
+    base: LogBase
     verification: Verification
     damage: str | None
     unexpected: Finding | None
-    archives: tuple[ArchivedTo, ...] = ()
-    behind: Behind | None = None
+    archives: tuple[ArchivedRange, ...] = ()
+    behind: ArchiveProof | None = None
     compared: tuple[tuple[Path, Finding | None], ...] = ()
     schema: str | None = None
 
@@ -129,10 +130,7 @@ def audit(
         LogUnavailable: `log_unavailable`, a file cannot be read, or is no database.
         OSError: an archive cannot be read.
     """
-    try:
-        found, stored = _audited(path, expected, files, with_archives=bool(archives))
-    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
-        raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
+    found, stored = _audited(path, expected, files, with_archives=bool(archives))
     if stored is None:
         return found
     if archives:
@@ -154,7 +152,7 @@ def _audited(
     Archives are read later, since a snapshot that lasts keeps the write-ahead log from being shortened.
     """
     without_wal = lacks_wal(path)
-    with readable(path) as connection:
+    with open_read_only(path) as connection:
         connection.text_factory = bytes
         connection.execute("BEGIN")
         damage = _damage(connection)
@@ -164,7 +162,7 @@ def _audited(
             refuse_incomplete(connection, path)
         if not verification.verified:
             return found, None
-        found = replace(found, archives=told_archives(connection) if found.base.position else ())
+        found = replace(found, archives=list_archives(connection) if found.base.position else ())
         if with_archives and found.base.position == 0:
             raise NothingThere(
                 "nothing was archived from this ledger, its log begins with the first event: verify files by "
@@ -203,7 +201,7 @@ def _unexpected(
     raise _archived(found.base, found)
 
 
-def _archived(after: Base, found: Audit) -> Archived:
+def _archived(after: LogBase, found: Audit) -> Archived:
     problem = (
         f"events up to position {after.position} were archived: expect a later position here, or verify the "
         "archive"
@@ -235,14 +233,14 @@ def _differs_behind(found: Audit, file: FileAudit) -> Finding | None:
         OSError: likewise.
     """
     end = file.proved
-    digest = None if found.behind is None else hash_in(found.behind.files, end.position)
+    digest = None if found.behind is None else find_archived_hash(found.behind.files, end.position)
     if digest is None:
         known = next(
             (f", the ledger says: {each}" for each in found.archives if each.last_position >= end.position),
             "",
         )
         raise ArchiveMissing(
-            f"{shown(file.path)} ends at position {end.position}, and the log begins after "
+            f"{printable_name(file.path)} ends at position {end.position}, and the log begins after "
             f"{found.base.position}: whether its events were this ledger's, only the archive that has that "
             f"position can say: name it with --archive{known}"
         )
@@ -289,34 +287,34 @@ def replay(
     """
     if not archives:
         connection.execute("BEGIN")
-        moment = head_of(connection) if until is None else moment_at(connection, until)
-        return moment, state_of(connection, moment, from_base=True)
+        moment = head_moment(connection) if until is None else moment_at(connection, until)
+        return moment, state_at_moment(connection, moment, from_base=True)
     behind = _proved(connection, archives)
     connection.execute("BEGIN")  # not before, since it keeps the write-ahead log from being shortened
     if read_base(connection) != behind.files[-1].proved:
         raise LogUnavailable("events were archived meanwhile: name that archive, too")
     try:
-        moment = head_of(connection) if until is None else moment_at(connection, until)
+        moment = head_moment(connection) if until is None else moment_at(connection, until)
     except Archived:
         assert until is not None
         return _in_archives(behind, until)
     if moment.position == 0:
         return moment, State()
-    state, _ = folded(behind.files)
+    state, _ = fold_archives(behind.files)
     if moment.recorded_at is None:
         moment = Moment(state.position, state.recorded_at)
-    for page in history.pages(connection, state.position, moment.position):
-        history.fold(state, page)
+    for page in history.read_pages(connection, state.position, moment.position):
+        history.fold_page(state, page)
     return moment, state
 
 
-def _proved(connection: sqlite3.Connection, archives: Sequence[Path]) -> Behind:
+def _proved(connection: sqlite3.Connection, archives: Sequence[Path]) -> ArchiveProof:
     base = read_base(connection)
     if base.position == 0:
         raise NothingThere("nothing was archived from this ledger: leave --archive out")
-    behind = check_archives(archives, base, told_archives(connection))
+    behind = check_archives(archives, base, list_archives(connection))
     if behind.finding is not None:
-        raise BadArchive(behind.finding, behind.at or behind.files[-1].path)
+        raise InvalidArchive(behind.finding, behind.at or behind.files[-1].path)
     if behind.after.position:
         raise ArchiveMissing(
             f"positions 1 to {behind.after.position} are missing: without the archive that has them, nobody "
@@ -325,12 +323,12 @@ def _proved(connection: sqlite3.Connection, archives: Sequence[Path]) -> Behind:
     return behind
 
 
-def _in_archives(behind: Behind, until: str) -> tuple[Moment, State]:
+def _in_archives(behind: ArchiveProof, until: str) -> tuple[Moment, State]:
     """Return what was so at a moment before the base, or at the base itself."""
     if until.isdigit():
         last = int(until)
-        state, _ = folded(behind.files, ends=lambda event: event.position > last)
+        state, _ = fold_archives(behind.files, ends=lambda event: event.position > last)
     else:
         time = parse_time(until)
-        state, _ = folded(behind.files, ends=lambda event: event.recorded_at > time)
+        state, _ = fold_archives(behind.files, ends=lambda event: event.recorded_at > time)
     return Moment(state.position, state.recorded_at or None), state

@@ -10,9 +10,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from events.audit.audit import Audit, audit
-from events.audit.files import draft_of, publish
-from events.errors import DataInUse, LedgerDamaged, LogUnavailable, WrongTarget
-from events.sqlite.schema import lacks_wal, readable, refuse_incomplete
+from events.audit.files import open_draft, publish
+from events.errors import DataInUse, LedgerDamaged, WrongTarget
+from events.sqlite.readonly import open_read_only
 
 
 def back_up(path: Path, target: Path) -> Audit:
@@ -32,11 +32,8 @@ def back_up(path: Path, target: Path) -> Audit:
         OSError: the file cannot be made there.
     """
     _refuse_leftovers(target)
-    with _unserved(target.parent), draft_of(target) as draft:
-        try:
-            _copy(path, draft)
-        except (sqlite3.Error, FileNotFoundError) as error:
-            raise LogUnavailable(f"the ledger {path.name} cannot be copied: {error}") from error
+    with _unserved(target.parent), open_draft(target) as draft:
+        _copy(path, draft)
         found = audit(draft)
         if found.finding is not None:
             raise LedgerDamaged(
@@ -49,10 +46,10 @@ def back_up(path: Path, target: Path) -> Audit:
 
 
 def _copy(path: Path, draft: Path) -> None:
-    without_wal = lacks_wal(path)
-    with readable(path) as source, closing(sqlite3.connect(draft)) as copy:
-        if without_wal:
-            refuse_incomplete(source, path)
+    with (
+        open_read_only(path, problem="cannot be copied", refuses_incomplete=True) as source,
+        closing(sqlite3.connect(draft)) as copy,
+    ):
         source.backup(copy)  # in one step: in several, each commit of the server would begin it anew
         copy.execute("PRAGMA journal_mode = DELETE")
 

@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from events.audit.signing import Base, Sign, SignedHead, Statement, key_id
+from events.audit.signing import Sign, SignedHead, Statement, key_id
 from events.codec import hash_body
-from events.errors import Archived, LedgerDamaged, LogUnavailable, NothingThere
-from events.sqlite.base import hash_at, read_base
-from events.sqlite.queries import Row
-from events.sqlite.schema import lacks_wal, readable, refuse_incomplete
+from events.errors import Archived, LedgerDamaged, NothingThere
+from events.sqlite.queries import LogBase, Row, hash_at, read_base
+from events.sqlite.readonly import open_read_only
 from events.types import SYSTEM
 
 FORMAT = "loadledger-export-v1"
@@ -38,7 +37,7 @@ PAGE = 500
 class ExportFormat:
     """A form of export: its lines before the events, for one event (with the previous hash), and after."""
 
-    first: Callable[[Base], bytes]
+    first: Callable[[LogBase], bytes]
     event: Callable[[Row, bytes], bytes]
     last: Callable[[SignedHead], bytes]
 
@@ -64,14 +63,8 @@ def export(
         LedgerDamaged: `ledger_damaged`, naming the position.
         LogUnavailable: `log_unavailable`, it cannot be read.
     """
-    try:
-        without_wal = lacks_wal(path)
-        with readable(path) as connection:
-            if without_wal:
-                refuse_incomplete(connection, path)
-            yield from export_of(connection, form, sign, after=after, until=until)
-    except (sqlite3.Error, FileNotFoundError, UnicodeDecodeError) as error:
-        raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
+    with open_read_only(path, refuses_incomplete=True) as connection:
+        yield from export_of(connection, form, sign, after=after, until=until)
 
 
 def export_of(
@@ -81,7 +74,7 @@ def export_of(
     base = read_base(connection)
     first, last = _bounds(connection, base, after, until)
     digest = hash_at(connection, base, first)
-    if opening := form.first(Base(first, digest)):
+    if opening := form.first(LogBase(first, digest)):
         yield opening
     for row in rows_between(connection, first, last):
         previous, digest = digest, _checked(row, digest)
@@ -109,7 +102,7 @@ def rows_between(connection: sqlite3.Connection, after: int, until: int) -> Iter
 
 
 def _bounds(
-    connection: sqlite3.Connection, base: Base, after: int | None, until: int | None
+    connection: sqlite3.Connection, base: LogBase, after: int | None, until: int | None
 ) -> tuple[int, int]:
     (head,) = connection.execute("SELECT max(position) FROM events").fetchone()
     head = base.position if head is None else head
@@ -143,7 +136,7 @@ def _line(members: dict[str, object]) -> bytes:
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
-def _first(after: Base) -> bytes:
+def _first(after: LogBase) -> bytes:
     return _line({"export": FORMAT, "after": {"position": after.position, "hash": after.hash.hex()}})
 
 

@@ -20,12 +20,12 @@ from typing import Annotated, BinaryIO, TypeVar, cast
 import msgspec
 
 from events.audit.export import FORMAT, jsonl
-from events.audit.files import shown
-from events.audit.signing import Base, SignedHead, as_signed_head, key_id
+from events.audit.files import printable_name
+from events.audit.signing import SignedHead, as_signed_head, key_id
 from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import GENESIS, hash_body, is_canonical
 from events.errors import LedgerDamaged, LogUnavailable
-from events.sqlite.queries import Row
+from events.sqlite.queries import LogBase, Row
 
 MAX_LINE = 16 * 2**20
 """Bytes: more than any event has, and no hostile file is read into memory whole."""
@@ -49,13 +49,13 @@ class FileDamaged(LedgerDamaged):
 
 
 @contextmanager
-def compressed(file: BinaryIO) -> Iterator[BinaryIO]:
+def compress(file: BinaryIO) -> Iterator[BinaryIO]:
     """Give a file whose content arrives compressed in `file`; the same content gives the same bytes."""
     with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=LEVEL) as packed:
         yield cast("BinaryIO", packed)
 
 
-def lines_of(path: Path, seen: Callable[[memoryview], None] = lambda _: None) -> Iterator[bytes]:
+def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) -> Iterator[bytes]:
     """Yield the lines of an archive, or of an export that is not compressed; what has no end is cut.
 
     Args:
@@ -68,7 +68,7 @@ def lines_of(path: Path, seen: Callable[[memoryview], None] = lambda _: None) ->
         OSError: it cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise LogUnavailable(f"{shown(path)} is no regular file")
+        raise LogUnavailable(f"{printable_name(path)} is no regular file")
     with path.open("rb", buffering=0) as raw, io.BufferedReader(_Seen(raw, seen), BUFFER) as file:
         is_packed = file.peek(2)[:2] == b"\x1f\x8b"  # RFC 1952 section 2.3.1
         source = gzip.GzipFile(fileobj=file) if is_packed else file
@@ -76,7 +76,7 @@ def lines_of(path: Path, seen: Callable[[memoryview], None] = lambda _: None) ->
             while line := source.readline(MAX_LINE):
                 yield line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise LedgerDamaged(f"{shown(path)} is damaged: {error}") from None
+            raise LedgerDamaged(f"{printable_name(path)} is damaged: {error}") from None
 
 
 class _Seen(io.RawIOBase):
@@ -194,7 +194,7 @@ class ExportReader:
             raise FileDamaged("there is something after the signed head", position)
 
 
-def _beginning(first: bytes) -> Base:
+def _beginning(first: bytes) -> LogBase:
     """Return where the events of an export begin, by its first line.
 
     Raises:
@@ -216,7 +216,7 @@ def _beginning(first: bytes) -> Base:
         raise ValueError(unknown)
     try:
         after = _decoded(first, _Opening).after
-        base = Base(after.position, bytes.fromhex(after.hash))
+        base = LogBase(after.position, bytes.fromhex(after.hash))
     except ValueError as error:
         raise ValueError(f"the first line does not say where this begins: {error}") from None
     if jsonl().first(base) != first:
@@ -279,7 +279,7 @@ class _Line(msgspec.Struct, gc=False):
     head: msgspec.Raw = msgspec.Raw()
 
 
-def _may_begin(base: Base) -> bool:
+def _may_begin(base: LogBase) -> bool:
     """Whether a log may begin there: at first with zeros, later with the hash of an event, never zeros."""
     is_first = base.hash == GENESIS
     return base.position >= 0 and len(base.hash) == len(GENESIS) and is_first == (base.position == 0)
@@ -317,8 +317,8 @@ class FileAudit:
     """
 
     path: Path
-    after: Base
-    proved: Base
+    after: LogBase
+    proved: LogBase
     head: SignedHead | None
     sha256: bytes
     finding: Finding | None
@@ -346,19 +346,19 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
     reader: ExportReader | None = None
     finding, unexpected = None, None
     try:
-        reader = ExportReader(lines_of(path, digest.update))
+        reader = ExportReader(read_lines(path, digest.update))
         unexpected = _unexpected(expected, reader.after)
         for row in reader:
             if expected is not None and row.position == expected.position:
-                unexpected = _unexpected(expected, Base(row.position, row.hash))
+                unexpected = _unexpected(expected, LogBase(row.position, row.hash))
     except FileDamaged as error:
         finding = Finding(error.position, str(error), error.kind)
     except LedgerDamaged as error:
         finding = Finding(0 if reader is None else reader.position + 1, str(error), FindingKind.DAMAGED)
     if reader is None:
-        nothing = Base(0, bytes(32))
+        nothing = LogBase(0, bytes(32))
         return FileAudit(path, nothing, nothing, None, b"", finding)
-    proved = Base(reader.position, reader.hash)
+    proved = LogBase(reader.position, reader.hash)
     return FileAudit(
         path,
         reader.after,
@@ -377,7 +377,7 @@ def audit_files(
     return [audit_file(path, key=key, expected=expected) for path in paths]
 
 
-def _unexpected(expected: Expected | None, found: Base) -> Finding | None:
+def _unexpected(expected: Expected | None, found: LogBase) -> Finding | None:
     if expected is None or expected.position != found.position or expected.hash == found.hash:
         return None
     problem = f"the hash is {found.hash.hex()}, {expected.hash.hex()} was expected"

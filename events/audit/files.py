@@ -19,7 +19,7 @@ _DRAFT = re.compile(r"\.[0-9a-f]{8}(-journal|-wal|-shm)?", re.ASCII)
 
 
 @contextmanager
-def draft_of(target: Path) -> Iterator[Path]:
+def open_draft(target: Path) -> Iterator[Path]:
     """Give a new, empty file (0600) beside `target` to be written and published; it is gone afterwards.
 
     It is locked meanwhile (`flock`), so that those which others left when they were killed can be told from
@@ -30,7 +30,7 @@ def draft_of(target: Path) -> Iterator[Path]:
         OSError: it cannot be made there.
     """
     refuse_irregular(target)
-    forget_drafts(target)
+    remove_stale_drafts(target)
     draft = target.with_name(f"{_begin(target)}.{secrets.token_hex(4)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -47,7 +47,7 @@ def _begin(target: Path) -> str:
     return f".{target.name[:64]}"
 
 
-def forget_drafts(target: Path) -> None:
+def remove_stale_drafts(target: Path) -> None:
     """Remove the drafts of `target` that nobody is writing any more."""
     begin = _begin(target)
     found_here = list[Path]()
@@ -74,14 +74,14 @@ def _forget_draft(file: Path, draft: Path) -> None:
 
 
 @contextmanager
-def written(target: Path, *, replace: bool) -> Iterator[BinaryIO]:
+def write_file(target: Path, *, replace: bool) -> Iterator[BinaryIO]:
     """Give a file to write; it takes its name, durably, when all of it was written.
 
     Raises:
         WrongTarget: `wrong_target`, what is there is no file that could be replaced.
         OSError: it cannot be written, or is there and not to be replaced.
     """
-    with draft_of(target) as draft:
+    with open_draft(target) as draft:
         with draft.open("wb") as file:
             yield file
         publish(draft, target, replace=replace)
@@ -121,7 +121,7 @@ def refuse_irregular(target: Path) -> None:
             raise WrongTarget(f"{target} is there and is no regular file: choose another name")
 
 
-def shown(path: Path) -> str:
+def printable_name(path: Path) -> str:
     """Return a file's name as it can be printed: one that is not UTF-8 has other characters there."""
     return os.fsencode(path.name).decode(errors="replace")
 

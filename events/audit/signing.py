@@ -24,19 +24,13 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
+from events.sqlite.queries import LogBase
+
 PREFIX = "loadledger-head-v1"
 """The first line of what is signed; another layout will have another."""
 
 KEY_ID_DIGITS = 32
 """Of the hexadecimal SHA-256 of the public key: 128 bits, which nobody can meet with another key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """Where the log begins: the last archived event's position and hash; 0 and 32 zero bytes at first."""
-
-    position: int
-    hash: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +40,7 @@ class Statement:
     position: int
     hash: bytes
     recorded_at: str
-    base: Base
+    base: LogBase
 
     def message(self) -> bytes:
         """Return the bytes that are signed."""
@@ -130,7 +124,7 @@ def as_signed_head(members: object) -> SignedHead:
             int(members["position"]),
             bytes.fromhex(members["hash"]),
             members["recorded_at"] or "",
-            Base(int(base["position"]), bytes.fromhex(base["hash"])),
+            LogBase(int(base["position"]), bytes.fromhex(base["hash"])),
         )
         statement.message()
         signature = base64.b64decode(members["signature"], validate=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
@@ -17,12 +16,12 @@ from typing import TypeVar
 
 from events.audit.projections import NEVER, StoredJobs, StoredSnapshots
 from events.codec import GENESIS, CanonicalCheck, decode_event
-from events.errors import LogUnavailable
 from events.jobs import Job
 from events.models import Model
 from events.sqlite import queries, storage
-from events.sqlite.base import is_base_state_whole, read_base_state
-from events.sqlite.schema import check_readable, connect_read_only, refuse_foreign
+from events.sqlite.readonly import open_read_only
+from events.sqlite.schema import check_readable
+from events.sqlite.snapshots import is_base_state_whole, read_base_state
 from events.state import Entities
 from events.types import Event
 
@@ -51,7 +50,7 @@ class Finding:
     kind: FindingKind = field(default=FindingKind.HASH, compare=False)
 
 
-class Bad(Exception):
+class VerificationError(Exception):
     """Something is wrong, and nothing after it is looked at."""
 
     def __init__(self, position: int, problem: str, kind: FindingKind) -> None:
@@ -101,8 +100,6 @@ def parse_expected(text: str) -> Expected:
         raise ValueError(f"{text[:100]!r} is not POSITION:HASH, the hash in 64 hexadecimal digits")
     return Expected(int(match[1]), bytes.fromhex(match[2]))
 
-
-__all__ = ["Finding", "FindingKind", "Verification", "verify", "verify_connection"]
 
 PAGE = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It
@@ -177,13 +174,13 @@ class CheckedFold:
         for row in page:
             position, body, digest = row
             if position != before + 1:
-                raise Bad(
+                raise VerificationError(
                     before + 1, f"missing: the next event is at position {position}", FindingKind.MISSING
                 )
             if not (isinstance(body, bytes) and (body.isascii() or _is_utf_8(body))):
-                raise Bad(position, "the body is not UTF-8", FindingKind.EVENT)
+                raise VerificationError(position, "the body is not UTF-8", FindingKind.EVENT)
             if sha256(previous + body).digest() != digest:
-                raise Bad(
+                raise VerificationError(
                     position, "the hash is not that of the previous hash and the body", FindingKind.HASH
                 )
             yield row
@@ -196,11 +193,15 @@ class CheckedFold:
             try:
                 event = decode_event(body)
             except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
-                raise Bad(position, f"the body is not an event: {error!r}", FindingKind.EVENT) from None
+                raise VerificationError(
+                    position, f"the body is not an event: {error!r}", FindingKind.EVENT
+                ) from None
             if event.position != position:
-                raise Bad(position, f"the body says position {event.position}", FindingKind.EVENT)
+                raise VerificationError(
+                    position, f"the body says position {event.position}", FindingKind.EVENT
+                )
             if not holds(event, body):
-                raise Bad(position, "the body is not in the canonical form", FindingKind.EVENT)
+                raise VerificationError(position, "the body is not in the canonical form", FindingKind.EVENT)
             yield event
 
     def _folded(self, found: Iterable[tuple[Row, Event]]) -> Iterator[Job]:
@@ -208,11 +209,15 @@ class CheckedFold:
         apply, touch = self.entities.apply, self._touched.add
         for (position, _, digest), event in found:
             if event.recorded_at < self._recorded_at:
-                raise Bad(position, "it was recorded before the one before it", FindingKind.ORDER)
+                raise VerificationError(
+                    position, "it was recorded before the one before it", FindingKind.ORDER
+                )
             try:
                 ended = apply(event)
             except Exception as error:  # noqa: BLE001 - as above
-                raise Bad(position, f"the body is not an event: {error!r}", FindingKind.EVENT) from None
+                raise VerificationError(
+                    position, f"the body is not an event: {error!r}", FindingKind.EVENT
+                ) from None
             self.position, self.hash, self._recorded_at = position, digest, event.recorded_at
             touch(event.model_id)
             if position == self._compare_at:
@@ -247,7 +252,7 @@ def _taken(step: Iterator[T], later: Finding | None) -> tuple[list[T], Finding |
     try:
         for item in step:
             done.append(item)
-    except Bad as bad:
+    except VerificationError as bad:
         return done, bad.finding
     return done, later
 
@@ -269,15 +274,10 @@ def verify(path: Path) -> Verification:
         ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, the file cannot be read, or is no database.
     """
-    try:
-        with closing(connect_read_only(path)) as connection:
-            refuse_foreign(connection)
-            check_readable(connection)
-            connection.text_factory = bytes
-            connection.execute("BEGIN")
-            return verify_connection(connection, path)
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
-        raise LogUnavailable(f"the ledger {path.name} cannot be read: {error}") from error
+    with open_read_only(path) as connection:
+        connection.text_factory = bytes
+        connection.execute("BEGIN")
+        return verify_connection(connection, path)
 
 
 def verify_connection(connection: sqlite3.Connection, path: Path) -> Verification:
@@ -304,7 +304,7 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
                 _compare(connection, fold)
                 _compare_snapshots(fold)
             _check_length(connection, path, fold.position)
-    except Bad as bad:
+    except VerificationError as bad:
         finding = bad.finding
     except sqlite3.DatabaseError as error:
         if queries.kind_of(error) != sqlite3.SQLITE_CORRUPT:
@@ -329,7 +329,7 @@ def _fold_at_base(connection: sqlite3.Connection, base: int, digest: bytes, *, c
         raise
     except Exception as error:  # noqa: BLE001 - whatever somebody made of it is a finding
         problem = f"the state that archived events came to is damaged: {error!r}"
-        raise Bad(base, problem, FindingKind.BASE) from None
+        raise VerificationError(base, problem, FindingKind.BASE) from None
 
 
 def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) -> None:
@@ -341,25 +341,29 @@ def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) ->
         ):
             if first != last + 1:
                 problem = f"the archives that are told of do not have position {last + 1} to go on with"
-                raise Bad(base, problem, FindingKind.BASE)
+                raise VerificationError(base, problem, FindingKind.BASE)
             last, last_hash = end
             if not isinstance(last, int):
-                raise Bad(base, "the archives that are told of end with no position", FindingKind.BASE)
+                raise VerificationError(
+                    base, "the archives that are told of end with no position", FindingKind.BASE
+                )
     if (last, last_hash) != (base, digest):
         problem = f"the archives that are told of end with position {last}, the log begins after {base}"
-        raise Bad(base, f"{problem}, or has another hash there", FindingKind.BASE)
+        raise VerificationError(base, f"{problem}, or has another hash there", FindingKind.BASE)
 
 
 def _check_base_state(connection: sqlite3.Connection, base: int) -> None:
     if not is_base_state_whole(connection, base):
-        raise Bad(base, "what is stored of archived events is not what they came to", FindingKind.BASE)
+        raise VerificationError(
+            base, "what is stored of archived events is not what they came to", FindingKind.BASE
+        )
 
 
 def _check_length(connection: sqlite3.Connection, path: Path, position: int) -> None:
     """SQLite takes the missing end of the last page for zeros, and misses whole pages by itself."""
     (page_size,) = connection.execute("PRAGMA page_size").fetchone()
     if path.stat().st_size % page_size:
-        raise Bad(position, "the file is damaged: its end was cut off", FindingKind.DAMAGED)
+        raise VerificationError(position, "the file is damaged: its end was cut off", FindingKind.DAMAGED)
 
 
 def _compare(connection: sqlite3.Connection, fold: CheckedFold) -> None:
@@ -367,12 +371,12 @@ def _compare(connection: sqlite3.Connection, fold: CheckedFold) -> None:
     position = connection.execute("SELECT position FROM projected").fetchone()
     if position != (fold.position,):
         problem = f"the stored projections are at position {position and position[0]}"
-        raise Bad(fold.position, problem, FindingKind.PROJECTIONS)
+        raise VerificationError(fold.position, problem, FindingKind.PROJECTIONS)
     _compare_models(connection, fold)
     assert fold.stored is not None
     difference = fold.stored.difference(fold.entities.jobs.values())
     if difference is not None:
-        raise Bad(fold.position, difference, FindingKind.PROJECTIONS)
+        raise VerificationError(fold.position, difference, FindingKind.PROJECTIONS)
 
 
 def _compare_snapshots(fold: CheckedFold) -> None:
@@ -380,7 +384,7 @@ def _compare_snapshots(fold: CheckedFold) -> None:
     assert fold.snapshots is not None
     difference = fold.snapshots.end(fold.position)
     if difference is not None:
-        raise Bad(*difference, FindingKind.PROJECTIONS)
+        raise VerificationError(*difference, FindingKind.PROJECTIONS)
 
 
 def _compare_models(connection: sqlite3.Connection, fold: CheckedFold) -> None:
@@ -391,11 +395,11 @@ def _compare_models(connection: sqlite3.Connection, fold: CheckedFold) -> None:
         model = expected.pop(key, None)
         if model is None or not is_text or queries.as_bytes(model) != body:
             shown = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-            raise Bad(
+            raise VerificationError(
                 fold.position,
                 f"the stored models differ from the log's at {shown!r}",
                 FindingKind.PROJECTIONS,
             )
     if expected:
         problem = f"the stored models lack {next(iter(expected)).decode()!r}"
-        raise Bad(fold.position, problem, FindingKind.PROJECTIONS)
+        raise VerificationError(fold.position, problem, FindingKind.PROJECTIONS)

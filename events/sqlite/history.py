@@ -1,19 +1,19 @@
-"""The live state at any position or time of the log, folded from the base or the last snapshot before it."""
+"""Time travel: the live state and jobs at any position or time of the log.
+
+A past state is a fold from the last snapshot before it, or from the base of the log (`docs/decisions/0019`).
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 from events.clock import format_timestamp
 from events.codec import decode_event
@@ -21,24 +21,30 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
-from events.sqlite.base import read_base, read_base_state
-from events.sqlite.queries import as_job, as_model
-from events.sqlite.schema import CACHE, check_readable, opened_to_read
+from events.sqlite.queries import as_job, as_model, read_base
+from events.sqlite.readonly import ReaderThread, open_reader_thread
+from events.sqlite.schema import check_readable
+from events.sqlite.snapshots import read_base_state
 from events.state import Changes, State
 from events.types import Event, ServerStarted
 
-_log = logging.getLogger(__name__)
-
 PAGE = 500
-"""Events folded at once: what is held in memory beside the live state."""
+"""Events read and folded at once: what is held in memory beside the live state."""
 
 _DAMAGE = {0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-"""Kinds of errors that are of what is stored; 0 is text that is not UTF-8."""
+"""Kinds of errors that are about stored content; 0 is text that is not UTF-8."""
 
-_passed_over = set[tuple[str, int]]()
-"""The damaged snapshots that were told of: by file, and at most one for each there is."""
+_RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:([Zz])|([+ -])(\d\d:\d\d))", re.ASCII
+)
+"""A `+` in a query that was not written as `%2B` arrives as a space; nothing else can be there."""
 
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
+
+_log = logging.getLogger(__name__)
+
+_skipped_snapshots = set[tuple[str, int]]()
+"""The damaged snapshots that were logged: file and position, at most one entry for each snapshot."""
 
 
 def state_at(connection: sqlite3.Connection, position: int, *, from_base: bool = False) -> State:
@@ -47,41 +53,36 @@ def state_at(connection: sqlite3.Connection, position: int, *, from_base: bool =
     Args:
         connection: where a read transaction keeps several of these calls at one head.
         position: between the base and the head.
-        from_base: whether to fold the whole log up to there, from nothing else.
+        from_base: whether to fold from the base of the log, and use no snapshot.
 
     Raises:
-        LogUnavailable: an event, or what stands for archived ones, is damaged.
+        LogUnavailable: an event, or the state at the base, is damaged.
     """
-    state = base_state(connection) if from_base else _nearest(connection, position)
-    for page in pages(connection, state.position, position):
-        fold(state, page)
+    state = load_base_state(connection) if from_base else _load_nearest(connection, position)
+    for page in read_pages(connection, state.position, position):
+        fold_page(state, page)
     return state
 
 
-def base_state(connection: sqlite3.Connection) -> State:
-    """Return the live state in which the log begins: nothing, or what archived events came to.
+def load_base_state(connection: sqlite3.Connection) -> State:
+    """Return the live state at the base of the log: empty, or the result of archived events.
 
     Raises:
-        LogUnavailable: the snapshot that stands for them is missing or damaged.
+        LogUnavailable: the snapshot at the base is missing or damaged.
     """
-    base = base_of(connection)
+    base = read_base(connection).position
     if base and snapshots.latest(connection, base) != base:
-        raise LogUnavailable(f"what stands for the archived events, the snapshot at {base}, is missing")
+        raise LogUnavailable(f"the snapshot at {base}, which replaces the archived events, is missing")
     try:
         return read_base_state(connection, base)
     except ValueError as error:
         raise LogUnavailable(
-            f"what stands for the archived events up to {base} is damaged: {error}; "
+            f"the snapshot at {base}, which replaces the archived events, is damaged: {error}; "
             "`loadledger replay --archive` folds their archives instead"
         ) from error
 
 
-def base_of(connection: sqlite3.Connection) -> int:
-    """Return the position of the last event before those of the log: 0, or that of the last archived one."""
-    return read_base(connection).position
-
-
-def pages(
+def read_pages(
     connection: sqlite3.Connection, after: int, until: int | None = None
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield the positions and bodies of the events above `after`, up to `until` or the head, in pages."""
@@ -98,8 +99,8 @@ def pages(
         after = page[-1][0]
 
 
-def fold(state: State, page: list[tuple[int, str]]) -> tuple[dict[str, Model], dict[str, Job]]:
-    """Fold a page into `state` and return what it changed.
+def fold_page(state: State, page: list[tuple[int, str]]) -> tuple[dict[str, Model], dict[str, Job]]:
+    """Fold a page into `state`, and return the models and jobs that it changed.
 
     Raises:
         LogUnavailable: an event cannot be folded.
@@ -115,11 +116,11 @@ def fold(state: State, page: list[tuple[int, str]]) -> tuple[dict[str, Model], d
 
 
 def job_at(connection: sqlite3.Connection, job_id: str, position: int) -> Job | None:
-    """Return the job as it was after the event at `position`, ended or not, or None if there was none."""
+    """Return the job as it was after the event at `position`, or None if there was none."""
     row = connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None:
         return None
-    return _as_it_was(connection, as_job(row[0]), position, lambda: state_at(connection, position))
+    return _job_then(connection, as_job(row[0]), position, lambda: state_at(connection, position))
 
 
 def jobs_at(
@@ -150,26 +151,26 @@ def jobs_at(
         "created_position < :before": before,
         "model_id = :model_id": model_id,
         "status = :status AND json_extract(body, '$.position') <= :position": status,
-    }  # what ended later had another status then
+    }  # a job that ended later had another status then
     where = " AND ".join(clause for clause, value in clauses.items() if value is not None)
     rows = connection.execute(
         f"SELECT body FROM jobs WHERE {where} ORDER BY created_position DESC LIMIT :limit",  # noqa: S608 - literals above
         {"position": position, "before": before, "model_id": model_id, "status": status, "limit": limit},
     )
-    then = cache(lambda: state_at(connection, position))  # one for all that need it
-    past = (_as_it_was(connection, as_job(body), position, then) for (body,) in rows.fetchall())
+    then = cache(lambda: state_at(connection, position))  # one fold for all jobs that need it
+    past = (_job_then(connection, as_job(body), position, then) for (body,) in rows.fetchall())
     return [job for job in past if job is not None]
 
 
-def _as_it_was(
+def _job_then(
     connection: sqlite3.Connection, job: Job, position: int, then: Callable[[], State]
 ) -> Job | None:
-    """Return what a job of the present was then; what nothing happened to since is the same."""
+    """Return a job of the present as it was after `position`; without later events it is the same."""
     if job.position <= position:
         return job
     if job.created_position > position:
         return None
-    if job.created_position <= base_of(connection):  # some of its events are archived
+    if job.created_position <= read_base(connection).position:  # some of its events are archived
         return then().jobs.get(job.id)
     past: Job | None = None
     for event in _events_of(connection, job, position):
@@ -178,7 +179,7 @@ def _as_it_was(
 
 
 def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Iterator[Event]:
-    """Yield the events that concerned a job up to a position: its own, and the starts of the server."""
+    """Yield the events that changed a job up to a position: its own, and the starts of the server."""
     rows = connection.execute(
         "SELECT position, body FROM events WHERE job_id = ? AND position BETWEEN ? AND ?"
         " UNION SELECT position, body FROM events WHERE type = ? AND position BETWEEN ? AND ?"
@@ -188,27 +189,27 @@ def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Itera
     return (decode_event(body) for _, body in rows)
 
 
-def _nearest(connection: sqlite3.Connection, position: int) -> State:
+def _load_nearest(connection: sqlite3.Connection, position: int) -> State:
     if check_readable(connection) < snapshots.SINCE_SCHEMA:
-        return base_state(connection)
-    base, nearest = base_of(connection), position + 1
+        return load_base_state(connection)
+    base, nearest = read_base(connection).position, position + 1
     try:
         while (nearest := snapshots.latest(connection, nearest - 1) or 0) > base:
-            if (state := _snapshot(connection, nearest)) is not None:
+            if (state := _load_snapshot(connection, nearest)) is not None:
                 return state
     except sqlite3.Error as error:
-        _pass_over(connection, nearest, error)
-    return base_state(connection)
+        _skip_snapshot(connection, nearest, error)
+    return load_base_state(connection)
 
 
-def _snapshot(connection: sqlite3.Connection, position: int) -> State | None:
-    """Return the state that a snapshot has, or None where it is damaged: the log says all that it says."""
+def _load_snapshot(connection: sqlite3.Connection, position: int) -> State | None:
+    """Return the state of a snapshot, or None if it is damaged: the log has all that it has."""
     row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
     try:
         models = [as_model(body) for body in snapshots.models_of(connection, position)]
         jobs = [as_job(body) for body in snapshots.jobs_of(connection, position)]
     except (TypeError, ValueError, sqlite3.Error) as error:
-        _pass_over(connection, position, error)
+        _skip_snapshot(connection, position, error)
         return None
     return State(
         position,
@@ -218,20 +219,20 @@ def _snapshot(connection: sqlite3.Connection, position: int) -> State | None:
     )
 
 
-def _pass_over(connection: sqlite3.Connection, position: int, error: Exception) -> None:
-    """Tell, once, that a snapshot is damaged.
+def _skip_snapshot(connection: sqlite3.Connection, position: int, error: Exception) -> None:
+    """Log, once, that a snapshot is damaged.
 
     Raises:
-        sqlite3.Error: it says nothing of what is in the file.
+        sqlite3.Error: the error is not about the content of the file.
     """
     if isinstance(error, sqlite3.Error) and queries.kind_of(error) not in _DAMAGE:
         raise error
     (_, _, file) = connection.execute("PRAGMA database_list").fetchone()
-    if (file, position) not in _passed_over:
-        _passed_over.add((file, position))
+    if (file, position) not in _skipped_snapshots:
+        _skipped_snapshots.add((file, position))
         _log.warning(
-            "the snapshot at position %d is damaged, so the past is slower to ask for: %s; "
-            "`loadledger replay --rebuild` makes it anew",
+            "the snapshot at position %d is damaged, so time travel is slower: %s; "
+            "`loadledger replay --rebuild` rebuilds it",
             position,
             error,
         )
@@ -240,48 +241,40 @@ def _pass_over(connection: sqlite3.Connection, position: int, error: Exception) 
 def _applied(state: State, position: int, body: str) -> Changes:
     try:
         return state.apply(decode_event(body))
-    except Exception as error:  # whatever a forged body does to us
+    except Exception as error:  # a forged body may raise anything
         raise LogUnavailable(
-            f"the ledger cannot be folded, its event {position} is none: {error!r}; "
+            f"the ledger cannot be folded, its event {position} is not valid: {error!r}; "
             "restore a backup, or use the release that wrote it"
         ) from error
 
 
-T = TypeVar("T")
-
-_RFC_3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:([Zz])|([+ -])(\d\d:\d\d))", re.ASCII
-)
-"""A query's `+` arrives as a space where it was not written as `%2B`; nothing else can stand there."""
-
-
-class BadMoment(LedgerProblem):
-    """A moment is a position of the log, or a time with its offset, like 2026-01-31T14:02:00Z."""
+class InvalidMoment(LedgerProblem):
+    """The text is neither a position of the log nor a time with its offset, like 2026-01-31T14:02:00Z."""
 
     code = "invalid_parameter"
 
 
 class BeyondHead(LedgerProblem):
-    """The log has not come as far as this position."""
+    """The position is beyond the head of the log."""
 
     code = "beyond_head"
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A position, and when its event was recorded: null for 0, and for the last archived one."""
+    """A position, and when its event was recorded: None for 0, and for the base."""
 
     position: int
     recorded_at: str | None
 
 
 def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
-    """Return the moment that a position, or a time, means: the last position recorded no later.
+    """Return the moment that a position or a time means; a time means the last event recorded by then.
 
     Raises:
         BadMoment: `invalid_parameter`, it is neither.
         BeyondHead: `beyond_head`.
-        Archived: `archived`, with the `oldest` position that can be asked for, and the `head`.
+        Archived: `archived`, with the `oldest` position that can be read, and the `head`.
     """
     base, head = _bounds(connection)
     if re.fullmatch(r"\d{1,19}", at, re.ASCII):
@@ -295,25 +288,25 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
     if row is not None:
         return Moment(*row)
     if base:
-        raise Archived(f"what was recorded until {time} is archived, up to position {base}", base, head)
+        raise Archived(f"events recorded until {time} are archived, up to position {base}", base, head)
     return Moment(0, None)
 
 
-def head_of(connection: sqlite3.Connection) -> Moment:
+def head_moment(connection: sqlite3.Connection) -> Moment:
     """Return the moment of the last event."""
     base, head = _bounds(connection)
     return _at_position(connection, head, base, head)
 
 
 def parse_time(at: str) -> str:
-    """Return an RFC 3339 time as a stamp of the ledger; what is finer than a microsecond is cut off.
+    """Return an RFC 3339 time as a timestamp of the ledger; digits beyond microseconds are cut off.
 
     Raises:
         BadMoment: `invalid_parameter`.
     """
     match = _RFC_3339.fullmatch(at)
     if match is None:
-        raise BadMoment(
+        raise InvalidMoment(
             f"{at[:64]!r} is neither a position of the log, all digits, nor a time with its offset, like "
             "2026-01-31T14:02:00Z or 2026-01-31T15:02:00+01:00 (in a URL, + is %2B)"
         )
@@ -322,7 +315,7 @@ def parse_time(at: str) -> str:
     try:
         return format_timestamp(datetime.fromisoformat(f"{day}T{time}.{fraction or '0':0<6}{zone}"))
     except (ValueError, OverflowError):
-        raise BadMoment(f"there is no time {at[:64]!r}") from None
+        raise InvalidMoment(f"there is no time {at[:64]!r}") from None
 
 
 def _at_position(connection: sqlite3.Connection, position: int, base: int, head: int) -> Moment:
@@ -330,7 +323,7 @@ def _at_position(connection: sqlite3.Connection, position: int, base: int, head:
         raise BeyondHead(f"the log's head is at position {head}: there is no {position} yet")
     if 0 < position < base:
         raise Archived(
-            f"position {position} is archived, as is all before {base}, the oldest that can be asked for",
+            f"position {position} is archived; the oldest position that you can ask for is {base}",
             base,
             head,
         )
@@ -339,44 +332,43 @@ def _at_position(connection: sqlite3.Connection, position: int, base: int, head:
 
 
 def _bounds(connection: sqlite3.Connection) -> tuple[int, int]:
-    base = base_of(connection)
+    base = read_base(connection).position
     (head,) = connection.execute("SELECT coalesce(max(position), ?) FROM events", (base,)).fetchone()
     return base, int(head)
 
 
-def state_of(connection: sqlite3.Connection, moment: Moment, *, from_base: bool = False) -> State:
-    """Return the live state at a moment; 0 is empty, whatever is archived."""
+def state_at_moment(connection: sqlite3.Connection, moment: Moment, *, from_base: bool = False) -> State:
+    """Return the live state at a moment; position 0 is the empty state, whatever is archived."""
     return state_at(connection, moment.position, from_base=from_base) if moment.position else State()
 
 
-class Past:
-    """A connection of its own in a thread of its own, so that the present is not kept waiting.
+class TimeTravelReader:
+    """Reads past states in a thread of its own, so that readers of the present do not wait.
 
-    One question at a time: however many ask, they take one core and the memory of one state. Every method
-    raises what `moment_at` does, and LogUnavailable (`log_unavailable`) where the file cannot be read.
+    One query at a time: whatever the number of callers, it uses one core and the memory of one state. Every
+    method raises what `moment_at` does, and LogUnavailable (`log_unavailable`) where the file cannot be read.
     """
 
-    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
-        self._connection = connection
+    def __init__(self, thread: ReaderThread) -> None:
         self._thread = thread
 
     async def state(self, at: str) -> tuple[Moment, State]:
-        """Return the live state at a moment, and which that is."""
+        """Return the moment that `at` means, and the live state then."""
 
-        def ask(connection: sqlite3.Connection) -> tuple[Moment, State]:
+        def read(connection: sqlite3.Connection) -> tuple[Moment, State]:
             moment = moment_at(connection, at)
-            return moment, state_of(connection, moment)
+            return moment, state_at_moment(connection, moment)
 
-        return await self._ask(ask)
+        return await self._thread.run(read)
 
     async def job(self, at: str, job_id: str) -> tuple[Moment, Job | None]:
-        """Return a job as it was at a moment; None if there was none."""
+        """Return the moment that `at` means, and the job as it was then; None if there was none."""
 
-        def ask(connection: sqlite3.Connection) -> tuple[Moment, Job | None]:
+        def read(connection: sqlite3.Connection) -> tuple[Moment, Job | None]:
             moment = moment_at(connection, at)
             return moment, job_at(connection, job_id, moment.position)
 
-        return await self._ask(ask)
+        return await self._thread.run(read)
 
     async def jobs(
         self,
@@ -387,9 +379,9 @@ class Past:
         model_id: str | None = None,
         status: JobStatus | None = None,
     ) -> tuple[Moment, list[Job]]:
-        """Return jobs as they were at a moment, as `jobs_at` does."""
+        """Return the moment that `at` means, and jobs as they were then, as `jobs_at` does."""
 
-        def ask(connection: sqlite3.Connection) -> tuple[Moment, list[Job]]:
+        def read(connection: sqlite3.Connection) -> tuple[Moment, list[Job]]:
             moment = moment_at(connection, at)
             if moment.position == 0:
                 return moment, []
@@ -398,41 +390,17 @@ class Past:
             )
             return moment, found
 
-        return await self._ask(ask)
-
-    async def _ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
-        def work() -> T:
-            with _at_one_head(self._connection):
-                return question(self._connection)
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await self._thread.run(read)
 
 
 @asynccontextmanager
-async def open_past(path: Path) -> AsyncIterator[Past]:
-    """Open the ledger for questions about the past; closed on exit.
+async def open_time_travel_reader(path: Path) -> AsyncIterator[TimeTravelReader]:
+    """Open the ledger for queries about the past; closed on exit.
 
     Raises:
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, there is none, or it cannot be opened.
+        LogUnavailable: `log_unavailable`, there is no ledger, or it cannot be opened.
     """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-past")
-    with opened_to_read(path) as connection:
-        connection.execute(CACHE)
-        try:
-            yield Past(connection, thread)
-        finally:
-            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
-
-
-@contextmanager
-def _at_one_head(connection: sqlite3.Connection) -> Iterator[None]:
-    try:
-        connection.execute("BEGIN")
-        try:
-            yield
-        finally:
-            connection.rollback()
-    except (sqlite3.Error, ValueError) as error:  # what is stored may be damaged
-        raise LogUnavailable(f"the ledger cannot be read: {error}") from error
+    async with open_reader_thread(path, "ledger-past") as thread:
+        yield TimeTravelReader(thread)

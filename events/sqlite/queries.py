@@ -11,17 +11,23 @@ from events.codec import GENESIS, decode_event
 from events.commands import KnownKey, read_key
 from events.jobs import Job, JobStatus
 from events.models import Model
-from events.sqlite import snapshots
 from events.state import Changes, State
 
 
-class Head(msgspec.Struct, frozen=True, gc=False):
+class LogHead(msgspec.Struct, frozen=True, gc=False):
     """The last event: position, hash (32 bytes), time, type; position 0 is the empty log."""
 
     position: int = 0
     hash: bytes = GENESIS
     recorded_at: str = ""
     type: str = ""
+
+
+class LogBase(msgspec.Struct, frozen=True):
+    """Where the log begins: the last archived event's position and hash; 0 and 32 zero bytes at first."""
+
+    position: int
+    hash: bytes
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
@@ -32,15 +38,29 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     hash: bytes
 
 
-def read_head(connection: sqlite3.Connection) -> Head:
+def read_head(connection: sqlite3.Connection) -> LogHead:
     """Return the head of the log."""
     row = connection.execute(
         "SELECT position, hash, recorded_at, type FROM events ORDER BY position DESC LIMIT 1",
     ).fetchone()
     if row is None:
         position, digest = connection.execute("SELECT position, hash FROM base").fetchone()
-        return Head(position, digest)
-    return Head(*row)
+        return LogHead(position, digest)
+    return LogHead(*row)
+
+
+def read_base(connection: sqlite3.Connection) -> LogBase:
+    """Return where the log begins; where that is missing, verification has said so."""
+    row = connection.execute("SELECT position, hash FROM base").fetchone()
+    return LogBase(0, bytes(32)) if row is None else LogBase(*row)
+
+
+def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> bytes:
+    """Return the hash at a position that the log has, its base included."""
+    if position == base.position:
+        return base.hash
+    (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
+    return bytes(digest)
 
 
 def read_state(connection: sqlite3.Connection) -> State:
@@ -102,14 +122,13 @@ def write_last_used(connection: sqlite3.Connection, used: Mapping[str, str]) -> 
         raise
 
 
-def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Changes, entities: int) -> None:
-    """Append `rows` and store what they changed: one transaction, durable on return; then a snapshot, if due.
+def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Changes) -> None:
+    """Append events and store the models and jobs that they changed: one transaction, durable on return.
 
     Args:
         connection: the writer's.
         rows: the events, at least one.
-        changes: what they changed.
-        entities: how many models and unended jobs there are, which is what a snapshot, when due, looks at.
+        changes: the models and jobs after them.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -120,7 +139,6 @@ def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Ch
         if connection.in_transaction:
             connection.rollback()
         raise
-    snapshots.try_if_due(connection, rows[-1].position, entities)
 
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:

@@ -1,24 +1,22 @@
-"""Reading the log beside the writer: own connection, read-only, short pages, one statement a snapshot.
+"""How the server reads events and jobs: pages of a long log in milliseconds, whatever the filter.
 
-Lists of events: the SQL that gives a page of a long log in milliseconds, whatever is asked for.
+The statement of a page walks one index in the order of the answer and stops when the page is full; it never
+sorts. With several fields in the filter, the walk takes the index of the field that has the fewest events,
+and tests the others for each event found; if even that field has many, the page ends after `SCAN` of them,
+full or not, and has a cursor.
 
-Each statement walks one index in the order of the answer and stops when the page is full; nothing is sorted.
-Of several fields that are asked for, the one with the fewest events leads, and the others are looked at in
-what it gives; where even that one has many, a page ends after `SCAN` of them, full or not, and says so.
-
-Events as they are handed on: as the text that is stored, which is never decoded and encoded again.
+Events are returned as the text that is stored, which is never decoded and encoded again.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-import aiosqlite
 import msgspec
 
 from events.codec import decode_event
@@ -26,17 +24,39 @@ from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite.history import BeyondHead
 from events.sqlite.queries import as_job
-from events.sqlite.schema import CACHE, opened_to_read, read_only_uri
+from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.types import Event
+
+PAGE = 500
+"""Events read at once by those who read all: no read transaction stays open for long."""
+
+SCAN = 10_000
+"""Candidates that one page reads, some microseconds each, if the filter has several fields."""
+
+LAST = 2**63 - 1
+"""No position is above this."""
+
+INDEXES = {
+    "job_id": "events_by_job",
+    "model_id": "events_by_model",
+    "type": "events_by_type",
+    "actor": "events_by_actor",
+}
+"""The index of each column that a filter may name."""
+
+_FIELDS = {"job_id": "jobs", "model_id": "models", "type": "types", "actor": "actors"}
+"""The filter's field for each of these columns."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """An event, and the members that filters look at.
+    """An event as it is stored, with the members that a filter tests.
 
     Attributes:
-        line: the body, exactly as it is hashed, with one member more at its end: `hash`, in hexadecimal.
-            It is one line of UTF-8, without its end.
+        line: the body, exactly as it is hashed, with one more member at its end: `hash`, in hexadecimal;
+            one line of UTF-8 without the line feed.
     """
 
     position: int
@@ -49,7 +69,7 @@ class StoredEvent:
 
 @dataclass(frozen=True, slots=True)
 class EventFilter:
-    """Which events: in each field that names some, one of these; a field without any lets all pass."""
+    """Matches events that have one of the values of each field; an empty field matches all."""
 
     types: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
@@ -58,17 +78,17 @@ class EventFilter:
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
-        """Return what is asked of which column of the log, each value once."""
-        asked = {
+        """Return the values of each column that is tested, each value once."""
+        values_of = {
             "job_id": self.jobs,
             "model_id": self.models,
             "type": self.types,
             "actor": self.actors,
         }
-        return {column: tuple(dict.fromkeys(values)) for column, values in asked.items() if values}
+        return {column: tuple(dict.fromkeys(values)) for column, values in values_of.items() if values}
 
     def matches(self, event: StoredEvent) -> bool:
-        """Whether an event is asked for."""
+        """Whether the filter matches an event."""
         return (
             (not self.types or event.type in self.types)
             and (not self.models or event.model_id in self.models)
@@ -108,35 +128,18 @@ def hash_of(line: bytes) -> bytes:
     return bytes.fromhex(line[-66:-2].decode())
 
 
-SCAN = 10_000
-"""Candidates that one page looks at, some microseconds each, when several fields are asked for."""
-
-LAST = 2**63 - 1
-"""No position is above this."""
-
-INDEXES = {
-    "job_id": "events_by_job",
-    "model_id": "events_by_model",
-    "type": "events_by_type",
-    "actor": "events_by_actor",
-}
-
-_FIELDS = {"job_id": "jobs", "model_id": "models", "type": "types", "actor": "actors"}
-
-Query = Callable[[str, Mapping[str, object]], Awaitable[list[tuple[Any, ...]]]]
-"""Runs a statement and returns its rows."""
-
-
 @dataclass(frozen=True, slots=True)
 class EventQuery:
-    """Which events of the log, and how many.
+    """A query for a page of events.
 
     Attributes:
-        after: only those with positions above; None is from where the log begins.
-        before: only those with positions below.
-        since: only those from this position, or from this stamp, on.
-        until: only those up to this position, or up to this stamp; both included.
-        newest_first: in which order.
+        wanted: the filter.
+        after: only positions above; None begins with the log.
+        before: only positions below.
+        since: only from this position or timestamp on.
+        until: only up to this position or timestamp, included.
+        newest_first: whether in descending order.
+        limit: events in the page at most.
     """
 
     wanted: EventFilter = EVERYTHING
@@ -150,14 +153,14 @@ class EventQuery:
 
 @dataclass(frozen=True, slots=True)
 class StoredEventPage:
-    """Some events in the order asked for.
+    """A page of events in the order of its query.
 
     Attributes:
-        as_of: the head of the log that this reflects.
-        base: up to here events are in an archive.
-        next_cursor: what to ask for with `after`, or `before` when the newest come first, to go on; None if
-            there is nothing more. A page that is not full may still have one.
-        seen: of an answer in ascending order: up to here all that was asked for is in it.
+        as_of: the head of the log that the page reflects.
+        base: the position up to which events are archived.
+        next_cursor: the `after` of the next page, or its `before` in descending order; None on the last page.
+            A page that is not full may still have one.
+        seen: in ascending order, the position up to which the page has all events of the query.
     """
 
     items: list[StoredEvent]
@@ -168,14 +171,14 @@ class StoredEventPage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    """The part of the log that one page looks at: positions above `low`, up to `high`.
+class _Span:
+    """The part of the log that one page reads: positions above `low`, up to `high`.
 
     Attributes:
-        base: that of the log when this was decided.
-        head: likewise.
+        base: of the log.
+        head: of the log.
         leading: the column whose index is walked; None is the log itself.
-        cut: whether there is more beyond this part.
+        cut: whether the query goes on beyond this part.
     """
 
     low: int
@@ -186,37 +189,39 @@ class _Walk:
     cut: bool = False
 
 
-async def event_page(query: Query, asked: EventQuery) -> StoredEventPage:
-    """Return a page of events.
+def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> StoredEventPage:
+    """Return a page of events, in the transaction of a connection.
 
     Raises:
-        Archived: `archived`, what is asked for begins, or ends, before what is retained.
+        Archived: `archived`, the query begins, or ends, before the first event of the log.
         BeyondHead: `beyond_head`, there is no event `after`.
-        LogUnavailable: `log_unavailable`.
+        LogUnavailable: `log_unavailable`, an event is damaged.
     """
-    walk = await _lead(query, asked, await _bounds(query, asked))
-    sql = page_sql(asked.wanted, walk.leading, newest_first=asked.newest_first)
-    rows = await query(sql, _parameters(asked.wanted, walk, asked.limit + 1))
-    base = rows[0][0]
-    if base > walk.base and walk.low < base:  # moved away meanwhile, by a command
-        raise archived(base, walk.head)
-    found = _events(rows)
-    found.sort(key=lambda event: event.position, reverse=asked.newest_first)
-    return _page(asked, walk, found)
+    span = _choose_index(connection, query, _find_span(connection, query))
+    sql = page_sql(query.wanted, span.leading, newest_first=query.newest_first)
+    rows = connection.execute(sql, _parameters(query.wanted, span, query.limit + 1))
+    try:
+        found = [stored_event(body, digest) for body, digest, _ in rows]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise LogUnavailable(f"the ledger is damaged: {error}; run `loadledger verify`") from error
+    items, cursor = found[: query.limit], None
+    if len(found) > query.limit:
+        cursor = items[-1].position
+    elif span.cut:
+        cursor = span.low + 1 if query.newest_first else span.high
+    seen = max(span.low, span.high) if cursor is None else cursor
+    return StoredEventPage(items, span.head, span.base, cursor, seen)
 
 
 def page_sql(wanted: EventFilter, leading: str | None, *, newest_first: bool) -> str:
-    """Return the statement of a page: each row is the base and the body and hash of an event, or nulls."""
+    """Return the statement of a page: the body, hash and position of each event, in order."""
     order = "DESC" if newest_first else "ASC"
     arms = _arms("CAST(body AS BLOB) AS body, hash, position", wanted, leading)
-    return (
-        "SELECT base.position, page.body, page.hash FROM base LEFT JOIN ("  # noqa: S608 - literals
-        f"{' UNION ALL '.join(arms)} ORDER BY position {order} LIMIT :limit) AS page"
-    )
+    return f"{' UNION ALL '.join(arms)} ORDER BY position {order} LIMIT :limit"
 
 
 def probe_sql(wanted: EventFilter, *, newest_first: bool) -> str:
-    """Return the statement that says of each column how many events it gives, up to a limit, and how far."""
+    """Return the statement that counts the events of each column, up to a limit, and how far they reach."""
     order, far = ("DESC", "min") if newest_first else ("ASC", "max")
     return " UNION ALL ".join(
         f"SELECT '{column}', count(*), {far}(position) FROM ("  # noqa: S608 - literals
@@ -227,7 +232,7 @@ def probe_sql(wanted: EventFilter, *, newest_first: bool) -> str:
 
 
 def _arms(what: str, wanted: EventFilter, leading: str | None) -> list[str]:
-    """Return a statement for each value of the column that leads: each walks its index in order."""
+    """Return a statement for each value of the leading column: each walks its index in order."""
     among = "position > :low AND position <= :high"
     if leading is None:
         return [f"SELECT {what} FROM events WHERE {among}"]  # noqa: S608 - literals
@@ -244,8 +249,8 @@ def _arms(what: str, wanted: EventFilter, leading: str | None) -> list[str]:
 def _also(column: str, number: int) -> str:
     """Return the condition that an event has one of so many values in a column that does not lead.
 
-    For one value its index is asked, in about half the time of reading the events' texts (measured).
-    For several these are read, once, where an index would be asked for each value; the plus keeps it out.
+    For one value, a look-up in its index takes about half the time of reading the event's text (measured).
+    For several values the text is read once, instead of one look-up each; the plus keeps the index out.
     """
     if number == 1:
         return (
@@ -256,101 +261,77 @@ def _also(column: str, number: int) -> str:
 
 
 def archived(base: int, head: int) -> Archived:
-    """Return the error that says from where there are events; the `oldest` is the first of them."""
+    """Return the error that names the `oldest` position that the log still has."""
     return Archived(f"events up to {base} are archived: begin again with after={base}", base + 1, head)
 
 
 def beyond_head(after: int, head: int) -> BeyondHead:
-    """Return the error that says how far the log goes."""
+    """Return the error that names the head of the log."""
     return BeyondHead(
         f"the log's head is at position {head}: there is no {after} yet; if there was, this is another log"
     )
 
 
-async def _bounds(query: Query, asked: EventQuery) -> _Walk:
-    """Return all that may be looked at, moments resolved to positions."""
-    since, until = asked.since, asked.until
-    moments = {
-        "since": since if isinstance(since, str) else None,
-        "until": until if isinstance(until, str) else None,
-    }
-    [(base, head, first, last, oldest_at)] = await query(
+def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
+    """Return the positions that a query allows, its times resolved."""
+    since, until = query.since, query.until
+    base, head, first, last, oldest_at = connection.execute(
         "SELECT base.position, coalesce((SELECT max(position) FROM events), base.position),"
         " (SELECT position FROM events WHERE recorded_at >= :since ORDER BY recorded_at, position LIMIT 1),"
         " (SELECT position FROM events WHERE recorded_at <= :until"
         "  ORDER BY recorded_at DESC, position DESC LIMIT 1),"
         " (SELECT recorded_at FROM events ORDER BY position LIMIT 1) FROM base",
-        moments,
-    )
+        {
+            "since": since if isinstance(since, str) else None,
+            "until": until if isinstance(until, str) else None,
+        },
+    ).fetchone()
     if isinstance(since, str):
         if base and (oldest_at is None or since < oldest_at):
             raise archived(base, head)
         since = head + 1 if first is None else int(first)
     if isinstance(until, str):
         until = base if last is None else int(last)
-    if asked.after is not None and asked.after > head:
-        raise beyond_head(asked.after, head)
-    lows = [asked.after, max(0, since - 1) if since is not None else None]
+    if query.after is not None and query.after > head:
+        raise beyond_head(query.after, head)
+    lows = [query.after, max(0, since - 1) if since is not None else None]
     low = max((each for each in lows if each is not None), default=None)
-    highs = [until, asked.before - 1 if asked.before is not None else None]
+    highs = [until, query.before - 1 if query.before is not None else None]
     high = min((each for each in highs if each is not None), default=None)
     ends_archived = base > 0 and low is None and high is not None and high <= base
     if ends_archived or (low is not None and low < base):
         raise archived(base, head)
-    return _Walk(base if low is None else low, head if high is None else min(high, head), base, head)
+    return _Span(base if low is None else low, head if high is None else min(high, head), base, head)
 
 
-async def _lead(query: Query, asked: EventQuery, walk: _Walk) -> _Walk:
-    """Decide which index is walked, and how far."""
-    columns = list(asked.wanted.columns)
+def _choose_index(connection: sqlite3.Connection, query: EventQuery, span: _Span) -> _Span:
+    """Choose which index the page walks, and how far."""
+    columns = list(query.wanted.columns)
     if len(columns) < 2:  # noqa: PLR2004 - nothing to choose
-        return replace(walk, leading=next(iter(columns), None))
-    sql = probe_sql(asked.wanted, newest_first=asked.newest_first)
-    found = await query(sql, _parameters(asked.wanted, walk, SCAN))
-    toward = -1 if asked.newest_first else 1
+        return replace(span, leading=next(iter(columns), None))
+    sql = probe_sql(query.wanted, newest_first=query.newest_first)
+    found = connection.execute(sql, _parameters(query.wanted, span, SCAN)).fetchall()
+    toward = -1 if query.newest_first else 1
     column, count, far = min(found, key=lambda row: (row[1], -toward * (row[2] or 0)))
     if count < SCAN:
-        return replace(walk, leading=column)
-    if asked.newest_first:
-        return replace(walk, leading=column, low=far - 1, cut=far - 1 > walk.low)
-    return replace(walk, leading=column, high=far, cut=far < walk.high)
+        return replace(span, leading=column)
+    if query.newest_first:
+        return replace(span, leading=column, low=far - 1, cut=far - 1 > span.low)
+    return replace(span, leading=column, high=far, cut=far < span.high)
 
 
-def _parameters(wanted: EventFilter, walk: _Walk, limit: int) -> dict[str, object]:
+def _parameters(wanted: EventFilter, span: _Span, limit: int) -> dict[str, object]:
     values = {
         f"{column}_{number}": value
         for column, several in wanted.columns.items()
         for number, value in enumerate(several)
     }
-    return {"low": walk.low, "high": walk.high, "limit": limit, **values}
-
-
-def _events(rows: Iterable[tuple[Any, ...]]) -> list[StoredEvent]:
-    try:
-        return [stored_event(body, digest) for _, body, digest in rows if body is not None]
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise LogUnavailable(f"the ledger is damaged: {error}; run `loadledger verify`") from error
-
-
-def _page(asked: EventQuery, walk: _Walk, found: list[StoredEvent]) -> StoredEventPage:
-    items, cursor = found[: asked.limit], None
-    if len(found) > asked.limit:
-        cursor = items[-1].position
-    elif walk.cut:
-        cursor = walk.low + 1 if asked.newest_first else walk.high
-    seen = max(walk.low, walk.high) if cursor is None else cursor
-    return StoredEventPage(items, walk.head, walk.base, cursor, seen)
-
-
-PAGE = 500
-"""Rows read at once: short enough that no cursor stays open and the WAL can be checkpointed."""
-
-T = TypeVar("T")
+    return {"low": span.low, "high": span.high, "limit": limit, **values}
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """One page of a list, and the position that it reflects; `next_cursor` is null on the last one."""
+    """One page of a list, and the position that it reflects; `next_cursor` is None on the last one."""
 
     items: list[T]
     as_of: int
@@ -358,34 +339,25 @@ class Page(Generic[T]):
 
 
 class Reader:
-    """A read-only connection to the ledger; its queries return values, never rows.
+    """Reads pages of events and jobs; its methods return values, never rows.
 
     Every method raises LogUnavailable (`log_unavailable`) where the file cannot be read.
     """
 
-    def __init__(self, connection: aiosqlite.Connection) -> None:
-        self._connection = connection
+    def __init__(self, thread: ReaderThread) -> None:
+        self._thread = thread
 
     async def events(self, after: int, limit: int = PAGE) -> list[Event]:
         """Return at most `limit` events with positions above `after`, in order."""
-        rows = await self._all(
-            "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?",
-            (after, limit),
-        )
-        return [decode_event(str(body)) for (body,) in rows]
+        return await self._thread.run(lambda connection: read_events(connection, after, limit))
 
-    async def event_page(self, asked: EventQuery) -> StoredEventPage:
-        """Return events as they are stored, and where to go on.
-
-        Raises:
-            Archived: `archived`, what is asked for begins before what is retained.
-        """
-        return await event_page(self._all, asked)
+    async def event_page(self, query: EventQuery) -> StoredEventPage:
+        """Return a page of events as they are stored, as `read_event_page` does."""
+        return await self._thread.run(lambda connection: read_event_page(connection, query))
 
     async def job(self, job_id: str) -> Job | None:
         """Return the job, ended or not, or None if there is none."""
-        rows = await self._all("SELECT body FROM jobs WHERE id = ?", (job_id,))
-        return as_job(str(rows[0][0])) if rows else None
+        return await self._thread.run(lambda connection: read_job(connection, job_id))
 
     async def jobs(
         self,
@@ -396,28 +368,47 @@ class Reader:
         status: JobStatus | None = None,
     ) -> Page[Job]:
         """Return jobs, newest first: at most `limit`, created at positions below the cursor `before`."""
-        clauses = {
-            "created_position < :before": before,
-            "model_id = :model_id": model_id,
-            "status = :status": status,
-        }  # only what is asked for, so that its index is used
-        where = " AND ".join(clause for clause, value in clauses.items() if value is not None) or "TRUE"
-        rows = await self._all(
-            "SELECT projected.position, page.body FROM projected LEFT JOIN ("  # noqa: S608 - literals above
-            f" SELECT body, created_position FROM jobs WHERE {where}"
-            " ORDER BY created_position DESC LIMIT :limit + 1) AS page ORDER BY page.created_position DESC",
-            {"before": before, "model_id": model_id, "status": status, "limit": limit},
+        return await self._thread.run(
+            lambda connection: read_jobs(connection, before, limit, model_id, status)
         )
-        found = [as_job(str(body)) for _, body in rows if body is not None]
-        items = found[:limit]
-        return Page(items, int(rows[0][0]), items[-1].created_position if len(found) > limit else None)
 
-    async def _all(self, sql: str, parameters: object) -> list[tuple[str | int, ...]]:
-        try:
-            rows = await self._connection.execute_fetchall(sql, parameters)
-        except sqlite3.Error as error:
-            raise LogUnavailable(f"the ledger cannot be read: {error}") from error
-        return [tuple(row) for row in rows]
+
+def read_events(connection: sqlite3.Connection, after: int, limit: int) -> list[Event]:
+    """Return at most `limit` events with positions above `after`, in order."""
+    rows = connection.execute(
+        "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
+    )
+    return [decode_event(body) for (body,) in rows]
+
+
+def read_job(connection: sqlite3.Connection, job_id: str) -> Job | None:
+    """Return the job as it is stored, or None if there is none."""
+    row = connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    return None if row is None else as_job(row[0])
+
+
+def read_jobs(
+    connection: sqlite3.Connection,
+    before: int | None,
+    limit: int,
+    model_id: str | None,
+    status: JobStatus | None,
+) -> Page[Job]:
+    """Return a page of jobs, newest first, with the position of the stored projections."""
+    (position,) = connection.execute("SELECT position FROM projected").fetchone()
+    clauses = {
+        "created_position < :before": before,
+        "model_id = :model_id": model_id,
+        "status = :status": status,
+    }  # only the conditions that hold for this query, so that SQLite uses their index
+    where = " AND ".join(clause for clause, value in clauses.items() if value is not None) or "TRUE"
+    rows = connection.execute(
+        f"SELECT body FROM jobs WHERE {where} ORDER BY created_position DESC LIMIT :limit + 1",  # noqa: S608 - literals above
+        {"before": before, "model_id": model_id, "status": status, "limit": limit},
+    )
+    found = [as_job(body) for (body,) in rows]
+    items = found[:limit]
+    return Page(items, position, items[-1].created_position if len(found) > limit else None)
 
 
 @asynccontextmanager
@@ -429,11 +420,5 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
         ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, there is none, or it cannot be opened.
     """
-    with opened_to_read(path, "cannot be opened"):
-        connection = await aiosqlite.connect(read_only_uri(path), uri=True, isolation_level=None)
-    try:
-        await connection.execute("PRAGMA busy_timeout = 5000")
-        await connection.execute(CACHE)
-        yield Reader(connection)
-    finally:
-        await connection.close()
+    async with open_reader_thread(path, "ledger-reader") as thread:
+        yield Reader(thread)

@@ -8,21 +8,19 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from events.errors import ForeignDatabase, FutureSchema, IncompleteCopy, LogUnavailable
-from events.sqlite import queries
-from events.types import ServerStopped
+from events.errors import ForeignDatabase, FutureSchema
 
 APPLICATION_ID = 0x4C4C6467
 """SQLite's application_id of our files: "LLdg"."""
 
-CACHE = "PRAGMA cache_size = -512"
-"""KiB of pages that a reader keeps: the ends of log and indexes; the kernel has the rest anyway. The writer
-has SQLite's 2,000: one group of 64 changes up to 900 KiB of pages."""
+BUSY_TIMEOUT = "PRAGMA busy_timeout = 5000"
+"""Milliseconds that a connection waits for another one's lock; a longer read of a stopped ledger keeps a
+server from starting."""
 
 CHECKPOINT = "PRAGMA wal_autocheckpoint = 4000"
 """Pages, of 4 KiB, of the write-ahead log after which these are copied into the database. The stored
@@ -53,7 +51,7 @@ def connect(path: Path) -> sqlite3.Connection:
     """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute("PRAGMA busy_timeout = 5000")
+        connection.execute(BUSY_TIMEOUT)
         refuse_foreign(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -63,49 +61,6 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def connect_read_only(path: Path) -> sqlite3.Connection:
-    """Open the ledger beside a running server, or without one; nothing can be written through this."""
-    connection = sqlite3.connect(read_only_uri(path), uri=True, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA busy_timeout = 5000")
-    return connection
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a ledger to read it, beside a running server or without one; anything else is refused.
-
-    Raises:
-        FutureSchema: `future_schema`.
-        ForeignDatabase: `foreign_database`.
-        sqlite3.Error, UnicodeDecodeError: there is none, or it is damaged; so may the caller's reading.
-    """
-    with closing(connect_read_only(path)) as connection:
-        refuse_foreign(connection)
-        check_readable(connection)
-        yield connection
-
-
-@contextmanager
-def opened_to_read(path: Path, what: str = "cannot be read") -> Iterator[sqlite3.Connection]:
-    """Open a ledger as `readable` does, for who has nothing of their own to say of its errors.
-
-    Raises:
-        FutureSchema: `future_schema`.
-        ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, there is none, or it cannot be opened or read.
-    """
-    try:
-        with readable(path) as connection:
-            yield connection
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
-        raise LogUnavailable(f"the ledger {path.name} {what}: {error}") from error
-
-
-def read_only_uri(path: Path) -> str:
-    """Return SQLite's name for opening `path` read-only."""
-    return f"{path.absolute().as_uri()}?mode=ro"
 
 
 def migrate(connection: sqlite3.Connection) -> None:
@@ -231,89 +186,3 @@ def _name(row: SchemaRow) -> tuple[bytes, bytes]:
 
 def _shown(row: SchemaRow) -> str:
     return f"{row.type.decode(errors='replace')} {row.name.decode(errors='replace')!r}"
-
-
-_READ_VERSION = 19
-"""Offset of the byte of SQLite's header that says how the file is read."""
-
-_WAL = 2
-"""Its value for a file with a write-ahead log."""
-
-
-def wants_wal(path: Path) -> bool:
-    """Whether the file is one with a write-ahead log beside it."""
-    with path.open("rb") as file:
-        header = file.read(_READ_VERSION + 1)
-    return header[_READ_VERSION:] == bytes([_WAL])
-
-
-def lacks_wal(path: Path) -> bool:
-    """Whether the file was written with a write-ahead log that is not there; a server's is never empty.
-
-    It has to be asked before the file is opened, which makes an empty one.
-    """
-    wal = path.with_name(f"{path.name}-wal")
-    return wants_wal(path) and not (wal.exists() and wal.stat().st_size > 0)
-
-
-def may_lack_events(connection: sqlite3.Connection) -> bool:
-    """Whether a ledger that lacks its write-ahead log does not say by its last event that it needs none."""
-    last = connection.execute("SELECT type FROM events ORDER BY position DESC LIMIT 1").fetchone()
-    return last is not None and last[0] not in (ServerStopped.TYPE, ServerStopped.TYPE.encode())
-
-
-def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse a ledger that lacks its write-ahead log unless its last event says that it needs none.
-
-    Raises:
-        IncompleteCopy: `incomplete_copy`.
-    """
-    if may_lack_events(connection):
-        raise IncompleteCopy(
-            f"{path.name} may lack its newest events: {path.name}-wal is not there, and the last event is no "
-            "ServerStopped. Copy the ledger of a running server with `loadledger backup`; start and stop the "
-            "server where this is no copy; or have `loadledger verify --expect POSITION:HASH` say whether it "
-            "has what it must have"
-        )
-
-
-_BUSY_MS = 5000
-"""What the writer's connection waits for others otherwise (`events.sqlite.schema.connect`)."""
-
-
-def checkpoint(connection: sqlite3.Connection) -> bool:
-    """Write all of the WAL into the database and begin the WAL anew; return False if a reader is in the way.
-
-    It does not wait for one: whoever writes waits for this. The new WAL gets a commit that changes nothing,
-    because an empty one is also what a reader makes of a file that was copied without.
-
-    Raises:
-        sqlite3.Error: it cannot be written.
-    """
-    connection.execute("PRAGMA busy_timeout = 0")
-    try:
-        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    finally:
-        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
-    if not busy:
-        queries.probe(connection)
-    return not busy
-
-
-def leave_alone_complete(connection: sqlite3.Connection, *, lacked_wal: bool = False) -> None:
-    """Leave one file that needs no other, to be read on any medium, before the connection is closed.
-
-    Closing would write the WAL into the file and remove it, and the file would look like a copy that lacks
-    it. Where it cannot be done, say because of a reader, the WAL stays beside the file.
-
-    Args:
-        connection: that has written.
-        lacked_wal: whether the file had no WAL, as one that was copied without, before it was opened
-            (`lacks_wal`): then it goes on looking like that until its last event says that it
-            is complete.
-    """
-    with suppress(sqlite3.Error):
-        if lacked_wal and may_lack_events(connection):
-            return
-        connection.execute("PRAGMA busy_timeout = 0")
-        connection.execute("PRAGMA journal_mode = DELETE")

@@ -7,10 +7,16 @@ transaction that brings these to that position. Whoever has to be sure folds fro
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
+
+from events.jobs import JobStatus
+from events.sqlite.queries import as_job, as_model, as_text
+from events.state import State
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +25,9 @@ EVERY = 4_000
 
 SINCE_SCHEMA = 3
 """The schema from which on there are snapshots."""
+
+
+_ENDED = f"status NOT IN ('{JobStatus.PENDING}', '{JobStatus.IN_PROGRESS}')"
 
 
 def try_if_due(connection: sqlite3.Connection, position: int, entities: int) -> None:
@@ -113,3 +122,94 @@ def _failed_at(connection: sqlite3.Connection) -> int:
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS failed_snapshots (position INTEGER)")
     (found,) = connection.execute("SELECT coalesce(max(position), 0) FROM temp.failed_snapshots").fetchone()
     return int(found)
+
+
+def read_base_state(connection: sqlite3.Connection, base: int) -> State:
+    """Return the live state at the base; it does not matter what the stored projections say.
+
+    Raises:
+        ValueError, msgspec.ValidationError: what is stored is damaged.
+    """
+    if base == 0:
+        return State()
+    models = connection.execute("SELECT body FROM model_snapshots WHERE position = ?", (base,))
+    found = [as_model(body) for (body,) in models]
+    jobs = connection.execute("SELECT body FROM job_snapshots WHERE position = ?", (base,))
+    unended = [as_job(body) for (body,) in jobs]
+    return State(base, "", {model.id: model for model in found}, {job.id: job for job in unended})
+
+
+def base_state_digest(connection: sqlite3.Connection, base: int) -> bytes:
+    """Return the SHA-256 of what is stored of the state at the base: each text, and a line's end."""
+    found = connection.execute(
+        "SELECT CAST(body AS BLOB) FROM (SELECT 1 AS kind, model_id AS key, body FROM model_snapshots"
+        "  WHERE position = :base UNION ALL SELECT 2, created_position, body FROM job_snapshots"
+        "  WHERE position = :base) ORDER BY kind, key",
+        {"base": base},
+    )
+    digest = hashlib.sha256()
+    for (body,) in found:
+        digest.update((body or b"") + b"\n")
+    return digest.digest()
+
+
+def is_base_state_whole(connection: sqlite3.Connection, base: int) -> bool:
+    """Whether what is stored of the state at the base is what archiving wrote."""
+    if base == 0:
+        return True
+    row = connection.execute("SELECT state_sha256 FROM archives WHERE last_position = ?", (base,)).fetchone()
+    return row is not None and bool(row[0] == base_state_digest(connection, base))
+
+
+def write_base_state(connection: sqlite3.Connection, state: State) -> int:
+    """Store the state at the new base, and forget what had ended by then; the caller holds the transaction.
+
+    Returns:
+        How many ended jobs were forgotten.
+    """
+    _detach_next_snapshot(connection, state.position)
+    for table in ("snapshots", "model_snapshots", "job_snapshots"):
+        connection.execute(f"DELETE FROM {table} WHERE position <= ?", (state.position,))  # noqa: S608 - literals
+    connection.execute("INSERT INTO snapshots (position) VALUES (?)", (state.position,))
+    connection.executemany(
+        "INSERT INTO model_snapshots (model_id, position, body) VALUES (?, ?, ?)",
+        [(model.id, state.position, as_text(model)) for model in state.models.values()],
+    )
+    connection.executemany(
+        "INSERT INTO job_snapshots (position, created_position, body) VALUES (?, ?, ?)",
+        [
+            (state.position, job.created_position, as_text(job))
+            for job in state.jobs.values()
+            if not job.ended
+        ],
+    )
+    behind = json.dumps(sorted(jobs_behind(state)))
+    connection.execute(
+        "INSERT INTO job_snapshots (position, created_position, body)"  # noqa: S608 - literals
+        f" SELECT ?, created_position, body FROM jobs WHERE {_ENDED}"
+        " AND id IN (SELECT value FROM json_each(?))",
+        (state.position, behind),
+    )
+    return connection.execute(
+        f"DELETE FROM jobs WHERE {_ENDED} AND json_extract(body, '$.position') <= ?"  # noqa: S608 - literals
+        " AND id NOT IN (SELECT value FROM json_each(?))",
+        (state.position, behind),
+    ).rowcount
+
+
+def jobs_behind(state: State) -> set[str]:
+    """Return the ids of the loads that answer for models: their requests are answered with them."""
+    servings = (each for model in state.models.values() for each in (model.serving, model.previous))
+    return {serving.load_job_id for serving in servings if serving is not None}
+
+
+def _detach_next_snapshot(connection: sqlite3.Connection, position: int) -> None:
+    """Have the next snapshot after `position` say of all its models what it leaves to earlier ones."""
+    connection.execute(
+        "INSERT OR IGNORE INTO model_snapshots (model_id, position, body)"
+        " SELECT model_id, next.position, body FROM model_snapshots AS copy,"
+        "  (SELECT min(position) AS position FROM snapshots WHERE position > :base) AS next"
+        " WHERE copy.position = (SELECT max(position) FROM model_snapshots AS latest"
+        "  WHERE latest.model_id = copy.model_id AND latest.position <= next.position)",
+        {"base": position},
+    )

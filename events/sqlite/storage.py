@@ -1,9 +1,10 @@
-"""The ledger's database as its one writer has it: a connection in a thread, opened anew after errors.
+"""The writer's storage: a connection in a thread of its own, and stored projections that other folds made.
 
-The thread is handed a whole group at a time: one hop, not one for each statement. Readers have connections
-of their own (`events.sqlite.reader`).
+The thread runs one group at a time: one hop between threads, not one for each statement. After an error of
+SQLite the connection is closed, and opened anew. Readers have connections of their own
+(`events.sqlite.readonly`).
 
-The stored projections made anew by folding the log, for folds that are not those they were made by.
+`rebuild` folds the log anew where another release's folds made the stored projections.
 """
 
 from __future__ import annotations
@@ -23,20 +24,11 @@ from typing import TypeVar
 from events.commands import KnownKey
 from events.errors import LogUnavailable
 from events.sqlite import queries, snapshots
-from events.sqlite.history import PAGE, base_state, fold, pages
-from events.sqlite.queries import Head, Row
-from events.sqlite.schema import (
-    check_readable,
-    checkpoint,
-    connect,
-    connect_read_only,
-    lacks_wal,
-    leave_alone_complete,
-    readable,
-)
+from events.sqlite.history import fold_page, load_base_state, read_pages
+from events.sqlite.queries import LogHead, Row
+from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
+from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect
 from events.state import Changes, State
-
-__all__ = ["FOLDS", "MAX_NAMED", "PAGE", "Rebuilt", "compare", "is_current", "rebuild", "rebuild_file"]
 
 FOLDS = 2
 """The number of the folds: one more with each change after which the same events give other stored texts."""
@@ -75,7 +67,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        state = base_state(connection)
+        state = load_base_state(connection)
         connection.execute("DELETE FROM jobs")
         connection.execute("DELETE FROM models")
         snapshots.forget(connection, state.position)
@@ -84,8 +76,8 @@ def rebuild(connection: sqlite3.Connection) -> None:
             (state.position, FOLDS),
         )
         queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
-        for page in pages(connection, state.position):
-            models, jobs = fold(state, page)
+        for page in read_pages(connection, state.position):
+            models, jobs = fold_page(state, page)
             queries.write_projections(connection, models.values(), jobs.values(), state.position)
             snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
         connection.execute("COMMIT")
@@ -96,14 +88,14 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Rebuilt:
+class RebuildResult:
     """What was done: the position the projections had been at, and in which rows they differed, in words."""
 
     position: int | None
     differences: list[str]
 
 
-def rebuild_file(path: Path) -> Rebuilt:
+def rebuild_file(path: Path) -> RebuildResult:
     """Make the stored projections of the ledger at `path` anew; the caller holds the lock of the data.
 
     A copy that lacks its write-ahead log goes on looking like one.
@@ -113,23 +105,25 @@ def rebuild_file(path: Path) -> Rebuilt:
         ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, it cannot be read or written, or folded; nothing was changed.
     """
+    if not path.exists():  # `connect` would create it
+        raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: there is no such file")
+    lacked_wal = lacks_wal(path)
     try:
-        lacked_wal = lacks_wal(path)
         with closing(connect(path)) as connection:
             try:
                 return _rebuilt(connection, path)
             finally:
-                leave_alone_complete(connection, lacked_wal=lacked_wal)
-    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # SQLite's messages quote what is damaged
+                leave_complete_file(connection, lacked_wal=lacked_wal)
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote damaged content
         raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: {error}") from error
 
 
-def _rebuilt(connection: sqlite3.Connection, path: Path) -> Rebuilt:
-    with closing(connect_read_only(path)) as before:
+def _rebuilt(connection: sqlite3.Connection, path: Path) -> RebuildResult:
+    with open_read_only(path, problem="cannot be rebuilt") as before:
         before.execute("BEGIN")
         row = before.execute("SELECT position FROM projected").fetchone()  # the snapshot begins here
         rebuild(connection)
-        return Rebuilt(row and row[0], compare(before, connection))
+        return RebuildResult(row and row[0], compare(before, connection))
 
 
 def compare(before: sqlite3.Connection, after: sqlite3.Connection) -> list[str]:
@@ -180,10 +174,10 @@ STATEMENTS_IN_MEMORY = "PRAGMA temp_store = MEMORY"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredLedger:
     """What a ledger says when it is opened: where it ends, what is so there, when models were last used."""
 
-    head: Head
+    head: LogHead
     state: State
     last_used: Mapping[str, str]
 
@@ -207,7 +201,7 @@ class Database:
         """Whether there is a connection."""
         return self._connection is not None
 
-    async def open(self) -> Stored:
+    async def open(self) -> StoredLedger:
         """Connect, and read what is stored; projections that other folds made are made anew first.
 
         Raises:
@@ -225,7 +219,12 @@ class Database:
     async def write(self, rows: Sequence[Row], changes: Changes, entities: int) -> None:
         """Append a group of events and store what they changed; durable on return."""
         connection = self._connected()
-        await self.run(lambda: queries.write_group(connection, rows, changes, entities))
+
+        def write() -> None:
+            queries.write_group(connection, rows, changes)
+            snapshots.try_if_due(connection, rows[-1].position, entities)
+
+        await self.run(write)
 
     async def read_keys(self, hashes: AbstractSet[str]) -> Mapping[str, KnownKey]:
         """Return what the log knows of these idempotency keys; most groups have none.
@@ -287,7 +286,7 @@ class Database:
         assert self._connection is not None
         return self._connection
 
-    def _opened(self) -> tuple[sqlite3.Connection, Stored]:
+    def _opened(self) -> tuple[sqlite3.Connection, StoredLedger]:
         if not self._was_open and self._path.exists():
             self._lacked_wal = lacks_wal(self._path)
             _look_at(self._path)
@@ -299,14 +298,14 @@ class Database:
             connection.execute(STATEMENTS_IN_MEMORY)
         except BaseException:
             if not self._was_open:
-                leave_alone_complete(connection, lacked_wal=self._lacked_wal)
+                leave_complete_file(connection, lacked_wal=self._lacked_wal)
             connection.close()
             raise
         return connection, stored
 
     def _leave(self) -> None:
         if self._connection is not None:
-            leave_alone_complete(self._connection, lacked_wal=self._lacked_wal)
+            leave_complete_file(self._connection, lacked_wal=self._lacked_wal)
         self._drop()
 
     def _drop(self) -> None:
@@ -324,15 +323,53 @@ def _look_at(path: Path) -> None:
         ForeignDatabase: `foreign_database`.
         sqlite3.Error, ValueError: it is damaged, or no database.
     """
-    with readable(path) as connection:
+    with open_read_only(path, problem="cannot be opened") as connection:
         if is_current(connection):
             queries.read_state(connection)
 
 
-def _stored(connection: sqlite3.Connection) -> Stored:
+def _stored(connection: sqlite3.Connection) -> StoredLedger:
     head = queries.read_head(connection)
     if not is_current(connection):
         if head.position:
             _log.info("%d events are folded anew, since another release did it last", head.position)
         rebuild(connection)
-    return Stored(head, queries.read_state(connection), queries.read_last_used(connection))
+    return StoredLedger(head, queries.read_state(connection), queries.read_last_used(connection))
+
+
+def checkpoint(connection: sqlite3.Connection) -> bool:
+    """Write all of the WAL into the database and begin the WAL anew; return False if a reader is in the way.
+
+    It does not wait for one: whoever writes waits for this. The new WAL gets a commit that changes nothing,
+    because an empty one is also what a reader makes of a file that was copied without.
+
+    Raises:
+        sqlite3.Error: it cannot be written.
+    """
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.execute(BUSY_TIMEOUT)
+    if not busy:
+        queries.probe(connection)
+    return not busy
+
+
+def leave_complete_file(connection: sqlite3.Connection, *, lacked_wal: bool = False) -> None:
+    """Leave one file that needs no other, to be read on any medium, before the connection is closed.
+
+    Closing would write the WAL into the file and remove it, and the file would look like a copy that lacks
+    it. Where it cannot be done, say because of a reader, the WAL stays beside the file.
+
+    Args:
+        connection: that has written.
+        lacked_wal: whether the file had no WAL, as one that was copied without, before it was opened
+            (`lacks_wal`): then it goes on looking like that until its last event says that it
+            is complete.
+    """
+    with suppress(sqlite3.Error):
+        if lacked_wal and may_lack_events(connection):
+            return
+        connection.execute("PRAGMA busy_timeout = 0")
+        connection.execute("PRAGMA journal_mode = DELETE")

@@ -157,11 +157,11 @@ def replayed(
         OSError: an archive cannot be read.
     """
     from events.audit.audit import replay  # noqa: PLC0415 - as above
-    from events.sqlite.schema import opened_to_read  # noqa: PLC0415
+    from events.sqlite.readonly import open_read_only  # noqa: PLC0415
     from server.api.schemas import job_view, model_view  # noqa: PLC0415
     from server.api.timetravel import as_of  # noqa: PLC0415
 
-    with opened_to_read(path) as connection:
+    with open_read_only(path) as connection:
         moment, state = replay(connection, until, archives)
     active = state.active()
     ids = [each for each in sorted(state.models) if model_id in (None, each)]
@@ -229,7 +229,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     for other programs; `verify` does not read it.
     """
     from events.audit.export import cloudevents, export, jsonl  # noqa: PLC0415
-    from events.audit.files import is_stream, refuse_own, written  # noqa: PLC0415
+    from events.audit.files import is_stream, refuse_own, write_file  # noqa: PLC0415
     from loadledger.cli.output import problems_told  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
@@ -246,7 +246,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
             with file.open("wb") as target:
                 target.writelines(exported)
             return
-        with _ended_by_sigterm(), written(file, replace=True) as target:
+        with _ended_by_sigterm(), write_file(file, replace=True) as target:
             target.writelines(exported)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
-from events.audit.archivechain import Behind
+from events.audit.archivechain import ArchiveProof
 from events.audit.audit import Audit, audit
 from events.audit.exportreader import FileAudit, audit_files
-from events.audit.signing import Base, key_id
+from events.audit.signing import key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
+from events.sqlite.queries import LogBase
 from events.sqlite.reader import EventFilter, EventQuery, Reader, open_reader
 from server.api.events import place
 from server.auth.keys import expected_key
@@ -53,7 +54,7 @@ def _wrong(found: Audit, finding: Finding, head: str) -> Iterator[str]:
     yield f"proved up to: {head}"
 
 
-def _behind(behind: Behind, key: str | None) -> Iterator[str]:
+def _behind(behind: ArchiveProof, key: str | None) -> Iterator[str]:
     for file in behind.files:
         yield f"archive: positions {file.after.position + 1} to {file.proved.position}, {_name(file.path)}"
     for signer in dict.fromkeys(map(_signer, behind.files)):
@@ -135,7 +136,7 @@ def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
     }
 
 
-def _base(base: Base) -> dict[str, Any]:
+def _base(base: LogBase) -> dict[str, Any]:
     return {"position": base.position, "hash": base.hash.hex()}
 
 

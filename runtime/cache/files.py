@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from events.audit.files import written
+from events.audit.files import write_file
 from events.errors import LedgerProblem
 from events.types import LoadedFile as RecordedFile
 from runtime.errors import RuntimeProblem
@@ -138,7 +138,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         OSError: it could not be written.
         WrongTarget: something in its place is no file.
     """
-    with written(folder / MANIFEST, replace=True) as file:
+    with write_file(folder / MANIFEST, replace=True) as file:
         file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 

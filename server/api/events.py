@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from typing import Any
 from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 
-from events.audit.signing import Base, HeadSigner, SignedHead, Statement
+from events.audit.signing import HeadSigner, SignedHead, Statement
 from events.log import Log
-from events.sqlite.base import read_base
 from events.sqlite.history import parse_time
+from events.sqlite.queries import LogBase, read_base
 from events.sqlite.reader import LAST, EventFilter, EventQuery, open_reader
-from events.sqlite.schema import connect_read_only
+from events.sqlite.readonly import open_read_only
 from events.tail import Tails
 from events.types import TYPES
 from server.api.schemas import AnswerSchema, PageQuerySchema
@@ -323,7 +323,7 @@ class Prover:
     """What signs heads of this ledger. Its base stays where it is as long as a server runs."""
 
     signer: HeadSigner
-    base: Base
+    base: LogBase
 
     def head(self, log: Log) -> SignedHead:
         """Sign the head as the writer has it: it moves only when what it stands for is on the disk."""
@@ -342,7 +342,7 @@ async def open_prover(data: Path, ledger: Path) -> Prover:
     """
 
     def read() -> Prover:
-        with closing(connect_read_only(ledger)) as connection:
+        with open_read_only(ledger) as connection:
             return Prover(open_signer(data), read_base(connection))
 
     return await asyncio.to_thread(read)

@@ -9,20 +9,20 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from events.jobs import JobStatus
-from events.sqlite.history import Moment, Past, open_past
+from events.sqlite.history import Moment, TimeTravelReader, open_time_travel_reader
 from runtime.errors import UnknownModel
 from server.api.schemas import job_view, model_view
 from server.appkeys import LOG
 from server.auth.gate import PRINCIPAL, check_role
 from server.routing import Access
 
-PAST = web.AppKey("past", Past)
+PAST = web.AppKey("past", TimeTravelReader)
 """The time travel reader."""
 
 
 async def reading_the_past(app: web.Application) -> AsyncIterator[None]:
     """Open the time travel reader; a resource of the application."""
-    async with open_past(app[LOG].path) as past:
+    async with open_time_travel_reader(app[LOG].path) as past:
         app[PAST] = past
         yield
 
@@ -102,6 +102,6 @@ def _takes_at(handler: Handler) -> bool:
     return any(each["location"] == "querystring" and "at" in each["schema"].fields for each in declared)
 
 
-def _past(request: web.Request) -> Past:
+def _past(request: web.Request) -> TimeTravelReader:
     check_role(request[PRINCIPAL], Access.AUDIT)
     return request.app[PAST]

@@ -26,32 +26,31 @@ from support.ledgers import (
 )
 
 from events.audit import archive as module
-from events.audit.archive import Moved, archive
-from events.audit.archivechain import ArchivedTo
+from events.audit.archive import ArchiveResult, archive
+from events.audit.archivechain import ArchivedRange
 from events.audit.audit import audit
-from events.audit.exportreader import ExportReader, audit_file, lines_of
-from events.audit.signing import Base
+from events.audit.exportreader import ExportReader, audit_file, read_lines
 from events.audit.verify import FindingKind, verify
 from events.clock import format_timestamp
 from events.codec import decode_event
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, snapshots, storage
-from events.sqlite.base import base_state_digest, read_base, read_base_state
-from events.sqlite.history import BadMoment
-from events.sqlite.queries import Row, as_text
+from events.sqlite.history import InvalidMoment
+from events.sqlite.queries import LogBase, Row, as_text, read_base
 from events.sqlite.schema import connect, schema_of
+from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.state import State
 
 LATER = START + timedelta(days=30)
 LEDGER = sound_ledger(3, snapshots_every=13)
 
 
-def archived(path: Path, before: int | str, name: str = "archive.gz") -> Moved:
+def archived(path: Path, before: int | str, name: str = "archive.gz") -> ArchiveResult:
     return archive(path, str(before), path.with_name(name), SIGN, LATER)
 
 
 def rows_in(path: Path) -> list[Row]:
-    return list(ExportReader(lines_of(path)))
+    return list(ExportReader(read_lines(path)))
 
 
 def folded(rows: list[Row]) -> State:
@@ -91,21 +90,21 @@ CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=3, unique=True).map(s
 @given(CUTS)
 def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
     with copy_of(LEDGER) as path:
-        gone, told = list[Row](), list[ArchivedTo]()
+        gone, told = list[Row](), list[ArchivedRange]()
         for number, cut in enumerate(cuts):
             jobs, first, file = job_ids(path), len(gone) + 1, path.with_name(f"{number}.gz")
             done = archived(path, cut, file.name)
             assert (done.first_position, done.last_position) == (first, cut - 1)
             assert done.jobs == len(jobs - job_ids(path))
-            assert audit_file(file).after == Base(len(gone), gone[-1].hash if gone else bytes(32))
+            assert audit_file(file).after == LogBase(len(gone), gone[-1].hash if gone else bytes(32))
             gone += rows_in(file)
-            told.append(ArchivedTo(first, cut - 1, file.name))
+            told.append(ArchivedRange(first, cut - 1, file.name))
         left = [Row(*row) for row in rows_of(path)]
         assert gone + left == ROWS
         assert texts(folded(gone + left)) == STATES[-1]
         found = audit(path)
         assert found.finding is None
-        assert found.base == Base(len(gone), gone[-1].hash)
+        assert found.base == LogBase(len(gone), gone[-1].hash)
         assert (found.verification.position, found.verification.hash) == (HEAD, ROWS[-1].hash)
         assert found.archives == tuple(told)
         assert states(path, range(len(gone), HEAD + 1)) == STATES[len(gone) :]
@@ -146,7 +145,7 @@ async def test_log_goes_on_after_an_archive(tmp_path: Path) -> None:
         ("2026-01-01T00:00:00Z", NothingThere, "no events before that"),  # all of it was recorded then
         (str(HEAD + 1), MustStay, f"--before {HEAD} at most"),
         ("2026-01-01T00:00:01+00:00", MustStay, f"--before {HEAD} at most"),
-        ("yesterday", BadMoment, "yesterday"),
+        ("yesterday", InvalidMoment, "yesterday"),
     ],
 )
 def test_moment_that_cannot_be_archived_to_is_refused(

@@ -24,7 +24,7 @@ from events.counters import (
 )
 from events.errors import LogUnavailable
 from events.log import PendingCommand, decide_group
-from events.sqlite.queries import Head
+from events.sqlite.queries import LogHead
 from events.state import State
 from events.types import AccessDenied, Cause, Draft, Durations, LoadStarted, ModelLoaded, Prepared
 
@@ -131,7 +131,7 @@ def test_counts_do_not_depend_on_transaction_size(recorded: list[Draft], size: i
 
 def _count_in_groups(recorded: list[Draft], size: int) -> tuple[object, ...]:
     loop = asyncio.new_event_loop()
-    state, tally, head = State(), Tally(), Head()
+    state, tally, head = State(), Tally(), LogHead()
     try:
         for first in range(0, len(recorded), size):
             group = [

@@ -20,10 +20,10 @@ from support.ledgers import FAST_FOLDER, OTHER_SIGN, SIGN, copy_of, flip_byte, r
 
 from events.audit.export import ExportFormat, cloudevents, export, jsonl
 from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
-from events.audit.signing import Base, HeadSigner, SignedHead, Statement, key_id
+from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.audit.verify import Expected, Finding, FindingKind
 from events.errors import LogUnavailable
-from events.sqlite.queries import Row
+from events.sqlite.queries import LogBase, Row
 
 with copy_of(sound_ledger()) as _path:
     ROWS = [Row(*row) for row in rows_of(_path)]
@@ -70,7 +70,7 @@ def hash_at(position: int) -> bytes:
 def test_sound_file_is_proved_up_to_its_signed_head(form: str) -> None:
     audit = audited(FILES[form])
     assert (audit.finding, audit.events) == (None, HEAD)
-    assert (audit.after, audit.proved) == (Base(0, bytes(32)), Base(HEAD, ROWS[-1].hash))
+    assert (audit.after, audit.proved) == (LogBase(0, bytes(32)), LogBase(HEAD, ROWS[-1].hash))
     assert audit.head is not None
     assert audit.head.public_key == SIGN.public_key
     assert audit.sha256 == hashlib.sha256(FILES[form]).digest()
@@ -85,7 +85,7 @@ def test_sound_file_is_proved_up_to_its_signed_head(form: str) -> None:
 def test_part_of_a_log_is_proved_from_where_it_begins(after: int, until: int) -> None:
     audit = audited(exported(after=after, until=until))
     assert audit.finding is None
-    assert (audit.after, audit.proved) == (Base(after, hash_at(after)), Base(until, hash_at(until)))
+    assert (audit.after, audit.proved) == (LogBase(after, hash_at(after)), LogBase(until, hash_at(until)))
 
 
 @FORMS
@@ -146,9 +146,9 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
         {"position": HEAD - 1},
         {"hash": bytes(32)},
         {"recorded_at": "2025-01-01T00:00:00.000000Z"},
-        {"base": Base(1, bytes(32))},
-        {"base": Base(0, b"\1" * 32)},
-        {"base": Base(-1, bytes(32))},
+        {"base": LogBase(1, bytes(32))},
+        {"base": LogBase(0, b"\1" * 32)},
+        {"base": LogBase(-1, bytes(32))},
     ):
         assert found(signed(replace(statement, **change))).position == HEAD
     forged = SignedHead(statement, OTHER_SIGN(statement).signature, SIGN.public_key)
@@ -158,37 +158,37 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
 @pytest.mark.parametrize(
     ("base", "is_sound"),
     [
-        (Base(0, bytes(32)), True),
-        (Base(2, b"\1" * 32), True),  # what is before this export nobody can say
-        (Base(-1, bytes(32)), False),
-        (Base(-1, b"\1" * 32), False),
-        (Base(0, b"\1" * 32), False),
-        (Base(2, bytes(32)), False),
-        (Base(2, b"\1"), False),
-        (Base(2, b""), False),
-        (Base(5, b"\1" * 32), False),
-        (Base(HEAD, bytes(32)), False),
+        (LogBase(0, bytes(32)), True),
+        (LogBase(2, b"\1" * 32), True),  # what is before this export nobody can say
+        (LogBase(-1, bytes(32)), False),
+        (LogBase(-1, b"\1" * 32), False),
+        (LogBase(0, b"\1" * 32), False),
+        (LogBase(2, bytes(32)), False),
+        (LogBase(2, b"\1"), False),
+        (LogBase(2, b""), False),
+        (LogBase(5, b"\1" * 32), False),
+        (LogBase(HEAD, bytes(32)), False),
     ],
     ids=str,
 )
-def test_signed_base_must_be_one_that_a_log_can_have(base: Base, is_sound: bool) -> None:  # noqa: FBT001 - of the table
+def test_signed_base_must_be_one_that_a_log_can_have(base: LogBase, is_sound: bool) -> None:  # noqa: FBT001 - of the table
     lines = jsonl()
     after, last = ROWS[3], ROWS[5]
     recorded_at = json.loads(last.body)["recorded_at"]
     content = [
-        lines.first(Base(after.position, after.hash)),
+        lines.first(LogBase(after.position, after.hash)),
         *(lines.event(row, before.hash) for before, row in pairwise(ROWS[3:6])),
         lines.last(SIGN(Statement(last.position, last.hash, recorded_at, base))),
     ]
     assert (audited(b"".join(content)).finding is None) == is_sound
     head = lines.last(SIGN(Statement(last.position, last.hash, "", base)))  # an export without events
-    alone = lines.first(Base(last.position, last.hash)) + head
+    alone = lines.first(LogBase(last.position, last.hash)) + head
     assert (audited(alone).finding is None) == (is_sound or base.position == 5)
 
 
 def test_first_event_follows_zeros() -> None:
     digest = hashlib.sha256(b"\1" * 32 + ROWS[0].body.encode()).digest()
-    row, after = Row(1, ROWS[0].body, digest), Base(0, b"\1" * 32)
+    row, after = Row(1, ROWS[0].body, digest), LogBase(0, b"\1" * 32)
     head = SIGN(Statement(1, digest, json.loads(row.body)["recorded_at"], after))
     lines = jsonl()
     finding = found(lines.first(after) + lines.event(row, after.hash) + lines.last(head))

@@ -59,9 +59,7 @@ async def test_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, t
     with closing(connect(path)) as connection:
         for position, body in enumerate(bodies(name), 1):
             digest = hash_body(digest, body)
-            queries.write_group(
-                connection, [Row(position, body, digest)], state.apply(decode_event(body)), entities=0
-            )
+            queries.write_group(connection, [Row(position, body, digest)], state.apply(decode_event(body)))
         storage.rebuild(connection)
         assert state_at(connection, state.position).models == state.models
     verification = verify(path)

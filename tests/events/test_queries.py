@@ -45,7 +45,7 @@ class Ledger:
             previous = (self.rows + group)[-1].hash if self.rows or group else GENESIS
             body = encode_event(event)
             group.append(Row(event.position, body, hash_body(previous, body)))
-        queries.write_group(self.connection, group, attempt.changes, entities=0)
+        queries.write_group(self.connection, group, attempt.changes)
         attempt.commit()
         self.rows += group
 
@@ -123,7 +123,7 @@ def test_group_beside_the_head_is_not_written(ledger: Ledger) -> None:
     ledger.append(told.facts[:2])
     one, two = Row(3, encode_event(told.facts[2]), bytes(32)), Row(5, "{}", bytes(32))
     with pytest.raises(sqlite3.IntegrityError):
-        queries.write_group(ledger.connection, [one, two], told.state.apply(told.facts[2]), entities=0)
+        queries.write_group(ledger.connection, [one, two], told.state.apply(told.facts[2]))
     assert not ledger.connection.in_transaction
     assert ledger.query("SELECT max(position) FROM events") == [(2,)]
     assert ledger.query("SELECT position FROM projected") == [(2,)]

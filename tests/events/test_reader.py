@@ -185,14 +185,22 @@ async def test_event_page_is_one_snapshot(path: Path) -> None:
 
 EARLY = "2001-01-01T00:00:00.000000Z"
 ARCHIVED = [
-    EventQuery(after=3), EventQuery(since=4), EventQuery(since=0), EventQuery(since=EARLY),
-    EventQuery(until=4), EventQuery(until=EARLY),
-    EventQuery(before=3, newest_first=True), EventQuery(before=5, newest_first=True),
-]  # fmt: skip
+    EventQuery(after=3),
+    EventQuery(since=4),
+    EventQuery(since=0),
+    EventQuery(since=EARLY),
+    EventQuery(until=4),
+    EventQuery(until=EARLY),
+    EventQuery(before=3, newest_first=True),
+    EventQuery(before=5, newest_first=True),
+]
 RETAINED = [
-    (EventQuery(), [5, 6]), (EventQuery(after=4), [5, 6]), (EventQuery(before=9, newest_first=True), [6, 5]),
-    (EventQuery(until=5), [5]), (EventQuery(after=4, until=3), []),
-]  # fmt: skip
+    (EventQuery(), [5, 6]),
+    (EventQuery(after=4), [5, 6]),
+    (EventQuery(before=9, newest_first=True), [6, 5]),
+    (EventQuery(until=5), [5]),
+    (EventQuery(after=4, until=3), []),
+]
 
 
 async def test_archived_position_is_refused_with_the_oldest(path: Path) -> None:
@@ -305,7 +313,7 @@ async def test_reader_sees_each_commit_and_writes_nothing(tmp_path: Path) -> Non
         assert [event.position for event in await reader.events(2, 2)] == [3, 4]
         assert await reader.events(700) == []
         with pytest.raises(LogUnavailable, match="readonly"):
-            await reader._all("DELETE FROM jobs", ())
+            await reader._thread.run(lambda connection: connection.execute("DELETE FROM jobs"))
 
 
 FOREIGN = (

@@ -19,8 +19,9 @@ from events.codec import GENESIS, encode_event, hash_body
 from events.errors import LogUnavailable
 from events.jobs import Job
 from events.sqlite import queries, storage
+from events.sqlite.history import PAGE
 from events.sqlite.schema import APPLICATION_ID, connect
-from events.sqlite.storage import FOLDS, PAGE, is_current
+from events.sqlite.storage import FOLDS, is_current
 from events.state import State
 from events.types import Draft, Event
 
@@ -172,7 +173,7 @@ def test_failed_rebuild_changes_nothing_and_names_the_event(path: Path) -> None:
         path,
         "UPDATE events SET body = json_set(body, '$.data', 7, '$.type', 'LoadStarted') WHERE position = 3",
     )
-    with pytest.raises(LogUnavailable, match="its event 3 is none"):
+    with pytest.raises(LogUnavailable, match="its event 3 is not valid"):
         open_once(path)
     after = stored(path)
     assert after[:-1] == before[:-1]

@@ -26,7 +26,7 @@ from support.ledgers import (
 )
 
 from events.audit.archive import archive
-from events.audit.archivechain import BadArchive
+from events.audit.archivechain import InvalidArchive
 from events.audit.audit import audit, replay
 from events.audit.export import export, jsonl
 from events.audit.exportreader import audit_file
@@ -34,10 +34,11 @@ from events.audit.signing import HeadSigner, key_id
 from events.audit.verify import Expected, Finding, FindingKind
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.sqlite import storage
-from events.sqlite.base import base_state_digest
 from events.sqlite.history import BeyondHead, Moment
 from events.sqlite.queries import as_text
-from events.sqlite.schema import connect, opened_to_read
+from events.sqlite.readonly import open_read_only
+from events.sqlite.schema import connect
+from events.sqlite.snapshots import base_state_digest
 
 LATER = START + timedelta(days=30)
 LEDGER = sound_ledger(3, seconds=0.5)
@@ -61,7 +62,7 @@ def exported(path: Path, name: str, until: int | None = None) -> Path:
 
 def replayed(path: Path, until: object, archives: list[Path]) -> tuple[Moment, list[str], list[str]]:
     """Return the moment, the models, and the jobs that have not ended."""
-    with opened_to_read(path) as connection:
+    with open_read_only(path) as connection:
         moment, state = replay(connection, None if until is None else str(until), archives)
         return moment, sorted(map(as_text, state.models.values())), list(map(as_text, state.unended()))
 
@@ -208,7 +209,7 @@ def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) ->
         forge(files[number], ("alice", "mallory"))
         found = audit(path, archives=files)
         assert (found.at, *place_of(found.finding)) == (files[1], position, FindingKind.BASE)
-        with pytest.raises(BadArchive, match=f"20.gz does not verify: position {position}"):
+        with pytest.raises(InvalidArchive, match=f"20.gz does not verify: position {position}"):
             replayed(path, 5, files)
 
 
@@ -297,7 +298,7 @@ def test_archive_that_changes_after_its_proof_fails_the_replay(until: str | None
         forgery = path.with_name("forgery.gz")
         forgery.write_bytes(files[0].read_bytes())
         forge(forgery, ("alice", "mallory"))
-        with opened_to_read(path) as connection:
+        with open_read_only(path) as connection:
             statements = list[str]()
 
             def swap(statement: str) -> None:

@@ -217,7 +217,7 @@ def write_ledger(path: Path, bodies: Sequence[str], snapshots_at: frozenset[int]
         for position, body in enumerate(bodies, 1):
             digest = hash_body(digest, body)
             changes = state.apply(decode_event(body))
-            queries.write_group(connection, [Row(position, body, digest)], changes, entities=0)
+            queries.write_group(connection, [Row(position, body, digest)], changes)
             if position in snapshots_at:
                 snapshots.write(connection, position)
     return state

@@ -17,7 +17,7 @@ from events.audit.verify import Expected, FindingKind
 from events.clock import utc_now
 from events.errors import IncompleteCopy, LogUnavailable
 from events.log import Log
-from events.sqlite.schema import lacks_wal, wants_wal
+from events.sqlite.readonly import lacks_wal, wants_wal
 from events.sqlite.storage import FOLDS, rebuild_file
 
 

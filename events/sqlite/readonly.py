@@ -1,0 +1,147 @@
+"""The one way to read a ledger: a read-only connection, beside the writer or without one.
+
+Read in short pages: as long as a read transaction is open, the writer cannot begin its write-ahead log (WAL)
+anew. Only the proof of a whole ledger (`events.audit`) holds one snapshot for longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from events.errors import IncompleteCopy, LogUnavailable
+from events.sqlite.schema import BUSY_TIMEOUT, check_readable, refuse_foreign
+from events.types import ServerStopped
+
+_CACHE = "PRAGMA cache_size = -512"
+"""KiB of pages that a server's reader keeps: the ends of log and indexes; the kernel has the rest anyway."""
+
+_READ_VERSION = 19
+"""Offset of the header's byte that says how the file is read (SQLite file format, section 1.3.3)."""
+
+_WAL = 2
+"""Its value for a file that is written through a write-ahead log."""
+
+T = TypeVar("T")
+
+
+@contextmanager
+def open_read_only(
+    path: Path, *, problem: str = "cannot be read", refuses_incomplete: bool = False
+) -> Iterator[sqlite3.Connection]:
+    """Open a ledger to read it; nothing can be written through the connection.
+
+    Args:
+        path: of the ledger.
+        problem: completes "the ledger ledger.db …" if SQLite raises an error, here or in the caller's block.
+        refuses_incomplete: whether to refuse a copy that may lack its newest events.
+
+    Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
+        IncompleteCopy: `incomplete_copy`.
+        LogUnavailable: `log_unavailable`, there is no ledger, or it cannot be opened or read.
+    """
+    without_wal = refuses_incomplete and lacks_wal(path)  # opening the file would create an empty WAL
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(
+            sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+        ) as connection:
+            connection.execute(BUSY_TIMEOUT)
+            refuse_foreign(connection)
+            check_readable(connection)
+            if without_wal:
+                refuse_incomplete(connection, path)
+            yield connection
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote damaged content
+        raise LogUnavailable(f"the ledger {path.name} {problem}: {error}") from error
+
+
+class ReaderThread:
+    """A read-only connection in a thread of its own, which runs one query at a time."""
+
+    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
+        self._connection = connection
+        self._thread = thread
+
+    async def run(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a query in one transaction, so that all its statements see the same head.
+
+        Raises:
+            LogUnavailable: `log_unavailable`, the file cannot be read, or is damaged.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, query)
+
+    def _run(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            self._connection.execute("BEGIN")
+            try:
+                return query(self._connection)
+            finally:
+                self._connection.rollback()
+        except (sqlite3.Error, ValueError) as error:  # what is stored may be damaged
+            raise LogUnavailable(f"the ledger cannot be read: {error}") from error
+
+
+@asynccontextmanager
+async def open_reader_thread(path: Path, name: str) -> AsyncIterator[ReaderThread]:
+    """Open a ledger in a thread with this name; closed on exit.
+
+    Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
+        LogUnavailable: `log_unavailable`, there is no ledger, or it cannot be opened.
+    """
+    thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+    with open_read_only(path, problem="cannot be opened") as connection:
+        connection.execute(_CACHE)
+        try:
+            yield ReaderThread(connection, thread)
+        finally:
+            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
+
+
+def wants_wal(path: Path) -> bool:
+    """Whether the file is one with a write-ahead log beside it; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_READ_VERSION + 1)
+    except OSError:  # SQLite says why, in a moment
+        return False
+    return header[_READ_VERSION:] == bytes([_WAL])
+
+
+def lacks_wal(path: Path) -> bool:
+    """Whether the file was written with a write-ahead log that is not there; a server's is never empty.
+
+    Ask before the file is opened, which creates an empty one.
+    """
+    wal = path.with_name(f"{path.name}-wal")
+    return wants_wal(path) and not (wal.exists() and wal.stat().st_size > 0)
+
+
+def may_lack_events(connection: sqlite3.Connection) -> bool:
+    """Whether a ledger without its write-ahead log may lack events: its last one is no `ServerStopped`."""
+    last = connection.execute("SELECT type FROM events ORDER BY position DESC LIMIT 1").fetchone()
+    return last is not None and last[0] not in (ServerStopped.TYPE, ServerStopped.TYPE.encode())
+
+
+def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse a ledger that lacks its write-ahead log unless its last event says that it needs none.
+
+    Raises:
+        IncompleteCopy: `incomplete_copy`.
+    """
+    if may_lack_events(connection):
+        raise IncompleteCopy(
+            f"{path.name} may lack its newest events: {path.name}-wal is missing, and the last event is not "
+            "ServerStopped. Copy the ledger of a running server with `loadledger backup`. If this is not a "
+            "copy, start and stop the server. `loadledger verify --expect POSITION:HASH` checks whether it "
+            "has the event that it must have"
+        )
