@@ -219,18 +219,17 @@ def _reloads(wanted_back: Sequence[LoadedModel], now: str) -> Iterator[Action]:
 
 def _wanted_back(sight: SchedulerView) -> list[LoadedModel]:
     """Return the models that are wanted back, whole or at all, and that nobody is at, in their order."""
-    loaded = (model.loaded for model in sight.state.models.values())
-    wanted = (model for model in loaded if model is not None and _is_missed(sight, model))
+    models = (model for model in sight.state.models.values() if _is_missed(sight, model))
+    wanted = (loaded for model in models if (loaded := model.loaded) is not None)
     return sorted(wanted, key=lambda model: _importance(sight, model), reverse=True)
 
 
-def _is_missed(sight: SchedulerView, loaded: LoadedModel) -> bool:
-    model = loaded.model
-    if model.loads or model.unloads:
+def _is_missed(sight: SchedulerView, model: Model) -> bool:
+    if model.serving is None or model.loads or model.unloads:
         return False
     if model.phase is ModelState.LOST:
         return sight.policy.restores or model.lost_by is not Cause.RESTART
-    return model.degraded and not loaded.serving.kept_as_is and not _keeps_dying(model)
+    return model.degraded and not model.serving.kept_as_is and not _keeps_dying(model)
 
 
 def _importance(sight: SchedulerView, model: LoadedModel) -> tuple[bool, str, int]:

@@ -224,8 +224,8 @@ class SchedulerView:
             for model, run in serving
             if model is not None
             and not (model.loads or model.unloads or run.killed)
-            and (loaded := model.loaded) is not None
             and self.serving_run(model) is run
+            and (loaded := model.loaded) is not None
         ]
 
     def serving_run(self, model: Model | None) -> LoadView | None:
