@@ -17,7 +17,7 @@ from bench.loads import ABOVE_GOAL_MS, RATIO_GOAL
 from bench.memory import parse_pss
 from bench.models import Body, Network
 from bench.table import Row, format_mb, format_ms
-from runtime.cache.key import Entry
+from runtime.cache.manifest import Entry
 from runtime.cache.store import FOLDER, ModelCache
 from runtime.memory import PROC, descendants, parse_private
 from runtime.repository import MODEL_FILE

@@ -18,132 +18,23 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal
 
-import msgspec
-
-from events.audit.files import write_file
 from events.errors import LedgerProblem
-from events.types import LoadedFile as RecordedFile
 from runtime.errors import RuntimeProblem
-from runtime.wire import CachedCopy, Count, Form, HashedFile, Name, Sha256, SourceHash, Text
+from runtime.wire import HashedFile
 
-LAYOUT: Literal[1] = 1
-"""Of these folders, and of how forms are made: with another number all that was prepared is made anew."""
-MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 64 * 2**20
-"""The longest list of sources that is allowed, with paths as long as they may be, fits."""
-_NO_FILE = frozenset({"", ".", "..", MANIFEST})
+_KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_DRAFT = re.compile(r"draft-[0-9a-f]{16}-[0-9a-f]{8}", re.ASCII)
 
-Figure = int | float | str
-Figures = dict[Name, Figure]
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What was made for a key: a form, or none that is of use.
-
-    Attributes:
-        layout: `LAYOUT`.
-        key: the folder's name, as `key_of` makes it.
-        model_id: what it was made of, for people; others with the same files use it too.
-        version: of that model.
-        made_at: when.
-        took_ms: what making and trying it took.
-        form: None if no form is of use.
-        sha256: of the form, as `form_sha256` makes it.
-        files: the form's own, directly in the folder.
-        sources: the repository's files that it was made of.
-        needs_bytes: what a form takes that was left out because that is too much; else 0.
-        figures: what was measured of it.
-        tried: why each other form was left out.
-        known_until: when all this is forgotten; None is never.
-        untried_on: if nothing could be tried, the SHA-256 of the inputs that there were for it.
-    """
-
-    layout: Literal[1]
-    key: Sha256
-    model_id: Name
-    version: Count
-    made_at: Name
-    took_ms: Count = 0
-    form: Form | None = None
-    sha256: Sha256 | None = None
-    files: tuple[HashedFile, ...] = ()
-    sources: tuple[SourceHash, ...] = ()
-    needs_bytes: Count = 0
-    figures: Annotated[Figures, msgspec.Meta(max_length=64)] = {}
-    tried: dict[Form, Text] = {}
-    known_until: Name | None = None
-    untried_on: Sha256 | None = None
-
-    @property
-    def bytes(self) -> int:
-        """What the form's files take."""
-        return sum(file.bytes for file in self.files)
-
-    @property
-    def form_bytes(self) -> int | None:
-        """What the form takes; None if there is none."""
-        return None if self.form is None else self.bytes
-
-
-def source_hashes(files: Iterable[HashedFile | RecordedFile]) -> tuple[SourceHash, ...]:
-    """Return the content of files, in order of their paths."""
-    return tuple(SourceHash(file.path, file.sha256) for file in sorted(files, key=lambda file: file.path))
-
-
-def form_sha256(files: Iterable[HashedFile]) -> str:
-    """Return the hash of a form: SHA-256 over a line "<sha256> <path>" for each file, in order of paths."""
-    lines = (f"{file.sha256} {file.path}\n" for file in sorted(files, key=lambda file: file.path))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def describe_cached(
-    folder: Path, form: Form, files: Sequence[HashedFile], sources: Sequence[SourceHash]
-) -> CachedCopy:
-    """Describe a form, which may still be a draft, to a worker that is to load it."""
-    own = tuple(sorted(files, key=lambda file: file.path))
-    of = tuple(sorted(sources, key=lambda file: file.path))
-    return CachedCopy(str(folder), form, form_sha256(own), own, of)
-
-
-def read_manifest(folder: Path) -> tuple[Manifest, int] | None:
-    """Read what a folder says it has, without a look at the files.
-
-    Returns:
-        The manifest and when it was used last, in nanoseconds since 1970; None if it has no manifest that
-        could be of this folder.
-    """
-    try:
-        if not stat.S_ISDIR(folder.lstat().st_mode):
-            return None
-        with _opened(folder / MANIFEST) as file:
-            seen = os.fstat(file.fileno())
-            if seen.st_size > MAX_MANIFEST_BYTES:
-                return None
-            manifest = msgspec.json.decode(file.read(), type=Manifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return (manifest, seen.st_mtime_ns) if manifest.key == folder.name and _is_sound(manifest) else None
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest; it, and the names of all files in the folder, are then on the disk.
-
-    Raises:
-        OSError: it could not be written.
-        WrongTarget: something in its place is no file.
-    """
-    with write_file(folder / MANIFEST, replace=True) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+_log = logging.getLogger(__name__)
 
 
 def have_sizes(folder: Path, files: Iterable[HashedFile]) -> bool:
-    """Tell whether the folder has these files, in their sizes, without reading them."""
+    """Return whether the folder has these files with these sizes; reads none of them."""
     try:
         seen = [(file, (folder / file.path).lstat()) for file in files]
     except OSError:
@@ -152,9 +43,9 @@ def have_sizes(folder: Path, files: Iterable[HashedFile]) -> bool:
 
 
 def verify_files(folder: Path, files: Iterable[HashedFile]) -> tuple[HashedFile, ...] | None:
-    """Return the files as they are now, in order of paths; None if one has not the content that it had.
+    """Return the files with their present identities, ordered by path; None if the content of one differs.
 
-    A file is read only if its identity is another.
+    A file is read only if its identity has changed.
     """
     try:
         found = [_trusted(folder, file) for file in sorted(files, key=lambda file: file.path)]
@@ -165,7 +56,7 @@ def verify_files(folder: Path, files: Iterable[HashedFile]) -> tuple[HashedFile,
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or the names in a folder, on the disk."""
+    """Write a file's content, or the names in a folder, to the disk."""
     descriptor = _open(str(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,7 +65,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Remove what has this name, whatever it is and following no link; tell whether it is gone."""
+    """Remove a file, folder or link, following no link; returns whether it is gone."""
     try:
         if stat.S_ISDIR(path.lstat().st_mode):
             shutil.rmtree(path, ignore_errors=True)
@@ -186,33 +77,15 @@ def remove(path: Path) -> bool:
 
 
 def remove_others(folder: Path, files: Iterable[HashedFile]) -> None:
-    """Remove what lies beside a form's files."""
+    """Remove all other files of a cached model's folder."""
     names = {file.path for file in files}
     for found in list(folder.iterdir()):
         if found.name not in names:
             remove(found)
 
 
-def _is_sound(manifest: Manifest) -> bool:
-    if manifest.form is None:
-        return manifest.sha256 is None and not manifest.files
-    return (
-        bool(manifest.files)
-        and are_plain_names(manifest.files)
-        and form_sha256(manifest.files) == manifest.sha256
-    )
-
-
-def are_plain_names(files: Sequence[HashedFile]) -> bool:
-    """Tell whether files that somebody named would lie directly in a folder, each once, beside a manifest."""
-    names = {file.path for file in files}
-    return len(names) == len(files) and not any(
-        name in _NO_FILE or "/" in name or "\0" in name or name.startswith(f".{MANIFEST}") for name in names
-    )
-
-
 def _trusted(folder: Path, file: HashedFile) -> HashedFile | None:
-    with _opened(folder / file.path) as opened:
+    with open_file(folder / file.path) as opened:
         found = _seen(opened, file)
         if found == file or found.bytes != file.bytes:
             return found if found == file else None
@@ -229,32 +102,26 @@ def _seen(opened: BufferedReader, file: HashedFile) -> HashedFile:
     )
 
 
-def _opened(path: Path) -> BufferedReader:
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read, following no link and waiting for no FIFO."""
     return open(path, "rb", opener=_open)
 
 
 def _open(path: str, flags: int) -> int:
-    """Open what may be a link or a FIFO, which is not followed or waited for."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-_log = logging.getLogger(__name__)
-
-_KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_DRAFT = re.compile(r"draft-[0-9a-f]{16}-[0-9a-f]{8}", re.ASCII)
-
-
 class CacheUnavailable(RuntimeProblem):
-    """Prepared forms of models cannot be kept at the moment; models load without."""
+    """The model cache cannot be used at the moment; models load without it."""
 
     code = "prepared_unavailable"
 
 
 class CacheFolder:
-    """The folder, for the threads of one process.
+    """The cache's folder, for the threads of one process.
 
     Args:
-        path: of it; neither it nor what is in it is followed as a link.
+        path: the folder; no link to it or in it is followed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -263,40 +130,40 @@ class CacheFolder:
         self._drafts = dict[Path, int]()
 
     def entry(self, key: str) -> Path:
-        """Return where the entry of a key is, if it is there."""
+        """Return the path of a key's entry, which may not exist."""
         if not _is_key(key):
             raise ValueError(f"{key!r} is no key")
         return self.path / key
 
     def entries(self) -> list[Path]:
-        """List the entries; a folder that is not there has none.
+        """List the entries; a missing folder has none.
 
         Raises:
-            PreparedUnavailable: `prepared_unavailable`, it is no folder, or cannot be listed.
+            CacheUnavailable: `prepared_unavailable`, the path is no folder or cannot be listed.
         """
         return [path for path in self._listed() if _is_key(path.name)]
 
     def leftovers(self) -> list[Path]:
-        """List the drafts that no process works on, as far as locks say."""
+        """List the drafts that no process has locked."""
         return [path for path in self._listed() if _is_draft(path.name) and not _is_held(path)]
 
     def abandoned(self) -> list[Path]:
-        """List the drafts that this process does not work on."""
+        """List the drafts that are not of this process."""
         return [path for path in self._listed() if _is_draft(path.name) and path not in self._drafts]
 
     def strangers(self) -> list[str]:
-        """List the names that we do not give."""
+        """List the names that are neither keys nor drafts."""
         return [path.name for path in self._listed() if not _is_key(path.name) and not _is_draft(path.name)]
 
     def make(self) -> None:
-        """Make the folder, or see to it that nobody else can put something there (0700).
+        """Create the folder, or make sure that only this user can write to it (0700).
 
-        What is there is executed, in a way. If its group could write to it, which some systems give to all
-        that is mounted, what is there may be anybody's and is removed.
+        A cached model is executed, in a way. If the folder's group could write to it, which some systems
+        grant on all that is mounted, its content may be anybody's and is removed.
 
         Raises:
-            PreparedUnavailable: `prepared_unavailable`, it is no folder, a link, another user's, open to
-                everybody's writing, or it cannot be made.
+            CacheUnavailable: `prepared_unavailable`, the path is no folder, a link, another user's, writable
+                by everybody, or cannot be created.
         """
         with explain_os_errors(self.path):
             try:
@@ -305,10 +172,10 @@ class CacheFolder:
                 self._make_ours(self.path.lstat())
 
     def draft(self, key: str) -> Path:
-        """Make an empty folder for an entry of this key.
+        """Create an empty draft for an entry of this key.
 
         Raises:
-            PreparedUnavailable: `prepared_unavailable`.
+            CacheUnavailable: `prepared_unavailable`.
         """
         self.make()
         with self.changing():
@@ -318,7 +185,7 @@ class CacheFolder:
         return draft
 
     def discard(self, draft: Path) -> None:
-        """Remove a draft if it is there, or tell the log; what is no draft is left alone."""
+        """Remove a draft, if it exists; a failure is logged, and other paths are left alone."""
         if draft.parent == self.path and _is_draft(draft.name):
             _remove(draft)
         descriptor = self._drafts.pop(draft, None)
@@ -327,10 +194,10 @@ class CacheFolder:
 
     @contextmanager
     def changing(self) -> Iterator[list[Path]]:
-        """Change what is there, alone in this process; what is added to the list is removed after that.
+        """Lock the folder in this process; paths added to the yielded list are removed afterwards.
 
         Raises:
-            PreparedUnavailable: `prepared_unavailable`, for whatever the file system refuses.
+            CacheUnavailable: `prepared_unavailable`, for every refusal of the file system.
         """
         doomed = list[Path]()
         try:
@@ -341,7 +208,7 @@ class CacheFolder:
                 _remove(path)
 
     def put(self, draft: Path, key: str, doomed: list[Path]) -> None:
-        """Have a draft, which is on the disk, be the entry of a key instead of what was, durably."""
+        """Rename a synced draft to the entry of a key, durably, in place of an older one."""
         path = self.entry(key)
         if os.path.lexists(path):
             self.take_away(path, doomed)
@@ -349,7 +216,7 @@ class CacheFolder:
         sync(self.path)
 
     def take_away(self, path: Path, doomed: list[Path]) -> None:
-        """Take an entry's name from it, if another process was not faster."""
+        """Rename an entry to a draft, to be removed; another process may have been faster."""
         draft = self._new_name(path)
         with suppress(FileNotFoundError):
             path.rename(draft)
@@ -369,23 +236,23 @@ class CacheFolder:
         if seen.st_uid != os.geteuid():
             raise CacheUnavailable(
                 f"{self.path} belongs to user {seen.st_uid}, and this process is user {os.geteuid()}: remove"
-                " it, or give it to this user"
+                " it, or change its owner to this user"
             )
         if mode & stat.S_IWOTH:
             raise CacheUnavailable(
-                f"everybody can write to {self.path}, so what is in it may be anybody's: remove it"
+                f"everybody can write to {self.path}, so its content may be anybody's: remove it"
             )
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             self.path.chmod(0o700)
         if mode & stat.S_IWGRP:
-            _log.warning("the group could write to %s: what was prepared is removed", self.path)
+            _log.warning("the group could write to %s: its prepared models are removed", self.path)
             for path in [*self.entries(), *self.abandoned()]:
                 _remove(path)
 
     def _refuse_irregular(self, seen: os.stat_result) -> None:
         if not stat.S_ISDIR(seen.st_mode):
             what = "a symbolic link" if stat.S_ISLNK(seen.st_mode) else "no folder"
-            raise CacheUnavailable(f"{self.path} is {what}: remove it, and a folder is made there")
+            raise CacheUnavailable(f"{self.path} is {what}: remove it, and a folder is created there")
 
     def _new_name(self, entry: Path) -> Path:
         return self.path / f"draft-{entry.name[:16]}-{secrets.token_hex(4)}"
@@ -393,7 +260,7 @@ class CacheFolder:
 
 @contextmanager
 def explain_os_errors(folder: Path) -> Iterator[None]:
-    """Say of all that the file system refuses what it means."""
+    """Turn every refusal of the file system into `CacheUnavailable`."""
     try:
         yield
     except (OSError, LedgerProblem) as error:
@@ -417,7 +284,7 @@ def _held(draft: Path) -> int:
 
 
 def _is_held(draft: Path) -> bool:
-    """Tell whether a process works on a draft; what cannot be locked may be worked on."""
+    """Return whether a process has locked a draft; a draft that cannot be locked counts as locked."""
     try:
         descriptor = _open_draft(draft)
     except OSError:

@@ -21,8 +21,9 @@ from pathlib import Path
 from events.clock import uuid7
 from events.counters import Histogram
 from events.models import Footprint
-from runtime.cache.files import CacheUnavailable, describe_cached, source_hashes
-from runtime.cache.key import FinishedForm, hash_inputs, make_key, needs_trial, runtime_was_replaced
+from runtime.cache.files import CacheUnavailable
+from runtime.cache.key import make_key, runtime_was_replaced
+from runtime.cache.manifest import FinishedForm, describe_cached, hash_inputs, needs_trial, source_hashes
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import (
     CHANGED,
@@ -45,18 +46,18 @@ from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash
 KEPT = "kept"
 LEFT_OUT = "left_out"
 STOPPED = "stopped"
-"""It may be tried again: a load wanted the memory, the machine was not well, or the server ended."""
+"""Interrupted, and may be repeated: a load needed the memory, or the server or the machine failed."""
 TOOK_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
-"""From a model of some kilobytes to the longest that preparing one may take."""
+"""Buckets in seconds: from a model of some kilobytes to `LIMIT_S`."""
 
 
 class PreparingCounts:
-    """The forms that were tried, by form and by what became of them, and the time that it took.
+    """Counters of preparations since the start of the server.
 
     Attributes:
-        tried: forms that were tried, by form and outcome.
-        took_s: how long preparing a model took, with all forms that were tried for it.
-        dropped: forms that a load, or a worker that served from it, could do nothing with.
+        tried: tried forms, by form and outcome.
+        took_s: durations of preparations, with all forms tried.
+        dropped: forms that failed in a load or in service.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class PreparingCounts:
         self.dropped = 0
 
     def count(self, tried: Mapping[Form, str], took_s: float) -> None:
-        """Count a preparation that has ended; one that tried nothing took nothing worth telling."""
+        """Count a preparation that has ended; one that tried no form is not counted."""
         if tried:
             self.tried.update(tried.items())
             self.took_s.observe(took_s)
@@ -74,28 +75,28 @@ class PreparingCounts:
 _log = logging.getLogger(__name__)
 
 FORMS: tuple[Form, ...] = ("prepacked", "optimised")
-"""From the one that loads in the least time to the simplest."""
+"""In the order of trial: from the fastest to load to the simplest."""
 WEIGHTS_IN: dict[Form, int] = {"prepacked": 2, "optimised": 1}
-"""How often a form has all that its sources have, at most: as it is, and packed."""
+"""Largest size of a form ÷ its sources: the weights as they are, and packed."""
 LIMIT_S = 900.0
-"""For all of one preparation: some hundred inferences of a second each, and 18 loads."""
+"""Limit of one preparation: some hundred inferences of a second each, and 18 loads."""
 TRIED_IN_TIMES = 1.75
-"""What a worker of a trial may map, in times of what a bare load took at most. With five networks of 2 to
-105 MB a bare load and an inference of one row map 1.1 times as much, a prepacked form of an MLP 1.6 times; to
-make a form takes 1.7, and whoever does is alone. With 8 rows some map 2.3 times: these are tried on fewer."""
+"""Memory limit of a trial's worker ÷ the peak of a bare load. With five networks of 2 to 105 MB a bare load
+and an inference of one row map 1.1 times the peak, a prepacked form of an MLP 1.6 times. Making a form takes
+1.7, alone. With 8 rows some map 2.3 times: these are tried on fewer."""
 TRIED_IN_BYTES = 2 * MAX_SAMPLE_BYTES
-"""Beside that: of a small model the inputs take most, as they come and as they are run."""
+"""Added to that: a small model's inputs take most, once as received and once as run."""
 
 
 class _Changed(Exception):
-    """The repository no longer has the files that were loaded: its next load offers what it then has."""
+    """The repository no longer has the files that were loaded; the next load offers the new ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What may be prepared: a version as it was loaded bare, and what one worker took for it at most.
+    """A version that may be prepared: as it was loaded bare, with the peak memory of one worker.
 
-    What that load was limited to says nothing of what may be taken here: that is reserved.
+    The memory limit of that load does not apply here: preparing has a reservation of its own.
     """
 
     load_job_id: str
@@ -107,25 +108,25 @@ class Candidate:
 
     @property
     def need_bytes(self) -> int:
-        """What preparing and trying takes at most: two workers at once, each within its limit."""
+        """Memory to reserve for a preparation: two workers at once, each within its limit."""
         return 2 * (self.worker_bytes + WORKER_BYTES)
 
     @property
     def worker_bytes(self) -> int:
-        """What one worker of a trial may take, beside what an empty one has."""
+        """Memory limit of one worker of a trial, beside an empty worker's memory."""
         return math.ceil(self.peak_bytes * TRIED_IN_TIMES) + TRIED_IN_BYTES
 
     @property
     def hashes(self) -> tuple[SourceHash, ...]:
-        """The files by content."""
+        """The hashes of the files."""
         return source_hashes(self.sources)
 
 
 class PreparationRun:
-    """One version being prepared.
+    """One preparation of one version.
 
     Attributes:
-        outcomes: what became of each form that was tried until now.
+        outcomes: the outcome of each form tried so far.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class PreparationRun:
         """Keep the first form that is of use, or that none is, if neither is known by now.
 
         Raises:
-            Stopped: it may be tried again.
+            TrialInterrupted: it may be repeated.
             CacheUnavailable: it cannot be kept.
             OSError: the repository cannot be read.
         """
@@ -166,7 +167,7 @@ class PreparationRun:
                 await self.settle_none(tried)
 
     async def settle_none(self, tried: Mapping[Form, str], *, untried_on: str | None = None) -> None:
-        """Have it remembered for a while that no form is of use, and why each is not."""
+        """Record for a while why no form is of use."""
         candidate = self._candidate
         await asyncio.to_thread(
             self._store.settle_none,
@@ -179,10 +180,10 @@ class PreparationRun:
         )
 
     async def _first_of_use(self, bare: Load, trial: Trial) -> dict[Form, str] | None:
-        """Keep the first form that is of use; if there is none, return why each is not."""
+        """Keep the first form that is of use and return None; else return the reason against each."""
         tried: dict[Form, str] = {}
         for form in FORMS:
-            self.outcomes[form] = STOPPED  # as long as nothing else is known
+            self.outcomes[form] = STOPPED  # until the form has an outcome
             why_not = await self._why_not(form, bare, trial, tried)
             self.outcomes[form] = KEPT if why_not is None else LEFT_OUT
             if why_not is None:
@@ -191,7 +192,7 @@ class PreparationRun:
         return tried
 
     async def _bare(self) -> tuple[Load, tuple[Tensor, ...]]:
-        """Return how the version is loaded bare, and the inputs that its `loadledger.toml` gives."""
+        """Return the order to load the version bare, and the inputs of its `loadledger.toml`."""
         candidate, repository = self._candidate, self._repository
         try:
             found = await asyncio.to_thread(repository.resolve, candidate.model_id, candidate.version)
@@ -212,12 +213,12 @@ class PreparationRun:
         return order, given
 
     async def _why_not(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
-        """Make a form, try it, and keep it; returns why not, or None."""
+        """Make a form, try it, and keep it; returns the reason against it, or None."""
         try:
             async with self._draft(form) as draft:
                 files = await self._make(form, bare, draft)
                 why_not, pairs = await trial.of(describe_cached(draft, form, files, self._candidate.hashes))
-                if why_not is None:  # whole: the draft must not be removed while it becomes an entry
+                if why_not is None:  # completely: the draft must not be removed while it becomes an entry
                     await complete(asyncio.to_thread(self._keep, draft, form, files, pairs, tried))
                 return why_not
         except CacheUnavailable:
@@ -233,7 +234,7 @@ class PreparationRun:
 
     @asynccontextmanager
     async def _draft(self, form: Form) -> AsyncIterator[Path]:
-        """Give a draft, and remove what is left of it, also if this is cancelled while it is made."""
+        """Yield a draft, and remove what is left of it, even if this is cancelled while it is created."""
         made: list[Path] = []
         expected_bytes = WEIGHTS_IN[form] * sum(file.bytes for file in self._candidate.sources)
         try:
@@ -297,27 +298,27 @@ class PreparationRun:
 
 
 MAX_ATTEMPTS = 3
-"""Of one that is stopped each time. If a load was in the way, a later one offers it again; if it took too
-long or too much memory, or its workers were killed, no form is of use for now."""
+"""Limit for a preparation that is interrupted each time. After that, no form is of use for now; a later load
+offers the version again if loads were in the way."""
 PAUSE_S = 600.0
-"""After the disk was full, or failed: until then nothing is prepared."""
+"""Pause of all preparations after a full or failing disk."""
 MAX_CANDIDATES = 1000
-"""Versions that wait to be prepared."""
+"""Limit of versions that wait to be prepared."""
 
 
 class Preparer:
-    """What is prepared, and what may be.
+    """Candidates and the preparation under way, and the cached models of loads.
 
     Args:
-        store: where forms are kept; None prepares nothing, and uses nothing.
-        pool: where workers come from.
-        repository: where the versions are.
-        wake: is called when there is something new to decide on.
+        store: the model cache; None disables it.
+        pool: the pool of workers.
+        repository: the model repository.
+        wake: called when the scheduler has something new to decide.
 
     Attributes:
-        preparation: what is being prepared now.
-        candidate: the version that this is.
-        counts: what became of it until now.
+        preparation: the preparation under way, for the scheduler.
+        candidate: its version.
+        counts: outcomes so far.
     """
 
     def __init__(
@@ -337,23 +338,23 @@ class Preparer:
 
     @property
     def store(self) -> ModelCache | None:
-        """Where forms are kept, if they are."""
+        """The model cache, if there is one."""
         return self._store
 
     @property
     def preparable(self) -> dict[str, int]:
-        """What preparing the files of a load would take, in bytes by load job id, oldest first."""
+        """Memory that preparing a candidate takes, in bytes by load job id, oldest first."""
         if time.monotonic() < self._paused_until:
             return {}
         return {each.load_job_id: each.need_bytes for each in self._candidates.values()}
 
     def offer(self, candidate: Candidate) -> None:
-        """Have a version prepared that was loaded bare, if it was not tried before."""
+        """Offer a version that was loaded bare; it becomes a candidate unless it was tried before."""
         if self._store is not None and len(self._candidates) < MAX_CANDIDATES:
             self._spawn(self._look(self._store, candidate))
 
     def begin(self, load_job_id: str) -> None:
-        """Prepare what was offered for a load; `wake` is called when that has ended, well or not."""
+        """Prepare the candidate of a load; `wake` is called at the end, whatever the outcome."""
         assert self._store is not None
         assert self._running is None
         key = next(key for key, each in self._candidates.items() if each.load_job_id == load_job_id)
@@ -363,23 +364,22 @@ class Preparer:
         self._running.add_done_callback(lambda _: self._over())
 
     def stop(self) -> None:
-        """End what is being prepared; what it takes is given back when its processes have exited."""
+        """Stop the preparation; its memory is free when its processes have exited."""
         if self._running is not None and self.preparation is not None:
             self.preparation = replace(self.preparation, stopping=True)
             self._running.cancel()
 
     async def close(self) -> None:
-        """End everything, and wait until it has ended."""
+        """Cancel all tasks, and wait until they have ended."""
         tasks = [*self._looks, *filter(None, [self._running])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def form_for(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> CachedCopy | None:
-        """Return the prepared form of these files, if there is one; reads files, so call it in a thread.
+        """Return the cached model of these files, if there is one; reads files, so call it in a thread.
 
-        What they hold is what the ledger knows of files with these sizes and times; the load finds out
-        whether they do.
+        Their hashes are those that the ledger has for files of these sizes and times; the load verifies them.
         """
         key = self._key(files, footprints)
         if self._store is None or key is None:
@@ -387,7 +387,7 @@ class Preparer:
         try:
             return self._store.use(key)
         except (CacheUnavailable, OSError) as error:
-            _log.warning("a prepared form cannot be used, and the load goes on without: %s", error)
+            _log.warning("a prepared form cannot be used, and the load goes on without it: %s", error)
             return None
 
     def form_of(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
@@ -403,7 +403,7 @@ class Preparer:
         return make_key(source_hashes(known), self._pool.threads)
 
     def failed(self, prepared: CachedCopy, reason: str) -> None:
-        """Drop a form that a load could do nothing with."""
+        """Drop a form that failed in a load or in service."""
         _log.warning("the prepared form %s is dropped: %s", prepared.sha256[:12], reason)
         self.counts.dropped += 1
         if self._store is not None:
@@ -421,7 +421,7 @@ class Preparer:
             self._wake()
 
     def _key_to_prepare(self, store: ModelCache, candidate: Candidate) -> str | None:
-        """Return the key, if it is not known what is of use for it, or there are other inputs to try."""
+        """Return the key of a candidate if a trial is due, else None."""
         key = make_key(candidate.hashes, self._pool.threads)
         entry = store.find(key)
         if entry is None:
@@ -430,7 +430,7 @@ class Preparer:
             return None
         try:
             given = read_warm_up(self._repository, candidate.model_id).inputs
-        except (RuntimeProblem, OSError):  # the next load says what is wrong with them
+        except (RuntimeProblem, OSError):  # the next load reports that
             return None
         return key if needs_trial(entry, given) else None
 

@@ -21,44 +21,50 @@ import msgspec
 
 from events.clock import add_seconds
 from runtime.cache.files import (
-    LAYOUT,
-    MANIFEST,
     CacheFolder,
     CacheUnavailable,
-    Manifest,
-    are_plain_names,
-    describe_cached,
     explain_os_errors,
     have_sizes,
-    read_manifest,
     remove_others,
     sync,
     verify_files,
+)
+from runtime.cache.manifest import (
+    LAYOUT,
+    MANIFEST,
+    Cleared,
+    Entry,
+    FinishedForm,
+    Manifest,
+    are_plain_names,
+    describe_cached,
+    make_entry,
+    read_manifest,
+    timestamp_of,
     write_manifest,
 )
-from runtime.cache.key import Cleared, Entry, FinishedForm, make_entry, timestamp_of
 from runtime.memory import room
 from runtime.wire import CachedCopy, Form, HashedFile, plain_text
 
 MAX_WITHOUT_FORM = 1_000
-"""Keys of which is only known that no form is of use. Each takes a folder and a file; one that is forgotten
-and asked for again costs one more attempt to prepare."""
+"""Limit of keys without a form. Each takes a folder and a file; a forgotten one costs one more attempt to
+prepare."""
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """When something was used last, in nanoseconds since 1970, and what its form takes; None is no form."""
+    """The last use, in nanoseconds since 1970, and the size of the form; None is no form."""
 
     used_ns: int
     bytes: int | None
 
 
 class UseOrder:
-    """The last use of each key, within limits.
+    """The order of use of all keys (LRU), within limits.
 
     Args:
-        limit_bytes: what all forms may take together.
-        max_without_form: how many keys without one are remembered.
+        limit_bytes: the size of all forms together.
+        max_without_form: the number of keys without a form.
     """
 
     def __init__(self, limit_bytes: int, max_without_form: int) -> None:
@@ -74,42 +80,42 @@ class UseOrder:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """How many forms there are, and the bytes of all."""
+        """The number of forms, and their size."""
         return len(self._uses) - self._without_form, self._bytes
 
     def forms(self) -> list[tuple[str, int]]:
-        """List the keys that have a form, with the bytes of each, the one used the longest ago first."""
+        """List the keys that have a form with their sizes, the least recently used first."""
         return [(key, use.bytes) for key, use in self._oldest_first() if use.bytes is not None]
 
     def put(self, key: str, use: Use) -> None:
-        """Take what was found of a key, instead of what was known of it."""
+        """Set the last use of a key."""
         self.forget(key)
         self._uses[key] = use
         self._latest_ns = max(self._latest_ns, use.used_ns)
         self._count(use, 1)
 
     def use(self, key: str, bytes_: int | None, now_ns: int) -> int:
-        """Note that a key is used now.
+        """Record a use of a key now.
 
         Returns:
-            The time to remember: later than all others, even if the clock was set back or has not moved.
+            Its time: later than all others, even if the clock was set back or has not moved.
         """
         used_ns = max(now_ns, self._latest_ns + 1)
         self.put(key, Use(used_ns, bytes_))
         return used_ns
 
     def forget(self, key: str) -> None:
-        """Leave a key out, if it is there."""
+        """Remove a key, if it is there."""
         use = self._uses.pop(key, None)
         if use is not None:
             self._count(use, -1)
 
     def are_too_many(self) -> bool:
-        """Tell whether something has to go."""
+        """Return whether a limit is exceeded."""
         return self._bytes > self._limit_bytes or self._without_form > self._max_without_form
 
     def next_to_go(self) -> Iterator[str]:
-        """Give what has to go, each of which is to be forgotten before the next; the oldest goes first."""
+        """Yield the keys to evict, the least recently used first; forget each before taking the next."""
         for key, use in self._oldest_first():
             too_many = (
                 self._without_form > self._max_without_form
@@ -130,30 +136,26 @@ class UseOrder:
 
 
 FOLDER = "prepared"
-"""In the data directory."""
+"""The folder's name in the data directory."""
 USELESS_KNOWN_S = 86_400
-"""For how long it is known that no form is of use, where trials say so and no load or inference did."""
+"""A day: how long a trial's verdict that no form is of use holds. A failed load's verdict holds for good."""
 
 _log = logging.getLogger(__name__)
 
 
 class ModelCache:
-    """What is prepared, in one folder.
+    """The optimised model cache in one folder.
 
-    `find` and `use` never fail for what is in there. The others raise `CacheUnavailable`
-    (`prepared_unavailable`) whenever the file system refuses, the disk being full included, and leave no
-    draft behind.
+    `find` and `use` never fail because of the folder's content. The other methods raise `CacheUnavailable`
+    (`prepared_unavailable`) for every refusal of the file system, a full disk included, and leave no draft.
 
     Args:
-        folder: it is made by `open`, and must not be a link.
-        limit_bytes: what all forms may take together. Drafts, and files that are removed while a worker has
-            them mapped, are not counted.
-        max_without_form: of how many keys is remembered that no form is of use.
-        now_ns: gives the time, in nanoseconds since 1970.
-        room: gives how many bytes may be taken where a folder is.
-
-    Attributes:
-        limit_bytes: as given.
+        folder: the folder, which `open` creates; it must not be a link.
+        limit_bytes: the size of all forms together. Drafts, and removed files that a worker has mapped, are
+            not counted.
+        max_without_form: number of keys for which the reasons against all forms are remembered.
+        now_ns: the time in nanoseconds since 1970.
+        room: the bytes that may be taken on a folder's disk.
     """
 
     def __init__(
@@ -172,14 +174,13 @@ class ModelCache:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """How many forms there are, as far as this process knows, and the bytes of all."""
+        """The number of forms that this process knows of, and their size."""
         return self._uses.kept
 
     def open(self) -> None:
-        """Make the folder, and remove from it what is not whole, or too much; forget what no longer is.
+        """Create the folder; remove incomplete entries, abandoned drafts and what exceeds the limits.
 
-        What has a name that we do not give is left alone, and told in the log. May be repeated: drafts that
-        this store has given are left alone too.
+        Foreign names are left alone and logged. May be repeated: drafts of this cache stay.
         """
         self._folder.make()
         with self._folder.changing() as doomed:
@@ -190,10 +191,10 @@ class ModelCache:
         strangers = self._folder.strangers()
         if strangers:
             names = ", ".join(map(repr, strangers[:8]))
-            _log.warning("not ours, and left alone, in %s: %s", self._folder.path, names)
+            _log.warning("foreign files in %s are left alone: %s", self._folder.path, names)
 
     def find(self, key: str) -> Entry | None:
-        """Say what is known for a key; None is nothing, or no longer."""
+        """Return the entry of a key; None if there is none or it has expired."""
         found = self._read(key)
         if found is None:
             return None
@@ -201,10 +202,10 @@ class ModelCache:
         return make_entry(*found) if until is None or timestamp_of(self._now_ns()) <= until else None
 
     def use(self, key: str) -> CachedCopy | None:
-        """Return the form to load for a key, and note that it is used; None if there is none of use.
+        """Return the form to load for a key, and record its use; None if no form is of use.
 
-        Where its files have another identity than when it was made, they are read, which may take seconds;
-        a form whose content is another is removed.
+        Files whose identity has changed are read, which may take seconds; a form whose content differs is
+        removed.
         """
         found = self._read(key)
         if found is None:
@@ -223,32 +224,32 @@ class ModelCache:
         )
 
     def draft(self, key: str, expected_bytes: int = 0) -> Path:
-        """Make an empty folder for a form of this key, which is the caller's to keep or discard.
+        """Create a draft for a form of this key; the caller keeps or discards it.
 
         Args:
-            key: of which.
-            expected_bytes: what the form is likely to take. There is room for it twice, since it is written
-                twice, and forms that were used the longest ago go for that.
+            key: the key of the form.
+            expected_bytes: the likely size of the form. It is written twice, so the least recently used forms
+                are evicted until the disk has room for twice that.
 
         Raises:
-            PreparedUnavailable: `prepared_unavailable`, there is no such room, for one.
+            CacheUnavailable: `prepared_unavailable`, for example without that room.
         """
         if expected_bytes:
             self._make_room(2 * expected_bytes)
         return self._folder.draft(key)
 
     def discard(self, draft: Path) -> None:
-        """Remove a draft, if it is there; without an error."""
+        """Remove a draft, if it exists; a failure is logged."""
         self._folder.discard(draft)
 
     def keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
-        """Have the form in a draft be what is used for a key, instead of what was, and make room for it.
+        """Turn a draft into the entry of a key, in place of an older one, and evict others for it.
 
-        The draft is no longer there afterwards, however this ends.
+        The draft is gone afterwards, however this ends.
 
         Returns:
-            The form as it is to be loaded. None if it takes more than all forms may, or its files are not
-            those that were made; then that is what is known for the key.
+            The form to load. None if it is larger than the limit or its files are not the reported ones; the
+            entry then has that reason.
         """
         try:
             with explain_os_errors(self._folder.path):
@@ -266,28 +267,22 @@ class ModelCache:
         took_ms: int = 0,
         untried_on: str | None = None,
     ) -> None:
-        """Remember for a day that no form is of use, and why each is not: it may be as the machine was.
+        """Record for a day why no form is of use: the reason may have been the machine's load.
 
-        Args:
-            key: of what.
-            tried: why not, for each form.
-            model_id: whose files those are.
-            version: of that model.
-            took_ms: what making and trying it took.
-            untried_on: if nothing could be tried, the SHA-256 of the inputs that there were for it.
+        For the arguments see `Manifest`.
         """
         manifest = self._manifest(key, model_id, version, took_ms, tried)
         until = add_seconds(manifest.made_at, USELESS_KNOWN_S)
         self._settle(msgspec.structs.replace(manifest, known_until=until, untried_on=untried_on))
 
     def drop(self, key: str, reason: str, used: CachedCopy | None = None) -> bool:
-        """Remove the form of a key, and remember that it is of no use, and why.
+        """Remove the form of a key, and record for good why it is of no use.
 
         Args:
-            key: of which.
-            reason: what went wrong with it.
-            used: what it went wrong with. If that is no longer what is there, nothing is done: it was
-                evicted, cleared or made anew while it was loaded, and is not to blame.
+            key: the key of the form.
+            reason: what went wrong.
+            used: the form with which it went wrong; nothing happens if the entry has another one by now,
+                since it was evicted, cleared or replaced meanwhile.
 
         Returns:
             Whether it was removed.
@@ -301,14 +296,14 @@ class ModelCache:
         return True
 
     def entries(self) -> list[Entry]:
-        """List all that is known, the last used first."""
+        """List all entries, the last used first."""
         found = [found for path in self._folder.entries() if (found := read_manifest(path)) is not None]
         return [make_entry(*each) for each in sorted(found, key=lambda each: -each[1])]
 
     def clear(self, model_id: str | None = None) -> Cleared:
-        """Remove all that was prepared, or what was made of one model; what is being made goes on.
+        """Remove all entries, or those of one model; a preparation under way goes on.
 
-        Another process than the server's may do this. It removes drafts that nobody works on, too.
+        Any process may call this. It also removes drafts that no process has locked.
         """
         entries = size = 0
         with self._folder.changing() as doomed:
@@ -343,7 +338,7 @@ class ModelCache:
             figures=dict(made.figures),
         )
         self._publish(draft, manifest)
-        return self.use(key)  # with the identities that the files have under their new name
+        return self.use(key)  # with the files' identities after the rename
 
     def _leave_out(self, manifest: Manifest, form: Form, reason: str, needs_bytes: int = 0) -> None:
         tried: dict[Form, str] = {**manifest.tried, form: reason}
@@ -382,7 +377,7 @@ class ModelCache:
         if (
             found is None
             or not have_sizes(path, found[0].files)
-            or 0 < found[0].needs_bytes <= self.limit_bytes  # it was too much, and no longer is
+            or 0 < found[0].needs_bytes <= self.limit_bytes  # too large for an earlier limit only
         ):
             self._take_away(path, doomed)
         else:
@@ -390,7 +385,7 @@ class ModelCache:
             self._uses.put(path.name, Use(used_ns, manifest.form_bytes))
 
     def _make_room(self, needed: int) -> None:
-        """Have so much room on the disk, at the cost of forms; of none where all of them would not do."""
+        """Evict forms until the disk has this much room; none if even all of them would not suffice."""
         self._folder.make()
         with self._folder.changing():
             there_is, oldest = self._room(self._folder.path), self._uses.forms()
@@ -402,7 +397,7 @@ class ModelCache:
                 self._take_away(self._folder.entry(key), doomed)
             with explain_os_errors(self._folder.path):
                 before, there_is = there_is, self._room(self._folder.path)
-            if there_is - before < size // 2:  # workers have it mapped: not all are to go for nothing
+            if there_is - before < size // 2:  # workers have it mapped: evicting more would free nothing
                 break
         if there_is < needed:
             raise CacheUnavailable(
@@ -426,11 +421,11 @@ class ModelCache:
         path = self._folder.entry(manifest.key)
         with suppress(CacheUnavailable), self._folder.changing() as doomed:
             if _is_still(path, manifest):
-                _log.warning("the files in %s are no longer those that were prepared", path)
+                _log.warning("the files in %s have changed since they were prepared: removed", path)
                 self._take_away(path, doomed)
 
     def _renewed(self, manifest: Manifest, files: tuple[HashedFile, ...]) -> Manifest:
-        """Trust the files' present identities from now on; if that cannot be kept, they are read again."""
+        """Record the files' present identities; if that fails, the next use reads the files again."""
         renewed = msgspec.structs.replace(manifest, files=files)
         path = self._folder.entry(manifest.key)
         with suppress(CacheUnavailable), self._folder.changing():
@@ -441,7 +436,7 @@ class ModelCache:
     def _count_use(self, manifest: Manifest) -> None:
         used_ns = self._uses.use(manifest.key, manifest.form_bytes, self._now_ns())
         path = self._folder.entry(manifest.key) / MANIFEST
-        with suppress(OSError):  # it is gone, or cannot be written to: it may then go before its time
+        with suppress(OSError):  # removed or not writable: it may be evicted too early
             os.utime(path, ns=(used_ns, used_ns), follow_symlinks=False)
 
     def _read(self, key: str) -> tuple[Manifest, int] | None:
@@ -451,9 +446,9 @@ class ModelCache:
 
 
 def _checked(draft: Path, files: tuple[HashedFile, ...]) -> tuple[HashedFile, ...] | None:
-    """Return a form's files, once they are on the disk; None if they are not those that were made."""
+    """Return a draft's files, synced to the disk; None if they are not the reported ones."""
     if not draft.is_dir():
-        raise CacheUnavailable(f"the draft {draft} is gone: something else has removed it")
+        raise CacheUnavailable(f"the draft {draft} is gone: another process has removed it")
     if not files or not are_plain_names(files) or not have_sizes(draft, files):
         return None
     for file in files:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from events.clock import uuid7
-from runtime.cache.files import source_hashes
+from runtime.cache.manifest import source_hashes
 from runtime.errors import (
     ForkServerUnavailable,
     InferenceFailed,
@@ -40,20 +40,20 @@ from runtime.process.worker import LoadReport, Worker
 from runtime.wire import DATATYPES, CachedCopy, Load, Outcome, Tensor, TensorSpec
 
 LENGTHS = ((1, 8), (8, 8), (2, 8), (1, 64))
-"""Tried where a shape leaves one open: along the first dimension, mostly the batch's, and along others."""
+"""Lengths for open dimensions: of the first one, usually the batch dimension, and of the others."""
 MAX_SAMPLE_BYTES = 10 * 2**20
-"""Of all inputs together: two pictures of 640 by 640 as floats. A model that takes more is tried on what its
-`loadledger.toml` gives, or not."""
+"""Limit of all inputs together: two pictures of 640 by 640 as floats. A model with larger inputs is tried on
+those of its `loadledger.toml`, if any."""
 PERIOD = 4099
-"""Values, after which noise repeats itself: quickly made, and a prime, so that rows differ."""
+"""Period of the noise in values: small, so it is made quickly, and a prime, so that rows differ."""
 _TEXT = struct.pack("<I", 1) + b"a"
 _FLOATS = {"FP16": "e", "FP32": "f", "FP64": "d"}
 
 
 def make_samples(inputs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield what a model with these inputs may take, the likeliest first: of each shape noise, then zeros.
+    """Yield inputs that a model may accept, the likeliest first: for each shape noise, then zeros.
 
-    Floats are between -1 and 1; integers 0 or 1, which is an index of anything.
+    Floats are between -1 and 1; integers are 0 or 1, a valid index of almost anything.
     """
     required = [spec for spec in inputs if not spec.optional]
     if not all(spec.datatype in DATATYPES for spec in required):
@@ -108,21 +108,21 @@ def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
 
 
 CHANGED = ("model_changed", "unsafe_file")
-"""Why a load is refused whose files are no longer those that were loaded before."""
+"""Codes of a load whose files have changed since the load before."""
 
 
 class TrialImpossible(Exception):
-    """There is nothing to try the model on, or the bare one does not do either: it says what."""
+    """No trial is possible: no inputs are known, or the bare model fails on them."""
 
 
 class TrialInterrupted(Exception):
-    """It could not be finished, for no reason of the form's own, and may be tried again: it says why."""
+    """The trial ended early for no fault of the form, and may be repeated."""
 
 
 def has_outside_cause(problem: RuntimeProblem) -> bool:
-    """Tell whether it may be another's fault than that of whatever was loaded or run.
+    """Return whether the problem may have a cause outside of the model and its form.
 
-    A process that is killed is so by whoever wants its memory, or at the server's end.
+    A worker is killed for its memory, or at the server's end.
     """
     if isinstance(problem, WorkerDied):
         return problem.end.exit_code is None and problem.end.signal in {None, signal.SIGKILL}
@@ -131,14 +131,14 @@ def has_outside_cause(problem: RuntimeProblem) -> bool:
 
 @contextmanager
 def bare_model_errors(*, passing: tuple[type[RuntimeProblem], ...] = ()) -> Iterator[None]:
-    """Blame no form for what goes wrong with the bare model.
+    """Turn problems of the bare model into trial errors, so that no form is rejected for them.
 
     Args:
-        passing: problems that are passed on, as it is that the files are others by now.
+        passing: problems that are raised unchanged, as are those of changed files.
 
     Raises:
-        NotTried: it is the model's own.
-        Stopped: it is what the model was given of time and memory, or somebody else's doing.
+        TrialImpossible: the model itself fails.
+        TrialInterrupted: limits of time or memory, or an outside cause.
     """
     try:
         yield
@@ -151,25 +151,22 @@ def bare_model_errors(*, passing: tuple[type[RuntimeProblem], ...] = ()) -> Iter
 
 
 ROUNDS = 3
-"""Pairs of fresh processes."""
+"""Pairs of fresh processes: the verdict needs a majority of loads."""
 RUNS = 200
-"""Inferences of each, in each round, at most; `MIN_RUNS` at least, and otherwise for `RUN_S`."""
+"""Limit of inferences per session and round; at least `MIN_RUNS`, otherwise for `RUN_S`."""
 MIN_RUNS = 3
 RUN_S = 0.5
 INFERENCE_LIMIT_S = 60.0
 MADE_UP = 2
-"""Shapes of inputs that are made up and asked. Kernels differ for one row and for several, and so do mistakes
-in what they get: with misaligned weights one row is answered, and two crash (measured with 1.31)."""
+"""Shapes of made-up inputs that are compared. Kernels for one row and for several differ, and so do their
+defects: with misaligned weights one row is answered, and two crash (measured with 1.31)."""
 MIN_RATE = 0.97
-"""What part of the bare session's rate a prepared one has to have: less could not be told from nothing."""
+"""Least inference rate of a cached session ÷ the bare one: a smaller difference is noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What was measured of a bare and a prepared session, side by side.
-
-    Each has the microseconds of its load, the nanoseconds of its quickest inference, and its private bytes.
-    """
+    """Measurements of a bare and a cached session: load, fastest inference and private bytes of each."""
 
     bare_load_us: int
     load_us: int
@@ -180,11 +177,10 @@ class Pair:
 
 
 def verdict(pairs: Sequence[Pair]) -> str | None:
-    """Say why a form whose answers are equal is still of no use; None if it is of use.
+    """Return why a form with equal answers is of no use; None if it is of use.
 
-    It has to load faster in most pairs, and at its best than the bare one at its best. Its inferences are
-    slower if they are in every pair: what else the machine does makes one look slow now and then, and not
-    again and again.
+    It must load faster in most pairs, and its best load must beat the bare model's best. Its inferences count
+    as slower if they are in every pair: other load on the machine slows one pair, but not all.
     """
     faster = sum(pair.load_us < pair.bare_load_us for pair in pairs)
     ours, bare = min(pair.load_us for pair in pairs), min(pair.bare_load_us for pair in pairs)
@@ -197,19 +193,19 @@ def verdict(pairs: Sequence[Pair]) -> str | None:
 
 
 def least_of_each(pairs: Sequence[Pair]) -> dict[str, int]:
-    """Return what is kept of the measurements: the least of each."""
+    """Return the least of each measurement, which the manifest keeps."""
     return {
         field.name: min(getattr(pair, field.name) for pair in pairs) for field in dataclasses.fields(Pair)
     }
 
 
 class Trial:
-    """Tries prepared forms of one version.
+    """Trials of one version's forms.
 
     Args:
-        pool: where workers come from.
-        bare: how the version is loaded; without a warm-up, and in the background.
-        given: inputs that the model is known to take; nothing means that some are made up.
+        pool: the pool of workers.
+        bare: the order to load the version; a trial skips its warm-up and runs in the background.
+        given: inputs of its loadledger.toml; empty means that the trial makes some up.
     """
 
     def __init__(self, pool: WorkerPool, bare: Load, given: Sequence[Tensor]) -> None:
@@ -219,13 +215,12 @@ class Trial:
         self._sets: list[tuple[Tensor, ...]] | None = None
 
     async def of(self, prepared: CachedCopy) -> tuple[str | None, Sequence[Pair]]:
-        """Try a form; returns why it is of no use, or None, and what was measured.
+        """Try a form; returns why it is of no use, or None, and the measurements.
 
         Raises:
-            NotTried: nobody can say, of any form.
-            Stopped: it took too long, or the bare model more memory than was reserved for it.
-            RuntimeProblem: the files are others by now, or the prepared one could not be loaded or run, or
-                its worker died.
+            TrialImpossible: no form of this model can be tried.
+            TrialInterrupted: it took too long, or the bare model more memory than was reserved for it.
+            RuntimeProblem: the files have changed, the form could not be loaded or run, or its worker died.
         """
         pairs: list[Pair] = []
         for _ in range(ROUNDS):
@@ -234,7 +229,7 @@ class Trial:
                 self._loaded(replace(self._bare, prepared=prepared)) as (other, report),
             ):
                 if source_hashes(bare_report.files) != prepared.sources:
-                    raise LoadRefused("model_changed", "the model's files are others by now")
+                    raise LoadRefused("model_changed", "the model's files have changed")
                 difference = _difference(bare_report, report)
                 if difference is not None:
                     return difference, pairs
@@ -258,7 +253,7 @@ class Trial:
             await kill_and_wait(worker)
 
     async def _asked(self, bare: Worker, report: LoadReport) -> list[tuple[Tensor, ...]]:
-        """Return what the model is tried on: what is given, and what is made up that it takes."""
+        """Return the inputs of the trial: the given ones, and made-up ones that the model accepts."""
         found = [self._given] if self._given else []
         shapes: set[tuple[tuple[int, ...], ...]] = set()
         refused = ""
@@ -285,7 +280,7 @@ class Trial:
 
 
 async def _made_up(report: LoadReport) -> AsyncIterator[tuple[Tensor, ...]]:
-    """Yield made-up inputs; each is made in a thread, since making a large one takes a while."""
+    """Yield made-up inputs; a thread makes them, since a large one takes a while."""
     source = make_samples(report.inputs)
     while (made := await asyncio.to_thread(next, source, None)) is not None:
         yield made
@@ -304,13 +299,13 @@ async def _agree(bare: Worker, other: Worker, sets: Iterable[tuple[Tensor, ...]]
         with bare_model_errors():
             _, expected = await _ask(bare, inputs)
         _, answered = await _ask(other, inputs)
-        if _told(answered) != _told(expected):
+        if _hashes(answered) != _hashes(expected):
             return False
     return True
 
 
 async def _quickest_ns(bare: Worker, other: Worker, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
-    """Ask both in turn until it is enough, and return what the quickest inference of each took."""
+    """Run both in turn; returns the duration of the fastest inference of each."""
     until = time.monotonic() + 2 * RUN_S
     took: list[tuple[int, int]] = []
     while len(took) < MIN_RUNS or (len(took) < RUNS and time.monotonic() < until):
@@ -323,9 +318,9 @@ async def _quickest_ns(bare: Worker, other: Worker, inputs: tuple[Tensor, ...]) 
 
 
 async def _ask(worker: Worker, inputs: tuple[Tensor, ...]) -> tuple[Outcome, tuple[Tensor, ...]]:
-    """Run the model; its answers stay with the worker, however long: what comes back is their hashes."""
+    """Run the model; the worker returns only the hashes of its outputs."""
     return await worker.infer(inputs, digest=True, timeout_s=INFERENCE_LIMIT_S)
 
 
-def _told(answers: Iterable[Tensor]) -> list[tuple[str, bytes]]:
+def _hashes(answers: Iterable[Tensor]) -> list[tuple[str, bytes]]:
     return [(answer.name, bytes(answer.data)) for answer in answers]

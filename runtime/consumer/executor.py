@@ -40,7 +40,7 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
-from runtime.cache.files import source_hashes
+from runtime.cache.manifest import source_hashes
 from runtime.cache.preparer import Candidate, Preparer
 from runtime.cache.store import ModelCache
 from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unload

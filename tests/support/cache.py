@@ -17,8 +17,8 @@ from typing import get_args
 import onnxruntime as ort
 from msgspec.structs import replace
 
-from runtime.cache.files import Figure, describe_cached
-from runtime.cache.key import FinishedForm, make_key
+from runtime.cache.key import make_key
+from runtime.cache.manifest import Figure, FinishedForm, describe_cached
 from runtime.cache.store import ModelCache
 from runtime.errors import Exit
 from runtime.process.pool import WorkerPool

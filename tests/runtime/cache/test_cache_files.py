@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from support.cache import check_whole, halves, keep, key, made_of, written
 from support.history import PLAIN
 
-from runtime.cache.files import CacheUnavailable, source_hashes
+from runtime.cache.files import CacheUnavailable
+from runtime.cache.manifest import source_hashes
 from runtime.cache.store import ModelCache
 from runtime.wire import HashedFile
 

@@ -81,12 +81,12 @@ def test_unknown_cpus_are_equal(tmp_path: Path) -> None:
 KEYS = """
 import os, sys
 from pathlib import Path
-from runtime.cache.key import key_of
+from runtime.cache.key import make_key
 folder = Path(sys.argv[1], "onnxruntime", "capi")
 def key(name, data, mtime):
     (folder / name).write_bytes(data)
     os.utime(folder, ns=(mtime, mtime))  # as a new file of another name would
-    return key_of([], 1)
+    return make_key([], 1)
 says = "build_and_package_info.py"
 keys = [
     key("libonnxruntime.so.1.31.1", b"12", 1),
@@ -113,7 +113,9 @@ def test_key_covers_the_onnxruntime_package(tmp_path: Path) -> None:
     run(KEYS, str(tmp_path))
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "onnxruntime.py").touch()
-    run("from runtime.cache.key import key_of; assert len(key_of([], 1)) == 64", str(tmp_path / "without"))
+    run(
+        "from runtime.cache.key import make_key; assert len(make_key([], 1)) == 64", str(tmp_path / "without")
+    )
 
 
 def test_replaced_library_is_found_in_mapped_files(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from support.fleet import new_dice, of_both, tell
 from support.history import PLAIN, child
 
 from runtime.cache.files import CacheUnavailable
-from runtime.cache.key import Cleared, Entry, hash_inputs, make_key, needs_trial
+from runtime.cache.key import make_key
+from runtime.cache.manifest import Cleared, Entry, hash_inputs, needs_trial
 from runtime.cache.store import USELESS_KNOWN_S, ModelCache, Use, UseOrder
 from runtime.wire import SourceHash, Tensor
 

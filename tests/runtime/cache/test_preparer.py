@@ -17,7 +17,7 @@ from support.workers import until
 
 from events.jobs import Job, JobStatus
 from events.types import LoadParameters, ModelLoaded
-from runtime.cache.key import Entry
+from runtime.cache.manifest import Entry
 from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import has_outside_cause

@@ -1,0 +1,240 @@
+"""What the cache records of a cached model: its manifest, and the entry that others read.
+
+An invalid manifest counts as none, so that a damaged or foreign folder is never used.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from events.audit.files import write_file
+from events.clock import format_timestamp
+from events.types import LoadedFile as RecordedFile
+from runtime.cache.files import open_file
+from runtime.wire import CachedCopy, Count, Form, HashedFile, Name, Sha256, SourceHash, Tensor, Text
+
+LAYOUT: Literal[1] = 1
+"""Version of these folders and of how forms are made; a new number invalidates the whole cache."""
+
+
+MANIFEST = "manifest.json"
+
+
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""The longest allowed list of sources with the longest paths fits."""
+
+
+MAX_TIME_S = 250_000_000_000
+"""In the year 9892: a file's time may be later, but has no timestamp then."""
+
+
+_NO_FILE = frozenset({"", ".", "..", MANIFEST})
+
+
+Figure = int | float | str
+
+
+Figures = dict[Name, Figure]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What was made for a key: a form, or none that is of use.
+
+    Attributes:
+        layout: `LAYOUT`.
+        key: the folder's name, as `key_of` makes it.
+        model_id: what it was made of, for people; others with the same files use it too.
+        version: of that model.
+        made_at: when.
+        took_ms: what making and trying it took.
+        form: None if no form is of use.
+        sha256: of the form, as `form_sha256` makes it.
+        files: the form's own, directly in the folder.
+        sources: the repository's files that it was made of.
+        needs_bytes: what a form takes that was left out because that is too much; else 0.
+        figures: what was measured of it.
+        tried: why each other form was left out.
+        known_until: when all this is forgotten; None is never.
+        untried_on: if nothing could be tried, the SHA-256 of the inputs that there were for it.
+    """
+
+    layout: Literal[1]
+    key: Sha256
+    model_id: Name
+    version: Count
+    made_at: Name
+    took_ms: Count = 0
+    form: Form | None = None
+    sha256: Sha256 | None = None
+    files: tuple[HashedFile, ...] = ()
+    sources: tuple[SourceHash, ...] = ()
+    needs_bytes: Count = 0
+    figures: Annotated[Figures, msgspec.Meta(max_length=64)] = {}
+    tried: dict[Form, Text] = {}
+    known_until: Name | None = None
+    untried_on: Sha256 | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the form's files."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def form_bytes(self) -> int | None:
+        """Size of the form; None if there is none."""
+        return None if self.form is None else self.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedForm:
+    """A form that passed its trial; `Manifest` describes the shared fields.
+
+    Attributes:
+        files: the files that the worker reported, directly in the draft.
+        tried: why each form that was tried before it was left out.
+    """
+
+    form: Form
+    files: tuple[HashedFile, ...]
+    sources: tuple[SourceHash, ...]
+    model_id: str
+    version: int
+    took_ms: int
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    tried: Mapping[Form, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A manifest as others see it: without its files, with their size and its last use."""
+
+    key: str
+    model_id: str
+    version: int
+    form: Form | None
+    sha256: str | None
+    bytes: int
+    made_at: str
+    used_at: str
+    took_ms: int
+    figures: Mapping[str, Figure]
+    tried: Mapping[Form, str]
+    untried_on: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """The number of removed entries, and the size of their forms."""
+
+    entries: int
+    bytes: int
+
+
+def make_entry(manifest: Manifest, used_ns: int) -> Entry:
+    """Return the entry of a manifest and its last use."""
+    return Entry(
+        manifest.key,
+        manifest.model_id,
+        manifest.version,
+        manifest.form,
+        manifest.sha256,
+        manifest.bytes,
+        manifest.made_at,
+        timestamp_of(used_ns),
+        manifest.took_ms,
+        manifest.figures,
+        manifest.tried,
+        manifest.untried_on,
+    )
+
+
+def describe_cached(
+    folder: Path, form: Form, files: Sequence[HashedFile], sources: Sequence[SourceHash]
+) -> CachedCopy:
+    """Describe a form, or its draft, to the worker that loads it."""
+    own = tuple(sorted(files, key=lambda file: file.path))
+    of = tuple(sorted(sources, key=lambda file: file.path))
+    return CachedCopy(str(folder), form, form_sha256(own), own, of)
+
+
+def source_hashes(files: Iterable[HashedFile | RecordedFile]) -> tuple[SourceHash, ...]:
+    """Return the hashes of files, ordered by path."""
+    return tuple(SourceHash(file.path, file.sha256) for file in sorted(files, key=lambda file: file.path))
+
+
+def form_sha256(files: Iterable[HashedFile]) -> str:
+    """Return the hash of a form: SHA-256 over a line "<sha256> <path>" per file, ordered by path."""
+    lines = (f"{file.sha256} {file.path}\n" for file in sorted(files, key=lambda file: file.path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def are_plain_names(files: Sequence[HashedFile]) -> bool:
+    """Return whether all files have different, plain names, so that they can lie beside a manifest."""
+    names = {file.path for file in files}
+    return len(names) == len(files) and not any(
+        name in _NO_FILE or "/" in name or "\0" in name or name.startswith(f".{MANIFEST}") for name in names
+    )
+
+
+def hash_inputs(given: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of inputs, in 64 hex digits."""
+    text = repr([(each.name, each.datatype, each.shape, bytes(each.data)) for each in given])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def needs_trial(entry: Entry | None, given: Iterable[Tensor]) -> bool:
+    """Return whether a trial is due: there was none yet, or only an impossible one with other inputs."""
+    return entry is None or (entry.untried_on is not None and entry.untried_on != hash_inputs(given))
+
+
+def timestamp_of(time_ns: int) -> str:
+    """Return the timestamp of nanoseconds since 1970."""
+    seconds = min(max(time_ns / 1e9, 0), MAX_TIME_S)
+    return format_timestamp(datetime.fromtimestamp(seconds, UTC))
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, int] | None:
+    """Read the manifest of an entry's folder, but not its files.
+
+    Returns:
+        The manifest and its last use in nanoseconds since 1970; None if there is no valid one.
+    """
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return None
+        with open_file(folder / MANIFEST) as file:
+            seen = os.fstat(file.fileno())
+            if seen.st_size > MAX_MANIFEST_BYTES:
+                return None
+            manifest = msgspec.json.decode(file.read(), type=Manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return (manifest, seen.st_mtime_ns) if manifest.key == folder.name and _is_sound(manifest) else None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, durably, together with the names of all files in the folder.
+
+    Raises:
+        OSError: it could not be written.
+        WrongTarget: its path is no regular file.
+    """
+    with write_file(folder / MANIFEST, replace=True) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    if manifest.form is None:
+        return manifest.sha256 is None and not manifest.files
+    return (
+        bool(manifest.files)
+        and are_plain_names(manifest.files)
+        and form_sha256(manifest.files) == manifest.sha256
+    )
