@@ -24,8 +24,8 @@ from server.app import create_app
 from server.config import AUTO, OFF, Config, ConfigError
 from server.http.connection import ConnectionLimits, listening
 from server.http.tls import Certificate
-from server.observability.eventlog import telling
-from server.observability.output import STDERR, logging_to_stderr
+from server.observability.eventlog import log_events
+from server.observability.output import STDERR, log_to_stderr
 from server.observability.requestlog import log_inferences
 from server.v2.fastpath import add_fast_path
 
@@ -111,7 +111,7 @@ def serve(config: Config, announce: Callable[[str], None]) -> int:
     _fill_standard_streams()
     _allow_many_descriptors()
     _keep_freed_memory()
-    with logging_to_stderr(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with log_to_stderr(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, announce, Notifier(os.environ)))
 
 
@@ -155,7 +155,9 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
         from server.observability.tracing import Tracing  # noqa: PLC0415 - of an extra, and slow to import
 
         tracing = Tracing()
-    app.cleanup_ctx.append(partial(telling, on_job_end=tracing.record_job if tracing is not None else None))
+    app.cleanup_ctx.append(
+        partial(log_events, on_job_end=tracing.record_job if tracing is not None else None)
+    )
     runner = web.AppRunner(
         app,
         access_log=None,

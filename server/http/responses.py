@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractStreamWriter
 from runtime.wire import Buffer
 from server.errors import ServerProblem, problem_of, problem_response
 from server.http.limits import Share
-from server.observability.output import REQUEST_ID, sane_id
+from server.observability.output import REQUEST_ID, valid_request_id
 
 SERVER = "loadledger"
 """What runs here, in no version that an attacker could look up."""
@@ -63,7 +63,7 @@ class DirectResponse(web.StreamResponse):
             length = sum(map(len, self._buffers))
             more = _connection(request)
             request_id = request.headers.get(REQUEST_ID)  # only given ones: to make one would take longer
-            if request_id is not None and sane_id((request_id,)) is not None:
+            if request_id is not None and valid_request_id((request_id,)) is not None:
                 more += f"{REQUEST_ID}: {request_id}\r\n"
             head = _head(self._fields, length, more)
             if length < JOINED_BYTES:

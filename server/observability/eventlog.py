@@ -1,7 +1,7 @@
-"""Log lines of what the ledger says: one observer reads each event after it was recorded.
+"""How do events get into the log? An observer reads each recorded event and writes its line.
 
-The ledger is the record; these lines are a copy for who reads logs, and nothing waits for them. An event's
-line has the event's time, and comes up to `PACE_S` after it.
+The ledger is the record and these lines are a copy, so nothing waits for them. A line has the event's own
+time and follows it within `PACE_S`. The observer also passes ended jobs on, for their traces.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from events.types import (
     UnloadFailed,
 )
 from server.appkeys import LOG, READER, REQUEST_LOG
-from server.observability.output import CONTEXT, RequestLog, fields
+from server.observability.output import CONTEXT, RequestLog, make_extra
 
 _log = logging.getLogger(__name__)
 
 OnJobEnd = Callable[[Job, Event, Mapping[str, str]], None]
-"""Takes a job, the event with which it ended, and the `carrier` of the request behind it."""
+"""Called with an ended job, its last event, and the `carrier` of the request behind it."""
 
 PACE_S = 0.1
-"""Between two looks at the log: many events of a moment are read at once."""
+"""Between two reads of the log, so that a burst of events is one read."""
 
 RETRY_S = 1.0
-"""How long to wait before the log is read again when it could not be."""
+"""Between a failed read of the log and the next."""
 
 ENDS = (ModelLoaded, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
-"""The events with which a job ends."""
+"""The events that end a job."""
 
 
-class LedgerLines:
-    """Tells each event from the start of the server on, and `on_job_end` of each job that has ended."""
+class EventLogger:
+    """Logs each event since the start of the server, and calls `on_job_end` for each job that has ended."""
 
     def __init__(self, log: Log, requests: RequestLog, reader: Reader, on_job_end: OnJobEnd | None) -> None:
         self._log = log
         self._requests = requests
         self._reader = reader
         self._on_job_end = on_job_end
-        self._told = max(0, requests.started_at - 1)
+        self._position = max(0, requests.started_at - 1)
         self._closing = False
 
     async def run(self) -> None:
-        """Tell what happens until `close`, and then what had happened by then; a defect is logged."""
+        """Log events until `close`, and then those that were recorded by then; log a defect and end."""
         wakeup = self._log.subscribe()
         try:
             while not self._closing:
@@ -70,32 +70,32 @@ class LedgerLines:
                 await wakeup.wait()
                 wakeup.clear()
             await self._catch_up()
-        except Exception:  # noqa: BLE001 - whatever it is, it is about log lines alone
-            _log.exception("what the ledger says is not logged any more; the server goes on")
+        except Exception:  # noqa: BLE001 - a defect here costs log lines, nothing else
+            _log.exception("events are not logged any more; the server goes on")
         finally:
             self._log.unsubscribe(wakeup)
 
     def close(self) -> None:
-        """Have `run` return soon."""
+        """Let `run` return soon."""
         self._closing = True
         self._log.notify()
 
     async def _catch_up(self) -> None:
-        """Tell what is new, but not beyond the head as it is here: who asked for that is not known yet."""
-        while self._told < (head := self._log.head.position):
+        """Log new events up to the head as of now: the requests behind later ones are not known yet."""
+        while self._position < (head := self._log.head.position):
             try:
-                events = await self._reader.events(self._told, min(PAGE, head - self._told))
+                events = await self._reader.events(self._position, min(PAGE, head - self._position))
                 for event in events:
-                    await self._tell(event)
-                    self._told = event.position
+                    await self._log_event(event)
+                    self._position = event.position
             except LedgerProblem as error:
-                _log.warning("the ledger's log lines wait: %s", error)
+                _log.warning("events are logged later, the ledger cannot be read: %s", error)
                 await asyncio.sleep(RETRY_S)
                 return
-            if not events:  # what is archived by now was not told
-                self._told = head
+            if not events:  # archived meanwhile, and not logged
+                self._position = head
 
-    async def _tell(self, event: Event) -> None:
+    async def _log_event(self, event: Event) -> None:
         behind, job = self._requests.behind.get(event.job_id or ""), None
         if isinstance(event.data, ENDS) and event.job_id is not None:
             job = await self._reader.job(event.job_id)
@@ -112,7 +112,7 @@ def _write(event: Event, job: Job | None) -> None:
     level = logging.WARNING if is_bad(event.type, data) else logging.INFO
     if not _log.isEnabledFor(level):
         return
-    named = fields(
+    extra = make_extra(
         event=event.type,
         position=event.position,
         job=event.job_id,
@@ -123,7 +123,7 @@ def _write(event: Event, job: Job | None) -> None:
         duration_s=_duration_s(job),
         **log_fields(event.type, data),
     )
-    record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=named)
+    record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=extra)
     record.created = parse_timestamp(event.recorded_at).timestamp()
     _log.handle(record)
 
@@ -136,16 +136,16 @@ def _message(event: Event) -> str:
 
 
 def _duration_s(job: Job | None) -> float | None:
-    """Return how long a job took that has ended, from its request."""
+    """Return the time from an ended job's request to its end."""
     if job is None or job.finished_at is None:
         return None
     return round(seconds_between(job.created_at, job.finished_at), 6)
 
 
-async def telling(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:
-    """Have the ledger's events told while the application runs; a resource of it, the last to be opened."""
-    lines = LedgerLines(app[LOG], app[REQUEST_LOG], app[READER], on_job_end)
-    task = asyncio.create_task(lines.run(), name="ledger lines")
+async def log_events(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:
+    """Log events while the application runs; for `cleanup_ctx`, as its last resource."""
+    lines = EventLogger(app[LOG], app[REQUEST_LOG], app[READER], on_job_end)
+    task = asyncio.create_task(lines.run(), name="event log lines")
     yield
     lines.close()
     await task

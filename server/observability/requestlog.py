@@ -1,8 +1,7 @@
-"""One log line for each request: what was asked, by whom, what came of it, and when.
+"""What became of each request? One log line per request, and the counts behind `/metrics`.
 
-Inferences have theirs from `log_inferences`, as far as they are asked for: else nothing is in their way.
-
-What became of requests, counted: by our own routes and classes of status, never by what clients sent.
+Counts are by our own routes and by classes of status, never by anything that clients choose. Inferences are
+logged only as far as `--log-inferences` says, by a wrapper that else does not exist.
 """
 
 from __future__ import annotations
@@ -22,23 +21,42 @@ from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import Windows
 from server.config import RateLimit
 from server.errors import CODE
-from server.observability.output import CONTEXT, REQUEST_ID, RequestContext, begin_context, fields
+from server.observability.output import CONTEXT, REQUEST_ID, RequestContext, begin_context, make_extra
 from server.routing import LimitClass, RequestHandler, Route, matched_route, wrap_handler
 
 _log = logging.getLogger(__name__)
 
 MAX_PATH_CHARACTERS = 512
-MAX_STRANGERS = 60
-"""Lines in a minute about requests of nobody: anybody may send those, and must not fill the log."""
+"""Characters of a path in a log line; every valid path is shorter."""
+
+MAX_UNAUTHENTICATED = 60
+"""Lines a minute about requests without valid credentials: anybody can send those."""
 
 REFUSED, FAULT = 400, 500
+"""The statuses from which on a request was refused, and the server was at fault."""
 
+DURATIONS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+"""Buckets from a read of the state to a load that a client waits for as long as it may."""
+
+ABORTED = "aborted"
+"""The class of status of requests without an answer: the client left, or the server stopped."""
+
+NO_ROUTE = "none"
+"""The route of unknown paths and methods."""
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+OTHER_METHOD = "other"
+
+_STREAM = "/api/v1/events/stream"
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[0-9]{1,9}))?/infer")
 
 
 def log_middleware() -> Middleware:
-    """Return the middleware that logs requests; it stands before all others, and changes nothing."""
-    strangers, left_out = Windows(RateLimit(MAX_STRANGERS, window_s=60), time.monotonic, capacity=1), 0
+    """Return the middleware that logs requests; it must be outside of all others but the counting one."""
+    unauthenticated, left_out = (
+        Windows(RateLimit(MAX_UNAUTHENTICATED, window_s=60), time.monotonic, capacity=1),
+        0,
+    )
 
     @web.middleware
     async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -50,11 +68,11 @@ def log_middleware() -> Middleware:
         try:
             response = await handler(request)
         finally:
-            told, level = _told(request, route), _level(request, route, response)
+            fields, level = _request_fields(request, route), _level(request, route, response)
             if PRINCIPAL in request or response is None or response.status < REFUSED:
-                _write(level, context, began_s, response, **told)
-            elif strangers.count("")[0] <= MAX_STRANGERS:
-                _write(level, context, began_s, response, **told, left_out=left_out or None)
+                _write(level, context, began_s, response, **fields)
+            elif unauthenticated.count("")[0] <= MAX_UNAUTHENTICATED:
+                _write(level, context, began_s, response, **fields, left_out=left_out or None)
                 left_out = 0
             else:
                 left_out += 1
@@ -64,12 +82,12 @@ def log_middleware() -> Middleware:
 
 
 def log_inferences(server: web.Server, app: web.Application) -> None:
-    """Have a runner that is set up log inferences, the share that is configured."""
+    """Log the configured share of a server's inferences."""
     share, proxies = app[CONFIG].log_inferences, app[PROXIES]
 
-    def logged(inner: RequestHandler) -> RequestHandler:
+    def wrap(inner: RequestHandler) -> RequestHandler:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            found = inference_of(request) if random.random() < share else None  # noqa: S311 - a sample
+            found = match_inference(request) if random.random() < share else None  # noqa: S311 - a sample
             if found is None:
                 return await inner(request)
             context, began_s = begin_context(request), time.perf_counter()
@@ -77,48 +95,54 @@ def log_inferences(server: web.Server, app: web.Application) -> None:
             try:
                 response = await inner(request)
             finally:
-                told = {"method": request.method, "path": path_of(request), "peer": proxies.peer(request)}
-                _write(logging.INFO, context, began_s, response, **found.groupdict(), **told)
+                fields = {"path": path_without_query(request), "peer": proxies.peer(request)}
+                fields = {**found.groupdict(), "method": request.method, **fields}
+                _write(logging.INFO, context, began_s, response, **fields)
             return response
 
         return handle
 
     if share:
-        wrap_handler(server, logged)
+        wrap_handler(server, wrap)
 
 
-def inference_of(request: web.BaseRequest) -> re.Match[str] | None:
+def match_inference(request: web.BaseRequest) -> re.Match[str] | None:
     """Return the model and version of an inference; None for other requests."""
     return _INFER.fullmatch(request.raw_path) if request.method == hdrs.METH_POST else None
 
 
 async def add_request_id(_request: web.Request, response: web.StreamResponse) -> None:
-    """Tell a client the name of its request; for `app.on_response_prepare`."""
+    """Add the request's id to its response; for `app.on_response_prepare`."""
     context = CONTEXT.get()
     if context is not None:
         response.headers[REQUEST_ID] = context.request_id
 
 
+def path_without_query(request: web.BaseRequest) -> str:
+    """Return the path as it was sent, without the query: clients put tokens there by mistake."""
+    return request.raw_path.partition("?")[0][:MAX_PATH_CHARACTERS]
+
+
 def _write(
-    level: int, context: RequestContext, began_s: float, response: web.StreamResponse | None, **told: object
+    level: int, context: RequestContext, began_s: float, response: web.StreamResponse | None, **fields: object
 ) -> None:
     if not _log.isEnabledFor(level):
         return
     status, code = (None, None) if response is None else (response.status, response.get(CODE))
-    named = fields(
+    extra = make_extra(
         status=status,
         code=code,
         duration_s=round(time.perf_counter() - began_s, 6),
         job=context.job_id,
         position=context.position,
-        **told,
+        **fields,
     )
-    words = f"{told['method']} {told['path']} {status if status is not None else 'aborted'}"
-    _log.log(level, "%s", words, extra=named)
+    text = f"{fields['method']} {fields['path']} {status if status is not None else 'aborted'}"
+    _log.log(level, "%s", text, extra=extra)
 
 
 def _level(request: web.Request, route: Route | None, response: web.StreamResponse | None) -> int:
-    """Return how much a line matters: what changes something or is refused does, what only looks less."""
+    """Return the level of a line: higher for changes and refusals than for reads."""
     status = response.status if response is not None else 0
     if status >= FAULT:
         return logging.WARNING
@@ -126,35 +150,19 @@ def _level(request: web.Request, route: Route | None, response: web.StreamRespon
     return logging.INFO if manages or status >= REFUSED else logging.DEBUG
 
 
-def _told(request: web.Request, route: Route | None) -> dict[str, object]:
+def _request_fields(request: web.Request, route: Route | None) -> dict[str, object]:
     principal = request.get(PRINCIPAL)
     return {
         "method": request.method,
-        "path": path_of(request),
+        "path": path_without_query(request),
         "route": route.path if route is not None else None,
         "subject": principal.subject if principal is not None else None,
         "peer": request.app[PROXIES].peer(request),
     }
 
 
-def path_of(request: web.BaseRequest) -> str:
-    """Return the path as it was sent, without what is asked there: who errs puts a token into it."""
-    return request.raw_path.partition("?")[0][:MAX_PATH_CHARACTERS]
-
-
-TOOK_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-"""From a look at the state to a load that is waited for as long as a client may ask."""
-ABORTED = "aborted"
-"""The class of requests that had no answer: their client has gone, or the server stopped."""
-NO_ROUTE = "none"
-"""The route of paths and methods that no route has."""
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-OTHER_METHOD = "other"
-_STREAM = "/api/v1/events/stream"
-
-
 class HttpCounts:
-    """The requests since the server started; of each, method and route are ours.
+    """Counts of requests since the server started, with our own methods and routes.
 
     Attributes:
         requests: by method, route and class of status.
@@ -167,23 +175,23 @@ class HttpCounts:
         self.durations: dict[tuple[str, str], Histogram] = {}
         self.errors = Counter[str]()
 
-    def answered(self, method: str, path: str, response: web.StreamResponse) -> None:
-        """Count a request that has an answer, and the error that it tells, if it does."""
+    def count_response(self, method: str, path: str, response: web.StreamResponse) -> None:
+        """Count a request by its response, and the error in that."""
         self.requests[method, path, f"{response.status // 100}xx"] += 1
         code = response.get(CODE)
         if code is not None:
             self.errors[code] += 1
 
-    def aborted(self, method: str, path: str) -> None:
-        """Count a request that has none."""
+    def count_aborted(self, method: str, path: str) -> None:
+        """Count a request without a response."""
         self.requests[method, path, ABORTED] += 1
 
-    def took(self, method: str, path: str, seconds: float) -> None:
-        """Count how long a request took."""
+    def observe_duration(self, method: str, path: str, duration_s: float) -> None:
+        """Count a request's duration."""
         durations = self.durations.get((method, path))
         if durations is None:
-            durations = self.durations[method, path] = Histogram(TOOK_S)
-        durations.observe(seconds)
+            durations = self.durations[method, path] = Histogram(DURATIONS_S)
+        durations.observe(duration_s)
 
 
 HTTP_COUNTS = web.AppKey("http_counts", HttpCounts)
@@ -194,21 +202,21 @@ def counting_middleware(counts: HttpCounts) -> Middleware:
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
-        began = time.monotonic()
+        began_s = time.monotonic()
         route = matched_route(request)
         method = request.method if request.method in METHODS else OTHER_METHOD
         path = route.path if route is not None else NO_ROUTE
         try:
             response = await handler(request)
         except web.HTTPException as redirect:
-            counts.answered(method, path, redirect)
+            counts.count_response(method, path, redirect)
             raise
         except BaseException:
-            counts.aborted(method, path)
+            counts.count_aborted(method, path)
             raise
-        counts.answered(method, path, response)
+        counts.count_response(method, path, response)
         if route is not None and route.limit is not LimitClass.INFERENCE and path != _STREAM:
-            counts.took(method, path, time.monotonic() - began)
+            counts.observe_duration(method, path, time.monotonic() - began_s)
         return response
 
     return count

@@ -32,7 +32,7 @@ from server.appkeys import CONFIG, PROXIES
 from server.auth.gate import PRINCIPAL
 from server.errors import CODE
 from server.observability.output import RequestContext, begin_context
-from server.observability.requestlog import FAULT, inference_of, path_of
+from server.observability.requestlog import FAULT, match_inference, path_without_query
 from server.routing import RequestHandler, matched_route, wrap_handler
 
 PROPAGATOR = TraceContextTextMapPropagator()
@@ -63,7 +63,7 @@ class Tracing:
             async def handle(request: web.BaseRequest) -> web.StreamResponse:
                 parent = PROPAGATOR.extract(request.headers)
                 is_part = get_current_span(parent).get_span_context().is_valid
-                if not is_part and inference_of(request) and random.random() >= share:  # noqa: S311 - a sample
+                if not is_part and match_inference(request) and random.random() >= share:  # noqa: S311 - a sample
                     return await inner(request)
                 asked = _asked(request, proxies.peer(request))
                 with self._tracer.start_span(request.method, parent, SpanKind.SERVER, asked) as span:
@@ -108,7 +108,7 @@ def _known(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
 def _asked(request: web.BaseRequest, peer: str | None) -> dict[str, str | int]:
     named = {
         "http.request.method": request.method,
-        "url.path": path_of(request),
+        "url.path": path_without_query(request),
         "url.scheme": request.scheme,
         "client.address": peer,
     }
@@ -139,7 +139,7 @@ def _describe(
 
 def _route(request: web.BaseRequest) -> str | None:
     """Return the path of a request's route; the fast path of inferences has not matched one."""
-    if found := inference_of(request):
+    if found := match_inference(request):
         return f"/v2/models/{{id}}{'/versions/{version}' if found['version'] else ''}/infer"
     route = matched_route(request) if isinstance(request, web.Request) else None
     return route.path if route is not None else None

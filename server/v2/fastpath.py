@@ -44,7 +44,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
                 gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, action)
                 answer = await infer(request, app, model_id, int(version) if version else None)
             except asyncio.CancelledError:
-                counts.aborted("POST", _PATH_OF_VERSION if version else _PATH)
+                counts.count_aborted("POST", _PATH_OF_VERSION if version else _PATH)
                 raise
             except Exception as error:  # noqa: BLE001 - every error becomes a response, as in the middlewares
                 context = begin_context(request)
@@ -54,7 +54,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
                 response.headers.update(quota.headers() if quota is not None else {})
                 response.headers[hdrs.SERVER] = SERVER
                 proxies.relocate(request, response)
-                counts.answered("POST", _PATH_OF_VERSION if version else _PATH, response)
+                counts.count_response("POST", _PATH_OF_VERSION if version else _PATH, response)
                 return response
             counts.requests[_ANSWERED_OF_VERSION if version else _ANSWERED] += 1
             return answer

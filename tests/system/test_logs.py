@@ -12,7 +12,7 @@ from support.servers import MODULE, Server, serving
 from yarl import URL
 
 from server.config import Config
-from server.observability.requestlog import MAX_STRANGERS
+from server.observability.requestlog import MAX_UNAUTHENTICATED
 
 QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
 LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
@@ -97,12 +97,12 @@ async def test_unauthenticated_requests_cannot_forge_or_flood_the_log(config: Co
             ),
         ]
         assert all(b"HTTP/1.1 401" in answer and b"\r\nX-Request-Id: " in answer for answer in answers)
-        for _ in range(MAX_STRANGERS + 10):
+        for _ in range(MAX_UNAUTHENTICATED + 10):
             await server.api.get("/api/v1/models", roles=())
         assert await server.stop() == 0
         told, token = lines(server), server.api.token("admin")
     assert token.split(".")[2] not in server.output.read_text()
-    assert len([line for line in told if line.get("status") == 401]) == MAX_STRANGERS
+    assert len([line for line in told if line.get("status") == 401]) == MAX_UNAUTHENTICATED
     assert not [line for line in told if line["message"] == "forged" or "?" in line.get("path", "")]
 
 

@@ -14,11 +14,11 @@ from server.observability.output import (
     CONTEXT,
     HIDDEN,
     MAX_TEXT_CHARACTERS,
-    JsonForm,
+    JsonFormatter,
     RequestContext,
-    TextForm,
-    fields,
-    sane_id,
+    TextFormatter,
+    make_extra,
+    valid_request_id,
 )
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl-_"
@@ -28,7 +28,7 @@ HOSTILE = "a\n2026-11-20T20:33:04.748382Z INFO     forged\r\u2028\x85\x1b[31m\x0
 
 def record(message: str, *, level: int = logging.INFO, **named: object) -> logging.LogRecord:
     record = logging.LogRecord("server.x", level, __file__, 1, "%s", (message,), None)
-    record.__dict__.update(fields(**named))
+    record.__dict__.update(make_extra(**named))
     return record
 
 
@@ -38,11 +38,11 @@ def failed(error: Exception) -> logging.LogRecord:
 
 
 def in_text(record: logging.LogRecord) -> str:
-    return TextForm().format(record)
+    return TextFormatter().format(record)
 
 
 def in_json(record: logging.LogRecord) -> str:
-    return JsonForm().format(record)
+    return JsonFormatter().format(record)
 
 
 def test_text_line_has_time_level_message_and_fields() -> None:
@@ -122,5 +122,5 @@ INVALID = ("", "x" * 129, "a b", "a\n", "\u00e9", "a\x1b[31m", "\u2028")
 
 @pytest.mark.parametrize("name", VALID + INVALID)
 def test_request_id_of_the_client_is_kept_if_valid(name: str) -> None:
-    assert sane_id([name]) == (name if name in VALID else None)
-    assert sane_id([name, name]) is None
+    assert valid_request_id([name]) == (name if name in VALID else None)
+    assert valid_request_id([name, name]) is None

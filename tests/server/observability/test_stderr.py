@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.observability import output
-from server.observability.output import LAST_LINES, logging_to
+from server.observability.output import LAST_LINES, log_to_descriptor
 
 LIMIT_S = 20.0
 FORM = logging.Formatter()
@@ -24,7 +24,7 @@ def log(handler: logging.Handler, message: str) -> None:
 
 
 def notice(dropped: int) -> str:
-    return f"{dropped} log lines were dropped: who reads them is too slow"
+    return f"{dropped} log lines were dropped: stderr is read too slowly"
 
 
 @contextmanager
@@ -66,14 +66,14 @@ def parse(received: bytes) -> tuple[list[int], int]:
 
 def test_lines_are_written_in_order(tmp_path: Path) -> None:
     expected = [f"{number} {'x' * (number % 9000)}" for number in range(500)]
-    with (tmp_path / "log").open("wb") as file, logging_to(file.fileno(), FORM) as handler:
+    with (tmp_path / "log").open("wb") as file, log_to_descriptor(file.fileno(), FORM) as handler:
         for line in expected:
             log(handler, line)
     assert (tmp_path / "log").read_text().splitlines() == expected
 
 
 def test_slow_reader_loses_lines_and_is_told_how_many() -> None:
-    with small_pipe() as (reading, writing), logging_to(writing, FORM, max_lines=200) as handler:
+    with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM, max_lines=200) as handler:
         for number in range(1000):
             log(handler, f"{number:04} {'x' * 94}")
         received, (numbers, dropped) = b"", parse(b"")
@@ -90,7 +90,7 @@ def test_slow_reader_loses_lines_and_is_told_how_many() -> None:
 def test_end_writes_queued_lines_and_the_dropped_count() -> None:
     read = list[list[str]]()
     with small_pipe() as (reading, writing):
-        with logging_to(writing, FORM, max_lines=90) as handler:
+        with log_to_descriptor(writing, FORM, max_lines=90) as handler:
             for number in range(300):
                 log(handler, f"{number:04} {'x' * 94}")
             last = notice(handler.dropped) if handler.dropped else f"0299 {'x' * 94}"
@@ -104,7 +104,7 @@ def test_end_writes_queued_lines_and_the_dropped_count() -> None:
 def test_end_does_not_wait_for_a_reader_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "FLUSH_S", 0.1)
     with small_pipe() as (_, writing):
-        with logging_to(writing, FORM) as handler:
+        with log_to_descriptor(writing, FORM) as handler:
             for _ in range(1000):
                 log(handler, "x" * 99)
             began_s = time.monotonic()
@@ -113,14 +113,14 @@ def test_end_does_not_wait_for_a_reader_that_does_not_read(monkeypatch: pytest.M
 
 
 def test_closed_pipe_is_no_error() -> None:
-    with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
+    with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
         os.close(reading)
         for _ in range(100):
             log(handler, "nobody reads this")
 
 
 def test_non_blocking_pipe_loses_nothing() -> None:
-    with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
+    with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
         os.set_blocking(writing, False)
         for number in range(200):
             log(handler, f"{number:03} {'x' * 95}")
@@ -128,7 +128,7 @@ def test_non_blocking_pipe_loses_nothing() -> None:
 
 
 def test_record_that_cannot_be_formatted_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    with small_pipe() as (reading, writing), logging_to(writing, FORM) as handler:
+    with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
         handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "%d", ("no number",), None))
         log(handler, "next")
         assert lines_of(reading, "next") == ["next"]
