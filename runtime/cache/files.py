@@ -143,15 +143,15 @@ class CacheFolder:
         """
         return [path for path in self._listed() if _is_key(path.name)]
 
-    def leftovers(self) -> list[Path]:
+    def unlocked_drafts(self) -> list[Path]:
         """List the drafts that no process has locked."""
         return [path for path in self._listed() if _is_draft(path.name) and not _is_held(path)]
 
-    def abandoned(self) -> list[Path]:
+    def abandoned_drafts(self) -> list[Path]:
         """List the drafts that are not of this process."""
         return [path for path in self._listed() if _is_draft(path.name) and path not in self._drafts]
 
-    def strangers(self) -> list[str]:
+    def foreign_names(self) -> list[str]:
         """List the names that are neither keys nor drafts."""
         return [path.name for path in self._listed() if not _is_key(path.name) and not _is_draft(path.name)]
 
@@ -178,7 +178,7 @@ class CacheFolder:
             CacheUnavailable: `prepared_unavailable`.
         """
         self.make()
-        with self.changing():
+        with self.locked():
             draft = self._new_name(self.entry(key))
             draft.mkdir(mode=0o700)
             self._drafts[draft] = _held(draft)
@@ -193,7 +193,7 @@ class CacheFolder:
             os.close(descriptor)
 
     @contextmanager
-    def changing(self) -> Iterator[list[Path]]:
+    def locked(self) -> Iterator[list[Path]]:
         """Lock the folder in this process; paths added to the yielded list are removed afterwards.
 
         Raises:
@@ -211,11 +211,11 @@ class CacheFolder:
         """Rename a synced draft to the entry of a key, durably, in place of an older one."""
         path = self.entry(key)
         if os.path.lexists(path):
-            self.take_away(path, doomed)
+            self.unlink_entry(path, doomed)
         draft.rename(path)
         sync(self.path)
 
-    def take_away(self, path: Path, doomed: list[Path]) -> None:
+    def unlink_entry(self, path: Path, doomed: list[Path]) -> None:
         """Rename an entry to a draft, to be removed; another process may have been faster."""
         draft = self._new_name(path)
         with suppress(FileNotFoundError):
@@ -246,7 +246,7 @@ class CacheFolder:
             self.path.chmod(0o700)
         if mode & stat.S_IWGRP:
             _log.warning("the group could write to %s: its prepared models are removed", self.path)
-            for path in [*self.entries(), *self.abandoned()]:
+            for path in [*self.entries(), *self.abandoned_drafts()]:
                 _remove(path)
 
     def _refuse_irregular(self, seen: os.stat_result) -> None:

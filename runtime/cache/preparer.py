@@ -157,20 +157,20 @@ class PreparationRun:
                     return
                 tried = await self._first_of_use(bare, Trial(self._pool, bare, given))
         except TrialImpossible as why:
-            await self.settle_none(dict.fromkeys(FORMS, str(why)), untried_on=hash_inputs(given))
+            await self.record_useless(dict.fromkeys(FORMS, str(why)), untried_on=hash_inputs(given))
         except TimeoutError:
             raise TrialInterrupted(f"it took more than {LIMIT_S:g} s") from None
         except _Changed:
             return
         else:
             if tried is not None:
-                await self.settle_none(tried)
+                await self.record_useless(tried)
 
-    async def settle_none(self, tried: Mapping[Form, str], *, untried_on: str | None = None) -> None:
+    async def record_useless(self, tried: Mapping[Form, str], *, untried_on: str | None = None) -> None:
         """Record for a while why no form is of use."""
         candidate = self._candidate
         await asyncio.to_thread(
-            self._store.settle_none,
+            self._store.record_useless,
             self._key,
             tried,
             model_id=candidate.model_id,
@@ -217,7 +217,7 @@ class PreparationRun:
         try:
             async with self._draft(form) as draft:
                 files = await self._make(form, bare, draft)
-                why_not, pairs = await trial.of(describe_cached(draft, form, files, self._candidate.hashes))
+                why_not, pairs = await trial.run(describe_cached(draft, form, files, self._candidate.hashes))
                 if why_not is None:  # completely: the draft must not be removed while it becomes an entry
                     await complete(asyncio.to_thread(self._keep, draft, form, files, pairs, tried))
                 return why_not
@@ -330,7 +330,7 @@ class Preparer:
         self._wake = wake
         self._candidates: dict[str, Candidate] = {}
         self._running: asyncio.Task[None] | None = None
-        self._looks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._paused_until = 0.0
         self.preparation: PreparationView | None = None
         self.candidate: Candidate | None = None
@@ -351,7 +351,7 @@ class Preparer:
     def offer(self, candidate: Candidate) -> None:
         """Offer a version that was loaded bare; it becomes a candidate unless it was tried before."""
         if self._store is not None and len(self._candidates) < MAX_CANDIDATES:
-            self._spawn(self._look(self._store, candidate))
+            self._spawn(self._consider(self._store, candidate))
 
     def begin(self, load_job_id: str) -> None:
         """Prepare the candidate of a load; `wake` is called at the end, whatever the outcome."""
@@ -361,7 +361,7 @@ class Preparer:
         self.candidate = candidate = self._candidates.pop(key)
         self.preparation = PreparationView(load_job_id, candidate.need_bytes)
         self._running = asyncio.create_task(self._prepare(self._store, key, candidate), name="preparing")
-        self._running.add_done_callback(lambda _: self._over())
+        self._running.add_done_callback(lambda _: self._on_ended())
 
     def stop(self) -> None:
         """Stop the preparation; its memory is free when its processes have exited."""
@@ -371,12 +371,12 @@ class Preparer:
 
     async def close(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
-        tasks = [*self._looks, *filter(None, [self._running])]
+        tasks = [*self._tasks, *filter(None, [self._running])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def form_for(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> CachedCopy | None:
+    def find_form(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> CachedCopy | None:
         """Return the cached model of these files, if there is one; reads files, so call it in a thread.
 
         Their hashes are those that the ledger has for files of these sizes and times; the load verifies them.
@@ -391,7 +391,7 @@ class Preparer:
             return None
 
     def form_of(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
-        """Return which form `form_for` would give, most likely; call it in a thread, too."""
+        """Return which form `find_form` would give, most likely; call it in a thread, too."""
         key = self._key(files, footprints)
         entry = self._store.find(key) if self._store is not None and key is not None else None
         return None if entry is None else entry.form
@@ -411,10 +411,10 @@ class Preparer:
 
     def _spawn(self, look: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(look)
-        self._looks.add(task)
-        task.add_done_callback(self._looks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _look(self, store: ModelCache, candidate: Candidate) -> None:
+    async def _consider(self, store: ModelCache, candidate: Candidate) -> None:
         key = await asyncio.to_thread(self._key_to_prepare, store, candidate)
         if key is not None:
             self._candidates.setdefault(key, candidate)  # other models may have the same files
@@ -441,7 +441,7 @@ class Preparer:
         except (CacheUnavailable, OSError) as error:
             self._pause(error)
 
-    def _over(self) -> None:
+    def _on_ended(self) -> None:
         self._running = self.preparation = self.candidate = None
         self._wake()
 
@@ -473,4 +473,4 @@ class Preparer:
             if again.attempts < MAX_ATTEMPTS:
                 self._candidates[key] = again
             else:
-                await preparing.settle_none(dict.fromkeys(FORMS, f"{why}, {MAX_ATTEMPTS} times"))
+                await preparing.record_useless(dict.fromkeys(FORMS, f"{why}, {MAX_ATTEMPTS} times"))

@@ -110,11 +110,11 @@ class UseOrder:
         if use is not None:
             self._count(use, -1)
 
-    def are_too_many(self) -> bool:
+    def exceeds_limits(self) -> bool:
         """Return whether a limit is exceeded."""
         return self._bytes > self._limit_bytes or self._without_form > self._max_without_form
 
-    def next_to_go(self) -> Iterator[str]:
+    def next_victims(self) -> Iterator[str]:
         """Yield the keys to evict, the least recently used first; forget each before taking the next."""
         for key, use in self._oldest_first():
             too_many = (
@@ -178,19 +178,19 @@ class ModelCache:
         return self._uses.kept
 
     def open(self) -> None:
-        """Create the folder; remove incomplete entries, abandoned drafts and what exceeds the limits.
+        """Create the folder; remove incomplete entries, abandoned_drafts drafts and what exceeds the limits.
 
         Foreign names are left alone and logged. May be repeated: drafts of this cache stay.
         """
         self._folder.make()
-        with self._folder.changing() as doomed:
-            doomed.extend(self._folder.abandoned())
+        with self._folder.locked() as doomed:
+            doomed.extend(self._folder.abandoned_drafts())
             for path in self._folder.entries():
-                self._take_in(path, doomed)
+                self._load_entry(path, doomed)
             self._evict(doomed)
-        strangers = self._folder.strangers()
-        if strangers:
-            names = ", ".join(map(repr, strangers[:8]))
+        foreign_names = self._folder.foreign_names()
+        if foreign_names:
+            names = ", ".join(map(repr, foreign_names[:8]))
             _log.warning("foreign files in %s are left alone: %s", self._folder.path, names)
 
     def find(self, key: str) -> Entry | None:
@@ -217,7 +217,7 @@ class ModelCache:
             return None
         if files != manifest.files:
             manifest = self._renewed(manifest, files)
-        with suppress(CacheUnavailable), self._folder.changing():
+        with suppress(CacheUnavailable), self._folder.locked():
             self._count_use(manifest)
         return (
             None if manifest.form is None else describe_cached(folder, manifest.form, files, manifest.sources)
@@ -257,7 +257,7 @@ class ModelCache:
         finally:
             self.discard(draft)
 
-    def settle_none(
+    def record_useless(
         self,
         key: str,
         tried: Mapping[Form, str],
@@ -306,14 +306,14 @@ class ModelCache:
         Any process may call this. It also removes drafts that no process has locked.
         """
         entries = size = 0
-        with self._folder.changing() as doomed:
+        with self._folder.locked() as doomed:
             if model_id is None:
-                doomed.extend(self._folder.leftovers())
+                doomed.extend(self._folder.unlocked_drafts())
             for path in self._folder.entries():
                 found = read_manifest(path)
                 if model_id is None or (found is not None and found[0].model_id == model_id):
                     entries, size = entries + 1, size + (found[0].bytes if found is not None else 0)
-                    self._take_away(path, doomed)
+                    self._remove_entry(path, doomed)
         return Cleared(entries, size)
 
     def _keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
@@ -367,19 +367,19 @@ class ModelCache:
     def _publish(self, draft: Path, manifest: Manifest) -> None:
         with explain_os_errors(self._folder.path):
             write_manifest(draft, manifest)
-        with self._folder.changing() as doomed:
+        with self._folder.locked() as doomed:
             self._folder.put(draft, manifest.key, doomed)
             self._count_use(manifest)
             self._evict(doomed)
 
-    def _take_in(self, path: Path, doomed: list[Path]) -> None:
+    def _load_entry(self, path: Path, doomed: list[Path]) -> None:
         found = read_manifest(path)
         if (
             found is None
             or not have_sizes(path, found[0].files)
             or 0 < found[0].needs_bytes <= self.limit_bytes  # too large for an earlier limit only
         ):
-            self._take_away(path, doomed)
+            self._remove_entry(path, doomed)
         else:
             manifest, used_ns = found
             self._uses.put(path.name, Use(used_ns, manifest.form_bytes))
@@ -387,14 +387,14 @@ class ModelCache:
     def _make_room(self, needed: int) -> None:
         """Evict forms until the disk has this much room; none if even all of them would not suffice."""
         self._folder.make()
-        with self._folder.changing():
+        with self._folder.locked():
             there_is, oldest = self._room(self._folder.path), self._uses.forms()
         if there_is + sum(size for _, size in oldest) < needed:
             oldest.clear()
         while there_is < needed and oldest:
             key, size = oldest.pop(0)
-            with self._folder.changing() as doomed:
-                self._take_away(self._folder.entry(key), doomed)
+            with self._folder.locked() as doomed:
+                self._remove_entry(self._folder.entry(key), doomed)
             with explain_os_errors(self._folder.path):
                 before, there_is = there_is, self._room(self._folder.path)
             if there_is - before < size // 2:  # workers have it mapped: evicting more would free nothing
@@ -406,30 +406,30 @@ class ModelCache:
             )
 
     def _evict(self, doomed: list[Path]) -> None:
-        if self._uses.are_too_many():
+        if self._uses.exceeds_limits():
             for key in self._uses:  # another process may have cleared some
                 if not os.path.lexists(self._folder.entry(key)):
                     self._uses.forget(key)
-        for key in self._uses.next_to_go():
-            self._take_away(self._folder.entry(key), doomed)
+        for key in self._uses.next_victims():
+            self._remove_entry(self._folder.entry(key), doomed)
 
-    def _take_away(self, path: Path, doomed: list[Path]) -> None:
-        self._folder.take_away(path, doomed)
+    def _remove_entry(self, path: Path, doomed: list[Path]) -> None:
+        self._folder.unlink_entry(path, doomed)
         self._uses.forget(path.name)
 
     def _forget(self, manifest: Manifest) -> None:
         path = self._folder.entry(manifest.key)
-        with suppress(CacheUnavailable), self._folder.changing() as doomed:
-            if _is_still(path, manifest):
+        with suppress(CacheUnavailable), self._folder.locked() as doomed:
+            if _is_current(path, manifest):
                 _log.warning("the files in %s have changed since they were prepared: removed", path)
-                self._take_away(path, doomed)
+                self._remove_entry(path, doomed)
 
     def _renewed(self, manifest: Manifest, files: tuple[HashedFile, ...]) -> Manifest:
         """Record the files' present identities; if that fails, the next use reads the files again."""
         renewed = msgspec.structs.replace(manifest, files=files)
         path = self._folder.entry(manifest.key)
-        with suppress(CacheUnavailable), self._folder.changing():
-            if _is_still(path, manifest):
+        with suppress(CacheUnavailable), self._folder.locked():
+            if _is_current(path, manifest):
                 write_manifest(path, renewed)
         return renewed
 
@@ -456,6 +456,6 @@ def _checked(draft: Path, files: tuple[HashedFile, ...]) -> tuple[HashedFile, ..
     return verify_files(draft, files)
 
 
-def _is_still(path: Path, manifest: Manifest) -> bool:
+def _is_current(path: Path, manifest: Manifest) -> bool:
     found = read_manifest(path)
     return found is not None and found[0] == manifest

@@ -214,7 +214,7 @@ class Trial:
         self._given = tuple(given)
         self._sets: list[tuple[Tensor, ...]] | None = None
 
-    async def of(self, prepared: CachedCopy) -> tuple[str | None, Sequence[Pair]]:
+    async def run(self, prepared: CachedCopy) -> tuple[str | None, Sequence[Pair]]:
         """Try a form; returns why it is of no use, or None, and the measurements.
 
         Raises:

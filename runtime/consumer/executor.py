@@ -245,7 +245,7 @@ class Executor:
             case EstimateMemory(job):
                 self.needs.find(job, self._log.state.models.get(job.model_id))
                 if all(load.report is not None for load in self.live.values()):  # else it may have to wait
-                    self._pool.expect()
+                    self._pool.prefork()
             case PrepareModel(load_job_id):
                 self.preparer.begin(load_job_id)
             case StopPreparation():
@@ -279,9 +279,9 @@ class Executor:
         model = self._log.state.models.get(job.model_id)
         footprints = model.footprints if model is not None else ()
         load.bare_bytes = estimate_unprepared(job.version, job.load, footprints)
-        form_for = partial(self.preparer.form_for, footprints=footprints)
+        find_form = partial(self.preparer.find_form, footprints=footprints)
         ordered = start_task(
-            build_order(load, self._pool, self._repository, known, form_for), "looking at a model"
+            build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
         )
         try:  # its files are looked at beside the disk's work
             await self._record(about(job, LoadStarted(job.attempt + 1), load.worker_id))

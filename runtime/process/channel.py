@@ -39,11 +39,11 @@ class Channel(asyncio.BufferedProtocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport | None = None
-        self._waiting: list[Buffer] = []
+        self._unsent: list[Buffer] = []
         self._sent_ns = 0
-        self._is_awaited = False
-        self._is_quick = False
-        self._is_awake = False
+        self._awaits_answer = False
+        self._answers_fast = False
+        self._is_polling = False
         self.lost = False
 
     async def connect(self, end: socket.socket) -> None:
@@ -58,26 +58,26 @@ class Channel(asyncio.BufferedProtocol):
         """
         if self._transport is None or self._transport.is_closing():
             return
-        if not self._waiting:
+        if not self._unsent:
             self._loop.call_soon(self._flush)
-        self._waiting += encode(message, tensors)
+        self._unsent += encode(message, tensors)
 
     def _flush(self) -> None:
-        parts, self._waiting = self._waiting, []
+        parts, self._unsent = self._unsent, []
         if self._transport is not None and not self._transport.is_closing():
             for part in _joined(parts):
                 self._transport.write(part)  # writelines of some Python 3.12 and 3.13 forgets pause_writing
-        self._sent_ns, self._is_awaited = time.monotonic_ns(), True
-        if self._is_quick and not self._is_awake:
-            self._is_awake = True
-            self._loop.call_soon(self._stay_awake)
+        self._sent_ns, self._awaits_answer = time.monotonic_ns(), True
+        if self._answers_fast and not self._is_polling:
+            self._is_polling = True
+            self._loop.call_soon(self._busy_poll)
 
-    def _stay_awake(self) -> None:
+    def _busy_poll(self) -> None:
         """Keep the loop turning for a short while instead of sleeping; other processes may have the core."""
-        self._is_awake = self._is_awaited and time.monotonic_ns() - self._sent_ns < BUSY_POLL_NS
-        if self._is_awake:
+        self._is_polling = self._awaits_answer and time.monotonic_ns() - self._sent_ns < BUSY_POLL_NS
+        if self._is_polling:
             os.sched_yield()
-            self._loop.call_soon(self._stay_awake)
+            self._loop.call_soon(self._busy_poll)
 
     @property
     def unsent_bytes(self) -> int:
@@ -103,8 +103,8 @@ class Channel(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Pass on the frames that are now complete."""
-        self._is_quick = time.monotonic_ns() - self._sent_ns < BUSY_POLL_NS
-        self._is_awaited = False
+        self._answers_fast = time.monotonic_ns() - self._sent_ns < BUSY_POLL_NS
+        self._awaits_answer = False
         try:
             for frame in self._reader.advance(nbytes):
                 self._on_frame(frame)
@@ -115,7 +115,7 @@ class Channel(asyncio.BufferedProtocol):
         """Report the end, and drop what was not sent."""
         self.lost = True
         self._reader.close()
-        self._waiting.clear()
+        self._unsent.clear()
         self._on_lost()
 
 

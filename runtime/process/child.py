@@ -32,11 +32,11 @@ class Process:
         self._loop.add_reader(child.pidfd, self._note_gone)
 
     @property
-    def told(self) -> bool:
+    def exit_reported(self) -> bool:
         """Whether the fork server has reported how the process ended, or has ended itself."""
         return self._child.end.done()
 
-    def when_told(self, callback: Callable[[], None]) -> None:
+    def on_exit_reported(self, callback: Callable[[], None]) -> None:
         """Call back when the fork server reports how the process ended, or ends itself."""
         self._child.end.add_done_callback(lambda _: callback())
 
@@ -56,8 +56,8 @@ class Process:
 
     def close(self) -> Exit:
         """Close the pidfd of a process that has ended; returns how it ended, as far as known."""
-        end = self._child.end.result() if self.told else Exit(None, None)
-        self.orphaned = self.told and end == Exit(None, None)
+        end = self._child.end.result() if self.exit_reported else Exit(None, None)
+        self.orphaned = self.exit_reported and end == Exit(None, None)
         if end == Exit(None, None):
             end = _reap(self._child.pidfd)
         os.close(self._child.pidfd)

@@ -118,7 +118,7 @@ class ForkServer:
         self._stderr = StderrTail(stderr)
         self._at_end = False
         self._pidfd = pidfd
-        self._asked: deque[asyncio.Future[Child]] = deque()
+        self._requests: deque[asyncio.Future[Child]] = deque()
         self._children: dict[int, asyncio.Future[Exit]] = {}
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -168,7 +168,7 @@ class ForkServer:
                 ForkServerUnavailable(f"the fork server takes no requests: {error.strerror}")
             )
         else:
-            self._asked.append(answer)
+            self._requests.append(answer)
         return answer
 
     def kill(self) -> None:
@@ -201,7 +201,7 @@ class ForkServer:
             case Forked(pid):
                 self._on_forked(pid, descriptors)
             case ForkFailed(text):
-                self._asked.popleft().set_exception(ForkServerUnavailable(text))
+                self._requests.popleft().set_exception(ForkServerUnavailable(text))
             case Exited(pid, exit_code, number):
                 self._children.pop(pid).set_result(Exit(exit_code, number))
             case _:
@@ -209,7 +209,7 @@ class ForkServer:
 
     def _on_forked(self, pid: int, descriptors: list[int]) -> None:
         end = self._children[pid] = self._loop.create_future()
-        answer = self._asked.popleft()
+        answer = self._requests.popleft()
         if descriptors:
             answer.set_result(Child(pid, descriptors[0], end))
         else:  # the kernel drops what there is no number for; the child ends when its channels are closed
@@ -228,13 +228,13 @@ class ForkServer:
     def _fail(self, text: str) -> None:
         for end in self._children.values():
             end.set_result(Exit(None, None))
-        for answer in self._asked:
+        for answer in self._requests:
             answer.set_exception(ForkServerUnavailable(text))
         if not self.ready.done():
             self.ready.set_exception(ForkServerUnavailable(text))
             self.ready.exception()  # retrieved, even if nobody awaits it
         self._children.clear()
-        self._asked.clear()
+        self._requests.clear()
         self.ended.set_result(None)
 
 

@@ -77,7 +77,7 @@ class WorkerPool:
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._workers: set[Worker] = set()
-        self._spare = PreforkedWorker(self._fork_one)
+        self._preforked = PreforkedWorker(self._fork_one)
         self._closed = False
 
     @property
@@ -102,10 +102,10 @@ class WorkerPool:
         fork_server = await self._launch()
         self._keeper = asyncio.create_task(self._keep(fork_server), name="fork server")
 
-    def expect(self) -> None:
+    def prefork(self) -> None:
         """Fork a worker ahead of a `start` that probably follows in a moment."""
         if self.healthy and not self._closed:
-            self._spare.expect()
+            self._preforked.fork_ahead()
 
     async def start(self, worker_id: str) -> Worker:
         """Return the pre-forked worker or a new one, with this id.
@@ -113,7 +113,7 @@ class WorkerPool:
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new fork server is starting.
         """
-        return await self._spare.take(worker_id) or await self._fork_one(worker_id)
+        return await self._preforked.take(worker_id) or await self._fork_one(worker_id)
 
     async def _fork_one(self, worker_id: str) -> Worker:
         fork_server = await self._available()
@@ -136,7 +136,7 @@ class WorkerPool:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait({self._keeper})
-        await self._spare.close()
+        await self._preforked.close()
         workers = list(self._workers)
         for worker in workers:
             worker.kill()
@@ -250,7 +250,7 @@ class PreforkedWorker:
         self._tasks: set[asyncio.Task[Worker]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def expect(self) -> None:
+    def fork_ahead(self) -> None:
         """Begin to fork one, if there is none; a failure is ignored."""
         if self._coming is None:
             self._coming = task = start_task(self._fork(_UNTAKEN), "forking ahead")

@@ -30,21 +30,21 @@ class InFlight:
         self._send_cancel = cancel
         self._on_stuck = on_stuck
         self._loop = asyncio.get_running_loop()
-        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._cancelled: dict[int, float] = {}
-        self._heard_at = 0.0
+        self._answered_at = 0.0
         self._watching: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._asked)
+        return len(self._pending)
 
     def __contains__(self, number: int) -> bool:
-        return number in self._asked
+        return number in self._pending
 
     async def drained(self) -> None:
         """Wait until nothing is in flight."""
-        while self._asked:
+        while self._pending:
             self._idle.clear()
             await self._idle.wait()
 
@@ -57,7 +57,7 @@ class InFlight:
             RuntimeProblem: the inference failed.
         """
         answer: asyncio.Future[Answer] = self._loop.create_future()
-        self._asked[number] = answer
+        self._pending[number] = answer
         deadline = self._loop.call_later(timeout_s, self._expire, number, timeout_s)
         try:
             return await answer
@@ -70,11 +70,11 @@ class InFlight:
 
     def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
         """Hand the worker's answer to the caller, who may have gone."""
-        answer = self._asked.pop(number)
-        self._heard_at = self._loop.time()
+        answer = self._pending.pop(number)
+        self._answered_at = self._loop.time()
         if self._cancelled:
             self._cancelled.pop(number, None)
-        if not self._asked:
+        if not self._pending:
             self._idle.set()
         if answer.done():
             return
@@ -85,34 +85,34 @@ class InFlight:
 
     def abandon(self, end: Exit) -> None:
         """Fail all inferences because the worker has ended; the first may have been running."""
-        first = next(iter(self._asked), None)
-        for number, answer in self._asked.items():
+        first = next(iter(self._pending), None)
+        for number, answer in self._pending.items():
             if not answer.done():
                 answer.set_exception(WorkerDied(end, begun=number == first))
-        self._asked.clear()
+        self._pending.clear()
         self._cancelled.clear()
         if self._watching is not None:
             self._watching.cancel()
         self._idle.set()
 
     def _expire(self, number: int, timeout_s: float) -> None:
-        answer = self._asked.get(number)
+        answer = self._pending.get(number)
         if answer is not None and not answer.done():
-            told = f"the inference did not end within {timeout_s:g} s and was stopped"
-            answer.set_exception(InferenceTimeout(told))
+            reason = f"the inference did not end within {timeout_s:g} s and was stopped"
+            answer.set_exception(InferenceTimeout(reason))
             self._cancel(number)
 
     def _cancel(self, number: int) -> None:
-        if number in self._asked:
+        if number in self._pending:
             self._cancelled[number] = self._loop.time()
             self._send_cancel(number)
             self._watch(self.patience_s)
 
     def _watch(self, delay_s: float) -> None:
         if self._watching is None:
-            self._watching = self._loop.call_later(delay_s, self._look_for_stuck)
+            self._watching = self._loop.call_later(delay_s, self._check_stuck)
 
-    def _look_for_stuck(self) -> None:
+    def _check_stuck(self) -> None:
         """Check the first inference: they run in order, so it is the running one.
 
         A cancelled inference behind it only waits, and proves nothing.
@@ -120,10 +120,10 @@ class InFlight:
         self._watching = None
         if not self._cancelled:
             return
-        first = next(iter(self._asked))
+        first = next(iter(self._pending))
         left_s = self.patience_s
         if first in self._cancelled:
-            left_s += max(self._cancelled[first], self._heard_at) - self._loop.time()
+            left_s += max(self._cancelled[first], self._answered_at) - self._loop.time()
         if left_s > 0:
             self._watch(left_s)
         else:

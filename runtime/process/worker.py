@@ -69,8 +69,8 @@ PrepareReport = PrepareDone
 
 
 @dataclass(frozen=True, slots=True)
-class _Awaited:
-    """A load or preparation whose report is awaited.
+class _PendingOrder:
+    """A load or preparation whose report is pending.
 
     Attributes:
         order: the message to the worker.
@@ -82,7 +82,7 @@ class _Awaited:
     answer: asyncio.Future[Any]
     on_stage: Callable[[str], None] | None = None
 
-    def may_end_with(self, message: Loaded | PrepareDone | LoadFailure) -> bool:
+    def accepts(self, message: Loaded | PrepareDone | LoadFailure) -> bool:
         """Return whether the worker may report this: the order's files, or a code of its kind."""
         match self.order, message:
             case Load(), Loaded():
@@ -121,13 +121,13 @@ class Worker:
         self.ended: asyncio.Future[Exit] = self._loop.create_future()
         self._process = Process(child, self._on_gone)
         self._stderr = StderrTail(stderr)
-        self._in_flight = InFlight(patience_s, self._cancel, self._end_stuck)
+        self._in_flight = InFlight(patience_s, self._cancel, self._kill_stuck)
         self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
         self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
         self._ids = itertools.count()
-        self._awaited: _Awaited | None = None
+        self._pending: _PendingOrder | None = None
         self._stopping = False
-        self._last_words: asyncio.TimerHandle | None = None
+        self._exit_timer: asyncio.TimerHandle | None = None
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
         """Adopt this side's ends of the channels; the pool kills the worker if this fails."""
@@ -146,7 +146,7 @@ class Worker:
     @property
     def dying(self) -> bool:
         """Whether the process is gone; its last output may still be on its way."""
-        return self._last_words is not None
+        return self._exit_timer is not None
 
     @property
     def in_flight(self) -> int:
@@ -265,7 +265,7 @@ class Worker:
         if self._control.unsent_bytes > MAX_UNSENT_CANCELS_BYTES:
             self.kill()
 
-    def _end_stuck(self) -> None:
+    def _kill_stuck(self) -> None:
         patience_s = self._in_flight.patience_s
         self._stderr.note(f"killed by the server: an inference did not stop within {patience_s:g} s")
         self.kill()
@@ -276,9 +276,9 @@ class Worker:
         tensors: Sequence[Tensor] = (),
         on_stage: Callable[[str], None] | None = None,
     ) -> Any:
-        self._awaited = awaited = _Awaited(order, self._loop.create_future(), on_stage)
+        self._pending = pending = _PendingOrder(order, self._loop.create_future(), on_stage)
         self._send(order, tensors)
-        return await awaited.answer
+        return await pending.answer
 
     def _send(self, message: Load | Prepare | Infer, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
@@ -290,14 +290,14 @@ class Worker:
         if type(message) is Outcome and message.id in self._in_flight:  # first, for it comes most often
             self._in_flight.settle(message.id, (message, tensors))
             return
-        awaited = self._awaited
+        pending = self._pending
         match message:
-            case StageReached(stage) if awaited is not None and awaited.on_stage is not None:
-                awaited.on_stage(stage)
-            case Loaded() | PrepareDone() | LoadFailure() if awaited and awaited.may_end_with(message):
-                awaited.settle(message)
+            case StageReached(stage) if pending is not None and pending.on_stage is not None:
+                pending.on_stage(stage)
+            case Loaded() | PrepareDone() | LoadFailure() if pending and pending.accepts(message):
+                pending.settle(message)
                 self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
-                self._awaited = None
+                self._pending = None
             case InferenceFailure(number, code, text) if number in self._in_flight:
                 self._in_flight.settle(number, PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
             case _:
@@ -309,30 +309,35 @@ class Worker:
     def _on_lost(self) -> None:
         if not self._stopping:
             self.kill()
-        self._finish_when_told()
+        self._finish_when_complete()
 
     def _on_gone(self) -> None:
         """The process is gone; its exit report and its last output may still arrive."""
-        self._last_words = self._loop.call_later(EXIT_WAIT_S, self._finish)
-        self._process.when_told(self._finish_when_told)
-        self._finish_when_told()
+        self._exit_timer = self._loop.call_later(EXIT_WAIT_S, self._finish)
+        self._process.on_exit_reported(self._finish_when_complete)
+        self._finish_when_complete()
 
-    def _finish_when_told(self) -> None:
-        if self._last_words is not None and self._process.told and self._data.lost and self._control.lost:
+    def _finish_when_complete(self) -> None:
+        if (
+            self._exit_timer is not None
+            and self._process.exit_reported
+            and self._data.lost
+            and self._control.lost
+        ):
             self._finish()
 
     def _finish(self) -> None:
-        if self.ended.done() or self._last_words is None:
+        if self.ended.done() or self._exit_timer is None:
             return
-        self._last_words.cancel()
+        self._exit_timer.cancel()
         end = self._process.close()
         self._data.abort()
         self._control.abort()
         self._stderr.close()
         self.ended.set_result(end)
         self._in_flight.abandon(end)
-        if self._awaited is not None and not self._awaited.answer.done():
-            self._awaited.answer.set_exception(WorkerDied(end))
+        if self._pending is not None and not self._pending.answer.done():
+            self._pending.answer.set_exception(WorkerDied(end))
 
 
 def _paths(files: Sequence[HashedFile]) -> tuple[str, ...]:

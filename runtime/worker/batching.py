@@ -36,7 +36,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     """
 
     number: int
-    asked: SelectedOutputs
+    outputs: SelectedOutputs
     feed: dict[str, Any]
     size: int
     alone: bool
@@ -44,13 +44,13 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     came_ns: int
     input_ns: int
 
-    def kind(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """Return what requests that go together have in common."""
         if self.alone:
             return self.number
-        return self.asked, tuple([(name, array.shape[1:]) for name, array in self.feed.items()])
+        return self.outputs, tuple([(name, array.shape[1:]) for name, array in self.feed.items()])
 
-    def waits_since_ns(self) -> int:
+    def waiting_since_ns(self) -> int:
         """Return from when on it waits to be run: it may have lain with the server, or on the way."""
         return min(self.sent_ns, self.came_ns) or self.came_ns
 
@@ -107,7 +107,7 @@ class Queue:
 
     def add(self, request: BatchRequest) -> None:
         """Let a request wait."""
-        kind = request.kind()
+        kind = request.batch_key()
         group = self._groups.get(kind)
         if group is None:
             group = self._groups[kind] = _Group(kind)
@@ -122,7 +122,7 @@ class Queue:
             return None
         if any(group.size >= self._limit or group.requests[0].alone for group in self._groups.values()):
             return None
-        return max(0, self._next().waits_since_ns() + self._delay_ns - now_ns)
+        return max(0, self._next().waiting_since_ns() + self._delay_ns - now_ns)
 
     def take(self) -> list[BatchRequest]:
         """Take the next batch: the request that waits longest, and what goes together with it."""
@@ -141,7 +141,7 @@ class Queue:
         return batch
 
     def _next(self) -> "_Group":
-        return min(self._groups.values(), key=_Group.waits_since_ns)
+        return min(self._groups.values(), key=_Group.waiting_since_ns)
 
 
 @dataclass(slots=True)
@@ -152,8 +152,8 @@ class _Group:
     requests: deque[BatchRequest] = field(default_factory=deque)
     size: int = 0
 
-    def waits_since_ns(self) -> int:
-        return self.requests[0].waits_since_ns()
+    def waiting_since_ns(self) -> int:
+        return self.requests[0].waiting_since_ns()
 
 
 class OutputsNotBatched(Exception):

@@ -194,7 +194,7 @@ class Cancellation:
                 self._cancelled.difference_update(self._running)
             self._running, self._options = (), None
 
-    def end_to_begin_again(self) -> None:
+    def end_for_rerun(self) -> None:
         """Note that what ran waits again; who was cancelled meanwhile stays cancelled."""
         with self._lock:
             self._waiting.update(self._running)
@@ -241,8 +241,8 @@ class Executor:
             return None
         came_ns = time.monotonic_ns()
         try:
-            asked = self._runner.asked(infer.outputs, infer.text, infer.digest)
-            feed = self._runner.feed(tensors)
+            asked = self._runner.select_outputs(infer.outputs, infer.text, infer.digest)
+            feed = self._runner.decode_inputs(tensors)
             size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:
             self._refuse(infer.id, InferenceFailed(NO_MEMORY))
@@ -270,7 +270,7 @@ class Executor:
                 self._cancellation.drop(request.number)
                 raise InferenceCancelled
             self._outbox.before_run(self._last_run_ns)
-            arrays = self._runner.run(request.asked, request.feed, options)
+            arrays = self._runner.run(request.outputs, request.feed, options)
             self._last_run_ns = time.monotonic_ns() - begun_ns
         except MemoryError:
             self._fail(request.number, InferenceFailed(NO_MEMORY))
@@ -292,12 +292,12 @@ class Executor:
         try:
             feed = join_inputs(batch)
             joined_ns = time.monotonic_ns()
-            arrays = self._runner.run(batch[0].asked, feed, options)
+            arrays = self._runner.run(batch[0].outputs, feed, options)
             ran_ns = time.monotonic_ns()
             self._last_run_ns = ran_ns - begun_ns
             parts = split_outputs(batch, arrays)
         except (MemoryError, RuntimeProblem, OutputsNotBatched):
-            self._cancellation.end_to_begin_again()
+            self._cancellation.end_for_rerun()
             return False
         self._cancellation.end()
         execution_size = sum(request.size for request in batch)
@@ -318,7 +318,7 @@ class Executor:
         """Answer a request that was run; tells whether it has its outputs."""
         split_ns = time.monotonic_ns()
         try:
-            heads, parts = self._runner.answer(request.asked, arrays)
+            heads, parts = self._runner.encode_outputs(request.outputs, arrays)
         except MemoryError:
             self._fail(request.number, InferenceFailed(NO_MEMORY))
         except RuntimeProblem as problem:

@@ -194,9 +194,9 @@ class Runner:
         self._required = {spec.name for spec in inputs if not spec.optional}
         self._outputs = {spec.name: spec.datatype for spec in outputs}
         self._has_bfloat16 = "BF16" in (*self._inputs.values(), *self._outputs.values())
-        self._known = lru_cache(KNOWN_CHOICES)(self._asked)
+        self._known = lru_cache(KNOWN_CHOICES)(self._select)
 
-    def asked(
+    def select_outputs(
         self,
         outputs: tuple[WantedOutput, ...],
         text: bool,  # noqa: FBT001 - as in `Infer`
@@ -208,10 +208,10 @@ class Runner:
             InvalidInput: `invalid_input`, or as NotRepresentable `not_representable`.
         """
         if len(outputs) > len(self._outputs):  # some are named again, and there may be 80,000: not to be kept
-            return self._asked(outputs, text, digest)
+            return self._select(outputs, text, digest)
         return self._known(outputs, text, digest)
 
-    def _asked(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> SelectedOutputs:  # noqa: FBT001
+    def _select(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> SelectedOutputs:  # noqa: FBT001
         for output in outputs:
             self._check_output(output.name)
         chosen = {output.name: output.text for output in outputs} or {
@@ -223,7 +223,7 @@ class Runner:
                 check_json(name, datatype)
         return SelectedOutputs(list(chosen), forms, digest)
 
-    def feed(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    def decode_inputs(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """View a request's tensors as arrays, by name.
 
         Raises:
@@ -259,7 +259,7 @@ class Runner:
             raise InferenceFailed(str(error) or type(error).__name__) from None
         return arrays
 
-    def answer(
+    def encode_outputs(
         self, asked: SelectedOutputs, arrays: Sequence[Any]
     ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
         """Make the outputs' heads and data; what is optional and has no value is left out.

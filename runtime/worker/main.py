@@ -77,7 +77,7 @@ class _Worker:
         self._queue: Queue | None = None
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
-        self._awake = False
+        self._busy_polls = False
 
     def serve(self) -> None:
         """Answer until the channel ends, one request after the other; what came at once, at once."""
@@ -104,15 +104,15 @@ class _Worker:
     def _read(self) -> bool:
         """Take what has come, when something has; False at the end of the channel."""
         asked_ns = time.monotonic_ns()
-        if self._awake:
-            self._stay_awake(asked_ns + BUSY_POLL_NS)
+        if self._busy_polls:
+            self._busy_poll(asked_ns + BUSY_POLL_NS)
         count = _receive(self._channel, self._reader)
-        self._awake = time.monotonic_ns() - asked_ns < BUSY_POLL_NS
+        self._busy_polls = time.monotonic_ns() - asked_ns < BUSY_POLL_NS
         for message, tensors in _frames(self._reader, count):
             self._handle(message, tensors)
         return count > 0
 
-    def _stay_awake(self, until_ns: int) -> None:
+    def _busy_poll(self, until_ns: int) -> None:
         """Look for the next request for a while before sleeping: being woken costs as much as many runs.
 
         Whoever else wants this core has it meanwhile.

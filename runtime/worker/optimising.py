@@ -83,7 +83,7 @@ class _Moves:
         self._places: dict[tuple[int, int], int] = {}
         self._end = 0
 
-    def of(self, offset: int, length: int) -> int:
+    def place(self, offset: int, length: int) -> int:
         """Return where this many bytes from an offset on will be."""
         if (offset, length) not in self._places:
             step = PAGE_BYTES if length >= PAGED_FROM_BYTES else ALIGNMENT
@@ -142,13 +142,13 @@ def _moved(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str, str]]:
         if PACKED.fullmatch(key):
             yield key, _moved_packed(text, moves)
         else:
-            yield key, str(moves.of(int(offset), int(length))) if key == "offset" else text
+            yield key, str(moves.place(int(offset), int(length))) if key == "offset" else text
 
 
 def _moved_packed(text: str, moves: _Moves) -> str:
     name, *blobs = text.split("|")
     found = [BLOB.fullmatch(blob) for blob in blobs]
-    moved = [f"{moves.of(int(blob[1]), int(blob[2]))};{blob[2]};{blob[3]}" for blob in found if blob]
+    moved = [f"{moves.place(int(blob[1]), int(blob[2]))};{blob[2]};{blob[3]}" for blob in found if blob]
     if len(moved) != len(blobs):
         raise _not_known(f"packed weights {text!r}")
     return "|".join([name, *moved])

@@ -140,10 +140,10 @@ def warm_up(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[
 
 
 def _run(model: ServingSession, given: Sequence[Tensor], required: Sequence[TensorSpec]) -> None:
-    feed = model.runner.feed(given) if given else {spec.name: make_zeros(spec) for spec in required}
+    feed = model.runner.decode_inputs(given) if given else {spec.name: make_zeros(spec) for spec in required}
     if model.dimension is not None:
         model.dimension.measure(feed)
-    model.runner.run(model.runner.asked((), text=False), feed, ort.RunOptions())
+    model.runner.run(model.runner.select_outputs((), text=False), feed, ort.RunOptions())
 
 
 def zeros_are_allowed(model: ServingSession, required: Sequence[TensorSpec]) -> bool:

@@ -59,7 +59,7 @@ def _keep_for_ever(folder: Path, dice: random.Random, told: int) -> None:
         name = dice.choice(NAMES)
         match dice.randrange(10):
             case 0:
-                store.settle_none(key(name), {"prepacked": "slower"}, model_id=name, version=1)
+                store.record_useless(key(name), {"prepacked": "slower"}, model_id=name, version=1)
             case 1:
                 store.drop(key(name), "it killed its worker")
             case 2:

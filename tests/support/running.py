@@ -243,8 +243,8 @@ class Engine:
         Returns:
             Its process id.
         """
-        self.pool.expect()
-        spare = self.pool._spare
+        self.pool.prefork()
+        spare = self.pool._preforked
         assert spare._coming is not None
         assert spare._timer is not None
         spare._timer.cancel()  # it is for somebody who will come
@@ -290,7 +290,7 @@ def job_of(receipt: Receipt) -> str:
 
 async def end_workers(pool: WorkerPool) -> None:
     """Kill all workers of a pool and wait until they have exited."""
-    await pool._spare.close()
+    await pool._preforked.close()
     workers = list(pool._workers)
     for worker in workers:
         worker.kill()

@@ -36,7 +36,7 @@ def store(data: Path) -> ModelCache:
     keep(store, "a", 3_000_000, model_id="detector")
     keep(store, "b", 250_000, model_id="digits", form="optimised")
     why = "slower:\n\x1b[31m1.2 times"
-    store.settle_none(key("c"), {"prepacked": why}, model_id="small", version=7, took_ms=440)
+    store.record_useless(key("c"), {"prepacked": why}, model_id="small", version=7, took_ms=440)
     return store
 
 

@@ -276,7 +276,7 @@ def test_folder_that_others_can_fill_is_refused(folder: Path, tmp_path: Path, ki
     calls: list[Callable[[], object]] = [
         store.open,
         lambda: store.draft(A),
-        lambda: store.settle_none(A, {}, model_id="m", version=1),
+        lambda: store.record_useless(A, {}, model_id="m", version=1),
     ]
     for call in calls:
         with pytest.raises(CacheUnavailable, match=str(folder)):
@@ -313,7 +313,7 @@ def test_full_disk_makes_the_cache_unavailable(store: ModelCache, folder: Path) 
     with file_size_limit(100), pytest.raises(CacheUnavailable, match="cannot be kept in"):
         store.keep(A, draft, made_of(files))
     with file_size_limit(100), pytest.raises(CacheUnavailable):
-        store.settle_none(B, {}, model_id="b", version=1)
+        store.record_useless(B, {}, model_id="b", version=1)
     with file_size_limit(100), pytest.raises(CacheUnavailable):
         store.drop(A, "bad")
     assert os.listdir(folder) == [A]  # noqa: PTH208

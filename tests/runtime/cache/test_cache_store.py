@@ -79,7 +79,7 @@ def test_kept_model_is_found_and_used(store: ModelCache, folder: Path) -> None:
     assert (entry.form, entry.sha256, entry.took_ms) == ("prepacked", prepared.sha256, 2_500)
     assert entry.figures == {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
     assert entry.made_at <= entry.used_at
-    store.settle_none(B, {"prepacked": "slower"}, model_id="b", version=2)
+    store.record_useless(B, {"prepacked": "slower"}, model_id="b", version=2)
     again = opened(folder)
     assert again.use(A) == prepared
     assert again.entries() == [again.find(A), again.find(B)]
@@ -115,7 +115,7 @@ def test_new_form_replaces_the_old_one(store: ModelCache, folder: Path) -> None:
 
 def test_reasons_against_forms_are_remembered(store: ModelCache, folder: Path) -> None:
     why = "killed by signal 11 \ud800 " + "x" * 10_000
-    store.settle_none(A, {"prepacked": why, "optimised": "slower"}, model_id="m", version=3, took_ms=9)
+    store.record_useless(A, {"prepacked": why, "optimised": "slower"}, model_id="m", version=3, took_ms=9)
     for each in (store, opened(folder)):
         entry = found(each, A)
         assert (entry.form, entry.sha256, entry.bytes) == (None, None, 0)
@@ -163,7 +163,7 @@ def test_trials_without_use_are_repeated_after_a_day(folder: Path) -> None:
     clock = Clock()
     store = ModelCache(folder, LIMIT, now_ns=clock)
     store.open()
-    store.settle_none(A, {"prepacked": "slower"}, model_id="m", version=1)
+    store.record_useless(A, {"prepacked": "slower"}, model_id="m", version=1)
     keep(store, "b")
     keep(store, "c", form="optimised")
     assert store.drop(C, "killed by signal 11")
@@ -171,7 +171,7 @@ def test_trials_without_use_are_repeated_after_a_day(folder: Path) -> None:
     assert found(store, A).tried == {"prepacked": "slower"}
     clock.now_ns += SECOND_NS
     assert store.find(A) is None
-    store.settle_none(A, {"prepacked": "slower again"}, model_id="m", version=1)
+    store.record_useless(A, {"prepacked": "slower again"}, model_id="m", version=1)
     assert found(store, A).tried == {"prepacked": "slower again"}
     clock.now_ns += 1000 * USELESS_KNOWN_S * SECOND_NS
     assert found(store, B).form == "prepacked"
@@ -181,10 +181,10 @@ def test_trials_without_use_are_repeated_after_a_day(folder: Path) -> None:
 def test_untried_model_is_tried_on_other_inputs(store: ModelCache) -> None:
     given = (Tensor("x", "FP32", (1,), b"[1]", text=True),)
     assert needs_trial(None, given)
-    store.settle_none(A, {}, model_id="m", version=1, untried_on=hash_inputs(()))
+    store.record_useless(A, {}, model_id="m", version=1, untried_on=hash_inputs(()))
     assert not needs_trial(store.find(A), ())
     assert needs_trial(store.find(A), given)
-    store.settle_none(A, {}, model_id="m", version=1)
+    store.record_useless(A, {}, model_id="m", version=1)
     assert not needs_trial(store.find(A), given)
 
 
@@ -196,7 +196,7 @@ def test_keys_without_a_form_are_bounded_by_number(folder: Path) -> None:
     store.open()
     keep(store, "x", LIMIT)
     for name in "abc":
-        store.settle_none(key(name), {}, model_id=name, version=1)
+        store.record_useless(key(name), {}, model_id=name, version=1)
         store.use(A)
     assert set(keys(store)) == {key("x"), A, C}
     again = ModelCache(folder, LIMIT, max_without_form=1)
@@ -271,7 +271,7 @@ def test_entries_follow_a_list_in_order_of_use(
                     keep(store, name, size, model_id=name)
                     expected.put(name, size)
                 case "settle", str(name), _:
-                    store.settle_none(key(name), {}, model_id=name, version=1)
+                    store.record_useless(key(name), {}, model_id=name, version=1)
                     expected.put(name, None)
                 case "use", str(name), _:
                     assert (store.use(key(name)) is not None) == (expected.use(name) is not None)
@@ -294,7 +294,7 @@ def test_first_key_is_evicted_of_those_used_at_once() -> None:
     least = UseOrder(limit_bytes=1, max_without_form=0)
     least.put("b", Use(7, 1))
     least.put("a", Use(7, 1))
-    assert next(least.next_to_go()) == "a"
+    assert next(least.next_victims()) == "a"
 
 
 # Clear
@@ -303,7 +303,7 @@ def test_first_key_is_evicted_of_those_used_at_once() -> None:
 def test_clear_takes_all_or_one_model(store: ModelCache, folder: Path) -> None:
     keep(store, "a", 10, model_id="one")
     keep(store, "b", 20, model_id="two")
-    store.settle_none(C, {}, model_id="two", version=1)
+    store.record_useless(C, {}, model_id="two", version=1)
     (folder / key("d")).mkdir()
     assert store.clear("three") == Cleared(0, 0)
     assert store.clear("two") == Cleared(2, 20)
@@ -349,7 +349,7 @@ def test_threads_and_another_process_share_the_cache(folder: Path) -> None:
             name = dice.choice("abcdefgh")
             match dice.randrange(8):
                 case 0:
-                    store.settle_none(key(name), {}, model_id=name, version=1)
+                    store.record_useless(key(name), {}, model_id=name, version=1)
                 case 1:
                     store.drop(key(name), "bad")
                 case 2:

@@ -75,7 +75,7 @@ def preparer_of(store: ModelCache, pool: WorkerPool, root: Path) -> Preparer:
 async def offer(preparer: Preparer, *candidates: Candidate) -> None:
     for each in candidates:  # one by one: the first whose files are read is the first offered
         preparer.offer(each)
-        await asyncio.gather(*preparer._looks)
+        await asyncio.gather(*preparer._tasks)
 
 
 async def test_same_files_are_offered_once(pool: WorkerPool, store: ModelCache, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ async def test_same_files_are_offered_once(pool: WorkerPool, store: ModelCache, 
     preparer = preparer_of(store, pool, tmp_path)
     await offer(preparer, *(candidate(tmp_path, name, name) for name in ("one", "two", "three")))
     assert set(preparer.preparable) == {"one", "three"}
-    store.settle_none(key_in(tmp_path, "one"), {}, model_id="other", version=1)
+    store.record_useless(key_in(tmp_path, "one"), {}, model_id="other", version=1)
     preparer.begin("one")  # settled meanwhile, and not prepared again
     await until(lambda: preparer.preparation is None)
     [entry] = store.entries()

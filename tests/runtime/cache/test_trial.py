@@ -85,7 +85,7 @@ async def of_other_answers(pool: WorkerPool, root: Path) -> CachedCopy:
 async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(4), tmp_path / "models", "m")
     form = await prepared(pool, tmp_path / "models")
-    why_not, pairs = await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form)
+    why_not, pairs = await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form)
     assert len(pairs) == 3
     assert why_not == verdict(pairs)
     assert all(min(pair.load_us, pair.infer_ns, pair.bare_infer_ns, pair.bytes) > 0 for pair in pairs)
@@ -104,7 +104,7 @@ async def test_form_that_differs_is_of_no_use(
 ) -> None:
     save(model, tmp_path / "models", "m")
     form = await of_other_answers(pool, tmp_path / "models")
-    assert await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form) == (why_not, [])
+    assert await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form) == (why_not, [])
 
 
 async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, tmp_path:
     order = written_by_the_runtime(tmp_path / "models")
     assert order.prepared is not None
     with pytest.raises(WorkerDied):
-        await Trial(pool, replace(order, prepared=None), ()).of(order.prepared)
+        await Trial(pool, replace(order, prepared=None), ()).run(order.prepared)
     assert not pool._workers
 
 
@@ -121,7 +121,7 @@ async def test_trial_of_changed_files_is_refused(pool: WorkerPool, tmp_path: Pat
     form = await prepared(pool, tmp_path / "models")
     save(models.add(3), tmp_path / "models", "m")
     with pytest.raises(LoadRefused) as refused:
-        await Trial(pool, order_of(tmp_path / "models", "m"), ()).of(form)
+        await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form)
     assert refused.value.code == "model_changed"
 
 
@@ -147,7 +147,7 @@ async def test_bare_model_that_fails_ends_the_trial(
     form = await prepared(pool, tmp_path / "models")
     order = order_of(tmp_path / "models", "m", memory_limit_bytes=limit_bytes)
     with pytest.raises(TrialInterrupted if limit_bytes else TrialImpossible, match=words):
-        await Trial(pool, order, given).of(form)
+        await Trial(pool, order, given).run(form)
 
 
 async def test_trial_uses_given_inputs(pool: WorkerPool, tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ async def test_trial_uses_given_inputs(pool: WorkerPool, tmp_path: Path) -> None
     form = await prepared(pool, tmp_path / "models")
     order = order_of(tmp_path / "models", "m")
     with pytest.raises(TrialImpossible):
-        await Trial(pool, order, ()).of(form)
+        await Trial(pool, order, ()).run(form)
     given = (
         Tensor("x", "FP32", (6,), b"[1, 2, 3, 4, 5, 6]", text=True),
         Tensor("sides", "INT64", (2,), b"[2, 3]", text=True),
     )
-    _, pairs = await Trial(pool, order, given).of(form)
+    _, pairs = await Trial(pool, order, given).run(form)
     assert len(pairs) == 3
 
 

@@ -41,7 +41,7 @@ def pids(pool: WorkerPool) -> list[int]:
 
 async def forked_ahead(pool: WorkerPool) -> int:
     """Have the pool fork a worker ahead, and return its process id."""
-    pool.expect()
+    pool.prefork()
     await until(lambda: bool(pool._workers))
     return pids(pool)[0]
 
@@ -122,7 +122,7 @@ async def test_start_takes_the_pre_forked_worker(pool: WorkerPool, tmp_path: Pat
 @pytest.mark.usefixtures("_long_kept")
 async def test_at_most_one_worker_is_pre_forked(pool: WorkerPool) -> None:
     for _ in range(100):
-        pool.expect()
+        pool.prefork()
     worker = await pool.start("w")  # waits for it
     assert pids(pool) == [worker.pid]
     await pool.start("other")
@@ -133,9 +133,9 @@ async def test_pre_forked_worker_ends_when_not_taken(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "PREFORKED_KEPT_S", 0.0)
-    pool.expect()
+    pool.prefork()
     await asyncio.sleep(0)
-    await until(lambda: not pool._spare._tasks and not pool._workers)
+    await until(lambda: not pool._preforked._tasks and not pool._workers)
     assert (await pool.start("w")).worker_id == "w"
 
 
@@ -151,14 +151,14 @@ async def test_pre_forked_worker_that_died_is_not_taken(pool: WorkerPool, killed
 @pytest.mark.usefixtures("_long_kept")
 async def test_start_cancelled_during_pre_fork_leaves_nothing(pool: WorkerPool) -> None:
     await freeze(fork_server_of(pool).pid)
-    pool.expect()
+    pool.prefork()
     start = asyncio.create_task(pool.start("w"))
     await asyncio.sleep(0)
     start.cancel()
     resume(fork_server_of(pool).pid)
     await asyncio.wait({start})
     assert start.cancelled()
-    await until(lambda: not pool._spare._tasks and not pool._workers)
+    await until(lambda: not pool._preforked._tasks and not pool._workers)
 
 
 @pytest.mark.usefixtures("_long_kept")
@@ -168,11 +168,11 @@ async def test_closed_pool_leaves_no_pre_forked_worker(*, is_there: bool) -> Non
         if is_there:
             await forked_ahead(pool)
         else:
-            pool.expect()
+            pool.prefork()
             await asyncio.sleep(0)
     assert not pool._workers
-    pool.expect()
-    assert not pool._spare._tasks
+    pool.prefork()
+    assert not pool._preforked._tasks
 
 
 # Work that a cancelled task completes

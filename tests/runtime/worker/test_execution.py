@@ -87,7 +87,7 @@ def test_queue_batches_like_requests_oldest_first(drawn: list[tuple[int, int, bo
         assert len(queue) == len(waiting)
         batch = queue.take()
         assert batch[0] is waiting[0]
-        assert len({each.kind() for each in batch}) == 1
+        assert len({each.batch_key() for each in batch}) == 1
         assert sum(each.size for each in batch) <= limit
         assert len(batch) == 1 or not any(each.alone for each in batch)
         waiting = [each for each in waiting if each not in batch]
@@ -127,7 +127,7 @@ def test_queue_waits_until_oldest_is_due_or_a_batch_is_full() -> None:
 
 def test_queue_time_counts_from_sending() -> None:
     sent = BatchRequest(0, ASKED, {}, 1, alone=False, sent_ns=900, came_ns=1000, input_ns=0)
-    assert [each.waits_since_ns() for each in (request(0, came_ns=1000), sent)] == [1000, 900]
+    assert [each.waiting_since_ns() for each in (request(0, came_ns=1000), sent)] == [1000, 900]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_cancelled_member_of_a_batch_is_not_run_again() -> None:
     assert options is not None
     cancellation.cancel(2)
     assert options.terminate
-    cancellation.end_to_begin_again()
+    cancellation.end_for_rerun()
     first = cancellation.begin([1])
     assert first is not None
     assert not first.terminate
@@ -215,11 +215,13 @@ def test_request_cancelled_before_arrival_is_not_decoded(
 
 def test_long_lists_of_wanted_outputs_are_not_cached(runner: Runner) -> None:
     once = (WantedOutput("y"),)
-    assert runner.asked(once, False) is runner.asked(once, False)
+    assert runner.select_outputs(once, False) is runner.select_outputs(once, False)
     tracemalloc.start()
     try:
         for count in range(50, 100):
-            assert runner.asked(tuple(WantedOutput("y") for _ in range(count * 100)), False).names == ["y"]
+            assert runner.select_outputs(
+                tuple(WantedOutput("y") for _ in range(count * 100)), False
+            ).names == ["y"]
         assert tracemalloc.get_traced_memory()[0] < 2**20
     finally:
         tracemalloc.stop()
