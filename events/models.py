@@ -66,9 +66,8 @@ from a prepared form."""
 _BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
 _NOT_RETRIED = (CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED)
 
-_NOT_BLAMED = (TIMEOUT, INSUFFICIENT_MEMORY)
-"""Error codes that leave a lost model lost when a client's load of it failed before it started: nothing was
-tried, so the failure says nothing about the model."""
+_KEEP_LOST = (TIMEOUT, INSUFFICIENT_MEMORY)
+"""Error codes that leave a lost model lost if a client's load failed before it started: it tried nothing."""
 
 
 class ModelState(StrEnum):
@@ -110,11 +109,7 @@ class Serving(Struct, frozen=True, gc=False):
 
 
 class Footprint(Struct, frozen=True, gc=False):
-    """The peak memory of one worker that loaded these files.
-
-    Attributes:
-        form: the prepared form that it loaded instead, if any.
-    """
+    """The peak memory of one worker that loaded these files, or a prepared form of them."""
 
     version: int
     files: tuple[LoadedFile, ...]
@@ -167,7 +162,7 @@ class Model(Struct, frozen=True, gc=False):
         """The state of the model: it stays `loaded` while another version of it is loading beside."""
         if self.previous is not None:
             return ModelState.LOADING
-        if self.phase in (ModelState.LOADED, ModelState.UNLOADING) or self.under_way is None:
+        if self.phase in (ModelState.LOADED, ModelState.UNLOADING) or self.started_load is None:
             return self.phase
         return ModelState.LOADING
 
@@ -177,7 +172,7 @@ class Model(Struct, frozen=True, gc=False):
         return LoadedModel(self, self.serving) if self.serving is not None else None
 
     @property
-    def under_way(self) -> PendingLoad | None:
+    def started_load(self) -> PendingLoad | None:
         """The load that has started and not ended."""
         return next((load for load in self.loads if load.started), None)
 
@@ -192,12 +187,12 @@ class Model(Struct, frozen=True, gc=False):
         """The version that serves, else the one that is loading, else the last one tried."""
         if self.serving is not None:
             return self.serving.version
-        return self.under_way.version if self.under_way is not None else self.last_version
+        return self.started_load.version if self.started_load is not None else self.last_version
 
     @property
     def next_version(self) -> int | None:
         """The version that is loading beside the one that serves."""
-        return self.under_way.version if self.phase is ModelState.LOADED and self.under_way else None
+        return self.started_load.version if self.phase is ModelState.LOADED and self.started_load else None
 
 
 class LoadedModel(Struct, frozen=True, gc=False):
@@ -332,7 +327,7 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
         if model.serving is not None and model.serving.version != event.version:
             return model
         untried = job is not None and job.cause in _BY_CLIENTS and job.status is JobStatus.PENDING
-        if untried and error.code in _NOT_BLAMED:
+        if untried and error.code in _KEEP_LOST:
             return model
     return replace(model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None, lost_at=None)
 

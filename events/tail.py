@@ -114,14 +114,14 @@ class Batch:
         after: the position of the tail before.
         upto: its position now: the batch has all matching events up to here.
         live: whether there is nothing more to read at the moment; a wakeup announces the next events.
-        made: an encoded cache: serialised forms by name, shared by the readers of this batch.
+        encoded: the encoded cache: serialised forms by name, shared by the readers of this batch.
     """
 
     events: Sequence[StoredEvent]
     after: int
     upto: int
     live: bool
-    made: dict[str, bytes] = field(default_factory=dict, compare=False)
+    encoded: dict[str, bytes] = field(default_factory=dict, compare=False)
 
 
 class Tail:

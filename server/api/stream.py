@@ -411,9 +411,9 @@ class EventStream:
             return b""
         self._told = batch.events[-1].position
         form = self._form.media_type
-        made = batch.made.get(form)
+        made = batch.encoded.get(form)
         if made is None:
-            made = batch.made[form] = self._form.events(batch.events)
+            made = batch.encoded[form] = self._form.events(batch.events)
         return made
 
     def _live_news(self, position: int) -> Iterator[bytes]:
