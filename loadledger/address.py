@@ -105,7 +105,7 @@ def _short(url: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ConnectionOptions:
     """Options of a client.
 
     Attributes:

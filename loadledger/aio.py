@@ -6,13 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from loadledger.address import MAX_ANSWER_BYTES, Address, Options
+from loadledger.address import MAX_ANSWER_BYTES, Address, ConnectionOptions
 from loadledger.aiotransport import AioTransport
-from loadledger.operations import Calls
-from loadledger.requests import ClientOptions
+from loadledger.operations import Operations
+from loadledger.requests import CallContext
 
 
-class AsyncClient(Calls):
+class AsyncClient(Operations):
     """An asynchronous client of one server, with the methods of `Client`.
 
     Use `async with`, or await `close`. It belongs to the event loop of its first use, whose tasks may share
@@ -39,9 +39,9 @@ class AsyncClient(Calls):
         ca_file: Path | str | None = None,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        options = Options(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
+        options = ConnectionOptions(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
         self._transport = AioTransport(options)
-        super().__init__(ClientOptions(options.address, timeout_s, self._transport))
+        super().__init__(CallContext(options.address, timeout_s, self._transport))
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,8 +12,8 @@ from http import HTTPStatus
 import aiohttp
 from yarl import URL
 
-from loadledger.address import CHUNK_BYTES, SILENCE_S, Options
-from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, reason
+from loadledger.address import CHUNK_BYTES, SILENCE_S, ConnectionOptions
+from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
 from loadledger.requests import Answer, Request
 
 CLOSED = "this client is closed"
@@ -53,7 +53,7 @@ class AioStream:
 class AioTransport:
     """Connections to one server, in one event loop."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ConnectionOptions) -> None:
         self.options = options
         self._tls = options.tls() if options.address.is_secure else None
         self._session: aiohttp.ClientSession | None = None
@@ -140,15 +140,15 @@ class AioTransport:
     def _problem(self, error: Exception) -> ClientProblem:
         url = self.options.address.url
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
-            return ServerUnreachable(url, reason(error.certificate_error))
+            return ServerUnreachable(url, failure_reason(error.certificate_error))
         if isinstance(error, aiohttp.ClientConnectorError):
-            return ServerUnreachable(url, reason(error.os_error))
+            return ServerUnreachable(url, failure_reason(error.os_error))
         if isinstance(error, TimeoutError):
             sent = not isinstance(error, aiohttp.ConnectionTimeoutError)
             return ServerUnreachable(url, "it took too long", sent=sent)
         if isinstance(error, aiohttp.ClientResponseError):
             return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
-        return ServerUnreachable(url, f"the connection was lost: {reason(error)}", sent=True)
+        return ServerUnreachable(url, f"the connection was lost: {failure_reason(error)}", sent=True)
 
 
 def _told(error: Exception) -> Exception | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from loadledger.address import MAX_ANSWER_BYTES, Address, Options
-from loadledger.operations import Calls
-from loadledger.requests import ClientOptions
+from loadledger.address import MAX_ANSWER_BYTES, Address, ConnectionOptions
+from loadledger.operations import Operations
+from loadledger.requests import CallContext
 from loadledger.transport import BlockingTransport, iterate, run
 
 P = ParamSpec("P")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def _blocking(
-    method: Callable[Concatenate[Calls, P], Coroutine[Any, Any, T]],
+    method: Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[Client, P], T]:
     """Make an operation a blocking method."""
 
@@ -30,7 +30,7 @@ def _blocking(
 
 
 def _iterating(
-    method: Callable[Concatenate[Calls, P], AsyncGenerator[T, None]],
+    method: Callable[Concatenate[Operations, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate[Client, P], Generator[T, None, None]]:
     """Make an operation that yields a method that iterates."""
 
@@ -66,9 +66,9 @@ class Client:
         ca_file: Path | str | None = None,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        options = Options(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
+        options = ConnectionOptions(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
         self._transport = BlockingTransport(options)
-        self._calls = Calls(ClientOptions(options.address, timeout_s, self._transport))
+        self._calls = Operations(CallContext(options.address, timeout_s, self._transport))
 
     def __enter__(self) -> Self:
         return self
@@ -93,17 +93,17 @@ class Client:
         """Close the connections; an iterator closes its own."""
         self._transport.close()
 
-    load = _blocking(Calls.load)
-    unload = _blocking(Calls.unload)
-    cancel = _blocking(Calls.cancel)
-    job = _blocking(Calls.job)
-    wait_for = _blocking(Calls.wait_for)
-    jobs = _iterating(Calls.jobs)
-    models = _iterating(Calls.models)
-    model = _blocking(Calls.model)
-    resources = _blocking(Calls.resources)
-    head = _blocking(Calls.head)
-    health = _blocking(Calls.health)
-    infer = _blocking(Calls.infer)
-    events = _iterating(Calls.events)
-    get = _blocking(Calls.get)
+    load = _blocking(Operations.load)
+    unload = _blocking(Operations.unload)
+    cancel = _blocking(Operations.cancel)
+    job = _blocking(Operations.job)
+    wait_for = _blocking(Operations.wait_for)
+    jobs = _iterating(Operations.jobs)
+    models = _iterating(Operations.models)
+    model = _blocking(Operations.model)
+    resources = _blocking(Operations.resources)
+    head = _blocking(Operations.head)
+    health = _blocking(Operations.health)
+    infer = _blocking(Operations.infer)
+    events = _iterating(Operations.events)
+    get = _blocking(Operations.get)

@@ -13,21 +13,21 @@ from math import inf
 from loadledger.address import path
 from loadledger.problems import ClientProblem, JobFailed, JobUnfinished
 from loadledger.records import Job
-from loadledger.requests import ClientOptions, Request, asked, get, passes, pause_s
+from loadledger.requests import CallContext, Request, back_off_s, fetch, get_request, is_transient
 
 PREFERRED_S = 20
 """Seconds for `Prefer: wait`: less than the usual timeout of a proxy."""
-SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.02, 0.5
-PART = 0.125
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
+POLL_FRACTION = 0.125
 SHORTEST_ANSWER_S = 1.0
 """Least time for an answer, however little of the limit is left."""
 
-Told = Callable[[Job], None]
-Away = Callable[[ClientProblem], None]
+JobCallback = Callable[[Job], None]
+AwayCallback = Callable[[ClientProblem], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class WaitOptions:
     """How to wait for a job.
 
     Attributes:
@@ -37,95 +37,95 @@ class Patience:
     """
 
     limit_s: float | None = None
-    on_change: Told | None = None
-    on_away: Away | None = None
+    on_change: JobCallback | None = None
+    on_away: AwayCallback | None = None
 
 
 def job_request(job_id: str, at: int | str | None = None) -> Request:
     """Return the request for a job, with `at` as of a position or time."""
-    return get(f"/api/v1{path('jobs', job_id)}", [] if at is None else [("at", str(at))])
+    return get_request(f"/api/v1{path('jobs', job_id)}", [] if at is None else [("at", str(at))])
 
 
-async def submitted(setting: ClientOptions, request: Request, patience: Patience | None) -> Job:
-    """Send the request for a job and return the job, with `patience` once it has completed.
+async def submit_job(context: CallContext, request: Request, options: WaitOptions | None) -> Job:
+    """Send the request for a job and return the job, with `options` once it has completed.
 
     Raises:
         JobFailed: the job ended without completing.
         JobUnfinished: the limit of the wait is over.
     """
-    if patience is None:
-        return await asked(setting, request, Job)
-    began = setting.now()
-    job = await asked(setting, _preferring(setting, request, patience), Job)
-    job = await _until_ended(setting, job, patience, began)
+    if options is None:
+        return await fetch(context, request, Job)
+    began = context.now()
+    job = await fetch(context, _preferring(context, request, options), Job)
+    job = await _until_ended(context, job, options, began)
     if job.status != "completed":
-        raise JobFailed(job, setting.address.hide)
+        raise JobFailed(job, context.address.hide)
     return job
 
 
-async def waited_for(setting: ClientOptions, job_id: str, patience: Patience) -> Job:
+async def wait_for_job(context: CallContext, job_id: str, options: WaitOptions) -> Job:
     """Wait until a job has ended, and return it whatever its outcome.
 
     Raises:
         JobUnfinished: the limit of the wait is over.
     """
-    began = setting.now()
-    job = await asked(setting, job_request(job_id), Job)
-    return await _until_ended(setting, job, patience, began)
+    began = context.now()
+    job = await fetch(context, job_request(job_id), Job)
+    return await _until_ended(context, job, options, began)
 
 
-def look_again_s(waited_s: float) -> float:
+def poll_interval_s(waited_s: float) -> float:
     """Return the polling interval after so long a wait."""
-    return min(max(SHORTEST_LOOK_S, PART * waited_s), LONGEST_LOOK_S)
+    return min(max(SHORTEST_POLL_S, POLL_FRACTION * waited_s), LONGEST_POLL_S)
 
 
-def _preferring(setting: ClientOptions, request: Request, patience: Patience) -> Request:
+def _preferring(context: CallContext, request: Request, options: WaitOptions) -> Request:
     """Ask the server to hold its answer until the job ends, unless the caller wants each change."""
-    limit_s = inf if patience.limit_s is None else patience.limit_s
-    request = replace(request, timeout_s=min(setting.timeout_s, max(limit_s, SHORTEST_ANSWER_S)))
+    limit_s = inf if options.limit_s is None else options.limit_s
+    request = replace(request, timeout_s=min(context.timeout_s, max(limit_s, SHORTEST_ANSWER_S)))
     seconds = int(min(PREFERRED_S, limit_s))
-    if patience.on_change is not None or seconds < 1:
+    if options.on_change is not None or seconds < 1:
         return request
     headers = {**request.headers, "Prefer": f"wait={seconds}"}
     return replace(request, headers=headers, patience_s=float(seconds))
 
 
-async def _until_ended(setting: ClientOptions, job: Job, patience: Patience, began: float) -> Job:
+async def _until_ended(context: CallContext, job: Job, options: WaitOptions, began: float) -> Job:
     failures, trouble = 0, ""
-    _tell(patience.on_change, job)
-    wait_s = look_again_s(setting.now() - began)
+    _tell(options.on_change, job)
+    wait_s = poll_interval_s(context.now() - began)
     while not job.ended:
-        left_s = _left_s(setting, patience, began)
+        left_s = _left_s(context, options, began)
         if left_s <= 0:
-            raise JobUnfinished(job, patience.limit_s or 0.0, trouble, setting.address.hide)
-        await setting.transport.pause(min(wait_s, left_s))
+            raise JobUnfinished(job, options.limit_s or 0.0, trouble, context.address.hide)
+        await context.transport.pause(min(wait_s, left_s))
         try:
-            seen = await asked(setting, _look(setting, job, left_s), Job)
+            seen = await fetch(context, _look(context, job, left_s), Job)
         except ClientProblem as problem:
-            if not passes(problem, reached=True):
+            if not is_transient(problem, reached=True):
                 raise
             failures, trouble = failures + 1, str(problem)
-            if failures == 1 and patience.on_away is not None:
-                patience.on_away(problem)
-            wait_s = pause_s(problem, failures, setting.chance())
+            if failures == 1 and options.on_away is not None:
+                options.on_away(problem)
+            wait_s = back_off_s(problem, failures, context.chance())
             continue
         if seen != job:
-            _tell(patience.on_change, seen)
+            _tell(options.on_change, seen)
         job, failures, trouble = seen, 0, ""
-        wait_s = look_again_s(setting.now() - began)
+        wait_s = poll_interval_s(context.now() - began)
     return job
 
 
-def _left_s(setting: ClientOptions, patience: Patience, began: float) -> float:
-    return inf if patience.limit_s is None else began + patience.limit_s - setting.now()
+def _left_s(context: CallContext, options: WaitOptions, began: float) -> float:
+    return inf if options.limit_s is None else began + options.limit_s - context.now()
 
 
-def _look(setting: ClientOptions, job: Job, left_s: float) -> Request:
+def _look(context: CallContext, job: Job, left_s: float) -> Request:
     """Return the request of one poll: not resent, and limited to the time left."""
-    limit_s = min(setting.timeout_s, max(left_s, SHORTEST_ANSWER_S))
+    limit_s = min(context.timeout_s, max(left_s, SHORTEST_ANSWER_S))
     return replace(job_request(job.id), repeatable=False, timeout_s=limit_s)
 
 
-def _tell(on_change: Told | None, job: Job) -> None:
+def _tell(on_change: JobCallback | None, job: Job) -> None:
     if on_change is not None:
         on_change(job)

@@ -7,22 +7,22 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
-from loadledger.jobs import Away, Patience, Told, job_request, submitted, waited_for
+from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.problems import ServerError
 from loadledger.records import Event, Head, Health, Job, Model, Resources
-from loadledger.requests import ClientOptions, Request, asked, encoded, get, post
+from loadledger.requests import CallContext, Request, encode_json, fetch, get_request, post_request
 from loadledger.stream import (
     EventSelection,
     JobPage,
     Listing,
     ModelPage,
-    followed_events,
-    listed,
-    listing_of,
-    optional,
-    several,
+    event_listing,
+    follow_events,
+    iterate_list,
+    present_parameters,
+    repeated_parameter,
 )
-from loadledger.tensors import Inputs, is_complete, tensors
+from loadledger.tensors import Inputs, are_tensors, to_tensors
 
 Json = dict[str, Any]
 
@@ -38,8 +38,8 @@ _PATH = re.compile(r"[!-\"$->@-~]+")
 """Visible ASCII characters except `#` and `?`, which end a path."""
 
 
-async def inferred(
-    setting: ClientOptions, path: str, inputs: Inputs, options: Mapping[str, Any], timeout_s: float | None
+async def run_inference(
+    context: CallContext, path: str, inputs: Inputs, options: Mapping[str, Any], timeout_s: float | None
 ) -> Json:
     """Run one inference of the model at a path.
 
@@ -54,16 +54,16 @@ async def inferred(
     wanted = {name: value for name, value in options.items() if value is not None}
 
     async def ask(metadata: Json | None) -> Json:
-        body = encoded({"inputs": tensors(inputs, metadata), **wanted})
+        body = encode_json({"inputs": to_tensors(inputs, metadata), **wanted})
         headers = {"Content-Type": "application/json"}
         request = Request("POST", f"{path}/infer", headers, body, repeatable=False, timeout_s=timeout_s)
-        return await asked(setting, request, Json)
+        return await fetch(context, request, Json)
 
     async def ask_as_told() -> Json:
         """Send the inference with the datatypes of the model's metadata."""
-        return await ask(await asked(setting, get(path), Json))
+        return await ask(await fetch(context, get_request(path), Json))
 
-    if is_complete(inputs):
+    if are_tensors(inputs):
         return await ask(None)
     try:
         return await ask_as_told()
@@ -96,16 +96,16 @@ class LoadOptions(TypedDict, total=False):
     max_queue_delay_us: int
 
 
-class Calls:
+class Operations:
     """Operations on one server; an argument that cannot be sent raises ValueError before any request."""
 
-    def __init__(self, setting: ClientOptions) -> None:
-        self._setting = setting
+    def __init__(self, context: CallContext) -> None:
+        self._context = context
 
     @property
     def url(self) -> str:
         """The server's URL, without a trailing slash."""
-        return self._setting.address.url
+        return self._context.address.url
 
     async def load(
         self,
@@ -114,8 +114,8 @@ class Calls:
         *,
         wait: bool = False,
         wait_s: float | None = None,
-        on_stage: Told | None = None,
-        on_away: Away | None = None,
+        on_stage: JobCallback | None = None,
+        on_away: AwayCallback | None = None,
         idempotency_key: str | None = None,
         **parameters: Unpack[LoadOptions],
     ) -> Job:
@@ -138,8 +138,10 @@ class Calls:
             ServerUnreachable: the server does not answer. If `sent`, the job may exist anyway.
         """
         body = {**parameters} if version is None else {"version": version, **parameters}
-        request = post(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
-        return await submitted(self._setting, request, Patience(wait_s, on_stage, on_away) if wait else None)
+        request = post_request(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
+        return await submit_job(
+            self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
+        )
 
     async def unload(
         self,
@@ -148,8 +150,8 @@ class Calls:
         force: bool = False,
         wait: bool = False,
         wait_s: float | None = None,
-        on_stage: Told | None = None,
-        on_away: Away | None = None,
+        on_stage: JobCallback | None = None,
+        on_away: AwayCallback | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
         """Unload a model, by default the active one, and return the job.
@@ -167,8 +169,10 @@ class Calls:
             ServerError: the server refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
         target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
-        request = post(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
-        return await submitted(self._setting, request, Patience(wait_s, on_stage, on_away) if wait else None)
+        request = post_request(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
+        return await submit_job(
+            self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
+        )
 
     async def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
         """Request a job's cancellation and return the job; `wait_for` returns its outcome.
@@ -176,28 +180,28 @@ class Calls:
         Raises:
             ServerError: `unknown_job`, or too late: `already_started`, `already_finished`.
         """
-        return await asked(
-            self._setting, post(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key), Job
+        return await fetch(
+            self._context, post_request(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key), Job
         )
 
     async def job(self, job_id: str, *, at: At | None = None) -> Job:
         """Return a job, with `at` as of a position or time."""
-        return await asked(self._setting, job_request(job_id, at), Job)
+        return await fetch(self._context, job_request(job_id, at), Job)
 
     async def wait_for(
         self,
         job_id: str,
         *,
         timeout_s: float | None = None,
-        on_change: Told | None = None,
-        on_away: Away | None = None,
+        on_change: JobCallback | None = None,
+        on_away: AwayCallback | None = None,
     ) -> Job:
         """Wait until a job has ended, across restarts of the server, and return it whatever its outcome.
 
         Raises:
             JobUnfinished: `timeout_s` is over; the job continues.
         """
-        return await waited_for(self._setting, job_id, Patience(timeout_s, on_change, on_away))
+        return await wait_for_job(self._context, job_id, WaitOptions(timeout_s, on_change, on_away))
 
     def jobs(
         self,
@@ -210,29 +214,31 @@ class Calls:
         """Iterate over jobs, newest first, at most `limit`; pages are fetched on demand."""
         if limit is not None and limit < 1:
             raise ValueError("limit is at least 1")
-        pairs = optional(model=model, status=status, at=at)
-        return listed(self._setting, Listing("/api/v1/jobs", JobPage, pairs, most=limit))
+        pairs = present_parameters(model=model, status=status, at=at)
+        return iterate_list(self._context, Listing("/api/v1/jobs", JobPage, pairs, most=limit))
 
     def models(self, *, at: At | None = None) -> AsyncGenerator[Model, None]:
         """Iterate over the models of the repository and loaded ones by id; pages are fetched on demand."""
-        return listed(self._setting, Listing("/api/v1/models", ModelPage, optional(at=at)))
+        return iterate_list(self._context, Listing("/api/v1/models", ModelPage, present_parameters(at=at)))
 
     async def model(self, model_id: str, *, at: At | None = None) -> Model:
         """Return a model, with `at` as of a position or time."""
-        return await asked(self._setting, get(f"/api/v1{path('models', model_id)}", optional(at=at)), Model)
+        return await fetch(
+            self._context, get_request(f"/api/v1{path('models', model_id)}", present_parameters(at=at)), Model
+        )
 
     async def resources(self) -> Resources:
         """Return the memory budget, its use, and the jobs that wait for it."""
-        return await asked(self._setting, get("/api/v1/resources"), Resources)
+        return await fetch(self._context, get_request("/api/v1/resources"), Resources)
 
     async def head(self) -> Head:
         """Return the signed head of the ledger."""
-        return await asked(self._setting, get("/api/v1/events/head"), Head)
+        return await fetch(self._context, get_request("/api/v1/events/head"), Head)
 
     async def health(self) -> Health:
         """Return the server's readiness: `status` is `ok`, or says which check fails."""
         try:
-            return await asked(self._setting, get("/health/ready"), Health)
+            return await fetch(self._context, get_request("/health/ready"), Health)
         except ServerError as problem:
             if problem.code != UNWELL:
                 raise
@@ -262,9 +268,13 @@ class Calls:
         """
         at = () if version is None else ("versions", str(version))
         model = f"/v2{path('models', model_id, *at)}"
-        named = None if outputs is None else [{"name": name} for _, name in several("outputs", outputs)]
+        named = (
+            None
+            if outputs is None
+            else [{"name": name} for _, name in repeated_parameter("outputs", outputs)]
+        )
         options = {"outputs": named, "parameters": parameters}
-        return await inferred(self._setting, model, inputs, options, timeout_s)
+        return await run_inference(self._context, model, inputs, options, timeout_s)
 
     def events(
         self,
@@ -277,7 +287,7 @@ class Calls:
         actors: Iterable[str] = (),
         since: At | None = None,
         until: At | None = None,
-        on_away: Away | None = None,
+        on_away: AwayCallback | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Iterate over the ledger's events in order: the stored ones, or with `follow` also new ones.
 
@@ -302,9 +312,13 @@ class Calls:
         if follow and until is not None:
             raise ValueError("until ends a list and follow never ends: give one of them")
         filters = {"type": types, "model": models, "job": jobs, "actor": actors}
-        chosen = [pair for name, values in filters.items() for pair in several(name, values)]
-        wish = EventSelection(chosen, after, optional(since=since, until=until), on_away)
-        return followed_events(self._setting, wish) if follow else listed(self._setting, listing_of(wish))
+        chosen = [pair for name, values in filters.items() for pair in repeated_parameter(name, values)]
+        selection = EventSelection(chosen, after, present_parameters(since=since, until=until), on_away)
+        return (
+            follow_events(self._context, selection)
+            if follow
+            else iterate_list(self._context, event_listing(selection))
+        )
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
         """Return the JSON of a GET of any path, such as `/v2/models/stats`."""
@@ -314,4 +328,4 @@ class Calls:
             raise ValueError(
                 f"{path!r} has characters that a path cannot have: encode them, and pass a query as `query`"
             )
-        return await asked(self._setting, get(path, list((query or {}).items())), Any)
+        return await fetch(self._context, get_request(path, list((query or {}).items())), Any)

@@ -124,10 +124,10 @@ class JobFailed(ClientProblem):
         self.code = error.code if error is not None else job.status
         about = job.model_id if job.version is None else f"{job.model_id}/{job.version}"
         reason = f": {error.message} ({error.code})" if error is not None else ""
-        what = clean(
+        what = printable(
             hide(f"{job.kind} of {about} {_ENDS.get(job.status, 'ended')}{reason}"), REASON_CHARACTERS
         )
-        super().__init__(f"the {what}; job {clean(hide(job.id), ID_CHARACTERS)}")
+        super().__init__(f"the {what}; job {printable(hide(job.id), ID_CHARACTERS)}")
 
 
 class JobUnfinished(ClientProblem):
@@ -140,17 +140,17 @@ class JobUnfinished(ClientProblem):
     def __init__(self, job: Job, waited_s: float, reason: str = "", hide: Callable[[str], str] = str) -> None:
         self.job = job
         why = f" ({reason})" if reason else ""
-        what = " is still ".join(clean(hide(text), ID_CHARACTERS) for text in (job.id, job.status))
+        what = " is still ".join(printable(hide(text), ID_CHARACTERS) for text in (job.id, job.status))
         super().__init__(f"job {what} after {waited_s:g} s{why}; it goes on: wait for it again")
 
 
-def clean(text: str, most: int) -> str:
+def printable(text: str, most: int) -> str:
     """Return a text as one printable line of bounded length."""
     short = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(letter if letter.isprintable() else " " for letter in short)
 
 
-def reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Return why a connection failed, in the words of the operating system."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"

@@ -9,7 +9,7 @@ import msgspec
 ENDED = frozenset({"completed", "failed", "cancelled"})
 
 
-class Failure(msgspec.Struct, frozen=True):
+class ErrorInfo(msgspec.Struct, frozen=True):
     """Why a job or a model failed."""
 
     code: str
@@ -42,7 +42,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     position: int = 0
     parameters: dict[str, Any] = {}
-    error: Failure | None = None
+    error: ErrorInfo | None = None
     as_of: int | None = None
     as_of_time: str | None = None
 
@@ -61,7 +61,7 @@ class File(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class CachedCopy(msgspec.Struct, frozen=True):
     """The optimised copy that the workers loaded."""
 
     form: str
@@ -89,15 +89,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     job_id: str | None = None
     position: int | None = None
     files: list[File] = []
-    prepared: Prepared | None = None
+    prepared: CachedCopy | None = None
     memory_bytes: int | None = None
-    error: Failure | None = None
+    error: ErrorInfo | None = None
     instances: int | None = None
     as_of: int | None = None
     as_of_time: str | None = None
 
 
-class LoadUse(msgspec.Struct, frozen=True, kw_only=True):
+class LoadUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Resources of one load until its processes have exited."""
 
     model_id: str
@@ -113,7 +113,7 @@ class LoadUse(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: int | None = None
 
 
-class Wait(msgspec.Struct, frozen=True, kw_only=True):
+class WaitingJob(msgspec.Struct, frozen=True, kw_only=True):
     """A job that waits."""
 
     job_id: str
@@ -122,7 +122,7 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True):
     needs_bytes: int | None = None
 
 
-class Preparation(msgspec.Struct, frozen=True, kw_only=True):
+class CachePreparation(msgspec.Struct, frozen=True, kw_only=True):
     """The model version whose optimised copy is being made."""
 
     model_id: str
@@ -131,7 +131,7 @@ class Preparation(msgspec.Struct, frozen=True, kw_only=True):
     stopping: bool = False
 
 
-class Pressure(msgspec.Struct, frozen=True, kw_only=True):
+class PressureInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Pressure stall information: share of the last ten seconds, in percent."""
 
     memory_some_percent: float | None = None
@@ -148,14 +148,14 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     limit_bytes: int = 0
     limit_source: str = ""
     max_loaded: int | None = None
-    models: list[LoadUse] = []
-    waiting: list[Wait] = []
-    preparing: Preparation | None = None
-    pressure: Pressure | None = None
+    models: list[LoadUsage] = []
+    waiting: list[WaitingJob] = []
+    preparing: CachePreparation | None = None
+    pressure: PressureInfo | None = None
     as_of: int = 0
 
 
-class Base(msgspec.Struct, frozen=True):
+class LogBase(msgspec.Struct, frozen=True):
     """Last archived position, after which the log begins."""
 
     position: int
@@ -168,7 +168,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     hash: str
     recorded_at: str | None = None
-    base: Base | None = None
+    base: LogBase | None = None
     algorithm: str = ""
     key_id: str = ""
     public_key: str = ""

@@ -24,7 +24,7 @@ from loadledger.problems import (
     NotFound,
     ServerError,
     ServerUnreachable,
-    clean,
+    printable,
 )
 
 T = TypeVar("T")
@@ -51,10 +51,10 @@ _ADVICE = {
 _CODE = re.compile(r"[a-z0-9_]{1,64}")
 RETRY_FOR_S = 10.0
 """Retries after a lost connection end after this; a restart of the server takes less."""
-TRIES = 10
+MAX_ATTEMPTS = 10
 """Attempts in a row to fetch a page that the server defers."""
-FIRST_PAUSE_S = 0.2
-LONGEST_BACKOFF_S = 2.0
+FIRST_BACK_OFF_S = 0.2
+LONGEST_BACK_OFF_S = 2.0
 """Back-off between attempts: a return is noticed soon, and a refused connection costs nearly nothing."""
 MAX_KEY_CHARACTERS = 255
 
@@ -117,7 +117,7 @@ class Transport(Protocol):
         """Sleep."""
 
 
-def value(answer: Answer, kind: type[T], address: Address) -> T:
+def decode_value(answer: Answer, kind: type[T], address: Address) -> T:
     """Decode the body of an answer.
 
     Raises:
@@ -125,14 +125,14 @@ def value(answer: Answer, kind: type[T], address: Address) -> T:
         BadAnswer: the body has another shape.
     """
     if answer.status not in _SUCCESS:
-        raise refusal(answer, address)
+        raise decode_refusal(answer, address)
     try:
         return msgspec.json.decode(answer.body, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise BadAnswer(_other(address, answer, clean(str(error), 200))) from None
+        raise BadAnswer(_other(address, answer, printable(str(error), 200))) from None
 
 
-def refusal(answer: Answer, address: Address) -> ClientProblem:
+def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
     """Return the exception for an answer without success."""
     if answer.status in _REDIRECT:
         return _redirected(answer, address)
@@ -149,15 +149,15 @@ def refusal(answer: Answer, address: Address) -> ClientProblem:
     error = kind(
         answer.status,
         code,
-        clean(address.hide(detail), DETAIL_CHARACTERS),
-        retry_after_s=retry_after_s(answer.headers),
-        instance=clean(address.hide(instance), 200) if isinstance(instance, str) else None,
+        printable(address.hide(detail), DETAIL_CHARACTERS),
+        retry_after_s=parse_retry_after(answer.headers),
+        instance=printable(address.hide(instance), 200) if isinstance(instance, str) else None,
         advice=_ADVICE.get(code, ""),
     )
     return error.begin_at(members["oldest"]) if isinstance(error, Archived) else error
 
 
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
+def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     """Return Retry-After, if it is in seconds."""
     text = headers.get("retry-after", "").strip()
     if not re.fullmatch(r"[0-9]{1,20}", text):
@@ -166,7 +166,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def _redirected(answer: Answer, address: Address) -> ClientProblem:
-    where = clean(address.hide(answer.headers.get("location", "somewhere else")), 200)
+    where = printable(address.hide(answer.headers.get("location", "somewhere else")), 200)
     return ServerError(
         answer.status,
         "redirected",
@@ -190,7 +190,7 @@ def _is_position(number: object) -> bool:
 
 
 def _other(address: Address, answer: Answer, why: str) -> str:
-    media_type = clean(address.hide(answer.headers.get("content-type", "no media type")), 100)
+    media_type = printable(address.hide(answer.headers.get("content-type", "no media type")), 100)
     return f"{address.url} does not answer as loadledger does ({media_type}: {why}): is this its URL?"
 
 
@@ -199,7 +199,7 @@ def _chance() -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientOptions:
+class CallContext:
     """Shared by all operations of a client.
 
     Attributes:
@@ -215,12 +215,12 @@ class ClientOptions:
     chance: Callable[[], float] = _chance
 
 
-def get(path: str, pairs: list[tuple[str, str]] | None = None) -> Request:
+def get_request(path: str, pairs: list[tuple[str, str]] | None = None) -> Request:
     """Return a GET request for a path."""
     return Request("GET", path + query(pairs or []))
 
 
-def post(
+def post_request(
     path: str,
     pairs: list[tuple[str, str]] | None = None,
     *,
@@ -232,14 +232,14 @@ def post(
     Raises:
         ValueError: the key or the body cannot be sent.
     """
-    headers = {"Idempotency-Key": quoted(os.urandom(16).hex() if key is None else key)}
+    headers = {"Idempotency-Key": quote_key(os.urandom(16).hex() if key is None else key)}
     if body is None:
         return Request("POST", path + query(pairs or []), headers)
     headers["Content-Type"] = "application/json"
-    return Request("POST", path + query(pairs or []), headers, encoded(body))
+    return Request("POST", path + query(pairs or []), headers, encode_json(body))
 
 
-def quoted(key: str) -> str:
+def quote_key(key: str) -> str:
     """Return a key as a string of a structured field (RFC 9651, section 3.3.3).
 
     Raises:
@@ -253,7 +253,7 @@ def quoted(key: str) -> str:
     return f'"{escaped}"'
 
 
-def encoded(body: Any) -> bytes:
+def encode_json(body: Any) -> bytes:
     """Encode a body as JSON.
 
     Raises:
@@ -265,56 +265,56 @@ def encoded(body: Any) -> bytes:
         raise ValueError(f"a value cannot be written as JSON: {error}") from error
 
 
-async def answered(setting: ClientOptions, request: Request) -> Answer:
+async def send_request(context: CallContext, request: Request) -> Answer:
     """Send a request and return its answer; resend a repeatable one for a while after lost connections.
 
     The time for which the server was asked to hold its answer does not count: it may be lost at its end.
     """
-    limit_s = request.patience_s + min(RETRY_FOR_S, request.timeout_s or setting.timeout_s)
-    until, failures, sent = setting.now() + limit_s, 0, False
+    limit_s = request.patience_s + min(RETRY_FOR_S, request.timeout_s or context.timeout_s)
+    until, failures, sent = context.now() + limit_s, 0, False
     while True:
         try:
-            return await setting.transport.send(request)
+            return await context.transport.send(request)
         except ServerUnreachable as problem:
             sent, failures = sent or problem.sent, failures + 1
-            wait_s = pause_s(problem, failures, setting.chance())
-            if not (request.repeatable and sent) or setting.now() + wait_s > until:
+            wait_s = back_off_s(problem, failures, context.chance())
+            if not (request.repeatable and sent) or context.now() + wait_s > until:
                 raise
-            await setting.transport.pause(wait_s)
+            await context.transport.pause(wait_s)
 
 
-async def asked(setting: ClientOptions, request: Request, kind: type[T]) -> T:
+async def fetch(context: CallContext, request: Request, kind: type[T]) -> T:
     """Send a request and return the decoded value of its answer."""
-    return value(await answered(setting, request), kind, setting.address)
+    return decode_value(await send_request(context, request), kind, context.address)
 
 
-async def patiently(setting: ClientOptions, request: Request, kind: type[T], *, reached: bool) -> T:
+async def fetch_with_retries(context: CallContext, request: Request, kind: type[T], *, reached: bool) -> T:
     """Fetch a value; retry when the server says so or is back.
 
     A server that never answered before and lets the whole time limit pass is not asked again.
 
     Args:
-        setting: of the client.
+        context: of the client.
         request: a repeatable one.
         kind: type of the value.
         reached: whether the server has answered before.
     """
     once, failures, has_answered = replace(request, repeatable=False), 0, reached
-    until = setting.now() + (request.timeout_s or setting.timeout_s)
+    until = context.now() + (request.timeout_s or context.timeout_s)
     while True:
         try:
-            return await asked(setting, once, kind)
+            return await fetch(context, once, kind)
         except ClientProblem as problem:
             failures += 1
             reached = reached or getattr(problem, "sent", False)
-            is_silent = not has_answered and setting.now() >= until
-            if is_silent or failures >= TRIES or not passes(problem, reached=reached):
+            is_silent = not has_answered and context.now() >= until
+            if is_silent or failures >= MAX_ATTEMPTS or not is_transient(problem, reached=reached):
                 raise
-            wait_s = pause_s(problem, failures, setting.chance())
-        await setting.transport.pause(wait_s)
+            wait_s = back_off_s(problem, failures, context.chance())
+        await context.transport.pause(wait_s)
 
 
-def passes(problem: ClientProblem, *, reached: bool) -> bool:
+def is_transient(problem: ClientProblem, *, reached: bool) -> bool:
     """Whether a problem is transient, so that a retry may help.
 
     A server that never answered is more often a wrong URL than one that starts, so that is no reason to
@@ -325,7 +325,7 @@ def passes(problem: ClientProblem, *, reached: bool) -> bool:
     return reached and isinstance(problem, ServerUnreachable)
 
 
-def pause_s(problem: ClientProblem | None, failures: int, chance: float) -> float:
+def back_off_s(problem: ClientProblem | None, failures: int, chance: float) -> float:
     """Return the back-off: exponential, with jitter so that many clients do not return at once.
 
     Args:
@@ -333,7 +333,7 @@ def pause_s(problem: ClientProblem | None, failures: int, chance: float) -> floa
         failures: in a row, counted from 1.
         chance: the jitter, from 0 to 1.
     """
-    wanted = min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10), LONGEST_BACKOFF_S) * (0.5 + chance / 2)
+    wanted = min(FIRST_BACK_OFF_S * 2.0 ** min(failures - 1, 10), LONGEST_BACK_OFF_S) * (0.5 + chance / 2)
     if isinstance(problem, Busy) and problem.retry_after_s is not None:
         return max(wanted, problem.retry_after_s)
     return wanted

@@ -15,10 +15,17 @@ import msgspec
 
 from loadledger import requests
 from loadledger.address import query
-from loadledger.jobs import Away
+from loadledger.jobs import AwayCallback
 from loadledger.problems import BadAnswer, ClientProblem
 from loadledger.records import Event, Job, Model
-from loadledger.requests import ClientOptions, Request, get, passes, patiently, pause_s
+from loadledger.requests import (
+    CallContext,
+    Request,
+    back_off_s,
+    fetch_with_retries,
+    get_request,
+    is_transient,
+)
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of an event; it bounds memory."""
@@ -72,7 +79,7 @@ class Bookmark:
     position: int
 
 
-def message(line: bytes) -> Event | Bookmark | None:
+def parse_line(line: bytes) -> Event | Bookmark | None:
     """Parse a line of a stream: an event, a bookmark, or None for other notices.
 
     Raises:
@@ -85,13 +92,13 @@ def message(line: bytes) -> Event | Bookmark | None:
     except _NOT_JSON:
         raise _no_event(line) from None
     if notice.stream is None:
-        return event(line)
+        return parse_event(line)
     if notice.stream == "bookmark" and notice.position is not None:
         return Bookmark(notice.position)
     return None
 
 
-def event(line: bytes) -> Event:
+def parse_event(line: bytes) -> Event:
     """Parse an event.
 
     Raises:
@@ -145,7 +152,7 @@ class EventPage(msgspec.Struct):
 
     def values(self) -> Sequence[Event]:
         """Return the items of the page."""
-        return [event(bytes(text)) for text in self.events]
+        return [parse_event(bytes(text)) for text in self.events]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,22 +174,24 @@ class Listing:
     most: int | None = None
 
 
-async def listed(setting: ClientOptions, listing: Listing) -> AsyncGenerator[Any, None]:
+async def iterate_list(context: CallContext, listing: Listing) -> AsyncGenerator[Any, None]:
     """Yield the items of a list."""
-    async for values, _ in pages(setting, listing):
+    async for values, _ in fetch_pages(context, listing):
         for value in values:
             yield value
 
 
-async def pages(setting: ClientOptions, listing: Listing) -> AsyncGenerator[tuple[Sequence[Any], int], None]:
+async def fetch_pages(
+    context: CallContext, listing: Listing
+) -> AsyncGenerator[tuple[Sequence[Any], int], None]:
     """Yield the items of each page, and the position that the page reflects."""
     pairs, cursor, left, reached = listing.pairs, None, listing.most, False
     while True:
         size = PAGE if left is None else min(PAGE, left)
         place: Pairs = [] if cursor is None else [(listing.cursor, str(cursor))]
         others = [pair for pair in pairs if not place or pair[0] != listing.cursor]
-        request = get(listing.target, [*others, *place, ("limit", str(size))])
-        page: Any = await patiently(setting, request, listing.page, reached=reached)
+        request = get_request(listing.target, [*others, *place, ("limit", str(size))])
+        page: Any = await fetch_with_retries(context, request, listing.page, reached=reached)
         values = page.values()[:left]
         yield values, int(page.as_of)
         left = None if left is None else left - len(values)
@@ -190,13 +199,13 @@ async def pages(setting: ClientOptions, listing: Listing) -> AsyncGenerator[tupl
             return
         if page.next_cursor == cursor:
             raise BadAnswer(
-                f"{setting.address.url} repeats the same page of {listing.target}: is this its URL?"
+                f"{context.address.url} repeats the same page of {listing.target}: is this its URL?"
             )
         cursor, reached = page.next_cursor, True
         pairs = _as_of(pairs, page.as_of)
 
 
-def several(name: str, values: Iterable[str]) -> Pairs:
+def repeated_parameter(name: str, values: Iterable[str]) -> Pairs:
     """Return a repeated query parameter.
 
     Raises:
@@ -207,7 +216,7 @@ def several(name: str, values: Iterable[str]) -> Pairs:
     return [(name, value) for value in values]
 
 
-def optional(**values: object) -> Pairs:
+def present_parameters(**values: object) -> Pairs:
     """Return the query parameters that are not None."""
     return [(name, str(value)) for name, value in values.items() if value is not None]
 
@@ -231,44 +240,44 @@ class EventSelection:
     filters: Pairs
     after: int | None = None
     moments: Sequence[tuple[str, str]] = ()
-    on_away: Away | None = None
+    on_away: AwayCallback | None = None
 
 
-def listing_of(wish: EventSelection) -> Listing:
+def event_listing(selection: EventSelection) -> Listing:
     """Return the list of stored events."""
-    after = [] if wish.after is None else [("after", str(wish.after))]
-    return Listing(EVENTS, EventPage, [*wish.filters, *wish.moments, *after], cursor="after")
+    after = [] if selection.after is None else [("after", str(selection.after))]
+    return Listing(EVENTS, EventPage, [*selection.filters, *selection.moments, *after], cursor="after")
 
 
-async def followed_events(setting: ClientOptions, wish: EventSelection) -> AsyncGenerator[Event, None]:
+async def follow_events(context: CallContext, selection: EventSelection) -> AsyncGenerator[Event, None]:
     """Yield events as they are appended, without end: after a position, or from now on."""
-    after = wish.after
-    if wish.moments:
-        async for events, as_of in pages(setting, listing_of(wish)):
+    after = selection.after
+    if selection.moments:
+        async for events, as_of in fetch_pages(context, event_listing(selection)):
             for event in events:
                 yield event
             after = as_of
-    track = Track(after, whole=not wish.filters)
+    progress = StreamProgress(after, whole=not selection.filters)
     failures = 0
     while True:
-        opened_at, position, problem = setting.now(), track.position, None
+        opened_at, position, problem = context.now(), progress.position, None
         try:
-            async with aclosing(_stream(setting, wish, track)) as news:
-                async for event in news:
+            async with aclosing(_stream(context, selection, progress)) as new_events:
+                async for event in new_events:
                     yield event
         except ClientProblem as trouble:
-            if not passes(trouble, reached=track.reached):
+            if not is_transient(trouble, reached=progress.reached):
                 raise
             problem = trouble
-        if problem is not None and wish.on_away is not None and not track.told:
-            wish.on_away(problem)
-            track.told = True
-        lasted = setting.now() - opened_at >= LASTING_S or track.position != position
+        if problem is not None and selection.on_away is not None and not progress.told:
+            selection.on_away(problem)
+            progress.told = True
+        lasted = context.now() - opened_at >= LASTING_S or progress.position != position
         failures = 1 if lasted else failures + 1
-        await setting.transport.pause(pause_s(problem, failures, setting.chance()))
+        await context.transport.pause(back_off_s(problem, failures, context.chance()))
 
 
-class Track:
+class StreamProgress:
     """Progress of a stream across connections.
 
     Attributes:
@@ -284,14 +293,14 @@ class Track:
         self.reached = False
         self.told = False
 
-    def news(self, lines: Sequence[bytes]) -> list[Event]:
+    def new_events(self, lines: Sequence[bytes]) -> list[Event]:
         """Return the new events among lines.
 
         Raises:
             BadAnswer: an event is missing, or a line is neither event nor notice.
         """
         found = []
-        for said in map(message, lines):
+        for said in map(parse_line, lines):
             if isinstance(said, Event) and self._is_new(said):
                 found.append(said)
             elif isinstance(said, Bookmark):
@@ -314,19 +323,21 @@ class Track:
         return True
 
 
-async def _stream(setting: ClientOptions, wish: EventSelection, track: Track) -> AsyncGenerator[Event, None]:
+async def _stream(
+    context: CallContext, selection: EventSelection, progress: StreamProgress
+) -> AsyncGenerator[Event, None]:
     """Yield the events of one connection."""
-    after = [] if track.position is None else [("after", str(track.position))]
-    request = Request("GET", f"{EVENTS}/stream{query([*wish.filters, *after])}", {"Accept": LINES})
-    stream = await setting.transport.open(request)
+    after = [] if progress.position is None else [("after", str(progress.position))]
+    request = Request("GET", f"{EVENTS}/stream{query([*selection.filters, *after])}", {"Accept": LINES})
+    stream = await context.transport.open(request)
     with closing(stream):
         answer = stream.answer
         if answer.status != HTTPStatus.OK:
-            raise requests.refusal(answer, setting.address)
+            raise requests.decode_refusal(answer, context.address)
         if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
-            raise BadAnswer(f"{setting.address.url} does not answer with an event stream: is this its URL?")
-        track.reached, track.told = True, False
+            raise BadAnswer(f"{context.address.url} does not answer with an event stream: is this its URL?")
+        progress.reached, progress.told = True, False
         lines = LineSplitter()
         while chunk := await stream.read():
-            for event in track.news(lines.feed(chunk)):
+            for event in progress.new_events(lines.feed(chunk)):
                 yield event

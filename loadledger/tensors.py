@@ -9,13 +9,13 @@ Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """By name: a nested list, an array (anything with `tolist`) or a tensor; or a list of named tensors."""
 
 
-def is_complete(inputs: Inputs) -> bool:
+def are_tensors(inputs: Inputs) -> bool:
     """Whether all inputs are tensors, so that the model's metadata is not needed."""
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     return all(isinstance(value, Mapping) for value in values)
 
 
-def tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def to_tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Return the inputs as tensors.
 
     Args:
@@ -48,7 +48,7 @@ def shape_of(name: str, value: Any) -> list[int]:
     return [length for length in shape if length is not None]
 
 
-def flat(value: Any) -> list[Any]:
+def flatten(value: Any) -> list[Any]:
     """Return the values of nested lists, in row-major order."""
     level = [value]
     while any(isinstance(item, list | tuple) for item in level):
@@ -65,7 +65,7 @@ def _tensor(name: str, value: Any, known: Mapping[str, str] | None) -> dict[str,
     shape = shape_of(name, plain)
     if hasattr(value, "shape"):  # an empty array's lists do not give its shape
         shape = [int(length) for length in value.shape]
-    data = flat(plain)
+    data = flatten(plain)
     datatype = _looks_like(data) if known is None else known[name]
     return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 

@@ -19,8 +19,8 @@ from math import inf
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from loadledger.address import CHUNK_BYTES, MAX_IDLE, SILENCE_S, Options
-from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, reason
+from loadledger.address import CHUNK_BYTES, MAX_IDLE, SILENCE_S, ConnectionOptions
+from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
 from loadledger.requests import Answer, Request
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def iterate(values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         run(values.aclose())
 
 
-class Response:
+class BlockingStream:
     """A response that is being read, and its connection.
 
     Args:
@@ -120,7 +120,7 @@ class Response:
 class BlockingTransport:
     """Keep-alive connections to one server, shared by threads."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ConnectionOptions) -> None:
         self.options = options
         self._parts = urlsplit(options.address.url)
         self._headers = options.address.headers()
@@ -151,7 +151,7 @@ class BlockingTransport:
         with closing(self._respond(request, limit_s)) as response:
             return await response.read_all(until)
 
-    async def open(self, request: Request) -> Response:
+    async def open(self, request: Request) -> BlockingStream:
         """Return the answer as a stream; one without success is read whole."""
         response = self._respond(request, SILENCE_S)
         try:
@@ -166,7 +166,7 @@ class BlockingTransport:
         """Sleep."""
         time.sleep(seconds)  # noqa: ASYNC251 - it is to block
 
-    def _respond(self, request: Request, silence_s: float) -> Response:
+    def _respond(self, request: Request, silence_s: float) -> BlockingStream:
         """Send a request and return the response with its body unread.
 
         Args:
@@ -182,7 +182,7 @@ class BlockingTransport:
             # A server that refuses a body early does not read the rest: its answer may have arrived.
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(request.method, self._parts.path + request.target, request.body, headers)
-            return Response(self, connection, sock, silence_s)
+            return BlockingStream(self, connection, sock, silence_s)
         except (http.client.HTTPException, OSError) as error:
             connection.close()
             raise self.problem(error) from _told(error)
@@ -197,7 +197,7 @@ class BlockingTransport:
             return ServerUnreachable(url, "it took too long", sent=sent)
         if isinstance(error, _LOST):
             lost = "the connection was lost: " if sent else ""
-            return ServerUnreachable(url, f"{lost}{reason(error)}", sent=sent)
+            return ServerUnreachable(url, f"{lost}{failure_reason(error)}", sent=sent)
         return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
 
     def _connection(self) -> http.client.HTTPConnection:

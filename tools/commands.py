@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from loadledger.cli.main import ALIASES, SECTIONS, find, main
+from loadledger.cli.main import ALIASES, SECTIONS, find_command, main
 from loadledger.cli.serve import SettingsCommand
 from tools.markdown import cell, table
 
@@ -65,7 +65,7 @@ def command_page() -> str:
     for title, commands in SECTIONS.items():
         parts.append(f"## {title}\n")
         for name in commands:
-            parts += _command(find(name), f"loadledger {name}")
+            parts += _command(find_command(name), f"loadledger {name}")
     return "\n".join(parts)
 
 

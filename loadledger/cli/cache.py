@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import in_one_line, second, size, table
+from loadledger.cli.output import format_size, format_table, format_timestamp, to_printable
 from loadledger.cli.server import data_option, json_option, print_json
 
 SHOWN_DIGITS = 12
@@ -32,9 +32,9 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
 
     `bare` marks a model that loads fastest from its own files; the reasons follow.
     """
-    from loadledger.cli.output import problems_told  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from loadledger.cli.output import report_problems  # noqa: PLC0415 - keeps `loadledger --help` quick
 
-    with problems_told():
+    with report_problems():
         entries = [_told(entry) for entry in _store(data).entries()]
     if as_json:
         print_json({"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries})
@@ -51,9 +51,9 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
     Models are cached again after their next load. --json prints the removed `entries` and `bytes`.
     """
-    from loadledger.cli.output import problems_told  # noqa: PLC0415 - as above
+    from loadledger.cli.output import report_problems  # noqa: PLC0415 - as above
 
-    with problems_told():
+    with report_problems():
         cleared = _store(data).clear(model_id)
     if as_json:
         print_json({"entries": cleared.entries, "bytes": cleared.bytes})
@@ -91,13 +91,13 @@ def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
     if not entries:
         yield "nothing is prepared"
         return
-    head, *lines = table(HEAD, [_row(entry) for entry in entries])
+    head, *lines = format_table(HEAD, [_row(entry) for entry in entries])
     yield head
     for entry, line in zip(entries, lines, strict=True):
         yield line
         for form, reason in entry["tried"].items():
-            yield f"  not {form}: {in_one_line(reason)}"
-    yield f"{_number(len(entries))}, {size(sum(entry['bytes'] for entry in entries))}"
+            yield f"  not {form}: {to_printable(reason)}"
+    yield f"{_number(len(entries))}, {format_size(sum(entry['bytes'] for entry in entries))}"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -105,10 +105,10 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         entry["model_id"],
         str(entry["version"]),
         entry["form"] or "bare",
-        size(entry["bytes"]) if entry["form"] else "",
+        format_size(entry["bytes"]) if entry["form"] else "",
         f"{entry['took_ms'] / 1000:.1f} s",
-        second(entry["made_at"]),
-        second(entry["last_used_at"]),
+        format_timestamp(entry["made_at"]),
+        format_timestamp(entry["last_used_at"]),
         (entry["sha256"] or "")[:SHOWN_DIGITS],
     )
 

@@ -12,8 +12,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from loadledger.cli.output import in_one_line
-from loadledger.cli.server import find_place
+from loadledger.cli.output import to_printable
+from loadledger.cli.server import find_target
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_LOADLEDGER_COMPLETE"
@@ -74,7 +74,7 @@ def _offered(context: click.Context, begun: str, find: Any) -> list[CompletionIt
 
         # A shell's command line is no place for errors.
         with suppress(Exception):
-            place = find_place(context.params.get("url"), context.params.get("profile"), os.environ)
+            place = find_target(context.params.get("url"), context.params.get("profile"), os.environ)
             with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=PATIENCE_S) as client:
                 offered.extend(list(_items(find(client), begun)))
 
@@ -89,4 +89,4 @@ def _items(found: Iterable[tuple[str, str]], begun: str) -> Iterator[CompletionI
     for value, help_text in found:
         if value.startswith(begun) and _PLAIN.fullmatch(value) and count < MOST:
             count += 1
-            yield CompletionItem(value, help=in_one_line(help_text))
+            yield CompletionItem(value, help=to_printable(help_text))

@@ -13,8 +13,8 @@ import click
 
 from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
-from loadledger.cli.output import COULD_NOT, INTERRUPTED, note
-from loadledger.cli.server import PROFILE, URL, Where, connected, server_options
+from loadledger.cli.output import INTERRUPTED, NO_RESULT, print_note
+from loadledger.cli.server import PROFILE, URL, ServerChoice, open_chosen_client, server_options
 
 MAX_CHARACTERS = 200
 """Of what is told of an event: messages can have 4 KiB."""
@@ -104,7 +104,9 @@ def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], C
     help="Directory of a ledger instead of a server. [LOADLEDGER_DATA]",
 )
 @server_options
-def events(data: Path | None, where: Where, *, as_json: bool, named: tuple[str, ...], **options: Any) -> None:
+def events(
+    data: Path | None, where: ServerChoice, *, as_json: bool, named: tuple[str, ...], **options: Any
+) -> None:
     """List or follow the ledger's events.
 
     --follow resumes when the server was unreachable: no event comes twice, none is missing. Your token needs
@@ -124,8 +126,8 @@ def events(data: Path | None, where: Where, *, as_json: bool, named: tuple[str, 
         _of_file(folder, show, **options)
 
 
-def _check(data: Path | None, where: Where, options: dict[str, Any]) -> None:
-    if data is not None and where != Where():
+def _check(data: Path | None, where: ServerChoice, options: dict[str, Any]) -> None:
+    if data is not None and where != ServerChoice():
         raise click.UsageError("give --data for a ledger's file or --url for a server, not both")
     if options["follow"] and options["until"] is not None:
         raise click.UsageError("--until ends a list and --follow never ends: give one of them")
@@ -133,23 +135,29 @@ def _check(data: Path | None, where: Where, options: dict[str, Any]) -> None:
         raise click.UsageError("--tail sets the beginning: leave out --after and --since")
 
 
-def _folder(data: Path | None, where: Where) -> Path | None:
+def _folder(data: Path | None, where: ServerChoice) -> Path | None:
     """Return the data directory, unless an option or variable names a server."""
     named = os.environ.get(DATA)
-    if data is not None or not named or where != Where() or os.environ.get(URL) or os.environ.get(PROFILE):
+    if (
+        data is not None
+        or not named
+        or where != ServerChoice()
+        or os.environ.get(URL)
+        or os.environ.get(PROFILE)
+    ):
         return data
     return Path(named)
 
 
 def _of_server(
-    where: Where,
+    where: ServerChoice,
     show: Show,
     *,
     tail: int | None,
     after: int | None,
     **options: Any,
 ) -> None:
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         if tail is not None:
             head = client.head()
             after = max(head.position - tail, head.base.position if head.base else 0)
@@ -159,7 +167,7 @@ def _of_server(
 
 
 def _away(problem: Exception) -> None:
-    note(f"{problem}; retrying until it is back")
+    print_note(f"{problem}; retrying until it is back")
 
 
 def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
@@ -170,16 +178,16 @@ def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
     from server.app import LEDGER  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
-        note(f"there is no ledger in {data}: give the --data directory of a server, or --url")
-        sys.exit(COULD_NOT)
+        print_note(f"there is no ledger in {data}: give the --data directory of a server, or --url")
+        sys.exit(NO_RESULT)
     wish = _wish(**options)
     try:
         asyncio.run(_show(FileSource(data / LEDGER), wish, follow=follow, show=show))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except LedgerProblem as error:
-        note(str(error))
-        sys.exit(COULD_NOT)
+        print_note(str(error))
+        sys.exit(NO_RESULT)
 
 
 def _wish(

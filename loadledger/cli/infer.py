@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from loadledger.cli.completion import loaded_models
-from loadledger.cli.output import cell, give_up, table
-from loadledger.cli.server import Where, connected, json_option, print_json, server_options
+from loadledger.cli.output import exit_with_error, format_cell, format_table
+from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, print_json, server_options
 
 HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
 MAX_DATA_CHARACTERS = 400
@@ -51,14 +51,14 @@ def infer(
     version: int | None,
     outputs: tuple[str, ...],
     as_json: bool,
-    where: Where,
+    where: ServerChoice,
 ) -> None:
     """Run an inference on a model.
 
     Shapes and datatypes come from the model. A server with `--on-demand on` loads the model first if needed.
     """
     request = _request(typed, file)
-    with connected(where, timeout_s=120.0) as client:
+    with open_chosen_client(where, timeout_s=120.0) as client:
         answer = client.infer(
             model,
             request["inputs"],
@@ -113,16 +113,21 @@ def _text(file: Path) -> str:
             return sys.stdin.read()
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        give_up(f"{file} cannot be read: {error}")
+        exit_with_error(f"{file} cannot be read: {error}")
 
 
 def _told(answer: dict[str, Any]) -> Iterator[str]:
     rows = [_row(output) for output in answer.get("outputs", [])]
-    yield f"{cell(answer.get('model_name'))} version {cell(answer.get('model_version'))}"
-    yield from table(HEAD, rows)
+    yield f"{format_cell(answer.get('model_name'))} version {format_cell(answer.get('model_version'))}"
+    yield from format_table(HEAD, rows)
 
 
 def _row(output: dict[str, Any]) -> tuple[str, ...]:
     data = json.dumps(output.get("data"), ensure_ascii=False)
     shape = json.dumps(output.get("shape"))
-    return cell(output.get("name")), cell(output.get("datatype")), shape, cell(data, most=MAX_DATA_CHARACTERS)
+    return (
+        format_cell(output.get("name")),
+        format_cell(output.get("datatype")),
+        shape,
+        format_cell(data, most=MAX_DATA_CHARACTERS),
+    )

@@ -14,18 +14,18 @@ import click
 
 from loadledger.cli.completion import latest_jobs, loaded_models, models_of_server
 from loadledger.cli.output import (
-    FAILED,
     INTERRUPTED,
-    age,
-    cell,
-    in_one_line,
-    note,
-    second,
-    state,
-    table,
-    took,
+    NEGATIVE_RESULT,
+    format_age,
+    format_cell,
+    format_elapsed,
+    format_state,
+    format_table,
+    format_timestamp,
+    print_note,
+    to_printable,
 )
-from loadledger.cli.server import Where, connected, json_option, print_json, server_options
+from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, print_json, server_options
 
 STEPS = {
     "load": ("starting", "loading", "warming_up", "measuring"),
@@ -47,25 +47,25 @@ _wait_option = click.option(
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class JobDisplay:
     """Callbacks that display a job's changes and an unreachable server."""
 
     on_change: Callable[[Any], None]
     on_away: Callable[[Exception], None]
 
 
-def answer(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
+def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
     """Print the outcome of a request: a new job, an awaited one, or that there is nothing to do."""
     if job.status == "completed" and not as_json:  # a new job has not completed yet
-        ago = age(job.finished_at, datetime.now(UTC))
-        click.echo(f"{named(job)}: nothing to do, its {in_one_line(job.kind)} completed {ago} ago")
+        ago = format_age(job.finished_at, datetime.now(UTC))
+        click.echo(f"{model_of(job)}: nothing to do, its {to_printable(job.kind)} completed {ago} ago")
     elif wait:
-        follow(client, job, as_json=as_json)
+        wait_and_report(client, job, as_json=as_json)
     else:
-        conclude(job, as_json=as_json)
+        report_job(job, as_json=as_json)
 
 
-def follow(client: Any, job: Any, *, as_json: bool) -> None:
+def wait_and_report(client: Any, job: Any, *, as_json: bool) -> None:
     """Wait for a job and print its outcome; exit with 1 if it did not complete.
 
     Ctrl-C ends only the wait, and prints how to resume it.
@@ -74,42 +74,44 @@ def follow(client: Any, job: Any, *, as_json: bool) -> None:
         with _shown(job) as shown:
             job = client.wait_for(job.id, on_change=shown.on_change, on_away=shown.on_away)
     except KeyboardInterrupt:
-        note(
-            f"detached: the {job.kind} of {named(job)} continues as job {job.id}\n"
+        print_note(
+            f"detached: the {job.kind} of {model_of(job)} continues as job {job.id}\n"
             f"  to wait for it again: loadledger job {job.id} --wait\n"
             f"  to stop it:           loadledger cancel {job.id}"
         )
         sys.exit(INTERRUPTED)
-    conclude(job, as_json=as_json)
+    report_job(job, as_json=as_json)
 
 
-def conclude(job: Any, *, as_json: bool) -> None:
+def report_job(job: Any, *, as_json: bool) -> None:
     """Print a job's outcome or progress; exit with 1 if it failed or was cancelled."""
     if as_json:
         print_json(job)
     if job.status in {"failed", "cancelled"}:
         reason = f": {job.error.message} ({job.error.code})" if job.error is not None else ""
         verb = "was cancelled" if job.status == "cancelled" else "failed"
-        note(f"the {job.kind} of {named(job)} {verb}{reason}\n  more: loadledger events --job {job.id}")
-        sys.exit(FAILED)
+        print_note(
+            f"the {job.kind} of {model_of(job)} {verb}{reason}\n  more: loadledger events --job {job.id}"
+        )
+        sys.exit(NEGATIVE_RESULT)
     if as_json:
         return
-    kind = in_one_line(job.kind)
+    kind = to_printable(job.kind)
     if job.ended:
-        click.echo(f"{named(job)}: {kind} completed in {took(job.created_at, job.finished_at)}")
+        click.echo(f"{model_of(job)}: {kind} completed in {format_elapsed(job.created_at, job.finished_at)}")
     else:
-        where = in_one_line(job.stage or job.waiting_for or "")
-        click.echo(f"{named(job)}: {kind} {state(job.status)}{f' ({where})' if where else ''}")
-        click.echo(f"to wait for it: loadledger job {in_one_line(job.id)} --wait")
+        where = to_printable(job.stage or job.waiting_for or "")
+        click.echo(f"{model_of(job)}: {kind} {format_state(job.status)}{f' ({where})' if where else ''}")
+        click.echo(f"to wait for it: loadledger job {to_printable(job.id)} --wait")
 
 
-def named(job: Any) -> str:
+def model_of(job: Any) -> str:
     """Return the model and version of a job."""
-    model_id = in_one_line(job.model_id)
+    model_id = to_printable(job.model_id)
     return model_id if job.version is None else f"{model_id} version {job.version}"
 
 
-def step(job: Any) -> tuple[int, int]:
+def count_steps(job: Any) -> tuple[int, int]:
     """Return the completed steps of a job and their total."""
     stages = STEPS.get(job.kind, ())
     if job.status == "completed":
@@ -117,17 +119,17 @@ def step(job: Any) -> tuple[int, int]:
     return (stages.index(job.stage) + 1 if job.stage in stages else 0), len(stages) + 1
 
 
-def words(job: Any) -> str:
+def describe_progress(job: Any) -> str:
     """Return a job's progress in words."""
     if job.status == "in_progress":
-        return in_one_line((job.stage or "in progress").replace("_", " "))
+        return to_printable((job.stage or "in progress").replace("_", " "))
     if job.status == "pending" and job.waiting_for:
-        return f"waits: {in_one_line(job.waiting_for)}"
-    return in_one_line(job.status)
+        return f"waits: {to_printable(job.waiting_for)}"
+    return to_printable(job.status)
 
 
 @contextmanager
-def _shown(job: Any) -> Iterator[Shown]:
+def _shown(job: Any) -> Iterator[JobDisplay]:
     """Give a display of a job: a progress bar on a terminal, else a line for each change."""
     if sys.stderr.isatty():
         with _bar(job) as shown:
@@ -137,15 +139,15 @@ def _shown(job: Any) -> Iterator[Shown]:
 
     def tell(seen: Any) -> None:
         nonlocal last
-        if not seen.ended and words(seen) != last:
-            last = words(seen)
-            note(f"{named(seen)}: {last} ({time.monotonic() - began:.1f}s)")
+        if not seen.ended and describe_progress(seen) != last:
+            last = describe_progress(seen)
+            print_note(f"{model_of(seen)}: {last} ({time.monotonic() - began:.1f}s)")
 
-    yield Shown(tell, lambda problem: note(_away(problem)))
+    yield JobDisplay(tell, lambda problem: print_note(_away(problem)))
 
 
 @contextmanager
-def _bar(job: Any) -> Iterator[Shown]:
+def _bar(job: Any) -> Iterator[JobDisplay]:
     from rich.console import Console  # noqa: PLC0415 - 50 ms, for terminals only
     from rich.markup import escape  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
@@ -158,17 +160,19 @@ def _bar(job: Any) -> Iterator[Shown]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        done, total = step(job)
-        task = progress.add_task(escape(words(job)), completed=done, total=total, about=escape(named(job)))
+        done, total = count_steps(job)
+        task = progress.add_task(
+            escape(describe_progress(job)), completed=done, total=total, about=escape(model_of(job))
+        )
 
         def tell(seen: Any) -> None:
-            done, total = step(seen)
-            progress.update(task, description=escape(words(seen)), completed=done, total=total)
+            done, total = count_steps(seen)
+            progress.update(task, description=escape(describe_progress(seen)), completed=done, total=total)
 
         def tell_away(problem: Exception) -> None:
             progress.console.print(f"loadledger: {_away(problem)}", markup=False, soft_wrap=True)
 
-        yield Shown(tell, tell_away)
+        yield JobDisplay(tell, tell_away)
 
 
 def _away(problem: Exception) -> str:
@@ -182,15 +186,15 @@ def _away(problem: Exception) -> str:
 @click.option("--at", metavar="POSITION|TIME", help="Past state: a position or a time.")
 @json_option
 @server_options
-def jobs(*, limit: int, as_json: bool, where: Where, **filters: str | None) -> None:
+def jobs(*, limit: int, as_json: bool, where: ServerChoice, **filters: str | None) -> None:
     """List the jobs, newest first."""
     given = {name: value for name, value in filters.items() if value is not None}
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         found = list(client.jobs(limit=limit, **given))
     if as_json:
         print_json({"jobs": found})
     elif found:
-        click.echo("\n".join(table(HEAD, [_row(job) for job in found], right={"AGE", "TOOK"})))
+        click.echo("\n".join(format_table(HEAD, [_row(job) for job in found], right={"AGE", "TOOK"})))
     else:
         click.echo("no jobs")
 
@@ -206,15 +210,15 @@ def jobs(*, limit: int, as_json: bool, where: Where, **filters: str | None) -> N
 )
 @json_option
 @server_options
-def job(job_id: str, *, wait: bool, as_json: bool, where: Where) -> None:
+def job(job_id: str, *, wait: bool, as_json: bool, where: ServerChoice) -> None:
     """Show a job, or wait for it.
 
     With --wait, the exit code is 1 if the job fails or is cancelled.
     """
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         seen = client.job(job_id)
         if wait:
-            follow(client, seen, as_json=as_json)
+            wait_and_report(client, seen, as_json=as_json)
         elif as_json:
             print_json(seen)
         else:
@@ -225,51 +229,51 @@ def job(job_id: str, *, wait: bool, as_json: bool, where: Where) -> None:
 @click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
 @json_option
 @server_options
-def cancel(job_id: str, *, as_json: bool, where: Where) -> None:
+def cancel(job_id: str, *, as_json: bool, where: ServerChoice) -> None:
     """Cancel a job that has not ended."""
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         seen = client.cancel(job_id)
     if as_json:
         print_json(seen)
     elif seen.status == "cancelled":
-        click.echo(f"{named(seen)}: {in_one_line(seen.kind)} {state('cancelled')}")
+        click.echo(f"{model_of(seen)}: {to_printable(seen.kind)} {format_state('cancelled')}")
     else:
-        conclude(seen, as_json=False)
+        report_job(seen, as_json=False)
 
 
 def _row(job: Any) -> tuple[str, ...]:
     version = "" if job.version is None else f"/{job.version}"
     detail = f"{job.error.code}: {job.error.message}" if job.error is not None else ""
     return (
-        cell(job.id),
+        format_cell(job.id),
         job.kind,
-        cell(f"{job.model_id}{version}"),
+        format_cell(f"{job.model_id}{version}"),
         job.status,
-        cell(job.cause),
-        cell(job.requested_by, most=24),
-        age(job.created_at, datetime.now(UTC)),
-        took(job.created_at, job.finished_at),
-        cell(detail or (None if job.ended else words(job)), most=60),
+        format_cell(job.cause),
+        format_cell(job.requested_by, most=24),
+        format_age(job.created_at, datetime.now(UTC)),
+        format_elapsed(job.created_at, job.finished_at),
+        format_cell(detail or (None if job.ended else describe_progress(job)), most=60),
     )
 
 
 def _details(job: Any) -> Iterator[str]:
-    yield f"{in_one_line(job.kind)} of {named(job)}: {state(job.status)}"
+    yield f"{to_printable(job.kind)} of {model_of(job)}: {format_state(job.status)}"
     facts = {
         "job": job.id,
         "stage": job.stage,
         "waits for": job.waiting_for,
-        "requested": f"{second(job.created_at)} by {job.requested_by}, cause {job.cause}",
-        "started": job.started_at and f"{second(job.started_at)}, attempt {job.attempt}",
+        "requested": f"{format_timestamp(job.created_at)} by {job.requested_by}, cause {job.cause}",
+        "started": job.started_at and f"{format_timestamp(job.started_at)}, attempt {job.attempt}",
         "finished": job.finished_at
-        and f"{second(job.finished_at)}, after {took(job.created_at, job.finished_at)}",
+        and f"{format_timestamp(job.finished_at)}, after {format_elapsed(job.created_at, job.finished_at)}",
         "position": job.position,
         "parameters": ", ".join(f"{name} {value}" for name, value in job.parameters.items()) or None,
         "error": job.error and f"{job.error.code}: {job.error.message}",
     }
     for name, value in facts.items():
         if value is not None:
-            yield f"  {name + ':':<12} {cell(value, most=4096)}"
+            yield f"  {name + ':':<12} {format_cell(value, most=4096)}"
 
 
 @click.command()
@@ -311,7 +315,7 @@ def _details(job: Any) -> Iterator[str]:
 @json_option
 @server_options
 def load(
-    model: str, *, version: int | None, wait: bool, as_json: bool, where: Where, **parameters: Any
+    model: str, *, version: int | None, wait: bool, as_json: bool, where: ServerChoice, **parameters: Any
 ) -> None:
     """Load a model, or another version of a loaded one.
 
@@ -319,9 +323,9 @@ def load(
     a load failed, and the exit code is 1.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         job = client.load(model, version, **given)
-        answer(client, job, wait=wait, as_json=as_json)
+        report_request(client, job, wait=wait, as_json=as_json)
 
 
 @click.command()
@@ -330,11 +334,11 @@ def load(
 @_wait_option
 @json_option
 @server_options
-def unload(model: str | None, *, force: bool, wait: bool, as_json: bool, where: Where) -> None:
+def unload(model: str | None, *, force: bool, wait: bool, as_json: bool, where: ServerChoice) -> None:
     """Unload a model, by default the one loaded last.
 
     --force aborts running requests, cancels a load in progress and kills a stuck worker.
     """
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         job = client.unload(model, force=force)
-        answer(client, job, wait=wait, as_json=as_json)
+        report_request(client, job, wait=wait, as_json=as_json)

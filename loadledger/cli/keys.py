@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from loadledger.cli.ledger import ledger_key
-from loadledger.cli.output import problems_told
+from loadledger.cli.output import report_problems
 from loadledger.cli.server import data_option, json_option, print_json
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -54,7 +54,7 @@ def token(
     from server.configsources import raise_mistakes, read_settings  # noqa: PLC0415
 
     expires_s = _seconds(expires)
-    with problems_told():
+    with report_problems():
         chosen, mistakes = read_settings(claims, os.environ, only=claims)
         raise_mistakes(mistakes)
         ensure_data_dir(data)
@@ -81,7 +81,7 @@ def list_keys(data: Path, *, as_json: bool) -> None:
     """List the keys, newest last; the signing one is marked."""
     from server.auth import keys  # noqa: PLC0415 - as above
 
-    with problems_told():
+    with report_problems():
         if not data.is_dir():
             raise click.BadParameter(
                 f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
@@ -101,7 +101,7 @@ def rotate(data: Path, *, as_json: bool) -> None:
     """Create a new signing key; tokens of the old ones stay valid."""
     from server.auth import keys  # noqa: PLC0415 - as above
 
-    with problems_told():
+    with report_problems():
         kid = keys.rotate(data)
     if as_json:
         print_json({"kid": kid})
@@ -120,7 +120,7 @@ def revoke(data: Path, kid: str, *, as_json: bool) -> None:
     """
     from server.auth import keys  # noqa: PLC0415 - as above
 
-    with problems_told():
+    with report_problems():
         keys.revoke(data, kid)
     if as_json:
         print_json({"kid": kid})

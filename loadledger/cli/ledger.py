@@ -60,8 +60,8 @@ def verify(
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
-    from loadledger.cli.localledger import check  # noqa: PLC0415
-    from loadledger.cli.output import problems_told  # noqa: PLC0415
+    from loadledger.cli.localledger import verify_ledger_and_files  # noqa: PLC0415
+    from loadledger.cli.output import report_problems  # noqa: PLC0415
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
@@ -70,8 +70,10 @@ def verify(
         expected = None if expect is None else parse_expected(expect)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--expect") from None
-    with problems_told():
-        checked = check(None if data is None else ledger_in(data), archives, files, key, expected)
+    with report_problems():
+        checked = verify_ledger_and_files(
+            None if data is None else ledger_in(data), archives, files, key, expected
+        )
     click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
     sys.exit(0 if checked.verified else 1)
 
@@ -131,22 +133,22 @@ def replay(
     starts from the state stored then. With --archive it starts from the archives, and --until may lie before
     the log's first event. With --rebuild, the exit code is 1 if the stored projections differed.
     """
-    from loadledger.cli.output import problems_told  # noqa: PLC0415
+    from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.app import LEDGER  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     if rebuilds and (until is not None or model_id is not None or archives):
         raise click.UsageError("--rebuild takes the whole log: leave out --until, --model and --archive")
     if not (data / LEDGER).is_file():
         raise click.BadParameter(f"there is no {LEDGER} in {data}", param_hint="--data")
-    with problems_told():
+    with report_problems():
         if rebuilds:
             _rebuild(data, data / LEDGER, as_json=as_json)
         else:
-            told = replayed(data / LEDGER, until, model_id, archives)
+            told = replay_state(data / LEDGER, until, model_id, archives)
             click.echo(json.dumps(told, indent=2) if as_json else "\n".join(_lines(told)))
 
 
-def replayed(
+def replay_state(
     path: Path, until: str | None, model_id: str | None, archives: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """Return the state at a moment, in the form of the management API.
@@ -230,10 +232,10 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     """
     from events.audit.export import cloudevents, export, jsonl  # noqa: PLC0415
     from events.audit.files import is_stream, refuse_own, write_file  # noqa: PLC0415
-    from loadledger.cli.output import problems_told  # noqa: PLC0415
+    from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
-    with problems_told():
+    with report_problems():
         ledger, sign = ledger_in(data), open_signer(data)
         lines = jsonl() if form == "jsonl" else cloudevents(sign.public_key)
         exported = export(ledger, lines, sign, after=after, until=until)
@@ -269,10 +271,10 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
     from events.datalock import lock_data  # noqa: PLC0415
-    from loadledger.cli.output import problems_told  # noqa: PLC0415
+    from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
-    with problems_told():
+    with report_problems():
         ledger, sign = ledger_in(data), open_signer(data)
         refuse_own(file, data)
         with _ended_by_sigterm(), lock_data(data):
@@ -311,18 +313,18 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     """
     from events.audit.backup import back_up  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from loadledger.cli.localledger import members, told  # noqa: PLC0415
-    from loadledger.cli.output import problems_told  # noqa: PLC0415
+    from loadledger.cli.localledger import audit_members, format_audit  # noqa: PLC0415
+    from loadledger.cli.output import report_problems  # noqa: PLC0415
 
-    with problems_told():
+    with report_problems():
         ledger = ledger_in(data)
         refuse_own(file, data)
         with _ended_by_sigterm():
             found = back_up(ledger, file)
     if as_json:
-        print_json(members(found))
+        print_json(audit_members(found))
     else:
-        click.echo("\n".join(told(found)))
+        click.echo("\n".join(format_audit(found)))
 
 
 @click.command("ledger")
@@ -331,10 +333,10 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
 def ledger_key(data: Path, *, as_json: bool) -> None:
     """Show the public key of the ledger's signatures, and its id."""
     from events.audit.signing import key_id  # noqa: PLC0415
-    from loadledger.cli.output import problems_told  # noqa: PLC0415
+    from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.auth.keys import open_signer, public_pem  # noqa: PLC0415
 
-    with problems_told():
+    with report_problems():
         signer = open_signer(data)
     pem, name = public_pem(signer), key_id(signer.public_key)
     if as_json:

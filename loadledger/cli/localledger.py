@@ -26,7 +26,7 @@ POLL_S = 0.2
 """How often a file is looked at that is followed."""
 
 
-def told(found: Audit, *, key: str | None = None) -> list[str]:
+def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
     """Return an audit as lines of text: verified or not, the finding, and the proved head.
 
     Args:
@@ -68,7 +68,7 @@ def _behind(behind: ArchiveProof, key: str | None) -> Iterator[str]:
         )
 
 
-def file_told(file: FileAudit, *, key: str | None = None) -> list[str]:
+def format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
     """Return a file's audit as lines of text."""
     name, end = _name(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
@@ -99,7 +99,7 @@ def _name(path: Path) -> str:
     return click.format_filename(path)
 
 
-def members(found: Audit) -> dict[str, Any]:
+def audit_members(found: Audit) -> dict[str, Any]:
     """Return an audit as JSON members."""
     verification, finding = found.verification, found.finding
     behind = found.behind
@@ -152,7 +152,7 @@ def _finding(finding: Finding | None, at: Path | None) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class VerifyResult:
     """Result of `verify`: the audits of a ledger and of files, and the expected key."""
 
     ledger: Audit | None
@@ -167,24 +167,24 @@ class Checked:
 
     def lines(self) -> list[str]:
         """Return the result as text."""
-        lines = [] if self.ledger is None else told(self.ledger, key=self.key)
-        return lines + [line for file in self.files for line in file_told(file, key=self.key)]
+        lines = [] if self.ledger is None else format_audit(self.ledger, key=self.key)
+        return lines + [line for file in self.files for line in format_file_audit(file, key=self.key)]
 
     def members(self) -> dict[str, Any]:
         """Return the result as JSON members; those of the ledger only if there was one."""
         behind = self.ledger.behind.files if self.ledger and self.ledger.behind else ()
         files = [file_members(each, key=self.key) for each in (*behind, *self.files)]
-        of_ledger = {} if self.ledger is None else members(self.ledger)
+        of_ledger = {} if self.ledger is None else audit_members(self.ledger)
         return {**of_ledger, "verified": self.verified, "files": files}
 
 
-def check(
+def verify_ledger_and_files(
     ledger: Path | None,
     archives: Sequence[Path],
     files: Sequence[Path],
     key: str | None,
     expected: Expected | None,
-) -> Checked:
+) -> VerifyResult:
     """Verify a ledger, files, or both against each other.
 
     Args:
@@ -204,10 +204,10 @@ def check(
     if ledger is not None:
         sound = [each for each in checked if each.finding is None]
         found = audit(ledger, expected, archives=archives, key=wanted, files=sound)
-        return Checked(found, checked, wanted)
+        return VerifyResult(found, checked, wanted)
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
         raise NothingThere(f"none of these files has position {expected.position}: name one that has it")
-    return Checked(None, checked, wanted)
+    return VerifyResult(None, checked, wanted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import ends_told, is_dumb
+from loadledger.cli.output import is_dumb, quiet_exits
 
 SECTIONS = {
     "Serve": {
@@ -75,18 +75,18 @@ MAX_HELP_CHARACTERS = 200
 """Longer than each command's first sentence, so that click cuts none."""
 
 
-def find(name: str) -> click.Command:
+def find_command(name: str) -> click.Command:
     """Import a command's module and return it; all modules together would take 20 ms."""
     command: click.Command = resolve_name(COMMANDS[name])
     return command
 
 
-class Contents(click.Group):
+class CommandGroup(click.Group):
     """The top-level group: commands in sections, and aliases."""
 
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         """Return a command; None if it does not exist."""
-        return find(name) if name in COMMANDS else None
+        return find_command(name) if name in COMMANDS else None
 
     def list_commands(self, _context: click.Context) -> list[str]:
         """Return the names in the order of the sections."""
@@ -96,13 +96,16 @@ class Contents(click.Group):
         """Write the sections, with one column for all descriptions."""
         width = max(map(len, COMMANDS))
         for title, names in SECTIONS.items():
-            rows = [(name.ljust(width), find(name).get_short_help_str(MAX_HELP_CHARACTERS)) for name in names]
+            rows = [
+                (name.ljust(width), find_command(name).get_short_help_str(MAX_HELP_CHARACTERS))
+                for name in names
+            ]
             with formatter.section(title):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with ends_told():
+        with quiet_exits():
             return super().invoke(ctx)
 
     def resolve_command(
@@ -127,7 +130,7 @@ class Contents(click.Group):
 
 
 @click.group(
-    cls=Contents,
+    cls=CommandGroup,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )

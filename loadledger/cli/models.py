@@ -9,8 +9,16 @@ from typing import Any
 import click
 
 from loadledger.cli.completion import models_of_server
-from loadledger.cli.output import NOTHING, age, cell, second, size, state, table
-from loadledger.cli.server import Where, connected, json_option, print_json, server_options
+from loadledger.cli.output import (
+    NOTHING,
+    format_age,
+    format_cell,
+    format_size,
+    format_state,
+    format_table,
+    format_timestamp,
+)
+from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, print_json, server_options
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
@@ -30,12 +38,12 @@ WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 )
 @json_option
 @server_options
-def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, where: Where) -> None:
+def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, where: ServerChoice) -> None:
     """List the models and their states, or show one.
 
     A star marks the active model, which `unload` takes by default.
     """
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         if model is not None:
             shown = client.model(model) if at is None else client.model(model, at=at)
             if as_json:
@@ -48,7 +56,7 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
     if as_json:
         print_json({"models": rows})
     elif rows:
-        click.echo("\n".join(table(HEAD, [_row(each) for each in rows], right={"MEMORY"})))
+        click.echo("\n".join(format_table(HEAD, [_row(each) for each in rows], right={"MEMORY"})))
     else:
         click.echo("no model is loaded" if loaded else "the repository has no models")
 
@@ -58,14 +66,14 @@ def _row(model: Any) -> tuple[str, ...]:
     if model.next_version is not None:
         version += f" → {model.next_version}"
     return (
-        cell(model.id) + (" *" if model.active else ""),
+        format_cell(model.id) + (" *" if model.active else ""),
         model.state,
         version,
         _versions(model.versions),
-        size(model.memory_bytes),
-        age(model.loaded_at, datetime.now(UTC)),
-        cell(model.loaded_by, most=24),
-        cell(model.error and f"{model.error.code}: {model.error.message}", most=60),
+        format_size(model.memory_bytes),
+        format_age(model.loaded_at, datetime.now(UTC)),
+        format_cell(model.loaded_by, most=24),
+        format_cell(model.error and f"{model.error.code}: {model.error.message}", most=60),
     )
 
 
@@ -77,14 +85,15 @@ def _versions(versions: list[int] | None) -> str:
 
 
 def _details(model: Any) -> Iterator[str]:
-    yield f"{cell(model.id)}: {state(model.state)}{', active' if model.active else ''}"
+    yield f"{format_cell(model.id)}: {format_state(model.state)}{', active' if model.active else ''}"
     facts = {
         "version": model.version,
         "next version": model.next_version,
         "versions": model.versions and ", ".join(map(str, model.versions)),
         "instances": model.instances,
-        "memory": model.memory_bytes and size(model.memory_bytes),
-        "loaded": model.loaded_at and f"{second(model.loaded_at)} by {cell(model.loaded_by)}",
+        "memory": model.memory_bytes and format_size(model.memory_bytes),
+        "loaded": model.loaded_at
+        and f"{format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
         "job": model.job_id,
         "position": model.position,
         "prepared": model.prepared and f"{model.prepared.form}, sha256 {model.prepared.sha256}",
@@ -92,17 +101,17 @@ def _details(model: Any) -> Iterator[str]:
     }
     for name, value in facts.items():
         if value is not None:
-            yield f"  {name + ':':<13} {cell(value, most=4096)}"
+            yield f"  {name + ':':<13} {format_cell(value, most=4096)}"
     for file in model.files:
-        yield f"  {cell(file.path)}: {file.bytes} bytes, sha256 {cell(file.sha256)}"
+        yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
 
 
 @click.command()
 @json_option
 @server_options
-def resources(*, as_json: bool, where: Where) -> None:
+def resources(*, as_json: bool, where: ServerChoice) -> None:
     """Show the memory budget, its use, and waiting jobs."""
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         found = client.resources()
     if as_json:
         print_json(found)
@@ -113,19 +122,19 @@ def resources(*, as_json: bool, where: Where) -> None:
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:
     """Return the resources of one load, as cells of `HEAD`."""
     return (
-        cell(use.model_id),
+        format_cell(use.model_id),
         str(use.version),
-        cell(use.phase),
+        format_cell(use.phase),
         str(use.workers),
-        size(use.memory_bytes),
-        size(use.reserved_bytes) if use.reserved_bytes else "-",
+        format_size(use.memory_bytes),
+        format_size(use.reserved_bytes) if use.reserved_bytes else "-",
         str(use.in_flight),
-        age(use.last_used_at, now),
-        kept(use),
+        format_age(use.last_used_at, now),
+        format_keep_alive(use),
     )
 
 
-def kept(use: Any) -> str:
+def format_keep_alive(use: Any) -> str:
     """Return when a model is unloaded automatically."""
     if use.pinned:
         return "pinned"
@@ -134,10 +143,10 @@ def kept(use: Any) -> str:
 
 def budget_line(found: Any) -> str:
     """Return the memory budget and its use."""
-    free = f"free {size(found.free_bytes)}"
-    parts = [f"used {size(found.used_bytes)}", f"reserved {size(found.reserved_bytes)}", free]
+    free = f"free {format_size(found.free_bytes)}"
+    parts = [f"used {format_size(found.used_bytes)}", f"reserved {format_size(found.reserved_bytes)}", free]
     most = f"; at most {found.max_loaded} loaded" if found.max_loaded is not None else ""
-    return f"budget {size(found.budget_bytes)}: {', '.join(parts)}{most}"
+    return f"budget {format_size(found.budget_bytes)}: {', '.join(parts)}{most}"
 
 
 def pressure_line(found: Any) -> str | None:
@@ -152,19 +161,24 @@ def pressure_line(found: Any) -> str | None:
 def _told(found: Any) -> Iterator[str]:
     now = datetime.now(UTC)
     yield budget_line(found)
-    yield f"limit {size(found.limit_bytes)} ({cell(found.limit_source)})"
+    yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
     pressure = pressure_line(found)
     if pressure is not None:
         yield pressure
     if found.preparing is not None:
-        yield f"preparing {cell(found.preparing.model_id)} version {found.preparing.version}"
+        yield f"preparing {format_cell(found.preparing.model_id)} version {found.preparing.version}"
     if found.models:
         yield ""
-        yield from table(USE_HEAD, [use_row(use, now) for use in found.models], right=RIGHT)
+        yield from format_table(USE_HEAD, [use_row(use, now) for use in found.models], right=RIGHT)
     if found.waiting:
         yield ""
         rows = [
-            (cell(wait.model_id), cell(wait.job_id), size(wait.needs_bytes), cell(wait.waiting_for))
+            (
+                format_cell(wait.model_id),
+                format_cell(wait.job_id),
+                format_size(wait.needs_bytes),
+                format_cell(wait.waiting_for),
+            )
             for wait in found.waiting
         ]
-        yield from table(WAITING_HEAD, rows)
+        yield from format_table(WAITING_HEAD, rows)

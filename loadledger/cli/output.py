@@ -36,35 +36,34 @@ _MB, _GB = 10**6, 10**9
 _AGES = (("d", 86400), ("h", 3600), ("m", 60))
 
 
-FAILED = 1
+NEGATIVE_RESULT = 1
 """Exit code of a negative result: a job failed, a check found a problem."""
-COULD_NOT = 2
+NO_RESULT = 2
 """Exit code without a result: a usage error, a refusal, or no answer."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by the shells' convention: 128 and the signal's number."""
-UNREAD = 141
+PIPE_CLOSED = 141
 """Exit code after SIGPIPE by the same convention, such as before `| head`."""
 
 
-def table(
+def format_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()
 ) -> Iterator[str]:
     """Yield the lines of a table, the head first; columns named in `right` are aligned right.
 
     Cells are made printable, since a server may send control characters even as a state.
     """
-    rows = [[in_one_line(each) for each in cells] for cells in rows]
-    widths = [max(map(width, column)) for column in zip(head, *rows, strict=True)]
+    rows = [[to_printable(each) for each in cells] for cells in rows]
+    widths = [max(map(display_width, column)) for column in zip(head, *rows, strict=True)]
     for number, cells in enumerate([head, *rows]):
         columns = [
-            padded(cell, most, right=name in right)
-            for name, cell, most in zip(head, cells, widths, strict=True)
+            pad(cell, most, right=name in right) for name, cell, most in zip(head, cells, widths, strict=True)
         ]
         line = "  ".join(columns).rstrip()
         yield click.style(line, bold=True) if number == 0 else _coloured(line, columns, cells)
 
 
-def width(text: str) -> int:
+def display_width(text: str) -> int:
     """Return a text's width in terminal columns; a letter takes two, one or none."""
     if text.isascii():
         return len(text)
@@ -73,9 +72,9 @@ def width(text: str) -> int:
     return cell_len(text)
 
 
-def padded(text: str, columns: int, *, right: bool = False) -> str:
+def pad(text: str, columns: int, *, right: bool = False) -> str:
     """Pad a text to a width in terminal columns."""
-    spaces = " " * (columns - width(text))
+    spaces = " " * (columns - display_width(text))
     return spaces + text if right else text + spaces
 
 
@@ -88,27 +87,27 @@ def _coloured(line: str, columns: Sequence[str], cells: Sequence[str]) -> str:
     return line
 
 
-def state(word: str) -> str:
+def format_state(word: str) -> str:
     """Return a state in its colour."""
-    return click.style(in_one_line(word), fg=COLOURS.get(word))
+    return click.style(to_printable(word), fg=COLOURS.get(word))
 
 
-def in_one_line(text: str) -> str:
+def to_printable(text: str) -> str:
     """Replace control characters, which could move the cursor."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
-def cell(text: object, *, most: int = MAX_CELL_CHARACTERS) -> str:
+def format_cell(text: object, *, most: int = MAX_CELL_CHARACTERS) -> str:
     """Return a cell's text: one line of bounded length, `-` if empty."""
     if text is None or text == "":
         return NOTHING
-    line = in_one_line(str(text))
+    line = to_printable(str(text))
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
-def size(size_bytes: int | None) -> str:
+def format_size(size_bytes: int | None) -> str:
     """Return a number of bytes in MB or GB."""
     if size_bytes is None:
         return NOTHING
@@ -117,12 +116,12 @@ def size(size_bytes: int | None) -> str:
     return f"{size_bytes / _GB:,.2f} GB" if abs(size_bytes) >= _GB else f"{size_bytes / _MB:,.1f} MB"
 
 
-def second(stamp: str | None) -> str:
+def format_timestamp(stamp: str | None) -> str:
     """Return a timestamp to the second."""
     return NOTHING if stamp is None else f"{stamp[:19].replace('T', ' ')}Z"
 
 
-def moment(stamp: str) -> datetime | None:
+def parse_timestamp(stamp: str) -> datetime | None:
     """Parse a timestamp; None if it is invalid."""
     try:
         found = datetime.fromisoformat(stamp)
@@ -131,13 +130,13 @@ def moment(stamp: str) -> datetime | None:
     return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
-def age(stamp: str | None, now: datetime) -> str:
+def format_age(stamp: str | None, now: datetime) -> str:
     """Return the time since a timestamp, in its largest unit."""
-    then = None if stamp is None else moment(stamp)
-    return NOTHING if then is None else duration((now - then).total_seconds())
+    then = None if stamp is None else parse_timestamp(stamp)
+    return NOTHING if then is None else format_duration((now - then).total_seconds())
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration: `0.3s` to `9.9s`, then `10s`, `5m`, `3h` or `2d`."""
     seconds = max(seconds, 0.0)
     for unit, length in _AGES:
@@ -146,21 +145,21 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f}s" if seconds < 10 else f"{int(seconds)}s"  # noqa: PLR2004 - as it says above
 
 
-def took(begin: str | None, end: str | None) -> str:
+def format_elapsed(begin: str | None, end: str | None) -> str:
     """Return the time between two timestamps, if both are known."""
-    first, last = (None if stamp is None else moment(stamp) for stamp in (begin, end))
-    return NOTHING if first is None or last is None else duration((last - first).total_seconds())
+    first, last = (None if stamp is None else parse_timestamp(stamp) for stamp in (begin, end))
+    return NOTHING if first is None or last is None else format_duration((last - first).total_seconds())
 
 
-def give_up(text: str) -> NoReturn:
+def exit_with_error(text: str) -> NoReturn:
     """Print why the command has no result, and exit."""
-    note(text)
-    sys.exit(COULD_NOT)
+    print_note(text)
+    sys.exit(NO_RESULT)
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a note on stderr, free of control characters."""
-    lines = [in_one_line(line) for line in f"loadledger: {text}".split("\n")]
+    lines = [to_printable(line) for line in f"loadledger: {text}".split("\n")]
     click.echo("\n".join(lines), err=True)
 
 
@@ -170,7 +169,7 @@ def is_dumb(environment: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def ends_told() -> Iterator[None]:
+def quiet_exits() -> Iterator[None]:
     """Exit quietly after Ctrl-C or a closed pipe, with a code of its own."""
     try:
         yield
@@ -178,11 +177,11 @@ def ends_told() -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # flushing stdout at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-        sys.exit(UNREAD)
+        sys.exit(PIPE_CLOSED)
 
 
 @contextmanager
-def problems_told() -> Iterator[None]:
+def report_problems() -> Iterator[None]:
     """Print a problem of files, keys or settings, and exit."""
     from events.errors import LedgerProblem  # noqa: PLC0415 - only commands that work on files come here
     from runtime.errors import RuntimeProblem  # noqa: PLC0415
@@ -194,4 +193,4 @@ def problems_told() -> Iterator[None]:
     except BrokenPipeError:  # whoever reads has read enough
         raise
     except (ConfigError, KeyProblem, LedgerProblem, RuntimeProblem, OSError) as error:
-        give_up(str(error))
+        exit_with_error(str(error))

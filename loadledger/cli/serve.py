@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import FAILED, in_one_line, problems_told
+from loadledger.cli.output import NEGATIVE_RESULT, report_problems, to_printable
 from loadledger.cli.server import json_option
 
 
@@ -46,7 +46,7 @@ def serve(**flags: str | None) -> None:
     from server import serve as server  # noqa: PLC0415 - as above
     from server.check import load_config  # noqa: PLC0415
 
-    with problems_told():
+    with report_problems():
         sys.exit(server.serve(load_config(flags, os.environ), _announce))
 
 
@@ -80,11 +80,11 @@ def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) ->
     from server.check import CheckResult, check_configuration, check_repository  # noqa: PLC0415 - as above
 
     result = CheckResult()
-    with problems_told():
+    with report_problems():
         config = check_configuration(flags, os.environ, result)
         check_repository(config, result, limit_s=None if quick else limit_s, on_version=_progress())
     click.echo(json.dumps(result.members(), indent=2) if as_json else "\n".join(_lines(result)))
-    sys.exit(0 if result.fine else FAILED)
+    sys.exit(0 if result.fine else NEGATIVE_RESULT)
 
 
 def _progress() -> Callable[[str], None]:
@@ -98,7 +98,7 @@ def _lines(result: Any) -> list[str]:
     lines = []
     for finding in result.findings:
         word = click.style(finding.severity.value, fg="red" if finding.severity == "problem" else "yellow")
-        lines.append(f"{word}: {in_one_line(f'{finding.place}: {finding.text}')} ({finding.code})")
+        lines.append(f"{word}: {to_printable(f'{finding.place}: {finding.text}')} ({finding.code})")
     problems = sum(finding.severity == "problem" for finding in result.findings)
     counted = f"{_number(result.models, 'model')}, {_number(result.versions, 'version')}"
     tried = f", {result.loaded} of them loaded" if result.loaded else ""

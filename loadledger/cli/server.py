@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import INTERRUPTED, give_up, in_one_line
+from loadledger.cli.output import INTERRUPTED, exit_with_error, to_printable
 
 URL = "LOADLEDGER_URL"
 TOKEN = "LOADLEDGER_TOKEN"  # noqa: S105 -- the name of a variable
@@ -63,7 +63,7 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ServerTarget:
     """The server that a command talks to.
 
     Attributes:
@@ -75,7 +75,7 @@ class Place:
     ca: Path | None = None
 
 
-def find_place(url: str | None, profile: str | None, environment: Mapping[str, str]) -> Place:
+def find_target(url: str | None, profile: str | None, environment: Mapping[str, str]) -> ServerTarget:
     """Find the server: by option, then variable, then profile, then the default URL.
 
     Raises:
@@ -87,7 +87,7 @@ def find_place(url: str | None, profile: str | None, environment: Mapping[str, s
     is_its_own = _same(chosen, kept_url)
     token = environment.get(TOKEN) or (kept.token if is_its_own else None)
     ca = environment.get(CA)
-    return Place(chosen, token, Path(ca) if ca else kept.ca if is_its_own else None)
+    return ServerTarget(chosen, token, Path(ca) if ca else kept.ca if is_its_own else None)
 
 
 def profile_path(profile: str | None, environment: Mapping[str, str]) -> Path:
@@ -213,19 +213,19 @@ def _private_text(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class ServerChoice:
     """The options that name a server."""
 
     url: str | None = None
     profile: str | None = None
 
-    def place(self) -> Place:
+    def place(self) -> ServerTarget:
         """Find the server.
 
         Raises:
             ProfileProblem: the profile cannot be used.
         """
-        return find_place(self.url, self.profile, os.environ)
+        return find_target(self.url, self.profile, os.environ)
 
 
 def server_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -233,7 +233,7 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def called(*arguments: Any, url: str | None, profile: str | None, **options: Any) -> None:
-        command(*arguments, where=Where(url, profile), **options)
+        command(*arguments, where=ServerChoice(url, profile), **options)
 
     with_profile = click.option(
         "--profile",
@@ -247,18 +247,18 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def connected(where: Where, *, timeout_s: float = 30.0) -> Iterator[Any]:
-    """Give a client of the server that the options name; problems end the command, as in `talking_to`."""
+def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> Iterator[Any]:
+    """Give a client of the server that the options name; problems end the command, as in `open_client`."""
     try:
         place = where.place()
     except ProfileProblem as problem:
-        give_up(str(problem))
-    with talking_to(place, timeout_s=timeout_s) as client:
+        exit_with_error(str(problem))
+    with open_client(place, timeout_s=timeout_s) as client:
         yield client
 
 
 @contextmanager
-def talking_to(place: Place, *, timeout_s: float = 30.0) -> Iterator[Any]:
+def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any]:
     """Give a client of a server; a problem is printed and ends the command.
 
     Ctrl-C ends the command silently.
@@ -269,14 +269,14 @@ def talking_to(place: Place, *, timeout_s: float = 30.0) -> Iterator[Any]:
         with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
             yield client
     except ClientProblem as problem:
-        give_up(told(problem, place))
+        exit_with_error(explain_problem(problem, place))
     except ValueError as error:  # an argument cannot be sent
-        give_up(str(error))
+        exit_with_error(str(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def told(problem: Exception, place: Place) -> str:
+def explain_problem(problem: Exception, place: ServerTarget) -> str:
     """Return a problem's message with advice."""
     status = getattr(problem, "status", None)
     if status == UNAUTHENTICATED and not place.token:
@@ -337,19 +337,19 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
     try:
         path = profile_path(profile, os.environ)
     except ProfileProblem as problem:
-        give_up(str(problem))
+        exit_with_error(str(problem))
     token = _token()
-    with talking_to(Place(url, token, ca)) as client:
+    with open_client(ServerTarget(url, token, ca)) as client:
         client.resources()
         url = client.url
     try:
         write_profile(path, Profile(url, token, ca))
     except OSError as error:
-        give_up(f"{path} cannot be written: {error.strerror}")
+        exit_with_error(f"{path} cannot be written: {error.strerror}")
     if as_json:
         click.echo(json.dumps({"url": url, "profile": str(path)}, indent=2))  # a path may be no UTF-8
     else:
-        click.echo(f"{in_one_line(url)} accepts the token; saved in {path}")
+        click.echo(f"{to_printable(url)} accepts the token; saved in {path}")
 
 
 def _token() -> str:
@@ -358,5 +358,5 @@ def _token() -> str:
     else:
         text = sys.stdin.readline(64 * 1024)
     if not text.strip():
-        give_up("there is no token on standard input: `loadledger token … | loadledger login`")
+        exit_with_error("there is no token on standard input: `loadledger token … | loadledger login`")
     return text.strip()

@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
-from loadledger.cli.jobs import named, words
+from loadledger.cli.jobs import describe_progress, model_of
 from loadledger.cli.models import RIGHT, USE_HEAD, budget_line, pressure_line, use_row
-from loadledger.cli.output import age, cell, in_one_line, is_dumb, table
-from loadledger.cli.server import Where, connected, json_option, print_json, server_options
+from loadledger.cli.output import format_age, format_cell, format_table, is_dumb, to_printable
+from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, print_json, server_options
 
 JOBS_HEAD = ("JOB", "KIND", "MODEL", "STATUS", "BY", "AGE", "WHERE")
 WRONG_HEAD = ("MODEL", "STATE", "REASON")
@@ -28,7 +28,7 @@ PAUSE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ServerSnapshot:
     """State of a server at one moment.
 
     Attributes:
@@ -56,9 +56,9 @@ class Look:
 @json_option
 @click.option("--once", is_flag=True, show_default=False, help="Print once and exit, as without a terminal.")
 @server_options
-def top(*, interval: float, once: bool, as_json: bool, where: Where) -> None:
+def top(*, interval: float, once: bool, as_json: bool, where: ServerChoice) -> None:
     """Watch memory, models and running jobs until Ctrl-C."""
-    with connected(where) as client:
+    with open_chosen_client(where) as client:
         look = _look(client)
         if as_json:
             print_json({"resources": look.resources, "jobs": look.jobs, "wrong": look.wrong})
@@ -72,7 +72,7 @@ def top(*, interval: float, once: bool, as_json: bool, where: Where) -> None:
             return
 
 
-def _watch(client: Any, look: Look, interval_s: float) -> None:
+def _watch(client: Any, look: ServerSnapshot, interval_s: float) -> None:
     """Update the view until an error that retrying does not mend."""
     from rich.live import Live  # noqa: PLC0415 - keeps `loadledger --help` quick
 
@@ -92,44 +92,46 @@ def _watch(client: Any, look: Look, interval_s: float) -> None:
             live.update(_shown(look), refresh=True)
 
 
-def _stale(look: Look, problem: Exception) -> Look:
+def _stale(look: ServerSnapshot, problem: Exception) -> ServerSnapshot:
     return replace(look, problem=str(problem))
 
 
-def _look(client: Any) -> Look:
+def _look(client: Any) -> ServerSnapshot:
     began = time.monotonic()
     unended = [
         job for status in ("in_progress", "pending") for job in client.jobs(status=status, limit=MOST_ROWS)
     ]
     wrong = islice((model for model in client.models() if model.state in {"failed", "lost"}), MOST_ROWS)
     found, failed, now = client.resources(), list(wrong), datetime.now(UTC)
-    return Look(client.url, found, unended, failed, now, time.monotonic() - began)
+    return ServerSnapshot(client.url, found, unended, failed, now, time.monotonic() - began)
 
 
-def _shown(look: Look) -> Any:
+def _shown(look: ServerSnapshot) -> Any:
     """Return the view for a terminal; lines that are too long are cut."""
     from rich.text import Text  # noqa: PLC0415 - as above
 
     return Text.from_ansi("\n".join(lines(look)), no_wrap=True, overflow="ellipsis")
 
 
-def lines(look: Look) -> Iterator[str]:
+def lines(look: ServerSnapshot) -> Iterator[str]:
     """Yield the lines of the view."""
     found, now = look.resources, datetime.now(UTC)
     yield f"{click.style('loadledger', bold=True)}  {look.url}  {look.at:%H:%M:%S}Z  position {found.as_of}"
     if look.problem is not None:
-        yield click.style(f"unreachable, retrying; previous state: {in_one_line(look.problem)}", fg="red")
+        yield click.style(f"unreachable, retrying; previous state: {to_printable(look.problem)}", fg="red")
     yield f"memory {_bar(found)} {budget_line(found)}"
     yield from filter(None, [pressure_line(found)])
     yield ""
     uses = [use_row(use, now) for use in found.models[:MOST_ROWS]]
-    yield from table(USE_HEAD, uses, right=RIGHT) if uses else ["nothing is loaded"]
+    yield from format_table(USE_HEAD, uses, right=RIGHT) if uses else ["nothing is loaded"]
     if look.jobs:
         yield ""
-        yield from table(JOBS_HEAD, [_job_row(job, now) for job in look.jobs[:MOST_ROWS]], right={"AGE"})
+        yield from format_table(
+            JOBS_HEAD, [_job_row(job, now) for job in look.jobs[:MOST_ROWS]], right={"AGE"}
+        )
     if look.wrong:
         yield ""
-        yield from table(WRONG_HEAD, [_wrong_row(model) for model in look.wrong])
+        yield from format_table(WRONG_HEAD, [_wrong_row(model) for model in look.wrong])
 
 
 def _bar(found: Any) -> str:
@@ -144,16 +146,16 @@ def _bar(found: Any) -> str:
 
 def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
     return (
-        cell(job.id),
+        format_cell(job.id),
         job.kind,
-        cell(named(job)),
+        format_cell(model_of(job)),
         job.status,
-        cell(job.requested_by, most=24),
-        age(job.created_at, now),
-        cell(words(job)),
+        format_cell(job.requested_by, most=24),
+        format_age(job.created_at, now),
+        format_cell(describe_progress(job)),
     )
 
 
 def _wrong_row(model: Any) -> tuple[str, ...]:
     reason = f"{model.error.code}: {model.error.message}" if model.error is not None else ""
-    return cell(model.id), model.state, cell(reason)
+    return format_cell(model.id), model.state, format_cell(reason)

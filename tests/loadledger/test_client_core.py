@@ -30,9 +30,9 @@ from loadledger.problems import (
     ServerUnreachable,
 )
 from loadledger.records import Event, Job
-from loadledger.requests import LONGEST_BACKOFF_S, Answer, passes, pause_s, quoted
-from loadledger.stream import Bookmark, LineSplitter, message
-from loadledger.tensors import flat, shape_of, tensors
+from loadledger.requests import LONGEST_BACK_OFF_S, Answer, back_off_s, is_transient, quote_key
+from loadledger.stream import Bookmark, LineSplitter, parse_line
+from loadledger.tensors import flatten, shape_of, to_tensors
 from server.api.jobs import key_in
 
 TOKEN = "s3cr3t-token"
@@ -108,13 +108,13 @@ def test_query_is_escaped() -> None:
 @PLAIN
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=255))
 def test_idempotency_key_is_quoted_as_server_reads_it(key: str) -> None:
-    assert key_in(quoted(key)) == key
+    assert key_in(quote_key(key)) == key
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "line\nend", "ключ"])
 def test_invalid_idempotency_key_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="255 printable"):
-        quoted(key)
+        quote_key(key)
 
 
 # Answers
@@ -131,7 +131,9 @@ def test_invalid_idempotency_key_is_refused(key: str) -> None:
 )
 def test_refusal_raises_by_status(kind: type[ServerError], statuses: list[int]) -> None:
     for status in statuses:
-        error = requests.refusal(problem(status, "some_code", "because", instance="urn:uuid:1"), ADDRESS)
+        error = requests.decode_refusal(
+            problem(status, "some_code", "because", instance="urn:uuid:1"), ADDRESS
+        )
         assert type(error) is kind
         assert (error.status, error.code, error.detail) == (status, "some_code", "because")
         assert error.instance == "urn:uuid:1"
@@ -139,16 +141,16 @@ def test_refusal_raises_by_status(kind: type[ServerError], statuses: list[int]) 
 
 
 def test_archived_refusal_has_position_to_begin_at() -> None:
-    error = requests.refusal(problem(410, "archived", oldest=9, head=20), ADDRESS)
+    error = requests.decode_refusal(problem(410, "archived", oldest=9, head=20), ADDRESS)
     assert isinstance(error, Archived)
     assert (error.oldest, error.after) == (9, 8)
     for oldest in (None, "9", True, -1, 1.5):
-        assert type(requests.refusal(problem(410, "archived", oldest=oldest), ADDRESS)) is ServerError
+        assert type(requests.decode_refusal(problem(410, "archived", oldest=oldest), ADDRESS)) is ServerError
 
 
 def test_redirect_is_refused_with_its_target() -> None:
     for status in (301, 302, 307, 308):
-        error = requests.refusal(answer({}, status, location="https://evil.example/\x1b[2J"), ADDRESS)
+        error = requests.decode_refusal(answer({}, status, location="https://evil.example/\x1b[2J"), ADDRESS)
         assert isinstance(error, ServerError)
         assert error.code == "redirected"
         assert "https://evil.example/" in str(error)
@@ -157,9 +159,9 @@ def test_redirect_is_refused_with_its_target() -> None:
 
 def test_retry_after_is_bounded_seconds() -> None:
     for text, seconds in (("7", 7.0), (" 0 ", 0.0), ("99999999999", 300.0)):
-        assert requests.retry_after_s({"retry-after": text}) == seconds
+        assert requests.parse_retry_after({"retry-after": text}) == seconds
     for text in ("-1", "1.5", "soon", ""):
-        assert requests.retry_after_s({"retry-after": text}) is None
+        assert requests.parse_retry_after({"retry-after": text}) is None
 
 
 HOSTILE = [
@@ -183,13 +185,13 @@ HOSTILE = [
 def test_hostile_body_is_one_line_without_token(status: int) -> None:
     for body in HOSTILE:
         with pytest.raises(ClientProblem) as caught:
-            requests.value(Answer(status, {"content-type": f"x\x1b{TOKEN}"}, body), Job, ADDRESS)
+            requests.decode_value(Answer(status, {"content-type": f"x\x1b{TOKEN}"}, body), Job, ADDRESS)
         check_line(str(caught.value))
 
 
 def test_hostile_job_is_one_line_without_token() -> None:
     evil = f"\x1b[2J{TOKEN}\n" + "x" * 10_000
-    job = Job(id=evil, kind=evil, model_id=evil, status=evil, error=records.Failure(evil, evil))
+    job = Job(id=evil, kind=evil, model_id=evil, status=evil, error=records.ErrorInfo(evil, evil))
     for error in (JobFailed(job, ADDRESS.hide), JobUnfinished(job, 1.0, hide=ADDRESS.hide)):
         check_line(str(error))
 
@@ -229,7 +231,7 @@ def test_event_keeps_line_when_copied_or_pickled() -> None:
 @given(st.integers(200, 599), st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 def test_any_body_is_value_or_problem(status: int, body: bytes) -> None:
     try:
-        requests.value(Answer(status, {}, body), Job, ADDRESS)
+        requests.decode_value(Answer(status, {}, body), Job, ADDRESS)
     except ClientProblem as error:
         assert str(error).isprintable()  # noqa: PT017 - a value is right as well
 
@@ -245,7 +247,7 @@ MEMBERS = st.sampled_from(["code", "detail", "oldest", "instance", "title", "sta
 @PLAIN
 @given(st.integers(300, 599), st.dictionaries(MEMBERS, JSON))
 def test_refusal_with_any_members_is_printable(status: int, members: dict[str, Any]) -> None:
-    error = requests.refusal(Answer(status, {}, msgspec.json.encode(members)), ADDRESS)
+    error = requests.decode_refusal(Answer(status, {}, msgspec.json.encode(members)), ADDRESS)
     assert isinstance(error, ServerError)
     assert error.status == status
     assert str(error).isprintable()
@@ -253,7 +255,7 @@ def test_refusal_with_any_members_is_printable(status: int, members: dict[str, A
 
 def test_unknown_members_are_ignored_and_missing_ones_default() -> None:
     body = answer({"id": "j", "kind": "load", "model_id": "m", "status": "pending", "later": {"x": 1}})
-    job = requests.value(body, Job, ADDRESS)
+    job = requests.decode_value(body, Job, ADDRESS)
     assert (job.id, job.stage, job.ended, job.error) == ("j", None, False, None)
 
 
@@ -273,7 +275,7 @@ def test_unknown_members_are_ignored_and_missing_ones_default() -> None:
     ],
 )
 def test_problem_is_retried(problem: ClientProblem, *, reached: bool, retried: bool) -> None:
-    assert passes(problem, reached=reached) is retried
+    assert is_transient(problem, reached=reached) is retried
 
 
 @PLAIN
@@ -282,10 +284,10 @@ def test_back_off_grows_to_limit_and_respects_retry_after(
     failures: int, chance: float, after_s: float | None
 ) -> None:
     problem = Busy(503, "unhealthy", "", retry_after_s=after_s)
-    pause = pause_s(problem, failures, chance)
-    assert 0 < pause <= max(LONGEST_BACKOFF_S, after_s or 0)
+    pause = back_off_s(problem, failures, chance)
+    assert 0 < pause <= max(LONGEST_BACK_OFF_S, after_s or 0)
     assert pause >= (after_s or 0)
-    assert pause_s(None, failures, chance) <= pause_s(None, failures + 1, chance)
+    assert back_off_s(None, failures, chance) <= back_off_s(None, failures + 1, chance)
 
 
 # Lines
@@ -312,14 +314,14 @@ def test_endless_line_is_refused() -> None:
 
 def test_line_is_event_bookmark_or_ignored() -> None:
     line = event_line(7, model_id="m", data={"attempt": 2}, later=[1], line="x")
-    event = message(line)
+    event = parse_line(line)
     assert isinstance(event, Event)
     assert (event.position, event.type, event.model_id, event.data) == (7, "LoadStarted", "m", {"attempt": 2})
     assert event.line == line
     assert msgspec.json.decode(msgspec.json.encode(event)).keys() == set(Event.__struct_fields__)
-    assert message(bookmark(9)) == Bookmark(9)
+    assert parse_line(bookmark(9)) == Bookmark(9)
     ignored = (b"", b" ", b'{"stream":"live","position":3}', b'{"stream":"stage"}', b'{"stream":"later"}')
-    assert [message(each) for each in ignored] == [None] * 5
+    assert [parse_line(each) for each in ignored] == [None] * 5
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def test_line_is_event_bookmark_or_ignored() -> None:
 )
 def test_invalid_line_is_refused(line: bytes) -> None:
     with pytest.raises(BadAnswer, match="no event") as caught:
-        message(line)
+        parse_line(line)
     assert str(caught.value).isprintable()
 
 
@@ -339,30 +341,32 @@ def test_invalid_line_is_refused(line: bytes) -> None:
 def test_nested_lists_have_shape_and_order_of_array(shape: list[int]) -> None:
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     nested = array.tolist()
-    assert flat(nested) == array.flatten().tolist()
+    assert flatten(nested) == array.flatten().tolist()
     if 0 not in shape:
         assert shape_of("x", nested) == shape
-    made = tensors({"x": array}, {"inputs": [{"name": "x", "datatype": "INT64"}]})
+    made = to_tensors({"x": array}, {"inputs": [{"name": "x", "datatype": "INT64"}]})
     assert made == [{"name": "x", "shape": shape, "datatype": "INT64", "data": array.flatten().tolist()}]
 
 
 @pytest.mark.parametrize("value", [[[1, 2], [3]], [1, [2]], [[[1]], [[1, 2]]]])
 def test_ragged_lists_are_refused_by_input_name(value: Any) -> None:
     with pytest.raises(ValueError, match=r"'x'.*same length"):
-        tensors({"x": value}, {"inputs": [{"name": "x", "datatype": "INT64"}]})
+        to_tensors({"x": value}, {"inputs": [{"name": "x", "datatype": "INT64"}]})
 
 
 def test_unknown_input_is_refused_with_known_ones() -> None:
     with pytest.raises(ValueError, match="no input 'y'; it has x, z"):
-        tensors({"y": 1}, {"inputs": [{"name": "x", "datatype": "A"}, {"name": "z", "datatype": "B"}, 5, {}]})
+        to_tensors(
+            {"y": 1}, {"inputs": [{"name": "x", "datatype": "A"}, {"name": "z", "datatype": "B"}, 5, {}]}
+        )
     with pytest.raises(ValueError, match="it has none"):
-        tensors({"y": 1}, {"inputs": None})
+        to_tensors({"y": 1}, {"inputs": None})
 
 
 def test_complete_tensors_are_taken_unchanged() -> None:
     tensor = {"shape": [1], "datatype": "FP32", "data": [1.5]}
     named = [{"name": "x", **tensor}]
-    assert tensors({"x": tensor}, None) == tensors(named, None) == named
+    assert to_tensors({"x": tensor}, None) == to_tensors(named, None) == named
 
 
 # The package

@@ -206,7 +206,7 @@ def test_stream_resumes_where_it_broke_off(kind: str) -> None:
 
 @each_kind
 def test_endless_line_closes_stream(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadledger.stream.Lines.__init__.__defaults__", (1000,))
+    monkeypatch.setattr("loadledger.stream.LineSplitter.__init__.__defaults__", (1000,))
     with odd_server(staying(streamed(b"x" * 2000))) as server, connected(kind, server.url) as client:
         with pytest.raises(BadAnswer, match="2000 bytes"):
             next(client.events(follow=True))

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from loadledger.cli import server
-from loadledger.cli.main import SECTIONS, find, main
+from loadledger.cli.main import SECTIONS, find_command, main
 from server.check import find_unusable_paths, load_config
 from server.config import Config, ConfigError, parse_limit, parse_size, settings
 from server.configsources import CONFIG_VARIABLE, OF_OTHERS, read_settings, unknown_variables
@@ -317,7 +317,7 @@ def test_unknown_variable_is_named_with_a_suggestion(name: str, advice: str) -> 
 def test_variables_of_commands_and_compose_are_known() -> None:
     read = {server.URL, server.TOKEN, server.CA, server.PROFILE, CONFIG_VARIABLE}
     for name in (name for names in SECTIONS.values() for name in names):
-        command = find(name)
+        command = find_command(name)
         for each in [command, *(command.commands.values() if isinstance(command, click.Group) else ())]:
             read |= {str(parameter.envvar) for parameter in each.params if parameter.envvar}
     compose = (ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8")

@@ -26,9 +26,9 @@ from tritonclient.utils import deserialize_bytes_tensor
 
 from loadledger import AsyncClient, Client
 from loadledger.address import Address
-from loadledger.operations import Calls
+from loadledger.operations import Operations
 from loadledger.problems import ClientProblem
-from loadledger.requests import Answer, ClientOptions, Request
+from loadledger.requests import Answer, CallContext, Request
 from loadledger.transport import iterate, run
 from support import models
 from support.servers import Server, address, bearer, standing
@@ -219,9 +219,9 @@ class Played:
     _iterator: Iterator[Answer | bytes | ClientProblem] | None = None
 
     @property
-    def calls(self) -> Calls:
+    def calls(self) -> Operations:
         """The calls of a client over this."""
-        return Calls(ClientOptions(ADDRESS, 30.0, self, now=lambda: self.now, chance=lambda: 1.0))
+        return Operations(CallContext(ADDRESS, 30.0, self, now=lambda: self.now, chance=lambda: 1.0))
 
     def play(self, call: Coroutine[Any, Any, T]) -> T:
         """Return what a call returns; when the answers are used up, it ends."""

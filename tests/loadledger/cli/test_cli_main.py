@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from support.servers import clean_environment
 
 from loadledger.cli.completion import _items
-from loadledger.cli.main import ALIASES, SECTIONS, Contents, find, main
+from loadledger.cli.main import ALIASES, SECTIONS, CommandGroup, find_command, main
 from server.config import settings
 
 WIDTH = 80
@@ -31,7 +31,7 @@ def every_command() -> dict[str, click.Command]:
     """Return all commands by what is typed."""
     found: dict[str, click.Command] = {}
     for name in (name for names in SECTIONS.values() for name in names):
-        command = find(name)
+        command = find_command(name)
         assert command.name == name
         inner = command.commands if isinstance(command, click.Group) else {}
         found |= {f"{name} {each}": inner[each] for each in inner} or {name: command}
@@ -60,7 +60,7 @@ def test_help_lists_commands_in_sections_on_whole_lines() -> None:
         for line, name in zip(listed, names, strict=True):
             assert line.endswith("."), line
             assert len(line) < WIDTH
-            first = (find(name).help or "").partition("\n\n")[0].replace("\n", " ")
+            first = (find_command(name).help or "").partition("\n\n")[0].replace("\n", " ")
             assert line.split(maxsplit=1)[1] == first
 
 
@@ -111,7 +111,7 @@ def test_interrupt_ends_with_130(ends_by: type[BaseException]) -> None:
     def end() -> None:
         raise ends_by
 
-    result = CliRunner().invoke(Contents("group", callback=end, invoke_without_command=True), [])
+    result = CliRunner().invoke(CommandGroup("group", callback=end, invoke_without_command=True), [])
     assert (result.exit_code, result.output) == (130, "")
 
 

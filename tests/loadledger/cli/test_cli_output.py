@@ -18,10 +18,20 @@ from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
 from loadledger.cli import jobs, models, top
 from loadledger.cli.events import event_line
-from loadledger.cli.jobs import step, words
-from loadledger.cli.output import age, cell, duration, padded, second, size, table, took, width
+from loadledger.cli.jobs import count_steps, describe_progress
+from loadledger.cli.output import (
+    display_width,
+    format_age,
+    format_cell,
+    format_duration,
+    format_elapsed,
+    format_size,
+    format_table,
+    format_timestamp,
+    pad,
+)
 from loadledger.cli.server import print_json
-from loadledger.records import Failure, File, Job, LoadUse, Model, Resources, Wait
+from loadledger.records import ErrorInfo, File, Job, LoadUsage, Model, Resources, WaitingJob
 
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -32,7 +42,9 @@ NOW = datetime(2026, 1, 31, 14, 2, tzinfo=UTC)
 
 
 def test_table_columns_line_up_in_colour() -> None:
-    lines = list(table(("A", "N", "STATE"), [("x", "1", "loaded"), ("long", "1000", "failed")], right={"N"}))
+    lines = list(
+        format_table(("A", "N", "STATE"), [("x", "1", "loaded"), ("long", "1000", "failed")], right={"N"})
+    )
     assert [click.unstyle(line) for line in lines] == [
         "A        N  STATE",
         "x        1  loaded",
@@ -44,15 +56,15 @@ def test_table_columns_line_up_in_colour() -> None:
 def test_table_counts_wide_and_combining_letters() -> None:
     hangul = "\u1112\u1161\u11ab\ufffd"
     rows = [("東京", "1", "loaded"), ("e\u0301", "\uff12", "failed"), (hangul, "1000", "lost")]
-    lines = list(table(("BY", "N", "STATE"), rows, right={"N"}))
+    lines = list(format_table(("BY", "N", "STATE"), rows, right={"N"}))
     assert [click.unstyle(line) for line in lines] == [
         "BY       N  STATE",
         "東京     1  loaded",
         "e\u0301       \uff12  failed",
         "\u1112\u1161\u11ab\ufffd   1000  lost",
     ]
-    assert [width(text) for text in ("", "abc", "東京", "e\u0301", "…→")] == [0, 3, 4, 1, 2]
-    assert (padded("東", 4), padded("東", 4, right=True), padded("東京", 3)) == ("東  ", "  東", "東京")
+    assert [display_width(text) for text in ("", "abc", "東京", "e\u0301", "…→")] == [0, 3, 4, 1, 2]
+    assert (pad("東", 4), pad("東", 4, right=True), pad("東京", 3)) == ("東  ", "  東", "東京")
 
 
 STAMP = "2026-01-31T14:01:00.000000Z"
@@ -61,23 +73,28 @@ STAMP = "2026-01-31T14:01:00.000000Z"
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        *((duration(-5), "0.0s"), (duration(9.94), "9.9s"), (duration(10), "10s"), (duration(59.9), "59s")),
-        *((duration(60), "1m"), (duration(7200), "2h"), (duration(2e5), "2d")),
         *(
-            (size(None), "-"),
-            (size(0), "0.0 MB"),
-            (size(5_400_000), "5.4 MB"),
-            (size(25_280_000_000), "25.28 GB"),
+            (format_duration(-5), "0.0s"),
+            (format_duration(9.94), "9.9s"),
+            (format_duration(10), "10s"),
+            (format_duration(59.9), "59s"),
+        ),
+        *((format_duration(60), "1m"), (format_duration(7200), "2h"), (format_duration(2e5), "2d")),
+        *(
+            (format_size(None), "-"),
+            (format_size(0), "0.0 MB"),
+            (format_size(5_400_000), "5.4 MB"),
+            (format_size(25_280_000_000), "25.28 GB"),
         ),
         *(
-            (cell(None), "-"),
-            (cell(""), "-"),
-            (cell("a\x1b[2Jb"), "a\ufffd[2Jb"),
-            (cell("x" * 500), "x" * 99 + "…"),
+            (format_cell(None), "-"),
+            (format_cell(""), "-"),
+            (format_cell("a\x1b[2Jb"), "a\ufffd[2Jb"),
+            (format_cell("x" * 500), "x" * 99 + "…"),
         ),
-        *((age(STAMP, NOW), "1m"), (age(None, NOW), "-"), (age("no time", NOW), "-")),
-        *((second(STAMP), "2026-01-31 14:01:00Z"), (second(None), "-")),
-        *((took(STAMP, "2026-01-31T14:02:05Z"), "1m"), (took(STAMP, None), "-")),
+        *((format_age(STAMP, NOW), "1m"), (format_age(None, NOW), "-"), (format_age("no time", NOW), "-")),
+        *((format_timestamp(STAMP), "2026-01-31 14:01:00Z"), (format_timestamp(None), "-")),
+        *((format_elapsed(STAMP, "2026-01-31T14:02:05Z"), "1m"), (format_elapsed(STAMP, None), "-")),
     ],
 )
 def test_value_has_unit_or_dash(told: str, expected: str) -> None:
@@ -97,9 +114,9 @@ def test_value_has_unit_or_dash(told: str, expected: str) -> None:
 )
 def test_job_progress_in_steps_and_words(status: str, stage: str | None, done: int, told: str) -> None:
     job = Job(id="j", kind="load", model_id="m", status=status, stage=stage)
-    assert (step(job), words(job)) == ((done, 5), told)
+    assert (count_steps(job), describe_progress(job)) == ((done, 5), told)
     job = Job(id="j", kind="load", model_id="m", status="pending", waiting_for="20 MB of memory")
-    assert words(job) == "waits: 20 MB of memory"
+    assert describe_progress(job) == "waits: 20 MB of memory"
 
 
 # A hostile server
@@ -116,7 +133,7 @@ def evil(kind: type[Any]) -> Any:
         for field in msgspec.structs.fields(kind)
         if (kinds := [each for each in values if each in (field.type, *get_args(field.type))])
     }
-    more = {"error": Failure(EVIL, EVIL)} if "error" in kind.__struct_fields__ else {}
+    more = {"error": ErrorInfo(EVIL, EVIL)} if "error" in kind.__struct_fields__ else {}
     lists = {"versions": [HUGE], "files": [File(EVIL, HUGE, 1, EVIL)], "parameters": {EVIL: EVIL}}
     return kind(**{**members, **more, **{k: v for k, v in lists.items() if k in kind.__struct_fields__}})
 
@@ -131,24 +148,24 @@ def printed(capsys: pytest.CaptureFixture[str], *calls: Callable[[], None]) -> l
 def test_hostile_answer_prints_no_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job, model, use = evil(Job), evil(Model), evil(LoadUse)
+    job, model, use = evil(Job), evil(Model), evil(LoadUsage)
     job = msgspec.structs.replace(job, created_at="2026-01-31T14:02:00Z", finished_at=NOW.isoformat())
-    found = msgspec.structs.replace(evil(Resources), models=[use], waiting=[evil(Wait)], pressure=None)
+    found = msgspec.structs.replace(evil(Resources), models=[use], waiting=[evil(WaitingJob)], pressure=None)
     done = msgspec.structs.replace(job, status="completed", error=None)
     failed = msgspec.structs.replace(job, status="failed")
     shown = [
         *models._details(model),
-        *table(models.HEAD, [models._row(model)]),
+        *format_table(models.HEAD, [models._row(model)]),
         *jobs._details(job),
-        *table(jobs.HEAD, [jobs._row(job)]),
+        *format_table(jobs.HEAD, [jobs._row(job)]),
         *models._told(found),
-        *top.lines(top.Look("http://here", found, [job], [model], NOW, 0.1, EVIL)),
+        *top.lines(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL)),
     ]
     assert [line for line in map(click.unstyle, shown) if not line.isprintable()] == []
     said = printed(
         capsys,
-        *(partial(jobs.conclude, each, as_json=False) for each in (job, done, failed)),
-        partial(jobs.answer, None, done, wait=False, as_json=False),
+        *(partial(jobs.report_job, each, as_json=False) for each in (job, done, failed)),
+        partial(jobs.report_request, None, done, wait=False, as_json=False),
     )
     assert [line for text in said for line in text.splitlines() if not line.isprintable()] == []
     text = "\x9b \u202e é \U000e0001"

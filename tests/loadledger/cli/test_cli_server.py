@@ -13,10 +13,10 @@ from support.history import PLAIN
 from loadledger.cli.server import (
     DEFAULT_URL,
     MAX_PROFILE_BYTES,
-    Place,
     Profile,
     ProfileProblem,
-    find_place,
+    ServerTarget,
+    find_target,
     profile_path,
     read_profile,
     write_profile,
@@ -34,44 +34,44 @@ def write(home: Path, profile: Profile, name: str = "profile") -> Path:
 def test_option_overrides_variable_overrides_profile(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path)}
     for environment in ({}, home):
-        assert find_place(None, None, environment) == Place(DEFAULT_URL)
+        assert find_target(None, None, environment) == ServerTarget(DEFAULT_URL)
     write(tmp_path, Profile(HERE, "of-profile", tmp_path / "ca.pem"))
     two = write(tmp_path, Profile(THERE, "of-two"), "two")
     moved = {"HOME": "/nowhere", "XDG_CONFIG_HOME": str(tmp_path / ".config")}
-    of_profile = Place(HERE, "of-profile", tmp_path / "ca.pem")
+    of_profile = ServerTarget(HERE, "of-profile", tmp_path / "ca.pem")
     for url, profile, environment, place in (
         (None, None, home, of_profile),
         (None, None, moved, of_profile),
-        (f"{HERE}/", None, home, Place(f"{HERE}/", "of-profile", tmp_path / "ca.pem")),
-        (None, "two", home, Place(THERE, "of-two")),
-        (None, None, home | {"LOADLEDGER_PROFILE": "two"}, Place(THERE, "of-two")),
-        (None, str(two), {}, Place(THERE, "of-two")),
-        (None, None, home | {"LOADLEDGER_TOKEN": "t"}, Place(HERE, "t", tmp_path / "ca.pem")),
-        (None, None, home | {"LOADLEDGER_CA": "/ca"}, Place(HERE, "of-profile", Path("/ca"))),
+        (f"{HERE}/", None, home, ServerTarget(f"{HERE}/", "of-profile", tmp_path / "ca.pem")),
+        (None, "two", home, ServerTarget(THERE, "of-two")),
+        (None, None, home | {"LOADLEDGER_PROFILE": "two"}, ServerTarget(THERE, "of-two")),
+        (None, str(two), {}, ServerTarget(THERE, "of-two")),
+        (None, None, home | {"LOADLEDGER_TOKEN": "t"}, ServerTarget(HERE, "t", tmp_path / "ca.pem")),
+        (None, None, home | {"LOADLEDGER_CA": "/ca"}, ServerTarget(HERE, "of-profile", Path("/ca"))),
     ):
-        assert find_place(url, profile, environment) == place
+        assert find_target(url, profile, environment) == place
 
 
 def test_token_of_profile_goes_to_no_other_server(tmp_path: Path) -> None:
     write(tmp_path, Profile(HERE, "secret", tmp_path / "ca.pem"))
     home = {"HOME": str(tmp_path)}
     for url, variables, place in (
-        (THERE, {}, Place(THERE)),
-        (None, {"LOADLEDGER_URL": THERE}, Place(THERE)),
-        (f"{HERE}0", {}, Place(f"{HERE}0")),
-        (THERE, {"LOADLEDGER_TOKEN": "given"}, Place(THERE, "given")),
+        (THERE, {}, ServerTarget(THERE)),
+        (None, {"LOADLEDGER_URL": THERE}, ServerTarget(THERE)),
+        (f"{HERE}0", {}, ServerTarget(f"{HERE}0")),
+        (THERE, {"LOADLEDGER_TOKEN": "given"}, ServerTarget(THERE, "given")),
     ):
-        assert find_place(url, None, home | variables) == place
+        assert find_target(url, None, home | variables) == place
     write(tmp_path, Profile(None, "of no server"))
-    assert find_place(None, None, home) == Place(DEFAULT_URL, "of no server")
-    assert find_place(THERE, None, home) == Place(THERE)
+    assert find_target(None, None, home) == ServerTarget(DEFAULT_URL, "of no server")
+    assert find_target(THERE, None, home) == ServerTarget(THERE)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666, 0o601])
 def test_profile_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
     write(tmp_path, Profile(HERE, "secret")).chmod(mode)
     with pytest.raises(ProfileProblem, match=rf"mode 0{mode:o}.*chmod 600") as refused:
-        find_place(None, None, {"HOME": str(tmp_path)})
+        find_target(None, None, {"HOME": str(tmp_path)})
     assert "secret" not in str(refused.value)
 
 
@@ -115,7 +115,7 @@ def test_profile_without_home_needs_path(tmp_path: Path) -> None:
         profile_path(None, {})
     assert profile_path(f"{tmp_path}/mine.toml", {}) == tmp_path / "mine.toml"
     with pytest.raises(ProfileProblem, match="loadledger login"):
-        find_place(None, f"{tmp_path}/mine.toml", {})
+        find_target(None, f"{tmp_path}/mine.toml", {})
 
 
 PRINTABLE = st.text(st.sampled_from(string.ascii_letters + string.digits + " \\\"'#=[]é😀"), min_size=1)
