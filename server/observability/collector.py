@@ -1,4 +1,4 @@
-"""What `/metrics` shows: the name, help text, values and labels of each metric, read for one scrape.
+"""Which metrics does `/metrics` show? Name, help text, values and labels of each, read for one scrape.
 
 Names and units follow Prometheus' conventions. docs/metrics.md lists the metrics; the dashboard and the alert
 rules in deploy/metrics name nothing else.
@@ -39,21 +39,23 @@ V = TypeVar("V")
 
 SERIES_AT_ONCE = 64
 """Series that are added without a pause: about a millisecond for histograms."""
+
 PAUSE_S = 0.0001
-"""Lets the event loop have the interpreter, which it would otherwise wait 5 ms for."""
+"""Hands the interpreter to the event loop, which would otherwise wait 5 ms for it."""
+
 STAGES = ("queue", "input", "infer", "output")
 
 _UNITS = ("seconds", "bytes", "ratio")
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
-_WANTED = (ModelState.LOADED, ModelState.LOST, ModelState.FAILED)
+_SHOULD_SERVE = (ModelState.LOADED, ModelState.LOST, ModelState.FAILED)
 _PROCESS = ProcessCollector(registry=None)
 
 
 class ServerCollector(Collector):
     """The metrics of one scrape.
 
-    To make one copies, on the event loop, whatever must fit together; `collect` may run in a thread, and
-    reads single numbers and dictionaries of counts at once, as they are then.
+    The constructor copies, on the event loop, all values that must be consistent. `collect` may run in a
+    thread: it reads only single numbers and dictionaries of counts.
 
     Args:
         app: the application.
@@ -68,7 +70,7 @@ class ServerCollector(Collector):
         self._now = log.now()
         self._jobs = log.state.unended()
         self._models = list(log.state.models.values())
-        self._names = {model.id: name_of(model.id) for model in self._models if _is_wanted(model)}
+        self._names = {model.id: name_of(model.id) for model in self._models if _should_serve(model)}
         self._tail_lag = max((log.head.position - tail.position for tail in app[STREAMS].tails), default=0)
         self._workers, self._memory, self._in_flight = Counter[str](), Counter[str](), Counter[str]()
         self._used_bytes = 0
@@ -88,7 +90,7 @@ class ServerCollector(Collector):
         self._reserved_bytes = self._memory.total() - self._used_bytes + preparing_bytes
 
     def collect(self) -> Iterator[Metric]:
-        """Yield one family after the other, those without samples too."""
+        """Yield all families, also those without samples."""
         return chain(
             self._http_families(),
             self._inference_families(),
@@ -102,24 +104,23 @@ class ServerCollector(Collector):
 
     def _http_families(self) -> Iterator[Metric]:
         checks = {name: float(well) for name, well in ready_checks(self._app).items()}
-        yield _gauge("healthy", "Whether what /health/ready looks at is well, 1, or not, 0.", checks, "check")
+        yield _gauge("healthy", "1 if the check of /health/ready passes, else 0.", checks, "check")
         counts = self._app[HTTP_COUNTS]
         yield _counter(
             "http_requests_total",
-            "Requests, by route as in /openapi.yaml and class of status: 2xx to 5xx, or "
-            "aborted by the client.",
+            "Requests, by route as in /openapi.yaml and class of status: 2xx to 5xx, or aborted.",
             dict(counts.requests),
             "method route status",
         )
         yield _histogram(
             "http_request_duration_seconds",
-            "Time until there was an answer, without inferences, which have their own, and streams.",
+            "Time until the response, without inferences, which have their own, and streams.",
             {key: durations.snapshot() for key, durations in list(counts.durations.items())},
             "method route",
         )
         yield _counter(
             "http_errors_total",
-            "Refused or failed requests, by the code in the answer.",
+            "Refused or failed requests, by the code in the response.",
             _with_zeros(ERRORS, counts.errors),
             "code",
         )
@@ -128,7 +129,7 @@ class ServerCollector(Collector):
         sums = self._statistics
         yield _histogram(
             "inference_duration_seconds",
-            "Time from when an inference was understood until its model had answered, queueing included.",
+            "Time from a decoded inference to the model's answer, queueing included.",
             {
                 name: HistogramSnapshot(TOOK_S, tuple(each.took), each.total_ns / 1e9)
                 for name, each in sums.items()
@@ -137,7 +138,7 @@ class ServerCollector(Collector):
         )
         yield _counter(
             "inference_failures_total",
-            "Inferences that the model did not answer.",
+            "Inferences that failed in the worker.",
             {name: each.failures for name, each in sums.items()},
             "model",
         )
@@ -149,7 +150,7 @@ class ServerCollector(Collector):
         )
         yield _counter(
             "inference_executions_total",
-            "Executions of the model; fewer than requests where some ran together.",
+            "Executions of the model; fewer than requests if some ran in one batch.",
             {name: each.executions for name, each in sums.items()},
             "model",
         )
@@ -168,7 +169,7 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "inference_queue_limit",
-            "How many of one model may be in flight (--inference-queue).",
+            "Inferences of one model that may be in flight (--inference-queue).",
             self._app[CONFIG].inference_queue,
         )
 
@@ -176,51 +177,50 @@ class ServerCollector(Collector):
         states = Counter(model.state for model in self._models)
         yield _gauge(
             "models",
-            "Models that were ever asked for, by state.",
+            "Models that were ever requested, by state.",
             {state.value: states[state] for state in ModelState},
             "state",
         )
         yield _gauge(
             "model_serving",
-            "1 if it takes requests, 0 if it is wanted but failed, lost or on its way; "
-            "of _others, if all do.",
+            "1 if the model serves, 0 if it should but failed, is lost or loading; of _others, if all serve.",
             self._serving(),
             "model",
         )
         yield _gauge(
             "model_info",
-            "1 for what serves: its version and its prepared form.",
+            "1 for each serving model: its version and its prepared form.",
             dict.fromkeys(self._infos(), 1),
             "model version form",
         )
         yield _gauge("model_workers", "Processes of the model.", self._workers, "model")
         yield _gauge(
             "model_memory_bytes",
-            "What the model's workers count for in the memory budget.",
+            "Memory of the model's workers that counts for the budget.",
             self._memory,
             "model",
         )
         yield _gauge(
             "least_recently_used_age_seconds",
-            "How long the loaded model that was used the longest ago has been idle; 0 if all are busy.",
+            "Idle time of the loaded model that was used the longest ago; 0 if all are busy.",
             self._longest_idle_s(),
         )
         tally = self._app[LOG].tally
         yield _counter(
             "worker_exits_total",
-            "Workers that ended and nobody had asked.",
+            "Workers that ended unexpectedly.",
             _with_zeros(self._statistics, tally.exits),
             "model",
         )
         yield _counter(
             "worker_restarts_total",
-            "Times that a model was loaded again, its worker having died.",
+            "Reloads of the model after a worker died.",
             _with_zeros(self._statistics, tally.restarts),
             "model",
         )
 
     def _serving(self) -> dict[str, float]:
-        """Return by label whether the models that somebody wants serve; models that share one all have to."""
+        """Return by label whether the models that should serve do; of a shared label, all have to."""
         serving: dict[str, float] = {}
         for model_id, name in self._names.items():
             serving[name] = min(serving.get(name, 1.0), float(model_id in self._last_used_ns))
@@ -234,7 +234,7 @@ class ServerCollector(Collector):
                 yield model.id, str(serving.version), form
 
     def _longest_idle_s(self) -> float:
-        """Return how long the model has been idle that nobody asked for the longest time."""
+        """Return the idle time of the least recently used model."""
         models, now_ns = self._app[LOG].state.models, time.monotonic_ns()
         longest_s = 0.0
         for model_id, last_used_ns in self._last_used_ns.items():
@@ -257,12 +257,12 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "jobs_limit",
-            "How many jobs may be unended before requests are refused with queue_full.",
+            "Unended jobs beyond which requests are refused with queue_full.",
             MAX_QUEUE,
         )
         yield _gauge(
             "oldest_job_age_seconds",
-            "How long ago the oldest job that has not ended was requested.",
+            "Time since the oldest unended job was requested.",
             max((seconds_between(job.created_at, self._now) for job in self._jobs), default=0.0),
         )
         yield _counter(
@@ -270,7 +270,7 @@ class ServerCollector(Collector):
         )
         yield _counter(
             "load_failures_total",
-            "Load jobs that failed, by the code of the error.",
+            "Load jobs that failed, by error code.",
             dict(tally.failures),
             "code",
         )
@@ -282,7 +282,7 @@ class ServerCollector(Collector):
         )
         yield _counter(
             "load_stage_seconds_total",
-            "Where the time of completed loads went; hashing runs beside loading.",
+            "Time of completed loads by stage; hashing runs beside loading.",
             tally.stage_s,
             "stage",
         )
@@ -297,14 +297,13 @@ class ServerCollector(Collector):
         )
         yield _histogram(
             "unload_duration_seconds",
-            "Time from an unload's request until the processes were gone.",
+            "Time from an unload's request until the processes ended.",
             {status: durations.snapshot() for status, durations in tally.unload_s.items()},
             "outcome",
         )
         yield _counter(
             "evictions_total",
-            "Models unloaded because another one needed the room (eviction), or "
-            "because they were idle (idle).",
+            "Models unloaded to make room for another (eviction) or because they were idle (idle).",
             {cause.value: tally.unloads[cause, "completed"] for cause in EVICTIONS},
             "cause",
         )
@@ -312,24 +311,27 @@ class ServerCollector(Collector):
     def _memory_families(self) -> Iterator[Metric]:
         limit_bytes = self._app[LIMIT].bytes
         budget_bytes = self._app[CONSUMER].policy.budget_bytes or limit_bytes
-        yield _gauge("memory_limit_bytes", "Memory that may be used here at all.", limit_bytes)
+        yield _gauge("memory_limit_bytes", "Memory limit of the container or machine.", limit_bytes)
         yield _gauge(
-            "memory_budget_bytes", "Memory that workers may take together (--memory-budget).", budget_bytes
+            "memory_budget_bytes",
+            "Memory that all workers may take together (--memory-budget).",
+            budget_bytes,
         )
         yield _gauge(
             "memory_reserved_bytes",
-            "What of the budget is reserved for loads and preparing.",
+            "Memory of the budget reserved for loads and preparing.",
             self._reserved_bytes,
         )
         yield _gauge(
-            "memory_used_bytes", "What of the budget loaded models take, as measured.", self._used_bytes
+            "memory_used_bytes",
+            "Memory of the budget that loaded models take, as measured.",
+            self._used_bytes,
         )
         found = pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
         yield _gauge(
             "pressure_ratio",
-            "Part of the last 10 s in which something waited for memory or cpu, "
-            "where the kernel says so (PSI).",
+            "Share of the last 10 s in which a process waited for memory or cpu, if the kernel has PSI.",
             {name: percent / 100 for name, percent in percents.items() if percent is not None},
             "resource",
         )
@@ -339,29 +341,29 @@ class ServerCollector(Collector):
         tally = log.tally
         yield _gauge("ledger_position", "The position of the last event.", log.head.position)
         yield _gauge(
-            "ledger_size_bytes", "The ledger's files, its write-ahead log included.", _size(log.path)
+            "ledger_size_bytes", "Size of the ledger's files, with its write-ahead log.", _size(log.path)
         )
         yield _counter("ledger_events_total", "Events appended.", _with_zeros(TYPES, tally.events), "type")
         yield _histogram(
             "ledger_append_duration_seconds",
-            "Time from when a command was handed to the ledger until its outcome was durable.",
+            "Time from a command's submission until its outcome was durable.",
             tally.append_s.snapshot(),
         )
         yield _histogram(
             "ledger_commit_duration_seconds",
-            "Time of transactions, each with all that was waiting.",
+            "Time of transactions; each writes all waiting commands.",
             tally.commit_s.snapshot(),
         )
         yield _counter("ledger_write_failures_total", "Transactions that failed.", tally.write_failures)
         yield _gauge("ledger_waiting_commands", "Commands that wait to be written.", log.waiting)
         yield _counter(
             "access_denied_total",
-            "Requests refused for lack of a role, as the ledger has them.",
+            "Requests denied for lack of a role, as recorded in the ledger.",
             tally.denied,
         )
-        yield _gauge("streams", "Open streams of events.", len(self._app[STREAMS]))
+        yield _gauge("streams", "Open event streams.", len(self._app[STREAMS]))
         yield _gauge(
-            "tail_lag_events", "How many events the slowest stream is behind the ledger.", self._tail_lag
+            "tail_lag_events", "Events that the slowest stream is behind the ledger.", self._tail_lag
         )
 
     def _preparing_families(self) -> Iterator[Metric]:
@@ -370,25 +372,29 @@ class ServerCollector(Collector):
         if store is not None:
             forms, size_bytes = store.kept
             yield _gauge("prepared_forms", "Prepared forms that are kept.", forms)
-            yield _gauge("prepared_bytes", "What they take on the disk.", size_bytes)
-            yield _gauge("prepared_limit_bytes", "What they may take (--prepared-size).", store.limit_bytes)
+            yield _gauge("prepared_bytes", "Disk space of prepared forms.", size_bytes)
+            yield _gauge(
+                "prepared_limit_bytes",
+                "Disk space that prepared forms may take (--prepared-size).",
+                store.limit_bytes,
+            )
         is_preparing = float(preparer.preparation is not None)
-        yield _gauge("preparing", "Whether a model is being prepared.", is_preparing)
+        yield _gauge("preparing", "1 while a model is being prepared, else 0.", is_preparing)
         outcomes = [(form, outcome) for form in FORMS for outcome in (KEPT, LEFT_OUT, STOPPED)]
         yield _counter(
             "preparing_forms_total",
-            "Forms tried: kept, left_out as of no use, or stopped before that was known.",
+            "Forms tried: kept, left_out as useless, or stopped before that was known.",
             _with_zeros(outcomes, counts.tried),
             "form outcome",
         )
         yield _histogram(
             "preparing_duration_seconds",
-            "Time that preparing a model took, all forms tried.",
+            "Time to prepare a model, with all forms tried.",
             counts.took_s.snapshot(),
         )
         yield _counter(
             "prepared_dropped_total",
-            "Forms dropped because a load could do nothing with them.",
+            "Forms dropped because a load could not use them.",
             counts.dropped,
         )
 
@@ -400,7 +406,7 @@ def _family(
     values: Mapping[Any, float] | float,
     labels: str = "",
 ) -> Metric:
-    """Return a family with one value, or one for each key, which is the label's value or those of all."""
+    """Return a family with one value, or with one per key: the value of the label, or of all labels."""
     family = kind(f"loadledger_{name}", text, labels=labels.split(), unit=_unit(name))
     for key, value in _series(values):
         family.add_metric(key, value)
@@ -414,7 +420,7 @@ _gauge = partial(_family, GaugeMetricFamily)
 def _histogram(
     name: str, text: str, values: Mapping[Any, HistogramSnapshot] | HistogramSnapshot, labels: str = ""
 ) -> HistogramMetricFamily:
-    """Return a family of histograms, in which each bucket counts those before it too."""
+    """Return a family of histograms; each bucket includes the ones before it."""
     family = HistogramMetricFamily(f"loadledger_{name}", text, labels=labels.split(), unit=_unit(name))
     for key, observed in _series(values):
         bounds = (*map(repr, observed.bounds), "+Inf")
@@ -439,20 +445,20 @@ def _unit(name: str) -> str:
 
 
 def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]:
-    """Return counts, and zeros for what can be known before it happens.
+    """Return counts, with zeros for the known labels that have none.
 
-    A counter that begins with its first event has not increased by it, as Prometheus sees it.
+    Prometheus sees no increase in a counter whose first value is 1.
     """
     return {**dict.fromkeys(known, 0.0), **counts}
 
 
-def _is_wanted(model: Model) -> bool:
-    """Tell whether somebody wants the model to serve, and nobody wants it to go."""
-    return model.phase in _WANTED or model.previous is not None
+def _should_serve(model: Model) -> bool:
+    """Return whether a model should serve: it is loaded, or was and is to be again."""
+    return model.phase in _SHOULD_SERVE or model.previous is not None
 
 
 def _size(ledger: Path) -> int:
-    """Return the size of the ledger's files; its write-ahead log may not be there."""
+    """Return the size of the ledger's files; its write-ahead log may be missing."""
     size_bytes = 0
     for path in (ledger, ledger.with_name(f"{ledger.name}-wal")):
         with suppress(OSError):

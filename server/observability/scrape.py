@@ -1,4 +1,4 @@
-"""`/metrics`: what Prometheus scrapes, in its own text format or in OpenMetrics'."""
+"""How is `/metrics` answered? In Prometheus' text format or in OpenMetrics, kept for a moment."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from server.routing import Access, LimitClass, Route, Routes
 routes = Routes()
 
 OPEN = "open"
-"""The value of --metrics with which nobody needs a token."""
+"""The value of --metrics that requires no token."""
 
 KEPT_S = 0.1
-"""How long an answer is kept at least."""
+"""How long a response is kept at least, so that simultaneous scrapes share it."""
+
 KEPT_TIMES = 10
-"""How long it is kept, in times of what it took: scraping takes a tenth of a core at most."""
+"""How long it is kept, in multiples of the time it took: scraping uses a tenth of a core at most."""
+
 COMPRESSED_FROM_BYTES = 1024
+"""Smaller responses fit into one packet anyway."""
 
 _PLAIN, _OPENMETRICS = "text/plain", "application/openmetrics-text"
 _FORMATS: dict[str, tuple[str, Callable[[Collector], bytes]]] = {
@@ -35,18 +38,18 @@ _FORMATS: dict[str, tuple[str, Callable[[Collector], bytes]]] = {
 
 
 class Scrapes:
-    """The last answer in each format, kept for a moment; scrapes that come meanwhile share it."""
+    """The last response in each format, kept for a moment and shared by the scrapes of that time."""
 
     def __init__(self) -> None:
         self._answers: dict[str, asyncio.Task[bytes]] = {}
         self._kept_until_s: dict[str, float] = {}
 
     async def body(self, app: web.Application, media_type: str) -> bytes:
-        """Return the metrics in one of the formats."""
+        """Return the metrics in a format."""
         answer = self._answers.get(media_type)
         if answer is None or (answer.done() and time.monotonic() >= self._kept_until_s.get(media_type, 0)):
             answer = self._answers[media_type] = asyncio.create_task(self._generate(app, media_type))
-        return await asyncio.shield(answer)  # the thread goes on though its scraper has gone
+        return await asyncio.shield(answer)  # a scraper that leaves does not cancel it for others
 
     async def _generate(self, app: web.Application, media_type: str) -> bytes:
         began_s = time.monotonic()
@@ -77,7 +80,7 @@ SCRAPES = web.AppKey("scrapes", Scrapes)
     },
 )
 async def show_metrics(request: web.Request) -> web.Response:
-    """Answer with all metrics."""
+    """Return all metrics."""
     media_type = negotiate(",".join(request.headers.getall(hdrs.ACCEPT, ())))
     body = await request.app[SCRAPES].body(request.app, media_type)
     headers = {
@@ -99,7 +102,7 @@ def metrics_routes(metrics: str) -> list[Route]:
 
 
 def negotiate(accept: str) -> str:
-    """Return the media type to answer with: OpenMetrics where `accept` names it, in version 1.0.0 or none."""
+    """Return the media type of the response: OpenMetrics if `accept` names it, in version 1.0.0 or none."""
     for accepted in accept.split(","):
         media_type, *parameters = (part.strip() for part in accepted.split(";"))
         versions = [value for value in parameters if value.startswith("version=")]

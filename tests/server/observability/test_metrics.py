@@ -292,6 +292,7 @@ async def test_scrape_formats_and_sharing(start: Start) -> None:
     assert answer.headers["Content-Encoding"] == "gzip"  # the test's client has unpacked it
     families = list(read_openmetrics(answer.body.decode()))  # type: ignore[no-untyped-call]
     assert {family.unit for family in families} >= {"seconds", "bytes", "ratio"}
+    api.app[SCRAPES]._kept_until_s.clear()
     answers = await asyncio.gather(*(api.get("/metrics") for _ in range(20)))
     assert len({answer.body for answer in answers}) == 1
     leaving = asyncio.create_task(api.app[SCRAPES].body(api.app, "text/plain"))
