@@ -1,4 +1,8 @@
-"""The application: its routes and middlewares, and its resources, each opened and closed in one place."""
+"""The application: routes, middlewares, and resources, one async generator each.
+
+`create_app` assembles and does no I/O. Resources open at start in the order of `cleanup_ctx` and close in the
+reverse order.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +31,11 @@ from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import Policy
 from server.api import events, health, jobs, models, pages, resources
-from server.api.events import PROVER, open_prover, streaming
-from server.api.health import dead
-from server.api.models import requested_load
-from server.api.resources import LAST_LOOK, LastLook
-from server.api.timetravel import past_middleware, reading_the_past
+from server.api.events import PROVER, open_prover, open_streams
+from server.api.health import failed_tasks
+from server.api.models import make_load_command
+from server.api.resources import RESOURCES_CACHE, ResourcesCache
+from server.api.timetravel import open_time_travel, time_travel_middleware
 from server.appkeys import (
     BODIES,
     CONFIG,
@@ -111,7 +115,7 @@ def create_app(config: Config) -> web.Application:
             log_middleware(),
             errors_middleware,
             auth_middleware(gate),
-            past_middleware,
+            time_travel_middleware,
             validation_middleware,
         ],
         client_max_size=MAX_BODY_BYTES,
@@ -125,35 +129,35 @@ def create_app(config: Config) -> web.Application:
     app[BODIES] = Bodies(MAX_BODIES_BYTES)
     app[OPENAPI] = partial(_openapi, config.metrics)
     app[STOPPING] = asyncio.Event()
-    app[LAST_LOOK] = LastLook()
+    app[RESOURCES_CACHE] = ResourcesCache()
     app[HTTP_COUNTS] = counts
     app[SCRAPES] = Scrapes()
-    app.on_response_prepare.extend([add_quota_headers, add_request_id, _name_no_versions, _relocate])
+    app.on_response_prepare.extend([add_quota_headers, add_request_id, _hide_version, _relocate_for_proxy])
     app.on_shutdown.append(_begin_stop)
     app.cleanup_ctx.extend(
-        [_data_directory, _workers, _ledger, _reading, reading_the_past, _applying, streaming]
+        [_data_directory, _workers, _ledger, _reader, open_time_travel, _consumer, open_streams]
     )
     return app
 
 
 @cache
 def _openapi(metrics: str) -> str:
-    """Return the API's description. It takes a quarter of a second: the first request waits for it."""
+    """Return the OpenAPI document; the first call takes a quarter of a second."""
     return openapi_yaml(all_routes(metrics))
 
 
-async def _name_no_versions(_request: web.Request, response: web.StreamResponse) -> None:
-    """Keep to ourselves what runs here, in which version."""
+async def _hide_version(_request: web.Request, response: web.StreamResponse) -> None:
+    """Send a Server header without versions."""
     response.headers[hdrs.SERVER] = SERVER
 
 
-async def _relocate(request: web.Request, response: web.StreamResponse) -> None:
-    """Have a client behind a proxy find what `Location` names."""
+async def _relocate_for_proxy(request: web.Request, response: web.StreamResponse) -> None:
+    """Adapt `Location` to the prefix of a proxy."""
     request.app[PROXIES].relocate(request, response)
 
 
 async def _begin_stop(app: web.Application) -> None:
-    """Let long waits answer with what they have: clean-up waits for their handlers."""
+    """End long waits and streams, since clean-up waits for their handlers."""
     app[STOPPING].set()
     app[STREAMS].tails.close()
     app[LOG].notify()
@@ -194,14 +198,14 @@ async def _ledger(app: web.Application) -> AsyncIterator[None]:
         yield
         denials.close()
         await counting
-        if not dead(app):  # else the next start has to know that this was no orderly stop
-            with suppress(LogUnavailable):  # it will be known as unclean, then
+        if not failed_tasks(app):  # after a failure the next start must see an unclean stop
+            with suppress(LogUnavailable):  # the stop counts as unclean then
                 await log.server_stopped()
     finally:
         await log.close()
 
 
-async def _reading(app: web.Application) -> AsyncIterator[None]:
+async def _reader(app: web.Application) -> AsyncIterator[None]:
     async with open_reader(app[LOG].path) as reader:
         app[READER] = reader
         yield
@@ -218,8 +222,8 @@ def _policy(config: Config, limit_bytes: int) -> Policy:
     )
 
 
-def _prepared(config: Config) -> ModelCache | None:
-    """Open the prepared forms; where they cannot be kept, models load without."""
+def _open_cache(config: Config) -> ModelCache | None:
+    """Open the cache of optimised models; without one, models load from their files."""
     if config.prepare != ON:
         return None
     store = ModelCache(config.data / FOLDER, config.prepared_bytes())
@@ -231,7 +235,7 @@ def _prepared(config: Config) -> ModelCache | None:
     return store
 
 
-async def _applying(app: web.Application) -> AsyncIterator[None]:
+async def _consumer(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
     app[PENDING_DEMAND] = leases = PendingDemand()
     app[CONSUMER] = consumer = Consumer(
@@ -242,7 +246,7 @@ async def _applying(app: web.Application) -> AsyncIterator[None]:
         drain_timeout_s=config.drain_timeout_s,
         under_pressure=lambda: is_under_pressure(pressure()),
         leases=leases,
-        store=await asyncio.to_thread(_prepared, config),
+        store=await asyncio.to_thread(_open_cache, config),
     )
     app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY], max_queue=config.inference_queue)
     app[DEMAND] = demand = _on_demand(app)
@@ -258,7 +262,7 @@ async def _applying(app: web.Application) -> AsyncIterator[None]:
 def _on_demand(app: web.Application) -> OnDemand:
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
-        return replace(await requested_load(app, model_id, asked, subject), cause=Cause.DEMAND)
+        return replace(await make_load_command(app, model_id, asked, subject), cause=Cause.DEMAND)
 
     return OnDemand(
         log=app[LOG],

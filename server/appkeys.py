@@ -1,4 +1,4 @@
-"""The typed keys under which an application and its requests carry things, in one place."""
+"""The typed keys of the application's resources."""
 
 import asyncio
 from functools import partial
@@ -34,12 +34,12 @@ CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
-"""What may be used of the machine's memory."""
+"""Memory of the container or machine."""
 PENDING_DEMAND = web.AppKey("leases", PendingDemand)
 DEMAND = web.AppKey("demand", OnDemand)
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)
-"""Set when the server begins to stop: long waits answer with what they have."""
+"""Set when the server begins to stop; ends long waits."""
 OPENAPI: web.AppKey[partial[str]] = web.AppKey("openapi", partial)
-"""Gives the API's description."""
+"""Returns the OpenAPI document."""
 PROXIES = web.AppKey("proxies", Proxies)

@@ -268,7 +268,7 @@ def _check_versions(
             f" is {format_megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
             f" {defaults_name(model_id)} if it takes less"
         )
-        result.findings.append(CheckFinding(_place(found), "insufficient_memory", text))
+        result.findings.append(CheckFinding(_place_of(found), "insufficient_memory", text))
 
 
 async def _load_all(
@@ -286,7 +286,7 @@ async def _load_all(
     try:
         await pool.open()
         for found, parameters in candidates:
-            on_version(_place(found))
+            on_version(_place_of(found))
             timeout_s = min(limit_s, parameters.timeout_s)
             try:
                 limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
@@ -297,9 +297,9 @@ async def _load_all(
                 result.loaded += 1
             except TimeoutError:
                 text = f"was not loaded within {timeout_s:g} s"
-                result.findings.append(CheckFinding(_place(found), "timeout", text))
+                result.findings.append(CheckFinding(_place_of(found), "timeout", text))
             except RuntimeProblem as problem:
-                result.findings.append(CheckFinding(_place(found), problem.code, str(problem)))
+                result.findings.append(CheckFinding(_place_of(found), problem.code, str(problem)))
     finally:
         await pool.close()
 
@@ -313,5 +313,5 @@ async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...]
         await kill_and_wait(worker)
 
 
-def _place(found: ModelVersion) -> str:
+def _place_of(found: ModelVersion) -> str:
     return f"{found.model_id}/{found.version}"

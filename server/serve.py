@@ -19,7 +19,7 @@ from functools import partial
 import uvloop
 from aiohttp import web
 
-from server.api.health import dead, vital
+from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.config import AUTO, OFF, Config, ConfigError
 from server.http.connection import ConnectionLimits, listening
@@ -219,9 +219,9 @@ async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
 async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
     """Wait for a signal or the end of a vital task: no server is better than one that does nothing."""
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, *vital(app).values()}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({stopping, *vital_tasks(app).values()}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    defects = dead(app)
+    defects = failed_tasks(app)
     for name, defect in defects.items():
         _log.critical("the %s ended; the server stops", name, exc_info=defect)
     return 1 if defects else 0

@@ -18,7 +18,7 @@ from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
 from events.sqlite.queries import LogBase
 from events.sqlite.reader import EventFilter, EventQuery, Reader, open_reader
-from server.api.events import place
+from server.api.events import parse_moment
 from server.auth.keys import expected_key
 
 PAGE = 500
@@ -236,7 +236,11 @@ class FileSource:
     async def listed(self, wish: LedgerQuery) -> AsyncIterator[Sequence[bytes] | int]:
         """Yield pages of lines, and last the position that they reach."""
         asked = EventQuery(
-            wish.wanted, after=wish.after, since=place(wish.since), until=place(wish.until), limit=PAGE
+            wish.wanted,
+            after=wish.after,
+            since=parse_moment(wish.since),
+            until=parse_moment(wish.until),
+            limit=PAGE,
         )
         async with open_reader(self._path) as reader:
             if wish.tail is not None:

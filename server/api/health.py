@@ -69,7 +69,7 @@ async def ready(request: web.Request) -> web.Response:
 )
 async def v2_live(request: web.Request) -> web.Response:
     """Answer as `live` does; KServe's client looks for the member `live`, Triton's only at the status."""
-    _check(live_checks(request.app))
+    _refuse_failed(live_checks(request.app))
     return web.json_response({"live": True})
 
 
@@ -83,7 +83,7 @@ async def v2_live(request: web.Request) -> web.Response:
 )
 async def v2_ready(request: web.Request) -> web.Response:
     """Answer as `ready` does; KServe's client looks for the member `ready`, Triton's only at the status."""
-    _check(ready_checks(request.app))
+    _refuse_failed(ready_checks(request.app))
     return web.json_response({"ready": True})
 
 
@@ -109,7 +109,7 @@ def is_probe(request: web.BaseRequest) -> bool:
     return request.method in (hdrs.METH_GET, hdrs.METH_HEAD) and request.path in _PROBED
 
 
-def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:
+def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
     """Return the vital tasks: without one of them the server would accept requests and do nothing."""
     return {
         "consumer": app[CONSUMER_TASK],
@@ -119,15 +119,15 @@ def vital(app: web.Application) -> dict[str, asyncio.Task[None]]:
     }
 
 
-def dead(app: web.Application) -> dict[str, BaseException]:
+def failed_tasks(app: web.Application) -> dict[str, BaseException]:
     """Return the vital tasks that failed, with their exceptions."""
-    ended = {name: task for name, task in vital(app).items() if task.done() and not task.cancelled()}
+    ended = {name: task for name, task in vital_tasks(app).items() if task.done() and not task.cancelled()}
     return {name: error for name, task in ended.items() if (error := task.exception()) is not None}
 
 
 def live_checks(app: web.Application) -> dict[str, bool]:
     """Return the checks of liveness."""
-    return {name: not task.done() for name, task in vital(app).items()}
+    return {name: not task.done() for name, task in vital_tasks(app).items()}
 
 
 def ready_checks(app: web.Application) -> dict[str, bool]:
@@ -141,11 +141,11 @@ def ready_checks(app: web.Application) -> dict[str, bool]:
 
 
 def _answer(checks: dict[str, bool]) -> web.Response:
-    _check(checks)
+    _refuse_failed(checks)
     return web.json_response({"status": "ok", "checks": checks})
 
 
-def _check(checks: dict[str, bool]) -> None:
+def _refuse_failed(checks: dict[str, bool]) -> None:
     failed = [name for name, well in checks.items() if not well]
     if failed:
         raise Unhealthy(f"not well: {', '.join(failed)}")

@@ -88,15 +88,15 @@ class IdempotencySchema(Schema):
     )
 
 
-def idempotency(request: web.Request) -> Idempotency | None:
+def hash_idempotency_key(request: web.Request) -> Idempotency | None:
     """Return the hashed key of a validated request and its fingerprint; keys belong to one subject."""
     field = header_fields(request).get("idempotency_key")
     if field is None:
         return None
-    return Idempotency(_hash([request[PRINCIPAL].subject, key_in(field)]), _fingerprint(request))
+    return Idempotency(_hash([request[PRINCIPAL].subject, unquote_key(field)]), _fingerprint(request))
 
 
-def key_in(field: str) -> str:
+def unquote_key(field: str) -> str:
     """Return the key of a valid field, without quotes and escapes."""
     return re.sub(r"\\(.)", r"\1", field[1:-1]) if field.startswith('"') else field
 
@@ -122,7 +122,7 @@ PREFER = {
     "schema": {"type": "string"},
     "description": "`wait=N`: answer when the job has ended, or after N seconds (at most 60).",
 }
-"""OpenAPI parameter of routes that answer with `submit`."""
+"""OpenAPI parameter of routes that answer with `answer_with_job`."""
 
 
 class UnknownJob(LedgerProblem):
@@ -179,7 +179,7 @@ async def show_job(request: web.Request) -> web.Response:
         if past is None:
             raise UnknownJob(f"there was no job {job_id!r} at that time")
         return web.json_response(past)
-    return web.json_response(job_view(await _job(request.app, job_id), request.app[CONSUMER]))
+    return web.json_response(job_view(await _find_job(request.app, job_id), request.app[CONSUMER]))
 
 
 @routes.post(
@@ -210,16 +210,18 @@ async def show_job(request: web.Request) -> web.Response:
 )
 async def cancel_job(request: web.Request) -> web.Response:
     """Append `CancelRequested`, unless it is too late."""
-    job = await _job(request.app, path_parameters(request)["job_id"])
-    return await submit(request, RequestCancel(job.id, request[PRINCIPAL].subject, idempotency(request)))
+    job = await _find_job(request.app, path_parameters(request)["job_id"])
+    return await answer_with_job(
+        request, RequestCancel(job.id, request[PRINCIPAL].subject, hash_idempotency_key(request))
+    )
 
 
-async def submit(request: web.Request, command: Command) -> web.Response:
+async def answer_with_job(request: web.Request, command: Command) -> web.Response:
     """Submit a command and answer with its job: 200 if it has ended, else 202 with its `Location`."""
     receipt = await request.app[REQUEST_LOG].submit(command)
     assert receipt.job_id is not None
     seconds = wait_s(request.headers.getall("Prefer", []))
-    job = await _ended(request.app, receipt.job_id, seconds)
+    job = await _wait_for_end(request.app, receipt.job_id, seconds)
     headers = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
@@ -227,7 +229,7 @@ async def submit(request: web.Request, command: Command) -> web.Response:
     return web.json_response(view, status=200 if job.ended else 202, headers=headers)
 
 
-async def carry_out(app: web.Application, command: Command) -> Job:
+async def run_job(app: web.Application, command: Command) -> Job:
     """Submit a command and return its job when it has ended; the job's own timeout applies.
 
     Raises:
@@ -236,7 +238,7 @@ async def carry_out(app: web.Application, command: Command) -> Job:
     """
     receipt = await app[REQUEST_LOG].submit(command)
     assert receipt.job_id is not None
-    job = await _ended(app, receipt.job_id, None)
+    job = await _wait_for_end(app, receipt.job_id, None)
     if not job.ended:
         where = job_path(job.id)
         raise ShuttingDown(
@@ -251,10 +253,10 @@ def job_path(job_id: str) -> str:
     return f"/api/v1/jobs/{job_id}"
 
 
-async def _ended(app: web.Application, job_id: str, seconds: float | None) -> Job:
+async def _wait_for_end(app: web.Application, job_id: str, seconds: float | None) -> Job:
     """Return the job when it has ended, the time is up, or the server stops."""
     if seconds == 0:
-        return await _job(app, job_id)
+        return await _find_job(app, job_id)
     log, stopping = app[LOG], app[STOPPING]
     wakeup = log.subscribe()
     try:
@@ -266,10 +268,10 @@ async def _ended(app: web.Application, job_id: str, seconds: float | None) -> Jo
         pass
     finally:
         log.unsubscribe(wakeup)
-    return await _job(app, job_id)
+    return await _find_job(app, job_id)
 
 
-async def _job(app: web.Application, job_id: str) -> Job:
+async def _find_job(app: web.Application, job_id: str) -> Job:
     job = app[LOG].state.jobs.get(job_id) or await app[READER].job(job_id)
     if job is None:
         raise UnknownJob(f"there is no job {job_id!r}; GET /api/v1/jobs lists them")

@@ -17,7 +17,7 @@ from events.types import Idempotency, LoadParameters
 from runtime.errors import UnknownModel
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import ModelVersion, Repository
-from server.api.jobs import PREFER, IdempotencySchema, idempotency, submit
+from server.api.jobs import PREFER, IdempotencySchema, answer_with_job, hash_idempotency_key
 from server.api.schemas import (
     AtQuerySchema,
     JobSchema,
@@ -53,7 +53,7 @@ NEVER = -1
 """The `keep_alive_s` of a model without an idle timeout."""
 
 
-async def requested_load(
+async def make_load_command(
     app: web.Application,
     model_id: str,
     asked: Mapping[str, Any],
@@ -78,7 +78,7 @@ async def requested_load(
     version = asked.get("version")
     found, written = await asyncio.to_thread(_look_up, app[REPOSITORY], model_id, version)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
-    parameters = _merged(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
+    parameters = _merge_parameters(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
     return RequestLoad(
         found.model_id,
         found.version,
@@ -98,7 +98,7 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
     """
     file = defaults_name(model_id)
     defaults = load_with(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
-    return _merged({}, defaults, file, config)
+    return _merge_parameters({}, defaults, file, config)
 
 
 def _look_up(
@@ -107,7 +107,7 @@ def _look_up(
     return repository.resolve(model_id, version), read_defaults(repository, model_id)
 
 
-def _merged(
+def _merge_parameters(
     wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, config: Config
 ) -> LoadParameters:
     """Merge the sources; a request that switches batching off also drops its delay."""
@@ -171,7 +171,7 @@ async def show_model(request: web.Request) -> web.Response:
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
     if at is not None:
         return web.json_response(await past_model(request, at, model_id))
-    versions = await _versions(request, model_id)
+    versions = await _find_versions(request, model_id)
     state = request.app[LOG].state
     return web.json_response(model_view(model_id, state, versions, state.active()))
 
@@ -190,8 +190,7 @@ async def show_model(request: web.Request) -> web.Response:
 )
 async def unload_active(request: web.Request) -> web.Response:
     """Append `UnloadRequested` for the active model."""
-    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
-    return await submit(request, RequestUnload(None, subject, force, idempotency=idempotency(request)))
+    return await _unload(request, None)
 
 
 @routes.post(
@@ -218,8 +217,8 @@ async def unload_active(request: web.Request) -> web.Response:
 async def load_model(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless the model is loaded as requested or an equal load is in progress."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
-    asked, key = json_body(request), idempotency(request)
-    return await submit(request, await requested_load(request.app, model_id, asked, subject, key))
+    asked, key = json_body(request), hash_idempotency_key(request)
+    return await answer_with_job(request, await make_load_command(request.app, model_id, asked, subject, key))
 
 
 @routes.post(
@@ -238,12 +237,17 @@ async def load_model(request: web.Request) -> web.Response:
 async def unload_model(request: web.Request) -> web.Response:
     """Append `UnloadRequested`, unless an unload is in progress."""
     model_id = path_parameters(request)["id"]
-    await _versions(request, model_id)
+    await _find_versions(request, model_id)
+    return await _unload(request, model_id)
+
+
+async def _unload(request: web.Request, model_id: str | None) -> web.Response:
     subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
-    return await submit(request, RequestUnload(model_id, subject, force, idempotency=idempotency(request)))
+    key = hash_idempotency_key(request)
+    return await answer_with_job(request, RequestUnload(model_id, subject, force, idempotency=key))
 
 
-async def _versions(request: web.Request, model_id: str) -> list[int]:
+async def _find_versions(request: web.Request, model_id: str) -> list[int]:
     """Return the model's versions in the repository; none is an error unless it is loaded all the same."""
     versions = await asyncio.to_thread(_versions_or_none, request.app[REPOSITORY], model_id)
     model = request.app[LOG].state.models.get(model_id)

@@ -16,7 +16,7 @@ from server.routing import Access, Routes
 
 routes = Routes()
 
-KEPT_S = 0.1
+CACHED_S = 0.1
 """Seconds for which an answer is reused: any role may poll, and often."""
 
 
@@ -92,7 +92,7 @@ class ResourcesSchema(AnswerSchema):
     as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
 
 
-class LastLook:
+class ResourcesCache:
     """Cache of the last answer until the next event, at most for KEPT_S: 1,000 loads take 18 ms."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class LastLook:
     def body(self, app: web.Application) -> bytes:
         """Return the answer, at most KEPT_S old."""
         position, now_s = app[LOG].state.position, asyncio.get_running_loop().time()
-        if self._seen is None or self._seen[0] != position or now_s - self._seen[1] > KEPT_S:
+        if self._seen is None or self._seen[0] != position or now_s - self._seen[1] > CACHED_S:
             self._body = msgspec.json.encode(_resources(app))
             self._seen = position, now_s
         return self._body
@@ -118,11 +118,11 @@ class LastLook:
 )
 async def show_resources(request: web.Request) -> web.Response:
     """Answer with the budget and every load that has a process."""
-    body = request.app[LAST_LOOK].body(request.app)
+    body = request.app[RESOURCES_CACHE].body(request.app)
     return web.Response(body=body, content_type="application/json")
 
 
-LAST_LOOK = web.AppKey("last_look", LastLook)
+RESOURCES_CACHE = web.AppKey("last_look", ResourcesCache)
 
 
 def _resources(app: web.Application) -> dict[str, object]:

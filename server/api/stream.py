@@ -1,12 +1,9 @@
-"""Open streams of events: what a client is told, how a stream is kept alive, and what ends it.
+"""Open streams of events: forms, heartbeats, stages of jobs, and the end of a stream.
 
-Beside events they tell the live stages of unfinished jobs: the latest of each, not what was in between. Those
-are no facts and not in the log, so there is nothing to catch up with: who comes later gets the present.
-
-How a stream of events is written down: as server-sent events (WHATWG HTML, section 9.2) or JSON lines.
-
-Events carry their position as `id`. What is not in the log has none, so that a client that comes back says
-the position of the last event, or bookmark, that it has seen.
+A stream is written as server-sent events (WHATWG HTML, section 9.2) or JSON lines. Events carry their
+position as `id`; signals carry none, so a client resumes after the last event or bookmark that it has
+received. Stages of unfinished jobs are such signals: they are not in the log, and only the latest of each job
+is sent.
 """
 
 from __future__ import annotations
@@ -33,35 +30,36 @@ from server.errors import ServerProblem
 from server.http.compression import accepted
 
 RETRY_MS = 1000
-"""How long a browser waits before it connects again."""
+"""Milliseconds until a browser reconnects."""
 
 _FIELD = re.compile(r"[ -~]+")
 
 
 class ServerSentEvents:
-    """`text/event-stream`, which browsers read by themselves."""
+    """`text/event-stream`, the form that browsers read."""
 
     media_type = "text/event-stream"
 
     def opening(self, position: int) -> bytes:
-        """Return how long to wait before coming back, and from where to go on then."""
+        """Return the delay of a reconnect and the first bookmark."""
         return b"retry: %d\nid: %d\n\n" % (RETRY_MS, position)
 
     def events(self, events: Sequence[StoredEvent]) -> bytes:
-        """Return an event for each, named by its type."""
+        """Return the events, named by their types."""
         return b"".join(
-            b"id: %d\n%bdata: %b\n\n" % (event.position, _named(event.type), event.line) for event in events
+            b"id: %d\n%bdata: %b\n\n" % (event.position, _event_line(event.type), event.line)
+            for event in events
         )
 
     def bookmark(self, position: int) -> bytes:
-        """Return an id alone, which a browser keeps and tells nobody."""
+        """Return an id alone, which a browser keeps for its reconnect."""
         return b"id: %d\n\n" % position
 
     def notice(self, kind: str, members: Mapping[str, object]) -> bytes:
-        """Return an event without id."""
+        """Return a signal: an event without id."""
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), _json(members))
 
-    def heartbeat(self, position: int) -> bytes:  # noqa: ARG002 - other forms say it
+    def heartbeat(self, position: int) -> bytes:  # noqa: ARG002 -- other forms send it
         """Return a comment."""
         return b": heartbeat\n\n"
 
@@ -80,42 +78,42 @@ class JsonLines:
         return self.bookmark(position)
 
     def events(self, events: Sequence[StoredEvent]) -> bytes:
-        """Return a line for each."""
+        """Return a line for each event."""
         return b"".join(b"%b\n" % event.line for event in events)
 
     def bookmark(self, position: int) -> bytes:
-        """Return a line that says the position."""
+        """Return a line with the position."""
         return self.notice("bookmark", {"position": position})
 
     def notice(self, kind: str, members: Mapping[str, object]) -> bytes:
-        """Return a line whose member `stream` says what it is."""
+        """Return a line whose member `stream` names the signal."""
         return _json({"stream": kind, **members}) + b"\n"
 
     def heartbeat(self, position: int) -> bytes:
-        """Return a bookmark: it may be the same as the last."""
+        """Return a bookmark, which may repeat the last one."""
         return self.bookmark(position)
 
     def end(self, reason: str) -> bytes:
-        """Return a line that says why."""
+        """Return a line with the reason."""
         return self.notice("end", {"reason": reason})
 
 
 Form = ServerSentEvents | JsonLines
-"""A way to write a stream; each part ends so that it can be read without what follows."""
+"""A form of a stream; each part is complete by itself."""
 
 SSE = ServerSentEvents()
 NDJSON = JsonLines()
 
 
 def chosen_form(accept: str | None) -> Form:
-    """Return what the field Accept asks for: JSON lines where it names them and prefers nothing else here."""
+    """Return the form that Accept prefers; JSON lines only if it names them."""
     weights = accepted(accept)
     lines = weights.get(NDJSON.media_type, 0.0)
     return NDJSON if lines > weights.get(SSE.media_type, 0.0) else SSE
 
 
-def _named(kind: str) -> bytes:
-    """Return the line that names an event; there is none for a type that could break out of its line."""
+def _event_line(kind: str) -> bytes:
+    """Return the line with an event's type; nothing for a type with other than printable characters."""
     return b"event: %b\n" % kind.encode() if _FIELD.fullmatch(kind) else b""
 
 
@@ -124,12 +122,12 @@ def _json(members: Mapping[str, object]) -> bytes:
 
 
 STAGE = "stage"
-"""The name of such a notice, which a filter on `type` may ask for."""
+"""The signal of a stage; also a value of the filter `type`."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobStage:
-    """Where a job is, and as which change that became known."""
+    """The stage of a job, and the number of its change."""
 
     number: int
     job_id: str
@@ -139,7 +137,7 @@ class JobStage:
 
     @property
     def members(self) -> dict[str, object]:
-        """Return what is told of it."""
+        """Return the members of the signal."""
         return {
             "job_id": self.job_id,
             "model_id": self.model_id,
@@ -149,12 +147,12 @@ class JobStage:
 
 
 class Stages:
-    """What was last seen of each unfinished job.
+    """The latest stage of each unfinished job.
 
     Args:
-        log: whose unfinished jobs they are.
-        stage: tells the stage of a job.
-        waiting_for: tells what a job waits for.
+        log: the log with the unfinished jobs.
+        stage: returns the stage of a job.
+        waiting_for: returns what a job waits for.
     """
 
     def __init__(
@@ -170,12 +168,12 @@ class Stages:
         self.changes = 0
 
     @property
-    def any_to_come(self) -> bool:
+    def has_unfinished_jobs(self) -> bool:
         """Whether there is a job whose stage may change."""
         return bool(self._log.state.jobs)
 
-    def look(self) -> bool:
-        """Look at all unfinished jobs; returns whether something has changed."""
+    def refresh(self) -> bool:
+        """Read the stages of all unfinished jobs; return whether one has changed."""
         before, jobs = self.changes, self._log.state.jobs
         for job_id in self._seen.keys() - jobs.keys():
             del self._seen[job_id]
@@ -187,10 +185,7 @@ class Stages:
         return self.changes > before
 
     def since(self, change: int, wanted: EventFilter) -> Iterator[JobStage]:
-        """Return what became known after a change; filters on the model, the job and the type apply.
-
-        Stages have no actor: a filter on that lets none pass.
-        """
+        """Yield the stages after a change that match a filter; stages have no actor."""
         if change >= self.changes or wanted.actors or (wanted.types and STAGE not in wanted.types):
             return
         for stage in self._seen.values():
@@ -202,22 +197,22 @@ class Stages:
                 yield stage
 
 
-BEAT_S = 1.0
-"""How often it is looked whose heartbeat is due."""
+HEARTBEAT_CHECK_S = 1.0
+"""Seconds between checks for due heartbeats."""
 
 
 class TooManyStreams(ServerProblem):
-    """The subject has as many streams open as it may."""
+    """The subject has too many open streams."""
 
     code = "too_many_streams"
     retry_after_s = 5.0
 
 
 class Streams:
-    """The open streams of a server; `run` has to run for them to have heartbeats and stages.
+    """The open streams of a server; `run` sends their heartbeats and stages.
 
     Attributes:
-        tasks: what has to run for there to be streams, by name.
+        tasks: the vital tasks of streams, by name.
     """
 
     def __init__(self, log: Log, tails: Tails, stages: Stages, *, per_subject: int) -> None:
@@ -234,23 +229,23 @@ class Streams:
         return len(self._open)
 
     async def run(self) -> None:
-        """Wake streams that have something to say of their own; a defect ends all of them."""
+        """Wake streams for stages and heartbeats; if this task fails, all streams end."""
         self._wakeup = self._log.subscribe()
         try:
             while True:
                 await self._pause()
                 if self.tails.closed:
-                    self._hurry()
-                if self._open and self.stages.look():
+                    self._shorten_timeouts()
+                if self._open and self.stages.refresh():
                     self.tails.wake()
                 now = asyncio.get_running_loop().time()
                 for stream in self._open:
-                    if stream.due <= now:
+                    if stream.heartbeat_due <= now:
                         stream.wake()
         finally:
             self._log.unsubscribe(self._wakeup)
             self.tails.close()
-            self._hurry()
+            self._shorten_timeouts()
 
     @contextmanager
     def admit(self, subject: str) -> Iterator[None]:
@@ -261,7 +256,7 @@ class Streams:
         """
         if self._by_subject[subject] >= self._per_subject:
             raise TooManyStreams(
-                f"{subject} has {self._per_subject} streams open, as many as --streams-per-subject allows;"
+                f"{subject} has {self._per_subject} open streams, the limit of --streams-per-subject;"
                 " close one first"
             )
         self._by_subject[subject] += 1
@@ -273,8 +268,8 @@ class Streams:
                 del self._by_subject[subject]
 
     @contextmanager
-    def beating(self, stream: EventStream) -> Iterator[None]:
-        """Wake a stream when it is due, for as long as it is open."""
+    def register(self, stream: EventStream) -> Iterator[None]:
+        """Send heartbeats to a stream as long as it is open."""
         self._open.add(stream)
         self._wakeup.set()
         try:
@@ -282,49 +277,49 @@ class Streams:
         finally:
             self._open.discard(stream)
 
-    def _hurry(self) -> None:
-        """Let none of them hold up the end of the server."""
+    def _shorten_timeouts(self) -> None:
+        """Keep slow clients from delaying the end of the server."""
         for stream in self._open:
-            stream.hurry()
+            stream.shorten_timeout()
 
     async def _pause(self) -> None:
-        """Wait for the next look: soon while stages may change, long when nobody listens."""
+        """Wait for the next check: briefly while stages may change, without limit without streams."""
         self._wakeup.clear()
-        if self._open and self.stages.any_to_come:
+        if self._open and self.stages.has_unfinished_jobs:
             await asyncio.sleep(PACE_S)
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(BEAT_S if self._open else None):
+            async with asyncio.timeout(HEARTBEAT_CHECK_S if self._open else None):
                 await self._wakeup.wait()
 
 
 HEARTBEAT_S = 15.0
-"""Between signs of life: less than what proxies wait for."""
+"""Seconds between heartbeats: less than the timeouts of proxies."""
 
 STOPPING_S = 1.0
-"""How long the end of the server waits for a client that does not take what was sent to it."""
+"""Seconds that the end of the server waits for a slow client."""
 
 STALLED_S = 30.0
-"""How long a client may leave what was sent to it: some tens of kilobytes. It can come back and go on."""
+"""Seconds in which a client must read some tens of kilobytes; it can reconnect and resume."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """The token that a stream was opened with: the stream ends with it."""
+class StreamToken:
+    """The token of a stream's request; the stream ends when it is no longer valid."""
 
     verifier: Verifier
     token: str
     expires_at: float
 
     @classmethod
-    def of(cls, request: web.Request, verifier: Verifier) -> Ticket:
-        """Return that of a request, which the gate has let in."""
+    def of(cls, request: web.Request, verifier: Verifier) -> StreamToken:
+        """Return the token of an authenticated request."""
         token = bearer_token(request.headers.getall(hdrs.AUTHORIZATION, []))
         claims = jwt.decode(token, options={"verify_signature": False})
         return cls(verifier, token, float(claims["exp"]))
 
     def valid(self) -> bool:
-        """Whether it would still be let in."""
+        """Whether the token is still valid."""
         try:
             self.verifier.verify(self.token, time.time())
         except InvalidToken:
@@ -333,10 +328,10 @@ class Ticket:
 
 
 class EventStream:
-    """One client that is told what happens.
+    """The stream of one client.
 
     Attributes:
-        due: when it wants to be woken, though nothing has happened, on the loop's clock.
+        heartbeat_due: time of the next heartbeat or of the token's end, on the loop's clock.
     """
 
     def __init__(
@@ -347,7 +342,7 @@ class EventStream:
         streams: Streams,
         form: Form,
         tail: Tail,
-        ticket: Ticket,
+        ticket: StreamToken,
     ) -> None:
         self._request = request
         self._response = response
@@ -355,39 +350,39 @@ class EventStream:
         self._tail = tail
         self._ticket = ticket
         self._streams = streams
-        self._told = 0
+        self._sent = 0
         self._live = False
         self._stages = 0
         self._writing: asyncio.Timeout | None = None
-        self.due = 0.0
-        self._next_beat()
+        self.heartbeat_due = 0.0
+        self._schedule_heartbeat()
 
     def wake(self) -> None:
-        """Have it look at what there is to do."""
+        """Wake the stream to check its state."""
         self._tail.wakeup.set()
 
-    def hurry(self) -> None:
-        """Have it give up soon what its client does not take: the server stops."""
+    def shorten_timeout(self) -> None:
+        """Shorten the current write's timeout: the server stops."""
         if self._writing is not None and not self._writing.expired():
             until, soon = self._writing.when(), self._now() + STOPPING_S
             self._writing.reschedule(soon if until is None else min(until, soon))
 
     async def run(self, batch: Batch) -> None:
-        """Tell what happens, beginning with a batch, until something ends it or the client goes."""
-        with suppress(ConnectionError), self._streams.beating(self):
+        """Send events from a batch on, until the stream ends or the client disconnects."""
+        with suppress(ConnectionError), self._streams.register(self):
             try:
-                await self._write(self._form.end(await self._tell(batch)))
-            except TimeoutError:  # what was sent is not taken: nothing more can be said
+                await self._write(self._form.end(await self._send_events(batch)))
+            except TimeoutError:  # the client reads nothing
                 self._abort()
 
-    async def _tell(self, batch: Batch) -> str:
-        """Tell what happens until it is over, and return why."""
-        self._told = batch.after
+    async def _send_events(self, batch: Batch) -> str:
+        """Send events until the stream ends, and return the reason."""
+        self._sent = batch.after
         try:
-            await self._write(self._form.opening(batch.after) + self._news(batch))
-            while (reason := self._over()) is None:
+            await self._write(self._form.opening(batch.after) + self._next_chunk(batch))
+            while (reason := self._end_reason()) is None:
                 batch = await self._tail.read()
-                await self._write(self._news(batch))
+                await self._write(self._next_chunk(batch))
                 if batch.live:
                     await self._tail.wakeup.wait()
                     self._tail.wakeup.clear()
@@ -395,28 +390,28 @@ class EventStream:
             return str(error)
         return reason
 
-    def _news(self, batch: Batch) -> bytes:
+    def _next_chunk(self, batch: Batch) -> bytes:
         news = [self._events(batch)]
         if batch.live and batch.upto >= self._tail.opened_at:
-            news += self._live_news(batch.upto)
-        if self._now() >= self.due:
+            news += self._live_chunks(batch.upto)
+        if self._now() >= self.heartbeat_due:
             if not any(news):
-                news.append(self._sign_of_life(batch.upto))
-            self._next_beat()
+                news.append(self._heartbeat(batch.upto))
+            self._schedule_heartbeat()
         return b"".join(news)
 
     def _events(self, batch: Batch) -> bytes:
-        """Return a batch as this form has it, which is made once for all that share it."""
+        """Return a batch in this form; streams share the encoded text."""
         if not batch.events:
             return b""
-        self._told = batch.events[-1].position
+        self._sent = batch.events[-1].position
         form = self._form.media_type
         made = batch.encoded.get(form)
         if made is None:
             made = batch.encoded[form] = self._form.events(batch.events)
         return made
 
-    def _live_news(self, position: int) -> Iterator[bytes]:
+    def _live_chunks(self, position: int) -> Iterator[bytes]:
         if not self._live:
             self._live = True
             yield self._bookmark(position)
@@ -426,32 +421,32 @@ class EventStream:
         self._stages = self._streams.stages.changes
 
     def _bookmark(self, position: int) -> bytes:
-        if position == self._told:
+        if position == self._sent:
             return b""
-        self._told = position
+        self._sent = position
         return self._form.bookmark(position)
 
-    def _sign_of_life(self, position: int) -> bytes:
+    def _heartbeat(self, position: int) -> bytes:
         return self._bookmark(position) or self._form.heartbeat(position)
 
-    def _over(self) -> str | None:
-        """Return why the stream has to end, if it has to: who may not be told any more is told no more."""
+    def _end_reason(self) -> str | None:
+        """Return why the stream ends; None while it continues."""
         if self._streams.tails.closed:
             return "the server stops"
         if self._ticket.valid():
             return None
-        return "the token is not valid any more: come back with a new one"
+        return "the token is no longer valid: reconnect with a new one"
 
-    def _next_beat(self) -> None:
+    def _schedule_heartbeat(self) -> None:
         left_s = self._ticket.expires_at - time.time()
-        self.due = self._now() + max(0.0, min(HEARTBEAT_S, left_s))
+        self.heartbeat_due = self._now() + max(0.0, min(HEARTBEAT_S, left_s))
 
     async def _write(self, chunk: bytes) -> None:
-        """Send a chunk, and wait until nearly all of it is on its way.
+        """Send a chunk and wait until the client has read nearly all of it.
 
         Raises:
-            TimeoutError: it is not taken.
-            ConnectionError: nobody is there any more.
+            TimeoutError: the client reads too slowly.
+            ConnectionError: the client has disconnected.
         """
         if chunk:
             limit_s = STOPPING_S if self._streams.tails.closed else STALLED_S

@@ -16,19 +16,19 @@ from server.appkeys import LOG
 from server.auth.gate import PRINCIPAL, check_role
 from server.routing import Access
 
-PAST = web.AppKey("past", TimeTravelReader)
+TIME_TRAVEL = web.AppKey("time_travel", TimeTravelReader)
 """The time travel reader."""
 
 
-async def reading_the_past(app: web.Application) -> AsyncIterator[None]:
+async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
     """Open the time travel reader; a resource of the application."""
-    async with open_time_travel_reader(app[LOG].path) as past:
-        app[PAST] = past
+    async with open_time_travel_reader(app[LOG].path) as reader:
+        app[TIME_TRAVEL] = reader
         yield
 
 
 @web.middleware
-async def past_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def time_travel_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Check the role for `?at=` before the rest of the request; between auth and validation."""
     if "at" in request.query and _takes_at(request.match_info.handler):
         check_role(request[PRINCIPAL], Access.AUDIT)
@@ -104,4 +104,4 @@ def _takes_at(handler: Handler) -> bool:
 
 def _past(request: web.Request) -> TimeTravelReader:
     check_role(request[PRINCIPAL], Access.AUDIT)
-    return request.app[PAST]
+    return request.app[TIME_TRAVEL]

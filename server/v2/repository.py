@@ -19,8 +19,8 @@ from events.errors import RequestRefused
 from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
 from runtime.repository import Repository
-from server.api.jobs import carry_out, job_path
-from server.api.models import requested_load
+from server.api.jobs import job_path, run_job
+from server.api.models import make_load_command
 from server.api.schemas import AnswerSchema, ModelPathSchema
 from server.appkeys import LOG, REPOSITORY
 from server.auth.gate import PRINCIPAL
@@ -209,7 +209,7 @@ async def load_and_wait(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless what is asked for is so or under way, and wait for the job's end."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
     asked = read_load(await read_object(request), model_id)
-    job = await carry_out(request.app, await requested_load(request.app, model_id, asked, subject))
+    job = await run_job(request.app, await make_load_command(request.app, model_id, asked, subject))
     return _done(job)
 
 
@@ -241,7 +241,7 @@ async def _unload(app: web.Application, model_id: str, subject: str) -> Job | No
     """Unload what serves, else end what loads, as Triton does; None when there was neither."""
     for force in (False, True):
         try:
-            return await carry_out(app, RequestUnload(model_id, subject, force))
+            return await run_job(app, RequestUnload(model_id, subject, force))
         except RequestRefused as refusal:
             if refusal.code != "not_loaded":
                 raise

@@ -15,7 +15,7 @@ from support.http import LIMIT_S, Answer, LocalApi
 from support.models import save
 
 from events.types import CancelRequested, LoadRequested, UnloadRequested
-from server.api.jobs import MAX_KEY_CHARACTERS, IdempotencySchema, key_in
+from server.api.jobs import MAX_KEY_CHARACTERS, IdempotencySchema, unquote_key
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -27,7 +27,7 @@ PRINTABLE = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
 def read(field: str) -> str:
     """Return the key in a header field, which must be valid."""
     loaded = IdempotencySchema().load({"Idempotency-Key": field})
-    return key_in(loaded["idempotency_key"])
+    return unquote_key(loaded["idempotency_key"])
 
 
 async def send(

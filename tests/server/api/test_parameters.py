@@ -10,7 +10,7 @@ from support.http import LocalApi
 from support.models import save
 
 from events.types import LoadRequested
-from server.api.models import requested_load
+from server.api.models import make_load_command
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -34,7 +34,7 @@ def write(defaults: Path, content: str) -> None:
 
 async def changes(api: LocalApi, **body: Any) -> dict[str, Any]:
     """Return the parameters that a load is requested with and that differ from a plain load's."""
-    parameters = (await requested_load(api.app, "m", body, "Ann")).parameters
+    parameters = (await make_load_command(api.app, "m", body, "Ann")).parameters
     return {name: getattr(parameters, name) for name in USUAL if getattr(parameters, name) != USUAL[name]}
 
 
@@ -105,14 +105,14 @@ async def test_null_keep_alive_means_the_setting(
     for file, request, recorded in cases:
         write(defaults, "" if file is NOTHING else f"keep_alive_s = {file}")
         body = {} if request is NOTHING else {"keep_alive_s": request}
-        command = await requested_load(api.app, "m", body, "Ann")
+        command = await make_load_command(api.app, "m", body, "Ann")
         assert command.parameters.keep_alive_s == recorded, (file, request)
         assert command.asked == body.keys()
 
 
 async def test_named_parameters_are_recorded_as_requested(api: LocalApi, defaults: Path) -> None:
     write(defaults, "instances = 2")
-    command = await requested_load(api.app, "m", {"max_batch_size": 3, "priority": "low"}, "Ann")
+    command = await make_load_command(api.app, "m", {"max_batch_size": 3, "priority": "low"}, "Ann")
     assert (command.model_id, command.version, command.actor) == ("m", 1, "Ann")
     assert command.asked == {"max_batch_size", "priority"}
     assert (command.parameters.instances, command.parameters.max_batch_size) == (2, 3)

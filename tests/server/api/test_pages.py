@@ -21,7 +21,7 @@ from server.routing import Access, LimitClass
 
 Client = TestClient[web.Request, web.Application]
 
-STATIC = Path(__file__).parents[2] / "server" / "static"
+STATIC = Path(__file__).parents[3] / "server" / "static"
 OWN = set(STATIC.iterdir())
 SCRIPTS = sorted(path for path in STATIC.glob("*.js") if path.name != "init.js")
 IMPORT = re.compile(r'^import .* from "\./([a-z]+\.js)";$', re.MULTILINE)
