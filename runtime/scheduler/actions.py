@@ -1,4 +1,4 @@
-"""What the scheduler can have done, one at a time: plain values that the consumer carries out."""
+"""The actions that the scheduler decides and the executor carries out, as plain values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StartLoad:
 
 @dataclass(frozen=True, slots=True)
 class ReuseWorkers:
-    """Record `LoadStarted` and `ModelLoaded`: the workers of another load go on as those of this job."""
+    """Record `LoadStarted` and `ModelLoaded`: the workers of another load become those of this job."""
 
     job: Job
     load_job_id: str
@@ -27,7 +27,7 @@ class ReuseWorkers:
 
 @dataclass(frozen=True, slots=True)
 class CompleteLoad:
-    """Record `ModelLoaded`, and with it the request to end the load that it replaces, if any."""
+    """Record `ModelLoaded`, together with the unload request of the load that it replaces, if any."""
 
     job: Job
     replaces: str | None
@@ -35,7 +35,7 @@ class CompleteLoad:
 
 @dataclass(frozen=True, slots=True)
 class FailLoad:
-    """Record `LoadFailed`: for the reason the worker gave, where `code` is None; end its process."""
+    """Record `LoadFailed` and end the workers; without a `code`, the worker's reason is recorded."""
 
     job: Job
     code: str | None = None
@@ -44,14 +44,14 @@ class FailLoad:
 
 @dataclass(frozen=True, slots=True)
 class CancelJob:
-    """Record `JobCancelled`, of a load or of an unload that has not begun; end the load's process."""
+    """Record `JobCancelled` of a load, or of an unload that has not begun; end the load's workers."""
 
     job: Job
 
 
 @dataclass(frozen=True, slots=True)
 class StartUnload:
-    """Stop routing to this load, record `UnloadStarted`, then drain, without force, and end its process."""
+    """Stop routing to a load, record `UnloadStarted`, then drain and stop its workers unless forced."""
 
     job: Job
     load_job_id: str
@@ -59,14 +59,14 @@ class StartUnload:
 
 @dataclass(frozen=True, slots=True)
 class KillWorkers:
-    """End the process behind this load now."""
+    """Kill the workers of a load now."""
 
     load_job_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class FinishUnload:
-    """Record `ModelUnloaded` for these jobs: the process is gone, or there was none."""
+    """Record `ModelUnloaded` for these jobs: the workers have exited, or there were none."""
 
     jobs: tuple[Job, ...]
     load_job_id: str
@@ -74,7 +74,7 @@ class FinishUnload:
 
 @dataclass(frozen=True, slots=True)
 class RecordDeath:
-    """Record `WorkerExited` of each of these workers, of a load that serves or was serving."""
+    """Record `WorkerExited` of each of these workers of a serving load."""
 
     load_job_id: str
     worker_ids: tuple[str, ...]
@@ -82,7 +82,7 @@ class RecordDeath:
 
 @dataclass(frozen=True, slots=True)
 class RequestReload:
-    """Request, for the system, the load of a model that is wanted back, or back at its full strength."""
+    """Request, as the system, the reload of a lost model, or of one that lost an instance."""
 
     model: LoadedModel
     cause: Cause
@@ -90,14 +90,14 @@ class RequestReload:
 
 @dataclass(frozen=True, slots=True)
 class EstimateMemory:
-    """Find out how much memory this load needs, and tell it from then on."""
+    """Begin to estimate the memory that a load needs."""
 
     job: Job
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadForReplacement:
-    """Request the end of the load in whose place that of `job` is to come."""
+    """Request the unload of the version that the load of `job` replaces in place."""
 
     job: Job
     load_job_id: str
@@ -105,7 +105,7 @@ class UnloadForReplacement:
 
 @dataclass(frozen=True, slots=True)
 class UnloadAutomatically:
-    """Request, for the system, the unload of a model; `cause_event_id` is what it is for, if of an event."""
+    """Request, as the system, the unload of a model; `cause_event_id` is the load that it makes room for."""
 
     model: LoadedModel
     cause: Cause
@@ -114,7 +114,7 @@ class UnloadAutomatically:
 
 @dataclass(frozen=True, slots=True)
 class FailModel:
-    """Record that a model is not tried any more."""
+    """Record that a model is in a crash loop and is not reloaded."""
 
     model: LoadedModel
     message: str
@@ -129,7 +129,7 @@ class PrepareModel:
 
 @dataclass(frozen=True, slots=True)
 class StopPreparation:
-    """End the processes that prepare something: what they take is wanted."""
+    """Stop the running preparation: its memory is needed."""
 
 
 Action = (
@@ -154,7 +154,7 @@ Action = (
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The next action, if any; else when to ask again at the latest, and what each pending job waits for."""
+    """The next action; without one, when to decide again at the latest, and what pending jobs wait for."""
 
     action: Action | None = None
     wake_at: str | None = None

@@ -1,6 +1,7 @@
-"""Which idle models make room: the fewest that are enough, and of those the least recently used. Pure.
+"""Which models the server unloads: victims of a load that needs room, and automatic unloads.
 
-What the system unloads by itself: idle models, what outgrew the budget, what is not restored. Pure.
+Victims are the fewest idle models that release enough, least recently used first. Automatic unloads are idle
+timeouts, workers that outgrew the budget, and lost models that are not restored.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from events.types import Cause
 from runtime.scheduler.actions import UnloadAutomatically
 from runtime.scheduler.view import LoadView, SchedulerView
 
-LOOK_S = 0.25
-"""How often to look whether a busy model has become idle: nobody tells, as that would cost each inference."""
+IDLE_POLL_S = 0.25
+"""How often to check whether a busy model is idle. A notification would cost time in each inference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A model that may be unloaded now: how many bytes that gives back, and when it was used last."""
+    """A model that may be evicted: the bytes that this releases, and its last use."""
 
     model: LoadedModel
     memory_bytes: int
@@ -31,21 +32,21 @@ class Victim:
 
 
 class Eviction:
-    """The idle models that may be evicted now, and when there may be more."""
+    """The models that may be evicted now, and when there may be more."""
 
-    def __init__(self, sight: SchedulerView) -> None:
-        self._sight = sight
-        self._resident_since = sight.ago(sight.policy.min_residency_s)
+    def __init__(self, view: SchedulerView) -> None:
+        self._view = view
+        self._resident_since = view.earlier_by(view.policy.min_residency_s)
 
     @cached_property
     def victims(self) -> list[Victim]:
-        """Return the models that may be evicted now, least recently used first.
+        """The models that may be evicted now, least recently used first.
 
-        None that is busy or waited for, that loads or unloads, that is pinned, or that was loaded just now:
-        two models that do not fit together take turns, rather than throw each other out all the time.
+        Not those that are busy, pinned, or loaded less than the minimum residency ago: so two models that do
+        not fit together take turns instead of evicting each other all the time.
         """
         found = [
-            Victim(model, run.memory_bytes, self._sight.used_at(model, run))
+            Victim(model, run.memory_bytes, self._view.used_at(model, run))
             for model, run in self._candidates
             if not run.busy and model.serving.loaded_at <= self._resident_since
         ]
@@ -53,17 +54,17 @@ class Eviction:
 
     @cached_property
     def next_at(self) -> str | None:
-        """When to look again for victims that cannot be had now, if there are any."""
+        """When to look for victims again; None if there will be none."""
         stamps = (model.serving.loaded_at for model, _ in self._candidates)
         oldest = min((stamp for stamp in stamps if stamp > self._resident_since), default=None)
-        times = [add_seconds(oldest, self._sight.policy.min_residency_s)] if oldest is not None else []
+        times = [add_seconds(oldest, self._view.policy.min_residency_s)] if oldest is not None else []
         busy = (model for model, run in self._candidates if run.busy)
         if any(model.serving.loaded_at <= self._resident_since for model in busy):
-            times.append(add_seconds(self._sight.now, LOOK_S))
+            times.append(add_seconds(self._view.now, IDLE_POLL_S))
         return min(times, default=None)
 
-    def fewest(self, missing_bytes: int, missing_models: int = 0) -> tuple[Victim, ...] | None:
-        """Return the fewest victims that give back enough; None if all of them do not."""
+    def choose(self, missing_bytes: int, missing_models: int = 0) -> tuple[Victim, ...] | None:
+        """Return the fewest victims that release enough; None if all of them do not."""
         if missing_bytes > self._all_bytes or missing_models > len(self.victims):
             return None
         return choose_fewest(self.victims, missing_bytes, missing_models)
@@ -74,20 +75,20 @@ class Eviction:
 
     @cached_property
     def _candidates(self) -> list[tuple[LoadedModel, LoadView]]:
-        at_rest = self._sight.at_rest
-        return [(model, run) for model, run in at_rest if not model.serving.parameters.pinned]
+        settled_models = self._view.settled_models
+        return [(model, run) for model, run in settled_models if not model.serving.parameters.pinned]
 
 
 def choose_fewest(
     candidates: Sequence[Victim], missing_bytes: int, missing_models: int = 0
 ) -> tuple[Victim, ...] | None:
-    """Return the fewest of `candidates` that give back enough; None if all of them do not.
+    """Return the fewest of `candidates` that release enough; None if all of them do not.
 
     Args:
-        candidates: least recently used first. Of two choices of equally many, the one is taken that has the
-            least recently used in it that the other has not.
-        missing_bytes: what they have to give back together.
-        missing_models: how many of them there have to be at least.
+        candidates: least recently used first. Of two choices of the same size, the one with the least
+            recently used model that the other lacks is taken.
+        missing_bytes: bytes that they have to release together.
+        missing_models: how many they have to be at least.
     """
     rest = sorted(candidate.memory_bytes for candidate in candidates)
     sums = list(accumulate(reversed(rest), initial=0))
@@ -99,9 +100,9 @@ def choose_fewest(
         if len(chosen) == number:
             break
         del rest[bisect_left(rest, candidate.memory_bytes)]
-        wanted = number - len(chosen) - 1
-        largest = rest[len(rest) - wanted :]
-        if len(largest) == wanted and candidate.memory_bytes + sum(largest) >= missing_bytes:
+        still_missing = number - len(chosen) - 1
+        largest = rest[len(rest) - still_missing :]
+        if len(largest) == still_missing and candidate.memory_bytes + sum(largest) >= missing_bytes:
             chosen.append(candidate)
             missing_bytes -= candidate.memory_bytes
     return tuple(chosen)
@@ -109,69 +110,69 @@ def choose_fewest(
 
 @dataclass(frozen=True, slots=True)
 class AutomaticUnload:
-    """The next end to be requested; else when to look again, if ever."""
+    """The next automatic unload; without one, when to look again."""
 
     action: UnloadAutomatically | None = None
     wake_at: str | None = None
 
 
-def find_automatic_unload(sight: SchedulerView, eviction: Eviction) -> AutomaticUnload:
-    """Find what is to be unloaded though nobody asks for it."""
-    models = (model for model in sight.state.models.values() if _is_let_go(sight, model))
-    let_go = next((loaded for model in models if (loaded := model.loaded) is not None), None)
-    if let_go is not None:
-        return AutomaticUnload(UnloadAutomatically(let_go, Cause.RESTART))
+def find_automatic_unload(view: SchedulerView, eviction: Eviction) -> AutomaticUnload:
+    """Return the next automatic unload: not restored, idle, or over budget."""
+    models = (model for model in view.state.models.values() if _is_not_restored(view, model))
+    not_restored = next((loaded for model in models if (loaded := model.loaded) is not None), None)
+    if not_restored is not None:
+        return AutomaticUnload(UnloadAutomatically(not_restored, Cause.RESTART))
     times: list[str] = []
-    for model, ends_at in _idle_ends(sight):
-        if ends_at <= sight.now:
+    for model, ends_at in _next_idle_timeouts(view):
+        if ends_at <= view.now:
             return AutomaticUnload(UnloadAutomatically(model, Cause.IDLE))
         times.append(ends_at)
-    missing = _outgrown(sight)
+    missing = _over_budget_bytes(view)
     if missing > 0:
-        victims = eviction.fewest(missing) or eviction.victims
+        victims = eviction.choose(missing) or eviction.victims
         if victims:
             return AutomaticUnload(UnloadAutomatically(victims[0].model, Cause.EVICTION))
         times += filter(None, [eviction.next_at])
     return AutomaticUnload(wake_at=min(times, default=None))
 
 
-def _is_let_go(sight: SchedulerView, model: Model) -> bool:
-    """Whether a model was lost with the server, and is not to come back."""
+def _is_not_restored(view: SchedulerView, model: Model) -> bool:
+    """Whether a model was lost with the server and is not restored."""
     lost = model.phase is ModelState.LOST and model.lost_by is Cause.RESTART
-    return lost and not sight.policy.restores and not model.loads and not model.unloads
+    return lost and not view.policy.restores and not model.loads and not model.unloads
 
 
-def _idle_ends(sight: SchedulerView) -> Iterator[tuple[LoadedModel, str]]:
-    """Yield of the models that are unloaded when they are idle those that are first, and when that is.
+def _next_idle_timeouts(view: SchedulerView) -> Iterator[tuple[LoadedModel, str]]:
+    """Yield, per length of idle timeout, the model whose timeout ends first, and when.
 
-    A busy one is looked at again when it can have been idle for long enough at the soonest.
+    For a busy model that is the earliest time at which it can have been idle for long enough.
     """
     first: dict[float, tuple[str, LoadedModel]] = {}
-    for model, run in sight.at_rest:
-        stays_s = _stays_s(sight, model, run)
-        if stays_s is not None:
-            since = sight.now if run.busy else max(run.last_used_at or "", model.serving.loaded_at)
-            if stays_s not in first or since < first[stays_s][0]:
-                first[stays_s] = since, model
-    for stays_s, (since, model) in first.items():
-        yield model, add_seconds(since, stays_s)
+    for model, run in view.settled_models:
+        timeout_s = _idle_timeout_s(view, model, run)
+        if timeout_s is not None:
+            since = view.now if run.busy else max(run.last_used_at or "", model.serving.loaded_at)
+            if timeout_s not in first or since < first[timeout_s][0]:
+                first[timeout_s] = since, model
+    for timeout_s, (since, model) in first.items():
+        yield model, add_seconds(since, timeout_s)
 
 
-def _stays_s(sight: SchedulerView, model: LoadedModel, run: LoadView) -> float | None:
-    """Return for how long a model stays without a request, from the end of the last; null is for ever.
+def _idle_timeout_s(view: SchedulerView, model: LoadedModel, run: LoadView) -> float | None:
+    """Return after how many idle seconds a model is unloaded; None is never.
 
-    One that was not asked yet has at least the time that any model has: it was loaded for something.
+    A model without an inference yet stays at least for the minimum residency.
     """
     keep_alive_s = model.serving.parameters.keep_alive_s
     if keep_alive_s is None or keep_alive_s < 0 or model.serving.parameters.pinned:
         return None
     if run.busy:
-        return max(keep_alive_s, LOOK_S)
-    return keep_alive_s if run.last_used_at is not None else max(keep_alive_s, sight.policy.min_residency_s)
+        return max(keep_alive_s, IDLE_POLL_S)
+    return keep_alive_s if run.last_used_at is not None else max(keep_alive_s, view.policy.min_residency_s)
 
 
-def _outgrown(sight: SchedulerView) -> int:
-    """Return by how many bytes the workers outgrew the budget, if idle ones are to make up for it."""
-    if sight.free_bytes is None or not sight.policy.evicts:
+def _over_budget_bytes(view: SchedulerView) -> int:
+    """Return by how many bytes the workers outgrew the budget, if eviction is on."""
+    if view.free_bytes is None or not view.policy.evicts:
         return 0
-    return -sight.free_bytes - sight.coming_bytes
+    return -view.free_bytes - view.exiting_bytes

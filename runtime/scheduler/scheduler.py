@@ -1,8 +1,8 @@
-"""The scheduler: given what is recorded and what runs, says the next thing to do. Pure, and the only judge.
+"""The scheduler's decision: from recorded state and running loads to the single next action. Pure.
 
-`decide` is asked again after each action, event, outcome, death and timer, so it holds no memory of its own
-and returns the one most urgent action. Jobs of one model are carried out in the order of their acceptance;
-a forced unload goes before everything else. The end of a swapped-out load holds nothing up.
+The consumer calls `decide` again after each action, event, outcome, exit and timer, so the scheduler keeps no
+memory of its own. Jobs of one model run in the order of their acceptance; a forced unload goes first. The
+unload of a replaced version delays no other job.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ from runtime.scheduler.eviction import AutomaticUnload, Eviction, find_automatic
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, SchedulerView, find_unload_target
 
 MAX_INCIDENTS = 5
-"""Incidents within ten minutes, deaths or failed recoveries, after which a model is not tried any more.
+"""Incidents within ten minutes (unexpected exits, failed recoveries) that make a crash loop.
 
-One that still has an instance goes on with it, until somebody loads it."""
+A model that still has an instance serves on with it, until a person loads it."""
 
 FIRST_BACK_OFF_S = 0.5
+"""Back-off before the first recovery; it doubles with each incident."""
 LONGEST_BACK_OFF_S = 30.0
+"""At most: a model that can recover is back half a minute after its cause has gone."""
 
 _UNDER_WAY = (Phase.LOADING, Phase.SERVING, Phase.DRAINING)
 
-FORK_SERVER_LOOK_S = 0.5
-"""How often to look whether the fork server is back, while a load waits for it."""
+FORK_SERVER_POLL_S = 0.5
+"""How often to check whether the fork server is back, while a load waits for it."""
 
-SPARE_LOOK_S = 10.0
-"""How often to look whether a machine under pressure has time to prepare something."""
+PREPARATION_POLL_S = 10.0
+"""How often to check whether the pressure on the machine has ended, while a preparation waits."""
 
 
 def decide(
@@ -55,34 +57,40 @@ def decide(
     running: Mapping[str, LoadView],
     policy: Policy,
     now: str,
-    conditions: Observations | None = None,
+    observations: Observations | None = None,
 ) -> Decision:
-    """Decide on the recorded `state` and on what runs, keyed by load job id; `now` is a stamp."""
-    sight = SchedulerView(state, running, policy, now, conditions or Observations())
-    for actions in (_force, _cancels, _outcomes, _unloads, _outgrown):
-        action = next(actions(sight), None)
+    """Return the next action for the recorded `state` and the running loads, by load job id."""
+    view = SchedulerView(state, running, policy, now, observations or Observations())
+    for actions in (
+        _force_unloads,
+        _cancel_jobs,
+        _record_outcomes,
+        _advance_unloads,
+        _stop_preparation_over_budget,
+    ):
+        action = next(actions(view), None)
         if action is not None:
             return Decision(action)
-    eviction = Eviction(sight)
-    admission = admit(sight, eviction)
-    waiting_for = _waiting_for(sight, admission)
-    late = next(_timeouts(sight, waiting_for), None)
-    wanted_back = _wanted_back(sight)
-    action = late or next(_reloads(wanted_back, sight.now), None) or admission.action
+    eviction = Eviction(view)
+    admission = admit(view, eviction)
+    waiting_for = _waiting_for(view, admission)
+    late = next(_fail_late_loads(view, waiting_for), None)
+    reloads = _find_reloads(view)
+    action = late or next(_request_reloads(reloads, view.now), None) or admission.action
     if action is not None:
         return Decision(action)
-    removal = find_automatic_unload(sight, eviction)
-    if removal.action is not None:
-        return Decision(removal.action)
-    if (load_job_id := _to_prepare(sight)) is not None:
+    automatic = find_automatic_unload(view, eviction)
+    if automatic.action is not None:
+        return Decision(automatic.action)
+    if (load_job_id := _find_preparation(view)) is not None:
         return Decision(PrepareModel(load_job_id))
-    return Decision(None, _wake_at(sight, admission, removal, wanted_back), waiting_for)
+    return Decision(None, _wake_at(view, admission, automatic, reloads), waiting_for)
 
 
 def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
-    """Whether anything is recorded, or still to be, of the process behind this load; else it is to end.
+    """Whether the ledger still has use for the workers of a load; otherwise they are to end.
 
-    Told by the state alone, so that it holds also when nobody knows whether the last fact was recorded.
+    Only the state decides, so this holds even if it is unknown whether the last fact was recorded.
     """
     model = state.models.get(model_id)
     has_process = model is not None and model.phase in (ModelState.LOADED, ModelState.UNLOADING)
@@ -95,105 +103,104 @@ def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
     return any(find_unload_target(state, job) == load_job_id for job in swapped_out)
 
 
-def _force(sight: SchedulerView) -> Iterator[Action]:
-    """A forced unload cancels the loads before it, kills what serves, and ends the unloads before it."""
-    for model_id, queue in sight.queues.items():
+def _force_unloads(view: SchedulerView) -> Iterator[Action]:
+    """A forced unload cancels the loads before it, kills all workers, and ends the unloads before it."""
+    for model_id, queue in view.queues.items():
         forced = [index for index, job in enumerate(queue) if job.forced]
         if not forced:
             continue
         before = queue[: forced[-1] + 1]
-        target = find_unload_target(sight.state, before[-1])
+        target = find_unload_target(view.state, before[-1])
         yield from (CancelJob(job) for job in before if job.kind is JobKind.LOAD)
         yield from (StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
-        alive = [run for run in sight.running.values() if run.model_id == model_id and run.alive]
+        alive = [run for run in view.running.values() if run.model_id == model_id and run.alive]
         yield from (KillWorkers(run.load_job_id) for run in alive if not run.killed)
         if not alive:
             yield FinishUnload(tuple(before), target)
 
 
-def _cancels(sight: SchedulerView) -> Iterator[Action]:
-    """Who asked for a job's end has it, unless the job has had its effect, or an unload has begun.
-
-    So has a load that was wanted on demand, that has not begun, and that nobody waits for any more.
-    """
-    for job in sight.unended:
-        if job.cancelling or (_is_on_demand(sight, job) and job.model_id not in sight.conditions.awaited):
+def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
+    """Cancel jobs on request, and on-demand loads that have not begun and lost their demand."""
+    for job in view.unended:
+        if job.cancelling or (
+            _is_on_demand(view, job) and job.model_id not in view.observations.pending_demand
+        ):
             yield CancelJob(job)
 
 
-def _is_on_demand(sight: SchedulerView, job: Job) -> bool:
-    is_pending = job.status is JobStatus.PENDING and job.id not in sight.running
+def _is_on_demand(view: SchedulerView, job: Job) -> bool:
+    is_pending = job.status is JobStatus.PENDING and job.id not in view.running
     return job.kind is JobKind.LOAD and job.cause is Cause.DEMAND and is_pending
 
 
-def _outcomes(sight: SchedulerView) -> Iterator[Action]:
-    """What a worker reported becomes a fact."""
-    for run in sight.running.values():
-        if run.phase in _UNDER_WAY and not run.dead:
+def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
+    """Record what the workers of running loads came to."""
+    for run in view.running.values():
+        if run.phase in _UNDER_WAY and not run.exited:
             continue
-        job = sight.state.unended_job(run.load_job_id)
+        job = view.state.unended_job(run.load_job_id)
         if run.phase is Phase.LOADED and job is not None:
-            yield CompleteLoad(job, _replaced_by(sight, job))
+            yield CompleteLoad(job, _find_replaced_load(view, job))
         elif run.phase is Phase.FAILED and job is not None:
             yield FailLoad(job)
-        elif dead := _unrecorded_deaths(sight, run):
-            yield RecordDeath(run.load_job_id, dead)
+        elif exited := _find_unrecorded_exits(view, run):
+            yield RecordDeath(run.load_job_id, exited)
 
 
-def _replaced_by(sight: SchedulerView, job: Job) -> str | None:
-    model = sight.state.models.get(job.model_id)
+def _find_replaced_load(view: SchedulerView, job: Job) -> str | None:
+    model = view.state.models.get(job.model_id)
     if model is None or model.phase is not ModelState.LOADED or model.serving is None:
         return None
     return model.serving.load_job_id
 
 
-def _unrecorded_deaths(sight: SchedulerView, run: LoadView) -> tuple[str, ...]:
-    """Return the workers of a load that is recorded as serving whose end is not recorded."""
-    model = sight.state.models.get(run.model_id)
+def _find_unrecorded_exits(view: SchedulerView, run: LoadView) -> tuple[str, ...]:
+    """Return the workers of the recorded serving load whose exit is not recorded yet."""
+    model = view.state.models.get(run.model_id)
     if model is None or model.serving is None or model.phase is not ModelState.LOADED:
         return ()
     if model.serving.load_job_id != run.load_job_id:
         return ()
     left = model.serving.worker_ids
-    return left if run.phase is Phase.GONE else tuple(worker for worker in left if worker in run.dead)
+    return left if run.phase is Phase.GONE else tuple(worker for worker in left if worker in run.exited)
 
 
-def _unloads(sight: SchedulerView) -> Iterator[Action]:
-    for job in sight.unended:
+def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
+    for job in view.unended:
         if job.kind is not JobKind.UNLOAD or job.forced:
             continue
-        if not sight.is_next(job):
-            yield from _cancel_reloads_before(sight, job)
+        if not view.is_first_in_queue(job):
+            yield from _cancel_reloads_before(view, job)
             continue
-        load_job_id = find_unload_target(sight.state, job)
-        run = sight.running.get(load_job_id)
+        load_job_id = find_unload_target(view.state, job)
+        run = view.running.get(load_job_id)
         if job.status is JobStatus.PENDING or (run is not None and run.phase is Phase.SERVING):
             yield StartUnload(job, load_job_id)
-        elif not sight.alive(load_job_id):
+        elif not view.alive(load_job_id):
             yield FinishUnload((job,), load_job_id)
 
 
-def _outgrown(sight: SchedulerView) -> Iterator[Action]:
-    """What serves has grown beyond the budget: what is prepared goes first."""
-    if sight.may_stop_preparing and sight.free_bytes is not None and sight.free_bytes < 0:
+def _stop_preparation_over_budget(view: SchedulerView) -> Iterator[Action]:
+    """Stop the preparation when serving workers outgrew the budget."""
+    if view.can_stop_preparation and view.free_bytes is not None and view.free_bytes < 0:
         yield StopPreparation()
 
 
-def _cancel_reloads_before(sight: SchedulerView, unload: Job) -> Iterator[Action]:
-    """An unload ends the wish to have a model back, whole or at all, and so the reloads that it began."""
-    model = sight.state.models.get(unload.model_id)
+def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]:
+    """Cancel the reloads of a lost or degraded model that is to be unloaded."""
+    model = view.state.models.get(unload.model_id)
     if model is None or not (model.phase is ModelState.LOST or model.degraded):
         return
-    for job in sight.queues[unload.model_id]:
+    for job in view.queues[unload.model_id]:
         if job.id == unload.id:
             return
         if job.kind is JobKind.LOAD and job.cause in RELOADS:
             yield CancelJob(job)
 
 
-def _timeouts(sight: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
-    for job in sight.unended:
-        if job.deadline_at is None or job.deadline_at > sight.now:
+def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
+    for job in view.unended:
+        if job.deadline_at is None or job.deadline_at > view.now:
             continue
         assert job.load is not None
         is_pending = job.status is JobStatus.PENDING
@@ -202,13 +209,13 @@ def _timeouts(sight: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[
         yield FailLoad(job, TIMEOUT, f"not loaded within {job.load.timeout_s} s; it waited for {reason}")
 
 
-def _reloads(wanted_back: Sequence[LoadedModel], now: str) -> Iterator[Action]:
-    """What was lost is requested again, last loaded first; a model that keeps dying is given up."""
-    for loaded in wanted_back:
+def _request_reloads(reloads: Sequence[LoadedModel], now: str) -> Iterator[Action]:
+    """Request reloads in their order; a model in a crash loop fails instead."""
+    for loaded in reloads:
         model = loaded.model
         if model.lost_by in (Cause.RESTART, Cause.SWAP):
             yield RequestReload(loaded, model.lost_by)
-        elif _keeps_dying(model):
+        elif _is_crash_loop(model):
             reason = model.error.message if model.error else "its worker died"
             yield FailModel(
                 loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}"
@@ -217,63 +224,63 @@ def _reloads(wanted_back: Sequence[LoadedModel], now: str) -> Iterator[Action]:
             yield RequestReload(loaded, Cause.RECOVERY)
 
 
-def _wanted_back(sight: SchedulerView) -> list[LoadedModel]:
-    """Return the models that are wanted back, whole or at all, and that nobody is at, in their order."""
-    models = (model for model in sight.state.models.values() if _is_missed(sight, model))
-    wanted = (loaded for model in models if (loaded := model.loaded) is not None)
-    return sorted(wanted, key=lambda model: _importance(sight, model), reverse=True)
+def _find_reloads(view: SchedulerView) -> list[LoadedModel]:
+    """Return lost and degraded models without a job, most important first."""
+    models = (model for model in view.state.models.values() if _needs_reload(view, model))
+    reloads = (loaded for model in models if (loaded := model.loaded) is not None)
+    return sorted(reloads, key=lambda model: _reload_rank(view, model), reverse=True)
 
 
-def _is_missed(sight: SchedulerView, model: Model) -> bool:
+def _needs_reload(view: SchedulerView, model: Model) -> bool:
     if model.serving is None or model.loads or model.unloads:
         return False
     if model.phase is ModelState.LOST:
-        return sight.policy.restores or model.lost_by is not Cause.RESTART
-    return model.degraded and not model.serving.kept_as_is and not _keeps_dying(model)
+        return view.policy.restores or model.lost_by is not Cause.RESTART
+    return model.degraded and not model.serving.kept_as_is and not _is_crash_loop(model)
 
 
-def _importance(sight: SchedulerView, model: LoadedModel) -> tuple[bool, str, int]:
-    """Return whether a model is pinned, when it was used last, and which of two was loaded later."""
-    used_at = max(sight.conditions.last_used.get(model.id, ""), model.serving.loaded_at)
+def _reload_rank(view: SchedulerView, model: LoadedModel) -> tuple[bool, str, int]:
+    """Return a sort key: pinned, last used, loaded last."""
+    used_at = max(view.observations.last_used.get(model.id, ""), model.serving.loaded_at)
     return model.serving.parameters.pinned, used_at, model.serving.position
 
 
-def _keeps_dying(model: Model) -> bool:
+def _is_crash_loop(model: Model) -> bool:
     return len(model.incidents) >= MAX_INCIDENTS
 
 
 def _reload_at(loaded: LoadedModel) -> str:
-    """Return when a model whose worker died is requested again: some time after the last that went wrong."""
+    """Return when the back-off of a lost or degraded model ends."""
     model = loaded.model
     since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents])
     doublings = max(0, len(model.incidents) - 1)
     return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
-def _to_prepare(sight: SchedulerView) -> str | None:
-    """Return the load whose files are prepared next: one at a time, in spare time and spare memory."""
-    conditions, free = sight.conditions, sight.free_bytes
-    is_spare = not (sight.unended or conditions.under_pressure or conditions.preparation)
-    if not (is_spare and conditions.fork_server_up):
+def _find_preparation(view: SchedulerView) -> str | None:
+    """Return the load whose files are prepared next: one at a time, when nothing else needs the machine."""
+    observations, free = view.observations, view.free_bytes
+    is_spare = not (view.unended or observations.under_pressure or observations.preparation)
+    if not (is_spare and observations.fork_server_up):
         return None
-    return next((key for key, need in conditions.preparable.items() if free is None or need <= free), None)
+    return next((key for key, need in observations.preparable.items() if free is None or need <= free), None)
 
 
 def _wake_at(
-    sight: SchedulerView, admission: Admission, removal: AutomaticUnload, wanted_back: Sequence[LoadedModel]
+    view: SchedulerView, admission: Admission, automatic: AutomaticUnload, reloads: Sequence[LoadedModel]
 ) -> str | None:
-    times = [job.deadline_at for job in sight.unended if job.deadline_at is not None]
-    times += [_reload_at(model) for model in wanted_back]
-    if times and not sight.conditions.fork_server_up:
-        times.append(add_seconds(sight.now, FORK_SERVER_LOOK_S))
-    if sight.conditions.preparable and sight.conditions.under_pressure:
-        times.append(add_seconds(sight.now, SPARE_LOOK_S))
-    return min(filter(None, [*times, *admission.wake_at, removal.wake_at]), default=None)
+    times = [job.deadline_at for job in view.unended if job.deadline_at is not None]
+    times += [_reload_at(model) for model in reloads]
+    if times and not view.observations.fork_server_up:
+        times.append(add_seconds(view.now, FORK_SERVER_POLL_S))
+    if view.observations.preparable and view.observations.under_pressure:
+        times.append(add_seconds(view.now, PREPARATION_POLL_S))
+    return min(filter(None, [*times, *admission.wake_at, automatic.wake_at]), default=None)
 
 
-def _waiting_for(sight: SchedulerView, admission: Admission) -> dict[str, str]:
+def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
     waiting = dict(admission.waiting_for)
-    for job in sight.unended:
-        if job.status is JobStatus.PENDING and not sight.is_next(job):
-            waiting[job.id] = f"job {sight.queues[job.model_id][0].id} of the same model"
+    for job in view.unended:
+        if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):
+            waiting[job.id] = f"job {view.queues[job.model_id][0].id} of the same model"
     return waiting

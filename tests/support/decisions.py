@@ -125,7 +125,7 @@ def processes(words: str) -> dict[str, LoadView]:
         model = OTHER if load.startswith("O") else MODEL
         phase, *dead = phase.split("/")
         killed = phase.endswith("!")
-        found[load] = LoadView(load, model, Phase(phase.rstrip("!")), killed=killed, dead=tuple(dead))
+        found[load] = LoadView(load, model, Phase(phase.rstrip("!")), killed=killed, exited=tuple(dead))
     return found
 
 
@@ -186,7 +186,7 @@ class Scene:
         self.history = History()
         self.policy = Policy(**{"loads_at_once": 2, "budget_bytes": 100, "evicts": True} | policy)
         self.running: dict[str, LoadView] = {}
-        self.conditions = Observations(needs={}, looked_at=set())
+        self.observations = Observations(estimates={}, estimating=set())
         self.play(script)
 
     def play(self, script: str) -> None:
@@ -239,19 +239,19 @@ class Scene:
 
     def estimate(self, load: str, needs: int | None) -> None:
         """The memory that a load will need becomes known, or is being found out."""
-        self.conditions = replace(self.conditions, needs={**self.conditions.needs, load: needs})
+        self.observations = replace(self.observations, estimates={**self.observations.estimates, load: needs})
 
     def unknown(self) -> None:
         """Nothing is known of the memory that loads will need."""
-        self.conditions = replace(self.conditions, needs={})
+        self.observations = replace(self.observations, estimates={})
 
     def observe(self, **given: Any) -> None:
         """Something else was observed."""
-        self.conditions = replace(self.conditions, **given)
+        self.observations = replace(self.observations, **given)
 
     def offer(self, load: str, memory_bytes: int) -> None:
         """A load has no cached model yet; to make it takes these bytes."""
-        self.observe(preparable={**self.conditions.preparable, load: memory_bytes})
+        self.observe(preparable={**self.observations.preparable, load: memory_bytes})
 
     def prepare(self, load: str, memory_bytes: int, *, stopping: bool = False) -> None:
         """The cached model of a load is being made."""
@@ -265,7 +265,7 @@ class Scene:
         """A requested load begins."""
         load = f"{model}{version}"
         self.history.start_load(load, of=model, version=version)
-        self.run(load, model, Phase.LOADING, memory_bytes=self.conditions.needs.get(load) or 0)
+        self.run(load, model, Phase.LOADING, memory_bytes=self.observations.estimates.get(load) or 0)
 
     def start(self, model: str, needs: int = 0, *, version: int = 1, **given: Any) -> None:
         """A load is requested and begins."""
@@ -326,7 +326,7 @@ class Scene:
     def decision(self) -> Decision:
         """Return what the scheduler decides now."""
         now = at(self.history.seconds)
-        return decide(self.history.state, self.running, self.policy, now, self.conditions)
+        return decide(self.history.state, self.running, self.policy, now, self.observations)
 
     def wake_in_s(self) -> float:
         """Return in how many seconds the scheduler is to decide again at the latest."""

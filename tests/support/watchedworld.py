@@ -42,7 +42,7 @@ UNFORCED = (
 URGENT = (Cause.RECOVERY, Cause.SWAP)
 """Of these one may load beside as many as may at once."""
 
-NEVER_OVERTAKEN_S = 120
+NEVER_OVERTAKING_LIMIT_S = 120
 """Who has waited that long is overtaken by nobody who came later."""
 
 PRESSURE_LIMIT_S = 60
@@ -140,7 +140,7 @@ class WatchedWorld(World):
             waits = other.kind is JobKind.LOAD and other.id not in self.live
             came_first = other.created_position < job.created_position and other.cause not in RELOADS
             if waits and came_first and self._is_ready(other) and not self._has_room_for(job, other):
-                assert self._waited_s(other) < NEVER_OVERTAKEN_S
+                assert self._waited_s(other) < NEVER_OVERTAKING_LIMIT_S
 
     def _has_room_for(self, job: Job, other: Job) -> bool:
         """Whether both fit, when what is leaving has gone; a model that stays takes nobody's place.

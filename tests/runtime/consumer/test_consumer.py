@@ -66,7 +66,7 @@ async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_poo
         waiting = await engine.ask_load("adder")
         jobs = engine.log.state.jobs
         await until(lambda: engine.consumer.waiting_for(jobs[waiting]) is not None)
-        assert engine.consumer.waiting_for(jobs[waiting]) == "a free place: of loads, 1 may run at once"
+        assert engine.consumer.waiting_for(jobs[waiting]) == "a free load slot: at most 1 may run at once"
         assert [engine.consumer.stage(jobs[job]) for job in (waiting, slow)] == [None, "loading"]
         await engine.unload("slow", force=True)
         assert (await engine.ended(waiting)).status is JobStatus.COMPLETED

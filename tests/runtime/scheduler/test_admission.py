@@ -7,18 +7,23 @@ import pytest
 from support.decisions import Scene, read_table
 
 from runtime.scheduler.actions import FailLoad, StartLoad
-from runtime.scheduler.admission import OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S, format_megabytes
+from runtime.scheduler.admission import (
+    OVERTAKING_LIMIT_S,
+    PRESSURE_POLL_S,
+    PRIORITY_AGING_S,
+    format_megabytes,
+)
 
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
 request a none; unknown -> estimate a1
 set budget_bytes=none; request a none; unknown -> start a1
 start a 10; request a version=2; unknown -> nothing
-request a none; observe looked_at=a1+; request b 60
-  -> b1 waits for a look at the files of 'a', which comes first;
+request a none; observe estimating=a1+; request b 60
+  -> b1 waits for the memory estimate of 'a', which comes first;
   estimate a1 60 -> start a1
-request a none; observe looked_at=a1+; estimate b1 101; request b 101 -> fail b1: insufficient_memory
-request a none -> a1 waits for a look at its files; request b 60 -> start b1
+request a none; observe estimating=a1+; estimate b1 101; request b 101 -> fail b1: insufficient_memory
+request a none -> a1 waits for the estimate of its memory; request b 60 -> start b1
 
 # What never fits fails at once.
 request a 100 -> start a1
@@ -29,17 +34,17 @@ set evicts=false; start a 60; request b 41 -> nothing; request c 40 -> start c1
 set evicts=false; start a 70; request b 50 -> nothing; complete a 30 -> start b1
 
 # What is being unloaded or was killed counts until its process has exited.
-load a 80; request b 50; unload a -> b1 waits for it is being given back;
-  run a1 a draining killed=true memory_bytes=80 -> b1 waits for it is being given back; exit a -> start b1
-kill x1 x 80; request b 50 -> b1 waits for it is being given back
-set max_loaded=1; kill x1 x 80; request b 50 -> b1 waits for it is being given back
+load a 80; request b 50; unload a -> b1 waits for it is being released;
+  run a1 a draining killed=true memory_bytes=80 -> b1 waits for it is being released; exit a -> start b1
+kill x1 x 80; request b 50 -> b1 waits for it is being released
+set max_loaded=1; kill x1 x 80; request b 50 -> b1 waits for it is being released
 
-# What is being given back is kept for the load that waits for it; others get the rest.
+# What is being released is kept for the load that waits for it; others get the rest.
 set evicts=false; load a 80; request b 50; request c 20; unload a -> start c1
-set evicts=false; load a 80; request b 50; request c 21; unload a -> c1 waits for being given back
-set evicts=false; load a 80; request b 50; request c 50; unload a -> c1 waits for being given back
+set evicts=false; load a 80; request b 50; request c 21; unload a -> c1 waits for being released
+set evicts=false; load a 80; request b 50; request c 50; unload a -> c1 waits for being released
 set evicts=false; load a 80; request b 50; request c 51; unload a
-  -> c1 waits for some kept for job b1, before it
+  -> c1 waits for some reserved for job b1, before it
 
 # The model limit.
 set max_loaded=2 evicts=false; load a; request c -> start c1
@@ -47,18 +52,18 @@ set max_loaded=1 evicts=false; load a; request c
   -> c1 waits for a place among the 1 models that may be loaded
 set max_loaded=1 evicts=false; load a; request a version=2 -> start a2
 set max_loaded=2; load a 10; load z 10; unload a; request b 10; request c 10
-  -> b1 waits for it is being given back;
-  -> c1 waits for a place among the 2 models that may be loaded, some kept
+  -> b1 waits for it is being released;
+  -> c1 waits for a place among the 2 models that may be loaded, some reserved
 set max_loaded=1; load a version=2; kill a1 a 10; unload a version=2; request b
-  -> b1 waits for it is being given back; exit a version=2 -> nothing; forget a1 -> start b1
+  -> b1 waits for it is being released; exit a version=2 -> nothing; forget a1 -> start b1
 set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request b 10 -> start b1
 set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request c 10; request b 10
-  -> c1 waits for it is being given back; -> b1 waits for room, which is kept for job c1, before it
+  -> c1 waits for it is being released; -> b1 waits for room, which is reserved for job c1, before it
 
 # A load that waits for room is overtaken for a while; then its room is kept until it ends.
 set evicts=false; load a 80; request b 50; wait 28; request c 10 -> start c1
 set evicts=false; load a 80; request b 50; wait 30; request c 10
-  -> c1 waits for room, which is kept for job b1
+  -> c1 waits for room, which is reserved for job b1
 set evicts=false; load a 80; request b 50 timeout_s=40; wait 38; request c 10; wait 1 -> fail b1: timeout;
   fail b timeout -> start c1
 set evicts=false; load z 60; request big 90 timeout_s=3600; wait 30; request small 10 -> nothing; wait 90;
@@ -72,11 +77,12 @@ set evicts=false; load z 50; request a 60 timeout_s=3600; wait 300; request b 30
 set evicts=false; load z 50; request a 60 cause=recovery; wait 200; request b 30 -> start b1
 
 # One load more than usual may run at once to repair what served.
-start a 10; start b 10; request c 10 -> c1 waits for a free place; request d 10 cause=recovery -> start d1;
-  begin d; request e 10 cause=recovery -> e1 waits for a free place
+start a 10; start b 10; request c 10 -> c1 waits for a free load slot; request d 10 cause=recovery
+  -> start d1;
+  begin d; request e 10 cause=recovery -> e1 waits for a free load slot
 
 # An on-demand load without pending demand is cancelled unless it has begun.
-set evicts=false; load z 80; request a 30 cause=demand -> cancel a1; observe awaited=a+ -> nothing
+set evicts=false; load z 80; request a 30 cause=demand -> cancel a1; observe pending_demand=a+ -> nothing
 start a 30 cause=demand -> nothing
 
 # Under pressure only low priority waits, for a minute at most, and keeps no room.
@@ -97,7 +103,7 @@ load a 80 busy=true; request b 50; wait 100 -> nothing
 
 @pytest.mark.parametrize("script", read_table(SCENES))
 def test_admission_decides(script: str) -> None:
-    assert (OVERTAKEN_S, PRESSURE_LOOK_S, RISE_S) == (30, 1, 60)  # as the rows have it
+    assert (OVERTAKING_LIMIT_S, PRESSURE_POLL_S, PRIORITY_AGING_S) == (30, 1, 60)  # as the rows have it
     Scene(script)
 
 
@@ -120,7 +126,11 @@ def test_loads_start_by_priority_then_age() -> None:
 
 @pytest.mark.parametrize(
     ("older", "newer", "after_s"),
-    [("normal", "high", RISE_S), ("low", "normal", RISE_S), ("low", "high", 2 * RISE_S)],
+    [
+        ("normal", "high", PRIORITY_AGING_S),
+        ("low", "normal", PRIORITY_AGING_S),
+        ("low", "high", 2 * PRIORITY_AGING_S),
+    ],
 )
 def test_waiting_load_rises_one_priority_per_minute(older: str, newer: str, after_s: float) -> None:
     for waited_s, first in ((after_s - 3, "b1"), (after_s, "a1")):
@@ -131,15 +141,16 @@ def test_waiting_load_rises_one_priority_per_minute(older: str, newer: str, afte
 @pytest.mark.parametrize("priority", ["low", "normal", "high"])
 def test_load_older_by_two_minutes_is_not_overtaken(priority: str) -> None:
     Scene(
-        f"set evicts=false; load z 60; request a 50 priority={priority}; wait {2 * RISE_S};"
-        "request b 1 priority=high -> b1 waits for room, which is kept for job a1, before it"
+        f"set evicts=false; load z 60; request a 50 priority={priority}; wait {2 * PRIORITY_AGING_S};"
+        "request b 1 priority=high -> b1 waits for room, which is reserved for job a1, before it"
     )
 
 
 def test_scheduler_wakes_when_waiting_load_rises() -> None:
     scene = Scene(
         "set evicts=false; load a 80; request c 10 priority=low; run y1 y loading; run z1 z loading; wait 40;"
-        "request b 50 priority=high timeout_s=3600; wait 35; forget y1 -> c1 waits for room, which is kept"
+        "request b 50 priority=high timeout_s=3600; wait 35; forget y1"
+        " -> c1 waits for room, which is reserved"
     )
     waited_s = 40.0 + 35 + 1
     while scene.next_action() == "nothing":
@@ -147,7 +158,7 @@ def test_scheduler_wakes_when_waiting_load_rises() -> None:
         waited_s += seconds
         scene.wait(seconds)
     assert scene.next_action() == "start c1"
-    assert waited_s == pytest.approx(2 * RISE_S)
+    assert waited_s == pytest.approx(2 * PRIORITY_AGING_S)
 
 
 # Messages.
@@ -162,7 +173,7 @@ def message(scene: Scene) -> str:
 def test_load_that_never_fits_reports_need_and_budget() -> None:
     scene = Scene("request a 2000000000", budget_bytes=1_500_000_000)
     assert message(scene) == "it needs 2,000 MB of memory, and the budget is 1,500 MB in all"
-    scene.observe(estimated={"a1"})
+    scene.observe(from_file_sizes={"a1"})
     assert "(estimated from its files)" in message(scene)
     assert "memory_limit_bytes" in message(scene)
 
@@ -170,7 +181,7 @@ def test_load_that_never_fits_reports_need_and_budget() -> None:
 def test_load_without_memory_reports_free_bytes_and_advice() -> None:
     scene = Scene("load a 80000000; request b 30000000", budget_bytes=100_000_000, evicts=False)
     text = "30 MB of memory, and of the budget of 100 MB 20 MB are free; "
-    assert scene.decision().waiting_for == {"b1": text + "unload a model, or have --evict idle do it"}
+    assert scene.decision().waiting_for == {"b1": text + "unload a model, or use --evict idle"}
     scene.wait(300)
     assert text in message(scene)  # of the timeout
 

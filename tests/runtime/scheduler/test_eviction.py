@@ -13,7 +13,7 @@ from support.history import PLAIN, at
 
 from events.models import LoadedModel, Model, Serving
 from events.types import LoadParameters
-from runtime.scheduler.eviction import LOOK_S, Victim, choose_fewest
+from runtime.scheduler.eviction import IDLE_POLL_S, Victim, choose_fewest
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
 
@@ -31,7 +31,7 @@ set evicts=false; load old 50; load new 50; wait 10; request x 50 -> nothing
 load old 50 busy=true; load new 50; wait 10; request x 50 -> unload new, eviction for x1
 load old 50 pinned=true; load new 50; wait 10; request x 50 -> unload new, eviction for x1
 load old 50; load new 50; wait 10; request x 50; request old none version=2 -> unload new, eviction for x1
-load old 50; load new 50; wait 10; request x 50; unload old -> x1 waits for it is being given back
+load old 50; load new 50; wait 10; request x 50; unload old -> x1 waits for it is being released
 start a 100; wait 10; request x 50 -> nothing
 set loads_at_once=3; start a 90; run a1 a loaded memory_bytes=90 -> complete a1
 load a 90 cause=demand busy=true; wait 10; request b 50 priority=high -> nothing
@@ -43,9 +43,9 @@ restart y; load a 80; wait 10; request y 50 cause=restart -> fail y1: insufficie
 load a 20; load b 20; load c 50; wait 10; request x 45 -> unload c, eviction for x1
 load a 25; load b 25; load c 25; load d 25; wait 10; request x 60 -> unload a, eviction for x1;
   unload a cause=eviction -> unload b, eviction for x1; unload b cause=eviction -> unload c, eviction for x1;
-  unload c cause=eviction -> x1 waits for it is being given back
+  unload c cause=eviction -> x1 waits for it is being released
 load a 25; load b 25; load c 25; load d 25; wait 10; request x 20 -> unload a, eviction for x1;
-  unload a cause=eviction -> x1 waits for it is being given back
+  unload a cause=eviction -> x1 waits for it is being released
 load a 50; load b 50 busy=true; wait 10; request x 60
   -> x1 waits for the others are busy, pinned, or were loaded just now; -> wakes in 0.25
 
@@ -76,7 +76,7 @@ SERVING = Serving("L", 1, 3, at(3), "alice", ("w",), (), 1, 1, LoadParameters())
 
 @pytest.mark.parametrize("script", read_table(SCENES))
 def test_eviction_decides(script: str) -> None:
-    assert (MIN_RESIDENCY_S, LOOK_S) == (10, 0.25)  # as the rows have it
+    assert (MIN_RESIDENCY_S, IDLE_POLL_S) == (10, 0.25)  # as the rows have it
     Scene(script)
 
 

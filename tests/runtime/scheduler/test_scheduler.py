@@ -8,7 +8,7 @@ from events.jobs import Failure
 from events.models import CRASH_LOOP, FORK_SERVER_DIED, ModelState
 from events.types import Cause
 from runtime.scheduler.actions import Decision, FailLoad, FailModel, RequestReload, StartLoad
-from runtime.scheduler.scheduler import FORK_SERVER_LOOK_S, decide, is_load_current
+from runtime.scheduler.scheduler import FORK_SERVER_POLL_S, decide, is_load_current
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy
 
 NEXT_ACTIONS = """
@@ -161,7 +161,7 @@ def test_only_loading_counts_as_load_at_once(running: str) -> None:
 
 def test_pending_jobs_report_what_they_wait_for() -> None:
     decision = decide_on("request start request_other", "L:loading", policy=Policy(1))
-    assert decision == Decision(None, at(301), {"O": "a free place: of loads, 1 may run at once"})
+    assert decision == Decision(None, at(301), {"O": "a free load slot: at most 1 may run at once"})
     decision = decide_on("load unload start_unload request_2 request_3", "L:draining")
     assert decision.waiting_for == {"L2": "job U of the same model", "L3": "job U of the same model"}
 
@@ -171,7 +171,7 @@ def test_missing_fork_server_delays_loads_only() -> None:
     down, now = Observations(fork_server_up=False), at(history.seconds)
     decision = decide(history.state, processes("L:serving"), PAIR, now, down)
     waits = {"O": "the fork server, which is being started again"}
-    assert decision == Decision(None, at(history.seconds + FORK_SERVER_LOOK_S), waits)
+    assert decision == Decision(None, at(history.seconds + FORK_SERVER_POLL_S), waits)
     STEPS["unload"](history)
     action = decide(history.state, processes("L:serving"), PAIR, now, down).action
     assert describe(action) == "start U of L"
@@ -186,7 +186,7 @@ def test_missing_fork_server_delays_loads_only() -> None:
     ("facts", "running", "waited_for"),
     [
         ("request_10s start", "L:loading", "its worker, which had not finished loading"),
-        ("request_other start_other request_10s", "O:loading", "a free place: of loads, 1 may run at once"),
+        ("request_other start_other request_10s", "O:loading", "a free load slot: at most 1 may run at once"),
         ("load_other request_10s", "", "its turn"),
     ],
 )

@@ -102,21 +102,22 @@ load a 60; request a 41 version=2 strategy=auto -> replace a1 by a2
 load a 60; request a 101 version=2 strategy=auto -> fail a2: insufficient_memory
 set evicts=false; load z 30; load a 30; request a 60 version=2 -> nothing
 load z 50; load a 40; request a 70 version=2 strategy=in_place -> nothing; wait 10
-  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z
+  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being released; exit z
   -> replace a1 by a2
 load z 50; load a 40; request a 70 version=2 strategy=auto -> nothing; wait 10
-  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being given back; exit z
+  -> unload z, eviction for a2; unload z cause=eviction -> a2 waits for being released; exit z
   -> replace a1 by a2
 set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=in_place
-  -> a2 waits for a free place
-set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=auto -> a2 waits for a free place
+  -> a2 waits for a free load slot
+set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=auto
+  -> a2 waits for a free load slot
 
 # A model between two versions goes before everything, and its room is kept.
-{GAP} request b 30 priority=high -> a2 waits for the end of the version whose place it takes;
-  -> b1 waits for room, which is kept for job a2, before it; exit a -> start a2
+{GAP} request b 30 priority=high -> a2 waits for the unload of the version that it replaces;
+  -> b1 waits for room, which is reserved for job a2, before it; exit a -> start a2
 set budget_bytes=none; {GAP} request b -> start b1
 {GAP} run z1 z memory_bytes=50; exit a; request b 30 priority=high
-  -> b1 waits for room, which is kept for job a2
+  -> b1 waits for room, which is reserved for job a2
 {GAP} exit a; fail a version=2 -> reload a, swap; request b 60 priority=high;
   request a 60 version=3 cause=swap priority=low -> start a3
 {GAP} exit a; observe under_pressure=true -> start a2
@@ -137,4 +138,4 @@ def test_swap_decides(script: str) -> None:
 
 def test_swap_that_never_fits_beside_names_the_strategies() -> None:
     action = Scene("load a 60; request a 60 version=2").decision().action
-    assert "with strategy auto or in_place it takes its place" in action.message  # type: ignore[union-attr]
+    assert "with strategy auto or in_place it replaces that version" in action.message  # type: ignore[union-attr]
