@@ -112,6 +112,14 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
+    # Without defaults, because every release wrote these: a body that lacks one is no event.
+    priority: str
+    timeout_s: int
+    keep_alive_s: int | None
+    memory_limit_bytes: int | None
+    strategy: str
+    pinned: bool
+    instances: int
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 from support.history import FEWER, INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
 
 from events.codec import decode_event, encode_canonical, encode_event
@@ -161,6 +162,16 @@ def test_field_missing_in_earlier_release_takes_default(name: str) -> None:
     whole: Any = DECODED[name]
     expected = replace(whole, **optional)
     assert decode_event(change(BODIES[name], data=data)) == event(expected)
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_body_without_required_field_is_refused(name: str) -> None:
+    data = json.loads(BODIES[name])["data"]
+    for field in fields(TYPES[name]):
+        if field.required:
+            lacking = {key: value for key, value in data.items() if key != field.name}
+            with pytest.raises(msgspec.ValidationError, match=f"missing required field `{field.name}`"):
+                decode_event(change(BODIES[name], data=lacking))
 
 
 def test_event_is_immutable_value() -> None:

@@ -49,6 +49,7 @@ from events.types import (
     JobCancelled,
     LoadedFile,
     LoadFailed,
+    LoadParameters,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -99,7 +100,7 @@ def load_requested(
     cause: Cause = Cause.REQUEST, *, timeout_s: int = 300, instances: int = 1
 ) -> LoadRequested:
     """Return what a plain load asks for."""
-    return LoadRequested(timeout_s=timeout_s, instances=instances, cause=cause)
+    return LoadRequested.of(LoadParameters(timeout_s=timeout_s, instances=instances), cause)
 
 
 def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:
