@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from events.audit.audit import audit
-from events.audit.export import export_of, jsonl
+from events.audit.export import JSONL, export_of
 from events.audit.exportreader import FileAudit, audit_file, compress
 from events.audit.files import make_durable, printable_name, refuse_irregular, remove_stale_drafts, write_file
 from events.audit.signing import Sign
@@ -178,7 +178,7 @@ def _write(connection: sqlite3.Connection, base: LogBase, last: int, target: Pat
     was_there = target.exists()
     if not was_there:
         with write_file(target, replace=False) as file, compress(file) as packed:
-            for line in export_of(connection, jsonl(), sign, after=base.position, until=last):
+            for line in export_of(connection, JSONL, sign, after=base.position, until=last):
                 packed.write(line)
     else:  # who was interrupted may not have come as far
         make_durable(target)

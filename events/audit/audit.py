@@ -303,7 +303,7 @@ def replay(
     state, _ = fold_archives(behind.files)
     if moment.recorded_at is None:
         moment = Moment(state.position, state.recorded_at)
-    for page in history.read_pages(connection, state.position, moment.position):
+    for page in queries.read_pages(connection, state.position, moment.position):
         history.fold_page(state, page)
     return moment, state
 

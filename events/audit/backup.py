@@ -1,4 +1,4 @@
-"""A copy of the ledger as it is at one moment, made beside a running server, verified before it is there."""
+"""Backup: a verified copy of the ledger at one moment, made beside a running server."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from events.sqlite.readonly import open_read_only
 
 
 def back_up(path: Path, target: Path) -> Audit:
-    """Copy the ledger at `path` to `target` (0600), which is replaced if it is there; return its audit.
+    """Copy the ledger at `path` to `target` (0600), replace an earlier copy there, and return its audit.
 
-    The copy is one file, complete by itself (`journal_mode=DELETE`). It takes its name only when it is on the
-    disk and verified. The keys are not in it.
+    The copy is one complete file (`journal_mode=DELETE`) without the keys. It gets its name when it is
+    verified and on the disk.
 
     Raises:
-        WrongTarget: `wrong_target`, what is at `target` cannot be replaced, or a database's files are beside.
+        WrongTarget: `wrong_target`, `target` cannot be replaced, or another database's files are beside it.
         DataInUse: `data_in_use`, a server runs on the folder of `target`.
-        IncompleteCopy: `incomplete_copy`, the ledger itself is a copy that may lack its newest events.
+        IncompleteCopy: `incomplete_copy`, the ledger is itself a copy that may lack its newest events.
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        LedgerDamaged: `ledger_damaged`, the copy does not verify; none was left.
-        LogUnavailable: `log_unavailable`, the ledger cannot be read, or the copy not be written.
-        OSError: the file cannot be made there.
+        LedgerDamaged: `ledger_damaged`, the copy does not verify, and is removed.
+        LogUnavailable: `log_unavailable`, the ledger cannot be read, or the copy cannot be written.
+        OSError: the file cannot be created.
     """
     _refuse_leftovers(target)
     with _unserved(target.parent), open_draft(target) as draft:
@@ -37,7 +37,7 @@ def back_up(path: Path, target: Path) -> Audit:
         found = audit(draft)
         if found.finding is not None:
             raise LedgerDamaged(
-                f"the copy does not verify, and was not kept: position {found.finding.position}, "
+                f"the copy does not verify, and was removed: position {found.finding.position}, "
                 f"{found.finding.problem}"
             )
         _refuse_leftovers(target)
@@ -48,29 +48,29 @@ def back_up(path: Path, target: Path) -> Audit:
 def _copy(path: Path, draft: Path) -> None:
     with (
         open_read_only(path, problem="cannot be copied", refuses_incomplete=True) as source,
-        closing(sqlite3.connect(draft)) as copy,
+        closing(sqlite3.connect(f"{draft.absolute().as_uri()}?mode=rw", uri=True)) as copy,
     ):
         source.backup(copy)  # in one step: in several, each commit of the server would begin it anew
         copy.execute("PRAGMA journal_mode = DELETE")
 
 
 def _refuse_leftovers(target: Path) -> None:
-    """Refuse where SQLite would take what another database left for the copy's own, and write it into it."""
+    """Refuse a target beside another database's WAL or journal, which SQLite would write into the copy."""
     for suffix in ("-wal", "-journal", "-shm"):
         beside = target.with_name(target.name + suffix)
         if os.path.lexists(beside):
             raise WrongTarget(
-                f"{beside} is there, and would be read as a part of the copy: move it away, with "
-                f"{target.name} if that is there, or choose another file"
+                f"{beside} exists, and SQLite would read it as a part of the copy: move it away, with "
+                f"{target.name} if that exists, or choose another file"
             )
 
 
 @contextmanager
 def _unserved(folder: Path) -> Iterator[None]:
-    """Keep servers away from a folder that may be a data directory; what its lock says stays as it is."""
+    """Keep servers from starting on the folder, if it is a data directory, until the block ends."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # it is none, or nobody's whom we know
+    except OSError:  # it is not a data directory
         yield
         return
     try:

@@ -1,4 +1,4 @@
-r"""The log written out: lines that verify by themselves, with a signed head at their end.
+r"""Export: the log as lines that verify by themselves, with a signed head at their end.
 
 `jsonl`, each line one JSON object, in ASCII:
 
@@ -7,8 +7,8 @@ r"""The log written out: lines that verify by themselves, with a signed head at 
     …
     {"head":{"position":…,"hash":"…","recorded_at":"…","base":{…},…,"signature":"…"}}
 
-`body` is the text whose UTF-8 is hashed, so nobody has to write canonical JSON to verify. `cloudevents` has a
-CloudEvent a line instead, for other programs: those files are not read again.
+`body` is the text whose UTF-8 is hashed, so a verifier never writes canonical JSON. `cloudevents` writes one
+CloudEvent a line instead, for other programs; loadledger does not read those files again.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from events.audit.signing import Sign, SignedHead, Statement, key_id
 from events.codec import hash_body
 from events.errors import Archived, LedgerDamaged, NothingThere
-from events.sqlite.queries import LogBase, Row, hash_at, read_base
+from events.sqlite.queries import LogBase, Row, hash_at, read_base, read_pages
 from events.sqlite.readonly import open_read_only
 from events.types import SYSTEM
 
 FORMAT = "loadledger-export-v1"
-"""The first line's mark; other lines will have another."""
+"""The mark in the first line; another format will have another."""
 
-PAGE = 500
-"""Rows read at once: no cursor stays open meanwhile, so that the WAL can be checkpointed."""
+TYPE_PREFIX = "dev.loadledger."
+"""CloudEvents ask for reverse-DNS names; the event's own type follows."""
+
+HEAD_TYPE = f"{TYPE_PREFIX}head.v1"
+"""The type of the last line: the signed head."""
+
+SEQUENCE_DIGITS = 19
+"""As many as the largest position has, so that text sorts as numbers (CloudEvents' `sequence` extension)."""
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
 class ExportFormat:
-    """A form of export: its lines before the events, for one event (with the previous hash), and after."""
+    """An export format: the lines before the events, for one event (with the previous hash), and after."""
 
     first: Callable[[LogBase], bytes]
     event: Callable[[Row, bytes], bytes]
     last: Callable[[SignedHead], bytes]
-
-
-def jsonl() -> ExportFormat:
-    """Return the form that has the exact bodies and hashes."""
-    return ExportFormat(_first, _event, _last)
 
 
 def export(
@@ -52,16 +56,15 @@ def export(
 ) -> Iterator[bytes]:
     """Yield the lines of the events after position `after` up to and with `until`, and the signed head there.
 
-    Without `after` it begins where the log does, without `until` it ends at the head that the log has at the
-    beginning. Memory does not grow with the log. The chain is checked on the way, so that no head is signed
-    that does not follow from what was written.
+    `after` defaults to the base of the log, `until` to its head when the export begins. Memory does not grow
+    with the log. The chain is checked on the way, so a head is signed only if it follows from the lines.
 
     Raises:
         IncompleteCopy: `incomplete_copy`, the file may lack its newest events.
-        Archived: `archived`, `after` is before what the log has.
+        Archived: `archived`, `after` is before the base.
         NothingThere: `nothing_there`, `until` is beyond the head or before `after`.
         LedgerDamaged: `ledger_damaged`, naming the position.
-        LogUnavailable: `log_unavailable`, it cannot be read.
+        LogUnavailable: `log_unavailable`, the file cannot be read.
     """
     with open_read_only(path, refuses_incomplete=True) as connection:
         yield from export_of(connection, form, sign, after=after, until=until)
@@ -70,35 +73,27 @@ def export(
 def export_of(
     connection: sqlite3.Connection, form: ExportFormat, sign: Sign, *, after: int | None, until: int | None
 ) -> Iterator[bytes]:
-    """Yield what `export` does, of an open ledger."""
+    """Yield what `export` does, from an open connection."""
     base = read_base(connection)
     first, last = _bounds(connection, base, after, until)
     digest = hash_at(connection, base, first)
     if opening := form.first(LogBase(first, digest)):
         yield opening
-    for row in rows_between(connection, first, last):
+    for row in _rows_between(connection, first, last):
         previous, digest = digest, _checked(row, digest)
         yield form.event(row, previous)
     yield form.last(sign(Statement(last, digest, _recorded_at(connection, last), base)))
 
 
-def rows_between(connection: sqlite3.Connection, after: int, until: int) -> Iterator[Row]:
-    """Yield the events after one position up to and with another, a page at a time.
-
-    Raises:
-        LedgerDamaged: one is missing.
-    """
-    while after < until:
-        page = connection.execute(
-            "SELECT position, body, hash FROM events WHERE position > ? AND position <= ?"
-            " ORDER BY position LIMIT ?",
-            (after, until, PAGE),
-        ).fetchall()
-        for position, body, digest in page or [(until + 1, "", b"")]:
-            if position != after + 1:
-                raise LedgerDamaged(f"the event at position {after + 1} is missing; `verify` says more")
-            after = position
-            yield Row(position, body, digest)
+def _rows_between(connection: sqlite3.Connection, after: int, until: int) -> Iterator[Row]:
+    """Yield the events after one position up to and with another, and check that none is missing."""
+    for position, body, digest in chain.from_iterable(read_pages(connection, after, until)):
+        if position != after + 1:
+            break
+        after = position
+        yield Row(position, body, digest)
+    if after < until:
+        raise LedgerDamaged(f"the event at position {after + 1} is missing; `verify` says more")
 
 
 def _bounds(
@@ -112,7 +107,7 @@ def _bounds(
         raise Archived(problem, base.position + 1, head)
     if not first <= last <= head:
         raise NothingThere(
-            f"there is nothing from after position {first} to {last}: the log ends at position {head}"
+            f"there are no events from after position {first} to {last}: the log ends at position {head}"
         )
     return first, last
 
@@ -120,7 +115,7 @@ def _bounds(
 def _checked(row: Row, previous: bytes) -> bytes:
     digest = hash_body(previous, row.body)
     if digest != row.hash:
-        raise LedgerDamaged(f"the event at position {row.position} is not what it was; `verify` says more")
+        raise LedgerDamaged(f"the event at position {row.position} was changed; `verify` says more")
     return digest
 
 
@@ -131,9 +126,6 @@ def _recorded_at(connection: sqlite3.Connection, position: int) -> str:
 
 def _line(members: dict[str, object]) -> bytes:
     return _ENCODER.encode(members).encode("ascii") + b"\n"
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def _first(after: LogBase) -> bytes:
@@ -148,18 +140,12 @@ def _last(head: SignedHead) -> bytes:
     return _line({"head": head.members()})
 
 
-TYPE_PREFIX = "dev.loadledger."
-"""CloudEvents ask for reverse-DNS names; what follows is the event's own type."""
-
-HEAD_TYPE = f"{TYPE_PREFIX}head.v1"
-"""The type of the last line: the signed head."""
-
-SEQUENCE_DIGITS = 19
-"""As many as the largest position has, so that text sorts as numbers (CloudEvents' `sequence` extension)."""
+JSONL = ExportFormat(_first, _event, _last)
+"""The format that has the exact bodies and hashes, and that loadledger reads again."""
 
 
 def cloudevents(public_key: bytes) -> ExportFormat:
-    """Return the form whose lines are CloudEvents 1.0, for programs that already read those.
+    """Return the format whose lines are CloudEvents 1.0, for programs that read those.
 
     `source` names the ledger by its public key. `data` is the whole event in canonical form; `ledgerhash` is
     SHA-256 of the bytes of `ledgerprevious` and the UTF-8 of `data` as it stands in the line.
@@ -212,6 +198,6 @@ def _sequence(position: int) -> str:
 
 
 def _cloudevent_line(attributes: dict[str, str | None], data: str) -> bytes:
-    """Write a CloudEvent around `data`, which is JSON already; what is null is left out."""
+    """Write a CloudEvent around `data`, which is JSON already; null attributes are left out."""
     given = {name: value for name, value in attributes.items() if value is not None}
     return f'{json.dumps(given, separators=(",", ":"))[:-1]},"data":{data}}}\n'.encode()

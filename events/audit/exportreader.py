@@ -1,7 +1,7 @@
-"""Exports and archives read again: their events one by one as they are proved, and their signed head.
+"""Verification of one export or archive: events one by one as they are proved, and the signed head.
 
-An archive is an export (`events.audit.export`, form `jsonl`) compressed with gzip. Each line has to be, byte
-for byte, the one that is written for what it says, so that nobody can read it in another way.
+An archive is an export (`events.audit.export`, format `jsonl`) compressed with gzip. A line is valid only if
+it is, byte for byte, what the export writes for that event, so that it has one reading only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Annotated, BinaryIO, TypeVar, cast
 
 import msgspec
 
-from events.audit.export import FORMAT, jsonl
+from events.audit.export import FORMAT, JSONL
 from events.audit.files import printable_name
 from events.audit.signing import SignedHead, as_signed_head, key_id
 from events.audit.verify import Expected, Finding, FindingKind
@@ -28,7 +28,7 @@ from events.errors import LedgerDamaged, LogUnavailable
 from events.sqlite.queries import LogBase, Row
 
 MAX_LINE = 16 * 2**20
-"""Bytes: more than any event has, and no hostile file is read into memory whole."""
+"""Bytes: more than any event has; a hostile file with a longer line is never read into memory whole."""
 
 LEVEL = 6
 """gzip's own default: a tenth of the size, 30 MB/s."""
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class FileDamaged(LedgerDamaged):
-    """A file of events does not verify."""
+    """An export or archive does not verify; `position` is the first that is wrong or missing."""
 
     def __init__(self, problem: str, position: int, kind: FindingKind = FindingKind.EVENT) -> None:
         super().__init__(problem)
@@ -50,25 +50,25 @@ class FileDamaged(LedgerDamaged):
 
 @contextmanager
 def compress(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Give a file whose content arrives compressed in `file`; the same content gives the same bytes."""
+    """Write a compressed file through `file`; the same content gives the same bytes."""
     with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=LEVEL) as packed:
         yield cast("BinaryIO", packed)
 
 
 def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) -> Iterator[bytes]:
-    """Yield the lines of an archive, or of an export that is not compressed; what has no end is cut.
+    """Yield the lines of an archive or an uncompressed export; a line longer than `MAX_LINE` is cut.
 
     Args:
         path: of a regular file.
-        seen: told the file's own bytes as they are read, all of them in the end.
+        seen: is called with the file's own bytes as they are read.
 
     Raises:
-        LedgerDamaged: it is cut off, or not what gzip wrote.
-        LogUnavailable: it is no regular file.
+        LedgerDamaged: the file is truncated, or not valid gzip.
+        LogUnavailable: it is not a regular file.
         OSError: it cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise LogUnavailable(f"{printable_name(path)} is no regular file")
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
+        raise LogUnavailable(f"{printable_name(path)} is not a regular file")
     with path.open("rb", buffering=0) as raw, io.BufferedReader(_Seen(raw, seen), BUFFER) as file:
         is_packed = file.peek(2)[:2] == b"\x1f\x8b"  # RFC 1952 section 2.3.1
         source = gzip.GzipFile(fileobj=file) if is_packed else file
@@ -80,37 +80,37 @@ def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) 
 
 
 class _Seen(io.RawIOBase):
-    """A file that tells what is read of it."""
+    """A file that passes on the bytes that are read."""
 
-    def __init__(self, file: io.FileIO, tell: Callable[[memoryview], None]) -> None:
+    def __init__(self, file: io.FileIO, seen: Callable[[memoryview], None]) -> None:
         self._file = file
-        self._tell = tell
+        self._seen = seen
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # it is given nothing else
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # io passes nothing else
         count = self._file.readinto(buffer)
-        self._tell(buffer[:count])
+        self._seen(buffer[:count])
         return count
 
 
 class ExportReader:
-    """An export as it is read: what has been yielded is proved.
+    """Iterates over the events of an export; each event is proved when it is yielded.
 
     Attributes:
-        after: where it begins.
-        position: of the last event that was proved, or where it begins.
-        hash: there.
+        after: the position and hash after which the export begins.
+        position: of the last proved event.
+        hash: of the last proved event.
         head: the signed head, once all events have been yielded.
 
     Args:
         lines: of the export.
-        known: whether all of it was verified before: then the chain alone is checked, since with the same
-            last hash all of it is the same.
+        known: whether the file was verified before: then only the chain is checked, since the same last hash
+            means the same content.
 
     Raises:
-        FileDamaged: from here and while it is read, naming the first position that is wrong, or missing.
+        FileDamaged: here or during the iteration, naming the first position that is wrong, or missing.
     """
 
     def __init__(self, lines: Iterable[bytes], *, known: bool = False) -> None:
@@ -121,7 +121,7 @@ class ExportReader:
         except ValueError as error:
             raise FileDamaged(str(error), 0) from None
         if not _may_begin(self.after):
-            raise FileDamaged("it begins with another hash than ledgers do", 0, FindingKind.BASE)
+            raise FileDamaged("the file begins after a hash that no log begins with", 0, FindingKind.BASE)
         self.position, self.hash = self.after.position, self.after.hash
         self.head: SignedHead | None = None
         self._recorded_at = ""
@@ -138,7 +138,7 @@ class ExportReader:
             self._check(found, line)
             yield found
         raise FileDamaged(
-            f"the end is missing: there is nothing after position {self.position}, and no signed head",
+            f"the end is missing: the file ends at position {self.position} without a signed head",
             self.position + 1,
             FindingKind.MISSING,
         )
@@ -148,7 +148,9 @@ class ExportReader:
             return _parsed(line)
         except (ValueError, RecursionError) as error:
             position = self.position + 1
-            raise FileDamaged(f"the line for position {position} is no event: {error}", position) from None
+            raise FileDamaged(
+                f"the line for position {position} is not an event: {error}", position
+            ) from None
 
     def _check(self, row: Row, line: bytes) -> None:
         position = self.position + 1
@@ -165,25 +167,25 @@ class ExportReader:
         self.position, self.hash = position, digest
 
     def _check_text(self, row: Row, line: bytes) -> None:
-        """What was hashed has to have one reading, and the line has to say the same."""
+        """Check that the hashed body has one reading only, and that the line has the same."""
         position, body = row.position, row.body.encode()
         if not is_canonical(body):
             raise FileDamaged(f"the body at position {position} is not in the canonical form", position)
-        recorded_at = _stated(body, position)
+        recorded_at = _read_recorded_at(body, position)
         if recorded_at < self._recorded_at:
             problem = f"the event at position {position} was recorded before the one before it"
             raise FileDamaged(problem, position, FindingKind.ORDER)
         if not _is_written(row, line):
-            raise FileDamaged(f"the line for position {position} says something else than the body", position)
+            raise FileDamaged(f"the line for position {position} is not as the export writes it", position)
         self._recorded_at = recorded_at
 
     def _check_head(self, head: SignedHead, line: bytes) -> None:
         statement, position = head.statement, self.position
         if (statement.position, statement.hash) != (position, self.hash):
-            problem = f"the signed head is not that of position {position}, the last one here"
+            problem = f"the signed head is not that of position {position}, the last one in the file"
             raise FileDamaged(problem, position, FindingKind.HASH)
         if not head.holds():
-            problem = f"the signature of the head at position {position} is not its key's"
+            problem = f"the signature of the head at position {position} does not match its key"
             raise FileDamaged(problem, position, FindingKind.SIGNATURE)
         is_of_then = statement.recorded_at == self._recorded_at or position == self.after.position
         is_before = statement.base.position < self.after.position and _may_begin(statement.base)
@@ -191,26 +193,26 @@ class ExportReader:
         if not (is_of_then and is_whole and _is_written(head, line)):
             raise FileDamaged(f"the signed head does not fit the events up to position {position}", position)
         if next(self._lines, None) is not None:
-            raise FileDamaged("there is something after the signed head", position)
+            raise FileDamaged("the file goes on after the signed head", position)
 
 
 def _beginning(first: bytes) -> LogBase:
-    """Return where the events of an export begin, by its first line.
+    """Parse the first line of an export: the position and hash after which it begins.
 
     Raises:
-        ValueError: it is no export that can be read.
+        ValueError: it is not an export that can be read.
     """
     if first.startswith(b"SQLite format 3"):
-        raise ValueError("this is a database, no export: name the data directory of a ledger with --data")
-    unknown = f"the first line does not say that this is a {FORMAT}"
+        raise ValueError("this is a database, not an export: name the data directory of a ledger with --data")
+    unknown = f"the first line does not mark the file as {FORMAT}"
     try:
         mark = _decoded(first, _Mark)
     except ValueError:
         raise ValueError(unknown) from None
     if mark.specversion is not None:
         raise ValueError(
-            "these are CloudEvents, which are not read again: export the ledger with `--format jsonl`, and "
-            "verify that file"
+            "these are CloudEvents, which loadledger does not read: export the ledger with `--format jsonl`, "
+            "and verify that file"
         )
     if mark.export != FORMAT:
         raise ValueError(unknown)
@@ -218,14 +220,14 @@ def _beginning(first: bytes) -> LogBase:
         after = _decoded(first, _Opening).after
         base = LogBase(after.position, bytes.fromhex(after.hash))
     except ValueError as error:
-        raise ValueError(f"the first line does not say where this begins: {error}") from None
-    if jsonl().first(base) != first:
-        raise ValueError("the first line is not as it is written")
+        raise ValueError(f"the first line does not say where the export begins: {error}") from None
+    if JSONL.first(base) != first:
+        raise ValueError("the first line is not as the export writes it")
     return base
 
 
 def _parsed(line: bytes) -> Row | SignedHead:
-    """Return the event, or the head, of a line.
+    """Parse a line: an event, or the signed head.
 
     Raises:
         ValueError: it is neither.
@@ -239,10 +241,9 @@ def _parsed(line: bytes) -> Row | SignedHead:
 
 
 def _is_written(found: Row | SignedHead, line: bytes) -> bool:
-    """Whether `line` is the one that is written for what was found in it."""
-    lines = jsonl()
+    """Whether `line` is what the export writes for its content."""
     try:
-        written = lines.last(found) if isinstance(found, SignedHead) else lines.event(found, b"")
+        written = JSONL.last(found) if isinstance(found, SignedHead) else JSONL.event(found, b"")
     except ValueError:  # a lone surrogate
         return False
     return written == line
@@ -280,7 +281,7 @@ class _Line(msgspec.Struct, gc=False):
 
 
 def _may_begin(base: LogBase) -> bool:
-    """Whether a log may begin there: at first with zeros, later with the hash of an event, never zeros."""
+    """Whether a log can begin after this: zeros at position 0, else the hash of an event."""
     is_first = base.hash == GENESIS
     return base.position >= 0 and len(base.hash) == len(GENESIS) and is_first == (base.position == 0)
 
@@ -293,12 +294,12 @@ class _Stated(msgspec.Struct, gc=False):
 _STATED = msgspec.json.Decoder(_Stated)
 
 
-def _stated(body: bytes, position: int) -> str:
-    """Return when an event says that it was recorded."""
+def _read_recorded_at(body: bytes, position: int) -> str:
+    """Return the `recorded_at` of a body whose position is the line's."""
     try:
         stated = _STATED.decode(body)
     except (RecursionError, ValueError) as error:
-        raise FileDamaged(f"the body at position {position} is no event: {error}", position) from None
+        raise FileDamaged(f"the body at position {position} is not an event: {error}", position) from None
     if stated.position != position:
         raise FileDamaged(f"the body at position {position} says position {stated.position}", position)
     return stated.recorded_at
@@ -306,14 +307,16 @@ def _stated(body: bytes, position: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileAudit:
-    """What was found in a file: from where to where it is proved, and the first problem, if any.
+    """The result of verifying an export or archive by itself.
 
     Attributes:
-        after: where its events begin.
-        proved: up to where they are proved.
-        head: the signed head, which holds; null where there is a finding before it.
-        sha256: of the file; empty likewise.
-        has_expected: whether the position that was expected is in it.
+        path: of the file.
+        after: the position and hash after which its events begin.
+        proved: the position and hash of the last proved event.
+        head: the signed head, whose signature is valid; None after a finding.
+        sha256: of the file's bytes; empty after a finding.
+        finding: the first problem; None if there is none.
+        has_expected: whether the file has the position of the expected head.
     """
 
     path: Path
@@ -326,20 +329,20 @@ class FileAudit:
 
     @property
     def events(self) -> int:
-        """How many events are proved."""
+        """The number of proved events."""
         return self.proved.position - self.after.position
 
 
 def audit_file(path: Path, *, key: str | None = None, expected: Expected | None = None) -> FileAudit:
-    """Verify an export or an archive, all of it; memory does not grow with it.
+    """Verify an export or an archive to its end; memory does not grow with the file.
 
     Args:
         path: of the file.
-        key: the id of the key that has to have signed it, where that is known.
-        expected: what somebody kept, if it is there to be compared.
+        key: the id of the expected signer's key; None accepts any.
+        expected: a head that the file must have, if it has the position.
 
     Raises:
-        LogUnavailable: `log_unavailable`, it is no regular file.
+        LogUnavailable: `log_unavailable`, it is not a regular file.
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
@@ -373,7 +376,7 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
 def audit_files(
     paths: Sequence[Path], *, key: str | None = None, expected: Expected | None = None
 ) -> list[FileAudit]:
-    """Verify several, as `audit_file` does."""
+    """Verify several files, as `audit_file` does."""
     return [audit_file(path, key=key, expected=expected) for path in paths]
 
 

@@ -1,4 +1,7 @@
-"""Files written as a whole: nobody, not even after a crash, sees one half-written under its name."""
+"""Atomic files: a file gets its name when it is complete and on the disk, so no crash leaves half of one.
+
+A file is written as a draft beside its target: `.NAME.8 hex digits`, mode 0600, locked while it is written.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,25 @@ from typing import BinaryIO
 from events.errors import WrongTarget
 
 _DRAFT = re.compile(r"\.[0-9a-f]{8}(-journal|-wal|-shm)?", re.ASCII)
-"""How the name of a draft goes on after that of its target: SQLite's files have the draft's and more."""
+"""The end of a draft's name, after its target's; SQLite's own files of a draft have a suffix more."""
 
 
 @contextmanager
 def open_draft(target: Path) -> Iterator[Path]:
-    """Give a new, empty file (0600) beside `target` to be written and published; it is gone afterwards.
+    """Create an empty draft (0600) of `target` to be written and published; the draft is gone afterwards.
 
-    It is locked meanwhile (`flock`), so that those which others left when they were killed can be told from
-    those that are written now, and are removed.
+    The lock (`flock`) tells drafts that are being written from those of processes that were killed, which the
+    next draft of the same target removes. Open the draft without creating it, since a file that the block
+    creates has neither the lock nor the mode.
 
     Raises:
-        WrongTarget: `wrong_target`, what is there is no file that could be replaced.
-        OSError: it cannot be made there.
+        WrongTarget: `wrong_target`, the target is not a file that can be replaced.
+        OSError: the draft cannot be created.
     """
     refuse_irregular(target)
     remove_stale_drafts(target)
-    draft = target.with_name(f"{_begin(target)}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    draft, descriptor = _create_draft(target)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield draft
     finally:
         for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite's, should it have failed
@@ -43,26 +45,41 @@ def open_draft(target: Path) -> Iterator[Path]:
         os.close(descriptor)  # not before: SQLite's own locks on the file would go with it
 
 
-def _begin(target: Path) -> str:
+def _create_draft(target: Path) -> tuple[Path, int]:
+    """Create a draft exclusively, and lock it; another process may remove it in between as a stale one."""
+    while True:
+        draft = target.with_name(f"{_draft_prefix(target)}.{secrets.token_hex(4)}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return draft, descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _draft_prefix(target: Path) -> str:
     return f".{target.name[:64]}"
 
 
 def remove_stale_drafts(target: Path) -> None:
-    """Remove the drafts of `target` that nobody is writing any more."""
-    begin = _begin(target)
-    found_here = list[Path]()
-    with suppress(OSError):  # what cannot be listed may still be written to
-        found_here = list(target.parent.iterdir())
-    for found in found_here:
-        if found.name.startswith(begin) and _DRAFT.fullmatch(found.name[len(begin) :]):
-            with suppress(OSError):  # somebody writes it, or was faster
-                _forget_draft(found, found.with_name(found.name[: len(begin) + 9]))
+    """Remove the drafts of `target` that no process has locked."""
+    prefix = _draft_prefix(target)
+    names = list[Path]()
+    with suppress(OSError):  # a folder that cannot be listed may still be written to
+        names = list(target.parent.iterdir())
+    for found in names:
+        if found.name.startswith(prefix) and _DRAFT.fullmatch(found.name[len(prefix) :]):
+            with suppress(OSError):  # another process writes it, or has removed it
+                _remove_if_unlocked(found, found.with_name(found.name[: len(prefix) + 9]))
 
 
-def _forget_draft(file: Path, draft: Path) -> None:
+def _remove_if_unlocked(file: Path, draft: Path) -> None:
     if not stat.S_ISREG(file.lstat().st_mode):
         return
-    if not draft.exists():  # SQLite's files were left alone
+    if not draft.exists():  # SQLite's files without their draft
         file.unlink()
         return
     descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -75,24 +92,24 @@ def _forget_draft(file: Path, draft: Path) -> None:
 
 @contextmanager
 def write_file(target: Path, *, replace: bool) -> Iterator[BinaryIO]:
-    """Give a file to write; it takes its name, durably, when all of it was written.
+    """Write a file that takes its name, durably, at the end of the block.
 
     Raises:
-        WrongTarget: `wrong_target`, what is there is no file that could be replaced.
-        OSError: it cannot be written, or is there and not to be replaced.
+        WrongTarget: `wrong_target`, the target is not a file that can be replaced.
+        OSError: the file cannot be written, or exists and must not be replaced.
     """
     with open_draft(target) as draft:
-        with draft.open("wb") as file:
+        with draft.open("r+b") as file:
             yield file
         publish(draft, target, replace=replace)
 
 
 def publish(draft: Path, target: Path, *, replace: bool) -> None:
-    """Give a draft its name, once it is on the disk.
+    """Sync a draft to the disk, and give it its name.
 
     Raises:
-        FileExistsError: another file has it, and is not to be replaced.
-        WrongTarget: `wrong_target`, what has it is no file that could be replaced.
+        FileExistsError: the target exists, and must not be replaced.
+        WrongTarget: `wrong_target`, the target is not a file that can be replaced.
     """
     _sync(draft, os.O_RDONLY)
     refuse_irregular(target)
@@ -105,29 +122,29 @@ def publish(draft: Path, target: Path, *, replace: bool) -> None:
 
 
 def make_durable(target: Path) -> None:
-    """Have a file, and its name, on the disk, whoever wrote it."""
+    """Sync a file, and its name, to the disk, whoever wrote it."""
     _sync(target, os.O_RDONLY)
     _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def refuse_irregular(target: Path) -> None:
-    """Keep devices, pipes, folders and links from being replaced by a file.
+    """Refuse to replace a device, a pipe, a folder or a link.
 
     Raises:
-        WrongTarget: `wrong_target`, something is there, and is no regular file.
+        WrongTarget: `wrong_target`, the target exists and is no regular file.
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(target.lstat().st_mode):
-            raise WrongTarget(f"{target} is there and is no regular file: choose another name")
+            raise WrongTarget(f"{target} exists and is not a regular file: choose another name")
 
 
 def printable_name(path: Path) -> str:
-    """Return a file's name as it can be printed: one that is not UTF-8 has other characters there."""
+    """Return a file's name for messages; bytes that are not UTF-8 are replaced."""
     return os.fsencode(path.name).decode(errors="replace")
 
 
 def is_stream(target: Path) -> bool:
-    """Whether what is there is written to, and never replaced: a pipe, or a device like a terminal."""
+    """Whether the target is written to and never replaced: a pipe, or a device like a terminal."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -136,10 +153,10 @@ def is_stream(target: Path) -> bool:
 
 
 def refuse_own(target: Path, data: Path) -> None:
-    """Keep what is written away from the ledger, its keys and its lock.
+    """Refuse to write into the data directory, beside the ledger, its keys and its lock.
 
     Raises:
-        WrongTarget: `wrong_target`, the file would be in the data directory.
+        WrongTarget: `wrong_target`, the target is in the data directory.
     """
     if target.resolve().is_relative_to(data.resolve()):
         raise WrongTarget(f"{target} is in the data directory {data}: choose a file that is not")

@@ -21,15 +21,12 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
-from events.sqlite.queries import as_job, as_model, read_base
+from events.sqlite.queries import as_job, as_model, read_base, read_pages
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
 from events.state import Changes, State
 from events.types import Event, ServerStarted
-
-PAGE = 500
-"""Events read and folded at once: what is held in memory beside the live state."""
 
 _DAMAGE = {0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """Kinds of errors that are about stored content; 0 is text that is not UTF-8."""
@@ -82,31 +79,14 @@ def load_base_state(connection: sqlite3.Connection) -> State:
         ) from error
 
 
-def read_pages(
-    connection: sqlite3.Connection, after: int, until: int | None = None
-) -> Iterator[list[tuple[int, str]]]:
-    """Yield the positions and bodies of the events above `after`, up to `until` or the head, in pages."""
-    bound = 2**63 - 1 if until is None else until
-    while True:
-        page = connection.execute(
-            "SELECT position, body FROM events WHERE position > ? AND position <= ?"
-            " ORDER BY position LIMIT ?",
-            (after, bound, PAGE),
-        ).fetchall()
-        if not page:
-            return
-        yield page
-        after = page[-1][0]
-
-
-def fold_page(state: State, page: list[tuple[int, str]]) -> tuple[dict[str, Model], dict[str, Job]]:
+def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> tuple[dict[str, Model], dict[str, Job]]:
     """Fold a page into `state`, and return the models and jobs that it changed.
 
     Raises:
         LogUnavailable: an event cannot be folded.
     """
     models, jobs = dict[str, Model](), dict[str, Job]()
-    for position, body in page:
+    for position, body, _ in page:
         changes = _applied(state, position, body)
         models.update(changes.models)
         jobs.update(changes.jobs)

@@ -1,9 +1,9 @@
-"""The SQL of the log: what the writer's thread runs, one function a statement group."""
+"""The SQL of the log: heads, pages, stored models and jobs, idempotency keys, and writing a group."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -12,6 +12,12 @@ from events.commands import KnownKey, read_key
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.state import Changes, State
+
+PAGE = 500
+"""Events read at once: what is held in memory beside a fold."""
+
+LAST = 2**63 - 1
+"""No position is above this."""
 
 
 class LogHead(msgspec.Struct, frozen=True, gc=False):
@@ -61,6 +67,22 @@ def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> byt
         return base.hash
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
     return bytes(digest)
+
+
+def read_pages(
+    connection: sqlite3.Connection, after: int, until: int = LAST
+) -> Iterator[list[tuple[int, str, bytes]]]:
+    """Yield positions, bodies and hashes of the events above `after` up to `until`, in pages.
+
+    No cursor stays open between two pages, so the writer can begin its write-ahead log anew.
+    """
+    while page := connection.execute(
+        "SELECT position, body, hash FROM events WHERE position > ? AND position <= ?"
+        " ORDER BY position LIMIT ?",
+        (after, until, PAGE),
+    ).fetchall():
+        yield page
+        after = page[-1][0]
 
 
 def read_state(connection: sqlite3.Connection) -> State:

@@ -23,18 +23,12 @@ from events.codec import decode_event
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite.history import BeyondHead
-from events.sqlite.queries import as_job
+from events.sqlite.queries import PAGE, as_job
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.types import Event
 
-PAGE = 500
-"""Events read at once by those who read all: no read transaction stays open for long."""
-
 SCAN = 10_000
 """Candidates that one page reads, some microseconds each, if the filter has several fields."""
-
-LAST = 2**63 - 1
-"""No position is above this."""
 
 INDEXES = {
     "job_id": "events_by_job",

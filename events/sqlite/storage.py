@@ -24,7 +24,7 @@ from typing import TypeVar
 from events.commands import KnownKey
 from events.errors import LogUnavailable
 from events.sqlite import queries, snapshots
-from events.sqlite.history import fold_page, load_base_state, read_pages
+from events.sqlite.history import fold_page, load_base_state
 from events.sqlite.queries import LogHead, Row
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect
@@ -76,7 +76,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
             (state.position, FOLDS),
         )
         queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
-        for page in read_pages(connection, state.position):
+        for page in queries.read_pages(connection, state.position):
             models, jobs = fold_page(state, page)
             queries.write_projections(connection, models.values(), jobs.values(), state.position)
             snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)

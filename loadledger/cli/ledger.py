@@ -230,14 +230,14 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     exact bodies and hashes; `verify` reads it (docs/verify-it-yourself.md). `cloudevents` is CloudEvents 1.0
     for other programs; `verify` does not read it.
     """
-    from events.audit.export import cloudevents, export, jsonl  # noqa: PLC0415
+    from events.audit.export import JSONL, cloudevents, export  # noqa: PLC0415
     from events.audit.files import is_stream, refuse_own, write_file  # noqa: PLC0415
     from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
         ledger, sign = ledger_in(data), open_signer(data)
-        lines = jsonl() if form == "jsonl" else cloudevents(sign.public_key)
+        lines = JSONL if form == "jsonl" else cloudevents(sign.public_key)
         exported = export(ledger, lines, sign, after=after, until=until)
         if str(file) == "-":
             sys.stdout.buffer.writelines(exported)

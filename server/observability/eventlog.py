@@ -21,7 +21,8 @@ from events.errors import LedgerProblem
 from events.eventtext import is_bad, log_fields
 from events.jobs import Job
 from events.log import Log
-from events.sqlite.reader import PAGE, Reader
+from events.sqlite.queries import PAGE
+from events.sqlite.reader import Reader
 from events.types import (
     Event,
     JobCancelled,

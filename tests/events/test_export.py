@@ -10,17 +10,17 @@ import pytest
 from support.history import opened, write
 from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 
-from events.audit.export import HEAD_TYPE, PAGE, cloudevents, export, jsonl
+from events.audit.export import HEAD_TYPE, JSONL, cloudevents, export
 from events.audit.exportreader import ExportReader
 from events.audit.signing import as_signed_head
 from events.errors import LedgerDamaged, LogUnavailable, NothingThere
-from events.sqlite.queries import Row
+from events.sqlite.queries import PAGE, Row
 
 LEDGER = sound_ledger()
 
 
 def exported(path: Path, **bounds: int) -> list[bytes]:
-    return list(export(path, jsonl(), SIGN, **bounds))
+    return list(export(path, JSONL, SIGN, **bounds))
 
 
 def read(lines: list[bytes]) -> tuple[list[Row], Any]:
@@ -49,7 +49,7 @@ async def test_export_beside_a_running_log_ends_at_its_head(tmp_path: Path) -> N
     path = tmp_path / "ledger.db"
     async with opened(path) as log:
         await asyncio.gather(*(write(log, 1, first=number) for number in range(1, PAGE + 100)))
-        lines = export(path, jsonl(), SIGN)
+        lines = export(path, JSONL, SIGN)
         some = [next(lines) for _ in range(10)]
         await write(log, 5, first=10_000)
         rows, _ = read([*some, *lines])
@@ -74,7 +74,7 @@ def test_damaged_ledger_is_not_signed(statement: str, words: str) -> None:
         change_ledger(path, statement)
         lines: list[bytes] = []
         with pytest.raises(LedgerDamaged, match=words):
-            lines.extend(export(path, jsonl(), SIGN))
+            lines.extend(export(path, JSONL, SIGN))
         assert not any(b'"head"' in line for line in lines)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN, child
 from support.ledgers import FAST_FOLDER, OTHER_SIGN, SIGN, copy_of, flip_byte, rows_of, sound_ledger
 
-from events.audit.export import ExportFormat, cloudevents, export, jsonl
+from events.audit.export import JSONL, ExportFormat, cloudevents, export
 from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
 from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.audit.verify import Expected, Finding, FindingKind
@@ -32,7 +32,7 @@ HEAD = len(ROWS)
 
 def exported(form: ExportFormat | None = None, **bounds: int) -> bytes:
     with copy_of(sound_ledger()) as path:
-        return b"".join(export(path, form or jsonl(), SIGN, **bounds))
+        return b"".join(export(path, form or JSONL, SIGN, **bounds))
 
 
 EXPORT = exported()
@@ -133,7 +133,7 @@ def test_missing_repeated_or_swapped_line_is_found(one: int, other: int) -> None
 
 def signed(statement: Statement, by: HeadSigner = SIGN) -> bytes:
     """Return a sound export whose head is another."""
-    return b"".join(LINES[:-1]) + jsonl().last(by(statement))
+    return b"".join(LINES[:-1]) + JSONL.last(by(statement))
 
 
 def test_head_that_does_not_fit_the_events_is_found() -> None:
@@ -152,7 +152,7 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
     ):
         assert found(signed(replace(statement, **change))).position == HEAD
     forged = SignedHead(statement, OTHER_SIGN(statement).signature, SIGN.public_key)
-    assert found(b"".join(LINES[:-1]) + jsonl().last(forged)).kind is FindingKind.SIGNATURE
+    assert found(b"".join(LINES[:-1]) + JSONL.last(forged)).kind is FindingKind.SIGNATURE
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
     ids=str,
 )
 def test_signed_base_must_be_one_that_a_log_can_have(base: LogBase, is_sound: bool) -> None:  # noqa: FBT001 - of the table
-    lines = jsonl()
+    lines = JSONL
     after, last = ROWS[3], ROWS[5]
     recorded_at = json.loads(last.body)["recorded_at"]
     content = [
@@ -190,7 +190,7 @@ def test_first_event_follows_zeros() -> None:
     digest = hashlib.sha256(b"\1" * 32 + ROWS[0].body.encode()).digest()
     row, after = Row(1, ROWS[0].body, digest), LogBase(0, b"\1" * 32)
     head = SIGN(Statement(1, digest, json.loads(row.body)["recorded_at"], after))
-    lines = jsonl()
+    lines = JSONL
     finding = found(lines.first(after) + lines.event(row, after.hash) + lines.last(head))
     assert (finding.position, finding.kind) == (0, FindingKind.BASE)
 
@@ -270,7 +270,7 @@ def test_event_recorded_before_its_predecessor_is_found() -> None:
     for row in ROWS[:5]:
         body = row.body.replace("2026-01-01T", "2025-01-01T") if row.position == 4 else row.body
         digest = hashlib.sha256(digest + body.encode()).digest()
-        content += jsonl().event(Row(row.position, body, digest), b"")
+        content += JSONL.event(Row(row.position, body, digest), b"")
     finding = found(content)
     assert (finding.position, finding.kind) == (4, FindingKind.ORDER)
 
@@ -278,7 +278,7 @@ def test_event_recorded_before_its_predecessor_is_found() -> None:
 def test_file_that_is_not_regular_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(LogUnavailable, match="no regular file"):
+        with pytest.raises(LogUnavailable, match="not a regular file"):
             audit_file(path)
     with pytest.raises(FileNotFoundError):
         audit_file(tmp_path / "nothing")

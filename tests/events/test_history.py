@@ -208,9 +208,7 @@ def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
         statements: list[str] = []
         connection.set_trace_callback(statements.append)
         assert jobs_at(connection, 30) == listed
-        folds = [
-            each for each in statements if each.startswith("SELECT position, body FROM events WHERE pos")
-        ]
+        folds = [each for each in statements if each.startswith("SELECT position, body, hash FROM events")]
         assert len(folds) == 2  # a page, and that there is no other
 
 

@@ -19,7 +19,7 @@ from events.codec import GENESIS, encode_event, hash_body
 from events.errors import LogUnavailable
 from events.jobs import Job
 from events.sqlite import queries, storage
-from events.sqlite.history import PAGE
+from events.sqlite.queries import PAGE
 from events.sqlite.schema import APPLICATION_ID, connect
 from events.sqlite.storage import FOLDS, is_current
 from events.state import State

@@ -28,7 +28,7 @@ from support.ledgers import (
 from events.audit.archive import archive
 from events.audit.archivechain import InvalidArchive
 from events.audit.audit import audit, replay
-from events.audit.export import export, jsonl
+from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
 from events.audit.signing import HeadSigner, key_id
 from events.audit.verify import Expected, Finding, FindingKind
@@ -56,7 +56,7 @@ def archived(path: Path, *cuts: int, sign: HeadSigner = SIGN) -> list[Path]:
 def exported(path: Path, name: str, until: int | None = None) -> Path:
     """Write an export of the ledger beside it, and return its file."""
     file = path.with_name(name)
-    file.write_bytes(b"".join(export(path, jsonl(), SIGN, until=until)))
+    file.write_bytes(b"".join(export(path, JSONL, SIGN, until=until)))
     return file
 
 
@@ -197,7 +197,7 @@ def forge(file: Path, change: tuple[str, str]) -> None:
     lines = [json.dumps(each, separators=(",", ":")).encode() + b"\n" for each in (opening, *events)]
     head = audit_file(file).head
     assert head is not None
-    lines.append(jsonl().last(OTHER_SIGN(replace(head.statement, hash=digest))))
+    lines.append(JSONL.last(OTHER_SIGN(replace(head.statement, hash=digest))))
     file.write_bytes(gzip.compress(b"".join(lines)))
     assert audit_file(file).finding is None
 

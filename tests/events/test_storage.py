@@ -12,7 +12,7 @@ from support.ledgers import SIGN, change_ledger, rows_of, write_and_be_killed, w
 from events.audit.archive import archive
 from events.audit.audit import audit
 from events.audit.backup import back_up
-from events.audit.export import export, jsonl
+from events.audit.export import JSONL, export
 from events.audit.verify import Expected, FindingKind
 from events.clock import utc_now
 from events.errors import IncompleteCopy, LogUnavailable
@@ -152,7 +152,7 @@ def test_nothing_is_made_of_a_copy_without_wal(copied: Path, tmp_path: Path) -> 
     with pytest.raises(IncompleteCopy):
         back_up(copied, target)
     with pytest.raises(IncompleteCopy, match=r"ledger\.db-wal"):
-        list(export(copied, jsonl(), SIGN))
+        list(export(copied, JSONL, SIGN))
     for _ in range(2):
         rebuild_file(copied)
         assert refused(copied)

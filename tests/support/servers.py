@@ -25,7 +25,8 @@ from select import select
 import aiohttp
 
 from events.audit.verify import Verification, verify
-from events.sqlite.reader import PAGE, open_reader
+from events.sqlite.queries import PAGE
+from events.sqlite.reader import open_reader
 from events.types import Event
 from runtime.memory import descendants
 from server.app import LEDGER

@@ -17,7 +17,7 @@ from support.history import PLAIN
 from support.ledgers import SIGN, rows_of, write_ledger
 from support.pages import ROOT
 
-from events.audit.export import export, jsonl
+from events.audit.export import JSONL, export
 from events.audit.verify import verify
 
 PAGE = "docs/verify-it-yourself.md"
@@ -53,7 +53,7 @@ def sound_ledger() -> tuple[bytes, bytes]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
         asyncio.run(write_ledger(path, ROUNDS))
-        return path.read_bytes(), b"".join(export(path, jsonl(), SIGN))
+        return path.read_bytes(), b"".join(export(path, JSONL, SIGN))
 
 
 LEDGER, EXPORT = sound_ledger()

@@ -282,7 +282,7 @@ Arguments = Callable[[Path, Path], tuple[object, ...]]
         (lambda data, _file: ("--data", data, "--archive", data), "is a directory"),
         (lambda _data, file: (file, "--expect", "5"), "POSITION:HASH"),
         (lambda _data, file: (file, "--expect", f"{HEAD + 1}:{'0' * 64}"), f"has position {HEAD + 1}"),
-        (lambda _data, _file: ("/dev/null",), "no regular file"),
+        (lambda _data, _file: ("/dev/null",), "not a regular file"),
         (lambda data, _file: (data / "nowhere",), "nowhere"),
         (lambda data, file: (file, "--data", data.parent), "ledger.db"),
         (lambda _data, file: (file, "--key", "0" * 31), "neither a key id"),

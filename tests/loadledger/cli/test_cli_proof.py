@@ -192,10 +192,10 @@ def test_file_is_refused_where_it_may_not_be_written(data: Path, tmp_path: Path,
     assert before == ((data / LEDGER).read_bytes(), (data / "ledger.key").read_bytes())
     assert "nowhere" in refused(*command(data, tmp_path / "nowhere" / "file"))
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    assert "no regular file" in refused(*command(data, tmp_path / "link"))
+    assert "not a regular file" in refused(*command(data, tmp_path / "link"))
     os.mkfifo(tmp_path / "pipe")
     if command is not WRITERS["export"]:
-        assert "no regular file" in refused(*command(data, tmp_path / "pipe"))
+        assert "not a regular file" in refused(*command(data, tmp_path / "pipe"))
     assert sorted(each.name for each in tmp_path.iterdir()) == ["data", "link", "pipe"]
 
 
