@@ -12,10 +12,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from conformance.onnxcases import Asked, Case, cases, compare
 from support import models
 from support.clients import Value, binary_answer, binary_request
 from support.http import LIMIT_S
-from support.onnxcases import Asked, Case, cases, compare
 from support.servers import bearer, serving
 
 from runtime.modeldefaults import DEFAULTS_FILE

@@ -1,20 +1,19 @@
-"""Prepared forms for the tests: made by real workers, described as the store describes them.
-
-Prepared forms, as a worker leaves them in a draft: any bytes will do for those who only keep them.
-
-Prepared forms for the tests: made by real workers, kept without a trial, or spoilt on purpose.
-"""
+"""Optimised models: made by real workers, kept in a store without a trial, or damaged on purpose."""
 
 import asyncio
 import ctypes
 import hashlib
 import os
+import random
 import shutil
+import signal
+import sys
+import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
-import onnxruntime as ort
 from msgspec.structs import replace
 
 from runtime.cache.key import make_key
@@ -83,6 +82,8 @@ def written_by_the_runtime(root: Path) -> Load:
     """Order model `m` with its prepacked form as ONNX Runtime writes it, and nobody has touched it."""
     order, folder = order_of(root, "m"), root.parent / "forms" / "raw"
     folder.mkdir(parents=True)
+    import onnxruntime as ort  # noqa: PLC0415 - it starts threads
+
     chosen = ort.SessionOptions()
     chosen.optimized_model_filepath = str(folder / "model.onnx")
     name = "session.optimized_model_external_initializers_file_name"
@@ -211,3 +212,73 @@ async def keep_form(
 def _sources(root: Path, model_id: str) -> tuple[SourceHash, ...]:
     folder = Repository(root).resolve(model_id, None).folder
     return tuple(SourceHash(file.path, file.sha256) for file in found(folder))
+
+
+KEPT_NAMES = "abcdef"
+KEPT_LIMIT_BYTES = 400_000
+"""Room for four of six forms, more or less."""
+LIFE_S = 0.03
+"""At most: some forms are kept in that time, and most lives end while one is."""
+
+
+def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
+    """Keep cached models in processes that are killed at random moments; check what each leaves.
+
+    Prints what was seen. For a process with one thread, since it forks.
+    """
+    dice, seen = random.Random(seed), Counter[str]()
+    for _ in range(lives):
+        _live(folder, dice.random(), dice.uniform(0, LIFE_S))
+        seen["lives"] += 1
+        seen["drafts left"] += len(list(folder.glob("draft-*")))
+        _look(folder, seen)
+    sys.stdout.write(" ".join(f"{name}={count}" for name, count in sorted(seen.items())) + "\n")
+
+
+def _live(folder: Path, seed: float, seconds: float) -> None:
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _keep_for_ever(folder, random.Random(seed), told)
+        finally:
+            os._exit(1)  # whatever it was: who is not killed has failed
+    os.close(told)
+    os.read(ready, 1)
+    os.close(ready)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def _keep_for_ever(folder: Path, dice: random.Random, told: int) -> None:
+    store = ModelCache(folder, KEPT_LIMIT_BYTES)
+    store.open()
+    os.write(told, b".")
+    while True:
+        name = dice.choice(KEPT_NAMES)
+        match dice.randrange(10):
+            case 0:
+                store.record_useless(key(name), {"prepacked": "slower"}, model_id=name, version=1)
+            case 1:
+                store.drop(key(name), "it killed its worker")
+            case 2:
+                store.clear(name)
+            case _:
+                keep(store, name, dice.randrange(1, 200_000), model_id=name, seed=str(dice.random()))
+
+
+def _look(folder: Path, seen: Counter[str]) -> None:
+    store = ModelCache(folder, KEPT_LIMIT_BYTES)
+    store.open()
+    entries = store.entries()
+    assert {path.name for path in folder.iterdir()} == {entry.key for entry in entries}
+    assert sum(entry.bytes for entry in entries) <= KEPT_LIMIT_BYTES
+    for entry in entries:
+        assert entry.key == key(entry.model_id)
+        prepared = store.use(entry.key)
+        assert (prepared is None) == (entry.form is None)
+        if prepared is not None:
+            assert prepared.sha256 == entry.sha256
+            check_whole(prepared)
+        seen["bare" if prepared is None else "forms"] += 1

@@ -1,11 +1,4 @@
-"""Both clients as one, so that each test asks both: the one for event loops is run to its answer.
-
-A repository with what the tests of the clients ask.
-
-Calls of the client, played: a transport answers from a list, and the clock is a number.
-
-The protocol's binary tensors as a client writes and reads them, with no code of the server.
-"""
+"""The clients of others and ours behind one interface, played connections, and binary tensors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Raw connections to a small server within limits: what a client does that keeps to no rule.
-
-A server that says what a test has written down, byte by byte: what no proper server would say.
-
-Certificates made on the spot: for this machine's own addresses, and signed by themselves.
-"""
+"""Raw connections to a small server, a scripted server, and certificates."""
 
 from __future__ import annotations
 

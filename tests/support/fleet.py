@@ -1,6 +1,6 @@
-"""Models that tell who answered, many at once, and the clients, counts and looks that soak tests share.
+"""Many models that tell which of them answered, and what soak tests share.
 
-Soak tests: a short form always runs, the long one with `SOAK=all`, as `make soak` has it.
+A soak test has a short form that always runs, and a long one with `SOAK=all`, as `make soak` runs it.
 """
 
 import asyncio

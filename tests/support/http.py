@@ -1,9 +1,4 @@
-"""The server as its clients see it: every answer is held to the OpenAPI document that the code generates.
-
-A small application with the real middlewares, in their real order, and a token for whoever asks.
-
-A client of the stream of events, written from the rules of server-sent events and nothing of ours.
-"""
+"""The server over HTTP, every answer held to the OpenAPI document; streams; a small application."""
 
 import asyncio
 import json

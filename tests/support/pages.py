@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from support.servers import copy_examples
 
@@ -227,3 +227,30 @@ def _settled(value: Any) -> Any:
         hidden = {key for key in VOLATILE if value.get(key) is not None}
         return {key: ANYTHING if key in hidden else _settled(item) for key, item in value.items()}
     return [_settled(item) for item in value] if isinstance(value, list) else value
+
+
+_METRIC_ROW = re.compile(r"^\| `(loadledger_\w+)` \| (\w+) \| (.*?) \| (.+) \|$", re.MULTILINE)
+
+
+class Family(NamedTuple):
+    """A metric, as its row of docs/metrics.md says."""
+
+    name: str
+    kind: str
+    labels: frozenset[str]
+    text: str
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The names under which a query finds it."""
+        if self.kind != "histogram":
+            return (self.name,)
+        return tuple(f"{self.name}_{suffix}" for suffix in ("bucket", "sum", "count"))
+
+
+FAMILIES = [
+    Family(name, kind, frozenset(re.findall(r"\w+", labels)), text)
+    for name, kind, labels, text in _METRIC_ROW.findall(
+        (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    )
+]

@@ -1,11 +1,4 @@
-"""`loadledger serve` as a process of its own: started, asked, stopped or killed, and nothing of it left.
-
-A server that stands while the tests of a module ask it: `serve` as a process, for clients that block.
-
-What a new user has: a folder, and an environment in which nobody has set anything.
-
-The installed command at a terminal, as a person has it: what it shows, and keys that are pressed.
-"""
+"""`loadledger serve` and other commands as processes: started, asked, stopped, killed, at a terminal."""
 
 import asyncio
 import os
@@ -37,8 +30,14 @@ from support.workers import wait_gone
 MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
 """The two ways to call the command."""
-UNHURRIED = (sys.executable, "-P", str(Path(__file__).with_name("idlemachine.py")))
-"""Called so, it prepares models however busy the machine is."""
+NO_PRESSURE = """
+from loadledger.cli.main import main
+from runtime import memory
+memory.pressure = lambda *_: None
+main()
+"""
+UNHURRIED = (sys.executable, "-P", "-c", NO_PRESSURE)
+"""The command on a machine that reports no pressure: it prepares models however busy the machine is."""
 
 APART = "--host=127.7.7.7"
 """For a server that is started again on its port: on 127.0.0.1 another could be given it meanwhile."""

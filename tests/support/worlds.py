@@ -1,9 +1,4 @@
-"""A world in which the scheduler's decisions have their effect: a log, a clock, processes, memory, requests.
-
-The real `accept`, folds and `decide` are in the middle; what is simulated is only what surrounds them.
-
-What runs for a load in a simulated world, and what it takes.
-"""
+"""A simulation around the real `accept`, folds and `decide`: log, clock, processes, memory, requests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

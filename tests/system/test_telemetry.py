@@ -1,14 +1,20 @@
 """Traces of a real server, exported to a collector: request, job and stages are one trace."""
 
+import asyncio
+import gzip
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
+from aiohttp import web
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from support import models
-from support.http import Json
+from support.http import LIMIT_S, Json
 from support.models import save
 from support.servers import Server, serving
-from support.telemetry import Collector, Taken, collecting
 
 from server.config import Config
 from server.serve import INSTALL_OTEL
@@ -21,6 +27,104 @@ SERVER_KIND = 2
 LOAD, INFER = "POST /api/v1/models/{id}/load", "POST /v2/models/{id}/infer"
 LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
 QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A span as it came."""
+
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    kind: int
+    state: str
+    failed: bool
+    began_ns: int
+    ended_ns: int
+    attributes: Mapping[str, str | int]
+    resource: Mapping[str, str | int]
+
+
+@dataclass(slots=True)
+class Collector:
+    """What came so far."""
+
+    endpoint: str
+    spans: list[Taken] = field(default_factory=list)
+    came: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the exporter is told to send here, and soon."""
+        return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+
+    def named(self, name: str) -> list[Taken]:
+        """Return the spans of a name."""
+        return [span for span in self.spans if span.name == name]
+
+    def children(self, parent: Taken) -> list[Taken]:
+        """Return the spans in one, by the time they began."""
+        inside = [span for span in self.spans if span.parent_id == parent.span_id]
+        return sorted(inside, key=lambda span: span.began_ns)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until enough has come."""
+        async with asyncio.timeout(LIMIT_S):
+            while not holds():
+                self.came.clear()
+                await self.came.wait()
+
+    async def take(self, request: web.Request) -> web.Response:
+        """Take what an exporter sends."""
+        body = await request.read()
+        if request.headers.get("Content-Encoding") == "gzip" and body[:2] == b"\x1f\x8b":
+            body = gzip.decompress(body)
+        told = ExportTraceServiceRequest()
+        told.ParseFromString(body)
+        for resource in told.resource_spans:
+            of = _attributes(resource.resource.attributes)
+            for scope in resource.scope_spans:
+                self.spans += [_taken(span, of) for span in scope.spans]
+        self.came.set()
+        return web.Response(content_type="application/x-protobuf")
+
+
+@asynccontextmanager
+async def collecting() -> AsyncIterator[Collector]:
+    """Run a collector on a free port."""
+    app = web.Application()
+    runner = web.AppRunner(app)
+    collector = Collector("")
+    app.router.add_post("/v1/traces", collector.take)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    collector.endpoint = f"http://127.0.0.1:{site.port}"
+    try:
+        yield collector
+    finally:
+        await runner.cleanup()
+
+
+def _attributes(pairs: object) -> dict[str, str | int]:
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}  # type: ignore[attr-defined]
+
+
+def _taken(span: object, resource: Mapping[str, str | int]) -> Taken:
+    return Taken(
+        name=span.name,  # type: ignore[attr-defined]
+        trace_id=span.trace_id.hex(),  # type: ignore[attr-defined]
+        span_id=span.span_id.hex(),  # type: ignore[attr-defined]
+        parent_id=span.parent_span_id.hex(),  # type: ignore[attr-defined]
+        kind=span.kind,  # type: ignore[attr-defined]
+        state=span.trace_state,  # type: ignore[attr-defined]
+        failed=span.status.code == 2,  # type: ignore[attr-defined]
+        began_ns=span.start_time_unix_nano,  # type: ignore[attr-defined]
+        ended_ns=span.end_time_unix_nano,  # type: ignore[attr-defined]
+        attributes=_attributes(span.attributes),  # type: ignore[attr-defined]
+        resource=resource,
+    )
 
 
 async def load(server: Server, model: str = "m", **headers: str) -> Json:

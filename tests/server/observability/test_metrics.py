@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_plai
 from support import models
 from support.http import LocalApi, when
 from support.models import save
-from support.telemetry import FAMILIES
+from support.pages import FAMILIES
 from support.workers import computing, until
 
 from events.counters import OTHERS, ModelLabels

@@ -14,7 +14,7 @@ import yaml
 from support import models
 from support.http import LocalApi
 from support.models import save
-from support.telemetry import FAMILIES
+from support.pages import FAMILIES
 
 ROOT = Path(__file__).parents[3]
 FILES = ROOT / "deploy" / "metrics"

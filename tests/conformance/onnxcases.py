@@ -1,8 +1,6 @@
-"""The conformance cases that the `onnx` package carries, in the protocol's terms.
+"""The conformance cases of the `onnx` package, and what bare ONNX Runtime answers to them.
 
-What bare ONNX Runtime makes of the conformance cases.
-
-It runs them in a process of its own, which a case may kill; what it found comes back as a file.
+A process of its own runs them, since a case may kill it; its findings come back in a file.
 """
 
 import ctypes
@@ -24,9 +22,8 @@ from onnx import GraphProto, TensorProto, TypeProto, ValueInfoProto, numpy_helpe
 from onnx.backend.test.case.test_case import TestCase
 from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner
-from tritonclient.utils import serialize_byte_tensor
-
 from support.clients import Value
+from tritonclient.utils import serialize_byte_tensor
 
 NAMES: dict[int, str] = {
     TensorProto.BOOL: "BOOL",
@@ -143,7 +140,7 @@ def value_of(info: ValueInfoProto, found: Any) -> Value:
     return Value(info.name, datatype, array.shape, data)
 
 
-MAIN = "import sys; from support.onnxcases import main; main(sys.argv[1:])"
+MAIN = "import sys; from conformance.onnxcases import main; main(sys.argv[1:])"
 LIMIT_S = 300.0
 """All cases take bare ONNX Runtime some 20 s; it is there so that a bug fails a test and does not hang it."""
 
