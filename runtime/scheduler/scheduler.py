@@ -200,9 +200,8 @@ def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]
 
 def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
     for job in view.unended:
-        if job.deadline_at is None or job.deadline_at > view.now:
+        if job.load is None or job.deadline_at is None or job.deadline_at > view.now:
             continue
-        assert job.load is not None
         is_pending = job.status is JobStatus.PENDING
         default = "its turn" if is_pending else "its worker, which had not finished loading"
         reason = waiting_for.get(job.id, default)

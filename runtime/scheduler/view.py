@@ -117,10 +117,10 @@ class Observations:
 
 def find_unload_target(state: State, unload: Job) -> str:
     """Return the load that an unload ends: the serving one, else the one that its request names."""
-    assert unload.unload is not None
+    named = unload.unload.load_job_id if unload.unload is not None else unload.id
     model = state.models.get(unload.model_id)
     if unload.cause is Cause.SWAP or model is None or model.serving is None:
-        return unload.unload.load_job_id
+        return named
     return model.serving.load_job_id
 
 
