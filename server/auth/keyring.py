@@ -1,7 +1,7 @@
-"""The public keys that verify tokens: our own folder's, or those of an existing identity provider.
+"""Which keys verify tokens? Those of the data directory, or those of an identity provider's file.
 
-Each key is bound to exactly one algorithm when it is read (RFC 8725 section 3.1); what a token says about its
-algorithm or key never chooses more than which of these is tried.
+Each key is bound to exactly one algorithm when it is read (RFC 8725 section 3.1). The header of a token only
+chooses one of these keys, never an algorithm.
 """
 
 import json
@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from server.auth.keys import ALGORITHM, KeyProblem, is_kid_file, keys_folder, load_private_key
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 REREAD_AFTER_S = 1.0
-"""A revoked key is refused after at most this time; a listing of a small folder per second costs nothing."""
+"""A revoked key is refused after at most this time; listing a small folder each second costs nothing."""
 
 MIN_RSA_BITS = 2048  # NIST SP 800-131A; shorter ones can be factored
 
@@ -34,7 +34,7 @@ PublicKey = Ed25519PublicKey | RSAPublicKey | EllipticCurvePublicKey
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VerificationKey:
-    """A public key and the one algorithm it verifies. Two are the same only if they are one object."""
+    """A public key and its one algorithm. Two are equal only if they are the same object."""
 
     kid: str | None
     algorithm: str
@@ -42,68 +42,70 @@ class VerificationKey:
 
 
 _Keys = Mapping[str | None, VerificationKey]
-_Signature = tuple[int, int, int]
-"""Inode, size and time of a file when it was read; a difference in any is another content."""
+_FileIdentity = tuple[int, int, int]
+"""Inode, size and time of a file when it was read; if one differs, the content does."""
 
 
 class KeyRing:
-    """The keys that verify tokens: each look-up may read files that have changed, creating one reads none.
+    """The keys that verify tokens. A look-up rereads changed files; the constructor reads none.
 
     Args:
-        data: the data directory, where our own keys are.
-        foreign: the file of an identity provider, whose keys replace our own.
+        data: the data directory with our own keys.
+        provider: the file of an identity provider, whose keys replace our own.
     """
 
-    def __init__(self, data: Path, foreign: Path | None = None) -> None:
+    def __init__(self, data: Path, provider: Path | None = None) -> None:
         self._folder = keys_folder(data)
-        self._foreign = foreign
-        self._files: dict[Path, tuple[_Signature, _Keys]] = {}
+        self._provider = provider
+        self._files: dict[Path, tuple[_FileIdentity, _Keys]] = {}
         self._keys: _Keys = {}
         self._read_at: float | None = None
 
     def find(self, kid: str | None, now: float) -> VerificationKey | None:
-        """Return the key that a token names, or None. The same object as long as its file is the same.
+        """Return the key that a token names, or None; the same object as long as its file is unchanged.
 
-        A provider's PEM key is for all tokens, and the only key of its set also for those that name none.
+        A provider's PEM key verifies all tokens, and the only key of a set also those that name none.
         """
         # A clock that was set back must not keep a revoked key alive.
         if self._read_at is None or not 0 <= now - self._read_at < REREAD_AFTER_S:
             self._read_at = now
             self._reread()
-        if kid is None and self._foreign is not None and len(self._keys) == 1:
+        if kid is None and self._provider is not None and len(self._keys) == 1:
             return next(iter(self._keys.values()))
         return self._keys.get(kid) or self._keys.get(None)
 
     def _reread(self) -> None:
         try:
-            if self._foreign is not None:
-                paths = [self._foreign]
+            if self._provider is not None:
+                paths = [self._provider]
             else:
                 paths = [path for path in self._folder.iterdir() if is_kid_file(path.name)]
         except FileNotFoundError:
             paths = []
-        except OSError as error:  # out of descriptors, say: not a reason to lock everyone out
-            log.warning("the key folder cannot be read, the keys known stay: %s", error)
+        except OSError as error:  # such as too few descriptors: no reason to refuse all tokens
+            _log.warning("the key folder cannot be read, the known keys stay in use: %s", error)
             return
         known, self._files = self._files, {}
         for path in paths:
             try:
                 status = path.stat()
-                signature = (status.st_ino, status.st_size, status.st_mtime_ns)
-                if path not in known or known[path][0] != signature:
-                    self._files[path] = signature, self._read(path)
+                identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+                if path not in known or known[path][0] != identity:
+                    self._files[path] = identity, self._read(path)
                 else:
                     self._files[path] = known[path]
             except FileNotFoundError:
                 continue  # revoked just now
             except (OSError, KeyProblem) as error:
-                log.warning("%s is not used: %s", path.name, error)
-                if self._foreign is not None and path in known:  # half-written, most likely
+                if self._provider is not None and path in known:  # half-written, most likely
                     self._files[path] = known[path]
+                    _log.warning("%s cannot be read, its known keys stay in use: %s", path.name, error)
+                else:
+                    _log.warning("%s cannot be read, and is not used: %s", path.name, error)
         self._keys = {kid: key for _, keys in self._files.values() for kid, key in keys.items()}
 
     def _read(self, path: Path) -> _Keys:
-        if self._foreign is not None:
+        if self._provider is not None:
             return read_public_keys(path)
         return {path.stem: VerificationKey(path.stem, ALGORITHM, load_private_key(path).public_key())}
 
@@ -113,31 +115,31 @@ def read_public_keys(path: Path) -> _Keys:
 
     Raises:
         KeyProblem: the file has no key that can verify tokens.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     content = path.read_bytes()
     if not content.lstrip().startswith(b"{"):
-        return {None: _pem(path, content)}
-    keys = _jwks(path, content)
+        return {None: _read_pem(path, content)}
+    keys = _read_jwks(path, content)
     if not keys:
         raise KeyProblem(f"{path} has no key for verifying signatures")
     return keys
 
 
-def _pem(path: Path, content: bytes) -> VerificationKey:
+def _read_pem(path: Path, content: bytes) -> VerificationKey:
     if content.count(b"-----BEGIN") != 1 or b"PRIVATE KEY-----" in content:
         raise KeyProblem(f"{path} must hold one public key and nothing else; several go into a JWKS")
     try:
         public = load_pem_public_key(content)
     except ValueError as error:
         raise KeyProblem(f"{path} is not a PEM public key: {error}") from error
-    key = _pinned(None, public, None)
+    key = _bind_algorithm(None, public, None)
     if key is None:
         raise KeyProblem(f"{path} is not an RSA (2048 bits or more), P-256, P-384, P-521 or Ed25519 key")
     return key
 
 
-def _jwks(path: Path, content: bytes) -> _Keys:
+def _read_jwks(path: Path, content: bytes) -> _Keys:
     try:
         document = json.loads(content)
         entries = document["keys"]
@@ -145,15 +147,15 @@ def _jwks(path: Path, content: bytes) -> _Keys:
         raise KeyProblem(f"{path} is not a JWKS: {error!r}") from error
     if not isinstance(entries, list):
         raise KeyProblem(f"{path} is not a JWKS: its keys are not a list")
-    usable = [key for entry in entries if (key := _jwk(entry)) is not None]
+    usable = [key for entry in entries if (key := _read_jwk(entry)) is not None]
     keys = {key.kid: key for key in usable}
     if len(keys) != len(usable) or (None in keys and len(keys) > 1):
         raise KeyProblem(f"{path} has several keys of one kid, or without any")
     return keys
 
 
-def _jwk(entry: Any) -> VerificationKey | None:
-    """Return a key of a JWKS; None for what cannot verify signatures: encryption keys, secrets."""
+def _read_jwk(entry: Any) -> VerificationKey | None:
+    """Return a key of a JWKS; None if it cannot verify signatures, such as encryption keys and secrets."""
     if not isinstance(entry, dict) or entry.get("kty") not in {"RSA", "EC", "OKP"}:
         return None
     kid, algorithm = entry.get("kid"), entry.get("alg")
@@ -170,14 +172,14 @@ def _jwk(entry: Any) -> VerificationKey | None:
         name: value for name, value in entry.items() if name not in {"d", "p", "q", "dp", "dq", "qi"}
     }
     try:
-        return _pinned(kid, readers[entry["kty"]](public_members), algorithm)
+        return _bind_algorithm(kid, readers[entry["kty"]](public_members), algorithm)
     except (jwt.InvalidKeyError, KeyError, TypeError, ValueError) as error:
-        log.warning("key %r of the JWKS is not used: %s", kid, error)
+        _log.warning("key %r of the JWKS is not used: %s", kid, error)
         return None
 
 
-def _pinned(kid: str | None, public: object, algorithm: str | None) -> VerificationKey | None:
-    """Bind a key to its one algorithm; None if it has none, or if the one it claims is not for such a key."""
+def _bind_algorithm(kid: str | None, public: object, algorithm: str | None) -> VerificationKey | None:
+    """Bind a key to its one algorithm; None if there is none, or if the declared one does not fit the key."""
     match public:
         case RSAPublicKey() if public.key_size >= MIN_RSA_BITS:
             possible: tuple[str, ...] = _RSA

@@ -1,7 +1,7 @@
-"""The keys that sign tokens and the ledger, and what makes tokens out of them.
+"""Which keys sign tokens and the ledger, and how are tokens issued?
 
-`<data>/keys/<kid>.pem` are Ed25519 keys of ours; the newest signs, all verify. `<data>/ledger.key` signs the
-ledger and nothing else. Tokens cannot be revoked, keys can: by removing their file.
+`<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them. `<data>/ledger.key`
+signs the ledger only. Tokens cannot be revoked, but keys can, by removing their file.
 
 The key that signs the ledger's head and nothing else: `<data>/ledger.key`, never one of the tokens'.
 """
@@ -38,18 +38,28 @@ from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
 _log = logging.getLogger(__name__)
 
 ROLES = frozenset({"admin", "predict", "audit"})
-"""Every role there is."""
+"""All roles."""
 
 MAX_SUBJECT_CHARACTERS = 128
+"""Every event has its actor: longer ones would make the ledger grow."""
+
 ALGORITHM = "EdDSA"
 
-# The stamp comes first: the order of names is the order of creation. The rest keeps two processes apart.
+LEDGER_KEY = "ledger.key"
+"""The ledger's key in the data directory."""
+
+MAX_KEY_BYTES = 64 * 2**10
+"""A longer file is no public key."""
+
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
+
+# The timestamp comes first, so that names sort by creation. The rest keeps two processes apart.
 _KID = re.compile(r"[0-9]{8}T[0-9]{12}Z-[0-9a-f]{8}")
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 
 
 class KeyProblem(Exception):
-    """A key cannot be used as asked; the text says why."""
+    """A key cannot be used; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +69,7 @@ class KeyInfo:
     Attributes:
         kid: Its name, in the header of the tokens it signed.
         created_at: In UTC.
-        signs: Whether it is the one that signs new tokens.
+        signs: Whether it signs new tokens.
     """
 
     kid: str
@@ -68,26 +78,26 @@ class KeyInfo:
 
 
 def ensure_data_dir(data: Path) -> None:
-    """Create what is missing: the directory (0700), a first token key and the ledger's key (0600)."""
+    """Create the directory (0700), a first token key and the ledger's key (0600), as far as missing."""
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not list_keys(data):
         create_key(data)
-    ledger_key = data / "ledger.key"
+    ledger_key = data / LEDGER_KEY
     if not ledger_key.exists():
         if (data / "ledger.db").exists():
             _log.warning("ledger.key was missing: from now on heads are signed with another key")
-        with suppress(FileExistsError):  # another process was faster; its key is as good
+        with suppress(FileExistsError):  # another process was faster, and its key is as good
             _write_new(ledger_key, _new_pem())
 
 
 def create_key(data: Path, now: datetime | None = None) -> str:
-    """Create a key that signs from now on, and return its kid."""
+    """Create a key that signs new tokens, and return its kid."""
     folder = keys_folder(data)
     with suppress(FileExistsError):
         _make_folder(folder)
     stamp = (now or datetime.now(UTC)).astimezone(UTC)
     earlier = list_keys(data)
-    if earlier:  # a clock that was set back must not make the new key look older
+    if earlier:  # or a clock that was set back would make the new key look older
         stamp = max(stamp, earlier[-1].created_at + timedelta(microseconds=1))
     kid = f"{stamp.strftime(_STAMP)}-{secrets.token_hex(4)}"
     _write_new(folder / f"{kid}.pem", _new_pem())
@@ -95,7 +105,7 @@ def create_key(data: Path, now: datetime | None = None) -> str:
 
 
 def rotate(data: Path) -> str:
-    """Create the key that signs from now on; the earlier ones verify until they are revoked."""
+    """Create a key that signs new tokens; earlier ones verify until they are revoked."""
     earlier = list_keys(data)
     ensure_data_dir(data)  # in a new directory, it creates the first key
     return create_key(data) if earlier else list_keys(data)[-1].kid
@@ -129,12 +139,12 @@ def list_keys(data: Path) -> list[KeyInfo]:
 
 
 def keys_folder(data: Path) -> Path:
-    """Return where the token keys are."""
+    """Return the folder of the token keys."""
     return data / "keys"
 
 
 def is_kid(kid: str) -> bool:
-    """Tell whether this can be one of our kids; anything else never gets near the file system."""
+    """Return whether this is a kid of ours; nothing else is looked up in the file system."""
     try:
         return _KID.fullmatch(kid) is not None and _created_at(kid) is not None
     except ValueError:  # digits, but no date
@@ -142,12 +152,12 @@ def is_kid(kid: str) -> bool:
 
 
 def is_kid_file(name: str) -> bool:
-    """Tell whether a file of this name in the key folder is a key."""
+    """Return whether a file of this name in the key folder is a key."""
     return name.endswith(".pem") and is_kid(name.removesuffix(".pem"))
 
 
 def subject_refusal(subject: str) -> str | None:
-    """Say why this cannot be a subject; None when it can. Events carry it as their actor."""
+    """Return why this cannot be a subject; None if it can. Events have it as their actor."""
     if not 1 <= len(subject) <= MAX_SUBJECT_CHARACTERS:
         return f"the subject must have 1 to {MAX_SUBJECT_CHARACTERS} characters"
     if not subject.isprintable():
@@ -169,7 +179,7 @@ def issue_token(
     """Sign a token with the newest key.
 
     Raises:
-        KeyProblem: for a subject, role or time that no server would take, or when there is no key.
+        KeyProblem: the subject, a role or the time is invalid, or there is no key.
     """
     refusal = subject_refusal(subject) or _roles_refusal(roles)
     if refusal is None and not 0 < expires_s < 100 * 365 * 86400:
@@ -194,7 +204,7 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     """Read an Ed25519 private key.
 
     Raises:
-        KeyProblem: the file is none.
+        KeyProblem: the file has none.
     """
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
@@ -238,7 +248,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Create a file at once and durably: nobody, not even after a crash, sees it half-written."""
+    """Create a file atomically and durably: it is never half-written, not even after a crash."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -254,13 +264,13 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def _leave_to_owner(descriptor: int, folder: Path) -> None:
-    """Give what root made to whom the folder belongs: a server of that user could not read it otherwise.
+    """Give a file that root created to the folder's owner, whose server could not read it otherwise.
 
-    By its descriptor, since in their folder its name may lead elsewhere by now.
+    By its descriptor, since the owner may have replaced its name meanwhile.
     """
     if os.geteuid() == 0:
         owner = folder.stat()
-        with suppress(PermissionError):  # root of a container that may give nothing away
+        with suppress(PermissionError):  # root in a container that may not change owners
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
@@ -272,27 +282,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-LEDGER_KEY = "ledger.key"
-"""The key's file in the data directory; `server.auth.keys.ensure_data_dir` makes it."""
-
-
-MAX_KEY_BYTES = 64 * 2**10
-"""What is longer is no public key."""
-
-_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
-
-
 def open_signer(data: Path) -> HeadSigner:
-    """Return what signs heads with the ledger's key.
+    """Return the signer of heads, with the ledger's key.
 
     Raises:
-        KeyProblem: there is none, or it is one that signs tokens.
+        KeyProblem: there is none, or it also signs tokens.
     """
     path = data / LEDGER_KEY
     if not path.exists():
         raise KeyProblem(
-            f"there is no {path}: restore it from where it was backed up, or have `serve` or `token` make "
-            "another, by which heads are signed from then on"
+            f"there is no {path}: restore it from your backup, or let `serve` or `token` create another, "
+            "which signs heads from then on"
         )
     signer = HeadSigner(load_private_key(path))
     for info in list_keys(data):
@@ -302,7 +302,7 @@ def open_signer(data: Path) -> HeadSigner:
 
 
 def _public_key(path: Path) -> bytes | None:
-    with suppress(KeyProblem):  # one that cannot be read signs no tokens either
+    with suppress(KeyProblem):  # an unreadable key signs no tokens either
         return HeadSigner(load_private_key(path)).public_key
     return None
 
@@ -314,20 +314,20 @@ def public_pem(signer: HeadSigner) -> str:
 
 
 def expected_key(text: str) -> str:
-    """Return the id of the public key that was given: by its id, or as a file.
+    """Return the id of a public key that is given by its id or as a file.
 
     Args:
-        text: the id, or the name of a file that has the key as PEM, alone or as `loadledger key ledger`
-            prints it, or as DER.
+        text: the id, or the name of a file with the key as PEM, alone or as `loadledger key ledger` prints
+            it, or as DER.
 
     Raises:
-        KeyProblem: it is neither.
+        KeyProblem: the text is neither.
     """
     if re.fullmatch(rf"[0-9a-fA-F]{{{KEY_ID_DIGITS}}}", text, re.ASCII):
         return text.lower()
     try:
         with Path(text).open("rb") as file:
-            return key_id(_der(file.read(MAX_KEY_BYTES)))
+            return key_id(_read_der(file.read(MAX_KEY_BYTES)))
     except (OSError, UnsupportedAlgorithm, ValueError) as error:
         raise KeyProblem(
             f"{text} is neither a key id, {KEY_ID_DIGITS} hexadecimal digits, nor a file with a public key: "
@@ -335,9 +335,9 @@ def expected_key(text: str) -> str:
         ) from error
 
 
-def _der(content: bytes) -> bytes:
+def _read_der(content: bytes) -> bytes:
     pem = _PEM.search(content)
     key = load_der_public_key(content) if pem is None else load_pem_public_key(pem[0])
     if not isinstance(key, Ed25519PublicKey):
-        raise ValueError("it is not an Ed25519 key")  # noqa: TRY004 - a value that somebody gave
+        raise ValueError("it is not an Ed25519 key")  # noqa: TRY004 - the value of an argument
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

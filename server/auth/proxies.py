@@ -1,9 +1,9 @@
-"""Whose request it is when a proxy passes it on: forwarded fields, believed from trusted addresses only.
+"""Which client sent a request through proxies? Forwarded header fields, read from trusted proxies only.
 
-Anybody can send `X-Forwarded-For`; what a proxy adds to it stands on the right. So it is read from there: the
-first address that is no trusted proxy's is the client's, and what stands left of it is only what the client
-said (RFC 7239 section 8.1). Which of the two fields is read is a setting, because a proxy writes one of them
-and passes the other on as the client sent it.
+Anybody can send `X-Forwarded-For`, and a proxy adds to its right. So the field is read from the right: the
+first address that is no trusted proxy's is the client's, and everything left of it is the client's own claim
+(RFC 7239 section 8.1). A setting chooses one of the two fields, because a proxy writes one and passes the
+other on as the client sent it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 X_FORWARDED_FOR = "x-forwarded-for"
 FORWARDED = "forwarded"
 PREFIX = "X-Forwarded-Prefix"
-"""Names the path under which a proxy has this server, if not at the top; de facto, of Traefik and Spring."""
+"""The path at which a proxy serves this server; a de facto standard of Traefik and Spring."""
 
 MAX_HOPS = 32
-"""Of so many proxies at most one is behind the other; a longer list is an attempt to keep us busy."""
+"""No real chain of proxies is longer; a longer list is an attempt to keep the server busy."""
 
 _WITH_PORT = re.compile(r"\[([^\]]*)\](?::(?:\d{1,5}|_[\w.-]+))?|([^:]*):(?:\d{1,5}|_[\w.-]+)", re.ASCII)
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+){1,16}", re.ASCII)
-"""Segments with something in them: of `//host` a browser would make another server."""
+"""Without empty segments: a browser would take `//host` for another server."""
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
     """Return the networks that a setting names: addresses and CIDR blocks, separated by commas.
 
     Raises:
-        ValueError: it names something else; its text says what it must be.
+        ValueError: a part is no network; the text says what it must be.
     """
     return tuple(_network(part.strip()) for part in text.split(","))
 
@@ -48,18 +48,18 @@ def _network(text: str) -> Network:
             meant = ipaddress.ip_network(text, strict=False)
         except ValueError:
             raise ValueError(
-                f"{text[:64]!r} is no address or network. Give them like 10.0.0.0/8, separated by commas."
+                f"{text[:64]!r} is no address or network. Write them like 10.0.0.0/8, separated by commas."
             ) from None
         raise ValueError(f"{text!r} is an address within a network; that is {meant}.") from None
     if network.prefixlen == 0:
-        raise ValueError(f"{text!r} is everybody, and would let each client choose its address.")
+        raise ValueError(f"{text!r} is everybody, and would let each client choose its own address.")
     return network
 
 
 def parse_address(text: str | None) -> Address | None:
-    """Return an address in the one form that it is compared in; None if the text is none.
+    """Return an address in its normal form; None if the text is none.
 
-    An IPv4 address that is mapped into IPv6 is an IPv4 address, and an interface (`%eth0`) is left out.
+    An IPv4 address mapped into IPv6 becomes an IPv4 address, and an interface (`%eth0`) is dropped.
     """
     try:
         parsed = ipaddress.ip_address((text or "").partition("%")[0])
@@ -73,7 +73,7 @@ def x_forwarded_for_hop(entry: str) -> Address | None:
     """Return the address of an entry of X-Forwarded-For, which may have a port; None if it is none."""
     text = entry.strip(" \t")
     found = _WITH_PORT.fullmatch(text)
-    # What has several colons and no brackets is an IPv6 address, and has no port.
+    # An entry with several colons and no brackets is an IPv6 address without a port.
     return parse_address(text if found is None else found[1] or found[2])
 
 
@@ -93,10 +93,10 @@ def forwarded_hop(entry: str) -> Address | None:
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """The proxies that are trusted, and the field in which they say whom they pass on.
+    """The trusted proxies, and the header field in which they name the client.
 
     Attributes:
-        trusted: none by default: then nobody's word is taken.
+        trusted: none by default: then the fields are ignored.
         header: `X_FORWARDED_FOR` or `FORWARDED`.
     """
 
@@ -104,22 +104,22 @@ class Proxies:
     header: str = X_FORWARDED_FOR
 
     def peer(self, request: web.BaseRequest) -> str | None:
-        """Return the address that a request comes from; None where the connection has none."""
+        """Return the client's address; None if the connection has none, such as a Unix socket."""
         direct = request.remote
         if direct is None or not self._trusts(direct):
             return direct
         return self.client_address(direct, request.headers.getall(self.header, ()))
 
     def client_address(self, direct: str, fields: Iterable[str]) -> str:
-        """Return whose request this is.
+        """Return the client's address.
 
         Args:
-            direct: where the connection comes from, which is trusted.
-            fields: the values of the forwarded fields, in their order.
+            direct: the address of the connection, a trusted proxy's.
+            fields: the values of the header field, in order.
 
         Returns:
-            The rightmost address that is not trusted; the leftmost one if all are. What is no address ends
-            the list: what stands left of it might be anybody's words.
+            The rightmost address that is not trusted; the leftmost one if all are. An entry that is no
+            address ends the list, since anybody could have written what is left of it.
         """
         read_hop = forwarded_hop if self.header == FORWARDED else x_forwarded_for_hop
         client = direct
@@ -129,12 +129,12 @@ class Proxies:
             if address is None:
                 break
             client = str(address)
-            if not self._has(address):
+            if not self._includes(address):
                 break
         return client
 
     def relocate(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Put the path under which a trusted proxy says that it has this server before a `Location`."""
+        """Prepend to `Location` the path at which a trusted proxy serves this server."""
         location = response.headers.get(hdrs.LOCATION, "")
         given = request.headers.getall(PREFIX, ())
         if not location.startswith("/") or len(given) != 1 or not self._trusts(request.remote):
@@ -145,7 +145,7 @@ class Proxies:
 
     def _trusts(self, text: str | None) -> bool:
         address = parse_address(text) if self.trusted else None
-        return address is not None and self._has(address)
+        return address is not None and self._includes(address)
 
-    def _has(self, address: Address) -> bool:
+    def _includes(self, address: Address) -> bool:
         return any(address in network for network in self.trusted)

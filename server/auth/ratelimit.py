@@ -1,7 +1,7 @@
-"""Rate limits: per subject and class of route, and per peer address for refused credentials.
+"""How are clients rate limited? By subject and class of route; by address for refused credentials.
 
-Fixed windows, counted in bounded memory. The answers say what is left in the fields
-`RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers).
+Fixed windows, counted in bounded memory. The header fields `RateLimit` and `RateLimit-Policy` of a response
+say what is left (draft-ietf-httpapi-ratelimit-headers).
 """
 
 import ipaddress
@@ -20,13 +20,13 @@ from server.errors import ServerProblem
 from server.routing import LimitClass
 
 MAX_COUNTERS = 10_000
-"""Some 2 MB. Past it the counters used least recently are forgotten: nobody can fill the memory."""
+"""Some 2 MB; beyond it the least recently used counters are forgotten."""
 
 AUTH_FAILURES = "auth-failures"
 
 
 class Quota(msgspec.Struct, frozen=True, gc=False):
-    """What is left of a limit after a request.
+    """The rest of a limit after a request.
 
     Attributes:
         policy: Its name in the header fields.
@@ -51,7 +51,7 @@ class Quota(msgspec.Struct, frozen=True, gc=False):
 
 
 QUOTA: web.RequestKey[Quota] = web.RequestKey("quota", Quota)
-"""What the request left of its limit, if it had one."""
+"""Set on requests that a limit counts."""
 
 
 class RateLimited(ServerProblem):
@@ -88,7 +88,7 @@ class TooManyFailures(RateLimited):
 class Windows:
     """Fixed windows of one length: each begins with the first request counted in it.
 
-    Ours, since a library's are coroutines, and took 8 of the 60 µs of an inference.
+    A library's windows are coroutines, which took 8 of the 60 µs of an inference.
     """
 
     def __init__(self, limit: RateLimit, clock: Callable[[], float], capacity: int) -> None:
@@ -98,7 +98,7 @@ class Windows:
         self._counters: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def count(self, who: str) -> tuple[int, float]:
-        """Count a request; return how many there were in this window, and the seconds until its end."""
+        """Count a request; return the requests in this window, and the seconds until its end."""
         now = self._clock()
         counted, ends_at = self._counters.get(who, (0, 0.0))
         if ends_at <= now:
@@ -110,7 +110,7 @@ class Windows:
         return counted + 1, ends_at - now
 
     def counted(self, who: str) -> tuple[int, float]:
-        """Return what `count` did, without counting."""
+        """Return the same without counting."""
         counted, ends_at = self._counters.get(who, (0, 0.0))
         left_s = ends_at - self._clock()
         return (counted, left_s) if left_s > 0 else (0, 0.0)
@@ -137,10 +137,10 @@ class RateLimits:
         }
 
     def count(self, limit: LimitClass, subject: str) -> Quota | None:
-        """Count a request; return what is left, None where nothing limits it.
+        """Count a request; return the rest of its limit, None if it has no limit.
 
         Raises:
-            RateLimited: nothing was left (`rate_limited`).
+            RateLimited: the limit was used up (`rate_limited`).
         """
         windows = self._limits.get(limit)
         if windows is None:
@@ -153,14 +153,14 @@ class RateLimits:
 
     @property
     def has_failures(self) -> bool:
-        """Whether credentials from any address were refused lately: if not, none has to be looked up."""
+        """Whether credentials were refused lately; if not, no address needs to be checked."""
         return bool(self._failures)
 
     def check_peer(self, peer: str | None) -> None:
         """Refuse an address whose credentials were refused too often.
 
         Raises:
-            TooManyFailures: it is one (`too_many_failures`).
+            TooManyFailures: `too_many_failures`.
         """
         if self._failures is None:
             return
@@ -169,7 +169,7 @@ class RateLimits:
             raise TooManyFailures(_quota(AUTH_FAILURES, self._failures, counted, left_s))
 
     def count_failure(self, peer: str | None) -> None:
-        """Count refused credentials against the address they came from."""
+        """Count refused credentials of an address."""
         if self._failures is not None:
             self._failures.count(peer_of(peer))
 
@@ -180,7 +180,7 @@ def _quota(policy: str, windows: Windows, counted: int, left_s: float) -> Quota:
 
 
 async def add_quota_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Tell a client what is left of its limit; for `app.on_response_prepare`."""
+    """Add the rest of the limit to a response; for `app.on_response_prepare`."""
     quota = request.get(QUOTA)
     if quota is not None:
         response.headers.update(quota.headers())
@@ -188,7 +188,7 @@ async def add_quota_headers(request: web.Request, response: web.StreamResponse) 
 
 @lru_cache(maxsize=1024)
 def peer_of(address: str | None) -> str:
-    """Return whom an address stands for: an IPv6 host has a whole /64 to choose addresses from."""
+    """Return the key of an address; for IPv6 its /64 network, in which a host can choose its addresses."""
     if address is None:
         return "local"  # a Unix socket
     parsed = parse_address(address)

@@ -307,7 +307,9 @@ def test_provider_key_set_replaces_own_keys(tmp_path: Path) -> None:
     )
 
 
-def test_provider_file_is_reread_unless_it_is_broken(tmp_path: Path) -> None:
+def test_provider_file_is_reread_unless_it_is_broken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "jwks.json"
 
     def publish(text: str) -> None:
@@ -323,6 +325,7 @@ def test_provider_file_is_reread_unless_it_is_broken(tmp_path: Path) -> None:
     assert is_valid(verifier, old, now)
     publish('{"keys": [')
     assert is_valid(verifier, old, now + 2)
+    assert "jwks.json cannot be read, its known keys stay in use" in caplog.text
     publish(json.dumps({"keys": [jwk(jwt.algorithms.OKPAlgorithm, ED_KEY, kid="d")]}))
     assert is_valid(verifier, new, now + 4)
     assert not is_valid(verifier, old, now + 4)
