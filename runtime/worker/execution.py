@@ -213,7 +213,7 @@ class Cancellation:
 NO_MEMORY = "the worker has not enough memory for this inference"
 
 
-class Executor:
+class InferenceExecutor:
     """Runs a model for requests, and answers each.
 
     Args:

@@ -33,7 +33,7 @@ from runtime.wire import (
     plain_text,
 )
 from runtime.worker.batching import Queue
-from runtime.worker.execution import Cancellation, Executor, Outbox
+from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.loading import load
 from runtime.worker.optimising import make_cached_model
 from runtime.worker.sessions import ServingSession, register_operators
@@ -73,7 +73,7 @@ class _Worker:
         self._cancellation = cancellation
         self._reader = FrameReader(TO_WORKER)
         self._outbox = Outbox(channel)
-        self._executor: Executor | None = None
+        self._executor: InferenceExecutor | None = None
         self._queue: Queue | None = None
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
@@ -86,7 +86,7 @@ class _Worker:
                 self._serve_batches(self._queue, self._executor)
             self._outbox.flush()
 
-    def _serve_batches(self, queue: Queue, executor: Executor) -> None:
+    def _serve_batches(self, queue: Queue, executor: InferenceExecutor) -> None:
         """Run all that waits, and what comes meanwhile."""
         while queue:
             wait_ns = queue.wait_ns(time.monotonic_ns())
@@ -156,7 +156,7 @@ class _Worker:
     def _begin(self, order: Load, model: ServingSession) -> None:
         if order.max_batch_size:
             self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
-        self._executor = Executor(model.runner, self._outbox, self._cancellation, model.dimension)
+        self._executor = InferenceExecutor(model.runner, self._outbox, self._cancellation, model.dimension)
 
     def _send(self, message: Message) -> None:
         self._outbox.put(message)

@@ -42,7 +42,7 @@ from runtime.worker.batching import (
     join_inputs,
     split_outputs,
 )
-from runtime.worker.execution import Cancellation, Executor, Outbox
+from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.inference import Runner, SelectedOutputs
 
 ASKED = SelectedOutputs(["y"], [("y", "FP32", False)])
@@ -202,7 +202,7 @@ def test_request_cancelled_before_arrival_is_not_decoded(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
     outbox, cancellation = Outbox(channel[1]), Cancellation()
-    executor = Executor(runner, outbox, cancellation, None)
+    executor = InferenceExecutor(runner, outbox, cancellation, None)
     cancellation.cancel(1)
     for number in range(3):
         assert executor.prepare(Infer(number), [NO_NUMBERS]) is None

@@ -1,0 +1,68 @@
+"""The shape of the code: unique class names, the size of modules and packages, and true names in the docs."""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("events", "runtime", "server", "loadledger")
+MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+MAX_LINES = 500
+"""More is not read in one sitting."""
+
+MAX_MODULES = 15
+"""About a dozen in one package, beside its `__init__`: what a reader keeps in mind."""
+
+MIRRORS = {ROOT / "loadledger" / name for name in ("records.py", "problems.py")}
+"""The client's public types have the names of what they show."""
+
+STRUCTURE = ROOT / "docs" / "structure.md"
+REFERENCE = re.compile(r"`([\w./]+\.py)`(?::\s+`([\w.]+)`)?")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def defined_in(path: Path) -> Iterator[str]:
+    """Yield the names that a module defines: functions, classes, their methods, and constants."""
+    for node in tree_of(path).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (
+                f"{node.name}.{each.name}"
+                for each in node.body
+                if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
+            )
+        if isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def test_public_class_names_are_unique() -> None:
+    found = defaultdict[str, list[str]](list)
+    for path in set(MODULES) - MIRRORS:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(path.relative_to(ROOT).as_posix())
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
+
+
+@pytest.mark.parametrize("package", sorted({path.parent for path in MODULES}), ids=lambda path: path.name)
+def test_package_and_its_modules_are_small(package: Path) -> None:
+    modules = [path for path in package.glob("*.py") if not path.name.startswith("__")]
+    assert len(modules) <= MAX_MODULES
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_names_in_structure_page_exist() -> None:
+    references = REFERENCE.findall(STRUCTURE.read_text(encoding="utf-8"))
+    assert len(references) >= 30
+    for file, name in references:
+        assert (ROOT / file).is_file(), file
+        assert not name or name in defined_in(ROOT / file), f"{file}: {name}"
