@@ -2,7 +2,7 @@
 
 The way of a load: `main` reads a `Load` from the data channel; `loading.load` checks and hashes the files,
 watches the memory and uses the cached model if it may; `sessions` creates the session and warms it up. The
-way of an inference: `main` reads an `Infer`; `batching` chooses what runs together; `execution.InferenceExecutor` runs
+way of an inference: `main` reads an `Infer`; `batching` chooses what runs together; `execution` runs
 it; `inference` turns tensors into arrays and back. `optimising` makes a cached model instead of a load.
 
 To change: session options, warm-up, memory limit: `sessions`. Cancellation, answers on the channel:
