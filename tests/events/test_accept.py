@@ -195,78 +195,72 @@ def test_order_of_files_does_not_matter() -> None:
 
 # Unloads and cancellations. Outcome: `new:X`, a job that ends the load X; the job that answers; or a code.
 
-UNLOADS: list[tuple[str, RequestUnload, str]] = [
-    ("", unload(), "not_loaded"),
-    ("", unload(force=True), "not_loaded"),
-    ("load", unload(), "new:L"),
-    ("load", unload(force=True), "new:L"),
-    ("request", unload(), "not_loaded"),
-    ("request start", unload(), "not_loaded"),
-    ("request", unload(force=True), "new:L"),
-    ("request start", unload(force=True), "new:L"),
-    ("request request_v2", unload(force=True), "new:L"),
-    ("load request_v2 start_v2", unload(), "new:L2"),
-    ("load request_v2", unload(), "new:L2"),
-    ("load request_v2 start_v2", unload(force=True), "new:L"),
-    ("load request_v2 request_drain start_drain", unload(), "new:L2"),
-    ("load request_v2 drain", unload(), "new:L2"),
-    ("load request_v2 drain start_v2", unload(), "new:L2"),
-    ("load request_v2 drain", unload(force=True), "new:L2"),
-    ("load request_v2 drain start_v2 fail_v2", unload(), "new:L"),
-    ("load load_v2", unload(), "new:L2"),
-    ("load load_v2 request_drain start_drain", unload(), "new:L2"),
-    ("load load_v2 request_drain start_drain", unload(force=True), "new:L2"),
-    ("load request_unload", unload(), "U"),
-    ("load request_unload start_unload", unload(), "U"),
-    ("load request_unload", unload(force=True), "new:L"),
-    ("load request_unload start_unload", unload(force=True), "new:L"),
-    ("load request_force", unload(), "F"),
-    ("load request_force", unload(force=True), "F"),
-    ("load request_unload start_unload request_force", unload(), "F"),
-    ("load request_unload start_unload request_force", unload(force=True), "F"),
-    ("request start request_force", unload(), "F"),
-    ("load request_unload start_unload request_again", unload(), "new:L3"),
-    ("load request_unload start_unload request_again", unload(force=True), "new:L"),
-    ("load request_unload request_cancel_U", unload(), "new:L"),
-    ("load request_unload request_cancel_U start_unload", unload(), "U"),
-    ("load request_unload finish_unload", unload(), "not_loaded"),
-    ("load request_unload finish_unload", unload(force=True), "not_loaded"),
-    ("request start fail", unload(), "not_loaded"),
-    ("request start fail", unload(force=True), "not_loaded"),
-    ("load crash", unload(), "new:L"),
-    ("load crash", unload(force=True), "new:L"),
-    ("load restart", unload(), "new:L"),
-    ("load request_unload start_unload restart", unload(), "U"),
-    ("", unload(None), "nothing_loaded"),
-    ("", unload(None, force=True), "nothing_loaded"),
-    ("load", unload(None), "new:L"),
-    ("load_other load", unload(None), "new:L"),
-    ("load load_other", unload(None), "new:O"),
-    ("load_other load request_unload", unload(None), "U"),
-    ("request start", unload(None), "nothing_loaded"),
-    ("request start", unload(None, force=True), "new:L"),
-    ("request_other request", unload(None, force=True), "new:O"),
-    ("load request_other", unload(None, force=True), "new:L"),
-    ("load restart", unload(None), "nothing_loaded"),
-    ("load request_unload finish_unload", unload(None), "nothing_loaded"),
-    ("load_other", unload(), "not_loaded"),
-    ("load", unload(""), "not_loaded"),
+UNLOADS: list[tuple[str, str, str]] = [
+    # facts, then: outcome, outcome with force
+    ("", "not_loaded", "not_loaded"),
+    ("load", "new:L", "new:L"),
+    ("request", "not_loaded", "new:L"),
+    ("request start", "not_loaded", "new:L"),
+    ("request request_v2", "not_loaded", "new:L"),
+    ("load request_v2 start_v2", "new:L2", "new:L"),
+    ("load request_v2", "new:L2", "new:L"),
+    ("load request_v2 request_drain start_drain", "new:L2", "new:L"),
+    ("load request_v2 drain", "new:L2", "new:L2"),
+    ("load request_v2 drain start_v2", "new:L2", "new:L2"),
+    ("load request_v2 drain start_v2 fail_v2", "new:L", "new:L"),
+    ("load load_v2", "new:L2", "new:L2"),
+    ("load load_v2 request_drain start_drain", "new:L2", "new:L2"),
+    ("load request_unload", "U", "new:L"),
+    ("load request_unload start_unload", "U", "new:L"),
+    ("load request_force", "F", "F"),
+    ("load request_unload start_unload request_force", "F", "F"),
+    ("request start request_force", "F", "F"),
+    ("load request_unload start_unload request_again", "new:L3", "new:L"),
+    ("load request_unload request_cancel_U", "new:L", "new:L"),
+    ("load request_unload request_cancel_U start_unload", "U", "new:L"),
+    ("load request_unload finish_unload", "not_loaded", "not_loaded"),
+    ("request start fail", "not_loaded", "not_loaded"),
+    ("load crash", "new:L", "new:L"),
+    ("load restart", "new:L", "new:L"),
+    ("load request_unload start_unload restart", "U", "new:L"),
+    ("load_other", "not_loaded", "not_loaded"),
 ]
 
+UNLOADS_OF_ACTIVE_MODEL: list[tuple[str, str, str]] = [
+    ("", "nothing_loaded", "nothing_loaded"),
+    ("load", "new:L", "new:L"),
+    ("load_other load", "new:L", "new:L"),
+    ("load load_other", "new:O", "new:O"),
+    ("load_other load request_unload", "U", "new:L"),
+    ("request start", "nothing_loaded", "new:L"),
+    ("request_other request", "nothing_loaded", "new:O"),
+    ("load request_other", "new:L", "new:L"),
+    ("load restart", "nothing_loaded", "nothing_loaded"),
+    ("load request_unload finish_unload", "nothing_loaded", "nothing_loaded"),
+]
+UNLOAD_CASES = [(MODEL, *row) for row in UNLOADS] + [(None, *row) for row in UNLOADS_OF_ACTIVE_MODEL]
 
-@pytest.mark.parametrize(("facts", "command", "outcome"), UNLOADS)
-def test_unload_outcome(facts: str, command: RequestUnload, outcome: str) -> None:
-    match decide(given(facts).state, command):
-        case Accepted((Draft(data=UnloadRequested(load_job_id=ended, force=force)),), job):
-            assert outcome == f"new:{ended}"
-            assert (job, force) == (NEW, command.force)
-        case Existing(job):
-            assert outcome == job
-        case Refused(code, message):
-            assert outcome == code
-            assert message
-        case decision:
-            pytest.fail(f"{decision}")
+
+@pytest.mark.parametrize(("model_id", "facts", "gentle", "forced"), UNLOAD_CASES)
+def test_unload_outcome(model_id: str | None, facts: str, gentle: str, forced: str) -> None:
+    for force, outcome in ((False, gentle), (True, forced)):
+        match decide(given(facts).state, unload(model_id, force=force)):
+            case Accepted((Draft(data=UnloadRequested(load_job_id=ended, force=recorded_force)),), job):
+                assert outcome == f"new:{ended}"
+                assert (job, recorded_force) == (NEW, force)
+            case Existing(job):
+                assert outcome == job
+            case Refused(code, message):
+                assert outcome == code
+                assert message
+            case decision:
+                pytest.fail(f"{decision}")
+
+
+def test_empty_model_id_is_not_active_model() -> None:
+    decision = decide(given("load").state, unload(""))
+    assert isinstance(decision, Refused)
+    assert decision.code == "not_loaded"
 
 
 def test_accepted_unload_records_version_that_it_ends() -> None:
