@@ -1,4 +1,4 @@
-"""The stored jobs and snapshots beside a fold of the log, as it comes past them."""
+"""Comparison of stored jobs, models and snapshots with a fold of the log, as the fold reaches them."""
 
 from __future__ import annotations
 
@@ -13,86 +13,21 @@ from events.sqlite import snapshots
 from events.sqlite.queries import as_bytes, as_model
 from events.sqlite.schema import check_readable
 
-_Row = tuple[object, object, object, int]
-"""The position at which a job was created, its id and its body, as they are stored, and whether as text."""
-
-
-class StoredJobs:
-    """A walk through the stored jobs in the order of their creation.
-
-    Jobs end nearly in that order, so what the walk has passed, and no job has ended for yet, is about as much
-    as the jobs that have not ended.
-
-    Args:
-        connection: it gives text as bytes.
-    """
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._walk = connection.execute(  # a BLOB looks like text here, and nobody would find a job by it
-            "SELECT created_position, id, body, typeof(id) = 'text' AND typeof(body) = 'text'"
-            " FROM jobs ORDER BY created_position"
-        )
-        self._reached = 0
-        self._misplaced: _Row | None = None
-        self._passed: dict[int, _Row] = {}
-        self._missed: dict[str, Job] = {}
-
-    def compare(self, job: Job) -> None:
-        """Compare a job that nothing happens to any more with what is stored.
-
-        A job whose id comes again, which no log of ours has, is stored as it was the last time: what does not
-        agree counts only in the end.
-        """
-        self._walk_to(job.created_position)
-        stored = self._passed.get(job.created_position)
-        if stored is not None and stored[1:] == (job.id.encode(), as_bytes(job), True):
-            del self._passed[job.created_position]
-            self._missed.pop(job.id, None)
-        else:
-            self._missed[job.id] = job
-
-    def difference(self, unended: Iterable[Job]) -> str | None:
-        """Return in words what the stored jobs have otherwise than the fold, when that is at its end."""
-        for job in unended:
-            self.compare(job)
-        for _, key, *_ in self._left():
-            return f"the stored jobs differ from the log's at {_shown(key)!r}"
-        for key in self._missed:
-            return f"the stored jobs lack {key!r}"
-        return None
-
-    def _walk_to(self, position: int) -> None:
-        while self._reached < position:
-            row: _Row | None = self._walk.fetchone()
-            if row is None:
-                return
-            if isinstance(row[0], int) and row[0] > 0:
-                self._passed[row[0]] = row
-                self._reached = row[0]
-            else:  # no event is there, and of these rows there may be any number
-                self._misplaced = self._misplaced or row
-
-    def _left(self) -> Iterator[_Row]:
-        """Yield what no job was found to be; it can be asked for once, and need not be read to its end."""
-        misplaced = () if self._misplaced is None else (self._misplaced,)
-        return chain(misplaced, self._passed.values(), self._walk)
-
-
-def _shown(key: object) -> str:
-    return key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-
-
 NEVER = 2**63
 """No position is there."""
 
-_Copy = tuple[int, bytes, bytes]
-
 _IS_COPY = "typeof(position) = 'integer' AND typeof(model_id) = 'text' AND typeof(body) = 'text'"
-"""What the schema alone does not hold, since text in UTF-8 and a BLOB of the same bytes look alike here."""
+"""What the schema does not enforce: text in UTF-8 and a BLOB of the same bytes look alike to the walk."""
+
+_Row = tuple[object, object, object, int]
+"""A stored job: the position at which it was created, its id, its body, and whether these two are text."""
+
+_Copy = tuple[int, bytes, bytes]
+"""A copy of a model in a snapshot: its position, the model's id, and the body."""
 
 
 class Folded(Protocol):
-    """What a fold has come to: all models, and the jobs that have not ended."""
+    """The result of a fold: all models, and the jobs that have not ended."""
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -105,24 +40,119 @@ class Folded(Protocol):
         ...
 
 
-class StoredSnapshots:
-    """A walk through the snapshots, in the order of their positions.
-
-    A copy of a model is compared once, where it was written. Of the models that events were about since their
-    latest copy, a snapshot that has no other has to have that one. So it takes a look for each copy and one
-    for each event, at most, and memory for the names of the models since the last snapshot.
-
-    Attributes:
-        next: the position at which `compare` has something to do; it must not be passed over.
-        touched: the models of the events since the last snapshot, where the fold puts them; null stands for
-            all of them, as events of the server have it.
-        difference: the first that was found, as a position and words; null if there was none.
+class StoredProjections:
+    """The stored jobs, models and snapshots of a ledger.
 
     Args:
-        connection: it gives text as bytes.
-        base: where the log begins. The snapshot there has jobs that had ended, archives prove it, and its
-            text may be that of an earlier release; but its copies have to be those of the models that they
-            are said to be of, and there must not be any before.
+        connection: returns text as bytes.
+        base: the position of the base.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, base: int) -> None:
+        self._connection = connection
+        self.jobs = StoredJobs(connection)
+        self.snapshots = StoredSnapshots(connection, base)
+
+    def find_difference(self, position: int, folded: Folded) -> tuple[int, str] | None:
+        """Return the first difference from the fold at its end, as a position and words."""
+        row = self._connection.execute("SELECT position FROM projected").fetchone()
+        if row != (position,):
+            return position, f"the stored projections are at position {row and row[0]}"
+        problem = self._compare_models(folded) or self.jobs.difference(folded.jobs.values())
+        return (position, problem) if problem else self.snapshots.end(position)
+
+    def _compare_models(self, folded: Folded) -> str | None:
+        expected = {key.encode(): model for key, model in folded.models.items()}
+        for key, body, is_text in self._connection.execute(
+            "SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM models"
+        ):
+            model = expected.pop(key, None)
+            if model is None or not is_text or as_bytes(model) != body:
+                return f"the stored models differ from the log's at {_printable(key)!r}"
+        for key in expected:
+            return f"the stored models lack {key.decode()!r}"
+        return None
+
+
+class StoredJobs:
+    """Walks through the stored jobs in the order of their creation.
+
+    Jobs end nearly in that order. So the rows that the walk has passed, and that no ended job has matched yet,
+    are about as many as the unended jobs.
+
+    Args:
+        connection: returns text as bytes.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._walk = connection.execute(  # a BLOB looks like text here, but no look-up would find it
+            "SELECT created_position, id, body, typeof(id) = 'text' AND typeof(body) = 'text'"
+            " FROM jobs ORDER BY created_position"
+        )
+        self._reached = 0
+        self._misplaced: _Row | None = None
+        self._passed: dict[int, _Row] = {}
+        self._missed: dict[str, Job] = {}
+
+    def compare(self, job: Job) -> None:
+        """Compare an ended job with its row.
+
+        A repeated job id, which no log of ours has, is stored as it was last: so a difference counts only at
+        the end of the fold.
+        """
+        self._walk_to(job.created_position)
+        stored = self._passed.get(job.created_position)
+        if stored is not None and stored[1:] == (job.id.encode(), as_bytes(job), True):
+            del self._passed[job.created_position]
+            self._missed.pop(job.id, None)
+        else:
+            self._missed[job.id] = job
+
+    def difference(self, unended: Iterable[Job]) -> str | None:
+        """Return the first difference of the stored jobs at the end of the fold, in words."""
+        for job in unended:
+            self.compare(job)
+        for _, key, *_ in self._left():
+            return f"the stored jobs differ from the log's at {_printable(key)!r}"
+        for key in self._missed:
+            return f"the stored jobs lack {key!r}"
+        return None
+
+    def _walk_to(self, position: int) -> None:
+        while self._reached < position:
+            row: _Row | None = self._walk.fetchone()
+            if row is None:
+                return
+            if isinstance(row[0], int) and row[0] > 0:
+                self._passed[row[0]] = row
+                self._reached = row[0]
+            else:  # no event is there, and there may be any number of such rows
+                self._misplaced = self._misplaced or row
+
+    def _left(self) -> Iterator[_Row]:
+        """Yield the rows that no job matched; call it once."""
+        misplaced = () if self._misplaced is None else (self._misplaced,)
+        return chain(misplaced, self._passed.values(), self._walk)
+
+
+class StoredSnapshots:
+    """Walks through the snapshots in the order of their positions.
+
+    Each copy of a model is compared once, at its position. A model with events since its latest copy must have
+    a newer copy in the next snapshot if it changed. This costs at most one query for each copy and one for
+    each event, and the memory of the ids of models with events since the last snapshot.
+
+    Attributes:
+        next: the next position at which `compare` has to be called.
+        touched: the models of the events since the last snapshot, which the fold adds; None means all of
+            them, as in events of the server.
+        difference: the first difference, as a position and words; None if there is none.
+
+    Args:
+        connection: returns text as bytes.
+        base: the position of the base. Archives prove the snapshot there, which also has ended jobs and may
+            have the text of an earlier release; here its copies only have to be of the models that they name.
+            No snapshot may be before it.
     """
 
     def __init__(self, connection: sqlite3.Connection, base: int) -> None:
@@ -140,7 +170,7 @@ class StoredSnapshots:
         self.next = self._soonest()
 
     def compare(self, position: int, folded: Folded) -> None:
-        """Compare what is stored at `next`, the position at which the fold is, with what that came to."""
+        """Compare what is stored at `next`, which the fold has reached, with the fold."""
         while self._copy is not None and self._copy[0] == position:
             self._compare_copy(folded, *self._copy)
             self._copy = self._next_copy()
@@ -151,16 +181,16 @@ class StoredSnapshots:
         self.next = self._soonest()
 
     def end(self, position: int) -> tuple[int, str] | None:
-        """Return the difference, if any: there must not be snapshots of what is beyond the end of the log."""
+        """Return the first difference at the end of the fold; no snapshot may be beyond the log's end."""
         if self.next != NEVER:
-            self._differ(self.next, f"is beyond position {position}, with which the log ends")
+            self._differ(self.next, f"is beyond position {position}, the end of the log")
         elsewhere = self._jobs_elsewhere(position)
         if elsewhere is not None:
-            self._differ(elsewhere, "has jobs where the log has no events")
+            self._differ(elsewhere, "has jobs at a position outside the log")
         return self.difference
 
     def _compare_copy(self, folded: Folded, position: int, key: bytes, body: bytes) -> None:
-        name = _text(key)
+        name = _printable(key)
         model = folded.models.get(name)
         if position == self._base and model is not None:
             body = as_bytes(as_model(body))
@@ -169,7 +199,7 @@ class StoredSnapshots:
         self.touched.discard(name)
 
     def _compare_models(self, position: int, folded: Folded) -> None:
-        """Look at the models whose latest copy may be from before their last change."""
+        """Compare the models whose latest copy may be older than their last change."""
         for name in folded.models if None in self.touched else self.touched:
             model = folded.models.get(name) if name is not None else None
             row = self._connection.execute(
@@ -186,8 +216,10 @@ class StoredSnapshots:
         unended = sorted(folded.jobs.values(), key=lambda job: job.created_position)
         for job, body in zip_longest(unended, stored):
             if job is None or as_bytes(job) != body:
-                name = "that is one more than there were" if job is None else repr(job.id)
-                self._differ(position, f"differs from the log's at the job {name}")
+                problem = (
+                    "has a job too many" if job is None else f"differs from the log's at the job {job.id!r}"
+                )
+                self._differ(position, problem)
                 return
 
     def _differ(self, position: int, problem: str) -> None:
@@ -195,7 +227,7 @@ class StoredSnapshots:
             self.difference = position, f"the stored snapshot {problem}"
 
     def _jobs_elsewhere(self, end: int) -> int | None:
-        """Return a position outside the log at which jobs wait for a snapshot, or None."""
+        """Return a position outside the log at which snapshot jobs are stored, or None."""
         if check_readable(self._connection) < snapshots.SINCE_SCHEMA:
             return None
         row = self._connection.execute(
@@ -205,11 +237,11 @@ class StoredSnapshots:
         return None if row is None else self._near(row[0])
 
     def _near(self, position: object) -> int:
-        """Return the position, or the base instead of what is none."""
+        """Return the position, or the base if the value is not a position."""
         return position if isinstance(position, int) else self._base
 
     def _next_copy(self) -> _Copy | None:
-        """Return the next copy; those that no fold comes past are told, and passed over."""
+        """Return the next copy; a copy that no fold can reach is a difference, and skipped."""
         for number in self._copies:
             *copy, is_copy = self._connection.execute(
                 f"SELECT position, model_id, body, {_IS_COPY} FROM model_snapshots WHERE rowid = ?",  # noqa: S608 - literals
@@ -218,23 +250,21 @@ class StoredSnapshots:
             position, key, body = copy
             if is_copy and position >= self._base:
                 return position, key, body
-            self._differ(self._near(position), f"has a copy of {_text(key)!r} that no snapshot can have")
+            self._differ(self._near(position), f"has a copy of {_printable(key)!r} that no snapshot can have")
         return None
 
     def _next_position(self) -> int:
-        """Return the position of the next snapshot; that of the base is proved by others."""
+        """Return the position of the next snapshot after the base."""
         for (position,) in self._positions:
             if type(position) is int and position > self._base:
                 return position
             if position != self._base:
-                self._differ(
-                    self._near(position), f"is before position {self._base}, after which the log begins"
-                )
+                self._differ(self._near(position), f"is before position {self._base}, the base of the log")
         return NEVER
 
     def _soonest(self) -> int:
         return min(self._position, NEVER if self._copy is None else self._copy[0])
 
 
-def _text(key: object) -> str:
+def _printable(key: object) -> str:
     return key.decode(errors="replace") if isinstance(key, bytes) else str(key)

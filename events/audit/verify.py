@@ -1,6 +1,6 @@
-"""Proof by recomputation: the chain, the gaps, and the stored projections against a fold of the log.
+"""Verification of a ledger: the hash chain, the events, the base, and the stored projections against a fold.
 
-What verification says of a ledger or a file, and what somebody kept of a head, to be found again there.
+The log is read once, in order. The result names the first position that is wrong, as a `Finding`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from events.audit.projections import NEVER, StoredJobs, StoredSnapshots
+from events.audit.projections import NEVER, StoredProjections
 from events.codec import GENESIS, CanonicalCheck, decode_event
 from events.jobs import Job
 from events.models import Model
@@ -25,9 +25,23 @@ from events.sqlite.snapshots import is_base_state_whole, read_base_state
 from events.state import Entities
 from events.types import Event
 
+PAGE = 200
+"""Events that take each step together: the processor's caches then hold the code of one step, not of all. It
+takes a sixth less time than event by event (measured)."""
+
+_ARCHIVES_SINCE = 4
+"""The schema from which on the ledger lists its archives."""
+
+_EXPECTED = re.compile(r"(\d{1,19}):([0-9a-fA-F]{64})", re.ASCII)
+
+Row = tuple[int, bytes, bytes]
+"""The position, body and hash of an event, as they are stored."""
+
+T = TypeVar("T")
+
 
 class FindingKind(StrEnum):
-    """What kind of thing is wrong."""
+    """What kind of problem a finding is."""
 
     MISSING = "missing"
     HASH = "hash"
@@ -43,7 +57,7 @@ class FindingKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The first thing that is wrong: at which position, and what."""
+    """The first problem of a ledger or file: its position, and what is wrong there."""
 
     position: int
     problem: str
@@ -51,7 +65,7 @@ class Finding:
 
 
 class VerificationError(Exception):
-    """Something is wrong, and nothing after it is looked at."""
+    """Ends a verification with its finding."""
 
     def __init__(self, position: int, problem: str, kind: FindingKind) -> None:
         super().__init__(problem)
@@ -60,10 +74,15 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found: how many events, the head as recomputed, and the first problem, if any.
+    """The result of verifying a ledger.
 
-    `compared` is False where the stored projections were made by other folds than this release's. They are
-    made anew before anything uses them, so they prove nothing, and were not looked at.
+    Attributes:
+        events: the number of proved events.
+        position: of the last proved event.
+        hash: of that event, as recomputed.
+        finding: the first problem; None if there is none.
+        compared: False if another release's folds made the stored projections; they are rebuilt before
+            anything uses them, so they were not compared.
     """
 
     events: int
@@ -74,26 +93,23 @@ class Verification:
 
     @property
     def verified(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no finding."""
         return self.finding is None
-
-
-_EXPECTED = re.compile(r"(\d{1,19}):([0-9a-fA-F]{64})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The event at this position has this hash."""
+    """An expected head: the event at `position` must have this hash."""
 
     position: int
     hash: bytes
 
 
 def parse_expected(text: str) -> Expected:
-    """Return what `POSITION:HASH` says.
+    """Parse `POSITION:HASH`.
 
     Raises:
-        ValueError: it is not of that form.
+        ValueError: the text is not of that form.
     """
     match = _EXPECTED.fullmatch(text)
     if match is None:
@@ -101,29 +117,15 @@ def parse_expected(text: str) -> Expected:
     return Expected(int(match[1]), bytes.fromhex(match[2]))
 
 
-PAGE = 200
-"""Events that take each step together: the processor's caches then hold the code of one step, not of all. It
-takes a sixth less time than event by event (measured)."""
-
-_ARCHIVES_SINCE = 4
-"""The schema from which on archives are told of."""
-
-Row = tuple[int, bytes, bytes]
-"""The position, body and hash of an event, as they are stored."""
-
-T = TypeVar("T")
-
-
 class CheckedFold:
-    """What the log says up to where it was read, and nothing that is not so.
+    """A fold of the log that checks each event before it applies it.
 
     Args:
-        position: where it begins: that of the event before the first one that is read.
-        digest: the hash of that event.
-        models: what the events up to there came to.
-        jobs: likewise; those among them that have ended are compared at once.
-        stored: what the jobs are compared with as they end, or None.
-        snapshots: what is compared as the fold comes past, or None.
+        position: of the base.
+        digest: the hash at the base.
+        models: the models at the base.
+        jobs: the jobs at the base; those that have ended are compared at once.
+        stored: the stored projections to compare with as the fold reaches them, or None.
     """
 
     def __init__(
@@ -133,29 +135,27 @@ class CheckedFold:
         *,
         models: Iterable[Model] = (),
         jobs: Iterable[Job] = (),
-        stored: StoredJobs | None = None,
-        snapshots: StoredSnapshots | None = None,
+        stored: StoredProjections | None = None,
     ) -> None:
         self.position, self.hash, self._recorded_at = position, digest, ""
         self.stored = stored
         known = sorted(jobs, key=lambda job: job.created_position)
         self.entities = Entities(models, (job for job in known if not job.ended))
+        self._canonical = CanonicalCheck()
+        self._touched = set[str | None]() if stored is None else stored.snapshots.touched
+        self._compare_at = NEVER if stored is None else stored.snapshots.next
         if stored is not None:
             for job in known:
                 if job.ended:
-                    stored.compare(job)
-        self._exactness = CanonicalCheck()
-        self.snapshots = snapshots
-        self._touched = set[str | None]() if snapshots is None else snapshots.touched
-        self._compare_at = NEVER if snapshots is None else snapshots.next
-        if position == self._compare_at:
-            self._compare_snapshots()
+                    stored.jobs.compare(job)
+            if position == self._compare_at:
+                self._compare_snapshot(stored)
 
     def follow(self, rows: Iterable[Row]) -> Finding | None:
-        """Go on with the rows of the log, up to the first that is not as it has to be, and return what it is.
+        """Read the rows of the log up to the first problem, and return it.
 
         Raises:
-            sqlite3.Error: they cannot be read on.
+            sqlite3.Error: the rows cannot be read.
         """
         for page in _pages(rows):
             hashed, finding = _taken(self._hashed(page), None)
@@ -163,13 +163,13 @@ class CheckedFold:
             ended, finding = _taken(self._folded(zip(hashed, events, strict=False)), finding)
             if self.stored is not None:
                 for job in ended:
-                    self.stored.compare(job)
+                    self.stored.jobs.compare(job)
             if finding is not None:
                 return finding
         return None
 
     def _hashed(self, page: Iterable[Row]) -> Iterator[Row]:
-        """Yield the rows that follow one another, and whose hash is that of the previous one and the body."""
+        """Yield rows that follow one another, with the hash of the previous hash and the body."""
         before, previous = self.position, self.hash
         for row in page:
             position, body, digest = row
@@ -188,11 +188,11 @@ class CheckedFold:
 
     def _read(self, rows: Iterable[Row]) -> Iterator[Event]:
         """Yield the events that are in the canonical form."""
-        holds = self._exactness.holds
+        holds = self._canonical.holds
         for position, body, _ in rows:
             try:
                 event = decode_event(body)
-            except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
+            except Exception as error:  # noqa: BLE001 - a forged body may raise anything
                 raise VerificationError(
                     position, f"the body is not an event: {error!r}", FindingKind.EVENT
                 ) from None
@@ -205,7 +205,7 @@ class CheckedFold:
             yield event
 
     def _folded(self, found: Iterable[tuple[Row, Event]]) -> Iterator[Job]:
-        """Fold events in, and yield the jobs that ended with them."""
+        """Apply events, and yield the jobs that ended with them."""
         apply, touch = self.entities.apply, self._touched.add
         for (position, _, digest), event in found:
             if event.recorded_at < self._recorded_at:
@@ -220,19 +220,18 @@ class CheckedFold:
                 ) from None
             self.position, self.hash, self._recorded_at = position, digest, event.recorded_at
             touch(event.model_id)
-            if position == self._compare_at:
-                self._compare_snapshots()
+            if position == self._compare_at and self.stored is not None:
+                self._compare_snapshot(self.stored)
             if ended is not None:
                 yield ended
 
-    def _compare_snapshots(self) -> None:
-        assert self.snapshots is not None
-        self.snapshots.compare(self.position, self.entities)
-        self._compare_at = self.snapshots.next
+    def _compare_snapshot(self, stored: StoredProjections) -> None:
+        stored.snapshots.compare(self.position, self.entities)
+        self._compare_at = stored.snapshots.next
 
 
 def _pages(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield the rows in pages; where they cannot be read on, those before that first."""
+    """Yield the rows in pages; if reading fails, first yield the rows before that."""
     page = list[Row]()
     try:
         for row in rows:
@@ -247,7 +246,7 @@ def _pages(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _taken(step: Iterator[T], later: Finding | None) -> tuple[list[T], Finding | None]:
-    """Return what a step yields up to the first that is bad; `later` is of what comes after it, if any."""
+    """Return what a step yields up to its first problem, and that problem, else that of the step before."""
     done = list[T]()
     try:
         for item in step:
@@ -265,14 +264,14 @@ def _is_utf_8(body: bytes) -> bool:
 
 
 def verify(path: Path) -> Verification:
-    """Verify the ledger at `path`, reading only; works beside a running server.
+    """Verify the ledger at `path`, read-only and in one snapshot; works beside a running server.
 
-    All reads are one snapshot. Memory grows with the models and unended jobs, not with the log.
+    Memory grows with the models and unended jobs, not with the log.
 
     Raises:
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, the file cannot be read, or is no database.
+        LogUnavailable: `log_unavailable`, the file cannot be read, or is not a database.
     """
     with open_read_only(path) as connection:
         connection.text_factory = bytes
@@ -281,11 +280,11 @@ def verify(path: Path) -> Verification:
 
 
 def verify_connection(connection: sqlite3.Connection, path: Path) -> Verification:
-    """Verify as `verify` does, in the transaction of a connection that gives text as bytes.
+    """Verify as `verify` does, in the transaction of a connection.
 
     Args:
-        connection: what it sees is verified.
-        path: of the same file.
+        connection: returns text as bytes.
+        path: of the ledger's file.
     """
     base = connection.execute("SELECT position, hash FROM base").fetchone()
     if base is None or not (isinstance(base[0], int) and isinstance(base[1], bytes)):
@@ -300,9 +299,10 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
         if finding is None:
             _check_archives(connection, *base)
             _check_base_state(connection, base[0])
-            if compared:
-                _compare(connection, fold)
-                _compare_snapshots(fold)
+            if fold.stored is not None:
+                difference = fold.stored.find_difference(fold.position, fold.entities)
+                if difference is not None:
+                    raise VerificationError(*difference, FindingKind.PROJECTIONS)
             _check_length(connection, path, fold.position)
     except VerificationError as bad:
         finding = bad.finding
@@ -314,7 +314,7 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
 
 
 def _fold_at_base(connection: sqlite3.Connection, base: int, digest: bytes, *, compared: bool) -> CheckedFold:
-    """Return the fold in which the log begins; `compared` says whether with what is stored beside it."""
+    """Return the fold at the base; `compared` says whether it compares the stored projections."""
     try:
         state = read_base_state(connection, base)
         return CheckedFold(
@@ -322,84 +322,42 @@ def _fold_at_base(connection: sqlite3.Connection, base: int, digest: bytes, *, c
             digest,
             models=state.models.values(),
             jobs=state.jobs.values(),
-            stored=StoredJobs(connection) if compared else None,
-            snapshots=StoredSnapshots(connection, base) if compared else None,
+            stored=StoredProjections(connection, base) if compared else None,
         )
     except sqlite3.Error:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever somebody made of it is a finding
-        problem = f"the state that archived events came to is damaged: {error!r}"
+    except Exception as error:  # noqa: BLE001 - a forged state may raise anything
+        problem = f"the stored state at the base is damaged: {error!r}"
         raise VerificationError(base, problem, FindingKind.BASE) from None
 
 
 def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) -> None:
-    """Everything before the base must be in archives that follow one another, from the first event on."""
+    """Check that the listed archives follow one another from the first event to the base."""
     last, last_hash = 0, GENESIS
     if base or check_readable(connection) >= _ARCHIVES_SINCE:
         for first, *end in connection.execute(
             "SELECT first_position, last_position, hash FROM archives ORDER BY last_position"
         ):
             if first != last + 1:
-                problem = f"the archives that are told of do not have position {last + 1} to go on with"
+                problem = f"the listed archives do not have position {last + 1}"
                 raise VerificationError(base, problem, FindingKind.BASE)
             last, last_hash = end
             if not isinstance(last, int):
                 raise VerificationError(
-                    base, "the archives that are told of end with no position", FindingKind.BASE
+                    base, "the listed archives do not end with a position", FindingKind.BASE
                 )
     if (last, last_hash) != (base, digest):
-        problem = f"the archives that are told of end with position {last}, the log begins after {base}"
-        raise VerificationError(base, f"{problem}, or has another hash there", FindingKind.BASE)
+        problem = f"the listed archives end at position {last}, the log begins after {base}"
+        raise VerificationError(base, f"{problem}, or with another hash", FindingKind.BASE)
 
 
 def _check_base_state(connection: sqlite3.Connection, base: int) -> None:
     if not is_base_state_whole(connection, base):
-        raise VerificationError(
-            base, "what is stored of archived events is not what they came to", FindingKind.BASE
-        )
+        raise VerificationError(base, "the stored state at the base was changed", FindingKind.BASE)
 
 
 def _check_length(connection: sqlite3.Connection, path: Path, position: int) -> None:
-    """SQLite takes the missing end of the last page for zeros, and misses whole pages by itself."""
+    """Check the file's length: SQLite reads a truncated last page as zeros; it finds missing pages itself."""
     (page_size,) = connection.execute("PRAGMA page_size").fetchone()
     if path.stat().st_size % page_size:
-        raise VerificationError(position, "the file is damaged: its end was cut off", FindingKind.DAMAGED)
-
-
-def _compare(connection: sqlite3.Connection, fold: CheckedFold) -> None:
-    """The stored projections must be what the log gives; a difference is named at the head."""
-    position = connection.execute("SELECT position FROM projected").fetchone()
-    if position != (fold.position,):
-        problem = f"the stored projections are at position {position and position[0]}"
-        raise VerificationError(fold.position, problem, FindingKind.PROJECTIONS)
-    _compare_models(connection, fold)
-    assert fold.stored is not None
-    difference = fold.stored.difference(fold.entities.jobs.values())
-    if difference is not None:
-        raise VerificationError(fold.position, difference, FindingKind.PROJECTIONS)
-
-
-def _compare_snapshots(fold: CheckedFold) -> None:
-    """The stored snapshots must be what the log gives; a difference is named where it is."""
-    assert fold.snapshots is not None
-    difference = fold.snapshots.end(fold.position)
-    if difference is not None:
-        raise VerificationError(*difference, FindingKind.PROJECTIONS)
-
-
-def _compare_models(connection: sqlite3.Connection, fold: CheckedFold) -> None:
-    expected = {key.encode(): model for key, model in fold.entities.models.items()}
-    for key, body, is_text in connection.execute(
-        "SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM models"
-    ):
-        model = expected.pop(key, None)
-        if model is None or not is_text or queries.as_bytes(model) != body:
-            shown = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-            raise VerificationError(
-                fold.position,
-                f"the stored models differ from the log's at {shown!r}",
-                FindingKind.PROJECTIONS,
-            )
-    if expected:
-        problem = f"the stored models lack {next(iter(expected)).decode()!r}"
-        raise VerificationError(fold.position, problem, FindingKind.PROJECTIONS)
+        raise VerificationError(position, "the file is damaged: its end is missing", FindingKind.DAMAGED)
