@@ -77,8 +77,8 @@ class StoredProjections:
 class StoredJobs:
     """Walks through the stored jobs in the order of their creation.
 
-    Jobs end nearly in that order. So the rows that the walk has passed, and that no ended job has matched yet,
-    are about as many as the unended jobs.
+    Jobs end nearly in that order. So the rows that the walk has passed, and that no ended job has matched
+    yet, are about as many as the unended jobs.
 
     Args:
         connection: returns text as bytes.
@@ -138,9 +138,9 @@ class StoredJobs:
 class StoredSnapshots:
     """Walks through the snapshots in the order of their positions.
 
-    Each copy of a model is compared once, at its position. A model with events since its latest copy must have
-    a newer copy in the next snapshot if it changed. This costs at most one query for each copy and one for
-    each event, and the memory of the ids of models with events since the last snapshot.
+    Each copy of a model is compared once, at its position. A model with events since its latest copy must
+    have a newer copy in the next snapshot if it changed. This costs at most one query for each copy and one
+    for each event, and the memory of the ids of models with events since the last snapshot.
 
     Attributes:
         next: the next position at which `compare` has to be called.
@@ -216,10 +216,8 @@ class StoredSnapshots:
         unended = sorted(folded.jobs.values(), key=lambda job: job.created_position)
         for job, body in zip_longest(unended, stored):
             if job is None or as_bytes(job) != body:
-                problem = (
-                    "has a job too many" if job is None else f"differs from the log's at the job {job.id!r}"
-                )
-                self._differ(position, problem)
+                surplus = "has a job too many"
+                self._differ(position, surplus if job is None else f"differs from the log's at {job.id!r}")
                 return
 
     def _differ(self, position: int, problem: str) -> None:

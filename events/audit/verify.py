@@ -299,10 +299,7 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
         if finding is None:
             _check_archives(connection, *base)
             _check_base_state(connection, base[0])
-            if fold.stored is not None:
-                difference = fold.stored.find_difference(fold.position, fold.entities)
-                if difference is not None:
-                    raise VerificationError(*difference, FindingKind.PROJECTIONS)
+            _check_projections(fold)
             _check_length(connection, path, fold.position)
     except VerificationError as bad:
         finding = bad.finding
@@ -354,6 +351,12 @@ def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) ->
 def _check_base_state(connection: sqlite3.Connection, base: int) -> None:
     if not is_base_state_whole(connection, base):
         raise VerificationError(base, "the stored state at the base was changed", FindingKind.BASE)
+
+
+def _check_projections(fold: CheckedFold) -> None:
+    difference = fold.stored and fold.stored.find_difference(fold.position, fold.entities)
+    if difference is not None:
+        raise VerificationError(*difference, FindingKind.PROJECTIONS)
 
 
 def _check_length(connection: sqlite3.Connection, path: Path, position: int) -> None:

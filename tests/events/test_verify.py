@@ -255,8 +255,8 @@ NEW_BASE = ("DROP TABLE base", "CREATE TABLE base (position, hash)")
         (["DELETE FROM base"], 0, "the base of the chain is missing"),
         ([*NEW_BASE, "INSERT INTO base VALUES ('0', 'text')"], 0, "the base of the chain is missing"),
         ([*NEW_BASE, "INSERT INTO base VALUES (NULL, NULL)"], 0, "the base of the chain is missing"),
-        ([FIRST_ARCHIVE.format(1)], 0, "the archives that are told of end with position 3"),
-        ([FIRST_ARCHIVE.format(2)], 0, "the archives that are told of do not have position 1"),
+        ([FIRST_ARCHIVE.format(1)], 0, "the listed archives end at position 3"),
+        ([FIRST_ARCHIVE.format(2)], 0, "the listed archives do not have position 1"),
     ],
 )
 def test_changed_base_is_found(statements: list[str], position: int, problem: str) -> None:
