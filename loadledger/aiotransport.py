@@ -120,7 +120,7 @@ class AioTransport:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if self._closed:
                 raise RuntimeError(CLOSED) from None
-            raise self._problem(error) from _told(error)
+            raise self._problem(error) from _safe_cause(error)
         finally:
             self._waits.discard(wait)
 
@@ -151,6 +151,6 @@ class AioTransport:
         return ServerUnreachable(url, f"the connection was lost: {failure_reason(error)}", sent=True)
 
 
-def _told(error: Exception) -> Exception | None:
+def _safe_cause(error: Exception) -> Exception | None:
     """Return the cause to chain; errors of the library may repeat the token, so they are left out."""
     return None if isinstance(error, aiohttp.ClientResponseError) else error

@@ -25,6 +25,8 @@ from loadledger.requests import Answer, Request
 
 T = TypeVar("T")
 
+HTTP_1_1 = 11
+"""`HTTPResponse.version` of HTTP/1.1, whose connections are kept unless a side says `close`."""
 _LOST = (http.client.RemoteDisconnected, http.client.IncompleteRead, OSError)
 
 
@@ -77,9 +79,13 @@ class BlockingStream:
         self._response = connection.getresponse()
         headers = {name.lower(): text for name, text in self._response.getheaders()}
         self.answer = Answer(self._response.status, headers, b"")
+        is_chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+        self._left = None if is_chunked else _body_length(self.answer)
         # The library takes the end of a connection for the end of the headers: then there is neither a
         # body nor its length.
-        self._is_cut = self._response.length is None and not self._response.chunked
+        self._is_cut = self._left is None and not is_chunked
+        closes = self._is_cut or "close" in headers.get("connection", "").lower()
+        self._is_kept = self._response.version == HTTP_1_1 and not closes
         self._is_read = False
 
     async def read(self) -> bytes:
@@ -92,8 +98,10 @@ class BlockingStream:
                 self._sock.settimeout(left_s)
             chunk = self._response.read1(CHUNK_BYTES)
         except (http.client.HTTPException, OSError) as error:
-            raise self._transport.problem(error) from _told(error)
-        if not chunk and (self._response.length or self._is_cut):
+            raise self._transport.problem(error) from _safe_cause(error)
+        if self._left is not None:
+            self._left -= len(chunk)
+        if not chunk and (self._left or self._is_cut):
             raise self._transport.problem(ConnectionResetError())
         self._is_cut = False
         return chunk
@@ -111,7 +119,7 @@ class BlockingStream:
     def close(self) -> None:
         """Keep the connection for the next request if the body was read to its end, else close it."""
         self._response.close()
-        if self._is_read and not self._response.will_close:
+        if self._is_read and self._is_kept:
             self._transport.keep(self._connection)
         else:
             self._connection.close()
@@ -176,7 +184,7 @@ class BlockingTransport:
         connection = self._connection()
         headers = {**self._headers, **request.headers}
         try:
-            sock = connection.sock
+            sock = connection.sock  # the library documents no other way to limit one response's time
             assert sock is not None
             sock.settimeout(silence_s)
             # A server that refuses a body early does not read the rest: its answer may have arrived.
@@ -185,7 +193,7 @@ class BlockingTransport:
             return BlockingStream(self, connection, sock, silence_s)
         except (http.client.HTTPException, OSError) as error:
             connection.close()
-            raise self.problem(error) from _told(error)
+            raise self.problem(error) from _safe_cause(error)
         except BaseException:
             connection.close()
             raise
@@ -207,7 +215,7 @@ class BlockingTransport:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
                 return self._connected()
-            if _is_quiet(connection.sock):
+            if _is_reusable(connection.sock):
                 return connection
             connection.close()
 
@@ -230,12 +238,20 @@ class BlockingTransport:
         return connection
 
 
-def _told(error: Exception) -> Exception | None:
+def _body_length(answer: Answer) -> int | None:
+    """Return the length of a body that is not chunked; None if only the end of the connection ends it."""
+    if answer.status in {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}:
+        return 0
+    length = answer.headers.get("content-length", "")
+    return int(length) if length.isascii() and length.isdecimal() else None
+
+
+def _safe_cause(error: Exception) -> Exception | None:
     """Return the cause to chain; errors of the library may repeat the token, so they are left out."""
     return None if isinstance(error, http.client.HTTPException) else error
 
 
-def _is_quiet(sock: socket.socket | None) -> bool:
+def _is_reusable(sock: socket.socket | None) -> bool:
     """Whether an idle connection is reusable: neither closed nor readable."""
     if sock is None or sock.fileno() < 0:
         return False

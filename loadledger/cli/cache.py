@@ -8,8 +8,15 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import format_size, format_table, format_timestamp, to_printable
-from loadledger.cli.server import data_option, json_option, print_json
+from loadledger.cli.output import (
+    count_of,
+    format_size,
+    format_table,
+    format_timestamp,
+    print_result,
+    to_printable,
+)
+from loadledger.cli.server import data_option, json_option, require_data
 
 SHOWN_DIGITS = 12
 """Shown digits of a hash: enough to tell files apart; --json has all."""
@@ -36,10 +43,11 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
 
     with report_problems():
         entries = [_told(entry) for entry in _store(data).entries()]
-    if as_json:
-        print_json({"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries})
-    else:
-        click.echo("\n".join(_table(entries)))
+    print_result(
+        {"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries},
+        _table(entries),
+        as_json=as_json,
+    )
 
 
 @prepared.command()
@@ -55,19 +63,17 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
     with report_problems():
         cleared = _store(data).clear(model_id)
-    if as_json:
-        print_json({"entries": cleared.entries, "bytes": cleared.bytes})
-    else:
-        click.echo(f"cleared: {_number(cleared.entries)}, {cleared.bytes} bytes")
+    print_result(
+        {"entries": cleared.entries, "bytes": cleared.bytes},
+        [f"cleared: {count_of(cleared.entries, 'entry')}, {cleared.bytes} bytes"],
+        as_json=as_json,
+    )
 
 
 def _store(data: Path) -> Any:
     from runtime.cache.store import FOLDER, ModelCache  # noqa: PLC0415 - as above
 
-    if not data.is_dir():
-        raise click.BadParameter(
-            f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
-        )
+    require_data(data)
     return ModelCache(data / FOLDER, limit_bytes=0)  # the limit applies to new entries only
 
 
@@ -97,7 +103,7 @@ def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
         yield line
         for form, reason in entry["tried"].items():
             yield f"  not {form}: {to_printable(reason)}"
-    yield f"{_number(len(entries))}, {format_size(sum(entry['bytes'] for entry in entries))}"
+    yield f"{count_of(len(entries), 'entry')}, {format_size(sum(entry['bytes'] for entry in entries))}"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -111,7 +117,3 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         format_timestamp(entry["last_used_at"]),
         (entry["sha256"] or "")[:SHOWN_DIGITS],
     )
-
-
-def _number(entries: int) -> str:
-    return "1 entry" if entries == 1 else f"{entries} entries"

@@ -13,7 +13,7 @@ import click
 
 from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
-from loadledger.cli.output import INTERRUPTED, NO_RESULT, print_note
+from loadledger.cli.output import INTERRUPTED, NO_RESULT, print_note, retry_message
 from loadledger.cli.server import PROFILE, URL, ServerChoice, open_chosen_client, server_options
 
 MAX_CHARACTERS = 200
@@ -161,13 +161,11 @@ def _of_server(
         if tail is not None:
             head = client.head()
             after = max(head.position - tail, head.base.position if head.base else 0)
-        found = client.events(after=after, on_away=_away, **options)
+        found = client.events(
+            after=after, on_away=lambda problem: print_note(retry_message(problem)), **options
+        )
         for event in found:
             show([event.line])
-
-
-def _away(problem: Exception) -> None:
-    print_note(f"{problem}; retrying until it is back")
 
 
 def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:

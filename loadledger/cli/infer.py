@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from loadledger.cli.completion import loaded_models
-from loadledger.cli.output import exit_with_error, format_cell, format_table
-from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, print_json, server_options
+from loadledger.cli.output import exit_with_error, format_cell, format_table, print_result
+from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
 
 HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
 MAX_DATA_CHARACTERS = 400
@@ -66,10 +66,7 @@ def infer(
             outputs=outputs or request.get("outputs"),
             parameters=request.get("parameters"),
         )
-    if as_json:
-        print_json(answer)
-    else:
-        click.echo("\n".join(_told(answer)))
+    print_result(answer, _told(answer), as_json=as_json)
 
 
 def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:

@@ -19,13 +19,16 @@ from loadledger.cli.output import (
     format_age,
     format_cell,
     format_elapsed,
+    format_facts,
     format_state,
     format_table,
     format_timestamp,
+    print_json,
     print_note,
+    retry_message,
     to_printable,
 )
-from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, print_json, server_options
+from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
 
 STEPS = {
     "load": ("starting", "loading", "warming_up", "measuring"),
@@ -143,7 +146,7 @@ def _shown(job: Any) -> Iterator[JobDisplay]:
             last = describe_progress(seen)
             print_note(f"{model_of(seen)}: {last} ({time.monotonic() - began:.1f}s)")
 
-    yield JobDisplay(tell, lambda problem: print_note(_away(problem)))
+    yield JobDisplay(tell, lambda problem: print_note(retry_message(problem)))
 
 
 @contextmanager
@@ -170,13 +173,9 @@ def _bar(job: Any) -> Iterator[JobDisplay]:
             progress.update(task, description=escape(describe_progress(seen)), completed=done, total=total)
 
         def tell_away(problem: Exception) -> None:
-            progress.console.print(f"loadledger: {_away(problem)}", markup=False, soft_wrap=True)
+            progress.console.print(f"loadledger: {retry_message(problem)}", markup=False, soft_wrap=True)
 
         yield JobDisplay(tell, tell_away)
-
-
-def _away(problem: Exception) -> str:
-    return f"{problem}; retrying until it is back"
 
 
 @click.command()
@@ -201,13 +200,7 @@ def jobs(*, limit: int, as_json: bool, where: ServerChoice, **filters: str | Non
 
 @click.command()
 @click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
-@click.option(
-    "--wait",
-    "-w",
-    is_flag=True,
-    show_default=False,
-    help="Wait until the job ends; Ctrl-C leaves it running.",
-)
+@_wait_option
 @json_option
 @server_options
 def job(job_id: str, *, wait: bool, as_json: bool, where: ServerChoice) -> None:
@@ -271,9 +264,7 @@ def _details(job: Any) -> Iterator[str]:
         "parameters": ", ".join(f"{name} {value}" for name, value in job.parameters.items()) or None,
         "error": job.error and f"{job.error.code}: {job.error.message}",
     }
-    for name, value in facts.items():
-        if value is not None:
-            yield f"  {name + ':':<12} {format_cell(value, most=4096)}"
+    yield from format_facts(facts)
 
 
 @click.command()

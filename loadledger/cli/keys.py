@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from loadledger.cli.ledger import ledger_key
-from loadledger.cli.output import report_problems
-from loadledger.cli.server import data_option, json_option, print_json
+from loadledger.cli.output import print_json, print_result, report_problems
+from loadledger.cli.server import data_option, json_option, require_data
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
@@ -60,10 +60,7 @@ def token(
         ensure_data_dir(data)
         audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
         made = issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer)
-    if as_json:
-        print_json(_told(made))
-    else:
-        click.echo(made)
+    print_result(_told(made), [made], as_json=as_json)
 
 
 @click.group()
@@ -82,10 +79,7 @@ def list_keys(data: Path, *, as_json: bool) -> None:
     from server.auth import keys  # noqa: PLC0415 - as above
 
     with report_problems():
-        if not data.is_dir():
-            raise click.BadParameter(
-                f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
-            )
+        require_data(data)
         found = keys.list_keys(data)
     if as_json:
         print_json({"keys": found})
@@ -103,10 +97,7 @@ def rotate(data: Path, *, as_json: bool) -> None:
 
     with report_problems():
         kid = keys.rotate(data)
-    if as_json:
-        print_json({"kid": kid})
-    else:
-        click.echo(kid)
+    print_result({"kid": kid}, [kid], as_json=as_json)
 
 
 @key.command()

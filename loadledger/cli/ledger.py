@@ -14,7 +14,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.server import data_option, json_option, print_json
+from loadledger.cli.output import print_json, print_result
+from loadledger.cli.server import data_option, json_option
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -321,10 +322,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
         refuse_own(file, data)
         with _ended_by_sigterm():
             found = back_up(ledger, file)
-    if as_json:
-        print_json(audit_members(found))
-    else:
-        click.echo("\n".join(format_audit(found)))
+    print_result(audit_members(found), format_audit(found), as_json=as_json)
 
 
 @click.command("ledger")
@@ -339,10 +337,7 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
     with report_problems():
         signer = open_signer(data)
     pem, name = public_pem(signer), key_id(signer.public_key)
-    if as_json:
-        print_json({"public_key": pem, "key_id": name})
-    else:
-        click.echo(f"{pem}key id: {name}")
+    print_result({"public_key": pem, "key_id": name}, [f"{pem}key id: {name}"], as_json=as_json)
 
 
 @contextmanager

@@ -13,12 +13,15 @@ from loadledger.cli.output import (
     NOTHING,
     format_age,
     format_cell,
+    format_facts,
     format_size,
     format_state,
     format_table,
     format_timestamp,
+    print_json,
+    print_result,
 )
-from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, print_json, server_options
+from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
@@ -46,10 +49,7 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
     with open_chosen_client(where) as client:
         if model is not None:
             shown = client.model(model) if at is None else client.model(model, at=at)
-            if as_json:
-                print_json(shown)
-            else:
-                click.echo("\n".join(_details(shown)))
+            print_result(shown, _details(shown), as_json=as_json)
             return
         found = client.models() if at is None else client.models(at=at)
         rows = [each for each in found if not loaded or each.state != "unloaded"]
@@ -99,9 +99,7 @@ def _details(model: Any) -> Iterator[str]:
         "prepared": model.prepared and f"{model.prepared.form}, sha256 {model.prepared.sha256}",
         "error": model.error and f"{model.error.code}: {model.error.message}",
     }
-    for name, value in facts.items():
-        if value is not None:
-            yield f"  {name + ':':<13} {format_cell(value, most=4096)}"
+    yield from format_facts(facts)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
 
@@ -113,10 +111,7 @@ def resources(*, as_json: bool, where: ServerChoice) -> None:
     """Show the memory budget, its use, and waiting jobs."""
     with open_chosen_client(where) as client:
         found = client.resources()
-    if as_json:
-        print_json(found)
-    else:
-        click.echo("\n".join(_told(found)))
+    print_result(found, _told(found), as_json=as_json)
 
 
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:

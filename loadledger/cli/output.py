@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -30,6 +31,8 @@ COLOURS = {
 NOTHING = "-"
 MAX_CELL_CHARACTERS = 100
 """Longest text in a cell; `--json` has all of it."""
+MAX_FACT_CHARACTERS = 4096
+"""Longest fact about one model or job, such as an error message, which the server bounds to this."""
 MAX_BYTES = 2**63
 """Larger sizes are invalid; huge integers cannot even be divided as floats."""
 _MB, _GB = 10**6, 10**9
@@ -194,3 +197,44 @@ def report_problems() -> Iterator[None]:
         raise
     except (ConfigError, KeyProblem, LedgerProblem, RuntimeProblem, OSError) as error:
         exit_with_error(str(error))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON; control characters are escaped."""
+    import msgspec  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    click.echo("".join(map(_visible, text)) if not text.isascii() else text)
+
+
+def _visible(letter: str) -> str:
+    if letter.isprintable() or letter == "\n":
+        return letter
+    return json.dumps(letter)[1:-1]
+
+
+def print_result(value: Any, lines: Iterable[str], *, as_json: bool) -> None:
+    """Print a value as JSON, or for people as lines."""
+    if as_json:
+        print_json(value)
+    else:
+        click.echo("\n".join(lines))
+
+
+def format_facts(facts: Mapping[str, object]) -> Iterator[str]:
+    """Yield a line for each fact that is not None, the values in one column."""
+    column = max(map(len, facts)) + 1
+    for name, value in facts.items():
+        if value is not None:
+            yield f"  {name + ':':<{column}} {format_cell(value, most=MAX_FACT_CHARACTERS)}"
+
+
+def count_of(count: int, noun: str) -> str:
+    """Return a count with its noun, whose plural ends in s or ies."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
+
+
+def retry_message(problem: Exception) -> str:
+    """Return the note on an unreachable server."""
+    return f"{problem}; retrying until it is back"

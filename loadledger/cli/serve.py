@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import NEGATIVE_RESULT, report_problems, to_printable
+from loadledger.cli.output import NEGATIVE_RESULT, count_of, report_problems, to_printable
 from loadledger.cli.server import json_option
 
 
@@ -100,13 +100,9 @@ def _lines(result: Any) -> list[str]:
         word = click.style(finding.severity.value, fg="red" if finding.severity == "problem" else "yellow")
         lines.append(f"{word}: {to_printable(f'{finding.place}: {finding.text}')} ({finding.code})")
     problems = sum(finding.severity == "problem" for finding in result.findings)
-    counted = f"{_number(result.models, 'model')}, {_number(result.versions, 'version')}"
+    counted = f"{count_of(result.models, 'model')}, {count_of(result.versions, 'version')}"
     tried = f", {result.loaded} of them loaded" if result.loaded else ""
-    return [*lines, f"{counted}{tried}: {_number(problems, 'problem') if problems else 'no problems'}"]
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+    return [*lines, f"{counted}{tried}: {count_of(problems, 'problem') if problems else 'no problems'}"]
 
 
 @click.command()

@@ -301,18 +301,16 @@ def data_option(command: Callable[..., None]) -> Callable[..., None]:
     )(command)
 
 
-def print_json(value: Any) -> None:
-    """Print a value as indented JSON; control characters are escaped."""
-    import msgspec  # noqa: PLC0415 - keeps `loadledger --help` quick
+def require_data(data: Path) -> None:
+    """Refuse a data directory that does not exist.
 
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    click.echo("".join(map(_visible, text)) if not text.isascii() else text)
-
-
-def _visible(letter: str) -> str:
-    if letter.isprintable() or letter == "\n":
-        return letter
-    return json.dumps(letter)[1:-1]
+    Raises:
+        BadParameter: it does not exist.
+    """
+    if not data.is_dir():
+        raise click.BadParameter(
+            f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
+        )
 
 
 @click.command()

@@ -29,8 +29,8 @@ from loadledger.cli.output import (
     format_table,
     format_timestamp,
     pad,
+    print_json,
 )
-from loadledger.cli.server import print_json
 from loadledger.records import ErrorInfo, File, Job, LoadUsage, Model, Resources, WaitingJob
 
 JSON: st.SearchStrategy[Any] = st.recursive(
