@@ -30,6 +30,13 @@ MAX_TEXT_BYTES = 16 * 2**20
 """Limit of what is read: enough for 8,000 cores of 2 kB each."""
 
 
+_PACKAGE = "onnxruntime"
+_LIBRARIES = "capi"
+"""The package's folder of libraries."""
+_SAYS = "build_and_package_info.py"
+"""The file beside them with the package's name and version."""
+
+
 @cache
 def cpu_features(proc: Path = PROC) -> str:
     """Return a hash of the kinds of CPU of this machine and their features.
@@ -65,13 +72,6 @@ def _description(processor: str) -> Iterator[tuple[str, str]]:
             yield name, value.strip()
         elif name in FEATURES:
             yield "features", " ".join(sorted(set(value.split())))
-
-
-_PACKAGE = "onnxruntime"
-_LIBRARIES = "capi"
-"""The package's folder of libraries."""
-_SAYS = "build_and_package_info.py"
-"""The file beside them with the package's name and version."""
 
 
 def make_key(sources: Sequence[SourceHash], threads: int) -> str:

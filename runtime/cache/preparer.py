@@ -51,6 +51,28 @@ TOOK_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 """Buckets in seconds: from a model of some kilobytes to `LIMIT_S`."""
 
 
+_log = logging.getLogger(__name__)
+FORMS: tuple[Form, ...] = ("prepacked", "optimised")
+"""In the order of trial: from the fastest to load to the simplest."""
+WEIGHTS_IN: dict[Form, int] = {"prepacked": 2, "optimised": 1}
+"""Largest size of a form ÷ its sources: the weights as they are, and packed."""
+LIMIT_S = 900.0
+"""Limit of one preparation: some hundred inferences of a second each, and 18 loads."""
+TRIED_IN_TIMES = 1.75
+"""Memory limit of a trial's worker ÷ the peak of a bare load. With five networks of 2 to 105 MB a bare load
+and an inference of one row map 1.1 times the peak, a prepacked form of an MLP 1.6 times. Making a form takes
+1.7, alone. With 8 rows some map 2.3 times: these are tried on fewer."""
+TRIED_IN_BYTES = 2 * MAX_SAMPLE_BYTES
+"""Added to that: a small model's inputs take most, once as received and once as run."""
+MAX_ATTEMPTS = 3
+"""Limit for a preparation that is interrupted each time. After that, no form is of use for now; a later load
+offers the version again if loads were in the way."""
+PAUSE_S = 600.0
+"""Pause of all preparations after a full or failing disk."""
+MAX_CANDIDATES = 1000
+"""Limit of versions that wait to be prepared."""
+
+
 class PreparingCounts:
     """Counters of preparations since the start of the server.
 
@@ -70,22 +92,6 @@ class PreparingCounts:
         if tried:
             self.tried.update(tried.items())
             self.took_s.observe(took_s)
-
-
-_log = logging.getLogger(__name__)
-
-FORMS: tuple[Form, ...] = ("prepacked", "optimised")
-"""In the order of trial: from the fastest to load to the simplest."""
-WEIGHTS_IN: dict[Form, int] = {"prepacked": 2, "optimised": 1}
-"""Largest size of a form ÷ its sources: the weights as they are, and packed."""
-LIMIT_S = 900.0
-"""Limit of one preparation: some hundred inferences of a second each, and 18 loads."""
-TRIED_IN_TIMES = 1.75
-"""Memory limit of a trial's worker ÷ the peak of a bare load. With five networks of 2 to 105 MB a bare load
-and an inference of one row map 1.1 times the peak, a prepacked form of an MLP 1.6 times. Making a form takes
-1.7, alone. With 8 rows some map 2.3 times: these are tried on fewer."""
-TRIED_IN_BYTES = 2 * MAX_SAMPLE_BYTES
-"""Added to that: a small model's inputs take most, once as received and once as run."""
 
 
 class _Changed(Exception):
@@ -295,15 +301,6 @@ class PreparationRun:
         )
         if self._store.keep(self._key, draft, made) is not None:
             _log.info("%s version %d is prepared: %s", candidate.model_id, candidate.version, form)
-
-
-MAX_ATTEMPTS = 3
-"""Limit for a preparation that is interrupted each time. After that, no form is of use for now; a later load
-offers the version again if loads were in the way."""
-PAUSE_S = 600.0
-"""Pause of all preparations after a full or failing disk."""
-MAX_CANDIDATES = 1000
-"""Limit of versions that wait to be prepared."""
 
 
 class Preparer:

@@ -51,6 +51,13 @@ MAX_WITHOUT_FORM = 1_000
 prepare."""
 
 
+FOLDER = "prepared"
+"""The folder's name in the data directory."""
+USELESS_KNOWN_S = 86_400
+"""A day: how long a trial's verdict that no form is of use holds. A failed load's verdict holds for good."""
+_log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """The last use, in nanoseconds since 1970, and the size of the form; None is no form."""
@@ -133,14 +140,6 @@ class UseOrder:
             self._without_form += sign
         else:
             self._bytes += sign * use.bytes
-
-
-FOLDER = "prepared"
-"""The folder's name in the data directory."""
-USELESS_KNOWN_S = 86_400
-"""A day: how long a trial's verdict that no form is of use holds. A failed load's verdict holds for good."""
-
-_log = logging.getLogger(__name__)
 
 
 class ModelCache:

@@ -50,6 +50,22 @@ _TEXT = struct.pack("<I", 1) + b"a"
 _FLOATS = {"FP16": "e", "FP32": "f", "FP64": "d"}
 
 
+CHANGED = ("model_changed", "unsafe_file")
+"""Codes of a load whose files have changed since the load before."""
+ROUNDS = 3
+"""Pairs of fresh processes: the verdict needs a majority of loads."""
+RUNS = 200
+"""Limit of inferences per session and round; at least `MIN_RUNS`, otherwise for `RUN_S`."""
+MIN_RUNS = 3
+RUN_S = 0.5
+INFERENCE_LIMIT_S = 60.0
+MADE_UP = 2
+"""Shapes of made-up inputs that are compared. Kernels for one row and for several differ, and so do their
+defects: with misaligned weights one row is answered, and two crash (measured with 1.31)."""
+MIN_RATE = 0.97
+"""Least inference rate of a cached session ÷ the bare one: a smaller difference is noise."""
+
+
 def make_samples(inputs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor, ...]]:
     """Yield inputs that a model may accept, the likeliest first: for each shape noise, then zeros.
 
@@ -107,10 +123,6 @@ def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
     return Tensor(spec.name, spec.datatype, shape, empty * math.prod(shape))
 
 
-CHANGED = ("model_changed", "unsafe_file")
-"""Codes of a load whose files have changed since the load before."""
-
-
 class TrialImpossible(Exception):
     """No trial is possible: no inputs are known, or the bare model fails on them."""
 
@@ -148,20 +160,6 @@ def bare_model_errors(*, passing: tuple[type[RuntimeProblem], ...] = ()) -> Iter
         if has_outside_cause(problem) or problem.code == "out_of_memory":
             raise TrialInterrupted(f"the bare model: {problem}") from problem
         raise TrialImpossible(f"the model cannot be tried, bare as it is: {problem}") from problem
-
-
-ROUNDS = 3
-"""Pairs of fresh processes: the verdict needs a majority of loads."""
-RUNS = 200
-"""Limit of inferences per session and round; at least `MIN_RUNS`, otherwise for `RUN_S`."""
-MIN_RUNS = 3
-RUN_S = 0.5
-INFERENCE_LIMIT_S = 60.0
-MADE_UP = 2
-"""Shapes of made-up inputs that are compared. Kernels for one row and for several differ, and so do their
-defects: with misaligned weights one row is answered, and two crash (measured with 1.31)."""
-MIN_RATE = 0.97
-"""Least inference rate of a cached session ÷ the bare one: a smaller difference is noise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,9 @@ READ_BYTES = 64 * 2**10
 """The capacity of a pipe: one read empties it, and the loop turns before the next."""
 
 
+FORK = msgspec.msgpack.encode(Fork())
+
+
 class StderrTail:
     """Reads a pipe on the running loop until its end, and keeps the last 64 lines, at most 16 KiB.
 
@@ -83,9 +86,6 @@ class StderrTail:
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
-
-
-FORK = msgspec.msgpack.encode(Fork())
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,20 @@ from runtime.process.worker import Worker
 T = TypeVar("T")
 
 
+LAUNCH_LIMIT_S = 10.0
+"""Limit for a new fork server to import everything, which takes 0.2 s."""
+FORK_LIMIT_S = 5.0
+"""Limit for a fork, which takes 4 ms. A fork server that does not answer is killed with its workers."""
+RETRY_S = (0.1, 5.0)
+"""Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
+BUFFER_BYTES = 2**20
+"""Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
+PREFORKED_KEPT_S = 1.0
+"""How long a pre-forked worker is kept. A load starts some milliseconds after its files are resolved; one
+that waits longer forks its own worker."""
+_UNTAKEN = "spare"
+
+
 async def complete(work: Coroutine[Any, Any, T]) -> T:
     """Await this work to its end even if the task is cancelled; the cancellation is raised after it."""
     task = asyncio.ensure_future(work)
@@ -40,20 +54,6 @@ async def kill_and_wait(worker: Worker) -> None:
     """Kill a worker, and wait until it is gone, even if the task is cancelled."""
     worker.kill()
     await complete(asyncio.wait({worker.ended}))
-
-
-LAUNCH_LIMIT_S = 10.0
-"""Limit for a new fork server to import everything, which takes 0.2 s."""
-FORK_LIMIT_S = 5.0
-"""Limit for a fork, which takes 4 ms. A fork server that does not answer is killed with its workers."""
-RETRY_S = (0.1, 5.0)
-"""Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
-BUFFER_BYTES = 2**20
-"""Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
-PREFORKED_KEPT_S = 1.0
-"""How long a pre-forked worker is kept. A load starts some milliseconds after its files are resolved; one
-that waits longer forks its own worker."""
-_UNTAKEN = "spare"
 
 
 class WorkerPool:

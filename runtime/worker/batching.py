@@ -18,21 +18,22 @@ from runtime.worker.inference import SelectedOutputs
 
 MAX_WAITING_BYTES = 64 * 2**20
 MAX_WAITING = 1024
-"""Beyond either nothing more is read before something has run. The rest waits with the server, which bounds
-it."""
+"""Beyond either limit the worker reads no more until a batch has run. The rest waits at the server, which
+limits it."""
 
 
 class BatchRequest(msgspec.Struct, frozen=True, eq=False):
-    """An inference that can begin.
+    """A decoded inference.
 
     Attributes:
         number: its id.
+        outputs: the outputs it asks for.
         feed: the inputs by name.
-        size: elements along the batch dimension; 1 for a model that has none.
-        alone: it goes together with no other.
+        size: elements along the batch dimension; 1 for a model without one.
+        alone: whether it must run alone.
         sent_ns: when the server sent it, or 0.
-        came_ns: when the worker had it.
-        input_ns: how long it took to read its tensors.
+        came_ns: when the worker received it.
+        input_ns: how long its decoding took.
     """
 
     number: int
@@ -45,26 +46,26 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     input_ns: int
 
     def batch_key(self) -> Hashable:
-        """Return what requests that go together have in common."""
+        """Return the key that requests of one batch share."""
         if self.alone:
             return self.number
         return self.outputs, tuple([(name, array.shape[1:]) for name, array in self.feed.items()])
 
     def waiting_since_ns(self) -> int:
-        """Return from when on it waits to be run: it may have lain with the server, or on the way."""
+        """Return when its wait began: at the server or, without its time, here."""
         return min(self.sent_ns, self.came_ns) or self.came_ns
 
     def bytes(self) -> int:
-        """Return about what it takes of memory."""
+        """Return the approximate size of its inputs."""
         return sum(array.nbytes for array in self.feed.values())
 
 
 class BatchDimension:
-    """What a model with a batch dimension takes.
+    """The batch dimension of a model.
 
     Args:
-        limit: elements that may be run at once, at least 1.
-        inputs: the names of those that have the dimension; others have one value for a whole run.
+        limit: elements that may run at once, at least 1.
+        inputs: names of the inputs that have the dimension; others have one value for a whole run.
     """
 
     def __init__(self, limit: int, inputs: Sequence[str]) -> None:
@@ -72,10 +73,10 @@ class BatchDimension:
         self._inputs = frozenset(inputs)
 
     def measure(self, feed: dict[str, Any]) -> tuple[int, bool]:
-        """Return a request's size, and whether it has to be run alone.
+        """Return a request's size, and whether it must run alone.
 
         Raises:
-            InvalidInput: `invalid_input`, it is larger than the limit, or has no one size.
+            InvalidInput: `invalid_input`, it exceeds the limit, or its inputs differ in size.
         """
         batched = (array for name, array in feed.items() if name in self._inputs)
         sizes = {array.shape[0] if array.ndim else None for array in batched}
@@ -88,7 +89,7 @@ class BatchDimension:
 
 
 class Queue:
-    """Requests that wait, by what goes together.
+    """Waiting requests, grouped by what may run together.
 
     Args:
         limit: elements of a batch.
@@ -106,7 +107,7 @@ class Queue:
         return self._count
 
     def add(self, request: BatchRequest) -> None:
-        """Let a request wait."""
+        """Add a request to its group."""
         kind = request.batch_key()
         group = self._groups.get(kind)
         if group is None:
@@ -117,7 +118,7 @@ class Queue:
         self._bytes += request.bytes()
 
     def wait_ns(self, now_ns: int) -> int | None:
-        """Return how long to look out for more before the next batch is run, be it 0; None is not at all."""
+        """Return how long to wait for more before the next batch; 0 only polls, None does not even poll."""
         if self._count >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES:
             return None
         if any(group.size >= self._limit or group.requests[0].alone for group in self._groups.values()):
@@ -125,7 +126,7 @@ class Queue:
         return max(0, self._next().waiting_since_ns() + self._delay_ns - now_ns)
 
     def take(self) -> list[BatchRequest]:
-        """Take the next batch: the request that waits longest, and what goes together with it."""
+        """Remove and return the next batch: the oldest request, and those that may run with it."""
         group = self._next()
         batch: list[BatchRequest] = []
         size = 0
@@ -146,7 +147,7 @@ class Queue:
 
 @dataclass(slots=True)
 class _Group:
-    """Requests that go together, in the order in which they came."""
+    """Requests that may run together, in order of arrival."""
 
     kind: Hashable
     requests: deque[BatchRequest] = field(default_factory=deque)
@@ -157,19 +158,19 @@ class _Group:
 
 
 class OutputsNotBatched(Exception):
-    """The outputs do not have the batch dimension that the model is said to have."""
+    """The outputs lack the batch dimension that max_batch_size implies."""
 
 
 def join_inputs(batch: Sequence[BatchRequest]) -> dict[str, Any]:
-    """Put the inputs of requests that go together into one."""
+    """Concatenate the inputs of a batch."""
     return {name: np.concatenate([request.feed[name] for request in batch]) for name in batch[0].feed}
 
 
 def split_outputs(batch: Sequence[BatchRequest], arrays: Sequence[Any]) -> list[list[Any]]:
-    """Give each request of a batch its part of the outputs; the arrays are views.
+    """Return each request's part of the outputs, as views.
 
     Raises:
-        NotApart: an output is not as long as all of them together.
+        OutputsNotBatched: an output is not as long as the batch.
     """
     total = sum(request.size for request in batch)
     if any(array is not None and (not array.ndim or len(array) != total) for array in arrays):

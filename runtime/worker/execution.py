@@ -23,26 +23,29 @@ from runtime.worker.inference import Runner
 JOINED_BYTES = 32 * 2**10
 """Copying this much takes about as long as one more buffer in a system call."""
 HELD_BYTES = 256 * 2**10
-"""So much waits at most to be sent: what a socket's buffer holds about."""
+"""Limit of unsent answers: about what a socket's buffer holds."""
 HELD_NS = 200_000
-"""So long an answer waits at most for runs that take as long as the last: a dozen small ones."""
+"""Limit of an answer's wait for runs that take as long as the last: a dozen small ones."""
 WATCH_S = 0.005
-"""How often it is looked whether a run that began with answers unsent has ended."""
+"""Interval in which a thread checks for unsent answers during a long run."""
 MAX_BUFFERS = 512
-"""Of one sendmsg; the kernel takes 1,024 (UIO_MAXIOV)."""
+"""Buffers in one sendmsg; the kernel allows 1,024 (UIO_MAXIOV)."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _ROOM = bytes(PREFIX.size)
 
 
+NO_MEMORY = "the worker has not enough memory for this inference"
+
+
 class Outbox:
-    """Sends, and holds back what is small while more is about to follow.
+    """Sends answers, and delays small ones while more are about to follow.
 
-    Sending many answers at once saves both sides a call of the kernel each, and the server a turn of its
-    loop. The price is that an answer waits for the runs after it: for `HELD_NS`, and if one turns out to be
-    longer than the one before for two times `WATCH_S`, after which a thread sends what waits.
+    Sending many answers at once saves both sides a system call each, and the server a turn of its loop. The
+    price is that an answer waits for the runs after it: for `HELD_NS`, and if a run turns out to be longer
+    than the one before, for twice `WATCH_S`, after which a thread sends it.
 
-    If the server has closed the channel nobody waits for anything any more, and the process ends.
+    When the server has closed the channel, the process ends.
     """
 
     def __init__(self, channel: socket.socket) -> None:
@@ -54,10 +57,7 @@ class Outbox:
         self._watcher: threading.Thread | None = None
 
     def put(self, message: Message, parts: Sequence[Buffer] = ()) -> None:
-        """Take a frame, to be sent now or at the latest with the next `flush`.
-
-        The message has to be one that the other side takes, and `parts` the data of its tensors.
-        """
+        """Queue a frame with its tensors' data, which is sent now or at the latest with the next `flush`."""
         payload = sum(map(len, parts))
         with self._lock:
             held = self._held
@@ -77,17 +77,17 @@ class Outbox:
             self._send([held, *parts])
 
     def flush(self) -> None:
-        """Send what is held back."""
+        """Send the delayed answers."""
         with self._lock:
             if self._held:
                 held, self._held = self._held, bytearray()
                 self._send([held])
 
     def before_run(self, expected_ns: int) -> None:
-        """Send what is held back, or see to it that it is sent, before something runs.
+        """Before a run, send the delayed answers or have the thread send them in time.
 
         Args:
-            expected_ns: how long it is likely to take; it may take much longer.
+            expected_ns: the likely duration of the run; it may take much longer.
         """
         if not self._held:
             return
@@ -96,7 +96,7 @@ class Outbox:
             self.flush()
 
     def _watch(self) -> bool:
-        """Have the thread look from now on; without one, nothing may be held back."""
+        """Wake the thread; returns False if it cannot start, and nothing may be delayed."""
         if self._watcher is None:
             watcher = threading.Thread(target=self._look, name="outbox", daemon=True)
             try:
@@ -117,7 +117,7 @@ class Outbox:
                     self._send_some()
 
     def _send_some(self) -> None:
-        """Send what goes without waiting: whoever waits here holds up the other thread."""
+        """Send what the socket takes at once: to block here would block the other thread."""
         try:
             del self._held[: self._channel.send(self._held, socket.MSG_DONTWAIT)]
         except BlockingIOError:
@@ -139,9 +139,9 @@ class Outbox:
 
 
 class Cancellation:
-    """Keeps a cancellation for exactly the inference that it is meant for, be it to come, waiting or running.
+    """Assigns each cancellation to its inference, which may be still to come, waiting or running.
 
-    One execution runs at a time, of one inference or of several that go together.
+    The worker's two threads share it. One execution runs at a time, of one inference or of a batch.
     """
 
     def __init__(self) -> None:
@@ -153,13 +153,13 @@ class Cancellation:
         self._cancelled: set[int] = set()
 
     def wait(self, number: int) -> None:
-        """Note that an inference has come, and that later ones may be begun before it."""
+        """Note that an inference waits, and that later ones may start before it."""
         with self._lock:
             self._waiting.add(number)
 
     def drop(self, number: int) -> bool:
-        """Tell whether an inference that waits, or has just come, is cancelled; it is then over."""
-        if not self._cancelled:  # as nearly always; what is cancelled from here on, `begin` finds
+        """Return whether a waiting or new inference is cancelled; if so, it is over."""
+        if not self._cancelled:  # as nearly always; `begin` finds later cancellations
             return False
         with self._lock:
             if number not in self._cancelled:
@@ -170,13 +170,13 @@ class Cancellation:
             return True
 
     def skip(self, number: int) -> None:
-        """Note that an inference has come and is over: it cannot be run."""
+        """Note that an inference is over without a run."""
         with self._lock:
             self._cancelled.discard(number)
             self._latest = max(self._latest, number)
 
     def begin(self, numbers: Sequence[int]) -> ort.RunOptions | None:
-        """Note that these inferences start; None, and they do not, if one of them is cancelled."""
+        """Start these inferences; returns None and starts none if one of them is cancelled."""
         options = ort.RunOptions()  # of its own for each execution: `terminate` must not outlive it
         with self._lock:
             if self._cancelled and not self._cancelled.isdisjoint(numbers):
@@ -188,20 +188,20 @@ class Cancellation:
         return options
 
     def end(self) -> None:
-        """Note that what ran is over; who was cancelled meanwhile and has an answer is cancelled no more."""
+        """End the running inferences; cancellations of them are forgotten."""
         with self._lock:
             if self._cancelled:
                 self._cancelled.difference_update(self._running)
             self._running, self._options = (), None
 
     def end_for_rerun(self) -> None:
-        """Note that what ran waits again; who was cancelled meanwhile stays cancelled."""
+        """Let the running inferences wait again; their cancellations stay."""
         with self._lock:
             self._waiting.update(self._running)
             self._running, self._options = (), None
 
     def cancel(self, number: int) -> None:
-        """Stop an inference, or see to it that it does not begin; of one that is over nothing happens."""
+        """Cancel an inference that runs, waits or is still to come; one that is over is ignored."""
         with self._lock:
             if number in self._running and self._options is not None:
                 self._options.terminate = True
@@ -210,17 +210,14 @@ class Cancellation:
                 self._cancelled.add(number)
 
 
-NO_MEMORY = "the worker has not enough memory for this inference"
-
-
 class InferenceExecutor:
     """Runs a model for requests, and answers each.
 
     Args:
-        runner: runs the model.
-        outbox: where the answers go.
-        cancellation: is told what runs.
-        dimension: for a model with a batch dimension.
+        runner: runs the session.
+        outbox: sends the answers.
+        cancellation: shared with the thread that reads cancellations.
+        dimension: the batch dimension, if there is one.
     """
 
     def __init__(
@@ -233,9 +230,9 @@ class InferenceExecutor:
         self._last_run_ns = 0
 
     def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> BatchRequest | None:
-        """Read a request; None if it was answered that it is none that can be run.
+        """Decode a request; None if it is refused or cancelled, which is answered.
 
-        Nothing of what is cancelled already is read: a long text takes more time than a client's 504.
+        A cancelled request is not decoded: a long text would take longer than the client waits.
         """
         if self._dropped(infer.id):
             return None
@@ -246,7 +243,7 @@ class InferenceExecutor:
             size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:
             self._refuse(infer.id, InferenceFailed(NO_MEMORY))
-        except RuntimeProblem as problem:  # in no other name: its traceback holds the tensors
+        except RuntimeProblem as problem:  # keep no other reference: its traceback holds the tensors
             self._refuse(infer.id, problem)
         else:
             input_ns = time.monotonic_ns() - came_ns
@@ -254,7 +251,7 @@ class InferenceExecutor:
         return None
 
     def run(self, batch: Sequence[BatchRequest]) -> None:
-        """Run requests that go together, at once or, if one of them spoils that, one after the other."""
+        """Run a batch at once or, if a request makes it fail, one request after the other."""
         if len(batch) > 1:
             batch = [request for request in batch if not self._dropped(request.number)]
         if len(batch) > 1 and self._run_at_once(batch):
@@ -283,7 +280,7 @@ class InferenceExecutor:
             self._cancellation.end()
 
     def _run_at_once(self, batch: Sequence[BatchRequest]) -> bool:
-        """Run a batch and answer all of it, or nothing of it: no request is to suffer from another."""
+        """Run a batch and answer all or none of it: no request may fail because of another."""
         begun_ns = time.monotonic_ns()
         options = self._cancellation.begin([request.number for request in batch])
         if options is None:
@@ -315,7 +312,7 @@ class InferenceExecutor:
         times: tuple[int, int, int],
         execution_size: int,
     ) -> bool:
-        """Answer a request that was run; tells whether it has its outputs."""
+        """Answer a request that was run; returns whether its outputs were sent."""
         split_ns = time.monotonic_ns()
         try:
             heads, parts = self._runner.encode_outputs(request.outputs, arrays)
@@ -345,5 +342,5 @@ class InferenceExecutor:
 
 
 def _queue_ns(request: BatchRequest, begun_ns: int) -> int:
-    """Return for how long a request waited, what it took to read it left out."""
+    """Return how long a request waited, without the decoding of its inputs."""
     return max(0, begun_ns - request.sent_ns - request.input_ns) if request.sent_ns else 0

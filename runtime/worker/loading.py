@@ -39,21 +39,40 @@ from runtime.worker import sessions
 from runtime.worker.sessions import ServingSession, describe_model, warm_up
 
 HASH_BLOCK_BYTES = 2**18
-"""What stays in a core's own cache: the session beside it needs what the cores share."""
+"""Fits into a core's own cache: the session beside it needs the shared one."""
 HASHED_BLOCKS_A_SAMPLE = 16
-"""2.5 ms of hashing, after which the memory is looked at."""
+"""The memory is sampled after each 2.5 ms of hashing."""
 SAMPLE_INTERVAL_S = 0.005
-"""Of the memory taken meanwhile. A sample costs 0.03 ms; walking the mappings would cost 0.7 ms, and hold
-up the session when it maps memory: 10 ms more for a load of 60 (measured)."""
+"""Between samples of the memory. A sample costs 0.03 ms; walking the mappings would cost 0.7 ms, and hold up
+the session when it maps memory: 10 ms more for a load of 60 (measured)."""
+PR_SET_THP_DISABLE = 41
+"""linux/prctl.h"""
+ENOUGH_BYTES = 2_000_000
+"""Least size of copied or packed weights for huge pages. With less a session is created no faster and can
+take 2 MB more; with 5 MB it takes two thirds of the time, with 50 MB half (measured, decision 22)."""
+NICENESS = 10
+"""A tenth of the share of a core. With 19, a sixtieth, a preparation on a busy machine takes memory for
+minutes, and its trial measures waiting."""
+SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
+"""The system call's number by machine; the C library has no function for it."""
+IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT = 1, 3, 13
+"""linux/ioprio.h"""
+AUTOGROUP = "/proc/self/autogroup"
+"""Where the kernel schedules each session (setsid) as one group, niceness counts only within it; this file
+sets the group's."""
+WATCHED_FROM_BYTES = 4 * 2**20
+"""Least size of a form for a monitoring thread; below it, a load's peak may be underestimated by as much (see
+`LoadMonitor`). Starting the thread takes some milliseconds, most of a small load."""
+OnStage = Callable[[LoadStage], None]
 
 
 class FileHashing:
-    """Files of one folder, and their hashes once these are there.
+    """The hashing of one folder's files.
 
     Args:
-        folder: where they are.
-        files: what is to be hashed.
-        known: files that are not hashed again, if they still are those.
+        folder: the folder.
+        files: the files to hash.
+        known: files with their hashes; those with the same identity are not hashed again.
     """
 
     def __init__(self, folder: Path, files: Sequence[FoundFile], known: Iterable[HashedFile]) -> None:
@@ -65,25 +84,25 @@ class FileHashing:
 
     @property
     def known(self) -> tuple[HashedFile, ...] | None:
-        """The files, if none of them is to be read."""
+        """The hashed files if all are known; else None."""
         hashes = [_loaded(file, sha256) for file, sha256 in self.files if sha256 is not None]
         return tuple(hashes) if len(hashes) == len(self.files) else None
 
 
 class LoadMonitor:
-    """Hashes files and watches the process's memory in one thread, beside what is in the `with` block.
+    """Hashes files and samples the process's memory in one thread, beside the `with` block.
 
-    One thread, because starting one takes some milliseconds of a load (measured); none, if nothing is to be
-    hashed and nobody asked for the memory to be watched all the time.
+    One thread, because starting one takes some milliseconds of a load (measured); none if all files are known
+    and the memory need not be watched all the time.
 
     Args:
-        hashings: what is to be hashed, one after the other.
-        watched: whether the memory is watched all the time, and not only by `sample`.
+        hashings: the files to hash, one after the other.
+        watched: whether the memory is sampled all the time, and not only by `sample`.
 
     Attributes:
-        hashing_us: for how long it hashed, in microseconds.
-        peak_anonymous_bytes: the most memory of no file that was seen, or that there must have been from one
-            look to the next. Files of which pages were read meanwhile may hide as much of that.
+        hashing_us: duration of hashing in microseconds.
+        peak_anonymous_bytes: the largest memory without files, as sampled or as the kernel's peak between two
+            samples proves. File pages read meanwhile may hide as much of that peak.
     """
 
     def __init__(self, *hashings: FileHashing, watched: bool = True) -> None:
@@ -111,7 +130,7 @@ class LoadMonitor:
         self.sample()
 
     def watch(self) -> None:
-        """Watch the memory all the time from here on."""
+        """Sample the memory all the time from here on."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hashing and sampling")
             self._thread.start()
@@ -128,7 +147,7 @@ class LoadMonitor:
         return tuple(hashing.hashed)
 
     def sample(self) -> None:
-        """Look at the memory now."""
+        """Sample the memory now."""
         with contextlib.suppress(MemoryError), self._looking:  # then the peak is known well enough
             before, self._seen = self._seen, memory.resident()
             peak = self._seen.anonymous_bytes
@@ -183,20 +202,20 @@ def _loaded(file: FoundFile, sha256: str) -> HashedFile:
 
 
 class CachedModelUnusable(Exception):
-    """A prepared form is of no use here; says why, and nothing of the model itself."""
+    """A cached model cannot be used; the reason says nothing against the model itself."""
 
 
 class CachedModel:
-    """The form that a load was given, for the files that it is to load.
+    """The cached model of a load, verified against its own files and its sources.
 
-    Files that have the identity that they had are taken for what they were; the others are hashed.
+    Files whose identity is unchanged are trusted; the others are hashed.
 
     Args:
-        prepared: the form.
-        sources: the repository's files and, as soon as they are there, their hashes.
+        prepared: the description in the order to load.
+        sources: the hashing of the repository's files.
 
     Raises:
-        FormUnusable: it is of other files, or its own are not there as they were.
+        CachedModelUnusable: it was made of other files, or its own files have changed.
     """
 
     def __init__(self, prepared: CachedCopy, sources: FileHashing) -> None:
@@ -209,25 +228,25 @@ class CachedModel:
         if sources.known is not None:
             self._check_sources(sources.known)
 
-    def check(self, beside: LoadMonitor) -> None:
+    def check(self, monitor: LoadMonitor) -> None:
         """Wait for the hashes, and compare them.
 
         Raises:
-            FormUnusable: it is of other files, or its own have changed.
+            CachedModelUnusable: it was made of other files, or its own files have changed.
             LoadRefused: `model_changed`, of the repository's files.
         """
-        self._check_sources(beside.result(self._sources))
+        self._check_sources(monitor.result(self._sources))
         try:
-            own = beside.result(self.hashing)
+            own = monitor.result(self.hashing)
         except (LoadRefused, OSError) as problem:
             raise CachedModelUnusable(str(problem)) from None
         for file, is_ in zip(self._prepared.files, own, strict=True):
             if file.sha256 != is_.sha256:
-                raise CachedModelUnusable(f"{file.path!r} is not what was prepared")
+                raise CachedModelUnusable(f"{file.path!r} has changed since it was prepared")
 
     def _check_sources(self, found: Sequence[HashedFile]) -> None:
         if tuple(SourceHash(file.path, file.sha256) for file in found) != self._prepared.sources:
-            raise CachedModelUnusable("it was made of other files than are to be loaded")
+            raise CachedModelUnusable("it was made of other files than those to load")
 
 
 def _look(prepared: CachedCopy) -> list[FoundFile]:
@@ -241,26 +260,19 @@ def _look_at(folder: Path, file: HashedFile) -> FoundFile:
     try:
         seen = os.lstat(folder / file.path)
     except (OSError, ValueError) as error:
-        raise CachedModelUnusable(f"{file.path!r} cannot be looked at: {error}") from None
+        raise CachedModelUnusable(f"{file.path!r} cannot be read: {error}") from None
     if not stat.S_ISREG(seen.st_mode) or seen.st_size != file.bytes:
         raise CachedModelUnusable(f"{file.path!r} is not the file that was prepared")
     return FoundFile(file.path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 
-PR_SET_THP_DISABLE = 41
-"""linux/prctl.h"""
-ENOUGH_BYTES = 2_000_000
-"""Of weights that are copied or packed while a session is made. With less it is made no faster, and can take
-2 MB more; with 5 MB it is made in two thirds of the time, with 50 MB in half (measured, decision 22)."""
-
-
 def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
-    """Tell whether a session is better with huge pages.
+    """Return whether a session is created faster with huge pages.
 
     Args:
-        source_bytes: of the files that it is, or its form was, made of.
-        prepared: the form that it is made of. What is in that twice, as it was and packed, is packed again to
-            find it there (ONNX Runtime 1.31), and the rest only mapped.
+        source_bytes: the size of the repository's files.
+        prepared: the cached model, if one is used. ONNX Runtime (1.31) packs weights that the form has packed
+            once more to find them there; the rest it only maps.
     """
     if prepared is None or prepared.form == "optimised":
         return source_bytes >= ENOUGH_BYTES
@@ -268,28 +280,14 @@ def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
 
 
 def disable_huge_pages() -> None:
-    """Have this process take no huge pages from here on, whatever malloc asks for.
-
-    A kernel that refuses leaves it with what it has.
-    """
+    """Disable huge pages in this process, whatever malloc requests; a kernel that refuses changes nothing."""
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
-NICENESS = 10
-"""A tenth of the share of a core that others have who want it. With 19, a sixtieth, what is prepared on a
-busy machine takes memory for minutes, and its trial measures how it waited."""
-SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
-"""Its number by machine; the C library has no function for it."""
-IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT = 1, 3, 13
-"""linux/ioprio.h"""
-AUTOGROUP = "/proc/self/autogroup"
-"""Each session (setsid) may be scheduled as one, and processes in it then are nice to each other only."""
-
-
 def lower_priority() -> None:
-    """Put the calling thread, and those that it starts, behind others; for good.
+    """Lower the priority of this thread, and of those that it starts, on processor and disk, for good.
 
-    What the kernel refuses, or does not know, is left as it is.
+    Where the kernel refuses, nothing changes.
     """
     for lower in (_nice, _batch, _idle_io, _autogroup):
         with contextlib.suppress(OSError):
@@ -318,15 +316,9 @@ def _autogroup() -> None:
         os.close(descriptor)
 
 
-WATCHED_FROM_BYTES = 4 * 2**20
-"""Of a form's files: so much of what a load takes in between can be missed when nobody watches it (see
-`LoadMonitor`). A thread that does takes some milliseconds of a load, which are most of a small one."""
-OnStage = Callable[[LoadStage], None]
-
-
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A session that is ready, and what it took to make it."""
+    """A session that can serve, and how long its creation took."""
 
     model: ServingSession
     loading_us: int
@@ -336,15 +328,15 @@ class _Made:
 
 
 def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
-    """Load the model that the order names.
+    """Load the model of an order.
 
     Args:
-        order: what to load.
-        given: what to run it on before it is loaded; nothing means zeros.
-        on_stage: is told of each step.
+        order: the server's message.
+        given: inputs of the warm-up; empty means zeros.
+        on_stage: called with each stage.
 
     Returns:
-        The model, and what to tell the server of it.
+        The model, and the report for the server.
 
     Raises:
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.
@@ -360,10 +352,10 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
 
 
 def identify_files(order: Load | Prepare) -> tuple[Path, Path, list[FoundFile]]:
-    """Find what an order names: the version's folder, the repository's root without links, and the files.
+    """Return an order's version folder, the repository's root without links, and the files' identities.
 
     Raises:
-        LoadRefused: `unsafe_file`, or `model_changed`: these are not the files that were found.
+        LoadRefused: `unsafe_file`, or `model_changed`: these are not the files that the server found.
     """
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))
     before = identify(folder, root)
@@ -373,7 +365,7 @@ def identify_files(order: Load | Prepare) -> tuple[Path, Path, list[FoundFile]]:
 
 
 def check_unchanged(before: list[FoundFile], folder: Path, root: Path) -> None:
-    """Refuse with `model_changed` if the files are no longer those that they were."""
+    """Refuse with `model_changed` if a file's identity has changed."""
     if identify(folder, root) != before:
         raise LoadRefused("model_changed", "the model's files changed while they were loaded")
 
@@ -386,21 +378,21 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     used = None if form is None else order.prepared
     if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), used):
         disable_huge_pages()
-    # Within a limit there may be no memory for a thread any more when a form turns out to be of no use.
+    # Within a limit there may be no memory left to start a thread once a form turns out to be unusable.
     limited = order.memory_limit_bytes is not None
     watched = form is None or limited or form.bytes >= WATCHED_FROM_BYTES
-    with LoadMonitor(sources, *(() if form is None else (form.hashing,)), watched=watched) as beside:
+    with LoadMonitor(sources, *(() if form is None else (form.hashing,)), watched=watched) as monitor:
         try:
-            made = _Loading(order, given, on_stage, beside).make(folder, root, form, why_not)
-            files = beside.result(sources)
-        finally:  # if they changed, that is the reason for whatever went wrong as well
+            made = _Loading(order, given, on_stage, monitor).make(folder, root, form, why_not)
+            files = monitor.result(sources)
+        finally:  # changed files are the reason for any other problem, too
             check_unchanged(before, folder, root)
     on_stage("measuring")
-    return made.model, _report(made, files, beside)
+    return made.model, _report(made, files, monitor)
 
 
 def _given_form(prepared: CachedCopy | None, sources: FileHashing) -> tuple[CachedModel | None, str | None]:
-    """Return the form that a load was given, if that may be of use, or why not."""
+    """Return the cached model of a load, or the reason why it cannot be used."""
     if prepared is None:
         return None, None
     try:
@@ -410,24 +402,24 @@ def _given_form(prepared: CachedCopy | None, sources: FileHashing) -> tuple[Cach
 
 
 class _Loading:
-    """Makes the session of one load."""
+    """The creation of one load's session."""
 
-    def __init__(self, order: Load, given: Sequence[Tensor], on_stage: OnStage, beside: LoadMonitor) -> None:
+    def __init__(self, order: Load, given: Sequence[Tensor], on_stage: OnStage, monitor: LoadMonitor) -> None:
         self._order = order
         self._given = given
         self._on_stage = on_stage
-        self._beside = beside
+        self._monitor = monitor
         self._started_ns = time.perf_counter_ns()
-        sessions.limit_memory(order.memory_limit_bytes)  # here, when this process has all its threads
+        sessions.limit_memory(order.memory_limit_bytes)  # now that this process has all its threads
 
     def make(self, folder: Path, root: Path, form: CachedModel | None, why_not: str | None) -> _Made:
-        """Make it of a form, if there is one and it is of use, else of the repository's files."""
+        """Create the session from the cached model if possible, else from the repository's files."""
         if form is not None:
             try:
                 return self._of_form(form)
             except CachedModelUnusable as unusable:
                 why_not = str(unusable)
-            self._beside.watch()
+            self._monitor.watch()
         chosen = sessions.session_options(self._order.threads)
         session = sessions.create_checked(folder, root, chosen, self._order.memory_limit_bytes)
         return replace(self._ready(session, _since(self._started_ns)), prepared_failure=why_not)
@@ -437,23 +429,23 @@ class _Loading:
         with _of_the_form():
             session = sessions.create_session(form.model_file, chosen, self._order.memory_limit_bytes)
         loading_us = _since(self._started_ns)
-        self._beside.sample()
-        form.check(self._beside)
+        self._monitor.sample()
+        form.check(self._monitor)
         with _of_the_form():
             return replace(self._ready(session, loading_us), prepared=form.sha256)
 
     def _ready(self, session: ort.InferenceSession, loading_us: int) -> _Made:
         model, warming_up_us = describe_model(session, self._order.max_batch_size), None
-        if self._order.warm_up:  # before it is measured: what it takes to run is the model's own
+        if self._order.warm_up:  # before measuring: memory of an inference belongs to the model
             warming_up_us = warm_up(model, self._given, lambda: self._on_stage("warming_up"))
         return _Made(model, loading_us, warming_up_us)
 
 
 @contextmanager
 def _of_the_form() -> Iterator[None]:
-    """Take whatever goes wrong for a problem of the form: if it is the model's, it will come again.
+    """Turn every problem into one of the form: a problem of the model comes again in the bare load.
 
-    But for memory, which to make a form's session may take more of: this process has not got it back.
+    Except out of memory: a form's session may take more of it, and this process does not get it back.
     """
     try:
         yield
@@ -463,10 +455,10 @@ def _of_the_form() -> Iterator[None]:
         raise CachedModelUnusable(str(problem) or type(problem).__name__) from None
 
 
-def _report(made: _Made, files: tuple[HashedFile, ...], beside: LoadMonitor) -> Loaded:
-    """Measure what the session takes, and say what it is."""
+def _report(made: _Made, files: tuple[HashedFile, ...], monitor: LoadMonitor) -> Loaded:
+    """Measure the session's memory, and make the report."""
     started = time.perf_counter_ns()
-    ctypes.CDLL(None).malloc_trim(0)  # in 2 ms gives back what loading took and freed: as much as it kept
+    ctypes.CDLL(None).malloc_trim(0)  # in 2 ms returns what loading freed, as much as it kept
     memory_bytes = memory.private_bytes()
     shared_bytes = memory.anonymous_bytes() - memory_bytes
     return Loaded(
@@ -474,9 +466,9 @@ def _report(made: _Made, files: tuple[HashedFile, ...], beside: LoadMonitor) -> 
         inputs=made.model.inputs,
         outputs=made.model.outputs,
         memory_bytes=memory_bytes,
-        peak_memory_bytes=max(beside.peak_anonymous_bytes - shared_bytes, memory_bytes),
+        peak_memory_bytes=max(monitor.peak_anonymous_bytes - shared_bytes, memory_bytes),
         loading_us=made.loading_us,
-        hashing_us=beside.hashing_us,
+        hashing_us=monitor.hashing_us,
         measuring_us=_since(started),
         warming_up_us=made.warming_up_us,
         prepared=made.prepared,

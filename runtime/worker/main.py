@@ -39,18 +39,18 @@ from runtime.worker.optimising import make_cached_model
 from runtime.worker.sessions import ServingSession, register_operators
 
 EX_PROTOCOL = 76
-"""sysexits.h: what a worker exits with when it was told something that is no frame."""
+"""sysexits.h: the exit code of a worker after a malformed frame."""
 MAX_WAIT_S = 3600.0
-"""For requests to be run with others, whatever is asked for: select takes no time without end."""
+"""Limit of a wait for more requests of a batch: select takes no endless time."""
 BUSY_POLL_NS = 400_000
-"""A worker whose last request came within so long is awake for so long: at one client of a small model it is
-asked every 300 µs (measured), and answers 1.4 times as many requests. One that is asked less often sleeps."""
+"""A worker whose last request came within this time busy-polls for this time: at one client of a small model
+requests come every 300 µs (measured), and it answers 1.4 times as many. With fewer requests it sleeps."""
 STACK_BYTES = 512 * 2**10
-"""Of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
+"""Stack of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
 
 
 def prepare() -> None:
-    """Do once, in the fork server, what every worker would have to do first."""
+    """Do once, in the fork server, what every worker would do first."""
     register_operators()
 
 
@@ -59,7 +59,7 @@ def main(data: int, control: int) -> NoReturn:
     threading.stack_size(STACK_BYTES)
     cancellation = Cancellation()
     listener = socket.socket(fileno=control)
-    # Not `threading`: that waits for the thread to have begun, and a load would too.
+    # Not `threading`: that waits for the thread to start, and so would the load.
     _thread.start_new_thread(_listen, (listener, cancellation))
     _Worker(socket.socket(fileno=data), cancellation).serve()
     os._exit(0)
@@ -80,29 +80,29 @@ class _Worker:
         self._busy_polls = False
 
     def serve(self) -> None:
-        """Answer until the channel ends, one request after the other; what came at once, at once."""
+        """Answer requests until the channel ends; those read at once are answered at once."""
         while self._read():
             if self._queue is not None and self._executor is not None:
                 self._serve_batches(self._queue, self._executor)
             self._outbox.flush()
 
     def _serve_batches(self, queue: Queue, executor: InferenceExecutor) -> None:
-        """Run all that waits, and what comes meanwhile."""
+        """Run all waiting requests, and those that arrive meanwhile."""
         while queue:
             wait_ns = queue.wait_ns(time.monotonic_ns())
             if wait_ns is not None and self._more_within(wait_ns) and not self._read():
                 return
-            if not wait_ns:  # full, or due: what comes from here on is for the next one
+            if not wait_ns:  # full or due: later requests belong to the next batch
                 executor.run(queue.take())
 
     def _more_within(self, wait_ns: int) -> bool:
-        """Wait so long for the channel to have something to read."""
+        """Wait this long for the channel to become readable."""
         if wait_ns:
             self._outbox.flush()
         return bool(select.select([self._channel], [], [], min(wait_ns / 1e9, MAX_WAIT_S))[0])
 
     def _read(self) -> bool:
-        """Take what has come, when something has; False at the end of the channel."""
+        """Read and handle the next messages; returns False at the end of the channel."""
         asked_ns = time.monotonic_ns()
         if self._busy_polls:
             self._busy_poll(asked_ns + BUSY_POLL_NS)
@@ -113,9 +113,9 @@ class _Worker:
         return count > 0
 
     def _busy_poll(self, until_ns: int) -> None:
-        """Look for the next request for a while before sleeping: being woken costs as much as many runs.
+        """Poll for the next request before sleeping: to be woken costs as much as many runs.
 
-        Whoever else wants this core has it meanwhile.
+        Other processes may have the core meanwhile.
         """
         while not self._poll.poll(0) and time.monotonic_ns() < until_ns:
             os.sched_yield()
@@ -164,7 +164,7 @@ class _Worker:
 
 
 def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
-    """Serve the control channel. Its end is the worker's, even while it computes."""
+    """Serve the control channel; its end ends the worker, even while it computes."""
     reader = FrameReader(CONTROL)
     while count := _receive(channel, reader):
         for message, _ in _frames(reader, count):

@@ -41,25 +41,38 @@ from runtime.worker import sessions
 from runtime.worker.loading import FileHashing, LoadMonitor, check_unchanged, identify_files, lower_priority
 
 ALIGNMENT = 64
-"""Bytes: what ONNX Runtime's own allocations have, for the widest registers."""
+"""In bytes, as ONNX Runtime's own allocations, for the widest registers."""
 PAGE_BYTES = 4096
 PAGED_FROM_BYTES = 2**20
-"""What is as long has pages to itself, as ONNX Runtime sees to as well."""
+"""Longer weights start at a page, as in ONNX Runtime's own files."""
 PIECE_BYTES = 8 * 2**20
-"""Written at once, so that a file system which has large pages uses them: of an MLP whose weights are mapped
-from them an inference takes 0.98 of what a bare one does, else 1.07 (measured with ext4)."""
+"""Bytes per write, so that a file system with large pages uses them: an inference of an MLP whose weights are
+mapped from them takes 0.98 of a bare one, else 1.07 (measured with ext4)."""
 EXTERNAL_DATA_FIELD = 13
-"""Of a tensor; all that is in it is the location, the offset, the length, and what was packed."""
+"""Field of a tensor with entries for location, offset, length and packed weights."""
 PACKED = re.compile(r"prepacked_\d+")
 BLOB = re.compile(r"(\d+);(\d+);([^;|]*)")
-"""Offset, length, and something that is 0: one of the buffers that were packed of a weight."""
+"""Offset, length and a 0: one of a weight's packed buffers."""
 MORE, BITS = 128, 127
-"""Of a byte of a varint: whether there are more, and what it adds."""
+"""Bits of a varint's byte: whether more follow, and its value."""
 NUMBER = re.compile(r"\d{1,19}")
 
 
+WEIGHTS_FILE = "weights.bin"
+WEIGHTS_FROM_BYTES = 16 * 2**10
+"""Least size of a weight in the weights file. From 128 bytes to 64 KiB, loads and memory are the same; at 1
+MiB they are 2 to 10 ms and 4 to 8 MB more (measured with six networks of 1 to 54 MB). ONNX Runtime 1.31 has
+to see some shapes in the graph: with no tensor left there, every fifth conformance model does not load."""
+MOST_BYTES = 64 * 2**20
+"""Limit of a form's file, or `MOST_TIMES` its sources if that is more: constant folding has no limit."""
+MOST_TIMES = 4
+"""Weights and their packed copies are twice the size of the sources."""
+PROBE_BYTES = 2**16
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
 def align_weights(model: Path, weights: Path) -> None:
-    """Move the weights that lie in `weights`, and change `model` to refer to where they are then.
+    """Move the weights in the file `weights` to aligned offsets, and update the references in `model`.
 
     Raises:
         LoadRefused: `prepare_failed`, for anything that ONNX Runtime is not known to write.
@@ -76,7 +89,7 @@ def align_weights(model: Path, weights: Path) -> None:
 
 
 class _Moves:
-    """Where what lies in a file is to go, in the order in which it was asked for."""
+    """New offsets of a file's weights, assigned in order of request."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -84,7 +97,7 @@ class _Moves:
         self._end = 0
 
     def place(self, offset: int, length: int) -> int:
-        """Return where this many bytes from an offset on will be."""
+        """Return the new offset of the bytes at this offset."""
         if (offset, length) not in self._places:
             step = PAGE_BYTES if length >= PAGED_FROM_BYTES else ALIGNMENT
             place = self._end + -self._end % step
@@ -93,7 +106,7 @@ class _Moves:
         return self._places[offset, length]
 
     def copy(self, source: Path, target: Path) -> None:
-        """Write the file as it is to be, from its beginning to its end in large pieces."""
+        """Write the new file from beginning to end in large pieces."""
         with source.open("rb") as old, target.open("xb", buffering=0) as new:
             for begin in range(0, self._end, PIECE_BYTES):
                 piece = memoryview(self._piece(old.fileno(), begin, min(begin + PIECE_BYTES, self._end)))
@@ -113,7 +126,7 @@ class _Moves:
 
 
 def _rewritten(kind: MessageKind, data: memoryview, moves: _Moves, depth: int = 0) -> bytes:
-    """Return a message with the weights in it moved."""
+    """Return a message with updated references to weights."""
     if depth > MAX_DEPTH:
         raise _not_known("messages nested too deeply")
     parts, entries = [], dict[str, str]()
@@ -130,7 +143,7 @@ def _rewritten(kind: MessageKind, data: memoryview, moves: _Moves, depth: int = 
 
 
 def _moved(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str, str]]:
-    """Give the external data of a tensor as it is to be; nothing, if it has none."""
+    """Yield the updated entries of a tensor's external data."""
     if not entries:
         return
     offset, length = entries.get("offset", "0"), entries.get("length", "")
@@ -166,7 +179,7 @@ def _entry_of(key: str, text: str) -> bytes:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview, memoryview | None]]:
-    """Give each field's number, all of its bytes and, if it has a length, those after that."""
+    """Yield each field's number, all its bytes and, if it has a length, its content."""
     position = 0
     while position < len(data):
         begin = position
@@ -215,21 +228,8 @@ def _not_known(what: str) -> LoadRefused:
     return LoadRefused("prepare_failed", f"ONNX Runtime wrote what it is not known to write: {what}")
 
 
-WEIGHTS_FILE = "weights.bin"
-WEIGHTS_FROM_BYTES = 16 * 2**10
-"""Of a weight that goes into the file. From 128 bytes to 64 KiB, loads and memory are the same; at 1 MiB they
-are 2 to 10 ms and 4 to 8 MB more (measured with six networks of 1 to 54 MB). ONNX Runtime 1.31 has to see
-some shapes in the graph: with no tensor left there, every fifth conformance model does not load."""
-MOST_BYTES = 64 * 2**20
-"""That a form's file may have, or `MOST_TIMES` what its sources have: constants can be folded without end."""
-MOST_TIMES = 4
-"""Weights with what is packed of them are twice as much."""
-PROBE_BYTES = 2**16
-FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
 def make_cached_model(order: Prepare) -> PrepareDone:
-    """Make the form that the order names, in its folder; this process is in the background from here on.
+    """Make the cached model of an order in its target folder, with low priority from here on.
 
     Raises:
         LoadRefused: `prepare_failed`, `disk_full`, or of the model's files `model_changed`, `unsafe_file`,
@@ -250,11 +250,11 @@ def _prepare(order: Prepare) -> PrepareDone:
     target = Path(order.target)
     with _files_limited(order, before):
         hashing = FileHashing(folder, before, order.known)
-        with LoadMonitor(hashing) as beside:
+        with LoadMonitor(hashing) as monitor:
             sessions.limit_memory(order.memory_limit_bytes)
             try:
                 _write(order, folder, root)
-                sources = beside.result(hashing)
+                sources = monitor.result(hashing)
             finally:
                 check_unchanged(before, folder, root)
         align_weights(target / MODEL_FILE, target / WEIGHTS_FILE)
@@ -264,11 +264,11 @@ def _prepare(order: Prepare) -> PrepareDone:
 
 @contextmanager
 def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[None]:
-    """See to it that what is written there is all there is, and nobody else's to read, or without end.
+    """Require an empty target, and limit the length and the access rights of the files written there.
 
     Raises:
-        LoadRefused: `disk_full`, what is written is more than half of what the disk has room for, since it is
-            two files; or `prepare_failed`, more than a form may have.
+        LoadRefused: `disk_full`, a file exceeds half of the disk's room, since there are two; or
+            `prepare_failed`, a file exceeds the limit of a form.
     """
     target = Path(order.target)
     if any(target.iterdir()):
@@ -321,10 +321,10 @@ def _options(order: Prepare, target: Path) -> ort.SessionOptions:
 
 
 def _probe(target: Path) -> None:
-    """Write on, which fails if ONNX Runtime did because the disk is full, or a file as long as it may be.
+    """Append to the longest file, to find out whether a full disk or a limit made ONNX Runtime fail.
 
     Raises:
-        OSError: it does.
+        OSError: it did.
     """
     longest = max(target.iterdir(), key=lambda path: path.lstat().st_size, default=target / "probe")
     with longest.open("ab") as probe:
@@ -332,7 +332,7 @@ def _probe(target: Path) -> None:
 
 
 def _written(target: Path) -> tuple[HashedFile, ...]:
-    """Return what was written, with hashes, if it is a model that refers to nothing but its own weights."""
+    """Return the written files with hashes, if they are a model that refers only to its own weights."""
     try:
         locations = set(external_locations(target / MODEL_FILE))
         hashing = FileHashing(target, identify(target, Path(os.path.realpath(target))), ())
@@ -340,5 +340,5 @@ def _written(target: Path) -> tuple[HashedFile, ...]:
         raise LoadRefused("prepare_failed", f"what was written is no model: {problem}") from None
     if not locations <= {WEIGHTS_FILE}:
         raise LoadRefused("prepare_failed", "what was written refers to files that are not its own")
-    with LoadMonitor(hashing) as beside:
-        return beside.result(hashing)
+    with LoadMonitor(hashing) as monitor:
+        return monitor.result(hashing)

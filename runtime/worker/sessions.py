@@ -23,7 +23,35 @@ from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 
 OPTIONAL = re.compile(r"optional\((.*)\)")
-"""How ONNX Runtime calls the type of what may have no value; it takes it as if it had, or left out."""
+"""ONNX Runtime's type of an optional input or output; an input may be given with a value or left out."""
+
+
+MAX_ZEROS_BYTES = 64 * 2**20
+"""Limit of zeros: the size of a request. A model that declares more is hardly run with that much."""
+TEXT_BYTES = 40
+"""Size of an empty element of BYTES: numpy's reference to it, and ONNX Runtime's string."""
+OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
+"""Texts of ONNX Runtime and Python for it; ONNX Runtime has no code."""
+WITH_ZEROS = (
+    "the model does not run on zeros of its declared shapes, and has to before it is loaded: give inputs that"
+    " it takes as [[warm_up.inputs]] in its loadledger.toml"
+)
+WITH_GIVEN = (
+    "the model does not run on the inputs that its loadledger.toml gives as [[warm_up.inputs]], and has to"
+    " before it is loaded: correct them"
+)
+OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
+SMALLEST_MODEL = bytes.fromhex(
+    "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
+    "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
+    "120167"  # its name, g
+    "5a0b 0a0178 12060a0408011200"  # the input x: a float without dimensions
+    "620b 0a0179 12060a0408011200"  # the output y
+    "4204 0a00 1011"  # the operators of ONNX's opset 17
+)
+"""`y = x` in ONNX's format; workers have no library that could write it."""
+UNREADABLE_BYTES = 64 * 2**20
+"""Part of an invalid file shown to ONNX Runtime for its error text: the file may not fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +59,10 @@ class ServingSession:
     """A session that can serve.
 
     Attributes:
-        runner: runs it.
-        inputs: all that it takes, as the server is told.
-        outputs: all that it gives.
-        dimension: along which requests go together, if they are to.
+        runner: runs the session.
+        inputs: all inputs, as reported to the server.
+        outputs: all outputs.
+        dimension: the batch dimension; None without batching.
     """
 
     runner: Runner
@@ -44,10 +72,10 @@ class ServingSession:
 
 
 def describe_model(session: ort.InferenceSession, max_batch_size: int) -> ServingSession:
-    """Describe a session, of which so many elements may be run at once; 0 is no batching.
+    """Return the serving session for batches of at most this many elements; 0 is no batching.
 
     Raises:
-        LoadRefused: `invalid_model`, it has names that are too long, or not the batch dimension to have.
+        LoadRefused: `invalid_model`, a name is too long or the batch dimension is missing.
     """
     inputs, outputs = _inputs(session), tuple(_spec(node) for node in session.get_outputs())
     dimension = None
@@ -59,7 +87,7 @@ def describe_model(session: ort.InferenceSession, max_batch_size: int) -> Servin
 
 
 def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
-    """Describe what the session takes: last, and optional, what it has a default for."""
+    """Return the inputs; inputs with a default are optional and come last."""
     defaults = (_spec(node) for node in session.get_overridable_initializers())
     return (
         *(_spec(node) for node in session.get_inputs()),
@@ -79,7 +107,7 @@ def _spec(node: ort.NodeArg) -> TensorSpec:
 
 
 def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:
-    """Refuse a model that is said to have a batch dimension and does not."""
+    """Refuse a model whose inputs and outputs have no batch dimension."""
     for spec in specs:
         if not spec.shape or spec.shape[0] != -1:
             reason = (
@@ -89,37 +117,20 @@ def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:
             raise LoadRefused("invalid_model", reason)
 
 
-MAX_ZEROS_BYTES = 64 * 2**20
-"""Of zeros: what a request may have. A model that declares more is hardly asked with that much."""
-TEXT_BYTES = 40
-"""Of an empty element of BYTES: numpy's reference to it, and what ONNX Runtime makes of it."""
-OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
-"""How ONNX Runtime says so, and how Python does; there is no code for it."""
-WITH_ZEROS = (
-    "the model does not run on zeros of its declared shapes, and has to before it is loaded: give inputs that"
-    " it takes as [[warm_up.inputs]] in its loadledger.toml"
-)
-WITH_GIVEN = (
-    "the model does not run on the inputs that its loadledger.toml gives as [[warm_up.inputs]], and has to"
-    " before it is loaded: correct them"
-)
-OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
-
-
 def warm_up(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]) -> int | None:
-    """Run a model on what is given, else on zeros of the declared shapes, where these allow it.
+    """Run a model on the given inputs, else on zeros of the declared shapes, so that no request is the first.
 
     Args:
-        model: with a batch dimension, zeros are one element along it.
-        given: what a request would bring; nothing means zeros.
-        on_begin: is called before it is run, and only then.
+        model: the model; zeros are one element along its batch dimension.
+        given: inputs of its loadledger.toml; empty means zeros.
+        on_begin: called before the run, and only if there is one.
 
     Returns:
-        Microseconds, or None if the shapes do not allow it.
+        The duration in microseconds, or None if the shapes do not allow zeros.
 
     Raises:
         LoadRefused: `warm_up_failed`, with the runtime's words and what to do.
-        MemoryError: there is not enough for it.
+        MemoryError: there is not enough memory for it.
     """
     required = [spec for spec in model.inputs if not spec.optional]
     if not given and not zeros_are_allowed(model, required):
@@ -131,7 +142,7 @@ def warm_up(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[
     except RuntimeProblem as problem:
         if isinstance(problem, InferenceFailed) and is_out_of_memory(str(problem)):
             raise MemoryError(str(problem)) from None
-        # Of a scalar ONNX Runtime says what it says where no shape is declared: it may have been no input.
+        # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
         if not given and not all(spec.shape for spec in required):
             return None
         told = WITH_GIVEN if given else WITH_ZEROS
@@ -147,25 +158,25 @@ def _run(model: ServingSession, given: Sequence[Tensor], required: Sequence[Tens
 
 
 def zeros_are_allowed(model: ServingSession, required: Sequence[TensorSpec]) -> bool:
-    """Tell whether zeros can be made of these shapes, are not too many, and lead to an answer to send."""
+    """Return whether these shapes allow zeros, within the limit, and the model has an output to send."""
     answers = any(spec.datatype in DATATYPES for spec in model.outputs)
     return answers and all(map(_is_known, required)) and sum(map(_bytes, required)) <= MAX_ZEROS_BYTES
 
 
 def make_zeros(spec: TensorSpec) -> Any:
-    """Make an input that is 0, False or the empty text throughout."""
+    """Return an input of 0, False or empty texts."""
     if spec.datatype == "BYTES":
         return np.full(_shape(spec), "", object)
     return np.zeros(_shape(spec), DATATYPES[spec.datatype].numpy)
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Tell whether this is what ONNX Runtime says when it has no memory."""
+    """Return whether this is an error text of ONNX Runtime for lack of memory."""
     return any(words in text for words in OUT_OF_MEMORY)
 
 
 def _shape(spec: TensorSpec) -> tuple[int, ...]:
-    """Return the declared shape; an unknown first dimension is mostly the batch's, and 1 will do."""
+    """Return the declared shape with 1 for an open first dimension, usually the batch dimension."""
     return (1, *spec.shape[1:]) if spec.shape[:1] == (-1,) else spec.shape
 
 
@@ -180,19 +191,6 @@ def _bytes(spec: TensorSpec) -> int:
     return elements * (DATATYPES[spec.datatype].size or TEXT_BYTES)
 
 
-SMALLEST_MODEL = bytes.fromhex(
-    "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
-    "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
-    "120167"  # its name, g
-    "5a0b 0a0178 12060a0408011200"  # the input x: a float without dimensions
-    "620b 0a0179 12060a0408011200"  # the output y
-    "4204 0a00 1011"  # the operators of ONNX's opset 17
-)
-"""`y = x` in ONNX's own format, for a process that has no library to write it with."""
-UNREADABLE_BYTES = 64 * 2**20
-"""Of a file that is no ONNX file, shown to ONNX Runtime for its words on it: it need not fit into memory."""
-
-
 def register_operators() -> None:
     """Create, run and drop the smallest session, before workers are forked.
 
@@ -204,7 +202,7 @@ def register_operators() -> None:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """Give the options of a session that computes with this many threads."""
+    """Return the options of a session that computes with this many threads."""
     chosen = ort.SessionOptions()
     chosen.intra_op_num_threads = threads
     chosen.inter_op_num_threads = 1
@@ -215,7 +213,7 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 def saved_graph_options(threads: int) -> ort.SessionOptions:
-    """Give the options of a session that is made of a graph as it was saved, optimised."""
+    """Return the options of a session of a saved, optimised graph."""
     chosen = session_options(threads)
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return chosen
@@ -224,13 +222,13 @@ def saved_graph_options(threads: int) -> ort.SessionOptions:
 def create_checked(
     folder: Path, root: Path, chosen: ort.SessionOptions, limit_bytes: int | None
 ) -> ort.InferenceSession:
-    """Create the session of a version in the repository, all of whose references have been seen.
+    """Create the session of a version in the repository after checking all its references to files.
 
     Args:
-        folder: the version's.
+        folder: the version's folder.
         root: the repository's root, without links.
-        chosen: its options.
-        limit_bytes: the memory limit, to name it.
+        chosen: the session's options.
+        limit_bytes: the memory limit, for the error text.
 
     Raises:
         LoadRefused: `unsafe_file`, `out_of_memory`, `invalid_model`.
@@ -247,7 +245,7 @@ def create_checked(
 def create_session(
     model: str | bytes, chosen: ort.SessionOptions, limit_bytes: int | None
 ) -> ort.InferenceSession:
-    """Create a session of a file, or of bytes; for arguments and errors see `create_checked`."""
+    """Create a session from a file or from bytes; for arguments and errors see `create_checked`."""
     try:
         return ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"], enable_fallback=False)
     except MemoryError as error:
@@ -260,16 +258,16 @@ def create_session(
 
 
 def out_of_memory(limit_bytes: int | None, text: str) -> LoadRefused:
-    """Say that there is not enough memory, under this limit, if there is one."""
+    """Return the refusal of a load for lack of memory, with its limit."""
     reason = "the machine has no more" if limit_bytes is None else f"the limit is {limit_bytes} bytes"
     return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {text}")
 
 
 def limit_memory(limit_bytes: int | None) -> None:
-    """Let the process have this much more than it has: beyond it, allocations fail. None is no limit.
+    """Limit the memory that the process may add to its present one; None is no limit.
 
-    To be called when it has all its threads, whose stacks count. RLIMIT_DATA counts what is mapped, touched
-    or not, so what an empty worker has is no part of the limit.
+    Call this when the process has all its threads, whose stacks count. RLIMIT_DATA counts mapped memory,
+    touched or not, so an empty worker's memory is not part of the limit.
     """
     if limit_bytes is None:
         return
@@ -285,11 +283,11 @@ def _beginning(path: Path) -> bytes:
 
 
 def _isolated(chosen: ort.SessionOptions) -> ort.SessionOptions:
-    """Have a model that is given as bytes read no file, whatever it refers to.
+    """Keep a model given as bytes from reading any file.
 
-    By itself ONNX Runtime (1.31, measured) finds such references from the working directory. Beneath
-    `/dev/null` there is nothing, and a location that is absolute, leads out or is an address in memory it
-    refuses. Bytes it would also take for its own format, which a file of this name is not.
+    By default ONNX Runtime (1.31, measured) resolves references from the working directory. Beneath
+    `/dev/null` there is nothing, and it refuses locations that are absolute, lead out or are addresses in
+    memory. It would also accept bytes of its own format, which this file is not.
     """
     chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     chosen.add_session_config_entry("session.load_model_format", "ONNX")

@@ -27,11 +27,11 @@ KNOWN_SHA256 = "ab" * 32
 TAKEN = 64 * 2**20
 WATCHED = f"""
 import mmap, sys
-from runtime.worker.loading import Beside
+from runtime.worker.loading import LoadMonitor
 from runtime.memory import resident
 
 before = resident().anonymous_bytes
-with open(sys.argv[1], "rb") as file, Beside(watched=False) as beside:
+with open(sys.argv[1], "rb") as file, LoadMonitor(watched=False) as monitor:
     for _ in range(int(sys.argv[2])):
         block = mmap.mmap(-1, {TAKEN}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for place in range(0, {TAKEN}, 4096):
@@ -40,7 +40,7 @@ with open(sys.argv[1], "rb") as file, Beside(watched=False) as beside:
     weights = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
     for place in range(0, len(weights), 4096):
         weights[place]
-print(beside.peak_anonymous_bytes - before)
+print(monitor.peak_anonymous_bytes - before)
 """
 
 
