@@ -131,11 +131,11 @@ class Tail:
         opened_at: the head of the log when the tail was opened; the ring may not have reached it yet.
     """
 
-    def __init__(self, tails: Tails, after: int, wanted: EventFilter) -> None:
+    def __init__(self, tails: Tails, after: int, event_filter: EventFilter) -> None:
         self._tails = tails
         self.opened_at = tails.head
         self.position = after
-        self.wanted = wanted
+        self.event_filter = event_filter
         self.wakeup = asyncio.Event()
 
     async def read(self) -> Batch:
@@ -145,9 +145,9 @@ class Tail:
             Archived: `archived`, the next events are not in the log any more.
             LogUnavailable: `log_unavailable`, the log cannot be read.
         """
-        batch = self._tails.from_ring(self.position, self.wanted)
+        batch = self._tails.from_ring(self.position, self.event_filter)
         if batch is None:
-            batch = await self._tails.from_log(self.position, self.wanted)
+            batch = await self._tails.from_log(self.position, self.event_filter)
         self.position = batch.upto
         return batch
 
@@ -241,7 +241,7 @@ class Tails:
             self._log.unsubscribe(wakeup)
 
     @contextmanager
-    def open(self, after: int | None = None, wanted: EventFilter = EVERYTHING) -> Iterator[Tail]:
+    def open(self, after: int | None = None, event_filter: EventFilter = EVERYTHING) -> Iterator[Tail]:
         """Open a tail after a position, or at the head; it is registered before its first read.
 
         Raises:
@@ -254,32 +254,36 @@ class Tails:
         if not self._tails:  # the ring was not kept up to date without tails
             self._ring.restart(self.head)
             self._shared.clear()
-        tail = Tail(self, after, wanted)
+        tail = Tail(self, after, event_filter)
         self._tails.add(tail)
         try:
             yield tail
         finally:
             self._tails.discard(tail)
 
-    def from_ring(self, after: int, wanted: EventFilter) -> Batch | None:
+    def from_ring(self, after: int, event_filter: EventFilter) -> Batch | None:
         """Return the next batch from the ring, or None if the ring does not reach back so far.
 
         Tails at the same position with the same filter share one object.
         """
-        known = self._shared.get((after, wanted))
+        known = self._shared.get((after, event_filter))
         if known is not None:
             return known
         events = self._ring.after(after, PAGE)
         if events is None:
             return None
         upto = events[-1].position if events else max(after, self._ring.head)
-        matching = [event for event in events if wanted.matches(event)] if wanted != EVERYTHING else events
+        matching = (
+            [event for event in events if event_filter.matches(event)]
+            if event_filter != EVERYTHING
+            else events
+        )
         batch = _batch(matching, after, upto, live=upto >= self._ring.head)
         if len(self._shared) < MAX_SHARED:
-            self._shared[after, wanted] = batch
+            self._shared[after, event_filter] = batch
         return batch
 
-    async def from_log(self, after: int, wanted: EventFilter) -> Batch:
+    async def from_log(self, after: int, event_filter: EventFilter) -> Batch:
         """Return the next batch from the log, once one of the readers is free.
 
         Raises:
@@ -288,7 +292,7 @@ class Tails:
         """
         reader = await self._readers.get()
         try:
-            page = await reader.event_page(EventQuery(wanted, after=after, limit=PAGE))
+            page = await reader.event_page(EventQuery(event_filter, after=after, limit=PAGE))
         finally:
             self._readers.put_nowait(reader)
         return _batch(page.items, after, page.seen, live=False)

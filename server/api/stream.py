@@ -416,7 +416,7 @@ class EventStream:
             self._live = True
             yield self._bookmark(position)
             yield self._form.notice("live", {"position": position})
-        for stage in self._streams.stages.since(self._stages, self._tail.wanted):
+        for stage in self._streams.stages.since(self._stages, self._tail.event_filter):
             yield self._form.notice(STAGE, stage.members)
         self._stages = self._streams.stages.changes
 
