@@ -1,6 +1,6 @@
-"""Content codings of bodies, both ways: gzip and deflate (RFC 9110 section 8.4.1).
+"""How are bodies compressed and decompressed? gzip and deflate (RFC 9110 section 8.4.1).
 
-`deflate` is the zlib format, as the RFC and Triton's clients have it, not a bare deflate stream.
+`deflate` is the zlib format, as in the RFC and in Triton's clients, and no raw deflate stream.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from server.errors import ServerProblem
 from server.http.validation import BodyTooLarge, UnsupportedMediaType
 
 CODINGS = ("gzip", "deflate")
-"""What is understood and spoken, the preferred one first."""
+"""Supported in both directions, the preferred one first."""
 
 LEVEL = 1
-"""Tensors of floats and numbers as JSON hardly get smaller at higher levels, which take up to seven times as
-long (measured)."""
+"""Higher levels hardly shrink tensors or numbers in JSON, and take up to seven times as long (measured)."""
 
 INLINE_BYTES = 64 * 1024
-"""So much takes two milliseconds at most; the change to a thread is not worth it."""
+"""So much takes two milliseconds at most; a thread is not worth it."""
 
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _ALIASES = {"x-gzip": "gzip"}  # RFC 9110 section 8.4.1.3
@@ -31,23 +30,24 @@ _WEIGHT = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)", re.ASCII | re.IGN
 
 
 class MalformedCoding(ServerProblem):
-    """The body is not in the coding that its Content-Encoding names."""
+    """The body does not have the coding that its Content-Encoding names."""
 
     code = "invalid_request"
 
 
 def decompressed(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
-    """Return the body as it was before its Content-Encoding; without one, as it is.
+    """Return the decompressed body; without a Content-Encoding, the body itself.
 
     Args:
-        body: as it came.
+        body: as received.
         encoding: the field's value; several fields are one, separated by commas.
-        max_bytes: what the result may have. Not more than that is ever unpacked.
+        max_bytes: the limit of the result; never more than that is decompressed.
 
     Raises:
-        MalformedCoding: it is damaged, cut off, or there is something behind it (`invalid_request`).
-        BodyTooLarge: there is more in it (`body_too_large`).
-        UnsupportedMediaType: none of `CODINGS`, or several (`unsupported_media_type`).
+        MalformedCoding: the data is damaged, cut off, or followed by other bytes (`invalid_request`).
+        BodyTooLarge: the result is too large (`body_too_large`).
+        UnsupportedMediaType: the coding is none of `CODINGS`, or there are several
+            (`unsupported_media_type`).
     """
     coding = _coding(encoding)
     if coding is None:
@@ -67,13 +67,13 @@ def decompressed(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
 
 
 def compressed(buffers: Iterable[Buffer], encoding: str) -> bytes:
-    """Return the buffers, joined, in a coding of `CODINGS`."""
+    """Return the buffers, joined and compressed with a coding of `CODINGS`."""
     deflater = zlib.compressobj(LEVEL, zlib.DEFLATED, _WINDOW[encoding])
     return b"".join([*(deflater.compress(buffer) for buffer in buffers), deflater.flush()])
 
 
 async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
-    """Do as `decompressed`, in a thread where there is much to do: a few bytes can unpack to many."""
+    """Do as `decompressed`, in a thread if the body is large, or becomes so."""
     if _coding(encoding) is None:
         return body
     if len(body) <= INLINE_BYTES:
@@ -86,7 +86,7 @@ async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes
 
 
 async def compress(buffers: list[Buffer], encoding: str) -> bytes:
-    """Do as `compressed`, in a thread where there is much to do."""
+    """Do as `compressed`, in a thread if the body is large."""
     if sum(len(buffer) for buffer in buffers) <= INLINE_BYTES:
         return compressed(buffers, encoding)
     return await asyncio.to_thread(compressed, buffers, encoding)
@@ -94,10 +94,10 @@ async def compress(buffers: list[Buffer], encoding: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def chosen_encoding(accept_encoding: str | None) -> str | None:
-    """Return the coding of `CODINGS` for an answer by the request's Accept-Encoding, None for no coding.
+    """Return the coding of a response by the request's Accept-Encoding; None for none.
 
-    By RFC 9110 section 12.5.3, with gzip among equals. An answer that no coding fits goes out without one,
-    as that section allows; what is malformed in the field counts as not said.
+    By RFC 9110 section 12.5.3, with gzip among equals. If no coding fits, the response has none, as that
+    section allows. Malformed members of the field are ignored.
     """
     weights = {_ALIASES.get(name, name): weight for name, weight in accepted(accept_encoding).items()}
     others = weights.get("*", 0.0)
@@ -107,7 +107,7 @@ def chosen_encoding(accept_encoding: str | None) -> str | None:
 
 
 def accepted(field: str | None) -> dict[str, float]:
-    """Return the weight of each member of an Accept or Accept-Encoding field; malformed ones are left out."""
+    """Return the weight of each member of an Accept or Accept-Encoding field, without malformed ones."""
     weights = {}
     for member in (field or "").lower().split(","):
         name, *parameters = (part.strip(" \t") for part in member.split(";"))
@@ -123,6 +123,6 @@ def _coding(encoding: str | None) -> str | None:
     if coding in ("", "identity"):
         return None
     if coding not in CODINGS:
-        told = f"Content-Encoding must be one of {', '.join(CODINGS)}, applied once, or be left out"
-        raise UnsupportedMediaType(told, http_headers={"Accept-Encoding": ", ".join(CODINGS)})
+        text = f"Content-Encoding must be one of {', '.join(CODINGS)}, applied once, or be left out"
+        raise UnsupportedMediaType(text, http_headers={"Accept-Encoding": ", ".join(CODINGS)})
     return coding

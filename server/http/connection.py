@@ -1,9 +1,9 @@
 """Slow-client protection: header, idle and write timeouts, a connection limit, and a reserve for probes.
 
 A `GuardedConnection` is the protocol of a connection. It passes everything on to aiohttp's protocol, which
-parses and answers, and ends the connection if its client does not go on. Only documented names of aiohttp and
-asyncio are used: the wrapped request handler reports that a request begins, and an access logger that its
-response is written. The rest is left to a reverse proxy: `docs/deployment.md` says what, and how.
+parses and answers, and disconnects slow clients. It uses only documented names of aiohttp and asyncio: a
+wrapped request handler reports that a request begins, and an access logger that its response is written.
+Other protection is a reverse proxy's, see `docs/deployment.md`.
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ from server.routing import RequestHandler, wrap_handler
 _log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-"""Connections that the kernel keeps until they are accepted: a burst is no reason to refuse any."""
+"""Connections that the kernel keeps until they are accepted, so that bursts are not refused."""
 
 RESERVE = 64
-"""Connections beyond the limit, each for one probe: more than connect at once while the server keeps up."""
+"""Connections beyond the limit, each for one probe; more than probe at the same moment."""
 
 RESERVE_HEAD_S = 2.0
-"""For the head of a probe, at most: probes send it as soon as they are connected."""
+"""Time for the head of a probe: probes send it as soon as they are connected."""
 
 UNREAD_S = 30.0
-"""In so long a client has to read MIN_PROGRESS_BYTES of a long response, which is in memory until then."""
+"""In this time a client must read MIN_PROGRESS_BYTES of a long response, which is in memory until then."""
 
 CLOSING_S = 10.0
-"""By itself, TLS waits 30 s for a client to say goodbye."""
+"""For the end of a TLS connection; asyncio's default is 30 s."""
 
 CHECK_S = 1.0
-"""Between two checks of a connection that does not rest, at most."""
+"""At most, between two checks of an active connection."""
 
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """What connections may take, and the open ones.
+    """The limits of connections, and the open connections.
 
     Attributes:
-        head_s: for a request's head, on a new connection from its first moment; and for a TLS handshake.
-        idle_s: between two requests.
-        most: open connections; beyond it only probes are answered.
+        head_s: time for a request's head, from the start of a new connection; also for a TLS handshake.
+        idle_s: time between two requests.
+        most: open connections; beyond them only probes are answered.
         reserve: open connections beyond `most`.
-        unread_s: in so long a client has to read some of a long response.
-        reserve_head_s: as `head_s`, of connections in the reserve.
-        closing_s: for the end of a TLS connection, with the rest of what is written.
-        check_s: between two checks of a connection.
+        unread_s: time in which a client must read some of a long response.
+        reserve_head_s: as `head_s`, for connections in the reserve.
+        closing_s: time for the end of a TLS connection and the data still to be sent.
+        check_s: time between two checks of a connection.
         open: the open connections.
     """
 
@@ -87,7 +87,7 @@ class ConnectionLimits:
 
     @classmethod
     def of(cls, config: Config) -> ConnectionLimits:
-        """Return those of a configuration, which leave descriptors to the ledger, the models and the logs."""
+        """Return the limits of a configuration, with file descriptors left for ledger, models and logs."""
         most, reserve = config.max_connections, RESERVE
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if descriptors != resource.RLIM_INFINITY:
@@ -103,11 +103,11 @@ class ConnectionLimits:
 class GuardedConnection(asyncio.Protocol):
     """The protocol of one connection: aiohttp's, within limits.
 
-    Limits in time are numbers of checks, which a timer makes while the connection does not rest. A check is a
-    turn of the event loop, so a client is not blamed for time in which the loop did not read.
+    Timeouts count checks, which a timer makes while the connection is active. A check is an iteration of the
+    event loop, so time in which the loop did not read does not count against the client.
 
     Args:
-        server: has the request handler, and ends the connections at shutdown.
+        server: has the request handler, and closes the connections at shutdown.
         limits: of all connections.
     """
 
@@ -120,14 +120,14 @@ class GuardedConnection(asyncio.Protocol):
             keepalive_timeout=limits.idle_s,
             access_log_class=_EndOfResponse,
             access_log=_log,
-            auto_decompress=False,  # it is done before authentication, and a small body may become a huge one
+            auto_decompress=False,  # it would come before authentication, without a limit
             max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_LINE_BYTES + 1,  # so that the one can be told from the other
+            max_field_size=MAX_LINE_BYTES + 1,  # so that the parser's errors differ
             max_headers=MAX_FIELDS,
         )
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
-        self._is_under_way = False
+        self._is_handling = False
         self._body: StreamReader | None = None
         self._is_head_expected = True
         self._head_bytes = self._checked_head_bytes = self._head_checks = 0
@@ -136,7 +136,7 @@ class GuardedConnection(asyncio.Protocol):
         self.is_reserve = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, and refuse the connection if there are too many."""
+        """Open the connection, and refuse it if there are too many."""
         self._transport = cast("asyncio.Transport", transport)
         self._limits.open.add(self)
         self._http.connection_made(transport)
@@ -147,19 +147,19 @@ class GuardedConnection(asyncio.Protocol):
             self._refuse(TooManyConnections())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Forget the connection."""
         self._limits.open.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         self._http.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Pass data on; between two requests it begins a head, which has to end in time.
+        """Pass data on; between two requests it begins a head, which must end in time.
 
-        It does not after an early response to a request whose body is still coming. RFC 9112, section 2.2:
-        empty lines before a request are no part of it.
+        After an early response, data is still the body of that request. Empty lines before a request are no
+        part of it (RFC 9112 section 2.2).
         """
-        if not self._is_under_way and (self._body is None or self._body.is_eof()):
+        if not self._is_handling and (self._body is None or self._body.is_eof()):
             if self._head_bytes or not data.isspace():
                 self._is_head_expected = True
                 self._head_bytes += len(data)
@@ -168,30 +168,30 @@ class GuardedConnection(asyncio.Protocol):
         self._http.data_received(data)
 
     def eof_received(self) -> None:
-        """Pass it on."""
+        """Pass the end on."""
         self._http.eof_received()
 
     def pause_writing(self) -> None:
-        """Have the client read, in time, what waits to be sent."""
+        """Begin to check that the client reads."""
         self.is_writing_paused = True
         self._http.pause_writing()
 
     def resume_writing(self) -> None:
-        """Go on: most is sent."""
+        """End that check: most of the data is sent."""
         self.is_writing_paused = False
         self._unread_bytes = self._unread_checks = 0
         self._http.resume_writing()
 
     def request_began(self, body: StreamReader) -> None:
-        """Take note that a head is complete and its request is handled from now on."""
-        self._is_under_way = True
+        """Note that a head is complete and its request is being handled."""
+        self._is_handling = True
         self._body = body
         self._is_head_expected = False
         self._head_bytes = self._checked_head_bytes = self._head_checks = 0
 
     def response_ended(self) -> None:
-        """Take note that the response is written."""
-        self._is_under_way = False
+        """Note that the response is written."""
+        self._is_handling = False
 
     def _schedule_check(self) -> None:
         self._timer = self._loop.call_later(self._limits.interval_s(), self._check)
@@ -202,14 +202,14 @@ class GuardedConnection(asyncio.Protocol):
             self._check_reading(unread_bytes)
         elif self._is_head_expected:
             self._check_head()
-        elif not self._is_under_way and not unread_bytes:
-            self._timer = None  # the connection rests: aiohttp ends it after `idle_s`
+        elif not self._is_handling and not unread_bytes:
+            self._timer = None  # the connection is idle: aiohttp closes it after `idle_s`
             return
         self._schedule_check()
 
     def _check_reading(self, unread_bytes: int) -> None:
         enough = self._unread_bytes - MIN_PROGRESS_BYTES
-        if unread_bytes > self._unread_bytes or unread_bytes <= enough:  # more was written, or much was read
+        if unread_bytes > self._unread_bytes or unread_bytes <= enough:  # more written, or enough read
             self._unread_bytes, self._unread_checks = unread_bytes, 0
             return
         self._unread_checks += 1
@@ -217,7 +217,7 @@ class GuardedConnection(asyncio.Protocol):
             self._transport.abort()
 
     def _check_head(self) -> None:
-        """Refuse a head that is late, or that was too long at the check before: it is not just unparsed."""
+        """Refuse a head that is late, or was too long at the previous check already, so not just unparsed."""
         self._head_checks += 1
         limit_s = self._limits.head_s
         if self.is_reserve:
@@ -227,14 +227,14 @@ class GuardedConnection(asyncio.Protocol):
                 self._refuse(TooManyConnections())
             elif self._head_bytes:
                 self._refuse(HeadTimeout(f"the head of the request did not arrive within {limit_s:g} s"))
-            else:  # the client has asked for nothing, so nothing is answered
+            else:  # the client has sent nothing, so there is nothing to answer
                 self._http.force_close()
         elif self._checked_head_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(f"the head of a request must end within {MAX_HEAD_BYTES} bytes"))
         self._checked_head_bytes = self._head_bytes
 
     def _refuse(self, problem: ServerProblem) -> None:
-        """Respond before there is a request, and close."""
+        """Answer before there is a request, and close."""
         self._transport.write(raw_refusal(problem))
         self._http.force_close()
 
@@ -251,34 +251,34 @@ class _HttpProtocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Respond to what the parser refused; other errors are aiohttp's."""
+        """Answer a refusal of the parser; other errors are aiohttp's."""
         if status != HTTPStatus.BAD_REQUEST:
             return super().handle_error(request, status, exc, message)
         return refusal(request, problem_of_parser(exc))
 
 
 class _EndOfResponse(AbstractAccessLogger):
-    """Tells a connection that a response is written, which is when aiohttp logs it."""
+    """Notifies a connection that a response is written, which is when aiohttp logs it."""
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:  # noqa: ARG002
-        """Tell it."""
+        """Notify the connection."""
         connection = _connection(request)
         if connection is not None:
             connection.response_ended()
 
 
 def _connection(request: web.BaseRequest) -> GuardedConnection | None:
-    """Return the connection of a request, unless it is closed."""
+    """Return the connection of a request; None if it is closed."""
     transport = request.transport
     return None if transport is None else cast("GuardedConnection", transport.get_protocol())
 
 
 def _guarded(handler: RequestHandler) -> RequestHandler:
-    """Return a handler that tells connections when requests begin; in the reserve it answers probes alone."""
+    """Return a handler that notifies connections of requests, and answers only probes in the reserve."""
 
     def handle(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         connection = _connection(request)
-        if connection is None:  # it was refused, or the client has gone: do not run the request
+        if connection is None:  # refused, or the client has left: do not run the request
             return _refuse_request(request)
         connection.request_began(request.content)
         if not connection.is_reserve:
@@ -302,10 +302,10 @@ async def _refuse_request(request: web.BaseRequest) -> web.StreamResponse:
 async def listening(
     server: web.Server, host: str, port: int, limits: ConnectionLimits, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[int]:
-    """Listen, and yield the port; on leaving, no new connections are accepted.
+    """Listen and yield the port; on leaving, stop accepting connections.
 
     Args:
-        server: of a runner that is set up: it ends the open connections.
+        server: of a runner that is set up; it closes the open connections.
         host: a name or an address.
         port: 0 picks a free one.
         limits: of the connections.

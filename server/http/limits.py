@@ -1,4 +1,4 @@
-"""The budget for bodies: memory of all long requests and responses together, of one subject half of it."""
+"""How much memory may bodies take? A budget for all requests and responses; one subject gets half of it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections import Counter
 from server.errors import ServerProblem
 
 MAX_BODIES_BYTES = 2**30
-"""Sixteen of the largest. Their models' processes have as much again while they read."""
+"""Sixteen of the largest bodies; their workers take as much again while they read."""
 
 
 class BodiesFull(ServerProblem):
-    """Too many large requests are being served at once; try again."""
+    """Too many large requests are in memory at once; try again."""
 
     code = "bodies_full"
 
 
 class Bodies:
-    """How many bytes of bodies are in memory.
+    """The body budget: counts the bytes of bodies in memory.
 
     Args:
         max_bytes: the budget of all subjects; one subject has half of it.
@@ -29,16 +29,16 @@ class Bodies:
         self.taken_bytes = 0
 
     def share(self, subject: str) -> Share:
-        """Return the share of one request of this subject, empty as yet."""
+        """Return the share of a new request, still empty."""
         return Share(self, subject)
 
     def has_room(self, subject: str, count: int) -> bool:
-        """Say whether the subject may have so many bytes more."""
+        """Return whether the subject may take so many more bytes."""
         of_subject = self._by_subject[subject] + count
         return self.taken_bytes + count <= self._max_bytes and of_subject <= self._max_bytes // 2
 
     def add(self, subject: str, count: int) -> None:
-        """Count bytes of a subject; a negative number gives them back."""
+        """Count bytes of a subject; a negative count gives them back."""
         self.taken_bytes += count
         self._by_subject[subject] += count
         if not self._by_subject[subject]:
@@ -46,7 +46,7 @@ class Bodies:
 
 
 class Share:
-    """The bytes of one request, and after it those of its response, until the client has that."""
+    """The bytes of one request, then those of its response, until the client has received it."""
 
     __slots__ = ("_bodies", "_count", "_subject")
 
@@ -59,19 +59,19 @@ class Share:
         """Count bytes that have arrived.
 
         Raises:
-            BodiesFull: `bodies_full`; these are not counted.
+            BodiesFull: `bodies_full`; these bytes are not counted.
         """
         if not self._bodies.has_room(self._subject, count):
             raise BodiesFull
         self._add(count)
 
-    def become(self, count: int) -> None:
-        """Give back the request's bytes, and count those of the response, which is there already."""
+    def replace(self, count: int) -> None:
+        """Give back the request's bytes, and count those of the response, which exists already."""
         self.give_back()
         self._add(count)
 
     def give_back(self) -> None:
-        """Let other requests have the bytes."""
+        """Give the bytes back to the budget."""
         if self._count:
             self._add(-self._count)
 

@@ -1,10 +1,9 @@
-"""A response written to its connection in one piece, past aiohttp's own machinery: the fast path's.
+"""How are responses written past the framework? Fast ones in one piece; refusals of malformed HTTP.
 
-aiohttp takes 25 µs to write a response (measured: 16,000 constant responses a second with it, 27,000
-without), most of what an inference costs here. What it does for a response is small when the length is
-known, and stands here; connections, parsing, time limits and shutdown are those of all responses.
-
-Responses to malformed HTTP, and on connections that may make no request: in the one error body.
+aiohttp takes 25 µs to write a response, most of the server's time for an inference (measured: 16,000 constant
+responses a second with it, 27,000 without). A response of known length needs little of that work, which
+`DirectResponse` does. Connections, parsing, timeouts and shutdown are those of all responses. Refusals have
+the one error body.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from server.http.limits import Share
 from server.observability.output import REQUEST_ID, valid_request_id
 
 SERVER = "loadledger"
-"""What runs here, in no version that an attacker could look up."""
+"""The Server field, without a version that an attacker could look up."""
 JOINED_BYTES = 64 * 2**10
-"""Copying this much takes about as long as telling the kernel of one buffer more."""
+"""Copying so much takes about as long as passing one more buffer to the kernel."""
 
 
 class DirectResponse(web.StreamResponse):
-    """A 200 with these header fields and this body; its fields are not to be changed any more.
+    """A 200 with these header fields and this body; its fields are final.
 
     Args:
-        fields: values as they go out: no line breaks in them.
-        body: one after the other.
-        share: the memory of request and response, given back when the client has the response.
+        fields: values as they are sent, without line breaks.
+        body: the buffers, in order.
+        share: the memory of request and response, given back when the client has received it.
     """
 
     def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer], share: Share) -> None:
@@ -46,30 +45,30 @@ class DirectResponse(web.StreamResponse):
 
     @property
     def keep_alive(self) -> bool | None:
-        """Whether the connection stays open after this."""
+        """Whether the connection stays open after this response."""
         return self._is_kept
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write all of it.
+        """Write the whole response.
 
         Raises:
-            ConnectionResetError: the client has gone, or was disconnected as it did not read.
+            ConnectionResetError: the client has left, or was disconnected because it did not read.
         """
         try:
             transport = request.transport
             if transport is None:
-                raise ConnectionResetError("the client has gone")
+                raise ConnectionResetError("the client has left")
             self._is_kept = request.keep_alive
             length = sum(map(len, self._buffers))
             more = _connection(request)
-            request_id = request.headers.get(REQUEST_ID)  # only given ones: to make one would take longer
+            request_id = request.headers.get(REQUEST_ID)  # a client's own; creating one would take too long
             if request_id is not None and valid_request_id((request_id,)) is not None:
                 more += f"{REQUEST_ID}: {request_id}\r\n"
             head = _head(self._fields, length, more)
             if length < JOINED_BYTES:
                 transport.write(b"".join((head, *self._buffers)))
             else:
-                self._share.become(length)
+                self._share.replace(length)
                 for part in (head, *self._buffers):
                     transport.write(part)
             self._buffers = ()
@@ -80,7 +79,7 @@ class DirectResponse(web.StreamResponse):
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing more: it is all written."""
+        """Do nothing: `prepare` has written everything."""
 
 
 def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
@@ -92,7 +91,7 @@ def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
 
 
 def _connection(request: web.BaseRequest) -> str:
-    """Return the Connection field, where the protocol's version does not imply it."""
+    """Return the Connection field, unless the protocol's version implies it."""
     if request.version == HttpVersion11:
         return "" if request.keep_alive else "Connection: close\r\n"
     return "Connection: keep-alive\r\n" if request.keep_alive else ""
@@ -104,11 +103,11 @@ def _date(second: int) -> str:
 
 
 MAX_LINE_BYTES = 8190
-"""Of a request line, or a header field: a token with many roles has some thousand."""
+"""Of a request line or a header field: a token with many roles has some thousand."""
 
 MAX_FIELDS = 100
 MAX_HEAD_BYTES = 64 * 2**10
-"""Of a head that has not ended: what a connection can have us keep before it is authenticated."""
+"""Of an unfinished head: memory that a connection can take before it is authenticated."""
 
 
 class HeadTooLarge(ServerProblem):
@@ -142,20 +141,20 @@ class TooManyConnections(ServerProblem):
 
 
 def problem_of_parser(defect: BaseException | None) -> ServerProblem:
-    """Return the error for what aiohttp's parser refused."""
+    """Return the error for a refusal of aiohttp's parser."""
     if isinstance(defect, http_exceptions.LineTooLong):
         if MAX_LINE_BYTES in defect.args:
             return TargetTooLong(f"the request line must not have more than {MAX_LINE_BYTES} bytes")
         return HeadTooLarge(f"a header field must not have more than {MAX_LINE_BYTES} bytes")
     if "Too many headers" in str(defect):
         return HeadTooLarge(f"a request must not have more than {MAX_FIELDS} header fields")
-    told = defect.message if isinstance(defect, http_exceptions.HttpProcessingError) else str(defect)
-    first = told.strip().partition("\n")[0].rstrip(":")  # then come the bytes that were sent
+    text = defect.message if isinstance(defect, http_exceptions.HttpProcessingError) else str(defect)
+    first = text.strip().partition("\n")[0].rstrip(":")  # the client's bytes follow
     return MalformedRequest(f"the request is no HTTP: {first or 'malformed'}")
 
 
 def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:
-    """Return the response to a request after which the connection is closed."""
+    """Return the response that refuses a request and closes its connection."""
     response = problem_response(problem_of(problem), request.path)
     response.headers[hdrs.SERVER] = SERVER
     response.force_close()
@@ -163,7 +162,7 @@ def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:
 
 
 def raw_refusal(error: ServerProblem) -> bytes:
-    """Return a whole response, as it goes over the wire where there is no request."""
+    """Return the bytes of a refusal for which there is no request."""
     problem = problem_of(error)
     response = problem_response(problem, "/")
     assert isinstance(response.body, bytes)

@@ -1,7 +1,7 @@
-"""HTTPS from certificate files, which may be renewed while the server runs.
+"""How does the server speak HTTPS, and how are certificates renewed while it runs?
 
-The files are checked at a handshake, at most once a second. A renewal that cannot be used, such as a
-certificate whose key is not there yet, is not taken.
+The files are checked at a handshake, at most once a second. An unusable renewal, such as a certificate whose
+key is not there yet, is not loaded.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from server.config import ConfigError
 _log = logging.getLogger(__name__)
 
 RELOAD_INTERVAL_S = 1.0
-"""Two checks of files a second cost nothing; who renews a certificate does not wait for a second."""
+"""Checking two files each second costs nothing, and no renewal is more urgent."""
 
 UNSAFE_KEY_MODE = 0o027
-"""A group may read it: so Debian (`ssl-cert`) and Kubernetes (`fsGroup`) give a key to a service."""
+"""The group may read the key: Debian (`ssl-cert`) and Kubernetes (`fsGroup`) give keys to services so."""
 
 
 class TlsProblem(ConfigError):
-    """The certificate or its key cannot be used; the text says which, why and what to do."""
+    """The certificate or its key cannot be used; the text says why and what to do."""
 
 
 def load_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """Return what a server needs for a handshake, with TLS 1.2 or newer.
+    """Return the context of a server's handshakes, with TLS 1.2 or newer.
 
     Args:
-        cert: PEM: the server's certificate first, then those between it and its root.
+        cert: PEM: the server's certificate first, then its intermediates.
         key: PEM, not encrypted.
 
     Raises:
-        TlsProblem: they cannot be used.
+        TlsProblem: the files cannot be used.
     """
     _read_certificate(cert)
     _check_key_file(key)
@@ -49,10 +49,10 @@ def load_context(cert: Path, key: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
 
-    def refuse_password() -> NoReturn:  # by default OpenSSL would ask the terminal, and wait
+    def refuse_password() -> NoReturn:  # or OpenSSL would ask the terminal, and wait
         raise TlsProblem(
-            f"{key} is encrypted, and nobody is there to type its password;"
-            f" `openssl pkey -in {key} -out …` writes one that is not: protect it by its mode"
+            f"{key} is encrypted, and a server cannot ask for its password;"
+            f" write a key without one by `openssl pkey -in {key} -out …`, and protect it by its mode"
         )
 
     try:
@@ -65,18 +65,18 @@ def load_context(cert: Path, key: Path) -> ssl.SSLContext:
 
 
 class Certificate:
-    """A certificate and its key, as they are now.
+    """The current certificate and key.
 
     Args:
         cert: see `load_context`.
         key: likewise.
-        clock: in seconds, for the time between two checks.
+        clock: in seconds, for the interval of checks.
 
     Attributes:
-        context: for `create_server`; each handshake with it has the files' latest usable content.
+        context: for `create_server`; each handshake uses the latest usable content of the files.
 
     Raises:
-        TlsProblem: they cannot be used.
+        TlsProblem: the files cannot be used.
     """
 
     def __init__(self, cert: Path, key: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -84,15 +84,13 @@ class Certificate:
         self._key = key
         self._clock = clock
         self._checked_s = clock()
-        self._versions = (
-            _version(cert),
-            _version(key),
-        )  # before the files: what changes meanwhile is read again
+        # Before the files are read, so that a change meanwhile is noticed at the next check.
+        self._versions = _version(cert), _version(key)
         self._current = self.context = self._load()
         self.context.sni_callback = self._on_handshake
 
     def _on_handshake(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        """Give a handshake the current certificate. It is called also when the client names no server."""
+        """Set the certificate of a handshake; OpenSSL calls this also if the client names no server."""
         if self._clock() - self._checked_s >= RELOAD_INTERVAL_S:
             self._checked_s = self._clock()
             self._reload_if_changed()
@@ -107,7 +105,7 @@ class Certificate:
         try:
             self._current = self._load()
             _log.info("the TLS certificate %s was renewed", self._cert)
-        except TlsProblem as error:  # half renewed, most likely: it is read again when it changes again
+        except TlsProblem as error:  # half renewed, most likely: the next change is read again
             _log.warning("the TLS certificate cannot be renewed yet, the one in use stays: %s", error)
 
     def _load(self) -> ssl.SSLContext:
@@ -119,7 +117,7 @@ class Certificate:
 
 
 def _version(path: Path) -> tuple[int, int, int] | None:
-    """Return what differs where a file has other content or rights; None where there is none."""
+    """Return an identity that changes with the file's content and rights; None if it is missing."""
     try:
         status = path.stat()
     except OSError:
@@ -134,13 +132,13 @@ def _read_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificates(path.read_bytes())[0]
     except (OSError, ValueError) as error:
         raise TlsProblem(
-            f"{path} has no certificate that can be read ({error});"
-            " it must be PEM, the server's own certificate first"
+            f"{path} has no readable certificate ({error});"
+            " it must be PEM, with the server's own certificate first"
         ) from None
 
 
 def _check_key_file(path: Path) -> None:
-    """Refuse a key that other users than the server's, its group and root may read or change."""
+    """Refuse a key that users other than the server's, its group and root may read or change."""
     status = _stat_file(path)
     mode = stat.S_IMODE(status.st_mode)
     if mode & UNSAFE_KEY_MODE:
@@ -156,16 +154,16 @@ def _stat_file(path: Path) -> os.stat_result:
         status = path.stat()
     except (OSError, ValueError) as error:
         raise TlsProblem(f"{path} cannot be read: {error}") from None
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would be waited for
+    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would wait
         raise TlsProblem(f"{path} is not a file")
     return status
 
 
 def _reason(error: ssl.SSLError, cert: Path, key: Path) -> str:
-    match cast("str | None", error.reason):  # where OpenSSL names none, it is None
+    match cast("str | None", error.reason):  # None if OpenSSL names no reason
         case "KEY_VALUES_MISMATCH" | "KEY_TYPE_MISMATCH" | "NO_CERTIFICATE_ASSIGNED":
-            return f"{key} is not the key of the first certificate in {cert}; name two that belong together"
+            return f"{key} is not the key of the first certificate in {cert}; name a matching pair"
         case None:
-            return f"{key} has no private key that can be read; it must be PEM"
+            return f"{key} has no readable private key; it must be PEM"
         case reason:
             return f"{cert} with {key} is refused: {reason.lower().replace('_', ' ')}"

@@ -1,12 +1,10 @@
-"""Checks what a request carries against the schemas its handler was decorated with, before the handler runs.
+"""How is a request validated? Its body is read within limits, parsed strictly, and checked with schemas.
 
-The schemas are those of aiohttp-apispec's decorators (`handler.__schemas__`). Each error is a 400 that names
-the field and what is allowed there. What was read is at `json_body(request)` and its like.
+The schemas are those that the route declares (`handler.__schemas__` of aiohttp-apispec). Each refusal is a
+400 that names the field and what is allowed there. Handlers get the result from `json_body` and its like.
 
-Read JSON that means the same to every reader (RFC 8259 sections 4 and 8.1, RFC 7493 section 2).
-
-Refused, beside what is no JSON at all: duplicate keys, nesting deeper than 32, NaN and Infinity, numbers out
-of range, unpaired surrogates, invalid UTF-8.
+JSON is read so that it means the same to every reader (RFC 8259 sections 4 and 8.1, RFC 7493 section 2):
+duplicate keys, NaN and Infinity, numbers out of range, unpaired surrogates and invalid UTF-8 are refused.
 """
 
 import asyncio
@@ -24,18 +22,45 @@ from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields
 from server.errors import ServerProblem
 
 MAX_DEPTH = 32
-"""No body of ours is deeper than 3."""
+"""Of nested JSON; no valid body is deeper than 3."""
+
+MAX_SHOWN_CHARACTERS = 64
+"""Of a client's text in a refusal."""
+
+MAX_JSON_BYTES = 1024 * 1024
+"""Management bodies have some hundred bytes; this is enough for all of them, and cheap to parse."""
+
+BODY_IDLE_S = 30.0
+"""Also the only timeout after a malformed chunk: aiohttp lets a reader wait forever there."""
+
+MIN_PROGRESS_BYTES = 256 * 2**10
+"""In BODY_IDLE_S, of a longer body: 70 kbit/s. Single bytes would hold memory for days."""
+
+READ_BYTES = 2**20
+"""Buffered bytes of a body that is being read; more means fewer iterations for long bodies."""
+
+MAX_REPORTED = 10
+"""Mistakes that a refusal names; the others are counted."""
+
+_JSON: web.RequestKey[Any] = web.RequestKey("json", object)
+_PATH: web.RequestKey[Any] = web.RequestKey("match_info", object)
+_QUERY: web.RequestKey[Any] = web.RequestKey("querystring", object)
+_HEADERS: web.RequestKey[Any] = web.RequestKey("headers", object)
+
+_INT64 = range(-(2**63), 2**63)
+_NOT_INTEGER = "Must be an integer of 64 bits."
+_NOT_BOOLEAN = "Must be true or false."
 
 
 class InvalidJson(ValueError):
-    """Not JSON that is taken; the text says what is wrong, and where if the parser says so."""
+    """The text is no strict JSON; the message says what is wrong, and where if the parser says so."""
 
 
 def loads(body: bytes) -> Any:
     """Read one JSON value.
 
     Raises:
-        InvalidJson: it is none, or not a strict one.
+        InvalidJson: the body is no strict JSON.
     """
     try:
         value = json.loads(
@@ -52,7 +77,7 @@ def loads(body: bytes) -> Any:
         raise InvalidJson(f"nested deeper than {MAX_DEPTH}") from None
     except InvalidJson:
         raise
-    except ValueError:  # more digits than Python turns into a number in reasonable time
+    except ValueError:  # too many digits for Python to convert in reasonable time
         raise InvalidJson("an integer is out of range") from None
     return value
 
@@ -89,41 +114,18 @@ def _check(value: Any, depth: int = 0) -> None:
 
 
 def _shown(text: str) -> str:
-    return json.dumps(text if len(text) <= 64 else f"{text[:63]}…", ensure_ascii=False)  # noqa: PLR2004
-
-
-MAX_JSON_BYTES = 1024 * 1024
-"""Management bodies are some hundred bytes; this is room for any of them and cheap to parse."""
-
-BODY_IDLE_S = 30.0
-"""Also ends what nobody else does: after a malformed chunk the framework lets a reader wait for ever."""
-
-MIN_PROGRESS_BYTES = 256 * 2**10
-"""In BODY_IDLE_S, of what is longer: 70 kbit/s. Who sends one byte at a time would hold memory for days."""
-
-READ_BYTES = 2**20
-"""Of a body that is being read, so much may wait to be; more means fewer turns for long ones."""
-
-MAX_REPORTED = 10  # mistakes told at once; the rest is counted
-
-_JSON: web.RequestKey[Any] = web.RequestKey("json", object)
-_PATH: web.RequestKey[Any] = web.RequestKey("match_info", object)
-_QUERY: web.RequestKey[Any] = web.RequestKey("querystring", object)
-_HEADERS: web.RequestKey[Any] = web.RequestKey("headers", object)
-
-_INT64 = range(-(2**63), 2**63)
-_NOT_INTEGER = "Must be an integer of 64 bits."
-_NOT_BOOLEAN = "Must be true or false."
+    shown = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"
+    return json.dumps(shown, ensure_ascii=False)
 
 
 class InvalidBody(ServerProblem):
-    """The body is not what this route takes."""
+    """The body is invalid for this route."""
 
     code = "invalid_body"
 
 
 class InvalidParameter(ServerProblem):
-    """A parameter is not what this route takes."""
+    """A parameter is invalid for this route."""
 
     code = "invalid_parameter"
 
@@ -135,7 +137,7 @@ class UnsupportedMediaType(ServerProblem):
 
 
 class BodyTooLarge(ServerProblem):
-    """The body is larger than this route takes."""
+    """The body is larger than this route allows."""
 
     code = "body_too_large"
 
@@ -144,7 +146,7 @@ class BodyTooLarge(ServerProblem):
 
 
 class BodyTimeout(ServerProblem):
-    """The rest of the body did not come in time."""
+    """The rest of the body did not arrive in time."""
 
     code = "body_timeout"
 
@@ -159,7 +161,7 @@ class StrictInteger(fields.Integer):
 
 
 class StrictBoolean(fields.Boolean):
-    """JSON's true or false and nothing that resembles them."""
+    """JSON's true or false: not 1, not "true"."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         if not isinstance(value, bool):
@@ -186,7 +188,7 @@ class ParameterBoolean(fields.Boolean):
 
 
 class NothingSchema(Schema):
-    """A place where nothing is taken: a query string without parameters, for one."""
+    """A part of a request that must be empty, such as a query without parameters."""
 
 
 def json_body(request: web.Request) -> Any:
@@ -210,27 +212,27 @@ def header_fields(request: web.Request) -> Any:
 
 
 def load_with(schema: Schema, value: Any, where: str, refusal: type[Exception]) -> Any:
-    """Return what a schema makes of a value.
+    """Return a value as a schema loads it.
 
     Args:
-        schema: what is taken; unknown header fields are ignored, everywhere else they are refused.
+        schema: of the value; unknown members are refused, except unknown header fields.
         value: an object of JSON or TOML, parameters, or header fields.
-        where: what the value is, for the message.
-        refusal: raised for what the schema does not take.
+        where: the kind of value, for the message.
+        refusal: raised if the value is invalid.
     """
     if not isinstance(value, dict):
         raise refusal(f"{where}: Must be a JSON object.")
     try:
         return schema.load(value, unknown=EXCLUDE if where == "headers" else RAISE)
     except ValidationError as error:
-        raise refusal(_told(schema, error, where)) from None
+        raise refusal(_describe_mistakes(schema, error, where)) from None
 
 
 async def read_body(request: web.Request, max_bytes: int, idle_s: float = BODY_IDLE_S) -> bytes:
-    """Read a whole body that is not compressed.
+    """Read a whole body that must not be compressed.
 
     Raises:
-        UnsupportedMediaType: it is (`unsupported_media_type`).
+        UnsupportedMediaType: the body is compressed (`unsupported_media_type`).
         BodyTooLarge: `body_too_large`.
         BodyTimeout: `body_timeout`.
     """
@@ -245,22 +247,22 @@ async def read_encoded_body(
     take: Callable[[int], None] | None = None,
     idle_s: float = BODY_IDLE_S,
 ) -> bytes:
-    """Read a whole body as it is, within a limit of its own: the application's is the largest of any route.
+    """Read a whole body as it is, within a limit of its own: the application's is the largest of all routes.
 
     Args:
-        request: whose body nobody has read yet.
-        max_bytes: what it may have.
-        take: told how many bytes have come, as they come; may refuse them.
-        idle_s: how long the next part, or the end, may take.
+        request: with an unread body.
+        max_bytes: the limit.
+        take: called with the number of bytes of each part that arrives; may refuse them.
+        idle_s: time for MIN_PROGRESS_BYTES, or for the end.
 
     Raises:
-        BodyTooLarge: by its declared length or by what came (`body_too_large`).
-        BodyTimeout: in `idle_s` seconds came less than MIN_PROGRESS_BYTES, and not the end (`body_timeout`).
+        BodyTooLarge: the declared length or the body is too long (`body_too_large`).
+        BodyTimeout: `body_timeout`.
     """
     if (request.content_length or 0) > max_bytes:
         raise BodyTooLarge(max_bytes)
     content = request.content
-    if content.is_eof():  # most bodies came with their head: nothing to wait for
+    if content.is_eof():  # most bodies arrive with their head
         body = content.read_nowait()
         if take is not None:
             take(len(body))
@@ -272,7 +274,7 @@ async def read_encoded_body(
     try:
         while not content.at_eof():
             async with asyncio.timeout_at(until):
-                piece, _ = await content.readchunk()  # the other ways to read join pieces, to be joined again
+                piece, _ = await content.readchunk()  # other ways to read would join the pieces twice
             length += len(piece)
             if length >= enough:
                 until, enough = loop.time() + idle_s, length + MIN_PROGRESS_BYTES
@@ -288,7 +290,7 @@ async def read_encoded_body(
 
 @web.middleware
 async def validation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Check path, query, header and body of a request whose handler has schemas; must be inside of auth."""
+    """Check path, query, header and body of a request with the route's schemas; must be inside of auth."""
     for declared in getattr(request.match_info.handler, "__schemas__", ()):
         schema: Schema = declared["schema"]
         match declared["location"]:
@@ -301,7 +303,7 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
             case "headers":
                 request[_HEADERS] = load_with(schema, _headers(request, schema), "headers", InvalidParameter)
             case location:
-                raise NotImplementedError(f"no route of ours takes {location}")
+                raise NotImplementedError(f"schemas of {location} are not supported")
     return await handler(request)
 
 
@@ -339,21 +341,21 @@ def _headers(request: web.Request, schema: Schema) -> Mapping[str, str]:
     return {name: ", ".join(request.headers.getall(name)) for name in names if name in request.headers}
 
 
-def _told(schema: Schema, error: ValidationError, where: str) -> str:
+def _describe_mistakes(schema: Schema, error: ValidationError, where: str) -> str:
     mistakes = list(_mistakes(error.messages, ""))
-    told = [
+    texts = [
         f"{where}: {field + ': ' if field else ''}{message}" for field, message in mistakes[:MAX_REPORTED]
     ]
     if any(message == schema.error_messages["unknown"] for _, message in mistakes):
         names = sorted(field.data_key or name for name, field in schema.load_fields.items())
-        told.append(f"known are {', '.join(names)}" if names else "nothing is taken here")
+        texts.append(f"known are {', '.join(names)}" if names else "nothing is allowed here")
     if len(mistakes) > MAX_REPORTED:
-        told.append(f"and {len(mistakes) - MAX_REPORTED} more")
-    return "; ".join(told)
+        texts.append(f"and {len(mistakes) - MAX_REPORTED} more")
+    return "; ".join(texts)
 
 
 def _mistakes(messages: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Flatten marshmallow's tree of messages to (field, message), in the order of their names."""
+    """Yield the fields and messages of marshmallow's tree of errors, by name."""
     if isinstance(messages, dict):
         for name in sorted(messages, key=str):
             step = "" if name == "_schema" else f".{name}" if path else str(name)

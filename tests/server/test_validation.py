@@ -275,7 +275,7 @@ async def test_many_mistakes_are_counted(client: Client) -> None:
         ("/all/a?force=1", "query: force: Must be true or false."),
         ("/all/a?force=true&force=true", "query: force: Must be given once."),
         ("/all/a?at=1", "query: at: Unknown field.; known are force, limit"),
-        ("/default?at=1", "query: at: Unknown field.; nothing is taken here"),
+        ("/default?at=1", "query: at: Unknown field.; nothing is allowed here"),
     ],
 )
 async def test_invalid_parameter_names_what_is_allowed(client: Client, url: str, detail: str) -> None:

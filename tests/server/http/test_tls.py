@@ -71,10 +71,10 @@ OTHER_KEY = "is not the key of the first certificate in"
         ("key", make_pair().key_pem(), OTHER_KEY),
         ("key", RSA_2048.key_pem(), OTHER_KEY),
         ("key", make_pair().key_pem(password=b"secret"), "is encrypted.*openssl pkey"),
-        ("cert", make_pair().key_pem(), "has no certificate"),
+        ("cert", make_pair().key_pem(), "has no readable certificate"),
         *[
             (place, content, f"has no {part}")
-            for place, part in (("key", "private key"), ("cert", "certificate"))
+            for place, part in (("key", "readable private key"), ("cert", "readable certificate"))
             for content in (b"", b"no PEM", b"-----BEGIN CERTIFICATE-----\nAAAA\n", b"\xff" * 99)
         ],
     ],
