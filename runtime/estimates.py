@@ -1,4 +1,4 @@
-"""How much memory a load will need: what its files took the last time, else an estimate from their sizes."""
+"""The memory that a load will need: the last peak of the same files, else an estimate from their sizes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from runtime.errors import RuntimeProblem
 from runtime.repository import MODEL_FILE, FileStat, Repository
 
 WORKER_BYTES = 8 * 2**20
-"""What a worker has beside its model at most."""
+"""Memory of a worker beside its model, at most."""
 BYTES_PER_MODEL_BYTE = 2.5
-"""What ONNX Runtime takes while it loads weights: parsed, copied, packed for this CPU (measured: 2.1)."""
+"""ONNX Runtime parses, copies and packs weights while it loads them (measured: 2.1)."""
 BYTES_PER_DATA_BYTE = 1
-"""Of external data: it is mapped, which costs nothing, but copied where it is packed."""
+"""External data is mapped, which takes no memory, but copied where it is packed."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What all workers of a load take at most, in bytes; whether nothing is known but the files' sizes."""
+    """Bytes that all workers of a load take at most; whether they rest on file sizes only."""
 
     bytes: int
     is_estimate: bool
@@ -37,7 +37,7 @@ def estimate_memory(
     footprints: Iterable[Footprint],
     form: str | None = None,
 ) -> MemoryEstimate:
-    """Return what a load will need, as far as that can be known before.
+    """Estimate the memory of a load before it starts.
 
     Args:
         files: what the version consists of now.
@@ -49,7 +49,7 @@ def estimate_memory(
     same = [seen for seen in footprints if seen.version == version and is_same_files(seen.files, files)]
     bare = next((seen for seen in same if seen.form is None), None)
     known = next((seen for seen in same if seen.form == form), bare)
-    one = known.peak_memory_bytes if known is not None else _estimate(files)
+    one = known.peak_memory_bytes if known is not None else _estimate_from_sizes(files)
     limit = parameters.memory_limit_bytes
     is_limited = limit is not None and limit + WORKER_BYTES <= one
     if limit is not None and is_limited:
@@ -58,7 +58,7 @@ def estimate_memory(
 
 
 def estimate_unprepared(version: int, parameters: LoadParameters, footprints: Iterable[Footprint]) -> int:
-    """Return what a load takes without a prepared form, as far as that is known of the version; else 0."""
+    """Return the known peak of a version without a prepared form; 0 if it is unknown."""
     peaks = (seen.peak_memory_bytes for seen in footprints if seen.version == version and seen.form is None)
     one = max(peaks, default=0)
     if parameters.memory_limit_bytes is not None:
@@ -66,33 +66,33 @@ def estimate_unprepared(version: int, parameters: LoadParameters, footprints: It
     return one * parameters.instances
 
 
-def _estimate(files: Iterable[FileStat]) -> int:
+def _estimate_from_sizes(files: Iterable[FileStat]) -> int:
     weights = {True: BYTES_PER_MODEL_BYTE, False: BYTES_PER_DATA_BYTE}
     return WORKER_BYTES + math.ceil(sum(file.bytes * weights[file.path == MODEL_FILE] for file in files))
 
 
 def is_same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool:
-    """Tell whether files are still those that were seen, by path, size and time."""
+    """Whether files are still those of an earlier load, by path, size and time."""
     return sorted((file.path, file.bytes, file.mtime_ns) for file in seen) == sorted(
         (file.path, file.bytes, file.mtime_ns) for file in files
     )
 
 
 FormOf = Callable[[Sequence[FileStat], Iterable[Footprint]], str | None]
-"""Tells which prepared form there is of these files; it may read files."""
+"""Finds the prepared form of these files, if there is one; may read files."""
 
-LOOK_S = 2.0
-"""How long loads keep their order for a look at one's files: it takes a millisecond, unless a disk hangs."""
+ESTIMATE_WAIT_S = 2.0
+"""How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
 
 
 class MemoryEstimates:
-    """What pending loads need, found out once each by a look at their files.
+    """Estimates of pending loads, each made once from the load's files.
 
     Attributes:
-        known: bytes by job id; None while the files are being looked at.
-        looked_at: the jobs whose files have been looked at for no longer than `LOOK_S`.
-        estimated: the jobs of which nothing is known but their files' sizes.
-        tasks: the looks under way.
+        known: bytes by job id; None while the files are being read.
+        in_progress: jobs whose files have been read for less than `ESTIMATE_WAIT_S`.
+        from_file_sizes: jobs of whose files only the sizes are known.
+        tasks: the estimates under way.
     """
 
     def __init__(
@@ -105,33 +105,33 @@ class MemoryEstimates:
         self._form_of = form_of
         self._wake = wake
         self.known: dict[str, int | None] = {}
-        self.looked_at: set[str] = set()
-        self.estimated: set[str] = set()
+        self.in_progress: set[str] = set()
+        self.from_file_sizes: set[str] = set()
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def find(self, job: Job, model: Model | None) -> None:
-        """Begin to find out; `known` has it when this wakes."""
+    def start_estimate(self, job: Job, model: Model | None) -> None:
+        """Begin to estimate a load; `known` has the result when this wakes the consumer."""
         self.known[job.id] = None
-        self.looked_at.add(job.id)
-        patience = asyncio.get_running_loop().call_later(LOOK_S, self._look_no_longer, job.id)
-        task = asyncio.create_task(self._look(job, model))
+        self.in_progress.add(job.id)
+        patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, job.id)
+        task = asyncio.create_task(self._estimate_job(job, model))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         task.add_done_callback(lambda _: patience.cancel())
 
     def forget_ended(self, state: State) -> None:
-        """Drop what is known of jobs that have ended."""
+        """Drop the estimates of jobs that have ended."""
         for job_id in [job_id for job_id in self.known if state.unended_job(job_id) is None]:
             del self.known[job_id]
-            self.estimated.discard(job_id)
+            self.from_file_sizes.discard(job_id)
 
-    async def _look(self, job: Job, model: Model | None) -> None:
+    async def _estimate_job(self, job: Job, model: Model | None) -> None:
         assert job.version is not None
         assert job.load is not None
         need = MemoryEstimate(0, is_estimate=False)
         try:
             footprints = model.footprints if model is not None else ()
-            files, form = await asyncio.to_thread(self._seen, job.model_id, job.version, footprints)
+            files, form = await asyncio.to_thread(self._read_files, job.model_id, job.version, footprints)
             need = estimate_memory(files, job.version, job.load, footprints, form)
         except RuntimeProblem:
             pass  # the load itself says what is wrong with the files
@@ -139,15 +139,15 @@ class MemoryEstimates:
             if job.id in self.known:
                 self.known[job.id] = need.bytes
                 if need.is_estimate:
-                    self.estimated.add(job.id)
-            self._look_no_longer(job.id)
+                    self.from_file_sizes.add(job.id)
+            self._stop_waiting(job.id)
 
-    def _seen(
+    def _read_files(
         self, model_id: str, version: int, footprints: Iterable[Footprint]
     ) -> tuple[Sequence[FileStat], str | None]:
         files = self._repository.resolve(model_id, version).files
         return files, self._form_of(files, footprints)
 
-    def _look_no_longer(self, job_id: str) -> None:
-        self.looked_at.discard(job_id)
+    def _stop_waiting(self, job_id: str) -> None:
+        self.in_progress.discard(job_id)
         self._wake()

@@ -237,7 +237,7 @@ def _open_cache(config: Config) -> ModelCache | None:
 
 async def _consumer(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
-    app[PENDING_DEMAND] = leases = PendingDemand()
+    app[PENDING_DEMAND] = pending = PendingDemand()
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
@@ -245,10 +245,10 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         policy=_policy(config, app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
         under_pressure=lambda: is_under_pressure(pressure()),
-        leases=leases,
+        demand=pending,
         store=await asyncio.to_thread(_open_cache, config),
     )
-    app[ROUTER] = Router(app[LOG], consumer.live, app[REPOSITORY], max_queue=config.inference_queue)
+    app[ROUTER] = Router(app[LOG], consumer.loads, app[REPOSITORY], max_queue=config.inference_queue)
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     try:
@@ -269,7 +269,7 @@ def _on_demand(app: web.Application) -> OnDemand:
         submit=app[REQUEST_LOG].submit,
         reader=app[READER],
         router=app[ROUTER],
-        leases=app[PENDING_DEMAND],
+        demand=app[PENDING_DEMAND],
         look_up=look_up,
         waiting_for=app[CONSUMER].waiting_for,
         stopping=app[STOPPING],

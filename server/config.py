@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from marshmallow import ValidationError, validate
 
+from runtime.limits import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S
 from runtime.memory import budget_bytes
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 
@@ -141,10 +142,12 @@ class Config:
         validate.Range(0, 1024),
     )
     threads: int = setting(1, "Threads of each model.", validate.Range(1, 1024))
-    drain_timeout_s: float = setting(30.0, "Seconds that an unload waits for running inferences.", _SECONDS)
+    drain_timeout_s: float = setting(
+        DRAIN_TIMEOUT_S, "Seconds that an unload waits for running inferences.", _SECONDS
+    )
     inference_timeout_s: float = setting(60.0, "Seconds that one inference may take.", _POSITIVE_SECONDS)
     inference_grace_s: float = setting(
-        5.0,
+        INFERENCE_GRACE_S,
         "Seconds that a stopped inference may continue before its worker is killed.",
         _POSITIVE_SECONDS,
     )

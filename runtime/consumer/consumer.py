@@ -1,4 +1,4 @@
-"""The consumer: the single coroutine that applies requested events against workers.
+"""The consumer: the single coroutine that applies requested events to workers.
 
 It asks the scheduler, does the one thing it says, and asks again; effects are tasks that report back by
 waking it.
@@ -19,7 +19,7 @@ from events.log import Log
 from events.state import State
 from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Executor
-from runtime.consumer.loads import MEASURE_LIMIT_S, RunningLoad
+from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import (
     LoadUsage,
     PendingDemand,
@@ -29,6 +29,7 @@ from runtime.consumer.usage import (
     list_waiting,
 )
 from runtime.errors import WorkerDied
+from runtime.limits import MEASURE_LIMIT_S
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
@@ -39,15 +40,15 @@ from runtime.scheduler.view import Observations, Policy, find_unload_target
 _log = logging.getLogger(__name__)
 
 LOG_RETRY_S = 0.5
-"""How long to wait before an outcome is recorded again, when the ledger could not be written."""
-MEASURE_S = 5.0
-"""How often workers are measured. One costs about a millisecond, of a thread."""
+"""Pause before an action is tried again after the ledger could not be written."""
+MEASURE_EVERY_S = 5.0
+"""How often workers are measured. One measurement takes a thread for about a millisecond."""
 NOTE_EVERY = 2
-"""Measurements after which last uses are noted: every 10 s (a commit takes a fraction of a millisecond)."""
+"""Last uses are noted after so many measurements: every 10 s. A commit takes a fraction of a millisecond."""
 
 
 class Consumer:
-    """Applies what the log requests; give it the log, the workers and where models are.
+    """Applies what the log requests: decides, executes one action, and decides again.
 
     Args:
         log: open, with `ServerStarted` appended.
@@ -69,52 +70,52 @@ class Consumer:
         *,
         policy: Policy,
         drain_timeout_s: float,
-        leases: PendingDemand | None = None,
+        demand: PendingDemand | None = None,
         under_pressure: Callable[[], bool] = lambda: False,
         store: ModelCache | None = None,
     ) -> None:
         self._log = log
         self._pool = pool
         self.policy = policy
-        self._leases = leases or PendingDemand()
+        self._demand = demand or PendingDemand()
         self._under_pressure = under_pressure
         self._wakeup = log.subscribe()
-        self._leases.on_end = self._wakeup.set
+        self._demand.on_end = self._wakeup.set
         self._stopping = False
         self._decision = Decision()
-        self._applier = Executor(
+        self._executor = Executor(
             log, pool, repository, self._wakeup.set, drain_timeout_s=drain_timeout_s, store=store
         )
-        self.live = self._applier.live
-        self.totals = self._applier.totals
-        self.preparer = self._applier.preparer
-        self._upkeep = WorkerMonitor(log, self.live, self._wakeup.set)
+        self.loads = self._executor.loads
+        self.totals = self._executor.totals
+        self.preparer = self._executor.preparer
+        self._monitor = WorkerMonitor(log, self.loads, self._wakeup.set)
 
     async def run(self) -> None:
-        """Work until `stop`; that it ends before is a defect worth dying for."""
-        upkeep = asyncio.create_task(self._upkeep.run(), name="upkeep")
+        """Work until `stop`; the server must exit if this ends before."""
+        monitoring = asyncio.create_task(self._monitor.run(), name="upkeep")
         try:
             while not self._stopping:
                 await self._step()
         finally:
             self._log.unsubscribe(self._wakeup)
-            upkeep.cancel()
+            monitoring.cancel()
             await self._cancel_effects()
-            await asyncio.wait([upkeep])
-            await self._applier.preparer.close()
-            await self._upkeep.note_uses()
+            await asyncio.wait([monitoring])
+            await self._executor.preparer.close()
+            await self._monitor.note_uses()
 
     async def stop(self) -> None:
-        """Have `run` end after the action that it is at, and all effects with it; appends nothing more."""
+        """End `run` after its present action, and all tasks with it; nothing more is appended."""
         self._stopping = True
         self._wakeup.set()
 
     def stage(self, job: Job) -> str | None:
-        """Return the live stage of a job: of a load where its worker is, of an unload what it waits for."""
+        """Return the stage of a job in progress: its worker's, or `draining` or `stopping` of an unload."""
         if job.unload is None:
-            load = self.live.get(job.id)
+            load = self.loads.get(job.id)
             return load.stage if load is not None and load.report is None else None
-        target = self.live.get(find_unload_target(self._log.state, job))
+        target = self.loads.get(find_unload_target(self._log.state, job))
         return None if target is None or not target.draining else target.stage
 
     def waiting_for(self, job: Job) -> str | None:
@@ -122,12 +123,12 @@ class Consumer:
         return self._decision.waiting_for.get(job.id)
 
     def uses(self) -> list[LoadUsage]:
-        """Return what each load takes of the memory budget."""
-        return list_usage(self.live.values(), self._log.state, self._log.now())
+        """Return how each load uses the memory budget."""
+        return list_usage(self.loads.values(), self._log.state, self._log.now())
 
     def preparation(self) -> PreparationUsage | None:
-        """Return what is being prepared."""
-        preparer = self._applier.preparer
+        """Return the running preparation."""
+        preparer = self._executor.preparer
         candidate, preparation = preparer.candidate, preparer.preparation
         if candidate is None or preparation is None:
             return None
@@ -136,48 +137,51 @@ class Consumer:
         )
 
     def waits(self) -> list[WaitingJob]:
-        """Return the jobs that wait, as of the last decision."""
-        return list_waiting(self._log.state, self._decision.waiting_for, self._applier.needs.known)
+        """Return the waiting jobs, as of the last decision."""
+        return list_waiting(self._log.state, self._decision.waiting_for, self._executor.estimates.known)
 
     async def _step(self) -> None:
         self._wakeup.clear()
         state, now = self._log.state, self._log.now()
-        self._applier.settle_names(state)
-        self._applier.sweep(state)
-        self._applier.needs.forget_ended(state)
+        self._executor.drop_unrecorded_names(state)
+        self._executor.end_unneeded_loads(state)
+        self._executor.estimates.forget_ended(state)
         running = {
-            key: load.view(state.unended_job(key), now, leased=self._leases.held(load.model_id))
-            for key, load in self.live.items()
+            key: load.to_view(state.unended_job(key), now, is_demanded=self._demand.has(load.model_id))
+            for key, load in self.loads.items()
         }
         self._decision = decide(state, running, self.policy, now, self._conditions(state))
         if self._decision.action is None:
             await self._sleep(self._decision.wake_at, now)
             return
         try:
-            await self._applier.act(self._decision.action)
+            await self._executor.execute(self._decision.action)
         except LogUnavailable:
             _log.warning("the ledger cannot be written; %s waits", type(self._decision.action).__name__)
             self._wakeup.clear()
             await self._sleep(None, now, at_most_s=LOG_RETRY_S)
 
     def _conditions(self, state: State) -> Observations:
-        preparer = self._applier.preparer
+        preparer = self._executor.preparer
         preparable = preparer.preparable
         may_yield = preparable or any(job.load and job.load.priority == "low" for job in state.unended())
         return Observations(
             fork_server_up=self._pool.healthy,
             under_pressure=bool(may_yield) and self._under_pressure(),
-            estimates=self._applier.needs.known,
-            estimating=self._applier.needs.looked_at,
-            from_file_sizes=self._applier.needs.estimated,
-            pending_demand=self._leases.models,
+            estimates=self._executor.estimates.known,
+            estimating=self._executor.estimates.in_progress,
+            from_file_sizes=self._executor.estimates.from_file_sizes,
+            pending_demand=self._demand.models,
             last_used=self._log.last_used,
             preparable=preparable,
             preparation=preparer.preparation,
         )
 
     async def _cancel_effects(self) -> None:
-        tasks = [*self._applier.needs.tasks, *(task for load in self.live.values() for task in load.tasks)]
+        tasks = [
+            *self._executor.estimates.tasks,
+            *(task for load in self.loads.values() for task in load.tasks),
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -190,7 +194,7 @@ class Consumer:
 
 
 class WorkerMonitor:
-    """Keeps what is known of the workers that serve up to date.
+    """Measures workers and notes last uses, periodically.
 
     Args:
         log: where last uses are noted.
@@ -200,22 +204,22 @@ class WorkerMonitor:
 
     def __init__(self, log: Log, live: Mapping[str, RunningLoad], wake: Callable[[], None]) -> None:
         self._log = log
-        self._live = live
+        self._loads = live
         self._wake = wake
-        self._noted: dict[str, int] = {}
+        self._noted_uses: dict[str, int] = {}
         self._measuring: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Go on until this is cancelled, whatever fails meanwhile: decisions go on without."""
+        """Run until cancelled; a failure is logged, since decisions can go on without measurements."""
         try:
             for turn in itertools.count(1):
-                await asyncio.sleep(MEASURE_S)
-                await self._turn(turn)
+                await asyncio.sleep(MEASURE_EVERY_S)
+                await self._run_once(turn)
         finally:
             for measuring in self._measuring.values():
                 measuring.cancel()
 
-    async def _turn(self, turn: int) -> None:
+    async def _run_once(self, turn: int) -> None:
         try:
             await self.measure()
             if turn % NOTE_EVERY == 0:
@@ -229,7 +233,7 @@ class WorkerMonitor:
         One that cannot be measured for now holds up none of the others, and is not asked about again before
         it has been: each question takes a thread.
         """
-        workers = {worker: load for load in self._live.values() for worker in load.left}
+        workers = {worker: load for load in self._loads.values() for worker in load.alive_workers}
         for worker, load in workers.items():
             if worker.worker_id not in self._measuring:
                 measuring = asyncio.create_task(self._measure(load, worker))
@@ -239,20 +243,20 @@ class WorkerMonitor:
             self._wake()
 
     async def note_uses(self) -> None:
-        """Have the ledger's file remember when models were last used."""
+        """Note in the ledger's file when models were last used."""
         now = self._log.now()
-        seen = {load.job_id: load.last_used_ns for load in self._live.values()}
+        seen = {load.job_id: load.last_used_ns for load in self._loads.values()}
         used: dict[str, str] = {}
-        for load in self._live.values():
+        for load in self._loads.values():
             used_at = load.last_used_at(now)
-            if used_at is not None and load.last_used_ns > self._noted.get(load.job_id, 0):
+            if used_at is not None and load.last_used_ns > self._noted_uses.get(load.job_id, 0):
                 used[load.model_id] = max(used_at, used.get(load.model_id, ""))
         if used:
             try:
                 await self._log.note_last_used(used)
             except LedgerProblem:  # next time, then; the writer has said what is wrong
                 return
-        self._noted = seen
+        self._noted_uses = seen
 
     async def _measure(self, load: RunningLoad, worker: Worker) -> None:
         try:

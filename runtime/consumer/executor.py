@@ -1,4 +1,4 @@
-"""The consumer's hands: carries out what the scheduler says, by facts in the log and effects on workers.
+"""The executor: each action of the scheduler becomes facts in the log and tasks on workers.
 
 Every outcome is recorded here and nowhere else, so a job ends once.
 
@@ -73,13 +73,13 @@ from runtime.scheduler.scheduler import is_load_current
 from runtime.wire import HashedFile, plain_text
 
 
-def about(job: Job, data: Data, worker_id: str | None = None) -> Draft:
-    """Return a fact about a job."""
+def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
+    """Return a draft of a fact about a job."""
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
 
 
-def model_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
-    """Return what a load came to; its `report` is there."""
+def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
+    """Return `ModelLoaded` of a load that has its report."""
     assert job.started_at is not None
     assert load.report is not None
     reports = [load.reports[worker.worker_id] for worker in load.workers]
@@ -102,8 +102,8 @@ def model_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
     )
 
 
-def taken_over(serving: Serving) -> ModelLoaded:
-    """Return that what serves goes on: the same bytes in the same workers, and nothing that took any time."""
+def describe_reuse(serving: Serving) -> ModelLoaded:
+    """Return `ModelLoaded` of a load that reuses the serving workers: the same files, no durations."""
     return ModelLoaded(
         files=serving.files,
         worker_ids=serving.worker_ids,
@@ -114,8 +114,8 @@ def taken_over(serving: Serving) -> ModelLoaded:
     )
 
 
-def model_unloaded(load: RunningLoad | None) -> ModelUnloaded:
-    """Return what the end of a load's processes gave back, if there were any."""
+def describe_unloaded(load: RunningLoad | None) -> ModelUnloaded:
+    """Return `ModelUnloaded`: what the end of a load's workers released, if there were any."""
     if load is None:
         return ModelUnloaded(0, 0, 0)
     return ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
@@ -124,7 +124,7 @@ def model_unloaded(load: RunningLoad | None) -> ModelUnloaded:
 def swapped_out(
     load_job_id: str, model_id: str, version: int | None, worker_id: str | None, cause_event_id: str
 ) -> Draft:
-    """Return the request that ends a load for the sake of another one of its model."""
+    """Return the unload request of a version that another load of its model replaces."""
     request = UnloadRequested(
         force=False, load_job_id=load_job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
     )
@@ -132,8 +132,8 @@ def swapped_out(
     return Draft(swap_id, request, SYSTEM, swap_id, model_id, version, worker_id)
 
 
-def given_up(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
-    """Return the load that is not tried any more, and that it failed."""
+def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
+    """Return the request and the failure of a reload that a crash loop prevents."""
     serving = model.serving
     job_id, version = uuid7(), serving.version
     request = LoadRequested.of(serving.parameters, Cause.RECOVERY)
@@ -144,8 +144,8 @@ def given_up(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     )
 
 
-def death(load: RunningLoad, worker: Worker) -> Draft:
-    """Return that a worker ended and nobody had asked."""
+def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
+    """Return `WorkerExited` of a worker that exited unexpectedly."""
     # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
     data = WorkerExited(end.exit_code, end.signal, tuple(worker.stderr_tail()))
@@ -157,15 +157,15 @@ def _us(seconds: float) -> int:
 
 
 MAX_REMEMBERED_VERSIONS = 1000
-"""Versions whose files' hashes are remembered by identity, so that the same bytes are not hashed again."""
+"""Versions whose file hashes are remembered by identity, so that the same bytes are not hashed again."""
 FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
-"""Signals by which code ends itself, where others are sent."""
+"""Signals that a process causes by itself; others were sent to it."""
 RELOAD_TIMEOUT_S = 300
-"""What a load that the system requests has at least: the default of those that people request."""
+"""Least timeout of a reload: the default of a person's load."""
 
 
 class Executor:
-    """Applies one action after the other.
+    """Executes one action after the other.
 
     Args:
         log: what is recorded in.
@@ -196,39 +196,39 @@ class Executor:
         self._pool = pool
         self._repository = repository
         self._wake = wake
-        self.live: dict[str, RunningLoad] = {}
+        self.loads: dict[str, RunningLoad] = {}
         self.totals = InferenceTotals(log.tally.names)
         self.preparer = Preparer(store, pool, repository, wake)
-        self.needs = MemoryEstimates(repository, wake, self.preparer.form_of)
+        self.estimates = MemoryEstimates(repository, wake, self.preparer.form_of)
         self._drain_timeout_s = drain_timeout_s
-        self._hashed: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
+        self._known_files: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
 
-    def settle_names(self, state: State) -> None:
-        """Drop, of the two names that a load has while it is taken over, the one that was not recorded."""
+    def drop_unrecorded_names(self, state: State) -> None:
+        """Drop the unrecorded one of the two job ids that a load has while its workers are reused."""
         if not self._log.healthy:  # what is recorded is known when the ledger was read again
             return
-        for key, load in [(key, load) for key, load in self.live.items() if key != load.job_id]:
+        for key, load in [(key, load) for key, load in self.loads.items() if key != load.job_id]:
             model = state.models.get(load.model_id)
             serving = model.serving if model is not None else None
             if serving is not None and serving.load_job_id == key:
-                del self.live[load.job_id]
+                del self.loads[load.job_id]
                 load.job_id, load.parameters = key, serving.parameters
             else:
-                del self.live[key]
+                del self.loads[key]
 
-    def sweep(self, state: State) -> None:
-        """End what nobody wants any more, by any of its names, and forget what has ended."""
-        wanted = {id(load) for key, load in self.live.items() if is_load_current(state, key, load.model_id)}
-        for key, load in list(self.live.items()):
-            if id(load) not in wanted:
+    def end_unneeded_loads(self, state: State) -> None:
+        """Kill loads that the ledger has no use for, under any of their job ids; forget ended ones."""
+        current = {id(load) for key, load in self.loads.items() if is_load_current(state, key, load.model_id)}
+        for key, load in list(self.loads.items()):
+            if id(load) not in current:
                 if not load.killed:
                     load.kill()
-                if load.over:
+                if load.is_finished:
                     self.totals.end(load)
-                    del self.live[key]
+                    del self.loads[key]
 
-    async def act(self, action: Action) -> None:  # noqa: PLR0912 - a table of all actions
-        """Do what the scheduler says.
+    async def execute(self, action: Action) -> None:  # noqa: PLR0912 - a table of all actions
+        """Execute an action.
 
         Raises:
             LogUnavailable: it could not be recorded, so nothing follows from it.
@@ -237,89 +237,91 @@ class Executor:
             case StartLoad(job):
                 await self._start_load(job)
             case ReuseWorkers(job, load_job_id):
-                await self._take_over(job, self.live[load_job_id])
+                await self._reuse_workers(job, self.loads[load_job_id])
             case CompleteLoad(job, replaces):
                 await self._complete_load(job, replaces)
             case FailLoad(job, code, message):
                 await self._fail_load(job, Failure(code, message) if code is not None else None)
             case EstimateMemory(job):
-                self.needs.find(job, self._log.state.models.get(job.model_id))
-                if all(load.report is not None for load in self.live.values()):  # else it may have to wait
+                self.estimates.start_estimate(job, self._log.state.models.get(job.model_id))
+                if all(load.report is not None for load in self.loads.values()):  # else it may have to wait
                     self._pool.prefork()
             case PrepareModel(load_job_id):
                 self.preparer.begin(load_job_id)
             case StopPreparation():
                 self.preparer.stop()
             case CancelJob(job):
-                await self._record(about(job, JobCancelled()))
+                await self._record(draft_fact(job, JobCancelled()))
             case StartUnload(job, load_job_id):
                 await self._start_unload(job, load_job_id)
             case KillWorkers(load_job_id):
-                self.live[load_job_id].kill()
+                self.loads[load_job_id].kill()
             case FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id)
             case RecordDeath(load_job_id, worker_ids):
-                load = self.live[load_job_id]
-                await self._record_of(load, [each for each in load.workers if each.worker_id in worker_ids])
+                load = self.loads[load_job_id]
+                await self._record_with_exits(
+                    load, [each for each in load.workers if each.worker_id in worker_ids]
+                )
             case UnloadForReplacement(job, load_job_id):
-                await self._record(_swapped_out(self.live[load_job_id], job.id))
+                await self._record(_draft_replacement_unload(self.loads[load_job_id], job.id))
             case RequestReload(model, cause):
                 await self._request_reload(model, cause)
             case UnloadAutomatically(model, cause, cause_event_id):
                 await self._request_end(model, cause, cause_event_id)
             case FailModel(model, message):
-                await self._record(*given_up(model, message))
+                await self._record(*draft_crash_loop(model, message))
 
     async def _start_load(self, job: Job) -> None:
         assert job.load is not None
         assert job.version is not None
         load = RunningLoad(job.id, job.model_id, job.version, job.load, uuid7(), self._wake)
-        load.reserved_bytes = self.needs.known.get(job.id) or 0
-        known = self._hashed.get((job.model_id, job.version), ())
+        load.reserved_bytes = self.estimates.known.get(job.id) or 0
+        known = self._known_files.get((job.model_id, job.version), ())
         model = self._log.state.models.get(job.model_id)
         footprints = model.footprints if model is not None else ()
-        load.bare_bytes = estimate_unprepared(job.version, job.load, footprints)
+        load.unprepared_bytes = estimate_unprepared(job.version, job.load, footprints)
         find_form = partial(self.preparer.find_form, footprints=footprints)
         ordered = start_task(
             build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
         )
         try:  # its files are looked at beside the disk's work
-            await self._record(about(job, LoadStarted(job.attempt + 1), load.worker_id))
+            await self._record(draft_fact(job, LoadStarted(job.attempt + 1), load.worker_id))
         except BaseException:
             ordered.cancel()
             raise
-        self.live[job.id] = load
-        load.spawn(asyncio.create_task(run_load(load, self._pool, ordered)))
+        self.loads[job.id] = load
+        load.track(asyncio.create_task(run_load(load, self._pool, ordered)))
 
-    async def _take_over(self, job: Job, load: RunningLoad) -> None:
-        """Have the workers of a load go on as those of another; requests do not notice.
+    async def _reuse_workers(self, job: Job, load: RunningLoad) -> None:
+        """Record another job as the load of running workers; requests do not notice.
 
         Both names lead to them until it is known which one is recorded: `settle_names`.
         """
         serving = self._log.state.models[job.model_id].serving
         if serving is None:
             raise RuntimeError(f"model '{job.model_id}' has no load to reuse the workers of")
-        self.live[job.id] = load
-        started = about(job, LoadStarted(job.attempt + 1), load.only_worker_id)
-        await self._record(started, about(job, taken_over(serving), load.only_worker_id))
+        self.loads[job.id] = load
+        started = draft_fact(job, LoadStarted(job.attempt + 1), load.only_worker_id)
+        await self._record(started, draft_fact(job, describe_reuse(serving), load.only_worker_id))
 
     async def _complete_load(self, job: Job, replaces: str | None) -> None:
-        load = self.live[job.id]
+        load = self.loads[job.id]
         assert load.report is not None
-        self._remember(load, load.report)
-        loaded = about(job, model_loaded(job, load, self._log.now()), load.only_worker_id)
-        old = self.live.get(replaces) if replaces is not None else None
-        swapped_out = [] if old is None else [_swapped_out(old, loaded.id)]
+        self._remember_files(load, load.report)
+        loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load.only_worker_id)
+        old = self.loads.get(replaces) if replaces is not None else None
+        swapped_out = [] if old is None else [_draft_replacement_unload(old, loaded.id)]
         await self._record(loaded, *swapped_out)
-        self._have_prepared(load)
+        self._offer_for_preparation(load)
 
-    def _remember(self, load: RunningLoad, report: LoadReport) -> None:
-        self._hashed[load.model_id, load.version] = report.files
-        while len(self._hashed) > MAX_REMEMBERED_VERSIONS:
-            del self._hashed[next(iter(self._hashed))]
+    def _remember_files(self, load: RunningLoad, report: LoadReport) -> None:
+        self._known_files[load.model_id, load.version] = report.files
+        while len(self._known_files) > MAX_REMEMBERED_VERSIONS:
+            del self._known_files[next(iter(self._known_files))]
 
-    def _have_prepared(self, load: RunningLoad) -> None:
-        """Offer what was loaded bare to be prepared, and drop a form of the same files that was of no use."""
+    def _offer_for_preparation(self, load: RunningLoad) -> None:
+        """Offer files without a prepared form for preparation; drop a form that failed for the same files."""
         assert load.report is not None
         if load.prepared is not None and load.prepared.sources == source_hashes(load.report.files):
             if load.prepared_failure is not None:
@@ -331,33 +333,35 @@ class Executor:
         )
 
     async def _fail_load(self, job: Job, reason: Failure | None) -> None:
-        load = self.live.get(job.id)
+        load = self.loads.get(job.id)
         if reason is None:
             assert load is not None
-            reason = load.reason
+            reason = load.failure_reason
         failed = LoadFailed(reason.code, plain_text(reason.message))
-        await self._record_of(load, load.dead if load else [], about(job, failed, _worker_id(load)))
+        await self._record_with_exits(
+            load, load.unexpected_exits if load else [], draft_fact(job, failed, _worker_id(load))
+        )
 
     async def _start_unload(self, job: Job, load_job_id: str) -> None:
-        load = self.live.get(load_job_id)
+        load = self.loads.get(load_job_id)
         if load is not None:
             load.draining = True  # routing stops before the fact is recorded
             load.stage = "draining"
         try:
-            await self._record(about(job, UnloadStarted(), _worker_id(load)))
+            await self._record(draft_fact(job, UnloadStarted(), _worker_id(load)))
         except LogUnavailable:
             if load is not None:  # who asked may have the unload cancelled until it can be recorded
                 load.draining, load.stage = False, None
             raise
         if load is not None and not job.forced and not load.unloading:
             load.unloading = True
-            load.spawn(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
+            load.track(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
 
     async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
-        load = self.live.get(load_job_id)
-        unloaded = model_unloaded(load)
-        ends = [about(job, unloaded, _worker_id(load)) for job in jobs]
-        await self._record_of(load, load.dead if load else [], *ends)
+        load = self.loads.get(load_job_id)
+        unloaded = describe_unloaded(load)
+        ends = [draft_fact(job, unloaded, _worker_id(load)) for job in jobs]
+        await self._record_with_exits(load, load.unexpected_exits if load else [], *ends)
 
     async def _request_reload(self, model: LoadedModel, cause: Cause) -> None:
         serving = model.serving
@@ -379,18 +383,20 @@ class Executor:
                 )
             )
 
-    async def _record_of(self, load: RunningLoad | None, dead: Sequence[Worker], *drafts: Draft) -> None:
-        """Record the deaths of these workers, each once, and what follows from them."""
+    async def _record_with_exits(
+        self, load: RunningLoad | None, dead: Sequence[Worker], *drafts: Draft
+    ) -> None:
+        """Record the exits of these workers, each once, and the facts that follow from them."""
         if load is None:
             await self._record(*drafts)
             return
-        new = [worker for worker in dead if worker.worker_id not in load.recorded]
-        self._suspect(load, new)
-        await self._record(*(death(load, worker) for worker in new), *drafts)
-        load.recorded.update(worker.worker_id for worker in new)
+        new = [worker for worker in dead if worker.worker_id not in load.recorded_exits]
+        self._drop_crashing_copy(load, new)
+        await self._record(*(draft_exit(load, worker) for worker in new), *drafts)
+        load.recorded_exits.update(worker.worker_id for worker in new)
 
-    def _suspect(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
-        """A prepared form with which a worker crashed is dropped: the model comes back bare."""
+    def _drop_crashing_copy(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
+        """Drop a prepared form with which a worker crashed: the model is reloaded without it."""
         form = load.prepared_form
         of_form = (worker for worker in dead if not worker.orphaned and load.uses_form(worker))
         crashed = (worker.ended.result() for worker in of_form)
@@ -406,5 +412,5 @@ def _worker_id(load: RunningLoad | None) -> str | None:
     return load.only_worker_id if load is not None else None
 
 
-def _swapped_out(old: RunningLoad, cause_event_id: str) -> Draft:
+def _draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
     return swapped_out(old.job_id, old.model_id, old.version, old.only_worker_id, cause_event_id)

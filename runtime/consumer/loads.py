@@ -1,8 +1,6 @@
-"""The live side of a load: its workers, and what is known of them.
+"""A running load, and its two tasks: load the model in workers, and unload it.
 
-The two effects on a load: its workers load the model, and end. The consumer spawns them.
-
-What they come to stands in the `RunningLoad`; they report by waking the consumer.
+The executor starts the tasks. They store their outcome in the `RunningLoad` and wake the consumer.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from events.jobs import Failure, Job
 from events.models import FORK_SERVER_DIED
 from events.types import LoadParameters
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
+from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S
 from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import LoadReport, Worker
@@ -33,32 +32,28 @@ from runtime.wire import CachedCopy, HashedFile, Load, Tensor
 
 _log = logging.getLogger(__name__)
 
-MEASURE_LIMIT_S = 1.0
-"""For a measurement before the end. The kernel gives it when the process's mappings are free, which a worker
-can put off; it is then still to be ended."""
-
 
 @dataclass(slots=True)
 class RunningLoad:
-    """What runs for one load job. Written by the consumer and its effects, on the loop only.
+    """The live side of one load job. Only the consumer and its tasks change it, on the event loop.
 
     Attributes:
-        worker_id: the first worker's, which may not be there yet.
-        workers: those that were started, dead or alive.
-        report: the first worker's, once all have loaded; inputs and outputs are the same in all.
-        reports: of the workers that have loaded, by id.
-        prepared: the form that its workers are given, until one can do nothing with it.
-        prepared_failure: why not, then.
-        warm_up_inputs: what the model is run on before it is loaded; nothing is zeros.
-        replaced_if_dead: ids of the workers that load with that form: one that dies has not failed the load.
-        draining: no more requests are routed to it.
-        unloading: `run_unload` has begun.
-        told: ids of the workers whose end is no surprise: they were told to, or refused to load.
-        killed: all are ended by force.
-        recorded: ids of the workers whose death was recorded.
-        reserved_bytes: what the load may take until it is known what it takes.
-        bare_bytes: what it is known to take without a prepared form; 0 is nothing.
-        measured_bytes: what workers took when they were last looked at, by id.
+        worker_id: the first worker's id; that worker may not have started yet.
+        workers: all workers that were started, exited or not.
+        report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
+        reports: those of the workers that have loaded, by worker id.
+        prepared: the prepared form that its workers are given.
+        prepared_failure: why the prepared form cannot be used.
+        warm_up_inputs: inputs of the warm-up run; none are zeros.
+        replaceable: ids of workers that load with the prepared form: the exit of one does not fail the load.
+        draining: whether routing to it has stopped.
+        unloading: whether `run_unload` has begun.
+        expected_exits: ids of workers that the server stopped, or that refused to load.
+        killed: whether its workers were killed.
+        recorded_exits: ids of workers whose unexpected exit was recorded.
+        reserved_bytes: reservation until the load has reports.
+        unprepared_bytes: known peak without a prepared form; 0 if unknown.
+        measured_bytes: the last measurement of each worker, by id.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
@@ -76,18 +71,18 @@ class RunningLoad:
     prepared: CachedCopy | None = None
     prepared_failure: str | None = None
     warm_up_inputs: tuple[Tensor, ...] = ()
-    replaced_if_dead: set[str] = field(default_factory=set)
+    replaceable: set[str] = field(default_factory=set)
     starting_us: int = 0
     draining: bool = False
     unloading: bool = False
-    told: set[str] = field(default_factory=set)
+    expected_exits: set[str] = field(default_factory=set)
     killed: bool = False
-    recorded: set[str] = field(default_factory=set)
+    recorded_exits: set[str] = field(default_factory=set)
     requests_at_drain: int = 0
     aborted_requests: int = 0
     freed_bytes: int = 0
     reserved_bytes: int = 0
-    bare_bytes: int = 0
+    unprepared_bytes: int = 0
     measured_bytes: dict[str, int] = field(default_factory=dict)
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
@@ -95,41 +90,41 @@ class RunningLoad:
 
     @property
     def worker(self) -> Worker | None:
-        """The first worker that is left, else the first that there was."""
-        return next(iter([*self.left, *self.workers]), None)
+        """The first worker that has not exited, else the first."""
+        return next(iter([*self.alive_workers, *self.workers]), None)
 
     @property
     def only_worker_id(self) -> str | None:
-        """The worker that a fact about the whole load is about, if there is but one."""
+        """The worker id for facts about the whole load, if it has one instance."""
         return self.worker_id if self.parameters.instances == 1 else None
 
     @property
-    def left(self) -> list[Worker]:
-        """The workers whose processes have not ended."""
+    def alive_workers(self) -> list[Worker]:
+        """The workers that have not exited."""
         return [worker for worker in self.workers if not worker.ended.done()]
 
     @property
-    def gone(self) -> bool:
-        """Whether there were processes and all have ended."""
-        return bool(self.workers) and not (self.left or self.replaced_if_dead)
+    def has_exited(self) -> bool:
+        """Whether there were workers and all have exited."""
+        return bool(self.workers) and not (self.alive_workers or self.replaceable)
 
     @property
     def serving(self) -> tuple[Worker, ...]:
-        """The workers that can be asked: loaded, alive, and not being ended."""
+        """The workers that take inferences: loaded, alive, and not being ended."""
         if self.report is None or self.draining:
             return ()
         return tuple(worker for worker in self.workers if not worker.dying)
 
     @property
-    def dead(self) -> list[Worker]:
-        """The workers that have ended and nobody had asked."""
-        known = self.told | self.replaced_if_dead
+    def unexpected_exits(self) -> list[Worker]:
+        """The workers that have exited unexpectedly."""
+        known = self.expected_exits | self.replaceable
         return [worker for worker in self.workers if worker.ended.done() and worker.worker_id not in known]
 
     @property
-    def over(self) -> bool:
-        """Whether nothing of this load is left to run: no process, no task."""
-        return not self.tasks and not self.left
+    def is_finished(self) -> bool:
+        """Whether neither a worker nor a task is left."""
+        return not self.tasks and not self.alive_workers
 
     @property
     def drained_requests(self) -> int:
@@ -137,86 +132,86 @@ class RunningLoad:
         return max(0, self.requests_at_drain - self.aborted_requests)
 
     @property
-    def reason(self) -> Failure:
-        """Why this is not going to be loaded."""
+    def failure_reason(self) -> Failure:
+        """Why the load failed."""
         if self.failure is not None:
             return self.failure
-        code = FORK_SERVER_DIED if any(worker.orphaned for worker in self.dead) else "worker_died"
+        code = FORK_SERVER_DIED if any(worker.orphaned for worker in self.unexpected_exits) else "worker_died"
         return Failure(code, "the worker died right after it had loaded the model")
 
     @property
     def memory_bytes(self) -> int:
-        """What is to be counted against the budget, until the processes have exited."""
+        """Bytes that count against the budget, until the workers have exited."""
         if self.report is None:
-            is_over = self.gone or (self.failure is not None and not self.left)
+            is_over = self.has_exited or (self.failure is not None and not self.alive_workers)
             return 0 if is_over else max(self.reserved_bytes, sum(self.measured_bytes.values()))
-        return sum(self.bytes_of(worker) for worker in self.left)
+        return sum(self.bytes_of(worker) for worker in self.alive_workers)
 
     def bytes_of(self, worker: Worker) -> int:
-        """Return what a worker that has loaded took when it was last looked at."""
+        """Return the last measurement of a loaded worker."""
         loaded = self.reports.get(worker.worker_id)
         return self.measured_bytes.get(worker.worker_id, loaded.memory_bytes if loaded else 0)
 
     @property
     def in_flight(self) -> int:
         """How many inferences are queued or running."""
-        return sum(worker.in_flight for worker in self.left)
+        return sum(worker.in_flight for worker in self.alive_workers)
 
     def last_used_at(self, now: str) -> str | None:
-        """Return when the last request ended, as a stamp; `now` is the present one."""
+        """Return the timestamp at which the last inference ended; None without one."""
         if not self.last_used_ns:
             return None
         return add_seconds(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
 
-    def view(self, job: Job | None, now: str = "", *, leased: bool = False) -> LoadView:
-        """Return what the scheduler sees, where `job` is the load's job as long as it has not ended."""
+    def to_view(self, job: Job | None, now: str = "", *, is_demanded: bool = False) -> LoadView:
+        """Return what the scheduler sees; `job` is the load's job until it has ended."""
         return LoadView(
             self.job_id,
             self.model_id,
             self._phase(job),
             self.killed,
-            tuple(worker.worker_id for worker in self.dead),
+            tuple(worker.worker_id for worker in self.unexpected_exits),
             self.memory_bytes,
-            busy=leased or self.in_flight > 0,
+            busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
         )
 
     def _phase(self, job: Job | None) -> Phase:
         if job is not None:
-            if self.failure is not None or self._lacks_workers:
+            if self.failure is not None or self._lost_a_worker:
                 return Phase.FAILED
             return Phase.LOADING if self.report is None else Phase.LOADED
-        if self.gone:
+        if self.has_exited:
             return Phase.GONE
         return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
 
     @property
-    def usable(self) -> CachedCopy | None:
-        """The prepared form, if nothing is known against it."""
+    def usable_copy(self) -> CachedCopy | None:
+        """The prepared form, unless it failed."""
         return self.prepared if self.prepared_failure is None else None
 
     @property
     def prepared_form(self) -> CachedCopy | None:
-        """The prepared form that workers have loaded, all or some of them."""
+        """The prepared form that at least one worker has loaded."""
         used = any(report.prepared is not None for report in self.reports.values())
         return self.prepared if used else None
 
     def uses_form(self, worker: Worker) -> bool:
-        """Tell whether a worker has loaded the prepared form."""
+        """Whether a worker has loaded the prepared form."""
         report = self.reports.get(worker.worker_id)
         return report is not None and report.prepared is not None
 
     @property
-    def _lacks_workers(self) -> bool:
+    def _lost_a_worker(self) -> bool:
         ended = (worker.worker_id for worker in self.workers if worker.ended.done())
-        return any(worker_id not in self.replaced_if_dead for worker_id in ended)
+        return any(worker_id not in self.replaceable for worker_id in ended)
 
-    def spawn(self, effect: asyncio.Task[None]) -> None:
-        """Keep an effect until it ends, then wake the consumer."""
+    def track(self, effect: asyncio.Task[None]) -> None:
+        """Keep a task until it ends, then wake the consumer."""
         self.tasks.add(effect)
-        effect.add_done_callback(self._effect_ended)
+        effect.add_done_callback(self._on_task_end)
 
-    def _effect_ended(self, effect: asyncio.Task[None]) -> None:
+    def _on_task_end(self, effect: asyncio.Task[None]) -> None:
         self.tasks.discard(effect)
         if not effect.cancelled() and effect.exception() is not None:
             _log.error("an effect on %s failed", self.model_id, exc_info=effect.exception())
@@ -227,7 +222,7 @@ class RunningLoad:
         self.wake()
 
     def kill(self) -> None:
-        """End all processes now, however they are stuck; counts what that aborts."""
+        """Kill all workers now, however stuck they are, and count what that aborts."""
         self.killed = True
         if self.report is None:  # more would be started; and who waits for one may meet a stuck fork server
             for effect in self.tasks:
@@ -235,18 +230,18 @@ class RunningLoad:
         self.kill_workers()
 
     def kill_workers(self) -> None:
-        """End the processes that there are."""
-        for worker in self.left:
+        """Kill the workers that have not exited."""
+        for worker in self.alive_workers:
             report = self.reports.get(worker.worker_id)
-            self.note_end(worker, report.memory_bytes if report is not None else 0)
+            self.expect_exit(worker, report.memory_bytes if report is not None else 0)
             worker.kill()
 
-    def reserve_bare(self) -> None:
-        """Have what is reserved be enough without a prepared form, which was to be loaded."""
-        self.reserved_bytes = max(self.reserved_bytes, self.bare_bytes)
+    def reserve_unprepared(self) -> None:
+        """Raise the reservation to what the load takes without its prepared form."""
+        self.reserved_bytes = max(self.reserved_bytes, self.unprepared_bytes)
 
-    def replace(self, dead: Worker, reason: str | None) -> bool:
-        """Forget a worker that ended with a prepared form, for another to load without.
+    def discard_failed(self, dead: Worker, reason: str | None) -> bool:
+        """Forget a worker that exited while it loaded a prepared form, so that another can load without it.
 
         Args:
             dead: it has ended.
@@ -255,18 +250,18 @@ class RunningLoad:
         Returns:
             Whether this is for another to do.
         """
-        if dead.orphaned or self.killed or self.failure or dead.worker_id not in self.replaced_if_dead:
+        if dead.orphaned or self.killed or self.failure or dead.worker_id not in self.replaceable:
             return False
         self.prepared_failure = self.prepared_failure or reason
-        self.replaced_if_dead.discard(dead.worker_id)
+        self.replaceable.discard(dead.worker_id)
         self.workers.remove(dead)
         self.measured_bytes.pop(dead.worker_id, None)
         return True
 
-    def note_end(self, worker: Worker, memory_bytes: int) -> None:
-        """Take down, right before a worker's end, what it aborts and how many bytes it gives back."""
-        if worker.worker_id not in self.told:
-            self.told.add(worker.worker_id)
+    def expect_exit(self, worker: Worker, memory_bytes: int) -> None:
+        """Note, right before a worker's end, what it aborts and how many bytes it releases."""
+        if worker.worker_id not in self.expected_exits:
+            self.expected_exits.add(worker.worker_id)
             self.aborted_requests += worker.in_flight
             self.freed_bytes += memory_bytes
 
@@ -279,14 +274,12 @@ START_ATTEMPTS = 3
 """A fork server that has to be replaced is no reason for a load to fail; one that cannot fork is."""
 START_PAUSE_S = 0.1
 """Between them: by then it is known that the fork server has ended, and the next one is waited for."""
-STOP_GRACE_S = 1.0
-"""For a worker to end by itself once there is nobody to serve; then it is killed."""
 INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
 """Workers of one load that load side by side, after the first: each takes a core and its peak of memory."""
 
 
 async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
-    """Load the model in as many workers as are asked for; the outcome stands in `report` or `failure`.
+    """Load the model in each instance's worker; the outcome is `report` or `failure`.
 
     The first loads alone and hashes, so that the bytes are read for that once. What fails one fails all; but
     one that fails with a prepared form is given the files of the repository instead.
@@ -301,7 +294,7 @@ async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]
     try:
         order = await ordered
         first = await _load_instance(load, pool, order, load.worker_id, began)
-        await _load_rest(load, pool, replace(order, known=first.files, prepared=load.usable))
+        await _load_rest(load, pool, replace(order, known=first.files, prepared=load.usable_copy))
         load.report = first
     except RuntimeProblem as problem:
         load.failure = load.failure or Failure(problem.code, str(problem))
@@ -315,7 +308,7 @@ async def build_order(
     known: tuple[HashedFile, ...],
     prepared: FindPrepared,
 ) -> Load:
-    """Look at what is to be loaded, and say how.
+    """Resolve the version and build the message that loads it.
 
     Args:
         load: what is to be loaded.
@@ -334,7 +327,7 @@ async def build_order(
 
     found, warm_up, load.prepared = await asyncio.to_thread(look_up)
     if load.prepared is None:  # and there may have been one when the load's need was found out
-        load.reserve_bare()
+        load.reserve_unprepared()
     load.warm_up_inputs = warm_up.inputs
     message = build_load_message(pool, repository, found, load.parameters, warm_up)
     return replace(message, known=known, prepared=load.prepared)
@@ -343,7 +336,7 @@ async def build_order(
 def build_load_message(
     pool: WorkerPool, repository: Repository, found: ModelVersion, parameters: LoadParameters, warm_up: WarmUp
 ) -> Load:
-    """Return what a worker is told to load a version as its files are."""
+    """Return the message by which a worker loads these files of a version."""
     return Load(
         root=str(repository.root),
         folder=str(found.folder),
@@ -358,7 +351,7 @@ def build_load_message(
 
 
 async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
-    """Load the other instances, some at once; at the first that fails, the others are not waited for."""
+    """Load the other instances, some at once; the first failure cancels the rest."""
     places = asyncio.Semaphore(INSTANCES_AT_ONCE)
 
     async def load_one() -> None:
@@ -388,7 +381,7 @@ async def _load_instance(
     If it dies of a prepared form, another goes on without that, and nobody but the log is to notice.
     """
     if order.prepared is not None:
-        load.replaced_if_dead.add(worker_id)
+        load.replaceable.add(worker_id)
     worker = await _start_worker(pool, worker_id)
     load.workers.append(worker)
     load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
@@ -397,20 +390,20 @@ async def _load_instance(
         report = await worker.load(order, lambda stage: setattr(load, "stage", stage), load.warm_up_inputs)
     except WorkerDied as death:
         is_killed = death.end.signal == signal.SIGKILL  # by somebody else
-        if load.replace(worker, None if is_killed else f"{death} while it loaded that"):
-            return await _load_bare(load, pool, order, worker_id)
-        load.failure = load.failure or _death(worker, death, load.stage)
+        if load.discard_failed(worker, None if is_killed else f"{death} while it loaded that"):
+            return await _load_unprepared(load, pool, order, worker_id)
+        load.failure = load.failure or _describe_death(worker, death, load.stage)
         raise
     except RuntimeProblem as problem:
-        load.told.add(worker_id)
-        if problem.code == OUT_OF_MEMORY and worker_id in load.replaced_if_dead:
+        load.expected_exits.add(worker_id)
+        if problem.code == OUT_OF_MEMORY and worker_id in load.replaceable:
             await asyncio.shield(worker.ended)  # to make a form's session can take more than a bare one does
-            if load.replace(worker, None):
-                return await _load_bare(load, pool, order, worker_id)
+            if load.discard_failed(worker, None):
+                return await _load_unprepared(load, pool, order, worker_id)
         load.failure = load.failure or Failure(problem.code, str(problem))
         raise
     finally:
-        load.replaced_if_dead.discard(worker_id)
+        load.replaceable.discard(worker_id)
     if report.prepared_failure is not None:
         load.prepared_failure = report.prepared_failure
     load.reports[worker_id] = report
@@ -418,10 +411,10 @@ async def _load_instance(
     return report
 
 
-async def _load_bare(load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str) -> LoadReport:
-    """Load in another worker what the first did not make of a prepared form."""
-    load.reserve_bare()
-    load.told.discard(worker_id)
+async def _load_unprepared(load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str) -> LoadReport:
+    """Load in another worker without the prepared form with which the first one failed."""
+    load.reserve_unprepared()
+    load.expected_exits.discard(worker_id)
     return await _load_instance(load, pool, replace(order, prepared=None), worker_id, time.monotonic_ns())
 
 
@@ -433,8 +426,8 @@ async def _start_worker(pool: WorkerPool, worker_id: str) -> Worker:
     return await pool.start(worker_id)
 
 
-def _death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:
-    """Say of what a load died, in the worker's own words too."""
+def _describe_death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:
+    """Return the failure of a load whose worker died, with the worker's last lines."""
     lines = "\n".join(worker.stderr_tail())
     said = f"; it said:\n{lines}" if lines else ""
     code = FORK_SERVER_DIED if worker.orphaned else death.code
@@ -443,26 +436,26 @@ def _death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:
 
 
 async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
-    """Wait for running requests, but not for ever, then end the processes."""
-    workers = load.left
+    """Drain running inferences up to the drain timeout, then stop the workers."""
+    workers = load.alive_workers
     load.requests_at_drain = sum(worker.in_flight for worker in workers)
     with suppress(TimeoutError):
         async with asyncio.timeout(drain_timeout_s):
             await asyncio.gather(*(worker.drained() for worker in workers))  # a dead worker is drained
-    if load.left:
+    if load.alive_workers:
         load.stage = "stopping"
-        await asyncio.gather(*(_stop(load, worker) for worker in load.left))
+        await asyncio.gather(*(_stop(load, worker) for worker in load.alive_workers))
 
 
 async def _stop(load: RunningLoad, worker: Worker) -> None:
     try:
-        load.note_end(worker, await _measured(load, worker))
+        load.expect_exit(worker, await _measure(load, worker))
     except WorkerDied:
         return
     await worker.stop(STOP_GRACE_S)
 
 
-async def _measured(load: RunningLoad, worker: Worker) -> int:
+async def _measure(load: RunningLoad, worker: Worker) -> int:
     """Measure how many bytes the worker has; if that cannot be had in time, give what it had after its load.
 
     Raises:

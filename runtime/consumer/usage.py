@@ -1,11 +1,7 @@
-"""What the workers take of the memory budget at this moment, load by load. Plain values for people.
+"""Use of the runtime, for people: memory by load, waiting jobs, pending demand, and inference totals.
 
-Which models inferences wait for: such a model is not unloaded by the system before they were answered.
-
-The inferences of each model since the server started, over all its loads: what the metrics count.
-
-The statistics of a load begin at nothing with it. When it ends they are added to those of the model's earlier
-loads, so that no count goes back when a model is unloaded or swapped.
+Statistics begin at zero with each load. When a load ends, its counts are added to the totals of its model, so
+that no metric goes back when a model is unloaded or swapped.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from runtime.statistics import Statistics
 
 @dataclass(frozen=True, slots=True)
 class LoadUsage:
-    """What one load takes: `reserved_bytes` until it is loaded, from then on `memory_bytes`, as measured.
+    """Memory of one load: `reserved_bytes` until it is loaded, then the measured `memory_bytes`.
 
     A model can have two for a moment: the version that serves, and the next one, or the one that drains.
     """
@@ -43,7 +39,7 @@ class LoadUsage:
 
 @dataclass(frozen=True, slots=True)
 class WaitingJob:
-    """A job that waits: what it will need, in bytes, if that is known yet, and what for."""
+    """A waiting job, the bytes that it will need if they are known, and what it waits for."""
 
     job_id: str
     model_id: str
@@ -53,7 +49,7 @@ class WaitingJob:
 
 @dataclass(frozen=True, slots=True)
 class PreparationUsage:
-    """What is being prepared for later loads, and may take `reserved_bytes`, until its processes exited."""
+    """A running preparation, which has `reserved_bytes` until its processes have exited."""
 
     model_id: str
     version: int
@@ -62,17 +58,17 @@ class PreparationUsage:
 
 
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[LoadUsage]:
-    """Return what each load takes whose processes have not exited, by model, then oldest first."""
+    """Return the use of each load with a process, by model, then oldest first."""
     loads = {id(load): load for load in live}  # one that is being taken over is there twice
-    there = [load for load in loads.values() if not load.gone]
-    found = (_use(load, load.view(state.unended_job(load.job_id), now)) for load in there)
+    there = [load for load in loads.values() if not load.has_exited]
+    found = (_describe_use(load, load.to_view(state.unended_job(load.job_id), now)) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
 
 
 def list_waiting(
     state: State, waiting_for: Mapping[str, str], needs: Mapping[str, int | None]
 ) -> list[WaitingJob]:
-    """Return the jobs that wait, oldest first."""
+    """Return the waiting jobs, oldest first."""
     return [
         WaitingJob(job.id, job.model_id, needs.get(job.id), waiting_for[job.id])
         for job in state.unended()
@@ -80,14 +76,14 @@ def list_waiting(
     ]
 
 
-def _use(load: RunningLoad, run: LoadView) -> LoadUsage:
+def _describe_use(load: RunningLoad, run: LoadView) -> LoadUsage:
     is_reserved = load.report is None
     return LoadUsage(
         model_id=load.model_id,
         version=load.version,
         job_id=load.job_id,
         phase="loading" if run.phase in (Phase.LOADING, Phase.LOADED) else run.phase.value,
-        workers=len(load.left),
+        workers=len(load.alive_workers),
         reserved_bytes=run.memory_bytes if is_reserved else 0,
         memory_bytes=0 if is_reserved else run.memory_bytes,
         in_flight=load.in_flight,
@@ -98,16 +94,16 @@ def _use(load: RunningLoad, run: LoadView) -> LoadUsage:
 
 
 class PendingDemand:
-    """Counts, by model, the inferences that wait for it or are being answered after they did."""
+    """Counts, by model, the inferences that wait for a load or are being answered after they waited."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self.on_end: Callable[[], None] = lambda: None
-        """Is called when the last lease of a model has ended."""
+        """Called when the last waiting inference of a model has ended."""
 
     @contextmanager
     def hold(self, model_id: str) -> Iterator[None]:
-        """Keep a model from being evicted or unloaded as idle meanwhile; it need not be loaded yet."""
+        """Protect a model from eviction and idle unload meanwhile, whether or not it is loaded yet."""
         self._counts[model_id] = self._counts.get(model_id, 0) + 1
         try:
             yield
@@ -117,18 +113,18 @@ class PendingDemand:
                 del self._counts[model_id]
                 self.on_end()
 
-    def held(self, model_id: str) -> bool:
-        """Whether anybody holds a lease of the model."""
+    def has(self, model_id: str) -> bool:
+        """Whether an inference waits for the model."""
         return model_id in self._counts
 
     @property
     def models(self) -> Collection[str]:
-        """The models that somebody holds a lease of."""
+        """The models that inferences wait for."""
         return self._counts.keys()
 
 
 class InferenceTotals:
-    """What became of the inferences of all loads that have ended.
+    """Sums of the inferences of all loads that have ended.
 
     Args:
         names: which models are told apart.
@@ -139,14 +135,14 @@ class InferenceTotals:
         self._ended: dict[str, Statistics] = {}
 
     def end(self, load: RunningLoad) -> None:
-        """Add a load that is over; what a request still has to say of it is added, too. May be repeated."""
+        """Add a load that has ended, and what late answers add to it. May be repeated."""
         sum_ = self._ended.setdefault(self._names.of(load.model_id), Statistics())
         if load.statistics is not sum_:
             sum_.add(load.statistics)
             load.statistics = sum_
 
     def with_live(self, live: Iterable[RunningLoad]) -> dict[str, Statistics]:
-        """Return the sums by label, of the loads that have ended and of these, each given once."""
+        """Return the sums by label, of the ended loads and of these running ones, each given once."""
         sums = {name: ended.copy() for name, ended in self._ended.items()}
         for load in live:
             name = self._names.of(load.model_id)

@@ -8,16 +8,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from runtime.errors import ForkServerUnavailable
+from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S
 from runtime.process.forkclient import Child, ForkServer, close_watched
 from runtime.process.worker import Worker
 
 T = TypeVar("T")
 
 
-LAUNCH_LIMIT_S = 10.0
-"""Limit for a new fork server to import everything, which takes 0.2 s."""
-FORK_LIMIT_S = 5.0
-"""Limit for a fork, which takes 4 ms. A fork server that does not answer is killed with its workers."""
 RETRY_S = (0.1, 5.0)
 """Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
@@ -67,7 +64,12 @@ class WorkerPool:
     """
 
     def __init__(
-        self, *, threads: int = 1, patience_s: float = 5.0, warm_up: bool = True, huge_pages: bool = True
+        self,
+        *,
+        threads: int = 1,
+        patience_s: float = INFERENCE_GRACE_S,
+        warm_up: bool = True,
+        huge_pages: bool = True,
     ) -> None:
         self.threads = threads
         self.warm_up = warm_up
@@ -168,7 +170,7 @@ class WorkerPool:
         fork_server = self._fork_server = ForkServer.launch(os.environ)
         fork_server.ended.add_done_callback(lambda _: self._up.clear())
         try:
-            async with asyncio.timeout(LAUNCH_LIMIT_S):
+            async with asyncio.timeout(FORK_SERVER_LIMIT_S):
                 await asyncio.shield(fork_server.ready)
         except BaseException as error:
             fork_server.kill()
@@ -195,7 +197,7 @@ class WorkerPool:
         if self._fork_server is None or self._closed:
             raise ForkServerUnavailable("the pool is closed")
         try:
-            async with asyncio.timeout(LAUNCH_LIMIT_S):
+            async with asyncio.timeout(FORK_SERVER_LIMIT_S):
                 await self._up.wait()
         except TimeoutError:
             raise ForkServerUnavailable from None

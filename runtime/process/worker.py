@@ -23,6 +23,7 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
+from runtime.limits import EXIT_WAIT_S
 from runtime.process.channel import Channel
 from runtime.process.child import Process
 from runtime.process.forkclient import Child, StderrTail
@@ -56,8 +57,6 @@ MAX_UNSENT_CANCELS_BYTES = 2**20
 """Some 50,000. A worker reads cancellations at once, even while it computes; one that does not is killed."""
 MAX_ANSWER_HEADER_BYTES = 4 * 2**20
 """Enough for tens of thousands of outputs. Only a load's list of files may be longer."""
-EXIT_WAIT_S = 1.0
-"""After a worker's death: how long the server waits for its exit status and its last output."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
     problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
 }

@@ -64,7 +64,7 @@ class ServerCollector(Collector):
     def __init__(self, app: web.Application) -> None:
         self._app = app
         log, consumer = app[LOG], app[CONSUMER]
-        loads = list({id(load): load for load in consumer.live.values()}.values())
+        loads = list({id(load): load for load in consumer.loads.values()}.values())
         name_of = log.tally.names.of
         self._statistics = consumer.totals.with_live(loads)
         self._now = log.now()
@@ -76,10 +76,10 @@ class ServerCollector(Collector):
         self._used_bytes = 0
         self._last_used_ns: dict[str, int | None] = {}
         for load in loads:
-            if load.gone:
+            if load.has_exited:
                 continue
             name, memory_bytes, in_flight = name_of(load.model_id), load.memory_bytes, load.in_flight
-            self._workers[name] += len(load.left)
+            self._workers[name] += len(load.alive_workers)
             self._memory[name] += memory_bytes
             self._in_flight[name] += in_flight
             self._used_bytes += memory_bytes if load.report is not None else 0

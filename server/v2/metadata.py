@@ -277,7 +277,7 @@ async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001
 )
 async def all_statistics(request: web.Request) -> web.Response:
     """Answer with the statistics of what is loaded; goes before the metadata of a model called `stats`."""
-    loads = list(request.app[CONSUMER].live.values())  # these have processes, so they bound the work
+    loads = list(request.app[CONSUMER].loads.values())  # these have processes, so they bound the work
     stats: list[dict[str, Any]] = []
     for start in range(0, len(loads), AT_ONCE):
         entries = [_statistics(request.app, load) for load in loads[start : start + AT_ONCE]]

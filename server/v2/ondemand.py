@@ -154,7 +154,7 @@ class OnDemand:
         submit: submits the command of a load.
         reader: finds jobs that have ended.
         router: says whether a model can be asked.
-        leases: held as long as an inference waits, and until it is answered.
+        demand: held as long as an inference waits, and until it is answered.
         look_up: makes the command that loads a model, for a version or None, and the subject who asks.
         waiting_for: says what a pending job waits for.
         stopping: is set when the server begins to stop; `log` notifies then.
@@ -169,7 +169,7 @@ class OnDemand:
         submit: Callable[[RequestLoad], Awaitable[Receipt]],
         reader: Reader,
         router: Router,
-        leases: PendingDemand,
+        demand: PendingDemand,
         look_up: Callable[[str, int | None, str], Awaitable[RequestLoad]],
         waiting_for: Callable[[Job], str | None],
         stopping: asyncio.Event,
@@ -180,7 +180,7 @@ class OnDemand:
         self._submit = submit
         self._reader = reader
         self._router = router
-        self._leases = leases
+        self._demand = demand
         self._look_up = look_up
         self._waiting_for = waiting_for
         self._stopping = stopping
@@ -228,7 +228,7 @@ class OnDemand:
             await self._router.route_or_why(model_id, version)
             yield
             return
-        with self._leases.hold(model_id):
+        with self._demand.hold(model_id):
             while not self._can_be_asked(model_id, version):
                 await self._wait((model_id, version), subject, ends_at_s)
             yield

@@ -153,7 +153,7 @@ class Looking:
     def ask(self, job: str = "j", of: str = "m", version: int = 1) -> Job:
         """Have a load requested, and looked into."""
         self.history.ask_load(job, of=of, version=version)
-        self.needs.find(self.history.job(job), self.model(of))
+        self.needs.start_estimate(self.history.job(job), self.model(of))
         return self.history.job(job)
 
     def model(self, of: str) -> Model | None:
@@ -169,11 +169,11 @@ async def test_need_is_found_in_the_background(tmp_path: Path) -> None:
     models.save(models.add(1), tmp_path, "m")
     looking = Looking(tmp_path)
     job = looking.ask()
-    assert (looking.needs.known, looking.needs.looked_at) == ({job.id: None}, {job.id})
+    assert (looking.needs.known, looking.needs.in_progress) == ({job.id: None}, {job.id})
     await looking.found()
     size = (tmp_path / "m" / "1" / "model.onnx").stat().st_size
     assert looking.needs.known == {job.id: WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)}
-    assert looking.needs.looked_at == set()
+    assert looking.needs.in_progress == set()
 
 
 @pytest.mark.parametrize("missing", ["m", "m/1", "m/1/model.onnx"])
@@ -204,7 +204,7 @@ async def test_need_is_forgotten_with_its_job(tmp_path: Path, *, is_found: bool)
 async def test_hanging_look_delays_others_for_a_while_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(needs_module, "LOOK_S", 0.05)
+    monkeypatch.setattr(needs_module, "ESTIMATE_WAIT_S", 0.05)
     models.save(models.add(1), tmp_path, "m")
     looking, hangs = Looking(tmp_path), threading.Event()
     threads = ThreadPoolExecutor(max_workers=1)
@@ -212,7 +212,7 @@ async def test_hanging_look_delays_others_for_a_while_only(
     threads.submit(hangs.wait)
     job = looking.ask()
     await looking.found()
-    assert (looking.needs.looked_at, looking.needs.known) == (set(), {job.id: None})
+    assert (looking.needs.in_progress, looking.needs.known) == (set(), {job.id: None})
     hangs.set()
     await looking.found()
     assert looking.needs.known[job.id] is not None
@@ -224,7 +224,7 @@ async def test_hanging_look_delays_others_for_a_while_only(
 async def reserved(engine: Engine, model_id: str) -> int:
     """Ask for a load, and return what is reserved while it runs."""
     job_id = await engine.ask_load(model_id)
-    await engine.recorded(lambda: job_id in engine.consumer.live)
+    await engine.recorded(lambda: job_id in engine.consumer.loads)
     found = engine.live(model_id).reserved_bytes
     assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
     return found

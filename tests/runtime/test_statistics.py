@@ -148,12 +148,12 @@ def test_totals_sum_up_models_beyond_the_limit() -> None:
 
 
 def test_model_is_held_until_its_last_request_ends() -> None:
-    leases, ended = PendingDemand(), list[str]()
-    leases.on_end = lambda: ended.append("end")
-    with leases.hold("m"):
-        with suppress(KeyboardInterrupt), leases.hold("m"), leases.hold("n"):
-            assert set(leases.models) == {"m", "n"}
+    demand, ended = PendingDemand(), list[str]()
+    demand.on_end = lambda: ended.append("end")
+    with demand.hold("m"):
+        with suppress(KeyboardInterrupt), demand.hold("m"), demand.hold("n"):
+            assert set(demand.models) == {"m", "n"}
             raise KeyboardInterrupt
-        assert (leases.held("m"), leases.held("n"), ended) == (True, False, ["end"])
+        assert (demand.has("m"), demand.has("n"), ended) == (True, False, ["end"])
     assert ended == ["end", "end"]
-    assert not leases.models
+    assert not demand.models

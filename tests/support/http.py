@@ -251,7 +251,7 @@ class LocalApi(Api):
         """Return a model's newest worker."""
         workers = [
             load.worker
-            for load in self.app[CONSUMER].live.values()
+            for load in self.app[CONSUMER].loads.values()
             if load.model_id == model_id and load.worker is not None
         ]
         return workers[-1]

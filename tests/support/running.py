@@ -72,7 +72,7 @@ class Engine:
     pool: WorkerPool
     repository: Repository
     consumer: Consumer
-    leases: PendingDemand
+    demand: PendingDemand
     router: Router
     clock: Clock
     applying: asyncio.Task[None] = field(repr=False)
@@ -154,7 +154,7 @@ class Engine:
 
     def live(self, model_id: str) -> RunningLoad:
         """Return the newest load of a model that runs."""
-        return [load for load in self.consumer.live.values() if load.model_id == model_id][-1]
+        return [load for load in self.consumer.loads.values() if load.model_id == model_id][-1]
 
     def worker(self, model_id: str) -> Worker:
         """Return the newest worker of a model."""
@@ -164,7 +164,7 @@ class Engine:
 
     def workers(self, model_id: str) -> list[Worker]:
         """Return the workers that are left of a model's newest load."""
-        return self.live(model_id).left
+        return self.live(model_id).alive_workers
 
     async def events(self, *, of: str | None = None) -> list[Event]:
         """Return what is recorded, of one model or all."""
@@ -215,7 +215,7 @@ class Engine:
 
     async def nothing_left(self) -> None:
         """Wait until no load and no worker is left; a worker forked for nobody ends a moment later."""
-        await until(lambda: self.consumer.live == {} and self.worker_pids() == [])
+        await until(lambda: self.consumer.loads == {} and self.worker_pids() == [])
 
     @property
     def fork_server_pid(self) -> int:
@@ -231,7 +231,7 @@ class Engine:
         """Wait until a model's worker is amid its load."""
 
         def found() -> list[RunningLoad]:
-            loads = self.consumer.live.values()
+            loads = self.consumer.loads.values()
             return [load for load in loads if (load.model_id, load.stage) == (model_id, "loading")]
 
         await until(lambda: bool(found()))
@@ -335,21 +335,21 @@ async def running(
         await log.open()
         await log.server_started()
         policy = policy or Policy(loads_at_once)
-        leases = PendingDemand()
+        demand = PendingDemand()
         consumer = Consumer(
             log,
             pool,
             repository,
             policy=policy,
             drain_timeout_s=drain_timeout_s,
-            leases=leases,
+            demand=demand,
             store=store,
         )
         applying = asyncio.create_task(consumer.run())
         try:
             async with open_reader(log.path) as reader:
-                router = Router(log, consumer.live, repository, max_queue=max_queue)
-                yield Engine(log, reader, pool, repository, consumer, leases, router, clock, applying)
+                router = Router(log, consumer.loads, repository, max_queue=max_queue)
+                yield Engine(log, reader, pool, repository, consumer, demand, router, clock, applying)
         finally:
             await consumer.stop()
             await asyncio.wait([applying])
@@ -360,5 +360,5 @@ async def running(
                 await pool.close()
             else:
                 await end_workers(shared)
-            assert not [task for load in consumer.live.values() for task in load.tasks]
+            assert not [task for load in consumer.loads.values() for task in load.tasks]
         applying.result()

@@ -61,7 +61,7 @@ def unhurried() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers_module, "EXIT_WAIT_S", LIMIT_S)
-        patch.setattr(pool_module, "LAUNCH_LIMIT_S", LIMIT_S)
+        patch.setattr(pool_module, "FORK_SERVER_LIMIT_S", LIMIT_S)
         patch.setattr(pool_module, "FORK_LIMIT_S", LIMIT_S)
         yield
 

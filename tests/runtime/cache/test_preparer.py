@@ -242,7 +242,7 @@ async def forms_of_loads(engine: Engine, count: int) -> list[str | None]:
 
 async def preparing(engine: Engine) -> int:
     """Wait until a worker prepares a model, and return its process id."""
-    serving = {worker.pid for load in engine.consumer.live.values() for worker in load.left}
+    serving = {worker.pid for load in engine.consumer.loads.values() for worker in load.alive_workers}
     await until(lambda: bool(set(engine.worker_pids()) - serving))
     return min(set(engine.worker_pids()) - serving)
 
@@ -398,7 +398,7 @@ async def test_one_instance_may_load_bare(tmp_path: Path, store: ModelCache) -> 
     async with engine_with_form(tmp_path, store, m=models.weights(20)) as engine:
         first = await engine.stopped_ahead()
         job_id = await engine.ask_load("m", parameters=LoadParameters(instances=3))
-        await until(lambda: any(load.workers for load in engine.consumer.live.values()))
+        await until(lambda: any(load.workers for load in engine.consumer.loads.values()))
         load = engine.live("m")
         os.kill(first, signal.SIGKILL)
         job = await engine.ended(job_id)

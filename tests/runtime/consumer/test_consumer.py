@@ -56,7 +56,7 @@ async def test_load_records_hashes_memory_and_durations(engine: Engine) -> None:
     await engine.unload("adder")
     await engine.load("adder", 1)  # with the hashes that are known
     assert [each.files for each in await engine.facts(ModelLoaded, of="adder")] == [(file,)] * 2
-    assert engine.consumer._applier._hashed["adder", 1] != ()
+    assert engine.consumer._executor._known_files["adder", 1] != ()
 
 
 async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_pool: WorkerPool) -> None:
@@ -106,7 +106,7 @@ async def test_bad_model_fails_its_load_with_the_reason(engine: Engine, case: st
     assert words in job.error.message
     assert (engine.model("bad").state, engine.model("bad").error) == (ModelState.FAILED, job.error)
     assert await engine.story(of="bad") == ["LoadRequested", "LoadStarted", "LoadFailed"]
-    await until(lambda: len(engine.consumer.live) == 1)
+    await until(lambda: len(engine.consumer.loads) == 1)
     assert await engine.ask("adder", 1) == 3
 
 
@@ -159,7 +159,7 @@ async def test_swap_drains_the_old_version(engine: Engine) -> None:
     assert not asked.done()
     os.kill(old.pid, signal.SIGCONT)
     assert await asked == 11
-    await until(lambda: len(engine.consumer.live) == 1)
+    await until(lambda: len(engine.consumer.loads) == 1)
     assert gone(old.pid)
     [requested] = await engine.facts(UnloadRequested, of="adder")
     loaded = [event for event in await engine.events(of="adder") if isinstance(event.data, ModelLoaded)]

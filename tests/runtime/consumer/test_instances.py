@@ -51,7 +51,7 @@ async def half_load(engine: Engine, parameters: LoadParameters) -> tuple[str, Ru
 
 async def taken(engine: Engine, pid: int) -> None:
     """Wait until a load has this worker."""
-    loads = engine.consumer.live
+    loads = engine.consumer.loads
     await until(lambda: any(worker.pid == pid for load in loads.values() for worker in load.workers))
 
 
@@ -175,7 +175,7 @@ async def test_degraded_model_serves_while_it_is_repaired(folder: Path, shared_p
                 group.create_task(keep_asking())
             engine.pass_time(0.5)
             await engine.recorded(lambda: not engine.model("adder").degraded)
-            await until(lambda: len(engine.consumer.live) == 1)
+            await until(lambda: len(engine.consumer.loads) == 1)
             over.set()
         assert len(engine.workers("adder")) == 2
         assert gone(second.pid)

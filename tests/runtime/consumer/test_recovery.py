@@ -66,7 +66,7 @@ async def test_crash_loop_fails_the_model_until_a_request(engine: Engine) -> Non
     assert len(await engine.facts(WorkerExited, of="adder")) == MAX_INCIDENTS
     head = engine.log.head
     engine.pass_time(86_400)
-    await until(lambda: engine.consumer.live == {})
+    await until(lambda: engine.consumer.loads == {})
     assert engine.log.head == head
     assert (await engine.load("adder")).status is JobStatus.COMPLETED
 
@@ -172,7 +172,7 @@ async def test_unwritable_ledger_delays_each_fact(
     story = await engine.story(of=model)
     assert story.count(fact) == 1
     assert "WorkerExited" not in story
-    await until(lambda: len(engine.consumer.live) == (1 if fact in {"LoadStarted", "ModelLoaded"} else 0))
+    await until(lambda: len(engine.consumer.loads) == (1 if fact in {"LoadStarted", "ModelLoaded"} else 0))
 
 
 async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,7 +189,7 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
         engine.log.notify()
         await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
         assert not engine.log.healthy
-        assert [load.model_id for load in engine.consumer.live.values()] == ["other"]
+        assert [load.model_id for load in engine.consumer.loads.values()] == ["other"]
         assert engine.worker_pids() == serving
         await until(lambda: "looking at a model" not in {task.get_name() for task in asyncio.all_tasks()})
         job = engine.log.state.jobs[job_id]
@@ -215,7 +215,7 @@ async def test_unwritable_ledger_leaves_load_cancellable(
                 break
         assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
     assert await engine.story(of="adder") == ["LoadRequested", "CancelRequested", "JobCancelled"]
-    assert (engine.consumer.live, engine.worker_pids()) == ({}, [])
+    assert (engine.consumer.loads, engine.worker_pids()) == ({}, [])
 
 
 # The end of the consumer itself.

@@ -257,7 +257,7 @@ async def test_endless_warm_up_is_ended(tmp_path: Path, ended_by: str) -> None:
     put(tmp_path, models.endless())
     async with running(tmp_path) as engine:
         job_id = await engine.ask_load("m", None, LoadParameters(timeout_s=60))
-        await until(lambda: any(load.stage == "warming_up" for load in engine.consumer.live.values()))
+        await until(lambda: any(load.stage == "warming_up" for load in engine.consumer.loads.values()))
         worker = engine.worker("m")
         await until(computing(worker.pid))
         if ended_by == "timeout":

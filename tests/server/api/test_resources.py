@@ -61,7 +61,7 @@ async def test_loaded_model_uses_the_memory_of_its_workers(api: LocalApi, reposi
     save(models.counting_loop(), repository, "m", 3)
     job = await api.load("m", instances=2, pinned=True, keep_alive_s=50)
     [use] = (await resources(api))["models"]
-    pids = [worker.pid for load in api.app[CONSUMER].live.values() for worker in load.left]
+    pids = [worker.pid for load in api.app[CONSUMER].loads.values() for worker in load.alive_workers]
     assert use.pop("memory_bytes") == pytest.approx(sum(map(private_bytes, pids)), rel=0.2)
     assert use == {
         "model_id": "m", "version": 3, "job_id": job["id"], "phase": "serving", "workers": 2,

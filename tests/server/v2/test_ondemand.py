@@ -93,13 +93,13 @@ class Demanding:
         self._engine = engine
         self.look_ups = 0
         self.defect: Exception | None = None
-        self.leases = engine.leases
+        self.pending = engine.demand
         self.demand = OnDemand(
             log=engine.log,
             submit=engine.log.submit,
             reader=engine.reader,
             router=engine.router,
-            leases=self.leases,
+            demand=self.pending,
             look_up=self._look_up,
             waiting_for=engine.consumer.waiting_for,
             stopping=asyncio.Event(),
@@ -111,7 +111,7 @@ class Demanding:
         """Wait for a model, and return whether it is ready then, and held."""
         ends_at_s = asyncio.get_running_loop().time() + within_s
         async with self.demand.loaded(model_id, None, "ann", ends_at_s):
-            return self._engine.router.is_ready(model_id) and self.leases.held(model_id)
+            return self._engine.router.is_ready(model_id) and self.pending.has(model_id)
 
     async def waiting(self, model_id: str, count: int) -> list[asyncio.Task[bool]]:
         """Begin to wait so many times."""
@@ -151,7 +151,7 @@ async def test_thousand_waiters_are_one_look_up_and_one_load(tmp_path: Path) -> 
         assert on_demand.look_ups == 1
         assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
         assert on_demand.demand.waiting("adder") == 0
-        assert not on_demand.leases.held("adder")
+        assert not on_demand.pending.has("adder")
 
 
 async def test_waiter_beyond_the_queue_is_refused(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ async def test_inference_loads_its_model(shared: LocalApi) -> None:
     assert answer.headers["Loadledger-Model"] == f"m/1;position={loaded.position}"
     assert (await shared.infer("m", floats(1))).status == 200
     assert await shared.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-    assert not shared.app[PENDING_DEMAND].held("m")
+    assert not shared.app[PENDING_DEMAND].has("m")
 
 
 async def test_raw_body_loads_its_model(shared: LocalApi) -> None:
@@ -389,7 +389,7 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
     assert answer.refusal == (504, "inference_timeout")
     assert "still loading" in answer.json["error"]
     assert (await shared.model("slow"))["state"] == "loading"
-    assert not shared.app[PENDING_DEMAND].held("slow")
+    assert not shared.app[PENDING_DEMAND].has("slow")
     waiting_too = await begin(shared, "slow", 3)
     await shared.unload("slow", force=True)
     for answer in await asyncio.gather(*waiting_too):
@@ -436,7 +436,7 @@ async def wait_for(api: LocalApi, model_id: str, subject: str = "ann") -> bool:
     """Wait as an inference does, and return whether the model is held then."""
     ends_at_s = asyncio.get_running_loop().time() + 1000
     async with api.app[DEMAND].loaded(model_id, None, subject, ends_at_s):
-        return api.app[PENDING_DEMAND].held(model_id)
+        return api.app[PENDING_DEMAND].has(model_id)
 
 
 async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) -> None:
@@ -446,7 +446,7 @@ async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) ->
     first.cancel()
     assert await second
     assert first.cancelled()
-    assert not shared.app[PENDING_DEMAND].held("common")
+    assert not shared.app[PENDING_DEMAND].has("common")
     await until(lambda: shared.app[DEMAND].waiting("common") == 0)
     [requested, *_] = await shared.events("common")
     assert requested.actor in ("ann", "bob")  # ann may have gone before the load was requested
@@ -458,6 +458,6 @@ async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
     await recorded(shared, "alone", "LoadStarted")
     waiting.cancel()
     await asyncio.wait([waiting])
-    assert not shared.app[PENDING_DEMAND].held("alone")
+    assert not shared.app[PENDING_DEMAND].has("alone")
     await shared.model_when("alone", state="loaded")
     assert await causes(shared, "alone") == ["demand"]

@@ -32,7 +32,7 @@ GROWTH_BYTES = 40_000_000
 @pytest.fixture(autouse=True)
 def _only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let only the tests measure and note."""
-    monkeypatch.setattr(consumer_module, "MEASURE_S", FOR_EVER_S)
+    monkeypatch.setattr(consumer_module, "MEASURE_EVERY_S", FOR_EVER_S)
     monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", LIMIT_S)
 
 
@@ -53,7 +53,7 @@ async def engine(folder: Path, shared_pool: WorkerPool) -> AsyncIterator[Engine]
 
 
 def upkeep(engine: Engine) -> WorkerMonitor:
-    return engine.consumer._upkeep
+    return engine.consumer._monitor
 
 
 def shape() -> Tensor:
@@ -195,7 +195,7 @@ async def test_unnoted_uses_are_noted_later(engine: Engine, folder: Path) -> Non
 async def test_upkeep_runs_periodically(
     folder: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consumer_module, "MEASURE_S", 0.01)
+    monkeypatch.setattr(consumer_module, "MEASURE_EVERY_S", 0.01)
     async with running(folder, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.infer("old", index())
