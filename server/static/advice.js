@@ -1,21 +1,21 @@
-// What to do about what went wrong, by the code that the ledger has for it.
+// Advice for each error code of the ledger.
 
 const BY_CODE = {
-  invalid_model: "The file is no model that ONNX Runtime can load. Put a right one there, as a new version, and load that.",
-  model_changed: "Its files changed while it was loaded. When the copy is complete, load it again.",
-  unsafe_file: "A file of it leads out of its folder, or is no plain file. Remove it from the repository, then load again.",
-  warm_up_failed: "It loads, but its first inference fails: look at the message, and at its inputs.",
-  out_of_memory: "It took more than it may. Raise its memory_limit_bytes, or give it a machine with more memory.",
-  insufficient_memory: "It does not fit into the memory budget. Unload something, let --evict idle do so, or raise --memory-budget.",
-  too_many_loaded: "As many models are loaded as --max-loaded allows. Unload one first.",
-  timeout: "It was not loaded in time. Look at what it waited for, then load it again, or give it a longer timeout_s.",
-  crash_loop: "It kept dying and is not tried any more. Read its last lines, then load another version, or this one again.",
-  worker_died: "Its process ended. Read its last lines in the ledger (WorkerExited); if it dies again, go back to another version.",
-  fork_server_died: "The process that starts workers ended, which says nothing against the model. It comes back by itself.",
-  fork_server_unavailable: "The process that starts workers does not answer. If that stays so, look at the machine, then start the server again.",
-  invalid_defaults: "Its loadledger.toml is not what it has to be: mend it, then load again.",
-  prepare_failed: "Its prepared form could not be made. It loads from its own files.",
-  disk_full: "The disk is full. Make room, then load it again.",
+  invalid_model: "ONNX Runtime cannot load the file. Add a valid file as a new version and load it.",
+  model_changed: "Its files changed while it was loaded. Load it again when copying has finished.",
+  unsafe_file: "One of its files leads out of its folder or is not a regular file. Remove that file, then load again.",
+  warm_up_failed: "It loads, but its first inference fails. Read the message and check the inputs of its warm-up.",
+  out_of_memory: "It needed more memory than allowed. Raise its memory_limit_bytes, or use a machine with more memory.",
+  insufficient_memory: "It does not fit into the memory budget. Unload a model, set --evict idle, or raise --memory-budget.",
+  too_many_loaded: "The limit --max-loaded is reached. Unload a model first.",
+  timeout: "It was not loaded in time. See what it waited for; load it again or raise timeout_s.",
+  crash_loop: "Its workers died too often, so it is not reloaded. Read their last lines, then load another version, or this one again.",
+  worker_died: "Its worker died. Read its last lines in the ledger (WorkerExited). If it dies again, load another version.",
+  fork_server_died: "The fork server ended. It restarts by itself; the model is not the cause.",
+  fork_server_unavailable: "The fork server does not answer. If that lasts, check the machine and restart the server.",
+  invalid_defaults: "Its loadledger.toml is invalid. Correct it, then load again.",
+  prepare_failed: "It could not be prepared. It loads from its own files.",
+  disk_full: "The disk is full. Free some space, then load it again.",
 };
 
 export function advice(code) {

@@ -1,11 +1,11 @@
-// What needs somebody, at the top: what is wrong, why, and what to do, with the button that does it.
+// Problems at the top of the page: what is wrong, why, what to do, and a button for it.
 
 import { button, byId, el, keyed, setAttribute, setText, tell } from "./dom.js";
 import { count } from "./format.js";
 import { problems } from "./problems.js";
 
 const MOST = 12;
-const LABELS = { critical: "Broken", warning: "Look", waiting: "Waits" };
+const LABELS = { critical: "Failed", warning: "Warning", waiting: "Waiting" };
 
 export function attentionView(store, offers) {
   let said = null;
@@ -17,7 +17,7 @@ export function attentionView(store, offers) {
     const titles = all.filter((problem) => problem.level !== "waiting").map((problem) => problem.title).sort();
     const told = titles.slice(0, MOST).join("; ") + (titles.length > MOST ? `; and ${titles.length - MOST} more` : "");
     // Said when it changes, and not each second: nobody could listen to anything else.
-    if (told !== said && store.resources) setText(byId("attention-said"), (said = told) || "Nothing needs you.");
+    if (told !== said && store.resources) setText(byId("attention-said"), (said = told) || "Nothing needs attention.");
     document.title = `${all.some((each) => each.level === "critical") || store.connection.mode === "lost" ? "⚠ " : ""}loadledger: console`;
   };
   store.watch(draw);
@@ -25,7 +25,7 @@ export function attentionView(store, offers) {
 }
 
 function well(store) {
-  if (!store.resources) return "Looking…";
+  if (!store.resources) return "Loading…";
   const loaded = [...store.models.values()].filter((model) => model.state === "loaded").length;
   return `Nothing: ${count(loaded, "model")} loaded, none failed or lost, no job waits.`;
 }

@@ -27,7 +27,7 @@ export function connectionView(store, live, session) {
     show(byId("lost"), loud);
     if (!old) return;
     setText(byId("lost-title"), `Not connected for ${age((Date.now() - since) / 1000)}.`);
-    setText(byId("lost-text"), `What you see is as of ${clock(new Date(store.heardAt).toISOString())}. ${why}`);
+    setText(byId("lost-text"), `The data is as of ${clock(new Date(store.heardAt).toISOString())}. ${why}`);
     setText(byId("lost-next"), retryAt ? `Trying again in ${Math.max(0, Math.ceil((retryAt - Date.now()) / 1000))} s.` : "");
   };
   setText(byId("who"), whoText(session));
@@ -40,7 +40,7 @@ export function connectionView(store, live, session) {
 
 // To the ear, once: the banner counts seconds.
 function say(loud, before) {
-  setText(byId("connection-said"), loud ? "Not connected to the server. What you see is old." : before ? "Connected again." : "");
+  setText(byId("connection-said"), loud ? "Not connected to the server. The data is old." : before ? "Connected again." : "");
 }
 
 function whoText(session) {

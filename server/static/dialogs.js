@@ -41,7 +41,7 @@ export function dialog(id, ask) {
 export function loadDialog(api, store, actions) {
   let model = null;
   const about = dialog("load", () => {
-    if (!byId("load-version").value) return about.refuse(`The repository has no version of it: put one there, as ${model.id}/VERSION/model.onnx.`), false;
+    if (!byId("load-version").value) return about.refuse(`The repository has no version of it. Add one as ${model.id}/VERSION/model.onnx.`), false;
     const body = { version: Number(byId("load-version").value) };
     for (const name of ["strategy", "priority"]) {
       const chosen = byId(`load-${name}`);

@@ -45,7 +45,7 @@ function item(first, offers) {
 function whyText(job) {
   if (job.error) return `${job.error.code}: ${oneLine(job.error.message, 400)}`;
   if (job.waiting_for) return `Waits for ${oneLine(job.waiting_for, 400)}`;
-  return job.cancel_requested && !ended(job) ? "It is being cancelled." : "";
+  return job.cancel_requested && !ended(job) ? "Being cancelled." : "";
 }
 
 function aboutText(job) {

@@ -147,7 +147,7 @@ export class Live {
   #isOver(error) {
     if (!(error instanceof Refusal) || error.status !== 401) return false;
     this.stop();
-    this.onSignedOut(`The server does not take this token any more: ${error.message}.`);
+    this.onSignedOut(`The server no longer accepts this token: ${error.message}.`);
     return true;
   }
 

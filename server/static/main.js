@@ -83,11 +83,11 @@ function askForToken() {
 
 async function signIn(field) {
   const token = cleaned(field.value);
-  if (token === null) return tell(byId("sign-in-why"), "This is no token: one is three parts of letters and digits, with dots between them.");
+  if (token === null) return tell(byId("sign-in-why"), "This is not a token. A token has three parts of letters and digits, separated by dots.");
   try {
     await new Api(token).get("/api/v1/resources"); // any role may ask for these
   } catch (error) {
-    return tell(byId("sign-in-why"), error.status === 401 ? `The server does not take this token: ${error.message}.` : told(error));
+    return tell(byId("sign-in-why"), error.status === 401 ? `The server does not accept this token: ${error.message}.` : told(error));
   }
   field.value = "";
   if (byId("keep").checked) keepToken(token);

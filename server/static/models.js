@@ -17,7 +17,7 @@ export function modelsView(store, offers) {
     keyed(byId("models-rows"), wanted.slice(0, most), (model) => model.id, (model) => row(model, offers, store), (node, model) => node.update(model));
     const loaded = all.filter((model) => model.state === "loaded").length;
     setText(byId("models-count"), `${loaded} loaded of ${all.length}`);
-    tell(byId("models-none"), wanted.length ? "" : all.length ? "No model is like that." : "The repository has no models yet: put one there, as MODEL/VERSION/model.onnx.");
+    tell(byId("models-none"), wanted.length ? "" : all.length ? "No model matches." : "The repository has no models yet. Add one as MODEL/VERSION/model.onnx.");
     show(byId("models-more"), wanted.length > most);
   };
   show(byId("models-do"), Boolean(offers.load || offers.predict));

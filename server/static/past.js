@@ -122,7 +122,7 @@ export class Past {
     setText(byId("past-event"), event ? `Here: ${oneLine([event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" "), 300)}${summary(event) ? `, ${summary(event)}` : ""}` : "");
     keyed(byId("past-rows"), page.models.slice(0, MOST), (model) => model.id, (model) => row(model), (node, model) => node.update(model));
     const more = page.models.length - MOST;
-    tell(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger knew no model then.");
+    tell(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger had no model at that time.");
   }
 }
 

@@ -16,7 +16,7 @@ export function predictDialog(api) {
     try {
       body = sent(byId("predict-body").value);
     } catch (error) {
-      about.refuse(`This is no request: ${error.message}`);
+      about.refuse(`This is not a valid request: ${error.message}`);
       return false;
     }
     asking = new AbortController();

@@ -39,7 +39,7 @@ function* ofModel(model, jobs) {
   } else if (state === "lost") {
     const why = reason(error) || "Its worker or the server died.";
     yield problem("critical", `lost ${id}`, `${id} is lost: it served, and does not now`, why,
-      "It is loaded again by itself; its job says what it waits for. If it need not come back, unload it.", load, unload);
+      "The server reloads it; its job says what it waits for. To stop that, unload it.", load, unload);
   } else if (error && state === "loaded") {
     yield problem("warning", `error ${id}`, `${id} still serves version ${model.version}, but something failed`,
       reason(error), advice(error.code), { do: "swap", model });
@@ -53,7 +53,7 @@ function* ofStuck(store, now) {
     if (!use || seconds < STUCK_S) continue;
     yield problem("critical", `stuck ${jobId}`, `${use.model_id} does not answer`,
       `${count(use.in_flight, "request")} in flight, none answered for ${age(seconds)}.`,
-      "Its worker may be stopped, or busy with something endless. A forced unload ends it within a second; then load it again.",
+      "Its worker may be stopped or stuck. Force the unload, which ends it within a second; then load it again.",
       { do: "unload", model: store.models.get(use.model_id) });
   }
 }
@@ -65,7 +65,7 @@ function* ofJob(job, now) {
   const cancel = { do: "cancel", job };
   if (job.waiting_for) {
     yield problem("waiting", `waits ${job.id}`, what, `For ${job.waiting_for}.`,
-      `Asked for by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it begins by itself.`, cancel);
+      `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.`, cancel);
   } else if (job.kind === "unload" && job.status === "in_progress" && seconds > SLOW_UNLOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
       `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now: running requests have not ended.`, "It kills the worker when its time is up; a forced unload does so now.",
@@ -79,7 +79,7 @@ function* ofJob(job, now) {
 function* ofMemory({ resources }) {
   if (!resources) return;
   const { budget_bytes: budget, free_bytes: free, pressure, waiting, limit_bytes: limit } = resources;
-  const todo = "Unload what is not needed, or let --evict idle do so.";
+  const todo = "Unload unused models, or set --evict idle.";
   const needs = Math.max(0, ...waiting.map((each) => each.needs_bytes ?? 0));
   if (free < 0) {
     yield problem("critical", "memory", "Memory is over budget", `By ${bytes(-free)} of ${bytes(budget)}: models have grown.`, todo);
@@ -88,7 +88,7 @@ function* ofMemory({ resources }) {
   }
   if ((pressure?.memory_some_percent ?? 0) >= PRESSED_PERCENT) {
     yield problem("warning", "pressure", "The machine is short of memory",
-      `Something waited for memory ${Math.round(pressure.memory_some_percent)} % of the last ten seconds; it may use ${bytes(limit)}.`,
-      "Loads of low priority wait meanwhile. Look at what else runs on it.");
+      `In ${Math.round(pressure.memory_some_percent)} % of the last ten seconds a task waited for memory; the limit is ${bytes(limit)}.`,
+      "Loads of low priority wait. Check what else runs on the machine.");
   }
 }
