@@ -1,7 +1,7 @@
-"""What is behind a ledger's base: its archives, proved to lead there, and folded to what they came to.
+"""Archives of a ledger: proof that they lead to its base, and replay of their events before the log.
 
-They are read twice where they are folded: first it is proved that they lead to the base, so that what
-somebody made up is never folded, whose models and jobs might need any memory.
+Archives are read twice: the first reading proves by hashes that they lead to the base, and only the second
+one folds them. So a forged file is never folded, whose models and jobs might take any memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from events.audit.exportreader import ExportReader, FileAudit, audit_files, read
 from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import decode_event
-from events.errors import ArchiveMissing, LedgerDamaged, LogUnavailable
+from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
 from events.models import Model
-from events.sqlite.queries import LogBase, Row, as_bytes
+from events.sqlite.history import Moment, fold_page, head_moment, moment_at, parse_time, state_at_moment
+from events.sqlite.queries import LogBase, Row, as_bytes, read_base, read_pages
 from events.sqlite.snapshots import jobs_behind
 from events.state import Entities, State
 from events.types import Event
@@ -27,19 +28,19 @@ from events.types import Event
 
 @dataclass(frozen=True, slots=True)
 class ArchivedRange:
-    """Where events went that the log no longer has: their positions, and the name the file had then."""
+    """An archive as the ledger lists it: the positions of its events, and the name that its file had."""
 
     first_position: int
     last_position: int
     file: str
 
     def __str__(self) -> str:
-        """Say it to people."""
+        """Return the range for messages."""
         return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
 
 
 def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
-    """Return what a ledger that has a base says of its archives, the first one first."""
+    """Return the archives that a ledger lists, in the order of their positions."""
     found = connection.execute(
         "SELECT first_position, last_position, CAST(file AS BLOB) FROM archives ORDER BY last_position"
     )
@@ -61,13 +62,13 @@ class InvalidArchive(LedgerDamaged):
 
 @dataclass(frozen=True, slots=True)
 class ArchiveProof:
-    """What archives prove of what is behind a base.
+    """What archives prove of the events up to a base.
 
     Attributes:
-        files: in the order of their positions; up to the first that does not verify as they were given.
-        is_folded: whether they are all there are, and what they came to is what the ledger has.
+        files: in the order of their positions; after a finding, as they were given, up to the invalid one.
+        is_folded: whether they are complete, and fold to the state that the ledger has at its base.
         finding: the first problem, if any.
-        at: the file that it is about.
+        at: the file with the problem.
     """
 
     files: tuple[FileAudit, ...]
@@ -77,7 +78,7 @@ class ArchiveProof:
 
     @property
     def after(self) -> LogBase:
-        """From where on the events are proved."""
+        """The position and hash after which events are proved."""
         return self.files[0].after
 
 
@@ -89,18 +90,18 @@ def check_archives(
     key: str | None = None,
     expected: Expected | None = None,
 ) -> ArchiveProof:
-    """Verify archives, in whatever order they are given, and that together they lead to the base of a log.
+    """Verify archives, and check that together they lead to the base of a log.
 
     Args:
-        paths: of the archives.
-        base: with which the log begins.
-        told: what the ledger says of its archives, to name those that are missing.
-        key: the id of the key that has to have signed them, where that is known.
-        expected: what somebody kept, if it is in one of them.
+        paths: of the archives, in any order.
+        base: of the log.
+        told: the archives that the ledger lists, to name those that are missing.
+        key: the id of the expected signer's key; None accepts any.
+        expected: a head that the archives must have, if one of them has the position.
 
     Raises:
-        ArchiveMissing: `archive_missing`, they do not follow one another, or do not end with the base.
-        LogUnavailable: `log_unavailable`, one is no regular file.
+        ArchiveMissing: `archive_missing`, the archives do not follow one another, or do not end at the base.
+        LogUnavailable: `log_unavailable`, one is not a regular file.
         OSError: one cannot be read.
     """
     files = audit_files(paths, key=key, expected=expected)
@@ -111,53 +112,53 @@ def check_archives(
     for earlier, later in pairwise(files):
         _refuse_gap(earlier, later.after.position, printable_name(later.path), told)
     _refuse_gap(files[-1], base.position, "the log", told)
-    return _seams(files, base)
+    return _check_seams(files, base)
 
 
 def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, told: Sequence[ArchivedRange]) -> None:
     end, name = file.proved.position, printable_name(file.path)
     if end < goes_on_after:
-        known = next((f", the ledger says: {each}" for each in told if each.last_position > end), "")
+        known = next((f", listed as: {each}" for each in told if each.last_position > end), "")
         raise ArchiveMissing(
             f"positions {end + 1} to {goes_on_after} are missing: {name} ends at {end}, and {what} begins "
-            f"after {goes_on_after}; name the archive that has them, too{known}"
+            f"after {goes_on_after}; give the archive that has them, too{known}"
         )
     if end > goes_on_after:
         raise ArchiveMissing(
-            f"{name} goes on to position {end}, and {what} begins after {goes_on_after} already: name only "
+            f"{name} goes on to position {end}, and {what} begins after {goes_on_after} already: give only "
             "archives that follow one another, each once"
         )
 
 
-def _seams(files: list[FileAudit], base: LogBase) -> ArchiveProof:
+def _check_seams(files: list[FileAudit], base: LogBase) -> ArchiveProof:
     found = ArchiveProof(tuple(files))
     for earlier, later in pairwise(files):
         if earlier.proved != later.after:
-            problem = f"its hash there is not that with which {printable_name(earlier.path)} ends"
+            problem = f"its hash there is not the last one of {printable_name(earlier.path)}"
             return replace(
                 found, finding=Finding(later.after.position, problem, FindingKind.BASE), at=later.path
             )
     if files[-1].proved != base:
         finding = Finding(
-            base.position, "its last hash is not that with which the log begins", FindingKind.BASE
+            base.position, "its last hash is not the one after which the log begins", FindingKind.BASE
         )
         return replace(found, finding=finding, at=files[-1].path)
     return found
 
 
 def compare_with_base(behind: ArchiveProof, stored: State) -> ArchiveProof:
-    """Fold archives that lead to the base and compare with the state that is stored there.
+    """Fold archives that lead to the base, and compare with the state that is stored there.
 
-    Those that do not begin with the first event are left as they are: nobody can say what was before.
+    Archives that do not begin with the first event cannot be folded, and are not compared.
 
     Raises:
         LogUnavailable: `log_unavailable`, a file was changed meanwhile.
-        OSError: likewise.
+        OSError: a file cannot be read.
     """
     if behind.finding is not None or behind.after.position != 0:
         return behind
     try:
-        problem = _difference(behind.files, stored)
+        problem = _find_difference(behind.files, stored)
     except InvalidArchive as bad:
         return replace(behind, finding=bad.finding, at=bad.at)
     if problem is None:
@@ -166,8 +167,8 @@ def compare_with_base(behind: ArchiveProof, stored: State) -> ArchiveProof:
     return replace(behind, finding=Finding(position, problem, FindingKind.BASE))
 
 
-def _difference(files: Sequence[FileAudit], stored: State) -> str | None:
-    """Return in words what is stored otherwise than the archives give."""
+def _find_difference(files: Sequence[FileAudit], stored: State) -> str | None:
+    """Return the first difference of the stored state from the archives, in words."""
     ended_there = {job.id for job in stored.jobs.values() if job.ended}
     state, ended = fold_archives(files, wanted=ended_there)
     for model_id in sorted(state.models.keys() | stored.models.keys()):
@@ -176,7 +177,7 @@ def _difference(files: Sequence[FileAudit], stored: State) -> str | None:
     behind = jobs_behind(state)
     jobs = {job.id: job for job in state.unended()}
     jobs |= {job_id: job for job_id, job in ended.items() if job_id in behind}
-    if unknown := behind - jobs.keys():  # an event may name a job that nobody requested: that is none
+    if unknown := behind - jobs.keys():  # an event may name a job that was never requested
         jobs |= fold_archives(files, wanted=unknown)[1]
     for job_id in sorted(jobs.keys() | stored.jobs.keys()):
         if _text(jobs.get(job_id)) != _text(stored.jobs.get(job_id)):
@@ -197,9 +198,9 @@ def fold_archives(
     """Fold archives that begin with the first event.
 
     Args:
-        files: that were proved to follow one another.
-        wanted: the ids of jobs that are returned where they have ended.
-        ends: whether an event is beyond what is asked for.
+        files: proved to follow one another.
+        wanted: the ids of ended jobs to return.
+        ends: whether an event is beyond the end of the fold.
 
     Returns:
         The live state after the last event before the end, and the wanted jobs.
@@ -207,7 +208,7 @@ def fold_archives(
     entities, ended, position, recorded_at = Entities(), dict[str, Job](), 0, ""
     last: Path | None = None
     for file, row in _rows(files):
-        if last is not None:  # read to its end all the same, to see whether it is the file that was proved
+        if last is not None:  # read on to the end of the file, to see whether it is the one that was proved
             if file != last:
                 break
             continue
@@ -217,7 +218,7 @@ def fold_archives(
                 last = file
                 continue
             job = entities.apply(event)
-        except Exception as error:  # noqa: BLE001 - whatever a forged body does to us is a finding
+        except Exception as error:  # noqa: BLE001 - a forged body may raise anything
             problem = f"the body is not an event: {error!r}"
             raise InvalidArchive(Finding(row.position, problem, FindingKind.EVENT), file) from None
         if event.recorded_at < recorded_at:
@@ -230,11 +231,11 @@ def fold_archives(
 
 
 def find_archived_hash(files: Sequence[FileAudit], position: int) -> bytes | None:
-    """Return the hash at a position as archives have it that were proved, or None where none has it.
+    """Return the hash at a position of proved archives, or None if no archive has it.
 
     Raises:
-        LogUnavailable: `log_unavailable`, one was changed meanwhile.
-        OSError: likewise.
+        LogUnavailable: `log_unavailable`, a file was changed meanwhile.
+        OSError: a file cannot be read.
     """
     for file in files:
         if file.after.position == position:
@@ -246,7 +247,7 @@ def find_archived_hash(files: Sequence[FileAudit], position: int) -> bytes | Non
 
 
 def _rows(files: Sequence[FileAudit]) -> Iterator[tuple[Path, Row]]:
-    """Yield the events again, each with its file; at the end of a file it is seen whether it changed."""
+    """Yield the events again, each with its file; refuse a file that changed since its proof."""
     for file in files:
         changed = LogUnavailable(f"{printable_name(file.path)} was changed while it was read: try again")
         try:
@@ -256,3 +257,72 @@ def _rows(files: Sequence[FileAudit]) -> Iterator[tuple[Path, Row]]:
             raise changed from None
         if (reader.after, LogBase(reader.position, reader.hash)) != (file.after, file.proved):
             raise changed
+
+
+def replay(
+    connection: sqlite3.Connection, until: str | None, archives: Sequence[Path] = ()
+) -> tuple[Moment, State]:
+    """Fold the log anew, and return the live state at a moment, with the moment.
+
+    Without archives the fold begins at the base, and a moment before that is refused.
+
+    Args:
+        connection: read-only; a transaction begins.
+        until: a position in digits, a time, or None for the head.
+        archives: of the ledger, all of them, in any order.
+
+    Raises:
+        InvalidMoment: `invalid_parameter`.
+        BeyondHead: `beyond_head`.
+        Archived: `archived`, the moment is before the base, and no archives were given.
+        ArchiveMissing: `archive_missing`, the archives do not lead from the first event to the base.
+        LedgerDamaged: `ledger_damaged`, an archive does not verify.
+        NothingThere: `nothing_there`, archives were given for a ledger without archived events.
+        LogUnavailable: `log_unavailable`, a file cannot be read, or an event cannot be folded.
+        OSError: an archive cannot be read.
+    """
+    if not archives:
+        connection.execute("BEGIN")
+        moment = head_moment(connection) if until is None else moment_at(connection, until)
+        return moment, state_at_moment(connection, moment, from_base=True)
+    proof = _prove_archives(connection, archives)
+    connection.execute("BEGIN")  # not earlier: it keeps the writer from beginning its write-ahead log anew
+    if read_base(connection) != proof.files[-1].proved:
+        raise LogUnavailable("events were archived meanwhile: give that archive, too")
+    try:
+        moment = head_moment(connection) if until is None else moment_at(connection, until)
+    except Archived:
+        return _replay_archives(proof, until or "")
+    if moment.position == 0:
+        return moment, State()
+    state, _ = fold_archives(proof.files)
+    if moment.recorded_at is None:
+        moment = Moment(state.position, state.recorded_at)
+    for page in read_pages(connection, state.position, moment.position):
+        fold_page(state, page)
+    return moment, state
+
+
+def _prove_archives(connection: sqlite3.Connection, archives: Sequence[Path]) -> ArchiveProof:
+    base = read_base(connection)
+    if base.position == 0:
+        raise NothingThere("this ledger has no archived events: leave --archive out")
+    proof = check_archives(archives, base, list_archives(connection))
+    if proof.finding is not None:
+        raise InvalidArchive(proof.finding, proof.at or proof.files[-1].path)
+    if proof.after.position:
+        raise ArchiveMissing(
+            f"positions 1 to {proof.after.position} are missing: replay needs the archive that has them"
+        )
+    return proof
+
+
+def _replay_archives(proof: ArchiveProof, until: str) -> tuple[Moment, State]:
+    """Return the state at a moment before the base, or at the base itself."""
+    if until.isdigit():
+        last = int(until)
+        state, _ = fold_archives(proof.files, ends=lambda event: event.position > last)
+    else:
+        time = parse_time(until)
+        state, _ = fold_archives(proof.files, ends=lambda event: event.recorded_at > time)
+    return Moment(state.position, state.recorded_at or None), state

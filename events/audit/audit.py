@@ -1,6 +1,7 @@
-"""What can be proved of a ledger's file: SQLite's own check, chain, projections, an expected head.
+"""Audit of a ledger: the file, the chain, the stored projections, archives, other files, an expected head.
 
-What was so at a moment, folded from archives and the log: nothing else is believed.
+`verify` proves the log; `audit` adds SQLite's integrity check, the schema, the state at the base as archives
+give it, and a comparison with exports and with a head that somebody kept.
 """
 
 from __future__ import annotations
@@ -13,26 +14,23 @@ from pathlib import Path
 from events.audit.archivechain import (
     ArchivedRange,
     ArchiveProof,
-    InvalidArchive,
     check_archives,
     compare_with_base,
     find_archived_hash,
-    fold_archives,
     list_archives,
 )
 from events.audit.exportreader import FileAudit
 from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_connection
-from events.errors import Archived, ArchiveMissing, LogUnavailable, NothingThere
-from events.sqlite import history, queries
-from events.sqlite.history import Moment, head_moment, moment_at, parse_time, state_at_moment
+from events.errors import Archived, ArchiveMissing, NothingThere
+from events.sqlite import queries
 from events.sqlite.queries import LogBase, hash_at, read_base
 from events.sqlite.readonly import lacks_wal, open_read_only, refuse_incomplete
 from events.sqlite.schema import schema_difference
 from events.sqlite.snapshots import read_base_state
 from events.state import State
 
-_NOBODYS_FAULT = {
+_NOT_ABOUT_CONTENT = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_CANTOPEN,
@@ -40,20 +38,22 @@ _NOBODYS_FAULT = {
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_INTERRUPT,
 }
-"""Errors that say nothing of what is in the file."""
+"""Errors of SQLite that are not about the content of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What was found: SQLite's complaint about the file, if any, and what the chain and projections gave.
-
-    What is before the base is proved by the archives alone; they are named where all else is as it should be.
+    """The result of an audit.
 
     Attributes:
-        archives: where the ledger says that its archived events went.
-        behind: what the archives that were given prove; null where none were.
-        compared: the files that were given beside the ledger, each with how it differs, if at all.
-        schema: how the database's schema is not the one that its migrations make; null if it is.
+        base: of the log.
+        verification: of the log and its stored projections.
+        damage: what SQLite's integrity check says; None if it passes.
+        unexpected: how the ledger differs from the expected head; None if it does not.
+        archives: the archives that the ledger lists.
+        behind: what the given archives prove of the events up to the base; None if none were given.
+        compared: the files that were compared with the ledger, each with its difference, if any.
+        schema: how the schema differs from that of the migrations; None if it does not.
     """
 
     base: LogBase
@@ -67,33 +67,33 @@ class Audit:
 
     @property
     def finding(self) -> Finding | None:
-        """The first problem; one of the file itself is named at the last position that was proved."""
+        """The first problem; a problem of the file itself is at the last proved position."""
         return self._first[0]
 
     @property
     def at(self) -> Path | None:
-        """The file that the first problem is about, where it is not the ledger."""
+        """The file with the first problem; None if that is the ledger."""
         return self._first[1]
 
     @property
     def _first(self) -> tuple[Finding | None, Path | None]:
-        own = self.verification.finding or self._damaged or self.unexpected
+        own = self.verification.finding or self._damage_finding or self.unexpected
         if own is not None:
             return own, None
         if self.behind is not None and self.behind.finding is not None:
             return self.behind.finding, self.behind.at
         differing = ((finding, path) for path, finding in self.compared if finding is not None)
-        return next(differing, (self._reshaped, None))
+        return next(differing, (self._schema_finding, None))
 
     @property
-    def _damaged(self) -> Finding | None:
+    def _damage_finding(self) -> Finding | None:
         if self.damage is None:
             return None
         problem = f"SQLite's integrity check says: {self.damage}"
         return Finding(self.verification.position, problem, FindingKind.DAMAGED)
 
     @property
-    def _reshaped(self) -> Finding | None:
+    def _schema_finding(self) -> Finding | None:
         if self.schema is None:
             return None
         return Finding(
@@ -109,25 +109,25 @@ def audit(
     key: str | None = None,
     files: Sequence[FileAudit] = (),
 ) -> Audit:
-    """Check the ledger at `path`, reading only, in one snapshot; works beside a running server.
+    """Audit the ledger at `path`, read-only and in one snapshot; works beside a running server.
 
     Args:
         path: of the ledger.
-        expected: what it, or one of `archives`, must have.
-        archives: of the ledger, in any order: they are verified, have to lead to its base, and are folded to
-            what it has stored there. Memory grows with neither.
-        key: the id of the key that has to have signed the archives, where that is known.
-        files: that were verified by themselves, to be compared with the ledger.
+        expected: a head that the ledger, or one of `archives`, must have.
+        archives: of the ledger, in any order: they must verify, lead to its base, and fold to the state that
+            it has stored there. Memory does not grow with them.
+        key: the id of the archives' expected signer's key; None accepts any.
+        files: exports and archives, verified by themselves, to be compared with the ledger.
 
     Raises:
-        IncompleteCopy: `incomplete_copy`, the newest events may be missing, and nothing was expected.
-        Archived: `archived`, the expected position is before what the log, and the archives, have.
+        IncompleteCopy: `incomplete_copy`, the newest events may be missing, and no head was expected.
+        Archived: `archived`, the expected position is before the base, or before the first archive.
         ArchiveMissing: `archive_missing`, the archives do not follow one another up to the base, or do not
-            have what one of `files` ends with.
-        NothingThere: `nothing_there`, archives were given, and nothing was archived.
+            have the last position of one of `files`.
+        NothingThere: `nothing_there`, archives were given for a ledger without archived events.
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, a file cannot be read, or is no database.
+        LogUnavailable: `log_unavailable`, a file cannot be read, or is not a database.
         OSError: an archive cannot be read.
     """
     found, stored = _audited(path, expected, files, with_archives=bool(archives))
@@ -147,9 +147,10 @@ def audit(
 def _audited(
     path: Path, expected: Expected | None, files: Sequence[FileAudit], *, with_archives: bool
 ) -> tuple[Audit, State | None]:
-    """Return what the ledger's own file proves and, where that is all sound, the state at its base.
+    """Audit the ledger's own file; return also the state at its base, unless there is a finding.
 
-    Archives are read later, since a snapshot that lasts keeps the write-ahead log from being shortened.
+    Archives are read later: an open read transaction keeps the writer from beginning its write-ahead log
+    anew.
     """
     without_wal = lacks_wal(path)
     with open_read_only(path) as connection:
@@ -165,7 +166,7 @@ def _audited(
         found = replace(found, archives=list_archives(connection) if found.base.position else ())
         if with_archives and found.base.position == 0:
             raise NothingThere(
-                "nothing was archived from this ledger, its log begins with the first event: verify files by "
+                "this ledger has no archived events: its log begins with the first event. Verify files by "
                 "themselves, with `loadledger verify FILE`"
             )
         found = replace(
@@ -177,11 +178,11 @@ def _audited(
 
 
 def _damage(connection: sqlite3.Connection) -> str | None:
-    """Return the first thing that SQLite's integrity check has to say, or None."""
+    """Return the first problem that SQLite's integrity check finds, or None."""
     try:
         (said,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        if isinstance(error, sqlite3.Error) and queries.kind_of(error) in _NOBODYS_FAULT:
+        if isinstance(error, sqlite3.Error) and queries.kind_of(error) in _NOT_ABOUT_CONTENT:
             raise
         return str(error)
     text = str(said, "utf-8", "replace")
@@ -191,7 +192,7 @@ def _damage(connection: sqlite3.Connection) -> str | None:
 def _unexpected(
     connection: sqlite3.Connection, found: Audit, expected: Expected | None, *, with_archives: bool
 ) -> Finding | None:
-    """Compare with what was expected; what is before the base is left to the archives."""
+    """Compare with the expected head; positions before the base are left to the archives."""
     if expected is None:
         return None
     if expected.position >= found.base.position:
@@ -203,8 +204,8 @@ def _unexpected(
 
 def _archived(after: LogBase, found: Audit) -> Archived:
     problem = (
-        f"events up to position {after.position} were archived: expect a later position here, or verify the "
-        "archive"
+        f"events up to position {after.position} are archived: expect a later position, or give the archives "
+        "with --archive"
     )
     return Archived(problem, after.position, found.verification.position)
 
@@ -212,7 +213,7 @@ def _archived(after: LogBase, found: Audit) -> Archived:
 def _compared(
     connection: sqlite3.Connection, found: Audit, files: Sequence[FileAudit]
 ) -> tuple[tuple[Path, Finding | None], ...]:
-    """Compare the ends of files with the chain here: with them, all that is before is the same."""
+    """Compare the last hash of each file with the chain: if it is the same, so are all events before it."""
     return tuple(
         (each.path, _differs(connection, found, Expected(each.proved.position, each.proved.hash)))
         for each in files
@@ -225,30 +226,30 @@ def _is_behind(file: FileAudit, found: Audit) -> bool:
 
 
 def _differs_behind(found: Audit, file: FileAudit) -> Finding | None:
-    """Compare the end of a file that is before the base with what the archives have there.
+    """Compare a file that ends before the base with the archives.
 
     Raises:
-        ArchiveMissing: `archive_missing`, none of them has it.
+        ArchiveMissing: `archive_missing`, no archive has the file's last position.
         LogUnavailable: `log_unavailable`, an archive was changed meanwhile.
-        OSError: likewise.
+        OSError: an archive cannot be read.
     """
     end = file.proved
     digest = None if found.behind is None else find_archived_hash(found.behind.files, end.position)
     if digest is None:
         known = next(
-            (f", the ledger says: {each}" for each in found.archives if each.last_position >= end.position),
+            (f", listed as: {each}" for each in found.archives if each.last_position >= end.position),
             "",
         )
         raise ArchiveMissing(
             f"{printable_name(file.path)} ends at position {end.position}, and the log begins after "
-            f"{found.base.position}: whether its events were this ledger's, only the archive that has that "
-            f"position can say: name it with --archive{known}"
+            f"{found.base.position}: only the archive with that position can show whether its events were this "
+            f"ledger's; give it with --archive{known}"
         )
     return _unlike(end.position, digest, end.hash)
 
 
 def _differs(connection: sqlite3.Connection, found: Audit, expected: Expected) -> Finding | None:
-    """Compare with a hash here; the chain has proved that the stored ones are the right ones."""
+    """Compare with a stored hash, which the chain has proved."""
     head = found.verification.position
     if expected.position > head:
         problem = f"the log ends at position {head}, {expected.position} was expected"
@@ -261,74 +262,3 @@ def _unlike(position: int, digest: bytes, expected: bytes) -> Finding | None:
         return None
     problem = f"the hash is {digest.hex()}, {expected.hex()} was expected"
     return Finding(position, problem, FindingKind.EXPECTATION)
-
-
-def replay(
-    connection: sqlite3.Connection, until: str | None, archives: Sequence[Path] = ()
-) -> tuple[Moment, State]:
-    """Return the live state at a moment, or at the head, and which moment that is.
-
-    Without archives it is folded from the base: a moment before that cannot be asked for.
-
-    Args:
-        connection: that reads the ledger; it begins a transaction.
-        until: a position in digits, a time, or None for the head.
-        archives: of the ledger, all of them, in any order.
-
-    Raises:
-        BadMoment: `invalid_parameter`.
-        BeyondHead: `beyond_head`.
-        Archived: `archived`, it is before the base, and there are no archives.
-        ArchiveMissing: `archive_missing`, the archives do not lead from the first event to the base.
-        LedgerDamaged: `ledger_damaged`, an archive does not verify.
-        NothingThere: `nothing_there`, nothing was archived.
-        LogUnavailable: `log_unavailable`, a file cannot be read, or an event cannot be folded.
-        OSError: an archive cannot be read.
-    """
-    if not archives:
-        connection.execute("BEGIN")
-        moment = head_moment(connection) if until is None else moment_at(connection, until)
-        return moment, state_at_moment(connection, moment, from_base=True)
-    behind = _proved(connection, archives)
-    connection.execute("BEGIN")  # not before, since it keeps the write-ahead log from being shortened
-    if read_base(connection) != behind.files[-1].proved:
-        raise LogUnavailable("events were archived meanwhile: name that archive, too")
-    try:
-        moment = head_moment(connection) if until is None else moment_at(connection, until)
-    except Archived:
-        assert until is not None
-        return _in_archives(behind, until)
-    if moment.position == 0:
-        return moment, State()
-    state, _ = fold_archives(behind.files)
-    if moment.recorded_at is None:
-        moment = Moment(state.position, state.recorded_at)
-    for page in queries.read_pages(connection, state.position, moment.position):
-        history.fold_page(state, page)
-    return moment, state
-
-
-def _proved(connection: sqlite3.Connection, archives: Sequence[Path]) -> ArchiveProof:
-    base = read_base(connection)
-    if base.position == 0:
-        raise NothingThere("nothing was archived from this ledger: leave --archive out")
-    behind = check_archives(archives, base, list_archives(connection))
-    if behind.finding is not None:
-        raise InvalidArchive(behind.finding, behind.at or behind.files[-1].path)
-    if behind.after.position:
-        raise ArchiveMissing(
-            f"positions 1 to {behind.after.position} are missing: without the archive that has them, nobody "
-            "can say what they came to"
-        )
-    return behind
-
-
-def _in_archives(behind: ArchiveProof, until: str) -> tuple[Moment, State]:
-    """Return what was so at a moment before the base, or at the base itself."""
-    if until.isdigit():
-        last = int(until)
-        state, _ = fold_archives(behind.files, ends=lambda event: event.position > last)
-    else:
-        time = parse_time(until)
-        state, _ = fold_archives(behind.files, ends=lambda event: event.recorded_at > time)
-    return Moment(state.position, state.recorded_at or None), state

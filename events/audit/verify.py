@@ -354,7 +354,9 @@ def _check_base_state(connection: sqlite3.Connection, base: int) -> None:
 
 
 def _check_projections(fold: CheckedFold) -> None:
-    difference = fold.stored and fold.stored.find_difference(fold.position, fold.entities)
+    if fold.stored is None:
+        return
+    difference = fold.stored.find_difference(fold.position, fold.entities)
     if difference is not None:
         raise VerificationError(*difference, FindingKind.PROJECTIONS)
 

@@ -159,7 +159,7 @@ def replay_state(
             `archive_missing`, `ledger_damaged`, `nothing_there`.
         OSError: an archive cannot be read.
     """
-    from events.audit.audit import replay  # noqa: PLC0415 - as above
+    from events.audit.archivechain import replay  # noqa: PLC0415 - as above
     from events.sqlite.readonly import open_read_only  # noqa: PLC0415
     from server.api.schemas import job_view, model_view  # noqa: PLC0415
     from server.api.timetravel import as_of  # noqa: PLC0415

@@ -26,8 +26,8 @@ from support.ledgers import (
 )
 
 from events.audit.archive import archive
-from events.audit.archivechain import InvalidArchive
-from events.audit.audit import audit, replay
+from events.audit.archivechain import InvalidArchive, replay
+from events.audit.audit import audit
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
 from events.audit.signing import HeadSigner, key_id
@@ -280,7 +280,7 @@ def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) ->
         own, foreign = exported(path, "own.jsonl", end), exported(other, "foreign.jsonl", end)
         archives = archived(path, 8, 20)
         for file in (own, foreign):
-            with pytest.raises(ArchiveMissing, match=r"name it with --archive, .*: positions \d+ to \d+, '"):
+            with pytest.raises(ArchiveMissing, match=r"give it with --archive, .*: positions \d+ to \d+, '"):
                 audit(path, files=[audit_file(file)])
         assert audit(path, archives=archives, files=[audit_file(own)]).compared == ((own, None),)
         found = audit(path, archives=archives, files=[audit_file(foreign)])

@@ -278,7 +278,7 @@ Arguments = Callable[[Path, Path], tuple[object, ...]]
         (lambda _data, file: ("--archive", file), "name it as FILE"),
         (lambda _data, file: (file, "--archive", file), "name it as FILE"),
         (lambda data, _file: ("--data", data, "--key", "0" * 32), "--key is for signed files"),
-        (lambda data, file: ("--data", data, "--archive", file), "nothing was archived"),
+        (lambda data, file: ("--data", data, "--archive", file), "has no archived events"),
         (lambda data, _file: ("--data", data, "--archive", data), "is a directory"),
         (lambda _data, file: (file, "--expect", "5"), "POSITION:HASH"),
         (lambda _data, file: (file, "--expect", f"{HEAD + 1}:{'0' * 64}"), f"has position {HEAD + 1}"),
