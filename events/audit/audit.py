@@ -242,8 +242,8 @@ def _differs_behind(found: Audit, file: FileAudit) -> Finding | None:
         )
         raise ArchiveMissing(
             f"{printable_name(file.path)} ends at position {end.position}, and the log begins after "
-            f"{found.base.position}: only the archive with that position can show whether its events were this "
-            f"ledger's; give it with --archive{known}"
+            f"{found.base.position}: only the archive with that position can show whether its events were "
+            f"this ledger's; give it with --archive{known}"
         )
     return _unlike(end.position, digest, end.hash)
 
