@@ -80,19 +80,19 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
     """
     if isinstance(command, Record):
         return Accepted(command.drafts)
-    repeated = _repeated(state, command.idempotency, now)
+    repeated = _find_repeated(state, command.idempotency, now)
     if repeated is not None:
         return repeated
     match command:
         case RequestLoad():
-            return _load(state, command, new_id)
+            return _decide_load(state, command, new_id)
         case RequestUnload():
-            return _unload(state, command, new_id)
+            return _decide_unload(state, command, new_id)
         case RequestCancel():
-            return _cancel(state, command, new_id)
+            return _decide_cancel(state, command, new_id)
 
 
-def _repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:
+def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:
     """Return the outcome of the first request with this key; only an accepted request uses its key."""
     known = state.keys.get(given.key_hash) if given is not None else None
     if given is None or known is None or not known.holds(now):
@@ -106,16 +106,16 @@ def _repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existi
     )
 
 
-def _load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
+def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
     queue = state.queue(command.model_id)
     last = queue[-1] if queue else None
     if last is not None and _will_satisfy(last, command):
         return Existing(last.id)
     model = state.models.get(command.model_id)
-    serving = _satisfying(model, command) if last is None else None
+    serving = _find_satisfying(model, command) if last is None else None
     if serving is not None and _match(serving.parameters, command, _SETTINGS):
         return Existing(serving.load_job_id)
-    if command.cause is Cause.DEMAND and (other := _other_version(model, queue, command)) is not None:
+    if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
         return Existing(other)
     most = _MOST_UNENDED.get(command.cause)
     if most is not None and state.backlog >= most:
@@ -141,7 +141,7 @@ def _will_satisfy(job: Job, command: RequestLoad) -> bool:
     return _match(job.load, command, _WORKER_PARAMETERS)
 
 
-def _satisfying(model: Model | None, command: RequestLoad) -> Serving | None:
+def _find_satisfying(model: Model | None, command: RequestLoad) -> Serving | None:
     """Return the present load if it is what the command asks for; a degraded model needs a repair instead."""
     serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
     if model is None or serving is None or serving.version != command.version or model.degraded:
@@ -150,7 +150,7 @@ def _satisfying(model: Model | None, command: RequestLoad) -> Serving | None:
     return serving if same and _match(serving.parameters, command, _WORKER_PARAMETERS) else None
 
 
-def _other_version(model: Model | None, queue: list[Job], command: RequestLoad) -> str | None:
+def _find_other_version(model: Model | None, queue: list[Job], command: RequestLoad) -> str | None:
     """Return the load of another version that serves or is pending: an on-demand load replaces none."""
     if queue:
         return queue[-1].id if queue[-1].kind is JobKind.LOAD else None
@@ -190,7 +190,7 @@ def _path(file: FileIdentity) -> str:
     return file.path
 
 
-def _unload(state: State, command: RequestUnload, new_id: Callable[[], str]) -> Decision:
+def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], str]) -> Decision:
     model_id = command.model_id
     if model_id is None:
         model_id = _model_to_unload(state, force=command.force)
@@ -271,7 +271,7 @@ def _why_not_loaded(model_id: str, queue: list[Job]) -> str:
     return f"model '{model_id}' is not loaded"
 
 
-def _cancel(state: State, command: RequestCancel, new_id: Callable[[], str]) -> Decision:
+def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], str]) -> Decision:
     job = state.unended_job(command.job_id)
     if job is None:
         return Refused(
