@@ -19,25 +19,31 @@ from typing import Any
 from runtime.process.forkserver import ADDED
 
 MALLOC = "GLIBC_TUNABLES"
-# The workers' own, so that the figures differ by the server's own work alone.
 WORKER_ENVIRONMENT = ADDED
-# What a process has whose memory nobody tuned; telemetry and numpy's threads would disturb the measurement.
+"""That of a worker: the figures differ only by the server's own work."""
 PLAIN_ENVIRONMENT = {name: value for name, value in ADDED.items() if name != MALLOC}
-# Memory that a virtual machine has never touched costs its host a fault a page: 60 ms became 200 to 400. All
-# files are written first, and some rounds thrown away, so that what is measured runs in touched memory.
+"""Without tuned memory, and without telemetry and numpy's threads, which would disturb the measurement."""
 THROWN_AWAY = 3
+"""Rounds before the measurement. Memory that a virtual machine has never touched costs its host a fault for
+each page: 60 ms became 200 to 400. All files are written before, too."""
 LIMIT_S = 120
+WARM_UP_CALLS = 100
+CALLS_AT_ONCE = 20
+"""Calls between two readings of the clock; one with 600 KB takes some 0.1 ms."""
+HOST = "127.0.0.1"
+REPLY = b'{"outputs":[]}'
+STOP_LIMIT_S = 60
 
 
 def measure_session(
     model: Path, *, inferences: int = 1, environment: dict[str, str] = WORKER_ENVIRONMENT
 ) -> float:
-    """Return the milliseconds of the first session of a fresh process that has imported ONNX Runtime before.
+    """Return the milliseconds of the first session of a new process, which has imported ONNX Runtime.
 
     Args:
         model: The file; it takes FP32 tensors.
-        inferences: Run in that time; one is the warm-up alone, as in a worker, and 0 is none.
-        environment: Variables that it gets beside ours.
+        inferences: Run in that time; 1 is the warm-up of a worker.
+        environment: Variables beside ours.
     """
     inherited = {name: value for name, value in os.environ.items() if name != MALLOC}
     done = subprocess.run(  # noqa: S603 - our own module and a path of ours
@@ -52,7 +58,7 @@ def measure_session(
 
 def _print_session(model: str, inferences: int) -> None:
     """Create the session with a worker's options, run it, and print the milliseconds."""
-    # Only the process that measures pays for these, and before it measures.
+    # Imported only in the measuring process, before it measures.
     import onnxruntime  # noqa: PLC0415
 
     from runtime.worker.sessions import session_options  # noqa: PLC0415
@@ -64,11 +70,11 @@ def _print_session(model: str, inferences: int) -> None:
         session.run(None, _zeros(session))
     took = time.perf_counter() - start
     print(took * 1000, flush=True)
-    os._exit(0)  # taking the session apart is not measured, so it need not happen
+    os._exit(0)  # the session's end is not measured
 
 
 def _zeros(session: Any) -> dict[str, Any]:
-    """Return zeros of the declared shapes, made anew each time, as a worker's are; what is unknown is 1."""
+    """Return new zeros of the declared shapes, as a worker makes them; unknown dimensions are 1."""
     import numpy as np  # noqa: PLC0415
 
     shapes = {
@@ -76,11 +82,6 @@ def _zeros(session: Any) -> dict[str, Any]:
         for node in session.get_inputs()
     }
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-
-
-WARM_UP_CALLS = 100
-# Between two looks at the clock; 600 KB take some 0.1 ms a call.
-CALLS_AT_ONCE = 20
 
 
 def measure_calls(model: Path, elements: int, *, seconds: float) -> float:
@@ -96,7 +97,7 @@ def measure_calls(model: Path, elements: int, *, seconds: float) -> float:
 
 def _print_calls(model: str, elements: int, seconds: float) -> None:
     """Call the model in a loop, with a worker's options, and print the calls per second."""
-    # Only the process that measures pays for these.
+    # Imported only in the measuring process.
     import numpy as np  # noqa: PLC0415
     import onnxruntime  # noqa: PLC0415
 
@@ -112,11 +113,6 @@ def _print_calls(model: str, elements: int, seconds: float) -> None:
             session.run(None, values)
         calls += CALLS_AT_ONCE
     print(calls / took)
-
-
-HOST = "127.0.0.1"
-REPLY = b'{"outputs":[]}'
-STOP_LIMIT_S = 60
 
 
 @contextmanager

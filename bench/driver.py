@@ -1,4 +1,4 @@
-"""The installed server as a process, driven over HTTP as any client would."""
+"""The installed server as a process, driven over HTTP."""
 
 import http.client
 import json

@@ -29,8 +29,11 @@ HOST = "127.0.0.1"
 BUFFER_BYTES = 2**20
 TEXT_BYTES = 4096
 LENGTH = b"\r\ncontent-length: "
-# Between the end of the time and the last answer, for a server that answers slowly.
 LAST_ANSWER_LIMIT_S = 60
+"""From the end of the time to the last answer of a slow server."""
+RECORD_WARM_UP_S = 0.3
+PAUSE_S = 0.005
+"""After a refusal: long enough to leave the cores to the load, and short beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,11 @@ class Result:
 
 
 class WrongAnswer(Exception):
-    """The server answered something that is not 200 with a Content-Length, or hung up; the text says what."""
+    """The server closed the connection, or its answer is not a 200 with a Content-Length."""
 
 
 def measure_rate(port: int, request: Path, *, clients: int, seconds: float, warm_up_s: float) -> Result:
-    """Measure in a process of its own; a wrong answer ends the bench with the answer's text."""
+    """Measure in a process of its own; a wrong answer ends the bench with its text."""
     numbers = [str(number) for number in (clients, seconds, warm_up_s)]
     done = subprocess.run(  # noqa: S603 - our own module and a path of ours
         [sys.executable, "-m", "bench.generator", "rate", str(port), str(request), *numbers],
@@ -61,7 +64,7 @@ def measure_rate(port: int, request: Path, *, clients: int, seconds: float, warm
 
 
 class Client(asyncio.BufferedProtocol):
-    """One connection: writes the request, waits for its whole answer, and writes it again until `stop`."""
+    """A connection that sends the request, waits for the whole answer, and sends it again until `stop`."""
 
     def __init__(self, request: bytes, begin: float, stop: float) -> None:
         self.latencies: list[float] = []
@@ -75,16 +78,16 @@ class Client(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the first request."""
-        # uvloop's is one without saying so.
+        # uvloop's does not declare that it is one.
         self._transport = cast(asyncio.Transport, transport)
         self._send()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - what the buffer has left is given
-        """Return room for what arrives; of a good answer's body nothing is kept."""
+        """Return the buffer; the body of a good answer is overwritten."""
         return self._view if self._is_good else self._view[self._arrived :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Count what arrived; at the end of an answer, note its latency and go on."""
+        """Count the bytes; at the end of an answer, record its latency and send again."""
         self._arrived += nbytes
         try:
             if self._length is None:
@@ -96,7 +99,7 @@ class Client(asyncio.BufferedProtocol):
             self._end(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Say so, unless it was us who closed."""
+        """Fail, unless the client has closed the connection."""
         self._end(WrongAnswer(f"the server closed the connection: {exc or 'no reason'}: {self._text()}"))
 
     def _send(self) -> None:
@@ -173,18 +176,13 @@ def _print_rate(port: str, request: str, clients: str, seconds: str, warm_up_s: 
     print(json.dumps(asdict(result)))
 
 
-RECORD_WARM_UP_S = 0.3
-# Long enough that those who are refused leave the cores to the load that they wait for, and short beside it.
-PAUSE_S = 0.005
-
-
 @dataclass(frozen=True, slots=True)
 class Answers:
     """What the clients were answered.
 
     Args:
-        answered_s: When each of them was, on `time.monotonic()`, which all processes of a machine share.
-        failed: Answers that were none.
+        answered_s: Times of the good answers by client, on `time.monotonic()`, which all processes share.
+        failed: How many other answers there were.
         reason: The first of these.
     """
 
@@ -202,7 +200,7 @@ class Answers:
         return sum(bisect_left(times, end_s) - bisect_left(times, begin_s) for times in self.answered_s)
 
     def longest_gap_s(self, begin_s: float, end_s: float) -> float:
-        """Return how long the client that waited longest in this time had no answer."""
+        """Return the longest time in which one client had no answer."""
         return max(longest_gap(times, begin_s, end_s) for times in self.answered_s)
 
 
@@ -222,7 +220,7 @@ def longest_gap(times: Sequence[float], begin: float, end: float) -> float:
 
 
 class RecordingClient(Client):
-    """A client that notes when it was answered, and goes on after an answer that is none."""
+    """A client that records when it was answered, and goes on after a failed answer."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request, begin=0, stop=0)
@@ -247,7 +245,7 @@ class RecordingClient(Client):
 
 @contextmanager
 def recording(port: int, request: Path, *, clients: int) -> Iterator[Callable[[], Answers]]:
-    """Ask in a process of its own from now on, and yield what stops it and returns the answers."""
+    """Send requests in a process of its own; yield a function that stops it and returns the answers."""
     command = [sys.executable, "-m", "bench.generator", "record", str(port), str(request), str(clients)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:  # noqa: S603 - our own module
         try:
@@ -267,7 +265,7 @@ def _stopped(process: "subprocess.Popen[bytes]") -> Answers:
 
 
 async def record(port: int, request: bytes, clients: int) -> Answers:
-    """Ask until nobody holds the other end of the standard input.
+    """Send requests until standard input ends.
 
     Raises:
         WrongAnswer: the server closed a connection, or answered what cannot be counted.

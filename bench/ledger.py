@@ -50,12 +50,22 @@ from events.types import (
     record_draft,
 )
 
+WRITERS = 64
+APPENDED = 20_000
+MOMENTS = 100
+APPEND_GOAL, VERIFY_GOAL, VERIFY_GOAL_MB, AS_OF_GOAL_S = 0.5, 1.3, 200, 0.5
+PLACES = 20
+"""Pages of each list: the first, the newest, and others from anywhere."""
+PAGE_GOAL_MS = 100.0
+"""For the median; on shared cores the worst of twenty measures the other processes."""
 MODEL_COUNT = 100
 EVENTS_IN_A_GROUP = 256
-# One start for so many facts, and one failed load for so many.
 RESTARTS, FAILURES = 20_000, 20
+"""Facts for each start of the server, and loads for each that fails."""
 START = "2026-01-01T00:00:00.000000Z"
 APART_S = 0.25
+DENIED = AccessDenied("POST /api/v1/models/{id}/load", 1)
+ALICE, MALLORY, FIRST = "alice@example.org", "mallory@example.org", "carol@example.org"
 
 
 def write_ledger(path: Path, facts: int) -> None:
@@ -79,7 +89,7 @@ def write_ledger(path: Path, facts: int) -> None:
 
 
 def server_facts() -> Iterator[Draft]:
-    """Yield facts without end: several models at once, each loaded and unloaded again and again."""
+    """Yield facts without end: many models, each loaded and unloaded again and again."""
     dice = random.Random(1)  # noqa: S311 - the same ledger each time
     under_way = [model_facts(f"model-{number:03}", dice) for number in range(MODEL_COUNT)]
     yield Draft(_id(dice), ServerStarted(unclean=False), SYSTEM)
@@ -134,14 +144,8 @@ def _id(dice: random.Random) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-WRITERS = 64
-APPENDED = 20_000
-MOMENTS = 100
-APPEND_GOAL, VERIFY_GOAL, VERIFY_GOAL_MB, AS_OF_GOAL_S = 0.5, 1.3, 200, 0.5
-
-
 def measure_ledger(folder: Path, *, facts: int, rounds: int) -> list[Row]:
-    """Append in rounds, then write a ledger of so many facts, verify it and ask it about its past.
+    """Append in rounds, then write a long ledger, verify it, and read past states of it.
 
     Args:
         folder: An empty directory.
@@ -158,9 +162,9 @@ def measure_ledger(folder: Path, *, facts: int, rounds: int) -> list[Row]:
 
 
 def _append(folder: Path, what: str, source: Callable[[int], Iterator[Draft]], rounds: int) -> Row:
-    """Let 64 writers append, each one fact after the other; then insert the same rows in the same groups.
+    """Let 64 writers append one fact after the other, then insert the same rows in the same groups.
 
-    Ours runs in the server's event loop. What is appended, and what is inserted, is made before.
+    Ours runs in the server's event loop. Facts and rows are made before the measurement.
     """
     figures = []
     for number in range(rounds):
@@ -197,7 +201,7 @@ async def _written(path: Path, source: Callable[[int], Iterator[Draft]]) -> tupl
         [Record((draft,)) for draft in islice(source(number), APPENDED // WRITERS)]
         for number in range(WRITERS)
     ]
-    gc.freeze()  # so that Python does not look through what the bench holds, again and again
+    gc.freeze()  # the collector need not visit the bench's own objects
     start = time.perf_counter()
     await asyncio.gather(*map(tell, told))
     took_s = time.perf_counter() - start
@@ -279,7 +283,7 @@ def _slowest(name: str, took_s: float) -> Row:
 
 
 def _peak_mb() -> float:
-    """Return the most memory that this process had; `getrusage` would count that of its parent, too."""
+    """Return the peak memory of this process; `getrusage` would include that of its parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak_kib,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
     return int(peak_kib) * 1024 / 1e6
@@ -298,16 +302,8 @@ def _print_verification(path: Path) -> None:
     print(json.dumps({"verify_s": took_s, "peak_mb": peak_mb, "check_s": check_s}))
 
 
-PLACES = 20
-"""Pages of each list that are asked for: the first, the newest, and others that begin anywhere."""
-PAGE_GOAL_MS = 100.0
-"""Of the median: the worst of twenty on shared cores says more of what else they do."""
-DENIED = AccessDenied("POST /api/v1/models/{id}/load", 1)
-ALICE, MALLORY, FIRST = "alice@example.org", "mallory@example.org", "carol@example.org"
-
-
 class Page(NamedTuple):
-    """What is asked for: values of columns, and of the time perhaps no more than a half."""
+    """What is listed: a filter, and perhaps only one half of the time."""
 
     what: str
     wanted: EventFilter = EVERYTHING
@@ -343,7 +339,7 @@ PAGES = (
 
 
 def measure_pages(folder: Path, *, listed: int) -> list[Row]:
-    """Write a log of so many events, and ask for pages of it as the server does.
+    """Write a long log, and read pages of it as the server does.
 
     Args:
         folder: An empty directory, with room for half a kilobyte an event.
@@ -355,7 +351,7 @@ def measure_pages(folder: Path, *, listed: int) -> list[Row]:
 
 
 def _write_log(path: Path, listed: int) -> None:
-    """Write a log of so many events, without what they come to: lists look at nothing else."""
+    """Write a log of so many events, without projections: lists read only events."""
     head, told = LogHead(), islice(_listed_facts(), listed)
     with closing(connect(path)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
@@ -372,7 +368,7 @@ def _write_log(path: Path, listed: int) -> None:
 
 
 def _listed_facts() -> Iterator[Draft]:
-    """Yield facts without end: those of a busy server, and twice as many of somebody who may do nothing."""
+    """Yield facts without end: those of a busy server, and twice as many denials of one actor."""
     yield Draft("first", DENIED, FIRST)
     for number, fact in enumerate(server_facts()):
         yield from (fact, Draft(f"{number:036}", DENIED, MALLORY), Draft(f"{number:035}+", DENIED, MALLORY))
@@ -384,7 +380,7 @@ async def _page_rows(path: Path, listed: int) -> list[Row]:
 
 
 async def _page_row(reader: Reader, case: Page, listed: int) -> Row:
-    """Ask for pages in both directions, each at places of its own, so that none is asked for twice."""
+    """Read pages in both directions, each from other places, so that none is read twice."""
     dice = random.Random(case.what)  # noqa: S311 - the same places each time
     starts = [0, *(dice.randrange(listed) for _ in range(PLACES // 2 - 1))]
     half = add_seconds(START, APART_S * listed / 2)

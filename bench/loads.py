@@ -19,8 +19,17 @@ from bench.table import Row, format_ms
 from runtime.memory import descendants
 
 RATIO_GOAL = 1.10
-# Where a session is so quick that a tenth of it says nothing.
 ABOVE_GOAL_MS = 15.0
+"""For sessions so quick that a tenth of one is less than the noise."""
+FORCED_LIMIT_MS = 1000.0
+LOADS_AT_ONCE = 10
+UNMEASURED = 2
+"""Cold inferences before the median: the first of each model has an estimate of its memory, and no hash."""
+BUDGET_FILES = 3.5
+"""A worker takes 3 times the network's file while it loads, then 1.3 times: room for one, not for both."""
+EVICTION_OPTIONS = ("--prepare", "off", "--evict", "idle", "--on-demand", "on", "--min-residency-s", "0")
+IMAGE = (1, 3, 224, 224)
+IMAGE_BYTES = 4 * math.prod(IMAGE)
 
 
 def measure_first_loads(server: Server, *, repeats: int) -> list[Row]:
@@ -45,7 +54,7 @@ def measure_first_loads(server: Server, *, repeats: int) -> list[Row]:
 def _first_load_round(
     server: Server, model_id: str, path: Path, *, ours_first: bool
 ) -> tuple[float, float, float]:
-    """Return the milliseconds of our load and of both bare sessions; nothing stays loaded beside them."""
+    """Return the milliseconds of our load and of both bare sessions, with nothing else loaded."""
     before = _ours_ms(server, model_id) if ours_first else None
     same = baselines.measure_session(path)
     plain = baselines.measure_session(path, environment=baselines.PLAIN_ENVIRONMENT)
@@ -58,14 +67,10 @@ def _ours_ms(server: Server, model_id: str) -> float:
     return took_ms
 
 
-LOADS_AT_ONCE = 10
-
-
 def measure_loads_at_once(server: Server, *, rounds: int) -> list[Row]:
-    """Load ten networks at once, each new to the server, in each of the rounds; medians of these.
+    """Load ten networks at once, each new to the server, in each round; take the medians.
 
-    The time of a load is that from its acceptance, which is what 202 says, to its `ModelLoaded`, on the
-    ledger's clock.
+    A load counts from its acceptance (202) to its `ModelLoaded`, on the ledger's clock.
     """
     network = models.convnet()
     ours, bares = zip(*(_loads_at_once_round(server, network, index) for index in range(rounds)), strict=True)
@@ -91,7 +96,7 @@ def _loads_at_once_round(server: Server, network: bytes, index: int) -> tuple[li
     before = _load_at_once(server, ids) if index % 2 == 0 else None
     bares = [baselines.measure_session(path) for path in paths]
     ours = before or _load_at_once(server, ids)
-    for path in paths:  # the next round brings as many again
+    for path in paths:  # to save disk: the next round writes as many again
         path.unlink()
     return ours, bares
 
@@ -116,17 +121,8 @@ def _ranks(took_ms: list[float]) -> tuple[float, float, float]:
     return min(took_ms), median(took_ms), max(took_ms)
 
 
-IMAGE = (1, 3, 224, 224)
-IMAGE_BYTES = 4 * math.prod(IMAGE)
-# The first of each: what its files take is an estimate then, and their hash is not known.
-UNMEASURED = 2
-# A worker holds 1.3 times the network's file and takes 3 times while it loads: room for one, not for both.
-BUDGET_FILES = 3.5
-EVICTION_OPTIONS = ("--prepare", "off", "--evict", "idle", "--on-demand", "on", "--min-residency-s", "0")
-
-
 def measure_evictions(folder: Path, *, repeats: int) -> list[Row]:
-    """Ask two networks in turn, each of which is cold then, alternated with bare sessions of the same files.
+    """Infer with two networks in turn, each cold by then, alternated with bare sessions of the same files.
 
     Args:
         folder: An empty directory.
@@ -144,12 +140,12 @@ def measure_evictions(folder: Path, *, repeats: int) -> list[Row]:
 
 
 def _eviction_round(server: Server, paths: dict[str, Path], cold: str, other: str) -> tuple[float, float]:
-    """Return the milliseconds of an inference that is answered with eviction and load, and of a bare one."""
+    """Return the milliseconds of an inference that evicts and loads, and of a bare one."""
     ours = _infer_ms(server, cold)
     state = server.ask("GET", f"/api/v1/models/{other}").json()["state"]
     if state != "unloaded":
         raise SystemExit(f"model {other!r} is {state}: the budget has room for both")
-    return ours, baselines.measure_session(paths[cold], inferences=2)  # its warm-up, and what is asked for
+    return ours, baselines.measure_session(paths[cold], inferences=2)  # its warm-up, and the inference
 
 
 def _infer_ms(server: Server, model_id: str) -> float:
@@ -170,11 +166,8 @@ def _infer_ms(server: Server, model_id: str) -> float:
     return took_ms
 
 
-FORCED_LIMIT_MS = 1000.0
-
-
 def measure_forced_unloads(server: Server, *, repeats: int) -> list[Row]:
-    """Unload a model by force, `repeats` times with its worker stopped by SIGSTOP and as often without."""
+    """Unload a model by force, `repeats` times with its worker stopped by SIGSTOP, and as often running."""
     pairs = [
         (_force_unload_ms(server, is_stopped=True), _force_unload_ms(server, is_stopped=False))
         for _ in range(repeats)
@@ -186,7 +179,7 @@ def measure_forced_unloads(server: Server, *, repeats: int) -> list[Row]:
 
 
 def _force_unload_ms(server: Server, *, is_stopped: bool) -> float:
-    """Return the milliseconds from the request to the answer that the job is completed."""
+    """Return the milliseconds from the request to the response with the completed job."""
     before = set(descendants(server.pid))
     server.load(TINY)
     (worker,) = set(descendants(server.pid)) - before

@@ -1,4 +1,4 @@
-"""The memory of the server's process tree before and after many loads and unloads."""
+"""Does memory grow? That of the process tree before and after many loads and unloads."""
 
 from bench import models
 from bench.driver import Server

@@ -1,4 +1,4 @@
-"""Many streams of the ledger at once: how late what happens comes to each, and what they cost in memory.
+"""How late do events reach many streams, and what do streams cost in memory?
 
 The events are real: loaded models are pinned and unpinned, which takes three events and no process.
 """
@@ -31,14 +31,14 @@ _TIME = re.compile(rb'"recorded_at":"([^"]{27})"')
 
 @dataclass(slots=True)
 class Heard:
-    """What one tail has heard.
+    """What one stream has received.
 
     Attributes:
         position: of the last event.
-        events: how many there were, from the moment on that it was live.
-        late: how many of them came more than a second after they were recorded, or in a piece with one.
-        delays_s: of the oldest event of each piece that came.
-        wrong: what came that must not have.
+        events: how many came since it was live.
+        late: how many came more than a second after they were recorded, or in a piece with such a one.
+        delays_s: of the oldest event of each piece.
+        wrong: an error, if there was one.
     """
 
     position: int = 0
@@ -50,7 +50,7 @@ class Heard:
 
 
 class Ear(asyncio.Protocol):
-    """A connection that listens, as cheaply as it can: it must not be what is measured."""
+    """A connection that reads a stream as cheaply as it can, since it shares the cores."""
 
     def __init__(self, request: bytes, heard: Heard, tell: Callable[[], None]) -> None:
         self._request = request
@@ -86,13 +86,13 @@ class Ear(asyncio.Protocol):
         self._tell()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Say that the stream has ended, which it must not."""
+        """Record that the stream has ended, which is an error."""
         self._heard.wrong = self._heard.wrong or f"the stream ended: {exc}"
         self._tell()
 
 
 class Audience:
-    """Tails of one server, all from the head on, with one token."""
+    """Streams of one server, all from the head on, with one token."""
 
     def __init__(self, port: int, token: str) -> None:
         self._port = port
@@ -110,7 +110,7 @@ class Audience:
         await self._until(lambda heard: heard.live)
 
     async def hear(self, position: int) -> None:
-        """Wait until all have heard an event."""
+        """Wait until all have received an event."""
         await self._until(lambda heard: heard.position >= position)
 
     def leave(self) -> None:
@@ -136,11 +136,11 @@ class Audience:
                     raise SystemExit(f"a tail heard what it must not: {wrong}")
                 self._changed.clear()
                 await self._changed.wait()
-                await asyncio.sleep(0.05)  # all are looked at: not for each piece
+                await asyncio.sleep(0.05)  # checks all streams, so not for each piece
 
 
 def measure(server: Server, *, tails: int, seconds: float, per_second: int = 100) -> list[Row]:
-    """Open so many tails, have so much happen for a while, and say how late it came to whom.
+    """Open streams, append events for a while, and measure how late they come.
 
     Args:
         server: Started with room for that many streams of one subject.

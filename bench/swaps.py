@@ -16,10 +16,10 @@ from bench.table import Row
 BESIDE, IN_PLACE = "beside", "in_place"
 REQUEST = Request(16, binary=True)
 MANY_CLIENTS = 8
-# After a swap the old version's worker ends, which is a part of it.
 SETTLE_S = 0.1
-# How long is asked without a swap, for a rate to compare with.
+"""After a swap the worker of the old version ends, which belongs to the swap."""
 QUIET_S = 1.0
+"""Time without a swap, for a rate to compare with."""
 NO_FAILURE = "0"
 Window = tuple[float, float]
 
@@ -27,8 +27,8 @@ Window = tuple[float, float]
 def measure_gaps(server: Server, folder: Path, *, repeats: int) -> list[Row]:
     """Measure the longest time without an answer at each of `repeats` swaps, by strategy and clients.
 
-    The model has 54 MB and answers in microseconds, so that a gap is of the swap and not of an inference. A
-    swap's time is compared with as long a time right after it, in which nothing is swapped.
+    The model has 54 MB and answers in microseconds, so that a gap comes from the swap. It is compared with
+    the longest gap in as long a time right after the swap.
     """
     versions = _write(server, models.add_one_from_table())
     rows: list[Row] = []
@@ -44,7 +44,7 @@ def measure_gaps(server: Server, folder: Path, *, repeats: int) -> list[Row]:
 
 
 def measure_under_load(server: Server, folder: Path, *, swaps: int) -> list[Row]:
-    """Swap a small model's version again and again, one swap right after the other, under 8 clients."""
+    """Swap the version of a small model without pause, under 8 clients."""
     versions = _write(server, models.add_one())
     with generator.recording(server.port, _request(server, folder), clients=MANY_CLIENTS) as stop:
         quiet = _quiet(QUIET_S)
@@ -99,7 +99,7 @@ def _gap_row(strategy: str, clients: int, told: Answers, windows: Sequence[tuple
 
 
 def _failures_row(during: str, told: Sequence[Answers], *, is_goal: bool) -> Row:
-    """Return how many requests failed, and say why the first did if none should have."""
+    """Return how many requests failed; print the first reason where none should fail."""
     failed, total = (sum(numbers) for numbers in zip(*((one.failed, one.total) for one in told), strict=True))
     name, ours = f"requests failed during {during}", f"{failed:,} of {total:,}"
     if not is_goal:
