@@ -256,9 +256,7 @@ class ServerCollector(Collector):
             "kind status",
         )
         yield _gauge(
-            "jobs_limit",
-            "Unended jobs beyond which requests are refused with queue_full.",
-            MAX_QUEUE,
+            "jobs_limit", "Unended jobs beyond which requests are refused with queue_full.", MAX_QUEUE
         )
         yield _gauge(
             "oldest_job_age_seconds",
@@ -269,10 +267,7 @@ class ServerCollector(Collector):
             "loads_total", "Load jobs that ended.", _with_zeros(ends, tally.loads), "cause outcome"
         )
         yield _counter(
-            "load_failures_total",
-            "Load jobs that failed, by error code.",
-            dict(tally.failures),
-            "code",
+            "load_failures_total", "Load jobs that failed, by error code.", dict(tally.failures), "code"
         )
         yield _histogram(
             "load_duration_seconds",
@@ -393,9 +388,7 @@ class ServerCollector(Collector):
             counts.took_s.snapshot(),
         )
         yield _counter(
-            "prepared_dropped_total",
-            "Forms dropped because a load could not use them.",
-            counts.dropped,
+            "prepared_dropped_total", "Forms dropped because a load could not use them.", counts.dropped
         )
 
 

@@ -1,8 +1,8 @@
-"""Inference requests and answers of the Open Inference Protocol v2, JSON and binary.
+"""How are inference requests decoded and responses encoded? Open Inference Protocol v2, JSON and binary.
 
-Decoding runs on the event loop for each request, so it reads only what says where the tensors are: JSON
-elements go on as text, binary ones as views of the body. What the elements are is the worker's to check.
-Sources of the rules: the protocol, and Triton's binary tensor data and parameters extensions.
+Decoding runs on the event loop for each request, so it reads only where the tensors are: JSON elements stay
+text, binary ones are views of the body. The worker checks the elements. Sources of the rules: the protocol,
+and Triton's binary tensor data and parameters extensions.
 """
 
 from __future__ import annotations
@@ -27,9 +27,34 @@ from runtime.wire import (
 )
 
 Parameters = dict[str, bool | int | float | str]
-"""Each value a string, a number or a boolean: the protocol allows no other."""
+"""Values are strings, numbers or booleans, as the protocol says."""
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+MAX_HEAD_BYTES = 2**20
+"""Of a request without its tensors' data: a thousand inputs take a quarter of it. Reading 64 MiB of names,
+shapes and parameters would block the event loop for seconds (measured), and not fit into a worker's frame."""
+
+MAX_INPUTS = MAX_HEAD_BYTES // 32
+"""An input takes more bytes than that without its data, so requests with more inputs are refused anyway."""
+
+MAX_DIMENSION = 2**31 - 1
+"""Accepted by numpy everywhere, and more than the elements of any body."""
 
 MAX_TIMEOUT_US = 2**63 - 1
+
+_MAX_ELEMENT_BYTES = 2**32 - 1
+"""The largest length that a BYTES element can declare."""
+
+_LENGTH_DIGITS = 12
+"""Of the header's length: more than any accepted body has, and few enough for int()."""
+
+_SHOWN_BYTES = 64
+"""Of a client's name in a refusal."""
+
+_BINARY_ONLY = frozenset({"FP16", "BF16"})
+_NO_DATA = msgspec.Raw()
+_NOTHING = memoryview(b"")
 
 _NEUTRAL: dict[str, tuple[int | str, ...]] = {
     "sequence_id": (0, ""),
@@ -38,19 +63,17 @@ _NEUTRAL: dict[str, tuple[int | str, ...]] = {
     "priority": (0,),
     "classification": (0,),
 }
-"""Values that ask for nothing: clients send them for what was not set."""
-
-_SHOWN_BYTES = 64
+"""Values without effect: clients send them for parameters that were not set."""
 
 
 def check_parameters(where: str, parameters: Parameters) -> None:
-    """Refuse by name what has a meaning that is not supported; of all else nothing is checked here.
+    """Refuse unsupported parameters by name; ignore unknown ones.
 
-    All names that begin with `triton_` are Triton's own, and its HTTP server takes none of them either.
+    Names that begin with `triton_` are Triton's own, and its HTTP server accepts none of them either.
 
     Args:
-        where: whose parameters these are, as a message begins: "input 'x': ", or "" for the request's.
-        parameters: what was given.
+        where: the owner of the parameters, as a message begins: "input 'x': ", or "" for the request.
+        parameters: to be checked.
 
     Raises:
         InvalidInput: `invalid_input`.
@@ -67,10 +90,10 @@ def check_parameters(where: str, parameters: Parameters) -> None:
 
 
 def timeout_us(parameters: Parameters) -> int | None:
-    """Return the request's deadline in microseconds, None if it has none or 0.
+    """Return the request's timeout in microseconds; None if it has none or 0.
 
     Raises:
-        InvalidInput: `invalid_input`, it is not a number of microseconds.
+        InvalidInput: `invalid_input`, the timeout is no number of microseconds.
     """
     value = parameters.get("timeout")
     if value is None:
@@ -81,10 +104,10 @@ def timeout_us(parameters: Parameters) -> int | None:
 
 
 def binary_output(where: str, parameters: Parameters, name: str, *, default: bool = False) -> bool:
-    """Return what the parameter `name` says about the form of outputs.
+    """Return whether the parameter `name` requests binary outputs.
 
     Raises:
-        InvalidInput: `invalid_input`, it is neither true nor false.
+        InvalidInput: `invalid_input`, the parameter is neither true nor false.
     """
     value = parameters.get(name, default)
     if value is True or value is False:
@@ -93,35 +116,19 @@ def binary_output(where: str, parameters: Parameters, name: str, *, default: boo
 
 
 def shown(name: str) -> str:
-    """Return what a message says of a name that a client chose."""
+    """Return a client's name, shortened for a message."""
     return plain_text(name, _SHOWN_BYTES)
 
-
-HEADER_LENGTH = "Inference-Header-Content-Length"
-MAX_HEAD_BYTES = 2**20
-"""Of a request without its tensors' data: a thousand inputs take a quarter of it. Reading 64 MiB of names,
-shapes and parameters would hold up everybody for seconds (measured), and not fit into a worker's frame."""
-
-MAX_INPUTS = MAX_HEAD_BYTES // 32
-"""An input has more bytes than that beside its data, so a request with more is refused for those anyway."""
-
-MAX_DIMENSION = 2**31 - 1
-"""What numpy takes everywhere, and more than any body has elements."""
-
-_LENGTH_DIGITS = 12  # more than any body that is taken, and int() never refuses so few
-_BINARY_ONLY = frozenset({"FP16", "BF16"})
-_NO_DATA = msgspec.Raw()
-_NOTHING = memoryview(b"")
 
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIMENSION)]
 Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
-    """What is asked: the inputs, and how the outputs shall come back.
+    """A decoded request.
 
-    No `outputs` means all; `text` is the form of those that are not listed: JSON, or else binary.
-    `timeout_us` is the client's deadline in microseconds, None if it set none.
+    Without `outputs`, all outputs are requested. `text` is the form of those that are not listed: JSON, or
+    else binary. `timeout_us` is the client's timeout in microseconds, or None.
     """
 
     id: str | None
@@ -152,7 +159,7 @@ class _Request(msgspec.Struct, gc=False):
 
 
 class _Data(msgspec.Struct, gc=False):
-    """Counted as they are read, for each is an object: of `{},{},…` 64 MiB would make 2 GB in 4 s."""
+    """Counted while decoding, since each is an object: 64 MiB of `{},{},…` would become 2 GB in 4 s."""
 
     data: msgspec.Raw = _NO_DATA
     count: ClassVar[int] = 0
@@ -160,7 +167,7 @@ class _Data(msgspec.Struct, gc=False):
     def __post_init__(self) -> None:
         _Data.count += 1
         if _Data.count > MAX_INPUTS:
-            raise InvalidInput(f"the request has more than {MAX_INPUTS} inputs; no more are taken")
+            raise InvalidInput(f"the request has more than {MAX_INPUTS} inputs; no more are allowed")
 
 
 class _DataRequest(msgspec.Struct, gc=False):
@@ -172,14 +179,14 @@ _DATA = msgspec.json.Decoder(_DataRequest)
 
 
 def header_length(fields: Sequence[str] | str | None, body_length: int) -> int | None:
-    """Return how many bytes of the body are JSON, None if all are; 0 says that all are the one input's.
+    """Return the length of the body's JSON; None if all of the body is JSON, 0 if all of it is a raw tensor.
 
     Args:
-        fields: the value of each `Inference-Header-Content-Length` field of the request, or the only one.
-        body_length: in bytes, of the body as it is after decompression.
+        fields: the values of the request's `Inference-Header-Content-Length` fields, or the only value.
+        body_length: in bytes, after decompression.
 
     Raises:
-        InvalidInput: `invalid_input`, the field is no length, not within the body, or given twice.
+        InvalidInput: `invalid_input`, the value is no length within the body, or there are two.
     """
     if not fields:
         if fields == "":
@@ -196,14 +203,14 @@ def header_length(fields: Sequence[str] | str | None, body_length: int) -> int |
 
 
 def decode_request(body: Buffer, header_bytes: int | None = None) -> InferenceRequest:
-    """Return the request that `body` is; its tensors refer to the body, they are no copies.
+    """Decode a request; its tensors are views of the body.
 
     Args:
-        body: JSON, and after it the binary tensors, one after the other.
-        header_bytes: how much of it is JSON, as `header_length` says; None is all of it.
+        body: JSON, followed by the binary tensors.
+        header_bytes: the length of the JSON, see `header_length`; None for all of the body.
 
     Raises:
-        InvalidInput: `invalid_input`, it is not one, or asks for what is not supported.
+        InvalidInput: `invalid_input`, the request is malformed or unsupported.
     """
     if header_bytes is None:
         text, payload = body, _NOTHING
@@ -215,20 +222,20 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferenceRe
     try:
         if len(text) > MAX_HEAD_BYTES:
             _check_head(text)
-        asked = _REQUEST.decode(text)
+        request = _REQUEST.decode(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"the body is not an inference request: {error}") from None
-    tensors = _tensors(asked.inputs, payload, header_bytes or 0)
-    parameters, limit_us, default = asked.parameters, None, True
+    tensors = _tensors(request.inputs, payload, header_bytes or 0)
+    parameters, limit_us, default = request.parameters, None, True
     if parameters:
         limit_us, default = timeout_us(parameters), not binary_output("", parameters, "binary_data_output")
         check_parameters("", parameters)
-    outputs = _outputs(asked.outputs, default) if asked.outputs else ()
-    return InferenceRequest(asked.id, limit_us, tensors, outputs, default)
+    outputs = _outputs(request.outputs, default) if request.outputs else ()
+    return InferenceRequest(request.id, limit_us, tensors, outputs, default)
 
 
 def _tensors(inputs: list[_Input], body: memoryview, start: int) -> tuple[Tensor, ...]:
-    """Return the inputs; the binary ones are in `body`, one after the other from `start` to its end."""
+    """Return the inputs; the binary ones are in `body`, from `start` to its end."""
     tensors = []
     for item in inputs:
         parameters, size = item.parameters, None
@@ -268,8 +275,8 @@ def _binary(item: _Input, size: float | str, body: memoryview, start: int) -> me
         expected = f"{item.datatype} of shape {list(item.shape)}"
         raise _wrong(item, f"binary_data_size is {size}, which is not the size of {expected}")
     if len(data) != size:
-        told = f"binary_data_size is {size}, but only {len(data)} bytes of the body are left for it"
-        raise _wrong(item, f"{told}; {HEADER_LENGTH} must say where the JSON ends")
+        text = f"binary_data_size is {size}, but only {len(data)} bytes of the body are left for it"
+        raise _wrong(item, f"{text}; {HEADER_LENGTH} must say where the JSON ends")
     return data
 
 
@@ -290,27 +297,24 @@ def _check_head(text: Buffer) -> None:
     _Data.count = 0
     data_bytes = sum(len(memoryview(item.data)) for item in _DATA.decode(text).inputs)
     if len(text) - data_bytes > MAX_HEAD_BYTES:
-        told = f"has {len(text) - data_bytes} bytes; at most {MAX_HEAD_BYTES} are taken"
-        raise InvalidInput(f"the request without its tensors' data {told}")
+        reason = f"has {len(text) - data_bytes} bytes; at most {MAX_HEAD_BYTES} are allowed"
+        raise InvalidInput(f"the request without its tensors' data {reason}")
 
 
-def _wrong(item: _Input, told: str) -> InvalidInput:
-    return InvalidInput(f"input '{shown(item.name)}': {told}")
-
-
-_MAX_ELEMENT_BYTES = 2**32 - 1  # what LENGTH can say
+def _wrong(item: _Input, text: str) -> InvalidInput:
+    return InvalidInput(f"input '{shown(item.name)}': {text}")
 
 
 def decode_raw(body: Buffer, inputs: Sequence[TensorSpec], *, max_batch_size: int = 0) -> InferenceRequest:
-    """Return the request whose body is nothing but the data of the model's input; outputs come back binary.
+    """Decode a raw body: the data of the model's only input. Its outputs are binary.
 
-    The one variable dimension follows from the body's size; where the model batches, this is a batch of 1.
-    Of BYTES, the whole body is one element, as Triton has it ("Raw Binary Request").
+    The variable dimension follows from the body's size; for a batching model, the body is a batch of 1. Of
+    BYTES, the whole body is one element, as in Triton ("Raw Binary Request").
 
     Raises:
-        InvalidInput: `invalid_input`, the model has not one input to fill, or the body does not fit it.
+        InvalidInput: `invalid_input`, the model needs several inputs, or the body does not fit its input.
     """
-    spec = _only_input(inputs)
+    spec = _required_input(inputs)
     datatype = DATATYPES.get(spec.datatype)
     if datatype is None:
         raise InvalidInput(f"input '{shown(spec.name)}' is {shown(spec.datatype)}, which has no binary form")
@@ -323,32 +327,32 @@ def decode_raw(body: Buffer, inputs: Sequence[TensorSpec], *, max_batch_size: in
     return InferenceRequest(None, None, (Tensor(spec.name, spec.datatype, shape, data),), (), text=False)
 
 
-def _only_input(inputs: Sequence[TensorSpec]) -> TensorSpec:
+def _required_input(inputs: Sequence[TensorSpec]) -> TensorSpec:
     needed = [spec for spec in inputs if not spec.optional] if len(inputs) > 1 else inputs
     if len(needed) != 1:
-        told = f"this one needs {len(needed)}"
-        raise InvalidInput(f"a body without JSON is for a model that needs one input; {told}")
+        text = f"this one needs {len(needed)}"
+        raise InvalidInput(f"a body without JSON is for a model that needs one input; {text}")
     return needed[0]
 
 
 def _filled(name: str, shape: tuple[int, ...], size: int, element: int) -> tuple[int, ...]:
-    """Return the shape with its variable dimension as the data's size has it."""
+    """Return the shape, with its variable dimension from the data's size."""
     variable = shape.count(-1)
     if variable > 1:
-        told = f"{list(shape)} has {variable} variable dimensions; send a request with its shape"
-        raise InvalidInput(f"input '{shown(name)}': {told}")
+        text = f"{list(shape)} has {variable} variable dimensions; send a request with its shape"
+        raise InvalidInput(f"input '{shown(name)}': {text}")
     known = element * math.prod(length for length in shape if length != -1)
     length = size // known if known else 0
     if known * (length if variable else 1) != size or length > MAX_DIMENSION:
-        told = f"the body's {size} bytes do not make elements of {element} bytes in shape {list(shape)}"
-        raise InvalidInput(f"input '{shown(name)}': {told}")
+        text = f"the body's {size} bytes do not make elements of {element} bytes in shape {list(shape)}"
+        raise InvalidInput(f"input '{shown(name)}': {text}")
     return tuple(length if each == -1 else each for each in shape)
 
 
 def _one_element(name: str, shape: tuple[int, ...], body: Buffer) -> tuple[tuple[int, ...], bytes]:
     if any(length not in (-1, 1) for length in shape) or len(body) > _MAX_ELEMENT_BYTES:
-        told = f"the body would be its one element, which shape {list(shape)} has not"
-        raise InvalidInput(f"input '{shown(name)}': {told}")
+        text = f"the body would be its one element, which shape {list(shape)} has not"
+        raise InvalidInput(f"input '{shown(name)}': {text}")
     return (1,) * len(shape), LENGTH.pack(len(body)) + body
 
 
@@ -357,7 +361,7 @@ class _BinarySize(msgspec.Struct, gc=False):
 
 
 class _TextOutput(msgspec.Struct, gc=False):
-    """No `parameters`: Triton's C++ client refuses them where they say no binary_data_size."""
+    """Without `parameters`: Triton's C++ client refuses them if they lack binary_data_size."""
 
     name: str
     datatype: str
@@ -372,7 +376,7 @@ class _BinaryOutput(msgspec.Struct, gc=False):
     parameters: _BinarySize
 
 
-class _Answer(msgspec.Struct, omit_defaults=True, gc=False):
+class _Response(msgspec.Struct, omit_defaults=True, gc=False):
     model_name: str
     model_version: str
     outputs: list[_TextOutput | _BinaryOutput]
@@ -385,11 +389,11 @@ _ENCODER = msgspec.json.Encoder()
 def encode_response(
     model_id: str, version: int, request_id: str | None, tensors: Sequence[Tensor]
 ) -> tuple[list[Buffer], int | None]:
-    """Return the answer as buffers to be written one after the other, and how many bytes of it are JSON.
+    """Return the buffers of a response, and the length of its JSON.
 
-    That is None if all are, and the answer `application/json`; else it is `application/octet-stream` with
-    `Inference-Header-Content-Length`. Binary outputs without any bytes make no binary answer, as Triton has
-    it. The data of binary outputs is not copied.
+    The length is None if the response is all JSON, `application/json`; else it is `application/octet-stream`
+    with `Inference-Header-Content-Length`. Binary outputs without any bytes make no binary response, as in
+    Triton. The data of binary outputs is not copied.
     """
     outputs: list[_TextOutput | _BinaryOutput] = []
     payload: list[Buffer] = []
@@ -402,5 +406,5 @@ def encode_response(
         outputs.append(_BinaryOutput(tensor.name, tensor.datatype, tensor.shape, size))
         if size.binary_data_size:
             payload.append(tensor.data)
-    head = _ENCODER.encode(_Answer(model_id, str(version), outputs, request_id))
+    head = _ENCODER.encode(_Response(model_id, str(version), outputs, request_id))
     return [head, *payload], len(head) if payload else None

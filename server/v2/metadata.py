@@ -81,12 +81,7 @@ _CUSTOM = "What the protocol has no name for is ignored; what is not supported i
 
 
 def _parameters(**known: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "description": _CUSTOM,
-        "properties": known,
-        "additionalProperties": _VALUE,
-    }
+    return {"type": "object", "description": _CUSTOM, "properties": known, "additionalProperties": _VALUE}
 
 
 def _tensor_list(required: list[str], **members: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +124,7 @@ INFERENCE_BODY: dict[str, Any] = {
                         ),
                     ),
                 },
-            },
+            }
         },
         "application/octet-stream": _BINARY,
     },
@@ -143,7 +138,7 @@ INFERENCE_PARAMETERS: list[dict[str, Any]] = [
         "schema": {"type": "integer", "minimum": 0},
         "description": "How many bytes of the body, after decompression, are JSON; all, if left out. "
         "0: the body is the data of the model's one input, and nothing else.",
-    },
+    }
 ]
 """The header fields that infer reads."""
 
@@ -156,10 +151,7 @@ INFERENCE_RESPONSE: dict[str, Any] = {
             "description": "How many bytes of the body, after decompression, are JSON; not there if all are.",
         },
     },
-    "content": {
-        "application/json": {"schema": InferenceAnswerSchema},
-        "application/octet-stream": _BINARY,
-    },
+    "content": {"application/json": {"schema": InferenceAnswerSchema}, "application/octet-stream": _BINARY},
 }
 """What infer answers."""
 
@@ -180,13 +172,7 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
 
 
 NAME = "loadledger"
-EXTENSIONS = (
-    "model_repository",
-    "model_configuration",
-    "binary_tensor_data",
-    "parameters",
-    "statistics",
-)
+EXTENSIONS = ("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
 """By the names that Triton gives them; only those that are there, since clients act on it."""
 
 AT_ONCE = 100

@@ -257,10 +257,7 @@ def _read_parameters(body: Mapping[str, Any], known: Collection[str]) -> Mapping
 
 
 def _check_names(
-    given: Mapping[str, Any],
-    known: Collection[str],
-    where: str,
-    refusal: type[InvalidBody | NotSupported],
+    given: Mapping[str, Any], known: Collection[str], where: str, refusal: type[InvalidBody | NotSupported]
 ) -> None:
     for name in sorted(given.keys() - set(known)):
         shown = name if len(name) <= MAX_NAME_CHARACTERS else f"{name[: MAX_NAME_CHARACTERS - 1]}…"

@@ -275,8 +275,8 @@ def test_head_is_limited_and_data_is_not() -> None:
         {"mine": "x" * MAX_HEAD_BYTES},
         {"outputs": [{"name": ""}] * many},
     ):
-        assert f"at most {MAX_HEAD_BYTES} are taken" in refused(tensor(), **members)
-    assert "are taken" in refused(*[tensor()] * many)
+        assert f"at most {MAX_HEAD_BYTES} are allowed" in refused(tensor(), **members)
+    assert "are allowed" in refused(*[tensor()] * many)
     assert len(decode(tensor(data=[0] * MAX_HEAD_BYTES)).tensors[0].data) > MAX_HEAD_BYTES
     assert "$.inputs[0].shape" in refused(tensor(data=[0] * MAX_HEAD_BYTES, shape=[-1]))
     assert "not an inference request" in refusal(b"[" * MAX_HEAD_BYTES + b"]")
@@ -287,7 +287,7 @@ def test_too_many_inputs_are_refused_without_taking_memory() -> None:
     tracemalloc.start()
     try:
         for _ in range(2):
-            assert f"more than {MAX_INPUTS} inputs; no more are taken" in refusal(body)
+            assert f"more than {MAX_INPUTS} inputs; no more are allowed" in refusal(body)
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
