@@ -1,1 +1,13 @@
-"""Runs models: repository, scheduler, consumer, workers. No HTTP; ONNX Runtime only in the workers."""
+"""Runs models: from the recorded requests to workers that answer inferences. No HTTP, no SQL.
+
+The way of a load: `repository` resolves a version; the `consumer` asks the `scheduler` for the next action
+and executes it; `process` starts and supervises workers; `worker` is what runs inside one, and speaks
+`wire`. `router` finds the worker of an inference.
+
+To change: which load starts, evictions, reloads: `scheduler`. How an action is carried out and recorded:
+`consumer`. Optimised copies of models: `cache`. Memory limits and measurements: `memory`; memory that a
+load will need: `estimates`. A model's `loadledger.toml`: `modeldefaults`. External data and unsafe files:
+`onnxfile`, `repository`. When something counts as stuck: `limits`. Error codes: `errors`.
+
+ONNX Runtime is imported in `worker` only; `worker` imports nothing of `events`.
+"""

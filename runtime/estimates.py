@@ -20,6 +20,11 @@ BYTES_PER_MODEL_BYTE = 2.5
 """ONNX Runtime parses, copies and packs weights while it loads them (measured: 2.1)."""
 BYTES_PER_DATA_BYTE = 1
 """External data is mapped, which takes no memory, but copied where it is packed."""
+ESTIMATE_WAIT_S = 2.0
+"""How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
+
+FormOf = Callable[[Sequence[FileStat], Iterable[Footprint]], str | None]
+"""Finds the prepared form of these files, if there is one; may read files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +81,6 @@ def is_same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool
     return sorted((file.path, file.bytes, file.mtime_ns) for file in seen) == sorted(
         (file.path, file.bytes, file.mtime_ns) for file in files
     )
-
-
-FormOf = Callable[[Sequence[FileStat], Iterable[Footprint]], str | None]
-"""Finds the prepared form of these files, if there is one; may read files."""
-
-ESTIMATE_WAIT_S = 2.0
-"""How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
 
 
 class MemoryEstimates:

@@ -21,7 +21,6 @@ from msgspec import structs
 
 from events.clock import uuid7
 from events.types import LoadParameters
-from runtime.consumer.loads import build_load_message
 from runtime.errors import RuntimeProblem
 from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, budget_bytes, memory_limit
@@ -291,7 +290,7 @@ async def _load_all(
             try:
                 limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
                 warm_up = read_warm_up(repository, found.model_id)
-                message = build_load_message(pool, repository, found, parameters, warm_up)
+                message = pool.build_load(repository.root, found, parameters, warm_up)
                 message = structs.replace(message, memory_limit_bytes=limit)
                 await _load_once(pool, message, warm_up.inputs, timeout_s)
                 result.loaded += 1

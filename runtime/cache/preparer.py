@@ -21,6 +21,7 @@ from pathlib import Path
 from events.clock import uuid7
 from events.counters import Histogram
 from events.models import Footprint
+from events.types import LoadParameters
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key, runtime_was_replaced
 from runtime.cache.manifest import FinishedForm, describe_cached, hash_inputs, needs_trial, source_hashes
@@ -202,21 +203,14 @@ class PreparationRun:
         candidate, repository = self._candidate, self._repository
         try:
             found = await asyncio.to_thread(repository.resolve, candidate.model_id, candidate.version)
-            given = (await asyncio.to_thread(read_warm_up, repository, candidate.model_id)).inputs
+            warm_up = await asyncio.to_thread(read_warm_up, repository, candidate.model_id)
         except RuntimeProblem as problem:
             raise _Changed from problem
         if tuple(file.path for file in found.files) != tuple(file.path for file in candidate.sources):
             raise _Changed
-        order = Load(
-            root=str(repository.root),
-            folder=str(found.folder),
-            files=tuple(file.path for file in found.files),
-            threads=self._pool.threads,
-            known=candidate.sources,
-            memory_limit_bytes=candidate.worker_bytes,
-            huge_pages=self._pool.huge_pages,
-        )
-        return order, given
+        parameters = LoadParameters(memory_limit_bytes=candidate.worker_bytes)
+        order = self._pool.build_load(repository.root, found, parameters, warm_up)
+        return replace(order, known=candidate.sources), warm_up.inputs
 
     async def _why_not(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
         """Make a form, try it, and keep it; returns the reason against it, or None."""

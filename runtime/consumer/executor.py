@@ -72,6 +72,13 @@ from runtime.scheduler.actions import (
 from runtime.scheduler.scheduler import is_load_current
 from runtime.wire import HashedFile, plain_text
 
+MAX_REMEMBERED_VERSIONS = 1000
+"""Versions whose file hashes are remembered by identity, so that the same bytes are not hashed again."""
+FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
+"""Signals that a process causes by itself; others were sent to it."""
+RELOAD_TIMEOUT_S = 300
+"""Least timeout of a reload: the default of a person's load."""
+
 
 def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
     """Return a draft of a fact about a job."""
@@ -156,29 +163,21 @@ def _us(seconds: float) -> int:
     return max(0, round(seconds * 1_000_000))
 
 
-MAX_REMEMBERED_VERSIONS = 1000
-"""Versions whose file hashes are remembered by identity, so that the same bytes are not hashed again."""
-FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
-"""Signals that a process causes by itself; others were sent to it."""
-RELOAD_TIMEOUT_S = 300
-"""Least timeout of a reload: the default of a person's load."""
-
-
 class Executor:
     """Executes one action after the other.
 
     Args:
-        log: what is recorded in.
-        pool: where workers come from.
-        repository: where versions are resolved.
-        wake: is called when there is something new to decide on.
-        drain_timeout_s: how long an unload without force waits for running requests.
-        store: where prepared forms are; None neither makes nor uses any.
+        log: where facts are recorded.
+        pool: starts workers.
+        repository: resolves versions.
+        wake: wakes the consumer.
+        drain_timeout_s: how long an unload without force waits for running inferences.
+        store: the optimised model cache; None turns preparation off.
 
     Attributes:
-        live: the loads that run, by job.
-        needs: what is known of the memory that pending loads need.
-        preparer: what is prepared, and may be.
+        loads: the running loads, by job id.
+        estimates: the memory that pending loads need.
+        preparer: prepares models.
         totals: the inferences of the loads that have ended.
     """
 

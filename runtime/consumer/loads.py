@@ -33,6 +33,18 @@ from runtime.wire import CachedCopy, HashedFile, Load, Tensor
 _log = logging.getLogger(__name__)
 
 
+FindPrepared = Callable[[tuple[FileStat, ...]], CachedCopy | None]
+"""Finds the prepared form of these files, if there is one; may read files."""
+
+OUT_OF_MEMORY = "out_of_memory"
+START_ATTEMPTS = 3
+"""A load survives the replacement of the fork server, but not one that cannot fork."""
+START_PAUSE_S = 0.1
+"""Between attempts: by then the pool knows that the fork server has ended, and waits for the next one."""
+INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
+"""Workers of one load that load at once after the first: each takes a core and its peak of memory."""
+
+
 @dataclass(slots=True)
 class RunningLoad:
     """The live side of one load job. Only the consumer and its tasks change it, on the event loop.
@@ -266,28 +278,16 @@ class RunningLoad:
             self.freed_bytes += memory_bytes
 
 
-FindPrepared = Callable[[tuple[FileStat, ...]], CachedCopy | None]
-"""Gives the prepared form of these files, if there is one; it may read files."""
-
-OUT_OF_MEMORY = "out_of_memory"
-START_ATTEMPTS = 3
-"""A fork server that has to be replaced is no reason for a load to fail; one that cannot fork is."""
-START_PAUSE_S = 0.1
-"""Between them: by then it is known that the fork server has ended, and the next one is waited for."""
-INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
-"""Workers of one load that load side by side, after the first: each takes a core and its peak of memory."""
-
-
 async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
     """Load the model in each instance's worker; the outcome is `report` or `failure`.
 
-    The first loads alone and hashes, so that the bytes are read for that once. What fails one fails all; but
-    one that fails with a prepared form is given the files of the repository instead.
+    The first worker loads alone and hashes, so that the bytes are read for that once. A failure of one worker
+    fails the load, unless it had a prepared form: then another worker loads the files of the repository.
 
     Args:
-        load: what is to be loaded.
-        pool: where workers come from.
-        ordered: `build_order` it.
+        load: the running load.
+        pool: starts the workers.
+        ordered: the result of `build_order`.
     """
     began = time.monotonic_ns()
     load.stage = "starting"
@@ -311,14 +311,14 @@ async def build_order(
     """Resolve the version and build the message that loads it.
 
     Args:
-        load: what is to be loaded.
-        pool: whose workers are to do it.
-        repository: where the model is.
-        known: files of which the hashes are known.
+        load: the running load.
+        pool: its settings go into the message.
+        repository: where the version is.
+        known: files with known hashes.
         prepared: finds the prepared form.
 
     Raises:
-        RuntimeProblem: the model is not there, or not as it should be; its code says why.
+        RuntimeProblem: the version is missing or invalid; the code says which.
     """
 
     def look_up() -> tuple[ModelVersion, WarmUp, CachedCopy | None]:
@@ -326,28 +326,11 @@ async def build_order(
         return found, read_warm_up(repository, load.model_id), prepared(found.files)
 
     found, warm_up, load.prepared = await asyncio.to_thread(look_up)
-    if load.prepared is None:  # and there may have been one when the load's need was found out
+    if load.prepared is None:  # there may have been one when the memory was estimated
         load.reserve_unprepared()
     load.warm_up_inputs = warm_up.inputs
-    message = build_load_message(pool, repository, found, load.parameters, warm_up)
+    message = pool.build_load(repository.root, found, load.parameters, warm_up)
     return replace(message, known=known, prepared=load.prepared)
-
-
-def build_load_message(
-    pool: WorkerPool, repository: Repository, found: ModelVersion, parameters: LoadParameters, warm_up: WarmUp
-) -> Load:
-    """Return the message by which a worker loads these files of a version."""
-    return Load(
-        root=str(repository.root),
-        folder=str(found.folder),
-        files=tuple(file.path for file in found.files),
-        threads=pool.threads,
-        memory_limit_bytes=parameters.memory_limit_bytes,
-        max_batch_size=parameters.max_batch_size,
-        max_queue_delay_us=parameters.max_queue_delay_us,
-        warm_up=pool.warm_up if warm_up.enabled is None else warm_up.enabled,
-        huge_pages=pool.huge_pages,
-    )
 
 
 async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:

@@ -5,12 +5,17 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
+from events.types import LoadParameters
 from runtime.errors import ForkServerUnavailable
 from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S
+from runtime.modeldefaults import WarmUp
 from runtime.process.forkclient import Child, ForkServer, close_watched
 from runtime.process.worker import Worker
+from runtime.repository import ModelVersion
+from runtime.wire import Load
 
 T = TypeVar("T")
 
@@ -108,6 +113,22 @@ class WorkerPool:
         """Fork a worker ahead of a `start` that probably follows in a moment."""
         if self.healthy and not self._closed:
             self._preforked.fork_ahead()
+
+    def build_load(
+        self, root: Path, found: ModelVersion, parameters: LoadParameters, warm_up: WarmUp
+    ) -> Load:
+        """Return the message by which a worker of this pool loads a version of the repository at `root`."""
+        return Load(
+            root=str(root),
+            folder=str(found.folder),
+            files=tuple(file.path for file in found.files),
+            threads=self.threads,
+            memory_limit_bytes=parameters.memory_limit_bytes,
+            max_batch_size=parameters.max_batch_size,
+            max_queue_delay_us=parameters.max_queue_delay_us,
+            warm_up=self.warm_up if warm_up.enabled is None else warm_up.enabled,
+            huge_pages=self.huge_pages,
+        )
 
     async def start(self, worker_id: str) -> Worker:
         """Return the pre-forked worker or a new one, with this id.
