@@ -37,6 +37,7 @@ from runtime.scheduler.actions import (
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
 from support.history import MODEL, History, at
+from support.history import STEPS as FACTS
 
 OTHER = "other"
 PAIR = Policy(loads_at_once=2)
@@ -50,14 +51,10 @@ def fail_recovery(history: History) -> None:
 
 
 STEPS: dict[str, Callable[[History], object]] = {
-    "request": lambda h: h.ask_load("L"),
+    **FACTS,
     "request_10s": lambda h: h.ask_load("L", timeout_s=10),
-    "start": lambda h: h.start_load("L"),
     "complete": lambda h: h.end_load("L"),
-    "load": lambda h: h.load("L"),
-    "fail": lambda h: h.fail_load("L"),
     "request_2": lambda h: h.ask_load("L2", version=2),
-    "request_in_place": lambda h: h.ask_load("L2", version=2, strategy="in_place"),
     "start_2": lambda h: h.start_load("L2", version=2),
     "complete_2": lambda h: h.end_load("L2", version=2),
     "fail_2": lambda h: h.fail_load("L2", version=2),
@@ -70,21 +67,15 @@ STEPS: dict[str, Callable[[History], object]] = {
     "unload_2": lambda h: h.ask_unload("U", "L2"),
     "unload_R": lambda h: h.ask_unload("U", "R"),
     "unload_P": lambda h: h.ask_unload("U", "P"),
-    "start_unload": lambda h: h.start_unload("U"),
     "force": lambda h: h.ask_unload("F", "L", force=True),
     "force_2": lambda h: h.ask_unload("F", "L2", force=True),
     "force_again": lambda h: h.ask_unload("F2", "L", force=True),
-    "start_force": lambda h: h.start_unload("F"),
     "request_cancel": lambda h: h.add(CancelRequested(), "L"),
     "request_cancel_2": lambda h: h.add(CancelRequested(), "L2", version=2),
-    "request_cancel_R": lambda h: h.add(CancelRequested(), "R"),
-    "request_cancel_U": lambda h: h.add(CancelRequested(), "U"),
     "cancel": lambda h: h.add(JobCancelled(), "L"),
     "cancel_2": lambda h: h.add(JobCancelled(), "L2", version=2),
-    "cancel_R": lambda h: h.add(JobCancelled(), "R"),
     "die": lambda h: h.kill_worker("w-L"),
     "fork_server_dies": lambda h: h.kill_worker("w-L", signal=None),
-    "load_pair": lambda h: h.load_pair("P"),
     "die_1": lambda h: h.kill_worker("P1"),
     "die_2": lambda h: h.kill_worker("P2"),
     "recover": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
@@ -92,11 +83,8 @@ STEPS: dict[str, Callable[[History], object]] = {
     "fail_3": lambda h: h.fail_load("L3", "timeout"),
     "start_R": lambda h: h.start_load("R"),
     "fail_R": lambda h: h.fail_load("R"),
-    "restart": lambda h: h.restart(),
     "stop_and_start": lambda h: h.restart(unclean=False),
-    "request_other": lambda h: h.ask_load("O", of=OTHER),
     "start_other": lambda h: h.start_load("O", of=OTHER),
-    "load_other": lambda h: h.load("O", of=OTHER),
     "unload_other": lambda h: h.ask_unload("P", "O", of=OTHER),
 }
 
