@@ -32,7 +32,7 @@ _MODULES = {
     "records": ("Event", "Head", "Health", "Job", "Model", "Resources"),
 }
 _PLACES = {name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names}
-__all__ = [*_PLACES]  # noqa: PLE0604 - what is loaded late is not found otherwise
+__all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use
 
 
 def __getattr__(name: str) -> Any:

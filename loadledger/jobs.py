@@ -92,7 +92,7 @@ def _preferring(context: CallContext, request: Request, options: WaitOptions) ->
 
 async def _until_ended(context: CallContext, job: Job, options: WaitOptions, began: float) -> Job:
     failures, trouble = 0, ""
-    _tell(options.on_change, job)
+    _report(options.on_change, job)
     wait_s = poll_interval_s(context.now() - began)
     while not job.ended:
         left_s = _left_s(context, options, began)
@@ -100,7 +100,7 @@ async def _until_ended(context: CallContext, job: Job, options: WaitOptions, beg
             raise JobUnfinished(job, options.limit_s or 0.0, trouble, context.address.hide)
         await context.transport.pause(min(wait_s, left_s))
         try:
-            seen = await fetch(context, _look(context, job, left_s), Job)
+            seen = await fetch(context, _poll_request(context, job, left_s), Job)
         except ClientProblem as problem:
             if not is_transient(problem, reached=True):
                 raise
@@ -110,7 +110,7 @@ async def _until_ended(context: CallContext, job: Job, options: WaitOptions, beg
             wait_s = back_off_s(problem, failures, context.chance())
             continue
         if seen != job:
-            _tell(options.on_change, seen)
+            _report(options.on_change, seen)
         job, failures, trouble = seen, 0, ""
         wait_s = poll_interval_s(context.now() - began)
     return job
@@ -120,12 +120,12 @@ def _left_s(context: CallContext, options: WaitOptions, began: float) -> float:
     return inf if options.limit_s is None else began + options.limit_s - context.now()
 
 
-def _look(context: CallContext, job: Job, left_s: float) -> Request:
+def _poll_request(context: CallContext, job: Job, left_s: float) -> Request:
     """Return the request of one poll: not resent, and limited to the time left."""
     limit_s = min(context.timeout_s, max(left_s, SHORTEST_ANSWER_S))
     return replace(job_request(job.id), repeatable=False, timeout_s=limit_s)
 
 
-def _tell(on_change: JobCallback | None, job: Job) -> None:
+def _report(on_change: JobCallback | None, job: Job) -> None:
     if on_change is not None:
         on_change(job)

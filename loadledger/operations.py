@@ -59,14 +59,14 @@ async def run_inference(
         request = Request("POST", f"{path}/infer", headers, body, repeatable=False, timeout_s=timeout_s)
         return await fetch(context, request, Json)
 
-    async def ask_as_told() -> Json:
+    async def ask_with_metadata() -> Json:
         """Send the inference with the datatypes of the model's metadata."""
         return await ask(await fetch(context, get_request(path), Json))
 
     if are_tensors(inputs):
         return await ask(None)
     try:
-        return await ask_as_told()
+        return await ask_with_metadata()
     except ServerError as problem:
         if problem.code not in NOT_LOADED:
             raise
@@ -77,7 +77,7 @@ async def run_inference(
             raise
         refused = problem
     try:
-        return await ask_as_told()
+        return await ask_with_metadata()
     except ServerError as problem:
         raise (refused if problem.code in NOT_LOADED else problem) from None
 

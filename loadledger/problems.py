@@ -26,7 +26,7 @@ class ClientProblem(Exception):
     """Root of the client's exceptions; it can be pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self.args, self.__dict__)
+        return _restore, (type(self), self.args, self.__dict__)
 
 
 class ServerUnreachable(ClientProblem):
@@ -67,8 +67,8 @@ class ServerError(ClientProblem):
         instance: str | None = None,
         advice: str = "",
     ) -> None:
-        told = f"the server answered {status}: {detail}" + (f"; {advice}" if advice else "")
-        super().__init__(f"{told} ({code})")
+        hint = f"; {advice}" if advice else ""
+        super().__init__(f"the server answered {status}: {detail}{hint} ({code})")
         self.status = status
         self.code = code
         self.detail = detail
@@ -141,7 +141,7 @@ class JobUnfinished(ClientProblem):
         self.job = job
         why = f" ({reason})" if reason else ""
         what = " is still ".join(printable(hide(text), ID_CHARACTERS) for text in (job.id, job.status))
-        super().__init__(f"job {what} after {waited_s:g} s{why}; it goes on: wait for it again")
+        super().__init__(f"job {what} after {waited_s:g} s{why}; it continues: wait for it again")
 
 
 def printable(text: str, most: int) -> str:
@@ -163,8 +163,10 @@ def failure_reason(error: BaseException) -> str:
     return "the server closed it"
 
 
-def _again(kind: type[ClientProblem], told: tuple[Any, ...], members: Mapping[str, Any]) -> ClientProblem:
+def _restore(
+    kind: type[ClientProblem], arguments: tuple[Any, ...], members: Mapping[str, Any]
+) -> ClientProblem:
     """Restore a pickled problem, whose constructor's arguments are not kept."""
-    problem = kind.__new__(kind, *told)
+    problem = kind.__new__(kind, *arguments)
     problem.__dict__.update(members)
     return problem

@@ -269,9 +269,9 @@ async def follow_events(context: CallContext, selection: EventSelection) -> Asyn
             if not is_transient(trouble, reached=progress.reached):
                 raise
             problem = trouble
-        if problem is not None and selection.on_away is not None and not progress.told:
+        if problem is not None and selection.on_away is not None and not progress.reported:
             selection.on_away(problem)
-            progress.told = True
+            progress.reported = True
         lasted = context.now() - opened_at >= LASTING_S or progress.position != position
         failures = 1 if lasted else failures + 1
         await context.transport.pause(back_off_s(problem, failures, context.chance()))
@@ -284,14 +284,14 @@ class StreamProgress:
         position: of the last event or bookmark; None before the first.
         whole: no filter applies, so no event may be missing.
         reached: the server has answered before.
-        told: the caller knows that the server is unreachable.
+        reported: the caller knows that the server is unreachable.
     """
 
     def __init__(self, position: int | None, *, whole: bool) -> None:
         self.position = position
         self.whole = whole
         self.reached = False
-        self.told = False
+        self.reported = False
 
     def new_events(self, lines: Sequence[bytes]) -> list[Event]:
         """Return the new events among lines.
@@ -336,7 +336,7 @@ async def _stream(
             raise requests.decode_refusal(answer, context.address)
         if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
             raise BadAnswer(f"{context.address.url} does not answer with an event stream: is this its URL?")
-        progress.reached, progress.told = True, False
+        progress.reached, progress.reported = True, False
         lines = LineSplitter()
         while chunk := await stream.read():
             for event in progress.new_events(lines.feed(chunk)):

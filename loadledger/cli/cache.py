@@ -42,7 +42,7 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
     from loadledger.cli.output import report_problems  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     with report_problems():
-        entries = [_told(entry) for entry in _store(data).entries()]
+        entries = [_members(entry) for entry in _store(data).entries()]
     print_result(
         {"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries},
         _table(entries),
@@ -77,7 +77,7 @@ def _store(data: Path) -> Any:
     return ModelCache(data / FOLDER, limit_bytes=0)  # the limit applies to new entries only
 
 
-def _told(entry: Any) -> dict[str, Any]:
+def _members(entry: Any) -> dict[str, Any]:
     return {
         "model_id": entry.model_id,
         "version": entry.version,

@@ -130,8 +130,8 @@ def _serving(repository: Path, data: Path) -> Iterator[_Server]:
     # -P: what lies in the current directory must not be taken for our packages.
     command = [sys.executable, "-P", "-m", "loadledger", "serve", "--port", "0"]
     command += ["--repository", str(repository), "--data", str(data)]
-    command += ["--prepare", "off"]  # or there would be processes and memory that the story does not tell of
-    command += ["--log-level", "warning"]  # what goes well is told here
+    command += ["--prepare", "off"]  # it would add processes and memory to the figures
+    command += ["--log-level", "warning"]  # the demo prints its own progress
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")}
     with subprocess.Popen(  # noqa: S603 - our own interpreter and package
         command,

@@ -17,7 +17,7 @@ from loadledger.cli.output import INTERRUPTED, NO_RESULT, print_note, retry_mess
 from loadledger.cli.server import PROFILE, URL, ServerChoice, open_chosen_client, server_options
 
 MAX_CHARACTERS = 200
-"""Of what is told of an event: messages can have 4 KiB."""
+"""Longest description of an event in a line: messages may have 4 KiB."""
 
 _ABSENT = "?"
 
@@ -28,10 +28,7 @@ Show = Callable[[Sequence[bytes]], None]
 
 
 def event_line(line: bytes) -> str:
-    """Return the line for an event as it is stored; nothing in it moves a terminal's cursor.
-
-    What is not as this release would have written it is shown as far as it can be.
-    """
+    """Return a stored event as one printable line; of an invalid event, as much as possible."""
     event = _object(line)
     data = event.get("data")
     values = data if isinstance(data, dict) else {}
@@ -66,8 +63,8 @@ def _word(value: object) -> str:
 
 
 def _bounded(text: str) -> str:
-    told = "".join(letter if letter.isprintable() else " " for letter in text)
-    return told if len(told) <= MAX_CHARACTERS else f"{told[: MAX_CHARACTERS - 1]}…"
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
 
 
 def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], Command]:
@@ -169,7 +166,7 @@ def _of_server(
 
 
 def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
-    import asyncio  # noqa: PLC0415 - only a file takes it, and what follows
+    import asyncio  # noqa: PLC0415 - for files only, like what follows
 
     from events.errors import LedgerProblem  # noqa: PLC0415
     from loadledger.cli.localledger import FileSource  # noqa: PLC0415
@@ -178,9 +175,9 @@ def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
     if not (data / LEDGER).is_file():
         print_note(f"there is no ledger in {data}: give the --data directory of a server, or --url")
         sys.exit(NO_RESULT)
-    wish = _wish(**options)
+    query = _query(**options)
     try:
-        asyncio.run(_show(FileSource(data / LEDGER), wish, follow=follow, show=show))
+        asyncio.run(_show(FileSource(data / LEDGER), query, follow=follow, show=show))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except LedgerProblem as error:
@@ -188,7 +185,7 @@ def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
         sys.exit(NO_RESULT)
 
 
-def _wish(
+def _query(
     *, after: int | None, since: str | None, until: str | None, tail: int | None, **filters: tuple[str, ...]
 ) -> Any:
     from events.sqlite.reader import EventFilter  # noqa: PLC0415 - as above
@@ -201,14 +198,14 @@ def _wish(
     return LedgerQuery(EventFilter(**filters), after, since, until, tail)
 
 
-async def _show(source: Any, wish: Any, *, follow: bool, show: Show) -> None:
-    after = wish.after
-    if not follow or wish.since is not None or wish.tail is not None:
-        async for page in source.listed(wish):
+async def _show(source: Any, query: Any, *, follow: bool, show: Show) -> None:
+    after = query.after
+    if not follow or query.since is not None or query.tail is not None:
+        async for page in source.listed(query):
             if isinstance(page, int):
                 after = page
             else:
                 show(page)
     if follow:
-        async for lines in source.followed(wish.wanted, after):
+        async for lines in source.followed(query.wanted, after):
             show(lines)

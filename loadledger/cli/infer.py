@@ -66,7 +66,7 @@ def infer(
             outputs=outputs or request.get("outputs"),
             parameters=request.get("parameters"),
         )
-    print_result(answer, _told(answer), as_json=as_json)
+    print_result(answer, _lines(answer), as_json=as_json)
 
 
 def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _text(file: Path) -> str:
         exit_with_error(f"{file} cannot be read: {error}")
 
 
-def _told(answer: dict[str, Any]) -> Iterator[str]:
+def _lines(answer: dict[str, Any]) -> Iterator[str]:
     rows = [_row(output) for output in answer.get("outputs", [])]
     yield f"{format_cell(answer.get('model_name'))} version {format_cell(answer.get('model_version'))}"
     yield from format_table(HEAD, rows)

@@ -74,8 +74,8 @@ def wait_and_report(client: Any, job: Any, *, as_json: bool) -> None:
     Ctrl-C ends only the wait, and prints how to resume it.
     """
     try:
-        with _shown(job) as shown:
-            job = client.wait_for(job.id, on_change=shown.on_change, on_away=shown.on_away)
+        with _displayed(job) as display:
+            job = client.wait_for(job.id, on_change=display.on_change, on_away=display.on_away)
     except KeyboardInterrupt:
         print_note(
             f"detached: the {job.kind} of {model_of(job)} continues as job {job.id}\n"
@@ -132,25 +132,25 @@ def describe_progress(job: Any) -> str:
 
 
 @contextmanager
-def _shown(job: Any) -> Iterator[JobDisplay]:
+def _displayed(job: Any) -> Iterator[JobDisplay]:
     """Give a display of a job: a progress bar on a terminal, else a line for each change."""
     if sys.stderr.isatty():
-        with _bar(job) as shown:
-            yield shown
+        with _progress_bar(job) as display:
+            yield display
         return
     began, last = time.monotonic(), ""
 
-    def tell(seen: Any) -> None:
+    def on_change(seen: Any) -> None:
         nonlocal last
         if not seen.ended and describe_progress(seen) != last:
             last = describe_progress(seen)
             print_note(f"{model_of(seen)}: {last} ({time.monotonic() - began:.1f}s)")
 
-    yield JobDisplay(tell, lambda problem: print_note(retry_message(problem)))
+    yield JobDisplay(on_change, lambda problem: print_note(retry_message(problem)))
 
 
 @contextmanager
-def _bar(job: Any) -> Iterator[JobDisplay]:
+def _progress_bar(job: Any) -> Iterator[JobDisplay]:
     from rich.console import Console  # noqa: PLC0415 - 50 ms, for terminals only
     from rich.markup import escape  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
@@ -168,14 +168,14 @@ def _bar(job: Any) -> Iterator[JobDisplay]:
             escape(describe_progress(job)), completed=done, total=total, about=escape(model_of(job))
         )
 
-        def tell(seen: Any) -> None:
+        def on_change(seen: Any) -> None:
             done, total = count_steps(seen)
             progress.update(task, description=escape(describe_progress(seen)), completed=done, total=total)
 
-        def tell_away(problem: Exception) -> None:
+        def on_away(problem: Exception) -> None:
             progress.console.print(f"loadledger: {retry_message(problem)}", markup=False, soft_wrap=True)
 
-        yield JobDisplay(tell, tell_away)
+        yield JobDisplay(on_change, on_away)
 
 
 @click.command()

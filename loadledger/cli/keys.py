@@ -60,7 +60,7 @@ def token(
         ensure_data_dir(data)
         audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
         made = issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer)
-    print_result(_told(made), [made], as_json=as_json)
+    print_result(_token_members(made), [made], as_json=as_json)
 
 
 @click.group()
@@ -120,7 +120,7 @@ def revoke(data: Path, kid: str, *, as_json: bool) -> None:
 key.add_command(ledger_key)
 
 
-def _told(made: str) -> dict[str, object]:
+def _token_members(made: str) -> dict[str, object]:
     """Return a new token with its claims."""
     import jwt  # noqa: PLC0415 - as above
 

@@ -145,8 +145,8 @@ def replay(
         if rebuilds:
             _rebuild(data, data / LEDGER, as_json=as_json)
         else:
-            told = replay_state(data / LEDGER, until, model_id, archives)
-            click.echo(json.dumps(told, indent=2) if as_json else "\n".join(_lines(told)))
+            state = replay_state(data / LEDGER, until, model_id, archives)
+            click.echo(json.dumps(state, indent=2) if as_json else "\n".join(_state_lines(state)))
 
 
 def replay_state(
@@ -175,11 +175,11 @@ def replay_state(
     }
 
 
-def _lines(told: dict[str, Any]) -> Iterator[str]:
-    recorded = f", recorded {told['as_of_time']}" if told["as_of_time"] else ""
-    yield f"as of position {told['as_of']}{recorded}"
-    yield f"models: {len(told['models'])}"
-    for model in told["models"]:
+def _state_lines(state: dict[str, Any]) -> Iterator[str]:
+    recorded = f", recorded {state['as_of_time']}" if state["as_of_time"] else ""
+    yield f"as of position {state['as_of']}{recorded}"
+    yield f"models: {len(state['models'])}"
+    for model in state["models"]:
         version = f" version {model['version']}" if model["version"] is not None else ""
         yield f"  {model['id']}: {model['state']}{version}{', active' if model['active'] else ''}"
         if model["loaded_at"] is not None:
@@ -189,8 +189,8 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
             yield f"    {file['path']}: {file['bytes']} bytes, sha256 {file['sha256']}"
         if model["error"] is not None:
             yield f"    {model['error']['code']}: {model['error']['message']}"
-    yield f"jobs that had not ended: {len(told['jobs'])}"
-    for job in told["jobs"]:
+    yield f"unended jobs: {len(state['jobs'])}"
+    for job in state["jobs"]:
         version = f" version {job['version']}" if job["version"] is not None else ""
         yield f"  {job['id']}: {job['kind']} of {job['model_id']}{version}, {job['status']}"
         yield f"    requested {job['created_at']} by {job['requested_by']}, cause {job['cause']}"
@@ -203,15 +203,15 @@ def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
     with lock_data(data):
         done = rebuild_file(path)
     differences = done.differences
-    told = {"position": done.position, "differ": bool(differences), "differences": differences}
+    result = {"position": done.position, "differ": bool(differences), "differences": differences}
     if as_json:
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(result, indent=2))
     elif differences:
-        click.echo("the stored projections differed from the log, and were made anew:")
+        click.echo("the stored projections differed from the log and were rebuilt:")
         for difference in differences:
             click.echo(f"  {difference}")
     else:
-        click.echo(f"the stored projections are what the log gives, up to position {told['position']}")
+        click.echo(f"the stored projections match the log, up to position {result['position']}")
     if differences:
         raise SystemExit(1)
 

@@ -23,7 +23,7 @@ from server.auth.keys import expected_key
 
 PAGE = 500
 POLL_S = 0.2
-"""How often a file is looked at that is followed."""
+"""Polling interval of a followed file."""
 
 
 def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
@@ -36,41 +36,42 @@ def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
     verification, finding = found.verification, found.finding
     head = f"{verification.position}:{verification.hash.hex()}"
     if finding is not None:
-        return list(_wrong(found, finding, head))
+        return list(_finding_lines(found, finding, head))
     lines = [f"verified: {verification.events} events after position {found.base.position}", f"head: {head}"]
     if not verification.compared:
-        lines.append("not compared: the stored projections, made by another release; `serve` makes them anew")
-    lines += [f"the same as in the ledger: {_name(path)}" for path, _ in found.compared]
+        lines.append("not compared: the stored projections, made by another release; `serve` rebuilds them")
+    lines += [f"matches the ledger: {_printable_path(path)}" for path, _ in found.compared]
     if found.behind is None:
-        return lines + [f"for a whole proof: {each}" for each in found.archives]
-    return [*lines, *_behind(found.behind, key)]
+        return lines + [f"for a whole proof, add: {each}" for each in found.archives]
+    return [*lines, *_archive_lines(found.behind, key)]
 
 
-def _wrong(found: Audit, finding: Finding, head: str) -> Iterator[str]:
-    at = "" if found.at is None else f"{_name(found.at)}: "
+def _finding_lines(found: Audit, finding: Finding, head: str) -> Iterator[str]:
+    at = "" if found.at is None else f"{_printable_path(found.at)}: "
     yield f"NOT verified: {at}position {finding.position}: {finding.problem} ({finding.kind})"
     if found.damage is not None:
         yield f"SQLite's integrity check: {found.damage}"
     yield f"proved up to: {head}"
 
 
-def _behind(behind: ArchiveProof, key: str | None) -> Iterator[str]:
+def _archive_lines(behind: ArchiveProof, key: str | None) -> Iterator[str]:
     for file in behind.files:
-        yield f"archive: positions {file.after.position + 1} to {file.proved.position}, {_name(file.path)}"
-    for signer in dict.fromkeys(map(_signer, behind.files)):
-        yield f"the archives are {_signed(signer, key)}"
+        positions = f"{file.after.position + 1} to {file.proved.position}"
+        yield f"archive: positions {positions}, {_printable_path(file.path)}"
+    for signer in dict.fromkeys(map(_signer_id, behind.files)):
+        yield f"the archives are {_describe_signature(signer, key)}"
     if behind.is_folded:
-        yield "from the first event on: the archives come to the state with which the log begins"
+        yield "proved from the first event: the archives lead to the state at the log's base"
     else:
         yield (
-            f"not proved: what the events up to position {behind.after.position} were and came to; name the "
+            f"not proved: the events up to position {behind.after.position} and their state; give the "
             "archives that have them, too"
         )
 
 
 def format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
     """Return a file's audit as lines of text."""
-    name, end = _name(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
+    name, end = _printable_path(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
         finding = file.finding
         return [
@@ -80,22 +81,22 @@ def format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
     return [
         f"{name}: verified: {file.events} events after position {file.after.position}",
         f"{name}: head: {end}",
-        f"{name}: {_signed(_signer(file), key)}",
+        f"{name}: {_describe_signature(_signer_id(file), key)}",
     ]
 
 
-def _signed(signer: str, key: str | None) -> str:
+def _describe_signature(signer: str, key: str | None) -> str:
     if key is not None:
         return f"signed by the expected key {signer}"
-    return f"signed by the key {signer}; whose that is, only --key can say"
+    return f"signed by the key {signer}; use --key to check who owns it"
 
 
-def _signer(file: FileAudit) -> str:
+def _signer_id(file: FileAudit) -> str:
     assert file.head is not None
     return key_id(file.head.public_key)
 
 
-def _name(path: Path) -> str:
+def _printable_path(path: Path) -> str:
     return click.format_filename(path)
 
 
@@ -235,7 +236,7 @@ class FileSource:
 
     async def listed(self, wish: LedgerQuery) -> AsyncIterator[Sequence[bytes] | int]:
         """Yield pages of lines, and last the position that they reach."""
-        asked = EventQuery(
+        query = EventQuery(
             wish.wanted,
             after=wish.after,
             since=parse_moment(wish.since),
@@ -244,8 +245,8 @@ class FileSource:
         )
         async with open_reader(self._path) as reader:
             if wish.tail is not None:
-                asked = replace(asked, after=await _before_head(reader, wish.tail))
-            async for page in _pages(reader, asked):
+                query = replace(query, after=await _before_head(reader, wish.tail))
+            async for page in _pages(reader, query):
                 yield page
 
     async def followed(self, wanted: EventFilter, after: int | None) -> AsyncIterator[Sequence[bytes]]:
@@ -268,11 +269,11 @@ async def _before_head(reader: Reader, count: int) -> int:
     return max(page.as_of - count, page.base)
 
 
-async def _pages(reader: Reader, asked: EventQuery) -> AsyncIterator[Sequence[bytes] | int]:
+async def _pages(reader: Reader, query: EventQuery) -> AsyncIterator[Sequence[bytes] | int]:
     while True:
-        page = await reader.event_page(asked)
+        page = await reader.event_page(query)
         yield [event.line for event in page.items]
         if page.next_cursor is None:
             yield page.as_of
             return
-        asked = replace(asked, after=page.next_cursor)
+        query = replace(query, after=page.next_cursor)

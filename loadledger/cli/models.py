@@ -111,7 +111,7 @@ def resources(*, as_json: bool, where: ServerChoice) -> None:
     """Show the memory budget, its use, and waiting jobs."""
     with open_chosen_client(where) as client:
         found = client.resources()
-    print_result(found, _told(found), as_json=as_json)
+    print_result(found, _resource_lines(found), as_json=as_json)
 
 
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:
@@ -148,12 +148,12 @@ def pressure_line(found: Any) -> str | None:
     """Return the pressure stall information, if the kernel has it."""
     if found.pressure is None:
         return None
-    told = {"memory": found.pressure.memory_some_percent, "cpu": found.pressure.cpu_some_percent}
-    parts = [f"{name} {value:g} %" for name, value in told.items() if value is not None]
+    shares = {"memory": found.pressure.memory_some_percent, "cpu": found.pressure.cpu_some_percent}
+    parts = [f"{name} {value:g} %" for name, value in shares.items() if value is not None]
     return f"pressure of the last 10 s: {', '.join(parts)}" if parts else None
 
 
-def _told(found: Any) -> Iterator[str]:
+def _resource_lines(found: Any) -> Iterator[str]:
     now = datetime.now(UTC)
     yield budget_line(found)
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"

@@ -70,7 +70,7 @@ def display_width(text: str) -> int:
     """Return a text's width in terminal columns; a letter takes two, one or none."""
     if text.isascii():
         return len(text)
-    from rich.cells import cell_len  # noqa: PLC0415 - only who is shown other letters pays for it
+    from rich.cells import cell_len  # noqa: PLC0415 - only for letters beyond ASCII
 
     return cell_len(text)
 

@@ -40,8 +40,8 @@ HINTS = {
     "unknown_model": "`loadledger models` lists them",
     "unknown_version": "`loadledger models MODEL` lists its versions",
     "unknown_job": "`loadledger jobs` lists them",
-    "not_loaded": "`loadledger ps` lists what is loaded",
-    "nothing_loaded": "`loadledger ps` lists what is loaded",
+    "not_loaded": "`loadledger ps` lists loaded models",
+    "nothing_loaded": "`loadledger ps` lists loaded models",
     "model_not_loaded": "`loadledger load MODEL --wait` loads it",
 }
 """Advice by the server's error codes."""
@@ -196,13 +196,13 @@ def _same(one: str, other: str) -> bool:
 def _private_text(path: Path) -> str:
     # O_NONBLOCK: the open of a FIFO would wait for ever.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
-        seen = os.fstat(file.fileno())
-        if not stat.S_ISREG(seen.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ProfileProblem(f"{path} is not a regular file")
-        if seen.st_uid not in {os.geteuid(), 0}:
+        if status.st_uid not in {os.geteuid(), 0}:
             raise ProfileProblem(f"{path} belongs to another user, who could redirect your token")
-        if seen.st_mode & 0o077:
-            mode = f"{stat.S_IMODE(seen.st_mode):04o}"
+        if status.st_mode & 0o077:
+            mode = f"{stat.S_IMODE(status.st_mode):04o}"
             raise ProfileProblem(
                 f"{path} holds a token and others may access it (mode {mode}): chmod 600 {path}"
             )

@@ -66,7 +66,7 @@ class ServerSnapshot:
 def top(*, interval: float, once: bool, as_json: bool, where: ServerChoice) -> None:
     """Watch memory, models and running jobs until Ctrl-C."""
     with open_chosen_client(where) as client:
-        look = _look(client)
+        look = _take_snapshot(client)
         if as_json:
             print_json({"resources": look.resources, "jobs": look.jobs, "wrong": look.wrong})
             return
@@ -85,25 +85,25 @@ def _watch(client: Any, look: ServerSnapshot, interval_s: float) -> None:
 
     from loadledger import ServerError, ServerUnreachable  # noqa: PLC0415
 
-    with Live(_shown(look), screen=True, auto_refresh=False) as live:
+    with Live(_render(look), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(max(interval_s, PAUSE * look.took_s))
             try:
-                look = _look(client)
+                look = _take_snapshot(client)
             except ServerUnreachable as problem:
-                look = _stale(look, problem)
+                look = _as_stale(look, problem)
             except ServerError as problem:
                 if problem.status < 500 and problem.status != 429:  # noqa: PLR2004 - permanent
                     raise
-                look = _stale(look, problem)
-            live.update(_shown(look), refresh=True)
+                look = _as_stale(look, problem)
+            live.update(_render(look), refresh=True)
 
 
-def _stale(look: ServerSnapshot, problem: Exception) -> ServerSnapshot:
+def _as_stale(look: ServerSnapshot, problem: Exception) -> ServerSnapshot:
     return replace(look, problem=str(problem))
 
 
-def _look(client: Any) -> ServerSnapshot:
+def _take_snapshot(client: Any) -> ServerSnapshot:
     began = time.monotonic()
     unended = [
         job for status in ("in_progress", "pending") for job in client.jobs(status=status, limit=MOST_ROWS)
@@ -113,7 +113,7 @@ def _look(client: Any) -> ServerSnapshot:
     return ServerSnapshot(client.url, found, unended, failed, now, time.monotonic() - began)
 
 
-def _shown(look: ServerSnapshot) -> Any:
+def _render(look: ServerSnapshot) -> Any:
     """Return the view for a terminal; lines that are too long are cut."""
     from rich.text import Text  # noqa: PLC0415 - as above
 

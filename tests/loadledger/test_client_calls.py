@@ -170,7 +170,7 @@ def test_wait_reports_absence_once_and_goes_on() -> None:
 def test_wait_past_limit_raises_unfinished() -> None:
     for after in ([answer(job("in_progress"))] * 500, [GONE] * 500):
         play = Played([answer(job()), *after])
-        with pytest.raises(JobUnfinished, match=r"it goes on") as caught:
+        with pytest.raises(JobUnfinished, match=r"it continues") as caught:
             load(play, wait_s=7.0)
         assert caught.value.job.id == "j1"
         assert play.now == pytest.approx(107.0)

@@ -163,16 +163,16 @@ def test_verify_names_archives_that_whole_proof_needs(data: Path, archives: list
     verified = [f"verified: {HEAD - 19} events after position 19", f"head: {head_of(data)}"]
     assert lines("verify", "--data", data) == [
         *verified,
-        "for a whole proof: positions 1 to 7, 'first.gz'",
-        "for a whole proof: positions 8 to 19, 'second.gz'",
+        "for a whole proof, add: positions 1 to 7, 'first.gz'",
+        "for a whole proof, add: positions 8 to 19, 'second.gz'",
     ]
     whole = lines("verify", "--data", data, *with_each(archives[::-1]))
     assert whole == [
         *verified,
         f"archive: positions 1 to 7, {archives[0]}",
         f"archive: positions 8 to 19, {archives[1]}",
-        f"the archives are signed by the key {key_of(data)}; whose that is, only --key can say",
-        "from the first event on: the archives come to the state with which the log begins",
+        f"the archives are signed by the key {key_of(data)}; use --key to check who owns it",
+        "proved from the first event: the archives lead to the state at the log's base",
     ]
     assert lines("verify", "--data", data, *with_each(archives), "--key", key_of(data))[4] == (
         f"the archives are signed by the expected key {key_of(data)}"
@@ -215,7 +215,7 @@ def test_verify_of_files_names_their_signer(data: Path, exports: list[Path]) -> 
         for words in (
             f"verified: {HEAD} events after position 0",
             f"head: {head_of(data)}",
-            f"signed by the key {key_of(data)}; whose that is, only --key can say",
+            f"signed by the key {key_of(data)}; use --key to check who owns it",
         )
     ]
     assert lines("verify", *exports) == expected
@@ -254,7 +254,7 @@ def test_verify_names_each_damaged_file(exports: list[Path], tmp_path: Path) -> 
 
 def test_verify_compares_files_with_ledger(data: Path, exports: list[Path]) -> None:
     found = lines("verify", *exports, "--data", data)
-    assert found[2:4] == [f"the same as in the ledger: {file}" for file in exports]
+    assert found[2:4] == [f"matches the ledger: {file}" for file in exports]
     assert len(members("verify", *exports, "--data", data)["files"]) == 2
 
 
@@ -329,14 +329,14 @@ def test_replay_prints_state(two_models: Path) -> None:
         "  other: loaded version 1, active",
         "    loaded TIME by alice, position 7, job O",
         f"    model.onnx: 4096 bytes, sha256 {'ab' * 32}",
-        "jobs that had not ended: 1",
+        "unended jobs: 1",
         "  L2: load of digits version 2, in_progress",
         "    requested TIME by alice, cause request",
     ]
     assert lines("replay", "--data", two_models, "--until", 0) == [
         "as of position 0",
         "models: 0",
-        "jobs that had not ended: 0",
+        "unended jobs: 0",
     ]
 
 
@@ -360,7 +360,7 @@ async def test_replay_agrees_with_running_server(api: LocalApi) -> None:
 
 def test_rebuild_prints_and_mends_differences(two_models: Path) -> None:
     rebuild = ("replay", "--data", two_models, "--rebuild")
-    whole = "the stored projections are what the log gives, up to position 9"
+    whole = "the stored projections match the log, up to position 9"
     assert lines(*rebuild) == [whole]
     with closing(sqlite3.connect(two_models / LEDGER, isolation_level=None)) as follower:
         follower.execute("UPDATE jobs SET body = replace(body, 'alice', 'mallory') WHERE id = 'L'")
@@ -369,7 +369,7 @@ def test_rebuild_prints_and_mends_differences(two_models: Path) -> None:
         follower.execute("PRAGMA journal_mode = WAL")
         follower.execute("SELECT count(*) FROM events").fetchone()  # it stays open beside the command
         assert lines(*rebuild, code=1) == [
-            "the stored projections differed from the log, and were made anew:",
+            "the stored projections differed from the log and were rebuilt:",
             "  the stored models had, and the log does not give, 'zoo'",
             "  the stored jobs differed at 'L'",
             "  the stored jobs lacked 'L2'",

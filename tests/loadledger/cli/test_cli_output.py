@@ -158,7 +158,7 @@ def test_hostile_answer_prints_no_control_characters(
         *format_table(models.HEAD, [models._row(model)]),
         *jobs._details(job),
         *format_table(jobs.HEAD, [jobs._row(job)]),
-        *models._told(found),
+        *models._resource_lines(found),
         *top.lines(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL)),
     ]
     assert [line for line in map(click.unstyle, shown) if not line.isprintable()] == []
