@@ -75,7 +75,7 @@ class Operation(TypedDict, total=False):
     """What a handler's decorator declares beside method and paths."""
 
     access: Required[Access]
-    tag: Required[str]
+    tag: str
     summary: Required[str]
     description: str
     path: Schema
@@ -96,7 +96,15 @@ AnyHandler = TypeVar("AnyHandler", bound=Callable[..., Any])
 
 
 class Routes(list[Route]):
-    """The routes of a module, in the order of their declaration."""
+    """The routes of a module, in the order of their declaration.
+
+    Args:
+        tag: groups the routes in the documentation; a route may have another.
+    """
+
+    def __init__(self, tag: str) -> None:
+        super().__init__()
+        self._tag = tag
 
     def get(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
         """Declare a handler of GET and HEAD."""
@@ -110,7 +118,7 @@ class Routes(list[Route]):
         self, method: str, paths: Sequence[str], operation: Operation
     ) -> Callable[[AnyHandler], AnyHandler]:
         def decorate(handler: AnyHandler) -> AnyHandler:
-            _describe(handler, operation)
+            _describe(handler, {"tag": self._tag, **operation})
             access = operation["access"]
             self.extend(Route(method, path, handler, access, LIMITS[access]) for path in paths)
             return handler

@@ -34,7 +34,7 @@ from server.auth.keys import open_signer
 from server.http.validation import NothingSchema, ParameterInteger, header_fields, query_parameters
 from server.routing import Access, Routes
 
-routes = Routes()
+routes = Routes(tag="ledger")
 
 MAX_FILTER_VALUES = 16
 """Of one filter: each value is a scan of an index."""
@@ -135,7 +135,6 @@ class EventListSchema(AnswerSchema):
 @routes.get(
     "/api/v1/events",
     access=Access.AUDIT,
-    tag="ledger",
     summary="List the events",
     description="By position, oldest first, or newest first with `before`. An event must match all filters. "
     "A page may have fewer events than its limit although others follow: see `next_cursor`.",
@@ -236,7 +235,6 @@ class LastEventIdSchema(Schema):
 @routes.get(
     "/api/v1/events/stream",
     access=Access.AUDIT,
-    tag="ledger",
     summary="Follow the events",
     description=_DOCUMENT,
     query=StreamQuerySchema(),
@@ -349,7 +347,6 @@ async def open_prover(data: Path, ledger: Path) -> Prover:
 @routes.get(
     "/api/v1/events/head",
     access=Access.AUDIT,
-    tag="ledger",
     summary="Show the signed head of the ledger",
     query=NothingSchema(),
     answers={200: (HeadSchema(), "The current head.")},

@@ -12,7 +12,7 @@ from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING, STREAMS
 from server.errors import ServerProblem
 from server.routing import Access, Routes
 
-routes = Routes()
+routes = Routes(tag="health")
 
 
 class LiveSchema(AnswerSchema):
@@ -36,7 +36,6 @@ class Unhealthy(ServerProblem):
 @routes.get(
     "/health/live",
     access=Access.PUBLIC,
-    tag="health",
     summary="Liveness: whether to keep the process",
     answers={200: (HealthSchema(), "It is.")},
     errors=("unhealthy",),
@@ -49,7 +48,6 @@ async def live(request: web.Request) -> web.Response:
 @routes.get(
     "/health/ready",
     access=Access.PUBLIC,
-    tag="health",
     summary="Readiness: whether to send requests",
     answers={200: (HealthSchema(), "They can.")},
     errors=("unhealthy",),
@@ -62,7 +60,6 @@ async def ready(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/health/live",
     access=Access.PUBLIC,
-    tag="health",
     summary="Liveness, in the form of the protocol",
     answers={200: (LiveSchema(), "It is.")},
     errors=("unhealthy",),
@@ -76,7 +73,6 @@ async def v2_live(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/health/ready",
     access=Access.PUBLIC,
-    tag="health",
     summary="Readiness, in the form of the protocol",
     answers={200: (ServerReadySchema(), "They can.")},
     errors=("unhealthy",),

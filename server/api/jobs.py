@@ -34,7 +34,7 @@ from server.errors import ServerProblem
 from server.http.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters
 from server.routing import Access, Routes, matched_route
 
-routes = Routes()
+routes = Routes(tag="jobs")
 
 MAX_WAIT_S = 60
 """Proxies and clients give up on longer waits (DESIGN.md, "HTTP")."""
@@ -140,7 +140,6 @@ class ShuttingDown(ServerProblem):
 @routes.get(
     "/api/v1/jobs",
     access=Access.ANY,
-    tag="jobs",
     summary="List the jobs, newest first",
     query=JobsQuerySchema(),
     answers={200: (JobListSchema(), "One page.")},
@@ -164,7 +163,6 @@ async def list_jobs(request: web.Request) -> web.Response:
 @routes.get(
     "/api/v1/jobs/{job_id}",
     access=Access.ANY,
-    tag="jobs",
     summary="Show a job",
     path=JobPathSchema(),
     query=AtQuerySchema(),
@@ -185,7 +183,6 @@ async def show_job(request: web.Request) -> web.Response:
 @routes.post(
     "/api/v1/jobs/{job_id}/cancel",
     access=Access.ADMIN,
-    tag="jobs",
     summary="Cancel a job",
     description="Ends a load that has not completed, or an unload that has not begun. The job may still "
     "complete after this answer, so check its `status`. A job that is already being cancelled is returned "

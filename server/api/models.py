@@ -44,7 +44,7 @@ from server.http.validation import (
 )
 from server.routing import Access, Routes
 
-routes = Routes()
+routes = Routes(tag="models")
 
 _PARAMETERS = LoadParameters.__struct_fields__
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
@@ -130,7 +130,6 @@ _ENDED = "Nothing to do, or the job has ended within `Prefer: wait=N`, with any 
 @routes.get(
     "/api/v1/models",
     access=Access.ANY,
-    tag="models",
     summary="List the models of the repository and those loaded",
     query=ModelsQuerySchema(),
     answers={200: (ModelListSchema(), "One page, by id.")},
@@ -159,7 +158,6 @@ async def list_models(request: web.Request) -> web.Response:
 @routes.get(
     "/api/v1/models/{id}",
     access=Access.ANY,
-    tag="models",
     summary="Show a model",
     path=ModelPathSchema(),
     query=AtQuerySchema(),
@@ -179,7 +177,6 @@ async def show_model(request: web.Request) -> web.Response:
 @routes.post(
     "/api/v1/models/unload",
     access=Access.ADMIN,
-    tag="models",
     summary="Unload the active model",
     parameters=[PREFER],
     query=UnloadQuerySchema(),
@@ -196,7 +193,6 @@ async def unload_active(request: web.Request) -> web.Response:
 @routes.post(
     "/api/v1/models/{id}/load",
     access=Access.ADMIN,
-    tag="models",
     summary="Load a model, or replace its version",
     parameters=[PREFER],
     path=ModelPathSchema(),
@@ -224,7 +220,6 @@ async def load_model(request: web.Request) -> web.Response:
 @routes.post(
     "/api/v1/models/{id}/unload",
     access=Access.ADMIN,
-    tag="models",
     summary="Unload a model",
     parameters=[PREFER],
     path=ModelPathSchema(),

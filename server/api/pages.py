@@ -16,7 +16,7 @@ from server.errors import ServerProblem
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
 
-routes = Routes()
+routes = Routes(tag="documentation")
 
 _NOTHING_ELSE = "default-src 'none'; script-src 'self'; connect-src 'self'; "
 _NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -86,7 +86,6 @@ _UNCHANGED = {304: {"description": "Not changed: it still has the tag of `If-Non
 @routes.get(
     "/docs",
     access=Access.PUBLIC,
-    tag="documentation",
     summary="This document as a page",
     produces=["text/html"],
     answers={200: {"description": "The page."}},
@@ -99,7 +98,6 @@ async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a 
 @routes.get(
     *(f"/docs/static/{name}" for name in _DOCS_FILES if name != DOCS_PAGE),
     access=Access.PUBLIC,
-    tag="documentation",
     summary="A file of the page",
     answers={200: {"description": "The file."}},
 )

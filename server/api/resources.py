@@ -14,7 +14,7 @@ from server.appkeys import CONSUMER, LIMIT, LOG
 from server.http.validation import NothingSchema
 from server.routing import Access, Routes
 
-routes = Routes()
+routes = Routes(tag="resources")
 
 CACHED_S = 0.1
 """Seconds for which an answer is reused: any role may poll, and often."""
@@ -111,7 +111,6 @@ class ResourcesCache:
 @routes.get(
     "/api/v1/resources",
     access=Access.ANY,
-    tag="resources",
     summary="Show the memory budget and its use",
     query=NothingSchema(),
     answers={200: (ResourcesSchema(), "The current use, at most a tenth of a second old.")},

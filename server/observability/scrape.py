@@ -16,7 +16,7 @@ from server.http.compression import chosen_encoding, compress
 from server.observability.collector import ServerCollector
 from server.routing import Access, LimitClass, Route, Routes
 
-routes = Routes()
+routes = Routes(tag="health")
 
 OPEN = "open"
 """The value of --metrics that requires no token."""
@@ -65,7 +65,6 @@ SCRAPES = web.AppKey("scrapes", Scrapes)
 @routes.get(
     "/metrics",
     access=Access.ANY,
-    tag="health",
     summary="Metrics for Prometheus",
     description="Prometheus' text format, or OpenMetrics' if `Accept` asks for it. docs/metrics.md lists "
     "them. With `--metrics=open` no token is needed.",

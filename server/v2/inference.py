@@ -37,7 +37,7 @@ from server.v2.metadata import (
     metadata,
 )
 
-routes = Routes()
+routes = Routes(tag="inference")
 
 
 class NotReady(ServerProblem):
@@ -75,7 +75,6 @@ COMPRESSED_FROM_BYTES = 1024
 @routes.post(
     "/v2/models/{id}/infer",
     access=Access.PREDICT,
-    tag="inference",
     summary="Ask a loaded model",
     path=ModelPathSchema(),
     parameters=INFERENCE_PARAMETERS,
@@ -91,7 +90,6 @@ async def infer_model(request: web.Request) -> web.StreamResponse:
 @routes.post(
     "/v2/models/{id}/versions/{version}/infer",
     access=Access.PREDICT,
-    tag="inference",
     summary="Ask a loaded version",
     path=ModelVersionPathSchema(),
     parameters=INFERENCE_PARAMETERS,
@@ -107,7 +105,6 @@ async def infer_version(request: web.Request) -> web.StreamResponse:
 @routes.get(
     "/v2/models/{id}",
     access=Access.ANY,
-    tag="inference",
     summary="What a loaded model takes and gives",
     path=ModelPathSchema(),
     answers={200: (MetadataSchema(), "The metadata.")},
@@ -121,7 +118,6 @@ async def show_metadata(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/versions/{version}",
     access=Access.ANY,
-    tag="inference",
     summary="What a loaded version takes and gives",
     path=ModelVersionPathSchema(),
     answers={200: (MetadataSchema(), "The metadata.")},
@@ -135,7 +131,6 @@ async def show_version_metadata(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/ready",
     access=Access.ANY,
-    tag="inference",
     summary="Whether a model can be asked",
     path=ModelPathSchema(),
     answers={200: (ReadySchema(), "It can.")},
@@ -149,7 +144,6 @@ async def show_ready(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/versions/{version}/ready",
     access=Access.ANY,
-    tag="inference",
     summary="Whether a version can be asked",
     path=ModelVersionPathSchema(),
     answers={200: (ReadySchema(), "It can.")},

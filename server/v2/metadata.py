@@ -22,7 +22,7 @@ from server.routing import Access, Routes
 from server.v2.codec import HEADER_LENGTH
 from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
 
-routes = Routes()
+routes = Routes(tag="inference")
 
 MAX_BODY_BYTES = 64 * 2**20
 """Triton's default (`--http-max-input-size`)."""
@@ -275,7 +275,6 @@ async def all_statistics(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/stats",
     access=Access.ANY,
-    tag="inference",
     summary="The statistics of a loaded model",
     path=ModelPathSchema(),
     answers={200: (StatisticsSchema(), "Of the version that serves.")},
@@ -289,7 +288,6 @@ async def model_statistics(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/versions/{version}/stats",
     access=Access.ANY,
-    tag="inference",
     summary="The statistics of a loaded version",
     path=ModelVersionPathSchema(),
     answers={200: (StatisticsSchema(), "Of this version.")},
@@ -303,7 +301,6 @@ async def version_statistics(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/config",
     access=Access.ANY,
-    tag="inference",
     summary="How a loaded model is configured",
     path=ModelPathSchema(),
     answers={200: (ModelConfigSchema(), "As Triton has it.")},
@@ -317,7 +314,6 @@ async def show_config(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/versions/{version}/config",
     access=Access.ANY,
-    tag="inference",
     summary="How a loaded version is configured",
     path=ModelVersionPathSchema(),
     answers={200: (ModelConfigSchema(), "As Triton has it.")},

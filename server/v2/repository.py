@@ -37,7 +37,7 @@ from server.v2.tritonconfig import (
     read_only_ready,
 )
 
-routes = Routes()
+routes = Routes(tag="repository")
 
 Entry = dict[str, str]
 ReadyState = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
@@ -179,7 +179,6 @@ _ENDED = {
 @routes.post(
     "/v2/repository/index",
     access=Access.ANY,
-    tag="repository",
     summary="List the versions of all models and their states",
     request_body=INDEX_BODY,
     answers={200: (IndexEntrySchema(many=True), "By name and version.")},
@@ -198,7 +197,6 @@ async def show_index(request: web.Request) -> web.Response:
 @routes.post(
     "/v2/repository/models/{id}/load",
     access=Access.ADMIN,
-    tag="repository",
     summary="Load a model, and wait until it can be asked",
     path=ModelPathSchema(),
     request_body=LOAD_BODY,
@@ -216,7 +214,6 @@ async def load_and_wait(request: web.Request) -> web.Response:
 @routes.post(
     "/v2/repository/models/{id}/unload",
     access=Access.ADMIN,
-    tag="repository",
     summary="Unload a model, and wait until its memory is back",
     path=ModelPathSchema(),
     request_body=UNLOAD_BODY,

@@ -77,11 +77,6 @@ def test_every_setting_comes_from_each_source(file: Path) -> None:
         assert [each.name for each in dataclasses.fields(Config(**values))] == list(kinds)
 
 
-def test_process_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOADLEDGER_PORT", "1")
-    assert read_settings({}, {})[0]["port"] == 8080
-
-
 def test_relative_path_in_file_is_relative_to_file(file: Path) -> None:
     file.write_text('repository = "../models"\ndata = "/var/lib/loadledger"\n')
     values, _ = read_settings({"config": str(file), "jwt_keys": "keys.json"}, {})
@@ -90,11 +85,14 @@ def test_relative_path_in_file_is_relative_to_file(file: Path) -> None:
     assert values["jwt_keys"] == Path("keys.json")
 
 
-def test_file_with_bom_and_crlf_is_read(file: Path) -> None:
+def test_file_is_utf_8_with_any_bom_and_line_ends(file: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbfport = 1\r\nhost = ''\r\ndrain_timeout_s = 5\r\n")
     values, [wrong] = read_settings({"config": str(file)}, {})
     assert (values["port"], values["drain_timeout_s"]) == (1, 5.0)
     assert wrong.place == f"{file}:2: host"
+    file.write_bytes(b"port = 1\nhost = '\xff'\n")
+    [said] = mistakes({"config": str(file)})
+    assert f"'{file}' is not TOML: 'utf-8' codec can't decode" in said
 
 
 def test_command_reads_only_named_settings() -> None:
@@ -136,39 +134,30 @@ def test_invalid_value_is_refused_from_each_source(name: str) -> None:
         assert of_flag.startswith(f"{flag}: {value!r:.80} is refused. ")
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("memory_budget", ("1", "8589934592", "100%", "0.5%")), ("max_loaded", (0,)),
-        ("min_residency_s", (0,)), ("keep_alive_s", (-1, 0, 31536000)), ("prepared_size", ("1", "999TB")),
-        ("log_inferences", (0, 1)),
-    ],
-)  # fmt: skip
-def test_value_at_the_limit_is_taken(name: str, values: tuple[object, ...]) -> None:
-    for value in values:
-        assert read_settings({name: str(value)}, {})[0][name] == value
+def test_value_at_the_limit_is_taken() -> None:
+    for name, values in {
+        "memory_budget": ("1", "8589934592", "100%", "0.5%"), "max_loaded": (0,), "min_residency_s": (0,),
+        "keep_alive_s": (-1, 0, 31536000), "prepared_size": ("1", "999TB"), "log_inferences": (0, 1),
+    }.items():  # fmt: skip
+        for value in values:
+            assert read_settings({name: str(value)}, {})[0][name] == value
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ("1", 1), ("20GB", 20 * 10**9), ("3MB", 3 * 10**6), ("2TB", 2 * 10**12), ("5MiB", 5 * 2**20),
-        ("1GiB", 2**30), ("007TiB", 7 * 2**40),
-    ],
-)  # fmt: skip
-def test_size_has_units(size: str, expected: int) -> None:
-    assert parse_size(size) == expected
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [
-        ("600/minute", (600, 60)), ("1/second", (1, 1)), ("7 per 2 minutes", (7, 120)), ("5/Hour", (5, 3600)),
-        ("9 / 3 days", (9, 259_200)), ("off", None),
-    ],
-)  # fmt: skip
-def test_limit_has_an_amount_and_a_window(limit: str, expected: tuple[int, int] | None) -> None:
-    assert parse_limit(limit) == expected
+def test_sizes_and_rate_limits_have_units() -> None:
+    sizes = {
+        "1": 1,
+        "20GB": 20 * 10**9,
+        "3MB": 3 * 10**6,
+        "2TB": 2 * 10**12,
+        "5MiB": 5 * 2**20,
+        "1GiB": 2**30,
+    }
+    assert {text: parse_size(text) for text in (*sizes, "007TiB")} == sizes | {"007TiB": 7 * 2**40}
+    limits = {
+        "600/minute": (600, 60), "1/second": (1, 1), "7 per 2 minutes": (7, 120), "5/Hour": (5, 3600),
+        "9 / 3 days": (9, 259_200), "off": None,
+    }  # fmt: skip
+    assert {text: parse_limit(text) for text in limits} == limits
 
 
 @pytest.mark.parametrize(
@@ -186,11 +175,6 @@ def test_refusal_says_what_to_do(flags: dict[str, str], environment: dict[str, s
     assert words in "\n".join(mistakes(flags, environment))
 
 
-def test_zero_loads_at_once_means_the_cores() -> None:
-    assert Config(repository=Path(), data=Path()).max_loads() >= 1
-    assert Config(repository=Path(), data=Path(), loads_at_once=7).max_loads() == 7
-
-
 # The file
 
 
@@ -202,10 +186,7 @@ def test_zero_loads_at_once_means_the_cores() -> None:
         ('"LOADLEDGER_PORT" = 1', "did you mean port?"),
         ("max_connections_per_address = 9", "did you mean max_connections?"),
         ("zzzzzzzz = 1", "loadledger serve --help"),
-        (
-            "[server]\nport = 1",
-            "server: there is no such setting; settings stand at the top, not in a [table]",
-        ),
+        ("[server]\nport = 1", "server: there is no such setting; settings stand at the top"),
         ("port = '1'", "port: '1' is refused. Must be a whole number without quotes."),
         ("port = 1.0", "port: 1.0 is refused. Must be a whole number"),
         ("port = true", "port: True is refused. Must be a whole number"),
@@ -229,12 +210,6 @@ def test_refusal_names_line_and_key_of_file(file: Path, line: str, words: str) -
     [said] = mistakes({"config": str(file)})
     assert words in said
     assert said.startswith(f"{file}:4: ") or "TOML" in said
-
-
-def test_bytes_that_are_not_utf_8_are_refused(file: Path) -> None:
-    file.write_bytes(b"port = 1\nhost = '\xff'\n")
-    [said] = mistakes({"config": str(file)})
-    assert f"'{file}' is not TOML: 'utf-8' codec can't decode" in said
 
 
 # All at once

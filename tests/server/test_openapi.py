@@ -112,7 +112,7 @@ async def test_server_serves_the_committed_document(api: LocalApi) -> None:
 
 
 def test_route_takes_known_error_codes_only() -> None:
-    declare = Routes().get("/x", access=Access.ANY, tag="x", summary="X", answers={}, errors=["no such code"])
+    declare = Routes("x").get("/x", access=Access.ANY, summary="X", answers={}, errors=["no such code"])
     with pytest.raises(KeyError):
         declare(lambda request: request)
 
