@@ -1,4 +1,4 @@
-"""The console in a real browser: a page that is signed in, what stands in it, and what went wrong in it."""
+"""The console in a real browser: sign in, find rows, press buttons, collect errors."""
 
 import re
 import shutil
@@ -13,21 +13,21 @@ from playwright.async_api import Browser, Dialog, Locator, Page, Request, async_
 from support.http import Api
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-"""The browser of the system: none is fetched."""
+"""The browser of the system; none is downloaded."""
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
 
 DESKTOP = {"width": 1280, "height": 1000}
 PHONE = {"width": 375, "height": 812}
 
 LIMIT_MS = 30_000
-"""Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+"""Nothing takes this long; a bug fails a test instead of hanging it."""
 
 expect.set_options(timeout=LIMIT_MS)
 
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """Start the browser, without a sandbox: who runs tests in a container is often root."""
+    """Start the browser, without a sandbox, which root in a container cannot have."""
     async with async_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
         browser = await playwright.chromium.launch(executable_path=BROWSER, args=arguments)
@@ -44,8 +44,8 @@ class Console:
     Attributes:
         page: Playwright's.
         url: the server's.
-        mistakes: what the page's scripts and its policy complained about.
-        urls: of all that it asked for.
+        mistakes: errors of the page's scripts and its policy.
+        urls: of all requests.
     """
 
     page: Page
@@ -58,7 +58,7 @@ class Console:
     async def opened(
         cls, browser: Browser, url: str, size: dict[str, int] = DESKTOP
     ) -> AsyncIterator["Console"]:
-        """Open it in a profile of its own; in the end, nothing must have gone wrong in it."""
+        """Open the console in a new profile; at the end, there must be no errors."""
         context = await browser.new_context(viewport={"width": size["width"], "height": size["height"]})
         context.set_default_timeout(LIMIT_MS)
         console = cls(await context.new_page(), url)
@@ -89,7 +89,7 @@ class Console:
         self.page.on("request", asked)
 
     async def sign_in(self, token: str, *, says: str = "Live") -> None:
-        """Sign in as a person does, and wait until all is there."""
+        """Sign in, and wait until everything is shown."""
         await self.page.get_by_label("Token").fill(token)
         await self.page.get_by_role("button", name="Sign in").click()
         await expect(self.connection).to_have_text(says)
@@ -97,12 +97,12 @@ class Console:
 
     @property
     def connection(self) -> Locator:
-        """What the page says of its connection."""
+        """The state of the connection."""
         return self.page.locator("#connection")
 
     @property
     def attention(self) -> Locator:
-        """What the page says needs somebody."""
+        """The list of what needs attention."""
         return self.page.locator("#attention-list > li")
 
     def row(self, model_id: str) -> Locator:
@@ -110,7 +110,7 @@ class Console:
         return self.page.locator("#models-rows > tr", has=self.page.get_by_text(model_id, exact=True))
 
     async def see(self, model_id: str, state: str) -> None:
-        """Wait until a model is seen in a state."""
+        """Wait until a model is shown in a state."""
         await expect(self.row(model_id).locator(".pill")).to_have_text(state)
 
     async def press(self, model_id: str, name: str) -> None:
@@ -118,11 +118,11 @@ class Console:
         await self.row(model_id).get_by_role("button", name=re.compile(rf"^{name}\b")).click()
 
     async def choose(self, button: str) -> None:
-        """Press a button of the dialog that is open."""
+        """Press a button of the open dialog."""
         await self.page.locator("dialog[open]").get_by_role("button", name=button, exact=True).click()
 
     async def serious(self, part: str | None = None, *rules: str) -> list[str]:
-        """Return what axe-core holds to be wrong and serious, or worse, in the page or a part of it.
+        """Return the serious and critical findings of axe-core in the page or a part of it.
 
         Args:
             part: of the page, by its selector.
@@ -138,6 +138,6 @@ class Console:
 
 
 def tokens_in(console: Console, api: Api, *roles: str) -> list[str]:
-    """Return the URLs that a page asked for that have the token in them, or a part that could be one."""
+    """Return the requested URLs that contain the token, or something like one."""
     signature = api.token(*roles).rpartition(".")[2]
     return [url for url in console.urls if signature in url or "eyJ" in url]

@@ -117,28 +117,40 @@ def weights(megabytes: int, *, layers: int = 8, seed: int = 0) -> ModelProto:
 
 
 def slow_model(side: int = 1500, depth: int = 30) -> ModelProto:
-    """Slow to load, not to run: ONNX Runtime folds this chain of constant MatMuls while it loads.
-
-    Thirty products of 1500 by 1500 take some seconds on one core; the file has one matrix of 9 MB.
-    """
-    rng = np.random.default_rng(0)
-    tensors = [numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, "w")]
-    names = ["w", *(f"h{i}" for i in range(depth))]
-    nodes = [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(depth)]
-    nodes.append(helper.make_node("Add", ["x", names[-1]], ["y"]))
+    """Slow to load, not to run: thirty products of 1500 by 1500 take some seconds on one core."""
+    nodes, tensors, last = _folded_chain(side, depth)
+    nodes.append(helper.make_node("Add", ["x", last], ["y"]))
     shape = [side, side]
     return model(nodes, [value("x", FLOAT, shape)], [value("y", FLOAT, shape)], tensors)
 
 
 def slow_to_fold(side: int, depth: int) -> ModelProto:
-    """`y = x + c`: slow to load, since ONNX Runtime folds a chain of constant MatMuls to find c."""
+    """`y = x + c`, with a c that takes ONNX Runtime long to find while it loads."""
+    nodes, tensors, last = _folded_chain(side, depth)
+    nodes.append(helper.make_node("ReduceMax", [last], ["c"], keepdims=0))
+    nodes.append(helper.make_node("Add", ["x", "c"], ["y"]))
+    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])], tensors)
+
+
+def slow_identity(side: int = 800, depth: int = 40) -> ModelProto:
+    """`y = x` of floats, which takes a second or so to load."""
+    nodes, tensors, last = _folded_chain(side, depth)
+    tensors.append(helper.make_tensor("zero", FLOAT, [], [0.0]))
+    nodes += [
+        helper.make_node("ReduceSum", [last], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])], tensors)
+
+
+def _folded_chain(side: int, depth: int) -> tuple[list[NodeProto], list[TensorProto], str]:
+    """Return a chain of constant MatMuls, which ONNX Runtime folds while it loads, and its last output."""
     rng = np.random.default_rng(0)
     tensors = [numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, "w")]
     names = ["w", *(f"h{i}" for i in range(depth))]
     nodes = [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(depth)]
-    nodes.append(helper.make_node("ReduceMax", [names[-1]], ["c"], keepdims=0))
-    nodes.append(helper.make_node("Add", ["x", "c"], ["y"]))
-    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])], tensors)
+    return nodes, tensors, names[-1]
 
 
 def counting_loop() -> ModelProto:
@@ -430,21 +442,6 @@ def widened(count: int = 40_000_000) -> ModelProto:
     return model(nodes, [value("x", FLOAT, [1])], [value("y", FLOAT, [count])], [size])
 
 
-def slow_identity(side: int = 800, depth: int = 40) -> ModelProto:
-    """Slow to load as `slow_model` is, here a second or so, and then `y = x` of floats."""
-    rng = np.random.default_rng(0)
-    tensors = [numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, "w")]
-    tensors.append(helper.make_tensor("zero", FLOAT, [], [0.0]))
-    names = ["w", *(f"h{i}" for i in range(depth))]
-    nodes = [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(depth)]
-    nodes += [
-        helper.make_node("ReduceSum", [names[-1]], ["sum"], keepdims=0),
-        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
-        helper.make_node("Add", ["x", "nothing"], ["y"]),
-    ]
-    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])], tensors)
-
-
 def table(megabytes: float, key: int = 0) -> ModelProto:
     """`y = table[x]`, with a table of this size (10**6 bytes): takes memory to hold, and tells who answered.
 
@@ -459,15 +456,6 @@ def table(megabytes: float, key: int = 0) -> ModelProto:
 def entry(key: int, index: Any) -> Any:
     """Give what stands in the table of this key at an index, or at many: whole numbers that FP32 has."""
     return (5 * index + 10_007 * key) % 2**24
-
-
-def random_numbers() -> ModelProto:
-    """`y = x + noise`, other noise each time."""
-    nodes = [
-        helper.make_node("RandomNormalLike", ["x"], ["noise"]),
-        helper.make_node("Add", ["x", "noise"], ["y"]),
-    ]
-    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])])
 
 
 def misaligned(rows: int | str = "rows", side: int = 250) -> ModelProto:

@@ -1,10 +1,10 @@
-"""Pages of documentation as sessions: their blocks are run in their order, and what they print is compared.
+"""Documentation pages as tests: their blocks run in order, and their output is compared.
 
-A page has blocks of `sh`, then perhaps of `python`, which are one program; a block of `json` or `text` is
-what the one before it prints. A block of any other kind would not be held to anything, so there may be none.
+A page has blocks of `sh`, then perhaps of `python`, which are one program. A block of `json` or `text` is the
+output of the block before it. Other kinds are errors, since nothing would check them.
 
-What a page prints may differ in what differs from run to run: where a page is run `alone`, times, ids and
-figures with a unit are not compared, and in a `text` an ellipsis stands for whatever there is in its place.
+For a page that runs `alone`, times, ids and figures with a unit are not compared, and in a `text` an ellipsis
+stands for anything.
 """
 
 import json
@@ -27,12 +27,12 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PORT = "8080"
 END = "-- end of the block --"
 LIMIT_S = 600.0
-"""The longest page takes 20 s, ten times that where all is slow; a bug fails a test and does not hang it."""
+"""The longest page takes 20 s, on a busy machine ten times that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What is run, and what it has to print; None where the page does not say."""
+    """A program and its output; None where the page shows none."""
 
     kind: str
     text: str
@@ -59,7 +59,7 @@ def blocks(page: str) -> list[Block]:
 def run_page(
     page: str, folder: Path, port: str, environment: Mapping[str, str]
 ) -> Iterator[tuple[Block, str]]:
-    """Run the page in the folder; gives each block and what it printed.
+    """Run a page in a folder; return each block with its output.
 
     Args:
         page: path of the page in the tree.
@@ -85,7 +85,7 @@ def script(found: list[Block]) -> str:
 def _run(
     program: str, folder: Path, environment: Mapping[str, str], *, stderr: int = subprocess.PIPE
 ) -> tuple[int, str, str]:
-    """Run a program of the shell; in the end, it and all that it has started are killed.
+    """Run a shell program; at the end, kill it and all that it has started.
 
     Returns:
         Its exit code, what it printed, and what to stderr, unless that goes where the rest goes.
@@ -123,12 +123,12 @@ def _by_block(found: list[Block], printed: str) -> Iterator[tuple[Block, str]]:
 
 
 def printed_as(block: Block, printed: str) -> Any:
-    """Return what a block printed, so that it can be compared: of text, white space may differ."""
+    """Return a block's output for comparison: JSON, or words."""
     return json.loads(printed) if block.answer_kind == "json" else printed.split()
 
 
 def expected(block: Block) -> Any:
-    """Return what the page says that it prints, alike."""
+    """Return the output in the page for comparison."""
     assert block.answer is not None
     return printed_as(block, block.answer)
 
@@ -136,12 +136,11 @@ def expected(block: Block) -> Any:
 # Pages that start their own servers.
 
 PORTS = range(1000, 3000)
-"""The first digits of the ports: below those that the kernel gives to who asks for any, so that nobody is
-given ours between tries."""
+"""The first digits of the ports, below the kernel's ephemeral ports, which other tests may get."""
 MAX_TRIES = 5
 IN_USE = "address already in use"
 LOG = "server.log"
-"""Where a page has its servers write."""
+"""The file to which a page redirects its servers' output."""
 
 
 def run_alone(
@@ -150,13 +149,13 @@ def run_alone(
     environment: Mapping[str, str],
     has: Callable[[Path], object] | None = None,
 ) -> Iterator[tuple[Block, str]]:
-    """Run a page that starts what it needs.
+    """Run a page that starts its own servers; return each block with its output.
 
     Args:
         page: path of the page in the tree; its ports are 8080 to 8089.
         folder: where the working directory is made.
         environment: of the shell.
-        has: makes the working directory with what the page takes for granted: `examples/`, if left out.
+        has: makes the working directory; by default it contains `examples/`.
     """
     found = blocks(page)
     tries = some_ports()
@@ -186,7 +185,7 @@ def _is_taken(here: Path) -> bool:
 
 
 VOLATILE = {"id", "job_id", "position", "created_at", "started_at", "finished_at", "loaded_at", "load_job_id"}
-"""Members that differ from run to run; that they are there, and whether they are null, is compared."""
+"""Members that differ from run to run; only whether they exist and are null is compared."""
 _CHANGING = (
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?Z?"), "TIME"),
     (re.compile(r"\b\d+:[0-9a-f]{64}\b"), "HEAD"),
@@ -195,12 +194,12 @@ _CHANGING = (
     (re.compile(r"\b\d[\d.,]* ?(µs|ms|s|m|h|d|B|KB|MB|GB|KiB|MiB|GiB)\b"), "FIGURE"),
 )
 _IN_THE_LEDGER = re.compile(r"^TIME +\d+ ")
-"""How a line of an event begins. What goes on side by side may come in another order, at other positions."""
+"""The beginning of an event's line; concurrent events may have other positions and order."""
 ANYTHING = "…"
 
 
 def says(block: Block, printed: str) -> bool:
-    """Tell whether a block printed what the page says, but for what differs from run to run."""
+    """Whether the output is that of the page, except what differs from run to run."""
     if block.answer_kind == "json":
         return bool(_settled(json.loads(printed)) == _settled(expected(block)))
     assert block.answer is not None

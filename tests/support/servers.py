@@ -40,10 +40,10 @@ UNHURRIED = (sys.executable, "-P", "-c", NO_PRESSURE)
 """The command on a machine that reports no pressure: it prepares models however busy the machine is."""
 
 APART = "--host=127.7.7.7"
-"""For a server that is started again on its port: on 127.0.0.1 another could be given it meanwhile."""
+"""For a server that starts again on its port: another process could take one of 127.0.0.1 meanwhile."""
 
 LIMIT_S = 120.0
-"""Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
+"""Nothing takes this long, even on a busy machine; a bug fails a test instead of hanging it."""
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class Server:
         return await self.ended()
 
     async def kill(self) -> None:
-        """Kill the server as nothing can prevent, and wait until no process of it is left."""
+        """Kill the server with SIGKILL, and wait until all its processes are gone."""
         await self.stop(signal.SIGKILL)
         await self.nothing_left()
 
@@ -100,7 +100,7 @@ class Server:
             return await self.process.wait()
 
     async def nothing_left(self) -> None:
-        """Wait until all processes that the server had made are gone too."""
+        """Wait until all child processes of the server are gone."""
         held, self._pidfds = self._pidfds, []
         assert await asyncio.to_thread(wait_gone, held)
 
@@ -111,9 +111,9 @@ class Server:
 
 
 QUIET = {"LOADLEDGER_PREPARE": "off", "LOADLEDGER_LOG_LEVEL": "warning"}
-"""Nothing runs, and nothing is told, but what a test asks for."""
+"""No preparation and no log lines unless a test asks for them."""
 PREPARING = {"LOADLEDGER_PREPARE": "on"}
-"""As it is by default."""
+"""The default."""
 
 
 @asynccontextmanager
@@ -127,11 +127,11 @@ async def serving(
     """Start `serve` on the configuration's repository and data, on a free port; kill it in the end.
 
     Args:
-        config: names the directories and, for the tokens, the audience; the other settings are not passed on.
-        arguments: further ones.
-        command: how the command is called.
-        environment: settings, beside nothing else of ours but `QUIET`.
-        tls: whom the client trusts, of a server that has a certificate.
+        config: the directories and the audience of tokens; other settings are not passed on.
+        arguments: of `serve`.
+        command: the command line of `loadledger`.
+        environment: settings, with `QUIET`.
+        tls: the trust of the client, for a server with a certificate.
     """
     output = config.data.with_name(f"{config.data.name[:50]}.stderr")
     with output.open("ab") as stderr:
@@ -163,12 +163,12 @@ async def serving(
 
 
 def started(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; process ids say nothing, they wrap."""
+    """Return when a process started, in clock ticks since boot."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # proc_pid_stat(5)
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without settings of ours."""
+    """Return this process's environment without loadledger's settings."""
     return {name: value for name, value in os.environ.items() if not name.startswith("LOADLEDGER_")}
 
 
@@ -182,7 +182,7 @@ async def events(config: Config) -> list[Event]:
 
 
 def verified(config: Config) -> Verification:
-    """Verify the ledger, which must be whole, and return what was found."""
+    """Verify the ledger, which must be sound, and return the verification."""
     verification = verify(config.data / LEDGER)
     assert verification.verified, verification
     return verification
@@ -229,13 +229,13 @@ PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
 
 
 def copy_examples(here: Path) -> None:
-    """Make a folder with what a new user has: the models and their inputs."""
+    """Copy the example models and their inputs into a folder."""
     ignored = shutil.ignore_patterns("*.py", "__pycache__")
     shutil.copytree(ROOT / "examples", here / "examples", ignore=ignored)
 
 
 def copy_tree(here: Path) -> None:
-    """Make a folder with what a copy of the repository has, as far as it is installed."""
+    """Copy all files that an installation needs into a new folder."""
     here.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, here)
@@ -244,10 +244,10 @@ def copy_tree(here: Path) -> None:
 
 
 def bare_environment(folder: Path) -> dict[str, str]:
-    """Return the environment of somebody who has Python and nothing of ours, for a page that installs it.
+    """Return an environment with Python but without loadledger, for a page that installs it.
 
-    There need be no network: pip fetches nothing, and builds with what this environment has; that stands
-    behind what is installed, whose own files come first.
+    pip works without a network: it builds with the packages of this environment, which come after those that
+    it installs.
     """
     programs = folder / "programs"
     programs.mkdir()
@@ -264,14 +264,14 @@ def bare_environment(folder: Path) -> dict[str, str]:
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
-    """Return the environment of somebody who has installed the command and done nothing else."""
+    """Return an environment in which loadledger is installed, and nothing else is set."""
     home.mkdir(exist_ok=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"}
 
 
 TERMINAL_LIMIT_S = 60.0
-"""Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+"""Nothing takes this long; a bug fails a test instead of hanging it."""
 CTRL_C = b"\x03"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -281,7 +281,7 @@ class Terminal:
 
     Attributes:
         pid: the process.
-        shown: all that it has written so far.
+        shown: its output so far.
     """
 
     def __init__(self, pid: int, descriptor: int) -> None:
@@ -292,11 +292,11 @@ class Terminal:
 
     @property
     def plain(self) -> str:
-        """What was shown, without colours and movements."""
+        """The output without escape sequences."""
         return _ESCAPES.sub("", self.shown)
 
     async def until(self, pattern: str) -> None:
-        """Wait until something like this was shown since the beginning."""
+        """Wait until the output contains a pattern."""
         await asyncio.to_thread(self._until, pattern)
 
     async def end(self) -> int:
