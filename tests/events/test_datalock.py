@@ -14,8 +14,8 @@ from events.errors import DataInUse
 HOLD = """
 import sys
 from pathlib import Path
-from events.datalock import hold
-with hold(Path(sys.argv[1])):
+from events.datalock import lock_data
+with lock_data(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
