@@ -1,11 +1,10 @@
-"""Retention: the oldest events move to a file that verifies by itself, and the log goes on after them.
+"""Archiving: move the oldest events to a file that verifies by itself; the log goes on after them.
 
-The file is on the disk, complete and verified, before anything is taken out of the log; that is then one
-transaction. Who dies in between leaves the log as it was, and a file that has a part of it twice.
+The file is complete, on the disk and verified before one transaction removes the events from the log. A
+process that is killed in between leaves the log unchanged, and a file that repeats a part of it.
 
-What stays is verified more than once, each time for a reason of its own: first, with all the rest, since
-ended jobs are taken over as they are stored; then what would be left, as long as it can be taken back; at
-last the file, which VACUUM wrote anew.
+The ledger is verified three times: before, because ended jobs move as they are stored; the remaining ledger
+before the commit, because archives cannot be put back; and the file that VACUUM has written.
 """
 
 from __future__ import annotations
@@ -31,20 +30,24 @@ from events.sqlite import history, queries, storage
 from events.sqlite.history import parse_time
 from events.sqlite.queries import LogBase, read_base
 from events.sqlite.readonly import wants_wal
-from events.sqlite.schema import connect, schema_difference
+from events.sqlite.schema import connect, schema_difference, transaction
 from events.sqlite.snapshots import base_state_digest, write_base_state
 from events.sqlite.storage import leave_complete_file
 
 _LIFTED = ("events_never_go", "base_never_changes")
-"""The triggers that stand in the way of archiving, and of nothing else that is right."""
+"""The triggers that archiving has to drop, and to create again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArchiveResult:
-    """What was done: the positions that moved, the file's SHA-256, and how many ended jobs went with them.
+    """What was archived.
 
-    `alone` is whether the ledger's file is complete by itself; somebody who reads it meanwhile keeps the
-    write-ahead log beside it.
+    Attributes:
+        first_position: of the events that moved.
+        last_position: of the events that moved.
+        sha256: of the archive file.
+        jobs: the number of ended jobs that were removed with their events.
+        alone: whether the ledger is one complete file; a reader can keep its write-ahead log beside it.
     """
 
     first_position: int
@@ -55,22 +58,22 @@ class ArchiveResult:
 
 
 def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) -> ArchiveResult:
-    """Move the events before a position, or a time, to `target`; the caller holds the lock of the data.
+    """Move the events before a position or time to `target`; the caller holds the lock of the data directory.
 
     Args:
         path: of the ledger.
-        before: a position, in digits, or an RFC 3339 time: what is there, or was recorded then, stays.
-        target: the file; if it is there, it must be what an interrupted run of this left.
+        before: a position in digits, or an RFC 3339 time; the event at that position or time stays.
+        target: the file; if it exists, it must be the one of an interrupted run.
         sign: signs the head of the file.
-        now: the present moment.
+        now: the present time.
 
     Raises:
-        BadMoment: `invalid_parameter`.
+        InvalidMoment: `invalid_parameter`.
         NothingThere: `nothing_there`, there are no events before that.
-        MustStay: `must_stay`, the last event, or idempotency keys of the last 24 hours, would go.
-        WrongTarget: `wrong_target`, the file is there and has something else, or its name is no text.
-        LedgerDamaged: `ledger_damaged`, the ledger or the file does not verify; nothing was moved, unless it
-            says so.
+        MustStay: `must_stay`, the last event, or idempotency keys of the last 24 hours, would move.
+        WrongTarget: `wrong_target`, the file exists with other content, or its name is not UTF-8.
+        LedgerDamaged: `ledger_damaged`, the ledger or the file does not verify; nothing was moved, unless the
+            message says so.
         IncompleteCopy: `incomplete_copy`.
         LogUnavailable: `log_unavailable`, the ledger cannot be read or written; nothing was moved.
         OSError: the file cannot be written; nothing was moved.
@@ -80,26 +83,26 @@ def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) ->
     remove_stale_drafts(target)
     _refuse_damaged(path)
     try:
-        with _opened(path) as connection:
+        with _open_ledger(path) as connection:
             if not storage.is_current(connection):
                 storage.rebuild(connection)
-            base, last = read_base(connection), _last_to_go(connection, before, now)
+            base, last = read_base(connection), _find_last(connection, before, now)
             check = _write(connection, base, last, target, sign)
-            with _all_or_nothing(connection):
+            with transaction(connection):
                 jobs = _move(connection, base, check, target.name, format_timestamp(now))
-                _refuse_wrong(connection, path)
+                _refuse_invalid_rest(connection, path)
             _shrink(connection)
     except sqlite3.Error as error:
         raise LogUnavailable(f"the ledger {path.name} cannot be archived: {error}") from error
     _refuse_damaged(
-        path, f"events up to position {last} were moved to {printable_name(target)}, and what is left"
+        path, f"events up to position {last} were moved to {printable_name(target)}, and the remaining ledger"
     )
     return ArchiveResult(base.position + 1, last, check.sha256, jobs, alone=not wants_wal(path))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open the ledger; however this ends, its file is complete alone."""
+def _open_ledger(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the ledger for writing; leave one complete file at the end."""
     with closing(connect(path)) as connection:
         try:
             yield connection
@@ -108,7 +111,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _refuse_name(target: Path) -> None:
-    """The ledger keeps the file's name, as text."""
+    """Refuse a name that is not UTF-8: the ledger stores it as text."""
     try:
         target.name.encode()
     except UnicodeEncodeError:
@@ -124,23 +127,23 @@ def _refuse(found: Finding | None, what: str) -> None:
         raise LedgerDamaged(f"{what} does not verify: position {found.position}, {found.problem}")
 
 
-def _refuse_wrong(connection: sqlite3.Connection, path: Path) -> None:
-    """Verify what is about to be left while all can be taken back: there is no way to put archives back.
+def _refuse_invalid_rest(connection: sqlite3.Connection, path: Path) -> None:
+    """Verify the remaining ledger before the commit, because archives cannot be put back.
 
     Raises:
-        LedgerDamaged: it does not verify.
+        LedgerDamaged: `ledger_damaged`, it does not verify.
     """
     connection.text_factory = bytes
     try:
         found = verify_connection(connection, path).finding
     finally:
         connection.text_factory = str
-    _refuse(found, "nothing was moved, since the ledger that would be left")
+    _refuse(found, "nothing was moved: the remaining ledger")
     if difference := schema_difference(connection):
-        raise LedgerDamaged(f"nothing was moved, since the schema would be left otherwise: {difference}")
+        raise LedgerDamaged(f"nothing was moved: the remaining schema would differ: {difference}")
 
 
-def _last_to_go(connection: sqlite3.Connection, before: str, now: datetime) -> int:
+def _find_last(connection: sqlite3.Connection, before: str, now: datetime) -> int:
     base, head = read_base(connection), queries.read_head(connection)
     if re.fullmatch(r"\d{1,18}", before, re.ASCII):
         last = int(before) - 1
@@ -157,9 +160,9 @@ def _last_to_go(connection: sqlite3.Connection, before: str, now: datetime) -> i
 def _refuse_what_must_stay(
     connection: sqlite3.Connection, last: int, head: queries.LogHead, now: datetime
 ) -> None:
-    """Keep the last event, which the next start builds on, and the idempotency keys that still hold."""
+    """Refuse to move the last event, which the next start needs, and valid idempotency keys."""
     if last >= head.position:
-        raise MustStay(f"the log's last event has to stay: archive --before {head.position} at most")
+        raise MustStay(f"the log's last event must stay: archive --before {head.position} at most")
     since = add_seconds(max(format_timestamp(now), head.recorded_at), -KEY_LIFETIME_S)
     (kept,) = connection.execute(
         "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"
@@ -168,34 +171,34 @@ def _refuse_what_must_stay(
     ).fetchone()
     if kept is not None:
         raise MustStay(
-            f"idempotency keys hold for 24 hours, and that of position {kept} still does: archive "
+            f"idempotency keys are valid for 24 hours, and that of position {kept} still is: archive "
             f"--before {kept} at most, or later"
         )
 
 
 def _write(connection: sqlite3.Connection, base: LogBase, last: int, target: Path, sign: Sign) -> FileAudit:
-    """Write the file, unless an interrupted run has, and verify what is on the disk."""
+    """Write the file, unless an interrupted run has written it, and verify it."""
     was_there = target.exists()
     if not was_there:
         with write_file(target, replace=False) as file, compress(file) as packed:
             for line in export_of(connection, JSONL, sign, after=base.position, until=last):
                 packed.write(line)
-    else:  # who was interrupted may not have come as far
+    else:  # an interrupted run may not have synced it
         make_durable(target)
     check = audit_file(target)
     if check.finding is not None and not was_there:
         raise LedgerDamaged(check.finding.problem)
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (last,)).fetchone()
     if check.finding is not None or (check.after, check.proved) != (base, LogBase(last, digest)):
-        raise WrongTarget(f"{target} is there and has something else: choose another file")
+        raise WrongTarget(f"{target} exists with other content: choose another file")
     return check
 
 
 def _move(connection: sqlite3.Connection, base: LogBase, check: FileAudit, file: str, now: str) -> int:
-    """Take the events out of the log, in the caller's transaction; return how many ended jobs went, too."""
+    """Remove the events from the log in the caller's transaction; return the number of removed ended jobs."""
     end = check.proved
     state = history.state_at(connection, end.position, from_base=True)
-    with _lifted(connection):
+    with _without_triggers(connection):
         jobs = write_base_state(connection, state)
         connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))
         connection.execute("UPDATE base SET position = ?, hash = ?", (end.position, end.hash))
@@ -210,20 +213,8 @@ def _move(connection: sqlite3.Connection, base: LogBase, check: FileAudit, file:
 
 
 @contextmanager
-def _all_or_nothing(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.rollback()
-        raise
-
-
-@contextmanager
-def _lifted(connection: sqlite3.Connection) -> Iterator[None]:
-    """Lift the triggers within the caller's transaction, so that nobody ever sees the log without them."""
+def _without_triggers(connection: sqlite3.Connection) -> Iterator[None]:
+    """Drop the triggers within the caller's transaction, so that no reader sees the log without them."""
     found = connection.execute(
         "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' AND name IN (?, ?)", _LIFTED
     ).fetchall()
@@ -235,7 +226,7 @@ def _lifted(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _shrink(connection: sqlite3.Connection) -> None:
-    """Give the space back where there is some to do it in, and leave one file that is complete by itself."""
+    """Return the free space to the disk if there is room for that, and leave one complete file."""
     with suppress(sqlite3.Error):
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("VACUUM")

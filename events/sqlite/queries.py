@@ -11,6 +11,7 @@ from events.codec import GENESIS, decode_event
 from events.commands import KnownKey, read_key
 from events.jobs import Job, JobStatus
 from events.models import Model
+from events.sqlite.schema import transaction
 from events.state import Changes, State
 
 PAGE = 500
@@ -130,18 +131,12 @@ def read_last_used(connection: sqlite3.Connection) -> dict[str, str]:
 
 def write_last_used(connection: sqlite3.Connection, used: Mapping[str, str]) -> None:
     """Note when these models were last used: one transaction; what was noted later stays."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         connection.executemany(
             "INSERT INTO last_used (model_id, used_at) VALUES (?, ?)"
             " ON CONFLICT (model_id) DO UPDATE SET used_at = max(used_at, excluded.used_at)",
             list(used.items()),
         )
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.rollback()
-        raise
 
 
 def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Changes) -> None:
@@ -152,15 +147,9 @@ def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Ch
         rows: the events, at least one.
         changes: the models and jobs after them.
     """
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         _insert(connection, rows)
         write_projections(connection, changes.models.values(), changes.jobs.values(), rows[-1].position)
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.rollback()
-        raise
 
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
@@ -181,15 +170,9 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
 
 def probe(connection: sqlite3.Connection) -> None:
     """Make a commit that changes nothing, to see whether the next one can be made."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         for _ in range(2):  # SQLite writes nothing for an UPDATE that leaves a row as it is (measured)
             connection.execute("UPDATE projected SET position = -1 - position")
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.rollback()
-        raise
 
 
 def kind_of(error: sqlite3.Error) -> int:

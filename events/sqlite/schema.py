@@ -1,14 +1,11 @@
-"""The ledger's database: numbered migrations, each in one transaction, and whether it is what they make.
-
-A ledger's file by itself: whether it lacks its write-ahead log, and bringing it up to that.
-"""
+"""The ledger's schema: opening the database for writing, migrations, and comparison with what they make."""
 
 from __future__ import annotations
 
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -16,19 +13,19 @@ from typing import NamedTuple
 from events.errors import ForeignDatabase, FutureSchema
 
 APPLICATION_ID = 0x4C4C6467
-"""SQLite's application_id of our files: "LLdg"."""
+"""SQLite's application_id of a ledger: "LLdg"."""
 
 BUSY_TIMEOUT = "PRAGMA busy_timeout = 5000"
 """Milliseconds that a connection waits for another one's lock; a longer read of a stopped ledger keeps a
 server from starting."""
 
 CHECKPOINT = "PRAGMA wal_autocheckpoint = 4000"
-"""Pages, of 4 KiB, of the write-ahead log after which these are copied into the database. The stored
-projections are the same pages in each group: at SQLite's 1,000 they would be copied four times as often."""
+"""Pages (4 KiB) of the write-ahead log before a checkpoint copies them into the database. Each group writes
+the same pages of stored projections: SQLite's default of 1,000 would copy them four times as often."""
 
 
 class SchemaRow(NamedTuple):
-    """A table, an index or a trigger; what is made for another one, as a key's index is, has no SQL."""
+    """A table, index or trigger as SQLite stores it; `sql` is None for the index of a key."""
 
     type: bytes
     name: bytes
@@ -40,14 +37,14 @@ _NAME = re.compile(r"^(\d{4})_\w+\.sql$")
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the ledger for writing, durably, creating and migrating it where needed.
+    """Open the ledger for durable writing; create and migrate it where needed.
 
     The connection may be used from any thread, by one at a time.
 
     Raises:
         FutureSchema: `future_schema`, a newer release wrote it.
-        ForeignDatabase: `foreign_database`, it is somebody else's.
-        sqlite3.Error: it cannot be opened or is not a database.
+        ForeignDatabase: `foreign_database`, another program wrote it.
+        sqlite3.Error: it cannot be opened, or is not a database.
     """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
@@ -63,23 +60,31 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Run the block in one transaction, which is rolled back if it raises."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.rollback()
+        raise
+
+
 def migrate(connection: sqlite3.Connection) -> None:
-    """Apply what has not been applied yet.
+    """Apply the missing migrations, each in one transaction.
 
     Raises:
-        FutureSchema: the database has migrations that this release does not know.
+        FutureSchema: `future_schema`, the database has migrations that this release does not know.
     """
     done = check_readable(connection)
     known = _migrations()
     for number, script in known[done:]:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(connection):
             if _pragma(connection, "user_version") < number:
                 _apply(connection, number, script)
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.rollback()
-            raise
 
 
 def check_readable(connection: sqlite3.Connection) -> int:
@@ -104,7 +109,7 @@ def schema_of(connection: sqlite3.Connection) -> set[SchemaRow]:
 
 
 def schema_after(migrations: int) -> set[SchemaRow]:
-    """Return what `schema_of` gives of a ledger to which so many migrations were applied."""
+    """Return the schema of a ledger after so many migrations."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         for number, script in _migrations()[:migrations]:
             _apply(connection, number, script)
@@ -119,7 +124,7 @@ def _apply(connection: sqlite3.Connection, number: int, script: str) -> None:
 
 
 def refuse_foreign(connection: sqlite3.Connection) -> None:
-    """Raise unless the database is a ledger, or empty and nobody's.
+    """Refuse a database that is neither a ledger nor empty.
 
     Raises:
         ForeignDatabase: `foreign_database`.
@@ -159,24 +164,24 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def schema_difference(connection: sqlite3.Connection) -> str | None:
-    """Return in words what the schema has otherwise than the migrations that the ledger says it has.
+    """Return the first difference of the schema from that of the ledger's migrations, in words.
 
-    Plain tables of others, as SQLite's statistics and tools for replication keep them, are left alone:
-    nothing of ours is read from them, or changed by them.
+    Plain tables of other programs, such as SQLite's statistics or a replication tool's, are ignored: the
+    ledger does not read them, and they change nothing in it.
     """
     stored, made = schema_of(connection), schema_after(check_readable(connection))
     tables = {row.tbl_name for row in made}
     for row in sorted(made - stored, key=_name):
-        what = "is not as it was made" if _name(row) in set(map(_name, stored)) else "is missing"
-        return f"the {_shown(row)} {what}"
+        what = "was changed" if _name(row) in set(map(_name, stored)) else "is missing"
+        return f"the {_printable(row)} {what}"
     for row in sorted(stored - made, key=_name):
         if row.tbl_name in tables or not _is_plain_table(row):
-            return f"the {_shown(row)} is none of a ledger's"
+            return f"the {_printable(row)} is not of a ledger"
     return None
 
 
 def _is_plain_table(row: SchemaRow) -> bool:
-    """Whether it is a table, or the index of its key; SQLite goes by the SQL, whatever the type says."""
+    """Whether it is a table, or the index of its key; SQLite goes by the SQL, not by the type."""
     return row.sql is None if row.type == b"index" else (row.sql or b"").startswith(b"CREATE TABLE ")
 
 
@@ -184,5 +189,5 @@ def _name(row: SchemaRow) -> tuple[bytes, bytes]:
     return row.type, row.name
 
 
-def _shown(row: SchemaRow) -> str:
+def _printable(row: SchemaRow) -> str:
     return f"{row.type.decode(errors='replace')} {row.name.decode(errors='replace')!r}"

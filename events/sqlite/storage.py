@@ -27,7 +27,7 @@ from events.sqlite import queries, snapshots
 from events.sqlite.history import fold_page, load_base_state
 from events.sqlite.queries import LogHead, Row
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
-from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect
+from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, transaction
 from events.state import Changes, State
 
 FOLDS = 2
@@ -65,8 +65,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
         LogUnavailable: an event cannot be folded; nothing was changed.
         sqlite3.Error: it cannot be read or written; nothing was changed.
     """
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         state = load_base_state(connection)
         connection.execute("DELETE FROM jobs")
         connection.execute("DELETE FROM models")
@@ -80,11 +79,6 @@ def rebuild(connection: sqlite3.Connection) -> None:
             models, jobs = fold_page(state, page)
             queries.write_projections(connection, models.values(), jobs.values(), state.position)
             snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.rollback()
-        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, snapshots, storage
 from events.sqlite.history import InvalidMoment
 from events.sqlite.queries import LogBase, Row, as_text, read_base
-from events.sqlite.schema import connect, schema_of
+from events.sqlite.schema import connect, schema_of, transaction
 from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.state import State
 
@@ -211,9 +211,9 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
         check = module._write(connection, base, 19, path.with_name("archive.gz"), SIGN)
 
         def move() -> None:
-            with module._all_or_nothing(connection):
+            with transaction(connection):
                 module._move(connection, base, check, "archive.gz", now)
-                module._refuse_wrong(connection, path)
+                module._refuse_invalid_rest(connection, path)
 
         with pytest.raises(LedgerDamaged, match="nothing was moved"):
             move()
@@ -234,7 +234,7 @@ left = last
 def at_each_line(frame, event, argument):
     global left
     name = frame.f_code.co_filename
-    if not name.endswith(("archive.py", "files.py", "basestate.py", "backup.py", "snapshots.py")):
+    if not name.endswith(("archive.py", "files.py", "snapshots.py")):
         return None
     if event == "line":
         left -= 1

@@ -78,7 +78,7 @@ def test_generated_column_that_lies_is_named() -> None:
             connection.execute("REINDEX")
             told = connection.execute("SELECT position FROM events WHERE actor = 'mallory'").fetchall()
         assert told == [(2,)]
-        assert difference(path) == "the table 'events' is not as it was made"
+        assert difference(path) == "the table 'events' was changed"
 
 
 @pytest.mark.parametrize(
@@ -89,20 +89,23 @@ def test_generated_column_that_lies_is_named() -> None:
         ("DROP TABLE last_used", "the table 'last_used' is missing"),
         (
             "UPDATE sqlite_schema SET sql = replace(sql, 'BEGIN', 'WHEN 0 BEGIN') WHERE name LIKE '%_go'",
-            "the trigger 'events_never_go' is not as it was made",
+            "the trigger 'events_never_go' was changed",
         ),
         (
             "UPDATE sqlite_schema SET sql = replace(sql, 'events', 'EVENTS') WHERE name = 'events_never_go'",
-            "the trigger 'events_never_go' is not as it was made",
+            "the trigger 'events_never_go' was changed",
         ),
         (
             "CREATE TRIGGER ghost AFTER INSERT ON jobs BEGIN DELETE FROM models; END",
-            "the trigger 'ghost' is none of a ledger's",
+            "the trigger 'ghost' is not of a ledger",
         ),
-        ("CREATE UNIQUE INDEX ghost ON events (actor, position)", "the index 'ghost' is none of a ledger's"),
-        ("CREATE VIEW ghost AS SELECT * FROM events", "the view 'ghost' is none of a ledger's"),
-        ("ALTER TABLE jobs ADD COLUMN ghost", "the table 'jobs' is not as it was made"),
-        ("PRAGMA user_version = 4", "the table 'models' is not as it was made"),
+        (
+            "CREATE UNIQUE INDEX ghost ON events (actor, position)",
+            "the index 'ghost' is not of a ledger",
+        ),
+        ("CREATE VIEW ghost AS SELECT * FROM events", "the view 'ghost' is not of a ledger"),
+        ("ALTER TABLE jobs ADD COLUMN ghost", "the table 'jobs' was changed"),
+        ("PRAGMA user_version = 4", "the table 'models' was changed"),
         ("CREATE TABLE _replication (id TEXT PRIMARY KEY)", None),  # plain tables of others are left alone
         ("ANALYZE", None),
     ],
