@@ -18,6 +18,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msgspec import structs
+
 from events.clock import uuid7
 from events.counters import Histogram
 from events.models import Footprint
@@ -210,7 +212,7 @@ class PreparationRun:
             raise _Changed
         parameters = LoadParameters(memory_limit_bytes=candidate.worker_bytes)
         order = self._pool.build_load(repository.root, found, parameters, warm_up)
-        return replace(order, known=candidate.sources), warm_up.inputs
+        return structs.replace(order, known=candidate.sources), warm_up.inputs
 
     async def _why_not(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
         """Make a form, try it, and keep it; returns the reason against it, or None."""
