@@ -45,24 +45,24 @@ Figures = dict[Name, Figure]
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What was made for a key: a form, or none that is of use.
+    """The stored record of a key: a form, or the reasons against all forms.
 
     Attributes:
         layout: `LAYOUT`.
-        key: the folder's name, as `key_of` makes it.
-        model_id: what it was made of, for people; others with the same files use it too.
-        version: of that model.
-        made_at: when.
-        took_ms: what making and trying it took.
-        form: None if no form is of use.
-        sha256: of the form, as `form_sha256` makes it.
-        files: the form's own, directly in the folder.
+        key: the folder's name, made by `make_key`.
+        model_id: the model that it was made of, for people; models with the same files share it.
+        version: the version of that model.
+        made_at: timestamp of the preparation.
+        took_ms: duration of preparation and trial.
+        form: None if no form helps.
+        sha256: hash of the form, made by `form_sha256`.
+        files: the form's own files, directly in the folder.
         sources: the repository's files that it was made of.
-        needs_bytes: what a form takes that was left out because that is too much; else 0.
-        figures: what was measured of it.
+        needs_bytes: size of a form that was left out as too large; else 0.
+        figures: measurements of the trial.
         tried: why each other form was left out.
-        known_until: when all this is forgotten; None is never.
-        untried_on: if nothing could be tried, the SHA-256 of the inputs that there were for it.
+        known_until: timestamp after which this record is ignored; None is never.
+        untried_on: SHA-256 of the inputs that did not allow a trial; None if there was one.
     """
 
     layout: Literal[1]
@@ -140,18 +140,18 @@ class Cleared:
 def make_entry(manifest: Manifest, used_ns: int) -> Entry:
     """Return the entry of a manifest and its last use."""
     return Entry(
-        manifest.key,
-        manifest.model_id,
-        manifest.version,
-        manifest.form,
-        manifest.sha256,
-        manifest.bytes,
-        manifest.made_at,
-        timestamp_of(used_ns),
-        manifest.took_ms,
-        manifest.figures,
-        manifest.tried,
-        manifest.untried_on,
+        key=manifest.key,
+        model_id=manifest.model_id,
+        version=manifest.version,
+        form=manifest.form,
+        sha256=manifest.sha256,
+        bytes=manifest.bytes,
+        made_at=manifest.made_at,
+        used_at=timestamp_of(used_ns),
+        took_ms=manifest.took_ms,
+        figures=manifest.figures,
+        tried=manifest.tried,
+        untried_on=manifest.untried_on,
     )
 
 

@@ -150,11 +150,11 @@ class PreparationRun:
         self.outcomes: dict[Form, str] = {}
 
     async def run(self) -> None:
-        """Keep the first form that is of use, or that none is, if neither is known by now.
+        """Keep the first form that passes its trial, or record the reasons against all forms.
 
         Raises:
-            TrialInterrupted: it may be repeated.
-            CacheUnavailable: it cannot be kept.
+            TrialInterrupted: the preparation may be repeated.
+            CacheUnavailable: the form cannot be kept.
             OSError: the repository cannot be read.
         """
         self._key = await asyncio.to_thread(make_key, self._candidate.hashes, self._pool.threads)
@@ -348,8 +348,8 @@ class Preparer:
 
     def begin(self, load_job_id: str) -> None:
         """Prepare the candidate of a load; `wake` is called at the end, whatever the outcome."""
-        assert self._store is not None
-        assert self._running is None
+        if self._store is None:  # then there are no candidates
+            return
         key = next(key for key, each in self._candidates.items() if each.load_job_id == load_job_id)
         self.candidate = candidate = self._candidates.pop(key)
         self.preparation = PreparationView(load_job_id, candidate.need_bytes)
@@ -449,7 +449,7 @@ class Preparer:
             await self._attempt(preparing, key, candidate)
         except (CacheUnavailable, OSError) as error:
             self._pause(error)
-        except Exception:  # noqa: BLE001 - whatever it is, nobody but the log is to notice
+        except Exception:  # noqa: BLE001 - a defect here must not reach a load
             _log.exception("%s could not be prepared", candidate.model_id)
         finally:
             self.counts.count(preparing.outcomes, time.monotonic() - began)

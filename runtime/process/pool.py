@@ -95,7 +95,8 @@ class WorkerPool:
     @property
     def keeper(self) -> asyncio.Task[None]:
         """The task that replaces the fork server of an open pool; its end before `close` is a defect."""
-        assert self._keeper is not None, "the pool is not open"
+        if self._keeper is None:
+            raise RuntimeError("the pool is not open")
         return self._keeper
 
     async def open(self) -> None:

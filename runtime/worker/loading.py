@@ -167,7 +167,7 @@ class LoadMonitor:
             try:
                 for file, sha256 in hashing.files:
                     hashing.hashed.append(_loaded(file, sha256 or self._digest(hashing.folder, file)))
-            except Exception as error:  # noqa: BLE001 - whatever it is, who waits for the hashes has to know
+            except Exception as error:  # noqa: BLE001 - `result` raises it
                 hashing.problem = error
         self.hashing_us = (time.perf_counter_ns() - started) // 1000
         self._all_hashed.set()

@@ -145,8 +145,8 @@ def warm_up(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[
         # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
         if not given and not all(spec.shape for spec in required):
             return None
-        told = WITH_GIVEN if given else WITH_ZEROS
-        raise LoadRefused("warm_up_failed", f"{told}, {OR_NOT}. It says: {problem}") from None
+        advice = WITH_GIVEN if given else WITH_ZEROS
+        raise LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}") from None
     return (time.perf_counter_ns() - started_ns) // 1000
 
 

@@ -39,7 +39,7 @@ def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> 
 
 
 async def made(pool: WorkerPool, order: Prepare) -> PrepareReport:
-    """Prepare a model, and see the worker end by itself."""
+    """Prepare a model; the worker then ends by itself."""
     worker = await pool.start("w")
     report = await worker.prepare(order)
     assert await asyncio.shield(worker.ended) == Exit(0, None)
@@ -47,7 +47,7 @@ async def made(pool: WorkerPool, order: Prepare) -> PrepareReport:
 
 
 async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> CachedCopy:
-    """Prepare model `m`, and describe the form as the store does."""
+    """Prepare model `m`, and describe the form as the cache does."""
     order = prepare_order(root, form)
     report = await made(pool, order)
     return describe(order.target, form, report.files, report.sources)
@@ -73,13 +73,13 @@ def found(folder: Path | str) -> tuple[HashedFile, ...]:
 
 
 async def load(pool: WorkerPool, order: Load) -> tuple[Worker, LoadReport]:
-    """Load what is ordered into a new worker."""
+    """Load the model of an order into a new worker."""
     worker = await pool.start("w")
     return worker, await worker.load(order, lambda _: None)
 
 
 def written_by_the_runtime(root: Path) -> Load:
-    """Order model `m` with its prepacked form as ONNX Runtime writes it, and nobody has touched it."""
+    """Make the order to load `m` with its prepacked form as ONNX Runtime wrote it, not aligned."""
     order, folder = order_of(root, "m"), root.parent / "forms" / "raw"
     folder.mkdir(parents=True)
     import onnxruntime as ort  # noqa: PLC0415 - it starts threads
@@ -94,7 +94,7 @@ def written_by_the_runtime(root: Path) -> Load:
 
 
 def in_background(pid: int) -> bool:
-    """Tell whether a process gives way in its share of a core, is batch work, and idle on the disk."""
+    """Return whether a process has low priority, batch scheduling, and idle disk priority."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     number = SYS_IOPRIO_SET[os.uname().machine] + 1  # ioprio_get follows ioprio_set everywhere
     idle = ctypes.CDLL(None).syscall(number, 1, pid) >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_IDLE
@@ -110,14 +110,14 @@ def key(name: str) -> str:
 
 
 def written(folder: Path, contents: Mapping[str, bytes]) -> tuple[HashedFile, ...]:
-    """Write files, and say of them what a worker says."""
+    """Write files, and describe them as a worker does."""
     return tuple(_written(folder / path, content) for path, content in contents.items())
 
 
 def made_of(
     files: tuple[HashedFile, ...], *, model_id: str = MODEL, form: Form = "prepacked"
 ) -> FinishedForm:
-    """Say of files what is said of a form that won."""
+    """Describe files as a form that passed its trial."""
     sources = (SourceHash("model.onnx", "ab" * 32),)
     figures: dict[str, Figure] = {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
     tried: dict[Form, str] = {} if form == "prepacked" else {"prepacked": "the worker ended: signal 11"}
@@ -133,7 +133,7 @@ def keep(
     form: Form = "prepacked",
     seed: str = "",
 ) -> CachedCopy | None:
-    """Have the store keep a form of this size: two files, the contents of which follow from name and seed."""
+    """Keep a form of this size: two files whose contents follow from name and seed."""
     draft = store.draft(key(name))
     files = written(draft, halves(size, name + seed))
     return store.keep(key(name), draft, made_of(files, model_id=model_id, form=form))
@@ -146,7 +146,7 @@ def halves(size: int, seed: str) -> dict[str, bytes]:
 
 
 def check_whole(prepared: CachedCopy) -> None:
-    """Check that a form's files hold what is said of them, and are those that are named."""
+    """Check that a form has exactly the described files with the described content."""
     folder = Path(prepared.folder)
     for file in prepared.files:
         assert _loaded(folder / file.path) == file
@@ -218,7 +218,7 @@ KEPT_NAMES = "abcdef"
 KEPT_LIMIT_BYTES = 400_000
 """Room for four of six forms, more or less."""
 LIFE_S = 0.03
-"""At most: some forms are kept in that time, and most lives end while one is."""
+"""Longest life: long enough to keep some forms; most lives end while one is being kept."""
 
 
 def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
