@@ -165,7 +165,7 @@ async def test_jobs_say_what_they_wait_for(start: Start, repository: Path) -> No
     first = await api.accepted_load("m", version=1)
     second = await api.accepted_load("m", version=2)
     waiting = await when(lambda: api.job(first["id"]), lambda job: job["waiting_for"] is not None)
-    assert "of loads, 1 may run at once" in waiting["waiting_for"]
+    assert "1 may run at once" in waiting["waiting_for"]
     assert (waiting["status"], waiting["stage"]) == ("pending", None)
     await api.job_when(second["id"], waiting_for=f"job {first['id']} of the same model")
     await api.unload("slow", force=True)

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import pytest_asyncio
 from support import models
 from support.http import ONE, Json, LocalApi
 
@@ -16,9 +17,10 @@ from events.types import ModelLoaded, ModelUnloaded
 Start = Callable[..., Awaitable[LocalApi]]
 
 
-@pytest.fixture
-async def past(api: LocalApi, repository: Path) -> LocalApi:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def past(shared: LocalApi) -> LocalApi:
     """A server whose ledger has a load, a swap, another model and an unload."""
+    api, repository = shared, shared.config.repository
     models.save(models.add(2.0), repository, "digits", 1)
     models.save(models.add(3.0), repository, "digits", 2)
     models.save(models.add(4.0), repository, "other", 1)
@@ -143,13 +145,15 @@ async def test_past_is_for_auditors_whatever_else_is_wrong(api: LocalApi) -> Non
     assert (await api.get("/api/v1/models?at=0", roles=("audit",))).status == 200
 
 
-async def test_answer_of_inference_leads_to_its_load_after_restart(past: LocalApi, start: Start) -> None:
-    answer = await past.infer("other", ONE)
-    position = int(answer.headers["Loadledger-Model"].rpartition("=")[2])
-    [event] = [event for event in await past.events("other") if event.position == position]
+async def test_answer_of_inference_leads_to_its_load_after_restart(start: Start, repository: Path) -> None:
+    models.save(models.add(4.0), repository, "m")
+    api = await start()
+    await api.load("m")
+    position = int((await api.infer("m", ONE)).headers["Loadledger-Model"].rpartition("=")[2])
+    [event] = [event for event in await api.events("m") if event.position == position]
     assert isinstance(event.data, ModelLoaded)
-    then = await found(past, f"models/other?at={position}", roles=("audit",))
+    then = await found(api, f"models/m?at={position}", roles=("audit",))
     assert (then["position"], then["job_id"]) == (position, event.job_id)
     assert then["files"][0]["sha256"] == event.data.files[0].sha256
-    await past.client.close()
-    assert await found(await start(), f"models/other?at={position}") == then
+    await api.client.close()
+    assert await found(await start(), f"models/m?at={position}") == then
