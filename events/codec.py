@@ -42,6 +42,9 @@ from events.types import (
 GENESIS = bytes(32)
 """The hash before the first event."""
 
+_ENVELOPE = ("position", "id", "actor", "recorded_at", "job_id", "model_id", "version", "worker_id")
+"""The members of a body that are fields of the event itself."""
+
 _MAX = 2**63
 """Integers are from -_MAX to _MAX - 1: 64 bits with a sign, as in SQLite."""
 
@@ -107,21 +110,9 @@ def encode_by_rule(event: Event) -> str:
         data = unknown.data if unknown else msgspec.to_builtins(event.data)
     except TypeError as error:
         raise NotEncodable(f"$.data: {error}") from None
-    return encode_canonical(
-        {
-            "position": event.position,
-            "id": event.id,
-            "type": event.type,
-            "schema": unknown.schema if unknown else SCHEMA,
-            "job_id": event.job_id,
-            "model_id": event.model_id,
-            "version": event.version,
-            "worker_id": event.worker_id,
-            "actor": event.actor,
-            "recorded_at": event.recorded_at,
-            "data": data,
-        },
-    )
+    members = {name: getattr(event, name) for name in _ENVELOPE}
+    schema = unknown.schema if unknown else SCHEMA
+    return encode_canonical({**members, "type": event.type, "schema": schema, "data": data})
 
 
 class EventBody(msgspec.Struct, gc=False):
@@ -196,7 +187,7 @@ _PLAIN = frozenset({str, bool, type(None), Cause})
 _VALUES: Mapping[type[Any], Callable[[Any], tuple[object, ...]]] = {
     kind: _values_of(kind) for kind in (*TYPES.values(), Idempotency, LoadedFile, Prepared, Durations)
 }
-_envelope = attrgetter("position", "id", "actor", "recorded_at", "job_id", "model_id", "version", "worker_id")
+_envelope = attrgetter(*_ENVELOPE)
 
 
 def decode_event(body: str | bytes) -> Event:

@@ -144,17 +144,8 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
 
 
 def _load_requested(event: Event, model_id: str, data: LoadRequested) -> Job:
-    return Job(
-        id=event.id,
-        kind=JobKind.LOAD,
-        model_id=model_id,
-        version=event.version,
-        status=JobStatus.PENDING,
-        created_at=event.recorded_at,
-        created_position=event.position,
-        position=event.position,
-        requested_by=event.actor,
-        cause=data.cause,
+    return replace(
+        _requested(event, model_id, JobKind.LOAD, data.cause),
         load=data.parameters,
         deadline_at=add_seconds(event.recorded_at, data.timeout_s),
         keeps=data.keeps_load_job_id,
@@ -162,9 +153,14 @@ def _load_requested(event: Event, model_id: str, data: LoadRequested) -> Job:
 
 
 def _unload_requested(event: Event, model_id: str, data: UnloadRequested) -> Job:
+    parameters = UnloadParameters(data.force, data.load_job_id)
+    return replace(_requested(event, model_id, JobKind.UNLOAD, data.cause), unload=parameters)
+
+
+def _requested(event: Event, model_id: str, kind: JobKind, cause: Cause) -> Job:
     return Job(
         id=event.id,
-        kind=JobKind.UNLOAD,
+        kind=kind,
         model_id=model_id,
         version=event.version,
         status=JobStatus.PENDING,
@@ -172,8 +168,7 @@ def _unload_requested(event: Event, model_id: str, data: UnloadRequested) -> Job
         created_position=event.position,
         position=event.position,
         requested_by=event.actor,
-        cause=data.cause,
-        unload=UnloadParameters(data.force, data.load_job_id),
+        cause=cause,
     )
 
 
