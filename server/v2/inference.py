@@ -1,4 +1,4 @@
-"""Predictions by the Open Inference Protocol v2: infer, model metadata, ready."""
+"""How is an inference answered? Infer, and the metadata and readiness of a model."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ _INFER_ERRORS = (
 )
 
 COMPRESSED_FROM_BYTES = 1024
-"""Less is in one packet anyway."""
+"""A smaller response fits into one packet anyway."""
 
 
 @routes.post(
     "/v2/models/{id}/infer",
     access=Access.PREDICT,
-    summary="Ask a loaded model",
+    summary="Run an inference",
     path=ModelPathSchema(),
     parameters=INFERENCE_PARAMETERS,
     request_body=INFERENCE_BODY,
@@ -83,14 +83,14 @@ COMPRESSED_FROM_BYTES = 1024
     errors=_INFER_ERRORS,
 )
 async def infer_model(request: web.Request) -> web.StreamResponse:
-    """Run one inference on the version that serves."""
+    """Run an inference on the serving version."""
     return await _infer(request)
 
 
 @routes.post(
     "/v2/models/{id}/versions/{version}/infer",
     access=Access.PREDICT,
-    summary="Ask a loaded version",
+    summary="Run an inference on a version",
     path=ModelVersionPathSchema(),
     parameters=INFERENCE_PARAMETERS,
     request_body=INFERENCE_BODY,
@@ -98,59 +98,59 @@ async def infer_model(request: web.Request) -> web.StreamResponse:
     errors=_INFER_ERRORS,
 )
 async def infer_version(request: web.Request) -> web.StreamResponse:
-    """Run one inference, if this version is the one that serves."""
+    """Run an inference on this version if it serves."""
     return await _infer(request)
 
 
 @routes.get(
     "/v2/models/{id}",
     access=Access.ANY,
-    summary="What a loaded model takes and gives",
+    summary="Inputs and outputs of a loaded model",
     path=ModelPathSchema(),
     answers={200: (MetadataSchema(), "The metadata.")},
     errors=("unknown_model", "model_not_loaded", "model_unloading"),
 )
 async def show_metadata(request: web.Request) -> web.Response:
-    """Answer with inputs and outputs of the version that serves."""
+    """Return inputs and outputs of the serving version."""
     return web.json_response(metadata(await _route(request)))
 
 
 @routes.get(
     "/v2/models/{id}/versions/{version}",
     access=Access.ANY,
-    summary="What a loaded version takes and gives",
+    summary="Inputs and outputs of a loaded version",
     path=ModelVersionPathSchema(),
     answers={200: (MetadataSchema(), "The metadata.")},
     errors=("unknown_model", "model_not_loaded", "model_unloading"),
 )
 async def show_version_metadata(request: web.Request) -> web.Response:
-    """Answer with inputs and outputs, if this version is the one that serves."""
+    """Return inputs and outputs of this version if it serves."""
     return web.json_response(metadata(await _route(request)))
 
 
 @routes.get(
     "/v2/models/{id}/ready",
     access=Access.ANY,
-    summary="Whether a model can be asked",
+    summary="Whether a model is ready",
     path=ModelPathSchema(),
-    answers={200: (ReadySchema(), "It can.")},
+    answers={200: (ReadySchema(), "It is ready.")},
     errors=("not_ready",),
 )
 async def show_ready(request: web.Request) -> web.Response:
-    """Answer 200 where an inference would be tried, else 400, as Triton's clients expect."""
+    """Answer 200 if an inference would be tried, else 400, as Triton's clients expect."""
     return _ready(request)
 
 
 @routes.get(
     "/v2/models/{id}/versions/{version}/ready",
     access=Access.ANY,
-    summary="Whether a version can be asked",
+    summary="Whether a version is ready",
     path=ModelVersionPathSchema(),
-    answers={200: (ReadySchema(), "It can.")},
+    answers={200: (ReadySchema(), "It is ready.")},
     errors=("not_ready",),
 )
 async def show_version_ready(request: web.Request) -> web.Response:
-    """Answer 200 where an inference would be tried, else 400, as Triton's clients expect."""
+    """Answer 200 if an inference would be tried, else 400, as Triton's clients expect."""
     return _ready(request)
 
 
@@ -174,22 +174,22 @@ async def infer(
     subject = request[PRINCIPAL].subject
     router, share = app[ROUTER], app[BODIES].share(subject)
     loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
-    question: InferenceRequest | None = None
+    decoded: InferenceRequest | None = None
     try:
-        body = await _body(request, share)
+        body = await _read_body(request, share)
         header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()), len(body))
         began_s = loop.time()
         try:
-            question = _question(router, model_id, version, body, header_bytes)
-            timeout_s = _timeout_s(question, longest_s)
-            route, (_, outputs) = await router.infer(model_id, version, question, timeout_s)
+            decoded = _decode(router, model_id, version, body, header_bytes)
+            timeout_s = _timeout_s(decoded, longest_s)
+            route, (_, outputs) = await router.infer(model_id, version, decoded, timeout_s)
         except (ModelNotLoaded, ModelUnloading):
-            ends_at_s = began_s + (longest_s if question is None else _timeout_s(question, longest_s))
+            ends_at_s = began_s + (longest_s if decoded is None else _timeout_s(decoded, longest_s))
             async with app[DEMAND].loaded(model_id, version, subject, ends_at_s):
-                question = question or _question(router, model_id, version, body, header_bytes)
+                decoded = decoded or _decode(router, model_id, version, body, header_bytes)
                 left_s = ends_at_s - loop.time()
-                route, (_, outputs) = await router.infer(model_id, version, question, left_s)
-        fields, answer = _answer(route, question, outputs, request.get(QUOTA))
+                route, (_, outputs) = await router.infer(model_id, version, decoded, left_s)
+        fields, answer = _encode(route, decoded, outputs, request.get(QUOTA))
         encoding = _encoding(request, answer)
         if encoding is not None:
             fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
@@ -200,9 +200,9 @@ async def infer(
         raise
 
 
-async def _body(request: web.BaseRequest, share: Share) -> bytes:
+async def _read_body(request: web.BaseRequest, share: Share) -> bytes:
     content, encoding = request.content, request.headers.get(hdrs.CONTENT_ENCODING)
-    if encoding is None and content.is_eof():  # what came with its head, the framework has bounded
+    if encoding is None and content.is_eof():  # aiohttp limits a body that arrived with its head
         return content.read_nowait()
     body = await read_encoded_body(request, MAX_BODY_BYTES, share.take)
     if encoding is None:
@@ -212,27 +212,27 @@ async def _body(request: web.BaseRequest, share: Share) -> bytes:
     return body
 
 
-def _question(
+def _decode(
     router: Router, model_id: str, version: int | None, body: bytes, header_bytes: int | None
 ) -> InferenceRequest:
-    """Decode what is asked; of a body of tensors alone, the model says what they are."""
+    """Decode a body; the model's input says what a raw one is."""
     if header_bytes != 0:
         return decode_request(body, header_bytes)
     route = router.route(model_id, version)
     return decode_raw(body, route.inputs, max_batch_size=route.max_batch_size)
 
 
-def _timeout_s(question: InferenceRequest, longest_s: float) -> float:
-    if not question.timeout_us:
+def _timeout_s(decoded: InferenceRequest, longest_s: float) -> float:
+    if not decoded.timeout_us:
         return longest_s
-    return min(longest_s, question.timeout_us / 1e6)
+    return min(longest_s, decoded.timeout_us / 1e6)
 
 
-def _answer(
-    route: ModelRoute, question: InferenceRequest, outputs: Sequence[Tensor], quota: Quota | None
+def _encode(
+    route: ModelRoute, decoded: InferenceRequest, outputs: Sequence[Tensor], quota: Quota | None
 ) -> tuple[dict[str, object], list[Buffer]]:
-    """Return the answer's header fields, without those of compression, and its body."""
-    body, header_bytes = encode_response(route.model_id, route.version, question.id, outputs)
+    """Return the body of a response, and its header fields without those of compression."""
+    body, header_bytes = encode_response(route.model_id, route.version, decoded.id, outputs)
     fields: dict[str, object] = {"Content-Type": "application/json"}
     if header_bytes is not None:
         fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
@@ -243,7 +243,7 @@ def _answer(
 
 
 def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
-    """Return the coding that an answer is compressed with, if it is."""
+    """Return the coding of a response; None for none."""
     accepted = request.headers.get(hdrs.ACCEPT_ENCODING)
     if accepted is None or sum(map(len, body)) < COMPRESSED_FROM_BYTES:
         return None

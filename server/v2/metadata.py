@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol tells of the server and of loaded models, and what infer takes."""
+"""What does the protocol say of server and loaded models? Metadata, statistics, configuration, schemas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_BODY_BYTES = 64 * 2**20
 
 
 class TensorSchema(AnswerSchema):
-    """A tensor, or what one has to be like."""
+    """A tensor, or the specification of one."""
 
     name = fields.String(required=True)
     datatype = fields.String(required=True)
@@ -37,7 +37,7 @@ class TensorSchema(AnswerSchema):
 
 
 class MetadataSchema(AnswerSchema):
-    """What a loaded model takes and gives; -1 in a shape is any length."""
+    """Inputs and outputs of a loaded model; -1 in a shape is any length."""
 
     name = fields.String(required=True)
     versions = fields.List(fields.String(), required=True)
@@ -47,7 +47,7 @@ class MetadataSchema(AnswerSchema):
 
 
 class ReadySchema(AnswerSchema):
-    """That a model can be asked."""
+    """The readiness of a model."""
 
     name = fields.String(required=True)
     ready = fields.Boolean(required=True)
@@ -67,17 +67,17 @@ class OutputSchema(TensorSchema):
 
 
 class InferenceAnswerSchema(AnswerSchema):
-    """What the model answered."""
+    """The model's answer."""
 
     model_name = fields.String(required=True)
     model_version = fields.String(required=True)
-    id = fields.String(metadata={"description": "As in the request, if it had one."})
+    id = fields.String(metadata={"description": "The request's id, if it has one."})
     outputs = fields.List(fields.Nested(OutputSchema), required=True)
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _VALUE = {"oneOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]}
-_CUSTOM = "What the protocol has no name for is ignored; what is not supported is refused by name."
+_CUSTOM = "Unknown parameters are ignored; unsupported ones are refused by name."
 
 
 def _parameters(**known: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ INFERENCE_BODY: dict[str, Any] = {
         "application/octet-stream": _BINARY,
     },
 }
-"""What infer takes."""
+"""The request body of infer."""
 
 INFERENCE_PARAMETERS: list[dict[str, Any]] = [
     {
@@ -140,7 +140,7 @@ INFERENCE_PARAMETERS: list[dict[str, Any]] = [
         "0: the body is the data of the model's one input, and nothing else.",
     }
 ]
-"""The header fields that infer reads."""
+"""The header fields of infer."""
 
 INFERENCE_RESPONSE: dict[str, Any] = {
     "description": "JSON, or with a binary output JSON and after it the data of the binary outputs.",
@@ -148,16 +148,16 @@ INFERENCE_RESPONSE: dict[str, Any] = {
         "Loadledger-Model": {"schema": {"type": "string"}, "description": "Names the load that answered."},
         HEADER_LENGTH: {
             "schema": {"type": "integer"},
-            "description": "How many bytes of the body, after decompression, are JSON; not there if all are.",
+            "description": "How many bytes of the body, after decompression, are JSON; missing if all are.",
         },
     },
     "content": {"application/json": {"schema": InferenceAnswerSchema}, "application/octet-stream": _BINARY},
 }
-"""What infer answers."""
+"""The response of infer."""
 
 
 def metadata(route: ModelRoute) -> dict[str, Any]:
-    """Return what a loaded version takes and gives, as the protocol has it."""
+    """Return inputs and outputs of a loaded version, in the protocol's form."""
     return {
         "name": route.model_id,
         "versions": [str(route.version)],
@@ -173,16 +173,16 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
 
 NAME = "loadledger"
 EXTENSIONS = ("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
-"""By the names that Triton gives them; only those that are there, since clients act on it."""
+"""The supported ones, by Triton's names: clients rely on them."""
 
 AT_ONCE = 100
-"""Loads whose statistics are put together before others have their turn: about a millisecond."""
+"""Loads whose statistics are read without a pause: about a millisecond."""
 
-_ASKED_ERRORS = ("unknown_model", "model_not_loaded", "model_unloading")
+_MODEL_ERRORS = ("unknown_model", "model_not_loaded", "model_unloading")
 
 
 class ServerMetadataSchema(AnswerSchema):
-    """Who answers here."""
+    """Name, version and extensions of the server."""
 
     name = fields.String(required=True)
     version = fields.String(required=True)
@@ -190,7 +190,7 @@ class ServerMetadataSchema(AnswerSchema):
 
 
 class DurationSchema(AnswerSchema):
-    """How often something was done, and how long that took in all."""
+    """A count, and the total time."""
 
     count = fields.Integer(required=True)
     ns = fields.Integer(required=True)
@@ -206,7 +206,7 @@ class BatchStatisticsSchema(AnswerSchema):
 
 
 class MemoryUsageSchema(AnswerSchema):
-    """What a load takes, as it was measured after it."""
+    """The memory of a load, as measured after it."""
 
     type = fields.String(required=True)
     id = fields.Integer(required=True)
@@ -214,7 +214,7 @@ class MemoryUsageSchema(AnswerSchema):
 
 
 class ModelStatisticsSchema(AnswerSchema):
-    """What became of the inferences of a loaded version, since it was loaded."""
+    """The inferences of a loaded version since it was loaded."""
 
     name = fields.String(required=True)
     version = fields.String(required=True)
@@ -246,11 +246,11 @@ class StatisticsSchema(AnswerSchema):
     "/v2/",
     access=Access.ANY,
     tag="server",
-    summary="Who answers here, and what beyond the protocol is there",
+    summary="Name, version and extensions of the server",
     answers={200: (ServerMetadataSchema(), "The metadata.")},
 )
 async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler
-    """Answer with name, version and extensions."""
+    """Return name, version and extensions."""
     return web.json_response({"name": NAME, "version": _version(), "extensions": EXTENSIONS})
 
 
@@ -258,12 +258,12 @@ async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001
     "/v2/models/stats",
     access=Access.ANY,
     tag="server",
-    summary="The statistics of all models that can be asked",
+    summary="Statistics of all serving models",
     answers={200: (StatisticsSchema(), "By name.")},
 )
 async def all_statistics(request: web.Request) -> web.Response:
-    """Answer with the statistics of what is loaded; goes before the metadata of a model called `stats`."""
-    loads = list(request.app[CONSUMER].loads.values())  # these have processes, so they bound the work
+    """Return the statistics of loaded models; this route hides the metadata of a model called `stats`."""
+    loads = list(request.app[CONSUMER].loads.values())  # each has processes, which bounds their number
     stats: list[dict[str, Any]] = []
     for start in range(0, len(loads), AT_ONCE):
         entries = [_statistics(request.app, load) for load in loads[start : start + AT_ONCE]]
@@ -275,52 +275,52 @@ async def all_statistics(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/models/{id}/stats",
     access=Access.ANY,
-    summary="The statistics of a loaded model",
+    summary="Statistics of a loaded model",
     path=ModelPathSchema(),
-    answers={200: (StatisticsSchema(), "Of the version that serves.")},
-    errors=_ASKED_ERRORS,
+    answers={200: (StatisticsSchema(), "Of the serving version.")},
+    errors=_MODEL_ERRORS,
 )
 async def model_statistics(request: web.Request) -> web.Response:
-    """Answer with the statistics of the version that serves."""
+    """Return the statistics of the serving version."""
     return await _model_statistics(request)
 
 
 @routes.get(
     "/v2/models/{id}/versions/{version}/stats",
     access=Access.ANY,
-    summary="The statistics of a loaded version",
+    summary="Statistics of a loaded version",
     path=ModelVersionPathSchema(),
     answers={200: (StatisticsSchema(), "Of this version.")},
-    errors=_ASKED_ERRORS,
+    errors=_MODEL_ERRORS,
 )
 async def version_statistics(request: web.Request) -> web.Response:
-    """Answer with the statistics, if this version is the one that serves."""
+    """Return the statistics of this version if it serves."""
     return await _model_statistics(request)
 
 
 @routes.get(
     "/v2/models/{id}/config",
     access=Access.ANY,
-    summary="How a loaded model is configured",
+    summary="Configuration of a loaded model",
     path=ModelPathSchema(),
-    answers={200: (ModelConfigSchema(), "As Triton has it.")},
-    errors=_ASKED_ERRORS,
+    answers={200: (ModelConfigSchema(), "In Triton's form.")},
+    errors=_MODEL_ERRORS,
 )
 async def show_config(request: web.Request) -> web.Response:
-    """Answer with the configuration of the version that serves."""
+    """Return the configuration of the serving version."""
     return await _config(request)
 
 
 @routes.get(
     "/v2/models/{id}/versions/{version}/config",
     access=Access.ANY,
-    summary="How a loaded version is configured",
+    summary="Configuration of a loaded version",
     path=ModelVersionPathSchema(),
-    answers={200: (ModelConfigSchema(), "As Triton has it.")},
-    errors=_ASKED_ERRORS,
+    answers={200: (ModelConfigSchema(), "In Triton's form.")},
+    errors=_MODEL_ERRORS,
 )
 async def show_version_config(request: web.Request) -> web.Response:
-    """Answer with the configuration, if this version is the one that serves."""
+    """Return the configuration of this version if it serves."""
     return await _config(request)
 
 
@@ -337,13 +337,13 @@ async def _config(request: web.Request) -> web.Response:
 
 
 async def _route(request: web.Request) -> ModelRoute:
-    """Return who would answer an inference now."""
-    asked = path_parameters(request)
-    return await request.app[ROUTER].route_or_why(asked["id"], asked.get("version"))
+    """Return the route that an inference would take now."""
+    path = path_parameters(request)
+    return await request.app[ROUTER].route_or_why(path["id"], path.get("version"))
 
 
 def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | None:
-    """Return a load's statistics if it is what answers for its model."""
+    """Return a load's statistics if it serves its model."""
     model = app[LOG].state.models.get(load.model_id)
     serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
     if serving is None or serving.load_job_id != load.job_id or not app[ROUTER].is_ready(load.model_id):
@@ -352,7 +352,7 @@ def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | Non
 
 
 def _json(value: object) -> web.Response:
-    """Encode with what is ten times faster than the standard library: there may be thousands of entries."""
+    """Encode with msgspec, ten times faster than the standard library: there may be thousands of entries."""
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 

@@ -1,6 +1,7 @@
-"""Load on demand: an inference for a model that is not loaded has it loaded, and waits, where that is on.
+"""How does an inference load its model? On-demand loads, and exponential back-off after their failures.
 
-One task per model and version asks for the load and watches it; all inferences that wait share its outcome.
+One task per model and version requests the load and watches it. All inferences that wait for it share its
+outcome.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ _log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
-"""As a lost model's (DESIGN.md, "Crash")."""
+"""As for a lost model (DESIGN.md, "Crash")."""
 MAX_FAILURES = 1000
-"""Beyond so many the oldest is forgotten: that model is then tried sooner than it might be, nothing else."""
+"""Beyond them the oldest is forgotten, and its model may be tried again sooner."""
 
 _ABSENT = (ModelState.UNLOADED, ModelState.FAILED)
 _PASSED_ON = (InvalidModelId, UnknownModel, UnknownVersion, LedgerProblem)
-"""What whoever asks has to know as it is; that a model's own settings are wrong is not his mistake."""
+"""Errors that the client gets as they are. Invalid settings of a model are not the client's mistake."""
 
 Demand = tuple[str, int | None]
-"""A model, and the version of it that is named; None is whatever version the repository has to offer."""
+"""A model and the requested version; None for the highest in the repository."""
 
 
 class DemandFailed(ServerProblem):
     """The model could not be loaded on demand.
 
     Args:
-        detail: why.
-        retry_after_s: before that, it is not tried again on demand.
-        http_headers: such as where the job is.
+        detail: the reason.
+        retry_after_s: until the next attempt.
+        http_headers: such as the job's location.
     """
 
     code = "load_failed"
@@ -66,14 +67,14 @@ class DemandFailed(ServerProblem):
 
 
 class ServerStops(ServerProblem):
-    """The server stops, so nobody waits for a model any more; ask again at its next start."""
+    """The server is stopping and loads no more models; send the request again after its next start."""
 
     code = "shutting_down"
 
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """The last failure; `model` is what was recorded right after it."""
+    """The last failure; `model` is the recorded model right after it."""
 
     reason: str
     model: Model | None
@@ -82,16 +83,16 @@ class _Failed:
 
 
 class BackOff:
-    """Exponential back-off after failed on-demand loads, until something else happens to the model."""
+    """Exponential back-off after failed on-demand loads, until the model changes otherwise."""
 
     def __init__(self) -> None:
         self._failures: dict[Demand, _Failed] = {}
 
     def check(self, demand: Demand, model: Model | None, now_s: float) -> None:
-        """Let pass what may be asked for; forget a failure that somebody's load or unload has outdated.
+        """Refuse a demand during its pause; forget a failure if the model has changed since.
 
         Raises:
-            DemandFailed: `load_failed`, with the reason of the last time.
+            DemandFailed: `load_failed`, with the reason of the last failure.
         """
         failed = self._failures.get(demand)
         if failed is None:
@@ -99,19 +100,19 @@ class BackOff:
         if failed.model is not model:
             del self._failures[demand]
         elif now_s < failed.until_s:
-            told = f"{failed.reason}; it is tried again when asked in {failed.until_s - now_s:.1f} s"
-            raise DemandFailed(told, failed.until_s - now_s)
+            reason = f"{failed.reason}; a request in {failed.until_s - now_s:.1f} s tries again"
+            raise DemandFailed(reason, failed.until_s - now_s)
 
     def note(
         self, demand: Demand, reason: str, before: Model | None, after: Model | None, now_s: float
     ) -> float:
-        """Remember a failure, and return for how many seconds nobody tries again.
+        """Remember a failure, and return the pause in seconds until the next attempt.
 
         Args:
-            demand: what was asked for.
-            reason: for those who ask meanwhile.
-            before: the model as recorded when it was asked for.
-            after: and when that had failed; for other versions, this attempt is no news.
+            demand: what failed.
+            reason: for requests during the pause.
+            before: the recorded model when the load was requested.
+            after: the recorded model after its failure; the pauses of other versions go on.
             now_s: on the loop's clock.
         """
         last = self._failures.pop(demand, None)
@@ -127,39 +128,39 @@ class BackOff:
 
 @dataclass(slots=True)
 class _Attempt:
-    """What one task knows of a model that it waits for.
+    """The state of one task that waits for a model.
 
     Attributes:
         demand: the model and version.
-        subject: in whose name it asks.
-        before: the model as it was when this asked for its load.
-        asked: the id of the load that this asked for, if that is under way.
-        watched: the id of the load that is waited for, whoever asked for it.
-        was_lost: whether the model was lost, and is loaded again without being asked for.
+        subject: the actor of the requested load.
+        before: the recorded model when this task requested its load.
+        own_job: the id of the load that this task requested, if it has not ended.
+        watched_job: the id of the load that the task waits for, whoever requested it.
+        was_lost: whether the model was lost, and is being reloaded.
     """
 
     demand: Demand
     subject: str
     before: Model | None = None
-    asked: str | None = None
-    watched: str | None = None
+    own_job: str | None = None
+    watched_job: str | None = None
     was_lost: bool = False
 
 
 class OnDemand:
-    """The models that inferences wait for.
+    """Loads models on demand, and lets inferences wait for them.
 
     Args:
         log: holds the live state and notifies of outcomes.
         submit: submits the command of a load.
         reader: finds jobs that have ended.
-        router: says whether a model can be asked.
+        router: knows which models are ready.
         demand: held as long as an inference waits, and until it is answered.
-        look_up: makes the command that loads a model, for a version or None, and the subject who asks.
-        waiting_for: says what a pending job waits for.
-        stopping: is set when the server begins to stop; `log` notifies then.
+        look_up: returns the command that loads a model, for a version or None, and a subject.
+        waiting_for: returns the reason why a job is pending.
+        stopping: set when the server begins to stop; `log` notifies then.
         max_waiting: inferences that may wait for one model.
-        on: whether inferences have models loaded at all.
+        on: whether on-demand loads are configured.
     """
 
     def __init__(
@@ -191,34 +192,34 @@ class OnDemand:
         self._waiting = Counter[Demand]()
 
     async def close(self) -> None:
-        """End all waits; what was asked for goes on."""
+        """End all waits; requested loads go on."""
         self._stopping.set()
         self._log.notify()
         await asyncio.gather(*self._attempts.values())
 
     def waiting(self, model_id: str) -> int:
-        """Return how many inferences wait for a model."""
+        """Return the number of inferences that wait for a model."""
         return sum(count for (waited_for, _), count in self._waiting.items() if waited_for == model_id)
 
     @asynccontextmanager
     async def loaded(
         self, model_id: str, version: int | None, subject: str, ends_at_s: float
     ) -> AsyncIterator[None]:
-        """Have a model loaded that nobody could be asked of, and keep it from being evicted meanwhile.
+        """Load a model, and protect it from eviction until the context ends.
 
-        On entry it can be asked, if it is asked at once.
+        On entry the model is ready, for a request that is sent at once.
 
         Args:
-            model_id: which.
-            version: the one that is named, or None.
-            subject: who asks; the load is requested in the name of the first who does.
-            ends_at_s: on the loop's clock, when the inference is given up.
+            model_id: which model.
+            version: the requested version, or None.
+            subject: of the inference; the first one becomes the actor of the load.
+            ends_at_s: the inference's deadline, on the loop's clock.
 
         Raises:
-            RuntimeProblem: where this is off, what `Router.route_or_why` raises.
-            ModelNotLoaded: `model_not_loaded`, another version is loaded: that is not replaced on demand.
+            RuntimeProblem: as `Router.route_or_why`, if on-demand loads are not configured.
+            ModelNotLoaded: `model_not_loaded`, another version is loaded and is not replaced on demand.
             InferenceTimeout: `inference_timeout`.
-            QueueFull: `inference_queue_full`, as many wait as may.
+            QueueFull: `inference_queue_full`, too many inferences wait for the model.
             DemandFailed: `load_failed`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
             LedgerProblem: `queue_full`, `log_unavailable`.
@@ -229,11 +230,11 @@ class OnDemand:
             yield
             return
         with self._demand.hold(model_id):
-            while not self._can_be_asked(model_id, version):
+            while not self._is_ready(model_id, version):
                 await self._wait((model_id, version), subject, ends_at_s)
             yield
 
-    def _can_be_asked(self, model_id: str, version: int | None) -> bool:
+    def _is_ready(self, model_id: str, version: int | None) -> bool:
         try:
             self._router.route(model_id, version)
         except OtherVersionLoaded:
@@ -243,7 +244,7 @@ class OnDemand:
         return True
 
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:
-        """Wait until the model can be asked, in whichever version; to cancel this harms nobody else."""
+        """Wait until any version of the model is ready; cancelling this does not affect other waiters."""
         model_id = demand[0]
         if self.waiting(model_id) >= self._max_waiting:
             raise QueueFull(f"{self._max_waiting} inferences wait for model '{model_id}' already")
@@ -256,17 +257,16 @@ class OnDemand:
             async with asyncio.timeout_at(ends_at_s):
                 problem = await asyncio.shield(attempt)
         except TimeoutError:
-            told = f"model '{model_id}' could not be asked within the inference's time: {self._why(model_id)}"
-            raise InferenceTimeout(told) from None
+            reason = f"model '{model_id}' was not ready in time: {self._describe_wait(model_id)}"
+            raise InferenceTimeout(reason) from None
         finally:
             self._waiting[demand] -= 1
             if not self._waiting[demand]:
                 del self._waiting[demand]
         if problem is not None:
-            raise problem.with_traceback(None)  # many raise it, each anew
+            raise problem.with_traceback(None)  # several waiters raise it
 
-    def _why(self, model_id: str) -> str:
-        """Say what is being waited for."""
+    def _describe_wait(self, model_id: str) -> str:
         job = next(iter(self._log.state.queue(model_id)[-1:]), None)
         if job is None:
             return "it is not loaded yet"
@@ -276,43 +276,45 @@ class OnDemand:
         return f"job {job.id} is pending" + (f" and waits for {reason}" if reason else "")
 
     async def _attempt(self, demand: Demand, subject: str) -> Exception | None:
-        """Wait for a model for all who do; return why it cannot be asked, None if it can or nobody waits."""
+        """Load a model for all its waiters; return their error, None if it is ready or none is left."""
         attempt, wakeup = _Attempt(demand, subject), self._log.subscribe()
         try:
             while True:
                 wakeup.clear()
                 if self._stopping.is_set():
                     return ServerStops()
-                if self._router.is_ready(demand[0]) or (not self._waiting[demand] and attempt.asked is None):
+                if self._router.is_ready(demand[0]) or (
+                    not self._waiting[demand] and attempt.own_job is None
+                ):
                     return None
-                if self._is_under_way(attempt):
+                if self._is_in_progress(attempt):
                     await wakeup.wait()
-                elif attempt.watched is not None:
-                    await self._conclude(attempt, attempt.watched)
+                elif attempt.watched_job is not None:
+                    await self._conclude(attempt, attempt.watched_job)
                 else:
-                    await self._ask(attempt)
+                    await self._request_load(attempt)
         except (*_PASSED_ON, DemandFailed) as problem:
             return problem
-        except Exception as error:  # noqa: BLE001 - a defect is told to those who would wait for ever
-            _log.exception("the wait for model %s failed", demand[0])
+        except Exception as error:  # noqa: BLE001 - or its waiters would wait forever
+            _log.exception("the on-demand load of model %s failed", demand[0])
             return error
         finally:
             del self._attempts[demand]
             self._log.unsubscribe(wakeup)
 
-    def _is_under_way(self, attempt: _Attempt) -> bool:
-        """Whether something of the model goes on whose end is to be waited for.
+    def _is_in_progress(self, attempt: _Attempt) -> bool:
+        """Return whether a load, an unload or a reload of the model is in progress.
 
         Raises:
-            DemandFailed: `load_failed`, the model was lost and has been given up.
+            DemandFailed: `load_failed`, the model was lost and is not reloaded any more.
         """
         model_id = attempt.demand[0]
         queue, model = self._log.state.queue(model_id), self._log.state.models.get(model_id)
         loads = [job for job in queue if job.kind is JobKind.LOAD]
         if loads:
-            attempt.watched = loads[-1].id
+            attempt.watched_job = loads[-1].id
             return True
-        if attempt.watched is not None:
+        if attempt.watched_job is not None:
             return False
         if queue or (model is not None and model.phase not in _ABSENT):
             attempt.was_lost = model is not None and model.phase is ModelState.LOST
@@ -322,28 +324,28 @@ class OnDemand:
         return False
 
     async def _conclude(self, attempt: _Attempt, job_id: str) -> None:
-        """Raise what became of the load that was waited for, unless something else is to come of it."""
-        is_own = attempt.asked == job_id
-        attempt.asked = attempt.watched = None
+        """Raise the error of an ended load, unless the model is loaded, or will be."""
+        is_own = attempt.own_job == job_id
+        attempt.own_job = attempt.watched_job = None
         job = await self._reader.job(job_id)
-        if job is None or job.status is JobStatus.COMPLETED:  # loaded, and gone again
+        if job is None or job.status is JobStatus.COMPLETED:  # loaded, and unloaded again
             return
         model = self._log.state.models.get(job.model_id)
-        if model is not None and model.phase not in _ABSENT:  # what was lost is loaded again and again
+        if model is not None and model.phase not in _ABSENT:  # a lost model is reloaded
             return
-        if job.error is None and not self._waiting[attempt.demand]:  # cancelled since nobody waits
+        if job.error is None and not self._waiting[attempt.demand]:  # cancelled, since no inference waits
             return
-        meant = (job.version,) if job.cause is Cause.DEMAND else (None, job.version)
-        if not is_own and attempt.demand[1] not in meant:
+        concerned = (job.version,) if job.cause is Cause.DEMAND else (None, job.version)
+        if not is_own and attempt.demand[1] not in concerned:
             return
         failure = job.error or Failure("cancelled", "the load was cancelled")
         problem = _demand_failed(job.model_id, failure, job)
         if is_own:
-            problem.retry_after_s = self._note(attempt, str(problem), model)
+            problem.retry_after_s = self._note_failure(attempt, str(problem), model)
         raise problem
 
-    async def _ask(self, attempt: _Attempt) -> None:
-        """Request the load, once it is looked up, unless something has happened to the model meanwhile."""
+    async def _request_load(self, attempt: _Attempt) -> None:
+        """Look the model up and request its load, unless the model has changed meanwhile."""
         model_id, version = attempt.demand
         state = self._log.state
         attempt.was_lost = False
@@ -355,14 +357,14 @@ class OnDemand:
             raise
         except (RuntimeProblem, ServerProblem) as problem:
             reason = f"model '{model_id}' could not be loaded: {problem}"
-            raise DemandFailed(reason, self._note(attempt, reason, attempt.before)) from None
+            raise DemandFailed(reason, self._note_failure(attempt, reason, attempt.before)) from None
         is_absent = state.models.get(model_id) is attempt.before and not state.queue(model_id)
         if self._waiting[attempt.demand] and is_absent and not self._stopping.is_set():
             receipt = await self._submit(command)
-            attempt.watched = receipt.job_id
-            attempt.asked = None if receipt.existing else receipt.job_id
+            attempt.watched_job = receipt.job_id
+            attempt.own_job = None if receipt.existing else receipt.job_id
 
-    def _note(self, attempt: _Attempt, reason: str, after: Model | None) -> float:
+    def _note_failure(self, attempt: _Attempt, reason: str, after: Model | None) -> float:
         now_s = asyncio.get_running_loop().time()
         return self._back_off.note(attempt.demand, reason, attempt.before, after, now_s)
 

@@ -1,7 +1,7 @@
-"""The repository extension of the Open Inference Protocol: index, load and unload, which wait for their end.
+"""How do Triton's clients load and unload? The repository extension: index, load, unload.
 
-Its clients take any status but 200 for a failure and cannot follow a job, so the answer comes when the job
-has ended. A client that goes away changes nothing about its job; who asks again joins it.
+These clients take any status but 200 for a failure and cannot follow a job, so the answer comes when the job
+has ended. A job goes on if its client leaves; the client's next request joins it.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ routes = Routes(tag="repository")
 
 Entry = dict[str, str]
 ReadyState = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
-"""Of Triton's. UNKNOWN does not happen here."""
+"""Triton's states, without UNKNOWN, which does not occur."""
 
 UNLOADED = "unloaded"
-"""The reason that Triton gives; its clients tell by it an unload from a failed load."""
+"""Triton's own reason, by which its clients distinguish an unload from a failed load."""
 
 
 class _Version(NamedTuple):
-    """What is to be said of one version."""
+    """The state of one version."""
 
     state: ReadyState
     reason: str = ""
 
 
 def index(models: Mapping[str, Model], found: Iterable[str], *, only_ready: bool = False) -> list[Entry]:
-    """Return an entry per version, by name and version; a model that was never loaded has its name alone.
+    """Return an entry per version, by name and version; a model that was never loaded has only a name.
 
-    A model of which nothing is loaded, and which is not in the repository any more, has none.
+    A model that is neither loaded nor in the repository has no entry.
 
     Args:
         models: the recorded state.
         found: the ids of the models in the repository.
-        only_ready: give only versions that can be asked.
+        only_ready: return only versions that are ready.
     """
     in_repository = set(found)
     entries: list[Entry] = []
@@ -81,16 +81,16 @@ def _entries(model: Model, *, only_ready: bool) -> list[Entry]:
 
 
 def _versions(model: Model) -> dict[int, _Version]:
-    """Return the versions that the state still knows of."""
+    """Return the versions in the recorded state."""
     versions: dict[int, _Version] = {}
     if model.last_version is not None:
         reason = model.error.message if model.error is not None else UNLOADED
         versions[model.last_version] = _Version("UNAVAILABLE", reason)
     if model.previous is not None:
-        versions[model.previous.version] = _Version("UNAVAILABLE", "it made way for another version")
+        versions[model.previous.version] = _Version("UNAVAILABLE", "it was replaced by another version")
     versions |= {load.version: _Version("LOADING") for load in model.loads}
     serving = model.serving
-    if serving is not None:  # said last: a version that serves can be asked while it is loaded anew
+    if serving is not None:  # last: a serving version stays ready during its reload
         lost = model.phase is ModelState.LOST
         if not lost or all(load.version != serving.version for load in model.loads):
             versions[serving.version] = _serving(model)
@@ -102,8 +102,8 @@ def _serving(model: Model) -> _Version:
         return _Version("READY")
     if model.phase is ModelState.UNLOADING:
         return _Version("UNLOADING")
-    why = model.error.message if model.error is not None else "the server was started again"
-    return _Version("UNAVAILABLE", f"lost, and to be loaded again: {why}")
+    why = model.error.message if model.error is not None else "the server was restarted"
+    return _Version("UNAVAILABLE", f"lost, and being reloaded: {why}")
 
 
 def _is_live(model: Model) -> bool:
@@ -140,7 +140,7 @@ _LOG_ERRORS = ("log_unavailable", "shutting_down")
 
 
 class JobDidNotComplete(ServerProblem):
-    """The job ended without its effect; says why, with the code that the job has."""
+    """The job did not complete; has the job's reason and code."""
 
     def __init__(self, job: Job) -> None:
         error = job.error
@@ -155,21 +155,21 @@ class JobDidNotComplete(ServerProblem):
 
 
 class IndexEntrySchema(AnswerSchema):
-    """One version of a model; of one that was never loaded, its name alone."""
+    """One version of a model; only the name of a model that was never loaded."""
 
     name = fields.String(required=True)
     version = fields.String()
     state = fields.String(metadata={"description": "READY, LOADING, UNLOADING or UNAVAILABLE."})
-    reason = fields.String(metadata={"description": "Why it is UNAVAILABLE."})
+    reason = fields.String(metadata={"description": "Why the version is UNAVAILABLE."})
 
 
 _ENDED = {
     200: {
-        "description": "It is so; the body is empty.",
+        "description": "Done; the body is empty.",
         "headers": {
             "Location": {
                 "schema": {"type": "string"},
-                "description": "The job behind it, where there is one.",
+                "description": "The job, if there is one.",
             }
         },
     }
@@ -179,15 +179,15 @@ _ENDED = {
 @routes.post(
     "/v2/repository/index",
     access=Access.ANY,
-    summary="List the versions of all models and their states",
+    summary="List the versions of all models with their states",
     request_body=INDEX_BODY,
     answers={200: (IndexEntrySchema(many=True), "By name and version.")},
     errors=("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type"),
 )
 async def show_index(request: web.Request) -> web.Response:
-    """Answer with what is recorded, and with what the repository has beside it."""
+    """Return the recorded versions, and the other models of the repository."""
     only_ready = read_only_ready(await read_object(request))
-    recorded = dict(request.app[LOG].state.models)  # of now: the thread must not see it change
+    recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
     entries = await asyncio.to_thread(
         _encoded_index, recorded, request.app[REPOSITORY], only_ready=only_ready
     )
@@ -197,31 +197,31 @@ async def show_index(request: web.Request) -> web.Response:
 @routes.post(
     "/v2/repository/models/{id}/load",
     access=Access.ADMIN,
-    summary="Load a model, and wait until it can be asked",
+    summary="Load a model, and wait until it is ready",
     path=ModelPathSchema(),
     request_body=LOAD_BODY,
     answers=_ENDED,
     errors=(*_BODY_ERRORS, *_LOAD_ERRORS, *_LOG_ERRORS),
 )
 async def load_and_wait(request: web.Request) -> web.Response:
-    """Append `LoadRequested`, unless what is asked for is so or under way, and wait for the job's end."""
+    """Append `LoadRequested`, unless that load is done or in progress, and wait for the job's end."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
-    asked = read_load(await read_object(request), model_id)
-    job = await run_job(request.app, await make_load_command(request.app, model_id, asked, subject))
+    parameters = read_load(await read_object(request), model_id)
+    job = await run_job(request.app, await make_load_command(request.app, model_id, parameters, subject))
     return _done(job)
 
 
 @routes.post(
     "/v2/repository/models/{id}/unload",
     access=Access.ADMIN,
-    summary="Unload a model, and wait until its memory is back",
+    summary="Unload a model, and wait until its memory is freed",
     path=ModelPathSchema(),
     request_body=UNLOAD_BODY,
     answers=_ENDED,
     errors=(*_BODY_ERRORS, "job_failed", "cancelled", *_LOG_ERRORS),
 )
 async def unload_and_wait(request: web.Request) -> web.Response:
-    """Append `UnloadRequested` unless nothing of the model is there, and wait for the job's end."""
+    """Append `UnloadRequested` if the model is loaded or loading, and wait for the job's end."""
     model_id = path_parameters(request)["id"]
     check_unload(await read_object(request))
     job = await _unload(request.app, model_id, request[PRINCIPAL].subject)
@@ -229,13 +229,13 @@ async def unload_and_wait(request: web.Request) -> web.Response:
 
 
 def _encoded_index(recorded: Mapping[str, Model], repository: Repository, *, only_ready: bool) -> bytes:
-    """Look into the repository only for what cannot be asked: what can be is recorded."""
+    """Read the repository only if models that are not ready are requested."""
     found = [] if only_ready else repository.models()
     return msgspec.json.encode(index(recorded, found, only_ready=only_ready))
 
 
 async def _unload(app: web.Application, model_id: str, subject: str) -> Job | None:
-    """Unload what serves, else end what loads, as Triton does; None when there was neither."""
+    """Unload the serving version, else cancel the load, as Triton does; None if there is neither."""
     for force in (False, True):
         try:
             return await run_job(app, RequestUnload(model_id, subject, force))
@@ -248,7 +248,7 @@ async def _unload(app: web.Application, model_id: str, subject: str) -> Job | No
 
 
 def _how_cancelled(job: Job) -> str:
-    return "it was cancelled" if job.cancel_requested else "it was ended by an unload"
+    return "it was cancelled" if job.cancel_requested else "an unload cancelled it"
 
 
 def _code_of(job: Job) -> str:
@@ -258,7 +258,7 @@ def _code_of(job: Job) -> str:
 
 
 def _done(job: Job | None) -> web.Response:
-    """Return the empty answer of a job that completed, or that was not needed.
+    """Return the empty response of a completed job, or of none.
 
     Raises:
         JobDidNotComplete: with the job's own code.

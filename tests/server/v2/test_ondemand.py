@@ -366,7 +366,7 @@ async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) ->
         assert answer.refusal == (503, "load_failed")
         return answer.json["error"], len(await causes(shared, "broken"))
 
-    error, loads = await when(retry, lambda seen: "tried again when asked in" in seen[0])
+    error, loads = await when(retry, lambda seen: "tries again" in seen[0])
     assert "Frobnicate" in error
     await when(retry, lambda seen: seen[1] > loads)
     assert (await shared.infer("broken", floats(1))).json["outputs"][0]["data"] == [3]  # of version 2

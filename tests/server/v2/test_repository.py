@@ -351,12 +351,12 @@ BROKEN = Failure("invalid_model", "broken")
         (replace(READY, loads=(PendingLoad("j", 3),)), [(2, "READY", None), (3, "LOADING", None)]),
         (replace(READY, loads=(PendingLoad("j", 2),)), [(2, "READY", None)]),
         (replace(READY, last_version=3, error=BROKEN), [(2, "READY", None), (3, "UNAVAILABLE", "broken")]),
-        (replace(LOST, error=BROKEN), [(2, "UNAVAILABLE", "lost, and to be loaded again: broken")]),
-        (LOST, [(2, "UNAVAILABLE", "lost, and to be loaded again: the server was started again")]),
+        (replace(LOST, error=BROKEN), [(2, "UNAVAILABLE", "lost, and being reloaded: broken")]),
+        (LOST, [(2, "UNAVAILABLE", "lost, and being reloaded: the server was restarted")]),
         (replace(LOST, loads=(PendingLoad("j", 2),)), [(2, "LOADING", None)]),
         (
             Model("m", last_version=2, previous=SERVING, loads=(PendingLoad("j", 3),)),
-            [(2, "UNAVAILABLE", "it made way for another version"), (3, "LOADING", None)],
+            [(2, "UNAVAILABLE", "it was replaced by another version"), (3, "LOADING", None)],
         ),
     ],
 )
