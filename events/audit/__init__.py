@@ -1,1 +1,12 @@
-"""audit."""
+"""Proof of a ledger: verification, archives, exports, backups and signed heads.
+
+`verify` proves the log with its hash chain and a fold; `audit` adds the file, the schema, archives, exports
+and an expected head. `export` writes lines that prove themselves, `exportreader` verifies them again, and
+`archive` moves the oldest events to such a file. Reads here hold one snapshot for long, on purpose.
+
+- `verify`, `projections`: chain, events and base; stored jobs, models and snapshots against the fold
+- `audit`: one result for the command `verify`; add a new check of the whole file here
+- `export`, `exportreader`, `signing`: formats, their verification, the signed head
+- `archive`, `archivechain`: moving events away; proving a chain of archives, and replay
+- `backup`, `files`: a copy beside a running server; files that appear complete or not at all
+"""

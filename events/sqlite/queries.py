@@ -31,7 +31,7 @@ class LogHead(msgspec.Struct, frozen=True, gc=False):
 
 
 class LogBase(msgspec.Struct, frozen=True):
-    """Where the log begins: the last archived event's position and hash; 0 and 32 zero bytes at first."""
+    """The base: position and hash of the last archived event; 0 and 32 zero bytes without archives."""
 
     position: int
     hash: bytes
@@ -57,13 +57,13 @@ def read_head(connection: sqlite3.Connection) -> LogHead:
 
 
 def read_base(connection: sqlite3.Connection) -> LogBase:
-    """Return where the log begins; where that is missing, verification has said so."""
+    """Return the base of the log; a missing one, which `verify` reports, reads as 0."""
     row = connection.execute("SELECT position, hash FROM base").fetchone()
     return LogBase(0, bytes(32)) if row is None else LogBase(*row)
 
 
 def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> bytes:
-    """Return the hash at a position that the log has, its base included."""
+    """Return the hash at a position of the log, its base included."""
     if position == base.position:
         return base.hash
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
@@ -90,7 +90,7 @@ def read_state(connection: sqlite3.Connection) -> State:
     """Return the live state from the stored projections, which are always at the head.
 
     Raises:
-        ValueError: what is stored is damaged.
+        ValueError: a stored projection is damaged.
     """
     row = connection.execute("SELECT position FROM projected").fetchone()
     if row is None:
@@ -125,12 +125,12 @@ def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str
 
 
 def read_last_used(connection: sqlite3.Connection) -> dict[str, str]:
-    """Return when each model was last used, as stamps, as far as that was noted."""
+    """Return when each model was last used, as far as it was stored."""
     return dict(connection.execute("SELECT model_id, used_at FROM last_used"))
 
 
 def write_last_used(connection: sqlite3.Connection, used: Mapping[str, str]) -> None:
-    """Note when these models were last used: one transaction; what was noted later stays."""
+    """Store when models were last used, in one transaction; a later stored time stays."""
     with transaction(connection):
         connection.executemany(
             "INSERT INTO last_used (model_id, used_at) VALUES (?, ?)"
@@ -153,9 +153,9 @@ def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Ch
 
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Insert events that follow one another: one statement takes a quarter less than one for each of them.
+    """Insert events that follow one another; one statement takes a quarter less time than one for each.
 
-    A body has no U+0000, which the canonical form escapes; SQLite would take it for the end of a text.
+    A body has no U+0000, which the canonical form escapes and SQLite would read as the end of the text.
     """
     connection.execute(
         "INSERT INTO events (position, body, hash)"
@@ -169,7 +169,7 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
 
 
 def probe(connection: sqlite3.Connection) -> None:
-    """Make a commit that changes nothing, to see whether the next one can be made."""
+    """Commit a transaction that changes nothing, to see whether the ledger can be written."""
     with transaction(connection):
         for _ in range(2):  # SQLite writes nothing for an UPDATE that leaves a row as it is (measured)
             connection.execute("UPDATE projected SET position = -1 - position")
@@ -181,13 +181,13 @@ def kind_of(error: sqlite3.Error) -> int:
 
 
 def sync(connection: sqlite3.Connection) -> None:
-    """Write all that is in the WAL to the database, synced, and begin the WAL anew.
+    """Checkpoint the whole WAL, synced, and begin the WAL anew.
 
-    After a failed fsync the kernel takes the pages for clean, and the next fsync says nothing about them:
-    what is read back need not be on the disk.
+    After a failed fsync the kernel marks the pages as clean, and the next fsync says nothing about them:
+    pages that can be read need not be on the disk.
 
     Raises:
-        sqlite3.Error: it cannot be written, or a reader's snapshot is in the way.
+        sqlite3.Error: the database cannot be written, or a reader's snapshot blocks the checkpoint.
     """
     (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     if busy:
@@ -200,13 +200,13 @@ def write_projections(
     jobs: Iterable[Job],
     position: int,
 ) -> None:
-    """Store these entities as they are after the event at `position`; the caller holds the transaction."""
+    """Store models and jobs as they are after the event at `position`; the caller holds the transaction."""
     _store_models(connection, [(as_text(model), model.id) for model in models])
-    begun, gone_on = list[_JobRow](), list[_JobRow]()
+    new, changed = list[_JobRow](), list[_JobRow]()
     for job in jobs:
         row = as_text(job), job.created_position, job.id
-        (begun if job.position == job.created_position else gone_on).append(row)
-    _store_jobs(connection, begun, gone_on)
+        (new if job.position == job.created_position else changed).append(row)
+    _store_jobs(connection, new, changed)
     connection.execute("UPDATE projected SET position = ?", (position,))
 
 
@@ -215,7 +215,7 @@ _JobRow = tuple[str, int, str]
 
 
 def _store_models(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]]) -> None:
-    """Store models, nearly all of which are there: an UPDATE takes half the time of an INSERT."""
+    """Store models, nearly all of which exist: an UPDATE takes half the time of an INSERT."""
     if connection.executemany("UPDATE models SET body = ? WHERE id = ?", rows).rowcount < len(rows):
         connection.executemany(
             "INSERT INTO models (body, id) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
@@ -223,15 +223,15 @@ def _store_models(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]
         )
 
 
-def _store_jobs(connection: sqlite3.Connection, begun: Sequence[_JobRow], gone_on: Sequence[_JobRow]) -> None:
-    """Store new jobs, and those that went on, which are there unless they began in the same group."""
+def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed: Sequence[_JobRow]) -> None:
+    """Store new jobs, and changed ones, which exist unless they began in the same group."""
     updated = connection.executemany(
-        "UPDATE jobs SET body = ? WHERE created_position = ? AND id = ?", gone_on
+        "UPDATE jobs SET body = ? WHERE created_position = ? AND id = ?", changed
     ).rowcount
     connection.executemany(
         "INSERT INTO jobs (body, created_position, id) VALUES (?, ?, ?) ON CONFLICT (id)"
         " DO UPDATE SET body = excluded.body, created_position = excluded.created_position",
-        begun if updated == len(gone_on) else [*begun, *gone_on],
+        new if updated == len(changed) else [*new, *changed],
     )
 
 

@@ -1,8 +1,8 @@
-"""Snapshots: the live state as it was at some positions, so that a past moment is folded from near by.
+"""Snapshots: the live state at some positions, for time travel, and the state at the base.
 
-They are caches of what the log says, copied within SQLite from the stored projections right after the
-transaction that brings these to that position. Whoever has to be sure folds from the base
-(`docs/decisions/0019`).
+A snapshot is a cache, copied within SQLite from the stored projections right after their transaction
+(`docs/decisions/0019`). Only the snapshot at the base is more: it replaces the archived events. So it is
+complete: all models, all unended jobs, and the ended loads that models serve from or are reloaded by.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from events.state import State
 _log = logging.getLogger(__name__)
 
 EVERY = 4_000
-"""Events between two at least: a fold of them takes 0.1 s, and the copies are a tenth of the log."""
+"""Events between two snapshots at least: their fold takes 0.1 s, and the copies are a tenth of the log."""
 
 SINCE_SCHEMA = 3
 """The schema from which on there are snapshots."""
-
 
 _ENDED = f"status NOT IN ('{JobStatus.PENDING}', '{JobStatus.IN_PROGRESS}')"
 
 
 def try_if_due(connection: sqlite3.Connection, position: int, entities: int) -> None:
-    """Write a snapshot as `write_if_due` does, in a transaction of its own; one that fails is told.
+    """Write a snapshot as `write_if_due` does, in a transaction of its own; log a failure.
 
-    Events are worth more than a cache of them, and what is damaged poisons a whole transaction: SQLite
-    refuses all that comes after it there, a savepoint or not (measured). It is tried again when the next one
-    would be due.
+    A failed snapshot must not fail the events: after an error of damage, SQLite refuses the rest of the
+    transaction, even outside a savepoint (measured). The next attempt is when the next snapshot is due.
     """
     apart = max(EVERY, entities)
     try:
@@ -45,20 +43,20 @@ def try_if_due(connection: sqlite3.Connection, position: int, entities: int) -> 
         write(connection, position)
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        _log.warning("no snapshot at position %d, so the past is slower to ask for: %s", position, error)
+        _log.warning("no snapshot at position %d, so time travel is slower: %s", position, error)
         with suppress(sqlite3.Error):
             connection.rollback()
             connection.execute("INSERT INTO temp.failed_snapshots (position) VALUES (?)", (position,))
 
 
 def write_if_due(connection: sqlite3.Connection, position: int, entities: int) -> None:
-    """Write a snapshot at `position` if the last one is far enough behind; the caller holds the transaction.
+    """Write a snapshot if the last one is old enough; the caller holds the transaction.
 
     Args:
         connection: whose stored projections are at `position`.
         position: of the last event.
-        entities: how many models and unended jobs there are: a snapshot looks at each of them once, so with
-            at least as many events between two it is never more than one look an event.
+        entities: the number of models and unended jobs. A snapshot reads each of them once, so at least as
+            many events between two snapshots mean at most one read for each event.
     """
     if position - _last(connection) >= max(EVERY, entities):
         write(connection, position)
@@ -81,7 +79,7 @@ def write(connection: sqlite3.Connection, position: int) -> None:
 
 
 def forget(connection: sqlite3.Connection, base: int) -> None:
-    """Forget all snapshots but that of the base, which stands for archived events, if there is one."""
+    """Delete all snapshots except that at the base, which replaces archived events."""
     for table in ("snapshots", "model_snapshots", "job_snapshots"):
         connection.execute(f"DELETE FROM {table} WHERE position IS NOT nullif(?, 0)", (base,))  # noqa: S608 - literals above
 
@@ -105,7 +103,7 @@ def models_of(connection: sqlite3.Connection, position: int) -> Iterator[str]:
 
 
 def jobs_of(connection: sqlite3.Connection, position: int) -> Iterator[str]:
-    """Yield the jobs of the snapshot at `position` that had not ended, oldest first, as they are stored."""
+    """Yield the unended jobs of the snapshot at `position`, oldest first, as they are stored."""
     found = connection.execute(
         "SELECT body FROM job_snapshots WHERE position = ? ORDER BY created_position", (position,)
     )
@@ -118,17 +116,17 @@ def _last(connection: sqlite3.Connection) -> int:
 
 
 def _failed_at(connection: sqlite3.Connection) -> int:
-    """Return at which position a snapshot was given up last, through this connection, or 0."""
+    """Return the position of the last failed snapshot of this connection, or 0."""
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS failed_snapshots (position INTEGER)")
     (found,) = connection.execute("SELECT coalesce(max(position), 0) FROM temp.failed_snapshots").fetchone()
     return int(found)
 
 
 def read_base_state(connection: sqlite3.Connection, base: int) -> State:
-    """Return the live state at the base; it does not matter what the stored projections say.
+    """Return the live state at the base, from its snapshot alone.
 
     Raises:
-        ValueError, msgspec.ValidationError: what is stored is damaged.
+        ValueError: the snapshot is damaged.
     """
     if base == 0:
         return State()
@@ -140,7 +138,7 @@ def read_base_state(connection: sqlite3.Connection, base: int) -> State:
 
 
 def base_state_digest(connection: sqlite3.Connection, base: int) -> bytes:
-    """Return the SHA-256 of what is stored of the state at the base: each text, and a line's end."""
+    """Return the SHA-256 of the stored state at the base: each body, followed by a line feed."""
     found = connection.execute(
         "SELECT CAST(body AS BLOB) FROM (SELECT 1 AS kind, model_id AS key, body FROM model_snapshots"
         "  WHERE position = :base UNION ALL SELECT 2, created_position, body FROM job_snapshots"
@@ -154,7 +152,7 @@ def base_state_digest(connection: sqlite3.Connection, base: int) -> bytes:
 
 
 def is_base_state_whole(connection: sqlite3.Connection, base: int) -> bool:
-    """Whether what is stored of the state at the base is what archiving wrote."""
+    """Whether the stored state at the base is what archiving wrote."""
     if base == 0:
         return True
     row = connection.execute("SELECT state_sha256 FROM archives WHERE last_position = ?", (base,)).fetchone()
@@ -162,10 +160,10 @@ def is_base_state_whole(connection: sqlite3.Connection, base: int) -> bool:
 
 
 def write_base_state(connection: sqlite3.Connection, state: State) -> int:
-    """Store the state at the new base, and forget what had ended by then; the caller holds the transaction.
+    """Store the state at the new base, and delete the jobs that had ended; the caller holds the transaction.
 
     Returns:
-        How many ended jobs were forgotten.
+        The number of deleted jobs.
     """
     _detach_next_snapshot(connection, state.position)
     for table in ("snapshots", "model_snapshots", "job_snapshots"):
@@ -198,13 +196,13 @@ def write_base_state(connection: sqlite3.Connection, state: State) -> int:
 
 
 def jobs_behind(state: State) -> set[str]:
-    """Return the ids of the loads that answer for models: their requests are answered with them."""
+    """Return the ids of the loads that models serve from: repeated requests are answered with these jobs."""
     servings = (each for model in state.models.values() for each in (model.serving, model.previous))
     return {serving.load_job_id for serving in servings if serving is not None}
 
 
 def _detach_next_snapshot(connection: sqlite3.Connection, position: int) -> None:
-    """Have the next snapshot after `position` say of all its models what it leaves to earlier ones."""
+    """Copy into the next snapshot after `position` the models that it leaves to earlier snapshots."""
     connection.execute(
         "INSERT OR IGNORE INTO model_snapshots (model_id, position, body)"
         " SELECT model_id, next.position, body FROM model_snapshots AS copy,"

@@ -31,25 +31,32 @@ from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, transact
 from events.state import Changes, State
 
 FOLDS = 2
-"""The number of the folds: one more with each change after which the same events give other stored texts."""
+"""The number of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100
-"""Differences that are named: who has more has something else to do than to read them."""
+"""Differences that a rebuild names: nobody reads more."""
 
 _KEPT_SINCE = 2
-"""The schema from which on the number is stored."""
+"""The schema from which on the number of the folds is stored."""
 
 _WALKS = {
     "models": "SELECT id, body FROM models ORDER BY 1",
     "jobs": "SELECT id, body FROM jobs ORDER BY 1",
 }
-"""What a rebuild may change: keys and bodies in the order of the keys."""
+"""The tables that a rebuild may change: keys and bodies in the order of the keys."""
 
 _Key = str | bytes
 
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STATEMENTS_IN_MEMORY = "PRAGMA temp_store = MEMORY"
+"""Keep a statement's journal in memory, some pages for each event of a group, instead of a file."""
+
 
 def is_current(connection: sqlite3.Connection) -> bool:
-    """Whether the stored projections were made by this release's folds; what is damaged is not outdated."""
+    """Whether this release's folds made the stored projections; damaged ones are not outdated."""
     if check_readable(connection) < _KEPT_SINCE:
         return False
     row: tuple[object] | None = connection.execute("SELECT folds FROM projected").fetchone()
@@ -57,13 +64,13 @@ def is_current(connection: sqlite3.Connection) -> bool:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Fold the log from its base and store what comes of it, snapshots too, in one transaction.
+    """Fold the log from its base, and store the result and its snapshots, in one transaction.
 
     Memory grows with the models and the jobs that have not ended, not with the log.
 
     Raises:
-        LogUnavailable: an event cannot be folded; nothing was changed.
-        sqlite3.Error: it cannot be read or written; nothing was changed.
+        LogUnavailable: `log_unavailable`, an event cannot be folded; nothing was changed.
+        sqlite3.Error: the ledger cannot be read or written; nothing was changed.
     """
     with transaction(connection):
         state = load_base_state(connection)
@@ -83,21 +90,21 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RebuildResult:
-    """What was done: the position the projections had been at, and in which rows they differed, in words."""
+    """The position that the projections had, and in which rows they differed, in words."""
 
     position: int | None
     differences: list[str]
 
 
 def rebuild_file(path: Path) -> RebuildResult:
-    """Make the stored projections of the ledger at `path` anew; the caller holds the lock of the data.
+    """Rebuild the stored projections of a ledger; the caller holds the lock of the data directory.
 
-    A copy that lacks its write-ahead log goes on looking like one.
+    A copy that lacks its write-ahead log stays refused.
 
     Raises:
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, it cannot be read or written, or folded; nothing was changed.
+        LogUnavailable: `log_unavailable`, it cannot be read, written or folded; nothing was changed.
     """
     if not path.exists():  # `connect` would create it
         raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: there is no such file")
@@ -124,8 +131,8 @@ def compare(before: sqlite3.Connection, after: sqlite3.Connection) -> list[str]:
     """Return in which rows the stored projections differ, at most `MAX_NAMED`, each in words.
 
     Args:
-        before: in a read transaction that began before they were made anew.
-        after: where they are as they are now.
+        before: in a read transaction that began before the rebuild.
+        after: sees the rebuilt rows.
     """
     found = (
         f"the stored {name} {what} {key!r}"
@@ -138,14 +145,14 @@ def compare(before: sqlite3.Connection, after: sqlite3.Connection) -> list[str]:
 def _differences(
     before: sqlite3.Connection, after: sqlite3.Connection, walk: str
 ) -> Iterator[tuple[str, _Key]]:
-    """Walk both in the order of their keys; neither is held in memory."""
+    """Walk both tables in the order of their keys; neither is held in memory."""
     old, new = before.execute(walk), after.execute(walk)
     one, other = old.fetchone(), new.fetchone()
     while one is not None or other is not None:
-        if other is None or (one is not None and _place(one[0]) < _place(other[0])):
+        if other is None or (one is not None and _sort_key(one[0]) < _sort_key(other[0])):
             yield "had, and the log does not give,", one[0]
             one = old.fetchone()
-        elif one is None or _place(other[0]) < _place(one[0]):
+        elif one is None or _sort_key(other[0]) < _sort_key(one[0]):
             yield "lacked", other[0]
             other = new.fetchone()
         else:
@@ -154,22 +161,14 @@ def _differences(
             one, other = old.fetchone(), new.fetchone()
 
 
-def _place(key: _Key) -> tuple[bool, _Key]:
-    """Return what sorts keys as SQLite does, whatever somebody stored: texts, then bytes."""
+def _sort_key(key: _Key) -> tuple[bool, _Key]:
+    """Return a key that sorts as SQLite does: texts, then bytes, which only tampering stores."""
     return isinstance(key, bytes), key
-
-
-_log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-STATEMENTS_IN_MEMORY = "PRAGMA temp_store = MEMORY"
-"""What a statement changes is kept until it is done, some pages for each event of a group: not in a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLedger:
-    """What a ledger says when it is opened: where it ends, what is so there, when models were last used."""
+    """A ledger as it was opened: its head, the live state there, and when models were last used."""
 
     head: LogHead
     state: State
@@ -177,9 +176,9 @@ class StoredLedger:
 
 
 class Database:
-    """The writer's connection. What it cannot do raises sqlite3.Error, where nothing else is said.
+    """The writer's connection. Its methods raise sqlite3.Error unless they say otherwise.
 
-    After such an error nobody knows what the connection would still do: `give_up` it, and `open` it anew.
+    After such an error the state of the connection is unknown: `give_up` it, and `open` it anew.
     """
 
     def __init__(self, path: Path) -> None:
@@ -192,11 +191,11 @@ class Database:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a connection."""
+        """Whether the connection is open."""
         return self._connection is not None
 
     async def open(self) -> StoredLedger:
-        """Connect, and read what is stored; projections that other folds made are made anew first.
+        """Connect, rebuild projections of other folds, and read the stored state.
 
         Raises:
             FutureSchema: `future_schema`.
@@ -205,13 +204,13 @@ class Database:
         """
         try:
             self._connection, stored = await self.run(self._opened)
-        except (sqlite3.Error, OSError, ValueError) as error:  # what is stored may be damaged
+        except (sqlite3.Error, OSError, ValueError) as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self._was_open, self._unsynced = True, False
         return stored
 
     async def write(self, rows: Sequence[Row], changes: Changes, entities: int) -> None:
-        """Append a group of events and store what they changed; durable on return."""
+        """Append a group of events and store what they changed, durably; then write a due snapshot."""
         connection = self._connected()
 
         def write() -> None:
@@ -221,7 +220,7 @@ class Database:
         await self.run(write)
 
     async def read_keys(self, hashes: AbstractSet[str]) -> Mapping[str, KnownKey]:
-        """Return what the log knows of these idempotency keys; most groups have none.
+        """Return the idempotency keys that the log has; most groups ask for none.
 
         Raises:
             LogUnavailable: `log_unavailable`, they cannot be read; the connection is given up.
@@ -232,48 +231,48 @@ class Database:
         try:
             return await self.run(lambda: queries.read_keys(connection, hashes))
         except sqlite3.Error as error:
-            _log.exception("the idempotency keys of a group could not be looked up")
+            _log.exception("the idempotency keys of a group could not be read")
             await self.give_up()
             raise LogUnavailable from error
 
     async def note(self, used: Mapping[str, str]) -> None:
-        """Note when models were last used.
+        """Store when models were last used.
 
         Raises:
-            UnicodeEncodeError: an id that is no text.
+            UnicodeEncodeError: an id is not valid text.
         """
         connection = self._connected()
         await self.run(lambda: queries.write_last_used(connection, used))
 
     async def probe(self) -> None:
-        """Write nothing new, durably: so it can be written again."""
+        """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
         connection = self._connected()
         await self.run(lambda: queries.probe(connection))
 
     async def make_whole(self) -> bool:
-        """Bring the file up to its write-ahead log; return False where that cannot be done yet."""
+        """Checkpoint the write-ahead log into the file; return False if that is not possible yet."""
         connection = self._connection
         if connection is None:
             return False
         try:
-            return await self.run(lambda: checkpoint(connection))  # not as long as a reader is in the way
+            return await self.run(lambda: checkpoint(connection))  # False while a reader blocks it
         except sqlite3.Error as error:
             _log.warning("the ledger's file could not be brought up to date yet: %s", error)
             return False
 
     async def give_up(self, error: sqlite3.Error | None = None) -> None:
-        """Close the connection after an error; after one of the disk, all is synced when opened anew."""
+        """Close the connection after an error; after a disk error, the next `open` syncs the database."""
         if error is not None and queries.kind_of(error) == sqlite3.SQLITE_IOERR:
             self._unsynced = True
         await self.run(self._drop)
 
     async def close(self) -> None:
-        """Leave one file that is complete alone, and end the thread."""
+        """Leave one complete file, and end the thread."""
         await self.run(self._leave)
         self._thread.shutdown()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do some work in the thread that has the connection."""
+        """Run some work in the thread of the connection."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _connected(self) -> sqlite3.Connection:
@@ -283,7 +282,7 @@ class Database:
     def _opened(self) -> tuple[sqlite3.Connection, StoredLedger]:
         if not self._was_open and self._path.exists():
             self._lacked_wal = lacks_wal(self._path)
-            _look_at(self._path)
+            _check_readable_state(self._path)
         connection = connect(self._path)
         try:
             if self._unsynced:
@@ -309,13 +308,13 @@ class Database:
             self._connection = None
 
 
-def _look_at(path: Path) -> None:
-    """Read what is stored before anything is written, so that a file that cannot be used stays as it is.
+def _check_readable_state(path: Path) -> None:
+    """Read the stored state before anything is written, so that an unusable file stays unchanged.
 
     Raises:
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        sqlite3.Error, ValueError: it is damaged, or no database.
+        LogUnavailable, ValueError: the file is damaged, or not a database.
     """
     with open_read_only(path, problem="cannot be opened") as connection:
         if is_current(connection):
@@ -326,19 +325,19 @@ def _stored(connection: sqlite3.Connection) -> StoredLedger:
     head = queries.read_head(connection)
     if not is_current(connection):
         if head.position:
-            _log.info("%d events are folded anew, since another release did it last", head.position)
+            _log.info("%d events are folded anew: another release made the stored projections", head.position)
         rebuild(connection)
     return StoredLedger(head, queries.read_state(connection), queries.read_last_used(connection))
 
 
 def checkpoint(connection: sqlite3.Connection) -> bool:
-    """Write all of the WAL into the database and begin the WAL anew; return False if a reader is in the way.
+    """Write the whole WAL into the database and begin the WAL anew; return False if a reader blocks that.
 
-    It does not wait for one: whoever writes waits for this. The new WAL gets a commit that changes nothing,
-    because an empty one is also what a reader makes of a file that was copied without.
+    It does not wait for the reader, since writers wait for this. The new WAL gets a commit that changes
+    nothing: a reader also leaves an empty WAL beside a file that was copied without one.
 
     Raises:
-        sqlite3.Error: it cannot be written.
+        sqlite3.Error: the database cannot be written.
     """
     connection.execute("PRAGMA busy_timeout = 0")
     try:
@@ -351,16 +350,15 @@ def checkpoint(connection: sqlite3.Connection) -> bool:
 
 
 def leave_complete_file(connection: sqlite3.Connection, *, lacked_wal: bool = False) -> None:
-    """Leave one file that needs no other, to be read on any medium, before the connection is closed.
+    """Leave one complete file, which opens on read-only media, before the connection is closed.
 
-    Closing would write the WAL into the file and remove it, and the file would look like a copy that lacks
-    it. Where it cannot be done, say because of a reader, the WAL stays beside the file.
+    Closing alone would remove the WAL, and the file would look like a copy that lacks it. If that is not
+    possible, because of a reader, the WAL stays beside the file.
 
     Args:
         connection: that has written.
-        lacked_wal: whether the file had no WAL, as one that was copied without, before it was opened
-            (`lacks_wal`): then it goes on looking like that until its last event says that it
-            is complete.
+        lacked_wal: whether the file lacked its WAL before it was opened (`events.sqlite.readonly.lacks_wal`):
+            then it stays refused until its last event says that it is complete.
     """
     with suppress(sqlite3.Error):
         if lacked_wal and may_lack_events(connection):
