@@ -5,7 +5,7 @@ new one; `forkserver`, a process of its own, forks; `worker.Worker` then owns th
 until `ended` is set.
 
 To change: how processes are forked, their environment and descriptors: `forkserver`. When a fork server is
-replaced, pre-forking: `pool`. What a worker may be told and may answer: `worker`. Deadlines, cancellation and
+replaced, pre-forking: `pool`. Messages to and from a worker: `worker`. Deadlines, cancellation and
 stuck workers: `requests`. Bytes on the socket and busy-polling: `channel`. Exit codes and stderr: `child`,
 `forkclient`.
 

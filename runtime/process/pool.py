@@ -27,7 +27,7 @@ BUFFER_BYTES = 2**20
 PREFORKED_KEPT_S = 1.0
 """How long a pre-forked worker is kept. A load starts some milliseconds after its files are resolved; one
 that waits longer forks its own worker."""
-_UNTAKEN = "spare"
+_UNTAKEN = "pre-forked"
 
 
 async def complete(work: Coroutine[Any, Any, T]) -> T:
@@ -181,8 +181,8 @@ class WorkerPool:
                 read, write = os.pipe2(os.O_CLOEXEC)
                 ours.callback(close_watched, read)
                 theirs.callback(os.close, write)
-                asked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
-            child = await self._answer(fork_server, asked)
+                forked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
+            child = await self._answer(fork_server, forked)
             ours.callback(close_watched, child.pidfd)
             worker = Worker(worker_id, child, read, self._patience_s)
             ours.pop_all()
@@ -225,27 +225,27 @@ class WorkerPool:
             raise ForkServerUnavailable from None
         return self._fork_server
 
-    async def _answer(self, fork_server: ForkServer, asked: asyncio.Future[Child]) -> Child:
+    async def _answer(self, fork_server: ForkServer, forked: asyncio.Future[Child]) -> Child:
         """Wait for the fork server's answer; a child that nobody takes ends with its channels."""
         try:
             async with asyncio.timeout(FORK_LIMIT_S):
-                child = await asyncio.shield(asked)
+                child = await asyncio.shield(forked)
         except TimeoutError:
             fork_server.kill()
-            asked.add_done_callback(_discard)
+            forked.add_done_callback(_discard)
             raise ForkServerUnavailable("the fork server did not answer and is replaced") from None
         except asyncio.CancelledError:
-            asked.add_done_callback(_discard)
+            forked.add_done_callback(_discard)
             raise
         if self._closed:
-            _discard(asked)
+            _discard(forked)
             raise ForkServerUnavailable("the pool is closed")
         return child
 
 
-def _discard(asked: asyncio.Future[Child]) -> None:
-    if asked.exception() is None:  # this side's channels are closed, so the child ends by itself
-        os.close(asked.result().pidfd)
+def _discard(forked: asyncio.Future[Child]) -> None:
+    if forked.exception() is None:  # this side's channels are closed, so the child ends by itself
+        os.close(forked.result().pidfd)
 
 
 def _socketpair(

@@ -222,8 +222,8 @@ class Worker:
             raise QueueFull("the model's worker has more to read than may wait")
         number = next(self._ids)
         try:
-            asked = Infer(number, heads(inputs), outputs, text, time.monotonic_ns(), digest)
-            self._send(asked, inputs)
+            request = Infer(number, heads(inputs), outputs, text, time.monotonic_ns(), digest)
+            self._send(request, inputs)
         except MalformedFrame as error:
             raise InvalidInput(str(error)) from None
         return await self._in_flight.answer(number, timeout_s)

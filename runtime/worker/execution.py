@@ -238,7 +238,7 @@ class InferenceExecutor:
             return None
         came_ns = time.monotonic_ns()
         try:
-            asked = self._runner.select_outputs(infer.outputs, infer.text, infer.digest)
+            outputs = self._runner.select_outputs(infer.outputs, infer.text, infer.digest)
             feed = self._runner.decode_inputs(tensors)
             size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:
@@ -247,7 +247,7 @@ class InferenceExecutor:
             self._refuse(infer.id, problem)
         else:
             input_ns = time.monotonic_ns() - came_ns
-            return BatchRequest(infer.id, asked, feed, size, alone, infer.sent_ns, came_ns, input_ns)
+            return BatchRequest(infer.id, outputs, feed, size, alone, infer.sent_ns, came_ns, input_ns)
         return None
 
     def run(self, batch: Sequence[BatchRequest]) -> None:

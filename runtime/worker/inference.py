@@ -240,7 +240,7 @@ class Runner:
             raise InvalidInput(f"no value for input {', '.join(map(repr, missing))}")
         return arrays
 
-    def run(self, asked: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
+    def run(self, selected: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
         """Run the model once; returns an array for each output, None for an optional one without a value.
 
         Raises:
@@ -250,8 +250,8 @@ class Runner:
         """
         try:
             if self._has_bfloat16:
-                return self._run_with_values(asked, feed, options)
-            arrays: list[Any] = self._session.run(asked.names, feed, options)
+                return self._run_with_values(selected, feed, options)
+            arrays: list[Any] = self._session.run(selected.names, feed, options)
         except InvalidArgument as error:
             raise InvalidInput(str(error)) from None
         except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
@@ -261,7 +261,7 @@ class Runner:
         return arrays
 
     def encode_outputs(
-        self, asked: SelectedOutputs, arrays: Sequence[Any]
+        self, selected: SelectedOutputs, arrays: Sequence[Any]
     ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
         """Return the heads and data of the outputs; optional ones without a value are left out.
 
@@ -269,11 +269,11 @@ class Runner:
             NotRepresentable: `not_representable`.
             InferenceFailed: `inference_failed`, for more than a frame may hold.
         """
-        if asked.digest:
-            return _digests(asked, arrays)
+        if selected.digest:
+            return _digests(selected, arrays)
         heads: list[TensorHead] = []
         parts: list[Buffer] = []
-        for (name, datatype, text), array in zip(asked.forms, arrays, strict=True):
+        for (name, datatype, text), array in zip(selected.forms, arrays, strict=True):
             if array is not None:
                 data = encode_text(name, datatype, array) if text else to_data(datatype, array)
                 heads.append(TensorHead(name, datatype, array.shape, len(data), text))
@@ -284,13 +284,14 @@ class Runner:
         return tuple(heads), parts
 
     def _run_with_values(
-        self, asked: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions
+        self, selected: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions
     ) -> list[Any]:
         """Run a model with tensors of BF16, which numpy does not have."""
         values = {name: self._value(name, array) for name, array in feed.items()}
-        answers = self._session.run_with_ort_values(values, asked.names, options)
+        answers = self._session.run_with_ort_values(values, selected.names, options)
         return [
-            _array_of(value, datatype) for value, (_, datatype, _) in zip(answers, asked.forms, strict=True)
+            _array_of(value, datatype)
+            for value, (_, datatype, _) in zip(answers, selected.forms, strict=True)
         ]
 
     def _value(self, name: str, array: Any) -> Any:
@@ -366,11 +367,11 @@ def to_data(datatype: str, array: Any) -> Buffer:
     return view
 
 
-def _digests(asked: SelectedOutputs, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+def _digests(selected: SelectedOutputs, arrays: Sequence[Any]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
     """Return tensors with the SHA-256 of each output's datatype, shape and data."""
     heads: list[TensorHead] = []
     parts: list[Buffer] = []
-    for (name, datatype, _), array in zip(asked.forms, arrays, strict=True):
+    for (name, datatype, _), array in zip(selected.forms, arrays, strict=True):
         if array is not None:
             digest = hashlib.sha256(f"{datatype} {list(array.shape)}\n".encode())
             digest.update(to_data(datatype, array))

@@ -42,7 +42,7 @@ def target_of(order: wire.Prepare) -> Path:
 
 
 async def refusal(pool: WorkerPool, order: wire.Prepare) -> LoadRefused:
-    """Prepare what is to be refused, and see the worker end by itself."""
+    """Prepare a model that the worker refuses; the worker ends by itself."""
     worker = await pool.start("w")
     with pytest.raises(LoadRefused) as refused:
         await worker.prepare(order)
@@ -82,7 +82,7 @@ async def test_missing_target_folder_is_named(pool: WorkerPool, root: Path) -> N
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """Have a file system of this size there."""
+    """Mount a file system of this size."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if subprocess.run(mount, check=False, capture_output=True, timeout=60).returncode:
         pytest.skip("only who may mount has a small disk")
@@ -100,7 +100,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 async def test_disk_reserve_is_kept_free(
     pool: WorkerPool, tmp_path: Path, megabytes: int, spare: int, *, fits: bool
 ) -> None:
-    """The form has 1 MB, of which there is room for two, and a twentieth of the disk is not to be taken."""
+    """The form has 1 MB and is written twice; a twentieth of the disk is reserved."""
     save(models.weights(1, layers=4), tmp_path / "models", "m")
     order = prepare_order(tmp_path / "models", "optimised")
     with small_disk(target_of(order).parent, megabytes):
