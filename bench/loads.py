@@ -16,7 +16,7 @@ from bench.baselines import THROWN_AWAY
 from bench.driver import TINY, Server
 from bench.inference import LENGTH
 from bench.table import Row, format_ms
-from runtime.memory import descendants
+from runtime.memory import list_descendants
 
 RATIO_GOAL = 1.10
 ABOVE_GOAL_MS = 15.0
@@ -180,9 +180,9 @@ def measure_forced_unloads(server: Server, *, repeats: int) -> list[Row]:
 
 def _force_unload_ms(server: Server, *, is_stopped: bool) -> float:
     """Return the milliseconds from the request to the response with the completed job."""
-    before = set(descendants(server.pid))
+    before = set(list_descendants(server.pid))
     server.load(TINY)
-    (worker,) = set(descendants(server.pid)) - before
+    (worker,) = set(list_descendants(server.pid)) - before
     if is_stopped:
         os.kill(worker, signal.SIGSTOP)
     return server.unload(TINY, force=True)

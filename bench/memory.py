@@ -3,7 +3,7 @@
 from bench import models
 from bench.driver import Server
 from bench.table import Row, format_mb
-from runtime.memory import PROC, descendants, parse_field
+from runtime.memory import PROC, list_descendants, parse_field
 
 MODEL = "memory"
 RATIO_GOAL = 1.02
@@ -24,7 +24,7 @@ def measure(server: Server, *, cycles: int) -> list[Row]:
 
 def tree_bytes(pid: int) -> int:
     """Return what a process takes with all its descendants; pages that they share count once (PSS)."""
-    return sum(parse_pss(_rollup(each)) for each in (pid, *descendants(pid)))
+    return sum(parse_pss(_rollup(each)) for each in (pid, *list_descendants(pid)))
 
 
 def parse_pss(smaps_rollup: str) -> int:

@@ -19,7 +19,7 @@ from bench.models import Body, Network
 from bench.table import Row, format_mb, format_ms
 from runtime.cache.manifest import Entry
 from runtime.cache.store import FOLDER, ModelCache
-from runtime.memory import PROC, descendants, parse_private
+from runtime.memory import PROC, list_descendants, parse_private
 from runtime.repository import MODEL_FILE
 from runtime.worker.loading import huge_pages_help
 
@@ -312,9 +312,9 @@ def _memory(subject: Subject, server: Server, instances: int) -> Memory:
     """Return what so many workers of the model take together, each after one inference on zeros."""
     model = subject.network.name
     (server.repository / model / "loadledger.toml").write_text(ONCE)
-    before = set(descendants(server.pid))
+    before = set(list_descendants(server.pid))
     server.load(model, instances=instances)
-    workers = set(descendants(server.pid)) - before
+    workers = set(list_descendants(server.pid)) - before
     texts = [(PROC / str(worker) / "smaps_rollup").read_text() for worker in workers]
     if len(texts) != instances:
         raise SystemExit(f"{model} has {len(texts)} workers and not {instances}")

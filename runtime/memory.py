@@ -1,16 +1,11 @@
-"""How much memory a process takes; read from /proc, in bytes.
+"""Memory of processes, limits and pressure of the container or machine, and free disk space; all in bytes.
 
-A worker's own memory is its private dirty pages: what the machine gets back when the process ends, and not
-before. Pages that it still shares with the fork server are not its own, nor those that are as their file has
-them, as mapped weights are: the kernel takes these back whenever it needs them.
+A worker's own memory is its private dirty pages: the machine gets them back when the process ends. Pages
+that it shares with the fork server are not its own, nor unchanged pages of a file, such as mapped weights,
+which the kernel can drop at any time.
 
-What this container or machine may use of memory, and whether it is under pressure.
-
-Everything comes from the text files of /proc and of the cgroup file systems (cgroups(7), and "Control Group
-v2" and "PSI" in the kernel's documentation). They differ from machine to machine, so a file that cannot be
-read or has something else in it is passed over.
-
-How much of a file system prepared forms may take: never what others there, the ledger first, will need.
+Limits and pressure come from /proc and the cgroup file systems (cgroups(7); "Control Group v2" and "PSI" in
+the kernel's documentation). They differ between machines, so unreadable files are skipped.
 """
 
 import os
@@ -26,12 +21,39 @@ from runtime.errors import RuntimeProblem
 
 PROC = Path("/proc")
 _PAGE_BYTES = 4096
-"""What /proc gives at once at most."""
+"""The most that one read of /proc gives."""
+RESERVE_BYTES = 2**30
+RESERVE_SHARE = 20
+"""Disk space that the model cache leaves free: `RESERVE_BYTES`, or a twentieth of a small file system. A
+ledger grows by some hundred bytes per event, so there is time to notice."""
+CGROUPS = Path("/sys/fs/cgroup")
+
+Source = Literal["cgroup v2", "cgroup v1", "machine"]
+
+V1_UNLIMITED_BYTES = 2**63 - 2**20
+"""A cgroup v1 limit from here on means no limit: the kernel shows 2**63 - 1 rounded down to a page, and
+no page is larger than a megabyte."""
+
+MEMORY_PRESSURE_PERCENT = 10.0
+"""Share of the last 10 s in which a task waited for memory. With free memory it is 0; at a tenth the
+kernel reads back pages that it has just dropped, and another model makes that worse."""
+CPU_PRESSURE_PERCENT = 80.0
+"""Share of the last 10 s in which a task waited for a core. One runnable thread too many all the time is
+100, and bursts stay well below; from 80 on, a load takes its computing time from inferences."""
+
+MAX_FILE_CHARACTERS = 64 * 1024
+"""More than these files have: a few kilobytes."""
+
+_COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
+_AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MULTILINE)
+_BYTES = re.compile(r"[1-9]\d{0,17}", re.ASCII)
+"""Up to 18 digits, so that every budget fits into the ledger's 64 bits."""
+_PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """What of a process is in memory: pages of no file, all pages, and the most that these ever were."""
+    """Resident memory of a process: anonymous pages, all pages, and their peak."""
 
     anonymous_bytes: int
     all_bytes: int
@@ -39,27 +61,27 @@ class Resident:
 
 
 def private_bytes(pid: int | str = "self") -> int:
-    """Measure what the machine gets back when this process ends.
+    """Measure the memory that the machine gets back when a process ends.
 
     Args:
         pid: a process id, or "self".
 
     Returns:
-        Bytes in pages that no other process maps and no file has.
+        Bytes in pages that no other process maps and no file backs.
 
     Raises:
-        ProcessLookupError: the process is gone.
+        ProcessLookupError: the process has exited.
     """
     return parse_private(_read(f"{pid}/smaps_rollup"))
 
 
-def descendants(pid: int) -> list[int]:
-    """List the process ids of all descendants of a process, parents before children."""
+def list_descendants(pid: int) -> list[int]:
+    """Return the process ids of all descendants of a process, parents before children."""
     children: list[int] = []
     with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
         for thread in os.listdir(f"{PROC}/{pid}/task"):  # noqa: PTH208 - names
             children += map(int, _read(f"{pid}/task/{thread}/children").split())
-    return [*children, *(each for child in children for each in descendants(child))]
+    return [*children, *(each for child in children for each in list_descendants(child))]
 
 
 def data_bytes(pid: int | str = "self") -> int:
@@ -68,18 +90,18 @@ def data_bytes(pid: int | str = "self") -> int:
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """Read the size of the pages that are of no file: what the kernel counts, so it costs nothing to ask."""
+    """Read the size of anonymous pages. The kernel counts them, so this is cheap."""
     return parse_field(_read(f"{pid}/status"), "RssAnon")
 
 
-def resident(pid: int | str = "self") -> Resident:
-    """Read what the kernel counts of a process's pages, so it costs nothing to ask."""
+def read_resident(pid: int | str = "self") -> Resident:
+    """Read the resident memory of a process. The kernel counts it, so this is cheap."""
     status = _read(f"{pid}/status")
     return Resident(*(parse_field(status, name) for name in ("RssAnon", "VmRSS", "VmHWM")))
 
 
 def parse_private(smaps_rollup: str) -> int:
-    """Sum the private pages that no file has (dirty, huge) in the text of a smaps_rollup file, in bytes."""
+    """Sum the private dirty and huge pages in the text of a smaps_rollup file, in bytes."""
     return sum(parse_field(smaps_rollup, name) for name in ("Private_Dirty", "Private_Hugetlb"))
 
 
@@ -96,7 +118,7 @@ def _read(path: str) -> str:
         descriptor = os.open(f"{PROC}/{path}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ProcessLookupError(f"/proc/{path}") from None
-    try:  # a load waits for it, so with as little around it as can be
+    try:  # without a file object: a load waits for this
         parts = []
         while part := os.read(descriptor, _PAGE_BYTES):
             parts.append(part)
@@ -105,44 +127,19 @@ def _read(path: str) -> str:
         os.close(descriptor)
 
 
-CGROUPS = Path("/sys/fs/cgroup")
-
-Source = Literal["cgroup v2", "cgroup v1", "machine"]
-
-V1_UNLIMITED_BYTES = 2**63 - 2**20
-"""From here on a limit of cgroup v1 is none: the kernel says 2**63 - 1 rounded down to a page, and no page
-that memory is counted in has more than a megabyte."""
-
-MEMORY_PRESSURE_PERCENT = 10.0
-"""Something waited for memory in so much of the last 10 s. With room to spare nothing ever does; at a tenth
-of the time the kernel is reading back what it has just dropped, and one more model makes that worse."""
-CPU_PRESSURE_PERCENT = 80.0
-"""Something waited for a core in so much of the last 10 s. One runnable thread too many all the time is 100
-and bursts stay well below; from 80 on, what a load computes is taken from inferences."""
-
-MAX_FILE_CHARACTERS = 64 * 1024
-"""These files have a few kilobytes at most."""
-
-_COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
-_AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MULTILINE)
-_BYTES = re.compile(r"[1-9]\d{0,17}", re.ASCII)
-"""Up to 18 digits, so that every budget fits into the ledger's 64 bits."""
-_PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%", re.ASCII)
-
-
 class MemoryUnknown(RuntimeProblem):
-    """Nothing says how much memory there is."""
+    """The size of the memory cannot be found out."""
 
     code = "memory_unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """How much memory may be used here.
+    """The memory that this container or machine may use.
 
     Attributes:
-        bytes: More than 0.
-        source: What says so, in words for people.
+        bytes: more than 0.
+        source: where the limit comes from, for people.
     """
 
     bytes: int
@@ -151,7 +148,7 @@ class MemoryLimit:
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """In how much of the last 10 s, in per cent, something had to wait; None where that is not known."""
+    """Percent of the last 10 s in which a task waited for memory or a core (PSI); None if unknown."""
 
     memory_some_percent: float | None
     cpu_some_percent: float | None
@@ -159,17 +156,17 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class OwnCgroups:
-    """Where this process is in the hierarchies that concern memory; `/` where that is not known."""
+    """The cgroups of this process in the memory hierarchies; `/` if unknown."""
 
     unified: str = "/"
     v1_memory: str = "/"
 
 
-def memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryLimit:
-    """Find the least of what this process's cgroups allow, those above them included, and the machine has.
+def find_memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryLimit:
+    """Return the lowest memory limit of this process's cgroups, their parents and the machine.
 
     Raises:
-        MemoryUnknown: `memory_unknown`, nothing of that can be read.
+        MemoryUnknown: `memory_unknown`, none of these can be read.
     """
     own = parse_cgroups(_text(proc / "self/cgroup"))
     found = [
@@ -185,13 +182,13 @@ def memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryLimit:
     return min(found, key=lambda limit: limit.bytes)
 
 
-def pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None:
-    """Read how long was waited for memory and cores: by this process's cgroup, else on the whole machine.
+def read_pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None:
+    """Read the pressure of this process's cgroup, else of the whole machine.
 
     A few small reads, less than a millisecond together, so the event loop may do it each second.
 
     Returns:
-        None when the kernel does not say, which it need not.
+        None if the kernel does not provide PSI.
     """
     own, mount = parse_cgroups(_text(proc / "self/cgroup")).unified, _unified_mount(cgroups)
     # In a container the path may be the host's, and the container's cgroup is what is mounted.
@@ -204,7 +201,7 @@ def pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None:
 
 
 def is_under_pressure(found: Pressure | None) -> bool:
-    """Say whether what can wait should; what is not known is no pressure."""
+    """Whether low-priority work should wait; unknown pressure counts as none."""
     if found is None:
         return False
     memory, cpu = found.memory_some_percent or 0.0, found.cpu_some_percent or 0.0
@@ -212,18 +209,18 @@ def is_under_pressure(found: Pressure | None) -> bool:
 
 
 def budget_bytes(setting: str, limit_bytes: int) -> int:
-    """Return how many bytes the workers may take together.
+    """Return the memory budget of all workers in bytes.
 
     Args:
-        setting: bytes, a positive integer, which are taken as they are even where they are more than the
-            limit (there may be swap); or a percentage of the limit, more than 0 and at most 100.
-        limit_bytes: what this container or machine may use.
+        setting: a positive number of bytes, even above the limit (there may be swap), or a percentage of the
+            limit, more than 0 and at most 100.
+        limit_bytes: the memory that this container or machine may use.
 
     Returns:
         At least 1.
 
     Raises:
-        ValueError: the setting is neither; its text says what it must be.
+        ValueError: the setting is neither; the message says what it must be.
     """
     if _BYTES.fullmatch(setting):
         return int(setting)
@@ -248,7 +245,7 @@ def parse_cgroups(text: str) -> OwnCgroups:
 
 
 def parse_limit(text: str) -> int | None:
-    """Read one limit in bytes, of cgroup v2 or v1; None is no limit, or nothing that can be understood."""
+    """Parse a cgroup limit in bytes; None is no limit, or an invalid one."""
     found = _COUNT.fullmatch(text.strip())
     limit = None if found is None else int(found[0])
     return limit if limit is not None and limit < V1_UNLIMITED_BYTES else None
@@ -282,12 +279,12 @@ def _v1_limits(mount: Path, own: str) -> Iterator[MemoryLimit]:
 
 
 def _unified_mount(cgroups: Path) -> Path:
-    """Where cgroup v2 is: here, or beside the hierarchies of v1 (systemd calls that hybrid)."""
+    """Return the mount of cgroup v2: this one, or one beside the v1 hierarchies (systemd's hybrid mode)."""
     return cgroups if _text(cgroups / "cgroup.controllers") else cgroups / "unified"
 
 
 def _folders(mount: Path, own: str) -> Iterator[Path]:
-    """A cgroup's folder and those above it, up to the mount."""
+    """Yield a cgroup's folder and its parents, up to the mount."""
     folder = _below(mount, own)
     yield folder
     while folder != mount:
@@ -306,7 +303,7 @@ def _some_percent(files: list[Path]) -> float | None:
 
 
 def _text(file: Path) -> str:
-    """Read a file's beginning; one that cannot be read is empty (ValueError is a path with a NUL in it)."""
+    """Read the beginning of a file; an unreadable file is empty (ValueError: a path with a NUL)."""
     try:
         with file.open(encoding="utf-8", errors="surrogateescape") as opened:
             return opened.read(MAX_FILE_CHARACTERS)
@@ -314,17 +311,11 @@ def _text(file: Path) -> str:
         return ""
 
 
-RESERVE_BYTES = 2**30
-RESERVE_SHARE = 20
-"""What is never taken: `RESERVE_BYTES`, of a small file system its twentieth part. A ledger grows by some
-hundred bytes with each event, so that there is time to notice."""
-
-
-def room(folder: Path) -> int:
-    """Return the bytes that may be taken where this folder is; less than none where it is too full already.
+def free_disk_bytes(folder: Path) -> int:
+    """Return the disk space beyond the reserve in this folder's file system; negative if it is too full.
 
     Raises:
-        OSError: it cannot be asked.
+        OSError: the file system cannot be queried.
     """
     seen = os.statvfs(folder)
     reserve = min(RESERVE_BYTES, seen.f_blocks * seen.f_frsize // RESERVE_SHARE)

@@ -1,4 +1,4 @@
-"""Who answers for a model: taken from the recorded state at each request, so routing moves with its event."""
+"""Routing: finds the worker of an inference in the recorded state, so that routing moves with its event."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ class ModelNotLoaded(RuntimeProblem):
 
 
 class ModelUnloading(RuntimeProblem):
-    """The model is being unloaded and takes no more requests."""
+    """The model is being unloaded and takes no more inferences."""
 
     code = "model_unloading"
 
 
 class ModelRecovering(ModelNotLoaded):
-    """The model lost its worker and is being loaded again."""
+    """The model lost its worker and is being reloaded."""
 
 
 class ModelReplaced(ModelRecovering):
-    """The model is being replaced by another version, for which it had to go first."""
+    """The model is being replaced in place: the old version was unloaded first."""
 
 
 class OtherVersionLoaded(ModelNotLoaded):
-    """The version that is named is not the one that is loaded."""
+    """Another version than the named one is loaded."""
 
 
 class Question(Protocol):
-    """What a model is asked."""
+    """Inputs of an inference."""
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """The inputs."""
+        """The input tensors."""
 
     @property
     def outputs(self) -> tuple[WantedOutput, ...]:
-        """The outputs that are wanted; none means all that are tensors."""
+        """The requested outputs; none means all that are tensors."""
 
     @property
     def text(self) -> bool:
-        """Whether all come as JSON, where none are named."""
+        """Whether outputs come as JSON if none are requested by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRoute:
-    """Who answers for a model, and what stands behind it: `position` is that of its `ModelLoaded`."""
+    """The running load that answers for a model; `position` is that of its `ModelLoaded`."""
 
     model_id: str
     version: int
@@ -72,19 +72,19 @@ class ModelRoute:
 
     @property
     def max_batch_size(self) -> int:
-        """How many may run together along the batch dimension; 0 if the model was loaded without one."""
+        """Requests that may run together; 0 without batching."""
         return self.load.parameters.max_batch_size
 
     @property
     def source(self) -> str:
-        """Name the load behind an answer, for the header that leads from it to the ledger."""
+        """The load behind an answer, for the response header that refers to the ledger."""
         return f"{self.model_id}/{self.version};position={self.position}"
 
     def worker(self, max_queue: int) -> Worker:
-        """Return the worker that has the least to do.
+        """Return the worker with the fewest inferences.
 
         Raises:
-            QueueFull: `inference_queue_full`, they have as much to do as they may.
+            QueueFull: `inference_queue_full`.
         """
         workers = self.load.serving
         if len(workers) == 1:
@@ -99,18 +99,25 @@ class ModelRoute:
 
 
 class Router:
-    """Finds the worker of a model, in the recorded state and among the live loads."""
+    """Finds the running load of a model.
+
+    Args:
+        log: its state says which load serves.
+        loads: the running loads, by job id.
+        repository: for the reason of a refusal.
+        max_queue: inferences of one model that may be queued or running.
+    """
 
     def __init__(
         self,
         log: Log,
-        live: Mapping[str, RunningLoad],
+        loads: Mapping[str, RunningLoad],
         repository: Repository,
         *,
         max_queue: int,
     ) -> None:
         self._log = log
-        self._live = live
+        self._loads = loads
         self._repository = repository
         self._max_queue = max_queue
         self._routes: dict[str, tuple[Model, ModelRoute]] = {}
@@ -120,7 +127,7 @@ class Router:
     ) -> tuple[ModelRoute, Answer]:
         """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
 
-        What waited behind the inference that its worker died of is tried once more, when the model is back.
+        Inferences that were queued when their worker died are repeated once, when the model is reloaded.
 
         Raises:
             QueueFull: `inference_queue_full`.
@@ -135,9 +142,9 @@ class Router:
                 left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
                 if death.begun or left_s <= 0:
                     raise
-                route, left_s = await self._recovered(model_id, version, left_s, death)
+                route, left_s = await self._wait_for_recovery(model_id, version, left_s, death)
                 answer = await self._ask(route, question, left_s)
-        except BaseException as error:  # who gave up has used the model, too
+        except BaseException as error:  # a cancelled request is a use, too
             route.load.last_used_ns = ended_ns = time.monotonic_ns()
             if isinstance(error, RuntimeProblem):
                 route.load.statistics.failure(ended_ns - began_ns)
@@ -150,14 +157,14 @@ class Router:
         worker = route.worker(self._max_queue)
         return worker.infer(question.tensors, question.outputs, text=question.text, timeout_s=timeout_s)
 
-    async def _recovered(
+    async def _wait_for_recovery(
         self, model_id: str, version: int | None, timeout_s: float, death: WorkerDied
     ) -> tuple[ModelRoute, float]:
-        """Wait until the model serves again; return who does, and the seconds that are left then.
+        """Wait until the model serves again; return its route and the remaining seconds.
 
         Raises:
-            WorkerDied: `worker_died`, the one that was waited out, if it takes too long.
-            ModelNotLoaded: it does not come back.
+            WorkerDied: `worker_died`, the given one, if that takes too long.
+            ModelNotLoaded: the model is not reloaded.
         """
         wakeup = self._log.subscribe()
         loop = asyncio.get_running_loop()
@@ -174,12 +181,12 @@ class Router:
         finally:
             self._log.unsubscribe(wakeup)
 
-    async def route_or_why(self, model_id: str, version: int | None = None) -> ModelRoute:
-        """Return who answers for the model now; only a refusal looks into the repository.
+    async def find_route(self, model_id: str, version: int | None = None) -> ModelRoute:
+        """Return the route of a model; a refusal also checks whether the repository has the model.
 
         Raises:
-            UnknownModel: `unknown_model`, it is neither loaded nor in the repository.
-            ModelNotLoaded: `model_not_loaded`; it may be on its way (`ModelRecovering`).
+            UnknownModel: `unknown_model`, neither loaded nor in the repository.
+            ModelNotLoaded: `model_not_loaded`; `ModelRecovering` while it is being reloaded.
             OtherVersionLoaded: `model_not_loaded`, another version is.
             ModelUnloading: `model_unloading`.
         """
@@ -192,7 +199,7 @@ class Router:
             raise
 
     def is_ready(self, model_id: str, version: int | None = None) -> bool:
-        """Whether `route` would name somebody."""
+        """Whether a model can answer inferences now."""
         try:
             self.route(model_id, version)
         except (ModelNotLoaded, ModelUnloading):
@@ -200,17 +207,17 @@ class Router:
         return True
 
     def route(self, model_id: str, version: int | None = None) -> ModelRoute:
-        """Return who answers for the model now.
+        """Return the route of a model.
 
         Raises:
-            ModelNotLoaded: `model_not_loaded`; it may be on its way (`ModelRecovering`).
+            ModelNotLoaded: `model_not_loaded`; `ModelRecovering` while it is being reloaded.
             OtherVersionLoaded: `model_not_loaded`, another version is.
             ModelUnloading: `model_unloading`.
         """
         model = self._log.state.models.get(model_id)
         known = self._routes.get(model_id)
         if known is None or known[0] is not model:
-            known = self._remember(model_id, model)
+            known = self._make_route(model_id, model)
         route = known[1]
         if version not in (None, route.version):
             raise OtherVersionLoaded(
@@ -225,13 +232,13 @@ class Router:
             )
         return route
 
-    def _remember(self, model_id: str, model: Model | None) -> tuple[Model, ModelRoute]:
-        """Make the route of a model that is loaded; it holds as long as the recorded model is this one."""
+    def _make_route(self, model_id: str, model: Model | None) -> tuple[Model, ModelRoute]:
+        """Make and cache the route of a loaded model, until its recorded state changes."""
         self._routes.pop(model_id, None)
         serving = model.serving if model is not None else None
         if model is None or serving is None or model.phase is not ModelState.LOADED:
             raise _absent(model_id, model)
-        load = self._live.get(serving.load_job_id)
+        load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
             raise ModelRecovering(
                 f"the worker of model '{model_id}' has just died; it is being started again"

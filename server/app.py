@@ -25,7 +25,7 @@ from runtime.cache.files import CacheUnavailable
 from runtime.cache.store import FOLDER, ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
-from runtime.memory import budget_bytes, is_under_pressure, memory_limit, pressure
+from runtime.memory import budget_bytes, find_memory_limit, is_under_pressure, read_pressure
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
@@ -172,7 +172,7 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
     app[REPOSITORY] = Repository(app[CONFIG].repository)
-    app[LIMIT] = memory_limit()
+    app[LIMIT] = find_memory_limit()
     app[POOL] = pool = WorkerPool(
         threads=app[CONFIG].threads,
         patience_s=app[CONFIG].inference_grace_s,
@@ -244,7 +244,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[REPOSITORY],
         policy=_policy(config, app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
-        under_pressure=lambda: is_under_pressure(pressure()),
+        under_pressure=lambda: is_under_pressure(read_pressure()),
         demand=pending,
         store=await asyncio.to_thread(_open_cache, config),
     )

@@ -23,7 +23,7 @@ from events.clock import uuid7
 from events.types import LoadParameters
 from runtime.errors import RuntimeProblem
 from runtime.estimates import estimate_memory
-from runtime.memory import MemoryUnknown, budget_bytes, memory_limit
+from runtime.memory import MemoryUnknown, budget_bytes, find_memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, ModelVersion, Repository
@@ -169,7 +169,7 @@ def _check_data(path: Path) -> None:
 
 def _check_memory(config: Config) -> Iterator[CheckFinding]:
     try:
-        limit = memory_limit()
+        limit = find_memory_limit()
     except MemoryUnknown as error:
         yield CheckFinding("--memory-budget", error.code, str(error))
         return
@@ -229,7 +229,7 @@ def check_repository(
         text = f"{repository.root} has no model that could be served"
         result.findings.append(CheckFinding("--repository", "empty", text, Severity.NOTE))
         return
-    budget = budget_bytes(config.memory_budget, memory_limit().bytes)
+    budget = budget_bytes(config.memory_budget, find_memory_limit().bytes)
     candidates = [
         each for name in models for each in _check_versions(repository, name, config, budget, result)
     ]

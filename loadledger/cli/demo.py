@@ -29,7 +29,7 @@ from events.sqlite.reader import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem
-from runtime.memory import descendants, parse_field
+from runtime.memory import list_descendants, parse_field
 from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, issue_token
 
@@ -73,11 +73,11 @@ class _Server:
         Mapped files are left out since their share depends on other processes: one that imports ONNX Runtime
         changed the sum by 9 MB (measured).
         """
-        return sum(_anonymous_bytes(pid) for pid in (self.process.pid, *descendants(self.process.pid)))
+        return sum(_anonymous_bytes(pid) for pid in (self.process.pid, *list_descendants(self.process.pid)))
 
     def processes(self) -> set[int]:
         """Return the process ids of the tree."""
-        return set(descendants(self.process.pid))
+        return set(list_descendants(self.process.pid))
 
 
 class _Failed(Exception):

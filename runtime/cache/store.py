@@ -43,7 +43,7 @@ from runtime.cache.manifest import (
     timestamp_of,
     write_manifest,
 )
-from runtime.memory import room
+from runtime.memory import free_disk_bytes
 from runtime.wire import CachedCopy, Form, HashedFile, plain_text
 
 MAX_WITHOUT_FORM = 1_000
@@ -154,7 +154,7 @@ class ModelCache:
             not counted.
         max_without_form: number of keys for which the reasons against all forms are remembered.
         now_ns: the time in nanoseconds since 1970.
-        room: the bytes that may be taken on a folder's disk.
+        free_disk_bytes: the bytes that may be taken on a folder's disk.
     """
 
     def __init__(
@@ -163,12 +163,12 @@ class ModelCache:
         limit_bytes: int,
         max_without_form: int = MAX_WITHOUT_FORM,
         now_ns: Callable[[], int] = time.time_ns,
-        room: Callable[[Path], int] = room,
+        free_disk_bytes: Callable[[Path], int] = free_disk_bytes,
     ) -> None:
         self._folder = CacheFolder(folder)
         self.limit_bytes = limit_bytes
         self._now_ns = now_ns
-        self._room = room
+        self._free_disk_bytes = free_disk_bytes
         self._uses = UseOrder(limit_bytes, max_without_form)
 
     @property
@@ -387,7 +387,7 @@ class ModelCache:
         """Evict forms until the disk has this much room; none if even all of them would not suffice."""
         self._folder.make()
         with self._folder.locked():
-            there_is, oldest = self._room(self._folder.path), self._uses.forms()
+            there_is, oldest = self._free_disk_bytes(self._folder.path), self._uses.forms()
         if there_is + sum(size for _, size in oldest) < needed:
             oldest.clear()
         while there_is < needed and oldest:
@@ -395,7 +395,7 @@ class ModelCache:
             with self._folder.locked() as doomed:
                 self._remove_entry(self._folder.entry(key), doomed)
             with explain_os_errors(self._folder.path):
-                before, there_is = there_is, self._room(self._folder.path)
+                before, there_is = there_is, self._free_disk_bytes(self._folder.path)
             if there_is - before < size // 2:  # workers have it mapped: evicting more would free nothing
                 break
         if there_is < needed:

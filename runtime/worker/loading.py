@@ -108,7 +108,7 @@ class LoadMonitor:
     def __init__(self, *hashings: FileHashing, watched: bool = True) -> None:
         self.hashing_us = 0
         self.peak_anonymous_bytes = 0
-        self._seen = memory.resident()
+        self._seen = memory.read_resident()
         self._looking = threading.Lock()
         self._hashings = hashings
         self._watched = watched
@@ -149,7 +149,7 @@ class LoadMonitor:
     def sample(self) -> None:
         """Sample the memory now."""
         with contextlib.suppress(MemoryError), self._looking:  # then the peak is known well enough
-            before, self._seen = self._seen, memory.resident()
+            before, self._seen = self._seen, memory.read_resident()
             peak = self._seen.anonymous_bytes
             if self._seen.peak_bytes > before.peak_bytes:  # at some moment since then
                 peak = max(peak, self._seen.peak_bytes - max(_of_files(before), _of_files(self._seen)))

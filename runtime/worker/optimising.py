@@ -21,7 +21,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from runtime.errors import LoadRefused
-from runtime.memory import room
+from runtime.memory import free_disk_bytes
 from runtime.onnxfile import (
     FIELDS,
     FIXED32,
@@ -277,7 +277,7 @@ def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[Non
     wanted = max(MOST_BYTES, MOST_TIMES * sum(file.bytes for file in sources))
     if order.most_bytes is not None:
         wanted = min(wanted, order.most_bytes)
-    there_is = max(0, room(target)) // 2
+    there_is = max(0, free_disk_bytes(target)) // 2
     _limit_files(min(wanted, there_is))
     try:
         yield

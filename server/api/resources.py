@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 from marshmallow import fields, validate
 
-from runtime.memory import pressure
+from runtime.memory import read_pressure
 from server.api.schemas import AnswerSchema
 from server.appkeys import CONSUMER, LIMIT, LOG
 from server.http.validation import NothingSchema
@@ -86,7 +86,7 @@ class ResourcesSchema(AnswerSchema):
     models = fields.List(fields.Nested(LoadUseSchema), required=True)
     waiting = fields.List(fields.Nested(WaitSchema), required=True)
     preparing = fields.Nested(PreparationSchema, required=True, allow_none=True)
-    pressure = fields.Nested(
+    read_pressure = fields.Nested(
         PressureSchema, required=True, allow_none=True, metadata={"description": "Null without PSI."}
     )
     as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
@@ -142,6 +142,6 @@ def _resources(app: web.Application) -> dict[str, object]:
         "models": models,
         "waiting": waiting,
         "preparing": preparing,
-        "pressure": pressure(),
+        "pressure": read_pressure(),
         "as_of": app[LOG].state.position,
     }

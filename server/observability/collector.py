@@ -27,7 +27,7 @@ from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.types import TYPES, Cause
 from runtime.cache.preparer import FORMS, KEPT, LEFT_OUT, STOPPED
-from runtime.memory import pressure
+from runtime.memory import read_pressure
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, STREAMS
@@ -322,7 +322,7 @@ class ServerCollector(Collector):
             "Memory of the budget that loaded models take, as measured.",
             self._used_bytes,
         )
-        found = pressure()
+        found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
         yield _gauge(
             "pressure_ratio",

@@ -252,7 +252,7 @@ def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
 
 async def _route(request: web.Request) -> ModelRoute:
     path = path_parameters(request)
-    return await request.app[ROUTER].route_or_why(path["id"], path.get("version"))
+    return await request.app[ROUTER].find_route(path["id"], path.get("version"))
 
 
 def _ready(request: web.Request) -> web.Response:

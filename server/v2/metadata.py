@@ -339,7 +339,7 @@ async def _config(request: web.Request) -> web.Response:
 async def _route(request: web.Request) -> ModelRoute:
     """Return the route that an inference would take now."""
     path = path_parameters(request)
-    return await request.app[ROUTER].route_or_why(path["id"], path.get("version"))
+    return await request.app[ROUTER].find_route(path["id"], path.get("version"))
 
 
 def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | None:

@@ -216,7 +216,7 @@ class OnDemand:
             ends_at_s: the inference's deadline, on the loop's clock.
 
         Raises:
-            RuntimeProblem: as `Router.route_or_why`, if on-demand loads are not configured.
+            RuntimeProblem: as `Router.find_route`, if on-demand loads are not configured.
             ModelNotLoaded: `model_not_loaded`, another version is loaded and is not replaced on demand.
             InferenceTimeout: `inference_timeout`.
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
@@ -226,7 +226,7 @@ class OnDemand:
             ServerStops: `shutting_down`.
         """
         if not self._on:
-            await self._router.route_or_why(model_id, version)
+            await self._router.find_route(model_id, version)
             yield
             return
         with self._demand.hold(model_id):

@@ -20,16 +20,16 @@ from runtime.memory import (
     Pressure,
     budget_bytes,
     data_bytes,
-    descendants,
+    find_memory_limit,
     is_under_pressure,
-    memory_limit,
+    list_descendants,
     parse_cgroups,
     parse_field,
     parse_limit,
     parse_private,
     parse_some_percent,
-    pressure,
     private_bytes,
+    read_pressure,
 )
 
 GB = 2**30
@@ -83,10 +83,10 @@ class Files:
         self._save(self.cgroups / path, text.encode())
 
     def limit(self) -> MemoryLimit:
-        return memory_limit(self.proc, self.cgroups)
+        return find_memory_limit(self.proc, self.cgroups)
 
     def pressure(self) -> Pressure | None:
-        return pressure(self.proc, self.cgroups)
+        return read_pressure(self.proc, self.cgroups)
 
     @staticmethod
     def _save(path: Path, content: bytes) -> None:
@@ -246,8 +246,8 @@ def test_garbled_files_raise_memory_unknown_at_most(
 def test_this_machine_has_a_limit_and_pressure() -> None:
     with Path("/proc/meminfo").open(encoding="ascii") as meminfo:
         total = parse_field(meminfo.read(), "MemTotal")
-    assert 0 < memory_limit().bytes <= total
-    found = pressure()
+    assert 0 < find_memory_limit().bytes <= total
+    found = read_pressure()
     assert found is None or found != Pressure(None, None)
 
 
@@ -405,9 +405,9 @@ def test_descendants_are_found() -> None:
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"  # from the grandchild
-        found = descendants(child.pid)
+        found = list_descendants(child.pid)
         assert len(found) == 1
-        assert set(descendants(os.getpid())) >= {child.pid, *found}
+        assert set(list_descendants(os.getpid())) >= {child.pid, *found}
         own, of_child = tree_bytes(os.getpid()), tree_bytes(child.pid)
         assert own > of_child > tree_bytes(found[0]) > 0
         child.communicate(b"\n")
@@ -418,4 +418,4 @@ def test_exited_process_has_no_memory() -> None:
         child.wait()
     with pytest.raises(ProcessLookupError):
         private_bytes(child.pid)
-    assert descendants(child.pid) == []
+    assert list_descendants(child.pid) == []

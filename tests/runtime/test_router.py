@@ -38,13 +38,13 @@ async def refusal(engine: Engine, model_id: str, version: int | None = None) -> 
     with pytest.raises((ModelNotLoaded, ModelUnloading)):
         engine.router.route(model_id, version)
     with pytest.raises(RuntimeProblem) as caught:
-        await engine.router.route_or_why(model_id, version)
+        await engine.router.find_route(model_id, version)
     return caught.value
 
 
 async def test_loaded_model_is_routed_to_its_worker(engine: Engine) -> None:
     await engine.load("adder")
-    route = await engine.router.route_or_why("adder")
+    route = await engine.router.find_route("adder")
     assert route == engine.router.route("adder", 2)
     assert engine.router.is_ready("adder")
     assert engine.router.is_ready("adder", 2)

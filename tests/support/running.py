@@ -225,7 +225,7 @@ class Engine:
 
     def worker_pids(self) -> list[int]:
         """List the processes of all workers."""
-        return memory.descendants(self.fork_server_pid)
+        return memory.list_descendants(self.fork_server_pid)
 
     async def loading(self, model_id: str) -> RunningLoad:
         """Wait until a model's worker is amid its load."""

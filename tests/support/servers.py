@@ -21,7 +21,7 @@ from events.audit.verify import Verification, verify
 from events.sqlite.queries import PAGE
 from events.sqlite.reader import open_reader
 from events.types import Event
-from runtime.memory import descendants
+from runtime.memory import list_descendants
 from server.app import LEDGER
 from server.config import Config
 from support.http import Api
@@ -70,7 +70,7 @@ class Server:
 
     def children(self) -> list[int]:
         """Return the process ids of the fork server and its workers, the fork server first."""
-        return descendants(self.pid)
+        return list_descendants(self.pid)
 
     def worker(self) -> int:
         """Return the process id of the newest worker."""

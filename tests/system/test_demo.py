@@ -15,7 +15,7 @@ from support.workers import freeze, until
 
 from bench.memory import tree_bytes
 from loadledger.cli import demo
-from runtime.memory import descendants
+from runtime.memory import list_descendants
 
 MB = 2**20
 
@@ -46,8 +46,8 @@ async def test_demo_whose_server_dies_exits_with_1() -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    await until(lambda: bool(descendants(process.pid)))
-    os.kill(descendants(process.pid)[0], signal.SIGKILL)
+    await until(lambda: bool(list_descendants(process.pid)))
+    os.kill(list_descendants(process.pid)[0], signal.SIGKILL)
     async with asyncio.timeout(LIMIT_S):
         out, err = await process.communicate()
     assert process.returncode == 1

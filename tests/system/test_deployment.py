@@ -21,7 +21,7 @@ import pytest
 import yaml
 from support.servers import LIMIT_S, MODULE, QUIET, clean_environment
 
-from runtime.memory import descendants
+from runtime.memory import list_descendants
 from server.app import all_routes
 from server.config import Config, settings
 from server.configsources import read_settings
@@ -336,7 +336,7 @@ def test_serve_as_process_1_on_a_read_only_system(tmp_path: Path) -> None:
                 )
                 done = health(url.rpartition(":")[2])
                 assert done.returncode == 0, done.stderr
-                server = descendants(process.pid)[0]
+                server = list_descendants(process.pid)[0]
                 status = Path(f"/proc/{server}/status").read_text()
                 assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
                 assert re.search(r"^NSpid:.*\t1$", status, re.MULTILINE)

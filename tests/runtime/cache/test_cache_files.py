@@ -323,7 +323,7 @@ def test_full_disk_makes_the_cache_unavailable(store: ModelCache, folder: Path) 
 
 def with_room(folder: Path, room: Callable[[Path], int]) -> ModelCache:
     """Open a store on a disk with this room, with three forms of 300 bytes."""
-    store = ModelCache(folder, LIMIT, room=room)
+    store = ModelCache(folder, LIMIT, free_disk_bytes=room)
     store.open()
     for name in "abc":
         keep(store, name, 300)

@@ -32,7 +32,7 @@ from support.workers import (
 )
 
 from runtime.errors import Exit, ForkServerUnavailable
-from runtime.memory import descendants
+from runtime.memory import list_descendants
 from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
 from runtime.process.forkclient import ForkServer
@@ -92,7 +92,7 @@ def environment_of(pid: int) -> bytes:
 
 
 async def test_processes_have_only_their_own_descriptors() -> None:
-    before = descriptors(os.getpid()), set(descendants(os.getpid()))
+    before = descriptors(os.getpid()), set(list_descendants(os.getpid()))
     async with running_pool() as pool:
         pid = fork_server_of(pool).pid
         clean = ["/dev/null", "pipe", "pipe", "socket"]
@@ -103,12 +103,12 @@ async def test_processes_have_only_their_own_descriptors() -> None:
         last = workers[-1]
         await until(lambda: threads(last.pid) == 2)
         assert descriptors(last.pid) == ["/dev/null", "pipe", "pipe", "socket", "socket"]
-        assert set(descendants(os.getpid())) - before[1] == {pid, *(worker.pid for worker in workers)}
+        assert set(list_descendants(os.getpid())) - before[1] == {pid, *(worker.pid for worker in workers)}
         assert await workers[0].stop(LIMIT_S) == ENDED
         await until(lambda: len(descriptors(pid)) == len(clean) + 2)
     assert [worker.ended.result() for worker in workers] == [ENDED, Exit(None, 9), Exit(None, 9)]
     assert descriptors(os.getpid()) == before[0]
-    assert set(descendants(os.getpid())) <= before[1]
+    assert set(list_descendants(os.getpid())) <= before[1]
     with pytest.raises(ForkServerUnavailable):
         await pool.start("late")
 
@@ -313,10 +313,10 @@ async def test_failed_fork_keeps_the_fork_server() -> None:
 async def test_launch_without_descriptors_leaves_nothing(subtests: pytest.Subtests) -> None:
     for left in range(7):
         with subtests.test(left=left):
-            before = descriptors(os.getpid()), descendants(os.getpid())
+            before = descriptors(os.getpid()), list_descendants(os.getpid())
             with descriptors_left(left), pytest.raises(ForkServerUnavailable, match="open files"):
                 ForkServer.launch(os.environ)
-            assert (descriptors(os.getpid()), descendants(os.getpid())) == before
+            assert (descriptors(os.getpid()), list_descendants(os.getpid())) == before
 
 
 async def test_start_without_descriptors_leaves_nothing(subtests: pytest.Subtests) -> None:
@@ -328,7 +328,7 @@ async def test_start_without_descriptors_leaves_nothing(subtests: pytest.Subtest
                 with descriptors_left(left), pytest.raises(ForkServerUnavailable, match="open files"):
                     await pool.start("one too many")
                 assert descriptors(os.getpid()) == before
-                assert descendants(fork_server_of(pool).pid) == [worker.pid]
+                assert list_descendants(fork_server_of(pool).pid) == [worker.pid]
                 assert await start_and_stop(pool) == ENDED
 
 
@@ -345,7 +345,7 @@ async def test_pidfd_without_a_descriptor_fails_one_start_only() -> None:
             with pytest.raises(ForkServerUnavailable, match="no pidfd arrived"):
                 await starting
         assert descriptors(os.getpid()) == before
-        await until(lambda: descendants(fork_server.pid) == [bystander.pid])
+        await until(lambda: list_descendants(fork_server.pid) == [bystander.pid])
         assert await start_and_stop(pool) == await bystander.stop(LIMIT_S) == ENDED
         assert fork_server_of(pool) is fork_server
 

@@ -24,7 +24,7 @@ from support.workers import (
 )
 
 from runtime.errors import Exit
-from runtime.memory import descendants
+from runtime.memory import list_descendants
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool, complete
 
@@ -83,7 +83,7 @@ async def test_cancelled_start_leaves_no_process(pool: WorkerPool) -> None:
         await starting
     resume(fork_server.pid)
     worker = await pool.start("next")
-    await until(lambda: descendants(fork_server.pid) == [worker.pid])
+    await until(lambda: list_descendants(fork_server.pid) == [worker.pid])
 
 
 @pytest.mark.parametrize("turns", range(3))

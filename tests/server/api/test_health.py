@@ -9,7 +9,7 @@ from support import models
 from support.http import ONE, LocalApi, when
 from support.models import TEXT, save, save_bytes
 
-from runtime.memory import descendants
+from runtime.memory import list_descendants
 from server.appkeys import CONSUMER_TASK, STOPPING, STREAMS
 
 LIVE = ("/health/live", "/v2/health/live")
@@ -60,7 +60,7 @@ async def test_loads_do_not_change_health(api: LocalApi, repository: Path) -> No
 async def test_server_without_fork_server_is_not_ready(
     api: LocalApi,
 ) -> None:
-    [fork_server] = descendants(os.getpid())
+    [fork_server] = list_descendants(os.getpid())
     os.kill(fork_server, signal.SIGKILL)
     await when(lambda: status_of(api, "/health/ready"), lambda seen: seen == "not well: fork_server")
     assert await status_of(api, "/health/live") == "ok"
