@@ -5,8 +5,9 @@ the scheduler finds spare time and memory, a worker writes an optimised form int
 compares it with the bare model in fresh processes; `store.ModelCache` keeps it under its `key`. The next
 load of the same bytes asks `Preparer.find_form` and passes it to its worker.
 
-To change: what a cached model depends on: `key`. Layout on disk, drafts, disk space: `files`. Eviction and
-manifests' meaning: `store`. When a form is good enough: `trial`. Candidates, attempts, counts: `preparer`.
+To change: what a cached model depends on: `key`. Drafts, entries and their access rights: `files`. What is
+recorded of a key: `manifest`. Eviction and disk space: `store`. When a form is good enough: `trial`.
+Candidates, attempts, counts: `preparer`.
 
 In the API, commands, events and metrics a cached model is called `prepared`, and its kind its `form`.
 """

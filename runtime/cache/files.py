@@ -1,12 +1,11 @@
-"""The cache's folder: drafts, entries and their manifests, files that can be trusted, and disk space.
+"""The cache's folder: drafts and entries, who may write to it, and files that can be trusted.
 
 An entry is a folder named by its key. It is written as a draft beside the others and then renamed, and it is
 renamed to a draft before it is removed: no reader ever sees part of an entry. Each process locks its drafts,
 so that the drafts of a killed process can be recognised.
 
 A file is trusted by its identity, which changes when it is written to or replaced. If the identity differs,
-because the data directory was copied, restored or mounted anew, the content decides. An invalid manifest
-counts as none.
+because the data directory was copied, restored or mounted anew, the content decides.
 """
 
 import fcntl
