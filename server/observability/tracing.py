@@ -1,7 +1,7 @@
-"""Spans of requests and jobs, exported with OpenTelemetry; not imported where that is not wanted.
+"""How are requests and jobs traced? Spans by OpenTelemetry; imported only if traces are exported.
 
-The library is configured by its own variables (`OTEL_EXPORTER_OTLP_…`, `OTEL_SERVICE_NAME`,
-`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER`, `OTEL_BSP_…`). Its global provider is left alone.
+The library's own variables configure it (`OTEL_EXPORTER_OTLP_…`, `OTEL_SERVICE_NAME`,
+`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER`, `OTEL_BSP_…`). Its global provider stays unused.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from server.routing import RequestHandler, matched_route, wrap_handler
 
 PROPAGATOR = TraceContextTextMapPropagator()
 
-PARTS = ("starting", "loading", "warming_up", "measuring")
-"""Of a load, one after the other; its files are hashed beside them, which is no part of its own."""
+STAGES = ("starting", "loading", "warming_up", "measuring")
+"""The stages of a load that have spans; files are hashed beside them."""
 
 CLOSE_S = 3.0
-"""How long the end of the server waits for who takes the spans."""
+"""How long the end of the server waits for the collector."""
 
 
 class Tracing:
-    """Makes spans, which the library's thread sends in batches; what it cannot send it drops."""
+    """Creates spans; the library's thread sends them in batches, and drops those that it cannot send."""
 
     def __init__(self) -> None:
         resource = Resource.create(
@@ -56,17 +56,17 @@ class Tracing:
         self._tracer = self._provider.get_tracer("loadledger")
 
     def trace_requests(self, server: web.Server, app: web.Application) -> None:
-        """Have a runner that is set up trace its requests: of inferences without a trace a share."""
+        """Trace the requests of a server; of inferences without a trace, the configured share."""
         proxies, share = app[PROXIES], app[CONFIG].trace_inferences
 
-        def traced(inner: RequestHandler) -> RequestHandler:
+        def wrap(inner: RequestHandler) -> RequestHandler:
             async def handle(request: web.BaseRequest) -> web.StreamResponse:
                 parent = PROPAGATOR.extract(request.headers)
                 is_part = get_current_span(parent).get_span_context().is_valid
                 if not is_part and match_inference(request) and random.random() >= share:  # noqa: S311 - a sample
                     return await inner(request)
-                asked = _asked(request, proxies.peer(request))
-                with self._tracer.start_span(request.method, parent, SpanKind.SERVER, asked) as span:
+                attributes = _request_attributes(request, proxies.peer(request))
+                with self._tracer.start_span(request.method, parent, SpanKind.SERVER, attributes) as span:
                     context = begin_context(request)
                     context.trace_id = format_trace_id(span.get_span_context().trace_id)
                     PROPAGATOR.inject(context.carrier, set_span_in_context(span))
@@ -74,18 +74,18 @@ class Tracing:
                     try:
                         response = await inner(request)
                     finally:
-                        _describe(span, request, response, context)
+                        _set_response(span, request, response, context)
                     return response
 
             return handle
 
-        wrap_handler(server, traced)
+        wrap_handler(server, wrap)
 
     def record_job(self, job: Job, end: Event, carrier: Mapping[str, str]) -> None:
-        """Record the spans of a job that has ended: the job, in that of its request, and its stages."""
-        parent, ended_ns = PROPAGATOR.extract(carrier), _ns(job.finished_at or end.recorded_at)
+        """Record the spans of an ended job and its stages, inside of its request's span."""
+        parent, ended_ns = PROPAGATOR.extract(carrier), _nanoseconds(job.finished_at or end.recorded_at)
         span = self._tracer.start_span(
-            job.kind, parent, attributes=_attributes(job, end), start_time=_ns(job.created_at)
+            job.kind, parent, attributes=_job_attributes(job, end), start_time=_nanoseconds(job.created_at)
         )
         inside = set_span_in_context(span)
         for name, first_ns, last_ns in _stages(job, end, ended_ns):
@@ -95,33 +95,33 @@ class Tracing:
         span.end(ended_ns)
 
     def close(self) -> None:
-        """Export what is waiting, for no longer than `CLOSE_S`; nothing is exported after that."""
+        """Export the remaining spans, for at most `CLOSE_S`."""
         closing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         closing.start()
         closing.join(CLOSE_S)
 
 
-def _known(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
+def _without_none(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def _asked(request: web.BaseRequest, peer: str | None) -> dict[str, str | int]:
+def _request_attributes(request: web.BaseRequest, peer: str | None) -> dict[str, str | int]:
     named = {
         "http.request.method": request.method,
         "url.path": path_without_query(request),
         "url.scheme": request.scheme,
         "client.address": peer,
     }
-    return _known(named)
+    return _without_none(named)
 
 
-def _describe(
+def _set_response(
     span: Span, request: web.BaseRequest, response: web.StreamResponse | None, context: RequestContext
 ) -> None:
-    """Say what a request was, and what came of it; of one that was given up, the library says that."""
+    """Set the attributes of a response; of a cancelled request, the library sets its own."""
     route, principal = _route(request), request.get(PRINCIPAL)
     status, code = (None, None) if response is None else (response.status, response.get(CODE))
-    is_fault = status is not None and status >= FAULT  # a client's mistake is none of the server's
+    is_fault = status is not None and status >= FAULT  # a refused request is no error of the server
     if route is not None:
         span.update_name(f"{request.method} {route}")
     named = {
@@ -132,20 +132,20 @@ def _describe(
         "loadledger.subject": principal.subject if principal is not None else None,
         "error.type": code or str(status) if is_fault else None,
     }
-    span.set_attributes(_known(named))
+    span.set_attributes(_without_none(named))
     if is_fault:
         span.set_status(StatusCode.ERROR)
 
 
 def _route(request: web.BaseRequest) -> str | None:
-    """Return the path of a request's route; the fast path of inferences has not matched one."""
+    """Return the path of a request's route; on the fast path, no route was matched."""
     if found := match_inference(request):
         return f"/v2/models/{{id}}{'/versions/{version}' if found['version'] else ''}/infer"
     route = matched_route(request) if isinstance(request, web.Request) else None
     return route.path if route is not None else None
 
 
-def _attributes(job: Job, end: Event) -> dict[str, str | int]:
+def _job_attributes(job: Job, end: Event) -> dict[str, str | int]:
     named = {
         "loadledger.job": job.id,
         "loadledger.model": job.model_id,
@@ -156,24 +156,24 @@ def _attributes(job: Job, end: Event) -> dict[str, str | int]:
         "loadledger.position": end.position,
         "error.type": job.error.code if job.error is not None else None,
     }
-    return _known(named)
+    return _without_none(named)
 
 
 def _stages(job: Job, end: Event, ended_ns: int) -> Iterator[tuple[str, int, int]]:
-    """Return the parts of a job, one after the other, in nanoseconds: its waiting, then what it did."""
-    started_ns = ended_ns if job.started_at is None else _ns(job.started_at)
-    yield "waiting", _ns(job.created_at), started_ns
+    """Yield the stages of a job with their begin and end in nanoseconds, first its waiting."""
+    started_ns = ended_ns if job.started_at is None else _nanoseconds(job.started_at)
+    yield "waiting", _nanoseconds(job.created_at), started_ns
     if job.started_at is None:
         return
     if not isinstance(end.data, ModelLoaded):
         yield ("draining" if job.unload is not None else "loading"), started_ns, ended_ns
         return
-    for name in PARTS:
+    for name in STAGES:
         duration_us: int | None = getattr(end.data.durations, f"{name}_us")
         if duration_us is not None:
             first_ns, started_ns = started_ns, min(started_ns + duration_us * 1000, ended_ns)
             yield name, first_ns, started_ns
 
 
-def _ns(timestamp: str) -> int:
+def _nanoseconds(timestamp: str) -> int:
     return round(parse_timestamp(timestamp).timestamp() * 10**6) * 1000
