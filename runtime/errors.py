@@ -1,4 +1,4 @@
-"""What can go wrong in this package: one root, stable codes, data as attributes.
+"""Errors of this package: one root, stable codes, data as attributes.
 
 HTTP status codes are not here; the server has one table from `code` to status.
 """
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 PrepareCode = Literal["prepare_failed", "disk_full"]
-"""Why a worker may say that it does not prepare a model, beside what is said of a load. They end no job."""
+"""Codes with which a worker refuses to prepare a model, beside those of a load. They end no job."""
 LoadCode = Literal[
     "invalid_model", "model_changed", "unsafe_file", "out_of_memory", "warm_up_failed", PrepareCode
 ]
-"""Why a worker may say that it does not load a model, or prepare it."""
+"""Codes with which a worker refuses to load or prepare a model."""
 
 
 @dataclass(frozen=True, slots=True)

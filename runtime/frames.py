@@ -1,4 +1,4 @@
-"""Cutting a stream of bytes into the frames of `runtime.wire`, with as few copies as may be."""
+"""Cuts a byte stream into frames of `runtime.wire`, with few copies."""
 
 import ctypes
 from typing import Generic
@@ -17,25 +17,25 @@ from runtime.wire import (
 )
 
 CHUNK_BYTES = 64 * 2**10
-"""Frames that fit are cut out of one read; a longer one is read straight into a buffer of its own."""
+"""Shorter frames are cut out of one read; a longer one is read into a buffer of its own."""
 
 _new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
-"""Makes one that is not written to: filling 600 KB with zeros takes as long as reading them, and what is
-announced and does not come would take memory."""
+"""Allocates without filling: zeroing 600 KB takes as long as reading them, and announced bytes that never
+come would take memory."""
 _new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_char_p, ctypes.c_ssize_t), ctypes.py_object
 
 
 class FrameReader(Generic[M]):
-    """Cuts what arrives on a channel into frames.
+    """Cuts the bytes of a channel into frames.
 
-    Read into `buffer()`, then say with `advance` how much it was. The tensors' data of a frame refers to
+    Read into `buffer()`, then call `advance` with the number of bytes. The tensor data of a frame refers to
     memory that nothing else uses.
 
     Args:
-        decoder: knows the messages that are allowed here.
+        decoder: of the messages that are allowed on the channel.
 
     Attributes:
-        max_header_bytes: longer headers are none; may be changed between frames.
+        max_header_bytes: longer headers are malformed; may be changed between frames.
     """
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[M]) -> None:
@@ -48,14 +48,14 @@ class FrameReader(Generic[M]):
         self._filled = 0
 
     def buffer(self) -> memoryview:
-        """Give the place for the next bytes; never empty."""
+        """Return the buffer for the next bytes; never empty."""
         return memoryview(self._chunk if self._body is None else self._body)[self._filled :]
 
     def advance(self, count: int) -> list[Frame[M]]:
-        """Take note of `count` more bytes in the buffer; returns the frames that are complete with them.
+        """Accept `count` more bytes in the buffer; return the frames that they complete.
 
         Raises:
-            MalformedFrame: what came is no frame.
+            MalformedFrame: the bytes are no frame.
         """
         self._filled += count
         if self._body is None:
@@ -67,7 +67,7 @@ class FrameReader(Generic[M]):
         return [frame]
 
     def close(self) -> None:
-        """Give the buffers back now: nothing more will be read, and the reader may live on in a cycle."""
+        """Release the buffers now: nothing more is read, and a reference cycle may keep the reader alive."""
         self._chunk, self._body = bytearray(), None
 
     def _cut(self) -> list[Frame[M]]:

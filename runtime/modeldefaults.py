@@ -1,8 +1,8 @@
-"""A model's `loadledger.toml`: what its loads are asked for with if a request says nothing, and its warm-up.
+"""A model's `loadledger.toml`: default parameters of its loads, and its warm-up.
 
-The file is whatever somebody put into the repository, so it is read with a limit and never followed out of
-it. It is looked at when a load is requested; what applied stands in the ledger, so nothing later needs it.
-All but the warm-up: a ledger holds no tensors, so that is read again when the load begins.
+The file is untrusted input: it is read up to a limit, and links out of the repository are refused. It is
+read when a load is requested; the ledger then has the parameters. The warm-up is read again when the load
+begins, because a ledger holds no tensors.
 """
 
 import json
@@ -20,26 +20,26 @@ from runtime.wire import DATATYPES, MAX_DIMENSIONS, Count, Name, Tensor
 
 DEFAULTS_FILE = "loadledger.toml"
 MAX_DEFAULTS_BYTES = 64 * 1024
-"""A file that names every key has a few hundred bytes; comments have room, and the inputs of a warm-up."""
+"""A file with every key has a few hundred bytes; this leaves room for comments and warm-up inputs."""
 WARM_UP = "warm_up"
-"""The one key that is no parameter of a load."""
+"""The only key that is no parameter of a load."""
 NO_TEXT = frozenset({"FP16", "BF16"})
-"""Datatypes whose elements have no form as text."""
+"""Datatypes that JSON cannot represent."""
 
 
 class InvalidDefaults(RuntimeProblem):
-    """The model's loadledger.toml is not what it has to be."""
+    """The model's loadledger.toml is invalid."""
 
     code = "invalid_defaults"
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What a model's file says of the inference that is run before the model is loaded.
+    """The warm-up of a model: the inference that runs before the model is loaded.
 
     Attributes:
-        enabled: whether there is one; None leaves it to the server's setting.
-        inputs: what it is run on, as JSON text; with none, it is zeros.
+        enabled: whether it runs; None uses the server's setting.
+        inputs: its inputs as JSON text; none are zeros.
     """
 
     enabled: bool | None = None
@@ -59,25 +59,25 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def defaults_name(model_id: str) -> str:
-    """Return what the file is called when people are told of it: its path in the repository."""
+    """Return the file's path in the repository, for messages."""
     return f"{model_id}/{DEFAULTS_FILE}"
 
 
 def read_defaults(repository: Repository, model_id: str) -> dict[str, Any]:
-    """Return what a model's file says, an empty dict if there is none; keys and values are not checked here.
+    """Return the default parameters of a model, unchecked; empty without a file.
 
-    Its warm-up is: that is checked, and left out.
+    The warm-up is checked and left out.
 
     Raises:
-        InvalidDefaults: `invalid_defaults`, it cannot be read, is too large, or is no TOML; or the warm-up
-            that it describes is none.
+        InvalidDefaults: `invalid_defaults`, the file cannot be read, is too large, is no TOML, or its warm-up
+            is invalid.
     """
     values, _ = _read(repository, model_id)
     return values
 
 
 def read_warm_up(repository: Repository, model_id: str) -> WarmUp:
-    """Return what a model's file says of its warm-up.
+    """Return the warm-up of a model.
 
     Raises:
         InvalidDefaults: `invalid_defaults`, as `read_defaults`.
@@ -103,7 +103,7 @@ def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp
 
 
 def _warm_up(file: str, table: object) -> WarmUp:
-    """Check the table of that name, so far as this can be done without the model."""
+    """Check the table `warm_up`, as far as this is possible without the model."""
     try:
         read = msgspec.convert(table, _Table)
     except msgspec.ValidationError as error:

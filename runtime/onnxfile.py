@@ -1,9 +1,9 @@
-"""What files an ONNX file refers to, found before ONNX Runtime reads it.
+"""External data of an ONNX file: its locations are found and checked before ONNX Runtime reads the file.
 
-A model can keep tensors in other files, by paths that it states itself; a hostile one states
-`../../etc/shadow`. This walks the protobuf wire format of the file, with the few field numbers that lead to
-tensors (onnx.proto3 of ONNX 1.23), and steps over everything else by its length: the weights are never read.
-It is no validation: it sees a superset of the locations that a runtime can see, and nothing more.
+A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. This walks the protobuf
+wire format through the few fields that lead to tensors (onnx.proto3 of ONNX 1.23) and skips everything else
+by its length, so it never reads the weights. It does not validate: it finds a superset of the locations
+that a runtime can see.
 """
 
 import mmap
@@ -17,16 +17,16 @@ from runtime.errors import LoadRefused
 from runtime.repository import inside
 
 MAX_DEPTH = 100
-"""Of messages in messages. Protobuf's own parsers stop here."""
+"""Nesting of messages; protobuf's own parsers stop here, too."""
 MAX_VARINT_BYTES = 10
-"""Of a 64-bit integer, seven bits to the byte."""
+"""Bytes of a 64-bit varint, with seven bits each."""
 MAX_TAG = 2**32 - 1
-"""Parsers in C++ cut a longer tag off, and so would see another field than this one."""
+"""C++ parsers truncate a longer tag, and would then read another field."""
 VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = 0, 1, 2, 3, 4, 5
 
 
 class Unparsable(ValueError):
-    """The file is no protobuf message, or one nested too deeply."""
+    """The file is no protobuf message, or is nested too deeply."""
 
 
 class MessageKind(Enum):
@@ -65,7 +65,7 @@ KEY, VALUE = 1, 2
 
 
 def check_external_data(path: Path, folder: Path, root: Path) -> bool:
-    """Refuse a model that refers to a file which it has no business with.
+    """Refuse a model with external data outside of its folder.
 
     Args:
         path: the ONNX file.
@@ -73,8 +73,8 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
         root: the repository's root, without links.
 
     Returns:
-        Whether the whole file could be read. If not, there may be more than was found: the file must not be
-        given to anything that follows its references.
+        Whether the whole file was parsed. If not, there may be more locations: the file must not be given to
+        anything that follows them.
 
     Raises:
         LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
@@ -89,10 +89,10 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
 
 
 def external_locations(path: Path) -> Iterator[str]:
-    """Give every external-data location in an ONNX file, used or not, in the order of the file.
+    """Yield each external-data location in an ONNX file, used or not, in the order of the file.
 
     Raises:
-        Unparsable: what has been given up to then need not be all.
+        Unparsable: the locations up to then may be incomplete.
     """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
@@ -117,7 +117,7 @@ def _check_location(location: str, folder: Path, root: Path) -> None:
 
 
 def _walk(data: mmap.mmap) -> Iterator[str]:
-    """Step through the messages depth first, with a stack of our own: (kind, position, end) each."""
+    """Walk the messages depth first with an explicit stack of (kind, position, end)."""
     stack = [(MessageKind.MODEL, 0, len(data))]
     while stack:
         kind, position, end = stack.pop()
@@ -136,7 +136,7 @@ def _walk(data: mmap.mmap) -> Iterator[str]:
 
 
 def _location(data: mmap.mmap, position: int, end: int) -> Iterator[str]:
-    """Read one entry of external data; of a field that is there twice the last one counts."""
+    """Read one entry of external data; the last of repeated fields counts."""
     key, value = b"", b""
     while position < end:
         number, start, position = _field(data, position, end)
@@ -170,9 +170,9 @@ def _field(data: mmap.mmap, position: int, end: int) -> tuple[int, int, int]:
 
 
 def _after_group(data: mmap.mmap, number: int, position: int, end: int) -> int:
-    """Step over a group, and those in it, to where the next field is.
+    """Skip a group and the groups in it; return the position of the next field.
 
-    ONNX has none, so protobuf takes each for a field that it does not know, and looks at nothing in it.
+    ONNX has none, so protobuf treats each as an unknown field.
     """
     open_groups = [number]
     while open_groups:

@@ -1,9 +1,8 @@
 """The model repository: Triton's layout, `<root>/<model>/<version>/model.onnx`.
 
-It is looked at when asked and nothing is remembered, so a new version is there the moment it is complete.
-Symbolic links are followed as long as they stay beneath the root. A model, version or model.onnx that a
-link takes elsewhere is as if it were not there; any other such file is left out of what `resolve` lists,
-and makes `identify`, and so the load, refuse with `unsafe_file`.
+Each call reads the file system and nothing is cached, so a version exists as soon as it is complete. Symbolic
+links are followed within the root. A model, version or model.onnx behind a link that leaves the root does not
+exist; `resolve` omits any other such file, and `identify`, and so the load, fails with `unsafe_file`.
 """
 
 import errno
@@ -21,14 +20,14 @@ SUFFIX = ".onnx"
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,9}")
 MAX_VERSION = 2**31 - 1
-"""What a signed 32-bit integer holds: clients keep versions in one."""
+"""The largest signed 32-bit integer, in which clients keep versions."""
 MAX_FILES = 10_000
-"""Beneath one version. The largest known models have hundreds; each is an entry in an event for ever."""
+"""Files of one version. The largest known models have hundreds; each becomes part of an event."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileStat:
-    """A file beneath a version's folder, as a directory listing shows it.
+    """A file of a version, as a directory listing shows it.
 
     `path` is relative to the folder, with slashes.
     """
@@ -40,7 +39,7 @@ class FileStat:
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """What cannot stay the same when a file's content is changed or the file is replaced."""
+    """The identity of a file, which changes if its content changes or the file is replaced."""
 
     path: str
     dev: int
@@ -61,13 +60,13 @@ class ModelVersion:
 
 
 class UnsafeFile(RuntimeProblem):
-    """A file of the repository is not one to be read; the message goes on from its name."""
+    """A file of the repository must not be read; the message continues its name."""
 
     code = "unsafe_file"
 
 
 def check_model_id(model_id: str) -> str:
-    """Return the id if it is one, without a look at the file system.
+    """Return a model id if it is valid, without I/O.
 
     Raises:
         InvalidModelId: `invalid_model_id`, anything but `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
@@ -81,23 +80,23 @@ class Repository:
     """The models beneath one folder.
 
     Args:
-        root: the folder; it may be empty, and may come into being later.
+        root: the folder; it may be empty, or be created later.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))
-        str(self.root).encode()  # ONNX Runtime opens paths as UTF-8; say so now and not at the first load
+        str(self.root).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
 
     def folders(self) -> list[str]:
-        """List the names that may be models, sorted; none is looked into."""
+        """Return the names that can be models, sorted, without looking into them."""
         return sorted(name for name in _names(self.root) if MODEL_ID.fullmatch(name))
 
     def models(self) -> list[str]:
-        """List the ids of the models that have a complete version, sorted."""
+        """Return the ids of models with a complete version, sorted."""
         return [name for name in self.folders() if self._versions(name)]
 
     def versions(self, model_id: str) -> list[int]:
-        """List the complete versions of a model, lowest first; never an empty list.
+        """Return the complete versions of a model, lowest first, at least one.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
@@ -109,7 +108,7 @@ class Repository:
         return versions
 
     def resolve(self, model_id: str, version: int | None = None) -> ModelVersion:
-        """Find one version of a model, the highest when none is named.
+        """Return a version of a model, by default the highest.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
@@ -124,7 +123,7 @@ class Repository:
         return ModelVersion(model_id, chosen, folder, tuple(_listing(folder, self.root)))
 
     def open_beside(self, model_id: str, name: str) -> int | None:
-        """Open a file that lies beside a model's versions, for reading.
+        """Open a file beside a model's versions for reading.
 
         Returns:
             A file descriptor, the caller's to close; None if there is no such file.
@@ -147,7 +146,7 @@ class Repository:
             raise UnsafeFile(f"could not be opened as it was found: {refused}") from None
 
     def find_unserved(self) -> Iterator[tuple[str, str]]:
-        """Yield the path of each model and version that is not served as it is, and why, in words."""
+        """Yield the path of each model and version that cannot be served, and the reason."""
         for model_id in self.folders():
             seen = _look(self.root / model_id, self.root)
             if isinstance(seen, str):
@@ -169,7 +168,7 @@ class Repository:
         return sorted(int(name) for name in names if self._refuse_version(model_id, name) is None)
 
     def _refuse_version(self, model_id: str, name: str) -> str | None:
-        """Return why a folder of a model is no complete version; None if it is one."""
+        """Return why a folder is no complete version; None if it is one."""
         if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
         seen = _look(self.root / model_id / name / MODEL_FILE, self.root)
@@ -180,7 +179,7 @@ class Repository:
 
 
 def identify(folder: Path, root: Path) -> list[FoundFile]:
-    """Take the identity of every file that a version consists of, in order of their paths.
+    """Return the identity of each file of a version, in order of their paths.
 
     Args:
         folder: the version's folder.
@@ -189,7 +188,7 @@ def identify(folder: Path, root: Path) -> list[FoundFile]:
     Raises:
         LoadRefused: `unsafe_file`, for something that is not a regular file or is outside of the
             repository, or too many files; `model_changed`, when the folder or model.onnx is gone.
-        MemoryError: there is too little to list a folder, of which nothing is known then.
+        MemoryError: there was too little memory to list a folder.
     """
     found = []
     for path, seen in _walk(folder, Path(os.path.realpath(root))):
@@ -204,7 +203,7 @@ def identify(folder: Path, root: Path) -> list[FoundFile]:
 
 
 def open_identified(folder: Path, identity: FoundFile) -> int:
-    """Open a file for reading, only if it still is the one that was identified.
+    """Open a file for reading if it still has this identity.
 
     Returns:
         A file descriptor, the caller's to close.
@@ -224,7 +223,7 @@ def open_identified(folder: Path, identity: FoundFile) -> int:
 
 
 def inside(path: Path, root: Path) -> bool:
-    """Tell whether a path, with all links followed, is beneath the root (itself without links)."""
+    """Whether a path, with all links followed, is beneath the root (itself without links)."""
     return Path(os.path.realpath(path)).is_relative_to(root)
 
 
@@ -243,7 +242,7 @@ def _listing(folder: Path, root: Path) -> list[FileStat]:
 
 
 def _walk(folder: Path, root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Give each file beneath a folder, or in words why it is not to be touched."""
+    """Yield each file beneath a folder, with its status or the reason not to open it."""
     pending, visited = [""], set[tuple[int, int]]()
     while pending:
         within = pending.pop()
@@ -261,7 +260,7 @@ def _walk(folder: Path, root: Path) -> Iterator[tuple[str, os.stat_result | str]
 
 
 def _look(path: Path, root: Path) -> os.stat_result | str:
-    """Look at a file or folder through its links; a string says why it is none to be opened."""
+    """Return the status of a file or folder behind its links, or the reason not to open it."""
     try:
         path.name.encode()
         seen = path.stat()
@@ -276,7 +275,7 @@ def _look(path: Path, root: Path) -> os.stat_result | str:
 
 
 def _only_model(folder: Path) -> str | None:
-    """Return the name of the only file in a folder that looks like a model, unless there are several."""
+    """Return the name of the only file in a folder that looks like a model; None if there are several."""
     found = [name for name in _names(folder) if name.endswith(SUFFIX) and name != MODEL_FILE]
     return found[0] if len(found) == 1 else None
 
@@ -284,7 +283,7 @@ def _only_model(folder: Path) -> str | None:
 def _names(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder))
-    except OSError as error:  # not there, no folder, not ours to read: as if it were empty
+    except OSError as error:  # missing, no folder, or unreadable: like an empty one
         if error.errno == errno.ENOMEM:
             raise MemoryError(error.strerror) from None
         return []

@@ -1,4 +1,4 @@
-"""What became of the inferences of one load, counted as the protocol's statistics extension counts them."""
+"""Counts and durations of one load's inferences, as the protocol's statistics extension has them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import Any
 from runtime.wire import Outcome
 
 MAX_SIZES = 1024
-"""Different sizes of executions that are told apart. A worker says them itself, and there are 2**63."""
+"""Execution sizes that are counted separately. The worker reports them, so their number must be bounded."""
 MAX_COUNT = 2**63 - 1
-"""What clients can hold: two answers of a hostile worker can claim more nanoseconds than that."""
+"""The largest number that clients can hold; a hostile worker can report more."""
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-"""The bounds of `took`: from the smallest models to the longest that an inference may take by default."""
+"""Bounds of the buckets of `took`: from the smallest models to the default inference timeout."""
 _TOOK_NS = tuple(round(bound * 1e9) for bound in TOOK_S)
 
 
 @dataclass(slots=True)
 class Statistics:
-    """The counts of one load; they begin at 0 with it. Written on the loop, once per inference, so: cheap.
+    """The counts of one load, updated on the event loop once per inference.
 
     Attributes:
-        requests: that were answered.
-        inferences: what they asked for, each counted with its batch size.
-        executions: of the model; fewer than `requests` where some ran together.
-        failures: requests that got no answer from the model.
-        total_ns, failed_ns: what requests took as the server saw it, answered and not.
-        queue_ns, input_ns, infer_ns, output_ns: where that time went in the worker, of those answered.
-        last_inference_ms: when the last one was answered, in milliseconds since 1970; 0 is never.
-        by_size: executions, and their time for input, inference and output, by how much ran at once.
-        took: answered requests by the time that they took: as many as within each of `TOOK_S` and not in
-            the one before, and at the end those beyond all.
+        requests: answered requests.
+        inferences: their sum, each counted with its batch size.
+        executions: runs of the model; fewer than `requests` with batching.
+        failures: requests without an answer of the model.
+        total_ns, failed_ns: durations of answered and failed requests, as the server saw them.
+        queue_ns, input_ns, infer_ns, output_ns: parts of `total_ns` in the worker.
+        last_inference_ms: time of the last answer in milliseconds since 1970; 0 is never.
+        by_size: executions and their durations, by batch size.
+        took: histogram of the durations of answered requests, with the buckets of `TOOK_S` and one beyond.
     """
 
     requests: int = 0
@@ -69,12 +68,12 @@ class Statistics:
             self._execution(outcome)
 
     def failure(self, total_ns: int) -> None:
-        """Count a request that this load could not answer, after `total_ns`."""
+        """Count a failed request that took `total_ns`."""
         self.failures += 1
         self.failed_ns += total_ns
 
     def add(self, other: Statistics) -> None:
-        """Add what another load counted, but for what ran at once."""
+        """Add the counts of another load, except those by batch size."""
         self.requests += other.requests
         self.inferences += other.inferences
         self.executions += other.executions
@@ -89,7 +88,7 @@ class Statistics:
         self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
 
     def copy(self) -> Statistics:
-        """Return these counts, but for what ran at once."""
+        """Return a copy of these counts, except those by batch size."""
         same = Statistics()
         same.add(self)
         return same
@@ -97,8 +96,8 @@ class Statistics:
     def as_protocol(self, model_id: str, version: int, memory_bytes: int) -> dict[str, Any]:
         """Return the load's entry in `model_stats`.
 
-        The counts of queue and compute are equal to each other and to those of success: perf_analyzer takes
-        anything else for an error. Nothing is cached here, so the counts of the cache are 0.
+        The counts of queue and compute equal that of success; perf_analyzer treats anything else as an error.
+        There is no cache, so its counts are 0.
         """
         requests = self.requests
         return {
