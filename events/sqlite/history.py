@@ -21,7 +21,7 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
-from events.sqlite.queries import as_job, as_model, read_base, read_pages
+from events.sqlite.queries import as_job, as_model, read_base, read_job, read_pages
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
@@ -97,10 +97,10 @@ def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> tuple[dict[st
 
 def job_at(connection: sqlite3.Connection, job_id: str, position: int) -> Job | None:
     """Return the job as it was after the event at `position`, or None if there was none."""
-    row = connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    if row is None:
+    job = read_job(connection, job_id)
+    if job is None:
         return None
-    return _job_then(connection, as_job(row[0]), position, lambda: state_at(connection, position))
+    return _job_then(connection, job, position, lambda: state_at(connection, position))
 
 
 def jobs_at(
@@ -252,7 +252,7 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
     """Return the moment that a position or a time means; a time means the last event recorded by then.
 
     Raises:
-        BadMoment: `invalid_parameter`, it is neither.
+        InvalidMoment: `invalid_parameter`, it is neither.
         BeyondHead: `beyond_head`.
         Archived: `archived`, with the `oldest` position that can be read, and the `head`.
     """
@@ -282,7 +282,7 @@ def parse_time(at: str) -> str:
     """Return an RFC 3339 time as a timestamp of the ledger; digits beyond microseconds are cut off.
 
     Raises:
-        BadMoment: `invalid_parameter`.
+        InvalidMoment: `invalid_parameter`.
     """
     match = _RFC_3339.fullmatch(at)
     if match is None:

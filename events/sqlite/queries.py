@@ -110,6 +110,12 @@ def read_state(connection: sqlite3.Connection) -> State:
     )
 
 
+def read_job(connection: sqlite3.Connection, job_id: str) -> Job | None:
+    """Return the job as it is stored, or None if there is none."""
+    row = connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    return None if row is None else as_job(row[0])
+
+
 def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str, KnownKey]:
     """Return what the log knows of these idempotency keys: of each its latest use, however long ago."""
     found = dict[str, KnownKey]()

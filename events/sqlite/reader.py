@@ -23,7 +23,7 @@ from events.codec import decode_event
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite.history import BeyondHead
-from events.sqlite.queries import PAGE, as_job
+from events.sqlite.queries import PAGE, as_job, read_job
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.types import Event
 
@@ -373,12 +373,6 @@ def read_events(connection: sqlite3.Connection, after: int, limit: int) -> list[
         "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
     )
     return [decode_event(body) for (body,) in rows]
-
-
-def read_job(connection: sqlite3.Connection, job_id: str) -> Job | None:
-    """Return the job as it is stored, or None if there is none."""
-    row = connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    return None if row is None else as_job(row[0])
 
 
 def read_jobs(

@@ -165,7 +165,7 @@ def parse_moment(text: str | None) -> int | str | None:
     """Return a position or a timestamp; None for None.
 
     Raises:
-        BadMoment: `invalid_parameter`, the text is neither.
+        InvalidMoment: `invalid_parameter`, the text is neither.
     """
     if text is None:
         return None

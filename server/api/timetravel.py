@@ -40,7 +40,7 @@ async def past_models(request: web.Request, at: str, cursor: str, limit: int) ->
 
     Raises:
         Forbidden: `forbidden`.
-        BadMoment: `invalid_parameter`.
+        InvalidMoment: `invalid_parameter`.
         BeyondHead: `beyond_head`.
         Archived: `archived`.
         LogUnavailable: `log_unavailable`.
