@@ -33,7 +33,6 @@ BINARY = ((True, True), (True, False), (False, True), (False, False))
 """Whether inputs and outputs go as bytes; else they are JSON."""
 NOT_IN_JSON = ("FP16", "BF16")
 A, B = np.array([5, 7], np.float32), np.array([2, 3], np.float32)
-Arrays = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Inference:
     """One request of the contract; a role of None sends no token."""
 
     model: str
-    arrays: Arrays
+    arrays: Mapping[str, Any]
     role: str | None = "predict"
     datatype: str = "FP32"
     binary: tuple[bool, bool] | None = None
@@ -233,8 +232,7 @@ def test_health_needs_no_token(dialect: Dialect) -> None:
 
 
 def test_readiness_follows_model_state(dialect: Dialect) -> None:
-    ready = {name: dialect.is_model_ready(name, "admin") for name in ("subtract", "idle", "nothing")}
-    assert ready == {"subtract": True, "idle": False, "nothing": False}
+    assert [dialect.is_model_ready(name, "admin") for name in ("subtract", "idle")] == [True, False]
     assert not dialect.is_model_ready("subtract", None)
 
 
@@ -299,9 +297,6 @@ def test_model_is_loaded_inferred_and_unloaded(dialect: Dialect, server: Server)
             dialect.infer(Inference("again", {"x": A}))
 
 
-# KServe's own
-
-
 def test_kserve_explain_and_v1_are_refused(served: ServedClients) -> None:
     kserve = pytest.importorskip("kserve", reason="KServe's client is not made for this Python")
     import httpx  # noqa: PLC0415 - it comes with KServe
@@ -317,9 +312,6 @@ def test_kserve_explain_and_v1_are_refused(served: ServedClients) -> None:
                 served.server.url, {"instances": []}, "subtract", headers=headers(served.server, "predict")
             )
         served.runner.run(client.close())
-
-
-# What only Triton's clients can ask
 
 
 @pytest.fixture
@@ -444,7 +436,7 @@ def test_repository_index_follows_load_and_unload(
     [
         ("load_model", {"model_name": "nothing"}, 404, "nothing"),
         ("load_model", {"model_name": "idle", "headers": None}, 401, "token"),
-        ("load_model", {"model_name": "corrupt"}, 400, "load failed for model 'corrupt'"),
+        ("load_model", {"model_name": "corrupt"}, 400, "rotobuf"),  # what the runtime said
         ("load_model", {"model_name": "idle", "config": '{"optimization": {}}'}, 400, "optimization"),
         ("load_model", {"model_name": "idle", "config": "[]"}, 400, "JSON object"),
         ("load_model", {"model_name": "idle", "config": "{}", "files": {"file:1/m": b"x"}}, 400, "file:1/m"),
@@ -475,11 +467,6 @@ def test_refused_call_names_reason(
     assert found == status
     assert message
     assert words in message
-
-
-def test_failed_load_repeats_runtime_message(client: Any, admin: dict[str, str]) -> None:
-    assert "protobuf" in refusal(client.load_model, "corrupt", headers=admin)[1].lower()
-    assert index_entry(client, "corrupt", admin)["state"] == "UNAVAILABLE"
 
 
 def test_unsupported_inference_options_are_refused(client: Any, admin: dict[str, str]) -> None:
