@@ -21,6 +21,9 @@ CODINGS = ("gzip", "deflate")
 LEVEL = 1
 """Higher levels hardly shrink tensors or numbers in JSON, and take up to seven times as long (measured)."""
 
+COMPRESSED_FROM_BYTES = 1024
+"""A smaller response fits into one packet anyway."""
+
 INLINE_BYTES = 64 * 1024
 """So much takes two milliseconds at most; a thread is not worth it."""
 

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from server.http.compression import chosen_encoding, compress
+from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
 from server.observability.collector import ServerCollector
 from server.routing import Access, LimitClass, Route, Routes
 
@@ -27,8 +27,6 @@ KEPT_S = 0.1
 KEPT_TIMES = 10
 """How long it is kept, in multiples of the time it took: scraping uses a tenth of a core at most."""
 
-COMPRESSED_FROM_BYTES = 1024
-"""Smaller responses fit into one packet anyway."""
 
 _PLAIN, _OPENMETRICS = "text/plain", "application/openmetrics-text"
 _FORMATS: dict[str, tuple[str, Callable[[Collector], bytes]]] = {

@@ -14,7 +14,7 @@ from server.appkeys import BODIES, CONFIG, DEMAND, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
 from server.errors import ServerProblem
-from server.http.compression import chosen_encoding, compress, decompress
+from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.limits import Share
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters, read_encoded_body
@@ -34,6 +34,7 @@ from server.v2.metadata import (
     MAX_BODY_BYTES,
     MetadataSchema,
     ReadySchema,
+    current_route,
     metadata,
 )
 
@@ -47,29 +48,11 @@ class NotReady(ServerProblem):
 
 
 _INFER_ERRORS = (
-    "invalid_input",
-    "inference_failed",
-    "not_representable",
-    "unknown_model",
-    "unknown_version",
-    "body_too_large",
-    "body_timeout",
-    "model_not_loaded",
-    "model_unloading",
-    "worker_died",
-    "inference_queue_full",
-    "inference_timeout",
-    "inference_cancelled",
-    "bodies_full",
-    "unsupported_media_type",
-    "load_failed",
-    "queue_full",
-    "log_unavailable",
-    "shutting_down",
-)
-
-COMPRESSED_FROM_BYTES = 1024
-"""A smaller response fits into one packet anyway."""
+    "invalid_input", "inference_failed", "not_representable", "unknown_model", "unknown_version",
+    "body_too_large", "body_timeout", "model_not_loaded", "model_unloading", "worker_died",
+    "inference_queue_full", "inference_timeout", "inference_cancelled", "bodies_full",
+    "unsupported_media_type", "load_failed", "queue_full", "log_unavailable", "shutting_down",
+)  # fmt: skip
 
 
 @routes.post(
@@ -112,7 +95,7 @@ async def infer_version(request: web.Request) -> web.StreamResponse:
 )
 async def show_metadata(request: web.Request) -> web.Response:
     """Return inputs and outputs of the serving version."""
-    return web.json_response(metadata(await _route(request)))
+    return web.json_response(metadata(await current_route(request)))
 
 
 @routes.get(
@@ -125,7 +108,7 @@ async def show_metadata(request: web.Request) -> web.Response:
 )
 async def show_version_metadata(request: web.Request) -> web.Response:
     """Return inputs and outputs of this version if it serves."""
-    return web.json_response(metadata(await _route(request)))
+    return web.json_response(metadata(await current_route(request)))
 
 
 @routes.get(
@@ -248,11 +231,6 @@ def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
     if accepted is None or sum(map(len, body)) < COMPRESSED_FROM_BYTES:
         return None
     return chosen_encoding(accepted)
-
-
-async def _route(request: web.Request) -> ModelRoute:
-    path = path_parameters(request)
-    return await request.app[ROUTER].find_route(path["id"], path.get("version"))
 
 
 def _ready(request: web.Request) -> web.Response:

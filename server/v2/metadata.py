@@ -325,18 +325,18 @@ async def show_version_config(request: web.Request) -> web.Response:
 
 
 async def _model_statistics(request: web.Request) -> web.Response:
-    route = await _route(request)
+    route = await current_route(request)
     entry = _statistics(request.app, route.load)
     return _json({"model_stats": [] if entry is None else [entry]})
 
 
 async def _config(request: web.Request) -> web.Response:
-    route = await _route(request)
+    route = await current_route(request)
     inputs, outputs, parameters = route.inputs, route.outputs, route.load.parameters
     return _json(model_config(route.model_id, route.version, inputs, outputs, parameters))
 
 
-async def _route(request: web.Request) -> ModelRoute:
+async def current_route(request: web.Request) -> ModelRoute:
     """Return the route that an inference would take now."""
     path = path_parameters(request)
     return await request.app[ROUTER].find_route(path["id"], path.get("version"))
