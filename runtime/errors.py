@@ -74,7 +74,7 @@ class LoadRefused(RuntimeProblem):
 
     Args:
         code: the reason.
-        message: what to tell whoever asked, the runtime's own words where it has some.
+        message: for the caller; ONNX Runtime's own words if it has some.
     """
 
     code: LoadCode = "invalid_model"
@@ -89,7 +89,7 @@ class WorkerDied(RuntimeProblem):
 
     Args:
         end: how.
-        begun: whether it may have been at work on what was asked; else that was waiting behind something.
+        begun: whether it may have begun the request; otherwise the request was still queued.
     """
 
     code = "worker_died"

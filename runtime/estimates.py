@@ -49,11 +49,11 @@ def estimate_memory(
         version: which it is.
         parameters: what it is loaded with.
         footprints: what the model's versions took.
-        form: the prepared form that there is of these files; its first load may take what a bare one does.
+        form: the prepared form of these files, if any; its first load may take as much as one without.
     """
     same = [seen for seen in footprints if seen.version == version and is_same_files(seen.files, files)]
-    bare = next((seen for seen in same if seen.form is None), None)
-    known = next((seen for seen in same if seen.form == form), bare)
+    unprepared = next((seen for seen in same if seen.form is None), None)
+    known = next((seen for seen in same if seen.form == form), unprepared)
     one = known.peak_memory_bytes if known is not None else _estimate_from_sizes(files)
     limit = parameters.memory_limit_bytes
     is_limited = limit is not None and limit + WORKER_BYTES <= one

@@ -107,8 +107,8 @@ def _warm_up(file: str, table: object) -> WarmUp:
     try:
         read = msgspec.convert(table, _Table)
     except msgspec.ValidationError as error:
-        told, _, place = str(error).partition(" - at `$")
-        raise InvalidDefaults(f"{file}: {WARM_UP}{place.rstrip('`')}: {told}") from None
+        reason, _, place = str(error).partition(" - at `$")
+        raise InvalidDefaults(f"{file}: {WARM_UP}{place.rstrip('`')}: {reason}") from None
     enabled = None if read.enabled is msgspec.UNSET else read.enabled
     inputs = [_tensor(f"{file}: {WARM_UP}.inputs[{n}]", given) for n, given in enumerate(read.inputs)]
     return WarmUp(enabled, tuple(inputs))
@@ -119,8 +119,8 @@ def _tensor(where: str, given: _Input) -> Tensor:
         known = ", ".join(sorted(DATATYPES.keys() - NO_TEXT))
         raise InvalidDefaults(f"{where}.datatype: {given.datatype[:64]!r} is no datatype; known: {known}")
     if given.datatype in NO_TEXT:
-        told = "has no form as text, so it cannot be given here"
-        raise InvalidDefaults(f"{where}.datatype: {given.datatype} {told}")
+        reason = "has no form as text, so it cannot be given here"
+        raise InvalidDefaults(f"{where}.datatype: {given.datatype} {reason}")
     _check_elements(f"{where}.data", given.data)
     try:
         text = json.dumps(given.data, ensure_ascii=False, separators=(",", ":")).encode()

@@ -128,7 +128,7 @@ class TensorHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class WantedOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """An output that is asked for: as JSON, or as raw bytes."""
+    """A requested output, as JSON or raw bytes."""
 
     name: Name
     text: bool = False
@@ -181,16 +181,22 @@ class CachedCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Load(Message, frozen=True):
-    """Load the model in `folder`; the first message to a worker. `known` files need no hashing.
+    """Load the model in `folder`; the first message to a worker.
 
-    `files` are the paths that the version consists of, in order: with others it is not the one to be loaded.
-    `memory_limit_bytes` is what the model may take beside the empty worker; None is no limit. With a
-    `max_batch_size` of 0 there is no batching. With `warm_up` the model is run once before it is loaded: on
-    `tensors`, which `Worker.load` adds, if there are any, else on zeros where shapes allow it.
-
-    With `prepared` the session is made of that, if it is of use, and of the repository's files if not. In the
-    `background` all that the worker ever does waits for whoever else wants the machine. With `huge_pages` the
-    worker has them where they were measured to be better, without it never.
+    Attributes:
+        root: the repository's root, which no file may leave.
+        folder: the version's folder.
+        files: the paths of the version's files, in order; the load fails if the folder has others.
+        threads: threads of the session.
+        memory_limit_bytes: for the model, beside the empty worker; None is no limit.
+        known: files whose hashes are known.
+        max_batch_size: 0 turns batching off.
+        max_queue_delay_us: how long a request may wait for its batch.
+        warm_up: whether the model runs once before it is loaded.
+        prepared: a prepared form to create the session from; if it fails, the version's files are used.
+        background: whether all work of the worker yields to other processes.
+        huge_pages: whether the worker may use huge pages, where they were measured to be better.
+        tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
     """
 
     root: str
@@ -287,7 +293,7 @@ class Outcome(Message, frozen=True):
     """The answer to `Infer`, and where its time went.
 
     `batch_size` is what the request brought along the batch dimension, 1 where the model has none.
-    `execution_size` is what ran at once, told by one answer of each execution; the others have 0.
+    `execution_size` is the batch size of the execution, in one answer of each; the others have 0.
     """
 
     id: Count

@@ -53,13 +53,13 @@ class Consumer:
     Args:
         log: open, with `ServerStarted` appended.
         pool: open.
-        repository: where versions are resolved.
-        policy: what the scheduler is told.
-        drain_timeout_s: how long an unload without force waits for running requests.
-        leases: the requests that wait for models.
-        under_pressure: tells whether the machine has more to do than it can; asked while a load of low
-            priority waits, or something is to be prepared.
-        store: where prepared forms are; None neither makes nor uses any.
+        repository: resolves versions.
+        policy: the operator's settings for the scheduler.
+        drain_timeout_s: how long an unload without force waits for running inferences.
+        demand: the inferences that wait for models.
+        under_pressure: whether the machine is under pressure; called while a load of low
+            priority waits, or a model can be prepared.
+        store: the optimised model cache; None turns preparation off.
     """
 
     def __init__(
@@ -225,13 +225,13 @@ class WorkerMonitor:
             if turn % NOTE_EVERY == 0:
                 await self.note_uses()
         except Exception:  # noqa: BLE001 - see `run`
-            _log.exception("what is known of the workers could not be brought up to date")
+            _log.exception("the workers could not be measured, or their last uses not be noted")
 
     async def measure(self) -> None:
-        """Measure the workers that there are, one after the other; those that load may do so for long.
+        """Measure all workers, one after the other.
 
-        One that cannot be measured for now holds up none of the others, and is not asked about again before
-        it has been: each question takes a thread.
+        A stuck measurement delays the others only up to its limit, and is not repeated until it has ended,
+        because each takes a thread.
         """
         workers = {worker: load for load in self._loads.values() for worker in load.alive_workers}
         for worker, load in workers.items():

@@ -284,7 +284,7 @@ class Executor:
         ordered = start_task(
             build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
         )
-        try:  # its files are looked at beside the disk's work
+        try:  # its files are read while the log writes
             await self._record(draft_fact(job, LoadStarted(job.attempt + 1), load.worker_id))
         except BaseException:
             ordered.cancel()
@@ -349,7 +349,7 @@ class Executor:
         try:
             await self._record(draft_fact(job, UnloadStarted(), _worker_id(load)))
         except LogUnavailable:
-            if load is not None:  # who asked may have the unload cancelled until it can be recorded
+            if load is not None:  # the unload can be cancelled until it is recorded
                 load.draining, load.stage = False, None
             raise
         if load is not None and not job.forced and not load.unloading:
@@ -364,14 +364,14 @@ class Executor:
 
     async def _request_reload(self, model: LoadedModel, cause: Cause) -> None:
         serving = model.serving
-        # Many may be requested at once: who asked for little time did not mean the queue after a restart.
+        # Many may be requested at once: a short timeout was not meant for the queue after a restart.
         timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
         parameters = replace(serving.parameters, timeout_s=timeout_s)
         command = RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
         await self._log.submit(command)
 
     async def _request_end(self, model: LoadedModel, cause: Cause, cause_event_id: str | None) -> None:
-        with suppress(RequestRefused):  # somebody asked for something else of it meanwhile
+        with suppress(RequestRefused):  # another job of the model was requested meanwhile
             await self._log.submit(
                 RequestUnload(
                     model.id,

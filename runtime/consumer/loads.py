@@ -359,9 +359,9 @@ def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
 async def _load_instance(
     load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
 ) -> LoadReport:
-    """Start a worker and load the model in it. Why not, if so, is there before its end is noticed.
+    """Start a worker and load the model in it; a failure is stored before the worker's exit is noticed.
 
-    If it dies of a prepared form, another goes on without that, and nobody but the log is to notice.
+    If it dies while it loads a prepared form, another worker loads without that form.
     """
     if order.prepared is not None:
         load.replaceable.add(worker_id)
@@ -372,7 +372,7 @@ async def _load_instance(
     try:
         report = await worker.load(order, lambda stage: setattr(load, "stage", stage), load.warm_up_inputs)
     except WorkerDied as death:
-        is_killed = death.end.signal == signal.SIGKILL  # by somebody else
+        is_killed = death.end.signal == signal.SIGKILL  # not by the server
         if load.discard_failed(worker, None if is_killed else f"{death} while it loaded that"):
             return await _load_unprepared(load, pool, order, worker_id)
         load.failure = load.failure or _describe_death(worker, death, load.stage)
@@ -380,7 +380,9 @@ async def _load_instance(
     except RuntimeProblem as problem:
         load.expected_exits.add(worker_id)
         if problem.code == OUT_OF_MEMORY and worker_id in load.replaceable:
-            await asyncio.shield(worker.ended)  # to make a form's session can take more than a bare one does
+            await asyncio.shield(
+                worker.ended
+            )  # a session of a prepared form can take more memory than one without
             if load.discard_failed(worker, None):
                 return await _load_unprepared(load, pool, order, worker_id)
         load.failure = load.failure or Failure(problem.code, str(problem))

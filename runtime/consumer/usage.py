@@ -59,7 +59,7 @@ class PreparationUsage:
 
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[LoadUsage]:
     """Return the use of each load with a process, by model, then oldest first."""
-    loads = {id(load): load for load in live}  # one that is being taken over is there twice
+    loads = {id(load): load for load in live}  # a load whose workers are being reused has two job ids
     there = [load for load in loads.values() if not load.has_exited]
     found = (_describe_use(load, load.to_view(state.unended_job(load.job_id), now)) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
@@ -127,7 +127,7 @@ class InferenceTotals:
     """Sums of the inferences of all loads that have ended.
 
     Args:
-        names: which models are told apart.
+        names: bounds the models that are counted separately.
     """
 
     def __init__(self, names: ModelLabels) -> None:

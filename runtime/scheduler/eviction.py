@@ -55,8 +55,8 @@ class Eviction:
     @cached_property
     def next_at(self) -> str | None:
         """When to look for victims again; None if there will be none."""
-        stamps = (model.serving.loaded_at for model, _ in self._candidates)
-        oldest = min((stamp for stamp in stamps if stamp > self._resident_since), default=None)
+        loaded_at = (model.serving.loaded_at for model, _ in self._candidates)
+        oldest = min((at for at in loaded_at if at > self._resident_since), default=None)
         times = [add_seconds(oldest, self._view.policy.min_residency_s)] if oldest is not None else []
         busy = (model for model, run in self._candidates if run.busy)
         if any(model.serving.loaded_at <= self._resident_since for model in busy):
