@@ -86,7 +86,7 @@ class ResourcesSchema(AnswerSchema):
     models = fields.List(fields.Nested(LoadUseSchema), required=True)
     waiting = fields.List(fields.Nested(WaitSchema), required=True)
     preparing = fields.Nested(PreparationSchema, required=True, allow_none=True)
-    read_pressure = fields.Nested(
+    pressure = fields.Nested(
         PressureSchema, required=True, allow_none=True, metadata={"description": "Null without PSI."}
     )
     as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
