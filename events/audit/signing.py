@@ -1,16 +1,16 @@
-r"""The signed head: who keeps one can later prove that nothing before it was changed, removed or reordered.
+r"""Signed heads: with one, its keeper can prove that no event before it was changed, removed or reordered.
 
-What is signed, byte for byte (ASCII, each line ended by one `\n`, the last one too):
+The signed message, byte for byte (ASCII; each line ends with one `\n`, the last one too):
 
     loadledger-head-v1
     <position, decimal>
     <hash, 64 lower-case hexadecimal digits>
-    <recorded_at of the event at the position; empty where there is no event>
+    <recorded_at of the event at the position; empty without an event>
     <base's position, decimal>
     <base's hash, 64 lower-case hexadecimal digits>
 
-The signature is Ed25519 (RFC 8032) over these bytes. The first line keeps it apart from anything else
-that may ever be signed.
+The signature is Ed25519 (RFC 8032) over these bytes. The first line tells it from any other message that
+the key may ever sign.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from events.sqlite.queries import LogBase
 
 PREFIX = "loadledger-head-v1"
-"""The first line of what is signed; another layout will have another."""
+"""The first line of the message; another layout will have another."""
 
 KEY_ID_DIGITS = 32
-"""Of the hexadecimal SHA-256 of the public key: 128 bits, which nobody can meet with another key."""
+"""Digits of the hexadecimal SHA-256 of the public key: 128 bits, which no other key can match."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What is said of a ledger: its event at `position` has this hash, and the log begins after `base`."""
+    """A statement about a ledger: its event at `position` has this hash, and the log begins after `base`."""
 
     position: int
     hash: bytes
@@ -64,7 +64,7 @@ class SignedHead:
     public_key: bytes
 
     def holds(self) -> bool:
-        """Whether the key made the signature; whose key it is, others have to know."""
+        """Whether the signature is by the key; the caller has to know whose key that is."""
         try:
             key = load_der_public_key(self.public_key)
             if not isinstance(key, Ed25519PublicKey):
@@ -75,7 +75,7 @@ class SignedHead:
         return True
 
     def members(self) -> dict[str, object]:
-        """Return it as JSON has it: hashes in hexadecimal, the signature and the public key in base64."""
+        """Return the members of the JSON form: hashes in hexadecimal, signature and public key in base64."""
         statement = self.statement
         return {
             "position": statement.position,
@@ -90,34 +90,34 @@ class SignedHead:
 
 
 Sign = Callable[[Statement], SignedHead]
-"""What makes a statement a signed head."""
+"""Signs a statement."""
 
 
 class HeadSigner:
-    """The ledger's key at work."""
+    """Signs heads with the ledger's key."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
         self.public_key = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
     def __call__(self, statement: Statement) -> SignedHead:
-        """Sign; the caller answers for it that what is said is durable."""
+        """Sign a statement; the caller ensures that its event is durable."""
         return SignedHead(statement, self._key.sign(statement.message()), self.public_key)
 
 
 def key_id(public_key: bytes) -> str:
-    """Return the short name of a public key (DER)."""
+    """Return the id of a public key (DER)."""
     return hashlib.sha256(public_key).hexdigest()[:KEY_ID_DIGITS]
 
 
 def as_signed_head(members: object) -> SignedHead:
-    """Return what `SignedHead.members` wrote.
+    """Parse what `SignedHead.members` returned.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the members are not those of a signed head.
     """
     if not isinstance(members, dict):
-        raise ValueError("this is no signed head")  # noqa: TRY004 - what it is was not decided here
+        raise ValueError("this is not a signed head")  # noqa: TRY004 - parsed data, not an argument
     try:
         base = members["base"]
         statement = Statement(
@@ -130,4 +130,4 @@ def as_signed_head(members: object) -> SignedHead:
         signature = base64.b64decode(members["signature"], validate=True)
         return SignedHead(statement, signature, base64.b64decode(members["public_key"], validate=True))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"this is no signed head: {error!r}") from None
+        raise ValueError(f"this is not a signed head: {error!r}") from None

@@ -73,7 +73,7 @@ def test_only_the_signed_statement_holds(
     ],
 )
 def test_malformed_signed_head_is_refused(members: object) -> None:
-    with pytest.raises(ValueError, match="no signed head"):
+    with pytest.raises(ValueError, match="not a signed head"):
         as_signed_head(members)
 
 
