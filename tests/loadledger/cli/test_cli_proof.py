@@ -165,7 +165,7 @@ def test_backup_refuses_leftovers_of_other_database(data: Path, tmp_path: Path) 
     for suffix in ("-wal", "-journal", "-shm"):
         left = tmp_path / f"backup.db{suffix}"
         left.touch()
-        assert f"{left} is there" in refused("backup", "--data", data, tmp_path / "backup.db")
+        assert f"{left} exists" in refused("backup", "--data", data, tmp_path / "backup.db")
         left.unlink()
     assert not (tmp_path / "backup.db").exists()
 
@@ -220,7 +220,7 @@ def test_sigterm_removes_draft(data: Path, tmp_path: Path) -> None:
         "def stop(*_):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return b''\n"
-        "export._event = stop\n"
+        "export.JSONL = export.ExportFormat(stop, stop, stop)\n"
         "from loadledger.cli.main import main\n"
         "main(sys.argv[1:])"
     )
@@ -246,7 +246,7 @@ def test_lost_ledger_key_is_refused_until_made_anew(
     (data / "ledger.key").unlink()
     for command in (WRITERS["export"], WRITERS["archive"], lambda data, _: ("key", "ledger", "--data", data)):
         reason = refused(*command(data, tmp_path / "file"))
-        assert "ledger.key: restore it from where it was backed up" in reason
+        assert "ledger.key: restore it from your backup" in reason
     assert not (data / "ledger.key").exists()
     token = ("token", "--data", data, "--role", "admin", "--subject", "alice")
     warned = "ledger.key was missing: from now on heads are signed with another key"
