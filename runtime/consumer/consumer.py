@@ -21,10 +21,10 @@ from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Executor
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import (
-    LoadUsage,
+    JobWait,
+    MemoryUse,
     PendingDemand,
     PreparationUsage,
-    WaitingJob,
     list_usage,
     list_waiting,
 )
@@ -122,7 +122,7 @@ class Consumer:
         """Return what a pending job waits for, as of the last decision."""
         return self._decision.waiting_for.get(job.id)
 
-    def uses(self) -> list[LoadUsage]:
+    def uses(self) -> list[MemoryUse]:
         """Return how each load uses the memory budget."""
         return list_usage(self.loads.values(), self._log.state, self._log.now())
 
@@ -136,7 +136,7 @@ class Consumer:
             candidate.model_id, candidate.version, preparation.memory_bytes, preparation.stopping
         )
 
-    def waits(self) -> list[WaitingJob]:
+    def waits(self) -> list[JobWait]:
         """Return the waiting jobs, as of the last decision."""
         return list_waiting(self._log.state, self._decision.waiting_for, self._executor.estimates.known)
 

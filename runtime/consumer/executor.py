@@ -60,7 +60,7 @@ from runtime.scheduler.actions import (
     FinishUnload,
     KillWorkers,
     PrepareModel,
-    RecordDeath,
+    RecordExits,
     RequestReload,
     ReuseWorkers,
     StartLoad,
@@ -257,7 +257,7 @@ class Executor:
                 self.loads[load_job_id].kill()
             case FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id)
-            case RecordDeath(load_job_id, worker_ids):
+            case RecordExits(load_job_id, worker_ids):
                 load = self.loads[load_job_id]
                 await self._record_with_exits(
                     load, [each for each in load.workers if each.worker_id in worker_ids]

@@ -18,7 +18,7 @@ from runtime.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)
-class LoadUsage:
+class MemoryUse:
     """Memory of one load: `reserved_bytes` until it is loaded, then the measured `memory_bytes`.
 
     A model can have two for a moment: the version that serves, and the next one, or the one that drains.
@@ -38,7 +38,7 @@ class LoadUsage:
 
 
 @dataclass(frozen=True, slots=True)
-class WaitingJob:
+class JobWait:
     """A waiting job, the bytes that it will need if they are known, and what it waits for."""
 
     job_id: str
@@ -57,7 +57,7 @@ class PreparationUsage:
     stopping: bool
 
 
-def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[LoadUsage]:
+def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[MemoryUse]:
     """Return the use of each load with a process, by model, then oldest first."""
     loads = {id(load): load for load in live}  # a load whose workers are being reused has two job ids
     there = [load for load in loads.values() if not load.has_exited]
@@ -67,18 +67,18 @@ def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[Load
 
 def list_waiting(
     state: State, waiting_for: Mapping[str, str], needs: Mapping[str, int | None]
-) -> list[WaitingJob]:
+) -> list[JobWait]:
     """Return the waiting jobs, oldest first."""
     return [
-        WaitingJob(job.id, job.model_id, needs.get(job.id), waiting_for[job.id])
+        JobWait(job.id, job.model_id, needs.get(job.id), waiting_for[job.id])
         for job in state.unended()
         if job.id in waiting_for
     ]
 
 
-def _describe_use(load: RunningLoad, run: LoadView) -> LoadUsage:
+def _describe_use(load: RunningLoad, run: LoadView) -> MemoryUse:
     is_reserved = load.report is None
-    return LoadUsage(
+    return MemoryUse(
         model_id=load.model_id,
         version=load.version,
         job_id=load.job_id,

@@ -73,7 +73,7 @@ class FinishUnload:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordDeath:
+class RecordExits:
     """Record `WorkerExited` of each of these workers of a serving load."""
 
     load_job_id: str
@@ -141,7 +141,7 @@ Action = (
     | StartUnload
     | KillWorkers
     | FinishUnload
-    | RecordDeath
+    | RecordExits
     | RequestReload
     | EstimateMemory
     | UnloadForReplacement

@@ -24,7 +24,7 @@ from runtime.scheduler.actions import (
     FinishUnload,
     KillWorkers,
     PrepareModel,
-    RecordDeath,
+    RecordExits,
     RequestReload,
     StartUnload,
     StopPreparation,
@@ -144,7 +144,7 @@ def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
         elif run.phase is Phase.FAILED and job is not None:
             yield FailLoad(job)
         elif exited := _find_unrecorded_exits(view, run):
-            yield RecordDeath(run.load_job_id, exited)
+            yield RecordExits(run.load_job_id, exited)
 
 
 def _find_replaced_load(view: SchedulerView, job: Job) -> str | None:

@@ -142,7 +142,7 @@ def test_need_is_between_a_worker_and_the_limit(
 # Found out beside everything else
 
 
-class Looking:
+class Estimating:
     """Needs over a repository, and who is woken."""
 
     def __init__(self, root: Path) -> None:
@@ -167,38 +167,38 @@ class Looking:
 
 async def test_need_is_found_in_the_background(tmp_path: Path) -> None:
     models.save(models.add(1), tmp_path, "m")
-    looking = Looking(tmp_path)
-    job = looking.ask()
-    assert (looking.needs.known, looking.needs.in_progress) == ({job.id: None}, {job.id})
-    await looking.found()
+    estimating = Estimating(tmp_path)
+    job = estimating.ask()
+    assert (estimating.needs.known, estimating.needs.in_progress) == ({job.id: None}, {job.id})
+    await estimating.found()
     size = (tmp_path / "m" / "1" / "model.onnx").stat().st_size
-    assert looking.needs.known == {job.id: WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)}
-    assert looking.needs.in_progress == set()
+    assert estimating.needs.known == {job.id: WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)}
+    assert estimating.needs.in_progress == set()
 
 
 @pytest.mark.parametrize("missing", ["m", "m/1", "m/1/model.onnx"])
 async def test_need_of_missing_files_is_zero(tmp_path: Path, missing: str) -> None:
     models.save(models.add(1), tmp_path, "m")
     (tmp_path / missing).rename(tmp_path / "elsewhere")
-    looking = Looking(tmp_path)
-    job = looking.ask()
-    await looking.found()
-    assert looking.needs.known == {job.id: 0}
+    estimating = Estimating(tmp_path)
+    job = estimating.ask()
+    await estimating.found()
+    assert estimating.needs.known == {job.id: 0}
 
 
 @pytest.mark.parametrize("is_found", [True, False])
 async def test_need_is_forgotten_with_its_job(tmp_path: Path, *, is_found: bool) -> None:
     models.save(models.add(1), tmp_path, "m")
-    looking = Looking(tmp_path)
-    looking.ask("one")
-    looking.ask("two", of="other")
+    estimating = Estimating(tmp_path)
+    estimating.ask("one")
+    estimating.ask("two", of="other")
     if is_found:
-        await asyncio.gather(*looking.needs.tasks)
-    looking.history.fail_load("one", of="m")
-    looking.history.state.forget_ended([looking.history.job("one")])
-    looking.needs.forget_ended(looking.history.state)
-    await asyncio.gather(*looking.needs.tasks)
-    assert set(looking.needs.known) == {"two"}
+        await asyncio.gather(*estimating.needs.tasks)
+    estimating.history.fail_load("one", of="m")
+    estimating.history.state.forget_ended([estimating.history.job("one")])
+    estimating.needs.forget_ended(estimating.history.state)
+    await asyncio.gather(*estimating.needs.tasks)
+    assert set(estimating.needs.known) == {"two"}
 
 
 async def test_hanging_look_delays_others_for_a_while_only(
@@ -206,16 +206,16 @@ async def test_hanging_look_delays_others_for_a_while_only(
 ) -> None:
     monkeypatch.setattr(needs_module, "ESTIMATE_WAIT_S", 0.05)
     models.save(models.add(1), tmp_path, "m")
-    looking, hangs = Looking(tmp_path), threading.Event()
+    estimating, hangs = Estimating(tmp_path), threading.Event()
     threads = ThreadPoolExecutor(max_workers=1)
     asyncio.get_running_loop().set_default_executor(threads)
     threads.submit(hangs.wait)
-    job = looking.ask()
-    await looking.found()
-    assert (looking.needs.in_progress, looking.needs.known) == (set(), {job.id: None})
+    job = estimating.ask()
+    await estimating.found()
+    assert (estimating.needs.in_progress, estimating.needs.known) == (set(), {job.id: None})
     hangs.set()
-    await looking.found()
-    assert looking.needs.known[job.id] is not None
+    await estimating.found()
+    assert estimating.needs.known[job.id] is not None
 
 
 # From the ledger

@@ -25,7 +25,7 @@ from runtime.scheduler.actions import (
     FinishUnload,
     KillWorkers,
     PrepareModel,
-    RecordDeath,
+    RecordExits,
     RequestReload,
     ReuseWorkers,
     StartLoad,
@@ -140,7 +140,7 @@ def describe(action: Action | None) -> str:  # noqa: PLR0912 - one word for each
             return f"kill {load}"
         case FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
-        case RecordDeath(load, workers):
+        case RecordExits(load, workers):
             return " ".join(["record death of", *([load] if workers == (f"w-{load}",) else workers)])
         case RequestReload(model, cause):
             return f"reload {model.id}, {cause}"

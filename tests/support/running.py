@@ -179,7 +179,7 @@ class Engine:
         return [event.data for event in await self.events(of=of) if isinstance(event.data, kind)]
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass for log and consumer, who are told."""
+        """Let time pass for log and consumer, and wake both."""
         self.clock.ahead += timedelta(seconds=seconds)
         self.log.notify()
 
@@ -320,7 +320,7 @@ async def running(
         stops_cleanly: whether the end appends `ServerStopped`, as a server does that was not killed.
         clock: what it is now.
         max_queue: inferences of one model that may be in flight.
-        patience_s: for an inference that was told to stop.
+        patience_s: for a cancelled inference to stop.
         policy: such as one with a budget.
         store: where prepared forms are, open; without one, none are made or used.
         pool: one that tests share; its workers end with this, its fork server does not.

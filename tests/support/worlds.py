@@ -40,7 +40,7 @@ from runtime.scheduler.actions import (
     FinishUnload,
     KillWorkers,
     PrepareModel,
-    RecordDeath,
+    RecordExits,
     RequestReload,
     ReuseWorkers,
     StartLoad,
@@ -283,7 +283,7 @@ class World:
         match action:
             case FailLoad(job):
                 load = job.id
-            case FinishUnload(_, load) | RecordDeath(load):
+            case FinishUnload(_, load) | RecordExits(load):
                 pass
             case _:
                 return
@@ -328,7 +328,7 @@ class World:
             case FinishUnload(jobs, load):
                 ends = (self._draft(job, ModelUnloaded(0, 0, 0)) for job in jobs)
                 return Record((*self._deaths(load), *ends))
-            case RecordDeath(load, workers):
+            case RecordExits(load, workers):
                 assert set(workers) <= self.live[load].dead.keys()
                 return Record(self._deaths(load, workers))
             case RequestReload(model, cause):

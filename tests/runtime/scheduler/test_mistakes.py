@@ -3,13 +3,13 @@
 | reported at | tested in |
 | --- | --- |
 | triton #4844, llama.cpp #28443 | test_admission.py (memory until exit, kept room) |
-| MLServer #1316 | test_admission.py (reserved), ../test_needs.py (the last peak) |
-| llama.cpp #20763 | test_scheduler.py (`L:failed`), ../test_consumer.py |
+| MLServer #1316 | test_admission.py (reserved), ../test_estimates.py (the last peak) |
+| llama.cpp #20763 | test_scheduler.py (`L:failed`), ../consumer/test_consumer.py |
 | llama.cpp #28698, #25528, #23640 | test_eviction.py (no victim, the fewest) |
 | llama.cpp #22284, pytorch/serve #2030 | here |
 | llama-swap #25 | test_eviction.py (idle timeout) |
 | llama-swap #92, pytorch/serve #2428, triton #6536 | test_scheduler.py (reloads) |
-| ollama #7779, #14364, #17428 | test_scheduler.py (force), ../test_consumer.py |
+| ollama #7779, #14364, #17428 | test_scheduler.py (force), ../consumer/test_consumer.py |
 | tensorflow/serving #2017 | test_swaps.py (strategies), tests/server/api/test_loads.py |
 | llama-swap #946 | tests/server/api/test_unloads.py |
 | triton #6711, #6536, #356 | tests/server/api/test_loads.py |

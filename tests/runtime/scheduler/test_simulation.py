@@ -29,7 +29,7 @@ from runtime.scheduler.actions import (
     FinishUnload,
     KillWorkers,
     PrepareModel,
-    RecordDeath,
+    RecordExits,
     RequestReload,
     ReuseWorkers,
     StartLoad,
@@ -46,7 +46,7 @@ UNFORCED = (
     FailLoad,
     RequestReload,
     FailModel,
-    RecordDeath,
+    RecordExits,
     EstimateMemory,
     UnloadForReplacement,
     UnloadAutomatically,
@@ -110,7 +110,7 @@ class WatchedWorld(World):
         match action:
             case PrepareModel() | StopPreparation():
                 return None, 0
-            case KillWorkers(load) | RecordDeath(load):
+            case KillWorkers(load) | RecordExits(load):
                 return self.live[load].model_id, 0
             case FinishUnload(jobs):
                 return jobs[0].model_id, jobs[0].created_position
