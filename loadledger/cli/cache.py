@@ -14,6 +14,7 @@ from loadledger.cli.output import (
     format_table,
     format_timestamp,
     print_result,
+    report_problems,
     to_printable,
 )
 from loadledger.cli.server import data_option, json_option, require_data
@@ -39,8 +40,6 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
 
     `bare` marks a model that loads fastest from its own files; the reasons follow.
     """
-    from loadledger.cli.output import report_problems  # noqa: PLC0415 - keeps `loadledger --help` quick
-
     with report_problems():
         entries = [_members(entry) for entry in _store(data).entries()]
     print_result(
@@ -59,8 +58,6 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
     Models are cached again after their next load. --json prints the removed `entries` and `bytes`.
     """
-    from loadledger.cli.output import report_problems  # noqa: PLC0415 - as above
-
     with report_problems():
         cleared = _store(data).clear(model_id)
     print_result(

@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.output import print_json, print_result
+from loadledger.cli.output import print_json, print_result, report_problems
 from loadledger.cli.server import data_option, json_option
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -62,7 +62,6 @@ def verify(
     """
     from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
     from loadledger.cli.localledger import verify_ledger_and_files  # noqa: PLC0415
-    from loadledger.cli.output import report_problems  # noqa: PLC0415
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
@@ -107,7 +106,7 @@ def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, file
     "--archive",
     "archives",
     multiple=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=_FILE,
     help="An archive of this ledger; give all of them, in any order. May be repeated.",
 )
 @click.option("--model", "model_id", metavar="ID", help="Only this model and its jobs.")
@@ -134,18 +133,14 @@ def replay(
     starts from the state stored then. With --archive it starts from the archives, and --until may lie before
     the log's first event. With --rebuild, the exit code is 1 if the stored projections differed.
     """
-    from loadledger.cli.output import report_problems  # noqa: PLC0415
-    from server.app import LEDGER  # noqa: PLC0415 - keeps `loadledger --help` quick
-
     if rebuilds and (until is not None or model_id is not None or archives):
         raise click.UsageError("--rebuild takes the whole log: leave out --until, --model and --archive")
-    if not (data / LEDGER).is_file():
-        raise click.BadParameter(f"there is no {LEDGER} in {data}", param_hint="--data")
     with report_problems():
+        ledger = ledger_in(data)
         if rebuilds:
-            _rebuild(data, data / LEDGER, as_json=as_json)
+            _rebuild(data, ledger, as_json=as_json)
         else:
-            state = replay_state(data / LEDGER, until, model_id, archives)
+            state = replay_state(ledger, until, model_id, archives)
             click.echo(json.dumps(state, indent=2) if as_json else "\n".join(_state_lines(state)))
 
 
@@ -233,7 +228,6 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     """
     from events.audit.export import JSONL, cloudevents, export  # noqa: PLC0415
     from events.audit.files import is_stream, refuse_own, write_file  # noqa: PLC0415
-    from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
@@ -262,7 +256,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     help="Archive events below this position, or before a time like 2026-01-31T14:02:00Z.",
 )
 @json_option
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=_FILE)
 def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     """Move the oldest events to a compressed file that proves itself.
 
@@ -272,7 +266,6 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
     from events.datalock import lock_data  # noqa: PLC0415
-    from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
@@ -305,7 +298,7 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
 @click.command()
 @data_option
 @json_option
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=_FILE)
 def backup(data: Path, file: Path, *, as_json: bool) -> None:
     """Copy the ledger to a file and verify the copy.
 
@@ -315,7 +308,6 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     from events.audit.backup import back_up  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
     from loadledger.cli.localledger import audit_members, format_audit  # noqa: PLC0415
-    from loadledger.cli.output import report_problems  # noqa: PLC0415
 
     with report_problems():
         ledger = ledger_in(data)
@@ -331,7 +323,6 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
 def ledger_key(data: Path, *, as_json: bool) -> None:
     """Show the public key of the ledger's signatures, and its id."""
     from events.audit.signing import key_id  # noqa: PLC0415
-    from loadledger.cli.output import report_problems  # noqa: PLC0415
     from server.auth.keys import open_signer, public_pem  # noqa: PLC0415
 
     with report_problems():
