@@ -1,6 +1,7 @@
 """Backups: one file, complete and verified, made beside a running log, or none at all."""
 
 import asyncio
+import fcntl
 import sqlite3
 import stat
 from contextlib import closing
@@ -12,6 +13,7 @@ from support.ledgers import change_ledger, rows_of, write_ledger
 
 from events.audit.audit import audit
 from events.audit.backup import back_up
+from events.audit.files import open_draft
 from events.errors import ForeignDatabase, LedgerDamaged, LogUnavailable
 
 
@@ -68,3 +70,21 @@ def test_failed_backup_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         back_up(path, tmp_path / "nowhere" / "backup.db")
     assert names_in(tmp_path) == ["ledger.db"]
+
+
+def test_draft_removed_before_its_lock_is_created_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, removed = fcntl.flock, list[Path]()
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        if not removed:  # as another process that takes it for a stale one
+            removed.extend(tmp_path.iterdir())
+            removed[0].unlink()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with open_draft(tmp_path / "file") as draft:
+        assert draft not in removed
+        assert stat.S_IMODE(draft.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == []
