@@ -85,7 +85,7 @@ class ArchiveProof:
 def check_archives(
     paths: Sequence[Path],
     base: LogBase,
-    told: Sequence[ArchivedRange] = (),
+    listed: Sequence[ArchivedRange] = (),
     *,
     key: str | None = None,
     expected: Expected | None = None,
@@ -95,7 +95,7 @@ def check_archives(
     Args:
         paths: of the archives, in any order.
         base: of the log.
-        told: the archives that the ledger lists, to name those that are missing.
+        listed: the archives that the ledger lists, to name those that are missing.
         key: the id of the expected signer's key; None accepts any.
         expected: a head that the archives must have, if one of them has the position.
 
@@ -110,15 +110,15 @@ def check_archives(
             return ArchiveProof(tuple(files[:number]), finding=file.finding, at=file.path)
     files.sort(key=lambda file: (file.after.position, file.proved.position))
     for earlier, later in pairwise(files):
-        _refuse_gap(earlier, later.after.position, printable_name(later.path), told)
-    _refuse_gap(files[-1], base.position, "the log", told)
+        _refuse_gap(earlier, later.after.position, printable_name(later.path), listed)
+    _refuse_gap(files[-1], base.position, "the log", listed)
     return _check_seams(files, base)
 
 
-def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, told: Sequence[ArchivedRange]) -> None:
+def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, listed: Sequence[ArchivedRange]) -> None:
     end, name = file.proved.position, printable_name(file.path)
     if end < goes_on_after:
-        known = next((f", listed as: {each}" for each in told if each.last_position > end), "")
+        known = next((f", listed as: {each}" for each in listed if each.last_position > end), "")
         raise ArchiveMissing(
             f"positions {end + 1} to {goes_on_after} are missing: {name} ends at {end}, and {what} begins "
             f"after {goes_on_after}; give the archive that has them, too{known}"

@@ -34,7 +34,7 @@ FOLDS = 2
 """The number of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100
-"""Differences that a rebuild names: nobody reads more."""
+"""Differences that a rebuild names at most."""
 
 _KEPT_SINCE = 2
 """The schema from which on the number of the folds is stored."""
