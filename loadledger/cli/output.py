@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -210,6 +209,8 @@ def print_json(value: Any) -> None:
 def _visible(letter: str) -> str:
     if letter.isprintable() or letter == "\n":
         return letter
+    import json  # noqa: PLC0415 - main.py imports this module, and json takes four more
+
     return json.dumps(letter)[1:-1]
 
 
