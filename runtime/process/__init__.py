@@ -6,7 +6,7 @@ until `ended` is set.
 
 To change: how processes are forked, their environment and descriptors: `forkserver`. When a fork server is
 replaced, pre-forking: `pool`. Messages to and from a worker: `worker`. Deadlines, cancellation and
-stuck workers: `requests`. Bytes on the socket and busy-polling: `channel`. Exit codes and stderr: `child`,
+stuck workers: `requests`. Bytes on the socket and busy-polling: `channel`. Exit codes and stderr: `pidfd`,
 `forkclient`.
 
 Nothing here imports ONNX Runtime; what runs inside a worker is `runtime.worker`.

@@ -25,8 +25,8 @@ from runtime.errors import (
 )
 from runtime.limits import EXIT_WAIT_S
 from runtime.process.channel import Channel
-from runtime.process.child import Process
 from runtime.process.forkclient import Child, StderrTail
+from runtime.process.pidfd import Process
 from runtime.process.requests import Answer, InFlight
 from runtime.wire import (
     FROM_WORKER,

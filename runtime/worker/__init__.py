@@ -1,11 +1,11 @@
 """The inside of a worker process, and the only package that imports ONNX Runtime.
 
 The way of a load: `main` reads a `Load` from the data channel; `loading.load` checks and hashes the files,
-watches the memory and uses the cached model if it may; `sessions` creates the session and warms it up. The
-way of an inference: `main` reads an `Infer`; `batching` chooses what runs together; `execution` runs
-it; `inference` turns tensors into arrays and back. `optimising` makes a cached model instead of a load.
+watches the memory and uses the cached model if it may; `sessions` creates the session, `warmup` runs it once.
+The way of an inference: `main` reads an `Infer`; `batching` chooses what runs together; `execution` runs it;
+`inference` turns tensors into arrays and back. `optimising` makes a cached model instead of a load.
 
-To change: session options, warm-up, memory limit: `sessions`. Cancellation, answers on the channel:
+To change: session options, memory limit: `sessions`. Warm-up: `warmup`. Cancellation, answers on the channel:
 `execution`. JSON and binary tensors: `inference`. Alignment of weights: `optimising`.
 
 Every module here is imported by the fork server and shared by all workers: what is imported here costs their

@@ -36,7 +36,8 @@ from runtime.wire import (
     plain_text,
 )
 from runtime.worker import sessions
-from runtime.worker.sessions import ServingSession, describe_model, warm_up
+from runtime.worker.sessions import ServingSession, describe_model
+from runtime.worker.warmup import warm_up
 
 HASH_BLOCK_BYTES = 2**18
 """Fits into a core's own cache: the session beside it needs the shared one."""

@@ -1,24 +1,21 @@
-"""Sessions: their options and errors, the description of their inputs and outputs, and the warm-up."""
+"""Sessions: their options and errors, and the description of their inputs and outputs."""
 
-import math
 import os
 import re
 import resource
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import onnxruntime as ort
 
 from runtime import memory
-from runtime.errors import InferenceFailed, LoadRefused, RuntimeProblem
+from runtime.errors import LoadRefused
 from runtime.onnxfile import check_external_data
 from runtime.repository import MODEL_FILE
-from runtime.wire import BY_ONNX, DATATYPES, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, Tensor, TensorSpec
+from runtime.wire import BY_ONNX, MAX_NAME_CHARACTERS, TensorSpec
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 
@@ -26,21 +23,8 @@ OPTIONAL = re.compile(r"optional\((.*)\)")
 """ONNX Runtime's type of an optional input or output; an input may be given with a value or left out."""
 
 
-MAX_ZEROS_BYTES = 64 * 2**20
-"""Limit of zeros: the size of a request. A model that declares more is hardly run with that much."""
-TEXT_BYTES = 40
-"""Size of an empty element of BYTES: numpy's reference to it, and ONNX Runtime's string."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
 """Texts of ONNX Runtime and Python for it; ONNX Runtime has no code."""
-WITH_ZEROS = (
-    "the model does not run on zeros of its declared shapes, and has to before it is loaded: give inputs that"
-    " it takes as [[warm_up.inputs]] in its loadledger.toml"
-)
-WITH_GIVEN = (
-    "the model does not run on the inputs that its loadledger.toml gives as [[warm_up.inputs]], and has to"
-    " before it is loaded: correct them"
-)
-OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
 SMALLEST_MODEL = bytes.fromhex(
     "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
     "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
@@ -117,78 +101,9 @@ def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:
             raise LoadRefused("invalid_model", reason)
 
 
-def warm_up(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]) -> int | None:
-    """Run a model on the given inputs, else on zeros of the declared shapes, so that no request is the first.
-
-    Args:
-        model: the model; zeros are one element along its batch dimension.
-        given: inputs of its loadledger.toml; empty means zeros.
-        on_begin: called before the run, and only if there is one.
-
-    Returns:
-        The duration in microseconds, or None if the shapes do not allow zeros.
-
-    Raises:
-        LoadRefused: `warm_up_failed`, with the runtime's words and what to do.
-        MemoryError: there is not enough memory for it.
-    """
-    required = [spec for spec in model.inputs if not spec.optional]
-    if not given and not zeros_are_allowed(model, required):
-        return None
-    started_ns = time.perf_counter_ns()
-    on_begin()
-    try:
-        _run(model, given, required)
-    except RuntimeProblem as problem:
-        if isinstance(problem, InferenceFailed) and is_out_of_memory(str(problem)):
-            raise MemoryError(str(problem)) from None
-        # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
-        if not given and not all(spec.shape for spec in required):
-            return None
-        advice = WITH_GIVEN if given else WITH_ZEROS
-        raise LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}") from None
-    return (time.perf_counter_ns() - started_ns) // 1000
-
-
-def _run(model: ServingSession, given: Sequence[Tensor], required: Sequence[TensorSpec]) -> None:
-    feed = model.runner.decode_inputs(given) if given else {spec.name: make_zeros(spec) for spec in required}
-    if model.dimension is not None:
-        model.dimension.measure(feed)
-    model.runner.run(model.runner.select_outputs((), text=False), feed, ort.RunOptions())
-
-
-def zeros_are_allowed(model: ServingSession, required: Sequence[TensorSpec]) -> bool:
-    """Return whether these shapes allow zeros, within the limit, and the model has an output to send."""
-    answers = any(spec.datatype in DATATYPES for spec in model.outputs)
-    return answers and all(map(_is_known, required)) and sum(map(_bytes, required)) <= MAX_ZEROS_BYTES
-
-
-def make_zeros(spec: TensorSpec) -> Any:
-    """Return an input of 0, False or empty texts."""
-    if spec.datatype == "BYTES":
-        return np.full(_shape(spec), "", object)
-    return np.zeros(_shape(spec), DATATYPES[spec.datatype].numpy)
-
-
 def is_out_of_memory(text: str) -> bool:
     """Return whether this is an error text of ONNX Runtime for lack of memory."""
     return any(words in text for words in OUT_OF_MEMORY)
-
-
-def _shape(spec: TensorSpec) -> tuple[int, ...]:
-    """Return the declared shape with 1 for an open first dimension, usually the batch dimension."""
-    return (1, *spec.shape[1:]) if spec.shape[:1] == (-1,) else spec.shape
-
-
-def _is_known(spec: TensorSpec) -> bool:
-    shape = _shape(spec)
-    return spec.datatype in DATATYPES and len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0
-
-
-def _bytes(spec: TensorSpec) -> int:
-    # A length of 0 does not make the others any that numpy takes.
-    elements = math.prod(max(length, 1) for length in _shape(spec))
-    return elements * (DATATYPES[spec.datatype].size or TEXT_BYTES)
 
 
 def register_operators() -> None:

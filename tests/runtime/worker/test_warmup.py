@@ -21,7 +21,7 @@ from runtime.process.pool import WorkerPool
 from runtime.process.worker import LoadReport, Worker
 from runtime.statistics import Statistics
 from runtime.wire import Tensor
-from runtime.worker.sessions import MAX_ZEROS_BYTES
+from runtime.worker.warmup import MAX_ZEROS_BYTES
 
 OFF = "warm_up.enabled = false\n"
 GIVEN = """
