@@ -24,8 +24,8 @@ from events.commands import Record
 from events.log import Log, encode_drafts
 from events.sqlite import queries, snapshots
 from events.sqlite.history import open_time_travel_reader
+from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.queries import LogHead
-from events.sqlite.reader import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS

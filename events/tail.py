@@ -16,7 +16,7 @@ from itertools import islice
 
 from events.errors import LedgerProblem
 from events.log import Log
-from events.sqlite.reader import EVERYTHING, EventFilter, EventQuery, Reader, StoredEvent, beyond_head
+from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, StoredEvent, beyond_head
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ operations.py, written once as coroutines over a transport: transport.py uses th
 aiotransport.py uses aiohttp. An operation goes this way:
 
     operations.py    arguments -> request (paging, inference, polling in jobs.py, events in stream.py)
-    requests.py      request -> answer, with retries; answer -> value of records.py or exception
+    requests.py      requests; answer -> value of records.py or exception
+    retries.py       request -> answer, with retries and back-off
     problems.py      the exceptions
 
 To add an operation, add a method to `Operations` and name it in `Client`. Public names are imported on first

@@ -10,7 +10,8 @@ from loadledger.address import path
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.problems import ServerError
 from loadledger.records import Event, Head, Health, Job, Model, Resources
-from loadledger.requests import CallContext, Request, encode_json, fetch, get_request, post_request
+from loadledger.requests import CallContext, Request, encode_json, get_request, post_request
+from loadledger.retries import fetch
 from loadledger.stream import (
     EventSelection,
     JobPage,

@@ -18,14 +18,8 @@ from loadledger.address import query
 from loadledger.jobs import AwayCallback
 from loadledger.problems import BadAnswer, ClientProblem
 from loadledger.records import Event, Job, Model
-from loadledger.requests import (
-    CallContext,
-    Request,
-    back_off_s,
-    fetch_with_retries,
-    get_request,
-    is_transient,
-)
+from loadledger.requests import CallContext, Request, get_request
+from loadledger.retries import back_off_s, fetch_with_retries, is_transient
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of an event; it bounds memory."""

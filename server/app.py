@@ -19,7 +19,7 @@ from events.commands import RequestLoad
 from events.datalock import lock_data
 from events.errors import LogUnavailable
 from events.log import Log
-from events.sqlite.reader import open_reader
+from events.sqlite.listing import open_reader
 from events.types import Cause
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.store import FOLDER, ModelCache

@@ -6,7 +6,7 @@ from functools import partial
 from aiohttp import web
 
 from events.log import Log
-from events.sqlite.reader import Reader
+from events.sqlite.listing import Reader
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
 from runtime.memory import MemoryLimit

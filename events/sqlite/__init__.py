@@ -1,13 +1,13 @@
 """The embedded storage: the ledger in one SQLite file, `<data>/ledger.db`.
 
 One connection writes (`storage`), in a thread of its own: a group of events, the models and jobs that they
-change, and a due snapshot. All others read through `readonly`: pages of events and jobs (`reader`), and past
+change, and a due snapshot. All others read through `readonly`: pages of events and jobs (`listing`), and past
 states (`history`), in short transactions, so that the write-ahead log can be begun anew.
 
 - `schema`: opening for writing, migrations, comparison of the schema
 - `storage`: the writer's connection, checkpoints, rebuilding stored projections (`FOLDS`)
 - `queries`: the SQL of events, models, jobs and idempotency keys
 - `readonly`: the one way to open a ledger for reading; copies that lack their write-ahead log
-- `reader`, `history`: what the server reads, now and at a past moment
+- `listing`, `history`: what the server reads, now and at a past moment
 - `snapshots`: snapshots for time travel, and the state at the base
 """

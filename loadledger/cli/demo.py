@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import click
 
 from events.audit.verify import verify
-from events.sqlite.reader import EventQuery, open_reader
+from events.sqlite.listing import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem

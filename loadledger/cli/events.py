@@ -188,7 +188,7 @@ def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
 def _query(
     *, after: int | None, since: str | None, until: str | None, tail: int | None, **filters: tuple[str, ...]
 ) -> Any:
-    from events.sqlite.reader import EventFilter  # noqa: PLC0415 - as above
+    from events.sqlite.listing import EventFilter  # noqa: PLC0415 - as above
     from events.types import TYPES  # noqa: PLC0415
     from loadledger.cli.localledger import LedgerQuery  # noqa: PLC0415
 

@@ -16,8 +16,8 @@ from events.audit.exportreader import FileAudit, audit_files
 from events.audit.signing import key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
+from events.sqlite.listing import EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.queries import LogBase
-from events.sqlite.reader import EventFilter, EventQuery, Reader, open_reader
 from server.api.events import parse_moment
 from server.auth.keys import expected_key
 

@@ -21,8 +21,8 @@ from marshmallow import Schema, fields, validate
 from events.audit.signing import HeadSigner, SignedHead, Statement
 from events.log import Log
 from events.sqlite.history import parse_time
+from events.sqlite.listing import EventFilter, EventQuery, open_reader
 from events.sqlite.queries import LAST, LogBase, read_base
-from events.sqlite.reader import EventFilter, EventQuery, open_reader
 from events.sqlite.readonly import open_read_only
 from events.tail import Tails
 from events.types import TYPES

@@ -23,7 +23,7 @@ from aiohttp import hdrs, web
 from events.errors import LedgerProblem
 from events.jobs import Job
 from events.log import Log
-from events.sqlite.reader import EventFilter, StoredEvent
+from events.sqlite.listing import EventFilter, StoredEvent
 from events.tail import PACE_S, Batch, Tail, Tails
 from server.auth.gate import InvalidToken, Verifier, bearer_token
 from server.errors import ServerProblem

@@ -21,8 +21,8 @@ from events.errors import LedgerProblem
 from events.eventtext import is_bad, log_fields
 from events.jobs import Job
 from events.log import Log
+from events.sqlite.listing import Reader
 from events.sqlite.queries import PAGE
-from events.sqlite.reader import Reader
 from events.types import Event, JobCancelled, LoadFailed, ModelLoaded, ModelUnloaded, Unknown, UnloadFailed
 from server.appkeys import LOG, READER, REQUEST_LOG
 from server.observability.output import CONTEXT, RequestLog, make_extra

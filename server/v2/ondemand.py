@@ -18,7 +18,7 @@ from events.errors import LedgerProblem
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log, Receipt
 from events.models import Model, ModelState
-from events.sqlite.reader import Reader
+from events.sqlite.listing import Reader
 from events.types import Cause
 from runtime.consumer.usage import PendingDemand
 from runtime.errors import (

@@ -14,7 +14,7 @@ from support.history import PLAIN, facts, opened, write
 from events import tail as module
 from events.log import Log
 from events.sqlite.history import BeyondHead
-from events.sqlite.reader import EventFilter, StoredEvent, open_reader
+from events.sqlite.listing import EventFilter, StoredEvent, open_reader
 from events.tail import Batch, Ring, Tail, Tails
 
 LIMIT_S = 60

@@ -24,8 +24,8 @@ from events.codec import decode_event, encode_event
 from events.commands import FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import RequestRefused
 from events.models import ModelState
+from events.sqlite.listing import open_reader
 from events.sqlite.queries import as_text
-from events.sqlite.reader import open_reader
 from events.sqlite.storage import FOLDS
 from events.state import State
 from events.types import AccessDenied, Draft, Idempotency, LoadParameters

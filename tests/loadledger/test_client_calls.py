@@ -23,7 +23,8 @@ from loadledger.problems import (
     ServerUnreachable,
 )
 from loadledger.records import Job
-from loadledger.requests import RETRY_FOR_S, Answer, Request
+from loadledger.requests import Answer, Request
+from loadledger.retries import RETRY_FOR_S
 
 GONE = ServerUnreachable("http://h", "connection refused")
 LOST = ServerUnreachable("http://h", "the connection was lost", sent=True)

@@ -30,7 +30,8 @@ from loadledger.problems import (
     ServerUnreachable,
 )
 from loadledger.records import Event, Job
-from loadledger.requests import LONGEST_BACK_OFF_S, Answer, back_off_s, is_transient, quote_key
+from loadledger.requests import Answer, quote_key
+from loadledger.retries import LONGEST_BACK_OFF_S, back_off_s, is_transient
 from loadledger.stream import Bookmark, LineSplitter, parse_line
 from loadledger.tensors import flatten, shape_of, to_tensors
 from server.api.jobs import unquote_key

@@ -19,7 +19,7 @@ from events.commands import Command, FileIdentity, RequestLoad, RequestUnload
 from events.jobs import Job
 from events.log import Log, Receipt
 from events.models import Model, ModelState
-from events.sqlite.reader import Reader, open_reader
+from events.sqlite.listing import Reader, open_reader
 from events.types import Data, Event, LoadParameters
 from runtime import memory
 from runtime.cache.store import ModelCache

@@ -18,8 +18,8 @@ from select import select
 import aiohttp
 
 from events.audit.verify import Verification, verify
+from events.sqlite.listing import open_reader
 from events.sqlite.queries import PAGE
-from events.sqlite.reader import open_reader
 from events.types import Event
 from runtime.memory import list_descendants
 from server.app import LEDGER

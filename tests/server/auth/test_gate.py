@@ -19,7 +19,7 @@ from support.workers import until
 
 from events.commands import Command, Record
 from events.errors import LogUnavailable
-from events.sqlite.reader import open_reader
+from events.sqlite.listing import open_reader
 from events.types import SYSTEM, AccessDenied
 from server.app import LEDGER, all_routes
 from server.appkeys import GATE

@@ -17,9 +17,9 @@ from events.commands import Record
 from events.errors import Archived, ForeignDatabase, FutureSchema, LogUnavailable
 from events.jobs import JobStatus
 from events.log import Log
-from events.sqlite import reader
+from events.sqlite import listing
 from events.sqlite.history import BeyondHead
-from events.sqlite.reader import (
+from events.sqlite.listing import (
     INDEXES,
     EventFilter,
     EventQuery,
@@ -124,7 +124,7 @@ def test_all_event_pages_together_are_what_was_asked_for(filled: Path, asked: Ev
                 assert pages[-1].seen == NUMBER
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "SCAN", scan)
+        patch.setattr(listing, "SCAN", scan)
         asyncio.run(run())
 
 
