@@ -1,11 +1,11 @@
-# ruff: noqa: INP001 - it is copied into the image by itself
-"""The image's health check: ends with 0 if the server in this container says that it lives.
+# ruff: noqa: INP001 - a single file, copied into the image
+"""The image's health check: exits with 0 if the server in this container is alive.
 
-It asks the address of LOADLEDGER_HOST, and the port of LOADLEDGER_PORT or the one given as argument, in HTTPS
-if HTTP is not spoken there. The certificate is not looked at: nobody else listens on an address of the
-container itself.
+It requests /health/live from the address LOADLEDGER_HOST and the port LOADLEDGER_PORT, or the port given as
+argument; over HTTP, then over HTTPS. It does not verify the certificate: no other program listens on an
+address of the container.
 
-A server that has as many connections as it may lives: it says so, and who opens many must not have it ended.
+A server that refuses a connection because too many are open is alive: opening many must not restart it.
 """
 
 import os
@@ -15,20 +15,20 @@ import urllib.error
 import urllib.request
 
 FULL = b'"too_many_connections"'
-"""The code in the answer of a server that has too many connections."""
+"""The error code of a server at its connection limit."""
 
 LIMIT_S = 2.0
-"""For each of the two; the image's HEALTHCHECK gives more than both."""
+"""Timeout of each of the two requests; the image's HEALTHCHECK allows more than both."""
 
 
 def address(host: str) -> str:
-    """Return where a server that listens there is asked, as in a URL; on every address means on our own."""
+    """Return the address, as in a URL, of a server that binds to `host`; loopback if to all addresses."""
     asked = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing is bound here
     return f"[{asked}]" if ":" in asked else asked
 
 
 def trouble(url: str) -> str | None:
-    """Ask, past any proxy that the environment names; return what is wrong, None if the server lives."""
+    """Request `url` without the environment's proxies; return the problem, or None if the server is alive."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     handlers = (urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
@@ -42,7 +42,7 @@ def trouble(url: str) -> str | None:
 
 
 def main() -> int:
-    """Return the exit code, and say what is wrong, which `docker inspect` shows."""
+    """Return the exit code; print problems to stderr, which `docker inspect` shows."""
     port = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("LOADLEDGER_PORT", "8080")
     host = address(os.environ.get("LOADLEDGER_HOST", "127.0.0.1"))
     found = []
