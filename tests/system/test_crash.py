@@ -100,7 +100,7 @@ END
 JOB_WITHOUT_EVENT = {
     "id": "x", "kind": "load", "model_id": "m", "version": None, "status": "pending",
     "created_at": "2026-01-01T00:00:00.000000Z", "created_position": 1000, "position": 1000,
-    "requested_by": "nobody", "cause": "request",
+    "requested_by": "nobody", "cause": "request", "load": {}, "deadline_at": "then",
 }  # fmt: skip
 EVENT_WITHOUT_TIME = {
     "position": 2, "id": "x", "type": "ServerStopped", "schema": 1, "job_id": None, "model_id": None,

@@ -28,9 +28,9 @@ TAKEN = 64 * 2**20
 WATCHED = f"""
 import mmap, sys
 from runtime.worker.loading import LoadMonitor
-from runtime.memory import resident
+from runtime.memory import read_resident
 
-before = resident().anonymous_bytes
+before = read_resident().anonymous_bytes
 with open(sys.argv[1], "rb") as file, LoadMonitor(watched=False) as monitor:
     for _ in range(int(sys.argv[2])):
         block = mmap.mmap(-1, {TAKEN}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
