@@ -97,7 +97,7 @@ BEGIN
   SELECT RAISE(ABORT, 'a test wants this write to fail');
 END
 """
-JOB_WITHOUT_EVENT = {
+JOB_WITHOUT_EVENT: dict[str, object] = {
     "id": "x", "kind": "load", "model_id": "m", "version": None, "status": "pending",
     "created_at": "2026-01-01T00:00:00.000000Z", "created_position": 1000, "position": 1000,
     "requested_by": "nobody", "cause": "request", "load": {}, "deadline_at": "then",
