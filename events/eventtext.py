@@ -39,7 +39,7 @@ _FAILED = EventText(("{code}: {message}",), {"code": "code", "reason": "message"
 
 EVENT_TEXTS: Mapping[str, EventText] = {
     "LoadRequested": EventText(
-        ("{cause}", "priority {priority}"), {"cause": "cause", "priority": "priority"}
+        ("{cause}", "priority {priority}", "pinned?pinned"), {"cause": "cause", "priority": "priority"}
     ),
     "LoadStarted": EventText(("attempt {attempt}",), {"attempt": "attempt"}),
     "ModelLoaded": EventText(

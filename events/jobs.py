@@ -102,6 +102,17 @@ class Job(Struct, frozen=True, gc=False):
     keeps: str | None = None
 
     @property
+    def load_order(self) -> tuple[int, LoadParameters]:
+        """The version and the parameters of a load.
+
+        Raises:
+            RuntimeError: the job has none: it is an unload, or the stored job is damaged.
+        """
+        if self.version is None or self.load is None:
+            raise RuntimeError(f"job {self.id} is no load of a version: the stored job is damaged")
+        return self.version, self.load
+
+    @property
     def ended(self) -> bool:
         """Whether the job is completed, failed or cancelled."""
         return self.status not in _UNENDED

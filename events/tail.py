@@ -114,7 +114,7 @@ class Batch:
         after: the position of the tail before.
         upto: its position now: the batch has all matching events up to here.
         live: whether there is nothing more to read at the moment; a wakeup announces the next events.
-        encoded: the encoded cache: serialised forms by name, shared by the readers of this batch.
+        encoded: serialised forms by name, shared by the readers of this batch.
     """
 
     events: Sequence[StoredEvent]

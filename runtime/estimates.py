@@ -124,13 +124,12 @@ class MemoryEstimates:
             self.from_file_sizes.discard(job_id)
 
     async def _estimate_job(self, job: Job, model: Model | None) -> None:
-        assert job.version is not None
-        assert job.load is not None
+        version, parameters = job.load_order
         need = MemoryEstimate(0, is_estimate=False)
         try:
             footprints = model.footprints if model is not None else ()
-            files, form = await asyncio.to_thread(self._read_files, job.model_id, job.version, footprints)
-            need = estimate_memory(files, job.version, job.load, footprints, form)
+            files, form = await asyncio.to_thread(self._read_files, job.model_id, version, footprints)
+            need = estimate_memory(files, version, parameters, footprints, form)
         except RuntimeProblem:
             pass  # the load itself says what is wrong with the files
         finally:

@@ -1,6 +1,7 @@
-"""All limits after which something counts as stuck, each with what happens then.
+"""The limits after which a process or an unload counts as stuck, each with what happens then.
 
-An unload without force takes at most the drain timeout, the stop grace and a kill; with force, only a kill.
+An unload without force takes at most the drain timeout, a measurement, the stop grace, a kill and the wait
+for its exit; with force, only a kill and the wait for its exit.
 """
 
 DRAIN_TIMEOUT_S = 30.0

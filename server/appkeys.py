@@ -35,7 +35,7 @@ CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyn
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
-PENDING_DEMAND = web.AppKey("demand", PendingDemand)
+PENDING_DEMAND = web.AppKey("pending_demand", PendingDemand)
 DEMAND = web.AppKey("demand", OnDemand)
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)

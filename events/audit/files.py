@@ -52,9 +52,10 @@ def _create_draft(target: Path) -> tuple[Path, int]:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:
+            if draft.exists():
                 return draft, descriptor
         except BaseException:
+            draft.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         os.close(descriptor)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from events.clock import format_timestamp
 from events.codec import decode_event
@@ -27,6 +28,8 @@ from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
 from events.state import Changes, State
 from events.types import Event, ServerStarted
+
+T = TypeVar("T")
 
 _DAMAGE = {0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """Kinds of errors that are about stored content; 0 is text that is not UTF-8."""
@@ -339,7 +342,7 @@ class TimeTravelReader:
             moment = moment_at(connection, at)
             return moment, state_at_moment(connection, moment)
 
-        return await self._thread.run(read)
+        return await self._read(read)
 
     async def job(self, at: str, job_id: str) -> tuple[Moment, Job | None]:
         """Return the moment that `at` means, and the job as it was then; None if there was none."""
@@ -348,7 +351,7 @@ class TimeTravelReader:
             moment = moment_at(connection, at)
             return moment, job_at(connection, job_id, moment.position)
 
-        return await self._thread.run(read)
+        return await self._read(read)
 
     async def jobs(
         self,
@@ -370,7 +373,13 @@ class TimeTravelReader:
             )
             return moment, found
 
-        return await self._thread.run(read)
+        return await self._read(read)
+
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            return await self._thread.run(query)
+        except ValueError as error:  # stored content may be damaged
+            raise LogUnavailable(f"the ledger cannot be read: {error}") from error
 
 
 @asynccontextmanager

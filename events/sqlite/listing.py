@@ -193,7 +193,7 @@ def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> Stored
     """
     span = _choose_index(connection, query, _find_span(connection, query))
     sql = page_sql(query.wanted, span.leading, newest_first=query.newest_first)
-    rows = connection.execute(sql, _parameters(query.wanted, span, query.limit + 1))
+    rows = connection.execute(sql, _parameters(query.wanted, span, query.limit + 1)).fetchall()
     try:
         found = [stored_event(body, digest) for body, digest, _ in rows]
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -371,7 +371,7 @@ def read_events(connection: sqlite3.Connection, after: int, limit: int) -> list[
     """Return at most `limit` events with positions above `after`, in order."""
     rows = connection.execute(
         "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
-    )
+    ).fetchall()
     return [decode_event(body) for (body,) in rows]
 
 
@@ -393,7 +393,7 @@ def read_jobs(
     rows = connection.execute(
         f"SELECT body FROM jobs WHERE {where} ORDER BY created_position DESC LIMIT :limit + 1",  # noqa: S608 - literals above
         {"before": before, "model_id": model_id, "status": status, "limit": limit},
-    )
+    ).fetchall()
     found = [as_job(body) for (body,) in rows]
     items = found[:limit]
     return Page(items, position, items[-1].created_position if len(found) > limit else None)

@@ -1,7 +1,9 @@
 """The one way to read a ledger: a read-only connection, beside the writer or without one.
 
 Read in short pages: as long as a read transaction is open, the writer cannot begin its write-ahead log (WAL)
-anew. Only the proof of a whole ledger (`events.audit`) holds one snapshot for longer.
+anew. So fetch all rows before you decode them: an exception would keep an unfinished cursor, and with it the
+transaction. Only folds of the past (`events.sqlite.history`) and the proof of a whole ledger (`events.audit`)
+hold one snapshot for longer.
 """
 
 from __future__ import annotations
@@ -48,19 +50,26 @@ def open_read_only(
         LogUnavailable: `log_unavailable`, there is no ledger, or it cannot be opened or read.
     """
     without_wal = refuses_incomplete and lacks_wal(path)  # opening the file would create an empty WAL
-    address = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with closing(
-            sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
-        ) as connection:
-            connection.execute(BUSY_TIMEOUT)
-            refuse_foreign(connection)
-            check_readable(connection)
+        with closing(_connect(path)) as connection:
             if without_wal:
                 refuse_incomplete(connection, path)
             yield connection
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote damaged content
         raise LogUnavailable(f"the ledger {path.name} {problem}: {error}") from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute(BUSY_TIMEOUT)
+        refuse_foreign(connection)
+        check_readable(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 class ReaderThread:
@@ -74,7 +83,7 @@ class ReaderThread:
         """Run a query in one transaction, so that all its statements see the same head.
 
         Raises:
-            LogUnavailable: `log_unavailable`, the file cannot be read, or is damaged.
+            LogUnavailable: `log_unavailable`, the file cannot be read.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, query)
 
@@ -85,7 +94,7 @@ class ReaderThread:
                 return query(self._connection)
             finally:
                 self._connection.rollback()
-        except (sqlite3.Error, ValueError) as error:  # what is stored may be damaged
+        except sqlite3.Error as error:
             raise LogUnavailable(f"the ledger cannot be read: {error}") from error
 
 
@@ -98,22 +107,32 @@ async def open_reader_thread(path: Path, name: str) -> AsyncIterator[ReaderThrea
         ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, there is no ledger, or it cannot be opened.
     """
-    thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-    with open_read_only(path, problem="cannot be opened") as connection:
+    try:
+        connection = _connect(path)
         connection.execute(_CACHE)
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise LogUnavailable(f"the ledger {path.name} cannot be opened: {error}") from error
+    thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+    with closing(connection):
         try:
             yield ReaderThread(connection, thread)
         finally:
-            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
+            await asyncio.to_thread(thread.shutdown)
 
 
 def wants_wal(path: Path) -> bool:
-    """Whether the file is one with a write-ahead log beside it; False where it cannot be read."""
+    """Whether the file is one with a write-ahead log beside it; False if there is none.
+
+    Raises:
+        LogUnavailable: `log_unavailable`, it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             header = file.read(_READ_VERSION + 1)
-    except OSError:  # SQLite says why, in a moment
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        raise LogUnavailable(f"the ledger {path.name} cannot be read: {error.strerror}") from error
     return header[_READ_VERSION:] == bytes([_WAL])
 
 
@@ -122,8 +141,12 @@ def lacks_wal(path: Path) -> bool:
 
     Ask before the file is opened, which creates an empty one.
     """
-    wal = path.with_name(f"{path.name}-wal")
-    return wants_wal(path) and not (wal.exists() and wal.stat().st_size > 0)
+    if not wants_wal(path):
+        return False
+    try:
+        return path.with_name(f"{path.name}-wal").stat().st_size == 0
+    except FileNotFoundError:  # a server that stops removes it
+        return True
 
 
 def may_lack_events(connection: sqlite3.Connection) -> bool:

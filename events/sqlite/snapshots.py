@@ -2,7 +2,7 @@
 
 A snapshot is a cache, copied within SQLite from the stored projections right after their transaction
 (`docs/decisions/0019`). Only the snapshot at the base is more: it replaces the archived events. So it is
-complete: all models, all unended jobs, and the ended loads that models serve from or are reloaded by.
+complete: all models, all unended jobs, and the ended loads that models serve from or return to.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def try_if_due(connection: sqlite3.Connection, position: int, entities: int) -> 
     """Write a snapshot as `write_if_due` does, in a transaction of its own; log a failure.
 
     A failed snapshot must not fail the events: after an error of damage, SQLite refuses the rest of the
-    transaction, even outside a savepoint (measured). The next attempt is when the next snapshot is due.
+    transaction, with or without a savepoint (measured). The next attempt is when the next snapshot is due.
     """
     apart = max(EVERY, entities)
     try:
@@ -196,7 +196,7 @@ def write_base_state(connection: sqlite3.Connection, state: State) -> int:
 
 
 def jobs_behind(state: State) -> set[str]:
-    """Return the ids of the loads that models serve from: repeated requests are answered with these jobs."""
+    """Return the ids of the loads that models serve from or return to; repeated requests get these jobs."""
     servings = (each for model in state.models.values() for each in (model.serving, model.previous))
     return {serving.load_job_id for serving in servings if serving is not None}
 

@@ -1,9 +1,8 @@
 """Making cached models in the background: candidates, one preparation at a time, and its outcomes.
 
-The scheduler decides when (`Prepare`, `StopPreparing`). A worker makes a form, and fresh workers try it
-beside the bare model. A form that crashes its worker, answers differently or is not faster is left out, and
-the next simpler form is tried. A preparation may end at any moment: what it leaves is a draft, which nobody
-uses.
+The scheduler decides when (`PrepareModel`, `StopPreparation`). A worker makes a form, and fresh workers try
+it beside the bare model. A form that crashes its worker, answers differently or is not faster is left out,
+and the next simpler form is tried. A preparation may end at any moment; its draft is never used.
 """
 
 from __future__ import annotations
@@ -348,8 +347,8 @@ class Preparer:
 
     def begin(self, load_job_id: str) -> None:
         """Prepare the candidate of a load; `wake` is called at the end, whatever the outcome."""
-        if self._store is None:  # then there are no candidates
-            return
+        if self._store is None or self._running is not None:
+            raise RuntimeError("nothing can be prepared now")
         key = next(key for key, each in self._candidates.items() if each.load_job_id == load_job_id)
         self.candidate = candidate = self._candidates.pop(key)
         self.preparation = PreparationView(load_job_id, candidate.need_bytes)

@@ -177,7 +177,7 @@ class ModelCache:
         return self._uses.kept
 
     def open(self) -> None:
-        """Create the folder; remove incomplete entries, abandoned_drafts drafts and what exceeds the limits.
+        """Create the folder; remove incomplete entries, abandoned drafts and what exceeds the limits.
 
         Foreign names are left alone and logged. May be repeated: drafts of this cache stay.
         """

@@ -1,8 +1,6 @@
 """The executor: each action of the scheduler becomes facts in the log and tasks on workers.
 
 Every outcome is recorded here and nowhere else, so a job ends once.
-
-The facts that the consumer records, made of jobs and of what runs for them.
 """
 
 from __future__ import annotations
@@ -87,12 +85,12 @@ def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
 
 def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
     """Return `ModelLoaded` of a load that has its report."""
-    assert job.started_at is not None
-    assert load.report is not None
+    if job.started_at is None:
+        raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
     form = load.prepared_form
     return ModelLoaded(
-        files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.report.files),
+        files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.finished_report.files),
         worker_ids=tuple(worker.worker_id for worker in load.workers),
         prepared=None if form is None else Prepared(form.form, form.sha256),
         memory_bytes=sum(report.memory_bytes for report in reports),
@@ -272,14 +270,13 @@ class Executor:
                 await self._record(*draft_crash_loop(model, message))
 
     async def _start_load(self, job: Job) -> None:
-        assert job.load is not None
-        assert job.version is not None
-        load = RunningLoad(job.id, job.model_id, job.version, job.load, uuid7(), self._wake)
+        version, parameters = job.load_order
+        load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), self._wake)
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
-        known = self._known_files.get((job.model_id, job.version), ())
+        known = self._known_files.get((job.model_id, version), ())
         model = self._log.state.models.get(job.model_id)
         footprints = model.footprints if model is not None else ()
-        load.unprepared_bytes = estimate_unprepared(job.version, job.load, footprints)
+        load.unprepared_bytes = estimate_unprepared(version, parameters, footprints)
         find_form = partial(self.preparer.find_form, footprints=footprints)
         ordered = start_task(
             build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
@@ -295,7 +292,7 @@ class Executor:
     async def _reuse_workers(self, job: Job, load: RunningLoad) -> None:
         """Record another job as the load of running workers; requests do not notice.
 
-        Both names lead to them until it is known which one is recorded: `settle_names`.
+        Both names lead to them until it is known which one is recorded: `drop_unrecorded_names`.
         """
         serving = self._log.state.models[job.model_id].serving
         if serving is None:
@@ -306,8 +303,7 @@ class Executor:
 
     async def _complete_load(self, job: Job, replaces: str | None) -> None:
         load = self.loads[job.id]
-        assert load.report is not None
-        self._remember_files(load, load.report)
+        self._remember_files(load, load.finished_report)
         loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load.only_worker_id)
         old = self.loads.get(replaces) if replaces is not None else None
         swapped_out = [] if old is None else [_draft_replacement_unload(old, loaded.id)]
@@ -321,21 +317,18 @@ class Executor:
 
     def _offer_for_preparation(self, load: RunningLoad) -> None:
         """Offer files without a prepared form for preparation; drop a form that failed for the same files."""
-        assert load.report is not None
-        if load.prepared is not None and load.prepared.sources == source_hashes(load.report.files):
+        files = load.finished_report.files
+        if load.prepared is not None and load.prepared.sources == source_hashes(files):
             if load.prepared_failure is not None:
                 self.preparer.failed(load.prepared, load.prepared_failure)
             return
         peak_bytes = max(report.peak_memory_bytes for report in load.reports.values())
-        self.preparer.offer(
-            Candidate(load.job_id, load.model_id, load.version, load.report.files, peak_bytes)
-        )
+        self.preparer.offer(Candidate(load.job_id, load.model_id, load.version, files, peak_bytes))
 
     async def _fail_load(self, job: Job, reason: Failure | None) -> None:
         load = self.loads.get(job.id)
         if reason is None:
-            assert load is not None
-            reason = load.failure_reason
+            reason = self.loads[job.id].failure_reason
         failed = LoadFailed(reason.code, plain_text(reason.message))
         await self._record_with_exits(
             load, load.unexpected_exits if load else [], draft_fact(job, failed, _worker_id(load))

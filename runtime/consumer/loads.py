@@ -63,7 +63,7 @@ class RunningLoad:
         expected_exits: ids of workers that the server stopped, or that refused to load.
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
-        reserved_bytes: reservation until the load has reports.
+        reserved_bytes: reservation until `report` is set.
         unprepared_bytes: known peak without a prepared form; 0 if unknown.
         measured_bytes: the last measurement of each worker, by id.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
@@ -142,6 +142,17 @@ class RunningLoad:
     def drained_requests(self) -> int:
         """Requests that were running when the drain began, and were answered."""
         return max(0, self.requests_at_drain - self.aborted_requests)
+
+    @property
+    def finished_report(self) -> LoadReport:
+        """The first worker's report, of a load whose workers have all loaded.
+
+        Raises:
+            RuntimeError: they have not.
+        """
+        if self.report is None:
+            raise RuntimeError(f"load {self.job_id} has no report yet")
+        return self.report
 
     @property
     def failure_reason(self) -> Failure:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from events.clock import add_seconds
-from events.jobs import Job
+from events.jobs import Job, JobKind
 from events.models import CRASH_LOOP, INSUFFICIENT_MEMORY, RELOADS, TOO_MANY_LOADED, Model
 from events.types import Cause
 from runtime.scheduler.actions import (
@@ -129,20 +129,19 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
 def _order_loads(view: SchedulerView) -> list[_QueuedLoad]:
     models = view.state.models
     queue = (
-        _QueuedLoad(
-            _rank(view, job, job.load.priority, models.get(job.model_id)), job, models.get(job.model_id)
-        )
+        _QueuedLoad(_rank(view, job, models.get(job.model_id)), job, models.get(job.model_id))
         for job in view.unended
-        if job.load is not None and job.id not in view.running and view.is_first_in_queue(job)
+        if job.kind is JobKind.LOAD and job.id not in view.running and view.is_first_in_queue(job)
     )
     return sorted(queue, key=lambda queued: (queued.rank, queued.job.created_position))
 
 
-def _rank(view: SchedulerView, job: Job, priority: str, model: Model | None) -> int:
+def _rank(view: SchedulerView, job: Job, model: Model | None) -> int:
     if job.cause in RELOADS or (model is not None and _is_replacing(view, model)):
         return _BEFORE_ALL
     steps = sum(job.created_at <= view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
-    return max(0, _PRIORITIES.get(priority, 1) - steps)
+    _, parameters = job.load_order
+    return max(0, _PRIORITIES.get(parameters.priority, 1) - steps)
 
 
 def _is_replacing(view: SchedulerView, model: Model) -> bool:
@@ -274,7 +273,8 @@ def _find_replaced(view: SchedulerView, job: Job) -> LoadView | None:
 
 def _strategy(job: Job) -> str:
     """Return the swap strategy; a repair never unloads what still serves first."""
-    return "beside" if job.load is None or job.cause is Cause.RECOVERY else job.load.strategy
+    _, parameters = job.load_order
+    return "beside" if job.cause is Cause.RECOVERY else parameters.strategy
 
 
 def _estimate(view: SchedulerView, job: Job) -> int:

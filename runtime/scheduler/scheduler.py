@@ -200,12 +200,13 @@ def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]
 
 def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
     for job in view.unended:
-        if job.load is None or job.deadline_at is None or job.deadline_at > view.now:
+        if job.deadline_at is None or job.deadline_at > view.now:
             continue
+        _, parameters = job.load_order
         is_pending = job.status is JobStatus.PENDING
         default = "its turn" if is_pending else "its worker, which had not finished loading"
         reason = waiting_for.get(job.id, default)
-        yield FailLoad(job, TIMEOUT, f"not loaded within {job.load.timeout_s} s; it waited for {reason}")
+        yield FailLoad(job, TIMEOUT, f"not loaded within {parameters.timeout_s} s; it waited for {reason}")
 
 
 def _request_reloads(reloads: Sequence[LoadedModel], now: str) -> Iterator[Action]:

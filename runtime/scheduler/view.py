@@ -117,7 +117,9 @@ class Observations:
 
 def find_unload_target(state: State, unload: Job) -> str:
     """Return the load that an unload ends: the serving one, else the one that its request names."""
-    named = unload.unload.load_job_id if unload.unload is not None else unload.id
+    if unload.unload is None:
+        raise RuntimeError(f"job {unload.id} is no unload")
+    named = unload.unload.load_job_id
     model = state.models.get(unload.model_id)
     if unload.cause is Cause.SWAP or model is None or model.serving is None:
         return named

@@ -44,7 +44,7 @@ ALIGNMENT = 64
 """In bytes, as ONNX Runtime's own allocations, for the widest registers."""
 PAGE_BYTES = 4096
 PAGED_FROM_BYTES = 2**20
-"""Longer weights start at a page, as in ONNX Runtime's own files."""
+"""Weights of this length or more start at a page, as in ONNX Runtime's own files."""
 PIECE_BYTES = 8 * 2**20
 """Bytes per write, so that a file system with large pages uses them: an inference of an MLP whose weights are
 mapped from them takes 0.98 of a bare one, else 1.07 (measured with ext4)."""

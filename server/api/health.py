@@ -37,7 +37,7 @@ class Unhealthy(ServerProblem):
     "/health/live",
     access=Access.PUBLIC,
     summary="Liveness: whether to keep the process",
-    answers={200: (HealthSchema(), "It is.")},
+    answers={200: (HealthSchema(), "The process is alive.")},
     errors=("unhealthy",),
 )
 async def live(request: web.Request) -> web.Response:
@@ -49,7 +49,7 @@ async def live(request: web.Request) -> web.Response:
     "/health/ready",
     access=Access.PUBLIC,
     summary="Readiness: whether to send requests",
-    answers={200: (HealthSchema(), "They can.")},
+    answers={200: (HealthSchema(), "The server is ready.")},
     errors=("unhealthy",),
 )
 async def ready(request: web.Request) -> web.Response:
@@ -61,7 +61,7 @@ async def ready(request: web.Request) -> web.Response:
     "/v2/health/live",
     access=Access.PUBLIC,
     summary="Liveness, in the form of the protocol",
-    answers={200: (LiveSchema(), "It is.")},
+    answers={200: (LiveSchema(), "The process is alive.")},
     errors=("unhealthy",),
 )
 async def v2_live(request: web.Request) -> web.Response:
@@ -74,7 +74,7 @@ async def v2_live(request: web.Request) -> web.Response:
     "/v2/health/ready",
     access=Access.PUBLIC,
     summary="Readiness, in the form of the protocol",
-    answers={200: (ServerReadySchema(), "They can.")},
+    answers={200: (ServerReadySchema(), "The server is ready.")},
     errors=("unhealthy",),
 )
 async def v2_ready(request: web.Request) -> web.Response:

@@ -93,14 +93,14 @@ class ResourcesSchema(AnswerSchema):
 
 
 class ResourcesCache:
-    """Cache of the last answer until the next event, at most for KEPT_S: 1,000 loads take 18 ms."""
+    """Cache of the last answer until the next event, at most for CACHED_S: 1,000 loads take 18 ms."""
 
     def __init__(self) -> None:
         self._seen: tuple[int, float] | None = None
         self._body = b""
 
     def body(self, app: web.Application) -> bytes:
-        """Return the answer, at most KEPT_S old."""
+        """Return the answer, at most CACHED_S old."""
         position, now_s = app[LOG].state.position, asyncio.get_running_loop().time()
         if self._seen is None or self._seen[0] != position or now_s - self._seen[1] > CACHED_S:
             self._body = msgspec.json.encode(_resources(app))
@@ -121,7 +121,7 @@ async def show_resources(request: web.Request) -> web.Response:
     return web.Response(body=body, content_type="application/json")
 
 
-RESOURCES_CACHE = web.AppKey("last_look", ResourcesCache)
+RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 
 def _resources(app: web.Application) -> dict[str, object]:

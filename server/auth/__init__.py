@@ -1,8 +1,8 @@
 """Who may do what: authentication, authorisation and rate limits.
 
 `gate.Gate.admit` checks each request, in this order: failures of its address (429), its token (401), the
-limit of its subject (429), its roles (403). The middleware calls it for all routes, and the fast path for
-inferences.
+limit of its subject (429), its roles (403). The middleware calls it for every request except those to
+public routes, and the fast path for inferences.
 
 - `gate`: tokens, roles, the middleware; denials, counted for the ledger
 - `keyring`: the public keys that verify tokens, ours or an identity provider's; reread when their files

@@ -1,9 +1,7 @@
 """Which keys sign tokens and the ledger, and how are tokens issued?
 
 `<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them. `<data>/ledger.key`
-signs the ledger only. Tokens cannot be revoked, but keys can, by removing their file.
-
-The key that signs the ledger's head and nothing else: `<data>/ledger.key`, never one of the tokens'.
+signs the ledger's head and nothing else. Tokens cannot be revoked, but keys can, by removing their file.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import Context
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -101,8 +100,7 @@ class EventLogger:
 
 
 def _write(event: Event, job: Job | None) -> None:
-    data: dict[str, Any] = {} if isinstance(event.data, Unknown) else msgspec.to_builtins(event.data)
-    level = logging.WARNING if is_bad(event.type, data) else logging.INFO
+    level, fields = _level_and_fields(event)
     if not _log.isEnabledFor(level):
         return
     extra = make_extra(
@@ -114,11 +112,19 @@ def _write(event: Event, job: Job | None) -> None:
         subject=event.actor,
         worker=event.worker_id,
         duration_s=_duration_s(job),
-        **log_fields(event.type, data),
+        **fields,
     )
     record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=extra)
     record.created = parse_timestamp(event.recorded_at).timestamp()
     _log.handle(record)
+
+
+def _level_and_fields(event: Event) -> tuple[int, dict[str, object]]:
+    """Return how an event is logged; one of a later schema has no fields."""
+    if isinstance(event.data, Unknown):
+        return logging.INFO, {}
+    data = msgspec.to_builtins(event.data)
+    return logging.WARNING if is_bad(event.type, data) else logging.INFO, log_fields(event.type, data)
 
 
 def _message(event: Event) -> str:

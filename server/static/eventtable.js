@@ -3,7 +3,7 @@
 export const HASH_DIGITS = 12;
 
 export const EVENT_TEXTS = {
-  LoadRequested: {"parts": ["{cause}", "priority {priority}"], "tone": "plain", "badIf": null},
+  LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned"], "tone": "plain", "badIf": null},
   LoadStarted: {"parts": ["attempt {attempt}"], "tone": "plain", "badIf": null},
   ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "{files:files}"], "tone": "good", "badIf": null},
   LoadFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},

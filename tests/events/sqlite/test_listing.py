@@ -229,6 +229,17 @@ async def test_damaged_event_is_not_returned(path: Path) -> None:
             await reader.event_page(EventQuery())
 
 
+async def test_damaged_event_keeps_no_transaction_open(path: Path) -> None:
+    async with opened(path) as log, open_reader(path) as reader:
+        await write(log, 4)
+        change_ledger(path, "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2")
+        with pytest.raises(LogUnavailable) as caught:
+            await reader.event_page(EventQuery())
+        await write(log, 1)
+        assert [event.position for event in await reader.events(4)] == [5]
+        assert caught.value.__traceback__ is not None  # it keeps the frames of the query
+
+
 # Jobs.
 
 
