@@ -25,6 +25,9 @@ from loadledger.requests import Answer, Request
 
 T = TypeVar("T")
 
+MAX_LENGTH_DIGITS = 18
+"""Digits of a Content-Length: no body is longer, and Python refuses to convert 4,300."""
+
 HTTP_1_1 = 11
 """`HTTPResponse.version` of HTTP/1.1, whose connections are kept unless a side says `close`."""
 _LOST = (http.client.RemoteDisconnected, http.client.IncompleteRead, OSError)
@@ -84,8 +87,9 @@ class BlockingStream:
         # The library takes the end of a connection for the end of the headers: then there is neither a
         # body nor its length.
         self._is_cut = self._left is None and not is_chunked
-        closes = self._is_cut or "close" in headers.get("connection", "").lower()
-        self._is_kept = self._response.version == HTTP_1_1 and not closes
+        option = headers.get("connection", "").lower()
+        persists = "keep-alive" in option if self._response.version < HTTP_1_1 else "close" not in option
+        self._is_kept = persists and not self._is_cut
         self._is_read = False
 
     async def read(self) -> bytes:
@@ -240,10 +244,11 @@ class BlockingTransport:
 
 def _body_length(answer: Answer) -> int | None:
     """Return the length of a body that is not chunked; None if only the end of the connection ends it."""
-    if answer.status in {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}:
+    if answer.status < HTTPStatus.OK or answer.status in {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}:
         return 0
     length = answer.headers.get("content-length", "")
-    return int(length) if length.isascii() and length.isdecimal() else None
+    is_number = length.isascii() and length.isdecimal() and len(length) <= MAX_LENGTH_DIGITS
+    return int(length) if is_number else None
 
 
 def _safe_cause(error: Exception) -> Exception | None:

@@ -155,8 +155,9 @@ def test_byte_by_byte_server_times_out(head: bytes, part: bytes, kinds: list[str
         said(b"<html></html>", media_type="text/html"),
         said(b"\x1f\x8b\x08gzip", "200 OK", "Content-Encoding: gzip"),
         said(b"[1, 2]"),
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n[]",
     ],
-    ids=["ssh", "echo", "echo in a field", "many headers", "html", "gzip", "other JSON"],
+    ids=["ssh", "echo", "echo in a field", "many headers", "html", "gzip", "other JSON", "endless length"],
 )
 @each_kind
 def test_answer_of_another_service_is_refused(kind: str, text: bytes) -> None:
