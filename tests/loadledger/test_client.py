@@ -107,6 +107,17 @@ def test_wait_ends_in_time_and_job_is_cancelled(client: Client) -> None:
     client.unload("slow", force=True, wait=True)
 
 
+def test_same_idempotency_key_is_the_same_job(client: Client) -> None:
+    key = f'a "key" \\ {os.urandom(8).hex()}'
+    first = client.load("a", wait=True, idempotency_key=key)
+    client.unload("a", wait=True)
+    assert client.load("a", idempotency_key=key).id == first.id
+    with pytest.raises(ServerError) as caught:
+        client.load("b", idempotency_key=key)
+    assert caught.value.code == "idempotency_mismatch"
+    assert client.model("a").state == "unloaded"
+
+
 def test_lists_page_filter_and_look_back(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     client.load("b", wait=True)
     client.unload("b", wait=True)

@@ -1,6 +1,7 @@
 """The client's decisions: calls played with listed answers and a clock that is a number."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from support.history import PLAIN
 
 from loadledger import problems
 from loadledger.jobs import PREFERRED_S
+from loadledger.operations import Operations
 from loadledger.problems import (
     Archived,
     BadAnswer,
@@ -70,6 +72,21 @@ def test_load_lost_after_long_wait_is_resent() -> None:
     play = Played([LOST, answer(job("completed"))], took_s=RETRY_FOR_S + 5.0)
     assert load(play).status == "completed"
     assert len({request.headers["Idempotency-Key"] for request in play.requests}) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda calls, key: calls.load("m", idempotency_key=key),
+        lambda calls, key: calls.unload("m", idempotency_key=key),
+        lambda calls, key: calls.cancel("j1", idempotency_key=key),
+    ],
+    ids=["load", "unload", "cancel"],
+)
+def test_given_idempotency_key_is_sent_quoted(make: Callable[[Operations, str], Any]) -> None:
+    play = Played([LOST, answer(job("completed"))])
+    assert play.play(make(play.calls, 'a "key"')).id == "j1"
+    assert [request.headers["Idempotency-Key"] for request in play.requests] == ['"a \\"key\\""'] * 2
 
 
 def test_inference_is_sent_once() -> None:

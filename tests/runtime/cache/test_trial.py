@@ -107,6 +107,13 @@ async def test_form_that_differs_is_of_no_use(
     assert await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form) == (why_not, [])
 
 
+async def test_form_of_a_random_model_is_of_no_use(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.random_numbers(), tmp_path / "models", "m")
+    form = await prepared(pool, tmp_path / "models")
+    outcome = await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form)
+    assert outcome == ("its answers differ", [])
+
+
 async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.misaligned(), tmp_path / "models", "m")
     order = written_by_the_runtime(tmp_path / "models")

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from onnx import ModelProto
 from support import models
 from support.http import Answer, Json, LocalApi, when
 from support.models import save
@@ -25,6 +26,13 @@ SHORT = {**ENDLESS, "data": [5]}
 
 def floats(*values: float) -> Json:
     return {"name": "x", "shape": [len(values)], "datatype": "FP32", "data": list(values)}
+
+
+def quotient(a: int, b: int) -> list[Json]:
+    """Give the inputs of `crash_on_run`."""
+    return [
+        {"name": name, "shape": [1], "datatype": "INT64", "data": [n]} for name, n in (("a", a), ("b", b))
+    ]
 
 
 async def load_loop(api: LocalApi, model_id: str) -> None:
@@ -86,24 +94,54 @@ async def test_server_timeout_and_full_queue_refuse(start: Start, repository: Pa
 # Workers and clients that go away
 
 
-async def test_killed_worker_fails_its_requests_and_is_replaced(shared: LocalApi) -> None:
-    await load_loop(shared, "killed")
-    await load_loop(shared, "other")
-    is_computing = computing(shared.worker("killed").pid)
-    [running] = await begin(shared, "killed")
+async def test_long_inference_holds_up_nothing_else(shared: LocalApi) -> None:
+    await load_loop(shared, "long")
+    await load_loop(shared, "quick")
+    is_computing = computing(shared.worker("long").pid)
+    [running] = await begin(shared, "long")
     await until(is_computing)
-    assert (await shared.infer("other", SHORT)).status == 200  # and is not held up meanwhile
+    assert (await shared.infer("quick", SHORT)).json["outputs"][0]["data"] == [5]
     assert (await shared.get("/health/ready")).status == 200
-    os.kill(shared.worker("killed").pid, signal.SIGKILL)
+    assert not running.done()
+    await shared.unload("long", force=True)
+    assert (await running).refusal == (503, "worker_died")
+
+
+@pytest.mark.parametrize(
+    ("model_id", "model", "fatal", "harmless", "number"),
+    [
+        ("killed", models.counting_loop(), [ENDLESS], [SHORT], signal.SIGKILL),
+        ("crashed", models.crash_on_run(), quotient(models.LOWEST, -1), quotient(-5, -1), signal.SIGFPE),
+    ],
+    ids=["killed", "crashed by the inference"],
+)
+async def test_dead_worker_fails_its_requests_and_is_replaced(
+    shared: LocalApi,
+    model_id: str,
+    model: ModelProto,
+    *,
+    fatal: list[Json],
+    harmless: list[Json],
+    number: signal.Signals,
+) -> None:
+    await load_loop(shared, "other")
+    save(model, shared.config.repository, model_id)
+    await shared.load(model_id)
+    worker = shared.worker(model_id)
+    is_computing = computing(worker.pid)
+    running = asyncio.create_task(shared.infer(model_id, *fatal))
+    if number == signal.SIGKILL:
+        await until(is_computing)
+        os.kill(worker.pid, number)
     answer = await running
     assert answer.refusal == (503, "worker_died")
-    assert "signal 9" in answer.json["error"]
+    assert f"signal {number}" in answer.json["error"]
     assert (await shared.infer("other", SHORT)).status == 200
-    answer = await when(lambda: shared.infer("killed", SHORT), lambda seen: seen.status == 200)
+    answer = await when(lambda: shared.infer(model_id, *harmless), lambda seen: seen.status == 200)
     assert answer.json["outputs"][0]["data"] == [5]
-    [exited] = [event.data for event in await shared.events("killed") if isinstance(event.data, WorkerExited)]
-    assert exited.signal == signal.SIGKILL
-    assert (await shared.jobs("?model=killed"))[0]["cause"] == "recovery"
+    [exited] = [event.data for event in await shared.events(model_id) if isinstance(event.data, WorkerExited)]
+    assert exited.signal == number
+    assert (await shared.jobs(f"?model={model_id}"))[0]["cause"] == "recovery"
 
 
 async def test_disconnected_client_s_run_is_stopped(shared: LocalApi) -> None:
