@@ -162,6 +162,7 @@ async def test_request_job_and_stages_join_the_callers_trace(config: Config) -> 
     assert load_job.parent_id == request.span_id
     for span in (request, inference):
         assert span.attributes["client.address"] == "192.0.2.1"  # whom the proxy names, and not the proxy
+        assert "loadledger.subject" in span.attributes
     assert request.attributes["http.response.status_code"] == 200
     assert request.attributes["http.route"] == "/api/v1/models/{id}/load"
     assert request.attributes["loadledger.job"] == load_job.attributes["loadledger.job"] == job["id"]
