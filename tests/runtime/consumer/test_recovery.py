@@ -2,25 +2,28 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support import models
 from support.running import Engine, code_of, gone, running, save_models, stopped_clock
-from support.workers import until
+from support.workers import freeze, until
 
 from events.commands import RequestCancel
 from events.errors import LogUnavailable
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.types import Cause, LoadRequested, WorkerExited
+from events.types import Cause, LoadRequested, LoadStarted, WorkerExited
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
+from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 
 BACK_OFF_S = 60
@@ -103,18 +106,25 @@ async def test_load_without_worker_survives_the_fork_server(folder: Path) -> Non
 async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_pool: WorkerPool) -> None:
     async with running(folder, loads_at_once=1, pool=shared_pool) as engine:
         await engine.load("loop")
-        await engine.load("other")
+        await engine.load("other", 1)
         await engine.load("adder", 1)
         [asked] = await engine.start_endless()
+        old = engine.worker("other")
+        await freeze(old.pid)
+        asked_of_old = asyncio.create_task(engine.ask("other", 1))
+        await until(lambda: old.in_flight == 1)
+        models.save(models.add(200), folder / "models", "other", 2)
+        await engine.load("other", 2)  # version 1 drains
         unload = await engine.ask_unload("loop")
         await engine.becomes("loop", ModelState.UNLOADING)
         in_progress = await engine.ask_load("slow")
         await engine.loading("slow")
         pending = await engine.ask_load("adder", 2)
         pids = engine.worker_pids()
-        assert len(pids) == 4
-    with pytest.raises(WorkerDied):
-        await asked
+        assert len(pids) == 5
+    for inference in (asked, asked_of_old):
+        with pytest.raises(WorkerDied):
+            await inference
     assert all(gone(pid) for pid in pids)
     models.save(models.add(3), folder / "models", "slow")
     async with running(folder, loads_at_once=1, pool=shared_pool) as engine:
@@ -122,13 +132,56 @@ async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_po
         assert [job.status for job in jobs] == [JobStatus.COMPLETED] * 3
         assert [job.attempt for job in jobs] == [2, 1, 2]
         await engine.becomes("other", ModelState.LOADED)
+        assert [load.version for load in engine.consumer.loads.values() if load.model_id == "other"] == [2]
+        assert await engine.ask("other", 1) == 201
         assert await engine.ask("adder", 1) == 3
         assert engine.model("loop").state is ModelState.UNLOADED
         requests = await engine.facts(LoadRequested, of="other")
-        assert [request.cause for request in requests] == [Cause.REQUEST, Cause.RESTART]
+        assert [request.cause for request in requests] == [Cause.REQUEST, Cause.REQUEST, Cause.RESTART]
         active = engine.log.state.active()
         assert active is not None
         assert active.id == "adder"
+
+
+@pytest.mark.parametrize(
+    ("stops_cleanly", "attempts", "code"), [(False, [1, 2, 3], "crash_loop"), (True, [1, 2, 3, 4], None)]
+)
+async def test_load_fails_after_three_unclean_ends_only(
+    folder: Path, shared_pool: WorkerPool, *, stops_cleanly: bool, attempts: list[int], code: str | None
+) -> None:
+    async with running(folder, pool=shared_pool, stops_cleanly=stops_cleanly) as engine:
+        job_id = await engine.ask_load("slow")
+        await engine.loading("slow")
+    for _ in range(MAX_SERVER_DEATHS - 1):
+        async with running(folder, pool=shared_pool, stops_cleanly=stops_cleanly) as engine:
+            await engine.loading("slow")
+    models.save(models.add(3), folder / "models", "slow")
+    async with running(folder, pool=shared_pool) as engine:
+        assert code_of(await engine.ended(job_id)) == code
+        starts = await engine.facts(LoadStarted, of="slow")
+        assert [start.attempt for start in starts] == attempts
+
+
+async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
+        for name in ("loop", "other", "adder"):
+            await engine.load(name)
+    models.save(models.crash_on_load(), folder / "models", "loop")
+    shutil.rmtree(folder / "models" / "other")
+    async with running(folder, pool=shared_pool, clock=stopped_clock()) as engine:
+
+        def failed(times: int) -> bool:
+            return all(len(engine.model(name).incidents) == times for name in ("loop", "other"))
+
+        for times in range(1, MAX_INCIDENTS):
+            await engine.recorded(partial(failed, times))
+            engine.pass_time(BACK_OFF_S)
+        for name, reason in {"loop": "signal 8", "other": "not in the repository"}.items():
+            model = await engine.becomes(name, ModelState.FAILED)
+            assert model.error is not None
+            assert model.error.code == "crash_loop"
+            assert reason in model.error.message
+        assert await engine.ask("adder", 1) == 3
 
 
 # The ledger cannot be written.

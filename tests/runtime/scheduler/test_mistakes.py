@@ -13,7 +13,7 @@
 | tensorflow/serving #2017 | test_swaps.py (strategies), tests/server/api/test_loads.py |
 | llama-swap #946 | tests/server/api/test_unloads.py |
 | triton #6711, #6536, #356 | tests/server/api/test_loads.py |
-| triton #8958, #5940; MLServer #957 | tests/server/test_health.py; tests/server/api/test_jobs.py |
+| triton #8958, #5940; MLServer #957 | tests/server/api/test_health.py, tests/server/api/test_jobs.py |
 | TorchServe's CVEs, Kokoro-FastAPI #478 | tests/server/test_openapi.py |
 """
 
