@@ -12,6 +12,7 @@ from events.eventtext import EVENT_TEXTS, describe_event, is_bad, log_fields
 from events.types import TYPES
 
 SCRIPT = Path(__file__).parents[2] / "server" / "static" / "eventtext.js"
+REQUESTED = {"cause": "demand", "priority": "low", "pinned": False}
 LOADED = {
     "files": [{"path": "model.onnx", "sha256": "0123456789abcdef"}],
     "durations": {"total_us": 19_400},
@@ -21,7 +22,8 @@ LOADED = {
 FREED = {"freed_bytes": 54_321_000, "drained_requests": 2, "aborted_requests": 0}
 EXITED = {"signal": None, "exit_code": 3, "stderr": ["first", "last"]}
 CASES: list[tuple[str, dict[str, Any], str, bool]] = [
-    ("LoadRequested", {"cause": "demand", "priority": "low"}, "demand, priority low", False),
+    ("LoadRequested", REQUESTED, "demand, priority low", False),
+    ("LoadRequested", REQUESTED | {"pinned": True}, "demand, priority low, pinned", False),
     ("LoadStarted", {"attempt": 2}, "attempt 2", False),
     ("ModelLoaded", LOADED, "19 ms, 3.2 MB, model.onnx 0123456789ab", False),
     ("LoadFailed", {"code": "timeout", "message": "too slow"}, "timeout: too slow", True),
