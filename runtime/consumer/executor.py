@@ -48,25 +48,8 @@ from runtime.estimates import MemoryEstimates, estimate_unprepared
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import LoadReport, Worker
 from runtime.repository import Repository
-from runtime.scheduler.actions import (
-    Action,
-    CancelJob,
-    CompleteLoad,
-    EstimateMemory,
-    FailLoad,
-    FailModel,
-    FinishUnload,
-    KillWorkers,
-    PrepareModel,
-    RecordExits,
-    RequestReload,
-    ReuseWorkers,
-    StartLoad,
-    StartUnload,
-    StopPreparation,
-    UnloadAutomatically,
-    UnloadForReplacement,
-)
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import is_load_current
 from runtime.wire import HashedFile, plain_text
 
@@ -126,15 +109,13 @@ def describe_unloaded(load: RunningLoad | None) -> ModelUnloaded:
     return ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
 
 
-def swapped_out(
-    load_job_id: str, model_id: str, version: int | None, worker_id: str | None, cause_event_id: str
-) -> Draft:
-    """Return the unload request of a version that another load of its model replaces."""
+def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
+    """Return the unload request of a load that another load of its model replaces."""
     request = UnloadRequested(
-        force=False, load_job_id=load_job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
+        force=False, load_job_id=old.job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
     )
     swap_id = uuid7()
-    return Draft(swap_id, request, SYSTEM, swap_id, model_id, version, worker_id)
+    return Draft(swap_id, request, SYSTEM, swap_id, old.model_id, old.version, old.only_worker_id)
 
 
 def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
@@ -146,6 +127,23 @@ def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     return (
         Draft(job_id, request, SYSTEM, job_id, model.id, version),
         Draft(uuid7(), failed, SYSTEM, job_id, model.id, version),
+    )
+
+
+def build_reload(model: LoadedModel, cause: Cause) -> RequestLoad:
+    """Return the request with which the system reloads a model."""
+    serving = model.serving
+    # Many may be requested at once: a short timeout was not meant for the queue after a restart.
+    timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
+    parameters = replace(serving.parameters, timeout_s=timeout_s)
+    return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
+
+
+def build_unload(model: LoadedModel, cause: Cause, cause_event_id: str | None) -> RequestUnload:
+    """Return the request with which the system unloads a model."""
+    load_job_id = model.serving.load_job_id
+    return RequestUnload(
+        model.id, SYSTEM, cause=cause, cause_event_id=cause_event_id, load_job_id=load_job_id
     )
 
 
@@ -231,42 +229,43 @@ class Executor:
             LogUnavailable: it could not be recorded, so nothing follows from it.
         """
         match action:
-            case StartLoad(job):
+            case actions.StartLoad(job):
                 await self._start_load(job)
-            case ReuseWorkers(job, load_job_id):
+            case actions.ReuseWorkers(job, load_job_id):
                 await self._reuse_workers(job, self.loads[load_job_id])
-            case CompleteLoad(job, replaces):
+            case actions.CompleteLoad(job, replaces):
                 await self._complete_load(job, replaces)
-            case FailLoad(job, code, message):
+            case actions.FailLoad(job, code, message):
                 await self._fail_load(job, Failure(code, message) if code is not None else None)
-            case EstimateMemory(job):
+            case actions.EstimateMemory(job):
                 self.estimates.start_estimate(job, self._log.state.models.get(job.model_id))
                 if all(load.report is not None for load in self.loads.values()):  # else it may have to wait
                     self._pool.prefork()
-            case PrepareModel(load_job_id):
+            case actions.PrepareModel(load_job_id):
                 self.preparer.begin(load_job_id)
-            case StopPreparation():
+            case actions.StopPreparation():
                 self.preparer.stop()
-            case CancelJob(job):
+            case actions.CancelJob(job):
                 await self._record(draft_fact(job, JobCancelled()))
-            case StartUnload(job, load_job_id):
+            case actions.StartUnload(job, load_job_id):
                 await self._start_unload(job, load_job_id)
-            case KillWorkers(load_job_id):
+            case actions.KillWorkers(load_job_id):
                 self.loads[load_job_id].kill()
-            case FinishUnload(jobs, load_job_id):
+            case actions.FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id)
-            case RecordExits(load_job_id, worker_ids):
+            case actions.RecordExits(load_job_id, worker_ids):
                 load = self.loads[load_job_id]
                 await self._record_with_exits(
                     load, [each for each in load.workers if each.worker_id in worker_ids]
                 )
-            case UnloadForReplacement(job, load_job_id):
-                await self._record(_draft_replacement_unload(self.loads[load_job_id], job.id))
-            case RequestReload(model, cause):
-                await self._request_reload(model, cause)
-            case UnloadAutomatically(model, cause, cause_event_id):
-                await self._request_end(model, cause, cause_event_id)
-            case FailModel(model, message):
+            case actions.UnloadForReplacement(job, load_job_id):
+                await self._record(draft_replacement_unload(self.loads[load_job_id], job.id))
+            case actions.RequestReload(model, cause):
+                await self._log.submit(build_reload(model, cause))
+            case actions.UnloadAutomatically(model, cause, cause_event_id):
+                with suppress(RequestRefused):  # another job of the model was requested meanwhile
+                    await self._log.submit(build_unload(model, cause, cause_event_id))
+            case actions.FailModel(model, message):
                 await self._record(*draft_crash_loop(model, message))
 
     async def _start_load(self, job: Job) -> None:
@@ -306,7 +305,7 @@ class Executor:
         self._remember_files(load, load.finished_report)
         loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load.only_worker_id)
         old = self.loads.get(replaces) if replaces is not None else None
-        swapped_out = [] if old is None else [_draft_replacement_unload(old, loaded.id)]
+        swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
         await self._record(loaded, *swapped_out)
         self._offer_for_preparation(load)
 
@@ -355,26 +354,6 @@ class Executor:
         ends = [draft_fact(job, unloaded, _worker_id(load)) for job in jobs]
         await self._record_with_exits(load, load.unexpected_exits if load else [], *ends)
 
-    async def _request_reload(self, model: LoadedModel, cause: Cause) -> None:
-        serving = model.serving
-        # Many may be requested at once: a short timeout was not meant for the queue after a restart.
-        timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
-        parameters = replace(serving.parameters, timeout_s=timeout_s)
-        command = RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
-        await self._log.submit(command)
-
-    async def _request_end(self, model: LoadedModel, cause: Cause, cause_event_id: str | None) -> None:
-        with suppress(RequestRefused):  # another job of the model was requested meanwhile
-            await self._log.submit(
-                RequestUnload(
-                    model.id,
-                    SYSTEM,
-                    cause=cause,
-                    cause_event_id=cause_event_id,
-                    load_job_id=model.serving.load_job_id,
-                )
-            )
-
     async def _record_with_exits(
         self, load: RunningLoad | None, dead: Sequence[Worker], *drafts: Draft
     ) -> None:
@@ -402,7 +381,3 @@ class Executor:
 
 def _worker_id(load: RunningLoad | None) -> str | None:
     return load.only_worker_id if load is not None else None
-
-
-def _draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
-    return swapped_out(old.job_id, old.model_id, old.version, old.only_worker_id, cause_event_id)

@@ -11,57 +11,56 @@ from events.types import Cause
 
 
 @dataclass(frozen=True, slots=True)
-class StartLoad:
+class JobAction:
+    """An action on a job."""
+
+    job: Job
+
+
+class StartLoad(JobAction):
     """Record `LoadStarted`, then start the workers for this job."""
 
-    job: Job
+
+class EstimateMemory(JobAction):
+    """Begin to estimate the memory that a load needs."""
+
+
+class CancelJob(JobAction):
+    """Record `JobCancelled` of a load, or of an unload that has not begun; end the load's workers."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReuseWorkers:
-    """Record `LoadStarted` and `ModelLoaded`: the workers of another load become those of this job."""
-
-    job: Job
-    load_job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class CompleteLoad:
+class CompleteLoad(JobAction):
     """Record `ModelLoaded`, together with the unload request of the load that it replaces, if any."""
 
-    job: Job
     replaces: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class FailLoad:
+class FailLoad(JobAction):
     """Record `LoadFailed` and end the workers; without a `code`, the worker's reason is recorded."""
 
-    job: Job
     code: str | None = None
     message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class CancelJob:
-    """Record `JobCancelled` of a load, or of an unload that has not begun; end the load's workers."""
+class JobLoadAction(JobAction):
+    """An action of a job on a running load."""
 
-    job: Job
+    load_job_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class StartUnload:
+class ReuseWorkers(JobLoadAction):
+    """Record `LoadStarted` and `ModelLoaded`: the workers of another load become those of this job."""
+
+
+class UnloadForReplacement(JobLoadAction):
+    """Request the unload of the version that the load of `job` replaces in place."""
+
+
+class StartUnload(JobLoadAction):
     """Stop routing to a load, record `UnloadStarted`, then drain and stop its workers unless forced."""
-
-    job: Job
-    load_job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class KillWorkers:
-    """Kill the workers of a load now."""
-
-    load_job_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +72,30 @@ class FinishUnload:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordExits:
-    """Record `WorkerExited` of each of these workers of a serving load."""
+class LoadAction:
+    """An action on a running load."""
 
     load_job_id: str
+
+
+class KillWorkers(LoadAction):
+    """Kill the workers of a load now."""
+
+
+class PrepareModel(LoadAction):
+    """Begin to prepare the files of this load."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordExits(LoadAction):
+    """Record `WorkerExited` of each of these workers of a serving load."""
+
     worker_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StopPreparation:
+    """Stop the running preparation: its memory is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +104,6 @@ class RequestReload:
 
     model: LoadedModel
     cause: Cause
-
-
-@dataclass(frozen=True, slots=True)
-class EstimateMemory:
-    """Begin to estimate the memory that a load needs."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class UnloadForReplacement:
-    """Request the unload of the version that the load of `job` replaces in place."""
-
-    job: Job
-    load_job_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +121,6 @@ class FailModel:
 
     model: LoadedModel
     message: str
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareModel:
-    """Begin to prepare the files of this load."""
-
-    load_job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopPreparation:
-    """Stop the running preparation: its memory is needed."""
 
 
 Action = (

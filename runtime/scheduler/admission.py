@@ -14,16 +14,8 @@ from events.clock import add_seconds
 from events.jobs import Job, JobKind
 from events.models import CRASH_LOOP, INSUFFICIENT_MEMORY, RELOADS, TOO_MANY_LOADED, Model
 from events.types import Cause
-from runtime.scheduler.actions import (
-    Action,
-    EstimateMemory,
-    FailLoad,
-    ReuseWorkers,
-    StartLoad,
-    StopPreparation,
-    UnloadAutomatically,
-    UnloadForReplacement,
-)
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action
 from runtime.scheduler.eviction import Eviction
 from runtime.scheduler.view import LoadView, SchedulerView
 
@@ -169,7 +161,7 @@ def _decide_load(
     job, observations = queued.job, view.observations
     kept = view.find_serving(queued.model)
     if kept is not None and kept.load_job_id == job.keeps and not _is_degraded(queued.model):
-        return ReuseWorkers(job, kept.load_job_id)
+        return actions.ReuseWorkers(job, kept.load_job_id)
     unfit = _refuse_or_estimate(view, job)
     if unfit is not None:
         return unfit
@@ -185,7 +177,7 @@ def _decide_load(
         return Waiting(f"a free load slot: at most {view.policy.loads_at_once} may run at once")
     if observations.under_pressure and queued.rank == _LOWEST_PRIORITY:
         if view.can_stop_preparation:  # it may be the cause of the pressure
-            return StopPreparation()
+            return actions.StopPreparation()
         return Waiting(
             "the machine, which is under pressure",
             min(add_seconds(job.created_at, PRIORITY_AGING_S), add_seconds(view.now, PRESSURE_POLL_S)),
@@ -203,12 +195,12 @@ def _refuse_or_estimate(view: SchedulerView, job: Job) -> Action | Waiting | Non
     """Refuse a load that can never run; estimate its memory if it is unknown."""
     if job.server_deaths >= MAX_SERVER_DEATHS:
         reason = f"the server died {job.server_deaths} times while this load was in progress"
-        return FailLoad(job, CRASH_LOOP, reason)
+        return actions.FailLoad(job, CRASH_LOOP, reason)
     estimates = view.observations.estimates
     if view.policy.budget_bytes is not None and estimates.get(job.id) is None:
-        return Waiting("the estimate of its memory") if job.id in estimates else EstimateMemory(job)
+        return Waiting("the estimate of its memory") if job.id in estimates else actions.EstimateMemory(job)
     misfit = explain_misfit(view, job)
-    return FailLoad(job, INSUFFICIENT_MEMORY, misfit) if misfit is not None else None
+    return actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit) if misfit is not None else None
 
 
 def explain_misfit(view: SchedulerView, job: Job) -> str | None:
@@ -248,7 +240,7 @@ def _start_or_make_room(
     replaced, missing = _find_replaced(view, job), _shortage_now(view, job, reservations)
     if replaced is not None and _strategy(job) == "auto" and missing.bytes > 0:
         if view.can_stop_preparation:  # better than a gap
-            return StopPreparation()
+            return actions.StopPreparation()
         is_stopping = view.observations.preparation is not None
         if is_stopping and _shortage_after_exits(view, job, reservations, 0).is_none:
             reason = f"{_describe_shortage(view, job, reservations)}; it is being released"
@@ -262,8 +254,8 @@ def _start_or_make_room(
             view, job, reservations, eviction, replaced_bytes=replaced_bytes, reserves_room=reserves_room
         )
     if replaced is not None and is_in_place:
-        return UnloadForReplacement(job, replaced.load_job_id)
-    return StartLoad(job)
+        return actions.UnloadForReplacement(job, replaced.load_job_id)
+    return actions.StartLoad(job)
 
 
 def _find_replaced(view: SchedulerView, job: Job) -> LoadView | None:
@@ -325,7 +317,7 @@ def _make_room(
 ) -> Action | Waiting:
     """Wait for exiting processes; otherwise stop the preparation, then evict the fewest models."""
     if view.can_stop_preparation and _shortage_now(view, job, reservations, replaced_bytes).bytes > 0:
-        return StopPreparation()
+        return actions.StopPreparation()
     missing = _shortage_after_exits(view, job, reservations, replaced_bytes)
     shortage_text = _describe_shortage(view, job, reservations)
     if missing.is_none:
@@ -333,7 +325,7 @@ def _make_room(
     if _may_evict(view, job):
         chosen = eviction.choose(missing.bytes, missing.models)
         if chosen:
-            return UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
+            return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
     if job.cause is Cause.RESTART and not view.will_free_more:
         return _fail_restore(job, missing, shortage_text)
     wake_at = eviction.next_at if _may_evict(view, job) else None
@@ -351,9 +343,9 @@ def _may_evict(view: SchedulerView, job: Job) -> bool:
     return view.policy.evicts and job.cause is not Cause.RESTART
 
 
-def _fail_restore(job: Job, missing: _Shortage, shortage_text: str) -> FailLoad:
+def _fail_restore(job: Job, missing: _Shortage, shortage_text: str) -> actions.FailLoad:
     code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
-    return FailLoad(job, code, f"not reloaded after the server's start: it needs {shortage_text}")
+    return actions.FailLoad(job, code, f"not reloaded after the server's start: it needs {shortage_text}")
 
 
 def _describe_shortage(view: SchedulerView, job: Job, reservations: Reservations) -> str:

@@ -14,21 +14,8 @@ from events.jobs import Job, JobKind, JobStatus
 from events.models import RELOADS, TIMEOUT, LoadedModel, Model, ModelState
 from events.state import State
 from events.types import Cause
-from runtime.scheduler.actions import (
-    Action,
-    CancelJob,
-    CompleteLoad,
-    Decision,
-    FailLoad,
-    FailModel,
-    FinishUnload,
-    KillWorkers,
-    PrepareModel,
-    RecordExits,
-    RequestReload,
-    StartUnload,
-    StopPreparation,
-)
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import Admission, admit
 from runtime.scheduler.eviction import AutomaticUnload, Eviction, find_automatic_unload
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, SchedulerView, find_unload_target
@@ -61,14 +48,14 @@ def decide(
 ) -> Decision:
     """Return the next action for the recorded `state` and the running loads, by load job id."""
     view = SchedulerView(state, running, policy, now, observations or Observations())
-    for actions in (
+    for concern in (
         _force_unloads,
         _cancel_jobs,
         _record_outcomes,
         _advance_unloads,
         _stop_preparation_over_budget,
     ):
-        action = next(actions(view), None)
+        action = next(concern(view), None)
         if action is not None:
             return Decision(action)
     eviction = Eviction(view)
@@ -83,7 +70,7 @@ def decide(
     if automatic.action is not None:
         return Decision(automatic.action)
     if (load_job_id := _find_preparation(view)) is not None:
-        return Decision(PrepareModel(load_job_id))
+        return Decision(actions.PrepareModel(load_job_id))
     return Decision(None, _wake_at(view, admission, automatic, reloads), waiting_for)
 
 
@@ -111,12 +98,12 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
             continue
         before = queue[: forced[-1] + 1]
         target = find_unload_target(view.state, before[-1])
-        yield from (CancelJob(job) for job in before if job.kind is JobKind.LOAD)
-        yield from (StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
+        yield from (actions.CancelJob(job) for job in before if job.kind is JobKind.LOAD)
+        yield from (actions.StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
         alive = [run for run in view.running.values() if run.model_id == model_id and run.alive]
-        yield from (KillWorkers(run.load_job_id) for run in alive if not run.killed)
+        yield from (actions.KillWorkers(run.load_job_id) for run in alive if not run.killed)
         if not alive:
-            yield FinishUnload(tuple(before), target)
+            yield actions.FinishUnload(tuple(before), target)
 
 
 def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
@@ -125,7 +112,7 @@ def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
         if job.cancelling or (
             _is_on_demand(view, job) and job.model_id not in view.observations.pending_demand
         ):
-            yield CancelJob(job)
+            yield actions.CancelJob(job)
 
 
 def _is_on_demand(view: SchedulerView, job: Job) -> bool:
@@ -140,11 +127,11 @@ def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
             continue
         job = view.state.unended_job(run.load_job_id)
         if run.phase is Phase.LOADED and job is not None:
-            yield CompleteLoad(job, _find_replaced_load(view, job))
+            yield actions.CompleteLoad(job, _find_replaced_load(view, job))
         elif run.phase is Phase.FAILED and job is not None:
-            yield FailLoad(job)
+            yield actions.FailLoad(job)
         elif exited := _find_unrecorded_exits(view, run):
-            yield RecordExits(run.load_job_id, exited)
+            yield actions.RecordExits(run.load_job_id, exited)
 
 
 def _find_replaced_load(view: SchedulerView, job: Job) -> str | None:
@@ -175,15 +162,15 @@ def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
         load_job_id = find_unload_target(view.state, job)
         run = view.running.get(load_job_id)
         if job.status is JobStatus.PENDING or (run is not None and run.phase is Phase.SERVING):
-            yield StartUnload(job, load_job_id)
+            yield actions.StartUnload(job, load_job_id)
         elif not view.alive(load_job_id):
-            yield FinishUnload((job,), load_job_id)
+            yield actions.FinishUnload((job,), load_job_id)
 
 
 def _stop_preparation_over_budget(view: SchedulerView) -> Iterator[Action]:
     """Stop the preparation when serving workers outgrew the budget."""
     if view.can_stop_preparation and view.free_bytes is not None and view.free_bytes < 0:
-        yield StopPreparation()
+        yield actions.StopPreparation()
 
 
 def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]:
@@ -195,7 +182,7 @@ def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]
         if job.id == unload.id:
             return
         if job.kind is JobKind.LOAD and job.cause in RELOADS:
-            yield CancelJob(job)
+            yield actions.CancelJob(job)
 
 
 def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
@@ -206,7 +193,9 @@ def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Ite
         is_pending = job.status is JobStatus.PENDING
         default = "its turn" if is_pending else "its worker, which had not finished loading"
         reason = waiting_for.get(job.id, default)
-        yield FailLoad(job, TIMEOUT, f"not loaded within {parameters.timeout_s} s; it waited for {reason}")
+        yield actions.FailLoad(
+            job, TIMEOUT, f"not loaded within {parameters.timeout_s} s; it waited for {reason}"
+        )
 
 
 def _request_reloads(reloads: Sequence[LoadedModel], now: str) -> Iterator[Action]:
@@ -214,14 +203,14 @@ def _request_reloads(reloads: Sequence[LoadedModel], now: str) -> Iterator[Actio
     for loaded in reloads:
         model = loaded.model
         if model.lost_by in (Cause.RESTART, Cause.SWAP):
-            yield RequestReload(loaded, model.lost_by)
+            yield actions.RequestReload(loaded, model.lost_by)
         elif _is_crash_loop(model):
             reason = model.error.message if model.error else "its worker died"
-            yield FailModel(
+            yield actions.FailModel(
                 loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}"
             )
         elif _reload_at(loaded) <= now:
-            yield RequestReload(loaded, Cause.RECOVERY)
+            yield actions.RequestReload(loaded, Cause.RECOVERY)
 
 
 def _find_reloads(view: SchedulerView) -> list[LoadedModel]:

@@ -1,92 +1,26 @@
 """Decisions of the scheduler in words: facts, processes, actions, and scenes of several models.
 
-Facts are words of STEPS: `L…` and `R` (a reload) are loads, `U`, `F` (forced) and `S` (a replaced version's)
-unloads of the model `digits`; `O` is a load of the model `other`; `P` is a load of two instances, `P1` and
-`P2`. A process is `<load>:<phase>`, with `!` when it was killed, then `/<worker>` for each worker that died.
+Facts are words of `support.history.STEPS`. A process is `<load>:<phase>`, with `!` when it was killed, then
+`/<worker>` for each worker that died.
 """
 
-from collections.abc import Callable
+import re
 from dataclasses import replace
 from math import inf
-from typing import Any, assert_never
+from typing import Any
 
 import pytest
 
 from events.clock import seconds_between
-from events.types import CancelRequested, Cause, JobCancelled
-from runtime.scheduler.actions import (
-    Action,
-    CancelJob,
-    CompleteLoad,
-    Decision,
-    EstimateMemory,
-    FailLoad,
-    FailModel,
-    FinishUnload,
-    KillWorkers,
-    PrepareModel,
-    RecordExits,
-    RequestReload,
-    ReuseWorkers,
-    StartLoad,
-    StartUnload,
-    StopPreparation,
-    UnloadAutomatically,
-    UnloadForReplacement,
-)
+from events.types import Cause
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
-from support.history import MODEL, History, at
-from support.history import STEPS as FACTS
+from support.history import MODEL, History, at, given
 
 OTHER = "other"
 PAIR = Policy(loads_at_once=2)
-
-
-def fail_recovery(history: History) -> None:
-    """A recovery is requested and fails."""
-    job = f"R{history.seconds}"
-    history.ask_load(job, cause=Cause.RECOVERY)
-    history.fail_load(job)
-
-
-STEPS: dict[str, Callable[[History], object]] = {
-    **FACTS,
-    "request_10s": lambda h: h.ask_load("L", timeout_s=10),
-    "complete": lambda h: h.end_load("L"),
-    "request_2": lambda h: h.ask_load("L2", version=2),
-    "start_2": lambda h: h.start_load("L2", version=2),
-    "complete_2": lambda h: h.end_load("L2", version=2),
-    "fail_2": lambda h: h.fail_load("L2", version=2),
-    "request_3": lambda h: h.ask_load("L3"),
-    "replace": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
-    "start_replace": lambda h: h.start_unload("S"),
-    "end_replace": lambda h: h.end_unload("S"),
-    "reload_old": lambda h: h.ask_load("R", cause=Cause.SWAP),
-    "unload": lambda h: h.ask_unload("U", "L"),
-    "unload_2": lambda h: h.ask_unload("U", "L2"),
-    "unload_R": lambda h: h.ask_unload("U", "R"),
-    "unload_P": lambda h: h.ask_unload("U", "P"),
-    "force": lambda h: h.ask_unload("F", "L", force=True),
-    "force_2": lambda h: h.ask_unload("F", "L2", force=True),
-    "force_again": lambda h: h.ask_unload("F2", "L", force=True),
-    "request_cancel": lambda h: h.add(CancelRequested(), "L"),
-    "request_cancel_2": lambda h: h.add(CancelRequested(), "L2", version=2),
-    "cancel": lambda h: h.add(JobCancelled(), "L"),
-    "cancel_2": lambda h: h.add(JobCancelled(), "L2", version=2),
-    "die": lambda h: h.kill_worker("w-L"),
-    "fork_server_dies": lambda h: h.kill_worker("w-L", signal=None),
-    "die_1": lambda h: h.kill_worker("P1"),
-    "die_2": lambda h: h.kill_worker("P2"),
-    "recover": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
-    "recover_fails": fail_recovery,
-    "fail_3": lambda h: h.fail_load("L3", "timeout"),
-    "start_R": lambda h: h.start_load("R"),
-    "fail_R": lambda h: h.fail_load("R"),
-    "stop_and_start": lambda h: h.restart(unclean=False),
-    "start_other": lambda h: h.start_load("O", of=OTHER),
-    "unload_other": lambda h: h.ask_unload("P", "O", of=OTHER),
-}
 
 
 def read_table(text: str) -> list[Any]:
@@ -97,13 +31,6 @@ def read_table(text: str) -> list[Any]:
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     rows = "\n".join(lines).replace("\n  ", " ").splitlines()
     return [pytest.param(*(column.strip(" -") for column in row.split("|")), id=row) for row in rows]
-
-
-def history_of(words: str) -> History:
-    history = History()
-    for word in words.split():
-        STEPS[word](history)
-    return history
 
 
 def processes(words: str) -> dict[str, LoadView]:
@@ -117,49 +44,48 @@ def processes(words: str) -> dict[str, LoadView]:
     return found
 
 
-def decide_on(facts: str, running: str = "", *, policy: Policy = PAIR, after_s: float = 0) -> Decision:
-    history = history_of(facts)
-    return decide(history.state, processes(running), policy, at(history.seconds + after_s))
+def decide_on(
+    facts: str | History,
+    running: str = "",
+    *,
+    policy: Policy = PAIR,
+    after_s: float = 0,
+    observations: Observations | None = None,
+) -> Decision:
+    """Return what the scheduler decides on these facts so many seconds after the last."""
+    history = given(facts) if isinstance(facts, str) else facts
+    now = at(history.seconds + after_s)
+    return decide(history.state, processes(running), policy, now, observations)
 
 
-def describe(action: Action | None) -> str:  # noqa: PLR0912 - one word for each action
+WORDS = {
+    actions.StartLoad: "start {0.job.id}",
+    actions.CompleteLoad: "complete {0.job.id}, replacing {0.replaces}",
+    actions.FailLoad: "fail {0.job.id}: {0.code}",
+    actions.CancelJob: "cancel {0.job.id}",
+    actions.StartUnload: "start {0.job.id} of {0.load_job_id}",
+    actions.KillWorkers: "kill {0.load_job_id}",
+    actions.RequestReload: "reload {0.model.id}, {0.cause}",
+    actions.EstimateMemory: "estimate {0.job.id}",
+    actions.ReuseWorkers: "reuse {0.load_job_id} for {0.job.id}",
+    actions.UnloadForReplacement: "replace {0.load_job_id} by {0.job.id}",
+    actions.UnloadAutomatically: "unload {0.model.id}, {0.cause} for {0.cause_event_id}",
+    actions.FailModel: "give up {0.model.id}",
+    actions.PrepareModel: "prepare {0.load_job_id}",
+    actions.StopPreparation: "stop preparing",
+}
+"""How tables write an action; a last field that is None is left out."""
+
+
+def describe(action: Action | None) -> str:
     match action:
         case None:
             return "nothing"
-        case StartLoad(job):
-            return f"start {job.id}"
-        case CompleteLoad(job, replaces):
-            return f"complete {job.id}" + (f", replacing {replaces}" if replaces else "")
-        case FailLoad(job, code):
-            return f"fail {job.id}" + (f": {code}" if code else "")
-        case CancelJob(job):
-            return f"cancel {job.id}"
-        case StartUnload(job, load):
-            return f"start {job.id} of {load}"
-        case KillWorkers(load):
-            return f"kill {load}"
-        case FinishUnload(jobs, load):
+        case actions.FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
-        case RecordExits(load, workers):
+        case actions.RecordExits(load, workers):
             return " ".join(["record death of", *([load] if workers == (f"w-{load}",) else workers)])
-        case RequestReload(model, cause):
-            return f"reload {model.id}, {cause}"
-        case EstimateMemory(job):
-            return f"estimate {job.id}"
-        case ReuseWorkers(job, load):
-            return f"reuse {load} for {job.id}"
-        case UnloadForReplacement(job, load):
-            return f"replace {load} by {job.id}"
-        case UnloadAutomatically(model, cause, event):
-            return f"unload {model.id}, {cause}" + (f" for {event}" if event else "")
-        case FailModel(model):
-            return f"give up {model.id}"
-        case PrepareModel(load):
-            return f"prepare {load}"
-        case StopPreparation():
-            return "stop preparing"
-        case _ as never:
-            assert_never(never)
+    return re.sub(r"(, replacing|:| for) None$", "", WORDS[type(action)].format(action))
 
 
 class Scene:
@@ -221,17 +147,14 @@ class Scene:
         self.run(load, model, memory_bytes=memory_bytes, busy=busy, last_used_at=used_at)
 
     def request(self, model: str, needs: int | None = 0, *, version: int = 1, **given: Any) -> None:
-        """A load is requested that will need these bytes; None is not known yet."""
+        """A load is requested that will need these bytes; a negative number is not estimated yet."""
         self.history.ask_load(f"{model}{version}", of=model, version=version, **given)
-        self.estimate(f"{model}{version}", needs)
+        if needs is None or needs >= 0:
+            self.estimate(f"{model}{version}", needs)
 
     def estimate(self, load: str, needs: int | None) -> None:
         """The memory that a load will need becomes known, or is being found out."""
         self.observations = replace(self.observations, estimates={**self.observations.estimates, load: needs})
-
-    def unknown(self) -> None:
-        """Nothing is known of the memory that loads will need."""
-        self.observations = replace(self.observations, estimates={})
 
     def observe(self, **given: Any) -> None:
         """Something else was observed."""
@@ -244,10 +167,6 @@ class Scene:
     def prepare(self, load: str, memory_bytes: int, *, stopping: bool = False) -> None:
         """The cached model of a load is being made."""
         self.observe(preparation=PreparationView(load, memory_bytes, stopping))
-
-    def end_preparing(self) -> None:
-        """No cached model is being made any more."""
-        self.observe(preparation=None)
 
     def begin(self, model: str, *, version: int = 1) -> None:
         """A requested load begins."""
@@ -324,6 +243,17 @@ class Scene:
     def next_action(self) -> str:
         """Return the next action in words."""
         return describe(self.decision().action)
+
+
+def start_order(scene: Scene, *, fail: bool = False) -> list[str]:
+    """Start one load after the other, and fail each if so; return their order."""
+    order = []
+    while isinstance(action := scene.decision().action, actions.StartLoad):
+        order.append(action.job.id)
+        scene.begin(action.job.model_id)
+        if fail:
+            scene.fail(action.job.model_id)
+    return order
 
 
 def _read_value(word: str) -> Any:

@@ -174,6 +174,12 @@ class History:
         """A load ends badly."""
         self.add(LoadFailed(code, "because"), job, of=of, version=version)
 
+    def break_recovery(self) -> None:
+        """A recovery, a job of its own, is requested and fails."""
+        job = f"R{self.seconds}"
+        self.ask_load(job, cause=Cause.RECOVERY)
+        self.fail_load(job)
+
     def load(
         self,
         job: str,
@@ -253,6 +259,7 @@ def _cancel(job: str) -> Callable[[History], object]:
 
 STEPS: dict[str, Callable[[History], object]] = {
     "request": lambda h: h.ask_load("L"),
+    "request_10s": lambda h: h.ask_load("L", timeout_s=10),
     "start": lambda h: h.start_load("L"),
     "finish": lambda h: h.end_load("L"),
     "fail": lambda h: h.fail_load("L"),
@@ -290,6 +297,7 @@ STEPS: dict[str, Callable[[History], object]] = {
     "fail_unload": lambda h: h.add(UnloadFailed("stuck", "x"), "U"),
     "request_force": lambda h: h.ask_unload("F", "L", force=True),
     "request_force_v2": lambda h: h.ask_unload("F", "L2", force=True),
+    "request_force_again": lambda h: h.ask_unload("F2", "L", force=True),
     "start_force": lambda h: h.start_unload("F"),
     "finish_force": lambda h: h.end_unload("F"),
     **{f"request_cancel_{job}": _request_cancel(job) for job in ("L", "L2", "L3", "R", "U")},
@@ -313,6 +321,7 @@ STEPS: dict[str, Callable[[History], object]] = {
     "too_many_recovery": lambda h: h.fail_load("R", TOO_MANY_LOADED),
     "crash_loop_recovery": lambda h: h.fail_load("R", CRASH_LOOP),
     "forkserver_fails_recovery": lambda h: h.fail_load("R", FORK_SERVER_DIED),
+    "break_recovery": lambda h: h.break_recovery(),
     "restore": lambda h: h.load("R", cause=Cause.RESTART),
     # A model of two instances.
     "load_pair": lambda h: h.load_pair("P"),
@@ -325,7 +334,9 @@ STEPS: dict[str, Callable[[History], object]] = {
     "crash_1_again": lambda h: h.kill_worker("R1"),
     # Another model.
     "request_other": lambda h: h.ask_load("O", of="other"),
+    "start_other": lambda h: h.start_load("O", of="other"),
     "load_other": lambda h: h.load("O", of="other"),
+    "unload_other": lambda h: h.ask_unload("P", "O", of="other"),
 }
 """The words in which tables tell a history of the model `digits`.
 

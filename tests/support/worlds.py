@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import assert_never
 
 import pytest
-from msgspec import structs
 
 from events.accept import Accepted, Decision, accept
 from events.clock import add_seconds
-from events.commands import Command, Record, RequestLoad, RequestUnload
+from events.commands import Command, Record
 from events.jobs import Job
-from events.models import CRASH_LOOP, FORK_SERVER_DIED, LoadedModel
+from events.models import FORK_SERVER_DIED
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -30,29 +28,13 @@ from events.types import (
     WorkerExited,
     record_draft,
 )
-from runtime.scheduler.actions import (
-    Action,
-    CancelJob,
-    CompleteLoad,
-    EstimateMemory,
-    FailLoad,
-    FailModel,
-    FinishUnload,
-    KillWorkers,
-    PrepareModel,
-    RecordExits,
-    RequestReload,
-    ReuseWorkers,
-    StartLoad,
-    StartUnload,
-    StopPreparation,
-    UnloadAutomatically,
-    UnloadForReplacement,
-)
+from runtime.consumer.executor import build_reload, build_unload, draft_crash_loop, draft_fact
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.scheduler import decide, is_load_current
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
-from support.history import at, load_requested, model_loaded
+from support.history import at, model_loaded
 
 NEEDS = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, ("c", 2): 120}
 """Bytes that one instance takes at most, by model and version; the last fits in no budget."""
@@ -60,9 +42,8 @@ NEEDS = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, (
 
 def need_of(job: Job) -> int:
     """Return what is found out about a load's need."""
-    assert job.version is not None
-    assert job.load is not None
-    return NEEDS[job.model_id, job.version] * job.load.instances
+    version, parameters = job.load_order
+    return NEEDS[job.model_id, version] * parameters.instances
 
 
 @dataclass
@@ -250,13 +231,13 @@ class World:
 
     def act(self, action: Action) -> None:
         match action:
-            case KillWorkers(load):
+            case actions.KillWorkers(load):
                 self.live[load].killed = True
-            case EstimateMemory(job):
+            case actions.EstimateMemory(job):
                 self.needs[job.id] = None if self.looks_take_time else need_of(job)
-            case PrepareModel(load):
+            case actions.PrepareModel(load):
                 self.preparation = PreparationView(load, self.preparable.pop(load))
-            case StopPreparation():
+            case actions.StopPreparation():
                 assert self.preparation is not None
                 assert not self.preparation.stopping
                 self.preparation = replace(self.preparation, stopping=True)
@@ -270,82 +251,63 @@ class World:
             # What was decided on this very state must change it, or it would be decided again for ever.
             assert number > 0 or isinstance(decision, Accepted)
         if fault in {None, "twice"}:
-            self._note_deaths(action)
-            self._begin(action)
-        if isinstance(action, ReuseWorkers) and self._serves_from(action.job):
-            self.live[action.job.id] = self.live.pop(action.load_job_id)
+            self._follow_up(action)
+        if isinstance(action, actions.ReuseWorkers):
+            serving = self.state.models[action.job.model_id].serving
+            if serving is not None and serving.load_job_id == action.job.id:
+                self.live[action.job.id] = self.live.pop(action.load_job_id)
 
-    def _serves_from(self, job: Job) -> bool:
-        serving = self.state.models[job.model_id].serving
-        return serving is not None and serving.load_job_id == job.id
-
-    def _note_deaths(self, action: Action) -> None:
+    def _follow_up(self, action: Action) -> None:
+        """Begin the effect of what is recorded, and remember whose death is."""
         match action:
-            case FailLoad(job):
-                load = job.id
-            case FinishUnload(_, load) | RecordExits(load):
-                pass
-            case _:
-                return
-        if load in self.live:
-            self.live[load].recorded.update(self.live[load].dead)
-
-    def _begin(self, action: Action) -> None:
-        """Begin the effect of what is recorded."""
-        match action:
-            case StartLoad(job):
-                assert job.version is not None
-                assert job.load is not None
-                workers = tuple(f"w{number}-{job.id}" for number in range(job.load.instances))
+            case actions.StartLoad(job):
+                version, parameters = job.load_order
+                workers = tuple(f"w{number}-{job.id}" for number in range(parameters.instances))
                 reserved = self.needs.get(job.id) or need_of(job)
-                self.live[job.id] = Process(job.model_id, job.version, workers, reserved_bytes=reserved)
-            case StartUnload(job, load) if load in self.live and not job.forced:
+                self.live[job.id] = Process(job.model_id, version, workers, reserved_bytes=reserved)
+            case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
+            case actions.FailLoad(Job(id=load)) | actions.FinishUnload(_, load) | actions.RecordExits(load):
+                if load in self.live:
+                    self.live[load].recorded.update(self.live[load].dead)
             case _:
                 pass
 
     def _command(self, action: Action) -> Command:  # noqa: PLR0912 - one for each action
         match action:
-            case StartLoad(job):
+            case actions.StartLoad(job):
                 return self._record(job, LoadStarted(job.attempt + 1))
-            case CompleteLoad(job, replaces):
-                drafts = [self._draft(job, model_loaded(*self.live[job.id].workers))]
+            case actions.CompleteLoad(job, replaces):
+                drafts = [draft_fact(job, model_loaded(*self.live[job.id].workers))]
                 return Record((*drafts, *self._swapped_out(job, replaces)))
-            case ReuseWorkers(job, load):
-                loaded = self._draft(job, model_loaded(*self.live[load].workers))
-                return Record((self._draft(job, LoadStarted(job.attempt + 1)), loaded))
-            case UnloadForReplacement(job, load):
+            case actions.ReuseWorkers(job, load):
+                loaded = draft_fact(job, model_loaded(*self.live[load].workers))
+                return Record((draft_fact(job, LoadStarted(job.attempt + 1)), loaded))
+            case actions.UnloadForReplacement(job, load):
                 return Record(self._swapped_out(job, load))
-            case FailLoad(job, code):
+            case actions.FailLoad(job, code):
                 process = self.live.get(job.id)
                 code = code or (process.failure if process else None) or "worker_died"
                 return self._record(job, LoadFailed(code, "because"), dead=job.id)
-            case CancelJob(job):
+            case actions.CancelJob(job):
                 self.cancelled |= {job.id} if job.cancelling else set()
                 return self._record(job, JobCancelled())
-            case StartUnload(job):
+            case actions.StartUnload(job):
                 return self._record(job, UnloadStarted())
-            case FinishUnload(jobs, load):
-                ends = (self._draft(job, ModelUnloaded(0, 0, 0)) for job in jobs)
+            case actions.FinishUnload(jobs, load):
+                ends = (draft_fact(job, ModelUnloaded(0, 0, 0)) for job in jobs)
                 return Record((*self._deaths(load), *ends))
-            case RecordExits(load, workers):
+            case actions.RecordExits(load, workers):
                 assert set(workers) <= self.live[load].dead.keys()
                 return Record(self._deaths(load, workers))
-            case RequestReload(model, cause):
-                serving = model.serving
-                parameters = structs.replace(
-                    serving.parameters, timeout_s=max(300, serving.parameters.timeout_s)
-                )
-                return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
-            case UnloadAutomatically(model, cause, event):
-                load = model.serving.load_job_id
-                return RequestUnload(model.id, SYSTEM, cause=cause, cause_event_id=event, load_job_id=load)
-            case FailModel(model):
-                return self._given_up(model)
-            case KillWorkers() | EstimateMemory() | PrepareModel() | StopPreparation():
-                raise AssertionError
-            case _ as never:
-                assert_never(never)
+            case actions.RequestReload(model, cause):
+                return build_reload(model, cause)
+            case actions.UnloadAutomatically(model, cause, event):
+                return build_unload(model, cause, event)
+            case actions.FailModel(model, message):
+                return Record(draft_crash_loop(model, message))
+            case _:
+                pytest.fail(f"{action} is never recorded")
 
     def _swapped_out(self, job: Job, load: str | None) -> tuple[Draft, ...]:
         if load not in self.live:
@@ -354,16 +316,8 @@ class World:
         data = UnloadRequested(force=False, load_job_id=load, cause=Cause.SWAP, cause_event_id=job.id)
         return (Draft(swap, data, SYSTEM, swap, job.model_id, old.version),)
 
-    def _given_up(self, model: LoadedModel) -> Record:
-        about = (SYSTEM, job_id := self.new_id(), model.id, model.serving.version)
-        failed = Draft(self.new_id(), LoadFailed(CRASH_LOOP, "because"), *about)
-        return Record((Draft(job_id, load_requested(Cause.RECOVERY), *about), failed))
-
     def _record(self, job: Job, data: Data, *, dead: str | None = None) -> Record:
-        return Record((*(self._deaths(dead) if dead else ()), self._draft(job, data)))
-
-    def _draft(self, job: Job, data: Data) -> Draft:
-        return Draft(self.new_id(), data, SYSTEM, job.id, job.model_id, job.version)
+        return Record((*(self._deaths(dead) if dead else ()), draft_fact(job, data)))
 
     def _deaths(self, load: str, workers: tuple[str, ...] | None = None) -> tuple[Draft, ...]:
         process = self.live.get(load)
@@ -374,15 +328,17 @@ class World:
         return tuple(Draft(self.new_id(), process.dead[worker], *about, worker) for worker in new)
 
     def loading(self) -> list[Process]:
+        return self._in_phase(Phase.LOADING)
+
+    def serving(self) -> list[Process]:
+        return self._in_phase(Phase.SERVING)
+
+    def _in_phase(self, phase: Phase) -> list[Process]:
         running = self.running()
-        return [process for load, process in self.live.items() if running[load].phase is Phase.LOADING]
+        return [process for load, process in self.live.items() if running[load].phase is phase]
 
     def alive(self) -> list[Process]:
         return [process for process in self.live.values() if process.left]
-
-    def serving(self) -> list[Process]:
-        running = self.running()
-        return [process for load, process in self.live.items() if running[load].phase is Phase.SERVING]
 
     def used_bytes(self) -> int:
         preparing = self.preparation.memory_bytes if self.preparation is not None else 0
@@ -419,17 +375,19 @@ class World:
         down_since = self.state.recorded_at or None
         self.live.clear()
         self.needs.clear()
-        self.leased.clear()
         self.preparation = None
         self.preparable.clear()
-        self.fault, self.fork_server_up, self.under_pressure = None, True, False
+        self._end_troubles()
         self.submit(Record((Draft(self.new_id(), ServerStarted(unclean, down_since), SYSTEM),)))
+
+    def _end_troubles(self) -> None:
+        self.fault, self.fork_server_up, self.under_pressure = None, True, False
+        self.leased.clear()
 
     def calm_down(self, outcome: str) -> None:
         """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
-        self.fault, self.fork_server_up, self.under_pressure = None, True, False
+        self._end_troubles()
         self.looks_take_time = False
-        self.leased.clear()
         for process in self.live.values():
             process.answer(self.now)
         jobs = {job.id for job in self.state.unended()}

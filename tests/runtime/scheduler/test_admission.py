@@ -4,9 +4,9 @@ A row is what happens and, after `->`, what the scheduler decides then: see `Sce
 """
 
 import pytest
-from support.decisions import Scene, read_table
+from support.decisions import Scene, read_table, start_order
 
-from runtime.scheduler.actions import FailLoad, StartLoad
+from runtime.scheduler.actions import FailLoad
 from runtime.scheduler.admission import (
     OVERTAKING_LIMIT_S,
     PRESSURE_POLL_S,
@@ -16,9 +16,9 @@ from runtime.scheduler.admission import (
 
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
-request a none; unknown -> estimate a1
-set budget_bytes=none; request a none; unknown -> start a1
-start a 10; request a version=2; unknown -> nothing
+request a -1 -> estimate a1
+set budget_bytes=none; request a -1 -> start a1
+start a 10; request a -1 version=2 -> nothing
 request a none; observe estimating=a1+; request b 60
   -> b1 waits for the memory estimate of 'a', which comes first;
   estimate a1 60 -> start a1
@@ -107,21 +107,11 @@ def test_admission_decides(script: str) -> None:
     Scene(script)
 
 
-def start_order(scene: Scene) -> list[str]:
-    """Start and fail one load after the other; return their order."""
-    order = []
-    while isinstance(action := scene.decision().action, StartLoad):
-        order.append(action.job.id)
-        scene.begin(action.job.model_id)
-        scene.fail(action.job.model_id)
-    return order
-
-
 def test_loads_start_by_priority_then_age() -> None:
     scene = Scene()
     for model, priority in {"a": "low", "b": "normal", "c": "high", "d": "low", "e": "high"}.items():
         scene.request(model, priority=priority)
-    assert start_order(scene) == ["c1", "e1", "b1", "a1", "d1"]
+    assert start_order(scene, fail=True) == ["c1", "e1", "b1", "a1", "d1"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +125,7 @@ def test_loads_start_by_priority_then_age() -> None:
 def test_waiting_load_rises_one_priority_per_minute(older: str, newer: str, after_s: float) -> None:
     for waited_s, first in ((after_s - 3, "b1"), (after_s, "a1")):
         scene = Scene(f"request a priority={older}; wait {waited_s}; request b priority={newer}")
-        assert start_order(scene)[0] == first
+        assert start_order(scene, fail=True)[0] == first
 
 
 @pytest.mark.parametrize("priority", ["low", "normal", "high"])

@@ -8,13 +8,12 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.decisions import Scene, describe, history_of, read_table
+from support.decisions import Scene, decide_on, describe, read_table
 from support.history import PLAIN, at
 
 from events.models import LoadedModel, Model, Serving
 from events.types import LoadParameters
 from runtime.scheduler.eviction import IDLE_POLL_S, Victim, choose_fewest
-from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
 
 SCENES = """
@@ -108,15 +107,15 @@ def test_fewest_least_recently_used_victims_are_chosen(
     ("facts", "action"),
     [
         ("load restart", "unload digits, restart"),
-        ("load die restart", "unload digits, restart"),
-        ("load die", "reload digits, recovery"),
-        ("load restart unload", "start U of L"),
-        ("load restart unload start_unload", "finish U of L"),
+        ("load crash restart", "unload digits, restart"),
+        ("load crash", "reload digits, recovery"),
+        ("load restart request_unload", "start U of L"),
+        ("load restart request_unload start_unload", "finish U of L"),
         ("request restart", "start L"),
-        ("load request_2 restart", "start L2"),
-        ("load die recover restart", "start R"),
+        ("load request_v2 restart", "start L2"),
+        ("load crash request_recovery restart", "start R"),
     ],
 )
 def test_without_restore_only_lost_models_are_unloaded(facts: str, action: str) -> None:
     policy = Policy(loads_at_once=1, restores=False)
-    assert describe(decide(history_of(facts).state, {}, policy, at(100)).action) == action
+    assert describe(decide_on(facts, policy=policy, after_s=100).action) == action

@@ -20,7 +20,7 @@ load a 60; offer a1 40; observe fork_server_up=false -> nothing
 # A load that needs the room, or waits for pressure, stops the preparation; models are evicted for the rest.
 load a 20; prepare a1 40; request b 40 -> start b1
 load a 20; prepare a1 40; wait 60; request b 41 -> stop preparing; prepare a1 40 stopping=true
-  -> b1 waits for it is being released; end_preparing -> start b1
+  -> b1 waits for it is being released; observe preparation=none -> start b1
 load a 20; prepare a1 40 stopping=true; wait 60; request b 81 -> unload a, eviction for b1
 load a 20; prepare a1 40 stopping=true; request b 41 -> b1 waits for it is being released
 load a 20; prepare a1 40; request b 1 priority=low; observe under_pressure=true -> stop preparing;
@@ -30,7 +30,7 @@ load a 20; prepare a1 40; request b 1 priority=low; observe under_pressure=true 
 load a 70; prepare a1 40 -> stop preparing
 load a 70; prepare a1 40 stopping=true; wait 60 -> nothing
 load a 20; prepare a1 40; request a 60 version=2 strategy=auto -> stop preparing; prepare a1 40 stopping=true
-  -> a2 waits for it is being released; end_preparing -> start a2
+  -> a2 waits for it is being released; observe preparation=none -> start a2
 load a 20; prepare a1 40; request a 60 version=2 strategy=in_place -> replace a1 by a2
 """
 

@@ -20,37 +20,22 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
-from runtime.scheduler.actions import (
-    Action,
-    CompleteLoad,
-    EstimateMemory,
-    FailLoad,
-    FailModel,
-    FinishUnload,
-    KillWorkers,
-    PrepareModel,
-    RecordExits,
-    RequestReload,
-    ReuseWorkers,
-    StartLoad,
-    StopPreparation,
-    UnloadAutomatically,
-    UnloadForReplacement,
-)
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 from runtime.scheduler.view import Phase, Policy
 
 UNFORCED = (
-    StartLoad,
-    CompleteLoad,
-    FailLoad,
-    RequestReload,
-    FailModel,
-    RecordExits,
-    EstimateMemory,
-    UnloadForReplacement,
-    UnloadAutomatically,
-    ReuseWorkers,
+    actions.StartLoad,
+    actions.CompleteLoad,
+    actions.FailLoad,
+    actions.RequestReload,
+    actions.FailModel,
+    actions.RecordExits,
+    actions.EstimateMemory,
+    actions.UnloadForReplacement,
+    actions.UnloadAutomatically,
+    actions.ReuseWorkers,
 )
 """What is not done to a model before its forced unload has ended."""
 
@@ -70,17 +55,17 @@ class WatchedWorld(World):
     def act(self, action: Action) -> None:
         self._check_force(action)
         match action:
-            case StartLoad(job):
+            case actions.StartLoad(job):
                 self._check_start(job)
-            case UnloadForReplacement(job, load):
+            case actions.UnloadForReplacement(job, load):
                 self._check_way(job, load)
-            case PrepareModel(load):
+            case actions.PrepareModel(load):
                 self._check_spare(self.preparable[load])
-            case UnloadAutomatically(model, cause, job_id):
+            case actions.UnloadAutomatically(model, cause, job_id):
                 self._check_end(model, cause, self.state.unended_job(job_id))
-            case CompleteLoad(job):
+            case actions.CompleteLoad(job):
                 assert not job.cancelling
-            case FinishUnload(_, load) if load in self.live:
+            case actions.FinishUnload(_, load) if load in self.live:
                 assert self.live[load].gone
             case _:
                 pass
@@ -101,20 +86,20 @@ class WatchedWorld(World):
             return
         forced = [job.created_position for job in self.state.queue(model) if job.forced]
         if forced and isinstance(action, UNFORCED):
-            assert isinstance(action, FailLoad)
+            assert isinstance(action, actions.FailLoad)
             assert position > forced[-1]  # behind it one may be late
-        if isinstance(action, FinishUnload) and any(job.forced for job in action.jobs):
+        if isinstance(action, actions.FinishUnload) and any(job.forced for job in action.jobs):
             assert not [process for process in self.alive() if process.model_id == model]
 
     def _about(self, action: Action) -> tuple[str | None, int]:
         match action:
-            case PrepareModel() | StopPreparation():
+            case actions.PrepareModel() | actions.StopPreparation():
                 return None, 0
-            case KillWorkers(load) | RecordExits(load):
+            case actions.KillWorkers(load) | actions.RecordExits(load):
                 return self.live[load].model_id, 0
-            case FinishUnload(jobs):
+            case actions.FinishUnload(jobs):
                 return jobs[0].model_id, jobs[0].created_position
-            case RequestReload(model) | FailModel(model) | UnloadAutomatically(model):
+            case actions.RequestReload(model) | actions.FailModel(model) | actions.UnloadAutomatically(model):
                 return model.id, 0
             case _:
                 return action.job.model_id, action.job.created_position

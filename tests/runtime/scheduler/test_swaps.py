@@ -1,58 +1,62 @@
 """How a version replaces another `in_place` and with `auto`; `beside` is in `test_scheduler.py`."""
 
 import pytest
-from support.decisions import STEPS, Scene, decide_on, describe, history_of, processes, read_table
-from support.history import at
+from support.decisions import Scene, decide_on, describe, read_table
+from support.history import at, given
 
 from events.types import Cause
-from runtime.scheduler.scheduler import decide
-from runtime.scheduler.view import Policy
+from runtime.scheduler.actions import Decision
 
 IN_PLACE = """
-# facts                                              | processes   | next action
-load request_in_place                                | L:serving   | replace L by L2
-load request_in_place replace                        | L:serving   | start S of L
-load request_in_place replace start_replace          | L:draining  | nothing
-load request_in_place replace start_replace          | L:gone      | finish S of L
-load request_in_place replace end_replace            |             | start L2
-load request_in_place replace end_replace start_2    | L2:loading  | nothing
-load request_in_place replace end_replace start_2    | L2:loaded   | complete L2
-load request_in_place replace end_replace start_2    | L2:failed   | fail L2
-load request_in_place replace end_replace start_2 fail_2 | L2:draining! | reload digits, swap
-load request_in_place replace end_replace fail_2 reload_old | | start R
-load die request_in_place                            |             | start L2
-load request_in_place                                | L:gone      | record death of L
-load request_in_place die                            |             | start L2
-load request_in_place replace                        | L:gone      | record death of L
-load request_in_place replace die                    |             | start S of L
+# facts                                     | processes    | next action
+load request_in_place                       | L:serving    | replace L by L2
+load request_in_place request_drain         | L:serving    | start S of L
+load request_in_place request_drain start_drain | L:draining   | nothing
+load request_in_place request_drain start_drain | L:gone       | finish S of L
+load request_in_place request_drain finish_drain |              | start L2
+load request_in_place request_drain finish_drain start_v2 | L2:loading   | nothing
+load request_in_place request_drain finish_drain start_v2 | L2:loaded    | complete L2
+load request_in_place request_drain finish_drain start_v2 | L2:failed    | fail L2
+load request_in_place request_drain finish_drain start_v2 fail_v2 | L2:draining! | reload digits, swap
+load request_in_place request_drain finish_drain fail_v2 request_return |              | start R
+load crash request_in_place                 |              | start L2
+load request_in_place                       | L:gone       | record death of L
+load request_in_place crash                 |              | start L2
+load request_in_place request_drain         | L:gone       | record death of L
+load request_in_place request_drain crash   |              | start S of L
 # Cancelled, unloaded or killed.
-load request_in_place request_cancel_2               | L:serving   | cancel L2
-load request_in_place replace start_replace request_cancel_2 | L:draining | cancel L2
-load request_in_place replace start_replace request_cancel_2 cancel_2 | L:draining | nothing
-load request_in_place replace start_replace request_cancel_2 cancel_2 end_replace | | reload digits, swap
-load request_in_place replace end_replace start_2 request_cancel_2 | L2:loaded | cancel L2
-load request_in_place replace end_replace start_2 request_cancel_2 cancel_2 | | reload digits, swap
-load request_in_place replace end_replace fail_2 reload_old request_cancel_R cancel_R | | nothing
-load request_in_place replace end_replace start_2 unload_2 | L2:loading | nothing
-load request_in_place replace end_replace start_2 unload_2 complete_2 | L2:serving | start U of L2
-load request_in_place replace end_replace start_2 unload_2 fail_2 | | start U of L
-load request_in_place replace end_replace fail_2 reload_old start_R unload_R | R:loading | cancel R
-load request_in_place replace start_replace force    | L:draining  | cancel L2
-load request_in_place replace start_replace force cancel_2 start_force | L:draining | kill L
-load request_in_place replace end_replace start_2 force_2 | L2:loading | cancel L2
-load request_in_place replace end_replace start_2 force_2 cancel_2 start_force | L2:draining! | nothing
-load request_in_place replace end_replace start_2 force_2 cancel_2 start_force | | finish F of L
+load request_in_place request_cancel_L2     | L:serving    | cancel L2
+load request_in_place request_drain start_drain request_cancel_L2 | L:draining   | cancel L2
+load request_in_place request_drain start_drain request_cancel_L2 cancel_L2 | L:draining   | nothing
+load request_in_place request_drain start_drain request_cancel_L2 cancel_L2 finish_drain |
+  | reload digits, swap
+load request_in_place request_drain finish_drain start_v2 request_cancel_L2 | L2:loaded    | cancel L2
+load request_in_place request_drain finish_drain start_v2 request_cancel_L2 cancel_L2 | | reload digits, swap
+load request_in_place request_drain finish_drain fail_v2 request_return request_cancel_R cancel_R | | nothing
+load request_in_place request_drain finish_drain start_v2 request_unload_v2 | L2:loading   | nothing
+load request_in_place request_drain finish_drain start_v2 request_unload_v2 finish_v2 | L2:serving
+  | start U of L2
+load request_in_place request_drain finish_drain start_v2 request_unload_v2 fail_v2 | | start U of L
+load request_in_place request_drain finish_drain fail_v2 request_return start_recovery request_unload
+  | R:loading | cancel R
+load request_in_place request_drain start_drain request_force | L:draining   | cancel L2
+load request_in_place request_drain start_drain request_force cancel_L2 start_force | L:draining   | kill L
+load request_in_place request_drain finish_drain start_v2 request_force_v2 | L2:loading   | cancel L2
+load request_in_place request_drain finish_drain start_v2 request_force_v2 cancel_L2 start_force
+  | L2:draining! | nothing
+load request_in_place request_drain finish_drain start_v2 request_force_v2 cancel_L2 start_force |
+  | finish F of L
 # Another swap is requested.
-load request_in_place request_3 replace end_replace start_2 complete_2 | L2:serving | start L3
-load request_in_place request_3 replace end_replace start_2 fail_2 | | start L3
+load request_in_place request_again request_drain finish_drain start_v2 finish_v2 | L2:serving   | start L3
+load request_in_place request_again request_drain finish_drain start_v2 fail_v2 |              | start L3
 # The server is killed.
-load request_in_place restart                        |             | start L2
-load request_in_place replace restart                |             | start S of L
-load request_in_place replace start_replace restart start_replace | | finish S of L
-load request_in_place replace end_replace start_2 restart | | start L2
-load request_in_place replace end_replace start_2 restart fail_2 | | reload digits, swap
-load request_in_place replace end_replace fail_2 restart | | reload digits, restart
-load request_in_place replace end_replace fail_2 reload_old start_R restart | | start R
+load request_in_place restart               |              | start L2
+load request_in_place request_drain restart |              | start S of L
+load request_in_place request_drain start_drain restart start_drain |              | finish S of L
+load request_in_place request_drain finish_drain start_v2 restart |              | start L2
+load request_in_place request_drain finish_drain start_v2 restart fail_v2 |              | reload digits, swap
+load request_in_place request_drain finish_drain fail_v2 restart |              | reload digits, restart
+load request_in_place request_drain finish_drain fail_v2 request_return start_recovery restart | | start R
 """
 
 
@@ -62,29 +66,23 @@ def test_in_place_swap_decides(facts: str, running: str, action: str) -> None:
 
 
 def test_failed_reload_of_old_version_backs_off() -> None:
-    facts = "load request_in_place replace end_replace fail_2 reload_old fail_R"
-    decision = decide_on(facts)
-    assert (decision.action, decision.wake_at) == (None, at(history_of(facts).seconds + 0.5))
-    assert describe(decide_on(facts, after_s=0.5).action) == "reload digits, recovery"
+    history = given("load request_in_place drain fail_v2 request_return fail_recovery")
+    assert decide_on(history) == Decision(None, at(history.seconds + 0.5))
+    assert describe(decide_on(history, after_s=0.5).action) == "reload digits, recovery"
 
 
 def test_late_in_place_swap_reloads_old_version() -> None:
-    history = history_of("load")
-    history.ask_load("L2", version=2, strategy="in_place", timeout_s=5)
-    for word in ("replace", "end_replace", "start_2"):
-        STEPS[word](history)
-    late = decide(history.state, processes("L2:loading"), Policy(2), at(history.seconds + 5))
-    assert describe(late.action) == "fail L2: timeout"
-    history.fail_load("L2", "timeout", version=2)
-    assert describe(decide(history.state, {}, Policy(2), at(history.seconds)).action) == "reload digits, swap"
+    Scene(
+        "load a 60; request a 60 version=2 strategy=in_place timeout_s=5; unload a cause=swap; exit a;"
+        "begin a version=2 -> nothing; wait 1 -> fail a2: timeout; fail a timeout version=2 -> reload a, swap"
+    )
 
 
 @pytest.mark.parametrize("strategy", ["in_place", "auto"])
 def test_repair_of_serving_model_never_replaces_it_first(strategy: str) -> None:
-    history = history_of("load_pair die_1")
+    history = given("load_pair crash_1")
     history.ask_load("R", cause=Cause.RECOVERY, strategy=strategy)
-    decision = decide(history.state, processes("P:serving/P1"), Policy(2), at(history.seconds))
-    assert describe(decision.action) == "start R"
+    assert describe(decide_on(history, "P:serving/P1").action) == "start R"
 
 
 GAP = "load a 60; request a 80 version=2 strategy=in_place priority=low; unload a cause=swap;"
