@@ -1,4 +1,4 @@
-"""One process per data directory: `flock` on `<data>/lock`, which the kernel releases when it ends."""
+"""The data directory: the file of its ledger, and its lock (`flock`), which ends with its process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from events.errors import DataInUse
+
+LEDGER = "ledger.db"
+"""The log's file in the data directory."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from functools import cache, partial
 from aiohttp import hdrs, web
 
 from events.commands import RequestLoad
-from events.datalock import lock_data
+from events.datalock import LEDGER, lock_data
 from events.errors import LogUnavailable
 from events.log import Log
 from events.sqlite.listing import open_reader
@@ -82,9 +82,6 @@ from server.v2.metadata import MAX_BODY_BYTES
 from server.v2.ondemand import OnDemand
 
 _log = logging.getLogger(__name__)
-
-LEDGER = "ledger.db"
-"""The log's file in the data directory."""
 
 
 def all_routes(metrics: str = "token") -> list[Route]:

@@ -22,7 +22,7 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
-from events.sqlite.queries import as_job, as_model, read_base, read_job, read_pages
+from events.sqlite.queries import LAST, as_job, as_model, read_base, read_job, read_pages
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
@@ -299,6 +299,17 @@ def parse_time(at: str) -> str:
         return format_timestamp(datetime.fromisoformat(f"{day}T{time}.{fraction or '0':0<6}{zone}"))
     except (ValueError, OverflowError):
         raise InvalidMoment(f"there is no time {at[:64]!r}") from None
+
+
+def parse_moment(text: str | None) -> int | str | None:
+    """Return a position or a timestamp; None for None.
+
+    Raises:
+        InvalidMoment: `invalid_parameter`, the text is neither.
+    """
+    if text is None:
+        return None
+    return min(int(text), LAST) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else parse_time(text)
 
 
 def _at_position(connection: sqlite3.Connection, position: int, base: int, head: int) -> Moment:

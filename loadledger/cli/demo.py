@@ -25,12 +25,12 @@ from typing import Any, NoReturn
 import click
 
 from events.audit.verify import verify
+from events.datalock import LEDGER
 from events.sqlite.listing import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem
 from runtime.memory import list_descendants, parse_field
-from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, issue_token
 
 MAX_KEPT_BYTES = 8 * 2**20

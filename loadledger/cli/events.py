@@ -168,9 +168,9 @@ def _of_server(
 def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
     import asyncio  # noqa: PLC0415 - for files only, like what follows
 
+    from events.datalock import LEDGER  # noqa: PLC0415
     from events.errors import LedgerProblem  # noqa: PLC0415
     from loadledger.cli.localledger import FileSource  # noqa: PLC0415
-    from server.app import LEDGER  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
         print_note(f"there is no ledger in {data}: give the --data directory of a server, or --url")

@@ -351,7 +351,7 @@ def ledger_in(data: Path) -> Path:
     Raises:
         FileNotFoundError: it does not exist.
     """
-    from server.app import LEDGER  # noqa: PLC0415
+    from events.datalock import LEDGER  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
         raise FileNotFoundError(f"there is no {LEDGER} in {data}: name the data directory with --data")

@@ -16,9 +16,9 @@ from events.audit.exportreader import FileAudit, audit_files
 from events.audit.signing import key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
+from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.queries import LogBase
-from server.api.events import parse_moment
 from server.auth.keys import expected_key
 
 PAGE = 500

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from marshmallow import Schema, fields, validate
 
 from events.audit.signing import HeadSigner, SignedHead, Statement
 from events.log import Log
-from events.sqlite.history import parse_time
+from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
-from events.sqlite.queries import LAST, LogBase, read_base
+from events.sqlite.queries import LogBase, read_base
 from events.sqlite.readonly import open_read_only
 from events.tail import Tails
 from events.types import TYPES
@@ -159,17 +158,6 @@ def event_filter(query: Mapping[str, Any]) -> EventFilter:
         jobs=tuple(query["job"]),
         actors=tuple(query["actor"]),
     )
-
-
-def parse_moment(text: str | None) -> int | str | None:
-    """Return a position or a timestamp; None for None.
-
-    Raises:
-        InvalidMoment: `invalid_parameter`, the text is neither.
-    """
-    if text is None:
-        return None
-    return min(int(text), LAST) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else parse_time(text)
 
 
 def _event_query(query: Mapping[str, Any]) -> EventQuery:

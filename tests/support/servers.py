@@ -18,11 +18,11 @@ from select import select
 import aiohttp
 
 from events.audit.verify import Verification, verify
+from events.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import PAGE
 from events.types import Event
 from runtime.memory import list_descendants
-from server.app import LEDGER
 from server.config import Config
 from support.http import Api
 from support.workers import wait_gone

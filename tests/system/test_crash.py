@@ -14,8 +14,8 @@ from support.models import save
 from support.servers import Server, events, serving, verified
 from support.workers import computing, until
 
+from events.datalock import LEDGER
 from events.types import Event, ServerStarted, ServerStopped
-from server.app import LEDGER
 from server.config import Config
 
 ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}

@@ -14,8 +14,8 @@ from support.models import save
 from support.servers import MODULE, Server, clean_environment, events, serving, verified
 
 from events.audit.audit import audit
+from events.datalock import LEDGER
 from events.errors import IncompleteCopy
-from server.app import LEDGER
 from server.config import Config
 
 ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}

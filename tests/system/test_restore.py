@@ -12,8 +12,8 @@ from support.http import Json, when
 from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
 
+from events.datalock import LEDGER
 from events.types import Cause, ModelLoaded, UnloadRequested
-from server.app import LEDGER
 from server.config import Config
 
 KILLED = "killed"

@@ -19,8 +19,8 @@ from support.servers import APART, MODULE, clean_environment, serving
 
 from events.audit.archive import archive
 from events.clock import utc_now
+from events.datalock import LEDGER
 from loadledger.cli.main import main
-from server.app import LEDGER
 from server.config import Config
 
 UNSET = {f"LOADLEDGER_{name}": None for name in ("DATA", "TOKEN", "URL", "PROFILE", "CA")}

@@ -23,9 +23,8 @@ from support.ledgers import append_events, rows_of, sample_history, write_ledger
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
 from events.audit.verify import verify
-from events.datalock import lock_data
+from events.datalock import LEDGER, lock_data
 from loadledger.cli.main import main
-from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, open_signer
 
 TRIGGERS = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"

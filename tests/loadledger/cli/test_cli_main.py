@@ -160,6 +160,25 @@ def test_thin_command_imports_nothing_heavy(arguments: str) -> None:
     assert not [name for name in modules if name.partition(".")[0] in HEAVY and name not in LIGHT]
 
 
+@pytest.mark.parametrize("arguments", ["token --role admin --subject alice", "key ledger", "verify"])
+def test_command_of_files_imports_no_web_framework(tmp_path: Path, arguments: str) -> None:
+    program = "from loadledger.cli.main import main; main(prog_name='loadledger')"
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-P",
+        "-c",
+        program,
+        *arguments.split(),
+        "--data",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "server.auth.keys" in done.stderr
+    assert not re.search(r"\| +(aiohttp|aiohttp_apispec|onnxruntime)$", done.stderr, re.MULTILINE)
+
+
 # serve
 
 

@@ -21,9 +21,8 @@ from support.ledgers import sample_history, write_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import as_signed_head, key_id
-from events.datalock import lock_data
+from events.datalock import LEDGER, lock_data
 from loadledger.cli.main import main
-from server.app import LEDGER
 from server.auth.keys import ensure_data_dir, open_signer
 
 HEAD = len(sample_history()) + 1

@@ -13,7 +13,7 @@ from support.http import LocalApi
 from support.models import save
 
 from events.audit.signing import as_signed_head, key_id
-from server.app import LEDGER
+from events.datalock import LEDGER
 from server.auth.keys import KeyProblem, keys_folder, list_keys, open_signer
 
 HEAD = "/api/v1/events/head"

@@ -12,10 +12,10 @@ from support.http import ONE, Answer, Json, LocalApi, when
 from support.models import TEXT, save, save_bytes
 from support.workers import until
 
+from events.datalock import LEDGER
 from events.models import ModelState
 from events.types import CancelRequested, JobCancelled
 from server.api.jobs import MAX_WAIT_S, wait_s
-from server.app import LEDGER
 from server.appkeys import LOG
 
 Start = Callable[..., Awaitable[LocalApi]]

@@ -18,8 +18,8 @@ from support.workers import until
 
 from events.accept import MAX_QUEUE
 from events.commands import RequestLoad
+from events.datalock import LEDGER
 from events.types import LoadRequested, ModelLoaded
-from server.app import LEDGER
 from server.appkeys import LOG
 
 Start = Callable[..., Awaitable[LocalApi]]

@@ -15,8 +15,8 @@ from support.http import ENDLESS, ONE, LocalApi
 from support.models import TEXT, save, save_bytes
 from support.workers import computing, until
 
+from events.datalock import LEDGER
 from events.types import UnloadRequested
-from server.app import LEDGER
 
 Start = Callable[..., Awaitable[LocalApi]]
 

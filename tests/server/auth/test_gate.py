@@ -18,10 +18,11 @@ from support.http import LocalApi, bearer, route, small_app, small_config
 from support.workers import until
 
 from events.commands import Command, Record
+from events.datalock import LEDGER
 from events.errors import LogUnavailable
 from events.sqlite.listing import open_reader
 from events.types import SYSTEM, AccessDenied
-from server.app import LEDGER, all_routes
+from server.app import all_routes
 from server.appkeys import GATE
 from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
 from server.auth.ratelimit import RateLimited, RateLimits, Windows, peer_of
