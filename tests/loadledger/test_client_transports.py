@@ -40,12 +40,11 @@ def refusal(kind: str, *scripts: Script, **options: Any) -> Exception:
 @each_kind
 def test_absent_server_is_unreachable(kind: str) -> None:
     with odd_server() as server:
-        server.stop()
         words = rf"{server.url} cannot be reached: connection ref.*is the server running"
-        with connected(kind, server.url) as client:
-            with pytest.raises(ServerUnreachable, match=words) as caught:
-                client.load("m")
-            assert (caught.value.url, caught.value.sent) == (server.url, False)
+    with connected(kind, server.url) as client:
+        with pytest.raises(ServerUnreachable, match=words) as caught:
+            client.load("m")
+        assert (caught.value.url, caught.value.sent) == (server.url, False)
     with connected(kind, "http://nobody.invalid") as client:
         with pytest.raises(ServerUnreachable, match=r"nobody\.invalid cannot be reached: ") as caught:
             client.resources()

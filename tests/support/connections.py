@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -22,7 +22,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
     Encoding,
     KeySerializationEncryption,
     NoEncryption,
@@ -30,8 +29,6 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from server.http.connection import ConnectionLimits, listening
-from server.routing import Access, LimitClass
-from support.http import route, small_app, small_config
 
 LIMIT_S = 30.0
 LONG_S = 600.0
@@ -40,15 +37,28 @@ GET = b"GET /short HTTP/1.1\r\nHost: a\r\n\r\n"
 PROBE = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
+@dataclass
 class Client:
     """One end of a raw connection."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
 
     def send(self, data: bytes) -> None:
         self.writer.write(data)
+
+    async def get(self, request: bytes = GET) -> bytes:
+        """Send a request, or the rest of one, and return its answer, which is a 200."""
+        self.send(request)
+        return await self.answer()
+
+    async def answer(self) -> bytes:
+        """Return the next answer, which is a 200 and has a length."""
+        async with asyncio.timeout(LIMIT_S):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK")
+            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            return head + await self.reader.readexactly(length)
 
     async def rest(self) -> bytes:
         """Return all that comes until the server closes the connection."""
@@ -59,12 +69,10 @@ class Client:
                     received += piece
             return bytes(received)
 
-    async def answer(self) -> bytes:
-        """Return one answer of those that have a length."""
-        async with asyncio.timeout(LIMIT_S):
-            head = await self.reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-            return head + await self.reader.readexactly(length)
+    async def refusal(self, request: bytes = b"") -> tuple[int, str]:
+        """Send a request, and return status and code of the refusal that ends the connection."""
+        self.send(request)
+        return problem(await self.rest())
 
     async def close(self) -> None:
         self.writer.close()
@@ -72,133 +80,87 @@ class Client:
             await self.writer.wait_closed()
 
 
-Connect = Callable[[], Awaitable[Client]]
+def answering(body: bytes) -> Handler:
+    """Return a handler that answers with this body."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    return answer
 
 
-async def short(_: web.Request) -> web.Response:
-    return web.Response(body=b"short")
+@dataclass
+class SmallServer:
+    """A server with some routes, and the connections of its clients."""
 
+    limits: ConnectionLimits
+    port: int
+    clients: list[Client] = field(default_factory=list)
 
-async def long(_: web.Request) -> web.Response:
-    return web.Response(body=LONG_ANSWER)
-
-
-def roomy(most: int = 100, **others: Any) -> ConnectionLimits:
-    """Return limits that no client meets, but for these."""
-    return ConnectionLimits(**{"head_s": LONG_S, "idle_s": LONG_S, "most": most, "check_s": 0.02, **others})
+    async def connect(self) -> Client:
+        """Open a connection for which the kernel buffers little."""
+        with socket.socket() as made:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+            made.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", self.port))
+            client = Client(*await asyncio.open_connection(sock=made.dup(), limit=2**16))
+        self.clients.append(client)
+        return client
 
 
 @asynccontextmanager
-async def connecting(
-    folder: Path,
-    limits: ConnectionLimits,
-    tls: ssl.SSLContext | None = None,
-    others: Mapping[str, Handler] | None = None,
-) -> AsyncIterator[Connect]:
-    """Serve some routes within these limits, and yield what connects to them."""
-    public: dict[str, Any] = {"access": Access.PUBLIC, "limit": LimitClass.NONE}
-    handlers = {"/short": short, "/long": long, "/health/live": short, "/metrics": long, **(others or {})}
-    routes = [route(path, handler, **public) for path, handler in handlers.items()]
-    runner = web.AppRunner(
-        small_app(routes, small_config(folder / "data")), access_log=None, handler_cancellation=True
-    )
+async def small_server(
+    tls: ssl.SSLContext | None = None, head_s: float = LONG_S, others: Mapping[str, Handler] | None = None
+) -> AsyncIterator[SmallServer]:
+    """Serve some routes within limits that no client meets, unless a test lowers them."""
+    limits = ConnectionLimits(head_s, LONG_S, 100, closing_s=0.1, check_s=0.02)
+    app, short = web.Application(), answering(b"short")
+    handlers = {"/short": short, "/long": answering(LONG_ANSWER), "/health/live": short, **(others or {})}
+    app.add_routes([web.get(path, handler) for path, handler in handlers.items()])
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
-    clients = list[Client]()
     assert runner.server is not None
-    try:
-        async with listening(runner.server, "127.0.0.1", 0, limits, tls) as port:
-
-            async def connect() -> Client:
-                with socket.socket() as made:  # of which little is kept by the kernel
-                    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-                    made.setblocking(False)
-                    await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port))
-                    client = Client(*await asyncio.open_connection(sock=made.dup(), limit=2**16))
-                clients.append(client)
-                return client
-
-            yield connect
-    finally:
-        for client in clients:
-            await client.close()
-        await runner.cleanup()
+    async with listening(runner.server, "127.0.0.1", 0, limits, tls) as port:
+        server = SmallServer(limits, port)
+        try:
+            yield server
+        finally:
+            for client in server.clients:
+                await client.close()
+            await runner.cleanup()
     assert not limits.open
 
 
 def problem(answer: bytes) -> tuple[int, str]:
-    """Return status and code of an answer that tells a problem."""
+    """Return status and code of a refusal."""
     head, _, body = answer.partition(b"\r\n\r\n")
-    status, told = int(head.split()[1]), json.loads(body)
+    status, members = int(head.split()[1]), json.loads(body)
     assert b"content-type: application/problem+json" in head.lower()
     assert head.startswith(b"HTTP/1.0 ") or b"\r\nConnection: close" in head
     assert b"\r\nServer: loadledger" in head
-    assert told["status"] == status
-    return status, told["code"]
-
-
-def fields(count: int, length: int = 1) -> bytes:
-    return b"".join(b"F%d: %s\r\n" % (number, b"v" * length) for number in range(count))
+    assert members["status"] == status
+    return status, members["code"]
 
 
 Script = bytes | Callable[[socket.socket], None]
-"""What is sent to a connection's first request before it is closed, or what is done with it."""
+"""The answer to a connection's first request, or a function that is called with the connection."""
 
 
+@dataclass
 class OddServer:
-    """A server with a script for each connection; when they are used up, it refuses connections.
+    """The URL and the requests of a server; `closed` is set when a client has closed a connection."""
 
-    Attributes:
-        url: where it is.
-        requests: each as it came, head and body.
-        closed: of each connection that was left open, set when its client has closed it.
-    """
+    url: str
+    requests: list[bytes] = field(default_factory=list)
+    closed: threading.Event = field(default_factory=threading.Event)
 
-    def __init__(self, scripts: Sequence[Script], tls: ssl.SSLContext | None = None) -> None:
-        self.requests: list[bytes] = []
-        self.closed = threading.Event()
-        self._scripts = scripts
-        self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(LIMIT_S)
-        self._thread = threading.Thread(target=self._run, name="odd server")
-        scheme = "http" if tls is None else "https"
-        self.url = f"{scheme}://localhost:{self._listener.getsockname()[1]}"
-
-    def start(self) -> None:
-        """Answer from now on."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Answer no more."""
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(LIMIT_S)
-        self._listener.close()
-
-    def _run(self) -> None:
-        for script in self._scripts:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with connection, suppress(OSError):
-                self._serve(connection, script)
-        self._listener.close()
-
-    def _serve(self, connection: socket.socket, script: Script) -> None:
-        connection.settimeout(LIMIT_S)
-        if self._tls is not None:
-            connection = self._tls.wrap_socket(connection, server_side=True)
+    def answer(self, connection: socket.socket, script: Script) -> None:
+        """Read a request and answer it; a connection that a function leaves open is the client's to close."""
         self.requests.append(_request(connection))
-        if callable(script):
-            script(connection)
-            self._wait_for_the_end(connection)
-        else:
+        if isinstance(script, bytes):
             connection.sendall(script)
-        if self._tls is not None:
-            connection.close()
-
-    def _wait_for_the_end(self, connection: socket.socket) -> None:
+            return
+        script(connection)
         with suppress(ConnectionError):
             while connection.recv(2**16):
                 pass
@@ -207,13 +169,36 @@ class OddServer:
 
 @contextmanager
 def odd_server(*scripts: Script, tls: ssl.SSLContext | None = None) -> Iterator[OddServer]:
-    """Give a server with these scripts; it is stopped in the end."""
-    server = OddServer(scripts, tls)
-    server.start()
+    """Run a server with a script for each connection; after the last, it refuses connections."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(LIMIT_S)
+    scheme = "http" if tls is None else "https"
+    server = OddServer(f"{scheme}://localhost:{listener.getsockname()[1]}")
+
+    def run() -> None:
+        for script in scripts:
+            try:
+                accepted, _ = listener.accept()
+            except OSError:
+                return
+            accepted.settimeout(LIMIT_S)
+            with suppress(OSError), _wrapped(accepted, tls) as connection:
+                server.answer(connection, script)
+        listener.close()
+
+    thread = threading.Thread(target=run, name="odd server")
+    thread.start()
     try:
         yield server
     finally:
-        server.stop()
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        thread.join(LIMIT_S)
+        listener.close()
+
+
+def _wrapped(connection: socket.socket, tls: ssl.SSLContext | None) -> socket.socket:
+    return connection if tls is None else tls.wrap_socket(connection, server_side=True)
 
 
 def said(body: bytes, status: str = "200 OK", *fields: str, media_type: str = "application/json") -> bytes:
@@ -234,74 +219,58 @@ def staying(text: bytes) -> Callable[[socket.socket], None]:
 
 
 def _request(connection: socket.socket) -> bytes:
-    text = b""
-    while b"\r\n\r\n" not in text:
-        text += (part := connection.recv(2**16))
-        if not part:
-            return text
-    head, _, body = text.partition(b"\r\n\r\n")
-    length = next(
-        (
-            int(line.split(b":")[1])
-            for line in head.split(b"\r\n")
-            if line.lower().startswith(b"content-length")
-        ),
-        0,
-    )
-    while len(body) < length:
-        body += (part := connection.recv(2**16))
-        if not part:
-            break
-    return head + b"\r\n\r\n" + body
-
-
-PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+    with connection.makefile("rb") as received:
+        head = b""
+        while (line := received.readline()) not in (b"\r\n", b""):
+            head += line
+        length = re.search(rb"(?im)^content-length: *(\d+)", head)
+        return head + line + received.read(int(length[1]) if length is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A certificate and its key, as PEM, and the number that tells it from others."""
+    """A certificate with its serial number and key, both as PEM."""
 
     serial: int
     certificate: bytes
-    key: PrivateKey
-
-    def key_pem(self, password: bytes | None = None) -> bytes:
-        """Return the key, encrypted where there is a password."""
-        encryption: KeySerializationEncryption = NoEncryption()
-        if password is not None:
-            encryption = BestAvailableEncryption(password)
-        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    key: bytes
 
     def write(self, cert: Path, key: Path) -> None:
-        """Put both in their places as a renewal does: each at once."""
+        """Write both files as a renewal does: each at once."""
         replace(cert, self.certificate)
-        replace(key, self.key_pem())
+        replace(key, self.key)
 
     def trusting(self) -> ssl.SSLContext:
-        """Return what a client needs to trust it."""
+        """Return the context of a client that trusts the certificate."""
         return ssl.create_default_context(cadata=self.certificate.decode())
 
 
-def replace(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Give a file another content, at once."""
+def replace(path: Path, content: bytes) -> None:
+    """Replace a file at once."""
     draft = path.with_name(f".{path.name}.new")
     draft.write_bytes(content)
-    draft.chmod(mode)
+    draft.chmod(0o600)
     os.replace(draft, path)  # noqa: PTH105 - it takes the place of what is there
 
 
-def make_pair(*, ends_in: timedelta = timedelta(days=1), key: PrivateKey | None = None) -> Pair:
-    """Make a certificate for localhost, 127.0.0.1 and ::1."""
+def make_pair(
+    *,
+    ends_in: timedelta = timedelta(days=1),
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None,
+    encryption: KeySerializationEncryption | None = None,
+) -> Pair:
+    """Make a certificate for localhost and 127.0.0.1."""
     private = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    hosts = [x509.DNSName("localhost"), *(x509.IPAddress(ip_address(each)) for each in ("127.0.0.1", "::1"))]
+    hosts = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
     now, serial = datetime.now(UTC), x509.random_serial_number()
     built = (
         x509.CertificateBuilder(name, name, private.public_key(), serial)
         .not_valid_before(now - timedelta(days=2))
         .not_valid_after(now + ends_in)
-        .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
+        .add_extension(hosts, critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     )
-    return Pair(serial, built.sign(private, hashes.SHA256()).public_bytes(Encoding.PEM), private)
+    certificate = built.sign(private, hashes.SHA256()).public_bytes(Encoding.PEM)
+    secret = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+    return Pair(serial, certificate, secret)

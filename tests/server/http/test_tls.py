@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from onnx import TensorProto
 from support import models
-from support.connections import Pair, make_pair, replace
+from support.connections import make_pair, replace
 from support.http import when
 from support.models import save
 from support.servers import serving
@@ -28,20 +29,13 @@ LIMIT_S = 30.0
 HEALTH_CHECK = Path(__file__).parents[3] / "deploy" / "healthcheck.py"
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return make_pair()
-
-
-@pytest.fixture(scope="module")
-def other() -> Pair:
-    return make_pair()
+PAIR, OTHER = make_pair(), make_pair()
 
 
 @pytest.fixture
-def files(tmp_path: Path, pair: Pair) -> tuple[Path, Path]:
+def files(tmp_path: Path) -> tuple[Path, Path]:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    pair.write(cert, key)
+    PAIR.write(cert, key)
     return cert, key
 
 
@@ -61,17 +55,17 @@ def test_context_serves_tls_1_2_and_newer(files: tuple[Path, Path]) -> None:
     assert context.verify_mode is ssl.CERT_NONE  # of clients
 
 
-RSA_2048 = make_pair(key=rsa.generate_private_key(65537, 2048))
 OTHER_KEY = "is not the key of the first certificate in"
+ENCRYPTED = make_pair(encryption=BestAvailableEncryption(b"secret"))
 
 
 @pytest.mark.parametrize(
     ("place", "content", "reason"),
     [
-        ("key", make_pair().key_pem(), OTHER_KEY),
-        ("key", RSA_2048.key_pem(), OTHER_KEY),
-        ("key", make_pair().key_pem(password=b"secret"), "is encrypted.*openssl pkey"),
-        ("cert", make_pair().key_pem(), "has no readable certificate"),
+        ("key", OTHER.key, OTHER_KEY),
+        ("key", make_pair(key=rsa.generate_private_key(65537, 2048)).key, OTHER_KEY),
+        ("key", ENCRYPTED.key, "is encrypted.*openssl pkey"),
+        ("cert", ENCRYPTED.key, "has no readable certificate"),
         *[
             (place, content, f"has no {part}")
             for place, part in (("key", "readable private key"), ("cert", "readable certificate"))
@@ -86,16 +80,13 @@ def test_unusable_file_is_refused_by_name(
     assert re.search(reason, refused(files), re.DOTALL)
 
 
-@pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o660, 0o644, 0o777])
-def test_key_that_others_may_read_or_change_is_refused(files: tuple[Path, Path], mode: int) -> None:
-    files[1].chmod(mode)
-    assert re.search(f"mode {mode:04o}.*chmod 0600", refused(files), re.DOTALL)
-
-
-@pytest.mark.parametrize("mode", [0o400, 0o600, 0o440, 0o640])
-def test_key_that_its_group_may_read_is_accepted(files: tuple[Path, Path], mode: int) -> None:
-    files[1].chmod(mode)
-    load_context(*files)
+def test_key_that_others_may_read_or_change_is_refused(files: tuple[Path, Path]) -> None:
+    for mode in (0o604, 0o602, 0o601, 0o660, 0o644, 0o777):
+        files[1].chmod(mode)
+        assert re.search(f"mode {mode:04o}.*chmod 0600", refused(files), re.DOTALL)
+    for mode in (0o400, 0o600, 0o440, 0o640):
+        files[1].chmod(mode)
+        load_context(*files)
 
 
 def test_key_of_another_user_is_refused(files: tuple[Path, Path]) -> None:
@@ -129,28 +120,34 @@ def test_unusable_key_is_a_mistake_in_the_configuration(files: tuple[Path, Path]
 # Renewal
 
 
-class Clock:
-    """The time, as far as a test is concerned."""
+class Renewable:
+    """A server of a certificate, and its clock."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, cert: Path, key: Path) -> None:
+        self.now_s = 0.0
+        self.certificate = Certificate(cert, key, lambda: self.now_s)
+        self.port = 0
 
-    def __call__(self) -> float:
-        return self.now
+    async def serial(self, name: str | None = "localhost", *, after_s: float = 1.0) -> int:
+        """Return the serial number of the certificate that a new connection gets, some seconds later."""
+        self.now_s += after_s
+        return await served_serial(self.port, name)
 
 
 @asynccontextmanager
-async def listening(certificate: Certificate) -> AsyncIterator[int]:
-    """Echo lines over TLS; give the port."""
+async def listening(cert: Path, key: Path) -> AsyncIterator[Renewable]:
+    """Echo lines over TLS."""
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
             writer.write(line)
         writer.close()
 
-    server = await asyncio.start_server(echo, "127.0.0.1", 0, ssl=certificate.context)
+    renewable = Renewable(cert, key)
+    server = await asyncio.start_server(echo, "127.0.0.1", 0, ssl=renewable.certificate.context)
     async with server:
-        yield server.sockets[0].getsockname()[1]
+        renewable.port = server.sockets[0].getsockname()[1]
+        yield renewable
 
 
 @asynccontextmanager
@@ -168,97 +165,77 @@ async def connected(
 
 
 async def served_serial(port: int, name: str | None = "localhost") -> int:
-    """Return the serial number of the certificate that a new connection is shown."""
     async with asyncio.timeout(LIMIT_S), connected(port, name) as (_, writer):
         connection = writer.get_extra_info("ssl_object")
         return x509.load_der_x509_certificate(connection.getpeercert(binary_form=True)).serial_number
 
 
-async def test_renewed_certificate_is_served_to_new_connections(
-    files: tuple[Path, Path], pair: Pair, other: Pair
-) -> None:
-    clock = Clock()
-    async with (
-        listening(Certificate(*files, clock)) as port,
-        connected(port, "localhost") as (reader, writer),
-    ):
-        for name in ("localhost", None):
-            assert await served_serial(port, name) == pair.serial
-        other.write(*files)
-        assert await served_serial(port) == pair.serial  # the files were checked just now
-        clock.now += 1.0
-        for name in ("localhost", None):
-            assert await served_serial(port, name) == other.serial
+async def test_renewed_certificate_is_served_to_new_connections(files: tuple[Path, Path]) -> None:
+    async with listening(*files) as server, connected(server.port, "localhost") as (reader, writer):
+        assert [await server.serial(name, after_s=0) for name in ("localhost", None)] == [PAIR.serial] * 2
+        OTHER.write(*files)
+        assert await server.serial(after_s=0.9) == PAIR.serial  # the files were checked just now
+        assert [await server.serial(name) for name in ("localhost", None)] == [OTHER.serial] * 2
         writer.write(b"still here\n")
         assert await reader.readline() == b"still here\n"
 
 
-async def test_half_a_renewal_keeps_the_old_certificate(
-    files: tuple[Path, Path], pair: Pair, other: Pair, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda cert, _: replace(cert, OTHER.certificate),
+        lambda _, key: key.unlink(),
+        lambda _, key: key.chmod(0o644),
+    ],
+    ids=["half renewed", "gone", "readable"],
+)
+async def test_unusable_renewal_keeps_the_old_certificate(
+    files: tuple[Path, Path],
+    spoil: Callable[[Path, Path], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    clock = Clock()
-    async with listening(Certificate(*files, clock)) as port:
-        replace(files[0], other.certificate)
-        for _ in range(3):
-            clock.now += 1.0
-            assert await served_serial(port) == pair.serial
-        assert caplog.text.count("cannot be renewed yet") == 1
-        replace(files[1], other.key_pem())
-        clock.now += 1.0
-        assert await served_serial(port) == other.serial
+    async with listening(*files) as server:
+        spoil(*files)
+        assert [await server.serial() for _ in range(2)] == [PAIR.serial] * 2
+        assert caplog.text.count("cannot be renewed yet, the one in use stays") == 1
+        OTHER.write(*files)
+        assert await server.serial() == OTHER.serial
 
 
 async def test_expired_certificate_is_served_with_a_warning(
     files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock, expired = Clock(), make_pair(ends_in=timedelta(days=-1))
-    async with listening(Certificate(*files, clock)) as port:
+    expired = make_pair(ends_in=timedelta(days=-1))
+    async with listening(*files) as server:
         expired.write(*files)
-        clock.now += 1.0
-        assert await served_serial(port) == expired.serial
+        assert await server.serial() == expired.serial
     assert caplog.text.count("has expired") == 1
     Certificate(*files)
     assert caplog.text.count("has expired") == 2
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.chmod(0o644)], ids=["gone", "readable"])
-async def test_key_that_becomes_unusable_stays_in_use(
-    files: tuple[Path, Path], pair: Pair, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    clock = Clock()
-    async with listening(Certificate(*files, clock)) as port:
-        spoil(files[1])
-        clock.now += 1.0
-        assert await served_serial(port) == pair.serial
-        assert "the one in use stays" in caplog.text
-
-
-async def test_files_behind_renewed_symlinks_are_reread(tmp_path: Path, pair: Pair, other: Pair) -> None:
+async def test_files_behind_renewed_symlinks_are_reread(tmp_path: Path) -> None:
     """Kubernetes renews a mounted secret by turning a symlink."""
-    for folder, certificate in (("1", pair), ("2", other)):
+    for folder, certificate in (("1", PAIR), ("2", OTHER)):
         (tmp_path / folder).mkdir()
         certificate.write(tmp_path / folder / "tls.crt", tmp_path / folder / "tls.key")
     (tmp_path / "data").symlink_to("1")
-    clock = Clock()
-    async with listening(Certificate(tmp_path / "data/tls.crt", tmp_path / "data/tls.key", clock)) as port:
+    async with listening(tmp_path / "data/tls.crt", tmp_path / "data/tls.key") as server:
         (tmp_path / "new").symlink_to("2")
         (tmp_path / "new").replace(tmp_path / "data")
-        clock.now += 1.0
-        assert await served_serial(port) == other.serial
+        assert await server.serial() == OTHER.serial
 
 
 # The command
 
 
-async def test_server_speaks_https_and_renews_while_it_runs(
-    files: tuple[Path, Path], pair: Pair, other: Pair, tmp_path: Path
-) -> None:
+async def test_server_speaks_https_and_renews_while_it_runs(files: tuple[Path, Path], tmp_path: Path) -> None:
     config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
     config.repository.mkdir()
     save(models.identity(TensorProto.UINT8), config.repository, "m")
     file = tmp_path / "server.toml"
     file.write_text(f'tls_cert = "{files[0].name}"\ntls_key = "{files[1].name}"\nport = 1\n')
-    async with serving(config, f"--config={file}", tls=pair.trusting()) as server:
+    async with serving(config, f"--config={file}", tls=PAIR.trusting()) as server:
         assert server.url.startswith("https://127.0.0.1:")
         port = int(server.url.rpartition(":")[2])
         await server.api.load("m")
@@ -271,8 +248,8 @@ async def test_server_speaks_https_and_renews_while_it_runs(
         writer.close()
         check = await asyncio.create_subprocess_exec(sys.executable, str(HEALTH_CHECK), str(port))
         assert await check.wait() == 0  # the image's health check
-        other.write(*files)
-        await when(lambda: served_serial(port), lambda number: number == other.serial)
+        OTHER.write(*files)
+        await when(lambda: served_serial(port), lambda number: number == OTHER.serial)
         assert (await server.api.get("/health/ready")).status == 200  # over an older connection
         assert await server.stop() == 0
     assert server.output.read_text().count("Traceback") == 0

@@ -12,7 +12,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
 from aiohttp_apispec import (
-    docs,
     headers_schema,
     json_schema,
     match_info_schema,
@@ -46,19 +45,11 @@ from server.http.validation import (
 
 Client = TestClient[web.Request, web.Application]
 JSON = {"Content-Type": "application/json"}
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"]))
-)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
-    SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=4)
-    ),
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=20,
 )
 
@@ -71,9 +62,7 @@ class BodySchema(Schema):
 
 
 class PathSchema(Schema):
-    name = fields.String(
-        required=True, validate=validate.Regexp(r"[a-z]+\Z", error="Must be lower-case letters.")
-    )
+    name = fields.String(validate=validate.Regexp(r"[a-z]+\Z", error="Must be lower-case letters."))
 
 
 class QuerySchema(Schema):
@@ -85,7 +74,6 @@ class HeaderSchema(Schema):
     prefer = fields.String(data_key="Prefer")
 
 
-@docs(summary="Everything")
 @json_schema(BodySchema())
 @match_info_schema(PathSchema())
 @querystring_schema(QuerySchema())
@@ -115,12 +103,12 @@ async def client(aiohttp_client: AiohttpClient) -> Client:
     return await aiohttp_client(app)
 
 
-async def refusal(client: Client, body: object, path: str = "/default") -> dict[str, Any]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = await client.post(path, data=data, headers=JSON)
-    assert answer.status == 400, await answer.text()
-    problem: dict[str, Any] = await answer.json()
-    return problem
+async def send(client: Client, url: str, data: Any = b"", **headers: str) -> tuple[int, str, str]:
+    """Send a request and return status, code and detail of its refusal."""
+    fields = JSON | {name.replace("_", "-"): value for name, value in headers.items()}
+    answer = await client.post(URL(url, encoded=True), data=data, headers=fields)
+    problem = await answer.json()
+    return answer.status, problem["code"], problem["detail"]
 
 
 # Strict JSON
@@ -153,16 +141,11 @@ def test_loads_reads_or_refuses_any_bytes(body: bytes) -> None:
     [
         (b"", "not JSON: Expecting value at line 1 column 1"),
         (b'{"a": 1} x', "Extra data at line 1 column 10"),
-        (b'{"a": 1}{', "Extra data"),
-        (b"{'a': 1}", "line 1 column 2"),
-        (b'{"a": 1,}', "line 1"),
         (b"[1,\n2", "line 2 column 2"),
         (b'"a\nb"', "control character"),
-        (b"\x00", "line 1"),
         (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
         (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 8"),
         (b'"\xed\xa0\x80"', "not UTF-8"),
-        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         (b'"\\ud800"', "unpaired surrogate"),
         (b'{"\\udc00": 1}', "unpaired surrogate"),
         (b'{"a": 1,\n "\\u0061": 2}', 'the key "a" appears twice in one object'),
@@ -184,10 +167,6 @@ def test_loads_refuses_other_json_with_reason(body: bytes, message: str) -> None
 
 
 # Requests
-
-
-NO_INTEGERS: list[Any] = ["3", 1.5, 1.0, True, None, 2**63, [], {}]
-NO_BOOLEANS: list[Any] = [1, 0, "true", "", None, []]
 
 
 async def test_each_part_of_a_request_is_loaded_by_its_schema(client: Client) -> None:
@@ -220,35 +199,36 @@ async def test_body_must_be_declared_as_json_in_utf_8(client: Client) -> None:
             assert answer.status == status, media_type
 
 
+INTEGER, BOOLEAN = "body: version: Must be an integer of 64 bits.", "body: pinned: Must be true or false."
+OBJECT = "body: Must be a JSON object."
+NO_INTEGERS: list[Any] = ["3", 1.5, 1.0, True, 2**63, [], {}]
+NO_BOOLEANS: list[Any] = [1, 0, "true", "", []]
+NO_OBJECTS: list[Any] = [[], None, "{}"]
+
+
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
-        *(({"version": value}, "body: version: ") for value in NO_INTEGERS),
-        *(({"pinned": value}, "body: pinned: ") for value in NO_BOOLEANS),
+        *(({"version": value}, INTEGER) for value in NO_INTEGERS),
+        *(({"pinned": value}, BOOLEAN) for value in NO_BOOLEANS),
+        ({"version": None}, "body: version: Field may not be null."),
         ({"version": 0}, "body: version: Must be greater than or equal to 1."),
-        ({"version": "1"}, "body: version: Must be an integer of 64 bits."),
-        ({"pinned": 1}, "body: pinned: Must be true or false."),
         ({"priority": "urgent"}, "body: priority: Must be one of: high, low."),
         ({"parts": [{"size": 1}, {}]}, "body: parts.1.size: Missing data for required field."),
         ({"x": 1}, "body: x: Unknown field.; known are parts, pinned, priority, version"),
-        ([], "body: Must be a JSON object."),
-        (None, "body: Must be a JSON object."),
-        ("{}", "body: Must be a JSON object."),
-        (b'{"version": 1, "version": 2}', 'the key "version" appears twice in one object'),
+        *((value, OBJECT) for value in NO_OBJECTS),
         (b" ", "not JSON: Expecting value at line 1 column 2"),
-        (b"[" * 100_000, "nested deeper than 32"),
     ],
 )
 async def test_invalid_body_names_the_field_and_its_values(client: Client, body: object, detail: str) -> None:
-    problem = await refusal(client, body)
-    assert problem["code"] == "invalid_body"
-    assert problem["detail"].startswith(detail)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert await send(client, "/default", data) == (400, "invalid_body", detail)
 
 
 async def test_many_mistakes_are_counted(client: Client) -> None:
-    detail = (await refusal(client, {f"field{number:03}": 1 for number in range(500)}))["detail"]
-    assert "field009" in detail
-    assert "field010" not in detail
+    body = json.dumps({f"field{number:03}": 1 for number in range(500)}).encode()
+    *_, detail = await send(client, "/default", body)
+    assert [name in detail for name in ("field009", "field010")] == [True, False]
     assert detail.endswith("and 490 more")
 
 
@@ -268,9 +248,7 @@ async def test_many_mistakes_are_counted(client: Client) -> None:
     ],
 )
 async def test_invalid_parameter_names_what_is_allowed(client: Client, url: str, detail: str) -> None:
-    answer = await client.post(URL(url, encoded=True))
-    problem = await answer.json()
-    assert (answer.status, problem["code"], problem["detail"]) == (400, "invalid_parameter", detail)
+    assert await send(client, url) == (400, "invalid_parameter", detail)
 
 
 async def test_large_body_is_413_by_length_or_while_read(client: Client) -> None:
@@ -285,17 +263,14 @@ async def test_large_body_is_413_by_length_or_while_read(client: Client) -> None
             yield b" " * 2**16
 
     for body in (io.BytesIO(b"{} " + padding), endless()):
-        answer = await client.post("/default", data=body, headers=JSON)
-        assert (answer.status, (await answer.json())["code"]) == (413, "body_too_large")
+        assert (await send(client, "/default", body))[:2] == (413, "body_too_large")
     assert sent < 2**26
 
 
 async def test_compressed_body_is_415(client: Client) -> None:
-    headers = {**JSON, "Content-Encoding": "gzip"}
-    for body in (gzip.compress(b" " * 2**26), gzip.compress(b"{}")):
-        answer = await client.post("/default", data=body, headers=headers)
-        assert answer.status == 415
-        assert "Content-Encoding" in (await answer.json())["detail"]
+    packed = await send(client, "/default", gzip.compress(b"{}"), Content_Encoding="gzip")
+    text = "the body must not be compressed: leave Content-Encoding out"
+    assert packed == (415, "unsupported_media_type", text)
 
 
 async def test_handler_without_schema_reads_its_body(client: Client) -> None:

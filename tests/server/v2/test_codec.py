@@ -3,6 +3,8 @@
 import json
 import math
 import tracemalloc
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,10 +38,14 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ELEMENTS = st.integers() | st.text(max_size=3) | st.floats(allow_nan=False, allow_infinity=False)
 
 
-def decode(*inputs: Any, data: bytes = b"", **members: Any) -> InferenceRequest:
-    """Decode a request with these inputs, and `data` after its JSON."""
+def request_of(*inputs: Any, data: bytes = b"", **members: Any) -> tuple[bytes, int | None]:
+    """Return a request with these inputs and `data` after its JSON, and the length of the JSON."""
     text = json.dumps({"inputs": inputs, **members}).encode()
-    return decode_request(text + data, len(text) if data else None)
+    return text + data, len(text) if data else None
+
+
+def decode(*inputs: Any, **members: Any) -> InferenceRequest:
+    return decode_request(*request_of(*inputs, **members))
 
 
 def tensor(**members: Any) -> dict[str, Any]:
@@ -58,17 +64,15 @@ def refusal(body: bytes, header_bytes: int | None = None) -> str:
     return str(refused.value)
 
 
-def refused(*inputs: Any, data: bytes = b"", **members: Any) -> str:
-    with pytest.raises(InvalidInput) as error:
-        decode(*inputs, data=data, **members)
-    return str(error.value)
+def refused(*inputs: Any, **members: Any) -> str:
+    return refusal(*request_of(*inputs, **members))
 
 
 @st.composite
-def tensors(draw: st.DrawFn) -> Tensor:
+def tensors(draw: st.DrawFn, with_text: Sequence[str] = JSON_DATATYPES) -> Tensor:
     datatype = draw(st.sampled_from(sorted(DATATYPES)))
     shape = tuple(draw(st.lists(st.integers(0, 3), max_size=4)))
-    if datatype in JSON_DATATYPES and draw(st.booleans()):
+    if datatype in with_text and draw(st.booleans()):
         values = draw(st.lists(ELEMENTS, max_size=3))
         return Tensor(draw(NAMES), datatype, shape, json.dumps(values).encode(), text=True)
     size = math.prod(shape) * DATATYPES[datatype].size if datatype != "BYTES" else draw(st.integers(0, 9))
@@ -109,29 +113,24 @@ def test_decoded_tensors_are_views_of_the_body() -> None:
 
 
 def test_output_form_is_json_unless_requested_otherwise() -> None:
-    named = [{"name": "a"}, {"name": "b", "parameters": {"binary_data": True}}]
-    named += [
-        {"name": "c", "parameters": {"binary_data": False, "mine": "x"}},
-        {"name": "d", "parameters": {}},
-    ]
-    for members, forms in (
-        ({}, (True, False, False, True)),
-        ({"binary_data_output": False}, (True, False, False, True)),
-        ({"binary_data_output": True}, (False, False, True, False)),
+    own: list[dict[str, Any]] = [{}, {"binary_data": True}, {"binary_data": False, "mine": "x"}]
+    outputs = [{"name": "a"}, *({"name": "b", "parameters": parameters} for parameters in own)]
+    for members, text in (
+        ({}, True),
+        ({"binary_data_output": False}, True),
+        ({"binary_data_output": True}, False),
     ):
-        request = decode(tensor(), outputs=named, parameters=members)
-        wanted = {"a": forms[0], "b": False, "c": True, "d": forms[3]}
-        assert request.outputs == tuple(WantedOutput(name, text) for name, text in wanted.items())
-        assert request.text is forms[0]
+        request = decode(tensor(), outputs=outputs, parameters=members)
+        forms = [("a", text), ("b", text), ("b", False), ("b", True)]
+        assert request.outputs == tuple(WantedOutput(*form) for form in forms)
+        assert request.text is text
         assert decode(tensor(), parameters=members).outputs == ()
 
 
-@pytest.mark.parametrize(
-    ("sent_us", "expected"), [(0, None), (1, 1), (2**63 - 1, 2**63 - 1), (5_000_000, 5_000_000)]
-)
-def test_timeout_of_zero_is_none(sent_us: int, expected: int | None) -> None:
-    assert decode(tensor(), parameters={"timeout": sent_us}).timeout_us == expected
-    assert decode(tensor()).timeout_us is None
+def test_timeout_of_zero_is_none() -> None:
+    sent_us = [0, 1, 2**63 - 1]
+    found = [decode(tensor(), parameters={"timeout": each}).timeout_us for each in sent_us]
+    assert [decode(tensor()).timeout_us, *found] == [None, None, 1, 2**63 - 1]
 
 
 def test_custom_members_and_neutral_parameters_are_ignored() -> None:
@@ -150,9 +149,8 @@ def test_null_members_are_absent() -> None:
 
 
 def test_empty_tensors_and_scalars_may_be_binary() -> None:
-    request = decode(
-        binary(0, shape=[0, 3]), binary(4, shape=[]), binary(0, shape=[2**31 - 1, 0]), data=b"abcd"
-    )
+    inputs = binary(0, shape=[0, 3]), binary(4, shape=[]), binary(0, shape=[2**31 - 1, 0])
+    request = decode(*inputs, data=b"abcd")
     assert [bytes(each.data) for each in request.tensors] == [b"", b"abcd", b""]
     text = json.dumps({"inputs": [binary(0, shape=[0])]}).encode()
     assert decode_request(text, len(text)) == decode_request(text)
@@ -174,27 +172,22 @@ def test_binary_size_must_match_the_shape(size: object) -> None:
         ([binary(8)], bytes(9), "1 bytes are left over"),
         ([tensor()], bytes(9), "9 bytes are left over"),
         ([binary(8), binary(8, name="z")], bytes(15), "input 'z': binary_data_size is 8, but only 7"),
-        ([binary(2**30, shape=[2**28])], bytes(10), "only 10 bytes"),
         ([binary(2**30, datatype="BYTES")], bytes(10), "only 10 bytes"),
         ([tensor(parameters={"binary_data_size": 8})], bytes(8), "not both"),
         ([binary(8) | {"data": None}], bytes(8), "not both"),
         ([{"name": "x", "shape": [2], "datatype": "FP32"}], b"", "'x': data is missing"),
         ([tensor(datatype="FP16")], b"", "use the binary data form"),
-        ([tensor(datatype="BF16")], b"", "use the binary data form"),
         ([tensor(datatype="fp32")], b"", "'fp32' is no datatype"),
         ([binary(8, datatype="")], bytes(8), "'' is no datatype"),
         ([tensor(shape=[-1])], b"", "$.inputs[0].shape"),
         ([tensor(shape=[2**31])], b"", "$.inputs[0].shape"),
         ([tensor(), tensor(name="z", shape=[1] * 65)], b"", "$.inputs[1].shape"),
         ([tensor(shape=[1.5])], b"", "$.inputs[0].shape"),
-        ([tensor(shape=[True])], b"", "$.inputs[0].shape"),
-        ([tensor(shape=None)], b"", "$.inputs[0].shape"),
         ([tensor(datatype=1)], b"", "$.inputs[0].datatype"),
         ([tensor(name=1)], b"", "inputs[0].name"),
         ([tensor(name="n" * (MAX_NAME_CHARACTERS + 1))], b"", "length"),
         ([tensor(parameters={"mine": [1]})], b"", "$.inputs[0].parameters"),
         ([tensor(parameters={"a": 1, "mine": None})], b"", "$.inputs[0].parameters"),
-        ([tensor(parameters=[])], b"", "inputs[0].parameters"),
         ([tensor(parameters={"shared_memory_region": "r"})], b"", "shared memory is not supported; send"),
         ([binary(8, parameters={"shared_memory_region": "r"})], b"", "shared memory is not supported"),
         ([tensor(parameters={"triton_x": 1})], b"", "input 'x': the parameter 'triton_x' is not supported"),
@@ -278,7 +271,6 @@ def test_head_is_limited_and_data_is_not() -> None:
         assert f"at most {MAX_HEAD_BYTES} are allowed" in refused(tensor(), **members)
     assert "are allowed" in refused(*[tensor()] * many)
     assert len(decode(tensor(data=[0] * MAX_HEAD_BYTES)).tensors[0].data) > MAX_HEAD_BYTES
-    assert "$.inputs[0].shape" in refused(tensor(data=[0] * MAX_HEAD_BYTES, shape=[-1]))
     assert "not an inference request" in refusal(b"[" * MAX_HEAD_BYTES + b"]")
 
 
@@ -317,11 +309,9 @@ def test_any_bytes_are_decoded_or_refused(body: bytes, header_bytes: int | None)
 # The length of the JSON
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"), [(None, None), ([], None), ("0", 0), (["10"], 10), ("007", 7), (("3",), 3)]
-)
-def test_header_length_is_read(fields: Any, expected: int | None) -> None:
-    assert header_length(fields, 10) == expected
+def test_header_length_is_read() -> None:
+    given: list[Any] = [None, [], "0", ["10"], "007", ("3",)]
+    assert [header_length(fields, 10) for fields in given] == [None, None, 0, 10, 7, 3]
 
 
 @pytest.mark.parametrize(
@@ -377,11 +367,10 @@ def test_raw_body_of_another_size_is_refused(shape: tuple[int, ...], size: int) 
         decode_raw(bytes(size), [spec(*shape)])
 
 
-@pytest.mark.parametrize("shape", [(), (-1,), (1,), (-1, 1)])
-@pytest.mark.parametrize("body", [b"", b"a", bytes(300)])
-def test_raw_bytes_body_is_one_element(shape: tuple[int, ...], body: bytes) -> None:
-    [tensor] = decode_raw(memoryview(body), [spec(*shape, datatype="BYTES")]).tensors
-    assert tensor == Tensor("x", "BYTES", (1,) * len(shape), len(body).to_bytes(4, "little") + body)
+def test_raw_bytes_body_is_one_element() -> None:
+    for shape, body in product([(), (-1,), (1,), (-1, 1)], [b"", b"a", bytes(300)]):
+        [tensor] = decode_raw(memoryview(body), [spec(*shape, datatype="BYTES")]).tensors
+        assert tensor == Tensor("x", "BYTES", (1,) * len(shape), len(body).to_bytes(4, "little") + body)
 
 
 def test_raw_body_needs_exactly_one_required_input() -> None:
@@ -417,17 +406,6 @@ def test_any_raw_body_is_decoded_or_refused(datatype: str, shape: list[int], bod
 # Responses
 
 
-@st.composite
-def outputs(draw: st.DrawFn) -> Tensor:
-    datatype = draw(st.sampled_from(sorted(DATATYPES)))
-    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=4)))
-    if draw(st.booleans()):
-        text = json.dumps(draw(st.lists(st.integers() | st.text(max_size=3), max_size=3))).encode()
-        return Tensor(draw(NAMES), datatype, shape, text, text=True)
-    size = math.prod(shape) * DATATYPES[datatype].size if datatype != "BYTES" else draw(st.integers(0, 9))
-    return Tensor(draw(NAMES), datatype, shape, memoryview(draw(st.binary(min_size=size, max_size=size))))
-
-
 def read(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], list[Tensor]]:
     """Read a response as a client does: the JSON, then the binary outputs in their order."""
     answer = json.loads(body[:header_bytes])
@@ -447,7 +425,7 @@ def read(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], list[Te
 
 
 @PLAIN
-@given(NAMES, NAMES | st.none(), st.lists(outputs(), max_size=5))
+@given(NAMES, NAMES | st.none(), st.lists(tensors(sorted(DATATYPES)), max_size=5))
 def test_response_is_read_back_bit_for_bit(
     model_id: str, request_id: str | None, drawn: list[Tensor]
 ) -> None:
@@ -460,15 +438,16 @@ def test_response_is_read_back_bit_for_bit(
 
 
 def test_response_of_json_alone_has_no_header_length() -> None:
-    buffers, header_bytes = encode_response("m", 1, None, [Tensor("y", "FP32", (2,), b"[1.5,2]", text=True)])
     output = b'{"name":"y","datatype":"FP32","shape":[2],"data":[1.5,2]}'
-    assert buffers == [b'{"model_name":"m","model_version":"1","outputs":[' + output + b"]}"]
-    assert header_bytes is None
-    empty = Tensor("y", "FP32", (0, 3), b"")
-    [body], header_bytes = encode_response("m", 1, "", [empty])
-    assert header_bytes is None
-    assert json.loads(bytes(body))["outputs"][0]["parameters"] == {"binary_data_size": 0}
-    assert json.loads(bytes(body))["id"] == ""
+    expected = b'{"model_name":"m","model_version":"1","outputs":[' + output + b"]}"
+    assert encode_response("m", 1, None, [Tensor("y", "FP32", (2,), b"[1.5,2]", text=True)]) == (
+        [expected],
+        None,
+    )
+    [body], header_bytes = encode_response("m", 1, "", [Tensor("y", "FP32", (0, 3), b"")])
+    answer = json.loads(bytes(body))
+    assert (header_bytes, answer["id"]) == (None, "")
+    assert answer["outputs"][0]["parameters"] == {"binary_data_size": 0}
 
 
 def test_binary_data_is_not_copied() -> None:

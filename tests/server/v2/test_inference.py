@@ -10,6 +10,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto
 from support import models
 from support.history import PLAIN
-from support.http import Answer, Json, LocalApi, when
+from support.http import ONE, Answer, Json, LocalApi, when
 from support.models import FLOAT, save
+from yarl import URL
 
 from events.types import ModelLoaded
 
@@ -68,19 +70,16 @@ def tensors(draw: st.DrawFn) -> Binary:
     datatype = draw(st.sampled_from([*SIZES, "BYTES"]))
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
     count = math.prod(shape)
-    if datatype == "BYTES":
-        texts = draw(st.lists(st.text(max_size=5), min_size=count, max_size=count))
-        packed = [text.encode() for text in texts]
-        return Binary(datatype, shape, b"".join(struct.pack("<I", len(data)) + data for data in packed))
-    if datatype == "BOOL":
-        bits = draw(st.lists(st.integers(0, 1), min_size=count, max_size=count))
-        return Binary(datatype, shape, bytes(bits))
-    size = SIZES[datatype] * count
-    return Binary(datatype, shape, draw(st.binary(min_size=size, max_size=size)))
+    size = SIZES.get(datatype, 1) * count
+    if datatype != "BYTES":
+        data = draw(st.binary(min_size=size, max_size=size))
+        return Binary(datatype, shape, bytes(each & 1 for each in data) if datatype == "BOOL" else data)
+    texts = draw(st.lists(st.text(max_size=5).map(str.encode), min_size=count, max_size=count))
+    return Binary(datatype, shape, b"".join(struct.pack("<I", len(text)) + text for text in texts))
 
 
 def floats(*values: float, name: str = "x") -> Json:
-    return {"name": name, "shape": [len(values)], "datatype": "FP32", "data": list(values)}
+    return {**ONE, "name": name, "shape": [len(values)], "data": list(values)}
 
 
 async def load(api: LocalApi, model_id: str, model: ModelProto, number: int = 1, **parameters: Any) -> None:
@@ -156,22 +155,20 @@ async def test_any_json_tensor_comes_back_bit_for_bit(identities: LocalApi, tens
 
 
 async def test_each_output_comes_in_the_requested_form(identities: LocalApi) -> None:
-    for default in (True, False):
-        for own in (True, False):
-            parameters = {"binary_data_output": default}
-            outputs = [{"name": "y", "parameters": {"binary_data": own}}]
-            answer = await infer_binary(identities, "FP32", PAIR, parameters=parameters, outputs=outputs)
-            assert (LENGTH in answer.headers) is own
-            assert answer.media_type == ("application/octet-stream" if own else "application/json")
+    for default, own in product((True, False), repeat=2):
+        outputs = [{"name": "y", "parameters": {"binary_data": own}}]
+        parameters = {"binary_data_output": default}
+        answer = await infer_binary(identities, "FP32", PAIR, parameters=parameters, outputs=outputs)
+        assert (LENGTH in answer.headers) is own
+        assert answer.media_type == ("application/octet-stream" if own else "application/json")
 
 
 async def test_raw_body_is_answered_raw(shared: LocalApi) -> None:
     await load(shared, "raw", models.identity())
-    body = struct.pack("<3f", 1, 2, 3)
-    path, headers = "/v2/models/raw/infer", {LENGTH: "0"}
-    answer = await shared.post(path, data=body, headers=headers, roles=("predict",))
+    path, body = "/v2/models/raw/infer", struct.pack("<3f", 1, 2, 3)
+    answer = await shared.post(path, data=body, headers={LENGTH: "0"}, roles=("predict",))
     assert outputs_of(answer) == [Binary("FP32", (3,), body)]
-    odd = await shared.post(path, data=b"12345", headers=headers, roles=("predict",))
+    odd = await shared.post(path, data=b"12345", headers={LENGTH: "0"}, roles=("predict",))
     assert odd.refusal == (400, "invalid_input")
 
 
@@ -217,11 +214,11 @@ async def test_answer_names_the_load_behind_it(shared: LocalApi) -> None:
     for number in (1, 2):
         await load(shared, "versions", models.add(number), number)
         events = [event for event in await shared.events("versions") if isinstance(event.data, ModelLoaded)]
-        answer = await shared.infer("versions", floats(1))
+        answer = await shared.infer("versions", ONE)
         assert answer.headers["Loadledger-Model"] == f"versions/{number};position={events[-1].position}"
         assert answer.json["model_version"] == str(number)
         assert answer.json["outputs"][0]["data"] == [1 + number]
-        assert (await shared.infer("versions", floats(1), version=number)).status == 200
+        assert (await shared.infer("versions", ONE, version=number)).status == 200
 
 
 async def test_concurrent_requests_get_their_own_answers(identities: LocalApi) -> None:
@@ -230,53 +227,37 @@ async def test_concurrent_requests_get_their_own_answers(identities: LocalApi) -
     assert found == [(str(n), [float(n)]) for n in range(100)]
 
 
-# Refusals: one of each kind, see test_codec.py and the worker's tests for the others
-
-
-def json_body(**members: Json) -> bytes:
-    return json.dumps({"inputs": [floats(1, 2) | members]}).encode()
+# Refusals: test_codec.py and the worker's tests have the others
 
 
 @pytest.mark.parametrize(
     ("body", "length", "reason"),
     [
-        (b"", None, "not an inference request"),
         (b"[" * 100_000, None, "not an inference request"),
         (b'{"inputs": []}', None, "no value for input 'x'"),
-        (json_body().replace(b"[1, 2]", b"[NaN, 2]"), None, "malformed"),
-        (json_body(data=[1e39, 2]), None, "out of the range"),
-        (json_body(data=[1]), None, "data has shape [1], declared is [2]"),
-        (json_body(data=["1", "2"]), None, "Expected `float`, got `str`"),
-        (json_body(shape=[1, 2]), None, "Invalid rank"),
-        (json_body(datatype="INT32"), None, "input 'x' is FP32, not INT32"),
-        (json_body(name="z"), None, "no input 'z'"),
-        (json.dumps({"inputs": [floats(1, 2)] * 2}).encode(), None, "given twice"),
-        (json.dumps({"inputs": [floats(1)], "outputs": [{"name": "z"}]}).encode(), None, "no output 'z'"),
-        (json.dumps({"inputs": [floats(1)], "parameters": {"timeout": -1}}).encode(), None, "timeout"),
-        (PAIR.head() + PAIR.data, "9" * 5000, "Inference-Header-Content-Length"),
+        (json.dumps({"inputs": [{**ONE, "data": ["1"]}]}).encode(), None, "Expected `float`, got `str`"),
+        (json.dumps({"inputs": [ONE], "outputs": [{"name": "z"}]}).encode(), None, "no output 'z'"),
+        (PAIR.head() + PAIR.data, "9" * 5000, LENGTH),
         (PAIR.head() + PAIR.data[:-1], str(len(PAIR.head())), "only 7 bytes"),
-        (PAIR.head(shape=[3]) + PAIR.data, str(len(PAIR.head())), "input 'x'"),
-        (PAIR.head(datatype="FP64") + PAIR.data, str(len(PAIR.head())), "input 'x'"),
     ],
-    ids=lambda part: repr(part)[:40],
-)  # fmt: skip
+    ids=["nested", "input", "element", "output", "length", "short"],
+)
 async def test_invalid_request_is_refused_with_the_reason(
     identities: LocalApi, body: bytes, length: str | None, reason: str
 ) -> None:
-    await load(identities, "pair", models.identity())
-    pid = identities.worker("pair").pid
+    pid = identities.worker("FP32").pid
     headers = {LENGTH: length} if length is not None else {}
-    answer = await identities.post("/v2/models/pair/infer", data=io.BytesIO(body), headers=headers)
+    answer = await identities.post("/v2/models/FP32/infer", data=body, headers=headers)
     assert answer.refusal == (400, "invalid_input")
     assert reason in answer.json["error"]
     assert answer.json["error"] == answer.json["detail"]
     assert len(answer.body) < 5_000
-    assert (await identities.infer("pair", floats(1, 2))).status == 200
-    assert identities.worker("pair").pid == pid
+    assert (await identities.infer("FP32", ONE)).status == 200
+    assert identities.worker("FP32").pid == pid
 
 
 async def test_bytes_that_are_no_text_are_refused(identities: LocalApi) -> None:
-    for data in (b"\2\0\0\0\xff\xff", b"\xff\xff\xff\xff", b"\1\0\0\0", b"\0"):
+    for data in (b"\2\0\0\0\xff\xff", b"\xff\xff\xff\xff", b"\0"):
         refused = await infer_binary(identities, "BYTES", Binary("BYTES", (1,), data))
         assert refused.refusal == (400, "invalid_input")
 
@@ -287,13 +268,13 @@ async def test_too_large_body_is_refused(identities: LocalApi) -> None:
             yield b" " * MIB
 
     bomb, packed = zlib.compress(bytes(65 * MIB)), {"Content-Encoding": "deflate"}
-    for body, headers in ((io.BytesIO(b" " * (64 * MIB + 1)), {}), (chunks(), {}), (bomb, packed)):
+    for body, headers in ((chunks(), {}), (bomb, packed)):
         answer = await identities.post("/v2/models/FP32/infer", data=body, headers=headers)
         assert answer.refusal == (413, "body_too_large")
     head = "POST /v2/models/FP32/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1073741824\r\n"
-    token, server = identities.token("predict"), identities.client.server
-    reader, writer = await asyncio.open_connection(server.host, server.port)
-    writer.write(f"{head}Authorization: Bearer {token}\r\n\r\n0123456789".encode())
+    url = URL(identities.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(f"{head}Authorization: Bearer {identities.token('predict')}\r\n\r\n0123456789".encode())
     assert b" 413 " in await reader.readline()  # before the rest has come
     writer.close()
     await writer.wait_closed()
@@ -302,7 +283,7 @@ async def test_too_large_body_is_refused(identities: LocalApi) -> None:
 # Models that are not loaded
 
 NOT_LOADED, UNKNOWN = (503, "model_not_loaded"), (404, "unknown_model")
-NOT_READY, INVALID = (400, "not_ready"), (400, "invalid_parameter")
+INVALID = (400, "invalid_parameter")
 
 
 async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) -> None:
@@ -310,27 +291,27 @@ async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) 
         save(models.identity(), shared.config.repository, "idle", number)
     await load(shared, "one", models.identity())
     save(models.identity(), shared.config.repository, "one", 2)
-    for path, expected, ready in (
-        ("idle", NOT_LOADED, NOT_READY),
-        ("idle/versions/1", NOT_LOADED, NOT_READY),
-        ("one/versions/2", NOT_LOADED, NOT_READY),
-        ("one/versions/3", NOT_LOADED, NOT_READY),
-        ("nope", UNKNOWN, NOT_READY),
-        ("nope/versions/1", UNKNOWN, NOT_READY),
+    for path, expected in (
+        ("idle", NOT_LOADED),
+        ("idle/versions/1", NOT_LOADED),
+        ("one/versions/2", NOT_LOADED),
+        ("one/versions/3", NOT_LOADED),
+        ("nope", UNKNOWN),
+        ("nope/versions/1", UNKNOWN),
     ):
-        answer = await shared.post(f"/v2/models/{path}/infer", json={"inputs": [floats(1)]})
+        answer = await shared.post(f"/v2/models/{path}/infer", json={"inputs": [ONE]})
         assert answer.refusal == expected, path
         assert answer.media_type == "application/json"
         for rest in ("", "/config", "/stats"):
             assert (await shared.get(f"/v2/models/{path}{rest}")).refusal == expected, path
-        assert (await shared.get(f"/v2/models/{path}/ready")).refusal == ready, path
+        assert (await shared.get(f"/v2/models/{path}/ready")).refusal == (400, "not_ready"), path
     for text in ("0", "-1", "01x", "v1", "1.0", "99999999999", "%00", "+1", "%2B1"):
         for rest in ("", "/ready", "/config", "/stats"):
             assert (await shared.get(f"/v2/models/one/versions/{text}{rest}")).refusal == INVALID, text
-    idle = await shared.infer("idle", floats(1))
+    idle = await shared.infer("idle", ONE)
     assert "POST /api/v1/models/idle/load" in idle.json["error"]
     assert "Retry-After" in idle.headers
-    other = await shared.infer("one", floats(1), version=2)
+    other = await shared.infer("one", ONE, version=2)
     assert "version 2 of model 'one' is not loaded, version 1 is" in other.json["error"]
     assert [await shared.types(name) for name in ("idle", "one", "nope")] == [[], LOADED, []]
 
@@ -347,7 +328,8 @@ async def test_server_metadata_lists_extensions(shared: LocalApi) -> None:
 
 
 async def test_metadata_and_configuration_of_a_loaded_model(shared: LocalApi) -> None:
-    await load(shared, "seven", models.identity(FLOAT, (None, 4)), 7)
+    batching = {"max_batch_size": 8, "max_queue_delay_us": 100, "instances": 2}
+    await load(shared, "seven", models.identity(FLOAT, (None, 4)), 7, **batching)
     for path in ("/v2/models/seven", "/v2/models/seven/versions/7"):
         assert (await shared.get(path)).json == {
             "name": "seven", "versions": ["7"], "platform": "onnxruntime_onnx",
@@ -360,24 +342,14 @@ async def test_metadata_and_configuration_of_a_loaded_model(shared: LocalApi) ->
             "platform": "onnxruntime_onnx",
             "backend": "onnxruntime",
             "version_policy": {"specific": {"versions": [7]}},
-            "max_batch_size": 0,
-            "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 4], "optional": False}],
-            "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [-1, 4]}],
-            "instance_group": [{"name": "seven_0", "kind": "KIND_CPU", "count": 1}],
+            "max_batch_size": 8,
+            "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [4], "optional": False}],
+            "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [4]}],
+            "instance_group": [{"name": "seven_0", "kind": "KIND_CPU", "count": 2}],
             "default_model_filename": "model.onnx",
+            "dynamic_batching": {"max_queue_delay_microseconds": 100},
             "model_transaction_policy": {"decoupled": False},
         }
-
-
-async def test_batched_model_s_configuration_leaves_out_the_batch(shared: LocalApi) -> None:
-    batching = {"max_batch_size": 8, "max_queue_delay_us": 100, "instances": 2}
-    await load(shared, "batched", models.identity(FLOAT, (None, 4)), **batching)
-    config = (await shared.get("/v2/models/batched/config")).json
-    dimensions = [config[each][0]["dims"] for each in ("input", "output")]
-    assert (config["max_batch_size"], dimensions) == (8, [[4], [4]])
-    assert config["dynamic_batching"] == {"max_queue_delay_microseconds": 100}
-    assert config["instance_group"][0]["count"] == 2
-    assert (await shared.get("/v2/models/batched")).json["inputs"][0]["shape"] == [-1, 4]
 
 
 PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
@@ -431,6 +403,6 @@ async def test_statistics_list_loaded_models_by_name(shared: LocalApi) -> None:
     assert "a" not in [each["name"] for each in await stats(shared)]
     # The one model whose metadata without a version cannot be read: its name is the route's.
     assert (await shared.get("/v2/models/stats/versions/1")).json["name"] == "stats"
-    assert (await shared.infer("stats", floats(1))).status == 200
+    assert (await shared.infer("stats", ONE)).status == 200
     [own] = await stats(shared, "/v2/models/stats/stats")
     assert own["inference_count"] == 1
