@@ -12,48 +12,20 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from bench.memory import tree_bytes
-from runtime.memory import (
-    CPU_PRESSURE_PERCENT,
-    MEMORY_PRESSURE_PERCENT,
-    MemoryLimit,
-    MemoryUnknown,
-    Pressure,
-    budget_bytes,
-    data_bytes,
-    find_memory_limit,
-    is_under_pressure,
-    list_descendants,
-    parse_cgroups,
-    parse_field,
-    parse_limit,
-    parse_private,
-    parse_some_percent,
-    private_bytes,
-    read_pressure,
-)
+from runtime import memory
+from runtime.memory import MemoryLimit, MemoryUnknown, Pressure
 
 GB = 2**30
 MACHINE = MemoryLimit(24684096 * 1024, "machine")
-MEMINFO = """\
-MemTotal:       24684096 kB
-MemFree:        24153040 kB
-MemAvailable:   24262108 kB
-SwapTotal:             0 kB
-"""
-V2 = "0::/system.slice/loadledger.service\n"
-V1 = """\
-12:pids:/docker/0123abcd
-11:name=systemd:/docker/0123abcd
-10:cpu,cpuacct:/docker/0123abcd
-9:hugetlb,memory:/docker/0123abcd
-8:freezer:/docker/0123abcd
-"""
-HYBRID = """\
-9:name=systemd:/
-4:memory:/pods/a
-1:cpu:/
-0::/user.slice/a
-"""
+MEMINFO = "MemTotal:       24684096 kB\nMemFree:        24153040 kB\nMemAvailable:   24262108 kB\n"
+SERVICE, SLICE = "system.slice/loadledger.service/", "system.slice/"
+V2 = f"0::/{SERVICE}\n"
+V1 = "12:pids:/docker/0123abcd\n9:hugetlb,memory:/docker/0123abcd\n8:freezer:/docker/0123abcd\n"
+V1_OWN, V1_PARENT, V1_ROOT = (
+    f"memory/{folder}memory.limit_in_bytes" for folder in ("docker/0123abcd/", "docker/", "")
+)
+HYBRID_V1, HYBRID_V2 = "memory/pods/a/memory.limit_in_bytes", "unified/user.slice/a/memory.max"
+HYBRID = "9:name=systemd:/\n4:memory:/pods/a\n1:cpu:/\n0::/user.slice/a\n"
 V1_NONE = "9223372036854771712\n"
 V1_NONE_64K = "9223372036854710272\n"
 
@@ -76,22 +48,28 @@ class Files:
 
     def write(self, **contents: str) -> None:
         """Write what is found under /proc: `self_cgroup`, `meminfo`, and so on, with `_` for `/`."""
-        for name, text in contents.items():
-            self._save(self.proc / name.replace("_", "/"), text.encode())
+        self._save(self.proc, {name.replace("_", "/"): text for name, text in contents.items()})
 
-    def cgroup(self, path: str, text: str) -> None:
-        self._save(self.cgroups / path, text.encode())
+    def cgroup(self, contents: dict[str, str]) -> None:
+        self._save(self.cgroups, contents)
+
+    def unified(self, own: str, limits: dict[str, str], mount: str = "") -> None:
+        """Write a hierarchy of cgroup v2: this process's path, and what each folder's memory.max says."""
+        self.write(self_cgroup=own)
+        self.cgroup({f"{mount}cgroup.controllers": "cpuset cpu io memory pids\n"})
+        self.cgroup({f"{mount}{folder}memory.max": text for folder, text in limits.items()})
 
     def limit(self) -> MemoryLimit:
-        return find_memory_limit(self.proc, self.cgroups)
+        return memory.find_memory_limit(self.proc, self.cgroups)
 
     def pressure(self) -> Pressure | None:
-        return read_pressure(self.proc, self.cgroups)
+        return memory.read_pressure(self.proc, self.cgroups)
 
     @staticmethod
-    def _save(path: Path, content: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    def _save(root: Path, contents: dict[str, str]) -> None:
+        for path, text in contents.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text)
 
 
 @pytest.fixture
@@ -101,17 +79,8 @@ def files(tmp_path: Path) -> Files:
     return files
 
 
-def unified(files: Files, own: str, limits: dict[str, str], mount: str = "") -> None:
-    """Write a hierarchy of cgroup v2: this process's path, and what each folder's memory.max says."""
-    files.write(self_cgroup=own)
-    files.cgroup(f"{mount}cgroup.controllers", "cpuset cpu io memory pids\n")
-    for folder, text in limits.items():
-        files.cgroup(f"{mount}{folder}memory.max", text)
-
-
 # The limit
 
-SERVICE, SLICE = "system.slice/loadledger.service/", "system.slice/"
 OUTSIDE = "0::/../outside\n"
 
 
@@ -138,55 +107,43 @@ OUTSIDE = "0::/../outside\n"
 def test_limit_is_the_least_of_the_cgroups_above(
     files: Files, own: str, limits: dict[str, str], limit_gb: int | None
 ) -> None:
-    unified(files, own, limits)
+    files.unified(own, limits)
     assert files.limit() == (MACHINE if limit_gb is None else MemoryLimit(limit_gb * GB, "cgroup v2"))
 
 
 @pytest.mark.parametrize(
-    ("limits", "limit_gb"),
+    ("own", "limits", "expected"),
     [
-        ({"docker/0123abcd": f"{4 * GB}\n", "docker": V1_NONE, ".": V1_NONE}, 4),
-        ({"docker/0123abcd": f"{4 * GB}\n", "docker": f"{3 * GB}\n", ".": V1_NONE}, 3),
-        ({"docker/0123abcd": V1_NONE, "docker": V1_NONE, ".": f"{5 * GB}\n"}, 5),
-        ({".": f"{5 * GB}\n"}, 5),  # a container that sees the host's path: the mount is its own
-        ({"docker/0123abcd": V1_NONE, ".": V1_NONE_64K}, None),
+        (V1, {V1_OWN: f"{4 * GB}\n", V1_PARENT: V1_NONE, V1_ROOT: V1_NONE}, MemoryLimit(4 * GB, "cgroup v1")),
+        (V1, {V1_OWN: f"{4 * GB}\n", V1_PARENT: f"{3 * GB}\n"}, MemoryLimit(3 * GB, "cgroup v1")),
+        (V1, {V1_OWN: V1_NONE, V1_PARENT: V1_NONE, V1_ROOT: f"{5 * GB}\n"}, MemoryLimit(5 * GB, "cgroup v1")),
+        # A container that sees the host's path: the mount is its own.
+        (V1, {V1_ROOT: f"{5 * GB}\n"}, MemoryLimit(5 * GB, "cgroup v1")),
+        (V1, {V1_OWN: V1_NONE, V1_ROOT: V1_NONE_64K}, MACHINE),
+        (HYBRID, {HYBRID_V1: f"{2 * GB}\n"}, MemoryLimit(2 * GB, "cgroup v1")),
+        (HYBRID, {HYBRID_V1: V1_NONE}, MACHINE),
+        (HYBRID, {HYBRID_V2: f"{3 * GB}\n"}, MemoryLimit(3 * GB, "cgroup v2")),
+        (HYBRID, {HYBRID_V1: f"{2 * GB}\n", HYBRID_V2: f"{GB}\n"}, MemoryLimit(GB, "cgroup v2")),
     ],
 )
-def test_limit_of_cgroup_v1(files: Files, limits: dict[str, str], limit_gb: int | None) -> None:
-    files.write(self_cgroup=V1)
-    for folder, text in limits.items():
-        files.cgroup(f"memory/{folder}/memory.limit_in_bytes", text)
-    assert files.limit() == (MACHINE if limit_gb is None else MemoryLimit(limit_gb * GB, "cgroup v1"))
-
-
-@pytest.mark.parametrize(
-    ("v1", "v2", "expected"),
-    [
-        (f"{2 * GB}\n", None, MemoryLimit(2 * GB, "cgroup v1")),
-        (V1_NONE, None, MACHINE),
-        (None, f"{3 * GB}\n", MemoryLimit(3 * GB, "cgroup v2")),
-        (f"{2 * GB}\n", f"{GB}\n", MemoryLimit(GB, "cgroup v2")),
-    ],
-)
-def test_limit_of_hybrid_cgroups_is_the_lower(
-    files: Files, v1: str | None, v2: str | None, expected: MemoryLimit
+def test_limit_of_cgroup_v1_and_of_both(
+    files: Files, own: str, limits: dict[str, str], expected: MemoryLimit
 ) -> None:
-    unified(files, HYBRID, {} if v2 is None else {"user.slice/a/": v2}, mount="unified/")
-    if v1 is not None:
-        files.cgroup("memory/pods/a/memory.limit_in_bytes", v1)
+    files.write(self_cgroup=own)
+    files.cgroup(limits | {"unified/cgroup.controllers": "memory\n"})
     assert files.limit() == expected
 
 
 @pytest.mark.parametrize("text", ["", "-1\n", "0\n", "1.5\n", "4G\n", "\u0664\n", "9" * 5000, "max max\n"])
 def test_unreadable_limit_is_skipped(files: Files, text: str) -> None:
-    assert parse_limit(text) is None
-    unified(files, V2, {"system.slice/loadledger.service/": text, "system.slice/": f"{2 * GB}\n"})
+    assert memory.parse_limit(text) is None
+    files.unified(V2, {SERVICE: text, SLICE: f"{2 * GB}\n"})
     assert files.limit() == MemoryLimit(2 * GB, "cgroup v2")
 
 
 @pytest.mark.parametrize("text", ["", "MemTotal:\n", "MemTotal: much kB\n", "MemTotal: 0 kB\n"])
 def test_limit_of_cgroup_without_meminfo(files: Files, text: str) -> None:
-    unified(files, V2, {"system.slice/loadledger.service/": f"{4 * GB}\n"})
+    files.unified(V2, {SERVICE: f"{4 * GB}\n"})
     files.write(meminfo=text)
     assert files.limit() == MemoryLimit(4 * GB, "cgroup v2")
 
@@ -198,7 +155,7 @@ def test_unreadable_limits_are_an_error_naming_the_places(tmp_path: Path) -> Non
     assert str(files.proc) in str(error.value)
     assert str(files.cgroups) in str(error.value)
     files.write(self_cgroup=V1, meminfo="")
-    files.cgroup("memory/memory.limit_in_bytes", V1_NONE_64K)
+    files.cgroup({V1_ROOT: V1_NONE_64K})
     with pytest.raises(MemoryUnknown):
         files.limit()
 
@@ -212,13 +169,13 @@ def test_folders_in_place_of_files_are_skipped(files: Files) -> None:
 
 def test_cgroup_name_may_contain_anything(files: Files) -> None:
     name = b"b\xf8r"
-    unified(files, "", {"": "max\n"})
+    files.unified("", {"": "max\n"})
     (files.proc / "self/cgroup").write_bytes(b"0::/" + name + b"\n")
     folder = files.cgroups / os.fsdecode(name)
     folder.mkdir()
     (folder / "memory.max").write_text(f"{GB}\n")
     assert files.limit() == MemoryLimit(GB, "cgroup v2")
-    own = parse_cgroups("4:memory:/a:b\n0::/c:d e\n")
+    own = memory.parse_cgroups("4:memory:/a:b\n0::/c:d e\n")
     assert (own.v1_memory, own.unified) == ("/a:b", "/c:d e")
 
 
@@ -228,8 +185,8 @@ def test_garbled_files_raise_memory_unknown_at_most(
     tmp_path_factory: pytest.TempPathFactory, own: bytes, meminfo: bytes, limit: bytes, some: bytes
 ) -> None:
     files = Files(tmp_path_factory.mktemp("garbled"))
-    unified(files, "", {"": "", "a/": ""})
-    files.cgroup("memory/a/memory.limit_in_bytes", "")
+    files.unified("", {"": "", "a/": ""})
+    files.cgroup({"memory/a/memory.limit_in_bytes": ""})
     for path, content in (
         ("proc/self/cgroup", own), ("proc/meminfo", meminfo), ("cgroup/memory.max", limit),
         ("cgroup/a/memory.max", limit), ("cgroup/memory/a/memory.limit_in_bytes", limit),
@@ -239,15 +196,15 @@ def test_garbled_files_raise_memory_unknown_at_most(
     try:
         assert files.limit().bytes > 0
     except MemoryUnknown:
-        assert parse_limit(limit.decode(errors="replace")) is None
-    assert is_under_pressure(files.pressure()) in (True, False)
+        assert memory.parse_limit(limit.decode(errors="replace")) is None
+    assert memory.is_under_pressure(files.pressure()) in (True, False)
 
 
 def test_this_machine_has_a_limit_and_pressure() -> None:
     with Path("/proc/meminfo").open(encoding="ascii") as meminfo:
-        total = parse_field(meminfo.read(), "MemTotal")
-    assert 0 < find_memory_limit().bytes <= total
-    found = read_pressure()
+        total = memory.parse_field(meminfo.read(), "MemTotal")
+    assert 0 < memory.find_memory_limit().bytes <= total
+    found = memory.read_pressure()
     assert found is None or found != Pressure(None, None)
 
 
@@ -263,7 +220,7 @@ def test_this_machine_has_a_limit_and_pressure() -> None:
     ],
 )  # fmt: skip
 def test_budget_is_bytes_or_a_percentage(setting: str, expected: int) -> None:
-    assert budget_bytes(setting, limit_bytes=1000) == expected
+    assert memory.budget_bytes(setting, limit_bytes=1000) == expected
 
 
 @pytest.mark.parametrize(
@@ -276,13 +233,13 @@ def test_budget_is_bytes_or_a_percentage(setting: str, expected: int) -> None:
 )  # fmt: skip
 def test_other_budget_is_refused(setting: str) -> None:
     with pytest.raises(ValueError, match="Must be bytes, like 8589934592, or a percentage"):
-        budget_bytes(setting, limit_bytes=1000)
+        memory.budget_bytes(setting, limit_bytes=1000)
 
 
 @PLAIN
 @given(limit=st.integers(1, 2**62), thousandths=st.integers(1, 100_000))
 def test_percentage_is_exact_and_within_the_limit(limit: int, thousandths: int) -> None:
-    budget = budget_bytes(f"{thousandths // 1000}.{thousandths % 1000:03}%", limit)
+    budget = memory.budget_bytes(f"{thousandths // 1000}.{thousandths % 1000:03}%", limit)
     assert budget == max(1, limit * thousandths // 100_000)
     assert budget <= limit
 
@@ -295,32 +252,32 @@ def psi(avg10: float) -> str:
     return f"some {line}full avg10=99.00 avg60=0.00 avg300=0.00 total=0\n"
 
 
-def test_own_cgroup_pressure_goes_before_the_machines(files: Files) -> None:
-    unified(files, V2, {})
+@pytest.mark.parametrize(
+    ("own", "mount", "folder"),
+    [
+        (V2, "", SERVICE),
+        # In a container the mount is its own cgroup.
+        ("0::/\n", "", ""),
+        ("0::/pods/pod1\n", "unified/", "unified/"),
+        ("0::/../x\n", "", ""),
+    ],
+)
+def test_own_cgroup_pressure_goes_before_the_machines(
+    files: Files, own: str, mount: str, folder: str
+) -> None:
+    files.unified(own, {}, mount=mount)
     files.write(pressure_memory=psi(50), pressure_cpu=psi(60))
     assert files.pressure() == Pressure(50, 60)
-    files.cgroup("system.slice/loadledger.service/memory.pressure", psi(1.25))
-    files.cgroup("system.slice/loadledger.service/cpu.pressure", psi(2))
+    files.cgroup({f"{folder}memory.pressure": psi(1.25), f"{folder}cpu.pressure": psi(2)})
     assert files.pressure() == Pressure(1.25, 2)
 
 
-@pytest.mark.parametrize(
-    ("own", "mount"), [("0::/\n", ""), ("0::/pods/pod1\n", "unified/"), ("0::/../x\n", "")]
-)
-def test_pressure_in_a_container_is_the_mounts(files: Files, own: str, mount: str) -> None:
-    unified(files, own, {}, mount=mount)
-    files.write(pressure_memory=psi(50), pressure_cpu=psi(60))
-    files.cgroup(f"{mount}memory.pressure", psi(3))
-    files.cgroup(f"{mount}cpu.pressure", psi(4))
-    assert files.pressure() == Pressure(3, 4)
-
-
 def test_each_pressure_is_read_where_it_is(files: Files) -> None:
-    unified(files, V2, {})
+    files.unified(V2, {})
     assert files.pressure() is None
     files.write(pressure_cpu=psi(6))
     assert files.pressure() == Pressure(None, 6)
-    files.cgroup("system.slice/loadledger.service/memory.pressure", psi(7))
+    files.cgroup({f"{SERVICE}memory.pressure": psi(7)})
     assert files.pressure() == Pressure(7, 6)
     files.write(pressure_cpu="")
     assert files.pressure() == Pressure(7, None)
@@ -336,20 +293,18 @@ def test_each_pressure_is_read_where_it_is(files: Files) -> None:
     ],
 )  # fmt: skip
 def test_pressure_is_the_ten_second_average(text: str, expected: float | None) -> None:
-    assert parse_some_percent(text) == expected
+    assert memory.parse_some_percent(text) == expected
 
 
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        (None, False), (Pressure(None, None), False), (Pressure(0, 0), False),
-        (Pressure(MEMORY_PRESSURE_PERCENT - 0.01, CPU_PRESSURE_PERCENT - 0.01), False),
-        (Pressure(MEMORY_PRESSURE_PERCENT, 0), True), (Pressure(0, CPU_PRESSURE_PERCENT), True),
-        (Pressure(MEMORY_PRESSURE_PERCENT, None), True), (Pressure(None, CPU_PRESSURE_PERCENT), True),
-    ],
-)  # fmt: skip
-def test_either_pressure_counts(found: Pressure | None, *, expected: bool) -> None:
-    assert is_under_pressure(found) is expected
+def test_either_pressure_counts() -> None:
+    much_memory, much_cpu = memory.MEMORY_PRESSURE_PERCENT, memory.CPU_PRESSURE_PERCENT
+    little = Pressure(much_memory - 0.01, much_cpu - 0.01)
+    for found in (None, Pressure(None, None), Pressure(0, 0), little):
+        assert not memory.is_under_pressure(found)
+    for found in (Pressure(much_memory, 0), Pressure(much_memory, None)):
+        assert memory.is_under_pressure(found)
+    for found in (Pressure(0, much_cpu), Pressure(None, much_cpu)):
+        assert memory.is_under_pressure(found)
 
 
 # Memory of processes
@@ -357,13 +312,9 @@ def test_either_pressure_counts(found: Pressure | None, *, expected: bool) -> No
 ROLLUP = """\
 55cf01eef000-7ffd3aff2000 ---p 00000000 00:00 0                          [rollup]
 Rss:               10240 kB
-Pss:                5000 kB
-Pss_Dirty:          4000 kB
-Shared_Clean:       3000 kB
 Private_Clean:       100 kB
 Private_Dirty:      2000 kB
 Private_Hugetlb:      24 kB
-Swap:                  0 kB
 """
 
 NEST = """
@@ -375,17 +326,17 @@ child.communicate(b"\\n")
 
 
 def test_private_pages_are_summed() -> None:
-    assert parse_private(ROLLUP) == 2024 * 1024
-    assert parse_field(ROLLUP, "VmData") == 0
+    assert memory.parse_private(ROLLUP) == 2024 * 1024
+    assert memory.parse_field(ROLLUP, "VmData") == 0
 
 
 def test_touched_memory_is_private() -> None:
     size = 32 * 2**20
-    private, data = private_bytes(), data_bytes()
+    private, data = memory.private_bytes(), memory.data_bytes()
     with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
         block[:] = bytes(size)
-        assert private_bytes() - private > 0.9 * size
-        assert data_bytes() - data > 0.9 * size
+        assert memory.private_bytes() - private > 0.9 * size
+        assert memory.data_bytes() - data > 0.9 * size
 
 
 def test_mapped_read_only_memory_is_not_private(tmp_path: Path) -> None:
@@ -393,10 +344,10 @@ def test_mapped_read_only_memory_is_not_private(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as written:
         written.write(os.urandom(size))
         os.fsync(written.fileno())  # until then, they are not as their file has them
-    private = private_bytes()
+    private = memory.private_bytes()
     with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as block:
         assert sum(block[::4096]) > 0
-        assert private_bytes() - private < 0.1 * size
+        assert memory.private_bytes() - private < 0.1 * size
 
 
 def test_descendants_are_found() -> None:
@@ -405,9 +356,9 @@ def test_descendants_are_found() -> None:
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"  # from the grandchild
-        found = list_descendants(child.pid)
+        found = memory.list_descendants(child.pid)
         assert len(found) == 1
-        assert set(list_descendants(os.getpid())) >= {child.pid, *found}
+        assert set(memory.list_descendants(os.getpid())) >= {child.pid, *found}
         own, of_child = tree_bytes(os.getpid()), tree_bytes(child.pid)
         assert own > of_child > tree_bytes(found[0]) > 0
         child.communicate(b"\n")
@@ -417,5 +368,5 @@ def test_exited_process_has_no_memory() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         child.wait()
     with pytest.raises(ProcessLookupError):
-        private_bytes(child.pid)
-    assert list_descendants(child.pid) == []
+        memory.private_bytes(child.pid)
+    assert memory.list_descendants(child.pid) == []

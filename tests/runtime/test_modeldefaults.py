@@ -30,42 +30,36 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def written(root: Path, content: bytes) -> Path:
-    path = root / "m" / DEFAULTS_FILE
-    path.write_bytes(content)
-    return path
+def write(root: Path, content: bytes) -> Repository:
+    (root / "m" / DEFAULTS_FILE).write_bytes(content)
+    return Repository(root)
 
 
-def refusal(root: Path) -> str:
+def refusal(repository: Repository) -> str:
     with pytest.raises(InvalidDefaults) as refused:
-        read_defaults(Repository(root), "m")
+        read_defaults(repository, "m")
     with pytest.raises(InvalidDefaults, match=re.escape(str(refused.value))):
-        read_warm_up(Repository(root), "m")
+        read_warm_up(repository, "m")
     assert str(refused.value).startswith(("m/loadledger.toml ", "m/loadledger.toml: "))
-    assert str(root) not in str(refused.value)
+    assert str(repository.root) not in str(refused.value)
     return str(refused.value)
 
 
 def test_defaults_are_read_each_time(root: Path) -> None:
     repository = Repository(root)
     assert read_defaults(repository, "m") == {}
-    written(root, b"# why\ntimeout_s = 5\ninstances = 2\nnonsense = [1, 'x']\n")
+    write(root, b"# why\ntimeout_s = 5\ninstances = 2\nnonsense = [1, 'x']\n")
     assert read_defaults(repository, "m") == {"timeout_s": 5, "instances": 2, "nonsense": [1, "x"]}
-    written(root, b"instances = 2\n".ljust(MAX_DEFAULTS_BYTES, b"#"))
+    write(root, b"instances = 2\n".ljust(MAX_DEFAULTS_BYTES, b"#"))
     assert read_defaults(repository, "m") == {"instances": 2}
+    assert [file.path for file in repository.resolve("m").files] == ["model.onnx"]  # it is in no version
+    assert repository.versions("m") == [1]
     (root / "shared.toml").write_text("instances = 3")
     (root / "m" / DEFAULTS_FILE).unlink()
     (root / "m" / DEFAULTS_FILE).symlink_to("../shared.toml")
     assert read_defaults(repository, "m") == {"instances": 3}
     with pytest.raises(InvalidModelId):
         read_defaults(repository, "..")
-
-
-def test_defaults_file_is_no_file_of_a_version(root: Path) -> None:
-    written(root, b"instances = 2")
-    found = Repository(root).resolve("m")
-    assert [file.path for file in found.files] == ["model.onnx"]
-    assert Repository(root).versions("m") == [1]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +75,7 @@ def test_defaults_file_is_no_file_of_a_version(root: Path) -> None:
     ids=["no TOML", "twice", "no UTF-8", "a long number", "deep", "large"],
 )
 def test_invalid_defaults_file_is_refused(root: Path, content: bytes, words: str) -> None:
-    written(root, content)
-    assert words in refusal(root)
+    assert words in refusal(write(root, content))
 
 
 def bound_socket(path: Path) -> None:
@@ -94,37 +87,33 @@ def bound_socket(path: Path) -> None:
         os.close(folder)
 
 
-UNSAFE: list[tuple[str, Callable[[Path], object], str]] = [
-    ("a link out of the repository", lambda path: path.symlink_to("../../outside.toml"), "leads out"),
-    ("a link to a device", lambda path: path.symlink_to("/dev/zero"), "leads out"),
-    ("a link to nowhere", lambda path: path.symlink_to("nowhere"), "No such file"),
-    ("a link to itself", lambda path: path.symlink_to(DEFAULTS_FILE), "cannot be looked at"),
-    ("a FIFO", os.mkfifo, "is not a regular file"),
-    ("a socket", bound_socket, "is not a regular file"),
-    ("a folder", Path.mkdir, "is not a regular file"),
-]
-
-
-@pytest.mark.parametrize(("make", "words"), [row[1:] for row in UNSAFE], ids=[row[0] for row in UNSAFE])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(lambda path: path.symlink_to("../../outside.toml"), "leads out", id="a link out"),
+        pytest.param(lambda path: path.symlink_to("/dev/zero"), "leads out", id="a link to a device"),
+        pytest.param(lambda path: path.symlink_to("nowhere"), "No such file", id="a link to nowhere"),
+        pytest.param(lambda path: path.symlink_to(DEFAULTS_FILE), "cannot be looked at", id="a circle"),
+        pytest.param(os.mkfifo, "is not a regular file", id="a FIFO"),
+        pytest.param(bound_socket, "is not a regular file", id="a socket"),
+        pytest.param(Path.mkdir, "is not a regular file", id="a folder"),
+    ],
+)
 def test_unsafe_defaults_file_is_refused(root: Path, make: Callable[[Path], object], words: str) -> None:
     make(root / "m" / DEFAULTS_FILE)
-    assert words in refusal(root)
+    assert words in refusal(Repository(root))
 
 
 INPUT = b"[[warm_up.inputs]]\nname = 'x'\ndatatype = 'INT64'\nshape = [2, 1]\ndata = %s\n"
 
 
-def test_warm_up_is_unset_by_default(root: Path) -> None:
+def test_warm_up_can_be_switched(root: Path) -> None:
     assert read_warm_up(Repository(root), "m") == WarmUp(None, ())
-    written(root, b"instances = 2\n[warm_up]\n")
-    assert read_warm_up(Repository(root), "m") == WarmUp(None, ())
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_warm_up_can_be_switched(root: Path, *, enabled: bool) -> None:
-    written(root, b"instances = 2\nwarm_up.enabled = %s\n" % str(enabled).lower().encode())
-    assert read_warm_up(Repository(root), "m") == WarmUp(enabled, ())
-    assert read_defaults(Repository(root), "m") == {"instances": 2}
+    switches = {b"[warm_up]": None, b"warm_up.enabled = true": True, b"warm_up.enabled = false": False}
+    for content, enabled in switches.items():
+        repository = write(root, b"instances = 2\n" + content)
+        assert read_warm_up(repository, "m") == WarmUp(enabled, ())
+        assert read_defaults(repository, "m") == {"instances": 2}
 
 
 @pytest.mark.parametrize(
@@ -140,8 +129,9 @@ def test_warm_up_can_be_switched(root: Path, *, enabled: bool) -> None:
     ids=["flat", "nested", "floats", "booleans", "texts", "empty"],
 )
 def test_warm_up_inputs_are_json_tensors(root: Path, data: bytes, text: bytes) -> None:
-    written(root, INPUT % data)
-    assert read_warm_up(Repository(root), "m").inputs == (Tensor("x", "INT64", (2, 1), text, text=True),)
+    assert read_warm_up(write(root, INPUT % data), "m").inputs == (
+        Tensor("x", "INT64", (2, 1), text, text=True),
+    )
 
 
 BAD_WARM_UPS = [
@@ -162,10 +152,7 @@ BAD_WARM_UPS = [
     (INPUT.replace(b"[2, 1]", b"[0x%s]" % (b"f" * 90)) % b"[]", "warm_up.inputs[0].shape[0]: "),
     (INPUT.replace(b"[2, 1]", b"[true]") % b"[]", "warm_up.inputs[0].shape[0]: Expected `int`"),
     (INPUT.replace(b"[2, 1]", b"[" + b"1," * 65 + b"]") % b"[]", "warm_up.inputs[0].shape: Expected `array`"),
-    (
-        INPUT.replace(b"INT64", b"int64") % b"[]",
-        "warm_up.inputs[0].datatype: 'int64' is no datatype; known: ",
-    ),
+    (INPUT.replace(b"INT64", b"int64") % b"[]", "inputs[0].datatype: 'int64' is no datatype; known: "),
     (INPUT.replace(b"INT64", b"FP16") % b"[]", "warm_up.inputs[0].datatype: FP16 has no form as text"),
     (INPUT.replace(b"'x'", b"'%s'" % (b"x" * 5000)) % b"[]", "warm_up.inputs[0].name: Expected `str` of"),
 ]
@@ -173,5 +160,4 @@ BAD_WARM_UPS = [
 
 @pytest.mark.parametrize(("content", "words"), BAD_WARM_UPS, ids=[row[1] for row in BAD_WARM_UPS])
 def test_invalid_warm_up_is_refused_with_its_key(root: Path, content: bytes, words: str) -> None:
-    written(root, content)
-    assert words in refusal(root)
+    assert words in refusal(write(root, content))

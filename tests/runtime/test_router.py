@@ -32,14 +32,25 @@ def folder(tmp_path: Path) -> Path:
     return save_models(tmp_path)
 
 
-async def refusal(engine: Engine, model_id: str, version: int | None = None) -> RuntimeProblem:
-    """Return why no load answers, on which `is_ready` and `route` agree."""
+async def refusal(engine: Engine, model_id: str, version: int | None = None) -> tuple[type, str]:
+    """Return the class and message of a refusal, on which `is_ready` and `route` agree."""
     assert not engine.router.is_ready(model_id, version)
     with pytest.raises((ModelNotLoaded, ModelUnloading)):
         engine.router.route(model_id, version)
     with pytest.raises(RuntimeProblem) as caught:
         await engine.router.find_route(model_id, version)
-    return caught.value
+    return caught.type, str(caught.value)
+
+
+def not_loaded(model_id: str) -> tuple[type, str]:
+    load = f"load it with POST /api/v1/models/{model_id}/load"
+    return ModelNotLoaded, f"model '{model_id}' is not loaded; {load}"
+
+
+async def seven(engine: Engine) -> bool:
+    """Whether `loop` answers as it should."""
+    (answer,) = await engine.infer("loop", trips(7))
+    return int(array(answer)) == 7
 
 
 async def test_loaded_model_is_routed_to_its_worker(engine: Engine) -> None:
@@ -58,50 +69,41 @@ async def test_loaded_model_is_routed_to_its_worker(engine: Engine) -> None:
 
 async def test_router_refuses_what_is_not_loaded(engine: Engine) -> None:
     models.save_bytes(models.TEXT, engine.root, "bad")
-    never_loaded = await refusal(engine, "adder")
-    assert isinstance(never_loaded, ModelNotLoaded)
-    assert never_loaded.code == "model_not_loaded"
-    assert "POST /api/v1/models/adder/load" in str(never_loaded)
-    assert isinstance(await refusal(engine, "nobody"), UnknownModel)
-    assert isinstance(await refusal(engine, "../adder"), InvalidModelId)
+    assert await refusal(engine, "adder") == not_loaded("adder")
+    assert (await refusal(engine, "nobody"))[0] is UnknownModel
+    assert (await refusal(engine, "../adder"))[0] is InvalidModelId
     await engine.load("bad")
-    assert isinstance(await refusal(engine, "bad"), ModelNotLoaded)
+    assert await refusal(engine, "bad") == not_loaded("bad")
     await engine.load("loop")
     await engine.unload("loop")
-    assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
+    assert await refusal(engine, "loop") == not_loaded("loop")
     (engine.root / "loop/1/model.onnx").unlink()
-    assert isinstance(await refusal(engine, "loop"), UnknownModel)
+    assert (await refusal(engine, "loop"))[0] is UnknownModel
     await engine.ask_load("slow")
     await engine.becomes("slow", ModelState.LOADING)
-    still_loading = await refusal(engine, "slow")
-    assert isinstance(still_loading, ModelNotLoaded)
-    assert "still loading" in str(still_loading)
-
-
-async def test_router_refuses_other_versions(engine: Engine) -> None:
-    await engine.load("adder", 1)
-    problem = await refusal(engine, "adder", 2)
-    assert isinstance(problem, OtherVersionLoaded)
-    assert "version 1 is" in str(problem)
-    assert '{"version": 2}' in str(problem)
-    for version in (1, 2):
-        (engine.root / f"adder/{version}/model.onnx").unlink()
-    assert await engine.ask("adder", 1) == 2  # what is loaded answers, whatever became of its files
+    assert await refusal(engine, "slow") == (ModelNotLoaded, "model 'slow' is still loading")
 
 
 async def test_old_version_answers_until_the_swap(engine: Engine) -> None:
     await engine.load("adder", 1)
+    problem, message = await refusal(engine, "adder", 2)
+    assert problem is OtherVersionLoaded
+    assert "version 1 is" in message
+    assert '{"version": 2}' in message
     models.save_bytes(slow_model(), engine.root, "adder", 3)
     swap = await engine.ask_load("adder", 3)
     await engine.loading("adder")
     assert engine.router.route("adder").version == 1
-    assert isinstance(await refusal(engine, "adder", 3), ModelNotLoaded)
+    assert (await refusal(engine, "adder", 3))[0] is OtherVersionLoaded
     os.kill(engine.worker("adder").pid, signal.SIGKILL)
     await engine.ended(swap)
     assert engine.router.route("adder").version == 1
     await engine.load("adder", 2)
     assert engine.router.route("adder").version == 2
-    assert isinstance(await refusal(engine, "adder", 1), ModelNotLoaded)
+    assert (await refusal(engine, "adder", 1))[0] is OtherVersionLoaded
+    for version in (1, 2):
+        (engine.root / f"adder/{version}/model.onnx").unlink()
+    assert await engine.ask("adder", 1) == 3  # what is loaded answers, whatever became of its files
 
 
 async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
@@ -109,9 +111,8 @@ async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     models.save_bytes(slow_model(), engine.root, "adder", 3)
     swap = await engine.ask_load("adder", 3, LoadParameters(strategy="in_place"))
     await engine.recorded(lambda: engine.model("adder").previous is not None)
-    problem = await refusal(engine, "adder")
-    assert isinstance(problem, ModelReplaced)
-    assert "is being replaced by another version" in str(problem)
+    replaced = (ModelReplaced, "model 'adder' is being replaced by another version")
+    assert await refusal(engine, "adder") == replaced
     await engine.loading("adder")
     engine.kill("adder")
     await engine.ended(swap)
@@ -124,22 +125,18 @@ async def test_router_refuses_during_unload(engine: Engine) -> None:
     [asked] = await engine.start_endless()
     await engine.ask_unload("loop")
     await engine.becomes("loop", ModelState.UNLOADING)
-    problem = await refusal(engine, "loop")
-    assert isinstance(problem, ModelUnloading)
-    assert problem.code == "model_unloading"
+    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
     await engine.unload("loop", force=True)
     with pytest.raises(WorkerDied):
         await asked
-    assert isinstance(await refusal(engine, "loop"), ModelNotLoaded)
+    assert await refusal(engine, "loop") == not_loaded("loop")
 
 
 async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_pool: WorkerPool) -> None:
     async with running(folder, clock=stopped_clock(), pool=shared_pool) as engine:
         await engine.load("adder")
         await engine.die("adder")
-        problem = await refusal(engine, "adder")
-        assert isinstance(problem, ModelNotLoaded)
-        assert "is being loaded again" in str(problem)
+        assert "is being loaded again" in (await refusal(engine, "adder"))[1]
         engine.pass_time(0.5)
         await engine.becomes("adder", ModelState.LOADED)
         assert engine.router.is_ready("adder")
@@ -149,7 +146,7 @@ async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_
         os.kill(worker.pid, signal.SIGKILL)
         await asyncio.wait([worker.ended])
         assert engine.model("adder").state is ModelState.LOADED  # the death is not recorded yet
-        assert "has just died" in str(await refusal(engine, "adder"))
+        assert "has just died" in (await refusal(engine, "adder"))[1]
 
 
 async def test_inference_stops_at_timeout_and_on_cancel(engine: Engine) -> None:
@@ -163,8 +160,7 @@ async def test_inference_stops_at_timeout_and_on_cancel(engine: Engine) -> None:
     with pytest.raises(asyncio.CancelledError):
         await asked
     await until(lambda: engine.worker("loop").in_flight == 0)
-    (answer,) = await engine.infer("loop", trips(7))
-    assert array(answer) == 7
+    assert await seven(engine)
 
 
 async def test_wrong_input_is_refused_and_counted(engine: Engine) -> None:
@@ -184,48 +180,38 @@ async def test_wrong_input_is_refused_and_counted(engine: Engine) -> None:
 async def test_full_queue_refuses_at_once(folder: Path, shared_pool: WorkerPool) -> None:
     async with running(folder, max_queue=2, pool=shared_pool) as engine:
         await engine.load("loop")
-        worker = engine.worker("loop")
-        asked = [asyncio.create_task(engine.infer("loop", trips(models.ENDLESS))) for _ in range(2)]
-        await until(lambda: worker.in_flight == 2)
+        asked = [*await engine.start_endless(), asyncio.create_task(engine.infer("loop", trips(1)))]
+        await until(lambda: engine.worker("loop").in_flight == 2)
         with pytest.raises(QueueFull) as caught:
             await engine.infer("loop", trips(1))
         assert caught.value.code == "inference_queue_full"
-        for task in asked:
-            task.cancel()
-        await until(lambda: worker.in_flight == 0)
-        (answer,) = await engine.infer("loop", trips(7))
-        assert array(answer) == 7
+        asked[0].cancel()
+        await asyncio.wait(asked)
+        assert await seven(engine)
 
 
-async def test_queued_inferences_survive_their_worker(engine: Engine) -> None:
-    await engine.load("loop")
-    worker = engine.worker("loop")
-    [first] = await engine.start_endless()
-    queued = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
-    await until(lambda: worker.in_flight == 4)
-    await engine.die("loop")
-    with pytest.raises(WorkerDied):
-        await first
-    assert not any(task.done() for task in queued)
-    engine.pass_time(0.5)
-    assert [int(array((await task)[0])) for task in queued] == [0, 1, 2]
-    assert engine.model("loop").state is ModelState.LOADED
-
-
-async def test_queued_inference_is_refused_if_the_model_is_unloaded(
-    folder: Path, shared_pool: WorkerPool
+@pytest.mark.parametrize("unloaded", [False, True])
+async def test_queued_inferences_wait_for_the_reload_of_their_model(
+    folder: Path, shared_pool: WorkerPool, *, unloaded: bool
 ) -> None:
     async with running(folder, clock=stopped_clock(), pool=shared_pool) as engine:
         await engine.load("loop")
         worker = engine.worker("loop")
-        tasks = [asyncio.create_task(engine.infer("loop", trips(models.ENDLESS))) for _ in range(2)]
-        await until(lambda: worker.in_flight == 2)
+        [first] = await engine.start_endless()
+        queued = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
+        await until(lambda: worker.in_flight == 4)
         await engine.die("loop")
-        await engine.unload("loop")
-        with pytest.raises(ModelNotLoaded):
-            await tasks[1]
         with pytest.raises(WorkerDied):
-            await tasks[0]
+            await first
+        assert not any(task.done() for task in queued)
+        if unloaded:
+            await engine.unload("loop")
+            for task in queued:
+                with pytest.raises(ModelNotLoaded):
+                    await task
+        else:
+            engine.pass_time(0.5)
+            assert [int(array((await task)[0])) for task in queued] == [0, 1, 2]
 
 
 async def test_stuck_worker_is_killed_and_reloaded(folder: Path) -> None:
@@ -240,8 +226,7 @@ async def test_stuck_worker_is_killed_and_reloaded(folder: Path) -> None:
         assert "did not stop within 0.05 s" in exited.stderr[-1]
         engine.pass_time(0.5)
         await engine.becomes("loop", ModelState.LOADED)
-        (answer,) = await engine.infer("loop", trips(7))
-        assert array(answer) == 7
+        assert await seven(engine)
 
 
 async def test_cancel_of_queued_inference_does_not_kill_worker(folder: Path) -> None:

@@ -402,33 +402,42 @@ def child(script: str, *arguments: object, first: Path | None = None) -> list[st
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 5)
 TEXTS = st.text(max_size=20)
+HASHES = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Return a strategy for what a field with this annotation may hold."""
-    simple: dict[Any, st.SearchStrategy[Any]] = {
-        int: INTEGERS,
-        str: TEXTS,
-        bool: st.booleans(),
-        types.NoneType: st.none(),
-    }
+    simple = {int: INTEGERS, str: TEXTS, bool: st.booleans(), types.NoneType: st.none()}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in simple:
         return simple[hint]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return st.one_of(*map(values, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return st.lists(values(typing.get_args(hint)[0]), max_size=3).map(tuple)
+    if origin in (types.UnionType, typing.Union):
+        return st.one_of(*map(values, arguments))
+    if origin is tuple:
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if origin is typing.Annotated:
+        return bounded(*arguments)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return st.sampled_from(list(hint))
     assert issubclass(hint, Struct), hint
     return instances(hint)
 
 
-def instances(kind: type[T]) -> st.SearchStrategy[T]:
-    """Return a strategy for instances of a struct, all fields given."""
-    hints = typing.get_type_hints(kind)
-    known = {"down_since": st.none() | st.integers(-1_000, 1_000).map(at)}  # a stamp by contract
-    return st.builds(kind, **{name: known.get(name, values(hints[name])) for name in kind.__struct_fields__})
+def bounded(kind: type, bounds: Any) -> st.SearchStrategy[Any]:
+    """Return a strategy for numbers and texts within msgspec's bounds."""
+    if kind is int:
+        return st.integers(bounds.ge, 2**64 - 1 if bounds.le is None else bounds.le)
+    return HASHES if bounds.pattern else TEXTS
+
+
+def instances(kind: type[T], *, without: str = "") -> st.SearchStrategy[T]:
+    """Return a strategy for instances of a struct, all fields but this one given."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    known = {"down_since": st.none() | st.integers(-1_000, 1_000).map(at)}  # a timestamp by contract
+    names = (name for name in kind.__struct_fields__ if name != without)
+    return st.builds(kind, **{name: known.get(name, values(hints[name])) for name in names})
 
 
 def any_data() -> st.SearchStrategy[Data]:
