@@ -6,6 +6,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +109,7 @@ def schema_of(connection: sqlite3.Connection) -> set[SchemaRow]:
     return {SchemaRow(*row) for row in connection.execute(f"SELECT {columns} FROM sqlite_schema")}  # noqa: S608 - literals
 
 
+@cache
 def schema_after(migrations: int) -> set[SchemaRow]:
     """Return the schema of a ledger after so many migrations."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
@@ -140,6 +142,7 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
     return int(value)
 
 
+@cache
 def _migrations() -> list[tuple[int, str]]:
     """Return the migrations in order, with their numbers; a gap in those is a mistake in the package."""
     found = sorted(

@@ -5,10 +5,10 @@ import hashlib
 import os
 import signal
 import sqlite3
-import subprocess
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
+from events.audit.archive import archive
 from events.audit.signing import HeadSigner
+from events.audit.verify import Finding, FindingKind
 from events.commands import Record
 from events.log import Log
 from events.sqlite import snapshots
@@ -29,7 +31,7 @@ from events.types import (
     LoadRequested,
     Unknown,
 )
-from support.history import START, History, child, opened
+from support.history import START, History, opened, write
 
 
 def body_of(line: bytes) -> bytes:
@@ -182,23 +184,59 @@ def flip_byte(data: bytes, index: int, bits: int) -> bytes:
     return data[:index] + bytes([data[index] ^ bits]) + data[index + 1 :]
 
 
-KILLED_SERVER = """
-import asyncio, os, signal, sys
-from pathlib import Path
-from support.history import opened, write
-async def main():
-    async with opened(Path(sys.argv[1])) as log:
-        await log.server_started()
-        await write(log, int(sys.argv[2]))
-        os.kill(os.getpid(), signal.SIGKILL)
-asyncio.run(main())
-"""
+def run_forked(work: Callable[[], object]) -> int:
+    """Run some work in a forked process; return its exit code, or the negative number of its signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 - the parent sees the exit code
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def write_and_be_killed(path: Path, events: int) -> None:
     """Have a process append so many events and be killed before it closes its log."""
-    done = subprocess.run(child(KILLED_SERVER, path, events), check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL
+
+    async def write_events() -> None:
+        async with opened(path) as log:
+            await log.server_started()
+            await write(log, events)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run_forked(lambda: asyncio.run(write_events())) == -signal.SIGKILL
+
+
+def archive_before(path: Path, *positions: int, sign: HeadSigner = SIGN) -> list[Path]:
+    """Archive a ledger before each of these positions; return the files, each named by its position."""
+    files = [path.with_name(f"{position}.gz") for position in positions]
+    for position, file in zip(positions, files, strict=True):
+        archive(path, str(position), file, sign, START + timedelta(days=30))
+    return files
+
+
+@cache
+def _archived(ledger: bytes, *positions: int) -> dict[str, bytes]:
+    with copy_of(ledger) as path:
+        return {file.name: file.read_bytes() for file in (*archive_before(path, *positions), path)}
+
+
+@contextmanager
+def archived_copy(ledger: bytes, *positions: int) -> Iterator[tuple[Path, list[Path]]]:
+    """Give a copy of a ledger that was archived before each of these positions, and the files."""
+    with copy_of(b"") as path:
+        files = [path.with_name(name) for name in _archived(ledger, *positions)]
+        for file in files:
+            file.write_bytes(_archived(ledger, *positions)[file.name])
+        yield path, files[:-1]
+
+
+def place_of(finding: Finding | None) -> tuple[int, FindingKind]:
+    """Return where a ledger or file is wrong, and how; something has to be."""
+    assert finding is not None
+    return finding.position, finding.kind
 
 
 def rows_of(path: Path) -> list[tuple[int, str, bytes]]:

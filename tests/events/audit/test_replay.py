@@ -6,32 +6,34 @@ import json
 import os
 from contextlib import closing
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import FEWER, START
+from support.history import FEWER
 from support.ledgers import (
     OTHER_SIGN,
     SIGN,
+    archive_before,
+    archived_copy,
     change_ledger,
     copy_of,
     flip_byte,
     forge_bodies,
+    place_of,
     rows_of,
     sound_ledger,
     stored,
 )
 
-from events.audit.archive import archive
-from events.audit.archivechain import InvalidArchive, replay
-from events.audit.audit import audit
+from events.audit.archivechain import ArchiveProof, InvalidArchive, replay
+from events.audit.audit import Audit, audit
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
-from events.audit.signing import HeadSigner, key_id
-from events.audit.verify import Expected, Finding, FindingKind
+from events.audit.signing import key_id
+from events.audit.verify import Expected, FindingKind
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.sqlite import storage
 from events.sqlite.history import BeyondHead, Moment
@@ -40,17 +42,8 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import base_state_digest
 
-LATER = START + timedelta(days=30)
 LEDGER = sound_ledger(3, seconds=0.5)
 """At most two of its events have the same time."""
-
-
-def archived(path: Path, *cuts: int, sign: HeadSigner = SIGN) -> list[Path]:
-    """Archive up to before each of these positions, and return the files."""
-    files = [path.with_name(f"{cut}.gz") for cut in cuts]
-    for cut, file in zip(cuts, files, strict=True):
-        archive(path, str(cut), file, sign, LATER)
-    return files
 
 
 def exported(path: Path, name: str, until: int | None = None) -> Path:
@@ -67,9 +60,11 @@ def replayed(path: Path, until: object, archives: list[Path]) -> tuple[Moment, l
         return moment, sorted(map(as_text, state.models.values())), list(map(as_text, state.unended()))
 
 
-def place_of(finding: Finding | None) -> tuple[int, FindingKind]:
-    assert finding is not None
-    return finding.position, finding.kind
+def proof_of(found: Audit) -> ArchiveProof:
+    """Return what the archives of a sound ledger prove."""
+    assert found.finding is None
+    assert found.behind is not None
+    return found.behind
 
 
 with copy_of(LEDGER) as _path:
@@ -85,30 +80,24 @@ CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=4, unique=True).map(s
 
 
 @FEWER
-@given(CUTS, st.randoms(), st.sampled_from(MOMENTS))
+@given(CUTS, st.integers(1, HEAD), st.randoms(), st.sampled_from(MOMENTS))
 def test_archives_in_any_order_prove_and_replay_the_past(
-    cuts: list[int], dice: object, moment: object
+    cuts: list[int], position: int, dice: Random, moment: object
 ) -> None:
     with copy_of(LEDGER) as path:
-        files = archived(path, *cuts)
-        dice.shuffle(files)  # type: ignore[attr-defined]
-        found = audit(path, archives=files)
-        assert found.finding is None
-        assert found.behind is not None
-        assert found.behind.is_folded
-        assert [each.proved.position for each in found.behind.files] == [cut - 1 for cut in cuts]
-        for position in (1, cuts[0] - 1, cuts[-1], HEAD):
-            expected = Expected(position, ROWS[position - 1][2])
-            assert audit(path, expected, archives=files).finding is None
-            wrong = audit(path, Expected(position, b"\1" * 32), archives=files).finding
-            assert place_of(wrong) == (position, FindingKind.EXPECTATION)
+        files = archive_before(path, *cuts)
+        dice.shuffle(files)
+        proof = proof_of(audit(path, Expected(position, ROWS[position - 1][2]), archives=files))
+        assert proof.is_folded
+        assert [each.proved.position for each in proof.files] == [cut - 1 for cut in cuts]
+        wrong = audit(path, Expected(position, b"\1" * 32), archives=files).finding
+        assert place_of(wrong) == (position, FindingKind.EXPECTATION)
         assert replayed(path, moment, files) == PAST[moment]
 
 
 @pytest.mark.parametrize("cuts", [[2], [20], [8, 33, HEAD]], ids=str)
 def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, *cuts)
+    with archived_copy(LEDGER, *cuts) as (path, files):
         for moment in MOMENTS:
             assert replayed(path, moment, files) == PAST[moment], moment
         with pytest.raises(BeyondHead):
@@ -119,21 +108,17 @@ def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
 
 
 def test_base_state_keeps_ended_loads_that_models_serve_from() -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, 3, 6, 9)
+    with archived_copy(LEDGER, 3, 6, 9) as (path, files):
         jobs = [json.loads(str(row[-1])) for row in stored(path, "job_snapshots")["job_snapshots"]]
         assert any(job["status"] == "completed" for job in jobs)
         assert audit(path, archives=files).finding is None
 
 
 def test_later_archives_alone_prove_from_where_they_begin() -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, 8, 20, 33)
-        found = audit(path, archives=files[:0:-1])
-        assert found.finding is None
-        assert found.behind is not None
-        assert not found.behind.is_folded
-        assert found.behind.after.position == 7
+    with archived_copy(LEDGER, 8, 20, 33) as (path, files):
+        proof = proof_of(audit(path, archives=files[:0:-1]))
+        assert not proof.is_folded
+        assert proof.after.position == 7
         with pytest.raises(Archived, match="up to position 7"):
             audit(path, Expected(3, bytes(32)), archives=files[1:])
         with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
@@ -150,8 +135,7 @@ def test_later_archives_alone_prove_from_where_they_begin() -> None:
     ids=str,
 )  # fmt: skip
 def test_missing_or_repeated_archive_is_named(chosen: list[int], words: str) -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, 8, 20, 33)
+    with archived_copy(LEDGER, 8, 20, 33) as (path, files):
         for archives in ([files[each] for each in chosen], [files[each] for each in chosen[::-1]]):
             with pytest.raises(ArchiveMissing, match=words):
                 audit(path, archives=archives)
@@ -166,7 +150,7 @@ def test_export_replaces_archives_whose_events_it_has() -> None:
             audit(path, archives=[later])  # nothing is archived yet
         with pytest.raises(NothingThere):
             replayed(path, None, [later])
-        archived(path, 8, 20, 33)
+        archive_before(path, 8, 20, 33)
         assert audit(path, archives=[whole]).finding is None
         assert replayed(path, 25, [whole]) == PAST[25]
         with pytest.raises(ArchiveMissing, match=f"goes on to position {HEAD}, and the log begins after 32"):
@@ -176,8 +160,8 @@ def test_export_replaces_archives_whose_events_it_has() -> None:
 
 
 def test_archive_signed_by_another_key_is_found() -> None:
-    with copy_of(LEDGER) as path:
-        files = [*archived(path, 8), *archived(path, 20, sign=OTHER_SIGN)]
+    with archived_copy(LEDGER, 8) as (path, files):
+        files.extend(archive_before(path, 20, sign=OTHER_SIGN))
         assert audit(path, archives=files).finding is None
         found = audit(path, archives=files, key=key_id(SIGN.public_key))
         assert (found.at, *place_of(found.finding)) == (files[1], 19, FindingKind.EXPECTATION)
@@ -204,8 +188,7 @@ def forge(file: Path, change: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize(("number", "position"), [(0, 7), (1, 19)])
 def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, 8, 20)
+    with archived_copy(LEDGER, 8, 20) as (path, files):
         forge(files[number], ("alice", "mallory"))
         found = audit(path, archives=files)
         assert (found.at, *place_of(found.finding)) == (files[1], position, FindingKind.BASE)
@@ -216,8 +199,7 @@ def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) ->
 @FEWER
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_changed_byte_of_an_archive_is_named(index: int, bits: int) -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, 8, 20)
+    with archived_copy(LEDGER, 8, 20) as (path, files):
         packed = files[0].read_bytes()
         files[0].write_bytes(flip_byte(packed, index, bits))
         found = audit(path, archives=files)
@@ -242,8 +224,7 @@ def test_changed_byte_of_an_archive_is_named(index: int, bits: int) -> None:
     ],
 )
 def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, 8, 20)
+    with archived_copy(LEDGER, 8, 20) as (path, files):
         with closing(connect(path)) as connection:
             assert connection.execute(change).rowcount > 0
             connection.execute(
@@ -262,7 +243,7 @@ def test_newer_export_shows_that_the_log_was_cut() -> None:
     with copy_of(LEDGER) as path:
         late = exported(path, "late.jsonl")
         assert audit(path, files=[audit_file(late)]).compared == ((late, None),)
-        archived(path, 8)
+        archive_before(path, 8)
         files = [audit_file(late)]
         assert audit(path, files=files).compared == ((late, None),)
         change_ledger(path, f"DELETE FROM events WHERE position = {HEAD}")
@@ -278,7 +259,7 @@ def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) ->
     with copy_of(LEDGER) as path, copy_of(LEDGER) as other:
         forge_bodies(other, lambda _, body: body.replace("alice", "mallory"))
         own, foreign = exported(path, "own.jsonl", end), exported(other, "foreign.jsonl", end)
-        archives = archived(path, 8, 20)
+        archives = archive_before(path, 8, 20)
         for file in (own, foreign):
             with pytest.raises(ArchiveMissing, match=r"give it with --archive, .*: positions \d+ to \d+, '"):
                 audit(path, files=[audit_file(file)])
@@ -293,8 +274,7 @@ def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) ->
 
 @pytest.mark.parametrize("until", ["3", "7", "8", "19", "25", None, TIMES[5]])
 def test_archive_that_changes_after_its_proof_fails_the_replay(until: str | None) -> None:
-    with copy_of(LEDGER) as path:
-        files = archived(path, 8, 20)
+    with archived_copy(LEDGER, 8, 20) as (path, files):
         forgery = path.with_name("forgery.gz")
         forgery.write_bytes(files[0].read_bytes())
         forge(forgery, ("alice", "mallory"))
@@ -313,8 +293,7 @@ def test_archive_that_changes_after_its_proof_fails_the_replay(until: str | None
 
 
 def test_file_name_that_is_not_utf_8_can_be_printed() -> None:
-    with copy_of(LEDGER) as path:
-        (file,) = archived(path, 8)
+    with archived_copy(LEDGER, 8) as (path, [file]):
         odd = path.with_name(os.fsdecode(b"\xff.gz"))
         odd.write_bytes(file.read_bytes()[:-20])
         finding = audit(path, archives=[odd]).finding
