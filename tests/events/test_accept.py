@@ -37,6 +37,24 @@ def decide(state: State, command: Command) -> Decision:
     return accept(state, command, lambda: NEW, at(9_999))
 
 
+def outcome(facts: str | State, command: Command) -> str:
+    """Return `new`, and the load that an unload ends; the job that answers; or the code of a refusal."""
+    match decide(given(facts).state if isinstance(facts, str) else facts, command):
+        case Accepted((Draft(data=UnloadRequested(load_job_id=ended, force=force)),), job):
+            assert (job, force) == (NEW, getattr(command, "force", None))
+            return f"new:{ended}"
+        case Accepted((Draft(id=event),)):
+            assert event == NEW
+            return NEW
+        case Existing(job):
+            return job
+        case Refused(code, message):
+            assert message
+            return code
+        case decision:
+            pytest.fail(f"{decision}")
+
+
 def load(
     version: int = 1, files: tuple[FileIdentity, ...] = FILES, cause: Cause = Cause.REQUEST
 ) -> RequestLoad:
@@ -71,6 +89,8 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load", load(2, cause=Cause.DEMAND), "L"),
     ("request start", load(2, cause=Cause.DEMAND), "L"),
     ("load request_unload", load(2, cause=Cause.DEMAND), NEW),
+    ("request request_v2", load(3, cause=Cause.DEMAND), "L2"),
+    ("load request_unload start_unload request_again", load(2, cause=Cause.DEMAND), "L3"),
     ("load", asking(load(), keep_alive_s=-1), "L"),
     ("load", asking(load(), pinned=False), "L"),
     ("load", asking(load(), pinned=True), NEW),
@@ -120,12 +140,7 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
 
 @pytest.mark.parametrize(("facts", "command", "job"), LOADS)
 def test_load_is_new_or_joins_job(facts: str, command: RequestLoad, job: str) -> None:
-    decision = decide(given(facts).state, command)
-    if job == NEW:
-        assert isinstance(decision, Accepted)
-        assert decision.job_id == NEW
-    else:
-        assert decision == Existing(job)
+    assert outcome(facts, command) == job
 
 
 def test_accepted_load_records_all_that_was_asked_for() -> None:
@@ -133,15 +148,6 @@ def test_accepted_load_records_all_that_was_asked_for() -> None:
     command = RequestLoad(MODEL, 3, FILES, "alice", parameters, Cause.DEMAND, "e7", idempotency=KEY)
     data = LoadRequested.of(parameters, Cause.DEMAND, cause_event_id="e7", idempotency=KEY)
     assert decide(State(), command) == Accepted((Draft(NEW, data, "alice", NEW, MODEL, 3),), NEW)
-
-
-def kept(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters]:
-    """Return the load whose workers are reused by what is accepted, and the parameters that are recorded."""
-    decision = decide(given(facts).state, command)
-    assert isinstance(decision, Accepted)
-    [draft] = decision.drafts
-    assert isinstance(draft.data, LoadRequested)
-    return draft.data.keeps_load_job_id, draft.data.parameters
 
 
 @pytest.mark.parametrize(
@@ -173,12 +179,20 @@ def kept(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters]:
 def test_load_reuses_workers_when_only_settings_change(
     facts: str, asked: dict[str, Any], load_id: str | None, recorded_as: dict[str, Any]
 ) -> None:
-    assert kept(facts, asking(load(), **asked)) == (load_id, LoadParameters(**recorded_as))
+    assert reused(facts, asking(load(), **asked)) == (load_id, LoadParameters(**recorded_as))
 
 
-@pytest.mark.parametrize("command", [load(2), load(files=CHANGED)], ids=["version", "files"])
-def test_load_of_other_files_reuses_no_workers(command: RequestLoad) -> None:
-    assert kept("load", asking(command, pinned=True)) == (None, LoadParameters(pinned=True))
+def reused(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters]:
+    decision = decide(given(facts).state, command)
+    assert isinstance(decision, Accepted)
+    [draft] = decision.drafts
+    assert isinstance(draft.data, LoadRequested)
+    return draft.data.keeps_load_job_id, draft.data.parameters
+
+
+def test_load_of_other_files_reuses_no_workers() -> None:
+    for command in (load(2), load(files=CHANGED)):
+        assert reused("load", asking(command, pinned=True)) == (None, LoadParameters(pinned=True))
 
 
 def test_order_of_files_does_not_matter() -> None:
@@ -189,8 +203,7 @@ def test_order_of_files_does_not_matter() -> None:
     serving = structs.replace(model.serving, files=files)
     history.state.models[MODEL] = structs.replace(model, serving=serving)
     stats = (FileIdentity("a", 4_096, 1), FileIdentity("b", 4_096, 1))
-    assert decide(history.state, load(files=stats)) == Existing("L")
-    assert decide(history.state, load(files=stats[::-1])) == Existing("L")
+    assert outcome(history.state, load(files=stats)) == outcome(history.state, load(files=stats[::-1])) == "L"
 
 
 # Unloads and cancellations. Outcome: `new:X`, a job that ends the load X; the job that answers; or a code.
@@ -225,7 +238,6 @@ UNLOADS: list[tuple[str, str, str]] = [
     ("load request_unload start_unload restart", "U", "new:L"),
     ("load_other", "not_loaded", "not_loaded"),
 ]
-
 UNLOADS_OF_ACTIVE_MODEL: list[tuple[str, str, str]] = [
     ("", "nothing_loaded", "nothing_loaded"),
     ("load", "new:L", "new:L"),
@@ -238,29 +250,17 @@ UNLOADS_OF_ACTIVE_MODEL: list[tuple[str, str, str]] = [
     ("load restart", "nothing_loaded", "nothing_loaded"),
     ("load request_unload finish_unload", "nothing_loaded", "nothing_loaded"),
 ]
-UNLOAD_CASES = [(MODEL, *row) for row in UNLOADS] + [(None, *row) for row in UNLOADS_OF_ACTIVE_MODEL]
+UNLOAD_CASES = [
+    *((MODEL, *row) for row in UNLOADS),
+    *((None, *row) for row in UNLOADS_OF_ACTIVE_MODEL),
+    ("", "load", "not_loaded", "not_loaded"),  # an empty id is no active model
+]
 
 
 @pytest.mark.parametrize(("model_id", "facts", "gentle", "forced"), UNLOAD_CASES)
 def test_unload_outcome(model_id: str | None, facts: str, gentle: str, forced: str) -> None:
-    for force, outcome in ((False, gentle), (True, forced)):
-        match decide(given(facts).state, unload(model_id, force=force)):
-            case Accepted((Draft(data=UnloadRequested(load_job_id=ended, force=recorded_force)),), job):
-                assert outcome == f"new:{ended}"
-                assert (job, recorded_force) == (NEW, force)
-            case Existing(job):
-                assert outcome == job
-            case Refused(code, message):
-                assert outcome == code
-                assert message
-            case decision:
-                pytest.fail(f"{decision}")
-
-
-def test_empty_model_id_is_not_active_model() -> None:
-    decision = decide(given("load").state, unload(""))
-    assert isinstance(decision, Refused)
-    assert decision.code == "not_loaded"
+    assert outcome(facts, unload(model_id)) == gentle
+    assert outcome(facts, unload(model_id, force=True)) == forced
 
 
 def test_accepted_unload_records_version_that_it_ends() -> None:
@@ -301,36 +301,29 @@ AUTOMATIC_UNLOADS: list[tuple[str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("facts", "load_id", "outcome"), AUTOMATIC_UNLOADS)
-def test_automatic_unload_ends_named_load_only(facts: str, load_id: str, outcome: str) -> None:
+@pytest.mark.parametrize(("facts", "load_id", "expected"), AUTOMATIC_UNLOADS)
+def test_automatic_unload_ends_named_load_only(facts: str, load_id: str, expected: str) -> None:
     for force in (False, True):
         command = RequestUnload(MODEL, "system", force=force, cause=Cause.IDLE, load_job_id=load_id)
-        match decide(given(facts).state, command):
-            case Accepted((Draft(data=UnloadRequested(load_job_id=ended)),), job):
-                assert (f"new:{ended}", job) == (outcome, NEW)
-            case Refused(code, message):
-                assert code == outcome
-                assert MODEL in message
-            case decision:
-                pytest.fail(f"{decision}")
+        assert outcome(facts, command) == expected
 
 
 CANCELS: list[tuple[str, str, str]] = [
-    # facts, the job to cancel, then: `new`, `existing`, or the code of a refusal
+    # facts, the job to cancel, outcome: the job itself if it is being cancelled
     ("request", "L", "new"),
     ("request start", "L", "new"),
     ("request start restart", "L", "new"),
     ("load", "L", "already_finished"),
     ("request start fail", "L", "already_finished"),
     ("request cancel_L", "L", "already_finished"),
-    ("request request_cancel_L", "L", "existing"),
-    ("request request_cancel_L start", "L", "existing"),
-    ("request start request_cancel_L restart", "L", "existing"),
+    ("request request_cancel_L", "L", "L"),
+    ("request request_cancel_L start", "L", "L"),
+    ("request start request_cancel_L restart", "L", "L"),
     ("request start request_cancel_L finish", "L", "already_finished"),
     ("load request_unload", "U", "new"),
     ("load request_force", "F", "new"),
     ("load request_eviction", "U", "new"),
-    ("load request_unload request_cancel_U", "U", "existing"),
+    ("load request_unload request_cancel_U", "U", "U"),
     ("load request_unload start_unload", "U", "already_started"),
     ("load request_unload request_cancel_U start_unload", "U", "already_started"),
     ("load request_unload start_unload restart", "U", "already_started"),
@@ -342,18 +335,9 @@ CANCELS: list[tuple[str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("facts", "job", "outcome"), CANCELS)
-def test_cancel_outcome(facts: str, job: str, outcome: str) -> None:
-    match decide(given(facts).state, RequestCancel(job, "bob")):
-        case Accepted((Draft(id="new", data=CancelRequested()),), job_id):
-            assert (outcome, job_id) == ("new", job)
-        case Existing(job_id):
-            assert (outcome, job_id) == ("existing", job)
-        case Refused(code, message):
-            assert code == outcome
-            assert job in message
-        case decision:
-            pytest.fail(f"{decision}")
+@pytest.mark.parametrize(("facts", "job", "expected"), CANCELS)
+def test_cancel_outcome(facts: str, job: str, expected: str) -> None:
+    assert outcome(facts, RequestCancel(job, "bob")) == expected
 
 
 def test_accepted_cancel_records_job_and_key() -> None:
@@ -371,41 +355,36 @@ def test_records_are_accepted_unchanged() -> None:
 # The queue's bound.
 
 
-def queue_of(length: int, words: str = "") -> History:
-    history = given(words)
+def queue_of(length: int) -> History:
+    history = History()
     for number in range(length):
         history.ask_load(f"Q{number}", of=f"model{number}")
     return history
 
 
 FULL = [
-    # pending jobs, command, whether there is room
-    (MAX_QUEUE - 1, load(), True),
-    *((MAX_QUEUE, load(cause=cause), cause not in {Cause.REQUEST, Cause.DEMAND}) for cause in Cause),
-    (MAX_QUEUE // 2 - 1, load(cause=Cause.DEMAND), True),
-    (MAX_QUEUE // 2, load(cause=Cause.DEMAND), False),
-    (MAX_QUEUE, unload("model7", force=True), True),
-    (MAX_QUEUE, RequestCancel("Q7", "alice"), True),
+    # pending jobs, command, outcome
+    (MAX_QUEUE - 1, load(), NEW),
+    *((MAX_QUEUE, load(cause=cause), "queue_full") for cause in (Cause.REQUEST, Cause.DEMAND)),
+    *((MAX_QUEUE, load(cause=cause), NEW) for cause in Cause if cause not in {Cause.REQUEST, Cause.DEMAND}),
+    (MAX_QUEUE // 2 - 1, load(cause=Cause.DEMAND), NEW),
+    (MAX_QUEUE // 2, load(cause=Cause.DEMAND), "queue_full"),
+    (MAX_QUEUE, RequestLoad("model7", 1, FILES, "alice"), "Q7"),
+    (MAX_QUEUE, unload("model7", force=True), "new:Q7"),
+    (MAX_QUEUE, RequestCancel("Q7", "alice"), NEW),
 ]
 
 
-@pytest.mark.parametrize(("pending", "command", "has_room"), FULL)
-def test_full_queue_refuses_loads_by_people(pending: int, command: Command, has_room: bool) -> None:  # noqa: FBT001
-    decision = decide(queue_of(pending).state, command)
-    if has_room:
-        assert isinstance(decision, Accepted)
-    else:
-        assert isinstance(decision, Refused)
-        assert decision.code == "queue_full"
-        assert "jobs have not ended yet" in decision.message
-
-
-def test_full_queue_joins_pending_job_and_ended_jobs_take_no_room() -> None:
+@pytest.mark.parametrize(("pending", "command", "expected"), FULL)
+def test_full_queue_refuses_loads_by_people(pending: int, command: Command, expected: str) -> None:
     assert MAX_QUEUE == 256
+    assert outcome(queue_of(pending).state, command) == expected
+
+
+def test_ended_job_makes_room_in_full_queue() -> None:
     history = queue_of(MAX_QUEUE)
-    assert decide(history.state, RequestLoad("model7", 1, FILES, "alice")) == Existing("Q7")
     history.fail_load("Q7", of="model7")
-    assert isinstance(decide(history.state, load()), Accepted)
+    assert outcome(history.state, load()) == NEW
 
 
 # Any commands.

@@ -3,7 +3,6 @@
 import asyncio
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +13,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, MODEL, PLAIN, START, History, at, given, ids, load_requested, opened
+from support.ledgers import FAST_FOLDER
 
 from events.accept import Accepted, Decision, Existing, Refused, accept
 from events.audit.verify import verify
@@ -46,11 +46,6 @@ DAY_S = KEY_LIFETIME_S
 KEY = Idempotency("k", "f")
 OTHER_REQUEST = Idempotency("k", "g")
 OTHER_KEY = Idempotency("l", "f")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
 
 
 def load(key: Idempotency | None = KEY, model_id: str = MODEL) -> RequestLoad:
@@ -99,21 +94,15 @@ def test_repeated_key_returns_first_job(kind: str) -> None:
     history = first()
     for command in (load(), unload(), cancel("X")):
         assert decide(history, command) == Existing(job)
-    history.end_cancelled(job)
-    history.restart()
-    for command in (load(), unload(), cancel("X")):
-        assert decide(history, command) == Existing(job)
-
-
-@pytest.mark.parametrize("kind", FIRST)
-def test_key_of_other_request_is_refused(kind: str) -> None:
-    first, job = FIRST[kind]
     for command in (load(OTHER_REQUEST), unload(OTHER_REQUEST), cancel("L", OTHER_REQUEST)):
-        decision = decide(first(), command)
+        decision = decide(history, command)
         assert isinstance(decision, Refused)
         assert decision.code == "idempotency_mismatch"
         assert job in decision.message
         assert "new key" in decision.message
+    history.end_cancelled(job)
+    history.restart()
+    assert decide(history, load()) == Existing(job)
 
 
 @pytest.mark.parametrize(
@@ -149,14 +138,6 @@ def test_accepted_request_records_its_key(facts: str, command: Command) -> None:
     assert known == ("k", KnownKey("f", decision.job_id or "", at(9)))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request so long after the one before."""
-
-    command: RequestLoad | RequestUnload | RequestCancel
-    after_s: float
-
-
 KEYS = st.builds(Idempotency, st.sampled_from("kl"), st.sampled_from("fg")) | st.none()
 MODELS = st.sampled_from(["m", "n"])
 COMMANDS = (
@@ -164,45 +145,53 @@ COMMANDS = (
     | st.builds(unload, KEYS, MODELS | st.none())
     | st.builds(cancel, st.sampled_from(["j1", "j2", "j3"]), KEYS)
 )
-ASKED = st.builds(Asked, COMMANDS, st.sampled_from([0, 1, 3_600, DAY_S / 2, DAY_S - 1, DAY_S, 2 * DAY_S]))
+Group = tuple[list[RequestLoad | RequestUnload | RequestCancel], float]
+"""Requests at one moment, so many seconds after those before."""
+
+PAUSES = st.sampled_from([0, 1, 3_600, DAY_S / 2, DAY_S - 1, DAY_S, 2 * DAY_S])
 
 
-class Oracle:
-    """Remembers every key that an accepted request used, and when."""
+def outcomes_in_memory(groups: list[Group]) -> list[list[str]]:
+    """Decide these with a state that forgets nothing; an oracle remembers the first job of each key."""
+    state, new_id, seconds = State(), ids("j"), 0.0
+    used: dict[str, tuple[str, str, float]] = {}
+    found: list[list[str]] = []
+    for group, pause_s in groups:
+        seconds += pause_s
+        found.append([])
+        for command in group:
+            decision = accept(state, command, new_id, at(seconds))
+            answer = code_of(decision)
+            found[-1].append(answer)
+            key = command.idempotency
+            fingerprint, job, then = used.get(key.key_hash, ("", "", -DAY_S)) if key else ("", "", -DAY_S)
+            if key and seconds - then < DAY_S:
+                assert answer == (job if fingerprint == key.fingerprint else "idempotency_mismatch")
+                continue
+            assert answer != "idempotency_mismatch"
+            if isinstance(decision, Accepted):
+                if key:
+                    used[key.key_hash] = (key.fingerprint, answer.removeprefix("new "), seconds)
+                for draft in decision.drafts:
+                    state.apply(record_draft(draft, state.position + 1, at(seconds)))
+    return found
 
-    def __init__(self) -> None:
-        self.used: dict[str, tuple[str, str, float]] = {}
 
-    def expects(self, key: Idempotency | None, seconds: float) -> str | None:
-        """Return the job that answers, `idempotency_mismatch`, or None where the key says nothing."""
-        if key is None or key.key_hash not in self.used:
-            return None
-        fingerprint, job_id, then = self.used[key.key_hash]
-        if seconds - then >= DAY_S:
-            return None
-        return job_id if fingerprint == key.fingerprint else "idempotency_mismatch"
+def code_of(decision: Decision) -> str:
+    """Return the job that answers, or the code of the refusal."""
+    match decision:
+        case Accepted(_, job_id):
+            return f"new {job_id}"
+        case Existing(job_id):
+            return job_id
+        case Refused(code):
+            return code
 
 
 @PLAIN
-@given_any(st.lists(ASKED, max_size=25))
-def test_key_returns_first_job_for_any_requests(requests: list[Asked]) -> None:
-    state, oracle, new_id, seconds = State(), Oracle(), ids("j"), 0.0
-    for asked in requests:
-        seconds += asked.after_s
-        key = asked.command.idempotency
-        expected = oracle.expects(key, seconds)
-        decision = accept(state, asked.command, new_id, at(seconds))
-        if expected is not None:
-            assert expected in (getattr(decision, "job_id", None), getattr(decision, "code", None))
-            assert not isinstance(decision, Accepted)
-        elif isinstance(decision, Accepted):
-            assert decision.job_id is not None
-            if key is not None:
-                oracle.used[key.key_hash] = (key.fingerprint, decision.job_id, seconds)
-            for draft in decision.drafts:
-                state.apply(record_draft(draft, state.position + 1, at(seconds)))
-        else:
-            assert not (isinstance(decision, Refused) and decision.code == "idempotency_mismatch")
+@given_any(st.lists(st.tuples(COMMANDS.map(lambda command: [command]), PAUSES), max_size=25))
+def test_key_returns_first_job_for_any_requests(groups: list[Group]) -> None:
+    outcomes_in_memory(groups)
 
 
 # The log.
@@ -217,7 +206,7 @@ async def outcome(log: Log, command: Command) -> str:
     return f"{'' if receipt.existing else 'new '}{receipt.job_id}"
 
 
-async def outcomes_of(path: Path, groups: list[list[Asked]], *, reopens: bool) -> list[list[str]]:
+async def outcomes_of(path: Path, groups: list[Group], *, reopens: bool) -> list[list[str]]:
     """Submit these groups to a log of their own, opened anew for each or not."""
     moment, found, new_id = START, [], ids("j")
 
@@ -226,42 +215,20 @@ async def outcomes_of(path: Path, groups: list[list[Asked]], *, reopens: bool) -
 
     for run in [[group] for group in groups] if reopens else [groups]:
         async with opened(path, new_id=new_id, now=now, monotonic=float) as log:
-            for group in run:
-                moment += timedelta(seconds=group[0].after_s)
-                found.append(await asyncio.gather(*(outcome(log, asked.command) for asked in group)))
+            for group, pause_s in run:
+                moment += timedelta(seconds=pause_s)
+                found.append(await asyncio.gather(*(outcome(log, command) for command in group)))
             assert not log.state.keys  # they are in the log
     return found
 
 
-def outcomes_in_memory(groups: list[list[Asked]]) -> list[list[str]]:
-    """Decide the same with a state that forgets nothing."""
-    state, new_id, seconds = State(), ids("j"), 0.0
-    found = []
-    for group in groups:
-        seconds += group[0].after_s
-        answers = []
-        for asked in group:
-            decision = accept(state, asked.command, new_id, at(seconds))
-            match decision:
-                case Accepted(accepted, job_id):
-                    for draft in accepted:
-                        state.apply(record_draft(draft, state.position + 1, at(seconds)))
-                    answers.append(f"new {job_id}")
-                case Existing(job_id):
-                    answers.append(job_id)
-                case Refused(code):
-                    answers.append(code)
-        found.append(answers)
-    return found
-
-
 @FEWER
-@given_any(st.lists(st.lists(ASKED, min_size=1, max_size=4), min_size=1, max_size=6))
-@example([[Asked(load(), 0), Asked(load(), 0), Asked(load(OTHER_REQUEST), 0)]])
-def test_log_answers_as_if_keys_were_in_memory(groups: list[list[Asked]]) -> None:
+@given_any(st.lists(st.tuples(st.lists(COMMANDS, min_size=1, max_size=4), PAUSES), min_size=1, max_size=6))
+@example([([load(), load(), load(OTHER_REQUEST)], 0)])
+def test_log_answers_as_if_keys_were_in_memory(groups: list[Group]) -> None:
     expected = outcomes_in_memory(groups)
     for reopens in (False, True):
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory(dir=FAST_FOLDER) as folder:
             path = Path(folder) / "ledger.db"
             assert asyncio.run(outcomes_of(path, groups, reopens=reopens)) == expected
             assert verify(path).verified
@@ -279,15 +246,6 @@ async def test_log_answers_repeated_keys(path: Path) -> None:
         assert (await log.submit(load(None))).job_id == "j2"
     async with opened(path) as log:
         assert await log.submit(load()) == Receipt("j1", existing=True, position=3)
-
-
-async def test_refused_or_joined_request_leaves_key_unused(path: Path) -> None:
-    async with opened(path, new_id=ids("j")) as log:
-        assert await outcome(log, unload(KEY)) == "not_loaded"
-        assert await outcome(log, load(None)) == "new j1"
-        assert await outcome(log, load(KEY)) == "j1"  # joined, so nothing was appended
-        assert await outcome(log, load(replace(KEY, fingerprint="other"), "other")) == "new j2"
-        assert await outcome(log, load(KEY)) == "idempotency_mismatch"
 
 
 async def test_failed_write_leaves_key_unused(path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, MODEL, History, as_event, drafts, fold, opened
-from support.ledgers import sample_history
+from support.ledgers import FAST_FOLDER, sample_history
 
 from events import jobs, models
 from events.audit.verify import verify
@@ -241,7 +241,7 @@ def texts_at_each_position(connection: sqlite3.Connection, last: int) -> list[li
 @FEWER
 @given(HISTORIES, st.frozensets(st.integers(1, 30), max_size=5))
 def test_replay_from_snapshot_is_replay_from_zero(events: list[Event], at: frozenset[int]) -> None:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         path = Path(folder) / "ledger.db"
         write_ledger(path, list(map(encode_event, events)), at)
         with closing(connect(path)) as connection:
@@ -289,7 +289,7 @@ def test_events_of_later_release_are_kept_and_skipped(events: list[Event], draws
     pairs = list(zip(events, known, strict=True))
     written = [event if is_known else replace(event, data=draws.draw(UNKNOWN)) for event, is_known in pairs]
     without = fold_events([event for event, is_known in pairs if is_known])
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         path = Path(folder) / "ledger.db"
         bodies = list(map(encode_event, written))
         state = write_ledger(path, bodies)

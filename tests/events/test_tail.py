@@ -21,11 +21,6 @@ LIMIT_S = 60
 """Only against hanging."""
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
-
-
 @asynccontextmanager
 async def tailing(log: Log, *, ring: Ring | None = None, readers: int = 2) -> AsyncIterator[Tails]:
     """Run the tails of a log."""
