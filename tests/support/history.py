@@ -1,9 +1,7 @@
-"""What the tests of the ledger share: histories told in few words, a log in a file, and strategies.
+"""What the tests of the ledger share: histories in few words, a log in a file, and strategies.
 
 The strategies are derived from the data classes themselves, so that a new event type or field is covered
 the moment it exists.
-
-Ledgers in files for the tests of proof: one with most kinds of events, copies of it, and keys to sign.
 """
 
 import enum
@@ -13,6 +11,7 @@ import typing
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +60,7 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
+    record_draft,
 )
 from support.fleet import SOAK, of_both
 
@@ -87,7 +87,7 @@ FEWER = settings(PLAIN, max_examples=of_both(short=25, long=500))
 
 
 def at(seconds: float) -> str:
-    """Return the stamp so many seconds after START."""
+    """Return the timestamp so many seconds after START."""
     return format_timestamp(START + timedelta(seconds=seconds))
 
 
@@ -110,7 +110,7 @@ def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:
 
 
 class History:
-    """The live state after a sequence of facts, told one at a time; a second passes before each."""
+    """The live state after a sequence of facts, a second before each; `about` is as for `add`."""
 
     def __init__(self) -> None:
         self.state = State()
@@ -156,13 +156,13 @@ class History:
         is_asked = cause in (Cause.REQUEST, Cause.DEMAND)
         self.add(data, job, of=of, version=version, by="alice" if is_asked else SYSTEM)
 
-    def start_load(self, job: str, *, of: str = MODEL, version: int = 1, attempt: int = 1) -> None:
+    def start_load(self, job: str, *, attempt: int = 1, **about: Any) -> None:
         """A load begins."""
-        self.add(LoadStarted(attempt), job, of=of, version=version)
+        self.add(LoadStarted(attempt), job, **about)
 
-    def end_load(self, job: str, *, of: str = MODEL, version: int = 1, mtime_ns: int = 1) -> None:
+    def end_load(self, job: str, *, mtime_ns: int = 1, **about: Any) -> None:
         """A load ends well, in the worker `w-<job>`."""
-        self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, of=of, version=version)
+        self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, **about)
 
     def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
         """A load of two instances ends well, in the workers `<job>1` and `<job>2`."""
@@ -170,9 +170,9 @@ class History:
         self.start_load(job)
         self.add(model_loaded(f"{job}1", f"{job}2"), job)
 
-    def fail_load(self, job: str, code: str = "broken", *, of: str = MODEL, version: int = 1) -> None:
+    def fail_load(self, job: str, code: str = "broken", **about: Any) -> None:
         """A load ends badly."""
-        self.add(LoadFailed(code, "because"), job, of=of, version=version)
+        self.add(LoadFailed(code, "because"), job, **about)
 
     def break_recovery(self) -> None:
         """A recovery, a job of its own, is requested and fails."""
@@ -196,44 +196,36 @@ class History:
         self.end_load(job, of=of, version=version, mtime_ns=mtime_ns)
 
     def ask_unload(
-        self,
-        job: str,
-        load: str,
-        *,
-        of: str = MODEL,
-        force: bool = False,
-        cause: Cause = Cause.REQUEST,
+        self, job: str, load: str, *, force: bool = False, cause: Cause = Cause.REQUEST, **about: Any
     ) -> None:
         """The end of a load is requested."""
-        self.add(UnloadRequested(force, load, cause), job, of=of, by="alice")
+        self.add(UnloadRequested(force, load, cause), job, by="alice", **about)
 
-    def start_unload(self, job: str, *, of: str = MODEL) -> None:
+    def start_unload(self, job: str, **about: Any) -> None:
         """An unload begins."""
-        self.add(UnloadStarted(), job, of=of)
+        self.add(UnloadStarted(), job, **about)
 
-    def end_unload(self, job: str, *, of: str = MODEL) -> None:
+    def end_unload(self, job: str, **about: Any) -> None:
         """An unload ends well."""
-        self.add(ModelUnloaded(1_000, 0, 0), job, of=of)
+        self.add(ModelUnloaded(1_000, 0, 0), job, **about)
 
-    def unload(self, job: str, load: str, *, of: str = MODEL, cause: Cause = Cause.REQUEST) -> None:
+    def unload(self, job: str, load: str, *, cause: Cause = Cause.REQUEST, **about: Any) -> None:
         """An unload is requested, begins, and ends well."""
-        self.ask_unload(job, load, of=of, cause=cause)
-        self.start_unload(job, of=of)
-        self.end_unload(job, of=of)
+        self.ask_unload(job, load, cause=cause, **about)
+        self.start_unload(job, **about)
+        self.end_unload(job, **about)
 
-    def ask_cancel(self, job: str, *, of: str = MODEL) -> None:
+    def ask_cancel(self, job: str, **about: Any) -> None:
         """The end of a job before its effect is requested."""
-        self.add(CancelRequested(), job, of=of, by="alice")
+        self.add(CancelRequested(), job, by="alice", **about)
 
-    def end_cancelled(self, job: str, *, of: str = MODEL) -> None:
+    def end_cancelled(self, job: str, **about: Any) -> None:
         """A job ends before its effect."""
-        self.add(JobCancelled(), job, of=of)
+        self.add(JobCancelled(), job, **about)
 
-    def kill_worker(
-        self, worker: str, *, of: str = MODEL, signal: int | None = 9, after_s: float = 1
-    ) -> None:
-        """A worker's process ends, and nobody had asked."""
-        self.add(WorkerExited(None, signal, ()), None, of=of, worker=worker, after_s=after_s)
+    def kill_worker(self, worker: str, *, signal: int | None = 9, **about: Any) -> None:
+        """A worker's process ends unexpectedly."""
+        self.add(WorkerExited(None, signal, ()), None, worker=worker, **about)
 
     def restart(self, *, unclean: bool = True, down_s: float = 1) -> None:
         """The server is started again after it was down."""
@@ -249,14 +241,7 @@ class History:
         return self.state.models[model]
 
 
-def _request_cancel(job: str) -> Callable[[History], object]:
-    return lambda h: h.ask_cancel(job)
-
-
-def _cancel(job: str) -> Callable[[History], object]:
-    return lambda h: h.end_cancelled(job)
-
-
+JOBS = ("L", "L2", "L3", "R", "U", "F", "S")
 STEPS: dict[str, Callable[[History], object]] = {
     "request": lambda h: h.ask_load("L"),
     "request_10s": lambda h: h.ask_load("L", timeout_s=10),
@@ -300,8 +285,11 @@ STEPS: dict[str, Callable[[History], object]] = {
     "request_force_again": lambda h: h.ask_unload("F2", "L", force=True),
     "start_force": lambda h: h.start_unload("F"),
     "finish_force": lambda h: h.end_unload("F"),
-    **{f"request_cancel_{job}": _request_cancel(job) for job in ("L", "L2", "L3", "R", "U")},
-    **{f"cancel_{job}": _cancel(job) for job in ("L", "L2", "L3", "R", "U", "F", "S")},
+    **{f"request_cancel_{job}": partial(History.ask_cancel, job=job) for job in JOBS},
+    **{
+        f"cancel_{job}": partial(History.end_cancelled, job=job)
+        for job in ("L", "L2", "L3", "R", "U", "F", "S")
+    },
     # Deaths of workers and of the server, and what the system does about them.
     "crash": lambda h: h.kill_worker("w-L"),
     "crash_again": lambda h: h.kill_worker("w-R"),
@@ -473,14 +461,4 @@ def drafts(draw: st.DrawFn) -> Draft:
 
 def as_event(draft: Draft, position: int, after_s: float) -> Event:
     """Return the event that a draft becomes in a history of its own."""
-    return Event(
-        position,
-        draft.id,
-        draft.data,
-        draft.actor,
-        at(after_s),
-        draft.job_id,
-        draft.model_id,
-        draft.version,
-        draft.worker_id,
-    )
+    return record_draft(draft, position, at(after_s))
