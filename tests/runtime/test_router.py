@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import models
-from support.running import Engine, running, save_models, slow_model, stopped_clock
+from support.running import Engine, running, slow_model, stopped_clock
 from support.workers import LIMIT_S, array, floats, tensor, trips, until
 
 from events.models import ModelState
@@ -25,11 +25,6 @@ from runtime.errors import (
 )
 from runtime.process.pool import WorkerPool
 from runtime.router import ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_models(tmp_path)
 
 
 async def refusal(engine: Engine, model_id: str, version: int | None = None) -> tuple[type, str]:

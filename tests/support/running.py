@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from events.clock import utc_now
 from events.commands import Command, FileIdentity, RequestLoad, RequestUnload
-from events.jobs import Job
+from events.jobs import Failure, Job
 from events.log import Log, Receipt
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader, open_reader
@@ -280,6 +280,12 @@ def gone(pid: int) -> bool:
 def code_of(job: Job) -> str | None:
     """Return the code of the error with which a job ended."""
     return job.error.code if job.error is not None else None
+
+
+def error_of(job: Job) -> Failure:
+    """Return the error with which a job ended."""
+    assert job.error is not None
+    return job.error
 
 
 def job_of(receipt: Receipt) -> str:

@@ -4,13 +4,13 @@ import asyncio
 import hashlib
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from onnx import ModelProto
 from support import models
-from support.running import Engine, code_of, gone, running, save_models
+from support.running import Engine, code_of, error_of, gone, running
 from support.workers import until
 
 from events.jobs import Failure, JobStatus
@@ -19,16 +19,8 @@ from events.types import Cause, LoadParameters, ModelLoaded, ModelUnloaded, Unlo
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 
-BACK_OFF_S = 60
-"""More than any back-off, less than the time for which incidents are remembered."""
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_models(tmp_path)
-
-
-def stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
@@ -72,38 +64,26 @@ async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_poo
         assert (await engine.ended(waiting)).status is JobStatus.COMPLETED
 
 
-BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "corrupt": (lambda root: models.save_bytes(models.CORRUPT, root, "bad"), "invalid_model", "parsing"),
-    "empty": (lambda root: models.save_bytes(b"", root, "bad"), "invalid_model", ""),
-    "text": (lambda root: models.save_bytes(models.TEXT, root, "bad"), "invalid_model", ""),
-    "unknown operator": (
-        lambda root: models.save(models.unknown_operator(), root, "bad"),
-        "invalid_model",
-        "Frobnicate",
-    ),
-    "data of others": (
-        lambda root: models.save(models.external("../../../../etc/passwd"), root, "bad"),
-        "unsafe_file",
-        "passwd",
-    ),
-    "memory bomb": (
-        lambda root: models.save(models.memory_bomb_on_load(), root, "bad"),
-        "out_of_memory",
-        "limit",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-async def test_bad_model_fails_its_load_with_the_reason(engine: Engine, case: str) -> None:
-    make, code, words = BAD[case]
-    make(engine.root)
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        pytest.param(models.CORRUPT, "invalid_model", "parsing", id="corrupt"),
+        pytest.param(b"", "invalid_model", "", id="empty"),
+        pytest.param(models.TEXT, "invalid_model", "", id="text"),
+        pytest.param(models.unknown_operator(), "invalid_model", "Frobnicate", id="unknown operator"),
+        pytest.param(models.external("../../../../etc/passwd"), "unsafe_file", "passwd", id="data of others"),
+        pytest.param(models.memory_bomb_on_load(), "out_of_memory", "limit", id="memory bomb"),
+    ],
+)
+async def test_bad_model_fails_its_load_with_the_reason(
+    engine: Engine, content: bytes | ModelProto, code: str, words: str
+) -> None:
+    data = content if isinstance(content, bytes) else content.SerializeToString()
+    models.save_bytes(data, engine.root, "bad")
     await engine.load("adder")
     job = await engine.load("bad", parameters=LoadParameters(memory_limit_bytes=200_000_000))
-    assert job.status is JobStatus.FAILED
-    assert job.error is not None
-    assert job.error.code == code
-    assert words in job.error.message
+    assert (job.status, error_of(job).code) == (JobStatus.FAILED, code)
+    assert words in error_of(job).message
     assert (engine.model("bad").state, engine.model("bad").error) == (ModelState.FAILED, job.error)
     assert await engine.story(of="bad") == ["LoadRequested", "LoadStarted", "LoadFailed"]
     await until(lambda: len(engine.consumer.loads) == 1)
@@ -123,11 +103,10 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
 
 async def test_crash_during_load_records_the_last_words(engine: Engine) -> None:
     models.save(models.crash_on_load(), engine.root, "crash")
-    job = await engine.load("crash")
-    assert job.error is not None
-    assert job.error.code == "worker_died"
-    assert f"killed by signal {int(signal.SIGFPE)}" in job.error.message
-    assert "Floating" in job.error.message
+    error = error_of(await engine.load("crash"))
+    assert error.code == "worker_died"
+    assert f"killed by signal {int(signal.SIGFPE)}" in error.message
+    assert "Floating" in error.message
     [exited] = await engine.facts(WorkerExited, of="crash")
     assert (exited.exit_code, exited.signal) == (None, signal.SIGFPE)
     assert any("Floating" in line for line in exited.stderr)
@@ -153,7 +132,7 @@ async def test_swap_drains_the_old_version(engine: Engine) -> None:
     os.kill(old.pid, signal.SIGSTOP)
     asked = asyncio.create_task(engine.ask("adder", 10))
     await until(lambda: old.in_flight == 1)
-    job = await engine.load("adder", 2)
+    await engine.load("adder", 2)
     assert await engine.ask("adder", 10) == 12
     await until(lambda: draining.unloading)
     assert not asked.done()
@@ -166,10 +145,7 @@ async def test_swap_drains_the_old_version(engine: Engine) -> None:
     assert (requested.cause, requested.cause_event_id) == (Cause.SWAP, loaded[-1].id)
     [unloaded] = await engine.facts(ModelUnloaded, of="adder")
     assert (unloaded.drained_requests, unloaded.aborted_requests) == (1, 0)
-    model = engine.model("adder")
-    assert (model.state, model.version) == (ModelState.LOADED, 2)
-    assert model.serving is not None
-    assert model.serving.load_job_id == job.id
+    assert (engine.model("adder").state, engine.model("adder").version) == (ModelState.LOADED, 2)
 
 
 # Unloads.
@@ -179,10 +155,8 @@ async def test_unload_returns_the_memory_of_the_process(engine: Engine) -> None:
     models.save(models.weights(20), engine.root, "big")
     await engine.load("big")
     pid = engine.worker("big").pid
-    job_id = await engine.ask_unload("big")
-    await engine.recorded(lambda: engine.model("big").phase is ModelState.UNLOADED)
+    assert (await engine.unload("big")).status is JobStatus.COMPLETED
     assert gone(pid)
-    assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
     story = await engine.story(of="big")
     assert story[-3:] == ["UnloadRequested", "UnloadStarted", "ModelUnloaded"]
     [unloaded] = await engine.facts(ModelUnloaded, of="big")
@@ -241,7 +215,7 @@ async def test_unload_force_does_not_wait_for_stopped_fork_server(folder: Path) 
         await engine.ask_load("adder")
         await engine.becomes("adder", ModelState.LOADING)
         await engine.unload("adder", force=True)
-        assert stopped(fork_server)
+        assert is_stopped(fork_server)
         os.kill(fork_server, signal.SIGCONT)
         await engine.nothing_left()
         assert (await engine.load("adder")).status is JobStatus.COMPLETED

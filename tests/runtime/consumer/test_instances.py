@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.running import Engine, code_of, gone, running, save_models, stopped_clock
+from support.running import Engine, code_of, error_of, gone, running, stopped_clock
 from support.workers import computing, freeze, until
 
 from events.jobs import JobStatus
@@ -21,11 +21,6 @@ from runtime.process.worker import Worker
 
 TWO = LoadParameters(instances=2)
 THREE = LoadParameters(instances=3)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_models(tmp_path)
 
 
 async def start_load(engine: Engine, parameters: LoadParameters) -> tuple[str, RunningLoad]:
@@ -104,9 +99,8 @@ async def test_instance_dying_during_the_load_fails_it(engine: Engine, which: st
     job_id, load, second = await half_load(engine, THREE if which == "second" else TWO)
     dead = load.workers[0] if which == "first" else second
     os.kill(dead.pid, signal.SIGKILL)
-    job = await engine.ended(job_id)
-    assert job.error is not None
-    assert (job.error.code, "right after" in job.error.message) == ("worker_died", which == "first")
+    error = error_of(await engine.ended(job_id))
+    assert (error.code, "right after" in error.message) == ("worker_died", which == "first")
     events = await engine.events(of="adder")
     story = ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
     assert [event.type for event in events] == story

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.running import Engine, code_of, gone, running, save_models, stopped_clock
+from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
 from events.commands import RequestCancel
@@ -21,6 +21,7 @@ from events.errors import LogUnavailable
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.types import Cause, LoadRequested, LoadStarted, WorkerExited
+from runtime.consumer import consumer
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
@@ -28,11 +29,6 @@ from runtime.scheduler.scheduler import MAX_INCIDENTS
 
 BACK_OFF_S = 60
 """More than any back-off, less than the time for which incidents are remembered."""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_models(tmp_path)
 
 
 # Deaths.
@@ -62,10 +58,10 @@ async def test_crash_loop_fails_the_model_until_a_request(engine: Engine) -> Non
         engine.pass_time(BACK_OFF_S)
         await engine.becomes("adder", ModelState.LOADED)
     engine.kill("adder")
-    model = await engine.becomes("adder", ModelState.FAILED)
-    assert model.error is not None
-    assert model.error.code == "crash_loop"
-    assert "killed by signal 9" in model.error.message
+    error = (await engine.becomes("adder", ModelState.FAILED)).error
+    assert error is not None
+    assert error.code == "crash_loop"
+    assert "killed by signal 9" in error.message
     assert len(await engine.facts(WorkerExited, of="adder")) == MAX_INCIDENTS
     head = engine.log.head
     engine.pass_time(86_400)
@@ -187,6 +183,11 @@ async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: Worke
 # The ledger cannot be written.
 
 
+@pytest.fixture
+def _retries_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consumer, "LOG_RETRY_S", 0.05)
+
+
 @contextmanager
 def unwritable(engine: Engine, fact: str) -> Iterator[None]:
     """Have the ledger refuse facts of this type."""
@@ -200,34 +201,29 @@ def unwritable(engine: Engine, fact: str) -> Iterator[None]:
         other.execute("DROP TRIGGER broken")
 
 
-@pytest.mark.parametrize(
-    ("fact", "model"),
-    [
-        ("LoadStarted", "adder"), ("ModelLoaded", "adder"), ("LoadFailed", "bad"), ("UnloadStarted", "adder"),
-        ("ModelUnloaded", "adder"),
-    ],
-)  # fmt: skip
-async def test_unwritable_ledger_delays_each_fact(
-    engine: Engine, fact: str, model: str, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.usefixtures("_retries_soon")
+async def test_unwritable_ledger_delays_each_fact(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     models.save_bytes(models.TEXT, engine.root, "bad")
-    with unwritable(engine, fact):
-        load = await engine.ask_load(model)
-        unload = None
-        if fact in {"UnloadStarted", "ModelUnloaded"}:
-            await engine.ended(load)
-            unload = await engine.ask_unload(model)
-        await until(lambda: "cannot be written" in caplog.text)
-        assert fact not in await engine.story()
-    jobs = [await engine.ended(job) for job in (load, unload) if job is not None]
-    expected = JobStatus.FAILED if model == "bad" else JobStatus.COMPLETED
-    assert [job.status for job in jobs] == [expected] * len(jobs)
-    story = await engine.story(of=model)
-    assert story.count(fact) == 1
-    assert "WorkerExited" not in story
-    await until(lambda: len(engine.consumer.loads) == (1 if fact in {"LoadStarted", "ModelLoaded"} else 0))
+    for fact, model, status in (
+        ("LoadStarted", "adder", JobStatus.COMPLETED),
+        ("ModelLoaded", "other", JobStatus.COMPLETED),
+        ("LoadFailed", "bad", JobStatus.FAILED),
+        ("UnloadStarted", "adder", JobStatus.COMPLETED),
+        ("ModelUnloaded", "other", JobStatus.COMPLETED),
+    ):
+        caplog.clear()
+        with unwritable(engine, fact):
+            begin = engine.ask_unload if "Unload" in fact else engine.ask_load
+            job_id = await begin(model)
+            await until(lambda: "cannot be written" in caplog.text)
+            assert fact not in await engine.story(of=model)
+        assert (await engine.ended(job_id)).status is status
+        assert (await engine.story(of=model)).count(fact) == 1
+    assert "WorkerExited" not in await engine.story()
+    await engine.nothing_left()
 
 
+@pytest.mark.usefixtures("_retries_soon")
 async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     await engine.load("other")
     serving, policy = engine.worker_pids(), engine.consumer.policy
@@ -256,6 +252,7 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
     assert await engine.ask("adder", 1) == 3
 
 
+@pytest.mark.usefixtures("_retries_soon")
 async def test_unwritable_ledger_leaves_load_cancellable(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
