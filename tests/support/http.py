@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.typedefs import Handler
 from multidict import CIMultiDictProxy
+from onnx import ModelProto
 from openapi_schema_validator import OAS30Validator
 from yarl import URL
 
@@ -32,6 +33,7 @@ from server.http.validation import validation_middleware
 from server.openapi import openapi_document
 from server.routing import Access, LimitClass, Route, add_routes
 from server.v2.fastpath import add_fast_path
+from support.models import save_bytes
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
@@ -233,6 +235,11 @@ class LocalApi(Api):
     def position(self) -> int:
         """The position of the log's head."""
         return self.app[LOG].head.position
+
+    def save(self, model: ModelProto | bytes, model_id: str, version: int = 1) -> Path:
+        """Save a model, or a file that is none, in the repository and return the version's folder."""
+        data = model if isinstance(model, bytes) else model.SerializeToString()
+        return save_bytes(data, self.config.repository, model_id, version)
 
     async def events(self, model_id: str | None = None) -> list[Event]:
         """Return the events, of one model or all."""

@@ -6,7 +6,6 @@ import json
 from support import models
 from support.history import write
 from support.http import Json, LocalApi
-from support.models import save
 
 from server.appkeys import LOG
 
@@ -31,7 +30,7 @@ async def pages(api: LocalApi, parameter: str, cursor: int) -> list[list[int]]:
     return first if page["next_cursor"] is None else first + await pages(api, parameter, page["next_cursor"])
 
 
-async def test_events_are_listed_in_pages_both_ways(api: LocalApi) -> None:
+async def test_events_are_listed_in_pages_both_ways_and_by_time(api: LocalApi) -> None:
     await write(api.app[LOG], 6)
     page = await listed(api)
     assert [event["type"] for event in page["events"]] == ["ServerStarted", *["LoadStarted"] * 6]
@@ -39,45 +38,10 @@ async def test_events_are_listed_in_pages_both_ways(api: LocalApi) -> None:
     assert (page["as_of"], page["oldest"], page["next_cursor"]) == (7, 1, None)
     assert await pages(api, "after", 0) == [[1, 2, 3], [4, 5, 6], [7]]
     assert await pages(api, "before", 8) == [[7, 6, 5], [4, 3, 2], [1]]
-    assert await positions(api, "?after=2&before=6") == [5, 4, 3]
-    assert await positions(api, "?after=7") == []
-
-
-async def test_listed_text_is_the_text_that_is_hashed(api: LocalApi) -> None:
-    save(models.add(1), api.config.repository, "m")
-    await api.load("m")
-    body = (await api.get(PATH)).body
-    before = bytes(32)
-    start = len(b'{"events":[')
-    for event in json.loads(body)["events"]:
-        end = body.index(b',"hash":"', start)
-        before = hashlib.sha256(before + body[start:end] + b"}").digest()
-        assert event["hash"] == before.hex()
-        start = end + len(b',"hash":""},') + 64
-    assert before == api.app[LOG].head.hash
-
-
-async def test_filters_join_with_and_values_of_one_with_or(api: LocalApi) -> None:
-    for name in ("m", "n"):
-        save(models.add(1), api.config.repository, name)
-    jobs = {name: await api.load(name) for name in ("m", "n")}
+    second, fourth = page["events"][1]["recorded_at"], page["events"][3]["recorded_at"]
     for query, expected in (
-        ("type=ModelLoaded&model=m", [4]),
-        ("model=n&model=m&type=LoadStarted&type=ModelLoaded", [3, 4, 6, 7]),
-        (f"job={jobs['n']['id']}", [5, 6, 7]),
-        ("actor=alice", [2, 5]),
-        ("actor=alice&before=9", [5, 2]),
-        ("actor=alice&type=ModelLoaded", []),
-        ("model=nothing", []),
-    ):
-        assert await positions(api, f"?{query}") == expected, query
-
-
-async def test_since_and_until_take_times_and_positions(api: LocalApi) -> None:
-    await write(api.app[LOG], 4)
-    events = (await listed(api))["events"]
-    second, fourth = events[1]["recorded_at"], events[3]["recorded_at"]
-    for query, expected in (
+        ("after=2&before=6", [5, 4, 3]),
+        ("after=7", []),
         (f"since={second}&until={fourth}", [2, 3, 4]),
         ("since=2&until=4", [2, 3, 4]),
         (f"since={second}&until=3&before=9", [3, 2]),
@@ -90,19 +54,44 @@ async def test_since_and_until_take_times_and_positions(api: LocalApi) -> None:
         assert await positions(api, f"?{query}") == expected, query
 
 
-async def test_invalid_query_is_400(api: LocalApi) -> None:
+async def test_filters_join_with_and_values_of_one_with_or(api: LocalApi) -> None:
+    for name in ("m", "n"):
+        api.save(models.add(1), name)
+    jobs = {name: await api.load(name) for name in ("m", "n")}
+    for query, expected in (
+        ("type=ModelLoaded&model=m", [4]),
+        ("model=n&model=m&type=LoadStarted&type=ModelLoaded", [3, 4, 6, 7]),
+        (f"job={jobs['n']['id']}", [5, 6, 7]),
+        ("actor=alice", [2, 5]),
+        ("actor=alice&before=9", [5, 2]),
+        ("actor=alice&type=ModelLoaded", []),
+        ("model=nothing", []),
+    ):
+        assert await positions(api, f"?{query}") == expected, query
+    body = (await api.get(PATH)).body  # the listed text is the text that is hashed
+    before = bytes(32)
+    start = len(b'{"events":[')
+    for event in json.loads(body)["events"]:
+        end = body.index(b',"hash":"', start)
+        before = hashlib.sha256(before + body[start:end] + b"}").digest()
+        assert event["hash"] == before.hex()
+        start = end + len(b',"hash":""},') + 64
+    assert before == api.app[LOG].head.hash
+
+
+async def test_invalid_query_is_400(shared: LocalApi) -> None:
     for query in (
         "after=-1", "after=1.5", "before=0", "limit=0", "limit=1001", "after=1&after=2", "since=then",
         "since=2026-01-01", "until=2026-01-01T00:00:00", "until=2026-13-01T00:00:00Z", "type=Loaded",
         "model=", "type=stage", "order=asc", "&".join(f"job={number}" for number in range(17)),
     ):  # fmt: skip
-        assert (await api.get(f"{PATH}?{query}")).refusal == (400, "invalid_parameter"), query
-    answer = await api.get(f"{PATH}?after=2")
+        assert (await shared.get(f"{PATH}?{query}")).refusal == (400, "invalid_parameter"), query
+    answer = await shared.get(f"{PATH}?after=2")
     assert answer.refusal == (400, "beyond_head")
     assert "1" in answer.json["detail"]
 
 
-async def test_events_are_for_auditors(api: LocalApi) -> None:
+async def test_events_are_for_auditors(shared: LocalApi) -> None:
     for path in (PATH, f"{PATH}/stream", f"{PATH}/head"):
-        assert (await api.get(path, roles=("predict",))).refusal == (403, "forbidden")
-        assert (await api.get(path, roles=())).refusal == (401, "no_credentials")
+        assert (await shared.get(path, roles=("predict",))).refusal == (403, "forbidden")
+        assert (await shared.get(path, roles=())).refusal == (401, "no_credentials")

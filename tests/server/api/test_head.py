@@ -3,14 +3,12 @@
 import base64
 import sqlite3
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_private_key
 from support import models
 from support.http import LocalApi
-from support.models import save
 
 from events.audit.signing import as_signed_head, key_id
 from events.datalock import LEDGER
@@ -35,19 +33,19 @@ def last_row(api: LocalApi) -> tuple[int, str, str]:
         return int(row[0]), str(row[1]), str(row[2])
 
 
-async def test_head_is_the_last_row_of_the_ledger(api: LocalApi, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    first = await head(api)
-    assert (first["position"], first["hash"], first["recorded_at"]) == last_row(api)
+async def test_head_is_the_last_row_of_the_ledger(shared: LocalApi) -> None:
+    shared.save(models.add(1), "m")
+    first = await head(shared)
+    assert (first["position"], first["hash"], first["recorded_at"]) == last_row(shared)
     assert first["base"] == {"position": 0, "hash": "00" * 32}
-    await api.load("m")
-    second = await head(api)
+    await shared.load("m")
+    second = await head(shared)
     assert second["position"] > first["position"]
-    assert (second["position"], second["hash"], second["recorded_at"]) == last_row(api)
+    assert (second["position"], second["hash"], second["recorded_at"]) == last_row(shared)
 
 
-async def test_signature_covers_the_documented_message(api: LocalApi) -> None:
-    shown = await head(api)
+async def test_signature_covers_the_documented_message(shared: LocalApi) -> None:
+    shown = await head(shared)
     message = (
         f"loadledger-head-v1\n{shown['position']}\n{shown['hash']}\n{shown['recorded_at']}\n"
         f"{shown['base']['position']}\n{shown['base']['hash']}\n"
@@ -58,11 +56,11 @@ async def test_signature_covers_the_documented_message(api: LocalApi) -> None:
     assert as_signed_head(shown).holds()
 
 
-async def test_ledger_key_signs_no_tokens(api: LocalApi) -> None:
-    data = api.config.data
+async def test_ledger_key_signs_no_tokens(shared: LocalApi) -> None:
+    data = shared.config.data
     [token_key] = [keys_folder(data) / f"{info.kid}.pem" for info in list_keys(data)]
     key_file = data / "ledger.key"
-    assert base64.b64decode((await head(api))["public_key"]) == open_signer(data).public_key
+    assert base64.b64decode((await head(shared))["public_key"]) == open_signer(data).public_key
     tokens: Any = load_pem_private_key(token_key.read_bytes(), None)
     ledger: Any = load_pem_private_key(key_file.read_bytes(), None)
     assert ledger.private_bytes_raw() != tokens.private_bytes_raw()
@@ -72,17 +70,17 @@ async def test_ledger_key_signs_no_tokens(api: LocalApi) -> None:
         open_signer(data)
 
 
-async def test_head_is_never_ahead_of_durable_events(api: LocalApi, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    before = await head(api)
-    with closing(sqlite3.connect(api.config.data / LEDGER)) as other:
+async def test_head_is_never_ahead_of_durable_events(shared: LocalApi) -> None:
+    shared.save(models.add(1), "new")
+    before = await head(shared)
+    with closing(sqlite3.connect(shared.config.data / LEDGER)) as other:
         other.execute(
             "CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'disk full'); END"
         )
-        assert (await api.post("/api/v1/models/m/load")).refusal == (503, "log_unavailable")
-        assert await head(api) == before
-        assert before["hash"] == last_row(api)[1]
+        assert (await shared.post("/api/v1/models/new/load")).refusal == (503, "log_unavailable")
+        assert await head(shared) == before
+        assert before["hash"] == last_row(shared)[1]
         other.execute("DROP TRIGGER full")
-    await api.load("m")
-    assert (await head(api))["position"] > before["position"]
-    assert (await api.get(f"{HEAD}?x=1", roles=("audit",))).refusal == (400, "invalid_parameter")
+    await shared.load("new")
+    assert (await head(shared))["position"] > before["position"]
+    assert (await shared.get(f"{HEAD}?x=1", roles=("audit",))).refusal == (400, "invalid_parameter")

@@ -1,16 +1,14 @@
 """`/health` and `/v2/health`: public, and name the part that is not well."""
 
+import asyncio
 import os
 import signal
-from pathlib import Path
 
-import pytest
 from support import models
 from support.http import ONE, LocalApi, when
-from support.models import TEXT, save, save_bytes
+from support.models import TEXT
 
-from runtime.memory import list_descendants
-from server.appkeys import CONSUMER_TASK, STOPPING, STREAMS
+from server.appkeys import CONSUMER_TASK, POOL, STOPPING, STREAMS
 
 LIVE = ("/health/live", "/v2/health/live")
 READY = ("/health/ready", "/v2/health/ready")
@@ -31,54 +29,48 @@ async def status_of(api: LocalApi, path: str) -> str:
     return str(answer.json["detail"])
 
 
-async def test_started_server_is_well_for_everyone(
-    api: LocalApi,
-) -> None:
+async def test_started_server_is_well_for_everyone(shared: LocalApi) -> None:
     for path in (*LIVE, *READY):
-        assert await status_of(api, path) == "ok"
-        answer = await api.get(path, roles=(), headers={"Authorization": "Bearer nonsense"})
+        assert await status_of(shared, path) == "ok"
+        answer = await shared.get(path, roles=(), headers={"Authorization": "Bearer nonsense"})
         assert answer.status == 200
         assert "RateLimit" not in answer.headers
-        assert (await api.send("HEAD", path, roles=())).status == 200
+        assert (await shared.send("HEAD", path, roles=())).status == 200
 
 
-async def test_loads_do_not_change_health(api: LocalApi, repository: Path) -> None:
+async def test_server_without_fork_server_is_not_ready(shared: LocalApi) -> None:
+    fork_server = shared.app[POOL]._fork_server
+    assert fork_server is not None
+    os.kill(fork_server.pid, signal.SIGKILL)
+    await when(lambda: status_of(shared, "/health/ready"), lambda seen: seen == "not well: fork_server")
+    assert await status_of(shared, "/health/live") == "ok"
+    await when(lambda: status_of(shared, "/health/ready"), lambda seen: seen == "ok")
+
+
+async def test_loads_do_not_change_health(shared: LocalApi) -> None:
     """Triton #8958, #5940."""
-    save_bytes(TEXT, repository, "bad")
-    save(models.add(1), repository, "m")
-    save_bytes(models.endless_load(), repository, "slow")
-    await api.failed_load("bad")
-    await api.load("m")
-    job = await api.accepted_load("slow")
-    await api.job_when(job["id"], stage="loading")
+    shared.save(TEXT, "bad")
+    shared.save(models.add(1), "m")
+    shared.save(models.endless_load(), "slow")
+    await shared.failed_load("bad")
+    await shared.load("m")
+    job = await shared.accepted_load("slow")
+    await shared.job_when(job["id"], stage="loading")
     for path in (*LIVE, *READY):
-        assert await status_of(api, path) == "ok"
-    assert (await api.infer("m", ONE)).status == 200
-    await api.unload("slow", force=True)
+        assert await status_of(shared, path) == "ok"
+    assert (await shared.infer("m", ONE)).status == 200
+    await shared.unload("slow", force=True)
 
 
-async def test_server_without_fork_server_is_not_ready(
-    api: LocalApi,
-) -> None:
-    [fork_server] = list_descendants(os.getpid())
-    os.kill(fork_server, signal.SIGKILL)
-    await when(lambda: status_of(api, "/health/ready"), lambda seen: seen == "not well: fork_server")
-    assert await status_of(api, "/health/live") == "ok"
-    await when(lambda: status_of(api, "/health/ready"), lambda seen: seen == "ok")
-
-
-async def test_stopping_server_is_alive_and_not_ready(api: LocalApi) -> None:
+async def test_stopping_server_is_not_ready_and_without_a_vital_task_not_alive(api: LocalApi) -> None:
     api.app[STOPPING].set()
     for path in READY:
         assert await status_of(api, path) == "not well: serving"
     for path in LIVE:
         assert await status_of(api, path) == "ok"
-
-
-@pytest.mark.parametrize("name", ["consumer", "tails", "streams"])
-async def test_server_without_a_vital_task_is_not_alive(api: LocalApi, name: str) -> None:
-    task = api.app[CONSUMER_TASK] if name == "consumer" else api.app[STREAMS].tasks[name]
-    task.cancel()
-    await when(lambda: status_of(api, "/health/live"), lambda seen: seen != "ok")
-    for path in (*LIVE, *READY):
-        assert name in await status_of(api, path)
+    for name, task in {"consumer": api.app[CONSUMER_TASK], **api.app[STREAMS].tasks}.items():
+        assert name not in await status_of(api, "/health/live")
+        task.cancel()
+        await asyncio.wait([task])
+        for path in (*LIVE, *READY):
+            assert name in await status_of(api, path)

@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,14 +11,12 @@ from marshmallow import ValidationError
 from support import models
 from support.history import PLAIN
 from support.http import LIMIT_S, Answer, LocalApi
-from support.models import save
 
-from events.types import CancelRequested, LoadRequested, UnloadRequested
+from events.types import LoadRequested, UnloadRequested
 from server.api.jobs import MAX_KEY_CHARACTERS, IdempotencySchema, unquote_key
 
 Start = Callable[..., Awaitable[LocalApi]]
 
-KEY = '"8e03978e-40d5-43dd-bc93-6894a57f9324"'
 MISMATCH = (422, "idempotency_mismatch")
 PRINTABLE = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
 
@@ -31,7 +28,7 @@ def read(field: str) -> str:
 
 
 async def send(
-    api: LocalApi, path: str, key: str = KEY, body: bytes = b"", *, wait: int = 60, subject: str = "alice"
+    api: LocalApi, path: str, key: str, body: bytes = b"", *, wait: int = 60, subject: str = "alice"
 ) -> Answer:
     """Send a request of the management API with a key, and wait for its job's end."""
     headers = {"Idempotency-Key": key, **({"Content-Type": "application/json"} if body else {})}
@@ -43,13 +40,6 @@ def job_of(answer: Answer) -> str:
     assert answer.headers["Location"] == f"/api/v1/jobs/{answer.json['id']}"
     job_id: str = answer.json["id"]
     return job_id
-
-
-@pytest.fixture
-async def model(api: LocalApi, repository: Path) -> Path:
-    """A model `m` of one version; returns its folder."""
-    assert api.position >= 0
-    return save(models.add(1), repository, "m").parent
 
 
 # The header field
@@ -80,101 +70,98 @@ def test_malformed_key_is_refused(field: str) -> None:
         read(field)
 
 
-@pytest.mark.usefixtures("model")
-async def test_malformed_key_is_400_on_each_route(api: LocalApi) -> None:
-    head = api.position
+async def test_malformed_key_is_400_on_each_route(shared: LocalApi) -> None:
+    head = shared.position
     for path in ("models/m/load", "models/m/unload", "models/unload", "jobs/j/cancel"):
-        answer = await send(api, path, '"a", "b"')
+        answer = await send(shared, path, '"a", "b"')
         assert answer.refusal == (400, "invalid_parameter")
         assert "Idempotency-Key" in answer.json["detail"]
-    bearer = ("Authorization", f"Bearer {api.token('admin')}")
+    bearer = ("Authorization", f"Bearer {shared.token('admin')}")
     twice = [bearer, ("Idempotency-Key", "a"), ("Idempotency-Key", "a")]
-    assert (await api.client.post("/api/v1/models/m/load", headers=twice)).status == 400
-    assert api.position == head
+    assert (await shared.client.post("/api/v1/models/m/load", headers=twice)).status == 400
+    assert shared.position == head
 
 
 # The same request again
 
 
-async def test_repeated_load_returns_first_job_whatever_changed(
-    api: LocalApi, repository: Path, model: Path
-) -> None:
-    first = job_of(await send(api, "models/m/load"))
-    await api.unload("m")
-    save(models.add(2), repository, "m", 2)
+async def test_repeated_load_returns_first_job_whatever_changed(shared: LocalApi) -> None:
+    model, path = shared.save(models.add(1), "repeated").parent, "models/repeated/load"
+    [first] = {
+        job_of(answer) for answer in await asyncio.gather(*(send(shared, path, "r") for _ in range(5)))
+    }
+    await shared.unload("repeated")
+    shared.save(models.add(2), "repeated", 2)
     (model / "loadledger.toml").write_text("instances = 2")
-    head = api.position
-    again = await send(api, "models/m/load", wait=0)
+    head = shared.position
+    again = await send(shared, path, "r", wait=0)
     assert (job_of(again), again.json["status"]) == (first, "completed")
-    assert api.position == head
-    assert (await api.model("m"))["state"] == "unloaded"
+    assert shared.position == head
+    assert (await shared.model("repeated"))["state"] == "unloaded"
     shutil.rmtree(model)
-    assert (await send(api, "models/m/load")).refusal == (404, "unknown_model")
+    assert (await send(shared, path, "r")).refusal == (404, "unknown_model")
 
 
-@pytest.mark.usefixtures("model")
-async def test_simultaneous_loads_with_one_key_are_one_job(api: LocalApi) -> None:
-    answers = await asyncio.gather(*(send(api, "models/m/load") for _ in range(5)))
-    assert len({job_of(answer) for answer in answers}) == 1
-    assert len(await api.data_of(LoadRequested)) == 1
+async def test_repeated_unload_leaves_later_load_alone(shared: LocalApi) -> None:
+    shared.save(models.add(1), "later")
+    for path in ("models/later/unload", "models/unload", "models/later/unload?force=true"):
+        await shared.load("later")
+        first = job_of(await send(shared, path, f'"{path}"'))
+        await shared.load("later")
+        assert job_of(await send(shared, path, f'"{path}"')) == first
+        assert (await shared.model("later"))["state"] == "loaded"
 
 
-@pytest.mark.usefixtures("model")
-async def test_repeated_unload_leaves_later_load_alone(api: LocalApi) -> None:
-    for path in ("models/m/unload", "models/unload", "models/m/unload?force=true"):
-        await api.load("m")
-        first = job_of(await send(api, path, f'"{path}"'))
-        await api.load("m")
-        assert job_of(await send(api, path, f'"{path}"')) == first
-        assert (await api.model("m"))["state"] == "loaded"
-
-
-@pytest.mark.usefixtures("model")
-async def test_fingerprint_ignores_form_and_heeds_content(api: LocalApi) -> None:
+async def test_fingerprint_ignores_form_and_heeds_content(shared: LocalApi) -> None:
+    shared.save(models.add(1), "m")
     body = b'{"timeout_s": 50, "priority": "high"}'
-    load = job_of(await send(api, "models/m/load", body=body))
+    load = job_of(await send(shared, "models/m/load", '"l"', body))
     same = b'{ "priority" : "high",\n"timeout_s":50}'
-    assert job_of(await send(api, "models/m/load", KEY.strip('"'), same)) == load
+    assert job_of(await send(shared, "models/m/load", "l", same)) == load
     for other in (b"", b"{}", b'{"timeout_s": 50}', b'{"timeout_s": 50, "priority": "normal"}'):
-        assert (await send(api, "models/m/load", body=other)).refusal == MISMATCH
-    unload = job_of(await send(api, "models/m/unload", '"u"'))
+        assert (await send(shared, "models/m/load", "l", other)).refusal == MISMATCH
+    unload = job_of(await send(shared, "models/m/unload", '"u"'))
     for other, query in ((b" {} ", ""), (b"", "?force=false")):
-        assert job_of(await send(api, f"models/m/unload{query}", '"u"', other)) == unload
+        assert job_of(await send(shared, f"models/m/unload{query}", '"u"', other)) == unload
 
 
-@pytest.mark.usefixtures("model")
-async def test_key_of_another_request_is_422(api: LocalApi, repository: Path) -> None:
-    save(models.identity(), repository, "other")
-    job_id = job_of(await send(api, "models/m/load", subject="Ann"))
-    head = api.position
+async def test_key_of_another_request_is_422(shared: LocalApi) -> None:
+    for model_id in ("one", "other"):
+        shared.save(models.identity(), model_id)
+    job_id = job_of(await send(shared, "models/one/load", "k", subject="Ann"))
+    head = shared.position
     for path in (
-        "models/other/load", "models/m/unload", "models/m/unload?force=true", "models/unload",
+        "models/other/load", "models/one/unload", "models/one/unload?force=true", "models/unload",
         f"jobs/{job_id}/cancel",
     ):  # fmt: skip
-        assert (await send(api, path, subject="Ann")).refusal == MISMATCH, path
-    assert api.position == head
-    job = (await send(api, "models/other/load", subject="Bob")).json
+        assert (await send(shared, path, "k", subject="Ann")).refusal == MISMATCH, path
+    assert shared.position == head
+    job = (await send(shared, "models/other/load", "k", subject="Bob")).json
     assert (job["model_id"], job["requested_by"], job["status"]) == ("other", "Bob", "completed")
 
 
-@pytest.mark.usefixtures("model")
-async def test_refused_or_idle_request_does_not_use_key(api: LocalApi) -> None:
-    assert (await send(api, "models/m/unload")).refusal == (409, "not_loaded")
-    assert (await send(api, "models/m/load", body=b'{"version": 2}')).refusal == (404, "unknown_version")
-    assert (await send(api, "models/m/load", body=b'{"version": 0}')).refusal == (400, "invalid_body")
-    first = (await api.load("m"))["id"]
-    assert job_of(await send(api, "models/m/load")) == first
-    assert (await send(api, "models/m/unload")).json["kind"] == "unload"
+async def test_refused_or_idle_request_does_not_use_key(shared: LocalApi) -> None:
+    shared.save(models.add(1), "unused")
+    for path, body, refusal in (
+        ("unload", b"", (409, "not_loaded")),
+        ("load", b'{"version": 2}', (404, "unknown_version")),
+        ("load", b'{"version": 0}', (400, "invalid_body")),
+    ):
+        assert (await send(shared, f"models/unused/{path}", "n", body)).refusal == refusal
+    first = (await shared.load("unused"))["id"]
+    assert job_of(await send(shared, "models/unused/load", "n")) == first
+    assert (await send(shared, "models/unused/unload", "n")).json["kind"] == "unload"
 
 
 # The ledger
 
 
-@pytest.mark.usefixtures("model")
-async def test_ledger_keeps_key_hash_across_restart(api: LocalApi, start: Start) -> None:
+async def test_ledger_keeps_key_hash_across_restart(start: Start) -> None:
+    api = await start()
+    api.save(models.add(1), "m")
     load = (await send(api, "models/m/load", '"secret one"')).json
     unload = (await send(api, "models/m/unload", '"secret two"')).json
-    requested: list[LoadRequested | UnloadRequested] = await api.data_of(LoadRequested)
+    requested: list[LoadRequested | UnloadRequested] = [*await api.data_of(LoadRequested)]
     requested += await api.data_of(UnloadRequested)
     keys = [each.idempotency for each in requested if each.idempotency is not None]
     assert len({text for key in keys for text in (key.key_hash, key.fingerprint)}) == 4
@@ -187,24 +174,21 @@ async def test_ledger_keeps_key_hash_across_restart(api: LocalApi, start: Start)
     assert (await send(again, "models/m/unload", '"secret one"')).refusal == MISMATCH
 
 
-async def test_repeated_cancel_returns_the_cancelled_job(start: Start, repository: Path) -> None:
-    api = await start(loads_at_once=1)
-    save(models.add(1), repository, "m")
-    save(models.slow_model(depth=2000), repository, "slow")
-    await api.accepted_load("slow")
-    job = await api.accepted_load("m")
+async def test_repeated_cancel_returns_the_cancelled_job(shared: LocalApi) -> None:
+    shared.save(models.endless_load(), "slow")
+    job = await shared.accepted_load("slow")
     path = f"jobs/{job['id']}/cancel"
-    cancelled = await send(api, path)
+    cancelled = await send(shared, path, "c")
     assert (job_of(cancelled), cancelled.json["status"]) == (job["id"], "cancelled")
-    assert (await send(api, path, '"another"')).refusal == (409, "already_finished")
-    assert (await send(api, path)).json == cancelled.json
-    assert len(await api.data_of(CancelRequested)) == 1
+    assert (await send(shared, path, "another")).refusal == (409, "already_finished")
+    assert (await send(shared, path, "c")).json == cancelled.json
+    assert (await shared.types("slow")).count("CancelRequested") == 1
 
 
-@pytest.mark.usefixtures("model")
-async def test_key_is_ignored_under_v2(api: LocalApi) -> None:
-    for field in (KEY, KEY, '"malformed'):
+async def test_key_is_ignored_under_v2(shared: LocalApi) -> None:
+    shared.save(models.add(1), "v2")
+    for key in ("v", "v", '"malformed'):
         for verb in ("load", "unload"):
-            path = f"/v2/repository/models/m/{verb}"
-            assert (await api.post(path, headers={"Idempotency-Key": field}, data=b"")).status == 200
-    assert len(await api.data_of(LoadRequested)) == 3
+            path, headers = f"/v2/repository/models/v2/{verb}", {"Idempotency-Key": key}
+            assert (await shared.post(path, headers=headers, data=b"")).status == 200
+    assert (await shared.types("v2")).count("LoadRequested") == 3

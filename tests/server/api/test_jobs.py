@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 from support import models
 from support.http import ONE, Answer, Json, LocalApi, when
-from support.models import TEXT, save, save_bytes
+from support.models import TEXT
 from support.workers import until
 
 from events.datalock import LEDGER
 from events.models import ModelState
-from events.types import CancelRequested, JobCancelled
 from server.api.jobs import MAX_WAIT_S, wait_s
-from server.appkeys import LOG
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -35,9 +33,9 @@ async def cancelled(api: LocalApi, job: Json) -> Json:
     return answer.json
 
 
-async def loading(api: LocalApi, repository: Path, model_id: str = "m", version: int = 1) -> Json:
+async def loading(api: LocalApi, model_id: str, version: int = 1) -> Json:
     """Return the job of a load that has begun and takes minutes."""
-    save_bytes(models.endless_load(), repository, model_id, version)
+    api.save(models.endless_load(), model_id, version)
     job = await api.accepted_load(model_id)
     return await api.job_when(job["id"], stage="loading")
 
@@ -45,131 +43,102 @@ async def loading(api: LocalApi, repository: Path, model_id: str = "m", version:
 # Cancel
 
 
-async def test_cancel_ends_a_load_and_its_process(api: LocalApi, repository: Path) -> None:
-    job = await loading(api, repository)
+async def test_cancel_ends_a_load_and_its_process(shared: LocalApi) -> None:
+    job = await loading(shared, "m")
     assert job["cancel_requested"] is False
-    pid = api.worker("m").pid
-    answer = await cancel(api, job, subject="Bob")
+    pid = shared.worker("m").pid
+    answer = await cancel(shared, job, subject="Bob")
     assert answer.status == 202
     assert answer.headers["Location"] == f"/api/v1/jobs/{job['id']}"
     assert int(answer.headers["Retry-After"]) >= 1
     assert (answer.json["id"], answer.json["cancel_requested"]) == (job["id"], True)
-    ended = await api.ended(job["id"])
+    ended = await shared.ended(job["id"])
     assert (ended["status"], ended["error"], ended["requested_by"]) == ("cancelled", None, "alice")
     await until(lambda: not Path(f"/proc/{pid}").exists())
-    assert (await api.model("m"))["state"] == "unloaded"
-    events = await api.events("m")
+    assert (await shared.model("m"))["state"] == "unloaded"
+    events = await shared.events("m")
     assert [event.type for event in events] == [
         "LoadRequested", "LoadStarted", "CancelRequested", "JobCancelled",
     ]  # fmt: skip
     assert (events[2].actor, events[2].job_id) == ("Bob", job["id"])
 
 
-async def test_cancel_of_queued_load_lets_the_next_start(start: Start, repository: Path) -> None:
-    api = await start(loads_at_once=1)
-    slow = await loading(api, repository, "slow")
-    save(models.add(1), repository, "m")
-    queued = await api.accepted_load("m")
-    assert (await cancelled(api, queued))["started_at"] is None
-    again = await api.accepted_load("m")
-    assert again["id"] != queued["id"]
-    await cancelled(api, slow)
-    assert (await api.ended(again["id"]))["status"] == "completed"
-
-
-async def test_cancel_of_swap_keeps_serving_version(api: LocalApi, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    first = await api.load("m")
-    await cancelled(api, await loading(api, repository, version=2))
-    model = await api.model("m")
+async def test_cancel_of_swap_keeps_serving_version(shared: LocalApi) -> None:
+    shared.save(models.add(1), "swapped")
+    first = await shared.load("swapped")
+    await cancelled(shared, await loading(shared, "swapped", version=2))
+    model = await shared.model("swapped")
     assert (model["state"], model["version"], model["next_version"], model["job_id"]) == (
         "loaded", 1, None, first["id"],
     )  # fmt: skip
-    assert (await api.infer("m", ONE)).status == 200
+    assert (await shared.infer("swapped", ONE)).status == 200
 
 
-async def test_cancel_of_pending_unload_keeps_the_model(start: Start, repository: Path) -> None:
-    api = await start(loads_at_once=1)
-    save(models.add(1), repository, "m")
-    save(models.add(2), repository, "m", 2)
-    await api.load("m", version=1)
-    slow = await loading(api, repository, "slow")
-    swap = await api.accepted_load("m")
-    await cancelled(api, (await api.post("/api/v1/models/m/unload")).json)
-    await cancelled(api, slow)
-    assert (await api.ended(swap["id"]))["status"] == "completed"
-    assert (await api.model("m"))["state"] == "loaded"
-
-
-async def test_simultaneous_cancels_append_one_event(api: LocalApi, repository: Path) -> None:
-    job = await loading(api, repository)
-    answers = await asyncio.gather(*(cancel(api, job, wait=60) for _ in range(5)))
-    for answer in answers:
-        ended = (answer.status, answer.json.get("status"))
-        assert ended == (200, "cancelled") or answer.refusal == (409, "already_finished")
-    assert len(await api.data_of(CancelRequested)) == len(await api.data_of(JobCancelled)) == 1
-
-
-async def test_cancel_of_a_load_under_v2_is_400(api: LocalApi, repository: Path) -> None:
-    save_bytes(models.endless_load(), repository, "m")
-    waiting = asyncio.create_task(api.post("/v2/repository/models/m/load", data=b""))
-    [job] = await when(api.jobs, lambda jobs: [job["stage"] for job in jobs] == ["loading"])
-    await cancelled(api, job)
+async def test_cancel_of_a_load_under_v2_is_400(shared: LocalApi) -> None:
+    shared.save(models.endless_load(), "v2")
+    waiting = asyncio.create_task(shared.post("/v2/repository/models/v2/load", data=b""))
+    [job] = await when(
+        lambda: shared.jobs("?model=v2"), lambda jobs: [job["stage"] for job in jobs] == ["loading"]
+    )
+    await cancelled(shared, job)
     answer = await waiting
     assert answer.refusal == (400, "cancelled")
-    assert answer.json["error"] == "load failed for model 'm': version 1: it was cancelled"
+    assert answer.json["error"] == "load failed for model 'v2': version 1: it was cancelled"
 
 
 async def test_cancel_of_unrecorded_unload_keeps_the_model(
-    api: LocalApi, repository: Path, caplog: pytest.LogCaptureFixture
+    shared: LocalApi, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(models.add(1), repository, "m")
-    await api.load("m")
-    with closing(sqlite3.connect(api.config.data / LEDGER, isolation_level=None)) as ledger:
+    shared.save(models.add(1), "kept")
+    await shared.load("kept")
+    with closing(sqlite3.connect(shared.config.data / LEDGER, isolation_level=None)) as ledger:
         ledger.execute(NO_UNLOADS)
-        unload = (await api.post("/api/v1/models/m/unload")).json
+        unload = (await shared.post("/api/v1/models/kept/unload")).json
         await until(lambda: "cannot be written" in caplog.text)
-        assert (await cancelled(api, unload))["started_at"] is None
+        assert (await cancelled(shared, unload))["started_at"] is None
         ledger.execute("DROP TRIGGER full")
-    assert (await api.infer("m", ONE)).status == 200
-    assert (await api.unload("m"))["status"] == "completed"
+    assert (await shared.infer("kept", ONE)).status == 200
+    assert (await shared.unload("kept"))["status"] == "completed"
 
 
-async def test_refused_cancel_appends_nothing(api: LocalApi, repository: Path) -> None:
-    save(models.identity(), repository, "good")
-    save_bytes(TEXT, repository, "bad")
-    finished = [await api.load("good"), await api.failed_load("bad"), await api.unload("good")]
-    job = await loading(api, repository)
-    head, path = api.position, f"/api/v1/jobs/{job['id']}/cancel"
+async def test_refused_cancel_appends_nothing(shared: LocalApi) -> None:
+    shared.save(models.identity(), "good")
+    shared.save(TEXT, "bad")
+    finished = [await shared.load("good"), await shared.failed_load("bad"), await shared.unload("good")]
+    job = await loading(shared, "refused")
+    head, path = shared.position, f"/api/v1/jobs/{job['id']}/cancel"
     for each in finished:
-        assert (await cancel(api, each)).refusal == (409, "already_finished")
-    assert (await cancel(api, {"id": "nope"})).refusal == (404, "unknown_job")
-    assert (await api.post(path, json={"force": True})).refusal == (400, "invalid_body")
-    assert (await api.post(f"{path}?force=true")).refusal == (400, "invalid_parameter")
-    assert (await api.post(path, data=b"{}", headers={"Content-Type": "text/plain"})).status == 415
+        assert (await cancel(shared, each)).refusal == (409, "already_finished")
+    assert (await cancel(shared, {"id": "nope"})).refusal == (404, "unknown_job")
+    assert (await shared.post(path, json={"force": True})).refusal == (400, "invalid_body")
+    assert (await shared.post(f"{path}?force=true")).refusal == (400, "invalid_parameter")
+    assert (await shared.post(path, data=b"{}", headers={"Content-Type": "text/plain"})).status == 415
     for method in ("GET", "DELETE"):
-        assert (await api.send(method, path)).refusal == (405, "method_not_allowed")
-    assert api.position == head
-    assert (await api.post(path, json={}, wait=60)).json["status"] == "cancelled"
+        assert (await shared.send(method, path)).refusal == (405, "method_not_allowed")
+    assert shared.position == head
+    assert (await shared.post(path, json={}, wait=60)).json["status"] == "cancelled"
 
 
 # Lists
 
 
-async def test_jobs_say_what_they_wait_for(start: Start, repository: Path) -> None:
+async def test_queued_jobs_say_what_they_wait_for(start: Start) -> None:
     api = await start(loads_at_once=1)
-    slow = await loading(api, repository, "slow")
-    save(models.identity(), repository, "m")
-    save(models.identity(), repository, "m", 2)
+    slow = await loading(api, "slow")
     assert slow["waiting_for"] is None
+    for version in (1, 2):
+        api.save(models.identity(), "m", version)
     first = await api.accepted_load("m", version=1)
     second = await api.accepted_load("m", version=2)
     waiting = await when(lambda: api.job(first["id"]), lambda job: job["waiting_for"] is not None)
     assert "1 may run at once" in waiting["waiting_for"]
     assert (waiting["status"], waiting["stage"]) == ("pending", None)
     await api.job_when(second["id"], waiting_for=f"job {first['id']} of the same model")
-    await api.unload("slow", force=True)
-    for job in (first, second):
+    assert (await cancelled(api, second))["started_at"] is None
+    again = await api.accepted_load("m", version=2)
+    assert again["id"] != second["id"]
+    await cancelled(api, slow)
+    for job in (first, again):
         ended = await api.ended(job["id"])
         assert (ended["status"], ended["waiting_for"]) == ("completed", None)
 
@@ -187,16 +156,17 @@ async def pages(api: LocalApi, kind: str, limit: int, count: int) -> list[Json]:
     return seen
 
 
-async def test_models_are_listed_by_id_in_pages(api: LocalApi, repository: Path) -> None:
+async def test_models_and_jobs_are_listed_in_pages_with_filters(api: LocalApi) -> None:
+    """MLServer #957: index, jobs and models are folds of one state."""
     names = ["B", "a", "a.1", "b", "c"]
     for name in names:
-        save(models.identity(), repository, name)
+        api.save(TEXT if name == "a" else models.identity(), name)
     for version in (2, 10):
-        save(models.identity(), repository, "c", version)
-    await api.load("b")
+        api.save(models.identity(), "c", version)
+    made = [await api.load("b"), await api.failed_load("a"), await api.unload("b"), await api.load("b")]
+    made.reverse()
     seen = await pages(api, "models", limit=2, count=3)
     assert [model["id"] for model in seen] == names
-    assert [model["state"] for model in seen].count("loaded") == 1
     assert seen[-1] == {
         "id": "c", "versions": [1, 2, 10], "state": "unloaded", "version": None, "next_version": None,
         "active": False, "loaded_at": None, "loaded_by": None, "job_id": None, "position": None, "files": [],
@@ -204,37 +174,22 @@ async def test_models_are_listed_by_id_in_pages(api: LocalApi, repository: Path)
     }  # fmt: skip
     assert (await api.get("/api/v1/models?limit=5")).json["next_cursor"] is None
     assert (await api.get("/api/v1/models?cursor=zzz")).json["models"] == []
-
-
-async def test_jobs_are_listed_newest_first_with_filters(api: LocalApi, repository: Path) -> None:
-    """MLServer #957: index, jobs and models are folds of one state."""
-    save(models.identity(), repository, "good")
-    save_bytes(TEXT, repository, "bad")
-    made = [
-        await api.load("good"),
-        await api.failed_load("bad"),
-        await api.unload("good"),
-        await api.load("good"),
-    ]
-    made.reverse()
     assert await pages(api, "jobs", limit=2, count=2) == made
     ids = [job["id"] for job in made]
     for query, expected in (
-        ("?model=good", [ids[0], ids[1], ids[3]]),
+        ("?model=b", [ids[0], ids[1], ids[3]]),
         ("?status=failed", [ids[2]]),
-        ("?model=good&status=completed&limit=1", [ids[0]]),
-        ("?model=bad&status=completed", []),
+        ("?model=b&status=completed&limit=1", [ids[0]]),
+        ("?model=a&status=completed", []),
         ("?model=%00", []),
         ("?model=%ff", []),
         ("?cursor=1", []),
     ):
         assert [job["id"] for job in await api.jobs(query)] == expected, query
+    states = {model["id"]: model["state"] for model in seen}
+    assert states == dict.fromkeys(names, "unloaded") | {"a": "failed", "b": "loaded"}
     index = (await api.post("/v2/repository/index")).json
-    listed = (await api.get("/api/v1/models")).json
-    assert listed["as_of"] == api.app[LOG].state.position
-    states = {model["id"]: model["state"] for model in listed["models"]}
-    assert states == {"good": "loaded", "bad": "failed"}
-    assert {entry["name"]: entry["state"] == "READY" for entry in index} == {
+    assert {entry["name"]: entry.get("state") == "READY" for entry in index} == {
         name: state == ModelState.LOADED for name, state in states.items()
     }
 

@@ -1,18 +1,20 @@
 """Parameters of a load: from the request, the model's loadledger.toml or the server's settings."""
 
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from support import models
 from support.http import LocalApi
 from support.models import save
 
 from events.types import LoadRequested
+from runtime.repository import Repository
 from server.api.models import make_load_command
-
-Start = Callable[..., Awaitable[LocalApi]]
+from server.app import create_app
+from server.appkeys import REPOSITORY
+from server.config import Config
 
 USUAL: dict[str, Any] = {
     "priority": "normal", "timeout_s": 300, "keep_alive_s": None, "memory_limit_bytes": None,
@@ -21,20 +23,23 @@ USUAL: dict[str, Any] = {
 NOTHING = "nothing"
 
 
-@pytest.fixture
-async def defaults(api: LocalApi, repository: Path) -> Path:
-    """The defaults file of a model `m`, which is not there yet."""
-    assert api.position >= 0
-    return save(models.add(), repository, "m").parent / "loadledger.toml"
+def write(repository: Path, content: str) -> None:
+    """Write the defaults file of a model `m`, and the model."""
+    save(models.add(), repository, "m")
+    (repository / "m" / "loadledger.toml").write_text(content)
 
 
-def write(defaults: Path, content: str) -> None:
-    defaults.write_text(content)
+def application(repository: Path, **settings: Any) -> web.Application:
+    """Return an application that is not started, since a command needs no worker."""
+    write(repository, "")
+    app = create_app(Config(repository=repository, data=repository / "data", **settings))
+    app[REPOSITORY] = Repository(repository)
+    return app
 
 
-async def changes(api: LocalApi, **body: Any) -> dict[str, Any]:
+async def changes(app: web.Application, **body: Any) -> dict[str, Any]:
     """Return the parameters that a load is requested with and that differ from a plain load's."""
-    parameters = (await make_load_command(api.app, "m", body, "Ann")).parameters
+    parameters = (await make_load_command(app, "m", body, "Ann")).parameters
     return {name: getattr(parameters, name) for name in USUAL if getattr(parameters, name) != USUAL[name]}
 
 
@@ -47,75 +52,64 @@ async def refused(api: LocalApi, code: str, **body: Any) -> str:
     return detail
 
 
-async def test_file_applies_where_request_says_nothing(api: LocalApi, defaults: Path) -> None:
-    write(defaults, "timeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2\n")
-    assert await changes(api) == {"timeout_s": 50, "memory_limit_bytes": 10**9, "instances": 2}
-    assert await changes(api, instances=1, timeout_s=60) == {"timeout_s": 60, "memory_limit_bytes": 10**9}
-    assert await changes(api, memory_limit_bytes=None) == {"timeout_s": 50, "instances": 2}
-    write(defaults, 'priority = "high"\nkeep_alive_s = 600\nstrategy = "auto"\npinned = true')
-    assert await changes(api) == {
-        "priority": "high", "keep_alive_s": 600, "strategy": "auto", "pinned": True,
-    }  # fmt: skip
-    over = {"priority": "normal", "keep_alive_s": -1, "strategy": "in_place", "pinned": False}
-    assert await changes(api, **over) == {"keep_alive_s": -1, "strategy": "in_place"}
-    write(defaults, "max_batch_size = 4\nmax_queue_delay_us = 5")
-    assert await changes(api, max_batch_size=0) == {}
-    assert await changes(api, max_queue_delay_us=0) == {"max_batch_size": 4}
-
-
-async def test_parameters_are_recorded_and_outlast_the_file(api: LocalApi, defaults: Path) -> None:
-    write(defaults, "max_batch_size = 8\nmax_queue_delay_us = 70\n")
-    job = await api.load("m")
-    [requested] = await api.data_of(LoadRequested)
-    assert (requested.max_batch_size, requested.max_queue_delay_us) == (8, 70)
-    assert job["parameters"] == USUAL | {"max_batch_size": 8, "max_queue_delay_us": 70}
-    write(defaults, "timeout_s = 77")
-    assert (await api.load("m"))["id"] == job["id"]
-    write(defaults, "x")
-    assert await api.job(job["id"]) == job
-    await api.unload("m")
-
-
-async def test_setting_applies_where_nobody_says(start: Start, repository: Path) -> None:
-    defaults = save(models.add(), repository, "m").parent / "loadledger.toml"
-    api = await start(timeout_s=12, strategy="auto")
-    assert await changes(api) == {"timeout_s": 12, "strategy": "auto"}
-    assert await changes(api, strategy="beside") == {"timeout_s": 12}
-    write(defaults, 'timeout_s = 13\nstrategy = "in_place"')
-    assert await changes(api) == {"timeout_s": 13, "strategy": "in_place"}
-
-
-@pytest.mark.parametrize(
-    ("setting", "cases"),
-    [
-        (
-            -1,
-            [(NOTHING, NOTHING, None), (NOTHING, None, None), (NOTHING, -1, -1), (60, NOTHING, 60),
-             (60, None, None), (60, 0, 0)],
-        ),
-        (300, [(NOTHING, NOTHING, 300), (60, NOTHING, 60), (60, None, 300), (-1, NOTHING, -1), (60, -1, -1)]),
-        (0, [(NOTHING, NOTHING, 0)]),
-    ],
-)  # fmt: skip
-async def test_null_keep_alive_means_the_setting(
-    start: Start, repository: Path, setting: int, cases: list[tuple[object, object, int | None]]
-) -> None:
-    defaults = save(models.add(), repository, "m").parent / "loadledger.toml"
-    api = await start(keep_alive_s=setting)
-    for file, request, recorded in cases:
-        write(defaults, "" if file is NOTHING else f"keep_alive_s = {file}")
-        body = {} if request is NOTHING else {"keep_alive_s": request}
-        command = await make_load_command(api.app, "m", body, "Ann")
-        assert command.parameters.keep_alive_s == recorded, (file, request)
-        assert command.asked == body.keys()
-
-
-async def test_named_parameters_are_recorded_as_requested(api: LocalApi, defaults: Path) -> None:
-    write(defaults, "instances = 2")
-    command = await make_load_command(api.app, "m", {"max_batch_size": 3, "priority": "low"}, "Ann")
+async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
+    app = application(tmp_path)
+    write(tmp_path, "timeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2\n")
+    assert await changes(app) == {"timeout_s": 50, "memory_limit_bytes": 10**9, "instances": 2}
+    assert await changes(app, instances=1, timeout_s=60) == {"timeout_s": 60, "memory_limit_bytes": 10**9}
+    assert await changes(app, memory_limit_bytes=None) == {"timeout_s": 50, "instances": 2}
+    command = await make_load_command(app, "m", {"max_batch_size": 3, "priority": "low"}, "Ann")
     assert (command.model_id, command.version, command.actor) == ("m", 1, "Ann")
     assert command.asked == {"max_batch_size", "priority"}
     assert (command.parameters.instances, command.parameters.max_batch_size) == (2, 3)
+    write(tmp_path, 'priority = "high"\nkeep_alive_s = 600\nstrategy = "auto"\npinned = true')
+    assert await changes(app) == {
+        "priority": "high", "keep_alive_s": 600, "strategy": "auto", "pinned": True,
+    }  # fmt: skip
+    over = {"priority": "normal", "keep_alive_s": -1, "strategy": "in_place", "pinned": False}
+    assert await changes(app, **over) == {"keep_alive_s": -1, "strategy": "in_place"}
+    write(tmp_path, "max_batch_size = 4\nmax_queue_delay_us = 5")
+    assert await changes(app, max_batch_size=0) == {}
+    assert await changes(app, max_queue_delay_us=0) == {"max_batch_size": 4}
+    write(tmp_path, "max_batch_size = 4")
+    assert await changes(app, max_queue_delay_us=5) == {"max_batch_size": 4, "max_queue_delay_us": 5}
+
+
+async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
+    app = application(tmp_path, timeout_s=12, strategy="auto")
+    assert await changes(app) == {"timeout_s": 12, "strategy": "auto"}
+    assert await changes(app, strategy="beside") == {"timeout_s": 12}
+    write(tmp_path, 'timeout_s = 13\nstrategy = "in_place"')
+    assert await changes(app) == {"timeout_s": 13, "strategy": "in_place"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "file", "named", "recorded"),
+    [
+        (-1, NOTHING, NOTHING, None), (-1, NOTHING, None, None), (-1, NOTHING, -1, -1), (-1, 60, NOTHING, 60),
+        (-1, 60, None, None), (-1, 60, 0, 0), (300, NOTHING, NOTHING, 300), (300, 60, NOTHING, 60),
+        (300, 60, None, 300), (300, -1, NOTHING, -1), (300, 60, -1, -1), (0, NOTHING, NOTHING, 0),
+    ],
+)  # fmt: skip
+async def test_null_keep_alive_means_the_setting(
+    tmp_path: Path, setting: int, file: object, named: object, recorded: int | None
+) -> None:
+    app = application(tmp_path, keep_alive_s=setting)
+    write(tmp_path, "" if file is NOTHING else f"keep_alive_s = {file}")
+    body = {} if named is NOTHING else {"keep_alive_s": named}
+    command = await make_load_command(app, "m", body, "Ann")
+    assert (command.parameters.keep_alive_s, command.asked) == (recorded, frozenset(body))
+
+
+async def test_parameters_are_recorded_and_outlast_the_file(shared: LocalApi) -> None:
+    write(shared.config.repository, "max_batch_size = 8\nmax_queue_delay_us = 70\n")
+    job = await shared.load("m")
+    [requested] = await shared.data_of(LoadRequested)
+    assert (requested.max_batch_size, requested.max_queue_delay_us) == (8, 70)
+    assert job["parameters"] == USUAL | {"max_batch_size": 8, "max_queue_delay_us": 70}
+    write(shared.config.repository, "x")
+    assert await shared.job(job["id"]) == job
+    await shared.unload("m")
 
 
 WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
@@ -141,14 +135,14 @@ WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 
-async def test_invalid_file_is_400_and_named(api: LocalApi, defaults: Path) -> None:
+async def test_invalid_file_is_400_and_named(shared: LocalApi) -> None:
     for content, words in WRONG_FILES:
-        write(defaults, content)
-        detail = await refused(api, "invalid_defaults")
+        write(shared.config.repository, content)
+        detail = await refused(shared, "invalid_defaults")
         for word in ("m/loadledger.toml", *words):
             assert word in detail, content
-    write(defaults, "".join(f"k{number} = 1\n" for number in range(4_000)))
-    assert len(await refused(api, "invalid_defaults")) < 1_000
+    write(shared.config.repository, "".join(f"k{number} = 1\n" for number in range(4_000)))
+    assert len(await refused(shared, "invalid_defaults")) < 1_000
 
 
 OUT_OF_RANGE: list[dict[str, Any]] = [
@@ -162,12 +156,7 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("defaults")
-async def test_parameter_out_of_range_is_400_and_named(api: LocalApi) -> None:
+async def test_parameter_out_of_range_is_400_and_named(shared: LocalApi) -> None:
+    write(shared.config.repository, "")
     for body in OUT_OF_RANGE:
-        assert next(reversed(body)) in await refused(api, "invalid_body", **body), body
-
-
-async def test_delay_is_taken_with_batch_size_of_file(api: LocalApi, defaults: Path) -> None:
-    write(defaults, "max_batch_size = 4")
-    assert await changes(api, max_queue_delay_us=5) == {"max_batch_size": 4, "max_queue_delay_us": 5}
+        assert next(reversed(body)) in await refused(shared, "invalid_body", **body), body

@@ -2,27 +2,34 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 
 import pytest
+import pytest_asyncio
 from support import models
-from support.http import ENDLESS, Json, LocalApi, when
-from support.models import save, save_bytes
+from support.http import ENDLESS, Json, LocalApi, local_server, when
 from support.workers import computing, until
 
 from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.memory import private_bytes
 from server.appkeys import CONSUMER
 
-Start = Callable[..., Awaitable[LocalApi]]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-BUDGET = 60_000_000
+BUDGET = 50_000_000
 
 
-def estimate(repository: Path, model_id: str) -> int:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def small(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """An application with a small budget, in which one load may run at once."""
+    settings = {"memory_budget": str(BUDGET), "max_loaded": 7, "loads_at_once": 1}
+    async with local_server(tmp_path_factory.mktemp("small"), **settings) as api:
+        yield api
+
+
+def estimate(api: LocalApi, model_id: str) -> int:
     """Return the estimated memory of a model that was never loaded."""
-    size = (repository / model_id / "1" / "model.onnx").stat().st_size
+    size = (api.config.repository / model_id / "1" / "model.onnx").stat().st_size
     return WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)
 
 
@@ -41,117 +48,102 @@ async def resources_when(api: LocalApi, holds: Callable[[Json], bool]) -> Json:
     return await when(lambda: resources(api), holds)
 
 
-@pytest.mark.parametrize(("budget", "max_loaded"), [(str(BUDGET), 7), ("50%", 0)])
-async def test_idle_server_has_its_whole_budget_free(start: Start, budget: str, max_loaded: int) -> None:
-    api = await start(memory_budget=budget, max_loaded=max_loaded)
-    seen = await resources(api)
-    pressure = seen.pop("pressure")
-    assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
-    limit = seen.pop("limit_bytes")
-    assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
-    expected = limit // 2 if budget.endswith("%") else BUDGET
-    assert seen == {
-        "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
-        "max_loaded": max_loaded or None, "models": [], "waiting": [], "preparing": None,
-        "as_of": api.position,
-    }  # fmt: skip
+async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: LocalApi) -> None:
+    for api, max_loaded in ((shared, None), (small, 7)):
+        seen = await resources(api)
+        pressure = seen.pop("pressure")
+        assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
+        expected = BUDGET if api is small else seen["limit_bytes"] * 80 // 100
+        assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
+        assert seen.pop("limit_bytes") > BUDGET
+        assert seen == {
+            "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
+            "max_loaded": max_loaded, "models": [], "waiting": [], "preparing": None, "as_of": api.position,
+        }  # fmt: skip
 
 
-async def test_loaded_model_uses_the_memory_of_its_workers(api: LocalApi, repository: Path) -> None:
-    save(models.counting_loop(), repository, "m", 3)
-    job = await api.load("m", instances=2, pinned=True, keep_alive_s=50)
-    [use] = (await resources(api))["models"]
-    pids = [worker.pid for load in api.app[CONSUMER].loads.values() for worker in load.alive_workers]
+async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> None:
+    shared.save(models.counting_loop(), "m", 3)
+    job = await shared.load("m", instances=2, pinned=True, keep_alive_s=50)
+    [use] = (await resources(shared))["models"]
+    pids = [worker.pid for load in shared.app[CONSUMER].loads.values() for worker in load.alive_workers]
     assert use.pop("memory_bytes") == pytest.approx(sum(map(private_bytes, pids)), rel=0.2)
     assert use == {
         "model_id": "m", "version": 3, "job_id": job["id"], "phase": "serving", "workers": 2,
         "reserved_bytes": 0, "in_flight": 0, "last_used_at": None, "pinned": True, "keep_alive_s": 50,
     }  # fmt: skip
-    assert (await api.infer("m", {**ENDLESS, "data": [1]})).status == 200
-    seen = await resources_when(api, lambda seen: seen["models"][0]["last_used_at"] is not None)
+    assert (await shared.infer("m", {**ENDLESS, "data": [1]})).status == 200
+    seen = await resources_when(shared, lambda seen: seen["models"][0]["last_used_at"] is not None)
     [use] = seen["models"]
     assert use["in_flight"] == 0
-    assert use["last_used_at"] >= (await api.model("m"))["loaded_at"]
-    running = asyncio.create_task(api.infer("m", ENDLESS))
-    await resources_when(api, lambda seen: seen["models"][0]["in_flight"] == 1)
-    await api.unload("m", force=True)
+    assert use["last_used_at"] >= (await shared.model("m"))["loaded_at"]
+    running = asyncio.create_task(shared.infer("m", ENDLESS))
+    await resources_when(shared, lambda seen: seen["models"][0]["in_flight"] == 1)
+    await shared.unload("m", force=True)
     assert (await running).refusal == (503, "worker_died")
 
 
-async def test_loading_model_reserves_its_estimate(start: Start, repository: Path) -> None:
-    content = models.slow_model(side=800, depth=4000).SerializeToString()
-    save_bytes(content, repository, "m")
-    api = await start(memory_budget=str(BUDGET))
-    job = await api.accepted_load("m")
-    await api.job_when(job["id"], stage="loading")
-    [use] = (await resources(api))["models"]
-    assert (use["model_id"], use["phase"]) == ("m", "loading")
+async def test_loading_model_reserves_its_estimate(small: LocalApi) -> None:
+    small.save(models.slow_model(side=800, depth=4000), "slow")
+    for model_id in ("a", "b"):
+        small.save(models.add(1), model_id)
+    job = await small.accepted_load("slow")
+    await small.job_when(job["id"], stage="loading")
+    [use] = (await resources(small))["models"]
+    assert (use["model_id"], use["phase"]) == ("slow", "loading")
     assert (use["job_id"], use["workers"], use["memory_bytes"]) == (job["id"], 1, 0)
-    assert use["reserved_bytes"] == estimate(repository, "m")
-    await api.unload("m", force=True)
-    await resources_when(api, lambda seen: seen["models"] == [] and seen["free_bytes"] == BUDGET)
+    assert use["reserved_bytes"] == estimate(small, "slow")
+    queued = [(await small.accepted_load(model_id))["id"] for model_id in ("b", "a")]  # oldest first
+    await resources_when(small, lambda seen: [wait["job_id"] for wait in seen["waiting"]] == queued)
+    await small.unload("slow", force=True)
+    assert [(await small.ended(job_id))["status"] for job_id in queued] == ["completed", "completed"]
+    for model_id in ("a", "b"):
+        await small.unload(model_id)
+    await resources_when(small, lambda seen: seen["models"] == [] and seen["free_bytes"] == BUDGET)
 
 
-async def test_draining_model_uses_memory_until_its_process_ends(start: Start, repository: Path) -> None:
+async def test_draining_model_uses_memory_until_its_process_ends(small: LocalApi) -> None:
     for version in (1, 2):
-        save(models.counting_loop(), repository, "m", version)
-    api = await start(memory_budget=str(BUDGET))
-    first = await api.load("m", version=1)
-    is_computing = computing(api.worker("m").pid)
-    running = asyncio.create_task(api.infer("m", ENDLESS))
+        small.save(models.counting_loop(), "drained", version)
+    first = await small.load("drained", version=1)
+    is_computing = computing(small.worker("drained").pid)
+    running = asyncio.create_task(small.infer("drained", ENDLESS))
     await until(is_computing)
-    second = await api.load("m", version=2)
+    second = await small.load("drained", version=2)
     seen = await resources_when(
-        api, lambda seen: [use["phase"] for use in seen["models"]] == ["draining", "serving"]
+        small, lambda seen: [use["phase"] for use in seen["models"]] == ["draining", "serving"]
     )
-    assert [(use["job_id"], use["version"]) for use in seen["models"]] == [
-        (first["id"], 1),
-        (second["id"], 2),
-    ]
+    found = [(use["job_id"], use["version"], use["in_flight"]) for use in seen["models"]]
+    assert found == [(first["id"], 1, 1), (second["id"], 2, 0)]
     assert all(use["memory_bytes"] > 0 and use["reserved_bytes"] == 0 for use in seen["models"])
-    assert seen["models"][0]["in_flight"] == 1
-    await api.unload("m", force=True)
+    await small.unload("drained", force=True)
     assert (await running).status == 503
-    assert (await resources_when(api, lambda seen: not seen["models"]))["used_bytes"] == 0
+    assert (await resources_when(small, lambda seen: not seen["models"]))["used_bytes"] == 0
 
 
-async def test_load_without_room_waits_and_says_for_what(start: Start, repository: Path) -> None:
-    save(models.table(8), repository, "large")
-    save(models.table(12), repository, "larger")
-    api = await start(memory_budget=str(BUDGET - 10_000_000))
-    await api.load("large")
-    job = await api.accepted_load("larger")
+async def test_load_without_room_waits_and_says_for_what(small: LocalApi) -> None:
+    small.save(models.table(8), "large")
+    small.save(models.table(12), "larger")
+    await small.load("large")
+    job = await small.accepted_load("larger")
     seen = await resources_when(
-        api, lambda seen: any("budget" in wait["waiting_for"] for wait in seen["waiting"])
+        small, lambda seen: any("budget" in wait["waiting_for"] for wait in seen["waiting"])
     )
-    needs = estimate(repository, "larger")
-    reason = (await api.job_when(job["id"], status="pending"))["waiting_for"]
+    needs = estimate(small, "larger")
+    reason = (await small.job_when(job["id"], status="pending"))["waiting_for"]
     assert seen["waiting"] == [
         {"job_id": job["id"], "model_id": "larger", "needs_bytes": needs, "waiting_for": reason}
     ]
-    assert f"{needs / 1e6:.0f} MB" in reason
-    assert "50 MB" in reason
-    assert "--evict idle" in reason
-    await api.unload("large")
-    assert (await api.ended(job["id"]))["status"] == "completed"
-    assert (await resources(api))["waiting"] == []
+    for words in (f"{needs / 1e6:.0f} MB", "50 MB", "--evict idle"):
+        assert words in reason
+    await small.unload("large")
+    assert (await small.ended(job["id"]))["status"] == "completed"
+    assert (await resources(small))["waiting"] == []
+    await small.unload("larger")
 
 
-async def test_queued_loads_are_listed_oldest_first(start: Start, repository: Path) -> None:
-    save_bytes(models.endless_load(), repository, "slow")
-    for model_id in ("a", "b"):
-        save(models.add(1), repository, model_id)
-    api = await start(loads_at_once=1)
-    slow = await api.accepted_load("slow")
-    await api.job_when(slow["id"], stage="loading")
-    queued = [(await api.accepted_load(model_id))["id"] for model_id in ("b", "a")]
-    await resources_when(api, lambda seen: [wait["job_id"] for wait in seen["waiting"]] == queued)
-    await api.unload("slow", force=True)
-    assert [(await api.ended(job_id))["status"] for job_id in queued] == ["completed", "completed"]
-
-
-async def test_any_role_may_read_resources(api: LocalApi) -> None:
+async def test_any_role_may_read_resources(shared: LocalApi) -> None:
     for role in ("admin", "predict", "audit"):
-        assert (await api.get("/api/v1/resources", roles=(role,))).status == 200
-    assert (await api.get("/api/v1/resources", roles=())).refusal == (401, "no_credentials")
-    assert (await api.get("/api/v1/resources?model=m")).refusal == (400, "invalid_parameter")
+        assert (await shared.get("/api/v1/resources", roles=(role,))).status == 200
+    assert (await shared.get("/api/v1/resources", roles=())).refusal == (401, "no_credentials")
+    assert (await shared.get("/api/v1/resources?model=m")).refusal == (400, "invalid_parameter")

@@ -1,8 +1,6 @@
 """`?at=`: models and jobs at a position, or at a time, of the past."""
 
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -12,27 +10,17 @@ from support import models
 from support.http import ONE, Json, LocalApi
 
 from events.clock import format_timestamp, parse_timestamp
-from events.types import ModelLoaded, ModelUnloaded
-
-Start = Callable[..., Awaitable[LocalApi]]
+from events.types import ModelLoaded
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def past(shared: LocalApi) -> LocalApi:
     """A server whose ledger has a load, a swap, another model and an unload."""
-    api, repository = shared, shared.config.repository
-    models.save(models.add(2.0), repository, "digits", 1)
-    models.save(models.add(3.0), repository, "digits", 2)
-    models.save(models.add(4.0), repository, "other", 1)
-    await api.load("digits", version=1)
-    await api.load("digits", version=2)
-    await api.load("other")
-    await api.unload("digits")
-    return api
-
-
-async def positions(api: LocalApi, kind: type) -> list[int]:
-    return [event.position for event in await api.events() if isinstance(event.data, kind)]
+    for model_id, version in (("digits", 1), ("digits", 2), ("other", 1)):
+        shared.save(models.add(), model_id, version)
+        await shared.load(model_id)
+    await shared.unload("digits")
+    return shared
 
 
 async def found(api: LocalApi, path: str, **options: Any) -> Json:
@@ -41,17 +29,18 @@ async def found(api: LocalApi, path: str, **options: Any) -> Json:
     return answer.json
 
 
-async def test_past_model_shows_its_files_and_who_loaded_it(past: LocalApi) -> None:
-    first, *_ = await positions(past, ModelLoaded)
-    then = await found(past, f"models/digits?at={first}", roles=("audit",))
+async def test_answer_of_inference_leads_to_its_load_and_files(past: LocalApi) -> None:
+    position = int((await past.infer("other", ONE)).headers["Loadledger-Model"].rpartition("=")[2])
+    then = await found(past, f"models/other?at={position}", roles=("audit",))
     assert (then["state"], then["version"], then["position"], then["loaded_by"], then["active"]) == (
-        "loaded", 1, first, "alice", True,
+        "loaded", 1, position, "alice", True,
     )  # fmt: skip
     assert then["versions"] is None
-    [event] = [event for event in await past.events() if event.position == first]
+    [event] = [event for event in await past.events() if event.position == position]
     assert isinstance(event.data, ModelLoaded)
+    assert then["job_id"] == event.job_id
     assert [file["sha256"] for file in then["files"]] == [file.sha256 for file in event.data.files]
-    assert (then["as_of"], then["as_of_time"]) == (first, event.recorded_at)
+    assert (then["as_of"], then["as_of_time"]) == (position, event.recorded_at)
 
 
 async def test_time_means_the_last_position_recorded_by_then(past: LocalApi) -> None:
@@ -67,10 +56,10 @@ async def test_time_means_the_last_position_recorded_by_then(past: LocalApi) -> 
 @pytest.mark.parametrize(
     ("written", "minutes"), [("+02:00", 120), ("%2B02:00", 120), ("-03:30", -210), ("Z", 0), ("z", 0)]
 )
-async def test_time_may_have_any_offset(api: LocalApi, written: str, minutes: int) -> None:
-    [last] = await api.events()
+async def test_time_may_have_any_offset(past: LocalApi, written: str, minutes: int) -> None:
+    last = (await past.events())[-1]
     local = parse_timestamp(last.recorded_at).replace(tzinfo=None) + timedelta(minutes=minutes)
-    assert (await found(api, f"models?at={local.isoformat()}{written}"))["as_of"] == last.position
+    assert (await found(past, f"models?at={local.isoformat()}{written}"))["as_of"] == last.position
 
 
 async def test_before_the_first_event_there_is_nothing(past: LocalApi) -> None:
@@ -105,7 +94,7 @@ async def test_past_job_shows_its_status_then(past: LocalApi) -> None:
 
 
 async def test_lists_of_the_past_have_pages(past: LocalApi) -> None:
-    _, unloaded = await positions(past, ModelUnloaded)
+    unloaded = (await past.events("digits"))[-1].position
     for name in ("models", "jobs"):
         whole = (await found(past, f"{name}?at={unloaded}"))[name]
         assert len(whole) > 1
@@ -119,41 +108,27 @@ async def test_lists_of_the_past_have_pages(past: LocalApi) -> None:
         assert seen == [each["id"] for each in whole]
 
 
-async def test_invalid_moment_is_400(api: LocalApi) -> None:
+async def test_invalid_moment_is_400(shared: LocalApi) -> None:
     for at in (
         "", "-1", "1.5", "yesterday", "2026-01-31", "2026-01-31T14:02:00", "2026-01-31 14:02", "١٢",
         "2026-02-30T00:00:00Z", "2026-01-31T25:00:00Z", "0001-01-01T00:00:00%2B23:59", "1" * 30, "1%00",
     ):  # fmt: skip
         for path in ("models", "models/digits", "jobs", "jobs/x"):
-            answer = await api.get(f"/api/v1/{path}?at={quote(at, safe='%')}")
+            answer = await shared.get(f"/api/v1/{path}?at={quote(at, safe='%')}")
             assert answer.refusal == (400, "invalid_parameter"), answer.body
-    for position in (api.position + 1, 2**63, 10**19 - 1):
-        answer = await api.get(f"/api/v1/models?at={position}")
+    for position in (shared.position + 1, 2**63, 10**19 - 1):
+        answer = await shared.get(f"/api/v1/models?at={position}")
         assert answer.refusal == (400, "beyond_head")
-        assert f"position {api.position}:" in answer.json["detail"]
+        assert f"position {shared.position}:" in answer.json["detail"]
 
 
-async def test_past_is_for_auditors_whatever_else_is_wrong(api: LocalApi) -> None:
+async def test_past_is_for_auditors_whatever_else_is_wrong(shared: LocalApi) -> None:
     for path in ("models", "models/digits", "jobs", "jobs/x"):
-        answer = await api.get(f"/api/v1/{path}?at=nonsense", roles=("predict",))
+        answer = await shared.get(f"/api/v1/{path}?at=nonsense", roles=("predict",))
         assert answer.refusal == (403, "forbidden")
     for query in ("at=0&limit=bad", "at=0&at=1", "at=0&no=1"):
-        answer = await api.get(f"/api/v1/jobs?{query}", roles=("predict",))
+        answer = await shared.get(f"/api/v1/jobs?{query}", roles=("predict",))
         assert answer.refusal == (403, "forbidden")
-        assert (await api.get(f"/api/v1/jobs?{query}")).refusal == (400, "invalid_parameter")
-    assert (await api.get("/api/v1/models", roles=("predict",))).status == 200
-    assert (await api.get("/api/v1/models?at=0", roles=("audit",))).status == 200
-
-
-async def test_answer_of_inference_leads_to_its_load_after_restart(start: Start, repository: Path) -> None:
-    models.save(models.add(4.0), repository, "m")
-    api = await start()
-    await api.load("m")
-    position = int((await api.infer("m", ONE)).headers["Loadledger-Model"].rpartition("=")[2])
-    [event] = [event for event in await api.events("m") if event.position == position]
-    assert isinstance(event.data, ModelLoaded)
-    then = await found(api, f"models/m?at={position}", roles=("audit",))
-    assert (then["position"], then["job_id"]) == (position, event.job_id)
-    assert then["files"][0]["sha256"] == event.data.files[0].sha256
-    await api.client.close()
-    assert await found(await start(), f"models/m?at={position}") == then
+        assert (await shared.get(f"/api/v1/jobs?{query}")).refusal == (400, "invalid_parameter")
+    assert (await shared.get("/api/v1/models", roles=("predict",))).status == 200
+    assert (await shared.get("/api/v1/models?at=0", roles=("audit",))).status == 200
