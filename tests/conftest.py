@@ -1,5 +1,6 @@
 """The real application over a new repository and a new ledger."""
 
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -27,6 +28,11 @@ def pytest_configure() -> None:
     """Restore SIGINT for the processes that tests start: a shell ignores it for background jobs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Run three processes on two cores: a fifth of the time, a test waits for a server, worker or browser."""
+    return len(os.sched_getaffinity(0)) * 3 // 2
 
 
 @pytest.fixture
