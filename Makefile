@@ -27,7 +27,7 @@ demo: install
 test: install
 	$(BIN)/pytest
 
-# All of ONNX's conformance cases over HTTP; `make test` runs every 80th.
+# All of ONNX's conformance cases over HTTP; `make test` runs a sample.
 conformance: install
 	CONFORMANCE=all $(BIN)/pytest -n 0 -s tests/conformance
 
