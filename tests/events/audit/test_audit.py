@@ -2,20 +2,18 @@
 
 import sqlite3
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fleet import of_both
-from support.history import FEWER, PLAIN, START
-from support.ledgers import SIGN, change_ledger, copy_of, flip_byte, rows_of, sound_ledger
+from support.history import FEWER, PLAIN
+from support.ledgers import archived_copy, change_ledger, copy_of, flip_byte, place_of, rows_of, sound_ledger
 
-from events.audit.archive import archive
 from events.audit.audit import audit
 from events.audit.verify import Expected, Finding, FindingKind, parse_expected
-from events.errors import Archived, LedgerProblem, LogUnavailable
+from events.errors import Archived, LedgerProblem
 from events.sqlite import storage
 from events.sqlite.schema import connect
 
@@ -43,11 +41,6 @@ def answers(path: Path) -> list[list[tuple[object, ...]]]:
 
 def audited(path: Path, position: int, digest: bytes) -> Finding | None:
     return audit(path, Expected(position, digest)).finding
-
-
-def place_of(finding: Finding | None) -> tuple[int, FindingKind]:
-    assert finding is not None
-    return finding.position, finding.kind
 
 
 with copy_of(LEDGER) as _path:
@@ -107,12 +100,6 @@ def test_damage_that_only_sqlite_sees_is_told_in_its_words() -> None:
         assert place_of(found.finding) == (HEAD, FindingKind.DAMAGED)
 
 
-def test_missing_file_is_unavailable_and_not_created(tmp_path: Path) -> None:
-    with pytest.raises(LogUnavailable):
-        audit(tmp_path / "ledger.db")
-    assert list(tmp_path.iterdir()) == []
-
-
 # An expected head.
 
 
@@ -146,8 +133,7 @@ def test_damaged_position_goes_before_the_expected_head() -> None:
 
 
 def test_expected_position_before_the_base_is_refused() -> None:
-    with copy_of(LEDGER) as path:
-        archive(path, "4", path.with_name("archive.gz"), SIGN, START + timedelta(days=30))
+    with archived_copy(LEDGER, 4) as (path, _):
         assert audited(path, 3, ROWS[2][2]) is None
         assert audited(path, 3, ROWS[1][2]) is not None
         with pytest.raises(Archived, match="up to position 3"):

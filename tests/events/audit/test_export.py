@@ -13,7 +13,7 @@ from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 from events.audit.export import HEAD_TYPE, JSONL, cloudevents, export
 from events.audit.exportreader import ExportReader
 from events.audit.signing import as_signed_head
-from events.errors import LedgerDamaged, LogUnavailable, NothingThere
+from events.errors import LedgerDamaged, NothingThere
 from events.sqlite.queries import PAGE, Row
 
 LEDGER = sound_ledger()
@@ -76,11 +76,6 @@ def test_damaged_ledger_is_not_signed(statement: str, words: str) -> None:
         with pytest.raises(LedgerDamaged, match=words):
             lines.extend(export(path, JSONL, SIGN))
         assert not any(b'"head"' in line for line in lines)
-
-
-def test_missing_ledger_is_unavailable(tmp_path: Path) -> None:
-    with pytest.raises(LogUnavailable):
-        exported(tmp_path / "ledger.db")
 
 
 # CloudEvents.

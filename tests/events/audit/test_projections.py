@@ -21,9 +21,8 @@ LONG_LEDGER = sound_ledger(3, snapshots_every=13)
 with copy_of(LEDGER) as _path:
     HEAD, _, HEAD_HASH = rows_of(_path)[-1]
 OPEN_JOBS = (
-    "CREATE TABLE forged AS SELECT created_position, id, body FROM jobs",
-    "DROP TABLE jobs",
-    "ALTER TABLE forged RENAME TO jobs",
+    "CREATE TABLE forged AS SELECT created_position, id, body FROM jobs; DROP TABLE jobs;"
+    "ALTER TABLE forged RENAME TO jobs;"
 )
 """Put a table in the place of the jobs that takes whatever it is given."""
 
@@ -38,59 +37,47 @@ OPEN_JOBS = (
         ("DELETE FROM projected", "projections are at position None"),
         ("DELETE FROM models WHERE id = 'other'", "models lack 'other'"),
         ("DELETE FROM jobs WHERE id = 'F0'", "jobs lack 'F0'"),
-        (
-            "UPDATE models SET body = replace(body, 'loaded', 'failed') WHERE id = 'other'",
-            "models differ from the log's at 'other'",
-        ),
-        ("UPDATE models SET body = body || ' '", "models differ from the log's at 'digits'"),
-        (
-            "UPDATE models SET body = CAST(body AS BLOB) WHERE id = 'other'",
-            "models differ from the log's at 'other'",
-        ),
-        (
-            "UPDATE models SET id = CAST(id AS BLOB) WHERE id = 'other'",
-            "models differ from the log's at 'other'",
-        ),
-        ("UPDATE models SET body = 'no JSON' WHERE id = 'other'", "models differ from the log's at 'other'"),
-        ("INSERT INTO models VALUES ('ghost', '{}')", "models differ from the log's at 'ghost'"),
-        (
-            "UPDATE jobs SET body = replace(body, 'alice', 'mallory') WHERE id = 'L0'",
-            "jobs differ from the log's at 'L0'",
-        ),
-        ("UPDATE jobs SET created_position = 99 WHERE id = 'L0'", "jobs differ from the log's at 'L0'"),
-        ("UPDATE jobs SET created_position = -1 WHERE id = 'L0'", "jobs differ from the log's at 'L0'"),
-        ("UPDATE jobs SET id = 'X' WHERE id = 'L0'", "jobs differ from the log's at 'X'"),
-        (
-            "UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE id = 'L0'",
-            "jobs differ from the log's at '\ufffd'",
-        ),
-        ("UPDATE jobs SET id = CAST(id AS BLOB) WHERE id = 'L0'", "jobs differ from the log's at 'L0'"),
-        (
-            "INSERT INTO jobs (created_position, id, body) SELECT 99, 'ghost', body FROM jobs LIMIT 1",
-            "jobs differ from the log's at 'ghost'",
-        ),
     ],
 )
-def test_changed_projection_is_named_at_the_head(statement: str, problem: str) -> None:
+def test_missing_projection_is_named_at_the_head(statement: str, problem: str) -> None:
     with copy_of(LEDGER) as path:
         change_ledger(path, statement)
         assert verify(path) == Verification(HEAD, HEAD, HEAD_HASH, Finding(HEAD, f"the stored {problem}"))
 
 
 @pytest.mark.parametrize(
-    "value",
+    ("table", "change", "key"),
     [
-        "created_position = NULL",
-        "created_position = 'z'",
-        "created_position = 2.5",
-        "created_position = x'00'",
-        "body = 'no JSON'",
+        ("models", "UPDATE models SET body = replace(body, 'loaded', 'failed') WHERE id = 'other'", "other"),
+        ("models", "UPDATE models SET body = body || ' '", "digits"),
+        ("models", "UPDATE models SET body = CAST(body AS BLOB) WHERE id = 'other'", "other"),
+        ("models", "UPDATE models SET id = CAST(id AS BLOB) WHERE id = 'other'", "other"),
+        ("models", "UPDATE models SET body = 'no JSON' WHERE id = 'other'", "other"),
+        ("models", "INSERT INTO models VALUES ('ghost', '{}')", "ghost"),
+        ("jobs", "UPDATE jobs SET body = replace(body, 'alice', 'mallory') WHERE id = 'L0'", "L0"),
+        ("jobs", "UPDATE jobs SET created_position = 99 WHERE id = 'L0'", "L0"),
+        ("jobs", "UPDATE jobs SET created_position = -1 WHERE id = 'L0'", "L0"),
+        ("jobs", "UPDATE jobs SET id = 'X' WHERE id = 'L0'", "X"),
+        ("jobs", "UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE id = 'L0'", "\ufffd"),
+        ("jobs", "UPDATE jobs SET id = CAST(id AS BLOB) WHERE id = 'L0'", "L0"),
+        ("jobs", "INSERT INTO jobs (created_position, id, body) SELECT 99, 'X', body FROM jobs LIMIT 1", "X"),
+        *(
+            ("jobs", f"{OPEN_JOBS} UPDATE jobs SET {value} WHERE id = 'L0'", "L0")
+            for value in (
+                "created_position = NULL",
+                "created_position = 'z'",
+                "created_position = 2.5",
+                "created_position = x'00'",
+                "body = 'no JSON'",
+            )
+        ),
     ],
 )
-def test_job_row_that_no_schema_allows_is_named(value: str) -> None:
+def test_changed_projection_is_named_at_the_head(table: str, change: str, key: str) -> None:
     with copy_of(LEDGER) as path:
-        change_ledger(path, *OPEN_JOBS, f"UPDATE jobs SET {value} WHERE id = 'L0'")
-        assert verify(path).finding == Finding(HEAD, "the stored jobs differ from the log's at 'L0'")
+        change_ledger(path, *change.split(";"))
+        problem = f"the stored {table} differ from the log's at {key!r}"
+        assert verify(path) == Verification(HEAD, HEAD, HEAD_HASH, Finding(HEAD, problem))
 
 
 def test_surplus_jobs_are_read_one_by_one() -> None:

@@ -6,11 +6,12 @@ import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import MODEL, PLAIN, facts, ids, load_requested, opened, write
+from support.history import MODEL, PLAIN, facts, load_requested, opened, write
 from support.ledgers import body_of, change_ledger
 
 from events.commands import Record
@@ -37,7 +38,6 @@ from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, L
 ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)
 KINDS = (LoadStarted(1), AccessDenied("load", 2), ServerStopped())
 NUMBER = 120
-FAILED = LoadFailed("x", "y")
 
 
 @pytest.fixture
@@ -45,25 +45,16 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.db"
 
 
-def drafts() -> list[Draft]:
-    """Return drafts in which all values meet."""
-    return [
-        Draft(f"e{n}", KINDS[n % 3], ACTORS[n // 3 % 3], JOBS[n // 7 % 4], MODELS[n // 5 % 3])
-        for n in range(NUMBER)
-    ]
-
-
-def some(values: tuple[str | None, ...]) -> st.SearchStrategy[tuple[str, ...]]:
-    known = [value for value in values if value is not None]
-    return st.lists(st.sampled_from([*known, "nobody"]), max_size=3).map(tuple)
+def some(*values: str) -> st.SearchStrategy[tuple[str, ...]]:
+    return st.lists(st.sampled_from([*values, "nobody"]), max_size=3).map(tuple)
 
 
 FILTERS = st.builds(
     EventFilter,
-    types=some(("LoadStarted", "AccessDenied", "ServerStopped")),
-    models=some(MODELS),
-    jobs=some(JOBS),
-    actors=some(ACTORS),
+    types=some("LoadStarted", "AccessDenied", "ServerStopped"),
+    models=some("m", "n"),
+    jobs=some("i", "j", "k"),
+    actors=some(*ACTORS),
 )
 POSITIONS = st.none() | st.integers(0, NUMBER)
 ASKED = st.builds(
@@ -73,12 +64,16 @@ ASKED = st.builds(
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A log that is only read."""
+    """A log in which all values meet; it is only read."""
     path = tmp_path_factory.mktemp("filled") / "ledger.db"
+    drafts = tuple(
+        Draft(f"e{n}", KINDS[n % 3], ACTORS[n // 3 % 3], JOBS[n // 7 % 4], MODELS[n // 5 % 3])
+        for n in range(NUMBER)
+    )
 
     async def make() -> None:
         async with opened(path) as log:
-            await log.submit(Record(tuple(drafts())))
+            await log.submit(Record(drafts))
 
     asyncio.run(make())
     return path
@@ -137,13 +132,8 @@ async def test_line_of_an_event_is_its_body_and_its_hash(filled: Path) -> None:
 
 
 def plan(connection: sqlite3.Connection, sql: str, wanted: EventFilter) -> list[str]:
-    values = {
-        f"{column}_{number}": value
-        for column, several in wanted.columns.items()
-        for number, value in enumerate(several)
-    }
-    asked = {"low": 1, "high": 9, "limit": 5, **values}
-    return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", asked)]
+    parameters = listing._parameters(wanted, listing._Span(1, 9, 0, 9), 5)
+    return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
@@ -221,19 +211,11 @@ async def test_archived_position_is_refused_with_the_oldest(path: Path) -> None:
             assert caught.value.problem_members == {"oldest": 5, "head": 6}
 
 
-async def test_damaged_event_is_not_returned(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        await write(log, 2)
-        change_ledger(path, "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2")
-        with pytest.raises(LogUnavailable, match="verify"):
-            await reader.event_page(EventQuery())
-
-
-async def test_damaged_event_keeps_no_transaction_open(path: Path) -> None:
+async def test_damaged_event_is_not_returned_and_keeps_no_transaction(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
         await write(log, 4)
         change_ledger(path, "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2")
-        with pytest.raises(LogUnavailable) as caught:
+        with pytest.raises(LogUnavailable, match="verify") as caught:
             await reader.event_page(EventQuery())
         await write(log, 1)
         assert [event.position for event in await reader.events(4)] == [5]
@@ -249,66 +231,48 @@ async def append(log: Log, job: str, data: Data, model_id: str = MODEL) -> None:
     await log.submit(Record((Draft(event_id, data, "alice", job, model_id, 1),)))
 
 
-async def job_pages(reader: Reader, limit: int, **filters: object) -> list[list[str]]:
-    """Return the ids of all pages, following the cursor."""
-    found: list[list[str]] = []
-    cursor: int | None = None
-    while not found or cursor is not None:
-        page = await reader.jobs(before=cursor, limit=limit, **filters)  # type: ignore[arg-type]
-        found.append([job.id for job in page.items])
-        cursor = page.next_cursor
-    return found
-
-
-async def test_jobs_are_paged_newest_first(path: Path) -> None:
+async def test_jobs_are_paged_newest_first_by_filters(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
         assert await reader.jobs() == Page([], as_of=0, next_cursor=None)
-        await write(log, 3)
-        assert await reader.jobs() == Page([], as_of=3, next_cursor=None)
-        for number in range(1, 6):
-            await append(log, f"j{number}", load_requested())
-        newest_first = ["j5", "j4", "j3", "j2", "j1"]
-        for limit in (1, 2, 3, 4, 5, 6, 100):
-            cut = [newest_first[first : first + limit] for first in range(0, 5, limit)]
-            assert await job_pages(reader, limit) == cut
-        first = await reader.jobs(limit=2)
-        await append(log, "j6", load_requested())  # does not shift what is behind the cursor
-        second = await reader.jobs(before=first.next_cursor, limit=3)
-        assert [job.id for job in [*first.items, *second.items]] == newest_first
-        assert second.next_cursor is None
-        assert (first.as_of, second.as_of) == (8, 9)
-
-
-async def test_job_filters_work_alone_and_together(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
         for number in range(1, 7):
             await append(log, f"j{number}", load_requested(), "odd" if number % 2 else "even")
-        await append(log, "j1", FAILED, "odd")
-        await append(log, "j2", FAILED, "even")
+        pending = await reader.job("j1")
+        assert pending == log.state.jobs["j1"]
+        await append(log, "j1", LoadFailed("x", "y"), "odd")
+        await append(log, "j2", LoadFailed("x", "y"), "even")
         await append(log, "j3", LoadStarted(1), "odd")
-        assert await job_pages(reader, 2, model_id="odd") == [["j5", "j3"], ["j1"]]
-        assert await job_pages(reader, 2, status=JobStatus.FAILED) == [["j2", "j1"]]
-        assert await job_pages(reader, 9, status=JobStatus.PENDING) == [["j6", "j5", "j4"]]
-        assert await job_pages(reader, 9, model_id="odd", status=JobStatus.IN_PROGRESS) == [["j3"]]
-        assert await job_pages(reader, 9, model_id="nobody's") == [[]]
-        assert await job_pages(reader, 9, status=JobStatus.CANCELLED) == [[]]
+        listed: list[tuple[dict[str, Any], list[str]]] = [
+            ({}, ["j6", "j5", "j4", "j3", "j2", "j1"]),
+            ({"model_id": "odd"}, ["j5", "j3", "j1"]),
+            ({"status": JobStatus.FAILED}, ["j2", "j1"]),
+            ({"status": JobStatus.PENDING}, ["j6", "j5", "j4"]),
+            ({"status": JobStatus.IN_PROGRESS, "model_id": "odd"}, ["j3"]),
+            ({"status": JobStatus.CANCELLED}, []),
+            ({"model_id": "nobody's"}, []),
+        ]
+        for filters, job_ids in listed:
+            for limit in (1, 2, 3, 6, 100):
+                found, cursor = list[str](), None
+                for first in range(0, max(1, len(job_ids)), limit):
+                    page = await reader.jobs(before=cursor, limit=limit, **filters)
+                    found += [job.id for job in page.items]
+                    assert found == job_ids[: first + limit]
+                    cursor = page.next_cursor
+                assert cursor is None
+        newest = await reader.jobs(limit=2)
+        await append(log, "j7", load_requested())  # does not shift what is behind the cursor
+        older = await reader.jobs(before=newest.next_cursor, limit=4)
+        assert [job.id for job in older.items] == ["j4", "j3", "j2", "j1"]
+        assert (newest.as_of, older.as_of) == (9, 10)
+        failed = await reader.job("j1")
+        assert failed == older.items[-1]
+        assert await reader.job("nobody's") is None
     for clause, index in (("model_id = 'm'", "jobs_by_model"), ("status = 'pending'", "jobs_by_status")):
         with closing(sqlite3.connect(path)) as connection:
             sql = f"SELECT body FROM jobs WHERE {clause} ORDER BY created_position DESC LIMIT 5"
             steps = str(connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall())
             assert index in steps
             assert "TEMP B-TREE" not in steps
-
-
-async def test_job_is_found_by_its_id(path: Path) -> None:
-    async with opened(path, new_id=ids()) as log, open_reader(path) as reader:
-        await append(log, "j", load_requested())
-        assert await reader.job("j") == log.state.jobs["j"]
-        await append(log, "j", FAILED)
-        found = await reader.job("j")
-        assert found is not None
-        assert (found.status, found.position) == (JobStatus.FAILED, 2)
-        assert await reader.job("nobody's") is None
 
 
 # The file.
@@ -327,15 +291,16 @@ async def test_reader_sees_each_commit_and_writes_nothing(tmp_path: Path) -> Non
             await reader._thread.run(lambda connection: connection.execute("DELETE FROM jobs"))
 
 
-FOREIGN = (
-    (None, LogUnavailable, r"ledger\.db cannot be opened"),
-    (b"this is no database, it is a sentence\n" * 100, LogUnavailable, "not a database"),
-    ("PRAGMA user_version = 99; PRAGMA application_id = 0x4C4C6467", FutureSchema, "schema 99"),
-    ("CREATE TABLE notes (text)", ForeignDatabase, "not a ledger"),
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        (None, LogUnavailable, r"ledger\.db cannot be opened"),
+        (b"this is no database, it is a sentence\n" * 100, LogUnavailable, "not a database"),
+        ("PRAGMA user_version = 99; PRAGMA application_id = 0x4C4C6467", FutureSchema, "schema 99"),
+        ("PRAGMA application_id = 7", ForeignDatabase, "not a ledger"),
+        ("CREATE TABLE notes (text)", ForeignDatabase, "not a ledger"),
+    ],
 )
-
-
-@pytest.mark.parametrize(("content", "error", "words"), FOREIGN)
 async def test_file_that_is_no_ledger_is_refused(
     path: Path, content: bytes | str | None, error: type[Exception], words: str
 ) -> None:

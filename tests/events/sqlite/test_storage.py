@@ -214,7 +214,7 @@ async def write_read_only_file(folder: Path) -> None:
     path = folder / "ledger.db"
     async with opened(path) as log:
         await write(log, 3)
-        folder.chmod(0o500)  # noqa: ASYNC240 - nothing else runs  # noqa: ASYNC240 - nothing else runs
+        folder.chmod(0o500)  # noqa: ASYNC240 - nothing else runs
         path.chmod(0o400)
         assert log._database._connection is not None
         log._database._connection.close()  # whatever makes the writer open the file anew
@@ -222,7 +222,7 @@ async def write_read_only_file(folder: Path) -> None:
             with pytest.raises(LogUnavailable):
                 await log.submit(command)
             assert log.head.position == 3
-        folder.chmod(0o700)  # noqa: ASYNC240  # noqa: ASYNC240 - nothing else runs
+        folder.chmod(0o700)  # noqa: ASYNC240 - nothing else runs
         path.chmod(0o600)
         async with asyncio.timeout(30):
             while not log.healthy:  # noqa: ASYNC110 - the log tries by itself, and tells nobody
