@@ -12,11 +12,11 @@ import uvloop
 from support import models
 from support.workers import (
     LIMIT_S,
+    Serve,
     ask,
     floats,
     fork_server_of,
     freeze,
-    load,
     loaded,
     resume,
     running_pool,
@@ -41,9 +41,10 @@ def pids(pool: WorkerPool) -> list[int]:
 
 async def forked_ahead(pool: WorkerPool) -> int:
     """Have the pool fork a worker ahead, and return its process id."""
+    before = pids(pool)
     pool.prefork()
-    await until(lambda: bool(pool._workers))
-    return pids(pool)[0]
+    await until(lambda: len(pool._workers) > len(before))
+    return next(pid for pid in pids(pool) if pid not in before)
 
 
 # Start
@@ -110,23 +111,15 @@ async def test_many_workers_start_at_once(pool: WorkerPool) -> None:
 
 
 @pytest.mark.usefixtures("_long_kept")
-async def test_start_takes_the_pre_forked_worker(pool: WorkerPool, tmp_path: Path) -> None:
-    models.save(models.add(), tmp_path, "m")
-    pid = await forked_ahead(pool)
-    worker = await pool.start("w")
-    assert (worker.pid, worker.worker_id) == (pid, "w")
-    await load(worker, tmp_path, "m")
-    assert (await pool.start("other")).pid != pid
-
-
-@pytest.mark.usefixtures("_long_kept")
-async def test_at_most_one_worker_is_pre_forked(pool: WorkerPool) -> None:
+async def test_start_takes_the_only_pre_forked_worker(serve: Serve, pool: WorkerPool) -> None:
     for _ in range(100):
         pool.prefork()
     worker = await pool.start("w")  # waits for it
     assert pids(pool) == [worker.pid]
-    await pool.start("other")
-    assert len(pool._workers) == 2
+    pid = await forked_ahead(pool)
+    taken = await serve(models.add(), "m")
+    assert (taken.pid, taken.worker_id) == (pid, "m")
+    assert (await pool.start("other")).pid != pid
 
 
 async def test_pre_forked_worker_ends_when_not_taken(
@@ -144,7 +137,7 @@ async def test_pre_forked_worker_ends_when_not_taken(
 async def test_pre_forked_worker_that_died_is_not_taken(pool: WorkerPool, killed: str) -> None:
     pid = await forked_ahead(pool)
     os.kill(pid if killed == "worker" else fork_server_of(pool).pid, signal.SIGKILL)
-    await until(lambda: not pool._workers and pool.healthy)
+    await until(lambda: not pool._workers)
     assert (await pool.start("w")).pid != pid
 
 
