@@ -52,29 +52,22 @@ async def refusal(pool: WorkerPool, order: wire.Prepare) -> LoadRefused:
 
 async def test_written_files_are_reported_and_private(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
-    report = await made(pool, order)
+    known = tuple(replace(file, sha256=KNOWN_SHA256) for file in found(order.folder))
+    report = await made(pool, replace(order, known=known))
     assert report.files == found(order.target)
     assert {file.path for file in report.files} == {"model.onnx", "weights.bin"}
     assert {path.stat().st_mode & 0o777 for path in target_of(order).iterdir()} == {0o600}
-    assert report.sources == found(order.folder)
+    assert report.sources == known  # which are not hashed again
     assert report.took_us > 0
 
 
-async def test_known_sources_are_not_hashed_again(pool: WorkerPool, root: Path) -> None:
+async def test_target_folder_must_exist_and_be_empty(pool: WorkerPool, root: Path) -> None:
     order = prepare_order(root)
-    known = tuple(replace(file, sha256=KNOWN_SHA256) for file in found(order.folder))
-    assert (await made(pool, replace(order, known=known))).sources == known
-
-
-async def test_target_folder_must_be_empty(pool: WorkerPool, root: Path) -> None:
-    order = prepare_order(root)
-    (target_of(order) / "model.onnx").write_text("ours")
+    ours = target_of(order) / "model.onnx"
+    ours.write_text("ours")
     assert (await refusal(pool, order)).code == "prepare_failed"
-    assert (target_of(order) / "model.onnx").read_text() == "ours"
-
-
-async def test_missing_target_folder_is_named(pool: WorkerPool, root: Path) -> None:
-    order = prepare_order(root)
+    assert ours.read_text() == "ours"
+    ours.rename(target_of(order).parent / "away")
     target_of(order).rmdir()
     refused = await refusal(pool, order)
     assert (refused.code, str(order.target) in str(refused)) == ("prepare_failed", True)
@@ -184,6 +177,29 @@ def with_weights(tensors: list[TensorProto], inner: list[TensorProto]) -> onnx.M
     return models.model([node], [models.value("go", models.BOOL, [])], outputs, tensors)
 
 
+def align(
+    folder: Path, content: bytes, tensors: list[TensorProto], inner: list[TensorProto] | None = None
+) -> onnx.ModelProto:
+    """Align the weights of a graph and of a branch of it, which `weights.bin` has; returns the model."""
+    model = with_weights(tensors, inner or [])
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "weights.bin").write_bytes(content)
+    align_weights(folder / "model.onnx", folder / "weights.bin")
+    moved: onnx.ModelProto = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert without_places(moved) == without_places(model)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "weights.bin"]
+    return moved
+
+
+def without_places(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    branches = [attribute.g for attribute in copy.graph.node[0].attribute]
+    for tensor in [tensor for graph in (copy.graph, *branches) for tensor in graph.initializer]:
+        tensor.ClearField("external_data")
+    return copy
+
+
 def external(tensor: TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
@@ -204,11 +220,7 @@ def test_weights_are_aligned_and_keep_their_content(
         tensors.append(weight(f"w{number}", offset, data, entry if inside.draw(st.booleans()) else None))
         content += data + packed
     split = inside.draw(st.integers(0, len(tensors)))
-    model = with_weights(tensors[:split], tensors[split:])
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    (folder / "weights.bin").write_bytes(content)
-    align_weights(folder / "model.onnx", folder / "weights.bin")
-    moved = onnx.load(folder / "model.onnx", load_external_data=False)
+    moved = align(folder, content, tensors[:split], tensors[split:])
     branch = moved.graph.node[0].attribute[0].g.initializer
     written = (folder / "weights.bin").read_bytes()
     for number, tensor in enumerate([*moved.graph.initializer, *branch]):
@@ -222,25 +234,12 @@ def test_weights_are_aligned_and_keep_their_content(
             offset, length, _ = map(int, place.split(";"))
             assert offset % 64 == 0
             assert written[offset : offset + length] == bytes([fill]) * length
-        tensor.ClearField("external_data")
-    for graph in (model.graph, model.graph.node[0].attribute[0].g, model.graph.node[0].attribute[1].g):
-        for tensor in graph.initializer:
-            tensor.ClearField("external_data")
-    for tensor in moved.graph.node[0].attribute[1].g.initializer:
-        tensor.ClearField("external_data")
-    assert moved == model
-    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "weights.bin"]
 
 
 def test_long_weights_start_at_a_page(tmp_path: Path) -> None:
     long = bytes(2**20)
-    tensors = [weight("a", 0, b"12345"), weight("b", 5, long)]
-    (tmp_path / "model.onnx").write_bytes(with_weights(tensors, []).SerializeToString())
-    (tmp_path / "weights.bin").write_bytes(b"12345" + long)
-    align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
-    moved = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
-    assert [external(tensor)["offset"] for tensor in moved] == ["0", "4096"]
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "weights.bin"}
+    moved = align(tmp_path, b"12345" + long, [weight("a", 0, b"12345"), weight("b", 5, long)])
+    assert [external(tensor)["offset"] for tensor in moved.graph.initializer] == ["0", "4096"]
 
 
 @PLAIN
@@ -253,14 +252,11 @@ def test_overlapping_weights_are_moved_in_pieces(
 ) -> None:
     folder, content = tmp_path_factory.mktemp("form"), bytes(range(120))
     tensors = [weight(f"w{at}", offset, bytes(length)) for at, (offset, length) in enumerate(places)]
-    (folder / "model.onnx").write_bytes(with_weights(tensors, []).SerializeToString())
-    (folder / "weights.bin").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimising, "PIECE_BYTES", piece)
-        align_weights(folder / "model.onnx", folder / "weights.bin")
+        moved = align(folder, content, tensors)
     written = (folder / "weights.bin").read_bytes()
-    moved = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
-    for (offset, length), tensor in zip(places, moved, strict=True):
+    for (offset, length), tensor in zip(places, moved.graph.initializer, strict=True):
         place = int(external(tensor)["offset"])
         assert written[place : place + length] == content[offset : offset + length]
 
@@ -284,10 +280,8 @@ def test_graph_without_weights_file_is_unchanged(tmp_path: Path) -> None:
     ids=["elsewhere", "beyond_the_end", "short_packed", "long_packed", "packed_beyond_the_end", "negative"],
 )
 def test_weights_written_in_unknown_ways_are_refused(tmp_path: Path, tensor: TensorProto) -> None:
-    (tmp_path / "model.onnx").write_bytes(with_weights([tensor], []).SerializeToString())
-    (tmp_path / "weights.bin").write_bytes(bytes(10))
     with pytest.raises(LoadRefused) as refused:
-        align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
+        align(tmp_path, bytes(10), [tensor])
     assert refused.value.code == "prepare_failed"
 
 

@@ -1,7 +1,6 @@
 """Warm-up before a model serves: on zeros, on inputs of its loadledger.toml, or none."""
 
 import asyncio
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ from msgspec.structs import replace
 from onnx import ModelProto, TensorProto
 from support import models
 from support.models import save
-from support.running import Engine, running
-from support.workers import Serve, answer, computing, floats, order_of, tensor, until
+from support.running import Engine, code_of
+from support.workers import answer, computing, floats, order_of, tensor, until
 
-from events.jobs import Job, JobStatus
-from events.types import LoadFailed, LoadParameters, ModelLoaded, WorkerExited
+from events.jobs import JobStatus
+from events.types import LoadParameters, ModelLoaded
 from runtime.errors import Exit, LoadRefused
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
@@ -23,7 +22,6 @@ from runtime.statistics import Statistics
 from runtime.wire import Tensor
 from runtime.worker.warmup import MAX_ZEROS_BYTES
 
-OFF = "warm_up.enabled = false\n"
 GIVEN = """
 [[warm_up.inputs]]
 name = "{}"
@@ -33,6 +31,8 @@ data = {}
 """
 ALL_STAGES = ["loading", "warming_up", "measuring"]
 NO_WARM_UP = ["loading", "measuring"]
+NO_TENSOR_OUTPUT = models.zip_map()
+del NO_TENSOR_OUTPUT.graph.output[0]
 
 
 async def loaded(
@@ -85,6 +85,7 @@ NOT_RUN_ON_ZEROS = {
     "none of many": models.identity(shape=(0, 2**62, 2**62)),
     "dimensions": models.identity(shape=(1,) * 65),
     "sequence": models.sequence_input(),
+    "no tensor output": NO_TENSOR_OUTPUT,
 }
 GIVEN_INPUTS: dict[str, tuple[ModelProto, list[Tensor]]] = {
     "nested": (models.rows(), [text("x", "FP32", (2, 2), b"[[1,2],[3,4]]")]),
@@ -114,14 +115,6 @@ async def test_warm_up_runs_where_shapes_or_inputs_allow(
     assert stages == (ALL_STAGES if is_run else NO_WARM_UP)
 
 
-async def test_model_without_tensor_output_is_not_run(pool: WorkerPool, tmp_path: Path) -> None:
-    model = models.zip_map()
-    del model.graph.output[0]
-    save(model, tmp_path, "m")
-    report, stages, _ = await loaded(pool, tmp_path)
-    assert (report.warming_up_us, stages) == (None, NO_WARM_UP)
-
-
 @pytest.mark.parametrize(
     ("model", "said"),
     [(models.reshape(), "cannot be reshaped"), (models.divide(), "Integer division by zero")],
@@ -147,8 +140,7 @@ async def test_failure_on_zeros_of_unknown_shape_is_ignored(pool: WorkerPool, tm
 async def test_warm_up_beyond_the_memory_limit_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.memory_bomb_on_zeros(), tmp_path, "m")
     refusal = await refused(pool, tmp_path, memory_limit_bytes=200_000_000)
-    assert refusal.code == "out_of_memory"
-    assert "200000000 bytes" in str(refusal)
+    assert (refusal.code, "200000000 bytes" in str(refusal)) == ("out_of_memory", True)
 
 
 async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
@@ -157,11 +149,6 @@ async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path
     without, _, _ = await loaded(pool, tmp_path, warm_up=False)
     assert with_it.peak_memory_bytes - without.peak_memory_bytes > 50_000_000
     assert with_it.peak_memory_bytes >= with_it.memory_bytes
-
-
-async def test_batched_model_is_run_on_one_element(serve: Serve) -> None:
-    worker = await serve(models.add(), max_batch_size=1)
-    assert await answer(worker, floats("x", 1)) == [2]
 
 
 @pytest.mark.parametrize(
@@ -185,99 +172,41 @@ async def test_invalid_inputs_refuse_the_load(
     save(models.subtract(), tmp_path, "m")
     refusal = await refused(pool, tmp_path, *given, max_batch_size=8 if "batch" in words else 0)
     assert refusal.code == "warm_up_failed"
-    assert words in str(refusal)
-    assert "correct them" in str(refusal)
+    assert [said in str(refusal) for said in (words, "correct them")] == [True, True]
 
 
 # From the model's loadledger.toml to the ledger
 
 
-def put(folder: Path, model: ModelProto, defaults: str = "") -> None:
-    """Put the model `m` into the repository, with this loadledger.toml."""
-    save(model, folder / "models", "m")
-    (folder / "models" / "m" / DEFAULTS_FILE).write_text(defaults)
-
-
-async def warmed(engine: Engine, **parameters: Any) -> int | None:
-    """Load `m`; returns the recorded duration of its warm-up."""
-    job = await engine.load("m", None, LoadParameters(**parameters))
+async def load(engine: Engine, model: ModelProto, defaults: str = "", instances: int = 1) -> int | None:
+    """Load a model with this loadledger.toml; returns the recorded duration of its warm-up."""
+    folder = save(model, engine.root, "m").parent
+    await asyncio.to_thread((folder / DEFAULTS_FILE).write_text, defaults)
+    job = await engine.load("m", None, LoadParameters(instances=instances))
     assert job.status is JobStatus.COMPLETED, job.error
-    [fact] = [event.data for event in await engine.events(of="m") if isinstance(event.data, ModelLoaded)]
-    return fact.durations.warming_up_us
+    return (await engine.facts(ModelLoaded, of="m"))[-1].durations.warming_up_us
 
 
-async def failed(engine: Engine) -> Job:
-    job = await engine.load("m")
-    assert job.status is JobStatus.FAILED
-    return job
+async def test_warm_up_is_recorded_and_not_counted_as_a_request(engine: Engine) -> None:
+    assert await load(engine, models.add(), instances=2) in range(1, 10**8)
+    assert engine.live("m").statistics == Statistics()
 
 
-async def test_warm_up_is_recorded_and_not_counted_as_a_request(tmp_path: Path) -> None:
-    put(tmp_path, models.add())
-    async with running(tmp_path) as engine:
-        assert await warmed(engine, instances=2) in range(1, 10**8)
-        assert engine.live("m").statistics == Statistics()
-
-
-async def test_model_is_run_on_the_inputs_of_its_file(tmp_path: Path) -> None:
+async def test_file_overrules_the_server_setting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.pool, "warm_up", False)
     inputs = [("x", "FP32", "[6]", "[1, 2, 3, 4, 5, 6]"), ("sides", "INT64", "[2]", "[2, 3]")]
-    put(tmp_path, models.reshape(), "".join(GIVEN.format(*each) for each in inputs))
-    async with running(tmp_path) as engine:
-        assert await warmed(engine) is not None
+    given = "warm_up.enabled = true" + "".join(GIVEN.format(*each) for each in inputs)
+    for defaults, is_run in (("", False), (given, True), ("warm_up.enabled = false", False)):
+        assert (await load(engine, models.reshape(), defaults) is not None) is is_run
+        await engine.unload("m")
 
 
-async def test_file_is_read_again_for_each_load(tmp_path: Path) -> None:
-    put(tmp_path, models.reshape())
-    defaults = tmp_path / "models" / "m" / DEFAULTS_FILE
-    async with running(tmp_path) as engine:
-        job = await failed(engine)
-        assert job.error is not None
-        assert job.error.code == "warm_up_failed"
-        [fact] = [event.data for event in await engine.events() if isinstance(event.data, LoadFailed)]
-        assert (fact.code, fact.message) == (job.error.code, job.error.message)
-        await asyncio.to_thread(defaults.write_text, "warm_up.enabled = 1")
-        job = await failed(engine)
-        assert job.error is not None
-        assert job.error.code == "invalid_defaults"
-        assert "warm_up.enabled" in job.error.message
-        await asyncio.to_thread(defaults.write_text, OFF)
-        assert await warmed(engine) is None
-
-
-@pytest.mark.parametrize(("file", "is_run"), [("", False), ("warm_up.enabled = true", True), (OFF, False)])
-async def test_file_overrules_the_server_setting(tmp_path: Path, file: str, *, is_run: bool) -> None:
-    put(tmp_path, models.add(), file)
-    async with running(tmp_path) as engine:
-        engine.pool.warm_up = False
-        assert (await warmed(engine) is not None) is is_run
-
-
-@pytest.mark.parametrize("ended_by", ["timeout", "force"])
-async def test_endless_warm_up_is_ended(tmp_path: Path, ended_by: str) -> None:
-    put(tmp_path, models.endless())
-    async with running(tmp_path) as engine:
-        job_id = await engine.ask_load("m", None, LoadParameters(timeout_s=60))
-        await until(lambda: any(load.stage == "warming_up" for load in engine.consumer.loads.values()))
-        worker = engine.worker("m")
-        await until(computing(worker.pid))
-        if ended_by == "timeout":
-            engine.pass_time(61)
-        else:
-            await engine.unload("m", force=True)
-        job = await engine.ended(job_id)
-        if ended_by == "force":
-            assert job.status is JobStatus.CANCELLED
-        else:
-            assert job.error is not None
-            assert job.error.code == "timeout"
-        await asyncio.shield(worker.ended)
-
-
-async def test_crash_in_warm_up_fails_the_load_and_is_recorded(tmp_path: Path) -> None:
-    put(tmp_path, models.crash_on_zeros())
-    async with running(tmp_path) as engine:
-        job = await failed(engine)
-        assert job.error is not None
-        assert job.error.code == "worker_died"
-        [exited] = [event.data for event in await engine.events() if isinstance(event.data, WorkerExited)]
-        assert exited.signal == signal.SIGFPE
+async def test_endless_warm_up_ends_at_the_timeout(engine: Engine) -> None:
+    save(models.endless(), engine.root, "m")
+    job_id = await engine.ask_load("m", None, LoadParameters(timeout_s=60))
+    await until(lambda: any(load.stage == "warming_up" for load in engine.consumer.loads.values()))
+    worker = engine.worker("m")
+    await until(computing(worker.pid))
+    engine.pass_time(61)
+    assert code_of(await engine.ended(job_id)) == "timeout"
+    await asyncio.shield(worker.ended)

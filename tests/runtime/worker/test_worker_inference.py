@@ -21,9 +21,7 @@ from support.workers import (
     ask_all,
     asked_at_once,
     floats,
-    freeze,
     load,
-    resume,
     tensor,
     trips,
 )
@@ -97,9 +95,7 @@ REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
     (models.add(), [Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
     (models.add(), [Tensor("x" * 5000, "FP32", (1,), b"1234")], "4096 characters"),
     (models.add(), [Tensor("x", "FP32", (0, 2**63), b"")], "shape or size"),
-    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[NaN]", b'["1"]', b"[\xff]")),
-    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[" * 10_000, b"[1e39]")),
-    (HALF, [json("x", b"[1]", "FP16")], "input 'x': FP16 cannot be sent as JSON; use the binary"),
+    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[NaN]", b"[" * 10_000)),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\2\0\0\0a")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0a")], "has 1 elements"),
@@ -130,9 +126,10 @@ async def test_input_beyond_the_payload_limit_is_refused(serve: Serve) -> None:
 async def test_refused_inputs_release_their_memory_at_once(serve: Serve) -> None:
     worker = await serve(models.add())
     empty = await worker.measure()
+    refused = tensor("other", "FP32", np.zeros(2**20))
     for _ in range(20):
         with pytest.raises(InvalidInput):
-            await ask(worker, [floats("other", *[0.0] * 2**20)])
+            await ask(worker, [refused])
     assert await worker.measure() - empty < 2**25
 
 
@@ -143,44 +140,36 @@ async def test_failed_inference_has_the_runtimes_words(serve: Serve) -> None:
     assert await answer(worker, floats("b", 1), floats("a", 5)) == [4]
 
 
-async def test_output_that_is_no_tensor_is_omitted_or_refused(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.zip_map(), tmp_path, "m")
+async def loaded(pool: WorkerPool, root: Path, model: ModelProto) -> tuple[Worker, wire.Loaded]:
+    save(model, root, "m")
     worker = await pool.start("w")
-    report = await load(worker, tmp_path, "m")
+    return worker, await load(worker, root, "m")
+
+
+async def test_output_that_is_no_tensor_is_omitted_or_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    model, x = models.zip_map(), tensor("x", "FP32", [[1, 1]])
+    worker, report = await loaded(pool, tmp_path, model)
     assert report.outputs[1] == TensorSpec("named", "seq(map(int64,tensor(float)))", ())
-    x = tensor("x", "FP32", [[1, 1]])
     assert [y.name for y in await ask(worker, [x])] == ["scores"]
     assert [y.name for y in await ask(worker, [x], "scores", "scores")] == ["scores"]
     for name, words in (("named", "which is no tensor"), ("q", "no output 'q'")):
         with pytest.raises(InvalidInput, match=words):
             await ask(worker, [x], name)
-
-
-async def test_model_without_tensor_output_refuses_inference(serve: Serve) -> None:
-    model = models.zip_map()
     del model.graph.output[0]
-    worker = await serve(model)
+    worker, _ = await loaded(pool, tmp_path, model)
     with pytest.raises(InvalidInput, match="output"):
-        await ask(worker, [tensor("x", "FP32", [[1, 1]])])
+        await ask(worker, [x])
 
 
-@pytest.mark.parametrize("form", ["all as JSON", "one as JSON", "binary"])
-async def test_json_input_is_answered_in_the_form_asked_for(serve: Serve, form: str) -> None:
-    worker = await serve(models.subtract())
-    inputs = [json("a", b" [ 5, 2.5e0 ]", length=2), floats("b", 1, 2)]
-    wanted = (WantedOutput("y", text=True),) if form == "one as JSON" else ()
-    _, (y,) = await worker.infer(inputs, wanted, text=form == "all as JSON", timeout_s=LIMIT_S)
-    assert (y.name, y.datatype, y.shape, y.text) == ("y", "FP32", (2,), form != "binary")
-    assert bytes(y.data) == (b"[4.0,0.5]" if y.text else bytes(floats("y", 4, 0.5).data))
-
-
-async def test_each_output_has_its_own_form(serve: Serve) -> None:
+async def test_outputs_have_the_form_asked_for(serve: Serve) -> None:
     worker = await serve(models.running_total())
-    inputs = [floats("state", 1, 2), tensor("x", "FP32", np.ones((2, 2)))]
+    inputs = [json("state", b" [ 1, 2.0e0 ]", length=2), tensor("x", "FP32", np.ones((2, 2)))]
+    new_state, totals = floats("new_state", 3, 4), tensor("totals", "FP32", [[2, 3], [3, 4]])
+    assert await ask(worker, inputs) == (new_state, totals)
+    in_text = Tensor("totals", "FP32", (2, 2), b"[2.0,3.0,3.0,4.0]", text=True)
+    assert (await ask(worker, inputs, text=True))[1] == in_text
     wanted = (WantedOutput("totals", text=True), WantedOutput("new_state"))
-    _, (totals, state) = await worker.infer(inputs, wanted, timeout_s=LIMIT_S)
-    assert (totals.name, totals.shape, bytes(totals.data)) == ("totals", (2, 2), b"[2.0,3.0,3.0,4.0]")
-    assert (state.name, array(state).tolist()) == ("new_state", [3, 4])
+    assert (await worker.infer(inputs, wanted, timeout_s=LIMIT_S))[1] == (in_text, new_state)
 
 
 async def test_output_that_json_cannot_carry_is_refused(serve: Serve) -> None:
@@ -194,16 +183,16 @@ async def test_output_that_json_cannot_carry_is_refused(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "specs", "answers"),
+    ("model", "optional", "answers"),
     [
         (
             models.with_default(),
-            (TensorSpec("x", "FP32", (-1,)), TensorSpec("c", "FP32", (1,), optional=True)),
+            TensorSpec("c", "FP32", (1,), optional=True),
             [([], [[6]]), ([floats("c", 2)], [[3]]), ([], [[6]])],
         ),
         (
             models.optional_input(),
-            (TensorSpec("x", "FP32", (-1,)), TensorSpec("o", "FP32", (-1,), optional=True)),
+            TensorSpec("o", "FP32", (-1,), optional=True),
             [([], [[1], False]), ([floats("o", 2, 3)], [[2, 3], True]), ([], [[1], False])],
         ),
     ],
@@ -213,21 +202,18 @@ async def test_optional_input_may_be_omitted(
     pool: WorkerPool,
     tmp_path: Path,
     model: ModelProto,
-    specs: tuple[TensorSpec, ...],
+    optional: TensorSpec,
     answers: list[tuple[list[Tensor], list[Any]]],
 ) -> None:
-    save(model, tmp_path, "m")
-    worker = await pool.start("w")
-    assert (await load(worker, tmp_path, "m")).inputs == specs
+    worker, report = await loaded(pool, tmp_path, model)
+    assert report.inputs == (TensorSpec("x", "FP32", (-1,)), optional)
     for given, expected in answers:
         outputs = await ask(worker, [floats("x", 1), *given])
         assert [array(each).tolist() for each in outputs] == expected
 
 
 async def test_optional_output_without_value_is_omitted(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.optional_output(), tmp_path, "m")
-    worker = await pool.start("w")
-    report = await load(worker, tmp_path, "m")
+    worker, report = await loaded(pool, tmp_path, models.optional_output())
     maybe = TensorSpec("maybe", "FP32", (-1,), optional=True)
     assert report.outputs == (maybe, TensorSpec("z", "FP32", (-1,)))
     for wanted in (True, False):
@@ -245,21 +231,11 @@ async def test_output_can_be_the_next_input(serve: Serve) -> None:
         state = Tensor("state", "FP32", (2,), new_state.data)
 
 
-async def test_large_inputs_wait_while_worker_is_stopped(serve: Serve) -> None:
-    worker = await serve(models.identity())
-    await freeze(worker.pid)
-    block = np.arange(1_000_000, dtype=np.float32)
-    running = [asyncio.ensure_future(ask(worker, [tensor("x", "FP32", block)])) for _ in range(20)]
-    await asyncio.sleep(0)
-    assert worker.in_flight == 20
-    resume(worker.pid)
-    for (y,) in await asyncio.gather(*running):
-        assert np.array_equal(array(y), block)
-
-
 async def test_answers_of_all_lengths_may_be_mixed(serve: Serve) -> None:
+    """More than the socket holds while the worker is stopped."""
     worker = await serve(models.identity())
-    blocks = [np.full(n, n, np.float32) for n in (1, 10_000, 2, 70_000, 3, 1_000_000, 4, *[1000] * 100, 9000)]
+    lengths = (1, 10_000, 2, 70_000, 3, *[1_000_000] * 5, 4, *[1000] * 100, 9000)
+    blocks = [np.full(n, n, np.float32) for n in lengths]
     tasks = await asked_at_once(worker, *(ask(worker, [tensor("x", "FP32", block)]) for block in blocks))
     for block, (y,) in zip(blocks, await asyncio.gather(*tasks), strict=True):
         assert np.array_equal(array(y), block)

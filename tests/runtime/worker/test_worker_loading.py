@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
+from support.history import child
 from support.models import save, save_bytes
 from support.workers import Serve, answer, ask, floats, load, order_of, running_pool, tensor, threads
 
@@ -24,9 +24,9 @@ KNOWN_SHA256 = "ab" * 32
 """A hash that no file here has."""
 
 
-TAKEN = 64 * 2**20
+TAKEN = 32 * 2**20
 WATCHED = f"""
-import mmap, sys
+import mmap
 from runtime.worker.loading import LoadMonitor
 from runtime.memory import read_resident
 
@@ -84,22 +84,16 @@ async def test_load_hashes_only_files_that_changed(pool: WorkerPool, tmp_path: P
 
 
 async def test_external_data_is_loaded_and_hashed(pool: WorkerPool, tmp_path: Path) -> None:
+    """Of the version that was resolved, which need not be the highest."""
     folder = save(models.external("data/w.bin"), tmp_path, "m")
     (folder / "data").mkdir()
     (folder / "data" / "w.bin").write_bytes(models.external_bytes())
+    save(models.add(), tmp_path, "m", 2)
     worker = await pool.start("w")
-    report = await load(worker, tmp_path, "m")
+    report = await worker.load(order_of(tmp_path, "m", 1), lambda _: None)
     assert [file.path for file in report.files] == ["data/w.bin", "model.onnx"]
     assert report.files[0].sha256 == hashlib.sha256(models.external_bytes()).hexdigest()
     assert await answer(worker, floats("x", 1, 1, 1, 1)) == [1, 2, 3, 4]
-
-
-async def test_load_takes_the_version_that_was_resolved(pool: WorkerPool, tmp_path: Path) -> None:
-    for version in (1, 2):
-        save(models.add(version), tmp_path, "m", version)
-    worker = await pool.start("w")
-    await worker.load(order_of(tmp_path, "m", 1), lambda _: None)
-    assert await answer(worker, floats("x", 0)) == [1]
 
 
 async def test_protobuf_group_in_a_model_is_skipped(serve: Serve) -> None:
@@ -157,24 +151,21 @@ async def test_load_is_refused_with_code_and_reason(pool: WorkerPool, tmp_path: 
     assert words in str(refused)
 
 
-@pytest.mark.parametrize("location", ["w.bin", "../../w.bin", "/etc/hostname", "*/_ORT_MEM_ADDR_/*"])
 async def test_external_data_hidden_from_our_parser_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
     """Neither from the model's folder nor, as ONNX Runtime does by default, from the working directory."""
-    folder = save_bytes(models.behind_a_long_tag(models.external(location)), tmp_path, "m")
+    folder = save(models.add(), tmp_path, "m")
     for place in (folder, tmp_path):
         (place / "w.bin").write_bytes(models.external_bytes())
     monkeypatch.chdir(folder)
     async with running_pool() as pool:  # a worker has the fork server's working directory
-        refused = await refusal(pool, tmp_path)
-    assert refused.code == "invalid_model"
-    assert "external" in str(refused).lower()
-
-
-async def test_model_loads_within_its_memory_limit(serve: Serve) -> None:
-    worker = await serve(models.add(), memory_limit_bytes=100_000_000)
-    assert len(await ask(worker, [floats("x", 1)])) == 1
+        for location in ("w.bin", "../../w.bin", "/etc/hostname", "*/_ORT_MEM_ADDR_/*"):
+            with subtests.test(location):
+                save_bytes(models.behind_a_long_tag(models.external(location)), tmp_path, "m")
+                refused = await refusal(pool, tmp_path)
+                assert refused.code == "invalid_model"
+                assert "external" in str(refused).lower()
 
 
 async def test_memory_bomb_at_inference_fails_only_that_one(serve: Serve) -> None:
@@ -187,15 +178,10 @@ async def test_memory_bomb_at_inference_fails_only_that_one(serve: Serve) -> Non
 
 
 async def test_file_changed_during_load_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
-    folder = save(models.slow_model(1000), tmp_path, "m")
+    folder = save(models.slow_model(600), tmp_path, "m")
     worker = await pool.start("w")
-
-    def touch(stage: str) -> None:
-        if stage == "loading":
-            os.utime(folder / "model.onnx", ns=(1, 1))
-
     with pytest.raises(LoadRefused) as refused:
-        await worker.load(order_of(tmp_path, "m"), touch)
+        await worker.load(order_of(tmp_path, "m"), lambda _: os.utime(folder / "model.onnx", ns=(1, 1)))
     assert refused.value.code == "model_changed"
 
 
@@ -217,11 +203,10 @@ async def test_threads_of_the_pool_compute(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("times", [0, 1], ids=["nothing", "something"])
 @pytest.mark.parametrize("mapped", [2**20, 2 * TAKEN], ids=["short_file", "long_file"])
-async def test_peak_memory_includes_returned_memory(tmp_path: Path, times: int, mapped: int) -> None:
+def test_peak_memory_includes_returned_memory(tmp_path: Path, times: int, mapped: int) -> None:
     """Up to what mapped files may hide."""
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(mapped))
-    command = [sys.executable, "-c", WATCHED, str(file), str(times)]
-    ran = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, timeout=60)
+    (tmp_path / "weights").write_bytes(bytes(mapped))
+    command = child(WATCHED, tmp_path / "weights", times)
+    ran = subprocess.run(command, check=True, capture_output=True, timeout=60)
     seen, took = int(ran.stdout), times * TAKEN
     assert took - mapped - 2**22 < seen < took + 2**22
