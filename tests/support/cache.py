@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from typing import get_args
 from msgspec.structs import replace
 
 from runtime.cache.key import make_key
-from runtime.cache.manifest import Figure, FinishedForm, describe_cached
+from runtime.cache.manifest import Figure, FinishedForm, describe_cached, source_hashes
 from runtime.cache.store import ModelCache
 from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
@@ -34,7 +35,7 @@ def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> 
     """Make the order to prepare a model into a new folder beside the repository."""
     load = order_of(root, model_id)
     target = root.parent / "forms" / form
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     return Prepare(str(root), load.folder, load.files, 1, None, (), form, str(target))
 
 
@@ -57,19 +58,12 @@ def describe(
     folder: Path | str, form: Form, files: tuple[HashedFile, ...], sources: tuple[HashedFile, ...]
 ) -> CachedCopy:
     """Describe a form of these sources."""
-    return describe_cached(
-        Path(folder), form, files, [SourceHash(file.path, file.sha256) for file in sources]
-    )
+    return describe_cached(Path(folder), form, files, source_hashes(sources))
 
 
 def found(folder: Path | str) -> tuple[HashedFile, ...]:
     """Describe the files of a folder as they are."""
-    files = []
-    for path in sorted(Path(folder).iterdir()):
-        seen, sha256 = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
-        identity = seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
-        files.append(HashedFile(path.name, *identity, sha256=sha256))
-    return tuple(files)
+    return tuple(_loaded(path) for path in sorted(Path(folder).iterdir()))
 
 
 async def load(pool: WorkerPool, order: Load) -> tuple[Worker, LoadReport]:
@@ -111,7 +105,9 @@ def key(name: str) -> str:
 
 def written(folder: Path, contents: Mapping[str, bytes]) -> tuple[HashedFile, ...]:
     """Write files, and describe them as a worker does."""
-    return tuple(_written(folder / path, content) for path, content in contents.items())
+    for path, content in contents.items():
+        (folder / path).write_bytes(content)
+    return tuple(_loaded(folder / path) for path in contents)
 
 
 def made_of(
@@ -154,11 +150,6 @@ def check_whole(prepared: CachedCopy) -> None:
     assert {path.name for path in folder.iterdir()} == names
 
 
-def _written(path: Path, content: bytes) -> HashedFile:
-    path.write_bytes(content)
-    return _loaded(path)
-
-
 def _loaded(path: Path) -> HashedFile:
     seen, digest = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
     return HashedFile(
@@ -166,12 +157,9 @@ def _loaded(path: Path) -> HashedFile:
     )
 
 
-LIMIT_BYTES = 10**9
-
-
-def opened(folder: Path, limit_bytes: int = LIMIT_BYTES) -> ModelCache:
-    """Open a store in the data directory `folder`."""
-    store = ModelCache(folder / "prepared", limit_bytes)
+def opened(folder: Path, limit_bytes: int = 10**9) -> ModelCache:
+    """Open a store in this folder."""
+    store = ModelCache(folder, limit_bytes)
     store.open()
     return store
 
@@ -194,24 +182,19 @@ async def keep_form(
 
     With `instead`, that ONNX file takes the place of the one that was made: whoever loads the form loads it.
     """
-    version, key = Repository(root).resolve(model_id, None), key_in(root, model_id)
+    key = key_in(root, model_id)
     draft = store.draft(key)
-    files = tuple(file.path for file in version.files)
-    order = Prepare(str(root), str(version.folder), files, 1, None, (), form, str(draft))
-    own = (await (await pool.start("maker")).prepare(order)).files
+    own = (await made(pool, replace(prepare_order(root, form, model_id), target=str(draft)))).files
     if instead is not None:
         shutil.copy(instead, draft / "model.onnx")
         own = found(draft)
-    kept = store.keep(
-        key, draft, FinishedForm(form, own, _sources(root, model_id), model_id, version.version, 1)
-    )
+    kept = store.keep(key, draft, FinishedForm(form, own, _sources(root, model_id), model_id, 1, 1))
     assert kept is not None
     return kept
 
 
 def _sources(root: Path, model_id: str) -> tuple[SourceHash, ...]:
-    folder = Repository(root).resolve(model_id, None).folder
-    return tuple(SourceHash(file.path, file.sha256) for file in found(folder))
+    return source_hashes(found(Repository(root).resolve(model_id, None).folder))
 
 
 KEPT_NAMES = "abcdef"
@@ -230,9 +213,9 @@ def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
     for _ in range(lives):
         _live(folder, dice.random(), dice.uniform(0, LIFE_S))
         seen["lives"] += 1
-        seen["drafts left"] += len(list(folder.glob("draft-*")))
+        seen["drafts"] += len(list(folder.glob("draft-*")))
         _look(folder, seen)
-    sys.stdout.write(" ".join(f"{name}={count}" for name, count in sorted(seen.items())) + "\n")
+    sys.stdout.write(json.dumps(seen))
 
 
 def _live(folder: Path, seed: float, seconds: float) -> None:

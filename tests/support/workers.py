@@ -13,14 +13,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
 from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import LoadReport, Worker
+from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, HashedFile, Load, Outcome, Tensor, WantedOutput
+from runtime.wire import DATATYPES, Load, Loaded, Outcome, Tensor, WantedOutput
 
 T = TypeVar("T")
 
@@ -29,8 +30,6 @@ Serve = Callable[..., Awaitable[Worker]]
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
-
-
 FOR_EVER_S = 1000.0
 """The time that an inference gets where none is to run out."""
 
@@ -66,58 +65,23 @@ def unhurried() -> Iterator[None]:
         yield
 
 
-async def load(
-    worker: Worker, root: Path, model_id: str, memory_limit_bytes: int | None = None
-) -> LoadReport:
+async def load(worker: Worker, root: Path, model_id: str, memory_limit_bytes: int | None = None) -> Loaded:
     """Load the highest version of a model into a worker."""
     order = order_of(root, model_id, memory_limit_bytes=memory_limit_bytes)
     return await worker.load(order, lambda _: None)
 
 
-def order_of(
-    root: Path,
-    model_id: str,
-    version: int | None = None,
-    *,
-    known: tuple[HashedFile, ...] = (),
-    memory_limit_bytes: int | None = None,
-    max_batch_size: int = 0,
-    max_queue_delay_us: int = 0,
-    threads: int = 1,
-) -> Load:
-    """Make the order to load a version of a model, the highest when none is named."""
+def order_of(root: Path, model_id: str, version: int | None = None, **changes: Any) -> Load:
+    """Make the order to load a version of a model, the highest when none is named, with these changes."""
     found = Repository(root).resolve(model_id, version)
-    files = tuple(file.path for file in found.files)
-    return Load(
-        str(root),
-        str(found.folder),
-        files,
-        threads,
-        memory_limit_bytes,
-        known,
-        max_batch_size,
-        max_queue_delay_us,
-    )
+    order = Load(str(root), str(found.folder), tuple(file.path for file in found.files), threads=1)
+    return replace(order, **changes)
 
 
 async def loaded(pool: WorkerPool, root: Path, model_id: str) -> Worker:
     """Start a worker with the highest version of a model."""
-    return await batching(pool, root, model_id, 0)
-
-
-async def batching(
-    pool: WorkerPool, root: Path, model_id: str, max_batch_size: int, max_queue_delay_us: int = 0
-) -> Worker:
-    """Start a worker with the highest version of a model, which runs so many requests at once."""
     worker = await pool.start(model_id)
-    order = order_of(
-        root,
-        model_id,
-        max_batch_size=max_batch_size,
-        max_queue_delay_us=max_queue_delay_us,
-        threads=pool.threads,
-    )
-    await worker.load(order, lambda _: None)
+    await load(worker, root, model_id)
     return worker
 
 
@@ -130,25 +94,24 @@ async def asked_at_once(worker: Worker, *asked: Coroutine[Any, Any, T]) -> list[
     return tasks
 
 
-async def ask(
-    worker: Worker, inputs: Sequence[Tensor], *outputs: str, text: bool = False
-) -> tuple[Tensor, ...]:
-    """Run the model of a worker, with all the time it needs; no outputs means all."""
-    _, tensors = await ask_all(worker, inputs, *outputs, text=text)
-    return tensors
-
-
-async def answer(worker: Worker, *inputs: Tensor) -> Any:
-    """Run the model of a worker, and return its first output as lists and numbers."""
-    return array((await ask(worker, inputs))[0]).tolist()
-
-
 async def ask_all(
     worker: Worker, inputs: Sequence[Tensor], *outputs: str, text: bool = False
 ) -> tuple[Outcome, tuple[Tensor, ...]]:
-    """Run the model of a worker, and see what was told of it."""
+    """Run the model of a worker, with all the time it needs; no outputs means all."""
     wanted = tuple(WantedOutput(name, text) for name in outputs)
     return await worker.infer(inputs, wanted, text=text, timeout_s=FOR_EVER_S)
+
+
+async def ask(
+    worker: Worker, inputs: Sequence[Tensor], *outputs: str, text: bool = False
+) -> tuple[Tensor, ...]:
+    """Run the model of a worker; returns the outputs."""
+    return (await ask_all(worker, inputs, *outputs, text=text))[1]
+
+
+async def answer(worker: Worker, *inputs: Tensor) -> Any:
+    """Run the model of a worker; returns its first output as lists and numbers."""
+    return array((await ask(worker, inputs))[0]).tolist()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -184,7 +147,7 @@ def descriptors(pid: int) -> list[str]:
     """Give what a process's open descriptors are: paths, or "pipe", "socket", "anon_inode"."""
     kinds = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # what this very listing had opened
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
             kinds.append(str(entry.readlink()).partition(":")[0])
     return sorted(kinds)
 
@@ -200,9 +163,8 @@ def descriptors_left(count: int) -> Iterator[None]:
         with contextlib.suppress(OSError):
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
-        while count:
+        for _ in range(count):
             os.close(held.pop())
-            count -= 1
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -213,7 +175,7 @@ def descriptors_left(count: int) -> Iterator[None]:
 def wait_gone(pidfds: list[int]) -> bool:
     """Wait until all these processes are gone, and close their pidfds; False if one is not in time."""
     try:
-        return all(_readable(pidfd) for pidfd in pidfds)
+        return all(select.select([pidfd], [], [], LIMIT_S)[0] for pidfd in pidfds)
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
@@ -238,12 +200,6 @@ def array(value: Tensor) -> np.ndarray:
 def trips(count: int) -> Tensor:
     """Make the input of `models.counting_loop`."""
     return tensor("trips", "INT64", np.array(count, np.int64))
-
-
-def _readable(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(LIMIT_S * 1000))
 
 
 def _ticks(pid: int) -> int:

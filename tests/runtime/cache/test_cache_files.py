@@ -13,33 +13,16 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cache import check_whole, halves, keep, key, made_of, written
+from support.cache import check_whole, halves, keep, key, made_of, opened, written
 from support.history import PLAIN
 
 from runtime.cache.files import CacheUnavailable
-from runtime.cache.manifest import source_hashes
 from runtime.cache.store import ModelCache
 from runtime.wire import HashedFile
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000
 STRAY_DRAFT = f"draft-{'0' * 16}-{'1' * 8}"
-
-
-def opened(folder: Path) -> ModelCache:
-    store = ModelCache(folder, LIMIT)
-    store.open()
-    return store
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "prepared"
-
-
-@pytest.fixture
-def store(folder: Path) -> ModelCache:
-    return opened(folder)
 
 
 @contextmanager
@@ -73,40 +56,34 @@ def test_other_files_of_a_draft_are_not_kept(store: ModelCache, tmp_path: Path) 
     assert (tmp_path / "elsewhere").read_text() == "stays"
 
 
+def change_file(draft: Path) -> None:
+    (draft / "weights.bin").write_bytes(b"other")
+
+
+def link_file(draft: Path) -> None:
+    (draft / "weights.bin").rename(draft.parent / "elsewhere")
+    (draft / "weights.bin").symlink_to(draft.parent / "elsewhere")
+
+
+FOREIGN = ("../elsewhere", "/etc/passwd", "a/b", "", ".", "..", "manifest.json", "a\0b", "gone")
+OTHER_FILES: list[Callable[[Path, tuple[HashedFile, ...]], tuple[HashedFile, ...] | None]] = [
+    lambda draft, _: change_file(draft),
+    lambda draft, _: link_file(draft),
+    lambda _, files: files * 2,
+    *(lambda _, files, path=path: (msgspec.structs.replace(files[0], path=path),) for path in FOREIGN),
+]
+
+
 def test_files_other_than_those_reported_are_not_kept(store: ModelCache, folder: Path) -> None:
-    def changed(draft: Path) -> tuple[HashedFile, ...]:
-        files = written(draft, halves(10, "a"))
-        (draft / "weights.bin").write_bytes(b"other")
-        return files
-
-    def renamed(draft: Path, path: str) -> tuple[HashedFile, ...]:
-        return tuple(msgspec.structs.replace(file, path=path) for file in written(draft, halves(10, "a"))[:1])
-
-    def linked(draft: Path) -> tuple[HashedFile, ...]:
-        files = written(draft, halves(10, "a"))
-        (draft / "weights.bin").rename(folder / "elsewhere")
-        (draft / "weights.bin").symlink_to(folder / "elsewhere")
-        return files
-
-    wrong: list[Callable[[Path], tuple[HashedFile, ...]]] = [
-        changed,
-        linked,
-        lambda _: (),
-        lambda draft: written(draft, halves(10, "a")) * 2,
-        *(
-            lambda draft, path=path: renamed(draft, path)
-            for path in ("../elsewhere", "/etc/passwd", "a/b", "", ".", "..", "manifest.json", "a\0b", "gone")
-        ),
-    ]
-    for make in wrong:
+    for change in [*OTHER_FILES, lambda *_: ()]:
         draft = store.draft(A)
-        assert store.keep(A, draft, made_of(make(draft))) is None
+        files = written(draft, halves(10, "a"))
+        changed = change(draft, files)
+        assert store.keep(A, draft, made_of(files if changed is None else changed)) is None
         entry = store.find(A)
         assert entry is not None
-        assert (entry.form, entry.tried) == (
-            None,
-            {"prepacked": "its files are not those that the worker wrote"},
-        )
+        assert entry.form is None
+        assert entry.tried == {"prepacked": "its files are not those that the worker wrote"}
         assert not drafts(folder)
 
 
@@ -133,7 +110,7 @@ def test_restored_copy_with_the_same_content_is_used(store: ModelCache, folder: 
     before = keep(store, "a")
     assert before is not None
     moved = shutil.copytree(folder, tmp_path / "restored" / "prepared")
-    after = opened(moved).use(A)
+    after = opened(moved, LIMIT).use(A)
     assert after is not None
     assert (after.sha256, after.folder) == (before.sha256, str(moved / A))
     assert {file.inode for file in after.files}.isdisjoint(file.inode for file in before.files)
@@ -164,23 +141,34 @@ def test_form_with_changed_content_is_forgotten(
         case "FIFO":
             os.mkfifo(file)
     assert store.use(A) is None
-    assert opened(folder).find(A) is None
+    assert opened(folder, LIMIT).find(A) is None
     assert not (folder / A).exists()
     assert keep(store, "a", 64) is not None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"", b"{", b"null", b"[]", b"\xff\xfe", b"{}" * 9, b"[" * 100_000, b'{"layout": 1}',
-        b'{"layout": 1, "key": 1}',
-    ],
-    ids=["empty", "cut", "null", "list", "not-text", "twice", "deep", "partial", "wrong-type"],
-)  # fmt: skip
-def test_unreadable_manifest_is_none(store: ModelCache, folder: Path, text: bytes) -> None:
+UNREADABLE: list[bytes | tuple[str, object]] = [
+    b"", b"{", b"null", b"[]", b"\xff\xfe", b"{}" * 9, b"[" * 100_000, b'{"layout": 1}',
+    b'{"layout": 1, "key": 1}',
+    ("layout", 2), ("key", B), ("form", "other"), ("form", None), ("sha256", "ab" * 32), ("sha256", None),
+    ("files", []), ("took_ms", -1), ("version", 2**70), ("model_id", 7), ("new", 1), ("figures", [1]),
+    ("tried", {"best": "?"}), ("path", "../model.onnx"), ("path", "manifest.json"), ("bytes", 2**63),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", UNREADABLE, ids=lambda change: str(change)[:30])
+def test_invalid_manifest_is_none(
+    store: ModelCache, folder: Path, change: bytes | tuple[str, object]
+) -> None:
+    """Not JSON, or a field with an impossible value."""
     keep(store, "a")
     keep(store, "b")
-    (folder / A / "manifest.json").write_bytes(text)
+    file = folder / A / "manifest.json"
+    if isinstance(change, bytes):
+        file.write_bytes(change)
+    else:
+        told, (field, value) = msgspec.json.decode(file.read_bytes()), change
+        (told["files"][0] if field in {"path", "bytes"} else told)[field] = value
+        file.write_bytes(msgspec.json.encode(told))
     assert store.find(A) is None
     assert store.use(A) is None
     assert not store.drop(A, "bad")
@@ -189,31 +177,11 @@ def test_unreadable_manifest_is_none(store: ModelCache, folder: Path, text: byte
     assert os.listdir(folder) == [B]  # noqa: PTH208
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("layout", 2), ("key", B), ("form", "other"), ("form", None), ("sha256", "ab" * 32), ("sha256", None),
-        ("files", []), ("took_ms", -1), ("version", 2**70), ("model_id", 7), ("new", 1), ("figures", [1]),
-        ("tried", {"best": "?"}), ("path", "../model.onnx"), ("path", "manifest.json"), ("bytes", 2**63),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_impossible_manifest_is_none(store: ModelCache, folder: Path, field: str, value: object) -> None:
-    keep(store, "a")
-    file = folder / A / "manifest.json"
-    told = msgspec.json.decode(file.read_bytes())
-    (told["files"][0] if field in {"path", "bytes"} else told)[field] = value
-    file.write_bytes(msgspec.json.encode(told))
-    assert store.find(A) is None
-    assert store.use(A) is None
-    assert store.entries() == []
-
-
 @PLAIN
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
 def test_any_byte_of_a_manifest_may_be_wrong(position: int, byte: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        store = opened(Path(scratch) / "prepared")
+        store = opened(Path(scratch) / "prepared", LIMIT)
         before = keep(store, "a")
         file = Path(scratch) / "prepared" / A / "manifest.json"
         text = bytearray(file.read_bytes())
@@ -252,26 +220,24 @@ def test_open_removes_leftovers_and_spares_foreign_files(
     (folder / key("file")).write_text("no folder")
     for name in ("lost+found", "draft-1", B[:-1], B.upper()):
         (folder / name).mkdir()
-    opened(folder)
+    opened(folder, LIMIT)
     assert {path.name for path in folder.iterdir()} == {A, "lost+found", "draft-1", B[:-1], B.upper()}
     assert "'lost+found'" in caplog.text
-    assert opened(folder).use(A) is not None
+    assert opened(folder, LIMIT).use(A) is not None
 
 
-@pytest.mark.parametrize("kind", ["link", "broken link", "file", "writable"])
-def test_folder_that_others_can_fill_is_refused(folder: Path, tmp_path: Path, kind: str) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    match kind:
-        case "link":
-            (elsewhere / A).mkdir(parents=True)
-            folder.symlink_to(elsewhere)
-        case "broken link":
-            folder.symlink_to(elsewhere)
-        case "file":
-            folder.write_text("mine")
-        case "writable":
-            folder.mkdir()
-            folder.chmod(0o777)
+UNSAFE: dict[str, Callable[[Path], object]] = {
+    "link": lambda folder: folder.symlink_to(folder.parent),
+    "broken link": lambda folder: folder.symlink_to(folder.parent / "nowhere"),
+    "file": lambda folder: folder.write_text("mine"),
+    "writable": lambda folder: (folder.mkdir(), folder.chmod(0o777)),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("kind", UNSAFE)
+def test_folder_that_others_can_fill_is_refused(folder: Path, kind: str) -> None:
+    (folder.parent / A).mkdir()
+    UNSAFE[kind](folder)
     store = ModelCache(folder, LIMIT)
     calls: list[Callable[[], object]] = [
         store.open,
@@ -282,7 +248,7 @@ def test_folder_that_others_can_fill_is_refused(folder: Path, tmp_path: Path, ki
         with pytest.raises(CacheUnavailable, match=str(folder)):
             call()
     assert store.use(A) is None
-    assert kind != "link" or (elsewhere / A).exists()
+    assert (folder.parent / A).exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
@@ -295,11 +261,11 @@ def test_folder_of_another_user_is_refused(store: ModelCache, folder: Path) -> N
 def test_group_writable_folder_is_emptied(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
     folder.chmod(0o755)
-    opened(folder)
+    opened(folder, LIMIT)
     assert store.use(A) is not None  # a reader has changed nothing
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o2770)
-    assert opened(folder).entries() == []
+    assert opened(folder, LIMIT).entries() == []
     assert stat.S_IMODE(folder.stat().st_mode) & 0o777 == 0o700
 
 
@@ -308,14 +274,14 @@ def test_group_writable_folder_is_emptied(store: ModelCache, folder: Path) -> No
 
 def test_full_disk_makes_the_cache_unavailable(store: ModelCache, folder: Path) -> None:
     old = keep(store, "a", seed="old")
-    draft = store.draft(A)
-    files = written(draft, halves(10, "new"))
-    with file_size_limit(100), pytest.raises(CacheUnavailable, match="cannot be kept in"):
-        store.keep(A, draft, made_of(files))
-    with file_size_limit(100), pytest.raises(CacheUnavailable):
-        store.record_useless(B, {}, model_id="b", version=1)
-    with file_size_limit(100), pytest.raises(CacheUnavailable):
-        store.drop(A, "bad")
+    calls: list[Callable[[], object]] = [
+        lambda: keep(store, "a", seed="new"),
+        lambda: store.record_useless(B, {}, model_id="b", version=1),
+        lambda: store.drop(A, "bad"),
+    ]
+    for call in calls:
+        with file_size_limit(100), pytest.raises(CacheUnavailable, match="cannot be kept in"):
+            call()
     assert os.listdir(folder) == [A]  # noqa: PTH208
     assert store.use(A) == old
     assert keep(store, "b") is not None
@@ -353,10 +319,3 @@ def test_draft_larger_than_the_disk_evicts_nothing(store: ModelCache, folder: Pa
         store.draft(B, 10**18)
     assert os.listdir(folder) == [A]  # noqa: PTH208
     assert store.draft(B, 10).is_dir()
-
-
-def test_sources_are_hashes_of_the_loaded_files(tmp_path: Path) -> None:
-    files = written(tmp_path, {"b": b"2", "a": b"1"})
-    assert [(source.path, source.sha256) for source in source_hashes(files)] == sorted(
-        (file.path, file.sha256) for file in files
-    )

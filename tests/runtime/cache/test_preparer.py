@@ -37,7 +37,7 @@ from runtime.wire import Form
 
 SLOW = models.slow_to_fold(side=300, depth=60)
 """ONNX Runtime takes a while to load it each time, and none to load its optimised form."""
-SLOWER = models.slow_to_fold(side=600, depth=20)
+SLOWER = models.slow_to_fold(side=400, depth=20)
 """Its preparation lasts long enough for a test to interfere with it."""
 IN_SPARE_TIME_S = 600.0
 """Preparing waits until the machine has little else to do, other tests included."""
@@ -52,7 +52,7 @@ def _no_inference_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ModelCache:
-    return opened(tmp_path)
+    return opened(tmp_path / "prepared")
 
 
 def form_of(store: ModelCache, root: Path, model_id: str = "m") -> str | None:
