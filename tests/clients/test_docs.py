@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.pages import ROOT, blocks, expected, printed_as, run_page
-from support.servers import Server, clean_environment, standing
+from support.servers import Server, clean_environment, copy_examples, standing
 from yarl import URL
 
 PAGES = ("curl", "tritonclient", "kserve")
@@ -19,9 +19,7 @@ NUMBER = re.compile(r"\d+(\.\d+)?")
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    shutil.copytree(
-        ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.py", "__pycache__")
-    )
+    copy_examples(tmp_path)
     with standing(tmp_path / "examples") as server:
         yield server
 

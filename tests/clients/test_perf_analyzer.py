@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from onnx import TensorProto
 from support import models
-from support.clients import client_repository
 from support.servers import Server, address, bearer, clean_environment, standing
 from tritonclient.http import InferenceServerClient
 
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     repository = tmp_path_factory.mktemp("perf") / "repository"
-    client_repository(repository)
+    models.save(models.subtract(), repository, "subtract")
+    models.save(models.identity(TensorProto.STRING, [None, None]), repository, "identity-BYTES")
     models.save(models.identity(models.FLOAT, [None, 2]), repository, "batched")
     with standing(repository) as server, InferenceServerClient(address(server)) as client:
         admin = bearer(server, "admin")

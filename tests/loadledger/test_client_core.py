@@ -15,25 +15,28 @@ from support.clients import ADDRESS, answer, bookmark, event_line, problem
 from support.history import PLAIN
 
 import loadledger
-from loadledger import problems, records, requests
-from loadledger.address import Address, path, query
-from loadledger.problems import (
+from loadledger import (
     Archived,
     BadAnswer,
     Busy,
     ClientProblem,
+    Event,
+    Job,
     JobFailed,
     JobUnfinished,
     NotAllowed,
     NotFound,
     ServerError,
     ServerUnreachable,
+    problems,
+    records,
+    requests,
 )
-from loadledger.records import Event, Job
+from loadledger.address import Address, path, query
 from loadledger.requests import Answer, quote_key
 from loadledger.retries import LONGEST_BACK_OFF_S, back_off_s, is_transient
 from loadledger.stream import Bookmark, LineSplitter, parse_line
-from loadledger.tensors import flatten, shape_of, to_tensors
+from loadledger.tensors import to_tensors
 from server.api.jobs import unquote_key
 
 TOKEN = "s3cr3t-token"
@@ -42,17 +45,9 @@ NAMES = set(vars(loadledger)["__all__"])
 # Addresses
 
 
-@pytest.mark.parametrize(
-    ("given_url", "url"),
-    [
-        ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
-        ("http://127.0.0.1:8080/", "http://127.0.0.1:8080"),
-        ("https://example.org/loadledger/", "https://example.org/loadledger"),
-        ("http://[::1]:8080//", "http://[::1]:8080"),
-    ],
-)
-def test_url_may_have_prefix_and_slash(given_url: str, url: str) -> None:
-    assert Address.of(given_url).url == url
+@pytest.mark.parametrize("url", ["http://h:80", "https://example.org/loadledger", "http://[::1]:8080"])
+def test_url_may_have_prefix_and_slashes(url: str) -> None:
+    assert [Address.of(f"{url}{slashes}").url for slashes in ("", "/", "//")] == [url] * 3
 
 
 @pytest.mark.parametrize(
@@ -60,12 +55,13 @@ def test_url_may_have_prefix_and_slash(given_url: str, url: str) -> None:
     [
         *("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://:80", "http://host:port", ""),
         *("http://host:99999", "http://host:0", "http://host/?query", "http://host/#part"),
-        *("http://ho st", "http://host\r\nX: y", "http://høst", "http://host\\path"),
+        *("http://alice@host", "http://ho st", "http://host\r\nX: y", "http://høst", "http://host\\path"),
     ],
 )
 def test_invalid_url_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="http"):
+    with pytest.raises(ValueError, match=r"URL|http") as caught:
         Address.of(url)
+    assert "alice" not in str(caught.value)  # it may be a password
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nend", "", "tökén"])
@@ -73,9 +69,6 @@ def test_secret_is_refused_without_being_repeated(token: str) -> None:
     with pytest.raises(ValueError, match="the token") as caught:
         Address.of("http://host", token)
     assert not token or token not in str(caught.value)
-    with pytest.raises(ValueError, match="names a user") as caught:
-        Address.of("http://alice:pa55word@host")
-    assert "pa55word" not in str(caught.value)
 
 
 def test_repr_of_client_hides_token() -> None:
@@ -93,17 +86,11 @@ def test_any_id_is_one_path_segment(model_id: str) -> None:
     assert unquote(made.split("/")[2]) == model_id
 
 
-@pytest.mark.parametrize("segment", ["", ".", ".."])
-def test_path_segment_that_leads_elsewhere_is_refused(segment: str) -> None:
-    with pytest.raises(ValueError, match="no id"):
-        path("jobs", segment)
-
-
-def test_query_is_escaped() -> None:
-    assert query([]) == ""
-    assert query([("at", "2026-01-31T14:02:00+01:00"), ("type", "a&b")]) == (
-        "?at=2026-01-31T14%3A02%3A00%2B01%3A00&type=a%26b"
-    )
+def test_query_is_escaped_and_dots_are_no_id() -> None:
+    assert query([("at", "14:02+01:00"), ("type", "a&b")]) == "?at=14%3A02%2B01%3A00&type=a%26b"
+    for segment in ("", ".", ".."):
+        with pytest.raises(ValueError, match="no id"):
+            path("jobs", segment)
 
 
 @PLAIN
@@ -122,23 +109,18 @@ def test_invalid_idempotency_key_is_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "statuses"),
+    ("status", "kind"),
     [
-        (ServerError, [400, 409, 500]),
-        (NotAllowed, [401, 403]),
-        (NotFound, [404]),
-        (Busy, [429, 502, 503, 504]),
+        *((400, ServerError), (409, ServerError), (500, ServerError), (404, NotFound)),
+        *((401, NotAllowed), (403, NotAllowed), (429, Busy), (502, Busy), (503, Busy), (504, Busy)),
     ],
 )
-def test_refusal_raises_by_status(kind: type[ServerError], statuses: list[int]) -> None:
-    for status in statuses:
-        error = requests.decode_refusal(
-            problem(status, "some_code", "because", instance="urn:uuid:1"), ADDRESS
-        )
-        assert type(error) is kind
-        assert (error.status, error.code, error.detail) == (status, "some_code", "because")
-        assert error.instance == "urn:uuid:1"
-        assert str(error) == f"the server answered {status}: because (some_code)"
+def test_refusal_raises_by_status(status: int, kind: type[ServerError]) -> None:
+    error = requests.decode_refusal(problem(status, "some_code", "because", instance="urn:uuid:1"), ADDRESS)
+    assert type(error) is kind
+    found = (error.status, error.code, error.detail, error.instance)
+    assert found == (status, "some_code", "because", "urn:uuid:1")
+    assert str(error) == f"the server answered {status}: because (some_code)"
 
 
 def test_archived_refusal_has_position_to_begin_at() -> None:
@@ -149,20 +131,19 @@ def test_archived_refusal_has_position_to_begin_at() -> None:
         assert type(requests.decode_refusal(problem(410, "archived", oldest=oldest), ADDRESS)) is ServerError
 
 
-def test_redirect_is_refused_with_its_target() -> None:
-    for status in (301, 302, 307, 308):
-        error = requests.decode_refusal(answer({}, status, location="https://evil.example/\x1b[2J"), ADDRESS)
-        assert isinstance(error, ServerError)
-        assert error.code == "redirected"
-        assert "https://evil.example/" in str(error)
-        assert str(error).isprintable()
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirect_is_refused_with_its_target(status: int) -> None:
+    error = requests.decode_refusal(answer({}, status, location="https://evil.example/\x1b[2J"), ADDRESS)
+    assert isinstance(error, ServerError)
+    assert error.code == "redirected"
+    assert "https://evil.example/" in str(error)
+    assert str(error).isprintable()
 
 
 def test_retry_after_is_bounded_seconds() -> None:
-    for text, seconds in (("7", 7.0), (" 0 ", 0.0), ("99999999999", 300.0)):
-        assert requests.parse_retry_after({"retry-after": text}) == seconds
-    for text in ("-1", "1.5", "soon", ""):
-        assert requests.parse_retry_after({"retry-after": text}) is None
+    texts = ("7", " 0 ", "99999999999", "-1", "1.5", "soon", "")
+    seconds = [requests.parse_retry_after({"retry-after": text}) for text in texts]
+    assert seconds == [7.0, 0.0, 300.0, None, None, None, None]
 
 
 HOSTILE = [
@@ -174,9 +155,7 @@ HOSTILE = [
     b'{"code": "Has Spaces\\n", "detail": "\\u001b[2J' + b"x" * 5000 + b'"}',
     b'{"code": "' + b"c" * 1000 + b'"}',
     b'"\\ud800"',
-    b"\xff\xfe\x00",
     b'{"detail": "your token is s3cr3t-token"}',
-    b"1e999",
     b"x" * 200_000,
     b"s3cr3t-token in no JSON",
 ]
@@ -304,13 +283,11 @@ def test_lines_are_whole_wherever_chunks_end(lines: list[bytes], data: Any) -> N
     assert [line for chunk in chunks for line in cutter.feed(chunk)] == lines
 
 
-def test_endless_line_is_refused() -> None:
-    cutter = LineSplitter(most=100)
-    assert cutter.feed(b"x" * 100) == []
-    for part in (b"x", b"y" * 101 + b"\n"):
-        with pytest.raises(BadAnswer, match="101 bytes"):
-            cutter.feed(part)
-        cutter = LineSplitter(most=100)
+@pytest.mark.parametrize("parts", [[b"x" * 100, b"x"], [b"y" * 101 + b"\n"]], ids=["in parts", "at once"])
+def test_endless_line_is_refused(parts: list[bytes]) -> None:
+    splitter = LineSplitter(most=100)
+    with pytest.raises(BadAnswer, match="101 bytes"):
+        list(map(splitter.feed, parts))
 
 
 def test_line_is_event_bookmark_or_ignored() -> None:
@@ -321,8 +298,8 @@ def test_line_is_event_bookmark_or_ignored() -> None:
     assert event.line == line
     assert msgspec.json.decode(msgspec.json.encode(event)).keys() == set(Event.__struct_fields__)
     assert parse_line(bookmark(9)) == Bookmark(9)
-    ignored = (b"", b" ", b'{"stream":"live","position":3}', b'{"stream":"stage"}', b'{"stream":"later"}')
-    assert [parse_line(each) for each in ignored] == [None] * 5
+    for ignored in (b"", b" ", b'{"stream":"live","position":3}', b'{"stream":"later"}'):
+        assert parse_line(ignored) is None
 
 
 @pytest.mark.parametrize(
@@ -341,12 +318,11 @@ def test_invalid_line_is_refused(line: bytes) -> None:
 @given(st.lists(st.integers(0, 3), max_size=4))
 def test_nested_lists_have_shape_and_order_of_array(shape: list[int]) -> None:
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    nested = array.tolist()
-    assert flatten(nested) == array.flatten().tolist()
-    if 0 not in shape:
-        assert shape_of("x", nested) == shape
-    made = to_tensors({"x": array}, {"inputs": [{"name": "x", "datatype": "INT64"}]})
-    assert made == [{"name": "x", "shape": shape, "datatype": "INT64", "data": array.flatten().tolist()}]
+    metadata = {"inputs": [{"name": "x", "datatype": "INT64"}]}
+    tensor = {"name": "x", "shape": shape, "datatype": "INT64", "data": array.flatten().tolist()}
+    assert to_tensors({"x": array}, metadata) == [tensor]
+    if 0 not in shape:  # an empty array's lists do not give its shape
+        assert to_tensors({"x": array.tolist()}, metadata) == [tensor]
 
 
 @pytest.mark.parametrize("value", [[[1, 2], [3]], [1, [2]], [[[1]], [[1, 2]]]])
@@ -356,12 +332,10 @@ def test_ragged_lists_are_refused_by_input_name(value: Any) -> None:
 
 
 def test_unknown_input_is_refused_with_known_ones() -> None:
-    with pytest.raises(ValueError, match="no input 'y'; it has x, z"):
-        to_tensors(
-            {"y": 1}, {"inputs": [{"name": "x", "datatype": "A"}, {"name": "z", "datatype": "B"}, 5, {}]}
-        )
-    with pytest.raises(ValueError, match="it has none"):
-        to_tensors({"y": 1}, {"inputs": None})
+    inputs = [{"name": "x", "datatype": "A"}, {"name": "z", "datatype": "B"}, 5, {}]
+    for declared, known in ((inputs, "x, z"), (None, "none")):
+        with pytest.raises(ValueError, match=f"no input 'y'; it has {known}"):
+            to_tensors({"y": 1}, {"inputs": declared})
 
 
 def test_complete_tensors_are_taken_unchanged() -> None:

@@ -1,44 +1,80 @@
-"""The clients of others and ours behind one interface, played connections, and binary tensors."""
+"""The command in this process, both clients behind one interface, played answers, and binary tensors."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from inspect import isasyncgen
+from typing import Any
 
 import msgspec
 import numpy as np
-from ml_dtypes import bfloat16
-from onnx import TensorProto
-from tritonclient.http import InferenceServerClient, InferInput, aio
-from tritonclient.utils import deserialize_bytes_tensor
+from click.testing import CliRunner, Result
+from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
 from loadledger import AsyncClient, Client
 from loadledger.address import Address
+from loadledger.cli.main import main
 from loadledger.operations import Operations
 from loadledger.problems import ClientProblem
 from loadledger.requests import Answer, CallContext, Request
-from loadledger.transport import iterate, run
-from support import models
-from support.servers import Server, address, bearer, standing
-
-KINDS = ["Client", "AsyncClient"]
-"""What tests are repeated for."""
+from server.config import settings
 
 LIMIT_S = 60.0
-"""Nothing here takes this long; it is there so that a bug fails a test and does not hang it."""
+"""Nothing takes this long; a bug fails a test instead of hanging it."""
+
+# The command
+
+NO_SETTINGS: dict[str, str | None] = dict.fromkeys(
+    [
+        *(setting.variable for setting in settings()),
+        *(f"LOADLEDGER_{name}" for name in ("CONFIG", "TOKEN", "URL", "PROFILE", "CA")),
+        "XDG_CONFIG_HOME",
+    ]
+)
+
+
+def run_command(
+    *arguments: object, typed: str | None = None, color: bool = False, **environment: Any
+) -> Result:
+    """Run `loadledger` in this process, with these variables and none of loadledger's beside them."""
+    env = {**NO_SETTINGS, "HOME": "/nowhere", **environment}
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(main, words, input=typed, env=env, color=color, prog_name="loadledger")
+    assert "Traceback" not in result.output
+    return result
+
+
+def printed(*arguments: object, code: int = 0, **environment: Any) -> str:
+    """Return the output of a command that must end with this code and print nothing on stderr."""
+    result = run_command(*arguments, **environment)
+    assert (result.exit_code, result.stderr) == (code, ""), result.output
+    return result.stdout
+
+
+def printed_json(*arguments: object, code: int = 0, **environment: Any) -> Any:
+    """Return the JSON that a command prints."""
+    return json.loads(printed(*arguments, "--json", code=code, **environment))
+
+
+def refused(*arguments: object, code: int = 2, **environment: Any) -> str:
+    """Return the reason of a command that must end with this code and print nothing else."""
+    result = run_command(*arguments, **environment)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert result.stderr.strip()
+    return result.stderr
+
+
+# Both clients
+
+KINDS = ["Client", "AsyncClient"]
 
 
 class Blocked:
-    """An asynchronous client that blocks: each call runs to its answer; its iterators can be closed.
-
-    Attributes:
-        client: ours, or somebody else's.
-    """
+    """An asynchronous client that blocks: each call runs to its answer; its iterators can be closed."""
 
     def __init__(self, client: Any, runner: asyncio.Runner) -> None:
         self.client = client
@@ -47,22 +83,22 @@ class Blocked:
     def __getattr__(self, name: str) -> Any:
         def called(*arguments: Any, **options: Any) -> Any:
             made = getattr(self.client, name)(*arguments, **options)
-            if name in ("jobs", "models", "events"):
-                return self._iterated(made)
-            return self._runner.run(_in_time(made))
+            return self._iterate(made) if isasyncgen(made) else self._runner.run(_in_time(made))
 
         return called
 
-    def _iterated(self, made: Any) -> Generator[Any, None, None]:
+    def _iterate(self, values: Any) -> Generator[Any, None, None]:
+        end = object()
         try:
-            while True:
-                try:
-                    value = self._runner.run(_in_time(anext(made)))
-                except StopAsyncIteration:
-                    return
+            while (value := self._runner.run(_in_time(anext(values, end)))) is not end:
                 yield value
         finally:
-            self._runner.run(made.aclose())
+            self._runner.run(values.aclose())
+
+
+async def _in_time(awaitable: Any) -> Any:
+    async with asyncio.timeout(LIMIT_S):
+        return await awaitable
 
 
 @contextmanager
@@ -81,182 +117,74 @@ def connected(kind: str, url: str, token: str | None = None, **options: Any) -> 
             runner.run(client_of_loop.close())
 
 
-async def _in_time(coroutine: Any) -> Any:
-    async with asyncio.timeout(LIMIT_S):
-        return await coroutine
-
-
-ELEMENTS: dict[str, int] = {
-    "BOOL": TensorProto.BOOL,
-    "UINT8": TensorProto.UINT8,
-    "UINT16": TensorProto.UINT16,
-    "UINT32": TensorProto.UINT32,
-    "UINT64": TensorProto.UINT64,
-    "INT8": TensorProto.INT8,
-    "INT16": TensorProto.INT16,
-    "INT32": TensorProto.INT32,
-    "INT64": TensorProto.INT64,
-    "FP16": TensorProto.FLOAT16,
-    "BF16": TensorProto.BFLOAT16,
-    "FP32": TensorProto.FLOAT,
-    "FP64": TensorProto.DOUBLE,
-    "BYTES": TensorProto.STRING,
-}
-"""The protocol's datatypes; `identity-BOOL` gives back its BOOL, and so on."""
-FLOATS: dict[str, Any] = {"FP16": np.float16, "BF16": bfloat16, "FP32": np.float32, "FP64": np.float64}
-CLIENT_MODELS = ("subtract", "loop", *(f"identity-{datatype}" for datatype in ELEMENTS))
-"""What there is to load, beside `corrupt`, which cannot be, and `idle`, which no test loads."""
-
-
-@dataclass(frozen=True)
-class ServedClients:
-    """A server with these models, and clients of it.
-
-    Attributes:
-        server: with all loaded but `idle` and `corrupt`.
-        runner: the loop of asynchronous clients.
-        triton: Triton's clients, `sync` and `aio`.
-        resources: closed with the server.
-    """
-
-    server: Server
-    runner: asyncio.Runner
-    triton: Mapping[str, Any]
-    resources: ExitStack
-
-
-@contextmanager
-def serving_clients(folder: Path) -> Iterator[ServedClients]:
-    """Start a server on all models in a new folder, and Triton's clients."""
-
-    async def open_aio() -> aio.InferenceServerClient:
-        return aio.InferenceServerClient(address(server))
-
-    client_repository(folder / "repository")
-    with ExitStack() as resources:
-        server = resources.enter_context(standing(folder / "repository"))
-        runner = resources.enter_context(asyncio.Runner())
-        sync = resources.enter_context(InferenceServerClient(address(server), concurrency=4))
-        for_loops = runner.run(open_aio())
-        resources.callback(lambda: runner.run(for_loops.close()))
-        for name in CLIENT_MODELS:
-            sync.load_model(name, headers=bearer(server, "admin"))
-        yield ServedClients(server, runner, {"sync": sync, "aio": Blocked(for_loops, runner)}, resources)
-
-
-def client_repository(root: Path) -> None:
-    """Write all of them, and `corrupt`."""
-    for datatype, element in ELEMENTS.items():
-        models.save(models.identity(element, [None, None]), root, f"identity-{datatype}")
-    models.save(models.subtract(), root, "subtract")
-    models.save(models.counting_loop(), root, "loop")
-    models.save(models.identity(), root, "idle")
-    models.save_bytes(models.CORRUPT, root, "corrupt")
-
-
-def sample(datatype: str) -> Any:
-    """Return a matrix of 2 by 3 with the datatype's extremes, as Triton's client takes it."""
-    if datatype == "BYTES":
-        return np.array([["", "a", "ü€"], ["\n", "0", "long " * 100]], object)
-    if datatype == "BOOL":
-        return np.array([[True, False, True], [False, False, True]])
-    if datatype in FLOATS:
-        return np.array([[0, -0.0, 1.5], [-2, np.inf, -np.inf]], FLOATS[datatype])
-    limits = np.iinfo(datatype.lower())
-    return np.array([[0, 1, 2], [limits.min, limits.max, 3]], datatype.lower())
-
-
-def tensor(name: str, array: Any, datatype: str = "FP32", *, binary: bool = True) -> InferInput:
-    """Return an input of Triton's clients."""
-    given = InferInput(name, list(array.shape), datatype)
-    given.set_data_from_numpy(array, binary_data=binary)
-    return given
-
-
-def floats(name: str, *values: float, binary: bool = True) -> InferInput:
-    """Return an input of FP32 numbers."""
-    return tensor(name, np.array(values, np.float32), binary=binary)
-
-
-T = TypeVar("T")
+# Played answers
 
 ADDRESS = Address("http://ledger.example:8080", "s3cr3t-token")
 NDJSON = Answer(200, {"content-type": "application/x-ndjson"}, b"")
 
 
 class OutOfAnswers(Exception):
-    """The call goes on after the last answer: what it did before is what counts."""
+    """The client asks for more than the answers that were given."""
 
 
 @dataclass(slots=True)
 class Played:
-    """A transport of answers that are known before, and what a call did with it.
+    """A transport that plays given answers and records what the client does.
 
     Attributes:
-        answers: answers, parts of streams, and problems.
-        took_s: how long each takes to come.
-        requests: what was asked.
-        pauses: how long nothing was done, each time.
-        given: what came out of the iteration.
-        closed: how many streams were closed.
-        now: the time, in seconds.
+        answers: answers, parts of streams, and problems, in order.
+        took_s: duration of each.
+        closed: number of closed streams.
+        now: the client's clock, in seconds.
     """
 
     answers: Iterable[Answer | bytes | ClientProblem]
     took_s: float = 0.0
     requests: list[Request] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
-    given: list[Any] = field(default_factory=list)
     closed: int = 0
     now: float = 100.0
-    _iterator: Iterator[Answer | bytes | ClientProblem] | None = None
+    _left: Iterator[Answer | bytes | Exception] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._left = iter(self.answers)
 
     @property
-    def calls(self) -> Operations:
-        """The calls of a client over this."""
-        return Operations(CallContext(ADDRESS, 30.0, self, now=lambda: self.now, chance=lambda: 1.0))
-
-    def play(self, call: Coroutine[Any, Any, T]) -> T:
-        """Return what a call returns; when the answers are used up, it ends."""
-        return run(call)
-
-    def iterate(self, values: AsyncGenerator[Any, None]) -> None:
-        """Have all the values given that there are, or until the answers are used up."""
-        for value in iterate(values):
-            self.given.append(value)
+    def client(self) -> Client:
+        """A client over this transport."""
+        client = Client(ADDRESS.url, token=ADDRESS.token)
+        context = CallContext(ADDRESS, 30.0, self, now=lambda: self.now, chance=lambda: 1.0)
+        client._calls = Operations(context)
+        return client
 
     async def send(self, request: Request) -> Answer:
-        """Answer."""
+        """Return the next answer."""
         self.requests.append(request)
         answer = self.next()
         assert isinstance(answer, Answer)
         return answer
 
     async def open(self, request: Request) -> PlayedStream:
-        """Answer with a stream."""
+        """Return the next answer as a stream."""
         return PlayedStream(self, await self.send(request))
 
     async def pause(self, seconds: float) -> None:
-        """Have time pass."""
+        """Let time pass."""
         self.pauses.append(seconds)
         self.now += seconds
 
     def next(self) -> Answer | bytes:
-        """Return the next answer, or part of a stream."""
-        if self._iterator is None:
-            self._iterator = iter(self.answers)
+        """Return the next answer or part of a stream, or raise the next problem."""
         self.now += self.took_s
-        answer = next(self._iterator, None)
-        if answer is None:
-            raise OutOfAnswers
-        if isinstance(answer, ClientProblem):
+        answer = next(self._left, OutOfAnswers())
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
 
 @dataclass(slots=True)
 class PlayedStream:
-    """A stream of parts that are known before."""
+    """A stream of given parts."""
 
     played: Played
     answer: Answer
@@ -290,38 +218,28 @@ def job(status: str = "pending", **members: Any) -> dict[str, Any]:
 
 
 def event_line(position: int, **members: Any) -> bytes:
-    """Return an event as a stream has it."""
+    """Return an event as a line of a stream, without its end."""
     return msgspec.json.encode({"position": position, "type": "LoadStarted", **members})
 
 
+def event_lines(*positions: int) -> bytes:
+    """Return events as lines of a stream."""
+    return b"".join(event_line(position) + b"\n" for position in positions)
+
+
 def bookmark(position: int) -> bytes:
-    """Return the line that says where a stream is."""
+    """Return the line that tells a stream's position."""
     return b'{"stream":"bookmark","position":%d}' % position
 
 
+# Binary tensors
+
 HEADER_LENGTH = "Inference-Header-Content-Length"
-DTYPES = {
-    "BOOL": "?",
-    "UINT8": "u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "INT8": "i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "FP16": "<f2",
-    "BF16": "<u2",
-    "FP32": "<f4",
-    "FP64": "<f8",
-    "BYTES": "O",
-}
-"""What numpy calls the protocol's datatypes; it has no BF16, whose two bytes are an unsigned integer here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor, its data as the binary form has it."""
+    """A tensor, its data in the binary form."""
 
     name: str
     datatype: str
@@ -330,18 +248,19 @@ class Value:
 
     @property
     def array(self) -> Any:
-        """The tensor as ONNX Runtime takes it from Python, in memory of numpy's.
+        """The tensor for ONNX Runtime in Python, in numpy's memory; BF16 as unsigned integers.
 
         Some of its sums depend on how memory is aligned, so this is not left to chance.
         """
-        if self.datatype != "BYTES":
-            return np.frombuffer(self.data, DTYPES[self.datatype]).reshape(self.shape).copy()
-        texts = [element.decode() for element in deserialize_bytes_tensor(self.data)]
-        return np.array(texts, object).reshape(self.shape)
+        if self.datatype == "BYTES":
+            texts = [element.decode() for element in deserialize_bytes_tensor(self.data)]
+            return np.array(texts, object).reshape(self.shape)
+        dtype = np.uint16 if self.datatype == "BF16" else triton_to_np_dtype(self.datatype)
+        return np.frombuffer(self.data, dtype).reshape(self.shape).copy()
 
 
 def binary_request(values: Sequence[Value]) -> tuple[dict[str, str], bytes]:
-    """Return headers and body of a request that sends and wants all tensors as bytes."""
+    """Return headers and body of a request with binary inputs and outputs."""
     inputs = [
         {
             "name": value.name,

@@ -4,25 +4,22 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from support import models
+from support.clients import NO_SETTINGS, run_command
 from support.models import save, save_bytes
 
 from loadledger.cli.main import main
-from server.config import settings
-
-NOTHING = dict.fromkeys([*(setting.variable for setting in settings()), "LOADLEDGER_CONFIG"])
 
 
-def run(*arguments: str, **environment: str) -> Result:
-    result = CliRunner().invoke(main, ["check", "--port=0", *arguments], env={**NOTHING, **environment})
-    assert "Traceback" not in result.output
-    return result
+def run(*arguments: object, **environment: Any) -> Result:
+    return run_command("check", "--port=0", *arguments, **environment)
 
 
-def problems(*arguments: str) -> list[tuple[str, str]]:
+def problems(*arguments: object) -> list[tuple[str, str]]:
     """Return place and code of each problem; the exit code has to agree."""
     result = run(*arguments, "--json")
     told = json.loads(result.stdout)
@@ -139,9 +136,9 @@ def test_check_notes_taken_port_and_unknown_variables(tmp_path: Path) -> None:
 def test_check_prints_in_any_encoding_and_on_dumb_terminal(tmp_path: Path) -> None:
     (tmp_path / "…x.onnx").touch()
     arguments = ["check", "--quick", "--port=0", f"--repository={tmp_path}"]
-    result = CliRunner(charset="latin-1").invoke(main, arguments, env=NOTHING, color=True)
+    result = CliRunner(charset="latin-1").invoke(main, arguments, env=NO_SETTINGS, color=True)
     assert (result.exit_code, "?x.onnx" in result.stdout, "\x1b" in result.stdout) == (0, True, True)
-    result = CliRunner().invoke(main, arguments, env={**NOTHING, "TERM": "dumb"}, color=True)
+    result = run_command(*arguments, color=True, TERM="dumb")
     assert (result.exit_code, "\x1b" in result.stdout) == (0, False)
 
 

@@ -1,6 +1,5 @@
 """`loadledger token` and `key`: what they create, print and refuse."""
 
-import json
 import re
 import stat
 import time
@@ -10,37 +9,20 @@ from typing import Any
 
 import jwt
 import pytest
-from click.testing import CliRunner, Result
+from support.clients import printed, printed_json, refused
 
-from loadledger.cli.main import main
 from server.auth.gate import create_verifier
 from server.auth.keys import list_keys
-from server.config import Config, settings
+from server.config import Config
 
 ALICE = ("--subject=alice", "--role=admin")
 
 
-def run(*arguments: str, **environment: str) -> Result:
-    """Run the command with this environment and nothing of ours beside it."""
-    ours = {setting.variable: None for setting in settings()}
-    return CliRunner().invoke(main, arguments, env={**ours, **environment})
-
-
-def refused(*arguments: str, **environment: str) -> str:
-    """Return the reason of a command that must end with 2 and print nothing else."""
-    result = run(*arguments, **environment)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert result.stderr.strip()
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
-def create(data: Path, *arguments: str, **environment: str) -> str:
+def create(data: Path, *arguments: str, **environment: Any) -> str:
     """Return a new token of alice, an administrator; nothing else may be printed."""
-    result = run("token", f"--data={data}", *ALICE, *arguments, **environment)
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
-    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", result.stdout)
-    return result.stdout.strip()
+    token = printed("token", f"--data={data}", *ALICE, *arguments, **environment)
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", token)
+    return token.strip()
 
 
 def claims(token: str) -> dict[str, Any]:
@@ -54,7 +36,7 @@ def test_first_token_creates_data_directory(tmp_path: Path) -> None:
     assert {path.name for path in data.iterdir()} == {"keys", "ledger.key"}
     principal = create_verifier(Config(repository=tmp_path, data=data)).verify(token, time.time())
     assert (principal.subject, principal.roles) == ("alice", frozenset({"admin", "audit"}))
-    assert run("token", *ALICE, LOADLEDGER_DATA=str(data)).exit_code == 0
+    printed("token", *ALICE, LOADLEDGER_DATA=str(data))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +57,7 @@ def test_token_has_audience_and_issuer_of_settings(tmp_path: Path) -> None:
 
 def test_token_in_json_repeats_its_claims(tmp_path: Path) -> None:
     roles = ("--role=predict", "--role=audit")
-    result = run("token", f"--data={tmp_path}", "--subject=alice", *roles, "--expires=1h", "--json")
-    found = json.loads(result.stdout)
+    found = printed_json("token", f"--data={tmp_path}", "--subject=alice", *roles, "--expires=1h")
     assert found == {
         "token": found["token"],
         "subject": "alice",
@@ -121,20 +102,19 @@ def test_unusable_data_directory_is_refused(tmp_path: Path, command: str) -> Non
 def test_keys_are_listed_rotated_and_revoked(tmp_path: Path) -> None:
     data = ("--data", str(tmp_path))
     first = create(tmp_path)
-    rotated = run("key", "rotate", *data).stdout.strip()
+    rotated = printed("key", "rotate", *data).strip()
     second = create(tmp_path)
-    lines = run("key", "list", *data).stdout.splitlines()
+    lines = printed("key", "list", *data).splitlines()
     assert [line.split()[0] for line in lines] == [key.kid for key in list_keys(tmp_path)]
     assert [line.endswith("signs") for line in lines] == [False, True]
-    listed = json.loads(run("key", "list", *data, "--json").stdout)["keys"]
+    listed = printed_json("key", "list", *data)["keys"]
     old, new = (jwt.get_unverified_header(token)["kid"] for token in (first, second))
     assert [(each["kid"], each["signs"]) for each in listed] == [(old, False), (rotated, True)]
     assert new == rotated
-    revoked = run("key", "revoke", *data, old)
-    assert (revoked.exit_code, revoked.output) == (0, "")
-    assert len(run("key", "list", *data).stdout.splitlines()) == 1
-    rotated_again = json.loads(run("key", "rotate", *data, "--json").stdout)
-    assert json.loads(run("key", "revoke", *data, rotated_again["kid"], "--json").stdout) == rotated_again
+    assert printed("key", "revoke", *data, old) == ""
+    assert len(printed("key", "list", *data).splitlines()) == 1
+    rotated_again = printed_json("key", "rotate", *data)
+    assert printed_json("key", "revoke", *data, rotated_again["kid"]) == rotated_again
     verifier = create_verifier(Config(repository=tmp_path, data=tmp_path))
     assert verifier.verify(second, time.time()).subject == "alice"
 

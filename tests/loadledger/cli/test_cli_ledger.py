@@ -1,30 +1,26 @@
 """`loadledger verify` and `replay`: output, JSON and exit code; what is proved is tested in tests/events."""
 
 import asyncio
-import json
 import os
 import re
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from support import models
+from support.clients import printed, printed_json, refused
 from support.history import History, opened
 from support.http import LocalApi
-from support.ledgers import append_events, rows_of, sample_history, write_ledger
+from support.ledgers import append_events, rows_of, sample_history, sound_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
 from events.audit.verify import verify
 from events.datalock import LEDGER, lock_data
-from loadledger.cli.main import main
 from server.auth.keys import ensure_data_dir, open_signer
 
 TRIGGERS = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
@@ -32,38 +28,16 @@ ROUNDS = 2
 HEAD = len(sample_history(ROUNDS)) + 1
 
 
-def run(*arguments: object, data: Path | None = None) -> Result:
-    """Run the command with the data directory in the environment, if one is given."""
-    environment = {"LOADLEDGER_DATA": None if data is None else str(data)}
-    return CliRunner().invoke(main, [str(each) for each in arguments], env=environment)
-
-
-def lines(command: str, *arguments: object, code: int = 0, data: Path | None = None) -> list[str]:
-    """Return the output of a command that must end with this code and say nothing on stderr."""
-    result = run(command, *arguments, data=data)
-    assert (result.exit_code, result.stderr) == (code, ""), result.output
-    return result.stdout.splitlines()
-
-
-def members(command: str, *arguments: object, code: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads("\n".join(lines(command, *arguments, "--json", code=code)))
-    return found
-
-
-def refused(*arguments: object) -> str:
-    """Return the reason of a command that must end with 2 and print nothing else."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert "Traceback" not in result.stderr
-    return result.stderr
+def lines(*arguments: object, code: int = 0, **environment: Any) -> list[str]:
+    return printed(*arguments, code=code, **environment).splitlines()
 
 
 @pytest.fixture
-async def data(tmp_path: Path) -> Path:
+def data(tmp_path: Path) -> Path:
     """A data directory with keys and a ledger that ended in order."""
     folder = tmp_path / "data"
     ensure_data_dir(folder)
-    await write_ledger(folder / LEDGER, ROUNDS)
+    (folder / LEDGER).write_bytes(sound_ledger(ROUNDS))
     return folder
 
 
@@ -72,7 +46,7 @@ def archives(data: Path) -> list[Path]:
     """Two archives of that ledger, up to positions 7 and 19."""
     files = [data.parent / name for name in ("first.gz", "second.gz")]
     for file, before in zip(files, (8, 20), strict=True):
-        assert run("archive", "--data", data, "--before", before, file).exit_code == 0
+        printed("archive", "--data", data, "--before", before, file)
     return files
 
 
@@ -81,7 +55,7 @@ def exports(data: Path) -> list[Path]:
     """Two exports of that ledger."""
     files = [data.parent / name for name in ("one.jsonl", "other.jsonl")]
     for file in files:
-        assert run("export", "--data", data, file).exit_code == 0
+        assert printed("export", "--data", data, file) == ""
     return files
 
 
@@ -103,7 +77,7 @@ def with_each(archives: Sequence[Path]) -> list[object]:
 def test_verify_prints_head_that_can_be_expected(data: Path) -> None:
     head = head_of(data)
     assert lines("verify", "--data", data) == [f"verified: {HEAD} events after position 0", f"head: {head}"]
-    assert members("verify", "--data", data, "--expect", head) == {
+    assert printed_json("verify", "--data", data, "--expect", head) == {
         "verified": True,
         "events": HEAD,
         "position": HEAD,
@@ -141,18 +115,18 @@ def test_verify_names_first_finding(data: Path, statement: str, position: int, k
     first = lines("verify", "--data", data, code=1)[0]
     assert first.startswith(f"NOT verified: position {position}: ")
     assert f"({kind})" in first
-    found = members("verify", "--data", data, code=1)
+    found = printed_json("verify", "--data", data, code=1)
     assert (found["verified"], found["finding"]["position"]) == (False, position)
 
 
 async def test_verify_runs_beside_open_log_and_refuses_plain_copy(data: Path, tmp_path: Path) -> None:
     async with opened(data / LEDGER) as log:
         await log.server_started()
-        assert run("verify", "--data", data).exit_code == 0
+        assert lines("verify", "--data", data)
         (tmp_path / LEDGER).write_bytes((data / LEDGER).read_bytes())
         assert "loadledger backup" in refused("verify", "--data", tmp_path)
         head = f"{log.head.position}:{log.head.hash.hex()}"
-        assert run("verify", "--data", tmp_path, "--expect", head).exit_code == 0
+        assert lines("verify", "--data", tmp_path, "--expect", head)
 
 
 # verify, with archives
@@ -177,13 +151,13 @@ def test_verify_names_archives_that_whole_proof_needs(data: Path, archives: list
         f"the archives are signed by the expected key {key_of(data)}"
     )
     assert "up to position 7" in lines("verify", "--data", data, "--archive", archives[1])[-1]
-    found = members("verify", "--data", data, "--archive", archives[1])
+    found = printed_json("verify", "--data", data, "--archive", archives[1])
     assert (found["verified"], found["proved_after"], found["base_state_proved"]) == (True, 7, False)
     assert "positions 8 to 19, 'second.gz'" in refused("verify", "--data", data, "--archive", archives[0])
 
 
 def test_verify_of_archives_in_json(data: Path, archives: list[Path]) -> None:
-    found = members("verify", "--data", data, *with_each(archives), "--key", key_of(data))
+    found = printed_json("verify", "--data", data, *with_each(archives), "--key", key_of(data))
     assert (found["verified"], found["finding"], found["base"]["position"]) == (True, None, 19)
     assert (found["proved_after"], found["base_state_proved"]) == (0, True)
     first = audit_file(archives[0])
@@ -218,18 +192,18 @@ def test_verify_of_files_names_their_signer(data: Path, exports: list[Path]) -> 
         )
     ]
     assert lines("verify", *exports) == expected
-    assert lines("verify", *exports, data=data) == expected  # LOADLEDGER_DATA is not meant
-    found = members("verify", *exports)
+    assert lines("verify", *exports, LOADLEDGER_DATA=str(data)) == expected  # LOADLEDGER_DATA is not meant
+    found = printed_json("verify", *exports)
     assert (found["verified"], set(found)) == (True, {"verified", "files"})
     assert [each["key_expected"] for each in found["files"]] == [None, None]
 
 
 def test_key_may_be_id_or_file_in_any_encoding(data: Path, exports: list[Path], tmp_path: Path) -> None:
-    printed = run("key", "ledger", "--data", data).stdout
+    shown = printed("key", "ledger", "--data", data)
     public = open_signer(data).public_key
     pem = load_der_public_key(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     keys: list[object] = [key_of(data).upper()]
-    for name, content in (("printed", printed.encode()), ("key.pem", pem), ("key.der", public)):
+    for name, content in (("printed", shown.encode()), ("key.pem", pem), ("key.der", public)):
         (tmp_path / name).write_bytes(content)
         keys.append(tmp_path / name)
     for key in keys:
@@ -237,7 +211,7 @@ def test_key_may_be_id_or_file_in_any_encoding(data: Path, exports: list[Path], 
     other = "0" * 32
     first = lines("verify", *exports, "--key", other, code=1)[0]
     assert first.startswith(f"{exports[0]}: NOT verified: position {HEAD}: the head is signed by the key")
-    assert members("verify", *exports, "--key", other, code=1)["files"][0]["key_expected"] is False
+    assert printed_json("verify", *exports, "--key", other, code=1)["files"][0]["key_expected"] is False
 
 
 def test_verify_names_each_damaged_file(exports: list[Path], tmp_path: Path) -> None:
@@ -247,53 +221,44 @@ def test_verify_names_each_damaged_file(exports: list[Path], tmp_path: Path) -> 
     assert found[0].startswith(f"{bad}: NOT verified: position 2: ")
     assert found[1].startswith(f"{bad}: proved up to: 1:")
     assert found[2].startswith(f"{exports[0]}: verified: ")
-    judged = members("verify", bad, *exports, code=1)["files"]
+    judged = printed_json("verify", bad, *exports, code=1)["files"]
     assert [each["verified"] for each in judged] == [False, True, True]
 
 
 def test_verify_compares_files_with_ledger(data: Path, exports: list[Path]) -> None:
     found = lines("verify", *exports, "--data", data)
     assert found[2:4] == [f"matches the ledger: {file}" for file in exports]
-    assert len(members("verify", *exports, "--data", data)["files"]) == 2
+    assert len(printed_json("verify", *exports, "--data", data)["files"]) == 2
 
 
 def test_verify_prints_names_that_are_not_utf_8(archives: list[Path]) -> None:
     odd = archives[0].with_name(os.fsdecode(b"\xff.gz"))
     odd.write_bytes(archives[0].read_bytes()[:-20])
-    command = (sys.executable, "-m", "loadledger", "verify", str(odd))
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, b"")
-    assert b"NOT verified" in done.stdout
-    assert done.stdout.decode().count("\N{REPLACEMENT CHARACTER}.gz") == 3
+    found = printed("verify", odd, code=1)
+    assert "NOT verified" in found
+    assert found.count("\N{REPLACEMENT CHARACTER}.gz") == 3
 
 
-Arguments = Callable[[Path, Path], tuple[object, ...]]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (lambda _data, _file: (), "--data DIR of a ledger, or FILE"),
-        (lambda _data, file: ("--archive", file), "name it as FILE"),
-        (lambda _data, file: (file, "--archive", file), "name it as FILE"),
-        (lambda data, _file: ("--data", data, "--key", "0" * 32), "--key is for signed files"),
-        (lambda data, file: ("--data", data, "--archive", file), "has no archived events"),
-        (lambda data, _file: ("--data", data, "--archive", data), "is a directory"),
-        (lambda _data, file: (file, "--expect", "5"), "POSITION:HASH"),
-        (lambda _data, file: (file, "--expect", f"{HEAD + 1}:{'0' * 64}"), f"has position {HEAD + 1}"),
-        (lambda _data, _file: ("/dev/null",), "not a regular file"),
-        (lambda data, _file: (data / "nowhere",), "nowhere"),
-        (lambda data, file: (file, "--data", data.parent), "ledger.db"),
-        (lambda _data, file: (file, "--key", "0" * 31), "neither a key id"),
-        (lambda data, file: (file, "--key", data / "ledger.key"), "neither a key id"),
-        (lambda data, file: (file, "--key", data), "neither a key id"),
-        (lambda _data, file: (file, "--key", "/dev/zero"), "neither a key id"),
-    ],
-)
-def test_verify_refuses_what_it_cannot_judge(
-    data: Path, exports: list[Path], arguments: Arguments, words: str
-) -> None:
-    assert words in refused("verify", *arguments(data, exports[0]))
+def test_verify_refuses_what_it_cannot_judge(data: Path, exports: list[Path]) -> None:
+    for arguments, words in (
+        ("", "--data DIR of a ledger, or FILE"),
+        ("--archive {file}", "name it as FILE"),
+        ("{file} --archive {file}", "name it as FILE"),
+        (f"--data {{data}} --key {'0' * 32}", "--key is for signed files"),
+        ("--data {data} --archive {file}", "has no archived events"),
+        ("--data {data} --archive {data}", "is a directory"),
+        ("{file} --expect 5", "POSITION:HASH"),
+        (f"{{file}} --expect {HEAD + 1}:{'0' * 64}", f"has position {HEAD + 1}"),
+        ("/dev/null", "not a regular file"),
+        ("{data}/nowhere", "nowhere"),
+        ("{file} --data {data}/..", "ledger.db"),
+        (f"{{file}} --key {'0' * 31}", "neither a key id"),
+        ("{file} --key {data}/ledger.key", "neither a key id"),
+        ("{file} --key {data}", "neither a key id"),
+        ("{file} --key /dev/zero", "neither a key id"),
+    ):
+        named = arguments.format(data=data, file=exports[0]).split()
+        assert words in refused("verify", *named), arguments
 
 
 def test_verify_tells_database_from_export(data: Path) -> None:
@@ -318,8 +283,8 @@ async def two_models(tmp_path: Path) -> Path:
 
 
 def test_replay_prints_state(two_models: Path) -> None:
-    printed = "\n".join(lines("replay", "--data", two_models))
-    assert re.sub(r"2\d{3}-\d\d-\d\dT[\d:.]+Z", "TIME", printed).splitlines() == [
+    shown = printed("replay", "--data", two_models)
+    assert re.sub(r"2\d{3}-\d\d-\d\dT[\d:.]+Z", "TIME", shown).splitlines() == [
         "as of position 9, recorded TIME",
         "models: 2",
         "  digits: loaded version 1",
@@ -340,17 +305,17 @@ def test_replay_prints_state(two_models: Path) -> None:
 
 
 def test_replay_until_moment_of_one_model(two_models: Path) -> None:
-    found = members("replay", "--data", two_models, "--until", 8, "--model", "digits")
+    found = printed_json("replay", "--data", two_models, "--until", 8, "--model", "digits")
     assert [model["id"] for model in found["models"]] == ["digits"]
     assert [job["status"] for job in found["jobs"]] == ["pending"]
-    assert members("replay", "--data", two_models, "--until", found["as_of_time"])["as_of"] == 8
-    assert members("replay", "--data", two_models, "--model", "none")["models"] == []
+    assert printed_json("replay", "--data", two_models, "--until", found["as_of_time"])["as_of"] == 8
+    assert printed_json("replay", "--data", two_models, "--model", "none")["models"] == []
 
 
 async def test_replay_agrees_with_running_server(api: LocalApi) -> None:
     models.save(models.add(), api.config.repository, "digits")
     await api.load("digits")
-    found = await asyncio.to_thread(members, "replay", "--data", api.config.data)
+    found = await asyncio.to_thread(printed_json, "replay", "--data", api.config.data)
     assert found["models"] == [await api.model("digits") | {"versions": None}]
     assert found["jobs"] == []
     at = (await api.get(f"/api/v1/models?at={found['as_of']}")).json
@@ -373,21 +338,18 @@ def test_rebuild_prints_and_mends_differences(two_models: Path) -> None:
             "  the stored jobs differed at 'L'",
             "  the stored jobs lacked 'L2'",
         ]
-        assert members(*rebuild) == {"position": 9, "differ": False, "differences": []}
+        assert printed_json(*rebuild) == {"position": 9, "differ": False, "differences": []}
     assert verify(two_models / LEDGER).verified
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--until", "10"), "the log's head is at position 9"),
-        (("--until", "noon"), "is neither a position"),
-        (("--rebuild", "--until", "4"), "leave out --until, --model"),
-        (("--rebuild", "--model", "digits"), "leave out --until, --model"),
-    ],
-)
-def test_replay_refuses(two_models: Path, arguments: tuple[str, ...], words: str) -> None:
-    assert words in refused("replay", "--data", two_models, *arguments)
+def test_replay_refuses(two_models: Path) -> None:
+    for arguments, words in (
+        ("--until 10", "the log's head is at position 9"),
+        ("--until noon", "is neither a position"),
+        ("--rebuild --until 4", "leave out --until, --model"),
+        ("--rebuild --model digits", "leave out --until, --model"),
+    ):
+        assert words in refused("replay", "--data", two_models, *arguments.split()), arguments
 
 
 def test_rebuild_beside_server_names_its_process(two_models: Path) -> None:

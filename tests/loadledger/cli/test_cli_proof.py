@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from support.clients import printed, printed_json, refused, run_command
 from support.history import child
-from support.ledgers import sample_history, write_ledger
+from support.ledgers import sample_history, sound_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import as_signed_head, key_id
 from events.datalock import LEDGER, lock_data
-from loadledger.cli.main import main
 from server.auth.keys import ensure_data_dir, open_signer
 
 HEAD = len(sample_history()) + 1
@@ -35,30 +34,12 @@ WRITERS: dict[str, Arguments] = {
 each_writer = pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(each) for each in arguments], env={"LOADLEDGER_DATA": None})
-
-
-def printed(*arguments: object) -> str:
-    result = run(*arguments)
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
-    return result.stdout
-
-
-def refused(*arguments: object) -> str:
-    """Return the reason of a command that must end with 2 and print nothing else."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
 @pytest.fixture
-async def data(tmp_path: Path) -> Path:
+def data(tmp_path: Path) -> Path:
     """A data directory with keys and a ledger that ended in order."""
     folder = tmp_path / "data"
     ensure_data_dir(folder)
-    await write_ledger(folder / LEDGER)
+    (folder / LEDGER).write_bytes(sound_ledger())
     return folder
 
 
@@ -84,7 +65,7 @@ def test_export_to_stdout_or_pipe_verifies(data: Path, tmp_path: Path) -> None:
         read = thread.submit(pipe.read_bytes)
         assert not printed("export", "--data", data, pipe)
     assert pipe.is_fifo()
-    for content in (run("export", "--data", data).stdout_bytes, read.result()):
+    for content in (run_command("export", "--data", data).stdout_bytes, read.result()):
         file.write_bytes(content)
         head = audit_file(file).head
         assert head is not None
@@ -116,11 +97,11 @@ def test_archive_prints_positions_and_hash(data: Path, tmp_path: Path) -> None:
     ]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert check.head.public_key == open_signer(data).public_key
-    assert json.loads(printed("verify", "--data", data, "--json"))["archives"] == [
+    assert printed_json("verify", "--data", data)["archives"] == [
         {"first_position": 1, "last_position": 8, "file": "archive.gz"}
     ]
     assert "archived" in refused("export", "--data", data, "--after", 3, tmp_path / "export")
-    done = json.loads(printed("archive", "--data", data, "--before", 12, tmp_path / "b.gz", "--json"))
+    done = printed_json("archive", "--data", data, "--before", 12, tmp_path / "b.gz")
     assert (done["first_position"], done["last_position"]) == (9, 11)
 
 
@@ -135,10 +116,10 @@ def test_archive_beside_reader_warns_of_write_ahead_log(data: Path, tmp_path: Pa
         reader.execute("PRAGMA journal_mode = WAL")
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM events").fetchone()
-        result = run("archive", "--data", data, "--before", 9, tmp_path / "a.gz")
+        result = run_command("archive", "--data", data, "--before", 9, tmp_path / "a.gz")
         assert result.exit_code == 0, result.output
         assert "ledger.db-wal belongs to it" in result.stderr
-        assert run("verify", "--data", data).exit_code == 0
+        assert run_command("verify", "--data", data).exit_code == 0
     printed("archive", "--data", data, "--before", 12, tmp_path / "b.gz")
 
 
@@ -156,7 +137,7 @@ def test_backup_is_verified_and_prints_head(data: Path, tmp_path: Path) -> None:
     copy.parent.mkdir()
     told = printed("backup", "--data", data, copy)
     assert told == printed("verify", "--data", copy.parent) == printed("verify", "--data", data)
-    made = json.loads(printed("backup", "--data", data, copy, "--json"))
+    made = printed_json("backup", "--data", data, copy)
     assert (made["verified"], made["events"]) == (True, HEAD)
 
 
@@ -207,7 +188,7 @@ def test_drafts_of_killed_commands_are_removed(data: Path, tmp_path: Path, comma
         each.touch()
     with being_written.open() as locked:
         fcntl.flock(locked, fcntl.LOCK_EX)
-        assert run(*command(data, tmp_path / "file")).exit_code == 0
+        assert run_command(*command(data, tmp_path / "file")).exit_code == 0
     found = {each.name for each in tmp_path.iterdir()}
     assert found == {"data", "file", being_written.name, *(each.name for each in others)}
 
@@ -235,7 +216,7 @@ def test_key_ledger_prints_public_key_and_id(data: Path) -> None:
     pem, _, name = printed("key", "ledger", "--data", data).rpartition("key id: ")
     load_pem_public_key(pem.encode())
     assert name.strip() == key_id(open_signer(data).public_key)
-    found = json.loads(printed("key", "ledger", "--data", data, "--json"))
+    found = printed_json("key", "ledger", "--data", data)
     assert found == {"public_key": pem, "key_id": name.strip()}
 
 
@@ -249,6 +230,6 @@ def test_lost_ledger_key_is_refused_until_made_anew(
     assert not (data / "ledger.key").exists()
     token = ("token", "--data", data, "--role", "admin", "--subject", "alice")
     warned = "ledger.key was missing: from now on heads are signed with another key"
-    assert [run(*token).exit_code for _ in range(2)] == [0, 0]
+    assert [run_command(*token).exit_code for _ in range(2)] == [0, 0]
     assert caplog.messages.count(warned) == 1
     printed("key", "ledger", "--data", data)
