@@ -325,3 +325,10 @@ def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
         version=draft.version,
         worker_id=draft.worker_id,
     )
+
+
+class LogBase(Struct, frozen=True):
+    """The base: position and hash of the last archived event; 0 and 32 zero bytes without archives."""
+
+    position: int
+    hash: bytes

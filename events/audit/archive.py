@@ -28,11 +28,12 @@ from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, LogUnavailable, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, queries, storage
 from events.sqlite.history import parse_time
-from events.sqlite.queries import LogBase, read_base
+from events.sqlite.queries import read_base
 from events.sqlite.readonly import wants_wal
 from events.sqlite.schema import connect, schema_difference, transaction
 from events.sqlite.snapshots import base_state_digest, write_base_state
 from events.sqlite.storage import leave_complete_file
+from events.types import LogBase
 
 _LIFTED = ("events_never_go", "base_never_changes")
 """The triggers that archiving has to drop, and to create again."""

@@ -20,10 +20,10 @@ from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailabl
 from events.jobs import Job
 from events.models import Model
 from events.sqlite.history import Moment, fold_page, head_moment, moment_at, parse_time, state_at_moment
-from events.sqlite.queries import LogBase, Row, as_bytes, read_base, read_pages
+from events.sqlite.queries import Row, as_bytes, read_base, read_pages
 from events.sqlite.snapshots import jobs_behind
 from events.state import Entities, State
-from events.types import Event
+from events.types import Event, LogBase
 
 
 @dataclass(frozen=True, slots=True)

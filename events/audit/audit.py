@@ -24,11 +24,12 @@ from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_connection
 from events.errors import Archived, ArchiveMissing, NothingThere
 from events.sqlite import queries
-from events.sqlite.queries import LogBase, hash_at, read_base
+from events.sqlite.queries import hash_at, read_base
 from events.sqlite.readonly import lacks_wal, open_read_only, refuse_incomplete
 from events.sqlite.schema import schema_difference
 from events.sqlite.snapshots import read_base_state
 from events.state import State
+from events.types import LogBase
 
 _NOT_ABOUT_CONTENT = {
     sqlite3.SQLITE_BUSY,

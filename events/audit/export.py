@@ -23,9 +23,9 @@ from pathlib import Path
 from events.audit.signing import Sign, SignedHead, Statement, key_id
 from events.codec import hash_body
 from events.errors import Archived, LedgerDamaged, NothingThere
-from events.sqlite.queries import LogBase, Row, hash_at, read_base, read_pages
+from events.sqlite.queries import Row, hash_at, read_base, read_pages
 from events.sqlite.readonly import open_read_only
-from events.types import SYSTEM
+from events.types import SYSTEM, LogBase
 
 FORMAT = "loadledger-export-v1"
 """The mark in the first line; another format will have another."""

@@ -24,7 +24,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
-from events.sqlite.queries import LogBase
+from events.types import LogBase
 
 PREFIX = "loadledger-head-v1"
 """The first line of the message; another layout will have another."""

@@ -13,6 +13,7 @@ from events.jobs import Job, JobStatus
 from events.models import Model
 from events.sqlite.schema import transaction
 from events.state import Changes, State
+from events.types import LogBase
 
 PAGE = 500
 """Events read at once: what is held in memory beside a fold."""
@@ -28,13 +29,6 @@ class LogHead(msgspec.Struct, frozen=True, gc=False):
     hash: bytes = GENESIS
     recorded_at: str = ""
     type: str = ""
-
-
-class LogBase(msgspec.Struct, frozen=True):
-    """The base: position and hash of the last archived event; 0 and 32 zero bytes without archives."""
-
-    position: int
-    hash: bytes
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):

@@ -18,7 +18,7 @@ from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
 from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, Reader, open_reader
-from events.sqlite.queries import LogBase
+from events.types import LogBase
 from server.auth.keys import expected_key
 
 PAGE = 500

@@ -21,10 +21,10 @@ from events.audit.signing import HeadSigner, SignedHead, Statement
 from events.log import Log
 from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
-from events.sqlite.queries import LogBase, read_base
+from events.sqlite.queries import read_base
 from events.sqlite.readonly import open_read_only
 from events.tail import Tails
-from events.types import TYPES
+from events.types import TYPES, LogBase
 from server.api.schemas import AnswerSchema, PageQuerySchema
 from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, StreamToken, chosen_form
 from server.appkeys import CONFIG, CONSUMER, LOG, READER, STREAMS, VERIFIER

@@ -29,7 +29,8 @@ from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
 from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.audit.verify import Expected, Finding, FindingKind
 from events.errors import LogUnavailable
-from events.sqlite.queries import LogBase, Row
+from events.sqlite.queries import Row
+from events.types import LogBase
 
 with copy_of(sound_ledger()) as _path:
     ROWS = [Row(*row) for row in rows_of(_path)]

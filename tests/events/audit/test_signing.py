@@ -14,7 +14,7 @@ from support.history import PLAIN, at
 from support.ledgers import OTHER_SIGN, SIGN
 
 from events.audit.signing import Statement, as_signed_head, key_id
-from events.sqlite.queries import LogBase
+from events.types import LogBase
 
 HASHES = st.binary(min_size=32, max_size=32)
 STATEMENTS = st.builds(
