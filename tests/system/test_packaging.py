@@ -1,21 +1,17 @@
 """The wheel: what is in it, and that it runs without the source tree."""
 
-import asyncio
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
 import venv
 import zipfile
 from contextlib import suppress
-from email.message import Message
 from email.parser import BytesParser
 from pathlib import Path
 
-import aiohttp
 import pytest
 from support.workers import until
 
@@ -23,8 +19,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
 TRY_IT = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it\n")[2].partition("\n## ")[0]
 EXAMPLES = ("*.py", "digits.json", "digits/*/model.onnx")
-# Generous: a start takes under a second, on a machine that does other things too.
-LIMIT_S = 60
 
 
 def source_files() -> set[str]:
@@ -64,13 +58,6 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture
-def examples(installed: Path) -> Path:
-    """The model repository that ships in the wheel."""
-    [path] = installed.glob("lib/python*/site-packages/server/examples")
-    return path
-
-
 def run(command: list[str], *, cwd: Path) -> str:
     """Return what the command printed; it must end with 0."""
     done = subprocess.run(
@@ -85,62 +72,21 @@ def environment(home: Path) -> dict[str, str]:
     return {"PATH": os.defpath, "HOME": str(home), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
-def metadata(wheel: Path) -> Message:
-    with zipfile.ZipFile(wheel) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        return BytesParser().parsebytes(archive.read(name))
-
-
 def test_wheel_has_all_source_files_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        [commands] = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        assert archive.read(commands) == b"[console_scripts]\nloadledger = loadledger.cli.main:main\n"
     assert names == source_files()
-
-
-def test_metadata_names_license_command_and_pinned_version(wheel: Path) -> None:
-    about = metadata(wheel)
-    assert about["License-Expression"] == "Apache-2.0"
-    assert "aiohttp-apispec==3.0.0b2" in about.get_all("Requires-Dist", [])
-    with zipfile.ZipFile(wheel) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
-        assert archive.read(name).decode().split() == [
-            "[console_scripts]",
-            "loadledger",
-            "=",
-            "loadledger.cli.main:main",
-        ]
-
-
-async def test_installed_server_starts_and_stops(installed: Path, examples: Path, tmp_path: Path) -> None:
-    show = "import events, runtime, server; print(events.__file__, runtime.__file__, server.__file__)"
-    files = run([str(installed / "bin" / "python"), "-c", show], cwd=tmp_path).split()
-    assert all(Path(file).is_relative_to(installed) for file in files)
-    process = await asyncio.create_subprocess_exec(
-        *(str(installed / "bin" / "loadledger"), "serve", "--port", "0"),
-        *("--repository", str(examples), "--data", str(tmp_path / "data")),
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            url = await ready_url(process)
-            assert len(processes_of(installed)) == 2  # it and its fork server
-            async with aiohttp.ClientSession() as client, client.get(f"{url}/health/live") as answer:
-                assert answer.status == 200
-            process.send_signal(signal.SIGTERM)
-            await process.communicate()
-        assert process.returncode == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
 
 
 async def test_first_line_of_the_readme_runs_the_demo(installed: Path, tmp_path: Path) -> None:
     """The fixtures do what the line does before the demo, but fetch nothing from a network."""
     line, _ = re.findall(r"^```sh\n(.*?)^```$", TRY_IT, re.MULTILINE | re.DOTALL)
     assert line == "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/loadledger demo\n"
+    show = "import events, runtime, server; print(events.__file__, runtime.__file__, server.__file__)"
+    files = run([str(installed / "bin" / "python"), "-c", show], cwd=tmp_path).split()
+    assert all(Path(file).is_relative_to(installed) for file in files)
     out = run([str(installed / "bin" / "loadledger"), "demo"], cwd=tmp_path)
     assert "version 1 reads 97.2% of 599 handwritten digits right" in out
     assert "version 2 reads 99.3% of 599 handwritten digits right" in out
@@ -151,16 +97,18 @@ async def test_first_line_of_the_readme_runs_the_demo(installed: Path, tmp_path:
     await until(lambda: not processes_of(installed))
 
 
-def test_second_line_of_the_readme_runs_this_suite(wheel: Path) -> None:
-    """The line cannot run here: the extra and pytest's settings are checked instead."""
+def test_metadata_names_license_and_what_the_readmes_second_line_needs(wheel: Path) -> None:
+    """The line cannot run in its own suite: the extra and pytest's settings are checked instead."""
     _, line = re.findall(r"^```sh\n(.*?)^```$", TRY_IT, re.MULTILINE | re.DOTALL)
     assert line == "python3 -m venv .venv && .venv/bin/pip install '.[test]' && .venv/bin/pytest\n"
-    about = metadata(wheel)
-    assert "test" in about.get_all("Provides-Extra", [])
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        about = BytesParser().parsebytes(archive.read(name))
+    required = about.get_all("Requires-Dist", [])
+    assert about["License-Expression"] == "Apache-2.0"
+    assert "aiohttp-apispec==3.0.0b2" in required
     needed = {
-        re.split(r"[^\w-]", text)[0]
-        for text in about.get_all("Requires-Dist", [])
-        if re.search(r"""; extra == ["']test["']$""", text)
+        re.split(r"[^\w-]", text)[0] for text in required if re.search(r"""; extra == ["']test["']$""", text)
     }
     assert {"pytest", "pytest-aiohttp", "hypothesis", "onnx", "openapi-spec-validator"} <= needed
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -174,12 +122,3 @@ def processes_of(home: Path) -> list[bytes]:
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             found.append(entry.read_bytes())
     return [line for line in found if line.startswith(os.fsencode(home))]
-
-
-async def ready_url(process: asyncio.subprocess.Process) -> str:
-    """Return the address that `serve` prints when it is ready."""
-    assert process.stdout is not None
-    async for line in process.stdout:
-        if found := re.search(rb"http://127\.0\.0\.1:\d+", line):
-            return found[0].decode()
-    pytest.fail(f"serve ended with {await process.wait()} before it was ready")
