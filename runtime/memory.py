@@ -154,25 +154,17 @@ class Pressure:
     cpu_some_percent: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class OwnCgroups:
-    """The cgroups of this process in the memory hierarchies; `/` if unknown."""
-
-    unified: str = "/"
-    v1_memory: str = "/"
-
-
 def find_memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryLimit:
     """Return the lowest memory limit of this process's cgroups, their parents and the machine.
 
     Raises:
         MemoryUnknown: `memory_unknown`, none of these can be read.
     """
-    own = parse_cgroups(_text(proc / "self/cgroup"))
+    unified, v1_memory = parse_cgroups(_text(proc / "self/cgroup"))
     found = [
         *_machine_limits(proc),
-        *_unified_limits(_unified_mount(cgroups), own.unified),
-        *_v1_limits(cgroups / "memory", own.v1_memory),
+        *_cgroup_limits(_unified_mount(cgroups), unified, "memory.max", "cgroup v2"),
+        *_cgroup_limits(cgroups / "memory", v1_memory, "memory.limit_in_bytes", "cgroup v1"),
     ]
     if not found:
         raise MemoryUnknown(
@@ -190,7 +182,7 @@ def read_pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None
     Returns:
         None if the kernel does not provide PSI.
     """
-    own, mount = parse_cgroups(_text(proc / "self/cgroup")).unified, _unified_mount(cgroups)
+    (own, _), mount = parse_cgroups(_text(proc / "self/cgroup")), _unified_mount(cgroups)
     # In a container the path may be the host's, and the container's cgroup is what is mounted.
     folders = dict.fromkeys((_below(mount, own), mount))
     memory, cpu = (
@@ -232,16 +224,20 @@ def budget_bytes(setting: str, limit_bytes: int) -> int:
     return max(1, int(limit_bytes * percent / 100))
 
 
-def parse_cgroups(text: str) -> OwnCgroups:
-    """Read the text of /proc/self/cgroup: lines of `hierarchy:controllers:path`."""
-    own = OwnCgroups()
+def parse_cgroups(text: str) -> tuple[str, str]:
+    """Read the text of /proc/self/cgroup: lines of `hierarchy:controllers:path`.
+
+    Returns:
+        The cgroups in the unified and in the v1 memory hierarchy; `/` if unknown.
+    """
+    unified = v1_memory = "/"
     for line in text.split("\n"):
         match line.split(":", 2):
             case ["0", "", path]:
-                own = OwnCgroups(path, own.v1_memory)
+                unified = path
             case [_, controllers, path] if "memory" in controllers.split(","):
-                own = OwnCgroups(own.unified, path)
-    return own
+                v1_memory = path
+    return unified, v1_memory
 
 
 def parse_limit(text: str) -> int | None:
@@ -266,30 +262,19 @@ def _machine_limits(proc: Path) -> Iterator[MemoryLimit]:
         yield MemoryLimit(total, "machine")
 
 
-def _unified_limits(mount: Path, own: str) -> Iterator[MemoryLimit]:
-    for folder in _folders(mount, own):
-        if (limit := parse_limit(_text(folder / "memory.max"))) is not None:
-            yield MemoryLimit(limit, "cgroup v2")
-
-
-def _v1_limits(mount: Path, own: str) -> Iterator[MemoryLimit]:
-    for folder in _folders(mount, own):
-        if (limit := parse_limit(_text(folder / "memory.limit_in_bytes"))) is not None:
-            yield MemoryLimit(limit, "cgroup v1")
+def _cgroup_limits(mount: Path, own: str, file: str, source: Source) -> Iterator[MemoryLimit]:
+    """Yield the limits of a cgroup and its parents, up to the mount."""
+    folder = _below(mount, own)
+    for each in (folder, *folder.parents):
+        if (limit := parse_limit(_text(each / file))) is not None:
+            yield MemoryLimit(limit, source)
+        if each == mount:
+            return
 
 
 def _unified_mount(cgroups: Path) -> Path:
     """Return the mount of cgroup v2: this one, or one beside the v1 hierarchies (systemd's hybrid mode)."""
     return cgroups if _text(cgroups / "cgroup.controllers") else cgroups / "unified"
-
-
-def _folders(mount: Path, own: str) -> Iterator[Path]:
-    """Yield a cgroup's folder and its parents, up to the mount."""
-    folder = _below(mount, own)
-    yield folder
-    while folder != mount:
-        folder = folder.parent
-        yield folder
 
 
 def _below(mount: Path, own: str) -> Path:

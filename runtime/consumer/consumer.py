@@ -54,7 +54,7 @@ class Consumer:
         log: open, with `ServerStarted` appended.
         pool: open.
         repository: resolves versions.
-        policy: the operator's settings for the scheduler.
+        policy: the operator's settings.
         drain_timeout_s: how long an unload without force waits for running inferences.
         demand: the inferences that wait for models.
         under_pressure: whether the machine is under pressure; called while a load of low
@@ -70,14 +70,14 @@ class Consumer:
         *,
         policy: Policy,
         drain_timeout_s: float,
-        demand: PendingDemand | None = None,
+        demand: PendingDemand,
         under_pressure: Callable[[], bool] = lambda: False,
         store: ModelCache | None = None,
     ) -> None:
         self._log = log
         self._pool = pool
         self.policy = policy
-        self._demand = demand or PendingDemand()
+        self._demand = demand
         self._under_pressure = under_pressure
         self._wakeup = log.subscribe()
         self._demand.on_end = self._wakeup.set
@@ -102,7 +102,7 @@ class Consumer:
             monitoring.cancel()
             await self._cancel_effects()
             await asyncio.wait([monitoring])
-            await self._executor.preparer.close()
+            await self.preparer.close()
             await self._monitor.note_uses()
 
     async def stop(self) -> None:
@@ -128,8 +128,7 @@ class Consumer:
 
     def preparation(self) -> PreparationUsage | None:
         """Return the running preparation."""
-        preparer = self._executor.preparer
-        candidate, preparation = preparer.candidate, preparer.preparation
+        candidate, preparation = self.preparer.candidate, self.preparer.preparation
         if candidate is None or preparation is None:
             return None
         return PreparationUsage(
@@ -150,7 +149,7 @@ class Consumer:
             key: load.to_view(state.unended_job(key), now, is_demanded=self._demand.has(load.model_id))
             for key, load in self.loads.items()
         }
-        self._decision = decide(state, running, self.policy, now, self._conditions(state))
+        self._decision = decide(state, running, self.policy, now, self._observe(state))
         if self._decision.action is None:
             await self._sleep(self._decision.wake_at, now)
             return
@@ -161,27 +160,24 @@ class Consumer:
             self._wakeup.clear()
             await self._sleep(None, now, at_most_s=LOG_RETRY_S)
 
-    def _conditions(self, state: State) -> Observations:
-        preparer = self._executor.preparer
-        preparable = preparer.preparable
+    def _observe(self, state: State) -> Observations:
+        estimates, preparable = self._executor.estimates, self.preparer.preparable
         may_yield = preparable or any(job.load and job.load.priority == "low" for job in state.unended())
         return Observations(
             fork_server_up=self._pool.healthy,
             under_pressure=bool(may_yield) and self._under_pressure(),
-            estimates=self._executor.estimates.known,
-            estimating=self._executor.estimates.in_progress,
-            from_file_sizes=self._executor.estimates.from_file_sizes,
+            estimates=estimates.known,
+            estimating=estimates.in_progress,
+            from_file_sizes=estimates.from_file_sizes,
             pending_demand=self._demand.models,
             last_used=self._log.last_used,
             preparable=preparable,
-            preparation=preparer.preparation,
+            preparation=self.preparer.preparation,
         )
 
     async def _cancel_effects(self) -> None:
-        tasks = [
-            *self._executor.estimates.tasks,
-            *(task for load in self.loads.values() for task in load.tasks),
-        ]
+        effects = (load.tasks for load in self.loads.values())
+        tasks = [*self._executor.estimates.tasks, *itertools.chain.from_iterable(effects)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -194,17 +190,11 @@ class Consumer:
 
 
 class WorkerMonitor:
-    """Measures workers and notes last uses, periodically.
+    """Measures workers, wakes the consumer then, and notes last uses in the log, periodically."""
 
-    Args:
-        log: where last uses are noted.
-        live: what runs.
-        wake: is called when measurements are there.
-    """
-
-    def __init__(self, log: Log, live: Mapping[str, RunningLoad], wake: Callable[[], None]) -> None:
+    def __init__(self, log: Log, loads: Mapping[str, RunningLoad], wake: Callable[[], None]) -> None:
         self._log = log
-        self._loads = live
+        self._loads = loads
         self._wake = wake
         self._noted_uses: dict[str, int] = {}
         self._measuring: dict[str, asyncio.Task[None]] = {}
@@ -214,18 +204,15 @@ class WorkerMonitor:
         try:
             for turn in itertools.count(1):
                 await asyncio.sleep(MEASURE_EVERY_S)
-                await self._run_once(turn)
+                try:
+                    await self.measure()
+                    if turn % NOTE_EVERY == 0:
+                        await self.note_uses()
+                except Exception:  # noqa: BLE001 - see above
+                    _log.exception("the workers could not be measured, or their last uses not be noted")
         finally:
             for measuring in self._measuring.values():
                 measuring.cancel()
-
-    async def _run_once(self, turn: int) -> None:
-        try:
-            await self.measure()
-            if turn % NOTE_EVERY == 0:
-                await self.note_uses()
-        except Exception:  # noqa: BLE001 - see `run`
-            _log.exception("the workers could not be measured, or their last uses not be noted")
 
     async def measure(self) -> None:
         """Measure all workers, one after the other.

@@ -46,7 +46,7 @@ from runtime.consumer.usage import InferenceTotals
 from runtime.errors import Exit
 from runtime.estimates import MemoryEstimates, estimate_unprepared
 from runtime.process.pool import WorkerPool, start_task
-from runtime.process.worker import LoadReport, Worker
+from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
@@ -61,8 +61,9 @@ RELOAD_TIMEOUT_S = 300
 """Least timeout of a reload: the default of a person's load."""
 
 
-def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
-    """Return a draft of a fact about a job."""
+def draft_fact(job: Job, data: Data, load: RunningLoad | None = None) -> Draft:
+    """Return a draft of a fact about a job, and the worker of its load if it has only one."""
+    worker_id = load.only_worker_id if load is not None else None
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
 
 
@@ -281,7 +282,8 @@ class Executor:
             build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
         )
         try:  # its files are read while the log writes
-            await self._record(draft_fact(job, LoadStarted(job.attempt + 1), load.worker_id))
+            started = draft_fact(job, LoadStarted(job.attempt + 1))
+            await self._record(replace(started, worker_id=load.worker_id))
         except BaseException:
             ordered.cancel()
             raise
@@ -297,20 +299,20 @@ class Executor:
         if serving is None:
             raise RuntimeError(f"model '{job.model_id}' has no load to reuse the workers of")
         self.loads[job.id] = load
-        started = draft_fact(job, LoadStarted(job.attempt + 1), load.only_worker_id)
-        await self._record(started, draft_fact(job, describe_reuse(serving), load.only_worker_id))
+        started = draft_fact(job, LoadStarted(job.attempt + 1), load)
+        await self._record(started, draft_fact(job, describe_reuse(serving), load))
 
     async def _complete_load(self, job: Job, replaces: str | None) -> None:
         load = self.loads[job.id]
-        self._remember_files(load, load.finished_report)
-        loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load.only_worker_id)
+        self._remember_files(load)
+        loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load)
         old = self.loads.get(replaces) if replaces is not None else None
         swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
         await self._record(loaded, *swapped_out)
         self._offer_for_preparation(load)
 
-    def _remember_files(self, load: RunningLoad, report: LoadReport) -> None:
-        self._known_files[load.model_id, load.version] = report.files
+    def _remember_files(self, load: RunningLoad) -> None:
+        self._known_files[load.model_id, load.version] = load.finished_report.files
         while len(self._known_files) > MAX_REMEMBERED_VERSIONS:
             del self._known_files[next(iter(self._known_files))]
 
@@ -326,11 +328,10 @@ class Executor:
 
     async def _fail_load(self, job: Job, reason: Failure | None) -> None:
         load = self.loads.get(job.id)
-        if reason is None:
-            reason = self.loads[job.id].failure_reason
+        reason = reason or self.loads[job.id].failure_reason
         failed = LoadFailed(reason.code, plain_text(reason.message))
         await self._record_with_exits(
-            load, load.unexpected_exits if load else [], draft_fact(job, failed, _worker_id(load))
+            load, load.unexpected_exits if load else [], draft_fact(job, failed, load)
         )
 
     async def _start_unload(self, job: Job, load_job_id: str) -> None:
@@ -339,7 +340,7 @@ class Executor:
             load.draining = True  # routing stops before the fact is recorded
             load.stage = "draining"
         try:
-            await self._record(draft_fact(job, UnloadStarted(), _worker_id(load)))
+            await self._record(draft_fact(job, UnloadStarted(), load))
         except LogUnavailable:
             if load is not None:  # the unload can be cancelled until it is recorded
                 load.draining, load.stage = False, None
@@ -351,7 +352,7 @@ class Executor:
     async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
         load = self.loads.get(load_job_id)
         unloaded = describe_unloaded(load)
-        ends = [draft_fact(job, unloaded, _worker_id(load)) for job in jobs]
+        ends = [draft_fact(job, unloaded, load) for job in jobs]
         await self._record_with_exits(load, load.unexpected_exits if load else [], *ends)
 
     async def _record_with_exits(
@@ -377,7 +378,3 @@ class Executor:
 
     async def _record(self, *drafts: Draft) -> None:
         await self._log.submit(Record(drafts))
-
-
-def _worker_id(load: RunningLoad | None) -> str | None:
-    return load.only_worker_id if load is not None else None

@@ -101,11 +101,6 @@ class RunningLoad:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
-    def worker(self) -> Worker | None:
-        """The first worker that has not exited, else the first."""
-        return next(iter([*self.alive_workers, *self.workers]), None)
-
-    @property
     def only_worker_id(self) -> str | None:
         """The worker id for facts about the whole load, if it has one instance."""
         return self.worker_id if self.parameters.instances == 1 else None
@@ -168,12 +163,9 @@ class RunningLoad:
         if self.report is None:
             is_over = self.has_exited or (self.failure is not None and not self.alive_workers)
             return 0 if is_over else max(self.reserved_bytes, sum(self.measured_bytes.values()))
-        return sum(self.bytes_of(worker) for worker in self.alive_workers)
-
-    def bytes_of(self, worker: Worker) -> int:
-        """Return the last measurement of a loaded worker."""
-        loaded = self.reports.get(worker.worker_id)
-        return self.measured_bytes.get(worker.worker_id, loaded.memory_bytes if loaded else 0)
+        loaded = {worker_id: report.memory_bytes for worker_id, report in self.reports.items()}
+        latest = loaded | self.measured_bytes
+        return sum(latest.get(worker.worker_id, 0) for worker in self.alive_workers)
 
     @property
     def in_flight(self) -> int:
@@ -209,15 +201,9 @@ class RunningLoad:
         return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
 
     @property
-    def usable_copy(self) -> CachedCopy | None:
-        """The prepared form, unless it failed."""
-        return self.prepared if self.prepared_failure is None else None
-
-    @property
     def prepared_form(self) -> CachedCopy | None:
         """The prepared form that at least one worker has loaded."""
-        used = any(report.prepared is not None for report in self.reports.values())
-        return self.prepared if used else None
+        return self.prepared if any(report.prepared for report in self.reports.values()) else None
 
     def uses_form(self, worker: Worker) -> bool:
         """Whether a worker has loaded the prepared form."""
@@ -238,9 +224,8 @@ class RunningLoad:
         self.tasks.discard(effect)
         if not effect.cancelled() and effect.exception() is not None:
             _log.error("an effect on %s failed", self.model_id, exc_info=effect.exception())
-            self.failure = self.failure or Failure(
-                "internal", "the load failed within the server; see its log"
-            )
+            reason = "the load failed within the server; see its log"
+            self.failure = self.failure or Failure("internal", reason)
             self.kill()
         self.wake()
 
@@ -294,18 +279,15 @@ async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]
 
     The first worker loads alone and hashes, so that the bytes are read for that once. A failure of one worker
     fails the load, unless it had a prepared form: then another worker loads the files of the repository.
-
-    Args:
-        load: the running load.
-        pool: starts the workers.
-        ordered: the result of `build_order`.
+    `ordered` is the result of `build_order`.
     """
     began = time.monotonic_ns()
     load.stage = "starting"
     try:
         order = await ordered
         first = await _load_instance(load, pool, order, load.worker_id, began)
-        await _load_rest(load, pool, replace(order, known=first.files, prepared=load.usable_copy))
+        form = load.prepared if load.prepared_failure is None else None
+        await _load_rest(load, pool, replace(order, known=first.files, prepared=form))
         load.report = first
     except RuntimeProblem as problem:
         load.failure = load.failure or Failure(problem.code, str(problem))
@@ -319,14 +301,7 @@ async def build_order(
     known: tuple[HashedFile, ...],
     prepared: FindPrepared,
 ) -> Load:
-    """Resolve the version and build the message that loads it.
-
-    Args:
-        load: the running load.
-        pool: its settings go into the message.
-        repository: where the version is.
-        known: files with known hashes.
-        prepared: finds the prepared form.
+    """Resolve the version and build the message that loads it; `known` are files with known hashes.
 
     Raises:
         RuntimeProblem: the version is missing or invalid; the code says which.
@@ -391,17 +366,15 @@ async def _load_instance(
     except RuntimeProblem as problem:
         load.expected_exits.add(worker_id)
         if problem.code == OUT_OF_MEMORY and worker_id in load.replaceable:
-            await asyncio.shield(
-                worker.ended
-            )  # a session of a prepared form can take more memory than one without
+            # A session of a prepared form can take more memory than one without.
+            await asyncio.shield(worker.ended)
             if load.discard_failed(worker, None):
                 return await _load_unprepared(load, pool, order, worker_id)
         load.failure = load.failure or Failure(problem.code, str(problem))
         raise
     finally:
         load.replaceable.discard(worker_id)
-    if report.prepared_failure is not None:
-        load.prepared_failure = report.prepared_failure
+    load.prepared_failure = report.prepared_failure or load.prepared_failure
     load.reports[worker_id] = report
     load.measured_bytes.pop(worker_id, None)  # what it took while it loaded
     return report

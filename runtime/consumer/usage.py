@@ -143,9 +143,9 @@ class InferenceTotals:
 
     def with_live(self, live: Iterable[RunningLoad]) -> dict[str, Statistics]:
         """Return the sums by label, of the ended loads and of these running ones, each given once."""
-        sums = {name: ended.copy() for name, ended in self._ended.items()}
-        for load in live:
-            name = self._names.of(load.model_id)
-            if load.statistics is not self._ended.get(name):
-                sums.setdefault(name, Statistics()).add(load.statistics)
+        sums: dict[str, Statistics] = {}
+        labelled = ((self._names.of(load.model_id), load.statistics) for load in live)
+        running = [(name, counts) for name, counts in labelled if counts is not self._ended.get(name)]
+        for name, counts in [*self._ended.items(), *running]:
+            sums.setdefault(name, Statistics()).add(counts)
         return sums

@@ -17,7 +17,7 @@ from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.eviction import Eviction
-from runtime.scheduler.view import LoadView, SchedulerView
+from runtime.scheduler.view import SchedulerView
 
 MAX_SERVER_DEATHS = 3
 """Unclean ends of the server during the same load after which that load counts as their cause."""
@@ -159,8 +159,9 @@ def _decide_load(
 ) -> Action | Waiting:
     """Decide one load; `estimating` is an earlier one whose estimate will be known in a moment."""
     job, observations = queued.job, view.observations
-    kept = view.find_serving(queued.model)
-    if kept is not None and kept.load_job_id == job.keeps and not _is_degraded(queued.model):
+    kept = view.find_serving(job.model_id)
+    is_degraded = queued.model is not None and queued.model.degraded
+    if kept is not None and kept.load_job_id == job.keeps and not is_degraded:
         return actions.ReuseWorkers(job, kept.load_job_id)
     unfit = _refuse_or_estimate(view, job)
     if unfit is not None:
@@ -187,10 +188,6 @@ def _decide_load(
     return _start_or_make_room(view, job, reservations, eviction, reserves_room=reserves_room)
 
 
-def _is_degraded(model: Model | None) -> bool:
-    return model is not None and model.degraded
-
-
 def _refuse_or_estimate(view: SchedulerView, job: Job) -> Action | Waiting | None:
     """Refuse a load that can never run; estimate its memory if it is unknown."""
     if job.server_deaths >= MAX_SERVER_DEATHS:
@@ -208,7 +205,7 @@ def explain_misfit(view: SchedulerView, job: Job) -> str | None:
     budget, need = view.policy.budget_bytes, _estimate(view, job)
     if budget is None:
         return None
-    estimate_text, replaced = _describe_estimate(view, job), _find_replaced(view, job)
+    estimate_text, replaced = _describe_estimate(view, job), view.find_serving(job.model_id)
     limit = "; set memory_limit_bytes if it takes less" if job.id in view.observations.from_file_sizes else ""
     if need > budget:
         return (
@@ -237,7 +234,7 @@ def _start_or_make_room(
         reserves_room: whether room that becomes free is reserved for it while it waits. If exiting processes
             release enough, that is reserved in any case.
     """
-    replaced, missing = _find_replaced(view, job), _shortage_now(view, job, reservations)
+    replaced, missing = view.find_serving(job.model_id), _shortage_now(view, job, reservations)
     if replaced is not None and _strategy(job) == "auto" and missing.bytes > 0:
         if view.can_stop_preparation:  # better than a gap
             return actions.StopPreparation()
@@ -256,11 +253,6 @@ def _start_or_make_room(
     if replaced is not None and is_in_place:
         return actions.UnloadForReplacement(job, replaced.load_job_id)
     return actions.StartLoad(job)
-
-
-def _find_replaced(view: SchedulerView, job: Job) -> LoadView | None:
-    """Return the serving load that this one replaces."""
-    return view.find_serving(view.state.models.get(job.model_id))
 
 
 def _strategy(job: Job) -> str:
@@ -327,7 +319,9 @@ def _make_room(
         if chosen:
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
     if job.cause is Cause.RESTART and not view.will_free_more:
-        return _fail_restore(job, missing, shortage_text)
+        code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
+        reason = f"not reloaded after the server's start: it needs {shortage_text}"
+        return actions.FailLoad(job, code, reason)
     wake_at = eviction.next_at if _may_evict(view, job) else None
     if reservations.first is not None and _shortage_now(view, job, Reservations(), replaced_bytes).is_none:
         return Waiting(
@@ -343,18 +337,10 @@ def _may_evict(view: SchedulerView, job: Job) -> bool:
     return view.policy.evicts and job.cause is not Cause.RESTART
 
 
-def _fail_restore(job: Job, missing: _Shortage, shortage_text: str) -> actions.FailLoad:
-    code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
-    return actions.FailLoad(job, code, f"not reloaded after the server's start: it needs {shortage_text}")
-
-
 def _describe_shortage(view: SchedulerView, job: Job, reservations: Reservations) -> str:
     """Return what a load waits for, with the numbers."""
-    kept = (
-        f", some reserved for job {reservations.first.id}, before it"
-        if reservations.first is not None
-        else ""
-    )
+    first = reservations.first
+    kept = f", some reserved for job {first.id}, before it" if first is not None else ""
     budget, free = view.policy.budget_bytes, view.free_bytes
     if budget is not None and free is not None and _shortage_now(view, job, reservations).bytes > 0:
         return (
@@ -366,12 +352,8 @@ def _describe_shortage(view: SchedulerView, job: Job, reservations: Reservations
 
 def _describe_estimate(view: SchedulerView, job: Job) -> str:
     """Return the estimate of a load, and whether it rests on file sizes only."""
-    estimate_text = format_megabytes(_estimate(view, job))
-    return (
-        f"{estimate_text} (estimated from its files)"
-        if job.id in view.observations.from_file_sizes
-        else estimate_text
-    )
+    basis = " (estimated from its files)" if job.id in view.observations.from_file_sizes else ""
+    return f"{format_megabytes(_estimate(view, job))}{basis}"
 
 
 def _advise(view: SchedulerView, job: Job) -> str:

@@ -109,15 +109,10 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
 def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
     """Cancel jobs on request, and on-demand loads that have not begun and lost their demand."""
     for job in view.unended:
-        if job.cancelling or (
-            _is_on_demand(view, job) and job.model_id not in view.observations.pending_demand
-        ):
+        is_demanded = job.cause is not Cause.DEMAND or job.model_id in view.observations.pending_demand
+        has_begun = job.status is not JobStatus.PENDING or job.id in view.running
+        if job.cancelling or (job.kind is JobKind.LOAD and not is_demanded and not has_begun):
             yield actions.CancelJob(job)
-
-
-def _is_on_demand(view: SchedulerView, job: Job) -> bool:
-    is_pending = job.status is JobStatus.PENDING and job.id not in view.running
-    return job.kind is JobKind.LOAD and job.cause is Cause.DEMAND and is_pending
 
 
 def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
@@ -127,28 +122,20 @@ def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
             continue
         job = view.state.unended_job(run.load_job_id)
         if run.phase is Phase.LOADED and job is not None:
-            yield actions.CompleteLoad(job, _find_replaced_load(view, job))
+            replaced = view.find_loaded(job.model_id)
+            yield actions.CompleteLoad(job, replaced.serving.load_job_id if replaced is not None else None)
         elif run.phase is Phase.FAILED and job is not None:
             yield actions.FailLoad(job)
         elif exited := _find_unrecorded_exits(view, run):
             yield actions.RecordExits(run.load_job_id, exited)
 
 
-def _find_replaced_load(view: SchedulerView, job: Job) -> str | None:
-    model = view.state.models.get(job.model_id)
-    if model is None or model.phase is not ModelState.LOADED or model.serving is None:
-        return None
-    return model.serving.load_job_id
-
-
 def _find_unrecorded_exits(view: SchedulerView, run: LoadView) -> tuple[str, ...]:
     """Return the workers of the recorded serving load whose exit is not recorded yet."""
-    model = view.state.models.get(run.model_id)
-    if model is None or model.serving is None or model.phase is not ModelState.LOADED:
+    loaded = view.find_loaded(run.model_id)
+    if loaded is None or loaded.serving.load_job_id != run.load_job_id:
         return ()
-    if model.serving.load_job_id != run.load_job_id:
-        return ()
-    left = model.serving.worker_ids
+    left = loaded.serving.worker_ids
     return left if run.phase is Phase.GONE else tuple(worker for worker in left if worker in run.exited)
 
 

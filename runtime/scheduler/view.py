@@ -225,21 +225,23 @@ class SchedulerView:
     @cached_property
     def settled_models(self) -> list[tuple[LoadedModel, LoadView]]:
         """Serving models without a pending job."""
-        serving = ((self.state.models.get(run.model_id), run) for run in self.running.values())
         return [
             (loaded, run)
-            for model, run in serving
-            if model is not None
-            and not (model.loads or model.unloads or run.killed)
-            and self.find_serving(model) is run
-            and (loaded := model.loaded) is not None
+            for run in self.running.values()
+            if (loaded := self.find_loaded(run.model_id)) is not None
+            and not (loaded.model.loads or loaded.model.unloads or run.killed)
+            and self.find_serving(run.model_id) is run
         ]
 
-    def find_serving(self, model: Model | None) -> LoadView | None:
+    def find_loaded(self, model_id: str) -> LoadedModel | None:
+        """Return a model that is recorded as loaded; None if it is not."""
+        model = self.state.models.get(model_id)
+        return model.loaded if model is not None and model.phase is ModelState.LOADED else None
+
+    def find_serving(self, model_id: str) -> LoadView | None:
         """Return the load from which a model serves; None if it does not serve."""
-        if model is None or model.serving is None or model.phase is not ModelState.LOADED:
-            return None
-        run = self.running.get(model.serving.load_job_id)
+        loaded = self.find_loaded(model_id)
+        run = self.running.get(loaded.serving.load_job_id) if loaded is not None else None
         return run if run is not None and run.phase is Phase.SERVING else None
 
     def is_being_replaced(self, model: Model) -> bool:

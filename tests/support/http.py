@@ -256,12 +256,9 @@ class LocalApi(Api):
 
     def worker(self, model_id: str) -> Worker:
         """Return a model's newest worker."""
-        workers = [
-            load.worker
-            for load in self.app[CONSUMER].loads.values()
-            if load.model_id == model_id and load.worker is not None
-        ]
-        return workers[-1]
+        loads = self.app[CONSUMER].loads.values()
+        newest = [load for load in loads if load.model_id == model_id and load.workers][-1]
+        return [*newest.alive_workers, *newest.workers][0]
 
 
 @asynccontextmanager

@@ -157,10 +157,9 @@ class Engine:
         return [load for load in self.consumer.loads.values() if load.model_id == model_id][-1]
 
     def worker(self, model_id: str) -> Worker:
-        """Return the newest worker of a model."""
-        worker = self.live(model_id).worker
-        assert worker is not None
-        return worker
+        """Return the first worker of a model's newest load that has not exited, else the first."""
+        load = self.live(model_id)
+        return [*load.alive_workers, *load.workers][0]
 
     def workers(self, model_id: str) -> list[Worker]:
         """Return the workers that are left of a model's newest load."""

@@ -150,9 +150,9 @@ async def test_unload_ends_without_a_measurement(
     save(models.add(), tmp_path, "m")
     live = RunningLoad("job", "m", 1, LoadParameters(), "w", lambda: None)
     await run_load(live, pool, order_of_load(live, pool, Repository(tmp_path), (), lambda _: None))
-    assert live.worker is not None
+    [worker] = live.workers
     assert live.report is not None
-    fifo = tmp_path / str(live.worker.pid) / "smaps_rollup"  # as if the kernel did not answer
+    fifo = tmp_path / str(worker.pid) / "smaps_rollup"  # as if the kernel did not answer
     fifo.parent.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr(memory, "PROC", tmp_path)
@@ -160,7 +160,7 @@ async def test_unload_ends_without_a_measurement(
     monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
     await run_unload(live, drain_timeout_s=1)
     assert live.freed_bytes == live.report.memory_bytes
-    assert live.worker.ended.result() == Exit(0, None)
+    assert worker.ended.result() == Exit(0, None)
     os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads
 
 
