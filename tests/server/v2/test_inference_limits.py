@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from onnx import ModelProto
 from support import models
-from support.http import Answer, Json, LocalApi, when
+from support.http import ENDLESS, ONE, Answer, Json, LocalApi, when
 from support.models import save
 from support.workers import computing, until
 
@@ -20,19 +20,15 @@ from server.appkeys import BODIES
 
 Start = Callable[..., Awaitable[LocalApi]]
 
-ENDLESS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
 SHORT = {**ENDLESS, "data": [5]}
-
-
-def floats(*values: float) -> Json:
-    return {"name": "x", "shape": [len(values)], "datatype": "FP32", "data": list(values)}
+STOPPED = {"timeout": 50_000}
+TIMEOUT, QUEUE_FULL = (504, "inference_timeout"), (503, "inference_queue_full")
 
 
 def quotient(a: int, b: int) -> list[Json]:
-    """Give the inputs of `crash_on_run`."""
-    return [
-        {"name": name, "shape": [1], "datatype": "INT64", "data": [n]} for name, n in (("a", a), ("b", b))
-    ]
+    """Return the inputs of `crash_on_run`."""
+    numbers = (("a", a), ("b", b))
+    return [{"name": name, "shape": [1], "datatype": "INT64", "data": [number]} for name, number in numbers]
 
 
 async def load_loop(api: LocalApi, model_id: str) -> None:
@@ -51,14 +47,18 @@ async def begin(api: LocalApi, model_id: str, *, count: int = 1) -> list[asyncio
 # Deadlines
 
 
-async def test_request_timeout_stops_the_run(shared: LocalApi) -> None:
-    await load_loop(shared, "deadline")
-    pid = shared.worker("deadline").pid
-    answer = await shared.infer("deadline", ENDLESS, parameters={"timeout": 50_000})
-    assert answer.refusal == (504, "inference_timeout")
+async def test_run_without_time_or_client_is_stopped(shared: LocalApi) -> None:
+    await load_loop(shared, "stopped")
+    worker = shared.worker("stopped")
+    answer = await shared.infer("stopped", ENDLESS, parameters=STOPPED)
+    assert answer.refusal == TIMEOUT
     assert "0.05 s" in answer.json["error"]
-    assert (await shared.infer("deadline", SHORT)).json["outputs"][0]["data"] == [5]
-    assert shared.worker("deadline").pid == pid
+    assert (await shared.infer("stopped", SHORT)).json["outputs"][0]["data"] == [5]
+    [running] = await begin(shared, "stopped")
+    running.cancel()
+    await until(lambda: worker.in_flight == 0)
+    assert (await shared.infer("stopped", SHORT)).status == 200
+    assert shared.worker("stopped") is worker
 
 
 async def test_stuck_worker_is_replaced_and_queued_requests_are_answered(
@@ -69,10 +69,10 @@ async def test_stuck_worker_is_replaced_and_queued_requests_are_answered(
     await api.load("m")
     worker = api.worker("m")
     os.kill(worker.pid, signal.SIGSTOP)
-    first = asyncio.create_task(api.infer("m", ENDLESS, parameters={"timeout": 50_000}))
+    first = asyncio.create_task(api.infer("m", ENDLESS, parameters=STOPPED))
     await until(lambda: worker.in_flight == 1)
     queued = [asyncio.create_task(api.infer("m", {**ENDLESS, "data": [number]})) for number in (3, 4)]
-    assert (await first).refusal == (504, "inference_timeout")
+    assert (await first).refusal == TIMEOUT
     assert [(await task).json["outputs"][0]["data"] for task in queued] == [[3], [4]]
     [exited] = await api.data_of(WorkerExited)
     assert "did not stop" in exited.stderr[-1]
@@ -81,14 +81,13 @@ async def test_stuck_worker_is_replaced_and_queued_requests_are_answered(
 
 async def test_server_timeout_and_full_queue_refuse(start: Start, repository: Path) -> None:
     save(models.counting_loop(), repository, "m")
-    api = await start(inference_queue=2, inference_timeout_s=2.0)
+    api = await start(inference_queue=2, inference_timeout_s=1.0)
     await api.load("m")
     running = await begin(api, "m", count=2)
     refused = await api.infer("m", ENDLESS)
-    assert refused.refusal == (503, "inference_queue_full")
+    assert refused.refusal == QUEUE_FULL
     assert refused.headers["Retry-After"] == "1"
-    for task in running:
-        assert (await task).refusal == (504, "inference_timeout")
+    assert [(await task).refusal for task in running] == [TIMEOUT] * 2
 
 
 # Workers and clients that go away
@@ -108,22 +107,17 @@ async def test_long_inference_holds_up_nothing_else(shared: LocalApi) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_id", "model", "fatal", "harmless", "number"),
+    ("model", "fatal", "harmless", "number"),
     [
-        ("killed", models.counting_loop(), [ENDLESS], [SHORT], signal.SIGKILL),
-        ("crashed", models.crash_on_run(), quotient(models.LOWEST, -1), quotient(-5, -1), signal.SIGFPE),
+        (models.counting_loop(), [ENDLESS], [SHORT], signal.SIGKILL),
+        (models.crash_on_run(), quotient(models.LOWEST, -1), quotient(-5, -1), signal.SIGFPE),
     ],
     ids=["killed", "crashed by the inference"],
 )
 async def test_dead_worker_fails_its_requests_and_is_replaced(
-    shared: LocalApi,
-    model_id: str,
-    model: ModelProto,
-    *,
-    fatal: list[Json],
-    harmless: list[Json],
-    number: signal.Signals,
+    shared: LocalApi, model: ModelProto, fatal: list[Json], harmless: list[Json], number: signal.Signals
 ) -> None:
+    model_id = number.name
     await load_loop(shared, "other")
     save(model, shared.config.repository, model_id)
     await shared.load(model_id)
@@ -144,16 +138,6 @@ async def test_dead_worker_fails_its_requests_and_is_replaced(
     assert (await shared.jobs(f"?model={model_id}"))[0]["cause"] == "recovery"
 
 
-async def test_disconnected_client_s_run_is_stopped(shared: LocalApi) -> None:
-    await load_loop(shared, "left")
-    worker = shared.worker("left")
-    [running] = await begin(shared, "left")
-    running.cancel()
-    await until(lambda: worker.in_flight == 0)
-    assert (await shared.infer("left", SHORT)).status == 200
-    assert shared.worker("left") is worker
-
-
 # Swaps
 
 
@@ -168,7 +152,7 @@ async def test_no_inference_fails_during_swaps(shared: LocalApi) -> None:
 
     async def infer() -> None:
         while is_swapping:
-            answer = await shared.infer("swapped", floats(1))
+            answer = await shared.infer("swapped", ONE)
             assert answer.status == 200, answer.body
             version = int(answer.json["model_version"])
             assert answer.json["outputs"][0]["data"] == [1 + version]
@@ -201,59 +185,52 @@ async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi) -> Non
 # Memory
 
 
-@pytest.fixture
-async def small_budget(start: Start, repository: Path, monkeypatch: pytest.MonkeyPatch) -> LocalApi:
-    """A server with 1 MiB for request bodies, and an identity loaded as `m`."""
+async def test_bodies_beyond_the_budget_are_refused(
+    start: Start, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.app.MAX_BODIES_BYTES", 2**20)
-    save(models.identity(), repository, "m")
-    api = await start()
+    save(models.add(), repository, "m")
+    api, more, body = await start(), asyncio.Event(), json.dumps({"inputs": [ONE]}).encode()
     await api.load("m")
-    return api
 
+    async def infer(data: object, subject: str = "alice") -> Answer:
+        return await api.post("/v2/models/m/infer", data=data, subject=subject)
 
-async def test_bodies_beyond_the_budget_are_refused(small_budget: LocalApi) -> None:
     async def endless() -> AsyncIterator[bytes]:
         for _ in range(32):
             yield b" " * 2**16
 
-    for _ in range(2):
-        answer = await small_budget.post("/v2/models/m/infer", data=endless())
-        assert answer.refusal == (503, "bodies_full")
-    await until(lambda: small_budget.app[BODIES].taken_bytes == 0)
-    assert (await small_budget.infer("m", floats(1))).status == 200
-
-
-async def test_one_subject_gets_half_of_the_free_body_budget(small_budget: LocalApi) -> None:
-    api, more = small_budget, asyncio.Event()
-
     async def slow() -> AsyncIterator[bytes]:
         yield b" " * 2**19
         await more.wait()
-        yield json.dumps({"inputs": [floats(7)]}).encode()
+        yield body
 
-    half = asyncio.create_task(api.post("/v2/models/m/infer", data=slow(), subject="alice"))
+    for _ in range(2):
+        assert (await infer(endless())).refusal == (503, "bodies_full")
+        await until(lambda: api.app[BODIES].taken_bytes == 0)
+    half = asyncio.create_task(infer(slow()))  # of the budget, which one subject may have
     await until(lambda: api.app[BODIES].taken_bytes == 2**19)
-    large = json.dumps({"inputs": [floats(7)]}).encode() + b" " * 2**18
-    for subject, status in (("alice", 503), ("bob", 200)):
-        assert (await api.post("/v2/models/m/infer", data=large, subject=subject)).status == status
+    large = body + b" " * 2**18
+    assert [(await infer(large, subject)).status for subject in ("alice", "bob")] == [503, 200]
     more.set()
     assert (await half).refusal == (503, "bodies_full")
     await until(lambda: api.app[BODIES].taken_bytes == 0)
+    assert (await infer(body)).status == 200
 
 
 async def test_data_that_a_worker_does_not_read_is_bounded(
     shared: LocalApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.process.worker.MAX_UNSENT_BYTES", 2**20)
-    save(models.identity(), shared.config.repository, "stopped")
-    await shared.load("stopped")
-    pid = shared.worker("stopped").pid
+    save(models.identity(), shared.config.repository, "unread")
+    await shared.load("unread")
+    pid = shared.worker("unread").pid
     os.kill(pid, signal.SIGSTOP)
     tensor = {"name": "x", "shape": [2**20], "datatype": "FP32", "parameters": {"binary_data_size": 2**22}}
     head = json.dumps({"inputs": [tensor], "parameters": {"timeout": 20_000}}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
-    for expected in ((504, "inference_timeout"), (503, "inference_queue_full")):
+    for expected in (TIMEOUT, QUEUE_FULL):
         body = io.BytesIO(head + bytes(2**22))
-        assert (await shared.post("/v2/models/stopped/infer", data=body, headers=headers)).refusal == expected
+        assert (await shared.post("/v2/models/unread/infer", data=body, headers=headers)).refusal == expected
     os.kill(pid, signal.SIGCONT)
-    await when(lambda: shared.infer("stopped", floats(1)), lambda seen: seen.status == 200)
+    await when(lambda: shared.infer("unread", ONE), lambda seen: seen.status == 200)

@@ -5,13 +5,12 @@ import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from support import models
-from support.http import Answer, Json, LocalApi, local_server, when
+from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
 from support.models import save, save_bytes
 from support.running import Engine, running
 from support.workers import until
@@ -21,6 +20,7 @@ from events.commands import FileIdentity, RequestLoad
 from events.models import Model, ModelState
 from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
+from runtime.process.pool import WorkerPool
 from server.appkeys import DEMAND, PENDING_DEMAND
 from server.v2.ondemand import LONGEST_PAUSE_S, MAX_FAILURES, BackOff, DemandFailed, OnDemand
 
@@ -28,28 +28,31 @@ Start = Callable[..., Awaitable[LocalApi]]
 
 SLOW = models.slow_model(side=800, depth=2_000)
 """Loads for half a minute: tests wait for its load to begin, never for its end."""
-ENDLESS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+
+
+SOON = {"timeout": 50_000}
+M: tuple[str, int | None] = ("m", None)
 
 
 # Back-off
 
 
-def fail(back_off: BackOff, demand: tuple[str, int | None], before: Model | None, now_s: float) -> Model:
-    """Fail once and return the model as it is recorded then."""
-    back_off.check(demand, before, now_s)
+def fail(back_off: BackOff, demand: tuple[str, int | None], before: Model | None) -> Model:
+    """Fail at 0 s, and return the model as it is recorded then."""
+    back_off.check(demand, before, 0.0)
     after = Model(demand[0])
-    back_off.note(demand, "because", before, after, now_s)
+    back_off.note(demand, "because", before, after, 0.0)
     return after
 
 
 def test_pause_doubles_to_a_limit() -> None:
     back_off, now_s, model, pauses = BackOff(), 0.0, None, list[float]()
     for _ in range(9):
-        back_off.check(("m", None), model, now_s)
+        back_off.check(M, model, now_s)
         before, model = model, Model("m")
-        pauses.append(back_off.note(("m", None), "because", before, model, now_s))
+        pauses.append(back_off.note(M, "because", before, model, now_s))
         with pytest.raises(DemandFailed, match="because") as refused:
-            back_off.check(("m", None), model, now_s + pauses[-1] - 0.25)
+            back_off.check(M, model, now_s + pauses[-1] - 0.25)
         assert refused.value.retry_after_s == 0.25
         now_s += pauses[-1]
     assert pauses == [0.5, 1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
@@ -57,26 +60,25 @@ def test_pause_doubles_to_a_limit() -> None:
 
 def test_change_of_the_model_ends_the_pause() -> None:
     back_off = BackOff()
-    fail(back_off, ("m", None), None, 0.0)
+    fail(back_off, M, None)
     changed = Model("m")
-    back_off.check(("m", None), changed, 0.0)
-    assert back_off.note(("m", None), "because", changed, Model("m"), 0.0) == 0.5
+    back_off.check(M, changed, 0.0)
+    assert back_off.note(M, "because", changed, Model("m"), 0.0) == 0.5
 
 
 def test_versions_have_their_own_pauses() -> None:
     back_off = BackOff()
-    model = fail(back_off, ("m", 1), None, 0.0)
-    model = fail(back_off, ("m", 2), model, 0.0)
+    model = fail(back_off, ("m", 2), fail(back_off, ("m", 1), None))
     for version in (1, 2):
         with pytest.raises(DemandFailed):
             back_off.check(("m", version), model, 0.4)
-    back_off.check(("m", None), model, 0.4)
+    back_off.check(M, model, 0.4)
     back_off.check(("other", 1), None, 0.4)
 
 
 def test_remembered_failures_are_bounded() -> None:
     back_off = BackOff()
-    seen = {number: fail(back_off, (f"m{number}", None), None, 0.0) for number in range(MAX_FAILURES + 1)}
+    seen = {number: fail(back_off, (f"m{number}", None), None) for number in range(MAX_FAILURES + 1)}
     back_off.check(("m0", None), seen[0], 0.1)
     for number in (1, MAX_FAILURES):
         with pytest.raises(DemandFailed):
@@ -89,8 +91,8 @@ def test_remembered_failures_are_bounded() -> None:
 class Demanding:
     """On-demand loads that count their look-ups in the repository."""
 
-    def __init__(self, engine: Engine, max_waiting: int) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.look_ups = 0
         self.defect: Exception | None = None
         self.pending = engine.demand
@@ -103,7 +105,7 @@ class Demanding:
             look_up=self._look_up,
             waiting_for=engine.consumer.waiting_for,
             stopping=asyncio.Event(),
-            max_waiting=max_waiting,
+            max_waiting=1000,
             on=True,
         )
 
@@ -111,7 +113,7 @@ class Demanding:
         """Wait for a model, and return whether it is ready then, and held."""
         ends_at_s = asyncio.get_running_loop().time() + within_s
         async with self.demand.loaded(model_id, None, "ann", ends_at_s):
-            return self._engine.router.is_ready(model_id) and self.pending.has(model_id)
+            return self.engine.router.is_ready(model_id) and self.pending.has(model_id)
 
     async def waiting(self, model_id: str, count: int) -> list[asyncio.Task[bool]]:
         """Begin to wait so many times."""
@@ -123,77 +125,94 @@ class Demanding:
         self.look_ups += 1
         if self.defect is not None:
             raise self.defect
-        found = await asyncio.to_thread(self._engine.repository.resolve, model_id, version)
+        found = await asyncio.to_thread(self.engine.repository.resolve, model_id, version)
         files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
         return RequestLoad(model_id, found.version, files, subject, cause=Cause.DEMAND)
 
 
-@asynccontextmanager
-async def demanding(folder: Path, max_waiting: int = 1000) -> AsyncIterator[tuple[Engine, Demanding]]:
-    """Start the runtime with on-demand loads of `adder`, and of `slow`, which loads for half a minute."""
-    save(models.add(1), folder / "models", "adder")
-    save(SLOW, folder / "models", "slow")
-    async with running(folder) as engine:
-        on_demand = Demanding(engine, max_waiting)
-        yield engine, on_demand
-        await on_demand.demand.close()
+@pytest_asyncio.fixture(loop_scope="module")
+async def demanding(tmp_path: Path, shared_pool: WorkerPool) -> AsyncIterator[Demanding]:
+    """On-demand loads of `adder`, and of `slow`, which loads for half a minute."""
+    save(models.add(1), tmp_path / "models", "adder")
+    save(SLOW, tmp_path / "models", "slow")
+    async with running(tmp_path, pool=shared_pool) as engine:
+        demanding = Demanding(engine)
+        yield demanding
+        await demanding.demand.close()
 
 
-async def test_thousand_waiters_are_one_look_up_and_one_load(tmp_path: Path) -> None:
-    async with demanding(tmp_path) as (engine, on_demand):
-        with pytest.raises(InferenceTimeout, match="is not loaded yet"):
-            await on_demand.wait("adder", within_s=-1)
-        await until(lambda: not on_demand.demand._attempts)
-        assert await engine.story(of="adder") == []
-        on_demand.look_ups = 0
-        waits = [asyncio.create_task(on_demand.wait("adder")) for _ in range(1_000)]
-        assert all(await asyncio.gather(*waits))
-        assert on_demand.look_ups == 1
-        assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-        assert on_demand.demand.waiting("adder") == 0
-        assert not on_demand.pending.has("adder")
+async def test_thousand_waiters_are_one_look_up_and_one_load(demanding: Demanding) -> None:
+    with pytest.raises(InferenceTimeout, match="is not loaded yet"):
+        await demanding.wait("adder", within_s=-1)
+    await until(lambda: not demanding.demand._attempts)
+    assert await demanding.engine.story(of="adder") == []
+    demanding.look_ups = 0
+    assert all(await asyncio.gather(*await demanding.waiting("adder", 1000)))
+    assert demanding.look_ups == 1
+    assert await demanding.engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert demanding.demand.waiting("adder") == 0
+    assert not demanding.pending.has("adder")
 
 
-async def test_waiter_beyond_the_queue_is_refused(tmp_path: Path) -> None:
-    async with demanding(tmp_path, max_waiting=2) as (_, on_demand):
-        first, second = await on_demand.waiting("slow", 2)
-        with pytest.raises(QueueFull):
-            await on_demand.wait("slow")
-        first.cancel()
-        await asyncio.wait([first])
-        with pytest.raises(InferenceTimeout):
-            await on_demand.wait("slow", within_s=0.05)
-        assert not second.done()
-        assert on_demand.look_ups == 1
-        second.cancel()
+async def test_waiter_beyond_the_queue_is_refused(demanding: Demanding) -> None:
+    first, *others = await demanding.waiting("slow", 1000)
+    with pytest.raises(QueueFull):
+        await demanding.wait("slow")
+    first.cancel()
+    await asyncio.wait([first])
+    with pytest.raises(InferenceTimeout):
+        await demanding.wait("slow", within_s=0.05)
+    assert not any(other.done() for other in others)
+    assert demanding.look_ups == 1
+    for other in others:
+        other.cancel()
 
 
-async def test_lost_model_that_is_given_up_fails_its_waiters(tmp_path: Path) -> None:
-    async with demanding(tmp_path) as (engine, on_demand):
-        await engine.load("adder")
-        save(models.unknown_operator(), tmp_path / "models", "adder")
-        await engine.die("adder")
-        [wait] = await on_demand.waiting("adder", 1)
-        for _ in range(4):
-            before = len(engine.model("adder").incidents)
-            engine.pass_time(30)
-            await engine.recorded(lambda count=before: len(engine.model("adder").incidents) != count)  # type: ignore[misc]
-        with pytest.raises(DemandFailed, match="adder"):
-            await wait
-        assert engine.model("adder").state is ModelState.FAILED
-        assert on_demand.look_ups == 0
+async def test_waiter_that_leaves_takes_nothing_from_others(demanding: Demanding) -> None:
+    first, second = await demanding.waiting("adder", 2)
+    first.cancel()
+    assert await second
+    assert first.cancelled()
+    assert not demanding.pending.has("adder")
+    assert demanding.demand.waiting("adder") == 0
+
+
+async def test_started_load_without_waiters_completes(demanding: Demanding) -> None:
+    save(models.slow_identity(side=400), demanding.engine.root, "alone")
+    [wait] = await demanding.waiting("alone", 1)
+    await demanding.engine.loading("alone")
+    wait.cancel()
+    await asyncio.wait([wait])
+    assert not demanding.pending.has("alone")
+    await demanding.engine.becomes("alone", ModelState.LOADED)
+    assert demanding.look_ups == 1
+
+
+async def test_lost_model_that_is_given_up_fails_its_waiters(demanding: Demanding, tmp_path: Path) -> None:
+    engine = demanding.engine
+    await engine.load("adder")
+    save(models.unknown_operator(), tmp_path / "models", "adder")
+    await engine.die("adder")
+    [wait] = await demanding.waiting("adder", 1)
+    for _ in range(4):
+        before = len(engine.model("adder").incidents)
+        engine.pass_time(30)
+        await engine.recorded(lambda count=before: len(engine.model("adder").incidents) != count)  # type: ignore[misc]
+    with pytest.raises(DemandFailed, match="adder"):
+        await wait
+    assert engine.model("adder").state is ModelState.FAILED
+    assert demanding.look_ups == 0
 
 
 async def test_defect_of_a_look_up_fails_its_waiters_only(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    demanding: Demanding, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with demanding(tmp_path) as (_, on_demand):
-        on_demand.defect = OSError("the disk is on fire")
-        results = await asyncio.gather(*(on_demand.wait("adder") for _ in range(3)), return_exceptions=True)
-        assert results == [on_demand.defect] * 3
-        assert "the disk is on fire" in caplog.text
-        on_demand.defect = None
-        assert await on_demand.wait("adder")
+    demanding.defect = OSError("the disk is on fire")
+    results = await asyncio.gather(*(demanding.wait("adder") for _ in range(3)), return_exceptions=True)
+    assert results == [demanding.defect] * 3
+    assert "the disk is on fire" in caplog.text
+    demanding.defect = None
+    assert await demanding.wait("adder")
 
 
 # Over HTTP
@@ -204,10 +223,6 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loca
     """One application with on-demand loads, for tests that do not disturb each other."""
     async with local_server(tmp_path_factory.mktemp("shared"), on_demand="on") as api:
         yield api
-
-
-def floats(*values: float) -> Json:
-    return {"name": "x", "shape": [len(values)], "datatype": "FP32", "data": list(values)}
 
 
 def add(api: LocalApi, model_id: str, *versions: int) -> None:
@@ -227,9 +242,9 @@ async def recorded(api: LocalApi, model_id: str, kind: str) -> None:
     await when(lambda: api.types(model_id), lambda seen: kind in seen)
 
 
-async def begin(api: LocalApi, model_id: str, count: int = 1, **request: Json) -> list[asyncio.Task[Answer]]:
+async def begin(api: LocalApi, model_id: str, count: int) -> list[asyncio.Task[Answer]]:
     """Send inferences for a model that is slow to load, and wait until that has begun."""
-    tasks = [asyncio.create_task(api.infer(model_id, floats(1), **request)) for _ in range(count)]
+    tasks = [asyncio.create_task(api.infer(model_id, ONE)) for _ in range(count)]
     await when(lambda: api.model(model_id), lambda seen: seen["state"] == "loading")
     await until(lambda: api.app[DEMAND].waiting(model_id) == count)
     return tasks
@@ -237,29 +252,18 @@ async def begin(api: LocalApi, model_id: str, count: int = 1, **request: Json) -
 
 async def test_inference_loads_its_model(shared: LocalApi) -> None:
     add(shared, "m")
-    answer = await shared.infer("m", floats(1))
+    answer = await shared.infer("m", ONE)
     assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [2])
     [requested, *_, loaded] = await shared.events("m")
     assert isinstance(requested.data, LoadRequested)
     assert (requested.data.cause, requested.actor, requested.version) == (Cause.DEMAND, "pia", 1)
     assert answer.headers["Loadledger-Model"] == f"m/1;position={loaded.position}"
-    assert (await shared.infer("m", floats(1))).status == 200
+    assert (await shared.infer("m", ONE)).status == 200
     assert await shared.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert not shared.app[PENDING_DEMAND].has("m")
-
-
-async def test_raw_body_loads_its_model(shared: LocalApi) -> None:
     add(shared, "raw")
     headers = {"Inference-Header-Content-Length": "0"}
-    answer = await shared.post("/v2/models/raw/infer", data=b"\0\0\x80\x3f", headers=headers)
-    assert answer.status == 200, answer.body
-
-
-async def test_nothing_is_loaded_unless_configured(api: LocalApi, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    head = api.position
-    assert (await api.infer("m", floats(1))).refusal == (503, "model_not_loaded")
-    assert api.position == head
+    assert (await shared.post("/v2/models/raw/infer", data=b"\0\0\x80\x3f", headers=headers)).status == 200
 
 
 async def test_reads_and_invalid_requests_load_nothing(shared: LocalApi) -> None:
@@ -268,8 +272,8 @@ async def test_reads_and_invalid_requests_load_nothing(shared: LocalApi) -> None
         (await shared.get("/v2/models/untouched"), (503, "model_not_loaded")),
         (await shared.get("/v2/models/untouched/ready"), (400, "not_ready")),
         (await shared.post("/v2/models/untouched/infer", json={}), (400, "invalid_input")),
-        (await shared.infer("untouched", floats(1), version=7), (404, "unknown_version")),
-        (await shared.infer("nope", floats(1)), (404, "unknown_model")),
+        (await shared.infer("untouched", ONE, version=7), (404, "unknown_version")),
+        (await shared.infer("nope", ONE), (404, "unknown_model")),
     ):
         assert answer.refusal == expected
     assert await shared.types("untouched") == await shared.types("nope") == []
@@ -277,13 +281,11 @@ async def test_reads_and_invalid_requests_load_nothing(shared: LocalApi) -> None
 
 async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) -> None:
     add(shared, "pair", 1, 2)
-    answers = await asyncio.gather(
-        *(shared.infer("pair", floats(1), version=v) for v in (1, 2) for _ in range(5))
-    )
+    answers = await asyncio.gather(*(shared.infer("pair", ONE, version=v) for v in (1, 2) for _ in range(5)))
     assert Counter(answer.status for answer in answers) == {200: 5, 503: 5}
     loaded = (await shared.model("pair"))["version"]
-    assert (await shared.infer("pair", floats(1))).json["model_version"] == str(loaded)
-    refused = await shared.infer("pair", floats(1), version=3 - loaded)
+    assert (await shared.infer("pair", ONE)).json["model_version"] == str(loaded)
+    refused = await shared.infer("pair", ONE, version=3 - loaded)
     assert refused.refusal == (503, "model_not_loaded")
     assert f"version {loaded} is" in refused.json["error"]
     assert await causes(shared, "pair") == ["demand"]
@@ -295,7 +297,7 @@ async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) ->
 async def test_requested_load_is_joined(shared: LocalApi) -> None:
     save(models.slow_identity(side=400), shared.config.repository, "joined")
     await shared.accepted_load("joined")
-    assert (await shared.infer("joined", floats(1))).json["outputs"][0]["data"] == [1]
+    assert (await shared.infer("joined", ONE)).json["outputs"][0]["data"] == [1]
     assert await causes(shared, "joined") == ["request"]
 
 
@@ -321,7 +323,7 @@ async def test_lost_model_is_waited_for(shared: LocalApi) -> None:
     await shared.load("lost")
     os.kill(shared.worker("lost").pid, signal.SIGKILL)
     await recorded(shared, "lost", "WorkerExited")
-    assert (await shared.infer("lost", floats(1))).json["outputs"][0]["data"] == [2]
+    assert (await shared.infer("lost", ONE)).json["outputs"][0]["data"] == [2]
     assert await causes(shared, "lost") == ["request", "recovery"]
 
 
@@ -331,18 +333,27 @@ async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
     await shared.load("swap", version=1)
     await shared.accepted_load("swap", version=2, strategy="in_place")
     await recorded(shared, "swap", "ModelUnloaded")
-    answer = await shared.infer("swap", floats(1))
+    answer = await shared.infer("swap", ONE)
     assert (answer.json["model_version"], answer.json["outputs"][0]["data"]) == ("2", [1])
     assert await causes(shared, "swap") == ["request", "request"]
 
 
-async def test_models_of_which_one_fits_take_turns(start: Start) -> None:
+async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
     api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0, keep_alive_s=0)
     for number in range(3):
         save(models.add(number), api.config.repository, f"m{number}")
-    answers = await asyncio.gather(*(api.infer(f"m{n % 3}", floats(1)) for n in range(30)))
+    await api.load("m0", pinned=True)
+    leaving = asyncio.create_task(api.infer("m1", ONE))
+    [job] = await when(lambda: api.jobs("?model=m1"), bool)
+    refused = await api.infer("m1", ONE, parameters=SOON)
+    assert refused.refusal == (504, "inference_timeout")
+    assert f"job {job['id']} is pending and waits for " in refused.json["error"]
+    leaving.cancel()
+    assert (await api.ended(job["id"]))["status"] == "cancelled"
+    await api.unload("m0")
+    answers = await asyncio.gather(*(api.infer(f"m{n % 3}", ONE) for n in range(30)))
     assert [answer.json["outputs"][0]["data"] for answer in answers] == [[1.0 + n % 3] for n in range(30)]
-    assert set(await causes(api, "m0")) == {"demand"}
+    assert set(await causes(api, "m1")) == {"demand"}
     await api.model_when("m0", state="unloaded")
 
 
@@ -352,7 +363,7 @@ async def test_models_of_which_one_fits_take_turns(start: Start) -> None:
 async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) -> None:
     save(models.unknown_operator(), shared.config.repository, "broken", 1)
     add(shared, "broken", 2)
-    answers = await asyncio.gather(*(shared.infer("broken", floats(1), version=1) for _ in range(20)))
+    answers = await asyncio.gather(*(shared.infer("broken", ONE, version=1) for _ in range(20)))
     for answer in answers:
         assert answer.refusal == (503, "load_failed")
         assert "Frobnicate" in answer.json["error"]
@@ -362,21 +373,21 @@ async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) ->
     assert (await shared.job(str(job_id)))["status"] == "failed"
 
     async def retry() -> tuple[str, int]:
-        answer = await shared.infer("broken", floats(1), version=1)
+        answer = await shared.infer("broken", ONE, version=1)
         assert answer.refusal == (503, "load_failed")
         return answer.json["error"], len(await causes(shared, "broken"))
 
     error, loads = await when(retry, lambda seen: "tries again" in seen[0])
     assert "Frobnicate" in error
     await when(retry, lambda seen: seen[1] > loads)
-    assert (await shared.infer("broken", floats(1))).json["outputs"][0]["data"] == [3]  # of version 2
+    assert (await shared.infer("broken", ONE)).json["outputs"][0]["data"] == [3]  # of version 2
 
 
 async def test_invalid_model_settings_are_load_failed(shared: LocalApi) -> None:
     add(shared, "unset")
     (shared.config.repository / "unset" / "loadledger.toml").write_text("instances = 0\n")
     for _ in range(2):
-        answer = await shared.infer("unset", floats(1))
+        answer = await shared.infer("unset", ONE)
         assert answer.refusal == (503, "load_failed")
         assert "instances" in answer.json["error"]
     assert await causes(shared, "unset") == []
@@ -384,27 +395,26 @@ async def test_invalid_model_settings_are_load_failed(shared: LocalApi) -> None:
 
 async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
     save(SLOW, shared.config.repository, "slow")
-    [waiting] = await begin(shared, "slow", parameters={"timeout": 2_000_000})
-    answer = await waiting
-    assert answer.refusal == (504, "inference_timeout")
-    assert "still loading" in answer.json["error"]
+    waiting = await begin(shared, "slow", 3)
+    late = await shared.infer("slow", ONE, parameters=SOON)
+    assert late.refusal == (504, "inference_timeout")
+    assert "still loading" in late.json["error"]
     assert (await shared.model("slow"))["state"] == "loading"
-    assert not shared.app[PENDING_DEMAND].has("slow")
-    waiting_too = await begin(shared, "slow", 3)
     await shared.unload("slow", force=True)
-    for answer in await asyncio.gather(*waiting_too):
+    for answer in await asyncio.gather(*waiting):
         assert answer.refusal == (503, "load_failed")
         assert "cancelled" in answer.json["error"]
     assert await causes(shared, "slow") == ["demand"]
+    assert not shared.app[PENDING_DEMAND].has("slow")
 
 
-async def test_full_job_queue_is_429(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_full_job_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(accept._MOST_UNENDED, Cause.DEMAND, 1)
-    api = await start(on_demand="on")
-    save(SLOW, api.config.repository, "slow")
-    add(api, "m")
-    await api.accepted_load("slow")
-    assert (await api.infer("m", floats(1))).refusal == (429, "queue_full")
+    save(SLOW, shared.config.repository, "busy")
+    add(shared, "refused")
+    await shared.accepted_load("busy")
+    assert (await shared.infer("refused", ONE)).refusal == (429, "queue_full")
+    await shared.unload("busy", force=True)
 
 
 async def test_shutdown_ends_the_wait(start: Start) -> None:
@@ -412,52 +422,5 @@ async def test_shutdown_ends_the_wait(start: Start) -> None:
     save_bytes(SLOW.SerializeToString(), api.config.repository, "m")
     waiting = await begin(api, "m", 2)
     await api.app.shutdown()
-    for answer in [*await asyncio.gather(*waiting), await api.infer("m", floats(1))]:
+    for answer in [*await asyncio.gather(*waiting), await api.infer("m", ONE)]:
         assert answer.refusal == (503, "shutting_down")
-
-
-# Over HTTP: clients that give up
-
-
-async def test_pending_load_without_waiters_is_cancelled(start: Start) -> None:
-    api = await start(on_demand="on", max_loaded=1)
-    add(api, "pinned")
-    add(api, "m")
-    await api.load("pinned", pinned=True)
-    refused = await api.infer("m", floats(1), parameters={"timeout": 1_000_000})
-    assert refused.refusal == (504, "inference_timeout")
-    [job] = await api.jobs("?model=m")
-    assert (await api.ended(job["id"]))["status"] == "cancelled"
-    await api.unload("pinned")
-    assert (await api.infer("m", floats(1))).status == 200
-
-
-async def wait_for(api: LocalApi, model_id: str, subject: str = "ann") -> bool:
-    """Wait as an inference does, and return whether the model is held then."""
-    ends_at_s = asyncio.get_running_loop().time() + 1000
-    async with api.app[DEMAND].loaded(model_id, None, subject, ends_at_s):
-        return api.app[PENDING_DEMAND].has(model_id)
-
-
-async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) -> None:
-    add(shared, "common")
-    first, second = (asyncio.create_task(wait_for(shared, "common", subject)) for subject in ("ann", "bob"))
-    await until(lambda: shared.app[DEMAND].waiting("common") == 2)
-    first.cancel()
-    assert await second
-    assert first.cancelled()
-    assert not shared.app[PENDING_DEMAND].has("common")
-    await until(lambda: shared.app[DEMAND].waiting("common") == 0)
-    [requested, *_] = await shared.events("common")
-    assert requested.actor in ("ann", "bob")  # ann may have gone before the load was requested
-
-
-async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
-    save(models.slow_identity(side=400), shared.config.repository, "alone")
-    waiting = asyncio.create_task(wait_for(shared, "alone"))
-    await recorded(shared, "alone", "LoadStarted")
-    waiting.cancel()
-    await asyncio.wait([waiting])
-    assert not shared.app[PENDING_DEMAND].has("alone")
-    await shared.model_when("alone", state="loaded")
-    assert await causes(shared, "alone") == ["demand"]
