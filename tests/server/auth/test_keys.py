@@ -28,8 +28,8 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
+def contents(data: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
 
 
 def kids(data: Path) -> list[str]:
@@ -38,12 +38,15 @@ def kids(data: Path) -> list[str]:
 
 def test_data_directory_is_private_and_kept(data: Path) -> None:
     (key,) = (data / "keys").iterdir()
-    modes = [mode(path) for path in (data, data / "keys", key, data / "ledger.key")]
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (data, data / "keys", key, data / "ledger.key")]
     assert modes == [0o700, 0o700, 0o600, 0o600]
-    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    before = contents(data)
     assert before.keys() == {key, data / "ledger.key"}
+    for name in ("notes.txt", "x.pem", "99999999T999999999999Z-00000000.pem", ".hidden.pem"):
+        (data / "keys" / name).write_text("?")
     ensure_data_dir(data)
-    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+    assert {path: content for path, content in contents(data).items() if path in before} == before
+    assert kids(data) == [key.stem]
 
 
 def test_newest_key_signs_and_others_stay(data: Path) -> None:
@@ -77,23 +80,17 @@ def test_revoked_key_is_gone_until_another_is_made(data: Path) -> None:
     with pytest.raises(KeyProblem, match="key rotate"):
         issue_token(data, "alice", ["admin"], expires_s=60, audience="loadledger")
     ensure_data_dir(data)
-    assert issue_token(data, "alice", ["admin"], expires_s=60, audience="loadledger")
+    assert len(kids(data)) == 1
 
 
 @pytest.mark.parametrize(
     "kid", ["", "..", "../ledger", "../../etc/passwd", "a/b", "a\0b", "*", "x" * 5000, "ledger"]
 )
 def test_hostile_kid_revokes_nothing(data: Path, kid: str) -> None:
-    before = sorted(data.rglob("*"))
+    before = contents(data)
     with pytest.raises(KeyProblem):
         revoke(data, kid)
-    assert sorted(data.rglob("*")) == before
-
-
-def test_files_that_are_no_keys_are_ignored(data: Path) -> None:
-    for name in ("notes.txt", "x.pem", "99999999T999999999999Z-00000000.pem", ".hidden.pem"):
-        (data / "keys" / name).write_text("?")
-    assert len(list_keys(data)) == 1
+    assert contents(data) == before
 
 
 @pytest.mark.parametrize(
@@ -109,11 +106,8 @@ VALID = ("a", "x" * 128, "alice@example.org", "Jürgen Müller", "system-test", 
 INVALID = ("", "x" * 129, "a\nb", "a\0", "\ud800", "\u202e", "system", "System", " system ", "\uff53ystem")
 
 
-@pytest.mark.parametrize(
-    ("subject", "is_valid"), [*((each, True) for each in VALID), *((each, False) for each in INVALID)]
-)
-def test_subject_is_checked(subject: str, is_valid: bool) -> None:  # noqa: FBT001
-    assert (subject_refusal(subject) is None) == is_valid
+def test_subject_is_checked() -> None:
+    assert [subject for subject in VALID + INVALID if subject_refusal(subject) is None] == list(VALID)
 
 
 def test_files_that_root_creates_belong_to_the_directory_s_owner(tmp_path: Path) -> None:

@@ -3,20 +3,21 @@
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_plain
 from support import models
-from support.http import LocalApi, when
-from support.models import save
+from support.http import ENDLESS, ONE, LocalApi, local_server, when
+from support.models import TEXT, save, save_bytes
 from support.pages import FAMILIES
 from support.workers import computing, until
 
-from events.counters import OTHERS, ModelLabels
+from events.counters import OTHERS
 from events.types import Cause
 from server.app import all_routes
 from server.appkeys import LOG
@@ -29,8 +30,7 @@ OF_EACH_MODEL = ("worker_exits", "worker_restarts", "inference_failures")
 Start = Callable[..., Awaitable[LocalApi]]
 Samples = Mapping[str, float]
 
-ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
-TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
+PATHS = {route.path for route in all_routes()}
 INFER = "/v2/models/{id}/infer"
 
 
@@ -63,6 +63,10 @@ async def metrics_when(api: LocalApi, holds: Callable[[Samples], bool]) -> Sampl
     return await when(lambda: metrics(api), holds)
 
 
+def save_broken(repository: Path) -> None:
+    save_bytes(TEXT, repository, "broken")
+
+
 async def test_server_counts_and_measures_its_work(start: Start, repository: Path) -> None:
     save(models.add(), repository, "m")
     api = await start(memory_budget="1000000000", inference_queue=7)
@@ -85,16 +89,7 @@ async def test_server_counts_and_measures_its_work(start: Start, repository: Pat
         assert (await api.infer("m", ONE)).status == 200
     assert (await api.infer("m", {**ONE, "datatype": "INT64"})).status == 400
     seen = await metrics(api)
-    of_m = {name: seen[series(name, model="m")] for name in FAMILIES_OF_A_MODEL}
-    assert of_m == {
-        "inference_duration_seconds_count": 3,
-        "inference_failures_total": 1,
-        "inferences_total": 3,
-        "inference_executions_total": 3,
-        "inference_in_flight": 0,
-        "model_serving": 1,
-        "model_workers": 1,
-    }
+    assert {name: seen[series(name, model="m")] for name in OF_M} == OF_M
     assert seen[series("inference_duration_seconds_bucket", model="m", le="+Inf")] == 3
     assert seen[series("inference_stage_seconds_total", model="m", stage="infer")] > 0
     assert seen[series("model_info", model="m", version="1", form="none")] == 1
@@ -117,48 +112,48 @@ async def test_server_counts_and_measures_its_work(start: Start, repository: Pat
     assert 0 <= seen["least_recently_used_age_seconds"] < 3600
 
 
-FAMILIES_OF_A_MODEL = (
-    "inference_duration_seconds_count",
-    "inference_failures_total",
-    "inferences_total",
-    "inference_executions_total",
-    "inference_in_flight",
-    "model_serving",
-    "model_workers",
-)
+OF_M = {
+    "inference_duration_seconds_count": 3, "inference_failures_total": 1, "inferences_total": 3,
+    "inference_executions_total": 3, "inference_in_flight": 0, "model_serving": 1, "model_workers": 1,
+}  # fmt: skip
 
 
 async def test_counters_survive_unload_swap_and_death(api: LocalApi, repository: Path) -> None:
-    for version in (1, 2):
-        save(models.add(), repository, "m", version)
+    save(models.add(), repository, "m", 1)
+    save(models.add(), repository, "m", 2)
+    save_broken(repository)
 
-    async def ask_and_look(earlier: Samples) -> Samples:
+    async def infer_and_scrape(earlier: Samples) -> Samples:
         assert (await api.infer("m", ONE)).status == 200
         seen = await metrics(api)
-        counts = {
-            name for name in earlier if name.partition("{")[0].endswith(("_total", "_count", "_bucket"))
-        }
-        assert {name for name in counts if seen.get(name, -1) < earlier[name]} == set()
+        for name, value in earlier.items():
+            if name.partition("{")[0].endswith(("_total", "_count", "_bucket")):
+                assert seen.get(name, -1) >= value, name
         return seen
 
     await api.load("m", version=1)
-    seen = await ask_and_look({})
+    seen = await infer_and_scrape({})
     await api.load("m", version=2)  # swapped
-    seen = await ask_and_look(seen)
+    seen = await infer_and_scrape(seen)
     await api.unload("m")
     assert (await metrics(api))[series("inferences_total", model="m")] == 2
     await api.load("m")
-    seen = await ask_and_look(seen)
+    seen = await infer_and_scrape(seen)
     assert seen[series("unloads_total", cause="swap", outcome="completed")] == 1
     assert seen[series("unloads_total", cause="request", outcome="completed")] == 1
     assert seen[series("unload_duration_seconds_count", outcome="completed")] == 2
     assert seen[series("evictions_total", cause="eviction")] == 0
     os.kill(api.worker("m").pid, signal.SIGKILL)
     await metrics_when(api, lambda seen: seen.get(series("worker_restarts_total", model="m")) == 1)
-    seen = await ask_and_look(seen)
+    await api.failed_load("broken")
+    seen = await infer_and_scrape(seen)
     assert seen[series("worker_exits_total", model="m")] == 1
     assert seen[series("inferences_total", model="m")] == 4
     assert seen[series("loads_total", cause="recovery", outcome="completed")] == 1
+    assert seen[series("model_serving", model="broken")] == 0
+    assert seen[series("models", state="failed")] == 1
+    assert seen[series("load_failures_total", code="invalid_model")] == 1
+    assert seen[series("loads_total", cause="request", outcome="failed")] == 1
 
 
 async def test_running_waiting_and_evicted_work_is_measured(start: Start, repository: Path) -> None:
@@ -168,7 +163,7 @@ async def test_running_waiting_and_evicted_work_is_measured(start: Start, reposi
     api = await start(max_loaded=2, evict="idle", min_residency_s=0)
     await api.load("busy")
     is_computing = computing(api.worker("busy").pid)
-    running = asyncio.create_task(api.infer("busy", TRIPS))
+    running = asyncio.create_task(api.infer("busy", ENDLESS))
     await until(is_computing)
     await api.load("a")
     await api.load("b")
@@ -188,30 +183,15 @@ async def test_running_waiting_and_evicted_work_is_measured(start: Start, reposi
     assert (await running).status == 503
 
 
-async def test_failed_load_is_counted(api: LocalApi, repository: Path) -> None:
-    (repository / "broken" / "1").mkdir(parents=True)
-    (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
-    await api.failed_load("broken")
-    seen = await metrics(api)
-    assert seen[series("model_serving", model="broken")] == 0
-    assert seen[series("models", state="failed")] == 1
-    assert seen[series("load_failures_total", code="invalid_model")] == 1
-    assert seen[series("loads_total", cause="request", outcome="failed")] == 1
-
-
-async def test_streams_and_their_lag_are_measured(api: LocalApi) -> None:
+async def test_streams_are_measured_and_invented_names_make_no_series(
+    api: LocalApi, repository: Path
+) -> None:
     headers = {"Authorization": f"Bearer {api.token('audit')}"}
     async with api.session.get(f"{api.url}/api/v1/events/stream?after=0", headers=headers) as stream:
         await stream.content.readuntil(b"event: live")
         seen = await metrics(api)
         assert (seen["streams"], seen["tail_lag_events"]) == (1, 0)
         assert http("/api/v1/events/stream", "2xx") not in seen
-    await metrics_when(api, lambda seen: seen["streams"] == 0)
-    seen = await metrics_when(api, lambda seen: http("/api/v1/events/stream", ABORTED) in seen)
-    assert not [name for name in seen if "duration" in name and "/stream" in name]
-
-
-async def test_invented_names_make_no_series(api: LocalApi, repository: Path) -> None:
     save(models.add(), repository, "m")
     await api.load("m")
     for number in range(3):
@@ -223,24 +203,23 @@ async def test_invented_names_make_no_series(api: LocalApi, repository: Path) ->
         assert (await api.infer("m", ONE, version=100 + number)).status == 503
         async with api.session.request("PROPFIND", f"{api.url}/metrics") as answer:
             assert answer.status == 401
-    seen = await metrics(api)
+    seen = await metrics_when(api, lambda seen: http("/api/v1/events/stream", ABORTED) in seen)
+    assert seen["streams"] == 0
+    assert not [name for name in seen if "duration" in name and "/stream" in name]
     assert not [name for name in seen if "made" in name.lower()]
     assert seen[http(NO_ROUTE, "4xx")] == 3
     assert seen[http(NO_ROUTE, "4xx", OTHER_METHOD)] == 3
-    routes = {route.path for route in all_routes()} | {NO_ROUTE}
-    families = {family.name: family for family in ServerCollector(api.app).collect()}
-    requests = families["loadledger_http_requests"].samples
-    assert {sample.labels["route"] for sample in requests} <= routes
-    assert {sample.labels["method"] for sample in requests} <= METHODS | {OTHER_METHOD}
+    requests = next(
+        each for each in ServerCollector(api.app).collect() if each.name.endswith("http_requests")
+    )
+    assert {sample.labels["route"] for sample in requests.samples} <= {NO_ROUTE, *PATHS}
+    assert {sample.labels["method"] for sample in requests.samples} <= METHODS | {OTHER_METHOD}
 
 
 async def test_models_beyond_the_limit_are_counted_together(api: LocalApi, repository: Path) -> None:
-    names = ("a", "b", "c")
-    for name in names:
-        save(models.add(), repository, name)
     api.app[LOG].tally.names.most = 1
-    assert isinstance(api.app[LOG].tally.names, ModelLabels)
-    for name in names:
+    for name in ("a", "b", "c"):
+        save(models.add(), repository, name)
         await api.load(name)
         assert (await api.infer(name, ONE)).status == 200
     seen = await metrics(api)
@@ -250,8 +229,7 @@ async def test_models_beyond_the_limit_are_counted_together(api: LocalApi, repos
     serving = {name: value for name, value in seen.items() if name.startswith("model_serving")}
     assert serving == {series("model_serving", model=name): 1 for name in ("a", OTHERS)}
     await api.unload("b")
-    (repository / "broken" / "1").mkdir(parents=True)
-    (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
+    save_broken(repository)
     await api.failed_load("broken")
     seen = await metrics(api)
     assert seen[series("inferences_total", model=OTHERS)] == 2
@@ -280,8 +258,16 @@ def test_format_is_negotiated(accept: str, media_type: str) -> None:
     assert negotiate(accept) == media_type
 
 
-async def test_scrape_formats_and_sharing(start: Start) -> None:
-    api = await start(metrics="open", limit_reads="1/hour")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application whose metrics need no token."""
+    settings = {"metrics": "open", "limit_reads": "1/hour", "prepare": "on"}
+    async with local_server(tmp_path_factory.mktemp("shared"), **settings) as api:
+        yield api
+
+
+async def test_scrape_formats_and_sharing(shared: LocalApi) -> None:
+    api = shared
     for _ in range(3):
         answer = await api.get("/metrics", roles=())
         assert (answer.status, "RateLimit" in answer.headers) == (200, False)
@@ -299,15 +285,16 @@ async def test_scrape_formats_and_sharing(start: Start) -> None:
     await asyncio.sleep(0)
     leaving.cancel()
     await asyncio.wait([leaving])
-    assert (await metrics(api))["ledger_position"] == 1
+    assert (await metrics(api))["ledger_position"] == api.position
 
 
-async def test_page_lists_every_family(start: Start, repository: Path) -> None:
-    save(models.add(), repository, "m")
-    api = await start(prepare="on")
-    await api.load("m")
-    await api.infer("m", ONE)
-    found = [family for family in ServerCollector(api.app).collect() if family.name.startswith("loadledger_")]
+async def test_page_lists_every_family(shared: LocalApi) -> None:
+    save(models.add(), shared.config.repository, "m")
+    await shared.load("m")
+    await shared.infer("m", ONE)
+    found = [
+        family for family in ServerCollector(shared.app).collect() if family.name.startswith("loadledger_")
+    ]
     listed = {family.name.removesuffix("_total"): family for family in FAMILIES}
     assert {family.name: (family.type, family.documentation) for family in found} == {
         name: (family.kind, family.text) for name, family in listed.items()

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from onnx import ModelProto
 from support import models
 from support.http import ENDLESS, ONE, Answer, Json, LocalApi, when
 from support.models import save
@@ -61,33 +60,20 @@ async def test_run_without_time_or_client_is_stopped(shared: LocalApi) -> None:
     assert shared.worker("stopped") is worker
 
 
-async def test_stuck_worker_is_replaced_and_queued_requests_are_answered(
-    start: Start, repository: Path
-) -> None:
+async def test_timeout_of_the_server_replaces_a_stuck_worker(start: Start, repository: Path) -> None:
     save(models.counting_loop(), repository, "m")
-    api = await start(inference_timeout_s=20.0, inference_grace_s=0.1)
+    api = await start(inference_queue=2, inference_timeout_s=1.0, inference_grace_s=0.1)
     await api.load("m")
     worker = api.worker("m")
     os.kill(worker.pid, signal.SIGSTOP)
-    first = asyncio.create_task(api.infer("m", ENDLESS, parameters=STOPPED))
-    await until(lambda: worker.in_flight == 1)
-    queued = [asyncio.create_task(api.infer("m", {**ENDLESS, "data": [number]})) for number in (3, 4)]
-    assert (await first).refusal == TIMEOUT
-    assert [(await task).json["outputs"][0]["data"] for task in queued] == [[3], [4]]
-    [exited] = await api.data_of(WorkerExited)
-    assert "did not stop" in exited.stderr[-1]
-    assert api.worker("m").pid != worker.pid
-
-
-async def test_server_timeout_and_full_queue_refuse(start: Start, repository: Path) -> None:
-    save(models.counting_loop(), repository, "m")
-    api = await start(inference_queue=2, inference_timeout_s=1.0)
-    await api.load("m")
     running = await begin(api, "m", count=2)
     refused = await api.infer("m", ENDLESS)
     assert refused.refusal == QUEUE_FULL
     assert refused.headers["Retry-After"] == "1"
     assert [(await task).refusal for task in running] == [TIMEOUT] * 2
+    await when(lambda: api.infer("m", SHORT), lambda seen: seen.status == 200)
+    [exited] = await api.data_of(WorkerExited)
+    assert "did not stop" in exited.stderr[-1]
 
 
 # Workers and clients that go away
@@ -106,36 +92,19 @@ async def test_long_inference_holds_up_nothing_else(shared: LocalApi) -> None:
     assert (await running).refusal == (503, "worker_died")
 
 
-@pytest.mark.parametrize(
-    ("model", "fatal", "harmless", "number"),
-    [
-        (models.counting_loop(), [ENDLESS], [SHORT], signal.SIGKILL),
-        (models.crash_on_run(), quotient(models.LOWEST, -1), quotient(-5, -1), signal.SIGFPE),
-    ],
-    ids=["killed", "crashed by the inference"],
-)
-async def test_dead_worker_fails_its_requests_and_is_replaced(
-    shared: LocalApi, model: ModelProto, fatal: list[Json], harmless: list[Json], number: signal.Signals
-) -> None:
-    model_id = number.name
+async def test_dead_worker_fails_its_requests_and_is_replaced(shared: LocalApi) -> None:
     await load_loop(shared, "other")
-    save(model, shared.config.repository, model_id)
-    await shared.load(model_id)
-    worker = shared.worker(model_id)
-    is_computing = computing(worker.pid)
-    running = asyncio.create_task(shared.infer(model_id, *fatal))
-    if number == signal.SIGKILL:
-        await until(is_computing)
-        os.kill(worker.pid, number)
-    answer = await running
+    save(models.crash_on_run(), shared.config.repository, "crashing")
+    await shared.load("crashing")
+    answer = await shared.infer("crashing", *quotient(models.LOWEST, -1))
     assert answer.refusal == (503, "worker_died")
-    assert f"signal {number}" in answer.json["error"]
+    assert f"signal {signal.SIGFPE}" in answer.json["error"]
     assert (await shared.infer("other", SHORT)).status == 200
-    answer = await when(lambda: shared.infer(model_id, *harmless), lambda seen: seen.status == 200)
+    answer = await when(lambda: shared.infer("crashing", *quotient(-5, -1)), lambda seen: seen.status == 200)
     assert answer.json["outputs"][0]["data"] == [5]
-    [exited] = [event.data for event in await shared.events(model_id) if isinstance(event.data, WorkerExited)]
-    assert exited.signal == number
-    assert (await shared.jobs(f"?model={model_id}"))[0]["cause"] == "recovery"
+    [exited] = await shared.data_of(WorkerExited)
+    assert exited.signal == signal.SIGFPE
+    assert (await shared.jobs("?model=crashing"))[0]["cause"] == "recovery"
 
 
 # Swaps
