@@ -269,7 +269,7 @@ async def _as_of(path: Path, facts: int) -> list[Row]:
             start = time.perf_counter()
             await past.state(at)
             between = time.perf_counter()
-            await past.jobs(at)
+            await past.jobs(at, queries.JobQuery())
             models.append(between - start)
             jobs.append(time.perf_counter() - between)
     return [

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
-from typing import Protocol
 
 from events.jobs import Job
-from events.models import Model
 from events.sqlite import snapshots
 from events.sqlite.queries import as_bytes, as_model
 from events.sqlite.schema import check_readable
+from events.state import Entities
 
 NEVER = 2**63
 """No position is there."""
@@ -24,20 +23,6 @@ _Row = tuple[object, object, object, int]
 
 _Copy = tuple[int, bytes, bytes]
 """A copy of a model in a snapshot: its position, the model's id, and the body."""
-
-
-class Folded(Protocol):
-    """The result of a fold: all models, and the jobs that have not ended."""
-
-    @property
-    def models(self) -> Mapping[str, Model]:
-        """By id."""
-        ...
-
-    @property
-    def jobs(self) -> Mapping[str, Job]:
-        """By id."""
-        ...
 
 
 class StoredProjections:
@@ -53,7 +38,7 @@ class StoredProjections:
         self.jobs = StoredJobs(connection)
         self.snapshots = StoredSnapshots(connection, base)
 
-    def find_difference(self, position: int, folded: Folded) -> tuple[int, str] | None:
+    def find_difference(self, position: int, folded: Entities) -> tuple[int, str] | None:
         """Return the first difference from the fold at its end, as a position and words."""
         row = self._connection.execute("SELECT position FROM projected").fetchone()
         if row != (position,):
@@ -61,7 +46,7 @@ class StoredProjections:
         problem = self._compare_models(folded) or self.jobs.difference(folded.jobs.values())
         return (position, problem) if problem else self.snapshots.end(position)
 
-    def _compare_models(self, folded: Folded) -> str | None:
+    def _compare_models(self, folded: Entities) -> str | None:
         expected = {key.encode(): model for key, model in folded.models.items()}
         for key, body, is_text in self._connection.execute(
             "SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM models"
@@ -169,7 +154,7 @@ class StoredSnapshots:
         self._copy, self._position = self._next_copy(), self._next_position()
         self.next = self._soonest()
 
-    def compare(self, position: int, folded: Folded) -> None:
+    def compare(self, position: int, folded: Entities) -> None:
         """Compare what is stored at `next`, which the fold has reached, with the fold."""
         while self._copy is not None and self._copy[0] == position:
             self._compare_copy(folded, *self._copy)
@@ -189,7 +174,7 @@ class StoredSnapshots:
             self._differ(elsewhere, "has jobs at a position outside the log")
         return self.difference
 
-    def _compare_copy(self, folded: Folded, position: int, key: bytes, body: bytes) -> None:
+    def _compare_copy(self, folded: Entities, position: int, key: bytes, body: bytes) -> None:
         name = _printable(key)
         model = folded.models.get(name)
         if position == self._base and model is not None:
@@ -198,7 +183,7 @@ class StoredSnapshots:
             self._differ(position, f"differs from the log's at the model {name!r}")
         self.touched.discard(name)
 
-    def _compare_models(self, position: int, folded: Folded) -> None:
+    def _compare_models(self, position: int, folded: Entities) -> None:
         """Compare the models whose latest copy may be older than their last change."""
         for name in folded.models if None in self.touched else self.touched:
             model = folded.models.get(name) if name is not None else None
@@ -211,7 +196,7 @@ class StoredSnapshots:
                 self._differ(position, f"lacks what the log gives of the model {name!r}")
         self.touched.clear()
 
-    def _compare_jobs(self, position: int, folded: Folded) -> None:
+    def _compare_jobs(self, position: int, folded: Entities) -> None:
         stored = snapshots.jobs_of(self._connection, position)
         unended = sorted(folded.jobs.values(), key=lambda job: job.created_position)
         for job, body in zip_longest(unended, stored):

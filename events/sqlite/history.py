@@ -22,7 +22,16 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
-from events.sqlite.queries import LAST, as_job, as_model, read_base, read_job, read_pages
+from events.sqlite.queries import (
+    LAST,
+    JobQuery,
+    as_job,
+    as_model,
+    read_base,
+    read_job,
+    read_pages,
+    select_jobs,
+)
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
@@ -106,43 +115,24 @@ def job_at(connection: sqlite3.Connection, job_id: str, position: int) -> Job | 
     return _job_then(connection, job, position, lambda: state_at(connection, position))
 
 
-def jobs_at(
-    connection: sqlite3.Connection,
-    position: int,
-    *,
-    before: int | None = None,
-    limit: int = 100,
-    model_id: str | None = None,
-    status: JobStatus | None = None,
-) -> list[Job]:
-    """Return the jobs as they were after the event at `position`, newest first: at most `limit`.
+def jobs_at(connection: sqlite3.Connection, position: int, query: JobQuery) -> list[Job]:
+    """Return a page of jobs as they were after the event at `position`.
 
     Args:
         connection: as for `state_at`.
         position: between the base and the head.
-        before: only jobs that were created at positions below this one.
-        limit: how many at most.
-        model_id: only jobs of this model.
-        status: only jobs that had this status then.
+        query: of the page; its status is that of then.
     """
-    if status in _UNENDED:
-        unended = reversed(state_at(connection, position).unended(model_id))
-        found = [job for job in unended if job.status is status]
-        return [job for job in found if before is None or job.created_position < before][:limit]
-    clauses = {
-        "created_position <= :position": position,
-        "created_position < :before": before,
-        "model_id = :model_id": model_id,
-        "status = :status AND json_extract(body, '$.position') <= :position": status,
-    }  # a job that ended later had another status then
-    where = " AND ".join(clause for clause, value in clauses.items() if value is not None)
-    rows = connection.execute(
-        f"SELECT body FROM jobs WHERE {where} ORDER BY created_position DESC LIMIT :limit",  # noqa: S608 - literals above
-        {"position": position, "before": before, "model_id": model_id, "status": status, "limit": limit},
-    )
+    if query.status in _UNENDED:
+        unended = reversed(state_at(connection, position).unended(query.model_id))
+        found = [job for job in unended if job.status is query.status]
+        return [job for job in found if query.before is None or job.created_position < query.before][
+            : query.limit
+        ]
     then = cache(lambda: state_at(connection, position))  # one fold for all jobs that need it
-    past = (_job_then(connection, as_job(body), position, then) for (body,) in rows.fetchall())
-    return [job for job in past if job is not None]
+    stored = select_jobs(connection, query, until=position)
+    past = (_job_then(connection, job, position, then) for job in stored)
+    return [job for job in past if job is not None][: query.limit]
 
 
 def _job_then(
@@ -348,59 +338,32 @@ class TimeTravelReader:
 
     async def state(self, at: str) -> tuple[Moment, State]:
         """Return the moment that `at` means, and the live state then."""
-
-        def read(connection: sqlite3.Connection) -> tuple[Moment, State]:
-            moment = moment_at(connection, at)
-            return moment, state_at_moment(connection, moment)
-
-        return await self._read(read)
+        return await self._read(at, state_at_moment)
 
     async def job(self, at: str, job_id: str) -> tuple[Moment, Job | None]:
         """Return the moment that `at` means, and the job as it was then; None if there was none."""
+        return await self._read(at, lambda connection, then: job_at(connection, job_id, then.position))
 
-        def read(connection: sqlite3.Connection) -> tuple[Moment, Job | None]:
+    async def jobs(self, at: str, query: JobQuery) -> tuple[Moment, list[Job]]:
+        """Return the moment that `at` means, and a page of jobs as they were then."""
+        return await self._read(
+            at,
+            lambda connection, then: jobs_at(connection, then.position, query) if then.position else [],
+        )
+
+    async def _read(self, at: str, query: Callable[[sqlite3.Connection, Moment], T]) -> tuple[Moment, T]:
+        def read(connection: sqlite3.Connection) -> tuple[Moment, T]:
             moment = moment_at(connection, at)
-            return moment, job_at(connection, job_id, moment.position)
+            return moment, query(connection, moment)
 
-        return await self._read(read)
-
-    async def jobs(
-        self,
-        at: str,
-        *,
-        before: int | None = None,
-        limit: int = 100,
-        model_id: str | None = None,
-        status: JobStatus | None = None,
-    ) -> tuple[Moment, list[Job]]:
-        """Return the moment that `at` means, and jobs as they were then, as `jobs_at` does."""
-
-        def read(connection: sqlite3.Connection) -> tuple[Moment, list[Job]]:
-            moment = moment_at(connection, at)
-            if moment.position == 0:
-                return moment, []
-            found = jobs_at(
-                connection, moment.position, before=before, limit=limit, model_id=model_id, status=status
-            )
-            return moment, found
-
-        return await self._read(read)
-
-    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            return await self._thread.run(query)
+            return await self._thread.run(read)
         except ValueError as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger cannot be read: {error}") from error
 
 
 @asynccontextmanager
 async def open_time_travel_reader(path: Path) -> AsyncIterator[TimeTravelReader]:
-    """Open the ledger for queries about the past; closed on exit.
-
-    Raises:
-        FutureSchema: `future_schema`.
-        ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, there is no ledger, or it cannot be opened.
-    """
+    """Open the ledger for queries about the past, as `open_reader_thread` does; closed on exit."""
     async with open_reader_thread(path, "ledger-past") as thread:
         yield TimeTravelReader(thread)

@@ -21,9 +21,9 @@ import msgspec
 
 from events.codec import decode_event
 from events.errors import Archived, LogUnavailable
-from events.jobs import Job, JobStatus
+from events.jobs import Job
 from events.sqlite.history import BeyondHead
-from events.sqlite.queries import PAGE, as_job, read_job
+from events.sqlite.queries import PAGE, JobQuery, read_job, select_jobs
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.types import Event
 
@@ -353,18 +353,9 @@ class Reader:
         """Return the job, ended or not, or None if there is none."""
         return await self._thread.run(lambda connection: read_job(connection, job_id))
 
-    async def jobs(
-        self,
-        *,
-        before: int | None = None,
-        limit: int = 100,
-        model_id: str | None = None,
-        status: JobStatus | None = None,
-    ) -> Page[Job]:
-        """Return jobs, newest first: at most `limit`, created at positions below the cursor `before`."""
-        return await self._thread.run(
-            lambda connection: read_jobs(connection, before, limit, model_id, status)
-        )
+    async def jobs(self, query: JobQuery) -> Page[Job]:
+        """Return a page of jobs."""
+        return await self._thread.run(lambda connection: read_jobs(connection, query))
 
 
 def read_events(connection: sqlite3.Connection, after: int, limit: int) -> list[Event]:
@@ -375,38 +366,16 @@ def read_events(connection: sqlite3.Connection, after: int, limit: int) -> list[
     return [decode_event(body) for (body,) in rows]
 
 
-def read_jobs(
-    connection: sqlite3.Connection,
-    before: int | None,
-    limit: int,
-    model_id: str | None,
-    status: JobStatus | None,
-) -> Page[Job]:
-    """Return a page of jobs, newest first, with the position of the stored projections."""
+def read_jobs(connection: sqlite3.Connection, query: JobQuery) -> Page[Job]:
+    """Return a page of jobs with the position of the stored projections."""
     (position,) = connection.execute("SELECT position FROM projected").fetchone()
-    clauses = {
-        "created_position < :before": before,
-        "model_id = :model_id": model_id,
-        "status = :status": status,
-    }  # only the conditions that hold for this query, so that SQLite uses their index
-    where = " AND ".join(clause for clause, value in clauses.items() if value is not None) or "TRUE"
-    rows = connection.execute(
-        f"SELECT body FROM jobs WHERE {where} ORDER BY created_position DESC LIMIT :limit + 1",  # noqa: S608 - literals above
-        {"before": before, "model_id": model_id, "status": status, "limit": limit},
-    ).fetchall()
-    found = [as_job(body) for (body,) in rows]
-    items = found[:limit]
-    return Page(items, position, items[-1].created_position if len(found) > limit else None)
+    found = select_jobs(connection, query)
+    items = found[: query.limit]
+    return Page(items, position, items[-1].created_position if len(found) > query.limit else None)
 
 
 @asynccontextmanager
 async def open_reader(path: Path) -> AsyncIterator[Reader]:
-    """Open the ledger for reading; closed on exit.
-
-    Raises:
-        FutureSchema: `future_schema`.
-        ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, there is none, or it cannot be opened.
-    """
+    """Open the ledger for reading, as `open_reader_thread` does; closed on exit."""
     async with open_reader_thread(path, "ledger-reader") as thread:
         yield Reader(thread)

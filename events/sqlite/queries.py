@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import msgspec
 
@@ -108,6 +109,46 @@ def read_job(connection: sqlite3.Connection, job_id: str) -> Job | None:
     """Return the job as it is stored, or None if there is none."""
     row = connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
     return None if row is None else as_job(row[0])
+
+
+@dataclass(frozen=True, slots=True)
+class JobQuery:
+    """A query for a page of jobs, newest first.
+
+    Attributes:
+        before: only jobs that were created at positions below this cursor.
+        model_id: only jobs of this model.
+        status: only jobs with this status.
+        limit: jobs in the page at most.
+    """
+
+    before: int | None = None
+    model_id: str | None = None
+    status: JobStatus | None = None
+    limit: int = 100
+
+
+def select_jobs(connection: sqlite3.Connection, query: JobQuery, until: int | None = None) -> list[Job]:
+    """Return the stored jobs of a query, and one more if there is a next page.
+
+    Args:
+        connection: whose projections are at the head.
+        query: of the page.
+        until: only jobs that were created up to this position, and had the status by then.
+    """
+    clauses = {
+        "created_position <= :until": until,
+        "created_position < :before": query.before,
+        "model_id = :model_id": query.model_id,
+        "status = :status": query.status,
+        "json_extract(body, '$.position') <= :until": query.status and until,
+    }  # only the conditions that hold for this query, so that SQLite uses their index
+    where = " AND ".join(clause for clause, value in clauses.items() if value is not None) or "TRUE"
+    rows = connection.execute(
+        f"SELECT body FROM jobs WHERE {where} ORDER BY created_position DESC LIMIT :limit + 1",  # noqa: S608 - literals above
+        {**asdict(query), "until": until},
+    ).fetchall()
+    return [as_job(body) for (body,) in rows]
 
 
 def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str, KnownKey]:

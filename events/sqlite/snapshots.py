@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from events.jobs import JobStatus
-from events.sqlite.queries import as_job, as_model, as_text
+from events.sqlite.queries import LAST, as_job, as_model, as_text
 from events.state import State
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def try_if_due(connection: sqlite3.Connection, position: int, entities: int) -> 
     """
     apart = max(EVERY, entities)
     try:
-        if position - _failed_at(connection) < apart or position - _last(connection) < apart:
+        if position - _failed_at(connection) < apart or position - (latest(connection, LAST) or 0) < apart:
             return
         connection.execute("BEGIN IMMEDIATE")
         write(connection, position)
@@ -58,7 +58,7 @@ def write_if_due(connection: sqlite3.Connection, position: int, entities: int) -
         entities: the number of models and unended jobs. A snapshot reads each of them once, so at least as
             many events between two snapshots mean at most one read for each event.
     """
-    if position - _last(connection) >= max(EVERY, entities):
+    if position - (latest(connection, LAST) or 0) >= max(EVERY, entities):
         write(connection, position)
 
 
@@ -108,11 +108,6 @@ def jobs_of(connection: sqlite3.Connection, position: int) -> Iterator[str]:
         "SELECT body FROM job_snapshots WHERE position = ? ORDER BY created_position", (position,)
     )
     return (body for (body,) in found)
-
-
-def _last(connection: sqlite3.Connection) -> int:
-    (last,) = connection.execute("SELECT coalesce(max(position), 0) FROM snapshots").fetchone()
-    return int(last)
 
 
 def _failed_at(connection: sqlite3.Connection) -> int:

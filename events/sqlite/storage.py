@@ -179,20 +179,20 @@ class Database:
     """The writer's connection. Its methods raise sqlite3.Error unless they say otherwise.
 
     After such an error the state of the connection is unknown: `give_up` it, and `open` it anew.
+
+    Attributes:
+        is_open: whether the connection is open; only then it can be used.
     """
+
+    _connection: sqlite3.Connection
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
-        self._connection: sqlite3.Connection | None = None
+        self.is_open = False
         self._was_open = False
         self._lacked_wal = False
         self._unsynced = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the connection is open."""
-        return self._connection is not None
 
     async def open(self) -> StoredLedger:
         """Connect, rebuild projections of other folds, and read the stored state.
@@ -206,16 +206,15 @@ class Database:
             self._connection, stored = await self.run(self._opened)
         except (sqlite3.Error, OSError, ValueError) as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
-        self._was_open, self._unsynced = True, False
+        self.is_open, self._was_open, self._unsynced = True, True, False
         return stored
 
     async def write(self, rows: Sequence[Row], changes: Changes, entities: int) -> None:
         """Append a group of events and store what they changed, durably; then write a due snapshot."""
-        connection = self._connected()
 
         def write() -> None:
-            queries.write_group(connection, rows, changes)
-            snapshots.try_if_due(connection, rows[-1].position, entities)
+            queries.write_group(self._connection, rows, changes)
+            snapshots.try_if_due(self._connection, rows[-1].position, entities)
 
         await self.run(write)
 
@@ -227,9 +226,8 @@ class Database:
         """
         if not hashes:
             return {}
-        connection = self._connected()
         try:
-            return await self.run(lambda: queries.read_keys(connection, hashes))
+            return await self.run(lambda: queries.read_keys(self._connection, hashes))
         except sqlite3.Error as error:
             _log.exception("the idempotency keys of a group could not be read")
             await self.give_up()
@@ -241,21 +239,18 @@ class Database:
         Raises:
             UnicodeEncodeError: an id is not valid text.
         """
-        connection = self._connected()
-        await self.run(lambda: queries.write_last_used(connection, used))
+        await self.run(lambda: queries.write_last_used(self._connection, used))
 
     async def probe(self) -> None:
         """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
-        connection = self._connected()
-        await self.run(lambda: queries.probe(connection))
+        await self.run(lambda: queries.probe(self._connection))
 
     async def make_whole(self) -> bool:
         """Checkpoint the write-ahead log into the file; return False if that is not possible yet."""
-        connection = self._connection
-        if connection is None:
+        if not self.is_open:
             return False
         try:
-            return await self.run(lambda: checkpoint(connection))  # False while a reader blocks it
+            return await self.run(lambda: checkpoint(self._connection))  # False while a reader blocks it
         except sqlite3.Error as error:
             _log.warning("the ledger's file could not be brought up to date yet: %s", error)
             return False
@@ -275,10 +270,6 @@ class Database:
         """Run some work in the thread of the connection."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _connected(self) -> sqlite3.Connection:
-        assert self._connection is not None
-        return self._connection
-
     def _opened(self) -> tuple[sqlite3.Connection, StoredLedger]:
         if not self._was_open and self._path.exists():
             self._lacked_wal = lacks_wal(self._path)
@@ -297,15 +288,14 @@ class Database:
         return connection, stored
 
     def _leave(self) -> None:
-        if self._connection is not None:
+        if self.is_open:
             leave_complete_file(self._connection, lacked_wal=self._lacked_wal)
-        self._drop()
+            self._drop()
 
     def _drop(self) -> None:
-        if self._connection is not None:
-            with suppress(sqlite3.Error):
-                self._connection.close()
-            self._connection = None
+        self.is_open = False
+        with suppress(sqlite3.Error):
+            self._connection.close()
 
 
 def _check_readable_state(path: Path) -> None:

@@ -17,6 +17,7 @@ from marshmallow import Schema, fields, validate
 from events.commands import Command, RequestCancel
 from events.errors import LedgerProblem
 from events.jobs import Job, JobStatus
+from events.sqlite.queries import JobQuery
 from events.types import Idempotency
 from server.api.schemas import (
     AtQuerySchema,
@@ -148,14 +149,11 @@ class ShuttingDown(ServerProblem):
 async def list_jobs(request: web.Request) -> web.Response:
     """Answer with a page of jobs."""
     query = query_parameters(request)
+    status = JobStatus(query["status"]) if query["status"] is not None else None
+    wanted = JobQuery(query["cursor"], query["model"], status, query["limit"])
     if query["at"] is not None:
-        return web.json_response(await past_jobs(request, query["at"], query))
-    page = await request.app[READER].jobs(
-        before=query["cursor"],
-        limit=query["limit"],
-        model_id=query["model"],
-        status=JobStatus(query["status"]) if query["status"] is not None else None,
-    )
+        return web.json_response(await past_jobs(request, query["at"], wanted))
+    page = await request.app[READER].jobs(wanted)
     jobs = [job_view(job, request.app[CONSUMER]) for job in page.items]
     return web.json_response({"jobs": jobs, "as_of": page.as_of, "next_cursor": page.next_cursor})
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from events.jobs import JobStatus
 from events.sqlite.history import Moment, TimeTravelReader, open_time_travel_reader
+from events.sqlite.queries import JobQuery
 from runtime.errors import UnknownModel
 from server.api.schemas import job_view, model_view
 from server.appkeys import LOG
@@ -68,16 +69,10 @@ async def past_model(request: web.Request, at: str, model_id: str) -> dict[str, 
     return {**model_view(model_id, state, None, state.active()), **as_of(moment)}
 
 
-async def past_jobs(request: web.Request, at: str, query: dict[str, Any]) -> dict[str, Any]:
+async def past_jobs(request: web.Request, at: str, query: JobQuery) -> dict[str, Any]:
     """Return a page of the jobs as they were at a moment, newest first; raises what `past_models` does."""
-    limit, status = query["limit"], query["status"]
-    moment, found = await _past(request).jobs(
-        at,
-        before=query["cursor"],
-        limit=limit + 1,
-        model_id=query["model"],
-        status=JobStatus(status) if status is not None else None,
-    )
+    limit = query.limit
+    moment, found = await _past(request).jobs(at, replace(query, limit=limit + 1))
     return {
         "jobs": [job_view(job, None) for job in found[:limit]],
         "next_cursor": found[limit - 1].created_position if len(found) > limit else None,

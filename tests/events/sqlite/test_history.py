@@ -29,11 +29,13 @@ from events.sqlite.history import (
     parse_time,
     state_at,
 )
-from events.sqlite.queries import Row
+from events.sqlite.queries import JobQuery, Row
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import write_base_state
 from events.state import State
 from events.types import Event, LoadRequested, UnloadRequested
+
+ALL = JobQuery()
 
 
 @contextmanager
@@ -78,9 +80,9 @@ def test_past_jobs_are_what_a_fold_gives(events: list[Event], snapshots_at: froz
             if event is not None:
                 jobs.update(state.apply(event).jobs)
             then = sorted(jobs.values(), key=lambda job: -job.created_position)
-            assert jobs_at(connection, state.position) == then
+            assert jobs_at(connection, state.position, ALL) == then
             for status in JobStatus:
-                found = jobs_at(connection, state.position, status=status, model_id="m")
+                found = jobs_at(connection, state.position, JobQuery(status=status, model_id="m"))
                 assert found == [job for job in then if job.status is status and job.model_id == "m"]
             for job_id in (each.id for each in events if each.id == each.job_id):
                 assert job_at(connection, job_id, state.position) == jobs.get(job_id)
@@ -98,11 +100,11 @@ def test_page_of_past_jobs_begins_at_its_cursor(status: JobStatus | None) -> Non
     for number in range(4, 8):
         history.fail_load(f"L{number}", of=f"m{number}")
     with ledger(history.facts) as connection:
-        whole = jobs_at(connection, at_end, status=status)
+        whole = jobs_at(connection, at_end, JobQuery(status=status))
         assert len(whole) == {None: 8, JobStatus.COMPLETED: 4, JobStatus.PENDING: 4}.get(status, 0)
         for cut in range(len(whole)):
-            before = whole[cut].created_position
-            assert jobs_at(connection, at_end, status=status, before=before, limit=2) == whole[cut + 1 :][:2]
+            after_it = JobQuery(whole[cut].created_position, status=status, limit=2)
+            assert jobs_at(connection, at_end, after_it) == whole[cut + 1 :][:2]
 
 
 # Moments.
@@ -177,7 +179,7 @@ def test_moment_before_the_base_is_refused_and_others_stay() -> None:
     history = long_history()
     with ledger(history.facts, frozenset({3, 7})) as connection:
         before = [state_at(connection, position) for position in range(11)]
-        listed = [jobs_at(connection, position) for position in range(11)]
+        listed = [jobs_at(connection, position, ALL) for position in range(11)]
         archive(connection, 5)
         for position in range(5, 11):
             for from_base in (True, False):
@@ -186,7 +188,7 @@ def test_moment_before_the_base_is_refused_and_others_stay() -> None:
                     before[position].models,
                     before[position].unended(),
                 )
-            assert jobs_at(connection, position) == listed[position]
+            assert jobs_at(connection, position, ALL) == listed[position]
         for asked in ("4", at(3), at(5)):
             with pytest.raises(Archived) as refused:
                 moment_at(connection, asked)
@@ -203,11 +205,11 @@ def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
     for number in range(20):
         history.ask_cancel(f"L{number}", of=f"m{number}")
     with ledger(history.facts) as connection:
-        listed = jobs_at(connection, 30)
+        listed = jobs_at(connection, 30, ALL)
         archive(connection, 25)
         statements: list[str] = []
         connection.set_trace_callback(statements.append)
-        assert jobs_at(connection, 30) == listed
+        assert jobs_at(connection, 30, ALL) == listed
         folds = [each for each in statements if each.startswith("SELECT position, body, hash FROM events")]
         assert len(folds) == 2  # a page, and that there is no other
 
@@ -216,9 +218,9 @@ def test_base_snapshot_survives_a_rebuild_and_is_missed() -> None:
     with ledger(long_history().facts, frozenset({3, 7})) as connection:
         expected = state_at(connection, 10)
         archive(connection, 5)
-        listed = jobs_at(connection, 10)
+        listed = jobs_at(connection, 10, ALL)
         storage.rebuild(connection)
-        assert jobs_at(connection, 10) == listed
+        assert jobs_at(connection, 10, ALL) == listed
         assert connection.execute("SELECT position FROM snapshots").fetchall() == [(5,)]
         assert state_at(connection, 10).models == expected.models
         connection.execute("DELETE FROM snapshots")
@@ -237,7 +239,7 @@ async def test_past_is_read_beside_the_writer(tmp_path: Path) -> None:
         assert [state.position for _, state in await asyncio.gather(*asked)] == [1, 2, 3]
         await write(log, 1, first=4)
         assert (await past.state("4"))[0] == Moment(4, log.head.recorded_at)
-        assert (await past.jobs("0"))[1] == []
+        assert (await past.jobs("0", ALL))[1] == []
         assert await past.job("4", "none") == (Moment(4, log.head.recorded_at), None)
 
 

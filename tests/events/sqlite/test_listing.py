@@ -33,6 +33,7 @@ from events.sqlite.listing import (
     page_sql,
     probe_sql,
 )
+from events.sqlite.queries import JobQuery
 from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, LoadStarted, ServerStopped
 
 ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)
@@ -233,7 +234,7 @@ async def append(log: Log, job: str, data: Data, model_id: str = MODEL) -> None:
 
 async def test_jobs_are_paged_newest_first_by_filters(path: Path) -> None:
     async with opened(path) as log, open_reader(path) as reader:
-        assert await reader.jobs() == Page([], as_of=0, next_cursor=None)
+        assert await reader.jobs(JobQuery()) == Page([], as_of=0, next_cursor=None)
         for number in range(1, 7):
             await append(log, f"j{number}", load_requested(), "odd" if number % 2 else "even")
         pending = await reader.job("j1")
@@ -254,14 +255,14 @@ async def test_jobs_are_paged_newest_first_by_filters(path: Path) -> None:
             for limit in (1, 2, 3, 6, 100):
                 found, cursor = list[str](), None
                 for first in range(0, max(1, len(job_ids)), limit):
-                    page = await reader.jobs(before=cursor, limit=limit, **filters)
+                    page = await reader.jobs(JobQuery(cursor, limit=limit, **filters))
                     found += [job.id for job in page.items]
                     assert found == job_ids[: first + limit]
                     cursor = page.next_cursor
                 assert cursor is None
-        newest = await reader.jobs(limit=2)
+        newest = await reader.jobs(JobQuery(limit=2))
         await append(log, "j7", load_requested())  # does not shift what is behind the cursor
-        older = await reader.jobs(before=newest.next_cursor, limit=4)
+        older = await reader.jobs(JobQuery(newest.next_cursor, limit=4))
         assert [job.id for job in older.items] == ["j4", "j3", "j2", "j1"]
         assert (newest.as_of, older.as_of) == (9, 10)
         failed = await reader.job("j1")

@@ -216,7 +216,6 @@ async def write_read_only_file(folder: Path) -> None:
         await write(log, 3)
         folder.chmod(0o500)  # noqa: ASYNC240 - nothing else runs
         path.chmod(0o400)
-        assert log._database._connection is not None
         log._database._connection.close()  # whatever makes the writer open the file anew
         for command in facts(2, first=4):
             with pytest.raises(LogUnavailable):
