@@ -11,18 +11,17 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
-from aiohttp_apispec import json_schema
-from marshmallow import Schema
 from pytest_aiohttp import AiohttpClient
 from support.http import bearer, route, small_app, small_config
 
+from server.appkeys import CONFIG
 from server.config import Config
 from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem
 from server.http.validation import read_body
-from server.routing import Access, LimitClass
 
 Client = TestClient[web.Request, web.Application]
 AnswerOf = Callable[..., Awaitable[tuple[aiohttp.ClientResponse, dict[str, Any]]]]
+RAISED: web.AppKey[list[Exception]] = web.AppKey("raised", list)
 MEMBERS = {"type", "title", "status", "detail", "code", "error"}
 
 
@@ -41,20 +40,41 @@ def config(tmp_path: Path) -> Config:
     return small_config(tmp_path / "data", limit_auth_failures="off")
 
 
+async def raising(request: web.Request) -> web.Response:
+    raise request.app[RAISED].pop()
+
+
+async def moving(request: web.Request) -> web.Response:  # noqa: ARG001
+    raise web.HTTPSeeOther("/elsewhere")
+
+
+async def breaking_off(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(b"half")
+    raise RuntimeError("secret")
+
+
+async def reading(request: web.Request) -> web.Response:
+    return web.Response(body=await read_body(request, 100, idle_s=0.1))
+
+
 @pytest.fixture
-async def answer_of(config: Config, aiohttp_client: AiohttpClient) -> AnswerOf:
-    """Serve a route that raises what a test chooses."""
-    raised: list[Exception] = []
+async def client(config: Config, aiohttp_client: AiohttpClient) -> Client:
+    routes = [route(path, raising) for path in ("/x", "/v2", "/v2/models", "/v20")]
+    routes += [route("/moved", moving), route("/half", breaking_off), route("/me")]
+    app = small_app([*routes, route("/read", reading, method="POST")], config)
+    app[RAISED], app[CONFIG] = [], config
+    return await aiohttp_client(app, headers=bearer(config))
 
-    async def handler(request: web.Request) -> web.Response:  # noqa: ARG001
-        raise raised.pop()
 
-    routes = [route(path, handler) for path in ("/x", "/v2", "/v2/models", "/v20")]
-    client = await aiohttp_client(small_app(routes, config))
+@pytest.fixture
+def answer_of(client: Client) -> AnswerOf:
+    """A function that returns the answer of a handler that raises an error."""
 
     async def get(error: Exception, path: str = "/x") -> tuple[aiohttp.ClientResponse, dict[str, Any]]:
-        raised.append(error)
-        answer = await client.get(path, headers=bearer(config))
+        client.app[RAISED].append(error)
+        answer = await client.get(path)
         return answer, await answer.json(content_type=None)
 
     return get
@@ -106,80 +126,42 @@ async def test_members_headers_and_long_details_of_an_error(answer_of: AnswerOf)
     assert set(body["detail"]) == {"?", "…"}
 
 
-async def test_errors_under_v2_are_plain_json(answer_of: AnswerOf) -> None:
+async def test_errors_under_v2_are_plain_json(client: Client, answer_of: AnswerOf) -> None:
     for path, kind in (("/v2", "json"), ("/v2/models", "json"), ("/v20", "problem+json")):
         answer, body = await answer_of(Domain("unknown_model"), path)
         assert (answer.content_type, set(body)) == (f"application/{kind}", MEMBERS)
-
-
-async def test_errors_of_every_layer_have_the_one_body(config: Config, aiohttp_client: AiohttpClient) -> None:
-    @json_schema(Schema())
-    async def takes_json(request: web.Request) -> web.Response:
-        return web.json_response({"size": len(await request.read())})
-
-    async def reads(request: web.Request) -> web.Response:
-        return web.json_response({"size": len(await request.read())})
-
-    routes = [
-        route("/public", access=Access.PUBLIC, limit=LimitClass.NONE),
-        route("/admin", access=Access.ADMIN),
-        route("/json", takes_json, method="POST"),
-        route("/v2/read", reads, method="POST"),
-    ]
-    app = small_app(routes, config)
-    app._client_max_size = 1000
-    client = await aiohttp_client(app)
-    big, headers, auditor = b"x" * 2000, bearer(config), bearer(config, "audit")
-    typed = {**headers, "Content-Type": "application/json"}
-    expected = [
-        (await client.get("/admin"), 401, "no_credentials"),
-        (await client.get("/admin", headers=auditor), 403, "forbidden"),
-        (await client.get("/none", headers=headers), 404, "not_found"),
-        (await client.get("/v2/none", headers=headers), 404, "not_found"),
-        (wrong_method := await client.delete("/public", headers=headers), 405, "method_not_allowed"),
-        (await client.post("/json", headers=headers, data=b"{}"), 415, "unsupported_media_type"),
-        (await client.post("/json", headers=typed, data=b"{"), 400, "invalid_body"),
-        (await client.post("/v2/read", headers=headers, data=big), 413, "body_too_large"),
-    ]
-    for answer, status, code in expected:
+    for path, kind in (("/none", "problem+json"), ("/v2/none", "json")):
+        answer = await client.get(path)
         body = await answer.json(content_type=None)
-        assert (answer.status, body["status"], body["code"], set(body)) == (status, status, code, MEMBERS)
-        assert answer.content_type == f"application/{'' if '/v2' in answer.url.path else 'problem+'}json"
-    assert wrong_method.headers["Allow"] == "GET,HEAD"
-    assert "GET,HEAD" in (await wrong_method.json())["detail"]
+        assert (answer.status, body["code"], set(body)) == (404, "not_found", MEMBERS)
+        assert answer.content_type == f"application/{kind}"
+    answer = await client.delete("/x")
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET,HEAD")
+    assert "GET,HEAD" in (await answer.json())["detail"]
 
 
-async def test_redirect_is_not_an_error(config: Config, aiohttp_client: AiohttpClient) -> None:
-    async def moved(request: web.Request) -> web.Response:  # noqa: ARG001
-        raise web.HTTPSeeOther("/elsewhere")
-
-    client = await aiohttp_client(small_app([route("/x", moved)], config))
-    answer = await client.get("/x", headers=bearer(config), allow_redirects=False)
+async def test_redirect_is_not_an_error(client: Client) -> None:
+    answer = await client.get("/moved", allow_redirects=False)
     assert (answer.status, answer.headers["Location"]) == (303, "/elsewhere")
 
 
 async def test_error_amid_a_stream_closes_the_connection(
-    config: Config, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+    client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def stream(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        await response.write(b"half")
-        raise RuntimeError("secret")
-
-    client = await aiohttp_client(small_app([route("/x", stream)], config))
-    answer = await client.get("/x", headers=bearer(config))
+    answer = await client.get("/half")
     with pytest.raises(aiohttp.ClientPayloadError):
         await answer.read()
     assert "reference" in caplog.text
 
 
-async def _raw(client: Client, head: str, body: bytes = b"") -> tuple[bytes, bytes]:
+async def _raw(client: Client, line: str, headers: str, body: bytes = b"") -> tuple[bytes, bytes]:
     """Send a request, its body after `100 Continue`, and return the head and body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     try:
         async with asyncio.timeout(10):
-            writer.write(head.encode() + b"\r\n\r\n")
+            token = bearer(client.app[CONFIG])["Authorization"]
+            head = f"{line} HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\n{headers}\r\n\r\n"
+            writer.write(head.encode())
             if "100-continue" in head:
                 await reader.readuntil(b"100 Continue\r\n\r\n")
             writer.write(body)
@@ -200,28 +182,17 @@ async def _raw(client: Client, head: str, body: bytes = b"") -> tuple[bytes, byt
     ],
 )
 async def test_unreadable_body_is_a_client_error(
-    config: Config, aiohttp_client: AiohttpClient, headers: str, body: bytes, code: str
+    client: Client, headers: str, body: bytes, code: str
 ) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(body=await read_body(request, 100, idle_s=0.1))
-
-    client = await aiohttp_client(small_app([route("/x", handler, method="POST")], config))
-    token = bearer(config)["Authorization"]
-    head = f"POST /x HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\nExpect: 100-continue\r\n{headers}"
-    answer, content = await _raw(client, head, body)
+    answer, content = await _raw(client, "POST /read", f"Expect: 100-continue\r\n{headers}", body)
     problem = json.loads(content)
     assert (problem["code"], set(problem)) == (code, MEMBERS)
     assert answer.startswith(f"HTTP/1.1 {ERRORS[code].status} ".encode())
 
 
-async def test_expect_100_continue_is_answered_others_ignored(
-    config: Config, aiohttp_client: AiohttpClient
-) -> None:
-    client = await aiohttp_client(small_app([route()], config))
-    token = bearer(config)["Authorization"]
+async def test_expect_100_continue_is_answered_others_ignored(client: Client) -> None:
     for expectation in ("100-continue", "tea"):
-        head = f"GET /x HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\nExpect: {expectation}"
-        answer, _ = await _raw(client, head)
+        answer, _ = await _raw(client, "GET /me", f"Expect: {expectation}")
         assert answer.startswith(b"HTTP/1.1 200 OK")
 
 

@@ -89,9 +89,3 @@ async def test_invalid_query_is_400(shared: LocalApi) -> None:
     answer = await shared.get(f"{PATH}?after=2")
     assert answer.refusal == (400, "beyond_head")
     assert "1" in answer.json["detail"]
-
-
-async def test_events_are_for_auditors(shared: LocalApi) -> None:
-    for path in (PATH, f"{PATH}/stream", f"{PATH}/head"):
-        assert (await shared.get(path, roles=("predict",))).refusal == (403, "forbidden")
-        assert (await shared.get(path, roles=())).refusal == (401, "no_credentials")

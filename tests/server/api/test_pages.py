@@ -17,7 +17,6 @@ from server.api import health, pages
 from server.app import all_routes
 from server.appkeys import OPENAPI
 from server.openapi import openapi_yaml
-from server.routing import Access, LimitClass
 
 Client = TestClient[web.Request, web.Application]
 
@@ -101,10 +100,6 @@ async def test_no_other_file_is_served(client: Client, path: str) -> None:
     answer = await client.get(path)
     assert answer.status in ({400, 404} if path.startswith("/console") else {401, 404})
     assert answer.content_type == "application/problem+json"
-
-
-def test_pages_need_no_token_and_are_not_limited() -> None:
-    assert {(route.access, route.limit) for route in pages.routes} == {(Access.PUBLIC, LimitClass.NONE)}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
