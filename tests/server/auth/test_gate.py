@@ -27,7 +27,7 @@ from server.app import all_routes
 from server.appkeys import GATE
 from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
 from server.auth.ratelimit import Windows, peer_of
-from server.config import RateLimit
+from server.config import Config, RateLimit
 from server.errors import QUOTA_EXCEEDED
 from server.routing import Access, LimitClass, Route
 
@@ -93,9 +93,6 @@ def name(route: Route) -> str:
     return f"{route.method} {path}"
 
 
-# Roles
-
-
 def test_role_table_has_every_route() -> None:
     assert {name(each) for each in all_routes()} == TABLE.keys()
     for each in all_routes():
@@ -141,9 +138,6 @@ async def test_role_is_checked_before_the_request(shared: LocalApi) -> None:
         assert answer.refusal == (403, "forbidden")
 
 
-# Rate limits
-
-
 class Clock:
     """Seconds since 1970, as far as a test is concerned; tokens issued just now are valid."""
 
@@ -154,12 +148,23 @@ class Clock:
         return self.now
 
 
-async def test_limit_is_shown_then_refuses_until_the_window_ends(
-    tmp_path: Path, aiohttp_client: AiohttpClient
-) -> None:
+Limited = Callable[..., Awaitable[tuple[Client, Config]]]
+
+
+@pytest.fixture
+def limited(tmp_path: Path, aiohttp_client: AiohttpClient) -> Limited:
+    """Start a small application with these routes and limits."""
+
+    async def started(*routes: Route, clock: Clock | None = None, **limits: str) -> tuple[Client, Config]:
+        config = small_config(tmp_path / "data", **limits)
+        return await aiohttp_client(small_app(routes, config, clock or Clock())), config
+
+    return started
+
+
+async def test_limit_is_shown_then_refuses_until_the_window_ends(limited: Limited) -> None:
     clock = Clock()
-    config = small_config(tmp_path / "data", limit_reads="2/minute")
-    client = await aiohttp_client(small_app([route()], config, clock))
+    client, config = await limited(route(), clock=clock, limit_reads="2/minute")
     alice, bob = bearer(config), bearer(config, subject="bob")
     for left in (1, 0):
         answer = await client.get("/x", headers=alice)
@@ -178,11 +183,9 @@ async def test_limit_is_shown_then_refuses_until_the_window_ends(
     assert (await client.get("/x", headers=alice)).status == 200
 
 
-async def test_limit_classes_are_counted_apart(tmp_path: Path, aiohttp_client: AiohttpClient) -> None:
+async def test_limit_classes_are_counted_apart(limited: Limited) -> None:
     limits = {"limit_reads": "1/day", "limit_management": "1/day", "limit_inference": "off"}
-    config = small_config(tmp_path / "data", **limits)
-    routes = [route(f"/{limit.value}", limit=limit) for limit in LimitClass]
-    client = await aiohttp_client(small_app(routes, config))
+    client, config = await limited(*(route(f"/{limit.value}", limit=limit) for limit in LimitClass), **limits)
     headers = bearer(config)
     for limit, statuses in [("reads", [200, 429]), ("management", [200, 429]), ("inference", [200] * 3)]:
         assert [(await client.get(f"/{limit}", headers=headers)).status for _ in statuses] == statuses
@@ -190,19 +193,17 @@ async def test_limit_classes_are_counted_apart(tmp_path: Path, aiohttp_client: A
     assert (answer.status, "RateLimit" in answer.headers) == (200, False)
 
 
-async def test_errors_of_limited_routes_show_the_limit(tmp_path: Path, aiohttp_client: AiohttpClient) -> None:
-    config = small_config(tmp_path / "data", limit_management="1/minute")
-
+async def test_errors_of_limited_routes_show_the_limit(limited: Limited) -> None:
     @json_schema(Schema())
     async def missing(request: web.Request) -> web.Response:  # noqa: ARG001
         raise web.HTTPNotFound
 
-    routes = [
+    client, config = await limited(
         route(access=Access.ADMIN),
         route("/y", missing, method="POST"),
         route("/z", access=Access.ADMIN, limit=LimitClass.MANAGEMENT),
-    ]
-    client = await aiohttp_client(small_app(routes, config))
+        limit_management="1/minute",
+    )
     answers = [
         await client.get("/x", headers=bearer(config, "audit")),
         await client.get("/nothing", headers=bearer(config)),
@@ -215,13 +216,9 @@ async def test_errors_of_limited_routes_show_the_limit(tmp_path: Path, aiohttp_c
     assert all("RateLimit" in answer.headers for answer in answers)
 
 
-async def test_address_with_too_many_failures_is_refused(
-    tmp_path: Path, aiohttp_client: AiohttpClient
-) -> None:
-    clock = Clock()
-    config = small_config(tmp_path / "data", limit_auth_failures="3/minute")
-    routes = [route(), route("/health", access=Access.PUBLIC, limit=LimitClass.NONE)]
-    client = await aiohttp_client(small_app(routes, config, clock))
+async def test_address_with_too_many_failures_is_refused(limited: Limited) -> None:
+    clock, public = Clock(), route("/health", access=Access.PUBLIC, limit=LimitClass.NONE)
+    client, config = await limited(route(), public, clock=clock, limit_auth_failures="3/minute")
     good, bad, malformed = bearer(config), {"Authorization": "Bearer a.b.c"}, {"Authorization": "Bearer"}
     for headers in (None, None, None, bad, good, malformed, None, bad):
         assert (await client.get("/x", headers=headers)).status != 429
@@ -243,23 +240,12 @@ def test_full_memory_forgets_the_least_recently_used_counter() -> None:
     assert len(windows) == 2
 
 
-@pytest.mark.parametrize(
-    ("address", "peer"),
-    [
-        ("192.0.2.7", "192.0.2.7"),
-        ("::ffff:192.0.2.7", "192.0.2.7"),
-        ("2001:db8::1", "2001:db8::/64"),
-        ("2001:db8::ffff:1", "2001:db8::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-        (None, "local"),
-        ("?", "?"),
-    ],
-)
-def test_ipv6_addresses_are_counted_by_network(address: str | None, peer: str) -> None:
-    assert peer_of(address) == peer
-
-
-# Denials
+def test_ipv6_addresses_are_counted_by_network() -> None:
+    peers = {
+        "192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7", "2001:db8::1": "2001:db8::/64",
+        "2001:db8::ffff:1": "2001:db8::/64", "fe80::1%eth0": "fe80::/64", None: "local", "?": "?",
+    }  # fmt: skip
+    assert {address: peer_of(address) for address in peers} == peers
 
 
 async def recorded(api: LocalApi) -> Counts:

@@ -8,23 +8,13 @@ from pathlib import Path
 import jwt
 import pytest
 
-from server.auth.keys import (
-    KeyProblem,
-    create_key,
-    ensure_data_dir,
-    issue_token,
-    list_keys,
-    load_private_key,
-    revoke,
-    rotate,
-    subject_refusal,
-)
+from server.auth import keys
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    ensure_data_dir(folder)
+    keys.ensure_data_dir(folder)
     return folder
 
 
@@ -33,7 +23,7 @@ def contents(data: Path) -> dict[Path, bytes]:
 
 
 def kids(data: Path) -> list[str]:
-    return [key.kid for key in list_keys(data)]
+    return [key.kid for key in keys.list_keys(data)]
 
 
 def test_data_directory_is_private_and_kept(data: Path) -> None:
@@ -44,42 +34,42 @@ def test_data_directory_is_private_and_kept(data: Path) -> None:
     assert before.keys() == {key, data / "ledger.key"}
     for name in ("notes.txt", "x.pem", "99999999T999999999999Z-00000000.pem", ".hidden.pem"):
         (data / "keys" / name).write_text("?")
-    ensure_data_dir(data)
+    keys.ensure_data_dir(data)
     assert {path: content for path, content in contents(data).items() if path in before} == before
     assert kids(data) == [key.stem]
 
 
 def test_newest_key_signs_and_others_stay(data: Path) -> None:
     (first,) = kids(data)
-    kid = rotate(data)
-    assert [(key.kid, key.signs) for key in list_keys(data)] == [(first, False), (kid, True)]
-    token = issue_token(data, "alice", ["admin", "audit"], expires_s=60, audience="here", issuer="us")
+    kid = keys.rotate(data)
+    assert [(key.kid, key.signs) for key in keys.list_keys(data)] == [(first, False), (kid, True)]
+    token = keys.issue_token(data, "alice", ["admin", "audit"], expires_s=60, audience="here", issuer="us")
     assert jwt.get_unverified_header(token) == {"alg": "EdDSA", "kid": kid, "typ": "JWT"}
-    key = load_private_key(data / "keys" / f"{kid}.pem").public_key()
+    key = keys.load_private_key(data / "keys" / f"{kid}.pem").public_key()
     claims = jwt.decode(token, key, ["EdDSA"], audience="here", issuer="us")
     assert claims["exp"] - claims["iat"] == 60
     assert (claims["sub"], claims["roles"]) == ("alice", ["admin", "audit"])
-    ledger = load_private_key(data / "ledger.key").public_key()
+    ledger = keys.load_private_key(data / "ledger.key").public_key()
     with pytest.raises(jwt.InvalidSignatureError):
         jwt.decode(token, ledger, ["EdDSA"], audience="here")
 
 
 def test_new_key_is_the_newest_when_the_clock_is_set_back(data: Path) -> None:
-    kid = create_key(data, datetime.now(UTC) - timedelta(days=400))
+    kid = keys.create_key(data, datetime.now(UTC) - timedelta(days=400))
     assert kids(data)[-1] == kid
 
 
 def test_revoked_key_is_gone_until_another_is_made(data: Path) -> None:
     (first,) = kids(data)
-    kid = rotate(data)
-    revoke(data, first)
+    kid = keys.rotate(data)
+    keys.revoke(data, first)
     assert kids(data) == [kid]
-    with pytest.raises(KeyProblem, match="no key"):
-        revoke(data, first)
-    revoke(data, kid)
-    with pytest.raises(KeyProblem, match="key rotate"):
-        issue_token(data, "alice", ["admin"], expires_s=60, audience="loadledger")
-    ensure_data_dir(data)
+    with pytest.raises(keys.KeyProblem, match="no key"):
+        keys.revoke(data, first)
+    keys.revoke(data, kid)
+    with pytest.raises(keys.KeyProblem, match="key rotate"):
+        keys.issue_token(data, "alice", ["admin"], expires_s=60, audience="loadledger")
+    keys.ensure_data_dir(data)
     assert len(kids(data)) == 1
 
 
@@ -88,8 +78,8 @@ def test_revoked_key_is_gone_until_another_is_made(data: Path) -> None:
 )
 def test_hostile_kid_revokes_nothing(data: Path, kid: str) -> None:
     before = contents(data)
-    with pytest.raises(KeyProblem):
-        revoke(data, kid)
+    with pytest.raises(keys.KeyProblem):
+        keys.revoke(data, kid)
     assert contents(data) == before
 
 
@@ -98,8 +88,8 @@ def test_hostile_kid_revokes_nothing(data: Path, kid: str) -> None:
     [("", ["admin"], 60), ("system", ["admin"], 60), ("a", [], 60), ("a", ["root"], 60), ("a", ["admin"], 0)],
 )
 def test_unusable_token_is_not_signed(data: Path, subject: str, roles: list[str], expires_s: float) -> None:
-    with pytest.raises(KeyProblem):
-        issue_token(data, subject, roles, expires_s=expires_s, audience="loadledger")
+    with pytest.raises(keys.KeyProblem):
+        keys.issue_token(data, subject, roles, expires_s=expires_s, audience="loadledger")
 
 
 VALID = ("a", "x" * 128, "alice@example.org", "Jürgen Müller", "system-test", "部署")
@@ -107,7 +97,7 @@ INVALID = ("", "x" * 129, "a\nb", "a\0", "\ud800", "\u202e", "system", "System",
 
 
 def test_subject_is_checked() -> None:
-    assert [subject for subject in VALID + INVALID if subject_refusal(subject) is None] == list(VALID)
+    assert [subject for subject in VALID + INVALID if keys.subject_refusal(subject) is None] == list(VALID)
 
 
 def test_files_that_root_creates_belong_to_the_directory_s_owner(tmp_path: Path) -> None:
@@ -116,8 +106,8 @@ def test_files_that_root_creates_belong_to_the_directory_s_owner(tmp_path: Path)
     data = tmp_path / "owned"
     data.mkdir(mode=0o700)
     os.chown(data, 12345, 12346)
-    rotate(data)
-    rotate(data)
+    keys.rotate(data)
+    keys.rotate(data)
     created = sorted(data.rglob("*"))
     assert [path.name for path in created if path.suffix != ".pem"] == ["keys", "ledger.key"]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in created} == {(12345, 12346)}

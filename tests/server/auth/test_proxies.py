@@ -12,27 +12,18 @@ from support.history import PLAIN
 from support.http import LocalApi
 from support.models import TEXT, save, save_bytes
 
-from server.auth.proxies import (
-    FORWARDED,
-    MAX_HOPS,
-    X_FORWARDED_FOR,
-    Proxies,
-    forwarded_hop,
-    parse_address,
-    parse_networks,
-    x_forwarded_for_hop,
-)
+from server.auth import proxies
 
 Start = Callable[..., Awaitable[LocalApi]]
 
 PROXY = "10.0.0.1"
-TRUSTED = parse_networks("10.0.0.0/8, fd00::/8")
+TRUSTED = proxies.parse_networks("10.0.0.0/8, fd00::/8")
 LIMITED = (429, "too_many_failures")
 INVALID = {"Authorization": "Bearer a.b.c"}
 
 
-def peer(*fields: str, header: str = X_FORWARDED_FOR) -> str:
-    return Proxies(TRUSTED, header).client_address(PROXY, fields)
+def peer(*fields: str, header: str = proxies.X_FORWARDED_FOR) -> str:
+    return proxies.Proxies(TRUSTED, header).client_address(PROXY, fields)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +69,7 @@ def test_client_is_the_rightmost_untrusted_address(fields: tuple[str, ...], expe
     ],
 )
 def test_forwarded_field_names_the_same_client(field: str, expected: str) -> None:
-    assert peer(field, header=FORWARDED) == expected
+    assert peer(field, header=proxies.FORWARDED) == expected
 
 
 ADDRESSES = st.ip_addresses().map(str)
@@ -90,18 +81,18 @@ WORDS = st.text(st.characters(blacklist_characters="\r\n\0"), max_size=30)
 @example(words=["1.2.3.4, ", '"'], client="192.0.2.1")
 def test_client_cannot_change_what_the_proxy_adds(words: list[str], client: str) -> None:
     """The proxy adds the client's address on the right, in the same line or in one of its own."""
-    address = parse_address(client)
+    address = proxies.parse_address(client)
     if any(address in network for network in TRUSTED):
         return
     expected = str(address)
     node = f'for="[{client}]"' if ":" in client else f"for={client}"
-    for header, added in ((X_FORWARDED_FOR, client), (FORWARDED, node)):
+    for header, added in ((proxies.X_FORWARDED_FOR, client), (proxies.FORWARDED, node)):
         assert peer(*words, added, header=header) == expected
         assert peer(", ".join([*words, added]), header=header) == expected
 
 
 @PLAIN
-@given(st.lists(WORDS | ADDRESSES, max_size=4), st.sampled_from([X_FORWARDED_FOR, FORWARDED]))
+@given(st.lists(WORDS | ADDRESSES, max_size=4), st.sampled_from([proxies.X_FORWARDED_FOR, proxies.FORWARDED]))
 def test_any_field_leads_to_an_address(fields: list[str], header: str) -> None:
     ipaddress.ip_address(peer(*fields, header=header))
 
@@ -110,15 +101,15 @@ def test_any_field_leads_to_an_address(fields: list[str], header: str) -> None:
 @given(ADDRESSES, st.integers(0, 65535))
 def test_port_and_quotes_do_not_change_the_address(address: str, port: int) -> None:
     bracketed = f"[{address}]" if ":" in address else address
-    expected = parse_address(address)
+    expected = proxies.parse_address(address)
     assert expected is not None
     spellings = [address, bracketed, f"{bracketed}:{port}", f" {bracketed}:{port}\t"]
-    assert {x_forwarded_for_hop(text) for text in spellings} == {expected}
-    assert {forwarded_hop(f'for="{text.strip()}"') for text in spellings} == {expected}
+    assert {proxies.x_forwarded_for_hop(text) for text in spellings} == {expected}
+    assert {proxies.forwarded_hop(f'for="{text.strip()}"') for text in spellings} == {expected}
 
 
 def test_chain_of_proxies_is_followed_to_a_limit() -> None:
-    hops = ["192.0.2.1", *["10.9.9.9"] * (MAX_HOPS - 1)]
+    hops = ["192.0.2.1", *["10.9.9.9"] * (proxies.MAX_HOPS - 1)]
     assert peer(",".join(hops)) == "192.0.2.1"
     assert peer(",".join(["192.0.2.1", "10.1.1.1", *hops[1:]])) == "10.1.1.1"
 
@@ -131,10 +122,7 @@ def test_invalid_or_universal_network_is_refused() -> None:
     ):
         for text in texts:
             with pytest.raises(ValueError, match=reason):
-                parse_networks(text)
-
-
-# Over HTTP
+                proxies.parse_networks(text)
 
 
 async def fail(api: LocalApi, forwarded_for: str = "", **headers: str) -> tuple[int, str]:
@@ -180,6 +168,8 @@ async def test_fields_of_anybody_else_are_ignored(start: Start, repository: Path
 
 
 async def test_forwarded_field_is_read_where_configured(start: Start) -> None:
-    api = await start(limit_auth_failures="1/hour", trusted_proxies="127.0.0.0/8", forwarded_header=FORWARDED)
+    api = await start(
+        limit_auth_failures="1/hour", trusted_proxies="127.0.0.0/8", forwarded_header=proxies.FORWARDED
+    )
     assert [await fail(api, Forwarded="for=192.0.2.1") for _ in range(2)] == [REFUSED, LIMITED]
     assert await fail(api, "192.0.2.1", Forwarded="for=192.0.2.2") == REFUSED

@@ -106,8 +106,6 @@ def is_valid(verifier: Verifier, token: str, now: float | None = None) -> bool:
     return True
 
 
-# The header field
-
 NO_CREDENTIALS, MALFORMED = (401, "no_credentials"), (400, "invalid_request")
 
 
@@ -141,9 +139,6 @@ async def test_authorization_field_is_checked(
         assert answer.headers["WWW-Authenticate"] == f'Bearer realm="loadledger"{error}'
     public = await client.get("/public", headers=headers)
     assert (public.status, await public.json()) == (200, {"subject": None})
-
-
-# Claims
 
 
 @pytest.mark.parametrize(
@@ -189,9 +184,6 @@ def test_roles_claim_is_configurable(config: Config, name: str, changes: dict[st
     assert verifier.verify(signed(config), time.time()).roles == frozenset()
 
 
-# Forgeries
-
-
 def test_forged_token_is_refused(config: Config) -> None:
     kid = list_keys(config.data)[-1].kid
     private = load_private_key(keys_folder(config.data) / f"{kid}.pem")
@@ -230,9 +222,6 @@ def test_kid_cannot_name_another_file(config: Config, kid: object) -> None:
         assert not is_valid(create_verifier(config), forged)
 
 
-# Keys that come and go
-
-
 def test_key_change_takes_effect_within_a_second(config: Config, known: Known) -> None:
     assert known.verifier.verify(known.token, known.now) == Principal("alice", frozenset({"admin"}))
     rotate(config.data)
@@ -266,9 +255,6 @@ def test_memory_of_verified_tokens_is_bounded(config: Config) -> None:
         verifier.verify(token, time.time())
     assert len(verifier._remembered) == 3
     assert verifier.verify(tokens[0], time.time()).subject == "user 0"
-
-
-# Keys of an identity provider
 
 
 @pytest.mark.parametrize(

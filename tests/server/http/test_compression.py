@@ -11,16 +11,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from runtime.wire import Buffer
-from server.http.compression import (
-    CODINGS,
-    INLINE_BYTES,
-    MalformedCoding,
-    chosen_encoding,
-    compress,
-    compressed,
-    decompress,
-    decompressed,
-)
+from server.http import compression
 from server.http.validation import BodyTooLarge, UnsupportedMediaType
 
 MIB = 2**20
@@ -29,45 +20,45 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.decompress, "deflate
 
 
 @PLAIN
-@given(st.lists(st.binary(max_size=50)), st.sampled_from(CODINGS))
+@given(st.lists(st.binary(max_size=50)), st.sampled_from(compression.CODINGS))
 def test_compressed_body_round_trips(parts: list[bytes], coding: str) -> None:
     buffers: list[Buffer] = [*parts, memoryview(b"end")]
-    packed, plain = compressed(buffers, coding), b"".join(buffers)
-    assert decompressed(packed, coding, len(plain)) == plain
+    packed, plain = compression.compressed(buffers, coding), b"".join(buffers)
+    assert compression.decompressed(packed, coding, len(plain)) == plain
     assert UNPACK[coding](packed) == plain
-    assert decompressed(PACK[coding](plain), coding.upper(), len(plain)) == plain
+    assert compression.decompressed(PACK[coding](plain), coding.upper(), len(plain)) == plain
 
 
-@pytest.mark.parametrize("coding", CODINGS)
-@pytest.mark.parametrize("size", [0, 1, INLINE_BYTES, INLINE_BYTES + 1, 5 * MIB])
+@pytest.mark.parametrize("coding", compression.CODINGS)
+@pytest.mark.parametrize("size", [0, 1, compression.INLINE_BYTES, compression.INLINE_BYTES + 1, 5 * MIB])
 async def test_compression_is_the_same_in_a_thread(coding: str, size: int) -> None:
     body = bytes(size)
-    assert await decompress(await compress([body], coding), coding, size) == body
+    assert await compression.decompress(await compression.compress([body], coding), coding, size) == body
     if size:
         with pytest.raises(BodyTooLarge):
-            await decompress(PACK[coding](body), coding, size - 1)
+            await compression.decompress(PACK[coding](body), coding, size - 1)
 
 
 async def test_identity_and_old_name_of_gzip_are_known() -> None:
-    body = bytes(INLINE_BYTES * 2)
+    body = bytes(compression.INLINE_BYTES * 2)
     for encoding in (None, "", " ", "identity", "Identity"):
-        assert decompressed(body, encoding, 1) is body
-        assert await decompress(body, encoding, 1) is body
-    assert decompressed(gzip.compress(b"a"), "x-gzip", 1) == b"a"
+        assert compression.decompressed(body, encoding, 1) is body
+        assert await compression.decompress(body, encoding, 1) is body
+    assert compression.decompressed(gzip.compress(b"a"), "x-gzip", 1) == b"a"
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", compression.CODINGS)
 async def test_bomb_is_decompressed_up_to_the_limit(coding: str) -> None:
     bomb = PACK[coding](bytes(64 * MIB))
     assert len(bomb) < MIB
     with pytest.raises(BodyTooLarge, match="1048576 bytes") as refused:
-        await decompress(bomb, coding, MIB)
+        await compression.decompress(bomb, coding, MIB)
     assert refused.value.code == "body_too_large"
     with pytest.raises(BodyTooLarge):
-        decompressed(bomb, coding, 0)
+        compression.decompressed(bomb, coding, 0)
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", compression.CODINGS)
 def test_damaged_body_is_refused(coding: str) -> None:
     packed = PACK[coding](b"some text, some text, some text")
     damaged = bytearray(packed)
@@ -75,19 +66,19 @@ def test_damaged_body_is_refused(coding: str) -> None:
     raw = zlib.compress(b"some text", wbits=-15)
     wrong = [packed[:end] for end in range(len(packed))]
     wrong += [packed + b"\0", packed + packed, bytes(damaged), b"text", raw, PACK["gzip"](packed)[3:]]
-    wrong.append(PACK[next(other for other in CODINGS if other != coding)](b"a"))
+    wrong.append(PACK[next(other for other in compression.CODINGS if other != coding)](b"a"))
     for body in wrong:
-        with pytest.raises(MalformedCoding, match="body") as refused:
-            decompressed(body, coding, MIB)
+        with pytest.raises(compression.MalformedCoding, match="body") as refused:
+            compression.decompressed(body, coding, MIB)
         assert refused.value.code == "invalid_request"
 
 
 @PLAIN
-@given(st.binary(max_size=40), st.sampled_from(CODINGS), st.integers(0, 20))
+@given(st.binary(max_size=40), st.sampled_from(compression.CODINGS), st.integers(0, 20))
 def test_any_bytes_decompress_or_are_refused(body: bytes, coding: str, max_bytes: int) -> None:
     for candidate in (body, PACK[coding](body), PACK[coding](body)[: len(body)]):
-        with suppress(MalformedCoding, BodyTooLarge):
-            assert len(decompressed(candidate, coding, max_bytes)) <= max_bytes
+        with suppress(compression.MalformedCoding, BodyTooLarge):
+            assert len(compression.decompressed(candidate, coding, max_bytes)) <= max_bytes
 
 
 @pytest.mark.parametrize(
@@ -95,7 +86,7 @@ def test_any_bytes_decompress_or_are_refused(body: bytes, coding: str, max_bytes
 )
 def test_unknown_coding_is_415_with_the_known_ones(encoding: str) -> None:
     with pytest.raises(UnsupportedMediaType, match="gzip, deflate") as refused:
-        decompressed(b"", encoding, MIB)
+        compression.decompressed(b"", encoding, MIB)
     assert refused.value.http_headers == {"Accept-Encoding": "gzip, deflate"}
 
 
@@ -116,7 +107,7 @@ def test_unknown_coding_is_415_with_the_known_ones(encoding: str) -> None:
     ],
 )  # fmt: skip
 def test_chosen_encoding_is_the_best_accepted(accepted: str | None, expected: str | None) -> None:
-    assert chosen_encoding(accepted) == expected
+    assert compression.chosen_encoding(accepted) == expected
 
 
 @PLAIN
@@ -124,4 +115,4 @@ def test_chosen_encoding_is_the_best_accepted(accepted: str | None, expected: st
     st.text(max_size=30) | st.lists(st.sampled_from(["gzip", "*", ";q=", "0", ".5", ",", " "])).map("".join)
 )
 def test_any_accept_encoding_chooses_a_known_coding(accepted: str) -> None:
-    assert chosen_encoding(accepted) in (None, *CODINGS)
+    assert compression.chosen_encoding(accepted) in (None, *compression.CODINGS)

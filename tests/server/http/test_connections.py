@@ -73,9 +73,6 @@ async def disconnected(client: Client, server: SmallServer) -> None:
     assert len(await client.rest()) < len(LONG_ANSWER)
 
 
-# Heads
-
-
 async def test_large_head_within_limits_is_answered(server: SmallServer) -> None:
     client = await server.connect()
     client.send(b"GET /short?" + b"q" * (MAX_LINE_BYTES - 100) + b" HTTP/1.1\r\nHost: a\r\n")
@@ -161,9 +158,6 @@ async def test_idle_timeout_closes_the_connection(server: SmallServer, sent: byt
     assert time.monotonic() - sent_s > 0.2  # not the head timeout: there is no 408
 
 
-# Bodies, upgrades and handlers
-
-
 async def test_unread_body_and_declined_upgrade_do_not_count_as_head(server: SmallServer) -> None:
     upgrade = get(b"Connection: Upgrade", b"Upgrade: websocket")
     client = await server.connect()
@@ -194,9 +188,6 @@ async def test_body_and_handler_may_take_longer_than_a_head() -> None:
         await asyncio.sleep(0.15)
         done.set()
         assert (await client.answer()).endswith(b"done")
-
-
-# Unread responses
 
 
 @pytest.mark.parametrize("end", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
@@ -244,9 +235,6 @@ async def test_unread_fast_response_gives_back_its_memory() -> None:
         server.limits.unread_s = 0.1
         await until(lambda: bodies.taken_bytes == 0)
         assert len(await client.rest()) < len(LONG_ANSWER)
-
-
-# The connection limit
 
 
 @pytest.mark.parametrize(
@@ -313,9 +301,6 @@ def test_limit_leaves_descriptors_to_models_and_ledger(tmp_path: Path) -> None:
     assert 1 <= many.most <= 1_000_000
 
 
-# TLS
-
-
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     return make_pair()
@@ -357,9 +342,6 @@ async def test_limits_hold_over_tls(tls: ssl.SSLContext, pair: Pair) -> None:
             unread = await shake()
             unread.send(GET_LONG[:-2] + end + b"\r\n")
             await disconnected(unread, server)
-
-
-# Shutdown
 
 
 async def test_shutdown_closes_idle_connections_only() -> None:

@@ -46,9 +46,6 @@ def refused(files: tuple[Path, Path]) -> str:
     return str(refusal.value)
 
 
-# Files
-
-
 def test_context_serves_tls_1_2_and_newer(files: tuple[Path, Path]) -> None:
     context = load_context(*files)
     assert context.minimum_version is ssl.TLSVersion.TLSv1_2
@@ -115,9 +112,6 @@ def test_unusable_key_is_a_mistake_in_the_configuration(files: tuple[Path, Path]
     files[1].chmod(0o644)
     with pytest.raises(ConfigError, match=r"--tls-key: .* mode 0644"):
         load_config(flags, {})
-
-
-# Renewal
 
 
 class Renewable:
@@ -224,9 +218,6 @@ async def test_files_behind_renewed_symlinks_are_reread(tmp_path: Path) -> None:
         (tmp_path / "new").symlink_to("2")
         (tmp_path / "new").replace(tmp_path / "data")
         assert await server.serial() == OTHER.serial
-
-
-# The command
 
 
 async def test_server_speaks_https_and_renews_while_it_runs(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -26,22 +26,7 @@ from support.history import PLAIN
 from yarl import URL
 
 from server.errors import errors_middleware
-from server.http.validation import (
-    MAX_DEPTH,
-    MAX_JSON_BYTES,
-    InvalidJson,
-    NothingSchema,
-    ParameterBoolean,
-    ParameterInteger,
-    StrictBoolean,
-    StrictInteger,
-    header_fields,
-    json_body,
-    loads,
-    path_parameters,
-    query_parameters,
-    validation_middleware,
-)
+from server.http import validation
 
 Client = TestClient[web.Request, web.Application]
 JSON = {"Content-Type": "application/json"}
@@ -55,10 +40,10 @@ VALUES = st.recursive(
 
 
 class BodySchema(Schema):
-    version = StrictInteger(validate=validate.Range(1))
-    pinned = StrictBoolean()
+    version = validation.StrictInteger(validate=validate.Range(1))
+    pinned = validation.StrictBoolean()
     priority = fields.String(validate=validate.OneOf(["high", "low"]), load_default="low")
-    parts = fields.List(fields.Nested(Schema.from_dict({"size": StrictInteger(required=True)})))
+    parts = fields.List(fields.Nested(Schema.from_dict({"size": validation.StrictInteger(required=True)})))
 
 
 class PathSchema(Schema):
@@ -66,8 +51,8 @@ class PathSchema(Schema):
 
 
 class QuerySchema(Schema):
-    force = ParameterBoolean(load_default=False)
-    limit = ParameterInteger(validate=validate.Range(1, 100))
+    force = validation.ParameterBoolean(load_default=False)
+    limit = validation.ParameterInteger(validate=validate.Range(1, 100))
 
 
 class HeaderSchema(Schema):
@@ -80,14 +65,19 @@ class HeaderSchema(Schema):
 @headers_schema(HeaderSchema())
 async def everything(request: web.Request) -> web.Response:
     return web.json_response(
-        [json_body(request), path_parameters(request), query_parameters(request), header_fields(request)]
+        [
+            validation.json_body(request),
+            validation.path_parameters(request),
+            validation.query_parameters(request),
+            validation.header_fields(request),
+        ]
     )
 
 
 @request_schema(BodySchema())
-@querystring_schema(NothingSchema())
+@querystring_schema(validation.NothingSchema())
 async def default_location(request: web.Request) -> web.Response:
-    return web.json_response(json_body(request))
+    return web.json_response(validation.json_body(request))
 
 
 async def left_alone(request: web.Request) -> web.Response:
@@ -96,7 +86,9 @@ async def left_alone(request: web.Request) -> web.Response:
 
 @pytest.fixture
 async def client(aiohttp_client: AiohttpClient) -> Client:
-    app = web.Application(middlewares=[errors_middleware, validation_middleware], client_max_size=2**26)
+    app = web.Application(
+        middlewares=[errors_middleware, validation.validation_middleware], client_max_size=2**26
+    )
     app.router.add_post("/all/{name}", everything)
     app.router.add_post("/default", default_location)
     app.router.add_post("/raw", left_alone)
@@ -111,27 +103,26 @@ async def send(client: Client, url: str, data: Any = b"", **headers: str) -> tup
     return answer.status, problem["code"], problem["detail"]
 
 
-# Strict JSON
-
-
 @PLAIN
 @given(VALUES, st.booleans(), st.sampled_from([None, 1]))
 def test_loads_reads_back_any_json(value: Any, ascii_only: bool, indent: int | None) -> None:  # noqa: FBT001
-    assert loads(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()) == value
+    assert validation.loads(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()) == value
 
 
 def test_loads_reads_the_deepest_and_largest_exactly() -> None:
     for value in ({"a": {"a": [{"a": 1}, {"a": 2}]}}, "[{" * 1000, "\U0001f600", 2**63, sys.float_info.max):
-        assert loads(json.dumps(value).encode()) == value
-    assert loads(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH) == json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+        assert validation.loads(json.dumps(value).encode()) == value
+    assert validation.loads(b"[" * validation.MAX_DEPTH + b"]" * validation.MAX_DEPTH) == json.loads(
+        "[" * validation.MAX_DEPTH + "]" * validation.MAX_DEPTH
+    )
 
 
 @PLAIN
 @given(st.binary() | st.text('[]{}":,\\u\n0N ').map(str.encode))
 def test_loads_reads_or_refuses_any_bytes(body: bytes) -> None:
     try:
-        value = loads(body)
-    except InvalidJson:
+        value = validation.loads(body)
+    except validation.InvalidJson:
         return
     assert value == json.loads(body)
 
@@ -154,7 +145,7 @@ def test_loads_reads_or_refuses_any_bytes(body: bytes) -> None:
         (b"[-Infinity]", "-Infinity is not a JSON number"),
         (b"-1e999", '"-1e999" is out of range'),
         (b"1" * 5000, "an integer is out of range"),
-        (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "nested deeper than 32"),
+        (b"[" * (validation.MAX_DEPTH + 1) + b"]" * (validation.MAX_DEPTH + 1), "nested deeper than 32"),
         (b'{"a":' * 33 + b"1" + b"}" * 33, "nested deeper than 32"),
         (b"[" * 500_000, "nested deeper than 32"),
         (b'{"a":' * 200_000, "nested deeper than 32"),
@@ -162,11 +153,8 @@ def test_loads_reads_or_refuses_any_bytes(body: bytes) -> None:
     ],
 )
 def test_loads_refuses_other_json_with_reason(body: bytes, message: str) -> None:
-    with pytest.raises(InvalidJson, match=re.escape(message)):
-        loads(body)
-
-
-# Requests
+    with pytest.raises(validation.InvalidJson, match=re.escape(message)):
+        validation.loads(body)
 
 
 async def test_each_part_of_a_request_is_loaded_by_its_schema(client: Client) -> None:
@@ -252,7 +240,7 @@ async def test_invalid_parameter_names_what_is_allowed(client: Client, url: str,
 
 
 async def test_large_body_is_413_by_length_or_while_read(client: Client) -> None:
-    padding = b" " * (MAX_JSON_BYTES - 2)
+    padding = b" " * (validation.MAX_JSON_BYTES - 2)
     assert (await client.post("/default", data=io.BytesIO(b"{}" + padding), headers=JSON)).status == 200
     sent = 0
 
@@ -274,6 +262,6 @@ async def test_compressed_body_is_415(client: Client) -> None:
 
 
 async def test_handler_without_schema_reads_its_body(client: Client) -> None:
-    body = io.BytesIO(b"x" * (2 * MAX_JSON_BYTES))
+    body = io.BytesIO(b"x" * (2 * validation.MAX_JSON_BYTES))
     answer = await client.post("/raw", data=body, headers={"Content-Type": "text/plain"})
-    assert await answer.json() == 2 * MAX_JSON_BYTES
+    assert await answer.json() == 2 * validation.MAX_JSON_BYTES

@@ -1,18 +1,20 @@
 """Dashboard, alert rules and the metrics page name existing metrics; promtool accepts all of it."""
 
+import asyncio
 import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from support import models
-from support.http import LocalApi
+from support.http import ONE, LocalApi
 from support.models import save
 from support.pages import FAMILIES
 
@@ -29,23 +31,6 @@ SELECTOR = re.compile(r"\b([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
 NAME = re.compile(r"\b(?:loadledger_\w+|process_\w+|up)\b")
 LABEL = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
 GROUPED = re.compile(r"\b(?:by|on|without|ignoring|group_left)\s*\(([^)]*)\)")
-ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
-
-
-@pytest.fixture(scope="module")
-def promtool() -> str:
-    program = os.environ.get("PROMTOOL") or shutil.which("promtool")
-    if program is None:
-        pytest.skip("promtool is not here: .ci/promtool fetches it, and PROMTOOL names it")
-    return program
-
-
-def check(promtool: str, *arguments: str, given: bytes = b"") -> None:
-    """Run promtool, which must find no mistake."""
-    done = subprocess.run(
-        [promtool, *arguments], input=given, capture_output=True, timeout=120, cwd=FILES, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr).decode()
 
 
 def alert_rules() -> list[Any]:
@@ -107,12 +92,10 @@ def test_each_alert_has_a_description_a_severity_and_a_test() -> None:
 def test_dashboard_panels_do_not_overlap() -> None:
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    places = [panel["gridPos"] for panel in panels]
     taken = [
-        (x, y)
-        for place in places
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
+        (place["x"] + x, place["y"] + y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x, y in product(range(place["w"]), range(place["h"]))
     ]
     assert len(taken) == len(set(taken))
     assert max(x for x, _ in taken) < 24
@@ -131,24 +114,30 @@ def test_every_metric_is_on_the_dashboard_or_in_an_alert() -> None:
     assert {family.name for family in FAMILIES} - used == unused
 
 
-def test_promtool_accepts_and_tests_the_alert_rules(promtool: str) -> None:
-    check(promtool, "check", "rules", ALERTS.name)
-    check(promtool, "test", "rules", ALERTS_TEST.name)
-
-
-def test_promtool_accepts_the_dashboard_queries(promtool: str, tmp_path: Path) -> None:
-    file = tmp_path / "queries.yaml"
+async def test_promtool_accepts_rules_queries_and_metrics(
+    api: LocalApi, repository: Path, tmp_path: Path
+) -> None:
+    program = os.environ.get("PROMTOOL") or shutil.which("promtool")
+    if program is None:
+        pytest.skip("promtool is not here: .ci/promtool fetches it, and PROMTOOL names it")
     rules = [
         {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "5m")}
         for number, query in enumerate(dashboard_queries())
     ]
-    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), encoding="utf-8")
-    check(promtool, "check", "rules", str(file))
-
-
-async def test_promtool_accepts_the_metrics(promtool: str, api: LocalApi, repository: Path) -> None:
+    dashboard = tmp_path / "queries.yaml"
+    dashboard.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), encoding="utf-8")
     save(models.add(), repository, "m")
     await api.load("m")
     assert (await api.infer("m", ONE)).status == 200
-    answer = await api.get("/metrics")
-    check(promtool, "check", "metrics", given=answer.body)
+    metrics = (await api.get("/metrics")).body
+    for command, file, given in (
+        ("check rules", ALERTS, b""),
+        ("test rules", ALERTS_TEST, b""),
+        ("check rules", dashboard, b""),
+        ("check metrics", None, metrics),
+    ):
+        arguments = [program, *command.split(), *([str(file)] if file is not None else [])]
+        done = await asyncio.to_thread(
+            subprocess.run, arguments, input=given, capture_output=True, timeout=120, cwd=FILES, check=False
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr).decode()

@@ -10,16 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
 
-from server.observability.output import (
-    CONTEXT,
-    HIDDEN,
-    MAX_TEXT_CHARACTERS,
-    JsonFormatter,
-    RequestContext,
-    TextFormatter,
-    make_extra,
-    valid_request_id,
-)
+from server.observability import output
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl-_"
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (INFO|ERROR) {4,}")
@@ -28,7 +19,7 @@ HOSTILE = "a\n2026-11-20T20:33:04.748382Z INFO     forged\r\u2028\x85\x1b[31m\x0
 
 def record(message: str, *, level: int = logging.INFO, **named: object) -> logging.LogRecord:
     record = logging.LogRecord("server.x", level, __file__, 1, "%s", (message,), None)
-    record.__dict__.update(make_extra(**named))
+    record.__dict__.update(output.make_extra(**named))
     return record
 
 
@@ -38,11 +29,11 @@ def failed(error: Exception) -> logging.LogRecord:
 
 
 def in_text(record: logging.LogRecord) -> str:
-    return TextFormatter().format(record)
+    return output.TextFormatter().format(record)
 
 
 def in_json(record: logging.LogRecord) -> str:
-    return JsonFormatter().format(record)
+    return output.JsonFormatter().format(record)
 
 
 def test_text_line_has_time_level_message_and_fields() -> None:
@@ -60,9 +51,9 @@ def test_json_line_has_the_same_members() -> None:
 
 def test_line_of_a_request_has_its_id() -> None:
     inside = Context()
-    inside.run(CONTEXT.set, RequestContext("my-request"))
+    inside.run(output.CONTEXT.set, output.RequestContext("my-request"))
     assert inside.run(in_text, record("x", status=200)).endswith("x request_id=my-request status=200")
-    inside.run(CONTEXT.set, RequestContext("my-request", trace_id="4bf9"))
+    inside.run(output.CONTEXT.set, output.RequestContext("my-request", trace_id="4bf9"))
     line = json.loads(inside.run(in_json, record("x")))
     assert (line["request_id"], line["trace_id"]) == ("my-request", "4bf9")
 
@@ -97,7 +88,7 @@ def test_traceback_is_indented_in_text_and_a_member_in_json() -> None:
         f"/models/token%3D{TOKEN}",
         "/models/Bearer%20c2VjcmV0LXRva2Vu",
         f"'Bearer\\t{TOKEN}'",
-        f"{'x' * (MAX_TEXT_CHARACTERS // 2 - 20)} {TOKEN}{' x' * MAX_TEXT_CHARACTERS}",
+        f"{'x' * (output.MAX_TEXT_CHARACTERS // 2 - 20)} {TOKEN}{' x' * output.MAX_TEXT_CHARACTERS}",
     ],
     ids=["alone", "credentials", "opaque", "in a query", "encoded", "opaque, encoded", "escaped", "cut"],
 )
@@ -106,13 +97,13 @@ def test_token_is_hidden(text: str) -> None:
     for line in (form(each) for form in (in_text, in_json) for each in records):
         assert TOKEN.partition(".")[0] not in line
         assert "c2VjcmV0LXRva2Vu" not in line
-        assert HIDDEN in line
+        assert output.HIDDEN in line
 
 
 def test_long_text_is_cut_in_its_middle() -> None:
-    long = f"begin {'x' * 10 * MAX_TEXT_CHARACTERS} end"
+    long = f"begin {'x' * 10 * output.MAX_TEXT_CHARACTERS} end"
     for line in (in_text(record(long, value=long)), in_json(record(long, value=long))):
-        assert len(line) < 3 * MAX_TEXT_CHARACTERS
+        assert len(line) < 3 * output.MAX_TEXT_CHARACTERS
         assert line.count("begin") == line.count(" end") == 2
 
 
@@ -122,5 +113,5 @@ INVALID = ("", "x" * 129, "a b", "a\n", "\u00e9", "a\x1b[31m", "\u2028")
 
 @pytest.mark.parametrize("name", VALID + INVALID)
 def test_request_id_of_the_client_is_kept_if_valid(name: str) -> None:
-    assert valid_request_id([name]) == (name if name in VALID else None)
-    assert valid_request_id([name, name]) is None
+    assert output.valid_request_id([name]) == (name if name in VALID else None)
+    assert output.valid_request_id([name, name]) is None

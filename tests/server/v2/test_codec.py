@@ -23,15 +23,7 @@ from runtime.wire import (
     encode,
     heads,
 )
-from server.v2.codec import (
-    MAX_HEAD_BYTES,
-    MAX_INPUTS,
-    InferenceRequest,
-    decode_raw,
-    decode_request,
-    encode_response,
-    header_length,
-)
+from server.v2 import codec
 
 JSON_DATATYPES = sorted(DATATYPES.keys() - {"FP16", "BF16"})
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -44,8 +36,8 @@ def request_of(*inputs: Any, data: bytes = b"", **members: Any) -> tuple[bytes, 
     return text + data, len(text) if data else None
 
 
-def decode(*inputs: Any, **members: Any) -> InferenceRequest:
-    return decode_request(*request_of(*inputs, **members))
+def decode(*inputs: Any, **members: Any) -> codec.InferenceRequest:
+    return codec.decode_request(*request_of(*inputs, **members))
 
 
 def tensor(**members: Any) -> dict[str, Any]:
@@ -59,7 +51,7 @@ def binary(size: object, **members: Any) -> dict[str, Any]:
 
 def refusal(body: bytes, header_bytes: int | None = None) -> str:
     with pytest.raises(InvalidInput) as refused:
-        decode_request(body, header_bytes)
+        codec.decode_request(body, header_bytes)
     assert refused.value.code == "invalid_input"
     return str(refused.value)
 
@@ -87,25 +79,22 @@ def written(item: Tensor) -> str:
     return f'{{{head}, "parameters": {{"binary_data_size": {len(item.data)}, "mine": 1.5}}}}'
 
 
-# Valid requests
-
-
 @PLAIN
 @given(st.lists(tensors(), max_size=5))
 def test_request_is_decoded_as_written(drawn: list[Tensor]) -> None:
     text = f'{{"id": "7", "inputs": [{", ".join(map(written, drawn))}]}}'.encode()
     payload = b"".join(item.data for item in drawn if not item.text)
-    request = decode_request(text + payload, len(text))
-    assert request == InferenceRequest("7", None, tuple(drawn), (), text=True)
+    request = codec.decode_request(text + payload, len(text))
+    assert request == codec.InferenceRequest("7", None, tuple(drawn), (), text=True)
     assert encode(Infer(1, heads(request.tensors)), request.tensors)
     if not payload:
-        assert decode_request(text) == request
+        assert codec.decode_request(text) == request
 
 
 def test_decoded_tensors_are_views_of_the_body() -> None:
     text = json.dumps({"inputs": [tensor(), binary(8)]}).encode()
     body = bytearray(text + bytes(8))
-    request = decode_request(body, len(text))
+    request = codec.decode_request(body, len(text))
     body[len(text)] = 7
     assert bytes(request.tensors[1].data[:1]) == b"\7"
     body[text.index(b"[1, 2]") + 1] = ord("5")
@@ -153,10 +142,7 @@ def test_empty_tensors_and_scalars_may_be_binary() -> None:
     request = decode(*inputs, data=b"abcd")
     assert [bytes(each.data) for each in request.tensors] == [b"", b"abcd", b""]
     text = json.dumps({"inputs": [binary(0, shape=[0])]}).encode()
-    assert decode_request(text, len(text)) == decode_request(text)
-
-
-# Invalid requests
+    assert codec.decode_request(text, len(text)) == codec.decode_request(text)
 
 
 @pytest.mark.parametrize("size", [7, 9, 0, -8, 8.0, "8", True, 2**62, 10**30, -(10**30)])
@@ -262,16 +248,16 @@ def test_refusal_shortens_a_long_name() -> None:
 
 
 def test_head_is_limited_and_data_is_not() -> None:
-    many = MAX_HEAD_BYTES // 10
+    many = codec.MAX_HEAD_BYTES // 10
     for members in (
         {"parameters": {str(number): number for number in range(many)}},
-        {"mine": "x" * MAX_HEAD_BYTES},
+        {"mine": "x" * codec.MAX_HEAD_BYTES},
         {"outputs": [{"name": ""}] * many},
     ):
-        assert f"at most {MAX_HEAD_BYTES} are allowed" in refused(tensor(), **members)
+        assert f"at most {codec.MAX_HEAD_BYTES} are allowed" in refused(tensor(), **members)
     assert "are allowed" in refused(*[tensor()] * many)
-    assert len(decode(tensor(data=[0] * MAX_HEAD_BYTES)).tensors[0].data) > MAX_HEAD_BYTES
-    assert "not an inference request" in refusal(b"[" * MAX_HEAD_BYTES + b"]")
+    assert len(decode(tensor(data=[0] * codec.MAX_HEAD_BYTES)).tensors[0].data) > codec.MAX_HEAD_BYTES
+    assert "not an inference request" in refusal(b"[" * codec.MAX_HEAD_BYTES + b"]")
 
 
 def test_too_many_inputs_are_refused_without_taking_memory() -> None:
@@ -279,7 +265,7 @@ def test_too_many_inputs_are_refused_without_taking_memory() -> None:
     tracemalloc.start()
     try:
         for _ in range(2):
-            assert f"more than {MAX_INPUTS} inputs; no more are allowed" in refusal(body)
+            assert f"more than {codec.MAX_INPUTS} inputs; no more are allowed" in refusal(body)
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
@@ -300,18 +286,15 @@ SCRAPS = st.sampled_from(
 @example(b'{"inputs":[{"name":"x","shape":[2],"datatype":"FP32","parameters":{"binary_data_size":8}}]}', 90)
 def test_any_bytes_are_decoded_or_refused(body: bytes, header_bytes: int | None) -> None:
     try:
-        request = decode_request(body, header_bytes)
+        request = codec.decode_request(body, header_bytes)
     except InvalidInput:
         return
     assert encode(Infer(1, heads(request.tensors), request.outputs), request.tensors)
 
 
-# The length of the JSON
-
-
 def test_header_length_is_read() -> None:
     given: list[Any] = [None, [], "0", ["10"], "007", ("3",)]
-    assert [header_length(fields, 10) for fields in given] == [None, None, 0, 10, 7, 3]
+    assert [codec.header_length(fields, 10) for fields in given] == [None, None, 0, 10, 7, 3]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +304,7 @@ def test_header_length_is_read() -> None:
 )  # fmt: skip
 def test_invalid_header_length_is_refused(fields: Any) -> None:
     with pytest.raises(InvalidInput, match="Inference-Header-Content-Length") as refused:
-        header_length(fields, 10)
+        codec.header_length(fields, 10)
     assert len(str(refused.value)) < 300
 
 
@@ -329,13 +312,10 @@ def test_invalid_header_length_is_refused(fields: Any) -> None:
 @given(st.none() | st.text(max_size=20) | st.lists(st.text(max_size=20), max_size=3), st.integers(0, 100))
 def test_any_field_is_a_length_within_the_body_or_refused(fields: Any, body_length: int) -> None:
     try:
-        length = header_length(fields, body_length)
+        length = codec.header_length(fields, body_length)
     except InvalidInput:
         return
     assert length is None or 0 <= length <= body_length
-
-
-# Raw bodies
 
 
 def spec(*shape: int, datatype: str = "FP32", optional: bool = False) -> TensorSpec:
@@ -354,7 +334,9 @@ def test_raw_body_determines_the_variable_dimension(
 ) -> None:
     body = bytes(range(size))
     tensors = (Tensor("x", "FP32", expected, body),)
-    assert decode_raw(body, [spec(*shape)]) == InferenceRequest(None, None, tensors, (), text=False)
+    assert codec.decode_raw(body, [spec(*shape)]) == codec.InferenceRequest(
+        None, None, tensors, (), text=False
+    )
     assert heads(tensors)
 
 
@@ -364,19 +346,19 @@ def test_raw_body_determines_the_variable_dimension(
 )  # fmt: skip
 def test_raw_body_of_another_size_is_refused(shape: tuple[int, ...], size: int) -> None:
     with pytest.raises(InvalidInput, match="'x'"):
-        decode_raw(bytes(size), [spec(*shape)])
+        codec.decode_raw(bytes(size), [spec(*shape)])
 
 
 def test_raw_bytes_body_is_one_element() -> None:
     for shape, body in product([(), (-1,), (1,), (-1, 1)], [b"", b"a", bytes(300)]):
-        [tensor] = decode_raw(memoryview(body), [spec(*shape, datatype="BYTES")]).tensors
+        [tensor] = codec.decode_raw(memoryview(body), [spec(*shape, datatype="BYTES")]).tensors
         assert tensor == Tensor("x", "BYTES", (1,) * len(shape), len(body).to_bytes(4, "little") + body)
 
 
 def test_raw_body_needs_exactly_one_required_input() -> None:
     optional = spec(1, optional=True)
-    assert decode_raw(bytes(4), [optional]) == decode_raw(bytes(4), [optional, spec(1), optional])
-    [batched] = decode_raw(bytes(16), [spec(-1, -1)], max_batch_size=8).tensors
+    assert codec.decode_raw(bytes(4), [optional]) == codec.decode_raw(bytes(4), [optional, spec(1), optional])
+    [batched] = codec.decode_raw(bytes(16), [spec(-1, -1)], max_batch_size=8).tensors
     assert batched.shape == (1, 4)  # a batch of one
     for inputs, reason in (
         ([], "one input"),
@@ -386,7 +368,7 @@ def test_raw_body_needs_exactly_one_required_input() -> None:
         ([spec(2, datatype="BYTES")], "one element"),
     ):
         with pytest.raises(InvalidInput, match=reason):
-            decode_raw(bytes(4), inputs)
+            codec.decode_raw(bytes(4), inputs)
 
 
 @PLAIN
@@ -397,13 +379,10 @@ def test_raw_body_needs_exactly_one_required_input() -> None:
 )
 def test_any_raw_body_is_decoded_or_refused(datatype: str, shape: list[int], body: bytes) -> None:
     try:
-        request = decode_raw(body, [spec(*shape, datatype=datatype)])
+        request = codec.decode_raw(body, [spec(*shape, datatype=datatype)])
     except InvalidInput:
         return
     assert heads(request.tensors)
-
-
-# Responses
 
 
 def read(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], list[Tensor]]:
@@ -429,7 +408,7 @@ def read(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], list[Te
 def test_response_is_read_back_bit_for_bit(
     model_id: str, request_id: str | None, drawn: list[Tensor]
 ) -> None:
-    buffers, header_bytes = encode_response(model_id, 3, request_id, drawn)
+    buffers, header_bytes = codec.encode_response(model_id, 3, request_id, drawn)
     answer, tensors = read(b"".join(buffers), header_bytes)
     assert tensors == drawn
     expected = {"model_name": model_id, "model_version": "3"}
@@ -440,11 +419,11 @@ def test_response_is_read_back_bit_for_bit(
 def test_response_of_json_alone_has_no_header_length() -> None:
     output = b'{"name":"y","datatype":"FP32","shape":[2],"data":[1.5,2]}'
     expected = b'{"model_name":"m","model_version":"1","outputs":[' + output + b"]}"
-    assert encode_response("m", 1, None, [Tensor("y", "FP32", (2,), b"[1.5,2]", text=True)]) == (
+    assert codec.encode_response("m", 1, None, [Tensor("y", "FP32", (2,), b"[1.5,2]", text=True)]) == (
         [expected],
         None,
     )
-    [body], header_bytes = encode_response("m", 1, "", [Tensor("y", "FP32", (0, 3), b"")])
+    [body], header_bytes = codec.encode_response("m", 1, "", [Tensor("y", "FP32", (0, 3), b"")])
     answer = json.loads(bytes(body))
     assert (header_bytes, answer["id"]) == (None, "")
     assert answer["outputs"][0]["parameters"] == {"binary_data_size": 0}
@@ -452,7 +431,9 @@ def test_response_of_json_alone_has_no_header_length() -> None:
 
 def test_binary_data_is_not_copied() -> None:
     data, empty = memoryview(bytes(100)), Tensor("x", "FP32", (0, 3), b"")
-    buffers, header_bytes = encode_response("m", 1, None, [empty, Tensor("y", "INT8", (100,), data), empty])
+    buffers, header_bytes = codec.encode_response(
+        "m", 1, None, [empty, Tensor("y", "INT8", (100,), data), empty]
+    )
     assert header_bytes == len(buffers[0])
     assert buffers[1] is data
     assert len(buffers) == 2

@@ -106,9 +106,6 @@ async def identities(shared: LocalApi) -> LocalApi:
     return shared
 
 
-# Tensors
-
-
 async def test_json_tensors_come_back_equal_and_flat(identities: LocalApi) -> None:
     for datatype, shape, data, values in (
         ("INT64", [1, 2], [[-(2**63), 2**63 - 1]], [-(2**63), 2**63 - 1]),
@@ -220,9 +217,7 @@ async def test_concurrent_requests_get_their_own_answers(identities: LocalApi) -
     assert found == [(str(n), [float(n)]) for n in range(100)]
 
 
-# Refusals: test_codec.py and the worker's tests have the others
-
-
+# test_codec.py and the worker's tests have the other refusals
 @pytest.mark.parametrize(
     ("body", "length", "reason"),
     [
@@ -273,8 +268,6 @@ async def test_too_large_body_is_refused(identities: LocalApi) -> None:
     await writer.wait_closed()
 
 
-# Models that are not loaded
-
 NOT_LOADED, UNKNOWN = (503, "model_not_loaded"), (404, "unknown_model")
 INVALID = (400, "invalid_parameter")
 
@@ -307,9 +300,6 @@ async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) 
     other = await shared.infer("one", ONE, version=2)
     assert "version 2 of model 'one' is not loaded, version 1 is" in other.json["error"]
     assert [await shared.types(name) for name in ("idle", "one", "nope")] == [[], LOADED, []]
-
-
-# Metadata, configuration, statistics
 
 
 async def test_server_metadata_lists_extensions(shared: LocalApi) -> None:

@@ -43,9 +43,6 @@ async def begin(api: LocalApi, model_id: str, *, count: int = 1) -> list[asyncio
     return running
 
 
-# Deadlines
-
-
 async def test_run_without_time_or_client_is_stopped(shared: LocalApi) -> None:
     await load_loop(shared, "stopped")
     worker = shared.worker("stopped")
@@ -76,9 +73,6 @@ async def test_timeout_of_the_server_replaces_a_stuck_worker(start: Start, repos
     assert "did not stop" in exited.stderr[-1]
 
 
-# Workers and clients that go away
-
-
 async def test_long_inference_holds_up_nothing_else(shared: LocalApi) -> None:
     await load_loop(shared, "long")
     await load_loop(shared, "quick")
@@ -105,9 +99,6 @@ async def test_dead_worker_fails_its_requests_and_is_replaced(shared: LocalApi) 
     [exited] = await shared.data_of(WorkerExited)
     assert exited.signal == signal.SIGFPE
     assert (await shared.jobs("?model=crashing"))[0]["cause"] == "recovery"
-
-
-# Swaps
 
 
 async def load_adder(api: LocalApi, model_id: str, version: int) -> None:
@@ -149,9 +140,6 @@ async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi) -> Non
     await asyncio.wait({old.ended})
     swapped.set()
     assert (await running).json["outputs"][0]["data"] == [3]
-
-
-# Memory
 
 
 async def test_bodies_beyond_the_budget_are_refused(

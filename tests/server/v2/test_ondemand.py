@@ -34,9 +34,6 @@ SOON = {"timeout": 50_000}
 M: tuple[str, int | None] = ("m", None)
 
 
-# Back-off
-
-
 def fail(back_off: BackOff, demand: tuple[str, int | None], before: Model | None) -> Model:
     """Fail at 0 s, and return the model as it is recorded then."""
     back_off.check(demand, before, 0.0)
@@ -83,9 +80,6 @@ def test_remembered_failures_are_bounded() -> None:
     for number in (1, MAX_FAILURES):
         with pytest.raises(DemandFailed):
             back_off.check((f"m{number}", None), seen[number], 0.1)
-
-
-# At the runtime, without HTTP
 
 
 class Demanding:
@@ -215,9 +209,6 @@ async def test_defect_of_a_look_up_fails_its_waiters_only(
     assert await demanding.wait("adder")
 
 
-# Over HTTP
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """One application with on-demand loads, for tests that do not disturb each other."""
@@ -291,9 +282,6 @@ async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) ->
     assert await causes(shared, "pair") == ["demand"]
 
 
-# Over HTTP: what is under way already
-
-
 async def test_requested_load_is_joined(shared: LocalApi) -> None:
     save(models.slow_identity(side=400), shared.config.repository, "joined")
     await shared.accepted_load("joined")
@@ -355,9 +343,6 @@ async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
     assert [answer.json["outputs"][0]["data"] for answer in answers] == [[1.0 + n % 3] for n in range(30)]
     assert set(await causes(api, "m1")) == {"demand"}
     await api.model_when("m0", state="unloaded")
-
-
-# Over HTTP: failures
 
 
 async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) -> None:

@@ -78,9 +78,6 @@ def job_id_of(answer: Answer) -> str:
     return answer.headers["Location"].removeprefix("/api/v1/jobs/")
 
 
-# Load
-
-
 async def test_load_is_answered_when_the_model_is_ready(shared: LocalApi) -> None:
     save(models.identity(), shared.config.repository, "m")
     answers = await asyncio.gather(*(load(shared, "m") for _ in range(5)))
@@ -142,9 +139,6 @@ async def test_shutdown_answers_who_waits_for_a_load(api: LocalApi) -> None:
     assert job_id_of(answer) == job["id"]
 
 
-# Failed loads
-
-
 @pytest.mark.parametrize(
     ("model", "setting", "expected", "reason"),
     [
@@ -189,9 +183,6 @@ async def test_failed_swap_leaves_the_serving_version(shared: LocalApi) -> None:
     assert second["reason"] in answer.json["error"]
 
 
-# Refusals
-
-
 async def test_refused_requests_append_nothing(shared: LocalApi) -> None:
     save(models.identity(), shared.config.repository, "idle")
     for path, body, expected in (
@@ -225,9 +216,6 @@ async def test_invalid_configuration_is_refused_by_name(shared: LocalApi) -> Non
     assert await shared.types("unset") == []
 
 
-# The configuration of a load
-
-
 async def test_configuration_and_model_file_set_the_parameters(shared: LocalApi) -> None:
     for number in (1, 2):
         save(models.identity(FLOAT, (None, 4)), shared.config.repository, "set", number)
@@ -252,9 +240,6 @@ async def test_reported_configuration_can_be_sent_back(shared: LocalApi) -> None
     second = job_of(await load(shared, "back", max_batch_size=8))
     assert second != first
     assert job_of(await load(shared, "back")) == second
-
-
-# Unload
 
 
 async def test_unload_is_answered_when_the_process_is_gone(shared: LocalApi) -> None:
@@ -299,8 +284,6 @@ async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
     assert answer.json["error"].startswith("load failed for model 'first': version 1: ")
     assert await index(shared, "first") == [entry("first", 1, "UNAVAILABLE", reason="unloaded")]
 
-
-# The index
 
 SERVING = Serving("job", 2, 9, "", "alice", ("worker",), (), 1, 1, LoadParameters())
 READY = Model("m", ModelState.LOADED, SERVING, last_version=2)

@@ -11,14 +11,7 @@ from support.history import PLAIN
 from events.types import LoadParameters
 from runtime.wire import DATATYPES, TensorSpec
 from server.http.validation import InvalidBody
-from server.v2.tritonconfig import (
-    NotSupported,
-    check_unload,
-    data_type,
-    model_config,
-    read_load,
-    read_only_ready,
-)
+from server.v2 import tritonconfig
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -33,7 +26,7 @@ MEMBERS = (
 
 def requested(config: object) -> dict[str, Any]:
     """Return the parameters of a load with this configuration."""
-    return read_load({"parameters": {"config": json.dumps(config)}}, "m")
+    return tritonconfig.read_load({"parameters": {"config": json.dumps(config)}}, "m")
 
 
 def test_configuration_may_repeat_what_is_fixed() -> None:
@@ -49,7 +42,12 @@ def test_configuration_may_repeat_what_is_fixed() -> None:
         "version_policy": {"latest": {"num_versions": 1}},
     }
     assert requested(fixed) == requested({"name": "", "platform": "", "version_policy": {"latest": {}}}) == {}
-    assert read_load({}, "m") == read_load({"parameters": {}}, "m") == requested({}) == {}
+    assert (
+        tritonconfig.read_load({}, "m")
+        == tritonconfig.read_load({"parameters": {}}, "m")
+        == requested({})
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +92,7 @@ def test_configuration_sets_parameters(config: dict[str, Any], expected: dict[st
     ],
 )
 def test_unsupported_configuration_is_refused_by_name(config: dict[str, Any], reason: str) -> None:
-    with pytest.raises(NotSupported, match=reason):
+    with pytest.raises(tritonconfig.NotSupported, match=reason):
         requested(config)
 
 
@@ -118,34 +116,38 @@ def test_unsupported_configuration_is_refused_by_name(config: dict[str, Any], re
 )
 def test_malformed_configuration_is_refused(config: object, reason: str) -> None:
     with pytest.raises(InvalidBody, match=reason):
-        read_load({"parameters": {"config": config}}, "m")
+        tritonconfig.read_load({"parameters": {"config": config}}, "m")
 
 
-@pytest.mark.parametrize("check", [lambda body: read_load(body, "m"), check_unload])
+@pytest.mark.parametrize("check", [lambda body: tritonconfig.read_load(body, "m"), tritonconfig.check_unload])
 def test_unknown_members_are_refused_by_name(check: Any) -> None:
     with pytest.raises(InvalidBody, match="config"):
         check({"config": "{}"})
     with pytest.raises(InvalidBody, match="parameters"):
         check({"parameters": []})
     for name in ("file:1/model.onnx", "priority", "pinned"):
-        with pytest.raises(NotSupported, match=name):
+        with pytest.raises(tritonconfig.NotSupported, match=name):
             check({"parameters": {name: "eA=="}})
 
 
 def test_unload_of_dependents_is_refused() -> None:
     for parameters in ({}, {"unload_dependents": False}):
-        check_unload({"parameters": parameters})
-    with pytest.raises(NotSupported, match="unload_dependents"):
-        check_unload({"parameters": {"unload_dependents": True}})
+        tritonconfig.check_unload({"parameters": parameters})
+    with pytest.raises(tritonconfig.NotSupported, match="unload_dependents"):
+        tritonconfig.check_unload({"parameters": {"unload_dependents": True}})
     with pytest.raises(InvalidBody, match="unload_dependents"):
-        check_unload({"parameters": {"unload_dependents": 0}})
+        tritonconfig.check_unload({"parameters": {"unload_dependents": 0}})
 
 
 def test_index_request_has_only_ready() -> None:
-    assert [read_only_ready(body) for body in ({}, {"ready": False}, {"ready": True})] == [False, False, True]
+    assert [tritonconfig.read_only_ready(body) for body in ({}, {"ready": False}, {"ready": True})] == [
+        False,
+        False,
+        True,
+    ]
     for body in ({"ready": 1}, {"ready": None}, {"x": True}):
         with pytest.raises(InvalidBody):
-            read_only_ready(body)
+            tritonconfig.read_only_ready(body)
 
 
 @PLAIN
@@ -153,16 +155,16 @@ def test_index_request_has_only_ready() -> None:
 def test_any_configuration_is_read_or_refused(config: dict[str, Any]) -> None:
     try:
         taken = requested(config)
-    except (InvalidBody, NotSupported):
+    except (InvalidBody, tritonconfig.NotSupported):
         return
     assert all(type(number) is int for number in taken.values())
 
 
 def test_every_datatype_has_a_triton_name() -> None:
-    named = {datatype: data_type(datatype) for datatype in DATATYPES}
+    named = {datatype: tritonconfig.data_type(datatype) for datatype in DATATYPES}
     assert named.pop("BYTES") == "TYPE_STRING"
     assert named == {datatype: f"TYPE_{datatype}" for datatype in named}
-    assert data_type("seq(tensor(float))") == "TYPE_INVALID"
+    assert tritonconfig.data_type("seq(tensor(float))") == "TYPE_INVALID"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,6 @@ def test_reported_dimensions_are_never_empty(
     max_batch_size: int, shape: tuple[int, ...], expected: dict[str, object]
 ) -> None:
     spec = TensorSpec("x", "INT64", shape, optional=True)
-    config = model_config("m", 1, [spec], [], LoadParameters(max_batch_size=max_batch_size))
+    config = tritonconfig.model_config("m", 1, [spec], [], LoadParameters(max_batch_size=max_batch_size))
     assert config["input"] == [{"name": "x", "data_type": "TYPE_INT64", **expected, "optional": True}]
     assert ("dynamic_batching" in config) == (max_batch_size > 0)
