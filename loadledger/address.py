@@ -12,8 +12,6 @@ from loadledger.problems import BadAnswer
 
 _VISIBLE = re.compile(r"[!-~]+")
 USER_AGENT = "loadledger-client"
-
-
 CONNECT_S = 10.0
 SILENCE_S = 45.0
 """A stream without a byte for so long is dead: the server sends a heartbeat every 15 s."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from loadledger.address import MAX_ANSWER_BYTES, Address, ConnectionOptions
@@ -19,15 +18,7 @@ class AsyncClient(Operations):
     it. Cancelling a task closes its connection and leaves its job running. An iterator that is left early
     holds its connection until it is closed: use `contextlib.aclosing`.
 
-    Args:
-        url: such as http://127.0.0.1:8080, or https://example.org/loadledger behind a proxy.
-        token: as `loadledger token` prints it.
-        timeout_s: limit of each answer; `wait_s` limits the wait for a job.
-        ca_file: certificates to trust, in PEM, instead of the system's.
-        max_answer_bytes: longest answer that is accepted.
-
-    Raises:
-        ValueError: an argument is invalid.
+    The arguments are those of `Client`.
     """
 
     def __init__(
@@ -46,12 +37,7 @@ class AsyncClient(Operations):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:

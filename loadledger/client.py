@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from functools import wraps
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self
 
 from loadledger.address import MAX_ANSWER_BYTES, Address, ConnectionOptions
 from loadledger.operations import Operations
-from loadledger.requests import CallContext
+from loadledger.requests import CallContext, T
 from loadledger.transport import BlockingTransport, iterate, run
 
 P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def _blocking(
@@ -73,12 +71,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -96,12 +96,14 @@ async def _until_ended(context: CallContext, job: Job, options: WaitOptions, beg
     _report(options.on_change, job)
     wait_s = poll_interval_s(context.now() - began)
     while not job.ended:
-        left_s = _left_s(context, options, began)
+        left_s = inf if options.limit_s is None else began + options.limit_s - context.now()
         if left_s <= 0:
             raise JobUnfinished(job, options.limit_s or 0.0, trouble, context.address.hide)
         await context.transport.pause(min(wait_s, left_s))
         try:
-            seen = await fetch(context, _poll_request(context, job, left_s), Job)
+            timeout_s = min(context.timeout_s, max(left_s, SHORTEST_ANSWER_S))
+            poll = replace(job_request(job.id), repeatable=False, timeout_s=timeout_s)
+            seen = await fetch(context, poll, Job)
         except ClientProblem as problem:
             if not is_transient(problem, reached=True):
                 raise
@@ -115,16 +117,6 @@ async def _until_ended(context: CallContext, job: Job, options: WaitOptions, beg
         job, failures, trouble = seen, 0, ""
         wait_s = poll_interval_s(context.now() - began)
     return job
-
-
-def _left_s(context: CallContext, options: WaitOptions, began: float) -> float:
-    return inf if options.limit_s is None else began + options.limit_s - context.now()
-
-
-def _poll_request(context: CallContext, job: Job, left_s: float) -> Request:
-    """Return the request of one poll: not resent, and limited to the time left."""
-    limit_s = min(context.timeout_s, max(left_s, SHORTEST_ANSWER_S))
-    return replace(job_request(job.id), repeatable=False, timeout_s=limit_s)
 
 
 def _report(on_change: JobCallback | None, job: Job) -> None:

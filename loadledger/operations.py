@@ -30,8 +30,6 @@ Json = dict[str, Any]
 NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
 REFUSED = "invalid_input"
 """The server's code for inputs that do not fit the model; nothing ran."""
-
-
 At = int | str
 """A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
 UNWELL = "unhealthy"

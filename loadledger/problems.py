@@ -17,8 +17,6 @@ REASON_CHARACTERS = 4096
 """Longest reason of a failed job: the runtime's message and the worker's last lines."""
 ID_CHARACTERS = 100
 """Longest id and status of a job; a real server's are shorter."""
-
-
 _ENDS = {"failed": "failed", "cancelled": "was cancelled"}
 
 
@@ -124,10 +122,9 @@ class JobFailed(ClientProblem):
         self.code = error.code if error is not None else job.status
         about = job.model_id if job.version is None else f"{job.model_id}/{job.version}"
         reason = f": {error.message} ({error.code})" if error is not None else ""
-        what = printable(
-            hide(f"{job.kind} of {about} {_ENDS.get(job.status, 'ended')}{reason}"), REASON_CHARACTERS
-        )
-        super().__init__(f"the {what}; job {printable(hide(job.id), ID_CHARACTERS)}")
+        what = hide(f"{job.kind} of {about} {_ENDS.get(job.status, 'ended')}{reason}")
+        job_id = printable(hide(job.id), ID_CHARACTERS)
+        super().__init__(f"the {printable(what, REASON_CHARACTERS)}; job {job_id}")
 
 
 class JobUnfinished(ClientProblem):

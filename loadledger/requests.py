@@ -225,10 +225,9 @@ def post_request(
         ValueError: the key or the body cannot be sent.
     """
     headers = {"Idempotency-Key": quote_key(os.urandom(16).hex() if key is None else key)}
-    if body is None:
-        return Request("POST", path + query(pairs or []), headers)
-    headers["Content-Type"] = "application/json"
-    return Request("POST", path + query(pairs or []), headers, encode_json(body))
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    return Request("POST", path + query(pairs or []), headers, None if body is None else encode_json(body))
 
 
 def quote_key(key: str) -> str:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loadledger.problems import (
-    Busy,
-    ClientProblem,
-    ServerUnreachable,
-)
+from loadledger.problems import Busy, ClientProblem, ServerUnreachable
 from loadledger.requests import Answer, CallContext, Request, T, decode_value
 
 RETRY_FOR_S = 10.0
 """Retries after a lost connection end after this; a restart of the server takes less."""
-
-
 MAX_ATTEMPTS = 10
 """Attempts in a row to fetch a page that the server defers."""
-
-
 FIRST_BACK_OFF_S = 0.2
-
-
 LONGEST_BACK_OFF_S = 2.0
 """Back-off between attempts: a return is noticed soon, and a refused connection costs nearly nothing."""
 
@@ -54,11 +44,7 @@ async def fetch_with_retries(context: CallContext, request: Request, kind: type[
 
     A server that never answered before and lets the whole time limit pass is not asked again.
 
-    Args:
-        context: of the client.
-        request: a repeatable one.
-        kind: type of the value.
-        reached: whether the server has answered before.
+    `reached` says whether the server has answered before.
     """
     once, failures, has_answered = replace(request, repeatable=False), 0, reached
     until = context.now() + (request.timeout_s or context.timeout_s)

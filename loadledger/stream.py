@@ -23,8 +23,6 @@ from loadledger.retries import back_off_s, fetch_with_retries, is_transient
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of an event; it bounds memory."""
-
-
 _NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)
 PAGE = 500
 Pairs = list[tuple[str, str]]

@@ -31,29 +31,20 @@ def to_tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[
     return [_tensor(name, value, known) for name, value in inputs.items()]
 
 
-def shape_of(name: str, value: Any) -> list[int]:
-    """Return the shape of nested lists; a single value has the shape [].
+def _flattened(name: str, value: Any) -> tuple[list[int], list[Any]]:
+    """Return the shape of nested lists and their values, in row-major order; a single value has the shape [].
 
     Raises:
         ValueError: they are ragged.
     """
-    shape: list[int | None] = []
-    level = [value]
+    shape, level = list[int](), [value]
     while any(isinstance(item, list | tuple) for item in level):
-        lengths = {len(item) if isinstance(item, list | tuple) else None for item in level}
+        lengths = {len(item) if isinstance(item, list | tuple) else -1 for item in level}
         if len(lengths) > 1:
             raise ValueError(f"input {name!r}: lists beside each other must have the same length")
         shape += lengths
         level = [part for item in level for part in item]
-    return [length for length in shape if length is not None]
-
-
-def flatten(value: Any) -> list[Any]:
-    """Return the values of nested lists, in row-major order."""
-    level = [value]
-    while any(isinstance(item, list | tuple) for item in level):
-        level = [part for item in level for part in item]
-    return level
+    return shape, level
 
 
 def _tensor(name: str, value: Any, known: Mapping[str, str] | None) -> dict[str, Any]:
@@ -62,10 +53,9 @@ def _tensor(name: str, value: Any, known: Mapping[str, str] | None) -> dict[str,
     if known is not None and name not in known:
         raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
     plain = value.tolist() if hasattr(value, "tolist") else value
-    shape = shape_of(name, plain)
+    shape, data = _flattened(name, plain)
     if hasattr(value, "shape"):  # an empty array's lists do not give its shape
         shape = [int(length) for length in value.shape]
-    data = flatten(plain)
     datatype = _looks_like(data) if known is None else known[name]
     return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 

@@ -16,14 +16,11 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from http import HTTPStatus
 from math import inf
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 from loadledger.address import CHUNK_BYTES, MAX_IDLE, SILENCE_S, ConnectionOptions
 from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
-from loadledger.requests import Answer, Request
-
-T = TypeVar("T")
+from loadledger.requests import Answer, Request, T
 
 MAX_LENGTH_DIGITS = 18
 """Digits of a Content-Length: no body is longer, and Python refuses to convert 4,300."""
@@ -55,16 +52,12 @@ def iterate(values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
 
 
 class BlockingStream:
-    """A response that is being read, and its connection.
+    """A response that is being read.
 
     Args:
-        transport: gets the connection back after the response.
-        connection: with a request sent.
+        connection: with a request sent; the transport gets it back after the response.
         sock: the connection's socket, which the library may release earlier.
         silence_s: limit of the wait for the next byte.
-
-    Attributes:
-        answer: as of a `Stream`.
     """
 
     def __init__(
@@ -179,17 +172,11 @@ class BlockingTransport:
         time.sleep(seconds)  # noqa: ASYNC251 - it is to block
 
     def _respond(self, request: Request, silence_s: float) -> BlockingStream:
-        """Send a request and return the response with its body unread.
-
-        Args:
-            request: the request.
-            silence_s: limit between two parts of the response.
-        """
+        """Send a request and return the response with its body unread."""
         connection = self._connection()
         headers = {**self._headers, **request.headers}
         try:
             sock = connection.sock  # the library documents no other way to limit one response's time
-            assert sock is not None
             sock.settimeout(silence_s)
             # A server that refuses a body early does not read the rest: its answer may have arrived.
             with suppress(BrokenPipeError, ConnectionResetError):
