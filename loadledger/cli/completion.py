@@ -10,12 +10,12 @@ from contextlib import suppress
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete
 
 from loadledger.cli.output import to_printable
 from loadledger.cli.server import find_target
 
-SHELLS = ("bash", "zsh", "fish")
+SHELLS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 VARIABLE = "_LOADLEDGER_COMPLETE"
 """click's variable by which the shell asks for completions."""
 PATIENCE_S = 1.0
@@ -27,7 +27,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(SHELLS))
+@click.argument("shell", type=click.Choice([*SHELLS]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print a shell's completion script.
@@ -37,9 +37,7 @@ def completion(context: click.Context, shell: str) -> None:
     zsh:   echo 'eval "$(loadledger completion zsh)"' >> ~/.zshrc
     fish:  loadledger completion fish > ~/.config/fish/completions/loadledger.fish
     """  # noqa: D301 - to click, \b is one letter, before lines to keep
-    kind = get_completion_class(shell)
-    assert kind is not None, shell
-    click.echo(kind(context.find_root().command, {}, "loadledger", VARIABLE).source())
+    click.echo(SHELLS[shell](context.find_root().command, {}, "loadledger", VARIABLE).source())
 
 
 def models_of_server(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:

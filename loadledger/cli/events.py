@@ -13,17 +13,22 @@ import click
 
 from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
-from loadledger.cli.output import INTERRUPTED, NO_RESULT, print_note, retry_message
-from loadledger.cli.server import PROFILE, URL, ServerChoice, open_chosen_client, server_options
+from loadledger.cli.output import INTERRUPTED, exit_with_error, note_retry
+from loadledger.cli.server import (
+    PROFILE,
+    URL,
+    Command,
+    ServerChoice,
+    int_option,
+    open_chosen_client,
+    server_options,
+)
 
 MAX_CHARACTERS = 200
 """Longest description of an event in a line: messages may have 4 KiB."""
 
-_ABSENT = "?"
-
-
 DATA = "LOADLEDGER_DATA"
-Command = Callable[..., None]
+FILTERS = ("types", "models", "jobs", "actors")
 Show = Callable[[Sequence[bytes]], None]
 
 
@@ -32,15 +37,9 @@ def event_line(line: bytes) -> str:
     event = _object(line)
     data = event.get("data")
     values = data if isinstance(data, dict) else {}
-    kind = _word(event.get("type"))
-    parts = [
-        _word(event.get("recorded_at")),
-        f"{_word(event.get('position')):>6}",
-        f"{kind:<15}",
-        f"{_model(event):<16}",
-        _word(event.get("actor")),
-        _bounded(describe_event(kind, values)),
-    ]
+    at, position, kind, actor = map(_word, map(event.get, ("recorded_at", "position", "type", "actor")))
+    described = _bounded(describe_event(kind, values))
+    parts = [at, f"{position:>6}", f"{kind:<15}", f"{_model(event):<16}", actor, described]
     return "".join(letter if letter.isprintable() else "?" for letter in "  ".join(parts).rstrip())
 
 
@@ -59,7 +58,7 @@ def _model(event: Mapping[str, Any]) -> str:
 
 
 def _word(value: object) -> str:
-    return _ABSENT if value is None else str(value)
+    return "?" if value is None else str(value)
 
 
 def _bounded(text: str) -> str:
@@ -76,16 +75,8 @@ def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], C
 @click.command()
 @click.argument("named", metavar="[MODEL]...", nargs=-1, shell_complete=models_of_server)
 @click.option("--follow", "-f", is_flag=True, help="Continue with new events: from now, or from --after.")
-@click.option(
-    "--tail",
-    "-n",
-    metavar="N",
-    type=click.IntRange(min=0),
-    help="Only the last N positions.",
-)
-@click.option(
-    "--after", metavar="POSITION", type=click.IntRange(min=0), help="Only events above this position."
-)
+@int_option("--tail", "-n", metavar="N", least=0, text="Only the last N positions.")
+@int_option("--after", metavar="POSITION", least=0, text="Only events above this position.")
 @click.option(
     "--since", metavar="POSITION|TIME", help="Only from a position, or a time like 2026-01-31T14:02:00Z, on."
 )
@@ -135,77 +126,39 @@ def _check(data: Path | None, where: ServerChoice, options: dict[str, Any]) -> N
 def _folder(data: Path | None, where: ServerChoice) -> Path | None:
     """Return the data directory, unless an option or variable names a server."""
     named = os.environ.get(DATA)
-    if (
-        data is not None
-        or not named
-        or where != ServerChoice()
-        or os.environ.get(URL)
-        or os.environ.get(PROFILE)
-    ):
-        return data
-    return Path(named)
+    names_server = where != ServerChoice() or os.environ.get(URL) or os.environ.get(PROFILE)
+    return Path(named) if data is None and named and not names_server else data
 
 
 def _of_server(
-    where: ServerChoice,
-    show: Show,
-    *,
-    tail: int | None,
-    after: int | None,
-    **options: Any,
+    where: ServerChoice, show: Show, *, tail: int | None, after: int | None, **options: Any
 ) -> None:
     with open_chosen_client(where) as client:
         if tail is not None:
             head = client.head()
             after = max(head.position - tail, head.base.position if head.base else 0)
-        found = client.events(
-            after=after, on_away=lambda problem: print_note(retry_message(problem)), **options
-        )
-        for event in found:
+        for event in client.events(after=after, on_away=note_retry, **options):
             show([event.line])
 
 
-def _of_file(data: Path, show: Show, *, follow: bool, **options: Any) -> None:
+def _of_file(data: Path, show: Show, **options: Any) -> None:
     import asyncio  # noqa: PLC0415 - for files only, like what follows
 
     from events.datalock import LEDGER  # noqa: PLC0415
     from events.errors import LedgerProblem  # noqa: PLC0415
-    from loadledger.cli.localledger import FileSource  # noqa: PLC0415
+    from events.sqlite.listing import EventFilter  # noqa: PLC0415
+    from events.types import TYPES  # noqa: PLC0415
+    from loadledger.cli.localledger import show_events  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
-        print_note(f"there is no ledger in {data}: give the --data directory of a server, or --url")
-        sys.exit(NO_RESULT)
-    query = _query(**options)
+        exit_with_error(f"there is no ledger in {data}: give the --data directory of a server, or --url")
+    unknown = set(options["types"]) - set(TYPES)
+    if unknown:
+        raise click.BadParameter(f"{min(unknown)!r} is none of {', '.join(TYPES)}", param_hint="--type")
+    wanted = EventFilter(**{name: options.pop(name) for name in FILTERS})
     try:
-        asyncio.run(_show(FileSource(data / LEDGER), query, follow=follow, show=show))
+        asyncio.run(show_events(data / LEDGER, show, wanted, **options))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except LedgerProblem as error:
-        print_note(str(error))
-        sys.exit(NO_RESULT)
-
-
-def _query(
-    *, after: int | None, since: str | None, until: str | None, tail: int | None, **filters: tuple[str, ...]
-) -> Any:
-    from events.sqlite.listing import EventFilter  # noqa: PLC0415 - as above
-    from events.types import TYPES  # noqa: PLC0415
-    from loadledger.cli.localledger import LedgerQuery  # noqa: PLC0415
-
-    unknown = set(filters["types"]) - set(TYPES)
-    if unknown:
-        raise click.BadParameter(f"{min(unknown)!r} is none of {', '.join(TYPES)}", param_hint="--type")
-    return LedgerQuery(EventFilter(**filters), after, since, until, tail)
-
-
-async def _show(source: Any, query: Any, *, follow: bool, show: Show) -> None:
-    after = query.after
-    if not follow or query.since is not None or query.tail is not None:
-        async for page in source.listed(query):
-            if isinstance(page, int):
-                after = page
-            else:
-                show(page)
-    if follow:
-        async for lines in source.followed(query.wanted, after):
-            show(lines)
+        exit_with_error(str(error))

@@ -12,7 +12,13 @@ import click
 
 from loadledger.cli.completion import loaded_models
 from loadledger.cli.output import exit_with_error, format_cell, format_table, print_result
-from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
+from loadledger.cli.server import (
+    ServerChoice,
+    int_option,
+    json_option,
+    open_chosen_client,
+    server_options,
+)
 
 HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
 MAX_DATA_CHARACTERS = 400
@@ -35,9 +41,7 @@ MAX_DATA_CHARACTERS = 400
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help='Inputs as {"NAME": lists}, or a whole request of the protocol; - is standard input.',
 )
-@click.option(
-    "--version", "-v", metavar="N", type=click.IntRange(min=1), help="Version; it has to be the loaded one."
-)
+@int_option("--version", "-v", metavar="N", text="Version; it has to be the loaded one.")
 @click.option(
     "--output", "-o", "outputs", multiple=True, metavar="NAME", help="Only this output. May be repeated."
 )

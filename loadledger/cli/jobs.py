@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,20 +22,25 @@ from loadledger.cli.output import (
     format_state,
     format_table,
     format_timestamp,
+    note_retry,
     print_json,
     print_note,
     retry_message,
     to_printable,
 )
-from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
+from loadledger.cli.server import (
+    ServerChoice,
+    int_option,
+    json_option,
+    open_chosen_client,
+    server_options,
+)
 
 STEPS = {
     "load": ("starting", "loading", "warming_up", "measuring"),
     "unload": ("draining", "stopping"),
 }
 """The stages of a job, in order; a pending job has none yet."""
-
-
 HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
 STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
 SHOWN = 20
@@ -49,12 +53,8 @@ _wait_option = click.option(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class JobDisplay:
-    """Callbacks that display a job's changes and an unreachable server."""
-
-    on_change: Callable[[Any], None]
-    on_away: Callable[[Exception], None]
+JobDisplay = tuple[Callable[[Any], None], Callable[[Exception], None]]
+"""Callbacks that display a job's changes and an unreachable server."""
 
 
 def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
@@ -74,8 +74,8 @@ def wait_and_report(client: Any, job: Any, *, as_json: bool) -> None:
     Ctrl-C ends only the wait, and prints how to resume it.
     """
     try:
-        with _displayed(job) as display:
-            job = client.wait_for(job.id, on_change=display.on_change, on_away=display.on_away)
+        with _displayed(job) as (on_change, on_away):
+            job = client.wait_for(job.id, on_change=on_change, on_away=on_away)
     except KeyboardInterrupt:
         print_note(
             f"detached: the {job.kind} of {model_of(job)} continues as job {job.id}\n"
@@ -146,7 +146,7 @@ def _displayed(job: Any) -> Iterator[JobDisplay]:
             last = describe_progress(seen)
             print_note(f"{model_of(seen)}: {last} ({time.monotonic() - began:.1f}s)")
 
-    yield JobDisplay(on_change, lambda problem: print_note(retry_message(problem)))
+    yield on_change, note_retry
 
 
 @contextmanager
@@ -175,13 +175,13 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
         def on_away(problem: Exception) -> None:
             progress.console.print(f"loadledger: {retry_message(problem)}", markup=False, soft_wrap=True)
 
-        yield JobDisplay(on_change, on_away)
+        yield on_change, on_away
 
 
 @click.command()
 @click.option("--model", metavar="ID", shell_complete=models_of_server, help="Only jobs of this model.")
 @click.option("--status", type=click.Choice(STATUSES), help="Only jobs with this status.")
-@click.option("--limit", "-n", metavar="N", type=click.IntRange(min=1), default=SHOWN, help="Number of jobs.")
+@int_option("--limit", "-n", metavar="N", text="Number of jobs.", default=SHOWN)
 @click.option("--at", metavar="POSITION|TIME", help="Past state: a position or a time.")
 @json_option
 @server_options
@@ -269,40 +269,21 @@ def _details(job: Any) -> Iterator[str]:
 
 @click.command()
 @click.argument("model", shell_complete=models_of_server)
-@click.option(
-    "--version", "-v", metavar="N", type=click.IntRange(min=1), help="Version. [default: the highest]"
-)
+@int_option("--version", "-v", metavar="N", text="Version. [default: the highest]")
 @_wait_option
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Order among waiting jobs.")
-@click.option(
-    "--timeout-s",
-    metavar="SECONDS",
-    type=click.IntRange(min=1),
-    help="Limit of the whole job, waiting included.",
+@int_option("--timeout-s", metavar="SECONDS", text="Limit of the whole job, waiting included.")
+@int_option(
+    "--keep-alive-s", metavar="SECONDS", least=-1, text="Unload after so many idle seconds; -1: never."
 )
-@click.option(
-    "--keep-alive-s",
-    metavar="SECONDS",
-    type=click.IntRange(min=-1),
-    help="Unload after so many idle seconds; -1: never.",
-)
-@click.option(
-    "--memory-limit-bytes", metavar="BYTES", type=click.IntRange(min=1), help="Memory limit of each instance."
-)
+@int_option("--memory-limit-bytes", metavar="BYTES", text="Memory limit of each instance.")
 @click.option(
     "--strategy", type=click.Choice(["beside", "in_place", "auto"]), help="How to replace a loaded version."
 )
 @click.option("--pin/--no-pin", "pinned", default=None, help="Never evict the model or unload it when idle.")
-@click.option("--instances", metavar="N", type=click.IntRange(min=1), help="Number of workers.")
-@click.option(
-    "--max-batch-size", metavar="N", type=click.IntRange(min=0), help="Batch up to so many waiting requests."
-)
-@click.option(
-    "--max-queue-delay-us",
-    metavar="MICROSECONDS",
-    type=click.IntRange(min=0),
-    help="Longest wait for a fuller batch.",
-)
+@int_option("--instances", metavar="N", text="Number of workers.")
+@int_option("--max-batch-size", metavar="N", least=0, text="Batch up to so many waiting requests.")
+@int_option("--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch.")
 @json_option
 @server_options
 def load(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
+from click import format_filename
 
 from events.audit.archivechain import ArchiveProof
 from events.audit.audit import Audit, audit
@@ -17,7 +17,7 @@ from events.audit.signing import key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
 from events.sqlite.history import parse_moment
-from events.sqlite.listing import EventFilter, EventQuery, Reader, open_reader
+from events.sqlite.listing import EventFilter, EventQuery, open_reader
 from events.types import LogBase
 from server.auth.keys import expected_key
 
@@ -27,12 +27,7 @@ POLL_S = 0.2
 
 
 def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
-    """Return an audit as lines of text: verified or not, the finding, and the proved head.
-
-    Args:
-        found: audit of a ledger.
-        key: id of the expected key of its archives, if one was given.
-    """
+    """Return a ledger's audit as lines of text; `key` is the id of its archives' expected key."""
     verification, finding = found.verification, found.finding
     head = f"{verification.position}:{verification.hash.hex()}"
     if finding is not None:
@@ -40,24 +35,28 @@ def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
     lines = [f"verified: {verification.events} events after position {found.base.position}", f"head: {head}"]
     if not verification.compared:
         lines.append("not compared: the stored projections, made by another release; `serve` rebuilds them")
-    lines += [f"matches the ledger: {_printable_path(path)}" for path, _ in found.compared]
+    lines += [f"matches the ledger: {format_filename(path)}" for path, _ in found.compared]
     if found.behind is None:
         return lines + [f"for a whole proof, add: {each}" for each in found.archives]
     return [*lines, *_archive_lines(found.behind, key)]
 
 
 def _finding_lines(found: Audit, finding: Finding, head: str) -> Iterator[str]:
-    at = "" if found.at is None else f"{_printable_path(found.at)}: "
-    yield f"NOT verified: {at}position {finding.position}: {finding.problem} ({finding.kind})"
+    at = "" if found.at is None else f"{format_filename(found.at)}: "
+    yield _describe_finding(at, finding)
     if found.damage is not None:
         yield f"SQLite's integrity check: {found.damage}"
     yield f"proved up to: {head}"
 
 
+def _describe_finding(at: str, finding: Finding) -> str:
+    return f"NOT verified: {at}position {finding.position}: {finding.problem} ({finding.kind})"
+
+
 def _archive_lines(behind: ArchiveProof, key: str | None) -> Iterator[str]:
     for file in behind.files:
         positions = f"{file.after.position + 1} to {file.proved.position}"
-        yield f"archive: positions {positions}, {_printable_path(file.path)}"
+        yield f"archive: positions {positions}, {format_filename(file.path)}"
     for signer in dict.fromkeys(map(_signer_id, behind.files)):
         yield f"the archives are {_describe_signature(signer, key)}"
     if behind.is_folded:
@@ -71,13 +70,9 @@ def _archive_lines(behind: ArchiveProof, key: str | None) -> Iterator[str]:
 
 def format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
     """Return a file's audit as lines of text."""
-    name, end = _printable_path(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
+    name, end = format_filename(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
-        finding = file.finding
-        return [
-            f"{name}: NOT verified: position {finding.position}: {finding.problem} ({finding.kind})",
-            f"{name}: proved up to: {end}",
-        ]
+        return [f"{name}: {_describe_finding('', file.finding)}", f"{name}: proved up to: {end}"]
     return [
         f"{name}: verified: {file.events} events after position {file.after.position}",
         f"{name}: head: {end}",
@@ -92,12 +87,8 @@ def _describe_signature(signer: str, key: str | None) -> str:
 
 
 def _signer_id(file: FileAudit) -> str:
-    assert file.head is not None
-    return key_id(file.head.public_key)
-
-
-def _printable_path(path: Path) -> str:
-    return click.format_filename(path)
+    """Return the id of the key that signed a file; empty after a finding."""
+    return "" if file.head is None else key_id(file.head.public_key)
 
 
 def audit_members(found: Audit) -> dict[str, Any]:
@@ -121,7 +112,7 @@ def audit_members(found: Audit) -> dict[str, Any]:
 
 def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
     """Return a file's audit as JSON members; `key_expected` is null without an expected key."""
-    head = file.head
+    head, signer = file.head, _signer_id(file)
     return {
         "file": str(file.path),
         "verified": file.finding is None,
@@ -130,8 +121,8 @@ def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
         "position": file.proved.position,
         "hash": file.proved.hash.hex(),
         "recorded_at": head and (head.statement.recorded_at or None),
-        "key_id": head and key_id(head.public_key),
-        "key_expected": None if key is None or head is None else key_id(head.public_key) == key,
+        "key_id": signer or None,
+        "key_expected": signer == key if signer and key else None,
         "sha256": file.sha256.hex() or None,
         "finding": _finding(file.finding, file.path),
     }
@@ -211,69 +202,43 @@ def verify_ledger_and_files(
     return VerifyResult(None, checked, wanted)
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerQuery:
-    """Which events of a file to list or follow.
+async def show_events(
+    path: Path,
+    show: Callable[[Sequence[bytes]], None],
+    wanted: EventFilter,
+    *,
+    follow: bool,
+    after: int | None,
+    since: str | None,
+    until: str | None,
+    tail: int | None,
+) -> None:
+    """Show a ledger's events page by page, as stored lines; with `follow` also new ones, without end.
 
-    Attributes:
-        since: a position or a time, as typed.
-        until: likewise.
+    Args:
+        path: the database file.
+        show: called with the lines of each page.
+        wanted: the filter.
+        follow: from the head on, unless one of the others sets the beginning.
+        after: only events above this position.
+        since: only from a position or time on, as typed.
+        until: only up to a position or time, as typed.
         tail: only the last so many positions.
     """
-
-    wanted: EventFilter
-    after: int | None = None
-    since: str | None = None
-    until: str | None = None
-    tail: int | None = None
-
-
-class FileSource:
-    """The ledger in a data directory, as lines of stored events."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    async def listed(self, wish: LedgerQuery) -> AsyncIterator[Sequence[bytes] | int]:
-        """Yield pages of lines, and last the position that they reach."""
-        query = EventQuery(
-            wish.wanted,
-            after=wish.after,
-            since=parse_moment(wish.since),
-            until=parse_moment(wish.until),
-            limit=PAGE,
-        )
-        async with open_reader(self._path) as reader:
-            if wish.tail is not None:
-                query = replace(query, after=await _before_head(reader, wish.tail))
-            async for page in _pages(reader, query):
-                yield page
-
-    async def followed(self, wanted: EventFilter, after: int | None) -> AsyncIterator[Sequence[bytes]]:
-        """Yield lines as they are appended, without end; None is from the head on."""
-        async with open_reader(self._path) as reader:
-            if after is None:
-                after = await _before_head(reader, 0)
-            while True:
-                page = await reader.event_page(EventQuery(wanted, after=after, limit=PAGE))
-                after = page.seen
-                if page.items:
-                    yield [event.line for event in page.items]
-                elif page.next_cursor is None:
-                    await asyncio.sleep(POLL_S)
-
-
-async def _before_head(reader: Reader, count: int) -> int:
-    """Return the position so many before the head, or the log's base."""
-    page = await reader.event_page(EventQuery(limit=1))
-    return max(page.as_of - count, page.base)
-
-
-async def _pages(reader: Reader, query: EventQuery) -> AsyncIterator[Sequence[bytes] | int]:
-    while True:
-        page = await reader.event_page(query)
-        yield [event.line for event in page.items]
-        if page.next_cursor is None:
-            yield page.as_of
-            return
-        query = replace(query, after=page.next_cursor)
+    query = EventQuery(wanted, after=after, since=parse_moment(since), until=parse_moment(until), limit=PAGE)
+    if follow and after is None and since is None and tail is None:
+        tail = 0
+    async with open_reader(path) as reader:
+        if tail is not None:
+            newest = await reader.event_page(EventQuery(limit=1))
+            query = replace(query, after=max(newest.as_of - tail, newest.base))
+        while True:
+            page = await reader.event_page(query)
+            show([event.line for event in page.items])
+            if page.next_cursor is not None:
+                query = replace(query, after=page.next_cursor)
+            elif follow:
+                query = replace(query, after=page.as_of, since=None)
+                await asyncio.sleep(0 if page.items else POLL_S)
+            else:
+                return

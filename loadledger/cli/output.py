@@ -37,7 +37,6 @@ MAX_BYTES = 2**63
 _MB, _GB = 10**6, 10**9
 _AGES = (("d", 86400), ("h", 3600), ("m", 60))
 
-
 NEGATIVE_RESULT = 1
 """Exit code of a negative result: a job failed, a check found a problem."""
 NO_RESULT = 2
@@ -239,3 +238,8 @@ def count_of(count: int, noun: str) -> str:
 def retry_message(problem: Exception) -> str:
     """Return the note on an unreachable server."""
     return f"{problem}; retrying until it is back"
+
+
+def note_retry(problem: Exception) -> None:
+    """Print the note on an unreachable server."""
+    print_note(retry_message(problem))

@@ -33,8 +33,6 @@ MAX_PROFILE_BYTES = 64 * 1024
 """Three lines, one of which is a token."""
 KNOWN = ("url", "token", "ca")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
 UNAUTHENTICATED, FORBIDDEN = 401, 403
 HINTS = {
     "unknown_model": "`loadledger models` lists them",
@@ -45,6 +43,7 @@ HINTS = {
     "model_not_loaded": "`loadledger load MODEL --wait` loads it",
 }
 """Advice by the server's error codes."""
+Command = Callable[..., None]
 json_option = click.option("--json", "as_json", is_flag=True, show_default=False, help="Print JSON.")
 """Adds `--json`, passed as `as_json`."""
 
@@ -219,16 +218,8 @@ class ServerChoice:
     url: str | None = None
     profile: str | None = None
 
-    def place(self) -> ServerTarget:
-        """Find the server.
 
-        Raises:
-            ProfileProblem: the profile cannot be used.
-        """
-        return find_target(self.url, self.profile, os.environ)
-
-
-def server_options(command: Callable[..., None]) -> Callable[..., None]:
+def server_options(command: Command) -> Command:
     """Add `--url` and `--profile`, passed as `where`."""
 
     @wraps(command)
@@ -250,7 +241,7 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
 def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> Iterator[Any]:
     """Give a client of the server that the options name; problems end the command, as in `open_client`."""
     try:
-        place = where.place()
+        place = find_target(where.url, where.profile, os.environ)
     except ProfileProblem as problem:
         exit_with_error(str(problem))
     with open_client(place, timeout_s=timeout_s) as client:
@@ -290,7 +281,14 @@ def explain_problem(problem: Exception, place: ServerTarget) -> str:
     return f"{problem}; {hint}" if hint else str(problem)
 
 
-def data_option(command: Callable[..., None]) -> Callable[..., None]:
+def int_option(
+    *flags: str, metavar: str, text: str, least: int = 1, **options: Any
+) -> Callable[[Command], Command]:
+    """Add an option with an integer of at least `least`."""
+    return click.option(*flags, metavar=metavar, type=click.IntRange(min=least), help=text, **options)
+
+
+def data_option(command: Command) -> Command:
     """Add the required option `--data`."""
     return click.option(
         "--data",
