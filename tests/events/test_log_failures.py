@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.history import MODEL, START, at, child, facts, ids, opened, write
+from support.ledgers import change_ledger, rows_of, stored
 
 import migrations
 from events.audit.verify import verify
@@ -26,27 +27,8 @@ LIMIT_S = 60
 """Only against hanging."""
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
-
-
-def query(path: Path, sql: str) -> list[tuple[object, ...]]:
-    """Read through a connection of its own."""
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def bodies(path: Path) -> list[str]:
-    return [str(body) for (body,) in query(path, "SELECT body FROM events ORDER BY position")]
-
-
-def content(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-def make(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def ids_of(path: Path) -> list[str]:
+    return [decode_event(body).id for _, body, _ in rows_of(path)]
 
 
 def fact(name: str, message: str = "") -> Record:
@@ -60,48 +42,45 @@ def load(model_id: str = MODEL) -> RequestLoad:
 # Writes that fail.
 
 
-def forbid_growth(log: Log) -> None:
-    """Let this connection, and no other, find the disk full."""
-    assert log._database._connection is not None
-    (pages,) = log._database._connection.execute("PRAGMA page_count").fetchone()
-    assert log._database._connection.execute(f"PRAGMA max_page_count = {pages}").fetchone() == (pages,)
+def connection_of(log: Log) -> sqlite3.Connection:
+    connection = log._database._connection
+    assert connection is not None
+    return connection
 
 
 async def test_full_disk_fails_transaction_and_log_recovers(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         await write(log, 3)
-        forbid_growth(log)
+        (pages,) = connection_of(log).execute("PRAGMA page_count").fetchone()
+        connection_of(log).execute(f"PRAGMA max_page_count = {pages}")  # this connection finds the disk full
         big = [log.submit(fact(f"big{number}", "x" * 4_000)) for number in range(10)]
         results = await asyncio.gather(*big, log.submit(load()), return_exceptions=True)
         assert all(type(result) is LogUnavailable for result in results), results
         assert (log.head.position, log.state.position, log.state.jobs) == (3, 3, {})
-        assert len(bodies(path)) == 3
+        assert len(rows_of(path)) == 3
         assert await log.submit(load()) == Receipt("j2", existing=False, position=4)
         assert log.healthy
-    assert verify(path).verified
-    assert verify(path).position == 4
+    assert (verify(path).verified, verify(path).position) == (True, 4)
 
 
 async def test_busy_database_fails_transaction_and_log_recovers(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 3)
-        assert log._database._connection is not None
-        log._database._connection.execute("PRAGMA busy_timeout = 20")
+        connection_of(log).execute("PRAGMA busy_timeout = 20")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LogUnavailable):
                 await log.submit(fact("late"))
             other.execute("ROLLBACK")
         assert [receipt.position for receipt in await write(log, 2, first=4)] == [4, 5]
-    assert [decode_event(body).id for body in bodies(path)] == ["f1", "f2", "f3", "f4", "f5"]
+    assert ids_of(path) == ["f1", "f2", "f3", "f4", "f5"]
 
 
 async def test_lost_connection_fails_transaction_and_log_recovers(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 1)
         for writing, expected in ((log.submit(fact("late")), 2), (log.note_last_used({"a": at(1)}), 3)):
-            assert log._database._connection is not None
-            log._database._connection.close()
+            connection_of(log).close()
             with pytest.raises(LogUnavailable):
                 await writing
             assert [receipt.position for receipt in await write(log, 1, first=expected)] == [expected]
@@ -114,6 +93,7 @@ from pathlib import Path
 from events.errors import LogUnavailable
 from events.audit.verify import verify
 from support.history import facts, opened, write
+from support.ledgers import change_ledger, rows_of, stored
 logging.disable()
 async def main(path):
     async with opened(path) as log:
@@ -144,7 +124,7 @@ def run(script: str, *arguments: object, first: Path | None = None) -> subproces
 def test_file_size_limit_fails_transaction_and_log_recovers(path: Path) -> None:
     done = run(FILE_SIZE_LIMIT, path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [decode_event(body).id for body in bodies(path)] == [f"f{number}" for number in range(1, 41)]
+    assert ids_of(path) == [f"f{number}" for number in range(1, 41)]
 
 
 # An fsync that fails is made by the kernel itself: a seccomp filter on the log's own thread answers EIO.
@@ -154,6 +134,7 @@ from pathlib import Path
 from events.errors import LogUnavailable
 from events.audit.verify import verify
 from support.history import facts, opened, write
+from support.ledgers import change_ledger, rows_of, stored
 NUMBERS = {"x86_64": (74, 75), "aarch64": (82, 83)}.get(platform.machine())
 LOAD, EQUAL, ANSWER, ALLOW, EIO = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000 | 5
 logging.disable()
@@ -203,39 +184,26 @@ def test_unknown_commit_is_acknowledged_only_when_on_disk(path: Path, scope: str
     assert (done.returncode, done.stderr) == (0, "")
     if scope == "once":
         assert done.stdout.splitlines() == ["[4, 5, 6, 7, 8]", "True 8"]
-        assert len(bodies(path)) == 9
+        assert len(rows_of(path)) == 9
     else:
         assert done.stdout.splitlines() == [str(["LogUnavailable"] * 5), "False 3"]
-        assert len(bodies(path)) in {3, 8}  # what was not acknowledged may be there; what was, is
+        assert len(rows_of(path)) in {3, 8}  # what was not acknowledged may be there; what was, is
     assert verify(path).verified
 
 
-NOTES: list[tuple[dict[str, Any], type[Exception]]] = [
-    ({"\ud800": at(1)}, NotEncodable),
-    ({"a": 2**64}, LogUnavailable),
-]
-
-
-@pytest.mark.parametrize(("note", "problem"), NOTES, ids=["no text", "no stamp"])
-async def test_invalid_note_fails_alone(path: Path, note: dict[str, Any], problem: type[Exception]) -> None:
+async def test_failed_note_fails_alone(path: Path) -> None:
+    invalid: list[dict[str, Any]] = [{"\ud800": at(1)}, {"a": 2**64}]
     async with opened(path) as log:
         results = await asyncio.gather(
-            log.note_last_used(note),
-            log.note_last_used({"a": at(1)}),
+            *map(log.note_last_used, [*invalid, {"a": at(1)}]),
             *map(log.submit, facts(1)),
             return_exceptions=True,
         )
-        assert type(results[0]) is problem
-        assert results[1] is None
-        assert isinstance(results[2], Receipt)
+        assert [type(result) for result in results] == [NotEncodable, LogUnavailable, type(None), Receipt]
         assert log.healthy
-
-
-async def test_note_without_table_fails_and_log_stays_healthy(path: Path) -> None:
-    async with opened(path) as log:
-        await write(log, 1)
-        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            connection.executescript("DROP TABLE last_used; CREATE TABLE last_used (something_else)")
+        change_ledger(
+            path, "DROP TABLE last_used", "CREATE TABLE last_used (something_else)", keeps_triggers=True
+        )
         note, *receipts = await asyncio.gather(
             log.note_last_used({"a": at(1)}), *map(log.submit, facts(5, first=2)), return_exceptions=True
         )
@@ -250,6 +218,19 @@ async def test_note_without_table_fails_and_log_stays_healthy(path: Path) -> Non
 
 def body_at(position: object) -> str:
     return json.dumps({"position": position, "type": "t", "actor": "a", "recorded_at": "r"})
+
+
+@pytest.fixture(scope="module")
+def three_events(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ledger") / "ledger.db"
+
+    async def write_three() -> None:
+        async with opened(path) as log:
+            await write(log, 2)
+            await log.submit(load())
+
+    asyncio.run(write_three())
+    return path
 
 
 FORBIDDEN = [
@@ -288,10 +269,8 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("statement", FORBIDDEN)
-async def test_database_refuses_to_change_events(path: Path, statement: str) -> None:
-    async with opened(path) as log:
-        await write(log, 3)
-    before = query(path, "SELECT position, body, hash FROM events"), query(path, "SELECT * FROM base")
+def test_database_refuses_to_change_events(statement: str, three_events: Path) -> None:
+    path, before = three_events, stored(three_events, "events", "base")
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         with pytest.raises((sqlite3.IntegrityError, sqlite3.OperationalError)):
             connection.execute(statement)
@@ -299,40 +278,47 @@ async def test_database_refuses_to_change_events(path: Path, statement: str) -> 
         connection.execute("BEGIN")
         connection.execute(sound)  # so that the refusals above are for what they change
         connection.execute("ROLLBACK")
-    assert (
-        query(path, "SELECT position, body, hash FROM events"),
-        query(path, "SELECT * FROM base"),
-    ) == before
+    assert stored(path, "events", "base") == before
 
 
 async def test_columns_are_computed_from_hashed_body(path: Path) -> None:
     draft = Draft("e", LoadStarted(1), "é'\U0001f600", "j", "m", 1)
     async with opened(path, now=lambda: START, monotonic=float) as log:
         await log.submit(Record((draft,)))
-    assert query(path, "SELECT type, model_id, job_id, actor, recorded_at FROM events") == [
-        ("LoadStarted", "m", "j", "é'\U0001f600", format_timestamp(START))
-    ]
+    with closing(sqlite3.connect(path)) as connection:
+        columns = connection.execute(
+            "SELECT type, model_id, job_id, actor, recorded_at FROM events"
+        ).fetchall()
+    assert columns == [("LoadStarted", "m", "j", "é'\U0001f600", format_timestamp(START))]
 
 
 # Files that are not the log's own.
 
 
-async def refused(path: Path, problem: type[LedgerProblem]) -> str:
-    before = content(path)
+def refused(path: Path, problem: type[LedgerProblem]) -> str:
+    before = path.read_bytes()
     with pytest.raises(problem) as raised:
-        await Log(path).open()
-    assert content(path) == before
+        asyncio.run(Log(path).open())
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == ["ledger.db"]
     return str(raised.value)
 
 
-async def test_ledger_of_newer_schema_is_refused(path: Path) -> None:
-    async with opened(path) as log:
-        await write(log, 1)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    message = await refused(path, FutureSchema)
-    assert "schema 99" in message
-    assert "use the release that wrote it" in message
+@pytest.mark.parametrize(
+    ("statement", "problem", "words"),
+    [
+        ("PRAGMA user_version = 99", FutureSchema, "schema 99"),
+        ("PRAGMA user_version = 99", FutureSchema, "use the release that wrote it"),
+        ("UPDATE models SET body = '{}'", LogUnavailable, "missing required field"),
+        ("UPDATE models SET body = 'no JSON'", LogUnavailable, "malformed"),
+    ],
+)
+def test_changed_ledger_is_refused_untouched(
+    path: Path, three_events: Path, statement: str, problem: type[LedgerProblem], words: str
+) -> None:
+    path.write_bytes(three_events.read_bytes())
+    change_ledger(path, statement, keeps_triggers=True)
+    assert words in refused(path, problem)
 
 
 @pytest.mark.parametrize(
@@ -345,37 +331,16 @@ async def test_ledger_of_newer_schema_is_refused(path: Path) -> None:
         ["CREATE TABLE notes (text)", "PRAGMA user_version = 1", "PRAGMA application_id = 7"],
     ],
 )
-async def test_foreign_database_is_refused_untouched(path: Path, statements: list[str]) -> None:
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for statement in statements:
-            connection.execute(statement)
-        connection.execute("VACUUM")  # so that there is a file
-    await refused(path, ForeignDatabase)
-    assert [each.name for each in path.parent.iterdir()] == ["ledger.db"]
+def test_foreign_database_is_refused_untouched(path: Path, statements: list[str]) -> None:
+    change_ledger(path, *statements, "VACUUM", keeps_triggers=True)  # so that there is a file
+    refused(path, ForeignDatabase)
 
 
-async def test_file_that_is_no_database_is_refused(path: Path) -> None:
-    make(path, b"this is no database, it is a sentence\n" * 100)
-    assert "not a database" in await refused(path, LogUnavailable)
+def test_file_that_is_no_database_is_refused(path: Path) -> None:
+    path.write_bytes(b"this is no database, it is a sentence\n" * 100)
+    assert "not a database" in refused(path, LogUnavailable)
     with pytest.raises(LogUnavailable, match=r"ledger\.db cannot be opened"):
-        await Log(path.parent / "nowhere" / "ledger.db").open()
-
-
-@pytest.mark.parametrize("damage", ["{}", '{"id":1}', "no JSON"])
-async def test_damaged_projections_make_log_unavailable(path: Path, damage: str) -> None:
-    async with opened(path) as log:
-        await log.submit(load())
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("UPDATE models SET body = ?", (damage,))
-    await refused(path, LogUnavailable)
-
-
-async def test_empty_file_becomes_ledger(path: Path) -> None:
-    make(path, b"")
-    async with opened(path) as log:
-        await write(log, 1)
-    assert query(path, "PRAGMA application_id") == [(APPLICATION_ID,)]
-    assert verify(path).verified
+        asyncio.run(Log(path.parent / "nowhere" / "ledger.db").open())
 
 
 MIGRATE = """
@@ -391,29 +356,32 @@ except sqlite3.Error as error:
 """
 
 
+def schema_of(path: Path) -> tuple[int, list[tuple[object, ...]]]:
+    with closing(sqlite3.connect(path)) as connection:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        return version, stored(path, "sqlite_schema")["sqlite_schema"]
+
+
 async def test_migration_is_one_transaction(path: Path, tmp_path: Path) -> None:
     async with opened(path) as log:
         await write(log, 3)
-    before = query(path, "SELECT sql FROM sqlite_schema"), bodies(path)
+    before, events = schema_of(path), rows_of(path)
     folder = tmp_path / "release" / "migrations"
     shutil.copytree(Path(migrations.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    number = len(list(folder.glob("*.sql"))) + 1
+    number = before[0] + 1
     script = folder / f"{number:04}_next.sql"
 
     script.write_text("CREATE TABLE extra (x);\nINSERT INTO nowhere VALUES (1);\n")
     done = run(MIGRATE, path, folder.parent, first=folder.parent)
     assert (done.stdout, done.stderr) == ("no such table: nowhere\n", "")
-    assert (query(path, "SELECT sql FROM sqlite_schema"), bodies(path)) == before
-    assert query(path, "PRAGMA user_version") == [(number - 1,)]
+    assert (schema_of(path), rows_of(path)) == (before, events)
 
     script.write_text(
         "CREATE TABLE extra (x);\n-- the last statement lacks its semicolon\nINSERT INTO extra VALUES (1)"
     )
     done = run(MIGRATE, path, folder.parent, first=folder.parent)
     assert (done.stdout, done.stderr) == ("", "")
-    assert query(path, "SELECT x FROM extra") == [(1,)]
-    assert query(path, "PRAGMA user_version") == [(number,)]
-    assert bodies(path) == before[1]
+    assert (schema_of(path)[0], stored(path, "extra"), rows_of(path)) == (number, {"extra": [(1,)]}, events)
     with pytest.raises(FutureSchema):
         await Log(path).open()
 
@@ -425,7 +393,9 @@ async def test_broken_first_migration_leaves_empty_database(path: Path, tmp_path
     (folder / "0001_broken.sql").write_text("CREATE TABLE events (x);\nINSERT INTO nowhere VALUES (1);\n")
     done = run(MIGRATE, path, folder.parent, first=folder.parent)
     assert (done.stdout, done.stderr) == ("no such table: nowhere\n", "")
-    assert query(path, "SELECT * FROM sqlite_schema") == []
-    async with opened(path) as log:  # which a sound release makes a ledger of
+    assert schema_of(path) == (0, [])
+    async with opened(path) as log:  # a sound release makes a ledger of an empty file
         await write(log, 1)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
     assert verify(path).verified
