@@ -17,6 +17,7 @@ from support.ledgers import sample_history
 from events.codec import (
     GENESIS,
     CanonicalCheck,
+    _encode_fast,
     decode_event,
     encode_by_rule,
     encode_canonical,
@@ -59,6 +60,7 @@ JSON = st.recursive(
 
 @PLAIN
 @given(JSON)
+@example([-(2**63), 2**63 - 1])
 def test_canonical_form_reads_back_and_is_fixed_point(value: Any) -> None:
     text = encode_canonical(value)
     assert json.loads(text) == value
@@ -84,31 +86,14 @@ def test_only_quotes_backslashes_and_controls_are_escaped(text: str) -> None:
     assert encode_canonical(text) == f'"{written}"'
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        0.5,
-        1.0,
-        float("nan"),
-        float("inf"),
-        2**63,
-        -(2**63) - 1,
-        10**5_000,
-        {1: "a"},
-        {None: "a"},
-        {True: "a"},
-        "\ud800",
-        "\udfff\ud800",
-        {"\ud800": 1},
-        b"bytes",
-        bytearray(b"bytes"),
-        {"a set"},
-        range(3),
-        object(),
-        1j,
-    ],
-    ids=lambda value: repr(value)[:20] if not isinstance(value, int) else f"{value.bit_length()} bits",
-)
+WITHOUT_FORM = [
+    *(0.5, 1.0, float("nan"), float("inf"), 2**63, -(2**63) - 1, 10**5_000, 1j),
+    *({1: "a"}, {None: "a"}, {True: "a"}, "\ud800", "\udfff\ud800", {"\ud800": 1}),
+    *(b"bytes", bytearray(b"bytes"), {"a set"}, range(3), object()),
+]
+
+
+@pytest.mark.parametrize("value", WITHOUT_FORM, ids=lambda value: type(value).__name__)
 def test_value_without_canonical_form_is_refused(value: object) -> None:
     for holder in (value, [value], {"key": [{"deeper": value}]}):
         with pytest.raises(NotEncodable) as raised:
@@ -122,7 +107,6 @@ def test_refusal_names_place_of_value() -> None:
 
 
 # The fast writer writes what the rule gives, and refuses what the rule refuses.
-
 
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=10)
 """Lone surrogates, too."""
@@ -182,6 +166,15 @@ def test_value_of_wrong_type_is_written_or_refused_by_the_rule(odd: Any) -> None
     assert_written_by_the_rule(event(load_requested(), version=odd))
 
 
+@pytest.mark.parametrize(
+    ("number", "fits"), [(-(2**63), True), (2**63 - 1, True), (-(2**63) - 1, False), (2**63, False)]
+)
+def test_fast_writer_takes_integers_of_64_bits(number: int, fits: bool) -> None:  # noqa: FBT001
+    written = event(AccessDenied("x", number))
+    assert (_encode_fast(written) is not None) == fits
+    assert_written_by_the_rule(written)
+
+
 def test_history_is_written_by_the_rule_and_reads_back() -> None:
     for each in sample_history():
         assert encode_event(each) == encode_by_rule(each)
@@ -193,7 +186,6 @@ def test_history_is_written_by_the_rule_and_reads_back() -> None:
 
 EXACTNESS = CanonicalCheck()
 """One for all, as a verification has."""
-
 
 STYLES = st.fixed_dictionaries(
     {
