@@ -1,6 +1,6 @@
 """The `Jobs` projection: status and outcome of each accepted load and unload. A pure fold, one job at a time.
 
-`REQUESTS` make a job of the event with its id; `STEPS` move it on until it has ended.
+`REQUESTS` make a job of the event with its id; `STEPS` change it until it has ended.
 """
 
 from __future__ import annotations
@@ -142,10 +142,9 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
     """Return the job after `event`; one that does not concern the job changes nothing."""
     data = event.data
     if job is None:
-        request = REQUESTS.get(type(data))
-        if request is None or event.model_id is None or event.job_id != event.id:
+        if not isinstance(data, REQUESTS) or event.model_id is None or event.job_id != event.id:
             return None
-        return request(event, event.model_id, data)
+        return _requested(event, event.model_id, data)
     if job.status not in _UNENDED:
         return job
     if type(data) is ServerStarted:
@@ -154,45 +153,34 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
     return job if step is None or event.job_id != job.id else step(job, event, data)
 
 
-def _load_requested(event: Event, model_id: str, data: LoadRequested) -> Job:
-    return replace(
-        _requested(event, model_id, JobKind.LOAD, data.cause),
-        load=data.parameters,
-        deadline_at=add_seconds(event.recorded_at, data.timeout_s),
-        keeps=data.keeps_load_job_id,
-    )
+REQUESTS = (LoadRequested, UnloadRequested)
+"""The events that create a job."""
 
 
-def _unload_requested(event: Event, model_id: str, data: UnloadRequested) -> Job:
-    parameters = UnloadParameters(data.force, data.load_job_id)
-    return replace(_requested(event, model_id, JobKind.UNLOAD, data.cause), unload=parameters)
-
-
-def _requested(event: Event, model_id: str, kind: JobKind, cause: Cause) -> Job:
+def _requested(event: Event, model_id: str, data: LoadRequested | UnloadRequested) -> Job:
+    load = data if isinstance(data, LoadRequested) else None
+    unload = data if isinstance(data, UnloadRequested) else None
     return Job(
-        id=event.id,
-        kind=kind,
-        model_id=model_id,
-        version=event.version,
-        status=JobStatus.PENDING,
+        event.id,
+        JobKind.LOAD if load else JobKind.UNLOAD,
+        model_id,
+        event.version,
+        JobStatus.PENDING,
         created_at=event.recorded_at,
         created_position=event.position,
         position=event.position,
         requested_by=event.actor,
-        cause=cause,
+        cause=data.cause,
+        load=load.parameters if load else None,
+        unload=UnloadParameters(unload.force, unload.load_job_id) if unload else None,
+        deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
+        keeps=load.keeps_load_job_id if load else None,
     )
-
-
-REQUESTS: Mapping[type[Data | Unknown], Callable[[Event, str, Any], Job]] = {
-    LoadRequested: _load_requested,
-    UnloadRequested: _unload_requested,
-}
-"""The events that create a job, and how; the string is the id of their model."""
 
 
 def _restarted(job: Job, event: Event, data: ServerStarted) -> Job:
     """Return the job pending for its next attempt; its deadline moves by the time the server was down."""
-    interrupted = job.status is JobStatus.IN_PROGRESS
+    is_interrupted = job.status is JobStatus.IN_PROGRESS
     deadline_at = job.deadline_at
     if deadline_at is not None and data.down_since is not None:
         deadline_at = add_seconds(deadline_at, max(0.0, seconds_between(data.down_since, event.recorded_at)))
@@ -200,20 +188,13 @@ def _restarted(job: Job, event: Event, data: ServerStarted) -> Job:
         job,
         status=JobStatus.PENDING,
         deadline_at=deadline_at,
-        server_deaths=job.server_deaths + (1 if interrupted and data.unclean else 0),
+        server_deaths=job.server_deaths + (is_interrupted and data.unclean),
         position=event.position,
     )
 
 
-def _load_started(job: Job, event: Event, data: LoadStarted) -> Job:
-    return _started(job, event, data.attempt)
-
-
-def _unload_started(job: Job, event: Event, _: UnloadStarted) -> Job:
-    return _started(job, event, job.attempt + 1)
-
-
-def _started(job: Job, event: Event, attempt: int) -> Job:
+def _started(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
+    attempt = data.attempt if isinstance(data, LoadStarted) else job.attempt + 1
     return replace(
         job,
         status=JobStatus.IN_PROGRESS,
@@ -224,7 +205,7 @@ def _started(job: Job, event: Event, attempt: int) -> Job:
 
 
 def _completed(job: Job, event: Event, _: ModelLoaded | ModelUnloaded) -> Job:
-    return _ended(job, event, JobStatus.COMPLETED, None)
+    return _ended(job, event, JobStatus.COMPLETED)
 
 
 def _failed(job: Job, event: Event, data: LoadFailed | UnloadFailed) -> Job:
@@ -232,31 +213,23 @@ def _failed(job: Job, event: Event, data: LoadFailed | UnloadFailed) -> Job:
 
 
 def _cancelled(job: Job, event: Event, _: JobCancelled) -> Job:
-    return _ended(job, event, JobStatus.CANCELLED, None)
+    return _ended(job, event, JobStatus.CANCELLED)
 
 
-def _ended(job: Job, event: Event, status: JobStatus, error: Failure | None) -> Job:
+def _ended(job: Job, event: Event, status: JobStatus, error: Failure | None = None) -> Job:
     return replace(job, status=status, error=error, finished_at=event.recorded_at, position=event.position)
 
 
-def _cancel_requested(job: Job, event: Event, _: CancelRequested) -> Job:
-    return replace(job, cancel_requested=True, position=event.position)
-
-
-def _worker_exited(job: Job, event: Event, _: WorkerExited) -> Job:
-    return replace(job, position=event.position)
-
-
 STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
-    LoadStarted: _load_started,
-    UnloadStarted: _unload_started,
+    LoadStarted: _started,
+    UnloadStarted: _started,
     ModelLoaded: _completed,
     ModelUnloaded: _completed,
     LoadFailed: _failed,
     UnloadFailed: _failed,
     JobCancelled: _cancelled,
-    CancelRequested: _cancel_requested,
-    WorkerExited: _worker_exited,
+    CancelRequested: lambda job, event, _: replace(job, cancel_requested=True, position=event.position),
+    WorkerExited: lambda job, event, _: replace(job, position=event.position),
 }
 """The step of each event type that concerns one unended job; `ServerStarted` concerns all.
 

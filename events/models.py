@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from events.clock import Timestamp, seconds_between
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.types import (
-    CancelRequested,
     Cause,
     Data,
     Event,
@@ -30,7 +29,6 @@ from events.types import (
     ModelUnloaded,
     Prepared,
     ServerStarted,
-    ServerStopped,
     Unknown,
     UnloadFailed,
     UnloadRequested,
@@ -258,32 +256,28 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     if job is None or job.load is None or event.version is None:
         return model
     by_system = job.cause not in _BY_CLIENTS
-    serving = Serving(
-        load_job_id=job.id,
-        version=event.version,
-        position=event.position,
-        loaded_at=event.recorded_at,
-        loaded_by=job.requested_by,
-        worker_ids=data.worker_ids,
-        files=data.files,
-        memory_bytes=data.memory_bytes,
-        peak_memory_bytes=data.peak_memory_bytes,
-        parameters=job.load,
-        prepared=data.prepared,
-    )
     form = data.prepared.form if data.prepared is not None else None
     peak_bytes = -(-data.peak_memory_bytes // max(1, len(data.worker_ids)))  # of one worker, rounded up
-    return replace(
-        _without(model, job.id),
-        phase=ModelState.LOADED,
-        serving=serving,
-        rank=model.rank if by_system and model.rank is not None else event.position,
-        error=None,
+    return Model(
+        model.id,
+        ModelState.LOADED,
+        Serving(
+            load_job_id=job.id,
+            version=event.version,
+            position=event.position,
+            loaded_at=event.recorded_at,
+            loaded_by=job.requested_by,
+            worker_ids=data.worker_ids,
+            files=data.files,
+            memory_bytes=data.memory_bytes,
+            peak_memory_bytes=data.peak_memory_bytes,
+            parameters=job.load,
+            prepared=data.prepared,
+        ),
+        model.rank if by_system and model.rank is not None else event.position,
+        *_pending_without(model, job.id),
         last_version=event.version,
-        lost_by=None,
-        lost_at=None,
         incidents=model.incidents if by_system else (),
-        previous=None,
         footprints=_footprints(model, Footprint(event.version, data.files, peak_bytes, form)),
     )
 
@@ -312,7 +306,7 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     if not _waits_for(model, event):
         return model
     error = Failure(data.code, data.message)
-    model = replace(_without(model, event.job_id), error=error, last_version=event.version)
+    model = _without(model, event.job_id, error=error, last_version=event.version)
     if model.previous is not None:
         return _lose_previous(model, event)
     if model.degraded and job is not None and job.cause in RELOADS and error.code != FORK_SERVER_DIED:
@@ -352,15 +346,16 @@ def _unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | None) -> 
         return model
     if job is not None and job.cause is Cause.SWAP:
         return _unloaded_for_replacement(_without(model, event.job_id), event, job)
-    return _reset(_without(model, event.job_id))
+    return _reset(model, event.job_id)
 
 
-def _reset(model: Model) -> Model:
-    """Return the model as unloaded, with its pending jobs."""
+def _reset(model: Model, job_id: str | None) -> Model:
+    """Return the model as unloaded, with its pending jobs except an ended one."""
+    loads, unloads = _pending_without(model, job_id)
     return Model(
         model.id,
-        loads=model.loads,
-        unloads=model.unloads,
+        loads=loads,
+        unloads=unloads,
         last_version=model.last_version,
         footprints=model.footprints,
     )
@@ -371,8 +366,10 @@ def _unloaded_for_replacement(model: Model, event: Event, job: Job) -> Model:
     serving = model.serving
     if serving is None or job.unload is None or job.unload.load_job_id != serving.load_job_id:
         return model
-    gone = replace(model, phase=ModelState.UNLOADED, serving=None, previous=serving)
-    return _lose_previous(replace(gone, lost_by=None, lost_at=None), event)
+    gone = replace(
+        model, phase=ModelState.UNLOADED, serving=None, previous=serving, lost_by=None, lost_at=None
+    )
+    return _lose_previous(gone, event)
 
 
 def _lose_previous(model: Model, event: Event) -> Model:
@@ -399,15 +396,14 @@ def _ended_without_effect(
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
         return _end_reloads(_without(model, job.id))
     begun = job is not None and job.status is JobStatus.IN_PROGRESS and event.job_id in model.unloads
-    back = begun and model.phase is ModelState.UNLOADING
-    phase = ModelState.LOADED if back else model.phase
-    after = replace(_without(model, event.job_id), phase=phase)
-    return _lose_previous(after, event)
+    is_back = begun and model.phase is ModelState.UNLOADING
+    phase = ModelState.LOADED if is_back else model.phase
+    return _lose_previous(_without(model, event.job_id, phase=phase), event)
 
 
 def _end_reloads(model: Model) -> Model:
     if model.phase is ModelState.LOST:
-        return _reset(model)
+        return _reset(model, None)
     if model.serving is None or not model.degraded:
         return model
     return replace(model, serving=replace(model.serving, kept_as_is=True))
@@ -421,10 +417,12 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
     of = f"; {len(left)} of {serving.parameters.instances} are left" if left else ""
     is_new = _is_new_incident(serving, event)
     by_forkserver = data.exit_code is None and data.signal is None  # no fault of the model
-    incidents = (
-        _recent(model, event) if by_forkserver or not is_new else (*_recent(model, event), event.recorded_at)
+    counts = is_new and not by_forkserver
+    after = replace(
+        model,
+        error=Failure("worker_died", _end(data) + of),
+        incidents=(*_recent(model, event), event.recorded_at) if counts else _recent(model, event),
     )
-    after = replace(model, error=Failure("worker_died", _end(data) + of), incidents=incidents)
     if not left:
         return _lost(after, event)
     degraded_at = event.recorded_at if is_new else serving.degraded_at
@@ -467,17 +465,17 @@ def _waits_for(model: Model, event: Event) -> bool:
     return event.job_id in [load.job_id for load in model.loads]
 
 
-def _without(model: Model, job_id: str | None) -> Model:
-    """Return the model without a job that has ended."""
-    return replace(
-        model,
-        loads=tuple([load for load in model.loads if load.job_id != job_id]),
-        unloads=tuple([unload for unload in model.unloads if unload != job_id]),
+def _without(model: Model, job_id: str | None, **changes: Any) -> Model:
+    """Return the model without a job that has ended, and with other changes."""
+    loads, unloads = _pending_without(model, job_id)
+    return replace(model, loads=loads, unloads=unloads, **changes)
+
+
+def _pending_without(model: Model, job_id: str | None) -> tuple[tuple[PendingLoad, ...], tuple[str, ...]]:
+    return (
+        tuple([load for load in model.loads if load.job_id != job_id]),
+        tuple([unload for unload in model.unloads if unload != job_id]),
     )
-
-
-def _unchanged(model: Model, _: Event, __: CancelRequested | ServerStopped, ___: Job | None) -> Model:
-    return model
 
 
 STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], Model]] = {
@@ -491,8 +489,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     UnloadFailed: _ended_without_effect,
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
-    CancelRequested: _unchanged,
-    ServerStopped: _unchanged,
 }
 """The step of each event type that concerns one model; `ServerStarted` concerns all.
 
