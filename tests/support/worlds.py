@@ -365,6 +365,10 @@ class World:
             process.die(WorkerExited(None, None, ()), *process.left)
             process.failure = process.failure or FORK_SERVER_DIED
 
+    def fail_fork(self) -> None:
+        for process in self.loading()[:1]:
+            process.failure = process.failure or "fork_server_unavailable"
+
     def progress(self, outcome: str) -> None:
         """Let all that runs come to its end: what loads has this outcome, what is to end ends."""
         for process in self.loading():

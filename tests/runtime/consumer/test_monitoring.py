@@ -89,26 +89,18 @@ async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None
     assert uses == {"grows": load.memory_bytes, "old": pair.memory_bytes}
 
 
-@pytest.mark.parametrize("evicts", [True, False])
-async def test_growth_beyond_the_budget_evicts_if_allowed(
-    folder: Path, shared_pool: WorkerPool, *, evicts: bool
-) -> None:
-    policy = Policy(2, budget_bytes=GROWTH_BYTES + 15_000_000, evicts=evicts, min_residency_s=0)
+async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: WorkerPool) -> None:
+    policy = Policy(2, budget_bytes=GROWTH_BYTES + 15_000_000, evicts=True, min_residency_s=0)
     async with running(folder, policy=policy, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.load("grows")
         await engine.infer("old", index())
         await engine.infer("grows", shape())
         await upkeep(engine).measure()
-        if evicts:
-            await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
-            await until(lambda: not engine.log.state.unended())
-            assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 15_000_000
-        else:
-            job_id = await engine.ask_load("new")  # decided on after any eviction
-            await until(lambda: job_id in engine.consumer._decision.waiting_for)
-        requests = await engine.facts(UnloadRequested)
-        assert [request.cause for request in requests] == [Cause.EVICTION] * evicts
+        await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
+        await until(lambda: not engine.log.state.unended())
+        assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 15_000_000
+        assert [request.cause for request in await engine.facts(UnloadRequested)] == [Cause.EVICTION]
         assert engine.model("grows").state is ModelState.LOADED
 
 

@@ -51,25 +51,6 @@ async def test_dead_worker_is_replaced_after_the_back_off(engine: Engine) -> Non
     assert (requested.cause, events[1].actor) == (Cause.RECOVERY, "system")
 
 
-async def test_crash_loop_fails_the_model_until_a_request(engine: Engine) -> None:
-    await engine.load("adder")
-    for _ in range(MAX_INCIDENTS - 1):
-        await engine.die("adder")
-        engine.pass_time(BACK_OFF_S)
-        await engine.becomes("adder", ModelState.LOADED)
-    engine.kill("adder")
-    error = (await engine.becomes("adder", ModelState.FAILED)).error
-    assert error is not None
-    assert error.code == "crash_loop"
-    assert "killed by signal 9" in error.message
-    assert len(await engine.facts(WorkerExited, of="adder")) == MAX_INCIDENTS
-    head = engine.log.head
-    engine.pass_time(86_400)
-    await until(lambda: engine.consumer.loads == {})
-    assert engine.log.head == head
-    assert (await engine.load("adder")).status is JobStatus.COMPLETED
-
-
 async def test_fork_server_death_is_no_incident_of_a_model(folder: Path) -> None:
     async with running(folder, clock=stopped_clock()) as engine:
         await asyncio.gather(engine.load("adder"), engine.load("other"))

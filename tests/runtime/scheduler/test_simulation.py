@@ -1,11 +1,13 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
+from collections.abc import Callable
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.fleet import of_both
 from support.history import PLAIN
-from support.worlds import World
+from support.worlds import Process, World
 
 from events.clock import add_seconds, seconds_between
 from events.commands import FileIdentity, RequestCancel, RequestLoad, RequestUnload
@@ -309,18 +311,23 @@ LOADS = st.builds(
 TURNS = st.sampled_from([0, 1, 2, 3, 100, 100])
 """That the consumer takes before the next thing happens; with the last it comes to rest."""
 
-TROUBLES = [
-    "fork server dies",
-    "fork server is back",
-    "a fork fails",
-    "log loses",
-    "log is unsure",
-    "log has it twice",
-    "server is killed",
-    "server is stopped",
-    "pressure",
-    "no pressure",
-]
+TROUBLES: dict[str, Callable[[World], object]] = {
+    "fork server dies": World.lose_fork_server,
+    "fork server is back": lambda world: setattr(world, "fork_server_up", True),
+    "a fork fails": World.fail_fork,
+    "log loses": lambda world: setattr(world, "fault", "lost"),
+    "log is unsure": lambda world: setattr(world, "fault", "unsure"),
+    "log has it twice": lambda world: setattr(world, "fault", "twice"),
+    "server is killed": lambda world: world.restart(unclean=True),
+    "server is stopped": lambda world: world.restart(unclean=False),
+    "pressure": lambda world: setattr(world, "under_pressure", True),
+    "no pressure": lambda world: setattr(world, "under_pressure", False),
+}
+
+
+def pick(processes: list[Process], which: int) -> list[Process]:
+    """Return one of the processes, if there is any."""
+    return [processes[which % len(processes)]] if processes else []
 
 
 class Simulation(RuleBasedStateMachine):
@@ -363,24 +370,19 @@ class Simulation(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3), outcome=OUTCOMES, keeps=st.sampled_from([50, 100, 130]), turns=TURNS)
     def a_load_ends(self, which: int, outcome: str, keeps: int, turns: int) -> None:
-        loading = self.world.loading()
-        if loading and self.world.fork_server_up:
-            loading[which % len(loading)].finish(outcome, keeps)
+        for process in pick(self.world.loading(), which) if self.world.fork_server_up else []:
+            process.finish(outcome, keeps)
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), count=st.sampled_from([1, 1, 2]), turns=TURNS)
     def workers_of_a_model_die(self, which: int, count: int, turns: int) -> None:
-        alive = self.world.alive()
-        if alive:
-            process = alive[which % len(alive)]
+        for process in pick(self.world.alive(), which):
             process.die(WorkerExited(None, 9, ()), *process.left[:count])
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), ends=st.booleans(), turns=TURNS)
     def requests_come_and_go(self, which: int, *, ends: bool, turns: int) -> None:
-        serving = self.world.serving()
-        if serving:
-            process = serving[which % len(serving)]
+        for process in pick(self.world.serving(), which):
             process.busy = True
             if ends:
                 process.answer(self.world.now)
@@ -393,9 +395,8 @@ class Simulation(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3), turns=TURNS)
     def a_model_grows(self, which: int, turns: int) -> None:
-        serving = self.world.serving()
-        if serving:
-            serving[which % len(serving)].measured_bytes += 30
+        for process in pick(self.world.serving(), which):
+            process.measured_bytes += 30
         self.world.work(turns)
 
     @rule(turns=TURNS)
@@ -424,26 +425,9 @@ class Simulation(RuleBasedStateMachine):
         self.world.now = add_seconds(self.world.now, seconds)
         self.world.work(turns)
 
-    @rule(trouble=st.sampled_from(TROUBLES), turns=TURNS)
+    @rule(trouble=st.sampled_from(list(TROUBLES)), turns=TURNS)
     def there_is_trouble(self, trouble: str, turns: int) -> None:
-        match trouble:
-            case "fork server dies":
-                self.world.lose_fork_server()
-            case "fork server is back":
-                self.world.fork_server_up = True
-            case "a fork fails":
-                for process in self.world.loading()[:1]:
-                    process.failure = process.failure or "fork_server_unavailable"
-            case "log loses":
-                self.world.fault = "lost"
-            case "log is unsure":
-                self.world.fault = "unsure"
-            case "log has it twice":
-                self.world.fault = "twice"
-            case "pressure" | "no pressure":
-                self.world.under_pressure = trouble == "pressure"
-            case _:
-                self.world.restart(unclean=trouble == "server is killed")
+        TROUBLES[trouble](self.world)
         self.world.work(turns)
 
     @rule(outcome=OUTCOMES)
