@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from events.clock import add_seconds
 from events.jobs import Job, JobKind
-from events.models import CRASH_LOOP, INSUFFICIENT_MEMORY, RELOADS, TOO_MANY_LOADED, Model
+from events.models import CRASH_LOOP, INSUFFICIENT_MEMORY, RELOADS, TOO_MANY_LOADED
 from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.eviction import Eviction
-from runtime.scheduler.view import SchedulerView
+from runtime.scheduler.view import LoadView, SchedulerView
 
 MAX_SERVER_DEATHS = 3
 """Unclean ends of the server during the same load after which that load counts as their cause."""
@@ -60,11 +61,6 @@ class Reservations:
     models: int = 0
     first: Job | None = None
 
-    def add(self, view: SchedulerView, job: Job) -> Reservations:
-        """Return these and the reservation of one more load."""
-        models = self.models + (job.model_id not in view.models_with_process - view.exiting_models)
-        return Reservations(self.bytes + _estimate(view, job), models, self.first or job)
-
 
 @dataclass(frozen=True, slots=True)
 class _Shortage:
@@ -87,281 +83,245 @@ class Admission:
     wake_at: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _QueuedLoad:
-    """A pending load that is first in its model's queue; the lowest `rank` starts first."""
-
-    rank: int
-    job: Job
-    model: Model | None
-
-
 def admit(view: SchedulerView, eviction: Eviction) -> Admission:
     """Decide the pending loads in their order, until one of them leads to an action."""
     admission = Admission()
-    queue = _order_loads(view)
+    pending = (
+        _PendingLoad(view, job, eviction)
+        for job in view.unended
+        if job.kind is JobKind.LOAD and job.id not in view.running and view.is_first_in_queue(job)
+    )
+    queue = sorted(pending, key=lambda load: (load.rank, load.job.created_position))
     reservations = Reservations()
     estimating: Job | None = None
-    for queued in queue:
-        decision = _decide_load(view, queued, reservations, eviction, estimating)
+    for load in queue:
+        load.reservations = reservations
+        decision = load.decide(estimating)
         if not isinstance(decision, Waiting):
             admission.action = decision
             return admission
-        admission.waiting_for[queued.job.id] = decision.reason
+        admission.waiting_for[load.job.id] = decision.reason
         admission.wake_at += filter(None, [decision.wake_at])
         if decision.reserves_room:
-            reservations = reservations.add(view, queued.job)
-        if estimating is None and queued.job.id in view.observations.estimating:
-            estimating = queued.job
+            reservations = load.reserve()
+        if estimating is None and load.job.id in view.observations.estimating:
+            estimating = load.job
     if reservations.first is not None:
         admission.wake_at += _next_agings(view, queue)
     return admission
 
 
-def _order_loads(view: SchedulerView) -> list[_QueuedLoad]:
-    models = view.state.models
-    queue = (
-        _QueuedLoad(_rank(view, job, models.get(job.model_id)), job, models.get(job.model_id))
-        for job in view.unended
-        if job.kind is JobKind.LOAD and job.id not in view.running and view.is_first_in_queue(job)
-    )
-    return sorted(queue, key=lambda queued: (queued.rank, queued.job.created_position))
-
-
-def _rank(view: SchedulerView, job: Job, model: Model | None) -> int:
-    if job.cause in RELOADS or (model is not None and _is_replacing(view, model)):
-        return _BEFORE_ALL
-    steps = sum(job.created_at <= view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
-    _, parameters = job.load_order
-    return max(0, _PRIORITIES.get(parameters.priority, 1) - steps)
-
-
-def _is_replacing(view: SchedulerView, model: Model) -> bool:
-    return model.previous is not None or view.is_being_replaced(model)
-
-
-def _next_agings(view: SchedulerView, queue: Sequence[_QueuedLoad]) -> Iterator[str]:
+def _next_agings(view: SchedulerView, queue: Sequence[_PendingLoad]) -> Iterator[str]:
     """Yield when loads rise in priority next, which may end a reservation."""
     for aging_s in (PRIORITY_AGING_S, 2 * PRIORITY_AGING_S):
         since = view.earlier_by(aging_s)
-        created = (queued.job.created_at for queued in queue if queued.rank > 0)
+        created = (load.job.created_at for load in queue if load.rank > 0)
         oldest = min((created_at for created_at in created if created_at > since), default=None)
         if oldest is not None:
             yield add_seconds(oldest, aging_s)
 
 
-def _decide_load(
-    view: SchedulerView,
-    queued: _QueuedLoad,
-    reservations: Reservations,
-    eviction: Eviction,
-    estimating: Job | None,
-) -> Action | Waiting:
-    """Decide one load; `estimating` is an earlier one whose estimate will be known in a moment."""
-    job, observations = queued.job, view.observations
-    kept = view.find_serving(job.model_id)
-    is_degraded = queued.model is not None and queued.model.degraded
-    if kept is not None and kept.load_job_id == job.keeps and not is_degraded:
-        return actions.ReuseWorkers(job, kept.load_job_id)
-    unfit = _refuse_or_estimate(view, job)
-    if unfit is not None:
-        return unfit
-    if queued.model is not None and view.is_being_replaced(queued.model):
-        return Waiting(
-            "the unload of the version that it replaces", reserves_room=view.policy.budget_bytes is not None
-        )
-    if estimating is not None:
-        return Waiting(f"the memory estimate of {estimating.model_id!r}, which comes first")
-    if not observations.fork_server_up:
-        return Waiting("the fork server, which is being started again")
-    if view.free_load_slots + (job.cause in _URGENT) <= 0:
-        return Waiting(f"a free load slot: at most {view.policy.loads_at_once} may run at once")
-    if observations.under_pressure and queued.rank == _LOWEST_PRIORITY:
-        if view.can_stop_preparation:  # it may be the cause of the pressure
-            return actions.StopPreparation()
-        return Waiting(
-            "the machine, which is under pressure",
-            min(add_seconds(job.created_at, PRIORITY_AGING_S), add_seconds(view.now, PRESSURE_POLL_S)),
-        )
-    has_priority = queued.rank == _BEFORE_ALL or job.created_at <= view.earlier_by(OVERTAKING_LIMIT_S)
-    reserves_room = has_priority and job.cause not in _RESERVES_NOTHING
-    return _start_or_make_room(view, job, reservations, eviction, reserves_room=reserves_room)
+class _PendingLoad:
+    """A pending load that is first in its model's queue, and the decision on it.
 
-
-def _refuse_or_estimate(view: SchedulerView, job: Job) -> Action | Waiting | None:
-    """Refuse a load that can never run; estimate its memory if it is unknown."""
-    if job.server_deaths >= MAX_SERVER_DEATHS:
-        reason = f"the server died {job.server_deaths} times while this load was in progress"
-        return actions.FailLoad(job, CRASH_LOOP, reason)
-    estimates = view.observations.estimates
-    if view.policy.budget_bytes is not None and estimates.get(job.id) is None:
-        return Waiting("the estimate of its memory") if job.id in estimates else actions.EstimateMemory(job)
-    misfit = explain_misfit(view, job)
-    return actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit) if misfit is not None else None
-
-
-def explain_misfit(view: SchedulerView, job: Job) -> str | None:
-    """Return why a load will never fit, whatever else is unloaded; None if it may."""
-    budget, need = view.policy.budget_bytes, _estimate(view, job)
-    if budget is None:
-        return None
-    estimate_text, replaced = _describe_estimate(view, job), view.find_serving(job.model_id)
-    limit = "; set memory_limit_bytes if it takes less" if job.id in view.observations.from_file_sizes else ""
-    if need > budget:
-        return (
-            f"it needs {estimate_text} of memory, and the budget is {format_megabytes(budget)} in all{limit}"
-        )
-    if replaced is None or _strategy(job) != "beside" or need + replaced.memory_bytes <= budget:
-        return None
-    is_repair = job.cause is Cause.RECOVERY
-    in_place = "" if is_repair else "; with strategy auto or in_place it replaces that version"
-    return (
-        f"it needs {estimate_text} of memory beside the {format_megabytes(replaced.memory_bytes)} of what"
-        f" it replaces, and the budget is {format_megabytes(budget)} in all{in_place}{limit}"
-    )
-
-
-def _start_or_make_room(
-    view: SchedulerView, job: Job, reservations: Reservations, eviction: Eviction, *, reserves_room: bool
-) -> Action | Waiting:
-    """Start a load that only room can delay, make room for it, or wait.
-
-    Args:
-        view: the input of the decision.
-        job: the load.
-        reservations: room of the loads before it.
-        eviction: models that may be evicted for it.
-        reserves_room: whether room that becomes free is reserved for it while it waits. If exiting processes
-            release enough, that is reserved in any case.
+    Attributes:
+        rank: the load with the lowest starts first.
+        reservations: room that is reserved for the loads before it.
     """
-    replaced, missing = view.find_serving(job.model_id), _shortage_now(view, job, reservations)
-    if replaced is not None and _strategy(job) == "auto" and missing.bytes > 0:
-        if view.can_stop_preparation:  # better than a gap
-            return actions.StopPreparation()
-        is_stopping = view.observations.preparation is not None
-        if is_stopping and _shortage_after_exits(view, job, reservations, 0).is_none:
-            reason = f"{_describe_shortage(view, job, reservations)}; it is being released"
-            return Waiting(reason, reserves_room=True)
-    is_in_place = replaced is not None and (
-        _strategy(job) == "in_place" or (_strategy(job) == "auto" and not missing.is_none)
-    )
-    replaced_bytes = replaced.memory_bytes if replaced is not None and is_in_place else 0
-    if not _shortage_now(view, job, reservations, replaced_bytes).is_none:
-        return _make_room(
-            view, job, reservations, eviction, replaced_bytes=replaced_bytes, reserves_room=reserves_room
+
+    def __init__(self, view: SchedulerView, job: Job, eviction: Eviction) -> None:
+        self.job = job
+        self.reservations = Reservations()
+        self._view = view
+        self._eviction = eviction
+        self._model = view.state.models.get(job.model_id)
+        _, self._parameters = job.load_order
+        self.rank = self._rank()
+
+    def _rank(self) -> int:
+        is_between = self._model is not None and self._model.previous is not None
+        if self.job.cause in RELOADS or is_between or self._is_being_replaced:
+            return _BEFORE_ALL
+        steps = sum(self.job.created_at <= self._view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
+        return max(0, _PRIORITIES.get(self._parameters.priority, 1) - steps)
+
+    @property
+    def _is_being_replaced(self) -> bool:
+        return self._model is not None and self._view.is_being_replaced(self._model)
+
+    @cached_property
+    def _serving(self) -> LoadView | None:
+        """The load from which the model serves, which this one replaces."""
+        return self._view.find_serving(self.job.model_id)
+
+    @property
+    def _strategy(self) -> str:
+        """The swap strategy; a repair never unloads what still serves first."""
+        return "beside" if self.job.cause is Cause.RECOVERY else self._parameters.strategy
+
+    @property
+    def _estimate(self) -> int:
+        return self._view.observations.estimates.get(self.job.id) or 0
+
+    @property
+    def _may_evict(self) -> bool:
+        """Whether it may evict; a reload after a start of the server uses free memory only."""
+        return self._view.policy.evicts and self.job.cause is not Cause.RESTART
+
+    def reserve(self) -> Reservations:
+        """Return the reservations before it and its own."""
+        view, before = self._view, self.reservations
+        is_another = self.job.model_id not in view.models_with_process - view.exiting_models
+        return Reservations(
+            before.bytes + self._estimate, before.models + is_another, before.first or self.job
         )
-    if replaced is not None and is_in_place:
-        return actions.UnloadForReplacement(job, replaced.load_job_id)
-    return actions.StartLoad(job)
 
+    def decide(self, estimating: Job | None) -> Action | Waiting:
+        """Decide this load; `estimating` is an earlier one whose estimate will be known in a moment."""
+        view, job, kept = self._view, self.job, self._serving
+        is_degraded = self._model is not None and self._model.degraded
+        if kept is not None and kept.load_job_id == job.keeps and not is_degraded:
+            return actions.ReuseWorkers(job, kept.load_job_id)
+        unfit = self._refuse_or_estimate()
+        if unfit is not None:
+            return unfit
+        if self._is_being_replaced:
+            reason = "the unload of the version that it replaces"
+            return Waiting(reason, reserves_room=view.policy.budget_bytes is not None)
+        if estimating is not None:
+            return Waiting(f"the memory estimate of {estimating.model_id!r}, which comes first")
+        if not view.observations.fork_server_up:
+            return Waiting("the fork server, which is being started again")
+        if view.free_load_slots + (job.cause in _URGENT) <= 0:
+            return Waiting(f"a free load slot: at most {view.policy.loads_at_once} may run at once")
+        if view.observations.under_pressure and self.rank == _LOWEST_PRIORITY:
+            if view.can_stop_preparation:  # it may be the cause of the pressure
+                return actions.StopPreparation()
+            times = add_seconds(job.created_at, PRIORITY_AGING_S), add_seconds(view.now, PRESSURE_POLL_S)
+            return Waiting("the machine, which is under pressure", min(times))
+        return self._start_or_make_room()
 
-def _strategy(job: Job) -> str:
-    """Return the swap strategy; a repair never unloads what still serves first."""
-    _, parameters = job.load_order
-    return "beside" if job.cause is Cause.RECOVERY else parameters.strategy
+    def _refuse_or_estimate(self) -> Action | Waiting | None:
+        """Refuse a load that can never run; estimate its memory if it is unknown."""
+        job, estimates = self.job, self._view.observations.estimates
+        if job.server_deaths >= MAX_SERVER_DEATHS:
+            reason = f"the server died {job.server_deaths} times while this load was in progress"
+            return actions.FailLoad(job, CRASH_LOOP, reason)
+        if self._view.policy.budget_bytes is not None and estimates.get(job.id) is None:
+            is_begun = job.id in estimates
+            return Waiting("the estimate of its memory") if is_begun else actions.EstimateMemory(job)
+        misfit = self._explain_misfit()
+        return actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit) if misfit is not None else None
 
+    def _explain_misfit(self) -> str | None:
+        """Return why a load will never fit, whatever else is unloaded; None if it may."""
+        budget, replaced = self._view.policy.budget_bytes, self._serving
+        if budget is None:
+            return None
+        is_guess = self.job.id in self._view.observations.from_file_sizes
+        limit = "; set memory_limit_bytes if it takes less" if is_guess else ""
+        needs, in_all = f"it needs {self._estimate_text} of memory", f"{format_megabytes(budget)} in all"
+        if self._estimate > budget:
+            return f"{needs}, and the budget is {in_all}{limit}"
+        if replaced is None or self._strategy != "beside" or self._estimate + replaced.memory_bytes <= budget:
+            return None
+        is_repair = self.job.cause is Cause.RECOVERY
+        in_place = "" if is_repair else "; with strategy auto or in_place it replaces that version"
+        beside = f"beside the {format_megabytes(replaced.memory_bytes)} of what it replaces"
+        return f"{needs} {beside}, and the budget is {in_all}{in_place}{limit}"
 
-def _estimate(view: SchedulerView, job: Job) -> int:
-    return view.observations.estimates.get(job.id) or 0
+    def _start_or_make_room(self) -> Action | Waiting:
+        """Start a load that only room can delay, make room for it, or wait."""
+        view, replaced, missing = self._view, self._serving, self._shortage_now()
+        if replaced is not None and self._strategy == "auto" and missing.bytes > 0:
+            if view.can_stop_preparation:  # better than a gap
+                return actions.StopPreparation()
+            is_stopping = view.observations.preparation is not None
+            if is_stopping and self._shortage_after_exits(0).is_none:
+                return Waiting(f"{self._describe_shortage()}; it is being released", reserves_room=True)
+        is_auto_in_place = self._strategy == "auto" and not missing.is_none
+        if replaced is None or not (self._strategy == "in_place" or is_auto_in_place):
+            return actions.StartLoad(self.job) if missing.is_none else self._make_room(0)
+        if self._shortage_now(replaced.memory_bytes).is_none:
+            return actions.UnloadForReplacement(self.job, replaced.load_job_id)
+        return self._make_room(replaced.memory_bytes)
 
+    def _shortage_now(self, replaced_bytes: int = 0, *, reserved: Reservations | None = None) -> _Shortage:
+        """Return what the load lacks now, beside the reservations, or others.
 
-def _shortage_now(
-    view: SchedulerView, job: Job, reservations: Reservations, replaced_bytes: int = 0
-) -> _Shortage:
-    """Return what a load lacks now, beside the reservations.
+        A model whose processes are exiting still has its slot and uses it if no reservation needs it.
+        """
+        view, reserved = self._view, reserved or self.reservations
+        reserved_bytes = max(0, reserved.bytes - view.exiting_bytes)
+        left_models = len(view.exiting_models) - reserved.models
+        has_one = self.job.model_id in view.exiting_models
+        more_models = left_models if has_one else min(0, left_models)
+        return self._shortage(replaced_bytes - reserved_bytes, more_models)
 
-    A model whose processes are exiting still has its slot and uses it if no reservation needs it.
-    """
-    reserved_bytes = max(0, reservations.bytes - view.exiting_bytes)
-    left_models = len(view.exiting_models) - reservations.models
-    has_one = job.model_id in view.exiting_models
-    return _shortage(
-        view, job, replaced_bytes - reserved_bytes, left_models if has_one else min(0, left_models)
-    )
+    def _shortage_after_exits(self, replaced_bytes: int) -> _Shortage:
+        """Return what the load will lack when exiting processes have exited."""
+        view, reserved = self._view, self.reservations
+        exiting_bytes = replaced_bytes + view.exiting_bytes - reserved.bytes
+        return self._shortage(exiting_bytes, len(view.exiting_models) - reserved.models)
 
+    def _shortage(self, more_bytes: int, more_models: int) -> _Shortage:
+        """Return what the load lacks if this much more were free."""
+        view, free, most = self._view, self._view.free_bytes, self._view.policy.max_loaded
+        has_slot = most is None or self.job.model_id in view.models_with_process - view.exiting_models
+        return _Shortage(
+            0 if free is None else self._estimate - free - more_bytes,
+            0 if most is None or has_slot else len(view.models_with_process) + 1 - most - more_models,
+        )
 
-def _shortage_after_exits(
-    view: SchedulerView, job: Job, reservations: Reservations, replaced_bytes: int
-) -> _Shortage:
-    """Return what a load will lack when exiting processes have exited."""
-    exiting_bytes = replaced_bytes + view.exiting_bytes - reservations.bytes
-    return _shortage(view, job, exiting_bytes, len(view.exiting_models) - reservations.models)
+    def _make_room(self, replaced_bytes: int) -> Action | Waiting:
+        """Wait for exiting processes; otherwise stop the preparation, then evict the fewest models.
 
-
-def _shortage(view: SchedulerView, job: Job, more_bytes: int, more_models: int) -> _Shortage:
-    """Return what a load lacks if this much more were free."""
-    free, most = view.free_bytes, view.policy.max_loaded
-    has_slot = most is None or job.model_id in view.models_with_process - view.exiting_models
-    return _Shortage(
-        0 if free is None else _estimate(view, job) - free - more_bytes,
-        0 if most is None or has_slot else len(view.models_with_process) + 1 - most - more_models,
-    )
-
-
-def _make_room(
-    view: SchedulerView,
-    job: Job,
-    reservations: Reservations,
-    eviction: Eviction,
-    *,
-    replaced_bytes: int,
-    reserves_room: bool,
-) -> Action | Waiting:
-    """Wait for exiting processes; otherwise stop the preparation, then evict the fewest models."""
-    if view.can_stop_preparation and _shortage_now(view, job, reservations, replaced_bytes).bytes > 0:
-        return actions.StopPreparation()
-    missing = _shortage_after_exits(view, job, reservations, replaced_bytes)
-    shortage_text = _describe_shortage(view, job, reservations)
-    if missing.is_none:
-        return Waiting(f"{shortage_text}; it is being released", reserves_room=True)
-    if _may_evict(view, job):
-        chosen = eviction.choose(missing.bytes, missing.models)
-        if chosen:
+        Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
+        exiting processes release is reserved in any case if it is enough.
+        """
+        view, job, first = self._view, self.job, self.reservations.first
+        if view.can_stop_preparation and self._shortage_now(replaced_bytes).bytes > 0:
+            return actions.StopPreparation()
+        missing, shortage_text = self._shortage_after_exits(replaced_bytes), self._describe_shortage()
+        if missing.is_none:
+            return Waiting(f"{shortage_text}; it is being released", reserves_room=True)
+        if self._may_evict and (chosen := self._eviction.choose(missing.bytes, missing.models)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
-    if job.cause is Cause.RESTART and not view.will_free_more:
-        code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
-        reason = f"not reloaded after the server's start: it needs {shortage_text}"
-        return actions.FailLoad(job, code, reason)
-    wake_at = eviction.next_at if _may_evict(view, job) else None
-    if reservations.first is not None and _shortage_now(view, job, Reservations(), replaced_bytes).is_none:
-        return Waiting(
-            f"room, which is reserved for job {reservations.first.id}, before it",
-            wake_at,
-            reserves_room=reserves_room,
-        )
-    return Waiting(f"{shortage_text}; {_advise(view, job)}", wake_at, reserves_room=reserves_room)
+        if job.cause is Cause.RESTART and not view.will_free_more:
+            code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
+            reason = f"not reloaded after the server's start: it needs {shortage_text}"
+            return actions.FailLoad(job, code, reason)
+        wake_at = self._eviction.next_at if self._may_evict else None
+        has_priority = self.rank == _BEFORE_ALL or job.created_at <= view.earlier_by(OVERTAKING_LIMIT_S)
+        reserves_room = has_priority and job.cause not in _RESERVES_NOTHING
+        reason = f"{shortage_text}; {self._advise()}"
+        if first is not None and self._shortage_now(replaced_bytes, reserved=Reservations()).is_none:
+            reason = f"room, which is reserved for job {first.id}, before it"
+        return Waiting(reason, wake_at, reserves_room=reserves_room)
 
-
-def _may_evict(view: SchedulerView, job: Job) -> bool:
-    """Whether a load may evict; a reload after a start of the server uses free memory only."""
-    return view.policy.evicts and job.cause is not Cause.RESTART
-
-
-def _describe_shortage(view: SchedulerView, job: Job, reservations: Reservations) -> str:
-    """Return what a load waits for, with the numbers."""
-    first = reservations.first
-    kept = f", some reserved for job {first.id}, before it" if first is not None else ""
-    budget, free = view.policy.budget_bytes, view.free_bytes
-    if budget is not None and free is not None and _shortage_now(view, job, reservations).bytes > 0:
+    def _describe_shortage(self) -> str:
+        """Return what the load waits for, with the numbers."""
+        first, policy, free = self.reservations.first, self._view.policy, self._view.free_bytes
+        kept = f", some reserved for job {first.id}, before it" if first is not None else ""
+        if policy.budget_bytes is None or free is None or self._shortage_now().bytes <= 0:
+            return f"a place among the {policy.max_loaded} models that may be loaded{kept}"
         return (
-            f"{_describe_estimate(view, job)} of memory, and of the budget of {format_megabytes(budget)}"
+            f"{self._estimate_text} of memory, and of the budget of {format_megabytes(policy.budget_bytes)}"
             f" {format_megabytes(max(0, free))} are free{kept}"
         )
-    return f"a place among the {view.policy.max_loaded} models that may be loaded{kept}"
 
+    @property
+    def _estimate_text(self) -> str:
+        """The estimate, and whether it rests on file sizes only."""
+        is_guess = self.job.id in self._view.observations.from_file_sizes
+        return f"{format_megabytes(self._estimate)}{' (estimated from its files)' if is_guess else ''}"
 
-def _describe_estimate(view: SchedulerView, job: Job) -> str:
-    """Return the estimate of a load, and whether it rests on file sizes only."""
-    basis = " (estimated from its files)" if job.id in view.observations.from_file_sizes else ""
-    return f"{format_megabytes(_estimate(view, job))}{basis}"
-
-
-def _advise(view: SchedulerView, job: Job) -> str:
-    if not view.policy.evicts:
-        return "unload a model, or use --evict idle"
-    if not _may_evict(view, job):
-        return "a reload after a start of the server evicts no model"
-    return "the idle models are not enough: the others are busy, pinned, or were loaded just now"
+    def _advise(self) -> str:
+        if not self._view.policy.evicts:
+            return "unload a model, or use --evict idle"
+        if not self._may_evict:
+            return "a reload after a start of the server evicts no model"
+        return "the idle models are not enough: the others are busy, pinned, or were loaded just now"
 
 
 def format_megabytes(number: int) -> str:
