@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 
 import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
-from playwright.async_api import Browser, Dialog, Locator, Page, Request, async_playwright, expect
+from playwright.async_api import (
+    BrowserContext,
+    Dialog,
+    Locator,
+    Page,
+    Request,
+    ViewportSize,
+    async_playwright,
+    expect,
+)
 
 from support.http import Api
 
@@ -16,8 +25,8 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 """The browser of the system; none is downloaded."""
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
 
-DESKTOP = {"width": 1280, "height": 1000}
-PHONE = {"width": 375, "height": 812}
+DESKTOP = ViewportSize(width=1280, height=1000)
+PHONE = ViewportSize(width=375, height=812)
 
 LIMIT_MS = 30_000
 """Nothing takes this long; a bug fails a test instead of hanging it."""
@@ -26,13 +35,15 @@ expect.set_options(timeout=LIMIT_MS)
 
 
 @asynccontextmanager
-async def chromium() -> AsyncIterator[Browser]:
-    """Start the browser, without a sandbox, which root in a container cannot have."""
+async def chromium() -> AsyncIterator[BrowserContext]:
+    """Start the browser, without a sandbox, which root in a container cannot have; return a profile of it."""
     async with async_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
         browser = await playwright.chromium.launch(executable_path=BROWSER, args=arguments)
         try:
-            yield browser
+            context = await browser.new_context()
+            context.set_default_timeout(LIMIT_MS)
+            yield context
         finally:
             await browser.close()
 
@@ -56,18 +67,17 @@ class Console:
     @classmethod
     @asynccontextmanager
     async def opened(
-        cls, browser: Browser, url: str, size: dict[str, int] = DESKTOP
+        cls, browser: BrowserContext, url: str, size: ViewportSize = DESKTOP
     ) -> AsyncIterator["Console"]:
-        """Open the console in a new profile; at the end, there must be no errors."""
-        context = await browser.new_context(viewport={"width": size["width"], "height": size["height"]})
-        context.set_default_timeout(LIMIT_MS)
-        console = cls(await context.new_page(), url)
+        """Open the console in a new page, which has a session of its own; in the end, there are no errors."""
+        console = cls(await browser.new_page(), url)
         console._listen()
+        await console.page.set_viewport_size(size)
         await console.page.goto(url)
         try:
             yield console
         finally:
-            await context.close()
+            await console.page.close()
         assert not console.mistakes
 
     def _listen(self) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Route, expect
+from playwright.async_api import BrowserContext, Route, ViewportSize, expect
 from support import models
-from support.browser import PHONE, Console, chromium, needs_browser, tokens_in
+from support.browser import DESKTOP, PHONE, Console, chromium, needs_browser, tokens_in
 from support.http import when
 from support.servers import Server, serving
 
@@ -82,112 +82,117 @@ async def busy_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """A browser; each test opens a profile of its own."""
+async def browser() -> AsyncIterator[BrowserContext]:
+    """A browser."""
     async with chromium() as running:
         yield running
 
 
-async def test_load_predict_swap_pin_and_unload(server: Server, browser: Browser) -> None:
-    async with Console.opened(browser, server.url) as console:
-        page = console.page
-        await console.sign_in(server.api.token("admin"))
-        await console.see("digits", "unloaded")
-        await console.press("digits", "Load")
-        await page.get_by_label("Version").select_option("1")
-        await console.choose("Load")
-        await console.see("digits", "loaded")
-        await expect(page.locator("#notices")).to_contain_text("Load of digits completed")
-
-        await console.press("digits", "Predict")
-        await expect(page.locator("#predict-body")).to_have_value(
-            re.compile(r'"shape": \[1\], "data": \[0\]')
-        )
-        await console.choose("Predict")
-        await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0]')
-        await expect(page.locator("#predict-told")).to_contain_text(
-            "by digits/1, the ModelLoaded at position"
-        )
-        await console.choose("Close")
-
-        await console.press("digits", "Swap")
-        await expect(page.locator("#load-text")).to_contain_text("Version 1 is loaded")
-        await page.get_by_label("Strategy").select_option("in_place")
-        await console.choose("Swap")
-        await expect(console.row("digits").locator("[data-label=Version]")).to_have_text("2")
-        await console.see("digits", "loaded")
-        assert (await server.api.jobs("?model=digits"))[-2]["parameters"]["strategy"] == "in_place"
-
-        await console.press("digits", "Pin")
-        await expect(console.row("digits").get_by_text("pinned")).to_be_visible()
-        await console.press("digits", "Unpin")
-        await expect(console.row("digits").get_by_text("pinned")).to_be_hidden()
-        assert (await server.api.model("digits"))["files"]
-        assert (await server.api.infer("digits", ONE)).headers["Loadledger-Model"].startswith("digits/2;")
-
-        await console.press("digits", "Unload")
-        await console.choose("Unload")
-        await console.see("digits", "unloaded")
-        assert not tokens_in(console, server.api, "admin")
-
-
-async def test_stages_of_a_load_and_new_events_appear(server: Server, browser: Browser) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def admin(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
+    """The console of an admin, for most tests."""
     async with Console.opened(browser, server.url) as console:
         await console.sign_in(server.api.token("admin"))
-        job = await server.api.accepted_load("slow")
-        shown = console.page.locator(f'[data-job="{job["id"]}"]')
-        await expect(shown.locator("[aria-current=step]")).to_have_text("loading")
-        await console.see("slow", "loading")
-        await shown.get_by_role("button", name="Cancel").click()
-        await expect(shown.locator(".pill")).to_have_text("cancelled")
-        ended = await server.api.ended(job["id"])
-        event = console.page.locator(f'#ledger-list [data-position="{ended["position"]}"]')
-        await expect(event).to_contain_text("JobCancelled")
-        await event.locator("summary").click()
-        line = (await server.api.get(f"/api/v1/events?after={ended['position'] - 1}&limit=1")).body.decode()
-        await expect(event.locator("pre")).not_to_be_empty()
-        text = await event.locator("pre").inner_text()
-        assert f'{{"events":[{text}],' in line
-        await console.page.get_by_label("Type").select_option("LoadRequested")
-        await expect(event).to_be_hidden()
-        await expect(console.page.locator("#ledger-list strong").first).to_have_text("LoadRequested")
+        yield console
 
 
-async def test_force_unload_kills_stopped_worker(server: Server, browser: Browser) -> None:
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin"))
-        await server.api.load("counter")
-        await console.see("counter", "loaded")
-        os.kill(server.worker(), signal.SIGSTOP)
-        trips = {"name": "trips", "datatype": "INT64", "shape": [], "data": [1]}
-        asking = asyncio.create_task(server.api.infer("counter", trips))
-        await expect(console.row("counter").locator("[data-label='In flight']")).to_have_text("1")
-        await console.press("counter", "Unload")
-        await expect(console.page.locator("#unload-text")).to_contain_text("1 request in flight")
-        await console.choose("Force unload")
-        await console.see("counter", "unloaded")
-        assert (await asking).status == 503
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def busy_admin(busy_server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
+    """The console of an admin of the busy server."""
+    async with Console.opened(browser, busy_server.url) as console:
+        await console.sign_in(busy_server.api.token("admin"))
+        yield console
 
 
-async def test_failed_and_waiting_loads_need_attention(server: Server, browser: Browser) -> None:
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin"))
-        await server.api.failed_load("broken")
-        failed = console.attention.filter(has_text="broken failed")
-        await expect(failed).to_contain_text("invalid_model: ")
-        await expect(failed).to_contain_text("as a new version")
-        await expect(failed.get_by_role("button")).to_have_text(re.compile("^Load…"))
-        assert "⚠" in await console.page.title()
-        first = console.page.locator("#models-rows > tr").first
-        await expect(first.locator(".pill")).to_have_text("failed")
-        await server.api.load("hostile")
-        waiting = await server.api.accepted_load("large")
-        await server.api.job_when(waiting["id"], status="pending")
-        waits = console.attention.filter(has_text="Load of large")
-        await expect(waits).to_contain_text("Requested by alice")
-        await expect(console.attention.filter(has_text="Memory is tight")).to_be_visible()
-        await waits.get_by_role("button", name="Cancel").click()
-        await expect(waits).to_have_count(0)
+async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) -> None:
+    page = admin.page
+    await admin.see("digits", "unloaded")
+    await admin.press("digits", "Load")
+    await page.get_by_label("Version").select_option("1")
+    await admin.choose("Load")
+    await admin.see("digits", "loaded")
+    await expect(page.locator("#notices")).to_contain_text("Load of digits completed")
+
+    await admin.press("digits", "Predict")
+    await expect(page.locator("#predict-body")).to_have_value(re.compile(r'"shape": \[1\], "data": \[0\]'))
+    await admin.choose("Predict")
+    await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0]')
+    await expect(page.locator("#predict-told")).to_contain_text("by digits/1, the ModelLoaded at position")
+    await admin.choose("Close")
+
+    await admin.press("digits", "Swap")
+    await expect(page.locator("#load-text")).to_contain_text("Version 1 is loaded")
+    await page.get_by_label("Strategy").select_option("in_place")
+    await admin.choose("Swap")
+    await expect(admin.row("digits").locator("[data-label=Version]")).to_have_text("2")
+    await admin.see("digits", "loaded")
+    assert (await server.api.jobs("?model=digits"))[-2]["parameters"]["strategy"] == "in_place"
+
+    await admin.press("digits", "Pin")
+    await expect(admin.row("digits").get_by_text("pinned")).to_be_visible()
+    await admin.press("digits", "Unpin")
+    await expect(admin.row("digits").get_by_text("pinned")).to_be_hidden()
+    assert (await server.api.model("digits"))["files"]
+    assert (await server.api.infer("digits", ONE)).headers["Loadledger-Model"].startswith("digits/2;")
+
+    await admin.press("digits", "Unload")
+    await admin.choose("Unload")
+    await admin.see("digits", "unloaded")
+    assert not tokens_in(admin, server.api, "admin")
+
+
+async def test_stages_of_a_load_and_new_events_appear(server: Server, admin: Console) -> None:
+    job = await server.api.accepted_load("slow")
+    shown = admin.page.locator(f'[data-job="{job["id"]}"]')
+    await expect(shown.locator("[aria-current=step]")).to_have_text("loading")
+    await admin.see("slow", "loading")
+    await shown.get_by_role("button", name="Cancel").click()
+    await expect(shown.locator(".pill")).to_have_text("cancelled")
+    ended = await server.api.ended(job["id"])
+    event = admin.page.locator(f'#ledger-list [data-position="{ended["position"]}"]')
+    await expect(event).to_contain_text("JobCancelled")
+    await event.locator("summary").click()
+    line = (await server.api.get(f"/api/v1/events?after={ended['position'] - 1}&limit=1")).body.decode()
+    await expect(event.locator("pre")).not_to_be_empty()
+    text = await event.locator("pre").inner_text()
+    assert f'{{"events":[{text}],' in line
+    await admin.page.get_by_label("Type").select_option("LoadRequested")
+    await expect(event).to_be_hidden()
+    await expect(admin.page.locator("#ledger-list strong").first).to_have_text("LoadRequested")
+    await admin.page.get_by_label("Type").select_option("")
+
+
+async def test_force_unload_kills_stopped_worker(server: Server, admin: Console) -> None:
+    await server.api.load("counter")
+    await admin.see("counter", "loaded")
+    os.kill(server.worker(), signal.SIGSTOP)
+    trips = {"name": "trips", "datatype": "INT64", "shape": [], "data": [1]}
+    asking = asyncio.create_task(server.api.infer("counter", trips))
+    await expect(admin.row("counter").locator("[data-label='In flight']")).to_have_text("1")
+    await admin.press("counter", "Unload")
+    await expect(admin.page.locator("#unload-text")).to_contain_text("1 request in flight")
+    await admin.choose("Force unload")
+    await admin.see("counter", "unloaded")
+    assert (await asking).status == 503
+
+
+async def test_failed_and_waiting_loads_need_attention(server: Server, admin: Console) -> None:
+    await server.api.failed_load("broken")
+    failed = admin.attention.filter(has_text="broken failed")
+    await expect(failed).to_contain_text("invalid_model: ")
+    await expect(failed).to_contain_text("as a new version")
+    await expect(failed.get_by_role("button")).to_have_text(re.compile("^Load…"))
+    assert "⚠" in await admin.page.title()
+    first = admin.page.locator("#models-rows > tr").first
+    await expect(first.locator(".pill")).to_have_text("failed")
+    await server.api.load("hostile")
+    waiting = await server.api.accepted_load("large")
+    await server.api.job_when(waiting["id"], status="pending")
+    waits = admin.attention.filter(has_text="Load of large")
+    await expect(waits).to_contain_text("Requested by alice")
+    await expect(admin.attention.filter(has_text="Memory is tight")).to_be_visible()
+    await waits.get_by_role("button", name="Cancel").click()
+    await expect(waits).to_have_count(0)
 
 
 OFFERED: dict[str, tuple[str, set[str], bool]] = {
@@ -199,7 +204,9 @@ OFFERED: dict[str, tuple[str, set[str], bool]] = {
 
 
 @pytest.mark.parametrize("role", OFFERED)
-async def test_role_is_offered_only_what_it_may_do(server: Server, browser: Browser, role: str) -> None:
+async def test_role_is_offered_only_what_it_may_do(
+    server: Server, browser: BrowserContext, role: str
+) -> None:
     says, offers, shown = OFFERED[role]
     await server.api.load("hostile")
     async with Console.opened(browser, server.url) as console:
@@ -212,25 +219,25 @@ async def test_role_is_offered_only_what_it_may_do(server: Server, browser: Brow
         assert not tokens_in(console, server.api, role)
 
 
-async def test_refusal_is_shown_in_the_open_dialog(server: Server, browser: Browser) -> None:
+async def test_refusal_is_shown_in_the_open_dialog(server: Server, admin: Console) -> None:
     async def as_another_role(route: Route) -> None:
         authorization = f"Bearer {server.api.token('predict')}"
         await route.continue_(headers={**route.request.headers, "authorization": authorization})
 
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin"))
-        await console.page.route("**/refused/load", as_another_role)
-        await console.press("refused", "Load")
-        await console.choose("Load")
-        await expect(console.page.locator("dialog[open] .refusal")).to_contain_text("Not allowed: ")
-        await expect(console.page.locator("dialog[open] .refusal")).to_contain_text("admin")
-        await console.choose("Keep as it is")
+    await admin.page.route("**/refused/load", as_another_role)
+    await admin.press("refused", "Load")
+    await admin.choose("Load")
+    await expect(admin.page.locator("dialog[open] .refusal")).to_contain_text("Not allowed: ")
+    await expect(admin.page.locator("dialog[open] .refusal")).to_contain_text("admin")
+    await admin.choose("Keep as it is")
 
 
-async def test_invalid_token_is_refused_and_sign_out_forgets(server: Server, browser: Browser) -> None:
+async def test_sign_in_refuses_invalid_tokens_and_sign_out_forgets(
+    server: Server, browser: BrowserContext
+) -> None:
     async with Console.opened(browser, server.url) as console:
         page, why = console.page, console.page.locator("#sign-in-why")
-        await page.get_by_label("Token").fill("nonsense")
+        await page.keyboard.type("nonsense")  # the field has the focus
         await page.keyboard.press("Enter")
         await expect(why).to_contain_text("This is not a token")
         head, payload, _ = server.api.token("admin").split(".")
@@ -244,51 +251,44 @@ async def test_invalid_token_is_refused_and_sign_out_forgets(server: Server, bro
         await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
         assert not await page.evaluate("sessionStorage.getItem('loadledger.token')")
         assert await page.evaluate("localStorage.length + document.cookie.length") == 0
-
-
-async def test_double_click_signs_in_once(server: Server, browser: Browser) -> None:
-    async with Console.opened(browser, server.url) as console:
-        await console.page.get_by_label("Token").fill(server.api.token("admin"))
-        await console.page.get_by_role("button", name="Sign in").dblclick()
+        console.urls.clear()
+        await page.get_by_label("Token").fill(server.api.token("admin"))
+        await page.get_by_role("button", name="Sign in").dblclick()  # which signs in once
         await expect(console.connection).to_have_text("Live")
-        await expect(console.page.locator("#charts > *")).to_have_count(3)
+        await expect(page.locator("#charts > *")).to_have_count(3)
         assert sum("/events/stream" in url for url in console.urls) == 1
 
 
-async def test_time_travel_shows_actor_and_hash(server: Server, browser: Browser) -> None:
+async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) -> None:
     await server.api.load("past", version=1)
     then = await server.api.model("past")
     await server.api.load("past", version=2)
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("audit"))
-        row = console.page.locator("#past-rows > tr", has=console.page.get_by_text("past", exact=True))
-        now = (await server.api.model("past"))["files"][0]["sha256"]
-        await expect(row.locator("code")).to_have_text(now)
-        await console.page.get_by_label("Position", exact=True).fill(str(then["position"]))
-        await console.page.keyboard.press("Enter")
-        await expect(row.locator("code")).to_have_text(then["files"][0]["sha256"])
-        await expect(row.locator("[data-label='Loaded by']")).to_contain_text("alice")
-        await expect(console.page.locator("#past-event")).to_contain_text("ModelLoaded past 1")
-        slider = console.page.get_by_label("Position of the ledger")
-        await slider.press("ArrowLeft")
-        await expect(row.locator(".pill")).to_have_text("loading")
-        await slider.press("Home")
-        await expect(console.page.locator("#past-when")).to_have_text("before everything")
+    row = admin.page.locator("#past-rows > tr", has=admin.page.get_by_text("past", exact=True))
+    now = (await server.api.model("past"))["files"][0]["sha256"]
+    await expect(row.locator("code")).to_have_text(now)
+    await admin.page.get_by_label("Position", exact=True).fill(str(then["position"]))
+    await admin.page.keyboard.press("Enter")
+    await expect(row.locator("code")).to_have_text(then["files"][0]["sha256"])
+    await expect(row.locator("[data-label='Loaded by']")).to_contain_text("alice")
+    await expect(admin.page.locator("#past-event")).to_contain_text("ModelLoaded past 1")
+    slider = admin.page.get_by_label("Position of the ledger")
+    await slider.press("ArrowLeft")
+    await expect(row.locator(".pill")).to_have_text("loading")
+    await slider.press("Home")
+    await expect(admin.page.locator("#past-when")).to_have_text("before everything")
 
 
-async def test_subject_with_markup_is_shown_as_text(server: Server, browser: Browser) -> None:
+async def test_subject_with_markup_is_shown_as_text(server: Server, admin: Console) -> None:
     name = "<img src=/x onerror=alert(1)>"
     await server.api.unload("hostile") if (await server.api.model("hostile"))["state"] == "loaded" else None
     asked = await server.api.post("/api/v1/models/hostile/load", subject=name, wait=60)
     assert asked.json["status"] == "completed"
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin"))
-        await expect(console.row("hostile")).to_contain_text(name)
-        await expect(console.page.locator("#ledger-list")).to_contain_text(name)
-        assert await console.page.locator("main img").count() == 0
+    await expect(admin.row("hostile")).to_contain_text(name)
+    await expect(admin.page.locator("#ledger-list")).to_contain_text(name)
+    assert await admin.page.locator("main img").count() == 0
 
 
-async def test_console_reconnects_after_restart(browser: Browser, tmp_path: Path) -> None:
+async def test_console_reconnects_after_restart(browser: BrowserContext, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     models.save(models.add(), repository, "m")
     config = Config(repository=repository, data=tmp_path / "data")
@@ -313,7 +313,7 @@ async def test_console_reconnects_after_restart(browser: Browser, tmp_path: Path
 # Accessibility, dialogs, pictures.
 
 
-async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: Browser) -> None:
+async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: BrowserContext) -> None:
     async with Console.opened(browser, busy_server.url) as console:
         await check_accessibility(console)  # signing in
         await console.sign_in(busy_server.api.token("admin"))
@@ -321,22 +321,41 @@ async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: 
         await console.page.locator("#ledger-list summary").first.click()
         await expect(console.page.locator("#ledger-list pre").first).not_to_be_empty()
         await check_accessibility(console)
-        await console.page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
+        await console.page.set_viewport_size(PHONE)
         await console.page.route("**/api/**", lambda route: route.abort())
         await expect(console.page.locator("#lost")).to_be_visible()
         await check_accessibility(console)
 
 
-async def test_axe_finds_nothing_serious_in_dialogs(busy_server: Server, browser: Browser) -> None:
-    async with Console.opened(browser, busy_server.url) as console:
-        await console.sign_in(busy_server.api.token("admin"))
-        for button, close in (("Swap", "Keep as it is"), ("Unload", "Keep it"), ("Predict", "Close")):
-            await console.press("fraud-check", button)
-            if button == "Predict":
-                await console.choose("Predict")
-                await expect(console.page.locator("#predict-answer")).to_be_visible()
-            await check_accessibility(console, "dialog[open]")
-            await console.choose(close)
+async def test_dialogs_are_accessible_and_no_wider_than_a_phone(busy_admin: Console) -> None:
+    page, wide = busy_admin.page, "(each) => each.getBoundingClientRect().right > innerWidth"
+    for button, close in (("Swap", "Keep as it is"), ("Unload", "Keep it"), ("Predict", "Close")):
+        await busy_admin.press("fraud-check", button)
+        if button == "Predict":
+            await busy_admin.choose("Predict")
+            await expect(page.locator("#predict-answer")).to_be_visible()
+        await check_accessibility(busy_admin, "dialog[open]")
+        await page.set_viewport_size(PHONE)
+        parts = page.locator("dialog[open] *")
+        assert await parts.evaluate_all(f"parts => parts.filter({wide}).length") == 0
+        await busy_admin.choose(close)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        await page.set_viewport_size(DESKTOP)
+
+
+async def test_dialogs_and_search_work_by_keyboard(busy_admin: Console) -> None:
+    page = busy_admin.page
+    swap = busy_admin.row("fraud-check").get_by_role("button", name="Swap… fraud-check")
+    await swap.focus()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_label("Version")).to_be_focused()
+    await page.keyboard.press("Escape")
+    await expect(page.locator("dialog[open]")).to_have_count(0)
+    await expect(swap).to_be_focused()
+    await page.get_by_label("Find").focus()
+    await page.keyboard.type("RANK")
+    await expect(page.locator("#models-rows > tr")).to_have_count(1)
+    await page.get_by_label("Find").fill("")
 
 
 async def check_accessibility(console: Console, part: str | None = None) -> None:
@@ -346,71 +365,40 @@ async def check_accessibility(console: Console, part: str | None = None) -> None
     assert await console.serious(part, "color-contrast") == []  # the rest is the same in each scheme
 
 
-async def test_nothing_is_wider_than_a_phone(busy_server: Server, browser: Browser) -> None:
-    wide = "(each) => each.getBoundingClientRect().right > innerWidth"
-    async with Console.opened(browser, busy_server.url, PHONE) as console:
-        await console.sign_in(busy_server.api.token("admin"))
-        assert await console.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-        for button, close in (("Swap", "Keep as it is"), ("Unload", "Keep it"), ("Predict", "Close")):
-            await console.press("fraud-check", button)
-            parts = console.page.locator("dialog[open] *")
-            assert await parts.evaluate_all(f"parts => parts.filter({wide}).length") == 0
-            await console.choose(close)
-
-
-async def test_console_works_by_keyboard(busy_server: Server, browser: Browser) -> None:
-    async with Console.opened(browser, busy_server.url) as console:
-        page = console.page
-        await page.keyboard.type(busy_server.api.token("admin"))  # the field has the focus
-        await page.keyboard.press("Enter")
-        await console.see("fraud-check", "loaded")
-        swap = console.row("fraud-check").get_by_role("button", name="Swap… fraud-check")
-        await swap.focus()
-        await page.keyboard.press("Enter")
-        await expect(page.get_by_label("Version")).to_be_focused()
-        await page.keyboard.press("Escape")
-        await expect(page.locator("dialog[open]")).to_have_count(0)
-        await expect(swap).to_be_focused()
-        await page.get_by_label("Find").focus()
-        await page.keyboard.type("RANK")
-        await expect(page.locator("#models-rows > tr")).to_have_count(1)
-
-
-async def test_late_response_does_not_change_another_dialog(busy_server: Server, browser: Browser) -> None:
+async def test_late_response_does_not_change_another_dialog(busy_admin: Console) -> None:
     late = asyncio.Event()
 
     async def answered_late(route: Route) -> None:
         await late.wait()
         await route.continue_()
 
-    async with Console.opened(browser, busy_server.url) as console:
-        page = console.page
-        await console.sign_in(busy_server.api.token("admin"))
-        for path in ("api/v1/models/ranker", "v2/models/ranker", "v2/models/fraud-check/infer"):
-            await page.route(f"**/{path}", answered_late)
-        await console.press("ranker", "Swap")
-        await page.get_by_label("Strategy").select_option("in_place")
-        await page.get_by_label("Priority").select_option("high")
-        await page.keyboard.press("Escape")
-        await console.press("fraud-check", "Swap")
-        for choice in ("Strategy", "Priority"):
-            await expect(page.get_by_label(choice)).to_have_value("")
-        await page.keyboard.press("Escape")
-        await console.press("fraud-check", "Predict")
-        await expect(page.locator("#predict-body")).not_to_have_value("")
-        await console.choose("Predict")
-        await page.keyboard.press("Escape")
-        await console.press("embedder", "Predict")
-        await expect(page.locator("#predict-body")).not_to_have_value("")
-        asked = page.expect_response("**/api/v1/models/ranker")
-        async with asked:
-            late.set()
-        await expect(page.locator("#predict-title")).to_have_text("Predict with embedder")
-        await expect(page.locator("#predict-told")).to_have_text("")
-        await expect(page.locator("#load-title")).to_have_text("Swap fraud-check")
+    page = busy_admin.page
+    for path in ("api/v1/models/ranker", "v2/models/ranker", "v2/models/fraud-check/infer"):
+        await page.route(f"**/{path}", answered_late)
+    await busy_admin.press("ranker", "Swap")
+    await page.get_by_label("Strategy").select_option("in_place")
+    await page.get_by_label("Priority").select_option("high")
+    await page.keyboard.press("Escape")
+    await busy_admin.press("fraud-check", "Swap")
+    for choice in ("Strategy", "Priority"):
+        await expect(page.get_by_label(choice)).to_have_value("")
+    await page.keyboard.press("Escape")
+    await busy_admin.press("fraud-check", "Predict")
+    await expect(page.locator("#predict-body")).not_to_have_value("")
+    await busy_admin.choose("Predict")
+    await page.keyboard.press("Escape")
+    await busy_admin.press("embedder", "Predict")
+    await expect(page.locator("#predict-body")).not_to_have_value("")
+    async with page.expect_response("**/api/v1/models/ranker"):
+        late.set()
+    await expect(page.locator("#predict-title")).to_have_text("Predict with embedder")
+    await expect(page.locator("#predict-told")).to_have_text("")
+    await expect(page.locator("#load-title")).to_have_text("Swap fraud-check")
+    await page.unroute_all()
+    await page.keyboard.press("Escape")
 
 
-async def test_refusal_after_closing_the_dialog_is_a_notice(busy_server: Server, browser: Browser) -> None:
+async def test_refusal_after_closing_the_dialog_is_a_notice(busy_admin: Console) -> None:
     late = asyncio.Event()
 
     async def refused_late(route: Route) -> None:
@@ -418,25 +406,24 @@ async def test_refusal_after_closing_the_dialog_is_a_notice(busy_server: Server,
         problem = {"title": "Not now", "detail": "later \u202eperhaps", "code": "x"}
         await route.fulfill(status=503, json=problem)
 
-    async with Console.opened(browser, busy_server.url) as console:
-        await console.sign_in(busy_server.api.token("admin"))
-        await console.page.route("**/ranker/unload", refused_late)
-        await console.press("ranker", "Unload")
-        await expect(console.page.get_by_role("button", name="Keep it")).to_be_focused()
-        await console.choose("Unload")
-        await console.choose("Keep it")
-        await console.press("embedder", "Unload")
-        late.set()
-        notices = console.page.locator("#notices")
-        await expect(notices).to_contain_text("Not now: later \ufffdperhaps")
-        await expect(console.page.locator("#unload-dialog .refusal")).to_be_hidden()
-        await expect(console.page.locator("#unload-title")).to_have_text("Unload embedder")
-        await expect(console.page.locator("#unload-dialog")).to_be_visible()
+    await busy_admin.page.route("**/ranker/unload", refused_late)
+    await busy_admin.press("ranker", "Unload")
+    await expect(busy_admin.page.get_by_role("button", name="Keep it")).to_be_focused()
+    await busy_admin.choose("Unload")
+    await busy_admin.choose("Keep it")
+    await busy_admin.press("embedder", "Unload")
+    late.set()
+    notices = busy_admin.page.locator("#notices")
+    await expect(notices).to_contain_text("Not now: later \ufffdperhaps")
+    await expect(busy_admin.page.locator("#unload-dialog .refusal")).to_be_hidden()
+    await expect(busy_admin.page.locator("#unload-title")).to_have_text("Unload embedder")
+    await expect(busy_admin.page.locator("#unload-dialog")).to_be_visible()
+    await busy_admin.page.keyboard.press("Escape")
 
 
-async def test_pictures_of_the_readme(busy_server: Server, browser: Browser, tmp_path: Path) -> None:
+async def test_pictures_of_the_readme(busy_server: Server, browser: BrowserContext, tmp_path: Path) -> None:
     folder = Path(PICTURES) if PICTURES else tmp_path
-    async with Console.opened(browser, busy_server.url, {"width": 1180, "height": 800}) as console:
+    async with Console.opened(browser, busy_server.url, ViewportSize(width=1180, height=800)) as console:
         page = console.page
         await console.sign_in(busy_server.api.token("admin"))
         for turn in range(SHOWN_S * 4 if PICTURES else 1):
@@ -452,7 +439,7 @@ async def test_pictures_of_the_readme(busy_server: Server, browser: Browser, tmp
         await page.locator("#past-when").click()  # the focus leaves the field
         await page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
         await page.screenshot(path=folder / "console-dark.png")
-        await page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
+        await page.set_viewport_size(PHONE)
         await page.evaluate("scrollTo(0, 0)")
         await page.screenshot(path=folder / "console-phone.png")
     for picture in folder.glob("console-*.png"):

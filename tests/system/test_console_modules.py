@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestServer
-from playwright.async_api import Browser
 from support.browser import LIMIT_MS, Console, chromium, needs_browser
 from support.http import small_app, small_config
 
@@ -260,21 +259,21 @@ CASES: dict[str, tuple[object, str]] = {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as running:
-        yield running
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Where the console's files are, and nothing else."""
+async def console(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Console]:
+    """The console's files, and nothing else."""
     app = small_app(pages.routes, small_config(tmp_path_factory.mktemp("files") / "data"))
-    async with TestServer(app) as server:
-        yield str(server.make_url("/"))
+    async with (
+        TestServer(app) as server,
+        chromium() as browser,
+        Console.opened(browser, str(server.make_url("/"))) as console,
+    ):
+        yield console
 
 
 @pytest.mark.parametrize("case", CASES)
-async def test_module(browser: Browser, url: str, case: str) -> None:
+async def test_module(console: Console, case: str) -> None:
     expected, script = CASES[case]
-    async with Console.opened(browser, url) as console, asyncio.timeout(LIMIT_MS / 1000):
+    await console.page.reload()
+    async with asyncio.timeout(LIMIT_MS / 1000):
         assert await console.page.evaluate(f"async () => {{ {PRELUDE} {script} }}") == expected
+    assert not console.mistakes
