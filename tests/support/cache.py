@@ -214,7 +214,9 @@ def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
         _live(folder, dice.random(), dice.uniform(0, LIFE_S))
         seen["lives"] += 1
         seen["drafts"] += len(list(folder.glob("draft-*")))
-        _look(folder, seen)
+        store = opened(folder, KEPT_LIMIT_BYTES)
+        check_store(store, folder)
+        seen["forms"] += store.kept[0]
     sys.stdout.write(json.dumps(seen))
 
 
@@ -235,28 +237,36 @@ def _live(folder: Path, seed: float, seconds: float) -> None:
 
 
 def _keep_for_ever(folder: Path, dice: random.Random, told: int) -> None:
-    store = ModelCache(folder, KEPT_LIMIT_BYTES)
-    store.open()
+    store = opened(folder, KEPT_LIMIT_BYTES)
     os.write(told, b".")
     while True:
-        name = dice.choice(KEPT_NAMES)
-        match dice.randrange(10):
-            case 0:
-                store.record_useless(key(name), {"prepacked": "slower"}, model_id=name, version=1)
-            case 1:
-                store.drop(key(name), "it killed its worker")
-            case 2:
-                store.clear(name)
-            case _:
-                keep(store, name, dice.randrange(1, 200_000), model_id=name, seed=str(dice.random()))
+        change_store(store, dice)
 
 
-def _look(folder: Path, seen: Counter[str]) -> None:
-    store = ModelCache(folder, KEPT_LIMIT_BYTES)
-    store.open()
+def change_store(store: ModelCache, dice: random.Random, beside: ModelCache | None = None) -> None:
+    """Do what a server does to a store, or what somebody does beside it."""
+    name = dice.choice(KEPT_NAMES)
+    match dice.randrange(12):
+        case 0:
+            store.record_useless(key(name), {"prepacked": "slower"}, model_id=name, version=1)
+        case 1:
+            store.drop(key(name), "it killed its worker")
+        case 2:
+            (beside or store).clear(name)
+        case 3:
+            (beside or store).entries()
+        case 4:
+            used = store.use(key(name))
+            assert used is None or used.form == "prepacked"
+        case _:
+            keep(store, name, dice.randrange(1, 200_000), model_id=name, seed=str(dice.random()))
+
+
+def check_store(store: ModelCache, folder: Path) -> None:
+    """Check that all entries of an open store are whole, and that there is nothing else in its folder."""
     entries = store.entries()
     assert {path.name for path in folder.iterdir()} == {entry.key for entry in entries}
-    assert sum(entry.bytes for entry in entries) <= KEPT_LIMIT_BYTES
+    assert sum(entry.bytes for entry in entries) <= store.limit_bytes
     for entry in entries:
         assert entry.key == key(entry.model_id)
         prepared = store.use(entry.key)
@@ -264,4 +274,3 @@ def _look(folder: Path, seen: Counter[str]) -> None:
         if prepared is not None:
             assert prepared.sha256 == entry.sha256
             check_whole(prepared)
-        seen["bare" if prepared is None else "forms"] += 1

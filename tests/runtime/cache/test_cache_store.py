@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cache import MODEL, check_whole, halves, keep, key, made_of, opened, written
+from support.cache import (
+    KEPT_LIMIT_BYTES,
+    MODEL,
+    change_store,
+    check_store,
+    check_whole,
+    halves,
+    keep,
+    key,
+    made_of,
+    opened,
+    written,
+)
 from support.fleet import new_dice, of_both, tell
 from support.history import PLAIN, child
 
@@ -313,40 +325,17 @@ def test_folder_removed_while_open_comes_back(store: ModelCache, folder: Path) -
 
 
 def test_threads_and_another_process_share_the_cache(folder: Path) -> None:
-    store, beside = opened(folder, 2_000), ModelCache(folder, 0)
+    store, beside = opened(folder, KEPT_LIMIT_BYTES), ModelCache(folder, 0)
 
     def work(seed: int) -> None:
         dice = random.Random(seed)
         for _ in range(of_both(short=40, long=1_000)):
-            name = dice.choice("abcdefgh")
-            match dice.randrange(8):
-                case 0:
-                    store.record_useless(key(name), {}, model_id=name, version=1)
-                case 1:
-                    store.drop(key(name), "bad")
-                case 2:
-                    beside.clear(name)
-                case 3:
-                    beside.entries()
-                case 4:
-                    store.find(key(name))
-                case 5:
-                    used = store.use(key(name))
-                    assert used is None or used.form == "prepacked"
-                case _:
-                    keep(store, name, dice.randrange(1, 700), model_id=name, seed=str(dice.random()))
+            change_store(store, dice, beside)
 
     with ThreadPoolExecutor(4) as threads:
         for done in [threads.submit(work, seed) for seed in range(4)]:
             done.result()
-    entries = store.entries()
-    assert {path.name for path in folder.iterdir()} == {entry.key for entry in entries}
-    assert sum(entry.bytes for entry in entries) <= 2_000
-    for entry in entries:
-        used = store.use(entry.key)
-        assert (used is None) == (entry.form is None)
-        if used is not None:
-            check_whole(used)
+    check_store(store, folder)
 
 
 def test_kill_while_keeping_leaves_nothing_wrong(folder: Path) -> None:

@@ -1,15 +1,15 @@
 """The trial of a cached model: made-up inputs, equal answers, and a verdict on its durations."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.cache import describe, found, made, prepare_order, prepared, written_by_the_runtime
+from support.cache import describe, found, prepared, written_by_the_runtime
 from support.history import PLAIN
 from support.models import save
 from support.workers import Serve, array, ask, order_of
@@ -29,63 +29,60 @@ from runtime.process.pool import WorkerPool
 from runtime.wire import DATATYPES, CachedCopy, Tensor, TensorSpec
 
 
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
 def pair(load: int = 10, bare_load: int = 30, infer: int = 100, bare_infer: int = 100) -> Pair:
     return Pair(bare_load, load, bare_infer, infer, 5, 4)
 
 
-@pytest.mark.parametrize(
-    ("pairs", "why_not"),
-    [
-        ([pair()] * 3, None),
-        ([pair(load=30_000, bare_load=30_000)] * 3, "it loads no faster: at best 30.0 ms, bare 30.0 ms"),
-        ([pair(load=31_000, bare_load=30_000)] * 3, "it loads no faster: at best 31.0 ms, bare 30.0 ms"),
-        ([pair(), pair(), pair(load=90)], None),
-        (
-            [pair(load=20), pair(load=20), pair(load=90, bare_load=15)],
-            "it loads no faster: at best 0.0 ms, bare 0.0 ms",
-        ),
-        ([pair(), pair(load=90), pair(load=90)], "it loads no faster: at best 0.0 ms, bare 0.0 ms"),
-        ([pair(infer=103)] * 3, None),
-        ([pair(infer=104)] * 3, "its inferences are slower: at best 0.96 of the bare rate"),
-        ([pair(infer=200), pair(infer=200), pair(infer=103)], None),
-        (
-            [pair(infer=200), pair(infer=125), pair(infer=150)],
-            "its inferences are slower: at best 0.80 of the bare rate",
-        ),
-        ([pair(infer=0, bare_infer=0)] * 3, None),
-    ],
-    ids=[
-        "quick", "as quick", "slower", "slow once", "slower at its best", "slow twice", "nearly as quick",
-        "slower in inference", "slower in inference but once", "at its best", "too quick to be told",
-    ],
-)  # fmt: skip
-def test_verdict_needs_faster_loads_and_inference_as_quick(pairs: list[Pair], why_not: str | None) -> None:
+NO_FASTER = "it loads no faster: at best 0.0 ms, bare 0.0 ms"
+VERDICTS: dict[str, tuple[list[Pair], str | None]] = {
+    "quick": ([pair()] * 3, None),
+    "as quick": (
+        [pair(load=30_000, bare_load=30_000)] * 3, "it loads no faster: at best 30.0 ms, bare 30.0 ms",
+    ),
+    "slow once": ([pair(), pair(), pair(load=90)], None),
+    "slower at its best": ([pair(load=20), pair(load=20), pair(load=90, bare_load=15)], NO_FASTER),
+    "slow twice": ([pair(), pair(load=90), pair(load=90)], NO_FASTER),
+    "nearly as quick": ([pair(infer=103)] * 3, None),
+    "slower in inference": (
+        [pair(infer=104)] * 3, "its inferences are slower: at best 0.96 of the bare rate",
+    ),
+    "slower in inference but once": ([pair(infer=200), pair(infer=200), pair(infer=103)], None),
+    "too quick to be told": ([pair(infer=0, bare_infer=0)] * 3, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_verdict_needs_faster_loads_and_inference_as_quick(case: str) -> None:
+    pairs, why_not = VERDICTS[case]
     assert verdict(pairs) == why_not
 
 
 def test_figures_are_the_least_of_each() -> None:
-    assert least_of_each([pair(load=7), pair(infer=9), pair(bare_load=8)]) == {
-        "bare_load_us": 8,
-        "load_us": 7,
-        "bare_infer_ns": 100,
-        "infer_ns": 9,
-        "bare_bytes": 5,
-        "bytes": 4,
-    }
+    figures = least_of_each([pair(load=7), pair(infer=9), pair(bare_load=8)])
+    assert (figures["load_us"], figures["infer_ns"], figures["bare_load_us"]) == (7, 9, 8)
+    assert (figures["bare_infer_ns"], figures["bare_bytes"], figures["bytes"]) == (100, 5, 4)
 
 
-async def of_other_answers(pool: WorkerPool, root: Path) -> CachedCopy:
-    """Prepare `x + 1`, and give it out for a form of `m`, which is `x + 2`."""
-    save(models.add(1), root.parent / "other", "m")
-    order = prepare_order(root.parent / "other")
-    own = (await made(pool, order)).files
-    return describe(order.target, order.form, own, found(root / "m" / "1"))
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.cache.trial.RUN_S", 0.01)
 
 
-async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.weights(4), tmp_path / "models", "m")
-    form = await prepared(pool, tmp_path / "models")
-    why_not, pairs = await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form)
+async def tried(
+    pool: WorkerPool, root: Path, form: CachedCopy, *given: Tensor, limit_bytes: int | None = None
+) -> tuple[str | None, Sequence[Pair]]:
+    """Try a form of the model `m`."""
+    return await Trial(pool, order_of(root, "m", memory_limit_bytes=limit_bytes), given).run(form)
+
+
+async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, root: Path) -> None:
+    save(models.weights(4), root, "m")
+    why_not, pairs = await tried(pool, root, await prepared(pool, root))
     assert len(pairs) == 3
     assert why_not == verdict(pairs)
     assert all(min(pair.load_us, pair.infer_ns, pair.bare_infer_ns, pair.bytes) > 0 for pair in pairs)
@@ -100,35 +97,36 @@ async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, 
     ids=["answers", "declared"],
 )
 async def test_form_that_differs_is_of_no_use(
-    pool: WorkerPool, tmp_path: Path, model: ModelProto, why_not: str
+    pool: WorkerPool, root: Path, model: ModelProto, why_not: str
 ) -> None:
-    save(model, tmp_path / "models", "m")
-    form = await of_other_answers(pool, tmp_path / "models")
-    assert await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form) == (why_not, [])
+    save(model, root, "m")
+    other = root.parent / "other" / "models"
+    save(models.add(1), other, "m")
+    form = await prepared(pool, other)  # given out for one of the model
+    form = describe(form.folder, form.form, form.files, found(root / "m" / "1"))
+    assert await tried(pool, root, form) == (why_not, [])
 
 
-async def test_form_of_a_random_model_is_of_no_use(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.random_numbers(), tmp_path / "models", "m")
-    form = await prepared(pool, tmp_path / "models")
-    outcome = await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form)
-    assert outcome == ("its answers differ", [])
+async def test_form_of_a_random_model_is_of_no_use(pool: WorkerPool, root: Path) -> None:
+    save(models.random_numbers(), root, "m")
+    assert await tried(pool, root, await prepared(pool, root)) == ("its answers differ", [])
 
 
-async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.misaligned(), tmp_path / "models", "m")
-    order = written_by_the_runtime(tmp_path / "models")
+async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, root: Path) -> None:
+    save(models.misaligned(), root, "m")
+    order = written_by_the_runtime(root)
     assert order.prepared is not None
     with pytest.raises(WorkerDied):
-        await Trial(pool, replace(order, prepared=None), ()).run(order.prepared)
+        await tried(pool, root, order.prepared)
     assert not pool._workers
 
 
-async def test_trial_of_changed_files_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.add(2), tmp_path / "models", "m")
-    form = await prepared(pool, tmp_path / "models")
-    save(models.add(3), tmp_path / "models", "m")
+async def test_trial_of_changed_files_is_refused(pool: WorkerPool, root: Path) -> None:
+    save(models.add(2), root, "m")
+    form = await prepared(pool, root)
+    save(models.add(3), root, "m")
     with pytest.raises(LoadRefused) as refused:
-        await Trial(pool, order_of(tmp_path / "models", "m"), ()).run(form)
+        await tried(pool, root, form)
     assert refused.value.code == "model_changed"
 
 
@@ -143,31 +141,29 @@ async def test_trial_of_changed_files_is_refused(pool: WorkerPool, tmp_path: Pat
 )
 async def test_bare_model_that_fails_ends_the_trial(
     pool: WorkerPool,
-    tmp_path: Path,
+    root: Path,
     model: ModelProto,
     given: tuple[Tensor, ...],
     *,
     limit_bytes: int | None,
     words: str,
 ) -> None:
-    save(model, tmp_path / "models", "m")
-    form = await prepared(pool, tmp_path / "models")
-    order = order_of(tmp_path / "models", "m", memory_limit_bytes=limit_bytes)
+    save(model, root, "m")
+    form = await prepared(pool, root)
     with pytest.raises(TrialInterrupted if limit_bytes else TrialImpossible, match=words):
-        await Trial(pool, order, given).run(form)
+        await tried(pool, root, form, *given, limit_bytes=limit_bytes)
 
 
-async def test_trial_uses_given_inputs(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.reshape(6), tmp_path / "models", "m")
-    form = await prepared(pool, tmp_path / "models")
-    order = order_of(tmp_path / "models", "m")
+async def test_trial_uses_given_inputs(pool: WorkerPool, root: Path) -> None:
+    save(models.reshape(6), root, "m")
+    form = await prepared(pool, root)
     with pytest.raises(TrialImpossible):
-        await Trial(pool, order, ()).run(form)
+        await tried(pool, root, form)
     given = (
         Tensor("x", "FP32", (6,), b"[1, 2, 3, 4, 5, 6]", text=True),
         Tensor("sides", "INT64", (2,), b"[2, 3]", text=True),
     )
-    _, pairs = await Trial(pool, order, given).run(form)
+    _, pairs = await tried(pool, root, form, *given)
     assert len(pairs) == 3
 
 
