@@ -18,6 +18,8 @@ from runtime.wire import (
 
 CHUNK_BYTES = 64 * 2**10
 """Shorter frames are cut out of one read; a longer one is read into a buffer of its own."""
+JOINED_BYTES = 32 * 2**10
+"""Of frames to send: copying this much takes about as long as one more buffer in a system call."""
 
 _new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
 """Allocates without filling: zeroing 600 KB takes as long as reading them, and announced bytes that never

@@ -117,11 +117,7 @@ class CacheUnavailable(RuntimeProblem):
 
 
 class CacheFolder:
-    """The cache's folder, for the threads of one process.
-
-    Args:
-        path: the folder; no link to it or in it is followed.
-    """
+    """The cache's folder, for the threads of one process; no link to it or in it is followed."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path.parent)) / path.name

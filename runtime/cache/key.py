@@ -39,16 +39,10 @@ _SAYS = "build_and_package_info.py"
 
 @cache
 def cpu_features(proc: Path = PROC) -> str:
-    """Return a hash of the kinds of CPU of this machine and their features.
+    """Return the SHA-256, in 64 hex digits, of the kinds of CPU of this machine and their features.
 
-    Cached: with hundreds of cores the file takes milliseconds. A virtual machine that moves to another CPU
-    while it runs keeps its hash.
-
-    Args:
-        proc: where the proc file system is.
-
-    Returns:
-        SHA-256 in 64 hex digits; the same one on all machines without that information.
+    It is the same on all machines without that information. Cached: with hundreds of cores the file takes
+    milliseconds. A virtual machine that moves to another CPU while it runs keeps its hash.
     """
     try:
         with (proc / "cpuinfo").open("rb") as file:

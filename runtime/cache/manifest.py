@@ -111,22 +111,10 @@ class FinishedForm:
     tried: Mapping[Form, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A manifest as others see it: without its files, with their size and its last use."""
+class Entry(Manifest, frozen=True, kw_only=True):
+    """A manifest and the timestamp of its last use."""
 
-    key: str
-    model_id: str
-    version: int
-    form: Form | None
-    sha256: str | None
-    bytes: int
-    made_at: str
     used_at: str
-    took_ms: int
-    figures: Mapping[str, Figure]
-    tried: Mapping[Form, str]
-    untried_on: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +127,7 @@ class Cleared:
 
 def make_entry(manifest: Manifest, used_ns: int) -> Entry:
     """Return the entry of a manifest and its last use."""
-    return Entry(
-        key=manifest.key,
-        model_id=manifest.model_id,
-        version=manifest.version,
-        form=manifest.form,
-        sha256=manifest.sha256,
-        bytes=manifest.bytes,
-        made_at=manifest.made_at,
-        used_at=timestamp_of(used_ns),
-        took_ms=manifest.took_ms,
-        figures=manifest.figures,
-        tried=manifest.tried,
-        untried_on=manifest.untried_on,
-    )
+    return Entry(**msgspec.structs.asdict(manifest), used_at=timestamp_of(used_ns))
 
 
 def describe_cached(

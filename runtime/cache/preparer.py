@@ -131,11 +131,7 @@ class Candidate:
 
 
 class PreparationRun:
-    """One preparation of one version.
-
-    Attributes:
-        outcomes: the outcome of each form tried so far.
-    """
+    """One preparation of one version; `outcomes` has that of each form tried so far."""
 
     def __init__(
         self, store: ModelCache, pool: WorkerPool, repository: Repository, candidate: Candidate
@@ -303,20 +299,17 @@ class Preparer:
 
     Args:
         store: the model cache; None disables it.
-        pool: the pool of workers.
-        repository: the model repository.
         wake: called when the scheduler has something new to decide.
 
     Attributes:
         preparation: the preparation under way, for the scheduler.
         candidate: its version.
-        counts: outcomes so far.
     """
 
     def __init__(
         self, store: ModelCache | None, pool: WorkerPool, repository: Repository, wake: Callable[[], None]
     ) -> None:
-        self._store = store
+        self.store = store
         self._pool = pool
         self._repository = repository
         self._wake = wake
@@ -329,11 +322,6 @@ class Preparer:
         self.counts = PreparingCounts()
 
     @property
-    def store(self) -> ModelCache | None:
-        """The model cache, if there is one."""
-        return self._store
-
-    @property
     def preparable(self) -> dict[str, int]:
         """Memory that preparing a candidate takes, in bytes by load job id, oldest first."""
         if time.monotonic() < self._paused_until:
@@ -342,17 +330,17 @@ class Preparer:
 
     def offer(self, candidate: Candidate) -> None:
         """Offer a version that was loaded bare; it becomes a candidate unless it was tried before."""
-        if self._store is not None and len(self._candidates) < MAX_CANDIDATES:
-            self._spawn(self._consider(self._store, candidate))
+        if self.store is not None and len(self._candidates) < MAX_CANDIDATES:
+            self._spawn(self._consider(self.store, candidate))
 
     def begin(self, load_job_id: str) -> None:
         """Prepare the candidate of a load; `wake` is called at the end, whatever the outcome."""
-        if self._store is None or self._running is not None:
+        if self.store is None or self._running is not None:
             raise RuntimeError("nothing can be prepared now")
         key = next(key for key, each in self._candidates.items() if each.load_job_id == load_job_id)
         self.candidate = candidate = self._candidates.pop(key)
         self.preparation = PreparationView(load_job_id, candidate.need_bytes)
-        self._running = asyncio.create_task(self._prepare(self._store, key, candidate), name="preparing")
+        self._running = asyncio.create_task(self._prepare(self.store, key, candidate), name="preparing")
         self._running.add_done_callback(lambda _: self._on_ended())
 
     def stop(self) -> None:
@@ -374,10 +362,10 @@ class Preparer:
         Their hashes are those that the ledger has for files of these sizes and times; the load verifies them.
         """
         key = self._key(files, footprints)
-        if self._store is None or key is None:
+        if self.store is None or key is None:
             return None
         try:
-            return self._store.use(key)
+            return self.store.use(key)
         except (CacheUnavailable, OSError) as error:
             _log.warning("a prepared form cannot be used, and the load goes on without it: %s", error)
             return None
@@ -385,12 +373,12 @@ class Preparer:
     def form_of(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
         """Return which form `find_form` would give, most likely; call it in a thread, too."""
         key = self._key(files, footprints)
-        entry = self._store.find(key) if self._store is not None and key is not None else None
+        entry = self.store.find(key) if self.store is not None and key is not None else None
         return None if entry is None else entry.form
 
     def _key(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
         known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
-        if self._store is None or known is None:
+        if self.store is None or known is None:
             return None
         return make_key(source_hashes(known), self._pool.threads)
 
@@ -398,8 +386,8 @@ class Preparer:
         """Drop a form that failed in a load or in service."""
         _log.warning("the prepared form %s is dropped: %s", prepared.sha256[:12], reason)
         self.counts.dropped += 1
-        if self._store is not None:
-            self._spawn(self._drop(self._store, prepared, reason))
+        if self.store is not None:
+            self._spawn(self._drop(self.store, prepared, reason))
 
     def _spawn(self, look: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(look)

@@ -36,8 +36,8 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.process.pool import WorkerPool, kill_and_wait
-from runtime.process.worker import LoadReport, Worker
-from runtime.wire import DATATYPES, CachedCopy, Load, Outcome, Tensor, TensorSpec
+from runtime.process.worker import Worker
+from runtime.wire import DATATYPES, CachedCopy, Load, Loaded, Outcome, Tensor, TensorSpec
 
 LENGTHS = ((1, 8), (8, 8), (2, 8), (1, 64))
 """Lengths for open dimensions: of the first one, usually the batch dimension, and of the others."""
@@ -201,7 +201,7 @@ class Trial:
     """Trials of one version's forms.
 
     Args:
-        pool: the pool of workers.
+        pool: for two fresh workers each time.
         bare: the order to load the version; a trial skips its warm-up and runs in the background.
         given: inputs of its loadledger.toml; empty means that the trial makes some up.
     """
@@ -228,9 +228,10 @@ class Trial:
             ):
                 if source_hashes(bare_report.files) != prepared.sources:
                     raise LoadRefused("model_changed", "the model's files have changed")
-                difference = _difference(bare_report, report)
-                if difference is not None:
-                    return difference, pairs
+                if report.prepared is None:
+                    return report.prepared_failure or "it was not used", pairs
+                if (bare_report.inputs, bare_report.outputs) != (report.inputs, report.outputs):
+                    return "its inputs or outputs are declared otherwise", pairs
                 sets = self._sets = self._sets or await self._asked(bare, bare_report)
                 if not await _agree(bare, other, sets):
                     return "its answers differ", pairs
@@ -241,7 +242,7 @@ class Trial:
         return verdict(pairs), pairs
 
     @asynccontextmanager
-    async def _loaded(self, order: Load) -> AsyncIterator[tuple[Worker, LoadReport]]:
+    async def _loaded(self, order: Load) -> AsyncIterator[tuple[Worker, Loaded]]:
         worker = await self._pool.start(uuid7())
         try:
             with bare_model_errors() if order.prepared is None else nullcontext():
@@ -250,7 +251,7 @@ class Trial:
         finally:
             await kill_and_wait(worker)
 
-    async def _asked(self, bare: Worker, report: LoadReport) -> list[tuple[Tensor, ...]]:
+    async def _asked(self, bare: Worker, report: Loaded) -> list[tuple[Tensor, ...]]:
         """Return the inputs of the trial: the given ones, and made-up ones that the model accepts."""
         found = [self._given] if self._given else []
         shapes: set[tuple[tuple[int, ...], ...]] = set()
@@ -277,19 +278,11 @@ class Trial:
         return found
 
 
-async def _made_up(report: LoadReport) -> AsyncIterator[tuple[Tensor, ...]]:
+async def _made_up(report: Loaded) -> AsyncIterator[tuple[Tensor, ...]]:
     """Yield made-up inputs; a thread makes them, since a large one takes a while."""
     source = make_samples(report.inputs)
     while (made := await asyncio.to_thread(next, source, None)) is not None:
         yield made
-
-
-def _difference(bare: LoadReport, prepared: LoadReport) -> str | None:
-    if prepared.prepared is None:
-        return prepared.prepared_failure or "it was not used"
-    if (bare.inputs, bare.outputs) != (prepared.inputs, prepared.outputs):
-        return "its inputs or outputs are declared otherwise"
-    return None
 
 
 async def _agree(bare: Worker, other: Worker, sets: Iterable[tuple[Tensor, ...]]) -> bool:

@@ -24,11 +24,11 @@ from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, W
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S
 from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import LoadReport, Worker
+from runtime.process.worker import Worker
 from runtime.repository import FileStat, ModelVersion, Repository
 from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
-from runtime.wire import CachedCopy, HashedFile, Load, Tensor
+from runtime.wire import CachedCopy, HashedFile, Load, Loaded, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ class RunningLoad:
     worker_id: str
     wake: Callable[[], None]
     workers: list[Worker] = field(default_factory=list)
-    report: LoadReport | None = None
-    reports: dict[str, LoadReport] = field(default_factory=dict)
+    report: Loaded | None = None
+    reports: dict[str, Loaded] = field(default_factory=dict)
     failure: Failure | None = None
     stage: str | None = None
     prepared: CachedCopy | None = None
@@ -139,7 +139,7 @@ class RunningLoad:
         return max(0, self.requests_at_drain - self.aborted_requests)
 
     @property
-    def finished_report(self) -> LoadReport:
+    def finished_report(self) -> Loaded:
         """The first worker's report, of a load whose workers have all loaded.
 
         Raises:
@@ -344,7 +344,7 @@ def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
 
 async def _load_instance(
     load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
-) -> LoadReport:
+) -> Loaded:
     """Start a worker and load the model in it; a failure is stored before the worker's exit is noticed.
 
     If it dies while it loads a prepared form, another worker loads without that form.
@@ -380,7 +380,7 @@ async def _load_instance(
     return report
 
 
-async def _load_unprepared(load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str) -> LoadReport:
+async def _load_unprepared(load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str) -> Loaded:
     """Load in another worker without the prepared form with which the first one failed."""
     load.reserve_unprepared()
     load.expected_exits.discard(worker_id)

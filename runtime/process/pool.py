@@ -262,11 +262,7 @@ def _socketpair(
 
 
 class PreforkedWorker:
-    """At most one pre-forked worker: it starts while its load is still being decided and recorded.
-
-    Args:
-        fork: forks a worker with this id.
-    """
+    """At most one pre-forked worker: it starts while its load is still being decided and recorded."""
 
     def __init__(self, fork: Callable[[str], Coroutine[Any, Any, Worker]]) -> None:
         self._fork = fork

@@ -61,21 +61,10 @@ PROBLEMS: dict[str, type[RuntimeProblem]] = {
     problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
 }
 
-LoadReport = Loaded
-"""The report of a load: files with identities and hashes, inputs, outputs, memory, durations."""
-PrepareReport = PrepareDone
-"""The report of preparing: the cached model's files and its sources, with identities and hashes."""
-
 
 @dataclass(frozen=True, slots=True)
 class _PendingOrder:
-    """A load or preparation whose report is pending.
-
-    Attributes:
-        order: the message to the worker.
-        answer: the caller's future.
-        on_stage: called with each stage of a load.
-    """
+    """A load or preparation whose report is pending, and the future of its caller."""
 
     order: Load | Prepare
     answer: asyncio.Future[Any]
@@ -158,11 +147,11 @@ class Worker:
 
     async def load(
         self, order: Load, on_stage: Callable[[str], None], warm_up_inputs: Sequence[Tensor] = ()
-    ) -> LoadReport:
+    ) -> Loaded:
         """Load a model, once per worker; the worker ends by itself when this fails.
 
         Args:
-            order: what to load.
+            order: the version, and the parameters of the load.
             on_stage: called with `loading`, `warming_up` if the model is run, and `measuring`.
             warm_up_inputs: inputs of the warm-up; empty means zeros, where shapes allow it.
 
@@ -173,10 +162,10 @@ class Worker:
         # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         order = replace(order, tensors=heads(warm_up_inputs))
-        report: LoadReport = await self._answer_to(order, warm_up_inputs, on_stage)
+        report: Loaded = await self._answer_to(order, warm_up_inputs, on_stage)
         return report
 
-    async def prepare(self, order: Prepare) -> PrepareReport:
+    async def prepare(self, order: Prepare) -> PrepareDone:
         """Make a cached model, once per worker and instead of a load; the worker then ends by itself.
 
         Args:
@@ -186,7 +175,7 @@ class Worker:
             LoadRefused: with the code of the reason: `prepare_failed`, `disk_full`, or one of a load's.
             WorkerDied: `worker_died`.
         """
-        report: PrepareReport = await self._answer_to(order)
+        report: PrepareDone = await self._answer_to(order)
         return report
 
     async def infer(

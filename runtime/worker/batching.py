@@ -91,9 +91,7 @@ class BatchDimension:
 class Queue:
     """Waiting requests, grouped by what may run together.
 
-    Args:
-        limit: elements of a batch.
-        delay_ns: how long a request may wait for others.
+    A batch has at most `limit` elements, and a request waits for others for `delay_ns`.
     """
 
     def __init__(self, limit: int, delay_ns: int) -> None:

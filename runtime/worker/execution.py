@@ -10,6 +10,7 @@ import msgspec
 import onnxruntime as ort
 
 from runtime.errors import InferenceCancelled, InferenceFailed, RuntimeProblem
+from runtime.frames import JOINED_BYTES
 from runtime.wire import PREFIX, Buffer, Infer, InferenceFailure, Message, Outcome, Tensor, plain_text
 from runtime.worker.batching import (
     BatchDimension,
@@ -20,8 +21,6 @@ from runtime.worker.batching import (
 )
 from runtime.worker.inference import Runner
 
-JOINED_BYTES = 32 * 2**10
-"""Copying this much takes about as long as one more buffer in a system call."""
 HELD_BYTES = 256 * 2**10
 """Limit of unsent answers: about what a socket's buffer holds."""
 HELD_NS = 200_000
@@ -211,14 +210,7 @@ class Cancellation:
 
 
 class InferenceExecutor:
-    """Runs a model for requests, and answers each.
-
-    Args:
-        runner: runs the session.
-        outbox: sends the answers.
-        cancellation: shared with the thread that reads cancellations.
-        dimension: the batch dimension, if there is one.
-    """
+    """Runs a model for requests, and answers each."""
 
     def __init__(
         self, runner: Runner, outbox: Outbox, cancellation: Cancellation, dimension: BatchDimension | None

@@ -177,13 +177,7 @@ class SelectedOutputs:
 
 
 class Runner:
-    """Runs one session; invalid inputs are refused before they reach it.
-
-    Args:
-        session: the session.
-        inputs: all inputs, as reported to the server.
-        outputs: all outputs.
-    """
+    """Runs one session; invalid inputs are refused before they reach it."""
 
     def __init__(
         self, session: ort.InferenceSession, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
@@ -213,8 +207,12 @@ class Runner:
         return self._known(outputs, text, digest)
 
     def _select(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> SelectedOutputs:  # noqa: FBT001
-        for output in outputs:
-            self._check_output(output.name)
+        for name in [output.name for output in outputs]:
+            datatype = self._outputs.get(name)
+            if datatype is None:
+                raise InvalidInput(f"the model has no output {name!r}")
+            if datatype not in DATATYPES:
+                raise InvalidInput(f"output {name!r} is a {datatype}, which is no tensor to send")
         chosen = {output.name: output.text for output in outputs} or {
             name: text for name, datatype in self._outputs.items() if datatype in DATATYPES
         }
@@ -301,13 +299,6 @@ class Runner:
             value = ort.OrtValue.ortvalue_from_numpy(array)
         return value._get_c_value()  # noqa: SLF001 - what the session within the session takes
 
-    def _check_output(self, name: str) -> None:
-        datatype = self._outputs.get(name)
-        if datatype is None:
-            raise InvalidInput(f"the model has no output {name!r}")
-        if datatype not in DATATYPES:
-            raise InvalidInput(f"output {name!r} is a {datatype}, which is no tensor to send")
-
     def _refuse(self, tensor: Tensor, *, given: bool) -> None:
         """Raise the reason why this is no valid input."""
         name, expected = tensor.name, self._inputs.get(tensor.name)
@@ -328,7 +319,10 @@ def to_array(tensor: Tensor) -> Any:
             number of elements that does not fit the shape, or a BOOL that is neither 0 nor 1.
     """
     if tensor.datatype == "BYTES":
-        elements = _texts(tensor)
+        try:
+            elements = unpack_texts(tensor.data)
+        except MalformedTexts as error:
+            raise InvalidInput(f"input {tensor.name!r}: {error}") from None
         flat: Any = np.empty(len(elements), object)
         flat[:] = elements
     else:
@@ -390,10 +384,3 @@ def _array_of(value: Any, datatype: str) -> Any:
     size = int(np.prod(shape, dtype=np.int64)) * DATATYPES[datatype].size
     data = ctypes.string_at(value.data_ptr(), size) if size else b""
     return np.frombuffer(data, _TYPES[datatype]).reshape(shape)
-
-
-def _texts(tensor: Tensor) -> list[str]:
-    try:
-        return unpack_texts(tensor.data)
-    except MalformedTexts as error:
-        raise InvalidInput(f"input {tensor.name!r}: {error}") from None

@@ -58,7 +58,7 @@ SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
 """The system call's number by machine; the C library has no function for it."""
 IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT = 1, 3, 13
 """linux/ioprio.h"""
-AUTOGROUP = "/proc/self/autogroup"
+AUTOGROUP = Path("/proc/self/autogroup")
 """Where the kernel schedules each session (setsid) as one group, niceness counts only within it; this file
 sets the group's."""
 WATCHED_FROM_BYTES = 4 * 2**20
@@ -68,13 +68,7 @@ OnStage = Callable[[LoadStage], None]
 
 
 class FileHashing:
-    """The hashing of one folder's files.
-
-    Args:
-        folder: the folder.
-        files: the files to hash.
-        known: files with their hashes; those with the same identity are not hashed again.
-    """
+    """The hashing of one folder's files; those with the identity of a known file are not hashed again."""
 
     def __init__(self, folder: Path, files: Sequence[FoundFile], known: Iterable[HashedFile]) -> None:
         self.folder = folder
@@ -211,10 +205,6 @@ class CachedModel:
 
     Files whose identity is unchanged are trusted; the others are hashed.
 
-    Args:
-        prepared: the description in the order to load.
-        sources: the hashing of the repository's files.
-
     Raises:
         CachedModelUnusable: it was made of other files, or its own files have changed.
     """
@@ -290,31 +280,15 @@ def lower_priority() -> None:
 
     Where the kernel refuses, nothing changes.
     """
-    for lower in (_nice, _batch, _idle_io, _autogroup):
-        with contextlib.suppress(OSError):
-            lower()
-
-
-def _nice() -> None:
-    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
-
-
-def _batch() -> None:
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _idle_io() -> None:
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     number = SYS_IOPRIO_SET.get(platform.machine())
     if number is not None:
         ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)
-
-
-def _autogroup() -> None:
-    descriptor = os.open(AUTOGROUP, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, b"%d" % NICENESS)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        AUTOGROUP.write_bytes(b"%d" % NICENESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,15 +303,7 @@ class _Made:
 
 
 def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
-    """Load the model of an order.
-
-    Args:
-        order: the server's message.
-        given: inputs of the warm-up; empty means zeros.
-        on_stage: called with each stage.
-
-    Returns:
-        The model, and the report for the server.
+    """Load the model of an order, warm it up on the given inputs, and make the report for the server.
 
     Raises:
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.

@@ -278,7 +278,11 @@ def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[Non
     if order.most_bytes is not None:
         wanted = min(wanted, order.most_bytes)
     there_is = max(0, free_disk_bytes(target)) // 2
-    _limit_files(min(wanted, there_is))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = min(wanted, there_is)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+    )
     try:
         yield
     except OSError as error:
@@ -287,12 +291,6 @@ def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[Non
         if wanted <= there_is:
             raise LoadRefused("prepare_failed", f"a file of it has more than {wanted} bytes") from None
         raise LoadRefused("disk_full", f"{target} has room for files of {there_is} bytes") from None
-
-
-def _limit_files(most: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
 
 
 def _write(order: Prepare, folder: Path, root: Path) -> None:

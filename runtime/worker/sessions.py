@@ -40,14 +40,7 @@ UNREADABLE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class ServingSession:
-    """A session that can serve.
-
-    Attributes:
-        runner: runs the session.
-        inputs: all inputs, as reported to the server.
-        outputs: all outputs.
-        dimension: the batch dimension; None without batching.
-    """
+    """A session that can serve, its inputs and outputs as reported to the server, its batch dimension."""
 
     runner: Runner
     inputs: tuple[TensorSpec, ...]
@@ -142,7 +135,7 @@ def create_checked(
     Args:
         folder: the version's folder.
         root: the repository's root, without links.
-        chosen: the session's options.
+        chosen: its options.
         limit_bytes: the memory limit, for the error text.
 
     Raises:
@@ -151,9 +144,9 @@ def create_checked(
     path = folder / MODEL_FILE
     if check_external_data(path, folder, root):
         return create_session(str(path), chosen, limit_bytes)
-    create_session(
-        _beginning(path), _isolated(session_options(1)), limit_bytes
-    )  # says, in its own words, what is wrong
+    with path.open("rb") as file:
+        beginning = file.read(UNREADABLE_BYTES)
+    create_session(beginning, _isolated(session_options(1)), limit_bytes)  # its own words for what is wrong
     raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
 
 
@@ -190,11 +183,6 @@ def limit_memory(limit_bytes: int | None) -> None:
     wanted = memory.data_bytes() + limit_bytes
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-
-
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(UNREADABLE_BYTES)
 
 
 def _isolated(chosen: ort.SessionOptions) -> ort.SessionOptions:

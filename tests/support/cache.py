@@ -22,9 +22,9 @@ from runtime.cache.manifest import Figure, FinishedForm, describe_cached, source
 from runtime.cache.store import ModelCache
 from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import LoadReport, PrepareReport, Worker
+from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash
+from runtime.wire import CachedCopy, Form, HashedFile, Load, Loaded, Prepare, PrepareDone, SourceHash
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import order_of
 
@@ -39,7 +39,7 @@ def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> 
     return Prepare(str(root), load.folder, load.files, 1, None, (), form, str(target))
 
 
-async def made(pool: WorkerPool, order: Prepare) -> PrepareReport:
+async def made(pool: WorkerPool, order: Prepare) -> PrepareDone:
     """Prepare a model; the worker then ends by itself."""
     worker = await pool.start("w")
     report = await worker.prepare(order)
@@ -66,7 +66,7 @@ def found(folder: Path | str) -> tuple[HashedFile, ...]:
     return tuple(_loaded(path) for path in sorted(Path(folder).iterdir()))
 
 
-async def load(pool: WorkerPool, order: Load) -> tuple[Worker, LoadReport]:
+async def load(pool: WorkerPool, order: Load) -> tuple[Worker, Loaded]:
     """Load the model of an order into a new worker."""
     worker = await pool.start("w")
     return worker, await worker.load(order, lambda _: None)

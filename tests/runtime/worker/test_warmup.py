@@ -17,9 +17,9 @@ from events.types import LoadParameters, ModelLoaded
 from runtime.errors import Exit, LoadRefused
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import LoadReport, Worker
+from runtime.process.worker import Worker
 from runtime.statistics import Statistics
-from runtime.wire import Tensor
+from runtime.wire import Loaded, Tensor
 from runtime.worker.warmup import MAX_ZEROS_BYTES
 
 GIVEN = """
@@ -37,7 +37,7 @@ del NO_TENSOR_OUTPUT.graph.output[0]
 
 async def loaded(
     pool: WorkerPool, root: Path, *given: Tensor, **ordered: Any
-) -> tuple[LoadReport, list[str], Worker]:
+) -> tuple[Loaded, list[str], Worker]:
     """Load the model `m` into a worker; returns its report and the stages."""
     stages: list[str] = []
     worker = await pool.start("w")
