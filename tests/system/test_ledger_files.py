@@ -3,8 +3,8 @@
 import asyncio
 import resource
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,34 +84,33 @@ def _define_index(connection: sqlite3.Connection, sql: str) -> None:
     connection.execute(f"PRAGMA schema_version = {version + 1}")  # so that every connection reads it
 
 
-@pytest.mark.parametrize("trouble", [full_disk, locked, damaged_schema])
-async def test_server_recovers_when_the_ledger_can_be_written_again(
-    config: Config, trouble: Callable[[Server, Path], AbstractContextManager[None]]
-) -> None:
+async def test_server_recovers_each_time_the_ledger_can_be_written_again(config: Config) -> None:
     async with loaded(config) as server:
         acknowledged = [event.id for event in await events(config) if event.type == "LoadRequested"]
-        with trouble(server, config.data):
-            await check_load_refused_and_inference_works(server)
-            if trouble is damaged_schema:
-                assert not await is_ready(server)
-        await when(lambda: is_ready(server), bool)
-        acknowledged.append((await server.api.load("n"))["id"])
+        for trouble in (full_disk, locked, damaged_schema):
+            with trouble(server, config.data):
+                await check_load_refused_and_inference_works(server)
+                if trouble is damaged_schema:
+                    assert not await is_ready(server)
+            await when(lambda: is_ready(server), bool)
+            acknowledged.append((await server.api.load("n"))["id"])
+            await server.api.unload("n")
         assert await server.stop() == 0
     verified(config)
     log = await events(config)
     ids = [event.id for event in log]
     assert [event_id for event_id in ids if event_id in acknowledged] == acknowledged
     assert len(set(ids)) == len(ids)
-    assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n"]
+    assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n", "n", "n"]
 
 
-async def test_plain_copy_of_an_open_ledger_is_refused_and_backup_is_not(
+async def test_backup_of_an_open_ledger_and_ledger_after_failed_start_are_verified(
     config: Config, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copied.db"
     async with loaded(config) as server:
         copied.write_bytes((config.data / LEDGER).read_bytes())
-        with pytest.raises(IncompleteCopy):
+        with pytest.raises(IncompleteCopy):  # a plain copy lacks what is in the write-ahead log
             audit(copied)
         process = await asyncio.create_subprocess_exec(
             *(*MODULE, "backup", f"--data={config.data}", tmp_path / "backup.db"),
@@ -124,12 +123,6 @@ async def test_plain_copy_of_an_open_ledger_is_refused_and_backup_is_not(
         kept = (await server.api.get("/api/v1/events/head", roles=("audit",))).json
         assert stdout.decode().splitlines()[-1] == f"head: {kept['position']}:{kept['hash']}"
         assert audit(tmp_path / "backup.db").finding is None
-        await server.stop()
-    assert audit(config.data / LEDGER).finding is None
-
-
-async def test_failed_start_after_a_kill_leaves_a_verifiable_ledger(config: Config) -> None:
-    async with loaded(config) as server:
         await server.kill()
     (config.data / "ledger.key").write_text("no key")
     process = await asyncio.create_subprocess_exec(

@@ -49,9 +49,35 @@ async def refuses_connections(server: Server) -> None:
             writer.close()
 
 
-async def test_serve_prints_its_address_and_children_have_no_http_stack(config: Config) -> None:
+async def check_second_server_names_the_first(server: Server, config: Config) -> None:
+    second = await asyncio.create_subprocess_exec(
+        *(*MODULE, "serve", "--port=0", f"--repository={config.repository}", f"--data={config.data}"),
+        env=clean_environment(),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await second.communicate()
+    assert (second.returncode, out) == (2, b"")
+    assert f"is in use by process {server.pid};" in err.decode()
+    assert "Traceback" not in err.decode()
+    assert (await server.api.get("/health/ready")).status == 200
+
+
+async def test_serve_prints_its_address_and_children_have_no_http_stack(
+    config: Config, tmp_path: Path
+) -> None:
+    config = replace(config, data=tmp_path / ("d" * 100) / ("d" * 100))  # longer than a socket's path may be
+    config.data.parent.mkdir()
     save(models.add(1), config.repository, "m")
-    async with serving(config, command=SCRIPT) as server:
+    few_descriptors = ("bash", "-c", 'ulimit -Sn 200 && exec "$@"', "bash", *SCRIPT)
+    relative = "--repository=."  # the server is started in the repository; the last option counts
+    environment = {"LOADLEDGER_HOST": "nowhere.invalid"}  # options go before variables
+    async with serving(
+        config, relative, "--host=127.0.0.1", command=few_descriptors, environment=environment
+    ) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard != 200
         await server.api.load("m")
         assert (await server.api.infer("m", ONE)).json["outputs"][0]["data"] == [2]
         children = server.children()
@@ -61,6 +87,7 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(config: 
             assert "onnxruntime" in mapped
             for library in ("aiohttp", "yarl", "uvloop", "sqlite"):
                 assert library not in mapped
+        await check_second_server_names_the_first(server, config)
         assert await server.stop() == 0
         await server.nothing_left()
         assert server.process.stdout is not None
@@ -69,6 +96,7 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(config: 
     log = await events(config)
     assert verified(config).events == len(log)
     assert (log[0].data, log[-1].data) == (ServerStarted(unclean=False), ServerStopped())
+    assert [event.type for event in log].count("ServerStarted") == 1
     assert (config.data.stat().st_mode & 0o777) == 0o700
 
 
@@ -113,43 +141,6 @@ async def test_drain_timeout_ends_stuck_inference(config: Config) -> None:
             await inference
         await server.nothing_left()
     assert (await events(config))[-1].data == ServerStopped()
-
-
-async def test_second_server_on_same_data_names_the_first(config: Config) -> None:
-    async with serving(config) as server:
-        arguments = ("--port=0", f"--repository={config.repository}", f"--data={config.data}")
-        second = await asyncio.create_subprocess_exec(
-            *(*MODULE, "serve", *arguments),
-            env=clean_environment(),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await second.communicate()
-        assert (second.returncode, out) == (2, b"")
-        assert f"is in use by process {server.pid};" in err.decode()
-        assert "Traceback" not in err.decode()
-        assert (await server.api.get("/health/ready")).status == 200
-    assert len([event for event in await events(config) if isinstance(event.data, ServerStarted)]) == 1
-
-
-async def test_descriptor_limit_long_data_path_and_relative_repository(
-    config: Config, tmp_path: Path
-) -> None:
-    config = replace(config, data=tmp_path / ("d" * 100) / ("d" * 100))
-    save(models.add(1), config.repository, "m")
-    config.data.parent.mkdir()
-    few_descriptors = ("bash", "-c", 'ulimit -Sn 200 && exec "$@"', "bash", *MODULE)
-    relative = "--repository=."  # the server is started in the repository; the last option counts
-    environment = {"LOADLEDGER_HOST": "nowhere.invalid"}  # options go before variables
-    async with serving(
-        config, relative, "--host=127.0.0.1", command=few_descriptors, environment=environment
-    ) as server:
-        soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
-        assert soft == hard != 200
-        assert server.url.startswith("http://127.0.0.1:")
-        await server.api.load("m")
-        assert (await server.api.infer("m", ONE)).status == 200
-        assert await server.stop() == 0
 
 
 async def test_every_setting_is_read_from_the_environment(config: Config) -> None:

@@ -5,12 +5,14 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from support import models
 from support.http import LIMIT_S, Json
 from support.models import save
@@ -29,21 +31,20 @@ LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
 QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A span as it came."""
+class Exported:
+    """A span as the collector received it."""
 
-    name: str
-    trace_id: str
-    span_id: str
-    parent_id: str
-    kind: int
-    state: str
-    failed: bool
-    began_ns: int
-    ended_ns: int
-    attributes: Mapping[str, str | int]
-    resource: Mapping[str, str | int]
+    def __init__(self, span: Span, resource: Iterable[KeyValue]) -> None:
+        self.name, self.kind, self.state = span.name, span.kind, span.trace_state
+        self.trace_id, self.span_id = span.trace_id.hex(), span.span_id.hex()
+        self.parent_id = span.parent_span_id.hex()
+        self.failed = span.status.code == Status.STATUS_CODE_ERROR
+        self.began_ns, self.ended_ns = span.start_time_unix_nano, span.end_time_unix_nano
+        self.attributes, self.resource = as_dict(span.attributes), as_dict(resource)
+
+
+def as_dict(pairs: Iterable[KeyValue]) -> dict[str, str | int]:
+    return {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in pairs}
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Collector:
     """What came so far."""
 
     endpoint: str
-    spans: list[Taken] = field(default_factory=list)
+    spans: list[Exported] = field(default_factory=list)
     came: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -59,11 +60,11 @@ class Collector:
         """What the exporter is told to send here, and soon."""
         return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
-    def named(self, name: str) -> list[Taken]:
+    def named(self, name: str) -> list[Exported]:
         """Return the spans of a name."""
         return [span for span in self.spans if span.name == name]
 
-    def children(self, parent: Taken) -> list[Taken]:
+    def children(self, parent: Exported) -> list[Exported]:
         """Return the spans in one, by the time they began."""
         inside = [span for span in self.spans if span.parent_id == parent.span_id]
         return sorted(inside, key=lambda span: span.began_ns)
@@ -82,10 +83,9 @@ class Collector:
             body = gzip.decompress(body)
         told = ExportTraceServiceRequest()
         told.ParseFromString(body)
-        for resource in told.resource_spans:
-            of = _attributes(resource.resource.attributes)
-            for scope in resource.scope_spans:
-                self.spans += [_taken(span, of) for span in scope.spans]
+        for each in told.resource_spans:
+            for scope in each.scope_spans:
+                self.spans += [Exported(span, each.resource.attributes) for span in scope.spans]
         self.came.set()
         return web.Response(content_type="application/x-protobuf")
 
@@ -107,26 +107,6 @@ async def collecting() -> AsyncIterator[Collector]:
         await runner.cleanup()
 
 
-def _attributes(pairs: object) -> dict[str, str | int]:
-    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}  # type: ignore[attr-defined]
-
-
-def _taken(span: object, resource: Mapping[str, str | int]) -> Taken:
-    return Taken(
-        name=span.name,  # type: ignore[attr-defined]
-        trace_id=span.trace_id.hex(),  # type: ignore[attr-defined]
-        span_id=span.span_id.hex(),  # type: ignore[attr-defined]
-        parent_id=span.parent_span_id.hex(),  # type: ignore[attr-defined]
-        kind=span.kind,  # type: ignore[attr-defined]
-        state=span.trace_state,  # type: ignore[attr-defined]
-        failed=span.status.code == 2,  # type: ignore[attr-defined]
-        began_ns=span.start_time_unix_nano,  # type: ignore[attr-defined]
-        ended_ns=span.end_time_unix_nano,  # type: ignore[attr-defined]
-        attributes=_attributes(span.attributes),  # type: ignore[attr-defined]
-        resource=resource,
-    )
-
-
 async def load(server: Server, model: str = "m", **headers: str) -> Json:
     answer = await server.api.post(f"/api/v1/models/{model}/load", wait=60, headers=headers)
     return answer.json
@@ -137,7 +117,7 @@ async def infer(server: Server, **headers: str) -> int:
     return answer.status
 
 
-def inside(collector: Collector, outer: Taken) -> list[str]:
+def inside(collector: Collector, outer: Exported) -> list[str]:
     return [span.name for span in collector.children(outer)]
 
 
