@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -115,11 +115,14 @@ def encode_by_rule(event: Event) -> str:
     return encode_canonical({**members, "type": event.type, "schema": schema, "data": data})
 
 
-class EventBody(msgspec.Struct, gc=False):
+D = TypeVar("D")
+
+
+class EventBody(msgspec.Struct, Generic[D], gc=False):
     """The members of a body, in the order of their names, which saves time when they are sorted."""
 
     actor: str
-    data: Data
+    data: D
     id: str
     job_id: str | None
     model_id: str | None
@@ -131,7 +134,7 @@ class EventBody(msgspec.Struct, gc=False):
     worker_id: str | None
 
 
-def make_body(event: Event, data: Data) -> EventBody:
+def make_body(event: Event, data: Data) -> EventBody[Data]:
     """Return the members of the body of an event with these data."""
     return EventBody(
         event.actor,
@@ -210,30 +213,16 @@ def decode_event(body: str | bytes) -> Event:
     )
 
 
-class _RawEvent(msgspec.Struct, gc=False):
-    """An event with its data undecoded: `type`, which says how to decode them, comes after them."""
+_RAW = msgspec.json.Decoder(EventBody[msgspec.Raw])
+"""Leaves the data undecoded: `type`, which says how to decode them, comes after them."""
 
-    position: int
-    id: str
-    type: str
-    schema: int
-    data: msgspec.Raw
-    actor: str
-    recorded_at: str
-    job_id: str | None
-    model_id: str | None
-    version: int | None
-    worker_id: str | None
-
-
-_RAW = msgspec.json.Decoder(_RawEvent)
 _DATA: Mapping[str, msgspec.json.Decoder[Data]] = {
     name: msgspec.json.Decoder(kind) for name, kind in TYPES.items()
 }
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
-def _decode_data(raw: _RawEvent) -> Data | Unknown:
+def _decode_data(raw: EventBody[msgspec.Raw]) -> Data | Unknown:
     decoder = _DATA.get(raw.type)
     if decoder is None or raw.schema != SCHEMA:
         return Unknown(raw.type, raw.schema, _OBJECT.decode(raw.data))

@@ -363,13 +363,7 @@ class Log:
             wakeup.set()
 
     async def _open(self) -> None:
-        """Open the database, at the start or after an error, and continue from what it holds.
-
-        Raises:
-            FutureSchema: `future_schema`.
-            ForeignDatabase: `foreign_database`.
-            LogUnavailable: `log_unavailable`.
-        """
+        """Open the database, at the start or after an error, and continue from what it holds."""
         stored = await self._database.open()
         self.head, self.state, self.last_used = stored.head, stored.state, stored.last_used
         if self.head.recorded_at:
@@ -447,11 +441,7 @@ class Log:
             self.notify()
 
     async def _commit(self, decided: DecidedGroup) -> None:
-        """Make a group durable. COMMIT may fail after it took effect, so the file is read again then.
-
-        Raises:
-            LogUnavailable: the group was not written, or its outcome is unknown.
-        """
+        """Make a group durable. COMMIT may fail after it took effect, so the file is read again then."""
         entities = len(self.state.models) + decided.attempt.state.backlog
         began = time.monotonic()
         try:
@@ -466,11 +456,7 @@ class Log:
         self._can_write = True
 
     async def _check_written(self, head: LogHead) -> None:
-        """Read the file again and compare its head.
-
-        Raises:
-            LogUnavailable: the file has another head, or cannot be read.
-        """
+        """Read the file again; without this head in it, the group was not written."""
         try:
             await self._open()
         except LedgerProblem as error:

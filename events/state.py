@@ -10,6 +10,7 @@ from collections import ChainMap
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Never, TypeVar
 
@@ -47,7 +48,8 @@ class State:
     def __post_init__(self) -> None:
         self.backlog = sum(map(len, self.queues.values()))
         if not self.queues:
-            self._enqueue(sorted(self.jobs.values(), key=_age))
+            for job in sorted(self.jobs.values(), key=_age):
+                self._enqueue(job)
 
     def unended(self, model_id: str | None = None) -> list[Job]:
         """Return the unended jobs of one model or of all, oldest first."""
@@ -79,7 +81,8 @@ class State:
             changes = _restarted(self, event)
             self.models.update(changes.models)
             self.jobs.update(changes.jobs)
-            self._enqueue(changes.jobs.values())
+            for job in changes.jobs.values():
+                self._enqueue(job)
         else:
             changes = self._apply_to_one(event)
             if key := read_key(event):
@@ -103,7 +106,7 @@ class State:
             new_job = evolve_job(before, event)
             if new_job is not None and new_job is not before:
                 self.jobs[job_id] = new_job
-                self._enqueue_one(new_job)
+                self._enqueue(new_job)
                 jobs = {job_id: new_job}
         return Changes(models, jobs)
 
@@ -113,7 +116,8 @@ class State:
             if job.ended:
                 self.jobs.pop(job.id, None)
 
-    def _enqueue_one(self, job: Job) -> None:
+    def _enqueue(self, job: Job) -> None:
+        """Put a job at its place in its model's queue: a new one at the end, because positions only grow."""
         before = self.queues.get(job.model_id, ())
         now = () if job.ended else (job,)
         for place, each in enumerate(before):
@@ -125,21 +129,8 @@ class State:
         self.queues[job.model_id] = after
         self.backlog += len(after) - len(before)
 
-    def _enqueue(self, jobs: Iterable[Job]) -> None:
-        """Put changed jobs in their places and new ones at the end, because positions only grow."""
-        changed: dict[str, dict[str, Job]] = {}
-        for job in jobs:
-            changed.setdefault(job.model_id, {})[job.id] = job
-        for model_id, new in changed.items():
-            before = self.queues.get(model_id, ())
-            after = [new.pop(job.id, job) for job in before]
-            after += new.values()
-            self.queues[model_id] = tuple(job for job in after if not job.ended)
-            self.backlog += len(self.queues[model_id]) - len(before)
 
-
-def _age(job: Job) -> int:
-    return job.created_position
+_age = attrgetter("created_position")
 
 
 def has_turn(job: Job) -> bool:

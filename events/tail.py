@@ -53,28 +53,18 @@ class Ring:
         self._max_bytes = max_bytes
         self._events = deque[StoredEvent]()
         self._bytes = 0
-        self._head = 0
-
-    @property
-    def head(self) -> int:
-        """The position of the last event."""
-        return self._head
+        self.head = 0
 
     @property
     def base(self) -> int:
         """The position before the first event in the ring."""
-        return self._head - len(self._events)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the events' lines."""
-        return self._bytes
+        return self.head - len(self._events)
 
     def restart(self, head: int) -> None:
         """Drop all events and continue after `head`."""
         self._events.clear()
         self._bytes = 0
-        self._head = head
+        self.head = head
 
     def extend(self, events: Sequence[StoredEvent]) -> None:
         """Add events.
@@ -83,11 +73,11 @@ class Ring:
             ValueError: they do not follow the head.
         """
         for event in events:
-            if event.position != self._head + 1:
-                raise ValueError(f"event {event.position} does not follow {self._head}")
+            if event.position != self.head + 1:
+                raise ValueError(f"event {event.position} does not follow {self.head}")
             self._events.append(event)
             self._bytes += len(event.line)
-            self._head = event.position
+            self.head = event.position
         while len(self._events) > self._max_events or self._bytes > self._max_bytes:
             self._bytes -= len(self._events.popleft().line)
 
@@ -98,7 +88,7 @@ class Ring:
         """
         if position < self.base:
             return None
-        missing = self._head - position
+        missing = self.head - position
         if missing <= 0:
             return []
         newest_first = islice(reversed(self._events), max(0, missing - limit), missing)
@@ -209,9 +199,6 @@ class Tails:
         """Iterate over the open tails."""
         return iter(tuple(self._tails))
 
-    def __len__(self) -> int:
-        return len(self._tails)
-
     @property
     def head(self) -> int:
         """The position up to which there are events."""
@@ -273,12 +260,9 @@ class Tails:
         if events is None:
             return None
         upto = events[-1].position if events else max(after, self._ring.head)
-        matching = (
-            [event for event in events if event_filter.matches(event)]
-            if event_filter != EVERYTHING
-            else events
-        )
-        batch = _batch(matching, after, upto, live=upto >= self._ring.head)
+        if event_filter != EVERYTHING:
+            events = [event for event in events if event_filter.matches(event)]
+        batch = _batch(events, after, upto, live=upto >= self._ring.head)
         if len(self._shared) < MAX_SHARED:
             self._shared[after, event_filter] = batch
         return batch
