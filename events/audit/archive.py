@@ -41,12 +41,9 @@ _LIFTED = ("events_never_go", "base_never_changes")
 
 @dataclass(frozen=True, slots=True)
 class ArchiveResult:
-    """What was archived.
+    """The positions of the events that moved, and the SHA-256 of the file.
 
     Attributes:
-        first_position: of the events that moved.
-        last_position: of the events that moved.
-        sha256: of the archive file.
         jobs: the number of ended jobs that were removed with their events.
         alone: whether the ledger is one complete file; a reader can keep its write-ahead log beside it.
     """

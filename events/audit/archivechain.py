@@ -18,7 +18,6 @@ from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
-from events.models import Model
 from events.sqlite.history import Moment, fold_page, head_moment, moment_at, parse_time, state_at_moment
 from events.sqlite.queries import Row, as_bytes, read_base, read_pages
 from events.sqlite.snapshots import jobs_behind
@@ -171,22 +170,17 @@ def _find_difference(files: Sequence[FileAudit], stored: State) -> str | None:
     """Return the first difference of the stored state from the archives, in words."""
     ended_there = {job.id for job in stored.jobs.values() if job.ended}
     state, ended = fold_archives(files, wanted=ended_there)
-    for model_id in sorted(state.models.keys() | stored.models.keys()):
-        if _text(state.models.get(model_id)) != _text(stored.models.get(model_id)):
-            return f"the state stored there is not what the archives give, at the model {model_id!r}"
     behind = jobs_behind(state)
     jobs = {job.id: job for job in state.unended()}
     jobs |= {job_id: job for job_id, job in ended.items() if job_id in behind}
     if unknown := behind - jobs.keys():  # an event may name a job that was never requested
         jobs |= fold_archives(files, wanted=unknown)[1]
-    for job_id in sorted(jobs.keys() | stored.jobs.keys()):
-        if _text(jobs.get(job_id)) != _text(stored.jobs.get(job_id)):
-            return f"the state stored there is not what the archives give, at the job {job_id!r}"
+    for kind, given, there in (("model", state.models, stored.models), ("job", jobs, stored.jobs)):
+        for key in sorted(given.keys() | there.keys()):
+            one, other = given.get(key), there.get(key)
+            if (one and as_bytes(one)) != (other and as_bytes(other)):
+                return f"the state stored there is not what the archives give, at the {kind} {key!r}"
     return None
-
-
-def _text(entity: Job | Model | None) -> bytes | None:
-    return None if entity is None else as_bytes(entity)
 
 
 def fold_archives(

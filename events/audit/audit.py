@@ -7,7 +7,7 @@ give it, and a comparison with exports and with a head that somebody kept.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,37 +69,27 @@ class Audit:
     @property
     def finding(self) -> Finding | None:
         """The first problem; a problem of the file itself is at the last proved position."""
-        return self._first[0]
+        return next(self._findings(), (None, None))[0]
 
     @property
     def at(self) -> Path | None:
         """The file with the first problem; None if that is the ledger."""
-        return self._first[1]
+        return next(self._findings(), (None, None))[1]
 
-    @property
-    def _first(self) -> tuple[Finding | None, Path | None]:
-        own = self.verification.finding or self._damage_finding or self.unexpected
-        if own is not None:
-            return own, None
-        if self.behind is not None and self.behind.finding is not None:
-            return self.behind.finding, self.behind.at
-        differing = ((finding, path) for path, finding in self.compared if finding is not None)
-        return next(differing, (self._schema_finding, None))
+    def _findings(self) -> Iterator[tuple[Finding, Path | None]]:
+        def at_end(what: str, problem: str | None, kind: FindingKind) -> Finding | None:
+            position = self.verification.position
+            return None if problem is None else Finding(position, f"{what}: {problem}", kind)
 
-    @property
-    def _damage_finding(self) -> Finding | None:
-        if self.damage is None:
-            return None
-        problem = f"SQLite's integrity check says: {self.damage}"
-        return Finding(self.verification.position, problem, FindingKind.DAMAGED)
-
-    @property
-    def _schema_finding(self) -> Finding | None:
-        if self.schema is None:
-            return None
-        return Finding(
-            self.verification.position, f"the database's schema: {self.schema}", FindingKind.SCHEMA
+        found = (
+            (self.verification.finding, None),
+            (at_end("SQLite's integrity check says", self.damage, FindingKind.DAMAGED), None),
+            (self.unexpected, None),
+            *(() if self.behind is None else [(self.behind.finding, self.behind.at)]),
+            *((finding, path) for path, finding in self.compared),
+            (at_end("the database's schema", self.schema, FindingKind.SCHEMA), None),
         )
+        return ((finding, at) for finding, at in found if finding is not None)
 
 
 def audit(

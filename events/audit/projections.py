@@ -199,8 +199,8 @@ class StoredSnapshots:
     def _compare_jobs(self, position: int, folded: Entities) -> None:
         stored = snapshots.jobs_of(self._connection, position)
         unended = sorted(folded.jobs.values(), key=lambda job: job.created_position)
-        for job, body in zip_longest(unended, stored):
-            if job is None or as_bytes(job) != body:
+        for job, row in zip_longest(unended, stored):
+            if job is None or (as_bytes(job),) != row:
                 surplus = "has a job too many"
                 self._differ(position, surplus if job is None else f"differs from the log's at {job.id!r}")
                 return

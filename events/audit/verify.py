@@ -17,13 +17,12 @@ from typing import TypeVar
 from events.audit.projections import NEVER, StoredProjections
 from events.codec import GENESIS, CanonicalCheck, decode_event
 from events.jobs import Job
-from events.models import Model
 from events.sqlite import queries, storage
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import is_base_state_whole, read_base_state
-from events.state import Entities
-from events.types import Event
+from events.state import Entities, State
+from events.types import Event, LogBase
 
 PAGE = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It
@@ -74,12 +73,9 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of verifying a ledger.
+    """The result of verifying a ledger: the number of proved events, and the last one's position and hash.
 
     Attributes:
-        events: the number of proved events.
-        position: of the last proved event.
-        hash: of that event, as recomputed.
         finding: the first problem; None if there is none.
         compared: False if another release's folds made the stored projections; they are rebuilt before
             anything uses them, so they were not compared.
@@ -121,26 +117,16 @@ class CheckedFold:
     """A fold of the log that checks each event before it applies it.
 
     Args:
-        position: of the base.
-        digest: the hash at the base.
-        models: the models at the base.
-        jobs: the jobs at the base; those that have ended are compared at once.
+        base: of the log.
+        state: at the base; its ended jobs are compared at once.
         stored: the stored projections to compare with as the fold reaches them, or None.
     """
 
-    def __init__(
-        self,
-        position: int,
-        digest: bytes,
-        *,
-        models: Iterable[Model] = (),
-        jobs: Iterable[Job] = (),
-        stored: StoredProjections | None = None,
-    ) -> None:
-        self.position, self.hash, self._recorded_at = position, digest, ""
+    def __init__(self, base: LogBase, state: State, stored: StoredProjections | None = None) -> None:
+        self.position, self.hash, self._recorded_at = base.position, base.hash, ""
         self.stored = stored
-        known = sorted(jobs, key=lambda job: job.created_position)
-        self.entities = Entities(models, (job for job in known if not job.ended))
+        known = sorted(state.jobs.values(), key=lambda job: job.created_position)
+        self.entities = Entities(state.models.values(), (job for job in known if not job.ended))
         self._canonical = CanonicalCheck()
         self._touched = set[str | None]() if stored is None else stored.snapshots.touched
         self._compare_at = NEVER if stored is None else stored.snapshots.next
@@ -148,7 +134,7 @@ class CheckedFold:
             for job in known:
                 if job.ended:
                     stored.jobs.compare(job)
-            if position == self._compare_at:
+            if base.position == self._compare_at:
                 self._compare_snapshot(stored)
 
     def follow(self, rows: Iterable[Row]) -> Finding | None:
@@ -286,19 +272,19 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
         connection: returns text as bytes.
         path: of the ledger's file.
     """
-    base = connection.execute("SELECT position, hash FROM base").fetchone()
-    if base is None or not (isinstance(base[0], int) and isinstance(base[1], bytes)):
+    row = connection.execute("SELECT position, hash FROM base").fetchone()
+    if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
         return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", FindingKind.BASE))
-    fold = CheckedFold(*base)
+    base = LogBase(*row)
+    fold = CheckedFold(base, State(base.position))
     finding, compared = None, True
     try:
         compared = storage.is_current(connection)
-        fold = _fold_at_base(connection, *base, compared=compared)
+        fold = _fold_at_base(connection, base, compared=compared)
         rows = connection.execute("SELECT position, body, hash FROM events ORDER BY position")
         finding = fold.follow(rows)
         if finding is None:
-            _check_archives(connection, *base)
-            _check_base_state(connection, base[0])
+            _check_base(connection, base)
             _check_projections(fold)
             _check_length(connection, path, fold.position)
     except VerificationError as bad:
@@ -307,50 +293,41 @@ def verify_connection(connection: sqlite3.Connection, path: Path) -> Verificatio
         if queries.kind_of(error) != sqlite3.SQLITE_CORRUPT:
             raise
         finding = Finding(fold.position + 1, f"the file is damaged: {error}", FindingKind.DAMAGED)
-    return Verification(fold.position - base[0], fold.position, fold.hash, finding, compared)
+    return Verification(fold.position - base.position, fold.position, fold.hash, finding, compared)
 
 
-def _fold_at_base(connection: sqlite3.Connection, base: int, digest: bytes, *, compared: bool) -> CheckedFold:
+def _fold_at_base(connection: sqlite3.Connection, base: LogBase, *, compared: bool) -> CheckedFold:
     """Return the fold at the base; `compared` says whether it compares the stored projections."""
     try:
-        state = read_base_state(connection, base)
-        return CheckedFold(
-            base,
-            digest,
-            models=state.models.values(),
-            jobs=state.jobs.values(),
-            stored=StoredProjections(connection, base) if compared else None,
-        )
+        state = read_base_state(connection, base.position)
+        return CheckedFold(base, state, StoredProjections(connection, base.position) if compared else None)
     except sqlite3.Error:
         raise
     except Exception as error:  # noqa: BLE001 - a forged state may raise anything
         problem = f"the stored state at the base is damaged: {error!r}"
-        raise VerificationError(base, problem, FindingKind.BASE) from None
+        raise VerificationError(base.position, problem, FindingKind.BASE) from None
 
 
-def _check_archives(connection: sqlite3.Connection, base: int, digest: bytes) -> None:
-    """Check that the listed archives follow one another from the first event to the base."""
-    last, last_hash = 0, GENESIS
-    if base or check_readable(connection) >= _ARCHIVES_SINCE:
-        for first, *end in connection.execute(
+def _check_base(connection: sqlite3.Connection, base: LogBase) -> None:
+    """Check that the listed archives lead from the first event to the base, and the stored state there."""
+    end = LogBase(0, GENESIS)
+    if base.position or check_readable(connection) >= _ARCHIVES_SINCE:
+        for first, last, digest in connection.execute(
             "SELECT first_position, last_position, hash FROM archives ORDER BY last_position"
         ):
-            if first != last + 1:
-                problem = f"the listed archives do not have position {last + 1}"
-                raise VerificationError(base, problem, FindingKind.BASE)
-            last, last_hash = end
+            if first != end.position + 1:
+                problem = f"the listed archives do not have position {end.position + 1}"
+                raise VerificationError(base.position, problem, FindingKind.BASE)
             if not isinstance(last, int):
-                raise VerificationError(
-                    base, "the listed archives do not end with a position", FindingKind.BASE
-                )
-    if (last, last_hash) != (base, digest):
-        problem = f"the listed archives end at position {last}, the log begins after {base}"
-        raise VerificationError(base, f"{problem}, or with another hash", FindingKind.BASE)
-
-
-def _check_base_state(connection: sqlite3.Connection, base: int) -> None:
-    if not is_base_state_whole(connection, base):
-        raise VerificationError(base, "the stored state at the base was changed", FindingKind.BASE)
+                problem = "the listed archives do not end with a position"
+                raise VerificationError(base.position, problem, FindingKind.BASE)
+            end = LogBase(last, digest)
+    if end != base:
+        problem = f"the listed archives end at position {end.position}, the log begins after {base.position}"
+        raise VerificationError(base.position, f"{problem}, or with another hash", FindingKind.BASE)
+    if not is_base_state_whole(connection, base.position):
+        problem = "the stored state at the base was changed"
+        raise VerificationError(base.position, problem, FindingKind.BASE)
 
 
 def _check_projections(fold: CheckedFold) -> None:

@@ -25,8 +25,7 @@ from events.sqlite import queries, snapshots
 from events.sqlite.queries import (
     LAST,
     JobQuery,
-    as_job,
-    as_model,
+    make_state,
     read_base,
     read_job,
     read_pages,
@@ -179,17 +178,11 @@ def _load_snapshot(connection: sqlite3.Connection, position: int) -> State | Non
     """Return the state of a snapshot, or None if it is damaged: the log has all that it has."""
     row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
     try:
-        models = [as_model(body) for body in snapshots.models_of(connection, position)]
-        jobs = [as_job(body) for body in snapshots.jobs_of(connection, position)]
+        models, jobs = snapshots.models_of(connection, position), snapshots.jobs_of(connection, position)
+        return make_state(position, row[0] if row is not None else "", models, jobs)
     except (TypeError, ValueError, sqlite3.Error) as error:
         _skip_snapshot(connection, position, error)
         return None
-    return State(
-        position,
-        row[0] if row is not None else "",
-        {model.id: model for model in models},
-        {job.id: job for job in jobs},
-    )
 
 
 def _skip_snapshot(connection: sqlite3.Connection, position: int, error: Exception) -> None:

@@ -11,7 +11,7 @@ Events are returned as the text that is stored, which is never decoded and encod
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,9 +37,6 @@ INDEXES = {
     "actor": "events_by_actor",
 }
 """The index of each column that a filter may name."""
-
-_FIELDS = {"job_id": "jobs", "model_id": "models", "type": "types", "actor": "actors"}
-"""The filter's field for each of these columns."""
 
 T = TypeVar("T")
 
@@ -168,11 +165,7 @@ class StoredEventPage:
 class _Span:
     """The part of the log that one page reads: positions above `low`, up to `high`.
 
-    Attributes:
-        base: of the log.
-        head: of the log.
-        leading: the column whose index is walked; None is the log itself.
-        cut: whether the query goes on beyond this part.
+    `leading` is the column whose index is walked, None the log itself; `cut`: the query goes on beyond.
     """
 
     low: int
@@ -210,7 +203,7 @@ def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> Stored
 def page_sql(wanted: EventFilter, leading: str | None, *, newest_first: bool) -> str:
     """Return the statement of a page: the body, hash and position of each event, in order."""
     order = "DESC" if newest_first else "ASC"
-    arms = _arms("CAST(body AS BLOB) AS body, hash, position", wanted, leading)
+    arms = _arms("CAST(body AS BLOB) AS body, hash, position", wanted.columns, leading)
     return f"{' UNION ALL '.join(arms)} ORDER BY position {order} LIMIT :limit"
 
 
@@ -219,24 +212,24 @@ def probe_sql(wanted: EventFilter, *, newest_first: bool) -> str:
     order, far = ("DESC", "min") if newest_first else ("ASC", "max")
     return " UNION ALL ".join(
         f"SELECT '{column}', count(*), {far}(position) FROM ("  # noqa: S608 - literals
-        f"{' UNION ALL '.join(_arms('position', EventFilter(**{_FIELDS[column]: values}), column))}"
+        f"{' UNION ALL '.join(_arms('position', {column: values}, column))}"
         f" ORDER BY position {order} LIMIT :limit)"
         for column, values in wanted.columns.items()
     )
 
 
-def _arms(what: str, wanted: EventFilter, leading: str | None) -> list[str]:
+def _arms(what: str, columns: Mapping[str, Sequence[str]], leading: str | None) -> list[str]:
     """Return a statement for each value of the leading column: each walks its index in order."""
     among = "position > :low AND position <= :high"
     if leading is None:
         return [f"SELECT {what} FROM events WHERE {among}"]  # noqa: S608 - literals
     others = "".join(
-        f" AND {_also(column, len(values))}" for column, values in wanted.columns.items() if column != leading
+        f" AND {_also(column, len(values))}" for column, values in columns.items() if column != leading
     )
     return [
         f"SELECT {what} FROM events INDEXED BY {INDEXES[leading]}"  # noqa: S608 - literals
         f" WHERE {leading} = :{leading}_{number} AND {among}{others}"
-        for number in range(len(wanted.columns[leading]))
+        for number in range(len(columns[leading]))
     ]
 
 

@@ -91,18 +91,23 @@ def read_state(connection: sqlite3.Connection) -> State:
     if row is None:
         raise ValueError("the position of the stored projections is missing")
     (position,) = row
-    models = (as_model(body) for (body,) in connection.execute("SELECT body FROM models"))
-    unended = connection.execute(
-        "SELECT body FROM jobs WHERE status IN (?, ?)",
-        (JobStatus.PENDING, JobStatus.IN_PROGRESS),
+    models = connection.execute("SELECT body FROM models")
+    jobs = connection.execute(
+        "SELECT body FROM jobs WHERE status IN (?, ?)", (JobStatus.PENDING, JobStatus.IN_PROGRESS)
     )
-    jobs = (as_job(body) for (body,) in unended)
-    return State(
-        position,
-        read_head(connection).recorded_at,
-        {model.id: model for model in models},
-        {job.id: job for job in jobs},
-    )
+    return make_state(position, read_head(connection).recorded_at, models, jobs)
+
+
+def make_state(
+    position: int, recorded_at: str, models: Iterable[tuple[str]], jobs: Iterable[tuple[str]]
+) -> State:
+    """Return the state of models and jobs as they are stored.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    known = {model.id: model for model in (as_model(body) for (body,) in models)}
+    return State(position, recorded_at, known, {job.id: job for job in (as_job(body) for (body,) in jobs)})
 
 
 def read_job(connection: sqlite3.Connection, job_id: str) -> Job | None:

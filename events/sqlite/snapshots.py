@@ -12,10 +12,10 @@ import json
 import logging
 import sqlite3
 from collections.abc import Iterator
-from contextlib import suppress
 
 from events.jobs import JobStatus
-from events.sqlite.queries import LAST, as_job, as_model, as_text
+from events.sqlite.queries import LAST, as_text, make_state
+from events.sqlite.schema import transaction
 from events.state import State
 
 _log = logging.getLogger(__name__)
@@ -29,24 +29,23 @@ SINCE_SCHEMA = 3
 _ENDED = f"status NOT IN ('{JobStatus.PENDING}', '{JobStatus.IN_PROGRESS}')"
 
 
-def try_if_due(connection: sqlite3.Connection, position: int, entities: int) -> None:
+def try_if_due(connection: sqlite3.Connection, position: int, entities: int, failed_at: int = 0) -> int:
     """Write a snapshot as `write_if_due` does, in a transaction of its own; log a failure.
 
     A failed snapshot must not fail the events: after an error of damage, SQLite refuses the rest of the
     transaction, with or without a savepoint (measured). The next attempt is when the next snapshot is due.
+
+    Returns:
+        The position of the last failure, which is the next call's `failed_at`; 0 for none.
     """
-    apart = max(EVERY, entities)
     try:
-        if position - _failed_at(connection) < apart or position - (latest(connection, LAST) or 0) < apart:
-            return
-        connection.execute("BEGIN IMMEDIATE")
-        write(connection, position)
-        connection.execute("COMMIT")
+        if position - failed_at >= max(EVERY, entities) and _is_due(connection, position, entities):
+            with transaction(connection):
+                write(connection, position)
     except sqlite3.Error as error:
         _log.warning("no snapshot at position %d, so time travel is slower: %s", position, error)
-        with suppress(sqlite3.Error):
-            connection.rollback()
-            connection.execute("INSERT INTO temp.failed_snapshots (position) VALUES (?)", (position,))
+        return position
+    return failed_at
 
 
 def write_if_due(connection: sqlite3.Connection, position: int, entities: int) -> None:
@@ -55,11 +54,15 @@ def write_if_due(connection: sqlite3.Connection, position: int, entities: int) -
     Args:
         connection: whose stored projections are at `position`.
         position: of the last event.
-        entities: the number of models and unended jobs. A snapshot reads each of them once, so at least as
-            many events between two snapshots mean at most one read for each event.
+        entities: the number of models and unended jobs.
     """
-    if position - (latest(connection, LAST) or 0) >= max(EVERY, entities):
+    if _is_due(connection, position, entities):
         write(connection, position)
+
+
+def _is_due(connection: sqlite3.Connection, position: int, entities: int) -> bool:
+    """A snapshot reads each entity once: as many events between two mean at most one read for each event."""
+    return position - (latest(connection, LAST) or 0) >= max(EVERY, entities)
 
 
 def write(connection: sqlite3.Connection, position: int) -> None:
@@ -92,29 +95,21 @@ def latest(connection: sqlite3.Connection, position: int) -> int | None:
     return None if found is None else int(found)
 
 
-def models_of(connection: sqlite3.Connection, position: int) -> Iterator[str]:
+def models_of(connection: sqlite3.Connection, position: int) -> Iterator[tuple[str]]:
     """Yield the models of the snapshot at `position`, as they are stored."""
     found = connection.execute(
         "SELECT (SELECT copy.body FROM model_snapshots AS copy WHERE copy.model_id = models.id"
         "  AND copy.position <= ? ORDER BY copy.position DESC LIMIT 1) FROM models",
         (position,),
     )
-    return (body for (body,) in found if body is not None)
+    return (row for row in found if row != (None,))
 
 
-def jobs_of(connection: sqlite3.Connection, position: int) -> Iterator[str]:
+def jobs_of(connection: sqlite3.Connection, position: int) -> Iterator[tuple[str]]:
     """Yield the unended jobs of the snapshot at `position`, oldest first, as they are stored."""
-    found = connection.execute(
+    return connection.execute(
         "SELECT body FROM job_snapshots WHERE position = ? ORDER BY created_position", (position,)
     )
-    return (body for (body,) in found)
-
-
-def _failed_at(connection: sqlite3.Connection) -> int:
-    """Return the position of the last failed snapshot of this connection, or 0."""
-    connection.execute("CREATE TEMP TABLE IF NOT EXISTS failed_snapshots (position INTEGER)")
-    (found,) = connection.execute("SELECT coalesce(max(position), 0) FROM temp.failed_snapshots").fetchone()
-    return int(found)
 
 
 def read_base_state(connection: sqlite3.Connection, base: int) -> State:
@@ -126,10 +121,8 @@ def read_base_state(connection: sqlite3.Connection, base: int) -> State:
     if base == 0:
         return State()
     models = connection.execute("SELECT body FROM model_snapshots WHERE position = ?", (base,))
-    found = [as_model(body) for (body,) in models]
     jobs = connection.execute("SELECT body FROM job_snapshots WHERE position = ?", (base,))
-    unended = [as_job(body) for (body,) in jobs]
-    return State(base, "", {model.id: model for model in found}, {job.id: job for job in unended})
+    return make_state(base, "", models, jobs)
 
 
 def base_state_digest(connection: sqlite3.Connection, base: int) -> bytes:

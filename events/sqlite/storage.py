@@ -17,7 +17,9 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import islice
+from heapq import merge
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -146,19 +148,16 @@ def _differences(
     before: sqlite3.Connection, after: sqlite3.Connection, walk: str
 ) -> Iterator[tuple[str, _Key]]:
     """Walk both tables in the order of their keys; neither is held in memory."""
-    old, new = before.execute(walk), after.execute(walk)
-    one, other = old.fetchone(), new.fetchone()
-    while one is not None or other is not None:
-        if other is None or (one is not None and _sort_key(one[0]) < _sort_key(other[0])):
-            yield "had, and the log does not give,", one[0]
-            one = old.fetchone()
-        elif one is None or _sort_key(other[0]) < _sort_key(one[0]):
-            yield "lacked", other[0]
-            other = new.fetchone()
-        else:
-            if one[1] != other[1]:
-                yield "differed at", one[0]
-            one, other = old.fetchone(), new.fetchone()
+
+    def rows(walked: sqlite3.Connection) -> Iterator[tuple[tuple[bool, _Key], sqlite3.Connection, _Key, str]]:
+        return ((_sort_key(key), walked, key, body) for key, body in walked.execute(walk))
+
+    for _, found in groupby(merge(rows(before), rows(after), key=itemgetter(0)), itemgetter(0)):
+        match list(found):
+            case [(_, only, key, _)]:
+                yield "lacked" if only is after else "had, and the log does not give,", key
+            case [(_, _, key, body), (_, _, _, other)] if body != other:
+                yield "differed at", key
 
 
 def _sort_key(key: _Key) -> tuple[bool, _Key]:
@@ -193,6 +192,7 @@ class Database:
         self._was_open = False
         self._lacked_wal = False
         self._unsynced = False
+        self._failed_at = 0
 
     async def open(self) -> StoredLedger:
         """Connect, rebuild projections of other folds, and read the stored state.
@@ -214,7 +214,9 @@ class Database:
 
         def write() -> None:
             queries.write_group(self._connection, rows, changes)
-            snapshots.try_if_due(self._connection, rows[-1].position, entities)
+            self._failed_at = snapshots.try_if_due(
+                self._connection, rows[-1].position, entities, self._failed_at
+            )
 
         await self.run(write)
 
