@@ -155,19 +155,12 @@ class Operations:
     ) -> Job:
         """Unload a model, by default the active one, and return the job.
 
-        Args:
-            model_id: the model; default: the active one.
-            force: do not wait for running requests or a stuck worker.
-            wait: as for `load`, like all further arguments.
-            wait_s: as for `load`.
-            on_stage: as for `load`.
-            on_away: as for `load`.
-            idempotency_key: as for `load`.
+        `force` does not wait for running requests or a stuck worker. The other arguments are those of `load`.
 
         Raises:
             ServerError: the server refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
-        target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
+        target = path("models", *([] if model_id is None else [model_id]), "unload")
         request = post_request(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
@@ -267,11 +260,8 @@ class Operations:
         """
         at = () if version is None else ("versions", str(version))
         model = f"/v2{path('models', model_id, *at)}"
-        named = (
-            None
-            if outputs is None
-            else [{"name": name} for _, name in repeated_parameter("outputs", outputs)]
-        )
+        names = repeated_parameter("outputs", outputs or ())
+        named = None if outputs is None else [{"name": name} for _, name in names]
         options = {"outputs": named, "parameters": parameters}
         return await run_inference(self._context, model, inputs, options, timeout_s)
 

@@ -111,28 +111,20 @@ def _no_event(line: bytes) -> BadAnswer:
     return BadAnswer(f"the server sent a line of {len(line)} bytes that is no event: is this its URL?")
 
 
-class JobPage(msgspec.Struct):
+class JobPage(msgspec.Struct, rename={"values": "jobs"}):
     """A page of jobs."""
 
-    jobs: list[Job]
+    values: list[Job]
     as_of: int = 0
     next_cursor: int | None = None
 
-    def values(self) -> Sequence[Job]:
-        """Return the items of the page."""
-        return self.jobs
 
-
-class ModelPage(msgspec.Struct):
+class ModelPage(msgspec.Struct, rename={"values": "models"}):
     """A page of models."""
 
-    models: list[Model]
+    values: list[Model]
     as_of: int = 0
     next_cursor: str | None = None
-
-    def values(self) -> Sequence[Model]:
-        """Return the items of the page."""
-        return self.models
 
 
 class EventPage(msgspec.Struct):
@@ -142,8 +134,9 @@ class EventPage(msgspec.Struct):
     as_of: int
     next_cursor: int | None = None
 
-    def values(self) -> Sequence[Event]:
-        """Return the items of the page."""
+    @property
+    def values(self) -> list[Event]:
+        """The items of the page."""
         return [parse_event(bytes(text)) for text in self.events]
 
 
@@ -153,7 +146,6 @@ class Listing:
 
     Attributes:
         target: its path.
-        page: the type of its pages.
         pairs: query parameters.
         cursor: name of the query parameter for the next page.
         most: limit of the number of items.
@@ -184,7 +176,7 @@ async def fetch_pages(
         others = [pair for pair in pairs if not place or pair[0] != listing.cursor]
         request = get_request(listing.target, [*others, *place, ("limit", str(size))])
         page: Any = await fetch_with_retries(context, request, listing.page, reached=reached)
-        values = page.values()[:left]
+        values = page.values[:left]
         yield values, int(page.as_of)
         left = None if left is None else left - len(values)
         if page.next_cursor is None or left == 0:
@@ -194,7 +186,8 @@ async def fetch_pages(
                 f"{context.address.url} repeats the same page of {listing.target}: is this its URL?"
             )
         cursor, reached = page.next_cursor, True
-        pairs = _as_of(pairs, page.as_of)
+        # A time becomes its position: later pages have to reflect the same moment.
+        pairs = [(name, str(page.as_of) if name == "at" else text) for name, text in pairs]
 
 
 def repeated_parameter(name: str, values: Iterable[str]) -> Pairs:
@@ -211,11 +204,6 @@ def repeated_parameter(name: str, values: Iterable[str]) -> Pairs:
 def present_parameters(**values: object) -> Pairs:
     """Return the query parameters that are not None."""
     return [(name, str(value)) for name, value in values.items() if value is not None]
-
-
-def _as_of(pairs: Pairs, position: int) -> Pairs:
-    """Replace a time by its position: later pages have to reflect the same moment."""
-    return [(name, str(position) if name == "at" else text) for name, text in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +257,7 @@ async def follow_events(context: CallContext, selection: EventSelection) -> Asyn
         await context.transport.pause(back_off_s(problem, failures, context.chance()))
 
 
+@dataclass(slots=True)
 class StreamProgress:
     """Progress of a stream across connections.
 
@@ -279,11 +268,10 @@ class StreamProgress:
         reported: the caller knows that the server is unreachable.
     """
 
-    def __init__(self, position: int | None, *, whole: bool) -> None:
-        self.position = position
-        self.whole = whole
-        self.reached = False
-        self.reported = False
+    position: int | None
+    whole: bool
+    reached: bool = False
+    reported: bool = False
 
     def new_events(self, lines: Sequence[bytes]) -> list[Event]:
         """Return the new events among lines.
@@ -295,14 +283,9 @@ class StreamProgress:
         for said in map(parse_line, lines):
             if isinstance(said, Event) and self._is_new(said):
                 found.append(said)
-            elif isinstance(said, Bookmark):
-                self._move(said.position)
+            elif isinstance(said, Bookmark) and (self.position is None or not self.whole):
+                self.position = max(said.position, self.position or 0)  # without a filter only events move it
         return found
-
-    def _move(self, position: int) -> None:
-        """Move to a bookmark; without a filter only events move the position."""
-        if self.position is None or (not self.whole and position > self.position):
-            self.position = position
 
     def _is_new(self, event: Event) -> bool:
         if self.position is not None and event.position <= self.position:

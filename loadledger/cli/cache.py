@@ -42,11 +42,8 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
     """
     with report_problems():
         entries = [_members(entry) for entry in _store(data).entries()]
-    print_result(
-        {"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries},
-        _table(entries),
-        as_json=as_json,
-    )
+    members = {"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries}
+    print_result(members, _table(entries), as_json=as_json)
 
 
 @prepared.command()
@@ -60,11 +57,8 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
     """
     with report_problems():
         cleared = _store(data).clear(model_id)
-    print_result(
-        {"entries": cleared.entries, "bytes": cleared.bytes},
-        [f"cleared: {count_of(cleared.entries, 'entry')}, {cleared.bytes} bytes"],
-        as_json=as_json,
-    )
+    text = f"cleared: {count_of(cleared.entries, 'entry')}, {cleared.bytes} bytes"
+    print_result({"entries": cleared.entries, "bytes": cleared.bytes}, [text], as_json=as_json)
 
 
 def _store(data: Path) -> Any:

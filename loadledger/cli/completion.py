@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import click
@@ -83,8 +84,5 @@ def _offered(context: click.Context, begun: str, find: Any) -> list[CompletionIt
 
 
 def _items(found: Iterable[tuple[str, str]], begun: str) -> Iterator[CompletionItem]:
-    count = 0
-    for value, help_text in found:
-        if value.startswith(begun) and _PLAIN.fullmatch(value) and count < MOST:
-            count += 1
-            yield CompletionItem(value, help=to_printable(help_text))
+    fitting = ((value, text) for value, text in found if value.startswith(begun) and _PLAIN.fullmatch(value))
+    return (CompletionItem(value, help=to_printable(text)) for value, text in islice(fitting, MOST))

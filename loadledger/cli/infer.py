@@ -83,13 +83,9 @@ def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:
         raise click.BadParameter('it has to be a JSON object, like {"x": [[1, 2]]}', param_hint="--file")
     if not isinstance(given.get("inputs"), list):
         return {"inputs": given}
-    wanted = [each["name"] if isinstance(each, dict) and "name" in each else each for each in _outputs(given)]
+    outputs = given["outputs"] if isinstance(given.get("outputs"), list) else []
+    wanted = [each["name"] if isinstance(each, dict) and "name" in each else each for each in outputs]
     return {**given, "outputs": wanted or None}
-
-
-def _outputs(given: dict[str, Any]) -> list[Any]:
-    outputs = given.get("outputs")
-    return outputs if isinstance(outputs, list) else []
 
 
 def _named(text: str) -> tuple[str, Any]:
@@ -124,11 +120,6 @@ def _lines(answer: dict[str, Any]) -> Iterator[str]:
 
 
 def _row(output: dict[str, Any]) -> tuple[str, ...]:
+    name, datatype = format_cell(output.get("name")), format_cell(output.get("datatype"))
     data = json.dumps(output.get("data"), ensure_ascii=False)
-    shape = json.dumps(output.get("shape"))
-    return (
-        format_cell(output.get("name")),
-        format_cell(output.get("datatype")),
-        shape,
-        format_cell(data, most=MAX_DATA_CHARACTERS),
-    )
+    return name, datatype, json.dumps(output.get("shape")), format_cell(data, most=MAX_DATA_CHARACTERS)

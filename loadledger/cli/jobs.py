@@ -25,6 +25,7 @@ from loadledger.cli.output import (
     note_retry,
     print_json,
     print_note,
+    print_result,
     retry_message,
     to_printable,
 )
@@ -187,15 +188,10 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
 @server_options
 def jobs(*, limit: int, as_json: bool, where: ServerChoice, **filters: str | None) -> None:
     """List the jobs, newest first."""
-    given = {name: value for name, value in filters.items() if value is not None}
     with open_chosen_client(where) as client:
-        found = list(client.jobs(limit=limit, **given))
-    if as_json:
-        print_json({"jobs": found})
-    elif found:
-        click.echo("\n".join(format_table(HEAD, [_row(job) for job in found], right={"AGE", "TOOK"})))
-    else:
-        click.echo("no jobs")
+        found = list(client.jobs(limit=limit, **filters))
+    table = format_table(HEAD, [_row(job) for job in found], right={"AGE", "TOOK"})
+    print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 
 
 @click.command()
@@ -212,10 +208,8 @@ def job(job_id: str, *, wait: bool, as_json: bool, where: ServerChoice) -> None:
         seen = client.job(job_id)
         if wait:
             wait_and_report(client, seen, as_json=as_json)
-        elif as_json:
-            print_json(seen)
         else:
-            click.echo("\n".join(_details(seen)))
+            print_result(seen, _details(seen), as_json=as_json)
 
 
 @click.command()

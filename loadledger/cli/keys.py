@@ -33,12 +33,7 @@ _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
     required=True,
     help="Name of the user or program; the ledger records it.",
 )
-@click.option(
-    "--expires",
-    envvar="LOADLEDGER_EXPIRES",
-    default="12h",
-    help="Lifetime: 90s, 30m, 12h, 7d.",
-)
+@click.option("--expires", envvar="LOADLEDGER_EXPIRES", default="12h", help="Lifetime: 90s, 30m, 12h, 7d.")
 @click.option("--jwt-audience", help="As given to `serve`. [LOADLEDGER_JWT_AUDIENCE]", show_default=False)
 @click.option("--jwt-issuer", help="As given to `serve`. [LOADLEDGER_JWT_ISSUER]", show_default=False)
 @json_option

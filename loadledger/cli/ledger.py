@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +14,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.output import print_json, print_result, report_problems
-from loadledger.cli.server import data_option, json_option
+from loadledger.cli.output import NEGATIVE_RESULT, print_note, print_result, report_problems
+from loadledger.cli.server import Command, data_option, json_option
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def _archive_option(text: str) -> Callable[[Command], Command]:
+    return click.option("--archive", "archives", multiple=True, type=_FILE, help=text)
 
 
 @click.command()
@@ -27,13 +31,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     envvar="LOADLEDGER_DATA",
     help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
-@click.option(
-    "--archive",
-    "archives",
-    multiple=True,
-    type=_FILE,
-    help="An archive of the ledger in --data. May be repeated, in any order.",
-)
+@_archive_option("An archive of the ledger in --data. May be repeated, in any order.")
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
 @click.option("--expect", metavar="POSITION:HASH", help="Expected event: a head that you kept.")
 @json_option
@@ -75,15 +73,11 @@ def verify(
             None if data is None else ledger_in(data), archives, files, key, expected
         )
     click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
-    sys.exit(0 if checked.verified else 1)
+    sys.exit(0 if checked.verified else NEGATIVE_RESULT)
 
 
 def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, files: tuple[Path, ...]) -> None:
-    """Refuse combinations of options without a meaning.
-
-    Raises:
-        UsageError: such a combination was given.
-    """
+    """Refuse combinations of options without a meaning."""
     if data is None and archives:
         raise click.UsageError(
             "--archive belongs to the ledger in --data; to verify an archive by itself, name it as FILE"
@@ -102,13 +96,7 @@ def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, file
     help="Last event to fold: a position, or a time like 2026-01-31T14:02:00Z. [default: the head]",
     show_default=False,
 )
-@click.option(
-    "--archive",
-    "archives",
-    multiple=True,
-    type=_FILE,
-    help="An archive of this ledger; give all of them, in any order. May be repeated.",
-)
+@_archive_option("An archive of this ledger; give all of them, in any order. May be repeated.")
 @click.option("--model", "model_id", metavar="ID", help="Only this model and its jobs.")
 @json_option
 @click.option(
@@ -197,18 +185,14 @@ def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
 
     with lock_data(data):
         done = rebuild_file(path)
-    differences = done.differences
-    result = {"position": done.position, "differ": bool(differences), "differences": differences}
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-    elif differences:
-        click.echo("the stored projections differed from the log and were rebuilt:")
-        for difference in differences:
-            click.echo(f"  {difference}")
-    else:
-        click.echo(f"the stored projections match the log, up to position {result['position']}")
-    if differences:
-        raise SystemExit(1)
+    result = {"position": done.position, "differ": bool(done.differences), "differences": done.differences}
+    lines = [f"the stored projections match the log, up to position {done.position}"]
+    if done.differences:
+        rebuilt = "the stored projections differed from the log and were rebuilt:"
+        lines = [rebuilt, *(f"  {difference}" for difference in done.differences)]
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+    if done.differences:
+        sys.exit(NEGATIVE_RESULT)
 
 
 @click.command("export")
@@ -273,25 +257,19 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
         refuse_own(file, data)
         with _ended_by_sigterm(), lock_data(data):
             done = archive(ledger, before, file, sign, datetime.now(UTC))
-    if as_json:
-        print_json(
-            {
-                "first_position": done.first_position,
-                "last_position": done.last_position,
-                "jobs": done.jobs,
-                "sha256": done.sha256.hex(),
-            }
-        )
-    else:
-        click.echo(
-            f"archived: positions {done.first_position} to {done.last_position}, {done.jobs} ended jobs"
-        )
-        click.echo(f"sha256 of {file.name}: {done.sha256.hex()}")
+    first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
+    print_result(
+        {"first_position": first, "last_position": last, "jobs": done.jobs, "sha256": sha256},
+        [
+            f"archived: positions {first} to {last}, {done.jobs} ended jobs",
+            f"sha256 of {file.name}: {sha256}",
+        ],
+        as_json=as_json,
+    )
     if not done.alone:
-        click.echo(
-            f"loadledger: {ledger.name} is being read, so it could not shrink; {ledger.name}-wal belongs "
-            "to it: copy both with `loadledger backup`",
-            err=True,
+        print_note(
+            f"{ledger.name} is being read, so it could not shrink; {ledger.name}-wal belongs to it: copy both"
+            " with `loadledger backup`"
         )
 
 

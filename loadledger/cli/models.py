@@ -18,7 +18,6 @@ from loadledger.cli.output import (
     format_state,
     format_table,
     format_timestamp,
-    print_json,
     print_result,
 )
 from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
@@ -26,8 +25,6 @@ from loadledger.cli.server import ServerChoice, json_option, open_chosen_client,
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
 """Number of versions in a cell: the highest ones."""
-
-
 USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
 RIGHT = frozenset({"WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED"})
 WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
@@ -48,17 +45,13 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
     """
     with open_chosen_client(where) as client:
         if model is not None:
-            shown = client.model(model) if at is None else client.model(model, at=at)
+            shown = client.model(model, at=at)
             print_result(shown, _details(shown), as_json=as_json)
             return
-        found = client.models() if at is None else client.models(at=at)
-        rows = [each for each in found if not loaded or each.state != "unloaded"]
-    if as_json:
-        print_json({"models": rows})
-    elif rows:
-        click.echo("\n".join(format_table(HEAD, [_row(each) for each in rows], right={"MEMORY"})))
-    else:
-        click.echo("no model is loaded" if loaded else "the repository has no models")
+        rows = [each for each in client.models(at=at) if not loaded or each.state != "unloaded"]
+    table = format_table(HEAD, [_row(each) for each in rows], right={"MEMORY"})
+    none = "no model is loaded" if loaded else "the repository has no models"
+    print_result({"models": rows}, table if rows else [none], as_json=as_json)
 
 
 def _row(model: Any) -> tuple[str, ...]:
@@ -157,9 +150,7 @@ def _resource_lines(found: Any) -> Iterator[str]:
     now = datetime.now(UTC)
     yield budget_line(found)
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
-    pressure = pressure_line(found)
-    if pressure is not None:
-        yield pressure
+    yield from filter(None, [pressure_line(found)])
     if found.preparing is not None:
         yield f"preparing {format_cell(found.preparing.model_id)} version {found.preparing.version}"
     if found.models:

@@ -12,7 +12,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -53,23 +53,14 @@ class ProfileProblem(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """Content of a profile file; None is absent."""
-
-    url: str | None = None
-    token: str | None = field(default=None, repr=False)
-    ca: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ServerTarget:
-    """The server that a command talks to.
+    """The server that a command talks to; the content of a profile file.
 
     Attributes:
         ca: file of certificates to trust, in PEM; None is the system's.
     """
 
-    url: str
+    url: str = DEFAULT_URL
     token: str | None = field(default=None, repr=False)
     ca: Path | None = None
 
@@ -81,9 +72,8 @@ def find_target(url: str | None, profile: str | None, environment: Mapping[str, 
         ProfileProblem: the profile does not exist, or cannot be used.
     """
     kept = _chosen(profile, environment)
-    kept_url = kept.url or DEFAULT_URL
-    chosen = url or environment.get(URL) or kept_url
-    is_its_own = _same(chosen, kept_url)
+    chosen = url or environment.get(URL) or kept.url
+    is_its_own = chosen.rstrip("/") == kept.url.rstrip("/")
     token = environment.get(TOKEN) or (kept.token if is_its_own else None)
     ca = environment.get(CA)
     return ServerTarget(chosen, token, Path(ca) if ca else kept.ca if is_its_own else None)
@@ -110,7 +100,7 @@ def profile_path(profile: str | None, environment: Mapping[str, str]) -> Path:
     return folder / f"{name}.toml"
 
 
-def read_profile(path: Path) -> Profile:
+def read_profile(path: Path) -> ServerTarget:
     """Read a profile file.
 
     Raises:
@@ -136,10 +126,11 @@ def read_profile(path: Path) -> Profile:
     if wrong:
         raise ProfileProblem(f'{path}: {wrong[0]} has to be a string, like {wrong[0]} = "…"')
     ca = values.get("ca")
-    return Profile(values.get("url"), values.get("token"), Path(ca).expanduser() if ca else None)
+    url, token = values.get("url", DEFAULT_URL), values.get("token")
+    return ServerTarget(url, token, Path(ca).expanduser() if ca else None)
 
 
-def write_profile(path: Path, profile: Profile) -> None:
+def write_profile(path: Path, profile: ServerTarget) -> None:
     """Write a private profile; an existing one is replaced atomically.
 
     Raises:
@@ -164,21 +155,18 @@ def write_profile(path: Path, profile: Profile) -> None:
         raise
 
 
-def _chosen(profile: str | None, environment: Mapping[str, str]) -> Profile:
-    named = profile or environment.get(PROFILE)
-    if named:
-        path = profile_path(named, environment)
-        try:
-            return read_profile(path)
-        except FileNotFoundError:
-            raise ProfileProblem(f"there is no {path}; `loadledger login` creates one") from None
-    folder = _folder(environment)
-    if folder is None:
-        return Profile()
+def _chosen(profile: str | None, environment: Mapping[str, str]) -> ServerTarget:
+    """Return the content of the named profile, else of the default one if there is one."""
+    is_named = profile or environment.get(PROFILE)
+    if not is_named and _folder(environment) is None:
+        return ServerTarget()
+    path = profile_path(profile, environment)
     try:
-        return read_profile(folder / f"{DEFAULT_PROFILE}.toml")
+        return read_profile(path)
     except FileNotFoundError:
-        return Profile()
+        if is_named:
+            raise ProfileProblem(f"there is no {path}; `loadledger login` creates one") from None
+        return ServerTarget()
 
 
 def _folder(environment: Mapping[str, str]) -> Path | None:
@@ -186,10 +174,6 @@ def _folder(environment: Mapping[str, str]) -> Path | None:
     given, home = environment.get("XDG_CONFIG_HOME", ""), environment.get("HOME", "")
     base = Path(given) if given.startswith("/") else Path(home) / ".config" if home else None
     return None if base is None else base / "loadledger"
-
-
-def _same(one: str, other: str) -> bool:
-    return one.rstrip("/") == other.rstrip("/")
 
 
 def _private_text(path: Path) -> str:
@@ -237,15 +221,13 @@ def server_options(command: Command) -> Command:
     return with_url(with_profile(called))
 
 
-@contextmanager
-def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> Iterator[Any]:
-    """Give a client of the server that the options name; problems end the command, as in `open_client`."""
+def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> AbstractContextManager[Any]:
+    """Open a client of the server that the options name; problems end the command, as in `open_client`."""
     try:
-        place = find_target(where.url, where.profile, os.environ)
+        target = find_target(where.url, where.profile, os.environ)
     except ProfileProblem as problem:
         exit_with_error(str(problem))
-    with open_client(place, timeout_s=timeout_s) as client:
-        yield client
+    return open_client(target, timeout_s=timeout_s)
 
 
 @contextmanager
@@ -300,11 +282,7 @@ def data_option(command: Command) -> Command:
 
 
 def require_data(data: Path) -> None:
-    """Refuse a data directory that does not exist.
-
-    Raises:
-        BadParameter: it does not exist.
-    """
+    """Refuse a data directory that does not exist."""
     if not data.is_dir():
         raise click.BadParameter(
             f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
@@ -339,13 +317,12 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
         client.resources()
         url = client.url
     try:
-        write_profile(path, Profile(url, token, ca))
+        write_profile(path, ServerTarget(url, token, ca))
     except OSError as error:
         exit_with_error(f"{path} cannot be written: {error.strerror}")
-    if as_json:
-        click.echo(json.dumps({"url": url, "profile": str(path)}, indent=2))  # a path may be no UTF-8
-    else:
-        click.echo(f"{to_printable(url)} accepts the token; saved in {path}")
+    members = {"url": url, "profile": str(path)}  # dumped with escapes, as a path may be no UTF-8
+    text = f"{to_printable(url)} accepts the token; saved in {path}"
+    click.echo(json.dumps(members, indent=2) if as_json else text)
 
 
 def _token() -> str:

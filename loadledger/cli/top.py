@@ -15,14 +15,7 @@ import click
 
 from loadledger.cli.jobs import describe_progress, model_of
 from loadledger.cli.models import RIGHT, USE_HEAD, budget_line, pressure_line, use_row
-from loadledger.cli.output import (
-    format_age,
-    format_cell,
-    format_table,
-    is_dumb,
-    print_json,
-    to_printable,
-)
+from loadledger.cli.output import format_age, format_cell, format_table, is_dumb, print_result, to_printable
 from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
 
 JOBS_HEAD = ("JOB", "KIND", "MODEL", "STATUS", "BY", "AGE", "WHERE")
@@ -67,11 +60,10 @@ def top(*, interval: float, once: bool, as_json: bool, where: ServerChoice) -> N
     """Watch memory, models and running jobs until Ctrl-C."""
     with open_chosen_client(where) as client:
         look = _take_snapshot(client)
-        if as_json:
-            print_json({"resources": look.resources, "jobs": look.jobs, "wrong": look.wrong})
-            return
-        if once or not sys.stdout.isatty() or is_dumb(os.environ):  # there, a live view would print nothing
-            click.echo("\n".join(lines(look)))
+        # On a dumb terminal, a live view would print nothing.
+        if as_json or once or not sys.stdout.isatty() or is_dumb(os.environ):
+            members = {"resources": look.resources, "jobs": look.jobs, "wrong": look.wrong}
+            print_result(members, lines(look), as_json=as_json)
             return
         try:
             _watch(client, look, interval)
@@ -90,17 +82,12 @@ def _watch(client: Any, look: ServerSnapshot, interval_s: float) -> None:
             time.sleep(max(interval_s, PAUSE * look.took_s))
             try:
                 look = _take_snapshot(client)
-            except ServerUnreachable as problem:
-                look = _as_stale(look, problem)
-            except ServerError as problem:
-                if problem.status < 500 and problem.status != 429:  # noqa: PLR2004 - permanent
+            except (ServerUnreachable, ServerError) as problem:
+                status = problem.status if isinstance(problem, ServerError) else None
+                if status is not None and status < 500 and status != 429:  # noqa: PLR2004 - permanent
                     raise
-                look = _as_stale(look, problem)
+                look = replace(look, problem=str(problem))
             live.update(_render(look), refresh=True)
-
-
-def _as_stale(look: ServerSnapshot, problem: Exception) -> ServerSnapshot:
-    return replace(look, problem=str(problem))
 
 
 def _take_snapshot(client: Any) -> ServerSnapshot:
@@ -133,9 +120,8 @@ def lines(look: ServerSnapshot) -> Iterator[str]:
     yield from format_table(USE_HEAD, uses, right=RIGHT) if uses else ["nothing is loaded"]
     if look.jobs:
         yield ""
-        yield from format_table(
-            JOBS_HEAD, [_job_row(job, now) for job in look.jobs[:MOST_ROWS]], right={"AGE"}
-        )
+        jobs = [_job_row(job, now) for job in look.jobs[:MOST_ROWS]]
+        yield from format_table(JOBS_HEAD, jobs, right={"AGE"})
     if look.wrong:
         yield ""
         yield from format_table(WRONG_HEAD, [_wrong_row(model) for model in look.wrong])

@@ -13,7 +13,6 @@ from support.history import PLAIN
 from loadledger.cli.server import (
     DEFAULT_URL,
     MAX_PROFILE_BYTES,
-    Profile,
     ProfileProblem,
     ServerTarget,
     find_target,
@@ -25,7 +24,7 @@ from loadledger.cli.server import (
 HERE, THERE = "http://127.0.0.1:1", "https://example.org/ledger"
 
 
-def write(home: Path, profile: Profile, name: str = "profile") -> Path:
+def write(home: Path, profile: ServerTarget, name: str = "profile") -> Path:
     path = home / ".config" / "loadledger" / f"{name}.toml"
     write_profile(path, profile)
     return path
@@ -35,8 +34,8 @@ def test_option_overrides_variable_overrides_profile(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path)}
     for environment in ({}, home):
         assert find_target(None, None, environment) == ServerTarget(DEFAULT_URL)
-    write(tmp_path, Profile(HERE, "of-profile", tmp_path / "ca.pem"))
-    two = write(tmp_path, Profile(THERE, "of-two"), "two")
+    write(tmp_path, ServerTarget(HERE, "of-profile", tmp_path / "ca.pem"))
+    two = write(tmp_path, ServerTarget(THERE, "of-two"), "two")
     moved = {"HOME": "/nowhere", "XDG_CONFIG_HOME": str(tmp_path / ".config")}
     of_profile = ServerTarget(HERE, "of-profile", tmp_path / "ca.pem")
     for url, profile, environment, place in (
@@ -53,7 +52,7 @@ def test_option_overrides_variable_overrides_profile(tmp_path: Path) -> None:
 
 
 def test_token_of_profile_goes_to_no_other_server(tmp_path: Path) -> None:
-    write(tmp_path, Profile(HERE, "secret", tmp_path / "ca.pem"))
+    write(tmp_path, ServerTarget(HERE, "secret", tmp_path / "ca.pem"))
     home = {"HOME": str(tmp_path)}
     for url, variables, place in (
         (THERE, {}, ServerTarget(THERE)),
@@ -62,14 +61,14 @@ def test_token_of_profile_goes_to_no_other_server(tmp_path: Path) -> None:
         (THERE, {"LOADLEDGER_TOKEN": "given"}, ServerTarget(THERE, "given")),
     ):
         assert find_target(url, None, home | variables) == place
-    write(tmp_path, Profile(None, "of no server"))
+    write(tmp_path, ServerTarget(token="of no server"))
     assert find_target(None, None, home) == ServerTarget(DEFAULT_URL, "of no server")
     assert find_target(THERE, None, home) == ServerTarget(THERE)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666, 0o601])
 def test_profile_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
-    write(tmp_path, Profile(HERE, "secret")).chmod(mode)
+    write(tmp_path, ServerTarget(HERE, "secret")).chmod(mode)
     with pytest.raises(ProfileProblem, match=rf"mode 0{mode:o}.*chmod 600") as refused:
         find_target(None, None, {"HOME": str(tmp_path)})
     assert "secret" not in str(refused.value)
@@ -125,7 +124,7 @@ PRINTABLE = st.text(st.sampled_from(string.ascii_letters + string.digits + " \\\
 @given(url=PRINTABLE, token=PRINTABLE)
 def test_written_profile_reads_back(tmp_path_factory: pytest.TempPathFactory, url: str, token: str) -> None:
     path = tmp_path_factory.mktemp("home") / "p.toml"
-    write_profile(path, Profile(url, token))
-    assert read_profile(path) == Profile(url, token)
+    write_profile(path, ServerTarget(url, token))
+    assert read_profile(path) == ServerTarget(url, token)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [each.name for each in path.parent.iterdir()] == ["p.toml"]
