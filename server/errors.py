@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 from uuid import uuid4
 
@@ -128,9 +128,9 @@ class Problem:
     code: str
     status: int
     detail: str
-    instance: str | None
-    headers: Mapping[str, str]
-    members: Mapping[str, object]
+    instance: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    members: Mapping[str, object] = field(default_factory=dict)
 
 
 def problem_of(error: Exception) -> Problem:
@@ -138,12 +138,13 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, web.HTTPException):
         return _of_framework(error)
     if isinstance(error, web.RequestPayloadError):
-        return _problem("invalid_request", f"the request body could not be read: {error}")
+        return Problem("invalid_request", 400, f"the request body could not be read: {error}")
     code = getattr(error, "code", None)
     if not isinstance(code, str) or code not in ERRORS or code == "internal":
         return _unexpected(error)
     members = getattr(error, "problem_members", {})
-    return _problem(code, str(error), headers=dict(_headers_of(error, code)), members=members)
+    headers = dict(_headers_of(error, code))
+    return Problem(code, ERRORS[code].status, str(error), headers=headers, members=members)
 
 
 def problem_response(problem: Problem, path: str) -> web.Response:
@@ -200,28 +201,15 @@ def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
     return response
 
 
-def _problem(
-    code: str,
-    detail: str,
-    *,
-    instance: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    members: Mapping[str, object] | None = None,
-) -> Problem:
-    return Problem(code, ERRORS[code].status, detail, instance, headers or {}, members or {})
-
-
 def _of_framework(error: web.HTTPException) -> Problem:
     if error.status >= 500:  # noqa: PLR2004 -- not a client's mistake
         return _unexpected(error)
     code = _FRAMEWORK_CODES.get(error.status, "invalid_request")
-    headers = {
-        name: value for name, value in error.headers.items() if name.lower() in {"allow", "retry-after"}
-    }
+    headers = {name: error.headers[name] for name in ("Allow", "Retry-After") if name in error.headers}
     detail = _FRAMEWORK_DETAILS.get(code) or error.text or error.reason
     if isinstance(error, web.HTTPMethodNotAllowed):
         detail = f"{error.method} is not a method of this route: {headers.get('Allow', '')}"
-    return Problem(code, error.status, detail, None, headers, {})
+    return Problem(code, error.status, detail, headers=headers)
 
 
 _FRAMEWORK_DETAILS = {
@@ -234,7 +222,7 @@ def _unexpected(error: Exception) -> Problem:
     reference = uuid4()
     log.error("request failed, reference %s", reference, exc_info=error)
     detail = f"the server failed; its log has the reason under {reference}"
-    return _problem("internal", detail, instance=f"urn:uuid:{reference}")
+    return Problem("internal", 500, detail, instance=f"urn:uuid:{reference}")
 
 
 def _headers_of(error: Exception, code: str) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from events.sqlite.queries import read_base
 from events.sqlite.readonly import open_read_only
 from events.tail import Tails
 from events.types import TYPES, LogBase
-from server.api.schemas import AnswerSchema, PageQuerySchema
+from server.api.schemas import AnswerSchema, PageQuerySchema, about
 from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, StreamToken, chosen_form
 from server.appkeys import CONFIG, CONSUMER, LOG, READER, STREAMS, VERIFIER
 from server.auth.gate import PRINCIPAL
@@ -49,7 +49,7 @@ def _repeatable(description: str, *checks: Any) -> fields.List[Any]:
         validate=validate.Length(
             max=MAX_FILTER_VALUES, error=f"Must be given {MAX_FILTER_VALUES} times at most."
         ),
-        metadata={"description": f"{description} Repeatable: any of the values."},
+        **about(f"{description} Repeatable: any of the values."),
     )
 
 
@@ -73,15 +73,15 @@ class EventsQuerySchema(PageQuerySchema):
     after = ParameterInteger(
         load_default=None,
         validate=validate.Range(min=0),
-        metadata={"description": "Only events after this position, oldest first."},
+        **about("Only events after this position, oldest first."),
     )
     before = ParameterInteger(
         load_default=None,
         validate=validate.Range(min=1),
-        metadata={"description": "Only events before this position, newest first."},
+        **about("Only events before this position, newest first."),
     )
-    since = fields.String(load_default=None, metadata={"description": f"Only events from there on. {_WHERE}"})
-    until = fields.String(load_default=None, metadata={"description": f"Only events up to there. {_WHERE}"})
+    since = fields.String(load_default=None, **about(f"Only events from there on. {_WHERE}"))
+    until = fields.String(load_default=None, **about(f"Only events up to there. {_WHERE}"))
 
     class Meta:
         """The filters; the stream has the same."""
@@ -105,10 +105,10 @@ class EventSchema(AnswerSchema):
     data = fields.Dict(required=True)
     hash = fields.String(
         required=True,
-        metadata={
-            "description": "Hexadecimal SHA-256 of the previous hash and the UTF-8 text of the event as it "
-            "stands here, without this member, which is the last.",
-        },
+        **about(
+            "Hexadecimal SHA-256 of the previous hash and the UTF-8 text of the event as it "
+            "stands here, without this member, which is the last."
+        ),
     )
 
 
@@ -117,17 +117,13 @@ class EventListSchema(AnswerSchema):
 
     events = fields.List(fields.Nested(EventSchema), required=True)
     as_of = fields.Integer(
-        required=True,
-        metadata={"description": "The position that the page reflects; a stream can start there."},
+        required=True, **about("The position that the page reflects; a stream can start there.")
     )
-    oldest = fields.Integer(
-        required=True,
-        metadata={"description": "Position of the oldest event that is not archived."},
-    )
+    oldest = fields.Integer(required=True, **about("Position of the oldest event that is not archived."))
     next_cursor = fields.Integer(
         required=True,
         allow_none=True,
-        metadata={"description": "`after` or `before` of the next page; null on the last page."},
+        **about("`after` or `before` of the next page; null on the last page."),
     )
 
 
@@ -200,7 +196,7 @@ class StreamQuerySchema(Schema):
     after = ParameterInteger(
         load_default=None,
         validate=validate.Range(min=0),
-        metadata={"description": "Start after this position. Default: only new events."},
+        **about("Start after this position. Default: only new events."),
     )
 
     class Meta:
@@ -216,7 +212,7 @@ class LastEventIdSchema(Schema):
         data_key="Last-Event-ID",
         load_default="",
         validate=validate.Regexp(r"[0-9]{0,18}\Z", error="Must be the id of an event, a position."),
-        metadata={"description": "The last `id` that was received; overrides `after`."},
+        **about("The last `id` that was received; overrides `after`."),
     )
 
 
@@ -283,23 +279,21 @@ async def open_streams(app: web.Application) -> AsyncIterator[None]:
 class BaseSchema(AnswerSchema):
     """The last archived event; the log begins after it."""
 
-    position = fields.Integer(required=True, metadata={"description": "0 if nothing is archived."})
-    hash = fields.String(required=True, metadata={"description": "Hexadecimal."})
+    position = fields.Integer(required=True, **about("0 if nothing is archived."))
+    hash = fields.String(required=True, **about("Hexadecimal."))
 
 
 class HeadSchema(AnswerSchema):
     """The signed head; docs/verify-it-yourself.md describes the signed text."""
 
     position = fields.Integer(required=True)
-    hash = fields.String(required=True, metadata={"description": "Hexadecimal."})
+    hash = fields.String(required=True, **about("Hexadecimal."))
     recorded_at = fields.String(required=True, allow_none=True)
     base = fields.Nested(BaseSchema, required=True)
-    algorithm = fields.String(required=True, metadata={"description": "Ed25519."})
-    key_id = fields.String(
-        required=True, metadata={"description": "32 hexadecimal digits of the public key's SHA-256."}
-    )
-    public_key = fields.String(required=True, metadata={"description": "DER (RFC 8410) in base64."})
-    signature = fields.String(required=True, metadata={"description": "64 bytes in base64."})
+    algorithm = fields.String(required=True, **about("Ed25519."))
+    key_id = fields.String(required=True, **about("32 hexadecimal digits of the public key's SHA-256."))
+    public_key = fields.String(required=True, **about("DER (RFC 8410) in base64."))
+    signature = fields.String(required=True, **about("64 bytes in base64."))
 
 
 @dataclass(frozen=True, slots=True)

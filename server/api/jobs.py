@@ -26,6 +26,7 @@ from server.api.schemas import (
     JobPathSchema,
     JobSchema,
     JobsQuerySchema,
+    about,
     job_view,
 )
 from server.api.timetravel import past_job, past_jobs
@@ -77,15 +78,15 @@ class IdempotencySchema(Schema):
     idempotency_key = fields.String(
         data_key="Idempotency-Key",
         validate=validate.Regexp(rf"(?:{_QUOTED}|{_BARE})\Z", error=_RULE),
-        metadata={
-            "description": "Any string in double quotes, for example a UUID: new for each request, the same "
+        **about(
+            "Any string in double quotes, for example a UUID: new for each request, the same "
             "when you repeat it. For 24 hours, the same request of the same subject with the same key is "
             "answered with the job of the first, ended or not, whatever has changed since (but 404 if the "
             "model, version or job is gone). Another request with the key is 422 `idempotency_mismatch`. A "
             "refused request, or one that changes nothing, does not use its key. The ledger keeps a hash of "
             "the key, never the key.",
-            "example": '"8e03978e-40d5-43dd-bc93-6894a57f9324"',
-        },
+            example='"8e03978e-40d5-43dd-bc93-6894a57f9324"',
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from aiohttp import web
 from marshmallow import fields, validate
 
 from runtime.memory import read_pressure
-from server.api.schemas import AnswerSchema
+from server.api.schemas import AnswerSchema, about
 from server.appkeys import CONSUMER, LIMIT, LOG
 from server.http.validation import NothingSchema
 from server.routing import Access, Routes
@@ -25,21 +25,17 @@ class LoadUseSchema(AnswerSchema):
 
     model_id = fields.String(required=True)
     version = fields.Integer(required=True)
-    job_id = fields.String(required=True, metadata={"description": "Job of the load."})
+    job_id = fields.String(required=True, **about("Job of the load."))
     phase = fields.String(
         required=True, validate=validate.OneOf(["loading", "failed", "serving", "draining"])
     )
     workers = fields.Integer(required=True)
-    reserved_bytes = fields.Integer(
-        required=True, metadata={"description": "Memory reserved while it loads; 0 afterwards."}
-    )
+    reserved_bytes = fields.Integer(required=True, **about("Memory reserved while it loads; 0 afterwards."))
     memory_bytes = fields.Integer(
-        required=True, metadata={"description": "Private bytes of its workers, measured every few seconds."}
+        required=True, **about("Private bytes of its workers, measured every few seconds.")
     )
-    in_flight = fields.Integer(required=True, metadata={"description": "Inferences queued or running."})
-    last_used_at = fields.String(
-        required=True, allow_none=True, metadata={"description": "The end of its last inference."}
-    )
+    in_flight = fields.Integer(required=True, **about("Inferences queued or running."))
+    last_used_at = fields.String(required=True, allow_none=True, **about("The end of its last inference."))
     pinned = fields.Boolean(required=True)
     keep_alive_s = fields.Integer(required=True, allow_none=True)
 
@@ -59,9 +55,9 @@ class PreparationSchema(AnswerSchema):
     model_id = fields.String(required=True)
     version = fields.Integer(required=True)
     reserved_bytes = fields.Integer(
-        required=True, metadata={"description": "Memory reserved until its processes have exited."}
+        required=True, **about("Memory reserved until its processes have exited.")
     )
-    stopping = fields.Boolean(required=True, metadata={"description": "A load needs the memory."})
+    stopping = fields.Boolean(required=True, **about("A load needs the memory."))
 
 
 class PressureSchema(AnswerSchema):
@@ -74,22 +70,18 @@ class PressureSchema(AnswerSchema):
 class ResourcesSchema(AnswerSchema):
     """The memory budget of workers and its use."""
 
-    limit_bytes = fields.Integer(required=True, metadata={"description": "Of this container or machine."})
-    limit_source = fields.String(required=True, metadata={"description": "cgroup v2, cgroup v1 or machine."})
+    limit_bytes = fields.Integer(required=True, **about("Of this container or machine."))
+    limit_source = fields.String(required=True, **about("cgroup v2, cgroup v1 or machine."))
     budget_bytes = fields.Integer(required=True)
     reserved_bytes = fields.Integer(required=True)
     used_bytes = fields.Integer(required=True)
-    free_bytes = fields.Integer(
-        required=True, metadata={"description": "Negative if models have grown beyond the budget."}
-    )
+    free_bytes = fields.Integer(required=True, **about("Negative if models have grown beyond the budget."))
     max_loaded = fields.Integer(required=True, allow_none=True)
     models = fields.List(fields.Nested(LoadUseSchema), required=True)
     waiting = fields.List(fields.Nested(WaitSchema), required=True)
     preparing = fields.Nested(PreparationSchema, required=True, allow_none=True)
-    pressure = fields.Nested(
-        PressureSchema, required=True, allow_none=True, metadata={"description": "Null without PSI."}
-    )
-    as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
+    pressure = fields.Nested(PressureSchema, required=True, allow_none=True, **about("Null without PSI."))
+    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
 
 
 class ResourcesCache:

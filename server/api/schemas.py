@@ -27,6 +27,11 @@ _AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null if the lo
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
+def about(text: str, **more: str) -> dict[str, Any]:
+    """Return the argument of a field that describes it in the OpenAPI document."""
+    return {"metadata": {"description": text, **more}}
+
+
 def _values(kind: type[JobKind | JobStatus | ModelState | Cause]) -> Any:
     return validate.OneOf([member.value for member in kind])
 
@@ -37,7 +42,7 @@ class ModelPathSchema(Schema):
     id = fields.String(
         required=True,
         validate=validate.Regexp(rf"(?:{MODEL_ID.pattern})\Z", error=_ID_RULE),
-        metadata={"description": "A model's folder in the repository.", "example": "digits"},
+        **about("A model's folder in the repository.", example="digits"),
     )
 
 
@@ -57,71 +62,64 @@ class LoadBodySchema(Schema):
     """Parameters of a load. Defaults: the model's loadledger.toml, then the server's settings."""
 
     version = StrictInteger(
-        validate=validate.Range(1, MAX_VERSION),
-        metadata={"description": "Default: the highest version at acceptance."},
+        validate=validate.Range(1, MAX_VERSION), **about("Default: the highest version at acceptance.")
     )
     timeout_s = StrictInteger(
         validate=validate.Range(1, MAX_TIMEOUT_S),
-        metadata={
-            "description": "Seconds from acceptance, waiting included, after which the load fails. "
-            "Default: the server's --timeout-s.",
-        },
+        **about(
+            "Seconds from acceptance, waiting included, after which the load fails. "
+            "Default: the server's --timeout-s."
+        ),
     )
     memory_limit_bytes = StrictInteger(
         validate=validate.Range(min=2**20),
         allow_none=True,
-        metadata={
-            "description": "Memory of each instance; a load that needs more fails with "
-            "`out_of_memory`. Null is no limit.",
-        },
+        **about(
+            "Memory of each instance; a load that needs more fails with `out_of_memory`. Null is no limit."
+        ),
     )
     priority = fields.String(
         validate=validate.OneOf(["high", "normal", "low"]),
-        metadata={
-            "description": "Waiting loads start by priority, then by age. Default: `normal`. A `low` one "
-            "waits, up to a limit, while the machine is under pressure.",
-        },
+        **about(
+            "Waiting loads start by priority, then by age. Default: `normal`. A `low` one "
+            "waits, up to a limit, while the machine is under pressure."
+        ),
     )
     keep_alive_s = StrictInteger(
         validate=validate.Range(-1, MAX_KEEP_ALIVE_S),
         allow_none=True,
-        metadata={
-            "description": "Idle timeout: seconds after the end of the last request until the model is "
+        **about(
+            "Idle timeout: seconds after the end of the last request until the model is "
             "unloaded. -1 is never, 0 is at once. Default, also for null: the server's --keep-alive-s. A job "
-            "shows null for never if neither request nor server set it.",
-        },
+            "shows null for never if neither request nor server set it."
+        ),
     )
     strategy = fields.String(
         validate=validate.OneOf(["beside", "in_place", "auto"]),
-        metadata={
-            "description": "How a loaded model is replaced. `beside`: the old version serves until the new "
+        **about(
+            "How a loaded model is replaced. `beside`: the old version serves until the new "
             "one is loaded; both use memory. `in_place`: the old version is unloaded first; requests get 503 "
             "until the new one is loaded. `auto`: beside if both fit into the memory budget, else in place. "
-            "Default: the server's --strategy.",
-        },
+            "Default: the server's --strategy."
+        ),
     )
     pinned = StrictBoolean(
-        metadata={
-            "description": "A pinned model is never evicted and has no idle timeout. Default: `false`.",
-        },
+        **about("A pinned model is never evicted and has no idle timeout. Default: `false`.")
     )
     instances = StrictInteger(
         validate=validate.Range(1, MAX_INSTANCES),
-        metadata={"description": "Workers that serve the model in parallel. Default: 1."},
+        **about("Workers that serve the model in parallel. Default: 1."),
     )
     max_batch_size = StrictInteger(
         validate=validate.Range(0, MAX_BATCH_SIZE),
-        metadata={
-            "description": "Queued requests are run together up to this size of the first dimension. "
-            "Default: 0, no batching.",
-        },
+        **about(
+            "Queued requests are run together up to this size of the first dimension. "
+            "Default: 0, no batching."
+        ),
     )
     max_queue_delay_us = StrictInteger(
         validate=validate.Range(0, MAX_QUEUE_DELAY_US),
-        metadata={
-            "description": "Microseconds that a request may wait for its batch to fill; "
-            "needs a `max_batch_size`.",
-        },
+        **about("Microseconds that a request may wait for its batch to fill; needs a `max_batch_size`."),
     )
 
 
@@ -137,8 +135,7 @@ class UnloadQuerySchema(Schema):
     """Query of an unload."""
 
     force = ParameterBoolean(
-        load_default=False,
-        metadata={"description": "Do not wait for running requests; end a load and a stuck worker, too."},
+        load_default=False, **about("Do not wait for running requests; end a load and a stuck worker, too.")
     )
 
 
@@ -153,30 +150,28 @@ class AtQuerySchema(Schema):
 
     at = fields.String(
         load_default=None,
-        metadata={
-            "description": "Answer as of this moment; for the roles `audit` and `admin`. A position of the "
+        **about(
+            "Answer as of this moment; for the roles `audit` and `admin`. A position of the "
             "log (digits), or a time with its offset (RFC 3339), which means the last position recorded by "
             "then. 0 is before the first event.",
-            "example": "2026-01-31T14:02:00Z",
-        },
+            example="2026-01-31T14:02:00Z",
+        ),
     )
 
 
 class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
     """Page of the models."""
 
-    cursor = fields.String(load_default="", metadata={"description": "The `next_cursor` of the last page."})
+    cursor = fields.String(load_default="", **about("The `next_cursor` of the last page."))
 
 
 class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
     """Page of the jobs, and filters."""
 
     cursor = ParameterInteger(
-        load_default=None,
-        validate=validate.Range(min=1),
-        metadata={"description": "The `next_cursor` of the last page."},
+        load_default=None, validate=validate.Range(min=1), **about("The `next_cursor` of the last page.")
     )
-    model = fields.String(load_default=None, metadata={"description": "Only jobs of this model."})
+    model = fields.String(load_default=None, **about("Only jobs of this model."))
     status = fields.String(load_default=None, validate=_values(JobStatus))
 
 
@@ -207,7 +202,7 @@ class JobSchema(AnswerSchema):
     stage = fields.String(
         required=True,
         allow_none=True,
-        metadata={"description": "Live: starting, loading, warming_up, measuring; draining, stopping."},
+        **about("Live: starting, loading, warming_up, measuring; draining, stopping."),
     )
     waiting_for = fields.String(required=True, allow_none=True)
     created_at = fields.String(required=True)
@@ -216,15 +211,14 @@ class JobSchema(AnswerSchema):
     requested_by = fields.String(required=True)
     cause = fields.String(required=True, validate=_values(Cause))
     cancel_requested = fields.Boolean(
-        required=True,
-        metadata={"description": "Whether a cancel was requested; see `status` for its outcome."},
+        required=True, **about("Whether a cancel was requested; see `status` for its outcome.")
     )
     attempt = fields.Integer(required=True)
-    position = fields.Integer(required=True, metadata={"description": "Position of its latest event."})
-    parameters = fields.Dict(required=True, metadata={"description": "Parameters of its request."})
+    position = fields.Integer(required=True, **about("Position of its latest event."))
+    parameters = fields.Dict(required=True, **about("Parameters of its request."))
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
-    as_of = fields.Integer(metadata={"description": _AS_OF_IN_THE_PAST})
-    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
+    as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
+    as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
 
 
 class FileSchema(AnswerSchema):
@@ -239,7 +233,7 @@ class FileSchema(AnswerSchema):
 class PreparedSchema(AnswerSchema):
     """A prepared form of a version's files."""
 
-    form = fields.String(required=True, metadata={"description": "`prepacked` or `optimised`."})
+    form = fields.String(required=True, **about("`prepacked` or `optimised`."))
     sha256 = fields.String(required=True)
 
 
@@ -251,7 +245,7 @@ class ModelSchema(AnswerSchema):
         fields.Integer(),
         required=True,
         allow_none=True,
-        metadata={"description": "In the repository; null with `at`: its past is not recorded."},
+        **about("In the repository; null with `at`: its past is not recorded."),
     )
     state = fields.String(required=True, validate=_values(ModelState))
     version = fields.Integer(required=True, allow_none=True)
@@ -260,35 +254,29 @@ class ModelSchema(AnswerSchema):
     loaded_at = fields.String(required=True, allow_none=True)
     loaded_by = fields.String(required=True, allow_none=True)
     job_id = fields.String(required=True, allow_none=True)
-    position = fields.Integer(
-        required=True,
-        allow_none=True,
-        metadata={"description": "Position of its `ModelLoaded`."},
-    )
+    position = fields.Integer(required=True, allow_none=True, **about("Position of its `ModelLoaded`."))
     files = fields.List(fields.Nested(FileSchema), required=True)
     prepared = fields.Nested(
         PreparedSchema,
         required=True,
         allow_none=True,
-        metadata={"description": "The prepared form that its workers loaded; null if they loaded the files."},
+        **about("The prepared form that its workers loaded; null if they loaded the files."),
     )
     memory_bytes = fields.Integer(required=True, allow_none=True)
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
     instances = fields.Integer(
-        required=True,
-        allow_none=True,
-        metadata={"description": "Running workers; may be fewer than were loaded."},
+        required=True, allow_none=True, **about("Running workers; may be fewer than were loaded.")
     )
-    as_of = fields.Integer(metadata={"description": _AS_OF_IN_THE_PAST})
-    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
+    as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
+    as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
 
 
 class ModelListSchema(AnswerSchema):
     """One page of the models, by id."""
 
     models = fields.List(fields.Nested(ModelSchema), required=True)
-    as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
-    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
+    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
+    as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
     next_cursor = fields.String(required=True, allow_none=True)
 
 
@@ -296,8 +284,8 @@ class JobListSchema(AnswerSchema):
     """One page of the jobs, newest first."""
 
     jobs = fields.List(fields.Nested(JobSchema), required=True)
-    as_of = fields.Integer(required=True, metadata={"description": "The position that the answer reflects."})
-    as_of_time = fields.String(allow_none=True, metadata={"description": _AS_OF_TIME})
+    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
+    as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
     next_cursor = fields.Integer(required=True, allow_none=True)
 
 
