@@ -10,6 +10,8 @@ import asyncio
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
@@ -34,7 +36,7 @@ from server.appkeys import CONSUMER, LOG, READER, REQUEST_LOG, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters
-from server.routing import Access, Routes, matched_route
+from server.routing import ROUTES, Access, Routes
 
 routes = Routes(tag="jobs")
 
@@ -105,9 +107,7 @@ def unquote_key(field: str) -> str:
 
 def _fingerprint(request: web.Request) -> str:
     """Hash the request as validated: order of members and white space do not matter."""
-    route = matched_route(request)
-    assert route is not None
-    path = dict(request.match_info)
+    route, path = request.app[ROUTES][request.match_info.route], dict(request.match_info)
     return _hash([route.method, route.path, path, query_parameters(request), json_body(request)])
 
 
@@ -125,6 +125,19 @@ PREFER = {
     "description": "`wait=N`: answer when the job has ended, or after N seconds (at most 60).",
 }
 """OpenAPI parameter of routes that answer with `answer_with_job`."""
+
+AS_JOB: Mapping[str, Any] = {
+    "access": Access.ADMIN,
+    "parameters": [PREFER],
+    "headers": IdempotencySchema(),
+    "answers": {
+        202: (JobSchema(), "Accepted; follow the job at `Location`."),
+        200: (JobSchema(), "Nothing to do, or the job has ended within `Prefer: wait=N`, with any outcome."),
+    },
+}
+"""Parts of the declaration that all routes with `answer_with_job` share, beside the codes in `JOB_ERRORS`."""
+
+JOB_ERRORS = ("idempotency_mismatch", "log_unavailable", "shutting_down")
 
 
 class UnknownJob(LedgerProblem):
@@ -181,28 +194,15 @@ async def show_job(request: web.Request) -> web.Response:
 
 @routes.post(
     "/api/v1/jobs/{job_id}/cancel",
-    access=Access.ADMIN,
+    **AS_JOB,
     summary="Cancel a job",
     description="Ends a load that has not completed, or an unload that has not begun. The job may still "
     "complete after this answer, so check its `status`. A job that is already being cancelled is returned "
     "as it is.",
-    parameters=[PREFER],
     path=JobPathSchema(),
     query=NothingSchema(),
-    headers=IdempotencySchema(),
     body=CancelBodySchema(),
-    answers={
-        202: (JobSchema(), "Accepted; follow the job at `Location`."),
-        200: (JobSchema(), "The job has ended within `Prefer: wait=N`, with any outcome."),
-    },
-    errors=(
-        "unknown_job",
-        "idempotency_mismatch",
-        "already_finished",
-        "already_started",
-        "log_unavailable",
-        "shutting_down",
-    ),
+    errors=("unknown_job", "already_finished", "already_started", *JOB_ERRORS),
 )
 async def cancel_job(request: web.Request) -> web.Response:
     """Append `CancelRequested`, unless it is too late."""
@@ -214,10 +214,7 @@ async def cancel_job(request: web.Request) -> web.Response:
 
 async def answer_with_job(request: web.Request, command: Command) -> web.Response:
     """Submit a command and answer with its job: 200 if it has ended, else 202 with its `Location`."""
-    receipt = await request.app[REQUEST_LOG].submit(command)
-    assert receipt.job_id is not None
-    seconds = wait_s(request.headers.getall("Prefer", []))
-    job = await _wait_for_end(request.app, receipt.job_id, seconds)
+    job = await _submit(request.app, command, wait_s(request.headers.getall("Prefer", [])))
     headers = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
@@ -232,9 +229,7 @@ async def run_job(app: web.Application, command: Command) -> Job:
         ShuttingDown: `shutting_down`, the server stops before the job has ended.
         LedgerProblem: `log_unavailable`, or the refusal of the command.
     """
-    receipt = await app[REQUEST_LOG].submit(command)
-    assert receipt.job_id is not None
-    job = await _wait_for_end(app, receipt.job_id, None)
+    job = await _submit(app, command, None)
     if not job.ended:
         where = job_path(job.id)
         raise ShuttingDown(
@@ -249,8 +244,10 @@ def job_path(job_id: str) -> str:
     return f"/api/v1/jobs/{job_id}"
 
 
-async def _wait_for_end(app: web.Application, job_id: str, seconds: float | None) -> Job:
-    """Return the job when it has ended, the time is up, or the server stops."""
+async def _submit(app: web.Application, command: Command, seconds: float | None) -> Job:
+    """Submit a command and return its job when it has ended, the time is up, or the server stops."""
+    job_id = (await app[REQUEST_LOG].submit(command)).job_id
+    assert job_id is not None, "only facts have no job"
     if seconds == 0:
         return await _find_job(app, job_id)
     log, stopping = app[LOG], app[STOPPING]

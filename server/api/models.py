@@ -17,10 +17,9 @@ from events.types import Idempotency, LoadParameters
 from runtime.errors import UnknownModel
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import ModelVersion, Repository
-from server.api.jobs import PREFER, IdempotencySchema, answer_with_job, hash_idempotency_key
+from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.schemas import (
     AtQuerySchema,
-    JobSchema,
     LoadBodySchema,
     ModelListSchema,
     ModelPathSchema,
@@ -123,10 +122,6 @@ def _merge_parameters(
     return LoadParameters(**merged)
 
 
-_ACCEPTED = "Accepted; follow the job at `Location`."
-_ENDED = "Nothing to do, or the job has ended within `Prefer: wait=N`, with any outcome."
-
-
 @routes.get(
     "/api/v1/models",
     access=Access.ANY,
@@ -141,17 +136,10 @@ async def list_models(request: web.Request) -> web.Response:
     if query["at"] is not None:
         return web.json_response(await past_models(request, query["at"], query["cursor"], query["limit"]))
     known = {model.id for model in state.models.values() if _is_live(model)}
-    page = await asyncio.to_thread(
-        _page_of_models,
-        request.app[REPOSITORY],
-        known,
-        query["cursor"],
-        query["limit"],
-    )
-    active = state.active()
-    models = [model_view(model_id, state, versions, active) for model_id, versions in page[: query["limit"]]]
-    more = len(page) > query["limit"]
-    next_cursor = models[-1]["id"] if more else None
+    limit, active = query["limit"], state.active()
+    page = await asyncio.to_thread(_page_of_models, request.app[REPOSITORY], known, query["cursor"], limit)
+    models = [model_view(model_id, state, versions, active) for model_id, versions in page[:limit]]
+    next_cursor = models[-1]["id"] if len(page) > limit else None
     return web.json_response({"models": models, "as_of": state.position, "next_cursor": next_cursor})
 
 
@@ -176,14 +164,11 @@ async def show_model(request: web.Request) -> web.Response:
 
 @routes.post(
     "/api/v1/models/unload",
-    access=Access.ADMIN,
+    **AS_JOB,
     summary="Unload the active model",
-    parameters=[PREFER],
     query=UnloadQuerySchema(),
-    headers=IdempotencySchema(),
     body=UnloadBodySchema(),
-    answers={202: (JobSchema(), _ACCEPTED), 200: (JobSchema(), _ENDED)},
-    errors=("nothing_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down"),
+    errors=("nothing_loaded", *JOB_ERRORS),
 )
 async def unload_active(request: web.Request) -> web.Response:
     """Append `UnloadRequested` for the active model."""
@@ -192,23 +177,12 @@ async def unload_active(request: web.Request) -> web.Response:
 
 @routes.post(
     "/api/v1/models/{id}/load",
-    access=Access.ADMIN,
+    **AS_JOB,
     summary="Load a model, or replace its version",
-    parameters=[PREFER],
     path=ModelPathSchema(),
     query=NothingSchema(),
-    headers=IdempotencySchema(),
     body=LoadBodySchema(),
-    answers={202: (JobSchema(), _ACCEPTED), 200: (JobSchema(), _ENDED)},
-    errors=(
-        "unknown_model",
-        "unknown_version",
-        "invalid_defaults",
-        "idempotency_mismatch",
-        "queue_full",
-        "log_unavailable",
-        "shutting_down",
-    ),
+    errors=("unknown_model", "unknown_version", "invalid_defaults", "queue_full", *JOB_ERRORS),
 )
 async def load_model(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless the model is loaded as requested or an equal load is in progress."""
@@ -219,15 +193,12 @@ async def load_model(request: web.Request) -> web.Response:
 
 @routes.post(
     "/api/v1/models/{id}/unload",
-    access=Access.ADMIN,
+    **AS_JOB,
     summary="Unload a model",
-    parameters=[PREFER],
     path=ModelPathSchema(),
     query=UnloadQuerySchema(),
-    headers=IdempotencySchema(),
     body=UnloadBodySchema(),
-    answers={202: (JobSchema(), _ACCEPTED), 200: (JobSchema(), _ENDED)},
-    errors=("unknown_model", "not_loaded", "idempotency_mismatch", "log_unavailable", "shutting_down"),
+    errors=("unknown_model", "not_loaded", *JOB_ERRORS),
 )
 async def unload_model(request: web.Request) -> web.Response:
     """Append `UnloadRequested`, unless an unload is in progress."""
@@ -264,10 +235,7 @@ def _versions_or_none(repository: Repository, model_id: str) -> list[int]:
 
 
 def _page_of_models(
-    repository: Repository,
-    known: set[str],
-    cursor: str,
-    limit: int,
+    repository: Repository, known: set[str], cursor: str, limit: int
 ) -> list[tuple[str, list[int]]]:
     """Return ids after the cursor with their versions, one more than the page so that its end is known."""
     page: list[tuple[str, list[int]]] = []
