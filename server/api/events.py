@@ -253,18 +253,17 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
         await response.prepare(request)
         if request.method == hdrs.METH_GET:
             ticket = StreamToken.of(request, request.app[VERIFIER])
-            stream = EventStream(request, response, streams=streams, form=form, tail=tail, ticket=ticket)
-            await stream.run(batch)
+            await EventStream(request, response, streams, form, tail, ticket).run(batch)
     return response
 
 
 async def open_streams(app: web.Application) -> AsyncIterator[None]:
     """Open readers, tails and stages of streams; a resource of the application."""
-    log, consumer = app[LOG], app[CONSUMER]
+    log = app[LOG]
     async with AsyncExitStack() as stack:
         readers = [await stack.enter_async_context(open_reader(log.path)) for _ in range(1 + READERS)]
         tails = Tails(log, readers[0], readers[1:])
-        stages = Stages(log, consumer.stage, consumer.waiting_for)
+        stages = Stages(log, app[CONSUMER])
         app[STREAMS] = streams = Streams(log, tails, stages, per_subject=app[CONFIG].streams_per_subject)
         streams.tasks = {
             "tails": asyncio.create_task(tails.run(), name="tails"),

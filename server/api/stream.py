@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -21,10 +21,10 @@ import jwt
 from aiohttp import hdrs, web
 
 from events.errors import LedgerProblem
-from events.jobs import Job
 from events.log import Log
 from events.sqlite.listing import EventFilter, StoredEvent
 from events.tail import PACE_S, Batch, Tail, Tails
+from runtime.consumer.consumer import Consumer
 from server.auth.gate import InvalidToken, Verifier, bearer_token
 from server.errors import ServerProblem
 from server.http.compression import accepted
@@ -138,12 +138,8 @@ class JobStage:
     @property
     def members(self) -> dict[str, object]:
         """Return the members of the signal."""
-        return {
-            "job_id": self.job_id,
-            "model_id": self.model_id,
-            "stage": self.stage,
-            "waiting_for": self.waiting_for,
-        }
+        names = ("job_id", "model_id", "stage", "waiting_for")
+        return {name: getattr(self, name) for name in names}
 
 
 class Stages:
@@ -151,19 +147,12 @@ class Stages:
 
     Args:
         log: the log with the unfinished jobs.
-        stage: returns the stage of a job.
-        waiting_for: returns what a job waits for.
+        consumer: the consumer that works on them.
     """
 
-    def __init__(
-        self,
-        log: Log,
-        stage: Callable[[Job], str | None],
-        waiting_for: Callable[[Job], str | None],
-    ) -> None:
+    def __init__(self, log: Log, consumer: Consumer) -> None:
         self._log = log
-        self._stage = stage
-        self._waiting_for = waiting_for
+        self._consumer = consumer
         self._seen = dict[str, JobStage]()
         self.changes = 0
 
@@ -178,7 +167,7 @@ class Stages:
         for job_id in self._seen.keys() - jobs.keys():
             del self._seen[job_id]
         for job in jobs.values():
-            seen, now = self._seen.get(job.id), (self._stage(job), self._waiting_for(job))
+            seen, now = self._seen.get(job.id), (self._consumer.stage(job), self._consumer.waiting_for(job))
             if now != ((seen.stage, seen.waiting_for) if seen is not None else (None, None)):
                 self.changes += 1
                 self._seen[job.id] = JobStage(self.changes, job.id, job.model_id, *now)
@@ -327,6 +316,7 @@ class StreamToken:
         return True
 
 
+@dataclass(eq=False, slots=True)
 class EventStream:
     """The stream of one client.
 
@@ -334,32 +324,24 @@ class EventStream:
         heartbeat_due: time of the next heartbeat or of the token's end, on the loop's clock.
     """
 
-    def __init__(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        *,
-        streams: Streams,
-        form: Form,
-        tail: Tail,
-        ticket: StreamToken,
-    ) -> None:
-        self._request = request
-        self._response = response
-        self._form = form
-        self._tail = tail
-        self._ticket = ticket
-        self._streams = streams
-        self._sent = 0
-        self._live = False
-        self._stages = 0
-        self._writing: asyncio.Timeout | None = None
-        self.heartbeat_due = 0.0
+    request: web.Request
+    response: web.StreamResponse
+    streams: Streams
+    form: Form
+    tail: Tail
+    ticket: StreamToken
+    heartbeat_due: float = 0.0
+    _sent: int = 0
+    _live: bool = False
+    _stages: int = 0
+    _writing: asyncio.Timeout | None = None
+
+    def __post_init__(self) -> None:
         self._schedule_heartbeat()
 
     def wake(self) -> None:
         """Wake the stream to check its state."""
-        self._tail.wakeup.set()
+        self.tail.wakeup.set()
 
     def shorten_timeout(self) -> None:
         """Shorten the current write's timeout: the server stops."""
@@ -369,9 +351,9 @@ class EventStream:
 
     async def run(self, batch: Batch) -> None:
         """Send events from a batch on, until the stream ends or the client disconnects."""
-        with suppress(ConnectionError), self._streams.register(self):
+        with suppress(ConnectionError), self.streams.register(self):
             try:
-                await self._write(self._form.end(await self._send_events(batch)))
+                await self._write(self.form.end(await self._send_events(batch)))
             except TimeoutError:  # the client reads nothing
                 self._abort()
 
@@ -379,20 +361,20 @@ class EventStream:
         """Send events until the stream ends, and return the reason."""
         self._sent = batch.after
         try:
-            await self._write(self._form.opening(batch.after) + self._next_chunk(batch))
+            await self._write(self.form.opening(batch.after) + self._next_chunk(batch))
             while (reason := self._end_reason()) is None:
-                batch = await self._tail.read()
+                batch = await self.tail.read()
                 await self._write(self._next_chunk(batch))
                 if batch.live:
-                    await self._tail.wakeup.wait()
-                    self._tail.wakeup.clear()
+                    await self.tail.wakeup.wait()
+                    self.tail.wakeup.clear()
         except LedgerProblem as error:
             return str(error)
         return reason
 
     def _next_chunk(self, batch: Batch) -> bytes:
         news = [self._events(batch)]
-        if batch.live and batch.upto >= self._tail.opened_at:
+        if batch.live and batch.upto >= self.tail.opened_at:
             news += self._live_chunks(batch.upto)
         if self._now() >= self.heartbeat_due:
             if not any(news):
@@ -405,40 +387,40 @@ class EventStream:
         if not batch.events:
             return b""
         self._sent = batch.events[-1].position
-        form = self._form.media_type
+        form = self.form.media_type
         made = batch.encoded.get(form)
         if made is None:
-            made = batch.encoded[form] = self._form.events(batch.events)
+            made = batch.encoded[form] = self.form.events(batch.events)
         return made
 
     def _live_chunks(self, position: int) -> Iterator[bytes]:
         if not self._live:
             self._live = True
             yield self._bookmark(position)
-            yield self._form.notice("live", {"position": position})
-        for stage in self._streams.stages.since(self._stages, self._tail.event_filter):
-            yield self._form.notice(STAGE, stage.members)
-        self._stages = self._streams.stages.changes
+            yield self.form.notice("live", {"position": position})
+        for stage in self.streams.stages.since(self._stages, self.tail.event_filter):
+            yield self.form.notice(STAGE, stage.members)
+        self._stages = self.streams.stages.changes
 
     def _bookmark(self, position: int) -> bytes:
         if position == self._sent:
             return b""
         self._sent = position
-        return self._form.bookmark(position)
+        return self.form.bookmark(position)
 
     def _heartbeat(self, position: int) -> bytes:
-        return self._bookmark(position) or self._form.heartbeat(position)
+        return self._bookmark(position) or self.form.heartbeat(position)
 
     def _end_reason(self) -> str | None:
         """Return why the stream ends; None while it continues."""
-        if self._streams.tails.closed:
+        if self.streams.tails.closed:
             return "the server stops"
-        if self._ticket.valid():
+        if self.ticket.valid():
             return None
         return "the token is no longer valid: reconnect with a new one"
 
     def _schedule_heartbeat(self) -> None:
-        left_s = self._ticket.expires_at - time.time()
+        left_s = self.ticket.expires_at - time.time()
         self.heartbeat_due = self._now() + max(0.0, min(HEARTBEAT_S, left_s))
 
     async def _write(self, chunk: bytes) -> None:
@@ -449,15 +431,15 @@ class EventStream:
             ConnectionError: the client has disconnected.
         """
         if chunk:
-            limit_s = STOPPING_S if self._streams.tails.closed else STALLED_S
+            limit_s = STOPPING_S if self.streams.tails.closed else STALLED_S
             async with asyncio.timeout(limit_s) as self._writing:
-                await self._response.write(chunk)
-                await self._request.writer.drain()
+                await self.response.write(chunk)
+                await self.request.writer.drain()
             self._writing = None
 
     def _abort(self) -> None:
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        if self.request.transport is not None:
+            self.request.transport.abort()
 
     @staticmethod
     def _now() -> float:
