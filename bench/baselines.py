@@ -1,4 +1,4 @@
-"""What loadledger is compared with, each in a process of its own.
+"""Baselines of the comparison, each in a process of its own.
 
 `python -m bench.baselines session MODEL INFERENCES` prints the milliseconds of the first `InferenceSession()`
 of the process, with so many inferences on zeros. `calls MODEL ELEMENTS SECONDS` prints how many inferences a
@@ -20,7 +20,7 @@ from runtime.process.forkserver import ADDED
 
 MALLOC = "GLIBC_TUNABLES"
 WORKER_ENVIRONMENT = ADDED
-"""That of a worker: the figures differ only by the server's own work."""
+"""As in a worker: the figures differ only by the server's own work."""
 PLAIN_ENVIRONMENT = {name: value for name, value in ADDED.items() if name != MALLOC}
 """Without tuned memory, and without telemetry and numpy's threads, which would disturb the measurement."""
 THROWN_AWAY = 3

@@ -24,12 +24,12 @@ MAX_TOLD_BYTES = 4000
 TINY = "tiny"
 WAIT = {"Prefer": "wait=60"}
 UNLIMITED = ("--limit-management", "off", "--limit-inference", "off")
-"""Options for what no person and no client does as often as a bench."""
+"""Options that lift limits which a bench would reach."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server answered."""
+    """A response of the server."""
 
     status: int
     retry_after: str | None
@@ -39,7 +39,7 @@ class Answer:
         return f"{self.status} {self.content[:MAX_TOLD_BYTES].decode(errors='replace')}"
 
     def json(self) -> Any:
-        """Return what the body says."""
+        """Return the body as JSON."""
         return json.loads(self.content)
 
 
@@ -61,11 +61,11 @@ class Server:
 
     @property
     def port(self) -> int:
-        """Return where it listens on 127.0.0.1."""
+        """Return its port on 127.0.0.1."""
         return self.client.port
 
     def load(self, model_id: str, **asked: Any) -> float:
-        """Load a model, as a body with these members asks for, and return the milliseconds until it is ready.
+        """Load a model with these members as the body, and return the milliseconds until it is ready.
 
         They count from the request to the answer.
         """
@@ -78,12 +78,12 @@ class Server:
     def ask(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Answer:
-        """Send any other request, and return its answer, whatever that is."""
+        """Send any other request and return its response."""
         self.send(self.client, method, path, body, headers)
         return read(self.client)
 
     def connect(self) -> http.client.HTTPConnection:
-        """Return another connection, for what has to be asked at once."""
+        """Return another connection, for concurrent requests."""
         connection = http.client.HTTPConnection(self.client.host, self.port, timeout=ANSWER_LIMIT_S)
         connection.connect()
         return connection
@@ -96,7 +96,7 @@ class Server:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Send a request in the administrator's name, and let `read` wait for its answer."""
+        """Send a request as the administrator; `read` waits for the response."""
         kind = {"Content-Type": "application/json"} if body else {}
         connection.request(
             method, path, body, {"Authorization": f"Bearer {self.token}", **kind, **(headers or {})}
@@ -116,7 +116,7 @@ class Server:
 
 
 def read(connection: http.client.HTTPConnection) -> Answer:
-    """Wait for the answer to what was sent."""
+    """Wait for the response to the request."""
     response = connection.getresponse()
     return Answer(response.status, response.headers["Retry-After"], response.read())
 

@@ -38,7 +38,7 @@ PAUSE_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one run measured: answers a second, and their latency in milliseconds."""
+    """Result of one run: responses per second, and their latency in milliseconds."""
 
     per_s: float
     p50_ms: float
@@ -146,7 +146,7 @@ class Client(asyncio.BufferedProtocol):
 
 
 async def generate(port: int, request: bytes, clients: int, seconds: float, warm_up_s: float) -> Result:
-    """Run the clients and return what they measured.
+    """Run the clients and return their measurements.
 
     Raises:
         WrongAnswer: one of them was answered something else than 200.
@@ -178,7 +178,7 @@ def _print_rate(port: str, request: str, clients: str, seconds: str, warm_up_s: 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the clients were answered.
+    """Responses to the clients.
 
     Args:
         answered_s: Times of the good answers by client, on `time.monotonic()`, which all processes share.
@@ -192,7 +192,7 @@ class Answers:
 
     @property
     def total(self) -> int:
-        """Return how many requests were sent."""
+        """Return the number of requests."""
         return sum(map(len, self.answered_s)) + self.failed
 
     def within(self, begin_s: float, end_s: float) -> int:
@@ -220,7 +220,7 @@ def longest_gap(times: Sequence[float], begin: float, end: float) -> float:
 
 
 class RecordingClient(Client):
-    """A client that records when it was answered, and goes on after a failed answer."""
+    """A client that records the time of each response, and continues after a failed one."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request, begin=0, stop=0)
@@ -293,7 +293,7 @@ def _print_answers(port: str, request: str, clients: str) -> None:
 
 
 def main(kind: str, *arguments: str) -> None:
-    """Do what the command line says."""
+    """Run the command line."""
     gc.disable()  # there is nothing to collect here, and a pause would count as the server's
     try:
         if kind == "rate":

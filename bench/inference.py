@@ -1,4 +1,4 @@
-"""How many inferences a second? Beside a constant reply, the model called directly, and Triton."""
+"""Inferences per second, beside a constant response, the model called directly, and Triton."""
 
 import http.client
 import json
@@ -23,7 +23,7 @@ LENGTH = "Inference-Header-Content-Length"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server that is asked.
+    """A measured server.
 
     Args:
         name: What the table calls it.
@@ -62,7 +62,7 @@ class Request:
         return path
 
     def check(self, target: Target) -> None:
-        """Ask once and end the bench if the answer is wrong: a server can be quick at saying nothing."""
+        """Send one request and end the bench if the response is wrong: an empty one would be quick."""
         connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=CHECK_LIMIT_S)
         connection.request("POST", _path(), self._body()[1], self._headers(target))
         response = connection.getresponse()
@@ -117,7 +117,7 @@ SMALL, LARGE = 16, 150_000
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """The least part of the other's rate that is wanted, and what is not done."""
+    """Required share of a peer's rate, and the share below which the work is not done."""
 
     ratio: float
     not_done: float
@@ -128,7 +128,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is sent, by how many at once, and who else is asked.
+    """A measured case: request, number of clients, and peers.
 
     Args:
         what: Its name in the table.
@@ -155,11 +155,11 @@ CASES = (
     Case("600 KB, 8 clients", Request(LARGE, binary=True), 8, {TRITON: PAST_TRITON}),
 )
 Rates = Mapping[tuple[str, str], Result]
-"""What was measured, by the names of the case and of who was asked."""
+"""Rates, by the names of case and server."""
 
 
 def measure(folder: Path, *, rounds: int, seconds: float, peers_at: Path | None) -> list[Row]:
-    """Measure each case for `seconds` in each round, whoever is asked one after the other; medians.
+    """Measure each case for `seconds` in each round, one server after the other; medians.
 
     Args:
         folder: An empty directory.
@@ -181,7 +181,7 @@ def measure(folder: Path, *, rounds: int, seconds: float, peers_at: Path | None)
 
 
 def _alternated(targets: Sequence[Target], folder: Path, rounds: int, seconds: float) -> Rates:
-    """Ask everybody everything in every round, each round beginning with another."""
+    """Measure all cases on all servers in every round; each round begins with another server."""
     for case in CASES:
         for target in _asked(case, targets):
             if target.name != CONSTANT:

@@ -1,4 +1,4 @@
-"""How quick is the ledger by itself? Appending beside plain SQLite, verifying, time travel, pages."""
+"""Speed of the ledger alone: appends beside plain SQLite, verification, time travel, pages."""
 
 import asyncio
 import gc
@@ -55,7 +55,7 @@ APPENDED = 20_000
 MOMENTS = 100
 APPEND_GOAL, VERIFY_GOAL, VERIFY_GOAL_MB, AS_OF_GOAL_S = 0.5, 1.3, 200, 0.5
 PLACES = 20
-"""Pages of each list: the first, the newest, and others from anywhere."""
+"""Pages of each list: the first, the newest, and random ones."""
 PAGE_GOAL_MS = 100.0
 """For the median; on shared cores the worst of twenty measures the other processes."""
 MODEL_COUNT = 100
@@ -303,7 +303,7 @@ def _print_verification(path: Path) -> None:
 
 
 class Page(NamedTuple):
-    """What is listed: a filter, and perhaps only one half of the time."""
+    """A measured list: a filter, and optionally one half of the time."""
 
     what: str
     wanted: EventFilter = EVERYTHING

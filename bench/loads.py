@@ -1,4 +1,4 @@
-"""How long is a load? First loads and ten at once beside bare sessions, with eviction, and forced unloads."""
+"""Duration of loads beside bare sessions: first loads, ten at once, with eviction; forced unloads."""
 
 import http.client
 import json

@@ -100,7 +100,7 @@ def convnet(seed: int = 0) -> bytes:
 
 
 def renamed(model: bytes, name: str) -> bytes:
-    """Return the same network with other bytes, so that nothing that was learnt of it by hash applies."""
+    """Return the same network with other bytes, so that no result cached by hash applies."""
     # Protocol buffers merge what is appended: this sets one more field.
     named: bytes = onnx.ModelProto(doc_string=name).SerializeToString()
     return model + named
@@ -151,7 +151,7 @@ class Layers(ConvNet):
     """Builds a network of other layers, too."""
 
     def silu(self, source: str) -> str:
-        """Append what exporters make of the activation that detectors have."""
+        """Append the activation of detectors as exporters write it."""
         return self.node("Mul", [source, self.node("Sigmoid", [source])])
 
     def recurrent(
@@ -202,7 +202,7 @@ class Layers(ConvNet):
         return self.node("Add", [made, source]) if inputs == outputs and stride == 1 else made
 
     def twice(self, source: str, *, dimensions: int) -> str:
-        """Append what makes a picture, or a spectrum, of twice the size along each dimension."""
+        """Append an upsampling of a picture or spectrum to twice the size along each dimension."""
         scales = self._constant(TensorProto.FLOAT, (1.0, 1.0, *[2.0] * dimensions))
         return self.node("Resize", [source, "", scales], mode="nearest")
 
@@ -261,7 +261,7 @@ SOUND_HIDDEN = 128
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A network that is measured.
+    """A measured network.
 
     Args:
         name: Its model id.
@@ -344,7 +344,7 @@ def _bottleneck(layers: Layers, source: str, channels: int) -> str:
 
 
 def _merged(layers: Layers, coarse: str, channels: int, finer: str, more: int) -> str:
-    """Append what brings a coarse scale into a finer one."""
+    """Append the fusion of a coarse scale into a finer one."""
     narrow = layers.silu(layers.conv(coarse, channels, more, kernel=1))
     both = layers.node("Concat", [layers.twice(narrow, dimensions=2), finer], axis=1)
     return layers.silu(layers.conv(both, 2 * more, more, kernel=1))
@@ -377,7 +377,7 @@ def recogniser() -> bytes:
 
 
 def denoiser() -> bytes:
-    """Return a network of 2 MB that says what of a spectrum is noise, and is given what it remembers.
+    """Return a network of 2 MB that marks the noise in a spectrum; its states are inputs and outputs.
 
     Convolutions make it smaller, two GRUs remember, and convolutions make it larger again.
     """
@@ -405,7 +405,7 @@ def denoiser() -> bytes:
 
 
 def _remembered(layers: Layers, source: str, features: int) -> tuple[str, list[str]]:
-    """Append what knows of the spectra before; return its output, and the states for the next one."""
+    """Append the recurrent part over earlier spectra; return its output and the next states."""
     narrow = layers.node("Gemm", [source, layers.weight(SOUND_HIDDEN, features)], transB=1)
     last, after = layers.node("Unsqueeze", [narrow, layers.integers(0)]), list[str]()
     for name in ("first", "second"):
@@ -433,4 +433,4 @@ NETWORKS = (
         },
     ),
 )
-"""What `make bench` measures, the smallest last."""
+"""Networks that `make bench` measures, the smallest last."""

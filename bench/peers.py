@@ -31,7 +31,7 @@ instance_group [{{ kind: KIND_CPU count: 1 }}]
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """Where the wheel is.
+    """Location of the wheel.
 
     Args:
         bin: The folder of the environment's interpreter.
@@ -47,7 +47,7 @@ class Installation:
 
 
 def find(environment: Path) -> Installation:
-    """Return where in an environment the wheel is, or end the bench with what to do."""
+    """Return the wheel's folder in an environment, or end the bench with instructions."""
     found = next(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"), None)
     if found is None:
         raise SystemExit(f"there is no Triton in {environment}: `make bench-peers` installs it")
@@ -114,7 +114,7 @@ def _serve(
 
 
 def _free_port() -> int:
-    """Return a port that is free now: Triton takes no 0 and does not tell what it took."""
+    """Return a port that is free now: Triton refuses 0 and does not report its port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What do prepared models give, and what do they cost? Later loads, inferences, memory, disk."""
+"""Benefit and cost of prepared models: later loads, inferences, memory, disk."""
 
 import json
 import time
@@ -30,7 +30,7 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A network that is prepared at one server, and not at the other.
+    """A network that one server prepares and the other does not.
 
     Args:
         network: Which.
@@ -48,17 +48,17 @@ class Subject:
 
     @property
     def bytes(self) -> int:
-        """What the model's files take."""
+        """Return the size of the model's files."""
         return self.path.stat().st_size
 
     @property
     def form(self) -> str:
-        """What later loads use."""
+        """Return the form that later loads use."""
         return self.entry.form or "bare"
 
     @property
     def label(self) -> str:
-        """What the table calls it."""
+        """Return its name in the table."""
         return f"{self.bytes / 1e6:.0f} MB {self.network.what}"
 
 
@@ -74,7 +74,7 @@ def prepare_network(network: Network, server: Server, plain: Server, store: Mode
 
 
 def wait_until_prepared(store: ModelCache, model_id: str) -> Entry:
-    """Wait for what `loadledger prepared list` shows of a model that was loaded.
+    """Wait until `loadledger prepared list` shows a loaded model.
 
     Not before is the server done with it: its workers that prepare would be measured with the others.
     """
@@ -93,7 +93,7 @@ def wait_until_prepared(store: ModelCache, model_id: str) -> Entry:
 OPTIONS = (*driver.UNLIMITED, "--warm-up=off")
 LATER_GOAL, MEAN_GOAL = 1.0, 0.5
 MANY = 9_000_000_000
-"""More events than there are."""
+"""A limit beyond the number of events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,7 @@ ONCE = "[warm_up]\nenabled = true\n"
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What some workers take, in bytes: what no other process has, and with a part of what several have."""
+    """Memory of some workers in bytes: private, and with a share of what processes have in common."""
 
     private: int
     proportional: int
@@ -246,7 +246,7 @@ def inference_row(subject: Subject, rounds: int, seconds: float) -> Row:
 
 
 def _quickest_s(subject: Subject, seconds: float) -> tuple[float, float]:
-    """Ask both servers in turn, and return what the quickest answer of each took."""
+    """Send requests to both servers in turn; return the shortest time of each."""
     both, network = (subject.server, subject.plain), subject.network
     request = network.request()
     for server in both:
@@ -280,13 +280,13 @@ def _answer(server: Server, network: Network, request: Body) -> bytes:
 
 
 def _outputs(content: bytes) -> tuple[str, bytes]:
-    """Return what an answer says of its tensors, and their bytes, which follow the JSON."""
+    """Return the description of a response's tensors, and their bytes, which follow the JSON."""
     head, end = json.JSONDecoder().raw_decode(content.decode("latin-1"))
     return str(head["outputs"]), content[end:]
 
 
 def memory_rows(subject: Subject) -> list[Row]:
-    """Compare what one worker takes that nobody else has, and what several take together."""
+    """Compare the private memory of one worker, and the memory of several together."""
     one, four = (_memory(subject, subject.server, number) for number in (1, INSTANCES))
     bare_one, bare_four = (_memory(subject, subject.plain, number) for number in (1, INSTANCES))
     name = f"{subject.label}: private memory of a worker, {subject.form} ÷ bare"
@@ -309,7 +309,7 @@ def _shared_row(subject: Subject, ours: Memory, beside: Memory, what: str, goal:
 
 
 def _memory(subject: Subject, server: Server, instances: int) -> Memory:
-    """Return what so many workers of the model take together, each after one inference on zeros."""
+    """Return the memory of so many workers of the model, each after one inference on zeros."""
     model = subject.network.name
     (server.repository / model / "loadledger.toml").write_text(ONCE)
     before = set(list_descendants(server.pid))

@@ -1,4 +1,4 @@
-"""How late do events reach many streams, and what do streams cost in memory?
+"""Delay of events on many streams, and the memory of streams.
 
 The events are real: loaded models are pinned and unpinned, which takes three events and no process.
 """
@@ -31,7 +31,7 @@ _TIME = re.compile(rb'"recorded_at":"([^"]{27})"')
 
 @dataclass(slots=True)
 class Heard:
-    """What one stream has received.
+    """Events that one stream has received.
 
     Attributes:
         position: of the last event.

@@ -1,4 +1,4 @@
-"""What do clients notice of a swap? Gaps between answers, and failed requests."""
+"""Effect of a swap on clients: gaps between responses, and failed requests."""
 
 import sys
 import time
@@ -63,7 +63,7 @@ def measure_under_load(server: Server, folder: Path, *, swaps: int) -> list[Row]
 
 
 def _write(server: Server, model: bytes) -> Iterator[int]:
-    """Write two versions of a model and load the first; return which to swap in, one after the other."""
+    """Write two versions of a model and load the first; return the versions to swap in, in order."""
     for version in (1, 2):
         named = models.renamed(model, f"version {version}")
         models.write(server.repository, models.ADD_ONE, named, version=version)

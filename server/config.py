@@ -114,7 +114,7 @@ def setting(default: Any, help_text: str, validator: Validator | None = None) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How one server runs. Nothing here reads the environment or files."""
+    """The settings of one server. Nothing here reads the environment or files."""
 
     repository: Path = field(metadata={"help": "Directory of models, as MODEL/VERSION/model.onnx."})
     data: Path = field(metadata={"help": "Directory of the ledger and the keys; created when it is missing."})

@@ -1,7 +1,7 @@
 """Declare routes: one decorator states a route's path, role, schemas, answers and documentation.
 
-`Routes` collects the handlers of a module, as aiohttp's `RouteTableDef` does. What it is told is kept on the
-handler by aiohttp-apispec's decorators: `server.openapi` reads it there for the document, and
+`Routes` collects the handlers of a module, as aiohttp's `RouteTableDef` does. aiohttp-apispec's decorators keep
+the declaration on the handler: `server.openapi` reads it there for the document, and
 `validation_middleware` for the schemas that a request is checked with.
 """
 
@@ -23,7 +23,7 @@ RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Access(Enum):
-    """Who may call a route. The value is the roles of which one is enough; PUBLIC needs no token."""
+    """Roles that may call a route: any of the value; PUBLIC needs no token."""
 
     PUBLIC = frozenset[str]()
     ANY = frozenset({"admin", "predict", "audit"})
@@ -48,7 +48,7 @@ LIMITS: Mapping[Access, LimitClass] = {
     Access.ADMIN: LimitClass.MANAGEMENT,
     Access.PREDICT: LimitClass.INFERENCE,
 }
-"""The limit of a route follows from who may call it."""
+"""The limit of a route follows from its access."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Route:
 
     @property
     def name(self) -> str:
-        """What the route does, as the ledger says it of who was refused."""
+        """Method and path, as denials in the ledger name the route."""
         return f"{self.method} {self.path}"
 
 
@@ -72,7 +72,7 @@ Answer = tuple[Schema, str] | Mapping[str, Any]
 
 
 class Operation(TypedDict, total=False):
-    """What a handler's decorator declares beside method and paths."""
+    """Declaration of a handler beside its method and paths."""
 
     access: Required[Access]
     tag: str

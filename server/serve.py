@@ -47,19 +47,19 @@ class Notifier:
 
     def ready(self, url: str) -> None:
         """Notify that the server answers at this address."""
-        self._tell(f"READY=1\nSTATUS=ready at {url}")
+        self._send(f"READY=1\nSTATUS=ready at {url}")
 
     def stopping(self) -> None:
         """Notify that the server stops."""
-        self._tell("STOPPING=1\nSTATUS=stopping: running requests may end")
+        self._send("STOPPING=1\nSTATUS=stopping: running requests may end")
 
     async def live(self) -> None:
         """Notify twice per watchdog period that the event loop runs."""
         while self._watchdog_s is not None:
-            self._tell("WATCHDOG=1")
+            self._send("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s / 2)
 
-    def _tell(self, state: str) -> None:
+    def _send(self, state: str) -> None:
         if not self._address:
             return
         try:
@@ -69,7 +69,9 @@ class Notifier:
             self._failed = False
         except OSError as error:
             if not self._failed:  # once, not with each watchdog message
-                _log.warning("the service manager could not be told %s: %s", state.partition("\n")[0], error)
+                _log.warning(
+                    "the service manager could not be notified of %s: %s", state.partition("\n")[0], error
+                )
             self._failed = True
 
 
@@ -199,10 +201,10 @@ def _exports_traces(config: Config) -> bool:
     try:
         importlib.import_module("server.observability.tracing")
     except ImportError as error:
-        told = f"traces cannot be exported, {error.name} is not installed: {INSTALL_OTEL}"
+        reason = f"traces cannot be exported, {error.name} is not installed: {INSTALL_OTEL}"
         if config.otel != AUTO:
-            raise ConfigError(f"--otel: {told}") from None
-        _log.warning("%s, or give --otel=off", told)
+            raise ConfigError(f"--otel: {reason}") from None
+        _log.warning("%s, or give --otel=off", reason)
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""The reference page of the errors, from the table of codes: what each says, and what to do."""
+"""The reference page of the errors, from the table of codes: title and advice of each."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -10,20 +10,20 @@ ADVICE: Mapping[str, str] = {
     "invalid_request": "Correct the request: `detail` says what is wrong with it.",
     "invalid_body": "Correct the body: `detail` names the member.",
     "invalid_parameter": "Correct the parameter that `detail` names.",
-    "not_supported": "Leave out what `detail` names; it is refused so that nobody believes that it was done.",
-    "beyond_head": "The position is not there yet. If it was, this is another ledger: ask who restored what.",
+    "not_supported": "Remove what `detail` names from the request; the server does not support it.",
+    "beyond_head": "The log has not reached this position. If it had, an older ledger was restored.",
     "invalid_defaults": "Correct the model's `loadledger.toml`; `detail` says where.",
-    "inference_failed": "The message is ONNX Runtime's. Look at the inputs; the same will fail again.",
+    "inference_failed": "The message is ONNX Runtime's. Check the inputs: the same request fails again.",
     "inference_cancelled": "The client disconnected, or the model was unloaded by force. Send the"
     " request again if needed.",
     "invalid_input": "Send the inputs that the model takes: `GET /v2/models/{id}` has names, types and"
     " shapes.",
     "invalid_model": "ONNX Runtime refuses the file; the message is its own. Export the model again.",
-    "warm_up_failed": "Set inputs that the model can run, as [[warm_up.inputs]], or switch its warm-up off.",
+    "warm_up_failed": "Set inputs that the model can run as `[[warm_up.inputs]]`, or turn its warm-up off.",
     "model_changed": "The files changed while they were read. Load again when copying has finished.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"
     " devices.",
-    "crash_loop": "The server died with this load three times, or the model's workers too often. Look at the"
+    "crash_loop": "The server died with this load three times, or the model's workers too often. See the"
     " `WorkerExited` events, then load again.",
     "job_failed": "See the job's `error.message` for the reason.",
     "cancelled": "The job was cancelled; `CancelRequested` in the ledger has the subject.",
@@ -40,7 +40,7 @@ ADVICE: Mapping[str, str] = {
     "body_timeout": "Send the body without a pause; check the network.",
     "head_timeout": "Send the head without a pause; `--head-timeout-s` sets the limit.",
     "nothing_loaded": "There is nothing to unload.",
-    "already_finished": "The job has ended; look at its status.",
+    "already_finished": "The job has ended; see its `status`.",
     "already_started": "It is too late to cancel. To end a load anyway, unload with `?force=true`.",
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
     "archived": "Start at `oldest`, or read the archives: `loadledger replay --archive`.",
@@ -77,7 +77,7 @@ ADVICE: Mapping[str, str] = {
     "shutting_down": "Retry when the server is up again; accepted jobs continue then.",
     "inference_timeout": "Allow more time (`timeout`, `--inference-timeout-s`), or send less at once.",
 }
-"""What to do about each code."""
+"""Advice for each code."""
 
 _HEAD = """\
 # Errors
