@@ -1,7 +1,7 @@
 """Declare routes: one decorator states a route's path, role, schemas, answers and documentation.
 
-`Routes` collects the handlers of a module, as aiohttp's `RouteTableDef` does. aiohttp-apispec's decorators keep
-the declaration on the handler: `server.openapi` reads it there for the document, and
+`Routes` collects the handlers of a module, as aiohttp's `RouteTableDef` does. aiohttp-apispec's decorators
+keep the declaration on the handler: `server.openapi` reads it there for the document, and
 `validation_middleware` for the schemas that a request is checked with.
 """
 

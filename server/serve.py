@@ -69,9 +69,7 @@ class Notifier:
             self._failed = False
         except OSError as error:
             if not self._failed:  # once, not with each watchdog message
-                _log.warning(
-                    "the service manager could not be notified of %s: %s", state.partition("\n")[0], error
-                )
+                _log.warning("cannot notify the service manager of %s: %s", state.partition("\n")[0], error)
             self._failed = True
 
 
