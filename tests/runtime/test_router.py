@@ -144,17 +144,27 @@ async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_
         assert "has just died" in (await refusal(engine, "adder"))[1]
 
 
-async def test_inference_stops_at_timeout_and_on_cancel(engine: Engine) -> None:
+async def test_each_inference_is_a_use_however_it_ends(engine: Engine) -> None:
     await engine.load("loop")
-    with pytest.raises(InferenceTimeout) as caught:
+    load = engine.live("loop")
+    assert load.last_used_ns == 0
+    assert await seven(engine)
+    uses = [load.last_used_ns]
+    with pytest.raises(InvalidInput):
+        await engine.infer("loop")
+    uses.append(load.last_used_ns)
+    with pytest.raises(InferenceTimeout, match=r"0\.05 s"):
         await engine.infer("loop", trips(models.ENDLESS), timeout_s=0.05)
-    assert caught.value.code == "inference_timeout"
-    assert "0.05 s" in str(caught.value)
+    uses.append(load.last_used_ns)
+    await until(lambda: engine.worker("loop").in_flight == 0)
     [asked] = await engine.start_endless()
+    assert load.last_used_ns == uses[-1]
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    await until(lambda: engine.worker("loop").in_flight == 0)
+    uses.append(load.last_used_ns)
+    assert uses == sorted(set(uses))
+    assert 0 < uses[0] < uses[-1] <= time.monotonic_ns()
     assert await seven(engine)
 
 
@@ -209,49 +219,32 @@ async def test_queued_inferences_wait_for_the_reload_of_their_model(
             assert [int(array((await task)[0])) for task in queued] == [0, 1, 2]
 
 
-async def test_stuck_worker_is_killed_and_reloaded(folder: Path) -> None:
-    async with running(folder, patience_s=0.05) as engine:
-        await engine.load("loop")
-        os.kill(engine.worker("loop").pid, signal.SIGSTOP)
-        with pytest.raises(InferenceTimeout):
-            await engine.infer("loop", trips(1), timeout_s=0.05)
-        await engine.becomes("loop", ModelState.LOST)
-        [exited] = await engine.facts(WorkerExited)
-        assert exited.signal == signal.SIGKILL
-        assert "did not stop within 0.05 s" in exited.stderr[-1]
-        engine.pass_time(0.5)
-        await engine.becomes("loop", ModelState.LOADED)
-        assert await seven(engine)
-
-
-async def test_cancel_of_queued_inference_does_not_kill_worker(folder: Path) -> None:
-    async with running(folder, patience_s=0.01) as engine:
-        await engine.load("loop")
-        worker = engine.worker("loop")
-        [first] = await engine.start_endless()
-        for _ in range(3):
-            with pytest.raises(InferenceTimeout):
-                await engine.infer("loop", trips(1), timeout_s=0.02)
-        assert not first.done()
-        worker._in_flight.patience_s = LIMIT_S  # how soon this one stops is not the question
-        first.cancel()
-        await until(lambda: worker.in_flight == 0)
-        assert engine.worker("loop") is worker
-
-
-async def test_last_use_is_the_end_of_the_last_inference(engine: Engine) -> None:
+async def test_stuck_worker_is_killed_and_reloaded(engine: Engine) -> None:
     await engine.load("loop")
-    load = engine.live("loop")
-    assert load.last_used_ns == 0
-    await engine.infer("loop", trips(1))
-    answered_ns = load.last_used_ns
-    assert 0 < answered_ns <= time.monotonic_ns()
-    with pytest.raises(InvalidInput):
-        await engine.infer("loop")
-    refused_ns = load.last_used_ns
-    assert refused_ns > answered_ns
-    [asked] = await engine.start_endless()
-    assert load.last_used_ns == refused_ns
-    asked.cancel()
-    await asyncio.wait([asked])
-    assert load.last_used_ns > refused_ns
+    worker = engine.worker("loop")
+    worker._in_flight.patience_s = 0.05
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(InferenceTimeout):
+        await engine.infer("loop", trips(1), timeout_s=0.05)
+    await engine.becomes("loop", ModelState.LOST)
+    [exited] = await engine.facts(WorkerExited)
+    assert exited.signal == signal.SIGKILL
+    assert "did not stop within 0.05 s" in exited.stderr[-1]
+    engine.pass_time(0.5)
+    await engine.becomes("loop", ModelState.LOADED)
+    assert await seven(engine)
+
+
+async def test_cancel_of_queued_inference_does_not_kill_worker(engine: Engine) -> None:
+    await engine.load("loop")
+    worker = engine.worker("loop")
+    worker._in_flight.patience_s = 0.01
+    [first] = await engine.start_endless()
+    for _ in range(3):
+        with pytest.raises(InferenceTimeout):
+            await engine.infer("loop", trips(1), timeout_s=0.02)
+    assert not first.done()
+    worker._in_flight.patience_s = LIMIT_S  # how soon this one stops is not the question
+    first.cancel()
+    await until(lambda: worker.in_flight == 0)
+    assert engine.worker("loop") is worker

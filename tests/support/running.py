@@ -311,7 +311,6 @@ async def running(
     stops_cleanly: bool = False,
     clock: Clock | None = None,
     max_queue: int = 1024,
-    patience_s: float = LIMIT_S,
     policy: Policy | None = None,
     store: ModelCache | None = None,
     pool: WorkerPool | None = None,
@@ -325,7 +324,6 @@ async def running(
         stops_cleanly: whether the end appends `ServerStopped`, as a server does that was not killed.
         clock: what it is now.
         max_queue: inferences of one model that may be in flight.
-        patience_s: for a cancelled inference to stop.
         policy: such as one with a budget.
         store: where prepared forms are, open; without one, none are made or used.
         pool: one that tests share; its workers end with this, its fork server does not.
@@ -333,7 +331,7 @@ async def running(
     with unhurried():
         clock = clock or Clock()
         log, shared = Log(folder / "ledger.db", now=clock.now), pool
-        pool = shared or WorkerPool(patience_s=patience_s)
+        pool = shared or WorkerPool(patience_s=LIMIT_S)
         repository = Repository(folder / "models")
         if shared is None:
             await pool.open()
