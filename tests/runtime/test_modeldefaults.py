@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,15 +77,6 @@ def test_invalid_defaults_file_is_refused(root: Path, content: bytes, words: str
     assert words in refusal(write(root, content))
 
 
-def bound_socket(path: Path) -> None:
-    folder = os.open(path.parent, os.O_RDONLY)  # for the path of a socket must be short
-    try:
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(f"/proc/self/fd/{folder}/{path.name}")
-    finally:
-        os.close(folder)
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -95,7 +85,7 @@ def bound_socket(path: Path) -> None:
         pytest.param(lambda path: path.symlink_to("nowhere"), "No such file", id="a link to nowhere"),
         pytest.param(lambda path: path.symlink_to(DEFAULTS_FILE), "cannot be looked at", id="a circle"),
         pytest.param(os.mkfifo, "is not a regular file", id="a FIFO"),
-        pytest.param(bound_socket, "is not a regular file", id="a socket"),
+        pytest.param(models.bind_socket, "is not a regular file", id="a socket"),
         pytest.param(Path.mkdir, "is not a regular file", id="a folder"),
     ],
 )

@@ -4,6 +4,8 @@ Builders return a `ModelProto`; `save` and `save_bytes` put one into a model rep
 the server reads, `<root>/<model>/<version>/model.onnx`.
 """
 
+import os
+import socket
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -52,6 +54,14 @@ def save_bytes(data: bytes, root: Path, model_id: str, version: int = 1) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(data)
     return folder
+
+
+def bind_socket(path: Path) -> None:
+    """Put a socket where a file is expected."""
+    folder = os.open(path.parent, os.O_RDONLY)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
 
 
 def value(name: str, element: int, shape: Sequence[int | str | None] | None) -> ValueInfoProto:
