@@ -10,7 +10,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
-from enum import Enum, auto
+from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from runtime.errors import LoadRefused
@@ -29,20 +29,8 @@ class Unparsable(ValueError):
     """The file is no protobuf message, or is nested too deeply."""
 
 
-class MessageKind(Enum):
-    """The ONNX messages that lead to a tensor."""
-
-    MODEL = auto()
-    TRAINING = auto()
-    GRAPH = auto()
-    FUNCTION = auto()
-    NODE = auto()
-    ATTRIBUTE = auto()
-    SPARSE = auto()
-    TENSOR = auto()
-    EXTERNAL_DATA = auto()
-
-
+MessageKind = Enum("MessageKind", "MODEL TRAINING GRAPH FUNCTION NODE ATTRIBUTE SPARSE TENSOR EXTERNAL_DATA")
+"""The ONNX messages that lead to a tensor."""
 FIELDS: dict[MessageKind, dict[int, MessageKind]] = {
     MessageKind.MODEL: {7: MessageKind.GRAPH, 20: MessageKind.TRAINING, 25: MessageKind.FUNCTION},
     MessageKind.TRAINING: {1: MessageKind.GRAPH, 2: MessageKind.GRAPH},

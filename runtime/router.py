@@ -99,22 +99,13 @@ class ModelRoute:
 
 
 class Router:
-    """Finds the running load of a model.
+    """Finds the load of a model among the running ones; the repository only says why there is none.
 
-    Args:
-        log: its state says which load serves.
-        loads: the running loads, by job id.
-        repository: for the reason of a refusal.
-        max_queue: inferences of one model that may be queued or running.
+    At most `max_queue` inferences of one model may be queued or running.
     """
 
     def __init__(
-        self,
-        log: Log,
-        loads: Mapping[str, RunningLoad],
-        repository: Repository,
-        *,
-        max_queue: int,
+        self, log: Log, loads: Mapping[str, RunningLoad], repository: Repository, *, max_queue: int
     ) -> None:
         self._log = log
         self._loads = loads
@@ -227,9 +218,7 @@ class Router:
         if not route.load.serving:
             if route.load.draining:
                 raise ModelUnloading(f"model '{model_id}' is being unloaded")
-            raise ModelRecovering(
-                f"the worker of model '{model_id}' has just died; it is being started again"
-            )
+            raise _lost(model_id)
         return route
 
     def _make_route(self, model_id: str, model: Model | None) -> tuple[Model, ModelRoute]:
@@ -240,9 +229,7 @@ class Router:
             raise _absent(model_id, model)
         load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
-            raise ModelRecovering(
-                f"the worker of model '{model_id}' has just died; it is being started again"
-            )
+            raise _lost(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
         route = ModelRoute(model_id, serving.version, serving.position, inputs, outputs, load)
         self._routes[model_id] = known = (model, route)
@@ -262,6 +249,10 @@ def _absent(model_id: str, model: Model | None) -> RuntimeProblem:
     return ModelNotLoaded(
         f"model '{model_id}' is not loaded; load it with POST /api/v1/models/{model_id}/load"
     )
+
+
+def _lost(model_id: str) -> ModelRecovering:
+    return ModelRecovering(f"the worker of model '{model_id}' has just died; it is being started again")
 
 
 def _in_flight(worker: Worker) -> int:

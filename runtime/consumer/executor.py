@@ -103,13 +103,6 @@ def describe_reuse(serving: Serving) -> ModelLoaded:
     )
 
 
-def describe_unloaded(load: RunningLoad | None) -> ModelUnloaded:
-    """Return `ModelUnloaded`: what the end of a load's workers released, if there were any."""
-    if load is None:
-        return ModelUnloaded(0, 0, 0)
-    return ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
-
-
 def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
     """Return the unload request of a load that another load of its model replaces."""
     request = UnloadRequested(
@@ -351,7 +344,9 @@ class Executor:
 
     async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
         load = self.loads.get(load_job_id)
-        unloaded = describe_unloaded(load)
+        unloaded = ModelUnloaded(0, 0, 0)
+        if load is not None:
+            unloaded = ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
         ends = [draft_fact(job, unloaded, load) for job in jobs]
         await self._record_with_exits(load, load.unexpected_exits if load else [], *ends)
 

@@ -249,14 +249,10 @@ class RunningLoad:
         self.reserved_bytes = max(self.reserved_bytes, self.unprepared_bytes)
 
     def discard_failed(self, dead: Worker, reason: str | None) -> bool:
-        """Forget a worker that exited while it loaded a prepared form, so that another can load without it.
-
-        Args:
-            dead: it has ended.
-            reason: what there is against the form; None is nothing.
+        """Forget a worker that exited while it loaded a prepared form; `reason` is why that is not used again.
 
         Returns:
-            Whether this is for another to do.
+            Whether another worker is to load without the form.
         """
         if dead.orphaned or self.killed or self.failure or dead.worker_id not in self.replaceable:
             return False
@@ -326,7 +322,10 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
     async def load_one() -> None:
         async with places:
             report = await _load_instance(load, pool, order, uuid7(), time.monotonic_ns())
-        if _contents(report.files) != _contents(order.known):
+        seen, expected = (
+            [(file.path, file.sha256) for file in files] for files in (report.files, order.known)
+        )
+        if seen != expected:
             raise LoadRefused("model_changed", "a file changed while the instances were loaded")
 
     others = [asyncio.create_task(load_one()) for _ in range(load.parameters.instances - 1)]
@@ -336,10 +335,6 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-
-
-def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
-    return [(file.path, file.sha256) for file in files]
 
 
 async def _load_instance(
@@ -417,21 +412,13 @@ async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
 
 
 async def _stop(load: RunningLoad, worker: Worker) -> None:
-    try:
-        load.expect_exit(worker, await _measure(load, worker))
-    except WorkerDied:
-        return
-    await worker.stop(STOP_GRACE_S)
-
-
-async def _measure(load: RunningLoad, worker: Worker) -> int:
-    """Measure how many bytes the worker has; if that cannot be had in time, give what it had after its load.
-
-    Raises:
-        WorkerDied: `worker_died`.
-    """
+    """Measure how many bytes a worker releases, and stop it."""
     try:
         async with asyncio.timeout(MEASURE_LIMIT_S):
-            return await worker.measure()
-    except OSError:  # no time left, or no descriptor to read with
-        return load.reports[worker.worker_id].memory_bytes
+            freed_bytes = await worker.measure()
+    except WorkerDied:
+        return
+    except OSError:  # no time left, or no descriptor to read with: as much as it had after its load
+        freed_bytes = load.reports[worker.worker_id].memory_bytes
+    load.expect_exit(worker, freed_bytes)
+    await worker.stop(STOP_GRACE_S)

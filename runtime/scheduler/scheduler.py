@@ -201,10 +201,15 @@ def _request_reloads(reloads: Sequence[LoadedModel], now: str) -> Iterator[Actio
 
 
 def _find_reloads(view: SchedulerView) -> list[LoadedModel]:
-    """Return lost and degraded models without a job, most important first."""
+    """Return lost and degraded models without a job: pinned ones first, then by last use, then by load."""
+
+    def rank(model: LoadedModel) -> tuple[bool, str, int]:
+        used_at = max(view.observations.last_used.get(model.id, ""), model.serving.loaded_at)
+        return model.serving.parameters.pinned, used_at, model.serving.position
+
     models = (model for model in view.state.models.values() if _needs_reload(view, model))
     reloads = (loaded for model in models if (loaded := model.loaded) is not None)
-    return sorted(reloads, key=lambda model: _reload_rank(view, model), reverse=True)
+    return sorted(reloads, key=rank, reverse=True)
 
 
 def _needs_reload(view: SchedulerView, model: Model) -> bool:
@@ -213,12 +218,6 @@ def _needs_reload(view: SchedulerView, model: Model) -> bool:
     if model.phase is ModelState.LOST:
         return view.policy.restores or model.lost_by is not Cause.RESTART
     return model.degraded and not model.serving.kept_as_is and not _is_crash_loop(model)
-
-
-def _reload_rank(view: SchedulerView, model: LoadedModel) -> tuple[bool, str, int]:
-    """Return a sort key: pinned, last used, loaded last."""
-    used_at = max(view.observations.last_used.get(model.id, ""), model.serving.loaded_at)
-    return model.serving.parameters.pinned, used_at, model.serving.position
 
 
 def _is_crash_loop(model: Model) -> bool:
