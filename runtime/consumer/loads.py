@@ -249,7 +249,7 @@ class RunningLoad:
         self.reserved_bytes = max(self.reserved_bytes, self.unprepared_bytes)
 
     def discard_failed(self, dead: Worker, reason: str | None) -> bool:
-        """Forget a worker that exited while it loaded a prepared form; `reason` is why that is not used again.
+        """Forget a worker that exited while it loaded a prepared form; `reason` is why that is used no more.
 
         Returns:
             Whether another worker is to load without the form.
