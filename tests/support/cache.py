@@ -22,9 +22,8 @@ from runtime.cache.manifest import Figure, FinishedForm, describe_cached, source
 from runtime.cache.store import ModelCache
 from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.wire import CachedCopy, Form, HashedFile, Load, Loaded, Prepare, PrepareDone, SourceHash
+from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, PrepareDone, SourceHash
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import order_of
 
@@ -66,15 +65,9 @@ def found(folder: Path | str) -> tuple[HashedFile, ...]:
     return tuple(_loaded(path) for path in sorted(Path(folder).iterdir()))
 
 
-async def load(pool: WorkerPool, order: Load) -> tuple[Worker, Loaded]:
-    """Load the model of an order into a new worker."""
-    worker = await pool.start("w")
-    return worker, await worker.load(order, lambda _: None)
-
-
 def written_by_the_runtime(root: Path) -> Load:
     """Make the order to load `m` with its prepacked form as ONNX Runtime wrote it, not aligned."""
-    order, folder = order_of(root, "m"), root.parent / "forms" / "raw"
+    order, folder = order_of(root), root.parent / "forms" / "raw"
     folder.mkdir(parents=True)
     import onnxruntime as ort  # noqa: PLC0415 - it starts threads
 

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from runtime.errors import Exit, LoadRefused
 from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
 from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, Load, Loaded, Outcome, Tensor, WantedOutput
+from runtime.wire import DATATYPES, Load, Loaded, Outcome, Prepare, Tensor, WantedOutput
 
 T = TypeVar("T")
 
@@ -65,24 +66,33 @@ def unhurried() -> Iterator[None]:
         yield
 
 
-async def load(worker: Worker, root: Path, model_id: str, memory_limit_bytes: int | None = None) -> Loaded:
-    """Load the highest version of a model into a worker."""
-    order = order_of(root, model_id, memory_limit_bytes=memory_limit_bytes)
-    return await worker.load(order, lambda _: None)
-
-
-def order_of(root: Path, model_id: str, version: int | None = None, **changes: Any) -> Load:
+def order_of(root: Path, model_id: str = "m", version: int | None = None, **changes: Any) -> Load:
     """Make the order to load a version of a model, the highest when none is named, with these changes."""
     found = Repository(root).resolve(model_id, version)
     order = Load(str(root), str(found.folder), tuple(file.path for file in found.files), threads=1)
     return replace(order, **changes)
 
 
-async def loaded(pool: WorkerPool, root: Path, model_id: str) -> Worker:
-    """Start a worker with the highest version of a model."""
-    worker = await pool.start(model_id)
-    await load(worker, root, model_id)
-    return worker
+async def load(
+    pool: WorkerPool, order: Load, *given: Tensor, on_stage: Callable[[str], None] = lambda _: None
+) -> tuple[Worker, Loaded]:
+    """Load the model of an order into a new worker."""
+    worker = await pool.start("w")
+    return worker, await worker.load(order, on_stage, given)
+
+
+async def refusal(
+    pool: WorkerPool,
+    order: Load | Prepare,
+    *given: Tensor,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> LoadRefused:
+    """Give an order that a worker refuses; the worker then ends by itself."""
+    worker = await pool.start("w")
+    with pytest.raises(LoadRefused) as refused:
+        await (worker.load(order, on_stage, given) if isinstance(order, Load) else worker.prepare(order))
+    assert await asyncio.shield(worker.ended) == Exit(0, None)
+    return refused.value
 
 
 async def asked_at_once(worker: Worker, *asked: Coroutine[Any, Any, T]) -> list[asyncio.Task[T]]:

@@ -77,7 +77,7 @@ async def tried(
     pool: WorkerPool, root: Path, form: CachedCopy, *given: Tensor, limit_bytes: int | None = None
 ) -> tuple[str | None, Sequence[Pair]]:
     """Try a form of the model `m`."""
-    return await Trial(pool, order_of(root, "m", memory_limit_bytes=limit_bytes), given).run(form)
+    return await Trial(pool, order_of(root, memory_limit_bytes=limit_bytes), given).run(form)
 
 
 async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, root: Path) -> None:

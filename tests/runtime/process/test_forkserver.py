@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import models
+from support.history import child
 from support.workers import (
     LIMIT_S,
     Serve,
@@ -24,7 +25,7 @@ from support.workers import (
     fork_server_of,
     freeze,
     load,
-    loaded,
+    order_of,
     resume,
     running_pool,
     threads,
@@ -43,14 +44,14 @@ from runtime.process.pool import WorkerPool
 
 ENDED = Exit(0, None)
 PARENT = """
-import asyncio, sqlite3, sys
+import asyncio, sqlite3
 import aiohttp.web
 from pathlib import Path
-from support.workers import ask, fork_server_of, loaded, running_pool, trips
+from support.workers import ask, fork_server_of, load, order_of, running_pool, trips
 
 async def main(root):
     async with running_pool() as pool:
-        worker = await loaded(pool, root, "loop")
+        worker, _ = await load(pool, order_of(root, "loop"))
         running = asyncio.ensure_future(ask(worker, [trips(2**62)]))
         await asyncio.sleep(0)
         print(fork_server_of(pool).pid, worker.pid, flush=True)
@@ -75,11 +76,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-def with_support() -> dict[str, str]:
-    root = Path(__file__).parents[3]
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
 
 
 async def start_and_stop(pool: WorkerPool) -> Exit:
@@ -141,10 +137,9 @@ def test_worker_imports_no_http_stack_and_no_database() -> None:
 
 
 async def test_empty_worker_takes_little_memory(pool: WorkerPool, tmp_path: Path) -> None:
-    models.save(models.add(), tmp_path, "add")
-    worker = await pool.start("w")
-    assert await worker.measure() < 8 * 2**20
-    report = await load(worker, tmp_path, "add")
+    models.save(models.add(), tmp_path, "m")
+    assert await (await pool.start("empty")).measure() < 8 * 2**20
+    _, report = await load(pool, order_of(tmp_path))
     assert report.memory_bytes < 12 * 2**20
 
 
@@ -158,11 +153,11 @@ async def test_fork_server_starts_in_any_working_directory(
     monkeypatch.setenv("TMPDIR", str(deep))
     monkeypatch.syspath_prepend("")
     (deep / "json.py").write_text("raise SystemExit('imported from the working directory')")
-    models.save(models.add(), deep, "add")
+    models.save(models.add(), deep, "m")
     async with running_pool() as pool:
-        worker = await loaded(pool, deep, "add")
+        worker, _ = await load(pool, order_of(deep))
         assert len(await ask(worker, [floats("x", 1)])) == 1
-    assert {entry.name for entry in deep.iterdir()} == {"add", "json.py"}
+    assert {entry.name for entry in deep.iterdir()} == {"m", "json.py"}
 
 
 # Death of the server, of the fork server, and signals
@@ -172,8 +167,7 @@ async def test_fork_server_starts_in_any_working_directory(
 def test_kill_of_the_server_leaves_no_process(tmp_path: Path, *, stopped: bool) -> None:
     """Also: nothing of what the server's main module imported is in the worker."""
     models.save(models.counting_loop(), tmp_path, "loop")
-    command = [sys.executable, "-c", PARENT, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=with_support(), cwd=tmp_path) as parent:
+    with subprocess.Popen(child(PARENT, tmp_path), stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]
         mapped = Path(f"/proc/{pids[1]}/maps").read_text()
@@ -186,9 +180,7 @@ def test_kill_of_the_server_leaves_no_process(tmp_path: Path, *, stopped: bool) 
 
 
 def test_subreaper_reaps_orphaned_workers() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", REAPER], env=with_support(), check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(child(REAPER), check=True, capture_output=True, text=True)
     assert done.stdout == "killed by signal 9 False\n"
 
 

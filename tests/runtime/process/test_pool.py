@@ -17,7 +17,8 @@ from support.workers import (
     floats,
     fork_server_of,
     freeze,
-    loaded,
+    load,
+    order_of,
     resume,
     running_pool,
     until,
@@ -54,12 +55,12 @@ async def forked_ahead(pool: WorkerPool) -> int:
 def test_pool_works_on_either_loop_in_any_thread(
     loop_factory: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
 ) -> None:
-    models.save(models.add(), tmp_path, "add")
+    models.save(models.add(), tmp_path, "m")
     ends: list[Exit] = []
 
     async def main() -> None:
         async with running_pool() as pool:
-            worker = await loaded(pool, tmp_path, "add")
+            worker, _ = await load(pool, order_of(tmp_path))
             (result,) = await ask(worker, [floats("x", 1, 2)])
             assert bytes(result.data) == bytes(floats("y", 2, 3).data)
             ends.append(await worker.stop(LIMIT_S))

@@ -18,7 +18,6 @@ from support.workers import (
     computing,
     floats,
     freeze,
-    load,
     order_of,
     tensor,
     threads,
@@ -57,7 +56,7 @@ def receive(worker: Worker, data: bytes) -> None:
 async def test_kill_during_load_is_reported_with_its_signal(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.slow_model(), tmp_path, "m")
     worker = await pool.start("w")
-    loading = asyncio.ensure_future(load(worker, tmp_path, "m"))
+    loading = asyncio.ensure_future(worker.load(order_of(tmp_path), lambda _: None))
     await until(computing(worker.pid))
     worker.kill()
     with pytest.raises(WorkerDied) as death:
@@ -268,7 +267,7 @@ async def test_untrue_report_kills_the_worker(
     pool: WorkerPool, tmp_path: Path, subtests: pytest.Subtests, kind: str
 ) -> None:
     save(models.add(), tmp_path, "m")
-    load = order_of(tmp_path, "m")
+    load = order_of(tmp_path)
     prepare = wire.Prepare(load.root, load.folder, load.files, 1, None, (), "optimised", str(tmp_path))
     for message in UNTRUE_OF_A_LOAD if kind == "load" else UNTRUE_OF_PREPARING:
         with subtests.test(repr(message)[:60]):
@@ -282,4 +281,4 @@ async def test_untrue_report_kills_the_worker(
 async def test_plausible_report_is_accepted(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     old = replace(LOADED, files=(replace(FILE, mtime_ns=-1, inode=2**64 - 1),))
-    assert await reported(await pool.start("w"), order_of(tmp_path, "m"), old) == old
+    assert await reported(await pool.start("w"), order_of(tmp_path), old) == old

@@ -11,12 +11,12 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.cache import FORMS, describe, found, in_background, load, prepared, written_by_the_runtime
+from support.cache import FORMS, describe, found, in_background, prepared, written_by_the_runtime
 from support.models import save
-from support.workers import array, ask, floats, order_of, tensor, trips
+from support.workers import array, ask, floats, load, order_of, refusal, tensor, trips
 
 from runtime import wire
-from runtime.errors import Exit, LoadRefused, WorkerDied
+from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.wire import Load
@@ -58,12 +58,12 @@ async def test_cached_model_answers_as_the_bare_one(pool: WorkerPool, tmp_path: 
     if name == "external":
         (folder / "data").mkdir()
         (folder / "data" / "w.bin").write_bytes(models.external_bytes(10_000))
-    bare, bare_report = await load(pool, order_of(root, "m"))
+    bare, bare_report = await load(pool, order_of(root))
     assert (bare_report.prepared, bare_report.prepared_failure) == (None, None)
     for form in FORMS:
         copy = await prepared(pool, root, form)
         assert [source.path for source in copy.sources] == [file.path for file in bare_report.files]
-        worker, report = await load(pool, replace(order_of(root, "m"), prepared=copy))
+        worker, report = await load(pool, order_of(root, prepared=copy))
         assert (report.prepared, report.prepared_failure) == (copy.sha256, None)
         assert (report.inputs, report.outputs) == (bare_report.inputs, bare_report.outputs)
         assert report.files == bare_report.files  # with the hashes of the repository's own
@@ -81,7 +81,7 @@ def status(pid: int) -> str:
 
 async def test_peak_memory_of_a_form_is_measured(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(16, layers=1), tmp_path / "models", "m")  # packed, and then found packed in the form
-    order = order_of(tmp_path / "models", "m")
+    order = order_of(tmp_path / "models")
     _, bare = await load(pool, order)
     given = await prepared(pool, tmp_path / "models")
     _, report = await load(pool, replace(order, known=bare.files, prepared=given))
@@ -91,17 +91,17 @@ async def test_peak_memory_of_a_form_is_measured(pool: WorkerPool, tmp_path: Pat
 
 
 async def test_background_load_has_low_priority(pool: WorkerPool, root: Path) -> None:
-    worker, _ = await load(pool, replace(order_of(root, "m"), background=True))
+    worker, _ = await load(pool, order_of(root, background=True))
     assert in_background(worker.pid)
-    worker, _ = await load(pool, order_of(root, "m"))
+    worker, _ = await load(pool, order_of(root))
     assert not in_background(worker.pid)
 
 
 async def test_form_of_other_files_is_not_used(pool: WorkerPool, root: Path) -> None:
     given = await prepared(pool, root)
     save(models.weights(2, seed=1), root, "m")
-    order = replace(order_of(root, "m"), prepared=given)
-    bare, _ = await load(pool, order_of(root, "m"))
+    order = order_of(root, prepared=given)
+    bare, _ = await load(pool, order_of(root))
     _, report = await load(pool, order)
     for known in ((), report.files):
         worker, report = await load(pool, replace(order, known=known))
@@ -111,7 +111,7 @@ async def test_form_of_other_files_is_not_used(pool: WorkerPool, root: Path) -> 
 
 
 async def test_form_is_used_for_known_files_restored_or_limited(pool: WorkerPool, root: Path) -> None:
-    given, order = await prepared(pool, root), order_of(root, "m")
+    given, order = await prepared(pool, root), order_of(root)
     copy = shutil.copytree(given.folder, root.parent / "restored")
     for changes in (
         {"prepared": given, "known": found(order.folder)},
@@ -153,7 +153,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 async def test_damaged_form_is_replaced_by_a_bare_load(pool: WorkerPool, root: Path, damage: str) -> None:
     given = await prepared(pool, root)
     DAMAGES[damage](Path(given.folder) / "weights.bin")
-    worker, report = await load(pool, replace(order_of(root, "m"), prepared=given))
+    worker, report = await load(pool, order_of(root, prepared=given))
     assert report.prepared is None
     assert report.prepared_failure
     assert "\n" not in report.prepared_failure
@@ -163,7 +163,7 @@ async def test_damaged_form_is_replaced_by_a_bare_load(pool: WorkerPool, root: P
 async def crafted(root: Path, form: ModelProto | bytes) -> Load:
     """Make the order to load model `m` with this form, hashes included."""
     data = form if isinstance(form, bytes) else form.SerializeToString()
-    order, folder = order_of(root, "m"), models.save_bytes(data, root.parent / "forms", "m")
+    order, folder = order_of(root), models.save_bytes(data, root.parent / "forms", "m")
     return replace(order, prepared=describe(folder, "optimised", found(folder), found(order.folder)))
 
 
@@ -201,8 +201,8 @@ async def test_aligned_weights_prevent_the_runtimes_crash(pool: WorkerPool, tmp_
     with pytest.raises(WorkerDied):
         await ask(raw, [rows_input(2)])
     assert raw.ended.result() == Exit(None, signal.SIGSEGV)
-    bare, _ = await load(pool, order_of(root, "m"))
-    ours, _ = await load(pool, replace(order_of(root, "m"), prepared=await prepared(pool, root)))
+    bare, _ = await load(pool, order_of(root))
+    ours, _ = await load(pool, order_of(root, prepared=await prepared(pool, root)))
     for count in (1, 2, 3, 64):
         assert await data_of(ours, rows_input(count)) == await data_of(bare, rows_input(count))
 
@@ -220,26 +220,22 @@ async def test_problem_of_the_model_keeps_its_code(
     pool: WorkerPool, tmp_path: Path, model: ModelProto, code: str
 ) -> None:
     save(model, tmp_path / "models", "m")
-    with pytest.raises(LoadRefused) as refused:
-        await load(pool, await crafted(tmp_path / "models", models.divide()))
-    assert refused.value.code == code
+    assert (await refusal(pool, await crafted(tmp_path / "models", models.divide()))).code == code
 
 
 async def test_file_changed_while_its_form_loads_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path / "models", "m")
     order = await crafted(tmp_path / "models", models.slow_model(600))
-    worker = await pool.start("w")
-    with pytest.raises(LoadRefused) as refused:
-        await worker.load(order, lambda _: os.utime(Path(order.folder) / "model.onnx", ns=(1, 1)))
-    assert refused.value.code == "model_changed"
+    file = Path(order.folder) / "model.onnx"
+    refused = await refusal(pool, order, on_stage=lambda _: os.utime(file, ns=(1, 1)))
+    assert refused.code == "model_changed"
 
 
 async def test_memory_limit_holds_for_a_form(pool: WorkerPool, root: Path) -> None:
     given = await prepared(pool, root)
     for limit in (0, 100_000):
-        with pytest.raises(LoadRefused) as refused:
-            await load(pool, replace(order_of(root, "m"), prepared=given, memory_limit_bytes=limit))
-        assert refused.value.code == "out_of_memory"
+        order = order_of(root, prepared=given, memory_limit_bytes=limit)
+        assert (await refusal(pool, order)).code == "out_of_memory"
 
 
 def has_huge_pages(worker: Worker) -> bool:
@@ -252,7 +248,7 @@ async def test_huge_pages_are_used_for_copied_or_packed_weights(pool: WorkerPool
     save(models.add(), root, "small")
     save(models.table(2.5), root, "m")
     assert not has_huge_pages((await load(pool, order_of(root, "small")))[0])
-    order = order_of(root, "m")
+    order = order_of(root)
     assert has_huge_pages((await load(pool, order))[0])
     assert not has_huge_pages((await load(pool, replace(order, huge_pages=False)))[0])
     optimised, prepacked = [await prepared(pool, root, form) for form in ("optimised", "prepacked")]

@@ -20,7 +20,6 @@ from support.workers import (
     Serve,
     answer,
     array,
-    ask,
     ask_all,
     asked_at_once,
     computing,
@@ -238,42 +237,38 @@ def test_long_lists_of_wanted_outputs_are_not_cached(runner: Runner) -> None:
 # Batches in a worker
 
 
-ROWS = [row(n, -n) for n in range(6)]
 STRINGS = [Tensor("x", "BYTES", (1, 2), pack_texts(["ä" * n, "b"])) for n in range(4)]
-SAME = [row(n) for n in (1, 1, 2)]
 X, C = floats("x", 1), floats("c", 100)
-Batches = tuple[ModelProto, int, list[list[Tensor]], list[tuple[int, int]], list[bytes]]
-
-
-def echo(model: ModelProto, limit: int, inputs: list[Tensor], sizes: list[tuple[int, int]]) -> Batches:
-    """A model that returns its input."""
-    return model, limit, [[x] for x in inputs], sizes, [bytes(x.data) for x in inputs]
-
-
-BATCHES: dict[str, Batches] = {
-    "waiting requests": echo(models.rows(), 4, ROWS, [(1, 4), (1, 0), (1, 0), (1, 0), (1, 2), (1, 0)]),
-    "no batching": echo(models.rows(), 0, [rows(5)] * 3, [(1, 1)] * 3),
-    "limit": echo(
-        models.rows(), 4, [rows(n) for n in (3, 2, 2, 4, 0)], [(3, 3), (2, 4), (2, 0), (4, 4), (0, 0)]
+BATCHES: dict[str, tuple[ModelProto, int, list[list[Tensor]], list[tuple[int, int]]]] = {
+    "waiting requests": (
+        models.rows(), 4, [[row(n, -n)] for n in range(6)], [(1, 4), (1, 0), (1, 0), (1, 0), (1, 2), (1, 0)],
     ),
-    "strings": echo(models.rows(STRING), 8, STRINGS, [(1, 4), (1, 0), (1, 0), (1, 0)]),
-    "outputs without batch dimension": (
-        models.distinct_rows(), 8, [[x] for x in SAME], [(1, 1)] * 3, [bytes(x.data) for x in SAME],
+    "no batching": (models.rows(), 0, [[rows(5)]] * 3, [(1, 1)] * 3),
+    "limit": (
+        models.rows(), 4, [[rows(n)] for n in (3, 2, 2, 4, 0)], [(3, 3), (2, 4), (2, 0), (4, 4), (0, 0)],
     ),
-    "input without batch dimension": (
+    "strings": (models.rows(STRING), 8, [[x] for x in STRINGS], [(1, 4), (1, 0), (1, 0), (1, 0)]),
+    "outputs unbatched": (models.distinct_rows(), 8, [[row(n)] for n in (1, 1, 2)], [(1, 1)] * 3),
+    "input unbatched": (
         models.with_default(), 8, [[X], [X, C], [X, C], [X]], [(1, 2), (1, 1), (1, 1), (1, 0)],
-        [bytes(floats("y", y).data) for y in (6, 101, 101, 6)],
     ),
 }  # fmt: skip
 
 
+async def run_at_once(
+    serve: Serve, model: ModelProto, limit: int, requests: list[list[Tensor]]
+) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]]]:
+    """Have requests wait for a worker; returns the sizes, and the outputs of each."""
+    worker = await serve(model, max_batch_size=limit)
+    tasks = await asked_at_once(worker, *(ask_all(worker, tensors) for tensors in requests))
+    return await sizes(tasks), [task.result()[1] for task in tasks]
+
+
 @pytest.mark.parametrize("case", BATCHES)
 async def test_waiting_requests_run_in_batches(serve: Serve, case: str) -> None:
-    model, limit, inputs, expected, answers = BATCHES[case]
-    worker = await serve(model, max_batch_size=limit)
-    tasks = await asked_at_once(worker, *(ask_all(worker, tensors) for tensors in inputs))
-    assert await sizes(tasks) == expected
-    assert [bytes(task.result()[1][0].data) for task in tasks] == answers
+    model, limit, requests, expected = BATCHES[case]
+    _, unbatched = await run_at_once(serve, model, 0, requests)
+    assert await run_at_once(serve, model, limit, requests) == (expected, unbatched)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +278,9 @@ async def test_waiting_requests_run_in_batches(serve: Serve, case: str) -> None:
 async def test_batched_answers_equal_unbatched_ones(serve: Serve, model: ModelProto, datatype: str) -> None:
     random = np.random.default_rng(7)
     shapes = [(int(random.integers(0, 4)), int(random.integers(0, 3))) for _ in range(60)]
-    inputs = [tensor("x", datatype, random.integers(0, 4, shape)) for shape in shapes]
-    answers = []
-    for limit in (0, 4):
-        worker = await serve(model, max_batch_size=limit)
-        tasks = await asked_at_once(worker, *(ask(worker, [x]) for x in inputs))
-        answers.append(await asyncio.gather(*tasks))
-    for (plain,), (batched,) in zip(*answers, strict=True):
-        assert (batched.shape, bytes(batched.data)) == (plain.shape, bytes(plain.data))
+    requests = [[tensor("x", datatype, random.integers(0, 4, shape))] for shape in shapes]
+    (_, unbatched), (_, batched) = [await run_at_once(serve, model, limit, requests) for limit in (0, 4)]
+    assert batched == unbatched
 
 
 async def test_json_and_binary_requests_are_batched_apart(serve: Serve) -> None:

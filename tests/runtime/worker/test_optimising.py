@@ -19,7 +19,7 @@ from support import models
 from support.cache import found, in_background, made, prepare_order
 from support.history import PLAIN
 from support.models import save
-from support.workers import computing, until
+from support.workers import computing, refusal, until
 
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
@@ -39,15 +39,6 @@ def root(tmp_path: Path) -> Path:
 
 def target_of(order: wire.Prepare) -> Path:
     return Path(order.target)
-
-
-async def refusal(pool: WorkerPool, order: wire.Prepare) -> LoadRefused:
-    """Prepare a model that the worker refuses; the worker ends by itself."""
-    worker = await pool.start("w")
-    with pytest.raises(LoadRefused) as refused:
-        await worker.prepare(order)
-    assert await asyncio.shield(worker.ended) == Exit(0, None)
-    return refused.value
 
 
 async def test_written_files_are_reported_and_private(pool: WorkerPool, root: Path) -> None:

@@ -2,24 +2,20 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
-from msgspec.structs import replace
 from onnx import ModelProto, TensorProto
 from support import models
 from support.models import save
 from support.running import Engine, code_of
-from support.workers import answer, computing, floats, order_of, tensor, until
+from support.workers import answer, computing, floats, load, order_of, refusal, tensor, until
 
 from events.jobs import JobStatus
 from events.types import LoadParameters, ModelLoaded
-from runtime.errors import Exit, LoadRefused
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import Worker
 from runtime.statistics import Statistics
-from runtime.wire import Loaded, Tensor
+from runtime.wire import Tensor
 from runtime.worker.warmup import MAX_ZEROS_BYTES
 
 GIVEN = """
@@ -33,25 +29,6 @@ ALL_STAGES = ["loading", "warming_up", "measuring"]
 NO_WARM_UP = ["loading", "measuring"]
 NO_TENSOR_OUTPUT = models.zip_map()
 del NO_TENSOR_OUTPUT.graph.output[0]
-
-
-async def loaded(
-    pool: WorkerPool, root: Path, *given: Tensor, **ordered: Any
-) -> tuple[Loaded, list[str], Worker]:
-    """Load the model `m` into a worker; returns its report and the stages."""
-    stages: list[str] = []
-    worker = await pool.start("w")
-    order = replace(order_of(root, "m"), **ordered)
-    return await worker.load(order, stages.append, given), stages, worker
-
-
-async def refused(pool: WorkerPool, root: Path, *given: Tensor, **ordered: Any) -> LoadRefused:
-    """Load the model `m`, which is refused; the worker ends by itself."""
-    worker = await pool.start("w")
-    with pytest.raises(LoadRefused) as refusal:
-        await worker.load(replace(order_of(root, "m"), **ordered), lambda _: None, given)
-    assert await asyncio.shield(worker.ended) == Exit(0, None)
-    return refusal.value
 
 
 def text(name: str, datatype: str, shape: tuple[int, ...], data: bytes) -> Tensor:
@@ -110,7 +87,8 @@ async def test_warm_up_runs_where_shapes_or_inputs_allow(
     pool: WorkerPool, tmp_path: Path, model: ModelProto, given: list[Tensor], *, is_run: bool
 ) -> None:
     save(model, tmp_path, "m")
-    report, stages, _ = await loaded(pool, tmp_path, *given)
+    stages: list[str] = []
+    _, report = await load(pool, order_of(tmp_path), *given, on_stage=stages.append)
     assert (report.warming_up_us or 0) > 0 if is_run else report.warming_up_us is None
     assert stages == (ALL_STAGES if is_run else NO_WARM_UP)
 
@@ -124,29 +102,30 @@ async def test_failure_on_zeros_refuses_and_says_what_to_do(
     pool: WorkerPool, tmp_path: Path, model: ModelProto, said: str
 ) -> None:
     save(model, tmp_path, "m")
-    refusal = await refused(pool, tmp_path)
-    assert refusal.code == "warm_up_failed"
+    refused = await refusal(pool, order_of(tmp_path))
+    assert refused.code == "warm_up_failed"
     for words in ("zeros", "[[warm_up.inputs]]", "loadledger.toml", "enabled = false", said):
-        assert words in str(refusal)
+        assert words in str(refused)
 
 
 async def test_failure_on_zeros_of_unknown_shape_is_ignored(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.second_column(), tmp_path, "m")
-    report, stages, worker = await loaded(pool, tmp_path)
+    stages: list[str] = []
+    worker, report = await load(pool, order_of(tmp_path), on_stage=stages.append)
     assert (report.warming_up_us, stages) == (None, ALL_STAGES)
     assert await answer(worker, tensor("x", "FP32", [[1, 2], [3, 4]])) == [2, 4]
 
 
 async def test_warm_up_beyond_the_memory_limit_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.memory_bomb_on_zeros(), tmp_path, "m")
-    refusal = await refused(pool, tmp_path, memory_limit_bytes=200_000_000)
-    assert (refusal.code, "200000000 bytes" in str(refusal)) == ("out_of_memory", True)
+    refused = await refusal(pool, order_of(tmp_path, memory_limit_bytes=200_000_000))
+    assert (refused.code, "200000000 bytes" in str(refused)) == ("out_of_memory", True)
 
 
 async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.widened(), tmp_path, "m")
-    with_it, _, _ = await loaded(pool, tmp_path)
-    without, _, _ = await loaded(pool, tmp_path, warm_up=False)
+    _, with_it = await load(pool, order_of(tmp_path))
+    _, without = await load(pool, order_of(tmp_path, warm_up=False))
     assert with_it.peak_memory_bytes - without.peak_memory_bytes > 50_000_000
     assert with_it.peak_memory_bytes >= with_it.memory_bytes
 
@@ -170,15 +149,16 @@ async def test_invalid_inputs_refuse_the_load(
     pool: WorkerPool, tmp_path: Path, given: list[Tensor], words: str
 ) -> None:
     save(models.subtract(), tmp_path, "m")
-    refusal = await refused(pool, tmp_path, *given, max_batch_size=8 if "batch" in words else 0)
-    assert refusal.code == "warm_up_failed"
-    assert [said in str(refusal) for said in (words, "correct them")] == [True, True]
+    order = order_of(tmp_path, max_batch_size=8 if "batch" in words else 0)
+    refused = await refusal(pool, order, *given)
+    assert refused.code == "warm_up_failed"
+    assert [said in str(refused) for said in (words, "correct them")] == [True, True]
 
 
 # From the model's loadledger.toml to the ledger
 
 
-async def load(engine: Engine, model: ModelProto, defaults: str = "", instances: int = 1) -> int | None:
+async def warmed_up(engine: Engine, model: ModelProto, defaults: str = "", instances: int = 1) -> int | None:
     """Load a model with this loadledger.toml; returns the recorded duration of its warm-up."""
     folder = save(model, engine.root, "m").parent
     await asyncio.to_thread((folder / DEFAULTS_FILE).write_text, defaults)
@@ -188,7 +168,7 @@ async def load(engine: Engine, model: ModelProto, defaults: str = "", instances:
 
 
 async def test_warm_up_is_recorded_and_not_counted_as_a_request(engine: Engine) -> None:
-    assert await load(engine, models.add(), instances=2) in range(1, 10**8)
+    assert await warmed_up(engine, models.add(), instances=2) in range(1, 10**8)
     assert engine.live("m").statistics == Statistics()
 
 
@@ -197,7 +177,7 @@ async def test_file_overrules_the_server_setting(engine: Engine, monkeypatch: py
     inputs = [("x", "FP32", "[6]", "[1, 2, 3, 4, 5, 6]"), ("sides", "INT64", "[2]", "[2, 3]")]
     given = "warm_up.enabled = true" + "".join(GIVEN.format(*each) for each in inputs)
     for defaults, is_run in (("", False), (given, True), ("warm_up.enabled = false", False)):
-        assert (await load(engine, models.reshape(), defaults) is not None) is is_run
+        assert (await warmed_up(engine, models.reshape(), defaults) is not None) is is_run
         await engine.unload("m")
 
 

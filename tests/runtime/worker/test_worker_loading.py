@@ -1,6 +1,5 @@
 """Loading a model in a worker: what the load reports, what it refuses, and its memory limit."""
 
-import asyncio
 import hashlib
 import os
 import subprocess
@@ -13,10 +12,10 @@ from onnx import ModelProto
 from support import models
 from support.history import child
 from support.models import save, save_bytes
-from support.workers import Serve, answer, ask, floats, load, order_of, running_pool, tensor, threads
+from support.workers import Serve, answer, ask, floats, load, order_of, refusal, running_pool, tensor, threads
 
 from runtime import wire
-from runtime.errors import Exit, InferenceFailed, LoadRefused
+from runtime.errors import InferenceFailed
 from runtime.process.pool import WorkerPool
 from runtime.wire import TensorSpec
 
@@ -44,20 +43,10 @@ print(monitor.peak_anonymous_bytes - before)
 """
 
 
-async def refusal(pool: WorkerPool, root: Path, limit_bytes: int | None = None) -> LoadRefused:
-    """Load a model that the worker refuses; the worker ends by itself."""
-    worker = await pool.start("w")
-    with pytest.raises(LoadRefused) as refused:
-        await load(worker, root, "m", limit_bytes)
-    assert await asyncio.shield(worker.ended) == Exit(0, None)
-    return refused.value
-
-
 async def test_load_reports_files_shapes_memory_and_durations(pool: WorkerPool, tmp_path: Path) -> None:
     folder = save(models.weights(8), tmp_path, "m")
     stages: list[str] = []
-    worker = await pool.start("w")
-    report = await worker.load(order_of(tmp_path, "m"), stages.append)
+    worker, report = await load(pool, order_of(tmp_path), on_stage=stages.append)
     data, seen = (folder / "model.onnx").read_bytes(), (folder / "model.onnx").stat()
     (file,) = report.files
     assert (file.path, file.bytes, file.mtime_ns) == ("model.onnx", len(data), seen.st_mtime_ns)
@@ -72,13 +61,12 @@ async def test_load_reports_files_shapes_memory_and_durations(pool: WorkerPool, 
 
 async def test_load_hashes_only_files_that_changed(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
-    first = await load(await pool.start("w"), tmp_path, "m")
-    known = tuple(replace(file, sha256=KNOWN_SHA256) for file in first.files)
-    order = order_of(tmp_path, "m", known=known)
-    report = await (await pool.start("w")).load(order, lambda _: None)
+    _, first = await load(pool, order_of(tmp_path))
+    order = order_of(tmp_path, known=tuple(replace(file, sha256=KNOWN_SHA256) for file in first.files))
+    _, report = await load(pool, order)
     assert [file.sha256 for file in report.files] == [KNOWN_SHA256]
     folder = save(models.add(2), tmp_path, "m")
-    report = await (await pool.start("w")).load(order, lambda _: None)
+    _, report = await load(pool, order)
     data = (folder / "model.onnx").read_bytes()
     assert report.files[0].sha256 == hashlib.sha256(data).hexdigest()
 
@@ -89,8 +77,7 @@ async def test_external_data_is_loaded_and_hashed(pool: WorkerPool, tmp_path: Pa
     (folder / "data").mkdir()
     (folder / "data" / "w.bin").write_bytes(models.external_bytes())
     save(models.add(), tmp_path, "m", 2)
-    worker = await pool.start("w")
-    report = await worker.load(order_of(tmp_path, "m", 1), lambda _: None)
+    worker, report = await load(pool, order_of(tmp_path, version=1))
     assert [file.path for file in report.files] == ["data/w.bin", "model.onnx"]
     assert report.files[0].sha256 == hashlib.sha256(models.external_bytes()).hexdigest()
     assert await answer(worker, floats("x", 1, 1, 1, 1)) == [1, 2, 3, 4]
@@ -146,7 +133,7 @@ async def test_load_is_refused_with_code_and_reason(pool: WorkerPool, tmp_path: 
         (folder / "link").symlink_to(tmp_path / "outside")
     if case == "fifo":
         os.mkfifo(folder / "fifo")
-    refused = await refusal(pool, root, limit_bytes)
+    refused = await refusal(pool, order_of(root, memory_limit_bytes=limit_bytes))
     assert refused.code == code
     assert words in str(refused)
 
@@ -163,7 +150,7 @@ async def test_external_data_hidden_from_our_parser_is_not_read(
         for location in ("w.bin", "../../w.bin", "/etc/hostname", "*/_ORT_MEM_ADDR_/*"):
             with subtests.test(location):
                 save_bytes(models.behind_a_long_tag(models.external(location)), tmp_path, "m")
-                refused = await refusal(pool, tmp_path)
+                refused = await refusal(pool, order_of(tmp_path))
                 assert refused.code == "invalid_model"
                 assert "external" in str(refused).lower()
 
@@ -178,25 +165,23 @@ async def test_memory_bomb_at_inference_fails_only_that_one(serve: Serve) -> Non
 
 
 async def test_file_changed_during_load_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
-    folder = save(models.slow_model(600), tmp_path, "m")
-    worker = await pool.start("w")
-    with pytest.raises(LoadRefused) as refused:
-        await worker.load(order_of(tmp_path, "m"), lambda _: os.utime(folder / "model.onnx", ns=(1, 1)))
-    assert refused.value.code == "model_changed"
+    file = save(models.slow_model(600), tmp_path, "m") / "model.onnx"
+    refused = await refusal(pool, order_of(tmp_path), on_stage=lambda _: os.utime(file, ns=(1, 1)))
+    assert refused.code == "model_changed"
 
 
 @pytest.mark.parametrize("files", [(), ("model.onnx", "more"), ("other.onnx",)])
-async def test_files_other_than_those_resolved_are_refused(serve: Serve, files: tuple[str, ...]) -> None:
-    with pytest.raises(LoadRefused) as refused:
-        await serve(models.add(), files=files)
-    assert refused.value.code == "model_changed"
+async def test_files_other_than_those_resolved_are_refused(
+    pool: WorkerPool, tmp_path: Path, files: tuple[str, ...]
+) -> None:
+    save(models.add(), tmp_path, "m")
+    assert (await refusal(pool, order_of(tmp_path, files=files))).code == "model_changed"
 
 
 async def test_threads_of_the_pool_compute(tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     async with running_pool(threads=3) as pool:
-        worker = await pool.start("w")
-        await worker.load(order_of(tmp_path, "m", threads=pool.threads), lambda _: None)
+        worker, _ = await load(pool, order_of(tmp_path, threads=pool.threads))
         assert threads(worker.pid) == 4  # two more to compute with, and control
         assert await answer(worker, floats("x", 1)) == [2]
 
