@@ -6,7 +6,7 @@ import os
 import signal
 import sqlite3
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
 from functools import cache
@@ -20,10 +20,13 @@ from msgspec.structs import replace
 from events.audit.archive import archive
 from events.audit.signing import HeadSigner
 from events.audit.verify import Finding, FindingKind
+from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log
-from events.sqlite import snapshots
+from events.sqlite import queries, snapshots
+from events.sqlite.queries import Row
 from events.sqlite.schema import connect
+from events.state import State
 from events.types import (
     Draft,
     Event,
@@ -125,6 +128,20 @@ def sound_ledger(rounds: int = 1, *, snapshots_every: int | None = None, seconds
     with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         asyncio.run(write(Path(folder) / "ledger.db"))
         return (Path(folder) / "ledger.db").read_bytes()
+
+
+def store_events(
+    connection: sqlite3.Connection, events: Iterable[Event], snapshots_at: Collection[int] = ()
+) -> State:
+    """Write events to an empty ledger, with snapshots at these positions; return the state after them."""
+    state, digest = State(), GENESIS
+    connection.execute("PRAGMA synchronous = OFF")
+    for event in events:
+        digest = hash_body(digest, body := encode_event(event))
+        queries.write_group(connection, [Row(event.position, body, digest)], state.apply(event))
+        if event.position in snapshots_at:
+            snapshots.write(connection, event.position)
+    return state
 
 
 @contextmanager

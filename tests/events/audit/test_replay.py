@@ -25,7 +25,6 @@ from support.ledgers import (
     place_of,
     rows_of,
     sound_ledger,
-    stored,
 )
 
 from events.audit.archivechain import ArchiveProof, InvalidArchive, replay
@@ -105,13 +104,6 @@ def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
         if cuts[0] > 2:
             with pytest.raises(Archived):
                 replayed(path, 1, [])
-
-
-def test_base_state_keeps_ended_loads_that_models_serve_from() -> None:
-    with archived_copy(LEDGER, 3, 6, 9) as (path, files):
-        jobs = [json.loads(str(row[-1])) for row in stored(path, "job_snapshots")["job_snapshots"]]
-        assert any(job["status"] == "completed" for job in jobs)
-        assert audit(path, archives=files).finding is None
 
 
 def test_later_archives_alone_prove_from_where_they_begin() -> None:

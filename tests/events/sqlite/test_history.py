@@ -5,19 +5,17 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, START, History, as_event, at, drafts, opened, write
-from support.ledgers import FAST_FOLDER, overwrite_pages
+from support.ledgers import copy_of, overwrite_pages, store_events
 
-from events.codec import GENESIS, encode_event, hash_body
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
-from events.sqlite import queries, snapshots, storage
+from events.sqlite import storage
 from events.sqlite.history import (
     BeyondHead,
     InvalidMoment,
@@ -29,7 +27,7 @@ from events.sqlite.history import (
     parse_time,
     state_at,
 )
-from events.sqlite.queries import JobQuery, Row
+from events.sqlite.queries import JobQuery
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import write_base_state
 from events.state import State
@@ -41,18 +39,13 @@ ALL = JobQuery()
 @contextmanager
 def ledger(events: list[Event], snapshots_at: frozenset[int] = frozenset()) -> Iterator[sqlite3.Connection]:
     """A ledger of these events, with snapshots at these positions."""
-    with (
-        TemporaryDirectory(dir=FAST_FOLDER) as folder,
-        closing(connect(Path(folder) / "ledger.db")) as connection,
-    ):
-        state, digest = State(), GENESIS
-        for event in events:
-            digest = hash_body(digest, body := encode_event(event))
-            changes = state.apply(event)
-            queries.write_group(connection, [Row(event.position, body, digest)], changes)
-            if event.position in snapshots_at:
-                snapshots.write(connection, event.position)
+    with copy_of(b"") as path, closing(connect(path)) as connection:
+        store_events(connection, events, snapshots_at)
         yield connection
+
+
+def facts_of(state: State) -> tuple[object, ...]:
+    return state.models, state.unended()
 
 
 @st.composite
@@ -175,7 +168,7 @@ def long_history() -> History:
     return history
 
 
-def test_moment_before_the_base_is_refused_and_others_stay() -> None:
+def test_moment_before_the_base_is_refused_and_others_survive_a_rebuild() -> None:
     history = long_history()
     with ledger(history.facts, frozenset({3, 7})) as connection:
         before = [state_at(connection, position) for position in range(11)]
@@ -184,10 +177,7 @@ def test_moment_before_the_base_is_refused_and_others_stay() -> None:
         for position in range(5, 11):
             for from_base in (True, False):
                 after = state_at(connection, position, from_base=from_base)
-                assert (after.models, after.unended()) == (
-                    before[position].models,
-                    before[position].unended(),
-                )
+                assert facts_of(after) == facts_of(before[position])
             assert jobs_at(connection, position, ALL) == listed[position]
         for asked in ("4", at(3), at(5)):
             with pytest.raises(Archived) as refused:
@@ -196,6 +186,13 @@ def test_moment_before_the_base_is_refused_and_others_stay() -> None:
         assert moment_at(connection, "5") == Moment(5, None)
         assert moment_at(connection, at(6)) == Moment(6, at(6))
         assert moment_at(connection, "0") == Moment(0, None)
+        storage.rebuild(connection)
+        assert jobs_at(connection, 10, ALL) == listed[10]
+        assert connection.execute("SELECT position FROM snapshots").fetchall() == [(5,)]
+        assert state_at(connection, 10).models == before[10].models
+        connection.execute("DELETE FROM snapshots")
+        with pytest.raises(LogUnavailable, match=r"the snapshot at 5, .* is missing"):
+            state_at(connection, 10)
 
 
 def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
@@ -212,20 +209,6 @@ def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
         assert jobs_at(connection, 30, ALL) == listed
         folds = [each for each in statements if each.startswith("SELECT position, body, hash FROM events")]
         assert len(folds) == 2  # a page, and that there is no other
-
-
-def test_base_snapshot_survives_a_rebuild_and_is_missed() -> None:
-    with ledger(long_history().facts, frozenset({3, 7})) as connection:
-        expected = state_at(connection, 10)
-        archive(connection, 5)
-        listed = jobs_at(connection, 10, ALL)
-        storage.rebuild(connection)
-        assert jobs_at(connection, 10, ALL) == listed
-        assert connection.execute("SELECT position FROM snapshots").fetchall() == [(5,)]
-        assert state_at(connection, 10).models == expected.models
-        connection.execute("DELETE FROM snapshots")
-        with pytest.raises(LogUnavailable, match=r"the snapshot at 5, .* is missing"):
-            state_at(connection, 10)
 
 
 # Beside the writer.
@@ -254,12 +237,6 @@ DAMAGE = (
 )
 
 
-def shown(told: tuple[Moment, State]) -> tuple[object, ...]:
-    """Return what a state says, to compare."""
-    moment, state = told
-    return moment, state.position, state.models, state.unended()
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A ledger with snapshots at 5 and 8."""
@@ -269,25 +246,27 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+async def states(path: Path) -> dict[str, tuple[object, ...]]:
+    async with open_time_travel_reader(path) as past:
+        return {at: facts_of((await past.state(at))[1]) for at in ("7", "8", "10")}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 async def test_damaged_snapshot_is_skipped_and_logged_once(
     path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with open_time_travel_reader(path) as past:
-        expected = [shown(await past.state(at)) for at in ("8", "10")]
+    expected = await states(path)
     with closing(connect(path)) as connection:
         assert connection.execute(damage).rowcount > 0
-    async with open_time_travel_reader(path) as past:
-        assert [shown(await past.state(at)) for at in ("8", "10")] == expected
-        assert (await past.state("7"))[1].position == 7
+    assert await states(path) == expected
     [record] = caplog.records
     assert "the snapshot at position 8 is damaged" in record.message
     with closing(connect(path)) as connection:
         connection.execute(damage.replace("= 8", "= 5"))
-        assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
+        assert await states(path) == expected
         assert len(caplog.records) == 2
         storage.rebuild(connection)
-        assert shown((moment_at(connection, "10"), state_at(connection, 10))) == expected[1]
+        assert await states(path) == expected
     assert len(caplog.records) == 2
 
 
@@ -295,11 +274,9 @@ async def test_damaged_snapshot_is_skipped_and_logged_once(
 async def test_snapshot_on_damaged_pages_is_skipped(
     path: Path, table: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with open_time_travel_reader(path) as past:
-        expected = shown(await past.state("10"))
+    expected = await states(path)
     overwrite_pages(path, table)
-    async with open_time_travel_reader(path) as past:
-        assert shown(await past.state("10")) == expected
+    assert await states(path) == expected
     assert caplog.records
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.history import FEWER, History, as_event, drafts, opened
-from support.ledgers import FAST_FOLDER, stored
+from support.ledgers import FAST_FOLDER, store_events, stored
 
 from events.audit.verify import verify
-from events.codec import GENESIS, decode_event, encode_event, hash_body
+from events.codec import decode_event, encode_event
 from events.commands import Record
 from events.jobs import Job
 from events.sqlite import queries, storage
@@ -77,15 +77,12 @@ def test_stored_tables_equal_a_fold_of_the_log(groups: list[list[list[Draft]]]) 
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 @example(["\0", "a\0b", '"', "\\", "\\u0000", "\x1f\x7f\x85\u2028\ufeff", "é\U0001f600\uffff", "[{"])
 def test_any_text_is_stored_as_it_is_hashed(texts: list[str]) -> None:
-    rows, digest = list[Row](), GENESIS
-    for number, text in enumerate(texts, 1):
-        draft = Draft(text, LoadFailed(text, text), SYSTEM, None, text, 1)
-        body = encode_event(as_event(draft, number, number))
-        rows.append(Row(number, body, digest := hash_body(digest, body)))
+    drafts = [Draft(text, LoadFailed(text, text), SYSTEM, None, text, 1) for text in texts]
+    events = [as_event(draft, number, number) for number, draft in enumerate(drafts, 1)]
     with closing(connect(Path(":memory:"))) as connection:
-        queries.write_group(connection, rows, Changes({}, {}))
-        found = connection.execute("SELECT position, body, hash FROM events ORDER BY position").fetchall()
-        assert found == [(row.position, row.body, row.hash) for row in rows]
+        store_events(connection, events)
+        found = connection.execute("SELECT body FROM events ORDER BY position").fetchall()
+        assert found == [(encode_event(event),) for event in events]
         types = connection.execute("SELECT DISTINCT typeof(position), typeof(body), typeof(hash) FROM events")
         assert types.fetchall() == [("integer", "text", "blob")]
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 from support.history import History, opened, write
-from support.ledgers import change_ledger, sample_history, stored
+from support.ledgers import change_ledger, sample_history, store_events, stored
 
 from events.audit.verify import verify
-from events.codec import GENESIS, encode_event, hash_body
 from events.errors import LogUnavailable
-from events.sqlite import queries, storage
+from events.sqlite import storage
 from events.sqlite.queries import PAGE
 from events.sqlite.schema import APPLICATION_ID, connect
 from events.sqlite.storage import FOLDS, is_current
@@ -35,19 +34,9 @@ def write_schema_1(path: Path, facts: list[Event]) -> None:
         connection.executescript(f"PRAGMA journal_mode = WAL; {script}")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute("PRAGMA user_version = 1")
-        state, digest = State(), GENESIS
-        connection.execute("BEGIN")
-        for event in facts:
-            changes = state.apply(event)
-            digest = hash_body(digest, body := encode_event(event))
-            connection.execute("INSERT INTO events (position, body, hash) VALUES (?, ?, ?)",
-                               (event.position, body, digest))  # fmt: skip
-            queries.write_projections(
-                connection, changes.models.values(), changes.jobs.values(), event.position
-            )
+        store_events(connection, facts)
         connection.execute("UPDATE jobs SET body = json_remove(body, '$.cancel_requested')")
         connection.execute("UPDATE models SET body = json_remove(body, '$.incidents')")
-        connection.execute("COMMIT")
 
 
 def projections(path: Path) -> dict[str, list[tuple[object, ...]]]:
