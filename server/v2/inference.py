@@ -9,7 +9,6 @@ from aiohttp import hdrs, web
 
 from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.wire import Buffer, Tensor
-from server.api.schemas import ModelPathSchema, ModelVersionPathSchema
 from server.appkeys import BODIES, CONFIG, DEMAND, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
@@ -32,10 +31,12 @@ from server.v2.metadata import (
     INFERENCE_PARAMETERS,
     INFERENCE_RESPONSE,
     MAX_BODY_BYTES,
+    MODEL_ERRORS,
     MetadataSchema,
     ReadySchema,
     current_route,
     metadata,
+    model_routes,
 )
 
 routes = Routes(tag="inference")
@@ -55,91 +56,52 @@ _INFER_ERRORS = (
 )  # fmt: skip
 
 
-@routes.post(
-    "/v2/models/{id}/infer",
+@model_routes(
+    routes.post,
+    "/infer",
+    ("Run an inference", "Run an inference on a version"),
+    of_version="infer_version",
     access=Access.PREDICT,
-    summary="Run an inference",
-    path=ModelPathSchema(),
     parameters=INFERENCE_PARAMETERS,
     request_body=INFERENCE_BODY,
     answers={200: INFERENCE_RESPONSE},
     errors=_INFER_ERRORS,
 )
 async def infer_model(request: web.Request) -> web.StreamResponse:
-    """Run an inference on the serving version."""
-    return await _infer(request)
+    """Run an inference on the serving version, or on the version in the path if it serves."""
+    path = path_parameters(request)
+    return await infer(request, request.app, path["id"], path.get("version"))
 
 
-@routes.post(
-    "/v2/models/{id}/versions/{version}/infer",
-    access=Access.PREDICT,
-    summary="Run an inference on a version",
-    path=ModelVersionPathSchema(),
-    parameters=INFERENCE_PARAMETERS,
-    request_body=INFERENCE_BODY,
-    answers={200: INFERENCE_RESPONSE},
-    errors=_INFER_ERRORS,
-)
-async def infer_version(request: web.Request) -> web.StreamResponse:
-    """Run an inference on this version if it serves."""
-    return await _infer(request)
-
-
-@routes.get(
-    "/v2/models/{id}",
+@model_routes(
+    routes.get,
+    "",
+    ("Inputs and outputs of a loaded model", "Inputs and outputs of a loaded version"),
+    of_version="show_version_metadata",
     access=Access.ANY,
-    summary="Inputs and outputs of a loaded model",
-    path=ModelPathSchema(),
     answers={200: (MetadataSchema(), "The metadata.")},
-    errors=("unknown_model", "model_not_loaded", "model_unloading"),
+    errors=MODEL_ERRORS,
 )
 async def show_metadata(request: web.Request) -> web.Response:
-    """Return inputs and outputs of the serving version."""
+    """Return inputs and outputs of the serving version, or of the version in the path if it serves."""
     return web.json_response(metadata(await current_route(request)))
 
 
-@routes.get(
-    "/v2/models/{id}/versions/{version}",
+@model_routes(
+    routes.get,
+    "/ready",
+    ("Whether a model is ready", "Whether a version is ready"),
+    of_version="show_version_ready",
     access=Access.ANY,
-    summary="Inputs and outputs of a loaded version",
-    path=ModelVersionPathSchema(),
-    answers={200: (MetadataSchema(), "The metadata.")},
-    errors=("unknown_model", "model_not_loaded", "model_unloading"),
-)
-async def show_version_metadata(request: web.Request) -> web.Response:
-    """Return inputs and outputs of this version if it serves."""
-    return web.json_response(metadata(await current_route(request)))
-
-
-@routes.get(
-    "/v2/models/{id}/ready",
-    access=Access.ANY,
-    summary="Whether a model is ready",
-    path=ModelPathSchema(),
     answers={200: (ReadySchema(), "It is ready.")},
     errors=("not_ready",),
 )
 async def show_ready(request: web.Request) -> web.Response:
     """Answer 200 if an inference would be tried, else 400, as Triton's clients expect."""
-    return _ready(request)
-
-
-@routes.get(
-    "/v2/models/{id}/versions/{version}/ready",
-    access=Access.ANY,
-    summary="Whether a version is ready",
-    path=ModelVersionPathSchema(),
-    answers={200: (ReadySchema(), "It is ready.")},
-    errors=("not_ready",),
-)
-async def show_version_ready(request: web.Request) -> web.Response:
-    """Answer 200 if an inference would be tried, else 400, as Triton's clients expect."""
-    return _ready(request)
-
-
-async def _infer(request: web.Request) -> web.StreamResponse:
     path = path_parameters(request)
-    return await infer(request, request.app, path["id"], path.get("version"))
+    if not request.app[ROUTER].is_ready(path["id"], path.get("version")):
+        raise NotReady(f"model '{path['id']}' is not ready")
+    return web.json_response({"name": path["id"], "ready": True})
 
 
 async def infer(
@@ -147,12 +109,13 @@ async def infer(
 ) -> web.StreamResponse:
     """Decode, run, encode. The `Loadledger-Model` header names the load behind the answer.
 
+    A model that is not loaded is loaded on demand, if that is configured, within the inference's own time.
+
     Args:
         request: admitted by the gate.
         app: the application.
-        model_id: which model.
-        version: the one that must be loaded; None for any. If it is not loaded and on-demand loads are
-            configured, it is loaded within the inference's own time.
+        model_id: the model.
+        version: the version that must be loaded; None for any.
     """
     subject = request[PRINCIPAL].subject
     router, share = app[ROUTER], app[BODIES].share(subject)
@@ -231,10 +194,3 @@ def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
     if accepted is None or sum(map(len, body)) < COMPRESSED_FROM_BYTES:
         return None
     return chosen_encoding(accepted)
-
-
-def _ready(request: web.Request) -> web.Response:
-    path = path_parameters(request)
-    if not request.app[ROUTER].is_ready(path["id"], path.get("version")):
-        raise NotReady(f"model '{path['id']}' is not ready")
-    return web.json_response({"name": path["id"], "ready": True})

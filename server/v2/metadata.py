@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from marshmallow import fields
 
 from events.models import ModelState
@@ -178,7 +180,44 @@ EXTENSIONS = ("model_repository", "model_configuration", "binary_tensor_data", "
 AT_ONCE = 100
 """Loads whose statistics are read without a pause: about a millisecond."""
 
-_MODEL_ERRORS = ("unknown_model", "model_not_loaded", "model_unloading")
+MODEL_ERRORS = ("unknown_model", "model_not_loaded", "model_unloading")
+"""Errors of a read that needs a loaded model."""
+
+
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
+
+
+def model_routes(
+    declare: Callable[..., Callable[[Handler], Handler]],
+    suffix: str,
+    summaries: tuple[str, str],
+    *,
+    of_version: str,
+    **operation: Any,
+) -> Callable[[AnyHandler], AnyHandler]:
+    """Declare a handler's route for a model, and its twin for a version of the model.
+
+    Args:
+        declare: such as `routes.get`.
+        suffix: the end of both paths.
+        summaries: of both routes.
+        of_version: the operation id of the twin; the other one's is the handler's name.
+        operation: what both declare, see `server.routing.Operation`.
+    """
+
+    def decorate(handler: AnyHandler) -> AnyHandler:
+        async def twin(request: web.Request) -> web.StreamResponse:
+            return await handler(request)
+
+        twin.__name__ = of_version
+        for path, schema, summary, each in (
+            ("/v2/models/{id}", ModelPathSchema(), summaries[0], handler),
+            ("/v2/models/{id}/versions/{version}", ModelVersionPathSchema(), summaries[1], twin),
+        ):
+            declare(f"{path}{suffix}", path=schema, summary=summary, **operation)(each)
+        return handler
+
+    return decorate
 
 
 class ServerMetadataSchema(AnswerSchema):
@@ -272,65 +311,33 @@ async def all_statistics(request: web.Request) -> web.Response:
     return _json({"model_stats": sorted(stats, key=lambda entry: str(entry["name"]))})
 
 
-@routes.get(
-    "/v2/models/{id}/stats",
+@model_routes(
+    routes.get,
+    "/stats",
+    ("Statistics of a loaded model", "Statistics of a loaded version"),
+    of_version="version_statistics",
     access=Access.ANY,
-    summary="Statistics of a loaded model",
-    path=ModelPathSchema(),
-    answers={200: (StatisticsSchema(), "Of the serving version.")},
-    errors=_MODEL_ERRORS,
+    answers={200: (StatisticsSchema(), "Of the version that serves.")},
+    errors=MODEL_ERRORS,
 )
 async def model_statistics(request: web.Request) -> web.Response:
-    """Return the statistics of the serving version."""
-    return await _model_statistics(request)
-
-
-@routes.get(
-    "/v2/models/{id}/versions/{version}/stats",
-    access=Access.ANY,
-    summary="Statistics of a loaded version",
-    path=ModelVersionPathSchema(),
-    answers={200: (StatisticsSchema(), "Of this version.")},
-    errors=_MODEL_ERRORS,
-)
-async def version_statistics(request: web.Request) -> web.Response:
-    """Return the statistics of this version if it serves."""
-    return await _model_statistics(request)
-
-
-@routes.get(
-    "/v2/models/{id}/config",
-    access=Access.ANY,
-    summary="Configuration of a loaded model",
-    path=ModelPathSchema(),
-    answers={200: (ModelConfigSchema(), "In Triton's form.")},
-    errors=_MODEL_ERRORS,
-)
-async def show_config(request: web.Request) -> web.Response:
-    """Return the configuration of the serving version."""
-    return await _config(request)
-
-
-@routes.get(
-    "/v2/models/{id}/versions/{version}/config",
-    access=Access.ANY,
-    summary="Configuration of a loaded version",
-    path=ModelVersionPathSchema(),
-    answers={200: (ModelConfigSchema(), "In Triton's form.")},
-    errors=_MODEL_ERRORS,
-)
-async def show_version_config(request: web.Request) -> web.Response:
-    """Return the configuration of this version if it serves."""
-    return await _config(request)
-
-
-async def _model_statistics(request: web.Request) -> web.Response:
+    """Return the statistics of the serving version, or of the version in the path if it serves."""
     route = await current_route(request)
     entry = _statistics(request.app, route.load)
     return _json({"model_stats": [] if entry is None else [entry]})
 
 
-async def _config(request: web.Request) -> web.Response:
+@model_routes(
+    routes.get,
+    "/config",
+    ("Configuration of a loaded model", "Configuration of a loaded version"),
+    of_version="show_version_config",
+    access=Access.ANY,
+    answers={200: (ModelConfigSchema(), "In Triton's form.")},
+    errors=MODEL_ERRORS,
+)
+async def show_config(request: web.Request) -> web.Response:
+    """Return the configuration of the serving version, or of the version in the path if it serves."""
     route = await current_route(request)
     inputs, outputs, parameters = route.inputs, route.outputs, route.load.parameters
     return _json(model_config(route.model_id, route.version, inputs, outputs, parameters))

@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from events.commands import RequestLoad
 from events.errors import LedgerProblem
@@ -108,12 +108,8 @@ class BackOff:
     ) -> float:
         """Remember a failure, and return the pause in seconds until the next attempt.
 
-        Args:
-            demand: what failed.
-            reason: for requests during the pause.
-            before: the recorded model when the load was requested.
-            after: the recorded model after its failure; the pauses of other versions go on.
-            now_s: on the loop's clock.
+        `before` and `after` are the recorded model when the load was requested and after its failure; the
+        pauses of other versions go on.
         """
         last = self._failures.pop(demand, None)
         pause_s = FIRST_PAUSE_S if last is None else min(LONGEST_PAUSE_S, last.pause_s * 2)
@@ -147,10 +143,11 @@ class _Attempt:
     was_lost: bool = False
 
 
+@dataclass(kw_only=True, eq=False)
 class OnDemand:
     """Loads models on demand, and lets inferences wait for them.
 
-    Args:
+    Attributes:
         log: holds the live state and notifies of outcomes.
         submit: submits the command of a load.
         reader: finds jobs that have ended.
@@ -163,38 +160,24 @@ class OnDemand:
         on: whether on-demand loads are configured.
     """
 
-    def __init__(
-        self,
-        *,
-        log: Log,
-        submit: Callable[[RequestLoad], Awaitable[Receipt]],
-        reader: Reader,
-        router: Router,
-        demand: PendingDemand,
-        look_up: Callable[[str, int | None, str], Awaitable[RequestLoad]],
-        waiting_for: Callable[[Job], str | None],
-        stopping: asyncio.Event,
-        max_waiting: int,
-        on: bool,
-    ) -> None:
-        self._log = log
-        self._submit = submit
-        self._reader = reader
-        self._router = router
-        self._demand = demand
-        self._look_up = look_up
-        self._waiting_for = waiting_for
-        self._stopping = stopping
-        self._max_waiting = max_waiting
-        self._on = on
-        self._back_off = BackOff()
-        self._attempts: dict[Demand, asyncio.Task[Exception | None]] = {}
-        self._waiting = Counter[Demand]()
+    log: Log
+    submit: Callable[[RequestLoad], Awaitable[Receipt]]
+    reader: Reader
+    router: Router
+    demand: PendingDemand
+    look_up: Callable[[str, int | None, str], Awaitable[RequestLoad]]
+    waiting_for: Callable[[Job], str | None]
+    stopping: asyncio.Event
+    max_waiting: int
+    on: bool
+    _back_off: BackOff = field(default_factory=BackOff, init=False)
+    _attempts: dict[Demand, asyncio.Task[Exception | None]] = field(default_factory=dict, init=False)
+    _waiting: Counter[Demand] = field(default_factory=Counter, init=False)
 
     async def close(self) -> None:
         """End all waits; requested loads go on."""
-        self._stopping.set()
-        self._log.notify()
+        self.stopping.set()
+        self.log.notify()
         await asyncio.gather(*self._attempts.values())
 
     def waiting(self, model_id: str) -> int:
@@ -207,13 +190,8 @@ class OnDemand:
     ) -> AsyncIterator[None]:
         """Load a model, and protect it from eviction until the context ends.
 
-        On entry the model is ready, for a request that is sent at once.
-
-        Args:
-            model_id: which model.
-            version: the requested version, or None.
-            subject: of the inference; the first one becomes the actor of the load.
-            ends_at_s: the inference's deadline, on the loop's clock.
+        On entry the model is ready, for a request that is sent at once. The first waiter's subject becomes
+        the actor of the load; `ends_at_s` is the inference's deadline, on the loop's clock.
 
         Raises:
             RuntimeProblem: as `Router.find_route`, if on-demand loads are not configured.
@@ -225,18 +203,18 @@ class OnDemand:
             LedgerProblem: `queue_full`, `log_unavailable`.
             ServerStops: `shutting_down`.
         """
-        if not self._on:
-            await self._router.find_route(model_id, version)
+        if not self.on:
+            await self.router.find_route(model_id, version)
             yield
             return
-        with self._demand.hold(model_id):
+        with self.demand.hold(model_id):
             while not self._is_ready(model_id, version):
                 await self._wait((model_id, version), subject, ends_at_s)
             yield
 
     def _is_ready(self, model_id: str, version: int | None) -> bool:
         try:
-            self._router.route(model_id, version)
+            self.router.route(model_id, version)
         except OtherVersionLoaded:
             raise
         except (ModelNotLoaded, ModelUnloading):
@@ -246,8 +224,8 @@ class OnDemand:
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:
         """Wait until any version of the model is ready; cancelling this does not affect other waiters."""
         model_id = demand[0]
-        if self.waiting(model_id) >= self._max_waiting:
-            raise QueueFull(f"{self._max_waiting} inferences wait for model '{model_id}' already")
+        if self.waiting(model_id) >= self.max_waiting:
+            raise QueueFull(f"{self.max_waiting} inferences wait for model '{model_id}' already")
         attempt = self._attempts.get(demand)
         if attempt is None:
             attempt = asyncio.create_task(self._attempt(demand, subject), name=f"awaiting {model_id}")
@@ -267,25 +245,23 @@ class OnDemand:
             raise problem.with_traceback(None)  # several waiters raise it
 
     def _describe_wait(self, model_id: str) -> str:
-        job = next(iter(self._log.state.queue(model_id)[-1:]), None)
+        job = next(iter(self.log.state.queue(model_id)[-1:]), None)
         if job is None:
             return "it is not loaded yet"
         if job.status is JobStatus.IN_PROGRESS:
             return "it is still loading" if job.kind is JobKind.LOAD else "it is being unloaded"
-        reason = self._waiting_for(job)
+        reason = self.waiting_for(job)
         return f"job {job.id} is pending" + (f" and waits for {reason}" if reason else "")
 
     async def _attempt(self, demand: Demand, subject: str) -> Exception | None:
         """Load a model for all its waiters; return their error, None if it is ready or none is left."""
-        attempt, wakeup = _Attempt(demand, subject), self._log.subscribe()
+        attempt, wakeup = _Attempt(demand, subject), self.log.subscribe()
         try:
             while True:
                 wakeup.clear()
-                if self._stopping.is_set():
+                if self.stopping.is_set():
                     return ServerStops()
-                if self._router.is_ready(demand[0]) or (
-                    not self._waiting[demand] and attempt.own_job is None
-                ):
+                if self.router.is_ready(demand[0]) or (not self._waiting[demand] and attempt.own_job is None):
                     return None
                 if self._is_in_progress(attempt):
                     await wakeup.wait()
@@ -300,7 +276,7 @@ class OnDemand:
             return error
         finally:
             del self._attempts[demand]
-            self._log.unsubscribe(wakeup)
+            self.log.unsubscribe(wakeup)
 
     def _is_in_progress(self, attempt: _Attempt) -> bool:
         """Return whether a load, an unload or a reload of the model is in progress.
@@ -309,7 +285,7 @@ class OnDemand:
             DemandFailed: `load_failed`, the model was lost and is not reloaded any more.
         """
         model_id = attempt.demand[0]
-        queue, model = self._log.state.queue(model_id), self._log.state.models.get(model_id)
+        queue, model = self.log.state.queue(model_id), self.log.state.models.get(model_id)
         loads = [job for job in queue if job.kind is JobKind.LOAD]
         if loads:
             attempt.watched_job = loads[-1].id
@@ -327,10 +303,10 @@ class OnDemand:
         """Raise the error of an ended load, unless the model is loaded, or will be."""
         is_own = attempt.own_job == job_id
         attempt.own_job = attempt.watched_job = None
-        job = await self._reader.job(job_id)
+        job = await self.reader.job(job_id)
         if job is None or job.status is JobStatus.COMPLETED:  # loaded, and unloaded again
             return
-        model = self._log.state.models.get(job.model_id)
+        model = self.log.state.models.get(job.model_id)
         if model is not None and model.phase not in _ABSENT:  # a lost model is reloaded
             return
         if job.error is None and not self._waiting[attempt.demand]:  # cancelled, since no inference waits
@@ -347,20 +323,20 @@ class OnDemand:
     async def _request_load(self, attempt: _Attempt) -> None:
         """Look the model up and request its load, unless the model has changed meanwhile."""
         model_id, version = attempt.demand
-        state = self._log.state
+        state = self.log.state
         attempt.was_lost = False
         attempt.before = state.models.get(model_id)
         self._back_off.check(attempt.demand, attempt.before, asyncio.get_running_loop().time())
         try:
-            command = await self._look_up(model_id, version, attempt.subject)
+            command = await self.look_up(model_id, version, attempt.subject)
         except _PASSED_ON:
             raise
         except (RuntimeProblem, ServerProblem) as problem:
             reason = f"model '{model_id}' could not be loaded: {problem}"
             raise DemandFailed(reason, self._note_failure(attempt, reason, attempt.before)) from None
         is_absent = state.models.get(model_id) is attempt.before and not state.queue(model_id)
-        if self._waiting[attempt.demand] and is_absent and not self._stopping.is_set():
-            receipt = await self._submit(command)
+        if self._waiting[attempt.demand] and is_absent and not self.stopping.is_set():
+            receipt = await self.submit(command)
             attempt.watched_job = receipt.job_id
             attempt.own_job = None if receipt.existing else receipt.job_id
 
