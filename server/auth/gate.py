@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jwt
@@ -66,12 +66,7 @@ _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The subject and roles of a verified token.
-
-    Attributes:
-        subject: 1 to 128 printable characters, never `system`; the actor of the events that it causes.
-        roles: Those of the token that exist here, see `ROLES`.
-    """
+    """The subject and roles of a verified token: the actor of its events, and the token's known roles."""
 
     subject: str
     roles: frozenset[str]
@@ -154,9 +149,13 @@ class Denials:
         self._some = asyncio.Event()
         self._closing = asyncio.Event()
 
-    def count(self, subject: str, action: str) -> None:
-        """Count one denied request of a verified subject."""
-        self._add((subject, action), 1)
+    def count(self, subject: str, action: str, count: int = 1) -> None:
+        """Count denied requests of a verified subject."""
+        key = (subject, action)
+        if key not in self._counts and len(self._counts) >= MAX_EVENTS - 1:
+            key = (SYSTEM, OTHER)
+        self._counts[key] = self._counts.get(key, 0) + count
+        self._some.set()
 
     async def run(self, submit: Callable[[Command], Awaitable[object]], minute_s: float = MINUTE_S) -> None:
         """Append the counts a minute after the first denial, again and again, until `close`."""
@@ -179,28 +178,18 @@ class Denials:
         self._some.clear()
         if not counts:
             return
-        drafts = tuple(
+        drafts = [
             Draft(uuid7(), AccessDenied(action, count), subject)
             for (subject, action), count in counts.items()
-        )
+        ]
         try:
-            await submit(Record(drafts))
+            await submit(Record(tuple(drafts)))
         except Exception as error:  # noqa: BLE001 - counting goes on whatever the error is
             _log.warning("denied requests could not be recorded yet: %s", error)
-            self._keep(counts)
-
-    def _keep(self, counts: dict[tuple[str, str], int]) -> None:
-        """Put counts back before the later ones, so that the limit holds for both together."""
-        later, self._counts = self._counts, counts
-        self._some.set()
-        for key, count in later.items():
-            self._add(key, count)
-
-    def _add(self, key: tuple[str, str], count: int) -> None:
-        if key not in self._counts and len(self._counts) >= MAX_EVENTS - 1:
-            key = (SYSTEM, OTHER)
-        self._counts[key] = self._counts.get(key, 0) + count
-        self._some.set()
+            later, self._counts = self._counts, counts  # first, so that the limit holds for both together
+            self._some.set()
+            for key, count in later.items():
+                self.count(*key, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,30 +200,19 @@ class _Remembered:
     key: VerificationKey
 
 
+@dataclass(eq=False)
 class Verifier:
     """Verifies tokens; remembers valid ones by their SHA-256 until they expire or their key is revoked."""
 
-    def __init__(
-        self,
-        keys: KeyRing,
-        audience: str,
-        issuer: str | None = None,
-        roles_claim: str = "roles",
-        capacity: int = MAX_REMEMBERED,
-    ) -> None:
-        self._keys = keys
-        self._audience = audience
-        self._issuer = issuer
-        self._roles_claim = roles_claim
-        self._capacity = capacity
-        self._remembered: OrderedDict[bytes, _Remembered] = OrderedDict()
+    keys: KeyRing
+    audience: str
+    issuer: str | None = None
+    roles_claim: str = "roles"
+    capacity: int = MAX_REMEMBERED
+    _remembered: OrderedDict[bytes, _Remembered] = field(default_factory=OrderedDict, init=False)
 
     def verify(self, token: str, now: float) -> Principal:
-        """Return the subject and roles of a token.
-
-        Args:
-            token: As sent, without `Bearer`.
-            now: Seconds since the epoch.
+        """Return the subject and roles of a token, sent at this time in seconds since 1970.
 
         Raises:
             InvalidToken: it is not valid (`invalid_token`).
@@ -243,7 +221,7 @@ class Verifier:
             return known
         verified, digest = self._verify_afresh(token, now), _digest(token)
         self._remembered[digest] = verified
-        if len(self._remembered) > self._capacity:
+        if len(self._remembered) > self.capacity:
             self._remembered.popitem(last=False)
         return verified.principal
 
@@ -253,7 +231,7 @@ class Verifier:
         known = self._remembered.get(digest)
         if known is None:
             return None
-        if known.expires_at > now and self._keys.find(known.kid, now) is known.key:
+        if known.expires_at > now and self.keys.find(known.kid, now) is known.key:
             self._remembered.move_to_end(digest)
             return known.principal
         del self._remembered[digest]
@@ -261,7 +239,7 @@ class Verifier:
 
     def _verify_afresh(self, token: str, now: float) -> _Remembered:
         kid = _kid_of(token)
-        key = self._keys.find(kid, now)
+        key = self.keys.find(kid, now)
         if key is None:
             raise InvalidToken("the token is signed with a key that is not known here")
         claims = self._claims(token, key)
@@ -274,17 +252,11 @@ class Verifier:
             "verify_exp": False,  # _check_times compares the times with the caller's
             "verify_nbf": False,
             "verify_iat": False,
-            "verify_iss": self._issuer is not None,
+            "verify_iss": self.issuer is not None,
         }
+        expected: dict[str, Any] = {"audience": self.audience, "issuer": self.issuer}
         try:
-            return jwt.decode(
-                token,
-                key.public,
-                [key.algorithm],
-                options=options,
-                audience=self._audience,
-                issuer=self._issuer,
-            )
+            return jwt.decode(token, key.public, [key.algorithm], options=options, **expected)
         except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise InvalidToken(f"the token is not valid: {error}") from None
 
@@ -293,9 +265,9 @@ class Verifier:
         refusal = subject_refusal(subject) if isinstance(subject, str) else "the subject must be text"
         if refusal is not None:
             raise InvalidToken(refusal)
-        roles = _find_claim(claims, self._roles_claim)
+        roles = _find_claim(claims, self.roles_claim)
         if not isinstance(roles, list):
-            raise InvalidToken(f"the claim {self._roles_claim} must be a list of roles")
+            raise InvalidToken(f"the claim {self.roles_claim} must be a list of roles")
         return Principal(subject, ROLES.intersection(role for role in roles if isinstance(role, str)))
 
 
@@ -305,32 +277,21 @@ def create_verifier(config: Config) -> Verifier:
     return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
 
 
+@dataclass(eq=False)
 class Gate:
     """Admits requests; refuses them in the order 429 (address), 401, 429 (subject), 403."""
 
-    def __init__(
-        self,
-        verifier: Verifier,
-        limits: RateLimits,
-        clock: Callable[[], float] = time.time,
-        proxies: Proxies | None = None,
-    ) -> None:
-        self._verifier = verifier
-        self._limits = limits
-        self._clock = clock
-        self._proxies = proxies or Proxies()
-        self.denials = Denials()
+    verifier: Verifier
+    limits: RateLimits
+    clock: Callable[[], float] = time.time
+    proxies: Proxies = field(default_factory=Proxies)
+    denials: Denials = field(default_factory=Denials, init=False)
 
     def admit(self, request: web.BaseRequest, access: Access, limit: LimitClass, action: str) -> Principal:
         """Authenticate a request, count it against its subject's limit, and check the subject's roles.
 
-        From then on the request has `PRINCIPAL`, and `QUOTA` if the limit is set.
-
-        Args:
-            request: of which only the header fields are read.
-            access: the roles that the route needs.
-            limit: the limit that counts the route.
-            action: what the ledger says of a denial.
+        From then on the request has `PRINCIPAL`, and `QUOTA` if the limit is set. Only its header fields are
+        read; the ledger names a denial by `action`.
 
         Raises:
             TooManyFailures: `too_many_failures`.
@@ -341,7 +302,7 @@ class Gate:
             Forbidden: `forbidden`; the denial is counted.
         """
         request[PRINCIPAL] = principal = self._authenticate(request)
-        quota = self._limits.count(limit, principal.subject)
+        quota = self.limits.count(limit, principal.subject)
         if quota is not None:
             request[QUOTA] = quota
         try:
@@ -352,19 +313,19 @@ class Gate:
         return principal
 
     def _authenticate(self, request: web.BaseRequest) -> Principal:
-        if self._limits.has_failures:
-            self._limits.check_peer(self._proxies.peer(request))
-        fields, now = request.headers.getall(hdrs.AUTHORIZATION, []), self._clock()
+        if self.limits.has_failures:
+            self.limits.check_peer(self.proxies.peer(request))
+        fields, now = request.headers.getall(hdrs.AUTHORIZATION, []), self.clock()
         if len(fields) == 1 and fields[0].startswith(_USUAL):
-            known = self._verifier.recall(fields[0][len(_USUAL) :], now)
+            known = self.verifier.recall(fields[0][len(_USUAL) :], now)
             if known is not None:
                 return known
         try:
-            return self._verifier.verify(bearer_token(fields), now)
+            return self.verifier.verify(bearer_token(fields), now)
         except (InvalidToken, MalformedAuthorization):
             # Requests without credentials are not counted: they guess nothing, and counting them would lock
             # out everybody behind the same address.
-            self._limits.count_failure(self._proxies.peer(request))
+            self.limits.count_failure(self.proxies.peer(request))
             raise
 
 

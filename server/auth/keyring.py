@@ -7,7 +7,7 @@ chooses one of these keys, never an algorithm.
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,20 @@ _FileIdentity = tuple[int, int, int]
 """Inode, size and time of a file when it was read; if one differs, the content does."""
 
 
+@dataclass(eq=False)
 class KeyRing:
     """The keys that verify tokens. A look-up rereads changed files; the constructor reads none.
 
-    Args:
+    Attributes:
         data: the data directory with our own keys.
         provider: the file of an identity provider, whose keys replace our own.
     """
 
-    def __init__(self, data: Path, provider: Path | None = None) -> None:
-        self._folder = keys_folder(data)
-        self._provider = provider
-        self._files: dict[Path, tuple[_FileIdentity, _Keys]] = {}
-        self._keys: _Keys = {}
-        self._read_at: float | None = None
+    data: Path
+    provider: Path | None = None
+    _files: dict[Path, tuple[_FileIdentity, _Keys]] = field(default_factory=dict, init=False)
+    _keys: _Keys = field(default_factory=dict, init=False)
+    _read_at: float | None = field(default=None, init=False)
 
     def find(self, kid: str | None, now: float) -> VerificationKey | None:
         """Return the key that a token names, or None; the same object as long as its file is unchanged.
@@ -70,16 +70,16 @@ class KeyRing:
         if self._read_at is None or not 0 <= now - self._read_at < REREAD_AFTER_S:
             self._read_at = now
             self._reread()
-        if kid is None and self._provider is not None and len(self._keys) == 1:
+        if kid is None and self.provider is not None and len(self._keys) == 1:
             return next(iter(self._keys.values()))
         return self._keys.get(kid) or self._keys.get(None)
 
     def _reread(self) -> None:
         try:
-            if self._provider is not None:
-                paths = [self._provider]
+            if self.provider is not None:
+                paths = [self.provider]
             else:
-                paths = [path for path in self._folder.iterdir() if is_kid_file(path.name)]
+                paths = [path for path in keys_folder(self.data).iterdir() if is_kid_file(path.name)]
         except FileNotFoundError:
             paths = []
         except OSError as error:  # such as too few descriptors: no reason to refuse all tokens
@@ -97,7 +97,7 @@ class KeyRing:
             except FileNotFoundError:
                 continue  # revoked just now
             except (OSError, KeyProblem) as error:
-                if self._provider is not None and path in known:  # half-written, most likely
+                if self.provider is not None and path in known:  # half-written, most likely
                     self._files[path] = known[path]
                     _log.warning("%s cannot be read, its known keys stay in use: %s", path.name, error)
                 else:
@@ -105,7 +105,7 @@ class KeyRing:
         self._keys = {kid: key for _, keys in self._files.values() for kid, key in keys.items()}
 
     def _read(self, path: Path) -> _Keys:
-        if self._provider is not None:
+        if self.provider is not None:
             return read_public_keys(path)
         return {path.stem: VerificationKey(path.stem, ALGORITHM, load_private_key(path).public_key())}
 

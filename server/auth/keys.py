@@ -62,13 +62,7 @@ class KeyProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """A signing key of ours.
-
-    Attributes:
-        kid: Its name, in the header of the tokens it signed.
-        created_at: In UTC.
-        signs: Whether it signs new tokens.
-    """
+    """A signing key of ours; its `kid` is in the header of the tokens that it signed."""
 
     kid: str
     created_at: datetime
@@ -179,22 +173,20 @@ def issue_token(
     Raises:
         KeyProblem: the subject, a role or the time is invalid, or there is no key.
     """
-    refusal = subject_refusal(subject) or _roles_refusal(roles)
+    refusal, unknown = subject_refusal(subject), sorted(set(roles) - ROLES)
+    if refusal is None and (unknown or not roles):
+        refusal = f"roles are {', '.join(sorted(ROLES))}; not {', '.join(unknown) or 'none'}"
     if refusal is None and not 0 < expires_s < 100 * 365 * 86400:
         refusal = "a token must expire in the future, and within 100 years"
     if refusal is not None:
         raise KeyProblem(refusal)
-    kid, key = _signing_key(data)
-    now = int(time.time())
-    claims = {
-        "sub": subject,
-        "aud": audience,
-        "roles": sorted(set(roles)),
-        "iat": now,
-        "exp": now + int(expires_s),
-    }
-    if issuer is not None:
-        claims["iss"] = issuer
+    known = list_keys(data)
+    if not known:
+        raise KeyProblem(f"there is no key under {keys_folder(data)}; `loadledger key rotate` creates one")
+    kid, now = known[-1].kid, int(time.time())
+    key = load_private_key(keys_folder(data) / f"{kid}.pem")
+    claims = {"sub": subject, "aud": audience, "roles": sorted(set(roles)), "iat": now}
+    claims |= {"exp": now + int(expires_s), **({"iss": issuer} if issuer is not None else {})}
     return jwt.encode(claims, key, algorithm=ALGORITHM, headers={"kid": kid})
 
 
@@ -211,21 +203,6 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise KeyProblem(f"{path} is not an Ed25519 key")
     return key
-
-
-def _signing_key(data: Path) -> tuple[str, Ed25519PrivateKey]:
-    known = list_keys(data)
-    if not known:
-        raise KeyProblem(f"there is no key under {keys_folder(data)}; `loadledger key rotate` creates one")
-    kid = known[-1].kid
-    return kid, load_private_key(keys_folder(data) / f"{kid}.pem")
-
-
-def _roles_refusal(roles: Collection[str]) -> str | None:
-    unknown = sorted(set(roles) - ROLES)
-    if unknown or not roles:
-        return f"roles are {', '.join(sorted(ROLES))}; not {', '.join(unknown) or 'none'}"
-    return None
 
 
 def _created_at(kid: str) -> datetime:
@@ -312,11 +289,9 @@ def public_pem(signer: HeadSigner) -> str:
 
 
 def expected_key(text: str) -> str:
-    """Return the id of a public key that is given by its id or as a file.
+    """Return the id of a public key, given by its id or as a file.
 
-    Args:
-        text: the id, or the name of a file with the key as PEM, alone or as `loadledger key ledger` prints
-            it, or as DER.
+    The file has the key as PEM, alone or as `loadledger key ledger` prints it, or as DER.
 
     Raises:
         KeyProblem: the text is neither.

@@ -109,12 +109,7 @@ class _Response(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """The trusted proxies, and the header field in which they name the client.
-
-    Attributes:
-        trusted: none by default: then the fields are ignored.
-        header: `X_FORWARDED_FOR` or `FORWARDED`.
-    """
+    """The trusted proxies, and the header field in which they name the client; none are by default."""
 
     trusted: tuple[Network, ...] = ()
     header: str = X_FORWARDED_FOR
@@ -127,11 +122,7 @@ class Proxies:
         return self.client_address(direct, request.headers.getall(self.header, ()))
 
     def client_address(self, direct: str, fields: Iterable[str]) -> str:
-        """Return the client's address.
-
-        Args:
-            direct: the address of the connection, a trusted proxy's.
-            fields: the values of the header field, in order.
+        """Return the client's address behind a trusted proxy at `direct`; `fields` are in order.
 
         Returns:
             The rightmost address that is not trusted; the leftmost one if all are. An entry that is no

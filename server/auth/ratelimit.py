@@ -26,15 +26,7 @@ AUTH_FAILURES = "auth-failures"
 
 
 class Quota(msgspec.Struct, frozen=True, gc=False):
-    """The rest of a limit after a request.
-
-    Attributes:
-        policy: Its name in the header fields.
-        amount: Requests per window.
-        window_s: The window's length.
-        remaining: Requests left in this window.
-        reset_s: Whole seconds until the window ends.
-    """
+    """The rest of a limit after a request: of its `amount` in a window, `remaining` for `reset_s` more."""
 
     policy: str
     amount: int
@@ -58,31 +50,21 @@ class RateLimited(ServerProblem):
     """The limit on requests of this kind is used up."""
 
     code = "rate_limited"
+    detail = "the limit {policy} of {amount} requests in {window_s} s is used up; try again in {reset_s} s"
 
     def __init__(self, quota: Quota) -> None:
-        super().__init__(self._detail(quota), http_headers=quota.headers())
+        super().__init__(self.detail.format(**msgspec.structs.asdict(quota)), http_headers=quota.headers())
         self.retry_after_s = quota.reset_s
         self.problem_members: Mapping[str, object] = {"violated-policies": [quota.policy]}
-
-    @staticmethod
-    def _detail(quota: Quota) -> str:
-        return (
-            f"the limit {quota.policy} of {quota.amount} requests in {quota.window_s} s is used up; "
-            f"try again in {quota.reset_s} s"
-        )
 
 
 class TooManyFailures(RateLimited):
     """Credentials from this address were refused too often."""
 
     code = "too_many_failures"
-
-    @staticmethod
-    def _detail(quota: Quota) -> str:
-        return (
-            f"credentials from this address were refused {quota.amount} times in {quota.window_s} s; "
-            f"try again in {quota.reset_s} s"
-        )
+    detail = (
+        "credentials from this address were refused {amount} times in {window_s} s; try again in {reset_s} s"
+    )
 
 
 class Windows:
