@@ -103,6 +103,9 @@ def _write(event: Event, job: Job | None) -> None:
     level, fields = _level_and_fields(event)
     if not _log.isEnabledFor(level):
         return
+    duration_s = None
+    if job is not None and job.finished_at is not None:
+        duration_s = round(seconds_between(job.created_at, job.finished_at), 6)
     extra = make_extra(
         event=event.type,
         position=event.position,
@@ -111,7 +114,7 @@ def _write(event: Event, job: Job | None) -> None:
         version=event.version,
         subject=event.actor,
         worker=event.worker_id,
-        duration_s=_duration_s(job),
+        duration_s=duration_s,
         **fields,
     )
     record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=extra)
@@ -132,13 +135,6 @@ def _message(event: Event) -> str:
     if event.model_id is None:
         return words
     return f"{words}: {event.model_id}" + (f" version {event.version}" if event.version is not None else "")
-
-
-def _duration_s(job: Job | None) -> float | None:
-    """Return the time from an ended job's request to its end."""
-    if job is None or job.finished_at is None:
-        return None
-    return round(seconds_between(job.created_at, job.finished_at), 6)
 
 
 async def log_events(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:

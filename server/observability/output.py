@@ -96,12 +96,8 @@ CONTEXT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 class RequestLog:
     """Submits the commands of requests to the event log, and remembers the request behind each unended job.
 
-    Args:
-        log: the event log.
-        started_at: the position of this server's `ServerStarted`.
-
-    Attributes:
-        behind: the first request behind each job; `EventLogger` removes it when the job has ended.
+    `started_at` is the position of this server's `ServerStarted`. `EventLogger` removes ended jobs from
+    `behind`.
     """
 
     def __init__(self, log: Log, started_at: int) -> None:
@@ -178,18 +174,10 @@ FORMATTERS: Mapping[str, type[logging.Formatter]] = {"text": TextFormatter, "jso
 
 
 class DroppingHandler(QueueHandler):
-    """Queues formatted lines, and never waits.
+    """Queues formatted lines, and never waits; `dropped` counts the lines beyond `max_lines`.
 
     The queue is a `SimpleQueue` whose size is compared here, and no bounded `queue.Queue`: into a full one of
     those, `QueueListener.stop` could not put the sentinel that ends its thread.
-
-    Args:
-        lines: the queue.
-        formatter: of the lines.
-        max_lines: beyond so many queued lines, further ones are dropped.
-
-    Attributes:
-        dropped: lines that were dropped since they were last reported.
     """
 
     def __init__(

@@ -53,10 +53,8 @@ _INFER = re.compile(r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>
 
 def log_middleware() -> Middleware:
     """Return the middleware that logs requests; it must be outside of all others but the counting one."""
-    unauthenticated, left_out = (
-        Windows(RateLimit(MAX_UNAUTHENTICATED, window_s=60), time.monotonic, capacity=1),
-        0,
-    )
+    unauthenticated = Windows(RateLimit(MAX_UNAUTHENTICATED, window_s=60), time.monotonic, capacity=1)
+    left_out = 0
 
     @web.middleware
     async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -65,7 +65,14 @@ class Tracing:
                 is_part = get_current_span(parent).get_span_context().is_valid
                 if not is_part and match_inference(request) and random.random() >= share:  # noqa: S311 - a sample
                     return await inner(request)
-                attributes = _request_attributes(request, proxies.peer(request))
+                attributes = _without_none(
+                    {
+                        "http.request.method": request.method,
+                        "url.path": path_without_query(request),
+                        "url.scheme": request.scheme,
+                        "client.address": proxies.peer(request),
+                    }
+                )
                 with self._tracer.start_span(request.method, parent, SpanKind.SERVER, attributes) as span:
                     context = begin_context(request)
                     context.trace_id = format_trace_id(span.get_span_context().trace_id)
@@ -84,9 +91,18 @@ class Tracing:
     def record_job(self, job: Job, end: Event, carrier: Mapping[str, str]) -> None:
         """Record the spans of an ended job and its stages, inside of its request's span."""
         parent, ended_ns = PROPAGATOR.extract(carrier), _nanoseconds(job.finished_at or end.recorded_at)
-        span = self._tracer.start_span(
-            job.kind, parent, attributes=_job_attributes(job, end), start_time=_nanoseconds(job.created_at)
-        )
+        named = {
+            "loadledger.job": job.id,
+            "loadledger.model": job.model_id,
+            "loadledger.version": job.version,
+            "loadledger.cause": job.cause.value,
+            "loadledger.subject": job.requested_by,
+            "loadledger.status": job.status.value,
+            "loadledger.position": end.position,
+            "error.type": job.error.code if job.error is not None else None,
+        }
+        began_ns = _nanoseconds(job.created_at)
+        span = self._tracer.start_span(job.kind, parent, attributes=_without_none(named), start_time=began_ns)
         inside = set_span_in_context(span)
         for name, first_ns, last_ns in _stages(job, end, ended_ns):
             self._tracer.start_span(name, inside, start_time=first_ns).end(last_ns)
@@ -103,16 +119,6 @@ class Tracing:
 
 def _without_none(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
     return {name: value for name, value in attributes.items() if value is not None}
-
-
-def _request_attributes(request: web.BaseRequest, peer: str | None) -> dict[str, str | int]:
-    named = {
-        "http.request.method": request.method,
-        "url.path": path_without_query(request),
-        "url.scheme": request.scheme,
-        "client.address": peer,
-    }
-    return _without_none(named)
 
 
 def _set_response(
@@ -143,20 +149,6 @@ def _route(request: web.BaseRequest) -> str | None:
         return f"/v2/models/{{id}}{'/versions/{version}' if found['version'] else ''}/infer"
     route = matched_route(request) if isinstance(request, web.Request) else None
     return route.path if route is not None else None
-
-
-def _job_attributes(job: Job, end: Event) -> dict[str, str | int]:
-    named = {
-        "loadledger.job": job.id,
-        "loadledger.model": job.model_id,
-        "loadledger.version": job.version,
-        "loadledger.cause": job.cause.value,
-        "loadledger.subject": job.requested_by,
-        "loadledger.status": job.status.value,
-        "loadledger.position": end.position,
-        "error.type": job.error.code if job.error is not None else None,
-    }
-    return _without_none(named)
 
 
 def _stages(job: Job, end: Event, ended_ns: int) -> Iterator[tuple[str, int, int]]:
