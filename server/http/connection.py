@@ -105,10 +105,6 @@ class GuardedConnection(asyncio.Protocol):
 
     Timeouts count checks, which a timer makes while the connection is active. A check is an iteration of the
     event loop, so time in which the loop did not read does not count against the client.
-
-    Args:
-        server: has the request handler, and closes the connections at shutdown.
-        limits: of all connections.
     """
 
     def __init__(self, server: web.Server, limits: ConnectionLimits) -> None:
@@ -302,14 +298,9 @@ async def _refuse_request(request: web.BaseRequest) -> web.StreamResponse:
 async def listening(
     server: web.Server, host: str, port: int, limits: ConnectionLimits, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[int]:
-    """Listen and yield the port; on leaving, stop accepting connections.
+    """Listen and yield the port, for 0 a free one; on leaving, stop accepting connections.
 
-    Args:
-        server: of a runner that is set up; it closes the open connections.
-        host: a name or an address.
-        port: 0 picks a free one.
-        limits: of the connections.
-        tls: for HTTPS.
+    The runner of the server closes the open ones.
 
     Raises:
         OSError: the address cannot be listened on.

@@ -17,11 +17,7 @@ class BodiesFull(ServerProblem):
 
 
 class Bodies:
-    """The body budget: counts the bytes of bodies in memory.
-
-    Args:
-        max_bytes: the budget of all subjects; one subject has half of it.
-    """
+    """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes

@@ -28,12 +28,9 @@ JOINED_BYTES = 64 * 2**10
 
 
 class DirectResponse(web.StreamResponse):
-    """A 200 with these header fields and this body; its fields are final.
+    """A 200 with these header fields, which are final and without line breaks, and this body.
 
-    Args:
-        fields: values as they are sent, without line breaks.
-        body: the buffers, in order.
-        share: the memory of request and response, given back when the client has received it.
+    The share of memory is that of request and response, given back when the client has received it.
     """
 
     def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer], share: Share) -> None:

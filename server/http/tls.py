@@ -65,15 +65,7 @@ def load_context(cert: Path, key: Path) -> ssl.SSLContext:
 
 
 class Certificate:
-    """The current certificate and key.
-
-    Args:
-        cert: see `load_context`.
-        key: likewise.
-        clock: in seconds, for the interval of checks.
-
-    Attributes:
-        context: for `create_server`; each handshake uses the latest usable content of the files.
+    """The current certificate and key; handshakes of `context` use the latest usable content of the files.
 
     Raises:
         TlsProblem: the files cannot be used.

@@ -212,13 +212,9 @@ def header_fields(request: web.Request) -> Any:
 
 
 def load_with(schema: Schema, value: Any, where: str, refusal: type[Exception]) -> Any:
-    """Return a value as a schema loads it.
+    """Return a value as a schema loads it; `where` names it in the message of the refusal.
 
-    Args:
-        schema: of the value; unknown members are refused, except unknown header fields.
-        value: an object of JSON or TOML, parameters, or header fields.
-        where: the kind of value, for the message.
-        refusal: raised if the value is invalid.
+    Unknown members are refused, except unknown header fields.
     """
     if not isinstance(value, dict):
         raise refusal(f"{where}: Must be a JSON object.")
@@ -249,11 +245,8 @@ async def read_encoded_body(
 ) -> bytes:
     """Read a whole body as it is, within a limit of its own: the application's is the largest of all routes.
 
-    Args:
-        request: with an unread body.
-        max_bytes: the limit.
-        take: called with the number of bytes of each part that arrives; may refuse them.
-        idle_s: time for MIN_PROGRESS_BYTES, or for the end.
+    `take` is called with the number of bytes of each part that arrives, and may refuse them. In `idle_s`,
+    MIN_PROGRESS_BYTES or the end must arrive.
 
     Raises:
         BodyTooLarge: the declared length or the body is too long (`body_too_large`).
@@ -296,9 +289,9 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
         match declared["location"]:
             case "json":
                 request[_JSON] = load_with(schema, await _body(request), "body", InvalidBody)
-            case "match_info" | "path":
+            case "match_info":
                 request[_PATH] = load_with(schema, dict(request.match_info), "path", InvalidParameter)
-            case "querystring" | "query":
+            case "querystring":
                 request[_QUERY] = load_with(schema, _query(request, schema), "query", InvalidParameter)
             case "headers":
                 request[_HEADERS] = load_with(schema, _headers(request, schema), "headers", InvalidParameter)
@@ -312,9 +305,8 @@ async def _body(request: web.Request) -> Any:
     if not body:
         return {}
     media_type, charset = request.content_type, request.charset or "utf-8"
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedMediaType
-    if charset.lower() != "utf-8":
+    is_json = media_type == "application/json" or media_type.endswith("+json")
+    if not is_json or charset.lower() != "utf-8":
         raise UnsupportedMediaType
     try:
         return loads(body)

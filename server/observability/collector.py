@@ -56,9 +56,6 @@ class ServerCollector(Collector):
 
     The constructor copies, on the event loop, all values that must be consistent. `collect` may run in a
     thread: it reads only single numbers and dictionaries of counts.
-
-    Args:
-        app: the application.
     """
 
     def __init__(self, app: web.Application) -> None:

@@ -69,11 +69,8 @@ _NEUTRAL: dict[str, tuple[int | str, ...]] = {
 def check_parameters(where: str, parameters: Parameters) -> None:
     """Refuse unsupported parameters by name; ignore unknown ones.
 
-    Names that begin with `triton_` are Triton's own, and its HTTP server accepts none of them either.
-
-    Args:
-        where: the owner of the parameters, as a message begins: "input 'x': ", or "" for the request.
-        parameters: to be checked.
+    Names that begin with `triton_` are Triton's own, and its HTTP server accepts none of them either. A
+    message begins with `where`: "input 'x': ", or "" for the request.
 
     Raises:
         InvalidInput: `invalid_input`.
@@ -181,9 +178,8 @@ _DATA = msgspec.json.Decoder(_DataRequest)
 def header_length(fields: Sequence[str] | str | None, body_length: int) -> int | None:
     """Return the length of the body's JSON; None if all of the body is JSON, 0 if all of it is a raw tensor.
 
-    Args:
-        fields: the values of the request's `Inference-Header-Content-Length` fields, or the only value.
-        body_length: in bytes, after decompression.
+    `fields` are the values of the request's `Inference-Header-Content-Length` fields, or the only value.
+    `body_length` is in bytes, after decompression.
 
     Raises:
         InvalidInput: `invalid_input`, the value is no length within the body, or there are two.
@@ -203,11 +199,7 @@ def header_length(fields: Sequence[str] | str | None, body_length: int) -> int |
 
 
 def decode_request(body: Buffer, header_bytes: int | None = None) -> InferenceRequest:
-    """Decode a request; its tensors are views of the body.
-
-    Args:
-        body: JSON, followed by the binary tensors.
-        header_bytes: the length of the JSON, see `header_length`; None for all of the body.
+    """Decode a request: JSON of so many bytes, see `header_length`, then binary tensors; both as views.
 
     Raises:
         InvalidInput: `invalid_input`, the request is malformed or unsupported.

@@ -49,13 +49,7 @@ Demand = tuple[str, int | None]
 
 
 class DemandFailed(ServerProblem):
-    """The model could not be loaded on demand.
-
-    Args:
-        detail: the reason.
-        retry_after_s: until the next attempt.
-        http_headers: such as the job's location.
-    """
+    """The model could not be loaded on demand."""
 
     code = "load_failed"
 
@@ -127,8 +121,6 @@ class _Attempt:
     """The state of one task that waits for a model.
 
     Attributes:
-        demand: the model and version.
-        subject: the actor of the requested load.
         before: the recorded model when this task requested its load.
         own_job: the id of the load that this task requested, if it has not ended.
         watched_job: the id of the load that the task waits for, whoever requested it.

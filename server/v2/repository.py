@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 from aiohttp import hdrs, web
@@ -47,72 +47,44 @@ UNLOADED = "unloaded"
 """Triton's own reason, by which its clients distinguish an unload from a failed load."""
 
 
-class _Version(NamedTuple):
-    """The state of one version."""
-
-    state: ReadyState
-    reason: str = ""
-
-
 def index(models: Mapping[str, Model], found: Iterable[str], *, only_ready: bool = False) -> list[Entry]:
     """Return an entry per version, by name and version; a model that was never loaded has only a name.
 
-    A model that is neither loaded nor in the repository has no entry.
-
-    Args:
-        models: the recorded state.
-        found: the ids of the models in the repository.
-        only_ready: return only versions that are ready.
+    A model that is neither loaded nor in the repository, whose models are `found`, has no entry.
     """
-    in_repository = set(found)
-    entries: list[Entry] = []
+    in_repository, entries = set(found), list[Entry]()
     for name in sorted(in_repository | models.keys()):
         model = models.get(name) or Model(name)
-        if name in in_repository or _is_live(model):
-            entries += _entries(model, only_ready=only_ready)
+        if name in in_repository or model.serving is not None or model.loads:
+            versions = [entry for _, entry in sorted(_versions(model).items())] or [{"name": name}]
+            entries += [each for each in versions if not only_ready or each.get("state") == "READY"]
     return entries
 
 
-def _entries(model: Model, *, only_ready: bool) -> list[Entry]:
-    versions = sorted(_versions(model).items())
-    if only_ready:
-        return [_entry(model.id, *known) for known in versions if known[1].state == "READY"]
-    return [_entry(model.id, *known) for known in versions] or [{"name": model.id}]
+def _versions(model: Model) -> dict[int, Entry]:
+    """Return the entries of the versions in the recorded state."""
+    entries: dict[int, Entry] = {}
 
+    def add(number: int, state: ReadyState, reason: str = "") -> None:
+        entry: Entry = {"name": model.id, "version": str(number), "state": state}
+        entries[number] = {**entry, "reason": reason} if reason else entry
 
-def _versions(model: Model) -> dict[int, _Version]:
-    """Return the versions in the recorded state."""
-    versions: dict[int, _Version] = {}
+    why = model.error.message if model.error is not None else None
     if model.last_version is not None:
-        reason = model.error.message if model.error is not None else UNLOADED
-        versions[model.last_version] = _Version("UNAVAILABLE", reason)
+        add(model.last_version, "UNAVAILABLE", why or UNLOADED)
     if model.previous is not None:
-        versions[model.previous.version] = _Version("UNAVAILABLE", "it was replaced by another version")
-    versions |= {load.version: _Version("LOADING") for load in model.loads}
-    serving = model.serving
-    if serving is not None:  # last: a serving version stays ready during its reload
-        lost = model.phase is ModelState.LOST
-        if not lost or all(load.version != serving.version for load in model.loads):
-            versions[serving.version] = _serving(model)
-    return versions
-
-
-def _serving(model: Model) -> _Version:
-    if model.phase is ModelState.LOADED:
-        return _Version("READY")
-    if model.phase is ModelState.UNLOADING:
-        return _Version("UNLOADING")
-    why = model.error.message if model.error is not None else "the server was restarted"
-    return _Version("UNAVAILABLE", f"lost, and being reloaded: {why}")
-
-
-def _is_live(model: Model) -> bool:
-    return model.serving is not None or bool(model.loads)
-
-
-def _entry(name: str, number: int, version: _Version) -> Entry:
-    entry: Entry = {"name": name, "version": str(number), "state": version.state}
-    return {**entry, "reason": version.reason} if version.reason else entry
+        add(model.previous.version, "UNAVAILABLE", "it was replaced by another version")
+    for load in model.loads:
+        add(load.version, "LOADING")
+    if model.serving is not None:  # last: a serving version stays ready during its reload
+        version = model.serving.version
+        if model.phase is ModelState.LOADED:
+            add(version, "READY")
+        elif model.phase is ModelState.UNLOADING:
+            add(version, "UNLOADING")
+        elif all(load.version != version for load in model.loads):
+            add(version, "UNAVAILABLE", f"lost, and being reloaded: {why or 'the server was restarted'}")
+    return entries
 
 
 _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large", "unsupported_media_type")
@@ -130,14 +102,15 @@ class JobDidNotComplete(ServerProblem):
 
     def __init__(self, job: Job) -> None:
         error = job.error
-        reason = error.message if error is not None else _how_cancelled(job)
+        how_cancelled = "it was cancelled" if job.cancel_requested else "an unload cancelled it"
+        reason = error.message if error is not None else how_cancelled
         version = "" if job.version is None else f"version {job.version}: "
         super().__init__(
             f"{job.kind} failed for model '{job.model_id}': {version}{reason}",
             http_headers={hdrs.LOCATION: job_path(job.id)},
         )
-        # One class for all: the job says which.
-        self.code = _code_of(job)  # type: ignore[misc]
+        code = "cancelled" if error is None else error.code if error.code in ERRORS else "job_failed"
+        self.code = code  # type: ignore[misc] # one class for all: the job has the code
 
 
 class IndexEntrySchema(AnswerSchema):
@@ -231,16 +204,6 @@ async def _unload(app: web.Application, model_id: str, subject: str) -> Job | No
         if not app[LOG].state.queue(model_id):
             return None
     return None
-
-
-def _how_cancelled(job: Job) -> str:
-    return "it was cancelled" if job.cancel_requested else "an unload cancelled it"
-
-
-def _code_of(job: Job) -> str:
-    if job.error is None:
-        return "cancelled"
-    return job.error.code if job.error.code in ERRORS else "job_failed"
 
 
 def _done(job: Job | None) -> web.Response:
