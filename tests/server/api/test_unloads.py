@@ -52,11 +52,7 @@ async def test_unload_ends_the_process_and_its_job(shared: LocalApi) -> None:
         **{name: job[name] for name in ("position", "started_at", "finished_at", "stage", "attempt")},
     }  # fmt: skip
     model = await shared.model("m")
-    assert model == {
-        "id": "m", "versions": [1], "state": "unloaded", "version": model["version"], "next_version": None,
-        "active": False, "loaded_at": None, "loaded_by": None, "job_id": None, "position": None, "files": [],
-        "prepared": None, "memory_bytes": None, "error": None, "instances": None,
-    }  # fmt: skip
+    assert (model["state"], model["active"], model["job_id"]) == ("unloaded", False, None)
     assert (await shared.types("m"))[3:] == ["UnloadRequested", "UnloadStarted", "ModelUnloaded"]
 
 
