@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from events.clock import seconds_between
 from events.jobs import Job, JobKind, JobStatus
-from events.types import AccessDenied, Cause, Data, Event, LoadFailed, ModelLoaded, Unknown, WorkerExited
+from events.types import AccessDenied, Cause, Event, LoadFailed, ModelLoaded, WorkerExited
 
 OTHERS = "_others"
 """The label shared by models without a label of their own; no model can have this name."""
@@ -118,8 +117,8 @@ class Tally:
         write_failures: failed transactions.
     """
 
-    def __init__(self, names: ModelLabels | None = None) -> None:
-        self.names = names or ModelLabels()
+    def __init__(self) -> None:
+        self.names = ModelLabels()
         self.events = Counter[str]()
         self.loads = Counter[tuple[str, str]]()
         self.unloads = Counter[tuple[str, str]]()
@@ -143,11 +142,8 @@ class Tally:
             jobs: that the group changed, as they are after it.
         """
         for event in events:
-            kind = type(event.data)
             self.events[event.type] += 1
-            step = _STEPS.get(kind)
-            if step is not None:
-                step(self, event, event.data)
+            self._count_event(event)
         for job in jobs:
             if job.ended:
                 self._count_job(job)
@@ -161,30 +157,19 @@ class Tally:
             took_s = seconds_between(job.created_at, job.finished_at)
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
-    def _loaded(self, _: Event, data: ModelLoaded) -> None:
-        durations = data.durations
-        if not durations.total_us:  # the load reused the workers of another one
-            return
-        self.forms[data.prepared.form if data.prepared is not None else NO_FORM] += 1
-        for stage in STAGES:
-            self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
-
-    def _load_failed(self, _: Event, data: LoadFailed) -> None:
-        known = data.code in self.failures or len(self.failures) < MAX_CODES
-        self.failures[data.code if known else OTHER_CODE] += 1
-
-    def _exited(self, event: Event, _: WorkerExited) -> None:
-        if event.model_id is not None:
-            self.exits[self.names.of(event.model_id)] += 1
-
-    def _denied(self, _: Event, data: AccessDenied) -> None:
-        self.denied += data.count
-
-
-_STEPS: Mapping[type[Data | Unknown], Callable[[Tally, Event, Any], None]] = {
-    ModelLoaded: Tally._loaded,  # noqa: SLF001 - its own table
-    LoadFailed: Tally._load_failed,  # noqa: SLF001
-    WorkerExited: Tally._exited,  # noqa: SLF001
-    AccessDenied: Tally._denied,  # noqa: SLF001
-}
-"""What is counted of these types, beside their number."""
+    def _count_event(self, event: Event) -> None:
+        """Count what the data of an event say, beside its type."""
+        match event.data:
+            case ModelLoaded(durations=durations, prepared=prepared) if (
+                durations.total_us
+            ):  # else no new workers
+                self.forms[prepared.form if prepared is not None else NO_FORM] += 1
+                for stage in STAGES:
+                    self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
+            case LoadFailed(code=code):
+                known = code in self.failures or len(self.failures) < MAX_CODES
+                self.failures[code if known else OTHER_CODE] += 1
+            case WorkerExited() if event.model_id is not None:
+                self.exits[self.names.of(event.model_id)] += 1
+            case AccessDenied(count=times):
+                self.denied += times

@@ -217,6 +217,7 @@ UNLOADS: list[tuple[str, str, str]] = [
     ("request request_v2", "not_loaded", "new:L"),
     ("load request_v2 start_v2", "new:L2", "new:L"),
     ("load request_v2", "new:L2", "new:L"),
+    ("load request_v2 request_again", "new:L3", "new:L"),
     ("load request_v2 request_drain start_drain", "new:L2", "new:L"),
     ("load request_v2 drain", "new:L2", "new:L2"),
     ("load request_v2 drain start_v2", "new:L2", "new:L2"),

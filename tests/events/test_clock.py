@@ -25,14 +25,9 @@ MOMENTS = st.datetimes(timezones=st.just(UTC))
 
 
 @PLAIN
-@given(MOMENTS)
-def test_timestamp_reads_back(when: datetime) -> None:
-    assert parse_timestamp(format_timestamp(when)) == when
-
-
-@PLAIN
 @given(MOMENTS, MOMENTS)
-def test_timestamps_sort_by_time(one: datetime, other: datetime) -> None:
+def test_timestamps_read_back_and_sort_by_time(one: datetime, other: datetime) -> None:
+    assert parse_timestamp(format_timestamp(one)) == one
     assert (format_timestamp(one) < format_timestamp(other)) == (one < other)
 
 
@@ -56,9 +51,9 @@ def test_later_and_seconds_between_are_inverse(since: int, seconds: int) -> None
     assert add_seconds(add_seconds(start, seconds), -seconds) == start
 
 
-@pytest.mark.parametrize("seconds", [10**12, 2**63 - 1])
-def test_time_beyond_calendar_is_last_moment(seconds: int) -> None:
-    assert add_seconds("2026-01-01T00:00:00.000000Z", seconds) == "9999-12-31T23:59:59.999999Z"
+def test_time_beyond_calendar_is_last_moment() -> None:
+    for seconds in (10**12, 2**63 - 1):
+        assert add_seconds("2026-01-01T00:00:00.000000Z", seconds) == "9999-12-31T23:59:59.999999Z"
 
 
 def test_utc_now_is_now() -> None:

@@ -117,14 +117,6 @@ def test_key_expires_after_24_hours(after_s: float, holds: bool) -> None:  # noq
         assert isinstance(decide(history, unload(other), after_s - 1), Accepted)
 
 
-def test_key_used_again_after_expiry_stands_for_later_request() -> None:
-    history = first_load()
-    history.end_load("L")
-    history.add(UnloadRequested(False, "L", Cause.REQUEST, None, OTHER_REQUEST), "U", after_s=DAY_S)
-    assert decide(history, unload(OTHER_REQUEST)) == Existing("U")
-    assert isinstance(decide(history, load(KEY)), Refused)
-
-
 @pytest.mark.parametrize(
     ("facts", "command"), [("", load()), ("load", unload()), ("load request_unload", cancel("U"))]
 )
