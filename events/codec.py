@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from operator import attrgetter
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from msgspec.structs import astuple
 
 from events.errors import NotEncodable
 from events.types import (
@@ -158,7 +158,7 @@ _ENCODER = msgspec.json.Encoder(order="sorted")
 def _encode_fast(event: Event) -> str | None:
     """Return the body, or None where only the rule can write it, or say why it cannot."""
     data = event.data
-    if isinstance(data, Unknown) or not all(map(_is_plain, (*_envelope(event), data))):
+    if isinstance(data, Unknown) or not _is_plain(event):
         return None
     try:
         return _ENCODER.encode(make_body(event, data)).decode()
@@ -175,22 +175,11 @@ def _is_plain(value: Any) -> bool:
         return bool(-_MAX <= value < _MAX)
     if kind is tuple:
         return all(map(_is_plain, value))
-    values = _VALUES.get(kind)
-    return values is not None and all(map(_is_plain, values(value)))
-
-
-def _values_of(kind: type[Any]) -> Callable[[Any], tuple[object, ...]]:
-    names = kind.__struct_fields__
-    if len(names) > 1:
-        return attrgetter(*names)
-    return lambda value: tuple(getattr(value, name) for name in names)
+    return kind in _STRUCTS and all(map(_is_plain, astuple(value)))
 
 
 _PLAIN = frozenset({str, bool, type(None), Cause})
-_VALUES: Mapping[type[Any], Callable[[Any], tuple[object, ...]]] = {
-    kind: _values_of(kind) for kind in (*TYPES.values(), Idempotency, LoadedFile, Prepared, Durations)
-}
-_envelope = attrgetter(*_ENVELOPE)
+_STRUCTS = frozenset({Event, *TYPES.values(), Idempotency, LoadedFile, Prepared, Durations})
 
 
 def decode_event(body: str | bytes) -> Event:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from msgspec import Struct
 
@@ -70,15 +70,6 @@ class PendingCommand:
         """The hash of the command's idempotency key, if it has one."""
         given = None if isinstance(self.command, Record) else self.command.idempotency
         return given.key_hash if given is not None else None
-
-    def answer_caller(self) -> None:
-        """Hand the outcome to the caller, unless it was cancelled."""
-        if self.done.done():
-            return
-        if isinstance(self.outcome, Receipt):
-            self.done.set_result(self.outcome)
-        elif self.outcome is not None:
-            self.done.set_exception(self.outcome)
 
 
 @dataclass(slots=True)
@@ -170,11 +161,21 @@ def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Rece
     return Receipt(decision.job_id, existing=isinstance(decision, Existing), position=head.position)
 
 
+def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
+    """Hand an outcome to a caller, unless the caller was cancelled."""
+    if done.done():
+        return
+    if isinstance(outcome, Exception):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)
+
+
 def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
     """Raise an error in all callers that still wait."""
     for pending in group:
-        if not pending.done.done():
-            pending.done.set_exception(error)
+        done: asyncio.Future[Any] = pending.done
+        answer(done, error)
 
 
 class Inbox(Generic[T]):
@@ -436,7 +437,8 @@ class Log:
         self.head = decided.head
         self.tally.count(decided.events, decided.attempt.changes.jobs.values())
         for pending in group:
-            pending.answer_caller()
+            if pending.outcome is not None:  # it is None if the caller was cancelled before
+                answer(pending.done, pending.outcome)
         if decided.rows:
             self.notify()
 
@@ -474,8 +476,7 @@ class Log:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a note, it fails alone
             await self._fail_note(note, error)
             return
-        if not note.done.done():
-            note.done.set_result(None)
+        answer(note.done, None)
 
     async def _fail_note(self, note: PendingNote, error: Exception) -> None:
         """Log a failed note, and probe whether the log itself can be written."""

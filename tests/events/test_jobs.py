@@ -163,7 +163,8 @@ def test_unrelated_event_leaves_job_alone(data: Data | Unknown) -> None:
 def test_request_alone_with_its_own_id_and_model_makes_job() -> None:
     history = History()
     for request in (load_requested(), UnloadRequested(False, "L", Cause.REQUEST)):
-        history.add(request, "L", event_id="other")
+        for other in ("other", "A"):
+            history.add(request, "L", event_id=other)
         history.add(request, "L", of=None)
     for outcome in (LoadStarted(1), model_loaded(), JobCancelled(), UnloadStarted()):
         history.add(outcome, "L")
