@@ -114,7 +114,7 @@ def _walk(data: mmap.mmap) -> Iterator[str]:
             continue
         inner = FIELDS[kind]
         while position < end:
-            number, start, position = _field(data, position, end)
+            number, start, position = read_field(data, position, end)
             if number in inner and start >= 0:
                 if len(stack) >= MAX_DEPTH:
                     raise Unparsable("nested too deeply")
@@ -127,7 +127,7 @@ def _location(data: mmap.mmap, position: int, end: int) -> Iterator[str]:
     """Read one entry of external data; the last of repeated fields counts."""
     key, value = b"", b""
     while position < end:
-        number, start, position = _field(data, position, end)
+        number, start, position = read_field(data, position, end)
         if start >= 0 and number == KEY:
             key = data[start:position]
         elif start >= 0 and number == VALUE:
@@ -136,8 +136,12 @@ def _location(data: mmap.mmap, position: int, end: int) -> Iterator[str]:
         yield os.fsdecode(value)
 
 
-def _field(data: mmap.mmap, position: int, end: int) -> tuple[int, int, int]:
-    """Read one field: its number, where its bytes start (-1 if it has no length), where the next one is."""
+def read_field(data: mmap.mmap | memoryview, position: int, end: int) -> tuple[int, int, int]:
+    """Read one field: its number, where its bytes start (-1 if it has no length), where the next one is.
+
+    Raises:
+        Unparsable: there is no field of protobuf, or it does not end before `end`.
+    """
     tag, position = _varint(data, position, end)
     number, wire = tag >> 3, tag & 7
     start = -1
@@ -157,7 +161,7 @@ def _field(data: mmap.mmap, position: int, end: int) -> tuple[int, int, int]:
     return number, start, position
 
 
-def _after_group(data: mmap.mmap, number: int, position: int, end: int) -> int:
+def _after_group(data: mmap.mmap | memoryview, number: int, position: int, end: int) -> int:
     """Skip a group and the groups in it; return the position of the next field.
 
     ONNX has none, so protobuf treats each as an unknown field.
@@ -171,14 +175,14 @@ def _after_group(data: mmap.mmap, number: int, position: int, end: int) -> int:
             if open_groups.pop() != tag >> 3:
                 raise Unparsable("a group that ends another")
         else:
-            _, _, after = _field(data, position, end)
+            _, _, after = read_field(data, position, end)
         if len(open_groups) > MAX_DEPTH:
             raise Unparsable("nested too deeply")
         position = after
     return position
 
 
-def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap | memoryview, position: int, end: int) -> tuple[int, int]:
     result = shift = 0
     for offset in range(position, min(end, position + MAX_VARINT_BYTES)):
         byte = data[offset]

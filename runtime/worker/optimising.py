@@ -24,16 +24,14 @@ from runtime.errors import LoadRefused
 from runtime.memory import free_disk_bytes
 from runtime.onnxfile import (
     FIELDS,
-    FIXED32,
-    FIXED64,
     KEY,
     LENGTH,
     MAX_DEPTH,
     VALUE,
-    VARINT,
     MessageKind,
     Unparsable,
     external_locations,
+    read_field,
 )
 from runtime.repository import MODEL_FILE, FoundFile, identify
 from runtime.wire import HashedFile, Prepare, PrepareDone
@@ -81,7 +79,10 @@ def align_weights(model: Path, weights: Path) -> None:
     if not weights.exists():
         return
     moves = _Moves(weights.name)
-    data = _rewritten(MessageKind.MODEL, memoryview(model.read_bytes()), moves)
+    try:
+        data = _rewritten(MessageKind.MODEL, memoryview(model.read_bytes()), moves)
+    except Unparsable as problem:
+        raise _not_known(str(problem)) from None
     moved = weights.with_suffix(".moved")
     moves.copy(weights, moved)
     moved.replace(weights)
@@ -183,33 +184,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview, memoryview | No
     position = 0
     while position < len(data):
         begin = position
-        tag, position = _varint(data, position)
-        content, wire = None, tag & 7
-        if wire == VARINT:
-            _, position = _varint(data, position)
-        elif wire in {FIXED32, FIXED64}:
-            position += 4 if wire == FIXED32 else 8
-        elif wire == LENGTH:
-            length, position = _varint(data, position)
-            content = data[position : position + length]
-            position += length
-        else:
-            raise _not_known("a field of a kind that ONNX does not have")
-        if position > len(data):
-            raise _not_known("a field that ends outside of its message")
-        yield tag >> 3, data[begin:position], content
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    result = shift = 0
-    while position < len(data):
-        byte = data[position]
-        position += 1
-        result |= (byte & BITS) << shift
-        if byte < MORE:
-            return result, position
-        shift += 7
-    raise _not_known("a number that does not end")
+        number, start, position = read_field(data, position, len(data))
+        yield number, data[begin:position], None if start < 0 else data[start:position]
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -278,11 +254,7 @@ def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[Non
     if order.most_bytes is not None:
         wanted = min(wanted, order.most_bytes)
     there_is = max(0, free_disk_bytes(target)) // 2
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    most = min(wanted, there_is)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
-    )
+    sessions.limit_resource(resource.RLIMIT_FSIZE, min(wanted, there_is))
     try:
         yield
     except OSError as error:

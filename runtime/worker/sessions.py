@@ -177,12 +177,15 @@ def limit_memory(limit_bytes: int | None) -> None:
     Call this when the process has all its threads, whose stacks count. RLIMIT_DATA counts mapped memory,
     touched or not, so an empty worker's memory is not part of the limit.
     """
-    if limit_bytes is None:
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = memory.data_bytes() + limit_bytes
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    if limit_bytes is not None:
+        limit_resource(resource.RLIMIT_DATA, memory.data_bytes() + limit_bytes)
+
+
+def limit_resource(kind: int, limit_bytes: int) -> None:
+    """Limit a resource of this process, for good; a lower limit stays."""
+    _, hard = resource.getrlimit(kind)
+    allowed = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
+    resource.setrlimit(kind, (allowed, allowed))
 
 
 def _isolated(chosen: ort.SessionOptions) -> ort.SessionOptions:
