@@ -51,14 +51,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CheckFinding:
-    """One finding of the config check.
-
-    Attributes:
-        place: an option, or a path in the repository.
-        code: stable, for programs.
-        text: what is wrong and what to do, for people.
-        severity: problem or note.
-    """
+    """One finding of the config check; its place is an option, or a path in the repository."""
 
     place: str
     code: str
@@ -68,14 +61,7 @@ class CheckFinding:
 
 @dataclass(slots=True)
 class CheckResult:
-    """The result of a config check.
-
-    Attributes:
-        models: number of models with a version.
-        versions: number of their versions.
-        loaded: number of successful trial loads.
-        findings: in the order of the checks.
-    """
+    """The result of a config check: numbers of models with a version, of versions and of trial loads."""
 
     models: int = 0
     versions: int = 0
@@ -94,10 +80,6 @@ class CheckResult:
 
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     """Return the configuration of a server.
-
-    Args:
-        flags: options by the settings' names; None means not given.
-        environment: the environment variables.
 
     Raises:
         ConfigError: with all mistakes of the settings and of the files that they name.
@@ -163,8 +145,7 @@ def _check_data(path: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a directory; name another")
     if not os.access(folder, os.W_OK | os.X_OK):
-        text = f"{folder} is not writable for this user: correct its mode or owner"
-        raise ConfigError(text)
+        raise ConfigError(f"{folder} is not writable for this user: correct its mode or owner")
 
 
 def _check_memory(config: Config) -> Iterator[CheckFinding]:
@@ -203,12 +184,7 @@ def check_repository(
 ) -> None:
     """Check the models of a repository and add findings to the result.
 
-    Args:
-        config: the settings.
-        result: of the configuration's check.
-        limit_s: time limit of each trial load, one after the other in a worker of its own; None: no trial
-            loads.
-        on_version: see `OnVersion`.
+    Trial loads run one after the other, each in a worker of its own, for at most `limit_s`; None skips them.
     """
     try:
         repository = Repository(config.repository)

@@ -290,16 +290,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One field of the configuration, with its option and variable.
-
-    Attributes:
-        name: the field's name, and the key in the file.
-        help: its purpose, for people.
-        kind: `str`, `int`, `float` or `Path`.
-        required: whether there is no default.
-        default: None if there is none.
-        validator: raises `ValidationError` for an invalid value; None if every value is valid.
-    """
+    """One field of the configuration, with its option and variable; the name is the key in the file."""
 
     name: str
     help: str

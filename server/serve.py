@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -33,11 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class Notifier:
-    """Notifies the service manager, if there is one; never blocks and never fails.
-
-    Args:
-        environment: of the process, with NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
-    """
+    """Notifies the service manager that NOTIFY_SOCKET names, if any; never blocks and never fails."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         given = environment.get("NOTIFY_SOCKET", "")
@@ -98,9 +93,7 @@ MALLOC_OPTIONS = {
 def serve(config: Config, announce: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT; return the process's exit code: 0, or 1 when a part of the server died.
 
-    Args:
-        config: the settings.
-        announce: called with the server's URL once it is ready.
+    `announce` is called with the server's URL once it is ready.
 
     Raises:
         TlsProblem: the certificate or its key cannot be used.
@@ -210,10 +203,12 @@ def _exports_traces(config: Config) -> bool:
 @asynccontextmanager
 async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
     """Listen while the server serves, and give its URL."""
-    limits = ConnectionLimits.of(config)
-    async with listening(server, config.host, config.port, limits, _tls(config)) as port:
+    limits, tls = ConnectionLimits.of(config), None
+    if config.tls_cert is not None and config.tls_key is not None:
+        tls = Certificate(config.tls_cert, config.tls_key).context
+    async with listening(server, config.host, config.port, limits, tls) as port:
         host = f"[{config.host}]" if ":" in config.host else config.host
-        yield f"{'http' if config.tls_cert is None else 'https'}://{host}:{port}"
+        yield f"{'http' if tls is None else 'https'}://{host}:{port}"
 
 
 async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
@@ -225,9 +220,3 @@ async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
     for name, defect in defects.items():
         _log.critical("the %s ended; the server stops", name, exc_info=defect)
     return 1 if defects else 0
-
-
-def _tls(config: Config) -> ssl.SSLContext | None:
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    return Certificate(config.tls_cert, config.tls_key).context

@@ -54,11 +54,7 @@ def _repeatable(description: str, *checks: Any) -> fields.List[Any]:
 
 
 def filter_fields(*kinds: str) -> dict[str, fields.Field[Any]]:
-    """Return the filters of events; an event must match all of them.
-
-    Args:
-        kinds: further values of `type` beside the types of events.
-    """
+    """Return the filters of events, with further values of `type`; an event must match all of them."""
     return {
         "type": _repeatable("Only events of this type.", validate.OneOf([*TYPES, *kinds])),
         "model": _repeatable("Only events of this model."),

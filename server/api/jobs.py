@@ -48,11 +48,7 @@ _WAIT = re.compile(r'wait\s*=\s*(?:"(\d+)"|(\d+))\s*(?:;.*)?', re.ASCII | re.IGN
 
 
 def wait_s(fields: list[str]) -> int:
-    """Return the seconds to wait, 0 without a preference; the first `wait` counts.
-
-    Args:
-        fields: the values of all `Prefer` header fields, in order.
-    """
+    """Return the seconds to wait by all `Prefer` fields, 0 without one; the first `wait` counts."""
     for preference in _PREFERENCE.findall(",".join(fields)):
         match = _WAIT.fullmatch(preference.strip())
         if match is not None:

@@ -59,14 +59,7 @@ async def make_load_command(
     subject: str,
     idempotency: Idempotency | None = None,
 ) -> RequestLoad:
-    """Return the command that a request to load becomes.
-
-    Args:
-        app: the application with repository and settings.
-        model_id: as in the request.
-        asked: the members of the request's body as `LoadBodySchema` loaded them, without defaults.
-        subject: the caller.
-        idempotency: the request's key, if it has one.
+    """Return the command of a request whose body, as `LoadBodySchema` loads it, is `asked`.
 
     Raises:
         InvalidBody: `invalid_body`, a queue delay without batches.

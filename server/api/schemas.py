@@ -327,14 +327,7 @@ def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
 def model_view(
     model_id: str, state: State, versions: list[int] | None, active: Model | None
 ) -> dict[str, Any]:
-    """Return a model of the state, or one of the repository only.
-
-    Args:
-        model_id: its id.
-        state: where to find it.
-        versions: its versions in the repository; None for the past, which is not recorded.
-        active: the active model of that state.
-    """
+    """Return a model of the state, or one of the repository only; None for versions of the past."""
     model = state.models.get(model_id) or Model(model_id)
     serving = model.serving
     return {

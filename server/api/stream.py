@@ -143,12 +143,7 @@ class JobStage:
 
 
 class Stages:
-    """The latest stage of each unfinished job.
-
-    Args:
-        log: the log with the unfinished jobs.
-        consumer: the consumer that works on them.
-    """
+    """The latest stage of each unfinished job of the log, as the consumer reports it."""
 
     def __init__(self, log: Log, consumer: Consumer) -> None:
         self._log = log
