@@ -5,24 +5,23 @@ import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 import pytest_asyncio
 from support import models
 from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
 from support.models import save, save_bytes
-from support.running import Engine, running
 from support.workers import until
 
 from events import accept
-from events.commands import FileIdentity, RequestLoad
+from events.clock import format_timestamp, utc_now
+from events.commands import RequestLoad
 from events.models import Model, ModelState
 from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
-from runtime.process.pool import WorkerPool
-from server.appkeys import DEMAND, PENDING_DEMAND
-from server.v2.ondemand import LONGEST_PAUSE_S, MAX_FAILURES, BackOff, DemandFailed, OnDemand
+from server.appkeys import DEMAND, LOG, PENDING_DEMAND, ROUTER
+from server.v2.ondemand import LONGEST_PAUSE_S, MAX_FAILURES, BackOff, DemandFailed
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -82,133 +81,6 @@ def test_remembered_failures_are_bounded() -> None:
             back_off.check((f"m{number}", None), seen[number], 0.1)
 
 
-class Demanding:
-    """On-demand loads that count their look-ups in the repository."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.look_ups = 0
-        self.defect: Exception | None = None
-        self.pending = engine.demand
-        self.demand = OnDemand(
-            log=engine.log,
-            submit=engine.log.submit,
-            reader=engine.reader,
-            router=engine.router,
-            demand=self.pending,
-            look_up=self._look_up,
-            waiting_for=engine.consumer.waiting_for,
-            stopping=asyncio.Event(),
-            max_waiting=1000,
-            on=True,
-        )
-
-    async def wait(self, model_id: str, *, within_s: float = 1000) -> bool:
-        """Wait for a model, and return whether it is ready then, and held."""
-        ends_at_s = asyncio.get_running_loop().time() + within_s
-        async with self.demand.loaded(model_id, None, "ann", ends_at_s):
-            return self.engine.router.is_ready(model_id) and self.pending.has(model_id)
-
-    async def waiting(self, model_id: str, count: int) -> list[asyncio.Task[bool]]:
-        """Begin to wait so many times."""
-        tasks = [asyncio.create_task(self.wait(model_id)) for _ in range(count)]
-        await until(lambda: self.demand.waiting(model_id) == count)
-        return tasks
-
-    async def _look_up(self, model_id: str, version: int | None, subject: str) -> RequestLoad:
-        self.look_ups += 1
-        if self.defect is not None:
-            raise self.defect
-        found = await asyncio.to_thread(self.engine.repository.resolve, model_id, version)
-        files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
-        return RequestLoad(model_id, found.version, files, subject, cause=Cause.DEMAND)
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def demanding(tmp_path: Path, shared_pool: WorkerPool) -> AsyncIterator[Demanding]:
-    """On-demand loads of `adder`, and of `slow`, which loads for half a minute."""
-    save(models.add(1), tmp_path / "models", "adder")
-    save(SLOW, tmp_path / "models", "slow")
-    async with running(tmp_path, pool=shared_pool) as engine:
-        demanding = Demanding(engine)
-        yield demanding
-        await demanding.demand.close()
-
-
-async def test_thousand_waiters_are_one_look_up_and_one_load(demanding: Demanding) -> None:
-    with pytest.raises(InferenceTimeout, match="is not loaded yet"):
-        await demanding.wait("adder", within_s=-1)
-    await until(lambda: not demanding.demand._attempts)
-    assert await demanding.engine.story(of="adder") == []
-    demanding.look_ups = 0
-    assert all(await asyncio.gather(*await demanding.waiting("adder", 1000)))
-    assert demanding.look_ups == 1
-    assert await demanding.engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-    assert demanding.demand.waiting("adder") == 0
-    assert not demanding.pending.has("adder")
-
-
-async def test_waiter_beyond_the_queue_is_refused(demanding: Demanding) -> None:
-    first, *others = await demanding.waiting("slow", 1000)
-    with pytest.raises(QueueFull):
-        await demanding.wait("slow")
-    first.cancel()
-    await asyncio.wait([first])
-    with pytest.raises(InferenceTimeout):
-        await demanding.wait("slow", within_s=0.05)
-    assert not any(other.done() for other in others)
-    assert demanding.look_ups == 1
-    for other in others:
-        other.cancel()
-
-
-async def test_waiter_that_leaves_takes_nothing_from_others(demanding: Demanding) -> None:
-    first, second = await demanding.waiting("adder", 2)
-    first.cancel()
-    assert await second
-    assert first.cancelled()
-    assert not demanding.pending.has("adder")
-    assert demanding.demand.waiting("adder") == 0
-
-
-async def test_started_load_without_waiters_completes(demanding: Demanding) -> None:
-    save(models.slow_identity(side=400), demanding.engine.root, "alone")
-    [wait] = await demanding.waiting("alone", 1)
-    await demanding.engine.loading("alone")
-    wait.cancel()
-    await asyncio.wait([wait])
-    assert not demanding.pending.has("alone")
-    await demanding.engine.becomes("alone", ModelState.LOADED)
-    assert demanding.look_ups == 1
-
-
-async def test_lost_model_that_is_given_up_fails_its_waiters(demanding: Demanding, tmp_path: Path) -> None:
-    engine = demanding.engine
-    await engine.load("adder")
-    save(models.unknown_operator(), tmp_path / "models", "adder")
-    await engine.die("adder")
-    [wait] = await demanding.waiting("adder", 1)
-    for _ in range(4):
-        before = len(engine.model("adder").incidents)
-        engine.pass_time(30)
-        await engine.recorded(lambda count=before: len(engine.model("adder").incidents) != count)  # type: ignore[misc]
-    with pytest.raises(DemandFailed, match="adder"):
-        await wait
-    assert engine.model("adder").state is ModelState.FAILED
-    assert demanding.look_ups == 0
-
-
-async def test_defect_of_a_look_up_fails_its_waiters_only(
-    demanding: Demanding, caplog: pytest.LogCaptureFixture
-) -> None:
-    demanding.defect = OSError("the disk is on fire")
-    results = await asyncio.gather(*(demanding.wait("adder") for _ in range(3)), return_exceptions=True)
-    assert results == [demanding.defect] * 3
-    assert "the disk is on fire" in caplog.text
-    demanding.defect = None
-    assert await demanding.wait("adder")
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """One application with on-demand loads, for tests that do not disturb each other."""
@@ -239,6 +111,103 @@ async def begin(api: LocalApi, model_id: str, count: int) -> list[asyncio.Task[A
     await when(lambda: api.model(model_id), lambda seen: seen["state"] == "loading")
     await until(lambda: api.app[DEMAND].waiting(model_id) == count)
     return tasks
+
+
+@pytest.fixture
+def look_ups(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that were looked up in the repository for an on-demand load."""
+    demand, found = shared.app[DEMAND], list[str]()
+    look_up = demand.look_up
+
+    async def counted(model_id: str, version: int | None, subject: str) -> RequestLoad:
+        found.append(model_id)
+        return await look_up(model_id, version, subject)
+
+    monkeypatch.setattr(demand, "look_up", counted)
+    return found
+
+
+async def wait(api: LocalApi, model_id: str, *, within_s: float = 1000) -> bool:
+    """Wait as an inference does, and return whether the model is ready then, and held."""
+    ends_at_s = asyncio.get_running_loop().time() + within_s
+    async with api.app[DEMAND].loaded(model_id, None, "ann", ends_at_s):
+        return api.app[ROUTER].is_ready(model_id) and api.app[PENDING_DEMAND].has(model_id)
+
+
+async def waiting(api: LocalApi, model_id: str, count: int) -> list[asyncio.Task[bool]]:
+    """Begin to wait so many times."""
+    tasks = [asyncio.create_task(wait(api, model_id)) for _ in range(count)]
+    await until(lambda: api.app[DEMAND].waiting(model_id) == count)
+    return tasks
+
+
+async def test_thousand_waiters_are_one_look_up_and_one_load(shared: LocalApi, look_ups: list[str]) -> None:
+    add(shared, "popular")
+    with pytest.raises(InferenceTimeout, match="is not loaded yet"):
+        await wait(shared, "popular", within_s=-1)
+    await until(lambda: not shared.app[DEMAND]._attempts)
+    assert await shared.types("popular") == []
+    look_ups.clear()
+    assert all(await asyncio.gather(*await waiting(shared, "popular", 1000)))
+    assert look_ups == ["popular"]
+    assert await shared.types("popular") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert shared.app[DEMAND].waiting("popular") == 0
+    assert not shared.app[PENDING_DEMAND].has("popular")
+
+
+async def test_waiter_beyond_the_queue_is_refused(
+    shared: LocalApi, look_ups: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.app[DEMAND], "max_waiting", 2)
+    save(SLOW, shared.config.repository, "queue")
+    first, second = await waiting(shared, "queue", 2)
+    with pytest.raises(QueueFull):
+        await wait(shared, "queue")
+    first.cancel()
+    await asyncio.wait([first])
+    with pytest.raises(InferenceTimeout):
+        await wait(shared, "queue", within_s=0.05)
+    assert not second.done()
+    assert look_ups == ["queue"]
+    second.cancel()
+    await shared.unload("queue", force=True)
+
+
+async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) -> None:
+    add(shared, "common")
+    first, second = await waiting(shared, "common", 2)
+    first.cancel()
+    assert await second
+    assert first.cancelled()
+    assert not shared.app[PENDING_DEMAND].has("common")
+
+
+async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
+    save(models.slow_identity(side=400), shared.config.repository, "alone")
+    [alone] = await waiting(shared, "alone", 1)
+    await recorded(shared, "alone", "LoadStarted")
+    alone.cancel()
+    await asyncio.wait([alone])
+    assert not shared.app[PENDING_DEMAND].has("alone")
+    await shared.model_when("alone", state="loaded")
+    assert await causes(shared, "alone") == ["demand"]
+
+
+async def test_defect_of_a_look_up_fails_its_waiters_only(
+    shared: LocalApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    defect = OSError("the disk is on fire")
+
+    async def fail_to_look_up(*_: object) -> RequestLoad:
+        raise defect
+
+    add(shared, "burning")
+    with monkeypatch.context() as patched:
+        patched.setattr(shared.app[DEMAND], "look_up", fail_to_look_up)
+        results = await asyncio.gather(*(wait(shared, "burning") for _ in range(3)), return_exceptions=True)
+    assert results == [defect] * 3
+    assert "the disk is on fire" in caplog.text
+    assert await wait(shared, "burning")
 
 
 async def test_inference_loads_its_model(shared: LocalApi) -> None:
@@ -313,6 +282,29 @@ async def test_lost_model_is_waited_for(shared: LocalApi) -> None:
     await recorded(shared, "lost", "WorkerExited")
     assert (await shared.infer("lost", ONE)).json["outputs"][0]["data"] == [2]
     assert await causes(shared, "lost") == ["request", "recovery"]
+
+
+async def test_lost_model_that_is_given_up_fails_its_waiters(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = await start(on_demand="on")
+    log, ahead = api.app[LOG], timedelta()
+    add(api, "m")
+    await api.load("m")
+    save(models.unknown_operator(), api.config.repository, "m")
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    await recorded(api, "m", "WorkerExited")
+    waiting = asyncio.create_task(api.infer("m", ONE))
+    await until(lambda: api.app[DEMAND].waiting("m") == 1)
+    while not waiting.done():  # the reload is tried again after growing pauses
+        ahead += timedelta(seconds=30)
+        monkeypatch.setattr(log, "now", lambda ahead=ahead: format_timestamp(utc_now() + ahead))
+        incidents = len(log.state.models["m"].incidents)
+        log.notify()
+        await until(lambda count=incidents: waiting.done() or len(log.state.models["m"].incidents) != count)  # type: ignore[misc]
+    assert (await waiting).refusal == (503, "load_failed")
+    assert log.state.models["m"].state is ModelState.FAILED
+    assert set(await causes(api, "m")) == {"request", "recovery"}
 
 
 async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
