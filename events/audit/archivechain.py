@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from events.audit.exportreader import ExportReader, FileAudit, audit_files, read_lines
+from events.audit.exportreader import ExportReader, FileAudit, audit_file, read_lines
 from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import decode_event
@@ -103,7 +103,7 @@ def check_archives(
         LogUnavailable: `log_unavailable`, one is not a regular file.
         OSError: one cannot be read.
     """
-    files = audit_files(paths, key=key, expected=expected)
+    files = [audit_file(path, key=key, expected=expected) for path in paths]
     for number, file in enumerate(files, 1):
         if file.finding is not None:
             return ArchiveProof(tuple(files[:number]), finding=file.finding, at=file.path)

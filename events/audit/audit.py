@@ -163,7 +163,11 @@ def _audited(
         found = replace(
             found,
             unexpected=_unexpected(connection, found, expected, with_archives=with_archives),
-            compared=_compared(connection, found, files),
+            compared=tuple(  # if the last hash of a file is the chain's, so are all events before it
+                (each.path, _differs(connection, found, Expected(each.proved.position, each.proved.hash)))
+                for each in files
+                if not _is_behind(each, found)
+            ),
         )
         return found, read_base_state(connection, found.base.position) if found.finding is None else None
 
@@ -199,17 +203,6 @@ def _archived(after: LogBase, found: Audit) -> Archived:
         "with --archive"
     )
     return Archived(problem, after.position, found.verification.position)
-
-
-def _compared(
-    connection: sqlite3.Connection, found: Audit, files: Sequence[FileAudit]
-) -> tuple[tuple[Path, Finding | None], ...]:
-    """Compare the last hash of each file with the chain: if it is the same, so are all events before it."""
-    return tuple(
-        (each.path, _differs(connection, found, Expected(each.proved.position, each.proved.hash)))
-        for each in files
-        if not _is_behind(each, found)
-    )
 
 
 def _is_behind(file: FileAudit, found: Audit) -> bool:

@@ -168,7 +168,7 @@ def _cloudevent(row: Row, previous: bytes, source: str) -> bytes:
         "subject": event["model_id"],
         "time": event["recorded_at"],
         "datacontenttype": "application/json",
-        "sequence": _sequence(row.position),
+        "sequence": f"{row.position:0{SEQUENCE_DIGITS}}",
         "correlationid": event["job_id"],
         "authtype": "system" if event["actor"] == SYSTEM else "unknown",
         "authid": event["actor"],
@@ -187,14 +187,10 @@ def _cloudevent_head(head: SignedHead, source: str) -> bytes:
         "type": HEAD_TYPE,
         "time": statement.recorded_at or None,
         "datacontenttype": "application/json",
-        "sequence": _sequence(statement.position),
+        "sequence": f"{statement.position:0{SEQUENCE_DIGITS}}",
         "ledgerhash": statement.hash.hex(),
     }
     return _cloudevent_line(attributes, json.dumps(head.members(), separators=(",", ":")))
-
-
-def _sequence(position: int) -> str:
-    return f"{position:0{SEQUENCE_DIGITS}}"
 
 
 def _cloudevent_line(attributes: dict[str, str | None], data: str) -> bytes:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,13 +372,6 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
         finding or unexpected or _signed_by_another(reader.head, key),
         expected is not None and reader.after.position <= expected.position <= proved.position,
     )
-
-
-def audit_files(
-    paths: Sequence[Path], *, key: str | None = None, expected: Expected | None = None
-) -> list[FileAudit]:
-    """Verify several files, as `audit_file` does."""
-    return [audit_file(path, key=key, expected=expected) for path in paths]
 
 
 def _unexpected(expected: Expected | None, found: LogBase) -> Finding | None:

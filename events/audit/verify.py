@@ -252,12 +252,7 @@ def _is_utf_8(body: bytes) -> bool:
 def verify(path: Path) -> Verification:
     """Verify the ledger at `path`, read-only and in one snapshot; works beside a running server.
 
-    Memory grows with the models and unended jobs, not with the log.
-
-    Raises:
-        FutureSchema: `future_schema`.
-        ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, the file cannot be read, or is not a database.
+    Memory grows with the models and unended jobs, not with the log. Raises as `open_read_only` does.
     """
     with open_read_only(path) as connection:
         connection.text_factory = bytes
@@ -331,10 +326,8 @@ def _check_base(connection: sqlite3.Connection, base: LogBase) -> None:
 
 
 def _check_projections(fold: CheckedFold) -> None:
-    if fold.stored is None:
-        return
-    difference = fold.stored.find_difference(fold.position, fold.entities)
-    if difference is not None:
+    stored = fold.stored
+    if stored is not None and (difference := stored.find_difference(fold.position, fold.entities)):
         raise VerificationError(*difference, FindingKind.PROJECTIONS)
 
 

@@ -34,7 +34,7 @@ from events.sqlite.queries import (
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
-from events.state import Changes, State
+from events.state import State
 from events.types import Event, ServerStarted
 
 T = TypeVar("T")
@@ -98,7 +98,13 @@ def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> tuple[dict[st
     """
     models, jobs = dict[str, Model](), dict[str, Job]()
     for position, body, _ in page:
-        changes = _applied(state, position, body)
+        try:
+            changes = state.apply(decode_event(body))
+        except Exception as error:  # a forged body may raise anything
+            raise LogUnavailable(
+                f"the ledger cannot be folded, its event {position} is not valid: {error!r}; "
+                "restore a backup, or use the release that wrote it"
+            ) from error
         models.update(changes.models)
         jobs.update(changes.jobs)
         state.forget_ended(changes.jobs.values())
@@ -202,16 +208,6 @@ def _skip_snapshot(connection: sqlite3.Connection, position: int, error: Excepti
             position,
             error,
         )
-
-
-def _applied(state: State, position: int, body: str) -> Changes:
-    try:
-        return state.apply(decode_event(body))
-    except Exception as error:  # a forged body may raise anything
-        raise LogUnavailable(
-            f"the ledger cannot be folded, its event {position} is not valid: {error!r}; "
-            "restore a backup, or use the release that wrote it"
-        ) from error
 
 
 class InvalidMoment(LedgerProblem):

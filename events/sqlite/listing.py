@@ -114,11 +114,6 @@ def stored_event(body: bytes, digest: bytes) -> StoredEvent:
     return StoredEvent(members.position, members.type, members.model_id, members.job_id, members.actor, line)
 
 
-def hash_of(line: bytes) -> bytes:
-    """Return the 32 bytes of the hash in a line."""
-    return bytes.fromhex(line[-66:-2].decode())
-
-
 @dataclass(frozen=True, slots=True)
 class EventQuery:
     """A query for a page of events.
@@ -336,7 +331,12 @@ class Reader:
 
     async def events(self, after: int, limit: int = PAGE) -> list[Event]:
         """Return at most `limit` events with positions above `after`, in order."""
-        return await self._thread.run(lambda connection: read_events(connection, after, limit))
+
+        def read(connection: sqlite3.Connection) -> list[Event]:
+            sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
+            return [decode_event(body) for (body,) in connection.execute(sql, (after, limit)).fetchall()]
+
+        return await self._thread.run(read)
 
     async def event_page(self, query: EventQuery) -> StoredEventPage:
         """Return a page of events as they are stored, as `read_event_page` does."""
@@ -349,14 +349,6 @@ class Reader:
     async def jobs(self, query: JobQuery) -> Page[Job]:
         """Return a page of jobs."""
         return await self._thread.run(lambda connection: read_jobs(connection, query))
-
-
-def read_events(connection: sqlite3.Connection, after: int, limit: int) -> list[Event]:
-    """Return at most `limit` events with positions above `after`, in order."""
-    rows = connection.execute(
-        "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
-    ).fetchall()
-    return [decode_event(body) for (body,) in rows]
 
 
 def read_jobs(connection: sqlite3.Connection, query: JobQuery) -> Page[Job]:

@@ -114,19 +114,15 @@ def rebuild_file(path: Path) -> RebuildResult:
     try:
         with closing(connect(path)) as connection:
             try:
-                return _rebuilt(connection, path)
+                with open_read_only(path, problem="cannot be rebuilt") as before:
+                    before.execute("BEGIN")
+                    row = before.execute("SELECT position FROM projected").fetchone()  # its snapshot begins
+                    rebuild(connection)
+                    return RebuildResult(row and row[0], compare(before, connection))
             finally:
                 leave_complete_file(connection, lacked_wal=lacked_wal)
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote damaged content
         raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: {error}") from error
-
-
-def _rebuilt(connection: sqlite3.Connection, path: Path) -> RebuildResult:
-    with open_read_only(path, problem="cannot be rebuilt") as before:
-        before.execute("BEGIN")
-        row = before.execute("SELECT position FROM projected").fetchone()  # the snapshot begins here
-        rebuild(connection)
-        return RebuildResult(row and row[0], compare(before, connection))
 
 
 def compare(before: sqlite3.Connection, after: sqlite3.Connection) -> list[str]:

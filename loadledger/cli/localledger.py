@@ -12,7 +12,7 @@ from click import format_filename
 
 from events.audit.archivechain import ArchiveProof
 from events.audit.audit import Audit, audit
-from events.audit.exportreader import FileAudit, audit_files
+from events.audit.exportreader import FileAudit, audit_file
 from events.audit.signing import key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
@@ -192,7 +192,8 @@ def verify_ledger_and_files(
         OSError: a file cannot be read.
     """
     wanted = None if key is None else expected_key(key)
-    checked = audit_files(files, key=wanted, expected=expected if ledger is None else None)
+    alone = expected if ledger is None else None
+    checked = [audit_file(each, key=wanted, expected=alone) for each in files]
     if ledger is not None:
         sound = [each for each in checked if each.finding is None]
         found = audit(ledger, expected, archives=archives, key=wanted, files=sound)
