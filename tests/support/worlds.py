@@ -15,7 +15,6 @@ from events.state import State
 from events.types import (
     SYSTEM,
     Cause,
-    Data,
     Draft,
     Event,
     JobCancelled,
@@ -36,22 +35,19 @@ from runtime.scheduler.scheduler import decide, is_load_current
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
 from support.history import at, model_loaded
 
-NEEDS = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, ("c", 2): 120}
+MODEL_BYTES = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, ("c", 2): 120}
 """Bytes that one instance takes at most, by model and version; the last fits in no budget."""
 
 
-def need_of(job: Job) -> int:
-    """Return what is found out about a load's need."""
+def estimate_of(job: Job) -> int:
+    """Return the memory estimate of a load."""
     version, parameters = job.load_order
-    return NEEDS[job.model_id, version] * parameters.instances
+    return MODEL_BYTES[job.model_id, version] * parameters.instances
 
 
 @dataclass
 class Process:
-    """What runs for one load, as the consumer knows it; `started` is whether there are processes yet.
-
-    `dead` are the workers that ended and nobody had asked; `ended`, that all others did.
-    """
+    """The workers of one load: `dead` exited unexpectedly, and if `ended` is set, so have all others."""
 
     model_id: str
     version: int
@@ -69,17 +65,10 @@ class Process:
     busy: bool = False
     last_used_at: str | None = None
 
-    def view(self, job: Job | None, load: str, *, leased: bool = False) -> LoadView:
-        return LoadView(
-            load,
-            self.model_id,
-            self._phase(job),
-            self.killed,
-            tuple(self.dead),
-            self.memory_bytes,
-            self.busy or leased,
-            self.last_used_at,
-        )
+    def view(self, job: Job | None, load: str, *, demanded: bool = False) -> LoadView:
+        phase, dead, busy = self._phase(job), tuple(self.dead), self.busy or demanded
+        bytes_ = self.memory_bytes
+        return LoadView(load, self.model_id, phase, self.killed, dead, bytes_, busy, self.last_used_at)
 
     def _phase(self, job: Job | None) -> Phase:
         if job is not None:
@@ -98,8 +87,8 @@ class Process:
 
     @property
     def left(self) -> list[str]:
-        there_are = self.started and not self.ended
-        return [worker for worker in self.workers if worker not in self.dead] if there_are else []
+        workers = self.workers if self.started and not self.ended else ()
+        return [worker for worker in workers if worker not in self.dead]
 
     @property
     def gone(self) -> bool:
@@ -107,8 +96,7 @@ class Process:
 
     @property
     def over(self) -> bool:
-        stillborn = not self.started and (self.killed or self.failure is not None)
-        return self.gone or stillborn
+        return self.gone or (not self.started and (self.killed or self.failure is not None))
 
     def die(self, end: WorkerExited, *workers: str) -> None:
         self.dead.update({worker: end for worker in workers if worker in self.left})
@@ -134,16 +122,11 @@ class Process:
                 pytest.fail(outcome)
 
 
-EVER_S = 1_000_000
-"""As good as never, where nothing is to happen any more."""
-
-
 class World:
     """A log, a clock and processes, around the real `accept`, folds and `decide`.
 
-    `act` appends what the consumer does for an action. `fault` is what the log does to the next of them:
-    `lost`, not recorded and said so; `unsure`, recorded, though it said that it was not; `twice`, the same,
-    but this was seen only after it was tried again.
+    `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded, though the log said no; `twice`,
+    the same, but the consumer has tried again.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
@@ -153,9 +136,9 @@ class World:
         self.now = at(0)
         self.fork_server_up = True
         self.under_pressure = False
-        self.leased: set[str] = set()
-        self.needs: dict[str, int | None] = {}
-        self.looks_take_time = False
+        self.demanded: set[str] = set()
+        self.estimates: dict[str, int | None] = {}
+        self.estimates_take_time = False
         self.preparable: dict[str, int] = {}
         self.preparation: PreparationView | None = None
         self.fault: str | None = None
@@ -177,19 +160,19 @@ class World:
 
     def running(self) -> dict[str, LoadView]:
         return {
-            load: process.view(self.state.unended_job(load), load, leased=process.model_id in self.leased)
+            load: process.view(self.state.unended_job(load), load, demanded=process.model_id in self.demanded)
             for load, process in self.live.items()
         }
 
     def decision(self, now: str | None = None) -> Next:
-        conditions = Observations(
+        observations = Observations(
             self.fork_server_up,
             self.under_pressure,
-            self.needs,
+            self.estimates,
             preparable=self.preparable,
             preparation=self.preparation,
         )
-        return decide(self.state, self.running(), self.policy, now or self.now, conditions)
+        return decide(self.state, self.running(), self.policy, now or self.now, observations)
 
     def step(self) -> Next:
         """Do what the consumer does in one turn."""
@@ -198,8 +181,8 @@ class World:
                 process.killed = True
                 if process.over:
                     del self.live[load]
-        for job_id in [job_id for job_id in self.needs if self.state.unended_job(job_id) is None]:
-            del self.needs[job_id]
+        for job_id in [job_id for job_id in self.estimates if self.state.unended_job(job_id) is None]:
+            del self.estimates[job_id]
         decision = self.decision()
         assert decision == self.decision()
         if decision.action is not None:
@@ -211,7 +194,7 @@ class World:
     def _check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
         assert not [job for job in self.state.unended() if job.deadline_at and job.deadline_at <= self.now]
-        until = decision.wake_at or add_seconds(self.now, EVER_S)
+        until = decision.wake_at or add_seconds(self.now, 1_000_000)  # as good as never
         assert until > self.now
         assert self.decision(add_seconds(until, -0.000_001)).action is None
 
@@ -234,7 +217,7 @@ class World:
             case actions.KillWorkers(load):
                 self.live[load].killed = True
             case actions.EstimateMemory(job):
-                self.needs[job.id] = None if self.looks_take_time else need_of(job)
+                self.estimates[job.id] = None if self.estimates_take_time else estimate_of(job)
             case actions.PrepareModel(load):
                 self.preparation = PreparationView(load, self.preparable.pop(load))
             case actions.StopPreparation():
@@ -263,7 +246,7 @@ class World:
             case actions.StartLoad(job):
                 version, parameters = job.load_order
                 workers = tuple(f"w{number}-{job.id}" for number in range(parameters.instances))
-                reserved = self.needs.get(job.id) or need_of(job)
+                reserved = self.estimates.get(job.id) or estimate_of(job)
                 self.live[job.id] = Process(job.model_id, version, workers, reserved_bytes=reserved)
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
@@ -276,7 +259,7 @@ class World:
     def _command(self, action: Action) -> Command:  # noqa: PLR0912 - one for each action
         match action:
             case actions.StartLoad(job):
-                return self._record(job, LoadStarted(job.attempt + 1))
+                return Record((draft_fact(job, LoadStarted(job.attempt + 1)),))
             case actions.CompleteLoad(job, replaces):
                 drafts = [draft_fact(job, model_loaded(*self.live[job.id].workers))]
                 return Record((*drafts, *self._swapped_out(job, replaces)))
@@ -288,12 +271,12 @@ class World:
             case actions.FailLoad(job, code):
                 process = self.live.get(job.id)
                 code = code or (process.failure if process else None) or "worker_died"
-                return self._record(job, LoadFailed(code, "because"), dead=job.id)
+                return Record((*self._deaths(job.id), draft_fact(job, LoadFailed(code, "because"))))
             case actions.CancelJob(job):
                 self.cancelled |= {job.id} if job.cancelling else set()
-                return self._record(job, JobCancelled())
+                return Record((draft_fact(job, JobCancelled()),))
             case actions.StartUnload(job):
-                return self._record(job, UnloadStarted())
+                return Record((draft_fact(job, UnloadStarted()),))
             case actions.FinishUnload(jobs, load):
                 ends = (draft_fact(job, ModelUnloaded(0, 0, 0)) for job in jobs)
                 return Record((*self._deaths(load), *ends))
@@ -315,9 +298,6 @@ class World:
         swap, old = self.new_id(), self.live[load]
         data = UnloadRequested(force=False, load_job_id=load, cause=Cause.SWAP, cause_event_id=job.id)
         return (Draft(swap, data, SYSTEM, swap, job.model_id, old.version),)
-
-    def _record(self, job: Job, data: Data, *, dead: str | None = None) -> Record:
-        return Record((*(self._deaths(dead) if dead else ()), draft_fact(job, data)))
 
     def _deaths(self, load: str, workers: tuple[str, ...] | None = None) -> tuple[Draft, ...]:
         process = self.live.get(load)
@@ -344,12 +324,12 @@ class World:
         preparing = self.preparation.memory_bytes if self.preparation is not None else 0
         return preparing + sum(process.memory_bytes for process in self.live.values())
 
-    def look_at_files(self) -> None:
+    def finish_estimates(self) -> None:
         """What is being found out of pending loads is known."""
-        for job_id, need in self.needs.items():
+        for job_id, need in self.estimates.items():
             job = self.state.unended_job(job_id)
             if need is None and job is not None:
-                self.needs[job_id] = need_of(job)
+                self.estimates[job_id] = estimate_of(job)
 
     def end_all(self) -> None:
         """What was killed, or has drained, is gone."""
@@ -378,7 +358,7 @@ class World:
     def restart(self, *, unclean: bool) -> None:
         down_since = self.state.recorded_at or None
         self.live.clear()
-        self.needs.clear()
+        self.estimates.clear()
         self.preparation = None
         self.preparable.clear()
         self._end_troubles()
@@ -386,12 +366,12 @@ class World:
 
     def _end_troubles(self) -> None:
         self.fault, self.fork_server_up, self.under_pressure = None, True, False
-        self.leased.clear()
+        self.demanded.clear()
 
     def calm_down(self, outcome: str) -> None:
         """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
         self._end_troubles()
-        self.looks_take_time = False
+        self.estimates_take_time = False
         for process in self.live.values():
             process.answer(self.now)
         jobs = {job.id for job in self.state.unended()}
@@ -407,8 +387,8 @@ class World:
                 return
             if self.loading() or any(process.killed or process.unloading for process in self.live.values()):
                 self.progress(outcome)
-            elif None in self.needs.values():
-                self.look_at_files()
+            elif None in self.estimates.values():
+                self.finish_estimates()
             elif decision.wake_at is not None:
                 self.now = decision.wake_at
             else:

@@ -112,7 +112,7 @@ class WatchedWorld(World):
         assert not job.cancelling
         assert len(self.loading()) < self.policy.loads_at_once + (job.cause in URGENT)
         budget, most = self.policy.budget_bytes, self.policy.max_loaded
-        assert budget is None or self.used_bytes() + (self.needs[job.id] or 0) <= budget
+        assert budget is None or self.used_bytes() + (self.estimates[job.id] or 0) <= budget
         assert most is None or job.model_id in self.present() or len(self.present()) < most
         if job.load.strategy == "in_place" and job.cause is not Cause.RECOVERY:
             assert job.model_id not in {process.model_id for process in self.serving()}
@@ -131,7 +131,9 @@ class WatchedWorld(World):
         assert model.serving.load_job_id == load
         assert not self._swap_outs(model)
         budget, own = self.policy.budget_bytes, self.live[load]
-        assert budget is None or self.used_bytes() - own.memory_bytes + (self.needs[job.id] or 0) <= budget
+        assert (
+            budget is None or self.used_bytes() - own.memory_bytes + (self.estimates[job.id] or 0) <= budget
+        )
         self._check_turn(job)
 
     def _check_turn(self, job: Job) -> None:
@@ -153,14 +155,14 @@ class WatchedWorld(World):
         used = sum(process.memory_bytes for process in self.live.values() if process not in leaving)
         budget, most = self.policy.budget_bytes, self.policy.max_loaded
         staying = {process.model_id for process in self.alive() if process not in leaving}
-        fits = budget is None or used + sum(self.needs[each.id] or 0 for each in (job, other)) <= budget
+        fits = budget is None or used + sum(self.estimates[each.id] or 0 for each in (job, other)) <= budget
         has_place = job.model_id in staying or len(staying | {job.model_id, other.model_id}) <= (most or 0)
         return fits and (most is None or has_place)
 
     def _is_ready(self, job: Job) -> bool:
         """Whether only the others are in a load's way."""
         is_next = self.state.queue(job.model_id)[0].id == job.id
-        is_known = self.policy.budget_bytes is None or self.needs.get(job.id) is not None
+        is_known = self.policy.budget_bytes is None or self.estimates.get(job.id) is not None
         model = self.state.models.get(job.model_id)
         makes_way = model is not None and bool(self._swap_outs(model))
         return is_next and is_known and not makes_way
@@ -187,7 +189,7 @@ class WatchedWorld(World):
         process = self.live[serving.load_job_id]
         assert process.view(None, "").phase is Phase.SERVING
         assert not process.busy
-        assert model.id not in self.leased
+        assert model.id not in self.demanded
         assert not serving.parameters.pinned
         if cause is Cause.IDLE:
             assert serving.parameters.keep_alive_s is not None
@@ -206,7 +208,7 @@ class WatchedWorld(World):
             return
         assert job.cause is not Cause.RESTART
         assert budget is None or self.preparation is None or self.preparation.stopping or most is not None
-        over_budget = budget is not None and used + (self.needs[job.id] or 0) > budget
+        over_budget = budget is not None and used + (self.estimates[job.id] or 0) > budget
         is_one_more = job.model_id not in self.present()
         assert over_budget or (most is not None and is_one_more and len(self.present()) >= most)
         self._check_turn(job)
@@ -389,8 +391,8 @@ class Simulation(RuleBasedStateMachine):
         self.world.work(turns)
 
     @rule(name=NAMES, turns=TURNS)
-    def a_request_waits_for_a_model_or_does_no_more(self, name: str, turns: int) -> None:
-        self.world.leased ^= {name}
+    def demand_for_a_model_begins_or_ends(self, name: str, turns: int) -> None:
+        self.world.demanded ^= {name}
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), turns=TURNS)
@@ -400,23 +402,23 @@ class Simulation(RuleBasedStateMachine):
         self.world.work(turns)
 
     @rule(turns=TURNS)
-    def files_are_looked_at_and_the_next_looks_take_time(self, turns: int) -> None:
-        self.world.look_at_files()
-        self.world.looks_take_time = True
+    def estimates_end_and_the_next_take_time(self, turns: int) -> None:
+        self.world.finish_estimates()
+        self.world.estimates_take_time = True
         self.world.work(turns)
 
     @rule(name=NAMES, need=st.sampled_from([20, 60]), turns=TURNS)
-    def something_can_be_prepared(self, name: str, need: int, turns: int) -> None:
+    def a_model_can_be_prepared(self, name: str, need: int, turns: int) -> None:
         self.world.preparable[name] = need
         self.world.work(turns)
 
     @rule(turns=TURNS)
-    def what_was_prepared_is(self, turns: int) -> None:
+    def the_preparation_ends(self, turns: int) -> None:
         self.world.preparation = None
         self.world.work(turns)
 
     @rule(turns=TURNS)
-    def what_is_to_end_ends(self, turns: int) -> None:
+    def ending_processes_end(self, turns: int) -> None:
         self.world.end_all()
         self.world.work(turns)
 
