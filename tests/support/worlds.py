@@ -125,8 +125,8 @@ class Process:
 class World:
     """A log, a clock and processes, around the real `accept`, folds and `decide`.
 
-    `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded, though the log said no; `twice`,
-    the same, but the consumer has tried again.
+    `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded though the log refused it;
+    `twice`, the same, but the consumer has tried again.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:

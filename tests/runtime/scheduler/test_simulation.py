@@ -1,6 +1,7 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
 from collections.abc import Callable
+from math import inf
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -54,6 +55,17 @@ PRESSURE_LIMIT_S = 60
 class WatchedWorld(World):
     """A world whose every action is checked before it is done."""
 
+    @property
+    def budget_bytes(self) -> float:
+        return self.policy.budget_bytes or inf
+
+    @property
+    def max_loaded(self) -> float:
+        return self.policy.max_loaded or inf
+
+    def estimate(self, job: Job) -> int:
+        return self.estimates.get(job.id) or 0
+
     def act(self, action: Action) -> None:
         self._check_force(action)
         match action:
@@ -78,8 +90,7 @@ class WatchedWorld(World):
         assert not self.state.unended()
         assert not self.under_pressure
         assert self.preparation is None
-        budget = self.policy.budget_bytes
-        assert budget is None or self.used_bytes() + need <= budget
+        assert self.used_bytes() + need <= self.budget_bytes
 
     def _check_force(self, action: Action) -> None:
         """Nothing else is done to a model before its forced unload has ended, with all its processes."""
@@ -111,9 +122,8 @@ class WatchedWorld(World):
         assert self.state.queue(job.model_id)[0].id == job.id
         assert not job.cancelling
         assert len(self.loading()) < self.policy.loads_at_once + (job.cause in URGENT)
-        budget, most = self.policy.budget_bytes, self.policy.max_loaded
-        assert budget is None or self.used_bytes() + (self.estimates[job.id] or 0) <= budget
-        assert most is None or job.model_id in self.present() or len(self.present()) < most
+        assert self.used_bytes() + self.estimate(job) <= self.budget_bytes
+        assert job.model_id in self.present() or len(self.present()) < self.max_loaded
         if job.load.strategy == "in_place" and job.cause is not Cause.RECOVERY:
             assert job.model_id not in {process.model_id for process in self.serving()}
         yields = job.load.priority == "low" and job.cause not in RELOADS
@@ -130,10 +140,8 @@ class WatchedWorld(World):
         assert model.serving is not None
         assert model.serving.load_job_id == load
         assert not self._swap_outs(model)
-        budget, own = self.policy.budget_bytes, self.live[load]
-        assert (
-            budget is None or self.used_bytes() - own.memory_bytes + (self.estimates[job.id] or 0) <= budget
-        )
+        others_bytes = self.used_bytes() - self.live[load].memory_bytes
+        assert others_bytes + self.estimate(job) <= self.budget_bytes
         self._check_turn(job)
 
     def _check_turn(self, job: Job) -> None:
@@ -153,11 +161,10 @@ class WatchedWorld(World):
         """
         leaving = [process for process in self.alive() if process.killed or process.unloading]
         used = sum(process.memory_bytes for process in self.live.values() if process not in leaving)
-        budget, most = self.policy.budget_bytes, self.policy.max_loaded
         staying = {process.model_id for process in self.alive() if process not in leaving}
-        fits = budget is None or used + sum(self.estimates[each.id] or 0 for each in (job, other)) <= budget
-        has_place = job.model_id in staying or len(staying | {job.model_id, other.model_id}) <= (most or 0)
-        return fits and (most is None or has_place)
+        fits = used + self.estimate(job) + self.estimate(other) <= self.budget_bytes
+        models = staying | {job.model_id, other.model_id}
+        return fits and (job.model_id in staying or len(models) <= self.max_loaded)
 
     def _is_ready(self, job: Job) -> bool:
         """Whether only the others are in a load's way."""
@@ -201,30 +208,27 @@ class WatchedWorld(World):
             self._check_need_to_evict(for_job)
 
     def _check_need_to_evict(self, job: Job | None) -> None:
-        budget, most, used = self.policy.budget_bytes, self.policy.max_loaded, self.used_bytes()
         if job is None:
-            assert budget is not None
-            assert used > budget
+            assert self.used_bytes() > self.budget_bytes
             return
         assert job.cause is not Cause.RESTART
-        assert budget is None or self.preparation is None or self.preparation.stopping or most is not None
-        over_budget = budget is not None and used + (self.estimates[job.id] or 0) > budget
+        is_stopped = self.preparation is None or self.preparation.stopping
+        assert is_stopped or self.budget_bytes == inf or self.max_loaded < inf
         is_one_more = job.model_id not in self.present()
-        assert over_budget or (most is not None and is_one_more and len(self.present()) >= most)
+        is_one_too_many = is_one_more and len(self.present()) >= self.max_loaded
+        assert is_one_too_many or self.used_bytes() + self.estimate(job) > self.budget_bytes
         self._check_turn(job)
 
     def present(self) -> set[str]:
         running = self.running()
         return {process.model_id for load, process in self.live.items() if running[load].alive}
 
-    def _loading_jobs(self) -> list[Job]:
-        running = self.running()
-        jobs = [self.state.unended_job(load) for load in self.live if running[load].phase is Phase.LOADING]
-        return [job for job in jobs if job is not None]
-
     def check_operations(self) -> None:
         """Never are there two operations on one model, and never too many at once."""
-        urgent = any(job.cause in URGENT for job in self._loading_jobs())
+        begun = [
+            self.state.unended_job(load) for load, run in self.running().items() if run.phase is Phase.LOADING
+        ]
+        urgent = any(job is not None and job.cause in URGENT for job in begun)
         assert len(self.loading()) <= self.policy.loads_at_once + urgent
         for name, model in self.state.models.items():
             unended = self.state.unended(name)
