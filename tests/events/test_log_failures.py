@@ -187,8 +187,12 @@ async def test_failed_note_fails_alone(path: Path) -> None:
         )
         assert [type(result) for result in results] == [NotEncodable, LogUnavailable, type(None), Receipt]
         assert log.healthy
+        connection_of(log).close()
+        with pytest.raises(LogUnavailable):
+            await log.note_last_used({"a": at(1)})
+        assert (await write(log, 1, first=2))[0].position == 2
         change_ledger(
-            path, "DROP TABLE last_used", "CREATE TABLE last_used (something_else)", keeps_triggers=True
+            path, "ALTER TABLE last_used RENAME COLUMN used_at TO something_else", keeps_triggers=True
         )
         note, *receipts = await asyncio.gather(
             log.note_last_used({"a": at(1)}), *map(log.submit, facts(5, first=3)), return_exceptions=True
