@@ -6,7 +6,7 @@ The asynchronous ones run to their answer in a loop of their own.
 import asyncio
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -39,22 +39,6 @@ BINARY = ((True, True), (True, False), (False, True), (False, False))
 """Whether inputs and outputs are sent as bytes; else they are JSON."""
 NOT_IN_JSON = ("FP16", "BF16")
 A, B = np.array([5, 7], np.float32), np.array([2, 3], np.float32)
-
-
-@dataclass(frozen=True)
-class ServedClients:
-    """A server, and Triton's clients of it.
-
-    Attributes:
-        runner: the loop of asynchronous clients.
-        triton: `sync` and `aio`.
-        resources: closed with the server.
-    """
-
-    server: Server
-    runner: asyncio.Runner
-    triton: Mapping[str, Any]
-    resources: ExitStack
 
 
 def tensor(name: str, array: Any, datatype: str = "FP32", *, binary: bool = True) -> triton.InferInput:
@@ -102,8 +86,8 @@ class Triton(Dialect):
     encodings = BINARY
     error = InferenceServerException
 
-    def __init__(self, server: Server, client: Any) -> None:
-        self._server, self._client = server, client
+    def __init__(self, server: Server, resources: ExitStack, kind: str) -> None:
+        self._server, self._client = server, resources.enter_context(triton_client(server, kind))
 
     def is_live(self) -> bool:
         return bool(self._client.is_server_live() and self._client.is_server_ready())
@@ -144,12 +128,12 @@ class KServe(Dialect):
     encodings = BINARY
     datatypes = tuple(datatype for datatype in ELEMENTS if datatype != "BF16")
 
-    def __init__(self, served: ServedClients) -> None:
+    def __init__(self, server: Server, resources: ExitStack, _: str) -> None:
         self._kserve = pytest.importorskip("kserve", reason="KServe's client is not made for this Python")
-        self._server = served.server
+        self._server = server
         client = self._kserve.InferenceRESTClient(self._kserve.RESTConfig(protocol="v2"))
-        served.resources.callback(lambda: served.runner.run(client.close()))
-        self._client = Blocked(client, served.runner)
+        self._client = Blocked(client, resources.enter_context(asyncio.Runner()))
+        resources.callback(self._client.close)
 
     @property
     def error(self) -> type[Exception]:  # type: ignore[override]
@@ -197,10 +181,9 @@ class Ours(Dialect):
     encodings = ((False, False),)
     error = ServerError
 
-    def __init__(self, served: ServedClients, kind: str) -> None:
-        server = served.server
+    def __init__(self, server: Server, resources: ExitStack, kind: str) -> None:
         self._clients = {
-            role: served.resources.enter_context(connected(kind, server.url, role and server.api.token(role)))
+            role: resources.enter_context(connected(kind, server.url, role and server.api.token(role)))
             for role in (None, "predict", "audit", "admin")
         }
 
@@ -238,8 +221,25 @@ def headers(server: Server, role: str | None) -> dict[str, str]:
     return {} if role is None else dict(bearer(server, role))
 
 
+@contextmanager
+def triton_client(server: Server, kind: str) -> Iterator[Any]:
+    """Open Triton's client `sync` or `aio`."""
+    if kind == "sync":
+        with triton.InferenceServerClient(address(server)) as client:
+            yield client
+        return
+
+    async def opened() -> aio.InferenceServerClient:
+        return aio.InferenceServerClient(address(server))
+
+    with asyncio.Runner() as runner:
+        blocked = Blocked(runner.run(opened()), runner)
+        yield blocked
+        blocked.close()
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedClients]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the models of `LOADED`; `idle` is not loaded, `corrupt` cannot be."""
     root = tmp_path_factory.mktemp("clients") / "repository"
     for datatype, element in ELEMENTS.items():
@@ -248,32 +248,26 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedClients]:
     models.save(models.counting_loop(), root, "loop")
     models.save(models.identity(), root, "idle")
     models.save_bytes(models.CORRUPT, root, "corrupt")
-
-    async def open_aio(url: str) -> aio.InferenceServerClient:
-        return aio.InferenceServerClient(url)
-
-    with ExitStack() as resources:
-        server = resources.enter_context(standing(root))
-        runner = resources.enter_context(asyncio.Runner())
-        sync = resources.enter_context(triton.InferenceServerClient(address(server), concurrency=4))
-        for_loops = runner.run(open_aio(address(server)))
-        resources.callback(lambda: runner.run(for_loops.close()))
+    with standing(root) as server, triton_client(server, "sync") as client:
         for name in LOADED:
-            sync.load_model(name, headers=bearer(server, "admin"))
-        yield ServedClients(server, runner, {"sync": sync, "aio": Blocked(for_loops, runner)}, resources)
+            client.load_model(name, headers=bearer(server, "admin"))
+        yield server
 
 
-@pytest.fixture
-def server(served: ServedClients) -> Server:
-    return served.server
+DIALECTS: dict[str, tuple[Any, str]] = {
+    "Triton sync": (Triton, "sync"),
+    "Triton aio": (Triton, "aio"),
+    "KServe": (KServe, ""),
+    "Client": (Ours, "Client"),
+    "AsyncClient": (Ours, "AsyncClient"),
+}
 
 
-@pytest.fixture(scope="module", params=["Triton sync", "Triton aio", "KServe", "Client", "AsyncClient"])
-def dialect(request: pytest.FixtureRequest, served: ServedClients) -> Dialect:
-    kind = request.param
-    if kind.startswith("Triton"):
-        return Triton(served.server, served.triton[kind.split()[1]])
-    return KServe(served) if kind == "KServe" else Ours(served, kind)
+@pytest.fixture(scope="module", params=DIALECTS)
+def dialect(request: pytest.FixtureRequest, server: Server) -> Iterator[Dialect]:
+    with ExitStack() as resources:
+        make, kind = DIALECTS[request.param]
+        yield make(server, resources, kind)
 
 
 # The contract
@@ -320,25 +314,18 @@ def text(array: Any) -> list[Any]:
     return [item.decode() if isinstance(item, bytes) else item for item in array.ravel().tolist()]
 
 
-@pytest.mark.parametrize(
-    ("request_", "status", "words"),
-    [
+def test_refused_inference_names_reason(dialect: Dialect) -> None:
+    for request, status, words in (
         (Inference("nothing", {"x": A}), 404, "nothing"),
         (Inference("idle", {"x": A}), 503, "not loaded"),
         (Inference("subtract", {"a": A, "b": B}, role=None), 401, "token"),
         (Inference("subtract", {"a": A, "b": B}, role="audit"), 403, "predict"),
         (Inference("subtract", {"a": A}), 400, "'b'"),
         (Inference("subtract", {"a": A, "b": B, "c": A}), 400, "'c'"),
-    ],
-    ids=["unknown", "not loaded", "no token", "wrong role", "missing input", "unknown input"],
-)
-def test_refused_inference_names_reason(
-    dialect: Dialect, request_: Inference, status: int, words: str
-) -> None:
-    with pytest.raises(dialect.error) as raised:
-        dialect.infer(request_)
-    assert dialect.status(raised.value) == status
-    assert words in str(raised.value)
+    ):
+        with pytest.raises(dialect.error) as raised:
+            dialect.infer(request)
+        assert (dialect.status(raised.value), words in str(raised.value)) == (status, True), request
 
 
 def test_inference_past_timeout_is_stopped(dialect: Dialect) -> None:
@@ -361,14 +348,18 @@ def test_model_is_loaded_inferred_and_unloaded(dialect: Dialect, server: Server)
             dialect.infer(Inference("again", {"x": A}))
 
 
+# Triton's client beyond the contract
+
+
 @pytest.fixture
 def admin(server: Server) -> dict[str, str]:
     return bearer(server, "admin")
 
 
-@pytest.fixture(params=["sync", "aio"])
-def client(request: pytest.FixtureRequest, served: ServedClients) -> Any:
-    return served.triton[request.param]
+@pytest.fixture(scope="module", params=["sync", "aio"])
+def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
+    with triton_client(server, request.param) as client:
+        yield client
 
 
 def refusal(call: Any, *arguments: Any, **named: Any) -> tuple[int, str]:
@@ -381,7 +372,6 @@ def refusal(call: Any, *arguments: Any, **named: Any) -> tuple[int, str]:
 def test_metadata_and_configuration_name_inputs_and_outputs(client: Any, admin: dict[str, str]) -> None:
     assert client.get_server_metadata(headers=admin)["name"] == "loadledger"
     for version in ("", "1"):
-        assert client.is_model_ready("subtract", version, headers=admin)
         about = client.get_model_metadata("subtract", version, headers=admin)
         assert (about["name"], about["versions"]) == ("subtract", ["1"])
         assert [item["name"] for item in about["inputs"]] == ["a", "b"]
@@ -392,13 +382,18 @@ def test_metadata_and_configuration_name_inputs_and_outputs(client: Any, admin: 
     assert not client.is_model_ready("subtract", "2", headers=admin)
 
 
-def test_encodings_mix_in_one_request(client: Any, admin: dict[str, str]) -> None:
-    inputs = [floats("a", 5, 7), floats("b", 2, 3, binary=False)]
+def test_encodings_mix_in_one_counted_request(client: Any, admin: dict[str, str]) -> None:
+    def count() -> Any:
+        (stats,) = client.get_inference_statistics("subtract", "1", headers=admin)["model_stats"]
+        return stats["inference_stats"]["success"]["count"]
+
+    before, inputs = count(), [floats("a", 5, 7), floats("b", 2, 3, binary=False)]
     result = client.infer("subtract", inputs, "1", request_id="seven", headers=dict(admin))
     assert result.as_numpy("y").tolist() == [3, 4]
     response = result.get_response()
     assert (response["id"], response["model_name"], response["model_version"]) == ("seven", "subtract", "1")
     assert result.get_output("y")["parameters"] == {"binary_data_size": 8}  # all, and as bytes
+    assert count() == before + 1
 
 
 @pytest.mark.parametrize(
@@ -411,30 +406,6 @@ def test_bodies_may_be_compressed(
     algorithms = {"request_compression_algorithm": there, "response_compression_algorithm": back}
     result = client.infer("identity-FP32", [tensor("x", array)], headers=dict(admin), **algorithms)
     assert result.as_numpy("y").tolist() == array.tolist()
-
-
-def test_concurrent_inferences_get_their_own_answers(served: ServedClients, admin: dict[str, str]) -> None:
-    async def gather() -> list[Any]:
-        infer = served.triton["aio"].client.infer
-        return await asyncio.gather(*(infer(*each, headers=dict(admin)) for each in requests))
-
-    requests = [("subtract", [floats("a", number), floats("b", 1)]) for number in range(20)]
-    infer = served.triton["sync"].async_infer
-    pending = [infer(*each, headers=dict(admin)) for each in requests]
-    for answers in ([each.get_result() for each in pending], served.runner.run(gather())):
-        assert [answer.as_numpy("y")[0] for answer in answers] == [number - 1 for number in range(20)]
-
-
-def test_statistics_count_inferences(client: Any, admin: dict[str, str]) -> None:
-    def count(version: str = "") -> Any:
-        (stats,) = client.get_inference_statistics("subtract", version, headers=admin)["model_stats"]
-        return stats["inference_stats"]["success"]["count"]
-
-    before = count()
-    client.infer("subtract", [floats("a", 1), floats("b", 1)], headers=dict(admin))
-    assert (count(), count("1")) == (before + 1, before + 1)
-    every = client.get_inference_statistics(headers=admin)["model_stats"]
-    assert {stats["name"] for stats in every} >= set(LOADED)
 
 
 def test_repository_index_follows_load_and_unload(
@@ -457,42 +428,28 @@ def test_repository_index_follows_load_and_unload(
     assert indexed() == {"name": name, "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
 
 
-@pytest.mark.parametrize(
-    ("call", "arguments", "status", "words"),
-    [
+def test_refused_call_names_reason(client: Any, admin: dict[str, str]) -> None:
+    idle = {"model_name": "idle"}
+    for call, arguments, status, words in (
         ("load_model", {"model_name": "nothing"}, 404, "nothing"),
-        ("load_model", {"model_name": "idle", "headers": None}, 401, "token"),
-        ("load_model", {"model_name": "corrupt"}, 400, "rotobuf"),  # what the runtime said
-        ("load_model", {"model_name": "idle", "config": '{"optimization": {}}'}, 400, "optimization"),
-        ("load_model", {"model_name": "idle", "config": "[]"}, 400, "JSON object"),
-        ("load_model", {"model_name": "idle", "config": "{}", "files": {"file:1/m": b"x"}}, 400, "file:1/m"),
-        ("get_model_metadata", {"model_name": "idle"}, 503, "not loaded"),
+        ("load_model", {**idle, "headers": None}, 401, "token"),
+        ("load_model", {"model_name": "corrupt"}, 400, "rotobuf"),  # the runtime's message
+        ("load_model", {**idle, "config": '{"optimization": {}}'}, 400, "optimization"),
+        ("load_model", {**idle, "config": "[]"}, 400, "JSON object"),
+        ("load_model", {**idle, "config": "{}", "files": {"file:1/m": b"x"}}, 400, "file:1/m"),
+        ("get_model_metadata", idle, 503, "not loaded"),
         ("get_model_config", {"model_name": "nothing"}, 404, "nothing"),
         ("get_inference_statistics", {"model_name": "nothing"}, 404, "nothing"),
-    ],
-)
-def test_refused_call_names_reason(
-    client: Any, *, server: Server, call: str, arguments: dict[str, Any], status: int, words: str
-) -> None:
-    found, message = refusal(getattr(client, call), **{"headers": bearer(server, "admin")} | arguments)
-    assert (found, words in message) == (status, True), message
-
-
-def test_absent_extensions_are_refused(client: Any, admin: dict[str, str]) -> None:
-    for call, arguments in (
-        ("get_system_shared_memory_status", {}),
-        ("register_system_shared_memory", {"name": "r", "key": "/k", "byte_size": 64}),
-        ("unregister_system_shared_memory", {}),
-        ("get_cuda_shared_memory_status", {}),
-        ("register_cuda_shared_memory", {"name": "r", "raw_handle": b"h", "device_id": 0, "byte_size": 64}),
-        ("unregister_cuda_shared_memory", {}),
-        ("get_trace_settings", {}),
-        ("update_trace_settings", {}),
-        ("get_log_settings", {}),
-        ("update_log_settings", {"settings": {}}),
+        ("get_system_shared_memory_status", {}, 404, ""),
+        ("register_system_shared_memory", {"name": "r", "key": "/k", "byte_size": 64}, 404, ""),
+        ("get_cuda_shared_memory_status", {}, 404, ""),
+        ("get_trace_settings", {}, 404, ""),
+        ("update_trace_settings", {}, 404, ""),
+        ("get_log_settings", {}, 404, ""),
+        ("update_log_settings", {"settings": {}}, 404, ""),
     ):
-        status, message = refusal(getattr(client, call), headers=admin, **arguments)
-        assert (status, bool(message)) == (404, True), call
+        found, message = refusal(getattr(client, call), **{"headers": admin, **arguments})
+        assert (found, bool(message), words in message) == (status, True, True), (call, arguments)
 
 
 def test_unsupported_inference_options_are_refused(client: Any, admin: dict[str, str]) -> None:

@@ -129,7 +129,9 @@ def test_unsuccessful_job_raises_with_reason(status: str, code: str, words: str)
     with pytest.raises(JobFailed, match=f"the load of m/1 {words}") as caught:
         Played([ended]).client.load("m", wait=True)
     assert (caught.value.job.status, caught.value.code) == (status, code)
-    assert Played([ended]).client.wait_for("j1").status == status
+    seen: list[Any] = []
+    assert Played([ended]).client.wait_for("j1", on_change=seen.append).status == status
+    assert [each.status for each in seen] == [status]
 
 
 def test_wait_reports_absence_once_and_goes_on() -> None:
@@ -232,7 +234,7 @@ def test_stream_resumes_after_end_absence_and_refusal() -> None:
     away: list[ClientProblem] = []
     positions, afters, play = followed(
         NDJSON, event_lines(1, 2), event_lines(3) + b'{"position":4,', LOST,  # half an event is none
-        GONE, GONE, BUSY,
+        GONE, problem(429, "too_many_streams"), BUSY,
         NDJSON, bookmark(3) + b"\n" + event_lines(4), b'{"stream":"end","reason":"the server stops"}\n', b"",
         GONE,
         NDJSON, event_lines(5),
@@ -241,7 +243,7 @@ def test_stream_resumes_after_end_absence_and_refusal() -> None:
     assert positions == [1, 2, 3, 4, 5]
     assert afters == ["0", "3", "3", "3", "3", "4", "4"]
     assert away == [LOST, GONE]
-    assert play.closed == 4  # the refusal as well
+    assert play.closed == 5  # the refusals as well
 
 
 @pytest.mark.parametrize(

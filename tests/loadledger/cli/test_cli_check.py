@@ -102,17 +102,14 @@ def test_check_finds_problems_of_address_data_and_budget(tmp_path: Path) -> None
     root = ("--quick", f"--repository={tmp_path}")
     long, odd = str(tmp_path / ("x" * 300)), os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     (tmp_path / "file").touch()
-    for arguments, place in (
-        ((*root, "--host=host.invalid"), ("--host", "no_address")),
-        ((*root, "--host=192.0.2.1"), ("--port", "no_address")),
-        ((*root, f"--data={tmp_path / 'file'}"), ("--data", "invalid_setting")),
-        ((*root, f"--data={long}"), ("--data", "invalid_setting")),
+    for argument, found in (
+        ("--host=host.invalid", ("--host", "no_address")),
+        ("--host=192.0.2.1", ("--port", "no_address")),
+        (f"--data={tmp_path / 'file'}", ("--data", "invalid_setting")),
+        (f"--data={long}", ("--data", "invalid_setting")),
+        (f"--jwt-keys={long}", ("--jwt-keys", "invalid_setting")),
     ):
-        assert place in problems(*arguments)
-    assert [place for place, _ in problems(*root, f"--jwt-keys={long}", f"--data={long}")] == [
-        "--data",
-        "--jwt-keys",
-    ]
+        assert found in problems(*root, argument)
     Path(odd).mkdir()
     (tmp_path / "link").symlink_to(odd)
     for name in (odd, tmp_path / "link"):

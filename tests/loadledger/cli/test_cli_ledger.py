@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from support import models
 from support.clients import printed, printed_json, refused
 from support.history import History, opened
 from support.http import LocalApi
-from support.ledgers import append_events, rows_of, sample_history, sound_ledger
+from support.ledgers import append_events, change_ledger, rows_of, sample_history, sound_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
@@ -23,7 +22,6 @@ from events.audit.verify import verify
 from events.datalock import LEDGER, lock_data
 from server.auth.keys import ensure_data_dir, open_signer
 
-TRIGGERS = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
 ROUNDS = 2
 HEAD = len(sample_history(ROUNDS)) + 1
 
@@ -51,12 +49,11 @@ def archives(data: Path) -> list[Path]:
 
 
 @pytest.fixture
-def exports(data: Path) -> list[Path]:
-    """Two exports of that ledger."""
-    files = [data.parent / name for name in ("one.jsonl", "other.jsonl")]
-    for file in files:
-        assert printed("export", "--data", data, file) == ""
-    return files
+def exported(data: Path) -> Path:
+    """An export of that ledger."""
+    file = data.parent / "export.jsonl"
+    assert printed("export", "--data", data, file) == ""
+    return file
 
 
 def key_of(data: Path) -> str:
@@ -65,10 +62,6 @@ def key_of(data: Path) -> str:
 
 def head_of(data: Path) -> str:
     return f"{HEAD}:{rows_of(data / LEDGER)[-1][2].hex()}"
-
-
-def with_each(archives: Sequence[Path]) -> list[object]:
-    return [each for file in archives for each in ("--archive", file)]
 
 
 # verify, of a ledger
@@ -105,13 +98,7 @@ def test_verify_prints_head_that_can_be_expected(data: Path) -> None:
     ids=["hash", "missing", "projections"],
 )
 def test_verify_names_first_finding(data: Path, statement: str, position: int, kind: str) -> None:
-    with closing(sqlite3.connect(data / LEDGER, isolation_level=None)) as connection:
-        triggers = dict(connection.execute(TRIGGERS))
-        for name in triggers:
-            connection.execute(f"DROP TRIGGER {name}")
-        connection.execute(statement)
-        for sql in triggers.values():
-            connection.execute(sql)
+    change_ledger(data / LEDGER, statement)
     first = lines("verify", "--data", data, code=1)[0]
     assert first.startswith(f"NOT verified: position {position}: ")
     assert f"({kind})" in first
@@ -139,41 +126,40 @@ def test_verify_names_archives_that_whole_proof_needs(data: Path, archives: list
         "for a whole proof, add: positions 1 to 7, 'first.gz'",
         "for a whole proof, add: positions 8 to 19, 'second.gz'",
     ]
-    whole = lines("verify", "--data", data, *with_each(archives[::-1]))
-    assert whole == [
+    first, second = (("--archive", file) for file in archives)
+    assert lines("verify", "--data", data, *second, *first) == [
         *verified,
         f"archive: positions 1 to 7, {archives[0]}",
         f"archive: positions 8 to 19, {archives[1]}",
         f"the archives are signed by the key {key_of(data)}; use --key to check who owns it",
         "proved from the first event: the archives lead to the state at the log's base",
     ]
-    assert lines("verify", "--data", data, *with_each(archives), "--key", key_of(data))[4] == (
-        f"the archives are signed by the expected key {key_of(data)}"
-    )
-    assert "up to position 7" in lines("verify", "--data", data, "--archive", archives[1])[-1]
-    found = printed_json("verify", "--data", data, "--archive", archives[1])
+    signed = lines("verify", "--data", data, *first, *second, "--key", key_of(data))[4]
+    assert signed == f"the archives are signed by the expected key {key_of(data)}"
+    assert "up to position 7" in lines("verify", "--data", data, *second)[-1]
+    found = printed_json("verify", "--data", data, *second)
     assert (found["verified"], found["proved_after"], found["base_state_proved"]) == (True, 7, False)
-    assert "positions 8 to 19, 'second.gz'" in refused("verify", "--data", data, "--archive", archives[0])
+    assert "positions 8 to 19, 'second.gz'" in refused("verify", "--data", data, *first)
 
 
 def test_verify_of_archives_in_json(data: Path, archives: list[Path]) -> None:
-    found = printed_json("verify", "--data", data, *with_each(archives), "--key", key_of(data))
+    first, second = (("--archive", file) for file in archives)
+    found = printed_json("verify", "--data", data, *first, *second, "--key", key_of(data))
     assert (found["verified"], found["finding"], found["base"]["position"]) == (True, None, 19)
     assert (found["proved_after"], found["base_state_proved"]) == (0, True)
-    first = audit_file(archives[0])
-    assert first.head is not None
-    assert first.sha256 is not None
+    audited = audit_file(archives[0])
+    assert audited.head is not None
     assert found["files"][0] == {
         "file": str(archives[0]),
         "verified": True,
         "events": 7,
         "after": {"position": 0, "hash": "00" * 32},
         "position": 7,
-        "hash": first.proved.hash.hex(),
-        "recorded_at": first.head.statement.recorded_at,
+        "hash": audited.proved.hash.hex(),
+        "recorded_at": audited.head.statement.recorded_at,
         "key_id": key_of(data),
         "key_expected": True,
-        "sha256": first.sha256.hex(),
+        "sha256": audited.sha256.hex(),
         "finding": None,
     }
 
@@ -181,65 +167,51 @@ def test_verify_of_archives_in_json(data: Path, archives: list[Path]) -> None:
 # verify, of files
 
 
-def test_verify_of_files_names_their_signer(data: Path, exports: list[Path]) -> None:
-    expected = [
-        f"{file}: {words}"
-        for file in exports
-        for words in (
-            f"verified: {HEAD} events after position 0",
-            f"head: {head_of(data)}",
-            f"signed by the key {key_of(data)}; use --key to check who owns it",
-        )
+def test_verify_judges_each_file_and_names_its_signer(data: Path, exported: Path, tmp_path: Path) -> None:
+    bad = tmp_path / os.fsdecode(b"\xff.jsonl")
+    bad.write_bytes(exported.read_bytes().replace(b"alice", b"mallory", 1))
+    sound = [
+        f"{exported}: verified: {HEAD} events after position 0",
+        f"{exported}: head: {head_of(data)}",
+        f"{exported}: signed by the key {key_of(data)}; use --key to check who owns it",
     ]
-    assert lines("verify", *exports) == expected
-    assert lines("verify", *exports, LOADLEDGER_DATA=str(data)) == expected  # LOADLEDGER_DATA is not meant
-    found = printed_json("verify", *exports)
-    assert (found["verified"], set(found)) == (True, {"verified", "files"})
-    assert [each["key_expected"] for each in found["files"]] == [None, None]
+    assert lines("verify", exported) == sound
+    assert lines("verify", exported, LOADLEDGER_DATA=str(data)) == sound  # LOADLEDGER_DATA is not meant
+    finding, proved, *others = lines("verify", bad, exported, code=1)
+    shown = f"{tmp_path}/\N{REPLACEMENT CHARACTER}.jsonl"  # a name that is not UTF-8
+    assert finding.startswith(f"{shown}: NOT verified: position 2: ")
+    assert proved.startswith(f"{shown}: proved up to: 1:")
+    assert others == sound
+    found = printed_json("verify", bad, exported, code=1)
+    assert (found["verified"], set(found)) == (False, {"verified", "files"})
+    assert [(each["verified"], each["key_expected"]) for each in found["files"]] == [
+        (False, None),
+        (True, None),
+    ]
 
 
-def test_key_may_be_id_or_file_in_any_encoding(data: Path, exports: list[Path], tmp_path: Path) -> None:
-    shown = printed("key", "ledger", "--data", data)
+def test_key_may_be_id_or_file_in_any_encoding(data: Path, exported: Path, tmp_path: Path) -> None:
     public = open_signer(data).public_key
     pem = load_der_public_key(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     keys: list[object] = [key_of(data).upper()]
-    for name, content in (("printed", shown.encode()), ("key.pem", pem), ("key.der", public)):
+    shown = printed("key", "ledger", "--data", data).encode()
+    for name, content in (("printed", shown), ("key.pem", pem), ("key.der", public)):
         (tmp_path / name).write_bytes(content)
         keys.append(tmp_path / name)
     for key in keys:
-        assert lines("verify", *exports, "--key", key)[2].endswith(f"by the expected key {key_of(data)}")
+        assert lines("verify", exported, "--key", key)[2].endswith(f"by the expected key {key_of(data)}")
     other = "0" * 32
-    first = lines("verify", *exports, "--key", other, code=1)[0]
-    assert first.startswith(f"{exports[0]}: NOT verified: position {HEAD}: the head is signed by the key")
-    assert printed_json("verify", *exports, "--key", other, code=1)["files"][0]["key_expected"] is False
+    first = lines("verify", exported, "--key", other, code=1)[0]
+    assert first.startswith(f"{exported}: NOT verified: position {HEAD}: the head is signed by the key")
+    assert printed_json("verify", exported, "--key", other, code=1)["files"][0]["key_expected"] is False
 
 
-def test_verify_names_each_damaged_file(exports: list[Path], tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(exports[0].read_bytes().replace(b"alice", b"mallory", 1))
-    found = lines("verify", bad, *exports, code=1)
-    assert found[0].startswith(f"{bad}: NOT verified: position 2: ")
-    assert found[1].startswith(f"{bad}: proved up to: 1:")
-    assert found[2].startswith(f"{exports[0]}: verified: ")
-    judged = printed_json("verify", bad, *exports, code=1)["files"]
-    assert [each["verified"] for each in judged] == [False, True, True]
+def test_verify_compares_files_with_ledger(data: Path, exported: Path) -> None:
+    assert lines("verify", exported, "--data", data)[2] == f"matches the ledger: {exported}"
+    assert len(printed_json("verify", exported, "--data", data)["files"]) == 1
 
 
-def test_verify_compares_files_with_ledger(data: Path, exports: list[Path]) -> None:
-    found = lines("verify", *exports, "--data", data)
-    assert found[2:4] == [f"matches the ledger: {file}" for file in exports]
-    assert len(printed_json("verify", *exports, "--data", data)["files"]) == 2
-
-
-def test_verify_prints_names_that_are_not_utf_8(archives: list[Path]) -> None:
-    odd = archives[0].with_name(os.fsdecode(b"\xff.gz"))
-    odd.write_bytes(archives[0].read_bytes()[:-20])
-    found = printed("verify", odd, code=1)
-    assert "NOT verified" in found
-    assert found.count("\N{REPLACEMENT CHARACTER}.gz") == 3
-
-
-def test_verify_refuses_what_it_cannot_judge(data: Path, exports: list[Path]) -> None:
+def test_verify_refuses_what_it_cannot_judge(data: Path, exported: Path) -> None:
     for arguments, words in (
         ("", "--data DIR of a ledger, or FILE"),
         ("--archive {file}", "name it as FILE"),
@@ -257,7 +229,7 @@ def test_verify_refuses_what_it_cannot_judge(data: Path, exports: list[Path]) ->
         ("{file} --key {data}", "neither a key id"),
         ("{file} --key /dev/zero", "neither a key id"),
     ):
-        named = arguments.format(data=data, file=exports[0]).split()
+        named = arguments.format(data=data, file=exported).split()
         assert words in refused("verify", *named), arguments
 
 

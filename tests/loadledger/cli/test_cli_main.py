@@ -11,10 +11,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from support.clients import printed, refused
 from support.servers import clean_environment
 
 from loadledger.cli.completion import _items
 from loadledger.cli.main import ALIASES, SECTIONS, CommandGroup, find_command, main
+from loadledger.cli.serve import _announce
 from server.config import settings
 
 WIDTH = 80
@@ -41,9 +43,7 @@ def every_command() -> dict[str, click.Command]:
 @pytest.mark.parametrize("command", ["", "key", "prepared", *every_command()])
 def test_help_explains_command_and_options(command: str) -> None:
     for flag in ("--help", "-h"):
-        result = CliRunner().invoke(main, [*command.split(), flag])
-        assert (result.exit_code, result.stderr) == (0, "")
-        assert result.stdout.startswith("Usage: ")
+        assert printed(*command.split(), flag).startswith("Usage: ")
     options = every_command()[command].params if command in every_command() else []
     for parameter in options:
         if isinstance(parameter, click.Option):
@@ -65,7 +65,7 @@ def test_help_lists_commands_in_sections_on_whole_lines() -> None:
 
 
 def test_help_of_serve_has_every_setting() -> None:
-    text = " ".join(CliRunner().invoke(main, ["serve", "--help"]).stdout.split())
+    text = " ".join(printed("serve", "--help").split())
     for setting in settings():
         assert setting.flag in text
         default = "no default" if setting.default is None else f"default: {setting.default}"
@@ -81,9 +81,7 @@ def test_help_of_serve_has_every_setting() -> None:
     ],
 )
 def test_alias_leads_to_command(typed: str, usage: str) -> None:
-    result = CliRunner().invoke(main, typed.split(), prog_name="loadledger")
-    assert result.exit_code == 0
-    assert result.stdout.startswith(f"Usage: loadledger {usage}")
+    assert printed(*typed.split()).startswith(f"Usage: loadledger {usage}")
 
 
 @pytest.mark.parametrize(
@@ -97,13 +95,11 @@ def test_alias_leads_to_command(typed: str, usage: str) -> None:
     ],
 )
 def test_unknown_command_or_option_is_refused_with_advice(typed: str, advice: str) -> None:
-    result = CliRunner().invoke(main, typed.split())
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert advice in result.stderr
+    assert advice in refused(*typed.split())
 
 
 def test_version_is_printed() -> None:
-    assert re.search(r"\d+\.\d+\.\d+", CliRunner().invoke(main, ["--version"]).stdout)
+    assert re.search(r"\d+\.\d+\.\d+", printed("--version"))
 
 
 @pytest.mark.parametrize("ends_by", [KeyboardInterrupt, click.Abort])
@@ -126,15 +122,30 @@ def test_closed_pipe_ends_quietly_with_141() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_shell_script(shell: str) -> None:
-    result = CliRunner().invoke(main, ["completion", shell])
-    assert result.exit_code == 0
-    assert "_LOADLEDGER_COMPLETE" in result.stdout
-    assert f"{shell}_complete" in result.stdout
+    script = printed("completion", shell)
+    assert "_LOADLEDGER_COMPLETE" in script
+    assert f"{shell}_complete" in script
 
 
 def test_completion_offers_nothing_that_a_shell_would_run() -> None:
     evil = [("; rm -rf ~", ""), ("$(id)", ""), ("`id`", ""), ("a\nb", "")]
     assert [item.value for item in _items([("m-1.0", "loaded"), *evil], "")] == ["m-1.0"]
+
+
+def modules_of(*arguments: str) -> set[str]:
+    """Return the modules that a command imports, however it ends."""
+    script = (
+        "import atexit, json, sys\n"
+        "from loadledger.cli.main import main\n"
+        "atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
+        "main(sys.argv[1:], prog_name='loadledger')\n"
+    )
+    environment = clean_environment() | {"LOADLEDGER_URL": "http://127.0.0.1:9", "HOME": "/nowhere"}
+    command = [sys.executable, "-P", "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    modules = set(json.loads(done.stderr.splitlines()[-1]))
+    assert "loadledger.cli.main" in modules
+    return modules
 
 
 @pytest.mark.parametrize(
@@ -145,51 +156,37 @@ def test_completion_offers_nothing_that_a_shell_would_run() -> None:
     ],
 )
 def test_thin_command_imports_nothing_heavy(arguments: str) -> None:
-    # Imports are printed however the command ends: nobody listens there, so most of these end with 2.
-    script = (
-        "import atexit, json, sys\n"
-        "from loadledger.cli.main import main\n"
-        "atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
-        "main(sys.argv[1:], prog_name='loadledger')\n"
-    )
-    environment = clean_environment() | {"LOADLEDGER_URL": "http://127.0.0.1:9", "HOME": "/nowhere"}
-    command = [sys.executable, "-P", "-c", script, *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
-    modules = json.loads(done.stderr.splitlines()[-1])
-    assert "loadledger.cli.main" in modules
+    modules = modules_of(*arguments.split())
     assert not [name for name in modules if name.partition(".")[0] in HEAVY and name not in LIGHT]
 
 
 @pytest.mark.parametrize("arguments", ["token --role admin --subject alice", "key ledger", "verify"])
 def test_command_of_files_imports_no_web_framework(tmp_path: Path, arguments: str) -> None:
-    program = "from loadledger.cli.main import main; main(prog_name='loadledger')"
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-P",
-        "-c",
-        program,
-        *arguments.split(),
-        "--data",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert "server.auth.keys" in done.stderr
-    assert not re.search(r"\| +(aiohttp|aiohttp_apispec|onnxruntime)$", done.stderr, re.MULTILINE)
+    modules = modules_of(*arguments.split(), "--data", str(tmp_path))
+    assert "server.auth.keys" in modules
+    assert not {"aiohttp", "aiohttp_apispec", "onnxruntime"} & modules
 
 
 # serve
 
 
+def test_serve_warns_once_of_unknown_variables(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("LOADLEDGER_PROT", "LOADLEDGER_ZZZZZZZZ\n"):
+        monkeypatch.setenv(name, "secret")
+    _announce("http://127.0.0.1:8080")
+    [warning] = caplog.messages
+    assert "LOADLEDGER_PROT: did you mean LOADLEDGER_PORT?; LOADLEDGER_ZZZZZZZZ\n: " in warning
+    assert "secret" not in warning
+
+
 def test_serve_refuses_unreadable_configuration_file_in_one_line() -> None:
-    result = CliRunner().invoke(main, ["serve", f"--config={'x' * 300}", "--repository=a\nb", "--data=/x"])
-    assert (result.exit_code, result.stdout) == (2, "")
-    lines = result.stderr.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("loadledger: --config: ")
-    assert "File name too long" in lines[0]
-    assert "Errno" not in result.stderr
+    reason = refused("serve", f"--config={'x' * 300}", "--repository=a\nb", "--data=/x")
+    first, _ = reason.splitlines()
+    assert first.startswith("loadledger: --config: ")
+    assert "File name too long" in first
+    assert "Errno" not in reason
 
 
 def test_serve_on_taken_port_is_refused(tmp_path: Path) -> None:

@@ -41,28 +41,30 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 NOW = datetime(2026, 1, 31, 14, 2, tzinfo=UTC)
 
 
-def test_table_columns_line_up_in_colour() -> None:
-    lines = list(
-        format_table(("A", "N", "STATE"), [("x", "1", "loaded"), ("long", "1000", "failed")], right={"N"})
-    )
-    assert [click.unstyle(line) for line in lines] == [
-        "A        N  STATE",
-        "x        1  loaded",
-        "long  1000  failed",
-    ]
-    assert click.style("loaded", fg="green") in lines[1]
+HANGUL = "\u1112\u1161\u11ab"
 
 
-def test_table_counts_wide_and_combining_letters() -> None:
-    hangul = "\u1112\u1161\u11ab\ufffd"
-    rows = [("東京", "1", "loaded"), ("e\u0301", "\uff12", "failed"), (hangul, "1000", "lost")]
-    lines = list(format_table(("BY", "N", "STATE"), rows, right={"N"}))
-    assert [click.unstyle(line) for line in lines] == [
-        "BY       N  STATE",
-        "東京     1  loaded",
-        "e\u0301       \uff12  failed",
-        "\u1112\u1161\u11ab\ufffd   1000  lost",
-    ]
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        (
+            [("x", "1", "loaded"), ("long", "1000", "failed")],
+            ["BY       N  STATE", "x        1  loaded", "long  1000  failed"],
+        ),
+        (
+            [("東京", "1", "loaded"), ("e\u0301", "\uff12", "failed"), (HANGUL, "9", "lost")],
+            ["BY     N  STATE", "東京   1  loaded", "e\u0301     \uff12  failed", f"{HANGUL}     9  lost"],
+        ),
+    ],
+    ids=["ASCII", "wide and combining letters"],
+)
+def test_table_columns_line_up_in_colour(rows: list[tuple[str, str, str]], lines: list[str]) -> None:
+    table = list(format_table(("BY", "N", "STATE"), rows, right={"N"}))
+    assert [click.unstyle(line) for line in table] == lines
+    assert click.style("loaded", fg="green") in table[1]
+
+
+def test_width_counts_wide_and_combining_letters() -> None:
     assert [display_width(text) for text in ("", "abc", "東京", "e\u0301", "…→")] == [0, 3, 4, 1, 2]
     assert (pad("東", 4), pad("東", 4, right=True), pad("東京", 3)) == ("東  ", "  東", "東京")
 
@@ -70,35 +72,16 @@ def test_table_counts_wide_and_combining_letters() -> None:
 STAMP = "2026-01-31T14:01:00.000000Z"
 
 
-@pytest.mark.parametrize(
-    ("told", "expected"),
-    [
-        *(
-            (format_duration(-5), "0.0s"),
-            (format_duration(9.94), "9.9s"),
-            (format_duration(10), "10s"),
-            (format_duration(59.9), "59s"),
-        ),
-        *((format_duration(60), "1m"), (format_duration(7200), "2h"), (format_duration(2e5), "2d")),
-        *(
-            (format_size(None), "-"),
-            (format_size(0), "0.0 MB"),
-            (format_size(5_400_000), "5.4 MB"),
-            (format_size(25_280_000_000), "25.28 GB"),
-        ),
-        *(
-            (format_cell(None), "-"),
-            (format_cell(""), "-"),
-            (format_cell("a\x1b[2Jb"), "a\ufffd[2Jb"),
-            (format_cell("x" * 500), "x" * 99 + "…"),
-        ),
-        *((format_age(STAMP, NOW), "1m"), (format_age(None, NOW), "-"), (format_age("no time", NOW), "-")),
-        *((format_timestamp(STAMP), "2026-01-31 14:01:00Z"), (format_timestamp(None), "-")),
-        *((format_elapsed(STAMP, "2026-01-31T14:02:05Z"), "1m"), (format_elapsed(STAMP, None), "-")),
-    ],
-)
-def test_value_has_unit_or_dash(told: str, expected: str) -> None:
-    assert told == expected
+def test_value_has_unit_or_dash() -> None:
+    durations = [format_duration(seconds) for seconds in (-5, 9.94, 10, 59.9, 60, 7200, 2e5)]
+    assert durations == ["0.0s", "9.9s", "10s", "59s", "1m", "2h", "2d"]
+    sizes = [format_size(size) for size in (None, 0, 5_400_000, 25_280_000_000)]
+    assert sizes == ["-", "0.0 MB", "5.4 MB", "25.28 GB"]
+    cells = [format_cell(text) for text in (None, "", "a\x1b[2Jb", "x" * 500)]
+    assert cells == ["-", "-", "a\ufffd[2Jb", "x" * 99 + "…"]
+    assert [format_age(text, NOW) for text in (STAMP, None, "no time")] == ["1m", "-", "-"]
+    assert [format_timestamp(text) for text in (STAMP, None)] == ["2026-01-31 14:01:00Z", "-"]
+    assert [format_elapsed(STAMP, end) for end in ("2026-01-31T14:02:05Z", None)] == ["1m", "-"]
 
 
 @pytest.mark.parametrize(
