@@ -97,10 +97,8 @@ def test_file_is_utf_8_with_any_bom_and_line_ends(file: Path) -> None:
 
 def test_command_reads_only_named_settings() -> None:
     environment = {"LOADLEDGER_JWT_ISSUER": "me", "LOADLEDGER_PORT": "no number"}
-    assert read_settings({}, environment, only=("jwt_audience", "jwt_issuer")) == (
-        {"jwt_audience": "loadledger", "jwt_issuer": "me"},
-        [],
-    )
+    values = {"jwt_audience": "loadledger", "jwt_issuer": "me"}
+    assert read_settings({}, environment, only=tuple(values)) == (values, [])
 
 
 # Values
@@ -145,14 +143,10 @@ def test_value_at_the_limit_is_taken() -> None:
 
 def test_sizes_and_rate_limits_have_units() -> None:
     sizes = {
-        "1": 1,
-        "20GB": 20 * 10**9,
-        "3MB": 3 * 10**6,
-        "2TB": 2 * 10**12,
-        "5MiB": 5 * 2**20,
-        "1GiB": 2**30,
-    }
-    assert {text: parse_size(text) for text in (*sizes, "007TiB")} == sizes | {"007TiB": 7 * 2**40}
+        "1": 1, "20GB": 20 * 10**9, "3MB": 3 * 10**6, "2TB": 2 * 10**12, "5MiB": 5 * 2**20, "1GiB": 2**30,
+        "007TiB": 7 * 2**40,
+    }  # fmt: skip
+    assert {text: parse_size(text) for text in sizes} == sizes
     limits = {
         "600/minute": (600, 60), "1/second": (1, 1), "7 per 2 minutes": (7, 120), "5/Hour": (5, 3600),
         "9 / 3 days": (9, 259_200), "off": None,
@@ -311,9 +305,7 @@ def test_service_links_of_kubernetes_are_known() -> None:
     }  # fmt: skip
     for name in ("LOADLEDGER", "LOADLEDGER_CANARY_2"):
         assert not list(unknown_variables({f"{name}_{key}": value for key, value in service.items()}))
-    assert [name for name, _ in unknown_variables({"LOADLEDGER_HTTP_PORT": "8080"})] == [
-        "LOADLEDGER_HTTP_PORT"
-    ]
+    assert list(unknown_variables({"LOADLEDGER_HTTP_PORT": "8080"}))
 
 
 # The documentation

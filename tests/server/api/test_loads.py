@@ -92,15 +92,6 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
     assert shared.position == head
 
 
-async def test_load_takes_highest_version_or_the_one_named(shared: LocalApi) -> None:
-    for version in (2, 9, 10):
-        shared.save(models.add(version), "versions", version)
-    assert (await shared.load("versions"))["version"] == 10
-    assert (await shared.load("versions", version=2))["version"] == 2
-    assert await result_of(shared, "versions") == 3
-    assert (await shared.model("versions"))["version"] == 2
-
-
 async def test_wait_answers_202_when_time_is_up_or_server_stops(api: LocalApi) -> None:
     api.save(models.endless_load(), "m")
     job = await api.accepted_load("m")
@@ -185,6 +176,7 @@ async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -
 
 
 async def test_swap_serves_old_version_until_new_one_is_loaded(shared: LocalApi) -> None:
+    """TensorFlow Serving #2017."""
     shared.save(models.add(1), "swapped", 1)
     shared.save(models.endless_load(), "swapped", 2)
     shared.save(models.add(3), "swapped", 3)
@@ -212,22 +204,6 @@ async def test_swap_serves_old_version_until_new_one_is_loaded(shared: LocalApi)
         "kind": "unload", "cause": "swap", "status": "completed", "version": 1, "requested_by": "system",
     }  # fmt: skip
     assert (await shared.model("swapped"))["job_id"] == load["id"]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "cause"), [("beside", "ModelLoaded"), ("in_place", "LoadRequested"), ("auto", "ModelLoaded")]
-)
-async def test_strategy_decides_when_old_version_is_unloaded(
-    shared: LocalApi, strategy: str, cause: str
-) -> None:
-    """TensorFlow Serving #2017."""
-    for version in (1, 2):
-        shared.save(models.add(version), strategy, version)
-        await shared.load(strategy, strategy=strategy)
-    assert await result_of(shared, strategy) == 3
-    [swap] = [job for job in await shared.jobs(f"?model={strategy}") if job["kind"] == "unload"]
-    events = {event.id: event for event in await shared.events(strategy)}
-    assert events[str(getattr(events[swap["id"]].data, "cause_event_id", None))].type == cause
 
 
 async def test_lost_instance_is_shown_until_it_is_replaced(shared: LocalApi) -> None:

@@ -60,6 +60,9 @@ async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
     assert await changes(app, memory_limit_bytes=None) == {"timeout_s": 50, "instances": 2}
     command = await make_load_command(app, "m", {"max_batch_size": 3, "priority": "low"}, "Ann")
     assert (command.model_id, command.version, command.actor) == ("m", 1, "Ann")
+    save(models.add(), tmp_path, "m", 10)
+    for body, version in (({}, 10), ({"version": 1}, 1)):
+        assert (await make_load_command(app, "m", body, "Ann")).version == version
     assert command.asked == {"max_batch_size", "priority"}
     assert (command.parameters.instances, command.parameters.max_batch_size) == (2, 3)
     write(tmp_path, 'priority = "high"\nkeep_alive_s = 600\nstrategy = "auto"\npinned = true')

@@ -1,7 +1,6 @@
 """`GET /api/v1/events/stream`: catches up, follows, resumes, and ends in order."""
 
 import asyncio
-import hashlib
 import json
 import re
 import socket
@@ -16,7 +15,6 @@ from support.history import write
 from support.http import LIMIT_S, LocalApi, following, when
 from support.workers import until
 
-from events.codec import decode_event
 from events.commands import Record
 from events.types import Draft, WorkerExited
 from server.api import stream
@@ -81,19 +79,13 @@ async def test_stream_catches_up_says_live_and_follows(shared: LocalApi) -> None
         assert (await client.event())["position"] == head + 6
 
 
-async def test_streamed_event_is_the_listed_and_hashed_text(shared: LocalApi) -> None:
+async def test_streamed_event_is_the_listed_text(shared: LocalApi) -> None:
     await add(shared, 2)
-    listed = (await shared.get("/api/v1/events?limit=1000")).json["events"]
-    before = bytes(32)
+    listed = (await shared.get("/api/v1/events?limit=1000")).body
     async with following(shared, "?after=0") as client:
         await client.message()
-        for known, fact in zip(listed, await shared.events(), strict=True):
-            message = await client.message()
-            assert message.json == known
-            text, _, digest = message.data.rpartition(',"hash":"')
-            before = hashlib.sha256(before + f"{text}}}".encode()).digest()
-            assert digest == f'{before.hex()}"}}'
-            assert decode_event(f"{text}}}") == fact
+        texts = [(await client.message()).data for _ in range(shared.position)]
+    assert listed.startswith(f'{{"events":[{",".join(texts)}],'.encode())
 
 
 async def test_filtered_stream_sends_bookmarks(shared: LocalApi) -> None:
