@@ -225,11 +225,10 @@ class WatchedWorld(World):
 
     def check_operations(self) -> None:
         """Never are there two operations on one model, and never too many at once."""
-        begun = [
-            self.state.unended_job(load) for load, run in self.running().items() if run.phase is Phase.LOADING
-        ]
-        urgent = any(job is not None and job.cause in URGENT for job in begun)
-        assert len(self.loading()) <= self.policy.loads_at_once + urgent
+        running = self.running()
+        loading = [self.state.unended_job(load) for load in running if running[load].phase is Phase.LOADING]
+        urgent = any(job is not None and job.cause in URGENT for job in loading)
+        assert len(loading) <= self.policy.loads_at_once + urgent
         for name, model in self.state.models.items():
             unended = self.state.unended(name)
             own = [job for job in unended if job.kind is JobKind.LOAD or job.id in model.unloads]
