@@ -24,17 +24,7 @@ from aiohttp.abc import AbstractAccessLogger
 from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
-from server.http.responses import (
-    MAX_FIELDS,
-    MAX_HEAD_BYTES,
-    MAX_LINE_BYTES,
-    HeadTimeout,
-    HeadTooLarge,
-    TooManyConnections,
-    problem_of_parser,
-    raw_refusal,
-    refusal,
-)
+from server.http import responses
 from server.http.validation import MIN_PROGRESS_BYTES
 from server.routing import RequestHandler, wrap_handler
 
@@ -117,9 +107,9 @@ class GuardedConnection(asyncio.Protocol):
             access_log_class=_EndOfResponse,
             access_log=_log,
             auto_decompress=False,  # it would come before authentication, without a limit
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_LINE_BYTES + 1,  # so that the parser's errors differ
-            max_headers=MAX_FIELDS,
+            max_line_size=responses.MAX_LINE_BYTES,
+            max_field_size=responses.MAX_LINE_BYTES + 1,  # so that the parser's errors differ
+            max_headers=responses.MAX_FIELDS,
         )
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
@@ -140,7 +130,7 @@ class GuardedConnection(asyncio.Protocol):
         beyond = len(self._limits.open) - self._limits.most
         self.is_reserve = beyond > 0
         if beyond > self._limits.reserve:
-            self._refuse(TooManyConnections())
+            self._refuse(responses.TooManyConnections())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
@@ -220,18 +210,24 @@ class GuardedConnection(asyncio.Protocol):
             limit_s = min(limit_s, self._limits.reserve_head_s)
         if self._head_checks * self._limits.interval_s() > limit_s:
             if self.is_reserve:
-                self._refuse(TooManyConnections())
+                self._refuse(responses.TooManyConnections())
             elif self._head_bytes:
-                self._refuse(HeadTimeout(f"the head of the request did not arrive within {limit_s:g} s"))
+                self._refuse(
+                    responses.HeadTimeout(f"the head of the request did not arrive within {limit_s:g} s")
+                )
             else:  # the client has sent nothing, so there is nothing to answer
                 self._http.force_close()
-        elif self._checked_head_bytes > MAX_HEAD_BYTES:
-            self._refuse(HeadTooLarge(f"the head of a request must end within {MAX_HEAD_BYTES} bytes"))
+        elif self._checked_head_bytes > responses.MAX_HEAD_BYTES:
+            self._refuse(
+                responses.HeadTooLarge(
+                    f"the head of a request must end within {responses.MAX_HEAD_BYTES} bytes"
+                )
+            )
         self._checked_head_bytes = self._head_bytes
 
     def _refuse(self, problem: ServerProblem) -> None:
         """Answer before there is a request, and close."""
-        self._transport.write(raw_refusal(problem))
+        self._transport.write(responses.raw_refusal(problem))
         self._http.force_close()
 
 
@@ -250,7 +246,7 @@ class _HttpProtocol(web.RequestHandler):
         """Answer a refusal of the parser; other errors are aiohttp's."""
         if status != HTTPStatus.BAD_REQUEST:
             return super().handle_error(request, status, exc, message)
-        return refusal(request, problem_of_parser(exc))
+        return responses.refusal(request, responses.problem_of_parser(exc))
 
 
 class _EndOfResponse(AbstractAccessLogger):
@@ -291,7 +287,7 @@ async def _answer_probe(handler: RequestHandler, request: web.BaseRequest) -> we
 
 
 async def _refuse_request(request: web.BaseRequest) -> web.StreamResponse:
-    return refusal(request, TooManyConnections())
+    return responses.refusal(request, responses.TooManyConnections())
 
 
 @asynccontextmanager

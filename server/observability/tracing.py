@@ -11,18 +11,11 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from aiohttp import web
+from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import (
-    Span,
-    SpanKind,
-    StatusCode,
-    format_trace_id,
-    get_current_span,
-    set_span_in_context,
-)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from events.clock import parse_timestamp
@@ -62,7 +55,7 @@ class Tracing:
         def wrap(inner: RequestHandler) -> RequestHandler:
             async def handle(request: web.BaseRequest) -> web.StreamResponse:
                 parent = PROPAGATOR.extract(request.headers)
-                is_part = get_current_span(parent).get_span_context().is_valid
+                is_part = trace.get_current_span(parent).get_span_context().is_valid
                 if not is_part and match_inference(request) and random.random() >= share:  # noqa: S311 - a sample
                     return await inner(request)
                 attributes = _without_none(
@@ -73,10 +66,12 @@ class Tracing:
                         "client.address": proxies.peer(request),
                     }
                 )
-                with self._tracer.start_span(request.method, parent, SpanKind.SERVER, attributes) as span:
+                with self._tracer.start_span(
+                    request.method, parent, trace.SpanKind.SERVER, attributes
+                ) as span:
                     context = begin_context(request)
-                    context.trace_id = format_trace_id(span.get_span_context().trace_id)
-                    PROPAGATOR.inject(context.carrier, set_span_in_context(span))
+                    context.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
+                    PROPAGATOR.inject(context.carrier, trace.set_span_in_context(span))
                     response: web.StreamResponse | None = None
                     try:
                         response = await inner(request)
@@ -103,11 +98,11 @@ class Tracing:
         }
         began_ns = _nanoseconds(job.created_at)
         span = self._tracer.start_span(job.kind, parent, attributes=_without_none(named), start_time=began_ns)
-        inside = set_span_in_context(span)
+        inside = trace.set_span_in_context(span)
         for name, first_ns, last_ns in _stages(job, end, ended_ns):
             self._tracer.start_span(name, inside, start_time=first_ns).end(last_ns)
         if job.status is JobStatus.FAILED:
-            span.set_status(StatusCode.ERROR, job.error.message if job.error is not None else None)
+            span.set_status(trace.StatusCode.ERROR, job.error.message if job.error is not None else None)
         span.end(ended_ns)
 
     def close(self) -> None:
@@ -122,7 +117,7 @@ def _without_none(attributes: Mapping[str, str | int | None]) -> dict[str, str |
 
 
 def _set_response(
-    span: Span, request: web.BaseRequest, response: web.StreamResponse | None, context: RequestContext
+    span: trace.Span, request: web.BaseRequest, response: web.StreamResponse | None, context: RequestContext
 ) -> None:
     """Set the attributes of a response; of a cancelled request, the library sets its own."""
     route, principal = _route(request), request.get(PRINCIPAL)
@@ -140,7 +135,7 @@ def _set_response(
     }
     span.set_attributes(_without_none(named))
     if is_fault:
-        span.set_status(StatusCode.ERROR)
+        span.set_status(trace.StatusCode.ERROR)
 
 
 def _route(request: web.BaseRequest) -> str | None:

@@ -20,15 +20,8 @@ from events.log import Log, Receipt
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader
 from events.types import Cause
+from runtime import errors
 from runtime.consumer.usage import PendingDemand
-from runtime.errors import (
-    InferenceTimeout,
-    InvalidModelId,
-    QueueFull,
-    RuntimeProblem,
-    UnknownModel,
-    UnknownVersion,
-)
 from runtime.router import ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
 from server.errors import ServerProblem
 
@@ -41,7 +34,7 @@ MAX_FAILURES = 1000
 """Beyond them the oldest is forgotten, and its model may be tried again sooner."""
 
 _ABSENT = (ModelState.UNLOADED, ModelState.FAILED)
-_PASSED_ON = (InvalidModelId, UnknownModel, UnknownVersion, LedgerProblem)
+_PASSED_ON = (errors.InvalidModelId, errors.UnknownModel, errors.UnknownVersion, LedgerProblem)
 """Errors that the client gets as they are. Invalid settings of a model are not the client's mistake."""
 
 Demand = tuple[str, int | None]
@@ -217,7 +210,7 @@ class OnDemand:
         """Wait until any version of the model is ready; cancelling this does not affect other waiters."""
         model_id = demand[0]
         if self.waiting(model_id) >= self.max_waiting:
-            raise QueueFull(f"{self.max_waiting} inferences wait for model '{model_id}' already")
+            raise errors.QueueFull(f"{self.max_waiting} inferences wait for model '{model_id}' already")
         attempt = self._attempts.get(demand)
         if attempt is None:
             attempt = asyncio.create_task(self._attempt(demand, subject), name=f"awaiting {model_id}")
@@ -228,7 +221,7 @@ class OnDemand:
                 problem = await asyncio.shield(attempt)
         except TimeoutError:
             reason = f"model '{model_id}' was not ready in time: {self._describe_wait(model_id)}"
-            raise InferenceTimeout(reason) from None
+            raise errors.InferenceTimeout(reason) from None
         finally:
             self._waiting[demand] -= 1
             if not self._waiting[demand]:
@@ -323,7 +316,7 @@ class OnDemand:
             command = await self.look_up(model_id, version, attempt.subject)
         except _PASSED_ON:
             raise
-        except (RuntimeProblem, ServerProblem) as problem:
+        except (errors.RuntimeProblem, ServerProblem) as problem:
             reason = f"model '{model_id}' could not be loaded: {problem}"
             raise DemandFailed(reason, self._note_failure(attempt, reason, attempt.before)) from None
         is_absent = state.models.get(model_id) is attempt.before and not state.queue(model_id)

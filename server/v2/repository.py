@@ -27,15 +27,7 @@ from server.auth.gate import PRINCIPAL
 from server.errors import ERRORS, ServerProblem
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
-from server.v2.tritonconfig import (
-    INDEX_BODY,
-    LOAD_BODY,
-    UNLOAD_BODY,
-    check_unload,
-    read_load,
-    read_object,
-    read_only_ready,
-)
+from server.v2 import tritonconfig
 
 routes = Routes(tag="repository")
 
@@ -139,13 +131,13 @@ _ENDED = {
     "/v2/repository/index",
     access=Access.ANY,
     summary="List the versions of all models with their states",
-    request_body=INDEX_BODY,
+    request_body=tritonconfig.INDEX_BODY,
     answers={200: (IndexEntrySchema(many=True), "By name and version.")},
     errors=("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type"),
 )
 async def show_index(request: web.Request) -> web.Response:
     """Return the recorded versions, and the other models of the repository."""
-    only_ready = read_only_ready(await read_object(request))
+    only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request))
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
     entries = await asyncio.to_thread(
         _encoded_index, recorded, request.app[REPOSITORY], only_ready=only_ready
@@ -158,14 +150,14 @@ async def show_index(request: web.Request) -> web.Response:
     access=Access.ADMIN,
     summary="Load a model, and wait until it is ready",
     path=ModelPathSchema(),
-    request_body=LOAD_BODY,
+    request_body=tritonconfig.LOAD_BODY,
     answers=_ENDED,
     errors=(*_BODY_ERRORS, *_LOAD_ERRORS, *_LOG_ERRORS),
 )
 async def load_and_wait(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless that load is done or in progress, and wait for the job's end."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
-    parameters = read_load(await read_object(request), model_id)
+    parameters = tritonconfig.read_load(await tritonconfig.read_object(request), model_id)
     job = await run_job(request.app, await make_load_command(request.app, model_id, parameters, subject))
     return _done(job)
 
@@ -175,14 +167,14 @@ async def load_and_wait(request: web.Request) -> web.Response:
     access=Access.ADMIN,
     summary="Unload a model, and wait until its memory is freed",
     path=ModelPathSchema(),
-    request_body=UNLOAD_BODY,
+    request_body=tritonconfig.UNLOAD_BODY,
     answers=_ENDED,
     errors=(*_BODY_ERRORS, "job_failed", "cancelled", *_LOG_ERRORS),
 )
 async def unload_and_wait(request: web.Request) -> web.Response:
     """Append `UnloadRequested` if the model is loaded or loading, and wait for the job's end."""
     model_id = path_parameters(request)["id"]
-    check_unload(await read_object(request))
+    tritonconfig.check_unload(await tritonconfig.read_object(request))
     job = await _unload(request.app, model_id, request[PRINCIPAL].subject)
     return _done(job)
 
