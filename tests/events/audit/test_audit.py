@@ -64,26 +64,6 @@ def test_changed_byte_of_the_file_is_found_or_changes_no_answer(index: int, bits
             assert answers(path) == SOUND
 
 
-@MANY
-@given(st.integers(1, HEAD), st.booleans(), st.integers(0, 10_000), st.integers(1, 255))
-def test_changed_byte_of_a_stored_event_is_named_at_its_position(
-    position: int,
-    of_hash: bool,  # noqa: FBT001 - drawn
-    index: int,
-    bits: int,
-) -> None:
-    _, body, digest = ROWS[position - 1]
-    changed = digest if of_hash else body.encode()
-    assert LEDGER.count(changed) == 1  # a body is short enough not to be spread over pages
-    with copy_of(flip_byte(LEDGER, LEDGER.index(changed) + index % len(changed), bits)) as path:
-        found = audit(path)
-        where, kind = place_of(found.finding)
-        assert where == position
-        assert kind is FindingKind.HASH or not of_hash
-        assert found.verification.position == position - 1
-        assert found.verification.hash == (ROWS[position - 2][2] if position > 1 else bytes(32))
-
-
 def test_damage_that_only_sqlite_sees_is_told_in_its_words() -> None:
     with copy_of(LEDGER) as path:
         assert audit(path).damage is None

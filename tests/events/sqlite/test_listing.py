@@ -162,18 +162,6 @@ def test_event_page_walks_an_index_and_never_sorts(
         assert not [step for step in steps if "TEMP B-TREE" in step or "SCAN events" in step], steps
 
 
-async def test_event_page_is_one_snapshot(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        await write(log, 5)
-        page = await reader.event_page(EventQuery(limit=3))
-        await write(log, 5, first=6)
-        assert ([event.position for event in page.items], page.as_of, page.next_cursor) == ([1, 2, 3], 5, 3)
-        assert page.seen == 3
-        assert (await reader.event_page(EventQuery(after=10))).items == []
-        with pytest.raises(BeyondHead, match="position 10"):
-            await reader.event_page(EventQuery(after=11))
-
-
 EARLY = "2001-01-01T00:00:00.000000Z"
 ARCHIVED = [
     EventQuery(after=3),
@@ -288,6 +276,13 @@ async def test_reader_sees_each_commit_and_writes_nothing(tmp_path: Path) -> Non
             assert len(await reader.events(0)) == number
         assert [event.position for event in await reader.events(2, 2)] == [3, 4]
         assert await reader.events(700) == []
+        page = await reader.event_page(EventQuery(limit=3))
+        await write(log, 5, first=6)
+        assert ([event.position for event in page.items], page.as_of, page.next_cursor) == ([1, 2, 3], 5, 3)
+        assert page.seen == 3
+        assert (await reader.event_page(EventQuery(after=10))).items == []
+        with pytest.raises(BeyondHead, match="position 10"):
+            await reader.event_page(EventQuery(after=11))
         with pytest.raises(LogUnavailable, match="readonly"):
             await reader._thread.run(lambda connection: connection.execute("DELETE FROM jobs"))
 
