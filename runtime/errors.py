@@ -70,12 +70,7 @@ class ForkServerUnavailable(RuntimeProblem):
 
 
 class LoadRefused(RuntimeProblem):
-    """A load failed for a stated reason.
-
-    Args:
-        code: the reason.
-        message: for the caller; ONNX Runtime's own words if it has some.
-    """
+    """A load failed for a stated reason; the message has ONNX Runtime's own words if there are any."""
 
     code: LoadCode = "invalid_model"
 

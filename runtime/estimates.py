@@ -44,12 +44,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of a load before it starts.
 
-    Args:
-        files: what the version consists of now.
-        version: which it is.
-        parameters: what it is loaded with.
-        footprints: what the model's versions took.
-        form: the prepared form of these files, if any; its first load may take as much as one without.
+    The first load of a prepared `form` may take as much as one without.
     """
     same = [seen for seen in footprints if seen.version == version and is_same_files(seen.files, files)]
     unprepared = next((seen for seen in same if seen.form is None), None)

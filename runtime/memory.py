@@ -61,13 +61,7 @@ class Resident:
 
 
 def private_bytes(pid: int | str = "self") -> int:
-    """Measure the memory that the machine gets back when a process ends.
-
-    Args:
-        pid: a process id, or "self".
-
-    Returns:
-        Bytes in pages that no other process maps and no file backs.
+    """Measure the bytes in pages that no other process maps and no file backs.
 
     Raises:
         ProcessLookupError: the process has exited.
@@ -135,12 +129,7 @@ class MemoryUnknown(RuntimeProblem):
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """The memory that this container or machine may use.
-
-    Attributes:
-        bytes: more than 0.
-        source: where the limit comes from, for people.
-    """
+    """The memory that this container or machine may use, more than 0, and where the limit comes from."""
 
     bytes: int
     source: Source

@@ -57,7 +57,7 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
 
     Args:
         path: the ONNX file.
-        folder: the version's folder, which relative locations begin from.
+        folder: the version's folder, from which locations are relative.
         root: the repository's root, without links.
 
     Returns:

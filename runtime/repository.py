@@ -179,11 +179,7 @@ class Repository:
 
 
 def identify(folder: Path, root: Path) -> list[FoundFile]:
-    """Return the identity of each file of a version, in order of their paths.
-
-    Args:
-        folder: the version's folder.
-        root: the repository's root, which no link may leave.
+    """Return the identity of each file of a version, in order of their paths; no link may leave the root.
 
     Raises:
         LoadRefused: `unsafe_file`, for something that is not a regular file or is outside of the

@@ -177,9 +177,7 @@ class Router:
 
         Raises:
             UnknownModel: `unknown_model`, neither loaded nor in the repository.
-            ModelNotLoaded: `model_not_loaded`; `ModelRecovering` while it is being reloaded.
-            OtherVersionLoaded: `model_not_loaded`, another version is.
-            ModelUnloading: `model_unloading`.
+            RuntimeProblem: what `route` raises.
         """
         try:
             return self.route(model_id, version)

@@ -20,14 +20,7 @@ from events.state import State
 from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Executor
 from runtime.consumer.loads import RunningLoad
-from runtime.consumer.usage import (
-    JobWait,
-    MemoryUse,
-    PendingDemand,
-    PreparationUsage,
-    list_usage,
-    list_waiting,
-)
+from runtime.consumer.usage import JobWait, MemoryUse, PendingDemand, PreparationUsage, list_usage
 from runtime.errors import WorkerDied
 from runtime.limits import MEASURE_LIMIT_S
 from runtime.process.pool import WorkerPool
@@ -136,8 +129,13 @@ class Consumer:
         )
 
     def waits(self) -> list[JobWait]:
-        """Return the waiting jobs, as of the last decision."""
-        return list_waiting(self._log.state, self._decision.waiting_for, self._executor.estimates.known)
+        """Return the waiting jobs, oldest first, as of the last decision."""
+        waiting, estimates = self._decision.waiting_for, self._executor.estimates.known
+        return [
+            JobWait(job.id, job.model_id, estimates.get(job.id), waiting[job.id])
+            for job in self._log.state.unended()
+            if job.id in waiting
+        ]
 
     async def _step(self) -> None:
         self._wakeup.clear()

@@ -154,15 +154,7 @@ def _us(seconds: float) -> int:
 
 
 class Executor:
-    """Executes one action after the other.
-
-    Args:
-        log: where facts are recorded.
-        pool: starts workers.
-        repository: resolves versions.
-        wake: wakes the consumer.
-        drain_timeout_s: how long an unload without force waits for running inferences.
-        store: the optimised model cache; None turns preparation off.
+    """Executes one action after the other; without a `store`, nothing is prepared.
 
     Attributes:
         loads: the running loads, by job id.

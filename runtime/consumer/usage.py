@@ -6,7 +6,7 @@ that no metric goes back when a model is unloaded or swapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,17 +63,6 @@ def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[Memo
     there = [load for load in loads.values() if not load.has_exited]
     found = (_describe_use(load, load.to_view(state.unended_job(load.job_id), now)) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
-
-
-def list_waiting(
-    state: State, waiting_for: Mapping[str, str], needs: Mapping[str, int | None]
-) -> list[JobWait]:
-    """Return the waiting jobs, oldest first."""
-    return [
-        JobWait(job.id, job.model_id, needs.get(job.id), waiting_for[job.id])
-        for job in state.unended()
-        if job.id in waiting_for
-    ]
 
 
 def _describe_use(load: RunningLoad, run: LoadView) -> MemoryUse:
