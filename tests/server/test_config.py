@@ -269,12 +269,9 @@ def test_unusable_path_is_named(tmp_path: Path, name: str, path: str, words: str
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("LOADLEDGER_PROT", "did you mean LOADLEDGER_PORT?"),
         ("LOADLEDGER_REPO", "did you mean LOADLEDGER_REPOSITORY?"),
         ("LOADLEDGER_on_demand", "did you mean LOADLEDGER_ON_DEMAND?"),
         ("LOADLEDGER_TOKENS", "did you mean LOADLEDGER_TOKEN?"),
-        ("LOADLEDGER_MAX_CONNECTIONS_PER_ADDRESS", "did you mean LOADLEDGER_MAX_CONNECTIONS?"),
-        ("LOADLEDGER_ZZZZZZZZ", "`loadledger serve --help` lists the settings"),
         ("LOADLEDGER_", "`loadledger serve --help` lists the settings"),
     ],
 )
