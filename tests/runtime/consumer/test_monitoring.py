@@ -23,7 +23,6 @@ from runtime.consumer import consumer as consumer_module
 from runtime.consumer.consumer import WorkerMonitor
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
-from runtime.wire import Tensor
 
 GROWTH_BYTES = 40_000_000
 """What the model `grows` takes when it is asked to, and keeps: ONNX Runtime's arena gives nothing back."""
@@ -56,13 +55,12 @@ def upkeep(engine: Engine) -> WorkerMonitor:
     return engine.consumer._monitor
 
 
-def shape() -> Tensor:
-    """Have `grows` grow."""
-    return tensor("shape", "INT64", np.array([GROWTH_BYTES // 4], np.int64))
-
-
-def index() -> Tensor:
-    return tensor("x", "INT64", np.array([0], np.int64))
+async def use(engine: Engine, model_id: str) -> None:
+    """Ask a model once; `grows` takes as much memory as it can."""
+    if model_id == "grows":
+        await engine.infer("grows", tensor("shape", "INT64", np.array([GROWTH_BYTES // 4], np.int64)))
+    else:
+        await engine.infer(model_id, tensor("x", "INT64", np.array([0], np.int64)))
 
 
 def noted(folder: Path) -> dict[str, str]:
@@ -79,7 +77,7 @@ async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None
     await engine.load("old", parameters=LoadParameters(instances=2))
     load, pair = engine.live("grows"), engine.live("old")
     loaded = load.memory_bytes
-    await engine.infer("grows", shape())
+    await use(engine, "grows")
     assert load.memory_bytes == loaded
     await upkeep(engine).measure()
     assert load.memory_bytes >= loaded + 0.9 * GROWTH_BYTES
@@ -94,8 +92,8 @@ async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: Worker
     async with running(folder, policy=policy, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.load("grows")
-        await engine.infer("old", index())
-        await engine.infer("grows", shape())
+        await use(engine, "old")
+        await use(engine, "grows")
         await upkeep(engine).measure()
         await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
         await until(lambda: not engine.log.state.unended())
@@ -128,7 +126,7 @@ async def test_stuck_measurement_delays_no_other_worker(
     os.mkfifo(fifo)
     (proc / str(well.pid)).symlink_to(f"/proc/{well.pid}")
     monkeypatch.setattr(memory, "PROC", proc)
-    monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", 0.5)
+    monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", 0.1)
     for _ in range(3):
         engine.live("new").measured_bytes.clear()
         await upkeep(engine).measure()
@@ -144,44 +142,38 @@ async def test_stuck_measurement_delays_no_other_worker(
 
 
 async def test_only_new_uses_are_noted(engine: Engine, folder: Path) -> None:
+    note_uses = upkeep(engine).note_uses
     await engine.load("old")
     await engine.load("new")
-    await upkeep(engine).note_uses()
+    await note_uses()
     assert noted(folder) == {}
-    await engine.infer("old", index())
-    await upkeep(engine).note_uses()
+    await use(engine, "old")
+    with closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as connection:
+        connection.execute("ALTER TABLE last_used RENAME TO elsewhere")
+        with pytest.raises(LogUnavailable):
+            await engine.log.note_last_used({"old": "x"})
+        await note_uses()
+        connection.execute("ALTER TABLE elsewhere RENAME TO last_used")
+    await note_uses()  # now it can
     first = noted(folder)
     assert set(first) == {"old"}
-    await engine.infer("new", index())
-    await upkeep(engine).note_uses()
+    await use(engine, "new")
+    await note_uses()
     assert noted(folder) == first | {"new": noted(folder)["new"]}
     assert noted(folder)["new"] > first["old"]
     position = engine.log.head.position
-    await upkeep(engine).note_uses()
+    await note_uses()
     assert engine.log.head.position == position
 
 
 async def test_stop_notes_the_last_uses(folder: Path, shared_pool: WorkerPool) -> None:
     async with running(folder, pool=shared_pool, stops_cleanly=True) as engine:
         await engine.load("old")
-        await engine.infer("old", index())
+        await use(engine, "old")
         assert noted(folder) == {}
     assert set(noted(folder)) == {"old"}
     async with running(folder, pool=shared_pool) as engine:
         assert engine.log.last_used == noted(folder)
-
-
-async def test_unnoted_uses_are_noted_later(engine: Engine, folder: Path) -> None:
-    await engine.load("old")
-    await engine.infer("old", index())
-    with closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as connection:
-        connection.execute("ALTER TABLE last_used RENAME TO elsewhere")
-        with pytest.raises(LogUnavailable):
-            await engine.log.note_last_used({"old": "x"})
-        await upkeep(engine).note_uses()
-        connection.execute("ALTER TABLE elsewhere RENAME TO last_used")
-    await upkeep(engine).note_uses()
-    assert set(noted(folder)) == {"old"}
 
 
 async def test_upkeep_runs_periodically(
@@ -190,5 +182,5 @@ async def test_upkeep_runs_periodically(
     monkeypatch.setattr(consumer_module, "MEASURE_EVERY_S", 0.01)
     async with running(folder, pool=shared_pool) as engine:
         await engine.load("old")
-        await engine.infer("old", index())
+        await use(engine, "old")
         await until(lambda: bool(noted(folder)) and bool(engine.live("old").measured_bytes))
