@@ -127,7 +127,6 @@ class Scene:
         assert words in decision.waiting_for.get(load, ""), part
 
     def set(self, **policy: Any) -> None:
-        """Change the policy."""
         self.policy = replace(self.policy, **policy)
 
     def load(
@@ -140,16 +139,15 @@ class Scene:
         used_s_ago: float | None = None,
         **given: Any,
     ) -> None:
-        """A model is loaded and takes these bytes."""
         load = f"{model}{version}"
         self.history.load(load, of=model, version=version, **given)
         used_at = None if used_s_ago is None else at(self.history.seconds - used_s_ago)
         self.run(load, model, memory_bytes=memory_bytes, busy=busy, last_used_at=used_at)
 
-    def request(self, model: str, needs: int | None = 0, *, version: int = 1, **given: Any) -> None:
-        """A load is requested that will need these bytes; a negative number is not estimated yet."""
+    def request(self, model: str, needs: int | str | None = 0, *, version: int = 1, **given: Any) -> None:
+        """A load is requested that needs these bytes; None is being estimated, `unknown` is not yet."""
         self.history.ask_load(f"{model}{version}", of=model, version=version, **given)
-        if needs is None or needs >= 0:
+        if not isinstance(needs, str):
             self.estimate(f"{model}{version}", needs)
 
     def estimate(self, load: str, needs: int | None) -> None:
@@ -157,7 +155,6 @@ class Scene:
         self.observations = replace(self.observations, estimates={**self.observations.estimates, load: needs})
 
     def observe(self, **given: Any) -> None:
-        """Something else was observed."""
         self.observations = replace(self.observations, **given)
 
     def offer(self, load: str, memory_bytes: int) -> None:
@@ -169,13 +166,11 @@ class Scene:
         self.observe(preparation=PreparationView(load, memory_bytes, stopping))
 
     def begin(self, model: str, *, version: int = 1) -> None:
-        """A requested load begins."""
         load = f"{model}{version}"
         self.history.start_load(load, of=model, version=version)
         self.run(load, model, Phase.LOADING, memory_bytes=self.observations.estimates.get(load) or 0)
 
     def start(self, model: str, needs: int = 0, *, version: int = 1, **given: Any) -> None:
-        """A load is requested and begins."""
         self.request(model, needs, version=version, **given)
         self.begin(model, version=version)
 
@@ -192,7 +187,6 @@ class Scene:
     def unload(
         self, model: str, *, version: int = 1, cause: Cause = Cause.REQUEST, begun: bool = True
     ) -> None:
-        """An unload is requested, and begins."""
         load = f"{model}{version}"
         self.history.ask_unload(f"-{load}", load, of=model, cause=cause)
         if begun:
@@ -209,11 +203,9 @@ class Scene:
         self.run(load, model, Phase.DRAINING, killed=True, memory_bytes=memory_bytes)
 
     def run(self, load: str, model: str, phase: str = Phase.SERVING, **given: Any) -> None:
-        """A process is in this phase."""
         self.running[load] = LoadView(load, model, Phase(phase), **given)
 
     def forget(self, load: str) -> None:
-        """A process is there no more."""
         del self.running[load]
 
     def use(self, load: str) -> None:
@@ -227,11 +219,9 @@ class Scene:
         self.history.restart()
 
     def wait(self, seconds: float) -> None:
-        """Time passes."""
         self.history.seconds += seconds
 
     def decision(self) -> Decision:
-        """Return what the scheduler decides now."""
         now = at(self.history.seconds)
         return decide(self.history.state, self.running, self.policy, now, self.observations)
 
@@ -241,7 +231,6 @@ class Scene:
         return inf if wake_at is None else seconds_between(at(self.history.seconds), wake_at)
 
     def next_action(self) -> str:
-        """Return the next action in words."""
         return describe(self.decision().action)
 
 

@@ -157,7 +157,6 @@ class History:
         self.add(data, job, of=of, version=version, by="alice" if is_asked else SYSTEM)
 
     def start_load(self, job: str, *, attempt: int = 1, **about: Any) -> None:
-        """A load begins."""
         self.add(LoadStarted(attempt), job, **about)
 
     def end_load(self, job: str, *, mtime_ns: int = 1, **about: Any) -> None:
@@ -171,7 +170,6 @@ class History:
         self.add(model_loaded(f"{job}1", f"{job}2"), job)
 
     def fail_load(self, job: str, code: str = "broken", **about: Any) -> None:
-        """A load ends badly."""
         self.add(LoadFailed(code, "because"), job, **about)
 
     def break_recovery(self) -> None:
@@ -190,7 +188,6 @@ class History:
         mtime_ns: int = 1,
         **given: Any,
     ) -> None:
-        """A load is requested, begins, and ends well."""
         self.ask_load(job, of=of, version=version, cause=cause, **given)
         self.start_load(job, of=of, version=version)
         self.end_load(job, of=of, version=version, mtime_ns=mtime_ns)
@@ -198,29 +195,23 @@ class History:
     def ask_unload(
         self, job: str, load: str, *, force: bool = False, cause: Cause = Cause.REQUEST, **about: Any
     ) -> None:
-        """The end of a load is requested."""
         self.add(UnloadRequested(force, load, cause), job, by="alice", **about)
 
     def start_unload(self, job: str, **about: Any) -> None:
-        """An unload begins."""
         self.add(UnloadStarted(), job, **about)
 
     def end_unload(self, job: str, **about: Any) -> None:
-        """An unload ends well."""
         self.add(ModelUnloaded(1_000, 0, 0), job, **about)
 
     def unload(self, job: str, load: str, *, cause: Cause = Cause.REQUEST, **about: Any) -> None:
-        """An unload is requested, begins, and ends well."""
         self.ask_unload(job, load, cause=cause, **about)
         self.start_unload(job, **about)
         self.end_unload(job, **about)
 
     def ask_cancel(self, job: str, **about: Any) -> None:
-        """The end of a job before its effect is requested."""
         self.add(CancelRequested(), job, by="alice", **about)
 
     def end_cancelled(self, job: str, **about: Any) -> None:
-        """A job ends before its effect."""
         self.add(JobCancelled(), job, **about)
 
     def kill_worker(self, worker: str, *, signal: int | None = 9, **about: Any) -> None:
@@ -233,11 +224,9 @@ class History:
         self.add(ServerStarted(unclean, down_since), None, of=None, version=None, after_s=down_s)
 
     def job(self, job: str) -> Job:
-        """Return a job of the present state, ended or not."""
         return self.state.jobs[job]
 
     def model(self, model: str = MODEL) -> Model:
-        """Return a model of the present state."""
         return self.state.models[model]
 
 
@@ -429,7 +418,6 @@ def instances(kind: type[T], *, without: str = "") -> st.SearchStrategy[T]:
 
 
 def any_data() -> st.SearchStrategy[Data]:
-    """Return a strategy for the data of every type."""
     return st.sampled_from(sorted(TYPES)).flatmap(lambda name: instances(TYPES[name]))
 
 

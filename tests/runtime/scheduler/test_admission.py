@@ -16,9 +16,9 @@ from runtime.scheduler.admission import (
 
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
-request a -1 -> estimate a1
-set budget_bytes=none; request a -1 -> start a1
-start a 10; request a -1 version=2 -> nothing
+request a unknown -> estimate a1
+set budget_bytes=none; request a unknown -> start a1
+start a 10; request a unknown version=2 -> nothing
 request a none; observe estimating=a1+; request b 60
   -> b1 waits for the memory estimate of 'a', which comes first;
   estimate a1 60 -> start a1
