@@ -64,15 +64,10 @@ class LineSplitter:
             raise BadAnswer(f"the server does not send a stream of events: a line has {length} bytes or more")
 
 
-@dataclass(frozen=True, slots=True)
-class Bookmark:
-    """A position that a filtered stream has reached without an event."""
+def parse_line(line: bytes) -> Event | int | None:
+    """Parse a line of a stream: an event, a bookmark's position, or None for other notices.
 
-    position: int
-
-
-def parse_line(line: bytes) -> Event | Bookmark | None:
-    """Parse a line of a stream: an event, a bookmark, or None for other notices.
+    A bookmark tells the position that a filtered stream has reached without an event.
 
     Raises:
         BadAnswer: it is none of these.
@@ -85,9 +80,7 @@ def parse_line(line: bytes) -> Event | Bookmark | None:
         raise _no_event(line) from None
     if notice.stream is None:
         return parse_event(line)
-    if notice.stream == "bookmark" and notice.position is not None:
-        return Bookmark(notice.position)
-    return None
+    return notice.position if notice.stream == "bookmark" else None
 
 
 def parse_event(line: bytes) -> Event:
@@ -283,8 +276,8 @@ class StreamProgress:
         for said in map(parse_line, lines):
             if isinstance(said, Event) and self._is_new(said):
                 found.append(said)
-            elif isinstance(said, Bookmark) and (self.position is None or not self.whole):
-                self.position = max(said.position, self.position or 0)  # without a filter only events move it
+            elif isinstance(said, int) and (self.position is None or not self.whole):
+                self.position = max(said, self.position or 0)  # without a filter only events move it
         return found
 
     def _is_new(self, event: Event) -> bool:

@@ -70,7 +70,7 @@ def verify(
         raise click.BadParameter(str(error), param_hint="--expect") from None
     with report_problems():
         checked = verify_ledger_and_files(
-            None if data is None else ledger_in(data), archives, files, key, expected
+            None if data is None else _ledger_in(data), archives, files, key, expected
         )
     click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
     sys.exit(0 if checked.verified else NEGATIVE_RESULT)
@@ -124,24 +124,18 @@ def replay(
     if rebuilds and (until is not None or model_id is not None or archives):
         raise click.UsageError("--rebuild takes the whole log: leave out --until, --model and --archive")
     with report_problems():
-        ledger = ledger_in(data)
+        ledger = _ledger_in(data)
         if rebuilds:
             _rebuild(data, ledger, as_json=as_json)
         else:
-            state = replay_state(ledger, until, model_id, archives)
+            state = _replay_state(ledger, until, model_id, archives)
             click.echo(json.dumps(state, indent=2) if as_json else "\n".join(_state_lines(state)))
 
 
-def replay_state(
-    path: Path, until: str | None, model_id: str | None, archives: Sequence[Path] = ()
+def _replay_state(
+    path: Path, until: str | None, model_id: str | None, archives: Sequence[Path]
 ) -> dict[str, Any]:
-    """Return the state at a moment, in the form of the management API.
-
-    Raises:
-        LedgerProblem: `invalid_parameter`, `beyond_head`, `archived`, `log_unavailable`, and of archives
-            `archive_missing`, `ledger_damaged`, `nothing_there`.
-        OSError: an archive cannot be read.
-    """
+    """Return the state at a moment, in the form of the management API."""
     from events.audit.archivechain import replay  # noqa: PLC0415 - as above
     from events.sqlite.readonly import open_read_only  # noqa: PLC0415
     from server.api.schemas import job_view, model_view  # noqa: PLC0415
@@ -215,7 +209,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
-        ledger, sign = ledger_in(data), open_signer(data)
+        ledger, sign = _ledger_in(data), open_signer(data)
         lines = JSONL if form == "jsonl" else cloudevents(sign.public_key)
         exported = export(ledger, lines, sign, after=after, until=until)
         if str(file) == "-":
@@ -253,7 +247,7 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
-        ledger, sign = ledger_in(data), open_signer(data)
+        ledger, sign = _ledger_in(data), open_signer(data)
         refuse_own(file, data)
         with _ended_by_sigterm(), lock_data(data):
             done = archive(ledger, before, file, sign, datetime.now(UTC))
@@ -288,7 +282,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     from loadledger.cli.localledger import audit_members, format_audit  # noqa: PLC0415
 
     with report_problems():
-        ledger = ledger_in(data)
+        ledger = _ledger_in(data)
         refuse_own(file, data)
         with _ended_by_sigterm():
             found = back_up(ledger, file)
@@ -323,12 +317,8 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def ledger_in(data: Path) -> Path:
-    """Return the ledger's file in a data directory.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-    """
+def _ledger_in(data: Path) -> Path:
+    """Return the ledger's file in a data directory, which must exist."""
     from events.datalock import LEDGER  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():

@@ -68,7 +68,7 @@ def _archive_lines(behind: ArchiveProof, key: str | None) -> Iterator[str]:
         )
 
 
-def format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
+def _format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
     """Return a file's audit as lines of text."""
     name, end = format_filename(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
@@ -110,7 +110,7 @@ def audit_members(found: Audit) -> dict[str, Any]:
     }
 
 
-def file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
+def _file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
     """Return a file's audit as JSON members; `key_expected` is null without an expected key."""
     head, signer = file.head, _signer_id(file)
     return {
@@ -160,12 +160,12 @@ class VerifyResult:
     def lines(self) -> list[str]:
         """Return the result as text."""
         lines = [] if self.ledger is None else format_audit(self.ledger, key=self.key)
-        return lines + [line for file in self.files for line in format_file_audit(file, key=self.key)]
+        return lines + [line for file in self.files for line in _format_file_audit(file, key=self.key)]
 
     def members(self) -> dict[str, Any]:
         """Return the result as JSON members; those of the ledger only if there was one."""
         behind = self.ledger.behind.files if self.ledger and self.ledger.behind else ()
-        files = [file_members(each, key=self.key) for each in (*behind, *self.files)]
+        files = [_file_members(each, key=self.key) for each in (*behind, *self.files)]
         of_ledger = {} if self.ledger is None else audit_members(self.ledger)
         return {**of_ledger, "verified": self.verified, "files": files}
 
@@ -177,14 +177,10 @@ def verify_ledger_and_files(
     key: str | None,
     expected: Expected | None,
 ) -> VerifyResult:
-    """Verify a ledger, files, or both against each other.
+    """Verify a ledger with its archives, files by themselves, or both against each other.
 
-    Args:
-        ledger: the database file, if any.
-        archives: of that ledger.
-        files: exports or archives, each verified by itself.
-        key: the expected signer: a key's id, or a file with the key.
-        expected: the anchor that the ledger, or without one a file, has to contain.
+    The expected `key` is an id or a file. The ledger, or without one a file, has to contain
+    the anchor `expected`.
 
     Raises:
         KeyProblem: the key is invalid.
@@ -216,15 +212,8 @@ async def show_events(
 ) -> None:
     """Show a ledger's events page by page, as stored lines; with `follow` also new ones, without end.
 
-    Args:
-        path: the database file.
-        show: called with the lines of each page.
-        wanted: the filter.
-        follow: from the head on, unless one of the others sets the beginning.
-        after: only events above this position.
-        since: only from a position or time on, as typed.
-        until: only up to a position or time, as typed.
-        tail: only the last so many positions.
+    Following begins at the head, unless `after`, `since` or `tail` (the last so many positions) sets the
+    beginning. `since` and `until` are positions or times, as typed.
     """
     query = EventQuery(wanted, after=after, since=parse_moment(since), until=parse_moment(until), limit=PAGE)
     if follow and after is None and since is None and tail is None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,13 @@ async def test_follow_file_until_interrupt(tmp_path: Path) -> None:
     data = f"--data={tmp_path}"
     async with opened(tmp_path / LEDGER) as log:
         await write(log, 3)
-        async with follower(data, "--after=1") as after, follower(data, "--since=2") as since:
-            for process in (after, since):
+        begins = ("--after=1", "--since=2", "--tail=2")
+        async with AsyncExitStack() as stack:
+            processes = [await stack.enter_async_context(follower(data, begin)) for begin in begins]
+            for process in processes:
                 assert await positions(process, 2) == [2, 3]
             await write(log, 2, first=4)
-            for process in (after, since):
+            for process in processes:
                 assert await positions(process, 2) == [4, 5]
                 process.send_signal(signal.SIGINT)
                 async with asyncio.timeout(LIMIT_S):
