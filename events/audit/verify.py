@@ -261,12 +261,7 @@ def verify(path: Path) -> Verification:
 
 
 def verify_connection(connection: sqlite3.Connection, path: Path) -> Verification:
-    """Verify as `verify` does, in the transaction of a connection.
-
-    Args:
-        connection: returns text as bytes.
-        path: of the ledger's file.
-    """
+    """Verify as `verify` does, in the transaction of a connection that returns text as bytes."""
     row = connection.execute("SELECT position, hash FROM base").fetchone()
     if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
         return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", FindingKind.BASE))

@@ -121,13 +121,7 @@ def job_at(connection: sqlite3.Connection, job_id: str, position: int) -> Job | 
 
 
 def jobs_at(connection: sqlite3.Connection, position: int, query: JobQuery) -> list[Job]:
-    """Return a page of jobs as they were after the event at `position`.
-
-    Args:
-        connection: as for `state_at`.
-        position: between the base and the head.
-        query: of the page; its status is that of then.
-    """
+    """Return a page of jobs as they were after the event at `position`; the query has the status of then."""
     if query.status in _UNENDED:
         unended = reversed(state_at(connection, position).unended(query.model_id))
         found = [job for job in unended if job.status is query.status]

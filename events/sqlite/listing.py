@@ -119,13 +119,10 @@ class EventQuery:
     """A query for a page of events.
 
     Attributes:
-        wanted: the filter.
         after: only positions above; None begins with the log.
         before: only positions below.
         since: only from this position or timestamp on.
         until: only up to this position or timestamp, included.
-        newest_first: whether in descending order.
-        limit: events in the page at most.
     """
 
     wanted: EventFilter = EVERYTHING

@@ -136,10 +136,7 @@ class JobQuery:
 def select_jobs(connection: sqlite3.Connection, query: JobQuery, until: int | None = None) -> list[Job]:
     """Return the stored jobs of a query, and one more if there is a next page.
 
-    Args:
-        connection: whose projections are at the head.
-        query: of the page.
-        until: only jobs that were created up to this position, and had the status by then.
+    With `until`, only jobs that were created up to this position, and had the status by then.
     """
     clauses = {
         "created_position <= :until": until,
@@ -186,13 +183,7 @@ def write_last_used(connection: sqlite3.Connection, used: Mapping[str, str]) -> 
 
 
 def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Changes) -> None:
-    """Append events and store the models and jobs that they changed: one transaction, durable on return.
-
-    Args:
-        connection: the writer's.
-        rows: the events, at least one.
-        changes: the models and jobs after them.
-    """
+    """Append one or more events, and store the entities that they changed, in one durable transaction."""
     with transaction(connection):
         _insert(connection, rows)
         write_projections(connection, changes.models.values(), changes.jobs.values(), rows[-1].position)

@@ -49,13 +49,7 @@ def try_if_due(connection: sqlite3.Connection, position: int, entities: int, fai
 
 
 def write_if_due(connection: sqlite3.Connection, position: int, entities: int) -> None:
-    """Write a snapshot if the last one is old enough; the caller holds the transaction.
-
-    Args:
-        connection: whose stored projections are at `position`.
-        position: of the last event.
-        entities: the number of models and unended jobs.
-    """
+    """Write a snapshot if it is due for so many models and unended jobs; the caller holds the transaction."""
     if _is_due(connection, position, entities):
         write(connection, position)
 

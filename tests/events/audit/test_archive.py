@@ -15,21 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ledgers
 from support.fleet import of_both
 from support.history import FEWER, START, opened, write
-from support.ledgers import (
-    SIGN,
-    archived_copy,
-    change_ledger,
-    copy_of,
-    place_of,
-    rows_of,
-    run_forked,
-    sound_ledger,
-    stored,
-    write_and_be_killed,
-    write_ledger,
-)
 
 from events.audit import archive as module
 from events.audit.archive import ArchiveResult, archive
@@ -48,11 +36,11 @@ from events.state import State
 from events.types import LogBase
 
 LATER = START + timedelta(days=30)
-LEDGER = sound_ledger(3, snapshots_every=13)
+LEDGER = ledgers.sound_ledger(3, snapshots_every=13)
 
 
 def archived(path: Path, before: int | str, name: str = "archive.gz") -> ArchiveResult:
-    return archive(path, str(before), path.with_name(name), SIGN, LATER)
+    return archive(path, str(before), path.with_name(name), ledgers.SIGN, LATER)
 
 
 def rows_in(path: Path) -> list[Row]:
@@ -70,11 +58,11 @@ def states(path: Path, positions: Iterable[int]) -> list[tuple[list[str], list[s
 
 
 def job_ids(path: Path) -> set[str]:
-    return {str(row[1]) for row in stored(path, "jobs")["jobs"]}
+    return {str(row[1]) for row in ledgers.stored(path, "jobs")["jobs"]}
 
 
-with copy_of(LEDGER) as _path:
-    ROWS = [Row(*row) for row in rows_of(_path)]
+with ledgers.copy_of(LEDGER) as _path:
+    ROWS = [Row(*row) for row in ledgers.rows_of(_path)]
     HEAD = len(ROWS)
     STATES = states(_path, range(HEAD + 1))
 CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=3, unique=True).map(sorted)
@@ -86,7 +74,7 @@ CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=3, unique=True).map(s
 @FEWER
 @given(CUTS)
 def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
-    with copy_of(LEDGER) as path:
+    with ledgers.copy_of(LEDGER) as path:
         gone, listed = list[Row](), list[ArchivedRange]()
         for cut in cuts:
             jobs, first, file = job_ids(path), len(gone) + 1, path.with_name(f"{cut}.gz")
@@ -96,7 +84,7 @@ def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
             assert audit_file(file).after == LogBase(len(gone), gone[-1].hash if gone else bytes(32))
             gone += rows_in(file)
             listed.append(ArchivedRange(first, cut - 1, file.name))
-        left = [Row(*row) for row in rows_of(path)]
+        left = [Row(*row) for row in ledgers.rows_of(path)]
         assert gone + left == ROWS
         found = audit(path)
         assert found.finding is None
@@ -109,16 +97,16 @@ def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
             assert texts(read_base_state(connection, len(gone))) == STATES[len(gone)]
             for model in history.state_at(connection, HEAD).models.values():
                 assert model.serving is None or model.serving.load_job_id in job_ids(path)
-            kept = stored(path, "jobs", "models")
+            kept = ledgers.stored(path, "jobs", "models")
             storage.rebuild(connection)
-        assert stored(path, "jobs", "models") == kept
+        assert ledgers.stored(path, "jobs", "models") == kept
         assert verify(path).verified
 
 
 async def test_log_goes_on_after_an_archive() -> None:
-    with copy_of(LEDGER) as path, closing(sqlite3.connect(path)) as connection:
+    with ledgers.copy_of(LEDGER) as path, closing(sqlite3.connect(path)) as connection:
         before = schema_of(connection)
-    with archived_copy(LEDGER, 20) as (path, _):
+    with ledgers.archived_copy(LEDGER, 20) as (path, _):
         with closing(sqlite3.connect(path)) as connection:
             assert schema_of(connection) == before
         async with opened(path) as log:
@@ -145,7 +133,7 @@ async def test_log_goes_on_after_an_archive() -> None:
 def test_moment_that_cannot_be_archived_to_is_refused(
     before: str, error: type[Exception], words: str
 ) -> None:
-    with copy_of(LEDGER) as path:
+    with ledgers.copy_of(LEDGER) as path:
         with pytest.raises(error, match=words):
             archived(path, before)
         assert [each.name for each in path.parent.iterdir()] == ["ledger.db"]
@@ -153,29 +141,29 @@ def test_moment_that_cannot_be_archived_to_is_refused(
 
 async def test_idempotency_keys_of_the_last_24_hours_stay(tmp_path: Path) -> None:
     path, target = tmp_path / "ledger.db", tmp_path / "archive.gz"
-    await write_ledger(path, key_at=5)
+    await ledgers.write_ledger(path, key_at=5)
     almost, then = START + timedelta(hours=24, microseconds=-1), START + timedelta(hours=24)
     with pytest.raises(MustStay, match=r"position 5 .* --before 5 at most"):
-        archive(path, "6", target, SIGN, almost)
+        archive(path, "6", target, ledgers.SIGN, almost)
     assert not target.exists()
-    archive(path, "5", target, SIGN, almost)
-    archive(path, "6", tmp_path / "second.gz", SIGN, then)
+    archive(path, "5", target, ledgers.SIGN, almost)
+    archive(path, "6", tmp_path / "second.gz", ledgers.SIGN, then)
 
 
 # What is in the way.
 
 
 def test_damaged_ledger_is_not_archived() -> None:
-    with copy_of(LEDGER) as path:
-        change_ledger(path, "UPDATE events SET hash = zeroblob(32) WHERE position = 30")
+    with ledgers.copy_of(LEDGER) as path:
+        ledgers.change_ledger(path, "UPDATE events SET hash = zeroblob(32) WHERE position = 30")
         with pytest.raises(LedgerDamaged, match="position 30"):
             archived(path, 5)
-        assert len(rows_of(path)) == HEAD
+        assert len(ledgers.rows_of(path)) == HEAD
         assert not path.with_name("archive.gz").exists()
 
 
 def test_existing_file_is_never_replaced() -> None:
-    with copy_of(LEDGER) as path:
+    with ledgers.copy_of(LEDGER) as path:
         archived(path, 5)
         first = path.with_name("archive.gz").read_bytes()
         path.with_name("other.gz").write_text("somebody's diary")
@@ -184,25 +172,25 @@ def test_existing_file_is_never_replaced() -> None:
                 archived(path, 9, name)
         assert path.with_name("archive.gz").read_bytes() == first
         assert path.with_name("other.gz").read_text() == "somebody's diary"
-        assert len(rows_of(path)) == HEAD - 4
+        assert len(ledgers.rows_of(path)) == HEAD - 4
 
 
 def test_refused_archive_of_a_killed_server_leaves_a_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    write_and_be_killed(path, 3)
+    ledgers.write_and_be_killed(path, 3)
     with pytest.raises(MustStay):
         archived(path, 5)
     assert audit(path).finding is None
 
 
 def test_remaining_ledger_is_verified_before_the_commit() -> None:
-    with copy_of(LEDGER) as path, closing(connect(path)) as connection:
+    with ledgers.copy_of(LEDGER) as path, closing(connect(path)) as connection:
         connection.execute(
             "CREATE TEMP TRIGGER meddles AFTER INSERT ON main.archives"
             " BEGIN UPDATE jobs SET body = replace(body, 'alice', 'mallory'); END"
         )
         base, now = read_base(connection), format_timestamp(LATER)
-        check = module._write(connection, base, 19, path.with_name("archive.gz"), SIGN)
+        check = module._write(connection, base, 19, path.with_name("archive.gz"), ledgers.SIGN)
 
         def move() -> None:
             with transaction(connection):
@@ -214,7 +202,7 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
         connection.execute("DROP TRIGGER meddles")
         assert read_base(connection) == base
         assert audit(path).finding is None
-        assert len(rows_of(path)) == HEAD
+        assert len(ledgers.rows_of(path)) == HEAD
 
 
 def archive_traced(path: Path, killed_at: int | None = None) -> int:
@@ -241,24 +229,24 @@ def archive_traced(path: Path, killed_at: int | None = None) -> int:
 
 
 def test_archive_killed_at_any_line_moves_all_or_nothing() -> None:
-    with copy_of(LEDGER) as path:
+    with ledgers.copy_of(LEDGER) as path:
         lines = archive_traced(path)
     moved = 0
     for line in [*range(3, lines, max(1, lines // of_both(short=10, long=100))), lines]:
-        with copy_of(LEDGER) as path:
-            assert run_forked(lambda: archive_traced(path, line)) == -signal.SIGKILL  # noqa: B023 - runs at once
-            first = rows_of(path)[0][0]
+        with ledgers.copy_of(LEDGER) as path:
+            assert ledgers.run_forked(lambda: archive_traced(path, line)) == -signal.SIGKILL  # noqa: B023 - runs at once
+            first = ledgers.rows_of(path)[0][0]
             assert first in {1, 20}
             moved += first == 20
             assert verify(path).verified
-            assert len(rows_of(path)) == HEAD + 1 - first
+            assert len(ledgers.rows_of(path)) == HEAD + 1 - first
             target = path.with_name("archive.gz")
             if first == 20 or target.exists():
                 assert rows_in(target) == ROWS[:19]
             if first == 1:
                 assert archived(path, 20).last_position == 19
             assert audit(path).finding is None
-            assert rows_in(target) + [Row(*row) for row in rows_of(path)] == ROWS
+            assert rows_in(target) + [Row(*row) for row in ledgers.rows_of(path)] == ROWS
     assert moved
 
 
@@ -274,7 +262,7 @@ def without_new_members(value: object) -> object:
 
 
 def test_base_state_of_an_earlier_release_is_understood() -> None:
-    with archived_copy(LEDGER, 20) as (path, files):
+    with ledgers.archived_copy(LEDGER, 20) as (path, files):
         with closing(connect(path)) as connection:
             for table in ("model_snapshots", "models", "jobs"):
                 for number, body in connection.execute(f"SELECT rowid, body FROM {table}").fetchall():
@@ -316,9 +304,9 @@ def test_base_state_of_an_earlier_release_is_understood() -> None:
     ],
 )
 def test_changed_base_state_or_archive_table_is_found(statement: str) -> None:
-    with archived_copy(LEDGER, 8, 20) as (path, _):
-        assert change_ledger(path, statement) > 0
-        position, kind = place_of(verify(path).finding)
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, _):
+        assert ledgers.change_ledger(path, statement) > 0
+        position, kind = ledgers.place_of(verify(path).finding)
         if "archives" in statement:
             assert (position, kind) == (19, FindingKind.BASE)
         else:

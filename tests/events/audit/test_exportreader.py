@@ -12,17 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ledgers
 from support.history import PLAIN
-from support.ledgers import (
-    OTHER_SIGN,
-    SIGN,
-    copy_of,
-    flip_byte,
-    place_of,
-    rows_of,
-    run_forked,
-    sound_ledger,
-)
 
 from events.audit.export import JSONL, ExportFormat, cloudevents, export
 from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
@@ -32,14 +23,14 @@ from events.errors import LogUnavailable
 from events.sqlite.queries import Row
 from events.types import LogBase
 
-with copy_of(sound_ledger()) as _path:
-    ROWS = [Row(*row) for row in rows_of(_path)]
+with ledgers.copy_of(ledgers.sound_ledger()) as _path:
+    ROWS = [Row(*row) for row in ledgers.rows_of(_path)]
 HEAD = len(ROWS)
 
 
 def exported(form: ExportFormat | None = None, **bounds: int) -> bytes:
-    with copy_of(sound_ledger()) as path:
-        return b"".join(export(path, form or JSONL, SIGN, **bounds))
+    with ledgers.copy_of(ledgers.sound_ledger()) as path:
+        return b"".join(export(path, form or JSONL, ledgers.SIGN, **bounds))
 
 
 EXPORT = exported()
@@ -50,7 +41,7 @@ OPENING = LINES[0]
 
 
 def audited(content: bytes, *, key: str | None = None, expected: Expected | None = None) -> FileAudit:
-    with copy_of(content) as path:
+    with ledgers.copy_of(content) as path:
         return audit_file(path, key=key, expected=expected)
 
 
@@ -71,12 +62,12 @@ def test_sound_file_is_proved_up_to_its_signed_head(form: str) -> None:
     assert (audit.finding, audit.events) == (None, HEAD)
     assert (audit.after, audit.proved) == (LogBase(0, bytes(32)), LogBase(HEAD, ROWS[-1].hash))
     assert audit.head is not None
-    assert audit.head.public_key == SIGN.public_key
+    assert audit.head.public_key == ledgers.SIGN.public_key
     assert audit.sha256 == hashlib.sha256(FILES[form]).digest()
-    assert audited(FILES[form], key=key_id(SIGN.public_key)).finding is None
-    finding = audited(FILES[form], key=key_id(OTHER_SIGN.public_key)).finding
-    assert place_of(finding) == (HEAD, FindingKind.EXPECTATION)
-    assert key_id(SIGN.public_key) in str(finding)
+    assert audited(FILES[form], key=key_id(ledgers.SIGN.public_key)).finding is None
+    finding = audited(FILES[form], key=key_id(ledgers.OTHER_SIGN.public_key)).finding
+    assert ledgers.place_of(finding) == (HEAD, FindingKind.EXPECTATION)
+    assert key_id(ledgers.SIGN.public_key) in str(finding)
 
 
 @pytest.mark.parametrize(("after", "until"), [(4, HEAD), (0, 9), (3, 8), (5, 5)])
@@ -92,7 +83,7 @@ def test_expected_head_is_found_in_a_file(form: str, position: int) -> None:
     audit = audited(FILES[form], expected=Expected(position, hash_at(position)))
     assert (audit.finding, audit.has_expected) == (None, True)
     audit = audited(FILES[form], expected=Expected(position, b"\1" * 32))
-    assert place_of(audit.finding) == (position, FindingKind.EXPECTATION)
+    assert ledgers.place_of(audit.finding) == (position, FindingKind.EXPECTATION)
     assert not audited(FILES[form], expected=Expected(HEAD + 1, bytes(32))).has_expected
 
 
@@ -102,7 +93,7 @@ def test_expected_head_is_found_in_a_file(form: str, position: int) -> None:
 @PLAIN
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_changed_byte_is_found_in_its_line(index: int, bits: int) -> None:
-    finding = found(flip_byte(EXPORT, index, bits))
+    finding = found(ledgers.flip_byte(EXPORT, index, bits))
     line = EXPORT[: index % len(EXPORT)].count(b"\n")
     assert finding.position in {line - 1, line, line + 1}
 
@@ -113,7 +104,7 @@ def test_truncated_extended_or_damaged_file_is_found(form: str, index: int, bits
     content = FILES[form]
     found(content[: index % len(content)])
     found(content + b"x")
-    damaged = audited(flip_byte(content, index, bits))
+    damaged = audited(ledgers.flip_byte(content, index, bits))
     assert damaged.finding or damaged.head == audited(content).head  # a byte of gzip's header says nothing
 
 
@@ -128,7 +119,7 @@ def test_missing_repeated_or_swapped_line_is_found(one: int, other: int) -> None
         found(b"".join(swapped))
 
 
-def signed(statement: Statement, by: HeadSigner = SIGN) -> bytes:
+def signed(statement: Statement, by: HeadSigner = ledgers.SIGN) -> bytes:
     """Return a sound export whose head is another."""
     return b"".join(LINES[:-1]) + JSONL.last(by(statement))
 
@@ -138,7 +129,7 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
     assert head is not None
     statement = head.statement
     assert audited(signed(statement)).finding is None
-    assert audited(signed(statement, OTHER_SIGN)).finding is None  # who has not the key cannot know
+    assert audited(signed(statement, ledgers.OTHER_SIGN)).finding is None  # who has not the key cannot know
     for change in (
         {"position": HEAD - 1},
         {"hash": bytes(32)},
@@ -148,7 +139,7 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
         {"base": LogBase(-1, bytes(32))},
     ):
         assert found(signed(replace(statement, **change))).position == HEAD
-    forged = SignedHead(statement, OTHER_SIGN(statement).signature, SIGN.public_key)
+    forged = SignedHead(statement, ledgers.OTHER_SIGN(statement).signature, ledgers.SIGN.public_key)
     assert found(b"".join(LINES[:-1]) + JSONL.last(forged)).kind is FindingKind.SIGNATURE
 
 
@@ -172,9 +163,9 @@ def test_signed_base_must_be_one_that_a_log_can_have(base: LogBase, is_sound: bo
     last = ROWS[5]
     recorded_at = json.loads(last.body)["recorded_at"]
     events = exported(after=4, until=6).splitlines(keepends=True)[:-1]
-    head = JSONL.last(SIGN(Statement(last.position, last.hash, recorded_at, base)))
+    head = JSONL.last(ledgers.SIGN(Statement(last.position, last.hash, recorded_at, base)))
     assert (audited(b"".join([*events, head])).finding is None) == is_sound
-    head = JSONL.last(SIGN(Statement(last.position, last.hash, "", base)))  # an export without events
+    head = JSONL.last(ledgers.SIGN(Statement(last.position, last.hash, "", base)))  # an export without events
     alone = JSONL.first(LogBase(last.position, last.hash)) + head
     assert (audited(alone).finding is None) == (is_sound or base.position == 5)
 
@@ -182,13 +173,13 @@ def test_signed_base_must_be_one_that_a_log_can_have(base: LogBase, is_sound: bo
 def test_first_event_follows_zeros() -> None:
     digest = hashlib.sha256(b"\1" * 32 + ROWS[0].body.encode()).digest()
     row, after = Row(1, ROWS[0].body, digest), LogBase(0, b"\1" * 32)
-    head = SIGN(Statement(1, digest, json.loads(row.body)["recorded_at"], after))
+    head = ledgers.SIGN(Statement(1, digest, json.loads(row.body)["recorded_at"], after))
     finding = found(JSONL.first(after) + JSONL.event(row, after.hash) + JSONL.last(head))
-    assert place_of(finding) == (0, FindingKind.BASE)
+    assert ledgers.place_of(finding) == (0, FindingKind.BASE)
 
 
 def test_cloudevents_are_refused_with_a_hint() -> None:
-    finding = found(exported(cloudevents(SIGN.public_key)))
+    finding = found(exported(cloudevents(ledgers.SIGN.public_key)))
     assert finding.position == 0
     assert "these are CloudEvents" in finding.problem
     assert "--format jsonl" in finding.problem
@@ -263,7 +254,7 @@ def test_event_recorded_before_its_predecessor_is_found() -> None:
         body = row.body.replace("2026-01-01T", "2025-01-01T") if row.position == 4 else row.body
         digest = hashlib.sha256(digest + body.encode()).digest()
         content += JSONL.event(Row(row.position, body, digest), b"")
-    assert place_of(found(content)) == (4, FindingKind.ORDER)
+    assert ledgers.place_of(found(content)) == (4, FindingKind.ORDER)
 
 
 def test_file_that_is_not_regular_is_refused(tmp_path: Path) -> None:
@@ -301,4 +292,4 @@ def test_archive_of_a_gigabyte_takes_little_memory(tmp_path: Path) -> None:
         for before, opening in (("", b""), ("opened", OPENING), ("whole", EXPORT)):
             paths.append(tmp_path / f"{bomb} {before}.gz")
             paths[-1].write_bytes(gzip.compress(opening) + packed)
-    assert run_forked(lambda: audit_in_little_memory(paths)) == 0
+    assert ledgers.run_forked(lambda: audit_in_little_memory(paths)) == 0

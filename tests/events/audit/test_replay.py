@@ -12,20 +12,8 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ledgers
 from support.history import FEWER
-from support.ledgers import (
-    OTHER_SIGN,
-    SIGN,
-    archive_before,
-    archived_copy,
-    change_ledger,
-    copy_of,
-    flip_byte,
-    forge_bodies,
-    place_of,
-    rows_of,
-    sound_ledger,
-)
 
 from events.audit.archivechain import ArchiveProof, InvalidArchive, replay
 from events.audit.audit import Audit, audit
@@ -41,14 +29,14 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import base_state_digest
 
-LEDGER = sound_ledger(3, seconds=0.5)
+LEDGER = ledgers.sound_ledger(3, seconds=0.5)
 """At most two of its events have the same time."""
 
 
 def exported(path: Path, name: str, until: int | None = None) -> Path:
     """Write an export of the ledger beside it, and return its file."""
     file = path.with_name(name)
-    file.write_bytes(b"".join(export(path, JSONL, SIGN, until=until)))
+    file.write_bytes(b"".join(export(path, JSONL, ledgers.SIGN, until=until)))
     return file
 
 
@@ -66,8 +54,8 @@ def proof_of(found: Audit) -> ArchiveProof:
     return found.behind
 
 
-with copy_of(LEDGER) as _path:
-    ROWS = rows_of(_path)
+with ledgers.copy_of(LEDGER) as _path:
+    ROWS = ledgers.rows_of(_path)
     HEAD = len(ROWS)
     TIMES = [json.loads(body)["recorded_at"] for _, body, _ in ROWS]
     MOMENTS = [None, *range(HEAD + 1), "2025-12-31T23:59:59Z", "2099-01-01T00:00:00Z", *sorted(set(TIMES))]
@@ -83,20 +71,20 @@ CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=4, unique=True).map(s
 def test_archives_in_any_order_prove_and_replay_the_past(
     cuts: list[int], position: int, dice: Random, moment: object
 ) -> None:
-    with copy_of(LEDGER) as path:
-        files = archive_before(path, *cuts)
+    with ledgers.copy_of(LEDGER) as path:
+        files = ledgers.archive_before(path, *cuts)
         dice.shuffle(files)
         proof = proof_of(audit(path, Expected(position, ROWS[position - 1][2]), archives=files))
         assert proof.is_folded
         assert [each.proved.position for each in proof.files] == [cut - 1 for cut in cuts]
         wrong = audit(path, Expected(position, b"\1" * 32), archives=files).finding
-        assert place_of(wrong) == (position, FindingKind.EXPECTATION)
+        assert ledgers.place_of(wrong) == (position, FindingKind.EXPECTATION)
         assert replayed(path, moment, files) == PAST[moment]
 
 
 @pytest.mark.parametrize("cuts", [[2], [20], [8, 33, HEAD]], ids=str)
 def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
-    with archived_copy(LEDGER, *cuts) as (path, files):
+    with ledgers.archived_copy(LEDGER, *cuts) as (path, files):
         for moment in MOMENTS:
             assert replayed(path, moment, files) == PAST[moment], moment
         with pytest.raises(BeyondHead):
@@ -107,7 +95,7 @@ def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
 
 
 def test_later_archives_alone_prove_from_where_they_begin() -> None:
-    with archived_copy(LEDGER, 8, 20, 33) as (path, files):
+    with ledgers.archived_copy(LEDGER, 8, 20, 33) as (path, files):
         proof = proof_of(audit(path, archives=files[:0:-1]))
         assert not proof.is_folded
         assert proof.after.position == 7
@@ -127,7 +115,7 @@ def test_later_archives_alone_prove_from_where_they_begin() -> None:
     ids=str,
 )  # fmt: skip
 def test_missing_or_repeated_archive_is_named(chosen: list[int], words: str) -> None:
-    with archived_copy(LEDGER, 8, 20, 33) as (path, files):
+    with ledgers.archived_copy(LEDGER, 8, 20, 33) as (path, files):
         for archives in ([files[each] for each in chosen], [files[each] for each in chosen[::-1]]):
             with pytest.raises(ArchiveMissing, match=words):
                 audit(path, archives=archives)
@@ -136,13 +124,13 @@ def test_missing_or_repeated_archive_is_named(chosen: list[int], words: str) -> 
 
 
 def test_export_replaces_archives_whose_events_it_has() -> None:
-    with copy_of(LEDGER) as path:
+    with ledgers.copy_of(LEDGER) as path:
         whole, later = exported(path, "whole.jsonl", 32), exported(path, "later.jsonl")
         with pytest.raises(NothingThere):
             audit(path, archives=[later])  # nothing is archived yet
         with pytest.raises(NothingThere):
             replayed(path, None, [later])
-        archive_before(path, 8, 20, 33)
+        ledgers.archive_before(path, 8, 20, 33)
         assert audit(path, archives=[whole]).finding is None
         assert replayed(path, 25, [whole]) == PAST[25]
         with pytest.raises(ArchiveMissing, match=f"goes on to position {HEAD}, and the log begins after 32"):
@@ -152,11 +140,11 @@ def test_export_replaces_archives_whose_events_it_has() -> None:
 
 
 def test_archive_signed_by_another_key_is_found() -> None:
-    with archived_copy(LEDGER, 8) as (path, files):
-        files.extend(archive_before(path, 20, sign=OTHER_SIGN))
+    with ledgers.archived_copy(LEDGER, 8) as (path, files):
+        files.extend(ledgers.archive_before(path, 20, sign=ledgers.OTHER_SIGN))
         assert audit(path, archives=files).finding is None
-        found = audit(path, archives=files, key=key_id(SIGN.public_key))
-        assert (found.at, *place_of(found.finding)) == (files[1], 19, FindingKind.EXPECTATION)
+        found = audit(path, archives=files, key=key_id(ledgers.SIGN.public_key))
+        assert (found.at, *ledgers.place_of(found.finding)) == (files[1], 19, FindingKind.EXPECTATION)
 
 
 # What somebody makes of them.
@@ -173,17 +161,17 @@ def forge(file: Path, change: tuple[str, str]) -> None:
     lines = [json.dumps(each, separators=(",", ":")).encode() + b"\n" for each in (opening, *events)]
     head = audit_file(file).head
     assert head is not None
-    lines.append(JSONL.last(OTHER_SIGN(replace(head.statement, hash=digest))))
+    lines.append(JSONL.last(ledgers.OTHER_SIGN(replace(head.statement, hash=digest))))
     file.write_bytes(gzip.compress(b"".join(lines)))
     assert audit_file(file).finding is None
 
 
 @pytest.mark.parametrize(("number", "position"), [(0, 7), (1, 19)])
 def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) -> None:
-    with archived_copy(LEDGER, 8, 20) as (path, files):
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, files):
         forge(files[number], ("alice", "mallory"))
         found = audit(path, archives=files)
-        assert (found.at, *place_of(found.finding)) == (files[1], position, FindingKind.BASE)
+        assert (found.at, *ledgers.place_of(found.finding)) == (files[1], position, FindingKind.BASE)
         with pytest.raises(InvalidArchive, match=f"20.gz does not verify: position {position}"):
             replayed(path, 5, files)
 
@@ -191,9 +179,9 @@ def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) ->
 @FEWER
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_changed_byte_of_an_archive_is_named(index: int, bits: int) -> None:
-    with archived_copy(LEDGER, 8, 20) as (path, files):
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, files):
         packed = files[0].read_bytes()
-        files[0].write_bytes(flip_byte(packed, index, bits))
+        files[0].write_bytes(ledgers.flip_byte(packed, index, bits))
         found = audit(path, archives=files)
         if found.finding is None:
             assert gzip.decompress(files[0].read_bytes()) == gzip.decompress(packed)
@@ -216,7 +204,7 @@ def test_changed_byte_of_an_archive_is_named(index: int, bits: int) -> None:
     ],
 )
 def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
-    with archived_copy(LEDGER, 8, 20) as (path, files):
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, files):
         with closing(connect(path)) as connection:
             assert connection.execute(change).rowcount > 0
             connection.execute(
@@ -226,39 +214,39 @@ def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
             storage.rebuild(connection)
         assert audit(path).finding is None  # who can write the file can write its hash, too
         found = audit(path, archives=files)
-        assert place_of(found.finding) == (19, FindingKind.BASE)
+        assert ledgers.place_of(found.finding) == (19, FindingKind.BASE)
         assert "not what the archives give" in str(found.finding)
         assert replayed(path, None, files) == PAST[None]
 
 
 def test_newer_export_shows_that_the_log_was_cut() -> None:
-    with copy_of(LEDGER) as path:
+    with ledgers.copy_of(LEDGER) as path:
         late = exported(path, "late.jsonl")
         assert audit(path, files=[audit_file(late)]).compared == ((late, None),)
-        archive_before(path, 8)
+        ledgers.archive_before(path, 8)
         files = [audit_file(late)]
         assert audit(path, files=files).compared == ((late, None),)
-        change_ledger(path, f"DELETE FROM events WHERE position = {HEAD}")
+        ledgers.change_ledger(path, f"DELETE FROM events WHERE position = {HEAD}")
         with closing(connect(path)) as connection:
             storage.rebuild(connection)
             connection.execute("PRAGMA journal_mode = DELETE")
         found = audit(path, files=files)
-        assert (found.at, *place_of(found.finding)) == (late, HEAD, FindingKind.EXPECTATION)
+        assert (found.at, *ledgers.place_of(found.finding)) == (late, HEAD, FindingKind.EXPECTATION)
 
 
 @pytest.mark.parametrize("end", [0, 5, 7, 8, 18])
 def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) -> None:
-    with copy_of(LEDGER) as path, copy_of(LEDGER) as other:
-        forge_bodies(other, lambda _, body: body.replace("alice", "mallory"))
+    with ledgers.copy_of(LEDGER) as path, ledgers.copy_of(LEDGER) as other:
+        ledgers.forge_bodies(other, lambda _, body: body.replace("alice", "mallory"))
         own, foreign = exported(path, "own.jsonl", end), exported(other, "foreign.jsonl", end)
-        archives = archive_before(path, 8, 20)
+        archives = ledgers.archive_before(path, 8, 20)
         for file in (own, foreign):
             with pytest.raises(ArchiveMissing, match=r"give it with --archive, .*: positions \d+ to \d+, '"):
                 audit(path, files=[audit_file(file)])
         assert audit(path, archives=archives, files=[audit_file(own)]).compared == ((own, None),)
         found = audit(path, archives=archives, files=[audit_file(foreign)])
         if end:  # without any events they are the same
-            assert (found.at, *place_of(found.finding)) == (foreign, end, FindingKind.EXPECTATION)
+            assert (found.at, *ledgers.place_of(found.finding)) == (foreign, end, FindingKind.EXPECTATION)
         if end < 7:
             with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
                 audit(path, archives=archives[1:], files=[audit_file(own)])
@@ -266,7 +254,7 @@ def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) ->
 
 @pytest.mark.parametrize("until", ["3", "7", "8", "19", "25", None, TIMES[5]])
 def test_archive_that_changes_after_its_proof_fails_the_replay(until: str | None) -> None:
-    with archived_copy(LEDGER, 8, 20) as (path, files):
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, files):
         forgery = path.with_name("forgery.gz")
         forgery.write_bytes(files[0].read_bytes())
         forge(forgery, ("alice", "mallory"))
@@ -285,7 +273,7 @@ def test_archive_that_changes_after_its_proof_fails_the_replay(until: str | None
 
 
 def test_file_name_that_is_not_utf_8_can_be_printed() -> None:
-    with archived_copy(LEDGER, 8) as (path, [file]):
+    with ledgers.archived_copy(LEDGER, 8) as (path, [file]):
         odd = path.with_name(os.fsdecode(b"\xff.gz"))
         odd.write_bytes(file.read_bytes()[:-20])
         finding = audit(path, archives=[odd]).finding

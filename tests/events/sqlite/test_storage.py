@@ -7,16 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support import ledgers
 from support.history import facts, opened, write
-from support.ledgers import (
-    SIGN,
-    change_ledger,
-    place_of,
-    rows_of,
-    run_forked,
-    write_and_be_killed,
-    write_ledger,
-)
 
 from events.audit.archive import archive
 from events.audit.audit import audit
@@ -53,11 +45,11 @@ def refused(path: Path) -> bool:
 
 async def test_file_of_an_orderly_stop_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    await write_ledger(path)
+    await ledgers.write_ledger(path)
     assert not path.with_name("ledger.db-wal").exists()
     assert not wants_wal(path)
     assert audit(path).finding is None
-    change_ledger(path, "PRAGMA journal_mode = WAL", keeps_triggers=True)
+    ledgers.change_ledger(path, "PRAGMA journal_mode = WAL", keeps_triggers=True)
     assert lacks_wal(path)
     assert audit(path).finding is None  # its last event says that nothing is missing
     rebuild_file(path)
@@ -70,7 +62,7 @@ async def test_file_of_an_orderly_stop_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("events", [0, 7])
 async def test_file_of_a_killed_server_is_complete_with_its_wal(tmp_path: Path, events: int) -> None:
     path = tmp_path / "ledger.db"
-    write_and_be_killed(path, events)
+    ledgers.write_and_be_killed(path, events)
     for _ in range(2):
         found = audit(path)
         assert found.finding is None
@@ -89,8 +81,8 @@ async def test_file_of_a_killed_server_is_complete_with_its_wal(tmp_path: Path, 
 
 async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(tmp_path: Path) -> None:
     path, copied = tmp_path / "ledger.db", tmp_path / "copy.db"
-    await write_ledger(path)
-    head = len(rows_of(path))
+    await ledgers.write_ledger(path)
+    head = len(ledgers.rows_of(path))
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("PRAGMA journal_mode = WAL")  # as a server leaves it that was killed
         reader.execute("BEGIN")
@@ -124,11 +116,11 @@ async def test_reader_during_an_orderly_stop_leaves_the_wal(tmp_path: Path) -> N
 
 async def test_copy_beside_server_is_refused_unless_a_head_is_expected(tmp_path: Path) -> None:
     path, copied = tmp_path / "ledger.db", tmp_path / "copy.db"
-    await write_ledger(path)
+    await ledgers.write_ledger(path)
     async with opened(path) as log:
         await log.server_started()
         copied.write_bytes(path.read_bytes())
-        assert rows_of(copied) == rows_of(path)  # a start brings the file up to date
+        assert ledgers.rows_of(copied) == ledgers.rows_of(path)  # a start brings the file up to date
         early = log.head
         await write(log, 20)
         assert audit(path).verification.position == log.head.position
@@ -137,17 +129,17 @@ async def test_copy_beside_server_is_refused_unless_a_head_is_expected(tmp_path:
             assert refused(copied)
         assert audit(copied, Expected(early.position, early.hash)).finding is None
         late = audit(copied, Expected(log.head.position, log.head.hash))
-        assert place_of(late.finding) == (early.position + 1, FindingKind.EXPECTATION)
+        assert ledgers.place_of(late.finding) == (early.position + 1, FindingKind.EXPECTATION)
 
 
 def test_nothing_is_made_of_a_copy_without_wal(copied: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     with pytest.raises(IncompleteCopy):
-        archive(copied, "1", target, SIGN, utc_now())
+        archive(copied, "1", target, ledgers.SIGN, utc_now())
     with pytest.raises(IncompleteCopy):
         back_up(copied, target)
     with pytest.raises(IncompleteCopy, match=r"ledger\.db-wal"):
-        list(export(copied, JSONL, SIGN))
+        list(export(copied, JSONL, ledgers.SIGN))
     for _ in range(2):
         rebuild_file(copied)
         assert refused(copied)
@@ -159,7 +151,7 @@ async def test_only_orderly_start_and_stop_complete_the_copy(copied: Path, tmp_p
         async with opened(copied) as log:  # as where the key cannot be read
             assert log.head.position == 1
         assert refused(copied)
-    change_ledger(copied, f"UPDATE projected SET folds = {FOLDS + 1}", keeps_triggers=True)
+    ledgers.change_ledger(copied, f"UPDATE projected SET folds = {FOLDS + 1}", keeps_triggers=True)
     async with opened(copied):
         pass
     assert refused(copied)
@@ -173,7 +165,7 @@ async def test_only_orderly_start_and_stop_complete_the_copy(copied: Path, tmp_p
         await log.server_stopped()
     assert audit(completed).finding is None
     assert not wants_wal(completed)
-    change_ledger(
+    ledgers.change_ledger(
         copied,
         "UPDATE projected SET folds = 0",
         "UPDATE models SET body = 'no JSON'",
@@ -226,4 +218,4 @@ def test_read_only_file_fails_requests_until_it_is_writable(tmp_path: Path) -> N
         obey_modes()
         asyncio.run(write_read_only_file(tmp_path))
 
-    assert run_forked(work) == 0
+    assert ledgers.run_forked(work) == 0
