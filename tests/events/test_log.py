@@ -88,27 +88,16 @@ def test_kill_loses_nothing_acknowledged(path: Path) -> None:
     assert verify(path).verified
 
 
-async def test_concurrent_submits_are_one_gapless_chain(path: Path) -> None:
+async def test_concurrent_submits_share_transactions_in_one_gapless_chain(path: Path) -> None:
     async with opened(path) as log:
-        receipts = await asyncio.gather(*map(log.submit, facts(1_500)))
-        assert sorted(receipt.position for receipt in receipts) == list(range(1, 1_501))
-        head = log.head
-    previous = bytes(32)
-    for position, body, digest in rows_of(path):
-        assert json.loads(body)["position"] == position
-        previous = hashlib.sha256(previous + body.encode()).digest()
-        assert digest == previous
-    assert (head.position, head.hash) == (1_500, previous)
-
-
-async def test_pending_commands_share_transaction(path: Path) -> None:
-    async with opened(path) as log:
-        assert log._database._connection is not None
-        assert log._database._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert log._database._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        connection = log._database._connection
+        assert connection is not None
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         await write(log, 3)
         before = commits(path)
-        await asyncio.gather(*map(log.submit, facts(64, first=4)))
+        receipts = await asyncio.gather(*map(log.submit, facts(64, first=4)))
+        assert sorted(receipt.position for receipt in receipts) == list(range(4, 68))
         assert commits(path) - before <= 2
         before = commits(path)
         await write(log, 5, first=100)
@@ -116,6 +105,13 @@ async def test_pending_commands_share_transaction(path: Path) -> None:
         before = commits(path)
         await asyncio.gather(*map(log.submit, facts(MAX_GROUP + 1, first=200)))
         assert commits(path) - before >= 2
+        head = log.head
+    previous, rows = bytes(32), rows_of(path)
+    for number, (position, body, digest) in enumerate(rows, 1):
+        assert json.loads(body)["position"] == position == number
+        previous = hashlib.sha256(previous + body.encode()).digest()
+        assert digest == previous
+    assert (head.position, head.hash) == (len(rows), previous)
 
 
 async def test_record_is_one_ordered_transaction(path: Path) -> None:
