@@ -3,8 +3,8 @@
 import asyncio
 import hashlib
 import json
+import os
 import signal
-import subprocess
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import FEWER, MODEL, START, at, child, facts, ids, opened, write
-from support.ledgers import FAST_FOLDER, change_ledger, rows_of, stored
+from support.history import FEWER, MODEL, START, at, facts, ids, opened, write
+from support.ledgers import FAST_FOLDER, change_ledger, rows_of, run_forked, stored
 
 from events.audit.verify import verify
 from events.clock import format_timestamp
@@ -60,31 +60,24 @@ async def test_receipt_means_event_is_on_disk(path: Path) -> None:
             assert position == number
 
 
-SUBMIT_FOR_EVER = """
-import asyncio, sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from support.history import facts, opened
-async def main():
-    async with opened(Path(sys.argv[1])) as log:
-        async def client(first):
+def test_kill_loses_nothing_acknowledged(path: Path) -> None:
+    acknowledged = path.with_name("acknowledged")
+
+    async def submit_until_killed() -> None:
+        file = os.open(acknowledged, os.O_WRONLY | os.O_CREAT)
+
+        async def submit(first: int) -> None:
             for command in facts(10**6, first=first):
                 receipt = await log.submit(command)
-                print(receipt.position, flush=True)
-        await asyncio.gather(*(client(number * 10**6) for number in range(8)))
-asyncio.run(main())
-"""
+                os.write(file, f"{receipt.position}\n".encode())
+                if receipt.position > 100:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
+        async with opened(path) as log:
+            await asyncio.gather(*(submit(number * 10**6) for number in range(8)))
 
-def test_kill_loses_nothing_acknowledged(path: Path) -> None:
-    with subprocess.Popen(child(SUBMIT_FOR_EVER, path), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        acknowledged = [int(process.stdout.readline()) for _ in range(100)]
-        process.send_signal(signal.SIGKILL)
-        acknowledged += [
-            int(line) for line in process.stdout.read().splitlines(keepends=True) if line[-1] == "\n"
-        ]
-    assert len(rows_of(path)) >= max(acknowledged)
+    assert run_forked(lambda: asyncio.run(submit_until_killed())) == -signal.SIGKILL
+    assert len(rows_of(path)) >= max(map(int, acknowledged.read_text().split()))
     assert verify(path).verified
 
 
