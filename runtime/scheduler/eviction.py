@@ -15,7 +15,7 @@ from itertools import accumulate
 from events.clock import add_seconds
 from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
-from runtime.scheduler.actions import UnloadAutomatically
+from runtime.scheduler.actions import Decision, UnloadAutomatically
 from runtime.scheduler.view import LoadView, SchedulerView
 
 IDLE_POLL_S = 0.25
@@ -108,32 +108,24 @@ def choose_fewest(
     return tuple(chosen)
 
 
-@dataclass(frozen=True, slots=True)
-class AutomaticUnload:
-    """The next automatic unload; without one, when to look again."""
-
-    action: UnloadAutomatically | None = None
-    wake_at: str | None = None
-
-
-def find_automatic_unload(view: SchedulerView, eviction: Eviction) -> AutomaticUnload:
-    """Return the next automatic unload: not restored, idle, or over budget."""
+def find_automatic_unload(view: SchedulerView, eviction: Eviction) -> Decision:
+    """Decide the next automatic unload: not restored, idle, or over budget."""
     models = (model for model in view.state.models.values() if _is_not_restored(view, model))
     not_restored = next((loaded for model in models if (loaded := model.loaded) is not None), None)
     if not_restored is not None:
-        return AutomaticUnload(UnloadAutomatically(not_restored, Cause.RESTART))
+        return Decision(UnloadAutomatically(not_restored, Cause.RESTART))
     times: list[str] = []
     for model, ends_at in _next_idle_timeouts(view):
         if ends_at <= view.now:
-            return AutomaticUnload(UnloadAutomatically(model, Cause.IDLE))
+            return Decision(UnloadAutomatically(model, Cause.IDLE))
         times.append(ends_at)
     missing = _over_budget_bytes(view)
     if missing > 0:
         victims = eviction.choose(missing) or eviction.victims
         if victims:
-            return AutomaticUnload(UnloadAutomatically(victims[0].model, Cause.EVICTION))
+            return Decision(UnloadAutomatically(victims[0].model, Cause.EVICTION))
         times += filter(None, [eviction.next_at])
-    return AutomaticUnload(wake_at=min(times, default=None))
+    return Decision(wake_at=min(times, default=None))
 
 
 def _is_not_restored(view: SchedulerView, model: Model) -> bool:

@@ -17,7 +17,7 @@ from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import Admission, admit
-from runtime.scheduler.eviction import AutomaticUnload, Eviction, find_automatic_unload
+from runtime.scheduler.eviction import Eviction, find_automatic_unload
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, SchedulerView, find_unload_target
 
 MAX_INCIDENTS = 5
@@ -68,7 +68,7 @@ def decide(
         return Decision(action)
     automatic = find_automatic_unload(view, eviction)
     if automatic.action is not None:
-        return Decision(automatic.action)
+        return automatic
     if (load_job_id := _find_preparation(view)) is not None:
         return Decision(actions.PrepareModel(load_job_id))
     return Decision(None, _wake_at(view, admission, automatic, reloads), waiting_for)
@@ -242,7 +242,7 @@ def _find_preparation(view: SchedulerView) -> str | None:
 
 
 def _wake_at(
-    view: SchedulerView, admission: Admission, automatic: AutomaticUnload, reloads: Sequence[LoadedModel]
+    view: SchedulerView, admission: Admission, automatic: Decision, reloads: Sequence[LoadedModel]
 ) -> str | None:
     times = [job.deadline_at for job in view.unended if job.deadline_at is not None]
     times += [_reload_at(model) for model in reloads]

@@ -25,6 +25,7 @@ set max_loaded=2 budget_bytes=none; load a used_s_ago=0; load b used_s_ago=5; wa
 restart a b; load b 50 cause=restart; load a 50 cause=restart; wait 10; request x 50
   -> unload b, eviction for x1
 set evicts=false; load old 50; load new 50; wait 10; request x 50 -> nothing
+load old 50; load new 50; wait 10; request x 50 cause=swap -> unload old, eviction for x1
 
 # No victim is busy, pinned, loading, being unloaded, with a job, or within its minimum residency.
 load old 50 busy=true; load new 50; wait 10; request x 50 -> unload new, eviction for x1

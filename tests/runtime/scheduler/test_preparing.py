@@ -22,6 +22,7 @@ load a 20; prepare a1 40; request b 40 -> start b1
 load a 20; prepare a1 40; wait 60; request b 41 -> stop preparing; prepare a1 40 stopping=true
   -> b1 waits for it is being released; observe preparation=none -> start b1
 load a 20; prepare a1 40 stopping=true; wait 60; request b 81 -> unload a, eviction for b1
+set max_loaded=1; load a 20; prepare a1 40; wait 10; request b 10 -> unload a, eviction for b1
 load a 20; prepare a1 40 stopping=true; request b 41 -> b1 waits for it is being released
 load a 20; prepare a1 40; request b 1 priority=low; observe under_pressure=true -> stop preparing;
   prepare a1 40 stopping=true -> b1 waits for the machine, which is under pressure
