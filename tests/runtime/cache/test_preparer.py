@@ -306,13 +306,13 @@ async def test_preparation_stops_for_a_load_and_resumes(
     start: Start, tmp_path: Path, store: ModelCache
 ) -> None:
     models.save(SLOWER, tmp_path / "models", "m")
-    models.save(models.weights(20), tmp_path / "models", "other")
+    models.save(models.weights(8), tmp_path / "models", "other")
     async with start() as engine:
         first = await load(engine)
         await preparing(engine)
         use = engine.consumer.preparation()
         assert use is not None
-        budget_bytes = use.reserved_bytes + first.memory_bytes + 20 * 10**6
+        budget_bytes = use.reserved_bytes + first.memory_bytes + 8 * 10**6
         engine.consumer.policy = Policy(2, budget_bytes=budget_bytes)
         await load(engine, "other")
         await until(lambda: len(engine.worker_pids()) == 2)
@@ -360,14 +360,14 @@ async def test_models_load_where_the_cache_is_unavailable(
 
 
 async def test_form_beyond_the_memory_limit_is_kept(start: Start, store: ModelCache) -> None:
-    """To make a prepacked session of 67 MB takes 140 MB, a bare one 120: where it does, the load is bare."""
-    async with start("prepacked", m=models.weights(67, layers=16)) as engine:
-        assert (await load(engine, memory_limit_bytes=136_000_000)).prepared is None
+    """To make a prepacked session of 16 MB takes 40 MB, a bare one 24: where it does, the load is bare."""
+    async with start("prepacked", m=models.weights(16, layers=2)) as engine:
+        assert (await load(engine, memory_limit_bytes=32_000_000)).prepared is None
         assert form_of(store, engine.root) == "prepacked"
 
 
 async def test_one_instance_may_load_bare(start: Start, store: ModelCache) -> None:
-    async with start(m=models.weights(20)) as engine:
+    async with start(m=models.weights(4)) as engine:
         first = await engine.stopped_ahead()
         job_id = await engine.ask_load("m", parameters=LoadParameters(instances=3))
         await until(lambda: any(load.workers for load in engine.consumer.loads.values()))

@@ -81,7 +81,7 @@ async def tried(
 
 
 async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, root: Path) -> None:
-    save(models.weights(4), root, "m")
+    save(models.weights(1), root, "m")
     why_not, pairs = await tried(pool, root, await prepared(pool, root))
     assert len(pairs) == 3
     assert why_not == verdict(pairs)
@@ -133,7 +133,7 @@ async def test_trial_of_changed_files_is_refused(pool: WorkerPool, root: Path) -
 @pytest.mark.parametrize(
     ("model", "given", "limit_bytes", "words"),
     [
-        (models.weights(30), (), 20 * 10**6, "the limit is 20000000 bytes"),
+        (models.weights(8), (), 5 * 10**6, "the limit is 5000000 bytes"),
         (models.crash_on_zeros(), (), None, "signal 8"),
         (models.add(2), (Tensor("other", "FP32", (), b"1", text=True),), None, "bare as it is"),
     ],
@@ -208,12 +208,12 @@ async def test_model_of_texts_accepts_samples(serve: Serve) -> None:
 
 @pytest.mark.parametrize("datatype", sorted(set(DATATYPES) - {"BYTES"}))
 def test_samples_are_noise_within_one_and_zeros(datatype: str) -> None:
-    noise, zeros = list(make_samples([TensorSpec("x", datatype, (100,))]))
+    (noise,), (zeros,) = make_samples([TensorSpec("x", datatype, (64, 1024))])
     if datatype != "BF16":  # which numpy has no name for
-        found = array(noise[0]).astype(float)
-        assert abs(found).max() <= 1
-    assert len({bytes(noise[0].data)[i : i + 2] for i in range(0, len(noise[0].data), 2)}) > 1
-    assert not any(zeros[0].data)
+        assert abs(array(noise).astype(float)).max() <= 1
+    row = len(noise.data) // 64
+    assert len({bytes(noise.data[start : start + row]) for start in range(0, len(noise.data), row)}) == 64
+    assert not any(zeros.data)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +232,6 @@ def test_samples_have_several_lengths_within_the_limit(
 ) -> None:
     found = [tensors[0].shape for tensors in make_samples([TensorSpec("x", "FP32", declared)])]
     assert found[::2] == found[1::2] == shapes  # noise and zeros of each
-
-
-@pytest.mark.parametrize("datatype", sorted(set(DATATYPES) - {"BYTES"}))
-def test_rows_of_a_long_sample_differ(datatype: str) -> None:
-    [noise], _ = make_samples([TensorSpec("x", datatype, (64, 1024))])
-    row = len(noise.data) // 64
-    assert len({bytes(noise.data[start : start + row]) for start in range(0, len(noise.data), row)}) == 64
 
 
 def test_input_that_is_no_tensor_has_no_samples() -> None:

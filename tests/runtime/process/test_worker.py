@@ -129,6 +129,7 @@ async def test_cancelled_inference_makes_way_for_the_next(serve: Serve) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await ask(worker, [trips(ENDLESS)])
+    await worker.drained()
     endless, queued, dropped = (
         asyncio.ensure_future(answer(worker, trips(count))) for count in (ENDLESS, 5, ENDLESS)
     )

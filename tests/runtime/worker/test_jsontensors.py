@@ -86,13 +86,6 @@ def test_integer_range_is_accepted_and_no_more(datatype: str) -> None:
         refusal(datatype, [1], [beyond])
 
 
-@pytest.mark.parametrize("datatype", JSON_DATATYPES)
-def test_dimension_of_length_0_has_no_elements(datatype: str) -> None:
-    cases: list[tuple[list[int], Any]] = [([0], []), ([0, 3], []), ([2, 0], [[], []]), ([2, 0], [])]
-    for shape, data in [*cases, ([2, 0, 3], [[], []])]:
-        assert decode(datatype, shape, data).size == 0
-
-
 @pytest.mark.parametrize(
     ("datatype", "shape", "data", "value"),
     [
