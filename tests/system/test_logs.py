@@ -50,7 +50,20 @@ async def infer(server: Server, **headers: str) -> str | None:
     return answer.headers.get("X-Request-Id")
 
 
-async def test_request_and_events_of_its_job_have_its_request_id(config: Config) -> None:
+async def send_unauthenticated(server: Server) -> None:
+    """Send requests that forge lines, and more than are logged."""
+    forged = '{"time": "2026", "message": "forged"}'
+    answers = [
+        await raw(server, f"X-Request-Id: a{forged}", path="/a%0a" + forged.replace(" ", "")),
+        await raw(server, "X-Request-Id: a\u2028b", "traceparent: 00-\u2028-01"),
+        await raw(server, f"Authorization: Bearer {server.api.token('admin')}x", path="/api/v1/models?a=b"),
+    ]
+    assert all(b"HTTP/1.1 401" in answer and b"\r\nX-Request-Id: " in answer for answer in answers)
+    for _ in range(MAX_UNAUTHENTICATED + 10):
+        await server.api.get("/api/v1/models", roles=())
+
+
+async def test_log_joins_requests_and_events_and_cannot_be_forged_or_flooded(config: Config) -> None:
     save(models.add(1), config.repository, "m")
     async with serving(config, environment=LOUD) as server:
         headers = {"X-Request-Id": "load-1"}
@@ -63,11 +76,15 @@ async def test_request_and_events_of_its_job_have_its_request_id(config: Config)
         await infer(server)
         await server.api.unload("m")
         await until_logged(server, "ModelUnloaded")
+        await send_unauthenticated(server)
         assert await server.stop() == 0
         told = lines(server)
         token = server.api.token("admin")
     job_id = answer.json["id"]
-    assert token not in server.output.read_text()
+    assert token.split(".")[2] not in server.output.read_text()
+    assert len([line for line in told if line.get("status") == 401]) == MAX_UNAUTHENTICATED
+    assert not [line for line in told if line["message"] == "forged" or "?" in line.get("path", "")]
+    told = [line for line in told if line.get("status") != 401]
     steps = [line for line in told if line.get("job") == job_id and "event" in line]
     assert [line["event"] for line in steps] == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert [line["position"] for line in steps] == [2, 3, 4]
@@ -84,26 +101,6 @@ async def test_request_and_events_of_its_job_have_its_request_id(config: Config)
     assert (refusal["status"], refusal["code"]) == (404, "unknown_model")
     assert not [line for line in told if line.get("method") == "GET" or "infer" in line["message"]]
     assert told[0]["event"] == "ServerStarted"
-
-
-async def test_unauthenticated_requests_cannot_forge_or_flood_the_log(config: Config) -> None:
-    async with serving(config, environment=LOUD) as server:
-        forged = '{"time": "2026", "message": "forged"}'
-        answers = [
-            await raw(server, f"X-Request-Id: a{forged}", path="/a%0a" + forged.replace(" ", "")),
-            await raw(server, "X-Request-Id: a\u2028b", "traceparent: 00-\u2028-01"),
-            await raw(
-                server, f"Authorization: Bearer {server.api.token('admin')}x", path="/api/v1/models?a=b"
-            ),
-        ]
-        assert all(b"HTTP/1.1 401" in answer and b"\r\nX-Request-Id: " in answer for answer in answers)
-        for _ in range(MAX_UNAUTHENTICATED + 10):
-            await server.api.get("/api/v1/models", roles=())
-        assert await server.stop() == 0
-        told, token = lines(server), server.api.token("admin")
-    assert token.split(".")[2] not in server.output.read_text()
-    assert len([line for line in told if line.get("status") == 401]) == MAX_UNAUTHENTICATED
-    assert not [line for line in told if line["message"] == "forged" or "?" in line.get("path", "")]
 
 
 async def test_unread_log_blocks_neither_requests_nor_stop(config: Config) -> None:
