@@ -80,7 +80,9 @@ def export_of(
     if opening := form.first(LogBase(first, digest)):
         yield opening
     for row in _rows_between(connection, first, last):
-        previous, digest = digest, _checked(row, digest)
+        previous, digest = digest, hash_body(digest, row.body)
+        if digest != row.hash:
+            raise LedgerDamaged(f"the event at position {row.position} was changed; `verify` says more")
         yield form.event(row, previous)
     yield form.last(sign(Statement(last, digest, _recorded_at(connection, last), base)))
 
@@ -110,13 +112,6 @@ def _bounds(
             f"there are no events from after position {first} to {last}: the log ends at position {head}"
         )
     return first, last
-
-
-def _checked(row: Row, previous: bytes) -> bytes:
-    digest = hash_body(previous, row.body)
-    if digest != row.hash:
-        raise LedgerDamaged(f"the event at position {row.position} was changed; `verify` says more")
-    return digest
 
 
 def _recorded_at(connection: sqlite3.Connection, position: int) -> str:

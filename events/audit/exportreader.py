@@ -70,7 +70,7 @@ def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) 
     """
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
         raise LogUnavailable(f"{printable_name(path)} is not a regular file")
-    with path.open("rb", buffering=0) as raw, io.BufferedReader(_Seen(raw, seen), BUFFER) as file:
+    with io.BufferedReader(_Seen(path, seen), BUFFER) as file:
         is_packed = file.peek(2)[:2] == b"\x1f\x8b"  # RFC 1952 section 2.3.1
         source = gzip.GzipFile(fileobj=file) if is_packed else file
         try:
@@ -80,18 +80,15 @@ def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) 
             raise LedgerDamaged(f"{printable_name(path)} is damaged: {error}") from None
 
 
-class _Seen(io.RawIOBase):
+class _Seen(io.FileIO):
     """A file that passes on the bytes that are read."""
 
-    def __init__(self, file: io.FileIO, seen: Callable[[memoryview], None]) -> None:
-        self._file = file
+    def __init__(self, path: Path, seen: Callable[[memoryview], None]) -> None:
+        super().__init__(path)
         self._seen = seen
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # io passes nothing else
-        count = self._file.readinto(buffer)
+        count = super().readinto(buffer)
         self._seen(buffer[:count])
         return count
 

@@ -217,20 +217,6 @@ def kind_of(error: sqlite3.Error) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
-def sync(connection: sqlite3.Connection) -> None:
-    """Checkpoint the whole WAL, synced, and begin the WAL anew.
-
-    After a failed fsync the kernel marks the pages as clean, and the next fsync says nothing about them:
-    pages that can be read need not be on the disk.
-
-    Raises:
-        sqlite3.Error: the database cannot be written, or a reader's snapshot blocks the checkpoint.
-    """
-    (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    if busy:
-        raise sqlite3.OperationalError("a reader keeps the log from being synced")
-
-
 def write_projections(
     connection: sqlite3.Connection,
     models: Iterable[Model],

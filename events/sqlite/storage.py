@@ -274,9 +274,7 @@ class Database:
             _check_readable_state(self._path)
         connection = connect(self._path)
         try:
-            if self._unsynced:
-                queries.sync(connection)
-            stored = _stored(connection)
+            stored = _stored(connection, unsynced=self._unsynced)
             connection.execute(STATEMENTS_IN_MEMORY)
         except BaseException:
             if not self._was_open:
@@ -309,7 +307,11 @@ def _check_readable_state(path: Path) -> None:
             queries.read_state(connection)
 
 
-def _stored(connection: sqlite3.Connection) -> StoredLedger:
+def _stored(connection: sqlite3.Connection, *, unsynced: bool) -> StoredLedger:
+    # After a failed fsync the kernel marks the pages as clean, and the next fsync says nothing about them:
+    # pages that can be read need not be on the disk.
+    if unsynced and not checkpoint(connection):
+        raise sqlite3.OperationalError("a reader keeps the log from being synced")
     head = queries.read_head(connection)
     if not is_current(connection):
         if head.position:

@@ -28,7 +28,7 @@ async def test_backup_beside_a_running_log_is_one_complete_file(tmp_path: Path) 
     async with opened(path) as log:
         await log.server_started()
         found = back_up(path, target)
-        for number in range(5):
+        for number in range(2):
             await write(log, 10, first=10 * number)
             writing = asyncio.create_task(write(log, 20, first=1_000 + 20 * number))
             before = log.head.position

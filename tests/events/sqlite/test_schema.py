@@ -8,7 +8,6 @@ import pytest
 from support.ledgers import change_ledger, copy_of, sound_ledger
 
 from events.audit.audit import audit
-from events.audit.backup import back_up
 from events.audit.verify import FindingKind
 from events.sqlite.schema import APPLICATION_ID, _migrations, connect, schema_difference
 
@@ -55,14 +54,6 @@ def test_models_of_an_earlier_schema_are_kept(tmp_path: Path) -> None:
         assert connection.execute("SELECT id, body FROM models ORDER BY id").fetchall() == models
         assert connection.execute("SELECT count(rowid) FROM models").fetchone() == (40,)
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-
-def test_copy_has_the_schema_of_its_ledger() -> None:
-    with copy_of(LEDGER) as path:
-        change_ledger(path, "VACUUM", keeps_triggers=True)
-        copy = path.with_name("copy.db")
-        assert back_up(path, copy).finding is None
-        assert difference(copy) is None
 
 
 def test_generated_column_that_lies_is_named() -> None:
