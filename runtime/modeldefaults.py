@@ -7,7 +7,6 @@ begins, because a ledger holds no tensors.
 
 import json
 import math
-import os
 import tomllib
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -89,7 +88,7 @@ def read_warm_up(repository: Repository, model_id: str) -> WarmUp:
 def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp]:
     name = defaults_name(model_id)
     try:
-        content = _content(repository, model_id)
+        content = repository.read_beside(model_id, DEFAULTS_FILE, MAX_DEFAULTS_BYTES)
         values = tomllib.loads(content.decode())
         return values, _warm_up(name, values.pop(WARM_UP, {}))
     except UnsafeFile as error:
@@ -137,17 +136,3 @@ def _check_elements(where: str, values: list[Any]) -> None:
             raise InvalidDefaults(f"{where}: takes numbers, booleans, strings and lists of them")
         elif isinstance(each, float) and not math.isfinite(each):
             raise InvalidDefaults(f"{where}: takes no infinity and no NaN, as a request does not")
-
-
-def _content(repository: Repository, model_id: str) -> bytes:
-    descriptor = repository.open_beside(model_id, DEFAULTS_FILE)
-    if descriptor is None:
-        return b""
-    with os.fdopen(descriptor, "rb") as file:
-        try:
-            content = file.read(MAX_DEFAULTS_BYTES + 1)
-        except OSError as error:
-            raise UnsafeFile(f"cannot be read: {error.strerror}") from None
-    if len(content) > MAX_DEFAULTS_BYTES:
-        raise UnsafeFile(f"has more than {MAX_DEFAULTS_BYTES} bytes")
-    return content

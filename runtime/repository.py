@@ -122,28 +122,31 @@ class Repository:
         folder = self.root / model_id / str(chosen)
         return ModelVersion(model_id, chosen, folder, tuple(_listing(folder, self.root)))
 
-    def open_beside(self, model_id: str, name: str) -> int | None:
-        """Open a file beside a model's versions for reading.
-
-        Returns:
-            A file descriptor, the caller's to close; None if there is no such file.
+    def read_beside(self, model_id: str, name: str, max_bytes: int) -> bytes:
+        """Read a file beside a model's versions; empty if there is none.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
-            UnsafeFile: `unsafe_file`, not a regular file within the repository, or one that cannot be read.
+            UnsafeFile: `unsafe_file`, too long, not a regular file within the repository, or unreadable.
         """
         folder = self.root / check_model_id(model_id)
         if not os.path.lexists(folder / name):
-            return None
+            return b""
         seen = _look(folder / name, self.root)
         if isinstance(seen, str):
             raise UnsafeFile(seen)
         if not stat.S_ISREG(seen.st_mode):
             raise UnsafeFile("is not a regular file")
         try:
-            return open_identified(folder, _identity(name, seen))
+            with os.fdopen(open_identified(folder, _identity(name, seen)), "rb") as file:
+                content = file.read(max_bytes + 1)
         except LoadRefused as refused:
             raise UnsafeFile(f"could not be opened as it was found: {refused}") from None
+        except OSError as error:
+            raise UnsafeFile(f"cannot be read: {error.strerror}") from None
+        if len(content) > max_bytes:
+            raise UnsafeFile(f"has more than {max_bytes} bytes")
+        return content
 
     def find_unserved(self) -> Iterator[tuple[str, str]]:
         """Yield the path of each model and version that cannot be served, and the reason."""

@@ -185,11 +185,8 @@ class Load(Message, frozen=True):
 
     Attributes:
         root: the repository's root, which no file may leave.
-        folder: the version's folder.
         files: the paths of the version's files, in order; the load fails if the folder has others.
-        threads: threads of the session.
         memory_limit_bytes: for the model, beside the empty worker; None is no limit.
-        known: files whose hashes are known.
         max_batch_size: 0 turns batching off.
         max_queue_delay_us: how long a request may wait for its batch.
         warm_up: whether the model runs once before it is loaded.

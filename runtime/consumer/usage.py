@@ -6,6 +6,7 @@ that no metric goes back when a model is unloaded or swapped.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,14 +87,14 @@ class PendingDemand:
     """Counts, by model, the inferences that wait for a load or are being answered after they waited."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
+        self._counts = Counter[str]()
         self.on_end: Callable[[], None] = lambda: None
         """Called when the last waiting inference of a model has ended."""
 
     @contextmanager
     def hold(self, model_id: str) -> Iterator[None]:
         """Protect a model from eviction and idle unload meanwhile, whether or not it is loaded yet."""
-        self._counts[model_id] = self._counts.get(model_id, 0) + 1
+        self._counts[model_id] += 1
         try:
             yield
         finally:

@@ -80,11 +80,10 @@ def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
     Only the state decides, so this holds even if it is unknown whether the last fact was recorded.
     """
     model = state.models.get(model_id)
-    has_process = model is not None and model.phase in (ModelState.LOADED, ModelState.UNLOADING)
-    serving = model.serving if model is not None and has_process else None
-    if serving is not None and serving.load_job_id == load_job_id:
-        return True
-    if state.unended_job(load_job_id) is not None:
+    phases = (ModelState.LOADED, ModelState.UNLOADING)
+    serving = model.serving if model is not None and model.phase in phases else None
+    is_serving = serving is not None and serving.load_job_id == load_job_id
+    if is_serving or state.unended_job(load_job_id) is not None:
         return True
     swapped_out = (job for job in state.unended(model_id) if job.unload and job.cause is Cause.SWAP)
     return any(find_unload_target(state, job) == load_job_id for job in swapped_out)
