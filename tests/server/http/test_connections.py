@@ -1,7 +1,6 @@
 """Slow-client protection and the connection limit, tested with raw sockets, over TCP and TLS."""
 
 import asyncio
-import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -352,13 +351,15 @@ async def test_shutdown_closes_idle_connections_only() -> None:
         await done.wait()
         return web.Response(body=b"done")
 
-    runner = web.ServerRunner(web.Server(wait), shutdown_timeout=LONG_S)
+    runner, limits = (
+        web.ServerRunner(web.Server(wait), shutdown_timeout=LONG_S),
+        ConnectionLimits(LONG_S, LONG_S, 100),
+    )
     await runner.setup()
     assert runner.server is not None
-    limits = ConnectionLimits(LONG_S, LONG_S, 100)
     async with listening(runner.server, "127.0.0.1", 0, limits) as port:
-        idle = Client(*await asyncio.open_connection("127.0.0.1", port))
-        busy = Client(*await asyncio.open_connection("127.0.0.1", port))
+        server = SmallServer(limits, port)
+        idle, busy = await server.connect(), await server.connect()
         busy.send(GET)
         await began.wait()
     ending = asyncio.create_task(runner.cleanup())
@@ -368,6 +369,6 @@ async def test_shutdown_closes_idle_connections_only() -> None:
     await ending
     assert not limits.open
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port))
-    for client in (idle, busy):
+        await server.connect()
+    for client in server.clients:
         await client.close()

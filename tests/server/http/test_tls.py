@@ -7,6 +7,7 @@ import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -114,13 +115,12 @@ def test_unusable_key_is_a_mistake_in_the_configuration(files: tuple[Path, Path]
         load_config(flags, {})
 
 
+@dataclass
 class Renewable:
     """A server of a certificate, and its clock."""
 
-    def __init__(self, cert: Path, key: Path) -> None:
-        self.now_s = 0.0
-        self.certificate = Certificate(cert, key, lambda: self.now_s)
-        self.port = 0
+    port: int = 0
+    now_s: float = 0.0
 
     async def serial(self, name: str | None = "localhost", *, after_s: float = 1.0) -> int:
         """Return the serial number of the certificate that a new connection gets, some seconds later."""
@@ -137,9 +137,9 @@ async def listening(cert: Path, key: Path) -> AsyncIterator[Renewable]:
             writer.write(line)
         writer.close()
 
-    renewable = Renewable(cert, key)
-    server = await asyncio.start_server(echo, "127.0.0.1", 0, ssl=renewable.certificate.context)
-    async with server:
+    renewable = Renewable()
+    context = Certificate(cert, key, lambda: renewable.now_s).context
+    async with await asyncio.start_server(echo, "127.0.0.1", 0, ssl=context) as server:
         renewable.port = server.sockets[0].getsockname()[1]
         yield renewable
 
@@ -148,8 +148,7 @@ async def listening(cert: Path, key: Path) -> AsyncIterator[Renewable]:
 async def connected(
     port: int, name: str | None
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context = ssl._create_unverified_context()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name or "")
     try:
         yield reader, writer

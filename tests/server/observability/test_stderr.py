@@ -43,6 +43,11 @@ def small_pipe() -> Iterator[tuple[int, int]]:
         os.close(writing)
 
 
+def log_numbers(handler: logging.Handler, count: int) -> None:
+    for number in range(count):
+        log(handler, f"{number:04} {'x' * 94}")
+
+
 def lines_of(reading: int, last: str) -> list[str]:
     """Read up to a line."""
     received = b""
@@ -53,15 +58,11 @@ def lines_of(reading: int, last: str) -> list[str]:
     return received.decode().splitlines()
 
 
-def parse(received: bytes) -> tuple[list[int], int]:
+def parse(lines: list[str]) -> tuple[list[int], int]:
     """Return the numbers of the lines, and how many others were reported as dropped."""
-    numbers, dropped = list[int](), 0
-    for line in received.decode().rpartition("\n")[0].splitlines():
-        if found := re.match(r"(\d+) log lines were dropped", line):
-            dropped += int(found[1])
-        else:
-            numbers.append(int(line[:4]))
-    return numbers, dropped
+    notices = [re.match(r"(\d+) log lines were dropped", line) for line in lines]
+    numbers = [int(line[:4]) for line, found in zip(lines, notices, strict=True) if found is None]
+    return numbers, sum(int(found[1]) for found in notices if found is not None)
 
 
 def test_lines_are_written_in_order(tmp_path: Path) -> None:
@@ -74,12 +75,11 @@ def test_lines_are_written_in_order(tmp_path: Path) -> None:
 
 def test_slow_reader_loses_lines_and_is_told_how_many() -> None:
     with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM, max_lines=200) as handler:
-        for number in range(1000):
-            log(handler, f"{number:04} {'x' * 94}")
-        received, (numbers, dropped) = b"", parse(b"")
+        log_numbers(handler, 1000)
+        received, numbers, dropped = b"", list[int](), 0
         while len(numbers) + dropped + handler.dropped < 1000:
             received += os.read(reading, 2**16)
-            numbers, dropped = parse(received)
+            numbers, dropped = parse(received.decode().rpartition("\n")[0].splitlines())
         assert numbers == sorted(set(numbers))
         assert len(numbers) < 500
         lost = handler.dropped
@@ -91,13 +91,12 @@ def test_end_writes_queued_lines_and_the_dropped_count() -> None:
     read = list[list[str]]()
     with small_pipe() as (reading, writing):
         with log_to_descriptor(writing, FORM, max_lines=90) as handler:
-            for number in range(300):
-                log(handler, f"{number:04} {'x' * 94}")
+            log_numbers(handler, 300)
             last = notice(handler.dropped) if handler.dropped else f"0299 {'x' * 94}"
             reader = threading.Thread(target=lambda: read.append(lines_of(reading, last)))
             reader.start()
         reader.join(LIMIT_S)
-    numbers, dropped = parse("\n".join([*read[0], ""]).encode())
+    numbers, dropped = parse(read[0])
     assert (len(numbers) + dropped, numbers) == (300, sorted(set(numbers)))
 
 
@@ -122,9 +121,8 @@ def test_closed_pipe_is_no_error() -> None:
 def test_non_blocking_pipe_loses_nothing() -> None:
     with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
         os.set_blocking(writing, False)
-        for number in range(200):
-            log(handler, f"{number:03} {'x' * 95}")
-        assert [line[:3] for line in lines_of(reading, f"199 {'x' * 95}")] == [f"{n:03}" for n in range(200)]
+        log_numbers(handler, 200)
+        assert parse(lines_of(reading, f"0199 {'x' * 94}")) == (list(range(200)), 0)
 
 
 def test_record_that_cannot_be_formatted_is_reported(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from support import models
-from support.http import LocalApi, local_server
+from support.http import ONE, LocalApi, local_server
 from support.models import save
 
 Start = Callable[..., Awaitable[LocalApi]]
 
-BODY = json.dumps({"inputs": [{"name": "x", "shape": [2], "datatype": "FP32", "data": [1, 2]}]}).encode()
+BODY = json.dumps({"inputs": [ONE]}).encode()
 FAST, SLOW = "/v2/models/m/infer", "/v2/models/%6D/infer"
 NOT_COMPARED = {"Date", "RateLimit", "Content-Length", "Connection"}
 PREDICT = ("predict",)
@@ -93,9 +93,8 @@ async def test_connection_is_kept_as_the_client_requests(shared: LocalApi) -> No
 
 
 async def test_pipelined_requests_are_answered_in_order(shared: LocalApi) -> None:
-    last = request(
-        shared, "Connection: close", body=json.dumps({**json.loads(BODY), "id": "second"}).encode()
-    )
+    second = BODY.replace(b"{", b'{"id": "second", ', 1)
+    last = request(shared, "Connection: close", body=second)
     answers = (await send_raw(shared, request(shared), last)).split(b"HTTP/1.1 200 OK")
     assert [b'"id":"second"' in answer for answer in answers[1:]] == [False, True]
 

@@ -42,31 +42,22 @@ def test_configuration_may_repeat_what_is_fixed() -> None:
         "version_policy": {"latest": {"num_versions": 1}},
     }
     assert requested(fixed) == requested({"name": "", "platform": "", "version_policy": {"latest": {}}}) == {}
-    assert (
-        tritonconfig.read_load({}, "m")
-        == tritonconfig.read_load({"parameters": {}}, "m")
-        == requested({})
-        == {}
-    )
+    assert tritonconfig.read_load({}, "m") == tritonconfig.read_load({"parameters": {}}, "m") == {}
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
+def test_configuration_sets_parameters() -> None:
+    delay = {"max_queue_delay_microseconds": "50"}
+    configs: list[tuple[dict[str, Any], dict[str, int]]] = [
         ({"max_batch_size": 0}, {"max_batch_size": 0}),
         ({"max_batch_size": "8"}, {"max_batch_size": 8}),
         ({"max_batch_size": 8, "dynamic_batching": {}}, {"max_batch_size": 8, "max_queue_delay_us": 0}),
-        (
-            {"max_batch_size": 8, "dynamic_batching": {"max_queue_delay_microseconds": "50"}},
-            {"max_batch_size": 8, "max_queue_delay_us": 50},
-        ),
+        ({"max_batch_size": 8, "dynamic_batching": delay}, {"max_batch_size": 8, "max_queue_delay_us": 50}),
         ({"instance_group": [{}]}, {"instances": 1}),
         ({"instance_group": [{"name": "a", "count": 3, "kind": "KIND_CPU"}]}, {"instances": 3}),
         ({"version_policy": {"specific": {"versions": ["2"]}}}, {"version": 2}),
-    ],
-)
-def test_configuration_sets_parameters(config: dict[str, Any], expected: dict[str, int]) -> None:
-    assert requested(config) == expected
+    ]
+    for config, expected in configs:
+        assert requested(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -167,19 +158,12 @@ def test_every_datatype_has_a_triton_name() -> None:
     assert tritonconfig.data_type("seq(tensor(float))") == "TYPE_INVALID"
 
 
-@pytest.mark.parametrize(
-    ("max_batch_size", "shape", "expected"),
-    [
-        (0, (), {"dims": [1], "reshape": {"shape": []}}),
-        (0, (3, -1), {"dims": [3, -1]}),
-        (4, (-1,), {"dims": [1], "reshape": {"shape": []}}),
-        (4, (-1, 3), {"dims": [3]}),
-    ],
-)
-def test_reported_dimensions_are_never_empty(
-    max_batch_size: int, shape: tuple[int, ...], expected: dict[str, object]
-) -> None:
-    spec = TensorSpec("x", "INT64", shape, optional=True)
-    config = tritonconfig.model_config("m", 1, [spec], [], LoadParameters(max_batch_size=max_batch_size))
-    assert config["input"] == [{"name": "x", "data_type": "TYPE_INT64", **expected, "optional": True}]
-    assert ("dynamic_batching" in config) == (max_batch_size > 0)
+def test_reported_dimensions_are_never_empty() -> None:
+    scalar = {"dims": [1], "reshape": {"shape": []}}
+    for size, shape, expected in (
+        (0, (), scalar), (0, (3, -1), {"dims": [3, -1]}), (4, (-1,), scalar), (4, (-1, 3), {"dims": [3]})
+    ):  # fmt: skip
+        specs = [TensorSpec("x", "INT64", shape, optional=True)]
+        config = tritonconfig.model_config("m", 1, specs, [], LoadParameters(max_batch_size=size))
+        assert config["input"] == [{"name": "x", "data_type": "TYPE_INT64", **expected, "optional": True}]
+        assert ("dynamic_batching" in config) == (size > 0)
