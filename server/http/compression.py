@@ -41,10 +41,7 @@ class MalformedCoding(ServerProblem):
 def decompressed(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
     """Return the decompressed body; without a Content-Encoding, the body itself.
 
-    Args:
-        body: as received.
-        encoding: the field's value; several fields are one, separated by commas.
-        max_bytes: the limit of the result; never more than that is decompressed.
+    Never more than `max_bytes` are decompressed. Several fields are one `encoding`, separated by commas.
 
     Raises:
         MalformedCoding: the data is damaged, cut off, or followed by other bytes (`invalid_request`).

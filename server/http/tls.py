@@ -36,9 +36,7 @@ class TlsProblem(ConfigError):
 def load_context(cert: Path, key: Path) -> ssl.SSLContext:
     """Return the context of a server's handshakes, with TLS 1.2 or newer.
 
-    Args:
-        cert: PEM: the server's certificate first, then its intermediates.
-        key: PEM, not encrypted.
+    Both files are PEM: the server's certificate, then its intermediates; and the key, not encrypted.
 
     Raises:
         TlsProblem: the files cannot be used.

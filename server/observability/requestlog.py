@@ -160,13 +160,7 @@ def _request_fields(request: web.Request, route: Route | None) -> dict[str, obje
 
 
 class HttpCounts:
-    """Counts of requests since the server started, with our own methods and routes.
-
-    Attributes:
-        requests: by method, route and class of status.
-        durations: by method and route.
-        errors: by code.
-    """
+    """Counts since the server started, by our own methods and routes, class of status, and code."""
 
     def __init__(self) -> None:
         self.requests = Counter[tuple[str, str, str]]()

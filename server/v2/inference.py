@@ -109,13 +109,8 @@ async def infer(
 ) -> web.StreamResponse:
     """Decode, run, encode. The `Loadledger-Model` header names the load behind the answer.
 
-    A model that is not loaded is loaded on demand, if that is configured, within the inference's own time.
-
-    Args:
-        request: admitted by the gate.
-        app: the application.
-        model_id: the model.
-        version: the version that must be loaded; None for any.
+    The gate has admitted the request. A model that is not loaded, in this version if there is one, is loaded
+    on demand, if that is configured, within the inference's own time.
     """
     subject = request[PRINCIPAL].subject
     router, share = app[ROUTER], app[BODIES].share(subject)

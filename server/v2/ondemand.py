@@ -134,9 +134,7 @@ class OnDemand:
 
     Attributes:
         log: holds the live state and notifies of outcomes.
-        submit: submits the command of a load.
         reader: finds jobs that have ended.
-        router: knows which models are ready.
         demand: held as long as an inference waits, and until it is answered.
         look_up: returns the command that loads a model, for a version or None, and a subject.
         waiting_for: returns the reason why a job is pending.
