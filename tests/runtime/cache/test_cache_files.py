@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cache import check_whole, halves, keep, key, made_of, opened, written
 from support.history import PLAIN
+from support.ledgers import FAST_FOLDER
 
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.store import ModelCache
@@ -166,9 +167,9 @@ def test_invalid_manifest_is_none(
     if isinstance(change, bytes):
         file.write_bytes(change)
     else:
-        told, (field, value) = msgspec.json.decode(file.read_bytes()), change
-        (told["files"][0] if field in {"path", "bytes"} else told)[field] = value
-        file.write_bytes(msgspec.json.encode(told))
+        fields, (field, value) = msgspec.json.decode(file.read_bytes()), change
+        (fields["files"][0] if field in {"path", "bytes"} else fields)[field] = value
+        file.write_bytes(msgspec.json.encode(fields))
     assert store.find(A) is None
     assert store.use(A) is None
     assert not store.drop(A, "bad")
@@ -180,7 +181,7 @@ def test_invalid_manifest_is_none(
 @PLAIN
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
 def test_any_byte_of_a_manifest_may_be_wrong(position: int, byte: int) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=FAST_FOLDER) as scratch:
         store = opened(Path(scratch) / "prepared", LIMIT)
         before = keep(store, "a")
         file = Path(scratch) / "prepared" / A / "manifest.json"

@@ -28,6 +28,7 @@ from support.cache import (
 )
 from support.fleet import new_dice, of_both, tell
 from support.history import PLAIN, child
+from support.ledgers import FAST_FOLDER
 
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key
@@ -256,7 +257,7 @@ def test_entries_follow_a_list_in_order_of_use(
     steps: list[tuple[str, str | None, int | None]],
 ) -> None:
     expected = Expected(limit=100)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=FAST_FOLDER) as scratch:
         folder = Path(scratch) / "prepared"
         store = opened(folder, expected.limit)
         for step in steps:
