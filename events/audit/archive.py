@@ -126,11 +126,7 @@ def _refuse(found: Finding | None, what: str) -> None:
 
 
 def _refuse_invalid_rest(connection: sqlite3.Connection, path: Path) -> None:
-    """Verify the remaining ledger before the commit, because archives cannot be put back.
-
-    Raises:
-        LedgerDamaged: `ledger_damaged`, it does not verify.
-    """
+    """Verify the remaining ledger before the commit, because archives cannot be put back."""
     connection.text_factory = bytes
     try:
         found = verify_connection(connection, path).finding

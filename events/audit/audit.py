@@ -210,13 +210,7 @@ def _is_behind(file: FileAudit, found: Audit) -> bool:
 
 
 def _differs_behind(found: Audit, file: FileAudit) -> Finding | None:
-    """Compare a file that ends before the base with the archives.
-
-    Raises:
-        ArchiveMissing: `archive_missing`, no archive has the file's last position.
-        LogUnavailable: `log_unavailable`, an archive was changed meanwhile.
-        OSError: an archive cannot be read.
-    """
+    """Compare a file that ends before the base with the archives; one must have its last position."""
     end = file.proved
     digest = None if found.behind is None else find_archived_hash(found.behind.files, end.position)
     if digest is None:

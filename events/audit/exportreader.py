@@ -195,11 +195,7 @@ class ExportReader:
 
 
 def _beginning(first: bytes) -> LogBase:
-    """Parse the first line of an export: the position and hash after which it begins.
-
-    Raises:
-        ValueError: it is not an export that can be read.
-    """
+    """Parse the first line of an export, and return the position and hash after which it begins."""
     if first.startswith(b"SQLite format 3"):
         raise ValueError("this is a database, not an export: name the data directory of a ledger with --data")
     unknown = f"the first line does not mark the file as {FORMAT}"
@@ -225,11 +221,7 @@ def _beginning(first: bytes) -> LogBase:
 
 
 def _parsed(line: bytes) -> Row | SignedHead:
-    """Parse a line: an event, or the signed head.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Parse a line: an event, or the signed head."""
     members = _decoded(line, _Line)
     if members.head:
         return as_signed_head(msgspec.json.decode(members.head))

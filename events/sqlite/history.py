@@ -186,11 +186,7 @@ def _load_snapshot(connection: sqlite3.Connection, position: int) -> State | Non
 
 
 def _skip_snapshot(connection: sqlite3.Connection, position: int, error: Exception) -> None:
-    """Log, once, that a snapshot is damaged.
-
-    Raises:
-        sqlite3.Error: the error is not about the content of the file.
-    """
+    """Log, once, that a snapshot is damaged; raise other errors of SQLite again."""
     if isinstance(error, sqlite3.Error) and queries.kind_of(error) not in _DAMAGE:
         raise error
     (_, _, file) = connection.execute("PRAGMA database_list").fetchone()

@@ -100,13 +100,7 @@ class ReaderThread:
 
 @asynccontextmanager
 async def open_reader_thread(path: Path, name: str) -> AsyncIterator[ReaderThread]:
-    """Open a ledger in a thread with this name; closed on exit.
-
-    Raises:
-        FutureSchema: `future_schema`.
-        ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, there is no ledger, or it cannot be opened.
-    """
+    """Open a ledger in a thread with this name; closed on exit. Raises as `open_read_only` does."""
     try:
         connection = _connect(path)
         connection.execute(_CACHE)

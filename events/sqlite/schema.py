@@ -75,11 +75,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Apply the missing migrations, each in one transaction.
-
-    Raises:
-        FutureSchema: `future_schema`, the database has migrations that this release does not know.
-    """
+    """Apply the missing migrations, each in one transaction. Raises as `check_readable` does."""
     done = check_readable(connection)
     known = _migrations()
     for number, script in known[done:]:

@@ -41,12 +41,6 @@ MAX_NAMED = 100
 _KEPT_SINCE = 2
 """The schema from which on the number of the folds is stored."""
 
-_WALKS = {
-    "models": "SELECT id, body FROM models ORDER BY 1",
-    "jobs": "SELECT id, body FROM jobs ORDER BY 1",
-}
-"""The tables that a rebuild may change: keys and bodies in the order of the keys."""
-
 _Key = str | bytes
 
 _log = logging.getLogger(__name__)
@@ -118,42 +112,32 @@ def rebuild_file(path: Path) -> RebuildResult:
                     before.execute("BEGIN")
                     row = before.execute("SELECT position FROM projected").fetchone()  # its snapshot begins
                     rebuild(connection)
-                    return RebuildResult(row and row[0], compare(before, connection))
+                    differences = list(islice(_differences(before, connection), MAX_NAMED))
+                    return RebuildResult(row and row[0], differences)
             finally:
                 leave_complete_file(connection, lacked_wal=lacked_wal)
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote damaged content
         raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: {error}") from error
 
 
-def compare(before: sqlite3.Connection, after: sqlite3.Connection) -> list[str]:
-    """Return in which rows the stored projections differ, at most `MAX_NAMED`, each in words.
+def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Iterator[str]:
+    """Walk both connections' tables in the order of their keys, and yield each difference in words."""
 
-    Args:
-        before: in a read transaction that began before the rebuild.
-        after: sees the rebuilt rows.
-    """
-    found = (
-        f"the stored {name} {what} {key!r}"
-        for name, walk in _WALKS.items()
-        for what, key in _differences(before, after, walk)
-    )
-    return list(islice(found, MAX_NAMED))
+    def rows(
+        walked: sqlite3.Connection, table: str
+    ) -> Iterator[tuple[tuple[bool, _Key], sqlite3.Connection, _Key, str]]:
+        found = walked.execute(f"SELECT id, body FROM {table} ORDER BY 1")  # noqa: S608 - literals below
+        return ((_sort_key(key), walked, key, body) for key, body in found)
 
-
-def _differences(
-    before: sqlite3.Connection, after: sqlite3.Connection, walk: str
-) -> Iterator[tuple[str, _Key]]:
-    """Walk both tables in the order of their keys; neither is held in memory."""
-
-    def rows(walked: sqlite3.Connection) -> Iterator[tuple[tuple[bool, _Key], sqlite3.Connection, _Key, str]]:
-        return ((_sort_key(key), walked, key, body) for key, body in walked.execute(walk))
-
-    for _, found in groupby(merge(rows(before), rows(after), key=itemgetter(0)), itemgetter(0)):
-        match list(found):
-            case [(_, only, key, _)]:
-                yield "lacked" if only is after else "had, and the log does not give,", key
-            case [(_, _, key, body), (_, _, _, other)] if body != other:
-                yield "differed at", key
+    for table in ("models", "jobs"):
+        both = merge(rows(before, table), rows(after, table), key=itemgetter(0))
+        for _, same_key in groupby(both, itemgetter(0)):
+            match list(same_key):
+                case [(_, only, key, _)]:
+                    what = "lacked" if only is after else "had, and the log does not give,"
+                    yield f"the stored {table} {what} {key!r}"
+                case [(_, _, key, body), (_, _, _, other)] if body != other:
+                    yield f"the stored {table} differed at {key!r}"
 
 
 def _sort_key(key: _Key) -> tuple[bool, _Key]:
@@ -295,13 +279,7 @@ class Database:
 
 
 def _check_readable_state(path: Path) -> None:
-    """Read the stored state before anything is written, so that an unusable file stays unchanged.
-
-    Raises:
-        FutureSchema: `future_schema`.
-        ForeignDatabase: `foreign_database`.
-        LogUnavailable, ValueError: the file is damaged, or not a database.
-    """
+    """Read the stored state before anything is written, so that an unusable file stays unchanged."""
     with open_read_only(path, problem="cannot be opened") as connection:
         if is_current(connection):
             queries.read_state(connection)
