@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
@@ -231,12 +232,8 @@ def _identity(path: str, seen: os.stat_result) -> FoundFile:
 
 
 def _listing(folder: Path, root: Path) -> list[FileStat]:
-    files = []
-    for path, seen in _walk(folder, root):
-        if not isinstance(seen, str):
-            files.append(FileStat(path, seen.st_size, seen.st_mtime_ns))
-        if len(files) >= MAX_FILES:
-            break
+    found = ((path, seen) for path, seen in _walk(folder, root) if not isinstance(seen, str))
+    files = (FileStat(path, seen.st_size, seen.st_mtime_ns) for path, seen in islice(found, MAX_FILES))
     return sorted(files, key=lambda file: file.path)
 
 

@@ -234,17 +234,6 @@ class Scene:
         return describe(self.decision().action)
 
 
-def start_order(scene: Scene, *, fail: bool = False) -> list[str]:
-    """Start one load after the other, and fail each if so; return their order."""
-    order = []
-    while isinstance(action := scene.decision().action, actions.StartLoad):
-        order.append(action.job.id)
-        scene.begin(action.job.model_id)
-        if fail:
-            scene.fail(action.job.model_id)
-    return order
-
-
 def _read_value(word: str) -> Any:
     if word in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[word]

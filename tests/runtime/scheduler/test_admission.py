@@ -4,7 +4,7 @@ A row is what happens and, after `->`, what the scheduler decides then: see `Sce
 """
 
 import pytest
-from support.decisions import Scene, read_table, start_order
+from support.decisions import Scene, read_table
 
 from runtime.scheduler.actions import FailLoad
 from runtime.scheduler.admission import (
@@ -95,6 +95,16 @@ observe under_pressure=true; request a priority=low cause=restart -> start a1
 observe under_pressure=true; request a priority=low cause=swap -> start a1
 observe under_pressure=true; request a 100 priority=low; wait 31; request b 100 -> start b1
 
+# Loads start by priority, then age; a waiting load rises by one priority per minute.
+request a priority=low; request b; request c priority=high; request d priority=low; request e priority=high
+  -> start c1; begin c; fail c -> start e1; begin e; fail e -> start b1; begin b; fail b -> start a1
+request a; wait 57; request b priority=high -> start b1
+request a; wait 60; request b priority=high -> start a1
+request a priority=low; wait 57; request b -> start b1
+request a priority=low; wait 60; request b -> start a1
+request a priority=low; wait 117; request b priority=high -> start b1
+request a priority=low; wait 120; request b priority=high -> start a1
+
 # A clock that was set back delays no load; loads that serve do not notice one that waits.
 request a; wait -86400 -> start a1
 load a 80 busy=true; request b 50; wait 100 -> nothing
@@ -105,27 +115,6 @@ load a 80 busy=true; request b 50; wait 100 -> nothing
 def test_admission_decides(script: str) -> None:
     assert (OVERTAKING_LIMIT_S, PRESSURE_POLL_S, PRIORITY_AGING_S) == (30, 1, 60)  # as the rows have it
     Scene(script)
-
-
-def test_loads_start_by_priority_then_age() -> None:
-    scene = Scene()
-    for model, priority in {"a": "low", "b": "normal", "c": "high", "d": "low", "e": "high"}.items():
-        scene.request(model, priority=priority)
-    assert start_order(scene, fail=True) == ["c1", "e1", "b1", "a1", "d1"]
-
-
-@pytest.mark.parametrize(
-    ("older", "newer", "after_s"),
-    [
-        ("normal", "high", PRIORITY_AGING_S),
-        ("low", "normal", PRIORITY_AGING_S),
-        ("low", "high", 2 * PRIORITY_AGING_S),
-    ],
-)
-def test_waiting_load_rises_one_priority_per_minute(older: str, newer: str, after_s: float) -> None:
-    for waited_s, first in ((after_s - 3, "b1"), (after_s, "a1")):
-        scene = Scene(f"request a priority={older}; wait {waited_s}; request b priority={newer}")
-        assert start_order(scene, fail=True)[0] == first
 
 
 @pytest.mark.parametrize("priority", ["low", "normal", "high"])
