@@ -36,23 +36,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def analyze(
-    server: Server, model: str, *options: str, token: bool = True
-) -> subprocess.CompletedProcess[str]:
-    assert PROGRAM is not None
-    command = [PROGRAM, "-m", model, "-u", address(server), "-i", "http", f"--request-count={REQUESTS}"]
-    if token:
-        command += ["-H", f"Authorization:{bearer(server, 'predict')['Authorization']}"]
-    return subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        env=clean_environment(),
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("model", "options", "batch"),
     [
@@ -67,7 +50,12 @@ def analyze(
 def test_perf_analyzer_agrees_with_server_statistics(
     server: Server, model: str, options: str, batch: int
 ) -> None:
-    done = analyze(server, model, *options.split())
+    assert PROGRAM is not None
+    command = [PROGRAM, "-m", model, "-u", address(server), "-i", "http", f"--request-count={REQUESTS}"]
+    command += ["-H", f"Authorization:{bearer(server, 'predict')['Authorization']}", *options.split()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, env=clean_environment(), check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     client, _, ours = done.stdout.partition("Server:")
     assert number("Request count", client) >= REQUESTS
@@ -75,12 +63,6 @@ def test_perf_analyzer_agrees_with_server_statistics(
     assert number("Inference count", ours) == batch * number("Successful request count", ours)
     assert 0 < number("Execution count", ours) <= number("Successful request count", ours)
     assert number("compute infer", ours) > 0
-
-
-def test_perf_analyzer_without_token_is_refused(server: Server) -> None:
-    done = analyze(server, "subtract", "--shape=a:16", "--shape=b:16", token=False)
-    assert done.returncode != 0
-    assert "token" in done.stdout + done.stderr
 
 
 def number(label: str, text: str) -> float:

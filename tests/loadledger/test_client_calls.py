@@ -264,6 +264,8 @@ def test_filtered_stream_may_have_gaps_and_moves_by_bookmark() -> None:
     assert followed(NDJSON, event_lines(2, 9), types=["LoadStarted"])[0] == [2, 9]
     assert followed(*reconnected, event_lines(9), types=["LoadStarted"])[:2] == ([9], ["0", "7"])
     assert followed(*reconnected, event_lines(1, 2))[:2] == ([1, 2], ["0", "0"])  # without a filter not
+    back = (NDJSON, event_lines(9) + bookmark(7) + b"\n", LOST, NDJSON, event_lines(12))
+    assert followed(*back, types=["LoadStarted"])[:2] == ([9, 12], ["0", "9"])
 
 
 def test_follow_begins_at_bookmark_or_after_list() -> None:

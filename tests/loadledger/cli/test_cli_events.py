@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from support.servers import MODULE, clean_environment
 from events.audit.archive import archive
 from events.clock import utc_now
 from events.datalock import LEDGER
+from events.sqlite.listing import EventFilter
+from loadledger.cli.localledger import show_events
 
 
 def fill(data: Path, number: int) -> None:
@@ -129,6 +131,21 @@ async def test_follow_file_until_interrupt(tmp_path: Path) -> None:
                 async with asyncio.timeout(LIMIT_S):
                     assert await process.communicate() == (b"", b"")
                 assert process.returncode == 130
+
+
+async def test_follow_file_begins_at_head(tmp_path: Path) -> None:
+    shown: asyncio.Queue[Sequence[bytes]] = asyncio.Queue()
+    unset: dict[str, Any] = dict.fromkeys(("after", "since", "until", "tail"))
+    async with opened(tmp_path / LEDGER) as log, asyncio.timeout(LIMIT_S):
+        await write(log, 3)
+        follow = show_events(tmp_path / LEDGER, shown.put_nowait, EventFilter(), follow=True, **unset)
+        task = asyncio.create_task(follow)
+        assert await shown.get() == []
+        await write(log, 1, first=4)
+        while not (lines := await shown.get()):
+            pass
+        task.cancel()
+    assert [json.loads(line)["position"] for line in lines] == [4]
 
 
 # A server
