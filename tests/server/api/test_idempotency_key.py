@@ -123,6 +123,7 @@ async def test_fingerprint_ignores_form_and_heeds_content(shared: LocalApi) -> N
     unload = job_of(await send(shared, "models/m/unload", '"u"'))
     for other, query in ((b" {} ", ""), (b"", "?force=false")):
         assert job_of(await send(shared, f"models/m/unload{query}", '"u"', other)) == unload
+    assert (await send(shared, "models/m/unload?force=true", '"u"')).refusal == MISMATCH
 
 
 async def test_key_of_another_request_is_422(shared: LocalApi) -> None:

@@ -132,18 +132,21 @@ async def test_live_follows_all_earlier_events(shared: LocalApi) -> None:
 
 
 async def test_stages_are_sent_without_id(shared: LocalApi) -> None:
-    shared.save(models.slow_model(depth=2000), "slow")
+    for version in (1, 2):
+        shared.save(models.slow_model(depth=2000), "slow", version)
     async with following(shared) as client, following(shared, "?type=ModelLoaded") as other:
         await client.until("live")
-        job = await shared.accepted_load("slow")
-        first = (await client.until("stage"))[-1]
-        assert first.id is None
-        last = first.json
-        while last["stage"] != "loading":
-            last = (await client.until("stage"))[-1].json
-        assert last == {"job_id": job["id"], "model_id": "slow", "stage": "loading", "waiting_for": None}
+        first = await shared.accepted_load("slow", version=1)
+        job = await shared.accepted_load("slow", version=2)
+        of_job = {"job_id": job["id"], "model_id": "slow"}
+        waits = {**of_job, "stage": None, "waiting_for": f"job {first['id']} of the same model"}
+        loads = {**of_job, "stage": "loading", "waiting_for": None}
+        for expected in (waits, loads):
+            while (message := (await client.until("stage"))[-1]).json != expected:
+                assert message.id is None
+            await shared.post(f"/api/v1/jobs/{first['id']}/cancel")
         async with following(shared, f"?job={job['id']}&type=stage") as late:
-            assert (await late.until("stage"))[-1].json == last
+            assert (await late.until("stage"))[-1].json == loads
         await shared.unload("slow", force=True)
         await add(shared, 1)
         assert [message.event for message in await other.until("live")] == ["", "live"]
