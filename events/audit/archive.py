@@ -58,12 +58,8 @@ class ArchiveResult:
 def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) -> ArchiveResult:
     """Move the events before a position or time to `target`; the caller holds the lock of the data directory.
 
-    Args:
-        path: of the ledger.
-        before: a position in digits, or an RFC 3339 time; the event at that position or time stays.
-        target: the file; if it exists, it must be the one of an interrupted run.
-        sign: signs the head of the file.
-        now: the present time.
+    `before` is a position in digits, or an RFC 3339 time: the event at that position or time stays. If the
+    file `target` exists, it must be that of an interrupted run.
 
     Raises:
         InvalidMoment: `invalid_parameter`.

@@ -91,12 +91,8 @@ def check_archives(
 ) -> ArchiveProof:
     """Verify archives, and check that together they lead to the base of a log.
 
-    Args:
-        paths: of the archives, in any order.
-        base: of the log.
-        listed: the archives that the ledger lists, to name those that are missing.
-        key: the id of the expected signer's key; None accepts any.
-        expected: a head that the archives must have, if one of them has the position.
+    The paths may have any order; `listed` are the archives that the ledger lists, to name those that are
+    missing. `key` and `expected` are those of `audit_file`.
 
     Raises:
         ArchiveMissing: `archive_missing`, the archives do not follow one another, or do not end at the base.

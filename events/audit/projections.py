@@ -1,4 +1,7 @@
-"""Comparison of stored jobs, models and snapshots with a fold of the log, as the fold reaches them."""
+"""Comparison of stored jobs, models and snapshots with a fold of the log, as the fold reaches them.
+
+All connections return text as bytes.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,7 @@ _Copy = tuple[int, bytes, bytes]
 
 
 class StoredProjections:
-    """The stored jobs, models and snapshots of a ledger.
-
-    Args:
-        connection: returns text as bytes.
-        base: the position of the base.
-    """
+    """The stored jobs, models and snapshots of a ledger whose base is at the position `base`."""
 
     def __init__(self, connection: sqlite3.Connection, base: int) -> None:
         self._connection = connection
@@ -64,9 +62,6 @@ class StoredJobs:
 
     Jobs end nearly in that order. So the rows that the walk has passed, and that no ended job has matched
     yet, are about as many as the unended jobs.
-
-    Args:
-        connection: returns text as bytes.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -127,17 +122,14 @@ class StoredSnapshots:
     have a newer copy in the next snapshot if it changed. This costs at most one query for each copy and one
     for each event, and the memory of the ids of models with events since the last snapshot.
 
+    Archives prove the snapshot at the base, which also has ended jobs and may have the text of an earlier
+    release: here its copies only have to be of the models that they name. No snapshot may be before it.
+
     Attributes:
         next: the next position at which `compare` has to be called.
         touched: the models of the events since the last snapshot, which the fold adds; None means all of
             them, as in events of the server.
         difference: the first difference, as a position and words; None if there is none.
-
-    Args:
-        connection: returns text as bytes.
-        base: the position of the base. Archives prove the snapshot there, which also has ended jobs and may
-            have the text of an earlier release; here its copies only have to be of the models that they name.
-            No snapshot may be before it.
     """
 
     def __init__(self, connection: sqlite3.Connection, base: int) -> None:

@@ -103,12 +103,7 @@ _DECODER = msgspec.json.Decoder(_Members)
 
 
 def stored_event(body: bytes, digest: bytes) -> StoredEvent:
-    """Return the event of a row.
-
-    Raises:
-        msgspec.DecodeError: the body is damaged.
-        UnicodeDecodeError: likewise.
-    """
+    """Return the event of a row; raise ValueError if its body is damaged."""
     members = _DECODER.decode(body)
     line = b'%b,"hash":"%b"}' % (body[:-1], digest.hex().encode())
     return StoredEvent(members.position, members.type, members.model_id, members.job_id, members.actor, line)
@@ -181,7 +176,7 @@ def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> Stored
     rows = connection.execute(sql, _parameters(query.wanted, span, query.limit + 1)).fetchall()
     try:
         found = [stored_event(body, digest) for body, digest, _ in rows]
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise LogUnavailable(f"the ledger is damaged: {error}; run `loadledger verify`") from error
     items, cursor = found[: query.limit], None
     if len(found) > query.limit:

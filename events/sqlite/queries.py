@@ -101,11 +101,7 @@ def read_state(connection: sqlite3.Connection) -> State:
 def make_state(
     position: int, recorded_at: str, models: Iterable[tuple[str]], jobs: Iterable[tuple[str]]
 ) -> State:
-    """Return the state of models and jobs as they are stored.
-
-    Raises:
-        ValueError: one is damaged.
-    """
+    """Return the state of models and jobs as they are stored; raise ValueError if one is damaged."""
     known = {model.id: model for model in (as_model(body) for (body,) in models)}
     return State(position, recorded_at, known, {job.id: job for job in (as_job(body) for (body,) in jobs)})
 
@@ -269,20 +265,12 @@ def as_bytes(entity: Job | Model) -> bytes:
 
 
 def as_job(body: str | bytes) -> Job:
-    """Return the job that `as_text` wrote.
-
-    Raises:
-        msgspec.DecodeError, a ValueError: what is stored is damaged.
-    """
+    """Return the job that `as_text` wrote; raise ValueError if it is damaged."""
     return _JOB.decode(body)
 
 
 def as_model(body: str | bytes) -> Model:
-    """Return the model that `as_text` wrote.
-
-    Raises:
-        msgspec.DecodeError, a ValueError: what is stored is damaged.
-    """
+    """Return the model that `as_text` wrote; raise ValueError if it is damaged."""
     return _MODEL.decode(body)
 
 
