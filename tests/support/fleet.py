@@ -7,7 +7,8 @@ import asyncio
 import os
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,6 @@ from typing import TypeVar
 import pytest
 
 from events.types import (
-    Event,
     JobCancelled,
     LoadFailed,
     LoadRequested,
@@ -25,13 +25,15 @@ from events.types import (
     UnloadRequested,
 )
 from runtime.memory import private_bytes
+from server.config import Config
 from support import models
 from support.http import Answer, Json, when
-from support.servers import Server
+from support.servers import Server, events, verified
 
 TABLE_MB = 4
 """Of one model: enough to be told from what its process has besides, 6 MB."""
 ENTRIES = TABLE_MB * 250_000
+UNLIMITED = ("--limit-management=off", "--limit-inference=off", "--limit-reads=off")
 SETTLE_S = 120.0
 """A lost model that was loaded with low priority comes back within a minute, however busy the machine is."""
 
@@ -40,7 +42,7 @@ _SOURCE = re.compile(r"(?P<model>[^/]+)/(?P<version>\d+);position=(?P<position>\
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Models `m00`, `m01`, … in versions 1 and 2, each answering with a table of its own."""
+    """Models `m00`, `m01`, … in versions 1 and 2 in a repository, each answering with a table of its own."""
 
     root: Path
     size: int
@@ -52,8 +54,8 @@ class Fleet:
         """The models."""
         return [f"m{number:02}" for number in range(self.size)]
 
-    def write(self) -> None:
-        """Put all of them into the repository."""
+    def __post_init__(self) -> None:
+        """Write the models."""
         for model_id in self.ids:
             for version in self.versions:
                 table = models.table(self.table_mb, _key(model_id, version))
@@ -88,27 +90,42 @@ def check_inference(model_id: str, asked: Json, answer: Answer) -> Source:
     return source
 
 
-def check_sources(log: Iterable[Event], seen: Iterable[Source]) -> None:
-    """Check that each load that an answer named is in the ledger, at that position."""
-    loaded = {
-        Source(event.model_id or "", event.version or 0, event.position)
-        for event in log
-        if isinstance(event.data, ModelLoaded)
-    }
-    assert set(seen) <= loaded
+async def check_ledger(
+    config: Config, sources: Iterable[Source], failures: Collection[str] = ()
+) -> tuple[dict[str, str], Counter[str]]:
+    """Check a stopped server's ledger.
 
+    It verifies, every job has ended once, and each load that an answer named is there at that position.
 
-def check_ends(log: Iterable[Event]) -> dict[str, str]:
-    """Check that every job of a ledger has ended, once; returns the types of their ends by job."""
-    asked, ends = set[str](), dict[str, str]()
-    for event in log:
+    Args:
+        config: of the server.
+        sources: named by answers.
+        failures: codes that loads may have failed with.
+
+    Returns:
+        The type of each job's end by job, and the counts of types and codes.
+    """
+    verified(config)
+    loaded, asked, ends, codes = set[Source](), set[str](), dict[str, str](), Counter[str]()
+    for event in await events(config):
+        if isinstance(event.data, ModelLoaded):
+            loaded.add(Source(event.model_id or "", event.version or 0, event.position))
+        if isinstance(event.data, LoadFailed):
+            assert event.data.code in failures
+            codes[f"failed {event.data.code}"] += 1
         if isinstance(event.data, LoadRequested | UnloadRequested):
             asked.add(event.id)
         elif isinstance(event.data, ModelLoaded | LoadFailed | ModelUnloaded | UnloadFailed | JobCancelled):
             assert event.job_id in asked - ends.keys(), event
             ends[event.job_id] = event.type
     assert asked == ends.keys(), asked - ends.keys()
-    return ends
+    assert set(sources) <= loaded
+    return ends, Counter(ends.values()) | codes
+
+
+def as_text(counts: Counter[str]) -> str:
+    """Return counts in one line."""
+    return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
 
 
 @dataclass(slots=True)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 import aiohttp
 from support.fleet import (
+    UNLIMITED,
     Fleet,
     Source,
     agreed,
-    check_ends,
+    as_text,
     check_inference,
-    check_sources,
+    check_ledger,
     new_dice,
     of_both,
     question,
@@ -28,7 +29,7 @@ from support.fleet import (
 from support.http import Json
 from support.servers import PREPARING, Server, events, serving, verified
 
-from events.types import CancelRequested, Event, LoadFailed, LoadRequested, UnloadRequested
+from events.types import CancelRequested, Event, LoadRequested, UnloadRequested
 from server.config import Config
 
 LIVES = of_both(short=4, long=200)
@@ -36,9 +37,9 @@ LIFE_S = 1.2
 RECOVERY_S = 0.3
 CLIENTS = 4
 SETTINGS = (
-    "--memory-budget=50000000", "--evict=idle", "--min-residency-s=0", "--drain-timeout-s=5",
-    "--limit-management=off", "--limit-inference=off", "--limit-reads=off",
-)  # fmt: skip
+    *("--memory-budget=50000000", "--evict=idle", "--min-residency-s=0", "--drain-timeout-s=5"),
+    *UNLIMITED,
+)
 """Room for three or four of eight."""
 SUBJECT = "alice"
 FAILURES = {"insufficient_memory", "crash_loop", "timeout"}
@@ -160,9 +161,7 @@ async def live(lives: Lives, config: Config) -> None:
 
 
 async def test_server_killed_at_random_keeps_jobs_and_keys(config: Config) -> None:
-    fleet = Fleet(config.repository, 8)
-    fleet.write()
-    lives = Lives(fleet, new_dice())
+    lives = Lives(Fleet(config.repository, 8), new_dice())
     for _ in range(LIVES):
         await live(lives, config)
     async with serving(config, *SETTINGS, environment=PREPARING) as server:
@@ -174,14 +173,7 @@ async def test_server_killed_at_random_keeps_jobs_and_keys(config: Config) -> No
             assert check_inference(model_id, asked, answer).version == model["version"]
         assert await server.stop() == 0
         output = server.output.read_text()
-    verified(config)
-    log = await events(config)
-    ends = check_ends(log)
-    check_sources(log, lives.sources)
+    ends, counts = await check_ledger(config, lives.sources, FAILURES)
     assert set(lives.accepted) <= ends.keys()
-    failed = Counter(f"failed {event.data.code}" for event in log if isinstance(event.data, LoadFailed))
-    assert {name.removeprefix("failed ") for name in failed} <= FAILURES
-    counts = Counter(ends.values()) | lives.counts | failed
-    told = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
-    tell(f"{len(lives.accepted)} accepted of {len(ends)} jobs; {told}")
+    tell(f"{len(lives.accepted)} accepted of {len(ends)} jobs; {as_text(counts | lives.counts)}")
     assert "Traceback" not in output

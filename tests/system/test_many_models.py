@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 import pytest
 from support.fleet import (
+    UNLIMITED,
     Fleet,
     Memory,
     Source,
     agreed,
-    check_ends,
+    as_text,
     check_inference,
-    check_sources,
+    check_ledger,
     new_dice,
     of_both,
     question,
@@ -28,9 +29,9 @@ from support.fleet import (
     tell,
 )
 from support.http import Answer, Json
-from support.servers import PREPARING, Server, events, serving, verified
+from support.servers import PREPARING, Server, events, serving
 
-from events.types import Event, LoadFailed, ModelLoaded
+from events.types import Event, ModelLoaded
 from server.config import Config
 
 BUDGET_BYTES = 80_000_000
@@ -178,13 +179,11 @@ async def check_quiet_server(storm: Storm, dice: random.Random) -> None:
 @pytest.mark.parametrize("on_demand", of_both(short=["on"], long=["off", "on"]))
 async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_demand: str) -> None:
     fleet = Fleet(config.repository, 20)
-    fleet.write()
     dice, memory = new_dice(), Memory()
     residency_s = of_both(short="0", long=dice.choice(("0", "0.3", "1")))
     settings = (
         f"--memory-budget={BUDGET_BYTES}", "--evict=idle", f"--min-residency-s={residency_s}",
-        f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5",
-        "--limit-management=off", "--limit-inference=off", "--limit-reads=off",
+        f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5", *UNLIMITED,
     )  # fmt: skip
     async with serving(config, *settings, environment=PREPARING) as server:
         storm = Storm(server, fleet)
@@ -194,14 +193,9 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
         assert await server.stop() == 0
         told = server.output.read_text().splitlines()
         assert [line for line in told if " event=" not in line] == []  # only events are logged
-    verified(config)
-    log = await events(config)
-    ends = check_ends(log)
-    check_sources(log, storm.sources)
-    failed = Counter(f"failed {event.data.code}" for event in log if isinstance(event.data, LoadFailed))
-    assert {name.removeprefix("failed ") for name in failed} <= FAILURES
-    prepared = Counter("loads from a prepared form" for event in log if is_prepared(event))
-    tell(summary(storm, memory, Counter(ends.values()) | failed | prepared))
+    _, ends = await check_ledger(config, storm.sources, FAILURES)
+    prepared = Counter("loads from a prepared form" for event in await events(config) if is_prepared(event))
+    tell(summary(storm, memory, ends | prepared))
     assert storm.counts["infer 200"] > 0
 
 
@@ -211,10 +205,9 @@ def is_prepared(event: Event) -> bool:
 
 def summary(storm: Storm, memory: Memory, ends: Counter[str]) -> str:
     share = 100 * memory.most_bytes / BUDGET_BYTES
-    counts = ", ".join(f"{name}: {count}" for name, count in sorted((storm.counts | ends).items()))
     return (
-        f"{counts}; workers took at most {memory.most_bytes / 1e6:.1f} MB, {share:.0f} % of the budget,"
-        f" in {memory.samples} samples, {memory.workers} at once"
+        f"{as_text(storm.counts | ends)}; workers took at most {memory.most_bytes / 1e6:.1f} MB, {share:.0f}"
+        f" % of the budget, in {memory.samples} samples, {memory.workers} at once"
     )
 
 
@@ -239,11 +232,9 @@ class SwapClients:
 
 async def test_swaps_under_load_fail_no_request(config: Config) -> None:
     fleet = Fleet(config.repository, 1)
-    fleet.write()
     [model_id] = fleet.ids
     dice = new_dice()
-    limits = ("--limit-management=off", "--limit-inference=off", "--limit-reads=off")
-    async with serving(config, *limits, environment=PREPARING) as server:
+    async with serving(config, *UNLIMITED, environment=PREPARING) as server:
         await server.api.load(model_id, version=2)
         clients = SwapClients(server, model_id)
         async with asyncio.TaskGroup() as group:
@@ -259,10 +250,8 @@ async def test_swaps_under_load_fail_no_request(config: Config) -> None:
         assert [model["version"] for model in loaded.values()] == [2 - SWAPS % 2]
         assert await server.stop() == 0
         assert server.output.read_text() == ""
-    verified(config)
-    log = await events(config)
-    check_sources(log, clients.sources)
-    assert list(check_ends(log).values()).count("ModelUnloaded") == SWAPS
+    _, ends = await check_ledger(config, clients.sources)
+    assert ends["ModelUnloaded"] == SWAPS
     versions = len({source.position for source in clients.sources})
     tell(f"{SWAPS} swaps, {clients.answers} answers of {versions} loads, none failed")
     assert {source.version for source in clients.sources} == {1, 2}

@@ -27,10 +27,8 @@ DIFFERENCE_BYTES = 4_000_000
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Fleet:
-    fleet = Fleet(tmp_path / "repository", 5, versions=(1,), table_mb=TABLE_MB)
-    fleet.write()
-    return fleet
+def fleet(repository: Path) -> Fleet:
+    return Fleet(repository, 5, versions=(1,), table_mb=TABLE_MB)
 
 
 async def end(server: Server, how: str) -> None:
