@@ -273,11 +273,10 @@ class Ledger:
             self.failures -= 1
             raise LogUnavailable
         assert isinstance(command, Record)
-        counts = {}
-        for draft in command.drafts:
-            assert isinstance(draft.data, AccessDenied)
-            counts[draft.actor, draft.data.action] = draft.data.count
-        self.minutes.append(counts)
+        data = [(draft.actor, draft.data) for draft in command.drafts]
+        self.minutes.append(
+            {(who, denied.action): denied.count for who, denied in data if isinstance(denied, AccessDenied)}
+        )
 
 
 async def test_denials_of_verified_subjects_are_in_the_ledger(api: LocalApi) -> None:

@@ -1,12 +1,10 @@
 """The fast path of inferences: it answers each request as the router and the middlewares do."""
 
 import asyncio
-import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import pytest_asyncio
 from support import models
@@ -97,13 +95,3 @@ async def test_pipelined_requests_are_answered_in_order(shared: LocalApi) -> Non
     last = request(shared, "Connection: close", body=second)
     answers = (await send_raw(shared, request(shared), last)).split(b"HTTP/1.1 200 OK")
     assert [b'"id":"second"' in answer for answer in answers[1:]] == [False, True]
-
-
-async def test_large_answer_arrives_whole(shared: LocalApi) -> None:
-    values = np.arange(1_000_000, dtype=np.float32)
-    size = {"binary_data_size": values.nbytes}
-    tensor = {"name": "x", "shape": [len(values)], "datatype": "FP32", "parameters": size}
-    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    headers = {"Inference-Header-Content-Length": str(len(head))}
-    answer = await shared.post(FAST, data=io.BytesIO(head + values.tobytes()), headers=headers)
-    assert answer.body.endswith((values + 1).tobytes())

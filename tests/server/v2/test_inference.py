@@ -1,13 +1,12 @@
 """Inference over HTTP by the Open Inference Protocol v2: JSON and binary tensors, refusals, metadata."""
 
 import asyncio
-import gzip
 import io
 import json
 import math
 import struct
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -100,9 +99,9 @@ def outputs_of(answer: Answer) -> list[Binary]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def identities(shared: LocalApi) -> LocalApi:
     """`y = x` loaded for each datatype, of any shape, under the datatype's name."""
-    for datatype in (*SIZES, "BYTES"):
-        element = getattr(TensorProto, ONNX.get(datatype, datatype))
-        await load(shared, datatype, models.identity_of_any_shape(element))
+    elements = {name: getattr(TensorProto, ONNX.get(name, name)) for name in (*SIZES, "BYTES")}
+    identities = {name: models.identity_of_any_shape(element) for name, element in elements.items()}
+    await asyncio.gather(*(load(shared, name, model) for name, model in identities.items()))
     return shared
 
 
@@ -162,15 +161,12 @@ async def test_raw_body_is_answered_raw(shared: LocalApi) -> None:
     assert odd.refusal == (400, "invalid_input")
 
 
-@pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-async def test_request_and_answer_are_compressed(
-    identities: LocalApi, coding: str, pack: Callable[[bytes], bytes]
-) -> None:
+async def test_request_and_answer_are_compressed(identities: LocalApi) -> None:
     tensor = Binary("FP32", (1000,), bytes(4000))
-    head = tensor.head()
-    headers = {LENGTH: str(len(head)), "Content-Encoding": coding, "Accept-Encoding": coding}
-    answer = await identities.post("/v2/models/FP32/infer", data=pack(head + tensor.data), headers=headers)
-    assert (answer.status, answer.headers["Content-Encoding"]) == (200, coding)
+    body, length = tensor.head() + tensor.data, str(len(tensor.head()))
+    headers = {LENGTH: length, "Content-Encoding": "deflate", "Accept-Encoding": "gzip"}
+    answer = await identities.post("/v2/models/FP32/infer", data=zlib.compress(body), headers=headers)
+    assert (answer.status, answer.headers["Content-Encoding"]) == (200, "gzip")
     assert answer.json["outputs"][0]["data"] == [0.0] * 1000  # the test's client has unpacked it
 
 
