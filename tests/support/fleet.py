@@ -148,8 +148,8 @@ class Memory:
                 return
 
 
-async def settled(server: Server) -> None:
-    """Wait until no job is under way, and no model on its way."""
+async def settled(server: Server) -> dict[str, Json]:
+    """Wait until no job is under way, and no model on its way; return the jobs by id."""
 
     async def unsettled() -> list[tuple[str, str]]:
         jobs = [
@@ -169,6 +169,7 @@ async def settled(server: Server) -> None:
                 found = await unsettled()
     except TimeoutError:
         raise AssertionError(f"not settled within {SETTLE_S:g} s: {found}") from None
+    return {job["id"]: job for job in await server.api.jobs("?limit=1000")}
 
 
 async def agreed(server: Server) -> dict[str, Json]:

@@ -16,7 +16,7 @@ import pytest_asyncio
 from playwright.async_api import BrowserContext, Route, ViewportSize, expect
 from support import models
 from support.browser import DESKTOP, PHONE, Console, chromium, needs_browser, tokens_in
-from support.http import when
+from support.http import ONE, when
 from support.servers import Server, serving
 
 from server.config import Config
@@ -30,9 +30,6 @@ MAX_BYTES = 200_000
 SHOWN_S = 45
 """Duration of the inferences that fill the charts."""
 QUESTION = {"name": "x", "datatype": "FP32", "shape": [4], "data": [0.5, 1, 2, 3]}
-
-
-ONE = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
 
 
 def write_models(root: Path) -> None:

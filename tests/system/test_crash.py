@@ -9,7 +9,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import models
-from support.http import Json, following, when
+from support.fleet import settled
+from support.http import ENDLESS, ONE, following
 from support.models import save
 from support.servers import Server, events, serving, verified
 from support.workers import computing, until
@@ -17,17 +18,6 @@ from support.workers import computing, until
 from events.datalock import LEDGER
 from events.types import Event, ServerStarted
 from server.config import Config
-
-ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
-ENDLESS: Json = {"name": "trips", "shape": [], "datatype": "INT64", "data": [models.ENDLESS]}
-
-
-async def all_ended(server: Server) -> dict[str, Json]:
-    """Wait until every job has ended, and return them by id."""
-    jobs = await when(
-        lambda: server.api.jobs("?limit=1000"), lambda jobs: all(job["finished_at"] for job in jobs)
-    )
-    return {job["id"]: job for job in jobs}
 
 
 def types(log: list[Event], job_id: str) -> list[str]:
@@ -68,7 +58,7 @@ async def test_kill_9_ends_all_processes_and_next_start_finishes_jobs(config: Co
     save(models.add(3), config.repository, "slow")
     async with serving(config, "--loads-at-once=1") as server:
         assert before.isdisjoint(server.children())
-        jobs = await all_ended(server)
+        jobs = await settled(server)
         assert {job["status"] for job in jobs.values()} == {"completed"}
         assert (jobs[slow["id"]]["attempt"], jobs[pending["id"]]["attempt"]) == (2, 1)
         assert (await server.api.model("draining"))["state"] == "unloaded"

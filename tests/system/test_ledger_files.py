@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.http import Json, when
+from support.http import ONE, when
 from support.models import save
 from support.servers import MODULE, Server, clean_environment, events, serving, verified
 
@@ -17,8 +17,6 @@ from events.audit.audit import audit
 from events.datalock import LEDGER
 from events.errors import IncompleteCopy
 from server.config import Config
-
-ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
 
 
 @asynccontextmanager

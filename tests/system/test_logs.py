@@ -6,7 +6,7 @@ import os
 import re
 
 from support import models
-from support.http import LIMIT_S, Json, when
+from support.http import LIMIT_S, ONE, Json, when
 from support.models import save
 from support.servers import MODULE, Server, serving
 from yarl import URL
@@ -14,7 +14,6 @@ from yarl import URL
 from server.config import Config
 from server.observability.requestlog import MAX_UNAUTHENTICATED
 
-QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
 LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
 
 
@@ -45,7 +44,9 @@ async def raw(server: Server, *fields: str, path: str = "/x") -> bytes:
 
 
 async def infer(server: Server, **headers: str) -> str | None:
-    answer = await server.api.post("/v2/models/m/infer", roles=("predict",), json=QUESTION, headers=headers)
+    answer = await server.api.post(
+        "/v2/models/m/infer", roles=("predict",), json={"inputs": [ONE]}, headers=headers
+    )
     assert answer.status == 200
     return answer.headers.get("X-Request-Id")
 

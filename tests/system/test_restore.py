@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question
-from support.http import Json, when
+from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled
+from support.http import when
 from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
 
@@ -83,7 +83,7 @@ async def test_restart_with_smaller_budget_reloads_most_recently_used(
         await end(server, how)
     budget = await budget_for_two(config)
     async with serving(config, f"--memory-budget={budget}") as server:
-        await all_ended(server)
+        await settled(server)
         assert set(await agreed(server)) == {"m03", "m00"}
         for model_id in ("m01", "m02", "m04"):
             model = await server.api.model(model_id)
@@ -105,7 +105,7 @@ async def test_kill_before_uses_are_stored_reloads_last_loaded(config: Config, f
             await server.api.load(model_id)
         await server.kill()
     async with serving(config, f"--memory-budget={await budget_for_two(config)}") as server:
-        await all_ended(server)
+        await settled(server)
         assert set(await agreed(server)) == {"m04", "m03"}
     verified(config)
 
@@ -121,7 +121,7 @@ async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fl
         await end(server, how)
     save(models.add(1), config.repository, "slow")
     async with serving(config, "--restore=none") as server:
-        ended = await all_ended(server)
+        ended = await settled(server)
         assert (ended[job["id"]]["status"], ended[job["id"]]["attempt"]) == ("completed", 2)
         assert set(await agreed(server)) == {"slow"}
         for model_id in fleet.ids[:2]:
@@ -131,18 +131,3 @@ async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fl
     asked = [event for event in await events(config) if isinstance(event.data, UnloadRequested)]
     assert [event.model_id for event in asked] == fleet.ids[:2]
     assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]
-
-
-async def all_ended(server: Server) -> dict[str, Json]:
-    """Wait until every job has ended and no model is being reloaded; return the jobs by id."""
-
-    async def look() -> tuple[list[Json], list[str]]:
-        jobs = await server.api.jobs("?limit=1000")
-        listed = (await server.api.get("/api/v1/models?limit=1000")).json["models"]
-        return jobs, [model["state"] for model in listed]
-
-    jobs, _ = await when(
-        look,
-        lambda seen: all(job["finished_at"] for job in seen[0]) and not {"lost", "loading"} & set(seen[1]),
-    )
-    return {job["id"]: job for job in jobs}

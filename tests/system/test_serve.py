@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import models
-from support.http import LIMIT_S, Json, when
+from support.http import LIMIT_S, ONE, Json, when
 from support.models import save
 from support.servers import MODULE, SCRIPT, Server, clean_environment, events, serving, verified
 from support.workers import computing, freeze, until
@@ -19,8 +19,6 @@ from yarl import URL
 
 from events.types import ServerStarted, ServerStopped
 from server.config import Config, settings
-
-ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
 
 
 def trips(count: int) -> Json:

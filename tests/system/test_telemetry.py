@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from support import models
-from support.http import LIMIT_S, Json
+from support.http import LIMIT_S, ONE, Json
 from support.models import save
 from support.servers import Server, serving
 
@@ -28,7 +28,6 @@ FORWARDED = {"X-Forwarded-For": "203.0.113.9, 192.0.2.1"}
 SERVER_KIND = 2
 LOAD, INFER = "POST /api/v1/models/{id}/load", "POST /v2/models/{id}/infer"
 LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
-QUESTION = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}]}
 
 
 class Exported:
@@ -113,7 +112,9 @@ async def load(server: Server, model: str = "m", **headers: str) -> Json:
 
 
 async def infer(server: Server, **headers: str) -> int:
-    answer = await server.api.post("/v2/models/m/infer", roles=("predict",), json=QUESTION, headers=headers)
+    answer = await server.api.post(
+        "/v2/models/m/infer", roles=("predict",), json={"inputs": [ONE]}, headers=headers
+    )
     return answer.status
 
 
