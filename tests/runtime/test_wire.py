@@ -26,11 +26,15 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return Tensor(draw(TEXTS), datatype, shape, data, text)
 
 
-MESSAGES: dict[Any, tuple[type[Any], ...]] = {
-    wire.TO_WORKER: get_args(wire.ToWorker),
-    wire.FROM_WORKER: get_args(wire.FromWorker),
-    wire.CONTROL: (wire.Cancel,),
+MESSAGES = {
+    decoder: st.one_of(*(instances(kind, without="tensors") for kind in kinds))
+    for decoder, kinds in {
+        wire.TO_WORKER: get_args(wire.ToWorker),
+        wire.FROM_WORKER: get_args(wire.FromWorker),
+        wire.CONTROL: (wire.Cancel,),
+    }.items()
 }
+"""The messages of each direction, without tensors."""
 
 
 def frame(message: wire.Message, content: tuple[Tensor, ...] = ()) -> bytes:
@@ -61,8 +65,7 @@ def comparable(frames: list[wire.Frame[Any]]) -> list[Any]:
 @given(data=st.data(), step=st.integers(1, 300))
 def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None:
     decoder = data.draw(st.sampled_from(list(MESSAGES)))
-    bare = st.one_of(*(instances(kind, without="tensors") for kind in MESSAGES[decoder]))
-    choices: st.SearchStrategy[wire.Frame[Any]] = bare.map(lambda message: (message, ()))
+    choices: st.SearchStrategy[wire.Frame[Any]] = MESSAGES[decoder].map(lambda message: (message, ()))
     if decoder is not wire.CONTROL:
         choices |= st.lists(tensors(), max_size=3).map(
             lambda ts: (
