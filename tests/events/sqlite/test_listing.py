@@ -22,7 +22,6 @@ from events.log import Log
 from events.sqlite import listing
 from events.sqlite.history import BeyondHead
 from events.sqlite.listing import (
-    INDEXES,
     EventFilter,
     EventQuery,
     Page,
@@ -30,8 +29,6 @@ from events.sqlite.listing import (
     StoredEvent,
     StoredEventPage,
     open_reader,
-    page_sql,
-    probe_sql,
 )
 from events.sqlite.queries import JobQuery
 from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, LoadStarted, ServerStopped
@@ -139,7 +136,7 @@ def plan(connection: sqlite3.Connection, sql: str, wanted: EventFilter) -> list[
 
 @pytest.mark.parametrize("newest_first", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 16])
-@pytest.mark.parametrize("leading", sorted(INDEXES))
+@pytest.mark.parametrize("leading", sorted(listing.INDEXES))
 def test_event_page_walks_an_index_and_never_sorts(
     filled: Path,
     leading: str,
@@ -149,16 +146,18 @@ def test_event_page_walks_an_index_and_never_sorts(
     several = tuple(f"v{each}" for each in range(number)) * 2
     wanted = EventFilter(several, several, several, several)
     with closing(sqlite3.connect(filled)) as connection:
-        steps = plan(connection, page_sql(wanted, leading, newest_first=newest_first), wanted)
+        steps = plan(connection, listing.page_sql(wanted, leading, newest_first=newest_first), wanted)
         walks = [step for step in steps if step.startswith("SEARCH events")]
-        index = f"USING INDEX {INDEXES[leading]} ({leading}=? AND position>? AND position<?)"
+        index = f"USING INDEX {listing.INDEXES[leading]} ({leading}=? AND position>? AND position<?)"
         assert walks == [f"SEARCH events {index}"] * number
         asked = [step for step in steps if step.startswith("SEARCH other")]
-        others = [INDEXES[column] for column in wanted.columns if column != leading] if number == 1 else []
+        others = (
+            [listing.INDEXES[column] for column in wanted.columns if column != leading] if number == 1 else []
+        )
         assert [step.split("INDEX ")[1].split()[0] for step in asked] == others
         assert all("=? AND position=?" in step for step in asked)
-        steps += plan(connection, probe_sql(wanted, newest_first=newest_first), wanted)
-        steps += plan(connection, page_sql(wanted, None, newest_first=newest_first), wanted)
+        steps += plan(connection, listing.probe_sql(wanted, newest_first=newest_first), wanted)
+        steps += plan(connection, listing.page_sql(wanted, None, newest_first=newest_first), wanted)
         assert not [step for step in steps if "TEMP B-TREE" in step or "SCAN events" in step], steps
 
 
