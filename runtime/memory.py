@@ -171,9 +171,10 @@ def read_pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None
     Returns:
         None if the kernel does not provide PSI.
     """
-    (own, _), mount = parse_cgroups(_text(proc / "self/cgroup")), _unified_mount(cgroups)
+    unified, _ = parse_cgroups(_text(proc / "self/cgroup"))
+    mount = _unified_mount(cgroups)
     # In a container the path may be the host's, and the container's cgroup is what is mounted.
-    folders = dict.fromkeys((_below(mount, own), mount))
+    folders = dict.fromkeys((_below(mount, unified), mount))
     memory, cpu = (
         _some_percent([*(folder / f"{name}.pressure" for folder in folders), proc / "pressure" / name])
         for name in ("memory", "cpu")

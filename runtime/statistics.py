@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.wire import Outcome
@@ -74,8 +74,16 @@ class Statistics:
 
     def add(self, other: Statistics) -> None:
         """Add the counts of another load, except those by batch size."""
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.requests += other.requests
+        self.inferences += other.inferences
+        self.executions += other.executions
+        self.failures += other.failures
+        self.total_ns += other.total_ns
+        self.failed_ns += other.failed_ns
+        self.queue_ns += other.queue_ns
+        self.input_ns += other.input_ns
+        self.infer_ns += other.infer_ns
+        self.output_ns += other.output_ns
         self.last_inference_ms = max(self.last_inference_ms, other.last_inference_ms)
         self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
 
@@ -119,9 +127,6 @@ class Statistics:
         counts[1] += outcome.input_ns
         counts[2] += outcome.infer_ns
         counts[3] += outcome.output_ns
-
-
-_SUMS = [each.name for each in fields(Statistics) if each.default == 0 and each.name != "last_inference_ms"]
 
 
 def _of_size(size: int, counts: list[int]) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class RunningLoad:
     @property
     def prepared_form(self) -> CachedCopy | None:
         """The prepared form that at least one worker has loaded."""
-        return self.prepared if any(report.prepared for report in self.reports.values()) else None
+        used = any(report.prepared is not None for report in self.reports.values())
+        return self.prepared if used else None
 
     def uses_form(self, worker: Worker) -> bool:
         """Whether a worker has loaded the prepared form."""
@@ -322,10 +323,7 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
     async def load_one() -> None:
         async with places:
             report = await _load_instance(load, pool, order, uuid7(), time.monotonic_ns())
-        seen, expected = (
-            [(file.path, file.sha256) for file in files] for files in (report.files, order.known)
-        )
-        if seen != expected:
+        if _contents(report.files) != _contents(order.known):
             raise LoadRefused("model_changed", "a file changed while the instances were loaded")
 
     others = [asyncio.create_task(load_one()) for _ in range(load.parameters.instances - 1)]
@@ -335,6 +333,10 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
+    return [(file.path, file.sha256) for file in files]
 
 
 async def _load_instance(
@@ -369,7 +371,8 @@ async def _load_instance(
         raise
     finally:
         load.replaceable.discard(worker_id)
-    load.prepared_failure = report.prepared_failure or load.prepared_failure
+    if report.prepared_failure is not None:
+        load.prepared_failure = report.prepared_failure
     load.reports[worker_id] = report
     load.measured_bytes.pop(worker_id, None)  # what it took while it loaded
     return report

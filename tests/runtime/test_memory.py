@@ -134,14 +134,18 @@ def test_limit_of_cgroup_v1_and_of_both(
     assert files.limit() == expected
 
 
-def test_unreadable_limits_are_skipped(files: Files) -> None:
-    for text in ("", "-1\n", "0\n", "1.5\n", "4G\n", "\u0664\n", "9" * 5000, "max max\n"):
-        assert memory.parse_limit(text) is None
-        files.unified(V2, {SERVICE: text, SLICE: f"{2 * GB}\n"})
-        assert files.limit() == MemoryLimit(2 * GB, "cgroup v2")
-    for text in ("", "MemTotal:\n", "MemTotal: much kB\n", "MemTotal: 0 kB\n"):
-        files.write(meminfo=text)
-        assert files.limit() == MemoryLimit(2 * GB, "cgroup v2")
+@pytest.mark.parametrize("text", ["", "-1\n", "0\n", "1.5\n", "4G\n", "\u0664\n", "9" * 5000, "max max\n"])
+def test_unreadable_limit_is_skipped(files: Files, text: str) -> None:
+    assert memory.parse_limit(text) is None
+    files.unified(V2, {SERVICE: text, SLICE: f"{2 * GB}\n"})
+    assert files.limit() == MemoryLimit(2 * GB, "cgroup v2")
+
+
+@pytest.mark.parametrize("text", ["", "MemTotal:\n", "MemTotal: much kB\n", "MemTotal: 0 kB\n"])
+def test_limit_of_cgroup_without_meminfo(files: Files, text: str) -> None:
+    files.unified(V2, {SERVICE: f"{4 * GB}\n"})
+    files.write(meminfo=text)
+    assert files.limit() == MemoryLimit(4 * GB, "cgroup v2")
 
 
 def test_unreadable_limits_are_an_error_naming_the_places(tmp_path: Path) -> None:
@@ -307,6 +311,8 @@ def test_either_pressure_counts() -> None:
 ROLLUP = """\
 55cf01eef000-7ffd3aff2000 ---p 00000000 00:00 0                          [rollup]
 Rss:               10240 kB
+Pss_Dirty:          4000 kB
+Shared_Clean:       3000 kB
 Private_Clean:       100 kB
 Private_Dirty:      2000 kB
 Private_Hugetlb:      24 kB

@@ -170,9 +170,13 @@ def test_texts_round_trip(texts: list[str]) -> None:
 
 def test_texts_are_length_prefixed() -> None:
     assert wire.pack_texts(["é", ""]) == b"\2\0\0\0\xc3\xa9\0\0\0\0"
-    for data in (b"\1", b"\1\0\0", b"\0\0\0\0\0", b"\2\0\0\0a", b"\xff\xff\xff\xffa"):
-        with pytest.raises(MalformedTexts, match="longer than the data"):
-            wire.unpack_texts(data)
+    assert wire.unpack_texts(b"") == []
+
+
+@pytest.mark.parametrize("data", [b"\1", b"\1\0\0", b"\0\0\0\0\0", b"\2\0\0\0a", b"\xff\xff\xff\xffa"])
+def test_text_beyond_the_data_is_malformed(data: bytes) -> None:
+    with pytest.raises(MalformedTexts, match="longer than the data"):
+        wire.unpack_texts(data)
 
 
 @PLAIN

@@ -30,7 +30,11 @@ def read_table(text: str) -> list[Any]:
     """
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     rows = "\n".join(lines).replace("\n  ", " ").splitlines()
-    return [pytest.param(*(column.strip(" -") for column in row.split("|")), id=row) for row in rows]
+    return [pytest.param(*map(_read_column, row.split("|")), id=row) for row in rows]
+
+
+def _read_column(text: str) -> str:
+    return "" if text.strip() == "-" else text.strip()
 
 
 def processes(words: str) -> dict[str, LoadView]:

@@ -275,10 +275,7 @@ STEPS: dict[str, Callable[[History], object]] = {
     "start_force": lambda h: h.start_unload("F"),
     "finish_force": lambda h: h.end_unload("F"),
     **{f"request_cancel_{job}": partial(History.ask_cancel, job=job) for job in JOBS},
-    **{
-        f"cancel_{job}": partial(History.end_cancelled, job=job)
-        for job in ("L", "L2", "L3", "R", "U", "F", "S")
-    },
+    **{f"cancel_{job}": partial(History.end_cancelled, job=job) for job in JOBS},
     # Deaths of workers and of the server, and what the system does about them.
     "crash": lambda h: h.kill_worker("w-L"),
     "crash_again": lambda h: h.kill_worker("w-R"),

@@ -159,6 +159,12 @@ async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: Worke
             assert model.error.code == "crash_loop"
             assert reason in model.error.message
         assert await engine.ask("adder", 1) == 3
+        models.save(models.add(3), folder / "models", "other")
+        engine.pass_time(86_400)
+        assert (await engine.load("other")).status is JobStatus.COMPLETED  # not before it was requested
+        assert (await engine.story(of="other"))[-4:] == [
+            "LoadFailed", "LoadRequested", "LoadStarted", "ModelLoaded",
+        ]  # fmt: skip
 
 
 # The ledger cannot be written.
