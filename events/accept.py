@@ -8,13 +8,12 @@ job of the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp
-from events.commands import Command, Record, RequestCancel, RequestLoad, RequestUnload
+from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
 from events.jobs import Job, JobKind
 from events.models import Model, ModelState, Serving
 from events.state import State
@@ -24,6 +23,7 @@ from events.types import (
     Cause,
     Draft,
     Idempotency,
+    LoadedFile,
     LoadParameters,
     LoadRequested,
     UnloadRequested,
@@ -182,8 +182,8 @@ def _value(parameters: LoadParameters, name: str) -> object:
     return NEVER if name == "keep_alive_s" and value is None else value
 
 
-_identity = attrgetter("path", "bytes", "mtime_ns")
-"""Of a file as it was loaded, or as the repository holds it now."""
+def _identity(file: FileIdentity | LoadedFile) -> tuple[str, int, int]:
+    return file.path, file.bytes, file.mtime_ns
 
 
 def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], str]) -> Decision:
@@ -197,11 +197,12 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
     queue = state.queue(model_id)
     if queue and _will_unload(queue[-1], command):
         return Existing(queue[-1].id)
-    load = _load_to_end(state.models.get(model_id), queue, command)
-    if load is None:
+    load_job_id = _load_to_end(state.models.get(model_id), queue, command)
+    if load_job_id is None:
         why = "is only loading; add ?force=true to end the load" if queue else "is not loaded"
         return Refused("not_loaded", f"model '{model_id}' {why}")
-    return _unload_requested(command, model_id, *load, new_id())
+    version = _version_of(state.models.get(model_id), queue, load_job_id)
+    return _unload_requested(command, model_id, version, load_job_id, new_id())
 
 
 def _unload_automatically(
@@ -215,11 +216,11 @@ def _unload_automatically(
         return Refused("not_loaded", why)
     if state.queue(model_id):
         return Refused("not_loaded", f"model '{model_id}' has a pending job, which comes first")
-    return _unload_requested(command, model_id, serving.load_job_id, serving.version, new_id())
+    return _unload_requested(command, model_id, serving.version, serving.load_job_id, new_id())
 
 
 def _unload_requested(
-    command: RequestUnload, model_id: str, load_job_id: str, version: int | None, event_id: str
+    command: RequestUnload, model_id: str, version: int | None, load_job_id: str, event_id: str
 ) -> Accepted:
     data = UnloadRequested(
         command.force, load_job_id, command.cause, command.cause_event_id, command.idempotency
@@ -243,17 +244,22 @@ def _model_to_unload(state: State, *, force: bool) -> str | None:
     return next((job.model_id for job in state.unended() if job.kind is JobKind.LOAD), None)
 
 
-def _load_to_end(
-    model: Model | None, queue: list[Job], command: RequestUnload
-) -> tuple[str, int | None] | None:
+def _load_to_end(model: Model | None, queue: list[Job], command: RequestUnload) -> str | None:
     """Return the load that the unload ends: the present one or, without force, the last pending one."""
     serving = model.serving if model is not None else None
-    present = (serving.load_job_id, serving.version) if serving is not None else None
-    pending = [(job.id, job.version) for job in queue if job.kind is JobKind.LOAD]
-    if command.force:
-        return present or next(iter(pending), None)
-    is_replaced = model is not None and model.previous is not None  # by one of the pending loads
-    return pending[-1] if pending and (present or is_replaced) else present
+    loads = [job for job in queue if job.kind is JobKind.LOAD]
+    if serving is None and model is not None and not command.force:
+        serving = model.previous  # unloaded for replacement by one of the loads
+    if serving is not None:
+        waits_for = loads[-1].id if loads and not command.force else None
+        return waits_for or serving.load_job_id
+    return loads[0].id if loads and command.force else None
+
+
+def _version_of(model: Model | None, queue: list[Job], load_job_id: str) -> int | None:
+    if model is not None and model.serving is not None and model.serving.load_job_id == load_job_id:
+        return model.serving.version
+    return next((job.version for job in queue if job.id == load_job_id), None)
 
 
 def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], str]) -> Decision:

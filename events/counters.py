@@ -143,7 +143,8 @@ class Tally:
         """
         for event in events:
             self.events[event.type] += 1
-            self._count_event(event)
+            if type(event.data) in _COUNTED:
+                self._count_event(event)
         for job in jobs:
             if job.ended:
                 self._count_job(job)
@@ -160,9 +161,9 @@ class Tally:
     def _count_event(self, event: Event) -> None:
         """Count what the data of an event say, beside its type."""
         match event.data:
-            case ModelLoaded(durations=durations, prepared=prepared) if (
-                durations.total_us
-            ):  # else no new workers
+            case ModelLoaded(durations=durations) if not durations.total_us:
+                pass  # the load reused the workers of another one
+            case ModelLoaded(durations=durations, prepared=prepared):
                 self.forms[prepared.form if prepared is not None else NO_FORM] += 1
                 for stage in STAGES:
                     self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
@@ -173,3 +174,7 @@ class Tally:
                 self.exits[self.names.of(event.model_id)] += 1
             case AccessDenied(count=times):
                 self.denied += times
+
+
+_COUNTED = frozenset({ModelLoaded, LoadFailed, WorkerExited, AccessDenied})
+"""The types of `Tally._count_event`: most events are of others, which need not go through its `match`."""

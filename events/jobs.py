@@ -161,11 +161,11 @@ def _requested(event: Event, model_id: str, data: LoadRequested | UnloadRequeste
     load = data if isinstance(data, LoadRequested) else None
     unload = data if isinstance(data, UnloadRequested) else None
     return Job(
-        event.id,
-        JobKind.LOAD if load else JobKind.UNLOAD,
-        model_id,
-        event.version,
-        JobStatus.PENDING,
+        id=event.id,
+        kind=JobKind.LOAD if load else JobKind.UNLOAD,
+        model_id=model_id,
+        version=event.version,
+        status=JobStatus.PENDING,
         created_at=event.recorded_at,
         created_position=event.position,
         position=event.position,
@@ -188,7 +188,7 @@ def _restarted(job: Job, event: Event, data: ServerStarted) -> Job:
         job,
         status=JobStatus.PENDING,
         deadline_at=deadline_at,
-        server_deaths=job.server_deaths + (is_interrupted and data.unclean),
+        server_deaths=job.server_deaths + (1 if is_interrupted and data.unclean else 0),
         position=event.position,
     )
 
@@ -220,6 +220,14 @@ def _ended(job: Job, event: Event, status: JobStatus, error: Failure | None = No
     return replace(job, status=status, error=error, finished_at=event.recorded_at, position=event.position)
 
 
+def _cancel_requested(job: Job, event: Event, _: CancelRequested) -> Job:
+    return replace(job, cancel_requested=True, position=event.position)
+
+
+def _worker_exited(job: Job, event: Event, _: WorkerExited) -> Job:
+    return replace(job, position=event.position)
+
+
 STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     LoadStarted: _started,
     UnloadStarted: _started,
@@ -228,8 +236,8 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     LoadFailed: _failed,
     UnloadFailed: _failed,
     JobCancelled: _cancelled,
-    CancelRequested: lambda job, event, _: replace(job, cancel_requested=True, position=event.position),
-    WorkerExited: lambda job, event, _: replace(job, position=event.position),
+    CancelRequested: _cancel_requested,
+    WorkerExited: _worker_exited,
 }
 """The step of each event type that concerns one unended job; `ServerStarted` concerns all.
 

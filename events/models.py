@@ -256,28 +256,33 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     if job is None or job.load is None or event.version is None:
         return model
     by_system = job.cause not in _BY_CLIENTS
+    serving = Serving(
+        load_job_id=job.id,
+        version=event.version,
+        position=event.position,
+        loaded_at=event.recorded_at,
+        loaded_by=job.requested_by,
+        worker_ids=data.worker_ids,
+        files=data.files,
+        memory_bytes=data.memory_bytes,
+        peak_memory_bytes=data.peak_memory_bytes,
+        parameters=job.load,
+        prepared=data.prepared,
+    )
     form = data.prepared.form if data.prepared is not None else None
     peak_bytes = -(-data.peak_memory_bytes // max(1, len(data.worker_ids)))  # of one worker, rounded up
-    return Model(
-        model.id,
-        ModelState.LOADED,
-        Serving(
-            load_job_id=job.id,
-            version=event.version,
-            position=event.position,
-            loaded_at=event.recorded_at,
-            loaded_by=job.requested_by,
-            worker_ids=data.worker_ids,
-            files=data.files,
-            memory_bytes=data.memory_bytes,
-            peak_memory_bytes=data.peak_memory_bytes,
-            parameters=job.load,
-            prepared=data.prepared,
-        ),
-        model.rank if by_system and model.rank is not None else event.position,
-        *_pending_without(model, job.id),
+    return _without(
+        model,
+        job.id,
+        phase=ModelState.LOADED,
+        serving=serving,
+        rank=model.rank if by_system and model.rank is not None else event.position,
+        error=None,
         last_version=event.version,
+        lost_by=None,
+        lost_at=None,
         incidents=model.incidents if by_system else (),
+        previous=None,
         footprints=_footprints(model, Footprint(event.version, data.files, peak_bytes, form)),
     )
 
@@ -346,16 +351,15 @@ def _unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | None) -> 
         return model
     if job is not None and job.cause is Cause.SWAP:
         return _unloaded_for_replacement(_without(model, event.job_id), event, job)
-    return _reset(model, event.job_id)
+    return _reset(_without(model, event.job_id))
 
 
-def _reset(model: Model, job_id: str | None) -> Model:
-    """Return the model as unloaded, with its pending jobs except an ended one."""
-    loads, unloads = _pending_without(model, job_id)
+def _reset(model: Model) -> Model:
+    """Return the model as unloaded, with its pending jobs."""
     return Model(
         model.id,
-        loads=loads,
-        unloads=unloads,
+        loads=model.loads,
+        unloads=model.unloads,
         last_version=model.last_version,
         footprints=model.footprints,
     )
@@ -403,7 +407,7 @@ def _ended_without_effect(
 
 def _end_reloads(model: Model) -> Model:
     if model.phase is ModelState.LOST:
-        return _reset(model, None)
+        return _reset(model)
     if model.serving is None or not model.degraded:
         return model
     return replace(model, serving=replace(model.serving, kept_as_is=True))
@@ -467,15 +471,9 @@ def _waits_for(model: Model, event: Event) -> bool:
 
 def _without(model: Model, job_id: str | None, **changes: Any) -> Model:
     """Return the model without a job that has ended, and with other changes."""
-    loads, unloads = _pending_without(model, job_id)
+    loads = tuple([load for load in model.loads if load.job_id != job_id])
+    unloads = tuple([unload for unload in model.unloads if unload != job_id])
     return replace(model, loads=loads, unloads=unloads, **changes)
-
-
-def _pending_without(model: Model, job_id: str | None) -> tuple[tuple[PendingLoad, ...], tuple[str, ...]]:
-    return (
-        tuple([load for load in model.loads if load.job_id != job_id]),
-        tuple([unload for unload in model.unloads if unload != job_id]),
-    )
 
 
 STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], Model]] = {

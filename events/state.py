@@ -10,7 +10,6 @@ from collections import ChainMap
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Never, TypeVar
 
@@ -46,10 +45,9 @@ class State:
     backlog: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.backlog = sum(map(len, self.queues.values()))
         if not self.queues:
-            for job in sorted(self.jobs.values(), key=_age):
-                self._enqueue(job)
+            self._fill_queues(job for job in sorted(self.jobs.values(), key=_age) if not job.ended)
+        self.backlog = sum(map(len, self.queues.values()))
 
     def unended(self, model_id: str | None = None) -> list[Job]:
         """Return the unended jobs of one model or of all, oldest first."""
@@ -81,8 +79,7 @@ class State:
             changes = _restarted(self, event)
             self.models.update(changes.models)
             self.jobs.update(changes.jobs)
-            for job in changes.jobs.values():
-                self._enqueue(job)
+            self._fill_queues(changes.jobs.values())
         else:
             changes = self._apply_to_one(event)
             if key := read_key(event):
@@ -129,8 +126,16 @@ class State:
         self.queues[job.model_id] = after
         self.backlog += len(after) - len(before)
 
+    def _fill_queues(self, unended: Iterable[Job]) -> None:
+        """Queue all unended jobs, oldest first, in linear time."""
+        queues: dict[str, list[Job]] = {}
+        for job in unended:
+            queues.setdefault(job.model_id, []).append(job)
+        self.queues.update({model_id: tuple(queue) for model_id, queue in queues.items()})
 
-_age = attrgetter("created_position")
+
+def _age(job: Job) -> int:
+    return job.created_position
 
 
 def has_turn(job: Job) -> bool:

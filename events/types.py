@@ -314,8 +314,17 @@ class Event(Struct, frozen=True, gc=False):
 
 def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
     """Return the event that `draft` becomes at `position`."""
-    about = (draft.job_id, draft.model_id, draft.version, draft.worker_id)
-    return Event(position, draft.id, draft.data, draft.actor, recorded_at, *about)
+    return Event(
+        position=position,
+        recorded_at=recorded_at,
+        id=draft.id,
+        data=draft.data,
+        actor=draft.actor,
+        job_id=draft.job_id,
+        model_id=draft.model_id,
+        version=draft.version,
+        worker_id=draft.worker_id,
+    )
 
 
 class LogBase(Struct, frozen=True):

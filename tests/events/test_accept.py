@@ -43,8 +43,8 @@ def outcome(facts: str | State, command: Command) -> str:
         case Accepted((Draft(data=UnloadRequested(load_job_id=ended, force=force)),), job):
             assert (job, force) == (NEW, getattr(command, "force", None))
             return f"new:{ended}"
-        case Accepted((Draft(id=event),)):
-            assert event == NEW
+        case Accepted((Draft(id=event, job_id=about),), job):
+            assert (event, job) == (NEW, about)
             return NEW
         case Existing(job):
             return job
@@ -190,9 +190,9 @@ def reused(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters
     return draft.data.keeps_load_job_id, draft.data.parameters
 
 
-def test_load_of_other_files_reuses_no_workers() -> None:
-    for command in (load(2), load(files=CHANGED)):
-        assert reused("load", asking(command, pinned=True)) == (None, LoadParameters(pinned=True))
+@pytest.mark.parametrize("command", [load(2), load(files=CHANGED)], ids=["version", "files"])
+def test_load_of_other_files_reuses_no_workers(command: RequestLoad) -> None:
+    assert reused("load", asking(command, pinned=True)) == (None, LoadParameters(pinned=True))
 
 
 def test_order_of_files_does_not_matter() -> None:
