@@ -40,7 +40,7 @@ FORK = msgspec.msgpack.encode(Fork())
 
 
 class StderrTail:
-    """Reads a pipe on the running loop until its end, closes it, and keeps the last 64 lines, 16 KiB."""
+    """Reads a pipe on the running loop and closes it at its end; keeps the last 64 lines, at most 16 KiB."""
 
     def __init__(self, descriptor: int) -> None:
         self._loop = asyncio.get_running_loop()

@@ -124,7 +124,7 @@ def main() -> NoReturn:
 def die_with(parent: int) -> None:
     """Have the kernel kill this process, even a stopped one, when the thread that started it ends.
 
-    If the process has another parent than this, its own is gone already.
+    If this process has another parent by now, that one has ended already, and so does this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

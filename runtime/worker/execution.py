@@ -210,7 +210,7 @@ class Cancellation:
 
 
 class InferenceExecutor:
-    """Runs a model for requests, and answers each."""
+    """Runs a model for requests, and answers each; another thread reads cancellations meanwhile."""
 
     def __init__(
         self, runner: Runner, outbox: Outbox, cancellation: Cancellation, dimension: BatchDimension | None

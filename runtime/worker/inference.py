@@ -207,12 +207,12 @@ class Runner:
         return self._known(outputs, text, digest)
 
     def _select(self, outputs: tuple[WantedOutput, ...], text: bool, digest: bool) -> SelectedOutputs:  # noqa: FBT001
-        for name in [output.name for output in outputs]:
-            datatype = self._outputs.get(name)
+        for output in outputs:
+            datatype = self._outputs.get(output.name)
             if datatype is None:
-                raise InvalidInput(f"the model has no output {name!r}")
+                raise InvalidInput(f"the model has no output {output.name!r}")
             if datatype not in DATATYPES:
-                raise InvalidInput(f"output {name!r} is a {datatype}, which is no tensor to send")
+                raise InvalidInput(f"output {output.name!r} is a {datatype}, which is no tensor to send")
         chosen = {output.name: output.text for output in outputs} or {
             name: text for name, datatype in self._outputs.items() if datatype in DATATYPES
         }

@@ -27,6 +27,7 @@ from runtime.onnxfile import (
     KEY,
     LENGTH,
     MAX_DEPTH,
+    START_GROUP,
     VALUE,
     MessageKind,
     Unparsable,
@@ -184,6 +185,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview, memoryview | No
     position = 0
     while position < len(data):
         begin = position
+        if data[begin] & 7 == START_GROUP:
+            raise _not_known("a group, which ONNX does not have")
         number, start, position = read_field(data, position, len(data))
         yield number, data[begin:position], None if start < 0 else data[start:position]
 

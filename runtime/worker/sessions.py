@@ -135,7 +135,7 @@ def create_checked(
     Args:
         folder: the version's folder.
         root: the repository's root, without links.
-        chosen: its options.
+        chosen: the session's options.
         limit_bytes: the memory limit, for the error text.
 
     Raises:

@@ -57,35 +57,37 @@ def test_other_files_of_a_draft_are_not_kept(store: ModelCache, tmp_path: Path) 
     assert (tmp_path / "elsewhere").read_text() == "stays"
 
 
-def change_file(draft: Path) -> None:
-    (draft / "weights.bin").write_bytes(b"other")
-
-
-def link_file(draft: Path) -> None:
-    (draft / "weights.bin").rename(draft.parent / "elsewhere")
-    (draft / "weights.bin").symlink_to(draft.parent / "elsewhere")
+def report_other_files(draft: Path, wrong: str) -> tuple[HashedFile, ...]:
+    """Write files, and report others; any other `wrong` is the path to report for one of them."""
+    files, weights = written(draft, halves(10, "a")), draft / "weights.bin"
+    shutil.copy(weights, draft.parent / "elsewhere")
+    match wrong:
+        case "none":
+            return ()
+        case "twice":
+            return files * 2
+        case "changed":
+            weights.write_bytes(b"other")
+            return files
+        case "linked":
+            weights.rename(draft.parent / "elsewhere")
+            weights.symlink_to(draft.parent / "elsewhere")
+            return files
+    return (msgspec.structs.replace(files[0], path=wrong),)
 
 
 FOREIGN = ("../elsewhere", "/etc/passwd", "a/b", "", ".", "..", "manifest.json", "a\0b", "gone")
-OTHER_FILES: list[Callable[[Path, tuple[HashedFile, ...]], tuple[HashedFile, ...] | None]] = [
-    lambda draft, _: change_file(draft),
-    lambda draft, _: link_file(draft),
-    lambda _, files: files * 2,
-    *(lambda _, files, path=path: (msgspec.structs.replace(files[0], path=path),) for path in FOREIGN),
-]
 
 
-def test_files_other_than_those_reported_are_not_kept(store: ModelCache, folder: Path) -> None:
-    for change in [*OTHER_FILES, lambda *_: ()]:
-        draft = store.draft(A)
-        files = written(draft, halves(10, "a"))
-        changed = change(draft, files)
-        assert store.keep(A, draft, made_of(files if changed is None else changed)) is None
-        entry = store.find(A)
-        assert entry is not None
-        assert entry.form is None
-        assert entry.tried == {"prepacked": "its files are not those that the worker wrote"}
-        assert not drafts(folder)
+@pytest.mark.parametrize("wrong", ["none", "twice", "changed", "linked", *FOREIGN], ids=repr)
+def test_files_other_than_those_reported_are_not_kept(store: ModelCache, folder: Path, wrong: str) -> None:
+    draft = store.draft(A)
+    assert store.keep(A, draft, made_of(report_other_files(draft, wrong))) is None
+    entry = store.find(A)
+    assert entry is not None
+    assert entry.form is None
+    assert entry.tried == {"prepacked": "its files are not those that the worker wrote"}
+    assert not drafts(folder)
 
 
 def test_only_drafts_are_discarded(store: ModelCache, folder: Path, tmp_path: Path) -> None:
@@ -227,18 +229,19 @@ def test_open_removes_leftovers_and_spares_foreign_files(
     assert opened(folder, LIMIT).use(A) is not None
 
 
-UNSAFE: dict[str, Callable[[Path], object]] = {
-    "link": lambda folder: folder.symlink_to(folder.parent),
-    "broken link": lambda folder: folder.symlink_to(folder.parent / "nowhere"),
-    "file": lambda folder: folder.write_text("mine"),
-    "writable": lambda folder: (folder.mkdir(), folder.chmod(0o777)),  # type: ignore[func-returns-value]
-}
-
-
-@pytest.mark.parametrize("kind", UNSAFE)
+@pytest.mark.parametrize("kind", ["link", "broken link", "file", "writable"])
 def test_folder_that_others_can_fill_is_refused(folder: Path, kind: str) -> None:
     (folder.parent / A).mkdir()
-    UNSAFE[kind](folder)
+    match kind:
+        case "link":
+            folder.symlink_to(folder.parent)
+        case "broken link":
+            folder.symlink_to(folder.parent / "nowhere")
+        case "file":
+            folder.write_text("mine")
+        case "writable":
+            folder.mkdir()
+            folder.chmod(0o777)
     store = ModelCache(folder, LIMIT)
     calls: list[Callable[[], object]] = [
         store.open,

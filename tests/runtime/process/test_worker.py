@@ -58,7 +58,7 @@ async def test_kill_during_load_is_reported_with_its_signal(pool: WorkerPool, tm
     worker = await pool.start("w")
     loading = asyncio.ensure_future(worker.load(order_of(tmp_path), lambda _: None))
     await until(computing(worker.pid))
-    worker.kill()
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(WorkerDied) as death:
         await loading
     assert death.value.end == worker.ended.result() == KILLED

@@ -227,15 +227,18 @@ async def test_file_changed_while_its_form_loads_is_refused(pool: WorkerPool, tm
     save(models.add(), tmp_path / "models", "m")
     order = await crafted(tmp_path / "models", models.slow_model(600))
     file = Path(order.folder) / "model.onnx"
-    refused = await refusal(pool, order, on_stage=lambda _: os.utime(file, ns=(1, 1)))
-    assert refused.code == "model_changed"
+
+    def touch(stage: str) -> None:
+        if stage == "loading":
+            os.utime(file, ns=(1, 1))
+
+    assert (await refusal(pool, order, on_stage=touch)).code == "model_changed"
 
 
-async def test_memory_limit_holds_for_a_form(pool: WorkerPool, root: Path) -> None:
-    given = await prepared(pool, root)
-    for limit in (0, 100_000):
-        order = order_of(root, prepared=given, memory_limit_bytes=limit)
-        assert (await refusal(pool, order)).code == "out_of_memory"
+@pytest.mark.parametrize("limit", [0, 100_000])
+async def test_memory_limit_holds_for_a_form(pool: WorkerPool, root: Path, limit: int) -> None:
+    order = order_of(root, prepared=await prepared(pool, root), memory_limit_bytes=limit)
+    assert (await refusal(pool, order)).code == "out_of_memory"
 
 
 def has_huge_pages(worker: Worker) -> bool:

@@ -276,6 +276,14 @@ def test_weights_written_in_unknown_ways_are_refused(tmp_path: Path, tensor: Ten
     assert refused.value.code == "prepare_failed"
 
 
+def test_group_beside_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(models.add().SerializeToString() + b"\xa3\x06\x08\x01\xa4\x06")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(LoadRefused, match="a group") as refused:
+        align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
+    assert refused.value.code == "prepare_failed"
+
+
 @PLAIN
 @given(data=st.binary(max_size=60))
 def test_any_bytes_are_aligned_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:

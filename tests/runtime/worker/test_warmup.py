@@ -8,7 +8,7 @@ from onnx import ModelProto, TensorProto
 from support import models
 from support.models import save
 from support.running import Engine, code_of
-from support.workers import answer, computing, floats, load, order_of, refusal, tensor, until
+from support.workers import Serve, answer, computing, floats, load, order_of, refusal, tensor, until
 
 from events.jobs import JobStatus
 from events.types import LoadParameters, ModelLoaded
@@ -120,6 +120,10 @@ async def test_warm_up_beyond_the_memory_limit_is_refused(pool: WorkerPool, tmp_
     save(models.memory_bomb_on_zeros(), tmp_path, "m")
     refused = await refusal(pool, order_of(tmp_path, memory_limit_bytes=200_000_000))
     assert (refused.code, "200000000 bytes" in str(refused)) == ("out_of_memory", True)
+
+
+async def test_batched_model_is_run_on_one_element(serve: Serve) -> None:
+    assert await answer(await serve(models.add(), max_batch_size=1), floats("x", 1)) == [2]
 
 
 async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path) -> None:

@@ -166,8 +166,12 @@ async def test_memory_bomb_at_inference_fails_only_that_one(serve: Serve) -> Non
 
 async def test_file_changed_during_load_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
     file = save(models.slow_model(600), tmp_path, "m") / "model.onnx"
-    refused = await refusal(pool, order_of(tmp_path), on_stage=lambda _: os.utime(file, ns=(1, 1)))
-    assert refused.code == "model_changed"
+
+    def touch(stage: str) -> None:
+        if stage == "loading":
+            os.utime(file, ns=(1, 1))
+
+    assert (await refusal(pool, order_of(tmp_path), on_stage=touch)).code == "model_changed"
 
 
 @pytest.mark.parametrize("files", [(), ("model.onnx", "more"), ("other.onnx",)])
