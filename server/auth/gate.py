@@ -254,9 +254,15 @@ class Verifier:
             "verify_iat": False,
             "verify_iss": self.issuer is not None,
         }
-        expected: dict[str, Any] = {"audience": self.audience, "issuer": self.issuer}
         try:
-            return jwt.decode(token, key.public, [key.algorithm], options=options, **expected)
+            return jwt.decode(
+                token,
+                key.public,
+                [key.algorithm],
+                options=options,
+                audience=self.audience,
+                issuer=self.issuer,
+            )
         except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise InvalidToken(f"the token is not valid: {error}") from None
 

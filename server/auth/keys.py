@@ -185,8 +185,15 @@ def issue_token(
         raise KeyProblem(f"there is no key under {keys_folder(data)}; `loadledger key rotate` creates one")
     kid, now = known[-1].kid, int(time.time())
     key = load_private_key(keys_folder(data) / f"{kid}.pem")
-    claims = {"sub": subject, "aud": audience, "roles": sorted(set(roles)), "iat": now}
-    claims |= {"exp": now + int(expires_s), **({"iss": issuer} if issuer is not None else {})}
+    claims = {
+        "sub": subject,
+        "aud": audience,
+        "roles": sorted(set(roles)),
+        "iat": now,
+        "exp": now + int(expires_s),
+    }
+    if issuer is not None:
+        claims["iss"] = issuer
     return jwt.encode(claims, key, algorithm=ALGORITHM, headers={"kid": kid})
 
 

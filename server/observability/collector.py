@@ -296,13 +296,22 @@ class ServerCollector(Collector):
     def _memory_families(self) -> Iterator[Metric]:
         limit_bytes = self._app[LIMIT].bytes
         budget_bytes = self._app[CONSUMER].policy.budget_bytes or limit_bytes
-        for name, text, size_bytes in (
-            ("limit", "Memory limit of the container or machine.", limit_bytes),
-            ("budget", "Memory that all workers may take together (--memory-budget).", budget_bytes),
-            ("reserved", "Memory of the budget reserved for loads and preparing.", self._reserved_bytes),
-            ("used", "Memory of the budget that loaded models take, as measured.", self._used_bytes),
-        ):
-            yield _gauge(f"memory_{name}_bytes", text, size_bytes)
+        yield _gauge("memory_limit_bytes", "Memory limit of the container or machine.", limit_bytes)
+        yield _gauge(
+            "memory_budget_bytes",
+            "Memory that all workers may take together (--memory-budget).",
+            budget_bytes,
+        )
+        yield _gauge(
+            "memory_reserved_bytes",
+            "Memory of the budget reserved for loads and preparing.",
+            self._reserved_bytes,
+        )
+        yield _gauge(
+            "memory_used_bytes",
+            "Memory of the budget that loaded models take, as measured.",
+            self._used_bytes,
+        )
         found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
         yield _gauge(

@@ -160,7 +160,10 @@ def _request_fields(request: web.Request, route: Route | None) -> dict[str, obje
 
 
 class HttpCounts:
-    """Counts since the server started, by our own methods and routes, class of status, and code."""
+    """Counts since the server started: requests by method, route and class of status, errors by code.
+
+    Durations are by method and route. All methods and routes are our own.
+    """
 
     def __init__(self) -> None:
         self.requests = Counter[tuple[str, str, str]]()

@@ -199,7 +199,9 @@ def header_length(fields: Sequence[str] | str | None, body_length: int) -> int |
 
 
 def decode_request(body: Buffer, header_bytes: int | None = None) -> InferenceRequest:
-    """Decode a request: JSON of so many bytes, see `header_length`, then binary tensors; both as views.
+    """Decode a request; its tensors are views of the body.
+
+    Binary tensors follow `header_bytes` of JSON, see `header_length`; None if all of the body is JSON.
 
     Raises:
         InvalidInput: `invalid_input`, the request is malformed or unsupported.

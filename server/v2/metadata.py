@@ -183,8 +183,7 @@ AT_ONCE = 100
 MODEL_ERRORS = ("unknown_model", "model_not_loaded", "model_unloading")
 """Errors of a read that needs a loaded model."""
 
-
-AnyHandler = TypeVar("AnyHandler", bound=Handler)
+ModelHandler = TypeVar("ModelHandler", bound=Handler)
 
 
 def model_routes(
@@ -194,7 +193,7 @@ def model_routes(
     *,
     of_version: str,
     **operation: Any,
-) -> Callable[[AnyHandler], AnyHandler]:
+) -> Callable[[ModelHandler], ModelHandler]:
     """Declare a handler's route for a model, and its twin for a version of the model.
 
     Args:
@@ -205,7 +204,7 @@ def model_routes(
         operation: what both declare, see `server.routing.Operation`.
     """
 
-    def decorate(handler: AnyHandler) -> AnyHandler:
+    def decorate(handler: ModelHandler) -> ModelHandler:
         async def twin(request: web.Request) -> web.StreamResponse:
             return await handler(request)
 

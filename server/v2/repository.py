@@ -42,9 +42,10 @@ UNLOADED = "unloaded"
 def index(models: Mapping[str, Model], found: Iterable[str], *, only_ready: bool = False) -> list[Entry]:
     """Return an entry per version, by name and version; a model that was never loaded has only a name.
 
-    A model that is neither loaded nor in the repository, whose models are `found`, has no entry.
+    A model has no entry if it is neither loaded nor among `found`, the ids of the repository's models.
     """
-    in_repository, entries = set(found), list[Entry]()
+    in_repository = set(found)
+    entries: list[Entry] = []
     for name in sorted(in_repository | models.keys()):
         model = models.get(name) or Model(name)
         if name in in_repository or model.serving is not None or model.loads:
@@ -61,9 +62,9 @@ def _versions(model: Model) -> dict[int, Entry]:
         entry: Entry = {"name": model.id, "version": str(number), "state": state}
         entries[number] = {**entry, "reason": reason} if reason else entry
 
-    why = model.error.message if model.error is not None else None
+    error = model.error
     if model.last_version is not None:
-        add(model.last_version, "UNAVAILABLE", why or UNLOADED)
+        add(model.last_version, "UNAVAILABLE", UNLOADED if error is None else error.message)
     if model.previous is not None:
         add(model.previous.version, "UNAVAILABLE", "it was replaced by another version")
     for load in model.loads:
@@ -75,7 +76,8 @@ def _versions(model: Model) -> dict[int, Entry]:
         elif model.phase is ModelState.UNLOADING:
             add(version, "UNLOADING")
         elif all(load.version != version for load in model.loads):
-            add(version, "UNAVAILABLE", f"lost, and being reloaded: {why or 'the server was restarted'}")
+            why = "the server was restarted" if error is None else error.message
+            add(version, "UNAVAILABLE", f"lost, and being reloaded: {why}")
     return entries
 
 
@@ -94,14 +96,17 @@ class JobDidNotComplete(ServerProblem):
 
     def __init__(self, job: Job) -> None:
         error = job.error
-        how_cancelled = "it was cancelled" if job.cancel_requested else "an unload cancelled it"
-        reason = error.message if error is not None else how_cancelled
+        if error is not None:
+            reason = error.message
+            code = error.code if error.code in ERRORS else "job_failed"
+        else:
+            reason = "it was cancelled" if job.cancel_requested else "an unload cancelled it"
+            code = "cancelled"
         version = "" if job.version is None else f"version {job.version}: "
         super().__init__(
             f"{job.kind} failed for model '{job.model_id}': {version}{reason}",
             http_headers={hdrs.LOCATION: job_path(job.id)},
         )
-        code = "cancelled" if error is None else error.code if error.code in ERRORS else "job_failed"
         self.code = code  # type: ignore[misc] # one class for all: the job has the code
 
 

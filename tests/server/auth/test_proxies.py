@@ -159,9 +159,14 @@ async def test_fields_of_a_trusted_proxy_are_read(start: Start, repository: Path
     assert (await api.get("/api/v1/models", headers={"X-Forwarded-For": "192.0.2.2"})).status == 200
 
 
-async def test_fields_of_anybody_else_are_ignored(start: Start, repository: Path) -> None:
+@pytest.mark.parametrize(
+    "trusted", [{}, {"trusted_proxies": "192.0.2.1"}], ids=["nobody is trusted", "another is trusted"]
+)
+async def test_fields_of_anybody_else_are_ignored(
+    start: Start, repository: Path, trusted: dict[str, str]
+) -> None:
     save(models.add(1), repository, "m")
-    api = await start(limit_auth_failures="1/hour", trusted_proxies="192.0.2.1")
+    api = await start(limit_auth_failures="1/hour", **trusted)
     answer = await api.post("/api/v1/models/m/load", headers={"X-Forwarded-Prefix": "/ml"})
     assert answer.headers["Location"].startswith("/api/v1/jobs/")
     assert [await fail(api, client) for client in ("192.0.2.1", "192.0.2.2")] == [REFUSED, LIMITED]

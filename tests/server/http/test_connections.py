@@ -283,6 +283,7 @@ async def test_reserve_is_limited_in_time_and_number(server: SmallServer) -> Non
     server.limits.most, server.limits.reserve, server.limits.reserve_head_s = 0, 1, 0.05
     for sent in (b"", PROBE[:-2]):
         assert await (await server.connect()).refusal(sent) == TOO_MANY
+        await until(lambda: not server.limits.open)
     server.limits.reserve_head_s = LONG_S
     silent = await server.connect()
     await until(lambda: len(server.limits.open) == 1)
@@ -351,10 +352,8 @@ async def test_shutdown_closes_idle_connections_only() -> None:
         await done.wait()
         return web.Response(body=b"done")
 
-    runner, limits = (
-        web.ServerRunner(web.Server(wait), shutdown_timeout=LONG_S),
-        ConnectionLimits(LONG_S, LONG_S, 100),
-    )
+    runner = web.ServerRunner(web.Server(wait), shutdown_timeout=LONG_S)
+    limits = ConnectionLimits(LONG_S, LONG_S, 100)
     await runner.setup()
     assert runner.server is not None
     async with listening(runner.server, "127.0.0.1", 0, limits) as port:

@@ -191,6 +191,7 @@ async def test_refused_requests_append_nothing(shared: LocalApi) -> None:
         ("models/idle/VERB", b'{"parameters": {"file:1/model.onnx": "eA=="}}', (400, "not_supported")),
         ("models/idle/VERB", b" " * (MAX_JSON_BYTES + 1), (413, "body_too_large")),
         ("index", b'{"ready": 1}', (400, "invalid_body")),
+        ("index", b"nope", (400, "invalid_body")),
         ("r/index", b"", (404, "not_found")),
         ("r/models/idle/VERB", b"", (404, "not_found")),
     ):
@@ -298,6 +299,7 @@ BROKEN = Failure("invalid_model", "broken")
         (Model("m", loads=(PendingLoad("j", 1),)), [(1, "LOADING", None)]),
         (Model("m", last_version=1), [(1, "UNAVAILABLE", "unloaded")]),
         (Model("m", ModelState.FAILED, last_version=1, error=BROKEN), [(1, "UNAVAILABLE", "broken")]),
+        (Model("m", last_version=1, error=Failure("worker_died", "")), [(1, "UNAVAILABLE", None)]),
         (READY, [(2, "READY", None)]),
         (replace(READY, phase=ModelState.UNLOADING), [(2, "UNLOADING", None)]),
         (replace(READY, loads=(PendingLoad("j", 3),)), [(2, "READY", None), (3, "LOADING", None)]),
