@@ -16,15 +16,23 @@ use, since every run of the command imports this package; type checkers find the
 from typing import Any
 
 _MODULES = {
-    "aio": "AsyncClient",
-    "client": "Client",
-    "problems": "Archived BadAnswer Busy ClientProblem JobFailed JobUnfinished NotAllowed NotFound"
-    " ServerError ServerUnreachable",
-    "records": "Event Head Health Job Model Resources",
+    "aio": ("AsyncClient",),
+    "client": ("Client",),
+    "problems": (
+        "Archived",
+        "BadAnswer",
+        "Busy",
+        "ClientProblem",
+        "JobFailed",
+        "JobUnfinished",
+        "NotAllowed",
+        "NotFound",
+        "ServerError",
+        "ServerUnreachable",
+    ),
+    "records": ("Event", "Head", "Health", "Job", "Model", "Resources"),
 }
-_PLACES = {
-    name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names.split()
-}
+_PLACES = {name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use
 
 

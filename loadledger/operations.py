@@ -160,7 +160,7 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
-        target = path("models", *([] if model_id is None else [model_id]), "unload")
+        target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
         request = post_request(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
@@ -260,8 +260,8 @@ class Operations:
         """
         at = () if version is None else ("versions", str(version))
         model = f"/v2{path('models', model_id, *at)}"
-        names = repeated_parameter("outputs", outputs or ())
-        named = None if outputs is None else [{"name": name} for _, name in names]
+        names = None if outputs is None else repeated_parameter("outputs", outputs)
+        named = None if names is None else [{"name": name} for _, name in names]
         options = {"outputs": named, "parameters": parameters}
         return await run_inference(self._context, model, inputs, options, timeout_s)
 

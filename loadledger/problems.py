@@ -5,11 +5,10 @@ Messages are safe to print: a server's text in them is bounded, and free of cont
 
 from __future__ import annotations
 
-import copyreg
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from loadledger.records import Job
@@ -25,7 +24,7 @@ class ClientProblem(Exception):
     """Root of the client's exceptions; it can be pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+        return _restore, (type(self), self.args, self.__dict__)
 
 
 class ServerUnreachable(ClientProblem):
@@ -159,3 +158,12 @@ def failure_reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
     return "the server closed it"
+
+
+def _restore(
+    kind: type[ClientProblem], arguments: tuple[Any, ...], members: Mapping[str, Any]
+) -> ClientProblem:
+    """Restore a pickled problem, whose constructor's arguments are not kept."""
+    problem = kind.__new__(kind, *arguments)
+    problem.__dict__.update(members)
+    return problem

@@ -230,7 +230,7 @@ async def follow_events(context: CallContext, selection: EventSelection) -> Asyn
             for event in events:
                 yield event
             after = as_of
-    progress = StreamProgress(after, whole=not selection.filters)
+    progress = StreamProgress(position=after, whole=not selection.filters)
     failures = 0
     while True:
         opened_at, position, problem = context.now(), progress.position, None
@@ -250,7 +250,7 @@ async def follow_events(context: CallContext, selection: EventSelection) -> Asyn
         await context.transport.pause(back_off_s(problem, failures, context.chance()))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class StreamProgress:
     """Progress of a stream across connections.
 

@@ -37,7 +37,8 @@ def _flattened(name: str, value: Any) -> tuple[list[int], list[Any]]:
     Raises:
         ValueError: they are ragged.
     """
-    shape, level = list[int](), [value]
+    shape: list[int] = []
+    level = [value]
     while any(isinstance(item, list | tuple) for item in level):
         lengths = {len(item) if isinstance(item, list | tuple) else -1 for item in level}
         if len(lengths) > 1:

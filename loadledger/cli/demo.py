@@ -154,9 +154,9 @@ def _serving(repository: Path, data: Path) -> Iterator[_Server]:
 
 def _announced(process: subprocess.Popen[str]) -> str:
     """Return the URL that the server prints when it is ready."""
-    stdout = process.stdout
-    in_time = stdout and select.select([stdout], [], [], START_LIMIT_S)[0]
-    url = stdout.readline().rpartition(" ")[2].strip() if stdout and in_time else ""
+    url = ""
+    if process.stdout is not None and select.select([process.stdout], [], [], START_LIMIT_S)[0]:
+        url = process.stdout.readline().rpartition(" ")[2].strip()
     _require(url.startswith("http"), "the server starts; see above")
     return url
 

@@ -37,9 +37,15 @@ def event_line(line: bytes) -> str:
     event = _object(line)
     data = event.get("data")
     values = data if isinstance(data, dict) else {}
-    at, position, kind, actor = map(_word, map(event.get, ("recorded_at", "position", "type", "actor")))
-    described = _bounded(describe_event(kind, values))
-    parts = [at, f"{position:>6}", f"{kind:<15}", f"{_model(event):<16}", actor, described]
+    kind = _word(event.get("type"))
+    parts = [
+        _word(event.get("recorded_at")),
+        f"{_word(event.get('position')):>6}",
+        f"{kind:<15}",
+        f"{_model(event):<16}",
+        _word(event.get("actor")),
+        _bounded(describe_event(kind, values)),
+    ]
     return "".join(letter if letter.isprintable() else "?" for letter in "  ".join(parts).rstrip())
 
 

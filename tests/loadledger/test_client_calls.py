@@ -73,23 +73,31 @@ def test_load_held_by_server_is_resent_after_longer_than_retries_last() -> None:
     assert len({request.headers["Idempotency-Key"] for request in play.requests}) == 1
 
 
-def test_invalid_argument_is_refused_unsent() -> None:
+UNSENDABLE: Any = object()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda client: client.load(""), ValueError, "no id"),
+        (lambda client: client.load("m", priority=UNSENDABLE), ValueError, "JSON"),
+        (lambda client: client.load("m", idempotency_key="\n"), ValueError, "printable"),
+        (lambda client: client.get("models"), ValueError, "begin with /"),
+        (lambda client: client.get("/v2/models/m HTTP/1.1\r\nX: y"), ValueError, "encode them"),
+        (lambda client: client.get("/v2/models?limit=1"), ValueError, "query"),
+        (lambda client: client.jobs(limit=0), ValueError, "limit"),
+        (lambda client: client.events(follow=True, until=5), ValueError, "until"),
+        (lambda client: client.events(types="ModelLoaded"), TypeError, "several"),
+        (lambda client: client.infer("m", {}, outputs="y"), TypeError, "several"),
+        (lambda client: client.infer("m", {}, outputs=""), TypeError, "several"),
+    ],
+)
+def test_invalid_argument_is_refused_unsent(
+    call: Callable[[Client], Any], kind: type[Exception], words: str
+) -> None:
     play = Played([])
-    client, unsendable = play.client, object()
-    calls: list[tuple[Callable[[], Any], type[Exception], str]] = [
-        (lambda: client.load(""), ValueError, "no id"),
-        (lambda: client.load("m", priority=unsendable), ValueError, "JSON"),  # type: ignore[arg-type]
-        (lambda: client.load("m", idempotency_key="\n"), ValueError, "printable"),
-        (lambda: client.get("models"), ValueError, "begin with /"),
-        (lambda: client.get("/v2/models/m HTTP/1.1\r\nX: y"), ValueError, "encode them"),
-        (lambda: client.get("/v2/models?limit=1"), ValueError, "query"),
-        (lambda: next(client.jobs(limit=0)), ValueError, "limit"),
-        (lambda: next(client.events(follow=True, until=5)), ValueError, "until"),
-        (lambda: next(client.events(types="ModelLoaded")), TypeError, "several"),
-    ]
-    for call, kind, words in calls:
-        with pytest.raises(kind, match=words):
-            call()
+    with pytest.raises(kind, match=words):
+        call(play.client)  # refused by the call itself, also where it iterates
     assert play.requests == []
 
 
@@ -142,13 +150,15 @@ def test_wait_reports_absence_once_and_goes_on() -> None:
     assert reported == [LOST, LOST]
 
 
-@pytest.mark.parametrize("after", [RUNNING, GONE], ids=["running", "gone"])
-def test_wait_past_limit_raises_unfinished(after: Any) -> None:
+@pytest.mark.parametrize(
+    ("after", "wait_s"), [(RUNNING, 7.0), (GONE, 7.0), (RUNNING, 0.0)], ids=["running", "gone", "no wait"]
+)
+def test_wait_past_limit_raises_unfinished(after: Any, wait_s: float) -> None:
     play = Played([answer(job()), *[after] * 500])
     with pytest.raises(JobUnfinished, match="it continues") as caught:
-        play.client.load("m", wait=True, wait_s=7.0)
+        play.client.load("m", wait=True, wait_s=wait_s)
     assert caught.value.job.id == "j1"
-    assert play.now == pytest.approx(107.0)
+    assert play.now == pytest.approx(100.0 + wait_s)
     assert all(request.timeout_s and request.timeout_s <= 7.0 for request in play.requests)
     assert ("cannot be reached" in str(caught.value)) is (after is GONE)
 
@@ -247,16 +257,18 @@ def test_stream_resumes_after_end_absence_and_refusal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
+    ("lines", "before", "words"),
     [
-        ([event_lines(1, 2), event_lines(4)], "after position 2 the server sent 4"),
-        ([bookmark(7) + b"\n" + event_lines(8)], "after position 0"),
+        ([event_lines(1, 2), event_lines(4)], [1, 2], "after position 2 the server sent 4"),
+        ([bookmark(7) + b"\n" + event_lines(8)], [], "after position 0"),
     ],
     ids=["gap", "bookmark"],
 )
-def test_missing_event_is_refused(lines: list[bytes], words: str) -> None:
+def test_missing_event_is_refused(lines: list[bytes], before: list[int], words: str) -> None:
+    play, positions = Played([NDJSON, *lines]), list[int]()
     with pytest.raises(BadAnswer, match=words):
-        list(Played([NDJSON, *lines]).client.events(after=0, follow=True))
+        positions.extend(event.position for event in play.client.events(after=0, follow=True))
+    assert positions == before
 
 
 def test_filtered_stream_may_have_gaps_and_moves_by_bookmark() -> None:
@@ -275,6 +287,7 @@ def test_follow_begins_at_bookmark_or_after_list() -> None:
     assert followed(page, NDJSON, event_lines(8), after=None, since=2)[:2] == ([3, 8], ["", "7"])
 
 
+@pytest.mark.parametrize("before", [[], [NDJSON, event_lines(1), LOST]], ids=["at once", "later"])
 @pytest.mark.parametrize(
     ("refusal", "kind"),
     [
@@ -283,16 +296,24 @@ def test_follow_begins_at_bookmark_or_after_list() -> None:
         (problem(403, "forbidden"), problems.NotAllowed),
         (answer({}, 302, location="http://elsewhere"), ServerError),
         (answer({}), BadAnswer),
-        (GONE, ServerUnreachable),
-        (problem(429, "too_many_streams"), Busy),
     ],
-    ids=["archived", "beyond", "forbidden", "redirect", "no stream", "gone", "streams"],
+    ids=["archived", "beyond", "forbidden", "redirect", "no stream"],
 )
-def test_permanent_refusal_ends_stream(refusal: Any, kind: type[Exception]) -> None:
-    is_transient_later = refusal is GONE or kind is Busy
-    for answers in ([refusal], [NDJSON, event_lines(1), LOST, refusal])[: 1 if is_transient_later else 2]:
-        with pytest.raises(kind):
-            list(Played(answers).client.events(after=0, follow=True))
+def test_permanent_refusal_ends_stream(before: list[Any], refusal: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        list(Played([*before, refusal]).client.events(after=0, follow=True))
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [(GONE, ServerUnreachable), (problem(429, "too_many_streams"), Busy)],
+    ids=["gone", "streams"],
+)
+def test_stream_that_never_began_is_not_retried(refusal: Any, kind: type[Exception]) -> None:
+    play = Played([refusal])
+    with pytest.raises(kind):
+        list(play.client.events(after=0, follow=True))
+    assert len(play.requests) == 1
 
 
 def test_broken_streams_back_off() -> None:

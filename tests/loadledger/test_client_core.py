@@ -55,13 +55,12 @@ def test_url_may_have_prefix_and_slashes(url: str) -> None:
     [
         *("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://:80", "http://host:port", ""),
         *("http://host:99999", "http://host:0", "http://host/?query", "http://host/#part"),
-        *("http://alice@host", "http://ho st", "http://host\r\nX: y", "http://høst", "http://host\\path"),
+        *("http://ho st", "http://host\r\nX: y", "http://høst", "http://host\\path"),
     ],
 )
 def test_invalid_url_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"URL|http") as caught:
+    with pytest.raises(ValueError, match="http"):
         Address.of(url)
-    assert "alice" not in str(caught.value)  # it may be a password
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nend", "", "tökén"])
@@ -69,6 +68,9 @@ def test_secret_is_refused_without_being_repeated(token: str) -> None:
     with pytest.raises(ValueError, match="the token") as caught:
         Address.of("http://host", token)
     assert not token or token not in str(caught.value)
+    with pytest.raises(ValueError, match="names a user") as caught:
+        Address.of("http://alice:pa55word@host")
+    assert "pa55word" not in str(caught.value)
 
 
 def test_repr_of_client_hides_token() -> None:
@@ -86,11 +88,15 @@ def test_any_id_is_one_path_segment(model_id: str) -> None:
     assert unquote(made.split("/")[2]) == model_id
 
 
-def test_query_is_escaped_and_dots_are_no_id() -> None:
+@pytest.mark.parametrize("segment", ["", ".", ".."])
+def test_path_segment_that_leads_elsewhere_is_refused(segment: str) -> None:
+    with pytest.raises(ValueError, match="no id"):
+        path("jobs", segment)
+
+
+def test_query_is_escaped() -> None:
+    assert query([]) == ""
     assert query([("at", "14:02+01:00"), ("type", "a&b")]) == "?at=14%3A02%2B01%3A00&type=a%26b"
-    for segment in ("", ".", ".."):
-        with pytest.raises(ValueError, match="no id"):
-            path("jobs", segment)
 
 
 @PLAIN
@@ -155,7 +161,9 @@ HOSTILE = [
     b'{"code": "Has Spaces\\n", "detail": "\\u001b[2J' + b"x" * 5000 + b'"}',
     b'{"code": "' + b"c" * 1000 + b'"}',
     b'"\\ud800"',
+    b"\xff\xfe\x00",
     b'{"detail": "your token is s3cr3t-token"}',
+    b"1e999",
     b"x" * 200_000,
     b"s3cr3t-token in no JSON",
 ]
@@ -315,6 +323,12 @@ def test_unknown_input_is_refused_with_known_ones() -> None:
     for declared, known in ((inputs, "x, z"), (None, "none")):
         with pytest.raises(ValueError, match=f"no input 'y'; it has {known}"):
             to_tensors({"y": 1}, {"inputs": declared})
+
+
+def test_complete_tensors_are_taken_unchanged() -> None:
+    tensor = {"shape": [1], "datatype": "FP32", "data": [1.5]}
+    named = [{"name": "x", **tensor}]
+    assert to_tensors({"x": tensor}, None) == to_tensors(named, None) == named
 
 
 # The package

@@ -51,7 +51,7 @@ def run_command(
 def printed(*arguments: object, code: int = 0, **environment: Any) -> str:
     """Return the output of a command that must end with this code and print nothing on stderr."""
     result = run_command(*arguments, **environment)
-    assert (result.exit_code, result.stderr) == (code, ""), result.output
+    assert (result.exit_code, result.stderr) == (code, ""), (arguments, result.output)
     return result.stdout
 
 
@@ -63,8 +63,8 @@ def printed_json(*arguments: object, code: int = 0, **environment: Any) -> Any:
 def refused(*arguments: object, code: int = 2, **environment: Any) -> str:
     """Return the reason of a command that must end with this code and print nothing else."""
     result = run_command(*arguments, **environment)
-    assert (result.exit_code, result.stdout) == (code, ""), result.output
-    assert result.stderr.strip()
+    assert (result.exit_code, result.stdout) == (code, ""), (arguments, result.output)
+    assert result.stderr.strip(), arguments
     return result.stderr
 
 

@@ -107,9 +107,10 @@ def test_check_finds_problems_of_address_data_and_budget(tmp_path: Path) -> None
         ("--host=192.0.2.1", ("--port", "no_address")),
         (f"--data={tmp_path / 'file'}", ("--data", "invalid_setting")),
         (f"--data={long}", ("--data", "invalid_setting")),
-        (f"--jwt-keys={long}", ("--jwt-keys", "invalid_setting")),
     ):
         assert found in problems(*root, argument)
+    both = problems(*root, f"--jwt-keys={long}", f"--data={long}")
+    assert [place for place, _ in both] == ["--data", "--jwt-keys"]
     Path(odd).mkdir()
     (tmp_path / "link").symlink_to(odd)
     for name in (odd, tmp_path / "link"):

@@ -51,7 +51,7 @@ class Shell:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that loads on demand."""
     root = tmp_path_factory.mktemp("commands") / "repository"
-    for model_id in ("guessed", "other", "shape", "whole", "wrong"):
+    for model_id in ("guessed", "other", "ready", "shape", "whole", "wrong"):
         save(models.add(), root, model_id)
     for version in (1, 2):
         save(models.add(version), root, "m", version)
@@ -201,6 +201,7 @@ async def test_top_and_followed_events_survive_restart(tmp_path: Path) -> None:
         assert alice.prints("models") == "the repository has no models\n"
         save(models.add(), config.repository, "m")
         assert alice.prints("ps") == "no model is loaded\n"
+        assert "`loadledger ps`" in alice.refused(2, "unload")
         await server.api.load("m")
         assert "\x1b" not in alice.prints("models")
         for no_color, colour in (("", "\x1b[32mloaded\x1b[0m"), ("1", "m *")):
@@ -263,10 +264,10 @@ def test_completion_offers_models_and_jobs_of_server(alice: Shell) -> None:
         assert result.stderr == ""
         return [line.partition(",")[2] for line in result.stdout.split("\n") if line]
 
-    alice.prints("run other")
+    alice.prints("run ready")
     assert offered("loadledger load wh") == ["whole"]
-    assert {"endless", "other"} <= set(offered("loadledger load "))
-    assert "other" in offered("loadledger unload ")
+    assert {"endless", "ready"} <= set(offered("loadledger load "))
+    assert "ready" in offered("loadledger unload ")
     assert "endless" not in offered("loadledger unload ")
     assert all(map(JOB.fullmatch, offered("loadledger job ")))
     assert alice.json("jobs -n 1")["jobs"][0]["id"] == offered("loadledger job ")[0]
@@ -274,4 +275,4 @@ def test_completion_offers_models_and_jobs_of_server(alice: Shell) -> None:
     assert offered("loadledger load ", LOADLEDGER_TOKEN="nonsense") == []
     assert offered("loadledger load ", LOADLEDGER_URL="no url") == []
     assert {"load", "ps"} & set(offered("loadledger ")) == {"load"}
-    alice.prints("kill other")
+    alice.prints("kill ready")

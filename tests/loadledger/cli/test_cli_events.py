@@ -145,6 +145,8 @@ async def test_follow_file_begins_at_head(tmp_path: Path) -> None:
         while not (lines := await shown.get()):
             pass
         task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     assert [json.loads(line)["position"] for line in lines] == [4]
 
 

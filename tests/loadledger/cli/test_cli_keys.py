@@ -111,5 +111,5 @@ def test_unknown_key_is_refused(tmp_path: Path) -> None:
     create(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for kid in ("nope", "../ledger", "20260101T000000000000Z-00000000", "", "%2e", "x" * 5000):
-        assert len(refused("key", "revoke", "--data", tmp_path, kid)) < 500
+        assert len(refused("key", "revoke", "--data", tmp_path, kid)) < 500, kid
     assert sorted(tmp_path.rglob("*")) == before

@@ -68,13 +68,12 @@ def test_token_of_profile_goes_to_no_other_server(tmp_path: Path) -> None:
     assert find_target(THERE, None, home) == ServerTarget(THERE)
 
 
-def test_profile_open_to_others_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, ServerTarget(HERE, "secret"))
-    for mode in (0o640, 0o604, 0o620, 0o666, 0o601):
-        path.chmod(mode)
-        with pytest.raises(ProfileProblem, match=rf"mode 0{mode:o}.*chmod 600") as refused:
-            find_target(None, None, {"HOME": str(tmp_path)})
-        assert "secret" not in str(refused.value)
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666, 0o601])
+def test_profile_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
+    write(tmp_path, ServerTarget(HERE, "secret")).chmod(mode)
+    with pytest.raises(ProfileProblem, match=rf"mode 0{mode:o}.*chmod 600") as refused:
+        find_target(None, None, {"HOME": str(tmp_path)})
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +105,13 @@ def test_fifo_or_folder_as_profile_is_refused(tmp_path: Path) -> None:
             read_profile(tmp_path / name)
 
 
-def test_profile_needs_name_and_home_or_path(tmp_path: Path) -> None:
-    for name in ("-", ".x", "a b", "x" * 65, "a\n"):
-        with pytest.raises(ProfileProblem, match="cannot name a profile"):
-            profile_path(name, {"HOME": "/home/a"})
+@pytest.mark.parametrize("name", ["-", ".x", "a b", "x" * 65, "a\n"])
+def test_profile_name_is_refused(name: str) -> None:
+    with pytest.raises(ProfileProblem, match="cannot name a profile"):
+        profile_path(name, {"HOME": "/home/a"})
+
+
+def test_profile_without_home_needs_path(tmp_path: Path) -> None:
     with pytest.raises(ProfileProblem, match="no HOME"):
         profile_path(None, {})
     assert profile_path(f"{tmp_path}/mine.toml", {}) == tmp_path / "mine.toml"
