@@ -100,19 +100,25 @@ def encode_text(name: str, datatype: str, array: Any) -> bytes:
         NotRepresentable: `not_representable`, JSON has no form for them, or they are too many.
     """
     check_json(name, datatype)
-    flat = array.ravel()
-    size = sum(4 + len(each.encode()) for each in flat.tolist()) if datatype == "BYTES" else flat.nbytes
-    if size > MAX_JSON_BYTES:
-        raise NotRepresentable(
-            f"output '{name}' is {size} bytes; as JSON at most {MAX_JSON_BYTES} are sent: "
-            "ask for the binary data form"
-        )
-    text = _ENCODER.encode(flat.tolist())
+    if datatype != "BYTES":
+        _check_size(name, array.nbytes)
+    elements = array.ravel().tolist()
+    if datatype == "BYTES":
+        _check_size(name, sum(4 + len(each.encode()) for each in elements))
+    text = _ENCODER.encode(elements)
     if datatype in ("FP32", "FP64") and b"null" in text:  # the encoding of NaN and infinity
         raise NotRepresentable(f"output '{name}' holds NaN or infinity, which JSON cannot carry")
     if len(text) > MAX_PAYLOAD_BYTES:
         raise NotRepresentable(f"output '{name}' is too long as JSON: ask for the binary data form")
     return text
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_JSON_BYTES:
+        raise NotRepresentable(
+            f"output '{name}' is {size} bytes; as JSON at most {MAX_JSON_BYTES} are sent: "
+            "ask for the binary data form"
+        )
 
 
 @cache

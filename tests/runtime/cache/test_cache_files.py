@@ -18,6 +18,7 @@ from support.history import PLAIN
 from support.ledgers import FAST_FOLDER
 
 from runtime.cache.files import CacheUnavailable
+from runtime.cache.manifest import source_hashes
 from runtime.cache.store import ModelCache
 from runtime.wire import HashedFile
 
@@ -323,3 +324,10 @@ def test_draft_larger_than_the_disk_evicts_nothing(store: ModelCache, folder: Pa
         store.draft(B, 10**18)
     assert os.listdir(folder) == [A]  # noqa: PTH208
     assert store.draft(B, 10).is_dir()
+
+
+def test_sources_are_hashes_in_order_of_the_paths(tmp_path: Path) -> None:
+    files = written(tmp_path, {"b": b"2", "a": b"1"})
+    assert [(source.path, source.sha256) for source in source_hashes(files)] == sorted(
+        (file.path, file.sha256) for file in files
+    )
