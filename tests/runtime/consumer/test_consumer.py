@@ -39,6 +39,8 @@ async def test_load_records_hashes_memory_and_durations(engine: Engine) -> None:
     assert file.sha256 == hashlib.sha256(content).hexdigest()
     assert file.mtime_ns == path.stat().st_mtime_ns
     assert loaded.worker_ids == (engine.worker("adder").worker_id,)
+    events = await engine.events(of="adder")
+    assert [event.worker_id for event in events] == [None, *loaded.worker_ids, *loaded.worker_ids]
     assert 0 < loaded.memory_bytes <= loaded.peak_memory_bytes
     durations = loaded.durations
     parts = (durations.waiting_us, durations.starting_us, durations.loading_us, durations.measuring_us)

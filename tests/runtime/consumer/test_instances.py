@@ -54,10 +54,12 @@ async def test_load_of_instances_is_one_fact_and_each_answers(engine: Engine) ->
     job = await engine.load("adder", 1, THREE)
     assert job.status is JobStatus.COMPLETED
     assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-    load, fact = engine.live("adder"), (await engine.events(of="adder"))[-1]
+    _, started, fact = await engine.events(of="adder")
+    load = engine.live("adder")
     assert isinstance(fact.data, ModelLoaded)
     assert fact.data.worker_ids == tuple(worker.worker_id for worker in load.workers)
     assert (len(set(fact.data.worker_ids)), fact.worker_id) == (3, None)
+    assert started.worker_id == load.worker_id  # of the worker that loads alone at first
     reports = load.reports.values()
     assert fact.data.memory_bytes == sum(report.memory_bytes for report in reports)
     assert fact.data.peak_memory_bytes == sum(report.peak_memory_bytes for report in reports)

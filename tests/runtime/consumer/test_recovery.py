@@ -20,8 +20,9 @@ from events.commands import RequestCancel
 from events.errors import LogUnavailable
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.types import Cause, LoadRequested, LoadStarted, WorkerExited
+from events.types import Cause, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
+from runtime.consumer.executor import RELOAD_TIMEOUT_S
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
@@ -35,7 +36,7 @@ BACK_OFF_S = 60
 
 
 async def test_dead_worker_is_replaced_after_the_back_off(engine: Engine) -> None:
-    await engine.load("adder")
+    await engine.load("adder", parameters=LoadParameters(timeout_s=100))
     first = engine.worker("adder").worker_id
     engine.pass_time(-86_400)  # a clock that is set back delays nothing
     await engine.die("adder")
@@ -49,6 +50,7 @@ async def test_dead_worker_is_replaced_after_the_back_off(engine: Engine) -> Non
     requested = events[1].data
     assert isinstance(requested, LoadRequested)
     assert (requested.cause, events[1].actor) == (Cause.RECOVERY, "system")
+    assert requested.timeout_s == RELOAD_TIMEOUT_S  # at least
 
 
 async def test_fork_server_death_is_no_incident_of_a_model(folder: Path) -> None:

@@ -137,6 +137,9 @@ async def test_load_that_changes_settings_reuses_workers(shared: LocalApi) -> No
     assert after["position"] > before["position"]
     assert after == before | {name: after[name] for name in ("job_id", "position", "loaded_at")}
     assert after["job_id"] == pinned["id"]
+    facts = [event.data for event in await shared.events("changed")]
+    first, second = (fact for fact in facts if isinstance(fact, ModelLoaded))
+    assert (second.worker_ids, second.files) == (first.worker_ids, first.files)
     for same in ({}, {"pinned": True}, {"priority": "high"}):
         assert (await shared.load("changed", **same))["id"] == pinned["id"]
     assert (await shared.load("changed", pinned=False, keep_alive_s=60))["id"] != pinned["id"]
