@@ -273,6 +273,7 @@ async def console(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Con
 @pytest.mark.parametrize("case", CASES)
 async def test_module(console: Console, case: str) -> None:
     expected, script = CASES[case]
+    console.mistakes.clear()  # of a case that failed
     await console.page.reload()
     async with asyncio.timeout(LIMIT_MS / 1000):
         assert await console.page.evaluate(f"async () => {{ {PRELUDE} {script} }}") == expected

@@ -21,13 +21,16 @@ GUIDES = {
     "docs/how-to/use-tritons-client.md": 1,
 }
 """Pages that start their own servers, and how many answers are compared."""
-STANDING: dict[str, dict[str, int]] = {
-    "": {"docs/events.md": 5, "docs/time-travel.md": 5, "docs/verify-it-yourself.md": 8},
-    "--restore all": {"docs/client.md": 6, "docs/models.md": 4},
-    "--prepare on": {"docs/prepared.md": 2},
-    "--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on": {"docs/memory.md": 5},
+STANDING = {
+    "docs/models.md": ("", 4),
+    "docs/events.md": ("", 5),
+    "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
+    "docs/time-travel.md": ("", 5),
+    "docs/prepared.md": ("--prepare on", 2),
+    "docs/client.md": ("", 6),
+    "docs/verify-it-yourself.md": ("", 8),
 }
-"""By options of the quick start's server: pages that run on one, in this order; how many answers each has."""
+"""Pages that need the quick start's server: its options, and how many answers are compared."""
 ELSEWHERE = {
     "docs/clients/curl.md": "tests/clients/test_docs.py",
     "docs/clients/kserve.md": "tests/clients/test_docs.py",
@@ -50,25 +53,20 @@ def skip_without_programs(page: str) -> None:
         pytest.skip(f"the page uses {' and '.join(missing)}, not installed here")
 
 
-@pytest.mark.parametrize(("options", "pages"), STANDING.items())
-def test_examples_print_what_the_pages_say(
-    tmp_path: Path, subtests: pytest.Subtests, options: str, pages: dict[str, int]
-) -> None:
+@pytest.mark.parametrize(
+    ("page", "options", "comparisons"), [(page, *rest) for page, rest in STANDING.items()]
+)
+def test_examples_print_what_the_page_says(tmp_path: Path, page: str, options: str, comparisons: int) -> None:
+    assert not options or f"`{options}`" in (ROOT / page).read_text()
+    skip_without_programs(page)
     copy_examples(tmp_path)
     with standing(tmp_path / "examples", *options.split()) as server:
         port = str(URL(server.url).port)
-        for page, comparisons in pages.items():
-            folder = tmp_path / Path(page).stem
-            folder.mkdir()
-            for name in ("data", "examples"):
-                (folder / name).symlink_to(tmp_path / name)
-            with subtests.test(page):
-                skip_without_programs(page)
-                ran = run_page(page, folder, port, fresh_environment(tmp_path / "home"))
-                answers = [(block, printed) for block, printed in ran if block.answer is not None]
-                for block, printed in answers:
-                    assert printed_as(block, printed) == expected(block), block.text
-                assert len(answers) == comparisons
+        ran = run_page(page, tmp_path, port, fresh_environment(tmp_path / "home"))
+        answers = [(block, printed) for block, printed in ran if block.answer is not None]
+    for block, printed in answers:
+        assert printed_as(block, printed) == expected(block), block.text
+    assert len(answers) == comparisons
 
 
 def compared(ran: Iterable[tuple[Block, str]]) -> int:
@@ -100,7 +98,7 @@ def test_quick_start_works_in_a_copy_of_the_tree(tmp_path: Path) -> None:
 
 
 def test_every_page_with_commands_is_run() -> None:
-    run = {QUICK_START, *GUIDES, *ELSEWHERE}.union(*STANDING.values())
+    run = {QUICK_START, *GUIDES, *STANDING, *ELSEWHERE}
     have = {
         page.relative_to(ROOT).as_posix()
         for page in (ROOT / "docs").rglob("*.md")
