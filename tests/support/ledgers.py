@@ -201,10 +201,15 @@ def flip_byte(data: bytes, index: int, bits: int) -> bytes:
     return data[:index] + bytes([data[index] ^ bits]) + data[index + 1 :]
 
 
+LIMIT_S = 60
+"""Nothing in a forked process takes this long; a bug ends it by SIGALRM instead of hanging the test."""
+
+
 def run_forked(work: Callable[[], object]) -> int:
     """Run some work in a forked process; return its exit code, or the negative number of its signal."""
     pid = os.fork()
     if pid == 0:
+        signal.alarm(LIMIT_S)
         try:
             work()
         except BaseException:  # noqa: BLE001 - the parent sees the exit code
