@@ -203,7 +203,8 @@ def _exports_traces(config: Config) -> bool:
 @asynccontextmanager
 async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
     """Listen while the server serves, and give its URL."""
-    limits, tls = ConnectionLimits.of(config), None
+    limits = ConnectionLimits.of(config)
+    tls = None
     if config.tls_cert is not None and config.tls_key is not None:
         tls = Certificate(config.tls_cert, config.tls_key).context
     async with listening(server, config.host, config.port, limits, tls) as port:

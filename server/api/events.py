@@ -249,7 +249,10 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
         await response.prepare(request)
         if request.method == hdrs.METH_GET:
             ticket = StreamToken.of(request, request.app[VERIFIER])
-            await EventStream(request, response, streams, form, tail, ticket).run(batch)
+            stream = EventStream(
+                request=request, response=response, streams=streams, form=form, tail=tail, ticket=ticket
+            )
+            await stream.run(batch)
     return response
 
 

@@ -160,7 +160,7 @@ async def list_jobs(request: web.Request) -> web.Response:
     """Answer with a page of jobs."""
     query = query_parameters(request)
     status = JobStatus(query["status"]) if query["status"] is not None else None
-    wanted = JobQuery(query["cursor"], query["model"], status, query["limit"])
+    wanted = JobQuery(before=query["cursor"], model_id=query["model"], status=status, limit=query["limit"])
     if query["at"] is not None:
         return web.json_response(await past_jobs(request, query["at"], wanted))
     page = await request.app[READER].jobs(wanted)

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jwt
 from aiohttp import hdrs, web
@@ -138,8 +138,12 @@ class JobStage:
     @property
     def members(self) -> dict[str, object]:
         """Return the members of the signal."""
-        names = ("job_id", "model_id", "stage", "waiting_for")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "job_id": self.job_id,
+            "model_id": self.model_id,
+            "stage": self.stage,
+            "waiting_for": self.waiting_for,
+        }
 
 
 class Stages:
@@ -311,7 +315,7 @@ class StreamToken:
         return True
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class EventStream:
     """The stream of one client.
 
@@ -325,11 +329,11 @@ class EventStream:
     form: Form
     tail: Tail
     ticket: StreamToken
-    heartbeat_due: float = 0.0
-    _sent: int = 0
-    _live: bool = False
-    _stages: int = 0
-    _writing: asyncio.Timeout | None = None
+    heartbeat_due: float = field(default=0.0, init=False)
+    _sent: int = field(default=0, init=False)
+    _live: bool = field(default=False, init=False)
+    _stages: int = field(default=0, init=False)
+    _writing: asyncio.Timeout | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._schedule_heartbeat()

@@ -269,9 +269,12 @@ def test_unusable_path_is_named(tmp_path: Path, name: str, path: str, words: str
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
+        ("LOADLEDGER_PROT", "did you mean LOADLEDGER_PORT?"),
         ("LOADLEDGER_REPO", "did you mean LOADLEDGER_REPOSITORY?"),
         ("LOADLEDGER_on_demand", "did you mean LOADLEDGER_ON_DEMAND?"),
         ("LOADLEDGER_TOKENS", "did you mean LOADLEDGER_TOKEN?"),
+        ("LOADLEDGER_MAX_CONNECTIONS_PER_ADDRESS", "did you mean LOADLEDGER_MAX_CONNECTIONS?"),
+        ("LOADLEDGER_ZZZZZZZZ", "`loadledger serve --help` lists the settings"),
         ("LOADLEDGER_", "`loadledger serve --help` lists the settings"),
     ],
 )
@@ -302,7 +305,8 @@ def test_service_links_of_kubernetes_are_known() -> None:
     }  # fmt: skip
     for name in ("LOADLEDGER", "LOADLEDGER_CANARY_2"):
         assert not list(unknown_variables({f"{name}_{key}": value for key, value in service.items()}))
-    assert list(unknown_variables({"LOADLEDGER_HTTP_PORT": "8080"}))
+    [(unknown, _)] = unknown_variables({"LOADLEDGER_HTTP_PORT": "8080"})
+    assert unknown == "LOADLEDGER_HTTP_PORT"
 
 
 # The documentation

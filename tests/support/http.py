@@ -254,6 +254,11 @@ class LocalApi(Api):
         """Return the data of all events of a type, in order."""
         return [event.data for event in await self.events() if isinstance(event.data, kind)]
 
+    @property
+    def ledger(self) -> Path:
+        """The file of the log."""
+        return self.app[LOG].path
+
     def worker(self, model_id: str) -> Worker:
         """Return a model's newest worker."""
         loads = self.app[CONSUMER].loads.values()

@@ -52,6 +52,21 @@ FAST_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Properties write hundreds of ledgers: in memory, an fsync takes 0.01 ms instead of 4 ms."""
 
 
+@contextmanager
+def unwritable(path: Path, event_type: str) -> Iterator[None]:
+    """Let a ledger refuse events of a type, as a full disk does."""
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON events"
+            f" WHEN json_extract(NEW.body, '$.type') = '{event_type}'"
+            " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        )
+        try:
+            yield
+        finally:
+            connection.execute("DROP TRIGGER full")
+
+
 def sample_history(rounds: int = 1) -> list[Event]:
     """Return a history that has something of most things, so many times over."""
     history = History()

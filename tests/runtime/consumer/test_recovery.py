@@ -5,14 +5,14 @@ import os
 import shutil
 import signal
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from support import models
+from support.ledgers import unwritable
 from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
@@ -177,19 +177,6 @@ def _retries_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consumer, "LOG_RETRY_S", 0.05)
 
 
-@contextmanager
-def unwritable(engine: Engine, fact: str) -> Iterator[None]:
-    """Have the ledger refuse facts of this type."""
-    with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
-        other.execute(
-            "CREATE TRIGGER broken BEFORE INSERT ON events"
-            f" WHEN json_extract(NEW.body, '$.type') = '{fact}'"
-            " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
-        )
-        yield
-        other.execute("DROP TRIGGER broken")
-
-
 @pytest.mark.usefixtures("_retries_soon")
 async def test_unwritable_ledger_delays_each_fact(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     models.save_bytes(models.TEXT, engine.root, "bad")
@@ -201,7 +188,7 @@ async def test_unwritable_ledger_delays_each_fact(engine: Engine, caplog: pytest
         ("ModelUnloaded", "other", JobStatus.COMPLETED),
     ):
         caplog.clear()
-        with unwritable(engine, fact):
+        with unwritable(engine.log.path, fact):
             begin = engine.ask_unload if "Unload" in fact else engine.ask_load
             job_id = await begin(model)
             await until(lambda: "cannot be written" in caplog.text)
@@ -245,7 +232,7 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
 async def test_unwritable_ledger_leaves_load_cancellable(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with unwritable(engine, "LoadStarted"):
+    with unwritable(engine.log.path, "LoadStarted"):
         job_id = await engine.ask_load("adder")
         await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
         while not engine.log.state.jobs[job_id].cancelling:

@@ -12,9 +12,11 @@
 | ollama #7779, #14364, #17428 | test_scheduler.py (force), ../consumer/test_consumer.py |
 | tensorflow/serving #2017 | test_swaps.py (strategies), tests/server/api/test_loads.py |
 | llama-swap #946 | tests/server/api/test_unloads.py |
-| triton #6711, #6536, #356 | tests/server/api/test_loads.py |
+| triton #6711 | tests/server/api/test_loads.py |
+| triton #6536 | tests/server/v2/test_repository.py |
+| triton #356 | ../worker/test_worker_loading.py, ../consumer/test_instances.py |
 | triton #8958, #5940; MLServer #957 | tests/server/api/test_health.py, tests/server/api/test_jobs.py |
-| TorchServe's CVEs, Kokoro-FastAPI #478 | tests/server/test_openapi.py |
+| TorchServe's CVEs, Kokoro-FastAPI #478 | tests/server/auth/test_gate.py |
 """
 
 from itertools import pairwise

@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_private_key
 from support import models
 from support.http import LocalApi
+from support.ledgers import unwritable
 
 from events.audit.signing import as_signed_head, key_id
 from events.datalock import LEDGER
@@ -73,14 +74,10 @@ async def test_ledger_key_signs_no_tokens(shared: LocalApi) -> None:
 async def test_head_is_never_ahead_of_durable_events(shared: LocalApi) -> None:
     shared.save(models.add(1), "new")
     before = await head(shared)
-    with closing(sqlite3.connect(shared.config.data / LEDGER)) as other:
-        other.execute(
-            "CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'disk full'); END"
-        )
+    with unwritable(shared.ledger, "LoadRequested"):
         assert (await shared.post("/api/v1/models/new/load")).refusal == (503, "log_unavailable")
         assert await head(shared) == before
         assert before["hash"] == last_row(shared)[1]
-        other.execute("DROP TRIGGER full")
     await shared.load("new")
     assert (await head(shared))["position"] > before["position"]
     assert (await shared.get(f"{HEAD}?x=1", roles=("audit",))).refusal == (400, "invalid_parameter")

@@ -1,25 +1,20 @@
 """Jobs over HTTP: cancel, lists, what they wait for, and `Prefer: wait=N` as RFC 7240 has it."""
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support import models
 from support.http import ONE, Answer, Json, LocalApi, when
+from support.ledgers import unwritable
 from support.models import TEXT
 from support.workers import until
 
-from events.datalock import LEDGER
 from events.models import ModelState
 from server.api.jobs import MAX_WAIT_S, wait_s
 
 Start = Callable[..., Awaitable[LocalApi]]
-
-NO_UNLOADS = """CREATE TRIGGER full BEFORE INSERT ON events
-WHEN json_extract(NEW.body, '$.type') = 'UnloadStarted' BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"""
 
 
 async def cancel(api: LocalApi, job: Json, **options: object) -> Answer:
@@ -91,12 +86,10 @@ async def test_cancel_of_unrecorded_unload_keeps_the_model(
 ) -> None:
     shared.save(models.add(1), "kept")
     await shared.load("kept")
-    with closing(sqlite3.connect(shared.config.data / LEDGER, isolation_level=None)) as ledger:
-        ledger.execute(NO_UNLOADS)
+    with unwritable(shared.ledger, "UnloadStarted"):
         unload = (await shared.post("/api/v1/models/kept/unload")).json
         await until(lambda: "cannot be written" in caplog.text)
         assert (await cancelled(shared, unload))["started_at"] is None
-        ledger.execute("DROP TRIGGER full")
     assert (await shared.infer("kept", ONE)).status == 200
     assert (await shared.unload("kept"))["status"] == "completed"
 

@@ -133,7 +133,7 @@ async def test_live_follows_all_earlier_events(shared: LocalApi) -> None:
 
 async def test_stages_are_sent_without_id(shared: LocalApi) -> None:
     for version in (1, 2):
-        shared.save(models.slow_model(depth=2000), "slow", version)
+        shared.save(models.endless_load(), "slow", version)
     async with following(shared) as client, following(shared, "?type=ModelLoaded") as other:
         await client.until("live")
         first = await shared.accepted_load("slow", version=1)
@@ -326,6 +326,7 @@ async def test_stalled_reader_is_disconnected_and_delays_no_shutdown(
     monkeypatch.setattr(stream, "STOPPING_S", 0.1)
     async with silent(api), following(api) as client:
         await client.until("live")
+        await until(lambda: any(each._writing is not None for each in api.app[STREAMS]._open))
         async with asyncio.timeout(LIMIT_S):
             api.app[STREAMS].tails.close()
             await none_open(api)

@@ -1,5 +1,6 @@
 """`?at=`: models and jobs at a position, or at a time, of the past."""
 
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 from urllib.parse import quote
@@ -10,6 +11,8 @@ from support.http import ONE, Json, LocalApi
 
 from events.clock import parse_timestamp
 from events.types import ModelLoaded
+
+Start = Callable[..., Awaitable[LocalApi]]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -40,6 +43,21 @@ async def test_answer_of_inference_leads_to_its_load_and_files(past: LocalApi) -
     assert then["job_id"] == event.job_id
     assert [file["sha256"] for file in then["files"]] == [file.sha256 for file in event.data.files]
     assert (then["as_of"], then["as_of_time"]) == (position, event.recorded_at)
+
+
+async def test_load_of_an_inference_and_key_are_found_after_restart(start: Start) -> None:
+    api = await start()
+    api.save(models.add(), "m")
+    request = {"headers": {"Idempotency-Key": "k"}, "wait": 60}
+    job_id = (await api.post("/api/v1/models/m/load", **request)).json["id"]
+    position = (await api.infer("m", ONE)).headers["Loadledger-Model"].rpartition("=")[2]
+    then = await found(api, f"models/m?at={position}")
+    assert then["job_id"] == job_id
+    await api.client.close()
+    again = await start()
+    assert await found(again, f"models/m?at={position}") == then
+    assert (await again.post("/api/v1/models/m/load", **request)).json["id"] == job_id
+    assert (await again.post("/api/v1/models/m/unload", **request)).refusal == (422, "idempotency_mismatch")
 
 
 async def test_before_the_first_event_there_is_nothing(past: LocalApi) -> None:

@@ -4,22 +4,16 @@ import asyncio
 import os
 import shutil
 import signal
-import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from pathlib import Path
 
 from support import models
 from support.http import ENDLESS, ONE, LocalApi
+from support.ledgers import unwritable
 from support.models import TEXT
 from support.workers import computing, until
 
-from events.datalock import LEDGER
-
 Start = Callable[..., Awaitable[LocalApi]]
-
-NO_LOADS = """CREATE TRIGGER no_loads BEFORE INSERT ON events
-WHEN json_extract(NEW.body, '$.type') = 'LoadRequested' BEGIN SELECT RAISE(ABORT, 'not now'); END"""
 
 
 def exists(pid: int) -> bool:
@@ -104,12 +98,10 @@ async def test_loaded_model_without_files_can_be_unloaded(shared: LocalApi) -> N
 async def test_unload_of_lost_model_ends_its_reload(shared: LocalApi) -> None:
     shared.save(models.add(1), "lost")
     await shared.load("lost")
-    with closing(sqlite3.connect(shared.config.data / LEDGER, isolation_level=None)) as ledger:
-        ledger.execute(NO_LOADS)  # keeps the model lost
+    with unwritable(shared.ledger, "LoadRequested"):  # keeps the model lost
         os.kill(shared.worker("lost").pid, signal.SIGKILL)
         await shared.model_when("lost", state="lost")
         await shared.unload("lost")
-        ledger.execute("DROP TRIGGER no_loads")
     assert (await shared.model("lost"))["state"] == "unloaded"
     assert [job["cause"] for job in await shared.jobs("?model=lost")] == ["request", "request"]
 
