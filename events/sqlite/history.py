@@ -130,8 +130,8 @@ def jobs_at(connection: sqlite3.Connection, position: int, query: JobQuery) -> l
         ]
     then = cache(lambda: state_at(connection, position))  # one fold for all jobs that need it
     stored = select_jobs(connection, query, until=position)
-    past = (_job_then(connection, job, position, then) for job in stored)
-    return [job for job in past if job is not None][: query.limit]
+    past = (_job_then(connection, job, position, then) for job in stored[: query.limit])
+    return [job for job in past if job is not None]
 
 
 def _job_then(

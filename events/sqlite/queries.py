@@ -102,8 +102,14 @@ def make_state(
     position: int, recorded_at: str, models: Iterable[tuple[str]], jobs: Iterable[tuple[str]]
 ) -> State:
     """Return the state of models and jobs as they are stored; raise ValueError if one is damaged."""
-    known = {model.id: model for model in (as_model(body) for (body,) in models)}
-    return State(position, recorded_at, known, {job.id: job for job in (as_job(body) for (body,) in jobs)})
+    stored_models = [as_model(body) for (body,) in models]
+    stored_jobs = [as_job(body) for (body,) in jobs]
+    return State(
+        position,
+        recorded_at,
+        {model.id: model for model in stored_models},
+        {job.id: job for job in stored_jobs},
+    )
 
 
 def read_job(connection: sqlite3.Connection, job_id: str) -> Job | None:
@@ -139,7 +145,7 @@ def select_jobs(connection: sqlite3.Connection, query: JobQuery, until: int | No
         "created_position < :before": query.before,
         "model_id = :model_id": query.model_id,
         "status = :status": query.status,
-        "json_extract(body, '$.position') <= :until": query.status and until,
+        "json_extract(body, '$.position') <= :until": None if query.status is None else until,
     }  # only the conditions that hold for this query, so that SQLite uses their index
     where = " AND ".join(clause for clause, value in clauses.items() if value is not None) or "TRUE"
     rows = connection.execute(
@@ -211,6 +217,20 @@ def probe(connection: sqlite3.Connection) -> None:
 def kind_of(error: sqlite3.Error) -> int:
     """Return SQLite's primary result code, or 0 for an error that is not SQLite's own."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def sync(connection: sqlite3.Connection) -> None:
+    """Checkpoint the whole WAL, synced, and begin the WAL anew; wait for a reader that blocks this.
+
+    After a failed fsync the kernel marks the pages as clean, and the next fsync says nothing about them:
+    pages that can be read need not be on the disk.
+
+    Raises:
+        sqlite3.Error: the database cannot be written, or a reader's snapshot blocks the checkpoint too long.
+    """
+    (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if busy:
+        raise sqlite3.OperationalError("a reader keeps the log from being synced")
 
 
 def write_projections(

@@ -99,14 +99,15 @@ def check_readable(connection: sqlite3.Connection) -> int:
     return done
 
 
-def schema_of(connection: sqlite3.Connection) -> set[SchemaRow]:
+def schema_of(connection: sqlite3.Connection) -> frozenset[SchemaRow]:
     """Return the tables, indexes and triggers of a database, as SQLite has them: each with its SQL."""
     columns = ", ".join(f"CAST({column} AS BLOB)" for column in SchemaRow._fields)
-    return {SchemaRow(*row) for row in connection.execute(f"SELECT {columns} FROM sqlite_schema")}  # noqa: S608 - literals
+    rows = connection.execute(f"SELECT {columns} FROM sqlite_schema")  # noqa: S608 - literals
+    return frozenset(SchemaRow(*row) for row in rows)
 
 
 @cache
-def schema_after(migrations: int) -> set[SchemaRow]:
+def schema_after(migrations: int) -> frozenset[SchemaRow]:
     """Return the schema of a ledger after so many migrations."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         for number, script in _migrations()[:migrations]:
@@ -139,7 +140,7 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 @cache
-def _migrations() -> list[tuple[int, str]]:
+def _migrations() -> tuple[tuple[int, str], ...]:
     """Return the migrations in order, with their numbers; a gap in those is a mistake in the package."""
     found = sorted(
         (int(match[1]), file.read_text(encoding="utf-8"))
@@ -147,7 +148,7 @@ def _migrations() -> list[tuple[int, str]]:
         if (match := _NAME.match(file.name))
     )
     assert [number for number, _ in found] == list(range(1, len(found) + 1))
-    return found
+    return tuple(found)
 
 
 def _statements(script: str) -> Iterator[str]:

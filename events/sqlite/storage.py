@@ -17,9 +17,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from heapq import merge
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -122,22 +120,21 @@ def rebuild_file(path: Path) -> RebuildResult:
 
 def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Iterator[str]:
     """Walk both connections' tables in the order of their keys, and yield each difference in words."""
-
-    def rows(
-        walked: sqlite3.Connection, table: str
-    ) -> Iterator[tuple[tuple[bool, _Key], sqlite3.Connection, _Key, str]]:
-        found = walked.execute(f"SELECT id, body FROM {table} ORDER BY 1")  # noqa: S608 - literals below
-        return ((_sort_key(key), walked, key, body) for key, body in found)
-
     for table in ("models", "jobs"):
-        both = merge(rows(before, table), rows(after, table), key=itemgetter(0))
-        for _, same_key in groupby(both, itemgetter(0)):
-            match list(same_key):
-                case [(_, only, key, _)]:
-                    what = "lacked" if only is after else "had, and the log does not give,"
-                    yield f"the stored {table} {what} {key!r}"
-                case [(_, _, key, body), (_, _, _, other)] if body != other:
-                    yield f"the stored {table} differed at {key!r}"
+        walk = f"SELECT id, body FROM {table} ORDER BY 1"  # noqa: S608 - literals above
+        old, new = before.execute(walk), after.execute(walk)
+        one, other = old.fetchone(), new.fetchone()
+        while one is not None or other is not None:
+            if other is None or (one is not None and _sort_key(one[0]) < _sort_key(other[0])):
+                yield f"the stored {table} had, and the log does not give, {one[0]!r}"
+                one = old.fetchone()
+            elif one is None or _sort_key(other[0]) < _sort_key(one[0]):
+                yield f"the stored {table} lacked {other[0]!r}"
+                other = new.fetchone()
+            else:
+                if one[1] != other[1]:
+                    yield f"the stored {table} differed at {one[0]!r}"
+                one, other = old.fetchone(), new.fetchone()
 
 
 def _sort_key(key: _Key) -> tuple[bool, _Key]:
@@ -187,6 +184,7 @@ class Database:
         except (sqlite3.Error, OSError, ValueError) as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self.is_open, self._was_open, self._unsynced = True, True, False
+        self._failed_at = 0
         return stored
 
     async def write(self, rows: Sequence[Row], changes: Changes, entities: int) -> None:
@@ -258,7 +256,9 @@ class Database:
             _check_readable_state(self._path)
         connection = connect(self._path)
         try:
-            stored = _stored(connection, unsynced=self._unsynced)
+            if self._unsynced:
+                queries.sync(connection)
+            stored = _stored(connection)
             connection.execute(STATEMENTS_IN_MEMORY)
         except BaseException:
             if not self._was_open:
@@ -285,11 +285,7 @@ def _check_readable_state(path: Path) -> None:
             queries.read_state(connection)
 
 
-def _stored(connection: sqlite3.Connection, *, unsynced: bool) -> StoredLedger:
-    # After a failed fsync the kernel marks the pages as clean, and the next fsync says nothing about them:
-    # pages that can be read need not be on the disk.
-    if unsynced and not checkpoint(connection):
-        raise sqlite3.OperationalError("a reader keeps the log from being synced")
+def _stored(connection: sqlite3.Connection) -> StoredLedger:
     head = queries.read_head(connection)
     if not is_current(connection):
         if head.position:

@@ -108,6 +108,10 @@ def tampered(draw: st.DrawFn) -> list[Row]:
 
 @settings(PLAIN, max_examples=of_both(short=300, long=2_000))
 @given(tampered())
+@example(ROWS)
+@example([])
+@example(ROWS[:-1])
+@example([*ROWS[:3], ROWS[4]._replace(position=4), ROWS[3]._replace(position=5), *ROWS[5:]])
 def test_tampered_chain_is_found_at_the_first_position(rows: list[Row]) -> None:
     wrong = next((at for at, (row, sound) in enumerate(zip(rows, ROWS, strict=False), 1) if row != sound), 0)
     found = verify_rows(rows)

@@ -244,7 +244,7 @@ async def test_jobs_are_paged_newest_first_by_filters(path: Path) -> None:
                 for first in range(0, max(1, len(job_ids)), limit):
                     page = await reader.jobs(JobQuery(cursor, limit=limit, **filters))
                     found += [job.id for job in page.items]
-                    assert found == job_ids[: first + limit]
+                    assert found == job_ids[: first + limit], (filters, limit)
                     cursor = page.next_cursor
                 assert cursor is None
         newest = await reader.jobs(JobQuery(limit=2))

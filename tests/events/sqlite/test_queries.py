@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.history import FEWER, History, as_event, drafts, opened
+from support.history import FEWER, MODEL, History, as_event, drafts, opened
 from support.ledgers import FAST_FOLDER, store_events, stored
 
 from events.audit.verify import verify
@@ -97,3 +97,23 @@ def test_group_beside_the_head_is_not_written() -> None:
         assert not connection.in_transaction
         for sql in ("SELECT * FROM events", "SELECT * FROM jobs", "SELECT * FROM projected WHERE position"):
             assert connection.execute(sql).fetchall() == []
+
+
+def test_removed_jobs_and_models_are_stored_again_with_their_next_event() -> None:
+    history = History()
+    history.ask_load("L")
+    history.ask_load("M", of="other")
+    with closing(connect(Path(":memory:"))) as connection:
+        store_events(connection, history.facts)
+        connection.execute("DELETE FROM jobs WHERE id = 'L'")
+        connection.execute("DELETE FROM models")
+        history.start_load("L")
+        history.start_load("M", of="other")
+        models, jobs = history.state.models.values(), history.state.jobs.values()
+        queries.write_projections(connection, models, jobs, 4)
+        stored_models = connection.execute("SELECT body FROM models ORDER BY id").fetchall()
+        assert stored_models == [(queries.as_text(history.model(each)),) for each in (MODEL, "other")]
+        stored_jobs = connection.execute("SELECT created_position, body FROM jobs ORDER BY 1").fetchall()
+        assert stored_jobs == [
+            (job.created_position, queries.as_text(job)) for job in history.state.unended()
+        ]

@@ -18,7 +18,7 @@ from events.audit.verify import Expected, FindingKind, verify
 from events.clock import utc_now
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.readonly import lacks_wal, wants_wal
-from events.sqlite.storage import FOLDS, rebuild_file
+from events.sqlite.storage import FOLDS, Database, rebuild_file
 
 
 @pytest.fixture
@@ -109,6 +109,27 @@ async def test_reader_during_an_orderly_stop_leaves_the_wal(tmp_path: Path) -> N
     with closing(reader):
         assert audit(path).finding is None
     assert audit(path).finding is None
+
+
+async def test_open_after_disk_error_waits_for_a_reader_and_syncs_the_wal(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+    database = Database(path)
+    await database.open()
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM events").fetchall()
+        await database.probe()
+        await database.give_up(error)
+        assert not database.is_open
+        opening = asyncio.create_task(database.open())
+        done, _ = await asyncio.wait([opening], timeout=0.3)
+        assert not done
+        reader.execute("ROLLBACK")
+        await opening
+        assert path.with_name("ledger.db-wal").stat().st_size == 0  # all of it is in the file
+    await database.close()
 
 
 # A copy without the write-ahead log.
