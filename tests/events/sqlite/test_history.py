@@ -92,9 +92,12 @@ def test_page_of_past_jobs_begins_at_its_cursor(status: JobStatus | None) -> Non
     history.restart()
     for number in range(4, 8):
         history.fail_load(f"L{number}", of=f"m{number}")
+    for number in range(8, 11):
+        history.ask_load(f"L{number}", of=f"m{number}")
     with ledger(history.facts) as connection:
         whole = jobs_at(connection, at_end, JobQuery(status=status))
         assert len(whole) == {None: 8, JobStatus.COMPLETED: 4, JobStatus.PENDING: 4}.get(status, 0)
+        assert jobs_at(connection, at_end, JobQuery(status=status, limit=2)) == whole[:2]
         for cut in range(len(whole)):
             after_it = JobQuery(whole[cut].created_position, status=status, limit=2)
             assert jobs_at(connection, at_end, after_it) == whole[cut + 1 :][:2]
