@@ -107,6 +107,9 @@ async def test_failed_snapshot_holds_up_no_event_and_is_logged_once(
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 1
         await asyncio.gather(*map(log.submit, facts(EVERY, first=EVERY + 11)))
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 2
-    assert rows(path, "SELECT max(position) FROM events") == [(2 * EVERY + 14,)]
+        await log._database.give_up()
+        await asyncio.gather(*map(log.submit, facts(1, first=2 * EVERY + 11)))  # a new connection tries again
+        assert len([record for record in caplog.records if "no snapshot" in record.message]) == 3
+    assert rows(path, "SELECT max(position) FROM events") == [(2 * EVERY + 15,)]
     if table != "snapshots":
         assert positions(path) == []  # it is whole, or not there
