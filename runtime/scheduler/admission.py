@@ -216,18 +216,17 @@ class _PendingLoad:
     def _explain_misfit(self) -> str | None:
         """Return why a load will never fit, whatever else is unloaded; None if it may."""
         budget, replaced = self._view.policy.budget_bytes, self._serving
-        if budget is None:
+        beside_bytes = replaced.memory_bytes if replaced is not None and self._strategy == "beside" else 0
+        if budget is None or self._estimate + beside_bytes <= budget:
             return None
         is_guess = self.job.id in self._view.observations.from_file_sizes
         limit = "; set memory_limit_bytes if it takes less" if is_guess else ""
         needs, in_all = f"it needs {self._estimate_text} of memory", f"{format_megabytes(budget)} in all"
         if self._estimate > budget:
             return f"{needs}, and the budget is {in_all}{limit}"
-        if replaced is None or self._strategy != "beside" or self._estimate + replaced.memory_bytes <= budget:
-            return None
         is_repair = self.job.cause is Cause.RECOVERY
         in_place = "" if is_repair else "; with strategy auto or in_place it replaces that version"
-        beside = f"beside the {format_megabytes(replaced.memory_bytes)} of what it replaces"
+        beside = f"beside the {format_megabytes(beside_bytes)} of what it replaces"
         return f"{needs} {beside}, and the budget is {in_all}{in_place}{limit}"
 
     def _start_or_make_room(self) -> Action | Waiting:

@@ -108,6 +108,7 @@ def test_limit_is_the_least_of_the_cgroups_above(
     files: Files, own: str, limits: dict[str, str], limit_gb: int | None
 ) -> None:
     files.unified(own, limits)
+    (files.cgroups.parent / "memory.max").write_text("4096\n")  # above the mount: nobody's
     assert files.limit() == (MACHINE if limit_gb is None else MemoryLimit(limit_gb * GB, "cgroup v2"))
 
 
