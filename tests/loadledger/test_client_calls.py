@@ -53,17 +53,21 @@ def test_absent_server_is_not_retried_and_lost_one_within_limit(answers: list[An
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "target"),
     [
-        lambda client: client.load("m", wait=True, idempotency_key='a "key"'),
-        lambda client: client.unload("m", idempotency_key='a "key"'),
-        lambda client: client.cancel("j1", idempotency_key='a "key"'),
+        (lambda client: client.load("m", wait=True, idempotency_key='a "key"'), "models/m/load"),
+        (lambda client: client.unload("m", idempotency_key='a "key"'), "models/m/unload"),
+        (lambda client: client.unload(force=True, idempotency_key='a "key"'), "models/unload?force=true"),
+        (lambda client: client.cancel("j1", idempotency_key='a "key"'), "jobs/j1/cancel"),
     ],
-    ids=["load", "unload", "cancel"],
+    ids=["load", "unload", "unload by force", "cancel"],
 )
-def test_job_request_lost_after_long_wait_is_resent_with_its_key(call: Callable[[Client], Any]) -> None:
+def test_job_request_lost_after_long_wait_is_resent_with_its_key(
+    call: Callable[[Client], Any], target: str
+) -> None:
     play = Played([LOST, COMPLETED], took_s=5.0)
     assert call(play.client).status == "completed"
+    assert [request.target for request in play.requests] == [f"/api/v1/{target}"] * 2
     assert [request.headers["Idempotency-Key"] for request in play.requests] == ['"a \\"key\\""'] * 2
 
 
@@ -185,6 +189,7 @@ def test_list_is_paged_up_to_limit() -> None:
     play = Played([first])
     assert len(list(play.client.jobs(limit=2))) == 2
     assert play.requests[0].target.endswith("limit=2")
+    assert len(list(Played([first]).client.jobs(limit=1))) == 1  # of a server that sends more
 
 
 def test_pages_of_a_time_keep_its_position() -> None:
