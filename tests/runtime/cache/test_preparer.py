@@ -19,7 +19,7 @@ from support.workers import until
 from events.jobs import JobStatus
 from events.types import LoadParameters, ModelLoaded
 from runtime.cache.manifest import Entry
-from runtime.cache.preparer import KEPT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
+from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import has_outside_cause
 from runtime.errors import (
@@ -225,6 +225,7 @@ async def test_loaded_model_is_prepared_for_the_next_load(
         assert again.files == first.files
         assert await engine.ask("m", 3) == answer
         assert int(entry.figures["load_us"]) < int(entry.figures["bare_load_us"])
+        await until(lambda: engine.consumer.preparer.preparation is None)
         counts, (forms, size) = engine.consumer.preparer.counts, store.kept
         assert (counts.tried, forms) == ({("prepacked", KEPT): 1}, 1)
         took = counts.took_s.snapshot()
@@ -299,6 +300,9 @@ async def test_crash_while_preparing_costs_only_that_form(
         entry = await settled(store, engine.root)
         assert entry.form == "optimised"
         assert "signal 11" in entry.tried["prepacked"]
+        await until(lambda: engine.consumer.preparer.preparation is None)
+        tried = engine.consumer.preparer.counts.tried
+        assert tried == {("prepacked", LEFT_OUT): 1, ("optimised", KEPT): 1}
         assert "WorkerExited" not in await engine.story()
 
 
