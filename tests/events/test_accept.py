@@ -341,6 +341,23 @@ def test_cancel_outcome(facts: str, job: str, expected: str) -> None:
     assert outcome(facts, RequestCancel(job, "bob")) == expected
 
 
+@pytest.mark.parametrize(
+    ("facts", "command", "words"),
+    [
+        ("request", unload(), f"model '{MODEL}' is only loading; add ?force=true"),
+        ("load", RequestUnload(MODEL, "system", load_job_id="X"), f"'{MODEL}' does not serve from load X"),
+        ("load request_v2", RequestUnload(MODEL, "system", load_job_id="L"), f"'{MODEL}' has a pending job"),
+        ("load", RequestCancel("L", "bob"), "job L has ended"),
+        ("load request_unload start_unload", RequestCancel("U", "bob"), "unload U has started"),
+        ("load request_in_place request_drain", RequestCancel("S", "bob"), "job S is part of a swap"),
+    ],
+)
+def test_refusal_says_what_is_wrong(facts: str, command: Command, words: str) -> None:
+    decision = decide(given(facts).state, command)
+    assert isinstance(decision, Refused)
+    assert words in decision.message
+
+
 def test_accepted_cancel_records_job_and_key() -> None:
     history = History()
     history.ask_load("L", version=3)
@@ -384,6 +401,9 @@ def test_full_queue_refuses_loads_by_people(pending: int, command: Command, expe
 
 def test_ended_job_makes_room_in_full_queue() -> None:
     history = queue_of(MAX_QUEUE)
+    refused = decide(history.state, load())
+    assert isinstance(refused, Refused)
+    assert "256 jobs have not ended yet" in refused.message
     history.fail_load("Q7", of="model7")
     assert outcome(history.state, load()) == NEW
 

@@ -217,6 +217,7 @@ async def outcomes_of(path: Path, groups: list[Group], *, reopens: bool) -> list
 @FEWER
 @given_any(st.lists(st.tuples(st.lists(COMMANDS, min_size=1, max_size=4), PAUSES), min_size=1, max_size=6))
 @example([([load(), load(), load(OTHER_REQUEST)], 0)])
+@example([([load()], 0), ([load(OTHER_REQUEST, "n")], DAY_S), ([load(OTHER_REQUEST, "n"), load()], 0)])
 def test_log_answers_as_if_keys_were_in_memory(groups: list[Group]) -> None:
     expected = outcomes_in_memory(groups)
     for reopens in (False, True):

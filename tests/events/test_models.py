@@ -306,6 +306,7 @@ def test_model_with_one_instance_left_is_degraded() -> None:
     assert history.model() == model
     history.kill_worker("P2")
     assert history.model().error == Failure("worker_died", "its worker was killed by signal 9")
+    assert given("request fail").model().error == Failure("broken", "because")
     assert serving(given("load_pair crash_1 recover_pair")).worker_ids == ("R1", "R2")
 
 

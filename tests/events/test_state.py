@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, History, as_event, drafts, fold, opened
+from support.history import FEWER, MODEL, History, as_event, drafts, fold, opened
+from support.history import given as given_facts
 from support.ledgers import FAST_FOLDER, sample_history
 
 from events import jobs, models
@@ -76,6 +77,15 @@ def test_ended_jobs_may_be_forgotten(events: list[Draft]) -> None:
         forgetting.state.forget_ended(forgetting.state.apply(event).jobs.values())
     assert remembering.state.models == forgetting.state.models
     assert remembering.state.unended() == forgetting.state.unended()
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:  # noqa: FBT001
+    history = given_facts("request request_v2 cancel_L")
+    if forget:
+        history.state.forget_ended(list(history.state.jobs.values()))
+    history.ask_load("L")
+    assert [job.id for job in history.state.queue(MODEL)] == ["L2", "L"]
 
 
 # The active model.
