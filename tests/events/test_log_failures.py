@@ -326,6 +326,17 @@ def test_file_that_is_no_database_is_refused(path: Path) -> None:
         asyncio.run(Log(path.parent / "nowhere" / "ledger.db").open())
 
 
+def test_empty_file_becomes_ledger(path: Path) -> None:
+    path.touch()
+
+    async def write_one() -> None:
+        async with opened(path) as log:
+            await write(log, 1)
+
+    asyncio.run(write_one())
+    assert verify(path).verified
+
+
 def run(script: str, *arguments: object, first: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = child(script, *arguments, first=first)
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)

@@ -77,11 +77,13 @@ def test_ended_jobs_may_be_forgotten(events: list[Draft]) -> None:
         forgetting.state.forget_ended(forgetting.state.apply(event).jobs.values())
     assert remembering.state.models == forgetting.state.models
     assert remembering.state.unended() == forgetting.state.unended()
+    assert_queues_are_right(State(jobs=dict(reversed(list(remembering.state.jobs.items())))))
 
 
 @pytest.mark.parametrize("forget", [False, True])
 def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:  # noqa: FBT001
     history = given_facts("request request_v2 cancel_L")
+    assert State(jobs=history.state.jobs).queues == {MODEL: (history.job("L2"),)}
     if forget:
         history.state.forget_ended(list(history.state.jobs.values()))
     history.ask_load("L")
