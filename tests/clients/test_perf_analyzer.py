@@ -13,9 +13,12 @@ from support.servers import Server, address, bearer, clean_environment, standing
 from tritonclient.http import InferenceServerClient
 
 PROGRAM = os.environ.get("PERF_ANALYZER") or shutil.which("perf_analyzer")
-LIMIT_S = 120.0
-"""Each of these takes some seconds; it is there so that a bug fails a test and does not hang it."""
+LIMIT_S = 60.0
+"""A run takes a second or two."""
 REQUESTS = 200
+MAX_RUNS = 3
+"""With `--async`, one run in a hundred never ends on a busy machine: perf_analyzer 2.51 has received all
+answers, its connections are empty, and its threads sleep."""
 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="perf_analyzer is neither named by PERF_ANALYZER nor on PATH"
@@ -53,16 +56,35 @@ def test_perf_analyzer_agrees_with_server_statistics(
     assert PROGRAM is not None
     command = [PROGRAM, "-m", model, "-u", address(server), "-i", "http", f"--request-count={REQUESTS}"]
     command += ["-H", f"Authorization:{bearer(server, 'predict')['Authorization']}", *options.split()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, env=clean_environment(), check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    client, _, ours = done.stdout.partition("Server:")
+    client, _, ours = run(command, server, model).partition("Server:")
     assert number("Request count", client) >= REQUESTS
     assert number("Successful request count", ours) > REQUESTS / 2  # it looks when some are under way
     assert number("Inference count", ours) == batch * number("Successful request count", ours)
     assert 0 < number("Execution count", ours) <= number("Successful request count", ours)
     assert number("compute infer", ours) > 0
+
+
+def run(command: list[str], server: Server, model: str) -> str:
+    """Return what the program printed; run it again if it never ends with all its requests answered."""
+    before = successes(server, model)
+    for each in range(1, MAX_RUNS + 1):
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=LIMIT_S, env=clean_environment(), check=False
+            )
+        except subprocess.TimeoutExpired:
+            assert "--async" in command
+            assert successes(server, model) >= before + each * REQUESTS
+        else:
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+    raise AssertionError(f"none of {MAX_RUNS} runs ended")
+
+
+def successes(server: Server, model: str) -> int:
+    with InferenceServerClient(address(server)) as client:
+        found = client.get_inference_statistics(model, headers=bearer(server, "predict"))
+    return int(found["model_stats"][0]["inference_stats"]["success"]["count"])
 
 
 def number(label: str, text: str) -> float:
