@@ -183,19 +183,19 @@ def measure(folder: Path, *, rounds: int, seconds: float, peers_at: Path | None)
 def _alternated(targets: Sequence[Target], folder: Path, rounds: int, seconds: float) -> Rates:
     """Measure all cases on all servers in every round; each round begins with another server."""
     for case in CASES:
-        for target in _asked(case, targets):
+        for target in _select_targets(case, targets):
             if target.name != CONSTANT:
                 case.request.check(target)
     results = defaultdict[tuple[str, str], list[Result]](list)
     for index in range(rounds):
         turned = [*targets[index % len(targets) :], *targets[: index % len(targets)]]
         for case in CASES:
-            for target in _asked(case, turned):
+            for target in _select_targets(case, turned):
                 results[case.what, target.name].append(_run(case, target, folder, seconds))
     return {key: _median(measured) for key, measured in results.items()}
 
 
-def _asked(case: Case, targets: Sequence[Target]) -> list[Target]:
+def _select_targets(case: Case, targets: Sequence[Target]) -> list[Target]:
     return [target for target in targets if target.name in {OURS, *case.beside}]
 
 

@@ -144,11 +144,11 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
     if job is None:
         if not isinstance(data, REQUESTS) or event.model_id is None or event.job_id != event.id:
             return None
-        return _requested(event, event.model_id, data)
+        return _create_job(event, event.model_id, data)
     if job.status not in _UNENDED:
         return job
     if type(data) is ServerStarted:
-        return _restarted(job, event, data)
+        return _restart_job(job, event, data)
     step = STEPS.get(type(data))
     return job if step is None or event.job_id != job.id else step(job, event, data)
 
@@ -157,7 +157,7 @@ REQUESTS = (LoadRequested, UnloadRequested)
 """The events that create a job."""
 
 
-def _requested(event: Event, model_id: str, data: LoadRequested | UnloadRequested) -> Job:
+def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequested) -> Job:
     load = data if isinstance(data, LoadRequested) else None
     unload = data if isinstance(data, UnloadRequested) else None
     return Job(
@@ -178,7 +178,7 @@ def _requested(event: Event, model_id: str, data: LoadRequested | UnloadRequeste
     )
 
 
-def _restarted(job: Job, event: Event, data: ServerStarted) -> Job:
+def _restart_job(job: Job, event: Event, data: ServerStarted) -> Job:
     """Return the job pending for its next attempt; its deadline moves by the time the server was down."""
     is_interrupted = job.status is JobStatus.IN_PROGRESS
     deadline_at = job.deadline_at
@@ -193,7 +193,7 @@ def _restarted(job: Job, event: Event, data: ServerStarted) -> Job:
     )
 
 
-def _started(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
+def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
     attempt = data.attempt if isinstance(data, LoadStarted) else job.attempt + 1
     return replace(
         job,
@@ -204,19 +204,19 @@ def _started(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
     )
 
 
-def _completed(job: Job, event: Event, _: ModelLoaded | ModelUnloaded) -> Job:
-    return _ended(job, event, JobStatus.COMPLETED)
+def _complete_job(job: Job, event: Event, _: ModelLoaded | ModelUnloaded) -> Job:
+    return _end_job(job, event, JobStatus.COMPLETED)
 
 
-def _failed(job: Job, event: Event, data: LoadFailed | UnloadFailed) -> Job:
-    return _ended(job, event, JobStatus.FAILED, Failure(data.code, data.message))
+def _fail_job(job: Job, event: Event, data: LoadFailed | UnloadFailed) -> Job:
+    return _end_job(job, event, JobStatus.FAILED, Failure(data.code, data.message))
 
 
-def _cancelled(job: Job, event: Event, _: JobCancelled) -> Job:
-    return _ended(job, event, JobStatus.CANCELLED)
+def _cancel_job(job: Job, event: Event, _: JobCancelled) -> Job:
+    return _end_job(job, event, JobStatus.CANCELLED)
 
 
-def _ended(job: Job, event: Event, status: JobStatus, error: Failure | None = None) -> Job:
+def _end_job(job: Job, event: Event, status: JobStatus, error: Failure | None = None) -> Job:
     return replace(job, status=status, error=error, finished_at=event.recorded_at, position=event.position)
 
 
@@ -229,13 +229,13 @@ def _worker_exited(job: Job, event: Event, _: WorkerExited) -> Job:
 
 
 STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
-    LoadStarted: _started,
-    UnloadStarted: _started,
-    ModelLoaded: _completed,
-    ModelUnloaded: _completed,
-    LoadFailed: _failed,
-    UnloadFailed: _failed,
-    JobCancelled: _cancelled,
+    LoadStarted: _start_job,
+    UnloadStarted: _start_job,
+    ModelLoaded: _complete_job,
+    ModelUnloaded: _complete_job,
+    LoadFailed: _fail_job,
+    UnloadFailed: _fail_job,
+    JobCancelled: _cancel_job,
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
 }

@@ -232,7 +232,7 @@ class Trial:
                     return report.prepared_failure or "it was not used", pairs
                 if (bare_report.inputs, bare_report.outputs) != (report.inputs, report.outputs):
                     return "its inputs or outputs are declared otherwise", pairs
-                sets = self._sets = self._sets or await self._asked(bare, bare_report)
+                sets = self._sets = self._sets or await self._collect_inputs(bare, bare_report)
                 if not await _agree(bare, other, sets):
                     return "its answers differ", pairs
                 bare_ns, other_ns = await _quickest_ns(bare, other, sets[0])
@@ -251,7 +251,7 @@ class Trial:
         finally:
             await kill_and_wait(worker)
 
-    async def _asked(self, bare: Worker, report: Loaded) -> list[tuple[Tensor, ...]]:
+    async def _collect_inputs(self, bare: Worker, report: Loaded) -> list[tuple[Tensor, ...]]:
         """Return the inputs of the trial: the given ones, and made-up ones that the model accepts."""
         found = [self._given] if self._given else []
         shapes: set[tuple[tuple[int, ...], ...]] = set()

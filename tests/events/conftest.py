@@ -1,4 +1,4 @@
-"""What the tests of the ledger share."""
+"""Fixtures of the ledger's tests."""
 
 from pathlib import Path
 

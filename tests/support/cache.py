@@ -38,7 +38,7 @@ def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> 
     return Prepare(str(root), load.folder, load.files, 1, None, (), form, str(target))
 
 
-async def made(pool: WorkerPool, order: Prepare) -> PrepareDone:
+async def prepare_form(pool: WorkerPool, order: Prepare) -> PrepareDone:
     """Prepare a model; the worker then ends by itself."""
     worker = await pool.start("w")
     report = await worker.prepare(order)
@@ -49,7 +49,7 @@ async def made(pool: WorkerPool, order: Prepare) -> PrepareDone:
 async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> CachedCopy:
     """Prepare model `m`, and describe the form as the cache does."""
     order = prepare_order(root, form)
-    report = await made(pool, order)
+    report = await prepare_form(pool, order)
     return describe(order.target, form, report.files, report.sources)
 
 
@@ -177,7 +177,7 @@ async def keep_form(
     """
     key = key_in(root, model_id)
     draft = store.draft(key)
-    own = (await made(pool, replace(prepare_order(root, form, model_id), target=str(draft)))).files
+    own = (await prepare_form(pool, replace(prepare_order(root, form, model_id), target=str(draft)))).files
     if instead is not None:
         shutil.copy(instead, draft / "model.onnx")
         own = found(draft)

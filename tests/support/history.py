@@ -1,4 +1,4 @@
-"""What the tests of the ledger share: histories in few words, a log in a file, and strategies.
+"""Shared parts of the ledger's tests: histories in few words, a log in a file, and strategies.
 
 The strategies are derived from the data classes themselves, so that a new event type or field is covered
 the moment it exists.

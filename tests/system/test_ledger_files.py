@@ -102,9 +102,7 @@ async def test_server_recovers_each_time_the_ledger_can_be_written_again(config:
     assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n", "n", "n"]
 
 
-async def test_backup_of_an_open_ledger_and_ledger_after_failed_start_are_verified(
-    config: Config, tmp_path: Path
-) -> None:
+async def test_backup_of_open_ledger_and_failed_start_are_verified(config: Config, tmp_path: Path) -> None:
     copied = tmp_path / "copied.db"
     async with loaded(config) as server:
         copied.write_bytes((config.data / LEDGER).read_bytes())

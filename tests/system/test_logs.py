@@ -64,7 +64,7 @@ async def send_unauthenticated(server: Server) -> None:
         await server.api.get("/api/v1/models", roles=())
 
 
-async def test_log_joins_requests_and_events_and_cannot_be_forged_or_flooded(config: Config) -> None:
+async def test_log_joins_requests_with_events_despite_hostile_input(config: Config) -> None:
     save(models.add(1), config.repository, "m")
     async with serving(config, environment=LOUD) as server:
         headers = {"X-Request-Id": "load-1"}

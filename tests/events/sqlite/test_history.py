@@ -172,7 +172,7 @@ def long_history() -> History:
     return history
 
 
-def test_moment_before_the_base_is_refused_and_others_survive_a_rebuild() -> None:
+def test_rebuild_keeps_the_past_since_the_base_only() -> None:
     history = long_history()
     with ledger(history.facts, frozenset({3, 7})) as connection:
         before = [state_at(connection, position) for position in range(11)]

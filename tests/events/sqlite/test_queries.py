@@ -99,7 +99,7 @@ def test_group_beside_the_head_is_not_written() -> None:
             assert connection.execute(sql).fetchall() == []
 
 
-def test_removed_jobs_and_models_are_stored_again_with_their_next_event() -> None:
+def test_removed_rows_are_stored_again_with_the_next_event() -> None:
     history = History()
     history.ask_load("L")
     history.ask_load("M", of="other")

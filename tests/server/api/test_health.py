@@ -62,7 +62,7 @@ async def test_loads_do_not_change_health(shared: LocalApi) -> None:
     await shared.unload("slow", force=True)
 
 
-async def test_stopping_server_is_not_ready_and_without_a_vital_task_not_alive(api: LocalApi) -> None:
+async def test_stopping_server_is_unready_and_a_dead_task_ends_liveness(api: LocalApi) -> None:
     api.app[STOPPING].set()
     for path in READY:
         assert await status_of(api, path) == "not well: serving"
