@@ -52,6 +52,7 @@ setup(
         "click>=8.1",
         "marshmallow>=4,<5",
         "msgspec>=0.20",
+        "multidict>=6",
         "numpy>=2",
         "onnxruntime>=1.24",
         "prometheus-client>=0.22",

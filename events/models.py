@@ -215,7 +215,7 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
     """
     kind = type(event.data)
     if kind is ServerStarted:
-        return None if model is None else _restarted(model, event)
+        return None if model is None else _server_restarted(model, event)
     if event.model_id is None or (model is not None and event.model_id != model.id):
         return model
     evolve = STEPS.get(kind)
@@ -224,7 +224,7 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
     return evolve(model or Model(event.model_id), event, event.data, job)
 
 
-def _restarted(model: Model, event: Event) -> Model:
+def _server_restarted(model: Model, event: Event) -> Model:
     """A start of the server: no process is left, so a loaded model is lost and a load starts again."""
     lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
     after = replace(
@@ -271,7 +271,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     )
     form = data.prepared.form if data.prepared is not None else None
     peak_bytes = -(-data.peak_memory_bytes // max(1, len(data.worker_ids)))  # of one worker, rounded up
-    return _without(
+    return _without_job(
         model,
         job.id,
         phase=ModelState.LOADED,
@@ -311,7 +311,7 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     if not _waits_for(model, event):
         return model
     error = Failure(data.code, data.message)
-    model = _without(model, event.job_id, error=error, last_version=event.version)
+    model = _without_job(model, event.job_id, error=error, last_version=event.version)
     if model.previous is not None:
         return _lose_previous(model, event)
     if model.degraded and job is not None and job.cause in RELOADS and error.code != FORK_SERVER_DIED:
@@ -320,9 +320,9 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
         return model
     if model.phase is ModelState.LOST:
         if error.code == FORK_SERVER_DIED:
-            return _lost(model, event)
+            return _lose_model(model, event)
         if job is not None and job.cause in RELOADS and error.code not in _NOT_RETRIED:
-            return _with_incident(_lost(model, event), event)
+            return _with_incident(_lose_model(model, event), event)
         if model.serving is not None and model.serving.version != event.version:
             return model
         untried = job is not None and job.cause in _BY_CLIENTS and job.status is JobStatus.PENDING
@@ -346,12 +346,12 @@ def _unload_started(model: Model, event: Event, _: UnloadStarted, __: Job | None
     return replace(model, phase=ModelState.UNLOADING) if is_own else model
 
 
-def _unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | None) -> Model:
+def _model_unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | None) -> Model:
     if event.job_id not in model.unloads:
         return model
     if job is not None and job.cause is Cause.SWAP:
-        return _unloaded_for_replacement(_without(model, event.job_id), event, job)
-    return _reset(_without(model, event.job_id))
+        return _replaced_model_unloaded(_without_job(model, event.job_id), event, job)
+    return _reset(_without_job(model, event.job_id))
 
 
 def _reset(model: Model) -> Model:
@@ -365,7 +365,7 @@ def _reset(model: Model) -> Model:
     )
 
 
-def _unloaded_for_replacement(model: Model, event: Event, job: Job) -> Model:
+def _replaced_model_unloaded(model: Model, event: Event, job: Job) -> Model:
     """The old version is unloaded before the new one loads; without a new one to come, the model is lost."""
     serving = model.serving
     if serving is None or job.unload is None or job.unload.load_job_id != serving.load_job_id:
@@ -398,11 +398,11 @@ def _ended_without_effect(
     A client that cancels the reload of a lost or degraded model also ends further reloads.
     """
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
-        return _end_reloads(_without(model, job.id))
+        return _end_reloads(_without_job(model, job.id))
     begun = job is not None and job.status is JobStatus.IN_PROGRESS and event.job_id in model.unloads
     is_back = begun and model.phase is ModelState.UNLOADING
     phase = ModelState.LOADED if is_back else model.phase
-    return _lose_previous(_without(model, event.job_id, phase=phase), event)
+    return _lose_previous(_without_job(model, event.job_id, phase=phase), event)
 
 
 def _end_reloads(model: Model) -> Model:
@@ -425,10 +425,12 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
     after = replace(
         model,
         error=Failure("worker_died", _end(data) + of),
-        incidents=(*_recent(model, event), event.recorded_at) if counts else _recent(model, event),
+        incidents=(*_recent_incidents(model, event), event.recorded_at)
+        if counts
+        else _recent_incidents(model, event),
     )
     if not left:
-        return _lost(after, event)
+        return _lose_model(after, event)
     degraded_at = event.recorded_at if is_new else serving.degraded_at
     return replace(after, serving=replace(serving, worker_ids=left, degraded_at=degraded_at))
 
@@ -450,15 +452,15 @@ def _end(data: WorkerExited) -> str:
     return "its worker ended with the fork server"
 
 
-def _lost(model: Model, event: Event) -> Model:
+def _lose_model(model: Model, event: Event) -> Model:
     return replace(model, phase=ModelState.LOST, lost_by=Cause.RECOVERY, lost_at=event.recorded_at)
 
 
 def _with_incident(model: Model, event: Event) -> Model:
-    return replace(model, incidents=(*_recent(model, event), event.recorded_at))
+    return replace(model, incidents=(*_recent_incidents(model, event), event.recorded_at))
 
 
-def _recent(model: Model, event: Event) -> tuple[str, ...]:
+def _recent_incidents(model: Model, event: Event) -> tuple[str, ...]:
     """Return the incidents of the model that have not expired at the time of the event."""
     now = event.recorded_at
     return tuple(past for past in model.incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
@@ -469,7 +471,7 @@ def _waits_for(model: Model, event: Event) -> bool:
     return event.job_id in [load.job_id for load in model.loads]
 
 
-def _without(model: Model, job_id: str | None, **changes: Any) -> Model:
+def _without_job(model: Model, job_id: str | None, **changes: Any) -> Model:
     """Return the model without a job that has ended, and with other changes."""
     loads = tuple([load for load in model.loads if load.job_id != job_id])
     unloads = tuple([unload for unload in model.unloads if unload != job_id])
@@ -483,7 +485,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     LoadFailed: _load_failed,
     UnloadRequested: _unload_requested,
     UnloadStarted: _unload_started,
-    ModelUnloaded: _unloaded,
+    ModelUnloaded: _model_unloaded,
     UnloadFailed: _ended_without_effect,
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,

@@ -76,7 +76,7 @@ class State:
     def apply(self, event: Event) -> Changes:
         """Fold one event into this state and return what it changed."""
         if isinstance(event.data, ServerStarted):
-            changes = _restarted(self, event)
+            changes = _restart_all(self, event)
             self.models.update(changes.models)
             self.jobs.update(changes.jobs)
             self._fill_queues(changes.jobs.values())
@@ -153,7 +153,7 @@ class Changes(Struct, frozen=True):
 _NOTHING: Mapping[str, Never] = MappingProxyType({})
 
 
-def _restarted(state: State, event: Event) -> Changes:
+def _restart_all(state: State, event: Event) -> Changes:
     """Return what a start of the server changes in all models and unended jobs."""
     models = ((model, evolve_model(model, event, None)) for model in state.models.values())
     jobs = ((job, evolve_job(job, event)) for job in state.unended())

@@ -83,9 +83,9 @@ def query(pairs: list[tuple[str, str]]) -> str:
 
 def _base(url: str) -> str:
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{_short(url)} does not begin with http:// or https://")
+        raise ValueError(f"{_shorten(url)} does not begin with http:// or https://")
     if not _VISIBLE.fullmatch(url) or "\\" in url:
-        raise ValueError(f"{_short(url)} has characters that a URL cannot have: percent-encode them")
+        raise ValueError(f"{_shorten(url)} has characters that a URL cannot have: percent-encode them")
     parts = urlsplit(url)
     if "@" in parts.netloc:  # not repeated: it may be a password
         raise ValueError("the URL names a user: remove it, and give a token")
@@ -94,11 +94,11 @@ def _base(url: str) -> str:
     except ValueError:
         named = False
     if not named or parts.query or parts.fragment:
-        raise ValueError(f"{_short(url)} is no URL of a server, such as http://127.0.0.1:8080")
+        raise ValueError(f"{_shorten(url)} is no URL of a server, such as http://127.0.0.1:8080")
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
 
 
-def _short(url: str) -> str:
+def _shorten(url: str) -> str:
     return repr(url if len(url) <= 100 else f"{url[:99]}…")  # noqa: PLR2004 - enough to recognise it
 
 

@@ -30,7 +30,7 @@ class AioStream:
 
     async def read(self) -> bytes:
         """Return the next bytes of the body; b"" is its end."""
-        async with self._transport.within(None):
+        async with self._transport.limit_wait(None):
             return await self._response.content.read(CHUNK_BYTES)
 
     async def read_all(self) -> Answer:
@@ -73,7 +73,7 @@ class AioTransport:
     async def send(self, request: Request) -> Answer:
         """Return the whole answer."""
         limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
-        async with self.within(limit_s):
+        async with self.limit_wait(limit_s):
             stream = await self._respond(request, limit_s)
             try:
                 return await stream.read_all()
@@ -85,7 +85,7 @@ class AioTransport:
         stream = await self._respond(request, SILENCE_S)
         if stream.answer.status != HTTPStatus.OK:
             with closing(stream):
-                async with self.within(self.options.timeout_s):
+                async with self.limit_wait(self.options.timeout_s):
                     stream.answer = await stream.read_all()
         return stream
 
@@ -96,8 +96,8 @@ class AioTransport:
     async def _respond(self, request: Request, silence_s: float) -> AioStream:
         """Send a request and return the response with its body unread."""
         connect_s = min(self.options.connect_s, silence_s)
-        async with self.within(connect_s + silence_s):
-            response = await self._opened().request(
+        async with self.limit_wait(connect_s + silence_s):
+            response = await self._open_session().request(
                 request.method,
                 URL(f"{self.options.address.url}{request.target}", encoded=True),
                 data=None if request.body is None else io.BytesIO(request.body),
@@ -108,7 +108,7 @@ class AioTransport:
         return AioStream(self, response)
 
     @asynccontextmanager
-    async def within(self, limit_s: float | None) -> AsyncGenerator[None, None]:
+    async def limit_wait(self, limit_s: float | None) -> AsyncGenerator[None, None]:
         """Limit a wait, end it when the client is closed, and translate the library's errors."""
         if self._closed:
             raise RuntimeError(CLOSED)
@@ -124,7 +124,7 @@ class AioTransport:
         finally:
             self._waits.discard(wait)
 
-    def _opened(self) -> aiohttp.ClientSession:
+    def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 ssl=True if self._tls is None else self._tls, limit=0, keepalive_timeout=15

@@ -21,10 +21,10 @@ def _blocking(
     """Make an operation a blocking method."""
 
     @wraps(method)
-    def called(self: Client, /, *arguments: P.args, **options: P.kwargs) -> T:
+    def call(self: Client, /, *arguments: P.args, **options: P.kwargs) -> T:
         return run(method(self._calls, *arguments, **options))
 
-    return called
+    return call
 
 
 def _iterating(
@@ -33,10 +33,10 @@ def _iterating(
     """Make an operation that yields a method that iterates."""
 
     @wraps(method)
-    def called(self: Client, /, *arguments: P.args, **options: P.kwargs) -> Generator[T, None, None]:
+    def call(self: Client, /, *arguments: P.args, **options: P.kwargs) -> Generator[T, None, None]:
         return iterate(method(self._calls, *arguments, **options))
 
-    return called
+    return call
 
 
 class Client:

@@ -57,8 +57,8 @@ async def submit_job(context: CallContext, request: Request, options: WaitOption
     if options is None:
         return await fetch(context, request, Job)
     began = context.now()
-    job = await fetch(context, _preferring(context, request, options), Job)
-    job = await _until_ended(context, job, options, began)
+    job = await fetch(context, _prefer_wait(context, request, options), Job)
+    job = await _wait_until_ended(context, job, options, began)
     if job.status != "completed":
         raise JobFailed(job, context.address.hide)
     return job
@@ -72,7 +72,7 @@ async def wait_for_job(context: CallContext, job_id: str, options: WaitOptions) 
     """
     began = context.now()
     job = await fetch(context, job_request(job_id), Job)
-    return await _until_ended(context, job, options, began)
+    return await _wait_until_ended(context, job, options, began)
 
 
 def poll_interval_s(waited_s: float) -> float:
@@ -80,7 +80,7 @@ def poll_interval_s(waited_s: float) -> float:
     return min(max(SHORTEST_POLL_S, POLL_FRACTION * waited_s), LONGEST_POLL_S)
 
 
-def _preferring(context: CallContext, request: Request, options: WaitOptions) -> Request:
+def _prefer_wait(context: CallContext, request: Request, options: WaitOptions) -> Request:
     """Ask the server to hold its answer until the job ends, unless the caller wants each change."""
     limit_s = inf if options.limit_s is None else options.limit_s
     request = replace(request, timeout_s=min(context.timeout_s, max(limit_s, SHORTEST_ANSWER_S)))
@@ -91,7 +91,7 @@ def _preferring(context: CallContext, request: Request, options: WaitOptions) ->
     return replace(request, headers=headers, patience_s=float(seconds))
 
 
-async def _until_ended(context: CallContext, job: Job, options: WaitOptions, began: float) -> Job:
+async def _wait_until_ended(context: CallContext, job: Job, options: WaitOptions, began: float) -> Job:
     failures, trouble = 0, ""
     _report(options.on_change, job)
     wait_s = poll_interval_s(context.now() - began)

@@ -121,13 +121,13 @@ def decode_value(answer: Answer, kind: type[T], address: Address) -> T:
     try:
         return msgspec.json.decode(answer.body, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise BadAnswer(_other(address, answer, printable(str(error), 200))) from None
+        raise BadAnswer(_describe_foreign(address, answer, printable(str(error), 200))) from None
 
 
 def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
     """Return the exception for an answer without success."""
     if answer.status in _REDIRECT:
-        return _redirected(answer, address)
+        return _redirect_problem(answer, address)
     members = _members(answer.body)
     code, detail = members.get("code"), members.get("detail")
     if not isinstance(code, str) or not _CODE.fullmatch(code):
@@ -157,7 +157,7 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     return min(float(text), LONGEST_RETRY_AFTER_S)
 
 
-def _redirected(answer: Answer, address: Address) -> ClientProblem:
+def _redirect_problem(answer: Answer, address: Address) -> ClientProblem:
     where = printable(address.hide(answer.headers.get("location", "somewhere else")), 200)
     return ServerError(
         answer.status,
@@ -181,7 +181,7 @@ def _is_position(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
-def _other(address: Address, answer: Answer, why: str) -> str:
+def _describe_foreign(address: Address, answer: Answer, why: str) -> str:
     media_type = printable(address.hide(answer.headers.get("content-type", "no media type")), 100)
     return f"{address.url} does not answer as loadledger does ({media_type}: {why}): is this its URL?"
 

@@ -67,7 +67,7 @@ class LineSplitter:
 def parse_line(line: bytes) -> Event | int | None:
     """Parse a line of a stream: an event, a bookmark's position, or None for other notices.
 
-    A bookmark tells the position that a filtered stream has reached without an event.
+    A bookmark carries the position that a filtered stream has reached without an event.
 
     Raises:
         BadAnswer: it is none of these.

@@ -31,7 +31,7 @@ def to_tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[
     return [_tensor(name, value, known) for name, value in inputs.items()]
 
 
-def _flattened(name: str, value: Any) -> tuple[list[int], list[Any]]:
+def _flatten(name: str, value: Any) -> tuple[list[int], list[Any]]:
     """Return the shape of nested lists and their values, in row-major order; a single value has the shape [].
 
     Raises:
@@ -54,7 +54,7 @@ def _tensor(name: str, value: Any, known: Mapping[str, str] | None) -> dict[str,
     if known is not None and name not in known:
         raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
     plain = value.tolist() if hasattr(value, "tolist") else value
-    shape, data = _flattened(name, plain)
+    shape, data = _flatten(name, plain)
     if hasattr(value, "shape"):  # an empty array's lists do not give its shape
         shape = [int(length) for length in value.shape]
     datatype = _looks_like(data) if known is None else known[name]

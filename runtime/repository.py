@@ -133,7 +133,7 @@ class Repository:
         folder = self.root / check_model_id(model_id)
         if not os.path.lexists(folder / name):
             return b""
-        seen = _look(folder / name, self.root)
+        seen = _stat(folder / name, self.root)
         if isinstance(seen, str):
             raise UnsafeFile(seen)
         if not stat.S_ISREG(seen.st_mode):
@@ -152,7 +152,7 @@ class Repository:
     def find_unserved(self) -> Iterator[tuple[str, str]]:
         """Yield the path of each model and version that cannot be served, and the reason."""
         for model_id in self.folders():
-            seen = _look(self.root / model_id, self.root)
+            seen = _stat(self.root / model_id, self.root)
             if isinstance(seen, str):
                 yield model_id, seen
             elif stat.S_ISDIR(seen.st_mode):
@@ -175,7 +175,7 @@ class Repository:
         """Return why a folder is no complete version; None if it is one."""
         if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
-        seen = _look(self.root / model_id / name / MODEL_FILE, self.root)
+        seen = _stat(self.root / model_id / name / MODEL_FILE, self.root)
         if isinstance(seen, str):
             file = _only_model(self.root / model_id / name)
             return f"is not complete: its {MODEL_FILE} {seen}{f'; rename {file}' if file else ''}"
@@ -244,7 +244,7 @@ def _walk(folder: Path, root: Path) -> Iterator[tuple[str, os.stat_result | str]
         within = pending.pop()
         for name in _names(folder / within):
             path = f"{within}{name}"
-            seen = _look(folder / path, root)
+            seen = _stat(folder / path, root)
             if isinstance(seen, str) or stat.S_ISREG(seen.st_mode):
                 yield path, seen
             elif (seen.st_dev, seen.st_ino) not in visited:  # links can make a circle
@@ -255,7 +255,7 @@ def _walk(folder: Path, root: Path) -> Iterator[tuple[str, os.stat_result | str]
                 return
 
 
-def _look(path: Path, root: Path) -> os.stat_result | str:
+def _stat(path: Path, root: Path) -> os.stat_result | str:
     """Return the status of a file or folder behind its links, or the reason not to open it."""
     try:
         path.name.encode()

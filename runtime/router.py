@@ -138,10 +138,10 @@ class Router:
         except BaseException as error:  # a cancelled request is a use, too
             route.load.last_used_ns = ended_ns = time.monotonic_ns()
             if isinstance(error, RuntimeProblem):
-                route.load.statistics.failure(ended_ns - began_ns)
+                route.load.statistics.count_failure(ended_ns - began_ns)
             raise
         route.load.last_used_ns = ended_ns = time.monotonic_ns()
-        route.load.statistics.success(answer[0], ended_ns - began_ns, time.time_ns() // 10**6)
+        route.load.statistics.count_success(answer[0], ended_ns - began_ns, time.time_ns() // 10**6)
         return route, answer
 
     def _ask(self, route: ModelRoute, question: Question, timeout_s: float) -> Awaitable[Answer]:
@@ -216,7 +216,7 @@ class Router:
         if not route.load.serving:
             if route.load.draining:
                 raise ModelUnloading(f"model '{model_id}' is being unloaded")
-            raise _lost(model_id)
+            raise _worker_died_error(model_id)
         return route
 
     def _make_route(self, model_id: str, model: Model | None) -> tuple[Model, ModelRoute]:
@@ -224,17 +224,17 @@ class Router:
         self._routes.pop(model_id, None)
         serving = model.serving if model is not None else None
         if model is None or serving is None or model.phase is not ModelState.LOADED:
-            raise _absent(model_id, model)
+            raise _not_loaded_error(model_id, model)
         load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
-            raise _lost(model_id)
+            raise _worker_died_error(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
         route = ModelRoute(model_id, serving.version, serving.position, inputs, outputs, load)
         self._routes[model_id] = known = (model, route)
         return known
 
 
-def _absent(model_id: str, model: Model | None) -> RuntimeProblem:
+def _not_loaded_error(model_id: str, model: Model | None) -> RuntimeProblem:
     state = model.state if model is not None else ModelState.UNLOADED
     if model is not None and model.previous is not None:
         return ModelReplaced(f"model '{model_id}' is being replaced by another version")
@@ -249,7 +249,7 @@ def _absent(model_id: str, model: Model | None) -> RuntimeProblem:
     )
 
 
-def _lost(model_id: str) -> ModelRecovering:
+def _worker_died_error(model_id: str) -> ModelRecovering:
     return ModelRecovering(f"the worker of model '{model_id}' has just died; it is being started again")
 
 

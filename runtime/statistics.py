@@ -47,7 +47,7 @@ class Statistics:
     by_size: dict[int, list[int]] = field(default_factory=dict)
     took: list[int] = field(default_factory=lambda: [0] * (len(TOOK_S) + 1))
 
-    def success(self, outcome: Outcome, total_ns: int, now_ms: int) -> None:
+    def count_success(self, outcome: Outcome, total_ns: int, now_ms: int) -> None:
         """Count an answered request.
 
         Args:
@@ -67,7 +67,7 @@ class Statistics:
         if outcome.execution_size > 0:
             self._execution(outcome)
 
-    def failure(self, total_ns: int) -> None:
+    def count_failure(self, total_ns: int) -> None:
         """Count a failed request that took `total_ns`."""
         self.failures += 1
         self.failed_ns += total_ns
@@ -98,7 +98,7 @@ class Statistics:
             "name": model_id,
             "version": str(version),
             "last_inference": self.last_inference_ms,
-            "inference_count": _bounded(self.inferences),
+            "inference_count": _clamp(self.inferences),
             "execution_count": self.executions,
             "inference_stats": {
                 "success": _duration(requests, self.total_ns),
@@ -111,7 +111,7 @@ class Statistics:
                 "cache_miss": _duration(0, 0),
             },
             "response_stats": {},
-            "batch_stats": [_of_size(size, self.by_size[size]) for size in sorted(self.by_size)],
+            "batch_stats": [_batch_members(size, self.by_size[size]) for size in sorted(self.by_size)],
             "memory_usage": [{"type": "CPU", "id": 0, "byte_size": memory_bytes}],
         }
 
@@ -129,7 +129,7 @@ class Statistics:
         counts[3] += outcome.output_ns
 
 
-def _of_size(size: int, counts: list[int]) -> dict[str, Any]:
+def _batch_members(size: int, counts: list[int]) -> dict[str, Any]:
     executions, input_ns, infer_ns, output_ns = counts
     return {
         "batch_size": size,
@@ -140,8 +140,8 @@ def _of_size(size: int, counts: list[int]) -> dict[str, Any]:
 
 
 def _duration(count: int, ns: int) -> dict[str, int]:
-    return {"count": count, "ns": _bounded(ns)}
+    return {"count": count, "ns": _clamp(ns)}
 
 
-def _bounded(number: int) -> int:
+def _clamp(number: int) -> int:
     return min(number, MAX_COUNT)

@@ -81,7 +81,7 @@ def parse_limit(text: str) -> RateLimit | None:
     return RateLimit(int(found[1]), int(found[2] or 1) * _PERIODS_S[found[3].lower()])
 
 
-def _parsed(parse: Callable[[str], object]) -> Validator:
+def _validator_of(parse: Callable[[str], object]) -> Validator:
     """Return a validator that refuses what cannot be parsed."""
 
     def validator(text: str) -> None:
@@ -93,7 +93,7 @@ def _parsed(parse: Callable[[str], object]) -> Validator:
     return validator
 
 
-def _printable(text: str) -> None:
+def _check_printable(text: str) -> None:
     if not text.strip() or not text.isprintable():
         raise ValidationError("Must be printable and not empty.")
 
@@ -102,7 +102,7 @@ _SECONDS = validate.Range(0, MAX_TIMEOUT_S)
 _POSITIVE_SECONDS = validate.Range(0, MAX_TIMEOUT_S, min_inclusive=False)
 _SHARE = validate.Range(0, 1)
 _SWITCH = validate.OneOf((ON, OFF))
-_LIMIT = _parsed(parse_limit)
+_LIMIT = _validator_of(parse_limit)
 _PATH = validate.Regexp("[^~]", error="Must name a path in full: ~ is not expanded.")
 """A shell does not expand the ~ of --data=~/ledger; a folder named ~ would be created."""
 
@@ -118,7 +118,7 @@ class Config:
 
     repository: Path = field(metadata={"help": "Directory of models, as MODEL/VERSION/model.onnx."})
     data: Path = field(metadata={"help": "Directory of the ledger and the keys; created when it is missing."})
-    host: str = setting("127.0.0.1", "Address to listen on.", _printable)
+    host: str = setting("127.0.0.1", "Address to listen on.", _check_printable)
     port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
     tls_cert: Path | None = setting(
         None, "Certificate (PEM, with its chain) for HTTPS; reloaded when the file changes."
@@ -129,7 +129,7 @@ class Config:
     trusted_proxies: str | None = setting(
         None,
         "Trusted proxies: addresses or networks, separated by commas. Their header field names the client.",
-        _parsed(parse_networks),
+        _validator_of(parse_networks),
     )
     forwarded_header: str = setting(
         X_FORWARDED_FOR,
@@ -162,7 +162,7 @@ class Config:
     memory_budget: str = setting(
         "80%",
         "Memory for all workers together: bytes, or a percentage of the container's or machine's memory.",
-        _parsed(lambda text: budget_bytes(text, limit_bytes=1)),
+        _validator_of(lambda text: budget_bytes(text, limit_bytes=1)),
     )
     max_loaded: int = setting(
         0, "Models that may be loaded at the same time; 0 means no limit.", validate.Range(0, MANY)
@@ -204,7 +204,7 @@ class Config:
         "20GB",
         "Disk space for prepared models; the least recently used are deleted first: bytes, or a number of MB,"
         " GB, TB, MiB, GiB or TiB.",
-        _parsed(parse_size),
+        _validator_of(parse_size),
     )
     huge_pages: str = setting(
         AUTO,
@@ -259,15 +259,15 @@ class Config:
         "Access to /metrics: token (of any role), or open (no token).",
         validate.OneOf(("token", "open")),
     )
-    jwt_audience: str = setting("loadledger", "Value of aud that tokens must have.", _printable)
+    jwt_audience: str = setting("loadledger", "Value of aud that tokens must have.", _check_printable)
     jwt_issuer: str | None = setting(
-        None, "Value of iss that tokens must have; if unset, iss is not checked.", _printable
+        None, "Value of iss that tokens must have; if unset, iss is not checked.", _check_printable
     )
     jwt_keys: Path | None = setting(
         None, "Public key (PEM) or JWKS file of an identity provider, used instead of our own keys."
     )
     jwt_roles_claim: str = setting(
-        "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _printable
+        "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _check_printable
     )
     limit_management: str = setting("600/minute", "Loads and unloads per subject, or off.", _LIMIT)
     limit_inference: str = setting("600000/minute", "Inferences per subject, or off.", _LIMIT)
@@ -312,10 +312,10 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Return all settings, in the order of `Config`."""
-    return tuple(map(_described, dataclasses.fields(Config)))
+    return tuple(map(_setting, dataclasses.fields(Config)))
 
 
-def _described(entry: "dataclasses.Field[Any]") -> Setting:
+def _setting(entry: "dataclasses.Field[Any]") -> Setting:
     kind = (get_args(entry.type) or (entry.type,))[0]  # of `Path | None` the path
     required = entry.default is dataclasses.MISSING
     return Setting(

@@ -136,12 +136,12 @@ class Problem:
 def problem_of(error: Exception) -> Problem:
     """Return the problem for an exception; one that is not in the table is logged and answered 500."""
     if isinstance(error, web.HTTPException):
-        return _of_framework(error)
+        return _framework_problem(error)
     if isinstance(error, web.RequestPayloadError):
         return Problem("invalid_request", 400, f"the request body could not be read: {error}")
     code = getattr(error, "code", None)
     if not isinstance(code, str) or code not in ERRORS or code == "internal":
-        return _unexpected(error)
+        return _unexpected_problem(error)
     members = getattr(error, "problem_members", {})
     headers = dict(_headers_of(error, code))
     return Problem(code, ERRORS[code].status, str(error), headers=headers, members=members)
@@ -150,7 +150,7 @@ def problem_of(error: Exception) -> Problem:
 def problem_response(problem: Problem, path: str) -> web.Response:
     """Return a problem as an RFC 9457 body, in the media type that clients of `path` read."""
     kind = ERRORS[problem.code]
-    detail = _printable(problem.detail)
+    detail = _shorten(problem.detail)
     body: dict[str, object] = {
         "type": kind.registered_type or f"urn:loadledger:error:{problem.code}",
         "title": kind.title,
@@ -201,9 +201,9 @@ def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
     return response
 
 
-def _of_framework(error: web.HTTPException) -> Problem:
+def _framework_problem(error: web.HTTPException) -> Problem:
     if error.status >= 500:  # noqa: PLR2004 -- not a client's mistake
-        return _unexpected(error)
+        return _unexpected_problem(error)
     code = _FRAMEWORK_CODES.get(error.status, "invalid_request")
     headers = {name: error.headers[name] for name in ("Allow", "Retry-After") if name in error.headers}
     detail = _FRAMEWORK_DETAILS.get(code) or error.text or error.reason
@@ -218,7 +218,7 @@ _FRAMEWORK_DETAILS = {
 }
 
 
-def _unexpected(error: Exception) -> Problem:
+def _unexpected_problem(error: Exception) -> Problem:
     reference = uuid4()
     log.error("request failed, reference %s", reference, exc_info=error)
     detail = f"the server failed; its log has the reason under {reference}"
@@ -234,6 +234,6 @@ def _headers_of(error: Exception, code: str) -> Iterator[tuple[str, str]]:
         yield "Retry-After", str(max(1, math.ceil(retry_after_s)))
 
 
-def _printable(detail: str) -> str:
+def _shorten(detail: str) -> str:
     clean = detail.encode("utf-8", "replace").decode()
     return clean if len(clean) <= DETAIL_CHARACTERS else clean[: DETAIL_CHARACTERS - 1] + "…"

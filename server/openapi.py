@@ -82,8 +82,8 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
 
 def error_codes(route: Route) -> list[str]:
     """Return every error code of a route: its handler's, and those implied by access and schemas."""
-    described = _described(route)
-    return sorted({*described.get("x-error-codes", ()), *_implied(route)}, key=list(ERRORS).index)
+    described = _apispec_of(route)
+    return sorted({*described.get("x-error-codes", ()), *_implied_codes(route)}, key=list(ERRORS).index)
 
 
 def _empty_spec() -> APISpec:
@@ -101,7 +101,7 @@ def _empty_spec() -> APISpec:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    described = _described(route)
+    described = _apispec_of(route)
     operation = {name: described[name] for name in ("tags", "summary", "description") if name in described}
     operation["operationId"] = getattr(route.handler, "__name__", "operation")
     operation["description"] = _with_access(operation.get("description", ""), route.access)
@@ -114,7 +114,7 @@ def _operation(route: Route) -> dict[str, Any]:
     return operation
 
 
-def _described(route: Route) -> Mapping[str, Any]:
+def _apispec_of(route: Route) -> Mapping[str, Any]:
     return getattr(route.handler, "__apispec__", {})
 
 
@@ -178,7 +178,7 @@ def _error_response(route: Route, codes: list[str]) -> dict[str, Any]:
     return {**response, "content": {media_type_of(route.path): {"schema": schema}}}
 
 
-def _implied(route: Route) -> Iterator[str]:
+def _implied_codes(route: Route) -> Iterator[str]:
     yield "internal"
     if route.access is not Access.PUBLIC:
         yield from ("invalid_request", "no_credentials", "invalid_token", "forbidden", "too_many_failures")

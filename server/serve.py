@@ -48,7 +48,7 @@ class Notifier:
         """Notify that the server stops."""
         self._send("STOPPING=1\nSTATUS=stopping: running requests may end")
 
-    async def live(self) -> None:
+    async def notify_watchdog(self) -> None:
         """Notify twice per watchdog period that the event loop runs."""
         while self._watchdog_s is not None:
             self._send("WATCHDOG=1")
@@ -167,9 +167,9 @@ async def _serve(config: Config, announce: Callable[[str], None], manager: Notif
         async with _listening(runner.server, config) as url:
             announce(url)
             manager.ready(url)
-            living = asyncio.create_task(manager.live())
+            living = asyncio.create_task(manager.notify_watchdog())
             try:
-                return await _until_end(app, stop)
+                return await _wait_for_end(app, stop)
             finally:
                 manager.stopping()
                 living.cancel()  # from here the manager's stop timeout runs
@@ -212,7 +212,7 @@ async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
         yield f"{'http' if tls is None else 'https'}://{host}:{port}"
 
 
-async def _until_end(app: web.Application, stop: asyncio.Event) -> int:
+async def _wait_for_end(app: web.Application, stop: asyncio.Event) -> int:
     """Wait for a signal or the end of a vital task: no server is better than one that does nothing."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({stopping, *vital_tasks(app).values()}, return_when=asyncio.FIRST_COMPLETED)

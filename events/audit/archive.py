@@ -188,7 +188,7 @@ def _move(connection: sqlite3.Connection, base: LogBase, check: FileAudit, file:
     """Remove the events from the log in the caller's transaction; return the number of removed ended jobs."""
     end = check.proved
     state = history.state_at(connection, end.position, from_base=True)
-    with _without_triggers(connection):
+    with _suspend_triggers(connection):
         jobs = write_base_state(connection, state)
         connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))
         connection.execute("UPDATE base SET position = ?, hash = ?", (end.position, end.hash))
@@ -203,7 +203,7 @@ def _move(connection: sqlite3.Connection, base: LogBase, check: FileAudit, file:
 
 
 @contextmanager
-def _without_triggers(connection: sqlite3.Connection) -> Iterator[None]:
+def _suspend_triggers(connection: sqlite3.Connection) -> Iterator[None]:
     """Drop the triggers within the caller's transaction, so that no reader sees the log without them."""
     found = connection.execute(
         "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' AND name IN (?, ?)", _LIFTED

@@ -121,21 +121,23 @@ def audit(
         LogUnavailable: `log_unavailable`, a file cannot be read, or is not a database.
         OSError: an archive cannot be read.
     """
-    found, stored = _audited(path, expected, files, with_archives=bool(archives))
+    found, stored = _audit_own_file(path, expected, files, with_archives=bool(archives))
     if stored is None:
         return found
     if archives:
         behind = check_archives(archives, found.base, found.archives, key=key, expected=expected)
         if expected is not None and expected.position < behind.after.position and behind.finding is None:
-            raise _archived(behind.after, found)
+            raise _archived_error(behind.after, found)
         found = replace(found, behind=compare_with_base(behind, stored))
     if found.finding is not None:
         return found
-    archived = tuple((each.path, _differs_behind(found, each)) for each in files if _is_behind(each, found))
+    archived = tuple(
+        (each.path, _compare_with_archives(found, each)) for each in files if _is_behind(each, found)
+    )
     return replace(found, compared=(*found.compared, *archived))
 
 
-def _audited(
+def _audit_own_file(
     path: Path, expected: Expected | None, files: Sequence[FileAudit], *, with_archives: bool
 ) -> tuple[Audit, State | None]:
     """Audit the ledger's own file; return also the state at its base, unless there is a finding.
@@ -162,9 +164,12 @@ def _audited(
             )
         found = replace(
             found,
-            unexpected=_unexpected(connection, found, expected, with_archives=with_archives),
+            unexpected=_compare_with_head(connection, found, expected, with_archives=with_archives),
             compared=tuple(  # if the last hash of a file is the chain's, so are all events before it
-                (each.path, _differs(connection, found, Expected(each.proved.position, each.proved.hash)))
+                (
+                    each.path,
+                    _compare_with_log(connection, found, Expected(each.proved.position, each.proved.hash)),
+                )
                 for each in files
                 if not _is_behind(each, found)
             ),
@@ -184,20 +189,20 @@ def _damage(connection: sqlite3.Connection) -> str | None:
     return None if text == "ok" else text
 
 
-def _unexpected(
+def _compare_with_head(
     connection: sqlite3.Connection, found: Audit, expected: Expected | None, *, with_archives: bool
 ) -> Finding | None:
     """Compare with the expected head; positions before the base are left to the archives."""
     if expected is None:
         return None
     if expected.position >= found.base.position:
-        return _differs(connection, found, expected)
+        return _compare_with_log(connection, found, expected)
     if with_archives:
         return None
-    raise _archived(found.base, found)
+    raise _archived_error(found.base, found)
 
 
-def _archived(after: LogBase, found: Audit) -> Archived:
+def _archived_error(after: LogBase, found: Audit) -> Archived:
     problem = (
         f"events up to position {after.position} are archived: expect a later position, or give the archives "
         "with --archive"
@@ -209,7 +214,7 @@ def _is_behind(file: FileAudit, found: Audit) -> bool:
     return file.proved.position < found.base.position
 
 
-def _differs_behind(found: Audit, file: FileAudit) -> Finding | None:
+def _compare_with_archives(found: Audit, file: FileAudit) -> Finding | None:
     """Compare a file that ends before the base with the archives; one must have its last position."""
     end = file.proved
     digest = None if found.behind is None else find_archived_hash(found.behind.files, end.position)
@@ -223,19 +228,21 @@ def _differs_behind(found: Audit, file: FileAudit) -> Finding | None:
             f"{found.base.position}: only the archive with that position can show whether its events were "
             f"this ledger's; give it with --archive{known}"
         )
-    return _unlike(end.position, digest, end.hash)
+    return _compare_hashes(end.position, digest, end.hash)
 
 
-def _differs(connection: sqlite3.Connection, found: Audit, expected: Expected) -> Finding | None:
+def _compare_with_log(connection: sqlite3.Connection, found: Audit, expected: Expected) -> Finding | None:
     """Compare with a stored hash, which the chain has proved."""
     head = found.verification.position
     if expected.position > head:
         problem = f"the log ends at position {head}, {expected.position} was expected"
         return Finding(head + 1, problem, FindingKind.EXPECTATION)
-    return _unlike(expected.position, hash_at(connection, found.base, expected.position), expected.hash)
+    return _compare_hashes(
+        expected.position, hash_at(connection, found.base, expected.position), expected.hash
+    )
 
 
-def _unlike(position: int, digest: bytes, expected: bytes) -> Finding | None:
+def _compare_hashes(position: int, digest: bytes, expected: bytes) -> Finding | None:
     if digest == expected:
         return None
     problem = f"the hash is {digest.hex()}, {expected.hex()} was expected"

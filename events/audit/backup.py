@@ -32,7 +32,7 @@ def back_up(path: Path, target: Path) -> Audit:
         OSError: the file cannot be created.
     """
     _refuse_leftovers(target)
-    with _unserved(target.parent), open_draft(target) as draft:
+    with _lock_folder(target.parent), open_draft(target) as draft:
         _copy(path, draft)
         found = audit(draft)
         if found.finding is not None:
@@ -66,7 +66,7 @@ def _refuse_leftovers(target: Path) -> None:
 
 
 @contextmanager
-def _unserved(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """Keep servers from starting on the folder, if it is a data directory, until the block ends."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -123,7 +123,7 @@ def _line(members: dict[str, object]) -> bytes:
     return _ENCODER.encode(members).encode("ascii") + b"\n"
 
 
-def _first(after: LogBase) -> bytes:
+def _first_line(after: LogBase) -> bytes:
     return _line({"export": FORMAT, "after": {"position": after.position, "hash": after.hash.hex()}})
 
 
@@ -131,11 +131,11 @@ def _event(row: Row, _previous: bytes) -> bytes:
     return _line({"position": row.position, "hash": row.hash.hex(), "body": row.body})
 
 
-def _last(head: SignedHead) -> bytes:
+def _last_line(head: SignedHead) -> bytes:
     return _line({"head": head.members()})
 
 
-JSONL = ExportFormat(_first, _event, _last)
+JSONL = ExportFormat(_first_line, _event, _last_line)
 """The format that has the exact bodies and hashes, and that loadledger reads again."""
 
 

@@ -115,7 +115,7 @@ class ExportReader:
         self._known = known
         self._lines = iter(lines)
         try:
-            self.after = _beginning(next(self._lines, b""))
+            self.after = _parse_first_line(next(self._lines, b""))
         except ValueError as error:
             raise FileDamaged(str(error), 0) from None
         if not _may_begin(self.after):
@@ -143,7 +143,7 @@ class ExportReader:
 
     def _read(self, line: bytes) -> Row | SignedHead:
         try:
-            return _parsed(line)
+            return _parse_line(line)
         except (ValueError, RecursionError) as error:
             position = self.position + 1
             raise FileDamaged(
@@ -194,13 +194,13 @@ class ExportReader:
             raise FileDamaged("the file goes on after the signed head", position)
 
 
-def _beginning(first: bytes) -> LogBase:
+def _parse_first_line(first: bytes) -> LogBase:
     """Parse the first line of an export, and return the position and hash after which it begins."""
     if first.startswith(b"SQLite format 3"):
         raise ValueError("this is a database, not an export: name the data directory of a ledger with --data")
     unknown = f"the first line does not mark the file as {FORMAT}"
     try:
-        mark = _decoded(first, _Mark)
+        mark = _decode(first, _Mark)
     except ValueError:
         raise ValueError(unknown) from None
     if mark.specversion is not None:
@@ -211,7 +211,7 @@ def _beginning(first: bytes) -> LogBase:
     if mark.export != FORMAT:
         raise ValueError(unknown)
     try:
-        after = _decoded(first, _Opening).after
+        after = _decode(first, _Opening).after
         base = LogBase(after.position, bytes.fromhex(after.hash))
     except ValueError as error:
         raise ValueError(f"the first line does not say where the export begins: {error}") from None
@@ -220,9 +220,9 @@ def _beginning(first: bytes) -> LogBase:
     return base
 
 
-def _parsed(line: bytes) -> Row | SignedHead:
+def _parse_line(line: bytes) -> Row | SignedHead:
     """Parse a line: an event, or the signed head."""
-    members = _decoded(line, _Line)
+    members = _decode(line, _Line)
     if members.head:
         return as_signed_head(msgspec.json.decode(members.head))
     if members.position is None or members.hash is None or members.body is None:
@@ -239,7 +239,7 @@ def _is_written(found: Row | SignedHead, line: bytes) -> bool:
     return written == line
 
 
-def _decoded(text: bytes, kind: type[T]) -> T:
+def _decode(text: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(text, type=kind)
     except RecursionError:
@@ -340,10 +340,10 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
     finding, unexpected = None, None
     try:
         reader = ExportReader(read_lines(path, digest.update))
-        unexpected = _unexpected(expected, reader.after)
+        unexpected = _compare_with_anchor(expected, reader.after)
         for row in reader:
             if expected is not None and row.position == expected.position:
-                unexpected = _unexpected(expected, LogBase(row.position, row.hash))
+                unexpected = _compare_with_anchor(expected, LogBase(row.position, row.hash))
     except FileDamaged as error:
         finding = Finding(error.position, str(error), error.kind)
     except LedgerDamaged as error:
@@ -358,19 +358,19 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
         proved,
         reader.head,
         digest.digest() if finding is None else b"",
-        finding or unexpected or _signed_by_another(reader.head, key),
+        finding or unexpected or _compare_signer(reader.head, key),
         expected is not None and reader.after.position <= expected.position <= proved.position,
     )
 
 
-def _unexpected(expected: Expected | None, found: LogBase) -> Finding | None:
+def _compare_with_anchor(expected: Expected | None, found: LogBase) -> Finding | None:
     if expected is None or expected.position != found.position or expected.hash == found.hash:
         return None
     problem = f"the hash is {found.hash.hex()}, {expected.hash.hex()} was expected"
     return Finding(found.position, problem, FindingKind.EXPECTATION)
 
 
-def _signed_by_another(head: SignedHead | None, key: str | None) -> Finding | None:
+def _compare_signer(head: SignedHead | None, key: str | None) -> Finding | None:
     if head is None or key is None or key_id(head.public_key) == key:
         return None
     problem = f"the head is signed by the key {key_id(head.public_key)}, {key} was expected"

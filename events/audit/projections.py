@@ -51,7 +51,7 @@ class StoredProjections:
         ):
             model = expected.pop(key, None)
             if model is None or not is_text or as_bytes(model) != body:
-                return f"the stored models differ from the log's at {_printable(key)!r}"
+                return f"the stored models differ from the log's at {_format_key(key)!r}"
         for key in expected:
             return f"the stored models lack {key.decode()!r}"
         return None
@@ -92,8 +92,8 @@ class StoredJobs:
         """Return the first difference of the stored jobs at the end of the fold, in words."""
         for job in unended:
             self.compare(job)
-        for _, key, *_ in self._left():
-            return f"the stored jobs differ from the log's at {_printable(key)!r}"
+        for _, key, *_ in self._take_unmatched():
+            return f"the stored jobs differ from the log's at {_format_key(key)!r}"
         for key in self._missed:
             return f"the stored jobs lack {key!r}"
         return None
@@ -109,7 +109,7 @@ class StoredJobs:
             else:  # no event is there, and there may be any number of such rows
                 self._misplaced = self._misplaced or row
 
-    def _left(self) -> Iterator[_Row]:
+    def _take_unmatched(self) -> Iterator[_Row]:
         """Yield the rows that no job matched; call it once."""
         misplaced = () if self._misplaced is None else (self._misplaced,)
         return chain(misplaced, self._passed.values(), self._walk)
@@ -167,7 +167,7 @@ class StoredSnapshots:
         return self.difference
 
     def _compare_copy(self, folded: Entities, position: int, key: bytes, body: bytes) -> None:
-        name = _printable(key)
+        name = _format_key(key)
         model = folded.models.get(name)
         if position == self._base and model is not None:
             body = as_bytes(as_model(body))
@@ -225,7 +225,9 @@ class StoredSnapshots:
             position, key, body = copy
             if is_copy and position >= self._base:
                 return position, key, body
-            self._differ(self._near(position), f"has a copy of {_printable(key)!r} that no snapshot can have")
+            self._differ(
+                self._near(position), f"has a copy of {_format_key(key)!r} that no snapshot can have"
+            )
         return None
 
     def _next_position(self) -> int:
@@ -241,5 +243,5 @@ class StoredSnapshots:
         return min(self._position, NEVER if self._copy is None else self._copy[0])
 
 
-def _printable(key: object) -> str:
+def _format_key(key: object) -> str:
     return key.decode(errors="replace") if isinstance(key, bytes) else str(key)

@@ -144,9 +144,11 @@ class CheckedFold:
             sqlite3.Error: the rows cannot be read.
         """
         for page in _pages(rows):
-            hashed, finding = _taken(self._hashed(page), None)
-            events, finding = _taken(self._read(hashed), finding)
-            ended, finding = _taken(self._folded(zip(hashed, events, strict=False)), finding)
+            hashed, finding = _take_until_problem(self._hash_rows(page), None)
+            events, finding = _take_until_problem(self._read(hashed), finding)
+            ended, finding = _take_until_problem(
+                self._fold_events(zip(hashed, events, strict=False)), finding
+            )
             if self.stored is not None:
                 for job in ended:
                     self.stored.jobs.compare(job)
@@ -154,7 +156,7 @@ class CheckedFold:
                 return finding
         return None
 
-    def _hashed(self, page: Iterable[Row]) -> Iterator[Row]:
+    def _hash_rows(self, page: Iterable[Row]) -> Iterator[Row]:
         """Yield rows that follow one another, with the hash of the previous hash and the body."""
         before, previous = self.position, self.hash
         for row in page:
@@ -190,7 +192,7 @@ class CheckedFold:
                 raise VerificationError(position, "the body is not in the canonical form", FindingKind.EVENT)
             yield event
 
-    def _folded(self, found: Iterable[tuple[Row, Event]]) -> Iterator[Job]:
+    def _fold_events(self, found: Iterable[tuple[Row, Event]]) -> Iterator[Job]:
         """Apply events, and yield the jobs that ended with them."""
         apply, touch = self.entities.apply, self._touched.add
         for (position, _, digest), event in found:
@@ -231,7 +233,7 @@ def _pages(rows: Iterable[Row]) -> Iterator[list[Row]]:
     yield page
 
 
-def _taken(step: Iterator[T], later: Finding | None) -> tuple[list[T], Finding | None]:
+def _take_until_problem(step: Iterator[T], later: Finding | None) -> tuple[list[T], Finding | None]:
     """Return what a step yields up to its first problem, and that problem, else that of the step before."""
     done = list[T]()
     try:

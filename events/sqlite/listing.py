@@ -211,7 +211,9 @@ def _arms(what: str, columns: Mapping[str, Sequence[str]], leading: str | None) 
     if leading is None:
         return [f"SELECT {what} FROM events WHERE {among}"]  # noqa: S608 - literals
     others = "".join(
-        f" AND {_also(column, len(values))}" for column, values in columns.items() if column != leading
+        f" AND {_further_condition(column, len(values))}"
+        for column, values in columns.items()
+        if column != leading
     )
     return [
         f"SELECT {what} FROM events INDEXED BY {INDEXES[leading]}"  # noqa: S608 - literals
@@ -220,7 +222,7 @@ def _arms(what: str, columns: Mapping[str, Sequence[str]], leading: str | None) 
     ]
 
 
-def _also(column: str, number: int) -> str:
+def _further_condition(column: str, number: int) -> str:
     """Return the condition that an event has one of so many values in a column that does not lead.
 
     For one value, a look-up in its index takes about half the time of reading the event's text (measured).
@@ -234,7 +236,7 @@ def _also(column: str, number: int) -> str:
     return f"+{column} IN ({', '.join(f':{column}_{each}' for each in range(number))})"
 
 
-def archived(base: int, head: int) -> Archived:
+def archived_error(base: int, head: int) -> Archived:
     """Return the error that names the `oldest` position that the log still has."""
     return Archived(f"events up to {base} are archived: begin again with after={base}", base + 1, head)
 
@@ -262,7 +264,7 @@ def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
     ).fetchone()
     if isinstance(since, str):
         if base and (oldest_at is None or since < oldest_at):
-            raise archived(base, head)
+            raise archived_error(base, head)
         since = head + 1 if first is None else int(first)
     if isinstance(until, str):
         until = base if last is None else int(last)
@@ -274,7 +276,7 @@ def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
     high = min((each for each in highs if each is not None), default=None)
     ends_archived = base > 0 and low is None and high is not None and high <= base
     if ends_archived or (low is not None and low < base):
-        raise archived(base, head)
+        raise archived_error(base, head)
     return _Span(base if low is None else low, head if high is None else min(high, head), base, head)
 
 

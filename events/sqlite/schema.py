@@ -173,10 +173,10 @@ def schema_difference(connection: sqlite3.Connection) -> str | None:
     tables = {row.tbl_name for row in made}
     for row in sorted(made - stored, key=_name):
         what = "was changed" if _name(row) in set(map(_name, stored)) else "is missing"
-        return f"the {_printable(row)} {what}"
+        return f"the {_format_row(row)} {what}"
     for row in sorted(stored - made, key=_name):
         if row.tbl_name in tables or not _is_plain_table(row):
-            return f"the {_printable(row)} is not of a ledger"
+            return f"the {_format_row(row)} is not of a ledger"
     return None
 
 
@@ -189,5 +189,5 @@ def _name(row: SchemaRow) -> tuple[bytes, bytes]:
     return row.type, row.name
 
 
-def _printable(row: SchemaRow) -> str:
+def _format_row(row: SchemaRow) -> str:
     return f"{row.type.decode(errors='replace')} {row.name.decode(errors='replace')!r}"

@@ -180,7 +180,7 @@ class Database:
             LogUnavailable: `log_unavailable`, it cannot be opened, or what is stored is damaged.
         """
         try:
-            self._connection, stored = await self.run(self._opened)
+            self._connection, stored = await self.run(self._open_connection)
         except (sqlite3.Error, OSError, ValueError) as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self.is_open, self._was_open, self._unsynced = True, True, False
@@ -250,7 +250,7 @@ class Database:
         """Run some work in the thread of the connection."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _opened(self) -> tuple[sqlite3.Connection, StoredLedger]:
+    def _open_connection(self) -> tuple[sqlite3.Connection, StoredLedger]:
         if not self._was_open and self._path.exists():
             self._lacked_wal = lacks_wal(self._path)
             _check_readable_state(self._path)
@@ -258,7 +258,7 @@ class Database:
         try:
             if self._unsynced:
                 queries.sync(connection)
-            stored = _stored(connection)
+            stored = _read_stored(connection)
             connection.execute(STATEMENTS_IN_MEMORY)
         except BaseException:
             if not self._was_open:
@@ -285,7 +285,7 @@ def _check_readable_state(path: Path) -> None:
             queries.read_state(connection)
 
 
-def _stored(connection: sqlite3.Connection) -> StoredLedger:
+def _read_stored(connection: sqlite3.Connection) -> StoredLedger:
     head = queries.read_head(connection)
     if not is_current(connection):
         if head.position:

@@ -43,29 +43,29 @@ def completion(context: click.Context, shell: str) -> None:
 
 def models_of_server(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete models of the repository."""
-    return _offered(context, begun, lambda client: ((model.id, model.state) for model in client.models()))
+    return _complete(context, begun, lambda client: ((model.id, model.state) for model in client.models()))
 
 
 def loaded_models(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete models that are not unloaded."""
 
-    def found(client: Any) -> Iterator[tuple[str, str]]:
+    def find(client: Any) -> Iterator[tuple[str, str]]:
         return ((model.id, model.state) for model in client.models() if model.state != "unloaded")
 
-    return _offered(context, begun, found)
+    return _complete(context, begun, find)
 
 
 def latest_jobs(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete the newest jobs."""
 
-    def found(client: Any) -> Iterator[tuple[str, str]]:
+    def find(client: Any) -> Iterator[tuple[str, str]]:
         jobs = client.jobs(limit=MOST)
         return ((job.id, f"{job.kind} of {job.model_id}, {job.status}") for job in jobs)
 
-    return _offered(context, begun, found)
+    return _complete(context, begun, find)
 
 
-def _offered(context: click.Context, begun: str, find: Any) -> list[CompletionItem]:
+def _complete(context: click.Context, begun: str, find: Any) -> list[CompletionItem]:
     offered: list[CompletionItem] = []
 
     def ask() -> None:

@@ -106,7 +106,7 @@ def run() -> int:
 
 
 def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
-    with _serving(repository, data) as server:
+    with _serve(repository, data) as server:
         click.echo(f"loadledger serves {server.admin.url}; alice is its admin, bob may predict\n")
         _warm_up(server, digits)
         before, nothing_loaded = server.memory_bytes(), server.processes()
@@ -125,7 +125,7 @@ def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _serving(repository: Path, data: Path) -> Iterator[_Server]:
+def _serve(repository: Path, data: Path) -> Iterator[_Server]:
     ensure_data_dir(data)
     # -P: what lies in the current directory must not be taken for our packages.
     command = [sys.executable, "-P", "-m", "loadledger", "serve", "--port", "0"]
@@ -140,7 +140,7 @@ def _serving(repository: Path, data: Path) -> Iterator[_Server]:
         env=environment,
     ) as process:
         try:
-            url = _announced(process)
+            url = _read_url(process)
             with (
                 Client(url, token=_token(data, "alice", "admin")) as admin,
                 Client(url, token=_token(data, "bob", "predict")) as predict,
@@ -152,7 +152,7 @@ def _serving(repository: Path, data: Path) -> Iterator[_Server]:
         _stop(process, STOP_LIMIT_S)
 
 
-def _announced(process: subprocess.Popen[str]) -> str:
+def _read_url(process: subprocess.Popen[str]) -> str:
     """Return the URL that the server prints when it is ready."""
     url = ""
     if process.stdout is not None and select.select([process.stdout], [], [], START_LIMIT_S)[0]:

@@ -44,7 +44,7 @@ def event_line(line: bytes) -> str:
         f"{kind:<15}",
         f"{_model(event):<16}",
         _word(event.get("actor")),
-        _bounded(describe_event(kind, values)),
+        _shorten(describe_event(kind, values)),
     ]
     return "".join(letter if letter.isprintable() else "?" for letter in "  ".join(parts).rstrip())
 
@@ -67,12 +67,12 @@ def _word(value: object) -> str:
     return "?" if value is None else str(value)
 
 
-def _bounded(text: str) -> str:
+def _shorten(text: str) -> str:
     line = "".join(letter if letter.isprintable() else " " for letter in text)
     return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
 
 
-def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], Command]:
+def _repeatable_option(flag: str, help_text: str, **options: Any) -> Callable[[Command], Command]:
     return click.option(
         flag, f"{flag[2:]}s", multiple=True, metavar="TEXT", help=f"{help_text} May be repeated.", **options
     )
@@ -87,10 +87,10 @@ def _several(flag: str, help_text: str, **options: Any) -> Callable[[Command], C
     "--since", metavar="POSITION|TIME", help="Only from a position, or a time like 2026-01-31T14:02:00Z, on."
 )
 @click.option("--until", metavar="POSITION|TIME", help="Only up to a position or time.")
-@_several("--type", "Only events of this type.")
-@_several("--model", "Only events of this model.", shell_complete=models_of_server)
-@_several("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
-@_several("--actor", "Only events by this actor.")
+@_repeatable_option("--type", "Only events of this type.")
+@_repeatable_option("--model", "Only events of this model.", shell_complete=models_of_server)
+@_repeatable_option("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
+@_repeatable_option("--actor", "Only events by this actor.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as stored, with its hash.")
 @click.option(
     "--data",
@@ -115,9 +115,9 @@ def events(
 
     folder = _folder(data, where)
     if folder is None:
-        _of_server(where, show, **options)
+        _print_server_events(where, show, **options)
     else:
-        _of_file(folder, show, **options)
+        _print_file_events(folder, show, **options)
 
 
 def _check(data: Path | None, where: ServerChoice, options: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def _folder(data: Path | None, where: ServerChoice) -> Path | None:
     return Path(named) if data is None and named and not names_server else data
 
 
-def _of_server(
+def _print_server_events(
     where: ServerChoice, show: Show, *, tail: int | None, after: int | None, **options: Any
 ) -> None:
     with open_chosen_client(where) as client:
@@ -147,7 +147,7 @@ def _of_server(
             show([event.line])
 
 
-def _of_file(data: Path, show: Show, **options: Any) -> None:
+def _print_file_events(data: Path, show: Show, **options: Any) -> None:
     import asyncio  # noqa: PLC0415 - for files only, like what follows
 
     from events.datalock import LEDGER  # noqa: PLC0415

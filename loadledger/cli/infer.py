@@ -77,8 +77,8 @@ def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:
     if (file is None) == (not typed):
         raise click.UsageError("give the inputs: --input NAME=JSON for each, or --file FILE")
     if file is None:
-        return {"inputs": dict(map(_named, typed))}
-    given = _parsed(_text(file), f"--file {file}")
+        return {"inputs": dict(map(_parse_input, typed))}
+    given = _parse_json(_text(file), f"--file {file}")
     if not isinstance(given, dict):
         raise click.BadParameter('it has to be a JSON object, like {"x": [[1, 2]]}', param_hint="--file")
     if not isinstance(given.get("inputs"), list):
@@ -88,16 +88,16 @@ def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:
     return {**given, "outputs": wanted or None}
 
 
-def _named(text: str) -> tuple[str, Any]:
+def _parse_input(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise click.BadParameter(f"{text[:64]!r} is not NAME=JSON, like x='[[1, 2]]'", param_hint="--input")
     if value.startswith("@"):
         value = _text(Path(value[1:]))
-    return name, _parsed(value, f"--input {name}")
+    return name, _parse_json(value, f"--input {name}")
 
 
-def _parsed(text: str, hint: str) -> Any:
+def _parse_json(text: str, hint: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -75,7 +75,7 @@ def wait_and_report(client: Any, job: Any, *, as_json: bool) -> None:
     Ctrl-C ends only the wait, and prints how to resume it.
     """
     try:
-        with _displayed(job) as (on_change, on_away):
+        with _display(job) as (on_change, on_away):
             job = client.wait_for(job.id, on_change=on_change, on_away=on_away)
     except KeyboardInterrupt:
         print_note(
@@ -133,7 +133,7 @@ def describe_progress(job: Any) -> str:
 
 
 @contextmanager
-def _displayed(job: Any) -> Iterator[JobDisplay]:
+def _display(job: Any) -> Iterator[JobDisplay]:
     """Give a display of a job: a progress bar on a terminal, else a line for each change."""
     if sys.stderr.isatty():
         with _progress_bar(job) as display:

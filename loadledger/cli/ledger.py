@@ -221,7 +221,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
             with file.open("wb") as target:
                 target.writelines(exported)
             return
-        with _ended_by_sigterm(), write_file(file, replace=True) as target:
+        with _exit_on_sigterm(), write_file(file, replace=True) as target:
             target.writelines(exported)
 
 
@@ -249,7 +249,7 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     with report_problems():
         ledger, sign = _ledger_in(data), open_signer(data)
         refuse_own(file, data)
-        with _ended_by_sigterm(), lock_data(data):
+        with _exit_on_sigterm(), lock_data(data):
             done = archive(ledger, before, file, sign, datetime.now(UTC))
     first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
     print_result(
@@ -284,7 +284,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     with report_problems():
         ledger = _ledger_in(data)
         refuse_own(file, data)
-        with _ended_by_sigterm():
+        with _exit_on_sigterm():
             found = back_up(ledger, file)
     print_result(audit_members(found), format_audit(found), as_json=as_json)
 
@@ -304,7 +304,7 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def _exit_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM into SystemExit, so that drafts are removed."""
 
     def end(number: int, _frame: object) -> None:

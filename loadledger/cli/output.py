@@ -61,7 +61,7 @@ def format_table(
             pad(cell, most, right=name in right) for name, cell, most in zip(head, cells, widths, strict=True)
         ]
         line = "  ".join(columns).rstrip()
-        yield click.style(line, bold=True) if number == 0 else _coloured(line, columns, cells)
+        yield click.style(line, bold=True) if number == 0 else _colour_state(line, columns, cells)
 
 
 def display_width(text: str) -> int:
@@ -79,7 +79,7 @@ def pad(text: str, columns: int, *, right: bool = False) -> str:
     return spaces + text if right else text + spaces
 
 
-def _coloured(line: str, columns: Sequence[str], cells: Sequence[str]) -> str:
+def _colour_state(line: str, columns: Sequence[str], cells: Sequence[str]) -> str:
     """Colour the first cell that is a state."""
     for index, cell in enumerate(cells):
         if cell in COLOURS:
@@ -202,10 +202,10 @@ def print_json(value: Any) -> None:
     import msgspec  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    click.echo("".join(map(_visible, text)) if not text.isascii() else text)
+    click.echo("".join(map(_escape_character, text)) if not text.isascii() else text)
 
 
-def _visible(letter: str) -> str:
+def _escape_character(letter: str) -> str:
     if letter.isprintable() or letter == "\n":
         return letter
     import json  # noqa: PLC0415 - main.py imports this module, and json takes four more

@@ -71,7 +71,7 @@ def find_target(url: str | None, profile: str | None, environment: Mapping[str, 
     Raises:
         ProfileProblem: the profile does not exist, or cannot be used.
     """
-    kept = _chosen(profile, environment)
+    kept = _choose_target(profile, environment)
     chosen = url or environment.get(URL) or kept.url
     is_its_own = chosen.rstrip("/") == kept.url.rstrip("/")
     token = environment.get(TOKEN) or (kept.token if is_its_own else None)
@@ -155,7 +155,7 @@ def write_profile(path: Path, profile: ServerTarget) -> None:
         raise
 
 
-def _chosen(profile: str | None, environment: Mapping[str, str]) -> ServerTarget:
+def _choose_target(profile: str | None, environment: Mapping[str, str]) -> ServerTarget:
     """Return the content of the named profile, else of the default one if there is one."""
     is_named = profile or environment.get(PROFILE)
     if not is_named and _folder(environment) is None:
@@ -207,7 +207,7 @@ def server_options(command: Command) -> Command:
     """Add `--url` and `--profile`, passed as `where`."""
 
     @wraps(command)
-    def called(*arguments: Any, url: str | None, profile: str | None, **options: Any) -> None:
+    def call(*arguments: Any, url: str | None, profile: str | None, **options: Any) -> None:
         command(*arguments, where=ServerChoice(url, profile), **options)
 
     with_profile = click.option(
@@ -218,7 +218,7 @@ def server_options(command: Command) -> Command:
     with_url = click.option(
         "--url", metavar="URL", help="Server, like http://127.0.0.1:8080. [LOADLEDGER_URL]"
     )
-    return with_url(with_profile(called))
+    return with_url(with_profile(call))
 
 
 def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> AbstractContextManager[Any]:

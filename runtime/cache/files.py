@@ -47,7 +47,7 @@ def verify_files(folder: Path, files: Iterable[HashedFile]) -> tuple[HashedFile,
     A file is read only if its identity has changed.
     """
     try:
-        found = [_trusted(folder, file) for file in sorted(files, key=lambda file: file.path)]
+        found = [_verify_file(folder, file) for file in sorted(files, key=lambda file: file.path)]
     except OSError:
         return None
     kept = tuple(file for file in found if file is not None)
@@ -83,16 +83,16 @@ def remove_others(folder: Path, files: Iterable[HashedFile]) -> None:
             remove(found)
 
 
-def _trusted(folder: Path, file: HashedFile) -> HashedFile | None:
+def _verify_file(folder: Path, file: HashedFile) -> HashedFile | None:
     with open_file(folder / file.path) as opened:
-        found = _seen(opened, file)
+        found = _with_identity(opened, file)
         if found == file or found.bytes != file.bytes:
             return found if found == file else None
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        return found if digest == file.sha256 and _seen(opened, file) == found else None
+        return found if digest == file.sha256 and _with_identity(opened, file) == found else None
 
 
-def _seen(opened: BufferedReader, file: HashedFile) -> HashedFile:
+def _with_identity(opened: BufferedReader, file: HashedFile) -> HashedFile:
     seen = os.fstat(opened.fileno())
     if not stat.S_ISREG(seen.st_mode):
         raise OSError(f"{file.path} is not a regular file")
@@ -136,19 +136,19 @@ class CacheFolder:
         Raises:
             CacheUnavailable: `prepared_unavailable`, the path is no folder or cannot be listed.
         """
-        return [path for path in self._listed() if _is_key(path.name)]
+        return [path for path in self._list() if _is_key(path.name)]
 
     def unlocked_drafts(self) -> list[Path]:
         """List the drafts that no process has locked."""
-        return [path for path in self._listed() if _is_draft(path.name) and not _is_held(path)]
+        return [path for path in self._list() if _is_draft(path.name) and not _is_held(path)]
 
     def abandoned_drafts(self) -> list[Path]:
         """List the drafts that are not of this process."""
-        return [path for path in self._listed() if _is_draft(path.name) and path not in self._drafts]
+        return [path for path in self._list() if _is_draft(path.name) and path not in self._drafts]
 
     def foreign_names(self) -> list[str]:
         """List the names that are neither keys nor drafts."""
-        return [path.name for path in self._listed() if not _is_key(path.name) and not _is_draft(path.name)]
+        return [path.name for path in self._list() if not _is_key(path.name) and not _is_draft(path.name)]
 
     def make(self) -> None:
         """Create the folder, or make sure that only this user can write to it (0700).
@@ -173,10 +173,10 @@ class CacheFolder:
             CacheUnavailable: `prepared_unavailable`.
         """
         self.make()
-        with self.locked():
+        with self.lock():
             draft = self._new_name(self.entry(key))
             draft.mkdir(mode=0o700)
-            self._drafts[draft] = _held(draft)
+            self._drafts[draft] = _lock_draft(draft)
         return draft
 
     def discard(self, draft: Path) -> None:
@@ -188,7 +188,7 @@ class CacheFolder:
             os.close(descriptor)
 
     @contextmanager
-    def locked(self) -> Iterator[list[Path]]:
+    def lock(self) -> Iterator[list[Path]]:
         """Lock the folder in this process; paths added to the yielded list are removed afterwards.
 
         Raises:
@@ -217,7 +217,7 @@ class CacheFolder:
             path.rename(draft)
             doomed.append(draft)
 
-    def _listed(self) -> list[Path]:
+    def _list(self) -> list[Path]:
         with explain_os_errors(self.path):
             try:
                 self._refuse_irregular(self.path.lstat())
@@ -270,7 +270,7 @@ def _is_draft(name: str) -> bool:
     return _DRAFT.fullmatch(name) is not None
 
 
-def _held(draft: Path) -> int:
+def _lock_draft(draft: Path) -> int:
     """Lock a draft until the descriptor is closed, where folders can be locked."""
     descriptor = _open_draft(draft)
     with suppress(OSError):

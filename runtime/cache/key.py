@@ -106,7 +106,7 @@ def _runtime() -> str:
     """
     folder = _libraries()
     try:
-        return "" if folder is None else _described(folder, folder.stat().st_mtime_ns)
+        return "" if folder is None else _describe_folder(folder, folder.stat().st_mtime_ns)
     except OSError:
         return ""
 
@@ -119,7 +119,7 @@ def _libraries() -> Path | None:
 
 
 @lru_cache(maxsize=1)
-def _described(folder: Path, _changed_ns: int) -> str:
+def _describe_folder(folder: Path, _changed_ns: int) -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     sizes = [[path.name, path.stat().st_size] for path in files if ".so" in path.suffixes]
     says = [path.read_text(errors="replace") for path in files if path.name == _SAYS]

@@ -156,7 +156,7 @@ class PreparationRun:
         given: tuple[Tensor, ...] = ()
         try:
             async with asyncio.timeout(LIMIT_S):
-                bare, given = await self._bare()
+                bare, given = await self._bare_load()
                 if not needs_trial(await asyncio.to_thread(self._store.find, self._key), given):
                     return
                 tried = await self._first_of_use(bare, Trial(self._pool, bare, given))
@@ -188,14 +188,14 @@ class PreparationRun:
         tried: dict[Form, str] = {}
         for form in FORMS:
             self.outcomes[form] = STOPPED  # until the form has an outcome
-            why_not = await self._why_not(form, bare, trial, tried)
+            why_not = await self._try_form(form, bare, trial, tried)
             self.outcomes[form] = KEPT if why_not is None else LEFT_OUT
             if why_not is None:
                 return None
             tried[form] = why_not
         return tried
 
-    async def _bare(self) -> tuple[Load, tuple[Tensor, ...]]:
+    async def _bare_load(self) -> tuple[Load, tuple[Tensor, ...]]:
         """Return the order to load the version bare, and the inputs of its `loadledger.toml`."""
         candidate, repository = self._candidate, self._repository
         try:
@@ -209,7 +209,7 @@ class PreparationRun:
         order = self._pool.build_load(repository.root, found, parameters, warm_up)
         return structs.replace(order, known=candidate.sources), warm_up.inputs
 
-    async def _why_not(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
+    async def _try_form(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
         """Make a form, try it, and keep it; returns the reason against it, or None."""
         try:
             async with self._draft(form) as draft:

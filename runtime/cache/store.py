@@ -182,7 +182,7 @@ class ModelCache:
         Foreign names are left alone and logged. May be repeated: drafts of this cache stay.
         """
         self._folder.make()
-        with self._folder.locked() as doomed:
+        with self._folder.lock() as doomed:
             doomed.extend(self._folder.abandoned_drafts())
             for path in self._folder.entries():
                 self._load_entry(path, doomed)
@@ -215,8 +215,8 @@ class ModelCache:
             self._forget(manifest)
             return None
         if files != manifest.files:
-            manifest = self._renewed(manifest, files)
-        with suppress(CacheUnavailable), self._folder.locked():
+            manifest = self._renew(manifest, files)
+        with suppress(CacheUnavailable), self._folder.lock():
             self._count_use(manifest)
         return (
             None if manifest.form is None else describe_cached(folder, manifest.form, files, manifest.sources)
@@ -305,7 +305,7 @@ class ModelCache:
         Any process may call this. It also removes drafts that no process has locked.
         """
         entries = size = 0
-        with self._folder.locked() as doomed:
+        with self._folder.lock() as doomed:
             if model_id is None:
                 doomed.extend(self._folder.unlocked_drafts())
             for path in self._folder.entries():
@@ -316,7 +316,7 @@ class ModelCache:
         return Cleared(entries, size)
 
     def _keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
-        files = _checked(draft, made.files)
+        files = _verify_draft(draft, made.files)
         manifest = self._manifest(key, made.model_id, made.version, made.took_ms, made.tried)
         if files is None:
             self._leave_out(manifest, made.form, "its files are not those that the worker wrote")
@@ -366,7 +366,7 @@ class ModelCache:
     def _publish(self, draft: Path, manifest: Manifest) -> None:
         with explain_os_errors(self._folder.path):
             write_manifest(draft, manifest)
-        with self._folder.locked() as doomed:
+        with self._folder.lock() as doomed:
             self._folder.put(draft, manifest.key, doomed)
             self._count_use(manifest)
             self._evict(doomed)
@@ -386,13 +386,13 @@ class ModelCache:
     def _make_room(self, needed: int) -> None:
         """Evict forms until the disk has this much room; none if even all of them would not suffice."""
         self._folder.make()
-        with self._folder.locked():
+        with self._folder.lock():
             there_is, oldest = self._free_disk_bytes(self._folder.path), self._uses.forms()
         if there_is + sum(size for _, size in oldest) < needed:
             oldest.clear()
         while there_is < needed and oldest:
             key, size = oldest.pop(0)
-            with self._folder.locked() as doomed:
+            with self._folder.lock() as doomed:
                 self._remove_entry(self._folder.entry(key), doomed)
             with explain_os_errors(self._folder.path):
                 before, there_is = there_is, self._free_disk_bytes(self._folder.path)
@@ -418,16 +418,16 @@ class ModelCache:
 
     def _forget(self, manifest: Manifest) -> None:
         path = self._folder.entry(manifest.key)
-        with suppress(CacheUnavailable), self._folder.locked() as doomed:
+        with suppress(CacheUnavailable), self._folder.lock() as doomed:
             if _is_current(path, manifest):
                 _log.warning("the files in %s have changed since they were prepared: removed", path)
                 self._remove_entry(path, doomed)
 
-    def _renewed(self, manifest: Manifest, files: tuple[HashedFile, ...]) -> Manifest:
+    def _renew(self, manifest: Manifest, files: tuple[HashedFile, ...]) -> Manifest:
         """Record the files' present identities; if that fails, the next use reads the files again."""
         renewed = msgspec.structs.replace(manifest, files=files)
         path = self._folder.entry(manifest.key)
-        with suppress(CacheUnavailable), self._folder.locked():
+        with suppress(CacheUnavailable), self._folder.lock():
             if _is_current(path, manifest):
                 write_manifest(path, renewed)
         return renewed
@@ -444,7 +444,7 @@ class ModelCache:
         return found if found is not None and have_sizes(folder, found[0].files) else None
 
 
-def _checked(draft: Path, files: tuple[HashedFile, ...]) -> tuple[HashedFile, ...] | None:
+def _verify_draft(draft: Path, files: tuple[HashedFile, ...]) -> tuple[HashedFile, ...] | None:
     """Return a draft's files, synced to the disk; None if they are not the reported ones."""
     if not draft.is_dir():
         raise CacheUnavailable(f"the draft {draft} is gone: another process has removed it")

@@ -223,8 +223,8 @@ class Trial:
         pairs: list[Pair] = []
         for _ in range(ROUNDS):
             async with (
-                self._loaded(self._bare) as (bare, bare_report),
-                self._loaded(replace(self._bare, prepared=prepared)) as (other, report),
+                self._load(self._bare) as (bare, bare_report),
+                self._load(replace(self._bare, prepared=prepared)) as (other, report),
             ):
                 if source_hashes(bare_report.files) != prepared.sources:
                     raise LoadRefused("model_changed", "the model's files have changed")
@@ -242,7 +242,7 @@ class Trial:
         return verdict(pairs), pairs
 
     @asynccontextmanager
-    async def _loaded(self, order: Load) -> AsyncIterator[tuple[Worker, Loaded]]:
+    async def _load(self, order: Load) -> AsyncIterator[tuple[Worker, Loaded]]:
         worker = await self._pool.start(uuid7())
         try:
             with bare_model_errors() if order.prepared is None else nullcontext():
@@ -256,7 +256,7 @@ class Trial:
         found = [self._given] if self._given else []
         shapes: set[tuple[tuple[int, ...], ...]] = set()
         refused = ""
-        async for inputs in _made_up(report):
+        async for inputs in _make_inputs(report):
             shape = tuple(tensor.shape for tensor in inputs)
             if shape in shapes:
                 continue
@@ -278,7 +278,7 @@ class Trial:
         return found
 
 
-async def _made_up(report: Loaded) -> AsyncIterator[tuple[Tensor, ...]]:
+async def _make_inputs(report: Loaded) -> AsyncIterator[tuple[Tensor, ...]]:
     """Yield made-up inputs; a thread makes them, since a large one takes a while."""
     source = make_samples(report.inputs)
     while (made := await asyncio.to_thread(next, source, None)) is not None:

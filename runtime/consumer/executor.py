@@ -80,13 +80,13 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
         memory_bytes=sum(report.memory_bytes for report in reports),
         peak_memory_bytes=sum(report.peak_memory_bytes for report in reports),
         durations=Durations(
-            waiting_us=_us(seconds_between(job.created_at, job.started_at)),
+            waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
             starting_us=load.starting_us,
             loading_us=max(report.loading_us for report in reports),
             hashing_us=max(report.hashing_us for report in reports),
             warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
             measuring_us=max(report.measuring_us for report in reports),
-            total_us=_us(seconds_between(job.created_at, now)),
+            total_us=_microseconds(seconds_between(job.created_at, now)),
         ),
     )
 
@@ -149,7 +149,7 @@ def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
     return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
 
 
-def _us(seconds: float) -> int:
+def _microseconds(seconds: float) -> int:
     return max(0, round(seconds * 1_000_000))
 
 

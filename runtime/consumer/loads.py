@@ -408,7 +408,7 @@ async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
     load.requests_at_drain = sum(worker.in_flight for worker in workers)
     with suppress(TimeoutError):
         async with asyncio.timeout(drain_timeout_s):
-            await asyncio.gather(*(worker.drained() for worker in workers))  # a dead worker is drained
+            await asyncio.gather(*(worker.wait_until_drained() for worker in workers))
     if load.alive_workers:
         load.stage = "stopping"
         await asyncio.gather(*(_stop(load, worker) for worker in load.alive_workers))

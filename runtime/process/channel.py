@@ -60,7 +60,7 @@ class Channel(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         parts, self._unsent = self._unsent, []
         if self._transport is not None and not self._transport.is_closing():
-            for part in _joined(parts):
+            for part in _join_short(parts):
                 self._transport.write(part)  # writelines of some Python 3.12 and 3.13 forgets pause_writing
         self._sent_ns, self._awaits_answer = time.monotonic_ns(), True
         if self._answers_fast and not self._is_polling:
@@ -114,7 +114,7 @@ class Channel(asyncio.BufferedProtocol):
         self._on_lost()
 
 
-def _joined(parts: list[Buffer]) -> list[Buffer]:
+def _join_short(parts: list[Buffer]) -> list[Buffer]:
     """Join short buffers, for few system calls; long ones are not copied."""
     if sum(map(len, parts)) < JOINED_BYTES:
         return [b"".join(parts)]

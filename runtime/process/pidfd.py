@@ -40,7 +40,7 @@ class Process:
         """Call back when the fork server reports how the process ended, or ends itself."""
         self._child.end.add_done_callback(lambda _: callback())
 
-    def gone(self) -> bool:
+    def has_ended(self) -> bool:
         """Ask the kernel whether the process has ended."""
         if self._closed:
             return True

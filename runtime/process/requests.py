@@ -42,7 +42,7 @@ class InFlight:
     def __contains__(self, number: int) -> bool:
         return number in self._pending
 
-    async def drained(self) -> None:
+    async def wait_until_drained(self) -> None:
         """Wait until nothing is in flight."""
         while self._pending:
             self._idle.clear()

@@ -141,9 +141,9 @@ class Worker:
         """How many inferences are queued or running, including those whose caller has gone."""
         return len(self._in_flight)
 
-    async def drained(self) -> None:
+    async def wait_until_drained(self) -> None:
         """Wait until nothing is in flight; a dead worker is drained."""
-        await self._in_flight.drained()
+        await self._in_flight.wait_until_drained()
 
     async def load(
         self, order: Load, on_stage: Callable[[str], None], warm_up_inputs: Sequence[Tensor] = ()
@@ -227,7 +227,7 @@ class Worker:
             measured = await asyncio.to_thread(memory.private_bytes, self.pid)
         except ProcessLookupError:
             measured = 0
-        if self._process.gone():  # else another process may have had its pid
+        if self._process.has_ended():  # else another process may have had its pid
             raise WorkerDied(await asyncio.shield(self.ended))
         return measured
 

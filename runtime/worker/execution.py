@@ -97,7 +97,7 @@ class Outbox:
     def _watch(self) -> bool:
         """Wake the thread; returns False if it cannot start, and nothing may be delayed."""
         if self._watcher is None:
-            watcher = threading.Thread(target=self._look, name="outbox", daemon=True)
+            watcher = threading.Thread(target=self._run_watcher, name="outbox", daemon=True)
             try:
                 watcher.start()
             except RuntimeError:  # no memory for it
@@ -106,7 +106,7 @@ class Outbox:
         self._watched.set()
         return True
 
-    def _look(self) -> None:
+    def _run_watcher(self) -> None:
         while self._watched.wait():
             time.sleep(WATCH_S)
             with self._lock:
@@ -226,7 +226,7 @@ class InferenceExecutor:
 
         A cancelled request is not decoded: a long text would take longer than the client waits.
         """
-        if self._dropped(infer.id):
+        if self._drop_cancelled(infer.id):
             return None
         came_ns = time.monotonic_ns()
         try:
@@ -245,7 +245,7 @@ class InferenceExecutor:
     def run(self, batch: Sequence[BatchRequest]) -> None:
         """Run a batch at once or, if a request makes it fail, one request after the other."""
         if len(batch) > 1:
-            batch = [request for request in batch if not self._dropped(request.number)]
+            batch = [request for request in batch if not self._drop_cancelled(request.number)]
         if len(batch) > 1 and self._run_at_once(batch):
             return
         for request in batch:
@@ -319,7 +319,7 @@ class InferenceExecutor:
             return True
         return False
 
-    def _dropped(self, number: int) -> bool:
+    def _drop_cancelled(self, number: int) -> bool:
         dropped = self._cancellation.drop(number)
         if dropped:
             self._fail(number, InferenceCancelled())

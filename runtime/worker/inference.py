@@ -89,7 +89,7 @@ def decode_text(tensor: Tensor) -> Any:
     if found == shape:
         return array
     if found == (shape[:depth] if depth > 1 else (math.prod(shape),)):
-        return _reshaped(name, array, shape)
+        return _reshape(name, array, shape)
     raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
 
 
@@ -163,7 +163,7 @@ def _fits(values: list[Any]) -> bool:
     return bool(numbers.max() < _FP32_BOUND and numbers.min() > -_FP32_BOUND)
 
 
-def _reshaped(name: str, array: Any, shape: tuple[int, ...]) -> Any:
+def _reshape(name: str, array: Any, shape: tuple[int, ...]) -> Any:
     try:
         return array.reshape(shape)
     except ValueError:
@@ -332,7 +332,7 @@ def to_array(tensor: Tensor) -> Any:
         flat: Any = np.empty(len(elements), object)
         flat[:] = elements
     else:
-        flat = _aligned(np.frombuffer(tensor.data, _TYPES[tensor.datatype]))
+        flat = _align(np.frombuffer(tensor.data, _TYPES[tensor.datatype]))
         if tensor.datatype == "BOOL" and flat.view(np.uint8).max(initial=0) > 1:
             raise InvalidInput(f"input {tensor.name!r}: a BOOL is a byte of 0 or 1")
     if flat.shape == tensor.shape:
@@ -344,7 +344,7 @@ def to_array(tensor: Tensor) -> Any:
         raise InvalidInput(f"input {tensor.name!r} has {flat.size} elements, not those of {shape}") from None
 
 
-def _aligned(flat: Any) -> Any:
+def _align(flat: Any) -> Any:
     """Return the array, or an aligned copy, so that results do not depend on its address.
 
     ONNX Runtime's sums differ in their last bits if an input does not begin at a multiple of 16.

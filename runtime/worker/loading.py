@@ -80,7 +80,7 @@ class FileHashing:
     @property
     def known(self) -> tuple[HashedFile, ...] | None:
         """The hashed files if all are known; else None."""
-        hashes = [_loaded(file, sha256) for file, sha256 in self.files if sha256 is not None]
+        hashes = [_with_hash(file, sha256) for file, sha256 in self.files if sha256 is not None]
         return tuple(hashes) if len(hashes) == len(self.files) else None
 
 
@@ -147,7 +147,7 @@ class LoadMonitor:
             before, self._seen = self._seen, memory.read_resident()
             peak = self._seen.anonymous_bytes
             if self._seen.peak_bytes > before.peak_bytes:  # at some moment since then
-                peak = max(peak, self._seen.peak_bytes - max(_of_files(before), _of_files(self._seen)))
+                peak = max(peak, self._seen.peak_bytes - max(_file_bytes(before), _file_bytes(self._seen)))
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, peak)
 
     def _run(self) -> None:
@@ -161,7 +161,7 @@ class LoadMonitor:
         for hashing in self._hashings:
             try:
                 for file, sha256 in hashing.files:
-                    hashing.hashed.append(_loaded(file, sha256 or self._digest(hashing.folder, file)))
+                    hashing.hashed.append(_with_hash(file, sha256 or self._digest(hashing.folder, file)))
             except Exception as error:  # noqa: BLE001 - `result` raises it
                 hashing.problem = error
         self.hashing_us = (time.perf_counter_ns() - started) // 1000
@@ -184,7 +184,7 @@ class LoadMonitor:
         return digest.hexdigest()
 
 
-def _of_files(seen: memory.Resident) -> int:
+def _file_bytes(seen: memory.Resident) -> int:
     return seen.all_bytes - seen.anonymous_bytes
 
 
@@ -192,7 +192,7 @@ def _key(file: FoundFile | HashedFile) -> tuple[str, int, int, int, int, int]:
     return file.path, file.dev, file.inode, file.bytes, file.mtime_ns, file.ctime_ns
 
 
-def _loaded(file: FoundFile, sha256: str) -> HashedFile:
+def _with_hash(file: FoundFile, sha256: str) -> HashedFile:
     return HashedFile(*_key(file), sha256=sha256)
 
 
@@ -210,7 +210,7 @@ class CachedModel:
     """
 
     def __init__(self, prepared: CachedCopy, sources: FileHashing) -> None:
-        self.hashing = FileHashing(Path(prepared.folder), _look(prepared), prepared.files)
+        self.hashing = FileHashing(Path(prepared.folder), _find_cached_files(prepared), prepared.files)
         self.model_file = str(self.hashing.folder / MODEL_FILE)
         self.sha256 = prepared.sha256
         self.bytes = sum(file.bytes for file in prepared.files)
@@ -240,7 +240,7 @@ class CachedModel:
             raise CachedModelUnusable("it was made of other files than those to load")
 
 
-def _look(prepared: CachedCopy) -> list[FoundFile]:
+def _find_cached_files(prepared: CachedCopy) -> list[FoundFile]:
     folder = Path(prepared.folder)
     if not any(file.path == MODEL_FILE for file in prepared.files):
         raise CachedModelUnusable(f"it has no {MODEL_FILE}")
@@ -341,7 +341,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     folder, root, before = identify_files(order)
     on_stage("loading")
     sources = FileHashing(folder, before, order.known)
-    form, why_not = _given_form(order.prepared, sources)
+    form, why_not = _find_cached_model(order.prepared, sources)
     used = None if form is None else order.prepared
     if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), used):
         disable_huge_pages()
@@ -358,7 +358,9 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     return made.model, _report(made, files, monitor)
 
 
-def _given_form(prepared: CachedCopy | None, sources: FileHashing) -> tuple[CachedModel | None, str | None]:
+def _find_cached_model(
+    prepared: CachedCopy | None, sources: FileHashing
+) -> tuple[CachedModel | None, str | None]:
     """Return the cached model of a load, or the reason why it cannot be used."""
     if prepared is None:
         return None, None
@@ -383,22 +385,22 @@ class _Loading:
         """Create the session from the cached model if possible, else from the repository's files."""
         if form is not None:
             try:
-                return self._of_form(form)
+                return self._load_form(form)
             except CachedModelUnusable as unusable:
                 why_not = str(unusable)
             self._monitor.watch()
         chosen = sessions.session_options(self._order.threads)
         session = sessions.create_checked(folder, root, chosen, self._order.memory_limit_bytes)
-        return replace(self._ready(session, _since(self._started_ns)), prepared_failure=why_not)
+        return replace(self._ready(session, _elapsed_us(self._started_ns)), prepared_failure=why_not)
 
-    def _of_form(self, form: CachedModel) -> _Made:
+    def _load_form(self, form: CachedModel) -> _Made:
         chosen = sessions.saved_graph_options(self._order.threads)
-        with _of_the_form():
+        with _translate_form_errors():
             session = sessions.create_session(form.model_file, chosen, self._order.memory_limit_bytes)
-        loading_us = _since(self._started_ns)
+        loading_us = _elapsed_us(self._started_ns)
         self._monitor.sample()
         form.check(self._monitor)
-        with _of_the_form():
+        with _translate_form_errors():
             return replace(self._ready(session, loading_us), prepared=form.sha256)
 
     def _ready(self, session: ort.InferenceSession, loading_us: int) -> _Made:
@@ -409,7 +411,7 @@ class _Loading:
 
 
 @contextmanager
-def _of_the_form() -> Iterator[None]:
+def _translate_form_errors() -> Iterator[None]:
     """Turn every problem into one of the form: a problem of the model comes again in the bare load.
 
     Except out of memory: a form's session may take more of it, and this process does not get it back.
@@ -436,7 +438,7 @@ def _report(made: _Made, files: tuple[HashedFile, ...], monitor: LoadMonitor) ->
         peak_memory_bytes=max(monitor.peak_anonymous_bytes - shared_bytes, memory_bytes),
         loading_us=made.loading_us,
         hashing_us=monitor.hashing_us,
-        measuring_us=_since(started),
+        measuring_us=_elapsed_us(started),
         warming_up_us=made.warming_up_us,
         prepared=made.prepared,
         prepared_failure=None if made.prepared_failure is None else _line(made.prepared_failure),
@@ -447,5 +449,5 @@ def _line(text: str) -> str:
     return plain_text(" ".join(text.split()))
 
 
-def _since(started_ns: int) -> int:
+def _elapsed_us(started_ns: int) -> int:
     return (time.perf_counter_ns() - started_ns) // 1000

@@ -90,12 +90,12 @@ class _Worker:
         """Run all waiting requests, and those that arrive meanwhile."""
         while queue:
             wait_ns = queue.wait_ns(time.monotonic_ns())
-            if wait_ns is not None and self._more_within(wait_ns) and not self._read():
+            if wait_ns is not None and self._wait_for_more(wait_ns) and not self._read():
                 return
             if not wait_ns:  # full or due: later requests belong to the next batch
                 executor.run(queue.take())
 
-    def _more_within(self, wait_ns: int) -> bool:
+    def _wait_for_more(self, wait_ns: int) -> bool:
         """Wait this long for the channel to become readable."""
         if wait_ns:
             self._outbox.flush()

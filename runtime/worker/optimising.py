@@ -81,7 +81,7 @@ def align_weights(model: Path, weights: Path) -> None:
         return
     moves = _Moves(weights.name)
     try:
-        data = _rewritten(MessageKind.MODEL, memoryview(model.read_bytes()), moves)
+        data = _rewrite(MessageKind.MODEL, memoryview(model.read_bytes()), moves)
     except Unparsable as problem:
         raise _not_known(str(problem)) from None
     moved = weights.with_suffix(".moved")
@@ -127,7 +127,7 @@ class _Moves:
         return piece
 
 
-def _rewritten(kind: MessageKind, data: memoryview, moves: _Moves, depth: int = 0) -> bytes:
+def _rewrite(kind: MessageKind, data: memoryview, moves: _Moves, depth: int = 0) -> bytes:
     """Return a message with updated references to weights."""
     if depth > MAX_DEPTH:
         raise _not_known("messages nested too deeply")
@@ -139,12 +139,12 @@ def _rewritten(kind: MessageKind, data: memoryview, moves: _Moves, depth: int = 
         elif inner is MessageKind.EXTERNAL_DATA:
             entries |= [_entry(content)]
         else:
-            parts.append(_field(number, _rewritten(inner, content, moves, depth + 1)))
-    parts += [_field(EXTERNAL_DATA_FIELD, _entry_of(*entry)) for entry in _moved(entries, moves)]
+            parts.append(_field(number, _rewrite(inner, content, moves, depth + 1)))
+    parts += [_field(EXTERNAL_DATA_FIELD, _entry_of(*entry)) for entry in _move_entries(entries, moves)]
     return b"".join(parts)
 
 
-def _moved(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str, str]]:
+def _move_entries(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str, str]]:
     """Yield the updated entries of a tensor's external data."""
     if not entries:
         return
@@ -237,7 +237,7 @@ def _prepare(order: Prepare) -> PrepareDone:
             finally:
                 check_unchanged(before, folder, root)
         align_weights(target / MODEL_FILE, target / WEIGHTS_FILE)
-    files = _written(target)
+    files = _hash_written(target)
     return PrepareDone(files, sources, (time.perf_counter_ns() - started) // 1000)
 
 
@@ -304,7 +304,7 @@ def _probe(target: Path) -> None:
         probe.write(bytes(PROBE_BYTES))
 
 
-def _written(target: Path) -> tuple[HashedFile, ...]:
+def _hash_written(target: Path) -> tuple[HashedFile, ...]:
     """Return the written files with hashes, if they are a model that refers only to its own weights."""
     try:
         locations = set(external_locations(target / MODEL_FILE))

@@ -146,7 +146,7 @@ def create_checked(
         return create_session(str(path), chosen, limit_bytes)
     with path.open("rb") as file:
         beginning = file.read(UNREADABLE_BYTES)
-    create_session(beginning, _isolated(session_options(1)), limit_bytes)  # its own words for what is wrong
+    create_session(beginning, _isolate(session_options(1)), limit_bytes)  # its own words for what is wrong
     raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
 
 
@@ -188,7 +188,7 @@ def limit_resource(kind: int, limit_bytes: int) -> None:
     resource.setrlimit(kind, (allowed, allowed))
 
 
-def _isolated(chosen: ort.SessionOptions) -> ort.SessionOptions:
+def _isolate(chosen: ort.SessionOptions) -> ort.SessionOptions:
     """Keep a model given as bytes from reading any file.
 
     By default ONNX Runtime (1.31, measured) resolves references from the working directory. Beneath

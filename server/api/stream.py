@@ -27,7 +27,7 @@ from events.tail import PACE_S, Batch, Tail, Tails
 from runtime.consumer.consumer import Consumer
 from server.auth.gate import InvalidToken, Verifier, bearer_token
 from server.errors import ServerProblem
-from server.http.compression import accepted
+from server.http.compression import parse_accept
 
 RETRY_MS = 1000
 """Milliseconds until a browser reconnects."""
@@ -107,7 +107,7 @@ NDJSON = JsonLines()
 
 def chosen_form(accept: str | None) -> Form:
     """Return the form that Accept prefers; JSON lines only if it names them."""
-    weights = accepted(accept)
+    weights = parse_accept(accept)
     lines = weights.get(NDJSON.media_type, 0.0)
     return NDJSON if lines > weights.get(SSE.media_type, 0.0) else SSE
 
@@ -172,7 +172,7 @@ class Stages:
                 self._seen[job.id] = JobStage(self.changes, job.id, job.model_id, *now)
         return self.changes > before
 
-    def since(self, change: int, wanted: EventFilter) -> Iterator[JobStage]:
+    def changed_since(self, change: int, wanted: EventFilter) -> Iterator[JobStage]:
         """Yield the stages after a change that match a filter; stages have no actor."""
         if change >= self.changes or wanted.actors or (wanted.types and STAGE not in wanted.types):
             return
@@ -306,7 +306,7 @@ class StreamToken:
         claims = jwt.decode(token, options={"verify_signature": False})
         return cls(verifier, token, float(claims["exp"]))
 
-    def valid(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether the token is still valid."""
         try:
             self.verifier.verify(self.token, time.time())
@@ -397,7 +397,7 @@ class EventStream:
             self._live = True
             yield self._bookmark(position)
             yield self.form.notice("live", {"position": position})
-        for stage in self.streams.stages.since(self._stages, self.tail.event_filter):
+        for stage in self.streams.stages.changed_since(self._stages, self.tail.event_filter):
             yield self.form.notice(STAGE, stage.members)
         self._stages = self.streams.stages.changes
 
@@ -414,7 +414,7 @@ class EventStream:
         """Return why the stream ends; None while it continues."""
         if self.streams.tails.closed:
             return "the server stops"
-        if self.ticket.valid():
+        if self.ticket.is_valid():
             return None
         return "the token is no longer valid: reconnect with a new one"
 

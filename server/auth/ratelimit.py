@@ -91,7 +91,7 @@ class Windows:
             self._counters.popitem(last=False)
         return counted + 1, ends_at - now
 
-    def counted(self, who: str) -> tuple[int, float]:
+    def peek(self, who: str) -> tuple[int, float]:
         """Return the same without counting."""
         counted, ends_at = self._counters.get(who, (0, 0.0))
         left_s = ends_at - self._clock()
@@ -146,7 +146,7 @@ class RateLimits:
         """
         if self._failures is None:
             return
-        counted, left_s = self._failures.counted(peer_of(peer))
+        counted, left_s = self._failures.peek(peer_of(peer))
         if counted >= self._failures.amount:
             raise TooManyFailures(_quota(AUTH_FAILURES, self._failures, counted, left_s))
 

@@ -38,7 +38,7 @@ class MalformedCoding(ServerProblem):
     code = "invalid_request"
 
 
-def decompressed(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
+def inflate(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
     """Return the decompressed body; without a Content-Encoding, the body itself.
 
     Never more than `max_bytes` are decompressed. Several fields are one `encoding`, separated by commas.
@@ -66,30 +66,30 @@ def decompressed(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
     return unpacked
 
 
-def compressed(buffers: Iterable[Buffer], encoding: str) -> bytes:
+def deflate(buffers: Iterable[Buffer], encoding: str) -> bytes:
     """Return the buffers, joined and compressed with a coding of `CODINGS`."""
     deflater = zlib.compressobj(LEVEL, zlib.DEFLATED, _WINDOW[encoding])
     return b"".join([*(deflater.compress(buffer) for buffer in buffers), deflater.flush()])
 
 
 async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
-    """Do as `decompressed`, in a thread if the body is large, or becomes so."""
+    """Do as `inflate`, in a thread if the body is large, or becomes so."""
     if _coding(encoding) is None:
         return body
     if len(body) <= INLINE_BYTES:
         try:
-            return decompressed(body, encoding, min(max_bytes, INLINE_BYTES))
+            return inflate(body, encoding, min(max_bytes, INLINE_BYTES))
         except BodyTooLarge:
             if max_bytes <= INLINE_BYTES:
                 raise
-    return await asyncio.to_thread(decompressed, body, encoding, max_bytes)
+    return await asyncio.to_thread(inflate, body, encoding, max_bytes)
 
 
 async def compress(buffers: list[Buffer], encoding: str) -> bytes:
-    """Do as `compressed`, in a thread if the body is large."""
+    """Do as `deflate`, in a thread if the body is large."""
     if sum(len(buffer) for buffer in buffers) <= INLINE_BYTES:
-        return compressed(buffers, encoding)
-    return await asyncio.to_thread(compressed, buffers, encoding)
+        return deflate(buffers, encoding)
+    return await asyncio.to_thread(deflate, buffers, encoding)
 
 
 @lru_cache(maxsize=64)
@@ -99,14 +99,14 @@ def chosen_encoding(accept_encoding: str | None) -> str | None:
     By RFC 9110 section 12.5.3, with gzip among equals. If no coding fits, the response has none, as that
     section allows. Malformed members of the field are ignored.
     """
-    weights = {_ALIASES.get(name, name): weight for name, weight in accepted(accept_encoding).items()}
+    weights = {_ALIASES.get(name, name): weight for name, weight in parse_accept(accept_encoding).items()}
     others = weights.get("*", 0.0)
     best = max(CODINGS, key=lambda coding: weights.get(coding, others))
     weight = weights.get(best, others)
     return best if weight > 0 and weight >= weights.get("identity", 0.0) else None
 
 
-def accepted(field: str | None) -> dict[str, float]:
+def parse_accept(field: str | None) -> dict[str, float]:
     """Return the weight of each member of an Accept or Accept-Encoding field, without malformed ones."""
     weights = {}
     for member in (field or "").lower().split(","):

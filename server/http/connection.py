@@ -265,7 +265,7 @@ def _connection(request: web.BaseRequest) -> GuardedConnection | None:
     return None if transport is None else cast("GuardedConnection", transport.get_protocol())
 
 
-def _guarded(handler: RequestHandler) -> RequestHandler:
+def _guard(handler: RequestHandler) -> RequestHandler:
     """Return a handler that notifies connections of requests, and answers only probes in the reserve."""
 
     def handle(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
@@ -301,7 +301,7 @@ async def listening(
     Raises:
         OSError: the address cannot be listened on.
     """
-    wrap_handler(server, _guarded)
+    wrap_handler(server, _guard)
     listener = await asyncio.get_running_loop().create_server(
         lambda: GuardedConnection(server, limits),
         host,

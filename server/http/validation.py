@@ -86,7 +86,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     read: dict[str, Any] = {}
     for key, value in pairs:
         if key in read:
-            raise InvalidJson(f"the key {_shown(key)} appears twice in one object")
+            raise InvalidJson(f"the key {_quote(key)} appears twice in one object")
         read[key] = value
     return read
 
@@ -98,7 +98,7 @@ def _constant(literal: str) -> NoReturn:
 def _float(literal: str) -> float:
     number = float(literal)
     if not math.isfinite(number):
-        raise InvalidJson(f"{_shown(literal)} is out of range")
+        raise InvalidJson(f"{_quote(literal)} is out of range")
     return number
 
 
@@ -113,7 +113,7 @@ def _check(value: Any, depth: int = 0) -> None:
             _check(member, depth + 1)
 
 
-def _shown(text: str) -> str:
+def _quote(text: str) -> str:
     shown = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"
     return json.dumps(shown, ensure_ascii=False)
 

@@ -58,7 +58,7 @@ class Tracing:
                 is_part = trace.get_current_span(parent).get_span_context().is_valid
                 if not is_part and match_inference(request) and random.random() >= share:  # noqa: S311 - a sample
                     return await inner(request)
-                attributes = _without_none(
+                attributes = _drop_none(
                     {
                         "http.request.method": request.method,
                         "url.path": path_without_query(request),
@@ -97,7 +97,7 @@ class Tracing:
             "error.type": job.error.code if job.error is not None else None,
         }
         began_ns = _nanoseconds(job.created_at)
-        span = self._tracer.start_span(job.kind, parent, attributes=_without_none(named), start_time=began_ns)
+        span = self._tracer.start_span(job.kind, parent, attributes=_drop_none(named), start_time=began_ns)
         inside = trace.set_span_in_context(span)
         for name, first_ns, last_ns in _stages(job, end, ended_ns):
             self._tracer.start_span(name, inside, start_time=first_ns).end(last_ns)
@@ -112,7 +112,7 @@ class Tracing:
         closing.join(CLOSE_S)
 
 
-def _without_none(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
+def _drop_none(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
     return {name: value for name, value in attributes.items() if value is not None}
 
 
@@ -133,7 +133,7 @@ def _set_response(
         "loadledger.subject": principal.subject if principal is not None else None,
         "error.type": code or str(status) if is_fault else None,
     }
-    span.set_attributes(_without_none(named))
+    span.set_attributes(_drop_none(named))
     if is_fault:
         span.set_status(trace.StatusCode.ERROR)
 

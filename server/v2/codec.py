@@ -81,9 +81,9 @@ def check_parameters(where: str, parameters: Parameters) -> None:
             if not any(type(value) is type(each) and value == each for each in neutral):
                 raise InvalidInput(f"{where}the parameter '{name}' is not supported; leave it out")
         elif name.startswith("shared_memory_"):
-            raise InvalidInput(f"{where}'{shown(name)}': shared memory is not supported; send the data")
+            raise InvalidInput(f"{where}'{shorten(name)}': shared memory is not supported; send the data")
         elif name.startswith("triton_"):
-            raise InvalidInput(f"{where}the parameter '{shown(name)}' is not supported; leave it out")
+            raise InvalidInput(f"{where}the parameter '{shorten(name)}' is not supported; leave it out")
 
 
 def timeout_us(parameters: Parameters) -> int | None:
@@ -112,7 +112,7 @@ def binary_output(where: str, parameters: Parameters, name: str, *, default: boo
     raise InvalidInput(f"{where}the parameter '{name}' must be true or false")
 
 
-def shown(name: str) -> str:
+def shorten(name: str) -> str:
     """Return a client's name, shortened for a message."""
     return plain_text(name, _SHOWN_BYTES)
 
@@ -192,9 +192,9 @@ def header_length(fields: Sequence[str] | str | None, body_length: int) -> int |
     if value is not fields and len(fields) > 1:
         raise InvalidInput(f"{HEADER_LENGTH} must be given once")
     if not (value.isascii() and value.isdigit()):
-        raise InvalidInput(f"{HEADER_LENGTH} must be a number of bytes, not '{shown(value)}'")
+        raise InvalidInput(f"{HEADER_LENGTH} must be a number of bytes, not '{shorten(value)}'")
     if len(value) > _LENGTH_DIGITS or int(value) > body_length:
-        raise InvalidInput(f"{HEADER_LENGTH} is {shown(value)}, but the body has {body_length} bytes")
+        raise InvalidInput(f"{HEADER_LENGTH} is {shorten(value)}, but the body has {body_length} bytes")
     return int(value)
 
 
@@ -236,10 +236,10 @@ def _tensors(inputs: list[_Input], body: memoryview, start: int) -> tuple[Tensor
         if parameters:
             size = parameters.get("binary_data_size")
             if size is None or len(parameters) > 1:
-                check_parameters(f"input '{shown(item.name)}': ", parameters)
+                check_parameters(f"input '{shorten(item.name)}': ", parameters)
         if item.datatype not in DATATYPES:
             known = ", ".join(DATATYPES)
-            raise _wrong(item, f"'{shown(item.datatype)}' is no datatype; known: {known}")
+            raise _invalid_input(item, f"'{shorten(item.datatype)}' is no datatype; known: {known}")
         if size is None:
             tensors.append(Tensor(item.name, item.datatype, item.shape, _text(item), text=True))
         else:
@@ -253,24 +253,24 @@ def _tensors(inputs: list[_Input], body: memoryview, start: int) -> tuple[Tensor
 
 def _text(item: _Input) -> memoryview:
     if item.data is _NO_DATA:
-        raise _wrong(item, "data is missing: give either data or the parameter binary_data_size")
+        raise _invalid_input(item, "data is missing: give either data or the parameter binary_data_size")
     if item.datatype in _BINARY_ONLY:
-        raise _wrong(item, f"{item.datatype} cannot be sent as JSON; use the binary data form")
+        raise _invalid_input(item, f"{item.datatype} cannot be sent as JSON; use the binary data form")
     return memoryview(item.data)
 
 
 def _binary(item: _Input, size: float | str, body: memoryview, start: int) -> memoryview:
     if item.data is not _NO_DATA:
-        raise _wrong(item, "give either data or the parameter binary_data_size, not both")
+        raise _invalid_input(item, "give either data or the parameter binary_data_size, not both")
     if type(size) is not int or size < 0:
-        raise _wrong(item, "the parameter binary_data_size must be a number of bytes")
+        raise _invalid_input(item, "the parameter binary_data_size must be a number of bytes")
     data, element = body[start : start + size], DATATYPES[item.datatype].size
     if element and math.prod(item.shape) * element != size:
         expected = f"{item.datatype} of shape {list(item.shape)}"
-        raise _wrong(item, f"binary_data_size is {size}, which is not the size of {expected}")
+        raise _invalid_input(item, f"binary_data_size is {size}, which is not the size of {expected}")
     if len(data) != size:
         text = f"binary_data_size is {size}, but only {len(data)} bytes of the body are left for it"
-        raise _wrong(item, f"{text}; {HEADER_LENGTH} must say where the JSON ends")
+        raise _invalid_input(item, f"{text}; {HEADER_LENGTH} must say where the JSON ends")
     return data
 
 
@@ -279,7 +279,7 @@ def _outputs(outputs: list[_Output], default: bool) -> tuple[WantedOutput, ...]:
     for item in outputs:
         text, parameters = default, item.parameters
         if parameters:
-            where = f"output '{shown(item.name)}': "
+            where = f"output '{shorten(item.name)}': "
             text = not binary_output(where, parameters, "binary_data", default=not default)
             if len(parameters) > 1 or "binary_data" not in parameters:
                 check_parameters(where, parameters)
@@ -295,8 +295,8 @@ def _check_head(text: Buffer) -> None:
         raise InvalidInput(f"the request without its tensors' data {reason}")
 
 
-def _wrong(item: _Input, text: str) -> InvalidInput:
-    return InvalidInput(f"input '{shown(item.name)}': {text}")
+def _invalid_input(item: _Input, text: str) -> InvalidInput:
+    return InvalidInput(f"input '{shorten(item.name)}': {text}")
 
 
 def decode_raw(body: Buffer, inputs: Sequence[TensorSpec], *, max_batch_size: int = 0) -> InferenceRequest:
@@ -311,11 +311,13 @@ def decode_raw(body: Buffer, inputs: Sequence[TensorSpec], *, max_batch_size: in
     spec = _required_input(inputs)
     datatype = DATATYPES.get(spec.datatype)
     if datatype is None:
-        raise InvalidInput(f"input '{shown(spec.name)}' is {shown(spec.datatype)}, which has no binary form")
+        raise InvalidInput(
+            f"input '{shorten(spec.name)}' is {shorten(spec.datatype)}, which has no binary form"
+        )
     shape = (1, *spec.shape[1:]) if max_batch_size and spec.shape else spec.shape
     data: Buffer = memoryview(body)
     if datatype.size:
-        shape = _filled(spec.name, shape, len(body), datatype.size)
+        shape = _fill_dimension(spec.name, shape, len(body), datatype.size)
     else:
         shape, data = _one_element(spec.name, shape, body)
     return InferenceRequest(None, None, (Tensor(spec.name, spec.datatype, shape, data),), (), text=False)
@@ -329,24 +331,24 @@ def _required_input(inputs: Sequence[TensorSpec]) -> TensorSpec:
     return needed[0]
 
 
-def _filled(name: str, shape: tuple[int, ...], size: int, element: int) -> tuple[int, ...]:
+def _fill_dimension(name: str, shape: tuple[int, ...], size: int, element: int) -> tuple[int, ...]:
     """Return the shape, with its variable dimension from the data's size."""
     variable = shape.count(-1)
     if variable > 1:
         text = f"{list(shape)} has {variable} variable dimensions; send a request with its shape"
-        raise InvalidInput(f"input '{shown(name)}': {text}")
+        raise InvalidInput(f"input '{shorten(name)}': {text}")
     known = element * math.prod(length for length in shape if length != -1)
     length = size // known if known else 0
     if known * (length if variable else 1) != size or length > MAX_DIMENSION:
         text = f"the body's {size} bytes do not make elements of {element} bytes in shape {list(shape)}"
-        raise InvalidInput(f"input '{shown(name)}': {text}")
+        raise InvalidInput(f"input '{shorten(name)}': {text}")
     return tuple(length if each == -1 else each for each in shape)
 
 
 def _one_element(name: str, shape: tuple[int, ...], body: Buffer) -> tuple[tuple[int, ...], bytes]:
     if any(length not in (-1, 1) for length in shape) or len(body) > _MAX_ELEMENT_BYTES:
         text = f"the body would be its one element, which shape {list(shape)} has not"
-        raise InvalidInput(f"input '{shown(name)}': {text}")
+        raise InvalidInput(f"input '{shorten(name)}': {text}")
     return (1,) * len(shape), LENGTH.pack(len(body)) + body
 
 

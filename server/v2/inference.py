@@ -126,7 +126,7 @@ async def infer(
             route, (_, outputs) = await router.infer(model_id, version, decoded, timeout_s)
         except (ModelNotLoaded, ModelUnloading):
             ends_at_s = began_s + (longest_s if decoded is None else _timeout_s(decoded, longest_s))
-            async with app[DEMAND].loaded(model_id, version, subject, ends_at_s):
+            async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s):
                 decoded = decoded or _decode(router, model_id, version, body, header_bytes)
                 left_s = ends_at_s - loop.time()
                 route, (_, outputs) = await router.infer(model_id, version, decoded, left_s)

@@ -163,12 +163,12 @@ class OnDemand:
         self.log.notify()
         await asyncio.gather(*self._attempts.values())
 
-    def waiting(self, model_id: str) -> int:
+    def count_waiting(self, model_id: str) -> int:
         """Return the number of inferences that wait for a model."""
         return sum(count for (waited_for, _), count in self._waiting.items() if waited_for == model_id)
 
     @asynccontextmanager
-    async def loaded(
+    async def keep_loaded(
         self, model_id: str, version: int | None, subject: str, ends_at_s: float
     ) -> AsyncIterator[None]:
         """Load a model, and protect it from eviction until the context ends.
@@ -207,7 +207,7 @@ class OnDemand:
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:
         """Wait until any version of the model is ready; cancelling this does not affect other waiters."""
         model_id = demand[0]
-        if self.waiting(model_id) >= self.max_waiting:
+        if self.count_waiting(model_id) >= self.max_waiting:
             raise errors.QueueFull(f"{self.max_waiting} inferences wait for model '{model_id}' already")
         attempt = self._attempts.get(demand)
         if attempt is None:

@@ -164,7 +164,7 @@ async def load_and_wait(request: web.Request) -> web.Response:
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
     parameters = tritonconfig.read_load(await tritonconfig.read_object(request), model_id)
     job = await run_job(request.app, await make_load_command(request.app, model_id, parameters, subject))
-    return _done(job)
+    return _respond_completed(job)
 
 
 @routes.post(
@@ -181,7 +181,7 @@ async def unload_and_wait(request: web.Request) -> web.Response:
     model_id = path_parameters(request)["id"]
     tritonconfig.check_unload(await tritonconfig.read_object(request))
     job = await _unload(request.app, model_id, request[PRINCIPAL].subject)
-    return _done(job)
+    return _respond_completed(job)
 
 
 def _encoded_index(recorded: Mapping[str, Model], repository: Repository, *, only_ready: bool) -> bytes:
@@ -203,7 +203,7 @@ async def _unload(app: web.Application, model_id: str, subject: str) -> Job | No
     return None
 
 
-def _done(job: Job | None) -> web.Response:
+def _respond_completed(job: Job | None) -> web.Response:
     """Return the empty response of a completed job, or of none.
 
     Raises:

@@ -46,8 +46,8 @@ def test_statistics_of_idle_load_are_zero() -> None:
 
 def test_requests_of_one_batch_are_one_execution() -> None:
     statistics = Statistics()
-    statistics.success(Outcome(1, (), 10, 20, 30, 40, batch_size=2, execution_size=5), 200, 1_000)
-    statistics.success(Outcome(2, (), 1, 2, 3, 4, batch_size=3, execution_size=0), 100, 2_000)
+    statistics.count_success(Outcome(1, (), 10, 20, 30, 40, batch_size=2, execution_size=5), 200, 1_000)
+    statistics.count_success(Outcome(2, (), 1, 2, 3, 4, batch_size=3, execution_size=0), 100, 2_000)
     seen = protocol(statistics)
     assert (seen["inference_count"], seen["execution_count"], seen["last_inference"]) == (5, 1, 2_000)
     assert seen["inference_stats"]["success"] == {"count": 2, "ns": 300}
@@ -59,7 +59,7 @@ def test_requests_of_one_batch_are_one_execution() -> None:
 
 def test_failure_counts_as_failure_only() -> None:
     statistics = Statistics()
-    statistics.failure(7)
+    statistics.count_failure(7)
     seen = protocol(statistics)
     assert seen["inference_stats"].pop("fail") == {"count": 1, "ns": 7}
     assert {counts["count"] for counts in seen["inference_stats"].values()} == {0}
@@ -71,7 +71,7 @@ def test_failure_counts_as_failure_only() -> None:
 def test_statistics_count_successes_within_64_bits(answers: list[Outcome]) -> None:
     statistics = Statistics()
     for answer in answers:
-        statistics.success(answer, answer.queue_ns, 1)
+        statistics.count_success(answer, answer.queue_ns, 1)
     seen = protocol(statistics)
     stats = seen["inference_stats"]
     assert {stats[name]["count"] for name in ("success", "queue", *COMPUTE)} == {len(answers)}
@@ -83,7 +83,7 @@ def test_statistics_count_successes_within_64_bits(answers: list[Outcome]) -> No
 def test_invented_batch_sizes_are_bounded() -> None:
     statistics = Statistics()
     for size in range(1, MAX_SIZES + 100):
-        statistics.success(Outcome(1, (), execution_size=size), 1, 1)
+        statistics.count_success(Outcome(1, (), execution_size=size), 1, 1)
     seen = protocol(statistics)
     assert (len(seen["batch_stats"]), seen["execution_count"]) == (MAX_SIZES, MAX_SIZES + 99)
 
@@ -91,7 +91,7 @@ def test_invented_batch_sizes_are_bounded() -> None:
 def test_durations_fall_into_the_first_bucket_that_holds_them() -> None:
     statistics = Statistics()
     for seconds in (*TOOK_S, 10**6):
-        statistics.success(Outcome(1), round(seconds * 1e9), 1)
+        statistics.count_success(Outcome(1), round(seconds * 1e9), 1)
     assert statistics.took == [1] * (len(TOOK_S) + 1)
 
 
@@ -119,9 +119,9 @@ def test_totals_never_lose_or_repeat_an_inference(steps: list[tuple[str, int, in
         each = live[number]
         for counts in (each.statistics, expected[each.model_id]):
             if step == "ask":  # also of a load that is over: an answer may come to be counted last
-                counts.success(Outcome(1, (), 1, 2, 3, 4), took_ns, 5)
+                counts.count_success(Outcome(1, (), 1, 2, 3, 4), took_ns, 5)
             elif step == "fail":
-                counts.failure(took_ns)
+                counts.count_failure(took_ns)
         if step == "end":
             totals.end(each)
             there.discard(number)
@@ -136,7 +136,7 @@ def test_totals_sum_up_models_beyond_the_limit() -> None:
     totals = InferenceTotals(ModelLabels(1))
     live = [load(name) for name in ("a", "b", "c")]
     for each in live:
-        each.statistics.failure(1)
+        each.statistics.count_failure(1)
     expected = {"a": 1, "_others": 2}
     assert {name: counts.failures for name, counts in totals.with_live(live).items()} == expected
     for each in live:

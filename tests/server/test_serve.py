@@ -43,7 +43,7 @@ def test_notifier_reaches_abstract_socket(tmp_path: Path) -> None:
 async def test_notifier_without_manager_sends_nothing() -> None:
     notifier = Notifier({"WATCHDOG_USEC": "1000"})
     notifier.ready("http://127.0.0.1:8080")
-    await notifier.live()
+    await notifier.notify_watchdog()
 
 
 @pytest.mark.parametrize("where", ["none", "n" * 200, "full"])
@@ -65,7 +65,7 @@ def test_unreachable_manager_is_logged_once(
 
 async def test_watchdog_is_notified_twice_a_period(manager: socket.socket) -> None:
     environment = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "20000"}
-    living = asyncio.create_task(Notifier(environment | {"WATCHDOG_PID": str(os.getpid())}).live())
+    living = asyncio.create_task(Notifier(environment | {"WATCHDOG_PID": str(os.getpid())}).notify_watchdog())
     manager.setblocking(False)
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(LIMIT_S):
@@ -82,7 +82,7 @@ async def test_watchdog_is_notified_twice_a_period(manager: socket.socket) -> No
 async def test_watchdog_of_another_process_is_not_notified(
     manager: socket.socket, watchdog: dict[str, str]
 ) -> None:
-    await Notifier({"NOTIFY_SOCKET": manager.getsockname()} | watchdog).live()
+    await Notifier({"NOTIFY_SOCKET": manager.getsockname()} | watchdog).notify_watchdog()
     manager.setblocking(False)
     with pytest.raises(BlockingIOError):
         manager.recv(4096)

@@ -56,7 +56,7 @@ async def test_demo_whose_server_dies_exits_with_1() -> None:
 
 
 async def test_server_that_does_not_stop_is_killed(repository: Path, tmp_path: Path) -> None:
-    context = demo._serving(repository, tmp_path / "data")
+    context = demo._serve(repository, tmp_path / "data")
     server = context.__enter__()
     await freeze(server.process.pid)
     with pytest.raises(demo._Failed, match=r"stops within 0\.1 s"):
@@ -66,7 +66,7 @@ async def test_server_that_does_not_stop_is_killed(repository: Path, tmp_path: P
 
 
 def test_memory_figure_ignores_other_processes_with_same_libraries(repository: Path, tmp_path: Path) -> None:
-    with demo._serving(repository, tmp_path / "data") as server:
+    with demo._serve(repository, tmp_path / "data") as server:
         alone = server.memory_bytes()
         with other_process():
             assert abs(server.memory_bytes() - alone) < MB

@@ -80,7 +80,7 @@ async def test_crash_at_inference_fails_all_in_flight(serve: Serve) -> None:
     results = await asyncio.gather(*(ask(worker, inputs) for _ in range(3)), return_exceptions=True)
     assert [type(result) for result in results] == 3 * [WorkerDied]
     assert worker.in_flight == 0
-    await worker.drained()
+    await worker.wait_until_drained()
     for again in (ask(worker, inputs), worker.measure()):
         with pytest.raises(WorkerDied):
             await again
@@ -129,7 +129,7 @@ async def test_cancelled_inference_makes_way_for_the_next(serve: Serve) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await ask(worker, [trips(ENDLESS)])
-    await worker.drained()
+    await worker.wait_until_drained()
     endless, queued, dropped = (
         asyncio.ensure_future(answer(worker, trips(count))) for count in (ENDLESS, 5, ENDLESS)
     )
@@ -138,7 +138,7 @@ async def test_cancelled_inference_makes_way_for_the_next(serve: Serve) -> None:
     dropped.cancel()
     endless.cancel()
     assert await queued == 5
-    await worker.drained()
+    await worker.wait_until_drained()
     assert worker.in_flight == 0
     assert endless.cancelled()
     assert dropped.cancelled()

@@ -335,7 +335,7 @@ async def test_cancelled_requests_leave_their_batch_running(
         await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT_S):
         assert {n: (await tasks[n])[0] for n in answers} == answers
-        await worker.drained()
+        await worker.wait_until_drained()
 
 
 @pytest.mark.parametrize(

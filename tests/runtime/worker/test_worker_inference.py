@@ -239,7 +239,7 @@ async def test_answer_is_sent_before_an_endless_run(serve: Serve) -> None:
         async with asyncio.timeout(LIMIT_S):
             assert await asyncio.gather(*quick) == [1, 2]
         endless.cancel()
-        await worker.drained()
+        await worker.wait_until_drained()
 
 
 async def test_outcome_has_the_durations_of_each_step(serve: Serve) -> None:

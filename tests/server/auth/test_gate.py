@@ -236,7 +236,7 @@ def test_full_memory_forgets_the_least_recently_used_counter() -> None:
     windows = Windows(RateLimit(9, 60), Clock(), capacity=2)
     for key in ("a", "b", "a", "c", "a"):
         windows.count(key)
-    assert [windows.counted(key)[0] for key in ("a", "b", "c")] == [3, 0, 1]
+    assert [windows.peek(key)[0] for key in ("a", "b", "c")] == [3, 0, 1]
     assert len(windows) == 2
 
 

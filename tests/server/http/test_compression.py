@@ -23,10 +23,10 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.decompress, "deflate
 @given(st.lists(st.binary(max_size=50)), st.sampled_from(compression.CODINGS))
 def test_compressed_body_round_trips(parts: list[bytes], coding: str) -> None:
     buffers: list[Buffer] = [*parts, memoryview(b"end")]
-    packed, plain = compression.compressed(buffers, coding), b"".join(buffers)
-    assert compression.decompressed(packed, coding, len(plain)) == plain
+    packed, plain = compression.deflate(buffers, coding), b"".join(buffers)
+    assert compression.inflate(packed, coding, len(plain)) == plain
     assert UNPACK[coding](packed) == plain
-    assert compression.decompressed(PACK[coding](plain), coding.upper(), len(plain)) == plain
+    assert compression.inflate(PACK[coding](plain), coding.upper(), len(plain)) == plain
 
 
 @pytest.mark.parametrize("coding", compression.CODINGS)
@@ -42,9 +42,9 @@ async def test_compression_is_the_same_in_a_thread(coding: str, size: int) -> No
 async def test_identity_and_old_name_of_gzip_are_known() -> None:
     body = bytes(compression.INLINE_BYTES * 2)
     for encoding in (None, "", " ", "identity", "Identity"):
-        assert compression.decompressed(body, encoding, 1) is body
+        assert compression.inflate(body, encoding, 1) is body
         assert await compression.decompress(body, encoding, 1) is body
-    assert compression.decompressed(gzip.compress(b"a"), "x-gzip", 1) == b"a"
+    assert compression.inflate(gzip.compress(b"a"), "x-gzip", 1) == b"a"
 
 
 @pytest.mark.parametrize("coding", compression.CODINGS)
@@ -55,7 +55,7 @@ async def test_bomb_is_decompressed_up_to_the_limit(coding: str) -> None:
         await compression.decompress(bomb, coding, MIB)
     assert refused.value.code == "body_too_large"
     with pytest.raises(BodyTooLarge):
-        compression.decompressed(bomb, coding, 0)
+        compression.inflate(bomb, coding, 0)
 
 
 @pytest.mark.parametrize("coding", compression.CODINGS)
@@ -69,7 +69,7 @@ def test_damaged_body_is_refused(coding: str) -> None:
     wrong.append(PACK[next(other for other in compression.CODINGS if other != coding)](b"a"))
     for body in wrong:
         with pytest.raises(compression.MalformedCoding, match="body") as refused:
-            compression.decompressed(body, coding, MIB)
+            compression.inflate(body, coding, MIB)
         assert refused.value.code == "invalid_request"
 
 
@@ -78,7 +78,7 @@ def test_damaged_body_is_refused(coding: str) -> None:
 def test_any_bytes_decompress_or_are_refused(body: bytes, coding: str, max_bytes: int) -> None:
     for candidate in (body, PACK[coding](body), PACK[coding](body)[: len(body)]):
         with suppress(compression.MalformedCoding, BodyTooLarge):
-            assert len(compression.decompressed(candidate, coding, max_bytes)) <= max_bytes
+            assert len(compression.inflate(candidate, coding, max_bytes)) <= max_bytes
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_any_bytes_decompress_or_are_refused(body: bytes, coding: str, max_bytes
 )
 def test_unknown_coding_is_415_with_the_known_ones(encoding: str) -> None:
     with pytest.raises(UnsupportedMediaType, match="gzip, deflate") as refused:
-        compression.decompressed(b"", encoding, MIB)
+        compression.inflate(b"", encoding, MIB)
     assert refused.value.http_headers == {"Accept-Encoding": "gzip, deflate"}
 
 

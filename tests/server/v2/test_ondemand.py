@@ -109,7 +109,7 @@ async def begin(api: LocalApi, model_id: str, count: int) -> list[asyncio.Task[A
     """Send inferences for a model that is slow to load, and wait until that has begun."""
     tasks = [asyncio.create_task(api.infer(model_id, ONE)) for _ in range(count)]
     await when(lambda: api.model(model_id), lambda seen: seen["state"] == "loading")
-    await until(lambda: api.app[DEMAND].waiting(model_id) == count)
+    await until(lambda: api.app[DEMAND].count_waiting(model_id) == count)
     return tasks
 
 
@@ -130,14 +130,14 @@ def look_ups(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def wait(api: LocalApi, model_id: str, *, within_s: float = 1000) -> bool:
     """Wait as an inference does, and return whether the model is ready then, and held."""
     ends_at_s = asyncio.get_running_loop().time() + within_s
-    async with api.app[DEMAND].loaded(model_id, None, "ann", ends_at_s):
+    async with api.app[DEMAND].keep_loaded(model_id, None, "ann", ends_at_s):
         return api.app[ROUTER].is_ready(model_id) and api.app[PENDING_DEMAND].has(model_id)
 
 
 async def waiting(api: LocalApi, model_id: str, count: int) -> list[asyncio.Task[bool]]:
     """Begin to wait so many times."""
     tasks = [asyncio.create_task(wait(api, model_id)) for _ in range(count)]
-    await until(lambda: api.app[DEMAND].waiting(model_id) == count)
+    await until(lambda: api.app[DEMAND].count_waiting(model_id) == count)
     return tasks
 
 
@@ -151,7 +151,7 @@ async def test_thousand_waiters_are_one_look_up_and_one_load(shared: LocalApi, l
     assert all(await asyncio.gather(*await waiting(shared, "popular", 1000)))
     assert look_ups == ["popular"]
     assert await shared.types("popular") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-    assert shared.app[DEMAND].waiting("popular") == 0
+    assert shared.app[DEMAND].count_waiting("popular") == 0
     assert not shared.app[PENDING_DEMAND].has("popular")
 
 
@@ -267,7 +267,7 @@ async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) ->
     await shared.post("/api/v1/models/loop/unload")
     await shared.model_when("loop", state="unloading")
     waiting = asyncio.create_task(shared.infer("loop", {**ENDLESS, "data": [5]}))
-    await until(lambda: shared.app[DEMAND].waiting("loop") == 1)
+    await until(lambda: shared.app[DEMAND].count_waiting("loop") == 1)
     assert await causes(shared, "loop") == ["request"]
     await shared.unload("loop", force=True)
     assert (await waiting).json["outputs"][0]["data"] == [5]
@@ -295,7 +295,7 @@ async def test_lost_model_that_is_given_up_fails_its_waiters(
     os.kill(api.worker("m").pid, signal.SIGKILL)
     await recorded(api, "m", "WorkerExited")
     waiting = asyncio.create_task(api.infer("m", ONE))
-    await until(lambda: api.app[DEMAND].waiting("m") == 1)
+    await until(lambda: api.app[DEMAND].count_waiting("m") == 1)
     while not waiting.done():  # the reload is tried again after growing pauses
         ahead += timedelta(seconds=30)
         monkeypatch.setattr(log, "now", lambda ahead=ahead: format_timestamp(utc_now() + ahead))
