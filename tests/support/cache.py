@@ -204,7 +204,7 @@ def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
     """
     dice, seen = random.Random(seed), Counter[str]()
     for _ in range(lives):
-        _live(folder, dice.random(), dice.uniform(0, LIFE_S))
+        _live(folder, dice.random(), dice.randrange(3), dice.uniform(0, LIFE_S))
         seen["lives"] += 1
         seen["drafts"] += len(list(folder.glob("draft-*")))
         store = opened(folder, KEPT_LIMIT_BYTES)
@@ -213,7 +213,8 @@ def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
     sys.stdout.write(json.dumps(seen))
 
 
-def _live(folder: Path, seed: float, seconds: float) -> None:
+def _live(folder: Path, seed: float, changes: int, seconds: float) -> None:
+    """Kill a process this long after it has opened the store and made so many changes."""
     ready, told = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -222,17 +223,18 @@ def _live(folder: Path, seed: float, seconds: float) -> None:
         finally:
             os._exit(1)  # whatever it was: who is not killed has failed
     os.close(told)
-    os.read(ready, 1)
-    os.close(ready)
+    for _ in range(1 + changes):
+        os.read(ready, 1)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
+    os.close(ready)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def _keep_for_ever(folder: Path, dice: random.Random, told: int) -> None:
     store = opened(folder, KEPT_LIMIT_BYTES)
-    os.write(told, b".")
     while True:
+        os.write(told, b".")
         change_store(store, dice)
 
 
