@@ -23,8 +23,9 @@ class Exit:
 
     def __str__(self) -> str:
         if self.signal is not None:
-            return f"killed by signal {self.signal}"
-        return "for an unknown reason" if self.exit_code is None else f"with exit code {self.exit_code}"
+            return f"was killed by signal {self.signal}"
+        how = "for an unknown reason" if self.exit_code is None else f"with exit code {self.exit_code}"
+        return f"ended {how}"
 
 
 class RuntimeProblem(Exception):
@@ -90,7 +91,7 @@ class WorkerDied(RuntimeProblem):
     code = "worker_died"
 
     def __init__(self, end: Exit, *, begun: bool = True) -> None:
-        super().__init__(f"the worker ended {end}")
+        super().__init__(f"the worker {end}")
         self.end = end
         self.begun = begun
 

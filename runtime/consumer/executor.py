@@ -360,7 +360,7 @@ class Executor:
         of_form = (worker for worker in dead if not worker.orphaned and load.uses_form(worker))
         crashed = (worker.ended.result() for worker in of_form)
         if form is not None and (end := next((end for end in crashed if end.signal in FAULTS), None)):
-            load.prepared_failure = f"a worker that served from it ended {end}"
+            load.prepared_failure = f"a worker that served from it {end}"
             self.preparer.failed(form, load.prepared_failure)
 
     async def _record(self, *drafts: Draft) -> None:

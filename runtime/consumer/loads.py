@@ -213,8 +213,9 @@ class RunningLoad:
 
     @property
     def _lost_a_worker(self) -> bool:
+        """Whether a worker has exited, and no task is left that stores why; a loaded worker has none."""
         ended = (worker.worker_id for worker in self.workers if worker.ended.done())
-        return any(worker_id not in self.replaceable for worker_id in ended)
+        return any(worker_id in self.reports or not self.tasks for worker_id in ended)
 
     def track(self, effect: asyncio.Task[None]) -> None:
         """Keep a task until it ends, then wake the consumer."""
@@ -342,7 +343,7 @@ def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
 async def _load_instance(
     load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
 ) -> Loaded:
-    """Start a worker and load the model in it; a failure is stored before the worker's exit is noticed.
+    """Start a worker and load the model in it; stores why it failed.
 
     If it dies while it loads a prepared form, another worker loads without that form.
     """

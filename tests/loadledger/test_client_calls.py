@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clients import NDJSON, OutOfAnswers, Played, answer, bookmark, event_lines, job, problem
-from support.history import PLAIN
+from support.history import FEWER
 
 from loadledger import Client, problems
 from loadledger.jobs import PREFERRED_S
@@ -329,7 +329,7 @@ def test_broken_streams_back_off() -> None:
     assert set(play.pauses) == {0.2}
 
 
-@PLAIN
+@FEWER
 @given(st.data(), st.integers(1, 8))
 def test_events_come_once_in_order_over_any_losses(data: Any, head: int) -> None:
     """A server that has so many events cuts streams anywhere, repeats itself, and goes away."""

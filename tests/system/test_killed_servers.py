@@ -32,7 +32,7 @@ from support.servers import PREPARING, Server, events, serving, verified
 from events.types import CancelRequested, Event, LoadRequested, UnloadRequested
 from server.config import Config
 
-LIVES = of_both(short=4, long=200)
+LIVES = of_both(short=3, long=200)
 LIFE_S = 1.2
 RECOVERY_S = 0.3
 CLIENTS = 4

@@ -342,7 +342,7 @@ def test_threads_and_another_process_share_the_cache(folder: Path) -> None:
 
 
 def test_kill_while_keeping_leaves_nothing_wrong(folder: Path) -> None:
-    lives, seed = of_both(short=60, long=5_000), new_dice().randrange(2**32)
+    lives, seed = of_both(short=40, long=5_000), new_dice().randrange(2**32)
     script = (
         "from pathlib import Path; from support.cache import keep_and_be_killed; "
         "keep_and_be_killed(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"

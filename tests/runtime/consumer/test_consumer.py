@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from onnx import ModelProto
 from support import models
-from support.running import Engine, code_of, error_of, gone, running
+from support.running import Engine, error_of, gone, running
 from support.workers import until
 
 from events.jobs import Failure, JobStatus
@@ -18,6 +18,7 @@ from events.models import ModelState
 from events.types import Cause, LoadParameters, ModelLoaded, ModelUnloaded, UnloadRequested, WorkerExited
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import Phase
 
 
 def is_stopped(pid: int) -> bool:
@@ -117,8 +118,12 @@ async def test_crash_during_load_records_the_last_words(engine: Engine) -> None:
 async def test_worker_killed_during_load_fails_it(engine: Engine) -> None:
     job_id = await engine.ask_load("slow")
     load = await engine.loading("slow")
+    job, phases = engine.log.state.unended_job(job_id), list[Phase]()
+    load.workers[0].ended.add_done_callback(lambda _: phases.append(load.to_view(job).phase))
     engine.kill("slow")
-    assert code_of(await engine.ended(job_id)) == "worker_died"
+    error = error_of(await engine.ended(job_id))
+    assert error == Failure("worker_died", "the worker was killed by signal 9 while it loaded the model")
+    assert phases == [Phase.LOADING]  # the exit comes before its reason
     assert await engine.story(of="slow") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
     exited = (await engine.events(of="slow"))[2]
     assert (exited.worker_id, exited.data) == (load.worker_id, WorkerExited(None, signal.SIGKILL, ()))

@@ -181,7 +181,7 @@ def test_kill_of_the_server_leaves_no_process(tmp_path: Path, stopped: list[int]
 
 def test_subreaper_reaps_orphaned_workers() -> None:
     done = subprocess.run(child(REAPER), check=True, capture_output=True, text=True)
-    assert done.stdout == "killed by signal 9 False\n"
+    assert done.stdout == "was killed by signal 9 False\n"
 
 
 def test_fork_server_of_another_parent_ends_at_once() -> None:
