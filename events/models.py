@@ -215,7 +215,7 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
     """
     kind = type(event.data)
     if kind is ServerStarted:
-        return None if model is None else _server_restarted(model, event)
+        return None if model is None else _restart_model(model, event)
     if event.model_id is None or (model is not None and event.model_id != model.id):
         return model
     evolve = STEPS.get(kind)
@@ -224,7 +224,7 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
     return evolve(model or Model(event.model_id), event, event.data, job)
 
 
-def _server_restarted(model: Model, event: Event) -> Model:
+def _restart_model(model: Model, event: Event) -> Model:
     """A start of the server: no process is left, so a loaded model is lost and a load starts again."""
     lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
     after = replace(
@@ -422,12 +422,11 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
     is_new = _is_new_incident(serving, event)
     by_forkserver = data.exit_code is None and data.signal is None  # no fault of the model
     counts = is_new and not by_forkserver
+    recent = _recent_incidents(model, event)
     after = replace(
         model,
         error=Failure("worker_died", _end(data) + of),
-        incidents=(*_recent_incidents(model, event), event.recorded_at)
-        if counts
-        else _recent_incidents(model, event),
+        incidents=(*recent, event.recorded_at) if counts else recent,
     )
     if not left:
         return _lose_model(after, event)

@@ -174,7 +174,7 @@ def read_pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None
     unified, _ = parse_cgroups(_text(proc / "self/cgroup"))
     mount = _unified_mount(cgroups)
     # In a container the path may be the host's, and the container's cgroup is what is mounted.
-    folders = dict.fromkeys((_folder_of_group(mount, unified), mount))
+    folders = dict.fromkeys((_cgroup_folder(mount, unified), mount))
     memory, cpu = (
         _some_percent([*(folder / f"{name}.pressure" for folder in folders), proc / "pressure" / name])
         for name in ("memory", "cpu")
@@ -254,7 +254,7 @@ def _machine_limits(proc: Path) -> Iterator[MemoryLimit]:
 
 def _cgroup_limits(mount: Path, own: str, file: str, source: Source) -> Iterator[MemoryLimit]:
     """Yield the limits of a cgroup and its parents, up to the mount."""
-    folder = _folder_of_group(mount, own)
+    folder = _cgroup_folder(mount, own)
     for each in (folder, *folder.parents):
         if (limit := parse_limit(_text(each / file))) is not None:
             yield MemoryLimit(limit, source)
@@ -267,7 +267,7 @@ def _unified_mount(cgroups: Path) -> Path:
     return cgroups if _text(cgroups / "cgroup.controllers") else cgroups / "unified"
 
 
-def _folder_of_group(mount: Path, own: str) -> Path:
+def _cgroup_folder(mount: Path, own: str) -> Path:
     # A path with `..` is outside of what is mounted here (cgroup_namespaces(7)).
     parts = own.strip("/").split("/")
     return mount if ".." in parts else mount.joinpath(*parts)

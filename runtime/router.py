@@ -216,7 +216,7 @@ class Router:
         if not route.load.serving:
             if route.load.draining:
                 raise ModelUnloading(f"model '{model_id}' is being unloaded")
-            raise _worker_died_error(model_id)
+            raise _recovering_error(model_id)
         return route
 
     def _make_route(self, model_id: str, model: Model | None) -> tuple[Model, ModelRoute]:
@@ -227,7 +227,7 @@ class Router:
             raise _not_loaded_error(model_id, model)
         load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
-            raise _worker_died_error(model_id)
+            raise _recovering_error(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
         route = ModelRoute(model_id, serving.version, serving.position, inputs, outputs, load)
         self._routes[model_id] = known = (model, route)
@@ -249,7 +249,7 @@ def _not_loaded_error(model_id: str, model: Model | None) -> RuntimeProblem:
     )
 
 
-def _worker_died_error(model_id: str) -> ModelRecovering:
+def _recovering_error(model_id: str) -> ModelRecovering:
     return ModelRecovering(f"the worker of model '{model_id}' has just died; it is being started again")
 
 

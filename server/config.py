@@ -312,10 +312,10 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Return all settings, in the order of `Config`."""
-    return tuple(map(_setting, dataclasses.fields(Config)))
+    return tuple(map(_describe_setting, dataclasses.fields(Config)))
 
 
-def _setting(entry: "dataclasses.Field[Any]") -> Setting:
+def _describe_setting(entry: "dataclasses.Field[Any]") -> Setting:
     kind = (get_args(entry.type) or (entry.type,))[0]  # of `Path | None` the path
     required = entry.default is dataclasses.MISSING
     return Setting(

@@ -86,7 +86,7 @@ def read_settings(
             try:
                 values[setting.name] = _convert(setting, given)
             except ValidationError as error:
-                mistakes.append(_refused_value(given, error))
+                mistakes.append(_mistake_of(given, error))
     return values, mistakes
 
 
@@ -123,7 +123,7 @@ def _convert(setting: Setting, given: _Given) -> Any:
     return (given.folder or Path()) / value if setting.kind is Path else value
 
 
-def _refused_value(given: _Given, error: ValidationError) -> Mistake:
+def _mistake_of(given: _Given, error: ValidationError) -> Mistake:
     text = f"{given.value!r:.80} is refused. {' '.join(map(str, error.messages))}"
     if given.place == f"{PREFIX}PORT" and "://" in given.value:
         text += (

@@ -150,7 +150,7 @@ def problem_of(error: Exception) -> Problem:
 def problem_response(problem: Problem, path: str) -> web.Response:
     """Return a problem as an RFC 9457 body, in the media type that clients of `path` read."""
     kind = ERRORS[problem.code]
-    detail = _shorten(problem.detail)
+    detail = _clean_detail(problem.detail)
     body: dict[str, object] = {
         "type": kind.registered_type or f"urn:loadledger:error:{problem.code}",
         "title": kind.title,
@@ -234,6 +234,6 @@ def _headers_of(error: Exception, code: str) -> Iterator[tuple[str, str]]:
         yield "Retry-After", str(max(1, math.ceil(retry_after_s)))
 
 
-def _shorten(detail: str) -> str:
+def _clean_detail(detail: str) -> str:
     clean = detail.encode("utf-8", "replace").decode()
     return clean if len(clean) <= DETAIL_CHARACTERS else clean[: DETAIL_CHARACTERS - 1] + "…"

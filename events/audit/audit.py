@@ -228,7 +228,7 @@ def _compare_with_archives(found: Audit, file: FileAudit) -> Finding | None:
             f"{found.base.position}: only the archive with that position can show whether its events were "
             f"this ledger's; give it with --archive{known}"
         )
-    return _compare_hashes(end.position, digest, end.hash)
+    return Expected(end.position, end.hash).compare(digest)
 
 
 def _compare_with_log(connection: sqlite3.Connection, found: Audit, expected: Expected) -> Finding | None:
@@ -237,13 +237,4 @@ def _compare_with_log(connection: sqlite3.Connection, found: Audit, expected: Ex
     if expected.position > head:
         problem = f"the log ends at position {head}, {expected.position} was expected"
         return Finding(head + 1, problem, FindingKind.EXPECTATION)
-    return _compare_hashes(
-        expected.position, hash_at(connection, found.base, expected.position), expected.hash
-    )
-
-
-def _compare_hashes(position: int, digest: bytes, expected: bytes) -> Finding | None:
-    if digest == expected:
-        return None
-    problem = f"the hash is {digest.hex()}, {expected.hex()} was expected"
-    return Finding(position, problem, FindingKind.EXPECTATION)
+    return expected.compare(hash_at(connection, found.base, expected.position))

@@ -364,10 +364,9 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
 
 
 def _compare_with_anchor(expected: Expected | None, found: LogBase) -> Finding | None:
-    if expected is None or expected.position != found.position or expected.hash == found.hash:
+    if expected is None or expected.position != found.position:
         return None
-    problem = f"the hash is {found.hash.hex()}, {expected.hash.hex()} was expected"
-    return Finding(found.position, problem, FindingKind.EXPECTATION)
+    return expected.compare(found.hash)
 
 
 def _compare_signer(head: SignedHead | None, key: str | None) -> Finding | None:

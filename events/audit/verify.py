@@ -100,6 +100,13 @@ class Expected:
     position: int
     hash: bytes
 
+    def compare(self, found: bytes) -> Finding | None:
+        """Return a finding if the hash at the position is another."""
+        if found == self.hash:
+            return None
+        problem = f"the hash is {found.hex()}, {self.hash.hex()} was expected"
+        return Finding(self.position, problem, FindingKind.EXPECTATION)
+
 
 def parse_expected(text: str) -> Expected:
     """Parse `POSITION:HASH`.

@@ -44,7 +44,7 @@ def event_line(line: bytes) -> str:
         f"{kind:<15}",
         f"{_model(event):<16}",
         _word(event.get("actor")),
-        _shorten(describe_event(kind, values)),
+        _one_line(describe_event(kind, values)),
     ]
     return "".join(letter if letter.isprintable() else "?" for letter in "  ".join(parts).rstrip())
 
@@ -67,7 +67,7 @@ def _word(value: object) -> str:
     return "?" if value is None else str(value)
 
 
-def _shorten(text: str) -> str:
+def _one_line(text: str) -> str:
     line = "".join(letter if letter.isprintable() else " " for letter in text)
     return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
 

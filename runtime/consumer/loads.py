@@ -213,7 +213,7 @@ class RunningLoad:
 
     @property
     def _lost_a_worker(self) -> bool:
-        """Whether a worker has exited, and no task is left that stores why; a loaded worker has none."""
+        """Whether a worker has exited that had loaded, or whose task has ended; until then it stores why."""
         ended = (worker.worker_id for worker in self.workers if worker.ended.done())
         return any(worker_id in self.reports or not self.tasks for worker_id in ended)
 
