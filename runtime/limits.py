@@ -1,8 +1,16 @@
-"""The limits after which a process or an unload counts as stuck, each with what happens then.
+"""The limits after which a process or an unload counts as stuck, what happens then, and how they are timed.
 
 An unload without force takes at most the drain timeout, a measurement, the stop grace, a kill and the wait
 for its exit; with force, only a kill and the wait for its exit.
+
+Only time in which the event loop had its turns counts towards a limit (`Limit`, `time_limit`): a server that
+was stopped itself accuses no process of being late.
 """
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 DRAIN_TIMEOUT_S = 30.0
 """Default of `drain_timeout_s`: running inferences of an unload end within it, or their worker is stopped."""
@@ -16,6 +24,69 @@ measurement is then given up, so that an unload does not wait for it."""
 FORK_SERVER_LIMIT_S = 10.0
 """For a new fork server to import everything, which takes 0.2 s; then it is killed and launched again."""
 FORK_LIMIT_S = 5.0
-"""For a fork, which takes 4 ms; then the fork server is replaced, and its workers with it."""
+"""For a fork, which takes 4 ms. After it, the answer is awaited once more as long; then the fork server is
+replaced, and its workers with it."""
 EXIT_WAIT_S = 1.0
 """For the exit status and the last output of a worker that has exited; then they are unknown."""
+
+TICKS = 4
+"""Parts of a limit, each timed by itself: a stop of the server takes at most one of them from a process."""
+LATE_S = 0.25
+"""A tick that ends later than this after its time shows that the event loop had no turn."""
+
+
+class Limit:
+    """Calls back once, when a limit has passed, and its last tick was not late.
+
+    After a stop (a frozen machine, a swap storm, SIGSTOP) uvloop runs due timers before it reads sockets, so
+    an answer may be there unread. After a late tick the limit is therefore extended by as much as that was
+    late, but by no more than a tick, and at most `TICKS` times.
+
+    Args:
+        limit_s: the limit in seconds.
+        on_passed: called with `args`, unless the limit is cancelled before.
+    """
+
+    __slots__ = ("_args", "_due_s", "_extensions", "_left", "_loop", "_on_passed", "_tick_s", "_timer")
+
+    def __init__(self, limit_s: float, on_passed: Callable[..., None], *args: Any) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_passed, self._args = on_passed, args
+        self._tick_s = limit_s / TICKS
+        self._left = self._extensions = TICKS
+        self._due_s = self._loop.time() + self._tick_s
+        self._timer = self._loop.call_at(self._due_s, self._end_tick)
+
+    def cancel(self) -> None:
+        """Do not call back; a limit that has passed may be cancelled, too."""
+        self._timer.cancel()
+
+    def _end_tick(self) -> None:
+        late_s = self._loop.time() - self._due_s
+        next_s = self._tick_s
+        if late_s > LATE_S and self._extensions:
+            self._extensions -= 1
+            next_s = min(next_s, late_s)
+        else:
+            self._left -= 1
+        if not self._left:
+            self._on_passed(*self._args)
+            return
+        self._due_s = self._loop.time() + next_s
+        self._timer = self._loop.call_at(self._due_s, self._end_tick)
+
+
+@asynccontextmanager
+async def time_limit(limit_s: float) -> AsyncIterator[None]:
+    """Limit what runs within it, as `asyncio.timeout` does, by a `Limit`.
+
+    Raises:
+        TimeoutError: the limit has passed.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as scope:
+        limit = Limit(limit_s, lambda: scope.reschedule(loop.time()))
+        try:
+            yield
+        finally:
+            limit.cancel()

@@ -14,8 +14,9 @@ from contextlib import suppress
 
 from events.clock import seconds_between
 from events.errors import LedgerProblem, LogUnavailable
-from events.jobs import Job
+from events.jobs import Job, JobStatus
 from events.log import Log
+from events.models import TIMEOUT
 from events.state import State
 from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Executor
@@ -26,7 +27,7 @@ from runtime.limits import MEASURE_LIMIT_S
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.scheduler.actions import Decision
+from runtime.scheduler.actions import Action, Decision, FailLoad
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import Observations, Policy, find_unload_target
 
@@ -34,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 LOG_RETRY_S = 0.5
 """Pause before an action is tried again after the ledger could not be written."""
+LAST_READ_S = 0.1
+"""Between the decision that a running load is late and its failure: its workers may have reported, in a
+socket that a server without a turn has not read."""
 MEASURE_EVERY_S = 5.0
 """How often workers are measured. One measurement takes a thread for about a millisecond."""
 NOTE_EVERY = 2
@@ -76,6 +80,7 @@ class Consumer:
         self._demand.on_end = self._wakeup.set
         self._stopping = False
         self._decision = Decision()
+        self._late: Action | None = None
         self._executor = Executor(
             log, pool, repository, self._wakeup.set, drain_timeout_s=drain_timeout_s, store=store
         )
@@ -148,13 +153,18 @@ class Consumer:
             for key, load in self.loads.items()
         }
         self._decision = decide(state, running, self.policy, now, self._observe(state))
-        if self._decision.action is None:
+        action = self._decision.action
+        if action is None:
             await self._sleep(self._decision.wake_at, now)
             return
+        if _ends_late_load(action) and action != self._late:
+            self._late = action
+            await asyncio.sleep(LAST_READ_S)
+            return
         try:
-            await self._executor.execute(self._decision.action)
+            await self._executor.execute(action)
         except LogUnavailable:
-            _log.warning("the ledger cannot be written; %s waits", type(self._decision.action).__name__)
+            _log.warning("the ledger cannot be written; %s waits", type(action).__name__)
             self._wakeup.clear()
             await self._sleep(None, now, at_most_s=LOG_RETRY_S)
 
@@ -185,6 +195,14 @@ class Consumer:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wakeup.wait()
+
+
+def _ends_late_load(action: Action) -> bool:
+    """Whether the action fails a load in progress because its time is up."""
+    match action:
+        case FailLoad(job, code):
+            return code == TIMEOUT and job.status is JobStatus.IN_PROGRESS
+    return False
 
 
 class WorkerMonitor:

@@ -21,7 +21,7 @@ from events.jobs import Failure, Job
 from events.models import FORK_SERVER_DIED
 from events.types import LoadParameters
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
-from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S
+from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
@@ -408,7 +408,7 @@ async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
     workers = load.alive_workers
     load.requests_at_drain = sum(worker.in_flight for worker in workers)
     with suppress(TimeoutError):
-        async with asyncio.timeout(drain_timeout_s):
+        async with time_limit(drain_timeout_s):
             await asyncio.gather(*(worker.wait_until_drained() for worker in workers))
     if load.alive_workers:
         load.stage = "stopping"
@@ -418,7 +418,7 @@ async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
 async def _stop(load: RunningLoad, worker: Worker) -> None:
     """Measure how many bytes a worker releases, and stop it."""
     try:
-        async with asyncio.timeout(MEASURE_LIMIT_S):
+        async with time_limit(MEASURE_LIMIT_S):
             freed_bytes = await worker.measure()
     except WorkerDied:
         return

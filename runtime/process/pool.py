@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from events.types import LoadParameters
 from runtime.errors import ForkServerUnavailable
-from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S
+from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp
 from runtime.process.forkclient import Child, ForkServer, close_watched
 from runtime.process.worker import Worker
@@ -192,7 +192,7 @@ class WorkerPool:
         fork_server = self._fork_server = ForkServer.launch(os.environ)
         fork_server.ended.add_done_callback(lambda _: self._up.clear())
         try:
-            async with asyncio.timeout(FORK_SERVER_LIMIT_S):
+            async with time_limit(FORK_SERVER_LIMIT_S):
                 await asyncio.shield(fork_server.ready)
         except BaseException as error:
             fork_server.kill()
@@ -219,7 +219,7 @@ class WorkerPool:
         if self._fork_server is None or self._closed:
             raise ForkServerUnavailable("the pool is closed")
         try:
-            async with asyncio.timeout(FORK_SERVER_LIMIT_S):
+            async with time_limit(FORK_SERVER_LIMIT_S):
                 await self._up.wait()
         except TimeoutError:
             raise ForkServerUnavailable from None
@@ -228,19 +228,26 @@ class WorkerPool:
     async def _answer(self, fork_server: ForkServer, forked: asyncio.Future[Child]) -> Child:
         """Wait for the fork server's answer; a child that nobody takes ends with its channels."""
         try:
-            async with asyncio.timeout(FORK_LIMIT_S):
-                child = await asyncio.shield(forked)
-        except TimeoutError:
-            fork_server.kill()
-            forked.add_done_callback(_discard)
-            raise ForkServerUnavailable("the fork server did not answer and is replaced") from None
+            child = await _within(FORK_LIMIT_S, forked) or await _within(FORK_LIMIT_S, forked)
         except asyncio.CancelledError:
             forked.add_done_callback(_discard)
             raise
+        if child is None:
+            fork_server.kill()
+            forked.add_done_callback(_discard)
+            raise ForkServerUnavailable("the fork server did not answer twice and is replaced")
         if self._closed:
             _discard(forked)
             raise ForkServerUnavailable("the pool is closed")
         return child
+
+
+async def _within(limit_s: float, forked: asyncio.Future[Child]) -> Child | None:
+    """Return the forked child; None if it does not come within the limit."""
+    with contextlib.suppress(TimeoutError):
+        async with time_limit(limit_s):
+            return await asyncio.shield(forked)
+    return None
 
 
 def _discard(forked: asyncio.Future[Child]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from runtime.errors import Exit, InferenceTimeout, RuntimeProblem, WorkerDied
+from runtime.limits import Limit
 from runtime.wire import Outcome, Tensor
 
 Answer = tuple[Outcome, tuple[Tensor, ...]]
@@ -33,7 +34,7 @@ class InFlight:
         self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._cancelled: dict[int, float] = {}
         self._answered_at = 0.0
-        self._watching: asyncio.TimerHandle | None = None
+        self._watching: Limit | None = None
         self._idle = asyncio.Event()
 
     def __len__(self) -> int:
@@ -58,7 +59,7 @@ class InFlight:
         """
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._pending[number] = answer
-        deadline = self._loop.call_later(timeout_s, self._expire, number, timeout_s)
+        deadline = Limit(timeout_s, self._expire, number, timeout_s)
         try:
             return await answer
         except asyncio.CancelledError:
@@ -110,7 +111,7 @@ class InFlight:
 
     def _watch(self, delay_s: float) -> None:
         if self._watching is None:
-            self._watching = self._loop.call_later(delay_s, self._check_stuck)
+            self._watching = Limit(delay_s, self._check_stuck)
 
     def _check_stuck(self) -> None:
         """Check the first inference: they run in order, so it is the running one.

@@ -5,6 +5,7 @@ import itertools
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.limits import EXIT_WAIT_S
+from runtime.limits import EXIT_WAIT_S, Limit, time_limit
 from runtime.process.channel import Channel
 from runtime.process.forkclient import Child, StderrTail
 from runtime.process.pidfd import Process
@@ -115,7 +116,7 @@ class Worker:
         self._ids = itertools.count()
         self._pending: _PendingOrder | None = None
         self._stopping = False
-        self._exit_timer: asyncio.TimerHandle | None = None
+        self._exit_timer: Limit | None = None
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
         """Adopt this side's ends of the channels; the pool kills the worker if this fails."""
@@ -236,7 +237,9 @@ class Worker:
         self._stopping = True
         self._data.abort()
         self._control.abort()
-        await asyncio.wait({self.ended}, timeout=grace_s)
+        with suppress(TimeoutError):
+            async with time_limit(grace_s):
+                return await asyncio.shield(self.ended)
         self.kill()
         return await asyncio.shield(self.ended)
 
@@ -301,7 +304,7 @@ class Worker:
 
     def _on_gone(self) -> None:
         """The process is gone; its exit report and its last output may still arrive."""
-        self._exit_timer = self._loop.call_later(EXIT_WAIT_S, self._finish)
+        self._exit_timer = Limit(EXIT_WAIT_S, self._finish)
         self._process.on_exit_reported(self._finish_when_complete)
         self._finish_when_complete()
 

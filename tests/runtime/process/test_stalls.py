@@ -1,0 +1,84 @@
+"""A server that had no turn for longer than its limits judges no process by what it has not read yet."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+from support import models
+from support.models import ENDLESS
+from support.workers import answer, fork_server_of, freeze, load, order_of, resume, trips
+
+from runtime.errors import InferenceTimeout
+from runtime.process import pool as pool_module
+from runtime.process.pool import WorkerPool
+
+SHORT_S = 0.4
+"""The limits of these tests. What must end within them takes some milliseconds once it may run."""
+STALL_S = 1.2
+"""Longer than all of them."""
+
+
+def stall() -> None:
+    """Keep the loop from turning."""
+    time.sleep(STALL_S)
+
+
+async def cancel_inference(pool: WorkerPool, folder: Path) -> None:
+    """A cancelled inference stops during the stall; its worker serves on."""
+    models.save(models.counting_loop(), folder, "m")
+    worker, _ = await load(pool, order_of(folder))
+    await freeze(worker.pid)
+    with pytest.raises(InferenceTimeout):
+        await worker.infer([trips(ENDLESS)], timeout_s=0.0)
+    resume(worker.pid)
+    stall()
+    await worker.wait_until_drained()
+    assert await answer(worker, trips(5)) == 5
+
+
+async def expire_inference(pool: WorkerPool, folder: Path) -> None:
+    """An inference ends during the stall, after its deadline; it is answered."""
+    models.save(models.add(), folder, "m")
+    worker, _ = await load(pool, order_of(folder))
+    await freeze(worker.pid)
+    asked = asyncio.ensure_future(worker.infer([], timeout_s=SHORT_S))
+    await asyncio.sleep(0)
+    resume(worker.pid)
+    stall()
+    with pytest.raises(Exception, match="input"):  # the worker's answer
+        await asked
+
+
+async def fork_worker(pool: WorkerPool, _: Path) -> None:
+    """A fork is answered during the stall; the fork server stays."""
+    fork_server = fork_server_of(pool)
+    await freeze(fork_server.pid)
+    starting = asyncio.ensure_future(pool.start("w"))
+    await asyncio.sleep(0)
+    resume(fork_server.pid)
+    stall()
+    await starting
+    assert fork_server_of(pool) is fork_server
+
+
+@pytest.mark.parametrize("step", [cancel_inference, expire_inference, fork_worker])
+def test_stalled_server_judges_no_process(
+    step: Callable[[WorkerPool, Path], Awaitable[None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "FORK_LIMIT_S", SHORT_S)
+
+    async def main() -> None:
+        pool = WorkerPool(patience_s=SHORT_S)
+        await pool.open()
+        try:
+            await step(pool, tmp_path)
+        finally:
+            await pool.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())

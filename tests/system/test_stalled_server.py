@@ -1,0 +1,53 @@
+"""A server that was stopped for longer than all limits goes on with the same processes."""
+
+import asyncio
+import os
+import signal
+
+from support import models
+from support.http import ENDLESS, ONE
+from support.models import save
+from support.servers import Server, events, serving
+from support.workers import freeze, resume
+
+from events.types import LoadFailed, WorkerExited
+from runtime.limits import FORK_LIMIT_S, INFERENCE_GRACE_S
+from server.config import Config
+
+STALL_S = max(FORK_LIMIT_S, INFERENCE_GRACE_S) + 1
+
+
+async def send_until(stop: asyncio.Event, server: Server) -> None:
+    """Ask a model, again and again."""
+    while not stop.is_set():
+        assert (await server.api.infer("kept", ONE)).status == 200
+
+
+async def test_stopped_server_accuses_no_process_when_it_goes_on(config: Config) -> None:
+    for model_id in ("kept", "later"):
+        save(models.add(1), config.repository, model_id)
+    save(models.counting_loop(), config.repository, "loop")
+    async with serving(config, "--limit-inference=off", "--limit-management=off") as server:
+        await server.api.load("kept")
+        await server.api.load("loop")
+        loop, stop = server.worker(), asyncio.Event()
+        clients = [asyncio.create_task(send_until(stop, server)) for _ in range(3)]
+        processes = server.children()
+        # What was asked of these is answered while the server is stopped, and so read after its limit.
+        for pid in (loop, processes[0]):
+            await freeze(pid)
+        assert (await server.api.infer("loop", ENDLESS, parameters={"timeout": 1000})).status == 504
+        job = await server.api.accepted_load("later")
+        await server.api.job_when(job["id"], stage="starting")
+        await freeze(server.pid)
+        for pid in (loop, processes[0]):
+            resume(pid)
+        await asyncio.sleep(STALL_S)
+        os.kill(server.pid, signal.SIGCONT)
+        await server.api.job_when(job["id"], status="completed")
+        assert (await server.api.infer("loop", {**ENDLESS, "data": [5]})).json["outputs"][0]["data"] == [5]
+        stop.set()
+        await asyncio.gather(*clients)
+        assert set(processes) <= set(server.children())
+    log = await events(config)
+    assert not [event for event in log if isinstance(event.data, WorkerExited | LoadFailed)]
