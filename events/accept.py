@@ -19,6 +19,7 @@ from events.models import Model, ModelState, Serving
 from events.state import State
 from events.types import (
     NEVER,
+    SYSTEM,
     CancelRequested,
     Cause,
     Draft,
@@ -26,6 +27,7 @@ from events.types import (
     LoadedFile,
     LoadParameters,
     LoadRequested,
+    ModelSettingsChanged,
     UnloadRequested,
 )
 
@@ -113,25 +115,36 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
         return Existing(last.id)
     model = state.models.get(command.model_id)
     serving = _find_satisfying(model, command) if last is None else None
-    if serving is not None and _match(serving.parameters, command, _SETTINGS):
-        return Existing(serving.load_job_id)
+    if model is not None and serving is not None:
+        if _match(serving.parameters, command, _SETTINGS):
+            return Existing(serving.load_job_id)
+        return _change_settings(model, serving, command, new_id)
     if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
         return Existing(other)
     most = _MOST_UNENDED.get(command.cause)
     if most is not None and state.backlog >= most:
         return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-    event_id = new_id()
-    kept = serving.load_job_id if serving is not None else None
-    parameters = _effective_parameters(model, command, reuses_workers=kept is not None)
+    parameters = _effective_parameters(model, command, is_loaded=False)
+    request = _load_requested(command, parameters, new_id())
+    return Accepted((request,), request.id)
+
+
+def _load_requested(command: RequestLoad, parameters: LoadParameters, event_id: str) -> Draft:
     data = LoadRequested.of(
-        parameters,
-        command.cause,
-        cause_event_id=command.cause_event_id,
-        idempotency=command.idempotency,
-        keeps_load_job_id=kept,
+        parameters, command.cause, cause_event_id=command.cause_event_id, idempotency=command.idempotency
     )
-    draft = Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
-    return Accepted((draft,), event_id)
+    return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
+
+
+def _change_settings(
+    model: Model, serving: Serving, command: RequestLoad, new_id: Callable[[], str]
+) -> Accepted:
+    """Accept a load of what is loaded already, together with its outcome."""
+    parameters = _effective_parameters(model, command, is_loaded=True)
+    request = _load_requested(command, parameters, new_id())
+    data = ModelSettingsChanged.of(serving.load_job_id, parameters)
+    changed = Draft(new_id(), data, SYSTEM, request.id, command.model_id, command.version)
+    return Accepted((request, changed), request.id)
 
 
 def _will_satisfy(job: Job, command: RequestLoad) -> bool:
@@ -158,11 +171,9 @@ def _find_other_version(model: Model | None, queue: list[Job], command: RequestL
     return serving.load_job_id if serving is not None and serving.version != command.version else None
 
 
-def _effective_parameters(
-    model: Model | None, command: RequestLoad, *, reuses_workers: bool
-) -> LoadParameters:
+def _effective_parameters(model: Model | None, command: RequestLoad, *, is_loaded: bool) -> LoadParameters:
     """Return the parameters to record: a repair or a change of settings keeps those that were not asked."""
-    serving = model.serving if model is not None and (model.degraded or reuses_workers) else None
+    serving = model.serving if model is not None and (model.degraded or is_loaded) else None
     if serving is None or serving.version != command.version:
         return command.parameters
     names = (_WORKER_PARAMETERS | _SETTINGS) - command.asked

@@ -154,15 +154,14 @@ class Tally:
         (self.loads if is_load else self.unloads)[job.cause.value, job.status.value] += 1
         if is_load and job.cause is Cause.RECOVERY and job.status is JobStatus.COMPLETED:
             self.restarts[self.names.of(job.model_id)] += 1
-        if job.finished_at is not None and job.keeps is None:  # a change of settings takes no time
+        changed_settings = is_load and not job.attempt and job.status is JobStatus.COMPLETED
+        if job.finished_at is not None and not changed_settings:  # which takes no time
             took_s = seconds_between(job.created_at, job.finished_at)
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
     def _count_event(self, event: Event) -> None:
         """Count what the data of an event say, beside its type."""
         match event.data:
-            case ModelLoaded(durations=durations) if not durations.total_us:
-                pass  # the load reused the workers of another one
             case ModelLoaded(durations=durations, prepared=prepared):
                 self.forms[prepared.form if prepared is not None else NO_FORM] += 1
                 for stage in STAGES:

@@ -47,6 +47,11 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         {"memory_bytes": "memory_bytes", "prepared": "prepared.form"},
         "good",
     ),
+    "ModelSettingsChanged": EventText(
+        ("pinned?pinned|not pinned", "keep_alive_s {keep_alive_s}"),
+        {"pinned": "pinned", "keep_alive_s": "keep_alive_s"},
+        "good",
+    ),
     "LoadFailed": _FAILED,
     "UnloadRequested": EventText(("{cause}", "force?by force"), {"cause": "cause", "force": "force"}),
     "UnloadStarted": EventText(),

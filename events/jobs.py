@@ -24,6 +24,7 @@ from events.types import (
     LoadRequested,
     LoadStarted,
     ModelLoaded,
+    ModelSettingsChanged,
     ModelUnloaded,
     ServerStarted,
     Unknown,
@@ -77,7 +78,6 @@ class Job(Struct, frozen=True, gc=False):
         attempt: 0 until the job starts, then one more for each start.
         server_deaths: unclean ends of the server while the job was in progress.
         cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.
-        keeps: the load whose workers this load reuses, if they are still there when its turn comes.
     """
 
     id: str
@@ -99,7 +99,6 @@ class Job(Struct, frozen=True, gc=False):
     server_deaths: int = 0
     error: Failure | None = None
     cancel_requested: bool = False
-    keeps: str | None = None
 
     @property
     def load_order(self) -> tuple[int, LoadParameters]:
@@ -174,7 +173,6 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         load=load.parameters if load else None,
         unload=UnloadParameters(unload.force, unload.load_job_id) if unload else None,
         deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
-        keeps=load.keeps_load_job_id if load else None,
     )
 
 
@@ -204,7 +202,7 @@ def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job
     )
 
 
-def _complete_job(job: Job, event: Event, _: ModelLoaded | ModelUnloaded) -> Job:
+def _complete_job(job: Job, event: Event, _: ModelLoaded | ModelSettingsChanged | ModelUnloaded) -> Job:
     return _end_job(job, event, JobStatus.COMPLETED)
 
 
@@ -232,6 +230,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     LoadStarted: _start_job,
     UnloadStarted: _start_job,
     ModelLoaded: _complete_job,
+    ModelSettingsChanged: _complete_job,
     ModelUnloaded: _complete_job,
     LoadFailed: _fail_job,
     UnloadFailed: _fail_job,

@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
+from events.footprints import Footprint, add_footprint
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.types import (
     Cause,
@@ -26,6 +27,7 @@ from events.types import (
     LoadRequested,
     LoadStarted,
     ModelLoaded,
+    ModelSettingsChanged,
     ModelUnloaded,
     Prepared,
     ServerStarted,
@@ -56,10 +58,6 @@ RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP)
 
 INCIDENT_WINDOW_S = 600
 """How long deaths and failed recoveries count as incidents (DESIGN.md, "Crash")."""
-
-MAX_FOOTPRINTS = 8
-"""Footprints kept of a model: the version that serves, the next, and two to go back to, each as it is and
-from a prepared form."""
 
 _BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
 _NOT_RETRIED = (CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED)
@@ -104,15 +102,6 @@ class Serving(Struct, frozen=True, gc=False):
     degraded_at: Timestamp | None = None
     kept_as_is: bool = False
     prepared: Prepared | None = None
-
-
-class Footprint(Struct, frozen=True, gc=False):
-    """The peak memory of one worker that loaded these files, or a prepared form of them."""
-
-    version: int
-    files: tuple[LoadedFile, ...]
-    peak_memory_bytes: int
-    form: str | None = None
 
 
 class PendingLoad(Struct, frozen=True, gc=False):
@@ -283,24 +272,17 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         lost_at=None,
         incidents=model.incidents if by_system else (),
         previous=None,
-        footprints=_footprints(model, Footprint(event.version, data.files, peak_bytes, form)),
+        footprints=add_footprint(model.footprints, Footprint(event.version, data.files, peak_bytes, form)),
     )
 
 
-def _footprints(model: Model, latest: Footprint) -> tuple[Footprint, ...]:
-    """Return the footprints with the latest one added.
-
-    Of the same files the highest counts, because peaks are sampled. Footprints of other files of the same
-    version are dropped.
-    """
-    others = []
-    for known in model.footprints:
-        is_other_version = known.version != latest.version
-        if is_other_version or (known.files == latest.files and known.form != latest.form):
-            others.append(known)
-        elif known.files == latest.files and known.peak_memory_bytes > latest.peak_memory_bytes:
-            latest = known
-    return (*others, latest)[-MAX_FOOTPRINTS:]
+def _settings_changed(model: Model, event: Event, data: ModelSettingsChanged, _: Job | None) -> Model:
+    """The present load goes on with other settings; one that is not the named one keeps its own."""
+    serving, is_own = model.serving, _waits_for(model, event)
+    if is_own and serving is not None and serving.load_job_id == data.load_job_id:
+        parameters = replace(serving.parameters, keep_alive_s=data.keep_alive_s, pinned=data.pinned)
+        model = replace(model, serving=replace(serving, parameters=parameters))
+    return _lose_previous(_without_job(model, event.job_id), event) if is_own else model
 
 
 def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) -> Model:
@@ -481,6 +463,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     LoadRequested: _load_requested,
     LoadStarted: _load_started,
     ModelLoaded: _model_loaded,
+    ModelSettingsChanged: _settings_changed,
     LoadFailed: _load_failed,
     UnloadRequested: _unload_requested,
     UnloadStarted: _unload_started,

@@ -107,8 +107,9 @@ class LoadParameters(Struct, frozen=True, gc=False):
 class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     """A person or the system requested the load of a version. The event's id is the job's.
 
-    The parameters are those that apply, whether the request, the model's loadledger.toml or the server chose
-    them. With `keeps_load_job_id` the load changes only the settings of that load, and reuses its workers.
+    The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
+    server chose them. `keeps_load_job_id` is of earlier releases, in which a load that changed only settings
+    took over the workers of that load.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
@@ -156,6 +157,23 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     memory_bytes: int
     peak_memory_bytes: int
     durations: Durations
+
+
+class ModelSettingsChanged(Struct, frozen=True, gc=False):
+    """The outcome of a load of what is loaded already: these settings apply from here on.
+
+    The load `load_job_id` stays the model's present one, with its workers.
+    """
+
+    TYPE: ClassVar[str] = "ModelSettingsChanged"
+    load_job_id: str
+    keep_alive_s: int | None
+    pinned: bool
+
+    @classmethod
+    def of(cls, load_job_id: str, parameters: LoadParameters) -> ModelSettingsChanged:
+        """Return the change of a load's settings to those among `parameters`."""
+        return cls(load_job_id, parameters.keep_alive_s, parameters.pinned)
 
 
 class LoadFailed(Struct, frozen=True, gc=False):
@@ -262,6 +280,7 @@ Data = (
     LoadRequested
     | LoadStarted
     | ModelLoaded
+    | ModelSettingsChanged
     | LoadFailed
     | UnloadRequested
     | UnloadStarted

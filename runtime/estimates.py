@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from events.footprints import Footprint
 from events.jobs import Job
-from events.models import Footprint, Model
+from events.models import Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem

@@ -21,6 +21,7 @@ BY: Mapping[str, str] = {
     (
         "LoadStarted",
         "ModelLoaded",
+        "ModelSettingsChanged",
         "LoadFailed",
         "UnloadStarted",
         "ModelUnloaded",

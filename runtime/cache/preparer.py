@@ -21,7 +21,7 @@ from msgspec import structs
 
 from events.clock import uuid7
 from events.counters import Histogram
-from events.models import Footprint
+from events.footprints import Footprint
 from events.types import LoadParameters
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key, runtime_was_replaced

@@ -145,7 +145,6 @@ class Consumer:
     async def _step(self) -> None:
         self._wakeup.clear()
         state, now = self._log.state, self._log.now()
-        self._executor.drop_unrecorded_names(state)
         self._executor.end_unneeded_loads(state)
         self._executor.estimates.forget_ended(state)
         running = {

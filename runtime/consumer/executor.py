@@ -18,7 +18,7 @@ from events.commands import Record, RequestLoad, RequestUnload
 from events.errors import LogUnavailable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
-from events.models import CRASH_LOOP, LoadedModel, Serving
+from events.models import CRASH_LOOP, LoadedModel
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -32,6 +32,7 @@ from events.types import (
     LoadRequested,
     LoadStarted,
     ModelLoaded,
+    ModelSettingsChanged,
     ModelUnloaded,
     Prepared,
     UnloadRequested,
@@ -91,16 +92,10 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
     )
 
 
-def describe_reuse(serving: Serving) -> ModelLoaded:
-    """Return `ModelLoaded` of a load that reuses the serving workers: the same files, no durations."""
-    return ModelLoaded(
-        files=serving.files,
-        worker_ids=serving.worker_ids,
-        prepared=serving.prepared,
-        memory_bytes=serving.memory_bytes,
-        peak_memory_bytes=serving.peak_memory_bytes,
-        durations=Durations(0, 0, 0, 0, None, 0, 0),
-    )
+def draft_settings_change(job: Job, load_job_id: str) -> Draft:
+    """Return the outcome of a load of what that load has loaded already."""
+    _, parameters = job.load_order
+    return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
 
 
 def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
@@ -184,24 +179,10 @@ class Executor:
         self._drain_timeout_s = drain_timeout_s
         self._known_files: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
 
-    def drop_unrecorded_names(self, state: State) -> None:
-        """Drop the unrecorded one of the two job ids that a load has while its workers are reused."""
-        if not self._log.healthy:  # what is recorded is known when the ledger was read again
-            return
-        for key, load in [(key, load) for key, load in self.loads.items() if key != load.job_id]:
-            model = state.models.get(load.model_id)
-            serving = model.serving if model is not None else None
-            if serving is not None and serving.load_job_id == key:
-                del self.loads[load.job_id]
-                load.job_id, load.parameters = key, serving.parameters
-            else:
-                del self.loads[key]
-
     def end_unneeded_loads(self, state: State) -> None:
-        """Kill loads that the ledger has no use for, under any of their job ids; forget ended ones."""
-        current = {id(load) for key, load in self.loads.items() if is_load_current(state, key, load.model_id)}
+        """Kill loads that the ledger has no use for; forget ended ones."""
         for key, load in list(self.loads.items()):
-            if id(load) not in current:
+            if not is_load_current(state, key, load.model_id):
                 if not load.killed:
                     load.kill()
                 if load.is_finished:
@@ -217,8 +198,8 @@ class Executor:
         match action:
             case actions.StartLoad(job):
                 await self._start_load(job)
-            case actions.ReuseWorkers(job, load_job_id):
-                await self._reuse_workers(job, self.loads[load_job_id])
+            case actions.ChangeSettings(job, load_job_id):
+                await self._record(draft_settings_change(job, load_job_id))
             case actions.CompleteLoad(job, replaces):
                 await self._complete_load(job, replaces)
             case actions.FailLoad(job, code, message):
@@ -274,18 +255,6 @@ class Executor:
             raise
         self.loads[job.id] = load
         load.track(asyncio.create_task(run_load(load, self._pool, ordered)))
-
-    async def _reuse_workers(self, job: Job, load: RunningLoad) -> None:
-        """Record another job as the load of running workers; requests do not notice.
-
-        Both names lead to them until it is known which one is recorded: `drop_unrecorded_names`.
-        """
-        serving = self._log.state.models[job.model_id].serving
-        if serving is None:
-            raise RuntimeError(f"model '{job.model_id}' has no load to reuse the workers of")
-        self.loads[job.id] = load
-        started = draft_fact(job, LoadStarted(job.attempt + 1), load)
-        await self._record(started, draft_fact(job, describe_reuse(serving), load))
 
     async def _complete_load(self, job: Job, replaces: str | None) -> None:
         load = self.loads[job.id]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from events.counters import ModelLabels
 from events.state import State
 from runtime.consumer.loads import RunningLoad
-from runtime.scheduler.view import LoadView, Phase
+from runtime.scheduler.view import Phase
 from runtime.statistics import Statistics
 
 
@@ -60,14 +60,18 @@ class PreparationUsage:
 
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[MemoryUse]:
     """Return the use of each load with a process, by model, then oldest first."""
-    loads = {id(load): load for load in live}  # a load whose workers are being reused has two job ids
-    there = [load for load in loads.values() if not load.has_exited]
-    found = (_describe_use(load, load.to_view(state.unended_job(load.job_id), now)) for load in there)
+    there = [load for load in live if not load.has_exited]
+    found = (_describe_use(load, state, now) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
 
 
-def _describe_use(load: RunningLoad, run: LoadView) -> MemoryUse:
+def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
+    run = load.to_view(state.unended_job(load.job_id), now)
     is_reserved = load.report is None
+    model = state.models.get(load.model_id)
+    serving = model.serving if model is not None else None
+    is_present = serving is not None and serving.load_job_id == load.job_id
+    settings = serving.parameters if serving is not None and is_present else load.parameters
     return MemoryUse(
         model_id=load.model_id,
         version=load.version,
@@ -78,8 +82,8 @@ def _describe_use(load: RunningLoad, run: LoadView) -> MemoryUse:
         memory_bytes=0 if is_reserved else run.memory_bytes,
         in_flight=load.in_flight,
         last_used_at=run.last_used_at,
-        pinned=load.parameters.pinned,
-        keep_alive_s=load.parameters.keep_alive_s,
+        pinned=settings.pinned,
+        keep_alive_s=settings.keep_alive_s,
     )
 
 

@@ -51,8 +51,8 @@ class JobLoadAction(JobAction):
     load_job_id: str
 
 
-class ReuseWorkers(JobLoadAction):
-    """Record `LoadStarted` and `ModelLoaded`: the workers of another load become those of this job."""
+class ChangeSettings(JobLoadAction):
+    """Record `ModelSettingsChanged`: what this job loads is loaded, so only its settings apply."""
 
 
 class UnloadForReplacement(JobLoadAction):
@@ -125,7 +125,7 @@ class FailModel:
 
 Action = (
     StartLoad
-    | ReuseWorkers
+    | ChangeSettings
     | CompleteLoad
     | FailLoad
     | CancelJob

@@ -178,10 +178,7 @@ class _PendingLoad:
 
     def decide(self, estimating: Job | None) -> Action | Waiting:
         """Decide this load; `estimating` is an earlier one whose estimate will be known in a moment."""
-        view, job, kept = self._view, self.job, self._serving
-        is_degraded = self._model is not None and self._model.degraded
-        if kept is not None and kept.load_job_id == job.keeps and not is_degraded:
-            return actions.ReuseWorkers(job, kept.load_job_id)
+        view, job = self._view, self.job
         unfit = self._refuse_or_estimate()
         if unfit is not None:
             return unfit

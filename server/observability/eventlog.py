@@ -22,7 +22,16 @@ from events.jobs import Job
 from events.log import Log
 from events.sqlite.listing import Reader
 from events.sqlite.queries import PAGE
-from events.types import Event, JobCancelled, LoadFailed, ModelLoaded, ModelUnloaded, Unknown, UnloadFailed
+from events.types import (
+    Event,
+    JobCancelled,
+    LoadFailed,
+    ModelLoaded,
+    ModelSettingsChanged,
+    ModelUnloaded,
+    Unknown,
+    UnloadFailed,
+)
 from server.appkeys import LOG, READER, REQUEST_LOG
 from server.observability.output import CONTEXT, RequestLog, make_extra
 
@@ -37,7 +46,7 @@ PACE_S = 0.1
 RETRY_S = 1.0
 """Between a failed read of the log and the next."""
 
-ENDS = (ModelLoaded, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
+ENDS = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
 """The events that end a job."""
 
 

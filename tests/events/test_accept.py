@@ -23,6 +23,7 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     LoadStarted,
+    ModelSettingsChanged,
     UnloadRequested,
     record_draft,
 )
@@ -46,6 +47,9 @@ def outcome(facts: str | State, command: Command) -> str:
         case Accepted((Draft(id=event, job_id=about),), job):
             assert (event, job) == (NEW, about)
             return NEW
+        case Accepted((Draft(id=event), Draft(data=ModelSettingsChanged(load), job_id=about)), job):
+            assert NEW == event == job == about
+            return f"settings:{load}"
         case Existing(job):
             return job
         case Refused(code, message):
@@ -93,7 +97,7 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load request_unload start_unload request_again", load(2, cause=Cause.DEMAND), "L3"),
     ("load", asking(load(), keep_alive_s=-1), "L"),
     ("load", asking(load(), pinned=False), "L"),
-    ("load", asking(load(), pinned=True), NEW),
+    ("load", asking(load(), pinned=True), "settings:L"),
     ("request start", asking(load(), pinned=True), "L"),
     ("load", load(files=CHANGED), NEW),
     ("load", load(files=(*FILES, FileIdentity("weights.bin", 1, 1))), NEW),
@@ -176,23 +180,37 @@ def test_accepted_load_records_all_that_was_asked_for() -> None:
         ("", {"pinned": True}, None, {"pinned": True}),
     ],
 )
-def test_load_reuses_workers_when_only_settings_change(
+def test_load_that_changes_only_settings_completes_at_once(
     facts: str, asked: dict[str, Any], load_id: str | None, recorded_as: dict[str, Any]
 ) -> None:
-    assert reused(facts, asking(load(), **asked)) == (load_id, LoadParameters(**recorded_as))
+    assert changed(facts, asking(load(), **asked)) == (load_id, LoadParameters(**recorded_as))
 
 
-def reused(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters]:
-    decision = decide(given(facts).state, command)
+def changed(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters]:
+    """Return the load whose settings the command changes, if that is all, and the recorded parameters."""
+    state = given(facts).state
+    decision = decide(state, command)
     assert isinstance(decision, Accepted)
-    [draft] = decision.drafts
-    assert isinstance(draft.data, LoadRequested)
-    return draft.data.keeps_load_job_id, draft.data.parameters
+    requested, *rest = (draft.data for draft in decision.drafts)
+    assert isinstance(requested, LoadRequested)
+    if not rest:
+        return None, requested.parameters
+    [change] = rest
+    assert isinstance(change, ModelSettingsChanged)
+    assert change == ModelSettingsChanged.of(change.load_job_id, requested.parameters)
+    return change.load_job_id, requested.parameters
 
 
 @pytest.mark.parametrize("command", [load(2), load(files=CHANGED)], ids=["version", "files"])
-def test_load_of_other_files_reuses_no_workers(command: RequestLoad) -> None:
-    assert reused("load", asking(command, pinned=True)) == (None, LoadParameters(pinned=True))
+def test_load_of_other_files_is_no_change_of_settings(command: RequestLoad) -> None:
+    assert changed("load", asking(command, pinned=True)) == (None, LoadParameters(pinned=True))
+
+
+def test_change_of_settings_is_accepted_when_the_queue_is_full() -> None:
+    history = given("load")
+    for number in range(MAX_QUEUE):
+        history.ask_load(f"other-{number}", of=f"m{number}")
+    assert outcome(history.state, asking(load(), pinned=True)) == "settings:L"
 
 
 def test_order_of_files_does_not_matter() -> None:

@@ -21,7 +21,16 @@ from events.counters import (
 )
 from events.errors import LogUnavailable
 from events.state import Attempt, State
-from events.types import AccessDenied, Cause, Draft, Durations, LoadStarted, ModelLoaded, Prepared
+from events.types import (
+    AccessDenied,
+    Cause,
+    Draft,
+    Durations,
+    LoadStarted,
+    ModelLoaded,
+    ModelSettingsChanged,
+    Prepared,
+)
 
 
 def counted(history: History) -> Tally:
@@ -82,8 +91,8 @@ def test_load_is_counted_by_form_and_stage() -> None:
 def test_change_of_settings_is_job_but_no_load() -> None:
     history = History()
     history.load("a")
-    history.ask_load("b", keeps_load_job_id="a")
-    history.add(ModelLoaded((), ("w-a",), None, 1, 1, Durations(0, 0, 0, 0, None, 0, 0)), "b")
+    history.ask_load("b")
+    history.add(ModelSettingsChanged("a", 60, pinned=True), "b")
     tally = counted(history)
     assert tally.loads == {("request", "completed"): 2}
     assert tally.forms == {NO_FORM: 1}

@@ -33,7 +33,7 @@ from events.types import (
 def test_requested_load_is_pending_job_with_deadline() -> None:
     history = History()
     parameters = LoadParameters("high", 60, 5, 6, "auto", True, 3, 8, 90)
-    history.add(LoadRequested.of(parameters, Cause.DEMAND, keeps_load_job_id="K"), "L", version=4, by="alice")
+    history.add(LoadRequested.of(parameters, Cause.DEMAND), "L", version=4, by="alice")
     requested = Job(
         id="L",
         kind=JobKind.LOAD,
@@ -47,7 +47,6 @@ def test_requested_load_is_pending_job_with_deadline() -> None:
         cause=Cause.DEMAND,
         load=parameters,
         deadline_at=at(61),
-        keeps="K",
     )
     assert history.job("L") == requested
     history.start_load("L", attempt=2)

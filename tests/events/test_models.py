@@ -23,11 +23,10 @@ from support.history import (
 
 from events.clock import seconds_between
 from events.codec import decode_event
-from events.jobs import Failure, JobKind
+from events.footprints import MAX_FOOTPRINTS, Footprint
+from events.jobs import Failure, JobKind, JobStatus
 from events.models import (
     INCIDENT_WINDOW_S,
-    MAX_FOOTPRINTS,
-    Footprint,
     Model,
     ModelState,
     PendingLoad,
@@ -56,6 +55,10 @@ request start restart -> unloaded, v1
 request start fail request_again start_again restart -> failed, v1, broken
 request fail restart -> failed, v1, broken
 request_unload -> unloaded
+load request_again change_settings -> loaded, v1
+load request_again start_again change_settings -> loaded, v1
+load request_unload start_unload finish_unload request_again change_settings -> unloaded, v1
+load change_settings -> loaded, v1
 # Unloads.
 load request_unload -> loaded, v1, ends by U
 load request_unload start_unload -> unloading, v1, ends by U
@@ -273,6 +276,19 @@ def test_loaded_model_names_files_actor_and_parameters() -> None:
         last_version=3,
         footprints=(Footprint(3, (file(),), 1_000),),
     )
+
+
+@pytest.mark.parametrize("load", ["L", "L-before"])
+def test_change_of_settings_leaves_the_rest_of_the_model(load: str) -> None:
+    history = given("load request_again")
+    before = history.model()
+    history.change_settings("L3", load, keep_alive_s=60, pinned=True)
+    assert before.serving is not None
+    settings = replace(before.serving.parameters, keep_alive_s=60, pinned=True)
+    serving = replace(before.serving, parameters=settings if load == "L" else before.serving.parameters)
+    assert history.model() == replace(before, serving=serving, loads=())
+    job = history.job("L3")
+    assert (job.status, job.attempt, job.started_at) == (JobStatus.COMPLETED, 0, None)
 
 
 def test_loads_wait_in_request_order() -> None:

@@ -11,6 +11,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `restarts`: the server ends during loads, a swap and with a queue, cleanly or not; models are reloaded
 - `cancels-and-force`: cancels in time and too late, forced unloads of loading models, jobs that time out
 - `evictions-and-memory`: with room for one model, others are evicted; then there is memory for none
+- `settings`: a load changes settings of what is loaded, and another version takes the defaults
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
 """
 
@@ -60,6 +61,17 @@ def write_states(name: str) -> None:
     (HERE / f"{name}.json").write_text(json.dumps(states, indent=1) + "\n")
 
 
+async def settings(folder: Path) -> None:
+    """Settings of a loaded model change; then another version is loaded, and they change again."""
+    async with running(folder, stops_cleanly=True) as engine:
+        await engine.load("adder", 1)
+        await engine.submit_load("adder", 1, LoadParameters(pinned=True), {"pinned"})
+        await engine.submit_load("adder", 1, LoadParameters(keep_alive_s=600), {"keep_alive_s"})
+        await engine.load("adder", 2)
+        await engine.submit_load("adder", 2, LoadParameters(pinned=True), {"pinned"})
+        await engine.unload("adder")
+
+
 async def loads_and_swaps(folder: Path) -> None:
     """Loads, repeated loads, swaps beside and in place, failed loads, unloads, and a denied request."""
     async with running(folder, stops_cleanly=True) as engine:
@@ -80,7 +92,7 @@ async def loads_and_swaps(folder: Path) -> None:
         await engine.unload("other")
 
 
-SCENARIOS: dict[str, Scenario] = {"loads-and-swaps": loads_and_swaps}
+SCENARIOS: dict[str, Scenario] = {"loads-and-swaps": loads_and_swaps, "settings": settings}
 
 
 async def record(name: str) -> None:

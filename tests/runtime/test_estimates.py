@@ -16,8 +16,8 @@ from support.history import PLAIN, History
 from support.running import Engine, running
 from support.workers import LIMIT_S
 
+from events.footprints import Footprint
 from events.jobs import JobStatus
-from events.models import Footprint
 from events.types import LoadedFile, LoadParameters, ModelLoaded
 from runtime import estimates
 from runtime.estimates import (

@@ -52,6 +52,7 @@ from events.types import (
     LoadRequested,
     LoadStarted,
     ModelLoaded,
+    ModelSettingsChanged,
     ModelUnloaded,
     ServerStarted,
     ServerStopped,
@@ -169,6 +170,12 @@ class History:
         self.start_load(job)
         self.add(model_loaded(f"{job}1", f"{job}2"), job)
 
+    def change_settings(
+        self, job: str, load: str, *, keep_alive_s: int | None = 60, pinned: bool = True, **about: Any
+    ) -> None:
+        """A load ends with other settings of what is loaded already."""
+        self.add(ModelSettingsChanged(load, keep_alive_s, pinned), job, **about)
+
     def fail_load(self, job: str, code: str = "broken", **about: Any) -> None:
         self.add(LoadFailed(code, "because"), job, **about)
 
@@ -245,6 +252,7 @@ STEPS: dict[str, Callable[[History], object]] = {
     "timeout_again": lambda h: h.fail_load("L3", TIMEOUT),
     "no_memory_again": lambda h: h.fail_load("L3", INSUFFICIENT_MEMORY),
     "load_again": lambda h: h.load("L3"),
+    "change_settings": lambda h: h.change_settings("L3", "L"),
     # Another version, beside or in place; the old one drains.
     "request_v2": lambda h: h.ask_load("L2", version=2),
     "request_in_place": lambda h: h.ask_load("L2", version=2, strategy="in_place"),

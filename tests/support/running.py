@@ -6,7 +6,7 @@ Nothing here sleeps: what is recorded is waited for at the log, and time passes 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -87,11 +87,13 @@ class Engine:
         model_id: str,
         version: int | None = None,
         parameters: LoadParameters | None = None,
+        asked: Iterable[str] = (),
     ) -> Receipt:
-        """Ask for a load, as the HTTP handler does."""
+        """Ask for a load, as the HTTP handler does; `asked` are the parameters that the request names."""
         found = self.repository.resolve(model_id, version)
         files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
-        command = RequestLoad(model_id, found.version, files, "alice", parameters or LoadParameters())
+        given = parameters or LoadParameters()
+        command = RequestLoad(model_id, found.version, files, "alice", given, asked=frozenset(asked))
         return await self.log.submit(command)
 
     async def ask_load(

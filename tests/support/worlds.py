@@ -27,7 +27,13 @@ from events.types import (
     WorkerExited,
     record_draft,
 )
-from runtime.consumer.executor import build_reload, build_unload, draft_crash_loop, draft_fact
+from runtime.consumer.executor import (
+    build_reload,
+    build_unload,
+    draft_crash_loop,
+    draft_fact,
+    draft_settings_change,
+)
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.actions import Decision as Next
@@ -235,10 +241,6 @@ class World:
             assert number > 0 or isinstance(decision, Accepted)
         if fault in {None, "twice"}:
             self._follow_up(action)
-        if isinstance(action, actions.ReuseWorkers):
-            serving = self.state.models[action.job.model_id].serving
-            if serving is not None and serving.load_job_id == action.job.id:
-                self.live[action.job.id] = self.live.pop(action.load_job_id)
 
     def _follow_up(self, action: Action) -> None:
         """Begin the effect of what is recorded, and remember whose death is."""
@@ -263,9 +265,8 @@ class World:
             case actions.CompleteLoad(job, replaces):
                 drafts = [draft_fact(job, model_loaded(*self.live[job.id].workers))]
                 return Record((*drafts, *self._swapped_out(job, replaces)))
-            case actions.ReuseWorkers(job, load):
-                loaded = draft_fact(job, model_loaded(*self.live[load].workers))
-                return Record((draft_fact(job, LoadStarted(job.attempt + 1)), loaded))
+            case actions.ChangeSettings(job, load):
+                return Record((draft_settings_change(job, load),))
             case actions.UnloadForReplacement(job, load):
                 return Record(self._swapped_out(job, load))
             case actions.FailLoad(job, code):

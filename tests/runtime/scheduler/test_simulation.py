@@ -38,7 +38,7 @@ UNFORCED = (
     actions.EstimateMemory,
     actions.UnloadForReplacement,
     actions.UnloadAutomatically,
-    actions.ReuseWorkers,
+    actions.ChangeSettings,
 )
 """What is not done to a model before its forced unload has ended."""
 

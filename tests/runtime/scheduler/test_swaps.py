@@ -85,20 +85,6 @@ def test_repair_of_serving_model_never_replaces_it_first(strategy: str) -> None:
     assert describe(decide_on(history, "P:serving/P1").action) == "start R"
 
 
-@pytest.mark.parametrize(
-    ("facts", "running", "action"),
-    [
-        ("load_pair", "P:serving", "reuse P for Q"),
-        ("load_pair crash_1", "P:serving/P1", "start Q"),
-        ("load load_pair", "P:draining! L:serving", "start Q"),
-    ],
-)
-def test_change_of_settings_reuses_workers_unless_one_exited(facts: str, running: str, action: str) -> None:
-    history = given(facts)
-    history.ask_load("Q", keeps_load_job_id="P")
-    assert describe(decide_on(history, running).action) == action
-
-
 GAP = "load a 60; request a 80 version=2 strategy=in_place priority=low; unload a cause=swap;"
 """The old version takes 60 and drains; the new one will need 80."""
 

@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from onnx import ModelProto
@@ -121,40 +122,27 @@ async def test_simultaneous_loads_join_one_job(shared: LocalApi) -> None:
 # Settings of a loaded model
 
 
-async def test_load_that_changes_settings_reuses_workers(shared: LocalApi) -> None:
+async def test_load_that_changes_settings_completes_without_a_load(shared: LocalApi) -> None:
     shared.save(models.add(1), "changed")
     loaded = await shared.load("changed", instances=2, memory_limit_bytes=2**30)
     pid, before = shared.worker("changed").pid, await shared.model("changed")
-    pinned = await shared.load("changed", pinned=True)
+    answer = await shared.post("/api/v1/models/changed/load", json={"pinned": True})
+    assert (answer.status, answer.json["status"], answer.json["started_at"]) == (200, "completed", None)
+    pinned = answer.json
     assert pinned["id"] != loaded["id"]
     assert pinned["parameters"] == loaded["parameters"] | {"pinned": True}
-    assert shared.worker("changed").pid == pid
-    after = await shared.model("changed")
-    assert after["position"] > before["position"]
-    assert after == before | {name: after[name] for name in ("job_id", "position", "loaded_at")}
-    assert after["job_id"] == pinned["id"]
-    facts = [event.data for event in await shared.events("changed")]
-    first, second = (fact for fact in facts if isinstance(fact, ModelLoaded))
-    assert (second.worker_ids, second.files) == (first.worker_ids, first.files)
+    assert await shared.model("changed") == before
+    assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(True, None)]
+    story = [event.type for event in await shared.events("changed")]
+    assert story == [
+        *("LoadRequested", "LoadStarted", "ModelLoaded"),
+        *("LoadRequested", "ModelSettingsChanged"),
+    ]
     for same in ({}, {"pinned": True}, {"priority": "high"}):
-        assert (await shared.load("changed", **same))["id"] == pinned["id"]
+        assert (await shared.load("changed", **same))["id"] == loaded["id"]
     assert (await shared.load("changed", pinned=False, keep_alive_s=60))["id"] != pinned["id"]
+    assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(False, 60)]
     assert shared.worker("changed").pid == pid
-
-
-async def test_changed_settings_apply_once_the_log_can_be_written(
-    shared: LocalApi, caplog: pytest.LogCaptureFixture
-) -> None:
-    shared.save(models.add(1), "unwritten")
-    loaded = await shared.load("unwritten")
-    pid = shared.worker("unwritten").pid
-    with unwritable(shared.ledger, "ModelLoaded"):
-        job = await shared.accepted_load("unwritten", pinned=True)
-        await until(lambda: "cannot be written" in caplog.text)
-        assert (await shared.infer("unwritten", ONE)).status == 200
-        assert (await shared.model("unwritten"))["job_id"] == loaded["id"]
-    assert (await shared.ended(job["id"]))["status"] == "completed"
-    assert shared.worker("unwritten").pid == pid
 
 
 async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -> None:
@@ -167,6 +155,12 @@ async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -
     assert (await shared.ended(job["id"]))["status"] == "completed"
     assert shared.worker("dead").pid != worker.pid
     assert (await shared.infer("dead", ONE)).status == 200
+
+
+async def uses(api: LocalApi, model_id: str) -> list[dict[str, Any]]:
+    answer = await api.get("/api/v1/resources")
+    found: list[dict[str, Any]] = answer.json["models"]
+    return [use for use in found if use["model_id"] == model_id]
 
 
 # Swaps and recovery
