@@ -44,6 +44,7 @@ CPU_PRESSURE_PERCENT = 80.0
 MAX_FILE_CHARACTERS = 64 * 1024
 """More than these files have: a few kilobytes."""
 
+_RESIDENT = re.compile(rb"^VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB\nRssAnon:\s+(\d+) kB$", re.MULTILINE)
 _COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
 _AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MULTILINE)
 _BYTES = re.compile(r"[1-9]\d{0,17}", re.ASCII)
@@ -58,6 +59,11 @@ class Resident:
     anonymous_bytes: int
     all_bytes: int
     peak_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Pages of files, shared or not."""
+        return self.all_bytes - self.anonymous_bytes
 
 
 def private_bytes(pid: int | str = "self") -> int:
@@ -83,20 +89,18 @@ def data_bytes(pid: int | str = "self") -> int:
     return parse_field(_read(f"{pid}/status"), "VmData")
 
 
-def anonymous_bytes(pid: int | str = "self") -> int:
-    """Read the size of anonymous pages. The kernel counts them, so this is cheap."""
-    return parse_field(_read(f"{pid}/status"), "RssAnon")
-
-
-def read_resident(pid: int | str = "self") -> Resident:
-    """Read the resident memory of a process. The kernel counts it, so this is cheap."""
-    status = _read(f"{pid}/status")
-    return Resident(*(parse_field(status, name) for name in ("RssAnon", "VmRSS", "VmHWM")))
-
-
 def parse_private(smaps_rollup: str) -> int:
     """Sum the private dirty and huge pages in the text of a smaps_rollup file, in bytes."""
     return sum(parse_field(smaps_rollup, name) for name in ("Private_Dirty", "Private_Hugetlb"))
+
+
+def parse_resident(status: bytes) -> Resident | None:
+    """Parse the resident memory in the text of a status file; None without it (a zombie has none)."""
+    found = _RESIDENT.search(status)
+    if found is None:
+        return None
+    peak, all_, anonymous = (int(kilobytes) * 1024 for kilobytes in found.groups())
+    return Resident(anonymous, all_, peak)
 
 
 def parse_field(text: str, name: str) -> int:

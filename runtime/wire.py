@@ -84,7 +84,7 @@ class MalformedTexts(ValueError):
 
 
 Buffer = bytes | bytearray | memoryview
-LoadStage = Literal["loading", "warming_up", "measuring"]
+LoadStage = Literal["loading", "warming_up"]
 Form = Literal["prepacked", "optimised"]
 """Of prepared files: the optimised graph with its weights beside it, and those packed for this CPU or not."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -261,11 +261,8 @@ class Loaded(Message, frozen=True):
     files: tuple[HashedFile, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    memory_bytes: Count
-    peak_memory_bytes: Count
     loading_us: Count
     hashing_us: Count
-    measuring_us: Count
     warming_up_us: Count | None = None
     prepared: Sha256 | None = None
     prepared_failure: Text | None = None

@@ -237,7 +237,7 @@ class Trial:
                     return "its answers differ", pairs
                 bare_ns, other_ns = await _quickest_ns(bare, other, sets[0])
             loads_us = bare_report.loading_us, report.loading_us
-            memory = bare_report.memory_bytes, report.memory_bytes
+            memory = bare.memory_bytes, other.memory_bytes
             pairs.append(Pair(*loads_us, bare_ns, other_ns, *memory))
         return verdict(pairs), pairs
 

@@ -230,15 +230,16 @@ class WorkerMonitor:
                 measuring.cancel()
 
     async def measure(self) -> None:
-        """Measure all workers, one after the other.
+        """Measure all workers that have loaded, one after the other; loading ones are sampled meanwhile.
 
         A stuck measurement delays the others only up to its limit, and is not repeated until it has ended,
         because each takes a thread.
         """
-        workers = {worker: load for load in self._loads.values() for worker in load.alive_workers}
-        for worker, load in workers.items():
+        alive = {worker for load in self._loads.values() for worker in load.alive_workers}
+        workers = [worker for worker in alive if worker.loaded_memory is not None]
+        for worker in workers:
             if worker.worker_id not in self._measuring:
-                measuring = asyncio.create_task(self._measure(load, worker))
+                measuring = asyncio.create_task(self._measure(worker))
                 self._measuring[worker.worker_id] = measuring
                 await asyncio.wait({measuring}, timeout=MEASURE_LIMIT_S)
         if workers:
@@ -260,9 +261,9 @@ class WorkerMonitor:
                 return
         self._noted_uses = seen
 
-    async def _measure(self, load: RunningLoad, worker: Worker) -> None:
+    async def _measure(self, worker: Worker) -> None:
         try:
             with suppress(WorkerDied, OSError):
-                load.measured_bytes[worker.worker_id] = await worker.measure()
+                await worker.measure()
         finally:
             del self._measuring[worker.worker_id]

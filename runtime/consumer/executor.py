@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -52,6 +52,7 @@ from runtime.repository import Repository
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import is_load_current
+from runtime.statistics import MAX_COUNT
 from runtime.wire import HashedFile, plain_text
 
 MAX_REMEMBERED_VERSIONS = 1000
@@ -78,15 +79,15 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
         files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.finished_report.files),
         worker_ids=tuple(worker.worker_id for worker in load.workers),
         prepared=None if form is None else Prepared(form.form, form.sha256),
-        memory_bytes=sum(report.memory_bytes for report in reports),
-        peak_memory_bytes=sum(report.peak_memory_bytes for report in reports),
+        memory_bytes=_sum(each.memory_bytes for each in load.loaded_memory),
+        peak_memory_bytes=_sum(each.peak_memory_bytes for each in load.loaded_memory),
         durations=Durations(
             waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
             starting_us=load.starting_us,
             loading_us=max(report.loading_us for report in reports),
             hashing_us=max(report.hashing_us for report in reports),
             warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
-            measuring_us=max(report.measuring_us for report in reports),
+            measuring_us=max(each.measuring_us for each in load.loaded_memory),
             total_us=_microseconds(seconds_between(job.created_at, now)),
         ),
     )
@@ -142,6 +143,11 @@ def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
     data = WorkerExited(end.exit_code, end.signal, tuple(worker.stderr_tail()))
     return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
+
+
+def _sum(sizes: Iterable[int]) -> int:
+    """Add up sizes, within what the ledger can hold."""
+    return min(sum(sizes), MAX_COUNT)
 
 
 def _microseconds(seconds: float) -> int:
@@ -277,7 +283,7 @@ class Executor:
             if load.prepared_failure is not None:
                 self.preparer.failed(load.prepared, load.prepared_failure)
             return
-        peak_bytes = max(report.peak_memory_bytes for report in load.reports.values())
+        peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
         self.preparer.offer(Candidate(load.job_id, load.model_id, load.version, files, peak_bytes))
 
     async def _fail_load(self, job: Job, reason: Failure | None) -> None:

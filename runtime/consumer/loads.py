@@ -24,6 +24,7 @@ from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, W
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool
+from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import FileStat, ModelVersion, Repository
 from runtime.scheduler.view import LoadView, Phase
@@ -65,7 +66,6 @@ class RunningLoad:
         recorded_exits: ids of workers whose unexpected exit was recorded.
         reserved_bytes: reservation until `report` is set.
         unprepared_bytes: known peak without a prepared form; 0 if unknown.
-        measured_bytes: the last measurement of each worker, by id.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
@@ -95,7 +95,6 @@ class RunningLoad:
     freed_bytes: int = 0
     reserved_bytes: int = 0
     unprepared_bytes: int = 0
-    measured_bytes: dict[str, int] = field(default_factory=dict)
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -158,14 +157,22 @@ class RunningLoad:
         return Failure(code, "the worker died right after it had loaded the model")
 
     @property
+    def measured_bytes(self) -> int:
+        """Private bytes of its workers at the last measurement, or sample of those that load."""
+        return sum(worker.memory_bytes for worker in self.alive_workers)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes that count against the budget, until the workers have exited."""
         if self.report is None:
             is_over = self.has_exited or (self.failure is not None and not self.alive_workers)
-            return 0 if is_over else max(self.reserved_bytes, sum(self.measured_bytes.values()))
-        loaded = {worker_id: report.memory_bytes for worker_id, report in self.reports.items()}
-        latest = loaded | self.measured_bytes
-        return sum(latest.get(worker.worker_id, 0) for worker in self.alive_workers)
+            return 0 if is_over else max(self.reserved_bytes, self.measured_bytes)
+        return self.measured_bytes
+
+    @property
+    def loaded_memory(self) -> list[WorkerMemory]:
+        """The memory of its workers right after each had loaded."""
+        return [worker.loaded_memory for worker in self.workers if worker.loaded_memory is not None]
 
     @property
     def in_flight(self) -> int:
@@ -242,8 +249,7 @@ class RunningLoad:
     def kill_workers(self) -> None:
         """Kill the workers that have not exited."""
         for worker in self.alive_workers:
-            report = self.reports.get(worker.worker_id)
-            self.expect_exit(worker, report.memory_bytes if report is not None else 0)
+            self.expect_exit(worker)
             worker.kill()
 
     def reserve_unprepared(self) -> None:
@@ -261,15 +267,14 @@ class RunningLoad:
         self.prepared_failure = self.prepared_failure or reason
         self.replaceable.discard(dead.worker_id)
         self.workers.remove(dead)
-        self.measured_bytes.pop(dead.worker_id, None)
         return True
 
-    def expect_exit(self, worker: Worker, memory_bytes: int) -> None:
+    def expect_exit(self, worker: Worker) -> None:
         """Note, right before a worker's end, what it aborts and how many bytes it releases."""
         if worker.worker_id not in self.expected_exits:
             self.expected_exits.add(worker.worker_id)
             self.aborted_requests += worker.in_flight
-            self.freed_bytes += memory_bytes
+            self.freed_bytes += worker.memory_bytes if worker.loaded_memory is not None else 0
 
 
 async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
@@ -375,7 +380,6 @@ async def _load_instance(
     if report.prepared_failure is not None:
         load.prepared_failure = report.prepared_failure
     load.reports[worker_id] = report
-    load.measured_bytes.pop(worker_id, None)  # what it took while it loaded
     return report
 
 
@@ -419,10 +423,10 @@ async def _stop(load: RunningLoad, worker: Worker) -> None:
     """Measure how many bytes a worker releases, and stop it."""
     try:
         async with time_limit(MEASURE_LIMIT_S):
-            freed_bytes = await worker.measure()
+            await worker.measure()
     except WorkerDied:
         return
-    except OSError:  # no time left, or no descriptor to read with: as much as it had after its load
-        freed_bytes = load.reports[worker.worker_id].memory_bytes
-    load.expect_exit(worker, freed_bytes)
+    except OSError:  # no time left, or no descriptor to read with: as much as at its last measurement
+        pass
+    load.expect_exit(worker)
     await worker.stop(STOP_GRACE_S)

@@ -5,9 +5,9 @@ new one; `forkserver`, a process of its own, forks; `worker.Worker` then owns th
 until `ended` is set.
 
 To change: how processes are forked, their environment and descriptors: `forkserver`. When a fork server is
-replaced, pre-forking: `pool`. Messages to and from a worker: `worker`. Deadlines, cancellation and
-stuck workers: `requests`. Bytes on the socket and busy-polling: `channel`. Exit codes and stderr: `pidfd`,
-`forkclient`.
+replaced, pre-forking: `pool`. Messages to and from a worker: `worker`. Its memory while it loads:
+`sampling`. Deadlines, cancellation and stuck workers: `requests`. Bytes on the socket and busy-polling:
+`channel`. Exit codes and stderr: `pidfd`, `forkclient`.
 
 Nothing here imports ONNX Runtime; what runs inside a worker is `runtime.worker`.
 """

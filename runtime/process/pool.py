@@ -13,6 +13,7 @@ from runtime.errors import ForkServerUnavailable
 from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp
 from runtime.process.forkclient import Child, ForkServer, close_watched
+from runtime.process.sampling import MemorySampler
 from runtime.process.worker import Worker
 from runtime.repository import ModelVersion
 from runtime.wire import Load
@@ -84,6 +85,7 @@ class WorkerPool:
         self._up = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._workers: set[Worker] = set()
+        self._sampler = MemorySampler()
         self._preforked = PreforkedWorker(self._fork_one)
         self._closed = False
 
@@ -184,7 +186,7 @@ class WorkerPool:
                 forked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
             child = await self._answer(fork_server, forked)
             ours.callback(close_watched, child.pidfd)
-            worker = Worker(worker_id, child, read, self._patience_s)
+            worker = Worker(worker_id, child, read, self._patience_s, self._sampler)
             ours.pop_all()
         return worker, data, control
 

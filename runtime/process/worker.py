@@ -24,11 +24,12 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.limits import EXIT_WAIT_S, Limit, time_limit
+from runtime.limits import EXIT_WAIT_S, MEASURE_LIMIT_S, Limit, time_limit
 from runtime.process.channel import Channel
 from runtime.process.forkclient import Child, StderrTail
 from runtime.process.pidfd import Process
 from runtime.process.requests import Answer, InFlight
+from runtime.process.sampling import LoadSamples, MemorySampler, WorkerMemory
 from runtime.wire import (
     FROM_WORKER,
     Cancel,
@@ -99,13 +100,20 @@ class Worker:
     Attributes:
         worker_id: its id in the ledger.
         pid: its process id, for people and /proc only: after `ended` another process may have it.
+        memory_bytes: its private bytes, as last measured; while it loads, those that the load has added.
+        loaded_memory: its memory once it has loaded a model.
         ended: set once, when the process is gone. Wait for it with `asyncio.wait` or through
             `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
     """
 
-    def __init__(self, worker_id: str, child: Child, stderr: int, patience_s: float) -> None:
+    def __init__(
+        self, worker_id: str, child: Child, stderr: int, patience_s: float, sampler: MemorySampler
+    ) -> None:
         self.worker_id = worker_id
         self.pid = child.pid
+        self.memory_bytes = 0
+        self.loaded_memory: WorkerMemory | None = None
+        self._sampler = sampler
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Exit] = self._loop.create_future()
         self._process = Process(child, self._on_gone)
@@ -163,7 +171,10 @@ class Worker:
         # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         order = replace(order, tensors=heads(warm_up_inputs))
-        report: Loaded = await self._answer_to(order, warm_up_inputs, on_stage)
+        with self._sampler.watch(self.pid, self._set_memory) as samples:
+            report: Loaded = await self._answer_to(order, warm_up_inputs, on_stage)
+            on_stage("measuring")
+            self.loaded_memory = await self._measure_load(samples)
         return report
 
     async def prepare(self, order: Prepare) -> PrepareDone:
@@ -219,7 +230,7 @@ class Worker:
         return await self._in_flight.answer(number, timeout_s)
 
     async def measure(self) -> int:
-        """Measure the worker's private bytes.
+        """Measure the worker's private bytes; they are also in `memory_bytes`.
 
         Raises:
             WorkerDied: `worker_died`.
@@ -230,6 +241,7 @@ class Worker:
             measured = 0
         if self._process.has_ended():  # else another process may have had its pid
             raise WorkerDied(await asyncio.shield(self.ended))
+        self._set_memory(measured)
         return measured
 
     async def stop(self, grace_s: float = 1.0) -> Exit:
@@ -250,6 +262,20 @@ class Worker:
     def stderr_tail(self) -> list[str]:
         """Return the worker's last lines on stderr: at most 64, 16 KiB."""
         return self._stderr.lines()
+
+    def _set_memory(self, bytes_: int) -> None:
+        self.memory_bytes = bytes_
+
+    async def _measure_load(self, samples: LoadSamples) -> WorkerMemory:
+        began_ns = time.perf_counter_ns()
+        private_bytes = None
+        with suppress(OSError):  # no time left, or no descriptor to read with
+            async with time_limit(MEASURE_LIMIT_S):
+                private_bytes = await self.measure()
+        samples.sample()
+        loaded_memory = samples.loaded_memory(private_bytes, (time.perf_counter_ns() - began_ns) // 1000)
+        self._set_memory(loaded_memory.memory_bytes)
+        return loaded_memory
 
     def _cancel(self, number: int) -> None:
         self._control.send(Cancel(number))

@@ -1,7 +1,7 @@
 """The inside of a worker process, and the only package that imports ONNX Runtime.
 
-The way of a load: `main` reads a `Load` from the data channel; `loading.load` checks and hashes the files,
-watches the memory and uses the cached model if it may; `sessions` creates the session, `warmup` runs it once.
+The way of a load: `main` reads a `Load` from the data channel; `loading.load` checks and hashes the files and
+uses the cached model if it may; `sessions` creates the session, `warmup` runs it once. The server measures.
 The way of an inference: `main` reads an `Infer`; `batching` chooses what runs together; `execution` runs it;
 `inference` turns tensors into arrays and back. `optimising` makes a cached model instead of a load.
 

@@ -1,13 +1,12 @@
-"""How a worker loads a model: its files, its cached model, the session, and the memory they take.
+"""How a worker loads a model: its files, its cached model, and the session.
 
-One thread beside the creation of the session hashes the files and samples the memory. A cached model is used
-if its files and its sources are unchanged; otherwise the load goes on with the repository's files.
+One thread beside the creation of the session hashes the files. A cached model is used if its files and its
+sources are unchanged; otherwise the load goes on with the repository's files.
 """
 
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import os
 import platform
 import stat
@@ -21,7 +20,6 @@ from typing import Self
 
 import onnxruntime as ort
 
-from runtime import memory
 from runtime.errors import LoadRefused
 from runtime.repository import MODEL_FILE, FoundFile, identify, open_identified
 from runtime.wire import (
@@ -41,11 +39,6 @@ from runtime.worker.warmup import warm_up
 
 HASH_BLOCK_BYTES = 2**18
 """Fits into a core's own cache: the session beside it needs the shared one."""
-HASHED_BLOCKS_A_SAMPLE = 16
-"""The memory is sampled after each 2.5 ms of hashing."""
-SAMPLE_INTERVAL_S = 0.005
-"""Between samples of the memory. A sample costs 0.03 ms; walking the mappings would cost 0.7 ms, and hold up
-the session when it maps memory: 10 ms more for a load of 60 (measured)."""
 PR_SET_THP_DISABLE = 41
 """linux/prctl.h"""
 ENOUGH_BYTES = 2_000_000
@@ -61,9 +54,6 @@ IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT = 1, 3, 13
 AUTOGROUP = Path("/proc/self/autogroup")
 """Where the kernel schedules each session (setsid) as one group, niceness counts only within it; this file
 sets the group's."""
-WATCHED_FROM_BYTES = 4 * 2**20
-"""Least size of a form for a monitoring thread; below it, a load's peak may be underestimated by as much (see
-`LoadMonitor`). Starting the thread takes some milliseconds, most of a small load."""
 OnStage = Callable[[LoadStage], None]
 
 
@@ -84,36 +74,29 @@ class FileHashing:
         return tuple(hashes) if len(hashes) == len(self.files) else None
 
 
-class LoadMonitor:
-    """Hashes files and samples the process's memory in one thread, beside the `with` block.
+class BackgroundHashing:
+    """Hashes files in one thread beside the `with` block; in no thread if all files are known.
 
-    One thread, because starting one takes some milliseconds of a load (measured); none if all files are known
-    and the memory need not be watched all the time.
+    One thread, because starting one takes some milliseconds of a load (measured).
 
     Args:
         hashings: the files to hash, one after the other.
-        watched: whether the memory is sampled all the time, and not only by `sample`.
 
     Attributes:
         hashing_us: duration of hashing in microseconds.
-        peak_anonymous_bytes: the largest memory without files, as sampled or as the kernel's peak between two
-            samples proves. File pages read meanwhile may hide as much of that peak.
     """
 
-    def __init__(self, *hashings: FileHashing, watched: bool = True) -> None:
+    def __init__(self, *hashings: FileHashing) -> None:
         self.hashing_us = 0
-        self.peak_anonymous_bytes = 0
-        self._seen = memory.read_resident()
-        self._looking = threading.Lock()
         self._hashings = hashings
-        self._watched = watched
         self._all_hashed = threading.Event()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self._watched or any(hashing.known is None for hashing in self._hashings):
-            self.watch()
+        if any(hashing.known is None for hashing in self._hashings):
+            self._thread = threading.Thread(target=self._hash, name="hashing")
+            self._thread.start()
         else:
             self._hash()
         return self
@@ -122,13 +105,6 @@ class LoadMonitor:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-        self.sample()
-
-    def watch(self) -> None:
-        """Sample the memory all the time from here on."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="hashing and sampling")
-            self._thread.start()
 
     def result(self, hashing: FileHashing) -> tuple[HashedFile, ...]:
         """Wait for the hashes.
@@ -140,21 +116,6 @@ class LoadMonitor:
         if hashing.problem is not None:
             raise hashing.problem
         return tuple(hashing.hashed)
-
-    def sample(self) -> None:
-        """Sample the memory now."""
-        with contextlib.suppress(MemoryError), self._looking:  # then the peak is known well enough
-            before, self._seen = self._seen, memory.read_resident()
-            peak = self._seen.anonymous_bytes
-            if self._seen.peak_bytes > before.peak_bytes:  # at some moment since then
-                peak = max(peak, self._seen.peak_bytes - max(_file_bytes(before), _file_bytes(self._seen)))
-            self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, peak)
-
-    def _run(self) -> None:
-        if not self._all_hashed.is_set():
-            self._hash()
-        while not self._over.wait(SAMPLE_INTERVAL_S):
-            self.sample()
 
     def _hash(self) -> None:
         started = time.perf_counter_ns()
@@ -172,20 +133,11 @@ class LoadMonitor:
         descriptor = open_identified(folder, file)
         try:
             block = memoryview(bytearray(HASH_BLOCK_BYTES))
-            for number in itertools.count(1):
-                length = os.readv(descriptor, [block])
-                if not length or self._over.is_set():
-                    break
+            while (length := os.readv(descriptor, [block])) and not self._over.is_set():
                 digest.update(block[:length])
-                if number % HASHED_BLOCKS_A_SAMPLE == 0:
-                    self.sample()
         finally:
             os.close(descriptor)
         return digest.hexdigest()
-
-
-def _file_bytes(seen: memory.Resident) -> int:
-    return seen.all_bytes - seen.anonymous_bytes
 
 
 def _key(file: FoundFile | HashedFile) -> tuple[str, int, int, int, int, int]:
@@ -213,22 +165,21 @@ class CachedModel:
         self.hashing = FileHashing(Path(prepared.folder), _find_cached_files(prepared), prepared.files)
         self.model_file = str(self.hashing.folder / MODEL_FILE)
         self.sha256 = prepared.sha256
-        self.bytes = sum(file.bytes for file in prepared.files)
         self._prepared = prepared
         self._sources = sources
         if sources.known is not None:
             self._check_sources(sources.known)
 
-    def check(self, monitor: LoadMonitor) -> None:
+    def check(self, hashing: BackgroundHashing) -> None:
         """Wait for the hashes, and compare them.
 
         Raises:
             CachedModelUnusable: it was made of other files, or its own files have changed.
             LoadRefused: `model_changed`, of the repository's files.
         """
-        self._check_sources(monitor.result(self._sources))
+        self._check_sources(hashing.result(self._sources))
         try:
-            own = monitor.result(self.hashing)
+            own = hashing.result(self.hashing)
         except (LoadRefused, OSError) as problem:
             raise CachedModelUnusable(str(problem)) from None
         for file, is_ in zip(self._prepared.files, own, strict=True):
@@ -303,7 +254,7 @@ class _Made:
 
 
 def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
-    """Load the model of an order, warm it up on the given inputs, and make the report for the server.
+    """Load the model of an order and warm it up on the given inputs; returns it and the server's report.
 
     Raises:
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.
@@ -345,17 +296,14 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     used = None if form is None else order.prepared
     if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), used):
         disable_huge_pages()
-    # Within a limit there may be no memory left to start a thread once a form turns out to be unusable.
-    limited = order.memory_limit_bytes is not None
-    watched = form is None or limited or form.bytes >= WATCHED_FROM_BYTES
-    with LoadMonitor(sources, *(() if form is None else (form.hashing,)), watched=watched) as monitor:
+    with BackgroundHashing(sources, *(() if form is None else (form.hashing,))) as hashing:
         try:
-            made = _Loading(order, given, on_stage, monitor).make(folder, root, form, why_not)
-            files = monitor.result(sources)
+            made = _Loading(order, given, on_stage, hashing).make(folder, root, form, why_not)
+            files = hashing.result(sources)
         finally:  # changed files are the reason for any other problem, too
             check_unchanged(before, folder, root)
-    on_stage("measuring")
-    return made.model, _report(made, files, monitor)
+    ctypes.CDLL(None).malloc_trim(0)  # in 2 ms returns what loading freed, as much as it kept
+    return made.model, _report(made, files, hashing.hashing_us)
 
 
 def _find_cached_model(
@@ -373,11 +321,13 @@ def _find_cached_model(
 class _Loading:
     """The creation of one load's session."""
 
-    def __init__(self, order: Load, given: Sequence[Tensor], on_stage: OnStage, monitor: LoadMonitor) -> None:
+    def __init__(
+        self, order: Load, given: Sequence[Tensor], on_stage: OnStage, hashing: BackgroundHashing
+    ) -> None:
         self._order = order
         self._given = given
         self._on_stage = on_stage
-        self._monitor = monitor
+        self._hashing = hashing
         self._started_ns = time.perf_counter_ns()
         sessions.limit_memory(order.memory_limit_bytes)  # now that this process has all its threads
 
@@ -388,7 +338,6 @@ class _Loading:
                 return self._load_form(form)
             except CachedModelUnusable as unusable:
                 why_not = str(unusable)
-            self._monitor.watch()
         chosen = sessions.session_options(self._order.threads)
         session = sessions.create_checked(folder, root, chosen, self._order.memory_limit_bytes)
         return replace(self._ready(session, _elapsed_us(self._started_ns)), prepared_failure=why_not)
@@ -398,8 +347,7 @@ class _Loading:
         with _translate_form_errors():
             session = sessions.create_session(form.model_file, chosen, self._order.memory_limit_bytes)
         loading_us = _elapsed_us(self._started_ns)
-        self._monitor.sample()
-        form.check(self._monitor)
+        form.check(self._hashing)
         with _translate_form_errors():
             return replace(self._ready(session, loading_us), prepared=form.sha256)
 
@@ -424,21 +372,13 @@ def _translate_form_errors() -> Iterator[None]:
         raise CachedModelUnusable(str(problem) or type(problem).__name__) from None
 
 
-def _report(made: _Made, files: tuple[HashedFile, ...], monitor: LoadMonitor) -> Loaded:
-    """Measure the session's memory, and make the report."""
-    started = time.perf_counter_ns()
-    ctypes.CDLL(None).malloc_trim(0)  # in 2 ms returns what loading freed, as much as it kept
-    memory_bytes = memory.private_bytes()
-    shared_bytes = memory.anonymous_bytes() - memory_bytes
+def _report(made: _Made, files: tuple[HashedFile, ...], hashing_us: int) -> Loaded:
     return Loaded(
         files=files,
         inputs=made.model.inputs,
         outputs=made.model.outputs,
-        memory_bytes=memory_bytes,
-        peak_memory_bytes=max(monitor.peak_anonymous_bytes - shared_bytes, memory_bytes),
         loading_us=made.loading_us,
-        hashing_us=monitor.hashing_us,
-        measuring_us=_elapsed_us(started),
+        hashing_us=hashing_us,
         warming_up_us=made.warming_up_us,
         prepared=made.prepared,
         prepared_failure=None if made.prepared_failure is None else _line(made.prepared_failure),

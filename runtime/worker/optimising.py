@@ -37,7 +37,13 @@ from runtime.onnxfile import (
 from runtime.repository import MODEL_FILE, FoundFile, identify
 from runtime.wire import HashedFile, Prepare, PrepareDone
 from runtime.worker import sessions
-from runtime.worker.loading import FileHashing, LoadMonitor, check_unchanged, identify_files, lower_priority
+from runtime.worker.loading import (
+    BackgroundHashing,
+    FileHashing,
+    check_unchanged,
+    identify_files,
+    lower_priority,
+)
 
 ALIGNMENT = 64
 """In bytes, as ONNX Runtime's own allocations, for the widest registers."""
@@ -229,11 +235,11 @@ def _prepare(order: Prepare) -> PrepareDone:
     target = Path(order.target)
     with _files_limited(order, before):
         hashing = FileHashing(folder, before, order.known)
-        with LoadMonitor(hashing) as monitor:
+        with BackgroundHashing(hashing) as beside:
             sessions.limit_memory(order.memory_limit_bytes)
             try:
                 _write(order, folder, root)
-                sources = monitor.result(hashing)
+                sources = beside.result(hashing)
             finally:
                 check_unchanged(before, folder, root)
         align_weights(target / MODEL_FILE, target / WEIGHTS_FILE)
@@ -313,5 +319,5 @@ def _hash_written(target: Path) -> tuple[HashedFile, ...]:
         raise LoadRefused("prepare_failed", f"what was written is no model: {problem}") from None
     if not locations <= {WEIGHTS_FILE}:
         raise LoadRefused("prepare_failed", "what was written refers to files that are not its own")
-    with LoadMonitor(hashing) as monitor:
-        return monitor.result(hashing)
+    with BackgroundHashing(hashing) as beside:
+        return beside.result(hashing)

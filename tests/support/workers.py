@@ -20,6 +20,7 @@ from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
 from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
+from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.wire import DATATYPES, Load, Loaded, Outcome, Prepare, Tensor, WantedOutput
@@ -79,6 +80,12 @@ async def load(
     """Load the model of an order into a new worker."""
     worker = await pool.start("w")
     return worker, await worker.load(order, on_stage, given)
+
+
+def loaded_memory(worker: Worker) -> WorkerMemory:
+    """Return what the server measured of a worker that has loaded."""
+    assert worker.loaded_memory is not None
+    return worker.loaded_memory
 
 
 async def refusal(

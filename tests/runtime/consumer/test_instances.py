@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import models
 from support.running import Engine, code_of, error_of, gone, running, stopped_clock
-from support.workers import computing, freeze, until
+from support.workers import computing, freeze, loaded_memory, until
 
 from events.jobs import JobStatus
 from events.models import ModelState
@@ -60,10 +60,11 @@ async def test_load_of_instances_is_one_fact_and_each_answers(engine: Engine) ->
     assert fact.data.worker_ids == tuple(worker.worker_id for worker in load.workers)
     assert (len(set(fact.data.worker_ids)), fact.worker_id) == (3, None)
     assert started.worker_id == load.worker_id  # of the worker that loads alone at first
-    reports = load.reports.values()
-    assert fact.data.memory_bytes == sum(report.memory_bytes for report in reports)
-    assert fact.data.peak_memory_bytes == sum(report.peak_memory_bytes for report in reports)
-    assert fact.data.durations.loading_us == max(report.loading_us for report in reports)
+    taken = [loaded_memory(worker) for worker in load.workers]
+    assert fact.data.memory_bytes == sum(each.memory_bytes for each in taken)
+    assert fact.data.peak_memory_bytes == sum(each.peak_memory_bytes for each in taken)
+    assert fact.data.durations.measuring_us == max(each.measuring_us for each in taken)
+    assert fact.data.durations.loading_us == max(report.loading_us for report in load.reports.values())
     assert len(engine.worker_pids()) == 3
     first = load.workers[0]  # the others answer while it does not
     await freeze(first.pid)
@@ -79,7 +80,8 @@ async def test_instances_compute_side_by_side_and_drain_together(
 ) -> None:
     async with running(folder, drain_timeout_s=0.05, pool=shared_pool) as engine:
         await engine.load("loop", parameters=TWO)
-        asked, reports = await engine.start_endless(), engine.live("loop").reports
+        asked = await engine.start_endless()
+        loaded = [loaded_memory(worker).memory_bytes for worker in engine.workers("loop")]
         are_busy = [computing(worker.pid) for worker in engine.workers("loop")]
         await until(lambda: all(is_busy() for is_busy in are_busy))
         await engine.unload("loop")
@@ -88,7 +90,7 @@ async def test_instances_compute_side_by_side_and_drain_together(
                 await task
         [unloaded] = await engine.facts(ModelUnloaded, of="loop")
         assert (unloaded.drained_requests, unloaded.aborted_requests) == (0, 2)
-        assert unloaded.freed_bytes > max(report.memory_bytes for report in reports.values())
+        assert unloaded.freed_bytes > max(loaded)
         assert "WorkerExited" not in await engine.story()
         await engine.nothing_left()
 

@@ -25,6 +25,7 @@ from support.workers import (
     fork_server_of,
     freeze,
     load,
+    loaded_memory,
     order_of,
     resume,
     running_pool,
@@ -139,8 +140,8 @@ def test_worker_imports_no_http_stack_and_no_database() -> None:
 async def test_empty_worker_takes_little_memory(pool: WorkerPool, tmp_path: Path) -> None:
     models.save(models.add(), tmp_path, "m")
     assert await (await pool.start("empty")).measure() < 8 * 2**20
-    _, report = await load(pool, order_of(tmp_path))
-    assert report.memory_bytes < 12 * 2**20
+    worker, _ = await load(pool, order_of(tmp_path))
+    assert loaded_memory(worker).memory_bytes < 12 * 2**20
 
 
 async def test_fork_server_starts_in_any_working_directory(

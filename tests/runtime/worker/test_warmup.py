@@ -8,7 +8,18 @@ from onnx import ModelProto, TensorProto
 from support import models
 from support.models import save
 from support.running import Engine, code_of
-from support.workers import Serve, answer, computing, floats, load, order_of, refusal, tensor, until
+from support.workers import (
+    Serve,
+    answer,
+    computing,
+    floats,
+    load,
+    loaded_memory,
+    order_of,
+    refusal,
+    tensor,
+    until,
+)
 
 from events.jobs import JobStatus
 from events.types import LoadParameters, ModelLoaded
@@ -128,8 +139,8 @@ async def test_batched_model_is_run_on_one_element(serve: Serve) -> None:
 
 async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.widened(), tmp_path, "m")
-    _, with_it = await load(pool, order_of(tmp_path))
-    _, without = await load(pool, order_of(tmp_path, warm_up=False))
+    orders = [order_of(tmp_path, warm_up=warms_up) for warms_up in (True, False)]
+    with_it, without = [loaded_memory((await load(pool, order))[0]) for order in orders]
     assert with_it.peak_memory_bytes - without.peak_memory_bytes > 50_000_000
     assert with_it.peak_memory_bytes >= with_it.memory_bytes
 
