@@ -5,7 +5,8 @@ and executes it; `process` starts and supervises workers; `worker` is what runs 
 `wire`. `router` finds the worker of an inference.
 
 To change: which load starts, evictions, reloads: `scheduler`. How an action is carried out and recorded:
-`consumer`. Optimised copies of models: `cache`. Memory limits and measurements: `memory`; memory that a
+`consumer`. Private copies of versions: `store`. Optimised
+copies of models: `cache`. Memory limits and measurements: `memory`; memory that a
 load will need: `estimates`. A model's `loadledger.toml`: `modeldefaults`. External data and unsafe files:
 `onnxfile`, `repository`. When something counts as stuck: `limits`. Error codes: `errors`.
 

@@ -1,0 +1,236 @@
+"""The store's folder: its paths, who may write to it, and how names appear in it and vanish from it.
+
+`blobs/<2 hex>/<sha256>` are files, `versions/<digest>` folders of hard links to them, `incoming/<16 hex>`
+what is being taken or removed, `sources/<model>/<version>.json` what was taken from where. A name that is
+none of these is left alone.
+"""
+
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from runtime.store.problems import DiskFull, StoreUnavailable
+
+STORE = "store"
+"""The folder's name in the data directory."""
+FILES = "files"
+"""The folder of a version's files, beside its manifest."""
+
+_BLOBS, _VERSIONS, _INCOMING, _SOURCES = "blobs", "versions", "incoming", "sources"
+_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
+_RANDOM = re.compile(r"[0-9a-f]{16}", re.ASCII)
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Numbers of errors for lack of disk space."""
+
+_log = logging.getLogger(__name__)
+
+
+class StoreFolder:
+    """The paths of one store."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.realpath(path.parent)) / path.name
+        self._parts = (_BLOBS, _VERSIONS, _INCOMING, _SOURCES)
+
+    def blob(self, sha256: str) -> Path:
+        """Return the path of a blob."""
+        return self.path / _BLOBS / sha256[:2] / sha256
+
+    def version(self, digest: str) -> Path:
+        """Return the path of a version's folder."""
+        return self.path / _VERSIONS / digest
+
+    def source(self, model_id: str, version: int) -> Path:
+        """Return the path of a source record."""
+        return self.path / _SOURCES / model_id / f"{version}.json"
+
+    def versions(self) -> list[Path]:
+        """List the folders of versions."""
+        return [path for path in self._list(_VERSIONS) if _HASH.fullmatch(path.name)]
+
+    def blobs(self) -> Iterator[Path]:
+        """Yield the blobs."""
+        for folder in self._list(_BLOBS):
+            if _PREFIX.fullmatch(folder.name):
+                yield from (path for path in _names(folder) if _HASH.fullmatch(path.name))
+
+    def incoming(self) -> list[Path]:
+        """List what is being taken or removed."""
+        return [path for path in self._list(_INCOMING) if _RANDOM.fullmatch(path.name)]
+
+    def sources(self) -> Iterator[Path]:
+        """Yield the source records."""
+        for folder in self._list(_SOURCES):
+            yield from (path for path in _names(folder) if path.suffix == ".json")
+
+    def foreign_names(self) -> Iterator[Path]:
+        """Yield the paths that are nothing of the store's."""
+        yield from (path for path in _names(self.path) if path.name not in self._parts)
+        yield from (path for path in self._list(_BLOBS) if not _PREFIX.fullmatch(path.name))
+        yield from (path for path in self._list(_VERSIONS) if not _HASH.fullmatch(path.name))
+        yield from (path for path in self._list(_INCOMING) if not _RANDOM.fullmatch(path.name))
+
+    def make(self) -> bool:
+        """Create the folders, or make sure that only this user can write to them (0700).
+
+        Returns:
+            Whether only this user could write to what is there. If its group could, which some systems grant
+            on all that is mounted, identities prove nothing.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`, the path is no folder, a link, another user's, writable by
+                everybody, or cannot be created.
+        """
+        with explain_os_errors(self.path):
+            own = _make_private(self.path)
+            for part in self._parts:
+                own = _make_private(self.path / part) and own
+        return own
+
+    def new_incoming(self) -> Path:
+        """Create an empty folder for what is being taken."""
+        path = self._new_name()
+        try:
+            path.mkdir(mode=0o700)
+        except FileNotFoundError:  # somebody has removed the store meanwhile
+            self.make()
+            path.mkdir(mode=0o700)
+        return path
+
+    def write(self, path: Path, content: bytes, *, durably: bool) -> None:
+        """Write a file that gets its name in one step, in place of an older one."""
+        draft = self._new_name()
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                if durably:
+                    os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        if durably:
+            sync(path.parent)
+
+    def link_over(self, existing: Path, path: Path) -> None:
+        """Replace a file by a hard link to an existing one, in one step."""
+        draft = self._new_name()
+        os.link(existing, draft, follow_symlinks=False)
+        try:
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)  # it stays if both were the same file already
+
+    def move_away(self, path: Path) -> Path | None:
+        """Take its name from a folder, which is then to be removed; None if it is gone."""
+        away = self._new_name()
+        try:
+            path.rename(away)
+        except FileNotFoundError:
+            return None
+        return away
+
+    def _new_name(self) -> Path:
+        return self.path / _INCOMING / secrets.token_hex(8)
+
+    def _list(self, part: str) -> list[Path]:
+        return _names(self.path / part)
+
+
+@contextmanager
+def explain_os_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turn every refusal of the file system into `StoreUnavailable`, or `DiskFull` with what is missing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(folder, needed_bytes, _free_bytes(folder)) from error
+        raise StoreUnavailable(f"the store in {folder} cannot be used: {error}") from error
+
+
+def _free_bytes(folder: Path) -> int:
+    seen = os.statvfs(folder)
+    return seen.f_bavail * seen.f_frsize
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, following no link; what cannot be removed is logged."""
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        _log.warning("%s could not be removed", path)
+
+
+def sync(path: Path) -> None:
+    """Write a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def walk_files(folder: Path) -> tuple[list[str], list[Path]]:
+    """Return the paths of all that lies beneath a folder and is no folder, sorted, and all folders."""
+    files, folders = list[str](), list[Path]()
+    for at, names in _walk(folder):
+        folders.append(at)
+        files.extend((at / name).relative_to(folder).as_posix() for name in names)
+    return sorted(files), folders
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder and the names in it that are no folders; a link counts as no folder."""
+    folders, names = list[str](), list[str]()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            (folders if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
+    yield folder, names
+    for name in folders:
+        yield from _walk(folder / name)
+
+
+def _names(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _make_private(path: Path) -> bool:
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return _make_ours(path, path.lstat())
+    return True
+
+
+def _make_ours(path: Path, seen: os.stat_result) -> bool:
+    if not stat.S_ISDIR(seen.st_mode):
+        what = "a symbolic link" if stat.S_ISLNK(seen.st_mode) else "no folder"
+        raise StoreUnavailable(f"{path} is {what}: remove it, and a folder is created there")
+    if seen.st_uid != os.geteuid():
+        raise StoreUnavailable(
+            f"{path} belongs to user {seen.st_uid}, and this process is user {os.geteuid()}: remove it, or"
+            " change its owner to this user"
+        )
+    mode = stat.S_IMODE(seen.st_mode)
+    if mode & stat.S_IWOTH:
+        raise StoreUnavailable(f"everybody can write to {path}, so its content may be anybody's: remove it")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        path.chmod(0o700)
+    return not mode & stat.S_IWGRP

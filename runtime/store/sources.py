@@ -1,0 +1,197 @@
+"""The repository's files of one version, read through one descriptor of its folder.
+
+A path may lead elsewhere by the time it is opened, so a file is opened first (`O_PATH`, which reads nothing
+and waits for no FIFO), and then the open descriptor is asked what and where it is. A folder that is exchanged
+meanwhile does no harm: the descriptor stays with the one that was opened.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from runtime.errors import LoadRefused
+from runtime.repository import MAX_FILES, MODEL_FILE, FoundFile
+from runtime.store.problems import RepositoryUnreadable
+
+MAX_PATHS_BYTES = 2**20
+"""Of all paths of a version together, in UTF-8: they become part of an event, whose line in an export may
+have 16 MiB, and JSON takes up to six bytes for one."""
+
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
+
+
+class SourceFolder:
+    """The open folder of one version; `open_sources` opens and closes it."""
+
+    def __init__(self, anchor: int, root: str) -> None:
+        self._anchor = anchor
+        self._root = root
+
+    def look(self) -> tuple[FoundFile, ...]:
+        """Return the identity of each file, in order of their paths, without reading any.
+
+        Raises:
+            LoadRefused: `unsafe_file`, something that is no regular file or leads out of the repository, or
+                too many files; `model_changed`, when model.onnx or another file is gone.
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        found, paths_bytes = list[FoundFile](), 0
+        for path, seen in self._walk():
+            found.append(identity_of(path, seen))
+            paths_bytes += len(path.encode())
+            if len(found) > MAX_FILES:
+                raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} files")
+            if paths_bytes > MAX_PATHS_BYTES:
+                raise LoadRefused(
+                    "unsafe_file", f"the paths of the version's files have more than {MAX_PATHS_BYTES} bytes"
+                )
+        if not any(file.path == MODEL_FILE for file in found):
+            raise LoadRefused("model_changed", f"{MODEL_FILE} is no longer there")
+        return tuple(sorted(found, key=lambda file: file.path))
+
+    @contextmanager
+    def open_file(self, file: FoundFile) -> Iterator[int]:
+        """Open a file for reading if it is still the one that was looked at.
+
+        Raises:
+            LoadRefused: `model_changed`, `unsafe_file`.
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        place = self._open_path(file.path)
+        try:
+            if identity_of(file.path, os.fstat(place)) != file:
+                raise LoadRefused("model_changed", f"{file.path!r} changed before it was copied")
+            # Of the descriptor and not of the path again, so that it is the same file.
+            opened = os.open(
+                f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            )
+        except OSError as error:
+            _refuse(file.path, error)
+        finally:
+            os.close(place)
+        try:
+            yield opened
+        finally:
+            os.close(opened)
+
+    def _walk(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield each file's path and status; a folder that several links lead to is visited once."""
+        pending, visited = [""], set[tuple[int, int]]()
+        while pending:
+            within = pending.pop()
+            for name in self._list(within, visited):
+                path = f"{within}{name}"
+                descriptor = self._open_path(path)
+                try:
+                    seen = os.fstat(descriptor)
+                finally:
+                    os.close(descriptor)
+                if stat.S_ISDIR(seen.st_mode):
+                    pending.append(f"{path}/")
+                else:
+                    yield path, seen
+            if len(visited) > MAX_FILES:
+                raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} folders")
+
+    def _list(self, within: str, visited: set[tuple[int, int]]) -> list[str]:
+        """Return the names in a folder, sorted; none if it was visited before."""
+        try:
+            listed = os.open(within or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._anchor)
+        except OSError as error:
+            _refuse(within or "the version's folder", error)
+        try:
+            self._check_place(within or ".", listed)
+            seen = os.fstat(listed)
+            if (seen.st_dev, seen.st_ino) in visited:  # links can make a circle
+                return []
+            visited.add((seen.st_dev, seen.st_ino))
+            return sorted(os.listdir(listed))  # noqa: PTH208 - a descriptor
+        except OSError as error:
+            _refuse(within or "the version's folder", error)
+        finally:
+            os.close(listed)
+
+    def _open_path(self, path: str) -> int:
+        """Open a file or folder without reading it, and check what it is and where it lies."""
+        try:
+            path.encode()
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=self._anchor)
+        except UnicodeEncodeError:
+            raise LoadRefused("unsafe_file", f"{path!r} has a name that is not UTF-8") from None
+        except OSError as error:
+            if error.errno == errno.ENOENT and self._is_link(path):
+                raise LoadRefused("unsafe_file", f"{path!r} is a link that leads nowhere") from None
+            _refuse(path, error)
+        try:
+            self._check_place(path, descriptor)
+            _check_kind(path, os.fstat(descriptor).st_mode)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _is_link(self, path: str) -> bool:
+        try:
+            return stat.S_ISLNK(os.stat(path, dir_fd=self._anchor, follow_symlinks=False).st_mode)
+        except OSError:
+            return False
+
+    def _check_place(self, path: str, descriptor: int) -> None:
+        place = _place_of(descriptor)
+        if place != self._root and not place.startswith(self._root.rstrip("/") + "/"):
+            raise LoadRefused("unsafe_file", f"{path!r} leads out of the repository")
+
+
+@contextmanager
+def open_sources(root: Path, folder: Path) -> Iterator[SourceFolder]:
+    """Open the folder of a version once; everything of it is then read through this descriptor.
+
+    Args:
+        root: the repository's root, which nothing may leave.
+        folder: the version's folder beneath it.
+
+    Raises:
+        LoadRefused: `model_changed`, the folder is gone; `unsafe_file`, it leads out of the repository.
+        RepositoryUnreadable: `repository_unreadable`.
+    """
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        top = os.open(root, flags)
+        try:
+            place = _place_of(top)
+        finally:
+            os.close(top)
+        anchor = os.open(folder, flags)
+    except OSError as error:
+        _refuse("the version's folder", error)
+    try:
+        yield SourceFolder(anchor, place)
+    finally:
+        os.close(anchor)
+
+
+def identity_of(path: str, seen: os.stat_result) -> FoundFile:
+    """Return the identity of a file."""
+    return FoundFile(path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+
+def _check_kind(path: str, mode: int) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise LoadRefused("unsafe_file", f"{path!r} is not a regular file")
+
+
+def _place_of(descriptor: int) -> str:
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+
+def _refuse(what: str, error: OSError) -> NoReturn:
+    """Raise the refusal of a file that cannot be opened: gone, a circle of links, or not readable now."""
+    if error.errno in _GONE:
+        raise LoadRefused("model_changed", f"{what!r} is no longer there") from None
+    if error.errno in {errno.ELOOP, errno.ENAMETOOLONG}:
+        raise LoadRefused("unsafe_file", f"{what!r} cannot be looked at: {error.strerror}") from None
+    raise RepositoryUnreadable(f"{what!r} cannot be read: {error.strerror}") from None

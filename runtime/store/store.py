@@ -1,0 +1,498 @@
+"""The store of model versions: take, hash, settle, find, sweep.
+
+One process writes: the server that holds the data directory. A version gets its name only when its contents
+are known, and its manifest when all of it is on the disk; a process that dies leaves incoming folders and
+versions without a manifest, which the next `open` removes. Files of the store are never written to, so a
+worker keeps what it has mapped, even when it is removed.
+
+All methods block, so call them in threads, as many as you like.
+"""
+
+import errno
+import logging
+import os
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from runtime.errors import LoadRefused
+from runtime.repository import FoundFile
+from runtime.store.bounds import KeptVersion, StoreBounds
+from runtime.store.copying import (
+    FileCopier,
+    IsCancelled,
+    hash_descriptor,
+    refuse_truncated,
+)
+from runtime.store.folder import FILES, NO_ROOM, StoreFolder, explain_os_errors, remove, sync, walk_files
+from runtime.store.manifest import (
+    MANIFEST,
+    SourceRecord,
+    StoredFile,
+    StoredManifest,
+    StoredVersion,
+    describe_sources,
+    digest_of,
+    encode_record,
+    read_source_record,
+    read_version_manifest,
+)
+from runtime.store.problems import RepositoryUnreadable
+from runtime.store.sources import SourceFolder, open_sources
+
+TICK_S = 0.012
+"""At least the clock of a file system's times: a file that is written to within it after a look at it can
+have the same times."""
+
+_NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TakenCopy:
+    """A private copy that has no name yet: its folder, and the repository's files as they were copied."""
+
+    path: Path
+    sources: tuple[FoundFile, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the files, to load from."""
+        return self.path / FILES
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files together."""
+        return sum(file.bytes for file in self.sources)
+
+
+def is_never() -> bool:
+    """Return False: this work is not cancelled."""
+    return False
+
+
+class Store:
+    """The store in one folder.
+
+    `find` and `settle` hold a version until `release`, so that it is not swept while it is being used.
+
+    Args:
+        folder: the folder, which `open` creates; it must not be a link.
+        limit_bytes: of all blobs together; None is what leaves a tenth of the file system free.
+        now_ns: the time in nanoseconds since 1970.
+    """
+
+    def __init__(
+        self, folder: Path, limit_bytes: int | None = None, now_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        self._folder = StoreFolder(folder)
+        self._bounds = StoreBounds(self._folder.path, limit_bytes)
+        self._now_ns = now_ns
+        self._lock = threading.Lock()
+        self._versions = dict[str, StoredManifest]()
+        self._used_ns = dict[str, int]()
+        self._held = Counter[str]()
+        self._incoming_bytes = dict[Path, int]()
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._folder.path
+
+    @property
+    def bytes(self) -> int:
+        """The size of all blobs together."""
+        manifests = list(self._versions.values())
+        return sum({file.sha256: file.bytes for manifest in manifests for file in manifest.files}.values())
+
+    def open(self) -> None:
+        """Create the folder, read the manifests, and remove what a process that died has left.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`.
+        """
+        only_ours = self._folder.make()
+        with explain_os_errors(self.path):
+            for path in self._folder.incoming():
+                remove(path)
+            for path in self._folder.versions():
+                self._open_version(path, only_ours=only_ours)
+            for path in list(self._folder.blobs()):
+                _remove_unreferenced(path)
+            for path in list(self._folder.sources()):
+                record = read_source_record(path) if only_ours else None
+                if record is None or record.digest not in self._versions:
+                    path.unlink(missing_ok=True)
+            for path in self._folder.foreign_names():
+                _log.warning("%s is nothing of the store's: left alone", path)
+
+    def take(
+        self,
+        root: Path,
+        folder: Path,
+        needed: Collection[str] = (),
+        is_cancelled: IsCancelled = is_never,
+    ) -> TakenCopy:
+        """Copy a version of the repository into an incoming folder.
+
+        Args:
+            root: the repository's root, which no file may leave.
+            folder: the version's folder.
+            needed: digests that are not swept for it, beside those held.
+            is_cancelled: asked between pieces.
+
+        Returns:
+            The copy, to `settle` or `discard`.
+
+        Raises:
+            LoadRefused: `unsafe_file`; `model_changed`, a file vanished or was written to while it was
+                copied.
+            DiskFull: `disk_full`, with what is missing.
+            StoreFull: `store_full`, with both figures.
+            RepositoryUnreadable: `repository_unreadable`.
+            StoreUnavailable: `store_unavailable`.
+            CopyCancelled: `copy_cancelled`.
+        """
+        with open_sources(root, folder) as sources:
+            files = _look_after_tick(sources)
+            size = sum(file.bytes for file in files)
+            with explain_os_errors(self.path), self._lock:
+                path = self._folder.new_incoming()
+                self._incoming_bytes[path] = size
+            try:
+                self._make_room(needed)
+                copier = FileCopier(lambda: self._make_disk_room(size, needed), is_cancelled)
+                with explain_os_errors(self.path, size):
+                    (path / FILES).mkdir(mode=0o700)
+                    for file in files:
+                        _copy_file(copier, sources, file, path / FILES / file.path)
+                _refuse_changed(files, sources.look())
+            except BaseException:
+                self._drop_incoming(path)
+                raise
+        return TakenCopy(path, files)
+
+    def hash_copy(self, taken: TakenCopy, is_cancelled: IsCancelled = is_never) -> tuple[StoredFile, ...]:
+        """Hash the files of a private copy, in order of their paths.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`, the copy cannot be read.
+            CopyCancelled: `copy_cancelled`.
+        """
+        with explain_os_errors(self.path):
+            return tuple(hash_file(taken.folder, file.path, is_cancelled) for file in taken.sources)
+
+    def settle(self, taken: TakenCopy, files: tuple[StoredFile, ...]) -> StoredVersion:
+        """Give a hashed copy its name, the digest, and hold it; files that are stored already are shared.
+
+        The copy's folder is gone afterwards. What has it open keeps it.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`; the copy is then discarded.
+        """
+        manifest = StoredManifest(digest_of((file.path, file.sha256) for file in files), files)
+        try:
+            with explain_os_errors(self.path), self._lock:
+                known = self._versions.get(manifest.digest)
+                if known is None or not _is_unchanged(self._folder.version(known.digest) / FILES, known):
+                    known = self._settle(taken, manifest)
+                self._use(known.digest)
+                return self._describe(known)
+        finally:
+            self._drop_incoming(taken.path)
+
+    def make_durable(self, version: StoredVersion) -> None:
+        """Sync a settled version to the disk, and write its manifest; it may serve meanwhile.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`; the next start does not find the version.
+        """
+        manifest = self._versions.get(version.digest)
+        folder = self._folder.version(version.digest)
+        if manifest is None or (folder / MANIFEST).exists():
+            return
+        with explain_os_errors(self.path):
+            _, folders = walk_files(folder / FILES)
+            for file in manifest.files:
+                sync(folder / FILES / file.path)
+            blobs = {self._folder.blob(file.sha256).parent for file in manifest.files}
+            for path in (*folders, folder, folder.parent, *(blob for blob in blobs if blob.exists())):
+                sync(path)
+            self._folder.write(folder / MANIFEST, encode_record(manifest), durably=True)
+
+    def discard(self, taken: TakenCopy) -> None:
+        """Remove a copy that is not settled."""
+        self._drop_incoming(taken.path)
+
+    def find(self, digest: str, is_cancelled: IsCancelled = is_never) -> StoredVersion | None:
+        """Return a stored version, and hold it; None if it is not there.
+
+        Files whose identity has changed, as after a restored backup, are hashed before. With another content
+        the version is removed.
+
+        Raises:
+            CopyCancelled: `copy_cancelled`.
+        """
+        with self._lock:
+            manifest = self._versions.get(digest)
+            if manifest is None:
+                return None
+            self._use(digest)
+        try:
+            usable = self._verify_for_use(manifest, is_cancelled)
+        except BaseException:
+            self.release(digest)
+            raise
+        if usable is None:
+            self.release(digest)
+            return None
+        return self._describe(usable)
+
+    def release(self, digest: str) -> None:
+        """End the hold of one `find` or `settle`."""
+        with self._lock:
+            self._held[digest] -= 1
+            if self._held[digest] <= 0:
+                del self._held[digest]
+
+    def record_source(self, model_id: str, version: int, sources: Sequence[FoundFile], digest: str) -> None:
+        """Record from which files of the repository a settled version was taken; a failure costs a copy."""
+        path = self._folder.source(model_id, version)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            record = SourceRecord(digest, describe_sources(sources))
+            self._folder.write(path, encode_record(record), durably=False)
+        except OSError as error:
+            _log.warning("%s could not be written: %s", path, error)
+
+    def read_source(self, model_id: str, version: int) -> SourceRecord | None:
+        """Return what was taken last from a version of the repository, if it is still stored."""
+        record = read_source_record(self._folder.source(model_id, version))
+        return record if record is not None and record.digest in self._versions else None
+
+    def find_source(self, model_id: str, version: int, files: Sequence[FoundFile]) -> str | None:
+        """Return the digest that was taken from these very files; None if they changed, or it is gone."""
+        record = self.read_source(model_id, version)
+        return record.digest if record is not None and record.is_of(files) else None
+
+    def contents(self, digest: str) -> tuple[tuple[str, str], ...] | None:
+        """Return path and SHA-256 of each file of a stored version; None if it is not there."""
+        manifest = self._versions.get(digest)
+        return None if manifest is None else tuple((file.path, file.sha256) for file in manifest.files)
+
+    def _open_version(self, path: Path, *, only_ours: bool) -> None:
+        manifest = read_version_manifest(path)
+        if manifest is None:
+            remove(path)
+            return
+        if not only_ours:  # identities prove nothing then: all is hashed before its next use
+            manifest = replace(manifest, files=tuple(replace(file, inode=0) for file in manifest.files))
+        self._versions[manifest.digest] = manifest
+        with suppress(OSError):
+            self._used_ns[manifest.digest] = (path / MANIFEST).stat().st_mtime_ns
+
+    def _make_room(self, needed: Collection[str]) -> None:
+        with self._lock, self._sweeping(needed) as (is_needed, sweep):
+            self._bounds.make_room(sum(self._incoming_bytes.values()), self._kept(), is_needed, sweep)
+
+    def _make_disk_room(self, size: int, needed: Collection[str]) -> None:
+        with self._lock, explain_os_errors(self.path), self._sweeping(needed) as (is_needed, sweep):
+            self._bounds.make_disk_room(size, self._kept(), is_needed, sweep)
+
+    @contextmanager
+    def _sweeping(
+        self, needed: Collection[str]
+    ) -> Iterator[tuple[Callable[[str], bool], Callable[[str], None]]]:
+        yield (lambda digest: digest in self._held or digest in needed), self._remove_version
+
+    def _kept(self) -> list[KeptVersion]:
+        return [
+            KeptVersion(digest, self._used_ns.get(digest, 0), manifest.files)
+            for digest, manifest in self._versions.items()
+        ]
+
+    def _settle(self, taken: TakenCopy, manifest: StoredManifest) -> StoredManifest:
+        """Share blobs, and rename the incoming folder; returns the manifest with the files' identities."""
+        blobs = self._known_blobs()
+        files = tuple(self._share(taken.folder / file.path, file, blobs) for file in manifest.files)
+        path = self._folder.version(manifest.digest)
+        if os.path.lexists(path):
+            self._remove_version(manifest.digest)
+        taken.path.rename(path)
+        settled = replace(manifest, files=files)
+        self._versions[manifest.digest] = settled
+        return settled
+
+    def _known_blobs(self) -> dict[str, StoredFile]:
+        return {file.sha256: file for manifest in self._versions.values() for file in manifest.files}
+
+    def _share(self, path: Path, file: StoredFile, known: dict[str, StoredFile]) -> StoredFile:
+        """Make a file and its blob one; a blob that is not as it was recorded is replaced."""
+        blob = self._folder.blob(file.sha256)
+        try:
+            blob.parent.mkdir(mode=0o700, exist_ok=True)
+            try:
+                os.link(path, blob, follow_symlinks=False)
+            except FileExistsError:
+                stored = known.get(file.sha256)
+                if stored is None or not _is_file(blob.lstat(), stored):
+                    self._folder.link_over(path, blob)
+                else:
+                    self._folder.link_over(blob, path)
+                    return replace(stored, path=file.path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise  # where there are no more links, or none at all, the version keeps a file of its own
+        return file
+
+    def _verify_for_use(self, manifest: StoredManifest, is_cancelled: IsCancelled) -> StoredManifest | None:
+        folder = self._folder.version(manifest.digest) / FILES
+        if _is_unchanged(folder, manifest):
+            return manifest
+        try:
+            renewed = verify_contents(folder, manifest, is_cancelled)
+        except OSError as error:
+            _log.warning("%s cannot be read: %s", folder, error)
+            renewed = None
+        with self._lock:
+            if renewed is None:
+                if self._versions.get(manifest.digest) is manifest:
+                    _log.warning("%s is not what was stored there: removed", folder)
+                    self._remove_version(manifest.digest)
+                return None
+            self._versions[manifest.digest] = renewed
+            if (folder.parent / MANIFEST).exists():
+                with suppress(OSError):  # then the next start hashes it again
+                    self._folder.write(folder.parent / MANIFEST, encode_record(renewed), durably=True)
+        return renewed
+
+    def _remove_version(self, digest: str) -> None:
+        """Remove a version and the blobs that no other has; the caller holds the lock."""
+        manifest = self._versions.pop(digest, None)
+        self._used_ns.pop(digest, None)
+        away = self._folder.move_away(self._folder.version(digest))
+        if away is not None:
+            remove(away)
+        for file in manifest.files if manifest is not None else ():
+            _remove_unreferenced(self._folder.blob(file.sha256))
+
+    def _drop_incoming(self, path: Path) -> None:
+        if os.path.lexists(path):
+            remove(path)
+        with self._lock:
+            self._incoming_bytes.pop(path, None)
+
+    def _use(self, digest: str) -> None:
+        """Count a use and a hold; the caller has the lock."""
+        self._held[digest] += 1
+        self._used_ns[digest] = used_ns = max(self._now_ns(), self._used_ns.get(digest, 0))
+        with suppress(OSError):  # no manifest yet: then the time that it is written counts
+            os.utime(self._folder.version(digest) / MANIFEST, ns=(used_ns, used_ns), follow_symlinks=False)
+
+    def _describe(self, manifest: StoredManifest) -> StoredVersion:
+        return StoredVersion(manifest.digest, self._folder.version(manifest.digest) / FILES, manifest.files)
+
+
+def _copy_file(copier: FileCopier, sources: SourceFolder, file: FoundFile, target: Path) -> None:
+    with sources.open_file(file) as source:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        written = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+        try:
+            copied = copier.copy(source, written, file.bytes)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
+            raise RepositoryUnreadable(f"{file.path!r} cannot be copied: {error.strerror}") from None
+        finally:
+            os.close(written)
+        refuse_truncated(file.path, file.bytes, copied)
+
+
+def hash_file(folder: Path, path: str, is_cancelled: IsCancelled = is_never) -> StoredFile:
+    """Return a file of the store with the hash of its content.
+
+    Raises:
+        CopyCancelled: `copy_cancelled`.
+        OSError: it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        seen = os.fstat(descriptor)
+        if not stat.S_ISREG(seen.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(folder / path))
+        sha256 = hash_descriptor(descriptor, is_cancelled)
+    finally:
+        os.close(descriptor)
+    return StoredFile(path, seen.st_size, sha256, seen.st_dev, seen.st_ino, seen.st_mtime_ns)
+
+
+def verify_contents(
+    folder: Path, manifest: StoredManifest, is_cancelled: IsCancelled = is_never
+) -> StoredManifest | None:
+    """Hash a version's files; None if they are not those of its manifest, else it with their identities.
+
+    Raises:
+        CopyCancelled: `copy_cancelled`.
+        OSError: a file cannot be read.
+    """
+    paths = [file.path for file in manifest.files]
+    if walk_files(folder)[0] != paths:
+        return None
+    files = tuple(hash_file(folder, path, is_cancelled) for path in paths)
+    same = [file.sha256 for file in files] == [file.sha256 for file in manifest.files]
+    return replace(manifest, files=files) if same else None
+
+
+def _is_unchanged(folder: Path, manifest: StoredManifest) -> bool:
+    """Whether a folder has exactly the files of a manifest, each with its recorded identity."""
+    try:
+        if walk_files(folder)[0] != [file.path for file in manifest.files]:
+            return False
+        return all(_is_file((folder / file.path).lstat(), file) for file in manifest.files)
+    except OSError:
+        return False
+
+
+def _is_file(seen: os.stat_result, file: StoredFile) -> bool:
+    identity = (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    return stat.S_ISREG(seen.st_mode) and identity == (file.dev, file.inode, file.bytes, file.mtime_ns)
+
+
+def _remove_unreferenced(blob: Path) -> None:
+    with suppress(FileNotFoundError):
+        if blob.lstat().st_nlink == 1:
+            remove(blob)
+
+
+def _look_after_tick(sources: SourceFolder) -> tuple[FoundFile, ...]:
+    """Look at the files when whatever is written to them from now on has a later time."""
+    files = sources.look()
+    latest_ns = max(file.ctime_ns for file in files)
+    if 0 <= time.time_ns() - latest_ns < TICK_S * 1e9:
+        time.sleep(TICK_S)
+        files = sources.look()
+    return files
+
+
+def _refuse_changed(before: Iterable[FoundFile], now: Iterable[FoundFile]) -> None:
+    """Refuse what may be of two versions: a file was replaced or written to while others were copied.
+
+    Links and access rights may change meanwhile, and so the ctime.
+    """
+    if [_content_identity(file) for file in before] != [_content_identity(file) for file in now]:
+        raise LoadRefused(
+            "model_changed",
+            "the model's files changed while they were copied: load it again when they are complete",
+        )
+
+
+def _content_identity(file: FoundFile) -> tuple[str, int, int, int, int]:
+    return file.path, file.dev, file.inode, file.bytes, file.mtime_ns

@@ -1,0 +1,367 @@
+"""Versions taken into the store: what is copied and refused, by which way, and within which limits."""
+
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from support.history import child
+from support.models import bind_socket
+from support.store import blobs, look, opened_store, store_version, write_version
+
+from runtime.errors import LoadRefused
+from runtime.store import copying, sources
+from runtime.store.manifest import digest_of
+from runtime.store.problems import CopyCancelled, DiskFull, StoreFull, StoreUnavailable
+from runtime.store.sources import MAX_PATHS_BYTES
+from runtime.store.store import Store
+
+FILES = {"model.onnx": b"model", "data/w.bin": b"weights"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An empty repository."""
+    (tmp_path / "repository").mkdir()
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store without a limit."""
+    return opened_store(tmp_path)
+
+
+def hash_of(content: bytes) -> str:
+    return sha256(content).hexdigest()
+
+
+def test_taken_version_is_private_read_only_and_named_by_its_contents(
+    store: Store, root: Path, tmp_path: Path
+) -> None:
+    folder = write_version(root, FILES)
+    version = store_version(store, root, folder)
+    lines = f"{hash_of(b'weights')} data/w.bin\n{hash_of(b'model')} model.onnx\n"
+    assert version.digest == hash_of(lines.encode())
+    assert version.folder == store.path / "versions" / version.digest / "files"
+    (folder / "model.onnx").write_bytes(b"MODEL")
+    (folder / "data" / "w.bin").unlink()
+    assert {path: (version.folder / path).read_bytes() for path in FILES} == FILES
+    assert {(version.folder / path).stat().st_mode & 0o777 for path in FILES} == {0o400}
+    assert {path.stat().st_mode & 0o777 for path in (store.path, store.path / "blobs")} == {0o700}
+    assert blobs(tmp_path) == sorted(map(hash_of, FILES.values()))
+    assert store.find(version.digest) == version
+
+
+@pytest.mark.parametrize("path", ["a\nb", "a\\nb", "ü", " ", "-"])
+def test_digest_tells_names_with_line_breaks_apart(store: Store, root: Path, path: str) -> None:
+    version = store_version(store, root, write_version(root, {"model.onnx": b"1", path: b"2"}))
+    assert digest_of(version.contents) == version.digest
+    name = f"a\n{hash_of(b'x')} b"
+    assert digest_of([(name, hash_of(b"1"))]) != digest_of([("a", hash_of(b"1")), ("b", hash_of(b"x"))])
+
+
+def test_links_within_the_repository_are_followed(store: Store, root: Path) -> None:
+    write_version(root, {"w.bin": b"shared", "more/x.bin": b"x"}, "common")
+    folder = write_version(root, {"model.onnx": b"m"})
+    (folder / "w.bin").symlink_to("../../common/1/w.bin")
+    (folder / "more").symlink_to("../../common/1/more")
+    (folder / "again").symlink_to(".")
+    (root / "linked").mkdir()
+    (root / "linked" / "1").symlink_to("../m/1")
+    version = store_version(store, root, root / "linked" / "1")
+    assert [file.path for file in version.files] == ["model.onnx", "more/x.bin", "w.bin"]
+    assert (version.folder / "w.bin").read_bytes() == b"shared"
+    assert not (version.folder / "w.bin").is_symlink()
+
+
+def link_out(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("/etc/hostname")
+
+
+def link_folder_out(folder: Path) -> None:
+    (folder / "more").symlink_to("/etc")
+
+
+def link_nowhere(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("nowhere")
+
+
+def link_to_itself(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("w.bin")
+
+
+def link_to_descriptor(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("/proc/self/fd/0")
+
+
+def add_fifo(folder: Path) -> None:
+    os.mkfifo(folder / "w.bin")
+
+
+def add_socket(folder: Path) -> None:
+    bind_socket(folder / "w.bin")
+
+
+def add_bytes_name(folder: Path) -> None:
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).write_bytes(b"")
+
+
+def add_many(folder: Path) -> None:
+    for number in range(2_000):
+        (folder / str(number)).touch()
+
+
+def add_long_paths(folder: Path) -> None:
+    deep = folder / ("a" * 250) / ("b" * 250) / ("c" * 250)
+    deep.mkdir(parents=True)
+    for number in range(MAX_PATHS_BYTES // 1_000 + 1):
+        (deep / f"{number:0250}").touch()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (link_out, "leads out of the repository"),
+        (link_folder_out, "leads out of the repository"),
+        (link_nowhere, "leads nowhere"),
+        (link_to_itself, "symbolic links"),
+        (link_to_descriptor, "leads out of|not a regular file"),
+        (add_fifo, "not a regular file"),
+        (add_socket, "not a regular file"),
+        (add_bytes_name, "not UTF-8"),
+        (add_many, "more than 2000 files"),
+        (add_long_paths, f"more than {MAX_PATHS_BYTES} bytes"),
+    ],
+)
+def test_unsafe_file_is_refused_and_leaves_nothing(
+    store: Store,
+    root: Path,
+    damage: Callable[[Path], None],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sources, "MAX_FILES", 2_000)
+    folder = write_version(root, FILES)
+    damage(folder)
+    with pytest.raises(LoadRefused, match=reason) as refusal:
+        store.take(root, folder)
+    assert refusal.value.code == "unsafe_file"
+    assert list((store.path / "incoming").iterdir()) == []
+
+
+def test_version_folder_that_leads_out_is_refused(store: Store, root: Path, tmp_path: Path) -> None:
+    outside = write_version(tmp_path / "outside", FILES)
+    (root / "m").mkdir()
+    (root / "m" / "1").symlink_to(outside)
+    with pytest.raises(LoadRefused, match="leads out of the repository"):
+        store.take(root, root / "m" / "1")
+
+
+def change_between_files(change: Callable[[], None]) -> Callable[[], bool]:
+    """Give an `is_cancelled` that makes a change when the first file is about to be copied."""
+    left = [change]
+
+    def is_cancelled() -> bool:
+        if left:
+            left.pop()()
+        return False
+
+    return is_cancelled
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "data/w.bin"])
+@pytest.mark.parametrize(
+    "how", ["unlinked", "truncated", "overwritten", "replaced", "grown", "made a folder"]
+)
+def test_file_that_changes_while_it_is_copied_is_refused(
+    store: Store, root: Path, name: str, how: str
+) -> None:
+    folder = write_version(root, FILES)
+    path = folder / name
+
+    def change() -> None:
+        match how:
+            case "truncated":
+                os.truncate(path, 1)
+            case "overwritten":
+                path.write_bytes(path.read_bytes().upper())
+            case "grown":
+                path.write_bytes(path.read_bytes() * 2)
+            case "replaced":
+                (folder / "new").write_bytes(path.read_bytes())
+                (folder / "new").replace(path)
+            case _:
+                path.unlink()
+        if how == "made a folder":
+            path.mkdir()
+
+    with pytest.raises(LoadRefused) as refusal:
+        store.take(root, folder, is_cancelled=change_between_files(change))
+    assert refusal.value.code == "model_changed"
+    assert list((store.path / "incoming").iterdir()) == []
+
+
+def test_folder_exchanged_while_it_is_copied_does_no_harm(store: Store, root: Path) -> None:
+    folder = write_version(root, FILES)
+    other = write_version(root, {"model.onnx": b"other", "data/w.bin": b"others!"}, "m", 2)
+
+    def exchange() -> None:
+        folder.rename(root / "m" / "aside")
+        other.rename(folder)
+
+    taken = store.take(root, folder, is_cancelled=change_between_files(exchange))
+    version = store.settle(taken, store.hash_copy(taken))
+    assert {path: (version.folder / path).read_bytes() for path in FILES} == FILES
+    store.record_source("m", 1, taken.sources, version.digest)
+    assert store.find_source("m", 1, look(root, folder)) is None
+
+
+def test_page_dirty_through_a_shared_mapping_changes_nothing_taken(store: Store, root: Path) -> None:
+    folder = write_version(root, {"model.onnx": bytes(10_000)})
+    file = os.open(folder / "model.onnx", os.O_RDWR)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    address = libc.mmap(None, 10_000, 3, 1, file, 0)  # PROT_READ | PROT_WRITE, MAP_SHARED
+    ctypes.memset(address, 1, 1)  # dirty from here on: later writes leave the times as they are
+    taken = store.take(root, folder)
+    ctypes.memset(address, 255, 1)
+    version = store.settle(taken, store.hash_copy(taken))
+    ctypes.memset(address, 7, 10_000)
+    assert (version.folder / "model.onnx").read_bytes() == b"\1" + bytes(9_999)
+    assert version.files[0].sha256 == hash_of(b"\1" + bytes(9_999))
+    os.close(file)
+    libc.munmap(ctypes.c_void_p(address), 10_000)
+
+
+def test_each_way_of_copying_gives_the_same_bytes(tmp_path: Path) -> None:
+    content = os.urandom(copying.PIECE_BYTES + 12_345)
+    (tmp_path / "source").write_bytes(content)
+    for number, (clones, ranges) in enumerate([(True, True), (False, True), (False, False)]):
+        copier = copying.FileCopier(lambda: None, lambda: False)
+        copier._clones, copier._copies_ranges = clones, ranges
+        target = tmp_path / str(number)
+        with (tmp_path / "source").open("rb") as source, target.open("wb") as written:
+            assert copier.copy(source.fileno(), written.fileno(), len(content)) == len(content)
+        assert target.read_bytes() == content
+
+
+def test_cancelled_copy_and_hash_leave_nothing(store: Store, root: Path) -> None:
+    folder, cancelled = write_version(root, FILES), threading.Event()
+    taken = store.take(root, folder, is_cancelled=cancelled.is_set)
+    cancelled.set()
+    with pytest.raises(CopyCancelled):
+        store.hash_copy(taken, cancelled.is_set)
+    store.discard(taken)
+    with pytest.raises(CopyCancelled):
+        store.take(root, folder, is_cancelled=cancelled.is_set)
+    assert list((store.path / "incoming").iterdir()) == []
+    assert store.bytes == 0
+
+
+# Limits
+
+
+def test_full_disk_is_refused_before_anything_is_copied(store: Store, root: Path) -> None:
+    folder = write_version(root, FILES)
+    seen = os.statvfs(root)
+    size = min(seen.f_blocks * seen.f_frsize * 2, 2**43)
+    os.truncate(folder / "data" / "w.bin", size)
+    with pytest.raises(DiskFull, match=f"takes {size + 5} bytes .* bytes are missing") as refusal:
+        store.take(root, folder)
+    assert refusal.value.needed_bytes == size + 5
+    assert list((store.path / "incoming").iterdir()) == []
+
+
+def test_disk_that_becomes_full_fails_with_what_is_missing(tmp_path: Path) -> None:
+    """In a mount namespace of its own, on a file system of 4 MB that something else fills meanwhile."""
+    script = """
+import os, subprocess
+from pathlib import Path
+from support.store import opened_store, write_version
+from runtime.store.problems import DiskFull
+at = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", at / "data"], check=True)
+store = opened_store(at / "data")
+folder = write_version(at, {"model.onnx": bytes(2**20), "w.bin": bytes(2**20)})
+calls = []
+def fill():
+    calls.append(1)
+    if len(calls) == 1:
+        try:
+            (at / "data" / "other").write_bytes(bytes(4 * 2**20))
+        except OSError:
+            pass
+    return False
+try:
+    store._bounds.make_disk_room = lambda *_: None
+    store.take(at, folder, is_cancelled=fill)
+except DiskFull as full:
+    print(full, os.listdir(at / "data" / "store" / "incoming"))
+"""
+    (tmp_path / "data").mkdir()
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("no namespace for a file system of its own")
+    command = [*alone, *child(script, tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert f"takes {2**21} bytes" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_least_recently_used_version_is_swept_for_another(root: Path, tmp_path: Path) -> None:
+    store = opened_store(tmp_path, 25)
+    one, two, three = (
+        store_version(store, root, write_version(root, {"model.onnx": name * 10}, "m", number))
+        for number, name in ((1, b"1"), (2, b"2"), (3, b"3"))
+    )
+    assert [store.contents(each.digest) is not None for each in (one, two, three)] == [False, True, True]
+    assert store.find(two.digest) is not None
+    store_version(store, root, write_version(root, {"model.onnx": b"4" * 10}, "m", 4))
+    assert [store.contents(each.digest) is not None for each in (two, three)] == [True, False]
+    assert len(blobs(tmp_path)) == 2
+    with pytest.raises(StoreFull, match="takes 20 bytes, and the store may take 25, of which 10 are needed"):
+        store.take(root, write_version(root, {"model.onnx": b"5" * 20}, "m", 5))
+    assert list((store.path / "incoming").iterdir()) == []
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_needed_version_is_never_swept(root: Path, tmp_path: Path, *, held: bool) -> None:
+    store = opened_store(tmp_path, 15)
+    one = store_version(store, root, write_version(root, {"model.onnx": b"1" * 10}))
+    needed = () if held else (one.digest,)
+    if held:
+        assert store.find(one.digest) is not None
+    with pytest.raises(StoreFull) as refusal:
+        store.take(root, write_version(root, {"model.onnx": b"2" * 10}, "m", 2), needed)
+    assert (refusal.value.needed_bytes, refusal.value.kept_bytes) == (10, 10)
+    store.release(one.digest)
+    store.discard(store.take(root, root / "m" / "2"))
+    assert store.contents(one.digest) is None
+
+
+def test_shared_file_counts_once_and_outlives_a_sweep(root: Path, tmp_path: Path) -> None:
+    store = opened_store(tmp_path, 24)
+    one = store_version(store, root, write_version(root, {"model.onnx": b"1", "w.bin": b"w" * 20}))
+    two = store_version(store, root, write_version(root, {"model.onnx": b"2", "w.bin": b"w" * 20}, "m", 2))
+    assert store.bytes == 21
+    assert store.contents(one.digest) is None  # it had to go while the second copy was not shared yet
+    assert (two.folder / "w.bin").read_bytes() == b"w" * 20
+
+
+@pytest.mark.parametrize("what", ["file", "link", "writable"])
+def test_store_that_others_can_write_to_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "store"
+    if what == "file":
+        path.write_bytes(b"")
+    elif what == "link":
+        path.symlink_to(tmp_path)
+    else:
+        path.mkdir()
+        path.chmod(0o777)
+    with pytest.raises(StoreUnavailable, match="remove it"):
+        opened_store(tmp_path)
