@@ -21,6 +21,8 @@ BYTES_PER_MODEL_BYTE = 2.5
 """ONNX Runtime parses, copies and packs weights while it loads them (measured: 2.1)."""
 BYTES_PER_DATA_BYTE = 1
 """External data is mapped, which takes no memory, but copied where it is packed."""
+MAX_CREDIBLE_BYTES = 2**47
+"""The address space of a process. Earlier releases recorded whatever peak a worker claimed."""
 ESTIMATE_WAIT_S = 2.0
 """How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
 
@@ -47,7 +49,13 @@ def estimate_memory(
 
     The first load of a prepared `form` may take as much as one without.
     """
-    same = [seen for seen in footprints if seen.version == version and is_same_files(seen.files, files)]
+    same = [
+        seen
+        for seen in footprints
+        if seen.version == version
+        and seen.peak_memory_bytes <= MAX_CREDIBLE_BYTES
+        and is_same_files(seen.files, files)
+    ]
     unprepared = next((seen for seen in same if seen.form is None), None)
     known = next((seen for seen in same if seen.form == form), unprepared)
     one = known.peak_memory_bytes if known is not None else _estimate_from_sizes(files)

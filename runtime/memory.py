@@ -10,7 +10,7 @@ the kernel's documentation). They differ between machines, so unreadable files a
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -45,6 +45,9 @@ MAX_FILE_CHARACTERS = 64 * 1024
 """More than these files have: a few kilobytes."""
 
 _RESIDENT = re.compile(rb"^VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB\nRssAnon:\s+(\d+) kB$", re.MULTILINE)
+MAX_BYTES = 2**63 - 1
+"""The most that the ledger, whose integers have 64 bits, can hold."""
+
 _COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
 _AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MULTILINE)
 _BYTES = re.compile(r"[1-9]\d{0,17}", re.ASCII)
@@ -73,6 +76,11 @@ def private_bytes(pid: int | str = "self") -> int:
         ProcessLookupError: the process has exited.
     """
     return parse_private(_read(f"{pid}/smaps_rollup"))
+
+
+def total_bytes(sizes: Iterable[int]) -> int:
+    """Add sizes up, to at most `MAX_BYTES`."""
+    return min(sum(sizes), MAX_BYTES)
 
 
 def list_descendants(pid: int) -> list[int]:

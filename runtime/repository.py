@@ -24,6 +24,9 @@ MAX_VERSION = 2**31 - 1
 """The largest signed 32-bit integer, in which clients keep versions."""
 MAX_FILES = 10_000
 """Files of one version. The largest known models have hundreds; each becomes part of an event."""
+MAX_PATHS_BYTES = 2**20
+"""Bytes of the paths of all files of one version: 100 for each of `MAX_FILES`. Escaped twice, a path takes up
+to seven times as much in a line of an export, which its reader takes up to 16 MiB of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,8 @@ def identify(folder: Path, root: Path) -> list[FoundFile]:
 
     Raises:
         LoadRefused: `unsafe_file`, for something that is not a regular file or is outside of the
-            repository, or too many files; `model_changed`, when the folder or model.onnx is gone.
+            repository, too many files, or too long paths; `model_changed`, when the folder or model.onnx is
+            gone.
         MemoryError: there was too little memory to list a folder.
     """
     found = []
@@ -197,6 +201,10 @@ def identify(folder: Path, root: Path) -> list[FoundFile]:
         found.append(_identity(path, seen))
         if len(found) > MAX_FILES:
             raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} files")
+    paths_bytes = sum(len(file.path.encode()) for file in found)
+    if paths_bytes > MAX_PATHS_BYTES:
+        reason = f"the paths of its files have {paths_bytes} bytes, and may have {MAX_PATHS_BYTES} together"
+        raise LoadRefused("unsafe_file", f"{reason}; shorten the names, or use fewer files")
     if not any(file.path == MODEL_FILE for file in found):
         raise LoadRefused("model_changed", f"{MODEL_FILE} is no longer there")
     return sorted(found, key=lambda file: file.path)

@@ -52,6 +52,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "warm_up_failed": ErrorKind(400, "The model loads, but its first inference fails"),
     "model_changed": ErrorKind(400, "The model's files changed while it was loaded"),
     "unsafe_file": ErrorKind(400, "The model has an unsafe file"),
+    "not_encodable": ErrorKind(400, "The ledger cannot hold what was loaded"),
     "crash_loop": ErrorKind(400, "The model's workers died too often"),
     "job_failed": ErrorKind(400, "The job failed"),
     "cancelled": ErrorKind(400, "The job was cancelled"),

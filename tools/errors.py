@@ -22,7 +22,8 @@ ADVICE: Mapping[str, str] = {
     "warm_up_failed": "Set inputs that the model can run as `[[warm_up.inputs]]`, or turn its warm-up off.",
     "model_changed": "The files changed while they were read. Load again when copying has finished.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"
-    " devices.",
+    " devices; use fewer files or shorter names if `detail` says so.",
+    "not_encodable": "`detail` names the value. Rename files whose names are no text, or report a bug.",
     "crash_loop": "The server died with this load three times, or the model's workers too often. See the"
     " `WorkerExited` events, then load again.",
     "job_failed": "See the job's `error.message` for the reason.",

@@ -24,6 +24,10 @@ CHECKPOINT = "PRAGMA wal_autocheckpoint = 4000"
 """Pages (4 KiB) of the write-ahead log before a checkpoint copies them into the database. Each group writes
 the same pages of stored projections: SQLite's default of 1,000 would copy them four times as often."""
 
+WAL_LIMIT_BYTES = 32 * 2**20
+"""A write-ahead log that grew while a long read kept SQLite from beginning it anew is then cut to this: twice
+`CHECKPOINT`."""
+
 
 class SchemaRow(NamedTuple):
     """A table, index or trigger as SQLite stores it; `sql` is None for the index of a key."""
@@ -54,6 +58,7 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(CHECKPOINT)
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         migrate(connection)
     except BaseException:
         connection.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from events.clock import seconds_between, uuid7
 from events.commands import Record, RequestLoad, RequestUnload
-from events.errors import LogUnavailable, RequestRefused
+from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import CRASH_LOOP, LoadedModel
@@ -46,13 +46,13 @@ from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unloa
 from runtime.consumer.usage import InferenceTotals
 from runtime.errors import Exit
 from runtime.estimates import MemoryEstimates, estimate_unprepared
+from runtime.memory import MAX_BYTES, total_bytes
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import is_load_current
-from runtime.statistics import MAX_COUNT
 from runtime.wire import HashedFile, plain_text
 
 MAX_REMEMBERED_VERSIONS = 1000
@@ -79,8 +79,8 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
         files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.finished_report.files),
         worker_ids=tuple(worker.worker_id for worker in load.workers),
         prepared=None if form is None else Prepared(form.form, form.sha256),
-        memory_bytes=_sum(each.memory_bytes for each in load.loaded_memory),
-        peak_memory_bytes=_sum(each.peak_memory_bytes for each in load.loaded_memory),
+        memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
+        peak_memory_bytes=total_bytes(each.peak_memory_bytes for each in load.loaded_memory),
         durations=Durations(
             waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
             starting_us=load.starting_us,
@@ -143,11 +143,6 @@ def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
     data = WorkerExited(end.exit_code, end.signal, tuple(worker.stderr_tail()))
     return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
-
-
-def _sum(sizes: Iterable[int]) -> int:
-    """Add up sizes, within what the ledger can hold."""
-    return min(sum(sizes), MAX_COUNT)
 
 
 def _microseconds(seconds: float) -> int:
@@ -268,7 +263,11 @@ class Executor:
         loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load)
         old = self.loads.get(replaces) if replaces is not None else None
         swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
-        await self._record(loaded, *swapped_out)
+        try:
+            await self._record(loaded, *swapped_out)
+        except NotEncodable as error:  # the load fails then, and not the consumer
+            load.fail(error.code, f"what was loaded cannot be recorded: {error}")
+            return
         self._offer_for_preparation(load)
 
     def _remember_files(self, load: RunningLoad) -> None:
@@ -313,7 +312,9 @@ class Executor:
         load = self.loads.get(load_job_id)
         unloaded = ModelUnloaded(0, 0, 0)
         if load is not None:
-            unloaded = ModelUnloaded(load.freed_bytes, load.drained_requests, load.aborted_requests)
+            unloaded = ModelUnloaded(
+                min(load.freed_bytes, MAX_BYTES), load.drained_requests, load.aborted_requests
+            )
         ends = [draft_fact(job, unloaded, load) for job in jobs]
         await self._record_with_exits(load, load.unexpected_exits if load else [], *ends)
 

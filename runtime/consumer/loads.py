@@ -238,6 +238,12 @@ class RunningLoad:
             self.kill()
         self.wake()
 
+    def fail(self, code: str, message: str) -> None:
+        """End the workers of a load that has not been recorded as loaded; the first reason counts."""
+        self.failure = self.failure or Failure(code, message)
+        self.kill_workers()
+        self.wake()
+
     def kill(self) -> None:
         """Kill all workers now, however stuck they are, and count what that aborts."""
         self.killed = True

@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 from marshmallow import fields, validate
 
-from runtime.memory import read_pressure
+from runtime.memory import read_pressure, total_bytes
 from server.api.schemas import AnswerSchema, about
 from server.appkeys import CONSUMER, LIMIT, LOG
 from server.http.validation import NothingSchema
@@ -120,7 +120,8 @@ def _resources(app: web.Application) -> dict[str, object]:
     consumer, limit = app[CONSUMER], app[LIMIT]
     models, waiting = consumer.uses(), consumer.waits()
     budget = consumer.policy.budget_bytes or limit.bytes
-    reserved, used = sum(use.reserved_bytes for use in models), sum(use.memory_bytes for use in models)
+    reserved = total_bytes(use.reserved_bytes for use in models)
+    used = total_bytes(use.memory_bytes for use in models)
     preparing = consumer.preparation()
     reserved += preparing.reserved_bytes if preparing is not None else 0
     return {

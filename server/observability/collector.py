@@ -325,8 +325,14 @@ class ServerCollector(Collector):
         log = self._app[LOG]
         tally = log.tally
         yield _gauge("ledger_position", "The position of the last event.", log.head.position)
+        wal = log.path.with_name(f"{log.path.name}-wal")
         yield _gauge(
-            "ledger_size_bytes", "Size of the ledger's files, with its write-ahead log.", _size(log.path)
+            "ledger_size_bytes", "Size of the ledger's files, with its write-ahead log.", _size(log.path, wal)
+        )
+        yield _gauge(
+            "ledger_wal_size_bytes",
+            "Size of the ledger's write-ahead log; above 32 MiB, a long read holds it.",
+            _size(wal),
         )
         yield _counter("ledger_events_total", "Events appended.", _with_zeros(TYPES, tally.events), "type")
         yield _histogram(
@@ -440,10 +446,10 @@ def _should_serve(model: Model) -> bool:
     return model.phase in _SHOULD_SERVE or model.previous is not None
 
 
-def _size(ledger: Path) -> int:
-    """Return the size of the ledger's files; its write-ahead log may be missing."""
+def _size(*paths: Path) -> int:
+    """Return the size of files; each may be missing."""
     size_bytes = 0
-    for path in (ledger, ledger.with_name(f"{ledger.name}-wal")):
+    for path in paths:
         with suppress(OSError):
             size_bytes += path.stat().st_size
     return size_bytes

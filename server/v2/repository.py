@@ -83,8 +83,8 @@ def _versions(model: Model) -> dict[int, Entry]:
 
 _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large", "unsupported_media_type")
 _LOAD_ERRORS = (
-    "invalid_defaults", "invalid_model", "warm_up_failed", "model_changed", "unsafe_file", "crash_loop",
-    "job_failed", "cancelled", "unknown_model", "unknown_version", "queue_full", "worker_died",
+    "invalid_defaults", "invalid_model", "warm_up_failed", "model_changed", "unsafe_file", "not_encodable",
+    "crash_loop", "job_failed", "cancelled", "unknown_model", "unknown_version", "queue_full", "worker_died",
     "out_of_memory", "insufficient_memory", "too_many_loaded", "timeout", "fork_server_died",
     "fork_server_unavailable",
 )  # fmt: skip

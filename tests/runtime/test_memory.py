@@ -327,6 +327,11 @@ child.communicate(b"\\n")
 """
 
 
+def test_total_of_sizes_fits_into_the_ledger() -> None:
+    assert memory.total_bytes([1, 2]) == 3
+    assert memory.total_bytes([2**63 - 1, 2**63 - 1]) == 2**63 - 1
+
+
 def test_private_pages_are_summed() -> None:
     assert memory.parse_private(ROLLUP) == 2024 * 1024
     assert memory.parse_field(ROLLUP, "VmData") == 0

@@ -7,10 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
+from support.history import model_loaded, opened
+from support.ledgers import SIGN
 from support.models import add, bind_socket, save, save_bytes
 
+from events.audit.export import JSONL, export
+from events.audit.exportreader import audit_file
+from events.commands import Record
+from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
-from runtime.repository import Repository, identify, open_identified
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, identify, open_identified
 
 
 def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
@@ -143,6 +150,29 @@ def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(Repository(tmp_path).resolve("m").files) == 20
     with pytest.raises(LoadRefused, match="more than 20 files"):
         identify(folder, tmp_path)
+
+
+def test_too_long_paths_are_refused_with_both_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 30)
+    folder = save(add(), tmp_path, "m")
+    (folder / ("x" * 20)).touch()
+    assert len(identify(folder, tmp_path)) == 2
+    (folder / "y").touch()
+    with pytest.raises(LoadRefused, match="have 31 bytes, and may have 30 together") as refusal:
+        identify(folder, tmp_path)
+    assert refusal.value.code == "unsafe_file"
+
+
+async def test_export_with_the_longest_paths_is_read(tmp_path: Path) -> None:
+    path = "\x01" * (MAX_PATHS_BYTES // MAX_FILES)  # escaped twice
+    files = tuple(LoadedFile(path, 1, 1, "ab" * 32) for _ in range(MAX_FILES))
+    ledger, exported = tmp_path / "ledger.db", tmp_path / "export"
+    async with opened(ledger) as log:
+        await log.submit(Record((Draft("loaded", replace(model_loaded("w"), files=files), SYSTEM),)))
+    exported.write_bytes(b"".join(export(ledger, JSONL, SIGN)))
+    assert audit_file(exported).finding is None
 
 
 def test_unusable_version_folders_are_refused(tmp_path: Path) -> None:

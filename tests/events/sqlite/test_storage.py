@@ -16,9 +16,12 @@ from events.audit.backup import back_up
 from events.audit.export import JSONL, export
 from events.audit.verify import Expected, FindingKind, verify
 from events.clock import utc_now
+from events.commands import Record
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.readonly import lacks_wal, wants_wal
+from events.sqlite.schema import WAL_LIMIT_BYTES
 from events.sqlite.storage import FOLDS, Database, rebuild_file
+from events.types import SYSTEM, Draft, LoadFailed
 
 
 @pytest.fixture
@@ -38,6 +41,23 @@ def refused(path: Path) -> bool:
     with pytest.raises(IncompleteCopy, match="backup"):
         audit(path)
     return wants_wal(path)
+
+
+async def test_write_ahead_log_is_cut_after_a_long_read(tmp_path: Path) -> None:
+    path, wal = tmp_path / "ledger.db", tmp_path / "ledger.db-wal"
+    async with opened(path) as log:
+        await write(log, 1)
+        with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM events").fetchone()
+            for group in range(20):
+                drafts = (
+                    Draft(f"{group} {each}", LoadFailed("x", "x" * 4096), SYSTEM) for each in range(500)
+                )
+                await log.submit(Record(tuple(drafts)))
+            assert wal.stat().st_size > WAL_LIMIT_BYTES
+        await write(log, 2, first=2)  # the first copies the log into the database, the second begins it anew
+        assert wal.stat().st_size <= WAL_LIMIT_BYTES
 
 
 # A file that is complete.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from onnx import ModelProto
 from support import models
 from support.running import Engine, error_of, gone, running
@@ -102,6 +103,28 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
         failure = Failure("unknown_model", "model 'other' is not in the repository")
         assert (await engine.ended(job_id)).error == failure
         await engine.nothing_left()
+
+
+async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
+    pid = await engine.stopped_ahead()
+    job_id = await engine.ask_load("adder", 1)
+    await until(lambda: bool(engine.consumer.loads and engine.live("adder").workers))
+    load = engine.live("adder")
+    wake = load.wake
+
+    def spoil_report() -> None:
+        if load.report is not None:
+            [file] = load.report.files
+            load.report = structs.replace(load.report, files=(structs.replace(file, path="\ud800"),))
+        wake()
+
+    load.wake = spoil_report
+    os.kill(pid, signal.SIGCONT)
+    error = error_of(await engine.ended(job_id))
+    assert error.code == "not_encodable"
+    assert "what was loaded cannot be recorded: text holds a lone surrogate" in error.message
+    assert (await engine.load("other")).status is JobStatus.COMPLETED
+    await until(lambda: len(engine.consumer.loads) == 1)
 
 
 async def test_crash_during_load_records_the_last_words(engine: Engine) -> None:
