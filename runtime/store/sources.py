@@ -14,12 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from runtime.errors import LoadRefused
-from runtime.repository import MAX_FILES, MODEL_FILE, FoundFile
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, MODEL_FILE, FoundFile
 from runtime.store.problems import RepositoryUnreadable
-
-MAX_PATHS_BYTES = 2**20
-"""Of all paths of a version together, in UTF-8: they become part of an event, whose line in an export may
-have 16 MiB, and JSON takes up to six bytes for one."""
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 
