@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds, seconds_between
 from events.types import (
+    OF_SERVER,
     CancelRequested,
     Cause,
     Data,
@@ -27,6 +28,7 @@ from events.types import (
     ModelSettingsChanged,
     ModelUnloaded,
     ServerStarted,
+    ServerStopped,
     Unknown,
     UnloadFailed,
     UnloadRequested,
@@ -146,8 +148,8 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
         return _create_job(event, event.model_id, data)
     if job.status not in _UNENDED:
         return job
-    if type(data) is ServerStarted:
-        return _restart_job(job, event, data)
+    if isinstance(data, OF_SERVER):
+        return _interrupt_job(job, event, data)
     step = STEPS.get(type(data))
     return job if step is None or event.job_id != job.id else step(job, event, data)
 
@@ -176,9 +178,14 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
     )
 
 
-def _restart_job(job: Job, event: Event, data: ServerStarted) -> Job:
-    """Return the job pending for its next attempt; its deadline moves by the time the server was down."""
+def _interrupt_job(job: Job, event: Event, data: ServerStarted | ServerStopped) -> Job:
+    """Return the job pending for its next attempt; at a start its deadline moves by the time between.
+
+    After an orderly stop no job is in progress, so a start interrupts one only after an unclean end.
+    """
     is_interrupted = job.status is JobStatus.IN_PROGRESS
+    if isinstance(data, ServerStopped):
+        return replace(job, status=JobStatus.PENDING, position=event.position) if is_interrupted else job
     deadline_at = job.deadline_at
     if deadline_at is not None and data.down_since is not None:
         deadline_at = add_seconds(deadline_at, max(0.0, seconds_between(data.down_since, event.recorded_at)))
@@ -238,7 +245,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
 }
-"""The step of each event type that concerns one unended job; `ServerStarted` concerns all.
+"""The step of each event type that concerns one unended job; those of the server concern all.
 
 A table, because a `match` of so many classes takes as long as the rest of a step (measured).
 """

@@ -17,6 +17,7 @@ from events.clock import Timestamp, seconds_between
 from events.footprints import Footprint, add_footprint
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.types import (
+    OF_SERVER,
     Cause,
     Data,
     Event,
@@ -30,7 +31,6 @@ from events.types import (
     ModelSettingsChanged,
     ModelUnloaded,
     Prepared,
-    ServerStarted,
     Unknown,
     UnloadFailed,
     UnloadRequested,
@@ -123,7 +123,8 @@ class Model(Struct, frozen=True, gc=False):
         unloads: ids of the jobs that end the present load, or one of `loads`.
         error: of the last failure, until the model is loaded or unloaded.
         last_version: of the last load that was tried.
-        lost_by: the cause of the reload that is to come, in the phase `lost`.
+        lost_by: the cause of the reload that is to come, in the phase `lost`; with a `previous` load, whether
+            the server ended since that was unloaded, like `lost_at`.
         incidents: times of deaths and failed recoveries; old ones are dropped with the next.
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
@@ -146,9 +147,13 @@ class Model(Struct, frozen=True, gc=False):
 
     @property
     def state(self) -> ModelState:
-        """The state of the model: it stays `loaded` while another version of it is loading beside."""
+        """The state of the model: it stays `loaded` while another version of it is loading beside.
+
+        With a `previous` load it is `loading`; after an end of the server `lost`, until its load starts.
+        """
         if self.previous is not None:
-            return ModelState.LOADING
+            is_lost = self.lost_at is not None and self.started_load is None
+            return ModelState.LOST if is_lost else ModelState.LOADING
         if self.phase in (ModelState.LOADED, ModelState.UNLOADING) or self.started_load is None:
             return self.phase
         return ModelState.LOADING
@@ -174,6 +179,8 @@ class Model(Struct, frozen=True, gc=False):
         """The version that serves, else the one that is loading, else the last one tried."""
         if self.serving is not None:
             return self.serving.version
+        if self.previous is not None and self.state is ModelState.LOST:
+            return self.previous.version
         return self.started_load.version if self.started_load is not None else self.last_version
 
     @property
@@ -202,23 +209,27 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
         event: of any model or of none.
         job: the event's job as it was before the event.
     """
-    kind = type(event.data)
-    if kind is ServerStarted:
-        return None if model is None else _restart_model(model, event)
+    if type(event.data) in OF_SERVER:
+        return None if model is None else _end_processes(model, event)
     if event.model_id is None or (model is not None and event.model_id != model.id):
         return model
-    evolve = STEPS.get(kind)
+    evolve = STEPS.get(type(event.data))
     if evolve is None:
         return model
     return evolve(model or Model(event.model_id), event, event.data, job)
 
 
-def _restart_model(model: Model, event: Event) -> Model:
-    """A start of the server: no process is left, so a loaded model is lost and a load starts again."""
-    lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
+def _end_processes(model: Model, event: Event) -> Model:
+    """The server ended: no process is left, so a loaded model is lost and a load will start again.
+
+    `ServerStopped` does this, and `ServerStarted` after an unclean end; otherwise nothing is left for that.
+    """
+    lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING) or (
+        model.previous is not None and model.lost_at is None
+    )
     after = replace(
         model,
-        phase=ModelState.LOST if lost else model.phase,
+        phase=ModelState.LOST if lost and model.previous is None else model.phase,
         lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
         lost_at=event.recorded_at if lost else model.lost_at,
         loads=tuple(replace(load, started=False) for load in model.loads),
@@ -472,7 +483,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
 }
-"""The step of each event type that concerns one model; `ServerStarted` concerns all.
+"""The step of each event type that concerns one model; those of the server concern all.
 
 A table, because a `match` of so many classes takes as long as the rest of a step (measured).
 """

@@ -19,7 +19,7 @@ from events.clock import Timestamp
 from events.commands import KnownKey, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
-from events.types import Cause, Event, ServerStarted
+from events.types import OF_SERVER, Cause, Event
 
 T = TypeVar("T")
 
@@ -75,11 +75,11 @@ class State:
 
     def apply(self, event: Event) -> Changes:
         """Fold one event into this state and return what it changed."""
-        if isinstance(event.data, ServerStarted):
-            changes = _restart_all(self, event)
+        if type(event.data) in OF_SERVER:
+            changes, unended = _apply_to_all(self, event), self.unended()
             self.models.update(changes.models)
             self.jobs.update(changes.jobs)
-            self._fill_queues(changes.jobs.values())
+            self._fill_queues(changes.jobs.get(job.id, job) for job in unended)
         else:
             changes = self._apply_to_one(event)
             if key := read_key(event):
@@ -88,7 +88,7 @@ class State:
         return changes
 
     def _apply_to_one(self, event: Event) -> Changes:
-        """Fold an event that concerns at most one job and one model: all but `ServerStarted`."""
+        """Fold an event that concerns at most one job and one model: all but those of the server."""
         model_id, job_id = event.model_id, event.job_id
         before = self.unended_job(job_id)
         models: Mapping[str, Model] = _NOTHING
@@ -153,8 +153,8 @@ class Changes(Struct, frozen=True):
 _NOTHING: Mapping[str, Never] = MappingProxyType({})
 
 
-def _restart_all(state: State, event: Event) -> Changes:
-    """Return what a start of the server changes in all models and unended jobs."""
+def _apply_to_all(state: State, event: Event) -> Changes:
+    """Return what a start or a stop of the server changes in all models and unended jobs."""
     models = ((model, evolve_model(model, event, None)) for model in state.models.values())
     jobs = ((job, evolve_job(job, event)) for job in state.unended())
     return Changes(
@@ -229,8 +229,8 @@ class Entities:
 
     def apply(self, event: Event) -> Job | None:
         """Fold one event and return the job that ended with it, which is then dropped."""
-        if type(event.data) is ServerStarted:
-            self._restart(event)
+        if type(event.data) in OF_SERVER:
+            self._apply_to_all(event)
             return None
         job_id, model_id = event.job_id, event.model_id
         before = None if job_id is None else self.jobs.get(job_id)
@@ -249,8 +249,8 @@ class Entities:
         self.jobs.pop(job_id, None)
         return job
 
-    def _restart(self, event: Event) -> None:
-        """Fold `ServerStarted`, which changes all models and unended jobs and ends none."""
+    def _apply_to_all(self, event: Event) -> None:
+        """Fold a start or a stop of the server, which changes all models and unended jobs and ends none."""
         models = [evolve_model(model, event, None) for model in self.models.values()]
         jobs = [evolve_job(job, event) for job in self.jobs.values()]
         self.models = {model.id: model for model in models if model is not None}

@@ -262,7 +262,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
 
 
 class ServerStopped(Struct, frozen=True, gc=False):
-    """The server stopped in order; no event per model follows."""
+    """The server stopped in order. No event per model follows: this ends all loads and workers."""
 
     TYPE: ClassVar[str] = "ServerStopped"
 
@@ -294,6 +294,9 @@ Data = (
     | ServerStopped
 )
 """The types that this release writes."""
+
+OF_SERVER = (ServerStarted, ServerStopped)
+"""The events that concern all models and jobs."""
 
 TYPES: Mapping[str, type[Data]] = {kind.TYPE: kind for kind in Data.__args__}
 SCHEMA = 1

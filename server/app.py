@@ -254,6 +254,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         await demand.close()
         await consumer.stop()
         await asyncio.wait([task])
+        await app[POOL].close()  # ServerStopped, which follows, says that no worker is left
 
 
 def _on_demand(app: web.Application) -> OnDemand:

@@ -35,7 +35,7 @@ from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
 from events.state import State
-from events.types import Event, ServerStarted
+from events.types import OF_SERVER, Event
 
 T = TypeVar("T")
 
@@ -151,12 +151,16 @@ def _job_then(
 
 
 def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Iterator[Event]:
-    """Yield the events that changed a job up to a position: its own, and the starts of the server."""
+    """Yield the events that changed a job up to a position: its own, and those of the server."""
     rows = connection.execute(
         "SELECT position, body FROM events WHERE job_id = ? AND position BETWEEN ? AND ?"
-        " UNION SELECT position, body FROM events WHERE type = ? AND position BETWEEN ? AND ?"
+        " UNION SELECT position, body FROM events WHERE type IN (?, ?) AND position BETWEEN ? AND ?"
         " ORDER BY position",
-        (job.id, job.created_position, position, ServerStarted.TYPE, job.created_position, position),
+        (
+            *(job.id, job.created_position, position),
+            *(kind.TYPE for kind in OF_SERVER),
+            *(job.created_position, position),
+        ),
     )
     return (decode_event(body) for _, body in rows)
 

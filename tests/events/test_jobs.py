@@ -96,6 +96,13 @@ load request_cancel_L -> L completed, attempt 1
 request start request_cancel_L restart -> L pending, attempt 1, 1 deaths, cancelling
 request request_cancel_L cancel_L -> L cancelled, cancel requested
 request start restart_cleanly -> L pending, attempt 1
+request stop_server -> L pending
+request start stop_server -> L pending, attempt 1
+request start stop_server start -> L in_progress, attempt 1
+load stop_server -> L completed, attempt 1
+request start request_cancel_L stop_server -> L pending, attempt 1, cancelling
+load request_unload start_unload stop_server -> U pending, attempt 1
+load request_unload start_unload restart_cleanly start_unload finish_unload -> U completed, attempt 2
 request start restart start restart start restart -> L pending, attempt 1, 3 deaths
 request start restart restart -> L pending, attempt 1, 1 deaths
 request start restart start restart_cleanly -> L pending, attempt 1, 1 deaths

@@ -50,7 +50,6 @@ request start fail request_again start_again -> loading, v1, broken
 request start fail load_again -> loaded, v1
 request start fail request_again cancel_L3 -> failed, v1, broken
 request start request_force cancel_L finish_force -> unloaded, v1
-load stop_server -> loaded, v1
 request start restart -> unloaded, v1
 request start fail request_again start_again restart -> failed, v1, broken
 request fail restart -> failed, v1, broken
@@ -105,7 +104,11 @@ load request_in_place drain start_v2 cancel_L2 -> lost, v1, by swap at 9
 load request_in_place drain request_again fail_v2 -> loading, v2, after v1, broken
 load request_in_place drain fail_v2 load_again -> loaded, v1
 load request_in_place drain request_again fail_v2 fail_again -> lost, v1, by swap at 10, broken
-load request_in_place drain start_v2 restart -> loading, v2, after v1
+load request_in_place drain start_v2 restart -> lost, v1, by restart at 9, after v1
+load request_in_place drain start_v2 stop_server -> lost, v1, by restart at 9, after v1
+load request_in_place drain start_v2 stop_server restart -> lost, v1, by restart at 9, after v1
+load request_in_place drain start_v2 restart start_v2 -> loading, v2, by restart at 9, after v1
+load request_in_place drain start_v2 restart start_v2 finish_v2 -> loaded, v2
 load request_in_place drain restart fail_v2 -> lost, v1, by swap at 9, broken
 load request_in_place drain request_unload_v2 finish_v2 finish_unload -> unloaded, v2
 load request_in_place drain request_unload_v2 fail_v2 -> lost, v1, by swap at 9, broken, ends by U
@@ -188,6 +191,15 @@ load_pair crash_1 request_recovery no_memory_recovery \
 # Starts of the server.
 load restart -> lost, v1, by restart at 4
 load restart restart -> lost, v1, by restart at 4
+load stop_server -> lost, v1, by restart at 4
+load restart_cleanly -> lost, v1, by restart at 4
+load crash stop_server -> lost, v1, by restart at 4, 1 incidents, worker_died
+load request_unload start_unload stop_server -> lost, v1, by restart at 6, ends by U
+load request_v2 start_v2 stop_server -> lost, v1, by restart at 6
+load restart_cleanly restore -> loaded, v1
+request start stop_server -> unloaded, v1
+request start fail request_again start_again stop_server -> failed, v1, broken
+load request_unload finish_unload stop_server -> unloaded, v1
 load request_unload start_unload restart -> lost, v1, by restart at 6, ends by U
 load request_unload start_unload restart finish_unload -> unloaded, v1
 load request_v2 start_v2 restart -> lost, v1, by restart at 6
@@ -236,14 +248,15 @@ def test_model_after_facts(facts: str, model: str) -> None:
 def assert_coherent(history: History) -> None:
     for model in history.state.models.values():
         if model.previous is not None:
-            assert (model.phase, model.serving, model.lost_by) == (UNLOADED, None, None)
+            assert (model.phase, model.serving) == (UNLOADED, None)
             assert model.loads  # one of which replaces it, or the model is lost
         kept = model.phase in {LOADED, UNLOADING, LOST}
         assert (model.serving is not None) == kept
         assert (model.rank is not None) == (kept or model.previous is not None)
         assert model.phase is not LOADING
         assert model.phase is LOADED or not model.degraded
-        assert (model.lost_by is not None) == (model.lost_at is not None) == (model.phase is LOST)
+        assert (model.lost_by is not None) == (model.lost_at is not None)
+        assert (model.phase is LOST) == (model.lost_by is not None and model.previous is None)
 
 
 def serving(history: History) -> Serving:
@@ -383,7 +396,7 @@ def test_footprints_of_latest_versions_outlive_the_model() -> None:
 # What cannot concern a model changes nothing.
 
 BODIES = json.loads(Path(__file__).with_name("bodies.json").read_text(encoding="ascii"))
-NEVER_LATE = {"LoadRequested", "UnloadRequested", "ServerStarted"}
+NEVER_LATE = {"LoadRequested", "UnloadRequested", "ServerStarted", "ServerStopped"}
 LATE = [
     Unknown("Later", 1, {}),
     *(decode_event(BODIES[name]).data for name in sorted(TYPES.keys() - NEVER_LATE)),

@@ -188,6 +188,16 @@ def test_entities_agree_on_history_and_continue_anywhere() -> None:
         assert (len(rest.models), len(rest.jobs)) == (3, 1)
 
 
+def test_stop_keeps_queue_of_each_model() -> None:
+    history = tell(History(), "request:a start:a request:a request:b request:a")
+    before = [job.id for job in history.state.unended()]
+    history.stop()
+    assert [job.id for job in history.state.unended()] == before
+    assert history.state.backlog == len(before) == 4
+    history.restart(unclean=False)
+    assert [job.id for job in history.state.unended("a")] == [each for each in before if each != "request3"]
+
+
 def test_every_type_has_a_fold() -> None:
     of_no_job = {"ServerStarted", "ServerStopped", "AccessDenied"}
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job

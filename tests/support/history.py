@@ -225,8 +225,14 @@ class History:
         """A worker's process ends unexpectedly."""
         self.add(WorkerExited(None, signal, ()), None, worker=worker, **about)
 
+    def stop(self) -> None:
+        """The server stops in order."""
+        self.add(ServerStopped(), of=None, version=None)
+
     def restart(self, *, unclean: bool = True, down_s: float = 1) -> None:
         """The server is started again after it was down."""
+        if not unclean:
+            self.stop()
         down_since = self.facts[-1].recorded_at if self.facts else None
         self.add(ServerStarted(unclean, down_since), None, of=None, version=None, after_s=down_s)
 
@@ -291,7 +297,7 @@ STEPS: dict[str, Callable[[History], object]] = {
     "forkserver_exit": lambda h: h.kill_worker("w-L", signal=None),
     "restart": lambda h: h.restart(),
     "restart_cleanly": lambda h: h.restart(unclean=False),
-    "stop_server": lambda h: h.add(ServerStopped(), of=None),
+    "stop_server": lambda h: h.stop(),
     "request_recovery": lambda h: h.ask_load("R", cause=Cause.RECOVERY),
     "request_restore": lambda h: h.ask_load("R", cause=Cause.RESTART),
     "request_return": lambda h: h.ask_load("R", cause=Cause.SWAP),

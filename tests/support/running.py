@@ -358,12 +358,12 @@ async def running(
         finally:
             await consumer.stop()
             await asyncio.wait([applying])
-            if stops_cleanly:
-                await log.server_stopped()
-            await log.close()
             if shared is None:
                 await pool.close()
             else:
                 await end_workers(shared)
+            if stops_cleanly:
+                await log.server_stopped()
+            await log.close()
             assert not [task for load in consumer.loads.values() for task in load.tasks]
         applying.result()
