@@ -14,16 +14,19 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp
 from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
-from events.jobs import Job, JobKind
+from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.state import State
 from events.types import (
     NEVER,
+    SETTINGS,
     SYSTEM,
+    WORKER_PARAMETERS,
     CancelRequested,
     Cause,
     Draft,
     Idempotency,
+    JobCancelled,
     LoadedFile,
     LoadParameters,
     LoadRequested,
@@ -37,15 +40,14 @@ MAX_QUEUE = 256
 _MOST_UNENDED = {Cause.REQUEST: MAX_QUEUE, Cause.DEMAND: MAX_QUEUE // 2}
 """By cause: on-demand loads leave half of the queue to explicit ones; loads by the system have no limit."""
 
+NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
+"""What is wrong with a queue delay alone."""
+
 _UNLOADABLE = (ModelState.LOADED, ModelState.LOST)
 """The phases in which a model has a load that no unload ends yet."""
 
-_WORKER_PARAMETERS = frozenset({"instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes"})
-"""Parameters of the workers: a change of them loads the model anew."""
-
-_SETTINGS = frozenset({"pinned", "keep_alive_s"})
-"""Parameters of a loaded model that a load changes without new workers. The other parameters only concern the
-load itself."""
+SUPERSEDED = "superseded"
+"""Reason of a cancelled load by the system whose place a person's load took."""
 
 
 class Accepted(Struct, frozen=True, gc=False):
@@ -109,24 +111,29 @@ def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> E
 
 
 def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
-    queue = state.queue(command.model_id)
-    last = queue[-1] if queue else None
-    if last is not None and _will_satisfy(last, command):
-        return Existing(last.id)
-    model = state.models.get(command.model_id)
-    serving = _find_satisfying(model, command) if last is None else None
-    if model is not None and serving is not None:
-        if _match(serving.parameters, command, _SETTINGS):
-            return Existing(serving.load_job_id)
-        return _change_settings(model, serving, command, new_id)
+    queue, model = state.queue(command.model_id), state.models.get(command.model_id)
+    if queue and _joins(command, queue[-1]):
+        return Existing(queue[-1].id)
+    superseded = queue.pop() if queue and _supersedes(command, queue[-1]) else None
+    parameters = _effective_parameters(model, queue, command)
+    if parameters.max_queue_delay_us and not parameters.max_batch_size:
+        return Refused("invalid_body", f"body: {NO_BATCHING}")
+    serving = _find_satisfying(model, command, parameters) if not queue else None
+    if serving is not None and serving.parameters.has_same_settings(parameters):
+        return Existing(serving.load_job_id)
     if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
         return Existing(other)
     most = _MOST_UNENDED.get(command.cause)
-    if most is not None and state.backlog >= most:
+    if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
         return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-    parameters = _effective_parameters(model, command, is_loaded=False)
     request = _load_requested(command, parameters, new_id())
-    return Accepted((request,), request.id)
+    drafts = [request]
+    if superseded is not None:
+        drafts.append(_draft_fact(superseded, JobCancelled(SUPERSEDED, request.id), new_id()))
+    if serving is not None:
+        data = ModelSettingsChanged.of(serving.load_job_id, parameters)
+        drafts.append(replace(request, id=new_id(), data=data, actor=SYSTEM))
+    return Accepted(tuple(drafts), request.id)
 
 
 def _load_requested(command: RequestLoad, parameters: LoadParameters, event_id: str) -> Draft:
@@ -136,31 +143,37 @@ def _load_requested(command: RequestLoad, parameters: LoadParameters, event_id: 
     return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
 
 
-def _change_settings(
-    model: Model, serving: Serving, command: RequestLoad, new_id: Callable[[], str]
-) -> Accepted:
-    """Accept a load of what is loaded already, together with its outcome."""
-    parameters = _effective_parameters(model, command, is_loaded=True)
-    request = _load_requested(command, parameters, new_id())
-    data = ModelSettingsChanged.of(serving.load_job_id, parameters)
-    changed = Draft(new_id(), data, SYSTEM, request.id, command.model_id, command.version)
-    return Accepted((request, changed), request.id)
+def _draft_fact(job: Job, data: JobCancelled, event_id: str) -> Draft:
+    return Draft(event_id, data, SYSTEM, job.id, job.model_id, job.version)
 
 
-def _will_satisfy(job: Job, command: RequestLoad) -> bool:
-    """Whether a pending job does what the command asks; a job that is being cancelled does not."""
+def _joins(command: RequestLoad, job: Job) -> bool:
+    """Whether a pending job does what the command asks; one that is being cancelled does not.
+
+    A person's request needs a person's load, which no end of a demand cancels and which may evict, and every
+    parameter that it names has to be the load's.
+    """
     if job.load is None or job.version != command.version or job.cancelling:
         return False
-    return _match(job.load, command, _WORKER_PARAMETERS)
+    if command.cause is Cause.REQUEST and job.cause is not Cause.REQUEST:
+        return False
+    return all(_value(job.load, name) == _value(command.parameters, name) for name in command.asked)
 
 
-def _find_satisfying(model: Model | None, command: RequestLoad) -> Serving | None:
-    """Return the present load if it is what the command asks for; a degraded model needs a repair instead."""
+def _supersedes(command: RequestLoad, job: Job) -> bool:
+    """Whether a person's load takes the place of a load by the system, which has not started."""
+    is_by_system = job.kind is JobKind.LOAD and job.cause is not Cause.REQUEST
+    is_waiting = job.status is JobStatus.PENDING and not job.cancelling
+    return command.cause is Cause.REQUEST and is_by_system and is_waiting
+
+
+def _find_satisfying(model: Model | None, command: RequestLoad, parameters: LoadParameters) -> Serving | None:
+    """Return the present load if its workers do; a degraded model needs a repair instead."""
     serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
     if model is None or serving is None or serving.version != command.version or model.degraded:
         return None
     same = sorted(map(_identity, serving.files)) == sorted(map(_identity, command.files))
-    return serving if same and _match(serving.parameters, command, _WORKER_PARAMETERS) else None
+    return serving if same and serving.parameters.has_same_workers(parameters) else None
 
 
 def _find_other_version(model: Model | None, queue: list[Job], command: RequestLoad) -> str | None:
@@ -171,21 +184,27 @@ def _find_other_version(model: Model | None, queue: list[Job], command: RequestL
     return serving.load_job_id if serving is not None and serving.version != command.version else None
 
 
-def _effective_parameters(model: Model | None, command: RequestLoad, *, is_loaded: bool) -> LoadParameters:
-    """Return the parameters to record: a repair or a change of settings keeps those that were not asked."""
-    serving = model.serving if model is not None and (model.degraded or is_loaded) else None
-    if serving is None or serving.version != command.version:
+def _effective_parameters(model: Model | None, ahead: list[Job], command: RequestLoad) -> LoadParameters:
+    """Return the parameters to record: what is not named stays, unless another version is loaded before."""
+    before = _parameters_before(model, ahead, command.version)
+    if before is None:
         return command.parameters
-    names = (_WORKER_PARAMETERS | _SETTINGS) - command.asked
-    if "max_batch_size" in command.asked:
-        names -= {"max_queue_delay_us"}  # batching may be turned off, and the delay is part of it
-    return replace(command.parameters, **{name: getattr(serving.parameters, name) for name in names})
+    kept = {
+        name: getattr(before, name) for name in (*WORKER_PARAMETERS, *SETTINGS) if name not in command.asked
+    }
+    parameters = replace(command.parameters, **kept)
+    if parameters.max_batch_size or "max_queue_delay_us" in command.asked:
+        return parameters
+    return replace(parameters, max_queue_delay_us=0)  # batching is turned off, and the delay is part of it
 
 
-def _match(parameters: LoadParameters, command: RequestLoad, names: frozenset[str]) -> bool:
-    """Whether those of `names` that the command asks for have the values it asks for."""
-    asked = names & command.asked
-    return all(_value(parameters, name) == _value(command.parameters, name) for name in asked)
+def _parameters_before(model: Model | None, ahead: list[Job], version: int) -> LoadParameters | None:
+    """Return the parameters of what is loaded when the turn comes, if it is this version."""
+    last = next((job for job in reversed(ahead) if not job.cancelling), None)
+    if last is not None:
+        return last.load if last.version == version else None
+    serving = model.serving if model is not None else None
+    return serving.parameters if serving is not None and serving.version == version else None
 
 
 def _value(parameters: LoadParameters, name: str) -> object:

@@ -61,7 +61,9 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     ),
     "UnloadFailed": _FAILED,
     "CancelRequested": EventText(),
-    "JobCancelled": EventText(),
+    "JobCancelled": EventText(
+        ("superseded by job {superseded_by?}",), {"reason": "reason", "superseded_by": "superseded_by"}
+    ),
     "AccessDenied": EventText(("{action}", "{count} times"), {"action": "action", "count": "count"}, "bad"),
     "WorkerExited": EventText(
         ("signal {signal}", "exit code {exit_code}", "{stderr.-1}"),

@@ -80,6 +80,7 @@ class Job(Struct, frozen=True, gc=False):
         attempt: 0 until the job starts, then one more for each start.
         server_deaths: unclean ends of the server while the job was in progress.
         cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.
+        superseded_by: the person's load that took the place of this one by the system.
     """
 
     id: str
@@ -101,6 +102,7 @@ class Job(Struct, frozen=True, gc=False):
     server_deaths: int = 0
     error: Failure | None = None
     cancel_requested: bool = False
+    superseded_by: str | None = None
 
     @property
     def load_order(self) -> tuple[int, LoadParameters]:
@@ -217,8 +219,8 @@ def _fail_job(job: Job, event: Event, data: LoadFailed | UnloadFailed) -> Job:
     return _end_job(job, event, JobStatus.FAILED, Failure(data.code, data.message))
 
 
-def _cancel_job(job: Job, event: Event, _: JobCancelled) -> Job:
-    return _end_job(job, event, JobStatus.CANCELLED)
+def _cancel_job(job: Job, event: Event, data: JobCancelled) -> Job:
+    return replace(_end_job(job, event, JobStatus.CANCELLED), superseded_by=data.superseded_by)
 
 
 def _end_job(job: Job, event: Event, status: JobStatus, error: Failure | None = None) -> Job:

@@ -103,6 +103,22 @@ class LoadParameters(Struct, frozen=True, gc=False):
     max_batch_size: int = 0
     max_queue_delay_us: int = 0
 
+    def has_same_workers(self, other: LoadParameters) -> bool:
+        """Whether workers of a load with `other` parameters do for one with these."""
+        return all(getattr(self, name) == getattr(other, name) for name in WORKER_PARAMETERS)
+
+    def has_same_settings(self, other: LoadParameters) -> bool:
+        """Whether a loaded model has the same settings with `other` parameters."""
+        own, others = (NEVER if each is None else each for each in (self.keep_alive_s, other.keep_alive_s))
+        return own == others and self.pinned == other.pinned
+
+
+WORKER_PARAMETERS = ("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes")
+"""Parameters of the workers: a change of them loads the model anew."""
+
+SETTINGS = ("pinned", "keep_alive_s")
+"""Parameters of a loaded model that change without new workers. The others only concern the load itself."""
+
 
 class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     """A person or the system requested the load of a version. The event's id is the job's.
@@ -226,9 +242,16 @@ class CancelRequested(Struct, frozen=True, gc=False):
 
 
 class JobCancelled(Struct, frozen=True, gc=False):
-    """The job was cancelled before it had its effect."""
+    """The job was cancelled before it had its effect.
+
+    Attributes:
+        reason: `superseded` if a person's load took the place of one by the system; else None.
+        superseded_by: the job that took its place.
+    """
 
     TYPE: ClassVar[str] = "JobCancelled"
+    reason: str | None = None
+    superseded_by: str | None = None
 
 
 class AccessDenied(Struct, frozen=True, gc=False):

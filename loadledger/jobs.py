@@ -65,7 +65,7 @@ async def submit_job(context: CallContext, request: Request, options: WaitOption
 
 
 async def wait_for_job(context: CallContext, job_id: str, options: WaitOptions) -> Job:
-    """Wait until a job has ended, and return it whatever its outcome.
+    """Wait until a job has ended, and return it whatever its outcome; of a superseded job, the one after it.
 
     Raises:
         JobUnfinished: the limit of the wait is over.
@@ -95,14 +95,14 @@ async def _wait_until_ended(context: CallContext, job: Job, options: WaitOptions
     failures, trouble = 0, ""
     _report(options.on_change, job)
     wait_s = poll_interval_s(context.now() - began)
-    while not job.ended:
+    while not job.ended or job.superseded_by is not None:
         left_s = inf if options.limit_s is None else began + options.limit_s - context.now()
         if left_s <= 0:
             raise JobUnfinished(job, options.limit_s or 0.0, trouble, context.address.hide)
         await context.transport.pause(min(wait_s, left_s))
         try:
             timeout_s = min(context.timeout_s, max(left_s, SHORTEST_ANSWER_S))
-            poll = replace(job_request(job.id), repeatable=False, timeout_s=timeout_s)
+            poll = replace(job_request(job.superseded_by or job.id), repeatable=False, timeout_s=timeout_s)
             seen = await fetch(context, poll, Job)
         except ClientProblem as problem:
             if not is_transient(problem, reached=True):

@@ -190,6 +190,8 @@ class Operations:
     ) -> Job:
         """Wait until a job has ended, across restarts of the server, and return it whatever its outcome.
 
+        If a person's load has superseded the job, that load is waited for and returned.
+
         Raises:
             JobUnfinished: `timeout_s` is over; the job continues.
         """

@@ -23,6 +23,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         status: pending, in_progress, completed, failed or cancelled.
         stage: while in progress: starting, loading, warming_up, measuring; draining, stopping.
         waiting_for: while pending: the reason.
+        superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
     """
 
@@ -39,6 +40,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     requested_by: str | None = None
     cause: str | None = None
     cancel_requested: bool = False
+    superseded_by: str | None = None
     attempt: int = 0
     position: int = 0
     parameters: dict[str, Any] = {}

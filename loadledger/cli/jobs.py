@@ -59,8 +59,10 @@ JobDisplay = tuple[Callable[[Any], None], Callable[[Exception], None]]
 
 
 def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
-    """Print the outcome of a request: a new job, an awaited one, or that there is nothing to do."""
-    if job.status == "completed" and not as_json:  # a new job has not completed yet
+    """Print the outcome of a request: a new job, an awaited one, changed settings, or nothing to do."""
+    if job.status == "completed" and job.kind == "load" and job.started_at is None and not as_json:
+        click.echo(f"{model_of(job)}: settings changed, nothing else to do")
+    elif job.status == "completed" and not as_json:  # a new job has not completed yet
         ago = format_age(job.finished_at, datetime.now(UTC))
         click.echo(f"{model_of(job)}: nothing to do, its {to_printable(job.kind)} completed {ago} ago")
     elif wait:
@@ -94,6 +96,7 @@ def report_job(job: Any, *, as_json: bool) -> None:
     if job.status in {"failed", "cancelled"}:
         reason = f": {job.error.message} ({job.error.code})" if job.error is not None else ""
         verb = "was cancelled" if job.status == "cancelled" else "failed"
+        verb += f", superseded by job {job.superseded_by}" if job.superseded_by else ""
         print_note(
             f"the {job.kind} of {model_of(job)} {verb}{reason}\n  more: loadledger events --job {job.id}"
         )
@@ -254,6 +257,7 @@ def _details(job: Any) -> Iterator[str]:
         "started": job.started_at and f"{format_timestamp(job.started_at)}, attempt {job.attempt}",
         "finished": job.finished_at
         and f"{format_timestamp(job.finished_at)}, after {format_elapsed(job.created_at, job.finished_at)}",
+        "superseded by": job.superseded_by,
         "position": job.position,
         "parameters": ", ".join(f"{name} {value}" for name, value in job.parameters.items()) or None,
         "error": job.error and f"{job.error.code}: {job.error.message}",

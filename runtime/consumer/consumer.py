@@ -147,6 +147,7 @@ class Consumer:
         state, now = self._log.state, self._log.now()
         self._executor.end_unneeded_loads(state)
         self._executor.estimates.forget_ended(state)
+        self._executor.comparisons.forget_ended(state)
         running = {
             key: load.to_view(state.unended_job(key), now, is_demanded=self._demand.has(load.model_id))
             for key, load in self.loads.items()
@@ -176,6 +177,7 @@ class Consumer:
             estimates=estimates.known,
             estimating=estimates.in_progress,
             from_file_sizes=estimates.from_file_sizes,
+            unchanged=self._executor.comparisons.known,
             pending_demand=self._demand.models,
             last_used=self._log.last_used,
             preparable=preparable,
@@ -184,7 +186,8 @@ class Consumer:
 
     async def _cancel_effects(self) -> None:
         effects = (load.tasks for load in self.loads.values())
-        tasks = [*self._executor.estimates.tasks, *itertools.chain.from_iterable(effects)]
+        looks = [*self._executor.estimates.tasks, *self._executor.comparisons.tasks]
+        tasks = [*looks, *itertools.chain.from_iterable(effects)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

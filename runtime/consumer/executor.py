@@ -42,6 +42,7 @@ from events.types import (
 from runtime.cache.manifest import source_hashes
 from runtime.cache.preparer import Candidate, Preparer
 from runtime.cache.store import ModelCache
+from runtime.consumer.comparisons import FileComparisons
 from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
 from runtime.errors import Exit
@@ -155,6 +156,7 @@ class Executor:
     Attributes:
         loads: the running loads, by job id.
         estimates: the memory that pending loads need.
+        comparisons: whether the files of pending loads have changed.
         preparer: prepares models.
         totals: the inferences of the loads that have ended.
     """
@@ -177,6 +179,7 @@ class Executor:
         self.totals = InferenceTotals(log.tally.names)
         self.preparer = Preparer(store, pool, repository, wake)
         self.estimates = MemoryEstimates(repository, wake, self.preparer.form_of)
+        self.comparisons = FileComparisons(repository, wake)
         self._drain_timeout_s = drain_timeout_s
         self._known_files: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
 
@@ -209,6 +212,10 @@ class Executor:
                 self.estimates.start_estimate(job, self._log.state.models.get(job.model_id))
                 if all(load.report is not None for load in self.loads.values()):  # else it may have to wait
                     self._pool.prefork()
+            case actions.CompareFiles(job):
+                model = self._log.state.models.get(job.model_id)
+                if model is not None and model.serving is not None:
+                    self.comparisons.start(job, model.serving)
             case actions.PrepareModel(load_job_id):
                 self.preparer.begin(load_job_id)
             case actions.StopPreparation():

@@ -25,6 +25,10 @@ class EstimateMemory(JobAction):
     """Begin to estimate the memory that a load needs."""
 
 
+class CompareFiles(JobAction):
+    """Begin to compare the repository's files of this job with those of the model's present load."""
+
+
 class CancelJob(JobAction):
     """Record `JobCancelled` of a load, or of an unload that has not begun; end the load's workers."""
 
@@ -135,6 +139,7 @@ Action = (
     | RecordExits
     | RequestReload
     | EstimateMemory
+    | CompareFiles
     | UnloadForReplacement
     | UnloadAutomatically
     | FailModel

@@ -179,6 +179,9 @@ class _PendingLoad:
     def decide(self, estimating: Job | None) -> Action | Waiting:
         """Decide this load; `estimating` is an earlier one whose estimate will be known in a moment."""
         view, job = self._view, self.job
+        settled = self._change_settings()
+        if settled is not None:
+            return settled
         unfit = self._refuse_or_estimate()
         if unfit is not None:
             return unfit
@@ -197,6 +200,27 @@ class _PendingLoad:
             times = add_seconds(job.created_at, PRIORITY_AGING_S), add_seconds(view.now, PRESSURE_POLL_S)
             return Waiting("the machine, which is under pressure", min(times))
         return self._start_or_make_room()
+
+    def _change_settings(self) -> Action | Waiting | None:
+        """Change only settings if the model is loaded from the same files into such workers meanwhile."""
+        version, parameters = self.job.load_order
+        loaded = self._view.find_loaded(self.job.model_id)
+        if (
+            self._serving is None
+            or loaded is None
+            or loaded.model.degraded
+            or self.job.cause is not Cause.REQUEST
+        ):
+            return None
+        serving, unchanged = loaded.serving, self._view.observations.unchanged
+        if serving.version != version or not serving.parameters.has_same_workers(parameters):
+            return None
+        if self.job.id not in unchanged:
+            return actions.CompareFiles(self.job)
+        is_same = unchanged[self.job.id]
+        if is_same is None:
+            return Waiting("a look at its files")
+        return actions.ChangeSettings(self.job, serving.load_job_id) if is_same else None
 
     def _refuse_or_estimate(self) -> Action | Waiting | None:
         """Refuse a load that can never run; estimate its memory if it is unknown."""

@@ -106,12 +106,17 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
 
 
 def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
-    """Cancel jobs on request, and on-demand loads that have not begun and lost their demand."""
+    """Cancel jobs on request, and on-demand loads that have not begun and that no inference needs."""
     for job in view.unended:
-        is_demanded = job.cause is not Cause.DEMAND or job.model_id in view.observations.pending_demand
         has_begun = job.status is not JobStatus.PENDING or job.id in view.running
-        if job.cancelling or (job.kind is JobKind.LOAD and not is_demanded and not has_begun):
+        if job.cancelling or (job.cause is Cause.DEMAND and not has_begun and not _is_needed(view, job)):
             yield actions.CancelJob(job)
+
+
+def _is_needed(view: SchedulerView, on_demand: Job) -> bool:
+    """Whether an inference waits for the model, which is not loaded by now."""
+    is_loaded = view.is_first_in_queue(on_demand) and view.find_serving(on_demand.model_id) is not None
+    return on_demand.model_id in view.observations.pending_demand and not is_loaded
 
 
 def _record_outcomes(view: SchedulerView) -> Iterator[Action]:

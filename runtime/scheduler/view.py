@@ -98,6 +98,8 @@ class Observations:
         estimates: bytes that a pending load will need, by job id; None while it is being estimated.
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
         from_file_sizes: jobs whose estimate rests on file sizes, not on an earlier load.
+        unchanged: whether the files of a pending load are those that its model was loaded from, by job id;
+            None while they are being read.
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
         preparable: bytes that preparing the files of a load would take, by load job id, in their order.
@@ -109,6 +111,7 @@ class Observations:
     estimates: Mapping[str, int | None] = field(default_factory=dict)
     estimating: Collection[str] = ()
     from_file_sizes: Collection[str] = ()
+    unchanged: Mapping[str, bool | None] = field(default_factory=dict)
     pending_demand: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
     preparable: Mapping[str, int] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Models: list, show, load and unload them.
 
-The parameters of a load come from the request, then the model's loadledger.toml, then the server's settings.
+The parameters of a load come from the request, then, for the loaded version, from its load (`events.accept`),
+else from the model's loadledger.toml, then from the server's settings.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from events.accept import NO_BATCHING
 from events.commands import FileIdentity, RequestLoad, RequestUnload
 from events.models import Model, ModelState
 from events.types import Idempotency, LoadParameters
@@ -34,7 +36,6 @@ from server.appkeys import CONFIG, LOG, REPOSITORY
 from server.auth.gate import PRINCIPAL
 from server.config import Config
 from server.http.validation import (
-    InvalidBody,
     NothingSchema,
     json_body,
     load_with,
@@ -47,7 +48,6 @@ routes = Routes(tag="models")
 
 _PARAMETERS = LoadParameters.__struct_fields__
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
-_NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 NEVER = -1
 """The `keep_alive_s` of a model without an idle timeout."""
 
@@ -62,7 +62,6 @@ async def make_load_command(
     """Return the command of a request whose body, as `LoadBodySchema` loads it, is `asked`.
 
     Raises:
-        InvalidBody: `invalid_body`, a queue delay without batches.
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`.
     """
@@ -106,11 +105,10 @@ def _merge_parameters(
     merged = {"timeout_s": config.timeout_s, "strategy": config.strategy, **defaults, **wanted}
     if merged.get("keep_alive_s") is None:  # null means the server's setting in each source
         merged["keep_alive_s"] = None if config.keep_alive_s == NEVER else config.keep_alive_s
-    if merged.get("max_queue_delay_us") and not merged.get("max_batch_size"):
-        if wanted.get("max_queue_delay_us"):
-            raise InvalidBody(f"body: {_NO_BATCHING}")
+    asks_delay = bool(wanted.get("max_queue_delay_us"))  # the loaded model may have batches: `events.accept`
+    if merged.get("max_queue_delay_us") and not merged.get("max_batch_size") and not asks_delay:
         if not defaults.get("max_batch_size"):
-            raise InvalidDefaults(f"{file}: {_NO_BATCHING}")
+            raise InvalidDefaults(f"{file}: {NO_BATCHING}")
         merged["max_queue_delay_us"] = 0
     return LoadParameters(**merged)
 
@@ -178,7 +176,7 @@ async def unload_active(request: web.Request) -> web.Response:
     errors=("unknown_model", "unknown_version", "invalid_defaults", "queue_full", *JOB_ERRORS),
 )
 async def load_model(request: web.Request) -> web.Response:
-    """Append `LoadRequested`, unless the model is loaded as requested or an equal load is in progress."""
+    """Append `LoadRequested`, unless the model is loaded as requested or an equal load is under way."""
     model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
     asked, key = json_body(request), hash_idempotency_key(request)
     return await answer_with_job(request, await make_load_command(request.app, model_id, asked, subject, key))

@@ -213,6 +213,11 @@ class JobSchema(AnswerSchema):
     cancel_requested = fields.Boolean(
         required=True, **about("Whether a cancel was requested; see `status` for its outcome.")
     )
+    superseded_by = fields.String(
+        required=True,
+        allow_none=True,
+        **about("The job of a person's load that took the place of this one by the system."),
+    )
     attempt = fields.Integer(required=True)
     position = fields.Integer(required=True, **about("Position of its latest event."))
     parameters = fields.Dict(required=True, **about("Parameters of its request."))
@@ -317,6 +322,7 @@ def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
         "requested_by": job.requested_by,
         "cause": job.cause.value,
         "cancel_requested": job.cancel_requested,
+        "superseded_by": job.superseded_by,
         "attempt": job.attempt,
         "position": job.position,
         "parameters": parameters,

@@ -37,7 +37,7 @@ export class Actions {
 
   async #ask(path, body, what) {
     const { status, answer: job } = await this.api.post(path, body);
-    if (status === 200 && ended(job)) notice(`${what}: nothing to do, it is so already.`);
+    if (status === 200 && ended(job)) notice(`${what}: ${job.kind === "load" && !job.started_at ? "done" : "nothing to do, it is so already"}.`);
     else {
       notice(`${what} is accepted.`);
       this.#asked.set(job.id, what);

@@ -13,7 +13,7 @@ export const EVENT_TEXTS = {
   ModelUnloaded: {"parts": ["{freed_bytes:MB} freed", "{drained_requests} requests drained", "{aborted_requests} aborted"], "tone": "plain", "badIf": null},
   UnloadFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
   CancelRequested: {"parts": [], "tone": "plain", "badIf": null},
-  JobCancelled: {"parts": [], "tone": "plain", "badIf": null},
+  JobCancelled: {"parts": ["superseded by job {superseded_by?}"], "tone": "plain", "badIf": null},
   AccessDenied: {"parts": ["{action}", "{count} times"], "tone": "bad", "badIf": null},
   WorkerExited: {"parts": ["signal {signal}", "exit code {exit_code}", "{stderr.-1}"], "tone": "bad", "badIf": null},
   ServerStarted: {"parts": ["unclean?after an unclean end|in order", "down since {down_since?}"], "tone": "plain", "badIf": "unclean"},

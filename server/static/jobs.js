@@ -44,6 +44,7 @@ function item(first, offers) {
 
 function whyText(job) {
   if (job.error) return `${job.error.code}: ${oneLine(job.error.message, 400)}`;
+  if (job.superseded_by) return `Superseded by job ${job.superseded_by}.`;
   if (job.waiting_for) return `Waits for ${oneLine(job.waiting_for, 400)}`;
   return job.cancel_requested && !ended(job) ? "Being cancelled." : "";
 }

@@ -271,7 +271,7 @@ class OnDemand:
         queue, model = self.log.state.queue(model_id), self.log.state.models.get(model_id)
         loads = [job for job in queue if job.kind is JobKind.LOAD]
         if loads:
-            attempt.watched_job = loads[-1].id
+            self._watch(attempt, loads[-1].id)
             return True
         if attempt.watched_job is not None:
             return False
@@ -282,11 +282,20 @@ class OnDemand:
             raise _demand_failed(model_id, model.error, None)
         return False
 
+    def _watch(self, attempt: _Attempt, job_id: str) -> None:
+        """Wait for a load from now on; a superseded one of this task is not its own any more."""
+        attempt.watched_job = job_id
+        if attempt.own_job != job_id and self.log.state.unended_job(attempt.own_job) is None:
+            attempt.own_job = None
+
     async def _conclude(self, attempt: _Attempt, job_id: str) -> None:
         """Raise the error of an ended load, unless the model is loaded, or will be."""
         is_own = attempt.own_job == job_id
         attempt.own_job = attempt.watched_job = None
         job = await self.reader.job(job_id)
+        if job is not None and job.superseded_by is not None:
+            attempt.watched_job = job.superseded_by
+            return
         if job is None or job.status is JobStatus.COMPLETED:  # loaded, and unloaded again
             return
         model = self.log.state.models.get(job.model_id)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import structs
-from support.history import FEWER, MODEL, History, at, drafts, fold, given, ids
+from support.history import FEWER, MODEL, TUNED, History, at, drafts, fold, given, ids
 
 from events.accept import MAX_QUEUE, Accepted, Decision, Existing, Refused, accept
 from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
@@ -20,6 +20,7 @@ from events.types import (
     Cause,
     Draft,
     Idempotency,
+    JobCancelled,
     LoadParameters,
     LoadRequested,
     LoadStarted,
@@ -47,6 +48,10 @@ def outcome(facts: str | State, command: Command) -> str:
         case Accepted((Draft(id=event, job_id=about),), job):
             assert (event, job) == (NEW, about)
             return NEW
+        case Accepted((Draft(id=event), Draft(data=JobCancelled() as end, job_id=about)), job):
+            assert NEW == event == job == end.superseded_by
+            assert end.reason == "superseded"
+            return f"new for {about}"
         case Accepted((Draft(id=event), Draft(data=ModelSettingsChanged(load), job_id=about)), job):
             assert NEW == event == job == about
             return f"settings:{load}"
@@ -98,7 +103,16 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load", asking(load(), keep_alive_s=-1), "L"),
     ("load", asking(load(), pinned=False), "L"),
     ("load", asking(load(), pinned=True), "settings:L"),
-    ("request start", asking(load(), pinned=True), "L"),
+    ("request", asking(load(), pinned=True), NEW),
+    ("request start", asking(load(), pinned=True), NEW),
+    ("request start", asking(load(), pinned=False, timeout_s=300, priority="normal"), "L"),
+    ("request start", asking(load(), timeout_s=301), NEW),
+    ("request start", asking(load(), strategy="in_place"), NEW),
+    ("request start", asking(load(), memory_limit_bytes=1), NEW),
+    ("request start", asking(load(), keep_alive_s=-1), "L"),
+    ("request start request_again_pinned", asking(load(), pinned=True), "L3"),
+    ("request start request_again_pinned", load(), "L3"),
+    ("request start request_again_pinned", asking(load(), pinned=False), NEW),
     ("load", load(files=CHANGED), NEW),
     ("load", load(files=(*FILES, FileIdentity("weights.bin", 1, 1))), NEW),
     ("load", load(files=()), NEW),
@@ -130,10 +144,29 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load_pair crash_1", load(), NEW),
     ("load_pair crash_1", load(cause=Cause.DEMAND), NEW),
     ("load_pair crash_1", load(cause=Cause.RECOVERY), NEW),
-    ("load_pair crash_1 request_recovery", load(), "R"),
     ("load_pair crash_1 recover_pair", load(), "R"),
-    ("load crash request_recovery", load(), "R"),
     ("load restart", load(), NEW),
+    # What the system asked for gives way to a person's load until it starts, and to nothing else.
+    ("load_pair crash_1 request_recovery", load(), "new for R"),
+    ("load crash request_recovery", load(), "new for R"),
+    ("load crash request_recovery", load(2), "new for R"),
+    ("load crash request_recovery", asking(load(), pinned=True), "new for R"),
+    ("load restart request_restore", load(), "new for R"),
+    ("load load_v2 drain request_return", load(), "new for R"),
+    ("request_demand", load(), "new for D"),
+    ("request_demand", asking(load(), instances=2), "new for D"),
+    ("request_demand start_demand restart", load(), "new for D"),
+    ("load request_unload request_demand", load(), "new for D"),
+    ("request_demand start_demand", load(), NEW),
+    ("request_demand start_demand", load(2), NEW),
+    ("load crash request_recovery start_recovery", load(), NEW),
+    ("load crash request_recovery request_cancel_R", load(), NEW),
+    ("request_demand request_again", load(), "L3"),
+    ("request_demand", load(cause=Cause.DEMAND), "D"),
+    ("load crash request_recovery", load(cause=Cause.DEMAND), "R"),
+    ("load crash request_recovery", load(2, cause=Cause.DEMAND), "R"),
+    ("request start request_again_pinned", load(cause=Cause.DEMAND), "L3"),
+    ("request", load(cause=Cause.RECOVERY), "L"),
     ("request start restart", load(), "L"),
     ("request request_cancel_L", load(), NEW),
     ("request start request_cancel_L", load(), NEW),
@@ -154,44 +187,73 @@ def test_accepted_load_records_all_that_was_asked_for() -> None:
     assert decide(State(), command) == Accepted((Draft(NEW, data, "alice", NEW, MODEL, 3),), NEW)
 
 
-@pytest.mark.parametrize(
-    ("facts", "asked", "load_id", "recorded_as"),
-    [
-        # Settings of a loaded model change while its workers stay.
-        ("load_pair", {"pinned": True}, "P", {"instances": 2, "pinned": True}),
-        ("load_pair", {"keep_alive_s": 5}, "P", {"instances": 2, "keep_alive_s": 5}),
-        (
-            "load_pair",
-            {"pinned": True, "priority": "low", "timeout_s": 9},
-            "P",
-            {"instances": 2, "pinned": True, "priority": "low", "timeout_s": 9},
-        ),
-        # What repairs a degraded model makes it what it was, but for what is asked.
-        ("load_pair crash_1", {}, None, {"instances": 2}),
-        ("load_pair crash_1", {"instances": 3}, None, {"instances": 3}),
-        ("load_pair crash_1", {"instances": 1}, None, {"instances": 1}),
-        ("load_pair crash_1", {"pinned": True}, None, {"instances": 2, "pinned": True}),
-        # Everything else is loaded anew.
-        ("load", {"pinned": True, "instances": 3}, None, {"pinned": True, "instances": 3}),
-        ("load", {"pinned": True, "memory_limit_bytes": 9}, None, {"pinned": True, "memory_limit_bytes": 9}),
-        ("load crash", {"pinned": True}, None, {"pinned": True}),
-        ("load restart", {"pinned": True}, None, {"pinned": True}),
-        ("load request_unload", {"pinned": True}, None, {"pinned": True}),
-        ("", {"pinned": True}, None, {"pinned": True}),
-    ],
-)
-def test_load_that_changes_only_settings_completes_at_once(
-    facts: str, asked: dict[str, Any], load_id: str | None, recorded_as: dict[str, Any]
+PARAMETERS: list[tuple[str, RequestLoad, str | None, dict[str, Any]]] = [
+    # facts, command, the load whose settings change if that is all, recorded parameters
+    # Of the same version, what is not named stays.
+    ("load_tuned", asking(load(), pinned=False), "L", TUNED | {"pinned": False}),
+    ("load_tuned", asking(load(), keep_alive_s=5), "L", TUNED | {"keep_alive_s": 5}),
+    (
+        "load_tuned",
+        asking(load(), pinned=False, priority="low", timeout_s=9),
+        "L",
+        TUNED | {"pinned": False, "priority": "low", "timeout_s": 9},
+    ),
+    ("load_tuned", asking(load(), instances=2), None, TUNED | {"instances": 2}),
+    (
+        "load_tuned",
+        asking(load(), pinned=False, instances=2),
+        None,
+        TUNED | {"pinned": False, "instances": 2},
+    ),
+    ("load_tuned", asking(load(), max_batch_size=16), None, TUNED | {"max_batch_size": 16}),
+    ("load_tuned", asking(load(), max_queue_delay_us=5), None, TUNED | {"max_queue_delay_us": 5}),
+    (
+        "load_tuned",
+        asking(load(), max_batch_size=0),
+        None,
+        TUNED | {"max_batch_size": 0, "max_queue_delay_us": 0},
+    ),
+    ("load_tuned", load(files=CHANGED), None, TUNED),
+    ("load_tuned crash", load(), None, TUNED),
+    ("load_tuned restart", asking(load(), pinned=False), None, TUNED | {"pinned": False}),
+    ("load_tuned crash request_recovery", load(), None, TUNED),
+    ("load_pair crash_1", load(), None, {"instances": 2}),
+    ("load_pair crash_1", instances(3), None, {"instances": 3}),
+    ("load_pair crash_1", asking(load(), pinned=True), None, {"instances": 2, "pinned": True}),
+    # The same version is that of the load before it in the queue.
+    ("request_tuned", asking(load(), pinned=False), None, TUNED | {"pinned": False}),
+    ("load request_v2", asking(load(2), pinned=True), None, {"pinned": True}),
+    # Another version, and a model that is not loaded, have the model's own defaults.
+    ("load_tuned", load(2), None, {}),
+    ("load_tuned", asking(load(2), instances=2), None, {"instances": 2}),
+    ("load_tuned request_v2", load(), None, {}),
+    ("load_tuned request_unload", load(), None, {}),
+    ("load_tuned request_unload request_cancel_U", load(), None, TUNED),
+    ("request_tuned request_cancel_L", load(), None, {}),
+    ("request_tuned start fail", load(), None, {}),
+    ("", asking(load(), pinned=True), None, {"pinned": True}),
+]
+
+
+@pytest.mark.parametrize(("facts", "command", "load_id", "recorded_as"), PARAMETERS)
+def test_load_records_what_it_names_and_what_stays(
+    facts: str, command: RequestLoad, load_id: str | None, recorded_as: dict[str, Any]
 ) -> None:
-    assert changed(facts, asking(load(), **asked)) == (load_id, LoadParameters(**recorded_as))
+    assert changed(facts, command) == (load_id, LoadParameters(**recorded_as))
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"), [("", "invalid_body"), ("load", "invalid_body"), ("load_tuned", NEW)]
+)
+def test_queue_delay_needs_batches_by_request_or_of_the_loaded_model(facts: str, expected: str) -> None:
+    assert outcome(facts, asking(load(), max_queue_delay_us=5)) == expected
 
 
 def changed(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameters]:
     """Return the load whose settings the command changes, if that is all, and the recorded parameters."""
-    state = given(facts).state
-    decision = decide(state, command)
+    decision = decide(given(facts).state, command)
     assert isinstance(decision, Accepted)
-    requested, *rest = (draft.data for draft in decision.drafts)
+    requested, *rest = (data for draft in decision.drafts if not isinstance(data := draft.data, JobCancelled))
     assert isinstance(requested, LoadRequested)
     if not rest:
         return None, requested.parameters
@@ -199,11 +261,6 @@ def changed(facts: str, command: RequestLoad) -> tuple[str | None, LoadParameter
     assert isinstance(change, ModelSettingsChanged)
     assert change == ModelSettingsChanged.of(change.load_job_id, requested.parameters)
     return change.load_job_id, requested.parameters
-
-
-@pytest.mark.parametrize("command", [load(2), load(files=CHANGED)], ids=["version", "files"])
-def test_load_of_other_files_is_no_change_of_settings(command: RequestLoad) -> None:
-    assert changed("load", asking(command, pinned=True)) == (None, LoadParameters(pinned=True))
 
 
 def test_change_of_settings_is_accepted_when_the_queue_is_full() -> None:

@@ -40,13 +40,22 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
         "with a new number of the folds, tests/histories/record.py --refold makes the recorded states anew"
     )
     for body, expected in zip(bodies(name), told["changes"], strict=True):
-        assert encode_event(decode_event(body)) == body
+        assert encode_event(decode_event(body)) == with_added_members(body)
         changes = state.apply(decode_event(body))
         where = f"{name} at {state.position}: other texts are stored now: change events.sqlite.storage.FOLDS"
         assert {key: as_text(model) for key, model in changes.models.items()} == texts(expected["models"]), (
             where
         )
         assert {key: as_text(job) for key, job in changes.jobs.items()} == texts(expected["jobs"]), where
+
+
+def with_added_members(body: str) -> str:
+    """Return an earlier release's body with the members that its type got since, which are null or 0."""
+    event = decode_event(body)
+    added = json.loads(encode_event(event))["data"].keys() - (raw := json.loads(body))["data"].keys()
+    members = {member: getattr(event.data, member) for member in added}
+    assert not any(members.values())
+    return encode_canonical({**raw, "data": raw["data"] | members})
 
 
 def texts(entities: dict[str, Any]) -> dict[str, str]:

@@ -106,6 +106,9 @@ load request_unload start_unload restart_cleanly start_unload finish_unload -> U
 request start restart start restart start restart -> L pending, attempt 1, 3 deaths
 request start restart restart -> L pending, attempt 1, 1 deaths
 request start restart start restart_cleanly -> L pending, attempt 1, 1 deaths
+load crash request_recovery supersede_recovery -> R cancelled, superseded by L3
+load request_again change_settings -> L3 completed
+load request_again start_again change_settings -> L3 completed, attempt 1
 load request_unload -> U pending
 load request_unload start_unload -> U in_progress, attempt 1
 load request_unload start_unload finish_unload -> U completed, attempt 1
@@ -128,6 +131,7 @@ def describe(job: Job) -> str:
         f"attempt {job.attempt}" if job.attempt else "",
         f"{job.server_deaths} deaths" if job.server_deaths else "",
         "cancelling" if job.cancelling else "cancel requested" if job.cancel_requested else "",
+        f"superseded by {job.superseded_by}" if job.superseded_by is not None else "",
         f"{job.error.code}: {job.error.message}" if job.error is not None else "",
     ]
     return ", ".join(filter(None, words))

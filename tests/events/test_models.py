@@ -183,6 +183,24 @@ load_pair crash_1 recover_pair crash_1_again -> loaded, v1, degraded, 2 incident
 load_pair crash_1 load_again -> loaded, v1
 load_pair request_unload_pair start_unload crash_1 -> unloading, v1, ends by U
 load_pair crash_1 request_recovery cancel_R -> loaded, v1, degraded, 1 incidents, worker_died
+# A person's load takes the place of a reload: without it the model is as before the reload was requested.
+load crash request_recovery supersede_recovery -> lost, v1, by recovery at 4, 1 incidents, worker_died
+load crash request_recovery supersede_recovery start_again \
+    -> loading, v1, by recovery at 4, 1 incidents, worker_died
+load crash request_recovery supersede_recovery start_again cancel_L3 \
+    -> lost, v1, by recovery at 4, 1 incidents, worker_died
+load crash request_recovery supersede_recovery request_cancel_L3 cancel_L3 \
+    -> lost, v1, by recovery at 4, 1 incidents, worker_died
+load crash request_recovery supersede_recovery start_again fail_again -> failed, v1, 1 incidents, broken
+load crash request_recovery supersede_recovery timeout_again \
+    -> lost, v1, by recovery at 4, 1 incidents, timeout
+load crash request_recovery supersede_recovery_v2 start_v2 fail_v2 \
+    -> lost, v1, by recovery at 4, 1 incidents, broken
+load crash request_recovery supersede_recovery_v2 cancel_L2 \
+    -> lost, v1, by recovery at 4, 1 incidents, worker_died
+load restart request_restore supersede_recovery_v2 start_v2 fail_v2 -> lost, v1, by restart at 4, broken
+load_pair crash_1 request_recovery supersede_recovery start_again fail_again \
+    -> loaded, v1, degraded, 1 incidents, broken
 load_pair crash_1 request_recovery request_cancel_R cancel_R \
     -> loaded, v1, degraded, kept as is, 1 incidents, worker_died
 load_pair crash_1 request_recovery request_cancel_R cancel_R load_again -> loaded, v1

@@ -23,6 +23,8 @@ ADDED = {
     "max_batch_size": 0,
     "max_queue_delay_us": 0,
     "keeps_load_job_id": None,
+    "reason": None,
+    "superseded_by": None,
 }
 """Fields that earlier releases did not write. Add to these; a line that has to change is a broken promise."""
 

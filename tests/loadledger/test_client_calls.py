@@ -146,6 +146,14 @@ def test_unsuccessful_job_raises_with_reason(status: str, code: str, words: str)
     assert [each.status for each in seen] == [status]
 
 
+def test_wait_goes_on_with_the_load_that_superseded_a_job() -> None:
+    after = [answer(job(status, id="j2")) for status in ("in_progress", "completed")]
+    play = Played([answer(job("cancelled", superseded_by="j2")), *after])
+    ended = play.client.wait_for("j1")
+    assert (ended.id, ended.status) == ("j2", "completed")
+    assert [request.target.rpartition("/")[2] for request in play.requests] == ["j1", "j2", "j2"]
+
+
 def test_wait_reports_absence_once_and_goes_on() -> None:
     away: list[Any] = [LOST, GONE, GONE, BUSY]
     reported: list[ClientProblem] = []

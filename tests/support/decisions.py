@@ -71,6 +71,7 @@ WORDS = {
     actions.KillWorkers: "kill {0.load_job_id}",
     actions.RequestReload: "reload {0.model.id}, {0.cause}",
     actions.EstimateMemory: "estimate {0.job.id}",
+    actions.CompareFiles: "compare files of {0.job.id}",
     actions.ChangeSettings: "change settings of {0.load_job_id} for {0.job.id}",
     actions.UnloadForReplacement: "replace {0.load_job_id} by {0.job.id}",
     actions.UnloadAutomatically: "unload {0.model.id}, {0.cause} for {0.cause_event_id}",

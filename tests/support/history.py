@@ -221,6 +221,11 @@ class History:
     def end_cancelled(self, job: str, **about: Any) -> None:
         self.add(JobCancelled(), job, **about)
 
+    def supersede(self, job: str, by: str, *, version: int = 1) -> None:
+        """A person's load takes the place of one by the system."""
+        self.ask_load(by, version=version)
+        self.add(JobCancelled("superseded", by), job)
+
     def kill_worker(self, worker: str, *, signal: int | None = 9, **about: Any) -> None:
         """A worker's process ends unexpectedly."""
         self.add(WorkerExited(None, signal, ()), None, worker=worker, **about)
@@ -243,6 +248,13 @@ class History:
         return self.state.models[model]
 
 
+TUNED: dict[str, Any] = {
+    "pinned": True,
+    "keep_alive_s": 60,
+    "memory_limit_bytes": 9,
+    "max_batch_size": 8,
+    "max_queue_delay_us": 500,
+}
 JOBS = ("L", "L2", "L3", "R", "U", "F", "S")
 STEPS: dict[str, Callable[[History], object]] = {
     "request": lambda h: h.ask_load("L"),
@@ -253,6 +265,7 @@ STEPS: dict[str, Callable[[History], object]] = {
     "load": lambda h: h.load("L"),
     # The same version again, asked for by a person.
     "request_again": lambda h: h.ask_load("L3"),
+    "request_again_pinned": lambda h: h.ask_load("L3", pinned=True),
     "start_again": lambda h: h.start_load("L3"),
     "fail_again": lambda h: h.fail_load("L3"),
     "timeout_again": lambda h: h.fail_load("L3", TIMEOUT),
@@ -311,6 +324,13 @@ STEPS: dict[str, Callable[[History], object]] = {
     "forkserver_fails_recovery": lambda h: h.fail_load("R", FORK_SERVER_DIED),
     "break_recovery": lambda h: h.break_recovery(),
     "restore": lambda h: h.load("R", cause=Cause.RESTART),
+    "request_demand": lambda h: h.ask_load("D", cause=Cause.DEMAND),
+    "start_demand": lambda h: h.start_load("D"),
+    "supersede_recovery": lambda h: h.supersede("R", "L3"),
+    "supersede_recovery_v2": lambda h: h.supersede("R", "L2", version=2),
+    # A load that names all parameters of a loaded model.
+    "request_tuned": lambda h: h.ask_load("L", **TUNED),
+    "load_tuned": lambda h: h.load("L", **TUNED),
     # A model of two instances.
     "load_pair": lambda h: h.load_pair("P"),
     "crash_1": lambda h: h.kill_worker("P1"),
@@ -328,9 +348,9 @@ STEPS: dict[str, Callable[[History], object]] = {
 }
 """The words in which tables tell a history of the model `digits`.
 
-Jobs: `L`, `L2` (version 2), `L3` and `P` (two instances) are loads, `R` a load by the system; `U` is an
-unload, `F` a forced one, `S` that of the replaced version; `O` loads the model `other`. The worker of the
-load `L` is `w-L`, those of `P` are `P1` and `P2`.
+Jobs: `L`, `L2` (version 2), `L3` and `P` (two instances) are loads, `R` a load by the system, `D` one that an
+inference caused; `U` is an unload, `F` a forced one, `S` that of the replaced version; `O` loads the model
+`other`. The worker of the load `L` is `w-L`, those of `P` are `P1` and `P2`.
 """
 
 

@@ -51,6 +51,11 @@ def estimate_of(job: Job) -> int:
     return MODEL_BYTES[job.model_id, version] * parameters.instances
 
 
+def is_unchanged(job: Job) -> bool:
+    """Return whether the files of a load are those loaded before: of two loads those of one."""
+    return job.created_position % 2 == 0
+
+
 @dataclass
 class Process:
     """The workers of one load: `dead` exited unexpectedly, and if `ended` is set, so have all others."""
@@ -145,6 +150,7 @@ class World:
         self.demanded: set[str] = set()
         self.estimates: dict[str, int | None] = {}
         self.estimates_take_time = False
+        self.unchanged: dict[str, bool | None] = {}
         self.preparable: dict[str, int] = {}
         self.preparation: PreparationView | None = None
         self.fault: str | None = None
@@ -175,6 +181,7 @@ class World:
             self.fork_server_up,
             self.under_pressure,
             self.estimates,
+            unchanged=self.unchanged,
             preparable=self.preparable,
             preparation=self.preparation,
         )
@@ -187,8 +194,9 @@ class World:
                 process.killed = True
                 if process.over:
                     del self.live[load]
-        for job_id in [job_id for job_id in self.estimates if self.state.unended_job(job_id) is None]:
-            del self.estimates[job_id]
+        for job_id in {*self.estimates, *self.unchanged} - {job.id for job in self.state.unended()}:
+            self.estimates.pop(job_id, None)
+            self.unchanged.pop(job_id, None)
         decision = self.decision()
         assert decision == self.decision()
         if decision.action is not None:
@@ -224,6 +232,8 @@ class World:
                 self.live[load].killed = True
             case actions.EstimateMemory(job):
                 self.estimates[job.id] = None if self.estimates_take_time else estimate_of(job)
+            case actions.CompareFiles(job):
+                self.unchanged[job.id] = None if self.estimates_take_time else is_unchanged(job)
             case actions.PrepareModel(load):
                 self.preparation = PreparationView(load, self.preparable.pop(load))
             case actions.StopPreparation():
@@ -331,6 +341,10 @@ class World:
             job = self.state.unended_job(job_id)
             if need is None and job is not None:
                 self.estimates[job_id] = estimate_of(job)
+        for job_id, known in self.unchanged.items():
+            job = self.state.unended_job(job_id)
+            if known is None and job is not None:
+                self.unchanged[job_id] = is_unchanged(job)
 
     def end_all(self) -> None:
         """What was killed, or has drained, is gone."""
@@ -360,6 +374,7 @@ class World:
         down_since = self.state.recorded_at or None
         self.live.clear()
         self.estimates.clear()
+        self.unchanged.clear()
         self.preparation = None
         self.preparable.clear()
         self._end_troubles()
@@ -388,7 +403,7 @@ class World:
                 return
             if self.loading() or any(process.killed or process.unloading for process in self.live.values()):
                 self.progress(outcome)
-            elif None in self.estimates.values():
+            elif None in [*self.estimates.values(), *self.unchanged.values()]:
                 self.finish_estimates()
             elif decision.wake_at is not None:
                 self.now = decision.wake_at

@@ -118,6 +118,14 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     assert "no jobs" in alice.prints("jobs --status failed --model=m")
 
 
+def test_load_that_changes_settings_says_so(alice: Shell) -> None:
+    alice.prints("load other --wait")
+    assert (
+        alice.prints("load other --pin --wait") == "other version 1: settings changed, nothing else to do\n"
+    )
+    alice.prints("unload other --wait")
+
+
 def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -> None:
     reason = alice.refused(1, "load bad -w")
     assert "the load of bad version 1 failed" in reason

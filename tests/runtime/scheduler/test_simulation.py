@@ -36,6 +36,7 @@ UNFORCED = (
     actions.FailModel,
     actions.RecordExits,
     actions.EstimateMemory,
+    actions.CompareFiles,
     actions.UnloadForReplacement,
     actions.UnloadAutomatically,
     actions.ChangeSettings,
@@ -73,6 +74,8 @@ class WatchedWorld(World):
                 self._check_start(job)
             case actions.UnloadForReplacement(job, load):
                 self._check_way(job, load)
+            case actions.ChangeSettings(job, load):
+                self._check_settled(job, load)
             case actions.PrepareModel(load):
                 self._check_spare(self.preparable[load])
             case actions.UnloadAutomatically(model, cause, job_id):
@@ -84,6 +87,15 @@ class WatchedWorld(World):
             case _:
                 pass
         super().act(action)
+
+    def _check_settled(self, job: Job, load: str) -> None:
+        """What a load asks for is loaded, by all of its workers, when only its settings apply."""
+        assert job.load is not None
+        assert self.state.queue(job.model_id)[0].id == job.id
+        serving = self.state.models[job.model_id].serving
+        assert serving is not None
+        assert (serving.load_job_id, serving.version) == (load, job.version)
+        assert serving.parameters.instances == len(serving.worker_ids) == job.load.instances
 
     def _check_spare(self, need: int) -> None:
         """What is prepared is prepared alone, when nothing is asked for, in memory that nobody has."""
@@ -299,18 +311,19 @@ PARAMETERS = st.builds(
 )
 
 LOADS = st.builds(
-    lambda name, version, mtime_ns, parameters: RequestLoad(
+    lambda name, version, mtime_ns, parameters, asked: RequestLoad(
         name,
         version,
         (FileIdentity("model.onnx", 4_096, mtime_ns),),
         "alice",
         parameters,
-        asked=frozenset({"instances"} if parameters.instances > 1 else ()),
+        asked=frozenset(asked | ({"instances"} if parameters.instances > 1 else set())),
     ),
     NAMES,
     st.sampled_from([1, 1, 2]),
     st.sampled_from([1, 1, 1, 2]),
     PARAMETERS,
+    st.sets(st.sampled_from(["pinned", "keep_alive_s", "timeout_s", "strategy"])),
 )
 
 TURNS = st.sampled_from([0, 1, 2, 3, 100, 100])

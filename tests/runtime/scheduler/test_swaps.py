@@ -2,10 +2,11 @@
 
 import pytest
 from support.decisions import Scene, decide_on, describe, read_table
-from support.history import at, given
+from support.history import MODEL, at, given
 
 from events.types import Cause
 from runtime.scheduler.actions import Decision
+from runtime.scheduler.view import Observations
 
 IN_PLACE = """
 # facts                                     | processes    | next action
@@ -83,6 +84,47 @@ def test_repair_of_serving_model_never_replaces_it_first(strategy: str) -> None:
     history = given("load_pair crash_1")
     history.ask_load("R", cause=Cause.RECOVERY, strategy=strategy)
     assert describe(decide_on(history, "P:serving/P1").action) == "start R"
+
+
+@pytest.mark.parametrize(
+    ("facts", "running", "unchanged", "action"),
+    [
+        ("load request_again", "L:serving", {}, "compare files of L3"),
+        ("load request_again", "L:serving", {"L3": None}, "nothing"),
+        ("load request_again", "L:serving", {"L3": True}, "change settings of L for L3"),
+        ("load request_again", "L:serving", {"L3": False}, "start L3"),
+        (
+            "request start request_again_pinned finish",
+            "L:serving",
+            {"L3": True},
+            "change settings of L for L3",
+        ),
+        ("load request_unload request_again cancel_U", "L:serving", {}, "compare files of L3"),
+        ("load request_v2", "L:serving", {}, "start L2"),
+        ("load_pair request_again", "P:serving", {}, "start L3"),
+        ("load_pair crash_1 request_again", "P:serving/P1", {}, "start L3"),
+        ("load crash request_again", "", {}, "start L3"),
+    ],
+)
+def test_load_of_what_is_loaded_changes_settings_only(
+    facts: str, running: str, unchanged: dict[str, bool | None], action: str
+) -> None:
+    decision = decide_on(facts, running, observations=Observations(unchanged=unchanged))
+    assert describe(decision.action) == action
+    assert decision.waiting_for == ({"L3": "a look at its files"} if action == "nothing" else {})
+
+
+@pytest.mark.parametrize(
+    ("facts", "running", "action"),
+    [
+        ("load request_unload request_demand cancel_U", "L:serving", "cancel D"),
+        ("load request_unload request_demand", "L:serving", "start U of L"),
+        ("request_demand", "", "start D"),
+    ],
+)
+def test_on_demand_load_of_loaded_model_is_cancelled(facts: str, running: str, action: str) -> None:
+    observations = Observations(pending_demand=[MODEL])
+    assert describe(decide_on(facts, running, observations=observations).action) == action
 
 
 GAP = "load a 60; request a 80 version=2 strategy=in_place priority=low; unload a cause=swap;"

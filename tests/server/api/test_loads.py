@@ -25,7 +25,8 @@ Start = Callable[..., Awaitable[LocalApi]]
 
 JOB = {
     "id", "kind", "model_id", "version", "status", "stage", "waiting_for", "created_at", "started_at",
-    "finished_at", "requested_by", "cause", "cancel_requested", "attempt", "position", "parameters", "error",
+    "finished_at", "requested_by", "cause", "cancel_requested", "superseded_by", "attempt", "position",
+    "parameters", "error",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 MIB = 2**20
@@ -59,6 +60,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "kind": "load", "model_id": "m", "version": 1, "status": "completed", "cause": "request",
         "attempt": 1, "requested_by": "Ann", "stage": None, "waiting_for": None, "error": None,
         "cancel_requested": False,
+        "superseded_by": None,
         "parameters": {
             "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
             "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0,
@@ -107,9 +109,7 @@ async def test_wait_answers_202_when_time_is_up_or_server_stops(api: LocalApi) -
 async def test_simultaneous_loads_join_one_job(shared: LocalApi) -> None:
     shared.save(models.identity(), "joined")
     path = "/api/v1/models/joined/load"
-    answers = await asyncio.gather(
-        *(shared.post(path, json={"timeout_s": 100 + i}, wait=60) for i in range(8))
-    )
+    answers = await asyncio.gather(*(shared.post(path, json={"timeout_s": 100}, wait=60) for _ in range(8)))
     [job] = {answer.json["id"]: answer.json for answer in answers}.values()
     [requested] = [event.data for event in await shared.events("joined") if event.type == "LoadRequested"]
     assert isinstance(requested, LoadRequested)
@@ -119,7 +119,34 @@ async def test_simultaneous_loads_join_one_job(shared: LocalApi) -> None:
         assert "Retry-After" not in answer.headers
 
 
+async def test_load_that_names_other_parameters_is_a_job_behind(shared: LocalApi) -> None:
+    shared.save(models.slow_identity(side=400), "behind")
+    first = await shared.accepted_load("behind", priority="high")
+    assert (await shared.accepted_load("behind", priority="high"))["id"] == first["id"]
+    behind = await shared.accepted_load("behind", pinned=True)
+    assert behind["id"] != first["id"]
+    first, behind = [await shared.ended(job["id"]) for job in (first, behind)]
+    assert (first["status"], behind["status"], behind["started_at"]) == ("completed", "completed", None)
+    assert (await shared.model("behind"))["job_id"] == first["id"]
+    assert [use["pinned"] for use in await uses(shared, "behind")] == [True]
+    outcomes = [event.type for event in await shared.events("behind")][-2:]
+    assert outcomes == ["ModelLoaded", "ModelSettingsChanged"]
+
+
 # Settings of a loaded model
+
+
+async def test_load_of_same_version_keeps_parameters_of_loaded_model(shared: LocalApi) -> None:
+    for version in (1, 2):
+        shared.save(models.add(version), "kept", version)
+    named = {"pinned": True, "keep_alive_s": 60, "memory_limit_bytes": 2**30}
+    job = await shared.load("kept", version=1, **named)
+    assert {name: job["parameters"][name] for name in named} == named
+    again = await shared.load("kept", version=1, instances=2)
+    assert again["parameters"] == job["parameters"] | {"instances": 2}
+    other = await shared.load("kept", version=2)
+    usual = {"instances": 1, "pinned": False, "keep_alive_s": None, "memory_limit_bytes": None}
+    assert other["parameters"] == job["parameters"] | usual
 
 
 async def test_load_that_changes_settings_completes_without_a_load(shared: LocalApi) -> None:

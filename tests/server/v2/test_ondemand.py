@@ -337,6 +337,29 @@ async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
     await api.model_when("m0", state="unloaded")
 
 
+async def test_requested_load_takes_the_place_of_a_pending_on_demand_load(start: Start) -> None:
+    api = await start(on_demand="on", max_loaded=1)
+    add(api, "m0")
+    add(api, "m1")
+    await api.load("m0", pinned=True)
+    leaving, staying = (asyncio.create_task(api.infer("m1", ONE)) for _ in range(2))
+    await until(lambda: api.app[DEMAND].count_waiting("m1") == 2)
+    [on_demand] = await when(lambda: api.jobs("?model=m1"), bool)
+    requested = await api.accepted_load("m1", keep_alive_s=60)
+    superseded = await api.ended(on_demand["id"])
+    assert (superseded["status"], superseded["superseded_by"]) == ("cancelled", requested["id"])
+    leaving.cancel()
+    await until(lambda: api.app[DEMAND].count_waiting("m1") == 1)
+    staying.cancel()  # with the last inference the on-demand load would have been cancelled
+    late = asyncio.create_task(api.infer("m1", ONE))
+    await until(lambda: api.app[DEMAND].count_waiting("m1") == 1)
+    await api.unload("m0")
+    assert (await late).json["outputs"][0]["data"] == [2]
+    ended = await api.ended(requested["id"])
+    assert (ended["status"], ended["parameters"]["keep_alive_s"]) == ("completed", 60)
+    assert await causes(api, "m1") == ["demand", "request"]
+
+
 async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) -> None:
     save(models.unknown_operator(), shared.config.repository, "broken", 1)
     add(shared, "broken", 2)
