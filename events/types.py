@@ -157,7 +157,11 @@ _parameters_of = attrgetter(*LoadParameters.__struct_fields__)
 
 
 class LoadStarted(Struct, frozen=True, gc=False):
-    """The load started; `attempt` counts from 1 and grows when the server restarts during the load."""
+    """The load started; `attempt` counts from 1 and grows when the server restarts during the load.
+
+    It comes twice with the same attempt if the load began with a prepared form that failed: then the job
+    starts again without it, with another worker.
+    """
 
     TYPE: ClassVar[str] = "LoadStarted"
     attempt: int

@@ -66,15 +66,6 @@ def estimate_memory(
     return MemoryEstimate(one * parameters.instances, known is None and not is_limited)
 
 
-def estimate_unprepared(version: int, parameters: LoadParameters, footprints: Iterable[Footprint]) -> int:
-    """Return the known peak of a version without a prepared form; 0 if it is unknown."""
-    peaks = (seen.peak_memory_bytes for seen in footprints if seen.version == version and seen.form is None)
-    one = max(peaks, default=0)
-    if parameters.memory_limit_bytes is not None:
-        one = min(one, parameters.memory_limit_bytes + WORKER_BYTES)
-    return one * parameters.instances
-
-
 def _estimate_from_sizes(files: Iterable[FileStat]) -> int:
     weights = {True: BYTES_PER_MODEL_BYTE, False: BYTES_PER_DATA_BYTE}
     return WORKER_BYTES + math.ceil(sum(file.bytes * weights[file.path == MODEL_FILE] for file in files))
@@ -88,12 +79,14 @@ def is_same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool
 
 
 class MemoryEstimates:
-    """Estimates of pending loads, each made once from the load's files.
+    """Estimates of pending loads, each made once from the load's files, for the form that it will use.
 
     Attributes:
         known: bytes by job id; None while the files are being read.
         in_progress: jobs whose files have been read for less than `ESTIMATE_WAIT_S`.
         from_file_sizes: jobs of whose files only the sizes are known.
+        with_form: jobs whose estimate is for a prepared form.
+        bare: jobs whose form failed, so that they load without one.
         tasks: the estimates under way.
     """
 
@@ -109,6 +102,8 @@ class MemoryEstimates:
         self.known: dict[str, int | None] = {}
         self.in_progress: set[str] = set()
         self.from_file_sizes: set[str] = set()
+        self.with_form: set[str] = set()
+        self.bare: set[str] = set()
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start_estimate(self, job: Job, model: Model | None) -> None:
@@ -123,17 +118,35 @@ class MemoryEstimates:
 
     def forget_ended(self, state: State) -> None:
         """Drop the estimates of jobs that have ended."""
-        for job_id in [job_id for job_id in self.known if state.unended_job(job_id) is None]:
-            del self.known[job_id]
-            self.from_file_sizes.discard(job_id)
+        for job_id in [
+            job_id for job_id in self.known.keys() | self.bare if state.unended_job(job_id) is None
+        ]:
+            self._forget(job_id)
+            self.bare.discard(job_id)
+
+    def restart_bare(self, job_id: str) -> None:
+        """Have a load estimated anew, without its form."""
+        self._forget(job_id)
+        self.bare.add(job_id)
+
+    def may_use_form(self, job_id: str) -> bool:
+        """Whether a load may use a form: its reservation is for one, or without a budget there is none."""
+        return job_id not in self.bare and (job_id in self.with_form or job_id not in self.known)
+
+    def _forget(self, job_id: str) -> None:
+        self.known.pop(job_id, None)
+        self.from_file_sizes.discard(job_id)
+        self.with_form.discard(job_id)
 
     async def _estimate_job(self, job: Job, model: Model | None) -> None:
         version, parameters = job.load_order
         need = MemoryEstimate(0, is_estimate=False)
         try:
             footprints = model.footprints if model is not None else ()
-            files, form = await asyncio.to_thread(self._read_files, job.model_id, version, footprints)
+            files, form = await asyncio.to_thread(self._read_files, job, version, footprints)
             need = estimate_memory(files, version, parameters, footprints, form)
+            if form is not None:
+                self.with_form.add(job.id)
         except RuntimeProblem:
             pass  # the load itself says what is wrong with the files
         finally:
@@ -144,10 +157,10 @@ class MemoryEstimates:
             self._stop_waiting(job.id)
 
     def _read_files(
-        self, model_id: str, version: int, footprints: Iterable[Footprint]
+        self, job: Job, version: int, footprints: Iterable[Footprint]
     ) -> tuple[Sequence[FileStat], str | None]:
-        files = self._repository.resolve(model_id, version).files
-        return files, self._form_of(files, footprints)
+        files = self._repository.resolve(job.model_id, version).files
+        return files, None if job.id in self.bare else self._form_of(files, footprints)
 
     def _stop_waiting(self, job_id: str) -> None:
         self.in_progress.discard(job_id)

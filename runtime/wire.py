@@ -166,7 +166,7 @@ class SourceHash(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class CachedCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A prepared form on disk: what a load may use instead of the repository's files.
+    """A prepared form on disk: what a load uses instead of the repository's files.
 
     `folder` is absolute, and the paths of `files` are relative to it. `sha256` is of the form: of a line
     "<sha256> <path>", with its newline, for each of its files in order of their paths. `sources` are the
@@ -190,7 +190,7 @@ class Load(Message, frozen=True):
         max_batch_size: 0 turns batching off.
         max_queue_delay_us: how long a request may wait for its batch.
         warm_up: whether the model runs once before it is loaded.
-        prepared: a prepared form to create the session from; if it fails, the version's files are used.
+        prepared: a prepared form to create the session from, instead of from the version's files.
         background: whether all work of the worker yields to other processes.
         huge_pages: whether the worker may use huge pages, where they were measured to be better.
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
@@ -252,11 +252,7 @@ class StageReached(Message, frozen=True):
 
 
 class Loaded(Message, frozen=True):
-    """The model can serve; `warming_up_us` is None if it was not run before.
-
-    `prepared` is the SHA-256 of the form that the session was made of. If one was given and is of no use,
-    `prepared_failure` says why.
-    """
+    """The model can serve; `warming_up_us` is None if it was not run before."""
 
     files: tuple[HashedFile, ...]
     inputs: tuple[TensorSpec, ...]
@@ -264,8 +260,6 @@ class Loaded(Message, frozen=True):
     loading_us: Count
     hashing_us: Count
     warming_up_us: Count | None = None
-    prepared: Sha256 | None = None
-    prepared_failure: Text | None = None
 
 
 class PrepareDone(Message, frozen=True):

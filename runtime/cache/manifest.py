@@ -18,9 +18,9 @@ from events.audit.files import write_file
 from events.clock import format_timestamp
 from events.types import LoadedFile as RecordedFile
 from runtime.cache.files import open_file
-from runtime.wire import CachedCopy, Count, Form, HashedFile, Name, Sha256, SourceHash, Tensor, Text
+from runtime.wire import CachedCopy, Count, Form, HashedFile, Name, Sha256, SourceHash, Text
 
-LAYOUT: Literal[1] = 1
+LAYOUT: Literal[2] = 2
 """Version of these folders and of how forms are made; a new number invalidates the whole cache."""
 
 
@@ -58,14 +58,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         sha256: hash of the form, made by `form_sha256`.
         files: the form's own files, directly in the folder.
         sources: the repository's files that it was made of.
-        needs_bytes: size of a form that was left out as too large; else 0.
         figures: measurements of the trial.
         tried: why each other form was left out.
-        known_until: timestamp after which this record is ignored; None is never.
-        untried_on: SHA-256 of the inputs that did not allow a trial; None if there was one.
+        known_until: timestamp after which reasons against all forms are ignored; None of a form.
     """
 
-    layout: Literal[1]
+    layout: Literal[2]
     key: Sha256
     model_id: Name
     version: Count
@@ -75,11 +73,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sha256: Sha256 | None = None
     files: tuple[HashedFile, ...] = ()
     sources: tuple[SourceHash, ...] = ()
-    needs_bytes: Count = 0
     figures: Annotated[Figures, msgspec.Meta(max_length=64)] = {}
     tried: dict[Form, Text] = {}
     known_until: Name | None = None
-    untried_on: Sha256 | None = None
 
     @property
     def bytes(self) -> int:
@@ -156,17 +152,6 @@ def are_plain_names(files: Sequence[HashedFile]) -> bool:
     return len(names) == len(files) and not any(
         name in _NO_FILE or "/" in name or "\0" in name or name.startswith(f".{MANIFEST}") for name in names
     )
-
-
-def hash_inputs(given: Iterable[Tensor]) -> str:
-    """Return the SHA-256 of inputs, in 64 hex digits."""
-    text = repr([(each.name, each.datatype, each.shape, bytes(each.data)) for each in given])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def needs_trial(entry: Entry | None, given: Iterable[Tensor]) -> bool:
-    """Return whether a trial is due: there was none yet, or only an impossible one with other inputs."""
-    return entry is None or (entry.untried_on is not None and entry.untried_on != hash_inputs(given))
 
 
 def timestamp_of(time_ns: int) -> str:

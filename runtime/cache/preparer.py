@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from msgspec import structs
@@ -25,7 +25,7 @@ from events.footprints import Footprint
 from events.types import LoadParameters
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key, runtime_was_replaced
-from runtime.cache.manifest import FinishedForm, describe_cached, hash_inputs, needs_trial, source_hashes
+from runtime.cache.manifest import FinishedForm, describe_cached, source_hashes
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import (
     CHANGED,
@@ -35,7 +35,6 @@ from runtime.cache.trial import (
     TrialImpossible,
     TrialInterrupted,
     has_outside_cause,
-    least_of_each,
 )
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.estimates import WORKER_BYTES, is_same_files
@@ -59,7 +58,7 @@ FORMS: tuple[Form, ...] = ("prepacked", "optimised")
 WEIGHTS_IN: dict[Form, int] = {"prepacked": 2, "optimised": 1}
 """Largest size of a form ÷ its sources: the weights as they are, and packed."""
 LIMIT_S = 900.0
-"""Limit of one preparation: some hundred inferences of a second each, and 18 loads."""
+"""Limit of one preparation: some hundred inferences of a second each, and six loads."""
 TRIED_IN_TIMES = 1.75
 """Memory limit of a trial's worker ÷ the peak of a bare load. With five networks of 2 to 105 MB a bare load
 and an inference of one row map 1.1 times the peak, a prepacked form of an MLP 1.6 times. Making a form takes
@@ -94,6 +93,14 @@ class PreparingCounts:
         if tried:
             self.tried.update(tried.items())
             self.took_s.observe(took_s)
+
+
+@dataclass(frozen=True, slots=True)
+class FormFailure:
+    """Why a form failed in a load or in service; an outside cause does not speak against the form."""
+
+    reason: str
+    has_outside_cause: bool
 
 
 class _Changed(Exception):
@@ -153,24 +160,22 @@ class PreparationRun:
             OSError: the repository cannot be read.
         """
         self._key = await asyncio.to_thread(make_key, self._candidate.hashes, self._pool.threads)
-        given: tuple[Tensor, ...] = ()
         try:
             async with asyncio.timeout(LIMIT_S):
                 bare, given = await self._bare_load()
-                if not needs_trial(await asyncio.to_thread(self._store.find, self._key), given):
+                if await asyncio.to_thread(self._store.find, self._key) is not None:
                     return
                 tried = await self._first_of_use(bare, Trial(self._pool, bare, given))
         except TrialImpossible as why:
-            await self.record_useless(dict.fromkeys(FORMS, str(why)), untried_on=hash_inputs(given))
+            tried = dict.fromkeys(FORMS, str(why))
         except TimeoutError:
             raise TrialInterrupted(f"it took more than {LIMIT_S:g} s") from None
         except _Changed:
             return
-        else:
-            if tried is not None:
-                await self.record_useless(tried)
+        if tried is not None:
+            await self.record_useless(tried)
 
-    async def record_useless(self, tried: Mapping[Form, str], *, untried_on: str | None = None) -> None:
+    async def record_useless(self, tried: Mapping[Form, str]) -> None:
         """Record for a while why no form is of use."""
         candidate = self._candidate
         await asyncio.to_thread(
@@ -180,7 +185,6 @@ class PreparationRun:
             model_id=candidate.model_id,
             version=candidate.version,
             took_ms=self._took_ms,
-            untried_on=untried_on,
         )
 
     async def _first_of_use(self, bare: Load, trial: Trial) -> dict[Form, str] | None:
@@ -214,9 +218,9 @@ class PreparationRun:
         try:
             async with self._draft(form) as draft:
                 files = await self._make(form, bare, draft)
-                why_not, pairs = await trial.run(describe_cached(draft, form, files, self._candidate.hashes))
+                why_not, pair = await trial.run(describe_cached(draft, form, files, self._candidate.hashes))
                 if why_not is None:  # completely: the draft must not be removed while it becomes an entry
-                    await complete(asyncio.to_thread(self._keep, draft, form, files, pairs, tried))
+                    await complete(asyncio.to_thread(self._keep, draft, form, files, pair, tried))
                 return why_not
         except CacheUnavailable:
             raise
@@ -276,7 +280,7 @@ class PreparationRun:
         draft: Path,
         form: Form,
         files: tuple[HashedFile, ...],
-        pairs: Sequence[Pair],
+        pair: Pair | None,
         tried: Mapping[Form, str],
     ) -> None:
         candidate = self._candidate
@@ -287,7 +291,7 @@ class PreparationRun:
             model_id=candidate.model_id,
             version=candidate.version,
             took_ms=self._took_ms,
-            figures=least_of_each(pairs),
+            figures=asdict(pair) if pair is not None else {},
             tried=dict(tried),
         )
         if self._store.keep(self._key, draft, made) is not None:
@@ -316,6 +320,7 @@ class Preparer:
         self._candidates: dict[str, Candidate] = {}
         self._running: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failures = Counter[str]()
         self._paused_until = 0.0
         self.preparation: PreparationView | None = None
         self.candidate: Candidate | None = None
@@ -382,9 +387,17 @@ class Preparer:
             return None
         return make_key(source_hashes(known), self._pool.threads)
 
-    def failed(self, prepared: CachedCopy, reason: str) -> None:
-        """Drop a form that failed in a load or in service."""
-        _log.warning("the prepared form %s is dropped: %s", prepared.sha256[:12], reason)
+    def fail_form(self, prepared: CachedCopy, failure: FormFailure) -> None:
+        """Drop a form that failed in a load or in service; one with an outside cause may fail repeatedly."""
+        name, reason = prepared.sha256[:12], failure.reason
+        if failure.has_outside_cause:
+            self._failures[prepared.sha256] += 1
+            if self._failures[prepared.sha256] < MAX_ATTEMPTS:
+                _log.warning("the prepared form %s was not used: %s", name, reason)
+                return
+            reason = f"{reason}, {MAX_ATTEMPTS} times"
+        del self._failures[prepared.sha256]
+        _log.warning("the prepared form %s is dropped: %s", name, reason)
         self.counts.dropped += 1
         if self.store is not None:
             self._spawn(self._drop(self.store, prepared, reason))
@@ -395,24 +408,10 @@ class Preparer:
         task.add_done_callback(self._tasks.discard)
 
     async def _consider(self, store: ModelCache, candidate: Candidate) -> None:
-        key = await asyncio.to_thread(self._key_to_prepare, store, candidate)
-        if key is not None:
+        key = await asyncio.to_thread(make_key, candidate.hashes, self._pool.threads)
+        if await asyncio.to_thread(store.find, key) is None:
             self._candidates.setdefault(key, candidate)  # other models may have the same files
             self._wake()
-
-    def _key_to_prepare(self, store: ModelCache, candidate: Candidate) -> str | None:
-        """Return the key of a candidate if a trial is due, else None."""
-        key = make_key(candidate.hashes, self._pool.threads)
-        entry = store.find(key)
-        if entry is None:
-            return key
-        if entry.untried_on is None:
-            return None
-        try:
-            given = read_warm_up(self._repository, candidate.model_id).inputs
-        except (RuntimeProblem, OSError):  # the next load reports that
-            return None
-        return key if needs_trial(entry, given) else None
 
     async def _drop(self, store: ModelCache, prepared: CachedCopy, reason: str) -> None:
         try:

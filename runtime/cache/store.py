@@ -54,7 +54,7 @@ prepare."""
 FOLDER = "prepared"
 """The folder's name in the data directory."""
 USELESS_KNOWN_S = 86_400
-"""A day: how long a trial's verdict that no form is of use holds. A failed load's verdict holds for good."""
+"""A day: how long reasons against all forms hold. Some are measured, and the machine was busy."""
 _log = logging.getLogger(__name__)
 
 
@@ -264,18 +264,18 @@ class ModelCache:
         model_id: str,
         version: int,
         took_ms: int = 0,
-        untried_on: str | None = None,
     ) -> None:
-        """Record for a day why no form is of use: the reason may have been the machine's load.
-
-        For the arguments see `Manifest`.
-        """
+        """Record for a day why no form is of use; for the arguments see `Manifest`."""
         manifest = self._manifest(key, model_id, version, took_ms, tried)
         until = add_seconds(manifest.made_at, USELESS_KNOWN_S)
-        self._settle(msgspec.structs.replace(manifest, known_until=until, untried_on=untried_on))
+        draft = self.draft(key)
+        try:
+            self._publish(draft, msgspec.structs.replace(manifest, known_until=until))
+        finally:
+            self.discard(draft)
 
     def drop(self, key: str, reason: str, used: CachedCopy | None = None) -> bool:
-        """Remove the form of a key, and record for good why it is of no use.
+        """Remove the form of a key, and record for a day why it is of no use.
 
         Args:
             key: the key of the form.
@@ -291,7 +291,7 @@ class ModelCache:
             return False
         old, form = found[0], found[0].form
         tried: dict[Form, str] = {**old.tried, form: reason}
-        self._settle(self._manifest(key, old.model_id, old.version, old.took_ms, tried))
+        self.record_useless(key, tried, model_id=old.model_id, version=old.version, took_ms=old.took_ms)
         return True
 
     def entries(self) -> list[Entry]:
@@ -317,16 +317,17 @@ class ModelCache:
 
     def _keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
         files = _verify_draft(draft, made.files)
-        manifest = self._manifest(key, made.model_id, made.version, made.took_ms, made.tried)
-        if files is None:
-            self._leave_out(manifest, made.form, "its files are not those that the worker wrote")
-            return None
-        size = sum(file.bytes for file in files)
-        if size > self.limit_bytes:
+        size = sum(file.bytes for file in files or ())
+        if files is None or size > self.limit_bytes:
             reason = f"it takes {size} bytes, and all forms together may take {self.limit_bytes}"
-            self._leave_out(manifest, made.form, reason, size)
+            if files is None:
+                reason = "its files are not those that the worker wrote"
+            tried: dict[Form, str] = {**made.tried, made.form: reason}
+            version, took_ms = made.version, made.took_ms
+            self.record_useless(key, tried, model_id=made.model_id, version=version, took_ms=took_ms)
             return None
         remove_others(draft, files)
+        manifest = self._manifest(key, made.model_id, made.version, made.took_ms, made.tried)
         prepared = describe_cached(self._folder.entry(key), made.form, files, made.sources)
         manifest = msgspec.structs.replace(
             manifest,
@@ -338,17 +339,6 @@ class ModelCache:
         )
         self._publish(draft, manifest)
         return self.use(key)  # with the files' identities after the rename
-
-    def _leave_out(self, manifest: Manifest, form: Form, reason: str, needs_bytes: int = 0) -> None:
-        tried: dict[Form, str] = {**manifest.tried, form: reason}
-        self._settle(msgspec.structs.replace(manifest, tried=tried, needs_bytes=needs_bytes))
-
-    def _settle(self, manifest: Manifest) -> None:
-        draft = self.draft(manifest.key)
-        try:
-            self._publish(draft, manifest)
-        finally:
-            self.discard(draft)
 
     def _manifest(
         self, key: str, model_id: str, version: int, took_ms: int, tried: Mapping[Form, str]
@@ -373,11 +363,7 @@ class ModelCache:
 
     def _load_entry(self, path: Path, doomed: list[Path]) -> None:
         found = read_manifest(path)
-        if (
-            found is None
-            or not have_sizes(path, found[0].files)
-            or 0 < found[0].needs_bytes <= self.limit_bytes  # too large for an earlier limit only
-        ):
+        if found is None or not have_sizes(path, found[0].files):
             self._remove_entry(path, doomed)
         else:
             manifest, used_ns = found

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from events.clock import seconds_between, uuid7
 from events.commands import Record, RequestLoad, RequestUnload
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
-from events.jobs import Failure, Job
+from events.jobs import Failure, Job, JobStatus
 from events.log import Log
 from events.models import CRASH_LOOP, LoadedModel
 from events.state import State
@@ -39,14 +39,13 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
-from runtime.cache.manifest import source_hashes
-from runtime.cache.preparer import Candidate, Preparer
+from runtime.cache.preparer import Candidate, FormFailure, Preparer
 from runtime.cache.store import ModelCache
 from runtime.consumer.comparisons import FileComparisons
 from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
 from runtime.errors import Exit
-from runtime.estimates import MemoryEstimates, estimate_unprepared
+from runtime.estimates import MemoryEstimates
 from runtime.memory import MAX_BYTES, total_bytes
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
@@ -75,7 +74,7 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
-    form = load.prepared_form
+    form = load.prepared
     return ModelLoaded(
         files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.finished_report.files),
         worker_ids=tuple(worker.worker_id for worker in load.workers),
@@ -98,6 +97,12 @@ def draft_settings_change(job: Job, load_job_id: str) -> Draft:
     """Return the outcome of a load of what that load has loaded already."""
     _, parameters = job.load_order
     return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
+
+
+def draft_load_start(job: Job) -> Draft:
+    """Return `LoadStarted` of a job; one that has started already starts again bare, in the same attempt."""
+    is_again = job.status is JobStatus.IN_PROGRESS
+    return draft_fact(job, LoadStarted(job.attempt if is_again else job.attempt + 1))
 
 
 def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
@@ -226,6 +231,8 @@ class Executor:
                 await self._start_unload(job, load_job_id)
             case actions.KillWorkers(load_job_id):
                 self.loads[load_job_id].kill()
+            case actions.RestartBare(load_job_id):
+                self._restart_bare(load_job_id)
             case actions.FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id)
             case actions.RecordExits(load_job_id, worker_ids):
@@ -250,19 +257,27 @@ class Executor:
         known = self._known_files.get((job.model_id, version), ())
         model = self._log.state.models.get(job.model_id)
         footprints = model.footprints if model is not None else ()
-        load.unprepared_bytes = estimate_unprepared(version, parameters, footprints)
-        find_form = partial(self.preparer.find_form, footprints=footprints)
+        may_use_form = self.estimates.may_use_form(job.id)
+        find_form = partial(self.preparer.find_form, footprints=footprints) if may_use_form else None
+        load.needs_form = job.id in self.estimates.with_form
         ordered = start_task(
             build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
         )
         try:  # its files are read while the log writes
-            started = draft_fact(job, LoadStarted(job.attempt + 1))
-            await self._record(replace(started, worker_id=load.worker_id))
+            await self._record(replace(draft_load_start(job), worker_id=load.worker_id))
         except BaseException:
             ordered.cancel()
             raise
         self.loads[job.id] = load
         load.track(asyncio.create_task(run_load(load, self._pool, ordered)))
+
+    def _restart_bare(self, load_job_id: str) -> None:
+        """Forget an attempt whose workers have exited; the job is estimated and admitted without its form."""
+        load = self.loads.pop(load_job_id)
+        self.totals.end(load)
+        self.estimates.restart_bare(load_job_id)
+        if load.prepared is not None and load.form_failure is not None:
+            self.preparer.fail_form(load.prepared, load.form_failure)
 
     async def _complete_load(self, job: Job, replaces: str | None) -> None:
         load = self.loads[job.id]
@@ -283,12 +298,10 @@ class Executor:
             del self._known_files[next(iter(self._known_files))]
 
     def _offer_for_preparation(self, load: RunningLoad) -> None:
-        """Offer files without a prepared form for preparation; drop a form that failed for the same files."""
-        files = load.finished_report.files
-        if load.prepared is not None and load.prepared.sources == source_hashes(files):
-            if load.prepared_failure is not None:
-                self.preparer.failed(load.prepared, load.prepared_failure)
+        """Offer the files of a bare load for preparation."""
+        if load.prepared is not None:
             return
+        files = load.finished_report.files
         peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
         self.preparer.offer(Candidate(load.job_id, load.model_id, load.version, files, peak_bytes))
 
@@ -339,12 +352,12 @@ class Executor:
 
     def _drop_crashing_copy(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
         """Drop a prepared form with which a worker crashed: the model is reloaded without it."""
-        form = load.prepared_form
-        of_form = (worker for worker in dead if not worker.orphaned and load.uses_form(worker))
-        crashed = (worker.ended.result() for worker in of_form)
-        if form is not None and (end := next((end for end in crashed if end.signal in FAULTS), None)):
-            load.prepared_failure = f"a worker that served from it {end}"
-            self.preparer.failed(form, load.prepared_failure)
+        if load.prepared is None or load.report is None:
+            return
+        crashed = (worker.ended.result() for worker in dead if not worker.orphaned)
+        if end := next((end for end in crashed if end.signal in FAULTS), None):
+            failure = FormFailure(f"a worker that served from it {end}", has_outside_cause=False)
+            self.preparer.fail_form(load.prepared, failure)
 
     async def _record(self, *drafts: Draft) -> None:
         await self._log.submit(Record(drafts))

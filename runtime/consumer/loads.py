@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -20,6 +19,9 @@ from events.clock import add_seconds, uuid7
 from events.jobs import Failure, Job
 from events.models import FORK_SERVER_DIED
 from events.types import LoadParameters
+from runtime.cache.manifest import source_hashes
+from runtime.cache.preparer import FormFailure
+from runtime.cache.trial import CHANGED, has_outside_cause
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp, read_warm_up
@@ -34,7 +36,13 @@ from runtime.wire import CachedCopy, HashedFile, Load, Loaded, Tensor
 _log = logging.getLogger(__name__)
 
 
-FindPrepared = Callable[[tuple[FileStat, ...]], CachedCopy | None]
+class FormUnusable(RuntimeProblem):
+    """The prepared form of a load is gone, or of other files."""
+
+    code = "prepared_unusable"
+
+
+FindForm = Callable[[tuple[FileStat, ...]], CachedCopy | None]
 """Finds the prepared form of these files, if there is one; may read files."""
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -55,17 +63,16 @@ class RunningLoad:
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
         reports: those of the workers that have loaded, by worker id.
-        prepared: the prepared form that its workers are given.
-        prepared_failure: why the prepared form cannot be used.
+        needs_form: whether its reservation is for a prepared form.
+        prepared: the prepared form that its workers load.
+        form_failure: why this attempt ends, and the job starts again without a form.
         warm_up_inputs: inputs of the warm-up run; none are zeros.
-        replaceable: ids of workers that load with the prepared form: the exit of one does not fail the load.
         draining: whether routing to it has stopped.
         unloading: whether `run_unload` has begun.
         expected_exits: ids of workers that the server stopped, or that refused to load.
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
         reserved_bytes: reservation until `report` is set.
-        unprepared_bytes: known peak without a prepared form; 0 if unknown.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
@@ -80,10 +87,10 @@ class RunningLoad:
     reports: dict[str, Loaded] = field(default_factory=dict)
     failure: Failure | None = None
     stage: str | None = None
+    needs_form: bool = False
     prepared: CachedCopy | None = None
-    prepared_failure: str | None = None
+    form_failure: FormFailure | None = None
     warm_up_inputs: tuple[Tensor, ...] = ()
-    replaceable: set[str] = field(default_factory=set)
     starting_us: int = 0
     draining: bool = False
     unloading: bool = False
@@ -94,7 +101,6 @@ class RunningLoad:
     aborted_requests: int = 0
     freed_bytes: int = 0
     reserved_bytes: int = 0
-    unprepared_bytes: int = 0
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -112,7 +118,7 @@ class RunningLoad:
     @property
     def has_exited(self) -> bool:
         """Whether there were workers and all have exited."""
-        return bool(self.workers) and not (self.alive_workers or self.replaceable)
+        return bool(self.workers) and not self.alive_workers
 
     @property
     def serving(self) -> tuple[Worker, ...]:
@@ -124,8 +130,8 @@ class RunningLoad:
     @property
     def unexpected_exits(self) -> list[Worker]:
         """The workers that have exited unexpectedly."""
-        known = self.expected_exits | self.replaceable
-        return [worker for worker in self.workers if worker.ended.done() and worker.worker_id not in known]
+        ended = (worker for worker in self.workers if worker.ended.done())
+        return [worker for worker in ended if worker.worker_id not in self.expected_exits]
 
     @property
     def is_finished(self) -> bool:
@@ -200,23 +206,14 @@ class RunningLoad:
 
     def _phase(self, job: Job | None) -> Phase:
         if job is not None:
+            if self.form_failure is not None and self.failure is None:
+                return Phase.FORM_FAILED if self.is_finished else Phase.LOADING
             if self.failure is not None or self._lost_a_worker:
                 return Phase.FAILED
             return Phase.LOADING if self.report is None else Phase.LOADED
         if self.has_exited:
             return Phase.GONE
         return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
-
-    @property
-    def prepared_form(self) -> CachedCopy | None:
-        """The prepared form that at least one worker has loaded."""
-        used = any(report.prepared is not None for report in self.reports.values())
-        return self.prepared if used else None
-
-    def uses_form(self, worker: Worker) -> bool:
-        """Whether a worker has loaded the prepared form."""
-        report = self.reports.get(worker.worker_id)
-        return report is not None and report.prepared is not None
 
     @property
     def _lost_a_worker(self) -> bool:
@@ -258,23 +255,6 @@ class RunningLoad:
             self.expect_exit(worker)
             worker.kill()
 
-    def reserve_unprepared(self) -> None:
-        """Raise the reservation to what the load takes without its prepared form."""
-        self.reserved_bytes = max(self.reserved_bytes, self.unprepared_bytes)
-
-    def discard_failed(self, dead: Worker, reason: str | None) -> bool:
-        """Forget a worker that exited while it loaded a prepared form; `reason` is why that is used no more.
-
-        Returns:
-            Whether another worker is to load without the form.
-        """
-        if dead.orphaned or self.killed or self.failure or dead.worker_id not in self.replaceable:
-            return False
-        self.prepared_failure = self.prepared_failure or reason
-        self.replaceable.discard(dead.worker_id)
-        self.workers.remove(dead)
-        return True
-
     def expect_exit(self, worker: Worker) -> None:
         """Note, right before a worker's end, what it aborts and how many bytes it releases."""
         if worker.worker_id not in self.expected_exits:
@@ -284,23 +264,54 @@ class RunningLoad:
 
 
 async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
-    """Load the model in each instance's worker; the outcome is `report` or `failure`.
+    """Load the model in each instance's worker; the outcome is `report`, `form_failure` or `failure`.
 
     The first worker loads alone and hashes, so that the bytes are read for that once. A failure of one worker
-    fails the load, unless it had a prepared form: then another worker loads the files of the repository.
-    `ordered` is the result of `build_order`.
+    ends this attempt. `ordered` is the result of `build_order`.
     """
     began = time.monotonic_ns()
     load.stage = "starting"
     try:
         order = await ordered
         first = await _load_instance(load, pool, order, load.worker_id, began)
-        form = load.prepared if load.prepared_failure is None else None
-        await _load_rest(load, pool, replace(order, known=first.files, prepared=form))
+        if load.prepared is not None and source_hashes(first.files) != load.prepared.sources:
+            raise FormUnusable("it was made of other files than those to load")
+        await _load_rest(load, pool, replace(order, known=first.files))
         load.report = first
     except RuntimeProblem as problem:
-        load.failure = load.failure or Failure(problem.code, str(problem))
+        _store_failure(load, problem)
         load.kill_workers()
+
+
+def _store_failure(load: RunningLoad, problem: RuntimeProblem, worker: Worker | None = None) -> None:
+    """Store why this attempt ends, and with which worker; the first reason counts."""
+    if load.failure is not None or load.form_failure is not None:
+        return
+    is_orphaned = worker is not None and worker.orphaned
+    if not (is_orphaned or load.killed):
+        load.form_failure = _blame_form(load.prepared, problem)
+    if load.form_failure is not None:
+        return
+    if worker is not None and isinstance(problem, WorkerDied):
+        load.failure = _describe_death(worker, problem, load.stage)
+    else:
+        load.failure = Failure(problem.code, str(problem))
+
+
+def _blame_form(prepared: CachedCopy | None, problem: RuntimeProblem) -> FormFailure | None:
+    """Return what a problem says about the form; None if a load without it would not help.
+
+    Whether it is a problem of the model, a bare load shows.
+    """
+    match problem:
+        case FormUnusable():
+            return FormFailure(str(problem), has_outside_cause=True)
+        case WorkerDied() if prepared is not None:
+            return FormFailure(f"{problem} while it loaded that", has_outside_cause(problem))
+        case LoadRefused(code=code) if prepared is not None and code not in CHANGED:
+            # A form's session can take more memory than a bare one.
+            return FormFailure(str(problem), code == OUT_OF_MEMORY)
+    return None
 
 
 async def build_order(
@@ -308,21 +319,30 @@ async def build_order(
     pool: WorkerPool,
     repository: Repository,
     known: tuple[HashedFile, ...],
-    prepared: FindPrepared,
+    find_form: FindForm | None,
 ) -> Load:
-    """Resolve the version and build the message that loads it; `known` are files with known hashes.
+    """Resolve the version and build the message that loads it.
+
+    Args:
+        load: gets the prepared form and the inputs of the warm-up.
+        pool: has the settings of its workers.
+        repository: has the version.
+        known: files with known hashes.
+        find_form: finds the prepared form; None loads without one.
 
     Raises:
+        FormUnusable: there is no form, and the load's reservation is for one.
         RuntimeProblem: the version is missing or invalid; the code says which.
     """
 
     def look_up() -> tuple[ModelVersion, WarmUp, CachedCopy | None]:
         found = repository.resolve(load.model_id, load.version)
-        return found, read_warm_up(repository, load.model_id), prepared(found.files)
+        form = find_form(found.files) if find_form is not None else None
+        return found, read_warm_up(repository, load.model_id), form
 
     found, warm_up, load.prepared = await asyncio.to_thread(look_up)
-    if load.prepared is None:  # there may have been one when the memory was estimated
-        load.reserve_unprepared()
+    if load.needs_form and load.prepared is None:
+        raise FormUnusable("it is gone")
     load.warm_up_inputs = warm_up.inputs
     message = pool.build_load(repository.root, found, load.parameters, warm_up)
     return replace(message, known=known, prepared=load.prepared)
@@ -354,46 +374,20 @@ def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
 async def _load_instance(
     load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
 ) -> Loaded:
-    """Start a worker and load the model in it; stores why it failed.
-
-    If it dies while it loads a prepared form, another worker loads without that form.
-    """
-    if order.prepared is not None:
-        load.replaceable.add(worker_id)
+    """Start a worker and load the model in it."""
     worker = await _start_worker(pool, worker_id)
     load.workers.append(worker)
     load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
     worker.ended.add_done_callback(lambda _: load.wake())
     try:
         report = await worker.load(order, lambda stage: setattr(load, "stage", stage), load.warm_up_inputs)
-    except WorkerDied as death:
-        is_killed = death.end.signal == signal.SIGKILL  # not by the server
-        if load.discard_failed(worker, None if is_killed else f"{death} while it loaded that"):
-            return await _load_unprepared(load, pool, order, worker_id)
-        load.failure = load.failure or _describe_death(worker, death, load.stage)
-        raise
     except RuntimeProblem as problem:
-        load.expected_exits.add(worker_id)
-        if problem.code == OUT_OF_MEMORY and worker_id in load.replaceable:
-            # A session of a prepared form can take more memory than one without.
-            await asyncio.shield(worker.ended)
-            if load.discard_failed(worker, None):
-                return await _load_unprepared(load, pool, order, worker_id)
-        load.failure = load.failure or Failure(problem.code, str(problem))
+        if not isinstance(problem, WorkerDied):
+            load.expected_exits.add(worker_id)
+        _store_failure(load, problem, worker)
         raise
-    finally:
-        load.replaceable.discard(worker_id)
-    if report.prepared_failure is not None:
-        load.prepared_failure = report.prepared_failure
     load.reports[worker_id] = report
     return report
-
-
-async def _load_unprepared(load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str) -> Loaded:
-    """Load in another worker without the prepared form with which the first one failed."""
-    load.reserve_unprepared()
-    load.expected_exits.discard(worker_id)
-    return await _load_instance(load, pool, replace(order, prepared=None), worker_id, time.monotonic_ns())
 
 
 async def _start_worker(pool: WorkerPool, worker_id: str) -> Worker:

@@ -76,8 +76,7 @@ class _PendingOrder:
         """Return whether the worker may report this: the order's files, or a code of its kind."""
         match self.order, message:
             case Load(), Loaded():
-                form = self.order.prepared and self.order.prepared.sha256
-                return _paths(message.files) == self.order.files and message.prepared in {None, form}
+                return _paths(message.files) == self.order.files
             case Load(), LoadFailure():
                 return message.code not in get_args(PrepareCode)
             case Prepare(), PrepareDone():

@@ -86,6 +86,10 @@ class KillWorkers(LoadAction):
     """Kill the workers of a load now."""
 
 
+class RestartBare(LoadAction):
+    """End this attempt of a load, whose cached model failed: its job starts again without one."""
+
+
 class PrepareModel(LoadAction):
     """Begin to prepare the files of this load."""
 
@@ -135,6 +139,7 @@ Action = (
     | CancelJob
     | StartUnload
     | KillWorkers
+    | RestartBare
     | FinishUnload
     | RecordExits
     | RequestReload

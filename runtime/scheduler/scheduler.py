@@ -130,6 +130,8 @@ def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
             yield actions.CompleteLoad(job, replaced.serving.load_job_id if replaced is not None else None)
         elif run.phase is Phase.FAILED and job is not None:
             yield actions.FailLoad(job)
+        elif run.phase is Phase.FORM_FAILED and job is not None:
+            yield actions.RestartBare(run.load_job_id)
         elif exited := _find_unrecorded_exits(view, run):
             yield actions.RecordExits(run.load_job_id, exited)
 

@@ -39,11 +39,12 @@ class Policy:
 
 
 class Phase(StrEnum):
-    """What the workers of a load are doing."""
+    """What the workers of a load are doing; `FORM_FAILED` is a load whose cached model failed it."""
 
     LOADING = "loading"
     LOADED = "loaded"
     FAILED = "failed"
+    FORM_FAILED = "form_failed"
     SERVING = "serving"
     DRAINING = "draining"
     GONE = "gone"

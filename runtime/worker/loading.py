@@ -1,7 +1,6 @@
-"""How a worker loads a model: its files, its cached model, and the session.
+"""How a worker loads a model: its files, and the session, from the cached model if it was given one.
 
-One thread beside the creation of the session hashes the files. A cached model is used if its files and its
-sources are unchanged; otherwise the load goes on with the repository's files.
+One thread beside the creation of the session hashes the files.
 """
 
 import contextlib
@@ -9,12 +8,9 @@ import ctypes
 import hashlib
 import os
 import platform
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -29,9 +25,7 @@ from runtime.wire import (
     Loaded,
     LoadStage,
     Prepare,
-    SourceHash,
     Tensor,
-    plain_text,
 )
 from runtime.worker import sessions
 from runtime.worker.sessions import ServingSession, describe_model
@@ -148,66 +142,6 @@ def _with_hash(file: FoundFile, sha256: str) -> HashedFile:
     return HashedFile(*_key(file), sha256=sha256)
 
 
-class CachedModelUnusable(Exception):
-    """A cached model cannot be used; the reason says nothing against the model itself."""
-
-
-class CachedModel:
-    """The cached model of a load, verified against its own files and its sources.
-
-    Files whose identity is unchanged are trusted; the others are hashed.
-
-    Raises:
-        CachedModelUnusable: it was made of other files, or its own files have changed.
-    """
-
-    def __init__(self, prepared: CachedCopy, sources: FileHashing) -> None:
-        self.hashing = FileHashing(Path(prepared.folder), _find_cached_files(prepared), prepared.files)
-        self.model_file = str(self.hashing.folder / MODEL_FILE)
-        self.sha256 = prepared.sha256
-        self._prepared = prepared
-        self._sources = sources
-        if sources.known is not None:
-            self._check_sources(sources.known)
-
-    def check(self, hashing: BackgroundHashing) -> None:
-        """Wait for the hashes, and compare them.
-
-        Raises:
-            CachedModelUnusable: it was made of other files, or its own files have changed.
-            LoadRefused: `model_changed`, of the repository's files.
-        """
-        self._check_sources(hashing.result(self._sources))
-        try:
-            own = hashing.result(self.hashing)
-        except (LoadRefused, OSError) as problem:
-            raise CachedModelUnusable(str(problem)) from None
-        for file, is_ in zip(self._prepared.files, own, strict=True):
-            if file.sha256 != is_.sha256:
-                raise CachedModelUnusable(f"{file.path!r} has changed since it was prepared")
-
-    def _check_sources(self, found: Sequence[HashedFile]) -> None:
-        if tuple(SourceHash(file.path, file.sha256) for file in found) != self._prepared.sources:
-            raise CachedModelUnusable("it was made of other files than those to load")
-
-
-def _find_cached_files(prepared: CachedCopy) -> list[FoundFile]:
-    folder = Path(prepared.folder)
-    if not any(file.path == MODEL_FILE for file in prepared.files):
-        raise CachedModelUnusable(f"it has no {MODEL_FILE}")
-    return [_look_at(folder, file) for file in prepared.files]
-
-
-def _look_at(folder: Path, file: HashedFile) -> FoundFile:
-    try:
-        seen = os.lstat(folder / file.path)
-    except (OSError, ValueError) as error:
-        raise CachedModelUnusable(f"{file.path!r} cannot be read: {error}") from None
-    if not stat.S_ISREG(seen.st_mode) or seen.st_size != file.bytes:
-        raise CachedModelUnusable(f"{file.path!r} is not the file that was prepared")
-    return FoundFile(file.path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-
-
 def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
     """Return whether a session is created faster with huge pages.
 
@@ -240,17 +174,6 @@ def lower_priority() -> None:
         ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)
     with contextlib.suppress(OSError):
         AUTOGROUP.write_bytes(b"%d" % NICENESS)
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """A session that can serve, and how long its creation took."""
-
-    model: ServingSession
-    loading_us: int
-    warming_up_us: int | None
-    prepared: str | None = None
-    prepared_failure: str | None = None
 
 
 def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
@@ -292,101 +215,40 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     folder, root, before = identify_files(order)
     on_stage("loading")
     sources = FileHashing(folder, before, order.known)
-    form, why_not = _find_cached_model(order.prepared, sources)
-    used = None if form is None else order.prepared
-    if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), used):
+    if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), order.prepared):
         disable_huge_pages()
-    with BackgroundHashing(sources, *(() if form is None else (form.hashing,))) as hashing:
+    with BackgroundHashing(sources) as hashing:
+        sessions.limit_memory(order.memory_limit_bytes)  # now that this process has all its threads
         try:
-            made = _Loading(order, given, on_stage, hashing).make(folder, root, form, why_not)
+            started_ns = time.perf_counter_ns()
+            session = _create_session(order, folder, root)
+            loading_us = _elapsed_us(started_ns)
+            model, warming_up_us = describe_model(session, order.max_batch_size), None
+            if order.warm_up:  # before it is measured: memory of an inference belongs to the model
+                warming_up_us = warm_up(model, given, lambda: on_stage("warming_up"))
             files = hashing.result(sources)
         finally:  # changed files are the reason for any other problem, too
             check_unchanged(before, folder, root)
     ctypes.CDLL(None).malloc_trim(0)  # in 2 ms returns what loading freed, as much as it kept
-    return made.model, _report(made, files, hashing.hashing_us)
-
-
-def _find_cached_model(
-    prepared: CachedCopy | None, sources: FileHashing
-) -> tuple[CachedModel | None, str | None]:
-    """Return the cached model of a load, or the reason why it cannot be used."""
-    if prepared is None:
-        return None, None
-    try:
-        return CachedModel(prepared, sources), None
-    except CachedModelUnusable as unusable:
-        return None, str(unusable)
-
-
-class _Loading:
-    """The creation of one load's session."""
-
-    def __init__(
-        self, order: Load, given: Sequence[Tensor], on_stage: OnStage, hashing: BackgroundHashing
-    ) -> None:
-        self._order = order
-        self._given = given
-        self._on_stage = on_stage
-        self._hashing = hashing
-        self._started_ns = time.perf_counter_ns()
-        sessions.limit_memory(order.memory_limit_bytes)  # now that this process has all its threads
-
-    def make(self, folder: Path, root: Path, form: CachedModel | None, why_not: str | None) -> _Made:
-        """Create the session from the cached model if possible, else from the repository's files."""
-        if form is not None:
-            try:
-                return self._load_form(form)
-            except CachedModelUnusable as unusable:
-                why_not = str(unusable)
-        chosen = sessions.session_options(self._order.threads)
-        session = sessions.create_checked(folder, root, chosen, self._order.memory_limit_bytes)
-        return replace(self._ready(session, _elapsed_us(self._started_ns)), prepared_failure=why_not)
-
-    def _load_form(self, form: CachedModel) -> _Made:
-        chosen = sessions.saved_graph_options(self._order.threads)
-        with _translate_form_errors():
-            session = sessions.create_session(form.model_file, chosen, self._order.memory_limit_bytes)
-        loading_us = _elapsed_us(self._started_ns)
-        form.check(self._hashing)
-        with _translate_form_errors():
-            return replace(self._ready(session, loading_us), prepared=form.sha256)
-
-    def _ready(self, session: ort.InferenceSession, loading_us: int) -> _Made:
-        model, warming_up_us = describe_model(session, self._order.max_batch_size), None
-        if self._order.warm_up:  # before measuring: memory of an inference belongs to the model
-            warming_up_us = warm_up(model, self._given, lambda: self._on_stage("warming_up"))
-        return _Made(model, loading_us, warming_up_us)
-
-
-@contextmanager
-def _translate_form_errors() -> Iterator[None]:
-    """Turn every problem into one of the form: a problem of the model comes again in the bare load.
-
-    Except out of memory: a form's session may take more of it, and this process does not get it back.
-    """
-    try:
-        yield
-    except (LoadRefused, UnicodeDecodeError) as problem:
-        if isinstance(problem, LoadRefused) and problem.code == "out_of_memory":
-            raise
-        raise CachedModelUnusable(str(problem) or type(problem).__name__) from None
-
-
-def _report(made: _Made, files: tuple[HashedFile, ...], hashing_us: int) -> Loaded:
-    return Loaded(
+    report = Loaded(
         files=files,
-        inputs=made.model.inputs,
-        outputs=made.model.outputs,
-        loading_us=made.loading_us,
-        hashing_us=hashing_us,
-        warming_up_us=made.warming_up_us,
-        prepared=made.prepared,
-        prepared_failure=None if made.prepared_failure is None else _line(made.prepared_failure),
+        inputs=model.inputs,
+        outputs=model.outputs,
+        loading_us=loading_us,
+        hashing_us=hashing.hashing_us,
+        warming_up_us=warming_up_us,
     )
+    return model, report
 
 
-def _line(text: str) -> str:
-    return plain_text(" ".join(text.split()))
+def _create_session(order: Load, folder: Path, root: Path) -> ort.InferenceSession:
+    """Create the session from the cached model, if there is one, else from the repository's files."""
+    if order.prepared is None:
+        chosen = sessions.session_options(order.threads)
+        return sessions.create_checked(folder, root, chosen, order.memory_limit_bytes)
+    chosen = sessions.saved_graph_options(order.threads)
+    model_file = str(Path(order.prepared.folder) / MODEL_FILE)
+    return sessions.create_session(model_file, chosen, order.memory_limit_bytes)
 
 
 def _elapsed_us(started_ns: int) -> int:

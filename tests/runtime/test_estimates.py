@@ -26,7 +26,6 @@ from runtime.estimates import (
     MemoryEstimate,
     MemoryEstimates,
     estimate_memory,
-    estimate_unprepared,
 )
 from runtime.process.pool import WorkerPool
 from runtime.repository import FileStat, Repository
@@ -103,11 +102,6 @@ RENAMED, MORE = FileStat("model2.onnx", 1000, 1), FileStat("more.bin", 0, 3)
         (need(PREPACKED, KNOWN), known(PEAK)),
         (need(KNOWN, form="prepacked"), known(PEAK)),
         (need(PREPACKED), sizes(1000, 5000)),
-        # Without its prepared form.
-        (estimate_unprepared(1, LoadParameters(instances=2), [PREPACKED, KNOWN]), 2 * PEAK),
-        (estimate_unprepared(1, LoadParameters(memory_limit_bytes=2**20), [KNOWN]), 2**20 + WORKER_BYTES),
-        (estimate_unprepared(2, LoadParameters(), [PREPACKED, KNOWN]), 0),
-        (estimate_unprepared(1, LoadParameters(), [PREPACKED]), 0),
     ],
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:

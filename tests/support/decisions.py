@@ -69,6 +69,7 @@ WORDS = {
     actions.CancelJob: "cancel {0.job.id}",
     actions.StartUnload: "start {0.job.id} of {0.load_job_id}",
     actions.KillWorkers: "kill {0.load_job_id}",
+    actions.RestartBare: "restart {0.load_job_id} bare",
     actions.RequestReload: "reload {0.model.id}, {0.cause}",
     actions.EstimateMemory: "estimate {0.job.id}",
     actions.CompareFiles: "compare files of {0.job.id}",

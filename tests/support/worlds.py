@@ -19,7 +19,6 @@ from events.types import (
     Event,
     JobCancelled,
     LoadFailed,
-    LoadStarted,
     ModelUnloaded,
     ServerStarted,
     UnloadRequested,
@@ -32,6 +31,7 @@ from runtime.consumer.executor import (
     build_unload,
     draft_crash_loop,
     draft_fact,
+    draft_load_start,
     draft_settings_change,
 )
 from runtime.scheduler import actions
@@ -45,10 +45,14 @@ MODEL_BYTES = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1):
 """Bytes that one instance takes at most, by model and version; the last fits in no budget."""
 
 
-def estimate_of(job: Job) -> int:
+BARE_BYTES = 15
+"""What an instance takes more without a cached model."""
+
+
+def estimate_of(job: Job, *, bare: bool = False) -> int:
     """Return the memory estimate of a load."""
     version, parameters = job.load_order
-    return MODEL_BYTES[job.model_id, version] * parameters.instances
+    return (MODEL_BYTES[job.model_id, version] + bare * BARE_BYTES) * parameters.instances
 
 
 def is_unchanged(job: Job) -> bool:
@@ -68,6 +72,8 @@ class Process:
     started: bool = False
     loaded: bool = False
     failure: str | None = None
+    has_form: bool = False
+    form_failed: bool = False
     dead: dict[str, WorkerExited] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     ended: bool = False
@@ -83,6 +89,8 @@ class Process:
 
     def _phase(self, job: Job | None) -> Phase:
         if job is not None:
+            if self.form_failed:
+                return Phase.FORM_FAILED if self.over else Phase.LOADING
             if self.failure is not None or self.dead or self.ended:
                 return Phase.FAILED
             return Phase.LOADED if self.loaded else Phase.LOADING
@@ -126,7 +134,9 @@ class Process:
                 self.measured_bytes = self.reserved_bytes * keeps_percent // 100
             case "refused":
                 self.failure, self.killed = "invalid_model", True
-            case "dies":
+            case "form fails" if self.has_form:
+                self.form_failed = self.ended = True
+            case "form fails" | "dies":
                 self.failure = "worker_died"
                 self.die(WorkerExited(None, 9, ()), self.workers[-1])
             case _:
@@ -149,6 +159,7 @@ class World:
         self.under_pressure = False
         self.demanded: set[str] = set()
         self.estimates: dict[str, int | None] = {}
+        self.bare: set[str] = set()
         self.estimates_take_time = False
         self.unchanged: dict[str, bool | None] = {}
         self.preparable: dict[str, int] = {}
@@ -230,8 +241,12 @@ class World:
         match action:
             case actions.KillWorkers(load):
                 self.live[load].killed = True
+            case actions.RestartBare(load):
+                del self.live[load]
+                self.estimates.pop(load, None)
+                self.bare.add(load)
             case actions.EstimateMemory(job):
-                self.estimates[job.id] = None if self.estimates_take_time else estimate_of(job)
+                self.estimates[job.id] = None if self.estimates_take_time else self.estimated(job)
             case actions.CompareFiles(job):
                 self.unchanged[job.id] = None if self.estimates_take_time else is_unchanged(job)
             case actions.PrepareModel(load):
@@ -242,6 +257,10 @@ class World:
                 self.preparation = replace(self.preparation, stopping=True)
             case _:
                 self._append(action, self.fault)
+
+    def estimated(self, job: Job) -> int:
+        """Return the estimate of a load; one whose form failed takes more."""
+        return estimate_of(job, bare=job.id in self.bare)
 
     def _append(self, action: Action, fault: str | None) -> None:
         self.fault = None
@@ -258,8 +277,9 @@ class World:
             case actions.StartLoad(job):
                 version, parameters = job.load_order
                 workers = tuple(f"w{number}-{job.id}" for number in range(parameters.instances))
-                reserved = self.estimates.get(job.id) or estimate_of(job)
-                self.live[job.id] = Process(job.model_id, version, workers, reserved_bytes=reserved)
+                reserved = self.estimates.get(job.id) or self.estimated(job)
+                has_form = job.id not in self.bare
+                self.live[job.id] = Process(job.model_id, version, workers, reserved, has_form=has_form)
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
             case actions.FailLoad(Job(id=load)) | actions.FinishUnload(_, load) | actions.RecordExits(load):
@@ -271,7 +291,7 @@ class World:
     def _command(self, action: Action) -> Command:  # noqa: PLR0912 - one for each action
         match action:
             case actions.StartLoad(job):
-                return Record((draft_fact(job, LoadStarted(job.attempt + 1)),))
+                return Record((draft_load_start(job),))
             case actions.CompleteLoad(job, replaces):
                 drafts = [draft_fact(job, model_loaded(*self.live[job.id].workers))]
                 return Record((*drafts, *self._swapped_out(job, replaces)))
@@ -340,7 +360,7 @@ class World:
         for job_id, need in self.estimates.items():
             job = self.state.unended_job(job_id)
             if need is None and job is not None:
-                self.estimates[job_id] = estimate_of(job)
+                self.estimates[job_id] = self.estimated(job)
         for job_id, known in self.unchanged.items():
             job = self.state.unended_job(job_id)
             if known is None and job is not None:
@@ -375,6 +395,7 @@ class World:
         self.live.clear()
         self.estimates.clear()
         self.unchanged.clear()
+        self.bare.clear()
         self.preparation = None
         self.preparable.clear()
         self._end_troubles()

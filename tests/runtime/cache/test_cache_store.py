@@ -32,9 +32,9 @@ from support.ledgers import FAST_FOLDER
 
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key
-from runtime.cache.manifest import Cleared, Entry, hash_inputs, needs_trial
+from runtime.cache.manifest import Cleared, Entry
 from runtime.cache.store import USELESS_KNOWN_S, ModelCache, Use, UseOrder
-from runtime.wire import SourceHash, Tensor
+from runtime.wire import SourceHash
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000
@@ -150,10 +150,9 @@ def test_form_larger_than_the_cache_is_left_out(store: ModelCache, folder: Path)
     }
     assert store.use(B) is not None  # nothing was evicted for it
     assert opened(folder, LIMIT).find(A) is not None
-    assert opened(folder, LIMIT + 1).find(A) is None
 
 
-def test_trials_without_use_are_repeated_after_a_day(folder: Path) -> None:
+def test_reasons_against_forms_hold_for_a_day(folder: Path) -> None:
     clock = Clock()
     store = ModelCache(folder, LIMIT, now_ns=clock)
     store.open()
@@ -163,22 +162,13 @@ def test_trials_without_use_are_repeated_after_a_day(folder: Path) -> None:
     assert store.drop(C, "killed by signal 11")
     clock.now_ns += USELESS_KNOWN_S * SECOND_NS
     assert found(store, A).tried == {"prepacked": "slower"}
+    assert found(store, C).tried["optimised"] == "killed by signal 11"
     clock.now_ns += SECOND_NS
-    assert store.find(A) is None
+    assert (store.find(A), store.find(C)) == (None, None)
     store.record_useless(A, {"prepacked": "slower again"}, model_id="m", version=1)
     assert found(store, A).tried == {"prepacked": "slower again"}
     clock.now_ns += 1000 * USELESS_KNOWN_S * SECOND_NS
     assert found(store, B).form == "prepacked"
-    assert found(store, C).tried["optimised"] == "killed by signal 11"  # a load found that: for good
-
-
-def test_untried_model_is_tried_on_other_inputs(store: ModelCache) -> None:
-    given = (Tensor("x", "FP32", (1,), b"[1]", text=True),)
-    assert needs_trial(None, given)
-    store.record_useless(A, {}, model_id="m", version=1, untried_on=hash_inputs(()))
-    assert [needs_trial(store.find(A), inputs) for inputs in ((), given)] == [False, True]
-    store.record_useless(A, {}, model_id="m", version=1)
-    assert not needs_trial(store.find(A), given)
 
 
 # Eviction
@@ -224,12 +214,11 @@ class Expected:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.sizes: dict[str, int | None] = {}
-        self.too_large: dict[str, int] = {}
 
     def put(self, name: str, size: int | None) -> None:
         self.remove(name)
         if size is not None and size > self.limit:
-            self.too_large[name], size = size, None
+            size = None
         self.sizes[name] = size
         self.evict()
 
@@ -240,12 +229,9 @@ class Expected:
 
     def remove(self, name: str) -> None:
         self.sizes.pop(name, None)
-        self.too_large.pop(name, None)
 
     def open(self, limit: int) -> None:
         self.limit = limit
-        for name in [each for each, size in self.too_large.items() if size <= limit]:
-            self.remove(name)
         self.evict()
 
     def evict(self) -> None:

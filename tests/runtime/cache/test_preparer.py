@@ -17,7 +17,7 @@ from support.running import Engine, running
 from support.workers import until
 
 from events.jobs import JobStatus
-from events.types import LoadParameters, ModelLoaded
+from events.types import LoadParameters, LoadStarted, ModelLoaded
 from runtime.cache.manifest import Entry
 from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
 from runtime.cache.store import ModelCache
@@ -324,9 +324,7 @@ async def test_preparation_stops_for_a_load_and_resumes(
         assert (await settled(store, engine.root)).form is not None
 
 
-async def test_untried_model_says_what_to_do_and_is_tried_then(
-    start: Start, tmp_path: Path, store: ModelCache
-) -> None:
+async def test_untried_model_says_what_to_do(start: Start, tmp_path: Path, store: ModelCache) -> None:
     models.save(models.reshape(7), tmp_path / "models", "m")
     defaults = tmp_path / "models" / "m" / "loadledger.toml"
     defaults.write_text("[warm_up]\nenabled = false\n")
@@ -343,6 +341,7 @@ async def test_untried_model_says_what_to_do_and_is_tried_then(
                 for name, datatype, shape, data in given
             )
         )
+        store.clear("m")
         await reload(engine)
         key = key_in(engine.root, "m")
         await until(lambda: (entry := store.find(key)) is not None and entry.made_at != untried.made_at)
@@ -370,16 +369,59 @@ async def test_form_beyond_the_memory_limit_is_kept(start: Start, store: ModelCa
         assert form_of(store, engine.root) == "prepacked"
 
 
-async def test_one_instance_may_load_bare(start: Start, store: ModelCache) -> None:
+async def killed_while_loading(engine: Engine, parameters: LoadParameters | None = None) -> str:
+    """Have another process kill the worker that is about to load `m`; returns the load's job id."""
+    first = await engine.stopped_ahead()
+    job_id = await engine.ask_load("m", parameters=parameters)
+    await until(lambda: any(load.workers for load in engine.consumer.loads.values() if load.model_id == "m"))
+    os.kill(first, signal.SIGKILL)
+    return job_id
+
+
+async def test_kill_while_a_form_loads_ends_the_attempt_and_keeps_the_form(
+    start: Start, store: ModelCache
+) -> None:
     async with start(m=models.weights(4)) as engine:
-        first = await engine.stopped_ahead()
-        job_id = await engine.ask_load("m", parameters=LoadParameters(instances=3))
-        await until(lambda: any(load.workers for load in engine.consumer.loads.values()))
-        load = engine.live("m")
-        os.kill(first, signal.SIGKILL)
-        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
-        used = [load.reports[worker.worker_id].prepared is not None for worker in engine.workers("m")]
-        assert used == [False, True, True]
-        assert await form_of_load(engine, 2) == "optimised"
-        os.kill(engine.workers("m")[1].pid, signal.SIGSEGV)
+        job_id = await killed_while_loading(engine, LoadParameters(instances=3))
+        job = await engine.ended(job_id)
+        assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
+        assert await form_of_load(engine, 2) is None
+        assert len(engine.workers("m")) == 3
+        started = [fact for fact in await engine.events(of="m") if isinstance(fact.data, LoadStarted)][-2:]
+        assert [fact.data for fact in started] == [LoadStarted(1)] * 2
+        assert started[0].worker_id != started[1].worker_id
+        assert "WorkerExited" not in await engine.story()
+        assert form_of(store, engine.root) == "optimised"
+        assert (await reload(engine)).prepared is not None
+
+
+async def test_form_with_repeated_outside_failures_is_dropped(start: Start, store: ModelCache) -> None:
+    async with start(m=models.add(1)) as engine:
+        for _ in range(MAX_ATTEMPTS):
+            assert form_of(store, engine.root) == "optimised"
+            assert (await engine.ended(await killed_while_loading(engine))).status is JobStatus.COMPLETED
+            await engine.unload("m")
         await until(lambda: form_of(store, engine.root) is None)
+        entry = store.find(key_in(engine.root, "m"))
+        assert entry is not None
+        assert entry.tried["optimised"].endswith(f"{MAX_ATTEMPTS} times")
+
+
+async def test_bare_attempt_waits_for_its_own_memory(start: Start) -> None:
+    """A form takes less memory than the bare model, and so does its reservation."""
+    async with start(m=models.weights(16), other=models.add(2)) as engine:
+        await load(engine)
+        await engine.unload("m")
+        bare, form = sorted(engine.model("m").footprints, key=lambda seen: seen.form is not None)
+        assert bare.peak_memory_bytes > form.peak_memory_bytes + 8 * 2**20
+        await load(engine, "other")
+        budget_bytes = bare.peak_memory_bytes + 2**20
+        engine.consumer.policy = Policy(2, budget_bytes=budget_bytes)
+        job_id = await killed_while_loading(engine)
+        job = engine.log.state.unended_job(job_id)
+        assert job is not None
+        await until(lambda: "of memory" in (engine.consumer.waiting_for(job) or ""))
+        assert job_id not in engine.consumer.loads
+        await engine.unload("other")
+        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
+        assert (await engine.facts(ModelLoaded, of="m"))[-1].prepared is None

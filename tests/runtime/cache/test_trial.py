@@ -1,7 +1,6 @@
 """The trial of a cached model: made-up inputs, equal answers, and a verdict on its durations."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from runtime.cache.trial import (
     Trial,
     TrialImpossible,
     TrialInterrupted,
-    least_of_each,
     make_samples,
     verdict,
 )
@@ -35,45 +33,27 @@ def root(tmp_path: Path) -> Path:
 
 
 def pair(load: int = 10, bare_load: int = 30, infer: int = 100, bare_infer: int = 100) -> Pair:
-    return Pair(bare_load, load, bare_infer, infer, 5, 4)
+    return Pair(bare_load, load, bare_infer, infer)
 
 
-NO_FASTER = "it loads no faster: at best 0.0 ms, bare 0.0 ms"
-VERDICTS: dict[str, tuple[list[Pair], str | None]] = {
-    "quick": ([pair()] * 3, None),
+VERDICTS: dict[str, tuple[Pair, str | None]] = {
+    "quick": (pair(), None),
     "as quick": (
-        [pair(load=30_000, bare_load=30_000)] * 3, "it loads no faster: at best 30.0 ms, bare 30.0 ms",
+        pair(load=30_000, bare_load=30_000), "it loads no faster: 30.0 ms, bare 30.0 ms",
     ),
     "slower": (
-        [pair(load=31_000, bare_load=30_000)] * 3, "it loads no faster: at best 31.0 ms, bare 30.0 ms",
+        pair(load=31_000, bare_load=30_000), "it loads no faster: 31.0 ms, bare 30.0 ms",
     ),
-    "slow once": ([pair(), pair(), pair(load=90)], None),
-    "slower at its best": ([pair(load=20), pair(load=20), pair(load=90, bare_load=15)], NO_FASTER),
-    "slow twice": ([pair(), pair(load=90), pair(load=90)], NO_FASTER),
-    "nearly as quick": ([pair(infer=103)] * 3, None),
-    "slower in inference": (
-        [pair(infer=104)] * 3, "its inferences are slower: at best 0.96 of the bare rate",
-    ),
-    "slower in inference but once": ([pair(infer=200), pair(infer=200), pair(infer=103)], None),
-    "slower in inference at its best": (
-        [pair(infer=200), pair(infer=125), pair(infer=150)],
-        "its inferences are slower: at best 0.80 of the bare rate",
-    ),
-    "too quick to be told": ([pair(infer=0, bare_infer=0)] * 3, None),
+    "nearly as quick": (pair(infer=105), None),
+    "slower in inference": (pair(infer=106), "its inferences are slower: 0.94 of the bare rate"),
+    "too quick to be told": (pair(infer=0, bare_infer=0), None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", VERDICTS)
-def test_verdict_needs_faster_loads_and_inference_as_quick(case: str) -> None:
-    pairs, why_not = VERDICTS[case]
-    assert verdict(pairs) == why_not
-
-
-def test_figures_are_the_least_of_each() -> None:
-    figures = least_of_each([pair(load=7), pair(infer=9), pair(bare_load=8)])
-    assert figures == {
-        "bare_load_us": 8, "load_us": 7, "bare_infer_ns": 100, "infer_ns": 9, "bare_bytes": 5, "bytes": 4
-    }  # fmt: skip
+def test_verdict_needs_faster_load_and_inference_as_quick(case: str) -> None:
+    measured, why_not = VERDICTS[case]
+    assert verdict(measured) == why_not
 
 
 @pytest.fixture(autouse=True)
@@ -83,17 +63,17 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def tried(
     pool: WorkerPool, root: Path, form: CachedCopy, *given: Tensor, limit_bytes: int | None = None
-) -> tuple[str | None, Sequence[Pair]]:
+) -> tuple[str | None, Pair | None]:
     """Try a form of the model `m`."""
     return await Trial(pool, order_of(root, memory_limit_bytes=limit_bytes), given).run(form)
 
 
-async def test_trial_compares_three_pairs_with_the_bare_model(pool: WorkerPool, root: Path) -> None:
+async def test_trial_times_one_pair_with_equal_answers(pool: WorkerPool, root: Path) -> None:
     save(models.weights(1), root, "m")
-    why_not, pairs = await tried(pool, root, await prepared(pool, root))
-    assert len(pairs) == 3
-    assert why_not == verdict(pairs)
-    assert all(min(pair.load_us, pair.infer_ns, pair.bare_infer_ns, pair.bytes) > 0 for pair in pairs)
+    why_not, measured = await tried(pool, root, await prepared(pool, root))
+    assert measured is not None
+    assert why_not == verdict(measured)
+    assert min(measured.bare_load_us, measured.load_us, measured.infer_ns, measured.bare_infer_ns) > 0
 
 
 @pytest.mark.parametrize(
@@ -112,12 +92,12 @@ async def test_form_that_differs_is_of_no_use(
     save(models.add(1), other, "m")
     form = await prepared(pool, other)  # given out for one of the model
     form = describe(form.folder, form.form, form.files, found(root / "m" / "1"))
-    assert await tried(pool, root, form) == (why_not, [])
+    assert await tried(pool, root, form) == (why_not, None)
 
 
 async def test_form_of_a_random_model_is_of_no_use(pool: WorkerPool, root: Path) -> None:
     save(models.random_numbers(), root, "m")
-    assert await tried(pool, root, await prepared(pool, root)) == ("its answers differ", [])
+    assert await tried(pool, root, await prepared(pool, root)) == ("its answers differ", None)
 
 
 async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, root: Path) -> None:
@@ -171,8 +151,8 @@ async def test_trial_uses_given_inputs(pool: WorkerPool, root: Path) -> None:
         Tensor("x", "FP32", (6,), b"[1, 2, 3, 4, 5, 6]", text=True),
         Tensor("sides", "INT64", (2,), b"[2, 3]", text=True),
     )
-    _, pairs = await tried(pool, root, form, *given)
-    assert len(pairs) == 3
+    _, measured = await tried(pool, root, form, *given)
+    assert measured is not None
 
 
 # Made-up inputs

@@ -236,7 +236,7 @@ UNTRUE_OF_A_LOAD: list[wire.Message] = [
         replace(LOADED, **change)
         for change in (
             {"files": ()}, {"files": (FILE, FILE)}, {"loading_us": 2**63}, {"hashing_us": 2**64 - 1},
-            {"loading_us": -1}, {"loading_us": 1.5}, {"warming_up_us": -1}, {"prepared": SHA256},
+            {"loading_us": -1}, {"loading_us": 1.5}, {"warming_up_us": -1},
             {"inputs": (TensorSpec("x" * 5000, "FP32", ()),)}, {"outputs": (TensorSpec("x", "FP32", (-2,)),)},
         )
     ),

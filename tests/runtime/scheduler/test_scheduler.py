@@ -20,6 +20,11 @@ request start                                | L:loaded                | complet
 request start                                | L:failed                | fail L
 load                                         | L:serving               | nothing
 request start request_other                  | L:loading               | start O
+# Loads whose cached model failed: the same job starts again.
+request start                                | L:form_failed           | restart L bare
+request start request_cancel_L               | L:form_failed           | cancel L
+request start request_force                  | L:form_failed           | cancel L
+load request_v2 start_v2                     | L:serving L2:form_failed | restart L2 bare
 request_other request                        |                         | start O
 request start request_v2                     | L:loading               | nothing
 request request_v2                           |                         | start L

@@ -120,7 +120,7 @@ class WatchedWorld(World):
         match action:
             case actions.PrepareModel() | actions.StopPreparation():
                 return None, 0
-            case actions.KillWorkers(load) | actions.RecordExits(load):
+            case actions.KillWorkers(load) | actions.RecordExits(load) | actions.RestartBare(load):
                 return self.live[load].model_id, 0
             case actions.FinishUnload(jobs):
                 return jobs[0].model_id, jobs[0].created_position
@@ -288,7 +288,7 @@ class WatchedWorld(World):
 
 
 NAMES = st.sampled_from(["a", "b", "c"])
-OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies"])
+OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies", "form fails"])
 
 POLICIES = st.builds(
     Policy,
