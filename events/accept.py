@@ -1,5 +1,7 @@
 """How the writer decides a command right before the insert: accept, join an existing job, or refuse. Pure.
 
+Compare and append: a command of the system is refused as `outdated` unless its conditions hold, so nothing is
+appended that was decided before a client's command, or before a commit that succeeded though it raised.
 Duplicates, idempotency keys and the choice of the active model are decided here only, so two handlers cannot
 race. Jobs of one model run in the order of their acceptance, so a duplicate is compared with the last pending
 job of the model.
@@ -13,7 +15,18 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp
-from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
+from events.commands import (
+    Command,
+    Condition,
+    FileIdentity,
+    JobUnchanged,
+    ModelUnchanged,
+    Record,
+    RequestCancel,
+    RequestLoad,
+    RequestUnload,
+    WorkerServes,
+)
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.state import State
@@ -43,8 +56,8 @@ _MOST_UNENDED = {Cause.REQUEST: MAX_QUEUE, Cause.DEMAND: MAX_QUEUE // 2}
 NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 """What is wrong with a queue delay alone."""
 
-_UNLOADABLE = (ModelState.LOADED, ModelState.LOST)
-"""The phases in which a model has a load that no unload ends yet."""
+OUTDATED = "outdated"
+"""Code of a refused command of the system: what it rests on has changed, so the caller decides anew."""
 
 SUPERSEDED = "superseded"
 """Reason of a cancelled load by the system whose place a person's load took."""
@@ -82,6 +95,8 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
         new_id: returns the id of a new event.
         now: the ledger's time.
     """
+    if not all(holds(state, condition) for condition in command.conditions):
+        return Refused(OUTDATED, "what this was decided on has changed; decide it anew")
     if isinstance(command, Record):
         return Accepted(command.drafts)
     repeated = _find_repeated(state, command.idempotency, now)
@@ -94,6 +109,21 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
             return _decide_unload(state, command, new_id)
         case RequestCancel():
             return _decide_cancel(state, command, new_id)
+
+
+def holds(state: State, condition: Condition) -> bool:
+    """Whether `state` is still what a decision rests on."""
+    match condition:
+        case JobUnchanged(job_id=job_id, position=position):
+            job = state.unended_job(job_id)
+            return job is not None and job.position == position
+        case ModelUnchanged(model=model):
+            return state.models.get(model.id) == model
+        case WorkerServes(model_id=model_id, load_job_id=load_job_id, worker_id=worker_id):
+            now = state.models.get(model_id)
+            if now is None or now.serving is None or now.phase is not ModelState.LOADED:
+                return False
+            return now.serving.load_job_id == load_job_id and worker_id in now.serving.worker_ids
 
 
 def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:
@@ -222,8 +252,6 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
         model_id = _model_to_unload(state, force=command.force)
     if model_id is None:
         return Refused("nothing_loaded", "no model is loaded; GET /api/v1/models shows their states")
-    if command.load_job_id is not None:
-        return _unload_automatically(state, command, model_id, new_id)
     queue = state.queue(model_id)
     if queue and _will_unload(queue[-1], command):
         return Existing(queue[-1].id)
@@ -233,20 +261,6 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
         return Refused("not_loaded", f"model '{model_id}' {why}")
     version = _version_of(state.models.get(model_id), queue, load_job_id)
     return _unload_requested(command, model_id, version, load_job_id, new_id())
-
-
-def _unload_automatically(
-    state: State, command: RequestUnload, model_id: str, new_id: Callable[[], str]
-) -> Accepted | Refused:
-    """Unload the load that the scheduler chose, unless it was replaced or the model has a pending job."""
-    model = state.models.get(model_id)
-    serving = model.serving if model is not None and model.phase in _UNLOADABLE else None
-    if serving is None or serving.load_job_id != command.load_job_id:
-        why = f"model '{model_id}' does not serve from load {command.load_job_id} any more"
-        return Refused("not_loaded", why)
-    if state.queue(model_id):
-        return Refused("not_loaded", f"model '{model_id}' has a pending job, which comes first")
-    return _unload_requested(command, model_id, serving.version, serving.load_job_id, new_id())
 
 
 def _unload_requested(

@@ -1,10 +1,17 @@
-"""Commands to the writer of the log, and idempotency keys. `events.accept` decides a command."""
+"""Commands to the writer of the log, their conditions, and idempotency keys; `events.accept` decides them.
+
+Compare and append: the system decides on a state that may have changed by the time its command is decided. So
+its commands carry conditions, each a part of the state that the decision rests on.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from events.clock import Timestamp, add_seconds
+from events.models import Model
 from events.types import (
     CancelRequested,
     Cause,
@@ -29,6 +36,31 @@ class FileIdentity:
     mtime_ns: int
 
 
+class JobUnchanged(Struct, frozen=True, gc=False):
+    """The job has not ended, and no event concerned it after `position`: no cancellation, no second start."""
+
+    job_id: str
+    position: int
+
+
+class ModelUnchanged(Struct, frozen=True, gc=False):
+    """No event changed this model: no request, no start and no outcome."""
+
+    model: Model
+
+
+class WorkerServes(Struct, frozen=True, gc=False):
+    """The model is loaded by this load, and the worker is not recorded as gone."""
+
+    model_id: str
+    load_job_id: str
+    worker_id: str
+
+
+Condition = JobUnchanged | ModelUnchanged | WorkerServes
+"""What must still be so when a command of the system is decided; otherwise the command is `outdated`."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
     """Load a version of a model.
@@ -37,6 +69,7 @@ class RequestLoad:
         files: of the version, as the repository holds them now.
         asked: the names of the parameters that the request itself gave. A request that gives none accepts a
             loaded model as it is.
+        conditions: of a reload by the system.
     """
 
     model_id: str
@@ -48,24 +81,20 @@ class RequestLoad:
     cause_event_id: str | None = None
     asked: frozenset[str] = frozenset()
     idempotency: Idempotency | None = None
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RequestUnload:
-    """Unload a model; None is the active model.
-
-    Attributes:
-        load_job_id: for an automatic unload, the load that the scheduler chose. The unload is refused if the
-            model serves from another load, or has a pending job.
-    """
+    """Unload a model; None is the active model. `conditions` are those of an automatic unload."""
 
     model_id: str | None
     actor: str
     force: bool = False
     cause: Cause = Cause.REQUEST
     cause_event_id: str | None = None
-    load_job_id: str | None = None
     idempotency: Idempotency | None = None
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +105,18 @@ class RequestCancel:
     actor: str
     idempotency: Idempotency | None = None
 
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """None: only clients cancel."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Append these facts unchanged, in this order, in one transaction."""
+    """Append these facts unchanged, in this order, in one transaction, if all conditions hold."""
 
     drafts: tuple[Draft, ...]
+    conditions: tuple[Condition, ...] = ()
 
 
 Command = RequestLoad | RequestUnload | RequestCancel | Record

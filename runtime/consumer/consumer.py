@@ -12,8 +12,9 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+from events.accept import OUTDATED
 from events.clock import seconds_between
-from events.errors import LedgerProblem, LogUnavailable
+from events.errors import LedgerProblem, LogUnavailable, RequestRefused
 from events.jobs import Job, JobStatus
 from events.log import Log
 from events.models import TIMEOUT
@@ -145,6 +146,7 @@ class Consumer:
     async def _step(self) -> None:
         self._wakeup.clear()
         state, now = self._log.state, self._log.now()
+        self._executor.note_recorded_exits(state)
         self._executor.end_unneeded_loads(state)
         self._executor.estimates.forget_ended(state)
         self._executor.comparisons.forget_ended(state)
@@ -163,6 +165,9 @@ class Consumer:
             return
         try:
             await self._executor.execute(action)
+        except RequestRefused as refusal:
+            if refusal.code != OUTDATED:  # the next step decides anew, on the state after what came first
+                raise
         except LogUnavailable:
             _log.warning("the ledger cannot be written; %s waits", type(action).__name__)
             self._wakeup.clear()

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 
 from msgspec.structs import replace
 
 from events.clock import seconds_between, uuid7
-from events.commands import Record, RequestLoad, RequestUnload
-from events.errors import LogUnavailable, NotEncodable, RequestRefused
+from events.commands import Condition, Record, RequestLoad, RequestUnload
+from events.errors import LedgerProblem, NotEncodable
 from events.jobs import Failure, Job, JobStatus
 from events.log import Log
 from events.models import CRASH_LOOP, LoadedModel
@@ -59,6 +58,8 @@ MAX_REMEMBERED_VERSIONS = 1000
 """Versions whose file hashes are remembered by identity, so that the same bytes are not hashed again."""
 FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
 """Signals that a process causes by itself; others were sent to it."""
+Conditions = tuple[Condition, ...]
+
 RELOAD_TIMEOUT_S = 300
 """Least timeout of a reload: the default of a person's load."""
 
@@ -99,10 +100,10 @@ def draft_settings_change(job: Job, load_job_id: str) -> Draft:
     return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
 
 
-def draft_load_start(job: Job) -> Draft:
-    """Return `LoadStarted` of a job; one that has started already starts again bare, in the same attempt."""
-    is_again = job.status is JobStatus.IN_PROGRESS
-    return draft_fact(job, LoadStarted(job.attempt if is_again else job.attempt + 1))
+def draft_load_start(job: Job, *, is_bare_again: bool) -> Draft:
+    """Return `LoadStarted` of a job; a bare start after one with a cached model is in the same attempt."""
+    is_same_attempt = is_bare_again and job.status is JobStatus.IN_PROGRESS
+    return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
 
 
 def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
@@ -126,20 +127,23 @@ def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     )
 
 
-def build_reload(model: LoadedModel, cause: Cause) -> RequestLoad:
+def build_reload(model: LoadedModel, cause: Cause, conditions: tuple[Condition, ...]) -> RequestLoad:
     """Return the request with which the system reloads a model."""
     serving = model.serving
     # Many may be requested at once: a short timeout was not meant for the queue after a restart.
     timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
     parameters = replace(serving.parameters, timeout_s=timeout_s)
-    return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause)
+    return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause, conditions=conditions)
 
 
-def build_unload(model: LoadedModel, cause: Cause, cause_event_id: str | None) -> RequestUnload:
+def build_unload(action: actions.UnloadAutomatically, conditions: tuple[Condition, ...]) -> RequestUnload:
     """Return the request with which the system unloads a model."""
-    load_job_id = model.serving.load_job_id
     return RequestUnload(
-        model.id, SYSTEM, cause=cause, cause_event_id=cause_event_id, load_job_id=load_job_id
+        action.model.id,
+        SYSTEM,
+        cause=action.cause,
+        cause_event_id=action.cause_event_id,
+        conditions=conditions,
     )
 
 
@@ -188,6 +192,15 @@ class Executor:
         self._drain_timeout_s = drain_timeout_s
         self._known_files: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
 
+    def note_recorded_exits(self, state: State) -> None:
+        """Note which exits are recorded, also by an append that raised after it was durable."""
+        for load in self.loads.values():
+            model = state.models.get(load.model_id)
+            serving = model.serving if model is not None else None
+            if serving is not None and serving.load_job_id == load.job_id:
+                exited = {worker.worker_id for worker in load.unexpected_exits}
+                load.recorded_exits.update(exited.difference(serving.worker_ids))
+
     def end_unneeded_loads(self, state: State) -> None:
         """Kill loads that the ledger has no use for; forget ended ones."""
         for key, load in list(self.loads.items()):
@@ -199,20 +212,23 @@ class Executor:
                     del self.loads[key]
 
     async def execute(self, action: Action) -> None:  # noqa: PLR0912 - a table of all actions
-        """Execute an action.
+        """Execute an action that was decided on the present state.
 
         Raises:
+            RequestRefused: `outdated`, the state changed before the action was recorded; nothing follows.
             LogUnavailable: it could not be recorded, so nothing follows from it.
         """
+        conditions = actions.list_conditions(action, self._log.state)
         match action:
             case actions.StartLoad(job):
-                await self._start_load(job)
+                await self._start_load(job, conditions)
             case actions.ChangeSettings(job, load_job_id):
-                await self._record(draft_settings_change(job, load_job_id))
+                await self._record(draft_settings_change(job, load_job_id), conditions=conditions)
             case actions.CompleteLoad(job, replaces):
-                await self._complete_load(job, replaces)
+                await self._complete_load(job, replaces, conditions)
             case actions.FailLoad(job, code, message):
-                await self._fail_load(job, Failure(code, message) if code is not None else None)
+                reason = Failure(code, message) if code is not None else None
+                await self._fail_load(job, reason, conditions)
             case actions.EstimateMemory(job):
                 self.estimates.start_estimate(job, self._log.state.models.get(job.model_id))
                 if all(load.report is not None for load in self.loads.values()):  # else it may have to wait
@@ -226,31 +242,30 @@ class Executor:
             case actions.StopPreparation():
                 self.preparer.stop()
             case actions.CancelJob(job):
-                await self._record(draft_fact(job, JobCancelled()))
+                await self._end_load(job, draft_fact(job, JobCancelled()), conditions)
             case actions.StartUnload(job, load_job_id):
-                await self._start_unload(job, load_job_id)
+                await self._start_unload(job, load_job_id, conditions)
             case actions.KillWorkers(load_job_id):
                 self.loads[load_job_id].kill()
             case actions.RestartBare(load_job_id):
                 self._restart_bare(load_job_id)
             case actions.FinishUnload(jobs, load_job_id):
-                await self._finish_unload(jobs, load_job_id)
-            case actions.RecordExits(load_job_id, worker_ids):
+                await self._finish_unload(jobs, load_job_id, conditions)
+            case actions.RecordExits(load_job_id, _, worker_ids):
                 load = self.loads[load_job_id]
-                await self._record_with_exits(
-                    load, [each for each in load.workers if each.worker_id in worker_ids]
-                )
+                dead = [each for each in load.workers if each.worker_id in worker_ids]
+                await self._record_with_exits(load, dead, conditions=conditions)
             case actions.UnloadForReplacement(job, load_job_id):
-                await self._record(draft_replacement_unload(self.loads[load_job_id], job.id))
+                unload = draft_replacement_unload(self.loads[load_job_id], job.id)
+                await self._record(unload, conditions=conditions)
             case actions.RequestReload(model, cause):
-                await self._log.submit(build_reload(model, cause))
-            case actions.UnloadAutomatically(model, cause, cause_event_id):
-                with suppress(RequestRefused):  # another job of the model was requested meanwhile
-                    await self._log.submit(build_unload(model, cause, cause_event_id))
+                await self._log.submit(build_reload(model, cause, conditions))
+            case actions.UnloadAutomatically():
+                await self._log.submit(build_unload(action, conditions))
             case actions.FailModel(model, message):
-                await self._record(*draft_crash_loop(model, message))
+                await self._record(*draft_crash_loop(model, message), conditions=conditions)
 
-    async def _start_load(self, job: Job) -> None:
+    async def _start_load(self, job: Job, conditions: Conditions) -> None:
         version, parameters = job.load_order
         load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), self._wake)
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
@@ -264,7 +279,8 @@ class Executor:
             build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
         )
         try:  # its files are read while the log writes
-            await self._record(replace(draft_load_start(job), worker_id=load.worker_id))
+            started = draft_load_start(job, is_bare_again=job.id in self.estimates.bare)
+            await self._record(replace(started, worker_id=load.worker_id), conditions=conditions)
         except BaseException:
             ordered.cancel()
             raise
@@ -279,14 +295,14 @@ class Executor:
         if load.prepared is not None and load.form_failure is not None:
             self.preparer.fail_form(load.prepared, load.form_failure)
 
-    async def _complete_load(self, job: Job, replaces: str | None) -> None:
+    async def _complete_load(self, job: Job, replaces: str | None, conditions: Conditions) -> None:
         load = self.loads[job.id]
         self._remember_files(load)
         loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load)
         old = self.loads.get(replaces) if replaces is not None else None
         swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
         try:
-            await self._record(loaded, *swapped_out)
+            await self._record(loaded, *swapped_out, conditions=conditions)
         except NotEncodable as error:  # the load fails then, and not the consumer
             load.fail(error.code, f"what was loaded cannot be recorded: {error}")
             return
@@ -305,30 +321,34 @@ class Executor:
         peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
         self.preparer.offer(Candidate(load.job_id, load.model_id, load.version, files, peak_bytes))
 
-    async def _fail_load(self, job: Job, reason: Failure | None) -> None:
-        load = self.loads.get(job.id)
+    async def _fail_load(self, job: Job, reason: Failure | None, conditions: Conditions) -> None:
         reason = reason or self.loads[job.id].failure_reason
         failed = LoadFailed(reason.code, plain_text(reason.message))
-        await self._record_with_exits(
-            load, load.unexpected_exits if load else [], draft_fact(job, failed, load)
-        )
+        await self._end_load(job, draft_fact(job, failed, self.loads.get(job.id)), conditions)
 
-    async def _start_unload(self, job: Job, load_job_id: str) -> None:
+    async def _end_load(self, job: Job, end: Draft, conditions: Conditions) -> None:
+        """Record the end of a load that did not complete, after the exits of its workers."""
+        load = self.loads.get(job.id)
+        dead = load.unexpected_exits if load is not None else ()
+        await self._record_with_exits(load, dead, end, conditions=conditions)
+
+    async def _start_unload(self, job: Job, load_job_id: str, conditions: Conditions) -> None:
         load = self.loads.get(load_job_id)
         if load is not None:
             load.draining = True  # routing stops before the fact is recorded
             load.stage = "draining"
-        try:
-            await self._record(draft_fact(job, UnloadStarted(), load))
-        except LogUnavailable:
-            if load is not None:  # the unload can be cancelled until it is recorded
-                load.draining, load.stage = False, None
-            raise
+        if job.status is JobStatus.PENDING:  # else an append recorded it, though that raised
+            try:
+                await self._record(draft_fact(job, UnloadStarted(), load), conditions=conditions)
+            except LedgerProblem:
+                if load is not None:  # the unload can be cancelled until it is recorded
+                    load.draining, load.stage = False, None
+                raise
         if load is not None and not job.forced and not load.unloading:
             load.unloading = True
             load.track(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
 
-    async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str) -> None:
+    async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str, conditions: Conditions) -> None:
         load = self.loads.get(load_job_id)
         unloaded = ModelUnloaded(0, 0, 0)
         if load is not None:
@@ -336,18 +356,20 @@ class Executor:
                 min(load.freed_bytes, MAX_BYTES), load.drained_requests, load.aborted_requests
             )
         ends = [draft_fact(job, unloaded, load) for job in jobs]
-        await self._record_with_exits(load, load.unexpected_exits if load else [], *ends)
+        dead = load.unexpected_exits if load is not None else ()
+        await self._record_with_exits(load, dead, *ends, conditions=conditions)
 
     async def _record_with_exits(
-        self, load: RunningLoad | None, dead: Sequence[Worker], *drafts: Draft
+        self, load: RunningLoad | None, dead: Sequence[Worker], *drafts: Draft, conditions: Conditions
     ) -> None:
         """Record the exits of these workers, each once, and the facts that follow from them."""
         if load is None:
-            await self._record(*drafts)
+            await self._record(*drafts, conditions=conditions)
             return
         new = [worker for worker in dead if worker.worker_id not in load.recorded_exits]
         self._drop_crashing_copy(load, new)
-        await self._record(*(draft_exit(load, worker) for worker in new), *drafts)
+        exits = (draft_exit(load, worker) for worker in new)
+        await self._record(*exits, *drafts, conditions=conditions)
         load.recorded_exits.update(worker.worker_id for worker in new)
 
     def _drop_crashing_copy(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
@@ -359,5 +381,5 @@ class Executor:
             failure = FormFailure(f"a worker that served from it {end}", has_outside_cause=False)
             self.preparer.fail_form(load.prepared, failure)
 
-    async def _record(self, *drafts: Draft) -> None:
-        await self._log.submit(Record(drafts))
+    async def _record(self, *drafts: Draft, conditions: Conditions) -> None:
+        await self._log.submit(Record(drafts, conditions))

@@ -1,12 +1,14 @@
-"""The actions that the scheduler decides and the executor carries out, as plain values."""
+"""The actions that the scheduler decides and the executor carries out, as plain values; their conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from events.commands import Condition, JobUnchanged, ModelUnchanged, WorkerServes
 from events.jobs import Job
 from events.models import LoadedModel
+from events.state import State
 from events.types import Cause
 
 
@@ -30,7 +32,7 @@ class CompareFiles(JobAction):
 
 
 class CancelJob(JobAction):
-    """Record `JobCancelled` of a load, or of an unload that has not begun; end the load's workers."""
+    """Record `JobCancelled` of a load, or of an unload that has not begun, after the exits of its workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,10 @@ class UnloadForReplacement(JobLoadAction):
 
 
 class StartUnload(JobLoadAction):
-    """Stop routing to a load, record `UnloadStarted`, then drain and stop its workers unless forced."""
+    """Stop routing to a load, record `UnloadStarted`, then drain and stop its workers unless forced.
+
+    Of a job in progress that is recorded, by an append that raised; only the effect is missing.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +101,9 @@ class PrepareModel(LoadAction):
 
 @dataclass(frozen=True, slots=True)
 class RecordExits(LoadAction):
-    """Record `WorkerExited` of each of these workers of a serving load."""
+    """Record `WorkerExited` of each of these workers of the load from which the model serves."""
 
+    model_id: str
     worker_ids: tuple[str, ...]
 
 
@@ -160,3 +166,43 @@ class Decision:
     action: Action | None = None
     wake_at: str | None = None
     waiting_for: Mapping[str, str] = field(default_factory=dict)
+
+
+def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
+    """Return what must still be so when the facts or the request of an action are appended.
+
+    Requests and starts rest on the model: a client's command that was recorded first wins. Outcomes rest on
+    their job alone, so no request for the model delays them.
+    """
+    match action:
+        case StartLoad(job) | ChangeSettings(job) | UnloadForReplacement(job) | StartUnload(job):
+            return (_unchanged(job), *_unchanged_model(job.model_id, state))
+        case CompleteLoad(job) | FailLoad(job) | CancelJob(job):
+            return (_unchanged(job),)
+        case FinishUnload(jobs):
+            return tuple(map(_unchanged, jobs))
+        case RecordExits(load_job_id, model_id, worker_ids):
+            return tuple(WorkerServes(model_id, load_job_id, worker_id) for worker_id in worker_ids)
+        case RequestReload(loaded) | FailModel(loaded):
+            return (ModelUnchanged(loaded.model),)
+        case UnloadAutomatically(loaded, _, cause_event_id):
+            job_with_need = state.unended_job(cause_event_id)
+            return ModelUnchanged(loaded.model), *map(_unchanged, filter(None, [job_with_need]))
+        case (
+            KillWorkers()
+            | RestartBare()
+            | EstimateMemory()
+            | CompareFiles()
+            | PrepareModel()
+            | StopPreparation()
+        ):
+            return ()
+
+
+def _unchanged(job: Job) -> JobUnchanged:
+    return JobUnchanged(job.id, job.position)
+
+
+def _unchanged_model(model_id: str, state: State) -> tuple[Condition, ...]:
+    model = state.models.get(model_id)
+    return () if model is None else (ModelUnchanged(model),)

@@ -97,7 +97,7 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
             continue
         before = queue[: forced[-1] + 1]
         target = find_unload_target(view.state, before[-1])
-        yield from (actions.CancelJob(job) for job in before if job.kind is JobKind.LOAD)
+        yield from (actions.CancelJob(job) for job in before if job.kind is JobKind.LOAD or job.cancelling)
         yield from (actions.StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
         alive = [run for run in view.running.values() if run.model_id == model_id and run.alive]
         yield from (actions.KillWorkers(run.load_job_id) for run in alive if not run.killed)
@@ -133,7 +133,7 @@ def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
         elif run.phase is Phase.FORM_FAILED and job is not None:
             yield actions.RestartBare(run.load_job_id)
         elif exited := _find_unrecorded_exits(view, run):
-            yield actions.RecordExits(run.load_job_id, exited)
+            yield actions.RecordExits(run.load_job_id, run.model_id, exited)
 
 
 def _find_unrecorded_exits(view: SchedulerView, run: LoadView) -> tuple[str, ...]:

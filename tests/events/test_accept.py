@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from msgspec import structs
 from support.history import FEWER, MODEL, TUNED, History, at, drafts, fold, given, ids
 
-from events.accept import MAX_QUEUE, Accepted, Decision, Existing, Refused, accept
-from events.commands import Command, FileIdentity, Record, RequestCancel, RequestLoad, RequestUnload
+from events.accept import MAX_QUEUE, OUTDATED, Accepted, Decision, Existing, Refused, accept, holds
+from events.commands import (
+    Command,
+    FileIdentity,
+    JobUnchanged,
+    ModelUnchanged,
+    Record,
+    RequestCancel,
+    RequestLoad,
+    RequestUnload,
+    WorkerServes,
+)
 from events.state import State
 from events.types import (
     CancelRequested,
@@ -354,34 +364,69 @@ def test_refusal_names_force_for_pending_load() -> None:
     assert "force=true" in decision.message
 
 
-AUTOMATIC_UNLOADS: list[tuple[str, str, str]] = [
-    # facts, the load that the system names, outcome
-    ("load", "L", "new:L"),
-    ("load crash", "L", "new:L"),
-    ("load restart", "L", "new:L"),
-    ("", "L", "not_loaded"),
-    ("request", "L", "not_loaded"),
-    ("request start", "L", "not_loaded"),
-    ("load request_v2 start_v2", "L", "not_loaded"),
-    ("load load_v2", "L", "not_loaded"),
-    ("load load_v2", "L2", "new:L2"),
-    ("load load_v2 request_drain start_drain", "L2", "new:L2"),
-    ("load request_unload", "L", "not_loaded"),
-    ("load request_unload request_cancel_U", "L", "not_loaded"),
-    ("load request_unload start_unload", "L", "not_loaded"),
-    ("load request_force", "L", "not_loaded"),
-    ("load request_unload finish_unload", "L", "not_loaded"),
-    ("load request_unload finish_unload load_pair", "L", "not_loaded"),
-    ("load crash request_recovery", "L", "not_loaded"),
-    ("load_other", "O", "not_loaded"),
+# Compare and append: what the system decided on facts, and what was recorded since.
+
+SINCE: list[tuple[str, str, str, str]] = [
+    # facts, what was recorded since, then: whether the model and whether its job L are unchanged
+    ("load", "", "unchanged", "ended"),
+    ("load crash", "", "unchanged", "ended"),
+    ("load crash", "request_unload", "changed", "ended"),
+    ("load crash", "request_again", "changed", "ended"),
+    ("load crash", "request_again request_cancel_L3 cancel_L3", "unchanged", "ended"),  # as if nothing was
+    ("load crash", "load_other", "unchanged", "ended"),
+    ("load crash", "request_recovery", "changed", "ended"),
+    ("load", "request_force", "changed", "ended"),
+    ("request", "", "unchanged", "unchanged"),
+    ("request", "start", "changed", "changed"),
+    ("request", "request_cancel_L", "unchanged", "changed"),
+    ("request", "request_v2", "changed", "unchanged"),
+    ("request start", "request_force", "changed", "unchanged"),
+    ("request start", "finish", "changed", "ended"),
+    ("request start", "fail", "changed", "ended"),
+    ("request start", "request_cancel_L", "unchanged", "changed"),
+    ("request start", "crash", "unchanged", "unchanged"),  # of another load's worker
 ]
 
 
-@pytest.mark.parametrize(("facts", "load_id", "expected"), AUTOMATIC_UNLOADS)
-def test_automatic_unload_ends_named_load_only(facts: str, load_id: str, expected: str) -> None:
-    for force in (False, True):
-        command = RequestUnload(MODEL, "system", force=force, cause=Cause.IDLE, load_job_id=load_id)
-        assert outcome(facts, command) == expected
+@pytest.mark.parametrize(("facts", "since", "model", "job"), SINCE)
+def test_conditions_say_what_changed_since(facts: str, since: str, model: str, job: str) -> None:
+    before, after = given(facts), given(f"{facts} {since}").state
+    assert holds(after, ModelUnchanged(before.model())) is (model == "unchanged")
+    position = before.job("L").position
+    assert holds(after, JobUnchanged("L", position)) is (job == "unchanged")
+
+
+@pytest.mark.parametrize(
+    ("facts", "load_id", "worker_id", "expected"),
+    [
+        ("load", "L", "w-L", True),
+        ("load", "L", "unknown", False),
+        ("load", "L2", "w-L", False),
+        ("load crash", "L", "w-L", False),
+        ("load request_unload", "L", "w-L", True),
+        ("load request_unload start_unload", "L", "w-L", False),
+        ("load_pair crash_1", "P", "P1", False),
+        ("load_pair crash_1", "P", "P2", True),
+        ("", "L", "w-L", False),
+    ],
+)
+def test_worker_serves_until_it_is_recorded_as_gone(
+    facts: str, load_id: str, worker_id: str, *, expected: bool
+) -> None:
+    assert holds(given(facts).state, WorkerServes(MODEL, load_id, worker_id)) is expected
+
+
+def test_command_on_changed_model_is_outdated() -> None:
+    history = given("load crash")
+    looked_at = (ModelUnchanged(history.model()),)
+    reload = replace(load(cause=Cause.RECOVERY), conditions=looked_at)
+    idle = RequestUnload(MODEL, "system", cause=Cause.IDLE, conditions=looked_at)
+    fact = Record((Draft("e", LoadStarted(1), "system"),), looked_at)
+    commands = (reload, idle, fact)
+    assert [outcome(history.state, command) for command in commands[:2]] == [NEW, "new:L"]
+    assert decide(history.state, fact) == Accepted(fact.drafts)
+    history.ask_unload("U", "L")
+    assert [outcome(history.state, command) for command in commands] == [OUTDATED] * 3
 
 
 CANCELS: list[tuple[str, str, str]] = [
@@ -420,8 +465,6 @@ def test_cancel_outcome(facts: str, job: str, expected: str) -> None:
     ("facts", "command", "words"),
     [
         ("request", unload(), f"model '{MODEL}' is only loading; add ?force=true"),
-        ("load", RequestUnload(MODEL, "system", load_job_id="X"), f"'{MODEL}' does not serve from load X"),
-        ("load request_v2", RequestUnload(MODEL, "system", load_job_id="L"), f"'{MODEL}' has a pending job"),
         ("load", RequestCancel("L", "bob"), "job L has ended"),
         ("load request_unload start_unload", RequestCancel("U", "bob"), "unload U has started"),
         ("load request_in_place request_drain", RequestCancel("S", "bob"), "job S is part of a swap"),
@@ -502,7 +545,7 @@ COMMANDS = st.builds(
 )
 CODES = {
     *("not_loaded", "nothing_loaded", "queue_full"),
-    *("already_finished", "already_started", "idempotency_mismatch"),
+    *("already_finished", "already_started", "idempotency_mismatch", OUTDATED),
 }
 KEYS = st.none() | st.builds(Idempotency, st.sampled_from("kl"), st.sampled_from("fg"))
 CANCEL_COMMANDS = st.builds(
@@ -513,7 +556,7 @@ AUTOMATIC = st.builds(
     MODELS,
     st.just("system"),
     cause=st.sampled_from([Cause.IDLE, Cause.EVICTION]),
-    load_job_id=st.sampled_from(["job1", "job2", "a"]),
+    conditions=st.just((JobUnchanged("job1", 1),)),
 )
 KEYED = st.builds(lambda command, key: replace(command, idempotency=key), COMMANDS, KEYS)
 RECORDS = drafts().map(lambda draft: Record((draft,)))

@@ -20,11 +20,19 @@ from support.ledgers import change_ledger, rows_of, run_forked, stored
 from support.workers import until
 
 import migrations
+from events.accept import OUTDATED
 from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
-from events.commands import Record, RequestLoad
-from events.errors import ForeignDatabase, FutureSchema, LedgerProblem, LogUnavailable, NotEncodable
+from events.commands import JobUnchanged, Record, RequestLoad
+from events.errors import (
+    ForeignDatabase,
+    FutureSchema,
+    LedgerProblem,
+    LogUnavailable,
+    NotEncodable,
+    RequestRefused,
+)
 from events.log import Log, Receipt
 from events.sqlite.schema import APPLICATION_ID
 from events.types import SYSTEM, Draft, LoadFailed, LoadStarted
@@ -167,6 +175,37 @@ def test_unknown_commit_is_acknowledged_only_when_on_disk(path: Path, fails_once
     assert code == 0
     # What was not acknowledged may be there; what was, is.
     assert len(rows_of(path)) in ({9} if fails_once else {3, 8})
+    assert verify(path).verified
+
+
+@pytest.mark.skipif(platform.machine() not in FSYNCS, reason="the system calls' numbers are not known")
+def test_fact_of_durable_commit_that_raised_is_not_repeated(path: Path) -> None:
+    async def start_twice() -> None:
+        spare = os.open("/dev/null", os.O_RDONLY)
+        async with opened(path, new_id=ids("j")) as log:
+            await log.submit(load())
+            job = log.state.jobs["j1"]
+            start = Draft("e", LoadStarted(1), SYSTEM, job.id, MODEL, 1)
+            command = Record((start,), (JobUnchanged(job.id, job.position),))
+            wal = descriptor_of(path.with_name("ledger.db-wal"))
+            assert wal > spare
+            os.close(spare)  # the WAL has another number when it is opened again, so only one fsync fails
+            await log._database.run(lambda: fail_fsync(wal))
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # nothing can be opened to look
+            with pytest.raises(LogUnavailable, match="unknown whether the last requests were recorded"):
+                await log.submit(command)
+            assert log.state.jobs["j1"] == job  # as before, for who decides now
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            with pytest.raises(RequestRefused) as refused:
+                await log.submit(command)
+            assert (refused.value.code, log.state.jobs["j1"].attempt) == (OUTDATED, 1)
+
+    code = run_forked(lambda: asyncio.run(start_twice()))
+    if code == NO_FILTER:
+        pytest.skip("this kernel takes no such filter")
+    assert code == 0
+    assert ids_of(path) == ["j1", "e"]
     assert verify(path).verified
 
 

@@ -89,7 +89,7 @@ def describe(action: Action | None) -> str:
             return "nothing"
         case actions.FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
-        case actions.RecordExits(load, workers):
+        case actions.RecordExits(load, _, workers):
             return " ".join(["record death of", *([load] if workers == (f"w-{load}",) else workers)])
     return re.sub(r"(, replacing|:| for) None$", "", WORDS[type(action)].format(action))
 

@@ -1,6 +1,6 @@
 """A simulation around the real `accept`, folds and `decide`: log, clock, processes, memory, requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -8,8 +8,8 @@ import pytest
 
 from events.accept import Accepted, Decision, accept
 from events.clock import add_seconds
-from events.commands import Command, Record
-from events.jobs import Job
+from events.commands import Command, Condition, Record
+from events.jobs import Job, JobStatus
 from events.models import FORK_SERVER_DIED
 from events.state import State
 from events.types import (
@@ -19,6 +19,10 @@ from events.types import (
     Event,
     JobCancelled,
     LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelSettingsChanged,
     ModelUnloaded,
     ServerStarted,
     UnloadRequested,
@@ -47,6 +51,17 @@ MODEL_BYTES = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1):
 
 BARE_BYTES = 15
 """What an instance takes more without a cached model."""
+
+OUTCOMES = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, JobCancelled)
+
+_ALONE = (Cause.IDLE, Cause.EVICTION, Cause.RESTART)
+"""Causes of unloads by the system of models that nobody asked anything of."""
+
+
+def copy_state(state: State) -> State:
+    """Return a copy that later facts do not change."""
+    models, jobs, queues = dict(state.models), dict(state.jobs), dict(state.queues)
+    return State(state.position, state.recorded_at, models, jobs, queues=queues)
 
 
 def estimate_of(job: Job, *, bare: bool = False) -> int:
@@ -146,12 +161,16 @@ class Process:
 class World:
     """A log, a clock and processes, around the real `accept`, folds and `decide`.
 
-    `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded though the log refused it;
-    `twice`, the same, but the consumer has tried again.
+    The consumer decides and appends in two steps; what `meanwhile` has is recorded between, given the action.
+
+    `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded though its commit raised, and
+    not seen by the consumer until the log is read again.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
-        self.state = State()
+        self._recorded = State()
+        self._seen: State | None = None
+        self.meanwhile: list[Callable[[Action], Command]] = []
         self.policy = policy or Policy(loads_at_once=2)
         self.live: dict[str, Process] = {}
         self.now = at(0)
@@ -167,19 +186,48 @@ class World:
         self.fault: str | None = None
         self.events: list[Event] = []
         self.cancelled: set[str] = set()
+        self.exited: set[str | None] = set()
         self._ids = count(1)
+
+    @property
+    def state(self) -> State:
+        """The state that the consumer sees: not the last facts, if their commit raised just now."""
+        return self._seen or self._recorded
 
     def new_id(self) -> str:
         return f"j{next(self._ids)}"
 
     def submit(self, command: Command) -> Decision:
+        self._seen = None
         decision = accept(self.state, command, self.new_id, self.now)
         for draft in decision.drafts if isinstance(decision, Accepted) else ():
             event = record_draft(draft, self.state.position + 1, self.now)
+            self._check_fact(event)
             self.events.append(event)
             changes = self.state.apply(event)
             self.state.forget_ended(changes.jobs.values())
         return decision
+
+    def _check_fact(self, event: Event) -> None:
+        """Each fact is recorded once, and no request of the system undoes what a client asked for."""
+        job, data = self.state.unended_job(event.job_id), event.data
+        if isinstance(data, OUTCOMES):
+            assert job is not None
+            assert not (isinstance(data, ModelLoaded) and job.cancelling)
+        elif isinstance(data, LoadStarted):
+            assert job is not None
+            assert not job.cancelling
+            is_bare_again = job.id in self.bare and job.status is JobStatus.IN_PROGRESS
+            assert data.attempt == job.attempt + (not is_bare_again)
+        elif isinstance(data, UnloadStarted):
+            assert job is not None
+            assert not job.cancelling
+            assert job.status is JobStatus.PENDING
+        elif isinstance(data, WorkerExited):
+            assert event.worker_id not in self.exited
+            self.exited.add(event.worker_id)
+        elif isinstance(data, LoadRequested) or (isinstance(data, UnloadRequested) and data.cause in _ALONE):
+            assert event.actor != SYSTEM or self.state.queue(event.model_id or "") == []
 
     def running(self) -> dict[str, LoadView]:
         return {
@@ -201,6 +249,9 @@ class World:
     def step(self) -> Next:
         """Do what the consumer does in one turn."""
         for load, process in list(self.live.items()):
+            model = self.state.models.get(process.model_id)
+            if model is not None and model.serving is not None and model.serving.load_job_id == load:
+                process.recorded |= process.dead.keys() - set(model.serving.worker_ids)
             if not is_load_current(self.state, load, process.model_id):
                 process.killed = True
                 if process.over:
@@ -255,6 +306,8 @@ class World:
                 assert self.preparation is not None
                 assert not self.preparation.stopping
                 self.preparation = replace(self.preparation, stopping=True)
+            case actions.StartUnload(job) if job.status is JobStatus.IN_PROGRESS:
+                self._follow_up(action)
             case _:
                 self._append(action, self.fault)
 
@@ -263,13 +316,25 @@ class World:
         return estimate_of(job, bare=job.id in self.bare)
 
     def _append(self, action: Action, fault: str | None) -> None:
+        """Append what was decided, unless something else comes first that speaks against it."""
         self.fault = None
-        for number in range({None: 1, "lost": 0, "unsure": 1, "twice": 2}[fault]):
-            decision = self.submit(self._command(action))
+        command, decided_at = self._command(action), self.state.position
+        while self.meanwhile:
+            self.submit(self.meanwhile.pop()(action))
+        if fault == "lost":
+            return
+        before = copy_state(self._recorded)
+        decision = self.submit(command)
+        if isinstance(decision, Accepted):
+            if isinstance(action, actions.CancelJob) and action.job.cancelling:
+                self.cancelled.add(action.job.id)
+            if fault is None:
+                self._follow_up(action)
+        else:
             # What was decided on this very state must change it, or it would be decided again for ever.
-            assert number > 0 or isinstance(decision, Accepted)
-        if fault in {None, "twice"}:
-            self._follow_up(action)
+            assert before.position > decided_at
+        if fault == "unsure":
+            self._seen = before
 
     def _follow_up(self, action: Action) -> None:
         """Begin the effect of what is recorded, and remember whose death is."""
@@ -282,44 +347,78 @@ class World:
                 self.live[job.id] = Process(job.model_id, version, workers, reserved, has_form=has_form)
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
-            case actions.FailLoad(Job(id=load)) | actions.FinishUnload(_, load) | actions.RecordExits(load):
+            case (
+                actions.FailLoad(Job(id=load))
+                | actions.FinishUnload(_, load)
+                | actions.CancelJob(Job(id=load))
+            ):
                 if load in self.live:
                     self.live[load].recorded.update(self.live[load].dead)
+            case actions.RecordExits(load, _, workers):
+                self.live[load].recorded.update(workers)
             case _:
                 pass
 
-    def _command(self, action: Action) -> Command:  # noqa: PLR0912 - one for each action
+    def model_of(self, action: Action) -> str:
+        """Return the model of an action."""
+        match action:
+            case (
+                actions.KillWorkers(load)
+                | actions.RecordExits(load)
+                | actions.PrepareModel(load)
+                | actions.RestartBare(load)
+            ):
+                return self.live[load].model_id
+            case actions.FinishUnload(jobs):
+                return jobs[0].model_id
+            case actions.RequestReload(model) | actions.FailModel(model) | actions.UnloadAutomatically(model):
+                return model.id
+            case actions.JobAction(job):
+                return job.model_id
+            case _:
+                pytest.fail(f"{action} is about no model")
+
+    def list_conditions(self, action: Action) -> tuple[Condition, ...]:
+        """Return the conditions of what an action appends."""
+        return actions.list_conditions(action, self.state)
+
+    def _command(self, action: Action) -> Command:
+        conditions = self.list_conditions(action)
+        match action:
+            case actions.RequestReload(model, cause):
+                return build_reload(model, cause, conditions)
+            case actions.UnloadAutomatically():
+                return build_unload(action, conditions)
+            case _:
+                return Record(tuple(self._facts(action)), conditions)
+
+    def _facts(self, action: Action) -> Iterable[Draft]:
         match action:
             case actions.StartLoad(job):
-                return Record((draft_load_start(job),))
+                return [draft_load_start(job, is_bare_again=job.id in self.bare)]
             case actions.CompleteLoad(job, replaces):
                 drafts = [draft_fact(job, model_loaded(*self.live[job.id].workers))]
-                return Record((*drafts, *self._swapped_out(job, replaces)))
+                return [*drafts, *self._swapped_out(job, replaces)]
             case actions.ChangeSettings(job, load):
-                return Record((draft_settings_change(job, load),))
+                return [draft_settings_change(job, load)]
             case actions.UnloadForReplacement(job, load):
-                return Record(self._swapped_out(job, load))
+                return self._swapped_out(job, load)
             case actions.FailLoad(job, code):
                 process = self.live.get(job.id)
                 code = code or (process.failure if process else None) or "worker_died"
-                return Record((*self._deaths(job.id), draft_fact(job, LoadFailed(code, "because"))))
+                return [*self._deaths(job.id), draft_fact(job, LoadFailed(code, "because"))]
             case actions.CancelJob(job):
-                self.cancelled |= {job.id} if job.cancelling else set()
-                return Record((draft_fact(job, JobCancelled()),))
+                return [*self._deaths(job.id), draft_fact(job, JobCancelled())]
             case actions.StartUnload(job):
-                return Record((draft_fact(job, UnloadStarted()),))
+                return [draft_fact(job, UnloadStarted())]
             case actions.FinishUnload(jobs, load):
                 ends = (draft_fact(job, ModelUnloaded(0, 0, 0)) for job in jobs)
-                return Record((*self._deaths(load), *ends))
-            case actions.RecordExits(load, workers):
+                return [*self._deaths(load), *ends]
+            case actions.RecordExits(load, _, workers):
                 assert set(workers) <= self.live[load].dead.keys()
-                return Record(self._deaths(load, workers))
-            case actions.RequestReload(model, cause):
-                return build_reload(model, cause)
-            case actions.UnloadAutomatically(model, cause, event):
-                return build_unload(model, cause, event)
+                return self._deaths(load, workers)
             case actions.FailModel(model, message):
-                return Record(draft_crash_loop(model, message))
+                return draft_crash_loop(model, message)
             case _:
                 pytest.fail(f"{action} is never recorded")
 
@@ -392,6 +491,8 @@ class World:
 
     def restart(self, *, unclean: bool) -> None:
         down_since = self.state.recorded_at or None
+        self._seen = None
+        self.meanwhile.clear()
         self.live.clear()
         self.estimates.clear()
         self.unchanged.clear()
@@ -408,6 +509,8 @@ class World:
     def calm_down(self, outcome: str) -> None:
         """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
         self._end_troubles()
+        self._seen = None
+        self.meanwhile.clear()
         self.estimates_take_time = False
         for process in self.live.values():
             process.answer(self.now)

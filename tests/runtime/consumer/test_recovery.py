@@ -5,7 +5,8 @@ import os
 import shutil
 import signal
 import sqlite3
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,48 @@ async def test_load_without_worker_survives_the_fork_server(folder: Path) -> Non
         await until(lambda: engine.live("adder").stage == "starting")
         os.kill(engine.fork_server_pid, signal.SIGKILL)
         assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
+
+
+@contextmanager
+def slow_commit(engine: Engine) -> Iterator[None]:
+    """Have the commit under way last until the block ends."""
+    with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_unload_before_the_back_off_ends_prevents_reload(folder: Path, *, force: bool) -> None:
+    async with running(folder, clock=stopped_clock()) as engine:
+        await engine.load("adder")
+        await engine.die("adder")
+        with slow_commit(engine):
+            unload = asyncio.create_task(engine.unload("adder", force=force))
+            await asyncio.sleep(0)
+            await until(lambda: engine.log.waiting == 0)  # the writer has it
+            engine.pass_time(0.5)
+            await until(lambda: engine.log.waiting == 1)  # the reload is decided
+        assert (await unload).status is JobStatus.COMPLETED
+        assert engine.model("adder").state is ModelState.UNLOADED
+        story = ["WorkerExited", "UnloadRequested", "UnloadStarted", "ModelUnloaded"]
+        assert (await engine.story(of="adder"))[3:] == story
+
+
+async def test_cancelled_load_of_dead_worker_records_both(engine: Engine) -> None:
+    job_id = await engine.ask_load("slow")
+    load = await engine.loading("slow")
+    with slow_commit(engine):
+        cancel = asyncio.create_task(engine.log.submit(RequestCancel(job_id, "alice")))
+        await asyncio.sleep(0)
+        await until(lambda: engine.log.waiting == 0)
+        engine.kill("slow")
+        await until(lambda: engine.log.waiting == 1)  # the load's failure is decided
+    await cancel
+    assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
+    story = ["LoadRequested", "LoadStarted", "CancelRequested", "WorkerExited", "JobCancelled"]
+    assert await engine.story(of="slow") == story
+    assert load.is_finished
 
 
 # The server ends and starts again.

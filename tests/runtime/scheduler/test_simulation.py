@@ -1,17 +1,34 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+)
 from support.fleet import of_both
 from support.history import PLAIN
 from support.worlds import Process, World
 
 from events.clock import add_seconds, seconds_between
-from events.commands import FileIdentity, RequestCancel, RequestLoad, RequestUnload
+from events.commands import (
+    Command,
+    Condition,
+    FileIdentity,
+    JobUnchanged,
+    ModelUnchanged,
+    RequestCancel,
+    RequestLoad,
+    RequestUnload,
+    WorkerServes,
+)
 from events.jobs import Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.types import (
@@ -106,9 +123,9 @@ class WatchedWorld(World):
 
     def _check_force(self, action: Action) -> None:
         """Nothing else is done to a model before its forced unload has ended, with all its processes."""
-        model, position = self._about(action)
-        if model is None:
+        if isinstance(action, actions.PrepareModel | actions.StopPreparation):
             return
+        model, position = self.model_of(action), self._position_of(action)
         forced = [job.created_position for job in self.state.queue(model) if job.forced]
         if forced and isinstance(action, UNFORCED):
             assert isinstance(action, actions.FailLoad)
@@ -116,18 +133,13 @@ class WatchedWorld(World):
         if isinstance(action, actions.FinishUnload) and any(job.forced for job in action.jobs):
             assert not [process for process in self.alive() if process.model_id == model]
 
-    def _about(self, action: Action) -> tuple[str | None, int]:
+    def _position_of(self, action: Action) -> int:
         match action:
-            case actions.PrepareModel() | actions.StopPreparation():
-                return None, 0
-            case actions.KillWorkers(load) | actions.RecordExits(load) | actions.RestartBare(load):
-                return self.live[load].model_id, 0
             case actions.FinishUnload(jobs):
-                return jobs[0].model_id, jobs[0].created_position
-            case actions.RequestReload(model) | actions.FailModel(model) | actions.UnloadAutomatically(model):
-                return model.id, 0
-            case _:
-                return action.job.model_id, action.job.created_position
+                return jobs[0].created_position
+            case actions.JobAction(job):
+                return job.created_position
+        return 0
 
     def _check_start(self, job: Job) -> None:
         assert job.load is not None
@@ -326,6 +338,9 @@ LOADS = st.builds(
     st.sets(st.sampled_from(["pinned", "keep_alive_s", "timeout_s", "strategy"])),
 )
 
+KINDS = st.sampled_from(["load", "unload", "force", "cancel"])
+"""Of the commands that clients give."""
+
 TURNS = st.sampled_from([0, 1, 2, 3, 100, 100])
 """That the consumer takes before the next thing happens; with the last it comes to rest."""
 
@@ -334,8 +349,6 @@ TROUBLES: dict[str, Callable[[World], object]] = {
     "fork server is back": lambda world: setattr(world, "fork_server_up", True),
     "a fork fails": World.fail_fork,
     "log loses": lambda world: setattr(world, "fault", "lost"),
-    "log is unsure": lambda world: setattr(world, "fault", "unsure"),
-    "log has it twice": lambda world: setattr(world, "fault", "twice"),
     "server is killed": lambda world: world.restart(unclean=True),
     "server is stopped": lambda world: world.restart(unclean=False),
     "pressure": lambda world: setattr(world, "under_pressure", True),
@@ -385,6 +398,27 @@ class Simulation(RuleBasedStateMachine):
         if unended:
             self.world.submit(RequestCancel(unended[which % len(unended)].id, "alice"))
         self.world.work(turns)
+
+    @rule(load=LOADS, kind=KINDS, turns=TURNS)
+    def somebody_comes_first(self, load: RequestLoad, kind: str, turns: int) -> None:
+        self.come_first(load, kind)
+        self.world.work(turns)
+
+    def come_first(self, load: RequestLoad, kind: str) -> None:
+        """Record a command on the model of what the consumer appends next, right before that."""
+
+        def build_command(action: Action) -> Command:
+            model_id = self.world.model_of(action)
+            queue = self.world.state.queue(model_id)
+            commands: dict[str, Command] = {
+                "load": replace(load, model_id=model_id),
+                "unload": RequestUnload(model_id, "alice"),
+                "force": RequestUnload(model_id, "alice", force=True),
+                "cancel": RequestCancel(queue[0].id if queue else "", "alice"),
+            }
+            return commands[kind]
+
+        self.world.meanwhile.append(build_command)
 
     @rule(which=st.integers(0, 3), outcome=OUTCOMES, keeps=st.sampled_from([50, 100, 130]), turns=TURNS)
     def a_load_ends(self, which: int, outcome: str, keeps: int, turns: int) -> None:
@@ -438,9 +472,20 @@ class Simulation(RuleBasedStateMachine):
         self.world.end_all()
         self.world.work(turns)
 
-    @rule(seconds=st.sampled_from([0.001, 1, 12, 12, 35, 65, 400]), turns=TURNS)
-    def time_passes(self, seconds: float, turns: int) -> None:
+    @rule(
+        seconds=st.sampled_from([0.001, 1, 12, 12, 35, 65, 400]),
+        first=st.none() | st.tuples(LOADS, KINDS),
+        turns=TURNS,
+    )
+    def time_passes(self, seconds: float, first: tuple[RequestLoad, str] | None, turns: int) -> None:
         self.world.now = add_seconds(self.world.now, seconds)
+        if first is not None:
+            self.come_first(*first)
+        self.world.work(turns)
+
+    @rule(turns=TURNS)
+    def a_commit_is_durable_but_raises(self, turns: int) -> None:
+        self.world.fault = "unsure"
         self.world.work(turns)
 
     @rule(trouble=st.sampled_from(list(TROUBLES)), turns=TURNS)
@@ -466,3 +511,61 @@ Simulation.TestCase.settings = settings(
     PLAIN, max_examples=of_both(short=100, long=5_000), stateful_step_count=50
 )
 TestSimulation = Simulation.TestCase
+
+
+class CarelessWorld(WatchedWorld):
+    """A world that appends without the conditions of one kind."""
+
+    without: type[Condition]
+
+    def list_conditions(self, action: Action) -> tuple[Condition, ...]:
+        return tuple(each for each in super().list_conditions(action) if not isinstance(each, self.without))
+
+
+def cancel_before_start(world: World) -> None:
+    world.submit(RequestLoad("a", 1, (), "alice"))
+    world.meanwhile.append(lambda _: RequestCancel(world.state.queue("a")[0].id, "alice"))
+    world.settle()
+
+
+def unload_before_reload(world: World) -> None:
+    world.submit(RequestLoad("a", 1, (), "alice"))
+    world.settle()
+    world.progress("loaded")
+    world.settle()
+    for process in world.serving():
+        process.die(WorkerExited(None, 9, ()), *process.left)
+    decision = world.settle()
+    world.now = decision.wake_at or world.now
+    world.meanwhile.append(lambda _: RequestUnload("a", "alice"))
+    world.settle()
+
+
+def record_exit_unsurely(world: World) -> None:
+    parameters = LoadParameters(instances=2)
+    world.submit(RequestLoad("a", 1, (), "alice", parameters, asked=frozenset({"instances"})))
+    world.settle()
+    world.progress("loaded")
+    world.settle()
+    for process in world.serving():
+        process.die(WorkerExited(None, 9, ()), *process.left[:1])
+    world.fault = "unsure"
+    world.settle()
+
+
+@pytest.mark.parametrize(
+    ("happens", "condition"),
+    [
+        (cancel_before_start, JobUnchanged),
+        (unload_before_reload, ModelUnchanged),
+        (record_exit_unsurely, WorkerServes),
+    ],
+)
+def test_simulation_sees_facts_appended_without_a_condition(
+    happens: Callable[[World], None], condition: type[Condition]
+) -> None:
+    happens(WatchedWorld())
+    careless = CarelessWorld()
+    careless.without = condition
+    with pytest.raises(AssertionError):
+        happens(careless)
