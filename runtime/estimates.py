@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from events.footprints import Footprint
-from events.jobs import Job
-from events.models import Model
+from events.jobs import Failure, Job
+from events.models import RELOADS, Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem
 from runtime.repository import MODEL_FILE, FileStat, Repository
+from runtime.store.problems import RepositoryUnreadable
+from runtime.store.sources import open_sources
+
+_log = logging.getLogger(__name__)
 
 WORKER_BYTES = 8 * 2**20
 """Memory of a worker beside its model, at most."""
@@ -23,6 +29,9 @@ BYTES_PER_DATA_BYTE = 1
 """External data is mapped, which takes no memory, but copied where it is packed."""
 MAX_CREDIBLE_BYTES = 2**47
 """The address space of a process. Earlier releases recorded whatever peak a worker claimed."""
+MAX_OUTDATED = 3
+"""A load that found other files than its estimate was for is estimated anew so many times; then it fails."""
+CHANGING = f"the model's files changed before its load {MAX_OUTDATED + 1} times; load it again"
 ESTIMATE_WAIT_S = 2.0
 """How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
 
@@ -78,6 +87,15 @@ def is_same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool
     )
 
 
+FileSizes = frozenset[tuple[str, int]]
+"""Path and bytes of each file of a version: what an estimate is for."""
+
+
+def file_sizes(files: Iterable[FileStat]) -> FileSizes:
+    """Return the sizes of files, to compare with those of an estimate."""
+    return frozenset((file.path, file.bytes) for file in files)
+
+
 class MemoryEstimates:
     """Estimates of pending loads, each made once from the load's files, for the form that it will use.
 
@@ -87,6 +105,8 @@ class MemoryEstimates:
         from_file_sizes: jobs of whose files only the sizes are known.
         with_form: jobs whose estimate is for a prepared form.
         bare: jobs whose form failed, so that they load without one.
+        outdated: how often jobs were estimated for other files than they then found.
+        failures: why the files of a job cannot be looked at, so that what it needs stays unknown.
         tasks: the estimates under way.
     """
 
@@ -99,15 +119,18 @@ class MemoryEstimates:
         self._repository = repository
         self._form_of = form_of
         self._wake = wake
+        self._sizes: dict[str, FileSizes] = {}
         self.known: dict[str, int | None] = {}
         self.in_progress: set[str] = set()
         self.from_file_sizes: set[str] = set()
         self.with_form: set[str] = set()
         self.bare: set[str] = set()
+        self.outdated = Counter[str]()
+        self.failures: dict[str, Failure] = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start_estimate(self, job: Job, model: Model | None) -> None:
-        """Begin to estimate a load; `known` has the result when this wakes the consumer."""
+        """Begin to estimate a load; `known` or `failures` has the result when this wakes the consumer."""
         self.known[job.id] = None
         self.in_progress.add(job.id)
         patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, job.id)
@@ -116,52 +139,99 @@ class MemoryEstimates:
         task.add_done_callback(self.tasks.discard)
         task.add_done_callback(lambda _: patience.cancel())
 
+    def sizes(self, job_id: str) -> FileSizes | None:
+        """Return the sizes of the files that an estimate is for; None without an estimate."""
+        return self._sizes.get(job_id)
+
     def forget_ended(self, state: State) -> None:
         """Drop the estimates of jobs that have ended."""
-        for job_id in [
-            job_id for job_id in self.known.keys() | self.bare if state.unended_job(job_id) is None
-        ]:
+        kept = self.known.keys() | self.bare | self.outdated.keys()
+        for job_id in [job_id for job_id in kept if state.unended_job(job_id) is None]:
             self._forget(job_id)
             self.bare.discard(job_id)
+            self.outdated.pop(job_id, None)
 
     def restart_bare(self, job_id: str) -> None:
         """Have a load estimated anew, without its form."""
         self._forget(job_id)
         self.bare.add(job_id)
 
+    def restart_outdated(self, job_id: str) -> None:
+        """Have a load estimated anew that found other files; the last time it fails."""
+        self._forget(job_id)
+        self.outdated[job_id] += 1
+        if self.outdated[job_id] > MAX_OUTDATED:
+            self.known[job_id] = None
+            self.failures[job_id] = Failure("model_changed", CHANGING)
+
     def may_use_form(self, job_id: str) -> bool:
         """Whether a load may use a form: its reservation is for one, or without a budget there is none."""
         return job_id not in self.bare and (job_id in self.with_form or job_id not in self.known)
+
+    def is_restarted(self, job_id: str) -> bool:
+        """Whether a load was estimated anew, so that its next start is in the same attempt."""
+        return job_id in self.bare or job_id in self.outdated
 
     def _forget(self, job_id: str) -> None:
         self.known.pop(job_id, None)
         self.from_file_sizes.discard(job_id)
         self.with_form.discard(job_id)
+        self.failures.pop(job_id, None)
+        self._sizes.pop(job_id, None)
 
     async def _estimate_job(self, job: Job, model: Model | None) -> None:
         version, parameters = job.load_order
-        need = MemoryEstimate(0, is_estimate=False)
+        footprints = model.footprints if model is not None else ()
+        recorded = _recorded_files(job, model)
         try:
-            footprints = model.footprints if model is not None else ()
-            files, form = await asyncio.to_thread(self._read_files, job, version, footprints)
+            files, form = await asyncio.to_thread(self._look, job, version, recorded, footprints)
             need = estimate_memory(files, version, parameters, footprints, form)
-            if form is not None:
-                self.with_form.add(job.id)
-        except RuntimeProblem:
-            pass  # the load itself says what is wrong with the files
-        finally:
+        except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
             if job.id in self.known:
-                self.known[job.id] = need.bytes
+                self.failures[job.id] = describe_failed_look(error)
+        else:
+            if job.id in self.known:
+                self.known[job.id], self._sizes[job.id] = need.bytes, file_sizes(files)
+                if form is not None:
+                    self.with_form.add(job.id)
                 if need.is_estimate:
                     self.from_file_sizes.add(job.id)
+        finally:
             self._stop_waiting(job.id)
 
-    def _read_files(
-        self, job: Job, version: int, footprints: Iterable[Footprint]
+    def _look(
+        self, job: Job, version: int, recorded: Sequence[FileStat], footprints: Iterable[Footprint]
     ) -> tuple[Sequence[FileStat], str | None]:
-        files = self._repository.resolve(job.model_id, version).files
+        files = recorded or self._look_at_files(job.model_id, version)
         return files, None if job.id in self.bare else self._form_of(files, footprints)
+
+    def _look_at_files(self, model_id: str, version: int) -> Sequence[FileStat]:
+        """Look at the files of a version; one that cannot be looked at is an error, and not left out."""
+        folder = self._repository.resolve(model_id, version).folder
+        with open_sources(self._repository.root, folder) as sources:
+            return [FileStat(file.path, file.bytes, file.mtime_ns) for file in sources.look()]
 
     def _stop_waiting(self, job_id: str) -> None:
         self.in_progress.discard(job_id)
         self._wake()
+
+
+def _recorded_files(job: Job, model: Model | None) -> list[FileStat]:
+    """Return the files that a reload takes again, wherever they are now; empty for any other load."""
+    serving = model.serving if model is not None else None
+    if job.cause not in RELOADS or serving is None or serving.version != job.version:
+        return []
+    return [FileStat(file.path, file.bytes, file.mtime_ns) for file in serving.files]
+
+
+def describe_failed_look(error: Exception) -> Failure:
+    """Return the failure of a load whose files cannot be looked at."""
+    if isinstance(error, RuntimeProblem):
+        return Failure(error.code, str(error))
+    if isinstance(error, OSError | MemoryError):
+        reason = getattr(error, "strerror", None) or "there is too little memory"
+        return Failure(
+            RepositoryUnreadable.code, f"the model's files cannot be looked at: {reason}; load it again"
+        )
+    _log.error("the files of a model cannot be looked at", exc_info=error)
+    return Failure("internal", "the model's files cannot be looked at; the server's log says why")

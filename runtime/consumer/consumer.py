@@ -180,6 +180,7 @@ class Consumer:
             fork_server_up=self._pool.healthy,
             under_pressure=bool(may_yield) and self._under_pressure(),
             estimates=estimates.known,
+            estimate_failures=estimates.failures,
             estimating=estimates.in_progress,
             from_file_sizes=estimates.from_file_sizes,
             unchanged=self._executor.comparisons.known,

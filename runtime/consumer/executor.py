@@ -100,9 +100,9 @@ def draft_settings_change(job: Job, load_job_id: str) -> Draft:
     return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
 
 
-def draft_load_start(job: Job, *, is_bare_again: bool) -> Draft:
-    """Return `LoadStarted` of a job; a bare start after one with a cached model is in the same attempt."""
-    is_same_attempt = is_bare_again and job.status is JobStatus.IN_PROGRESS
+def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
+    """Return `LoadStarted` of a job; a start after a new estimate is in the same attempt."""
+    is_same_attempt = is_restarted and job.status is JobStatus.IN_PROGRESS
     return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
 
 
@@ -249,6 +249,8 @@ class Executor:
                 self.loads[load_job_id].kill()
             case actions.RestartBare(load_job_id):
                 self._restart_bare(load_job_id)
+            case actions.EstimateAnew(load_job_id):
+                self._restart_outdated(load_job_id)
             case actions.FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id, conditions)
             case actions.RecordExits(load_job_id, _, worker_ids):
@@ -269,6 +271,7 @@ class Executor:
         version, parameters = job.load_order
         load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), self._wake)
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
+        load.estimated_sizes = self.estimates.sizes(job.id)
         known = self._known_files.get((job.model_id, version), ())
         model = self._log.state.models.get(job.model_id)
         footprints = model.footprints if model is not None else ()
@@ -279,7 +282,7 @@ class Executor:
             build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
         )
         try:  # its files are read while the log writes
-            started = draft_load_start(job, is_bare_again=job.id in self.estimates.bare)
+            started = draft_load_start(job, is_restarted=self.estimates.is_restarted(job.id))
             await self._record(replace(started, worker_id=load.worker_id), conditions=conditions)
         except BaseException:
             ordered.cancel()
@@ -294,6 +297,11 @@ class Executor:
         self.estimates.restart_bare(load_job_id)
         if load.prepared is not None and load.form_failure is not None:
             self.preparer.fail_form(load.prepared, load.form_failure)
+
+    def _restart_outdated(self, load_job_id: str) -> None:
+        """Forget an attempt that found other files; the job is estimated and admitted for those."""
+        self.totals.end(self.loads.pop(load_job_id))
+        self.estimates.restart_outdated(load_job_id)
 
     async def _complete_load(self, job: Job, replaces: str | None, conditions: Conditions) -> None:
         load = self.loads[job.id]

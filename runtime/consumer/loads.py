@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,6 +23,7 @@ from runtime.cache.manifest import source_hashes
 from runtime.cache.preparer import FormFailure
 from runtime.cache.trial import CHANGED, has_outside_cause
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
+from runtime.estimates import FileSizes, file_sizes
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool
@@ -73,6 +74,8 @@ class RunningLoad:
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
         reserved_bytes: reservation until `report` is set.
+        estimated_sizes: the files that the reservation is for; None if nothing was estimated.
+        is_outdated: whether this attempt found other files than those, and so ends.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
@@ -101,6 +104,8 @@ class RunningLoad:
     aborted_requests: int = 0
     freed_bytes: int = 0
     reserved_bytes: int = 0
+    estimated_sizes: FileSizes | None = None
+    is_outdated: bool = False
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -208,6 +213,8 @@ class RunningLoad:
         if job is not None:
             if self.form_failure is not None and self.failure is None:
                 return Phase.FORM_FAILED if self.is_finished else Phase.LOADING
+            if self.is_outdated and self.is_finished:
+                return Phase.OUTDATED
             if self.failure is not None or self._lost_a_worker:
                 return Phase.FAILED
             return Phase.LOADING if self.report is None else Phase.LOADED
@@ -254,6 +261,17 @@ class RunningLoad:
         for worker in self.alive_workers:
             self.expect_exit(worker)
             worker.kill()
+
+    def check_estimate(self, files: Iterable[FileStat]) -> None:
+        """Check, before a worker is started, that the reservation is for these files.
+
+        Raises:
+            LoadRefused: `model_changed`, they are others, and this attempt is outdated.
+        """
+        if self.estimated_sizes not in (None, file_sizes(files)):
+            self.is_outdated = True
+            reason = "the model's files are no longer those that its memory was estimated for; load it again"
+            raise LoadRefused("model_changed", reason)
 
     def expect_exit(self, worker: Worker) -> None:
         """Note, right before a worker's end, what it aborts and how many bytes it releases."""
@@ -341,6 +359,7 @@ async def build_order(
         return found, read_warm_up(repository, load.model_id), form
 
     found, warm_up, load.prepared = await asyncio.to_thread(look_up)
+    load.check_estimate(found.files)
     if load.needs_form and load.prepared is None:
         raise FormUnusable("it is gone")
     load.warm_up_inputs = warm_up.inputs

@@ -95,6 +95,10 @@ class RestartBare(LoadAction):
     """End this attempt of a load, whose cached model failed: its job starts again without one."""
 
 
+class EstimateAnew(LoadAction):
+    """End this attempt of a load, which found other files: its job is estimated and starts again for them."""
+
+
 class PrepareModel(LoadAction):
     """Begin to prepare the files of this load."""
 
@@ -146,6 +150,7 @@ Action = (
     | StartUnload
     | KillWorkers
     | RestartBare
+    | EstimateAnew
     | FinishUnload
     | RecordExits
     | RequestReload
@@ -191,6 +196,7 @@ def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
         case (
             KillWorkers()
             | RestartBare()
+            | EstimateAnew()
             | EstimateMemory()
             | CompareFiles()
             | PrepareModel()

@@ -224,10 +224,14 @@ class _PendingLoad:
 
     def _refuse_or_estimate(self) -> Action | Waiting | None:
         """Refuse a load that can never run; estimate its memory if it is unknown."""
-        job, estimates = self.job, self._view.observations.estimates
+        job, observations = self.job, self._view.observations
+        estimates = observations.estimates
         if job.server_deaths >= MAX_SERVER_DEATHS:
             reason = f"the server died {job.server_deaths} times while this load was in progress"
             return actions.FailLoad(job, CRASH_LOOP, reason)
+        failure = observations.estimate_failures.get(job.id)
+        if failure is not None:
+            return actions.FailLoad(job, failure.code, failure.message)
         if self._view.policy.budget_bytes is not None and estimates.get(job.id) is None:
             is_begun = job.id in estimates
             return Waiting("the estimate of its memory") if is_begun else actions.EstimateMemory(job)

@@ -132,6 +132,8 @@ def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
             yield actions.FailLoad(job)
         elif run.phase is Phase.FORM_FAILED and job is not None:
             yield actions.RestartBare(run.load_job_id)
+        elif run.phase is Phase.OUTDATED and job is not None:
+            yield actions.EstimateAnew(run.load_job_id)
         elif exited := _find_unrecorded_exits(view, run):
             yield actions.RecordExits(run.load_job_id, run.model_id, exited)
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from events.clock import add_seconds
-from events.jobs import Job
+from events.jobs import Failure, Job
 from events.models import LoadedModel, Model, ModelState
 from events.state import State, has_turn
 from events.types import SYSTEM, Cause
@@ -39,12 +39,16 @@ class Policy:
 
 
 class Phase(StrEnum):
-    """What the workers of a load are doing; `FORM_FAILED` is a load whose cached model failed it."""
+    """What the workers of a load are doing.
+
+    `FORM_FAILED` and `OUTDATED` end an attempt: its form failed, or it found other files than were estimated.
+    """
 
     LOADING = "loading"
     LOADED = "loaded"
     FAILED = "failed"
     FORM_FAILED = "form_failed"
+    OUTDATED = "outdated"
     SERVING = "serving"
     DRAINING = "draining"
     GONE = "gone"
@@ -105,6 +109,7 @@ class Observations:
         last_used: when models were last used before the server's start, as far as known.
         preparable: bytes that preparing the files of a load would take, by load job id, in their order.
         preparation: the running preparation; it takes memory until its processes have exited.
+        estimate_failures: why the files of a pending load cannot be looked at, by job id.
     """
 
     fork_server_up: bool = True
@@ -117,6 +122,7 @@ class Observations:
     last_used: Mapping[str, str] = field(default_factory=dict)
     preparable: Mapping[str, int] = field(default_factory=dict)
     preparation: PreparationView | None = None
+    estimate_failures: Mapping[str, Failure] = field(default_factory=dict)
 
 
 def find_unload_target(state: State, unload: Job) -> str:

@@ -1,11 +1,14 @@
 """How much memory a load will need: from what its files took, else from their sizes."""
 
 import asyncio
+import errno
 import math
 import os
+import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import models
 from support.history import PLAIN, History
-from support.running import Engine, running
-from support.workers import LIMIT_S
+from support.running import Engine, error_of, running
+from support.workers import LIMIT_S, until
 
 from events.footprints import Footprint
 from events.jobs import JobStatus
-from events.types import LoadedFile, LoadParameters, ModelLoaded
+from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime import estimates
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
     MemoryEstimate,
     MemoryEstimates,
+    describe_failed_look,
     estimate_memory,
 )
 from runtime.process.pool import WorkerPool
@@ -159,12 +163,45 @@ async def test_need_is_found_in_the_background(estimating: Estimating, tmp_path:
     assert estimating.estimates.in_progress == set()
 
 
-@pytest.mark.parametrize("missing", ["m", "m/1", "m/1/model.onnx"])
-async def test_need_of_missing_files_is_zero(estimating: Estimating, tmp_path: Path, missing: str) -> None:
-    (tmp_path / missing).rename(tmp_path / "elsewhere")
+def remove_model(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+
+
+def add_dangling_link(folder: Path) -> None:
+    (folder / "weights.bin").symlink_to("nowhere")
+
+
+def replace_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [(remove_model, "unknown_model"), (replace_folder, "unknown_model"), (add_dangling_link, "unsafe_file")],
+)
+async def test_need_of_files_that_cannot_be_looked_at_is_unknown(
+    estimating: Estimating, tmp_path: Path, change: Callable[[Path], None], code: str
+) -> None:
+    change(tmp_path / "m/1")
     estimating.ask()
     await estimating.found()
-    assert estimating.estimates.known == {"j": 0}
+    assert estimating.estimates.known == {"j": None}
+    assert estimating.estimates.failures["j"].code == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "repository_unreadable", "Input/output error"),
+        (MemoryError(), "repository_unreadable", "too little memory"),
+        (ZeroDivisionError(), "internal", "log"),
+    ],
+)
+def test_failed_look_says_why(error: Exception, code: str, words: str) -> None:
+    failure = describe_failed_look(error)
+    assert failure.code == code
+    assert words in failure.message
 
 
 @pytest.mark.parametrize("is_found", [True, False])
@@ -205,6 +242,61 @@ async def reserved(engine: Engine, parameters: LoadParameters | None = None) -> 
     found = engine.live("m").reserved_bytes
     assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
     return found
+
+
+async def estimated(engine: Engine) -> str:
+    """Request a load of `m` that is estimated and waits for a slot; returns the job."""
+    job_id = await engine.ask_load("m")
+    await until(lambda: engine.consumer._executor.estimates.known.get(job_id) is not None)
+    return job_id
+
+
+def open_slots(engine: Engine) -> None:
+    engine.consumer.policy = replace(engine.consumer.policy, loads_at_once=1)
+    engine.log.notify()
+
+
+@pytest.mark.parametrize("budget_mb", [200, 50])
+async def test_files_that_grew_after_their_estimate_are_estimated_anew(
+    tmp_path: Path, shared_pool: WorkerPool, budget_mb: int
+) -> None:
+    models.save(models.table(1), tmp_path / "models", "m")
+    policy = Policy(loads_at_once=0, budget_bytes=budget_mb * 10**6)
+    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+        job_id = await estimated(engine)
+        models.save(models.table(40), tmp_path / "models", "m")
+        open_slots(engine)
+        job = await engine.ended(job_id)
+        story = await engine.story(of="m")
+        if budget_mb == 50:
+            assert error_of(job).code == "insufficient_memory"
+            assert story == ["LoadRequested", "LoadStarted", "LoadFailed"]
+            return
+        assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
+        assert story == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
+        assert engine.live("m").reserved_bytes > 100_000_000
+
+
+async def test_files_that_change_with_each_attempt_fail_the_load(
+    tmp_path: Path, shared_pool: WorkerPool
+) -> None:
+    folder = models.save(models.table(1), tmp_path / "models", "m")
+    policy = Policy(loads_at_once=0, budget_bytes=10**9)
+    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+        job_id = await estimated(engine)
+        estimates = engine.consumer._executor.estimates
+        look = estimates._form_of
+
+        def grow(files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
+            with (folder / "weights.bin").open("ab") as file:
+                file.write(b"more")
+            return look(files, footprints)
+
+        estimates._form_of = grow
+        (folder / "weights.bin").touch()
+        open_slots(engine)
+        assert error_of(await engine.ended(job_id)).code == "model_changed"
+        assert [fact.attempt for fact in await engine.facts(LoadStarted)] == 4 * [1]
 
 
 async def test_reservation_is_the_last_peak_after_a_restart_too(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from events.clock import seconds_between
+from events.jobs import Failure
 from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
@@ -69,6 +70,7 @@ WORDS = {
     actions.CancelJob: "cancel {0.job.id}",
     actions.StartUnload: "start {0.job.id} of {0.load_job_id}",
     actions.KillWorkers: "kill {0.load_job_id}",
+    actions.EstimateAnew: "estimate {0.load_job_id} anew",
     actions.RestartBare: "restart {0.load_job_id} bare",
     actions.RequestReload: "reload {0.model.id}, {0.cause}",
     actions.EstimateMemory: "estimate {0.job.id}",
@@ -159,6 +161,10 @@ class Scene:
     def estimate(self, load: str, needs: int | None) -> None:
         """The memory that a load will need becomes known, or is being found out."""
         self.observations = replace(self.observations, estimates={**self.observations.estimates, load: needs})
+
+    def fail_estimate(self, load: str, code: str) -> None:
+        """The files of a load cannot be looked at."""
+        self.observe(estimate_failures={load: Failure(code, "it says why")})
 
     def observe(self, **given: Any) -> None:
         self.observations = replace(self.observations, **given)

@@ -367,6 +367,7 @@ class World:
                 | actions.RecordExits(load)
                 | actions.PrepareModel(load)
                 | actions.RestartBare(load)
+                | actions.EstimateAnew(load)
             ):
                 return self.live[load].model_id
             case actions.FinishUnload(jobs):
@@ -395,7 +396,7 @@ class World:
     def _facts(self, action: Action) -> Iterable[Draft]:
         match action:
             case actions.StartLoad(job):
-                return [draft_load_start(job, is_bare_again=job.id in self.bare)]
+                return [draft_load_start(job, is_restarted=job.id in self.bare)]
             case actions.CompleteLoad(job, replaces):
                 drafts = [draft_fact(job, model_loaded(*self.live[job.id].workers))]
                 return [*drafts, *self._swapped_out(job, replaces)]

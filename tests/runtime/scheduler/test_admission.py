@@ -25,6 +25,12 @@ request a none; observe estimating=a1+; request b 60
 request a none; observe estimating=a1+; estimate b1 101; request b 101 -> fail b1: insufficient_memory
 request a none -> a1 waits for the estimate of its memory; request b 60 -> start b1
 
+# What cannot be looked at has no estimate, and fails with the reason.
+request a none; fail_estimate a1 unsafe_file -> fail a1: unsafe_file
+
+# An attempt that found other files than were estimated ends, and its job is estimated and admitted anew.
+start a 10; run a1 a outdated -> estimate a1 anew; forget a1; estimate a1 101 -> fail a1: insufficient_memory
+
 # What never fits fails at once.
 request a 100 -> start a1
 request a 101 -> fail a1: insufficient_memory

@@ -14,10 +14,10 @@ from support.models import bind_socket
 from support.store import blobs, look, opened_store, store_version, write_version
 
 from runtime.errors import LoadRefused
+from runtime.repository import MAX_PATHS_BYTES
 from runtime.store import copying, sources
 from runtime.store.manifest import digest_of
 from runtime.store.problems import CopyCancelled, DiskFull, StoreFull, StoreUnavailable
-from runtime.store.sources import MAX_PATHS_BYTES
 from runtime.store.store import Store
 
 FILES = {"model.onnx": b"model", "data/w.bin": b"weights"}

@@ -283,7 +283,10 @@ async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
         api.save(models.identity(), name)
     await api.accepted_load("slow")
     first = await api.accepted_load("first")
-    others = [RequestLoad(f"x{number}", 1, (), "alice") for number in range(MAX_QUEUE - 2)]
+    names = [f"x{number}" for number in range(MAX_QUEUE - 2)]
+    for name in names:
+        api.save(models.identity(), name)
+    others = [RequestLoad(name, 1, (), "alice") for name in names]
     await asyncio.gather(*map(api.app[LOG].submit, others))
     answer = await api.post("/api/v1/models/last/load")
     assert answer.refusal == (429, "queue_full")
