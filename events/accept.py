@@ -4,12 +4,12 @@ Compare and append: a command of the system is refused as `outdated` unless its 
 appended that was decided before a client's command, or before a commit that succeeded though it raised.
 Duplicates, idempotency keys and the choice of the active model are decided here only, so two handlers cannot
 race. Jobs of one model run in the order of their acceptance, so a duplicate is compared with the last pending
-job of the model.
+job of the model. Whoever is answered with a job of another request is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -20,6 +20,7 @@ from events.commands import (
     Condition,
     FileIdentity,
     JobUnchanged,
+    Join,
     ModelUnchanged,
     Record,
     RequestCancel,
@@ -41,9 +42,11 @@ from events.types import (
     Idempotency,
     JobCancelled,
     LoadedFile,
+    LoadJoined,
     LoadParameters,
     LoadRequested,
     ModelSettingsChanged,
+    UnloadJoined,
     UnloadRequested,
 )
 
@@ -64,14 +67,15 @@ SUPERSEDED = "superseded"
 
 
 class Accepted(Struct, frozen=True, gc=False):
-    """The command is accepted: append these events."""
+    """The command is accepted: append these events. `is_join`: the job was there before."""
 
     drafts: tuple[Draft, ...]
     job_id: str | None = None
+    is_join: bool = False
 
 
 class Existing(Struct, frozen=True, gc=False):
-    """Nothing to append: this job already did, or will do, what the command asks."""
+    """Nothing to append: this job did, or will do, what the command asks, and its actor is recorded."""
 
     job_id: str
 
@@ -90,7 +94,8 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
     """Decide `command` on `state`.
 
     Args:
-        state: the live state, with the idempotency key of `command` if it is known.
+        state: the live state, with the idempotency key of `command` if it is known, and with the joins of the
+            jobs that `find_joinable` yields.
         command: the command to decide.
         new_id: returns the id of a new event.
         now: the ledger's time.
@@ -143,14 +148,14 @@ def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> E
 def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
     queue, model = state.queue(command.model_id), state.models.get(command.model_id)
     if queue and _joins(command, queue[-1]):
-        return Existing(queue[-1].id)
+        return _join_job(state, command, queue[-1], new_id)
     superseded = queue.pop() if queue and _supersedes(command, queue[-1]) else None
     parameters = _effective_parameters(model, queue, command)
     if parameters.max_queue_delay_us and not parameters.max_batch_size:
         return Refused("invalid_body", f"body: {NO_BATCHING}")
     serving = _find_satisfying(model, command, parameters) if not queue else None
     if serving is not None and serving.parameters.has_same_settings(parameters):
-        return Existing(serving.load_job_id)
+        return _join_load(state, command, serving, new_id)
     if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
         return Existing(other)
     most = _MOST_UNENDED.get(command.cause)
@@ -164,6 +169,51 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
         data = ModelSettingsChanged.of(serving.load_job_id, parameters)
         drafts.append(replace(request, id=new_id(), data=data, actor=SYSTEM))
     return Accepted(tuple(drafts), request.id)
+
+
+def find_joinable(state: State, command: Command) -> Iterator[tuple[str, str]]:
+    """Yield the jobs that may answer a person's command, each with its actor: their joins matter to it."""
+    match command:
+        case RequestCancel(job_id=job_id):
+            yield job_id, command.actor
+        case RequestLoad(model_id=model_id) if command.cause is Cause.REQUEST:
+            model = state.models.get(model_id)
+            if model is not None and model.serving is not None:
+                yield model.serving.load_job_id, command.actor
+            yield from ((job.id, command.actor) for job in state.queue(model_id))
+        case RequestUnload(model_id=given) if command.cause is Cause.REQUEST:
+            target = given if given is not None else _model_to_unload(state, force=command.force)
+            yield from ((job.id, command.actor) for job in state.queue(target or ""))
+
+
+def _join_job(
+    state: State, command: RequestLoad | RequestUnload, job: Job, new_id: Callable[[], str]
+) -> Accepted | Existing:
+    """Answer with a job that has not ended."""
+    kind = LoadJoined if job.kind is JobKind.LOAD else UnloadJoined
+    draft = Draft(new_id(), kind(command.idempotency), command.actor, job.id, job.model_id, job.version)
+    return _record_once(state, command, draft, made_by=job.requested_by)
+
+
+def _join_load(
+    state: State, command: RequestLoad, serving: Serving, new_id: Callable[[], str]
+) -> Accepted | Existing:
+    """Answer with the load that the model serves from."""
+    data, job_id = LoadJoined(command.idempotency), serving.load_job_id
+    draft = Draft(new_id(), data, command.actor, job_id, command.model_id, serving.version)
+    return _record_once(state, command, draft, made_by=serving.loaded_by)
+
+
+def _record_once(
+    state: State, command: RequestLoad | RequestUnload | RequestCancel, draft: Draft, *, made_by: str | None
+) -> Accepted | Existing:
+    """Record who joins a job, once for each person and for each key; the system joins without a record."""
+    job_id = draft.job_id or ""
+    is_known = made_by == draft.actor or Join(job_id, draft.actor, draft.data.TYPE) in state.joins
+    is_by_system = not isinstance(command, RequestCancel) and command.cause is not Cause.REQUEST
+    if is_by_system or (is_known and command.idempotency is None):
+        return Existing(job_id)
+    return Accepted((draft,), job_id, is_join=True)
 
 
 def _load_requested(command: RequestLoad, parameters: LoadParameters, event_id: str) -> Draft:
@@ -254,7 +304,7 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
         return Refused("nothing_loaded", "no model is loaded; GET /api/v1/models shows their states")
     queue = state.queue(model_id)
     if queue and _will_unload(queue[-1], command):
-        return Existing(queue[-1].id)
+        return _join_job(state, command, queue[-1], new_id)
     load_job_id = _load_to_end(state.models.get(model_id), queue, command)
     if load_job_id is None:
         why = "is only loading; add ?force=true to end the load" if queue else "is not loaded"
@@ -314,10 +364,11 @@ def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], st
         )
     if not job.cancellable:
         return Refused("already_started", _why_not_cancelled(job))
-    if job.cancel_requested:
-        return Existing(job.id)
     data = CancelRequested(command.idempotency)
-    return Accepted((Draft(new_id(), data, command.actor, job.id, job.model_id, job.version),), job.id)
+    draft = Draft(new_id(), data, command.actor, job.id, job.model_id, job.version)
+    if job.cancel_requested:
+        return _record_once(state, command, draft, made_by=None)
+    return Accepted((draft,), job.id)
 
 
 def _why_not_cancelled(job: Job) -> str:

@@ -6,6 +6,7 @@ its commands carry conditions, each a part of the state that the decision rests 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -18,8 +19,10 @@ from events.types import (
     Draft,
     Event,
     Idempotency,
+    LoadJoined,
     LoadParameters,
     LoadRequested,
+    UnloadJoined,
     UnloadRequested,
 )
 
@@ -144,5 +147,32 @@ def read_key(event: Event) -> tuple[str, KnownKey] | None:
     return given.key_hash, KnownKey(given.fingerprint, event.job_id, event.recorded_at)
 
 
-_REQUESTS = (LoadRequested, UnloadRequested, CancelRequested)
+_REQUESTS = (LoadRequested, UnloadRequested, CancelRequested, LoadJoined, UnloadJoined)
 """The events that can carry an idempotency key."""
+
+JOINS = (LoadJoined, UnloadJoined, CancelRequested)
+"""The events by which an actor joins a job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """An actor's part in a job of another request; `type` is that of the event that recorded it."""
+
+    job_id: str
+    actor: str
+    type: str
+
+
+def read_join(event: Event) -> Join | None:
+    """Return the join that the event records, if it is one."""
+    if not isinstance(event.data, JOINS) or event.job_id is None:
+        return None
+    return Join(event.job_id, event.actor, event.type)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRequests:
+    """What the log has of earlier requests that the commands of a group depend on."""
+
+    keys: Mapping[str, KnownKey] = field(default_factory=dict)
+    joins: Collection[Join] = ()

@@ -41,6 +41,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "LoadRequested": EventText(
         ("{cause}", "priority {priority}", "pinned?pinned"), {"cause": "cause", "priority": "priority"}
     ),
+    "LoadJoined": EventText(),
     "LoadStarted": EventText(("attempt {attempt}",), {"attempt": "attempt"}),
     "ModelLoaded": EventText(
         ("{durations.total_us:ms}", "{memory_bytes:MB}", "{files:files}"),
@@ -54,6 +55,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     ),
     "LoadFailed": _FAILED,
     "UnloadRequested": EventText(("{cause}", "force?by force"), {"cause": "cause", "force": "force"}),
+    "UnloadJoined": EventText(),
     "UnloadStarted": EventText(),
     "ModelUnloaded": EventText(
         ("{freed_bytes:MB} freed", "{drained_requests} requests drained", "{aborted_requests} aborted"),

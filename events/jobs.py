@@ -228,6 +228,8 @@ def _end_job(job: Job, event: Event, status: JobStatus, error: Failure | None = 
 
 
 def _cancel_requested(job: Job, event: Event, _: CancelRequested) -> Job:
+    if job.cancel_requested:  # by somebody else as well, which changes nothing
+        return job
     return replace(job, cancel_requested=True, position=event.position)
 
 

@@ -21,10 +21,10 @@ from typing import Any, Generic, TypeVar
 
 from msgspec import Struct
 
-from events.accept import Accepted, Existing, Refused, accept
+from events.accept import Accepted, Existing, Refused, accept, find_joinable
 from events.clock import SteadyClock, Timestamp, format_timestamp, parse_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
-from events.commands import Command, KnownKey, Record
+from events.commands import Command, KnownRequests, Record
 from events.counters import Tally
 from events.errors import LedgerProblem, LogClosed, LogUnavailable, NotEncodable, RequestRefused
 from events.sqlite.queries import LogHead, Row, kind_of
@@ -95,7 +95,7 @@ def decide_group(
     state: State,
     head: LogHead,
     *,
-    known: Mapping[str, KnownKey],
+    known: KnownRequests,
     now: Timestamp,
     new_id: Callable[[], str],
 ) -> DecidedGroup:
@@ -107,7 +107,7 @@ def decide_group(
         group: the pending commands.
         state: the durable state.
         head: the durable head.
-        known: the group's idempotency keys that the log has.
+        known: what the log has of the group's idempotency keys, actors and the jobs that may answer them.
         now: the ledger's time, one for the group, because it becomes durable at one moment.
         new_id: returns the id of a new event.
     """
@@ -158,7 +158,11 @@ def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Rece
     """
     if isinstance(decision, Refused):
         raise RequestRefused(decision.code, decision.message)
-    return Receipt(decision.job_id, existing=isinstance(decision, Existing), position=head.position)
+    return Receipt(
+        decision.job_id,
+        existing=not isinstance(decision, Accepted) or decision.is_join,
+        position=head.position,
+    )
 
 
 def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
@@ -416,7 +420,8 @@ class Log:
             if not self._database.is_open:
                 await self._open()
             hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
-            known = await self._database.read_keys(hashes)
+            joinable = {each for pending in group for each in find_joinable(self.state, pending.command)}
+            known = await self._database.read_requests(hashes, joinable)
             decided = decide_group(
                 group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id
             )

@@ -16,7 +16,7 @@ from typing import Any, Never, TypeVar
 from msgspec import Struct
 
 from events.clock import Timestamp
-from events.commands import KnownKey, read_key
+from events.commands import Join, KnownKey, KnownRequests, read_join, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
 from events.types import OF_SERVER, Cause, Event
@@ -32,6 +32,7 @@ class State:
 
     Attributes:
         keys: idempotency keys in memory; the writer reads those that its commands name from the log.
+        joins: joins in memory; the writer reads those that matter to its commands from the log.
         queues: the unended jobs of each model, oldest first.
         backlog: the number of unended jobs.
     """
@@ -41,6 +42,7 @@ class State:
     models: MutableMapping[str, Model] = field(default_factory=dict)
     jobs: MutableMapping[str, Job] = field(default_factory=dict)
     keys: MutableMapping[str, KnownKey] = field(default_factory=dict)
+    joins: set[Join] = field(default_factory=set)
     queues: MutableMapping[str, tuple[Job, ...]] = field(default_factory=dict)
     backlog: int = field(init=False)
 
@@ -84,6 +86,8 @@ class State:
             changes = self._apply_to_one(event)
             if key := read_key(event):
                 self.keys.update([key])
+            if join := read_join(event):
+                self.joins.add(join)
         self.position, self.recorded_at = event.position, event.recorded_at
         return changes
 
@@ -181,7 +185,7 @@ class Attempt:
             read from the log once it is durable, so the base needs none.
     """
 
-    def __init__(self, base: State, keys: Mapping[str, KnownKey] | None = None) -> None:
+    def __init__(self, base: State, known: KnownRequests | None = None) -> None:
         self._base = base
         self._models: dict[str, Model] = {}
         self._jobs: dict[str, Job] = {}
@@ -191,7 +195,8 @@ class Attempt:
             base.recorded_at,
             _Layers(self._models, base.models),
             _Layers(self._jobs, base.jobs),
-            _Layers({}, dict(keys or {})),
+            _Layers({}, dict(known.keys if known is not None else {})),
+            set(known.joins if known is not None else ()),
             _Layers(self._queues, base.queues),
         )
 

@@ -156,6 +156,16 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
 _parameters_of = attrgetter(*LoadParameters.__struct_fields__)
 
 
+class LoadJoined(Struct, frozen=True, gc=False):
+    """A person's load was answered with this job: it loaded, or will load, what was requested.
+
+    It is recorded once for each actor and job, and for each idempotency key.
+    """
+
+    TYPE: ClassVar[str] = "LoadJoined"
+    idempotency: Idempotency | None = None
+
+
 class LoadStarted(Struct, frozen=True, gc=False):
     """The load started; `attempt` counts from 1 and grows when the server restarts during the load.
 
@@ -215,6 +225,13 @@ class UnloadRequested(Struct, frozen=True, gc=False):
     idempotency: Idempotency | None = None
 
 
+class UnloadJoined(Struct, frozen=True, gc=False):
+    """A person's unload was answered with this job, which unloads what was requested; as `LoadJoined`."""
+
+    TYPE: ClassVar[str] = "UnloadJoined"
+    idempotency: Idempotency | None = None
+
+
 class UnloadStarted(Struct, frozen=True, gc=False):
     """The model accepts no more requests; running ones are drained."""
 
@@ -239,7 +256,7 @@ class UnloadFailed(Struct, frozen=True, gc=False):
 
 
 class CancelRequested(Struct, frozen=True, gc=False):
-    """A client asked to cancel the job of this event."""
+    """A client asked to cancel the job of this event; of further requests as `LoadJoined`."""
 
     TYPE: ClassVar[str] = "CancelRequested"
     idempotency: Idempotency | None = None
@@ -305,11 +322,13 @@ class Unknown:
 
 Data = (
     LoadRequested
+    | LoadJoined
     | LoadStarted
     | ModelLoaded
     | ModelSettingsChanged
     | LoadFailed
     | UnloadRequested
+    | UnloadJoined
     | UnloadStarted
     | ModelUnloaded
     | UnloadFailed

@@ -14,6 +14,8 @@ from tools.markdown import cell, slug, table
 BY: Mapping[str, str] = {
     "LoadRequested": f"the caller; `{SYSTEM}` if the cause is neither `request` nor `demand`",
     "UnloadRequested": f"the caller; `{SYSTEM}` if the cause is not `request`",
+    "LoadJoined": "the caller",
+    "UnloadJoined": "the caller",
     "CancelRequested": "the caller",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",

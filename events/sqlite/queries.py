@@ -1,4 +1,4 @@
-"""The SQL of the log: heads, pages, stored models and jobs, idempotency keys, and writing a group."""
+"""The SQL of the log: heads, pages, stored models and jobs, idempotency keys, joins, and writing a group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import msgspec
 
 from events.codec import GENESIS, decode_event
-from events.commands import KnownKey, read_key
+from events.commands import Join, KnownKey, read_key
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.sqlite.schema import transaction
@@ -167,6 +167,19 @@ def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str
                 found.update([known])
                 break
     return found
+
+
+def read_joins(connection: sqlite3.Connection, joinable: Iterable[tuple[str, str]]) -> set[Join]:
+    """Return the joins that the log has of these jobs and actors."""
+    statement = (
+        "SELECT DISTINCT type FROM events WHERE job_id = ? AND actor = ?"
+        " AND type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested')"  # as in `events_by_join`
+    )
+    return {
+        Join(job_id, actor, kind)
+        for job_id, actor in joinable
+        for (kind,) in connection.execute(statement, (job_id, actor))
+    }
 
 
 def read_last_used(connection: sqlite3.Connection) -> dict[str, str]:

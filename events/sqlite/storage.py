@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from events.commands import KnownKey
+from events.commands import KnownRequests
 from events.errors import LogUnavailable
 from events.sqlite import queries, snapshots
 from events.sqlite.history import fold_page, load_base_state
@@ -198,18 +198,27 @@ class Database:
 
         await self.run(write)
 
-    async def read_keys(self, hashes: AbstractSet[str]) -> Mapping[str, KnownKey]:
-        """Return the idempotency keys that the log has; most groups ask for none.
+    async def read_requests(
+        self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
+    ) -> KnownRequests:
+        """Return what the log has of these idempotency keys, and of these jobs and actors: their joins.
+
+        Most groups ask for none.
 
         Raises:
             LogUnavailable: `log_unavailable`, they cannot be read; the connection is given up.
         """
-        if not hashes:
-            return {}
+
+        def read() -> KnownRequests:
+            keys = queries.read_keys(self._connection, hashes)
+            return KnownRequests(keys, queries.read_joins(self._connection, joinable))
+
+        if not hashes and not joinable:
+            return KnownRequests()
         try:
-            return await self.run(lambda: queries.read_keys(self._connection, hashes))
+            return await self.run(read)
         except sqlite3.Error as error:
-            _log.exception("the idempotency keys of a group could not be read")
+            _log.exception("the idempotency keys and joins of a group could not be read")
             await self.give_up()
             raise LogUnavailable from error
 

@@ -61,7 +61,7 @@ JobDisplay = tuple[Callable[[Any], None], Callable[[Exception], None]]
 def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
     """Print the outcome of a request: a new job, an awaited one, changed settings, or nothing to do."""
     if job.status == "completed" and job.kind == "load" and job.started_at is None and not as_json:
-        click.echo(f"{model_of(job)}: settings changed, nothing else to do")
+        click.echo(f"{model_of(job)}: settings changed")
     elif job.status == "completed" and not as_json:  # a new job has not completed yet
         ago = format_age(job.finished_at, datetime.now(UTC))
         click.echo(f"{model_of(job)}: nothing to do, its {to_printable(job.kind)} completed {ago} ago")

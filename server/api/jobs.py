@@ -81,8 +81,7 @@ class IdempotencySchema(Schema):
             "when you repeat it. For 24 hours, the same request of the same subject with the same key is "
             "answered with the job of the first, ended or not, whatever has changed since (but 404 if the "
             "model, version or job is gone). Another request with the key is 422 `idempotency_mismatch`. A "
-            "refused request, or one that changes nothing, does not use its key. The ledger keeps a hash of "
-            "the key, never the key.",
+            "refused request does not use its key. The ledger keeps a hash of the key, never the key.",
             example='"8e03978e-40d5-43dd-bc93-6894a57f9324"',
         ),
     )

@@ -26,11 +26,13 @@ from events.types import (
     Event,
     JobCancelled,
     LoadFailed,
+    LoadJoined,
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
     Unknown,
     UnloadFailed,
+    UnloadJoined,
 )
 from server.appkeys import LOG, READER, REQUEST_LOG
 from server.observability.output import CONTEXT, RequestLog, make_extra
@@ -45,6 +47,9 @@ PACE_S = 0.1
 
 RETRY_S = 1.0
 """Between a failed read of the log and the next."""
+
+JOINS = (LoadJoined, UnloadJoined)
+"""The events of requests that were answered with a job of another one."""
 
 ENDS = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
 """The events that end a job."""
@@ -98,6 +103,8 @@ class EventLogger:
 
     async def _log_event(self, event: Event) -> None:
         behind, job = self._requests.behind.get(event.job_id or ""), None
+        if isinstance(event.data, JOINS):  # the line of the request itself names the job
+            behind = None
         if isinstance(event.data, ENDS) and event.job_id is not None:
             job = await self._reader.job(event.job_id)
             self._requests.behind.pop(event.job_id, None)

@@ -115,7 +115,7 @@ class RequestLog:
         context = CONTEXT.get()
         if context is not None and receipt.job_id is not None:
             context.job_id, context.position = receipt.job_id, receipt.position
-            if receipt.job_id in self._log.state.jobs:
+            if receipt.job_id in self._log.state.jobs or not receipt.existing:
                 self.behind.setdefault(receipt.job_id, context)
             if len(self.behind) > MAX_JOBS:
                 self.behind.popitem(last=False)

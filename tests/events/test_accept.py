@@ -31,10 +31,12 @@ from events.types import (
     Draft,
     Idempotency,
     JobCancelled,
+    LoadJoined,
     LoadParameters,
     LoadRequested,
     LoadStarted,
     ModelSettingsChanged,
+    UnloadJoined,
     UnloadRequested,
     record_draft,
 )
@@ -52,6 +54,9 @@ def decide(state: State, command: Command) -> Decision:
 def outcome(facts: str | State, command: Command) -> str:
     """Return `new`, and the load that an unload ends; the job that answers; or the code of a refusal."""
     match decide(given(facts).state if isinstance(facts, str) else facts, command):
+        case Accepted((Draft(id=event, job_id=about),), job, is_join=True):
+            assert (event, job) == (NEW, about)
+            return f"join {about}"
         case Accepted((Draft(data=UnloadRequested(load_job_id=ended, force=force)),), job):
             assert (job, force) == (NEW, getattr(command, "force", None))
             return f"new:{ended}"
@@ -154,7 +159,7 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load_pair crash_1", load(), NEW),
     ("load_pair crash_1", load(cause=Cause.DEMAND), NEW),
     ("load_pair crash_1", load(cause=Cause.RECOVERY), NEW),
-    ("load_pair crash_1 recover_pair", load(), "R"),
+    ("load_pair crash_1 recover_pair", load(), "join R"),
     ("load restart", load(), NEW),
     # What the system asked for gives way to a person's load until it starts, and to nothing else.
     ("load_pair crash_1 request_recovery", load(), "new for R"),
@@ -437,14 +442,14 @@ CANCELS: list[tuple[str, str, str]] = [
     ("load", "L", "already_finished"),
     ("request start fail", "L", "already_finished"),
     ("request cancel_L", "L", "already_finished"),
-    ("request request_cancel_L", "L", "L"),
-    ("request request_cancel_L start", "L", "L"),
-    ("request start request_cancel_L restart", "L", "L"),
+    ("request request_cancel_L", "L", "join L"),
+    ("request request_cancel_L start", "L", "join L"),
+    ("request start request_cancel_L restart", "L", "join L"),
     ("request start request_cancel_L finish", "L", "already_finished"),
     ("load request_unload", "U", "new"),
     ("load request_force", "F", "new"),
     ("load request_eviction", "U", "new"),
-    ("load request_unload request_cancel_U", "U", "U"),
+    ("load request_unload request_cancel_U", "U", "join U"),
     ("load request_unload start_unload", "U", "already_started"),
     ("load request_unload request_cancel_U start_unload", "U", "already_started"),
     ("load request_unload start_unload restart", "U", "already_started"),
@@ -459,6 +464,58 @@ CANCELS: list[tuple[str, str, str]] = [
 @pytest.mark.parametrize(("facts", "job", "expected"), CANCELS)
 def test_cancel_outcome(facts: str, job: str, expected: str) -> None:
     assert outcome(facts, RequestCancel(job, "bob")) == expected
+
+
+def by(actor: str, command: Command, key: Idempotency | None = None) -> Command:
+    assert not isinstance(command, Record)
+    return replace(command, actor=actor, idempotency=key)
+
+
+JOINS: list[tuple[str, Command, str]] = [
+    # facts, in which alice requests and bob joins; command; outcome: a record of the join, or the job alone
+    ("request", by("bob", load()), "join L"),
+    ("request start", by("bob", load()), "join L"),
+    ("load", by("bob", load()), "join L"),
+    ("load", by("alice", load()), "L"),
+    ("load join_L", by("bob", load()), "L"),
+    ("load join_L", by("alice", load()), "L"),
+    ("load join_L", by("carol", load()), "join L"),
+    ("load join_L load_v2", by("bob", load(2)), "join L2"),
+    ("load join_L request_again_pinned", by("bob", load()), "join L3"),
+    ("request_demand start_demand finish_demand", by("alice", load()), "D"),
+    ("load restart restore", by("alice", load()), "join R"),
+    ("load", by("alice", load(), KEY), "join L"),
+    ("load join_L", by("bob", load(), KEY), "join L"),
+    ("load", by("bob", load(cause=Cause.DEMAND)), "L"),
+    ("load", by("bob", load(2, cause=Cause.DEMAND)), "L"),
+    ("load request_unload", by("bob", unload()), "join U"),
+    ("load request_unload", by("alice", unload()), "U"),
+    ("load request_unload join_U", by("bob", unload(None)), "U"),
+    ("load request_unload join_U", by("carol", unload(None)), "join U"),
+    ("load request_unload", by("alice", unload(), KEY), "join U"),
+    ("load request_unload join_U", by("bob", unload(force=True)), "new:L"),
+    ("request request_cancel_L", by("bob", RequestCancel("L", "bob")), "join L"),
+    ("request request_cancel_L", by("alice", RequestCancel("L", "bob")), "L"),
+    ("request request_cancel_L", by("alice", RequestCancel("L", "bob"), KEY), "join L"),
+]
+
+
+@pytest.mark.parametrize(("facts", "command", "expected"), JOINS)
+def test_who_joins_a_job_is_recorded_once(facts: str, command: Command, expected: str) -> None:
+    assert outcome(facts, command) == expected
+
+
+def test_record_of_a_join_has_actor_version_and_key() -> None:
+    joins = decide(given("load").state, by("bob", load(), KEY))
+    assert joins == Accepted((Draft(NEW, LoadJoined(KEY), "bob", "L", MODEL, 1),), "L", is_join=True)
+    joins = decide(given("load request_unload").state, by("bob", unload(), KEY))
+    assert joins == Accepted((Draft(NEW, UnloadJoined(KEY), "bob", "U", MODEL, 1),), "U", is_join=True)
+
+
+@pytest.mark.parametrize("facts", ["load join_L", "load request_unload join_U"])
+def test_join_changes_neither_model_nor_job(facts: str) -> None:
+    joined, before = given(facts).state, given(facts.rpartition(" ")[0]).state
+    assert (joined.models, joined.jobs) == (before.models, before.jobs)
 
 
 @pytest.mark.parametrize(

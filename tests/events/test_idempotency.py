@@ -20,6 +20,7 @@ from events.audit.verify import verify
 from events.commands import (
     KEY_LIFETIME_S,
     Command,
+    Join,
     KnownKey,
     Record,
     RequestCancel,
@@ -29,6 +30,7 @@ from events.commands import (
 )
 from events.errors import LogUnavailable, RequestRefused
 from events.log import Log, Receipt
+from events.sqlite import queries
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -48,16 +50,18 @@ OTHER_REQUEST = Idempotency("k", "g")
 OTHER_KEY = Idempotency("l", "f")
 
 
-def load(key: Idempotency | None = KEY, model_id: str = MODEL) -> RequestLoad:
-    return RequestLoad(model_id, 1, (), "alice", idempotency=key)
+def load(key: Idempotency | None = KEY, model_id: str = MODEL, actor: str = "alice") -> RequestLoad:
+    return RequestLoad(model_id, 1, (), actor, idempotency=key)
 
 
-def unload(key: Idempotency | None = KEY, model_id: str | None = MODEL) -> RequestUnload:
-    return RequestUnload(model_id, "alice", idempotency=key)
+def unload(
+    key: Idempotency | None = KEY, model_id: str | None = MODEL, actor: str = "alice"
+) -> RequestUnload:
+    return RequestUnload(model_id, actor, idempotency=key)
 
 
-def cancel(job_id: str, key: Idempotency | None = KEY) -> RequestCancel:
-    return RequestCancel(job_id, "alice", key)
+def cancel(job_id: str, key: Idempotency | None = KEY, actor: str = "alice") -> RequestCancel:
+    return RequestCancel(job_id, actor, key)
 
 
 def decide(history: History, command: Command, after_s: float = 0) -> Decision:
@@ -132,10 +136,11 @@ def test_accepted_request_records_its_key(facts: str, command: Command) -> None:
 
 KEYS = st.builds(Idempotency, st.sampled_from("kl"), st.sampled_from("fg")) | st.none()
 MODELS = st.sampled_from(["m", "n"])
+ACTORS = st.sampled_from(["alice", "bob"])
 COMMANDS = (
-    st.builds(load, KEYS, MODELS)
-    | st.builds(unload, KEYS, MODELS | st.none())
-    | st.builds(cancel, st.sampled_from(["j1", "j2", "j3"]), KEYS)
+    st.builds(load, KEYS, MODELS, ACTORS)
+    | st.builds(unload, KEYS, MODELS | st.none(), ACTORS)
+    | st.builds(cancel, st.sampled_from(["j1", "j2", "j3"]), KEYS, ACTORS)
 )
 Group = tuple[list[RequestLoad | RequestUnload | RequestCancel], float]
 """Requests at one moment, so many seconds after those before."""
@@ -166,14 +171,15 @@ def outcomes_in_memory(groups: list[Group]) -> list[list[str]]:
                     used[key.key_hash] = (key.fingerprint, answer.removeprefix("new "), seconds)
                 for draft in decision.drafts:
                     state.apply(record_draft(draft, state.position + 1, at(seconds)))
+        found[-1].append(f"{state.position} events")
     return found
 
 
 def code_of(decision: Decision) -> str:
     """Return the job that answers, or the code of the refusal."""
     match decision:
-        case Accepted(_, job_id):
-            return f"new {job_id}"
+        case Accepted(_, job_id, is_join):
+            return f"{'' if is_join else 'new '}{job_id}"
         case Existing(job_id):
             return job_id
         case Refused(code):
@@ -210,7 +216,9 @@ async def outcomes_of(path: Path, groups: list[Group], *, reopens: bool) -> list
             for group, pause_s in run:
                 moment += timedelta(seconds=pause_s)
                 found.append(await asyncio.gather(*(outcome(log, command) for command in group)))
+                found[-1].append(f"{log.head.position} events")
             assert not log.state.keys  # they are in the log
+            assert not log.state.joins
     return found
 
 
@@ -259,6 +267,21 @@ async def test_failed_write_leaves_key_unused(path: Path) -> None:
             await log.submit(load(OTHER_REQUEST))
         assert await outcome(log, load(OTHER_REQUEST)) == "j3"
         assert log.healthy
+
+
+async def test_joins_have_an_index_of_their_own(path: Path) -> None:
+    async with opened(path, new_id=ids("j")) as log:
+        await log.submit(load(None))
+        for actor in ("bob", "carol", "bob"):
+            await log.submit(load(None, actor=actor))
+        await log.submit(cancel("j1", None, "bob"))
+    traced: list[str] = []
+    with closing(sqlite3.connect(path)) as connection:
+        connection.set_trace_callback(traced.append)
+        joins = queries.read_joins(connection, [("j1", "bob"), ("j1", "alice")])
+        assert joins == {Join("j1", "bob", kind) for kind in ("LoadJoined", "CancelRequested")}
+        [plan] = connection.execute(f"EXPLAIN QUERY PLAN {traced[0]}").fetchall()[:1]
+        assert plan[3] == "SEARCH events USING INDEX events_by_join (job_id=? AND actor=?)"
 
 
 async def test_key_index_holds_events_with_keys_only(path: Path) -> None:

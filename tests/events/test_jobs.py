@@ -94,6 +94,7 @@ request request_cancel_L start -> L in_progress, attempt 1, cancelling
 request request_cancel_L start finish -> L completed, attempt 1, cancel requested
 load request_cancel_L -> L completed, attempt 1
 request start request_cancel_L restart -> L pending, attempt 1, 1 deaths, cancelling
+request request_cancel_L request_cancel_L -> L pending, cancelling
 request request_cancel_L cancel_L -> L cancelled, cancel requested
 request start restart_cleanly -> L pending, attempt 1
 request stop_server -> L pending
@@ -150,6 +151,13 @@ def test_event_of_job_moves_its_position(data: Data) -> None:
     history = given("request start")
     history.add(data, "L")
     assert (history.job("L").position, history.job("L").status) == (3, JobStatus.IN_PROGRESS)
+
+
+def test_second_cancel_request_does_not_move_the_job() -> None:
+    history = given("request request_cancel_L")
+    job = history.job("L")
+    history.add(CancelRequested(), "L", by="bob")
+    assert history.job("L") is job
 
 
 @pytest.mark.parametrize("end", [JobCancelled(), LoadFailed("first", "first"), model_loaded()])

@@ -154,8 +154,9 @@ async def test_concurrent_requests_make_one_job(path: Path) -> None:
         head = log.head
     async with opened(path, new_id=ids("k")) as log:
         assert log.head == head
-        assert await log.submit(RequestCancel("j1", "eve")) == Receipt("j1", existing=True, position=2)
-        assert await log.submit(load("other")) == Receipt("k1", existing=False, position=3)
+        assert await log.submit(RequestCancel("j1", "bob")) == Receipt("j1", existing=True, position=2)
+        assert await log.submit(RequestCancel("j1", "eve")) == Receipt("j1", existing=True, position=3)
+        assert (await log.submit(load("other"))).position == 4
     assert verify(path).verified
 
 

@@ -12,6 +12,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `cancels-and-force`: cancels in time and too late, forced unloads of loading models, jobs that time out
 - `evictions-and-memory`: with room for one model, others are evicted; then there is memory for none
 - `settings`: a load changes settings of what is loaded, and another version takes the defaults
+- `joins`: others join a load, a forced unload and a loaded model; a person's load supersedes an on-demand one
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
 """
 
@@ -27,13 +28,13 @@ from support import models
 from support.running import running
 
 from events.codec import decode_event, encode_event
-from events.commands import Record
+from events.commands import Record, RequestLoad, RequestUnload
 from events.models import ModelState
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import as_text
 from events.sqlite.storage import FOLDS
 from events.state import State
-from events.types import AccessDenied, Draft, LoadParameters
+from events.types import AccessDenied, Cause, Draft, Idempotency, LoadParameters
 
 HERE = Path(__file__).parent
 
@@ -72,6 +73,25 @@ async def settings(folder: Path) -> None:
         await engine.unload("adder")
 
 
+async def joins(folder: Path) -> None:
+    """Others join a load, an unload and a loaded model; a requested load supersedes an on-demand load."""
+    async with running(folder, loads_at_once=1, stops_cleanly=True) as engine:
+        slow = await engine.ask_load("slow")
+        await engine.loading("slow")
+        joiner = RequestLoad("slow", 1, (), "bob", idempotency=Idempotency("5f" * 32, "c0" * 32))
+        await engine.log.submit(joiner)
+        with engine.demand.hold("adder"):
+            await engine.log.submit(RequestLoad("adder", 1, (), "pia", cause=Cause.DEMAND))
+            requested = await engine.ask_load("adder", 1)
+            for actor in ("bob", "bob"):
+                await engine.log.submit(RequestUnload("slow", actor, force=True))
+                await engine.log.submit(RequestUnload("slow", "carol", force=True))
+            await engine.ended(slow)
+            await engine.ended(requested)
+        for actor in ("alice", "bob", "bob"):
+            await engine.submit_load("adder", 1, actor=actor)
+
+
 async def loads_and_swaps(folder: Path) -> None:
     """Loads, repeated loads, swaps beside and in place, failed loads, unloads, and a denied request."""
     async with running(folder, stops_cleanly=True) as engine:
@@ -92,7 +112,7 @@ async def loads_and_swaps(folder: Path) -> None:
         await engine.unload("other")
 
 
-SCENARIOS: dict[str, Scenario] = {"loads-and-swaps": loads_and_swaps, "settings": settings}
+SCENARIOS: dict[str, Scenario] = {"loads-and-swaps": loads_and_swaps, "settings": settings, "joins": joins}
 
 
 async def record(name: str) -> None:
@@ -105,6 +125,7 @@ async def record(name: str) -> None:
         models.save(models.crash_on_load(), root, "adder", 3)
         models.save_bytes(b"no model", root, "adder", 4)
         models.save(models.add(100), root, "other")
+        models.save(models.slow_identity(side=400), root, "slow")
         models.save_bytes(b"no model either", root, "broken")
         await SCENARIOS[name](folder)
         async with open_reader(folder / "ledger.db") as reader:

@@ -88,12 +88,13 @@ class Engine:
         version: int | None = None,
         parameters: LoadParameters | None = None,
         asked: Iterable[str] = (),
+        actor: str = "alice",
     ) -> Receipt:
         """Ask for a load, as the HTTP handler does; `asked` are the parameters that the request names."""
         found = self.repository.resolve(model_id, version)
         files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
         given = parameters or LoadParameters()
-        command = RequestLoad(model_id, found.version, files, "alice", given, asked=frozenset(asked))
+        command = RequestLoad(model_id, found.version, files, actor, given, asked=frozenset(asked))
         return await self.log.submit(command)
 
     async def ask_load(
