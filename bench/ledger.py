@@ -97,7 +97,7 @@ def server_facts() -> Iterator[Draft]:
         if number % RESTARTS == 0:
             yield Draft(
                 _id(dice),
-                ServerStarted(unclean=True, down_since=add_seconds(START, APART_S * number)),
+                ServerStarted(unclean=True, last_seen_at=add_seconds(START, APART_S * number)),
                 SYSTEM,
             )
         else:

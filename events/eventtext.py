@@ -73,8 +73,8 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         "bad",
     ),
     "ServerStarted": EventText(
-        ("unclean?after an unclean end|in order", "down since {down_since?}"),
-        {"unclean": "unclean", "down_since": "down_since"},
+        ("unclean?after an unclean end|in order", "last seen {last_seen_at?}", "down since {down_since?}"),
+        {"unclean": "unclean", "last_event_at": "last_event_at", "last_seen_at": "last_seen_at"},
         bad_if="unclean",
     ),
     "ServerStopped": EventText(),

@@ -189,8 +189,8 @@ def _interrupt_job(job: Job, event: Event, data: ServerStarted | ServerStopped) 
     if isinstance(data, ServerStopped):
         return replace(job, status=JobStatus.PENDING, position=event.position) if is_interrupted else job
     deadline_at = job.deadline_at
-    if deadline_at is not None and data.down_since is not None:
-        deadline_at = add_seconds(deadline_at, max(0.0, seconds_between(data.down_since, event.recorded_at)))
+    if deadline_at is not None and data.seen_at is not None:
+        deadline_at = add_seconds(deadline_at, max(0.0, seconds_between(data.seen_at, event.recorded_at)))
     return replace(
         job,
         status=JobStatus.PENDING,

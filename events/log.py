@@ -74,7 +74,7 @@ class PendingCommand:
 
 @dataclass(slots=True)
 class PendingNote:
-    """Times of last use by model id, and the future of the caller."""
+    """Times of last use by model id, and the future of the caller; it also says that the server is there."""
 
     used: Mapping[str, str]
     done: asyncio.Future[None]
@@ -228,6 +228,7 @@ class Log:
         state: the live state, at the head; read only.
         head: the last durable event.
         last_used: times of last use by model id, as read at the start.
+        last_seen: when the server before last noted that it was there; empty if it never did.
         tally: counters of the events since the start.
     """
 
@@ -252,6 +253,7 @@ class Log:
         self.state = State()
         self.head = LogHead()
         self.last_used: Mapping[str, str] = {}
+        self.last_seen = ""
         self.tally = Tally()
 
     @property
@@ -321,8 +323,8 @@ class Log:
         self.tally.append_s.observe(time.monotonic() - began)
         return receipt
 
-    async def note_last_used(self, used: Mapping[str, str]) -> None:
-        """Store times of last use by model id; a stored time never goes back.
+    async def note(self, used: Mapping[str, str]) -> None:
+        """Store times of last use by model id, and that the server is there; a stored time never goes back.
 
         A note is no event and has a transaction of its own, so it fails alone.
 
@@ -342,7 +344,9 @@ class Log:
         Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
         """
         unclean = self.head.position > 0 and self.head.type != ServerStopped.TYPE
-        data = ServerStarted(unclean, self.head.recorded_at or None)
+        last_event_at = self.head.recorded_at or None
+        last_seen_at = max(self.head.recorded_at, self.last_seen if unclean else "") or None
+        data = ServerStarted(unclean, last_event_at=last_event_at, last_seen_at=last_seen_at)
         self._is_complete = False
         receipt = await self.submit(Record((Draft(self._new_id(), data, SYSTEM),)))
         self._is_complete = await self._database.make_whole()
@@ -370,7 +374,8 @@ class Log:
     async def _open(self) -> None:
         """Open the database, at the start or after an error, and continue from what it holds."""
         stored = await self._database.open()
-        self.head, self.state, self.last_used = stored.head, stored.state, stored.last_used
+        self.head, self.state = stored.head, stored.state
+        self.last_used, self.last_seen = stored.last_used, stored.last_seen
         if self.head.recorded_at:
             self._clock.start_after(parse_timestamp(self.head.recorded_at))
         self.notify()  # after an error in COMMIT the file may have new events
@@ -477,7 +482,7 @@ class Log:
         try:
             if not self._database.is_open:
                 await self._open()
-            await self._database.note(note.used)
+            await self._database.note(note.used, self.now())
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a note, it fails alone
             await self._fail_note(note, error)
             return
@@ -485,7 +490,7 @@ class Log:
 
     async def _fail_note(self, note: PendingNote, error: Exception) -> None:
         """Log a failed note, and probe whether the log itself can be written."""
-        _log.warning("times of last use could not be stored: %s", error)
+        _log.warning("the last uses of models, and that the server is there, could not be noted: %s", error)
         if isinstance(error, sqlite3.Error) and kind_of(error) == sqlite3.SQLITE_IOERR:
             await self._database.give_up(error)
         await self._probe()

@@ -293,16 +293,26 @@ class WorkerExited(Struct, frozen=True, gc=False):
 
 
 class ServerStarted(Struct, frozen=True, gc=False):
-    """The server started on this log. Jobs are not charged for the time since `down_since`.
+    """The server started on this log. Jobs are not charged for the time since the server was last seen.
 
     Attributes:
         unclean: whether the event before was not `ServerStopped`.
-        down_since: when the event before was recorded; None in a new log.
+        down_since: in events of earlier releases, when the event before was recorded; now always None.
+        last_event_at: when the event before was recorded; None in a new log.
+        last_seen_at: until when the server before is known to have run: until that event, or after an unclean
+            end until its last note; None in a new log.
     """
 
     TYPE: ClassVar[str] = "ServerStarted"
     unclean: bool
     down_since: Timestamp | None = None
+    last_event_at: Timestamp | None = None
+    last_seen_at: Timestamp | None = None
+
+    @property
+    def seen_at(self) -> Timestamp | None:
+        """Until when the server before is known to have run; None in a new log."""
+        return self.last_seen_at or self.down_since
 
 
 class ServerStopped(Struct, frozen=True, gc=False):

@@ -16,6 +16,13 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     message: str
 
 
+class ServerPresence(msgspec.Struct, frozen=True):
+    """The state of the server at a moment of the past: `running`, `stopped` or `unknown`, and since when."""
+
+    state: str
+    since: str | None = None
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted load or unload.
 
@@ -47,6 +54,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
     as_of: int | None = None
     as_of_time: str | None = None
+    server: ServerPresence | None = None
 
     @property
     def ended(self) -> bool:
@@ -97,6 +105,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     instances: int | None = None
     as_of: int | None = None
     as_of_time: str | None = None
+    server: ServerPresence | None = None
 
 
 class LoadUsage(msgspec.Struct, frozen=True, kw_only=True):

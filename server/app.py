@@ -17,9 +17,10 @@ from aiohttp import hdrs, web
 
 from events.commands import RequestLoad
 from events.datalock import LEDGER, lock_data
-from events.errors import LogUnavailable
+from events.errors import LedgerProblem, LogUnavailable
 from events.log import Log
 from events.sqlite.listing import open_reader
+from events.sqlite.presence import NOTE_EVERY_S
 from events.types import Cause
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.store import FOLDER, ModelCache
@@ -190,16 +191,27 @@ async def _ledger(app: web.Application) -> AsyncIterator[None]:
         app[PROVER] = await open_prover(app[CONFIG].data, log.path)
         started = await log.server_started()
         app[REQUEST_LOG] = RequestLog(log, started.position)
+        noting = asyncio.create_task(_note_presence(log), name="presence")
         denials = app[GATE].denials
         counting = asyncio.create_task(denials.run(log.submit), name="denials")
         yield
+        noting.cancel()
         denials.close()
         await counting
+        await asyncio.wait([noting])
         if not failed_tasks(app):  # after a failure the next start must see an unclean stop
             with suppress(LogUnavailable):  # the stop counts as unclean then
                 await log.server_stopped()
     finally:
         await log.close()
+
+
+async def _note_presence(log: Log) -> None:
+    """Note each minute that the server is there, so that an unclean end is known to the minute."""
+    while True:
+        await asyncio.sleep(NOTE_EVERY_S)
+        with suppress(LedgerProblem):  # next time, then; the writer has said what is wrong
+            await log.note({})
 
 
 async def _reader(app: web.Application) -> AsyncIterator[None]:

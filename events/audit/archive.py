@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from events.audit.archivechain import list_archives
 from events.audit.audit import audit
 from events.audit.export import JSONL, export_of
 from events.audit.exportreader import FileAudit, audit_file, compress
@@ -187,6 +188,8 @@ def _write(connection: sqlite3.Connection, base: LogBase, last: int, target: Pat
 def _move(connection: sqlite3.Connection, base: LogBase, check: FileAudit, file: str, now: str) -> int:
     """Remove the events from the log in the caller's transaction; return the number of removed ended jobs."""
     end = check.proved
+    before = list_archives(connection)
+    folds = storage.FOLDS if not before or before[-1].folds == storage.FOLDS else before[-1].folds
     state = history.state_at(connection, end.position, from_base=True)
     with _suspend_triggers(connection):
         jobs = write_base_state(connection, state)
@@ -195,9 +198,9 @@ def _move(connection: sqlite3.Connection, base: LogBase, check: FileAudit, file:
     state_sha256 = base_state_digest(connection, end.position)
     connection.execute(
         "INSERT INTO archives"
-        " (last_position, first_position, hash, archived_at, file, sha256, state_sha256)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (end.position, base.position + 1, end.hash, now, file, check.sha256, state_sha256),
+        " (last_position, first_position, hash, archived_at, file, sha256, state_sha256, folds)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (end.position, base.position + 1, end.hash, now, file, check.sha256, state_sha256, folds),
     )
     return jobs
 

@@ -15,23 +15,31 @@ from pathlib import Path
 from events.audit.exportreader import ExportReader, FileAudit, audit_file, read_lines
 from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind
+from events.clock import format_timestamp, utc_now
 from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
 from events.sqlite.history import Moment, fold_page, head_moment, moment_at, parse_time, state_at_moment
+from events.sqlite.presence import Presence, find_server_event, presence_at, presence_between
 from events.sqlite.queries import Row, as_bytes, read_base, read_pages
+from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import jobs_behind
+from events.sqlite.storage import FOLDS
 from events.state import Entities, State
-from events.types import Event, LogBase
+from events.types import OF_SERVER, Event, LogBase
+
+_FOLDS_SINCE = 6
+"""The schema from which on an archive's row has the folds of the state at its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArchivedRange:
-    """An archive as the ledger lists it: the positions of its events, and the name that its file had."""
+    """An archive as the ledger lists it: its positions, and its file's name and the folds as it was made."""
 
     first_position: int
     last_position: int
     file: str
+    folds: int = 0
 
     def __str__(self) -> str:
         """Return the range for messages."""
@@ -40,11 +48,14 @@ class ArchivedRange:
 
 def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
     """Return the archives that a ledger lists, in the order of their positions."""
+    folds = "folds" if check_readable(connection) >= _FOLDS_SINCE else "0"
     found = connection.execute(
-        "SELECT first_position, last_position, CAST(file AS BLOB) FROM archives ORDER BY last_position"
+        "SELECT first_position, last_position, CAST(file AS BLOB),"  # noqa: S608 - literals above
+        f" {folds} FROM archives ORDER BY last_position"
     )
     return tuple(
-        ArchivedRange(first, last, (file or b"").decode(errors="replace")) for first, last, file in found
+        ArchivedRange(first, last, (file or b"").decode(errors="replace"), folds)
+        for first, last, file, folds in found
     )
 
 
@@ -66,12 +77,14 @@ class ArchiveProof:
     Attributes:
         files: in the order of their positions; after a finding, as they were given, up to the invalid one.
         is_folded: whether they are complete, and fold to the state that the ledger has at its base.
+        is_outdated: whether they are complete, and the state at the base is another one, made by other folds.
         finding: the first problem, if any.
         at: the file with the problem.
     """
 
     files: tuple[FileAudit, ...]
     is_folded: bool = False
+    is_outdated: bool = False
     finding: Finding | None = None
     at: Path | None = None
 
@@ -141,8 +154,8 @@ def _check_seams(files: list[FileAudit], base: LogBase) -> ArchiveProof:
     return found
 
 
-def compare_with_base(behind: ArchiveProof, stored: State) -> ArchiveProof:
-    """Fold archives that lead to the base, and compare with the state that is stored there.
+def compare_with_base(behind: ArchiveProof, stored: State, folds: int) -> ArchiveProof:
+    """Fold archives that lead to the base, and compare with the state that is stored there, made by `folds`.
 
     Archives that do not begin with the first event cannot be folded, and are not compared.
 
@@ -158,6 +171,8 @@ def compare_with_base(behind: ArchiveProof, stored: State) -> ArchiveProof:
         return replace(behind, finding=bad.finding, at=bad.at)
     if problem is None:
         return replace(behind, is_folded=True)
+    if folds != FOLDS:  # it stays as it was archived
+        return replace(behind, is_outdated=True)
     position = behind.files[-1].proved.position
     return replace(behind, finding=Finding(position, problem, FindingKind.BASE))
 
@@ -273,21 +288,21 @@ def replay(
     """
     if not archives:
         connection.execute("BEGIN")
-        moment = head_moment(connection) if until is None else moment_at(connection, until)
+        moment = _find_moment(connection, until)
         return moment, state_at_moment(connection, moment, from_base=True)
     proof = _prove_archives(connection, archives)
     connection.execute("BEGIN")  # not earlier: it keeps the writer from beginning its write-ahead log anew
     if read_base(connection) != proof.files[-1].proved:
         raise LogUnavailable("events were archived meanwhile: give that archive, too")
     try:
-        moment = head_moment(connection) if until is None else moment_at(connection, until)
+        moment = _find_moment(connection, until)
     except Archived:
-        return _replay_archives(proof, until or "")
+        return _replay_archives(connection, proof, until or "")
     if moment.position == 0:
         return moment, State()
     state, _ = fold_archives(proof.files)
     if moment.recorded_at is None:
-        moment = Moment(state.position, state.recorded_at)
+        moment = replace(moment, recorded_at=state.recorded_at)
     for page in read_pages(connection, state.position, moment.position):
         fold_page(state, page)
     return moment, state
@@ -307,12 +322,36 @@ def _prove_archives(connection: sqlite3.Connection, archives: Sequence[Path]) ->
     return proof
 
 
-def _replay_archives(proof: ArchiveProof, until: str) -> tuple[Moment, State]:
+def _find_moment(connection: sqlite3.Connection, until: str | None) -> Moment:
+    """Return the moment, with the state of the server; without `until` it is now."""
+    now = format_timestamp(utc_now())
+    moment = replace(head_moment(connection), time=now) if until is None else moment_at(connection, until)
+    time = min(moment.time, now) if moment.time is not None else None
+    return replace(moment, server=presence_at(connection, moment.position, time))
+
+
+def _replay_archives(connection: sqlite3.Connection, proof: ArchiveProof, until: str) -> tuple[Moment, State]:
     """Return the state at a moment before the base, or at the base itself."""
+    time = None
     if until.isdigit():
         last = int(until)
         state, _ = fold_archives(proof.files, ends=lambda event: event.position > last)
     else:
         time = parse_time(until)
         state, _ = fold_archives(proof.files, ends=lambda event: event.recorded_at > time)
-    return Moment(state.position, state.recorded_at or None), state
+    server = _archived_presence(connection, proof.files, state.position, time)
+    return Moment(state.position, state.recorded_at or None, time, server), state
+
+
+def _archived_presence(
+    connection: sqlite3.Connection, files: Sequence[FileAudit], position: int, time: str | None
+) -> Presence:
+    """Return the state of the server at a moment before the base."""
+    before, after = None, find_server_event(connection, 0, after=True)
+    for _, row in _rows(files):
+        if '"type":"Server' in row.body and isinstance((event := decode_event(row.body)).data, OF_SERVER):
+            if row.position <= position:
+                before = event
+            elif after is None or row.position < after.position:
+                after = event
+    return presence_between(before, after, time, is_first=position == 0)

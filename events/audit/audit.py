@@ -128,7 +128,7 @@ def audit(
         behind = check_archives(archives, found.base, found.archives, key=key, expected=expected)
         if expected is not None and expected.position < behind.after.position and behind.finding is None:
             raise _archived_error(behind.after, found)
-        found = replace(found, behind=compare_with_base(behind, stored))
+        found = replace(found, behind=compare_with_base(behind, stored, found.archives[-1].folds))
     if found.finding is not None:
         return found
     archived = tuple(

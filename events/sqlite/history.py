@@ -10,7 +10,7 @@ import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
+from events.sqlite.presence import Presence, presence_at
 from events.sqlite.queries import (
     LAST,
     JobQuery,
@@ -218,10 +219,17 @@ class BeyondHead(LedgerProblem):
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A position, and when its event was recorded: None for 0, and for the base."""
+    """A position, and when its event was recorded: None for 0, and for the base.
+
+    Attributes:
+        time: the time that was asked for; None for a position.
+        server: the state of the server then; None until it was asked for.
+    """
 
     position: int
     recorded_at: str | None
+    time: str | None = field(default=None, compare=False)
+    server: Presence | None = field(default=None, compare=False)
 
 
 def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
@@ -242,10 +250,10 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
         (time,),
     ).fetchone()
     if row is not None:
-        return Moment(*row)
+        return Moment(row[0], row[1], time)
     if base:
         raise Archived(f"events recorded until {time} are archived, up to position {base}", base, head)
-    return Moment(0, None)
+    return Moment(0, None, time)
 
 
 def head_moment(connection: sqlite3.Connection) -> Moment:
@@ -337,7 +345,8 @@ class TimeTravelReader:
     async def _read(self, at: str, query: Callable[[sqlite3.Connection, Moment], T]) -> tuple[Moment, T]:
         def read(connection: sqlite3.Connection) -> tuple[Moment, T]:
             moment = moment_at(connection, at)
-            return moment, query(connection, moment)
+            server = presence_at(connection, moment.position, moment.time, is_live=True)
+            return replace(moment, server=server), query(connection, moment)
 
         try:
             return await self._thread.run(read)

@@ -12,7 +12,7 @@ from events.codec import GENESIS, decode_event
 from events.commands import Join, KnownKey, read_key
 from events.jobs import Job, JobStatus
 from events.models import Model
-from events.sqlite.schema import transaction
+from events.sqlite.schema import check_readable, transaction
 from events.state import Changes, State
 from events.types import LogBase
 
@@ -21,6 +21,9 @@ PAGE = 500
 
 LAST = 2**63 - 1
 """No position is above this."""
+
+_SEEN_SINCE = 6
+"""The schema from which on the server notes that it is there."""
 
 
 class LogHead(msgspec.Struct, frozen=True, gc=False):
@@ -187,9 +190,22 @@ def read_last_used(connection: sqlite3.Connection) -> dict[str, str]:
     return dict(connection.execute("SELECT model_id, used_at FROM last_used"))
 
 
-def write_last_used(connection: sqlite3.Connection, used: Mapping[str, str]) -> None:
-    """Store when models were last used, in one transaction; a later stored time stays."""
+def read_last_seen(connection: sqlite3.Connection) -> str:
+    """Return when the server last noted that it was there; empty if it never did, or the schema is older."""
+    if check_readable(connection) < _SEEN_SINCE:
+        return ""
+    row = connection.execute("SELECT seen_at FROM last_seen").fetchone()
+    return "" if row is None else str(row[0])
+
+
+def write_note(connection: sqlite3.Connection, used: Mapping[str, str], seen_at: str) -> None:
+    """Store in one transaction when models were last used, and that the server is there; later times stay."""
     with transaction(connection):
+        connection.execute(
+            "INSERT INTO last_seen (one, seen_at) VALUES (1, ?)"
+            " ON CONFLICT (one) DO UPDATE SET seen_at = max(seen_at, excluded.seen_at)",
+            (seen_at,),
+        )
         connection.executemany(
             "INSERT INTO last_used (model_id, used_at) VALUES (?, ?)"
             " ON CONFLICT (model_id) DO UPDATE SET used_at = max(used_at, excluded.used_at)",

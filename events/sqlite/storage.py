@@ -144,11 +144,12 @@ def _sort_key(key: _Key) -> tuple[bool, _Key]:
 
 @dataclass(frozen=True, slots=True)
 class StoredLedger:
-    """A ledger as it was opened: its head, the live state there, and when models were last used."""
+    """A ledger as it was opened: its head, the live state there, last uses, and when the server was seen."""
 
     head: LogHead
     state: State
     last_used: Mapping[str, str]
+    last_seen: str
 
 
 class Database:
@@ -222,13 +223,13 @@ class Database:
             await self.give_up()
             raise LogUnavailable from error
 
-    async def note(self, used: Mapping[str, str]) -> None:
-        """Store when models were last used.
+    async def note(self, used: Mapping[str, str], seen_at: str) -> None:
+        """Store when models were last used, and that the server is there.
 
         Raises:
             UnicodeEncodeError: an id is not valid text.
         """
-        await self.run(lambda: queries.write_last_used(self._connection, used))
+        await self.run(lambda: queries.write_note(self._connection, used, seen_at))
 
     async def probe(self) -> None:
         """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
@@ -300,7 +301,12 @@ def _read_stored(connection: sqlite3.Connection) -> StoredLedger:
         if head.position:
             _log.info("%d events are folded anew: another release made the stored projections", head.position)
         rebuild(connection)
-    return StoredLedger(head, queries.read_state(connection), queries.read_last_used(connection))
+    return StoredLedger(
+        head,
+        queries.read_state(connection),
+        queries.read_last_used(connection),
+        queries.read_last_seen(connection),
+    )
 
 
 def checkpoint(connection: sqlite3.Connection) -> bool:

@@ -155,6 +155,8 @@ def _replay_state(
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:
     recorded = f", recorded {state['as_of_time']}" if state["as_of_time"] else ""
     yield f"as of position {state['as_of']}{recorded}"
+    since = f" since {state['server']['since']}" if state["server"]["since"] else ""
+    yield f"server: {state['server']['state']}{since}"
     yield f"models: {len(state['models'])}"
     for model in state["models"]:
         version = f" version {model['version']}" if model["version"] is not None else ""

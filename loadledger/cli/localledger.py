@@ -61,6 +61,11 @@ def _archive_lines(behind: ArchiveProof, key: str | None) -> Iterator[str]:
         yield f"the archives are {_describe_signature(signer, key)}"
     if behind.is_folded:
         yield "proved from the first event: the archives lead to the state at the log's base"
+    elif behind.is_outdated:
+        yield (
+            "not compared: the state at the log's base, made by another release; `replay --archive` folds "
+            "the archives anew"
+        )
     else:
         yield (
             f"not proved: the events up to position {behind.after.position} and their state; give the "

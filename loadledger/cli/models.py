@@ -18,6 +18,7 @@ from loadledger.cli.output import (
     format_state,
     format_table,
     format_timestamp,
+    print_note,
     print_result,
 )
 from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
@@ -49,6 +50,9 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
             print_result(shown, _details(shown), as_json=as_json)
             return
         rows = [each for each in client.models(at=at) if not loaded or each.state != "unloaded"]
+        server = client.model(rows[0].id, at=at).server if at is not None and rows else None
+    if server is not None and server.state != "running":
+        print_note(f"the server then: {format_presence(server)}")
     table = format_table(HEAD, [_row(each) for each in rows], right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     print_result({"models": rows}, table if rows else [none], as_json=as_json)
@@ -91,10 +95,16 @@ def _details(model: Any) -> Iterator[str]:
         "position": model.position,
         "prepared": model.prepared and f"{model.prepared.form}, sha256 {model.prepared.sha256}",
         "error": model.error and f"{model.error.code}: {model.error.message}",
+        "server": model.server and format_presence(model.server),
     }
     yield from format_facts(facts)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
+
+
+def format_presence(server: Any) -> str:
+    """Return the state of the server at a moment of the past."""
+    return f"{server.state} since {format_timestamp(server.since)}" if server.since else str(server.state)
 
 
 @click.command()

@@ -9,6 +9,7 @@ from marshmallow import INCLUDE, Schema, fields, validate
 
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.models import Model, ModelState
+from events.sqlite.presence import ServerState
 from events.state import State
 from events.types import Cause
 from runtime.consumer.consumer import Consumer
@@ -24,6 +25,7 @@ MAX_QUEUE_DELAY_US = 1_000_000
 """A second: a longer wait for a batch costs more than it saves."""
 _AS_OF_IN_THE_PAST = "With `at`: the position that the answer reflects."
 _AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null if the log does not have it."
+_SERVER = "With `at`: the state of the server then. While it is not `running`, nothing is loaded."
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
@@ -32,7 +34,7 @@ def about(text: str, **more: str) -> dict[str, Any]:
     return {"metadata": {"description": text, **more}}
 
 
-def _values(kind: type[JobKind | JobStatus | ModelState | Cause]) -> Any:
+def _values(kind: type[JobKind | JobStatus | ModelState | Cause | ServerState]) -> Any:
     return validate.OneOf([member.value for member in kind])
 
 
@@ -191,6 +193,17 @@ class FailureSchema(AnswerSchema):
     message = fields.String(required=True)
 
 
+class ServerSchema(AnswerSchema):
+    """The state of the server at a moment of the past."""
+
+    state = fields.String(
+        required=True,
+        validate=_values(ServerState),
+        **about("`unknown`: after it was last seen, and before its unclean end was discovered."),
+    )
+    since = fields.String(required=True, allow_none=True, **about("Null if the log does not say."))
+
+
 class JobSchema(AnswerSchema):
     """A job: one accepted load or unload."""
 
@@ -224,6 +237,7 @@ class JobSchema(AnswerSchema):
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
     as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(_SERVER))
 
 
 class FileSchema(AnswerSchema):
@@ -274,6 +288,7 @@ class ModelSchema(AnswerSchema):
     )
     as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(_SERVER))
 
 
 class ModelListSchema(AnswerSchema):
@@ -282,6 +297,7 @@ class ModelListSchema(AnswerSchema):
     models = fields.List(fields.Nested(ModelSchema), required=True)
     as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(_SERVER))
     next_cursor = fields.String(required=True, allow_none=True)
 
 
@@ -291,6 +307,7 @@ class JobListSchema(AnswerSchema):
     jobs = fields.List(fields.Nested(JobSchema), required=True)
     as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(_SERVER))
     next_cursor = fields.Integer(required=True, allow_none=True)
 
 

@@ -87,7 +87,12 @@ async def past_job(request: web.Request, at: str, job_id: str) -> dict[str, Any]
 
 def as_of(moment: Moment) -> dict[str, Any]:
     """Return the members that say which moment an answer is about."""
-    return {"as_of": moment.position, "as_of_time": moment.recorded_at}
+    server = moment.server
+    return {
+        "as_of": moment.position,
+        "as_of_time": moment.recorded_at,
+        "server": {"state": server.state.value, "since": server.since} if server is not None else None,
+    }
 
 
 def _takes_at(handler: Handler) -> bool:

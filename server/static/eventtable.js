@@ -18,6 +18,6 @@ export const EVENT_TEXTS = {
   JobCancelled: {"parts": ["superseded by job {superseded_by?}"], "tone": "plain", "badIf": null},
   AccessDenied: {"parts": ["{action}", "{count} times"], "tone": "bad", "badIf": null},
   WorkerExited: {"parts": ["signal {signal}", "exit code {exit_code}", "{stderr.-1}"], "tone": "bad", "badIf": null},
-  ServerStarted: {"parts": ["unclean?after an unclean end|in order", "down since {down_since?}"], "tone": "plain", "badIf": "unclean"},
+  ServerStarted: {"parts": ["unclean?after an unclean end|in order", "last seen {last_seen_at?}", "down since {down_since?}"], "tone": "plain", "badIf": "unclean"},
   ServerStopped: {"parts": [], "tone": "plain", "badIf": null},
 };

@@ -116,7 +116,7 @@ export class Past {
 
   #draw(page, event) {
     const now = this.#moment === null;
-    setText(byId("past-when"), page.as_of === 0 ? "before everything" : `position ${page.as_of}, ${clock(page.as_of_time)}${now ? ", which is now" : ""}`);
+    setText(byId("past-when"), page.as_of === 0 ? "before everything" : `position ${page.as_of}, ${clock(page.as_of_time)}${now ? ", which is now" : ""}${absence(page.server)}`);
     byId("past").classList.toggle("then", !now);
     if (page.as_of_time && document.activeElement !== byId("past-time")) byId("past-time").value = local(new Date(page.as_of_time));
     setText(byId("past-event"), event ? `Here: ${oneLine([event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" "), 300)}${summary(event) ? `, ${summary(event)}` : ""}` : "");
@@ -124,6 +124,13 @@ export class Past {
     const more = page.models.length - MOST;
     tell(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger had no model at that time.");
   }
+}
+
+// What is to be said of the server, where it did not run or nobody knows.
+function absence(server) {
+  if (!server || server.state === "running") return "";
+  const state = server.state === "unknown" ? "whether the server ran is unknown" : "the server was stopped";
+  return `; ${state}${server.since ? ` since ${clock(server.since)}` : ""}`;
 }
 
 function row(first) {

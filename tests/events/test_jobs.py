@@ -22,6 +22,7 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     LoadStarted,
+    ServerStarted,
     ServerStopped,
     Unknown,
     UnloadRequested,
@@ -207,6 +208,22 @@ def test_deadline_moves_by_time_server_was_down(
     history.ask_load("L", timeout_s=timeout_s)
     for pause_s in pauses_s:
         history.restart(down_s=pause_s)
+    assert history.job("L").deadline_at == deadline_at
+
+
+@pytest.mark.parametrize(
+    ("started", "deadline_at"),
+    [
+        (ServerStarted(True, last_event_at=at(1), last_seen_at=at(61)), at(101 + 1_000 - 61)),
+        (ServerStarted(False, last_event_at=at(1), last_seen_at=at(1)), at(101 + 1_000 - 1)),
+        (ServerStarted(True, down_since=at(1)), at(101 + 1_000 - 1)),  # of an earlier release
+        (ServerStarted(True, last_seen_at=at(2_000)), at(101)),
+    ],
+)
+def test_deadline_moves_by_time_since_server_was_seen(started: ServerStarted, deadline_at: str) -> None:
+    history = History()
+    history.ask_load("L", timeout_s=100)
+    history.add(started, None, of=None, after_s=999)  # at 1,000
     assert history.job("L").deadline_at == deadline_at
 
 

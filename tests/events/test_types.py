@@ -20,6 +20,8 @@ ADDED = {
     "cause_event_id": None,
     "idempotency": None,
     "down_since": None,
+    "last_event_at": None,
+    "last_seen_at": None,
     "max_batch_size": 0,
     "max_queue_delay_us": 0,
     "keeps_load_job_id": None,

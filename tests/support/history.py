@@ -240,8 +240,9 @@ class History:
         """The server is started again after it was down."""
         if not unclean:
             self.stop()
-        down_since = self.facts[-1].recorded_at if self.facts else None
-        self.add(ServerStarted(unclean, down_since), None, of=None, version=None, after_s=down_s)
+        last_at = self.facts[-1].recorded_at if self.facts else None
+        data = ServerStarted(unclean, last_event_at=last_at, last_seen_at=last_at)
+        self.add(data, None, of=None, version=None, after_s=down_s)
 
     def job(self, job: str) -> Job:
         return self.state.jobs[job]
@@ -448,7 +449,8 @@ def bounded(kind: type, bounds: Any) -> st.SearchStrategy[Any]:
 def instances(kind: type[T], *, without: str = "") -> st.SearchStrategy[T]:
     """Return a strategy for instances of a struct, all fields but this one given."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    known = {"down_since": st.none() | st.integers(-1_000, 1_000).map(at)}  # a timestamp by contract
+    timestamps = st.none() | st.integers(-1_000, 1_000).map(at)
+    known = dict.fromkeys(("down_since", "last_event_at", "last_seen_at"), timestamps)
     names = (name for name in kind.__struct_fields__ if name != without)
     return st.builds(kind, **{name: known.get(name, values(hints[name])) for name in names})
 

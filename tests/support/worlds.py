@@ -25,6 +25,7 @@ from events.types import (
     ModelSettingsChanged,
     ModelUnloaded,
     ServerStarted,
+    ServerStopped,
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
@@ -491,7 +492,9 @@ class World:
         self.end_all()
 
     def restart(self, *, unclean: bool) -> None:
-        down_since = self.state.recorded_at or None
+        if not unclean:
+            self.submit(Record((Draft(self.new_id(), ServerStopped(), SYSTEM),)))
+        last_at = self.state.recorded_at or None
         self._seen = None
         self.meanwhile.clear()
         self.live.clear()
@@ -501,7 +504,8 @@ class World:
         self.preparation = None
         self.preparable.clear()
         self._end_troubles()
-        self.submit(Record((Draft(self.new_id(), ServerStarted(unclean, down_since), SYSTEM),)))
+        started = ServerStarted(unclean, last_event_at=last_at, last_seen_at=last_at)
+        self.submit(Record((Draft(self.new_id(), started, SYSTEM),)))
 
     def _end_troubles(self) -> None:
         self.fault, self.fork_server_up, self.under_pressure = None, True, False

@@ -83,7 +83,7 @@ def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
             assert done.jobs == len(jobs - job_ids(path))
             assert audit_file(file).after == LogBase(len(gone), gone[-1].hash if gone else bytes(32))
             gone += rows_in(file)
-            listed.append(ArchivedRange(first, cut - 1, file.name))
+            listed.append(ArchivedRange(first, cut - 1, file.name, storage.FOLDS))
         left = [Row(*row) for row in ledgers.rows_of(path)]
         assert gone + left == ROWS
         found = audit(path)
@@ -284,6 +284,21 @@ def test_base_state_of_an_earlier_release_is_understood() -> None:
         archived(path, 33)
         assert audit(path).finding is None
         assert states(path, range(32, HEAD + 1)) == STATES[32:]
+
+
+@pytest.mark.parametrize(("folds", "is_outdated"), [(0, True), (storage.FOLDS, False)])
+def test_state_archived_under_other_folds_is_not_compared(folds: int, *, is_outdated: bool) -> None:
+    with ledgers.archived_copy(LEDGER, 20) as (path, files):
+        with closing(connect(path)) as connection:
+            connection.execute("UPDATE job_snapshots SET body = json_set(body, '$.attempt', 9)")
+            connection.execute("UPDATE model_snapshots SET body = json_set(body, '$.lost_at', 'then')")
+            connection.execute("UPDATE archives SET folds = ?", (folds,))
+            connection.execute("UPDATE archives SET state_sha256 = ?", (base_state_digest(connection, 19),))
+            storage.rebuild(connection)
+        found = audit(path, archives=files)
+        assert found.behind is not None
+        assert (found.behind.is_outdated, found.behind.is_folded) == (is_outdated, False)
+        assert (found.finding is None) == is_outdated
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_event_recorded_before_its_predecessor_is_found() -> None:
 
 # The tables.
 
-FIRST_ARCHIVE = "INSERT INTO archives VALUES (3, {}, zeroblob(32), '', 'a.gz', zeroblob(32), zeroblob(32))"
+FIRST_ARCHIVE = "INSERT INTO archives VALUES (3, {}, zeroblob(32), '', 'a.gz', zeroblob(32), zeroblob(32), 3)"
 NEW_BASE = ("DROP TABLE base", "CREATE TABLE base (position, hash)")
 NEW_EVENTS = (
     "CREATE TABLE forged AS SELECT position, body, hash FROM events",

@@ -258,6 +258,7 @@ def test_replay_prints_state(two_models: Path) -> None:
     shown = printed("replay", "--data", two_models)
     assert re.sub(r"2\d{3}-\d\d-\d\dT[\d:.]+Z", "TIME", shown).splitlines() == [
         "as of position 9, recorded TIME",
+        "server: running since TIME",
         "models: 2",
         "  digits: loaded version 1",
         "    loaded TIME by alice, position 4, job L",
@@ -271,6 +272,7 @@ def test_replay_prints_state(two_models: Path) -> None:
     ]
     assert lines("replay", "--data", two_models, "--until", 0) == [
         "as of position 0",
+        "server: stopped",
         "models: 0",
         "unended jobs: 0",
     ]

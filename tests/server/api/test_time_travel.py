@@ -10,7 +10,7 @@ from support import models
 from support.http import ONE, Json, LocalApi
 
 from events.clock import parse_timestamp
-from events.types import ModelLoaded
+from events.types import ModelLoaded, ServerStopped
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -63,9 +63,30 @@ async def test_load_of_an_inference_and_key_are_found_after_restart(start: Start
 async def test_before_the_first_event_there_is_nothing(past: LocalApi) -> None:
     for at in ("0", "2001-01-01T00:00:00Z"):
         listed = await found(past, f"models?at={at}")
-        assert listed == {"models": [], "next_cursor": None, "as_of": 0, "as_of_time": None}
+        assert listed == {
+            "models": [], "next_cursor": None, "as_of": 0, "as_of_time": None,
+            "server": {"state": "stopped", "since": None},
+        }  # fmt: skip
         assert (await found(past, f"jobs?at={at}"))["jobs"] == []
         assert (await past.get(f"/api/v1/models/digits?at={at}")).refusal == (404, "unknown_model")
+
+
+async def test_answer_of_the_past_names_the_server(start: Start) -> None:
+    api = await start()
+    api.save(models.add(), "m")
+    await api.load("m")
+    position = api.position
+    await api.client.close()  # in order
+    again = await start()
+    stopped = next(event for event in await again.events() if isinstance(event.data, ServerStopped))
+    job = (await again.jobs())[-1]["id"]
+    for path in ("models?", "models/m?", "jobs?", f"jobs/{job}?"):
+        then = await found(again, f"{path}at={position}")
+        assert then["server"]["state"] == "running"
+        then = await found(again, f"{path}at={quote(stopped.recorded_at)}")
+        assert then["server"] == {"state": "stopped", "since": stopped.recorded_at}
+        assert then["as_of"] == stopped.position
+    assert (await found(again, f"models/m?at={stopped.position}"))["state"] == "lost"
 
 
 async def test_head_and_future_time_show_the_present(past: LocalApi) -> None:

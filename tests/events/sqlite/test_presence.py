@@ -1,0 +1,95 @@
+"""The state of the server at moments of the past: running, stopped, or unknown after an unclean end."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support import ledgers
+from support.history import History, at
+
+from events.audit.archivechain import replay
+from events.sqlite import queries
+from events.sqlite.history import open_time_travel_reader
+from events.sqlite.presence import NOTE_EVERY_S, Presence, ServerState, presence_at
+from events.sqlite.schema import connect
+from events.types import ServerStarted
+
+RUNNING, STOPPED, UNKNOWN = ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN
+
+
+def store(path: Path) -> None:
+    """Store a history: a start, a load, an unclean end, a start, a stop, and a start that still runs."""
+    history = History()
+    history.add(ServerStarted(False), None, of=None, version=None, after_s=2)
+    history.load("L")  # at 3, 4, 5
+    unclean = ServerStarted(True, last_event_at=at(5), last_seen_at=at(60))
+    history.add(unclean, None, of=None, version=None, after_s=995)  # at 1,000
+    history.restart(unclean=False, down_s=1_000)  # stopped at 1,001, started at 2,001
+    history.ask_load("M", of="other")  # at 2,002
+    with closing(connect(path)) as connection:
+        ledgers.store_events(connection, history.facts)
+        queries.write_note(connection, {}, at(2_100))
+
+
+@pytest.fixture
+def connection(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    store(tmp_path / "ledger.db")
+    with closing(connect(tmp_path / "ledger.db")) as connection:
+        yield connection
+
+
+MOMENTS = """
+position, time -> state, since
+0 -       -> stopped -
+0 1       -> stopped -
+1 -       -> running 2
+4 -       -> running 2
+4 60      -> running 2
+4 61      -> unknown 60
+4 999     -> unknown 60
+5 -       -> running 1000
+6 -       -> stopped 1001
+6 1500    -> stopped 1001
+7 -       -> running 2001
+8 -       -> running 2001
+8 2150    -> running 2001
+8 9000    -> unknown 2100
+"""
+"""Position, and the asked time where one was asked -> the state of the server, and since when."""
+
+
+@pytest.mark.parametrize("row", [row for row in MOMENTS.splitlines()[2:] if row])
+def test_presence_at_moment(connection: sqlite3.Connection, row: str) -> None:
+    moment, _, expected = (each.strip() for each in row.partition("->"))
+    position, time = moment.split()
+    state, since = expected.split()
+    found = presence_at(connection, int(position), None if time == "-" else at(int(time)))
+    assert found == Presence(ServerState(state), None if since == "-" else at(int(since)))
+
+
+def test_presence_of_live_server_is_never_unknown(connection: sqlite3.Connection) -> None:
+    assert presence_at(connection, 8, at(10**9), is_live=True) == Presence(RUNNING, at(2_001))
+
+
+def test_replay_without_a_moment_says_whether_server_was_seen_lately(connection: sqlite3.Connection) -> None:
+    moment, _ = replay(connection, None)
+    assert moment.server == Presence(UNKNOWN, at(2_100))
+    assert NOTE_EVERY_S <= 60
+    connection.rollback()
+    assert replay(connection, at(500))[0].server == Presence(UNKNOWN, at(60))
+    connection.rollback()
+    assert replay(connection, "4")[0].server == Presence(RUNNING, at(2))
+
+
+async def test_time_travel_says_whether_server_ran(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    store(path)
+    async with open_time_travel_reader(path) as past:
+        moment, state = await past.state(at(500))
+        assert (moment.position, moment.server) == (4, Presence(UNKNOWN, at(60)))
+        assert state.models["digits"].state == "loaded"
+        moment, state = await past.state(at(1_500))
+        assert (moment.position, moment.server) == (6, Presence(STOPPED, at(1_001)))
+        assert state.models["digits"].state == "lost"
