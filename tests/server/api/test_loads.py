@@ -86,7 +86,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
     assert (loaded.position, loaded.data.durations.warming_up_us is None) == (model["position"], False)
     head = shared.position
     for body in ({}, {"version": 1}, {"timeout_s": 60}, {"priority": "high"}, {"instances": 1}):
-        again = await shared.post("/api/v1/models/m/load", json=body)
+        again = await shared.post("/api/v1/models/m/load", json=body, subject="Ann")
         assert (again.status, again.json) == (200, job)
     assert shared.position == head
 
