@@ -96,7 +96,7 @@ def test_generated_column_that_lies_is_named() -> None:
         ),
         ("CREATE VIEW ghost AS SELECT * FROM events", "the view 'ghost' is not of a ledger"),
         ("ALTER TABLE jobs ADD COLUMN ghost", "the table 'jobs' was changed"),
-        ("PRAGMA user_version = 4", "the table 'models' was changed"),
+        ("PRAGMA user_version = 4", "the table 'archives' was changed"),
         ("CREATE TABLE _replication (id TEXT PRIMARY KEY)", None),  # plain tables of others are left alone
         ("ANALYZE", None),
     ],
