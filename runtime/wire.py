@@ -187,6 +187,7 @@ class Load(Message, frozen=True):
         root: the repository's root, which no file may leave.
         files: the paths of the version's files, in order; the load fails if the folder has others.
         memory_limit_bytes: for the model, beside the empty worker; None is no limit.
+        load_limit_bytes: as well, until the model is loaded; None is no limit.
         max_batch_size: 0 turns batching off.
         max_queue_delay_us: how long a request may wait for its batch.
         warm_up: whether the model runs once before it is loaded.
@@ -201,6 +202,7 @@ class Load(Message, frozen=True):
     files: tuple[str, ...]
     threads: int
     memory_limit_bytes: int | None = None
+    load_limit_bytes: int | None = None
     known: tuple[HashedFile, ...] = ()
     max_batch_size: Count = 0
     max_queue_delay_us: Count = 0
@@ -209,6 +211,12 @@ class Load(Message, frozen=True):
     background: bool = False
     huge_pages: bool = True
     tensors: tuple[TensorHead, ...] = ()
+
+    @property
+    def least_limit_bytes(self) -> int | None:
+        """The limit while the model is loaded."""
+        given = [each for each in (self.memory_limit_bytes, self.load_limit_bytes) if each is not None]
+        return min(given, default=None)
 
 
 class Prepare(Message, frozen=True):

@@ -65,7 +65,8 @@ ADVICE: Mapping[str, str] = {
     "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
     "model_unloading": "Retry after `Retry-After`: another version may replace it.",
     "worker_died": "Retry: the worker is replaced. After a failed load, `WorkerExited` has its last lines.",
-    "out_of_memory": "Raise the load's `memory_limit_bytes`; without one, the machine has no more memory.",
+    "out_of_memory": "`detail` has the figures. Raise the load's `memory_limit_bytes` or `--memory-budget`,"
+    " or unload other models; without a limit, the machine has no more memory.",
     "insufficient_memory": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
     " `--memory-budget`.",
     "too_many_loaded": "Unload a model, let the server evict idle models (`--evict idle`), or raise"

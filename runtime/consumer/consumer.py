@@ -83,7 +83,13 @@ class Consumer:
         self._decision = Decision()
         self._late: Action | None = None
         self._executor = Executor(
-            log, pool, repository, self._wakeup.set, drain_timeout_s=drain_timeout_s, store=store
+            log,
+            pool,
+            repository,
+            self._wakeup.set,
+            drain_timeout_s=drain_timeout_s,
+            budget_bytes=lambda: self.policy.budget_bytes,
+            store=store,
         )
         self.loads = self._executor.loads
         self.totals = self._executor.totals

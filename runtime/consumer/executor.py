@@ -52,6 +52,7 @@ from runtime.repository import Repository
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import is_load_current
+from runtime.scheduler.view import load_allowance
 from runtime.wire import HashedFile, plain_text
 
 MAX_REMEMBERED_VERSIONS = 1000
@@ -178,9 +179,11 @@ class Executor:
         wake: Callable[[], None],
         *,
         drain_timeout_s: float,
+        budget_bytes: Callable[[], int | None] = lambda: None,
         store: ModelCache | None = None,
     ) -> None:
         self._log = log
+        self._budget_bytes = budget_bytes
         self._pool = pool
         self._repository = repository
         self._wake = wake
@@ -272,6 +275,7 @@ class Executor:
         load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), self._wake)
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
         load.estimated_sizes = self.estimates.sizes(job.id)
+        load.allowance = partial(self._allowance, load)
         known = self._known_files.get((job.model_id, version), ())
         model = self._log.state.models.get(job.model_id)
         footprints = model.footprints if model is not None else ()
@@ -289,6 +293,16 @@ class Executor:
             raise
         self.loads[job.id] = load
         load.track(asyncio.create_task(run_load(load, self._pool, ordered)))
+
+    def _allowance(self, load: RunningLoad) -> int | None:
+        """Return how many bytes the workers of a load may take now; None without a budget."""
+        budget_bytes = self._budget_bytes()
+        if budget_bytes is None:
+            return None
+        preparation = self.preparer.preparation
+        others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
+        others += preparation.memory_bytes if preparation is not None else 0
+        return load_allowance(budget_bytes, others, load.reserved_bytes)
 
     def _restart_bare(self, load_job_id: str) -> None:
         """Forget an attempt whose workers have exited; the job is estimated and admitted without its form."""

@@ -9,9 +9,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -30,6 +31,7 @@ from runtime.process.pool import WorkerPool
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import FileStat, ModelVersion, Repository
+from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
 from runtime.wire import CachedCopy, HashedFile, Load, Loaded, Tensor
@@ -46,7 +48,9 @@ class FormUnusable(RuntimeProblem):
 FindForm = Callable[[tuple[FileStat, ...]], CachedCopy | None]
 """Finds the prepared form of these files, if there is one; may read files."""
 
-OUT_OF_MEMORY = "out_of_memory"
+OUT_OF_MEMORY: Final = "out_of_memory"
+STACK_BYTES = 8 * 2**20
+"""Of a thread of ONNX Runtime, as RLIMIT_DATA counts it."""
 START_ATTEMPTS = 3
 """A load survives the replacement of the fork server, but not one that cannot fork."""
 START_PAUSE_S = 0.1
@@ -75,6 +79,8 @@ class RunningLoad:
         recorded_exits: ids of workers whose unexpected exit was recorded.
         reserved_bytes: reservation until `report` is set.
         estimated_sizes: the files that the reservation is for; None if nothing was estimated.
+        file_bytes: the size of the files that it loads, with those of its form.
+        allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
         is_outdated: whether this attempt found other files than those, and so ends.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
@@ -105,6 +111,8 @@ class RunningLoad:
     freed_bytes: int = 0
     reserved_bytes: int = 0
     estimated_sizes: FileSizes | None = None
+    file_bytes: int = 0
+    allowance: Callable[[], int | None] = lambda: None
     is_outdated: bool = False
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
@@ -262,16 +270,44 @@ class RunningLoad:
             self.expect_exit(worker)
             worker.kill()
 
-    def check_estimate(self, files: Iterable[FileStat]) -> None:
-        """Check, before a worker is started, that the reservation is for these files.
+    def check_estimate(self, files: Sequence[FileStat]) -> None:
+        """Note the files to load, and check, before a worker is started, that the reservation is for them.
 
         Raises:
             LoadRefused: `model_changed`, they are others, and this attempt is outdated.
         """
+        self.file_bytes = sum(file.bytes for file in files)
         if self.estimated_sizes not in (None, file_sizes(files)):
             self.is_outdated = True
             reason = "the model's files are no longer those that its memory was estimated for; load it again"
             raise LoadRefused("model_changed", reason)
+
+    def worker_limit_bytes(self, threads: int) -> int | None:
+        """Return the limit of the next worker until it has loaded; None without a budget.
+
+        RLIMIT_DATA also counts ONNX Runtime's private mappings of files, and the stacks of threads.
+        """
+        allowance = self.allowance()
+        if allowance is None:
+            return None
+        instances = self.parameters.instances
+        others = (instances - 1) * (self.reserved_bytes // instances)
+        form_bytes = sum(file.bytes for file in self.prepared.files) if self.prepared is not None else 0
+        return allowance - others + self.file_bytes + form_bytes + (threads + 1) * STACK_BYTES
+
+    def check_allowance(self, worker: Worker) -> None:
+        """End this attempt if its loading workers have taken more memory than they may."""
+        allowance, taken = self.allowance(), self.measured_bytes
+        if self.report is None and allowance is not None and taken > allowance:
+            took = f"the load took {format_megabytes(taken)} of memory"
+            _store_failure(self, LoadRefused(OUT_OF_MEMORY, f"{took}; {self.describe_allowance()}"), worker)
+            self.kill_workers()
+
+    def describe_allowance(self) -> str:
+        """Return how much memory the load may take, for the message of one that took more."""
+        may_take = format_megabytes(self.allowance() or 0)
+        reserved = format_megabytes(self.reserved_bytes)
+        return f"it may take {may_take}: what it reserved, {reserved}, and what is free of the memory budget"
 
     def expect_exit(self, worker: Worker) -> None:
         """Note, right before a worker's end, what it aborts and how many bytes it releases."""
@@ -399,10 +435,18 @@ async def _load_instance(
     load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
     worker.ended.add_done_callback(lambda _: load.wake())
     try:
-        report = await worker.load(order, lambda stage: setattr(load, "stage", stage), load.warm_up_inputs)
+        limited = replace(order, load_limit_bytes=load.worker_limit_bytes(order.threads))
+        report = await worker.load(
+            limited,
+            lambda stage: setattr(load, "stage", stage),
+            load.warm_up_inputs,
+            on_sample=lambda: load.check_allowance(worker),
+        )
     except RuntimeProblem as problem:
         if not isinstance(problem, WorkerDied):
             load.expected_exits.add(worker_id)
+        if problem.code == OUT_OF_MEMORY and load.allowance() is not None:
+            problem = LoadRefused(OUT_OF_MEMORY, f"{problem}; {load.describe_allowance()}")
         _store_failure(load, problem, worker)
         raise
     load.reports[worker_id] = report

@@ -154,7 +154,11 @@ class Worker:
         await self._in_flight.wait_until_drained()
 
     async def load(
-        self, order: Load, on_stage: Callable[[str], None], warm_up_inputs: Sequence[Tensor] = ()
+        self,
+        order: Load,
+        on_stage: Callable[[str], None],
+        warm_up_inputs: Sequence[Tensor] = (),
+        on_sample: Callable[[], None] = lambda: None,
     ) -> Loaded:
         """Load a model, once per worker; the worker ends by itself when this fails.
 
@@ -162,6 +166,7 @@ class Worker:
             order: the version, and the parameters of the load.
             on_stage: called with `loading`, `warming_up` if the model is run, and `measuring`.
             warm_up_inputs: inputs of the warm-up; empty means zeros, where shapes allow it.
+            on_sample: called after each sample of `memory_bytes`.
 
         Raises:
             LoadRefused: with the code of the reason.
@@ -170,7 +175,12 @@ class Worker:
         # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         order = replace(order, tensors=heads(warm_up_inputs))
-        with self._sampler.watch(self.pid, self._set_memory) as samples:
+
+        def note_sample(bytes_: int) -> None:
+            self._set_memory(bytes_)
+            on_sample()
+
+        with self._sampler.watch(self.pid, note_sample) as samples:
             report: Loaded = await self._answer_to(order, warm_up_inputs, on_stage)
             on_stage("measuring")
             self.loaded_memory = await self._measure_load(samples)

@@ -136,6 +136,25 @@ def find_unload_target(state: State, unload: Job) -> str:
     return model.serving.load_job_id
 
 
+PEAK_VARIATION = 8
+"""A load may take an eighth more than it reserved, even if nothing is free: peaks vary from load to load."""
+
+
+def load_allowance(budget_bytes: int, others_bytes: int, reserved_bytes: int) -> int:
+    """Return how many bytes the workers of a load may take until the model is loaded.
+
+    All that is free of the budget, and at least their reservation. A load that takes more than it reserved
+    leaves less to the others: of loads that outgrow their reservations, the one ends that needs what another
+    has taken.
+
+    Args:
+        budget_bytes: the memory budget.
+        others_bytes: what everything else reserves or takes, whichever is more.
+        reserved_bytes: the load's own reservation.
+    """
+    return max(reserved_bytes + reserved_bytes // PEAK_VARIATION, budget_bytes - others_bytes)
+
+
 class SchedulerView:
     """Input of one scheduling decision; derived values are cached."""
 

@@ -187,7 +187,7 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
     try:
         return _load(order, given, on_stage)
     except MemoryError as error:
-        raise sessions.out_of_memory(order.memory_limit_bytes, str(error) or "MemoryError") from None
+        raise sessions.out_of_memory(order.least_limit_bytes, str(error) or "MemoryError") from None
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
 
@@ -218,7 +218,8 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), order.prepared):
         disable_huge_pages()
     with BackgroundHashing(sources) as hashing:
-        sessions.limit_memory(order.memory_limit_bytes)  # now that this process has all its threads
+        # Now that this process has all its threads.
+        sessions.limit_memory(order.memory_limit_bytes, order.load_limit_bytes)
         try:
             started_ns = time.perf_counter_ns()
             session = _create_session(order, folder, root)
@@ -230,6 +231,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
         finally:  # changed files are the reason for any other problem, too
             check_unchanged(before, folder, root)
     ctypes.CDLL(None).malloc_trim(0)  # in 2 ms returns what loading freed, as much as it kept
+    sessions.lift_load_limit()
     report = Loaded(
         files=files,
         inputs=model.inputs,
@@ -245,10 +247,10 @@ def _create_session(order: Load, folder: Path, root: Path) -> ort.InferenceSessi
     """Create the session from the cached model, if there is one, else from the repository's files."""
     if order.prepared is None:
         chosen = sessions.session_options(order.threads)
-        return sessions.create_checked(folder, root, chosen, order.memory_limit_bytes)
+        return sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
     chosen = sessions.saved_graph_options(order.threads)
     model_file = str(Path(order.prepared.folder) / MODEL_FILE)
-    return sessions.create_session(model_file, chosen, order.memory_limit_bytes)
+    return sessions.create_session(model_file, chosen, order.least_limit_bytes)
 
 
 def _elapsed_us(started_ns: int) -> int:

@@ -171,14 +171,28 @@ def out_of_memory(limit_bytes: int | None, text: str) -> LoadRefused:
     return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {text}")
 
 
-def limit_memory(limit_bytes: int | None) -> None:
+def limit_memory(limit_bytes: int | None, load_limit_bytes: int | None = None) -> None:
     """Limit the memory that the process may add to its present one; None is no limit.
+
+    `lift_load_limit` ends the second limit.
 
     Call this when the process has all its threads, whose stacks count. RLIMIT_DATA counts mapped memory,
     touched or not, so an empty worker's memory is not part of the limit.
     """
+    present_bytes = memory.data_bytes()
     if limit_bytes is not None:
-        limit_resource(resource.RLIMIT_DATA, memory.data_bytes() + limit_bytes)
+        limit_resource(resource.RLIMIT_DATA, present_bytes + limit_bytes)
+    if load_limit_bytes is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = present_bytes + load_limit_bytes
+        soft = allowed if hard == resource.RLIM_INFINITY else min(allowed, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def lift_load_limit() -> None:
+    """End the limit of the load alone."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def limit_resource(kind: int, limit_bytes: int) -> None:

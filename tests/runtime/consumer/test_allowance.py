@@ -1,0 +1,104 @@
+"""What a load may take of the memory budget until it is loaded: the rule, and loads that take more."""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import models
+from support.history import PLAIN
+from support.running import error_of, running
+
+from events.jobs import JobStatus
+from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import PEAK_VARIATION, Policy, load_allowance
+
+MB = 1_000_000
+
+
+@dataclass
+class Growing:
+    """A load that was admitted with a reservation, and what its workers have taken."""
+
+    reserved: int
+    taken: int = 0
+
+    @property
+    def counted(self) -> int:
+        return max(self.reserved, self.taken)
+
+
+@PLAIN
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 500)), max_size=30),
+)
+def test_loads_stay_within_the_budget_however_they_grow(
+    reservations: list[int], samples: list[tuple[int, int]]
+) -> None:
+    budget = max(1000, sum(reservations))
+    loads = [Growing(reserved) for reserved in reservations]
+    for number, taken in samples:
+        if number >= len(loads):
+            continue
+        load, others = loads[number], sum(each.counted for each in loads if each is not loads[number])
+        allowance = load_allowance(budget, others, load.reserved)
+        assert allowance >= load.reserved
+        if taken > allowance:
+            loads.remove(load)
+        else:
+            load.taken = taken
+        margin = sum(each.reserved // PEAK_VARIATION for each in loads)
+        assert sum(each.counted for each in loads) <= budget + margin
+
+
+def save_ballast(root: Path) -> None:
+    """Save a model whose estimate and limits count a large file, and which takes more by itself."""
+    folder = models.save(models.grown(50 * MB), root, "big")
+    with (folder / "weights.bin").open("wb") as file:
+        file.truncate(100 * MB)
+
+
+@pytest.mark.parametrize(
+    ("by", "budget_mb", "words"),
+    [
+        pytest.param("its limit", 400, "the limit is ", id="limit"),
+        pytest.param("the server", 120, "the load took ", id="measured"),
+    ],
+)
+async def test_load_that_takes_more_than_is_free_fails(
+    tmp_path: Path, shared_pool: WorkerPool, by: str, budget_mb: int, words: str
+) -> None:
+    root = tmp_path / "models"
+    models.save(models.add(1), root, "adder")
+    if by == "the server":
+        save_ballast(root)
+    else:
+        models.save(models.grown(250 * MB), root, "big")  # a file of 160 bytes
+    policy = Policy(loads_at_once=2, budget_bytes=budget_mb * MB)
+    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+        await engine.load("adder")
+        error = error_of(await engine.load("big"))
+        assert error.code == "out_of_memory"
+        assert words in error.message
+        assert "; it may take " in error.message
+        assert error.message.endswith("and what is free of the memory budget")
+        assert await engine.story(of="big") == ["LoadRequested", "LoadStarted", "LoadFailed"]
+        assert await engine.ask("adder", 1) == 2
+
+
+async def test_limit_of_a_load_ends_with_it_and_known_peaks_suffice(
+    tmp_path: Path, shared_pool: WorkerPool
+) -> None:
+    models.save(models.weights(20), tmp_path / "models", "m")
+    policy = Policy(loads_at_once=1, budget_bytes=1000 * MB)
+    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+        await engine.load("m")
+        [first] = engine.model("m").footprints
+        await engine.unload("m")
+        engine.consumer.policy = Policy(loads_at_once=1, budget_bytes=first.peak_memory_bytes)
+        assert (await engine.load("m")).status is JobStatus.COMPLETED
+        pid = engine.worker("m").pid
+        assert resource.prlimit(pid, resource.RLIMIT_DATA) == resource.getrlimit(resource.RLIMIT_DATA)
