@@ -1,12 +1,13 @@
 """The `Jobs` projection: status and outcome of each accepted load and unload. A pure fold, one job at a time.
 
-`REQUESTS` make a job of the event with its id; `STEPS` change it until it has ended.
+`REQUESTS` make a job of the event with its id; `STEPS` change it until it has ended. `CONSEQUENCES` says what
+a failed load means for a model that the server reloads: give a new code a row there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import Any
 
 from msgspec import Struct
@@ -57,11 +58,96 @@ class JobStatus(StrEnum):
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
 
 
+CRASH_LOOP = "crash_loop"
+"""Error code of a load that the scheduler gave up, because its workers kept dying."""
+
+FORK_SERVER_DIED = "fork_server_died"
+"""Error code of a load whose worker ended with the fork server: no fault of the model."""
+
+INSUFFICIENT_MEMORY = "insufficient_memory"
+"""Error code of a load that never fits into the memory budget, or of a restore that does not fit now."""
+
+TOO_MANY_LOADED = "too_many_loaded"
+"""Error code of a restore beyond `--max-loaded`."""
+
+TIMEOUT = "timeout"
+"""Error code of a load that missed its deadline."""
+
+BYTES_GONE = "bytes_gone"
+"""Error code of a reload whose recorded bytes neither the store nor a readable repository has."""
+
+
+class Consequence(Enum):
+    """What follows from a failed reload."""
+
+    INCIDENT = auto()
+    """It speaks against the model: enough of these within ten minutes, and the model is given up."""
+
+    RETRY = auto()
+    """The circumstances were to blame: the back-off grows up to its limit, and reloads go on."""
+
+    END = auto()
+    """Another attempt would end likewise: the model is given up at once."""
+
+
+CONSEQUENCES: Mapping[str, Consequence] = {
+    # The worker died, or the model does not load by itself.
+    "worker_died": Consequence.INCIDENT,
+    "invalid_model": Consequence.INCIDENT,
+    "warm_up_failed": Consequence.INCIDENT,
+    "not_encodable": Consequence.INCIDENT,
+    # No process, no memory, no disk, no time.
+    FORK_SERVER_DIED: Consequence.RETRY,
+    "fork_server_unavailable": Consequence.RETRY,
+    "out_of_memory": Consequence.RETRY,
+    "disk_full": Consequence.RETRY,
+    "store_full": Consequence.RETRY,
+    "store_unavailable": Consequence.RETRY,
+    TIMEOUT: Consequence.RETRY,
+    # The repository, as it is at the moment.
+    "unknown_model": Consequence.RETRY,
+    "unknown_version": Consequence.RETRY,
+    "unsafe_file": Consequence.RETRY,
+    "model_changed": Consequence.RETRY,
+    "invalid_defaults": Consequence.RETRY,
+    "repository_unreadable": Consequence.RETRY,
+    "repository_busy": Consequence.RETRY,
+    # The server itself; its log has the reason.
+    "internal": Consequence.RETRY,
+    # Decided by the scheduler, or by a comparison of hashes.
+    CRASH_LOOP: Consequence.END,
+    INSUFFICIENT_MEMORY: Consequence.END,
+    TOO_MANY_LOADED: Consequence.END,
+    BYTES_GONE: Consequence.END,
+}
+
+
+def consequence_of(code: str) -> Consequence:
+    """Return what follows from a failed reload with this code."""
+    return CONSEQUENCES.get(code, Consequence.INCIDENT)
+
+
 class Failure(Struct, frozen=True, gc=False):
     """Why a job or a model failed: a stable code, and a message for people."""
 
     code: str
     message: str
+
+
+MAX_RETRIES = 6
+"""Retries that are counted: the back-off doubles with each, and has reached its limit then."""
+
+
+class Retries(Struct, frozen=True, gc=False):
+    """Failed reloads in a row that speak against the circumstances only, and when the last failed."""
+
+    count: int
+    last_at: Timestamp
+
+
+def count_retry(retries: Retries | None, failed_at: Timestamp) -> Retries:
+    """Return the retries with one more."""
+    return Retries(min(MAX_RETRIES, 1 + (retries.count if retries is not None else 0)), failed_at)
 
 
 class UnloadParameters(Struct, frozen=True, gc=False):

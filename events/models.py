@@ -15,7 +15,17 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
 from events.footprints import Footprint, add_footprint
-from events.jobs import Failure, Job, JobKind, JobStatus
+from events.jobs import (
+    INSUFFICIENT_MEMORY,
+    Consequence,
+    Failure,
+    Job,
+    JobKind,
+    JobStatus,
+    Retries,
+    consequence_of,
+    count_retry,
+)
 from events.types import (
     OF_SERVER,
     Cause,
@@ -38,21 +48,6 @@ from events.types import (
     WorkerExited,
 )
 
-CRASH_LOOP = "crash_loop"
-"""Error code of a load that the scheduler gave up, because its workers kept dying."""
-
-FORK_SERVER_DIED = "fork_server_died"
-"""Error code of a load whose worker ended with the fork server: no fault of the model."""
-
-INSUFFICIENT_MEMORY = "insufficient_memory"
-"""Error code of a load that never fits into the memory budget."""
-
-TOO_MANY_LOADED = "too_many_loaded"
-"""Error code of a restore beyond `--max-loaded`."""
-
-TIMEOUT = "timeout"
-"""Error code of a load that missed its deadline."""
-
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP)
 """Causes of reloads: loads by the system that bring back a lost model or instance."""
 
@@ -60,10 +55,6 @@ INCIDENT_WINDOW_S = 600
 """How long deaths and failed recoveries count as incidents (DESIGN.md, "Crash")."""
 
 _BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
-_NOT_RETRIED = (CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED)
-
-_KEEP_LOST = (TIMEOUT, INSUFFICIENT_MEMORY)
-"""Error codes that leave a lost model lost if a client's load failed before it started: it tried nothing."""
 
 
 class ModelState(StrEnum):
@@ -125,7 +116,9 @@ class Model(Struct, frozen=True, gc=False):
         last_version: of the last load that was tried.
         lost_by: the cause of the reload that is to come, in the phase `lost`; with a `previous` load, whether
             the server ended since that was unloaded, like `lost_at`.
-        incidents: times of deaths and failed recoveries; old ones are dropped with the next.
+        incidents: times of deaths and of failed reloads that speak against the model; old ones are dropped
+            with the next.
+        retries: failed reloads that do not, since the model was loaded; None without one.
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
@@ -144,6 +137,7 @@ class Model(Struct, frozen=True, gc=False):
     incidents: tuple[str, ...] = ()
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()
+    retries: Retries | None = None
 
     @property
     def state(self) -> ModelState:
@@ -282,6 +276,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         lost_by=None,
         lost_at=None,
         incidents=model.incidents if by_system else (),
+        retries=None,
         previous=None,
         footprints=add_footprint(model.footprints, Footprint(event.version, data.files, peak_bytes, form)),
     )
@@ -297,9 +292,10 @@ def _settings_changed(model: Model, event: Event, data: ModelSettingsChanged, _:
 
 
 def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) -> Model:
-    """A failed load leaves a loaded model loaded and a lost one lost, except after a crash loop.
+    """A failed load leaves a loaded model loaded, and a lost one lost unless it speaks against the model.
 
-    A model that has no load, and a lost one whose own version a client could not load, are `failed`.
+    A model that has no load is `failed`; so is a lost one that is given up, or whose own version a client
+    could not load, for no fault of the circumstances.
     """
     if not _waits_for(model, event):
         return model
@@ -307,21 +303,33 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     model = _without_job(model, event.job_id, error=error, last_version=event.version)
     if model.previous is not None:
         return _lose_previous(model, event)
-    if model.degraded and job is not None and job.cause in RELOADS and error.code != FORK_SERVER_DIED:
-        return _end_reloads(model) if error.code == INSUFFICIENT_MEMORY else _with_incident(model, event)
+    consequence = consequence_of(error.code)
+    is_reload = job is not None and job.cause in RELOADS
+    if model.degraded and is_reload:
+        return (
+            _end_reloads(model)
+            if consequence is Consequence.END
+            else _count_failure(model, event, consequence)
+        )
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
         return model
     if model.phase is ModelState.LOST:
-        if error.code == FORK_SERVER_DIED:
-            return _lose_model(model, event)
-        if job is not None and job.cause in RELOADS and error.code not in _NOT_RETRIED:
-            return _with_incident(_lose_model(model, event), event)
+        if is_reload and consequence is not Consequence.END:
+            return _count_failure(_lose_model(model, event), event, consequence)
         if model.serving is not None and model.serving.version != event.version:
             return model
-        untried = job is not None and job.cause in _BY_CLIENTS and job.status is JobStatus.PENDING
-        if untried and error.code in _KEEP_LOST:
+        if not is_reload and (consequence is Consequence.RETRY or error.code == INSUFFICIENT_MEMORY):
             return model
-    return replace(model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None, lost_at=None)
+    return replace(
+        model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None, lost_at=None, retries=None
+    )
+
+
+def _count_failure(model: Model, event: Event, consequence: Consequence) -> Model:
+    """Return the model with a failed reload counted: as an incident, or only for the back-off."""
+    if consequence is Consequence.INCIDENT:
+        return _with_incident(model, event)
+    return replace(model, retries=count_retry(model.retries, event.recorded_at))
 
 
 def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Job | None) -> Model:

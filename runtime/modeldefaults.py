@@ -2,13 +2,13 @@
 
 The file is untrusted input: it is read up to a limit, and links out of the repository are refused. It is
 read when a load is requested; the ledger then has the parameters. The warm-up is read again when the load
-begins, because a ledger holds no tensors.
+begins, because a ledger holds no tensors; so a reload takes it as a help and not as a condition.
 """
 
 import json
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -39,10 +39,12 @@ class WarmUp:
     Attributes:
         enabled: whether it runs; None uses the server's setting.
         inputs: its inputs as JSON text; none are zeros.
+        required: whether the load fails if it does.
     """
 
     enabled: bool | None = None
     inputs: tuple[Tensor, ...] = ()
+    required: bool = True
 
 
 class _Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +85,14 @@ def read_warm_up(repository: Repository, model_id: str) -> WarmUp:
     """
     _, warm_up = _read(repository, model_id)
     return warm_up
+
+
+def read_reload_warm_up(repository: Repository, model_id: str) -> WarmUp:
+    """Return the warm-up of a reload, which no mistake made in the file since the load can fail."""
+    try:
+        return replace(read_warm_up(repository, model_id), required=False)
+    except RuntimeProblem:
+        return WarmUp(enabled=False, required=False)
 
 
 def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp]:

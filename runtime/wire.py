@@ -191,6 +191,7 @@ class Load(Message, frozen=True):
         max_batch_size: 0 turns batching off.
         max_queue_delay_us: how long a request may wait for its batch.
         warm_up: whether the model runs once before it is loaded.
+        warm_up_required: whether a warm-up that fails fails the load.
         prepared: a prepared form to create the session from, instead of from the version's files.
         background: whether all work of the worker yields to other processes.
         huge_pages: whether the worker may use huge pages, where they were measured to be better.
@@ -207,6 +208,7 @@ class Load(Message, frozen=True):
     max_batch_size: Count = 0
     max_queue_delay_us: Count = 0
     warm_up: bool = True
+    warm_up_required: bool = True
     prepared: CachedCopy | None = None
     background: bool = False
     huge_pages: bool = True

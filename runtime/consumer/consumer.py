@@ -15,9 +15,8 @@ from contextlib import suppress
 from events.accept import OUTDATED
 from events.clock import seconds_between
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
-from events.jobs import Job, JobStatus
+from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
-from events.models import TIMEOUT
 from events.state import State
 from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Executor

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from events.clock import seconds_between, uuid7
 from events.commands import Condition, Record, RequestLoad, RequestUnload
 from events.errors import LedgerProblem, NotEncodable
-from events.jobs import Failure, Job, JobStatus
+from events.jobs import CRASH_LOOP, Failure, Job, JobStatus
 from events.log import Log
-from events.models import CRASH_LOOP, LoadedModel
+from events.models import RELOADS, LoadedModel
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -273,6 +273,7 @@ class Executor:
     async def _start_load(self, job: Job, conditions: Conditions) -> None:
         version, parameters = job.load_order
         load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), self._wake)
+        load.is_reload = job.cause in RELOADS
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
         load.estimated_sizes = self.estimates.sizes(job.id)
         load.allowance = partial(self._allowance, load)

@@ -17,8 +17,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from events.clock import add_seconds, uuid7
-from events.jobs import Failure, Job
-from events.models import FORK_SERVER_DIED
+from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.types import LoadParameters
 from runtime.cache.manifest import source_hashes
 from runtime.cache.preparer import FormFailure
@@ -26,7 +25,7 @@ from runtime.cache.trial import CHANGED, has_outside_cause
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.estimates import FileSizes, file_sizes
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
-from runtime.modeldefaults import WarmUp, read_warm_up
+from runtime.modeldefaults import WarmUp, read_reload_warm_up, read_warm_up
 from runtime.process.pool import WorkerPool
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
@@ -68,6 +67,7 @@ class RunningLoad:
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
         reports: those of the workers that have loaded, by worker id.
+        is_reload: whether the system brings back what was loaded.
         needs_form: whether its reservation is for a prepared form.
         prepared: the prepared form that its workers load.
         form_failure: why this attempt ends, and the job starts again without a form.
@@ -94,6 +94,7 @@ class RunningLoad:
     workers: list[Worker] = field(default_factory=list)
     report: Loaded | None = None
     reports: dict[str, Loaded] = field(default_factory=dict)
+    is_reload: bool = False
     failure: Failure | None = None
     stage: str | None = None
     needs_form: bool = False
@@ -392,7 +393,8 @@ async def build_order(
     def look_up() -> tuple[ModelVersion, WarmUp, CachedCopy | None]:
         found = repository.resolve(load.model_id, load.version)
         form = find_form(found.files) if find_form is not None else None
-        return found, read_warm_up(repository, load.model_id), form
+        read = read_reload_warm_up if load.is_reload else read_warm_up
+        return found, read(repository, load.model_id), form
 
     found, warm_up, load.prepared = await asyncio.to_thread(look_up)
     load.check_estimate(found.files)

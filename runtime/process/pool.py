@@ -130,6 +130,7 @@ class WorkerPool:
             max_batch_size=parameters.max_batch_size,
             max_queue_delay_us=parameters.max_queue_delay_us,
             warm_up=self.warm_up if warm_up.enabled is None else warm_up.enabled,
+            warm_up_required=warm_up.required,
             huge_pages=self.huge_pages,
         )
 

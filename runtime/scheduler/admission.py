@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from events.clock import add_seconds
-from events.jobs import Job, JobKind
-from events.models import CRASH_LOOP, INSUFFICIENT_MEMORY, RELOADS, TOO_MANY_LOADED
+from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Job, JobKind
+from events.models import RELOADS
 from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from events.clock import add_seconds
-from events.jobs import Job, JobKind, JobStatus
-from events.models import RELOADS, TIMEOUT, LoadedModel, Model, ModelState
+from events.jobs import TIMEOUT, Job, JobKind, JobStatus
+from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State
 from events.types import Cause
 from runtime.scheduler import actions
@@ -21,12 +21,13 @@ from runtime.scheduler.eviction import Eviction, find_automatic_unload
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, SchedulerView, find_unload_target
 
 MAX_INCIDENTS = 5
-"""Incidents within ten minutes (unexpected exits, failed recoveries) that make a crash loop.
+"""Incidents within ten minutes that make a crash loop: unexpected exits, and failed reloads that speak
+against the model (`events.jobs`).
 
 A model that still has an instance serves on with it, until a person loads it."""
 
 FIRST_BACK_OFF_S = 0.5
-"""Back-off before the first recovery; it doubles with each incident."""
+"""Back-off before the first recovery; it doubles with each incident and each failed reload."""
 LONGEST_BACK_OFF_S = 30.0
 """At most: a model that can recover is back half a minute after its cause has gone."""
 
@@ -234,9 +235,10 @@ def _is_crash_loop(model: Model) -> bool:
 
 def _reload_at(loaded: LoadedModel) -> str:
     """Return when the back-off of a lost or degraded model ends."""
-    model = loaded.model
-    since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents])
-    doublings = max(0, len(model.incidents) - 1)
+    model, retries = loaded.model, loaded.model.retries
+    last_retry_at = retries.last_at if retries is not None else ""
+    since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents, last_retry_at])
+    doublings = max(0, len(model.incidents) - 1) + (retries.count if retries is not None else 0)
     return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 

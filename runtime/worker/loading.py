@@ -226,7 +226,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
             loading_us = _elapsed_us(started_ns)
             model, warming_up_us = describe_model(session, order.max_batch_size), None
             if order.warm_up:  # before it is measured: memory of an inference belongs to the model
-                warming_up_us = warm_up(model, given, lambda: on_stage("warming_up"))
+                warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
             files = hashing.result(sources)
         finally:  # changed files are the reason for any other problem, too
             check_unchanged(before, folder, root)
@@ -241,6 +241,17 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
         warming_up_us=warming_up_us,
     )
     return model, report
+
+
+def _warm_up(
+    order: Load, model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]
+) -> int | None:
+    try:
+        return warm_up(model, given, on_begin)
+    except LoadRefused:
+        if order.warm_up_required:
+            raise
+        return None
 
 
 def _create_session(order: Load, folder: Path, root: Path) -> ort.InferenceSession:

@@ -138,7 +138,7 @@ load crash request_recovery start_recovery -> loading, v1, by recovery at 4, 1 i
 load crash request_recovery start_recovery finish_recovery -> loaded, v1, 1 incidents
 load crash request_recovery start_recovery fail_recovery -> lost, v1, by recovery at 7, 2 incidents, broken
 load crash request_recovery start_recovery forkserver_fails_recovery \
-    -> lost, v1, by recovery at 7, 1 incidents, fork_server_died
+    -> lost, v1, by recovery at 7, 1 incidents, 1 retries, fork_server_died
 load crash request_recovery start_recovery cancel_R -> lost, v1, by recovery at 4, 1 incidents, worker_died
 load crash request_recovery crash_loop_recovery -> failed, v1, 1 incidents, crash_loop
 load crash request_v2 start_v2 fail_v2 -> lost, v1, by recovery at 4, 1 incidents, broken
@@ -153,11 +153,23 @@ load crash restart -> lost, v1, by restart at 4, 1 incidents, worker_died
 load crash request_recovery request_cancel_R cancel_R -> unloaded, v1
 load crash request_again request_cancel_L3 cancel_L3 -> lost, v1, by recovery at 4, 1 incidents, worker_died
 load crash request_unload request_cancel_U cancel_U -> lost, v1, by recovery at 4, 1 incidents, worker_died
-load crash request_recovery timeout_recovery -> lost, v1, by recovery at 6, 2 incidents, timeout
+load crash request_recovery timeout_recovery -> lost, v1, by recovery at 6, 1 incidents, 1 retries, timeout
+load crash request_recovery start_recovery typo_recovery \
+    -> lost, v1, by recovery at 7, 1 incidents, 1 retries, invalid_defaults
+load crash hinder_recovery hinder_recovery \
+    -> lost, v1, by recovery at 8, 1 incidents, 2 retries, fork_server_unavailable
+load crash hinder_recovery break_recovery hinder_recovery \
+    -> lost, v1, by recovery at 10, 2 incidents, 2 retries, fork_server_unavailable
+load crash hinder_recovery request_recovery start_recovery finish_recovery -> loaded, v1, 1 incidents
+load crash hinder_recovery load_again -> loaded, v1
+load crash hinder_recovery request_unload finish_unload -> unloaded, v1
+load crash request_recovery bytes_gone_recovery -> failed, v1, 1 incidents, bytes_gone
+load restart request_restore typo_recovery -> lost, v1, by recovery at 6, 1 retries, invalid_defaults
 load crash request_recovery no_memory_recovery -> failed, v1, 1 incidents, insufficient_memory
 load crash request_again timeout_again -> lost, v1, by recovery at 4, 1 incidents, timeout
 load crash request_again no_memory_again -> lost, v1, by recovery at 4, 1 incidents, insufficient_memory
-load crash request_again start_again timeout_again -> failed, v1, 1 incidents, timeout
+load crash request_again start_again timeout_again -> lost, v1, by recovery at 4, 1 incidents, timeout
+load crash request_again start_again typo_again -> lost, v1, by recovery at 4, 1 incidents, invalid_defaults
 load crash request_recovery fail_recovery -> lost, v1, by recovery at 6, 2 incidents, broken
 load crash request_recovery start_recovery finish_recovery crash_again \
     -> lost, v1, by recovery at 8, 2 incidents, worker_died
@@ -174,7 +186,11 @@ load_pair crash_1 forkserver_exit_2 -> lost, v1, by recovery at 5, 1 incidents, 
 load_pair forkserver_exit_1 crash_2 -> lost, v1, by recovery at 5, worker_died
 load_pair crash_1 request_recovery start_recovery fail_recovery -> loaded, v1, degraded, 2 incidents, broken
 load_pair crash_1 request_recovery start_recovery forkserver_fails_recovery \
-    -> loaded, v1, degraded, 1 incidents, fork_server_died
+    -> loaded, v1, degraded, 1 incidents, 1 retries, fork_server_died
+load_pair crash_1 hinder_recovery hinder_recovery \
+    -> loaded, v1, degraded, 1 incidents, 2 retries, fork_server_unavailable
+load_pair crash_1 request_recovery bytes_gone_recovery \
+    -> loaded, v1, degraded, kept as is, 1 incidents, bytes_gone
 load_pair crash_1 request_recovery start_recovery fail_recovery crash_2 \
     -> lost, v1, by recovery at 8, 2 incidents, worker_died
 load_pair crash_1 request_v2 start_v2 fail_v2 -> loaded, v1, degraded, 1 incidents, broken
@@ -231,7 +247,7 @@ load restart request_restore fail_recovery -> lost, v1, by recovery at 6, 1 inci
 load restart request_recovery fail_recovery -> lost, v1, by recovery at 6, 1 incidents, broken
 """
 """Facts -> the model after them: state and version; the version that loads beside; cause and second of the
-loss; the version that was unloaded for replacement; incidents, error and unloads."""
+loss; the version that was unloaded for replacement; incidents, retries, error and unloads."""
 
 
 def describe(model: Model) -> str:
@@ -245,6 +261,7 @@ def describe(model: Model) -> str:
         "degraded" if model.degraded else "",
         "kept as is" if is_kept else "",
         f"{len(model.incidents)} incidents" if model.incidents else "",
+        f"{model.retries.count} retries" if model.retries is not None else "",
         model.error.code if model.error is not None else "",
         f"ends by {' '.join(model.unloads)}" if model.unloads else "",
     ]

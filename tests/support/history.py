@@ -24,17 +24,17 @@ from msgspec.structs import replace
 import events.log
 from events.clock import format_timestamp
 from events.commands import Command, Record
-from events.jobs import Job
-from events.log import Log, Receipt
-from events.models import (
+from events.jobs import (
+    BYTES_GONE,
     CRASH_LOOP,
     FORK_SERVER_DIED,
-    INCIDENT_WINDOW_S,
     INSUFFICIENT_MEMORY,
     TIMEOUT,
     TOO_MANY_LOADED,
-    Model,
+    Job,
 )
+from events.log import Log, Receipt
+from events.models import INCIDENT_WINDOW_S, Model
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -181,11 +181,11 @@ class History:
     def fail_load(self, job: str, code: str = "broken", **about: Any) -> None:
         self.add(LoadFailed(code, "because"), job, **about)
 
-    def break_recovery(self) -> None:
+    def break_recovery(self, code: str = "broken") -> None:
         """A recovery, a job of its own, is requested and fails."""
         job = f"R{self.seconds}"
         self.ask_load(job, cause=Cause.RECOVERY)
-        self.fail_load(job)
+        self.fail_load(job, code)
 
     def load(
         self,
@@ -326,6 +326,10 @@ STEPS: dict[str, Callable[[History], object]] = {
     "crash_loop_recovery": lambda h: h.fail_load("R", CRASH_LOOP),
     "forkserver_fails_recovery": lambda h: h.fail_load("R", FORK_SERVER_DIED),
     "break_recovery": lambda h: h.break_recovery(),
+    "hinder_recovery": lambda h: h.break_recovery("fork_server_unavailable"),
+    "typo_recovery": lambda h: h.fail_load("R", "invalid_defaults"),
+    "typo_again": lambda h: h.fail_load("L3", "invalid_defaults"),
+    "bytes_gone_recovery": lambda h: h.fail_load("R", BYTES_GONE),
     "restore": lambda h: h.load("R", cause=Cause.RESTART),
     "request_demand": lambda h: h.ask_load("D", cause=Cause.DEMAND),
     "start_demand": lambda h: h.start_load("D"),

@@ -9,8 +9,7 @@ import pytest
 from events.accept import Accepted, Decision, accept
 from events.clock import add_seconds
 from events.commands import Command, Condition, Record
-from events.jobs import Job, JobStatus
-from events.models import FORK_SERVER_DIED
+from events.jobs import FORK_SERVER_DIED, Job, JobStatus
 from events.state import State
 from events.types import (
     SYSTEM,

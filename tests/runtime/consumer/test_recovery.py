@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import sqlite3
 from collections.abc import Iterator
@@ -19,12 +18,13 @@ from support.workers import freeze, until
 
 from events.commands import RequestCancel
 from events.errors import LogUnavailable
-from events.jobs import JobStatus
+from events.jobs import MAX_RETRIES, JobStatus
 from events.models import ModelState
 from events.types import Cause, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
 from runtime.consumer.executor import RELOAD_TIMEOUT_S
 from runtime.errors import WorkerDied
+from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
@@ -185,31 +185,72 @@ async def test_load_fails_after_three_unclean_ends_only(
 
 
 async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: WorkerPool) -> None:
+    defaults = models.save(models.crash_on_zeros(), folder / "models", "m").parent / DEFAULTS_FILE
+    defaults.write_text("warm_up.enabled = false")
     async with running(folder, pool=shared_pool) as engine:
-        for name in ("loop", "other", "adder"):
+        for name in ("m", "adder"):
             await engine.load(name)
-    models.save(models.crash_on_load(), folder / "models", "loop")
-    shutil.rmtree(folder / "models" / "other")
+    defaults.unlink()
     async with running(folder, pool=shared_pool, clock=stopped_clock()) as engine:
 
         def failed(times: int) -> bool:
-            return all(len(engine.model(name).incidents) == times for name in ("loop", "other"))
+            return len(engine.model("m").incidents) == times
 
         for times in range(1, MAX_INCIDENTS):
             await engine.recorded(partial(failed, times))
             engine.pass_time(BACK_OFF_S)
-        for name, reason in {"loop": "signal 8", "other": "not in the repository"}.items():
-            model = await engine.becomes(name, ModelState.FAILED)
-            assert model.error is not None
-            assert model.error.code == "crash_loop"
-            assert reason in model.error.message
+        model = await engine.becomes("m", ModelState.FAILED)
+        assert model.error is not None
+        assert model.error.code == "crash_loop"
+        assert "signal 8" in model.error.message
         assert await engine.ask("adder", 1) == 3
-        models.save(models.add(3), folder / "models", "other")
+        defaults.write_text("warm_up.enabled = false")
         engine.pass_time(86_400)
-        assert (await engine.load("other")).status is JobStatus.COMPLETED  # not before it was requested
-        assert (await engine.story(of="other"))[-4:] == [
+        assert (await engine.load("m")).status is JobStatus.COMPLETED  # not before it was requested
+        assert (await engine.story(of="m"))[-4:] == [
             "LoadFailed", "LoadRequested", "LoadStarted", "ModelLoaded",
         ]  # fmt: skip
+
+
+async def test_missing_files_are_no_reason_to_give_up(folder: Path) -> None:
+    async with running(folder, clock=stopped_clock()) as engine:
+        await engine.load("other")
+        (folder / "models").rename(folder / "away")
+        await engine.die("other")
+        for failed in range(1, MAX_INCIDENTS + 3):
+            engine.pass_time(BACK_OFF_S)
+            counted = partial(has_retries, engine, "other", min(failed, MAX_RETRIES))
+            await engine.recorded(counted)
+            assert engine.model("other").state is ModelState.LOST
+        (folder / "away").rename(folder / "models")
+        engine.pass_time(BACK_OFF_S)
+        model = await engine.becomes("other", ModelState.LOADED)
+        assert (len(model.incidents), model.retries) == (1, None)
+        assert await engine.ask("other", 1) == 101
+
+
+def has_retries(engine: Engine, model_id: str, count: int) -> bool:
+    retries = engine.model(model_id).retries
+    return retries is not None and retries.count == count
+
+
+@pytest.mark.parametrize(
+    "typo",
+    [
+        "this is no TOML",
+        "[[warm_up.inputs]]\nname = 'x'\ndatatype = 'FP23'\nshape = [1]\ndata = [1]",
+        "[[warm_up.inputs]]\nname = 'misspelt'\ndatatype = 'FP32'\nshape = [1]\ndata = [1]",
+    ],
+)
+async def test_typo_in_defaults_fails_no_reload(folder: Path, shared_pool: WorkerPool, typo: str) -> None:
+    async with running(folder, pool=shared_pool, clock=stopped_clock()) as engine:
+        await engine.load("other")
+        (folder / "models" / "other" / DEFAULTS_FILE).write_text(typo)
+        await engine.die("other")
+        engine.pass_time(0.5)
+        await engine.becomes("other", ModelState.LOADED)
+        assert await engine.ask("other", 1) == 101
+        assert "LoadFailed" not in await engine.story(of="other")
 
 
 # The ledger cannot be written.

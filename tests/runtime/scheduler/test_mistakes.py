@@ -25,7 +25,8 @@ from support.worlds import World
 
 from events.clock import add_seconds, seconds_between
 from events.commands import FileIdentity, RequestLoad
-from events.models import CRASH_LOOP, ModelState
+from events.jobs import CRASH_LOOP
+from events.models import ModelState
 from events.types import LoadParameters, ModelLoaded, WorkerExited
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy

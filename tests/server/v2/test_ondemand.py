@@ -20,6 +20,7 @@ from events.commands import RequestLoad
 from events.models import Model, ModelState
 from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
+from runtime.modeldefaults import DEFAULTS_FILE
 from server.appkeys import DEMAND, LOG, PENDING_DEMAND, ROUTER
 from server.v2.ondemand import LONGEST_PAUSE_S, MAX_FAILURES, BackOff, DemandFailed
 
@@ -289,9 +290,10 @@ async def test_lost_model_that_is_given_up_fails_its_waiters(
 ) -> None:
     api = await start(on_demand="on")
     log, ahead = api.app[LOG], timedelta()
-    add(api, "m")
+    folder = save(models.crash_on_zeros(), api.config.repository, "m").parent
+    (folder / DEFAULTS_FILE).write_text("warm_up.enabled = false")
     await api.load("m")
-    save(models.unknown_operator(), api.config.repository, "m")
+    (folder / DEFAULTS_FILE).unlink()
     os.kill(api.worker("m").pid, signal.SIGKILL)
     await recorded(api, "m", "WorkerExited")
     waiting = asyncio.create_task(api.infer("m", ONE))
