@@ -301,8 +301,8 @@ class OnDemand:
         model = self.log.state.models.get(job.model_id)
         if model is not None and model.phase not in _ABSENT:  # a lost model is reloaded
             return
-        if job.error is None and not self._waiting[attempt.demand]:  # cancelled, since no inference waits
-            return
+        if _is_withdrawn(job) or (job.error is None and not self._waiting[attempt.demand]):
+            return  # an inference that came since asks again
         concerned = (job.version,) if job.cause is Cause.DEMAND else (None, job.version)
         if not is_own and attempt.demand[1] not in concerned:
             return
@@ -335,6 +335,12 @@ class OnDemand:
     def _note_failure(self, attempt: _Attempt, reason: str, after: Model | None) -> float:
         now_s = asyncio.get_running_loop().time()
         return self._back_off.note(attempt.demand, reason, attempt.before, after, now_s)
+
+
+def _is_withdrawn(job: Job) -> bool:
+    """Whether the server cancelled an on-demand load that had not started, because nothing waited for it."""
+    is_unstarted = job.cause is Cause.DEMAND and job.attempt == 0
+    return job.status is JobStatus.CANCELLED and is_unstarted and not job.cancel_requested
 
 
 def _demand_failed(model_id: str, failure: Failure, job: Job | None) -> DemandFailed:

@@ -3,8 +3,10 @@
 import asyncio
 import os
 import signal
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
@@ -16,9 +18,9 @@ from support.workers import until
 
 from events import accept
 from events.clock import format_timestamp, utc_now
-from events.commands import RequestLoad
+from events.commands import Record, RequestLoad
 from events.models import Model, ModelState
-from events.types import Cause, LoadRequested
+from events.types import AccessDenied, Cause, Draft, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.modeldefaults import DEFAULTS_FILE
 from server.appkeys import DEMAND, LOG, PENDING_DEMAND, ROUTER
@@ -337,6 +339,32 @@ async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
     assert [answer.json["outputs"][0]["data"] for answer in answers] == [[1.0 + n % 3] for n in range(30)]
     assert set(await causes(api, "m1")) == {"demand"}
     await api.model_when("m0", state="unloaded")
+
+
+async def test_load_cancelled_for_lack_of_demand_is_asked_again(start: Start) -> None:
+    api = await start(on_demand="on", max_loaded=1)
+    add(api, "m0")
+    add(api, "m1")
+    await api.load("m0", pinned=True)
+    leaving = asyncio.create_task(api.infer("m1", ONE))
+    [job] = await when(lambda: api.jobs("?model=m1"), bool)
+    log = api.app[LOG]
+    with closing(sqlite3.connect(log.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        denied = asyncio.create_task(log.submit(Record((Draft("e", AccessDenied("x", 1), "bob"),))))
+        await asyncio.sleep(0)
+        await until(lambda: log.waiting == 0)  # the writer has it, and waits
+        leaving.cancel()
+        await until(lambda: log.waiting == 1)  # the cancellation is decided
+        staying = [asyncio.create_task(api.infer("m1", ONE)) for _ in range(3)]
+        await until(lambda: api.app[DEMAND].count_waiting("m1") == 3)
+        other.execute("ROLLBACK")
+    await denied
+    assert (await api.ended(job["id"]))["status"] == "cancelled"
+    await api.unload("m0")
+    for answer in await asyncio.gather(*staying):
+        assert answer.json["outputs"][0]["data"] == [2]
+    assert await causes(api, "m1") == ["demand", "demand"]
 
 
 async def test_requested_load_takes_the_place_of_a_pending_on_demand_load(start: Start) -> None:
