@@ -214,6 +214,8 @@ class World:
         if isinstance(data, OUTCOMES):
             assert job is not None
             assert not (isinstance(data, ModelLoaded) and job.cancelling)
+            if isinstance(data, JobCancelled) and data.superseded_by is not None:
+                self._check_superseded(job, data.superseded_by)
         elif isinstance(data, LoadStarted):
             assert job is not None
             assert not job.cancelling
@@ -229,6 +231,15 @@ class World:
         elif isinstance(data, LoadRequested) or (isinstance(data, UnloadRequested) and data.cause in _ALONE):
             assert event.actor != SYSTEM or self.state.queue(event.model_id or "") == []
 
+    def _check_superseded(self, job: Job, by: str) -> None:
+        """A load of the system that has not started gives way to a client's load, requested with it."""
+        assert job.cause is not Cause.REQUEST
+        assert job.status is JobStatus.PENDING
+        assert not job.cancelling
+        request = self.events[-1]
+        assert isinstance(request.data, LoadRequested)
+        assert (request.id, request.model_id, request.data.cause) == (by, job.model_id, Cause.REQUEST)
+
     def running(self) -> dict[str, LoadView]:
         return {
             load: process.view(self.state.unended_job(load), load, demanded=process.model_id in self.demanded)
@@ -241,6 +252,7 @@ class World:
             self.under_pressure,
             self.estimates,
             unchanged=self.unchanged,
+            pending_demand=self.demanded,
             preparable=self.preparable,
             preparation=self.preparation,
         )

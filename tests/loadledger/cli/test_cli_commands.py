@@ -103,7 +103,8 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     assert pinned["m"] is True
 
     events = alice.prints("logs --model m").splitlines()
-    assert [line.split()[2] for line in events] == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    story = ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert [line.split()[2] for line in events] == [*story, "LoadJoined"]  # "nothing to do"
     assert len(alice.prints("events -n 2").splitlines()) == 2
     positions = len(alice.prints("events").splitlines())
     assert len(alice.prints("events -n 1000").splitlines()) == positions

@@ -445,6 +445,13 @@ class Simulation(RuleBasedStateMachine):
         self.world.demanded ^= {name}
         self.world.work(turns)
 
+    @rule(name=NAMES, version=st.sampled_from([1, 2]), turns=TURNS)
+    def an_inference_asks_for_a_model(self, name: str, version: int, turns: int) -> None:
+        self.world.demanded.add(name)
+        files = (FileIdentity("model.onnx", 4_096, 1),)
+        self.world.submit(RequestLoad(name, version, files, "pia", cause=Cause.DEMAND))
+        self.world.work(turns)
+
     @rule(which=st.integers(0, 3), turns=TURNS)
     def a_model_grows(self, which: int, turns: int) -> None:
         for process in pick(self.world.serving(), which):
