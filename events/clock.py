@@ -1,4 +1,4 @@
-"""Timestamps, ids and the steady clock of the ledger.
+"""Timestamps, ids, the ledger's clock, and the time by which deadlines run.
 
 A timestamp is a string, `YYYY-MM-DDTHH:MM:SS.ffffffZ`: always six digits, always UTC, so text sorts as time.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 Timestamp = str
 
@@ -38,28 +40,133 @@ def seconds_between(earlier: Timestamp, later: Timestamp) -> float:
     return (parse_timestamp(later) - parse_timestamp(earlier)).total_seconds()
 
 
-class SteadyClock:
-    """The wall clock, except that it advances by the monotonic clock when the wall clock is set back.
+def boottime() -> float:
+    """Return CLOCK_BOOTTIME in seconds: it never steps, and counts suspends."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    So deadlines and back-offs pass, whatever happens to the machine's clock.
+
+STEP_S = 60.0
+"""A wall clock that moved by more than this against CLOCK_BOOTTIME was set; NTP slews by less."""
+
+SETTLED_S = 60.0
+"""How long a time that a step forward led to must stand before it is believed."""
+
+
+class ClockStep(NamedTuple):
+    """A step of the wall clock: from which time, to which, and whether the ledger follows it."""
+
+    begin: Timestamp
+    end: Timestamp
+    is_taken: bool
+
+
+class LedgerClock:
+    """The wall clock, except that a step forward is followed when the new time has stood for a minute.
+
+    Until then times go on from the old clock by CLOCK_BOOTTIME, which counts suspends too. So a clock that is
+    wrong for a moment leaves no time in the ledger that all later ones would have to wait for. A step back is
+    followed at once: the writer never records an earlier time than the last, and so stands until the clock
+    catches up.
+
+    Args:
+        wall: the wall clock.
+        boottime: CLOCK_BOOTTIME in seconds.
+
+    Attributes:
+        steps: the steps that were taken or withdrawn, to be recorded; of withdrawn ones at most one a minute.
     """
 
-    def __init__(self, wall: Callable[[], datetime], monotonic: Callable[[], float]) -> None:
+    def __init__(self, wall: Callable[[], datetime], boottime: Callable[[], float]) -> None:
         self._wall = wall
-        self._monotonic = monotonic
-        self._latest = wall()
-        self._latest_s = monotonic()
+        self._boottime = boottime
+        self._trusted = wall(), boottime()
+        self._doubted: tuple[datetime, float] | None = None
+        self._withdrawn_s = float("-inf")
+        self.steps: list[ClockStep] = []
 
     def __call__(self) -> datetime:
         """Return the present moment."""
-        now_s = self._monotonic()
-        passed = timedelta(seconds=now_s - self._latest_s)
-        self._latest, self._latest_s = max(self._wall(), self._latest + passed), now_s
-        return self._latest
+        wall, now_s = self._wall(), self._boottime()
+        expected = _advance(self._trusted, now_s)
+        ahead_s = (wall - expected).total_seconds()
+        if ahead_s > STEP_S and not self._is_settled(wall, now_s):
+            return expected
+        if ahead_s <= STEP_S and self._doubted is not None:
+            self._withdraw(now_s)
+        if abs(ahead_s) > STEP_S:
+            self.steps.append(ClockStep(format_timestamp(expected), format_timestamp(wall), is_taken=True))
+        self._trusted, self._doubted = (wall, now_s), None
+        return wall
 
-    def start_after(self, moment_before: datetime) -> None:
-        """Continue from `moment_before` if the clock is earlier: recorded events lie in the past."""
-        self._latest = max(self._latest, moment_before)
+    def _is_settled(self, wall: datetime, now_s: float) -> bool:
+        """Whether a time ahead has stood for long enough."""
+        if self._doubted is not None:
+            if abs((wall - _advance(self._doubted, now_s)).total_seconds()) <= STEP_S:
+                return now_s - self._doubted[1] >= SETTLED_S
+            self._withdraw(now_s)
+        self._doubted = wall, now_s
+        return False
+
+    def _withdraw(self, now_s: float) -> None:
+        if self._doubted is not None and now_s - self._withdrawn_s >= SETTLED_S:
+            wall, since_s = self._doubted
+            begin = format_timestamp(_advance(self._trusted, since_s))
+            self.steps.append(ClockStep(begin, format_timestamp(wall), is_taken=False))
+            self._withdrawn_s = now_s
+
+
+def _advance(reading: tuple[datetime, float], now_s: float) -> datetime:
+    """Return the moment that a clock shows at `now_s` which was read before and has run evenly since."""
+    moment, at_s = reading
+    try:
+        return moment + timedelta(seconds=now_s - at_s)
+    except OverflowError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
+class FoldTimes:
+    """The time by which deadlines and back-offs run, and when events were folded by it.
+
+    It begins with the ledger's time and advances with CLOCK_BOOTTIME alone: it does not stand, and takes no
+    steps. Each group of events is noted with the difference to its recorded time. So a deadline
+    that was computed from recorded times passes when its seconds have passed since its event was folded.
+    """
+
+    def __init__(self, boottime: Callable[[], float] = boottime) -> None:
+        self._boottime = boottime
+        self._anchor = "", 0.0
+        self._positions: list[int] = []
+        self._offsets_s: list[float] = []
+
+    def start(self, now: Timestamp) -> None:
+        """Begin with the ledger's time; what was folded before differs by nothing."""
+        self._anchor = now, self._boottime()
+
+    def now(self) -> Timestamp:
+        """Return the present time."""
+        began, since_s = self._anchor
+        return add_seconds(began, self._boottime() - since_s)
+
+    def note(self, position: int, recorded_at: Timestamp) -> None:
+        """Note that the events from `position` on were folded just now, recorded at this time."""
+        offset_s = seconds_between(recorded_at, self.now())
+        if abs(offset_s - self.offset_s(position)) > _MIN_OFFSET_S:
+            self._positions.append(position)
+            self._offsets_s.append(offset_s)
+        if len(self._positions) > _MAX_OFFSETS:
+            del self._positions[: _MAX_OFFSETS // 2], self._offsets_s[: _MAX_OFFSETS // 2]
+
+    def offset_s(self, position: int) -> float:
+        """Return by how many seconds this time was ahead when the event at `position` was folded."""
+        found = bisect_right(self._positions, position)
+        return self._offsets_s[found - 1] if found else 0.0
+
+
+_MIN_OFFSET_S = 0.05
+"""Smaller differences are the time that a group takes to be written."""
+
+_MAX_OFFSETS = 200_000
+"""Kept differences: while times stand, one each 0.05 s at most, for longer than any deadline of a load."""
 
 
 def utc_now() -> datetime:

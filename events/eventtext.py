@@ -78,6 +78,9 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         bad_if="unclean",
     ),
     "ServerStopped": EventText(),
+    "ClockStepped": EventText(
+        ("from {from} to {to}", "taken?|not followed"), {"from": "from", "to": "to", "taken": "taken"}, "bad"
+    ),
 }
 
 _FORMS: Mapping[str | None, Callable[[Any], str]] = {

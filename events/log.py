@@ -11,26 +11,42 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-from msgspec import Struct
+from typing import TypeVar
 
 from events.accept import Accepted, Existing, Refused, accept, find_joinable
-from events.clock import SteadyClock, Timestamp, format_timestamp, parse_timestamp, utc_now, uuid7
+from events.clock import (
+    ClockStep,
+    FoldTimes,
+    LedgerClock,
+    Timestamp,
+    boottime,
+    format_timestamp,
+    utc_now,
+    uuid7,
+)
 from events.codec import encode_event, hash_body
-from events.commands import Command, KnownRequests, Record
+from events.commands import (
+    Command,
+    Inbox,
+    KnownRequests,
+    PendingCommand,
+    PendingNote,
+    Receipt,
+    Record,
+    answer,
+    fail_callers,
+)
 from events.counters import Tally
 from events.errors import LedgerProblem, LogClosed, LogUnavailable, NotEncodable, RequestRefused
 from events.sqlite.queries import LogHead, Row, kind_of
 from events.sqlite.storage import Database
 from events.state import Attempt, State
-from events.types import SYSTEM, Draft, Event, ServerStarted, ServerStopped, record_draft
+from events.types import SYSTEM, ClockStepped, Draft, Event, ServerStarted, ServerStopped, record_draft
 
 _log = logging.getLogger(__name__)
 
@@ -41,43 +57,6 @@ PROBE_S = 1.0
 
 MAX_GROUP = 512
 """Commands in one transaction: the cost of the commit vanishes, and answers still take milliseconds."""
-
-
-class Receipt(Struct, frozen=True, gc=False):
-    """The answer to a command.
-
-    Attributes:
-        job_id: the job that the command made or joined; None for facts.
-        existing: whether the job was there before.
-        position: of the head after the command.
-    """
-
-    job_id: str | None
-    existing: bool
-    position: int
-
-
-@dataclass(slots=True)
-class PendingCommand:
-    """A command, its caller's future, and the outcome, which is answered once the group is durable."""
-
-    command: Command
-    done: asyncio.Future[Receipt]
-    outcome: Receipt | LedgerProblem | None = None
-
-    @property
-    def key_hash(self) -> str | None:
-        """The hash of the command's idempotency key, if it has one."""
-        given = None if isinstance(self.command, Record) else self.command.idempotency
-        return given.key_hash if given is not None else None
-
-
-@dataclass(slots=True)
-class PendingNote:
-    """Times of last use by model id, and the future of the caller; it also says that the server is there."""
-
-    used: Mapping[str, str]
-    done: asyncio.Future[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,63 +144,13 @@ def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Rece
     )
 
 
-def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
-    """Hand an outcome to a caller, unless the caller was cancelled."""
-    if done.done():
-        return
-    if isinstance(outcome, Exception):
-        done.set_exception(outcome)
-    else:
-        done.set_result(outcome)
-
-
-def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
-    """Raise an error in all callers that still wait."""
-    for pending in group:
-        done: asyncio.Future[Any] = pending.done
-        answer(done, error)
-
-
-class Inbox(Generic[T]):
-    """A queue whose reader is woken once for all items, which costs less than a wakeup for each."""
-
-    def __init__(self) -> None:
-        self._items: deque[T] = deque()
-        self._wakeup = asyncio.Event()
-
-    def __len__(self) -> int:
-        """Return the number of items."""
-        return len(self._items)
-
-    def put(self, item: T) -> None:
-        """Add an item at the end."""
-        self._items.append(item)
-        self._wakeup.set()
-
-    def wake(self) -> None:
-        """Wake the reader, even without an item."""
-        self._wakeup.set()
-
-    async def wait(self) -> None:
-        """Wait for an item or a wakeup."""
-        await self._wakeup.wait()
-
-    def take(self, limit: int | None = None) -> list[T]:
-        """Return the items in order, at most `limit`."""
-        number = len(self._items) if limit is None else min(limit, len(self._items))
-        taken = [self._items.popleft() for _ in range(number)]
-        if not self._items:
-            self._wakeup.clear()
-        return taken
-
-
 class Log:
     """The event log, written by this process alone (take the lock of `events.datalock` before).
 
     Args:
         path: of the ledger.
         now: the wall clock.
-        monotonic: in seconds.
+        boottime: CLOCK_BOOTTIME in seconds.
         new_id: returns the id of a new event.
 
     Attributes:
@@ -230,6 +159,7 @@ class Log:
         last_used: times of last use by model id, as read at the start.
         last_seen: when the server before last noted that it was there; empty if it never did.
         tally: counters of the events since the start.
+        fold_times: the time by which deadlines run.
     """
 
     def __init__(
@@ -237,11 +167,11 @@ class Log:
         path: Path,
         *,
         now: Callable[[], datetime] = utc_now,
-        monotonic: Callable[[], float] = time.monotonic,
+        boottime: Callable[[], float] = boottime,
         new_id: Callable[[], str] = uuid7,
     ) -> None:
         self.path = path
-        self._clock = SteadyClock(now, monotonic)
+        self._clock = LedgerClock(now, boottime)
         self._new_id = new_id
         self._inbox: Inbox[PendingCommand | PendingNote] = Inbox()
         self._database = Database(path)
@@ -255,6 +185,8 @@ class Log:
         self.last_used: Mapping[str, str] = {}
         self.last_seen = ""
         self.tally = Tally()
+        self.fold_times = FoldTimes(boottime)
+        self._is_started = False
 
     @property
     def healthy(self) -> bool:
@@ -283,8 +215,18 @@ class Log:
         return self._writer
 
     def now(self) -> str:
-        """Return the ledger's time: never before the last event, and never standing still."""
-        return format_timestamp(self._clock())
+        """Return the ledger's time: never before the last event. It stands while the wall clock is behind."""
+        now = max(self.head.recorded_at, format_timestamp(self._clock()))
+        while self._is_started and self._clock.steps:
+            self._record_step(self._clock.steps.pop(0))
+        return now
+
+    def _record_step(self, step: ClockStep) -> None:
+        """Append `ClockStepped` with the next group; a group that fails loses it, as it says itself."""
+        data = ClockStepped(step.begin, step.end, step.is_taken)
+        done: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        done.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._inbox.put(PendingCommand(Record((Draft(self._new_id(), data, SYSTEM),)), done))
 
     async def open(self) -> None:
         """Open the database and start the writer. Projections of other folds are rebuilt first.
@@ -294,6 +236,7 @@ class Log:
             LogUnavailable: `log_unavailable`, the database cannot be opened.
         """
         await self._open()
+        self.fold_times.start(self.now())
         self._writer = asyncio.create_task(self._write_groups(), name="ledger-writer")
 
     async def close(self) -> None:
@@ -350,10 +293,12 @@ class Log:
         self._is_complete = False
         receipt = await self.submit(Record((Draft(self._new_id(), data, SYSTEM),)))
         self._is_complete = await self._database.make_whole()
+        self._is_started = True
         return receipt
 
     async def server_stopped(self) -> Receipt:
-        """Append `ServerStopped`."""
+        """Append `ServerStopped`, after which nothing is appended."""
+        self._is_started = False
         return await self.submit(Record((Draft(self._new_id(), ServerStopped(), SYSTEM),)))
 
     def subscribe(self) -> asyncio.Event:
@@ -376,8 +321,6 @@ class Log:
         stored = await self._database.open()
         self.head, self.state = stored.head, stored.state
         self.last_used, self.last_seen = stored.last_used, stored.last_seen
-        if self.head.recorded_at:
-            self._clock.start_after(parse_timestamp(self.head.recorded_at))
         self.notify()  # after an error in COMMIT the file may have new events
 
     async def _write_groups(self) -> None:
@@ -445,6 +388,8 @@ class Log:
             return
         decided.attempt.commit()
         self.head = decided.head
+        if decided.rows:
+            self.fold_times.note(decided.rows[0].position, self.head.recorded_at)
         self.tally.count(decided.events, decided.attempt.changes.jobs.values())
         for pending in group:
             if pending.outcome is not None:  # it is None if the caller was cancelled before

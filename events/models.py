@@ -116,6 +116,7 @@ class Model(Struct, frozen=True, gc=False):
         last_version: of the last load that was tried.
         lost_by: the cause of the reload that is to come, in the phase `lost`; with a `previous` load, whether
             the server ended since that was unloaded, like `lost_at`.
+        back_off_position: of the last loss, death or failed reload, whose time the back-off counts from.
         incidents: times of deaths and of failed reloads that speak against the model; old ones are dropped
             with the next.
         retries: failed reloads that do not, since the model was loaded; None without one.
@@ -134,6 +135,7 @@ class Model(Struct, frozen=True, gc=False):
     last_version: int | None = None
     lost_by: Cause | None = None
     lost_at: Timestamp | None = None
+    back_off_position: int | None = None
     incidents: tuple[str, ...] = ()
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()
@@ -141,11 +143,8 @@ class Model(Struct, frozen=True, gc=False):
 
     @property
     def state(self) -> ModelState:
-        """The state of the model: it stays `loaded` while another version of it is loading beside.
-
-        With a `previous` load it is `loading`; after an end of the server `lost`, until its load starts.
-        """
-        if self.previous is not None:
+        """The state of the model: it stays `loaded` while another version of it is loading beside."""
+        if self.previous is not None:  # lost from an end of the server to the load's next attempt
             is_lost = self.lost_at is not None and self.started_load is None
             return ModelState.LOST if is_lost else ModelState.LOADING
         if self.phase in (ModelState.LOADED, ModelState.UNLOADING) or self.started_load is None:
@@ -214,13 +213,9 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
 
 
 def _end_processes(model: Model, event: Event) -> Model:
-    """The server ended: no process is left, so a loaded model is lost and a load will start again.
-
-    `ServerStopped` does this, and `ServerStarted` after an unclean end; otherwise nothing is left for that.
-    """
-    lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING) or (
-        model.previous is not None and model.lost_at is None
-    )
+    """The server ended, in order or not: a loaded model is lost, and a load will start again."""
+    lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
+    lost = lost or (model.previous is not None and model.lost_at is None)
     after = replace(
         model,
         phase=ModelState.LOST if lost and model.previous is None else model.phase,
@@ -275,6 +270,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         last_version=event.version,
         lost_by=None,
         lost_at=None,
+        back_off_position=None,
         incidents=model.incidents if by_system else (),
         retries=None,
         previous=None,
@@ -329,7 +325,8 @@ def _count_failure(model: Model, event: Event, consequence: Consequence) -> Mode
     """Return the model with a failed reload counted: as an incident, or only for the back-off."""
     if consequence is Consequence.INCIDENT:
         return _with_incident(model, event)
-    return replace(model, retries=count_retry(model.retries, event.recorded_at))
+    retries = count_retry(model.retries, event.recorded_at)
+    return replace(model, retries=retries, back_off_position=event.position)
 
 
 def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Job | None) -> Model:
@@ -426,6 +423,7 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
     recent = _recent_incidents(model, event)
     after = replace(
         model,
+        back_off_position=event.position if is_new else model.back_off_position,
         error=Failure("worker_died", _end(data) + of),
         incidents=(*recent, event.recorded_at) if counts else recent,
     )
@@ -453,11 +451,13 @@ def _end(data: WorkerExited) -> str:
 
 
 def _lose_model(model: Model, event: Event) -> Model:
-    return replace(model, phase=ModelState.LOST, lost_by=Cause.RECOVERY, lost_at=event.recorded_at)
+    lost = replace(model, phase=ModelState.LOST, lost_by=Cause.RECOVERY, lost_at=event.recorded_at)
+    return replace(lost, back_off_position=event.position)
 
 
 def _with_incident(model: Model, event: Event) -> Model:
-    return replace(model, incidents=(*_recent_incidents(model, event), event.recorded_at))
+    incidents = (*_recent_incidents(model, event), event.recorded_at)
+    return replace(model, incidents=incidents, back_off_position=event.position)
 
 
 def _recent_incidents(model: Model, event: Event) -> tuple[str, ...]:

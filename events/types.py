@@ -321,6 +321,22 @@ class ServerStopped(Struct, frozen=True, gc=False):
     TYPE: ClassVar[str] = "ServerStopped"
 
 
+class ClockStepped(Struct, frozen=True, gc=False, rename={"begin": "from", "end": "to"}):
+    """The wall clock was set, by more than a minute.
+
+    Attributes:
+        begin: the time that it would have shown.
+        end: the time that it showed instead.
+        taken: whether the ledger's times follow. After a step back they stand until the clock catches up; one
+            forward is followed when it has stood for a minute, and not if it was set back before.
+    """
+
+    TYPE: ClassVar[str] = "ClockStepped"
+    begin: Timestamp
+    end: Timestamp
+    taken: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Unknown:
     """Data of a type or schema version that this release does not know: kept, and skipped by folds."""
@@ -348,6 +364,7 @@ Data = (
     | WorkerExited
     | ServerStarted
     | ServerStopped
+    | ClockStepped
 )
 """The types that this release writes."""
 

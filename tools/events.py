@@ -32,6 +32,7 @@ BY: Mapping[str, str] = {
         "WorkerExited",
         "ServerStarted",
         "ServerStopped",
+        "ClockStepped",
     ),
     f"`{SYSTEM}`",
 )
@@ -123,7 +124,7 @@ def _about(kind: type[Struct]) -> str:
 
 def _members_of(kind: type[Struct]) -> str:
     hints = get_type_hints(kind)
-    rows = [(member.name, _type(hints[member.name]), _missing(member)) for member in fields(kind)]
+    rows = [(member.encode_name, _type(hints[member.name]), _missing(member)) for member in fields(kind)]
     return _members(rows) if rows else "No members.\n"
 
 

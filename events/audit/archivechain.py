@@ -28,7 +28,7 @@ from events.sqlite.storage import FOLDS
 from events.state import Entities, State
 from events.types import OF_SERVER, Event, LogBase
 
-_FOLDS_SINCE = 6
+_FOLDS_SINCE = 7
 """The schema from which on an archive's row has the folds of the state at its end."""
 
 

@@ -22,7 +22,7 @@ PAGE = 500
 LAST = 2**63 - 1
 """No position is above this."""
 
-_SEEN_SINCE = 6
+_SEEN_SINCE = 7
 """The schema from which on the server notes that it is there."""
 
 

@@ -38,6 +38,8 @@ LOG_RETRY_S = 0.5
 LAST_READ_S = 0.1
 """Between the decision that a running load is late and its failure: its workers may have reported, in a
 socket that a server without a turn has not read."""
+MAX_SLEEP_S = 30.0
+"""Timers do not count a suspend of the machine, deadlines do."""
 MEASURE_EVERY_S = 5.0
 """How often workers are measured. One measurement takes a thread for about a millisecond."""
 NOTE_EVERY = 2
@@ -150,7 +152,7 @@ class Consumer:
 
     async def _step(self) -> None:
         self._wakeup.clear()
-        state, now = self._log.state, self._log.now()
+        state, now = self._log.state, self._log.fold_times.now()
         self._executor.note_recorded_exits(state)
         self._executor.end_unneeded_loads(state)
         self._executor.estimates.forget_ended(state)
@@ -193,6 +195,7 @@ class Consumer:
             last_used=self._log.last_used,
             preparable=preparable,
             preparation=self.preparer.preparation,
+            fold_times=self._log.fold_times,
         )
 
     async def _cancel_effects(self) -> None:
@@ -204,7 +207,7 @@ class Consumer:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sleep(self, until: str | None, now: str, at_most_s: float | None = None) -> None:
-        seconds = at_most_s if until is None else max(0.0, seconds_between(now, until))
+        seconds = at_most_s if until is None else min(MAX_SLEEP_S, max(0.0, seconds_between(now, until)))
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wakeup.wait()

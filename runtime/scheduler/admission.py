@@ -115,7 +115,7 @@ def _next_agings(view: SchedulerView, queue: Sequence[_PendingLoad]) -> Iterator
     """Yield when loads rise in priority next, which may end a reservation."""
     for aging_s in (PRIORITY_AGING_S, 2 * PRIORITY_AGING_S):
         since = view.earlier_by(aging_s)
-        created = (load.job.created_at for load in queue if load.rank > 0)
+        created = (view.created_at(load.job) for load in queue if load.rank > 0)
         oldest = min((created_at for created_at in created if created_at > since), default=None)
         if oldest is not None:
             yield add_seconds(oldest, aging_s)
@@ -142,7 +142,8 @@ class _PendingLoad:
         is_between = self._model is not None and self._model.previous is not None
         if self.job.cause in RELOADS or is_between or self._is_being_replaced:
             return _BEFORE_ALL
-        steps = sum(self.job.created_at <= self._view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
+        created_at = self._view.created_at(self.job)
+        steps = sum(created_at <= self._view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
         return max(0, _PRIORITIES.get(self._parameters.priority, 1) - steps)
 
     @property
@@ -197,8 +198,9 @@ class _PendingLoad:
         if view.observations.under_pressure and self.rank == _LOWEST_PRIORITY:
             if view.can_stop_preparation:  # it may be the cause of the pressure
                 return actions.StopPreparation()
-            times = add_seconds(job.created_at, PRIORITY_AGING_S), add_seconds(view.now, PRESSURE_POLL_S)
-            return Waiting("the machine, which is under pressure", min(times))
+            aging_at = add_seconds(view.created_at(job), PRIORITY_AGING_S)
+            wake_at = min(aging_at, add_seconds(view.now, PRESSURE_POLL_S))
+            return Waiting("the machine, which is under pressure", wake_at)
         return self._start_or_make_room()
 
     def _change_settings(self) -> Action | Waiting | None:
@@ -316,7 +318,7 @@ class _PendingLoad:
             reason = f"not reloaded after the server's start: it needs {shortage_text}"
             return actions.FailLoad(job, code, reason)
         wake_at = self._eviction.next_at if self._may_evict else None
-        has_priority = self.rank == _BEFORE_ALL or job.created_at <= view.earlier_by(OVERTAKING_LIMIT_S)
+        has_priority = self.rank == _BEFORE_ALL or view.created_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
         reserves_room = has_priority and job.cause not in _RESERVES_NOTHING
         reason = f"{shortage_text}; {self._advise()}"
         if first is not None and self._shortage_now(replaced_bytes, reserved=Reservations()).is_none:

@@ -48,18 +48,18 @@ class Eviction:
         found = [
             Victim(model, run.memory_bytes, self._view.used_at(model, run))
             for model, run in self._candidates
-            if not run.busy and model.serving.loaded_at <= self._resident_since
+            if not run.busy and self._view.loaded_at(model) <= self._resident_since
         ]
         return sorted(found, key=lambda victim: (victim.used_at, victim.model.id))
 
     @cached_property
     def next_at(self) -> str | None:
         """When to look for victims again; None if there will be none."""
-        loaded_at = (model.serving.loaded_at for model, _ in self._candidates)
+        loaded_at = (self._view.loaded_at(model) for model, _ in self._candidates)
         oldest = min((at for at in loaded_at if at > self._resident_since), default=None)
         times = [add_seconds(oldest, self._view.policy.min_residency_s)] if oldest is not None else []
         busy = (model for model, run in self._candidates if run.busy)
-        if any(model.serving.loaded_at <= self._resident_since for model in busy):
+        if any(self._view.loaded_at(model) <= self._resident_since for model in busy):
             times.append(add_seconds(self._view.now, IDLE_POLL_S))
         return min(times, default=None)
 
@@ -143,7 +143,7 @@ def _next_idle_timeouts(view: SchedulerView) -> Iterator[tuple[LoadedModel, str]
     for model, run in view.settled_models:
         timeout_s = _idle_timeout_s(view, model, run)
         if timeout_s is not None:
-            since = view.now if run.busy else max(run.last_used_at or "", model.serving.loaded_at)
+            since = view.now if run.busy else max(run.last_used_at or "", view.loaded_at(model))
             if timeout_s not in first or since < first[timeout_s][0]:
                 first[timeout_s] = since, model
     for timeout_s, (since, model) in first.items():

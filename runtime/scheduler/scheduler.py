@@ -64,7 +64,7 @@ def decide(
     waiting_for = _waiting_for(view, admission)
     late = next(_fail_late_loads(view, waiting_for), None)
     reloads = _find_reloads(view)
-    action = late or next(_request_reloads(reloads, view.now), None) or admission.action
+    action = late or next(_request_reloads(view, reloads), None) or admission.action
     if action is not None:
         return Decision(action)
     automatic = find_automatic_unload(view, eviction)
@@ -183,7 +183,8 @@ def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]
 
 def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
     for job in view.unended:
-        if job.deadline_at is None or job.deadline_at > view.now:
+        deadline_at = view.deadline_at(job)
+        if deadline_at is None or deadline_at > view.now:
             continue
         _, parameters = job.load_order
         is_pending = job.status is JobStatus.PENDING
@@ -194,7 +195,7 @@ def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Ite
         )
 
 
-def _request_reloads(reloads: Sequence[LoadedModel], now: str) -> Iterator[Action]:
+def _request_reloads(view: SchedulerView, reloads: Sequence[LoadedModel]) -> Iterator[Action]:
     """Request reloads in their order; a model in a crash loop fails instead."""
     for loaded in reloads:
         model = loaded.model
@@ -205,7 +206,7 @@ def _request_reloads(reloads: Sequence[LoadedModel], now: str) -> Iterator[Actio
             yield actions.FailModel(
                 loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}"
             )
-        elif _reload_at(loaded) <= now:
+        elif _reload_at(view, loaded) <= view.now:
             yield actions.RequestReload(loaded, Cause.RECOVERY)
 
 
@@ -233,12 +234,13 @@ def _is_crash_loop(model: Model) -> bool:
     return len(model.incidents) >= MAX_INCIDENTS
 
 
-def _reload_at(loaded: LoadedModel) -> str:
+def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     """Return when the back-off of a lost or degraded model ends."""
     model, retries = loaded.model, loaded.model.retries
     last_retry_at = retries.last_at if retries is not None else ""
     since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents, last_retry_at])
     doublings = max(0, len(model.incidents) - 1) + (retries.count if retries is not None else 0)
+    since = view.folded_at(since, model.back_off_position)
     return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
@@ -254,8 +256,8 @@ def _find_preparation(view: SchedulerView) -> str | None:
 def _wake_at(
     view: SchedulerView, admission: Admission, automatic: Decision, reloads: Sequence[LoadedModel]
 ) -> str | None:
-    times = [job.deadline_at for job in view.unended if job.deadline_at is not None]
-    times += [_reload_at(model) for model in reloads]
+    times = [at for job in view.unended if (at := view.deadline_at(job)) is not None]
+    times += [_reload_at(view, model) for model in reloads]
     if times and not view.observations.fork_server_up:
         times.append(add_seconds(view.now, FORK_SERVER_POLL_S))
     if view.observations.preparable and view.observations.under_pressure:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-from events.clock import add_seconds
+from events.clock import FoldTimes, add_seconds
 from events.jobs import Failure, Job
 from events.models import LoadedModel, Model, ModelState
 from events.state import State, has_turn
@@ -110,6 +110,7 @@ class Observations:
         preparable: bytes that preparing the files of a load would take, by load job id, in their order.
         preparation: the running preparation; it takes memory until its processes have exited.
         estimate_failures: why the files of a pending load cannot be looked at, by job id.
+        fold_times: when events were folded, by the time that deadlines run by.
     """
 
     fork_server_up: bool = True
@@ -123,6 +124,7 @@ class Observations:
     preparable: Mapping[str, int] = field(default_factory=dict)
     preparation: PreparationView | None = None
     estimate_failures: Mapping[str, Failure] = field(default_factory=dict)
+    fold_times: FoldTimes = field(default_factory=FoldTimes)
 
 
 def find_unload_target(state: State, unload: Job) -> str:
@@ -156,7 +158,11 @@ def load_allowance(budget_bytes: int, others_bytes: int, reserved_bytes: int) ->
 
 
 class SchedulerView:
-    """Input of one scheduling decision; derived values are cached."""
+    """Input of one scheduling decision; derived values are cached.
+
+    All its times are of `FoldTimes`. Recorded times are converted, which changes them only after the wall
+    clock was set.
+    """
 
     def __init__(
         self,
@@ -174,6 +180,23 @@ class SchedulerView:
         for job in self.unended:
             if has_turn(job):
                 self.queues.setdefault(job.model_id, []).append(job)
+
+    def folded_at(self, recorded_at: str, position: int | None) -> str:
+        """Return a time that was recorded at `position`, or computed from such a time, as one of the view."""
+        offset_s = self.observations.fold_times.offset_s(position or 0)
+        return add_seconds(recorded_at, offset_s) if offset_s else recorded_at
+
+    def created_at(self, job: Job) -> str:
+        """Return when a job was requested."""
+        return self.folded_at(job.created_at, job.created_position)
+
+    def deadline_at(self, job: Job) -> str | None:
+        """Return when a load fails for being late; None for an unload."""
+        return self.folded_at(job.deadline_at, job.created_position) if job.deadline_at is not None else None
+
+    def loaded_at(self, model: LoadedModel) -> str:
+        """Return since when a model serves."""
+        return self.folded_at(model.serving.loaded_at, model.serving.position)
 
     def earlier_by(self, seconds: float) -> str:
         """Return the timestamp so many seconds ago."""
@@ -282,7 +305,7 @@ class SchedulerView:
 
     def used_at(self, model: LoadedModel, run: LoadView) -> str:
         """Return when a serving model was last used; a load that a person requested counts as a use."""
-        loaded_at = model.serving.loaded_at
+        loaded_at = self.loaded_at(model)
         if model.serving.loaded_by == SYSTEM:  # a reload is no use; the last use may be known from before
             loaded_at = self.observations.last_used.get(model.id, loaded_at)
         return max(run.last_used_at or "", loaded_at)

@@ -28,8 +28,8 @@ from aiohttp import web
 from multidict import istr
 
 from events.clock import format_timestamp
-from events.commands import Command
-from events.log import Log, Receipt
+from events.commands import Command, Receipt
+from events.log import Log
 from server.config import Config
 
 REQUEST_ID = istr("X-Request-Id")

@@ -20,4 +20,5 @@ export const EVENT_TEXTS = {
   WorkerExited: {"parts": ["signal {signal}", "exit code {exit_code}", "{stderr.-1}"], "tone": "bad", "badIf": null},
   ServerStarted: {"parts": ["unclean?after an unclean end|in order", "last seen {last_seen_at?}", "down since {down_since?}"], "tone": "plain", "badIf": "unclean"},
   ServerStopped: {"parts": [], "tone": "plain", "badIf": null},
+  ClockStepped: {"parts": ["from {from} to {to}", "taken?|not followed"], "tone": "bad", "badIf": null},
 };

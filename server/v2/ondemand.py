@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from events.commands import RequestLoad
+from events.commands import Receipt, RequestLoad
 from events.errors import LedgerProblem
 from events.jobs import Failure, Job, JobKind, JobStatus
-from events.log import Log, Receipt
+from events.log import Log
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader
 from events.types import Cause

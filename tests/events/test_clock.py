@@ -1,4 +1,4 @@
-"""Timestamps, UUIDs and the steady clock."""
+"""Timestamps, UUIDs, the ledger's clock, and the time by which deadlines run."""
 
 import re
 import time
@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from support.history import PLAIN, at
 
 from events.clock import (
-    SteadyClock,
+    SETTLED_S,
+    STEP_S,
+    FoldTimes,
+    LedgerClock,
     add_seconds,
     format_timestamp,
     parse_timestamp,
@@ -73,15 +76,112 @@ def test_uuid7_sorts_by_time_and_is_unique() -> None:
         assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", text)
 
 
-def test_steady_clock_never_goes_back() -> None:
-    wall, passed = [START], [0.0]
-    clock = SteadyClock(lambda: wall[0], lambda: passed[0])
-    wall[0], passed[0] = START - timedelta(days=1), 5.0
-    assert clock() == START + timedelta(seconds=5)
-    passed[0] = 7.5
-    assert clock() == START + timedelta(seconds=7.5)
-    wall[0] = START + timedelta(hours=1)
-    assert clock() == START + timedelta(hours=1)
-    clock.start_after(START + timedelta(days=1))
-    clock.start_after(START)
-    assert clock() == START + timedelta(days=1)
+# The ledger's clock.
+
+DAY = 86_400
+Reading = tuple[float, float]
+"""What CLOCK_BOOTTIME shows, and the wall clock, in seconds since the start."""
+
+
+def read(*readings: Reading) -> tuple[list[float], list[tuple[float, float, bool]]]:
+    """Return what the ledger's clock shows at these readings, and the steps that it reports, in seconds."""
+    present = [(0.0, 0.0)]
+    clock = LedgerClock(lambda: START + timedelta(seconds=present[0][1]), lambda: present[0][0])
+    shown = []
+    for present[0] in readings:
+        shown.append((clock() - START).total_seconds())
+    return shown, [(since(step.begin), since(step.end), step.is_taken) for step in clock.steps]
+
+
+def since(timestamp: str) -> float:
+    return seconds_between(format_timestamp(START), timestamp)
+
+
+CLOCKS: dict[str, tuple[list[Reading], list[float], list[tuple[float, float, bool]]]] = {
+    "even": ([(1, 1), (50, 50), (DAY, DAY)], [1, 50, DAY], []),
+    "slewed": ([(100, 130), (200, 170)], [130, 170], []),
+    "suspended": ([(DAY, DAY), (9 * DAY, 9 * DAY)], [DAY, 9 * DAY], []),
+    "a year ahead for a second": ([(10, 365 * DAY), (11, 11)], [10, 11], [(10, 365 * DAY, False)]),
+    "set forward for good": (
+        [(10, DAY), (69, DAY + 59), (70, DAY + 60), (71, DAY + 61)],
+        [10, 69, DAY + 60, DAY + 61],
+        [(70, DAY + 60, True)],
+    ),
+    "set forward twice": (
+        [(10, DAY), (60, 9 * DAY), (100, 9 * DAY + 40), (120, 9 * DAY + 60)],
+        [10, 60, 100, 9 * DAY + 60],
+        [(10, DAY, False), (120, 9 * DAY + 60, True)],
+    ),
+    "set back": ([(10, -DAY), (11, 1 - DAY)], [-DAY, 1 - DAY], [(10, -DAY, True)]),
+    "beyond the calendar": ([(1e15, 1)], [1], [(since("9999-12-31T23:59:59.999999Z"), 1, True)]),
+}
+"""Readings -> what the ledger's clock shows at each, and the steps that it reports."""
+
+
+@pytest.mark.parametrize(("readings", "shown", "steps"), CLOCKS.values(), ids=CLOCKS)
+def test_ledger_clock_follows_wall_clock_that_stands(
+    readings: list[Reading], shown: list[float], steps: list[tuple[float, float, bool]]
+) -> None:
+    assert read(*readings) == (shown, steps)
+
+
+def test_ledger_clock_reports_withdrawn_steps_once_a_minute() -> None:
+    wrong = [(at_s, DAY if at_s % 2 else at_s) for at_s in range(1, 130)]
+    shown, steps = read(*wrong)
+    assert shown == [at_s for at_s, _ in wrong]
+    assert len(steps) == 3
+
+
+READINGS = st.lists(
+    st.tuples(st.floats(0, 3_000), st.integers(-(10**9), 10**9) | st.just(0)), min_size=1, max_size=40
+)
+"""Seconds that pass by CLOCK_BOOTTIME, and by which the wall clock then differs from it."""
+
+
+@PLAIN
+@given(READINGS)
+def test_ledger_clock_jumps_ahead_only_to_time_that_stood(readings: list[tuple[float, int]]) -> None:
+    passed, walls = 0.0, []
+    for seconds, wrong_s in readings:
+        passed += seconds
+        walls.append((passed, passed + wrong_s))
+    shown, _ = read(*walls)
+    for number, ((passed, wall), now) in enumerate(zip(walls, shown, strict=True)):
+        before = (0.0, 0.0) if number == 0 else (walls[number - 1][0], shown[number - 1])
+        jumped_s = now - before[1] - (passed - before[0])
+        if jumped_s > STEP_S + 1e-5:
+            assert now == pytest.approx(wall)
+            stood = [
+                each for each in walls[: number + 1] if abs(each[1] - wall - each[0] + passed) <= STEP_S + 1
+            ]
+            assert any(passed - each[0] >= SETTLED_S for each in stood)
+
+
+@PLAIN
+@given(st.lists(st.tuples(st.integers(0, 3_000), st.integers(-(10**6), 10**6)), min_size=1, max_size=30))
+def test_deadline_passes_when_its_seconds_have_passed(groups: list[tuple[int, int]]) -> None:
+    """Whatever the recorded times are: those of a clock that was set, or that stand."""
+    passed = [0.0]
+    times = FoldTimes(lambda: passed[0])
+    times.start(at(0))
+    folded = []
+    for position, (pause_s, recorded_s) in enumerate(groups, 1):
+        passed[0] += pause_s
+        times.note(position, at(recorded_s))
+        folded.append((position, passed[0], at(recorded_s)))
+    for position, folded_s, recorded_at in folded:
+        deadline_at = add_seconds(add_seconds(recorded_at, 300), times.offset_s(position))
+        left_s = seconds_between(times.now(), deadline_at)
+        assert left_s == pytest.approx(folded_s + 300 - passed[0], abs=0.06)
+
+
+def test_fold_times_keep_latest_differences() -> None:
+    passed = [0.0]
+    times = FoldTimes(lambda: passed[0])
+    times.start(at(0))
+    for position in range(1, 200_010):
+        passed[0] += 1
+        times.note(position, at(0))
+    assert times.offset_s(200_009) == 200_009
+    assert times.offset_s(150_000) == 150_000
+    assert times.offset_s(1) == 0

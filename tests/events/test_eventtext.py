@@ -41,6 +41,8 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("ServerStarted", {"unclean": True, "down_since": "T"}, "after an unclean end, down since T", True),
     ("ServerStarted", {"unclean": False}, "in order", False),
     ("ServerStopped", {}, "", False),
+    ("ClockStepped", {"from": "T", "to": "U", "taken": True}, "from T to U", True),
+    ("ClockStepped", {"from": "T", "to": "U", "taken": False}, "from T to U, not followed", True),
 ]
 
 

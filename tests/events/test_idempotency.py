@@ -12,7 +12,19 @@ from hypothesis import example
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, MODEL, PLAIN, START, History, at, given, ids, load_requested, opened
+from support.history import (
+    FEWER,
+    MODEL,
+    PLAIN,
+    START,
+    History,
+    at,
+    given,
+    ids,
+    load_requested,
+    opened,
+    steady,
+)
 from support.ledgers import FAST_FOLDER
 
 from events.accept import Accepted, Decision, Existing, Refused, accept
@@ -22,6 +34,7 @@ from events.commands import (
     Command,
     Join,
     KnownKey,
+    Receipt,
     Record,
     RequestCancel,
     RequestLoad,
@@ -29,7 +42,7 @@ from events.commands import (
     read_key,
 )
 from events.errors import LogUnavailable, RequestRefused
-from events.log import Log, Receipt
+from events.log import Log
 from events.sqlite import queries
 from events.state import State
 from events.types import (
@@ -212,7 +225,7 @@ async def outcomes_of(path: Path, groups: list[Group], *, reopens: bool) -> list
         return moment
 
     for run in [[group] for group in groups] if reopens else [groups]:
-        async with opened(path, new_id=new_id, now=now, monotonic=float) as log:
+        async with opened(path, new_id=new_id, **steady(now)) as log:
             for group, pause_s in run:
                 moment += timedelta(seconds=pause_s)
                 found.append(await asyncio.gather(*(outcome(log, command) for command in group)))

@@ -8,20 +8,30 @@ import signal
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import FEWER, MODEL, START, at, facts, ids, opened, write
+from support.history import FEWER, MODEL, START, at, facts, ids, opened, steady, write
 from support.ledgers import FAST_FOLDER, change_ledger, rows_of, run_forked, stored
 
 from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
-from events.commands import Record, RequestCancel, RequestLoad, RequestUnload
+from events.commands import Receipt, Record, RequestCancel, RequestLoad, RequestUnload
 from events.errors import LogClosed, NotEncodable, RequestRefused
-from events.log import MAX_GROUP, Log, Receipt
-from events.types import SYSTEM, Draft, Event, LoadFailed, LoadStarted, ServerStarted, ServerStopped
+from events.log import MAX_GROUP, Log
+from events.types import (
+    SYSTEM,
+    ClockStepped,
+    Draft,
+    Event,
+    LoadFailed,
+    LoadStarted,
+    ServerStarted,
+    ServerStopped,
+)
 
 LIMIT_S = 60
 """Only against hanging."""
@@ -130,10 +140,10 @@ async def test_event_without_encoding_fails_its_caller_alone(path: Path) -> None
 
 
 async def test_recorded_at_never_goes_back(path: Path) -> None:
-    moments = [START + timedelta(seconds=seconds) for seconds in (5, 5, 3, 9, 1, 9)]
-    async with opened(path, now=iter(moments).__next__, monotonic=float) as log:
+    moments = [START + timedelta(seconds=seconds) for seconds in (5, 5, 5, 3, 9, 1, 9)]
+    async with opened(path, now=iter(moments).__next__, boottime=float) as log:
         await write(log, 5)
-    async with opened(path, now=lambda: START, monotonic=float) as log:
+    async with opened(path, now=lambda: START, boottime=float) as log:
         await write(log, 1, first=6)
     assert [event.recorded_at for event in events_of(path)] == [
         format_timestamp(START + timedelta(seconds=seconds)) for seconds in (5, 5, 9, 9, 9, 9)
@@ -178,7 +188,7 @@ async def test_command_sees_job_ended_in_same_transaction(path: Path) -> None:
 
 
 async def test_server_start_names_unclean_end(path: Path) -> None:
-    async with opened(path, now=lambda: START, monotonic=float) as log:
+    async with opened(path, now=lambda: START, boottime=float) as log:
         await log.server_started()
         await log.server_started()
         await log.server_stopped()
@@ -192,12 +202,60 @@ async def test_server_start_names_unclean_end(path: Path) -> None:
     ]
 
 
+async def test_step_of_clock_is_recorded_and_followed_when_it_stands(path: Path) -> None:
+    """A clock that is a year ahead for a second leaves no trace in later times, over restarts too."""
+    passed, ahead = [0.0], [timedelta()]
+    year, day = timedelta(days=365), timedelta(days=1)
+
+    def clock() -> dict[str, Any]:
+        return {"now": lambda: START + timedelta(seconds=passed[0]) + ahead[0], "boottime": lambda: passed[0]}
+
+    async with opened(path, **clock()) as log:
+        await log.server_started()
+        for passed[0], ahead[0] in (
+            (10, year),
+            (11, timedelta()),
+            (20, day),
+            (50, day),
+            (80, day),
+            (90, -day),
+        ):
+            log.now()
+            await write(log, 1, first=int(passed[0]))
+        await log.server_stopped()
+        assert log.fold_times.now() == at(90)
+    steps = [
+        (event.recorded_at, event.data) for event in events_of(path) if isinstance(event.data, ClockStepped)
+    ]
+    followed = format_timestamp(START + day + timedelta(seconds=80))
+    assert steps == [
+        (at(11), ClockStepped(at(10), format_timestamp(START + year + timedelta(seconds=10)), taken=False)),
+        (followed, ClockStepped(at(80), followed, taken=True)),
+        (
+            followed,  # times stand
+            ClockStepped(
+                format_timestamp(START + day + timedelta(seconds=90)),
+                format_timestamp(START - day + timedelta(seconds=90)),
+                taken=True,
+            ),
+        ),
+    ]
+    assert [event.recorded_at for event in events_of(path) if event.type == "LoadStarted"] == [
+        at(10), at(11), at(20), at(50), followed, followed,
+    ]  # fmt: skip
+    assert events_of(path)[-1].type == "ServerStopped"
+    async with opened(path, **clock()) as log:
+        assert log.now() == followed
+    assert sum('"data":{"from":"' in body for _, body, _ in rows_of(path)) == len(steps)
+    assert verify(path).verified
+
+
 async def test_server_start_names_last_note_of_unclean_end(path: Path) -> None:
     moments = {"now": START}
     seen, ended = START + timedelta(minutes=30), START + timedelta(hours=9)
     for moment, stops in ((START, False), (ended, True), (ended, False)):
         moments["now"] = moment
-        async with opened(path, now=lambda: moments["now"], monotonic=float) as log:
+        async with opened(path, **steady(lambda: moments["now"])) as log:
             await log.server_started()
             if stops:
                 await log.server_stopped()

@@ -24,7 +24,7 @@ from events.accept import OUTDATED
 from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
-from events.commands import JobUnchanged, Record, RequestLoad
+from events.commands import JobUnchanged, Receipt, Record, RequestLoad
 from events.errors import (
     ForeignDatabase,
     FutureSchema,
@@ -33,7 +33,7 @@ from events.errors import (
     NotEncodable,
     RequestRefused,
 )
-from events.log import Log, Receipt
+from events.log import Log
 from events.sqlite.schema import APPLICATION_ID
 from events.types import SYSTEM, Draft, LoadFailed, LoadStarted
 
@@ -305,7 +305,7 @@ def test_database_refuses_to_change_events(statement: str, three_events: Path) -
 
 async def test_columns_are_computed_from_hashed_body(path: Path) -> None:
     draft = Draft("e", LoadStarted(1), "é'\U0001f600", "j", "m", 1)
-    async with opened(path, now=lambda: START, monotonic=float) as log:
+    async with opened(path, now=lambda: START, boottime=float) as log:
         await log.submit(Record((draft,)))
     with closing(sqlite3.connect(path)) as connection:
         columns = connection.execute(

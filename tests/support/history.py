@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 import events.log
 from events.clock import format_timestamp
-from events.commands import Command, Record
+from events.commands import Command, Receipt, Record
 from events.jobs import (
     BYTES_GONE,
     CRASH_LOOP,
@@ -33,7 +33,7 @@ from events.jobs import (
     TOO_MANY_LOADED,
     Job,
 )
-from events.log import Log, Receipt
+from events.log import Log
 from events.models import INCIDENT_WINDOW_S, Model
 from events.state import State
 from events.types import (
@@ -396,6 +396,20 @@ async def opened(path: Path, **options: Any) -> AsyncIterator[Log]:
         yield log
     finally:
         await log.close()
+
+
+def steady(now: Callable[[], datetime]) -> dict[str, Any]:
+    """Return the clocks of a log on a machine whose wall clock shows this, and is never set."""
+    shown = [START]
+
+    def wall() -> datetime:
+        shown[0] = now()
+        return shown[0]
+
+    def boottime() -> float:
+        return (shown[0] - START).total_seconds()
+
+    return {"now": wall, "boottime": boottime}
 
 
 def facts(number: int, *, first: int = 1) -> Iterator[Command]:

@@ -34,7 +34,7 @@ from events.types import (
     LoadRequested,
     Unknown,
 )
-from support.history import START, History, opened, write
+from support.history import START, History, opened, steady, write
 
 
 def body_of(line: bytes) -> bytes:
@@ -109,7 +109,7 @@ async def write_ledger(
     now: Callable[[], datetime] = lambda: START,
 ) -> None:
     """Write such a ledger, ended in order unless told otherwise."""
-    async with opened(path, now=now, monotonic=float) as log:
+    async with opened(path, **steady(now)) as log:
         await append_events(log, sample_history(rounds), key_at=key_at)
         if stopped:
             await log.server_stopped()
@@ -130,7 +130,7 @@ def sound_ledger(rounds: int = 1, *, snapshots_every: int | None = None, seconds
     async def write(path: Path) -> None:
         for begin in range(0, len(events), every):
             now = lambda: datetime.fromtimestamp(START.timestamp() + int(next(ticks) * seconds), START.tzinfo)  # noqa: E731
-            async with opened(path, now=now, monotonic=float) as log:
+            async with opened(path, **steady(now)) as log:
                 await append_events(log, events[begin : begin + every])
                 if begin + every >= len(events):
                     await log.server_stopped()

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from events.clock import utc_now
-from events.commands import Command, FileIdentity, RequestLoad, RequestUnload
+from events.clock import boottime, utc_now
+from events.commands import Command, FileIdentity, Receipt, RequestLoad, RequestUnload
 from events.jobs import Failure, Job
-from events.log import Log, Receipt
+from events.log import Log
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader, open_reader
 from events.types import Data, Event, LoadParameters
@@ -40,13 +40,22 @@ D = TypeVar("D", bound=Data)
 
 @dataclass
 class Clock:
-    """The clock of log and consumer: the real one or one that stands still, and what a test adds to it."""
+    """The clock of log and consumer: the real one or one that stands still, and what a test adds to it.
+
+    Attributes:
+        ahead: time that passed, for the wall clock and CLOCK_BOOTTIME.
+        wrong: by how much the wall clock was set.
+    """
 
     ahead: timedelta = timedelta()
+    wrong: timedelta = timedelta()
     stands_at: datetime | None = None
 
     def now(self) -> datetime:
-        return (self.stands_at or utc_now()) + self.ahead
+        return (self.stands_at or utc_now()) + self.ahead + self.wrong
+
+    def boottime(self) -> float:
+        return (0.0 if self.stands_at else boottime()) + self.ahead.total_seconds()
 
 
 def stopped_clock() -> Clock:
@@ -333,7 +342,7 @@ async def running(
     """
     with unhurried():
         clock = clock or Clock()
-        log, shared = Log(folder / "ledger.db", now=clock.now), pool
+        log, shared = Log(folder / "ledger.db", now=clock.now, boottime=clock.boottime), pool
         pool = shared or WorkerPool(patience_s=LIMIT_S)
         repository = Repository(folder / "models")
         if shared is None:

@@ -220,7 +220,7 @@ def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
 
 async def test_past_is_read_beside_the_writer(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    async with opened(path, now=lambda: START, monotonic=float) as log, open_time_travel_reader(path) as past:
+    async with opened(path, now=lambda: START, boottime=float) as log, open_time_travel_reader(path) as past:
         await write(log, 3)
         asked = [past.state(str(position)) for position in (1, 2, 3)]
         assert [state.position for _, state in await asyncio.gather(*asked)] == [1, 2, 3]

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from events.commands import RequestCancel
 from events.errors import LogUnavailable
 from events.jobs import MAX_RETRIES, JobStatus
 from events.models import ModelState
-from events.types import Cause, LoadParameters, LoadRequested, LoadStarted, WorkerExited
+from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
 from runtime.consumer.executor import RELOAD_TIMEOUT_S
 from runtime.errors import WorkerDied
@@ -68,6 +69,18 @@ async def test_fork_server_death_is_no_incident_of_a_model(folder: Path) -> None
             assert model.incidents == ()
             assert await engine.facts(WorkerExited, of=name) == [WorkerExited(None, None, ())]
         assert await engine.ask("adder", 1) == 3
+
+
+async def test_back_off_passes_while_clock_is_set_back(folder: Path) -> None:
+    async with running(folder, clock=stopped_clock()) as engine:
+        await engine.load("adder")
+        engine.clock.wrong = timedelta(days=-1)
+        os.kill(engine.fork_server_pid, signal.SIGKILL)
+        await engine.recorded(lambda: engine.model("adder").lost_at is not None)
+        engine.pass_time(0.5)
+        await engine.becomes("adder", ModelState.LOADED)
+        [stepped] = await engine.facts(ClockStepped)
+        assert stepped.taken
 
 
 async def test_load_without_worker_survives_the_fork_server(folder: Path) -> None:
