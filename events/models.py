@@ -222,6 +222,7 @@ def _end_processes(model: Model, event: Event) -> Model:
         lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
         lost_at=event.recorded_at if lost else model.lost_at,
         loads=tuple(replace(load, started=False) for load in model.loads),
+        retries=None,  # what was in the last server's way need not be in the next one's
     )
     return model if after == model else after  # most models may be unloaded
 
@@ -310,8 +311,10 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
         return model
     if model.phase is ModelState.LOST:
-        if is_reload and consequence is not Consequence.END:
-            return _count_failure(_lose_model(model, event), event, consequence)
+        if job is not None and is_reload and consequence is not Consequence.END:
+            is_restored = job.cause is Cause.RESTART and consequence is Consequence.RETRY
+            lost = _lose_model(model, event, by=Cause.RESTART if is_restored else Cause.RECOVERY)
+            return _count_failure(lost, event, consequence)
         if model.serving is not None and model.serving.version != event.version:
             return model
         if not is_reload and (consequence is Consequence.RETRY or error.code == INSUFFICIENT_MEMORY):
@@ -450,9 +453,9 @@ def _end(data: WorkerExited) -> str:
     return "its worker ended with the fork server"
 
 
-def _lose_model(model: Model, event: Event) -> Model:
-    lost = replace(model, phase=ModelState.LOST, lost_by=Cause.RECOVERY, lost_at=event.recorded_at)
-    return replace(lost, back_off_position=event.position)
+def _lose_model(model: Model, event: Event, *, by: Cause = Cause.RECOVERY) -> Model:
+    at, position = event.recorded_at, event.position
+    return replace(model, phase=ModelState.LOST, lost_by=by, lost_at=at, back_off_position=position)
 
 
 def _with_incident(model: Model, event: Event) -> Model:

@@ -169,8 +169,9 @@ class LoadJoined(Struct, frozen=True, gc=False):
 class LoadStarted(Struct, frozen=True, gc=False):
     """The load started; `attempt` counts from 1 and grows when the server restarts during the load.
 
-    It comes twice with the same attempt if the load began with a prepared form that failed: then the job
-    starts again without it, with another worker.
+    It also grows if a start was recorded though its commit raised: no worker belongs to that start. It comes
+    twice with the same attempt if the load began with a prepared form that failed: then the job starts again
+    without it, with another worker.
     """
 
     TYPE: ClassVar[str] = "LoadStarted"

@@ -199,7 +199,7 @@ def _request_reloads(view: SchedulerView, reloads: Sequence[LoadedModel]) -> Ite
     """Request reloads in their order; a model in a crash loop fails instead."""
     for loaded in reloads:
         model = loaded.model
-        if model.lost_by in (Cause.RESTART, Cause.SWAP):
+        if model.lost_by in (Cause.RESTART, Cause.SWAP) and model.retries is None:
             yield actions.RequestReload(loaded, model.lost_by)
         elif _is_crash_loop(model):
             reason = model.error.message if model.error else "its worker died"
@@ -207,7 +207,8 @@ def _request_reloads(view: SchedulerView, reloads: Sequence[LoadedModel]) -> Ite
                 loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}"
             )
         elif _reload_at(view, loaded) <= view.now:
-            yield actions.RequestReload(loaded, Cause.RECOVERY)
+            is_restored = model.lost_by is Cause.RESTART  # which evicts nothing
+            yield actions.RequestReload(loaded, Cause.RESTART if is_restored else Cause.RECOVERY)
 
 
 def _find_reloads(view: SchedulerView) -> list[LoadedModel]:

@@ -164,7 +164,8 @@ load crash hinder_recovery request_recovery start_recovery finish_recovery -> lo
 load crash hinder_recovery load_again -> loaded, v1
 load crash hinder_recovery request_unload finish_unload -> unloaded, v1
 load crash request_recovery bytes_gone_recovery -> failed, v1, 1 incidents, bytes_gone
-load restart request_restore typo_recovery -> lost, v1, by recovery at 6, 1 retries, invalid_defaults
+load restart request_restore typo_recovery -> lost, v1, by restart at 6, 1 retries, invalid_defaults
+load crash hinder_recovery restart -> lost, v1, by restart at 6, 1 incidents, fork_server_unavailable
 load crash request_recovery no_memory_recovery -> failed, v1, 1 incidents, insufficient_memory
 load crash request_again timeout_again -> lost, v1, by recovery at 4, 1 incidents, timeout
 load crash request_again no_memory_again -> lost, v1, by recovery at 4, 1 incidents, insufficient_memory

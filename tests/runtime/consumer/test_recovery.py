@@ -12,14 +12,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from support import models
 from support.ledgers import unwritable
 from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
+from events.accept import OUTDATED
 from events.commands import RequestCancel
-from events.errors import LogUnavailable
-from events.jobs import MAX_RETRIES, JobStatus
+from events.errors import LogUnavailable, RequestRefused
+from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
@@ -27,6 +29,7 @@ from runtime.consumer.executor import RELOAD_TIMEOUT_S
 from runtime.errors import WorkerDied
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
+from runtime.scheduler.actions import CompleteLoad, StartLoad, StartUnload
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 
@@ -133,6 +136,27 @@ async def test_cancelled_load_of_dead_worker_records_both(engine: Engine) -> Non
     story = ["LoadRequested", "LoadStarted", "CancelRequested", "WorkerExited", "JobCancelled"]
     assert await engine.story(of="slow") == story
     assert load.is_finished
+
+
+async def test_refused_starts_change_nothing(engine: Engine) -> None:
+    ended = await engine.load("adder")
+    pending = structs.replace(ended, status=JobStatus.PENDING)
+    unload = structs.replace(
+        pending,
+        id="U",
+        kind=JobKind.UNLOAD,
+        load=None,
+        unload=UnloadParameters(force=False, load_job_id=ended.id),
+    )
+    loads, head = dict(engine.consumer.loads), engine.log.head
+    for action in (StartLoad(pending), StartUnload(unload, ended.id), CompleteLoad(pending, None)):
+        with pytest.raises(RequestRefused) as refused:
+            await engine.consumer._executor.execute(action)
+        assert refused.value.code == OUTDATED
+    assert (engine.consumer.loads, engine.log.head) == (loads, head)
+    assert (engine.live("adder").draining, engine.live("adder").stage) == (False, None)
+    assert await engine.ask("adder", 1) == 3
+    await until(lambda: "looking at a model" not in {task.get_name() for task in asyncio.all_tasks()})
 
 
 # The server ends and starts again.

@@ -278,7 +278,9 @@ load crash {HINDRANCES_4} {FAILS_4}    | -            | 0       | give up digits
 load forkserver_exit {HINDRANCES_4}    | -            | 8       | reload digits, recovery
 load_pair crash_1 {HINDRANCES_4}       | P:serving/P1 | 7.999   | nothing
 load_pair crash_1 {HINDRANCES_4}       | P:serving/P1 | 8       | reload digits, recovery
-load restart request_restore typo_recovery | -            | 1       | reload digits, recovery
+load restart request_restore typo_recovery | -            | 0.999   | nothing
+load restart request_restore typo_recovery | -            | 1       | reload digits, restart
+load crash hinder_recovery restart     | -            | 0       | reload digits, restart
 load crash request_recovery bytes_gone_recovery | -            | 1000    | nothing
 load forkserver_exit request_again timeout_again | -            | 0.5     | reload digits, recovery
 load_pair crash_1 {FAILS_4}            | P:serving/P1 | 0       | nothing
