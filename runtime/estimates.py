@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from events.footprints import Footprint
 from events.jobs import Failure, Job
@@ -15,6 +16,7 @@ from events.models import RELOADS, Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem
+from runtime.lookups import LOAD_LIMIT_S
 from runtime.repository import MODEL_FILE, FileStat, Repository
 from runtime.store.problems import RepositoryUnreadable
 from runtime.store.sources import open_sources
@@ -32,7 +34,7 @@ MAX_CREDIBLE_BYTES = 2**47
 MAX_OUTDATED = 3
 """A load that found other files than its estimate was for is estimated anew so many times; then it fails."""
 CHANGING = f"the model's files changed before its load {MAX_OUTDATED + 1} times; load it again"
-ESTIMATE_WAIT_S = 2.0
+ESTIMATE_WAIT_S = 0.5
 """How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
 
 FormOf = Callable[[Sequence[FileStat], Iterable[Footprint]], str | None]
@@ -184,7 +186,9 @@ class MemoryEstimates:
         footprints = model.footprints if model is not None else ()
         recorded = _recorded_files(job, model)
         try:
-            files, form = await asyncio.to_thread(self._look, job, version, recorded, footprints)
+            files, form = await self._repository.lookups.run(
+                job.model_id, partial(self._look, job, version, recorded, footprints), LOAD_LIMIT_S
+            )
             need = estimate_memory(files, version, parameters, footprints, form)
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
             if job.id in self.known:

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
+from runtime.lookups import Lookups
 
 MODEL_FILE = "model.onnx"
 SUFFIX = ".onnx"
@@ -83,12 +84,18 @@ def check_model_id(model_id: str) -> str:
 class Repository:
     """The models beneath one folder.
 
+    Its methods block, for ever if a file system hangs: a coroutine calls them through `lookups`.
+
     Args:
         root: the folder; it may be empty, or be created later.
+
+    Attributes:
+        lookups: runs looks at one model in a thread.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))
+        self.lookups = Lookups()
         str(self.root).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
 
     def folders(self) -> list[str]:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from events.log import Log
 from events.models import Model, ModelState
 from runtime.consumer.loads import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
+from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.process.requests import Answer
 from runtime.process.worker import Worker
 from runtime.repository import Repository
@@ -184,7 +186,9 @@ class Router:
         except ModelNotLoaded:
             model = self._log.state.models.get(model_id)
             if model is None or model.state in (ModelState.UNLOADED, ModelState.FAILED):
-                await asyncio.to_thread(self._repository.versions, model_id)
+                look = partial(self._repository.versions, model_id)
+                with suppress(RepositoryBusy):
+                    await self._repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
             raise
 
     def is_ready(self, model_id: str, version: int | None = None) -> bool:

@@ -96,6 +96,8 @@ ERRORS: Mapping[str, ErrorKind] = {
     "timeout": ErrorKind(503, "The load took too long"),
     "fork_server_died": ErrorKind(503, "The fork server ended"),
     "fork_server_unavailable": ErrorKind(503, "The fork server does not answer"),
+    "repository_unreadable": ErrorKind(503, "The repository cannot be read"),
+    "repository_busy": ErrorKind(503, "The repository does not answer"),
     "log_unavailable": ErrorKind(503, "The event log cannot be written"),
     "unhealthy": ErrorKind(503, "The server is unhealthy"),
     "shutting_down": ErrorKind(503, "The server is stopping"),

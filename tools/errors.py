@@ -74,6 +74,9 @@ ADVICE: Mapping[str, str] = {
     "timeout": "`detail` says what the load waited for. Provide that, or raise `timeout_s`.",
     "fork_server_died": "The server restarts it and reloads the models that were loaded. Load again.",
     "fork_server_unavailable": "The server restarts it: retry after `Retry-After`.",
+    "repository_unreadable": "`detail` has the system's reason. Check the mount and the access rights.",
+    "repository_busy": "The file system of the model's folder hangs, or too many do. Check the mount, then"
+    " retry after `Retry-After`; other models are served.",
     "log_unavailable": "Check the disk of the data directory: it may be full or read-only.",
     "unhealthy": "`detail` names the failed checks. If a part cannot recover, the process ends: see its log.",
     "shutting_down": "Retry when the server is up again; accepted jobs continue then.",

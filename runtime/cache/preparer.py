@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from msgspec import structs
@@ -38,9 +39,10 @@ from runtime.cache.trial import (
 )
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.estimates import WORKER_BYTES, is_same_files
-from runtime.modeldefaults import read_warm_up
+from runtime.lookups import LOAD_LIMIT_S
+from runtime.modeldefaults import WarmUp, read_warm_up
 from runtime.process.pool import WorkerPool, complete, kill_and_wait
-from runtime.repository import FileStat, Repository
+from runtime.repository import FileStat, ModelVersion, Repository
 from runtime.scheduler.view import PreparationView
 from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash, Tensor
 
@@ -101,6 +103,11 @@ class FormFailure:
 
     reason: str
     has_outside_cause: bool
+
+
+def _look_up(repository: Repository, candidate: Candidate) -> tuple[ModelVersion, WarmUp]:
+    found = repository.resolve(candidate.model_id, candidate.version)
+    return found, read_warm_up(repository, candidate.model_id)
 
 
 class _Changed(Exception):
@@ -203,8 +210,9 @@ class PreparationRun:
         """Return the order to load the version bare, and the inputs of its `loadledger.toml`."""
         candidate, repository = self._candidate, self._repository
         try:
-            found = await asyncio.to_thread(repository.resolve, candidate.model_id, candidate.version)
-            warm_up = await asyncio.to_thread(read_warm_up, repository, candidate.model_id)
+            found, warm_up = await repository.lookups.run(
+                candidate.model_id, partial(_look_up, repository, candidate), LOAD_LIMIT_S
+            )
         except RuntimeProblem as problem:
             raise _Changed from problem
         if tuple(file.path for file in found.files) != tuple(file.path for file in candidate.sources):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from events.jobs import Job
 from events.models import Serving
@@ -11,6 +12,7 @@ from events.state import State
 from events.types import LoadedFile
 from runtime.errors import RuntimeProblem
 from runtime.estimates import is_same_files
+from runtime.lookups import LOAD_LIMIT_S
 from runtime.repository import Repository
 
 
@@ -43,7 +45,8 @@ class FileComparisons:
     async def _compare(self, job: Job, loaded: tuple[LoadedFile, ...]) -> None:
         is_same = False
         try:
-            found = await asyncio.to_thread(self._repository.resolve, job.model_id, job.version)
+            look = partial(self._repository.resolve, job.model_id, job.version)
+            found = await self._repository.lookups.run(job.model_id, look, LOAD_LIMIT_S)
             is_same = is_same_files(loaded, found.files)
         except RuntimeProblem:
             pass  # the load itself says what is wrong with the files

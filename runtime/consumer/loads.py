@@ -25,6 +25,7 @@ from runtime.cache.trial import CHANGED, has_outside_cause
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.estimates import FileSizes, file_sizes
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
+from runtime.lookups import LOAD_LIMIT_S
 from runtime.modeldefaults import WarmUp, read_reload_warm_up, read_warm_up
 from runtime.process.pool import WorkerPool
 from runtime.process.sampling import WorkerMemory
@@ -396,7 +397,7 @@ async def build_order(
         read = read_reload_warm_up if load.is_reload else read_warm_up
         return found, read(repository, load.model_id), form
 
-    found, warm_up, load.prepared = await asyncio.to_thread(look_up)
+    found, warm_up, load.prepared = await repository.lookups.run(load.model_id, look_up, LOAD_LIMIT_S)
     load.check_estimate(found.files)
     if load.needs_form and load.prepared is None:
         raise FormUnusable("it is gone")

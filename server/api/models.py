@@ -7,7 +7,9 @@ else from the model's loadledger.toml, then from the server's settings.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -17,6 +19,7 @@ from events.commands import FileIdentity, RequestLoad, RequestUnload
 from events.models import Model, ModelState
 from events.types import Idempotency, LoadParameters
 from runtime.errors import UnknownModel
+from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import ModelVersion, Repository
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
@@ -48,6 +51,12 @@ routes = Routes(tag="models")
 
 _PARAMETERS = LoadParameters.__struct_fields__
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
+LIST_LIMIT_S = 2.0
+"""How long a list of models waits for one look at all of them, and then for a look at each."""
+ListedModel = tuple[str, list[int]]
+"""A model's id and its versions in the repository."""
+_ALL_MODELS, _ALL_FOLDERS = "*", "/"
+"""What looks at several models are known by; no model has such an id."""
 NEVER = -1
 """The `keep_alive_s` of a model without an idle timeout."""
 
@@ -63,11 +72,13 @@ async def make_load_command(
 
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
-        RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`.
+        RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`.
     """
     wanted = {name: value for name, value in asked.items() if name != "version"}
     version = asked.get("version")
-    found, written = await asyncio.to_thread(_look_up, app[REPOSITORY], model_id, version)
+    repository: Repository = app[REPOSITORY]
+    look = partial(_look_up, repository, model_id, version)
+    found, written = await repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
     return RequestLoad(
@@ -119,7 +130,7 @@ def _merge_parameters(
     summary="List the models of the repository and those loaded",
     query=ModelsQuerySchema(),
     answers={200: (ModelListSchema(), "One page, by id.")},
-    errors=("beyond_head", "archived", "log_unavailable"),
+    errors=("beyond_head", "archived", "log_unavailable", "repository_busy"),
 )
 async def list_models(request: web.Request) -> web.Response:
     """Answer with a page of models, from the recorded state and the repository."""
@@ -128,7 +139,7 @@ async def list_models(request: web.Request) -> web.Response:
         return web.json_response(await past_models(request, query["at"], query["cursor"], query["limit"]))
     known = {model.id for model in state.models.values() if _is_live(model)}
     limit, active = query["limit"], state.active()
-    page = await asyncio.to_thread(_page_of_models, request.app[REPOSITORY], known, query["cursor"], limit)
+    page = await list_versions(request.app[REPOSITORY], known, query["cursor"], limit)
     models = [model_view(model_id, state, versions, active) for model_id, versions in page[:limit]]
     next_cursor = models[-1]["id"] if len(page) > limit else None
     return web.json_response({"models": models, "as_of": state.position, "next_cursor": next_cursor})
@@ -141,7 +152,7 @@ async def list_models(request: web.Request) -> web.Response:
     path=ModelPathSchema(),
     query=AtQuerySchema(),
     answers={200: (ModelSchema(), "The model.")},
-    errors=("unknown_model", "beyond_head", "archived", "log_unavailable"),
+    errors=("unknown_model", "beyond_head", "archived", "log_unavailable", "repository_busy"),
 )
 async def show_model(request: web.Request) -> web.Response:
     """Answer with one model."""
@@ -173,7 +184,14 @@ async def unload_active(request: web.Request) -> web.Response:
     path=ModelPathSchema(),
     query=NothingSchema(),
     body=LoadBodySchema(),
-    errors=("unknown_model", "unknown_version", "invalid_defaults", "queue_full", *JOB_ERRORS),
+    errors=(
+        "unknown_model",
+        "unknown_version",
+        "invalid_defaults",
+        "queue_full",
+        "repository_busy",
+        *JOB_ERRORS,
+    ),
 )
 async def load_model(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless the model is loaded as requested or an equal load is under way."""
@@ -189,12 +207,13 @@ async def load_model(request: web.Request) -> web.Response:
     path=ModelPathSchema(),
     query=UnloadQuerySchema(),
     body=UnloadBodySchema(),
-    errors=("unknown_model", "not_loaded", *JOB_ERRORS),
+    errors=("unknown_model", "not_loaded", "repository_busy", *JOB_ERRORS),
 )
 async def unload_model(request: web.Request) -> web.Response:
     """Append `UnloadRequested`, unless an unload is in progress."""
     model_id = path_parameters(request)["id"]
-    await _find_versions(request, model_id)
+    if not _is_listed(request, model_id):
+        await _find_versions(request, model_id)
     return await _unload(request, model_id)
 
 
@@ -205,12 +224,28 @@ async def _unload(request: web.Request, model_id: str | None) -> web.Response:
 
 
 async def _find_versions(request: web.Request, model_id: str) -> list[int]:
-    """Return the model's versions in the repository; none is an error unless it is loaded all the same."""
-    versions = await asyncio.to_thread(_versions_or_none, request.app[REPOSITORY], model_id)
-    model = request.app[LOG].state.models.get(model_id)
-    if not versions and (model is None or not _is_live(model)):
+    """Return the model's versions in the repository, none if those of a loaded model are not there or hang.
+
+    Raises:
+        UnknownModel: `unknown_model`, there is no version, and the model is not loaded.
+        RepositoryBusy: `repository_busy`, the folder hangs, and the model is not loaded.
+    """
+    repository: Repository = request.app[REPOSITORY]
+    look = partial(_versions_or_none, repository, model_id)
+    try:
+        versions = await repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+    except RepositoryBusy:
+        if not _is_listed(request, model_id):
+            raise
+        return []
+    if not versions and not _is_listed(request, model_id):
         raise UnknownModel(model_id)
     return versions
+
+
+def _is_listed(request: web.Request, model_id: str) -> bool:
+    model = request.app[LOG].state.models.get(model_id)
+    return model is not None and _is_live(model)
 
 
 def _is_live(model: Model) -> bool:
@@ -225,14 +260,50 @@ def _versions_or_none(repository: Repository, model_id: str) -> list[int]:
         return []
 
 
-def _page_of_models(
-    repository: Repository, known: set[str], cursor: str, limit: int
-) -> list[tuple[str, list[int]]]:
-    """Return ids after the cursor with their versions, one more than the page so that its end is known."""
-    page: list[tuple[str, list[int]]] = []
-    ids = sorted(model_id for model_id in {*repository.folders(), *known} if model_id > cursor)
-    for model_id in ids:  # only those of the page are looked into
-        versions = _versions_or_none(repository, model_id)
+async def list_versions(
+    repository: Repository, known: Collection[str], cursor: str = "", limit: int = sys.maxsize
+) -> list[ListedModel]:
+    """List models with their versions: those of the repository that have one, and the known ones.
+
+    Usually one look lists all. If it hangs, each model is looked at by itself; then the versions of a known
+    model that hangs are missing, and another one that hangs is left out.
+
+    Args:
+        repository: lists the folders.
+        known: models to list in any case.
+        cursor: models after this one.
+        limit: one more is listed, so that the end is known.
+
+    Raises:
+        RepositoryBusy: `repository_busy`, the repository's own folder hangs.
+    """
+
+    def list_all() -> list[ListedModel]:
+        return _first_models(_ids_after(cursor, repository.folders(), known), known, look, limit)
+
+    look, lookups = partial(_versions_or_none, repository), repository.lookups
+    try:
+        return await lookups.run(_ALL_MODELS, list_all, LIST_LIMIT_S)
+    except RepositoryBusy:
+        folders = await lookups.run(_ALL_FOLDERS, repository.folders, REQUEST_LIMIT_S)
+    ids = _ids_after(cursor, folders, known)
+    runs = (lookups.run(model_id, partial(look, model_id), LIST_LIMIT_S) for model_id in ids)
+    answers = await asyncio.gather(*runs, return_exceptions=True)
+    listed = {each: found for each, found in zip(ids, answers, strict=True) if isinstance(found, list)}
+    return _first_models(ids, known, lambda model_id: listed.get(model_id, []), limit)
+
+
+def _ids_after(cursor: str, folders: Iterable[str], known: Iterable[str]) -> list[str]:
+    return sorted(model_id for model_id in {*folders, *known} if model_id > cursor)
+
+
+def _first_models(
+    ids: Iterable[str], known: Collection[str], look: Callable[[str], list[int]], limit: int
+) -> list[ListedModel]:
+    """Return models with a version and known ones; only those that are returned are looked at."""
+    page: list[ListedModel] = []
+    for model_id in ids:
+        versions = look(model_id)
         if versions or model_id in known:
             page.append((model_id, versions))
         if len(page) > limit:

@@ -7,7 +7,7 @@ has ended. A job goes on if its client leaves; the client's next request joins i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -18,9 +18,8 @@ from events.commands import RequestUnload
 from events.errors import RequestRefused
 from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
-from runtime.repository import Repository
 from server.api.jobs import job_path, run_job
-from server.api.models import make_load_command
+from server.api.models import ListedModel, list_versions, make_load_command
 from server.api.schemas import AnswerSchema, ModelPathSchema
 from server.appkeys import LOG, REPOSITORY
 from server.auth.gate import PRINCIPAL
@@ -86,7 +85,7 @@ _LOAD_ERRORS = (
     "invalid_defaults", "invalid_model", "warm_up_failed", "model_changed", "unsafe_file", "not_encodable",
     "crash_loop", "job_failed", "cancelled", "unknown_model", "unknown_version", "queue_full", "worker_died",
     "out_of_memory", "insufficient_memory", "too_many_loaded", "timeout", "fork_server_died",
-    "fork_server_unavailable",
+    "fork_server_unavailable", "repository_busy", "repository_unreadable",
 )  # fmt: skip
 _LOG_ERRORS = ("log_unavailable", "shutting_down")
 
@@ -138,15 +137,14 @@ _ENDED = {
     summary="List the versions of all models with their states",
     request_body=tritonconfig.INDEX_BODY,
     answers={200: (IndexEntrySchema(many=True), "By name and version.")},
-    errors=("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type"),
+    errors=("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type", "repository_busy"),
 )
 async def show_index(request: web.Request) -> web.Response:
     """Return the recorded versions, and the other models of the repository."""
     only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request))
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
-    entries = await asyncio.to_thread(
-        _encoded_index, recorded, request.app[REPOSITORY], only_ready=only_ready
-    )
+    found = [] if only_ready else await list_versions(request.app[REPOSITORY], ())
+    entries = await asyncio.to_thread(_encoded_index, recorded, found, only_ready=only_ready)
     return web.Response(body=entries, content_type="application/json")
 
 
@@ -184,10 +182,9 @@ async def unload_and_wait(request: web.Request) -> web.Response:
     return _respond_completed(job)
 
 
-def _encoded_index(recorded: Mapping[str, Model], repository: Repository, *, only_ready: bool) -> bytes:
-    """Read the repository only if models that are not ready are requested."""
-    found = [] if only_ready else repository.models()
-    return msgspec.json.encode(index(recorded, found, only_ready=only_ready))
+def _encoded_index(recorded: Mapping[str, Model], found: Sequence[ListedModel], *, only_ready: bool) -> bytes:
+    names = [model_id for model_id, versions in found if versions]
+    return msgspec.json.encode(index(recorded, names, only_ready=only_ready))
 
 
 async def _unload(app: web.Application, model_id: str, subject: str) -> Job | None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +134,8 @@ class Estimating:
     def __init__(self, root: Path) -> None:
         models.save(models.add(1), root, "m")
         self.woken = asyncio.Event()
-        self.estimates = MemoryEstimates(Repository(root), self.woken.set)
+        self.repository = Repository(root)
+        self.estimates = MemoryEstimates(self.repository, self.woken.set)
         self.history = History()
 
     def ask(self, job: str = "j", of: str = "m") -> None:
@@ -221,13 +221,14 @@ async def test_hanging_look_delays_others_for_a_while_only(
     estimating: Estimating, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimates, "ESTIMATE_WAIT_S", 0.05)
-    hangs, threads = threading.Event(), ThreadPoolExecutor(max_workers=1)
-    asyncio.get_running_loop().set_default_executor(threads)
-    threads.submit(hangs.wait)
+    hangs = threading.Event()
+    hanging = asyncio.create_task(estimating.repository.lookups.run("m", hangs.wait, LIMIT_S))
+    await asyncio.sleep(0)
     estimating.ask()
     await estimating.found()
     assert (estimating.estimates.in_progress, estimating.estimates.known) == (set(), {"j": None})
     hangs.set()
+    await hanging
     await estimating.found()
     assert estimating.estimates.known["j"] is not None
 
