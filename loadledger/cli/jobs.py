@@ -205,7 +205,8 @@ def jobs(*, limit: int, as_json: bool, where: ServerChoice, **filters: str | Non
 def job(job_id: str, *, wait: bool, as_json: bool, where: ServerChoice) -> None:
     """Show a job, or wait for it.
 
-    With --wait, the exit code is 1 if the job fails or is cancelled.
+    With --wait, the exit code is 1 if the job fails or is cancelled. If a person's load superseded the
+    job, the command waits for that load.
     """
     with open_chosen_client(where) as client:
         seen = client.job(job_id)
