@@ -18,7 +18,6 @@ from events.clock import Timestamp
 from events.commands import (
     Command,
     Condition,
-    FileIdentity,
     JobUnchanged,
     Join,
     ModelUnchanged,
@@ -41,7 +40,6 @@ from events.types import (
     Draft,
     Idempotency,
     JobCancelled,
-    LoadedFile,
     LoadJoined,
     LoadParameters,
     LoadRequested,
@@ -252,7 +250,7 @@ def _find_satisfying(model: Model | None, command: RequestLoad, parameters: Load
     serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
     if model is None or serving is None or serving.version != command.version or model.degraded:
         return None
-    same = sorted(map(_identity, serving.files)) == sorted(map(_identity, command.files))
+    same = command.contents == tuple(sorted((file.path, file.sha256) for file in serving.files))
     return serving if same and serving.parameters.has_same_workers(parameters) else None
 
 
@@ -290,10 +288,6 @@ def _parameters_before(model: Model | None, ahead: list[Job], version: int) -> L
 def _value(parameters: LoadParameters, name: str) -> object:
     value = getattr(parameters, name)
     return NEVER if name == "keep_alive_s" and value is None else value
-
-
-def _identity(file: FileIdentity | LoadedFile) -> tuple[str, int, int]:
-    return file.path, file.bytes, file.mtime_ns
 
 
 def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], str]) -> Decision:

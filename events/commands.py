@@ -38,15 +38,6 @@ KEY_LIFETIME_S = 24 * 3_600
 """How long an idempotency key stands for its first request: clients retry within a day."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """A file of a version as the repository holds it now; `path` is relative to the version's folder."""
-
-    path: str
-    bytes: int
-    mtime_ns: int
-
-
 class JobUnchanged(Struct, frozen=True, gc=False):
     """The job has not ended, and no event concerned it after `position`: no cancellation, no second start."""
 
@@ -77,7 +68,8 @@ class RequestLoad:
     """Load a version of a model.
 
     Attributes:
-        files: of the version, as the repository holds them now.
+        contents: path and SHA-256 of the version's files, in order of their paths, if the repository still
+            has those that were loaded last; None if they are unknown.
         asked: the names of the parameters that the request itself gave. A request that gives none accepts a
             loaded model as it is.
         conditions: of a reload by the system.
@@ -85,7 +77,7 @@ class RequestLoad:
 
     model_id: str
     version: int
-    files: tuple[FileIdentity, ...]
+    contents: tuple[tuple[str, str], ...] | None
     actor: str
     parameters: LoadParameters = field(default_factory=LoadParameters)
     cause: Cause = Cause.REQUEST

@@ -36,7 +36,7 @@ MAX_CODES = 100
 
 OTHER_CODE = "other"
 
-STAGES = ("waiting", "starting", "loading", "hashing", "warming_up", "measuring")
+STAGES = ("waiting", "copying", "starting", "loading", "hashing", "warming_up", "measuring")
 """The stages of a load that `ModelLoaded` has durations of."""
 
 ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)

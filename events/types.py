@@ -69,6 +69,7 @@ class Durations(Struct, frozen=True, gc=False):
     warming_up_us: int | None
     measuring_us: int
     total_us: int
+    copying_us: int | None = None
 
 
 NEVER = -1
@@ -179,7 +180,11 @@ class LoadStarted(Struct, frozen=True, gc=False):
 
 
 class ModelLoaded(Struct, frozen=True, gc=False):
-    """The version serves from here on. Memory is the sum of all workers."""
+    """The version serves from here on. Memory is the sum of all workers.
+
+    `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
+    the repository's files, which may have changed in between.
+    """
 
     TYPE: ClassVar[str] = "ModelLoaded"
     files: tuple[LoadedFile, ...]
@@ -188,6 +193,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     memory_bytes: int
     peak_memory_bytes: int
     durations: Durations
+    verified: bool = False
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):

@@ -28,7 +28,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         status: pending, in_progress, completed, failed or cancelled.
-        stage: while in progress: starting, loading, warming_up, measuring; draining, stopping.
+        stage: while in progress: copying, starting, loading, warming_up, measuring;
+            draining, stopping.
         waiting_for: while pending: the reason.
         superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
@@ -85,6 +86,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         versions: in the repository; None with `at`, since the ledger does not record them.
         state: unloaded, loading, loaded, unloading, failed or lost.
         position: of its latest `ModelLoaded`.
+        repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
     """
 
@@ -99,6 +101,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     job_id: str | None = None
     position: int | None = None
     files: list[File] = []
+    repository_changed: bool | None = None
     prepared: CachedCopy | None = None
     memory_bytes: int | None = None
     error: ErrorInfo | None = None

@@ -184,7 +184,8 @@ class MemoryEstimates:
     async def _estimate_job(self, job: Job, model: Model | None) -> None:
         version, parameters = job.load_order
         footprints = model.footprints if model is not None else ()
-        recorded = _recorded_files(job, model)
+        expected = find_expected(job, model) or ()
+        recorded = [FileStat(file.path, file.bytes, file.mtime_ns) for file in expected]
         try:
             files, form = await self._repository.lookups.run(
                 job.model_id, partial(self._look, job, version, recorded, footprints), LOAD_LIMIT_S
@@ -220,12 +221,12 @@ class MemoryEstimates:
         self._wake()
 
 
-def _recorded_files(job: Job, model: Model | None) -> list[FileStat]:
-    """Return the files that a reload takes again, wherever they are now; empty for any other load."""
+def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:
+    """Return the files that a reload by the system takes again; None for any other load."""
     serving = model.serving if model is not None else None
     if job.cause not in RELOADS or serving is None or serving.version != job.version:
-        return []
-    return [FileStat(file.path, file.bytes, file.mtime_ns) for file in serving.files]
+        return None
+    return serving.files
 
 
 def describe_failed_look(error: Exception) -> Failure:

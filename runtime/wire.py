@@ -184,8 +184,8 @@ class Load(Message, frozen=True):
     """Load the model in `folder`; the first message to a worker.
 
     Attributes:
-        root: the repository's root, which no file may leave.
-        files: the paths of the version's files, in order; the load fails if the folder has others.
+        root: what no file may leave: the folder itself in the store, else the repository's root.
+        bytes: the size of all files together.
         memory_limit_bytes: for the model, beside the empty worker; None is no limit.
         load_limit_bytes: as well, until the model is loaded; None is no limit.
         max_batch_size: 0 turns batching off.
@@ -200,11 +200,10 @@ class Load(Message, frozen=True):
 
     root: str
     folder: str
-    files: tuple[str, ...]
+    bytes: Count
     threads: int
     memory_limit_bytes: int | None = None
     load_limit_bytes: int | None = None
-    known: tuple[HashedFile, ...] = ()
     max_batch_size: Count = 0
     max_queue_delay_us: Count = 0
     warm_up: bool = True
@@ -224,17 +223,16 @@ class Load(Message, frozen=True):
 class Prepare(Message, frozen=True):
     """Make a prepared form of the model in `folder`; the first message to a worker, and its last.
 
-    `files`, `threads`, `memory_limit_bytes` and `known` are as for `Load`. `target` is an empty folder, where
+    `root`, `bytes`, `threads` and `memory_limit_bytes` are as for `Load`. `target` is an empty folder, where
     the form's files are written, and nothing anywhere else. It is always done in the background. No file has
     more than `most_bytes`; None leaves it at what a form can be expected to have.
     """
 
     root: str
     folder: str
-    files: tuple[str, ...]
+    bytes: Count
     threads: int
     memory_limit_bytes: int | None
-    known: tuple[HashedFile, ...]
     form: Form
     target: str
     most_bytes: Count | None = None
@@ -264,19 +262,16 @@ class StageReached(Message, frozen=True):
 class Loaded(Message, frozen=True):
     """The model can serve; `warming_up_us` is None if it was not run before."""
 
-    files: tuple[HashedFile, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     loading_us: Count
-    hashing_us: Count
     warming_up_us: Count | None = None
 
 
 class PrepareDone(Message, frozen=True):
-    """The form is there: its own files, and those that it was made of; the worker ends after this."""
+    """The form is there, with these files; the worker ends after this."""
 
     files: tuple[HashedFile, ...]
-    sources: tuple[HashedFile, ...]
     took_us: Count
 
 

@@ -26,11 +26,15 @@ from runtime.cache.files import CacheUnavailable
 from runtime.cache.store import FOLDER, ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
+from runtime.contents import ModelContents
 from runtime.memory import budget_bytes, find_memory_limit, is_under_pressure, read_pressure
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import Policy
+from runtime.store.folder import STORE
+from runtime.store.manifest import digest_of
+from runtime.store.store import Store
 from server.api import events, health, jobs, models, pages, resources
 from server.api.events import PROVER, open_prover, open_streams
 from server.api.health import failed_tasks
@@ -42,6 +46,7 @@ from server.appkeys import (
     CONFIG,
     CONSUMER,
     CONSUMER_TASK,
+    CONTENTS,
     DEMAND,
     GATE,
     LIMIT,
@@ -61,7 +66,7 @@ from server.appkeys import (
 from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir
 from server.auth.ratelimit import RateLimits, add_quota_headers
-from server.config import ON, Config
+from server.config import OFF, ON, Config
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
 from server.http.responses import SERVER
@@ -169,7 +174,8 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
-    app[REPOSITORY] = Repository(app[CONFIG].repository)
+    app[REPOSITORY] = repository = Repository(app[CONFIG].repository)
+    app[CONTENTS] = ModelContents(repository, await asyncio.to_thread(_open_store, app[CONFIG]))
     app[LIMIT] = find_memory_limit()
     app[POOL] = pool = WorkerPool(
         threads=app[CONFIG].threads,
@@ -231,6 +237,27 @@ def _policy(config: Config, limit_bytes: int) -> Policy:
     )
 
 
+def _open_store(config: Config) -> Store | None:
+    """Open the store of model versions; without one, workers load from the repository."""
+    if config.store == OFF:
+        return None
+    store = Store(config.data / STORE, config.store_bytes())
+    store.open()
+    return store
+
+
+def _needed_digests(log: Log, store: Store) -> frozenset[str]:
+    """Return the versions that must not be swept: of loads that serve, were lost, or are pending."""
+    state = log.state
+    servings = [each for model in list(state.models.values()) for each in (model.serving, model.previous)]
+    needed = {digest_of((file.path, file.sha256) for file in each.files) for each in servings if each}
+    for job in [job for queue in list(state.queues.values()) for job in queue]:
+        source = None if job.version is None else store.read_source(job.model_id, job.version)
+        if source is not None:
+            needed.add(source.digest)
+    return frozenset(needed)
+
+
 def _open_cache(config: Config) -> ModelCache | None:
     """Open the cache of optimised models; without one, models load from their files."""
     if config.prepare != ON:
@@ -246,11 +273,14 @@ def _open_cache(config: Config) -> ModelCache | None:
 
 async def _consumer(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
+    contents = app[CONTENTS]
+    if contents.store is not None:
+        contents.find_needed = partial(_needed_digests, app[LOG], contents.store)
     app[PENDING_DEMAND] = pending = PendingDemand()
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
-        app[REPOSITORY],
+        app[CONTENTS],
         policy=_policy(config, app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),

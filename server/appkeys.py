@@ -9,6 +9,7 @@ from events.log import Log
 from events.sqlite.listing import Reader
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
+from runtime.contents import ModelContents
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
@@ -29,6 +30,7 @@ LOG = web.AppKey("log", Log)
 REQUEST_LOG = web.AppKey("request_log", RequestLog)
 READER = web.AppKey("reader", Reader)
 REPOSITORY = web.AppKey("repository", Repository)
+CONTENTS = web.AppKey("contents", ModelContents)
 POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)

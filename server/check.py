@@ -21,6 +21,7 @@ from msgspec import structs
 
 from events.clock import uuid7
 from events.types import LoadParameters
+from runtime.contents import ModelContents
 from runtime.errors import RuntimeProblem
 from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, budget_bytes, find_memory_limit
@@ -32,7 +33,7 @@ from runtime.wire import Load, Tensor
 from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
-from server.config import AUTO, ON, Config, ConfigError
+from server.config import AUTO, OFF, ON, Config, ConfigError
 from server.configsources import Mistake, raise_mistakes, read_settings, unknown_variables
 from server.http.tls import load_context
 
@@ -121,6 +122,9 @@ def find_unusable_paths(values: Mapping[str, Any]) -> Iterator[Mistake]:
     elif cert is not None or key is not None:
         given, other = ("--tls-key", "--tls-cert") if cert is None else ("--tls-cert", "--tls-key")
         yield Mistake(given, f"is given alone: HTTPS takes {other}, too")
+    if values["store"] == OFF and values["repository_immutable"] == OFF:
+        text = "is refused: workers would load files that others may change; add --repository-immutable=on if"
+        yield Mistake("--store", f"off {text} nobody does")
 
 
 def _find_mistake(place: str, check: Callable[..., object], *paths: Path) -> Iterator[Mistake]:
@@ -257,6 +261,7 @@ async def _load_all(
     on_version: OnVersion,
 ) -> None:
     is_huge = config.huge_pages == AUTO
+    contents = ModelContents(repository, None)  # a check takes nothing into a store
     pool = WorkerPool(threads=config.threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
     try:
         await pool.open()
@@ -266,7 +271,8 @@ async def _load_all(
             try:
                 limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
                 warm_up = read_warm_up(repository, found.model_id)
-                message = pool.build_load(repository.root, found, parameters, warm_up)
+                files = contents.obtain(found.model_id, found.version)
+                message = pool.build_load(files, parameters, warm_up)
                 message = structs.replace(message, memory_limit_bytes=limit)
                 await _load_once(pool, message, warm_up.inputs, timeout_s)
                 result.loaded += 1

@@ -33,6 +33,7 @@ MANY = 1_000_000
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
+_SIZES = "bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB, and more than 0"
 _PERIODS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _RATE = re.compile(
     r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
@@ -51,13 +52,27 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: the text is no size or 0; the message says what it must be.
     """
+    size = _read_size(text)
+    if size is None:
+        raise ValueError(f"Must be {_SIZES}, like 20GB; to prepare no models, use --prepare=off.")
+    return size
+
+
+def parse_store_size(text: str) -> int | None:
+    """Return the bytes of the store's size; None for auto.
+
+    Raises:
+        ValueError: the text is neither; the message says what it must be.
+    """
+    size = None if text == AUTO else _read_size(text)
+    if size is None and text != AUTO:
+        raise ValueError(f"Must be {AUTO}, {_SIZES}, like 500GB.")
+    return size
+
+
+def _read_size(text: str) -> int | None:
     found = _SIZE.fullmatch(text)
-    if found is None or int(found[1]) == 0:
-        raise ValueError(
-            "Must be bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB, like 20GB, and more than 0; to"
-            " prepare no models, use --prepare=off."
-        )
-    return int(found[1]) * _UNITS[found[2]]
+    return int(found[1]) * _UNITS[found[2]] or None if found is not None else None
 
 
 class RateLimit(NamedTuple):
@@ -206,6 +221,23 @@ class Config:
         " GB, TB, MiB, GiB or TiB.",
         _validator_of(parse_size),
     )
+    store: str = setting(
+        ON,
+        "Load models from private copies in the data directory: on, or off, which takes"
+        " --repository-immutable=on.",
+        _SWITCH,
+    )
+    store_size: str = setting(
+        AUTO,
+        "Disk space for these copies; the least recently used are deleted first: auto, which leaves a tenth"
+        " of the file system free, bytes, or a number of MB, GB, TB, MiB, GiB or TiB.",
+        _validator_of(parse_store_size),
+    )
+    repository_immutable: str = setting(
+        OFF,
+        "Whether nobody ever changes a file in the repository: on, or off.",
+        _SWITCH,
+    )
     huge_pages: str = setting(
         AUTO,
         "Huge pages for the memory of workers: auto, where they make loading faster, or off.",
@@ -282,6 +314,10 @@ class Config:
         """Return how many bytes prepared models may take."""
         return parse_size(self.prepared_size)
 
+    def store_bytes(self) -> int | None:
+        """Return how many bytes the store may take; None leaves a tenth of the file system free."""
+        return parse_store_size(self.store_size)
+
     def proxies(self) -> Proxies:
         """Return the trusted proxies and their header field."""
         trusted = () if self.trusted_proxies is None else parse_networks(self.trusted_proxies)
@@ -298,6 +334,11 @@ class Setting:
     required: bool
     default: Any
     validator: Validator | None
+
+    @property
+    def is_promise(self) -> bool:
+        """Whether the option may be given without a value, which means on."""
+        return self.name == "repository_immutable"
 
     @property
     def flag(self) -> str:

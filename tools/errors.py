@@ -20,10 +20,12 @@ ADVICE: Mapping[str, str] = {
     " shapes.",
     "invalid_model": "ONNX Runtime refuses the file; the message is its own. Export the model again.",
     "warm_up_failed": "Set inputs that the model can run as `[[warm_up.inputs]]`, or turn its warm-up off.",
-    "model_changed": "The files changed while they were read. Load again when copying has finished.",
+    "model_changed": "The files changed while they were copied. Load again when they are complete.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"
     " devices; use fewer files or shorter names if `detail` says so.",
     "not_encodable": "`detail` names the value. Rename files whose names are no text, or report a bug.",
+    "bytes_gone": "A reload takes the bytes that served before, and neither the store nor the repository has"
+    " them. Load the model again to use what the repository has now.",
     "crash_loop": "The server died with this load three times, or the model's workers too often. See the"
     " `WorkerExited` events, then load again.",
     "job_failed": "See the job's `error.message` for the reason.",
@@ -71,6 +73,9 @@ ADVICE: Mapping[str, str] = {
     " `--memory-budget`.",
     "too_many_loaded": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
     " `--max-loaded`.",
+    "disk_full": "Free as many bytes as `detail` names on the disk of the data directory.",
+    "store_full": "Unload a model, or raise `--store-size`; `detail` has both figures.",
+    "store_unavailable": "`detail` has the system's reason: check the disk of the data directory.",
     "timeout": "`detail` says what the load waited for. Provide that, or raise `timeout_s`.",
     "fork_server_died": "The server restarts it and reloads the models that were loaded. Load again.",
     "fork_server_unavailable": "The server restarts it: retry after `Retry-After`.",

@@ -38,7 +38,7 @@ from loadledger.cli.server import (
 )
 
 STEPS = {
-    "load": ("starting", "loading", "warming_up", "measuring"),
+    "load": ("copying", "starting", "loading", "warming_up", "measuring"),
     "unload": ("draining", "stopping"),
 }
 """The stages of a job, in order; a pending job has none yet."""

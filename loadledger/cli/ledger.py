@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -34,6 +34,12 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
 @_archive_option("An archive of the ledger in --data. May be repeated, in any order.")
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
 @click.option("--expect", metavar="POSITION:HASH", help="Expected event: a head that you kept.")
+@click.option(
+    "--store",
+    is_flag=True,
+    show_default=False,
+    help="Check the store of model versions in --data instead of the ledger: hash all of its files.",
+)
 @json_option
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=_FILE)
 @click.pass_context
@@ -44,10 +50,11 @@ def verify(
     key: str | None,
     expect: str | None,
     *,
+    store: bool,
     files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Verify a ledger, exports or archives.
+    """Verify a ledger, exports, archives, or the store of model versions.
 
     --data verifies a ledger: the database file, the hash chain and the stored projections. The server may be
     running; a copy made with `backup` works too. If events were archived, give the files with --archive: they
@@ -56,6 +63,9 @@ def verify(
     Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
     --data, its events are also compared with the ledger's. Use --key to check who signed.
 
+    With --store, the private copies that models are loaded from are hashed and compared with their names. The
+    server may be running.
+
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
@@ -63,6 +73,8 @@ def verify(
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
+    if store:
+        _verify_store(data, as_json=as_json, others=bool(archives or key or expect or files))
     _refuse(data, archives, key, files)
     try:
         expected = None if expect is None else parse_expected(expect)
@@ -72,6 +84,17 @@ def verify(
         checked = verify_ledger_and_files(
             None if data is None else _ledger_in(data), archives, files, key, expected
         )
+    click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
+    sys.exit(0 if checked.verified else NEGATIVE_RESULT)
+
+
+def _verify_store(data: Path | None, *, as_json: bool, others: bool) -> NoReturn:
+    from loadledger.cli.localledger import verify_local_store  # noqa: PLC0415 - as above
+
+    if data is None or others:
+        raise click.UsageError("--store takes --data DIR, and nothing else to verify beside it")
+    with report_problems():
+        checked = verify_local_store(data)
     click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
     sys.exit(0 if checked.verified else NEGATIVE_RESULT)
 

@@ -1,14 +1,14 @@
-"""A ledger's files for the commands: results of `verify` as text and JSON, events of a file."""
+"""A data directory's files for the commands: results of `verify` as text and JSON, events of a file."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from click import format_filename
+from click import UsageError, format_filename
 
 from events.audit.archivechain import ArchiveProof
 from events.audit.audit import Audit, audit
@@ -19,6 +19,9 @@ from events.errors import NothingThere
 from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
 from events.types import LogBase
+from loadledger.cli.output import count_of, to_printable
+from runtime.store.folder import STORE
+from runtime.store.verification import verify_store
 from server.auth.keys import expected_key
 
 PAGE = 500
@@ -237,3 +240,53 @@ async def show_events(
                 await asyncio.sleep(0 if page.items else POLL_S)
             else:
                 return
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFinding:
+    """What is wrong with one version of the store."""
+
+    digest: str
+    reason: str
+
+
+@dataclass(slots=True)
+class CheckedStore:
+    """The result of verifying a store: what was hashed, and all findings."""
+
+    versions: int = 0
+    bytes: int = 0
+    findings: list[StoreFinding] = field(default_factory=list)
+
+    @property
+    def verified(self) -> bool:
+        """Whether all files are those that were stored."""
+        return not self.findings
+
+    def members(self) -> dict[str, Any]:
+        """Return the result as plain values."""
+        return {"verified": self.verified, **asdict(self)}
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines to print."""
+        for finding in self.findings:
+            yield f"NOT verified: version {finding.digest}: {to_printable(finding.reason)}"
+        if self.verified:
+            yield f"verified: {count_of(self.versions, 'version')}, {self.bytes} bytes"
+
+
+def verify_local_store(data: Path) -> CheckedStore:
+    """Hash all files in the store of a data directory; one without a store has nothing to verify.
+
+    Raises:
+        UsageError: there is no such directory.
+        StoreUnavailable: `store_unavailable`, the store cannot be listed.
+    """
+    if not data.is_dir():
+        raise UsageError(f"--data: {data} is no directory")
+    checked = CheckedStore()
+    for version in verify_store(data / STORE):
+        checked.versions += 1
+        checked.bytes += version.bytes
+        checked.findings += [StoreFinding(version.digest, finding) for finding in version.findings]
+    return checked

@@ -62,6 +62,8 @@ def _row(model: Any) -> tuple[str, ...]:
     version = NOTHING if model.version is None else str(model.version)
     if model.next_version is not None:
         version += f" → {model.next_version}"
+    if model.repository_changed:
+        version += " (newer files)"
     return (
         format_cell(model.id) + (" *" if model.active else ""),
         model.state,
@@ -86,6 +88,7 @@ def _details(model: Any) -> Iterator[str]:
     facts = {
         "version": model.version,
         "next version": model.next_version,
+        "repository": model.repository_changed and "has newer files than those that are loaded",
         "versions": model.versions and ", ".join(map(str, model.versions)),
         "instances": model.instances,
         "memory": model.memory_bytes and format_size(model.memory_bytes),

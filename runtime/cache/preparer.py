@@ -18,12 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from msgspec import structs
-
 from events.clock import uuid7
 from events.counters import Histogram
 from events.footprints import Footprint
-from events.types import LoadParameters
+from events.types import LoadedFile, LoadParameters
 from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key, runtime_was_replaced
 from runtime.cache.manifest import FinishedForm, describe_cached, source_hashes
@@ -37,12 +35,13 @@ from runtime.cache.trial import (
     TrialInterrupted,
     has_outside_cause,
 )
+from runtime.contents import ModelContents, VersionFiles
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.estimates import WORKER_BYTES, is_same_files
 from runtime.lookups import LOAD_LIMIT_S
-from runtime.modeldefaults import WarmUp, read_warm_up
+from runtime.modeldefaults import read_warm_up
 from runtime.process.pool import WorkerPool, complete, kill_and_wait
-from runtime.repository import FileStat, ModelVersion, Repository
+from runtime.repository import FileStat
 from runtime.scheduler.view import PreparationView
 from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash, Tensor
 
@@ -105,13 +104,8 @@ class FormFailure:
     has_outside_cause: bool
 
 
-def _look_up(repository: Repository, candidate: Candidate) -> tuple[ModelVersion, WarmUp]:
-    found = repository.resolve(candidate.model_id, candidate.version)
-    return found, read_warm_up(repository, candidate.model_id)
-
-
 class _Changed(Exception):
-    """The repository no longer has the files that were loaded; the next load offers the new ones."""
+    """The files that were loaded are gone; the next load offers the new ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +118,7 @@ class Candidate:
     load_job_id: str
     model_id: str
     version: int
-    sources: tuple[HashedFile, ...]
+    sources: tuple[LoadedFile, ...]
     peak_bytes: int
     attempts: int = 0
 
@@ -148,11 +142,11 @@ class PreparationRun:
     """One preparation of one version; `outcomes` has that of each form tried so far."""
 
     def __init__(
-        self, store: ModelCache, pool: WorkerPool, repository: Repository, candidate: Candidate
+        self, store: ModelCache, pool: WorkerPool, contents: ModelContents, candidate: Candidate
     ) -> None:
         self._store = store
         self._pool = pool
-        self._repository = repository
+        self._contents = contents
         self._candidate = candidate
         self._key = ""
         self._began = time.monotonic()
@@ -168,8 +162,8 @@ class PreparationRun:
         """
         self._key = await asyncio.to_thread(make_key, self._candidate.hashes, self._pool.threads)
         try:
-            async with asyncio.timeout(LIMIT_S):
-                bare, given = await self._bare_load()
+            async with asyncio.timeout(LIMIT_S), self._files() as files:
+                bare, given = await self._bare_load(files)
                 if await asyncio.to_thread(self._store.find, self._key) is not None:
                     return
                 tried = await self._first_of_use(bare, Trial(self._pool, bare, given))
@@ -206,20 +200,31 @@ class PreparationRun:
             tried[form] = why_not
         return tried
 
-    async def _bare_load(self) -> tuple[Load, tuple[Tensor, ...]]:
-        """Return the order to load the version bare, and the inputs of its `loadledger.toml`."""
-        candidate, repository = self._candidate, self._repository
+    @asynccontextmanager
+    async def _files(self) -> AsyncIterator[VersionFiles]:
+        """Hold the files that were loaded, wherever they lie."""
+        candidate, contents = self._candidate, self._contents
+        found = await complete(
+            asyncio.to_thread(contents.find, candidate.model_id, candidate.version, candidate.sources)
+        )
+        if found is None:
+            raise _Changed
         try:
-            found, warm_up = await repository.lookups.run(
-                candidate.model_id, partial(_look_up, repository, candidate), LOAD_LIMIT_S
+            yield found
+        finally:
+            contents.release(found)
+
+    async def _bare_load(self, files: VersionFiles) -> tuple[Load, tuple[Tensor, ...]]:
+        """Return the order to load the version bare, and the inputs of its `loadledger.toml`."""
+        candidate, repository = self._candidate, self._contents.repository
+        try:
+            warm_up = await repository.lookups.run(
+                candidate.model_id, partial(read_warm_up, repository, candidate.model_id), LOAD_LIMIT_S
             )
         except RuntimeProblem as problem:
             raise _Changed from problem
-        if tuple(file.path for file in found.files) != tuple(file.path for file in candidate.sources):
-            raise _Changed
         parameters = LoadParameters(memory_limit_bytes=candidate.worker_bytes)
-        order = self._pool.build_load(repository.root, found, parameters, warm_up)
-        return structs.replace(order, known=candidate.sources), warm_up.inputs
+        return self._pool.build_load(files, parameters, warm_up), warm_up.inputs
 
     async def _try_form(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
         """Make a form, try it, and keep it; returns the reason against it, or None."""
@@ -261,10 +266,9 @@ class PreparationRun:
         order = Prepare(
             root=bare.root,
             folder=bare.folder,
-            files=bare.files,
+            bytes=bare.bytes,
             threads=bare.threads,
             memory_limit_bytes=alone_bytes,
-            known=bare.known,
             form=form,
             target=str(draft),
             most_bytes=self._store.limit_bytes,
@@ -275,8 +279,6 @@ class PreparationRun:
             made = await worker.prepare(order)
         finally:
             await kill_and_wait(worker)
-        if source_hashes(made.sources) != self._candidate.hashes:
-            raise _Changed
         return made.files
 
     @property
@@ -319,11 +321,11 @@ class Preparer:
     """
 
     def __init__(
-        self, store: ModelCache | None, pool: WorkerPool, repository: Repository, wake: Callable[[], None]
+        self, store: ModelCache | None, pool: WorkerPool, contents: ModelContents, wake: Callable[[], None]
     ) -> None:
         self.store = store
         self._pool = pool
-        self._repository = repository
+        self._contents = contents
         self._wake = wake
         self._candidates: dict[str, Candidate] = {}
         self._running: asyncio.Task[None] | None = None
@@ -369,22 +371,18 @@ class Preparer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def find_form(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> CachedCopy | None:
-        """Return the cached model of these files, if there is one; reads files, so call it in a thread.
-
-        Their hashes are those that the ledger has for files of these sizes and times; the load verifies them.
-        """
-        key = self._key(files, footprints)
-        if self.store is None or key is None:
+    def find_form(self, files: Sequence[LoadedFile]) -> CachedCopy | None:
+        """Return the cached model of these files, if there is one; reads files, so call it in a thread."""
+        if self.store is None:
             return None
         try:
-            return self.store.use(key)
+            return self.store.use(make_key(source_hashes(files), self._pool.threads))
         except (CacheUnavailable, OSError) as error:
             _log.warning("a prepared form cannot be used, and the load goes on without it: %s", error)
             return None
 
     def form_of(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
-        """Return which form `find_form` would give, most likely; call it in a thread, too."""
+        """Return which form a load of files of these sizes and times gets, most likely; reads files, too."""
         key = self._key(files, footprints)
         entry = self.store.find(key) if self.store is not None and key is not None else None
         return None if entry is None else entry.form
@@ -437,7 +435,7 @@ class Preparer:
         self._paused_until = time.monotonic() + PAUSE_S
 
     async def _prepare(self, store: ModelCache, key: str, candidate: Candidate) -> None:
-        preparing = PreparationRun(store, self._pool, self._repository, candidate)
+        preparing = PreparationRun(store, self._pool, self._contents, candidate)
         began = time.monotonic()
         try:
             await self._attempt(preparing, key, candidate)

@@ -22,13 +22,11 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from events.clock import uuid7
-from runtime.cache.manifest import source_hashes
 from runtime.errors import (
     ForkServerUnavailable,
     InferenceFailed,
     InferenceTimeout,
     InvalidInput,
-    LoadRefused,
     QueueFull,
     RuntimeProblem,
     WorkerDied,
@@ -203,8 +201,6 @@ class Trial:
             self._load(self._bare) as (bare, bare_report),
             self._load(replace(self._bare, prepared=prepared)) as (other, report),
         ):
-            if source_hashes(bare_report.files) != prepared.sources:
-                raise LoadRefused("model_changed", "the model's files have changed")
             if (bare_report.inputs, bare_report.outputs) != (report.inputs, report.outputs):
                 return "its inputs or outputs are declared otherwise", None
             sets = self._sets = self._sets or await self._collect_inputs(bare, bare_report)

@@ -1,53 +1,71 @@
-"""Are the files of a pending load those that its model is loaded from? Then only settings change."""
+"""Are the bytes of a pending load those that its model serves? Then only settings change.
+
+The version is copied and hashed before the load starts. If the bytes differ, the load goes on with that copy.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 
 from events.jobs import Job
 from events.models import Serving
 from events.state import State
-from events.types import LoadedFile
+from runtime.consumer.loadfiles import LoadFiles
+from runtime.contents import ModelContents, contents_of
 from runtime.errors import RuntimeProblem
-from runtime.estimates import is_same_files
-from runtime.lookups import LOAD_LIMIT_S
-from runtime.repository import Repository
 
 
-class FileComparisons:
-    """Compares the repository's files of pending loads with those of the present load, once for each job.
+class ContentComparisons:
+    """Compares the bytes of pending loads with those of the present load, once for each job.
 
     Attributes:
-        known: whether they are the same, by job id; None while they are being read.
+        known: whether they are the same, by job id; None while they are being copied and hashed.
         tasks: the comparisons under way.
     """
 
-    def __init__(self, repository: Repository, wake: Callable[[], None]) -> None:
-        self._repository = repository
+    def __init__(self, contents: ModelContents, wake: Callable[[], None]) -> None:
+        self._contents = contents
         self._wake = wake
+        self._files: dict[str, LoadFiles] = {}
         self.known: dict[str, bool | None] = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start(self, job: Job, serving: Serving) -> None:
         """Begin to compare; `known` has the result when this wakes the consumer."""
         self.known[job.id] = None
-        task = asyncio.create_task(self._compare(job, serving.files))
+        self._files[job.id] = files = self._open_files(job)
+        task = asyncio.create_task(self._compare(job, files, serving), name="comparing a model")
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
+    def take_files(self, job: Job) -> LoadFiles:
+        """Return the files for the workers of a load: the compared ones, or new ones."""
+        return self._files.pop(job.id, None) or self._open_files(job)
+
     def forget_ended(self, state: State) -> None:
-        """Drop what is known of jobs that have ended."""
+        """Drop what is known of jobs that have ended, and give their files back."""
         for job_id in [job_id for job_id in self.known if state.unended_job(job_id) is None]:
             del self.known[job_id]
+            if (files := self._files.pop(job_id, None)) is not None:
+                files.close()
 
-    async def _compare(self, job: Job, loaded: tuple[LoadedFile, ...]) -> None:
+    def close(self) -> None:
+        """Give all files back."""
+        for files in self._files.values():
+            files.close()
+
+    def _open_files(self, job: Job) -> LoadFiles:
+        version, _ = job.load_order
+        return LoadFiles(self._contents, job.model_id, version)
+
+    async def _compare(self, job: Job, files: LoadFiles, serving: Serving) -> None:
         is_same = False
         try:
-            look = partial(self._repository.resolve, job.model_id, job.version)
-            found = await self._repository.lookups.run(job.model_id, look, LOAD_LIMIT_S)
-            is_same = is_same_files(loaded, found.files)
+            await files.obtain(None)
+            is_same = await files.hash() == contents_of(serving.files)
+            if is_same:
+                await files.settle()
         except RuntimeProblem:
             pass  # the load itself says what is wrong with the files
         finally:

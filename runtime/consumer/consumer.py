@@ -22,11 +22,11 @@ from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Executor
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import JobWait, MemoryUse, PendingDemand, PreparationUsage, list_usage
+from runtime.contents import ModelContents
 from runtime.errors import WorkerDied
 from runtime.limits import MEASURE_LIMIT_S
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
-from runtime.repository import Repository
 from runtime.scheduler.actions import Action, Decision, FailLoad
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import Observations, Policy, find_unload_target
@@ -52,7 +52,7 @@ class Consumer:
     Args:
         log: open, with `ServerStarted` appended.
         pool: open.
-        repository: resolves versions.
+        contents: finds the files of versions.
         policy: the operator's settings.
         drain_timeout_s: how long an unload without force waits for running inferences.
         demand: the inferences that wait for models.
@@ -65,7 +65,7 @@ class Consumer:
         self,
         log: Log,
         pool: WorkerPool,
-        repository: Repository,
+        contents: ModelContents,
         *,
         policy: Policy,
         drain_timeout_s: float,
@@ -86,7 +86,7 @@ class Consumer:
         self._executor = Executor(
             log,
             pool,
-            repository,
+            contents,
             self._wakeup.set,
             drain_timeout_s=drain_timeout_s,
             budget_bytes=lambda: self.policy.budget_bytes,
@@ -204,7 +204,10 @@ class Consumer:
         tasks = [*looks, *itertools.chain.from_iterable(effects)]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._executor.comparisons.close()
+        for load in self.loads.values():
+            load.files.cancel()
+        await asyncio.gather(*tasks, *self._executor.syncs, return_exceptions=True)
 
     async def _sleep(self, until: str | None, now: str, at_most_s: float | None = None) -> None:
         seconds = at_most_s if until is None else min(MAX_SLEEP_S, max(0.0, seconds_between(now, until)))

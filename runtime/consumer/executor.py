@@ -6,6 +6,7 @@ Every outcome is recorded here and nowhere else, so a job ends once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +27,6 @@ from events.types import (
     Draft,
     Durations,
     JobCancelled,
-    LoadedFile,
     LoadFailed,
     LoadRequested,
     LoadStarted,
@@ -40,23 +40,23 @@ from events.types import (
 )
 from runtime.cache.preparer import Candidate, FormFailure, Preparer
 from runtime.cache.store import ModelCache
-from runtime.consumer.comparisons import FileComparisons
+from runtime.consumer.comparisons import ContentComparisons
 from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
-from runtime.errors import Exit
-from runtime.estimates import MemoryEstimates
+from runtime.contents import ModelContents
+from runtime.errors import Exit, RuntimeProblem
+from runtime.estimates import MemoryEstimates, find_expected
 from runtime.memory import MAX_BYTES, total_bytes
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
-from runtime.repository import Repository
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import load_allowance
-from runtime.wire import HashedFile, plain_text
+from runtime.wire import plain_text
 
-MAX_REMEMBERED_VERSIONS = 1000
-"""Versions whose file hashes are remembered by identity, so that the same bytes are not hashed again."""
+_log = logging.getLogger(__name__)
+
 FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
 """Signals that a process causes by itself; others were sent to it."""
 Conditions = tuple[Condition, ...]
@@ -76,9 +76,9 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
-    form = load.prepared
+    form, files = load.prepared, load.files.version_files
     return ModelLoaded(
-        files=tuple(LoadedFile(f.path, f.bytes, f.mtime_ns, f.sha256) for f in load.finished_report.files),
+        files=files.loaded_files,
         worker_ids=tuple(worker.worker_id for worker in load.workers),
         prepared=None if form is None else Prepared(form.form, form.sha256),
         memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
@@ -87,11 +87,13 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
             waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
             starting_us=load.starting_us,
             loading_us=max(report.loading_us for report in reports),
-            hashing_us=max(report.hashing_us for report in reports),
+            hashing_us=files.hashing_us,
             warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
             measuring_us=max(each.measuring_us for each in load.loaded_memory),
             total_us=_microseconds(seconds_between(job.created_at, now)),
+            copying_us=files.copying_us,
         ),
+        verified=files.is_stored,
     )
 
 
@@ -134,7 +136,7 @@ def build_reload(model: LoadedModel, cause: Cause, conditions: tuple[Condition, 
     # Many may be requested at once: a short timeout was not meant for the queue after a restart.
     timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
     parameters = replace(serving.parameters, timeout_s=timeout_s)
-    return RequestLoad(model.id, serving.version, (), SYSTEM, parameters, cause, conditions=conditions)
+    return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
 
 
 def build_unload(action: actions.UnloadAutomatically, conditions: tuple[Condition, ...]) -> RequestUnload:
@@ -166,16 +168,17 @@ class Executor:
     Attributes:
         loads: the running loads, by job id.
         estimates: the memory that pending loads need.
-        comparisons: whether the files of pending loads have changed.
+        comparisons: whether the bytes of pending loads are those that their models serve.
         preparer: prepares models.
         totals: the inferences of the loads that have ended.
+        syncs: loaded versions that are being synced to the disk.
     """
 
     def __init__(
         self,
         log: Log,
         pool: WorkerPool,
-        repository: Repository,
+        contents: ModelContents,
         wake: Callable[[], None],
         *,
         drain_timeout_s: float,
@@ -185,15 +188,15 @@ class Executor:
         self._log = log
         self._budget_bytes = budget_bytes
         self._pool = pool
-        self._repository = repository
+        self._contents = contents
         self._wake = wake
         self.loads: dict[str, RunningLoad] = {}
         self.totals = InferenceTotals(log.tally.names)
-        self.preparer = Preparer(store, pool, repository, wake)
-        self.estimates = MemoryEstimates(repository, wake, self.preparer.form_of)
-        self.comparisons = FileComparisons(repository, wake)
+        self.preparer = Preparer(store, pool, contents, wake)
+        self.estimates = MemoryEstimates(contents.repository, wake, self.preparer.form_of)
+        self.comparisons = ContentComparisons(contents, wake)
         self._drain_timeout_s = drain_timeout_s
-        self._known_files: dict[tuple[str, int], tuple[HashedFile, ...]] = {}
+        self.syncs: set[asyncio.Task[None]] = set()
 
     def note_recorded_exits(self, state: State) -> None:
         """Note which exits are recorded, also by an append that raised after it was durable."""
@@ -212,6 +215,7 @@ class Executor:
                     load.kill()
                 if load.is_finished:
                     self.totals.end(load)
+                    load.files.close()
                     del self.loads[key]
 
     async def execute(self, action: Action) -> None:  # noqa: PLR0912 - a table of all actions
@@ -272,25 +276,26 @@ class Executor:
 
     async def _start_load(self, job: Job, conditions: Conditions) -> None:
         version, parameters = job.load_order
-        load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), self._wake)
+        files = self.comparisons.take_files(job)
+        load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), files, self._wake)
         load.is_reload = job.cause in RELOADS
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
         load.estimated_sizes = self.estimates.sizes(job.id)
         load.allowance = partial(self._allowance, load)
-        known = self._known_files.get((job.model_id, version), ())
         model = self._log.state.models.get(job.model_id)
-        footprints = model.footprints if model is not None else ()
-        may_use_form = self.estimates.may_use_form(job.id)
-        find_form = partial(self.preparer.find_form, footprints=footprints) if may_use_form else None
+        expected = find_expected(job, model)
+        find_form = self.preparer.find_form if self.estimates.may_use_form(job.id) else None
         load.needs_form = job.id in self.estimates.with_form
+        repository = self._contents.repository
         ordered = start_task(
-            build_order(load, self._pool, self._repository, known, find_form), "looking at a model"
+            build_order(load, self._pool, repository, find_form, expected), "looking at a model"
         )
         try:  # its files are read while the log writes
             started = draft_load_start(job, is_restarted=self.estimates.is_restarted(job.id))
             await self._record(replace(started, worker_id=load.worker_id), conditions=conditions)
         except BaseException:
             ordered.cancel()
+            files.close()
             raise
         self.loads[job.id] = load
         load.track(asyncio.create_task(run_load(load, self._pool, ordered)))
@@ -309,18 +314,20 @@ class Executor:
         """Forget an attempt whose workers have exited; the job is estimated and admitted without its form."""
         load = self.loads.pop(load_job_id)
         self.totals.end(load)
+        load.files.close()
         self.estimates.restart_bare(load_job_id)
         if load.prepared is not None and load.form_failure is not None:
             self.preparer.fail_form(load.prepared, load.form_failure)
 
     def _restart_outdated(self, load_job_id: str) -> None:
         """Forget an attempt that found other files; the job is estimated and admitted for those."""
-        self.totals.end(self.loads.pop(load_job_id))
+        load = self.loads.pop(load_job_id)
+        self.totals.end(load)
+        load.files.close()
         self.estimates.restart_outdated(load_job_id)
 
     async def _complete_load(self, job: Job, replaces: str | None, conditions: Conditions) -> None:
         load = self.loads[job.id]
-        self._remember_files(load)
         loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load)
         old = self.loads.get(replaces) if replaces is not None else None
         swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
@@ -329,18 +336,28 @@ class Executor:
         except NotEncodable as error:  # the load fails then, and not the consumer
             load.fail(error.code, f"what was loaded cannot be recorded: {error}")
             return
+        finally:  # also if an append raised after it was durable
+            self._make_durable(load)
         self._offer_for_preparation(load)
 
-    def _remember_files(self, load: RunningLoad) -> None:
-        self._known_files[load.model_id, load.version] = load.finished_report.files
-        while len(self._known_files) > MAX_REMEMBERED_VERSIONS:
-            del self._known_files[next(iter(self._known_files))]
+    def _make_durable(self, load: RunningLoad) -> None:
+        """Sync the files of a load beside all else; without that, the next start copies them again."""
+
+        async def sync() -> None:
+            try:
+                await load.files.make_durable()
+            except RuntimeProblem as problem:
+                _log.warning("version %d of %s is not kept: %s", load.version, load.model_id, problem)
+
+        task = start_task(sync(), "syncing a model")
+        self.syncs.add(task)
+        task.add_done_callback(self.syncs.discard)
 
     def _offer_for_preparation(self, load: RunningLoad) -> None:
         """Offer the files of a bare load for preparation."""
         if load.prepared is not None:
             return
-        files = load.finished_report.files
+        files = load.files.version_files.loaded_files
         peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
         self.preparer.offer(Candidate(load.job_id, load.model_id, load.version, files, peak_bytes))
 

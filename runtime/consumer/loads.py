@@ -18,34 +18,34 @@ from msgspec.structs import replace
 
 from events.clock import add_seconds, uuid7
 from events.jobs import FORK_SERVER_DIED, Failure, Job
-from events.types import LoadParameters
-from runtime.cache.manifest import source_hashes
+from events.types import LoadedFile, LoadParameters
 from runtime.cache.preparer import FormFailure
 from runtime.cache.trial import CHANGED, has_outside_cause
+from runtime.consumer.loadfiles import LoadFiles
 from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.estimates import FileSizes, file_sizes
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
-from runtime.lookups import LOAD_LIMIT_S
+from runtime.lookups import LOAD_LIMIT_S, RepositoryBusy
 from runtime.modeldefaults import WarmUp, read_reload_warm_up, read_warm_up
-from runtime.process.pool import WorkerPool
+from runtime.process.pool import WorkerPool, start_task
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
-from runtime.repository import FileStat, ModelVersion, Repository
+from runtime.repository import FileStat, Repository
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
-from runtime.wire import CachedCopy, HashedFile, Load, Loaded, Tensor
+from runtime.wire import CachedCopy, Load, Loaded, Tensor
 
 _log = logging.getLogger(__name__)
 
 
 class FormUnusable(RuntimeProblem):
-    """The prepared form of a load is gone, or of other files."""
+    """The prepared form of a load is gone."""
 
     code = "prepared_unusable"
 
 
-FindForm = Callable[[tuple[FileStat, ...]], CachedCopy | None]
+FindForm = Callable[[Sequence[LoadedFile]], CachedCopy | None]
 """Finds the prepared form of these files, if there is one; may read files."""
 
 OUT_OF_MEMORY: Final = "out_of_memory"
@@ -65,6 +65,7 @@ class RunningLoad:
 
     Attributes:
         worker_id: the first worker's id; that worker may not have started yet.
+        files: the files that its workers load.
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
         reports: those of the workers that have loaded, by worker id.
@@ -91,6 +92,7 @@ class RunningLoad:
     version: int
     parameters: LoadParameters
     worker_id: str
+    files: LoadFiles
     wake: Callable[[], None]
     workers: list[Worker] = field(default_factory=list)
     report: Loaded | None = None
@@ -262,6 +264,7 @@ class RunningLoad:
         """Kill all workers now, however stuck they are, and count what that aborts."""
         self.killed = True
         if self.report is None:  # more would be started; and who waits for one may meet a stuck fork server
+            self.files.cancel()
             for effect in self.tasks:
                 effect.cancel()
         self.kill_workers()
@@ -322,20 +325,21 @@ class RunningLoad:
 async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
     """Load the model in each instance's worker; the outcome is `report`, `form_failure` or `failure`.
 
-    The first worker loads alone and hashes, so that the bytes are read for that once. A failure of one worker
-    ends this attempt. `ordered` is the result of `build_order`.
+    The first worker loads while its files are hashed; the others load what was settled then. A failure of one
+    worker ends this attempt. `ordered` is the result of `build_order`.
     """
-    began = time.monotonic_ns()
-    load.stage = "starting"
     try:
         order = await ordered
-        first = await _load_instance(load, pool, order, load.worker_id, began)
-        if load.prepared is not None and source_hashes(first.files) != load.prepared.sources:
-            raise FormUnusable("it was made of other files than those to load")
-        await _load_rest(load, pool, replace(order, known=first.files))
+        load.stage = "starting"
+        hashing = start_task(load.files.hash(), "hashing a model")
+        first = await _load_instance(load, pool, order, load.worker_id, time.monotonic_ns())
+        await hashing
+        settled = await load.files.settle()
+        await _load_rest(load, pool, replace(order, root=str(settled.root), folder=str(settled.folder)))
         load.report = first
     except RuntimeProblem as problem:
         _store_failure(load, problem)
+        load.files.cancel()
         load.kill_workers()
 
 
@@ -374,36 +378,38 @@ async def build_order(
     load: RunningLoad,
     pool: WorkerPool,
     repository: Repository,
-    known: tuple[HashedFile, ...],
     find_form: FindForm | None,
+    expected: Sequence[LoadedFile] | None,
 ) -> Load:
-    """Resolve the version and build the message that loads it.
-
-    Args:
-        load: gets the prepared form and the inputs of the warm-up.
-        pool: has the settings of its workers.
-        repository: has the version.
-        known: files with known hashes.
-        find_form: finds the prepared form; None loads without one.
+    """Obtain the version's files and build the message that loads them; for `expected` see `LoadFiles`.
 
     Raises:
         FormUnusable: there is no form, and the load's reservation is for one.
-        RuntimeProblem: the version is missing or invalid; the code says which.
+        RuntimeProblem: the version is missing, invalid, or cannot be copied; the code says which.
     """
+    load.stage = "copying"
+    files = await load.files.obtain(expected)
+    if load.needs_form:  # which is found by the hashes
+        await load.files.hash()
 
-    def look_up() -> tuple[ModelVersion, WarmUp, CachedCopy | None]:
-        found = repository.resolve(load.model_id, load.version)
-        form = find_form(found.files) if find_form is not None else None
+    def look_up() -> tuple[WarmUp, CachedCopy | None]:
+        form = None
+        if find_form is not None and files.sha256s is not None:
+            form = find_form(files.loaded_files)
         read = read_reload_warm_up if load.is_reload else read_warm_up
-        return found, read(repository, load.model_id), form
+        return read(repository, load.model_id), form
 
-    found, warm_up, load.prepared = await repository.lookups.run(load.model_id, look_up, LOAD_LIMIT_S)
-    load.check_estimate(found.files)
+    try:
+        warm_up, load.prepared = await repository.lookups.run(load.model_id, look_up, LOAD_LIMIT_S)
+    except RepositoryBusy:
+        if not load.is_reload:
+            raise
+        warm_up = WarmUp()  # the store has all that a reload needs
+    load.check_estimate(files.files)
     if load.needs_form and load.prepared is None:
         raise FormUnusable("it is gone")
     load.warm_up_inputs = warm_up.inputs
-    message = pool.build_load(repository.root, found, load.parameters, warm_up)
-    return replace(message, known=known, prepared=load.prepared)
+    return replace(pool.build_load(files, load.parameters, warm_up), prepared=load.prepared)
 
 
 async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
@@ -412,9 +418,7 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
 
     async def load_one() -> None:
         async with places:
-            report = await _load_instance(load, pool, order, uuid7(), time.monotonic_ns())
-        if _contents(report.files) != _contents(order.known):
-            raise LoadRefused("model_changed", "a file changed while the instances were loaded")
+            await _load_instance(load, pool, order, uuid7(), time.monotonic_ns())
 
     others = [asyncio.create_task(load_one()) for _ in range(load.parameters.instances - 1)]
     try:
@@ -423,10 +427,6 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-
-
-def _contents(files: tuple[HashedFile, ...]) -> list[tuple[str, str]]:
-    return [(file.path, file.sha256) for file in files]
 
 
 async def _load_instance(

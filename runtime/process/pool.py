@@ -5,17 +5,16 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any, TypeVar
 
 from events.types import LoadParameters
+from runtime.contents import VersionFiles
 from runtime.errors import ForkServerUnavailable
 from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp
 from runtime.process.forkclient import Child, ForkServer, close_watched
 from runtime.process.sampling import MemorySampler
 from runtime.process.worker import Worker
-from runtime.repository import ModelVersion
 from runtime.wire import Load
 
 T = TypeVar("T")
@@ -117,14 +116,12 @@ class WorkerPool:
         if self.healthy and not self._closed:
             self._preforked.fork_ahead()
 
-    def build_load(
-        self, root: Path, found: ModelVersion, parameters: LoadParameters, warm_up: WarmUp
-    ) -> Load:
-        """Return the message by which a worker of this pool loads a version of the repository at `root`."""
+    def build_load(self, files: VersionFiles, parameters: LoadParameters, warm_up: WarmUp) -> Load:
+        """Return the message by which a worker of this pool loads a version."""
         return Load(
-            root=str(root),
-            folder=str(found.folder),
-            files=tuple(file.path for file in found.files),
+            root=str(files.root),
+            folder=str(files.folder),
+            bytes=files.bytes,
             threads=self.threads,
             memory_limit_bytes=parameters.memory_limit_bytes,
             max_batch_size=parameters.max_batch_size,

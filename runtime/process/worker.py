@@ -35,7 +35,6 @@ from runtime.wire import (
     Cancel,
     Frame,
     FromWorker,
-    HashedFile,
     Infer,
     InferenceFailure,
     Load,
@@ -73,14 +72,14 @@ class _PendingOrder:
     on_stage: Callable[[str], None] | None = None
 
     def accepts(self, message: Loaded | PrepareDone | LoadFailure) -> bool:
-        """Return whether the worker may report this: the order's files, or a code of its kind."""
+        """Return whether the worker may report this: the order's form, or a code of its kind."""
         match self.order, message:
             case Load(), Loaded():
-                return _paths(message.files) == self.order.files
+                return True
             case Load(), LoadFailure():
                 return message.code not in get_args(PrepareCode)
             case Prepare(), PrepareDone():
-                return _paths(message.sources) == self.order.files
+                return True
         return isinstance(message, LoadFailure)
 
     def settle(self, message: Loaded | PrepareDone | LoadFailure) -> None:
@@ -364,7 +363,3 @@ class Worker:
         self._in_flight.abandon(end)
         if self._pending is not None and not self._pending.answer.done():
             self._pending.answer.set_exception(WorkerDied(end))
-
-
-def _paths(files: Sequence[HashedFile]) -> tuple[str, ...]:
-    return tuple(file.path for file in files)

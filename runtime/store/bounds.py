@@ -51,6 +51,8 @@ class StoreBounds:
             return
         versions = list(kept)
         blobs = _Blobs(version.files for version in versions)
+        if blobs.bytes + needed_bytes <= self.limit_bytes:
+            return
         for_good = _Blobs(version.files for version in versions if is_needed(version.digest)).bytes
         if for_good + needed_bytes > self.limit_bytes:
             raise StoreFull(needed_bytes, for_good, self.limit_bytes)
@@ -73,10 +75,12 @@ class StoreBounds:
             DiskFull: `disk_full`, saying how much is missing.
             OSError: the file system cannot be queried.
         """
-        for version in _least_recently_used(list(kept), is_needed):
-            if self._has_room(needed_bytes):
-                break
+        if self._has_room(needed_bytes):
+            return
+        for version in _least_recently_used(kept, is_needed):
             sweep(version.digest)
+            if self._has_room(needed_bytes):
+                return
         free_bytes = free_disk_bytes(self._folder)
         if free_bytes < needed_bytes:
             raise DiskFull(self._folder, needed_bytes, free_bytes)

@@ -8,7 +8,8 @@ meanwhile does no harm: the descriptor stays with the one that was opened.
 import errno
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,10 @@ from typing import NoReturn
 from runtime.errors import LoadRefused
 from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, MODEL_FILE, FoundFile
 from runtime.store.problems import RepositoryUnreadable
+
+TICK_S = 0.012
+"""At least the clock of a file system's times: a file that is written to within it after a look at it can
+have the same times."""
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 
@@ -168,6 +173,35 @@ def open_sources(root: Path, folder: Path) -> Iterator[SourceFolder]:
         yield SourceFolder(anchor, place)
     finally:
         os.close(anchor)
+
+
+def look_after_tick(sources: SourceFolder) -> tuple[FoundFile, ...]:
+    """Look at the files when whatever is written to them from now on has a later time."""
+    files = sources.look()
+    latest_ns = max(file.ctime_ns for file in files)
+    if 0 <= time.time_ns() - latest_ns < TICK_S * 1e9:
+        time.sleep(TICK_S)
+        files = sources.look()
+    return files
+
+
+def refuse_changed(before: Iterable[FoundFile], now: Iterable[FoundFile]) -> None:
+    """Refuse what may be of two versions: a file was replaced or written to while others were copied.
+
+    Links and access rights may change meanwhile, and so the ctime.
+
+    Raises:
+        LoadRefused: `model_changed`.
+    """
+    if [_content_identity(file) for file in before] != [_content_identity(file) for file in now]:
+        raise LoadRefused(
+            "model_changed",
+            "the model's files changed while they were copied: load it again when they are complete",
+        )
+
+
+def _content_identity(file: FoundFile) -> tuple[str, int, int, int, int]:
+    return file.path, file.dev, file.inode, file.bytes, file.mtime_ns
 
 
 def identity_of(path: str, seen: os.stat_result) -> FoundFile:

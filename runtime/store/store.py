@@ -15,14 +15,14 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from runtime.errors import LoadRefused
 from runtime.repository import FoundFile
 from runtime.store.bounds import KeptVersion, StoreBounds
 from runtime.store.copying import (
@@ -45,13 +45,11 @@ from runtime.store.manifest import (
     read_version_manifest,
 )
 from runtime.store.problems import RepositoryUnreadable
-from runtime.store.sources import SourceFolder, open_sources
-
-TICK_S = 0.012
-"""At least the clock of a file system's times: a file that is written to within it after a look at it can
-have the same times."""
+from runtime.store.sources import SourceFolder, look_after_tick, open_sources, refuse_changed
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
+
+FindNeeded = Callable[[], Collection[str]]
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +136,7 @@ class Store:
         self,
         root: Path,
         folder: Path,
-        needed: Collection[str] = (),
+        find_needed: FindNeeded = frozenset,
         is_cancelled: IsCancelled = is_never,
     ) -> TakenCopy:
         """Copy a version of the repository into an incoming folder.
@@ -146,7 +144,7 @@ class Store:
         Args:
             root: the repository's root, which no file may leave.
             folder: the version's folder.
-            needed: digests that are not swept for it, beside those held.
+            find_needed: returns digests that are not swept for it, beside those held; asked if one must be.
             is_cancelled: asked between pieces.
 
         Returns:
@@ -162,19 +160,19 @@ class Store:
             CopyCancelled: `copy_cancelled`.
         """
         with open_sources(root, folder) as sources:
-            files = _look_after_tick(sources)
+            files = look_after_tick(sources)
             size = sum(file.bytes for file in files)
             with explain_os_errors(self.path), self._lock:
                 path = self._folder.new_incoming()
                 self._incoming_bytes[path] = size
             try:
-                self._make_room(needed)
-                copier = FileCopier(lambda: self._make_disk_room(size, needed), is_cancelled)
+                self._make_room(find_needed)
+                copier = FileCopier(lambda: self._make_disk_room(size, find_needed), is_cancelled)
                 with explain_os_errors(self.path, size):
                     (path / FILES).mkdir(mode=0o700)
                     for file in files:
                         _copy_file(copier, sources, file, path / FILES / file.path)
-                _refuse_changed(files, sources.look())
+                refuse_changed(files, sources.look())
             except BaseException:
                 self._drop_incoming(path)
                 raise
@@ -209,14 +207,14 @@ class Store:
         finally:
             self._drop_incoming(taken.path)
 
-    def make_durable(self, version: StoredVersion) -> None:
+    def make_durable(self, digest: str) -> None:
         """Sync a settled version to the disk, and write its manifest; it may serve meanwhile.
 
         Raises:
             StoreUnavailable: `store_unavailable`; the next start does not find the version.
         """
-        manifest = self._versions.get(version.digest)
-        folder = self._folder.version(version.digest)
+        manifest = self._versions.get(digest)
+        folder = self._folder.version(digest)
         if manifest is None or (folder / MANIFEST).exists():
             return
         with explain_os_errors(self.path):
@@ -299,19 +297,20 @@ class Store:
         with suppress(OSError):
             self._used_ns[manifest.digest] = (path / MANIFEST).stat().st_mtime_ns
 
-    def _make_room(self, needed: Collection[str]) -> None:
-        with self._lock, self._sweeping(needed) as (is_needed, sweep):
+    def _make_room(self, find_needed: FindNeeded) -> None:
+        with self._lock, self._sweeping(find_needed) as (is_needed, sweep):
             self._bounds.make_room(sum(self._incoming_bytes.values()), self._kept(), is_needed, sweep)
 
-    def _make_disk_room(self, size: int, needed: Collection[str]) -> None:
-        with self._lock, explain_os_errors(self.path), self._sweeping(needed) as (is_needed, sweep):
+    def _make_disk_room(self, size: int, find_needed: FindNeeded) -> None:
+        with self._lock, explain_os_errors(self.path), self._sweeping(find_needed) as (is_needed, sweep):
             self._bounds.make_disk_room(size, self._kept(), is_needed, sweep)
 
     @contextmanager
     def _sweeping(
-        self, needed: Collection[str]
+        self, find_needed: FindNeeded
     ) -> Iterator[tuple[Callable[[str], bool], Callable[[str], None]]]:
-        yield (lambda digest: digest in self._held or digest in needed), self._remove_version
+        needed = cache(find_needed)
+        yield (lambda digest: digest in self._held or digest in needed()), self._remove_version
 
     def _kept(self) -> list[KeptVersion]:
         return [
@@ -470,29 +469,3 @@ def _remove_unreferenced(blob: Path) -> None:
     with suppress(FileNotFoundError):
         if blob.lstat().st_nlink == 1:
             remove(blob)
-
-
-def _look_after_tick(sources: SourceFolder) -> tuple[FoundFile, ...]:
-    """Look at the files when whatever is written to them from now on has a later time."""
-    files = sources.look()
-    latest_ns = max(file.ctime_ns for file in files)
-    if 0 <= time.time_ns() - latest_ns < TICK_S * 1e9:
-        time.sleep(TICK_S)
-        files = sources.look()
-    return files
-
-
-def _refuse_changed(before: Iterable[FoundFile], now: Iterable[FoundFile]) -> None:
-    """Refuse what may be of two versions: a file was replaced or written to while others were copied.
-
-    Links and access rights may change meanwhile, and so the ctime.
-    """
-    if [_content_identity(file) for file in before] != [_content_identity(file) for file in now]:
-        raise LoadRefused(
-            "model_changed",
-            "the model's files changed while they were copied: load it again when they are complete",
-        )
-
-
-def _content_identity(file: FoundFile) -> tuple[str, int, int, int, int]:
-    return file.path, file.dev, file.inode, file.bytes, file.mtime_ns

@@ -1,38 +1,31 @@
-"""How a worker loads a model: its files, and the session, from the cached model if it was given one.
+"""How a worker loads a model: the session, from the version's files or from a cached model.
 
-One thread beside the creation of the session hashes the files.
+It hashes nothing: the server has taken the files into its store, and hashes them there.
 """
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import platform
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
 
 import onnxruntime as ort
 
 from runtime.errors import LoadRefused
-from runtime.repository import MODEL_FILE, FoundFile, identify, open_identified
+from runtime.repository import MODEL_FILE
 from runtime.wire import (
     CachedCopy,
-    HashedFile,
     Load,
     Loaded,
     LoadStage,
-    Prepare,
     Tensor,
 )
 from runtime.worker import sessions
 from runtime.worker.sessions import ServingSession, describe_model
 from runtime.worker.warmup import warm_up
 
-HASH_BLOCK_BYTES = 2**18
-"""Fits into a core's own cache: the session beside it needs the shared one."""
 PR_SET_THP_DISABLE = 41
 """linux/prctl.h"""
 ENOUGH_BYTES = 2_000_000
@@ -51,102 +44,11 @@ sets the group's."""
 OnStage = Callable[[LoadStage], None]
 
 
-class FileHashing:
-    """The hashing of one folder's files; those with the identity of a known file are not hashed again."""
-
-    def __init__(self, folder: Path, files: Sequence[FoundFile], known: Iterable[HashedFile]) -> None:
-        self.folder = folder
-        self.hashed: list[HashedFile] = []
-        self.problem: Exception | None = None
-        hashes = {_key(file): file.sha256 for file in known}
-        self.files = [(file, hashes.get(_key(file))) for file in files]
-
-    @property
-    def known(self) -> tuple[HashedFile, ...] | None:
-        """The hashed files if all are known; else None."""
-        hashes = [_with_hash(file, sha256) for file, sha256 in self.files if sha256 is not None]
-        return tuple(hashes) if len(hashes) == len(self.files) else None
-
-
-class BackgroundHashing:
-    """Hashes files in one thread beside the `with` block; in no thread if all files are known.
-
-    One thread, because starting one takes some milliseconds of a load (measured).
-
-    Args:
-        hashings: the files to hash, one after the other.
-
-    Attributes:
-        hashing_us: duration of hashing in microseconds.
-    """
-
-    def __init__(self, *hashings: FileHashing) -> None:
-        self.hashing_us = 0
-        self._hashings = hashings
-        self._all_hashed = threading.Event()
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        if any(hashing.known is None for hashing in self._hashings):
-            self._thread = threading.Thread(target=self._hash, name="hashing")
-            self._thread.start()
-        else:
-            self._hash()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def result(self, hashing: FileHashing) -> tuple[HashedFile, ...]:
-        """Wait for the hashes.
-
-        Raises:
-            LoadRefused: `model_changed`, for a file that is no longer the one that was identified.
-        """
-        self._all_hashed.wait()
-        if hashing.problem is not None:
-            raise hashing.problem
-        return tuple(hashing.hashed)
-
-    def _hash(self) -> None:
-        started = time.perf_counter_ns()
-        for hashing in self._hashings:
-            try:
-                for file, sha256 in hashing.files:
-                    hashing.hashed.append(_with_hash(file, sha256 or self._digest(hashing.folder, file)))
-            except Exception as error:  # noqa: BLE001 - `result` raises it
-                hashing.problem = error
-        self.hashing_us = (time.perf_counter_ns() - started) // 1000
-        self._all_hashed.set()
-
-    def _digest(self, folder: Path, file: FoundFile) -> str:
-        digest = hashlib.sha256()
-        descriptor = open_identified(folder, file)
-        try:
-            block = memoryview(bytearray(HASH_BLOCK_BYTES))
-            while (length := os.readv(descriptor, [block])) and not self._over.is_set():
-                digest.update(block[:length])
-        finally:
-            os.close(descriptor)
-        return digest.hexdigest()
-
-
-def _key(file: FoundFile | HashedFile) -> tuple[str, int, int, int, int, int]:
-    return file.path, file.dev, file.inode, file.bytes, file.mtime_ns, file.ctime_ns
-
-
-def _with_hash(file: FoundFile, sha256: str) -> HashedFile:
-    return HashedFile(*_key(file), sha256=sha256)
-
-
 def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
     """Return whether a session is created faster with huge pages.
 
     Args:
-        source_bytes: the size of the repository's files.
+        source_bytes: the size of the version's files.
         prepared: the cached model, if one is used. ONNX Runtime (1.31) packs weights that the form has packed
             once more to find them there; the rest it only maps.
     """
@@ -190,57 +92,24 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
         raise sessions.out_of_memory(order.least_limit_bytes, str(error) or "MemoryError") from None
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
-
-
-def identify_files(order: Load | Prepare) -> tuple[Path, Path, list[FoundFile]]:
-    """Return an order's version folder, the repository's root without links, and the files' identities.
-
-    Raises:
-        LoadRefused: `unsafe_file`, or `model_changed`: these are not the files that the server found.
-    """
-    folder, root = Path(order.folder), Path(os.path.realpath(order.root))
-    before = identify(folder, root)
-    if tuple(file.path for file in before) != order.files:
-        raise LoadRefused("model_changed", "the model's files are no longer those that were found")
-    return folder, root, before
-
-
-def check_unchanged(before: list[FoundFile], folder: Path, root: Path) -> None:
-    """Refuse with `model_changed` if a file's identity has changed."""
-    if identify(folder, root) != before:
-        raise LoadRefused("model_changed", "the model's files changed while they were loaded")
+    except OSError as error:  # only without a store: nobody else writes to that
+        raise LoadRefused("model_changed", f"a file of the model cannot be read any more: {error}") from None
 
 
 def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
-    folder, root, before = identify_files(order)
     on_stage("loading")
-    sources = FileHashing(folder, before, order.known)
-    if not order.huge_pages or not huge_pages_help(sum(file.bytes for file in before), order.prepared):
+    if not order.huge_pages or not huge_pages_help(order.bytes, order.prepared):
         disable_huge_pages()
-    with BackgroundHashing(sources) as hashing:
-        # Now that this process has all its threads.
-        sessions.limit_memory(order.memory_limit_bytes, order.load_limit_bytes)
-        try:
-            started_ns = time.perf_counter_ns()
-            session = _create_session(order, folder, root)
-            loading_us = _elapsed_us(started_ns)
-            model, warming_up_us = describe_model(session, order.max_batch_size), None
-            if order.warm_up:  # before it is measured: memory of an inference belongs to the model
-                warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
-            files = hashing.result(sources)
-        finally:  # changed files are the reason for any other problem, too
-            check_unchanged(before, folder, root)
+    sessions.limit_memory(order.memory_limit_bytes, order.load_limit_bytes)
+    started_ns = time.perf_counter_ns()
+    session = _create_session(order)
+    loading_us = _elapsed_us(started_ns)
+    model, warming_up_us = describe_model(session, order.max_batch_size), None
+    if order.warm_up:  # before it is measured: memory of an inference belongs to the model
+        warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
     ctypes.CDLL(None).malloc_trim(0)  # in 2 ms returns what loading freed, as much as it kept
     sessions.lift_load_limit()
-    report = Loaded(
-        files=files,
-        inputs=model.inputs,
-        outputs=model.outputs,
-        loading_us=loading_us,
-        hashing_us=hashing.hashing_us,
-        warming_up_us=warming_up_us,
-    )
-    return model, report
+    return model, Loaded(model.inputs, model.outputs, loading_us, warming_up_us)
 
 
 def _warm_up(
@@ -254,9 +123,10 @@ def _warm_up(
         return None
 
 
-def _create_session(order: Load, folder: Path, root: Path) -> ort.InferenceSession:
-    """Create the session from the cached model, if there is one, else from the repository's files."""
+def _create_session(order: Load) -> ort.InferenceSession:
+    """Create the session from the cached model, if there is one, else from the version's files."""
     if order.prepared is None:
+        folder, root = Path(order.folder), Path(os.path.realpath(order.root))
         chosen = sessions.session_options(order.threads)
         return sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
     chosen = sessions.saved_graph_options(order.threads)

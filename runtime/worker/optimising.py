@@ -10,11 +10,12 @@ protobuf messages that lead to tensors are rewritten; all others stay as they ar
 """
 
 import errno
+import hashlib
 import os
 import re
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,16 +35,10 @@ from runtime.onnxfile import (
     external_locations,
     read_field,
 )
-from runtime.repository import MODEL_FILE, FoundFile, identify
+from runtime.repository import MODEL_FILE
 from runtime.wire import HashedFile, Prepare, PrepareDone
 from runtime.worker import sessions
-from runtime.worker.loading import (
-    BackgroundHashing,
-    FileHashing,
-    check_unchanged,
-    identify_files,
-    lower_priority,
-)
+from runtime.worker.loading import lower_priority
 
 ALIGNMENT = 64
 """In bytes, as ONNX Runtime's own allocations, for the widest registers."""
@@ -217,8 +212,7 @@ def make_cached_model(order: Prepare) -> PrepareDone:
     """Make the cached model of an order in its target folder, with low priority from here on.
 
     Raises:
-        LoadRefused: `prepare_failed`, `disk_full`, or of the model's files `model_changed`, `unsafe_file`,
-            `out_of_memory`.
+        LoadRefused: `prepare_failed`, `disk_full`, `unsafe_file`, `out_of_memory`.
     """
     lower_priority()
     try:
@@ -231,24 +225,16 @@ def make_cached_model(order: Prepare) -> PrepareDone:
 
 def _prepare(order: Prepare) -> PrepareDone:
     started = time.perf_counter_ns()
-    folder, root, before = identify_files(order)
     target = Path(order.target)
-    with _files_limited(order, before):
-        hashing = FileHashing(folder, before, order.known)
-        with BackgroundHashing(hashing) as beside:
-            sessions.limit_memory(order.memory_limit_bytes)
-            try:
-                _write(order, folder, root)
-                sources = beside.result(hashing)
-            finally:
-                check_unchanged(before, folder, root)
+    with _files_limited(order):
+        sessions.limit_memory(order.memory_limit_bytes)
+        _write(order, Path(order.folder), Path(os.path.realpath(order.root)))
         align_weights(target / MODEL_FILE, target / WEIGHTS_FILE)
-    files = _hash_written(target)
-    return PrepareDone(files, sources, (time.perf_counter_ns() - started) // 1000)
+    return PrepareDone(_hash_written(target), (time.perf_counter_ns() - started) // 1000)
 
 
 @contextmanager
-def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[None]:
+def _files_limited(order: Prepare) -> Iterator[None]:
     """Require an empty target, and limit the length and the access rights of the files written there.
 
     Raises:
@@ -259,7 +245,7 @@ def _files_limited(order: Prepare, sources: Sequence[FoundFile]) -> Iterator[Non
     if any(target.iterdir()):
         raise LoadRefused("prepare_failed", f"{target} is not empty")
     os.umask(0o077)
-    wanted = max(MOST_BYTES, MOST_TIMES * sum(file.bytes for file in sources))
+    wanted = max(MOST_BYTES, MOST_TIMES * order.bytes)
     if order.most_bytes is not None:
         wanted = min(wanted, order.most_bytes)
     there_is = max(0, free_disk_bytes(target)) // 2
@@ -314,10 +300,17 @@ def _hash_written(target: Path) -> tuple[HashedFile, ...]:
     """Return the written files with hashes, if they are a model that refers only to its own weights."""
     try:
         locations = set(external_locations(target / MODEL_FILE))
-        hashing = FileHashing(target, identify(target, Path(os.path.realpath(target))), ())
-    except (Unparsable, LoadRefused) as problem:
+    except (Unparsable, FileNotFoundError) as problem:
         raise LoadRefused("prepare_failed", f"what was written is no model: {problem}") from None
     if not locations <= {WEIGHTS_FILE}:
         raise LoadRefused("prepare_failed", "what was written refers to files that are not its own")
-    with BackgroundHashing(hashing) as beside:
-        return beside.result(hashing)
+    return tuple(_hash_file(path) for path in sorted(target.iterdir()))
+
+
+def _hash_file(path: Path) -> HashedFile:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        seen = os.fstat(file.fileno())
+    return HashedFile(
+        path.name, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, sha256
+    )

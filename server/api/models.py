@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from aiohttp import web
 
 from events.accept import NO_BATCHING
-from events.commands import FileIdentity, RequestLoad, RequestUnload
+from events.commands import RequestLoad, RequestUnload
 from events.models import Model, ModelState
 from events.types import Idempotency, LoadParameters
-from runtime.errors import UnknownModel
+from runtime.contents import Contents, ModelContents
+from runtime.errors import LoadRefused, UnknownModel
 from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import ModelVersion, Repository
+from runtime.store.problems import RepositoryUnreadable
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.schemas import (
     AtQuerySchema,
@@ -35,7 +39,7 @@ from server.api.schemas import (
     model_view,
 )
 from server.api.timetravel import past_model, past_models
-from server.appkeys import CONFIG, LOG, REPOSITORY
+from server.appkeys import CONFIG, CONTENTS, LOG
 from server.auth.gate import PRINCIPAL
 from server.config import Config
 from server.http.validation import (
@@ -53,12 +57,19 @@ _PARAMETERS = LoadParameters.__struct_fields__
 _AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
 LIST_LIMIT_S = 2.0
 """How long a list of models waits for one look at all of them, and then for a look at each."""
-ListedModel = tuple[str, list[int]]
-"""A model's id and its versions in the repository."""
 _ALL_MODELS, _ALL_FOLDERS = "*", "/"
 """What looks at several models are known by; no model has such an id."""
 NEVER = -1
 """The `keep_alive_s` of a model without an idle timeout."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    """A model's versions in the repository, and whether it has newer files than those that are loaded."""
+
+    id: str
+    versions: list[int] = field(default_factory=list)
+    has_changed: bool | None = None
 
 
 async def make_load_command(
@@ -76,15 +87,16 @@ async def make_load_command(
     """
     wanted = {name: value for name, value in asked.items() if name != "version"}
     version = asked.get("version")
-    repository: Repository = app[REPOSITORY]
-    look = partial(_look_up, repository, model_id, version)
-    found, written = await repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+    contents, loaded = app[CONTENTS], app[LOG].state.models.get(model_id)
+    serving = loaded.serving if loaded is not None else None
+    look = partial(_look_up, contents, model_id, version, serving.version if serving is not None else None)
+    found, known, written = await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
     return RequestLoad(
         found.model_id,
         found.version,
-        tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files),
+        known,
         subject,
         parameters,
         asked=frozenset(wanted),
@@ -104,9 +116,15 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
 
 
 def _look_up(
-    repository: Repository, model_id: str, version: int | None
-) -> tuple[ModelVersion, dict[str, Any]]:
-    return repository.resolve(model_id, version), read_defaults(repository, model_id)
+    contents: ModelContents, model_id: str, version: int | None, loaded_version: int | None
+) -> tuple[ModelVersion, Contents | None, dict[str, Any]]:
+    """Resolve a version; its contents are looked up only if it is loaded."""
+    found = contents.repository.resolve(model_id, version)
+    known = None
+    if found.version == loaded_version:
+        with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
+            known = contents.known_contents(model_id, found.version)
+    return found, known, read_defaults(contents.repository, model_id)
 
 
 def _merge_parameters(
@@ -139,8 +157,11 @@ async def list_models(request: web.Request) -> web.Response:
         return web.json_response(await past_models(request, query["at"], query["cursor"], query["limit"]))
     known = {model.id for model in state.models.values() if _is_live(model)}
     limit, active = query["limit"], state.active()
-    page = await list_versions(request.app[REPOSITORY], known, query["cursor"], limit)
-    models = [model_view(model_id, state, versions, active) for model_id, versions in page[:limit]]
+    page = await list_versions(request.app[CONTENTS], dict(state.models), known, query["cursor"], limit)
+    models = [
+        model_view(seen.id, state, seen.versions, active, repository_changed=seen.has_changed)
+        for seen in page[:limit]
+    ]
     next_cursor = models[-1]["id"] if len(page) > limit else None
     return web.json_response({"models": models, "as_of": state.position, "next_cursor": next_cursor})
 
@@ -159,9 +180,10 @@ async def show_model(request: web.Request) -> web.Response:
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
     if at is not None:
         return web.json_response(await past_model(request, at, model_id))
-    versions = await _find_versions(request, model_id)
+    seen = await _look_at_model(request, model_id)
     state = request.app[LOG].state
-    return web.json_response(model_view(model_id, state, versions, state.active()))
+    view = model_view(model_id, state, seen.versions, state.active(), repository_changed=seen.has_changed)
+    return web.json_response(view)
 
 
 @routes.post(
@@ -213,7 +235,7 @@ async def unload_model(request: web.Request) -> web.Response:
     """Append `UnloadRequested`, unless an unload is in progress."""
     model_id = path_parameters(request)["id"]
     if not _is_listed(request, model_id):
-        await _find_versions(request, model_id)
+        await _look_at_model(request, model_id)
     return await _unload(request, model_id)
 
 
@@ -223,24 +245,24 @@ async def _unload(request: web.Request, model_id: str | None) -> web.Response:
     return await answer_with_job(request, RequestUnload(model_id, subject, force, idempotency=key))
 
 
-async def _find_versions(request: web.Request, model_id: str) -> list[int]:
-    """Return the model's versions in the repository, none if those of a loaded model are not there or hang.
+async def _look_at_model(request: web.Request, model_id: str) -> ListedModel:
+    """Look at a model in the repository; a loaded one has no versions if they are not there or hang.
 
     Raises:
         UnknownModel: `unknown_model`, there is no version, and the model is not loaded.
         RepositoryBusy: `repository_busy`, the folder hangs, and the model is not loaded.
     """
-    repository: Repository = request.app[REPOSITORY]
-    look = partial(_versions_or_none, repository, model_id)
+    contents = request.app[CONTENTS]
+    look = partial(_look_at, contents, request.app[LOG].state.models.get(model_id), model_id)
     try:
-        versions = await repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+        seen: ListedModel = await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
     except RepositoryBusy:
         if not _is_listed(request, model_id):
             raise
-        return []
-    if not versions and not _is_listed(request, model_id):
+        return ListedModel(model_id)
+    if not seen.versions and not _is_listed(request, model_id):
         raise UnknownModel(model_id)
-    return versions
+    return seen
 
 
 def _is_listed(request: web.Request, model_id: str) -> bool:
@@ -253,15 +275,23 @@ def _is_live(model: Model) -> bool:
     return bool(model.loads) or model.state not in (ModelState.UNLOADED, ModelState.FAILED)
 
 
-def _versions_or_none(repository: Repository, model_id: str) -> list[int]:
+def _look_at(contents: ModelContents, model: Model | None, model_id: str) -> ListedModel:
     try:
-        return repository.versions(model_id)
+        versions = contents.repository.versions(model_id)
     except UnknownModel:
-        return []
+        versions = []
+    serving = model.serving if model is not None else None
+    if serving is None:
+        return ListedModel(model_id, versions)
+    return ListedModel(model_id, versions, contents.has_changed(model_id, serving.version, serving.files))
 
 
 async def list_versions(
-    repository: Repository, known: Collection[str], cursor: str = "", limit: int = sys.maxsize
+    contents: ModelContents,
+    models: Mapping[str, Model],
+    known: Collection[str],
+    cursor: str = "",
+    limit: int = sys.maxsize,
 ) -> list[ListedModel]:
     """List models with their versions: those of the repository that have one, and the known ones.
 
@@ -269,7 +299,8 @@ async def list_versions(
     model that hangs are missing, and another one that hangs is left out.
 
     Args:
-        repository: lists the folders.
+        contents: has the repository.
+        models: those of which newer files are looked for.
         known: models to list in any case.
         cursor: models after this one.
         limit: one more is listed, so that the end is known.
@@ -278,10 +309,14 @@ async def list_versions(
         RepositoryBusy: `repository_busy`, the repository's own folder hangs.
     """
 
+    def look(model_id: str) -> ListedModel:
+        return _look_at(contents, models.get(model_id), model_id)
+
     def list_all() -> list[ListedModel]:
         return _first_models(_ids_after(cursor, repository.folders(), known), known, look, limit)
 
-    look, lookups = partial(_versions_or_none, repository), repository.lookups
+    repository = contents.repository
+    lookups = repository.lookups
     try:
         return await lookups.run(_ALL_MODELS, list_all, LIST_LIMIT_S)
     except RepositoryBusy:
@@ -289,8 +324,8 @@ async def list_versions(
     ids = _ids_after(cursor, folders, known)
     runs = (lookups.run(model_id, partial(look, model_id), LIST_LIMIT_S) for model_id in ids)
     answers = await asyncio.gather(*runs, return_exceptions=True)
-    listed = {each: found for each, found in zip(ids, answers, strict=True) if isinstance(found, list)}
-    return _first_models(ids, known, lambda model_id: listed.get(model_id, []), limit)
+    listed = {answer.id: answer for answer in answers if isinstance(answer, ListedModel)}
+    return _first_models(ids, known, lambda model_id: listed.get(model_id, ListedModel(model_id)), limit)
 
 
 def _ids_after(cursor: str, folders: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -298,14 +333,14 @@ def _ids_after(cursor: str, folders: Iterable[str], known: Iterable[str]) -> lis
 
 
 def _first_models(
-    ids: Iterable[str], known: Collection[str], look: Callable[[str], list[int]], limit: int
+    ids: Iterable[str], known: Collection[str], look: Callable[[str], ListedModel], limit: int
 ) -> list[ListedModel]:
     """Return models with a version and known ones; only those that are returned are looked at."""
     page: list[ListedModel] = []
     for model_id in ids:
-        versions = look(model_id)
-        if versions or model_id in known:
-            page.append((model_id, versions))
+        seen = look(model_id)
+        if seen.versions or model_id in known:
+            page.append(seen)
         if len(page) > limit:
             break
     return page

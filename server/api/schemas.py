@@ -215,7 +215,7 @@ class JobSchema(AnswerSchema):
     stage = fields.String(
         required=True,
         allow_none=True,
-        **about("Live: starting, loading, warming_up, measuring; draining, stopping."),
+        **about("Live: copying, starting, loading, warming_up, measuring; draining, stopping."),
     )
     waiting_for = fields.String(required=True, allow_none=True)
     created_at = fields.String(required=True)
@@ -275,6 +275,14 @@ class ModelSchema(AnswerSchema):
     job_id = fields.String(required=True, allow_none=True)
     position = fields.Integer(required=True, allow_none=True, **about("Position of its `ModelLoaded`."))
     files = fields.List(fields.Nested(FileSchema), required=True)
+    repository_changed = fields.Boolean(
+        required=True,
+        allow_none=True,
+        **about(
+            "Whether the repository has newer files than those that are loaded; null if nothing is loaded,"
+            " and with `at`."
+        ),
+    )
     prepared = fields.Nested(
         PreparedSchema,
         required=True,
@@ -348,9 +356,14 @@ def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
 
 
 def model_view(
-    model_id: str, state: State, versions: list[int] | None, active: Model | None
+    model_id: str,
+    state: State,
+    versions: list[int] | None,
+    active: Model | None,
+    *,
+    repository_changed: bool | None = None,
 ) -> dict[str, Any]:
-    """Return a model of the state, or one of the repository only; None for versions of the past."""
+    """Return a model of the state, or one of the repository only; None for what is unknown of the past."""
     model = state.models.get(model_id) or Model(model_id)
     serving = model.serving
     return {
@@ -365,6 +378,7 @@ def model_view(
         "job_id": serving.load_job_id if serving else None,
         "position": serving.position if serving else None,
         "files": msgspec.to_builtins(serving.files) if serving else [],
+        "repository_changed": repository_changed if serving else None,
         "prepared": msgspec.to_builtins(serving.prepared) if serving else None,
         "memory_bytes": serving.memory_bytes if serving else None,
         "error": _failure(model.error),

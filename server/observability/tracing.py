@@ -30,7 +30,7 @@ from server.routing import RequestHandler, matched_route, wrap_handler
 
 PROPAGATOR = TraceContextTextMapPropagator()
 
-STAGES = ("starting", "loading", "warming_up", "measuring")
+STAGES = ("copying", "starting", "loading", "warming_up", "measuring")
 """The stages of a load that have spans; files are hashed beside them."""
 
 CLOSE_S = 3.0

@@ -4,7 +4,7 @@ import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./do
 import { age, ago, count, duration, oneLine, secondsSince } from "./format.js";
 import { ended } from "./store.js";
 
-const STAGES = { load: ["starting", "loading", "warming_up", "measuring"], unload: ["draining", "stopping"] };
+const STAGES = { load: ["copying", "starting", "loading", "warming_up", "measuring"], unload: ["draining", "stopping"] };
 
 export function jobsView(store, offers) {
   const draw = () => {

@@ -30,18 +30,19 @@ export function modelsView(store, offers) {
 
 function row(first, offers, store) {
   const cell = (label, kind = "") => el("td", { "data-label": label, class: kind || null, role: "cell" });
-  const badges = { active: el("span", { class: "badge" }, "active"), pinned: el("span", { class: "badge" }, "pinned") };
+  const badges = { active: el("span", { class: "badge" }, "active"), pinned: el("span", { class: "badge" }, "pinned"), newer: el("span", { class: "badge", title: "The repository has newer files than those that are loaded: load the model again to use them." }, "newer files") };
   const pill = el("span", { class: "pill" }), error = el("span", { class: "error" });
   const cells = { version: cell("Version"), memory: cell("Memory", "number"), used: cell("Last use"), flying: cell("In flight", "number"), loaded: cell("Loaded") };
   const state = cell("State");
   state.append(pill, error);
   const can = actionsOf(first, offers, store);
-  const node = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("span", { class: "name" }, first.id), badges.active, badges.pinned), state, ...Object.values(cells));
+  const node = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("span", { class: "name" }, first.id), badges.active, badges.pinned, badges.newer), state, ...Object.values(cells));
   if (can.nodes.length) node.append(el("td", { role: "cell" }, el("div", { class: "do" }, ...can.nodes)));
   node.update = (model) => {
     const uses = store.usesOf(model.id), serving = uses.find((use) => use.job_id === model.job_id);
     show(badges.active, model.active);
     show(badges.pinned, serving?.pinned ?? false);
+    show(badges.newer, model.repository_changed ?? false);
     setText(pill, model.state);
     setAttribute(pill, "class", `pill ${model.state}`);
     setText(error, model.error ? oneLine(model.error.code, 60) : "");

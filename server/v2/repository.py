@@ -21,7 +21,7 @@ from events.models import Model, ModelState
 from server.api.jobs import job_path, run_job
 from server.api.models import ListedModel, list_versions, make_load_command
 from server.api.schemas import AnswerSchema, ModelPathSchema
-from server.appkeys import LOG, REPOSITORY
+from server.appkeys import CONTENTS, LOG
 from server.auth.gate import PRINCIPAL
 from server.errors import ERRORS, ServerProblem
 from server.http.validation import path_parameters
@@ -143,7 +143,7 @@ async def show_index(request: web.Request) -> web.Response:
     """Return the recorded versions, and the other models of the repository."""
     only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request))
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
-    found = [] if only_ready else await list_versions(request.app[REPOSITORY], ())
+    found = [] if only_ready else await list_versions(request.app[CONTENTS], {}, ())
     entries = await asyncio.to_thread(_encoded_index, recorded, found, only_ready=only_ready)
     return web.Response(body=entries, content_type="application/json")
 
@@ -183,7 +183,7 @@ async def unload_and_wait(request: web.Request) -> web.Response:
 
 
 def _encoded_index(recorded: Mapping[str, Model], found: Sequence[ListedModel], *, only_ready: bool) -> bytes:
-    names = [model_id for model_id, versions in found if versions]
+    names = [seen.id for seen in found if seen.versions]
     return msgspec.json.encode(index(recorded, names, only_ready=only_ready))
 
 

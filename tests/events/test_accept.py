@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import structs
-from support.history import FEWER, MODEL, TUNED, History, at, drafts, fold, given, ids
+from support.history import CONTENTS, FEWER, MODEL, TUNED, History, at, drafts, fold, given, ids
 
 from events.accept import MAX_QUEUE, OUTDATED, Accepted, Decision, Existing, Refused, accept, holds
 from events.commands import (
     Command,
-    FileIdentity,
     JobUnchanged,
     ModelUnchanged,
     Record,
@@ -43,8 +42,8 @@ from events.types import (
 
 NEW = "new"
 KEY = Idempotency("5f" * 32, "c0" * 32)
-FILES = (FileIdentity("model.onnx", 4_096, 1),)
-CHANGED = (FileIdentity("model.onnx", 4_096, 2),)
+OTHERS = (("model.onnx", "cd" * 32),)
+Contents = tuple[tuple[str, str], ...]
 
 
 def decide(state: State, command: Command) -> Decision:
@@ -79,10 +78,8 @@ def outcome(facts: str | State, command: Command) -> str:
             pytest.fail(f"{decision}")
 
 
-def load(
-    version: int = 1, files: tuple[FileIdentity, ...] = FILES, cause: Cause = Cause.REQUEST
-) -> RequestLoad:
-    return RequestLoad(MODEL, version, files, "alice", cause=cause)
+def load(version: int = 1, contents: Contents | None = CONTENTS, cause: Cause = Cause.REQUEST) -> RequestLoad:
+    return RequestLoad(MODEL, version, contents, "alice", cause=cause)
 
 
 def asking(command: RequestLoad, **parameters: Any) -> RequestLoad:
@@ -107,7 +104,7 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("", load(), NEW),
     ("request", load(), "L"),
     ("request start", load(), "L"),
-    ("request start", load(files=CHANGED), "L"),
+    ("request start", load(contents=OTHERS), "L"),
     ("load", load(), "L"),
     ("load", load(cause=Cause.DEMAND), "L"),
     ("load", load(2, cause=Cause.DEMAND), "L"),
@@ -128,9 +125,10 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("request start request_again_pinned", asking(load(), pinned=True), "L3"),
     ("request start request_again_pinned", load(), "L3"),
     ("request start request_again_pinned", asking(load(), pinned=False), NEW),
-    ("load", load(files=CHANGED), NEW),
-    ("load", load(files=(*FILES, FileIdentity("weights.bin", 1, 1))), NEW),
-    ("load", load(files=()), NEW),
+    ("load", load(contents=OTHERS), NEW),
+    ("load", load(contents=None), NEW),
+    ("load", load(contents=(*CONTENTS, ("weights.bin", "ab" * 32))), NEW),
+    ("load", load(contents=()), NEW),
     ("load", load(2), NEW),
     ("request start", load(2), NEW),
     ("load_other", load(), NEW),
@@ -197,7 +195,7 @@ def test_load_is_new_or_joins_job(facts: str, command: RequestLoad, job: str) ->
 
 def test_accepted_load_records_all_that_was_asked_for() -> None:
     parameters = LoadParameters("high", 10, 20, 30, "auto", pinned=True, instances=2)
-    command = RequestLoad(MODEL, 3, FILES, "alice", parameters, Cause.DEMAND, "e7", idempotency=KEY)
+    command = RequestLoad(MODEL, 3, CONTENTS, "alice", parameters, Cause.DEMAND, "e7", idempotency=KEY)
     data = LoadRequested.of(parameters, Cause.DEMAND, cause_event_id="e7", idempotency=KEY)
     assert decide(State(), command) == Accepted((Draft(NEW, data, "alice", NEW, MODEL, 3),), NEW)
 
@@ -228,7 +226,7 @@ PARAMETERS: list[tuple[str, RequestLoad, str | None, dict[str, Any]]] = [
         None,
         TUNED | {"max_batch_size": 0, "max_queue_delay_us": 0},
     ),
-    ("load_tuned", load(files=CHANGED), None, TUNED),
+    ("load_tuned", load(contents=OTHERS), None, TUNED),
     ("load_tuned crash", load(), None, TUNED),
     ("load_tuned restart", asking(load(), pinned=False), None, TUNED | {"pinned": False}),
     ("load_tuned crash request_recovery", load(), None, TUNED),
@@ -292,8 +290,8 @@ def test_order_of_files_does_not_matter() -> None:
     files = tuple(structs.replace(model.serving.files[0], path=path) for path in "ba")
     serving = structs.replace(model.serving, files=files)
     history.state.models[MODEL] = structs.replace(model, serving=serving)
-    stats = (FileIdentity("a", 4_096, 1), FileIdentity("b", 4_096, 1))
-    assert outcome(history.state, load(files=stats)) == outcome(history.state, load(files=stats[::-1])) == "L"
+    contents = tuple((file.path, file.sha256) for file in files)
+    assert outcome(history.state, load(contents=tuple(sorted(contents)))) == "L"
 
 
 # Unloads and cancellations. Outcome: `new:X`, a job that ends the load X; the job that answers; or a code.
@@ -562,7 +560,7 @@ FULL = [
     *((MAX_QUEUE, load(cause=cause), NEW) for cause in Cause if cause not in {Cause.REQUEST, Cause.DEMAND}),
     (MAX_QUEUE // 2 - 1, load(cause=Cause.DEMAND), NEW),
     (MAX_QUEUE // 2, load(cause=Cause.DEMAND), "queue_full"),
-    (MAX_QUEUE, RequestLoad("model7", 1, FILES, "alice"), "Q7"),
+    (MAX_QUEUE, RequestLoad("model7", 1, CONTENTS, "alice"), "Q7"),
     (MAX_QUEUE, unload("model7", force=True), "new:Q7"),
     (MAX_QUEUE, RequestCancel("Q7", "alice"), NEW),
 ]
@@ -590,7 +588,7 @@ COMMANDS = st.builds(
     RequestLoad,
     MODELS,
     st.integers(1, 2),
-    st.sampled_from([FILES, CHANGED, ()]),
+    st.sampled_from([CONTENTS, OTHERS, None]),
     st.just("alice"),
     cause=st.sampled_from(Cause),
 ) | st.builds(

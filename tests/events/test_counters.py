@@ -72,7 +72,7 @@ def test_ended_job_is_counted_by_cause_and_status() -> None:
 def test_load_is_counted_by_form_and_stage() -> None:
     history = History()
     history.load("a")
-    durations = Durations(1_000_000, 2, 3, 4, 5, 6, 7)
+    durations = Durations(1_000_000, 2, 3, 4, 5, 6, 7, 8)
     data = ModelLoaded((), ("w",), Prepared("prepacked", "ab"), 1, 1, durations)
     history.ask_load("b", of="n")
     history.add(data, "b", of="n")
@@ -80,6 +80,7 @@ def test_load_is_counted_by_form_and_stage() -> None:
     assert tally.forms == {NO_FORM: 1, "prepacked": 1}
     assert {stage: round(tally.stage_s[stage] * 1e6) for stage in STAGES} == {
         "waiting": 1_000_001,
+        "copying": 8,
         "starting": 4,
         "loading": 6,
         "hashing": 8,

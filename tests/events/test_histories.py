@@ -51,11 +51,19 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
 
 def with_added_members(body: str) -> str:
     """Return an earlier release's body with the members that its type got since, which are null or 0."""
-    event = decode_event(body)
-    added = json.loads(encode_event(event))["data"].keys() - (raw := json.loads(body))["data"].keys()
-    members = {member: getattr(event.data, member) for member in added}
-    assert not any(members.values())
-    return encode_canonical({**raw, "data": raw["data"] | members})
+    now, raw = json.loads(encode_event(decode_event(body))), json.loads(body)
+    return encode_canonical({**raw, "data": with_empty_members(raw["data"], now["data"])})
+
+
+def with_empty_members(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    added = {member: now[member] for member in now.keys() - before.keys()}
+    assert not any(added.values())
+    inner = {
+        member: with_empty_members(value, now[member])
+        for member, value in before.items()
+        if isinstance(value, dict) and isinstance(now.get(member), dict)
+    }
+    return before | inner | added
 
 
 def texts(entities: dict[str, Any]) -> dict[str, str]:

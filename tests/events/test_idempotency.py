@@ -64,7 +64,7 @@ OTHER_KEY = Idempotency("l", "f")
 
 
 def load(key: Idempotency | None = KEY, model_id: str = MODEL, actor: str = "alice") -> RequestLoad:
-    return RequestLoad(model_id, 1, (), actor, idempotency=key)
+    return RequestLoad(model_id, 1, None, actor, idempotency=key)
 
 
 def unload(

@@ -50,7 +50,7 @@ def fact(name: str, message: str = "") -> Record:
 
 
 def load(model_id: str = MODEL) -> RequestLoad:
-    return RequestLoad(model_id, 1, (), "alice")
+    return RequestLoad(model_id, 1, None, "alice")
 
 
 # Writes that fail.

@@ -27,6 +27,7 @@ ADDED = {
     "keeps_load_job_id": None,
     "reason": None,
     "superseded_by": None,
+    "verified": False,
 }
 """Fields that earlier releases did not write. Add to these; a line that has to change is a broken promise."""
 
@@ -52,7 +53,10 @@ def test_committed_body_reads_and_writes_as_ever(name: str) -> None:
     assert event == Event(7, "e7", event.data, "alice", at, "j1", "digits", 2, "w1")
     assert encode_canonical(json.loads(body)) == body
     optional = {key: value for key, value in ADDED.items() if key in TYPES[name].__struct_fields__}
-    assert json.loads(encode_event(event)) == json.loads(body) | {"data": optional | data_of(body)}
+    written = optional | data_of(body)
+    if "durations" in written:
+        written["durations"] = {"copying_us": None} | written["durations"]
+    assert json.loads(encode_event(event)) == json.loads(body) | {"data": written}
     later = change(body, data=data_of(body) | {"added_later": {"deep": [1]}}, also_added="yes")
     assert decode_event(later) == event
     earlier = {key: value for key, value in data_of(body).items() if key not in ADDED}

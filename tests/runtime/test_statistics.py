@@ -1,6 +1,7 @@
 """What is counted of inferences: one load's statistics, a model's totals, and the requests that wait."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
@@ -9,8 +10,11 @@ from support.history import PLAIN
 
 from events.counters import ModelLabels
 from events.types import LoadParameters
+from runtime.consumer.loadfiles import LoadFiles
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import InferenceTotals, PendingDemand
+from runtime.contents import ModelContents
+from runtime.repository import Repository
 from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, Statistics
 from runtime.wire import Outcome
 
@@ -99,7 +103,8 @@ def test_durations_fall_into_the_first_bucket_that_holds_them() -> None:
 
 
 def load(model_id: str) -> RunningLoad:
-    return RunningLoad("job", model_id, 1, LoadParameters(), "w", lambda: None)
+    files = LoadFiles(ModelContents(Repository(Path()), None), model_id, 1)
+    return RunningLoad("job", model_id, 1, LoadParameters(), "w", files, lambda: None)
 
 
 def figures(counts: Statistics) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None
     if decoder is not wire.CONTROL:
         choices |= st.lists(tensors(), max_size=3).map(
             lambda ts: (
-                data.draw(st.sampled_from([asked(ts), wire.Load("r", "f", (), 1, tensors=heads(ts))]))
+                data.draw(st.sampled_from([asked(ts), wire.Load("r", "f", 0, 1, tensors=heads(ts))]))
                 if decoder is wire.TO_WORKER
                 else Outcome(7, heads(ts), 1, 2, 3, 4, 5, 6),
                 tuple(ts),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from loadledger.cli import server
 from loadledger.cli.main import SECTIONS, find_command, main
 from server.check import find_unusable_paths, load_config
-from server.config import Config, ConfigError, parse_limit, parse_size, settings
+from server.config import Config, ConfigError, parse_limit, parse_size, parse_store_size, settings
 from server.configsources import CONFIG_VARIABLE, OF_OTHERS, read_settings, unknown_variables
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,7 @@ VALUES = {
     "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
     "keep_alive_s": "90", "strategy": "auto", "on_demand": "on", "warm_up": "off",
     "prepare": "off", "prepared_size": "1GiB", "huge_pages": "off", "restore": "none",
+    "store": "off", "store_size": "5TB", "repository_immutable": "on",
     "streams_per_subject": "5", "max_connections": "99", "head_timeout_s": "2.5",
     "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning", "log_inferences": "0.25",
     "otel": "on", "trace_inferences": "1.0", "metrics": "open", "jwt_audience": "a",
@@ -113,6 +114,7 @@ REFUSED = {
     "strategy": "Beside", "on_demand": "1", "warm_up": "yes", "prepare": "auto",
     "huge_pages": "on", "restore": "off",
     "prepared_size": "0 0GB -1 1.5GB 1gb GB \u0661GB " + "9" * 19,
+    "store": "auto", "store_size": "0 0GB -1 1.5GB 1gb Auto off", "repository_immutable": "true",
     "streams_per_subject": "0", "max_connections": "0", "head_timeout_s": "0",
     "idle_timeout_s": "nan", "log_format": "JSON", "log_level": "INFO",
     "log_inferences": "1.1 nan", "otel": "yes", "trace_inferences": "-0.1", "metrics": "off",
@@ -147,6 +149,8 @@ def test_sizes_and_rate_limits_have_units() -> None:
         "007TiB": 7 * 2**40,
     }  # fmt: skip
     assert {text: parse_size(text) for text in sizes} == sizes
+    assert {text: parse_store_size(text) for text in sizes} == sizes
+    assert parse_store_size("auto") is None
     limits = {
         "600/minute": (600, 60), "1/second": (1, 1), "7 per 2 minutes": (7, 120), "5/Hour": (5, 3600),
         "9 / 3 days": (9, 259_200), "off": None,
@@ -158,6 +162,7 @@ def test_sizes_and_rate_limits_have_units() -> None:
     ("flags", "environment", "words"),
     [
         ({"prepared_size": "0"}, {}, "--prepare=off"),
+        ({"store_size": "0"}, {}, "like 500GB"),
         ({}, {"LOADLEDGER_PORT": "tcp://10.0.0.1:8080"}, "enableServiceLinks: false"),
         ({"trusted_proxies": "10.0.0.1/8"}, {}, "that is 10.0.0.0/8"),
         ({"config": ""}, {}, "--config: '' cannot be read"),

@@ -35,7 +35,7 @@ def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> 
     load = order_of(root, model_id)
     target = root.parent / "forms" / form
     target.mkdir(parents=True, exist_ok=True)
-    return Prepare(str(root), load.folder, load.files, 1, None, (), form, str(target))
+    return Prepare(str(root), load.folder, load.bytes, 1, None, form, str(target))
 
 
 async def prepare_form(pool: WorkerPool, order: Prepare) -> PrepareDone:
@@ -50,7 +50,7 @@ async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> Ca
     """Prepare model `m`, and describe the form as the cache does."""
     order = prepare_order(root, form)
     report = await prepare_form(pool, order)
-    return describe(order.target, form, report.files, report.sources)
+    return describe(order.target, form, report.files, found(order.folder))
 
 
 def describe(
@@ -61,8 +61,8 @@ def describe(
 
 
 def found(folder: Path | str) -> tuple[HashedFile, ...]:
-    """Describe the files of a folder as they are."""
-    return tuple(_loaded(path) for path in sorted(Path(folder).iterdir()))
+    """Describe the files of a folder as they are, but none in folders within."""
+    return tuple(_loaded(path) for path in sorted(Path(folder).iterdir()) if path.is_file())
 
 
 def written_by_the_runtime(root: Path) -> Load:

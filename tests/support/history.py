@@ -94,6 +94,10 @@ def at(seconds: float) -> str:
     return format_timestamp(START + timedelta(seconds=seconds))
 
 
+CONTENTS = (("model.onnx", "ab" * 32),)
+"""Of the version that was loaded: path and SHA-256 of its file."""
+
+
 def file(mtime_ns: int = 1) -> LoadedFile:
     """Return the one file of a version, as it was loaded."""
     return LoadedFile("model.onnx", 4_096, mtime_ns, "ab" * 32)

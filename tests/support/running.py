@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from events.clock import boottime, utc_now
-from events.commands import Command, FileIdentity, Receipt, RequestLoad, RequestUnload
+from events.commands import Command, Receipt, RequestLoad, RequestUnload
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import Model, ModelState
@@ -26,6 +26,7 @@ from runtime.cache.store import ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import PendingDemand
+from runtime.contents import ModelContents
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
@@ -33,6 +34,7 @@ from runtime.router import Router
 from runtime.scheduler.view import Policy
 from runtime.wire import Tensor, WantedOutput
 from support import models
+from support.store import opened_store
 from support.workers import LIMIT_S, array, floats, freeze, threads, trips, unhurried, until
 
 D = TypeVar("D", bound=Data)
@@ -80,6 +82,7 @@ class Engine:
     reader: Reader
     pool: WorkerPool
     repository: Repository
+    contents: ModelContents
     consumer: Consumer
     demand: PendingDemand
     router: Router
@@ -101,9 +104,9 @@ class Engine:
     ) -> Receipt:
         """Ask for a load, as the HTTP handler does; `asked` are the parameters that the request names."""
         found = self.repository.resolve(model_id, version)
-        files = tuple(FileIdentity(file.path, file.bytes, file.mtime_ns) for file in found.files)
+        contents = self.contents.known_contents(model_id, found.version)
         given = parameters or LoadParameters()
-        command = RequestLoad(model_id, found.version, files, actor, given, asked=frozenset(asked))
+        command = RequestLoad(model_id, found.version, contents, actor, given, asked=frozenset(asked))
         return await self.log.submit(command)
 
     async def ask_load(
@@ -326,6 +329,8 @@ async def running(
     policy: Policy | None = None,
     store: ModelCache | None = None,
     pool: WorkerPool | None = None,
+    has_store: bool = True,
+    store_bytes: int | None = None,
 ) -> AsyncIterator[Engine]:
     """Start the runtime on `<folder>/ledger.db` and `<folder>/models`; nothing of it is left after.
 
@@ -339,12 +344,16 @@ async def running(
         policy: such as one with a budget.
         store: where prepared forms are, open; without one, none are made or used.
         pool: one that tests share; its workers end with this, its fork server does not.
+        has_store: whether versions are taken into a store, or loaded from the repository.
+        store_bytes: the limit of that store.
     """
     with unhurried():
         clock = clock or Clock()
         log, shared = Log(folder / "ledger.db", now=clock.now, boottime=clock.boottime), pool
         pool = shared or WorkerPool(patience_s=LIMIT_S)
         repository = Repository(folder / "models")
+        kept = opened_store(folder, store_bytes) if has_store else None
+        contents = ModelContents(repository, kept)
         if shared is None:
             await pool.open()
         await log.open()
@@ -354,7 +363,7 @@ async def running(
         consumer = Consumer(
             log,
             pool,
-            repository,
+            contents,
             policy=policy,
             drain_timeout_s=drain_timeout_s,
             demand=demand,
@@ -364,7 +373,9 @@ async def running(
         try:
             async with open_reader(log.path) as reader:
                 router = Router(log, consumer.loads, repository, max_queue=max_queue)
-                yield Engine(log, reader, pool, repository, consumer, demand, router, clock, applying)
+                yield Engine(
+                    log, reader, pool, repository, contents, consumer, demand, router, clock, applying
+                )
         finally:
             await consumer.stop()
             await asyncio.wait([applying])

@@ -38,7 +38,7 @@ def store_version(store: Store, root: Path, folder: Path) -> StoredVersion:
     """Take a version into the store, durably; nothing holds it afterwards."""
     taken = store.take(root, folder)
     version = store.settle(taken, store.hash_copy(taken))
-    store.make_durable(version)
+    store.make_durable(version.digest)
     store.release(version.digest)
     return version
 

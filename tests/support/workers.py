@@ -70,7 +70,7 @@ def unhurried() -> Iterator[None]:
 def order_of(root: Path, model_id: str = "m", version: int | None = None, **changes: Any) -> Load:
     """Make the order to load a version of a model, the highest when none is named, with these changes."""
     found = Repository(root).resolve(model_id, version)
-    order = Load(str(root), str(found.folder), tuple(file.path for file in found.files), threads=1)
+    order = Load(str(root), str(found.folder), sum(file.bytes for file in found.files), threads=1)
     return replace(order, **changes)
 
 

@@ -15,11 +15,13 @@ from support.clients import printed, printed_json, refused
 from support.history import History, opened
 from support.http import LocalApi
 from support.ledgers import append_events, change_ledger, rows_of, sample_history, sound_ledger
+from support.store import opened_store, store_version, write_version
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
 from events.audit.verify import verify
 from events.datalock import LEDGER, lock_data
+from runtime.store.manifest import StoredVersion
 from server.auth.keys import ensure_data_dir, open_signer
 
 ROUNDS = 2
@@ -344,3 +346,39 @@ def test_replay_without_ledger_is_refused(tmp_path: Path) -> None:
         reason = refused(*command, "--data", tmp_path)
         assert words in reason
         assert reason.count("\n") == 1
+
+
+# verify, of a store
+
+
+@pytest.fixture
+def stored(data: Path) -> StoredVersion:
+    """A version in the store of that data directory."""
+    folder = write_version(data.parent / "models", {"model.onnx": b"model"})
+    return store_version(opened_store(data), data.parent / "models", folder)
+
+
+def test_verify_store_hashes_everything(data: Path, stored: StoredVersion) -> None:
+    assert lines("verify", "--store", "--data", data) == ["verified: 1 version, 5 bytes"]
+    assert printed_json("verify", "--store", "--data", data) == {
+        "verified": True,
+        "versions": 1,
+        "bytes": 5,
+        "findings": [],
+    }
+    file = stored.folder / "model.onnx"
+    seen = file.stat()
+    file.chmod(0o600)
+    file.write_bytes(b"MODEL")
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    (found,) = lines("verify", "--store", "--data", data, code=1)
+    assert found.startswith(f"NOT verified: version {stored.digest}: 'model.onnx' has SHA-256 ")
+    (finding,) = printed_json("verify", "--store", "--data", data, code=1)["findings"]
+    assert finding["digest"] == stored.digest
+
+
+def test_verify_store_takes_a_data_directory_alone(data: Path, exported: Path) -> None:
+    assert "--data DIR" in refused("verify", "--store", code=2)
+    assert "nothing else" in refused("verify", "--store", "--data", data, exported, code=2)
+    assert "no directory" in refused("verify", "--store", "--data", data / "none", code=2)
+    assert lines("verify", "--store", "--data", data) == ["verified: 0 versions, 0 bytes"]

@@ -17,11 +17,12 @@ from support.running import Engine, running
 from support.workers import until
 
 from events.jobs import JobStatus
-from events.types import LoadParameters, LoadStarted, ModelLoaded
+from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime.cache.manifest import Entry
 from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import has_outside_cause
+from runtime.contents import ModelContents
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -64,12 +65,14 @@ def form_of(store: ModelCache, root: Path, model_id: str = "m") -> str | None:
 
 
 def candidate(root: Path, model_id: str = "m", peak_bytes: int = 50 * 10**6) -> Candidate:
-    return Candidate(f"load of {model_id}", model_id, 1, found(root / model_id / "1"), peak_bytes)
+    files = found(root / model_id / "1")
+    loaded = tuple(LoadedFile(file.path, file.bytes, file.mtime_ns, file.sha256) for file in files)
+    return Candidate(f"load of {model_id}", model_id, 1, loaded, peak_bytes)
 
 
 @pytest.fixture
 def preparer(store: ModelCache, pool: WorkerPool, tmp_path: Path) -> Preparer:
-    return Preparer(store, pool, Repository(tmp_path), lambda: None)
+    return Preparer(store, pool, ModelContents(Repository(tmp_path), None), lambda: None)
 
 
 async def offer(preparer: Preparer, *candidates: Candidate) -> None:

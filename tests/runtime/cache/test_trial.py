@@ -22,7 +22,7 @@ from runtime.cache.trial import (
     make_samples,
     verdict,
 )
-from runtime.errors import LoadRefused, WorkerDied
+from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.wire import DATATYPES, CachedCopy, Tensor, TensorSpec
 
@@ -107,15 +107,6 @@ async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, root: Pat
     with pytest.raises(WorkerDied):
         await tried(pool, root, order.prepared)
     assert not pool._workers
-
-
-async def test_trial_of_changed_files_is_refused(pool: WorkerPool, root: Path) -> None:
-    save(models.add(2), root, "m")
-    form = await prepared(pool, root)
-    save(models.add(3), root, "m")
-    with pytest.raises(LoadRefused) as refused:
-        await tried(pool, root, form)
-    assert refused.value.code == "model_changed"
 
 
 @pytest.mark.parametrize(

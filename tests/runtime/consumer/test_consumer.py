@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from msgspec import structs
 from onnx import ModelProto
 from support import models
 from support.running import Engine, error_of, gone, running
@@ -50,9 +49,12 @@ async def test_load_records_hashes_memory_and_durations(engine: Engine) -> None:
     assert sum(parts) <= durations.total_us
     assert await engine.ask("adder", 1) == 2
     await engine.unload("adder")
-    await engine.load("adder", 1)  # with the hashes that are known
+    await engine.load("adder", 1)  # from the store
     assert [each.files for each in await engine.facts(ModelLoaded, of="adder")] == [(file,)] * 2
-    assert engine.consumer._executor._known_files["adder", 1] != ()
+    first, again = await engine.facts(ModelLoaded, of="adder")
+    assert (first.verified, again.verified) == (True, True)
+    assert (first.durations.copying_us is None, again.durations.copying_us) == (False, None)
+    assert again.durations.hashing_us == 0
 
 
 async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_pool: WorkerPool) -> None:
@@ -114,8 +116,8 @@ async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
 
     def spoil_report() -> None:
         if load.report is not None:
-            [file] = load.report.files
-            load.report = structs.replace(load.report, files=(structs.replace(file, path="\ud800"),))
+            found = load.files.version_files
+            found.files = (replace(found.files[0], path="\ud800"),)
         wake()
 
     load.wake = spoil_report

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 from collections.abc import Iterator
@@ -252,6 +253,7 @@ async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: Worke
 async def test_missing_files_are_no_reason_to_give_up(folder: Path) -> None:
     async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("other")
+        shutil.rmtree(folder / "store")
         (folder / "models").rename(folder / "away")
         await engine.die("other")
         for failed in range(1, MAX_INCIDENTS + 3):

@@ -21,10 +21,11 @@
 
 from itertools import pairwise
 
+from support.history import CONTENTS
 from support.worlds import World
 
 from events.clock import add_seconds, seconds_between
-from events.commands import FileIdentity, RequestLoad
+from events.commands import RequestLoad
 from events.jobs import CRASH_LOOP
 from events.models import ModelState
 from events.types import LoadParameters, ModelLoaded, WorkerExited
@@ -36,8 +37,7 @@ def test_llama_cpp_22284_models_that_do_not_fit_together_take_turns() -> None:
     world = World(Policy(loads_at_once=2, budget_bytes=100, evicts=True))
     for _ in range(100):
         for name, version in {"b": 2, "c": 1}.items():
-            files = (FileIdentity("model.onnx", 4_096, 1),)
-            world.submit(RequestLoad(name, version, files, "alice", LoadParameters(timeout_s=3_600)))
+            world.submit(RequestLoad(name, version, CONTENTS, "alice", LoadParameters(timeout_s=3_600)))
         world.settle()
         world.progress("loaded")
         world.settle()
@@ -51,7 +51,7 @@ def test_llama_cpp_22284_models_that_do_not_fit_together_take_turns() -> None:
 
 def test_pytorch_serve_2030_restarts_are_bounded() -> None:
     world = World()
-    world.submit(RequestLoad("a", 1, (), "alice"))
+    world.submit(RequestLoad("a", 1, None, "alice"))
     world.settle()
     deaths = 0
     while world.state.models["a"].state is not ModelState.FAILED:

@@ -14,14 +14,13 @@ from hypothesis.stateful import (
     rule,
 )
 from support.fleet import of_both
-from support.history import PLAIN
+from support.history import CONTENTS, PLAIN
 from support.worlds import Process, World
 
 from events.clock import add_seconds, seconds_between
 from events.commands import (
     Command,
     Condition,
-    FileIdentity,
     JobUnchanged,
     ModelUnchanged,
     RequestCancel,
@@ -323,17 +322,17 @@ PARAMETERS = st.builds(
 )
 
 LOADS = st.builds(
-    lambda name, version, mtime_ns, parameters, asked: RequestLoad(
+    lambda name, version, contents, parameters, asked: RequestLoad(
         name,
         version,
-        (FileIdentity("model.onnx", 4_096, mtime_ns),),
+        contents,
         "alice",
         parameters,
         asked=frozenset(asked | ({"instances"} if parameters.instances > 1 else set())),
     ),
     NAMES,
     st.sampled_from([1, 1, 2]),
-    st.sampled_from([1, 1, 1, 2]),
+    st.sampled_from([CONTENTS, CONTENTS, CONTENTS, None]),
     PARAMETERS,
     st.sets(st.sampled_from(["pinned", "keep_alive_s", "timeout_s", "strategy"])),
 )
@@ -448,8 +447,7 @@ class Simulation(RuleBasedStateMachine):
     @rule(name=NAMES, version=st.sampled_from([1, 2]), turns=TURNS)
     def an_inference_asks_for_a_model(self, name: str, version: int, turns: int) -> None:
         self.world.demanded.add(name)
-        files = (FileIdentity("model.onnx", 4_096, 1),)
-        self.world.submit(RequestLoad(name, version, files, "pia", cause=Cause.DEMAND))
+        self.world.submit(RequestLoad(name, version, CONTENTS, "pia", cause=Cause.DEMAND))
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), turns=TURNS)

@@ -147,7 +147,7 @@ def test_same_bytes_taken_at_once_are_stored_once(root: Path, tmp_path: Path) ->
         version = store.settle(taken, store.hash_copy(taken))
         with open_file:
             assert open_file.read() == b"model"  # what is loaded stays with its worker
-        store.make_durable(version)
+        store.make_durable(version.digest)
         return version
 
     with ThreadPoolExecutor(8) as threads:

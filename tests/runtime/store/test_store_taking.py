@@ -333,7 +333,7 @@ def test_least_recently_used_version_is_swept_for_another(root: Path, tmp_path: 
 def test_needed_version_is_never_swept(root: Path, tmp_path: Path, *, held: bool) -> None:
     store = opened_store(tmp_path, 15)
     one = store_version(store, root, write_version(root, {"model.onnx": b"1" * 10}))
-    needed = () if held else (one.digest,)
+    needed = frozenset[str] if held else lambda: {one.digest}
     if held:
         assert store.find(one.digest) is not None
     with pytest.raises(StoreFull) as refusal:

@@ -60,10 +60,8 @@ async def test_cached_model_answers_as_the_bare_one(pool: WorkerPool, tmp_path: 
     bare, bare_report = await load(pool, order_of(root))
     for form in FORMS:
         copy = await prepared(pool, root, form)
-        assert [source.path for source in copy.sources] == [file.path for file in bare_report.files]
         worker, report = await load(pool, order_of(root, prepared=copy))
         assert (report.inputs, report.outputs) == (bare_report.inputs, bare_report.outputs)
-        assert report.files == bare_report.files  # with the hashes of the repository's own
         if given is not None:
             assert await data_of(worker, given) == await data_of(bare, given)
 
@@ -79,9 +77,8 @@ def status(pid: int) -> str:
 async def test_peak_memory_of_a_form_is_measured(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(16, layers=1), tmp_path / "models", "m")  # packed, and then found packed in the form
     order = order_of(tmp_path / "models")
-    _, bare = await load(pool, order)
     given = await prepared(pool, tmp_path / "models")
-    worker, _ = await load(pool, replace(order, known=bare.files, prepared=given))
+    worker, _ = await load(pool, replace(order, prepared=given))
     assert loaded_memory(worker).memory_bytes < 12_000_000
     assert 15_000_000 < loaded_memory(worker).peak_memory_bytes < 28_000_000
 
@@ -103,9 +100,7 @@ async def crafted(root: Path, form: ModelProto | bytes) -> Load:
 async def test_form_is_loaded_in_place_of_the_model(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(1), tmp_path / "models", "m")
     order = await crafted(tmp_path / "models", models.add(5))
-    known = found(order.folder)
-    worker, report = await load(pool, replace(order, known=known, memory_limit_bytes=100_000_000))
-    assert report.files == known
+    worker, _ = await load(pool, replace(order, memory_limit_bytes=100_000_000))
     assert array((await ask(worker, [floats("x", 1)]))[0]).tolist() == [6]
 
 
@@ -148,18 +143,6 @@ async def test_aligned_weights_prevent_the_runtimes_crash(pool: WorkerPool, tmp_
     ours, _ = await load(pool, order_of(root, prepared=await prepared(pool, root)))
     for count in (1, 2, 3, 64):
         assert await data_of(ours, rows_input(count)) == await data_of(bare, rows_input(count))
-
-
-async def test_file_changed_while_its_form_loads_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.add(), tmp_path / "models", "m")
-    order = await crafted(tmp_path / "models", models.slow_model(600))
-    file = Path(order.folder) / "model.onnx"
-
-    def touch(stage: str) -> None:
-        if stage == "loading":
-            os.utime(file, ns=(1, 1))
-
-    assert (await refusal(pool, order, on_stage=touch)).code == "model_changed"
 
 
 @pytest.mark.parametrize("limit", [0, 100_000])

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from events.accept import MAX_QUEUE
 from events.commands import RequestLoad
 from events.types import LoadRequested, ModelLoaded
 from server.appkeys import LOG
+from server.check import find_unusable_paths
+from server.config import Config
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -77,6 +80,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
         "position": job["position"], "prepared": None, "error": None, "instances": 1,
+        "repository_changed": False,
     }  # fmt: skip
     events = await shared.events("m")
     assert [event.type for event in events] == ["LoadRequested", "LoadStarted", "ModelLoaded"]
@@ -286,7 +290,7 @@ async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
     names = [f"x{number}" for number in range(MAX_QUEUE - 2)]
     for name in names:
         api.save(models.identity(), name)
-    others = [RequestLoad(name, 1, (), "alice") for name in names]
+    others = [RequestLoad(name, 1, None, "alice") for name in names]
     await asyncio.gather(*map(api.app[LOG].submit, others))
     answer = await api.post("/api/v1/models/last/load")
     assert answer.refusal == (429, "queue_full")
@@ -317,3 +321,42 @@ async def test_failed_warm_up_can_be_switched_off_per_model(shared: LocalApi) ->
     assert "cold/loadledger.toml: warm_up.enabled: Expected `bool`" in answer.json["detail"]
     defaults.write_text("warm_up.enabled = false")
     await shared.load("cold")
+
+
+async def test_newer_files_of_the_repository_are_shown(api: LocalApi) -> None:
+    api.save(models.add(1), "m")
+    assert (await api.model("m"))["repository_changed"] is None
+    await api.load("m")
+    position = api.position
+    assert (await api.model("m"))["repository_changed"] is False
+    api.save(models.add(2), "m")
+    assert (await api.model("m"))["repository_changed"] is True
+    (listed,) = (await api.get("/api/v1/models")).json["models"]
+    assert listed["repository_changed"] is True
+    assert (await api.get(f"/api/v1/models/m?at={position}")).json["repository_changed"] is None
+    job = await api.load("m")
+    assert job["started_at"] is not None
+    assert (await api.model("m"))["repository_changed"] is False
+
+
+async def test_load_of_equal_bytes_completes_and_restarts_nothing(api: LocalApi) -> None:
+    folder = api.save(models.add(1), "m")
+    first = await api.load("m")
+    os.utime(folder / "model.onnx")
+    assert (await api.model("m"))["repository_changed"] is True
+    job = await api.load("m")
+    assert (job["id"] != first["id"], job["started_at"]) == (True, None)
+    assert (await api.model("m"))["job_id"] == first["id"]
+    assert (await api.model("m"))["repository_changed"] is False
+    assert (await api.load("m"))["id"] == first["id"]
+
+
+async def test_load_without_a_store_needs_an_immutable_repository(start: Start) -> None:
+    api = await start(store="off", repository_immutable="on")
+    api.save(models.add(1), "m")
+    await api.load("m")
+    (event,) = await api.data_of(ModelLoaded)
+    assert not event.verified
+    assert not (api.config.data / "store").exists()
+    mistakes = list(find_unusable_paths(asdict(Config(repository=Path(), data=Path(), store="off"))))
+    assert [place for place, _ in mistakes if place == "--store"] == ["--store"]

@@ -1,0 +1,398 @@
+"""Which bytes a version has, and from where a load takes them: the store, or else the repository.
+
+A load asks `obtain` for the files. Their hashes are known if the repository still has the files that were
+stored, or if the load must have certain bytes; else `hash` finds them beside the creation of the session, and
+`settle` keeps them. Without a store, workers load from the repository itself.
+
+All methods block, so call them in threads.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from events.jobs import BYTES_GONE
+from events.types import LoadedFile
+from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
+from runtime.repository import MODEL_FILE, FileStat, FoundFile, Repository
+from runtime.store.copying import IsCancelled, hash_descriptor
+from runtime.store.manifest import StoredFile, StoredVersion, digest_of
+from runtime.store.problems import RepositoryUnreadable
+from runtime.store.sources import open_sources
+from runtime.store.store import FindNeeded, Store, TakenCopy, is_never
+
+Contents = tuple[tuple[str, str], ...]
+"""Path and SHA-256 of each file of a version, in order of their paths."""
+
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
+
+class BytesGone(RuntimeProblem):
+    """Neither the store nor the repository has the bytes from which the model served."""
+
+    code = BYTES_GONE
+
+
+@dataclass(slots=True)
+class VersionFiles:
+    """The files of a version for one load, to be released by `release`.
+
+    Attributes:
+        root: what no file may leave.
+        folder: where workers find the files; another one once the copy is settled.
+        files: as the repository has them, in order of their paths.
+        sha256s: their hashes, in the same order; None until they are known.
+        copy: the private copy that is not settled.
+        hashed: its files, once they are hashed.
+        digest: of the stored version that is held; None without one.
+        sources: the repository's files, if they were looked at.
+        copying_us: how long taking them into the store took; None if they were there.
+        hashing_us: how long hashing took; 0 if the hashes were known.
+    """
+
+    model_id: str
+    version: int
+    root: Path
+    folder: Path
+    files: tuple[FileStat, ...]
+    sha256s: tuple[str, ...] | None = None
+    copy: TakenCopy | None = None
+    hashed: tuple[StoredFile, ...] = ()
+    digest: str | None = None
+    sources: tuple[FoundFile, ...] = ()
+    copying_us: int | None = None
+    hashing_us: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files together."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether workers load from the store."""
+        return self.copy is not None or self.digest is not None
+
+    @property
+    def loaded_files(self) -> tuple[LoadedFile, ...]:
+        """The files as the ledger records them.
+
+        Raises:
+            RuntimeError: they have not been hashed.
+        """
+        if self.sha256s is None:
+            raise RuntimeError(f"the files in {self.folder} have not been hashed")
+        return tuple(
+            LoadedFile(file.path, file.bytes, file.mtime_ns, sha256)
+            for file, sha256 in zip(self.files, self.sha256s, strict=True)
+        )
+
+    @property
+    def contents(self) -> Contents | None:
+        """Path and hash of each file; None until they are known."""
+        return None if self.sha256s is None else contents_of(self.loaded_files)
+
+
+def contents_of(files: Iterable[LoadedFile]) -> Contents:
+    """Return path and SHA-256 of recorded files, in order of their paths."""
+    return tuple(sorted((file.path, file.sha256) for file in files))
+
+
+@dataclass(slots=True)
+class _Remembered:
+    """What was loaded from the repository itself: its files as they were, and their hashes."""
+
+    sources: tuple[FoundFile, ...]
+    sha256s: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class ModelContents:
+    """The contents of model versions.
+
+    Args:
+        repository: the source of versions.
+        store: what workers load from; None lets them load from the repository, which then must not change.
+        find_needed: returns the digests of versions that must not be swept for another.
+    """
+
+    repository: Repository
+    store: Store | None
+    find_needed: FindNeeded = frozenset
+    _remembered: dict[tuple[str, int], _Remembered] = field(default_factory=dict)
+
+    def obtain(
+        self,
+        model_id: str,
+        version: int,
+        expected: Sequence[LoadedFile] | None = None,
+        is_cancelled: IsCancelled = is_never,
+    ) -> VersionFiles:
+        """Return the files of a version: those of the repository, or those of a load before.
+
+        Args:
+            model_id: the model.
+            version: its version.
+            expected: the files that the version must have, as the ledger has them; None takes the present
+                ones.
+            is_cancelled: asked between pieces.
+
+        Raises:
+            RuntimeProblem: `unknown_model`, `unknown_version`, or of the copy: see `Store.take`;
+                `bytes_gone`.
+        """
+        if expected is not None:
+            return self._obtain_same(model_id, version, tuple(expected), is_cancelled)
+        return self._obtain_present(model_id, version, is_cancelled)
+
+    def hash(self, files: VersionFiles, is_cancelled: IsCancelled = is_never) -> None:
+        """Hash the files, unless their hashes are known.
+
+        Raises:
+            LoadRefused: `model_changed`, files of the repository itself changed meanwhile.
+            RuntimeProblem: `store_unavailable`, `repository_unreadable`, `copy_cancelled`.
+        """
+        if files.sha256s is not None:
+            return
+        began_ns = time.monotonic_ns()
+        if self.store is not None and files.copy is not None:
+            files.hashed = self.store.hash_copy(files.copy, is_cancelled)
+            files.sha256s = tuple(file.sha256 for file in files.hashed)
+        else:
+            files.sha256s = _hash_sources(files, is_cancelled)
+        files.hashing_us = (time.monotonic_ns() - began_ns) // 1000
+
+    def settle(self, files: VersionFiles) -> None:
+        """Keep hashed files for later loads: a copy gets its name in the store, and is held until `release`.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`.
+        """
+        key = files.model_id, files.version
+        if self.store is None:
+            if files.sha256s is not None:
+                self._remembered[key] = _Remembered(files.sources, files.sha256s)
+        elif files.copy is not None:
+            copy, files.copy = files.copy, None
+            stored = self.store.settle(copy, files.hashed)
+            files.folder, files.digest = stored.folder, stored.digest
+            files.root = files.folder
+            self.store.record_source(*key, copy.sources, stored.digest)
+
+    def make_durable(self, files: VersionFiles) -> None:
+        """Sync settled files to the disk.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`; the next start does not find them.
+        """
+        if self.store is not None and files.digest is not None:
+            self.store.make_durable(files.digest)
+
+    def release(self, files: VersionFiles) -> None:
+        """Give the files of a load back; a copy that was not settled is removed."""
+        if self.store is None:
+            return
+        if files.copy is not None:
+            copy, files.copy = files.copy, None
+            self.store.discard(copy)
+        if files.digest is not None:
+            digest, files.digest = files.digest, None
+            self.store.release(digest)
+
+    def known_contents(self, model_id: str, version: int) -> Contents | None:
+        """Return the contents of a version if the repository still has the files that were loaded from it.
+
+        Raises:
+            LoadRefused: `unsafe_file`, `model_changed`.
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        sources = self._look(model_id, version)
+        if self.store is None:
+            known = self._remembered.get((model_id, version))
+            if known is None or known.sources != sources:
+                return None
+            return tuple((file.path, sha256) for file, sha256 in zip(sources, known.sha256s, strict=True))
+        digest = self.store.find_source(model_id, version, sources)
+        return None if digest is None else self.store.contents(digest)
+
+    def has_changed(self, model_id: str, version: int, loaded: Iterable[LoadedFile]) -> bool:
+        """Whether the repository has other files than those that were loaded, as far as their identities say.
+
+        A version that is not there, or cannot be looked at, is no newer one; nor is one of which nothing was
+        recorded.
+        """
+        if self.store is None:
+            remembered = self._remembered.get((model_id, version))
+            is_recorded = remembered is not None
+        else:
+            is_recorded = self.store.read_source(model_id, version) is not None
+        try:
+            return is_recorded and self.known_contents(model_id, version) != contents_of(loaded)
+        except (LoadRefused, RepositoryUnreadable):
+            return False
+
+    def find(self, model_id: str, version: int, loaded: Sequence[LoadedFile]) -> VersionFiles | None:
+        """Return the files that were loaded, held, wherever workers loaded them from; None if they are gone.
+
+        Raises:
+            CopyCancelled: `copy_cancelled`.
+        """
+        if self.store is not None:
+            return self._find_stored(model_id, version, loaded, is_never)
+        try:
+            files = self._in_repository(model_id, version, self._look(model_id, version))
+            self.hash(files)
+        except (LoadRefused, RepositoryUnreadable):
+            return None
+        return files if files.contents == contents_of(loaded) else None
+
+    def _obtain_present(self, model_id: str, version: int, is_cancelled: IsCancelled) -> VersionFiles:
+        found = self.repository.resolve(model_id, version)
+        sources = self._look(model_id, version)
+        if self.store is None:
+            return self._in_repository(model_id, version, sources)
+        digest = self.store.find_source(model_id, version, sources)
+        stored = self.store.find(digest, is_cancelled) if digest is not None else None
+        if stored is not None:
+            return _of_stored(model_id, version, stored, {file.path: file.mtime_ns for file in sources})
+        began_ns = time.monotonic_ns()
+        copy = self.store.take(self.repository.root, found.folder, self.find_needed, is_cancelled)
+        return VersionFiles(
+            model_id,
+            version,
+            root=copy.folder,
+            folder=copy.folder,
+            files=_stats_of(copy.sources),
+            copy=copy,
+            sources=copy.sources,
+            copying_us=(time.monotonic_ns() - began_ns) // 1000,
+        )
+
+    def _obtain_same(
+        self, model_id: str, version: int, expected: Sequence[LoadedFile], is_cancelled: IsCancelled
+    ) -> VersionFiles:
+        stored = self._find_stored(model_id, version, expected, is_cancelled)
+        if stored is not None:
+            return stored
+        try:
+            files = self._obtain_present(model_id, version, is_cancelled)
+        except (UnknownModel, UnknownVersion):
+            self._check_readable(model_id, version)
+            raise _gone(model_id, version, "the repository has no such version any more") from None
+        except LoadRefused as refused:
+            if refused.code != "unsafe_file":
+                raise
+            raise _gone(model_id, version, f"of what the repository has, {refused}") from None
+        try:
+            self.hash(files, is_cancelled)
+            _check_same(files, expected)
+            self.settle(files)
+        except BaseException:
+            self.release(files)
+            raise
+        return files
+
+    def _find_stored(
+        self, model_id: str, version: int, loaded: Sequence[LoadedFile], is_cancelled: IsCancelled
+    ) -> VersionFiles | None:
+        digest = digest_of((file.path, file.sha256) for file in loaded)
+        stored = self.store.find(digest, is_cancelled) if self.store is not None else None
+        if stored is None:
+            return None
+        return _of_stored(model_id, version, stored, {file.path: file.mtime_ns for file in loaded})
+
+    def _in_repository(self, model_id: str, version: int, sources: tuple[FoundFile, ...]) -> VersionFiles:
+        known = self._remembered.get((model_id, version))
+        return VersionFiles(
+            model_id,
+            version,
+            root=self.repository.root,
+            folder=self._folder_of(model_id, version),
+            files=_stats_of(sources),
+            sha256s=known.sha256s if known is not None and known.sources == sources else None,
+            sources=sources,
+        )
+
+    def _look(self, model_id: str, version: int) -> tuple[FoundFile, ...]:
+        with open_sources(self.repository.root, self._folder_of(model_id, version)) as sources:
+            return sources.look()
+
+    def _folder_of(self, model_id: str, version: int) -> Path:
+        return self.repository.root / model_id / str(version)
+
+    def _check_readable(self, model_id: str, version: int) -> None:
+        """Refuse to judge by a repository that cannot be read, or is not mounted.
+
+        Raises:
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        root, folder = self.repository.root, self._folder_of(model_id, version)
+        try:
+            with os.scandir(root) as entries:
+                is_empty = next(entries, None) is None
+        except OSError as error:
+            raise RepositoryUnreadable(f"the repository {root} cannot be read: {error.strerror}") from None
+        if is_empty:
+            raise RepositoryUnreadable(f"the repository {root} is empty: is it mounted?")
+        for path in (folder.parent, folder, folder / MODEL_FILE):
+            try:
+                path.stat()
+            except OSError as error:
+                if error.errno in _GONE:
+                    return
+                raise RepositoryUnreadable(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _of_stored(model_id: str, version: int, stored: StoredVersion, mtimes_ns: dict[str, int]) -> VersionFiles:
+    return VersionFiles(
+        model_id,
+        version,
+        root=stored.folder,
+        folder=stored.folder,
+        files=tuple(FileStat(file.path, file.bytes, mtimes_ns[file.path]) for file in stored.files),
+        sha256s=tuple(file.sha256 for file in stored.files),
+        digest=stored.digest,
+    )
+
+
+def _stats_of(files: Iterable[FoundFile]) -> tuple[FileStat, ...]:
+    return tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in files)
+
+
+def _hash_sources(files: VersionFiles, is_cancelled: IsCancelled) -> tuple[str, ...]:
+    with open_sources(files.root, files.folder) as sources:
+        sha256s = []
+        for file in files.sources:
+            with sources.open_file(file) as descriptor:
+                try:
+                    sha256s.append(hash_descriptor(descriptor, is_cancelled))
+                except OSError as error:
+                    raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
+        if sources.look() != files.sources:
+            raise LoadRefused("model_changed", "the model's files changed while they were loaded")
+    return tuple(sha256s)
+
+
+def _check_same(files: VersionFiles, expected: Sequence[LoadedFile]) -> None:
+    if files.contents != contents_of(expected):
+        reason = _describe_difference(files.loaded_files, expected)
+        raise _gone(files.model_id, files.version, reason)
+
+
+def _gone(model_id: str, version: int, reason: str) -> BytesGone:
+    return BytesGone(
+        f"version {version} of {model_id!r} served from bytes that the store does not have any more, and"
+        f" {reason}: load the model again to use what the repository has now"
+    )
+
+
+def _describe_difference(present: Sequence[LoadedFile], expected: Sequence[LoadedFile]) -> str:
+    now = {file.path: file.sha256 for file in present}
+    for file in expected:
+        if now.get(file.path) != file.sha256:
+            is_now = now.get(file.path, "gone")
+            return f"in the repository {file.path!r} with SHA-256 {file.sha256} is now {is_now}"
+    return "the repository has more files now"
