@@ -15,17 +15,10 @@ from typing import TypeVar
 
 import pytest
 
-from events.types import (
-    JobCancelled,
-    LoadFailed,
-    LoadRequested,
-    ModelLoaded,
-    ModelUnloaded,
-    UnloadFailed,
-    UnloadRequested,
-)
+from events.types import LoadFailed, LoadRequested, ModelLoaded, UnloadRequested
 from runtime.memory import private_bytes
 from server.config import Config
+from server.observability.eventlog import ENDS
 from support import models
 from support.http import Answer, Json, when
 from support.servers import Server, events, verified
@@ -115,7 +108,7 @@ async def check_ledger(
             codes[f"failed {event.data.code}"] += 1
         if isinstance(event.data, LoadRequested | UnloadRequested):
             asked.add(event.id)
-        elif isinstance(event.data, ModelLoaded | LoadFailed | ModelUnloaded | UnloadFailed | JobCancelled):
+        elif isinstance(event.data, ENDS):
             assert event.job_id in asked - ends.keys(), event
             ends[event.job_id] = event.type
     assert asked == ends.keys(), asked - ends.keys()
