@@ -2,7 +2,7 @@
 
 Each call reads the file system and nothing is cached, so a version exists as soon as it is complete. Symbolic
 links are followed within the root. A model, version or model.onnx behind a link that leaves the root does not
-exist; `resolve` omits any other such file, and `identify`, and so the load, fails with `unsafe_file`.
+exist; `resolve` omits any other such file, and the load fails with `unsafe_file`.
 """
 
 import errno
@@ -190,31 +190,6 @@ class Repository:
             file = _only_model(self.root / model_id / name)
             return f"is not complete: its {MODEL_FILE} {seen}{f'; rename {file}' if file else ''}"
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {MODEL_FILE} is a folder"
-
-
-def identify(folder: Path, root: Path) -> list[FoundFile]:
-    """Return the identity of each file of a version, in order of their paths; no link may leave the root.
-
-    Raises:
-        LoadRefused: `unsafe_file`, for something that is not a regular file or is outside of the
-            repository, too many files, or too long paths; `model_changed`, when the folder or model.onnx is
-            gone.
-        MemoryError: there was too little memory to list a folder.
-    """
-    found = []
-    for path, seen in _walk(folder, Path(os.path.realpath(root))):
-        if isinstance(seen, str):
-            raise LoadRefused("unsafe_file", f"{path!r} {seen}")
-        found.append(_identity(path, seen))
-        if len(found) > MAX_FILES:
-            raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} files")
-    paths_bytes = sum(len(file.path.encode()) for file in found)
-    if paths_bytes > MAX_PATHS_BYTES:
-        reason = f"the paths of its files have {paths_bytes} bytes, and may have {MAX_PATHS_BYTES} together"
-        raise LoadRefused("unsafe_file", f"{reason}; shorten the names, or use fewer files")
-    if not any(file.path == MODEL_FILE for file in found):
-        raise LoadRefused("model_changed", f"{MODEL_FILE} is no longer there")
-    return sorted(found, key=lambda file: file.path)
 
 
 def open_identified(folder: Path, identity: FoundFile) -> int:

@@ -40,16 +40,16 @@ class SourceFolder:
                 too many files; `model_changed`, when model.onnx or another file is gone.
             RepositoryUnreadable: `repository_unreadable`.
         """
-        found, paths_bytes = list[FoundFile](), 0
+        found = list[FoundFile]()
         for path, seen in self._walk():
             found.append(identity_of(path, seen))
-            paths_bytes += len(path.encode())
             if len(found) > MAX_FILES:
                 raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} files")
-            if paths_bytes > MAX_PATHS_BYTES:
-                raise LoadRefused(
-                    "unsafe_file", f"the paths of the version's files have more than {MAX_PATHS_BYTES} bytes"
-                )
+        paths_bytes = sum(len(file.path.encode()) for file in found)
+        if paths_bytes > MAX_PATHS_BYTES:
+            figures = f"have {paths_bytes} bytes, and may have {MAX_PATHS_BYTES} together"
+            reason = f"the paths of its files {figures}; shorten the names, or use fewer files"
+            raise LoadRefused("unsafe_file", reason)
         if not any(file.path == MODEL_FILE for file in found):
             raise LoadRefused("model_changed", f"{MODEL_FILE} is no longer there")
         return tuple(sorted(found, key=lambda file: file.path))

@@ -11,13 +11,14 @@ from msgspec.structs import replace
 from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, save, save_bytes
+from support.store import look
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
 from events.commands import Record
 from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, identify, open_identified
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, open_identified
 
 
 def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
@@ -93,8 +94,8 @@ def test_links_within_the_repository_are_followed(tmp_path: Path) -> None:
     repository = Repository(tmp_path)
     assert repository.models() == ["alias", "m", "n"]
     assert repository.versions("alias") == [1, 2]
-    assert identify(tmp_path / "n" / "1", tmp_path)[0].inode == (folder / "model.onnx").stat().st_ino
-    assert {file.path for file in identify(folder, tmp_path)} >= {"model.onnx"}
+    assert look(tmp_path, tmp_path / "n" / "1")[0].inode == (folder / "model.onnx").stat().st_ino
+    assert {file.path for file in look(tmp_path, folder)} >= {"model.onnx"}
 
 
 def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_root_itself_may_be_a_link(tmp_path: Path) -> None:
     save(add(), tmp_path / "real", "m")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert Repository(tmp_path / "link").resolve("m").folder == tmp_path / "real" / "m" / "1"
-    assert len(identify(tmp_path / "link" / "m" / "1", tmp_path / "link")) == 1
+    assert len(look(tmp_path / "link", tmp_path / "link" / "m" / "1")) == 1
     with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
         Repository(tmp_path / os.fsdecode(b"\xff"))
 
@@ -138,30 +139,31 @@ def test_unsafe_file_is_refused_at_the_load(
     make(folder / name)
     assert [file.path for file in Repository(tmp_path).resolve("m").files] == ["model.onnx"]
     with pytest.raises(LoadRefused) as refusal:
-        identify(folder, tmp_path)
+        look(tmp_path, folder)
     assert refusal.value.code == "unsafe_file"
 
 
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.repository.MAX_FILES", 20)
+    monkeypatch.setattr("runtime.store.sources.MAX_FILES", 20)
     folder = save(add(), tmp_path, "m")
     for number in range(20):
         (folder / str(number)).touch()
     assert len(Repository(tmp_path).resolve("m").files) == 20
     with pytest.raises(LoadRefused, match="more than 20 files"):
-        identify(folder, tmp_path)
+        look(tmp_path, folder)
 
 
 def test_too_long_paths_are_refused_with_both_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 30)
+    monkeypatch.setattr("runtime.store.sources.MAX_PATHS_BYTES", 30)
     folder = save(add(), tmp_path, "m")
     (folder / ("x" * 20)).touch()
-    assert len(identify(folder, tmp_path)) == 2
+    assert len(look(tmp_path, folder)) == 2
     (folder / "y").touch()
     with pytest.raises(LoadRefused, match="have 31 bytes, and may have 30 together") as refusal:
-        identify(folder, tmp_path)
+        look(tmp_path, folder)
     assert refusal.value.code == "unsafe_file"
 
 
@@ -184,17 +186,17 @@ def test_unusable_version_folders_are_refused(tmp_path: Path) -> None:
         Repository(tmp_path).resolve("fifo")
     for folder, code, words in (
         (fifo, "unsafe_file", "not a regular file"),
-        (dangling, "unsafe_file", "No such file"),
+        (dangling, "unsafe_file", "leads nowhere"),
         (tmp_path / "none" / "1", "model_changed", "no longer there"),
     ):
         with pytest.raises(LoadRefused, match=words) as refusal:
-            identify(folder, tmp_path)
+            look(tmp_path, folder)
         assert refusal.value.code == code
 
 
 def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
     folder = save_bytes(b"before", tmp_path, "m")
-    (identity,) = identify(folder, tmp_path)
+    (identity,) = look(tmp_path, folder)
     os.close(open_identified(folder, identity))
     (folder / "new").write_bytes(b"after!")
     (folder / "new").rename(folder / "model.onnx")
@@ -209,10 +211,15 @@ def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
 WITHOUT_MEMORY = """
 import os, resource, sys
 from pathlib import Path
-from runtime.repository import identify
+from runtime.store.problems import RepositoryUnreadable
+from runtime.store.sources import open_sources
+
+def look(folder):
+    with open_sources(folder, folder) as sources:
+        return sources.look()
 
 folder, taken = Path(sys.argv[1]), []
-identify(folder, folder)
+look(folder)
 resource.setrlimit(resource.RLIMIT_DATA, (0, 0))
 try:
     while True:
@@ -220,8 +227,8 @@ try:
 except MemoryError:
     pass
 try:
-    identify(folder, folder)
-except MemoryError:
+    look(folder)
+except (MemoryError, RepositoryUnreadable):
     os._exit(7)
 """
 

@@ -1,4 +1,4 @@
-"""Whether the files of a pending load are those that its model was loaded from."""
+"""Whether the bytes of a pending load are those that its model was loaded from."""
 
 import asyncio
 import os
@@ -10,36 +10,48 @@ import pytest
 from msgspec.structs import replace
 from support import models
 from support.history import given
+from support.store import opened_store
 
 from events.types import LoadedFile
-from runtime.consumer.comparisons import FileComparisons
+from runtime.consumer.comparisons import ContentComparisons
+from runtime.contents import ModelContents
 from runtime.repository import Repository
+from runtime.store.store import hash_file
 
 
 def touch(folder: Path) -> None:
     os.utime(folder / "model.onnx", ns=(1, 1))
 
 
+def keep_times(folder: Path) -> None:
+    seen = (folder / "model.onnx").stat()
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(folder / "model.onnx", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
     ("change", "is_same"),
     [
         pytest.param(lambda _: None, True, id="unchanged"),
-        pytest.param(touch, False, id="other time"),
+        pytest.param(touch, True, id="other time"),
+        pytest.param(keep_times, False, id="same size and time"),
         pytest.param(shutil.rmtree, False, id="removed"),
     ],
 )
-async def test_comparison_with_loaded_files(
+async def test_comparison_with_loaded_bytes(
     change: Callable[[Path], None], *, is_same: bool, tmp_path: Path
 ) -> None:
-    folder = models.save(models.identity(), tmp_path, "digits")
-    repository, wakeup = Repository(tmp_path), asyncio.Event()
-    files = repository.resolve("digits", 1).files
+    folder, wakeup = models.save(models.identity(), tmp_path, "digits"), asyncio.Event()
     history = given("load request_again")
     serving = history.model().serving
     assert serving is not None
-    loaded = tuple(LoadedFile(file.path, file.bytes, file.mtime_ns, "ab" * 32) for file in files)
+    file = hash_file(folder, "model.onnx")
+    loaded = (LoadedFile(file.path, file.bytes, file.mtime_ns, file.sha256),)
     change(folder)
-    comparisons = FileComparisons(repository, wakeup.set)
+    (tmp_path / "data").mkdir()
+    contents = ModelContents(Repository(tmp_path), opened_store(tmp_path / "data"))
+    comparisons = ContentComparisons(contents, wakeup.set)
     comparisons.start(history.job("L3"), replace(serving, files=loaded))
     assert comparisons.known == {"L3": None}
     await asyncio.wait_for(wakeup.wait(), 60)
