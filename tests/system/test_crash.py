@@ -73,7 +73,7 @@ async def test_kill_9_ends_all_processes_and_next_start_finishes_jobs(config: Co
     log = await events(config)
     started = [event.data for event in log if isinstance(event.data, ServerStarted)]
     assert [data.unclean for data in started] == [False, True]
-    assert started[1].down_since is not None
+    assert started[1].last_seen_at is not None
     assert types(log, slow["id"]) == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
     assert types(log, pending["id"]) == ["LoadRequested", "LoadStarted", "ModelLoaded"]
 

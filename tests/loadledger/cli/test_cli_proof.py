@@ -21,6 +21,7 @@ from support.ledgers import change_ledger, sample_history, sound_ledger
 from events.audit.exportreader import audit_file
 from events.audit.signing import as_signed_head, key_id
 from events.datalock import LEDGER, lock_data
+from events.sqlite.storage import FOLDS
 from server.auth.keys import ensure_data_dir, open_signer
 
 HEAD = len(sample_history()) + 1
@@ -93,7 +94,7 @@ def test_archive_prints_positions_and_hash(data: Path, tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert check.head.public_key == open_signer(data).public_key
     assert printed_json("verify", "--data", data)["archives"] == [
-        {"first_position": 1, "last_position": 8, "file": "archive.gz"}
+        {"first_position": 1, "last_position": 8, "file": "archive.gz", "folds": FOLDS}
     ]
     assert "archived" in refused("export", "--data", data, "--after", 3, tmp_path / "export")
     done = printed_json("archive", "--data", data, "--before", 12, tmp_path / "b.gz")
