@@ -1,9 +1,15 @@
-"""The data directory: the file of its ledger, and its lock (`flock`), which ends with its process."""
+"""The data directory: the file of its ledger, and two locks, which end with their process.
+
+`lock_data` locks the directory, `lock_ledger` the file itself: two directories may hold the same file, by a
+hard link or a bind mount, and each would have its own write-ahead log.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +18,9 @@ from events.errors import DataInUse
 
 LEDGER = "ledger.db"
 """The log's file in the data directory."""
+
+_LOCKED_BYTE = 0x4000_0000 + 512
+"""The first byte after those that SQLite locks (PENDING_BYTE and 511 more); the file need not have it."""
 
 
 @contextmanager
@@ -33,6 +42,35 @@ def lock_data(data: Path) -> Iterator[None]:
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock_ledger(path: Path) -> Iterator[None]:
+    """Lock a ledger's file, which is created if it is missing, against servers of other directories.
+
+    Enter this before the ledger is opened, and leave it after: closing any descriptor of a file ends all
+    POSIX locks that the process has on it, SQLite's too. This one is an open file description lock
+    (fcntl(2), F_OFD_SETLK), which ends with its own descriptor only.
+
+    Raises:
+        DataInUse: `data_in_use`, another process has locked it.
+        OSError: the file cannot be opened or locked.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        lock = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_BYTE, 1, 0)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise DataInUse(
+                f"{path} is in use by another process, through another directory: it has a hard link, or its "
+                "directory is mounted there too; stop that process, or choose another --data"
+            ) from None
         yield
     finally:
         os.close(descriptor)

@@ -62,6 +62,18 @@ class IncompleteCopy(LedgerProblem):
     code = "incomplete_copy"
 
 
+class RolledBack(LedgerProblem):
+    """The ledger does not contain the last head that the server signed."""
+
+    code = "rolled_back"
+
+
+class ForeignHead(Exception):
+    """The ledger has events that this writer did not write. No caller handles this: the writer ends."""
+
+    code = "foreign_head"
+
+
 class Archived(LedgerProblem):
     """The events asked for were archived; the archive has them.
 

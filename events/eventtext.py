@@ -81,6 +81,11 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "ClockStepped": EventText(
         ("from {from} to {to}", "taken?|not followed"), {"from": "from", "to": "to", "taken": "taken"}, "bad"
     ),
+    "RollbackAccepted": EventText(
+        ("signed up to {kept_position}", "accepted at {head_position}"),
+        {"kept_position": "kept_position", "head_position": "head_position"},
+        "bad",
+    ),
 }
 
 _FORMS: Mapping[str | None, Callable[[Any], str]] = {

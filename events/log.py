@@ -42,11 +42,27 @@ from events.commands import (
     fail_callers,
 )
 from events.counters import Tally
-from events.errors import LedgerProblem, LogClosed, LogUnavailable, NotEncodable, RequestRefused
+from events.errors import (
+    ForeignHead,
+    LedgerProblem,
+    LogClosed,
+    LogUnavailable,
+    NotEncodable,
+    RequestRefused,
+)
 from events.sqlite.queries import LogHead, Row, kind_of
 from events.sqlite.storage import Database
 from events.state import Attempt, State
-from events.types import SYSTEM, ClockStepped, Draft, Event, ServerStarted, ServerStopped, record_draft
+from events.types import (
+    SYSTEM,
+    ClockStepped,
+    Draft,
+    Event,
+    RollbackAccepted,
+    ServerStarted,
+    ServerStopped,
+    record_draft,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -187,6 +203,7 @@ class Log:
         self.tally = Tally()
         self.fold_times = FoldTimes(boottime)
         self._is_started = False
+        self._uncertain_head: LogHead | None = None
 
     @property
     def healthy(self) -> bool:
@@ -296,6 +313,10 @@ class Log:
         self._is_started = True
         return receipt
 
+    async def rollback_accepted(self, accepted: RollbackAccepted) -> None:
+        """Append `RollbackAccepted`."""
+        await self.submit(Record((Draft(self._new_id(), accepted, SYSTEM),)))
+
     async def server_stopped(self) -> Receipt:
         """Append `ServerStopped`, after which nothing is appended."""
         self._is_started = False
@@ -317,8 +338,15 @@ class Log:
             wakeup.set()
 
     async def _open(self) -> None:
-        """Open the database, at the start or after an error, and continue from what it holds."""
+        """Open the database, at the start or after an error, and continue from what it holds.
+
+        Raises:
+            ForeignHead: after an error, another process has written.
+        """
         stored = await self._database.open()
+        if self._writer is not None and stored.head not in (self.head, self._uncertain_head):
+            raise ForeignHead(f"the ledger's head at {stored.head.position} was not written by this server")
+        self._uncertain_head = None
         self.head, self.state = stored.head, stored.state
         self.last_used, self.last_seen = stored.last_used, stored.last_seen
         self.notify()  # after an error in COMMIT the file may have new events
@@ -376,6 +404,8 @@ class Log:
         except LedgerProblem as error:
             fail_callers(group, error)
             return
+        except ForeignHead:
+            raise
         except Exception as error:  # noqa: BLE001 - a defect fails its group, not the server
             _log.exception("a group of commands could not be decided; none was applied")
             fail_callers(group, error)
@@ -402,13 +432,14 @@ class Log:
         entities = len(self.state.models) + decided.attempt.state.backlog
         began = time.monotonic()
         try:
-            await self._database.write(decided.rows, decided.attempt.changes, entities)
+            await self._database.write(decided.rows, decided.attempt.changes, entities, self.head)
             self.tally.commit_s.observe(time.monotonic() - began)
         except sqlite3.Error as error:
             _log.exception("the ledger could not be written")
             self.tally.write_failures += 1
             self._can_write = False
             await self._database.give_up(error)
+            self._uncertain_head = decided.head
             await self._check_written(decided.head)
         self._can_write = True
 
@@ -428,6 +459,8 @@ class Log:
             if not self._database.is_open:
                 await self._open()
             await self._database.note(note.used, self.now())
+        except ForeignHead:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a note, it fails alone
             await self._fail_note(note, error)
             return

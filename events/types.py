@@ -344,6 +344,23 @@ class ClockStepped(Struct, frozen=True, gc=False, rename={"begin": "from", "end"
     taken: bool
 
 
+class RollbackAccepted(Struct, frozen=True, gc=False):
+    """An operator accepted a ledger that does not contain the last head that the server signed.
+
+    Attributes:
+        kept_position: of that head; 0 if it could not be read.
+        kept_hash: its hash in hexadecimal; empty if it could not be read.
+        head_position: of the ledger's head as it was accepted.
+        head_hash: its hash in hexadecimal.
+    """
+
+    TYPE: ClassVar[str] = "RollbackAccepted"
+    kept_position: int
+    kept_hash: str
+    head_position: int
+    head_hash: str
+
+
 @dataclass(frozen=True, slots=True)
 class Unknown:
     """Data of a type or schema version that this release does not know: kept, and skipped by folds."""
@@ -372,6 +389,7 @@ Data = (
     | ServerStarted
     | ServerStopped
     | ClockStepped
+    | RollbackAccepted
 )
 """The types that this release writes."""
 

@@ -15,9 +15,10 @@ from functools import cache, partial
 
 from aiohttp import hdrs, web
 
+from events.audit.kepthead import HeadKeeper, find_rollback
 from events.commands import RequestLoad
-from events.datalock import LEDGER, lock_data
-from events.errors import LedgerProblem, LogUnavailable
+from events.datalock import LEDGER, lock_data, lock_ledger
+from events.errors import LedgerProblem, LogUnavailable, RolledBack
 from events.log import Log
 from events.sqlite.listing import open_reader
 from events.sqlite.presence import NOTE_EVERY_S
@@ -36,7 +37,7 @@ from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
 from server.api import events, health, jobs, models, pages, resources
-from server.api.events import PROVER, open_prover, open_streams
+from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
 from server.api.models import make_load_command
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
@@ -106,8 +107,11 @@ def all_routes(metrics: str = "token") -> list[Route]:
     ]
 
 
-def create_app(config: Config) -> web.Application:
-    """Return the application; it does no I/O before it starts."""
+def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Application:
+    """Return the application; it does no I/O before it starts.
+
+    With `accepts_rollback` it serves a ledger that does not contain the last signed head, and records that.
+    """
     verifier = create_verifier(config)
     proxies = config.proxies()
     gate = Gate(verifier, RateLimits(config), proxies=proxies)
@@ -137,8 +141,9 @@ def create_app(config: Config) -> web.Application:
     app[SCRAPES] = Scrapes()
     app.on_response_prepare.extend([add_quota_headers, add_request_id, _hide_version, _relocate_for_proxy])
     app.on_shutdown.append(_begin_stop)
+    ledger = partial(_ledger, accepts_rollback=accepts_rollback)
     app.cleanup_ctx.extend(
-        [_data_directory, _workers, _ledger, _reader, open_time_travel, _consumer, open_streams]
+        [_data_directory, _workers, ledger, _reader, open_time_travel, _consumer, open_streams]
     )
     return app
 
@@ -169,7 +174,7 @@ async def _begin_stop(app: web.Application) -> None:
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
     data = app[CONFIG].data
     await asyncio.to_thread(ensure_data_dir, data)
-    with lock_data(data):
+    with lock_data(data), lock_ledger(data / LEDGER):
         yield
 
 
@@ -190,14 +195,25 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         await pool.close()
 
 
-async def _ledger(app: web.Application) -> AsyncIterator[None]:
-    app[LOG] = log = Log(app[CONFIG].data / LEDGER)
+async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncIterator[None]:
+    data = app[CONFIG].data
+    rollback = await asyncio.to_thread(find_rollback, data, data / LEDGER)
+    if rollback is not None and not accepts_rollback:
+        raise RolledBack(
+            f"{rollback[1]}: {data / LEDGER} was replaced by an older ledger, or by another one; if that is "
+            "intended, as after a restore, start once with --accept-rollback, which the ledger records"
+        )
+    app[LOG] = log = Log(data / LEDGER)
     await log.open()
     try:
-        app[PROVER] = await open_prover(app[CONFIG].data, log.path)
+        app[PROVER] = prover = await open_prover(data, log.path)
+        app[HEAD_KEEPER] = keeper = HeadKeeper(data)
         started = await log.server_started()
+        if rollback is not None:
+            await log.rollback_accepted(rollback[0])
+        await keeper.keep(prover.head(log))
         app[REQUEST_LOG] = RequestLog(log, started.position)
-        noting = asyncio.create_task(_note_presence(log), name="presence")
+        noting = asyncio.create_task(_note_presence(log, prover, keeper), name="presence")
         denials = app[GATE].denials
         counting = asyncio.create_task(denials.run(log.submit), name="denials")
         yield
@@ -208,16 +224,18 @@ async def _ledger(app: web.Application) -> AsyncIterator[None]:
         if not failed_tasks(app):  # after a failure the next start must see an unclean stop
             with suppress(LogUnavailable):  # the stop counts as unclean then
                 await log.server_stopped()
+        await keeper.keep(prover.head(log))
     finally:
         await log.close()
 
 
-async def _note_presence(log: Log) -> None:
-    """Note each minute that the server is there, so that an unclean end is known to the minute."""
+async def _note_presence(log: Log, prover: Prover, keeper: HeadKeeper) -> None:
+    """Note each minute that the server is there, and keep the head: an unclean end is known to the minute."""
     while True:
         await asyncio.sleep(NOTE_EVERY_S)
         with suppress(LedgerProblem):  # next time, then; the writer has said what is wrong
             await log.note({})
+            await keeper.keep(prover.head(log))
 
 
 async def _reader(app: web.Application) -> AsyncIterator[None]:

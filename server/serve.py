@@ -90,10 +90,10 @@ MALLOC_OPTIONS = {
 """malloc.h"""
 
 
-def serve(config: Config, announce: Callable[[str], None]) -> int:
+def serve(config: Config, announce: Callable[[str], None], *, accepts_rollback: bool = False) -> int:
     """Serve until SIGTERM or SIGINT; return the process's exit code: 0, or 1 when a part of the server died.
 
-    `announce` is called with the server's URL once it is ready.
+    `announce` is called with the server's URL once it is ready; `accepts_rollback` is as for `create_app`.
 
     Raises:
         TlsProblem: the certificate or its key cannot be used.
@@ -105,7 +105,7 @@ def serve(config: Config, announce: Callable[[str], None]) -> int:
     _allow_many_descriptors()
     _keep_freed_memory()
     with log_to_stderr(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config, announce, Notifier(os.environ)))
+        return runner.run(_serve(config, announce, Notifier(os.environ), accepts_rollback=accepts_rollback))
 
 
 def _fill_standard_streams() -> None:
@@ -138,11 +138,13 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-async def _serve(config: Config, announce: Callable[[str], None], manager: Notifier) -> int:
+async def _serve(
+    config: Config, announce: Callable[[str], None], manager: Notifier, *, accepts_rollback: bool
+) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    app = create_app(config)
+    app = create_app(config, accepts_rollback=accepts_rollback)
     tracing = None
     if _exports_traces(config):
         from server.observability.tracing import Tracing  # noqa: PLC0415 - of an extra, and slow to import

@@ -33,6 +33,7 @@ BY: Mapping[str, str] = {
         "ServerStarted",
         "ServerStopped",
         "ClockStepped",
+        "RollbackAccepted",
     ),
     f"`{SYSTEM}`",
 )

@@ -10,6 +10,7 @@ import msgspec
 
 from events.codec import GENESIS, decode_event
 from events.commands import Join, KnownKey, read_key
+from events.errors import ForeignHead
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.sqlite.schema import check_readable, transaction
@@ -213,11 +214,32 @@ def write_note(connection: sqlite3.Connection, used: Mapping[str, str], seen_at:
         )
 
 
-def write_group(connection: sqlite3.Connection, rows: Sequence[Row], changes: Changes) -> None:
-    """Append one or more events, and store the entities that they changed, in one durable transaction."""
+def write_group(
+    connection: sqlite3.Connection, rows: Sequence[Row], changes: Changes, after: LogHead | None = None
+) -> None:
+    """Append one or more events, and store the entities that they changed, in one durable transaction.
+
+    Raises:
+        ForeignHead: the log's head is not the one that the events were made to follow.
+        sqlite3.Error: nothing was written, unless COMMIT failed.
+    """
     with transaction(connection):
+        if after is not None:
+            _refuse_other_head(connection, after)
         _insert(connection, rows)
         write_projections(connection, changes.models.values(), changes.jobs.values(), rows[-1].position)
+
+
+def _refuse_other_head(connection: sqlite3.Connection, expected: LogHead) -> None:
+    tip = "SELECT position, hash FROM events ORDER BY position DESC LIMIT 1"
+    found = connection.execute(tip).fetchone()
+    if found is None:
+        found = connection.execute("SELECT position, hash FROM base").fetchone()
+    if found != (expected.position, expected.hash):
+        raise ForeignHead(
+            f"the ledger's head is at {found and found[0]}, and the last event that this server wrote is at "
+            f"{expected.position}: another process has written into its file"
+        )
 
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:

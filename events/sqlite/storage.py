@@ -188,11 +188,15 @@ class Database:
         self._failed_at = 0
         return stored
 
-    async def write(self, rows: Sequence[Row], changes: Changes, entities: int) -> None:
-        """Append a group of events and store what they changed, durably; then write a due snapshot."""
+    async def write(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+        """Append a group of events and store what they changed, durably; then write a due snapshot.
+
+        Raises:
+            ForeignHead: the log's head is not `after`.
+        """
 
         def write() -> None:
-            queries.write_group(self._connection, rows, changes)
+            queries.write_group(self._connection, rows, changes, after)
             self._failed_at = snapshots.try_if_due(
                 self._connection, rows[-1].position, entities, self._failed_at
             )

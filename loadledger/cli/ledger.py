@@ -199,10 +199,10 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
 
 
 def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
-    from events.datalock import lock_data  # noqa: PLC0415 - as above
+    from events.datalock import lock_data, lock_ledger  # noqa: PLC0415 - as above
     from events.sqlite.storage import rebuild_file  # noqa: PLC0415
 
-    with lock_data(data):
+    with lock_data(data), lock_ledger(path):
         done = rebuild_file(path)
     result = {"position": done.position, "differ": bool(done.differences), "differences": done.differences}
     lines = [f"the stored projections match the log, up to position {done.position}"]
@@ -268,13 +268,13 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     """
     from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from events.datalock import lock_data  # noqa: PLC0415
+    from events.datalock import lock_data, lock_ledger  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
         ledger, sign = _ledger_in(data), open_signer(data)
         refuse_own(file, data)
-        with _exit_on_sigterm(), lock_data(data):
+        with _exit_on_sigterm(), lock_data(data), lock_ledger(ledger):
             done = archive(ledger, before, file, sign, datetime.now(UTC))
     first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
     print_result(

@@ -39,7 +39,13 @@ def _settings_options() -> list[click.Option]:
 
 
 @click.command(cls=SettingsCommand)
-def serve(**flags: str | None) -> None:
+@click.option(
+    "--accept-rollback",
+    is_flag=True,
+    show_default=False,
+    help="Serve a ledger that does not contain the last signed head, as after restoring a backup; recorded.",
+)
+def serve(*, accept_rollback: bool, **flags: str | None) -> None:
     """Run the server until SIGTERM.
 
     A setting's option overrides its variable, which overrides the --config file, which overrides the default.
@@ -48,7 +54,8 @@ def serve(**flags: str | None) -> None:
     from server.check import load_config  # noqa: PLC0415
 
     with report_problems():
-        sys.exit(server.serve(load_config(flags, os.environ), _announce))
+        config = load_config(flags, os.environ)
+        sys.exit(server.serve(config, _announce, accepts_rollback=accept_rollback))
 
 
 def _announce(url: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 
+from events.audit.kepthead import HeadKeeper
 from events.audit.signing import HeadSigner, SignedHead, Statement
 from events.log import Log
 from events.sqlite.history import parse_moment
@@ -308,6 +309,7 @@ class Prover:
 
 
 PROVER = web.AppKey("prover", Prover)
+HEAD_KEEPER = web.AppKey("head_keeper", HeadKeeper)
 
 
 async def open_prover(data: Path, ledger: Path) -> Prover:
@@ -334,4 +336,6 @@ async def open_prover(data: Path, ledger: Path) -> Prover:
 async def show_head(request: web.Request) -> web.Response:
     """Answer with the signed head: whoever keeps it can prove later which events there were."""
     app = request.app
-    return web.json_response(app[PROVER].head(app[LOG]).members())
+    signed = app[PROVER].head(app[LOG])
+    await app[HEAD_KEEPER].keep(signed)
+    return web.json_response(signed.members())

@@ -21,4 +21,5 @@ export const EVENT_TEXTS = {
   ServerStarted: {"parts": ["unclean?after an unclean end|in order", "last seen {last_seen_at?}", "down since {down_since?}"], "tone": "plain", "badIf": "unclean"},
   ServerStopped: {"parts": [], "tone": "plain", "badIf": null},
   ClockStepped: {"parts": ["from {from} to {to}", "taken?|not followed"], "tone": "bad", "badIf": null},
+  RollbackAccepted: {"parts": ["signed up to {kept_position}", "accepted at {head_position}"], "tone": "bad", "badIf": null},
 };

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.history import child
 
-from events.datalock import lock_data
+from events.datalock import lock_data, lock_ledger
 from events.errors import DataInUse
 
 HOLD = """
@@ -68,3 +70,16 @@ def test_lock_file_is_private_and_not_inherited(tmp_path: Path) -> None:
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
         inherited = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, check=True)
         assert str(tmp_path) not in inherited.stdout
+
+
+def test_hard_link_of_ledger_is_locked_too(tmp_path: Path) -> None:
+    ledger, link = tmp_path / "ledger.db", tmp_path / "link.db"
+    with lock_ledger(ledger):
+        link.hardlink_to(ledger)
+        with pytest.raises(DataInUse, match="hard link") as raised, lock_ledger(link):
+            pass
+        assert str(link) in str(raised.value)
+        with closing(sqlite3.connect(link)) as connection:  # SQLite locks other bytes
+            connection.execute("CREATE TABLE t (x)")
+    with lock_ledger(link):
+        pass

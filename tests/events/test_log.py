@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import signal
+import sqlite3
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +22,7 @@ from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
 from events.commands import Receipt, Record, RequestCancel, RequestLoad, RequestUnload
-from events.errors import LogClosed, NotEncodable, RequestRefused
+from events.errors import ForeignHead, LogClosed, NotEncodable, RequestRefused
 from events.log import MAX_GROUP, Log
 from events.types import (
     SYSTEM,
@@ -268,6 +270,20 @@ async def test_server_start_names_last_note_of_unclean_end(path: Path) -> None:
     assert third == ServerStarted(
         False, last_event_at=format_timestamp(ended), last_seen_at=format_timestamp(ended)
     )
+
+
+async def test_foreign_event_ends_the_writer(path: Path) -> None:
+    """Another process appends an event that follows, as a server on a hard link of the file would."""
+    async with opened(path) as log:
+        await write(log, 2)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            body = rows_of(path)[0][1].replace('"position":1', '"position":3')
+            other.execute("INSERT INTO events (position, body, hash) VALUES (3, ?, zeroblob(32))", (body,))
+        with pytest.raises(LogClosed):
+            await write(log, 1, first=3)
+        assert isinstance(log.writer.exception(), ForeignHead)
+        assert len(rows_of(path)) == 3
+        assert not log.closed
 
 
 # Closing, cancelling, dying.

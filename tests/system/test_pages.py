@@ -13,7 +13,7 @@ from yarl import URL
 QUICK_START = "docs/quick-start.md"
 GUIDES = {
     "docs/how-to/answer-an-auditor.md": 5,
-    "docs/how-to/back-up-and-restore.md": 4,
+    "docs/how-to/back-up-and-restore.md": 5,
     "docs/how-to/find-out-what-is-wrong.md": 6,
     "docs/how-to/fit-many-models-in-little-memory.md": 5,
     "docs/how-to/run-behind-an-identity-provider.md": 4,

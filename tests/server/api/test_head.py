@@ -1,8 +1,13 @@
 """`GET /api/v1/events/head`: the signed head, its key, and that it is never ahead of the disk."""
 
+import asyncio
 import base64
+import json
+import os
 import sqlite3
+from collections.abc import Awaitable, Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +16,14 @@ from support import models
 from support.http import LocalApi
 from support.ledgers import unwritable
 
+from events.audit.kepthead import KEPT_HEAD
 from events.audit.signing import as_signed_head, key_id
 from events.datalock import LEDGER
+from events.errors import RolledBack
 from server.auth.keys import KeyProblem, keys_folder, list_keys, open_signer
 
 HEAD = "/api/v1/events/head"
+Start = Callable[..., Awaitable[LocalApi]]
 
 
 async def head(api: LocalApi) -> dict[str, Any]:
@@ -81,3 +89,39 @@ async def test_head_is_never_ahead_of_durable_events(shared: LocalApi) -> None:
     await shared.load("new")
     assert (await head(shared))["position"] > before["position"]
     assert (await shared.get(f"{HEAD}?x=1", roles=("audit",))).refusal == (400, "invalid_parameter")
+
+
+async def test_answered_head_is_kept_beside_the_key(start: Start) -> None:
+    api = await start()
+    answered = await head(api)
+    path = api.config.data / KEPT_HEAD
+    assert json.loads(path.read_text()) == answered
+    api.save(models.add(1), "m")
+    await api.load("m")
+    await api.client.close()
+    kept = as_signed_head(json.loads(path.read_text()))
+    assert (kept.statement.position, kept.statement.hash.hex()) == last_row(api)[:2]
+
+
+async def test_older_ledger_in_the_same_directory_is_refused(start: Start) -> None:
+    api = await start()
+    await api.client.close()
+    ledger = api.config.data / LEDGER
+    older = ledger.read_bytes()
+    await (await start()).client.close()
+    ledger.write_bytes(older)
+    with pytest.raises(RolledBack, match="--accept-rollback"):
+        await start()
+    assert ledger.read_bytes() == older
+
+
+async def test_readers_leave_the_writers_locks(shared: LocalApi) -> None:
+    """Closing any descriptor of the ledger would end them, and another process might remove the WAL."""
+    await head(shared)
+    for path in ("models?at=1", "jobs", "events?limit=1", "resources"):
+        assert (await shared.get(f"/api/v1/{path}")).status == 200
+    inode = f":{(shared.config.data / LEDGER).stat().st_ino}"
+    lines = await asyncio.to_thread(Path("/proc/locks").read_text)
+    locks = [line.split() for line in lines.splitlines() if f"{inode} " in line]
+    ours = [kind for _, kind, _, mode, pid, *_ in locks if pid == str(os.getpid()) and mode == "READ"]
+    assert ours == ["POSIX"]
