@@ -260,7 +260,8 @@ class WatchedWorld(World):
                 assert len(begun) == 1
             assert len([process for process in self.loading() if process.model_id == name]) <= 1
             if model.previous is not None:
-                assert (model.state, model.serving) == (ModelState.LOADING, None)
+                assert model.state in {ModelState.LOADING, ModelState.LOST}  # after an end of the server
+                assert model.serving is None
                 assert model.loads
 
     def check_rest(self) -> None:
